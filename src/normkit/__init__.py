@@ -1,0 +1,1 @@
+"""normkit: normalization for PyTorch networks."""

@@ -1,0 +1,159 @@
+"""Batch normalization: each channel over the batch and all positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.errors import OptionError
+from normkit.core.memory import Running, RunningStatistics
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support
+from normkit.engine.dispatch import Backend, run
+from normkit.engine.layer import Layer, check_channels, check_several
+
+_SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
+
+
+def batch_norm_rule(eps: float = 1e-5, momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True) -> Rule:
+    """Batch normalization as data.
+
+    >>> batch_norm_rule().formula()
+    'y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias'
+    """
+    if layout not in _SUPPORTS:
+        raise OptionError(f"BatchNorm: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")
+    return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
+
+
+class BatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
+    """Normalize each channel over the batch and all positions, for inputs of any rank.
+
+    y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, with E and Var (population) over batch and positions in training, and
+    running averages of them in evaluation: running <- (1 - momentum) running + momentum * statistic, where the variance that
+    is kept is the unbiased one. A bias of the layer before cancels. In training |y| <= sqrt(elements - 1) before compensation.
+
+    A ``torch.nn.BatchNorm1d``, ``2d`` and ``3d`` in one: same arguments, defaults and state_dict. A batch whose statistics are
+    not finite leaves the running ones as they were.
+
+    Args:
+        num_features: channels C.
+        eps: added to the variance. Default: 1e-5.
+        momentum: weight of the new value in the running averages; None for the cumulative average. Default: 0.1.
+        affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
+        track_running_stats: whether there are running averages; without, the batch's statistics are always used. Default: True.
+        bias: False leaves the bias out. Default: True.
+        layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, C, *) or, with channels last, (N, *, C), to the same. N may be 0.
+
+    Raises:
+        ShapeError: other channels than ``num_features``, or one value per channel in training.
+        OptionError: another layout.
+
+    Reference:
+        Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift"
+        (2015), https://arxiv.org/abs/1502.03167.
+
+    >>> norm = BatchNorm(1, momentum=0.5)
+    >>> norm(torch.tensor([[1.0], [3.0]])).detach().T
+    tensor([[-1.0000,  1.0000]])
+    >>> norm.running_mean, norm.running_var
+    (tensor([1.]), tensor([1.5000]))
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        bias: bool = True,
+        layout: str = "n c *",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+        self.layout = layout
+        _ = self.rule  # refuses what does not go together now rather than at the first input
+
+    def make_rule(self) -> Rule:
+        return batch_norm_rule(self.eps, self.momentum, self.layout, self.track_running_stats)
+
+    def check(self, input: Tensor) -> None:
+        check_channels("BatchNorm", input, self.num_features, "num_features", self.layout)
+        if self.training or self.running_mean is None:
+            check_several("BatchNorm", input, self.rule.support)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    layout: str = "n c *",
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Batch normalization as a function, with the arguments of ``torch.nn.functional.batch_norm``; see BatchNorm.
+
+    >>> batch_norm(torch.tensor([[1.0], [3.0]]), training=True).T
+    tensor([[-1.0000,  1.0000]])
+    """
+    if (running_mean is None) != (running_var is None):
+        raise OptionError("batch_norm: running_mean and running_var go together; give both or neither")
+    if running_mean is None and not training:
+        raise OptionError("batch_norm: training=False needs running_mean and running_var; give them, or training=True")
+    rule = batch_norm_rule(eps, momentum, layout, running_mean is not None)
+    if training:
+        check_several("batch_norm", x, rule.support)
+    running = None if running_mean is None or running_var is None else RunningStatistics(running_mean, running_var)
+    return run(rule, x, weight, bias, running=running, training=training, mask=mask, backend=backend)
+
+
+CARD = Card(
+    name="batch_norm",
+    title="Batch normalization",
+    kind="activation",
+    word="bn",
+    normalized_over="each channel, over the batch and all positions",
+    formula=batch_norm_rule().formula(),
+    paper=Paper(
+        "Ioffe, Sergey and Szegedy, Christian",
+        "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
+        2015,
+        "https://arxiv.org/abs/1502.03167",
+    ),
+    use_cases="convolutional networks and MLPs trained with batches of 16 and more",
+    strengths="fast and stable training at large rates; its noise regularizes; free at inference once folded",
+    weaknesses="depends on the batch: weak for small or correlated batches, another function in training than at inference",
+    module=BatchNorm,
+    functional=batch_norm,
+    make=BatchNorm,
+    rule=batch_norm_rule(),
+    batch_dependent=True,
+    running_state=True,
+    train_equals_eval=False,
+    foldable=True,
+    invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
+)

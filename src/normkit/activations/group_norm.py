@@ -1,0 +1,141 @@
+"""Group normalization: each sample's channels in groups, over a group and all positions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.errors import OptionError
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support, divisors, show
+from normkit.engine.dispatch import Backend, run
+from normkit.engine.layer import Layer, check_channels
+
+_LAYOUTS = {"n c *": "n (g c) *", "n * c": "n * (g c)"}
+
+
+def group_norm_rule(num_groups: int, eps: float = 1e-5, layout: str = "n c *") -> Rule:
+    """Group normalization as data.
+
+    >>> print(group_norm_rule(32).support)
+    Support("n (g c) *", over="c *", g=32)
+    """
+    if layout not in _LAYOUTS:
+        raise OptionError(f"GroupNorm: layout={layout!r}; wanted one of {', '.join(map(repr, _LAYOUTS))}")
+    return Rule(Support(_LAYOUTS[layout], over="c *", g=num_groups), Statistic("mean", "std", eps), Affine("(g c)"))
+
+
+class GroupNorm(Layer, nn.GroupNorm):
+    """Split each sample's channels into groups and normalize each over its channels and all positions.
+
+    y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, weight and bias per channel, the same in training and evaluation. One
+    group is layer normalization over the sample, C groups are instance normalization. ``torch.nn.GroupNorm``, with accurate
+    statistics in every memory format.
+
+    Args:
+        num_groups: groups G; divides ``num_channels``.
+        num_channels: channels C.
+        eps: added to the variance. Default: 1e-5.
+        affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
+        bias: False leaves the bias out. Default: True.
+        layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, C, *) or, with channels last, (N, *, C), to the same.
+
+    Raises:
+        OptionError: the channels do not split into the groups; another layout.
+        ShapeError: other channels than ``num_channels``.
+
+    Reference:
+        Wu and He, "Group Normalization" (2018), https://arxiv.org/abs/1803.08494.
+
+    >>> GroupNorm(2, 4)(torch.tensor([[1.0, 3.0, 10.0, 30.0]])).detach()
+    tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        bias: bool = True,
+        layout: str = "n c *",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        _check_groups("GroupNorm", num_groups, num_channels)
+        super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+        self.layout = layout
+        _ = self.rule  # refuses what does not go together now rather than at the first input
+
+    def make_rule(self) -> Rule:
+        return group_norm_rule(self.num_groups, self.eps, self.layout)
+
+    def check(self, input: Tensor) -> None:
+        check_channels("GroupNorm", input, self.num_channels, "num_channels", self.layout)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    layout: str = "n c *",
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Group normalization as a function, with the arguments of ``torch.nn.functional.group_norm``; see GroupNorm.
+
+    >>> group_norm(torch.tensor([[1.0, 3.0, 10.0, 30.0]]), 2)
+    tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
+    """
+    rule = group_norm_rule(num_groups, eps, layout)
+    if x.dim() >= 2:
+        _check_groups("group_norm", num_groups, x.shape[-1 if layout == "n * c" else 1], f" (input {show(x.shape)})")
+    return run(rule, x, weight, bias, mask=mask, backend=backend)
+
+
+def _check_groups(who: str, groups: int, channels: int, where: str = "") -> None:
+    if groups < 1 or channels % groups:
+        raise OptionError(f"{who}: {channels} channels do not split into num_groups={groups}{where}; num_groups must divide {channels}: {divisors(channels)}")
+
+
+def _example(channels: int) -> GroupNorm:
+    return GroupNorm(math.gcd(2, channels), channels)
+
+
+CARD = Card(
+    name="group_norm",
+    title="Group normalization",
+    kind="activation",
+    word="gn",
+    normalized_over="each sample and group of channels, over the group's channels and all positions",
+    formula=group_norm_rule(32).formula(),
+    paper=Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
+    use_cases="detection, segmentation, video, diffusion: convolutional networks with few samples a batch",
+    strengths="independent of the batch size; the same in training and at inference",
+    weaknesses="behind batch normalization at large batches; the number of groups is one more choice; can't be folded away",
+    module=GroupNorm,
+    functional=group_norm,
+    make=_example,
+    rule=group_norm_rule(2),
+    invariances=frozenset({"weight scale", "data scale", "sample scale"}),
+)

@@ -1,0 +1,158 @@
+"""Instance normalization: each sample and channel by itself, over all positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.errors import OptionError
+from normkit.core.memory import Running, RunningStatistics
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support
+from normkit.engine.dispatch import Backend, run
+from normkit.engine.layer import Layer, check_channels, check_several
+
+_SUPPORTS = {layout: Support(layout, over="*") for layout in ("n c *", "n * c")}
+
+
+def instance_norm_rule(eps: float = 1e-5, momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True) -> Rule:
+    """Instance normalization as data.
+
+    >>> print(instance_norm_rule().support)
+    Support("n c *", over="*")
+    """
+    if layout not in _SUPPORTS:
+        raise OptionError(f"InstanceNorm: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")
+    return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
+
+
+class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
+    """Normalize each channel of each sample over its positions: contrast and brightness of a channel are removed.
+
+    y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias. Without running statistics it is the same in training and evaluation.
+    With them evaluation uses running averages, over the batch, of the samples' means and unbiased variances.
+
+    A ``torch.nn.InstanceNorm1d``, ``2d`` and ``3d`` in one: same arguments, defaults and state_dict. As one class serves every
+    rank, the input must have its batch axis. ``momentum=None`` gives the cumulative average, as in BatchNorm.
+
+    Args:
+        num_features: channels C.
+        eps: added to the variance. Default: 1e-5.
+        momentum: weight of the new value in the running averages; None for the cumulative average. Default: 0.1.
+        affine: whether there are a weight (starts at 1) and a bias (at 0). Default: False.
+        track_running_stats: whether there are running averages. Default: False.
+        bias: False leaves the bias out. Default: True.
+        layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, C, *) or, with channels last, (N, *, C), to the same.
+
+    Raises:
+        ShapeError: other channels than ``num_features``, or one position only.
+        OptionError: another layout.
+
+    Reference:
+        Ulyanov, Vedaldi, Lempitsky, "Instance Normalization: The Missing Ingredient for Fast Stylization" (2016),
+        https://arxiv.org/abs/1607.08022.
+
+    >>> InstanceNorm(2)(torch.tensor([[[1.0, 3.0], [10.0, 30.0]]]))
+    tensor([[[-1.0000,  1.0000],
+             [-1.0000,  1.0000]]])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        *,
+        bias: bool = True,
+        layout: str = "n c *",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)  # pyright: ignore[reportArgumentType]
+        if not bias:
+            self.register_parameter("bias", None)
+        self.layout = layout
+        _ = self.rule  # refuses what does not go together now rather than at the first input
+
+    def make_rule(self) -> Rule:
+        return instance_norm_rule(self.eps, self.momentum, self.layout, self.track_running_stats)
+
+    def check(self, input: Tensor) -> None:
+        check_channels("InstanceNorm", input, self.num_features, "num_features", self.layout)
+        if self.training or self.running_mean is None:
+            check_several("InstanceNorm", input, self.rule.support)
+
+    def running(self) -> RunningStatistics | None:
+        running = super().running()
+        # torch counts no batches here, and only the cumulative average needs the count.
+        return running if running is None or self.momentum is None else running._replace(batches=None)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+
+
+def instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    layout: str = "n c *",
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Instance normalization as a function, with the arguments of ``torch.nn.functional.instance_norm``; see InstanceNorm.
+
+    >>> instance_norm(torch.tensor([[[1.0, 3.0], [10.0, 30.0]]]))
+    tensor([[[-1.0000,  1.0000],
+             [-1.0000,  1.0000]]])
+    """
+    if (running_mean is None) != (running_var is None):
+        raise OptionError("instance_norm: running_mean and running_var go together; give both or neither")
+    if running_mean is None and not use_input_stats:
+        raise OptionError("instance_norm: use_input_stats=False needs running_mean and running_var; give them")
+    rule = instance_norm_rule(eps, momentum, layout, running_mean is not None)
+    if use_input_stats:
+        check_several("instance_norm", x, rule.support)
+    running = None if running_mean is None or running_var is None else RunningStatistics(running_mean, running_var)
+    return run(rule, x, weight, bias, running=running, training=use_input_stats, mask=mask, backend=backend)
+
+
+CARD = Card(
+    name="instance_norm",
+    title="Instance normalization",
+    kind="activation",
+    word="in",
+    normalized_over="each sample and channel, over all positions",
+    formula=instance_norm_rule().formula(),
+    paper=Paper(
+        "Ulyanov, Dmitry and Vedaldi, Andrea and Lempitsky, Victor",
+        "Instance Normalization: The Missing Ingredient for Fast Stylization",
+        2016,
+        "https://arxiv.org/abs/1607.08022",
+    ),
+    use_cases="style transfer, image generation, domain-robust vision",
+    strengths="removes contrast and brightness of each image; independent of the batch",
+    weaknesses="removes contrast even where it is the cue; undefined for a single position",
+    module=InstanceNorm,
+    functional=instance_norm,
+    make=InstanceNorm,
+    rule=instance_norm_rule(),
+    invariances=frozenset({"weight scale", "row scale", "data scale", "sample scale"}),
+)

@@ -1,0 +1,142 @@
+"""Layer normalization: each sample or token by itself, over its features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.engine.dispatch import Backend, run
+from normkit.engine.layer import Layer, check_features, features_support
+
+
+def layer_norm_rule(rank: int = 1, eps: float = 1e-5, over: str | None = None, per: str | None = None) -> Rule:
+    """Layer normalization over the last ``rank`` axes, or over ``"c"`` or ``"c *"`` of a channels-first input, as data.
+
+    >>> print(layer_norm_rule(over="c *").support)
+    Support("n c *", over="c *")
+    """
+    support, default = features_support("LayerNorm", rank, over)
+    return Rule(support, Statistic("mean", "std", eps), Affine(default if per is None else per))
+
+
+class LayerNorm(Layer, nn.LayerNorm):
+    """Normalize each sample, token or position by itself, over its features.
+
+    y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, the same in training and evaluation and whatever else is in the batch.
+
+    Without ``over`` it is ``torch.nn.LayerNorm``: over the trailing axes ``normalized_shape``, a weight for each element. With
+    ``over`` the input is channels first, and ``normalized_shape`` is its number of channels: the four forms that convolutional
+    networks use are
+
+    ================================  ===========================  ==================  =====================
+    made by                           statistics                   weight and bias     known as
+    ================================  ===========================  ==================  =====================
+    ``LayerNorm(C, over="c")``        C, for each position         per channel         LayerNorm2d, ConvNeXt
+    ``LayerNorm(C, over="c *")``      C and positions              per channel         GroupNorm(1, C)
+    ``LayerNorm(C, over="c *", per="")``  C and positions          one scalar          the article's formula
+    ``LayerNorm((C, H, W))``          C and positions              per element         torch's on images
+    ================================  ===========================  ==================  =====================
+
+    Args:
+        normalized_shape: sizes of the trailing axes; with ``over``, the channels C.
+        eps: added to the variance. Default: 1e-5 (ConvNeXt and ViT use 1e-6).
+        elementwise_affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
+        bias: False leaves the bias out. Default: True.
+        over: ``"c"`` or ``"c *"`` of an input ``"n c *"``; None for the trailing axes. Default: None.
+        per: with ``over``, ``""`` for one scalar weight and bias; None for one per channel. Default: None.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (*, *normalized_shape), or (N, C, *) with ``over``, to the same.
+
+    Raises:
+        ShapeError: the input does not end in ``normalized_shape``, or has other channels.
+        OptionError: another ``over`` or ``per``.
+
+    Reference:
+        Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450.
+
+    >>> LayerNorm(2, elementwise_affine=False)(torch.tensor([[1.0, 3.0], [10.0, 30.0]]))
+    tensor([[-1.0000,  1.0000],
+            [-1.0000,  1.0000]])
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        *,
+        over: str | None = None,
+        per: str | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+        super().__init__(shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
+        self.over, self.per = over, per
+        check_features("LayerNorm", shape, over, per)
+        _ = self.rule  # made now, so that a compiler finds it ready
+        if per == "" and elementwise_affine:
+            for name in ("weight", "bias"):
+                if getattr(self, name) is not None:
+                    setattr(self, name, nn.Parameter(getattr(self, name).detach()[0].clone()))
+
+    def make_rule(self) -> Rule:
+        return layer_norm_rule(len(self.normalized_shape), self.eps, self.over, self.per)
+
+    def check(self, input: Tensor) -> None:
+        check_features("LayerNorm", self.normalized_shape, self.over, self.per, input)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + "".join(f", {k}={getattr(self, k)!r}" for k in ("over", "per") if getattr(self, k) is not None)
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    over: str | None = None,
+    per: str | None = None,
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Layer normalization as a function, with the arguments of ``torch.nn.functional.layer_norm``; see LayerNorm.
+
+    >>> layer_norm(torch.tensor([[1.0, 3.0]]), (2,))
+    tensor([[-1.0000,  1.0000]])
+    """
+    shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+    check_features("layer_norm", shape, over, per, x)
+    return run(layer_norm_rule(len(shape), eps, over, per), x, weight, bias, mask=mask, backend=backend)
+
+
+CARD = Card(
+    name="layer_norm",
+    title="Layer normalization",
+    kind="activation",
+    word="ln",
+    normalized_over="each sample or token, over its features",
+    formula=layer_norm_rule().formula(),
+    paper=Paper("Ba, Jimmy Lei and Kiros, Jamie Ryan and Hinton, Geoffrey E.", "Layer Normalization", 2016, "https://arxiv.org/abs/1607.06450"),
+    use_cases="transformers, recurrent networks, ConvNeXt; any batch size, sequences one step at a time",
+    strengths="independent of the batch; the same in training and at inference",
+    weaknesses="in convolutional networks usually behind batch and group normalization; can't be folded away",
+    module=LayerNorm,
+    functional=layer_norm,
+    make=LayerNorm,
+    rule=layer_norm_rule(),
+    invariances=frozenset({"weight scale", "weight shift", "data scale", "sample scale"}),
+)

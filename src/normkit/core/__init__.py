@@ -1,0 +1,1 @@
+"""The idea as data: support sets, statistics, compensation, memory, rules. Imports torch alone."""

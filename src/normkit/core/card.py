@@ -1,0 +1,89 @@
+"""A method's card: what it normalizes over, whose it is, when to use it, and what is claimed of it and so tested."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from normkit.core.errors import NotationError
+from normkit.core.rule import Rule
+
+Kind = Literal["input", "activation", "weight", "gradient"]
+Invariance = Literal["weight scale", "weight shift", "row scale", "data scale", "data shift", "sample scale"]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method was published."""
+
+    authors: str
+    title: str
+    year: int
+    url: str
+
+    def cite(self) -> str:
+        """One line: first author, year, title, address."""
+        names = self.authors.split(" and ")
+        who = names[0].split(",")[0] + (" et al." if len(names) > 2 else f" and {names[1].split(',')[0]}" if len(names) == 2 else "")
+        return f'{who} {self.year}, "{self.title}", {self.url}'
+
+    def bibtex(self) -> str:
+        """A BibTeX entry, keyed by first author, year and first word of the title."""
+        key = re.sub(r"\W", "", self.authors.split(",")[0] + str(self.year) + self.title.split()[0]).lower()
+        return f"@misc{{{key},\n  author = {{{self.authors}}},\n  title = {{{self.title}}},\n  year = {{{self.year}}},\n  url = {{{self.url}}},\n}}"
+
+
+@dataclass(frozen=True)
+class Card:
+    """One method of the catalogue. Every claim on it that a machine can check is checked by the laws in the tests.
+
+    Args:
+        name: in snake case, as the function is named.
+        title: in words.
+        kind: what is normalized.
+        word: the method's word in recipes, or "".
+        normalized_over: the support set in words.
+        formula: as the literature writes it.
+        paper: where it was published.
+        use_cases: where it is the usual choice.
+        strengths: what speaks for it.
+        weaknesses: what speaks against it.
+        module: the class (activations) or parametrization (weights).
+        functional: the stateless function.
+        make: ``make(channels)`` gives a small module for an input of the rule's layout (activations); ``make(layer)`` puts the
+            method on a layer and returns it (weights).
+        rule: the method as data, or None where it is not one rule.
+        batch_dependent: a sample's training output depends on other samples.
+        running_state: it keeps running statistics.
+        train_equals_eval: training and inference compute the same function.
+        foldable: it can be baked into the weights for inference.
+        invariances: changes of a linear layer's weight or data that leave the layer's normalized output as it was.
+    """
+
+    name: str
+    title: str
+    kind: Kind
+    word: str
+    normalized_over: str
+    formula: str
+    paper: Paper
+    use_cases: str
+    strengths: str
+    weaknesses: str
+    module: type[nn.Module]
+    functional: Callable[..., Any]
+    make: Callable[..., nn.Module]
+    rule: Rule | None = None
+    batch_dependent: bool = False
+    running_state: bool = False
+    train_equals_eval: bool = True
+    foldable: bool = False
+    invariances: frozenset[Invariance] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+            raise NotationError(f"Card: name {self.name!r}; wanted snake case, as the function is named")

@@ -1,0 +1,46 @@
+"""Every error that normkit raises on purpose.
+
+    NormkitError
+     ├─ NotationError   (ValueError)                a support set, recipe or selector that cannot be read
+     ├─ ShapeError      (ValueError, RuntimeError)  a tensor that does not fit what it is given to
+     ├─ OptionError     (ValueError)                an argument outside its range
+     ├─ BackendError    (RuntimeError)              the back end asked for cannot run this
+     ├─ SurgeryError    (RuntimeError)              a model that cannot be changed as asked
+     ├─ ProtocolError   (TypeError, ValueError)     a model or data factory that breaks its protocol
+     └─ RecordError     (RuntimeError)              a folder of records that is corrupt, foreign or not writable
+
+Each also derives from the built-in error that torch raises in the same place, so code that catches torch's keeps working.
+A message says what was being done, what it got, what it wanted and how to cure it.
+"""
+
+
+class NormkitError(Exception):
+    """Base of every error that normkit raises on purpose."""
+
+
+class NotationError(NormkitError, ValueError):
+    """A support set, recipe or selector that cannot be read."""
+
+
+class ShapeError(NormkitError, ValueError, RuntimeError):
+    """A tensor that does not fit what it is given to."""
+
+
+class OptionError(NormkitError, ValueError):
+    """An argument outside its range."""
+
+
+class BackendError(NormkitError, RuntimeError):
+    """The back end asked for cannot run this; no other is tried in its place."""
+
+
+class SurgeryError(NormkitError, RuntimeError):
+    """A model that cannot be changed as asked; it was left as it was."""
+
+
+class ProtocolError(NormkitError, TypeError, ValueError):
+    """A model or data factory that breaks its protocol."""
+
+
+class RecordError(NormkitError, RuntimeError):
+    """A folder of records that is corrupt, foreign or not writable."""

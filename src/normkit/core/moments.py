@@ -1,0 +1,121 @@
+"""Moments over a support, their merging, and the numerics contract of every statistic.
+
+The contract: statistics are accumulated and kept in at least float32 (float64 stays float64); variance is two-pass, never
+E[x^2] - E[x]^2; the output has the input's dtype. It holds for |mean| / std from 0 to 1e4 in every layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normkit.core.errors import OptionError
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which statistics of a tensor are accumulated and kept: float64 for float64, else float32.
+
+    Args:
+        dtype: of the input.
+
+    Returns:
+        torch.float64 or torch.float32.
+
+    Raises:
+        OptionError: the dtype is not floating.
+    """
+    if not dtype.is_floating_point:
+        raise OptionError(f"statistics of a {dtype} tensor: wanted a floating dtype; convert it first, e.g. x.float()")
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Moments(NamedTuple):
+    """Mean, population variance and count of elements; ``count`` is a number, or a tensor where a mask made it vary."""
+
+    mean: Tensor
+    var: Tensor
+    count: int | Tensor
+
+    def unbiased(self) -> Tensor:
+        """The variance divided by count - 1 in place of count; of one element it is not finite, as it is undefined."""
+        count = self.count
+        if isinstance(count, Tensor):
+            return self.var * (count / (count - 1))
+        return self.var * (count / (count - 1)) if count > 1 else torch.full_like(self.var, math.nan)
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of the union of two disjoint sets of elements.
+
+        n = n_a + n_b,  d = mean_b - mean_a,  mean = mean_a + d n_b / n,  M2 = M2_a + M2_b + d^2 n_a n_b / n,  var = M2 / n.
+
+        Args:
+            other: moments of the other set, of the same shape.
+
+        Returns:
+            Moments of both together; an empty side leaves the other as it is.
+
+        Reference:
+            Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983),
+            https://doi.org/10.1080/00031305.1983.10483115.
+
+        >>> a = Moments(torch.tensor(1.0), torch.tensor(0.0), 1)
+        >>> b = Moments(torch.tensor(4.0), torch.tensor(1.0), 2)
+        >>> a.merge(b)
+        Moments(mean=tensor(3.), var=tensor(2.6667), count=3)
+        """
+        if not isinstance(self.count, Tensor) and not isinstance(other.count, Tensor):
+            if self.count == 0 or other.count == 0:
+                return other if self.count == 0 else self
+        total = self.count + other.count
+        share = other.count / total
+        delta = other.mean - self.mean
+        var = self.var * (self.count / total) + other.var * share + delta.square() * (share * (self.count / total))
+        return Moments(self.mean + delta * share, var, total)
+
+
+def moments(x: Tensor, dims: Sequence[int], mask: Tensor | None = None) -> Moments:
+    """Mean and population variance over some axes, reduced axes kept with size 1.
+
+    mean = E[x],  var = E[(x - mean)^2], where E runs over ``dims`` and, with a mask, over the elements where it is True.
+    The mean is corrected by the mean of what is left after subtracting it, so that a mean 1e4 times the deviation costs
+    no accuracy.
+
+    Args:
+        x: any floating tensor; half types are accumulated in float32.
+        dims: the axes that are reduced.
+        mask: boolean, broadcasts over x; elements where it is False never enter.
+
+    Returns:
+        Moments in the accumulation dtype; differentiable any number of times.
+
+    Raises:
+        OptionError: x is not floating.
+
+    >>> moments(torch.tensor([[1.0, 3.0], [2.0, 6.0]]), dims=(1,))
+    Moments(mean=tensor([[2.],
+            [4.]]), var=tensor([[1.],
+            [4.]]), count=2)
+    """
+    x = x.to(accumulation_dtype(x.dtype))
+    dims = tuple(dims)
+    if not dims:
+        return Moments(x, torch.zeros_like(x), 1)
+    if mask is None:
+        count: int | Tensor = math.prod(x.shape[d] for d in dims)
+        first = x.mean(dims, keepdim=True)
+        rest = x - first
+        shift = rest.mean(dims, keepdim=True)
+        return Moments(first + shift, (rest - shift).square().mean(dims, keepdim=True), count)
+    mask = mask.expand(x.shape)
+    count = mask.sum(dims, keepdim=True).to(x.dtype)
+    divisor = count.clamp_min(1)
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    first = torch.where(mask, x, zero).sum(dims, keepdim=True) / divisor
+    rest = torch.where(mask, x - first, zero)
+    shift = rest.sum(dims, keepdim=True) / divisor
+    var = torch.where(mask, rest - shift, zero).square().sum(dims, keepdim=True) / divisor
+    return Moments(first + shift, var, count)

@@ -1,0 +1,60 @@
+"""A rule: support x statistic x compensation x memory. Most normalizations are one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from normkit.core.compensation import Affine
+from normkit.core.errors import NotationError
+from normkit.core.memory import Running
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support, parse_axes
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One normalization as data; the module, the formula, the picture and the kernel's loop nest follow from it.
+
+    Args:
+        support: which elements share a statistic.
+        statistic: the centre and the scale.
+        compensation: what is multiplied and added afterwards, or None.
+        memory: running averages for use at inference, or None.
+
+    Raises:
+        NotationError: the compensation or the memory names an axis that the support does not have, or in another order.
+
+    >>> rule = Rule(Support("n c *", over="n *"), Statistic("mean", "std", 1e-5), Affine("c"), Running(0.1))
+    >>> print(rule.formula())
+    y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias
+    >>> rule.batch_dependent
+    True
+    """
+
+    support: Support
+    statistic: Statistic = field(default_factory=Statistic)
+    compensation: Affine | None = None
+    memory: Running | None = None
+
+    def __post_init__(self) -> None:
+        for part in (self.compensation, self.memory):
+            if part is None:
+                continue
+            names = [name for group in parse_axes(part.per) for name in group]
+            for name in names:
+                if name not in self.support.names:
+                    raise NotationError(f"{part}: axis {name!r} is not in {self.support}; axes that exist: {', '.join(self.support.names)}")
+            if names != [name for name in self.support.names if name in names]:
+                raise NotationError(f"{part}: its axes stand in another order than in {self.support}; write them in that order")
+            if isinstance(part, Running) and self.support.reduced & set(names):
+                raise NotationError(f"{part}: it keeps an axis that {self.support} reduces; keep only {', '.join(self.support.kept)}")
+
+    @property
+    def batch_dependent(self) -> bool:
+        """Whether a sample's output depends on the other samples, in training."""
+        return "n" in self.support.reduced
+
+    def formula(self) -> str:
+        """The rule as the literature writes it."""
+        normalized = self.statistic.formula()
+        return f"y = {self.compensation.formula(normalized) if self.compensation else normalized}"

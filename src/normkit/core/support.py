@@ -1,0 +1,305 @@
+"""The support set: which elements of a tensor share one statistic, written once in named axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from normkit.core.errors import NotationError, ShapeError
+
+# What an axis name means in words, by the literature's letters.
+_WORDS = {
+    "n": "samples",
+    "b": "sub-batches",
+    "c": "channels",
+    "g": "groups",
+    "d": "features",
+    "o": "output units",
+    "i": "input units",
+    "t": "time steps",
+    "*": "positions",
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """A shape read through a support set: composite axes apart, reduced axes known."""
+
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    dims: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Elements that share one statistic."""
+        return math.prod(self.shape[d] for d in self.dims)
+
+    @property
+    def statistics_shape(self) -> tuple[int, ...]:
+        """Shape of the statistics, reduced axes kept with size 1."""
+        return tuple(1 if d in self.dims else size for d, size in enumerate(self.shape))
+
+
+class Support:
+    """The set of elements over which a statistic is computed, in einops-like axes.
+
+    ``axes`` names the axes of the tensor in order. ``(g c)`` is one axis read as two, the right one fastest, and ``*`` stands
+    for any number of axes, none included. ``over`` names the axes that are reduced: elements that differ only there share
+    one statistic. A size is needed only where the shape does not tell it.
+
+    Args:
+        axes: the axes of the tensor, e.g. ``"n (g c) *"``.
+        over: the axes that are reduced, e.g. ``"c *"``.
+        **sizes: sizes of axes inside parentheses, e.g. ``g=32``.
+
+    Raises:
+        NotationError: the text cannot be read, or ``over`` or a size names an axis that is not there.
+
+    Reference:
+        The notation follows Rogozhnikov, "Einops" (2022), https://openreview.net/forum?id=oapKSVM2bcj; support sets follow
+        Wu and He, "Group Normalization" (2018), https://arxiv.org/abs/1803.08494, section 3.
+
+    >>> groups = Support("n (g c) *", over="c *", g=2)
+    >>> groups.split((6, 8, 5, 7)).shape, groups.split((6, 8, 5, 7)).dims
+    ((6, 2, 4, 5, 7), (2, 3, 4))
+    >>> print(groups.explain((6, 8, 5, 7)))
+    n (g c) * over c *: one statistic for each of 6 samples x 2 groups = 12, over 4 channels x 35 positions = 140 elements
+    """
+
+    def __init__(self, axes: str, *, over: str, **sizes: int) -> None:
+        self.axes = " ".join(axes.split())
+        self.over = " ".join(over.split())
+        self.sizes = tuple(sorted(sizes.items()))
+        self.groups = parse_axes(axes)
+        self.names = tuple(name for group in self.groups for name in group)
+        reduced = tuple(name for group in parse_axes(over) for name in group)
+        self.reduced = frozenset(reduced)
+        self._check()
+        self._splits: dict[tuple[int, ...], Split] = {}
+
+    def _check(self) -> None:
+        known = ", ".join(self.names) or "none"
+        for name in self.names:
+            if self.names.count(name) > 1:
+                raise NotationError(f"{self}: axis {name!r} is named twice; give each axis a name of its own")
+        if not self.reduced:
+            raise NotationError(f"{self}: over= names no axis to reduce; axes that exist: {known}")
+        for name in sorted(self.reduced):
+            if name not in self.names:
+                raise NotationError(f"{self}: over= names axis {name!r}, which is not there; axes that exist: {known}")
+        for name, size in self.sizes:
+            if name not in self.names or name == "*":
+                raise NotationError(f"{self}: a size is given for axis {name!r}, which is not there; axes that exist: {known}")
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise NotationError(f"{self}: axis {name!r} got size {size!r}; a size is a whole number from 1")
+
+    def __str__(self) -> str:
+        sizes = "".join(f", {name}={size}" for name, size in self.sizes)
+        return f'Support("{self.axes}", over="{self.over}"{sizes})'
+
+    __repr__ = __str__
+
+    def _key(self) -> tuple[object, ...]:
+        return self.groups, self.reduced, self.sizes
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Support) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The axes along which statistics differ."""
+        return tuple(name for name in self.names if name not in self.reduced)
+
+    def split(self, shape: Sequence[int]) -> Split:
+        """Read a shape: its composite axes apart, and which of the resulting axes are reduced.
+
+        Args:
+            shape: the shape of a tensor.
+
+        Returns:
+            The shape with composite axes apart, the name of each axis, and the reduced ones' positions.
+
+        Raises:
+            ShapeError: the shape has the wrong number of axes, or an axis does not split; the message names the axis.
+        """
+        if torch.compiler.is_compiling():  # symbolic sizes are no keys
+            return self._split(tuple(shape))
+        key = tuple(shape)
+        if key not in self._splits:
+            if len(self._splits) >= 256:  # many shapes, as from ragged batches, must not fill memory
+                self._splits.clear()
+            self._splits[key] = self._split(key)
+        return self._splits[key]
+
+    def _split(self, shape: tuple[int, ...]) -> Split:
+        star = len(shape) - sum(group != ("*",) for group in self.groups)
+        if star < 0 or (star > 0 and "*" not in self.names):
+            wanted = len(self.groups) - ("*" in self.names)
+            atleast = "at least " if "*" in self.names else ""
+            raise ShapeError(f"{self}: got a tensor of {len(shape)} axes ({show(shape)}), wanted {atleast}{wanted}: {self.axes}")
+        sizes, names, position = [], [], 0
+        for group in self.groups:
+            if group == ("*",):
+                sizes += shape[position : position + star]
+                names += ["*"] * star
+                position += star
+                continue
+            sizes += self._factor(group, shape, position)
+            names += group
+            position += 1
+        dims = tuple(d for d, name in enumerate(names) if name in self.reduced)
+        return Split(tuple(sizes), tuple(names), dims)
+
+    def _factor(self, group: tuple[str, ...], shape: tuple[int, ...], position: int) -> list[int]:
+        given = dict(self.sizes)
+        size = shape[position]
+        text = f"({' '.join(group)})" if len(group) > 1 else group[0]
+        where = f"axis {text} (number {position} of {show(shape)})"
+        unknown = [name for name in group if name not in given]
+        product = math.prod(given[name] for name in group if name in given)
+        if len(unknown) > 1:
+            raise ShapeError(f"{self}: {where} of size {size} leaves {' and '.join(unknown)} open; give a size for all but one")
+        if not unknown and product != size:
+            raise ShapeError(f"{self}: {where} has size {size}, wanted {product} as the given sizes say")
+        if unknown and size % product:
+            said = ", ".join(f"{name}={given[name]}" for name in group if name in given)
+            raise ShapeError(f"{self}: {where} of size {size} does not split with {said}; the product must divide {size}: {divisors(size)}")
+        return [given.get(name, size // product) for name in group]
+
+    def explain(self, shape: Sequence[int] | None = None) -> str:
+        """Say in words what shares a statistic, with numbers where a shape is given.
+
+        Args:
+            shape: the shape of a tensor; None leaves the numbers out.
+
+        Returns:
+            One line of text.
+        """
+        if shape is None:
+            each = " and ".join(word(name) for name in self.kept) or "the whole tensor"
+            over = " and ".join(word(name) for name in self.names if name in self.reduced)
+            return f"{self.axes} over {self.over}: one statistic for each of the {each}, over the {over}"
+        split = self.split(shape)
+
+        def part(reduced: bool) -> str:
+            sizes: dict[str, int] = {}
+            for d, name in enumerate(split.names):
+                if (name in self.reduced) == reduced:
+                    sizes[name] = sizes.get(name, 1) * split.shape[d]
+            text = " x ".join(f"{size} {word(name)}" for name, size in sizes.items()) or "1"
+            total = math.prod(sizes.values())
+            return f"{text} = {total}" if len(sizes) > 1 else text
+
+        return f"{self.axes} over {self.over}: one statistic for each of {part(False)}, over {part(True)} elements"
+
+
+def parse_axes(text: str) -> tuple[tuple[str, ...], ...]:
+    """Read ``"n (g c) *"`` as ``(("n",), ("g", "c"), ("*",))``.
+
+    Args:
+        text: axis names, parentheses and at most one star.
+
+    Returns:
+        One tuple of names for each axis of the tensor.
+
+    Raises:
+        NotationError: a character, parenthesis or star out of place; the message points at it.
+
+    >>> parse_axes("n (g c) *")
+    (('n',), ('g', 'c'), ('*',))
+    """
+    groups: list[tuple[str, ...]] = []
+    inside: list[str] | None = None
+    for mark in "()*":
+        text = text.replace(mark, f" {mark} ")
+    for token in text.split():
+        if token == "(" and inside is None:
+            inside = []
+        elif token == ")" and inside:
+            groups.append(tuple(inside))
+            inside = None
+        elif token == "*" and inside is None and ("*",) not in groups:
+            groups.append(("*",))
+        elif token.isidentifier() and inside is None:
+            groups.append((token,))
+        elif token.isidentifier() and inside is not None:
+            inside.append(token)
+        else:
+            said = " ".join(text.split())
+            raise NotationError(f"cannot read {token!r} in {said!r}; wanted axis names, parentheses around names, and at most one * outside them")
+    if inside is not None:
+        raise NotationError(f"a ( is not closed in {' '.join(text.split())!r}; close it with )")
+    return tuple(groups)
+
+
+def place(parameter: torch.Tensor, per: str, split: Split) -> torch.Tensor:
+    """View a parameter that has one value per element of the axes ``per`` so that it broadcasts over a split tensor.
+
+    Args:
+        parameter: of the shape that ``per_shape(per, split)`` gives.
+        per: axes in the notation of Support, e.g. ``"(g c)"``; empty for a scalar.
+        split: of the tensor that it meets.
+
+    Returns:
+        A view with one axis for each axis of the split.
+
+    Raises:
+        ShapeError: the parameter's shape is another.
+    """
+    wanted = per_shape(per, split)
+    if tuple(parameter.shape) != wanted:
+        raise ShapeError(f"a parameter per {per or 'tensor'!r} has shape {show(parameter.shape)}, wanted {show(wanted)} to meet an input that splits as {show(split.shape)}")
+    names = {name for group in parse_axes(per) for name in group}
+    return parameter.reshape([size if name in names else 1 for name, size in zip(split.names, split.shape, strict=True)])
+
+
+def per_shape(per: str, split: Split) -> tuple[int, ...]:
+    """The shape of a parameter with one value per element of the axes ``per``.
+
+    Args:
+        per: axes in the notation of Support; empty for a scalar.
+        split: of the tensor that the parameter meets.
+
+    Returns:
+        The parameter's shape: composite axes are one.
+    """
+    shape: list[int] = []
+    for group in parse_axes(per):
+        if group == ("*",):
+            shape += [size for name, size in zip(split.names, split.shape, strict=True) if name == "*"]
+        else:
+            shape.append(math.prod(split.shape[split.names.index(name)] for name in group))
+    return tuple(shape)
+
+
+def show(shape: Sequence[int]) -> str:
+    """A shape as people write it.
+
+    >>> show((6, 8, 5, 7))
+    '6x8x5x7'
+    """
+    return "x".join(str(size) for size in shape) or "scalar"
+
+
+def divisors(number: int) -> str:
+    """The divisors of a number, for the cure in an error.
+
+    >>> divisors(8)
+    '1, 2, 4, 8'
+    """
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0) or "none"
+
+
+def word(name: str) -> str:
+    """What an axis holds, in words where its letter is one of the literature's.
+
+    >>> word("c"), word("k")
+    ('channels', 'k')
+    """
+    return _WORDS.get(name, name)

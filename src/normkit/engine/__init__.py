@@ -1,0 +1,1 @@
+"""Runs a rule: the reference that defines it, and faster forms that must equal it."""

@@ -1,0 +1,120 @@
+"""The rules for which torch has a fused kernel of its own, found by their axes and statistic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from normkit.core.memory import RunningStatistics
+from normkit.core.moments import Moments, accumulation_dtype
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Split
+
+Kernel = Callable[[Rule, Tensor, Split, Tensor | None, Tensor | None], tuple[Tensor, Moments | None]]
+
+
+def refusal(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> str | None:
+    """Why torch has no fused kernel for this call, or None if it has one."""
+    kernel = _kernel(rule)
+    if kernel is None:
+        return f"torch has no fused kernel for {rule.support} with {rule.statistic.formula()}"
+    if kernel is _instance_norm and rule.memory:
+        return "torch's InstanceNorm does not give the statistics to remember"
+    if x.numel() == 0 or split.count < 2:
+        return "torch's kernels refuse an input without elements, and statistics of a single one"
+    for parameter in (weight, bias):
+        if parameter is None:
+            continue
+        if parameter.dtype != x.dtype and not (x.device.type == "cpu" and x.dtype.itemsize == 2 and parameter.dtype == torch.float32):
+            return f"torch's kernels do not take a {x.dtype} input with {parameter.dtype} parameters"
+        if rule.memory and parameter.dtype.itemsize == 2:
+            return f"torch's kernel would keep running statistics in the {parameter.dtype} of its parameters"
+    if x.device.type == "cpu" and not x.is_contiguous():
+        if kernel is _group_norm:
+            return "torch's CPU GroupNorm loses accuracy with the mean in this memory format"
+        if kernel is _instance_norm:
+            return "torch's InstanceNorm gives up this memory format"
+    return None
+
+
+def normalize(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Moments | None]:
+    """Normalize and compensate with torch's fused kernel; only where ``refusal`` gave None.
+
+    Args:
+        rule: what to compute.
+        x: in its own shape, not split.
+        split: of the rule's support.
+        weight: for the rule's compensation, or None.
+        bias: likewise.
+
+    Returns:
+        The output, and moments where the rule has a memory.
+    """
+    kernel = _kernel(rule)
+    assert kernel is not None
+    return kernel(rule, x, split, weight, bias)
+
+
+def normalize_by(rule: Rule, x: Tensor, running: RunningStatistics, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Normalize by running statistics per channel and compensate; only where ``refusal`` gave None and the rule has a memory."""
+    return F.batch_norm(x, running.mean, running.var, weight, bias, False, 0.0, _eps(rule.statistic, x))
+
+
+def _kernel(rule: Rule) -> Kernel | None:
+    statistic, compensation = rule.statistic, rule.compensation
+    if statistic.guard != "inside" or statistic.correction or statistic.eps == 0 or (compensation and compensation.offset):
+        return None
+    kind = (statistic.center, statistic.scale)
+    trailing = " ".join(name for group in rule.support.groups[1:] for name in group)
+    if rule.support.names[0] == "*" and rule.support.reduced == frozenset(rule.support.names[1:]):
+        if compensation is None or compensation.per == trailing:
+            return _TRAILING.get(kind)
+    for axes, over, per, kernel in _CHANNELS:
+        if kind == ("mean", "std") and (rule.support.axes, rule.support.over) == (axes, over):
+            return kernel if compensation is None or compensation.per == per else None
+    return None
+
+
+def _eps(statistic: Statistic, x: Tensor) -> float:
+    return statistic.epsilon(accumulation_dtype(x.dtype))
+
+
+def _batch_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Moments | None]:
+    if rule.memory is None:
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, _eps(rule.statistic, x)), None
+    # With momentum 1 torch's running statistics are the batch's own: the way to have them from its kernel.
+    mean = torch.zeros(x.shape[1], dtype=accumulation_dtype(x.dtype), device=x.device)
+    var = torch.zeros_like(mean)
+    y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, _eps(rule.statistic, x))
+    shape = split.statistics_shape
+    return y, Moments(mean.view(shape), (var * ((split.count - 1) / split.count)).view(shape), split.count)
+
+
+def _layer_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Moments | None]:
+    shape = split.shape[split.dims[0] :]
+    return F.layer_norm(x, shape, weight, bias, _eps(rule.statistic, x)), None
+
+
+def _rms_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Moments | None]:
+    y = F.rms_norm(x, split.shape[split.dims[0] :], weight, _eps(rule.statistic, x))
+    return (y if bias is None else y + bias), None
+
+
+def _group_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Moments | None]:
+    return F.group_norm(x, split.shape[1], weight, bias, _eps(rule.statistic, x)), None
+
+
+def _instance_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Moments | None]:
+    return F.instance_norm(x, None, None, weight, bias, True, 0.0, _eps(rule.statistic, x)), None
+
+
+_TRAILING: dict[tuple[str | None, str | None], Kernel] = {("mean", "std"): _layer_norm, (None, "rms"): _rms_norm}
+_CHANNELS: tuple[tuple[str, str, str, Kernel], ...] = (
+    ("n c *", "n *", "c", _batch_norm),
+    ("n (g c) *", "c *", "(g c)", _group_norm),
+    ("n c *", "*", "c", _instance_norm),
+)

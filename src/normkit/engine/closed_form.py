@@ -1,0 +1,105 @@
+"""Normalizing with a backward pass in closed form, in eager PyTorch.
+
+Autograd through the definition keeps five intermediates of the input's size and walks them all again; the closed form
+keeps the normalized tensor and one scale per statistic. With y = (x - c) / s, i = 1 / s and n - correction elements in the
+variance, the gradient is
+
+    dx = i * (dy - mean(dy) - k * y * (sum(dy * y) + i * di))
+
+without the mean where nothing is centred; di is the gradient that reaches i itself, and k comes from how s depends on x:
+1 / n for the deviation and the root mean square with eps inside the root, 1 for a norm, divided by 1 - eps * i where eps is
+added to the root, and 0 where the floor holds. Both y and i are outputs, so the formula is its own derivative to any order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normkit.core.moments import Moments, accumulation_dtype, moments
+from normkit.core.statistic import Statistic, length
+from normkit.core.support import Split
+
+
+def has_closed_form(statistic: Statistic) -> bool:
+    """Whether the statistic's gradient is the formula of this file."""
+    return (statistic.center, statistic.scale) in {("mean", "std"), (None, "rms"), (None, "norm")}
+
+
+class _ClosedForm(torch.autograd.Function):
+    """(normalized, 1 / scale, mean, variance) of a tensor; the last two, without gradient, are for running averages."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dims: tuple[int, ...], count: int, statistic: Statistic) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        x = x.to(accumulation_dtype(x.dtype))
+        if statistic.center is None:
+            divisor = count if statistic.scale == "rms" else 1
+            squared = statistic.guard == "inside"
+            size = length(x, dims)
+            inverse = statistic.guarded(size.square() / divisor if squared else size / divisor**0.5, power=1 + squared).reciprocal_()
+            return x * inverse, inverse, None, None
+        mean = x.mean(dims, keepdim=True)
+        rest = x - mean
+        shift = rest.mean(dims, keepdim=True)
+        rest -= shift
+        square = length(rest, dims).square_()
+        found = square / (count - statistic.correction)
+        inverse = statistic.guarded(found, power=2).reciprocal_()
+        return rest.mul_(inverse), inverse, mean + shift, square / count
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        x, ctx.dims, ctx.count, ctx.statistic = inputs
+        ctx.dtype = x.dtype
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(moment for moment in output[2:] if moment is not None))
+        ctx.save_for_backward(*output[:2])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        y, inverse = ctx.saved_tensors
+        dy, di, statistic, dims = gradients[0], gradients[1], ctx.statistic, ctx.dims
+        along = (dy * y).sum(dims, keepdim=True) if dy is not None else 0.0
+        if di is not None:
+            along = along + inverse * di
+        along = along * _strength(statistic, inverse, ctx.count)
+        dx = -y * along
+        if dy is not None:
+            dx = dx + (dy if statistic.center is None else dy - dy.mean(dims, keepdim=True))
+        return (dx * inverse).to(ctx.dtype), None, None, None
+
+
+def _strength(statistic: Statistic, inverse: Tensor, count: int) -> Tensor | float:
+    """How the scale depends on the input: the k of this file's formula."""
+    k = 1.0 if statistic.scale == "norm" else 1.0 / (count - statistic.correction)
+    eps = statistic.epsilon(inverse.dtype)
+    if statistic.guard == "floor":
+        return k * (inverse * eps < 1).to(inverse.dtype)
+    if statistic.guard == "outside":
+        rest = 1 - eps * inverse
+        # Where the scale is eps alone the normalized tensor is zero, and so is what this multiplies.
+        return torch.where(rest > 0, k / torch.where(rest > 0, rest, 1.0), 0.0)
+    return k
+
+
+def normalize(x: Tensor, split: Split, statistic: Statistic) -> tuple[Tensor, Tensor, Moments | None]:
+    """Normalize a split tensor by its own statistics, with the closed backward.
+
+    Args:
+        x: viewed as ``split.shape``.
+        split: of the support set.
+        statistic: one for which ``has_closed_form`` holds.
+
+    Returns:
+        The normalized tensor and 1 / scale in the accumulation dtype, and the moments if the statistic is centred.
+
+    >>> x = torch.tensor([[3.0, 4.0]])
+    >>> normalize(x, Split((1, 2), ("o", "*"), (1,)), Statistic(None, "norm", 1e-12, "floor"))[:2]
+    (tensor([[0.6000, 0.8000]]), tensor([[0.2000]]))
+    """
+    y, inverse, mean, var = _ClosedForm.apply(x, split.dims, split.count, statistic)
+    return y, inverse, None if mean is None else Moments(mean, var, split.count)

@@ -1,0 +1,230 @@
+"""Runs a rule on the back end asked for, or on the best one that can; says which and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from normkit.core.compensation import Affine
+from normkit.core.errors import BackendError, NotationError, OptionError, ShapeError
+from normkit.core.memory import RunningStatistics
+from normkit.core.moments import Moments, accumulation_dtype
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Split, Support, place, show
+from normkit.engine import aten, closed_form, reference
+
+Backend = Literal["auto", "reference", "closed", "aten"]
+
+_WHAT = {
+    "reference": "the definition in plain PyTorch",
+    "closed": "PyTorch operators with the backward pass in closed form",
+    "aten": "torch's own fused kernel",
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which back end runs a rule on an input, why, and what shares a statistic. Prints as text."""
+
+    backend: str
+    why: str
+    formula: str
+    support: str
+    accumulation: torch.dtype
+
+    def __str__(self) -> str:
+        return (
+            f"{self.formula}\n{self.support}\n"
+            f"statistics in {str(self.accumulation).removeprefix('torch.')}; back end: {self.backend}, {_WHAT[self.backend]}\n"
+            f"because {self.why}"
+        )
+
+
+def backends() -> dict[str, str | None]:
+    """The back ends that normkit knows, each with the reason why it can't run here, or None if it can."""
+    return dict.fromkeys(_WHAT)
+
+
+def run(
+    rule: Rule,
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    running: RunningStatistics | None = None,
+    training: bool = True,
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Run a rule: statistics over its support, normalize, compensate, remember.
+
+    Args:
+        rule: what to compute.
+        x: the input, of the rule's axes.
+        weight: one value per element of the compensation's axes, or None.
+        bias: likewise.
+        running: the running statistics of a rule with memory. In training they are updated in place; otherwise they are used
+            instead of the input's own.
+        training: whether the input's own statistics are used. Without ``running`` they always are.
+        mask: boolean, broadcasts over x; where it is False the element enters no statistic and comes out as zero.
+        backend: ``"auto"`` chooses; a back end by name runs or raises, and never hands over to another.
+
+    Returns:
+        Of the input's shape and dtype.
+
+    Raises:
+        ShapeError: the input or a parameter does not fit the rule.
+        BackendError: the back end asked for can't run this, with the reason.
+        OptionError: there is no such back end, or the input is not floating.
+
+    >>> rule = Rule(Support("* d", over="d"), Statistic(None, "rms", 0.0), Affine("d"))
+    >>> run(rule, torch.tensor([[3.0, 4.0]]), weight=torch.tensor([1.0, 2.0]))
+    tensor([[0.8485, 2.2627]])
+    """
+    split = rule.support.split(x.shape)
+    if (weight is not None or bias is not None) and rule.compensation is None:
+        raise ShapeError("run: a weight or bias is given, but the rule has no compensation; add one, e.g. Affine('c')")
+    chosen, _ = _choose(rule, x, split, weight, bias, mask, backend)
+    if running is not None and rule.memory is None:
+        raise ShapeError("run: running statistics are given, but the rule has no memory; add one, e.g. Running()")
+    moments: Moments | None
+    if running is not None and not training:
+        if chosen == "aten":
+            return aten.normalize_by(rule, x, running, weight, bias)
+        assert rule.memory is not None
+        mean, var = (place(buffer, rule.memory.per, split) for buffer in (running.mean, running.var))
+        y = reference.normalize_by(rule, x.reshape(split.shape), split, mean, var, weight, bias)
+        return y.reshape(x.shape).to(x.dtype)
+    if chosen == "aten":
+        y, moments = aten.normalize(rule, x, split, weight, bias)
+    elif chosen == "closed":
+        y, _, moments = closed_form.normalize(x.reshape(split.shape), split, rule.statistic)
+        if weight is not None or bias is not None:
+            assert rule.compensation is not None
+            y = rule.compensation.apply(y, split, weight, bias)
+        elif y.dtype == x.dtype:
+            y = y.clone()  # the backward pass needs it, and a caller may write into what it gets
+    else:
+        y, moments = reference.normalize(rule, x.reshape(split.shape), split, weight, bias, _split_mask(mask, x, split))
+    if running is not None and moments is not None and rule.memory is not None:
+        rule.memory.update(running, moments, split)
+    return y.reshape(x.shape).to(x.dtype)
+
+
+def explain(
+    rule: Rule, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, mask: Tensor | None = None, backend: Backend = "auto"
+) -> Explanation:
+    """Say which back end ``run`` would use for these arguments, and why.
+
+    Args:
+        rule: what would be computed.
+        x: the input.
+        weight: as for ``run``.
+        bias: as for ``run``.
+        mask: as for ``run``.
+        backend: as for ``run``.
+
+    Returns:
+        The choice with its reason; ``print`` it.
+
+    Raises:
+        ShapeError, BackendError, OptionError: as ``run`` would.
+
+    >>> print(explain(Rule(Support("n c *", over="c")), torch.zeros(2, 8, 5, 5)))
+    y = (x - E[x]) / sqrt(Var[x] + eps)
+    n c * over c: one statistic for each of 2 samples x 25 positions = 50, over 8 channels elements
+    statistics in float32; back end: closed, PyTorch operators with the backward pass in closed form
+    because torch has no fused kernel for Support("n c *", over="c") with (x - E[x]) / sqrt(Var[x] + eps)
+    """
+    chosen, why = _choose(rule, x, rule.support.split(x.shape), weight, bias, mask, backend)
+    return Explanation(chosen, why, rule.formula(), rule.support.explain(x.shape), accumulation_dtype(x.dtype))
+
+
+def normalize(
+    x: Tensor,
+    support: Support,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    per: str | None = None,
+    statistic: Statistic | None = None,
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Normalize over any support set: the one operation behind every method, open to new ones.
+
+    y = weight * (x - E_S[x]) / sqrt(Var_S[x] + eps) + bias
+
+    Args:
+        x: the input.
+        support: which elements share a statistic.
+        weight: one value per element of the axes ``per``, or None.
+        bias: likewise.
+        per: the axes of weight and bias in the notation of Support, e.g. ``"c"``; needed only with them.
+        statistic: the centre and the scale; default mean and standard deviation with eps 1e-5.
+        mask: boolean, broadcasts over x; where it is False the element enters no statistic and comes out as zero.
+        backend: as for ``run``.
+
+    Returns:
+        Of the input's shape and dtype; differentiable any number of times.
+
+    Raises:
+        NotationError: ``per`` is missing or names an axis that is not there.
+        ShapeError, BackendError, OptionError: as for ``run``.
+
+    Reference:
+        Wu and He, "Group Normalization" (2018), https://arxiv.org/abs/1803.08494, section 3.
+
+    >>> x = torch.arange(8.0).view(1, 4, 2)
+    >>> normalize(x, Support("n (g c) *", over="c *", g=2))
+    tensor([[[-1.3416, -0.4472],
+             [ 0.4472,  1.3416],
+             [-1.3416, -0.4472],
+             [ 0.4472,  1.3416]]])
+    """
+    if per is None and (weight is not None or bias is not None):
+        raise NotationError(f'normalize: a weight or bias is given without per=; say which axes it has, e.g. per="{support.names[-1]}"')
+    rule = Rule(support, statistic or Statistic(), None if per is None else Affine(per))
+    return run(rule, x, weight, bias, mask=mask, backend=backend)
+
+
+def _choose(
+    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, backend: str
+) -> tuple[str, str]:
+    """The back end and the reason for it."""
+    accumulation_dtype(x.dtype)  # refuses integers before anything is computed
+    if backend not in ("auto", *_WHAT):
+        raise OptionError(f"backend={backend!r}: wanted one of auto, {', '.join(_WHAT)}")
+    no_aten = "torch's kernels take no mask" if mask is not None else aten.refusal(rule, x, split, weight, bias)
+    no_closed = "the closed form takes no mask" if mask is not None else None
+    if no_closed is None and not closed_form.has_closed_form(rule.statistic):
+        no_closed = f"no closed backward is known for {rule.statistic.formula()}"
+    if no_closed is None and 0 in (x.numel(), len(split.dims)):
+        no_closed = "there is nothing to reduce"
+    if backend != "auto":
+        reason = {"aten": no_aten, "closed": no_closed}.get(backend)
+        if reason is not None:
+            raise BackendError(f'backend="{backend}" can\'t run {rule.support} on a {show(x.shape)} input: {reason}; use backend="auto"')
+        return backend, "it was asked for by name"
+    if no_aten is None:
+        return "aten", "torch has a fused kernel for these axes and this statistic"
+    if torch.compiler.is_compiling():
+        return "reference", "the compiler fuses the definition with its neighbours"
+    if no_closed is None:
+        return "closed", no_aten
+    return "reference", no_closed
+
+
+def _split_mask(mask: Tensor | None, x: Tensor, split: Split) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise OptionError(f"mask is {mask.dtype}; wanted torch.bool, True where an element counts, e.g. mask.bool()")
+    try:
+        return mask.expand(x.shape).reshape(split.shape)
+    except RuntimeError:
+        raise ShapeError(f"mask of shape {show(mask.shape)} does not broadcast over an input of {show(x.shape)}; give it the same number of axes") from None

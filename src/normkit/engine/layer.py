@@ -1,0 +1,125 @@
+"""A module that runs a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.memory import RunningStatistics
+from normkit.core.rule import Rule
+from normkit.core.support import Support, show
+from normkit.engine.dispatch import Backend, Explanation, explain, run
+
+
+class Layer(nn.Module):
+    """Mixin of every layer that is one rule: forward runs the rule with the module's parameters and buffers.
+
+    A subclass gives ``make_rule`` and ``check``. ``backend`` is an attribute, ``"auto"`` unless set; ``explain(x)`` says what
+    would run.
+    """
+
+    backend: Backend = "auto"
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def make_rule(self) -> Rule:
+        """The rule, from the module's present attributes."""
+        raise NotImplementedError
+
+    def check(self, input: Tensor) -> None:
+        """Refuse an input that does not fit, by ShapeError."""
+
+    @property
+    def rule(self) -> Rule:
+        """The rule that forward runs; it follows when ``eps``, ``momentum`` or ``track_running_stats`` are set."""
+        state = tuple(getattr(self, name, None) for name in ("eps", "momentum", "track_running_stats"))
+        if self.__dict__.get("_rule_state") != state:
+            self.__dict__["_rule"], self.__dict__["_rule_state"] = self.make_rule(), state
+        return self.__dict__["_rule"]
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalize.
+
+        Args:
+            input: of the rule's axes.
+            mask: boolean, broadcasts over the input; where it is False the element enters no statistic and comes out as zero.
+
+        Returns:
+            Of the input's shape and dtype.
+
+        Raises:
+            ShapeError: the input does not fit.
+        """
+        self.check(input)
+        running = self.running()
+        use_own = self.training or running is None
+        if self.training and not getattr(self, "track_running_stats", False):
+            running = None
+        return run(self.rule, input, self.weight, self.bias, running=running, training=use_own, mask=mask, backend=self.backend)
+
+    def running(self) -> RunningStatistics | None:
+        """The module's running statistics, or None where it keeps none."""
+        mean = getattr(self, "running_mean", None)
+        if mean is None:
+            return None
+        return RunningStatistics(mean, self.running_var, self.num_batches_tracked)
+
+    def explain(self, input: Tensor) -> Explanation:
+        """Say which back end would normalize this input, and why.
+
+        Args:
+            input: as for ``forward``.
+
+        Returns:
+            The choice with its reason; ``print`` it.
+        """
+        return explain(self.rule, input, self.weight, self.bias, backend=self.backend)
+
+
+def check_channels(who: str, input: Tensor, wanted: int, argument: str, layout: str) -> None:
+    """Refuse an input whose channel axis in this layout has another size."""
+    axes = layout.split()
+    axis = axes.index("c") if axes[-1] != "c" else -1
+    if input.dim() < len(axes) - 1:
+        raise ShapeError(f"{who}: got an input of {input.dim()} axes ({show(input.shape)}), wanted at least {len(axes) - 1}: {layout}")
+    if input.shape[axis] != wanted:
+        raise ShapeError(
+            f"{who}: got {input.shape[axis]} channels (axis {axis} of {show(input.shape)}), wanted {argument}={wanted}; "
+            f"make the layer with {argument}={input.shape[axis]}, or check that the input is laid out as {layout!r}"
+        )
+
+
+def check_several(who: str, input: Tensor, support: Support) -> None:
+    """Refuse an input that has one element per statistic, where the variance is undefined."""
+    if support.split(input.shape).count == 1:
+        raise ShapeError(
+            f"{who}: one value for each statistic (input {show(input.shape)}, {support}); its variance is undefined. Expected more "
+            "than 1 value per channel when training: use a larger batch or input, .eval() with running statistics, or a norm "
+            "over channels such as GroupNorm"
+        )
+
+
+def features_support(who: str, rank: int, over: str | None) -> tuple[Support, str]:
+    """The support of a norm over features, and the axes of its weight: the last ``rank`` axes, or ``over`` of ``"n c *"``."""
+    if over is None:
+        names = " ".join(f"d{k}" for k in range(rank)) if rank > 1 else "d"
+        return Support(f"* {names}", over=names), names
+    if over not in ("c", "c *"):
+        raise OptionError(f"{who}: over={over!r}; wanted 'c' or 'c *' of a channels-first input, or None for the trailing axes")
+    return Support("n c *", over=over), "c"
+
+
+def check_features(who: str, shape: Sequence[int], over: str | None, per: str | None, input: Tensor | None = None) -> None:
+    """Refuse axes that do not go together, and an input that does not fit them."""
+    if over is None:
+        if per is not None:
+            raise OptionError(f"{who}: per={per!r} goes with over=; give over='c' or over='c *', or leave per out")
+        if input is not None and (input.dim() < len(shape) or tuple(input.shape[input.dim() - len(shape) :]) != tuple(shape)):
+            raise ShapeError(f"{who}: got an input of {show(input.shape)}, wanted one that ends in normalized_shape={show(shape)}")
+        return
+    if len(shape) != 1 or per not in (None, ""):
+        raise OptionError(f"{who}: with over={over!r}, normalized_shape is the number of channels and per is '' or None; got {tuple(shape)} and {per!r}")
+    if input is not None:
+        check_channels(who, input, shape[0], "normalized_shape", "n c *")

@@ -1,0 +1,54 @@
+"""The reference: a rule in plain PyTorch, on any device, dtype and layout, differentiable any number of times.
+
+What a rule means is what this file computes. Every faster form is tested against it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from normkit.core.moments import Moments, accumulation_dtype
+from normkit.core.rule import Rule
+from normkit.core.support import Split
+
+
+def normalize(
+    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None = None
+) -> tuple[Tensor, Moments | None]:
+    """Normalize by the input's own statistics and compensate.
+
+    Args:
+        rule: what to compute.
+        x: viewed as ``split.shape``.
+        split: of the rule's support.
+        weight: for the rule's compensation, or None.
+        bias: likewise.
+        mask: boolean, broadcasts over x; where it is False the element enters no statistic and comes out as zero.
+
+    Returns:
+        The output in the accumulation dtype, and the moments where the statistic has them.
+    """
+    if mask is not None:
+        x = torch.where(mask, x, 0.0)  # so that a NaN in the padding reaches neither the output nor a gradient
+    center, scale, moments = rule.statistic.measure(x, split, mask)
+    y = _compensated(rule, x, split, center, scale, weight, bias)
+    return (y if mask is None else torch.where(mask, y, 0.0)), moments
+
+
+def normalize_by(
+    rule: Rule, x: Tensor, split: Split, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Normalize by given statistics, one mean and variance per axis of the rule's memory, and compensate."""
+    return _compensated(rule, x, split, mean, rule.statistic.guarded(var, power=2), weight, bias)
+
+
+def _compensated(
+    rule: Rule, x: Tensor, split: Split, center: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    y = x.to(accumulation_dtype(x.dtype))
+    if center is not None:
+        y = y - center
+    if scale is not None:
+        y = y / scale
+    return rule.compensation.apply(y, split, weight, bias) if rule.compensation else y

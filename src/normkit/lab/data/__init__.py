@@ -1,0 +1,1 @@
+"""Data sets that the lab brings with it; any other is named as ``package.module:factory``."""

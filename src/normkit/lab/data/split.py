@@ -1,0 +1,156 @@
+"""What a model is trained and judged on: splits of inputs and targets, and how to hold some out."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+Inputs = Tensor | dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples of one split, held as tensors or read from a map-style dataset when they are asked for.
+
+    Args:
+        targets: ``(n,)`` class indices, ``(n, l)`` class indices a token with -100 ignored, or floats.
+        inputs: a tensor ``(n, ...)`` or a dict of such tensors; None when `source` is given.
+        source: a map-style dataset of ``(inputs, target)`` pairs; None when `inputs` is given.
+        rows: the rows of `source` that belong to this split; None when `inputs` is given.
+    """
+
+    targets: Tensor
+    inputs: Inputs | None = None
+    source: Any = None
+    rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Counts the samples."""
+        return len(self.targets)
+
+    def batch(self, index: Tensor, device: torch.device) -> tuple[Inputs, Tensor]:
+        """Gives the inputs and targets of the samples `index`, on `device`."""
+        if self.inputs is None:
+            assert self.rows is not None
+            inputs, targets = default_collate([self.source[int(row)] for row in self.rows[index]])
+            targets = as_targets(targets)
+        else:
+            inputs, targets = _take(self.inputs, index), self.targets[index]
+        if isinstance(inputs, Mapping):
+            return {name: value.to(device) for name, value in inputs.items()}, targets.to(device)
+        return inputs.to(device), targets.to(device)
+
+    def take(self, index: Tensor) -> "Split":
+        """Gives the split of the samples `index`."""
+        if self.inputs is None:
+            assert self.rows is not None
+            return Split(self.targets[index], source=self.source, rows=self.rows[index])
+        return Split(self.targets[index], inputs=_take(self.inputs, index))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Names the tensors that this split holds in memory."""
+        if isinstance(self.inputs, Tensor):
+            yield "inputs", self.inputs
+        elif self.inputs is not None:
+            for name in sorted(self.inputs):
+                yield f"inputs[{name!r}]", self.inputs[name]
+        yield "targets", self.targets
+
+
+@dataclass(frozen=True)
+class Data:
+    """Three splits and the kind of task they pose.
+
+    Args:
+        train: samples to learn from.
+        val: samples that choose learning rates.
+        test: samples that judge; touched once, at the end of a run.
+
+    Attributes:
+        kind: ``"classification"`` for integer targets, ``"regression"`` for floats.
+        score: ``"accuracy"`` or ``"r2"``; higher is better.
+        classes: one more than the highest class index; None in regression.
+    """
+
+    train: Split
+    val: Split
+    test: Split
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits by name."""
+        return {"train": self.train, "val": self.val, "test": self.test}
+
+    @property
+    def kind(self) -> str:
+        """The task: classification or regression."""
+        return "regression" if self.train.targets.is_floating_point() else "classification"
+
+    @property
+    def score(self) -> str:
+        """The name of the score."""
+        return "r2" if self.kind == "regression" else "accuracy"
+
+    @property
+    def classes(self) -> int | None:
+        """The number of classes, or None in regression."""
+        if self.kind == "regression":
+            return None
+        return 1 + max(int(split.targets.max()) for split in self.splits.values())
+
+    def sha256(self) -> str:
+        """Hashes everything held in memory (of datasets read when asked for: the targets alone)."""
+        digest = hashlib.sha256()
+        for name, split in self.splits.items():
+            for part, tensor in split.tensors():
+                digest.update(f"{name}.{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def as_targets(value: Any) -> Tensor:
+    """Makes targets int64 when they are integers or booleans, and leaves floats as they are."""
+    targets = torch.as_tensor(value)
+    return targets if targets.is_floating_point() else targets.long()
+
+
+def hold_out(split: Split, fraction: float, seed: int = 0) -> tuple[Split, Split]:
+    """Parts a split in two, the same way each time, with each class in proportion where there are classes.
+
+    Args:
+        split: what to part.
+        fraction: the part of the samples to hold out.
+        seed: of the drawing. Default: 0.
+
+    Returns:
+        What is left, and what was held out.
+
+    >>> rest, held = hold_out(Split(torch.arange(20) % 2, torch.zeros(20, 3)), 0.2)
+    >>> len(rest), len(held), held.targets.sum().item()
+    (16, 4, 2)
+    """
+    order = np.random.default_rng(seed).permutation(len(split))
+    held = np.zeros(len(split), dtype=bool)
+    targets = split.targets.numpy()
+    if targets.ndim == 1 and not split.targets.is_floating_point():
+        # Rounding the running total, not each class, keeps the whole within one sample of the fraction.
+        wanted = 0.0
+        for label in np.unique(targets):
+            members = order[targets[order] == label]
+            before = round(wanted)
+            wanted += fraction * len(members)
+            held[members[: round(wanted) - before]] = True
+    else:
+        held[order[: round(fraction * len(split))]] = True
+    return split.take(torch.from_numpy(np.flatnonzero(~held))), split.take(torch.from_numpy(np.flatnonzero(held)))
+
+
+def _take(inputs: Inputs, index: Tensor) -> Inputs:
+    if isinstance(inputs, Tensor):
+        return inputs[index]
+    return {name: value[index] for name, value in inputs.items()}

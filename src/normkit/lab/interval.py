@@ -1,0 +1,60 @@
+"""Student's interval of paired differences."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from statistics import fmean, stdev
+
+from normkit.core.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean difference and how sure it is.
+
+    Args:
+        mean: of the differences; None when there is none.
+        low: lower end of the interval; None with fewer than two differences.
+        high: upper end; None with fewer than two differences.
+        level: the coverage.
+        differences: what was averaged, in the order of the seeds.
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    level: float
+    differences: tuple[float, ...]
+
+
+def paired_interval(differences: Sequence[float], level: float = 0.95) -> Interval:
+    """Bounds the mean of paired differences.
+
+        mean d -+ t[(1 + level) / 2, n - 1] * s / sqrt(n),   s the standard deviation with n - 1
+
+    It takes differences for normal and independent over seeds. One difference has no interval.
+
+    Args:
+        differences: one a seed: this recipe's score less the baseline's.
+        level: the coverage, between 0 and 1. Default: 0.95.
+
+    Raises:
+        OptionError: `level` is not between 0 and 1.
+
+    Reference:
+        Student 1908, The probable error of a mean, https://doi.org/10.1093/biomet/6.1.1
+
+    >>> found = paired_interval([1.0, 2.0, 3.0])
+    >>> round(found.low, 4), found.mean, round(found.high, 4)
+    (-0.4841, 2.0, 4.4841)
+    """
+    from scipy.stats import t
+
+    if not 0 < level < 1:
+        raise OptionError(f"level is {level}; wanted a number between 0 and 1, such as 0.95")
+    count = len(differences)
+    mean = fmean(differences) if count else None
+    if mean is None or count < 2:
+        return Interval(mean, None, None, level, tuple(differences))
+    half = float(t.ppf((1 + level) / 2, count - 1)) * stdev(differences) / sqrt(count)
+    return Interval(mean, mean - half, mean + half, level, tuple(differences))

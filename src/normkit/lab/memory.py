@@ -1,0 +1,72 @@
+"""The peak of memory that a step takes."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """Measures the most memory that a step holds at once, beyond what was held when it began.
+
+    Weights, buffers, optimizer state and the batch are held before a step and don't count; activations, gradients and
+    temporary results do. On CUDA it is the allocator's ``max_memory_allocated`` less what was allocated. Elsewhere it is the
+    peak of the live storages of all tensors that the step's operators returned; it leaves out what an operator allocates
+    and frees inside itself (such as the unfolded image of a convolution).
+
+    Args:
+        step: what to run, once. Gradients should be None before, or they count as held.
+        device: where it runs.
+
+    >>> x = torch.zeros(1000)
+    >>> peak_bytes(lambda: (x + 1) * 2, x.device)
+    8000
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _LiveStorages() as live:
+        step()
+    return live.peak
+
+
+class _LiveStorages(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in tree_iter((args, kwargs)):
+            self._see(tensor, new=False)
+        result = func(*args, **kwargs)
+        for tensor in tree_iter(result):
+            self._see(tensor, new=True)
+        return result
+
+    def _see(self, tensor: Any, new: bool) -> None:
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.known:
+            return
+        size = storage.nbytes() if new else 0
+        self.known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        # The finalizer runs when the last tensor or saved value that uses the storage is gone.
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size

@@ -1,0 +1,92 @@
+"""A small Inception-style network for 8x8 images."""
+
+import torch
+from torch import Tensor, nn
+
+
+class ConvUnit(nn.Sequential):
+    """Convolution, batch normalization and ReLU, keeping height and width.
+
+    Args:
+        inputs: channels that come in.
+        outputs: channels that go out.
+        kernel: height and width of the kernel, odd.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__(
+            nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+        )
+        nn.init.kaiming_normal_(self[0].weight, nonlinearity="relu")
+
+
+class InceptionBlock(nn.Module):
+    """Four branches side by side, concatenated over channels: 1x1, 1x1 to 3x3, 1x1 to 5x5, and max-pool to 1x1.
+
+    Args:
+        inputs: channels that come in.
+        reduce: channels after the 1x1 convolutions in front of the 3x3 and the 5x5 one.
+        outputs: channels of the branches, in the order above.
+
+    Shape:
+        ``(n, inputs, h, w)`` to ``(n, sum(outputs), h, w)``.
+
+    Reference:
+        Szegedy et al. 2015, Going deeper with convolutions, https://arxiv.org/abs/1409.4842
+    """
+
+    def __init__(self, inputs: int, reduce: tuple[int, int], outputs: tuple[int, int, int, int]) -> None:
+        super().__init__()
+        one, three, five, pooled = outputs
+        self.one = ConvUnit(inputs, one, 1)
+        self.three = nn.Sequential(ConvUnit(inputs, reduce[0], 1), ConvUnit(reduce[0], three, 3))
+        self.five = nn.Sequential(ConvUnit(inputs, reduce[1], 1), ConvUnit(reduce[1], five, 5))
+        self.pooled = nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), ConvUnit(inputs, pooled, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Runs the branches and concatenates them."""
+        return torch.cat([self.one(x), self.three(x), self.five(x), self.pooled(x)], dim=1)
+
+
+class DigitsInception(nn.Module):
+    """Stem, one inception block at 8x8, two at 4x4, global average pool and a linear classifier.
+
+    Args:
+        classes: outputs of the classifier. Default: 10.
+
+    Shape:
+        ``(n, 1, 8, 8)`` to ``(n, classes)``.
+
+    >>> model = DigitsInception()
+    >>> model(torch.zeros(2, 1, 8, 8)).shape
+    torch.Size([2, 10])
+    >>> sum(p.numel() for p in model.parameters())
+    7390
+    """
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = ConvUnit(1, 16, 3)
+        self.blocks = nn.Sequential(
+            InceptionBlock(16, (8, 4), (8, 12, 6, 6)),
+            nn.MaxPool2d(3, stride=2, padding=1),
+            InceptionBlock(32, (8, 4), (8, 12, 6, 6)),
+            InceptionBlock(32, (8, 4), (8, 12, 6, 6)),
+        )
+        self.classifier = nn.Linear(32, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images to logits."""
+        return self.classifier(self.blocks(self.stem(x)).mean(dim=(2, 3)))
+
+
+def digits_inception(classes: int = 10) -> nn.Module:
+    """Makes the network that ``normkit compare`` trains by default.
+
+    Args:
+        classes: outputs of the classifier. Default: 10.
+
+    Reference:
+        Szegedy et al. 2015, Going deeper with convolutions, https://arxiv.org/abs/1409.4842
+    """
+    return DigitsInception(classes)

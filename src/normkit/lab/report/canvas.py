@@ -1,0 +1,141 @@
+"""What the figures share: the look of a paper, panels, lines, scales and the legend."""
+
+import math
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from normkit.lab.report.comparison import Comparison, finite
+from normkit.lab.report.curves import curve
+from normkit.lab.report.palette import Style, styles
+
+COLUMN = 3.4  # inches: one column of a two-column page
+FULL = 7.0
+DOTTED = (0, (1, 1.2))
+INK, FAINT, GRID = "#222222", "#8a8a8a", "#e3e3e3"
+LOOK = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # matplotlib brings it, so that every machine draws the same
+    "font.size": 7.5,
+    "axes.labelsize": 7.5,
+    "axes.titlesize": 7.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 1.8,
+    "axes.edgecolor": "#555555",
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4,
+    "ytick.minor.width": 0.4,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4,
+    "svg.hashsalt": "normkit",
+    "figure.dpi": 100,
+}
+
+
+def panels(count: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with panels side by side."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False, **options)
+    return figure, list(axes[0])
+
+
+def looks(comparison: Comparison) -> list[Style]:
+    """The style of each recipe."""
+    return styles(comparison.names, comparison.result["baseline"])
+
+
+def along(axis: Axes, comparison: Comparison, field: str) -> None:
+    """Draws a value of all recipes against epochs: means, ranges, and diverged runs up to where they ended."""
+    for index, (runs, style) in enumerate(zip(comparison.runs, looks(comparison), strict=True)):
+        line = curve(runs, field)
+        axis.fill_between(line.epochs, line.low, line.high, color=style.light, alpha=0.16, linewidth=0)
+        trace(axis, line.epochs, line.mean, style, index)
+        for _, epochs, values in line.lost:
+            axis.plot(epochs, values, color=style.light, linewidth=0.7)
+            axis.plot(epochs[-1:], values[-1:], "x", color=style.light, markersize=5)
+    if not axis.get_lines():
+        blank(axis)
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.margins(x=0.02)
+
+
+def trace(axis: Axes, x: list[int], y: list[float], style: Style, index: int) -> None:
+    """A line with a few markers, at other places for each recipe so that they do not hide one another."""
+    every = max(1, len(x) // 5)
+    marks = {"marker": style.marker, "markersize": 3.2, "markevery": (min(index * every // 4, len(x)) % every, every)}
+    if x:
+        axis.plot(x, y, color=style.light, linestyle=style.line, **marks)
+
+
+def blank(axis: Axes) -> None:
+    """Says that there is nothing to draw."""
+    axis.text(0.5, 0.5, "nothing recorded", transform=axis.transAxes, ha="center", va="center", color=FAINT)
+
+
+def label(axis: Axes, y: float, text: str) -> None:
+    """Names a horizontal line, just below its right end."""
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axis.annotate(text, (1, y), (-2, -3), ha="right", va="top", fontsize=6.5, color="#666666", **place)
+
+
+def log(axis: Axes) -> None:
+    """A log scale with plain numbers where the range is short enough for them."""
+    drawn = [float(y) for line in axis.get_lines() for y in np.asarray(line.get_ydata(), float) if y > 0]
+    if not drawn:
+        return
+    axis.set_yscale("log")
+    spread = max(drawn) / min(drawn)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 300 else (1,)))
+    if spread < 1e4 and min(drawn) > 1e-4 and max(drawn) < 1e5:
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def legend(figure: Figure, comparison: Comparison, note: str = "") -> None:
+    """Names above the panels, where no curve can run into them; `note` names the fine dotted lines."""
+    handles = [
+        Line2D([], [], color=style.light, linestyle=style.line, marker=style.marker, markersize=3.6)
+        for style in looks(comparison)
+    ]
+    labels = [plain(name) for name in comparison.names]
+    if note:
+        handles.append(Line2D([], [], color=FAINT, linestyle=DOTTED, linewidth=0.9))
+        labels.append(note)
+    # Names in one row where they fit, else in as many columns as the longest allows; 0.06 inch a letter of 7 points.
+    widths = [0.42 + 0.06 * len(text) for text in labels]
+    room = figure.get_figwidth()
+    columns = len(labels) if sum(widths) < room else max(1, int(room / max(widths)))
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, columnspacing=1.4, borderaxespad=0.2)
+
+
+def gapped(values: Any) -> list[float]:
+    """Numbers with NaN for what is not one, which leaves a gap in a line."""
+    known = map(finite, values or [])
+    return [math.nan if value is None else value for value in known]
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib must not read as mathematics."""
+    return text.replace("$", r"\$")

@@ -1,0 +1,186 @@
+"""How the report says numbers and what it concludes from them, the same in the terminal and on the page."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from normkit.lab.report.comparison import at, finite
+
+ABSENT = "\u2013"  # an en dash
+MINUS = "\u2212"
+TIMES = "\u00d7"
+
+
+def number(value: Any, kind: str) -> str:
+    """A number of a record as the report prints it.
+
+    >>> number(0.98333, "score"), number(0.0042, "difference"), number(None, "score") == ABSENT
+    ('0.9833', '+0.0042', True)
+    >>> number(12.345, "ms"), number(83.4, "seconds"), number(12345.6, "condition")
+    ('12.3', '1 min 23 s', '1.2e+04')
+    """
+    known = finite(value)
+    if known is None:
+        return ABSENT
+    if kind == "score":
+        text = f"{known:.4f}"
+    elif kind == "difference":
+        text = f"{known:+.4f}"
+    elif kind == "count":
+        text = f"{known:,.0f}"
+    elif kind == "ratio":
+        text = f"{known:.2f}{TIMES}"
+    elif kind == "seconds":
+        text = duration(known)
+    elif kind == "rate":
+        text = f"{known:g}"
+    else:
+        text = significant(known)
+    return text.replace("-", MINUS, 1) if known < 0 else text
+
+
+def significant(value: float) -> str:
+    """Three significant digits without an exponent where they fit, two with one above 10 000."""
+    size = abs(value)
+    if size >= 9999.5 or 0 < size < 0.001:
+        return f"{value:.1e}"
+    places = 0 if size >= 99.95 else 1 if size >= 9.995 else 2 if size >= 0.9995 else 3
+    return f"{value:.{places}f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 59.5:
+        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def score_name(result: dict[str, Any]) -> str:
+    """The name of the score as read in a sentence."""
+    name = str(at(result, "task.score") or "score")
+    return {"r2": "R²"}.get(name, name)
+
+
+def level(paired: Any) -> str:
+    """The level of an interval in percent."""
+    return f"{100 * (finite(at(paired, 'level')) or 0.95):g}%"
+
+
+def seeds(count: int) -> str:
+    """A count of seeds."""
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def listing(names: Sequence[str]) -> str:
+    """Names as a sentence lists them."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def kept(recipe: dict[str, Any]) -> int:
+    """How many seeds of a recipe gave a test score."""
+    return int(at(recipe, "test_score.n") or 0)
+
+
+def judge(recipe: dict[str, Any], baseline: str) -> str:
+    """baseline, better, worse, even (nothing shown), single (no interval) or failed (nothing to compare)."""
+    low, high = finite(at(recipe, "paired.low")), finite(at(recipe, "paired.high"))
+    if kept(recipe) == 0:
+        return "failed"
+    if recipe["recipe"] == baseline:
+        return "baseline"
+    if low is None or high is None:
+        return "single" if at(recipe, "paired.mean") is not None else "failed"
+    return "better" if low > 0 else "worse" if high < 0 else "even"
+
+
+def verdict(recipe: dict[str, Any], baseline: str) -> str:
+    """The judgement in plain words."""
+    pairs = int(at(recipe, "paired.n") or 0)
+    return {
+        "baseline": "the baseline",
+        "better": "better",
+        "worse": "worse",
+        "even": f"no difference shown at {seeds(pairs)}",
+        "single": "one seed: no interval",
+        "failed": "diverged" if kept(recipe) == 0 else "nothing to pair with",
+    }[judge(recipe, baseline)]
+
+
+def interval(paired: Any) -> str:
+    """The paired difference's interval."""
+    return f"{number(at(paired, 'low'), 'difference')} to {number(at(paired, 'high'), 'difference')}"
+
+
+def findings(result: dict[str, Any]) -> list[str]:
+    """What was found: who is best, by how much, how sure; then what the others showed."""
+    baseline, name = result["baseline"], score_name(result)
+    scored = [recipe for recipe in result["recipes"] if finite(at(recipe, "test_score.mean")) is not None]
+    if not scored:
+        return ["No recipe gave a test score: every run diverged. Try smaller rates."]
+    top = max(scored, key=lambda recipe: recipe["test_score"]["mean"])
+    lead = f"{top['recipe']} has the highest mean test {name}, {number(top['test_score']['mean'], 'score')}"
+    tied = [r["recipe"] for r in scored if r["test_score"]["mean"] == top["test_score"]["mean"]]
+    if len(tied) > 1:
+        lead = f"{listing(tied)} share the highest mean test {name}, {number(top['test_score']['mean'], 'score')}"
+    lead += f" ({seeds(kept(top))})"
+    judged = {recipe["recipe"]: judge(recipe, baseline) for recipe in result["recipes"]}
+    sentences = [lead_sentence(lead, top, judged, baseline, tied)]
+    others = {recipe: word for recipe, word in judged.items() if recipe not in (top["recipe"], baseline)}
+    for word, phrase in {
+        "better": f"better than {baseline}",
+        "worse": f"worse than {baseline}",
+        "even": f"not shown to differ from {baseline} at this number of seeds",
+    }.items():
+        names = [recipe for recipe, got in others.items() if got == word]
+        if names:
+            sentences.append(f"{listing(names)} {'is' if len(names) == 1 else 'are'} {phrase}.")
+    return sentences
+
+
+def lead_sentence(lead: str, top: dict[str, Any], judged: dict[str, str], baseline: str, tied: list[str]) -> str:
+    """Who is best, and what the interval allows to say about it."""
+    word = judged[top["recipe"]]
+    if "single" in judged.values() and word in ("baseline", "single"):
+        return f"{lead}. With one seed there is no interval, so this may be chance: take 3 seeds or more."
+    if word == "baseline" or (baseline in tied and word == "even"):
+        return f"{lead}: no recipe was shown to be better than the baseline {baseline}."
+    if word not in ("better", "even", "worse"):
+        return f"{lead}; there is no baseline score to compare it with."
+    # A seed lost on one side can put the paired difference on the other side of zero from that of the means.
+    side = "above" if top["paired"]["mean"] > 0 else "below"
+    by = f"{number(abs(top['paired']['mean']), 'score')} {side} the baseline {baseline}"
+    bounds = f"{level(top['paired'])} interval {interval(top['paired'])}"
+    if word == "better":
+        return f"{lead}, {by} ({bounds}): better, as far as these seeds tell."
+    if word == "worse":
+        return f"{lead}, but on the seeds that both finished it is {by} ({bounds})."
+    return f"{lead}, {by}, but the {bounds} includes zero: no difference shown."
+
+
+def cautions(result: dict[str, Any]) -> list[str]:
+    """What a reader must know before trusting the table: lost runs, rates at the edge, many intervals."""
+    notes = []
+    lost = {
+        r["recipe"]: [str(run.get("seed")) for run in r["runs"] if run["status"] != "ok"] for r in result["recipes"]
+    }
+    for recipe in result["recipes"]:
+        failed = lost[recipe["recipe"]]
+        if failed:
+            rest = f"its numbers are of the other {kept(recipe)}" if kept(recipe) else "it has no numbers"
+            notes.append(f"{recipe['recipe']} diverged in {failed} of {seeds(len(recipe['runs']))}; {rest}.")
+    edge = [r["recipe"] for r in result["recipes"] if r.get("rate_at_edge")]
+    if edge:
+        notes.append(
+            f"† {listing(edge)}: the chosen rate is at the edge of the sweep, a better one may lie beyond; "
+            "widen it with --rates."
+        )
+    compared = [r for r in result["recipes"] if judge(r, result["baseline"]) in ("better", "worse", "even")]
+    if len(compared) > 1:
+        share = 1 - (finite(at(compared[0], "paired.level")) or 0.95)
+        notes.append(
+            f"Each interval stands alone: of {len(compared)}, the chance that one or more misses is up to "
+            f"{100 * min(1.0, share * len(compared)):.0f}%."
+        )
+    return notes

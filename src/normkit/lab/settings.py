@@ -1,0 +1,118 @@
+"""The settings of a comparison, checked."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from normkit.core.errors import OptionError
+
+RECIPES = ("bn", "bn+ws", "bn+wn", "bn+e")
+RATES = {"sgd": (0.01, 0.05, 0.25, 1.25), "adam": (3e-4, 1e-3, 3e-3, 1e-2), "adamw": (3e-4, 1e-3, 3e-3, 1e-2)}
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a comparison trains, and how; every field has a default.
+
+    Args:
+        model: a built-in name or ``package.module:factory``. Default: ``"inception"``.
+        data: a built-in name or ``package.module:factory``. Default: ``"digits"``.
+        recipes: in the notation of :func:`normkit.surgery.recipe.apply_recipe`; the first is the baseline.
+        seeds: a count n for the seeds 0 to n - 1, or the seeds themselves. Default: 3.
+        rates: learning rates that each recipe tries with its first seed. Default: four that suit the optimizer.
+        epochs: passes over the train split. Default: 12.
+        batch_size: samples a step, over all processes; what does not fill a batch is left out of the epoch. Default: 128.
+        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``. Default: ``"sgd"``.
+        momentum: of SGD; unused by the others. Default: 0.9.
+        weight_decay: Default: 1e-4.
+        schedule: ``"cosine"`` down to 0 over the run, or ``"constant"``. Default: ``"cosine"``.
+        target: the validation score whose time is taken. Default: None, the highest that every run reached.
+        level: coverage of the intervals. Default: 0.95.
+        condition: take the condition numbers of the weights after each epoch. Default: True.
+        accelerator: of Lightning Fabric. Default: ``"auto"``.
+        devices: of Lightning Fabric. Default: ``"auto"``.
+        precision: of Lightning Fabric. Default: ``"32-true"``.
+
+    Raises:
+        OptionError: a value is outside its range.
+
+    >>> Settings(seeds=2).seeds
+    (0, 1)
+    """
+
+    model: str = "inception"
+    data: str = "digits"
+    recipes: Sequence[str] = RECIPES
+    seeds: int | Sequence[int] = 3
+    rates: Sequence[float] | None = None
+    epochs: int = 12
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: str = "cosine"
+    target: float | None = None
+    level: float = 0.95
+    condition: bool = True
+    accelerator: str = "auto"
+    devices: str = "auto"
+    precision: str = "32-true"
+
+    def __post_init__(self) -> None:
+        """Checks every field, and makes tuples of sequences and numbers."""
+        _one_of("optimizer", self.optimizer, RATES)
+        _one_of("schedule", self.schedule, SCHEDULES)
+        for name in ("epochs", "batch_size"):
+            _check(name, value := getattr(self, name), isinstance(value, int) and value >= 1, "a whole number from 1")
+        seeds = tuple(range(self.seeds)) if isinstance(self.seeds, int) else tuple(self.seeds)
+        _check("seeds", self.seeds, bool(seeds), "at least one seed")
+        _check("seeds", self.seeds, len(set(seeds)) == len(seeds) and min(seeds) >= 0, "different seeds from 0")
+        rates = tuple(float(rate) for rate in (RATES[self.optimizer] if self.rates is None else self.rates))
+        _check("rates", self.rates, bool(rates), "at least one learning rate")
+        for rate in rates:
+            _check("rates", rate, math.isfinite(rate) and rate > 0, "learning rates above 0")
+        _check("rates", self.rates, len(set(rates)) == len(rates), "different learning rates")
+        _check("momentum", self.momentum, 0 <= self.momentum < 1, "from 0 to below 1")
+        decays = math.isfinite(self.weight_decay) and self.weight_decay >= 0
+        _check("weight_decay", self.weight_decay, decays, "0 or above")
+        _check("level", self.level, 0 < self.level < 1, "between 0 and 1, such as 0.95")
+        _check("target", self.target, self.target is None or math.isfinite(self.target), "a finite score")
+        _check("recipes", self.recipes, bool(self.recipes), "at least one recipe")
+        for name, value in {"seeds": seeds, "rates": tuple(sorted(rates)), "recipes": tuple(self.recipes)}.items():
+            object.__setattr__(self, name, value)
+
+    def canonical(self) -> "Settings":
+        """Writes each recipe in its canonical form.
+
+        Raises:
+            NotationError: a recipe has an unknown word.
+            OptionError: two recipes are the same.
+        """
+        from normkit.surgery.recipe import Recipe
+
+        recipes = tuple(str(Recipe.parse(text)) for text in self.recipes)
+        for place, recipe in enumerate(recipes):
+            first = recipes.index(recipe)
+            if first < place:
+                given = f"{self.recipes[first]!r} and {self.recipes[place]!r}"
+                raise OptionError(f"recipes {given} are the same ({recipe}); wanted each once")
+        return replace(self, recipes=recipes)
+
+    def record(self, device: str) -> dict[str, Any]:
+        """Gives the configuration that a folder records, with the device that it resolved to."""
+        lists = {"recipes": list(self.recipes), "seeds": list(self.seeds), "rates": list(self.rates or ())}  # pyright: ignore[reportArgumentType]
+        settings = {name: lists.get(name, getattr(self, name)) for name in self.__dataclass_fields__}
+        if self.optimizer != "sgd":
+            del settings["momentum"]
+        return {**settings, "device": device}
+
+
+def _check(name: str, got: Any, good: bool, wanted: str) -> None:
+    if not good:
+        raise OptionError(f"{name} is {got}; wanted {wanted}")
+
+
+def _one_of(name: str, got: str, known: Any) -> None:
+    _check(name, repr(got), got in known, " or ".join(known))

@@ -1,0 +1,97 @@
+"""Losses and scores of the two kinds of task: classification and regression."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from normkit.core.errors import ProtocolError
+from normkit.lab.data.split import Inputs
+
+IGNORED = -100
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Calls a model with a tensor, or with a dict as keyword arguments."""
+    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
+def predictions(output: Any, name: str = "model") -> Tensor:
+    """Finds the tensor of predictions in what a model returned.
+
+    Args:
+        output: a tensor, an object with ``.logits`` or a mapping with ``"logits"``.
+        name: how the message calls the model. Default: ``"model"``.
+
+    Raises:
+        ProtocolError: there is no such tensor.
+
+    >>> predictions({"logits": torch.ones(2)})
+    tensor([1., 1.])
+    """
+    found = output
+    if not isinstance(output, Tensor):
+        found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if not isinstance(found, Tensor):
+        raise ProtocolError(
+            f"model {name} returned a {type(output).__name__}; "
+            'wanted a tensor of logits, an object with .logits or a dict with "logits"'
+        )
+    return found
+
+
+def loss(output: Any, targets: Tensor) -> Tensor:
+    """Averages the cross-entropy over targets that are not ignored, or the squared error over floats.
+
+    Args:
+        output: what the model returned.
+        targets: of the batch.
+
+    >>> loss(torch.zeros(2, 4), torch.tensor([1, 3]))
+    tensor(1.3863)
+    """
+    predicted = predictions(output).float()
+    if targets.is_floating_point():
+        return functional.mse_loss(predicted.reshape(targets.shape), targets.float())
+    total = functional.cross_entropy(predicted.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    # A batch of padding alone has loss 0, not 0 / 0.
+    return total / (targets != IGNORED).sum().clamp(min=1)
+
+
+def tally(output: Any, targets: Tensor) -> Tensor:
+    """Counts a batch: summed loss, summed right answers (or squared error), number of targets; float64.
+
+    Args:
+        output: what the model returned.
+        targets: of the batch.
+
+    >>> tally(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1]))[1:]
+    tensor([1., 2.], dtype=torch.float64)
+    """
+    if targets.is_floating_point():
+        predicted = predictions(output).double().reshape(targets.shape)
+        wrong = (predicted - targets.double()).square().sum()
+        return torch.stack([wrong, wrong, torch.full_like(wrong, targets.numel())])
+    counted = targets != IGNORED
+    count = counted.sum().double()
+    right = ((predictions(output).argmax(-1) == targets) & counted).sum().double()
+    return torch.stack([loss(output, targets).double() * count, right, count])
+
+
+def score(sums: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Turns the sums of :func:`tally` over a whole split into a mean loss and a score.
+
+    Args:
+        sums: the three sums.
+        targets: of the whole split; its spread is what R² compares with.
+
+    Returns:
+        The mean loss, and accuracy or R² = 1 - sum (y - p)^2 / sum (y - mean y)^2, the mean taken a column.
+    """
+    total, second, count = sums.tolist()
+    if targets.is_floating_point():
+        values = targets.double()
+        return total / count, 1.0 - second / float((values - values.mean(0)).square().sum())
+    return total / count, second / count
