@@ -105,7 +105,7 @@ def moments(x: Tensor, dims: Sequence[int], mask: Tensor | None = None) -> Momen
     if not dims:
         return Moments(x, torch.zeros_like(x), 1)
     if mask is None:
-        count: int | Tensor = math.prod(x.shape[d] for d in dims)
+        count: int | Tensor = math.prod([x.shape[d] for d in dims])
         first = x.mean(dims, keepdim=True)
         rest = x - first
         shift = rest.mean(dims, keepdim=True)

@@ -35,7 +35,7 @@ class Split:
     @property
     def count(self) -> int:
         """Elements that share one statistic."""
-        return math.prod(self.shape[d] for d in self.dims)
+        return math.prod([self.shape[d] for d in self.dims])
 
     @property
     def statistics_shape(self) -> tuple[int, ...]:
@@ -162,7 +162,7 @@ class Support:
         text = f"({' '.join(group)})" if len(group) > 1 else group[0]
         where = f"axis {text} (number {position} of {show(shape)})"
         unknown = [name for name in group if name not in given]
-        product = math.prod(given[name] for name in group if name in given)
+        product = math.prod([given[name] for name in group if name in given])
         if len(unknown) > 1:
             raise ShapeError(f"{self}: {where} of size {size} leaves {' and '.join(unknown)} open; give a size for all but one")
         if not unknown and product != size:
@@ -274,7 +274,7 @@ def per_shape(per: str, split: Split) -> tuple[int, ...]:
         if group == ("*",):
             shape += [size for name, size in zip(split.names, split.shape, strict=True) if name == "*"]
         else:
-            shape.append(math.prod(split.shape[split.names.index(name)] for name in group))
+            shape.append(math.prod([split.shape[split.names.index(name)] for name in group]))
     return tuple(shape)
 
 

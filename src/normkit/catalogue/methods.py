@@ -1,0 +1,47 @@
+"""METHODS: every method, one line each. Tests, pages, recipes and benchmarks go through it."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from normkit.activations import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
+from normkit.core.card import Card
+from normkit.core.errors import NotationError
+from normkit.weights import spectral_norm, weight_conditioning, weight_norm, weight_standardization
+
+METHODS: tuple[Card, ...] = (
+    batch_norm.CARD,
+    layer_norm.CARD,
+    rms_norm.CARD,
+    group_norm.CARD,
+    instance_norm.CARD,
+    weight_norm.CARD,
+    spectral_norm.CARD,
+    weight_standardization.CARD,
+    weight_conditioning.CARD,
+)
+
+
+def method(name: str) -> Card:
+    """The card of a method, by its name or its word in recipes.
+
+    Args:
+        name: e.g. ``"group_norm"`` or ``"gn"``; case, spaces and hyphens do not matter.
+
+    Returns:
+        The card.
+
+    Raises:
+        NotationError: no such method; the message lists those that exist.
+
+    >>> method("gn").title
+    'Group normalization'
+    """
+    wanted = name.strip().lower().replace("-", "_").replace(" ", "_")
+    for card in METHODS:
+        if wanted in (card.name, card.word, card.name.replace("_", ""), card.module.__name__.lower()):
+            return card
+    names = [card.name for card in METHODS]
+    close = get_close_matches(wanted, names, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise NotationError(f"no method {name!r}{hint} Methods that exist: {', '.join(names)}")
