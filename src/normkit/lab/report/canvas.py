@@ -15,9 +15,9 @@ from normkit.lab.report.palette import Style, styles
 
 COLUMN = 3.4  # inches: one column of a two-column page
 FULL = 7.0
-DOTTED = (0, (1, 1.2))
+DOTTED: Any = (0, (1, 1.2))
 INK, FAINT, GRID = "#222222", "#8a8a8a", "#e3e3e3"
-LOOK = {
+LOOK: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # matplotlib brings it, so that every machine draws the same
     "font.size": 7.5,
@@ -84,7 +84,11 @@ def along(axis: Axes, comparison: Comparison, field: str) -> None:
 def trace(axis: Axes, x: list[int], y: list[float], style: Style, index: int) -> None:
     """A line with a few markers, at other places for each recipe so that they do not hide one another."""
     every = max(1, len(x) // 5)
-    marks = {"marker": style.marker, "markersize": 3.2, "markevery": (min(index * every // 4, len(x)) % every, every)}
+    marks: dict[str, Any] = {
+        "marker": style.marker,
+        "markersize": 3.2,
+        "markevery": (min(index * every // 4, len(x)) % every, every),
+    }
     if x:
         axis.plot(x, y, color=style.light, linestyle=style.line, **marks)
 
@@ -96,7 +100,7 @@ def blank(axis: Axes) -> None:
 
 def label(axis: Axes, y: float, text: str) -> None:
     """Names a horizontal line, just below its right end."""
-    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
     axis.annotate(text, (1, y), (-2, -3), ha="right", va="top", fontsize=6.5, color="#666666", **place)
 
 

@@ -41,7 +41,7 @@ def curve(runs: Sequence[Run], field: str) -> Curve:
 
 
 def sweep(entries: Sequence[dict[str, Any]]) -> list[tuple[float, float | None]]:
-    """Each rate tried and the mean of its best validation scores; None where no run came through."""
+    """Each rate tried and the mean of its validation scores; None where no run came through."""
     scores: dict[float, list[float]] = {}
     for entry in entries:
         known = scores.setdefault(float(entry["rate"]), [])

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -135,14 +136,14 @@ def differences(comparison: Comparison) -> Figure:
 
 
 def rates(comparison: Comparison) -> Figure:
-    """Learning-rate sweep: validation score at each rate tried; the chosen one is filled."""
+    """Learning-rate sweep: validation score after the last epoch at each rate tried; the chosen one is filled."""
     figure, (axis,) = panels(1, COLUMN, 2.6)
     tried: set[float] = set()
     for recipe, style in zip(comparison.result["recipes"], looks(comparison), strict=True):
         points = sweep(recipe["sweep"])
         tried.update(rate for rate, _ in points)
         scores = [math.nan if score is None else score for _, score in points]
-        hollow = {"marker": style.marker, "markerfacecolor": "white", "markersize": 4.5}
+        hollow: dict[str, Any] = {"marker": style.marker, "markerfacecolor": "white", "markersize": 4.5}
         axis.plot([rate for rate, _ in points], scores, linestyle=style.line, color=style.light, **hollow)
         for rate, score in points:
             if score is None:
@@ -156,7 +157,7 @@ def rates(comparison: Comparison) -> Figure:
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.tick_params(axis="x", which="minor", bottom=False)
         axis.set_xlim(min(tried) / 1.25, max(tried) * 1.25)
-    axis.set(xlabel="learning rate", ylabel=f"best validation {score_name(comparison.result)}")
+    axis.set(xlabel="learning rate", ylabel=f"validation {score_name(comparison.result)}, last epoch")
     legend(figure, comparison)
     return figure
 

@@ -9,7 +9,9 @@ Reference:
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
+Line = Literal["-", "--", "-.", ":"]
 BASELINE = ("#4a4a4a", "#c4c4c4")
 HUES = (
     ("#0072b2", "#56a9e0"),
@@ -28,7 +30,7 @@ MARKERS = (
     ("v", "triangle-down"),
     ("P", "cross"),
 )
-DASHES = (("-", "solid"), ("--", "dash"), ("-.", "dashdot"), (":", "dot"))
+DASHES: tuple[tuple[Line, str], ...] = (("-", "solid"), ("--", "dash"), ("-.", "dashdot"), (":", "dot"))
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Style:
     dark: str
     marker: str
     symbol: str
-    line: str
+    line: Line
     dash: str
 
 

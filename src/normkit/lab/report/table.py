@@ -19,6 +19,7 @@ from normkit.lab.report.wording import (
     kept,
     level,
     number,
+    over_seeds,
     score_name,
     verdict,
 )
@@ -90,8 +91,8 @@ def cost_columns(result: dict[str, Any]) -> list[tuple[str, list[Text]]]:
     recipes = result["recipes"]
     target = number(at(result, "target.score"), "score")
     return [
-        (f"steps\nto {target}", [Text(over_seeds(r, "steps_to_target", "count")) for r in recipes]),
-        (f"time\nto {target}", [Text(over_seeds(r, "seconds_to_target", "seconds")) for r in recipes]),
+        (f"steps\nto {target}", [Text(reached(r, "steps_to_target", "count")) for r in recipes]),
+        (f"time\nto {target}", [Text(reached(r, "seconds_to_target", "seconds")) for r in recipes]),
         ("ms\na step", [Text(number(at(r, "cost.ms_per_step"), "ms")) for r in recipes]),
         ("ratio", [Text(number(at(r, "cost.ratio"), "ratio")) for r in recipes]),
         ("MB\na step", [Text(number(at(r, "cost.mb_per_step"), "mb")) for r in recipes]),
@@ -119,13 +120,10 @@ def difference(recipe: dict[str, Any], baseline: str) -> Text:
     return Text(text)
 
 
-def over_seeds(recipe: dict[str, Any], key: str, kind: str) -> str:
-    """The median over seeds, or how many reached the target where not all did."""
-    known = sorted(run[key] for run in recipe["runs"] if run.get(key) is not None)
-    if not known:
-        return ABSENT
-    middle = known[len(known) // 2] if len(known) % 2 else (known[len(known) // 2 - 1] + known[len(known) // 2]) / 2
-    short = "" if len(known) == len(recipe["runs"]) else f" ({len(known)}/{len(recipe['runs'])})"
+def reached(recipe: dict[str, Any], key: str, kind: str) -> str:
+    """The median over seeds, and how many reached the target where not all did."""
+    middle, count = over_seeds(recipe, key)
+    short = "" if count in (0, len(recipe["runs"])) else f" ({count}/{len(recipe['runs'])})"
     return number(middle, kind) + short
 
 

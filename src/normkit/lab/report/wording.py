@@ -1,6 +1,7 @@
 """How the report says numbers and what it concludes from them, the same in the terminal and on the page."""
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from normkit.lab.report.comparison import at, finite
@@ -76,6 +77,12 @@ def seeds(count: int) -> str:
 def listing(names: Sequence[str]) -> str:
     """Names as a sentence lists them."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def over_seeds(recipe: dict[str, Any], key: str) -> tuple[float | None, int]:
+    """The median over the runs that have a value, and how many have."""
+    known = [value for value in (finite(run.get(key)) for run in recipe["runs"]) if value is not None]
+    return (median(known) if known else None), len(known)
 
 
 def kept(recipe: dict[str, Any]) -> int:

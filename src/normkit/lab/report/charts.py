@@ -1,0 +1,281 @@
+"""The interactive charts of the page, as plotly reads them.
+
+A colour is given by its name on the page ("@series-0", "@ink", with an opacity after a slash), because the page alone
+knows whether its ground is light or dark.
+"""
+
+from html import escape
+from math import log10
+from typing import Any
+
+from normkit.lab.report.comparison import Comparison, at, finite
+from normkit.lab.report.curves import curve, sweep
+from normkit.lab.report.palette import Style, styles
+from normkit.lab.report.wording import score_name
+
+Chart = dict[str, Any]
+
+
+def charts(comparison: Comparison) -> dict[str, Chart]:
+    """Every chart of the page by the id of its place."""
+    result, score = comparison.result, escape(score_name(comparison.result))
+    goal = finite(at(result, "target.score"))
+    target = [flat(goal)] if goal is not None else []
+    conditions = {f"condition-{place}": condition(comparison, place) for place in ("first", "last", "mean")}
+    span = log_span([trace for place in conditions.values() for trace in place["data"]])
+    for place in conditions.values():
+        place["layout"]["yaxis"].update(span)
+    return {
+        "differences": differences(comparison),
+        "validation": chart(
+            along(comparison, "val_score"), "epoch", f"validation {score}", shapes=target, views=halves(comparison)
+        ),
+        "time": chart(against_time(comparison), "training time, s", f"validation {score}", shapes=target),
+        "loss": chart(along(comparison, "train_loss"), "epoch", "training loss", log=True),
+        "rates": rates(comparison),
+        **conditions,
+        "milliseconds": bars(comparison, "ms_per_step", "ms a step"),
+        "megabytes": bars(comparison, "mb_per_step", "MB a step"),
+    }
+
+
+def chart(data: list[Chart], x: str, y: str, *, log: bool = False, **more: Any) -> Chart:
+    """A chart of curves with a legend above it."""
+    layout = {
+        "xaxis": {"title": {"text": x}, "gridcolor": "@rule", "zeroline": False},
+        "yaxis": {"title": {"text": y}, "gridcolor": "@rule", "zeroline": False, "automargin": True},
+        "hovermode": "x unified",
+        "showlegend": True,
+        "height": 380,
+    }
+    if log:
+        layout["yaxis"].update(type="log", dtick=1, exponentformat="power")
+    views = more.pop("views", [])
+    return {"data": data, "layout": {**layout, **more}, "views": views}
+
+
+def looks(comparison: Comparison) -> list[tuple[str, Style, str]]:
+    """Name, style and colour of each recipe; plotly reads names as markup, so they are escaped."""
+    chosen = styles(comparison.names, comparison.result["baseline"])
+    return [
+        (escape(name), style, f"@series-{index}")
+        for index, (name, style) in enumerate(zip(comparison.names, chosen, strict=True))
+    ]
+
+
+def along(comparison: Comparison, field: str) -> list[Chart]:
+    """A band from the lowest to the highest seed and a line through the mean, for each recipe; diverged runs apart."""
+    data = []
+    for runs, (name, style, colour) in zip(comparison.runs, looks(comparison), strict=True):
+        line = curve(runs, field)
+        if line.epochs:
+            band = {
+                "x": line.epochs + line.epochs[::-1],
+                "y": line.high + line.low[::-1],
+                "fill": "toself",
+                "fillcolor": f"{colour}/0.18",
+                "line": {"width": 0},
+                "mode": "lines",
+            }
+            data.append({**band, "name": name, "legendgroup": name, "showlegend": False, "hoverinfo": "skip"})
+            data.append(
+                {
+                    **stroke(name, style, colour),
+                    "x": line.epochs,
+                    "y": line.mean,
+                    "customdata": [list(pair) for pair in zip(line.low, line.high, strict=True)],
+                    "hovertemplate": "%{y:.4~g}  (seeds %{customdata[0]:.4~g} to %{customdata[1]:.4~g})",
+                }
+            )
+        for seed, epochs, values in line.lost:
+            ends = {"symbol": ["circle"] * (len(epochs) - 1) + ["x"], "size": [0] * (len(epochs) - 1) + [9]}
+            lost = {"line": {"color": colour, "width": 1, "dash": "dot"}, "marker": {"color": colour, **ends}}
+            title = f"{name}, seed {seed}, diverged"
+            data.append({"x": epochs, "y": values, "name": title, "mode": "lines+markers", "legendgroup": name, **lost})
+    return data
+
+
+def stroke(name: str, style: Style, colour: str) -> Chart:
+    """A named line."""
+    return {
+        "name": name,
+        "legendgroup": name,
+        "mode": "lines+markers",
+        "line": {"color": colour, "width": 2, "dash": style.dash},
+        "marker": {"color": colour, "symbol": style.symbol, "size": 5},
+    }
+
+
+def against_time(comparison: Comparison) -> list[Chart]:
+    """The mean validation score against the mean time spent in training up to that epoch."""
+    data = []
+    for runs, (name, style, colour) in zip(comparison.runs, looks(comparison), strict=True):
+        line = curve(runs, "val_score")
+        whole = [run for run in runs if run.status == "ok"]
+        count = min([len(run.seconds) for run in whole] + [len(line.epochs)])
+        passed = [sum(sum(run.seconds[: last + 1]) for run in whole) / len(whole) for last in range(count)]
+        if count:
+            hover = "%{y:.4~g} after %{x:.3~g} s (epoch %{customdata})"
+            drawn = {"x": passed, "y": line.mean[:count], "customdata": line.epochs[:count], "hovertemplate": hover}
+            data.append({**stroke(name, style, colour), **drawn})
+    return data
+
+
+def halves(comparison: Comparison) -> list[Chart]:
+    """Two views of the validation score: all epochs, and the second half enlarged, where curves lie close."""
+    lines = [curve(runs, "val_score") for runs in comparison.runs]
+    last = max((epoch for line in lines for epoch in line.epochs), default=0)
+    late = [
+        end
+        for line in lines
+        for epoch, low, high in zip(line.epochs, line.low, line.high, strict=True)
+        if epoch >= last / 2
+        for end in (low, high)
+    ]
+    if last < 6 or not late:
+        return []
+    room = 0.06 * (max(late) - min(late)) or 0.01
+    near = {"xaxis.range": [last / 2, last * 1.01], "yaxis.range": [min(late) - room, max(late) + room]}
+    return [
+        {"label": "all epochs", "layout": {"xaxis.autorange": True, "yaxis.autorange": True}},
+        {"label": "second half", "layout": near},
+    ]
+
+
+def flat(y: float) -> Chart:
+    """A dotted horizontal line that is named on the page's caption."""
+    line = {"color": "@soft", "width": 1, "dash": "dot"}
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line}
+
+
+def differences(comparison: Comparison) -> Chart:
+    """Paired differences from the baseline: mean, interval and each seed."""
+    result, data = comparison.result, []
+    pairs = zip(result["recipes"], looks(comparison), strict=True)
+    rows = [(recipe, look) for recipe, look in pairs if recipe["recipe"] != result["baseline"]]
+    for place, (recipe, (name, style, colour)) in enumerate(rows):
+        mean, low, high = (finite(at(recipe, f"paired.{key}")) for key in ("mean", "low", "high"))
+        each = [value for value in map(finite, at(recipe, "paired.differences") or []) if value is not None]
+        dots = {"color": colour, "size": 6, "opacity": 0.55}
+        data.append(
+            {
+                "x": each,
+                "y": [place + 0.26] * len(each),
+                "mode": "markers",
+                "marker": dots,
+                "hovertemplate": f"{name}, one seed: %{{x:+.4f}}<extra></extra>",
+            }
+        )
+        if mean is None:
+            continue
+        ends = f"<br>interval {low:+.4f} to {high:+.4f}" if low is not None and high is not None else ""
+        point = {
+            "x": [mean],
+            "y": [place],
+            "mode": "markers",
+            "marker": {"color": colour, "symbol": style.symbol, "size": 11},
+            "hovertemplate": f"{name}: %{{x:+.4f}}{ends}<extra></extra>",
+        }
+        if low is not None and high is not None:
+            reach = {"type": "data", "symmetric": False, "array": [high - mean], "arrayminus": [mean - low]}
+            point["error_x"] = {**reach, "color": colour, "thickness": 2.5, "width": 0}
+        data.append(point)
+    made = chart(data, f"test {escape(score_name(result))} minus {escape(result['baseline'])}'s, same seed", "")
+    made["layout"].update(hovermode="closest", showlegend=False, height=110 + 52 * max(1, len(rows)))
+    made["layout"]["xaxis"].update(zeroline=True, zerolinecolor="@ink", zerolinewidth=1, nticks=6)
+    made["layout"]["yaxis"].update(
+        tickvals=list(range(len(rows))),
+        ticktext=[name for _, (name, *_) in rows],
+        range=[len(rows) - 0.4, -0.6],
+        showgrid=False,
+        fixedrange=True,
+        ticklabelstandoff=6,
+    )
+    return made
+
+
+def rates(comparison: Comparison) -> Chart:
+    """The validation score after the last epoch at each rate tried; the chosen rate's mark is filled."""
+    data, tried = [], set()
+    for recipe, (name, style, colour) in zip(comparison.result["recipes"], looks(comparison), strict=True):
+        points = sweep(recipe["sweep"])
+        tried.update(rate for rate, _ in points)
+        chosen = [rate == recipe.get("rate") for rate, _ in points]
+        data.append(
+            {
+                **stroke(name, style, colour),
+                "x": [rate for rate, _ in points],
+                "y": [score for _, score in points],
+                "marker": {
+                    "color": [colour if kept else "@ground" for kept in chosen],
+                    "symbol": style.symbol,
+                    "size": [11 if kept else 8 for kept in chosen],
+                    "line": {"color": colour, "width": 2},
+                },
+                "text": ["chosen" if kept else "" for kept in chosen],
+                "hovertemplate": "%{y:.4~g} %{text}",
+            }
+        )
+    made = chart(data, "learning rate", f"validation {escape(score_name(comparison.result))}, last epoch")
+    ticks = {"tickvals": sorted(tried), "ticktext": [f"{rate:g}" for rate in sorted(tried)]}
+    made["layout"]["xaxis"].update(type="log", unifiedhovertitle={"text": "rate %{x:g}"}, **ticks)
+    return made
+
+
+def condition(comparison: Comparison, place: str) -> Chart:
+    """Condition numbers along training of one layer or of the mean over layers."""
+    data = []
+    for recipe, (name, style, colour) in zip(comparison.result["recipes"], looks(comparison), strict=True):
+        record = at(recipe, f"condition.{place}") or {}
+        raw, effective = ([finite(value) for value in record.get(key) or []] for key in ("raw", "effective"))
+        epochs = list(range(1, max(len(raw), len(effective)) + 1))
+        if raw != effective:
+            fine = {"mode": "lines", "line": {"color": colour, "width": 1.5, "dash": "dot"}}
+            data.append({"x": epochs, "y": raw, "name": f"{name}, raw", "hovertemplate": "%{y:.3~g}", **fine})
+        drawn = {**stroke(name, style, colour), "hovertemplate": "%{y:.3~g}"}
+        data.append({"x": epochs, "y": effective, **drawn, "marker": {"color": colour, "size": 4}})
+    made = chart(data, "epoch", "condition number", log=True)
+    made["layout"].update(showlegend=False, height=300)
+    return made
+
+
+def log_span(data: list[Chart]) -> Chart:
+    """One range for several logarithmic axes."""
+    values = [value for trace in data for value in trace["y"] if value]
+    if not values:
+        return {}
+    room = 0.05 * (log10(max(values)) - log10(min(values))) or 0.1
+    return {"range": [log10(min(values)) - room, log10(max(values)) + room], "dtick": "D2", "exponentformat": "e"}
+
+
+def bars(comparison: Comparison, key: str, title: str) -> Chart:
+    """One bar a recipe from zero, with the quartiles of the time."""
+    recipes, found = comparison.result["recipes"], looks(comparison)
+    values = [finite(at(recipe, f"cost.{key}")) for recipe in recipes]
+    bar: Chart = {
+        "type": "bar",
+        "orientation": "h",
+        "x": values,
+        "y": list(range(len(recipes))),
+        "marker": {"color": [colour for *_, colour in found]},
+        "customdata": [name for name, *_ in found],
+        "hovertemplate": f"%{{customdata}}: %{{x:.4~g}} {title}<extra></extra>",
+    }
+    quartiles = [at(recipe, "cost.ms_quartiles") for recipe in recipes]
+    if key == "ms_per_step" and all(quartiles) and None not in values:
+        over = [high - value for value, (_, high) in zip(values, quartiles, strict=True)]
+        under = [value - low for value, (low, _) in zip(values, quartiles, strict=True)]
+        reach = {"type": "data", "symmetric": False, "array": over, "arrayminus": under}
+        bar["error_x"] = {**reach, "color": "@ink", "thickness": 1.5, "width": 0}
+    made = chart([bar], title, "")
+    made["layout"].update(hovermode="closest", showlegend=False, height=90 + 34 * len(recipes), bargap=0.35)
+    made["layout"]["xaxis"].update(rangemode="tozero", nticks=6)
+    made["layout"]["yaxis"].update(
+        tickvals=list(range(len(recipes))),
+        ticktext=[name for name, *_ in found],
+        range=[len(recipes) - 0.5, -0.5],
+        showgrid=False,
+        fixedrange=True,
+        ticklabelstandoff=6,
+    )
+    return made

@@ -1,0 +1,112 @@
+"""The report of a comparison as one self-contained page that works offline."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
+from normkit.lab.record import write_bytes
+from normkit.lab.report import wording
+from normkit.lab.report.charts import charts
+from normkit.lab.report.comparison import Comparison, at, finite, read_comparison
+from normkit.lab.report.palette import styles
+
+
+def write_page(out: Path) -> Path:
+    """Writes OUT/report.html from the records of OUT.
+
+    The page holds all it needs, plotly.js included, and asks nothing of the network.
+
+    Args:
+        out: the folder that `normkit compare --output` wrote.
+
+    Returns:
+        The file written. The same records and the same plotly give the same bytes.
+
+    Raises:
+        RecordError: a record is missing or corrupt, or the folder cannot be written.
+    """
+    path = out / "report.html"
+    write_bytes(path, render(read_comparison(out)).encode())
+    return path
+
+
+def render(comparison: Comparison) -> str:
+    """The page's HTML."""
+    from plotly.offline import get_plotlyjs
+
+    result = comparison.result
+
+    def number(path: str, kind: str) -> Markup:
+        """A number with its full value and its place in result.json behind it."""
+        value = finite(at(result, path))
+        text = wording.number(value, kind)
+        if value is None:
+            return Markup('<span class="absent" title="not recorded">{}</span>').format(text)
+        return Markup('<data value="{}" title="{} = {}">{}</data>').format(repr(value), path, repr(value), text)
+
+    pages = Environment(
+        autoescape=True,
+        loader=FunctionLoader(resource),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return pages.get_template("page.html").render(
+        result=result,
+        recipes=list(enumerate(result["recipes"])),
+        seeds=sorted({str(run.get("seed")) for recipe in result["recipes"] for run in recipe["runs"]}, key=natural),
+        swept=sorted({str(entry.get("seed")) for r in result["recipes"] for entry in r["sweep"]}, key=natural),
+        styles=styles(comparison.names, result["baseline"]),
+        findings=wording.findings(result),
+        cautions=wording.cautions(result),
+        level=wording.level(at(result["recipes"][-1], "paired")),
+        score=wording.score_name(result),
+        number=number,
+        at=lambda path: at(result, path),
+        judge=wording.judge,
+        verdict=wording.verdict,
+        listing=wording.listing,
+        setting=setting,
+        link=link,
+        over_seeds=wording.over_seeds,
+        plain=wording.number,
+        data=embedded(charts(comparison)),
+        css=Markup(resource("page.css")),
+        script=Markup(resource("page.js")),
+        plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
+    )
+
+
+def resource(name: str) -> str:
+    """A file of this package."""
+    return files("normkit.lab.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def embedded(value: Any) -> Markup:
+    """JSON that cannot end the script element that holds it."""
+    text = json.dumps(value, separators=(",", ":"))
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def link(folder: str) -> str:
+    """The address of a run's folder relative to the page."""
+    return "./" + quote(folder, safe="/+@:,=")
+
+
+def setting(value: Any) -> str:
+    """A setting or a fact of the environment as text."""
+    if isinstance(value, list):
+        return ", ".join(map(setting, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {setting(entry)}" for key, entry in value.items())
+    return "none" if value is None else str(value)
+
+
+def natural(text: str) -> tuple[int, str]:
+    """The order of seeds: as numbers."""
+    return len(text), text
