@@ -1,1 +1,1 @@
-"""The lab: fair comparisons of normalization recipes on a model and data of the user's choice (the extra ``normkit[lab]``)."""
+"""The lab: fair comparisons of recipes on a user's own model and data; needs the extra ``normkit[lab]``."""

@@ -32,8 +32,8 @@ def measure_costs(
 ) -> dict[str, dict[str, Any]]:
     """Times forward, backward and update of each model on one batch of the train split.
 
-    After a warm-up, each round runs one step of every model in an order shuffled anew, so that what slows the machine for a
-    while slows all of them alike; medians and ratios are taken over rounds.
+    After a warm-up, each round runs one step of every model in an order shuffled anew, so that what slows the machine
+    for a while slows all of them alike; medians and ratios are taken over rounds.
 
     Args:
         models: by recipe, the baseline first; trained in place.
@@ -45,8 +45,8 @@ def measure_costs(
         on_round: called after each round.
 
     Returns:
-        By recipe: ``ms_per_step`` (median), ``ms_quartiles``, ``ratio`` (median of a round's time over the baseline's in that
-        round), ``mb_per_step`` (10^6 bytes, see :func:`~normkit.lab.memory.peak_bytes`) and ``rounds``.
+        By recipe: ``ms_per_step`` (median), ``ms_quartiles``, ``ratio`` (median of a round's time over the baseline's
+        in that round), ``mb_per_step`` (10^6 bytes, see :func:`~normkit.lab.memory.peak_bytes`) and ``rounds``.
     """
     device = fabric.device
     size = min(settings.batch_size, len(data.train)) // fabric.world_size

@@ -1,22 +1,22 @@
 """The protocol by which a user's own model and data enter a comparison.
 
-**A factory** is named ``package.module:name``; the current folder is importable. A built-in name (``inception``, ``digits``)
-stands for a factory of the lab.
+**A factory** is named ``package.module:name``; the current folder is importable. A built-in name (``inception``,
+``digits``) stands for a factory of the lab.
 
 **A model factory** is called with no arguments, or with ``classes=`` when it accepts that name, and returns a
 ``torch.nn.Module`` with fresh weights drawn from torch's, numpy's or Python's global generator (each is seeded before).
 
-**A data factory** is called with no arguments and returns a :class:`~normkit.lab.data.split.Data`, or a dict with ``"train"``,
-``"test"`` and optionally ``"val"`` (else a fifth of ``"train"`` is held out, stratified). Each is a pair ``(inputs, targets)``
-of tensors or numpy arrays, or a map-style dataset of such pairs for single samples.
+**A data factory** is called with no arguments and returns a :class:`~normkit.lab.data.split.Data`, or a dict with
+``"train"``, ``"test"`` and optionally ``"val"`` (else a fifth of ``"train"`` is held out, stratified). Each is a pair
+``(inputs, targets)`` of tensors or numpy arrays, or a map-style dataset of such pairs for single samples.
 
 * Inputs: a tensor ``(n, ...)``, given to the model as ``model(inputs)``; or a dict of tensors ``(n, ...)``, given as
   ``model(**inputs)`` (such as ``input_ids`` and ``attention_mask``).
-* Targets: integer classes ``(n,)``, or a class for each token ``(n, l)`` where -100 is ignored: the loss is cross-entropy and the
-  score is accuracy. Floats of any shape: the loss is the mean squared error and the score is R².
+* Targets: integer classes ``(n,)``, or a class for each token ``(n, l)`` where -100 is ignored: the loss is
+  cross-entropy and the score is accuracy. Floats of any shape: the loss is the mean squared error and the score is R².
 
-**The model returns** a tensor, an object with ``.logits`` or a dict with ``"logits"``: ``(n, classes)``, ``(n, l, classes)``, or the
-shape of float targets (a last axis of size 1 may be missing from the targets).
+**The model returns** a tensor, an object with ``.logits`` or a dict with ``"logits"``: ``(n, classes)``, ``(n, l,
+classes)``, or the shape of float targets (a last axis of size 1 may be missing from the targets).
 
     # shapes.py                                       $ normkit compare --model shapes:model --data shapes:data
     def model(classes=3):
@@ -80,7 +80,9 @@ def load_factory(name: str, builtin: Mapping[str, str]) -> Callable[..., Any]:
     for part in attribute.split("."):
         if not hasattr(found, part):
             names = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
-            raise ProtocolError(f"{name!r}: {module_name} has no {attribute!r}; it has {', '.join(names) or 'nothing callable'}")
+            raise ProtocolError(
+                f"{name!r}: {module_name} has no {attribute!r}; it has {', '.join(names) or 'nothing callable'}"
+            )
         found = getattr(found, part)
     if not callable(found):
         raise ProtocolError(f"{name!r} is {_kind(found)}; wanted a factory, that is a function to call")
@@ -138,13 +140,17 @@ def make_data(factory: Callable[[], Any], name: str) -> Data:
             )
         splits = {key: _split(f"{name}: {key}", value) for key, value in made.items()}
     else:
-        raise ProtocolError(f'data factory {name} returned {_kind(made)}; wanted a dict with "train" and "test", or Data')
+        raise ProtocolError(
+            f'data factory {name} returned {_kind(made)}; wanted a dict with "train" and "test", or Data'
+        )
     for key, split in splits.items():
         _check_split(f"{name}: {key}", split)
     if "val" not in splits:
         train, val = hold_out(splits["train"], HELD_OUT)
         if not (len(train) and len(val)):
-            raise ProtocolError(f"{name}: train has {len(splits['train'])} samples, too few to hold out val; give a val")
+            raise ProtocolError(
+                f"{name}: train has {len(splits['train'])} samples, too few to hold out val; give a val"
+            )
         splits = {**splits, "train": train, "val": val}
     _check_agreement(name, splits)
     return Data(splits["train"], splits["val"], splits["test"])
@@ -196,7 +202,11 @@ def _split(name: str, value: Any) -> Split:
     if isinstance(value, tuple | list) and len(value) == 2:
         inputs, targets = value
         return Split(as_targets(_tensor(f"{name} targets", targets)), inputs=_inputs(f"{name} inputs", inputs))
-    if hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, Mapping | Tensor | np.ndarray):
+    if (
+        hasattr(value, "__getitem__")
+        and hasattr(value, "__len__")
+        and not isinstance(value, Mapping | Tensor | np.ndarray)
+    ):
         return _read(name, value)
     raise ProtocolError(f"{name} is {_kind(value)}; wanted a pair (inputs, targets) or a map-style dataset")
 
@@ -211,7 +221,9 @@ def _read(name: str, source: Any) -> Split:
             _check_finite(f"{name}[{row}] {part}", tensor)
         targets.append(_tensor(f"{name}[{row}] target", sample[1]))
     if len({target.shape for target in targets}) > 1:
-        raise ProtocolError(f"{name} has targets of unequal shapes; pad them (with -100 where a token is to be ignored)")
+        raise ProtocolError(
+            f"{name} has targets of unequal shapes; pad them (with -100 where a token is to be ignored)"
+        )
     stacked = torch.stack(targets) if targets else torch.empty(0, dtype=torch.long)
     return Split(as_targets(stacked), source=source, rows=torch.arange(len(targets)))
 
@@ -269,7 +281,9 @@ def _check_agreement(name: str, splits: Mapping[str, Split]) -> None:
                 f"{tuple(train.shape)}; wanted the same kind"
             )
         if targets.is_floating_point() and not (targets != targets[:1]).any():
-            raise ProtocolError(f"{name}: targets of {key} are all equal, so R² is not defined; give a split that varies")
+            raise ProtocolError(
+                f"{name}: targets of {key} are all equal, so R² is not defined; give a split that varies"
+            )
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
@@ -277,7 +291,9 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         bad = (~good).nonzero()
         where = tuple(bad[0].tolist())
         value = "NaN" if torch.isnan(tensor[where]) else "infinity"
-        raise ProtocolError(f"{name} hold {value} at {_place(where)} ({len(bad)} of {tensor.numel()} values); clean the data")
+        raise ProtocolError(
+            f"{name} hold {value} at {_place(where)} ({len(bad)} of {tensor.numel()} values); clean the data"
+        )
 
 
 def _named(inputs: Inputs) -> list[tuple[str, Tensor]]:

@@ -1,7 +1,7 @@
 """Folders of records: written atomically, read with care, locked against a second writer.
 
-A file is complete or absent: it is written beside its place under a temporary name, flushed to the disk and renamed. So a
-process killed at any instant leaves the last complete version of each file.
+A file is complete or absent: it is written beside its place under a temporary name, flushed to the disk and renamed. So
+a process killed at any instant leaves the last complete version of each file.
 """
 
 import io
@@ -41,8 +41,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         with suppress(OSError):
             part.unlink(missing_ok=True)
         raise RecordError(
-            f"cannot write {path}: {error.strerror or error}; what was written before is kept. Free space or make the folder "
-            "writable and give the same command to go on, or choose another --output"
+            f"cannot write {path}: {error.strerror or error}; what was written before is kept. Free space or make "
+            "the folder writable and give the same command to go on, or choose another --output"
         ) from error
 
 
@@ -191,8 +191,8 @@ def prepare(folder: Path, marker: str, ours: Iterable[str], overwrite: bool) -> 
         names = {entry.name for entry in folder.iterdir() if not entry.name.endswith(TEMPORARY)} - {LOCK}
         if names and marker not in names:
             raise RecordError(
-                f"{folder} holds {', '.join(sorted(names)[:3])} but no {marker}, so it is no record of normkit and is left "
-                "alone; choose another --output"
+                f"{folder} holds {', '.join(sorted(names)[:3])} but no {marker}, so it is no record of normkit and is "
+                "left alone; choose another --output"
             )
         for name in ours if overwrite else ():
             path = folder / name
@@ -221,7 +221,9 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise RecordError(f"{path} is missing; {_cure(path)}") from None
+        finish = "give the `normkit compare` command of this folder (again) to finish it"
+        cure = _cure(path) if path.parent.name.startswith("seed=") else finish
+        raise RecordError(f"{path} is missing; {cure}") from None
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:

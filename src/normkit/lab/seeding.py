@@ -1,4 +1,4 @@
-"""Randomness that is a function of the seed and the epoch alone, so a run goes on after a stop as if there had been none."""
+"""Randomness as a function of seed and epoch alone, so that a run goes on after a stop as if there had been none."""
 
 import hashlib
 import random

@@ -1,14 +1,14 @@
 """The settings of a comparison, checked."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from normkit.core.errors import OptionError
 
 RECIPES = ("bn", "bn+ws", "bn+wn", "bn+e")
-RATES = {"sgd": (0.01, 0.05, 0.25, 1.25), "adam": (3e-4, 1e-3, 3e-3, 1e-2), "adamw": (3e-4, 1e-3, 3e-3, 1e-2)}
+RATES = {"sgd": (0.06, 0.25, 1.0, 4.0), "adam": (3e-4, 1e-3, 3e-3, 1e-2), "adamw": (3e-4, 1e-3, 3e-3, 1e-2)}
 SCHEDULES = ("cosine", "constant")
 
 
@@ -20,11 +20,11 @@ class Settings:
         model: a built-in name or ``package.module:factory``. Default: ``"inception"``.
         data: a built-in name or ``package.module:factory``. Default: ``"digits"``.
         recipes: in the notation of :func:`normkit.surgery.recipe.apply_recipe`; the first is the baseline.
-        seeds: a count n for the seeds 0 to n - 1, or the seeds themselves. Default: 3.
+        seeds: Default: ``(0, 1, 2)``.
         rates: learning rates that each recipe tries with its first seed. Default: four that suit the optimizer.
         epochs: passes over the train split. Default: 12.
-        batch_size: samples a step, over all processes; what does not fill a batch is left out of the epoch. Default: 128.
-        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``. Default: ``"sgd"``.
+        batch_size: samples a step, over all processes; what does not fill a batch is left out of the epoch. Default:
+        128. optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``. Default: ``"sgd"``.
         momentum: of SGD; unused by the others. Default: 0.9.
         weight_decay: Default: 1e-4.
         schedule: ``"cosine"`` down to 0 over the run, or ``"constant"``. Default: ``"cosine"``.
@@ -38,17 +38,17 @@ class Settings:
     Raises:
         OptionError: a value is outside its range.
 
-    >>> Settings(seeds=2).seeds
-    (0, 1)
+    >>> Settings(optimizer="adam").rates
+    (0.0003, 0.001, 0.003, 0.01)
     """
 
     model: str = "inception"
     data: str = "digits"
-    recipes: Sequence[str] = RECIPES
-    seeds: int | Sequence[int] = 3
-    rates: Sequence[float] | None = None
+    recipes: tuple[str, ...] = RECIPES
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rates: tuple[float, ...] = ()
     epochs: int = 12
-    batch_size: int = 128
+    batch_size: int = 64
     optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -66,21 +66,20 @@ class Settings:
         _one_of("schedule", self.schedule, SCHEDULES)
         for name in ("epochs", "batch_size"):
             _check(name, value := getattr(self, name), isinstance(value, int) and value >= 1, "a whole number from 1")
-        seeds = tuple(range(self.seeds)) if isinstance(self.seeds, int) else tuple(self.seeds)
-        _check("seeds", self.seeds, bool(seeds), "at least one seed")
-        _check("seeds", self.seeds, len(set(seeds)) == len(seeds) and min(seeds) >= 0, "different seeds from 0")
-        rates = tuple(float(rate) for rate in (RATES[self.optimizer] if self.rates is None else self.rates))
-        _check("rates", self.rates, bool(rates), "at least one learning rate")
+        seeds = tuple(self.seeds)
+        _check("seeds", seeds, bool(seeds), "at least one seed")
+        _check("seeds", seeds, len(set(seeds)) == len(seeds) and min(seeds) >= 0, "different seeds from 0")
+        rates = tuple(sorted(float(rate) for rate in self.rates or RATES[self.optimizer]))
         for rate in rates:
             _check("rates", rate, math.isfinite(rate) and rate > 0, "learning rates above 0")
-        _check("rates", self.rates, len(set(rates)) == len(rates), "different learning rates")
+        _check("rates", rates, len(set(rates)) == len(rates), "different learning rates")
         _check("momentum", self.momentum, 0 <= self.momentum < 1, "from 0 to below 1")
         decays = math.isfinite(self.weight_decay) and self.weight_decay >= 0
         _check("weight_decay", self.weight_decay, decays, "0 or above")
         _check("level", self.level, 0 < self.level < 1, "between 0 and 1, such as 0.95")
         _check("target", self.target, self.target is None or math.isfinite(self.target), "a finite score")
         _check("recipes", self.recipes, bool(self.recipes), "at least one recipe")
-        for name, value in {"seeds": seeds, "rates": tuple(sorted(rates)), "recipes": tuple(self.recipes)}.items():
+        for name, value in {"seeds": seeds, "rates": rates, "recipes": tuple(self.recipes)}.items():
             object.__setattr__(self, name, value)
 
     def canonical(self) -> "Settings":
@@ -102,11 +101,24 @@ class Settings:
 
     def record(self, device: str) -> dict[str, Any]:
         """Gives the configuration that a folder records, with the device that it resolved to."""
-        lists = {"recipes": list(self.recipes), "seeds": list(self.seeds), "rates": list(self.rates or ())}  # pyright: ignore[reportArgumentType]
-        settings = {name: lists.get(name, getattr(self, name)) for name in self.__dataclass_fields__}
+        settings = asdict(self)
+        settings |= {name: list(settings[name]) for name in ("recipes", "seeds", "rates")}
         if self.optimizer != "sgd":
             del settings["momentum"]
         return {**settings, "device": device}
+
+
+def first_seeds(count: int) -> tuple[int, ...]:
+    """Gives the seeds 0 to `count` - 1.
+
+    Raises:
+        OptionError: `count` is below 1.
+
+    >>> first_seeds(3)
+    (0, 1, 2)
+    """
+    _check("seeds", count, count >= 1, "at least one seed")
+    return tuple(range(count))
 
 
 def _check(name: str, got: Any, good: bool, wanted: str) -> None:
@@ -114,5 +126,5 @@ def _check(name: str, got: Any, good: bool, wanted: str) -> None:
         raise OptionError(f"{name} is {got}; wanted {wanted}")
 
 
-def _one_of(name: str, got: str, known: Any) -> None:
+def _one_of(name: str, got: str, known: Iterable[str]) -> None:
     _check(name, repr(got), got in known, " or ".join(known))

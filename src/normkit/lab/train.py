@@ -73,7 +73,9 @@ def finished(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         RecordError: the record is damaged, or is of another configuration.
     """
     record.check_config(
-        folder / "config.json", config, "choose another --output, or --overwrite to train anew (the code or data changed)"
+        folder / "config.json",
+        config,
+        "choose another --output, or --overwrite to train anew (the code or data changed)",
     )
     if not (folder / "result.json").exists():
         return None
@@ -156,7 +158,9 @@ class Trainer:
                 "condition": self._conditions(),
             }
         )
-        self.timing.append({"epoch": epoch, "seconds": trained - started, "check_seconds": time.perf_counter() - trained})
+        self.timing.append(
+            {"epoch": epoch, "seconds": trained - started, "check_seconds": time.perf_counter() - trained}
+        )
         self._save(epoch)
         return True
 

@@ -14,10 +14,9 @@ class ConvUnit(nn.Sequential):
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
-        super().__init__(
-            nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-        )
-        nn.init.kaiming_normal_(self[0].weight, nonlinearity="relu")
+        convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+        super().__init__(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
 class InceptionBlock(nn.Module):

@@ -1,0 +1,210 @@
+"""The command line: ``normkit compare``, ``report``, ``list``, ``show`` and ``info``."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+except ModuleNotFoundError:
+    raise SystemExit("error: the command line needs typer; pip install 'normkit[lab]'") from None
+
+from normkit.core.errors import NormkitError, OptionError
+
+app = typer.Typer(
+    name="normkit",
+    help="Normalization for PyTorch: every method, and a fair comparison of them on your own model and data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+LAB = ("lightning_fabric", "lightning", "numpy", "rich", "scipy", "sklearn", "matplotlib", "plotly")
+WHAT, HOW, WHERE, RECORDS = "What is compared", "How it is trained", "Where it runs", "Records"
+
+
+@app.command()
+def compare(
+    model: Annotated[
+        str, typer.Option(help="inception, or package.module:factory", rich_help_panel=WHAT)
+    ] = "inception",
+    data: Annotated[str, typer.Option(help="digits, or package.module:factory", rich_help_panel=WHAT)] = "digits",
+    recipes: Annotated[
+        str, typer.Option(help="separated by commas; the first is the baseline", rich_help_panel=WHAT)
+    ] = "bn,bn+ws,bn+wn,bn+e",
+    seeds: Annotated[int, typer.Option(help="how many; 0 to n - 1", rich_help_panel=WHAT)] = 3,
+    rates: Annotated[
+        str | None,
+        typer.Option(help="learning rates, separated by commas; default: four for the optimizer", rich_help_panel=WHAT),
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(help="validation score whose time is taken; default: the highest all reach", rich_help_panel=WHAT),
+    ] = None,
+    level: Annotated[float, typer.Option(help="coverage of the intervals", rich_help_panel=WHAT)] = 0.95,
+    condition: Annotated[
+        bool, typer.Option("--condition/--no-condition", help="condition numbers of the weights", rich_help_panel=WHAT)
+    ] = True,
+    epochs: Annotated[int, typer.Option(help="passes over the training data", rich_help_panel=HOW)] = 12,
+    batch_size: Annotated[int, typer.Option(help="samples a step, over all processes", rich_help_panel=HOW)] = 64,
+    optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw", rich_help_panel=HOW)] = "sgd",
+    momentum: Annotated[float, typer.Option(help="of sgd", rich_help_panel=HOW)] = 0.9,
+    weight_decay: Annotated[float, typer.Option(help="of the optimizer", rich_help_panel=HOW)] = 1e-4,
+    schedule: Annotated[str, typer.Option(help="cosine (down to 0) or constant", rich_help_panel=HOW)] = "cosine",
+    accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda, mps", rich_help_panel=WHERE)] = "auto",
+    devices: Annotated[
+        str, typer.Option(help="how many; torchrun's processes count by themselves", rich_help_panel=WHERE)
+    ] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="32-true, bf16-mixed, 16-mixed, 64-true, ...", rich_help_panel=WHERE)
+    ] = "32-true",
+    threads: Annotated[
+        int | None, typer.Option(help="of torch on the CPU; default: as many as it takes", rich_help_panel=WHERE)
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="folder; default: runs/<data>-<model>", rich_help_panel=RECORDS),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace the records there", rich_help_panel=RECORDS)
+    ] = False,
+    no_report: Annotated[
+        bool, typer.Option("--no-report", help="no figures, no report.html", rich_help_panel=RECORDS)
+    ] = False,
+) -> None:
+    """Compares recipes of normalization on a model and data.
+
+    Each recipe tries the learning rates with the first seed, then trains with every seed at its best rate. All start
+    from the same weights and see the same data in the same order. The end is a table, report.html, figures and the
+    records.
+
+    Without options: a small Inception network on handwritten digits, with bn, bn+ws (weight standardization), bn+wn
+    (weight norm) and bn+e (weight conditioning), in about two minutes on two cores.
+
+    Stop it at any time: the same command goes on where it was.
+
+    Example: normkit compare --recipes bn,gn:4,ln --seeds 5
+
+    Example: normkit compare --model mine.models:make --data mine.data:load --epochs 30 --optimizer adamw
+    """
+    with _faults():
+        from normkit.lab.settings import Settings, first_seeds
+
+        settings = Settings(
+            model=model,
+            data=data,
+            recipes=tuple(_words("recipes", recipes)),
+            seeds=first_seeds(seeds),
+            rates=() if rates is None else tuple(_number("rates", word) for word in _words("rates", rates)),
+            epochs=epochs,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            target=target,
+            level=level,
+            condition=condition,
+            accelerator=accelerator,
+            devices=devices,
+            precision=precision,
+        )
+        if threads is not None and threads < 1:
+            raise OptionError(f"threads is {threads}; wanted 1 or more")
+        from normkit.lab import compare as lab
+
+        try:
+            lab.compare(settings, output, overwrite=overwrite, report=not no_report, threads=threads)
+        except KeyboardInterrupt:
+            folder = output or lab.default_output(settings)
+            again = lab.command(settings, folder)
+            typer.echo(f"\nstopped; {lab.kept(folder)}\nto go on:  {again}", err=True)
+            raise typer.Exit(130) from None
+
+
+@app.command()
+def report(output: Annotated[Path, typer.Argument(help="folder of a finished comparison")]) -> None:
+    """Draws the figures and report.html of a comparison anew from its records, and prints its table."""
+    with _faults():
+        from normkit.lab.compare import reprint
+
+        reprint(output)
+
+
+@app.command("list")
+def list_methods() -> None:
+    """Lists the methods: name, what each normalizes over, paper."""
+    with _faults():
+        from rich.console import Console
+
+        from normkit.catalogue.page import list_table
+
+        list_table(Console())
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="as in the list, such as group_norm")]) -> None:
+    """Shows one method: support set, formula, paper, use cases, strengths and weaknesses."""
+    with _faults():
+        from rich.console import Console
+
+        from normkit.catalogue.page import show_page
+
+        show_page(name, Console())
+
+
+@app.command()
+def info() -> None:
+    """Says what runs here: versions, device, cores, threads and back ends."""
+    with _faults():
+        import torch
+
+        from normkit.engine.dispatch import backends
+        from normkit.lab.devices import cores, processor, versions
+
+        for key, value in versions().items():
+            typer.echo(f"{key:<16}{value or 'not installed'}")
+        cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        typer.echo(f"{'processor':<16}{processor()}\n{'cores':<16}{cores()}\n{'threads':<16}{torch.get_num_threads()}")
+        typer.echo(f"{'device':<16}{cuda or 'cpu'}")
+        for name, reason in backends().items():
+            typer.echo(f"{'back end':<16}{name:<12}{'runs here' if reason is None else f'does not run here: {reason}'}")
+
+
+def main() -> None:
+    """Runs the command line."""
+    app()
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    try:
+        yield
+    except NormkitError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in LAB:
+            raise
+        typer.echo(f"error: {error.name} is not installed; pip install 'normkit[lab]'", err=True)
+        raise typer.Exit(2) from None
+
+
+def _words(name: str, text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise OptionError(f"{name} is {text!r}; wanted words separated by commas")
+    return words
+
+
+def _number(name: str, word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise OptionError(f"{name} has {word!r}; wanted numbers separated by commas") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""The comparison: a sweep of learning rates for each recipe, the chosen rate over all seeds, costs, and the result."""
+
+import re
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import datetime
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from normkit.core.errors import RecordError
+from normkit.lab import record
+from normkit.lab.devices import device_name, environment, start_fabric
+from normkit.lab.progress import Watch
+from normkit.lab.result import Records, choose, find_target, summarize
+from normkit.lab.seeding import borrowed_randomness
+from normkit.lab.settings import Settings
+from normkit.lab.study import Study
+from normkit.lab.train import Run
+
+SCHEMA = 1
+CONFIG, ENVIRONMENT, RESULT, COST, SESSIONS = (
+    "config.json",
+    "environment.json",
+    "result.json",
+    "cost.json",
+    "sessions.json",
+)
+OURS = (RESULT, "runs", COST, SESSIONS, ENVIRONMENT, "report.html", "figures", CONFIG)
+CURE = "choose another --output, or --overwrite to replace them"
+
+
+def compare(
+    settings: Settings,
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    report: bool = True,
+    threads: int | None = None,
+    console: Console | None = None,
+    model: Callable[..., Any] | None = None,
+    data: Callable[[], Any] | None = None,
+) -> dict[str, Any]:
+    """Compares recipes on a model and data, and writes a folder of records.
+
+    Each recipe tries every rate with the first seed; its rate is the one with the best validation score at the end. At
+    that rate it trains with every seed. All recipes start from the same weights and see the same data in the same
+    order. The test split is looked at once a run, when its training is over, and chooses nothing. A stopped comparison
+    goes on where it was when it is started again with the same settings and folder; a finished one is read back.
+
+    Args:
+        settings: what to train and how.
+        output: the folder of the records. Default: None, ``runs/<data>-<model>``.
+        overwrite: replace the records in the folder. Default: False.
+        report: draw figures and ``report.html`` as well. Default: True.
+        threads: of torch on the CPU. Default: None, those of the record, or as it is.
+        console: where progress and the table go. Default: None, standard output.
+        model: a model factory in place of the one that `settings` names. Default: None.
+        data: a data factory in place of the one that `settings` names. Default: None.
+
+    Returns:
+        What ``result.json`` holds.
+
+    Raises:
+        ProtocolError: the model or data breaks the protocol.
+        RecordError: the folder holds something else, is damaged, in use or not writable.
+    """
+    settings = replace(settings, model=_named(model, settings.model), data=_named(data, settings.data)).canonical()
+    folder = Path(output) if output is not None else default_output(settings)
+    fabric = start_fabric(settings)
+    console = console or Console()
+    if not fabric.is_global_zero:
+        console = Console(quiet=True)
+    config = settings.record(device_name(fabric))
+    result = None
+    if fabric.is_global_zero and not overwrite:
+        result = _read_back(folder, config)
+    if fabric.world_size > 1:
+        result = fabric.broadcast(result)
+    if result is None:
+        with borrowed_randomness(threads):
+            if threads is None and fabric.is_global_zero and not overwrite:
+                _take_threads(folder)
+            study = Study(settings, fabric, folder, model, data)
+            with record.locked(folder) if fabric.is_global_zero else nullcontext():
+                result = _Session(study, folder, config, overwrite, console).result()
+    else:
+        console.print(f"{folder} holds this comparison, finished {result['finished']}", highlight=False, soft_wrap=True)
+    if fabric.is_global_zero:
+        _show(result, folder, report, console)
+    return result
+
+
+def default_output(settings: Settings) -> Path:
+    """Names the folder of a comparison after its data and model.
+
+    >>> default_output(Settings()).as_posix()
+    'runs/digits-inception'
+    """
+    names = [re.sub(r"[^\w.-]+", ".", name).strip(".") for name in (settings.data, settings.model)]
+    return Path("runs") / "-".join(names)
+
+
+def command(settings: Settings, output: Path) -> str:
+    """Writes the command line that makes this comparison.
+
+    >>> command(Settings(seeds=(0, 1)), Path("runs/digits-inception"))
+    'normkit compare --seeds 2'
+    """
+    words = ["normkit", "compare"]
+    plain = Settings()
+    for name in settings.__dataclass_fields__:
+        value = getattr(settings, name)
+        default = Settings(optimizer=settings.optimizer).rates if name == "rates" else getattr(plain, name)
+        if value == default:
+            continue
+        if name == "condition":
+            words.append("--no-condition")
+            continue
+        if name == "seeds" and value == tuple(range(len(value))):
+            value = len(value)
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        words += [f"--{name.replace('_', '-')}", text]
+    if output != default_output(settings):
+        words += ["--output", str(output)]
+    return shlex.join(words)
+
+
+def kept(folder: Path) -> str:
+    """Says what a stopped comparison has kept."""
+    done = len(list(folder.glob("runs/*/*/*/result.json")))
+    begun = len(list(folder.glob("runs/*/*/*/checkpoint.pt")))
+    also = f" and {begun} begun, up to its last whole epoch" if begun else ""
+    return f"kept in {folder}: {done} finished {'run' if done == 1 else 'runs'}{also}"
+
+
+class _Session:
+    """One stretch of work on a comparison, from a start to its end or to an interruption."""
+
+    def __init__(self, study: Study, folder: Path, config: dict[str, Any], overwrite: bool, console: Console) -> None:
+        self.study, self.folder, self.config, self.console = study, folder, config, console
+        self.settings, self.fabric = study.settings, study.fabric
+        self.records = Records(folder)
+        self.began, self.started = time.monotonic(), _now()
+        self.earlier: list[dict[str, Any]] = []
+        if self.fabric.is_global_zero:
+            self._open(overwrite)
+        self.fabric.barrier()
+
+    def result(self) -> dict[str, Any]:
+        """Does what is left to do and writes the result."""
+        settings = self.settings
+        seeds, rates = settings.seeds, settings.rates
+        count = len(settings.recipes) * (len(rates) + len(seeds) - 1)
+        sweeps: dict[str, list[Run]] = {}
+        runs: dict[str, list[Run]] = {}
+        with Watch(self.console, count, settings.epochs) as watch:
+            watch.say(_plan(settings, self.folder))
+            for recipe in settings.recipes:
+                sweeps[recipe] = [Run(recipe, rate, seeds[0]) for rate in rates]
+                self._train(sweeps[recipe], watch)
+                chosen = self._choose(sweeps[recipe])
+                runs[recipe] = [replace(chosen, seed=seed) for seed in seeds]
+                watch.say(f"{recipe}: rate {chosen.rate:g} is the best of {', '.join(f'{rate:g}' for rate in rates)}")
+            for seed in range(1, len(seeds)):
+                self._train([runs[recipe][seed] for recipe in settings.recipes], watch)
+            costs = self._costs(watch)
+        result = self._summary(sweeps, runs, costs) if self.fabric.is_global_zero else {}
+        if self.fabric.world_size > 1:
+            result = self.fabric.broadcast(result)
+        return result
+
+    def _open(self, overwrite: bool) -> None:
+        folder = self.folder
+        record.prepare(folder, CONFIG, OURS, overwrite)
+        record.check_config(folder / CONFIG, self.config, CURE)
+        here = environment(self.fabric, self.started)
+        if (folder / ENVIRONMENT).exists():
+            there = record.read_json(folder / ENVIRONMENT, ("torch", "threads", "started"))
+            for key in ("torch", "threads"):
+                if there[key] != here[key]:
+                    unlike = f"{key} {there[key]}, now it is {here[key]}: the runs would not be alike"
+                    raise RecordError(f"{folder} was begun with {unlike}; {CURE}")
+        else:
+            record.write_json(folder / ENVIRONMENT, here)
+        if (folder / SESSIONS).exists():
+            self.earlier = record.read_json(folder / SESSIONS, ("sessions",))["sessions"]
+
+    def _train(self, runs: Sequence[Run], watch: Watch) -> None:
+        for run in runs:
+            self.study.train(run, watch)
+            if self.fabric.is_global_zero:
+                record.write_json(self.folder / SESSIONS, {"sessions": self._sessions()})
+
+    def _sessions(self) -> list[dict[str, Any]]:
+        return [*self.earlier, {"started": self.started, "seconds": round(time.monotonic() - self.began, 3)}]
+
+    def _choose(self, sweep: Sequence[Run]) -> Run:
+        rate = choose(self.records, sweep).rate if self.fabric.is_global_zero else 0.0
+        if self.fabric.world_size > 1:
+            rate = self.fabric.broadcast(rate)
+        return replace(sweep[0], rate=rate)
+
+    def _costs(self, watch: Watch) -> dict[str, dict[str, Any]]:
+        path, costs = self.folder / COST, None
+        if self.fabric.is_global_zero and path.exists():
+            costs = record.read_json(path, self.settings.recipes)
+        if self.fabric.world_size > 1:
+            costs = self.fabric.broadcast(costs)
+        if costs is None:
+            costs = self.study.costs(watch)
+            if self.fabric.is_global_zero:
+                record.write_json(path, costs)
+        return costs
+
+    def _summary(
+        self, sweeps: dict[str, list[Run]], runs: dict[str, list[Run]], costs: dict[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        settings, data, study = self.settings, self.study.data, self.study
+        target = find_target(self.records, chain.from_iterable(runs.values()), settings.target)
+        baseline = settings.recipes[0]
+        recipes = []
+        for recipe in settings.recipes:
+            shared = (target["score"], settings.level)
+            found = summarize(self.records, recipe, sweeps[recipe], runs[recipe], runs[baseline], *shared)
+            known = {"parameters": study.parameters[recipe], "changes": study.changes[recipe]}
+            recipes.append({"recipe": recipe, **known, **found, "cost": costs[recipe]})
+        where = record.read_json(self.folder / ENVIRONMENT)
+        sessions = self._sessions()
+        result = {
+            "schema": SCHEMA,
+            "title": f"{', '.join(settings.recipes)} on {settings.data}",
+            "command": command(settings, self.folder),
+            "started": where["started"],
+            "finished": _now(),
+            "seconds": round(sum(session["seconds"] for session in sessions), 3),
+            "config": self.config,
+            "environment": where,
+            "task": {
+                "kind": data.kind,
+                "score": data.score,
+                **{name: len(split) for name, split in data.splits.items()},
+            },
+            "baseline": baseline,
+            "target": target,
+            "recipes": recipes,
+        }
+        record.write_json(self.folder / RESULT, result)
+        return result
+
+
+def _read_back(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    if not (folder / CONFIG).exists():
+        return None
+    record.check_config(folder / CONFIG, config, CURE)
+    if not (folder / RESULT).exists():
+        return None
+    return record.read_json(folder / RESULT, ("schema", "recipes", "finished"))
+
+
+def _take_threads(folder: Path) -> None:
+    # Sums depend on how many threads share them, so a comparison goes on with as many as it was begun with.
+    if (folder / ENVIRONMENT).exists():
+        torch.set_num_threads(record.read_json(folder / ENVIRONMENT, ("threads",))["threads"])
+
+
+def rebuild(folder: Path, console: Console) -> None:
+    """Draws the figures and the page of a finished comparison anew from its records.
+
+    Raises:
+        RecordError: the folder holds no finished comparison, is damaged or not writable.
+    """
+    from normkit.lab.report.figures import draw
+    from normkit.lab.report.page import write_page
+
+    figures = draw(folder)
+    page = write_page(folder)
+    console.print(f"report   {page}\nfigures  {figures[0].parent}", highlight=False, soft_wrap=True)
+
+
+def reprint(folder: Path, console: Console | None = None) -> None:
+    """Prints the table of a finished comparison and draws its report anew.
+
+    Raises:
+        RecordError: the folder holds no finished comparison, is damaged or not writable.
+    """
+    from normkit.lab.report.comparison import read_comparison
+
+    _show(read_comparison(folder).result, folder, True, console or Console())
+
+
+def _show(result: dict[str, Any], folder: Path, report: bool, console: Console) -> None:
+    from normkit.lab.report.table import print_table
+
+    print_table(result, console)
+    console.print(f"\nresult   {folder / RESULT}", highlight=False, soft_wrap=True)
+    if report:
+        rebuild(folder, console)
+
+
+def _plan(settings: Settings, folder: Path) -> str:
+    seeds = len(settings.seeds)
+    counts = (
+        f"{len(settings.recipes)} recipes, {len(settings.rates)} rates, {seeds} {'seed' if seeds == 1 else 'seeds'}"
+    )
+    return f"{settings.model} on {settings.data}: {counts}, {settings.epochs} epochs a run; records in {folder}"
+
+
+def _named(factory: Callable[..., Any] | None, name: str) -> str:
+    if factory is None:
+        return name
+    return f"{getattr(factory, '__module__', '?')}:{getattr(factory, '__qualname__', type(factory).__name__)}"
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,0 +1,123 @@
+"""The runs of a comparison: the same initial weights and the same data in the same order for every recipe."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric import Fabric
+from torch import nn
+
+from normkit.lab.cost import measure_costs
+from normkit.lab.data.split import Data
+from normkit.lab.progress import Watch
+from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model
+from normkit.lab.seeding import init_sha256, order_sha256, reseed
+from normkit.lab.settings import Settings
+from normkit.lab.train import Run, Trainer, finished
+
+
+@dataclass
+class Study:
+    """Models by seed and recipe, the data, and how to train one run.
+
+    Args:
+        settings: canonical.
+        fabric: started.
+        folder: of the comparison.
+        model: a factory in place of the one that the settings name. Default: None.
+        make: a data factory in place of the one that the settings name. Default: None.
+
+    Raises:
+        ProtocolError: the model or data breaks the protocol.
+        SurgeryError: a recipe can't be applied to the model.
+    """
+
+    settings: Settings
+    fabric: Fabric
+    folder: Path
+    model: Callable[..., Any] | None = None
+    make: Callable[[], Any] | None = None
+    data: Data = field(init=False)
+    parameters: dict[str, int] = field(init=False, default_factory=dict)
+    changes: dict[str, list[str]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Makes the data and every recipe's model once, so that whatever is wrong shows before the first run."""
+        settings = self.settings
+        self._factory = self.model or load_factory(settings.model, MODELS)
+        make = self.make or load_factory(settings.data, DATA)
+        reseed(0, "data")
+        self.data = make_data(make, settings.data)
+        self._data_sha256 = self.data.sha256()
+        self._base: tuple[int, nn.Module, str] | None = None
+        self._orders: dict[int, str] = {}
+        seed = settings.seeds[0]
+        check_fit(self._initial(seed)[0], self.data, settings.model)
+        for recipe in settings.recipes:
+            model, rows = self._apply(seed, recipe)
+            check_fit(model, self.data, f"{settings.model} with {recipe}")
+            self.changes[recipe] = rows
+            self.parameters[recipe] = sum(parameter.numel() for parameter in model.parameters())
+
+    def train(self, run: Run, watch: Watch) -> dict[str, Any]:
+        """Gives the result of a run, training what is left of it.
+
+        Args:
+            run: which.
+            watch: is told of every epoch.
+        """
+        _, init = self._initial(run.seed)
+        hashes = {"init_sha256": init, "order_sha256": self._order(run.seed)}
+        folder = self.folder / run.path
+        result = None
+        if self.fabric.is_global_zero:
+            result = finished(folder, {**self._config(run), **hashes})
+        if self.fabric.world_size > 1:
+            result = self.fabric.broadcast(result)
+        found = result is not None
+        watch.begin(run)
+        if result is None:
+            model, _ = self._apply(run.seed, run.recipe)
+            trainer = Trainer(run, self.settings, model, self.data, self.fabric, folder, hashes)
+            result = trainer.train(lambda epoch, score: watch.epoch(run, epoch, score))
+        watch.end(run, result["status"], result["val_score"], found)
+        return result
+
+    def costs(self, watch: Watch) -> dict[str, dict[str, Any]]:
+        """Measures every recipe's step."""
+        watch.stage("measuring milliseconds and megabytes a step, all recipes side by side")
+        seed = self.settings.seeds[0]
+        models = {recipe: self._apply(seed, recipe)[0] for recipe in self.settings.recipes}
+        return measure_costs(models, self.settings, self.data, self.fabric)
+
+    def _config(self, run: Run) -> dict[str, Any]:
+        settings = self.settings.record(self.fabric.device.type)
+        shared = {
+            key: value
+            for key, value in settings.items()
+            if key not in ("recipes", "rates", "seeds", "target", "level", "accelerator", "devices")
+        }
+        which = {"recipe": run.recipe, "rate": run.rate, "seed": run.seed}
+        return {**which, **shared, "processes": self.fabric.world_size, "data_sha256": self._data_sha256}
+
+    def _initial(self, seed: int) -> tuple[nn.Module, str]:
+        if self._base is None or self._base[0] != seed:
+            reseed(seed, "init")
+            model = make_model(self._factory, self.settings.model, self.data.classes)
+            self._base = seed, model, init_sha256(model)
+        return self._base[1:]
+
+    def _apply(self, seed: int, recipe: str) -> tuple[nn.Module, list[str]]:
+        from normkit.surgery.recipe import apply_recipe
+
+        model = copy.deepcopy(self._initial(seed)[0])
+        reseed(seed, "recipe")
+        changes = apply_recipe(model, recipe)
+        return changes.model, [f"{row.name}: {row.before} -> {row.after}" for row in changes.rows]
+
+    def _order(self, seed: int) -> str:
+        if seed not in self._orders:
+            self._orders[seed] = order_sha256(seed, self.settings.epochs, len(self.data.train))
+        return self._orders[seed]
