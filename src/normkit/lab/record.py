@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -112,7 +113,12 @@ def read_checkpoint(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
     import torch
 
     with _reading(path):
-        value = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+        content = io.BytesIO(path.read_bytes())
+        # torch does not look at the checksums that it wrote.
+        if bad := zipfile.ZipFile(content).testzip():
+            raise ValueError(f"{bad} fails its checksum")
+        content.seek(0)
+        value = torch.load(content, map_location="cpu", weights_only=True)
         _check_keys(value, keys)
     return value
 

@@ -1,0 +1,91 @@
+"""Factories for the tests of the lab: small, quick, and some that break the protocol."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+
+def model(classes: int = 3) -> nn.Module:
+    """A perceptron with dropout, so that the random state matters along training."""
+    return nn.Sequential(
+        nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, classes)
+    )
+
+
+def data() -> dict[str, Any]:
+    """Three classes that a line nearly separates."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(240, 8)).astype(np.float32)
+    targets = (inputs @ rng.normal(size=(8, 3)) + 0.3 * rng.normal(size=(240, 3))).argmax(1)
+    return {"train": (inputs[:160], targets[:160]), "test": (inputs[160:], targets[160:])}
+
+
+class Pairs(Dataset):
+    """The same samples, one at a time."""
+
+    def __init__(self, part: str) -> None:
+        self.inputs, self.targets = data()[part]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(self.inputs[row]), int(self.targets[row])
+
+
+def dataset() -> dict[str, Any]:
+    return {"train": Pairs("train"), "test": Pairs("test")}
+
+
+def regression() -> dict[str, Any]:
+    inputs = torch.randn(120, 8)
+    targets = inputs[:, 0] - 2 * inputs[:, 1]
+    return {"train": (inputs[:90], targets[:90]), "test": (inputs[90:], targets[90:])}
+
+
+def one_output() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+
+
+class Tagger(nn.Module):
+    """Logits for every token, in an object as transformers return it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(11, 8), nn.Linear(8, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.out(self.embedding(input_ids) * attention_mask[..., None]))
+
+
+def tokens() -> dict[str, Any]:
+    ids = torch.randint(0, 11, (60, 5))
+    mask = torch.ones(60, 5)
+    mask[::2, 3:] = 0
+    labels = torch.where(mask.bool(), ids % 4, -100)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    train, test = slice(0, 40), slice(40, 60)
+    return {
+        part: ({name: value[rows] for name, value in inputs.items()}, labels[rows])
+        for part, rows in {"train": train, "test": test}.items()
+    }
+
+
+def no_module() -> str:
+    return "not a module"
+
+
+def nan_labels() -> dict[str, Any]:
+    made = regression()
+    made["train"][1][7] = float("nan")
+    return made
+
+
+def changed(**parts: Any) -> Callable[[], dict[str, Any]]:
+    """A data factory with some of its parts replaced."""
+    return lambda: {**data(), **parts}

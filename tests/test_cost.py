@@ -1,0 +1,51 @@
+"""Cost of a step: memory against what is known by hand, and the shape of what is measured."""
+
+import lab_samples
+import torch
+from torch import nn
+
+from normkit.lab.cost import measure_costs
+from normkit.lab.devices import start_fabric
+from normkit.lab.memory import peak_bytes
+from normkit.lab.protocol import make_data
+from normkit.lab.settings import Settings
+
+CPU = torch.device("cpu")
+
+
+def test_peak_counts_what_lives_at_once() -> None:
+    x = torch.zeros(1000)
+
+    def chain() -> None:
+        y = x + 1  # 4000 bytes
+        y = y * 2  # 4000 beside it; then the first is gone
+        y = y - 3  # so again two at once
+
+    assert peak_bytes(chain, CPU) == 8000
+    assert peak_bytes(lambda: x.add_(1), CPU) == 0
+    assert peak_bytes(lambda: x.view(10, 100).t(), CPU) == 0
+
+
+def test_peak_counts_saved_values_and_gradients() -> None:
+    weight = nn.Parameter(torch.ones(1000))
+
+    def step() -> None:
+        (weight * weight).exp().sum().backward()
+
+    # Two results saved for the backward pass are 8000 bytes; gradients come on top of them.
+    assert 12000 <= peak_bytes(step, CPU) <= 24000
+    assert weight.grad is not None
+
+
+def test_every_recipe_is_measured_alike() -> None:
+    settings = Settings(accelerator="cpu", batch_size=32)
+    data = make_data(lab_samples.data, "data")
+    models = {"narrow": lab_samples.model(), "same": lab_samples.model()}
+    costs = measure_costs(models, settings, data, start_fabric(settings), budget=0.0)
+    assert list(costs) == ["narrow", "same"]
+    assert costs["narrow"]["ratio"] == 1.0
+    assert costs["narrow"]["mb_per_step"] == costs["same"]["mb_per_step"] > 0
+    for cost in costs.values():
+        low, high = cost["ms_quartiles"]
+        assert 0 < low <= cost["ms_per_step"] <= high
+        assert cost["rounds"] == 5
