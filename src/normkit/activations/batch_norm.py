@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
@@ -20,7 +19,9 @@ from normkit.engine.layer import Layer, check_channels, check_several
 _SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
 
 
-def batch_norm_rule(eps: float = 1e-5, momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True) -> Rule:
+def batch_norm_rule(
+    eps: float = 1e-5, momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True
+) -> Rule:
     """Batch normalization as data.
 
     >>> batch_norm_rule().formula()

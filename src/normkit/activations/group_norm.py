@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
@@ -115,7 +114,10 @@ def group_norm(
 
 def _check_groups(who: str, groups: int, channels: int, where: str = "") -> None:
     if groups < 1 or channels % groups:
-        raise OptionError(f"{who}: {channels} channels do not split into num_groups={groups}{where}; num_groups must divide {channels}: {divisors(channels)}")
+        raise OptionError(
+            f"{who}: {channels} channels do not split into num_groups={groups}{where}; "
+            f"num_groups must divide {channels}: {divisors(channels)}"
+        )
 
 
 def _example(channels: int) -> GroupNorm:

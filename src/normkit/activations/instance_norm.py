@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
@@ -20,7 +19,9 @@ from normkit.engine.layer import Layer, check_channels, check_several
 _SUPPORTS = {layout: Support(layout, over="*") for layout in ("n c *", "n * c")}
 
 
-def instance_norm_rule(eps: float = 1e-5, momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True) -> Rule:
+def instance_norm_rule(
+    eps: float = 1e-5, momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True
+) -> Rule:
     """Instance normalization as data.
 
     >>> print(instance_norm_rule().support)
@@ -154,5 +155,5 @@ CARD = Card(
     functional=instance_norm,
     make=InstanceNorm,
     rule=instance_norm_rule(),
-    invariances=frozenset({"weight scale", "row scale", "data scale", "sample scale"}),
+    invariances=frozenset({"weight scale", "row scale", "data scale", "data shift", "sample scale"}),
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
@@ -98,7 +97,9 @@ class LayerNorm(Layer, nn.LayerNorm):
         check_features("LayerNorm", self.normalized_shape, self.over, self.per, input)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + "".join(f", {k}={getattr(self, k)!r}" for k in ("over", "per") if getattr(self, k) is not None)
+        return super().extra_repr() + "".join(
+            f", {k}={getattr(self, k)!r}" for k in ("over", "per") if getattr(self, k) is not None
+        )
 
 
 def layer_norm(
@@ -130,7 +131,12 @@ CARD = Card(
     word="ln",
     normalized_over="each sample or token, over its features",
     formula=layer_norm_rule().formula(),
-    paper=Paper("Ba, Jimmy Lei and Kiros, Jamie Ryan and Hinton, Geoffrey E.", "Layer Normalization", 2016, "https://arxiv.org/abs/1607.06450"),
+    paper=Paper(
+        "Ba, Jimmy Lei and Kiros, Jamie Ryan and Hinton, Geoffrey E.",
+        "Layer Normalization",
+        2016,
+        "https://arxiv.org/abs/1607.06450",
+    ),
     use_cases="transformers, recurrent networks, ConvNeXt; any batch size, sequences one step at a time",
     strengths="independent of the batch; the same in training and at inference",
     weaknesses="in convolutional networks usually behind batch and group normalization; can't be folded away",

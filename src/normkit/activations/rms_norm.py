@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
@@ -26,7 +25,7 @@ def rms_norm_rule(rank: int = 1, eps: float | None = None, over: str | None = No
     return Rule(support, Statistic(None, "rms", eps), Affine(per))
 
 
-class RMSNorm(Layer, nn.RMSNorm):
+class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls its input x here alone
     """Divide each sample, token or position by the root mean square of its features.
 
     y = weight * x / sqrt(E[x^2] + eps), the same in training and evaluation. Without ``over`` it is ``torch.nn.RMSNorm``.
@@ -53,8 +52,6 @@ class RMSNorm(Layer, nn.RMSNorm):
     >>> RMSNorm(2, elementwise_affine=False)(torch.tensor([[3.0, 4.0]]))
     tensor([[0.8485, 1.1314]])
     """
-
-    bias: None
 
     def __init__(
         self,
@@ -110,7 +107,12 @@ CARD = Card(
     word="rms",
     normalized_over="each sample or token, over its features, without centring",
     formula="y = weight * x / sqrt(E[x^2] + eps)",
-    paper=Paper("Zhang, Biao and Sennrich, Rico", "Root Mean Square Layer Normalization", 2019, "https://arxiv.org/abs/1910.07467"),
+    paper=Paper(
+        "Zhang, Biao and Sennrich, Rico",
+        "Root Mean Square Layer Normalization",
+        2019,
+        "https://arxiv.org/abs/1910.07467",
+    ),
     use_cases="large language models",
     strengths="cheaper than layer normalization and usually as good; sound in half precision with float32 statistics",
     weaknesses="leaves the mean: not invariant to a shift of the features",

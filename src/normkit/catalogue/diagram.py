@@ -56,7 +56,7 @@ def draw_text(support: Support) -> str:
     · · · · · ·
     · · · · · ·
     · · · · · ·
-    rows: output units; columns: positions
+    rows: output units; columns: weights of the unit
     """
     shape, labels = _small_shape(support)
     reached = members(support, shape)
@@ -84,11 +84,13 @@ def _small_shape(support: Support) -> tuple[list[int], list[str]]:
         if group == ("*",):
             leading = position == 0 and len(groups) == 2
             shape += [2, _OTHER] if leading else [6 if len(groups) == 2 else _OTHER]
-            labels += ["samples", "tokens"] if leading else ["positions"]
+            labels += (
+                ["samples", "tokens"] if leading else ["weights of the unit" if groups[0] == ("o",) else word("*")]
+            )
             continue
         size = 1
         for name in group:
             size *= given.get(name, 3 if len(group) > 1 else _SIZES.get(name, _OTHER))
         shape.append(size)
-        labels.append(word(group[-1]))
+        labels.append(word(list(group)[-1]))
     return shape, labels

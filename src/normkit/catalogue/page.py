@@ -32,7 +32,9 @@ def show_page(name: str, console: Console) -> None:
         NotationError: no such method.
     """
     card = method(name)
-    console.print(f"[bold]{escape(card.title)}[/bold]  ({card.name}" + (f", {card.word} in recipes)" if card.word else ")"))
+    console.print(
+        f"[bold]{escape(card.title)}[/bold]  ({card.name}" + (f", {card.word} in recipes)" if card.word else ")")
+    )
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True, style="dim")
     grid.add_column()

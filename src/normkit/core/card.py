@@ -28,13 +28,16 @@ class Paper:
     def cite(self) -> str:
         """One line: first author, year, title, address."""
         names = self.authors.split(" and ")
-        who = names[0].split(",")[0] + (" et al." if len(names) > 2 else f" and {names[1].split(',')[0]}" if len(names) == 2 else "")
+        who = names[0].split(",")[0] + (
+            " et al." if len(names) > 2 else f" and {names[1].split(',')[0]}" if len(names) == 2 else ""
+        )
         return f'{who} {self.year}, "{self.title}", {self.url}'
 
     def bibtex(self) -> str:
         """A BibTeX entry, keyed by first author, year and first word of the title."""
         key = re.sub(r"\W", "", self.authors.split(",")[0] + str(self.year) + self.title.split()[0]).lower()
-        return f"@misc{{{key},\n  author = {{{self.authors}}},\n  title = {{{self.title}}},\n  year = {{{self.year}}},\n  url = {{{self.url}}},\n}}"
+        fields = {"author": self.authors, "title": self.title, "year": self.year, "url": self.url}
+        return f"@misc{{{key},\n" + "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items()) + "}"
 
 
 @dataclass(frozen=True)

@@ -34,15 +34,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Moments(NamedTuple):
-    """Mean, population variance and count of elements; ``count`` is a number, or a tensor where a mask made it vary."""
+    """Mean, population variance and number n of elements; n is a number, or a tensor where a mask made it vary."""
 
     mean: Tensor
     var: Tensor
-    count: int | Tensor
+    n: int | Tensor
 
     def unbiased(self) -> Tensor:
-        """The variance divided by count - 1 in place of count; of one element it is not finite, as it is undefined."""
-        count = self.count
+        """The variance divided by n - 1 in place of n; of one element it is not finite, as it is undefined."""
+        count = self.n
         if isinstance(count, Tensor):
             return self.var * (count / (count - 1))
         return self.var * (count / (count - 1)) if count > 1 else torch.full_like(self.var, math.nan)
@@ -65,15 +65,15 @@ class Moments(NamedTuple):
         >>> a = Moments(torch.tensor(1.0), torch.tensor(0.0), 1)
         >>> b = Moments(torch.tensor(4.0), torch.tensor(1.0), 2)
         >>> a.merge(b)
-        Moments(mean=tensor(3.), var=tensor(2.6667), count=3)
+        Moments(mean=tensor(3.), var=tensor(2.6667), n=3)
         """
-        if not isinstance(self.count, Tensor) and not isinstance(other.count, Tensor):
-            if self.count == 0 or other.count == 0:
-                return other if self.count == 0 else self
-        total = self.count + other.count
-        share = other.count / total
+        if not isinstance(self.n, Tensor) and not isinstance(other.n, Tensor):
+            if self.n == 0 or other.n == 0:
+                return other if self.n == 0 else self
+        total = self.n + other.n
+        share = other.n / total
         delta = other.mean - self.mean
-        var = self.var * (self.count / total) + other.var * share + delta.square() * (share * (self.count / total))
+        var = self.var * (self.n / total) + other.var * share + delta.square() * (share * (self.n / total))
         return Moments(self.mean + delta * share, var, total)
 
 
@@ -98,7 +98,7 @@ def moments(x: Tensor, dims: Sequence[int], mask: Tensor | None = None) -> Momen
     >>> moments(torch.tensor([[1.0, 3.0], [2.0, 6.0]]), dims=(1,))
     Moments(mean=tensor([[2.],
             [4.]]), var=tensor([[1.],
-            [4.]]), count=2)
+            [4.]]), n=2)
     """
     x = x.to(accumulation_dtype(x.dtype))
     dims = tuple(dims)

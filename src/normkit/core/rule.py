@@ -43,11 +43,17 @@ class Rule:
             names = [name for group in parse_axes(part.per) for name in group]
             for name in names:
                 if name not in self.support.names:
-                    raise NotationError(f"{part}: axis {name!r} is not in {self.support}; axes that exist: {', '.join(self.support.names)}")
+                    raise NotationError(
+                        f"{part}: axis {name!r} is not in {self.support}; axes that exist: {', '.join(self.support.names)}"
+                    )
             if names != [name for name in self.support.names if name in names]:
-                raise NotationError(f"{part}: its axes stand in another order than in {self.support}; write them in that order")
+                raise NotationError(
+                    f"{part}: its axes stand in another order than in {self.support}; write them in that order"
+                )
             if isinstance(part, Running) and self.support.reduced & set(names):
-                raise NotationError(f"{part}: it keeps an axis that {self.support} reduces; keep only {', '.join(self.support.kept)}")
+                raise NotationError(
+                    f"{part}: it keeps an axis that {self.support} reduces; keep only {', '.join(self.support.kept)}"
+                )
 
     @property
     def batch_dependent(self) -> bool:

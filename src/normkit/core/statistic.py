@@ -17,7 +17,13 @@ Center = Literal["mean", "min"]
 Scale = Literal["std", "rms", "norm", "range", "max"]
 Guard = Literal["inside", "outside", "floor"]
 
-_SCALE_FORMULA = {"std": "sqrt(Var[x])", "rms": "sqrt(E[x^2])", "norm": "|x|", "range": "(max[x] - min[x])", "max": "max|x|"}
+_SCALE_FORMULA = {
+    "std": "sqrt(Var[x])",
+    "rms": "sqrt(E[x^2])",
+    "norm": "|x|",
+    "range": "(max[x] - min[x])",
+    "max": "max|x|",
+}
 _INSIDE_FORMULA = {"std": "sqrt(Var[x] + eps)", "rms": "sqrt(E[x^2] + eps)", "norm": "sqrt(|x|^2 + eps)"}
 
 
@@ -57,7 +63,9 @@ class Statistic:
         if self.eps is not None and not self.eps >= 0:
             raise OptionError(f"Statistic: eps={self.eps}; wanted a number from 0, or None")
         if self.guard == "inside" and self.scale is not None and self.scale not in _INSIDE_FORMULA:
-            raise OptionError(f'Statistic: scale={self.scale!r} has no root for eps to stand in; use guard="floor" or "outside"')
+            raise OptionError(
+                f'Statistic: scale={self.scale!r} has no root for eps to stand in; use guard="floor" or "outside"'
+            )
 
     def epsilon(self, dtype: torch.dtype) -> float:
         """Eps as a number, for statistics kept in this dtype."""
@@ -71,7 +79,9 @@ class Statistic:
         root = raw.sqrt() if power == 2 else raw
         return root + eps if self.guard == "outside" else root.clamp_min(eps)
 
-    def measure(self, x: Tensor, split: Split, mask: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Moments | None]:
+    def measure(
+        self, x: Tensor, split: Split, mask: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Moments | None]:
         """Centre, guarded scale and moments of a split tensor, reduced axes kept with size 1; any of them None if not in it.
 
         Args:
@@ -99,7 +109,7 @@ class Statistic:
                 return center, self.guarded(found.unbiased() if self.correction else found.var, power=2), found
             rest = x - found.mean if mask is None else torch.where(mask, x - found.mean, 0.0)
             # A norm has the derivative 0 at zero where the root of a variance has an infinite one.
-            deviation = length(rest, dims) / (found.count - self.correction) ** 0.5
+            deviation = length(rest, dims) / (found.n - self.correction) ** 0.5
             return center, self.guarded(deviation), found
         kept = x if mask is None else torch.where(mask, x, 0.0)
         if self.scale == "rms":

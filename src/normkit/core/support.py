@@ -92,7 +92,9 @@ class Support:
                 raise NotationError(f"{self}: over= names axis {name!r}, which is not there; axes that exist: {known}")
         for name, size in self.sizes:
             if name not in self.names or name == "*":
-                raise NotationError(f"{self}: a size is given for axis {name!r}, which is not there; axes that exist: {known}")
+                raise NotationError(
+                    f"{self}: a size is given for axis {name!r}, which is not there; axes that exist: {known}"
+                )
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise NotationError(f"{self}: axis {name!r} got size {size!r}; a size is a whole number from 1")
 
@@ -142,7 +144,9 @@ class Support:
         if star < 0 or (star > 0 and "*" not in self.names):
             wanted = len(self.groups) - ("*" in self.names)
             atleast = "at least " if "*" in self.names else ""
-            raise ShapeError(f"{self}: got a tensor of {len(shape)} axes ({show(shape)}), wanted {atleast}{wanted}: {self.axes}")
+            raise ShapeError(
+                f"{self}: got a tensor of {len(shape)} axes ({show(shape)}), wanted {atleast}{wanted}: {self.axes}"
+            )
         sizes, names, position = [], [], 0
         for group in self.groups:
             if group == ("*",):
@@ -159,17 +163,21 @@ class Support:
     def _factor(self, group: tuple[str, ...], shape: tuple[int, ...], position: int) -> list[int]:
         given = dict(self.sizes)
         size = shape[position]
-        text = f"({' '.join(group)})" if len(group) > 1 else group[0]
+        text = f"({' '.join(group)})" if len(group) > 1 else "".join(group)
         where = f"axis {text} (number {position} of {show(shape)})"
         unknown = [name for name in group if name not in given]
         product = math.prod([given[name] for name in group if name in given])
         if len(unknown) > 1:
-            raise ShapeError(f"{self}: {where} of size {size} leaves {' and '.join(unknown)} open; give a size for all but one")
+            raise ShapeError(
+                f"{self}: {where} of size {size} leaves {' and '.join(unknown)} open; give a size for all but one"
+            )
         if not unknown and product != size:
             raise ShapeError(f"{self}: {where} has size {size}, wanted {product} as the given sizes say")
         if unknown and size % product:
             said = ", ".join(f"{name}={given[name]}" for name in group if name in given)
-            raise ShapeError(f"{self}: {where} of size {size} does not split with {said}; the product must divide {size}: {divisors(size)}")
+            raise ShapeError(
+                f"{self}: {where} of size {size} does not split with {said}; the product must divide {size}: {divisors(size)}"
+            )
         return [given.get(name, size // product) for name in group]
 
     def explain(self, shape: Sequence[int] | None = None) -> str:
@@ -232,7 +240,9 @@ def parse_axes(text: str) -> tuple[tuple[str, ...], ...]:
             inside.append(token)
         else:
             said = " ".join(text.split())
-            raise NotationError(f"cannot read {token!r} in {said!r}; wanted axis names, parentheses around names, and at most one * outside them")
+            raise NotationError(
+                f"cannot read {token!r} in {said!r}; wanted axis names, parentheses around names, and at most one * outside them"
+            )
     if inside is not None:
         raise NotationError(f"a ( is not closed in {' '.join(text.split())!r}; close it with )")
     return tuple(groups)
@@ -254,9 +264,14 @@ def place(parameter: torch.Tensor, per: str, split: Split) -> torch.Tensor:
     """
     wanted = per_shape(per, split)
     if tuple(parameter.shape) != wanted:
-        raise ShapeError(f"a parameter per {per or 'tensor'!r} has shape {show(parameter.shape)}, wanted {show(wanted)} to meet an input that splits as {show(split.shape)}")
+        raise ShapeError(
+            f"a parameter per {per or 'tensor'!r} has shape {show(parameter.shape)}, wanted {show(wanted)} "
+            f"to meet an input that splits as {show(split.shape)}"
+        )
     names = {name for group in parse_axes(per) for name in group}
-    return parameter.reshape([size if name in names else 1 for name, size in zip(split.names, split.shape, strict=True)])
+    return parameter.reshape(
+        [size if name in names else 1 for name, size in zip(split.names, split.shape, strict=True)]
+    )
 
 
 def per_shape(per: str, split: Split) -> tuple[int, ...]:

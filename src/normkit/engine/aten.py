@@ -29,7 +29,13 @@ def refusal(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Te
     for parameter in (weight, bias):
         if parameter is None:
             continue
-        if parameter.dtype != x.dtype and not (x.device.type == "cpu" and x.dtype.itemsize == 2 and parameter.dtype == torch.float32):
+        mixed = (
+            x.device.type == "cpu"
+            and x.dtype.itemsize == 2
+            and parameter.dtype == torch.float32
+            and kernel is not _rms_norm
+        )
+        if parameter.dtype != x.dtype and not mixed:
             return f"torch's kernels do not take a {x.dtype} input with {parameter.dtype} parameters"
         if rule.memory and parameter.dtype.itemsize == 2:
             return f"torch's kernel would keep running statistics in the {parameter.dtype} of its parameters"
@@ -41,7 +47,9 @@ def refusal(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Te
     return None
 
 
-def normalize(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Moments | None]:
+def normalize(
+    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Moments | None]:
     """Normalize and compensate with torch's fused kernel; only where ``refusal`` gave None.
 
     Args:
@@ -59,14 +67,21 @@ def normalize(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: 
     return kernel(rule, x, split, weight, bias)
 
 
-def normalize_by(rule: Rule, x: Tensor, running: RunningStatistics, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def normalize_by(
+    rule: Rule, x: Tensor, running: RunningStatistics, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
     """Normalize by running statistics per channel and compensate; only where ``refusal`` gave None and the rule has a memory."""
     return F.batch_norm(x, running.mean, running.var, weight, bias, False, 0.0, _eps(rule.statistic, x))
 
 
 def _kernel(rule: Rule) -> Kernel | None:
     statistic, compensation = rule.statistic, rule.compensation
-    if statistic.guard != "inside" or statistic.correction or statistic.eps == 0 or (compensation and compensation.offset):
+    if (
+        statistic.guard != "inside"
+        or statistic.correction
+        or statistic.eps == 0
+        or (compensation and compensation.offset)
+    ):
         return None
     kind = (statistic.center, statistic.scale)
     trailing = " ".join(name for group in rule.support.groups[1:] for name in group)
@@ -83,7 +98,9 @@ def _eps(statistic: Statistic, x: Tensor) -> float:
     return statistic.epsilon(accumulation_dtype(x.dtype))
 
 
-def _batch_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Moments | None]:
+def _batch_norm(
+    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Moments | None]:
     if rule.memory is None:
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, _eps(rule.statistic, x)), None
     # With momentum 1 torch's running statistics are the batch's own: the way to have them from its kernel.
@@ -94,21 +111,29 @@ def _batch_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias
     return y, Moments(mean.view(shape), (var * ((split.count - 1) / split.count)).view(shape), split.count)
 
 
-def _layer_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Moments | None]:
+def _layer_norm(
+    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Moments | None]:
     shape = split.shape[split.dims[0] :]
     return F.layer_norm(x, shape, weight, bias, _eps(rule.statistic, x)), None
 
 
-def _rms_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Moments | None]:
+def _rms_norm(
+    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Moments | None]:
     y = F.rms_norm(x, split.shape[split.dims[0] :], weight, _eps(rule.statistic, x))
     return (y if bias is None else y + bias), None
 
 
-def _group_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Moments | None]:
+def _group_norm(
+    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Moments | None]:
     return F.group_norm(x, split.shape[1], weight, bias, _eps(rule.statistic, x)), None
 
 
-def _instance_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Moments | None]:
+def _instance_norm(
+    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Moments | None]:
     return F.instance_norm(x, None, None, weight, bias, True, 0.0, _eps(rule.statistic, x)), None
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normkit.core.moments import Moments, accumulation_dtype, moments
+from normkit.core.moments import Moments, accumulation_dtype
 from normkit.core.statistic import Statistic, length
 from normkit.core.support import Split
 
@@ -34,13 +34,17 @@ class _ClosedForm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, dims: tuple[int, ...], count: int, statistic: Statistic) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def forward(
+        x: Tensor, dims: tuple[int, ...], count: int, statistic: Statistic
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         x = x.to(accumulation_dtype(x.dtype))
         if statistic.center is None:
             divisor = count if statistic.scale == "rms" else 1
             squared = statistic.guard == "inside"
             size = length(x, dims)
-            inverse = statistic.guarded(size.square() / divisor if squared else size / divisor**0.5, power=1 + squared).reciprocal_()
+            inverse = statistic.guarded(
+                size.square() / divisor if squared else size / divisor**0.5, power=1 + squared
+            ).reciprocal_()
             return x * inverse, inverse, None, None
         mean = x.mean(dims, keepdim=True)
         rest = x - mean

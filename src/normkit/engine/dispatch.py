@@ -116,7 +116,13 @@ def run(
 
 
 def explain(
-    rule: Rule, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, mask: Tensor | None = None, backend: Backend = "auto"
+    rule: Rule,
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Explanation:
     """Say which back end ``run`` would use for these arguments, and why.
 
@@ -187,7 +193,9 @@ def normalize(
              [ 0.4472,  1.3416]]])
     """
     if per is None and (weight is not None or bias is not None):
-        raise NotationError(f'normalize: a weight or bias is given without per=; say which axes it has, e.g. per="{support.names[-1]}"')
+        raise NotationError(
+            f'normalize: a weight or bias is given without per=; say which axes it has, e.g. per="{support.names[-1]}"'
+        )
     rule = Rule(support, statistic or Statistic(), None if per is None else Affine(per))
     return run(rule, x, weight, bias, mask=mask, backend=backend)
 
@@ -208,7 +216,9 @@ def _choose(
     if backend != "auto":
         reason = {"aten": no_aten, "closed": no_closed}.get(backend)
         if reason is not None:
-            raise BackendError(f'backend="{backend}" can\'t run {rule.support} on a {show(x.shape)} input: {reason}; use backend="auto"')
+            raise BackendError(
+                f'backend="{backend}" can\'t run {rule.support} on a {show(x.shape)} input: {reason}; use backend="auto"'
+            )
         return backend, "it was asked for by name"
     if no_aten is None:
         return "aten", "torch has a fused kernel for these axes and this statistic"
@@ -227,4 +237,7 @@ def _split_mask(mask: Tensor | None, x: Tensor, split: Split) -> Tensor | None:
     try:
         return mask.expand(x.shape).reshape(split.shape)
     except RuntimeError:
-        raise ShapeError(f"mask of shape {show(mask.shape)} does not broadcast over an input of {show(x.shape)}; give it the same number of axes") from None
+        raise ShapeError(
+            f"mask of shape {show(mask.shape)} does not broadcast over an input of {show(x.shape)}; "
+            "give it the same number of axes"
+        ) from None

@@ -23,6 +23,9 @@ class Layer(nn.Module):
     backend: Backend = "auto"
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
 
     def make_rule(self) -> Rule:
         """The rule, from the module's present attributes."""
@@ -57,14 +60,16 @@ class Layer(nn.Module):
         use_own = self.training or running is None
         if self.training and not getattr(self, "track_running_stats", False):
             running = None
-        return run(self.rule, input, self.weight, self.bias, running=running, training=use_own, mask=mask, backend=self.backend)
+        return run(
+            self.rule, input, self.weight, self.bias, running=running, training=use_own, mask=mask, backend=self.backend
+        )
 
     def running(self) -> RunningStatistics | None:
         """The module's running statistics, or None where it keeps none."""
-        mean = getattr(self, "running_mean", None)
-        if mean is None:
+        mean, var = getattr(self, "running_mean", None), getattr(self, "running_var", None)
+        if mean is None or var is None:
             return None
-        return RunningStatistics(mean, self.running_var, self.num_batches_tracked)
+        return RunningStatistics(mean, var, self.num_batches_tracked)
 
     def explain(self, input: Tensor) -> Explanation:
         """Say which back end would normalize this input, and why.
@@ -83,7 +88,9 @@ def check_channels(who: str, input: Tensor, wanted: int, argument: str, layout: 
     axes = layout.split()
     axis = axes.index("c") if axes[-1] != "c" else -1
     if input.dim() < len(axes) - 1:
-        raise ShapeError(f"{who}: got an input of {input.dim()} axes ({show(input.shape)}), wanted at least {len(axes) - 1}: {layout}")
+        raise ShapeError(
+            f"{who}: got an input of {input.dim()} axes ({show(input.shape)}), wanted at least {len(axes) - 1}: {layout}"
+        )
     if input.shape[axis] != wanted:
         raise ShapeError(
             f"{who}: got {input.shape[axis]} channels (axis {axis} of {show(input.shape)}), wanted {argument}={wanted}; "
@@ -95,9 +102,9 @@ def check_several(who: str, input: Tensor, support: Support) -> None:
     """Refuse an input that has one element per statistic, where the variance is undefined."""
     if support.split(input.shape).count == 1:
         raise ShapeError(
-            f"{who}: one value for each statistic (input {show(input.shape)}, {support}); its variance is undefined. Expected more "
-            "than 1 value per channel when training: use a larger batch or input, .eval() with running statistics, or a norm "
-            "over channels such as GroupNorm"
+            f"{who}: one value for each statistic (input {show(input.shape)}, {support}); "
+            "its variance is undefined. Expected more than 1 value per channel when training: use a larger batch or input, "
+            ".eval() with running statistics, or a norm over channels such as GroupNorm"
         )
 
 
@@ -107,19 +114,30 @@ def features_support(who: str, rank: int, over: str | None) -> tuple[Support, st
         names = " ".join(f"d{k}" for k in range(rank)) if rank > 1 else "d"
         return Support(f"* {names}", over=names), names
     if over not in ("c", "c *"):
-        raise OptionError(f"{who}: over={over!r}; wanted 'c' or 'c *' of a channels-first input, or None for the trailing axes")
+        raise OptionError(
+            f"{who}: over={over!r}; wanted 'c' or 'c *' of a channels-first input, or None for the trailing axes"
+        )
     return Support("n c *", over=over), "c"
 
 
-def check_features(who: str, shape: Sequence[int], over: str | None, per: str | None, input: Tensor | None = None) -> None:
+def check_features(
+    who: str, shape: Sequence[int], over: str | None, per: str | None, input: Tensor | None = None
+) -> None:
     """Refuse axes that do not go together, and an input that does not fit them."""
     if over is None:
         if per is not None:
             raise OptionError(f"{who}: per={per!r} goes with over=; give over='c' or over='c *', or leave per out")
-        if input is not None and (input.dim() < len(shape) or tuple(input.shape[input.dim() - len(shape) :]) != tuple(shape)):
-            raise ShapeError(f"{who}: got an input of {show(input.shape)}, wanted one that ends in normalized_shape={show(shape)}")
+        if input is not None and (
+            input.dim() < len(shape) or tuple(input.shape[input.dim() - len(shape) :]) != tuple(shape)
+        ):
+            raise ShapeError(
+                f"{who}: got an input of {show(input.shape)}, wanted one that ends in normalized_shape={show(shape)}"
+            )
         return
     if len(shape) != 1 or per not in (None, ""):
-        raise OptionError(f"{who}: with over={over!r}, normalized_shape is the number of channels and per is '' or None; got {tuple(shape)} and {per!r}")
+        raise OptionError(
+            f"{who}: with over={over!r}, normalized_shape is the number of channels and per is '' or None; "
+            f"got {tuple(shape)} and {per!r}"
+        )
     if input is not None:
         check_channels(who, input, shape[0], "normalized_shape", "n c *")

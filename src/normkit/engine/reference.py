@@ -44,7 +44,13 @@ def normalize_by(
 
 
 def _compensated(
-    rule: Rule, x: Tensor, split: Split, center: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    rule: Rule,
+    x: Tensor,
+    split: Split,
+    center: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
     y = x.to(accumulation_dtype(x.dtype))
     if center is not None:

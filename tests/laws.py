@@ -1,0 +1,64 @@
+"""What every method of the catalogue is held to; a new card is run through all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.catalogue import METHODS
+from normkit.core.card import Card
+from normkit.core.errors import BackendError
+from normkit.core.rule import Rule
+
+ACTIVATIONS = [card for card in METHODS if card.kind == "activation"]
+RULES = [card for card in ACTIVATIONS if card.rule is not None]
+WEIGHTS = [card for card in METHODS if card.kind == "weight"]
+BACKENDS = ("reference", "closed", "aten", "auto")
+
+
+def name(value: Any) -> str:
+    """How a case is called in a report."""
+    return value.name if isinstance(value, Card) else str(value)
+
+
+def rule_of(card: Card) -> Rule:
+    """The card's rule."""
+    assert card.rule is not None
+    return card.rule
+
+
+def channels_first(card: Card) -> bool:
+    """Whether the layer takes (N, C, *) rather than (*, D)."""
+    return rule_of(card).support.names[0] == "n"
+
+
+def sample_input(card: Card, channels: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A small input of the card's layout: 3 samples, 5 positions."""
+    x = torch.randn(3, channels, 5, dtype=dtype) * 2 + 1
+    return x if channels_first(card) else x.transpose(1, 2).contiguous()
+
+
+def layer(card: Card, channels: int = 4, dtype: torch.dtype = torch.float64) -> Any:
+    """The card's layer with parameters that are not all alike."""
+    made = card.make(channels).to(dtype)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn_like(parameter) + 1)
+    return made
+
+
+def runs(made: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The layer's training output on each back end that takes it; the reference always does."""
+    start = {key: value.clone() for key, value in made.state_dict().items()}
+    for backend in BACKENDS:
+        made.backend = backend
+        made.load_state_dict(start)
+        try:
+            yield backend, made(x)
+        except BackendError:
+            assert backend in ("closed", "aten")
+    made.load_state_dict(start)
+    made.backend = "auto"

@@ -1,0 +1,95 @@
+"""What a rule means, written otherwise: element by element, sums by math.fsum, no axes, no broadcasting."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from normkit.core.rule import Rule
+from normkit.core.support import Support
+
+
+def coordinates(support: Support, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]:
+    """Each index of a tensor with its coordinate on every named axis, by integer arithmetic on the notation alone."""
+    tokens = support.axes.replace("(", " ( ").replace(")", " ) ").split()
+    groups: list[list[str]] = []
+    depth = 0
+    for token in tokens:
+        if token == "(":
+            groups.append([])
+            depth = 1
+        elif token == ")":
+            depth = 0
+        elif depth:
+            groups[-1].append(token)
+        else:
+            groups.append([token])
+    stars = len(shape) - (len(groups) - any(group == ["*"] for group in groups))
+    sizes = dict(support.sizes)
+    for index in product(*(range(size) for size in shape)):
+        place, at = {}, 0
+        for group in groups:
+            if group == ["*"]:
+                place["*"] = tuple(index[at : at + stars])
+                at += stars
+                continue
+            rest, extent = index[at], shape[at]
+            known = math.prod(sizes.get(name, 1) for name in group)
+            for name in reversed(group):
+                size = sizes.get(name, extent // known)
+                place[name] = (rest % size,)
+                rest //= size
+            at += 1
+        yield index, place
+
+
+def normalized(rule: Rule, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """A rule with statistics of the input itself, in float64."""
+    x = x.double()
+    sets: dict[tuple[object, ...], list[float]] = defaultdict(list)
+    owner: dict[tuple[int, ...], tuple[object, ...]] = {}
+    affine: dict[tuple[int, ...], int] = {}
+    order: dict[tuple[object, ...], int] = {}
+    per = rule.compensation.per.replace("(", " ").replace(")", " ").split() if rule.compensation else []
+    for index, place in coordinates(rule.support, x.shape):
+        owner[index] = tuple(place[name] for name in rule.support.kept)
+        sets[owner[index]].append(x[index].item())
+        affine[index] = order.setdefault(tuple(place[name] for name in per), len(order))
+    statistics = {key: _center_and_scale(rule, values) for key, values in sets.items()}
+    y = torch.empty_like(x)
+    for index in owner:
+        center, scale = statistics[owner[index]]
+        value = (x[index].item() - center) / scale
+        if weight is not None:
+            offset = rule.compensation.offset if rule.compensation else 0.0
+            value *= offset + weight.reshape(-1)[affine[index]].item()
+        if bias is not None:
+            value += bias.reshape(-1)[affine[index]].item()
+        y[index] = value
+    return y
+
+
+def _center_and_scale(rule: Rule, values: list[float]) -> tuple[float, float]:
+    statistic = rule.statistic
+    eps = torch.finfo(torch.float64).eps if statistic.eps is None else statistic.eps
+    count = len(values)
+    mean = math.fsum(values) / count
+    center = {"mean": mean, "min": min(values), None: 0.0}[statistic.center]
+    if statistic.scale is None:
+        return center, 1.0
+    squares = {
+        "std": math.fsum((v - mean) ** 2 for v in values) / max(count - statistic.correction, 1),
+        "rms": math.fsum(v * v for v in values) / count,
+        "norm": math.fsum(v * v for v in values),
+        "range": (max(values) - min(values)) ** 2,
+        "max": max(abs(v) for v in values) ** 2,
+    }[statistic.scale]
+    if statistic.guard == "inside":
+        return center, math.sqrt(squares + eps)
+    bare = math.sqrt(squares)
+    return center, bare + eps if statistic.guard == "outside" else max(bare, eps)

@@ -1,0 +1,313 @@
+"""Every activation method against the laws that all must keep, and against each claim on its card."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from laws import ACTIVATIONS, BACKENDS, RULES, channels_first, layer, name, rule_of, runs, sample_input
+from normkit.catalogue.diagram import members
+from normkit.core.card import Card
+from normkit.core.errors import BackendError, NormkitError, OptionError
+from normkit.engine.dispatch import run
+from oracles import normalized
+
+each_rule = pytest.mark.parametrize("card", RULES, ids=name)
+each_activation = pytest.mark.parametrize("card", ACTIVATIONS, ids=name)
+
+
+@each_rule
+@given(data=st.data())
+def test_equals_the_oracle_on_every_back_end(card: Card, data: st.DataObject) -> None:
+    channels = 2 * data.draw(st.integers(1, 3))
+    spatial = data.draw(st.lists(st.integers(1, 3), max_size=3))
+    batch = data.draw(st.integers(2, 3))
+    shape = [batch, channels, *spatial] if channels_first(card) else [batch, *spatial, channels]
+    x = torch.randn(shape, dtype=torch.float64) * data.draw(st.sampled_from([1e-3, 1.0, 1e3])) + 3
+    if data.draw(st.booleans()):
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)  # channels-last memory
+    made = layer(card, channels)
+    if rule_of(card).support.split(x.shape).count == 1:
+        with pytest.raises(NormkitError) if card.name == "instance_norm" else _nothing():
+            made(x)
+        return
+    wanted = normalized(made.rule, x, made.weight, made.bias)
+    for backend, found in runs(made, x):
+        # Both sides are float64; the input's mean is up to 3e3 times the smallest deviation.
+        assert_close(found, wanted, rtol=1e-8, atol=1e-8, msg=lambda text, backend=backend: f"{backend}: {text}")
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+@each_activation
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_derivatives_are_right_to_second_order(card: Card, backend: Any) -> None:
+    made, x = layer(card), sample_input(card)[:2].requires_grad_()
+    made.backend = backend
+    try:
+        made(x)
+    except BackendError as error:
+        pytest.skip(str(error))
+    names = [key for key, _ in made.named_parameters()]
+
+    def call(x: Tensor, *parameters: Tensor) -> Tensor:
+        fresh = {
+            key: value.clone() for key, value in made.named_buffers()
+        }  # finite differences must not pile up updates
+        return torch.func.functional_call(made, (fresh, dict(zip(names, parameters, strict=True))), (x,))
+
+    inputs = (x, *(p.detach().requires_grad_() for p in made.parameters()))
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@each_rule
+def test_gradients_agree_across_back_ends(card: Card) -> None:
+    made, x = layer(card), sample_input(card)
+    direction = torch.randn_like(x)
+    found = {}
+    for backend, _ in runs(made, x):
+        z = x.clone().requires_grad_()
+        made.backend = backend
+        found[backend] = torch.autograd.grad((made(z) * direction).sum(), [z, *made.parameters()])
+    assert len(found) >= 3
+    for gradients in found.values():
+        assert_close(gradients, found["reference"], rtol=1e-9, atol=1e-9)
+
+
+@each_rule
+def test_gradient_of_a_centred_rule_sums_to_zero_over_each_set(card: Card) -> None:
+    rule = rule_of(card)
+    x = sample_input(card).requires_grad_()
+    split = rule.support.split(x.shape)
+    y = run(rule, x)
+    (g,) = torch.autograd.grad((y * torch.randn_like(y)).sum(), x)
+    along = (g * y.detach()).view(split.shape).sum(split.dims)
+    # The scale invariance is exact but for eps / (var + eps), at most 1e-4 here.
+    assert along.abs().max() < 1e-3 * g.abs().sum()
+    if rule.statistic.center == "mean":
+        assert_close(g.view(split.shape).sum(split.dims), torch.zeros_like(along), rtol=0, atol=1e-9)
+
+
+@each_rule
+def test_what_autograd_reaches_is_the_drawn_support(card: Card) -> None:
+    x = sample_input(card, channels=4).requires_grad_()
+    rule = rule_of(card)
+    y = run(rule, x)
+    element = (1, 2, 3) if channels_first(card) else (1, 3, 2)
+    (g,) = torch.autograd.grad(y[element], x)
+    assert torch.equal(g != 0, members(rule.support, x.shape, element))
+
+
+@each_activation
+def test_keeps_dtype_and_is_near_float64(card: Card) -> None:
+    x = sample_input(card, 8)
+    made = layer(card, 8)
+    exact = copy.deepcopy(made)(x)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for parameters in (torch.float32, dtype):
+            fresh = copy.deepcopy(made).to(parameters)
+            for backend, y in runs(fresh, x.to(dtype)):
+                assert y.dtype == dtype, backend
+                # The input, the parameters and the output are each rounded once; 8 such roundings cover their products.
+                eps = torch.finfo(dtype).eps
+                assert_close(y.double(), exact, rtol=8 * eps, atol=8 * eps * exact.abs().max().item())
+
+
+@each_rule
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 1e2, 1e3, 1e4])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_accuracy_does_not_depend_on_layout_or_mean(
+    card: Card, ratio: float, memory_format: torch.memory_format
+) -> None:
+    x = (torch.randn(4, 32, 12, 12) + ratio).to(memory_format=memory_format)
+    x = x if channels_first(card) else x.movedim(1, -1)
+    if not channels_first(card) and ratio and rule_of(card).statistic.center is None:
+        x = x - ratio
+    wanted = run(rule_of(card), x.double(), backend="reference")
+    found = run(rule_of(card), x)
+    # A mean is known to half a unit in its last place, ratio * 2^-24 deviations, and x * scale + shift, as torch's kernels
+    # compute, rounds twice at that size, for each of which the largest of 18,000 elements is some four times the typical.
+    assert (found.double() - wanted).abs().max() < 4e-6 + 16 * ratio * 2**-24
+
+
+@each_activation
+def test_memory_format_is_kept(card: Card) -> None:
+    if not channels_first(card):
+        pytest.skip("a norm over trailing axes has no channels axis to lay out")
+    made = layer(card)
+    x = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    like = made(x)
+    for backend, y in runs(made, x.to(memory_format=torch.channels_last)):
+        assert_close(y, like, rtol=1e-9, atol=1e-9)
+        if backend != "aten":  # by name, torch's own kernel does as torch does
+            assert y.is_contiguous(memory_format=torch.channels_last), backend
+
+
+@each_activation
+def test_odd_inputs(card: Card) -> None:
+    made = layer(card)
+    x = sample_input(card)
+    constant = made(torch.full_like(x, 7.0))
+    assert constant.isfinite().all()
+    if made.bias is not None:
+        bias = made.bias if not channels_first(card) else made.bias.view(-1, 1)
+        assert_close(constant, bias.expand_as(x), rtol=0, atol=1e-6)
+    empty = made(x[:0])
+    assert empty.shape == x[:0].shape
+    strided = torch.randn(6, *x.shape[1:-1], 2 * x.shape[-1], dtype=x.dtype)[::2, ..., ::2]
+    assert not strided.is_contiguous()
+    fresh = copy.deepcopy(made)
+    assert_close(made(strided), fresh(strided.contiguous()), rtol=1e-9, atol=1e-9)
+    for backend, y in runs(made, x):
+        if not isinstance(y, Tensor):
+            continue
+        z = x.clone().requires_grad_()
+        made.backend = backend
+        made(z).relu_().sum().backward()  # an in-place activation behind the norm
+    with pytest.raises(OptionError, match="int64"):
+        made(torch.ones(x.shape, dtype=torch.int64))
+
+
+@each_activation
+def test_state_dict_copy_and_pickle_round_trip(card: Card) -> None:
+    made, x = layer(card), sample_input(card)
+    made(x)
+    made.eval()
+    fresh = card.make(4).double().eval()
+    fresh.load_state_dict(made.state_dict(), strict=True)
+    for other in (fresh, copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert_close(other(x), made(x), rtol=0, atol=0)
+        assert repr(other) == repr(made)
+
+
+@each_activation
+@pytest.mark.parametrize("mode", [True, False])
+def test_compiles_without_a_break(card: Card, mode: bool) -> None:
+    made, x = layer(card).train(mode), sample_input(card)
+    fresh = copy.deepcopy(made)
+    torch._dynamo.reset()
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x), fresh(x), rtol=1e-9, atol=1e-9)
+    assert_close(made.state_dict(), fresh.state_dict(), rtol=1e-9, atol=1e-9)
+
+
+@each_rule
+def test_per_sample_jacobians_by_functorch(card: Card) -> None:
+    rule, x = rule_of(card), sample_input(card)[:2]
+    for backend in ("reference", "closed"):
+        jacobian = torch.func.jacrev(lambda x, backend=backend: run(rule, x, backend=backend))(x)
+        assert_close(jacobian, torch.autograd.functional.jacobian(lambda x: run(rule, x, backend="reference"), x))
+
+
+@each_rule
+def test_a_mask_equals_leaving_the_padding_out(card: Card) -> None:
+    if not channels_first(card):
+        pytest.skip("each token has statistics of its own: padding never enters another's")
+    made, x = layer(card), sample_input(card)
+    fresh = copy.deepcopy(made)
+    mask = torch.ones(1, 1, 5, dtype=torch.bool)
+    mask[..., 3:] = False
+    padded = torch.where(mask, x, torch.nan).requires_grad_()
+    found = made(padded, mask=mask)
+    assert_close(found[..., :3], fresh(x[..., :3].contiguous()), rtol=1e-9, atol=1e-9)
+    assert (found[..., 3:] == 0).all()
+    assert_close(made.state_dict(), fresh.state_dict(), rtol=1e-9, atol=1e-9)
+    (gradient,) = torch.autograd.grad(found.square().sum(), padded)
+    assert gradient.isfinite().all()
+
+
+# Claims of the card
+
+
+@each_activation
+def test_claim_train_equals_eval(card: Card) -> None:
+    made, x = layer(card), sample_input(card)
+    same = torch.allclose(made.train()(x), made.eval()(x), rtol=1e-9, atol=1e-9)
+    assert same == card.train_equals_eval
+
+
+@each_activation
+def test_claim_batch_dependent(card: Card) -> None:
+    made, x = layer(card), sample_input(card)
+    alone, among = made(x[:1]), made(x)[:1]
+    assert torch.allclose(alone, among, rtol=1e-9, atol=1e-9) == (not card.batch_dependent)
+    if card.rule is not None:
+        assert card.rule.batch_dependent == card.batch_dependent
+
+
+@each_activation
+def test_claim_running_state(card: Card) -> None:
+    assert bool(dict(layer(card).named_buffers())) == card.running_state
+
+
+@each_activation
+def test_samples_may_come_in_any_order(card: Card) -> None:
+    made, x = layer(card), sample_input(card)
+    order = torch.tensor([2, 0, 1])
+    assert_close(made(x)[order], made(x[order]), rtol=1e-9, atol=1e-9)
+
+
+class _Layer(nn.Module):
+    """Norm(W x) on inputs of 3 samples, 5 positions and 6 features."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4, bias=False, dtype=torch.float64)
+        self.norm = layer(card)
+        for module in self.norm.modules():
+            if hasattr(module, "eps"):
+                module.eps = 1e-12
+        self.first = channels_first(card)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.linear(x)
+        return self.norm(z.transpose(1, 2)).transpose(1, 2) if self.first else self.norm(z)
+
+
+_CHANGES = {
+    "weight scale": lambda w, x: (3 * w, x),
+    "weight shift": lambda w, x: (w + torch.arange(1.0, 7.0, dtype=w.dtype), x),
+    "row scale": lambda w, x: (w * torch.tensor([[5.0], [1.0], [1.0], [1.0]], dtype=w.dtype), x),
+    "data scale": lambda w, x: (w, 3 * x),
+    "data shift": lambda w, x: (w, x + torch.arange(1.0, 7.0, dtype=x.dtype)),
+    "sample scale": lambda w, x: (w, x * torch.tensor([5.0, 1.0, 1.0], dtype=x.dtype).view(3, 1, 1)),
+}
+
+
+@each_activation
+@pytest.mark.parametrize("change", _CHANGES)
+def test_claim_invariant(card: Card, change: str) -> None:
+    model, x = _Layer(card), torch.randn(3, 5, 6, dtype=torch.float64)
+    before = model(x)
+    weight, moved = _CHANGES[change](model.linear.weight.detach(), x)
+    model.linear.weight.data = weight
+    # Exact but for eps = 1e-12 beside variances of order one.
+    assert torch.allclose(model(moved), before, rtol=1e-6, atol=1e-6) == (change in card.invariances)
+
+
+@each_activation
+def test_a_scale_invariant_weight_has_an_orthogonal_gradient(card: Card) -> None:
+    model, x = _Layer(card), torch.randn(3, 5, 6, dtype=torch.float64)
+    target = torch.randn(3, 5, 4, dtype=torch.float64)
+
+    def gradient(scale: float) -> Tensor:
+        weight = (model.linear.weight.detach() * scale).requires_grad_()
+        y = torch.func.functional_call(model, {"linear.weight": weight}, (x,))
+        return torch.autograd.grad((y - target).square().sum(), weight)[0]
+
+    if "weight scale" not in card.invariances:
+        pytest.skip("it does not claim invariance to the weight's scale")
+    one = gradient(1.0)
+    assert abs((one * model.linear.weight).sum()) < 1e-6 * one.norm()
+    assert_close(gradient(4.0), one / 4, rtol=1e-6, atol=1e-9)
