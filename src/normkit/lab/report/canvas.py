@@ -27,7 +27,7 @@ LOOK: dict[Any, Any] = {
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
     "legend.frameon": False,
-    "legend.handlelength": 1.8,
+    "legend.handlelength": 2.6,
     "axes.edgecolor": "#555555",
     "axes.labelcolor": INK,
     "text.color": INK,
@@ -128,9 +128,11 @@ def legend(figure: Figure, comparison: Comparison, note: str = "") -> None:
         handles.append(Line2D([], [], color=FAINT, linestyle=DOTTED, linewidth=0.9))
         labels.append(note)
     # Names in one row where they fit, else in as many columns as the longest allows; 0.06 inch a letter of 7 points.
-    widths = [0.42 + 0.06 * len(text) for text in labels]
+    widths = [0.5 + 0.06 * len(text) for text in labels]
     room = figure.get_figwidth()
     columns = len(labels) if sum(widths) < room else max(1, int(room / max(widths)))
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.16 * (rows - 1))
     figure.legend(handles, labels, loc="outside upper left", ncols=columns, columnspacing=1.4, borderaxespad=0.2)
 
 

@@ -5,24 +5,24 @@ knows whether its ground is light or dark.
 """
 
 from html import escape
-from math import log10
+from math import ceil, floor, log10
 from typing import Any
 
 from normkit.lab.report.comparison import Comparison, at, finite
 from normkit.lab.report.curves import curve, sweep
 from normkit.lab.report.palette import Style, styles
-from normkit.lab.report.wording import score_name
+from normkit.lab.report.wording import number, score_name
 
 Chart = dict[str, Any]
 
 
 def charts(comparison: Comparison) -> dict[str, Chart]:
     """Every chart of the page by the id of its place."""
-    result, score = comparison.result, escape(score_name(comparison.result))
+    result, score = comparison.result, marked(score_name(comparison.result))
     goal = finite(at(result, "target.score"))
-    target = [flat(goal)] if goal is not None else []
+    target = [straight("y", goal)] if goal is not None else []
     conditions = {f"condition-{place}": condition(comparison, place) for place in ("first", "last", "mean")}
-    span = log_span([trace for place in conditions.values() for trace in place["data"]])
+    span = logarithmic([trace for place in conditions.values() for trace in place["data"]])
     for place in conditions.values():
         place["layout"]["yaxis"].update(span)
     return {
@@ -43,13 +43,13 @@ def chart(data: list[Chart], x: str, y: str, *, log: bool = False, **more: Any) 
     """A chart of curves with a legend above it."""
     layout = {
         "xaxis": {"title": {"text": x}, "gridcolor": "@rule", "zeroline": False},
-        "yaxis": {"title": {"text": y}, "gridcolor": "@rule", "zeroline": False, "automargin": True},
+        "yaxis": {"title": {"text": y, "standoff": 10}, "gridcolor": "@rule", "zeroline": False, "automargin": True},
         "hovermode": "x unified",
         "showlegend": True,
         "height": 380,
     }
     if log:
-        layout["yaxis"].update(type="log", dtick=1, exponentformat="power")
+        layout["yaxis"].update(logarithmic(data))
     views = more.pop("views", [])
     return {"data": data, "layout": {**layout, **more}, "views": views}
 
@@ -58,9 +58,14 @@ def looks(comparison: Comparison) -> list[tuple[str, Style, str]]:
     """Name, style and colour of each recipe; plotly reads names as markup, so they are escaped."""
     chosen = styles(comparison.names, comparison.result["baseline"])
     return [
-        (escape(name), style, f"@series-{index}")
+        (marked(name), style, f"@series-{index}")
         for index, (name, style) in enumerate(zip(comparison.names, chosen, strict=True))
     ]
+
+
+def marked(text: str) -> str:
+    """Text as plotly's markup, which knows no entity for quotes."""
+    return escape(text, quote=False)
 
 
 def along(comparison: Comparison, field: str) -> list[Chart]:
@@ -87,11 +92,21 @@ def along(comparison: Comparison, field: str) -> list[Chart]:
                     "hovertemplate": "%{y:.4~g}  (seeds %{customdata[0]:.4~g} to %{customdata[1]:.4~g})",
                 }
             )
-        for seed, epochs, values in line.lost:
-            ends = {"symbol": ["circle"] * (len(epochs) - 1) + ["x"], "size": [0] * (len(epochs) - 1) + [9]}
-            lost = {"line": {"color": colour, "width": 1, "dash": "dot"}, "marker": {"color": colour, **ends}}
-            title = f"{name}, seed {seed}, diverged"
-            data.append({"x": epochs, "y": values, "name": title, "mode": "lines+markers", "legendgroup": name, **lost})
+        for place, (seed, epochs, values) in enumerate(line.lost):
+            rest = max(0, len(epochs) - 1)
+            data.append(
+                {
+                    "name": f"{name}, diverged",
+                    "legendgroup": f"{name}, diverged",
+                    "showlegend": place == 0,
+                    "x": epochs,
+                    "y": values,
+                    "mode": "lines+markers",
+                    "line": {"color": colour, "width": 1, "dash": "dot"},
+                    "marker": {"color": colour, "symbol": ["circle"] * rest + ["x"], "size": [0] * rest + [9]},
+                    "hovertemplate": f"%{{y:.4~g}} (seed {seed})",
+                }
+            )
     return data
 
 
@@ -142,10 +157,11 @@ def halves(comparison: Comparison) -> list[Chart]:
     ]
 
 
-def flat(y: float) -> Chart:
-    """A dotted horizontal line that is named on the page's caption."""
-    line = {"color": "@soft", "width": 1, "dash": "dot"}
-    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line}
+def straight(axis: str, at: float) -> Chart:
+    """A dotted line across the chart at one value of an axis; the caption names it."""
+    across, line = "x" if axis == "y" else "y", {"color": "@soft", "width": 1, "dash": "dot"}
+    ends = {f"{axis}0": at, f"{axis}1": at, f"{across}0": 0, f"{across}1": 1}
+    return {"type": "line", f"{across}ref": "paper", **ends, "line": line}
 
 
 def differences(comparison: Comparison) -> Chart:
@@ -163,7 +179,8 @@ def differences(comparison: Comparison) -> Chart:
                 "y": [place + 0.26] * len(each),
                 "mode": "markers",
                 "marker": dots,
-                "hovertemplate": f"{name}, one seed: %{{x:+.4f}}<extra></extra>",
+                "name": name,
+                "hovertemplate": "%{fullData.name}, one seed: %{x:+.4f}<extra></extra>",
             }
         )
         if mean is None:
@@ -174,15 +191,19 @@ def differences(comparison: Comparison) -> Chart:
             "y": [place],
             "mode": "markers",
             "marker": {"color": colour, "symbol": style.symbol, "size": 11},
-            "hovertemplate": f"{name}: %{{x:+.4f}}{ends}<extra></extra>",
+            "name": name,
+            "hovertemplate": f"%{{fullData.name}}: %{{x:+.4f}}{ends}<extra></extra>",
         }
         if low is not None and high is not None:
             reach = {"type": "data", "symmetric": False, "array": [high - mean], "arrayminus": [mean - low]}
             point["error_x"] = {**reach, "color": colour, "thickness": 2.5, "width": 0}
         data.append(point)
-    made = chart(data, f"test {escape(score_name(result))} minus {escape(result['baseline'])}'s, same seed", "")
+    made = chart(data, f"test {marked(score_name(result))} minus {marked(result['baseline'])}'s, same seed", "")
     made["layout"].update(hovermode="closest", showlegend=False, height=110 + 52 * max(1, len(rows)))
-    made["layout"]["xaxis"].update(zeroline=True, zerolinecolor="@ink", zerolinewidth=1, nticks=6)
+    made["layout"]["shapes"] = [{**straight("x", 0.0), "line": {"color": "@ink", "width": 1}, "layer": "below"}]
+    made["layout"]["xaxis"].update(
+        zeroline=True, zerolinecolor="@ink", zerolinewidth=1, zerolinelayer="below traces", nticks=6
+    )
     made["layout"]["yaxis"].update(
         tickvals=list(range(len(rows))),
         ticktext=[name for _, (name, *_) in rows],
@@ -216,7 +237,7 @@ def rates(comparison: Comparison) -> Chart:
                 "hovertemplate": "%{y:.4~g} %{text}",
             }
         )
-    made = chart(data, "learning rate", f"validation {escape(score_name(comparison.result))}, last epoch")
+    made = chart(data, "learning rate", f"validation {marked(score_name(comparison.result))}, last epoch")
     ticks = {"tickvals": sorted(tried), "ticktext": [f"{rate:g}" for rate in sorted(tried)]}
     made["layout"]["xaxis"].update(type="log", unifiedhovertitle={"text": "rate %{x:g}"}, **ticks)
     return made
@@ -234,18 +255,23 @@ def condition(comparison: Comparison, place: str) -> Chart:
             data.append({"x": epochs, "y": raw, "name": f"{name}, raw", "hovertemplate": "%{y:.3~g}", **fine})
         drawn = {**stroke(name, style, colour), "hovertemplate": "%{y:.3~g}"}
         data.append({"x": epochs, "y": effective, **drawn, "marker": {"color": colour, "size": 4}})
-    made = chart(data, "epoch", "condition number", log=True)
+    made = chart(data, "epoch", "condition number")
     made["layout"].update(showlegend=False, height=300)
     return made
 
 
-def log_span(data: list[Chart]) -> Chart:
-    """One range for several logarithmic axes."""
-    values = [value for trace in data for value in trace["y"] if value]
+def logarithmic(data: list[Chart]) -> Chart:
+    """A logarithmic axis for these traces, with plain numbers as ticks: 1, 2, 5 where few decades are spanned."""
+    values = [value for trace in data for value in trace["y"] if value and value > 0]
     if not values:
-        return {}
-    room = 0.05 * (log10(max(values)) - log10(min(values))) or 0.1
-    return {"range": [log10(min(values)) - room, log10(max(values)) + room], "dtick": "D2", "exponentformat": "e"}
+        return {"type": "log"}
+    low, high = log10(min(values)), log10(max(values))
+    room = 0.05 * (high - low) or 0.1
+    steps = (1, 2, 5) if high - low < 2.5 else (1,)
+    ticks = [step * 10.0**power for power in range(floor(low - room), ceil(high + room) + 1) for step in steps]
+    every = max(1, len(ticks) // 12)
+    shown = {"tickvals": ticks[::every], "ticktext": [f"{tick:g}" for tick in ticks[::every]]}
+    return {"type": "log", "range": [low - room, high + room], **shown}
 
 
 def bars(comparison: Comparison, key: str, title: str) -> Chart:
@@ -259,6 +285,11 @@ def bars(comparison: Comparison, key: str, title: str) -> Chart:
         "y": list(range(len(recipes))),
         "marker": {"color": [colour for *_, colour in found]},
         "customdata": [name for name, *_ in found],
+        "text": [number(value, "ms" if key == "ms_per_step" else "mb") for value in values],
+        "textposition": "inside",
+        "insidetextanchor": "start",
+        "textangle": 0,
+        "insidetextfont": {"color": "@ground"},
         "hovertemplate": f"%{{customdata}}: %{{x:.4~g}} {title}<extra></extra>",
     }
     quartiles = [at(recipe, "cost.ms_quartiles") for recipe in recipes]

@@ -33,6 +33,7 @@ from normkit.lab.report.comparison import Comparison, at, finite, read_compariso
 from normkit.lab.report.curves import curve, sweep
 from normkit.lab.report.wording import number, score_name
 
+DPI = 300
 ENLARGED = 6  # epochs from which the end is worth a second look
 
 
@@ -56,7 +57,7 @@ def draw(out: Path) -> list[Path]:
             drawn = figure(comparison)
             for kind, metadata in {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}.items():
                 buffer = io.BytesIO()
-                drawn.savefig(buffer, format=kind, dpi=300, metadata=metadata)
+                drawn.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
                 path = out / "figures" / f"{name}.{kind}"
                 write_bytes(path, buffer.getvalue())
                 written.append(path)

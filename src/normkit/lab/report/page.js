@@ -28,7 +28,7 @@
       font: { family: getComputedStyle(page).getPropertyValue("--plain"), size: narrow.matches ? 11 : 12, color: colour("@ink") },
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
-      margin: { l: 56, r: 12, t: 34, b: 46 },
+      margin: { l: 56, r: 12, t: narrow.matches ? 34 : 54, b: 46 },
       legend: { orientation: "h", x: 0, y: 1.02, xanchor: "left", yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
       hoverlabel: { bgcolor: colour("@panel"), bordercolor: colour("@rule"), font: { color: colour("@ink") } },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("@soft"), activecolor: colour("@ink") },
@@ -47,7 +47,15 @@
     if (!chart.data.some((trace) => trace.y.length)) {
       layout.annotations = [{ text: "nothing recorded", xref: "paper", yref: "paper", x: 0.5, y: 0.5, showarrow: false }];
     }
-    const config = { responsive: !width, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+    const config = {
+      responsive: !width,
+      displaylogo: false,
+      displayModeBar: chart.layout.showlegend && !narrow.matches ? "hover" : false,
+      modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
+      // Nothing of the page may leave for a server.
+      plotlyServerURL: "",
+      typesetMath: false,
+    };
     return Plotly.react(place, painted(chart.data, false), layout, config);
   }
 

@@ -1,6 +1,7 @@
 """The report of a comparison as one self-contained page that works offline."""
 
 import json
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def render(comparison: Comparison) -> str:
         listing=wording.listing,
         setting=setting,
         link=link,
+        moment=moment,
         over_seeds=wording.over_seeds,
         plain=wording.number,
         data=embedded(charts(comparison)),
@@ -96,6 +98,14 @@ def embedded(value: Any) -> Markup:
 def link(folder: str) -> str:
     """The address of a run's folder relative to the page."""
     return "./" + quote(folder, safe="/+@:,=")
+
+
+def moment(text: Any) -> str:
+    """A time as a person reads it, or as it was recorded where it is not one."""
+    try:
+        return f"{datetime.fromisoformat(str(text)).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    except ValueError:
+        return str(text)
 
 
 def setting(value: Any) -> str:

@@ -56,7 +56,7 @@ def styles(names: list[str], baseline: str) -> list[Style]:
         light, dark = BASELINE if name == baseline else HUES[others % len(HUES)]
         turn = 0 if name == baseline else others // len(HUES)
         others += name != baseline
-        marker, symbol = MARKERS[index % len(MARKERS)]
+        marker, symbol = MARKERS[(index + turn) % len(MARKERS)]
         line, dash = DASHES[turn % len(DASHES)]
         chosen.append(Style(light, dark, marker, symbol, line, dash))
     return chosen

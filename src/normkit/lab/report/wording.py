@@ -25,7 +25,7 @@ def number(value: Any, kind: str) -> str:
     if kind == "score":
         text = f"{known:.4f}"
     elif kind == "difference":
-        text = f"{known:+.4f}"
+        text = f"{known:+.4f}" if round(known, 4) else "0.0000"
     elif kind == "count":
         text = f"{known:,.0f}"
     elif kind == "ratio":
@@ -36,7 +36,7 @@ def number(value: Any, kind: str) -> str:
         text = f"{known:g}"
     else:
         text = significant(known)
-    return text.replace("-", MINUS, 1) if known < 0 else text
+    return text.replace("-", MINUS, 1) if text.startswith("-") else text
 
 
 def significant(value: float) -> str:
@@ -169,14 +169,11 @@ def lead_sentence(lead: str, top: dict[str, Any], judged: dict[str, str], baseli
 def cautions(result: dict[str, Any]) -> list[str]:
     """What a reader must know before trusting the table: lost runs, rates at the edge, many intervals."""
     notes = []
-    lost = {
-        r["recipe"]: [str(run.get("seed")) for run in r["runs"] if run["status"] != "ok"] for r in result["recipes"]
-    }
     for recipe in result["recipes"]:
-        failed = lost[recipe["recipe"]]
-        if failed:
+        lost = sum(run["status"] != "ok" for run in recipe["runs"])
+        if lost:
             rest = f"its numbers are of the other {kept(recipe)}" if kept(recipe) else "it has no numbers"
-            notes.append(f"{recipe['recipe']} diverged in {failed} of {seeds(len(recipe['runs']))}; {rest}.")
+            notes.append(f"{recipe['recipe']} diverged in {lost} of {seeds(len(recipe['runs']))}; {rest}.")
     edge = [r["recipe"] for r in result["recipes"] if r.get("rate_at_edge")]
     if edge:
         notes.append(

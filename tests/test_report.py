@@ -1,0 +1,341 @@
+"""The report is a pure function of the records, says what they say, and asks nothing of the network."""
+
+import copy
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("plotly", reason="the report needs the extra [lab]")
+pytest.importorskip("matplotlib", reason="the report needs the extra [lab]")
+
+from rich.cells import cell_len
+from rich.console import Console
+
+from comparison_records import write_comparison
+from normkit.core.errors import RecordError
+from normkit.lab.report import figures
+from normkit.lab.report.charts import charts
+from normkit.lab.report.comparison import at, read_comparison
+from normkit.lab.report.figures import draw
+from normkit.lab.report.page import write_page
+from normkit.lab.report.palette import styles
+from normkit.lab.report.table import print_table
+from normkit.lab.report.wording import cautions, findings, number, verdict
+
+HOSTILE = "<script>alert('$x$')</script>&\"[red]%{y}"
+ALL_LOST = tuple((recipe, seed) for recipe in ("bn", "bn+ws", "bn+wn", "bn+e") for seed in range(3))
+
+
+def printed(result: dict[str, Any], width: int, encoding: str = "utf-8") -> str:
+    buffer = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    print_table(result, Console(file=buffer, width=width))
+    buffer.seek(0)
+    return buffer.read()
+
+
+def with_interval(result: dict[str, Any], index: int, low: float | None, high: float | None) -> dict[str, Any]:
+    changed = copy.deepcopy(result)
+    changed["recipes"][index]["paired"].update(low=low, high=high)
+    return changed
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares the time that fine figures take where their look is not asked for."""
+    monkeypatch.setattr(figures, "DPI", 40)
+
+
+class Page(HTMLParser):
+    """What a page fetches and links, the numbers that it marks, and its tags."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.fetches: list[str] = []
+        self.numbers: list[tuple[str, str, str]] = []
+        self.tags: list[str] = []
+        self.scripts: list[str] = []
+        self.words: list[str] = []
+        self._open: dict[str, str | None] | None = None
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name == "href" and tag == "a"]
+        self.fetches += [value or "" for name, value in attrs if name in ("src", "srcset", "poster", "data")]
+        self.fetches += [found.get("href") or ""] if tag in ("link", "base", "image", "use") else []
+        self._open = found if tag == "data" else None
+        self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._open is not None:
+            self.numbers.append((self._open["value"] or "", self._open["title"] or "", data))
+            self._open = None
+        (self.scripts if self._inside in ("script", "style") else self.words).append(data)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("comparison")
+    write_comparison(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(out: Path) -> dict[str, Any]:
+    return json.loads((out / "result.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def page(out: Path) -> Page:
+    return Page(write_page(out).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("width", [80, 120, 160])
+def test_table_fits_and_says_every_number(result: dict[str, Any], width: int) -> None:
+    text = printed(result, width)
+    assert max(cell_len(line) for line in text.splitlines()) <= width
+    for recipe in result["recipes"]:
+        assert recipe["recipe"] in text
+        for value, kind in (
+            (recipe["rate"], "rate"),
+            (recipe["test_score"]["mean"], "score"),
+            (recipe["test_score"]["std"], "score"),
+            (recipe["paired"]["low"], "difference"),
+            (recipe["cost"]["ms_per_step"], "ms"),
+            (recipe["cost"]["ratio"], "ratio"),
+            (recipe["cost"]["mb_per_step"], "mb"),
+            (recipe["condition"]["last"]["effective"][-1], "condition"),
+        ):
+            assert recipe is result["recipes"][0] or number(value, kind) in text
+    assert "0.3†" in text
+    assert "widen it with --rates" in " ".join(text.split())
+
+
+def test_table_in_a_terminal_without_unicode(result: dict[str, Any]) -> None:
+    assert "+-" in printed(result, 80, encoding="ascii")
+
+
+def test_long_and_hostile_names_fold(tmp_path: Path) -> None:
+    names = (HOSTILE, "rms+e:rowcol@re:^blocks\\.[0-9]+\\.conv$")
+    result = write_comparison(tmp_path, recipes=names, title=HOSTILE)
+    text = printed(result, 80)
+    assert max(cell_len(line) for line in text.splitlines()) <= 80
+    assert "[red]" in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"), [(0.001, 0.02, "better"), (-0.02, -0.001, "worse"), (-0.001, 0.02, "no difference shown")]
+)
+def test_verdict_follows_the_interval(result: dict[str, Any], low: float, high: float, word: str) -> None:
+    changed = with_interval(result, 3, low, high)
+    assert verdict(changed["recipes"][3], "bn").startswith(word)
+
+
+def test_findings_name_the_best_and_how_sure(result: dict[str, Any]) -> None:
+    assert "includes zero: no difference shown" in findings(result)[0]
+    sure = findings(with_interval(result, 3, 0.001, 0.015))[0]
+    assert "better, as far as these seeds tell" in sure
+    assert "+0.0010 to +0.0150" in sure
+    assert "bn+ws is worse than bn." in findings(with_interval(result, 1, -0.02, -0.001))
+
+
+def test_one_seed_claims_nothing(tmp_path: Path) -> None:
+    result = write_comparison(tmp_path, seeds=1)
+    assert "there is no interval" in findings(result)[0]
+    assert verdict(result["recipes"][1], "bn") == "one seed: no interval"
+    assert "±" not in printed(result, 80).replace("mean ± std", "")
+
+
+def test_lost_runs_are_told(tmp_path: Path) -> None:
+    result = write_comparison(tmp_path, diverged=(("bn+wn", 1), *((("bn+ws", seed)) for seed in range(3))))
+    told = cautions(result)
+    assert "bn+ws diverged in 3 of 3 seeds; it has no numbers." in told
+    assert "bn+wn diverged in 1 of 3 seeds; its numbers are of the other 2." in told
+    assert verdict(result["recipes"][1], "bn") == "diverged"
+
+
+def test_a_difference_against_the_means_is_not_called_a_gain(result: dict[str, Any]) -> None:
+    changed = with_interval(result, 3, -0.02, -0.001)
+    changed["recipes"][3]["paired"]["mean"] = -0.01
+    assert "below the baseline bn" in findings(changed)[0]
+
+
+@pytest.mark.usefixtures("coarse")
+@pytest.mark.parametrize("options", [{"seeds": 1}, {"diverged": ALL_LOST}, {"epochs": 2}, {"recipes": ("bn",)}])
+def test_every_report_of_a_poor_comparison(tmp_path: Path, options: dict[str, Any]) -> None:
+    result = write_comparison(tmp_path, **options)
+    assert printed(result, 80)
+    assert all(path.stat().st_size for path in draw(tmp_path))
+    assert write_page(tmp_path).stat().st_size > 1_000_000
+
+
+@pytest.mark.usefixtures("coarse")
+def test_all_null(tmp_path: Path) -> None:
+    result = write_comparison(tmp_path, diverged=ALL_LOST)
+    result["target"] = None
+    result["title"] = None
+    for recipe in result["recipes"]:
+        recipe.update(rate=None, changes=None, parameters=None, paired=None, cost=None, condition=None, test_score=None)
+        for entry in recipe["sweep"] + recipe["runs"]:
+            entry.update({key: None for key in entry if key.endswith(("score", "loss", "target"))})
+    (tmp_path / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    assert "every run diverged" in printed(result, 80)
+    draw(tmp_path)
+    assert "every run diverged" in write_page(tmp_path).read_text(encoding="utf-8")
+
+
+def test_page_numbers_equal_the_record(page: Page, result: dict[str, Any]) -> None:
+    assert len(page.numbers) > 100
+    for value, title, text in page.numbers:
+        path, _, full = title.partition(" = ")
+        assert float(value) == float(full) == at(result, path)
+        shown = re.fullmatch(r"([+\u2212]?[\d,]*\.?\d+(?:e[+-]\d+)?)\D*", text)
+        if shown:  # minutes and hours apart
+            digits = shown[1].replace(",", "").replace("\u2212", "-")
+            # The text is the value rounded to the digits it shows.
+            unit = 10.0 ** -len(digits.partition(".")[2].partition("e")[0])
+            unit *= 10.0 ** int(digits.partition("e")[2] or 0)
+            assert abs(float(digits) - float(value)) <= 0.5001 * unit
+
+
+def test_page_charts_equal_the_record(out: Path, result: dict[str, Any]) -> None:
+    drawn = charts(read_comparison(out))
+    for index, recipe in enumerate(result["recipes"]):
+        texts = [(out / run["run"] / "metrics.jsonl").read_text(encoding="utf-8") for run in recipe["runs"]]
+        lines = [[json.loads(line) for line in text.splitlines()] for text in texts]
+        scores = [sum(row[epoch]["val_score"] for row in lines) / 3 for epoch in range(20)]
+        curve = [trace for trace in drawn["validation"]["data"] if trace["name"] == recipe["recipe"]][1]
+        # Both are float64 means of the same three numbers.
+        assert curve["y"] == pytest.approx(scores, rel=1e-12)
+        assert drawn["milliseconds"]["data"][0]["x"][index] == recipe["cost"]["ms_per_step"]
+    intervals = [trace for trace in drawn["differences"]["data"] if "error_x" in trace]
+    assert [trace["x"][0] for trace in intervals] == [recipe["paired"]["mean"] for recipe in result["recipes"][1:]]
+
+
+def test_page_charts_are_plotly_figures(out: Path) -> None:
+    from plotly.graph_objects import Figure
+
+    def painted(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: painted(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [painted(entry) for entry in value]
+        return "#123456" if isinstance(value, str) and value.startswith("@") else value
+
+    for chart in charts(read_comparison(out)).values():
+        Figure(data=painted(chart["data"]), layout=painted(chart["layout"]))
+
+
+def test_page_fetches_nothing(page: Page, out: Path) -> None:
+    assert not page.fetches
+    assert not {"link", "base", "img", "iframe", "object", "embed"} & set(page.tags)
+    assert all(re.match(r"(\./runs/|runs/|figures/|[a-z]+\.json$)", link) for link in page.links), page.links
+    text = (out / "report.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in text
+    assert not re.search(r"@import|url\(", "".join(page.scripts[:1]))
+    assert 4e6 < len(text) < 6e6
+
+
+def test_page_links_lead_to_the_runs(page: Page, out: Path, result: dict[str, Any]) -> None:
+    folders = {link for link in page.links if link.startswith("./runs/")}
+    assert folders == {f"./{run['run']}/" for recipe in result["recipes"] for run in recipe["runs"] + recipe["sweep"]}
+    assert all((out / folder).is_dir() for folder in folders)
+
+
+def test_page_is_whole(page: Page, result: dict[str, Any]) -> None:
+    assert page.tags.count("h1") == 1
+    assert {"main", "table", "caption", "figure", "figcaption", "noscript"} <= set(page.tags)
+    words = " ".join(" ".join(page.words).split())
+    for text in (result["command"], *result["recipes"][3]["changes"], "It covers", "It does not cover", "2.13.0+cpu"):
+        assert text in words
+    for sentence in findings(result):
+        assert sentence in words
+
+
+@pytest.mark.usefixtures("coarse")
+def test_page_escapes_what_the_records_say(tmp_path: Path) -> None:
+    result = write_comparison(tmp_path, recipes=("bn", HOSTILE), title=HOSTILE)
+    for place in ("config", "environment"):
+        result[place][HOSTILE] = HOSTILE
+    result["command"] = result["task"]["score"] = HOSTILE
+    result["recipes"][1]["changes"] = [HOSTILE]
+    (tmp_path / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    page = Page(write_page(tmp_path).read_text(encoding="utf-8"))
+    assert page.tags.count("script") == 3
+    assert not any("alert(" in script for script in page.scripts if not script.startswith("{"))
+    data = next(script for script in page.scripts if script.startswith("{"))
+    assert "<" not in data
+    assert all("<script" not in trace.get("name", "") for chart in json.loads(data).values() for trace in chart["data"])
+    assert HOSTILE in "".join(page.words)
+    assert draw(tmp_path)
+
+
+@pytest.mark.usefixtures("coarse")
+def test_same_records_give_the_same_bytes(out: Path) -> None:
+    first = [path.read_bytes() for path in [*draw(out), write_page(out)]]
+    assert [path.read_bytes() for path in [*draw(out), write_page(out)]] == first
+
+
+@pytest.mark.usefixtures("coarse")
+def test_figures_are_named_and_of_both_kinds(out: Path) -> None:
+    written = draw(out)
+    assert {path.name for path in written} == {f"{name}.{kind}" for name in figures.FIGURES for kind in ("png", "svg")}
+    for path in written:
+        start = path.read_bytes()[:8]
+        assert start == b"\x89PNG\r\n\x1a\n" if path.suffix == ".png" else start.startswith(b"<?xml")
+    assert {path.name for path in (out / "figures").iterdir()} == {path.name for path in written}
+
+
+def test_many_recipes_are_told_apart() -> None:
+    looks = styles([str(index) for index in range(20)], "0")
+    assert len({(look.light, look.marker, look.line) for look in looks}) == 20
+
+
+@pytest.mark.parametrize(
+    ("record", "content", "message"),
+    [
+        ("result.json", None, "missing"),
+        ("result.json", "{", "damaged"),
+        ("result.json", "[]", "damaged"),
+        ("result.json", '{"schema": 2}', "schema 2"),
+        ("result.json", '{"schema": 1}', "'config'"),
+        ("runs/bn/rate=0.1/seed=0/metrics.jsonl", None, "missing"),
+        ("runs/bn/rate=0.1/seed=0/metrics.jsonl", '{"epoch": 1}\n', "damaged"),
+        ("runs/bn/rate=0.1/seed=0/metrics.jsonl", '{"epoch": null, "val_score": 1, "train_loss": 1}\n', "no number"),
+        ("runs/bn/rate=0.1/seed=0/timing.jsonl", "not json\n", "damaged"),
+    ],
+)
+def test_bad_records_are_named(tmp_path: Path, record: str, content: str | None, message: str) -> None:
+    write_comparison(tmp_path, recipes=("bn", "bn+e"), epochs=2)
+    path = tmp_path / record
+    path.unlink() if content is None else path.write_text(content, encoding="utf-8")
+    for make in (draw, write_page):
+        with pytest.raises(RecordError, match=re.escape(str(path.parent))) as caught:
+            make(tmp_path)
+        assert message in str(caught.value)
+
+
+def test_run_outside_the_folder_is_refused(tmp_path: Path) -> None:
+    result = write_comparison(tmp_path, recipes=("bn",), epochs=2)
+    result["recipes"][0]["runs"][0]["run"] = "../../elsewhere"
+    (tmp_path / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    with pytest.raises(RecordError, match="outside the comparison"):
+        write_page(tmp_path)
+
+
+def test_unwritable_folder_is_named(tmp_path: Path) -> None:
+    write_comparison(tmp_path, recipes=("bn",), epochs=2)
+    (tmp_path / "figures").write_text("a file where the folder should be", encoding="utf-8")
+    with pytest.raises(RecordError, match="figures"):
+        draw(tmp_path)
