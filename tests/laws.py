@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from normkit.catalogue import METHODS
 from normkit.core.card import Card
 from normkit.core.errors import BackendError
 from normkit.core.rule import Rule
+from normkit.engine.layer import Layer
 
 ACTIVATIONS = [card for card in METHODS if card.kind == "activation"]
 RULES = [card for card in ACTIVATIONS if card.rule is not None]
@@ -32,7 +34,12 @@ def rule_of(card: Card) -> Rule:
 
 def channels_first(card: Card) -> bool:
     """Whether the layer takes (N, C, *) rather than (*, D)."""
-    return rule_of(card).support.names[0] == "n"
+    return card.layout == "n c *"
+
+
+def call(card: Card, made: nn.Module, x: Tensor) -> Tensor:
+    """The layer's output, with whatever else it is conditioned on."""
+    return made(x, *(card.extra(x) if card.extra else ()))
 
 
 def sample_input(card: Card, channels: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -50,14 +57,22 @@ def layer(card: Card, channels: int = 4, dtype: torch.dtype = torch.float64) -> 
     return made
 
 
-def runs(made: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The layer's training output on each back end that takes it; the reference always does."""
+def runs(card: Card, made: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The layer's training output on each back end that takes it; the reference always does.
+
+    A layer that is not one rule has no choice of back ends, and is run once.
+    """
+    if not isinstance(made, Layer):
+        start = copy.deepcopy(made.state_dict())
+        yield "auto", call(card, made, x)
+        made.load_state_dict(start)
+        return
     start = {key: value.clone() for key, value in made.state_dict().items()}
     for backend in BACKENDS:
         made.backend = backend
         made.load_state_dict(start)
         try:
-            yield backend, made(x)
+            yield backend, call(card, made, x)
         except BackendError:
             assert backend in ("closed", "aten")
     made.load_state_dict(start)

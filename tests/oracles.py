@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 import torch
@@ -93,3 +93,8 @@ def _center_and_scale(rule: Rule, values: list[float]) -> tuple[float, float]:
         return center, math.sqrt(squares + eps)
     bare = math.sqrt(squares)
     return center, bare + eps if statistic.guard == "outside" else max(bare, eps)
+
+
+# For a method that is not one rule: its training output, given the layer (for its parameters and buffers) and its inputs,
+# by loops or formulas of the paper, and by none of the code that it judges.
+ORACLES: dict[str, Callable[..., Tensor]] = {}

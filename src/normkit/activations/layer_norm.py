@@ -144,5 +144,6 @@ CARD = Card(
     functional=layer_norm,
     make=LayerNorm,
     rule=layer_norm_rule(),
+    layout="* d",
     invariances=frozenset({"weight scale", "weight shift", "data scale", "sample scale"}),
 )

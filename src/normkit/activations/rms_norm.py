@@ -120,5 +120,6 @@ CARD = Card(
     functional=rms_norm,
     make=RMSNorm,
     rule=rms_norm_rule(),
+    layout="* d",
     invariances=frozenset({"weight scale", "data scale", "sample scale"}),
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from normkit.core.errors import NotationError
 from normkit.core.rule import Rule
@@ -60,6 +60,8 @@ class Card:
         make: ``make(channels)`` gives a small module for an input of the rule's layout (activations); ``make(layer)`` puts the
             method on a layer and returns it (weights).
         rule: the method as data, or None where it is not one rule.
+        layout: what an activation layer takes: ``"n c *"`` channels first, or ``"* d"`` features last.
+        extra: the other inputs of forward, given an example of the first; for layers that are conditioned on something.
         batch_dependent: a sample's training output depends on other samples.
         running_state: it keeps running statistics.
         train_equals_eval: training and inference compute the same function.
@@ -81,6 +83,8 @@ class Card:
     functional: Callable[..., Any]
     make: Callable[..., nn.Module]
     rule: Rule | None = None
+    layout: Literal["n c *", "* d"] = "n c *"
+    extra: Callable[[Tensor], tuple[Any, ...]] | None = None
     batch_dependent: bool = False
     running_state: bool = False
     train_equals_eval: bool = True
