@@ -1,0 +1,86 @@
+"""Put a weight method on chosen layers of a model, and say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from normkit.core.errors import NormkitError, SurgeryError
+from normkit.core.support import show
+from normkit.surgery.changes import Change, label
+from normkit.surgery.select import weight_names
+
+Attach = Callable[[nn.Module, str], object]
+
+
+def attach_all(model: nn.Module, layers: Mapping[str, nn.Module], put: Attach, what: str) -> list[Change]:
+    """Put a weight method on every weight of some layers.
+
+    Args:
+        model: that the layers belong to.
+        layers: chosen ones by name.
+        put: called with a layer and the name of its weight.
+        what: the method, for rows and messages.
+
+    Returns:
+        A row a weight.
+
+    Raises:
+        SurgeryError: the method is there already, the method refuses, or it would untie a weight that several layers share. Call
+            this inside ``all_or_nothing``.
+    """
+    ties = tied_parameters(model)
+    rows = []
+    for name, layer in layers.items():
+        for weight in weight_names(layer):
+            full = label(name) if weight == "weight" else f"{name}.{weight}".lstrip(".")
+            raw = raw_weight(layer, weight)
+            before = f"{type(layer).__name__} {show(getattr(layer, weight).shape)}"
+            present = parametrizations(layer, weight)
+            try:
+                put(layer, weight)
+            except (NormkitError, ValueError, RuntimeError) as error:
+                raise SurgeryError(f"{full}: {what} can't be put on it: {error}") from error
+            added = parametrizations(layer, weight)[-1]
+            if any(type(other) is type(added) for other in present):
+                raise SurgeryError(
+                    f"{full}: {what} is on it already; name it once, or bake it in with fold(model) first"
+                )
+            others = [tie for tie in ties.get(id(raw), []) if tie != f"{name}.{weight}".lstrip(".")]
+            if others and all(raw is not parameter for parameter in layer.parameters()):
+                raise SurgeryError(
+                    f"{full}: its weight is tied to {', '.join(others)}, and {what} puts other parameters in its place, which "
+                    "would untie them; choose other layers with @re:PATTERN"
+                )
+            stack = [type(other).__name__ for other in present]
+            notes = [f"over {' and '.join(stack)}"] if stack else []
+            notes += [f"raw weight stays tied to {', '.join(others)}"] if others else []
+            rows.append(Change(full, before.removeprefix("Parametrized"), what, "; ".join(notes)))
+    return rows
+
+
+def parametrizations(layer: nn.Module, name: str) -> list[nn.Module]:
+    """The parametrizations of a layer's weight, innermost first."""
+    return list(layer.parametrizations[name]) if parametrize.is_parametrized(layer, name) else []  # pyright: ignore
+
+
+def raw_weight(layer: nn.Module, name: str) -> Tensor | None:
+    """The parameter that holds a weight, under its parametrizations; None where they keep several."""
+    if parametrize.is_parametrized(layer, name):
+        return getattr(layer.parametrizations[name], "original", None)  # pyright: ignore
+    return layer._parameters.get(name)
+
+
+def tied_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """The names under which each parameter that several modules hold is found, by the parameter's id."""
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                shown = f"{prefix}.{name}".lstrip(".")
+                if ".parametrizations." in f".{shown}":
+                    shown = f".{shown}".replace(".parametrizations.", ".").removesuffix(".original").lstrip(".")
+                names.setdefault(id(parameter), []).append(shown)
+    return {key: found for key, found in names.items() if len(found) > 1}

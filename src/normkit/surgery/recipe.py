@@ -1,0 +1,234 @@
+"""Recipes: a combination of normalizations in the literature's shorthand, such as ``bn+ws`` or ``gn:32+e@first_last``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from normkit.catalogue import METHODS
+from normkit.core.card import Card
+from normkit.core.errors import NotationError, SurgeryError
+from normkit.surgery.attach import Attach, attach_all
+from normkit.surgery.changes import Changes
+from normkit.surgery.convert import convert, try_on
+from normkit.surgery.select import check_place, closest, select
+from normkit.surgery.target import Target, norm_cards, norm_list
+from normkit.surgery.transaction import all_or_nothing
+from normkit.weights import spectral_norm, weight_conditioning, weight_norm, weight_standardization
+from normkit.weights.layout import weight_layout
+
+# The paper conditions the first and the last layer; weight standardization is for convolutions that a norm follows, not for
+# the linear head. Every other method goes on all layers.
+_PLACES = {"e": "first_last", "ws": "convolutions"}
+_MODES = {"e": ("row", "col", "rowcol")}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight method of a recipe: its word, its mode where it has several, and where it goes."""
+
+    word: str
+    mode: str = ""
+    where: str = "all"
+
+    def __str__(self) -> str:
+        mode = "" if self.mode == _MODES.get(self.word, ("",))[0] else f":{self.mode}"
+        place = "" if self.where == _PLACES.get(self.word, "all") else f"@{self.where}"
+        return f"{self.word}{mode}{place}"
+
+    @property
+    def what(self) -> str:
+        """The method's name with its mode, for rows."""
+        return f"{_weight_cards()[self.word].name}{self.mode and ':'}{self.mode}"
+
+    def put(self, layer: nn.Module, name: str) -> object:
+        """Put the method on one weight of a layer."""
+        return _attachment(self)(layer, name)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An activation norm, then weight methods in the order in which they are put on, the innermost first.
+
+    ``norm ("+" weight ("@" where)?)*``
+
+    ===========  ==========================================================================================
+    ``norm``     ``keep`` (as it is), ``none`` (removed), ``bn``, ``gn:32``, ``ln``, ``in``, ``rms``
+    ``weight``   ``ws``, ``wn``, ``sn``, ``e`` (rows), ``e:col``, ``e:rowcol``
+    ``where``    ``first_last`` (of ``e``, if not said), ``convolutions`` (of ``ws``), ``all`` (of the others),
+                 ``hidden``, ``re:PATTERN``
+    ===========  ==========================================================================================
+
+    A method of the catalogue is known by the word on its card. In a pattern a ``+`` before what reads as a weight term begins
+    that term.
+
+    >>> Recipe.parse("bn + e:row@first_last"), str(Recipe.parse("group_norm+ws@all+e:col"))
+    (Recipe('bn+e'), 'gn:32+ws@all+e:col')
+    """
+
+    norm: Target | None
+    weights: tuple[Weight, ...] = ()
+
+    def __str__(self) -> str:
+        return "+".join(["keep" if self.norm is None else str(self.norm), *map(str, self.weights)])
+
+    def __repr__(self) -> str:
+        return f"Recipe({str(self)!r})"
+
+    @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """Read a recipe.
+
+        Args:
+            text: in the notation above.
+
+        Returns:
+            The recipe; ``str`` of it is the shortest way to write it.
+
+        Raises:
+            NotationError: a word is not known, out of order or said twice; the message lists what exists.
+        """
+        first, *rest = _terms(text)
+        head = first.partition("@")[0].partition(":")[0].strip().lower()
+        if head in _weight_cards() or not head:
+            said = f"begins with {first.strip()!r}" if head else "begins without a norm"
+            raise NotationError(f"recipe {text!r} {said}; a norm comes first: keep, {norm_list()}; e.g. keep+e")
+        if "@" in first:
+            raise NotationError(
+                f"recipe {text!r}: {first.strip()!r} has a place, but a norm is converted everywhere; places go with weight words"
+            )
+        try:
+            norm = None if head == "keep" and ":" not in first else Target.parse(first)
+        except NotationError as error:
+            raise NotationError(f"recipe {text!r}: {error}, keep") from None
+        weights = tuple(_weight(term, text) for term in rest)
+        for k, weight in enumerate(weights):
+            if any(other.word == weight.word and other.where == weight.where for other in weights[:k]):
+                raise NotationError(f"recipe {text!r}: {weight.word} is said twice of {weight.where}; say it once")
+        return cls(norm, weights)
+
+
+def apply_recipe(model: nn.Module, recipe: str | Recipe, example: Any = None) -> Changes:
+    """Give a model the normalizations of a recipe, in place: its activation norms are converted, then weights parametrized.
+
+    Make the optimizer afterwards: it does not see parameters that are created here.
+
+    Args:
+        model: any module.
+        recipe: e.g. ``"bn+e@first_last"``; see Recipe.
+        example: an input (a tensor, a tuple of arguments, or a dict of them) on which the changed model is run once, without
+            effect on it. Default: None.
+
+    Returns:
+        The model (a new one only where the model itself is a norm) and a row a change.
+
+    Raises:
+        NotationError: the recipe can't be read.
+        SurgeryError: a part of it can't be done on this model, with the reason; the model is left as it was.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
+    >>> print(apply_recipe(model, "gn:4+ws+e"))
+    layer  before          after                    note
+    1      BatchNorm2d(8)  GroupNorm(4, 8)          running statistics dropped
+    0      Conv2d 8x3x3x3  weight_standardization
+    0      Conv2d 8x3x3x3  weight_conditioning:row  over WeightStandardization
+    3      Linear 2x8      weight_conditioning:row
+    """
+    recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+    with all_or_nothing(model):
+        places = []
+        for weight in recipe.weights:
+            try:
+                places.append(select(model, weight.where))
+            except SurgeryError as error:
+                raise SurgeryError(f"{recipe}: {weight}: {error}") from None
+        changes = Changes(model, ()) if recipe.norm is None else convert(model, str(recipe.norm))
+        rows = list(changes.rows)
+        for weight, layers in zip(recipe.weights, places, strict=True):
+            rows += attach_all(changes.model, layers, weight.put, weight.what)
+        if example is not None:
+            try_on(changes.model, example)
+    return Changes(changes.model, tuple(rows))
+
+
+def _terms(text: str) -> list[str]:
+    terms: list[str] = []
+    for piece in text.split("+"):
+        in_pattern = bool(terms) and re.search(r"@\s*re:", terms[-1]) is not None
+        word = re.fullmatch(r"\s*(\w+)\s*(:\s*\w+\s*)?(@.*)?", piece, re.DOTALL)
+        if in_pattern and (word is None or word[1].lower() not in _weight_cards()):
+            terms[-1] += "+" + piece
+        else:
+            terms.append(piece)
+    return terms
+
+
+def _weight(term: str, text: str) -> Weight:
+    head, at, where = term.partition("@")
+    word, colon, mode = (part.strip().lower() for part in head.partition(":"))
+    cards = _weight_cards()
+    if word in norm_cards() or word in ("keep", "none"):
+        raise NotationError(
+            f"recipe {text!r}: {word!r} is a norm; one norm comes first, and after it weight methods: {_weight_list()}"
+        )
+    if word not in cards:
+        said = (
+            f"weight method {word!r} is not known{closest(word, tuple(cards))}"
+            if word
+            else "a weight method is missing after +"
+        )
+        raise NotationError(f"recipe {text!r}: {said}; weight methods that exist: {_weight_list()}")
+    word = cards[word].word or cards[word].name
+    modes = _MODES.get(word, ())
+    if colon and mode not in modes:
+        raise NotationError(
+            f"recipe {text!r}: {word} got the mode {mode!r}; modes that exist: {', '.join(modes) or 'none'}"
+        )
+    where = where.strip() if at else _PLACES.get(word, "all")
+    try:
+        check_place(where)
+    except NotationError as error:
+        raise NotationError(f"recipe {text!r}: {error}") from None
+    return Weight(word, mode if colon else next(iter(modes), ""), where)
+
+
+def _cards() -> list[Card]:
+    known = [module.CARD for module in (weight_standardization, weight_norm, spectral_norm, weight_conditioning)]
+    return [*known, *(card for card in METHODS if card.kind == "weight" and card not in known)]
+
+
+def _weight_cards() -> dict[str, Card]:
+    return {key: card for card in _cards() for key in (card.word, card.name) if key}
+
+
+def _weight_list() -> str:
+    words = [card.word or card.name for card in _cards()]
+    return ", ".join(
+        term for word in words for term in (word, *(f"{word}:{mode}" for mode in _MODES.get(word, ())[1:]))
+    )
+
+
+def _attachment(weight: Weight) -> Attach:
+    """How a word's method is put on a weight by name; a method without an entry is made by its card."""
+
+    def by_card(layer: nn.Module, name: str) -> object:
+        if name != "weight":
+            raise SurgeryError(f"{weight.what} is only known for a parameter called weight")
+        return _weight_cards()[weight.word].make(layer)
+
+    def conditioned(layer: nn.Module, name: str) -> object:
+        return weight_conditioning.weight_conditioning(layer, weight.mode, name=name)  # pyright: ignore[reportArgumentType]
+
+    def lengths(layer: nn.Module, name: str) -> object:
+        return weight_norm.weight_norm(layer, name, weight_layout(layer, name).output_axis)
+
+    known: dict[str, Attach] = {
+        "ws": weight_standardization.weight_standardization,
+        "wn": lengths,
+        "sn": spectral_norm.spectral_norm,
+        "e": conditioned,
+    }
+    return known.get(weight.word, by_card)

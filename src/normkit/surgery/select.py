@@ -1,0 +1,141 @@
+"""Which layers: a word, a pattern or a predicate, read against a model."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+
+from normkit.core.errors import NotationError, SurgeryError
+from normkit.surgery.changes import label
+
+Where = str | Callable[[str, nn.Module], bool]
+
+PLACES = ("first_last", "all", "hidden", "convolutions", "re:PATTERN")
+_NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
+
+
+def select(model: nn.Module, where: Where = "all") -> dict[str, nn.Module]:
+    """Choose the layers of a model whose weight is a matrix or a convolution kernel.
+
+    The words count Linear, Conv, ConvTranspose, MultiheadAttention (its input projection; its output projection is a Linear)
+    and the Conv1D of Hugging Face's GPT-2, in the order in which they were registered. Embeddings and other modules with a
+    weight of two or more axes are not counted: only a pattern or a predicate reaches them.
+
+    ================  ======================================================================================
+    ``first_last``    the first and the last
+    ``all``           every one
+    ``hidden``        all but the first and the last
+    ``convolutions``  every Conv and ConvTranspose
+    ``re:PATTERN``    those in whose name the regular expression is found (``re.search``; ``^`` and ``$`` anchor it)
+    a predicate       those for which ``predicate(name, module)`` is true
+    ================  ======================================================================================
+
+    Args:
+        model: any module.
+        where: a word, a pattern or a predicate. Default: ``"all"``.
+
+    Returns:
+        Names and layers, each module once, under its first name.
+
+    Raises:
+        NotationError: there is no such word, or the pattern can't be read.
+        SurgeryError: no layer is chosen, or one that can't be: a recurrent layer, or one without its weight yet.
+
+    >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> list(select(model, "first_last")), list(select(model, "hidden")), list(select(model, "re:^0"))
+    (['1', '3'], ['2'], ['0'])
+    """
+    found = {name: module for name, module in model.named_modules() if "parametrizations" not in name.split(".")}
+    named = isinstance(where, str) and not where.startswith("re:")
+    if named:
+        layers = {name: module for name, module in found.items() if _is_layer(module)}
+    else:
+        layers = {
+            name: module for name, module in found.items() if weight_names(module) or isinstance(module, nn.RNNBase)
+        }
+    chosen = choose(layers, where, "layers with a weight")
+    for name, layer in chosen.items():
+        if isinstance(layer, nn.RNNBase):
+            raise SurgeryError(
+                f"{label(name)}: {type(layer).__name__} keeps its weights in a list of its own, which a parametrization "
+                "would not reach; leave it out of the selection"
+            )
+        for weight in weight_names(layer):
+            if is_lazy(getattr(layer, weight)):
+                raise SurgeryError(
+                    f"{label(name)}: its {weight} has no size yet; run the model once on an example first"
+                )
+    return chosen
+
+
+def choose(candidates: Mapping[str, nn.Module], where: Where, what: str) -> dict[str, nn.Module]:
+    """Choose among candidates by a word, a pattern or a predicate; an empty choice is refused."""
+    names = list(candidates)
+    if not isinstance(where, str):
+        chosen = [name for name in names if where(name, candidates[name])]
+    else:
+        check_place(where)
+        if where.startswith("re:"):
+            chosen = [name for name in names if re.search(where[3:], name)]
+        elif where == "convolutions":
+            chosen = [name for name in names if isinstance(candidates[name], _ConvNd)]
+        else:
+            chosen = {"first_last": [*names[:1], *names[1:][-1:]], "all": names, "hidden": names[1:-1]}[where]
+    if not chosen:
+        said = where if isinstance(where, str) else getattr(where, "__name__", "the predicate")
+        known = ", ".join(label(name) for name in names[:20]) + (
+            f" and {len(names) - 20} more" if len(names) > 20 else ""
+        )
+        raise SurgeryError(f"{said!r} chooses nothing; {what} that exist: {known or 'none'}")
+    return {name: candidates[name] for name in chosen}
+
+
+def check_place(where: str) -> None:
+    """Refuse a word that is no place, and a pattern that can't be read."""
+    if where.startswith("re:"):
+        try:
+            re.compile(where[3:])
+        except re.error as error:
+            raise NotationError(f"place {where!r}: the pattern can't be read: {error}") from None
+    elif where not in PLACES[:-1]:
+        raise NotationError(
+            f"place {where!r} is not known{closest(where, PLACES)}; places that exist: {', '.join(PLACES)}"
+        )
+
+
+def closest(word: str, known: Mapping[str, object] | tuple[str, ...]) -> str:
+    """A hint at the word that was probably meant, or nothing."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def weight_names(layer: nn.Module) -> tuple[str, ...]:
+    """The names of a layer's weights of two or more axes; none for norms and for modules without."""
+    if isinstance(layer, nn.MultiheadAttention):
+        names = (
+            ("in_proj_weight",)
+            if layer.in_proj_weight is not None
+            else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        )
+        return names
+    if isinstance(layer, _NORMS):
+        return ()
+    weight = getattr(layer, "weight", None)
+    matrix = isinstance(weight, Tensor) and (is_lazy(weight) or weight.dim() >= 2)
+    return ("weight",) if matrix else ()
+
+
+def _is_layer(module: nn.Module) -> bool:
+    is_gpt2_linear = type(module).__name__.removeprefix("Parametrized") == "Conv1D" and hasattr(module, "nf")
+    return isinstance(module, nn.Linear | _ConvNd | nn.MultiheadAttention) or is_gpt2_linear
