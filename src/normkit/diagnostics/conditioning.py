@@ -1,0 +1,205 @@
+"""Condition numbers of matrices, of a model's weights, and of convolutions as linear operators.
+
+What diagonal scaling can do for a condition number: with E the row equilibration of A (m rows, full rank),
+
+* chi(A) = max row norm / sigma_min is least for EA among all left diagonal scalings DA. With B = EA,
+  chi(DB) = max|d_i| / sigma_min(DB) >= 1 / sigma_min(B) = chi(B), as sigma_min(DB) <= max|d_i| sigma_min(B).
+* So kappa(EA) <= sqrt(m) min_D kappa(DA), as max row norm <= sigma_max <= sqrt(m) max row norm. With two rows E is
+  optimal.
+
+Stronger statements are in print: that E minimizes kappa itself, so that kappa(EA) <= kappa(A) always (Theorem 5.1 and
+Proposition 1 of Saratchandran, Wang and Lucey), and that conditioned weights make the Hessian of the loss no worse (their
+Theorem 5.2). They do not hold:
+
+>>> A = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 2.0], [2.0, 1.0, 3.0]])
+>>> EA = A / A.norm(dim=1, keepdim=True)
+>>> f"kappa {condition_number(A):.3f} -> {condition_number(EA):.3f}, chi {chi(A):.3f} -> {chi(EA):.3f}"
+'kappa 5.458 -> 6.136, chi 3.742 -> 3.742'
+
+And for the Hessian: of one linear layer under squared error with E held constant it is E^2 (x) E[x x^T], whose condition number
+is that of E[x x^T] times (max norm / min norm)^2 of the rows: never smaller than without. Row equilibration usually lowers kappa
+where row norms differ much; measure it.
+
+Reference:
+    van der Sluis, "Condition Numbers and Equilibration of Matrices" (1969), https://doi.org/10.1007/BF02165096; Saratchandran,
+    Wang, Lucey, "Weight Conditioning for Smooth Optimization of Neural Networks" (2024), https://arxiv.org/abs/2409.03424;
+    Sedghi, Gupta, Long, "The Singular Values of Convolutional Layers" (2019), https://arxiv.org/abs/1805.10408.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from normkit.core.errors import ShapeError
+from normkit.core.support import show
+from normkit.weights.layout import weight_layout
+
+# A singular value this far below the largest is rounding, and the matrix is singular.
+_RANK_TOLERANCE = 1e-12
+
+
+def condition_number(matrix: Tensor) -> float:
+    """The ratio of a matrix' largest singular value to its min(m, n)-th, in float64.
+
+    Args:
+        matrix: of two axes.
+
+    Returns:
+        A number from 1; infinity if the smallest is below 1e-12 of the largest; NaN if an element is not finite.
+
+    Raises:
+        ShapeError: another number of axes, or no elements.
+
+    >>> round(condition_number(torch.tensor([[3.0, 0.0, 0.0], [0.0, 2.0, 0.0]])), 6)
+    1.5
+    """
+    values = _singular_values(matrix, "condition_number")
+    if not values.isfinite().all():
+        return math.nan
+    largest, smallest = values[0].item(), values[-1].item()
+    return math.inf if smallest <= _RANK_TOLERANCE * largest else largest / smallest
+
+
+def chi(matrix: Tensor) -> float:
+    """The largest row norm over the smallest singular value: what row equilibration minimizes.
+
+    Args:
+        matrix: of two axes.
+
+    Returns:
+        As ``condition_number``; it lies between kappa / sqrt(m) and kappa.
+
+    Raises:
+        ShapeError: another number of axes, or no elements.
+
+    Reference:
+        van der Sluis (1969), https://doi.org/10.1007/BF02165096.
+
+    >>> round(chi(torch.tensor([[3.0, 4.0], [4.0, 3.0]])), 6)
+    5.0
+    """
+    values = _singular_values(matrix, "chi")
+    if not values.isfinite().all():
+        return math.nan
+    smallest = values[-1].item()
+    longest = torch.linalg.vector_norm(matrix.detach().to(_device(matrix), torch.float64), dim=1).max().item()
+    return math.inf if smallest <= _RANK_TOLERANCE * values[0].item() else longest / smallest
+
+
+def weight_conditions(
+    model: nn.Module, where: Callable[[str, nn.Module], bool] | None = None
+) -> dict[str, tuple[float, float]]:
+    """The condition numbers of every layer's weight: of the raw parameter, and of the weight that the layer computes with.
+
+    Weights of more than two axes are unfolded to output units x the rest. Both numbers are alike where a weight has no
+    parametrization. The raw weight is ``original``, of weight normalization the direction v. Nothing is changed, not even the
+    buffers of spectral normalization.
+
+    Args:
+        model: any module.
+        where: which layers, by name and module. Default: all.
+
+    Returns:
+        Layer name to (raw, effective). A weight that is not called ``weight`` has its name behind the layer's.
+
+    >>> from normkit.weights.weight_conditioning import weight_conditioning
+    >>> layer = weight_conditioning(nn.Linear(2, 2))
+    >>> layer.weight = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    >>> {name: f"{raw:.2f} -> {used:.2f}" for name, (raw, used) in weight_conditions(nn.Sequential(layer)).items()}
+    {'0': '3.00 -> 1.00'}
+    """
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, parametrize.ParametrizationList) or (where is not None and not where(name, layer)):
+            continue
+        for key in _weight_names(layer):
+            raw, used = _raw_and_used(layer, key)
+            if raw.dim() < 2 or 0 in raw.shape or not raw.is_floating_point():
+                continue
+            layout = weight_layout(layer, key)
+            label = name if key == "weight" else f"{name}.{key}" if name else key
+            before = condition_number(layout.matrix(raw))
+            found[label] = (before, before if used is raw else condition_number(layout.matrix(used)))
+    return found
+
+
+def operator_spectrum(kernel: Tensor, size: Sequence[int], groups: int = 1) -> Tensor:
+    """All singular values of a convolution of stride 1 with circular padding, as a linear operator on inputs of one size.
+
+    The Fourier transform makes the operator one small matrix for each frequency; their singular values together are the
+    operator's. Zero padding and strides are left out of account.
+
+    Args:
+        kernel: (out, in/groups, *taps), any number of spatial axes.
+        size: of the input along each spatial axis, not below the taps.
+        groups: of the convolution. Default: 1.
+
+    Returns:
+        In descending order, float64: min(out, in) for each position, in/groups and out/groups in each group.
+
+    Raises:
+        ShapeError: the size does not fit the kernel.
+
+    Reference:
+        Sedghi, Gupta, Long (2019), https://arxiv.org/abs/1805.10408.
+
+    >>> operator_spectrum(torch.tensor([[[1.0, 1.0]]]), (4,)).round(decimals=4)
+    tensor([2.0000, 1.4142, 1.4142, 0.0000], dtype=torch.float64)
+    """
+    taps = kernel.shape[2:]
+    if kernel.dim() < 3 or len(size) != len(taps) or any(n < k for n, k in zip(size, taps, strict=False)):
+        raise ShapeError(
+            f"operator_spectrum: a kernel of shape {show(kernel.shape)} on inputs of size {show(size)}; wanted one size for "
+            "each axis of taps, not below the taps"
+        )
+    if kernel.shape[0] % groups:
+        raise ShapeError(f"operator_spectrum: {kernel.shape[0]} output channels do not split into groups={groups}")
+    axes = tuple(range(2, kernel.dim()))
+    response = torch.fft.fftn(kernel.detach().to(_device(kernel), torch.float64), s=tuple(size), dim=axes)
+    matrices = response.flatten(2).unflatten(0, (groups, -1)).permute(3, 0, 1, 2)
+    return torch.linalg.svdvals(matrices).flatten().sort(descending=True).values
+
+
+def _device(tensor: Tensor) -> torch.device:
+    return tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")  # others lack float64
+
+
+def _singular_values(matrix: Tensor, who: str) -> Tensor:
+    if matrix.dim() != 2 or matrix.numel() == 0:
+        raise ShapeError(
+            f"{who}: got a tensor of shape {show(matrix.shape)}, wanted a matrix that is not empty; unfold it first, "
+            "e.g. weight.flatten(1)"
+        )
+    wide = matrix.detach().to(_device(matrix), torch.float64)
+    if not wide.isfinite().all():
+        return wide.new_full((1,), math.nan)
+    return torch.linalg.svdvals(wide)
+
+
+def _weight_names(layer: nn.Module) -> list[str]:
+    """The layer's own tensors that multiply its input; a norm's gain does not."""
+    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        return []
+    own = [key for key, _ in layer.named_parameters(recurse=False)]
+    parts = layer._modules.get("parametrizations")
+    derived = list(parts._modules) if isinstance(parts, nn.ModuleDict) else []
+    return [key for key in (*own, *derived) if key == "weight" or "_weight" in key or key.startswith("weight_")]
+
+
+@torch.no_grad()
+def _raw_and_used(layer: nn.Module, key: str) -> tuple[Tensor, Tensor]:
+    if not parametrize.is_parametrized(layer, key):
+        return getattr(layer, key), getattr(layer, key)
+    parts = layer.get_submodule(f"parametrizations.{key}")
+    raw = getattr(parts, "original" if parts.is_tensor else "original1")
+    modes = {part: part.training for part in parts.modules()}
+    try:
+        return raw, parts.eval()()
+    finally:
+        for part, training in modes.items():
+            part.training = training

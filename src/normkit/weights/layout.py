@@ -1,0 +1,134 @@
+"""What is an output unit and what an input unit of a layer's weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.support import Support, show
+
+View = Literal["operator", "unfold"]
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """Which axis of a weight counts output units, and how many groups share its first axis.
+
+    A row of the layer's matrix is what makes one output unit, a column is what one input unit sends out. Groups are blocks on
+    the diagonal: a row lies in one group, and so does a column.
+
+    Args:
+        output_axis: 0 for ``(out, in/groups, *)``, 1 for ``(in, out/groups, *)``.
+        groups: matrices that stand side by side along axis 0.
+
+    >>> WeightLayout(groups=2).columns()
+    Support("(g o) i *", over="o *", g=2)
+    """
+
+    output_axis: int = 0
+    groups: int = 1
+
+    @property
+    def rows(self) -> Support:
+        """The support of one output unit: everything that feeds it."""
+        if self.output_axis == 0:
+            return Support("o *", over="*")
+        return Support("i o *", over="i *") if self.groups == 1 else Support("(g i) o *", over="i *", g=self.groups)
+
+    def columns(self, view: View = "operator") -> Support:
+        """The support of one input unit: everything that it feeds, within its group.
+
+        Args:
+            view: of a convolution, ``"operator"`` for one column an input channel, whose norm is that of the columns of the
+                circular convolution; ``"unfold"`` for one column an input channel and tap, as in the unfolded matrix.
+
+        Raises:
+            OptionError: another view.
+        """
+        if view not in ("operator", "unfold"):
+            raise OptionError(f"columns: view={view!r}; wanted 'operator' or 'unfold'")
+        over = "o *" if view == "operator" else "o"
+        if self.output_axis == 1:
+            return Support("i o *", over=over)
+        return Support("o i *", over=over) if self.groups == 1 else Support("(g o) i *", over=over, g=self.groups)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The 2-D unfolding: a row an output unit, a column an input unit and tap, groups below one another.
+
+        Args:
+            weight: of two axes or more.
+
+        Returns:
+            A view where the strides allow it, else a copy.
+
+        Raises:
+            ShapeError: the weight has fewer than two axes, or does not split into the groups.
+
+        >>> WeightLayout(output_axis=1).matrix(torch.zeros(2, 3, 5)).shape
+        torch.Size([3, 10])
+        """
+        if weight.dim() < 2:
+            raise ShapeError(f"a weight of shape {show(weight.shape)} has no matrix; wanted two axes or more")
+        if self.output_axis == 0:
+            return weight.flatten(1)
+        groups = self.rows.split(weight.shape).shape[0] if self.groups > 1 else 1
+        apart = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+        return apart.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def weight_layout(layer: nn.Module, name: str = "weight") -> WeightLayout:
+    """What is an output unit and what an input unit of a layer's weight.
+
+    Known are Linear, convolutions, transposed convolutions, attention's stacked projections and the ``Conv1D`` of GPT-2
+    in transformers, whose weight is (in, out). An Embedding's output unit is a token, whose row is its vector: so it agrees
+    with an output layer that shares its weight. Of any other weight axis 0 counts output units and axis 1 input units.
+
+    Args:
+        layer: that holds the weight, parametrized or not.
+        name: of the weight.
+
+    Returns:
+        The layout.
+
+    >>> weight_layout(nn.ConvTranspose2d(4, 6, 3, groups=2)).rows
+    Support("(g i) o *", over="i *", g=2)
+    """
+    if name == "weight":
+        if isinstance(layer, _TRANSPOSED):
+            return WeightLayout(output_axis=1, groups=layer.groups)
+        if isinstance(layer, _CONVOLUTIONS):
+            return WeightLayout(groups=layer.groups)
+        if hasattr(layer, "nf") and any(cls.__name__ == "Conv1D" for cls in type(layer).__mro__):
+            return WeightLayout(output_axis=1)
+    if isinstance(layer, nn.MultiheadAttention) and name == "in_proj_weight":
+        return WeightLayout(groups=3)  # the query's, the key's and the value's matrix
+    return WeightLayout()
+
+
+def weight_of(layer: nn.Module, name: str, who: str) -> Tensor:
+    """The layer's weight as it now is, or an error that names the layer's tensors.
+
+    Raises:
+        OptionError: there is no floating tensor of that name, or it has no shape yet.
+    """
+    weight = getattr(layer, name, None)
+    if not isinstance(weight, Tensor):
+        held = [key for key, _ in layer.named_parameters(recurse=False)]
+        raise OptionError(
+            f"{who}: {type(layer).__name__} has no parameter {name!r}; it has: {', '.join(held) or 'none'}"
+        )
+    if is_lazy(weight):
+        raise OptionError(
+            f"{who}: the {name} of {type(layer).__name__} has no shape yet; run the layer once, then call this"
+        )
+    if not torch.is_floating_point(weight):
+        raise OptionError(f"{who}: the {name} of {type(layer).__name__} is {weight.dtype}; wanted a floating dtype")
+    return weight

@@ -1,0 +1,118 @@
+"""The product of a row-scaled weight with an input, computed without that weight: (E W) x = E (W x).
+
+Scaling the output costs a pass over the output, rebuilding the weight one over the weight; both give the same values and
+the same gradients. The layer's ``forward`` chooses at each call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from normkit.core.errors import BackendError
+from normkit.core.moments import accumulation_dtype
+
+Path = Literal["auto", "weight", "output"]
+
+# Scaling the output wins where a weight has at least this many elements for each element of the output.
+_CROSSING = 2.0
+
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class RowScaling(nn.Module):
+    """A parametrization that may be one factor for each output unit.
+
+    ``path`` says which way the product is computed: ``"auto"``, ``"weight"`` or ``"output"``.
+    """
+
+    path: Path = "auto"
+
+    def row_factors(self, weight: Tensor) -> Tensor | None:
+        """One factor for each output unit, of at least float32; None where it is not of this form."""
+        raise NotImplementedError
+
+
+def refusal(layer: nn.Module, name: str = "weight") -> str | None:
+    """Why the output of this layer can't be scaled in place of its weight, or None if it can."""
+    cls = parametrize.type_before_parametrizations(layer)
+    kind = next((kind for kind in _PLAIN if isinstance(layer, kind)), None)
+    if kind is None or name != "weight":
+        return f"only the weight of a Linear, Conv1d, Conv2d or Conv3d can, and this is the {name} of {cls.__name__}"
+    if any(getattr(cls, method, None) is not getattr(kind, method, None) for method in ("forward", "_conv_forward")):
+        return f"{cls.__name__} computes its output in a way of its own, not as {kind.__name__} does"
+    if parametrize.is_parametrized(layer, name):
+        return "the weight has another parametrization besides"
+    return None
+
+
+def scaled_forward(layer: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
+    """A ``forward`` for a layer that ``refusal`` lets pass: as the layer's own, and by whichever way is cheaper."""
+    plain = parametrize.type_before_parametrizations(layer).forward
+
+    def forward(self: nn.Module, input: Tensor) -> Tensor:
+        scaling = _scaling(self)
+        if scaling is None:
+            return plain(self, input)
+        raw = self.parametrizations.weight.original  # pyright: ignore[reportAttributeAccessIssue]
+        assert isinstance(raw, Tensor)
+        if scaling.path == "weight" or (scaling.path == "auto" and not _output_is_cheaper(self, raw, input)):
+            return plain(self, input)
+        factors = scaling.row_factors(raw)
+        if factors is None:
+            return plain(self, input)
+        return _scaled(_product(self, raw, input), factors, self.bias, raw.dim() - 2)  # pyright: ignore[reportArgumentType]
+
+    return forward
+
+
+def _scaling(layer: nn.Module) -> RowScaling | None:
+    """The weight's parametrization if it is a row scaling and the only one."""
+    found = layer._modules.get("parametrizations")
+    if found is None or "weight" not in found._modules:
+        return None
+    several = [part for part in found._modules["weight"].children()]  # pyright: ignore[reportOptionalMemberAccess]
+    if len(several) == 1 and isinstance(several[0], RowScaling):
+        return several[0]
+    if any(isinstance(part, RowScaling) and part.path == "output" for part in several):
+        names = ", ".join(type(part).__name__ for part in several)
+        raise BackendError(f'path="output": the weight has more than one parametrization ({names}); use path="auto"')
+    return None
+
+
+def _output_is_cheaper(layer: nn.Module, raw: Tensor, input: Tensor) -> bool:
+    """Whether the output has few elements beside the weight."""
+    if parametrize._cache_enabled:  # the weight is built once for many calls
+        return False
+    # W x has no bound where W's rows have none, and float16 ends at 65504.
+    device = input.device.type
+    amp = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if torch.float16 in (raw.dtype, input.dtype, amp):
+        return False
+    stride = math.prod(getattr(layer, "stride", ()))
+    incoming = raw.shape[1] * getattr(layer, "groups", 1)
+    positions = input.numel() // (incoming * stride)
+    return positions * _CROSSING * raw.shape[0] <= raw.numel()
+
+
+def _product(layer: nn.Module, raw: Tensor, input: Tensor) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        return F.linear(input, raw)
+    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return layer._conv_forward(input, raw, None)
+
+
+def _scaled(y: Tensor, factors: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
+    """E y + b in the accumulation dtype, rounded to y's once."""
+    wide = accumulation_dtype(y.dtype)
+    shape = (-1, *[1] * spatial)
+    factors = factors.to(wide).view(shape)
+    if bias is None:
+        return (y.to(wide) * factors).to(y.dtype)
+    return torch.addcmul(bias.to(wide).view(shape), y.to(wide), factors).to(y.dtype)

@@ -1,0 +1,361 @@
+"""Weight conditioning: a diagonal preconditioner, computed from the weight, that equalizes its rows or columns."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from normkit.core.card import Card, Paper
+from normkit.core.errors import BackendError, OptionError
+from normkit.core.moments import accumulation_dtype
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic, length
+from normkit.core.support import Support, show
+from normkit.engine import closed_form
+from normkit.weights.attachment import Layer, attach
+from normkit.weights.layout import View, WeightLayout, weight_layout, weight_of
+from normkit.weights.output_scaling import Path, RowScaling, refusal, scaled_forward
+
+Mode = Literal["row", "col", "rowcol", "jacobi"]
+Order = Literal["sequential", "simultaneous", "ruiz"]
+Gradient = Literal["full", "detach"]
+
+
+def weight_conditioning_rule(support: Support | None = None, eps: float = 1e-12) -> Rule:
+    """Equilibration over one support, by default of rows, as data.
+
+    >>> weight_conditioning_rule().formula()
+    'y = x / max(|x|, eps)'
+    """
+    return Rule(support or Support("o *", over="*"), Statistic(None, "norm", eps, "floor"))
+
+
+class Equilibrate(RowScaling):
+    """The parametrization that multiplies a weight by a diagonal preconditioner, so that its rows or columns are alike.
+
+    For a weight A with rows a_i and columns a^j a preconditioner stands left of it, PA, which scales rows (output units),
+    right of it, AP, which scales columns (input units), or on both sides, P1 A P2:
+
+    ==========  ========================  ==========================  ====================================
+    mode        matrices                  gives                       scaling A by s scales the result by
+    ==========  ========================  ==========================  ====================================
+    row         E_r A, 1 / norm(a_i)      unit rows                   1; so for each row by itself
+    col         A E_c, 1 / norm(a^j)      unit columns                1; so for each column by itself
+    rowcol      E_r A E_c                 see ``order``               1; simultaneous: 1 / s
+    jacobi      P A, 1 / A_ii             unit diagonal (square A)    1; so for each row by itself
+    ==========  ========================  ==========================  ====================================
+
+    ``order`` of rowcol: ``"sequential"`` takes the columns of the row-scaled matrix and ends with unit columns;
+    ``"simultaneous"`` takes both factors from A and ends with neither; ``"ruiz"`` divides by the roots of both norms again and
+    again, and tends to rows that are all alike and columns that are all alike.
+
+    Row mode is weight normalization with its lengths frozen at 1. The gradient of the raw row is
+    (dw - <dw, w> w) / norm(a_i): orthogonal to it, so that under plain gradient descent norms only grow and the effective rate
+    falls as 1 / norm^2; weight decay changes nothing but that rate. Before BatchNorm row mode does not change the function at
+    all, only its training. ``eps`` is a floor of the norm, not a summand, so that invariance to scale is exact; a zero row
+    stays zero, and its gradient is that of its conditioned weight divided by ``eps``.
+
+    Assigning ``layer.weight = W`` stores W as the raw weight: what ``layer.weight`` then gives is W conditioned, and W itself
+    only if its rows (columns) have norm ``gain`` already. The norms of W change the effective rate, not the function.
+
+    Args:
+        mode: ``"row"``, ``"col"``, ``"rowcol"`` or ``"jacobi"``. Default: "row".
+        layout: of the weight. Default: axis 0 counts output units.
+        order: of rowcol. Default: "sequential".
+        iterations: of ruiz. Default: 10.
+        eps: floor of a norm, above 0. Default: 1e-12.
+        gradient: ``"full"`` differentiates through the norms, ``"detach"`` takes the preconditioner as a constant of the step.
+            Default: "full".
+        gain: multiplies the result; sqrt(2) keeps the signal's power through ReLU. Default: 1.
+        view: what a column of a convolution is, see ``WeightLayout.columns``. Default: "operator".
+        path: see ``weight_conditioning``. Default: "auto".
+
+    Shape:
+        Any of two axes or more, to the same; norms are taken in at least float32.
+
+    Raises:
+        OptionError: an argument outside its range.
+
+    Reference:
+        Saratchandran, Wang, Lucey, "Weight Conditioning for Smooth Optimization of Neural Networks" (2024),
+        https://arxiv.org/abs/2409.03424; Ruiz, "A Scaling Algorithm to Equilibrate Both Rows and Columns Norms in
+        Matrices" (2001), https://cerfacs.fr/wp-content/uploads/2017/06/14_DanielRuiz.pdf.
+
+    >>> Equilibrate()(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
+    """
+
+    def __init__(
+        self,
+        mode: Mode = "row",
+        layout: WeightLayout | None = None,
+        *,
+        order: Order = "sequential",
+        iterations: int = 10,
+        eps: float = 1e-12,
+        gradient: Gradient = "full",
+        gain: float = 1.0,
+        view: View = "operator",
+        path: Path = "auto",
+    ) -> None:
+        super().__init__()
+        _check(
+            mode=(mode, Mode), order=(order, Order), gradient=(gradient, Gradient), view=(view, View), path=(path, Path)
+        )
+        if not eps > 0:
+            raise OptionError(f"Equilibrate: eps={eps}; wanted a number above 0, the floor of a norm")
+        if iterations < 1:
+            raise OptionError(f"Equilibrate: iterations={iterations}; wanted a whole number from 1")
+        self.layout = layout or WeightLayout()
+        self.mode, self.order, self.iterations, self.eps = mode, order, iterations, eps
+        self.gradient, self.gain, self.view, self.path = gradient, gain, view, path
+        self.rows, self.columns = self.layout.rows, self.layout.columns(view)
+        self._statistic = Statistic(None, "norm", eps, "floor")
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The conditioned weight, of the weight's dtype."""
+        x = weight.to(accumulation_dtype(weight.dtype))
+        if self.mode == "jacobi":
+            n, axis = x.shape[self.layout.output_axis], self.layout.output_axis
+            y = x * self._diagonal_factors(x).view([n if d == axis else 1 for d in range(x.dim())])
+        elif self.mode != "rowcol":
+            y = self._unit(x, self.rows if self.mode == "row" else self.columns)
+        elif self.order == "sequential":
+            y = self._unit(self._unit(x, self.rows), self.columns)
+        elif self.order == "simultaneous":
+            y = self._times(
+                self._times(x, self.rows, self._inverse(x, self.rows)), self.columns, self._inverse(x, self.columns)
+            )
+        else:
+            y = x
+            for _ in range(self.iterations):
+                left, right = self._inverse(y, self.rows).sqrt(), self._inverse(y, self.columns).sqrt()
+                y = self._times(self._times(y, self.rows, left), self.columns, right)
+        return (y if self.gain == 1.0 else y * self.gain).to(weight.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The raw weight that assigning this one stores: itself."""
+        return weight
+
+    def row_factors(self, weight: Tensor) -> Tensor | None:
+        """The diagonal of the left preconditioner, times the gain; None where columns are scaled too."""
+        if self.mode not in ("row", "jacobi") or self.layout.output_axis != 0:
+            return None
+        x = weight.to(accumulation_dtype(weight.dtype))
+        factors = self._diagonal_factors(x) if self.mode == "jacobi" else self._inverse(x, self.rows).flatten()
+        return factors if self.gain == 1.0 else factors * self.gain
+
+    def check(self, weight: Tensor, trained: bool = False) -> None:
+        """Refuse a weight that this can't condition.
+
+        Raises:
+            OptionError: fewer than two axes; jacobi of a matrix that is not square or has a zero on its diagonal; with
+                ``trained``, a weight of which the full gradient would always be zero.
+        """
+        shape = show(weight.shape)
+        if weight.dim() < 2:
+            raise OptionError(
+                f"Equilibrate: a weight of shape {shape}; wanted two axes or more, as rows and columns are scaled"
+            )
+        if self.mode == "jacobi":
+            matrix = weight.flatten(1)
+            if matrix.shape[0] != matrix.shape[1] or self.layout.groups > 1:
+                raise OptionError(
+                    f"Equilibrate: jacobi of a weight of shape {shape}; wanted a square matrix in one group; mode='row' takes any"
+                )
+            if not torch.compiler.is_compiling() and bool((matrix.diagonal() == 0).any()):
+                at = (matrix.diagonal() == 0).nonzero()[0].item()
+                raise OptionError(
+                    f"Equilibrate: jacobi divides by the diagonal, and its element {at} is zero; use mode='row'"
+                )
+        last = self.rows if self.mode == "row" else self.columns
+        if (
+            trained
+            and self.mode in ("row", "col", "rowcol")
+            and self.gradient == "full"
+            and last.split(weight.shape).count == 1
+        ):
+            what, cure = ("row", "col") if self.mode == "row" else ("column", "row")
+            raise OptionError(
+                f"Equilibrate: a weight of shape {shape} has one element in each {what}; mode={self.mode!r} would freeze all of "
+                f"it at +-gain; leave this layer out, or use mode={cure!r}"
+            )
+
+    def extra_repr(self) -> str:
+        """The arguments that matter here."""
+        order = f", order={self.order!r}" + (f", iterations={self.iterations}" if self.order == "ruiz" else "")
+        return (
+            f"mode={self.mode!r}{order if self.mode == 'rowcol' else ''}, gradient={self.gradient!r}, gain={self.gain:g}, "
+            f"eps={self.eps:g}, path={self.path!r}"
+        )
+
+    def _unit(self, x: Tensor, support: Support) -> Tensor:
+        if self.gradient == "full" and not torch.compiler.is_compiling():
+            split = support.split(x.shape)
+            return closed_form.normalize(x.reshape(split.shape), split, self._statistic)[0].reshape(x.shape)
+        return self._times(x, support, self._inverse(x, support))
+
+    def _inverse(self, x: Tensor, support: Support) -> Tensor:
+        split = support.split(x.shape)
+        x = x.reshape(split.shape)
+        if self.gradient == "detach":
+            x = x.detach()
+        if torch.compiler.is_compiling():
+            return length(x, split.dims).clamp_min(self.eps).reciprocal()
+        return _InverseLength.apply(x, split.dims, self.eps)
+
+    def _times(self, x: Tensor, support: Support, factors: Tensor) -> Tensor:
+        return (x.reshape(support.split(x.shape).shape) * factors).reshape(x.shape)
+
+    def _diagonal_factors(self, x: Tensor) -> Tensor:
+        diagonal = x.flatten(1).diagonal()
+        floor = torch.copysign(torch.full_like(diagonal, self.eps), diagonal)
+        factors = torch.where(diagonal.abs() > self.eps, diagonal, floor).reciprocal()
+        return factors.detach() if self.gradient == "detach" else factors
+
+
+class _InverseLength(torch.autograd.Function):
+    """1 / max(norm, eps), whose derivatives of any order are zero, and not NaN, at a zero row."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+        return length(x, dims).clamp_min(eps).reciprocal()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, ctx.eps = inputs
+        ctx.save_for_backward(x, output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        x, inverse = ctx.saved_tensors
+        above = inverse * ctx.eps < 1
+        return -x * torch.where(above, gradients[0] * inverse**3, 0.0), None, None
+
+
+def weight_conditioning(
+    layer: Layer,
+    mode: Mode = "row",
+    name: str = "weight",
+    *,
+    order: Order = "sequential",
+    iterations: int = 10,
+    eps: float = 1e-12,
+    gradient: Gradient = "full",
+    gain: float = 1.0,
+    view: View = "operator",
+    path: Path = "auto",
+) -> Layer:
+    """Condition a layer's weight at every use, in place: the raw weight stays the trained parameter, with its identity.
+
+    The product EWx has two exact forms. ``path="weight"`` rebuilds the weight EW; ``path="output"`` scales the output, E(Wx),
+    which a Linear or convolution in row or jacobi mode can do when this is the weight's only parametrization. ``"auto"``
+    takes the cheaper one at each call. ``layer.weight`` and the state_dict are the same in both.
+    ``torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")`` bakes the conditioned weight in.
+
+    Args:
+        layer: that holds the weight.
+        mode: as for ``Equilibrate``, and so are the others that are not named here.
+        name: of the weight. Default: "weight".
+        order: of rowcol.
+        iterations: of ruiz.
+        eps: floor of a norm.
+        gradient: ``"full"`` or ``"detach"``.
+        gain: multiplies the result.
+        view: what a column of a convolution is.
+        path: ``"auto"``, ``"weight"`` or ``"output"``. Default: "auto".
+
+    Returns:
+        The layer.
+
+    Raises:
+        OptionError: no such weight, an argument outside its range, a weight that the mode does not fit.
+        BackendError: ``path="output"`` where the output can't be scaled.
+
+    Reference:
+        Saratchandran, Wang, Lucey, "Weight Conditioning for Smooth Optimization of Neural Networks" (2024),
+        https://arxiv.org/abs/2409.03424.
+
+    >>> layer = weight_conditioning(nn.Linear(2, 1, bias=False))
+    >>> layer.weight = torch.tensor([[30.0, 40.0]])
+    >>> layer.weight.detach(), layer(torch.tensor([[1.0, 1.0]])).detach()
+    (tensor([[0.6000, 0.8000]]), tensor([[1.4000]]))
+    """
+    weight = weight_of(layer, name, "weight_conditioning")
+    part = Equilibrate(
+        mode,
+        weight_layout(layer, name),
+        order=order,
+        iterations=iterations,
+        eps=eps,
+        gradient=gradient,
+        gain=gain,
+        view=view,
+        path=path,
+    )
+    part.check(weight, trained=weight.requires_grad)
+    reason = refusal(layer, name) if mode in ("row", "jacobi") else f"mode={mode!r} scales columns too"
+    if path == "output" and reason is not None:
+        raise BackendError(f'weight_conditioning: path="output" can\'t run: {reason}; use path="auto"')
+    return attach(layer, name, part, forward=scaled_forward(layer) if reason is None else None)
+
+
+def equilibrate(
+    weight: Tensor,
+    mode: Mode = "row",
+    *,
+    layout: WeightLayout | None = None,
+    order: Order = "sequential",
+    iterations: int = 10,
+    eps: float = 1e-12,
+    gradient: Gradient = "full",
+    gain: float = 1.0,
+    view: View = "operator",
+) -> Tensor:
+    """Weight conditioning as a function; see Equilibrate.
+
+    >>> equilibrate(torch.tensor([[3.0, 4.0], [4.0, 3.0]]), "rowcol", order="simultaneous") * 5
+    tensor([[0.6000, 0.8000],
+            [0.8000, 0.6000]])
+    """
+    part = Equilibrate(
+        mode, layout, order=order, iterations=iterations, eps=eps, gradient=gradient, gain=gain, view=view
+    )
+    part.check(weight)
+    return part(weight)
+
+
+def _check(**options: tuple[str, Any]) -> None:
+    for option, (got, known) in options.items():
+        if got not in get_args(known):
+            raise OptionError(f"Equilibrate: {option}={got!r}; wanted one of {', '.join(map(repr, get_args(known)))}")
+
+
+CARD = Card(
+    name="weight_conditioning",
+    title="Weight conditioning",
+    kind="weight",
+    word="e",
+    normalized_over="each output unit's weights",
+    formula="W = E A, E = diag(1 / max(|a_i|, eps))",
+    paper=Paper(
+        "Saratchandran, Hemanth and Wang, Thomas X. and Lucey, Simon",
+        "Weight Conditioning for Smooth Optimization of Neural Networks",
+        2024,
+        "https://arxiv.org/abs/2409.03424",
+    ),
+    use_cases="first convolution and last layer of convolutional networks, all layers of NeRFs and transformers; beside any norm",
+    strengths="no new parameters; usually lowers the weight's condition number where rows differ much; free once folded",
+    weaknesses="can raise the condition number, by at most sqrt(rows); nothing but a rate before BatchNorm; rows grow",
+    module=Equilibrate,
+    functional=equilibrate,
+    make=weight_conditioning,
+    rule=weight_conditioning_rule(),
+    foldable=True,
+    invariances=frozenset({"weight scale", "row scale"}),
+)

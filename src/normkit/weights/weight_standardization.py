@@ -1,0 +1,161 @@
+"""Weight standardization: each output unit's weights have mean 0 and variance 1."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.errors import OptionError
+from normkit.core.rule import Rule
+from normkit.core.statistic import Guard, Statistic
+from normkit.core.support import Support, show
+from normkit.engine.dispatch import run
+from normkit.weights.attachment import Layer, attach
+from normkit.weights.layout import WeightLayout, weight_layout, weight_of
+
+
+def weight_standardization_rule(
+    support: Support | None = None, eps: float = 1e-5, correction: int = 0, guard: Guard = "inside"
+) -> Rule:
+    """Weight standardization, by default of weights whose axis 0 counts output units, as data.
+
+    >>> weight_standardization_rule().formula()
+    'y = (x - E[x]) / sqrt(Var[x] + eps)'
+    """
+    return Rule(support or Support("o *", over="*"), Statistic("mean", "std", eps, guard, correction))
+
+
+class WeightStandardization(nn.Module):
+    """The parametrization w = (v - E[v]) / sqrt(Var[v] + eps), E and Var over each output unit's weights.
+
+    For layers that a normalization follows; without one, outputs grow with the root of the fan-in. The gradient has mean zero
+    in each row and is orthogonal to it but for eps. The published forms are
+
+    ===============================  =====================================
+    arguments                        known from
+    ===============================  =====================================
+    the defaults                     the paper's second version
+    correction=1, guard="outside"    the authors' code
+    correction=1                     their batch-channel normalization
+    eps=1e-6                         timm's StdConv2d
+    ===============================  =====================================
+
+    Args:
+        layout: of the weight. Default: axis 0 counts output units.
+        eps: keeps the divisor from zero. Default: 1e-5.
+        correction: 1 for the unbiased variance. Default: 0.
+        guard: eps ``"inside"`` the root, ``"outside"`` it, or as its ``"floor"``. Default: "inside".
+
+    Shape:
+        Any, to the same.
+
+    Raises:
+        OptionError: an argument outside its range.
+
+    Reference:
+        Qiao, Wang, Liu, Shen, Yuille, "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization"
+        (2019), https://arxiv.org/abs/1903.10520.
+
+    >>> import torch
+    >>> WeightStandardization()(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))
+    tensor([[-1.0000,  1.0000],
+            [ 0.0000,  0.0000]])
+    """
+
+    def __init__(
+        self, layout: WeightLayout | None = None, eps: float = 1e-5, correction: int = 0, guard: Guard = "inside"
+    ) -> None:
+        super().__init__()
+        self.rule = weight_standardization_rule((layout or WeightLayout()).rows, eps, correction, guard)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The standardized weight, of the weight's dtype."""
+        return run(self.rule, weight)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The raw weight that assigning this one stores: itself."""
+        return weight
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        statistic = self.rule.statistic
+        return f"eps={statistic.eps:g}, correction={statistic.correction}, guard={statistic.guard!r}"
+
+
+def weight_standardization(
+    layer: Layer, name: str = "weight", eps: float = 1e-5, *, correction: int = 0, guard: Guard = "inside"
+) -> Layer:
+    """Put weight standardization on a layer, in place; the raw weight stays the trained parameter.
+
+    Args:
+        layer: that holds the weight.
+        name: of the weight. Default: "weight".
+        eps: keeps the divisor from zero. Default: 1e-5.
+        correction: 1 for the unbiased variance. Default: 0.
+        guard: eps ``"inside"`` the root, ``"outside"`` it, or as its ``"floor"``. Default: "inside".
+
+    Returns:
+        The layer.
+
+    Raises:
+        OptionError: no such weight, an argument outside its range, or one weight for each output unit, which would be zero.
+
+    Reference:
+        Qiao, Wang, Liu, Shen, Yuille (2019), https://arxiv.org/abs/1903.10520.
+
+    >>> import torch
+    >>> layer = weight_standardization(nn.Conv2d(2, 1, 1))
+    >>> layer.weight = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1)
+    >>> layer.weight.detach().flatten()
+    tensor([-1.0000,  1.0000])
+    """
+    weight = weight_of(layer, name, "weight_standardization")
+    layout = weight_layout(layer, name)
+    if weight.dim() < 2 or layout.rows.split(weight.shape).count == 1:
+        raise OptionError(
+            f"weight_standardization: the {name} of {type(layer).__name__} ({show(weight.shape)}) has one element for each "
+            "output unit, which less its mean is zero; leave this layer out"
+        )
+    return attach(layer, name, WeightStandardization(layout, eps, correction, guard))
+
+
+def standardize(
+    weight: Tensor,
+    eps: float = 1e-5,
+    *,
+    correction: int = 0,
+    guard: Guard = "inside",
+    layout: WeightLayout | None = None,
+) -> Tensor:
+    """Weight standardization as a function; see WeightStandardization.
+
+    >>> import torch
+    >>> standardize(torch.tensor([[1.0, 3.0]]), eps=0.0, correction=1)
+    tensor([[-0.7071,  0.7071]])
+    """
+    return run(weight_standardization_rule((layout or WeightLayout()).rows, eps, correction, guard), weight)
+
+
+CARD = Card(
+    name="weight_standardization",
+    title="Weight standardization",
+    kind="weight",
+    word="ws",
+    normalized_over="each output unit's weights",
+    formula=weight_standardization_rule().formula().replace("y =", "w =").replace("x", "v"),
+    paper=Paper(
+        "Qiao, Siyuan and Wang, Huiyu and Liu, Chenxi and Shen, Wei and Yuille, Alan",
+        "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization",
+        2019,
+        "https://arxiv.org/abs/1903.10520",
+    ),
+    use_cases="convolutions before GroupNorm where few samples fit a batch: detection, segmentation, transfer",
+    strengths="brings GroupNorm at batch 1 to BatchNorm's accuracy; smooths the loss; free once folded",
+    weaknesses="needs a normalization after the layer; can't serve layers with one weight an output unit",
+    module=WeightStandardization,
+    functional=standardize,
+    make=weight_standardization,
+    rule=weight_standardization_rule(),
+    foldable=True,
+    invariances=frozenset({"row scale", "weight scale"}),
+)
