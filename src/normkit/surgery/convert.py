@@ -40,10 +40,10 @@ def convert(
     ``requires_grad``, hooks, and that one module stands in several places. What has no place in the new norm is dropped and
     what it has more is created; the row says so. A norm that is of the kind already is left as it is, whoever made it.
 
-    A norm on channels first ``(N, C, *)`` becomes ``LayerNorm(C, over="c *")`` by ``ln`` and ``RMSNorm(C, over="c *")`` by
+    A norm on channels first, ``(N, C, *)``, becomes ``LayerNorm(C, over="c *")`` by ``ln`` and ``RMSNorm(C, over="c *")`` by
     ``rms``, over channels and positions, so that the two differ in centring alone; ``ln:c`` and ``rms:c`` normalize each
-    position. A norm over the last axis ``(N, *, C)`` becomes ``BatchNorm(C, layout="n * c")`` and the like. Make the optimizer afterwards:
-    it does not see parameters that are created.
+    position. A norm over the last axis, ``(N, *, C)``, becomes ``BatchNorm(C, layout="n * c")`` and the like. Make the
+    optimizer afterwards: it does not see parameters that are created.
 
     Args:
         model: any module.
@@ -96,7 +96,7 @@ def convert(
     if target.name in ("group_norm", "instance_norm"):
         refuse_time_first(model, replaced, str(target))
     with all_or_nothing(model):
-        root = _replace(model, new)
+        root = replace_modules(model, new)
         if new:
             leave_fast_path(root)
         if example is not None:
@@ -104,7 +104,7 @@ def convert(
     return Changes(root, tuple(rows))
 
 
-def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
+def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
     """Put new modules wherever the old ones stand; return the root."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():

@@ -185,8 +185,8 @@ def describe(module: nn.Module) -> str:
         shape = tuple(module.normalized_shape)
         sizes = [str(shape[0]) if len(shape) == 1 else show(shape)]
     elif not isinstance(module, nn.Identity):
-        own = module.weight if isinstance(getattr(module, "weight", None), Tensor) else None
-        count = getattr(module, "num_features", None if own is None else own.numel())
+        own = getattr(module, "weight", None)
+        count = getattr(module, "num_features", own.numel() if isinstance(own, Tensor) else None)
         sizes = [] if count is None else [str(count)]
     if isinstance(module, Layer):
         told = {name: vars(module).get(name) for name in ("over", "per", "layout")}

@@ -6,9 +6,10 @@ import difflib
 import re
 from collections.abc import Callable, Mapping
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from normkit.core.errors import NotationError, SurgeryError
 from normkit.surgery.changes import label
@@ -131,9 +132,11 @@ def weight_names(layer: nn.Module) -> tuple[str, ...]:
         return names
     if isinstance(layer, _NORMS):
         return ()
-    weight = getattr(layer, "weight", None)
-    matrix = isinstance(weight, Tensor) and (is_lazy(weight) or weight.dim() >= 2)
-    return ("weight",) if matrix else ()
+    raw = layer._parameters.get("weight")
+    held = [raw] if raw is not None else []
+    if parametrize.is_parametrized(layer, "weight"):
+        held = list(layer.parametrizations["weight"].parameters(recurse=False))  # pyright: ignore
+    return ("weight",) if any(is_lazy(tensor) or tensor.dim() >= 2 for tensor in held) else ()
 
 
 def _is_layer(module: nn.Module) -> bool:

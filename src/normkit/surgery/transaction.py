@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -29,5 +30,5 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _contents(module: nn.Module) -> dict[str, dict]:
-    return {name: dict(value) for name, value in vars(module).items() if isinstance(value, dict)}
+def _contents(module: nn.Module) -> dict[str, dict[Any, Any] | set[Any]]:
+    return {name: value.copy() for name, value in vars(module).items() if isinstance(value, dict | set)}

@@ -1,0 +1,100 @@
+"""Bake weight parametrizations in: the effective weight becomes the plain parameter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from normkit.core.errors import SurgeryError
+from normkit.surgery.changes import Change, label
+
+
+def bake(model: nn.Module) -> list[Change]:
+    """Replace every parametrized tensor of a model by its present value, in place.
+
+    The raw parameter keeps its identity where there is one; where there are several, as in weight normalization, a new one
+    takes their place. Values are those of evaluation: a spectral norm is not iterated.
+
+    Args:
+        model: any module.
+
+    Returns:
+        A row a tensor.
+
+    Raises:
+        SurgeryError: a raw weight is tied to one whose value is another, so that baking would untie them; nothing is changed.
+
+    >>> from normkit.weights.weight_norm import weight_norm
+    >>> layer = weight_norm(nn.Linear(2, 3))
+    >>> print(*bake(layer), [name for name, _ in layer.named_parameters()])
+    (model): Linear with WeightNorm -> Linear ['bias', 'weight']
+    """
+    found = [
+        (name, layer, weight)
+        for name, layer in model.named_modules()
+        if parametrize.is_parametrized(layer)
+        for weight in list(_lists(layer).keys())
+    ]
+    values = {id(_lists(layer)[weight]): _value(layer, weight) for _, layer, weight in found}
+    _refuse_ties(model, [(_full(name, weight), _lists(layer)[weight]) for name, layer, weight in found], values)
+    made: dict[tuple[int, ...], nn.Parameter] = {}
+    rows = []
+    for name, layer, weight in found:
+        plist = _lists(layer)[weight]
+        value, originals = values[id(plist)], list(plist.parameters(recurse=False))
+        plain = parametrize.type_before_parametrizations(layer).__name__
+        stack = " and ".join(type(part).__name__ for part in plist)
+        single = plist.is_tensor
+        parametrize.remove_parametrizations(layer, weight, leave_parametrized=not single)
+        if single:
+            getattr(layer, weight).data = value
+        elif originals:
+            # torch would leave a frozen weight as a buffer here, and two tied ones as two.
+            key = tuple(map(id, originals))
+            trained = any(parameter.requires_grad for parameter in originals)
+            parameter = made.setdefault(key, nn.Parameter(value, requires_grad=trained))
+            delattr(layer, weight)
+            layer.register_parameter(weight, parameter)
+        rows.append(Change(_full(name, weight), f"{plain} with {stack}", plain))
+    return rows
+
+
+def _lists(layer: nn.Module) -> nn.ModuleDict:
+    lists = layer.parametrizations
+    assert isinstance(lists, nn.ModuleDict)
+    return lists
+
+
+def _full(name: str, weight: str) -> str:
+    return label(name) if weight == "weight" else f"{name}.{weight}".lstrip(".")
+
+
+def _value(layer: nn.Module, weight: str) -> Tensor:
+    parts = [(part, part.training) for part in _lists(layer)[weight].modules()]
+    try:
+        for part, _ in parts:
+            part.training = False
+        with torch.no_grad():
+            return getattr(layer, weight).detach().clone()
+    finally:
+        for part, training in parts:
+            part.training = training
+
+
+def _refuse_ties(model: nn.Module, found: list[tuple[str, nn.Module]], values: dict[int, Tensor]) -> None:
+    holders: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((label(name), module))
+    for full, plist in found:
+        for parameter in plist.parameters(recurse=False):
+            for other, holder in holders[id(parameter)]:
+                if holder is plist or (id(holder) in values and torch.equal(values[id(holder)], values[id(plist)])):
+                    continue
+                other = other.partition(".parametrizations.")[0]
+                raise SurgeryError(
+                    f"{full}: its raw weight is tied to that of {other}, and baking in would untie them, as the two "
+                    "are used with different values; parametrize both alike, or untie them first"
+                )
