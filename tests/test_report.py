@@ -165,6 +165,20 @@ def test_lost_runs_are_told(tmp_path: Path) -> None:
     assert verdict(result["recipes"][1], "bn") == "diverged"
 
 
+def test_a_singular_weight_does_not_flatten_the_others(tmp_path: Path) -> None:
+    result = write_comparison(tmp_path, epochs=4)
+    result["recipes"][1]["condition"]["first"]["effective"] = [5e7, None, 4e7, 5e7]
+    (tmp_path / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    assert ">8e+06 / " in printed(result, 80)
+    assert any("as good as singular" in note for note in cautions(result))
+    drawn = charts(read_comparison(tmp_path))["condition-first"]["layout"]
+    assert drawn["yaxis"]["range"][1] < 3
+    assert "bn+ws" in drawn["annotations"][0]["text"]
+    axis = figures.conditions(read_comparison(tmp_path)).axes[0]
+    assert axis.get_ylim()[1] < 1e3
+    assert "bn+ws" in axis.texts[0].get_text()
+
+
 def test_a_difference_against_the_means_is_not_called_a_gain(result: dict[str, Any]) -> None:
     changed = with_interval(result, 3, -0.02, -0.001)
     changed["recipes"][3]["paired"]["mean"] = -0.01
@@ -200,6 +214,9 @@ def test_page_numbers_equal_the_record(page: Page, result: dict[str, Any]) -> No
     for value, title, text in page.numbers:
         path, _, full = title.partition(" = ")
         assert float(value) == float(full) == at(result, path)
+        if text.startswith(">"):
+            assert float(value) > 8e6
+            continue
         shown = re.fullmatch(r"([+\u2212]?[\d,]*\.?\d+(?:e[+-]\d+)?)\D*", text)
         if shown:  # minutes and hours apart
             digits = shown[1].replace(",", "").replace("\u2212", "-")

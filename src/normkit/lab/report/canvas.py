@@ -99,22 +99,27 @@ def blank(axis: Axes) -> None:
 
 
 def label(axis: Axes, y: float, text: str) -> None:
-    """Names a horizontal line, just below its right end."""
+    """Names a horizontal line, just below its left end, where scores have yet to rise."""
     place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-    axis.annotate(text, (1, y), (-2, -3), ha="right", va="top", fontsize=6.5, color="#666666", **place)
+    axis.annotate(text, (0, y), (3, -3), ha="left", va="top", fontsize=6.5, color="#666666", **place)
 
 
-def log(axis: Axes) -> None:
-    """A log scale with plain numbers where the range is short enough for them."""
-    drawn = [float(y) for line in axis.get_lines() for y in np.asarray(line.get_ydata(), float) if y > 0]
+def log(*axes: Axes, limit: float = math.inf) -> None:
+    """One log scale for panels that share it, with plain numbers where the range is short; beyond `limit` is cut off."""
+    lines = [line for axis in axes for line in axis.get_lines()]
+    drawn = [float(y) for line in lines for y in np.asarray(line.get_ydata(), float) if 0 < y <= limit]
     if not drawn:
         return
-    axis.set_yscale("log")
-    spread = max(drawn) / min(drawn)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 300 else (1,)))
-    if spread < 1e4 and min(drawn) > 1e-4 and max(drawn) < 1e5:
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    low, high = min(drawn), max(drawn)
+    room = max(high / low, 1.2) ** 0.06
+    steps = (1, 2, 3, 5) if high / low < 12 else (1, 2, 5) if high / low < 300 else (1,)
+    for axis in axes:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
+        if high / low < 1e4 and low > 1e-4 and high < 1e5:
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_ylim(low / room, high * room)
 
 
 def legend(figure: Figure, comparison: Comparison, note: str = "") -> None:

@@ -5,13 +5,13 @@ knows whether its ground is light or dark.
 """
 
 from html import escape
-from math import ceil, floor, log10
+from math import ceil, floor, inf, log10
 from typing import Any
 
 from normkit.lab.report.comparison import Comparison, at, finite
 from normkit.lab.report.curves import curve, sweep
 from normkit.lab.report.palette import Style, styles
-from normkit.lab.report.wording import number, score_name
+from normkit.lab.report.wording import RESOLVED, number, score_name
 
 Chart = dict[str, Any]
 
@@ -22,7 +22,7 @@ def charts(comparison: Comparison) -> dict[str, Chart]:
     goal = finite(at(result, "target.score"))
     target = [straight("y", goal)] if goal is not None else []
     conditions = {f"condition-{place}": condition(comparison, place) for place in ("first", "last", "mean")}
-    span = logarithmic([trace for place in conditions.values() for trace in place["data"]])
+    span = logarithmic([trace for place in conditions.values() for trace in place["data"]], RESOLVED)
     for place in conditions.values():
         place["layout"]["yaxis"].update(span)
     return {
@@ -48,6 +48,8 @@ def chart(data: list[Chart], x: str, y: str, *, log: bool = False, **more: Any) 
         "showlegend": True,
         "height": 380,
     }
+    if x == "epoch" and max((max(trace["x"], default=0) for trace in data), default=0) <= 10:
+        layout["xaxis"]["dtick"] = 1
     if log:
         layout["yaxis"].update(logarithmic(data))
     views = more.pop("views", [])
@@ -245,10 +247,11 @@ def rates(comparison: Comparison) -> Chart:
 
 def condition(comparison: Comparison, place: str) -> Chart:
     """Condition numbers along training of one layer or of the mean over layers."""
-    data = []
+    data, beyond = [], []
     for recipe, (name, style, colour) in zip(comparison.result["recipes"], looks(comparison), strict=True):
         record = at(recipe, f"condition.{place}") or {}
         raw, effective = ([finite(value) for value in record.get(key) or []] for key in ("raw", "effective"))
+        beyond += [name] if any(value and value > RESOLVED for value in effective) else []
         epochs = list(range(1, max(len(raw), len(effective)) + 1))
         if raw != effective:
             fine = {"mode": "lines", "line": {"color": colour, "width": 1.5, "dash": "dot"}}
@@ -257,17 +260,21 @@ def condition(comparison: Comparison, place: str) -> Chart:
         data.append({"x": epochs, "y": effective, **drawn, "marker": {"color": colour, "size": 4}})
     made = chart(data, "epoch", "condition number")
     made["layout"].update(showlegend=False, height=300)
+    if beyond:
+        corner = {"xref": "paper", "yref": "paper", "x": 0.02, "y": 0.99, "xanchor": "left", "yanchor": "top"}
+        note = {"text": f"beyond {RESOLVED:.0e}: {', '.join(beyond)}", "font": {"color": "@soft", "size": 11}}
+        made["layout"]["annotations"] = [{**note, **corner, "showarrow": False}]
     return made
 
 
-def logarithmic(data: list[Chart]) -> Chart:
-    """A logarithmic axis for these traces, with plain numbers as ticks: 1, 2, 5 where few decades are spanned."""
-    values = [value for trace in data for value in trace["y"] if value and value > 0]
+def logarithmic(data: list[Chart], limit: float = inf) -> Chart:
+    """A logarithmic axis for these traces up to `limit`; its ticks are plain numbers, 1, 2, 5 within few decades."""
+    values = [value for trace in data for value in trace["y"] if value and 0 < value <= limit]
     if not values:
         return {"type": "log"}
     low, high = log10(min(values)), log10(max(values))
     room = 0.05 * (high - low) or 0.1
-    steps = (1, 2, 5) if high - low < 2.5 else (1,)
+    steps = (1, 2, 3, 5) if high - low < 1.1 else (1, 2, 5) if high - low < 2.5 else (1,)
     ticks = [step * 10.0**power for power in range(floor(low - room), ceil(high + room) + 1) for step in steps]
     every = max(1, len(ticks) // 12)
     shown = {"tickvals": ticks[::every], "ticktext": [f"{tick:g}" for tick in ticks[::every]]}

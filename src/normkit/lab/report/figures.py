@@ -31,7 +31,7 @@ from normkit.lab.report.canvas import (
 )
 from normkit.lab.report.comparison import Comparison, at, finite, read_comparison
 from normkit.lab.report.curves import curve, sweep
-from normkit.lab.report.wording import number, score_name
+from normkit.lab.report.wording import RESOLVED, number, score_name
 
 DPI = 300
 ENLARGED = 6  # epochs from which the end is worth a second look
@@ -74,7 +74,7 @@ def validation(comparison: Comparison) -> Figure:
         axis.set_xlabel("epoch")
         if goal is not None:
             axis.axhline(goal, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)
-    axes[0].set_ylabel(f"validation {score_name(comparison.result)}")
+    axes[0].set_ylabel(plain(f"validation {score_name(comparison.result)}"))
     if last >= ENLARGED:
         lines = [curve(runs, "val_score") for runs in comparison.runs]
         late = [
@@ -158,7 +158,7 @@ def rates(comparison: Comparison) -> Figure:
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.tick_params(axis="x", which="minor", bottom=False)
         axis.set_xlim(min(tried) / 1.25, max(tried) * 1.25)
-    axis.set(xlabel="learning rate", ylabel=f"validation {score_name(comparison.result)}, last epoch")
+    axis.set(xlabel="learning rate", ylabel=plain(f"validation {score_name(comparison.result)}, last epoch"))
     legend(figure, comparison)
     return figure
 
@@ -168,11 +168,12 @@ def conditions(comparison: Comparison) -> Figure:
     figure, axes = panels(3, FULL, 2.5, sharey=True)
     differ = False
     for axis, place in zip(axes, ("first", "last", "mean"), strict=True):
-        names = []
+        names, beyond = [], []
         for index, (recipe, style) in enumerate(zip(comparison.result["recipes"], looks(comparison), strict=True)):
             record = at(recipe, f"condition.{place}") or {}
             names.append(str(record.get("name") or ""))
             raw, effective = (gapped(record.get(key)) for key in ("raw", "effective"))
+            beyond += [recipe["recipe"]] if any(value > RESOLVED for value in effective) else []
             if str(raw) != str(effective):  # NaN equals itself in print alone
                 differ = True
                 axis.plot(range(1, len(raw) + 1), raw, color=style.light, linestyle=DOTTED, linewidth=0.9)
@@ -181,10 +182,13 @@ def conditions(comparison: Comparison) -> Figure:
         name = names[0] if len(set(names)) == 1 and place != "mean" else ""
         if not axis.get_lines():
             blank(axis)
+        if beyond:
+            note = plain(f"beyond {RESOLVED:.0e}: {', '.join(beyond)}")
+            axis.text(0.02, 0.98, note, transform=axis.transAxes, va="top", fontsize=6.5, color="#666666")
         axis.set_title(plain(f"{title}, {name}" if name else title), loc="left")
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        log(axis)
+    log(*axes, limit=RESOLVED)
     axes[0].set_ylabel("condition number")
     legend(figure, comparison, "raw weight (solid: effective)" if differ else "")
     return figure

@@ -9,6 +9,8 @@ from normkit.lab.report.comparison import at, finite
 ABSENT = "\u2013"  # an en dash
 MINUS = "\u2212"
 TIMES = "\u00d7"
+# One over the unit of single precision: a larger condition number is rounding, and the weight as good as singular.
+RESOLVED = 2.0**23
 
 
 def number(value: Any, kind: str) -> str:
@@ -32,6 +34,8 @@ def number(value: Any, kind: str) -> str:
         text = f"{known:.2f}{TIMES}"
     elif kind == "seconds":
         text = duration(known)
+    elif kind == "condition" and known > RESOLVED:
+        text = f">{RESOLVED:.0e}"
     elif kind == "rate":
         text = f"{known:g}"
     else:
@@ -166,6 +170,12 @@ def lead_sentence(lead: str, top: dict[str, Any], judged: dict[str, str], baseli
     return f"{lead}, {by}, but the {bounds} includes zero: no difference shown."
 
 
+def conditions_at_end(recipe: dict[str, Any]) -> list[float]:
+    """The effective condition numbers of the first and last layer after the last epoch, where known."""
+    ends = [(at(recipe, f"condition.{place}.effective") or [None])[-1] for place in ("first", "last")]
+    return [value for value in map(finite, ends) if value is not None]
+
+
 def cautions(result: dict[str, Any]) -> list[str]:
     """What a reader must know before trusting the table: lost runs, rates at the edge, many intervals."""
     notes = []
@@ -179,6 +189,12 @@ def cautions(result: dict[str, Any]) -> list[str]:
         notes.append(
             f"† {listing(edge)}: the chosen rate is at the edge of the sweep, a better one may lie beyond; "
             "widen it with --rates."
+        )
+    beyond = [r["recipe"] for r in result["recipes"] if any(end > RESOLVED for end in conditions_at_end(r))]
+    if beyond:
+        notes.append(
+            f"{listing(beyond)}: a condition number above {RESOLVED:.0e} is more than single precision resolves; the weight "
+            "is as good as singular."
         )
     compared = [r for r in result["recipes"] if judge(r, result["baseline"]) in ("better", "worse", "even")]
     if len(compared) > 1:
