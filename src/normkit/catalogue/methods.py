@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from normkit.activations import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from normkit.core.card import Card
 from normkit.core.errors import NotationError
+from normkit.weights import spectral_norm, weight_conditioning, weight_norm, weight_standardization
 
 METHODS: tuple[Card, ...] = (
     batch_norm.CARD,
@@ -14,6 +15,10 @@ METHODS: tuple[Card, ...] = (
     rms_norm.CARD,
     group_norm.CARD,
     instance_norm.CARD,
+    weight_norm.CARD,
+    spectral_norm.CARD,
+    weight_standardization.CARD,
+    weight_conditioning.CARD,
 )
 
 

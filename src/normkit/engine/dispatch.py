@@ -140,11 +140,11 @@ def explain(
     Raises:
         ShapeError, BackendError, OptionError: as ``run`` would.
 
-    >>> print(explain(Rule(Support("n c *", over="c")), torch.zeros(2, 8, 5, 5)))
-    y = (x - E[x]) / sqrt(Var[x] + eps)
+    >>> print(explain(Rule(Support("n c *", over="c"), Statistic(None, "rms")), torch.zeros(2, 8, 5, 5)))
+    y = x / sqrt(E[x^2] + eps)
     n c * over c: one statistic for each of 2 samples x 25 positions = 50, over 8 channels elements
     statistics in float32; back end: closed, PyTorch operators with the backward pass in closed form
-    because torch has no fused kernel for Support("n c *", over="c") with (x - E[x]) / sqrt(Var[x] + eps)
+    because torch has no fused kernel for Support("n c *", over="c") with x / sqrt(E[x^2] + eps)
     """
     chosen, why = _choose(rule, x, rule.support.split(x.shape), weight, bias, mask, backend)
     return Explanation(chosen, why, rule.formula(), rule.support.explain(x.shape), accumulation_dtype(x.dtype))
