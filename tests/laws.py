@@ -16,7 +16,8 @@ from normkit.core.rule import Rule
 from normkit.engine.layer import Layer
 
 ACTIVATIONS = [card for card in METHODS if card.kind == "activation"]
-RULES = [card for card in ACTIVATIONS if card.rule is not None]
+# A conditioned layer's weight comes from its other input: the oracle of all rules does not know it.
+RULES = [card for card in ACTIVATIONS if card.rule is not None and card.extra is None]
 WEIGHTS = [card for card in METHODS if card.kind == "weight"]
 BACKENDS = ("reference", "closed", "aten", "auto")
 
