@@ -30,7 +30,9 @@ def charts(comparison: Comparison) -> dict[str, Chart]:
         "validation": chart(
             along(comparison, "val_score"), "epoch", f"validation {score}", shapes=target, views=halves(comparison)
         ),
-        "time": chart(against_time(comparison), "training time, s", f"validation {score}", shapes=target),
+        "time": chart(
+            against_time(comparison), "training time, s", f"validation {score}", shapes=target, hovermode="closest"
+        ),
         "loss": chart(along(comparison, "train_loss"), "epoch", "training loss", log=True),
         "rates": rates(comparison),
         **conditions,
