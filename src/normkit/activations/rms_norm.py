@@ -3,55 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
+from normkit.core.errors import OptionError
 from normkit.core.rule import Rule
-from normkit.core.statistic import Statistic
+from normkit.core.statistic import Guard, Statistic
 from normkit.engine.dispatch import Backend, run
 from normkit.engine.layer import Layer, check_features, features_support
 
+Cast = Literal["after weight", "before weight"]
 
-def rms_norm_rule(rank: int = 1, eps: float | None = None, over: str | None = None) -> Rule:
+
+def rms_norm_rule(
+    rank: int = 1, eps: float | None = None, over: str | None = None, guard: Guard = "inside", offset: float = 0.0
+) -> Rule:
     """RMS normalization over the last ``rank`` axes, or over ``"c"`` or ``"c *"`` of a channels-first input, as data.
 
     >>> rms_norm_rule().formula()
     'y = weight * x / sqrt(E[x^2] + eps) + bias'
+    >>> rms_norm_rule(guard="outside", offset=1.0).formula()
+    'y = (1 + weight) * x / (sqrt(E[x^2]) + eps) + bias'
     """
     support, per = features_support("RMSNorm", rank, over)
-    return Rule(support, Statistic(None, "rms", eps), Affine(per))
+    return Rule(support, Statistic(None, "rms", eps, guard), Affine(per, offset))
 
 
 class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls its input x here alone
     """Divide each sample, token or position by the root mean square of its features.
 
-    y = weight * x / sqrt(E[x^2] + eps), the same in training and evaluation. Without ``over`` it is ``torch.nn.RMSNorm``.
+    y = weight * x / sqrt(E[x^2] + eps), the same in training and evaluation. Without further arguments it is
+    ``torch.nn.RMSNorm``. Published forms differ in eps, in what the weight is counted from, and in when a half type is rounded:
+
+    ========================  =======================================  =====================
+    form                      arguments                                weight starts at
+    ========================  =======================================  =====================
+    torch                     ``eps=None``                             1
+    the paper's code          ``eps=1e-8, guard="outside"``            1
+    the same in TensorFlow    ``eps=1e-8``                             1
+    Llama, Mistral, T5        ``eps=1e-6, cast="before weight"``       1
+    Gemma                     ``eps=1e-6, offset=1.0``                 0
+    ========================  =======================================  =====================
+
+    Checkpoints of all of them load: the key is ``weight``.
 
     Args:
         normalized_shape: sizes of the trailing axes; with ``over``, the channels C.
         eps: added to the mean square; None for the machine epsilon of the dtype in which statistics are kept (float32 for
-            half types). Default: None (Llama uses 1e-6).
-        elementwise_affine: whether there is a weight (starts at 1). Default: True.
+            half types). Default: None.
+        elementwise_affine: whether there is a weight. Default: True.
+        bias: True adds a bias (starts at 0). Default: False.
         over: ``"c"`` or ``"c *"`` of an input ``"n c *"``; None for the trailing axes. Default: None.
+        guard: where eps stands: ``"inside"`` the root, ``"outside"`` it (added), or as a ``"floor"`` on it. Default: "inside".
+        offset: added to the weight, which starts at 1 - offset. With 1, weight decay pulls the gain to 1. Default: 0.
+        cast: when a half type is rounded: ``"after weight"`` has one rounding at the end, ``"before weight"`` rounds what is
+            normalized to the input's dtype, and multiplies then. In float32 and float64 both are the same.
+            Default: "after weight".
         device: of the parameters.
         dtype: of the parameters.
 
     Shape:
-        (*, *normalized_shape), or (N, C, *) with ``over``, to the same.
+        (*, *normalized_shape), or (N, C, *) with ``over``, to the same, in the input's dtype.
 
     Raises:
         ShapeError: the input does not end in ``normalized_shape``, or has other channels.
-        OptionError: another ``over``.
+        OptionError: another ``over``, ``guard`` or ``cast``.
 
     Reference:
         Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), https://arxiv.org/abs/1910.07467.
 
     >>> RMSNorm(2, elementwise_affine=False)(torch.tensor([[3.0, 4.0]]))
     tensor([[0.8485, 1.1314]])
+    >>> RMSNorm(2, offset=1.0).weight.tolist()
+    [0.0, 0.0]
     """
+
+    offset: float = 0.0  # torch's constructor asks for it, by reset_parameters, before ours can set it
 
     def __init__(
         self,
@@ -59,25 +90,48 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         eps: float | None = None,
         elementwise_affine: bool = True,
         *,
+        bias: bool = False,
         over: str | None = None,
+        guard: Guard = "inside",
+        offset: float = 0.0,
+        cast: Cast = "after weight",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
-        super().__init__(shape, eps, elementwise_affine, device=device, dtype=dtype)
-        self.over = over
-        self.register_parameter("bias", None)
         check_features("RMSNorm", shape, over, None)
+        _check_cast("RMSNorm", cast)
+        super().__init__(shape, eps, elementwise_affine, device=device, dtype=dtype)
+        self.over, self.offset, self.cast = over, offset, cast
+        self.guard: Guard = guard
+        self.register_parameter("bias", nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if bias else None)
+        self.reset_parameters()
         _ = self.rule  # made now, so that a compiler finds it ready
 
+    def reset_parameters(self) -> None:
+        """Give the weight and the bias their first values."""
+        if self.weight is not None:
+            nn.init.constant_(self.weight, 1.0 - self.offset)
+        bias = getattr(self, "bias", None)
+        if bias is not None:
+            nn.init.zeros_(bias)
+
     def make_rule(self) -> Rule:
-        return rms_norm_rule(len(self.normalized_shape), self.eps, self.over)
+        return rms_norm_rule(len(self.normalized_shape), self.eps, self.over, self.guard, self.offset)
 
     def check(self, input: Tensor) -> None:
         check_features("RMSNorm", self.normalized_shape, self.over, None, input)
 
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if self.cast == "after weight":
+            return super().forward(input, mask)
+        self.check(input)
+        return _rounded_first(self.rule, input, self.weight, self.bias, mask, self.backend)
+
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.over is None else f", over={self.over!r}")
+        defaults = {"over": None, "guard": "inside", "offset": 0.0, "cast": "after weight"}
+        options = [f", {k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
+        return super().extra_repr() + (", bias=True" if self.bias is not None else "") + "".join(options)
 
 
 def rms_norm(
@@ -86,7 +140,11 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
     *,
+    bias: Tensor | None = None,
     over: str | None = None,
+    guard: Guard = "inside",
+    offset: float = 0.0,
+    cast: Cast = "after weight",
     mask: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -97,7 +155,28 @@ def rms_norm(
     """
     shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
     check_features("rms_norm", shape, over, None, x)
-    return run(rms_norm_rule(len(shape), eps, over), x, weight, mask=mask, backend=backend)
+    _check_cast("rms_norm", cast)
+    rule = rms_norm_rule(len(shape), eps, over, guard, offset)
+    if cast == "before weight":
+        return _rounded_first(rule, x, weight, bias, mask, backend)
+    return run(rule, x, weight, bias, mask=mask, backend=backend)
+
+
+def _check_cast(who: str, cast: str) -> None:
+    if cast not in ("after weight", "before weight"):
+        raise OptionError(f"{who}: cast={cast!r}; wanted 'after weight' or 'before weight'")
+
+
+def _rounded_first(
+    rule: Rule, x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, backend: Backend
+) -> Tensor:
+    """Normalize, round to the input's dtype, and only then scale and shift."""
+    assert rule.compensation is not None
+    y = run(Rule(rule.support, rule.statistic), x, mask=mask, backend=backend)
+    split = rule.support.split(x.shape)
+    wide = y.dtype if weight is None else torch.promote_types(y.dtype, weight.dtype)
+    y = rule.compensation.apply(y.reshape(split.shape).to(wide), split, weight, bias).reshape(x.shape).to(x.dtype)
+    return y if mask is None or bias is None else torch.where(mask, y, 0.0)
 
 
 CARD = Card(
