@@ -13,7 +13,13 @@ from torch.utils.data import Dataset
 def model(classes: int = 3) -> nn.Module:
     """A perceptron with dropout, so that the random state matters along training."""
     return nn.Sequential(
-        nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, classes)
+        nn.Linear(8, 16),
+        nn.BatchNorm1d(16),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.Linear(16, 16),
+        nn.ReLU(),
+        nn.Linear(16, classes),
     )
 
 

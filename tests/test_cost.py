@@ -1,9 +1,9 @@
 """Cost of a step: memory against what is known by hand, and the shape of what is measured."""
 
-import lab_samples
 import torch
 from torch import nn
 
+import lab_samples
 from normkit.lab.cost import measure_costs
 from normkit.lab.devices import start_fabric
 from normkit.lab.memory import peak_bytes

@@ -71,7 +71,13 @@ except RecordError as error:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "damaged"), (b'{"a": 1', "damaged"), (b"[1]", "holds a list"), (b"{}", "a is not in it"), (b"\xff\xfe", "damaged")],
+    [
+        (b"", "damaged"),
+        (b'{"a": 1', "damaged"),
+        (b"[1]", "holds a list"),
+        (b"{}", "a is not in it"),
+        (b"\xff\xfe", "damaged"),
+    ],
 )
 def test_damaged_json_is_named(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "value.json"

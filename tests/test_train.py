@@ -3,11 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-import lab_samples
 import pytest
 import torch
 from torch import nn
 
+import lab_samples
 from normkit.core.errors import RecordError
 from normkit.lab import record
 from normkit.lab.data.split import Data

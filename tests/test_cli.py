@@ -1,0 +1,140 @@
+"""The command line: help, exit codes, and messages a person can act on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from normkit.cli import app
+
+TESTS = Path(__file__).parent
+TINY = "--recipes keep --seeds 1 --rates 0.1 --epochs 1 --batch-size 32 --accelerator cpu --no-report".split()
+SAMPLES = ["--model", "lab_samples:model", "--data", "lab_samples:data"]
+
+
+def environ() -> dict[str, str]:
+    source = str(TESTS.parent / "src")
+    path = os.pathsep.join([source, str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--recipes", "keep,banana"], "banana"),
+        (["--recipes", "keep,,keep+e"], "separated by commas"),
+        (["--recipes", "keep,keep"], "are the same"),
+        (["--seeds", "0"], "seeds is 0; wanted at least one seed"),
+        (["--seeds", "-2"], "seeds is -2"),
+        (["--rates", "0.1,-1"], "rates is -1.0; wanted learning rates above 0"),
+        (["--rates", "0.1,fast"], "rates has 'fast'; wanted numbers"),
+        (["--epochs", "0"], "epochs is 0"),
+        (["--threads", "0"], "threads is 0"),
+        (["--model", "lab_samples:no_module"], "returned a str; wanted a torch.nn.Module"),
+        (["--model", "lab_samples:modle"], "lab_samples has no 'modle'"),
+        (["--data", "lab_samples:nan_labels"], r"targets hold NaN at [7]"),
+        (["--model", "lab_samples:one_output"], "returned 1 logits, but the highest label is 2"),
+        (["--accelerator", "abacus"], "accelerator=abacus"),
+    ],
+)
+def test_bad_input_ends_with_2(tmp_path: Path, words: list[str], said: str) -> None:
+    done = CliRunner().invoke(app, ["compare", *TINY, *SAMPLES, "--output", str(tmp_path / "out"), *words])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(app, ["compare", *TINY, *SAMPLES, "--output", str(tmp_path / "file" / "out")])
+    assert done.exit_code == 2
+    assert "cannot write" in done.stderr
+
+
+def test_report_of_nothing(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "result.json is missing" in done.stderr
+
+
+def test_help_names_the_commands() -> None:
+    done = CliRunner().invoke(app, ["--help"])
+    assert done.exit_code == 0
+    for name in ("compare", "report", "list", "show", "info"):
+        assert name in done.output
+    options = CliRunner().invoke(app, ["compare", "--help"], env={"COLUMNS": "160"}).output
+    for name in (
+        "recipes",
+        "seeds",
+        "rates",
+        "epochs",
+        "batch-size",
+        "optimizer",
+        "schedule",
+        "target",
+        "output",
+        "precision",
+    ):
+        assert f"--{name}" in options
+
+
+def test_info() -> None:
+    done = CliRunner().invoke(app, ["info"])
+    assert done.exit_code == 0
+    for word in ("torch", "cores", "threads", "reference", "runs here"):
+        assert word in done.output
+
+
+def test_help_loads_nothing_of_the_lab() -> None:
+    heavy = ("lightning_fabric", "sklearn", "scipy", "matplotlib", "plotly", "normkit.lab")
+    script = f"import sys; import normkit.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environ())
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_users_own_model_and_an_interrupt(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def make(classes):\n"
+        "    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, classes))\n"
+        "def load():\n"
+        "    x = torch.randn(900, 4)\n"
+        "    return {'train': (x[:600], (x[:600, 0] > 0).long()), 'test': (x[600:], (x[600:, 0] > 0).long())}\n"
+    )
+    words = [
+        "--model",
+        "mine:make",
+        "--data",
+        "mine:load",
+        "--recipes",
+        "keep,keep+wn",
+        "--seeds",
+        "2",
+        "--rates",
+        "0.1",
+    ]
+    words += ["--epochs", "30", "--batch-size", "32", "--accelerator", "cpu", "--no-report", "--no-condition"]
+    run = [sys.executable, "-m", "normkit.cli", "compare", *words]
+    folder = tmp_path / "runs" / "mine.load-mine.make"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    begun = subprocess.Popen(run, text=True, cwd=tmp_path, env=environ(), **pipes)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("runs/*/*/*/checkpoint.pt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    begun.send_signal(signal.SIGINT)
+    _, said = begun.communicate(timeout=60)
+    assert begun.returncode == 130, said
+    assert "stopped; kept in" in said
+    assert "to go on:  normkit compare --model mine:make" in said
+    assert "Traceback" not in said
+    ended = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=environ(), timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert "run 4/4" in ended.stdout
+    assert (folder / "result.json").exists()

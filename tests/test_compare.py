@@ -1,0 +1,342 @@
+"""A comparison as a whole: what it records, and that a kill changes nothing of it."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import lab_samples
+from normkit.core.errors import OptionError, ProtocolError, RecordError
+from normkit.lab import record
+from normkit.lab.compare import command, compare, default_output, kept
+from normkit.lab.result import Records, choose
+from normkit.lab.settings import Settings, first_seeds
+from normkit.lab.train import Run
+
+TESTS = Path(__file__).parent
+SMALL = Settings(
+    recipes=("keep", "keep+e"), seeds=(0, 1), rates=(0.05, 0.2), epochs=3, batch_size=32, accelerator="cpu"
+)
+
+
+def ran(folder: Path, settings: Settings = SMALL, **options: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {"model": lab_samples.model, "data": lab_samples.data, "report": False, **options}
+    return compare(settings, folder, console=Console(quiet=True), **given)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    ran(folder)
+    return folder
+
+
+def lasting(result: dict[str, Any]) -> Any:
+    """What of a result does not depend on the clock."""
+    clock = {"started", "finished", "seconds", "seconds_to_target", "cost", "environment", "command"}
+    if isinstance(result, dict):
+        return {key: lasting(value) for key, value in result.items() if key not in clock}
+    return [lasting(value) for value in result] if isinstance(result, list) else result
+
+
+def test_result(whole: Path) -> None:
+    result = record.read_json(whole / "result.json")
+    assert result["schema"] == 1
+    assert result["baseline"] == "keep"
+    assert result["task"] == {"kind": "classification", "score": "accuracy", "train": 128, "val": 32, "test": 80}
+    assert result["environment"]["torch"] == torch.__version__
+    assert [len(recipe["sweep"]) for recipe in result["recipes"]] == [2, 2]
+    for recipe in result["recipes"]:
+        best = max(recipe["sweep"], key=lambda row: (row["val_score"], -row["val_loss"]))
+        assert recipe["rate"] == best["rate"]
+        assert [run["seed"] for run in recipe["runs"]] == [0, 1]
+        tests = torch.tensor([run["test_score"] for run in recipe["runs"]])
+        assert recipe["test_score"]["mean"] == pytest.approx(tests.mean().item())
+        assert recipe["test_score"]["std"] == pytest.approx(tests.std().item())
+        assert all(run["steps_to_target"] for run in recipe["runs"])
+        assert len(recipe["condition"]["first"]["raw"]) == 3
+        assert recipe["cost"]["mb_per_step"] > 0
+    first, second = result["recipes"]
+    assert first["changes"] == []
+    assert len(second["changes"]) == 2
+    expected = [b["test_score"] - a["test_score"] for a, b in zip(first["runs"], second["runs"], strict=True)]
+    assert second["paired"]["differences"] == pytest.approx(expected)
+    assert first["paired"]["differences"] == [0, 0]
+    assert kept(whole) == f"kept in {whole}: 6 finished runs"
+
+
+def test_all_recipes_start_alike(whole: Path) -> None:
+    configs = [record.read_json(path) for path in sorted(whole.glob("runs/*/*/*/config.json"))]
+    for seed in (0, 1):
+        alike = {(c["init_sha256"], c["order_sha256"]) for c in configs if c["seed"] == seed}
+        assert len(alike) == 1
+    assert len({config["init_sha256"] for config in configs}) == 2
+    results = [record.read_json(path) for path in whole.glob("runs/*/*/*/result.json")]
+    assert all(result["init_sha256"] and result["order_sha256"] for result in results)
+
+
+def test_a_finished_comparison_is_read_back(whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+
+    def untouched() -> nn.Module:
+        raise AssertionError("trained again")
+
+    untouched.__module__, untouched.__qualname__ = "lab_samples", "model"
+    result = ran(whole, model=untouched)
+    assert result == record.read_json(whole / "result.json")
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()} == before
+
+
+def test_another_configuration_in_the_folder(whole: Path) -> None:
+    with pytest.raises(RecordError, match=r"epochs is 3 there, 4 now; choose another --output, or --overwrite"):
+        ran(whole, replace(SMALL, epochs=4))
+    with pytest.raises(RecordError, match=r"model is .*model.* there, .*one_output"):
+        ran(whole, model=lab_samples.one_output)
+
+
+def names(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+
+def kill_loop(folder: Path, seed: int, kills: int) -> int:
+    words = [sys.executable, str(TESTS / "kill_loop.py"), str(folder), str(seed), str(kills)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
+
+
+@pytest.fixture(scope="module")
+def unkilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unkilled") / "out"
+    assert kill_loop(folder, 0, kills=0) == 0
+    return folder
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_at_any_instant_it_ends_alike(tmp_path: Path, unkilled: Path, seed: int) -> None:
+    killed = tmp_path / "killed"
+    assert 3 <= kill_loop(killed, seed, kills=12) <= 12  # a lucky child may come to the end early
+    files = names(unkilled)
+    assert files == names(killed)
+    exact = [name for name in files if name.parts[0] == "runs" and name.name != "timing.jsonl"]
+    assert len(exact) == 6 * 3
+    for name in exact:
+        assert (killed / name).read_bytes() == (unkilled / name).read_bytes()
+    assert lasting(record.read_json(killed / "result.json")) == lasting(record.read_json(unkilled / "result.json"))
+
+
+class Interrupt(Exception):
+    """Stands for an interruption in the middle of a comparison."""
+
+
+def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    real, left = record.write_checkpoint, after
+
+    def write(*given: Any) -> None:
+        nonlocal left
+        real(*given)
+        left -= 1
+        if not left:
+            raise Interrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "write_checkpoint", write)
+        with pytest.raises(Interrupt):
+            ran(folder)
+
+
+def test_damaged_checkpoint_loses_nothing_else(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(tmp_path, monkeypatch, after=5)
+    (path,) = tmp_path.glob("runs/*/*/*/checkpoint.pt")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RecordError, match=r"checkpoint\.pt is damaged.*only this run is trained again"):
+        ran(tmp_path)
+    for entry in path.parent.iterdir():
+        entry.unlink()
+    assert lasting(ran(tmp_path)) == lasting(record.read_json(whole / "result.json"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "environment.json", "runs/keep/rate=0.05/seed=0/result.json"])
+def test_damaged_record_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    interrupted(tmp_path, monkeypatch, after=4)
+    (tmp_path / name).write_text('{"status"')
+    with pytest.raises(RecordError, match=f"{name} is damaged"):
+        ran(tmp_path)
+
+
+def test_changed_data_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(tmp_path, monkeypatch, after=4)
+    changed = lab_samples.changed(test=lab_samples.data()["train"])
+    changed.__module__, changed.__qualname__ = lab_samples.data.__module__, lab_samples.data.__qualname__
+    with pytest.raises(RecordError, match="data_sha256 is "):
+        ran(tmp_path, data=changed)
+
+
+def test_full_disk_in_the_middle_is_resumed(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, left = os.fsync, 20
+
+    def fsync(handle: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(RecordError, match=r"No space left on device.*same command to go on"):
+            ran(tmp_path)
+    assert lasting(ran(tmp_path)) == lasting(record.read_json(whole / "result.json"))
+
+
+def test_overwrite_begins_anew(tmp_path: Path) -> None:
+    once = replace(SMALL, recipes=("keep",), seeds=(0,), rates=(0.1,), epochs=1)
+    ran(tmp_path, once)
+    result = ran(tmp_path, replace(once, epochs=2), overwrite=True)
+    assert result["config"]["epochs"] == 2
+    assert not (tmp_path / "runs" / "keep" / "rate=0.05").exists()
+
+
+def test_one_seed_has_no_interval(tmp_path: Path) -> None:
+    result = ran(tmp_path, replace(SMALL, seeds=(0,), rates=(0.1,)))
+    for recipe in result["recipes"]:
+        assert recipe["paired"]["low"] is recipe["paired"]["high"] is None
+        assert recipe["test_score"]["std"] is None
+        assert recipe["rate_at_edge"] is False
+
+
+@pytest.mark.parametrize("recipes", [("keep",), ("keep", "keep+wn")])
+def test_when_everything_diverges(tmp_path: Path, recipes: tuple[str, ...]) -> None:
+    settings = replace(SMALL, recipes=recipes, rates=(1e30, 2e30), schedule="constant")
+    result = ran(tmp_path, settings, model=lab_samples.one_output, data=lab_samples.regression, report=True)
+    assert result["target"]["score"] is None
+    for recipe in result["recipes"]:
+        assert {run["status"] for run in recipe["runs"]} == {"diverged"}
+        assert recipe["paired"]["mean"] is recipe["test_score"]["mean"] is None
+        assert recipe["condition"] is None
+    assert (tmp_path / "report.html").stat().st_size > 0
+
+
+def test_a_rate_that_diverges_is_not_chosen(tmp_path: Path) -> None:
+    settings = replace(SMALL, recipes=("keep",), rates=(0.01, 1e30))
+    result = ran(tmp_path, settings, model=lab_samples.one_output, data=lab_samples.regression)
+    (recipe,) = result["recipes"]
+    assert [row["status"] for row in recipe["sweep"]] == ["ok", "diverged"]
+    assert recipe["rate"] == 0.01
+    assert result["task"]["score"] == "r2"
+
+
+def test_equals_are_chosen_by_loss(tmp_path: Path) -> None:
+    shared = {"test_score": None, "test_loss": None, "epochs": 1, "steps": 1, "best_val_score": 0.9, "val_score": 0.9}
+    runs = [Run("bn", rate, 0) for rate in (0.1, 0.2, 0.3)]
+    for run, loss in zip(runs, (0.5, 0.4, 0.4), strict=True):
+        record.write_json(tmp_path / run.path / "result.json", {"status": "ok", "val_loss": loss, **shared})
+    assert choose(Records(tmp_path), runs) == runs[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "data"), [(lab_samples.Tagger, lab_samples.tokens), (lab_samples.model, lab_samples.dataset)]
+)
+def test_other_kinds_of_data(tmp_path: Path, model: Any, data: Any) -> None:
+    settings = replace(SMALL, recipes=("keep",), seeds=(0,), rates=(0.1,))
+    assert ran(tmp_path, settings, model=model, data=data)["recipes"][0]["runs"][0]["status"] == "ok"
+
+
+def test_a_transformer(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+    def model(classes: int) -> nn.Module:
+        config = transformers.BertConfig(
+            vocab_size=32,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            num_labels=classes,
+        )
+        return transformers.BertForSequenceClassification(config)
+
+    def data() -> dict[str, Any]:
+        ids = torch.randint(0, 32, (72, 6))
+        labels = (ids[:, 0] > 15).long()
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+        def part(rows: slice) -> tuple[dict[str, Tensor], Tensor]:
+            return {name: value[rows] for name, value in inputs.items()}, labels[rows]
+
+        return {"train": part(slice(0, 48)), "val": part(slice(48, 60)), "test": part(slice(60, 72))}
+
+    settings = replace(SMALL, recipes=("keep", "keep+wn", "keep+e"), optimizer="adamw", rates=(1e-3,), epochs=2)
+    result = ran(tmp_path, settings, model=model, data=data)
+    assert [run["status"] for recipe in result["recipes"] for run in recipe["runs"]] == ["ok"] * 6
+
+
+def test_two_processes_under_torchrun(tmp_path: Path) -> None:
+    words = "--recipes keep,keep+e --seeds 1 --rates 0.1 --epochs 2 --batch-size 32 --no-report --accelerator cpu"
+    factories = ["--model", "lab_samples:model", "--data", "lab_samples:data", "--output", str(tmp_path / "out")]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    run += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    path = os.pathsep.join(map(str, (TESTS.parent / "src", TESTS)))
+    environ = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    run += ["-m", "normkit.cli", "compare", *words.split(), *factories]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300, env=environ, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["environment"]["processes"] == 2
+    assert [recipe["runs"][0]["status"] for recipe in result["recipes"]] == ["ok", "ok"]
+    assert done.stdout.count("best of") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"recipes": ()}, "recipes is .*wanted at least one"),
+        ({"seeds": ()}, "wanted at least one seed"),
+        ({"seeds": (0, 0)}, "different seeds"),
+        ({"rates": (0.1, 0.0)}, "rates is 0.0; wanted learning rates above 0"),
+        ({"rates": (float("nan"),)}, "above 0"),
+        ({"rates": (0.1, 0.1)}, "different learning rates"),
+        ({"epochs": 0}, "epochs is 0; wanted a whole number from 1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"optimizer": "lion"}, "optimizer is 'lion'; wanted sgd or adam or adamw"),
+        ({"schedule": "step"}, "schedule is 'step'"),
+        ({"momentum": 1.0}, "momentum is 1.0"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
+        ({"level": 95.0}, "level is 95.0"),
+        ({"target": float("nan")}, "target is nan"),
+    ],
+)
+def test_settings_outside_their_range(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        Settings(**options)
+
+
+def test_the_same_recipe_twice() -> None:
+    with pytest.raises(OptionError, match="are the same"):
+        Settings(recipes=("bn", "bn+e", "bn+e@first_last")).canonical()
+
+
+def test_processes_that_fabric_cannot_start(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="precision=3-bit"):
+        ran(tmp_path, replace(SMALL, precision="3-bit"))
+
+
+def test_bad_input_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ProtocolError, match="returned a str"):
+        ran(tmp_path / "out", model=lab_samples.no_module)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_what_differs() -> None:
+    settings = Settings(model="a.b:c", seeds=first_seeds(5), rates=(0.5, 0.1), condition=False, target=0.9)
+    words = "normkit compare --model a.b:c --seeds 5 --rates 0.1,0.5 --target 0.9 --no-condition"
+    assert command(settings, default_output(settings)) == words
+    assert command(Settings(), Path("else where")) == "normkit compare --output 'else where'"

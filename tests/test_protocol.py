@@ -1,0 +1,214 @@
+"""What a user's factory may return, and how the rest is refused."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lab_samples
+from normkit.core.errors import ProtocolError
+from normkit.lab import task
+from normkit.lab.data.digits import digits
+from normkit.lab.data.split import Data, Split, hold_out
+from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model
+
+X, Y = torch.randn(30, 8), torch.arange(30) % 3
+
+
+def replaced(values: torch.Tensor, row: int, value: float) -> torch.Tensor:
+    values = values.clone()
+    values[row] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nonsense", "names no factory; wanted one of inception, or package.module:factory"),
+        ("a:", "names no factory"),
+        ("not_there:model", "there is no module 'not_there'"),
+        ("json.not_there:model", r"there is no module 'json.not_there'"),
+        ("lab_samples:modle", "lab_samples has no 'modle'; it has .*model"),
+        ("math:pi", "a float; wanted a factory"),
+        ("normkit.core:model", "has no 'model'"),
+    ],
+)
+def test_import_paths(name: str, words: str) -> None:
+    with pytest.raises(ProtocolError, match=words):
+        load_factory(name, MODELS)
+
+
+def test_module_that_fails_on_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_on_import.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(ProtocolError, match="raised ZeroDivisionError"):
+        load_factory("broken_on_import:model", MODELS)
+
+
+def test_current_folder_is_importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "only_here.py").write_text("class Made:\n    def model():\n        return 5\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert load_factory("only_here:Made.model", MODELS)() == 5
+
+
+def tensor(split: Split) -> torch.Tensor:
+    assert isinstance(split.inputs, torch.Tensor)
+    return split.inputs
+
+
+def broken() -> nn.Module:
+    raise RuntimeError("no weights")
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        (lab_samples.no_module, "returned a str; wanted a torch.nn.Module"),
+        (lambda: None, "returned None"),
+        (lambda: nn.Linear, "returned the class Linear; .* return an instance"),
+        (lambda: nn.ReLU(), "no parameter to train"),
+        (lambda width: nn.Linear(width, 1), "raised TypeError"),
+        (broken, "raised RuntimeError: no weights"),
+    ],
+)
+def test_models_that_are_refused(factory: Any, words: str) -> None:
+    with pytest.raises(ProtocolError, match=words):
+        make_model(factory, "model", 3)
+
+
+def test_classes_are_given_where_they_are_taken() -> None:
+    assert make_model(lambda classes: nn.Linear(2, classes), "model", 7).out_features == 7
+    assert make_model(lambda: nn.Linear(2, 4), "model", 7).out_features == 4
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (None, 'returned None; wanted a dict with "train" and "test"'),
+        ({"train": (X, Y)}, 'a dict with train; wanted "train", "test"'),
+        ({"train": (X, Y), "test": (X, Y), "valid": (X, Y)}, 'wanted "train", "test"'),
+        ({"train": X, "test": (X, Y)}, "train is a Tensor; wanted a pair"),
+        ({"train": ({}, Y), "test": (X, Y)}, "empty dict"),
+        ({"train": (X, ["a"] * 30), "test": (X, Y)}, "makes no tensor"),
+        ({"train": (X[:29], Y), "test": (X, Y)}, "do not match 30 targets in length"),
+        ({"train": ({"a": X[:7]}, Y), "test": (X, Y)}, "do not match 30 targets in length"),
+        ({"train": (X[:0], Y[:0]), "test": (X, Y)}, "train is empty"),
+        ({"train": (X, Y), "test": (X[:0], Y[:0])}, "test is empty"),
+        ({"train": (X[:1], Y[:1]), "test": (X, Y)}, "too few to hold out"),
+        ({"train": (replaced(X, 4, float("nan")), Y), "test": (X, Y)}, r"inputs hold NaN at \[4, 0\]"),
+        ({"train": (X, Y), "test": (replaced(X, 4, float("inf")), Y)}, "test inputs hold infinity"),
+        ({"train": (X, replaced(X[:, 0], 2, float("nan"))), "test": (X, X[:, 0])}, r"targets hold NaN at \[2\]"),
+        ({"train": (X, np.where(Y == 2, np.nan, Y)), "test": (X, Y)}, r"targets hold NaN at \[2\]"),
+        ({"train": (X, replaced(Y, 5, -1)), "test": (X, Y)}, r"hold -1 at \[5\]; wanted class indices from 0"),
+        ({"train": (X, replaced(Y, 5, -100)), "test": (X, Y)}, "hold -100"),
+        ({"train": (X, torch.full((30, 2), -100)), "test": (X, torch.ones(30, 2).long())}, "all -100"),
+        ({"train": (X, Y), "test": (X, Y.float())}, "targets of test are torch.float32"),
+        ({"train": (X, Y[:, None, None]), "test": (X, Y[:, None, None])}, r"wanted classes \(n,\)"),
+        ({"train": (X, X[:, 0]), "test": (X, torch.ones(30))}, "targets of test are all equal"),
+        ({"train": [X, Y, Y], "test": (X, Y)}, r"train\[0\] is a Tensor; wanted a pair"),
+        ({"train": [(X[0], Y[:1]), (X[0], Y[:2]), (X[0], Y[:2])], "test": (X, Y)}, "unequal shapes"),
+        ({"train": [(replaced(X, 0, float("nan"))[0], 1)], "test": (X, Y)}, "hold NaN"),
+        (Data(Split(Y, X), Split(Y, X), Split(Y[:0], X[:0])), "test is empty"),
+    ],
+)
+def test_data_that_is_refused(made: Any, words: str) -> None:
+    with pytest.raises(ProtocolError, match=words):
+        make_data(lambda: made, "data")
+
+
+def test_data_factory_that_fails() -> None:
+    with pytest.raises(ProtocolError, match="data factory data raised RuntimeError"):
+        make_data(broken, "data")
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "words"),
+    [
+        (lab_samples.model(2), lab_samples.data, "returned 2 logits, but the highest label is 2; wanted at least 3"),
+        (nn.Linear(9, 3), lab_samples.data, r"raised RuntimeError on two training samples \(inputs \(2, 8\)\)"),
+        (nn.Flatten(0), lab_samples.data, r"returned \(16,\) for class targets \(2,\); wanted \(2, classes\)"),
+        (nn.GRU(8, 4), lab_samples.data, "returned a tuple; wanted a tensor of logits"),
+        (nn.Linear(8, 2), lab_samples.regression, r"returned \(2, 2\) for float targets \(2,\)"),
+        (nn.Linear(8, 3), lab_samples.tokens, "raised TypeError on two training samples .*input_ids"),
+    ],
+)
+def test_models_that_do_not_fit(model: nn.Module, data: Any, words: str) -> None:
+    with pytest.raises(ProtocolError, match=words):
+        check_fit(model.train(), make_data(data, "data"), "model")
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "kind"),
+    [
+        (lab_samples.model(), lab_samples.data, "classification"),
+        (lab_samples.model(), lab_samples.dataset, "classification"),
+        (lab_samples.one_output(), lab_samples.regression, "regression"),
+        (lab_samples.Tagger(), lab_samples.tokens, "classification"),
+    ],
+)
+def test_what_is_taken(model: nn.Module, data: Any, kind: str) -> None:
+    made = make_data(data, "data")
+    check_fit(model, made, "model")
+    assert made.kind == kind
+    assert made.sha256() == made.sha256()
+    inputs, targets = made.val.batch(torch.arange(4), torch.device("cpu"))
+    loss = task.loss(task.call(model, inputs), targets)
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_doubles_of_numpy_become_floats() -> None:
+    made = make_data(
+        lambda: {"train": (np.ones((10, 2)), np.arange(10) % 2), "test": (np.ones((4, 2)), np.eye(4)[0] > 0)}, "d"
+    )
+    assert tensor(made.train).dtype == torch.float32
+    assert made.test.targets.dtype == torch.int64
+
+
+def test_held_out_is_stratified_and_repeats() -> None:
+    split = Split(torch.tensor([0] * 70 + [1] * 20 + [2] * 10), torch.arange(100))
+    rest, held = hold_out(split, 0.2, seed=1)
+    assert torch.bincount(held.targets).tolist() == [14, 4, 2]
+    assert sorted([*tensor(rest).tolist(), *tensor(held).tolist()]) == list(range(100))
+    torch.testing.assert_close(tensor(hold_out(split, 0.2, seed=1)[1]), tensor(held))
+
+
+def test_digits_are_whole_and_apart() -> None:
+    data = digits()
+    assert sum(map(len, data.splits.values())) == 1797
+    assert data.classes == 10
+    seen = [row.numpy().tobytes() for split in data.splits.values() for row in tensor(split)]
+    assert len(set(seen)) == 1797
+    std, mean = torch.std_mean(tensor(data.train))
+    torch.testing.assert_close(torch.stack([mean, std]), torch.tensor([0.0, 1.0]), atol=1e-5, rtol=0)  # float32 sums
+    for split in data.splits.values():
+        counts = torch.bincount(split.targets)
+        # The whole has 174 to 183 samples a class; rounding adds one at either end.
+        assert counts.max() - counts.min() <= (183 - 174) * len(split) / 1797 + 2
+
+
+def test_scores_of_regression() -> None:
+    targets = torch.tensor([1.0, 2.0, 4.0])
+    mean = targets.mean().expand(3)
+    assert task.score(task.tally(mean, targets), targets)[1] == pytest.approx(0.0, abs=1e-6)
+    assert task.score(task.tally(targets, targets), targets) == (0.0, 1.0)
+
+
+def test_ignored_tokens_count_for_nothing() -> None:
+    logits, targets = torch.zeros(1, 3, 2), torch.tensor([[0, 1, -100]])
+    assert task.tally(logits, targets)[2] == 2
+    padded = task.loss(logits, torch.full((1, 3), -100))
+    assert padded == 0
+
+
+def test_built_in_names() -> None:
+    for builtin in (MODELS, DATA):
+        for name in builtin:
+            assert callable(load_factory(name, builtin))
