@@ -34,7 +34,7 @@ def bake(model: nn.Module) -> list[Change]:
         (name, layer, weight)
         for name, layer in model.named_modules()
         if parametrize.is_parametrized(layer)
-        for weight in list(_lists(layer).keys())
+        for weight in _names(layer)
     ]
     values = {id(_lists(layer)[weight]): _value(layer, weight) for _, layer, weight in found}
     _refuse_ties(model, [(_full(name, weight), _lists(layer)[weight]) for name, layer, weight in found], values)
@@ -44,7 +44,7 @@ def bake(model: nn.Module) -> list[Change]:
         plist = _lists(layer)[weight]
         value, originals = values[id(plist)], list(plist.parameters(recurse=False))
         plain = parametrize.type_before_parametrizations(layer).__name__
-        stack = " and ".join(type(part).__name__ for part in plist)
+        stack = " and ".join(type(part).__name__ for part in plist.children())
         single = plist.is_tensor
         parametrize.remove_parametrizations(layer, weight, leave_parametrized=not single)
         if single:
@@ -64,6 +64,10 @@ def _lists(layer: nn.Module) -> nn.ModuleDict:
     lists = layer.parametrizations
     assert isinstance(lists, nn.ModuleDict)
     return lists
+
+
+def _names(layer: nn.Module) -> list[str]:
+    return [name for name, _ in _lists(layer).named_children()]
 
 
 def _full(name: str, weight: str) -> str:

@@ -27,7 +27,7 @@ _BASES = {
     "layer_norm": nn.LayerNorm,
     "rms_norm": nn.RMSNorm,
 }
-_FORWARDS = [Layer.forward, nn.SyncBatchNorm.forward, *(base.forward for base in _BASES.values())]
+_FORWARDS = [nn.SyncBatchNorm.forward, *(base.forward for base in _BASES.values())]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ def read_norm(name: str, module: nn.Module) -> Norm:
     if any(getattr(module, hook, None) for hook in hooks):
         raise SurgeryError(f"{who}: it has hooks on its state_dict, made for its own class; remove them first")
     kind = next((kind for kind, base in _BASES.items() if isinstance(module, base)), None)
-    if kind is not None and type(module).forward in _FORWARDS:
+    forward = type(module).forward
+    if kind is not None and (forward in _FORWARDS or forward.__module__.startswith("normkit.")):
         return _known(kind, module, who)
     if kind in ("batch_norm", "instance_norm"):
         raise SurgeryError(
@@ -129,11 +130,17 @@ def _known(kind: str, module: nn.Module, who: str) -> Norm:
         axes: Axes = "n c *" if over else "n * c" if len(module.normalized_shape) == 1 else "trailing"
         shape = tuple(module.normalized_shape)
         note = ""
+        offset = getattr(module, "offset", 0.0)
+        if offset and weight is not None:
+            weight, note = _from_zero(weight, offset), f"its gain was {offset:g} + weight"
+        if getattr(module, "guard", "inside") != "inside":
+            note += ("; " if note else "") + "eps now inside the root"
         if weight is not None and weight.dim() == 0:
             weight = _expanded(weight, shape)
             bias = None if bias is None else _expanded(bias, shape)
             note = "scalar weight spread over channels"
-        return Norm(kind, axes, shape, eps, weight, bias, kind == "layer_norm", option=over or "", note=note)
+        has_bias = kind == "layer_norm" or bias is not None
+        return Norm(kind, axes, shape, eps, weight, bias, has_bias, option=over or "", note=note)
     channels_last = getattr(module, "layout", "n c *") == "n * c"
     count = module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
     assert isinstance(count, int)
@@ -160,12 +167,15 @@ def _by_behaviour(module: nn.Module, who: str) -> Norm:
     weight, bias = own[found.weight], own[found.bias] if found.bias else None
     note = ""
     if found.offset:
-        weight = nn.Parameter(weight.detach() + 1, requires_grad=weight.requires_grad)
-        note = "its gain was 1 + weight"
+        weight, note = _from_zero(weight, 1.0), "its gain was 1 + weight"
     axes: Axes = "n c *" if found.over else "n * c"
     return Norm(
         found.kind, axes, tuple(weight.shape), found.eps, weight, bias, bias is not None, option=found.over, note=note
     )
+
+
+def _from_zero(weight: Tensor, offset: float) -> nn.Parameter:
+    return nn.Parameter(weight.detach() + offset, requires_grad=weight.requires_grad)
 
 
 def _expanded(scalar: Tensor, shape: tuple[int, ...]) -> nn.Parameter:

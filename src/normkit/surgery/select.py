@@ -73,7 +73,8 @@ def select(model: nn.Module, where: Where = "all") -> dict[str, nn.Module]:
                 "would not reach; leave it out of the selection"
             )
         for weight in weight_names(layer):
-            if is_lazy(getattr(layer, weight)):
+            raw = layer._parameters.get(weight)
+            if raw is not None and is_lazy(raw):
                 raise SurgeryError(
                     f"{label(name)}: its {weight} has no size yet; run the model once on an example first"
                 )

@@ -1,0 +1,358 @@
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from normkit.activations.batch_norm import BatchNorm
+from normkit.activations.group_norm import GroupNorm
+from normkit.activations.instance_norm import InstanceNorm
+from normkit.activations.layer_norm import LayerNorm
+from normkit.activations.rms_norm import RMSNorm
+from normkit.core.errors import NotationError, SurgeryError
+from normkit.surgery.convert import convert
+from normkit.surgery.recipe import apply_recipe
+
+FIRST, LAST = (3, 8, 5), (3, 5, 8)
+
+
+def random_(module: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return module
+
+
+SOURCES = {
+    "BatchNorm1d": (nn.BatchNorm1d(8, eps=1e-3, momentum=0.3), FIRST),
+    "SyncBatchNorm": (nn.SyncBatchNorm(8), FIRST),
+    "GroupNorm": (nn.GroupNorm(2, 8), FIRST),
+    "InstanceNorm1d": (nn.InstanceNorm1d(8, affine=True), FIRST),
+    "LayerNorm": (nn.LayerNorm(8), LAST),
+    "RMSNorm": (nn.RMSNorm(8), LAST),
+    "ours BatchNorm": (BatchNorm(8, layout="n * c"), LAST),
+    "ours LayerNorm over c": (LayerNorm(8, over="c"), FIRST),
+    "ours RMSNorm over c *": (RMSNorm(8, over="c *"), FIRST),
+    "ours RMSNorm with bias": (RMSNorm(8, eps=1e-6, bias=True), LAST),
+}
+TARGETS = {"bn": BatchNorm, "gn:4": GroupNorm, "ln": LayerNorm, "in": InstanceNorm, "rms": RMSNorm, "none": nn.Identity}
+
+
+@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_norm_converts_to_every_other_with_its_parameters(source, to):
+    norm, shape = SOURCES[source]
+    model = nn.Sequential(random_(deepcopy(norm))).double()
+    old, x = model[0], torch.randn(shape, dtype=torch.float64)
+    changes = convert(model, to)
+    new = model[0]
+    assert model(x).shape == x.shape
+    if not len(changes):
+        assert new is old
+        return
+    assert type(new) is TARGETS[to]
+    if to != "none":
+        assert new.weight is old.weight
+        assert new.eps == (torch.finfo(torch.float64).eps if old.eps is None else old.eps)
+        assert all(tensor.dtype == torch.float64 for tensor in new.state_dict().values() if tensor.is_floating_point())
+    if to not in ("rms", "none"):
+        if isinstance(old, nn.RMSNorm) and getattr(old, "bias", None) is None:
+            torch.testing.assert_close(new.bias, torch.zeros(8, dtype=torch.float64))
+            assert "bias created" in changes.rows[0].note
+        else:
+            assert new.bias is old.bias
+    elif to == "rms" and getattr(old, "bias", None) is not None:
+        assert "bias dropped" in changes.rows[0].note
+
+
+@pytest.mark.parametrize(
+    ("source", "to", "shape"),
+    [
+        (nn.GroupNorm(1, 8), "ln", (3, 8, 5, 5)),
+        (LayerNorm(8, over="c *"), "gn:1", (3, 8, 5, 5)),
+        (nn.InstanceNorm2d(8, affine=True), "gn:8", (3, 8, 5, 5)),
+        (nn.GroupNorm(8, 8), "in", (3, 8, 5, 5)),
+        (nn.LayerNorm(8), "gn:1", (3, 8)),  # one sample has no other axis
+        (nn.BatchNorm2d(8), "in", (1, 8, 5, 5)),  # of a single sample
+        (nn.InstanceNorm1d(8), "bn", (1, 8, 5)),
+    ],
+)
+def test_conversions_that_are_identities_keep_the_function(source, to, shape):
+    model, x = nn.Sequential(random_(deepcopy(source))).double(), torch.randn(shape, dtype=torch.float64)
+    wanted = model(x)
+    assert len(convert(model, to)) == 1
+    torch.testing.assert_close(model(x), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_there_and_back_again():
+    norm = random_(nn.GroupNorm(4, 8))
+    model, x = nn.Sequential(norm), torch.randn(2, 8, 3)
+    wanted = model(x)
+    for to in ("bn", "in", "ln:c", "gn:4"):
+        convert(model, to)
+    torch.testing.assert_close(model(x), wanted)
+
+
+def test_a_norm_that_is_one_already_is_left():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.SyncBatchNorm(4))
+    kept = list(model)
+    assert len(convert(model, "bn")) == 0
+    assert list(model) == kept
+    assert len(convert(nn.Sequential(nn.GroupNorm(2, 4)), "gn:4")) == 1
+    assert len(convert(nn.Sequential(LayerNorm(4, over="c")), "ln")) == 1
+    assert len(convert(nn.Sequential(nn.LayerNorm(4)), "ln:c")) == 0
+
+
+def test_flags_and_hooks_are_kept():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model[0].weight.requires_grad_(False)
+    model[0].eval()
+    calls = []
+    handle = model[0].register_forward_hook(lambda module, args, output: calls.append("after"))
+    model[0].register_forward_pre_hook(lambda module, args, kwargs: calls.append("before"), with_kwargs=True)
+    model[0].register_full_backward_hook(lambda module, inputs, outputs: calls.append("backward"))
+    convert(model, "gn:2")
+    assert not model[0].training
+    assert not model[0].weight.requires_grad
+    model(torch.randn(3, 4, requires_grad=True)).sum().backward()
+    assert calls == ["before", "after", "backward"]
+    handle.remove()
+    model(torch.randn(3, 4))
+    assert calls == ["before", "after", "backward", "before"]
+
+
+def test_a_norm_in_two_places_stays_one():
+    norm = nn.BatchNorm1d(4)
+    model = nn.ModuleDict({"a": norm, "b": nn.Sequential(norm)})
+    assert len(convert(model, "ln")) == 1
+    assert model["a"] is model["b"][0]
+    assert isinstance(model["a"], LayerNorm)
+
+
+def test_the_model_itself_may_be_a_norm():
+    changes = convert(nn.BatchNorm1d(4), "rms")
+    assert isinstance(changes.model, RMSNorm)
+    assert changes.rows[0].name == "(model)"
+
+
+def test_without_parameters_there_is_nothing_to_carry():
+    model = nn.Sequential(nn.Linear(2, 2), nn.InstanceNorm2d(4)).double()
+    convert(model, "bn")
+    assert model[1].weight is None
+    assert model[1].running_mean.dtype == torch.float64
+    assert model[1].momentum == 0.1
+
+
+def test_a_scalar_weight_is_spread():
+    model, x = nn.Sequential(random_(LayerNorm(4, over="c *", per=""))), torch.randn(2, 4, 3)
+    wanted = model(x)
+    changes = convert(model, "gn:1")
+    assert "spread over channels" in changes.rows[0].note
+    torch.testing.assert_close(model(x), wanted)
+
+
+def test_source_and_where_choose():
+    def model() -> nn.Module:
+        return nn.ModuleDict({"a": nn.BatchNorm2d(4), "b": nn.LayerNorm(4), "c": nn.BatchNorm2d(4)})
+
+    assert [row.name for row in convert(model(), "rms", source="batch_norm")] == ["a", "c"]
+    assert [row.name for row in convert(model(), "rms", where="first_last")] == ["a", "c"]
+    assert [row.name for row in convert(model(), "rms", where="re:b")] == ["b"]
+    assert [row.name for row in convert(model(), "rms", where=lambda name, module: name == "c")] == ["c"]
+
+
+class LlamaLike(nn.Module):
+    def __init__(self, size: int, offset: float = 0.0, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size))
+        self.variance_epsilon, self.offset = eps, offset
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        scaled = hidden_states.float() * torch.rsqrt(
+            hidden_states.float().pow(2).mean(-1, keepdim=True) + self.variance_epsilon
+        )
+        return (self.offset + self.weight) * scaled.to(hidden_states.dtype)
+
+
+class GemmaLikeRMSNorm(LlamaLike):
+    def __init__(self, size: int) -> None:
+        super().__init__(size, offset=1.0, eps=3e-5)
+
+
+class LlamaLikeRMSNorm(LlamaLike):
+    pass
+
+
+class LayerNorm2d(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(size)), nn.Parameter(torch.randn(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        var = (x - mean).pow(2).mean(1, keepdim=True)
+        return (x - mean) / torch.sqrt(var + 1e-6) * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class TimmLayerNorm2d(nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        x = input.permute(0, 2, 3, 1)
+        return nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("norm", "to", "back", "shape"),
+    [
+        (LlamaLikeRMSNorm(8), "gn:1", "rms", (3, 8)),
+        (GemmaLikeRMSNorm(8), "gn:1", "rms", (3, 8)),
+        (LlamaLikeRMSNorm(3), "gn:1", "rms", (3, 3)),
+        (LayerNorm2d(8), "gn:8", "ln:c", (2, 8, 3, 5)),
+        (TimmLayerNorm2d(8), "gn:8", "ln:c", (2, 8, 3, 5)),
+    ],
+)
+def test_foreign_norms_are_known_by_what_they_do(norm, to, back, shape):
+    # To another kind and back: what was read (gain, bias, eps, axes) is all there.
+    model, x = nn.Sequential(random_(deepcopy(norm))), torch.randn(shape) * 1e-2
+    state, wanted = torch.get_rng_state(), model(x)
+    convert(model, to)
+    convert(model, back)
+    torch.testing.assert_close(model(x), wanted)
+    torch.testing.assert_close(
+        torch.get_rng_state(), state, rtol=0, atol=0
+    )  # probing draws nothing from the global generator
+
+
+@pytest.mark.parametrize("norm", [GemmaLikeRMSNorm(8), RMSNorm(8, eps=3e-5, offset=1.0)])
+def test_one_plus_weight_becomes_a_plain_weight(norm):
+    model = nn.Sequential(random_(deepcopy(norm)))
+    weight = model[0].weight.detach().clone()
+    changes = convert(model, "ln")
+    torch.testing.assert_close(model[0].weight, weight + 1)
+    assert model[0].eps == 3e-5
+    assert "1 + weight" in changes.rows[0].note
+
+
+class GatedRMSNorm(LlamaLike):
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(hidden_states)
+
+
+class SquaredNorm(LlamaLike):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) ** 2
+
+
+class FrozenBatchNorm2d(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight[:, None, None]
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+def replaced_forward() -> nn.Module:
+    norm = nn.BatchNorm2d(4)
+    norm.forward = lambda input: input  # pyright: ignore[reportAttributeAccessIssue]
+    return norm
+
+
+ERRORS = [
+    (
+        nn.BatchNorm2d(48),
+        "gn:32",
+        SurgeryError,
+        r"0: 48 channels do not split into 32 groups; .*divide 48: 1, 2, 3, .*48",
+    ),
+    (nn.LayerNorm((4, 5, 5)), "bn", SurgeryError, r"0: it normalizes over the axes 4x5x5.*only ln, rms and none"),
+    (GatedRMSNorm(4), "ln", SurgeryError, r"0 \(GatedRMSNorm\).*takes hidden_states, gate"),
+    (SquaredNorm(4), "ln", SurgeryError, r"0 \(SquaredNorm\).*fits neither"),
+    (FrozenBatchNorm2d(), "ln", SurgeryError, r"0 \(FrozenBatchNorm2d\).*parameters \(none\)"),
+    (NormAndActivation(4), "ln", SurgeryError, r"overrides forward"),
+    (replaced_forward(), "ln", SurgeryError, r"forward was replaced on the object"),
+    (nn.LazyBatchNorm2d(), "ln", SurgeryError, r"no size yet"),
+    (nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(4), dim=None), "ln", SurgeryError, r"parametrized.*fold"),
+    (nn.Linear(2, 2), "bn", SurgeryError, r"no activation norm"),
+    (
+        nn.BatchNorm2d(4),
+        "bm",
+        NotationError,
+        r"'bm' is not known; did you mean 'bn'\?; norms that exist: none, .*gn:GROUPS",
+    ),
+    (nn.BatchNorm2d(4), "gn:two", NotationError, r"got 'two' groups"),
+    (nn.BatchNorm2d(4), "gn:0", NotationError, r"got '0' groups"),
+    (nn.BatchNorm2d(4), "ln:d", NotationError, r"got the axes 'd'"),
+    (nn.BatchNorm2d(4), "bn:2", NotationError, r"takes no option"),
+]
+
+
+@pytest.mark.parametrize(("norm", "to", "error", "message"), ERRORS)
+def test_errors_name_the_layer_and_the_reason(norm, to, error, message):
+    model = nn.Sequential(norm, nn.Linear(2, 2))
+    with pytest.raises(error, match=message):
+        convert(model, to)
+    assert model[0] is norm
+
+
+def test_several_axes_go_where_they_can():
+    model = nn.Sequential(random_(nn.LayerNorm((4, 5))))
+    convert(model, "rms")
+    assert tuple(model[0].weight.shape) == (4, 5)
+    assert len(convert(model, "ln")) == 1
+    assert tuple(model[0].normalized_shape) == (4, 5)
+
+
+def test_an_example_finds_a_norm_that_cannot_take_its_input():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    with pytest.raises(SurgeryError, match=r"does not run on the example.*InstanceNorm"):
+        convert(model, "in", example=torch.randn(2, 4))
+    assert type(model[1]) is nn.LayerNorm
+    assert model.training
+    convert(model, "in", example=(torch.randn(2, 3, 4),))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("to", ["rms", "bn", "gn:2", "none", "keep"])
+def test_the_fused_encoder_follows_the_conversion(to, norm_first):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=norm_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first, norm=nn.LayerNorm(8))
+    model = random_(model).double()
+    if to != "keep":
+        convert(model, to)
+    apply_recipe(model, "keep+wn+e@all")  # weights too: the fused kernel must read effective ones
+    model.eval()
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    padding = torch.arange(5)[None] >= torch.tensor([[5], [3], [4]])
+    for mask in (None, padding):
+        slow = model(x, src_key_padding_mask=mask)
+        with torch.no_grad():
+            fused = deepcopy(model)(x, src_key_padding_mask=mask)
+        if mask is None:
+            torch.testing.assert_close(fused, slow.detach())
+        else:  # nested tensors, where they are kept, fill the padding with zeros
+            torch.testing.assert_close(fused[~padding], slow.detach()[~padding])
+
+
+def test_time_first_transformers_are_refused_what_reads_samples():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 1, enable_nested_tensor=False, norm=nn.LayerNorm(8))
+    with pytest.raises(SurgeryError, match=r"layers\.0\.norm1: gn:2 normalizes each sample.*batch_first=True"):
+        convert(model, "gn:2", where="re:layers")
+    with pytest.raises(SurgeryError, match=r"^norm: in normalizes"):
+        convert(model, "in", where="re:^norm$")
+    assert len(convert(model, "rms")) == 3
+
+
+def test_copies_and_state_dicts():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    convert(model, "gn:2")
+    assert list(model.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    other = deepcopy(model)
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(other(x), model(x))

@@ -1,0 +1,211 @@
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from normkit.activations.batch_norm import BatchNorm
+from normkit.core.errors import SurgeryError
+from normkit.surgery.fold import fold
+from normkit.surgery.recipe import apply_recipe
+
+# What a chain of three layers may lose to rounding when its factors are multiplied in another order.
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def lived_in(model: nn.Module) -> nn.Module:
+    """In float64 and evaluation, with parameters and statistics that are not those of the start."""
+    model = model.double().eval()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point():
+            tensor.data.copy_(torch.rand_like(tensor) + 0.5 if name.endswith("var") else torch.randn_like(tensor))
+    return model
+
+
+CASES = {
+    "conv": (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), (2, 3, 5, 5)),
+    "no bias": (nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), (2, 3, 5, 5)),
+    "grouped": (nn.Conv2d(4, 8, 3, groups=2), nn.BatchNorm2d(8), (2, 4, 5, 5)),
+    "padded": (nn.Conv1d(4, 8, 3, padding=2, padding_mode="circular"), nn.BatchNorm1d(8), (2, 4, 5)),
+    "3d": (nn.Conv3d(2, 4, 2), BatchNorm(4), (2, 2, 3, 3, 3)),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3), nn.BatchNorm2d(6), (2, 4, 5, 5)),
+    "grouped transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, bias=False), BatchNorm(6), (2, 4, 5, 5)),
+    "linear": (nn.Linear(4, 6), nn.BatchNorm1d(6), (3, 4)),
+    "tokens": (nn.Linear(4, 6, bias=False), BatchNorm(6, layout="n * c"), (3, 5, 4)),
+    "no affine": (nn.Linear(4, 6), nn.BatchNorm1d(6, affine=False), (3, 4)),
+    "no beta": (nn.Conv2d(3, 8, 3), BatchNorm(8, bias=False), (2, 3, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_batch_norm_goes_into_the_layer_before_it(case):
+    layer, norm, shape = CASES[case]
+    model = lived_in(nn.Sequential(deepcopy(layer), deepcopy(norm), nn.ReLU()))
+    x = torch.randn(shape, dtype=torch.float64)
+    wanted, before = model(x), deepcopy(model)
+    changes = fold(model, x)
+    assert isinstance(model[1], nn.Identity)
+    assert changes.rows[0].note.startswith("folded into 0; error ")
+    torch.testing.assert_close(model(x), wanted, **CLOSE)
+    # The proof is on the example; the equality is not.
+    other = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(model(other), before(other), **CLOSE)
+
+
+class Branches(nn.Module):
+    """Where folding is wrong: outputs that are read elsewhere, or by way of something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read_twice, self.a = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.through, self.b = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.inplace, self.c = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.shared, self.d, self.e = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.borrowed, self.f = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.good, self.g = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.unused = nn.BatchNorm2d(4)
+        self.stateless = nn.BatchNorm2d(4, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.read_twice(x)
+        x = x + self.a(x)
+        x = self.b(torch.relu(self.through(x)))
+        y = self.inplace(x)
+        y.relu_()
+        x = self.c(y)
+        x = self.e(self.shared(self.d(self.shared(x))))
+        y = self.f(self.borrowed(x))
+        x = y + nn.functional.conv2d(x, self.borrowed.weight)
+        return self.stateless(self.g(self.good(x)))
+
+
+def test_only_what_can_be_folded_is_folded():
+    model, x = lived_in(Branches()), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    wanted = model(x)
+    notes = {row.name: row.note for row in fold(model, x)}
+    torch.testing.assert_close(model(x), wanted, **CLOSE)
+    assert [name for name, note in notes.items() if note.startswith("folded")] == ["g"]
+    assert "read elsewhere" in notes["a"]
+    assert "not the very output" in notes["b"]
+    assert "read elsewhere" in notes["c"]
+    assert "read elsewhere" in notes["d"]
+    assert "weight of the layer before it is read elsewhere" in notes["f"]
+    assert "does not reach it" in notes["unused"]
+    assert "not the very output" in notes["stateless"]
+
+
+def test_the_output_of_the_model_is_read():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            features = self.conv(x)
+            return {"features": features, "logits": self.norm(features)}
+
+    model = lived_in(Both())
+    assert "read elsewhere" in fold(model, {"x": torch.randn(2, 3, 4, 4, dtype=torch.float64)}).rows[0].note
+
+
+class Standardizing(nn.Conv2d):
+    """Computes with another weight than it holds, as no fold can know."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, torch.tanh(self.weight), self.bias)
+
+
+def test_a_fold_that_changes_the_output_is_undone():
+    model, x = lived_in(nn.Sequential(Standardizing(3, 4, 1), nn.BatchNorm2d(4))), torch.randn(2, 3, 4, 4).double()
+    wanted, state = model(x), {key: value.clone() for key, value in model.state_dict().items()}
+    (row,) = fold(model, x)
+    assert row.before == row.after
+    assert "changes the output by" in row.note
+    torch.testing.assert_close(model(x), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+
+
+def test_layers_with_hooks_and_channels_elsewhere_are_left():
+    model, x = lived_in(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(3))), torch.randn(2, 3, 4).double()
+    model[1] = lived_in(nn.BatchNorm1d(3))
+    assert "channels are not the output channels" in fold(model, x).rows[0].note
+    model, x = lived_in(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))), torch.randn(2, 4).double()
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    assert "hooks" in fold(model, x).rows[0].note
+
+
+@pytest.mark.parametrize(
+    "recipe", ["keep+ws", "keep+wn", "keep+sn", "keep+e@all", "keep+e:col", "keep+ws+e@all", "bn+wn+e:rowcol"]
+)
+def test_parametrizations_are_baked_in_exactly(recipe):
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 6, 3, groups=2), nn.Flatten(), nn.Linear(150, 4)
+    )
+    model, x = lived_in(net), torch.randn(2, 3, 5, 5).double()
+    plain = list(model.state_dict())
+    model[0].weight.requires_grad_(False)
+    apply_recipe(model, recipe)
+    model.eval()
+    wanted = model(x)
+    fold(model)
+    torch.testing.assert_close(model(x), wanted, **CLOSE)
+    assert sorted(model.state_dict()) == sorted(plain)
+    assert not any(parametrize.is_parametrized(module) for module in model.modules())
+    assert type(model[0]) is nn.Conv2d
+    assert not model[0].weight.requires_grad
+    assert model[4].weight.requires_grad
+    fold(model, x)
+    torch.testing.assert_close(model(x), wanted, **CLOSE)
+    assert isinstance(model[1], nn.Identity)
+
+
+def test_baking_keeps_half_types_and_the_parameter():
+    layer = nn.Linear(4, 4).to(torch.bfloat16)
+    raw = layer.weight
+    fold(apply_recipe(layer, "none+e").model)
+    assert layer.weight is raw
+    assert layer.weight.dtype == torch.bfloat16
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embedding(tokens))
+
+
+def test_tied_weights_are_not_untied():
+    model = Tied()
+    apply_recipe(model, "keep+e")
+    assert model.head.parametrizations.weight.original is model.embedding.weight
+    with pytest.raises(SurgeryError, match=r"head: its raw weight is tied to that of embedding.*untie"):
+        fold(model)
+    assert parametrize.is_parametrized(model.head)
+
+
+def test_weights_that_are_tied_and_parametrized_alike_stay_tied():
+    model, tokens = Tied(), torch.tensor([[1, 5]])
+    apply_recipe(model, "keep+e@re:.")
+    wanted = model(tokens)
+    fold(model)
+    assert model.head.weight is model.embedding.weight
+    torch.testing.assert_close(model(tokens), wanted)
+
+
+def test_a_model_in_training_is_refused_with_the_cure():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(SurgeryError, match=r"training mode.*model\.eval\(\)"):
+        fold(model, torch.randn(2, 4))
+    with pytest.raises(SurgeryError, match="does not run on the example"):
+        fold(model.eval(), torch.randn(2, 5))
+    with pytest.raises(SurgeryError, match="same finite output twice"):
+        fold(nn.Sequential(nn.Linear(4, 4), Noise()).eval(), torch.randn(2, 4))
+
+
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
