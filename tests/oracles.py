@@ -10,6 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from layer_oracles import LAYER_ORACLES
 from normkit.core.rule import Rule
 from normkit.core.support import Support
 
@@ -97,4 +98,4 @@ def _center_and_scale(rule: Rule, values: list[float]) -> tuple[float, float]:
 
 # For a method that is not one rule: its training output, given the layer (for its parameters and buffers) and its inputs,
 # by loops or formulas of the paper, and by none of the code that it judges.
-ORACLES: dict[str, Callable[..., Tensor]] = {}
+ORACLES: dict[str, Callable[..., Tensor]] = {**LAYER_ORACLES}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from normkit.activations import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
+from normkit.activations import adaptive_layer_norm, batch_norm, film, group_norm, instance_norm, layer_norm, rms_norm
 from normkit.core.card import Card
 from normkit.core.errors import NotationError
 from normkit.weights import spectral_norm, weight_conditioning, weight_norm, weight_standardization
@@ -13,6 +13,9 @@ METHODS: tuple[Card, ...] = (
     batch_norm.CARD,
     layer_norm.CARD,
     rms_norm.CARD,
+    film.CARD,
+    adaptive_layer_norm.CARD,
+    adaptive_layer_norm.CARD_ZERO,
     group_norm.CARD,
     instance_norm.CARD,
     weight_norm.CARD,

@@ -1,0 +1,362 @@
+"""Adaptive layer normalization: a scale and a shift that are computed from a condition, as in diffusion transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.errors import ShapeError
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support, show
+from normkit.engine.dispatch import Backend, Explanation, explain, run
+from normkit.engine.layer import Layer
+
+
+def adaptive_layer_norm_rule(eps: float = 1e-6, per: str = "n d") -> Rule:
+    """Adaptive layer normalization as data; ``per="n * d"`` where each token has a condition of its own.
+
+    >>> adaptive_layer_norm_rule().formula()
+    'y = (1 + weight) * (x - E[x]) / sqrt(Var[x] + eps) + bias'
+    """
+    return Rule(Support("n * d", over="d"), Statistic("mean", "std", eps), Affine(per, offset=1.0))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(1 + scale) * x + shift, with one scale and shift for each sample, or for each token.
+
+    Args:
+        x: (N, *, D).
+        shift: (N, D), or of x's shape.
+        scale: of shift's shape.
+
+    Returns:
+        Of x's shape and dtype.
+
+    Raises:
+        ShapeError: shift or scale has another shape.
+
+    Reference:
+        Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
+
+    >>> modulate(torch.ones(1, 3, 2), torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
+    tensor([[[2., 2.],
+             [2., 2.],
+             [2., 2.]]])
+    """
+    split = Support("n * d", over="d").split(x.shape)
+    wide = torch.promote_types(x.dtype, scale.dtype)
+    return Affine(_per(x, scale), offset=1.0).apply(x.to(wide), split, scale, shift).to(x.dtype)
+
+
+class AdaLayerNorm(Layer, nn.Module):
+    """Layer normalization whose scale and shift are a linear function of a condition.
+
+    y = (1 + scale) * (x - E[x]) / sqrt(Var[x] + eps) + shift, with (shift, scale) = Linear(SiLU(condition)), for each sample or,
+    where the condition has an axis for tokens, for each token. The same in training and evaluation.
+
+    Args:
+        features: D, over which x is normalized.
+        condition: size of the condition.
+        eps: added to the variance. Default: 1e-6.
+        zero: start the linear layer at zero, where y is plain layer normalization; else as ``torch.nn.Linear`` does.
+            Default: True.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        x (N, *, D) and condition (N, condition) or (N, *, condition), to x's shape and dtype.
+
+    Raises:
+        ShapeError: x or the condition has another size.
+
+    Reference:
+        Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
+
+    >>> norm = AdaLayerNorm(2, condition=3)
+    >>> norm(torch.tensor([[[1.0, 3.0]]]), torch.ones(1, 3)).detach()
+    tensor([[[-1.0000,  1.0000]]])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        condition: int,
+        eps: float = 1e-6,
+        *,
+        zero: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.features, self.condition, self.eps, self.zero = features, condition, eps, zero
+        self.adaLN_modulation = _modulation(condition, 2 * features, device, dtype)
+        self.reset_parameters()
+        _ = self.rule  # made now, so that a compiler finds it ready
+
+    def reset_parameters(self) -> None:
+        """Give the modulation its first values."""
+        linear: Any = self.adaLN_modulation[1]
+        linear.reset_parameters()
+        if self.zero:
+            _fill_zero(linear)
+
+    def make_rule(self) -> Rule:
+        return adaptive_layer_norm_rule(self.eps)
+
+    def forward(self, x: Tensor, condition: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Normalize, and modulate by the condition.
+
+        Args:
+            x: (N, *, D).
+            condition: (N, condition) or (N, *, condition).
+            mask: boolean, broadcasts over x; where it is False the element enters no statistic and comes out as zero.
+
+        Returns:
+            Of x's shape and dtype.
+
+        Raises:
+            ShapeError: x or the condition has another size.
+        """
+        shift, scale = self._shift_and_scale(x, condition)
+        return adaptive_layer_norm(x, shift, scale, self.eps, mask=mask, backend=self.backend)
+
+    def explain(self, input: Tensor, condition: Tensor) -> Explanation:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Say which back end would normalize this input under this condition, and why."""
+        shift, scale = self._shift_and_scale(input, condition)
+        return explain(
+            adaptive_layer_norm_rule(self.eps, _per(input, scale)), input, scale, shift, backend=self.backend
+        )
+
+    def _shift_and_scale(self, x: Tensor, condition: Tensor) -> tuple[Tensor, ...]:
+        _check("AdaLayerNorm", x, condition, self.features, self.condition)
+        return _predict(self.adaLN_modulation, condition).chunk(2, -1)
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, condition={self.condition}, eps={self.eps}" + ("" if self.zero else ", zero=False")
+
+
+class AdaLayerNormZeroBlock(nn.Module):
+    """A transformer block conditioned by adaLN-Zero: each branch is modulated before and gated after, from gates of zero.
+
+    (shift_a, scale_a, gate_a, shift_m, scale_m, gate_m) = Linear(SiLU(condition)), which starts at zero;
+    x <- x + gate_a * attn(modulate(LN(x), shift_a, scale_a)); x <- x + gate_m * mlp(modulate(LN(x), shift_m, scale_m)).
+    At the start the block is the identity. With timm's ``Attention`` and ``Mlp`` as branches its keys are those of DiT's block.
+
+    Args:
+        features: D.
+        condition: size of the condition.
+        attn: the first branch, from (N, L, D) to the same.
+        mlp: the second.
+        eps: of both layer normalizations. Default: 1e-6.
+        device: of the modulation's parameters.
+        dtype: of the modulation's parameters.
+
+    Shape:
+        x (N, *, D) and condition (N, condition) or (N, *, condition), to x's shape and dtype.
+
+    Raises:
+        ShapeError: x or the condition has another size.
+
+    Reference:
+        Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
+
+    >>> block = AdaLayerNormZeroBlock(2, 3, attn=nn.Linear(2, 2), mlp=nn.Linear(2, 2))
+    >>> block(torch.tensor([[[1.0, 3.0]]]), torch.ones(1, 3)).detach()
+    tensor([[[1., 3.]]])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        condition: int,
+        attn: nn.Module,
+        mlp: nn.Module,
+        eps: float = 1e-6,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.features, self.condition, self.eps = features, condition, eps
+        self.attn, self.mlp = attn, mlp
+        self.adaLN_modulation = _modulation(condition, 6 * features, device, dtype)
+        _fill_zero(self.adaLN_modulation[1])
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Both branches, each normalized, modulated and gated.
+
+        Args:
+            x: (N, *, D).
+            condition: (N, condition) or (N, *, condition).
+
+        Returns:
+            Of x's shape and dtype.
+        """
+        _check("AdaLayerNormZeroBlock", x, condition, self.features, self.condition)
+        six = _predict(self.adaLN_modulation, condition).chunk(6, -1)
+        for branch, (shift, scale, gate) in ((self.attn, six[:3]), (self.mlp, six[3:])):
+            change = branch(adaptive_layer_norm(x, shift, scale, self.eps))
+            if gate.dim() < x.dim():
+                gate = gate.reshape(gate.shape[0], *(1,) * (x.dim() - 2), self.features)
+            x = (x + gate * change).to(x.dtype)
+        return x
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, condition={self.condition}, eps={self.eps}"
+
+
+class AdaLayerNormOutput(nn.Module):
+    """The last layer of a diffusion transformer: adaptive layer normalization and a linear map, both from zero.
+
+    y = W modulate(LN(x), shift, scale) + b, with (shift, scale) = Linear(SiLU(condition)); at the start y = 0.
+
+    Args:
+        features: D.
+        condition: size of the condition.
+        outputs: size of y.
+        eps: added to the variance. Default: 1e-6.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        x (N, *, D) and condition (N, condition) or (N, *, condition), to (N, *, outputs).
+
+    Raises:
+        ShapeError: x or the condition has another size.
+
+    Reference:
+        Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
+
+    >>> AdaLayerNormOutput(2, 3, 4)(torch.tensor([[[1.0, 3.0]]]), torch.ones(1, 3)).detach()
+    tensor([[[0., 0., 0., 0.]]])
+    """
+
+    def __init__(
+        self, features: int, condition: int, outputs: int, eps: float = 1e-6, *, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.features, self.condition, self.eps = features, condition, eps
+        self.linear = nn.Linear(features, outputs, device=device, dtype=dtype)
+        self.adaLN_modulation = _modulation(condition, 2 * features, device, dtype)
+        _fill_zero(self.linear)
+        _fill_zero(self.adaLN_modulation[1])
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Normalize, modulate, map.
+
+        Args:
+            x: (N, *, D).
+            condition: (N, condition) or (N, *, condition).
+
+        Returns:
+            (N, *, outputs).
+        """
+        _check("AdaLayerNormOutput", x, condition, self.features, self.condition)
+        shift, scale = _predict(self.adaLN_modulation, condition).chunk(2, -1)
+        return self.linear(adaptive_layer_norm(x, shift, scale, self.eps))
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, condition={self.condition}, eps={self.eps}"
+
+
+def adaptive_layer_norm(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    *,
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Adaptive layer normalization as a function of a shift and a scale, each (N, D) or of x's shape; see AdaLayerNorm.
+
+    >>> adaptive_layer_norm(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
+    tensor([[[-2.0000,  2.0000]]])
+    """
+    return run(adaptive_layer_norm_rule(eps, _per(x, scale)), x, scale, shift, mask=mask, backend=backend)
+
+
+def _per(x: Tensor, scale: Tensor) -> str:
+    return "n * d" if scale.dim() == x.dim() else "n d"
+
+
+def _modulation(condition: int, outputs: int, device: Any, dtype: Any) -> nn.Sequential:
+    return nn.Sequential(nn.SiLU(), nn.Linear(condition, outputs, device=device, dtype=dtype))
+
+
+def _fill_zero(linear: Any) -> None:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+
+
+def _predict(modulation: nn.Sequential, condition: Tensor) -> Tensor:
+    linear: Any = modulation[1]
+    return modulation(condition.to(linear.weight.dtype))
+
+
+def _check(who: str, x: Tensor, condition: Tensor, features: int, size: int) -> None:
+    if x.dim() < 2 or x.shape[-1] != features:
+        raise ShapeError(f"{who}: got an input of {show(x.shape)}, wanted (N, *, {features}) as features={features}")
+    if condition.dim() not in (2, x.dim()) or condition.shape != (*x.shape[: condition.dim() - 1], size):
+        raise ShapeError(
+            f"{who}: got a condition of {show(condition.shape)} for an input of {show(x.shape)}; "
+            f"wanted {show((x.shape[0], size))}, or one for each token: {show((*x.shape[:-1], size))}"
+        )
+
+
+def _example_condition(x: Tensor) -> tuple[Tensor]:
+    """A condition that does not change where layer normalization does not."""
+    wide = x.double()
+    return (F.layer_norm(wide, wide.shape[-1:], eps=1e-12).flatten(1, -2).mean(1).to(x.dtype),)
+
+
+_DIT = Paper(
+    "Peebles, William and Xie, Saining",
+    "Scalable Diffusion Models with Transformers",
+    2023,
+    "https://arxiv.org/abs/2212.09748",
+)
+
+CARD = Card(
+    name="adaptive_layer_norm",
+    title="Adaptive layer normalization (adaLN)",
+    kind="activation",
+    word="",
+    normalized_over="each sample or token, over its features; scaled and shifted by a function of a condition",
+    formula="y = (1 + scale(condition)) * (x - E[x]) / sqrt(Var[x] + eps) + shift(condition)",
+    paper=_DIT,
+    use_cases="diffusion transformers, and other networks steered by a time step, class or text",
+    strengths="conditions every layer at little cost, without more tokens; starts as plain layer normalization",
+    weaknesses="the linear maps hold a third of a diffusion transformer's parameters; one condition for all tokens",
+    module=AdaLayerNorm,
+    functional=adaptive_layer_norm,
+    make=lambda features: AdaLayerNorm(features, features),
+    rule=adaptive_layer_norm_rule(),
+    layout="* d",
+    extra=_example_condition,
+    invariances=frozenset({"weight scale", "weight shift", "data scale", "sample scale"}),
+)
+
+CARD_ZERO = Card(
+    name="adaptive_layer_norm_zero",
+    title="Adaptive layer normalization with gates from zero (adaLN-Zero)",
+    kind="activation",
+    word="",
+    normalized_over="each token, over its features, before each branch of a residual block; the branch is gated",
+    formula="x + gate(condition) * branch((1 + scale(condition)) * LN(x) + shift(condition))",
+    paper=_DIT,
+    use_cases="blocks of diffusion transformers",
+    strengths="each block starts as the identity, which trains deep diffusion transformers best of the designs compared",
+    weaknesses="three vectors a branch from the condition: a third of the model's parameters",
+    module=AdaLayerNormZeroBlock,
+    functional=modulate,
+    make=lambda features: AdaLayerNormZeroBlock(features, features, attn=nn.Tanh(), mlp=nn.Tanh()),
+    layout="* d",
+    extra=_example_condition,
+)

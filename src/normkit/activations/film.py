@@ -1,0 +1,139 @@
+"""Feature-wise linear modulation (FiLM): a scale and a shift per channel that are computed from a condition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.moments import accumulation_dtype
+from normkit.core.support import Support, show
+from normkit.engine.layer import check_channels
+
+_SUPPORTS = {layout: Support(layout, over="*") for layout in ("n c *", "n * c")}
+
+
+class FiLM(nn.Module):
+    """Scale and shift each channel by a linear function of a condition.
+
+    y = (1 + scale) * x + shift, with (scale, shift) = Linear(condition), one of each per sample and channel. It computes no
+    statistic: it is the compensation of a normalization, taken from another input, and usually follows a batch normalization
+    without one of its own (``affine=False``).
+
+    Args:
+        channels: C.
+        condition: size of the condition.
+        zero: start the linear layer at zero, where y = x; else as ``torch.nn.Linear`` does. Default: False.
+        layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        x (N, C, *), or (N, *, C) with channels last, and condition (N, condition), to x's shape and dtype.
+
+    Raises:
+        ShapeError: x has other channels, or the condition another size.
+        OptionError: another layout, or x is not floating.
+
+    Reference:
+        Perez, Strub, de Vries, Dumoulin, Courville, "FiLM: Visual Reasoning with a General Conditioning Layer" (2018),
+        https://arxiv.org/abs/1709.07871.
+
+    >>> FiLM(2, condition=3, zero=True)(torch.tensor([[1.0, 3.0]]), torch.ones(1, 3)).detach()
+    tensor([[1., 3.]])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        condition: int,
+        *,
+        zero: bool = False,
+        layout: str = "n c *",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _check_layout("FiLM", layout)
+        self.channels, self.condition, self.zero, self.layout = channels, condition, zero, layout
+        self.linear = nn.Linear(condition, 2 * channels, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give the linear layer its first values."""
+        self.linear.reset_parameters()
+        if self.zero:
+            nn.init.zeros_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Modulate by the condition.
+
+        Args:
+            x: (N, C, *), or (N, *, C) with channels last.
+            condition: (N, condition).
+
+        Returns:
+            Of x's shape and dtype.
+        """
+        check_channels("FiLM", x, self.channels, "channels", self.layout)
+        if condition.shape != (x.shape[0], self.condition):
+            raise ShapeError(
+                f"FiLM: got a condition of {show(condition.shape)} for an input of {show(x.shape)}; "
+                f"wanted {show((x.shape[0], self.condition))}"
+            )
+        scale, shift = self.linear(condition.to(self.linear.weight.dtype)).chunk(2, -1)
+        return film(x, scale, shift, layout=self.layout)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, condition={self.condition}" + (
+            "" if self.layout == "n c *" else f", layout={self.layout!r}"
+        )
+
+
+def film(x: Tensor, scale: Tensor, shift: Tensor, *, layout: str = "n c *") -> Tensor:
+    """Feature-wise linear modulation as a function of a scale and a shift, each (N, C); see FiLM.
+
+    >>> film(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    tensor([[2., 4.]])
+    """
+    _check_layout("film", layout)
+    wide = torch.promote_types(accumulation_dtype(x.dtype), scale.dtype)
+    split = _SUPPORTS[layout].split(x.shape)
+    return Affine("n c", offset=1.0).apply(x.to(wide), split, scale, shift).to(x.dtype)
+
+
+def _check_layout(who: str, layout: str) -> None:
+    if layout not in _SUPPORTS:
+        raise OptionError(f"{who}: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")
+
+
+def _example_condition(x: Tensor) -> tuple[Tensor]:
+    return (x.double().flatten(2).mean(2).to(x.dtype),)
+
+
+CARD = Card(
+    name="film",
+    title="Feature-wise linear modulation (FiLM)",
+    kind="activation",
+    word="",
+    normalized_over="nothing; each sample's channels are scaled and shifted by a function of a condition",
+    formula="y = (1 + scale(condition)) * x + shift(condition)",
+    paper=Paper(
+        "Perez, Ethan and Strub, Florian and de Vries, Harm and Dumoulin, Vincent and Courville, Aaron",
+        "FiLM: Visual Reasoning with a General Conditioning Layer",
+        2018,
+        "https://arxiv.org/abs/1709.07871",
+    ),
+    use_cases="convolutional networks steered by a question, class or style; after a norm without a compensation of its own",
+    strengths="two numbers a channel steer a whole network; any norm may stand before it",
+    weaknesses="normalizes nothing itself; the same for all positions",
+    module=FiLM,
+    functional=film,
+    make=lambda channels: FiLM(channels, channels),
+    extra=_example_condition,
+)

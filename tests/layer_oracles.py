@@ -1,0 +1,68 @@
+"""Oracles of the layer family: the papers' formulas, token by token, from the parameters that the layer holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    rows = [sum((w * v for w, v in zip(row, x, strict=True)), torch.zeros((), dtype=x.dtype)) for row in weight]
+    return torch.stack(rows) + (0 if bias is None else bias)
+
+
+def _layer_norm(x: Tensor, eps: float) -> Tensor:
+    values = x.tolist()
+    mean = math.fsum(values) / len(values)
+    var = math.fsum((v - mean) ** 2 for v in values) / len(values)
+    return torch.tensor([(v - mean) / math.sqrt(var + eps) for v in values], dtype=x.dtype)
+
+
+def _tokens(x: Tensor, function: Callable[..., Tensor]) -> Tensor:
+    """``function(sample, token)`` for every token of (N, L, D)."""
+    return torch.stack([torch.stack([function(n, token) for token in sample]) for n, sample in enumerate(x)])
+
+
+def _modulation(made: Any, condition: Tensor) -> Tensor:
+    linear = made.adaLN_modulation[1]
+    return _linear(linear.weight, linear.bias, condition / (1 + (-condition).exp()))
+
+
+def adaptive_layer_norm(made: Any, x: Tensor, condition: Tensor) -> Tensor:
+    def token(n: int, token: Tensor) -> Tensor:
+        found = _modulation(made, condition[n])
+        d = len(token)
+        return _layer_norm(token, made.eps) * (1 + found[d:]) + found[:d]
+
+    return _tokens(x, token)
+
+
+def adaptive_layer_norm_zero(made: Any, x: Tensor, condition: Tensor) -> Tensor:
+    def token(n: int, token: Tensor) -> Tensor:
+        d = len(token)
+        found = _modulation(made, condition[n]).split(d)
+        for shift, scale, gate in (found[:3], found[3:]):
+            token = token + gate * torch.tanh(_layer_norm(token, made.eps) * (1 + scale) + shift)
+        return token
+
+    return _tokens(x, token)
+
+
+def film(made: Any, x: Tensor, condition: Tensor) -> Tensor:
+    y = x.clone()
+    for n in range(len(x)):
+        found = _linear(made.linear.weight, made.linear.bias, condition[n])
+        for c in range(x.shape[1]):
+            y[n, c] = (1 + found[c]) * x[n, c] + found[x.shape[1] + c]
+    return y
+
+
+LAYER_ORACLES: dict[str, Callable[..., Tensor]] = {
+    "adaptive_layer_norm": adaptive_layer_norm,
+    "adaptive_layer_norm_zero": adaptive_layer_norm_zero,
+    "film": film,
+}

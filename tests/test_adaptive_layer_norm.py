@@ -1,0 +1,158 @@
+"""Adaptive layer normalization: what it starts as, what it broadcasts over, and the diffusion transformer's own formulas."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from normkit.activations.adaptive_layer_norm import (
+    AdaLayerNorm,
+    AdaLayerNormOutput,
+    AdaLayerNormZeroBlock,
+    adaptive_layer_norm,
+    modulate,
+)
+from normkit.core.errors import ShapeError
+
+
+class _Attention(nn.Module):
+    """Self-attention of two heads, so that tokens of a block meet."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(features, 3 * features), nn.Linear(features, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, features = x.shape
+        q, k, v = self.qkv(x).view(n, length, 3, 2, features // 2).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, features))
+
+
+def _block(features: int = 8, condition: int = 6) -> AdaLayerNormZeroBlock:
+    mlp = nn.Sequential(nn.Linear(features, 4 * features), nn.GELU("tanh"), nn.Linear(4 * features, features))
+    return AdaLayerNormZeroBlock(features, condition, attn=_Attention(features), mlp=mlp).double()
+
+
+def _random(module: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter) / 2)
+
+
+def test_starts_as_plain_layer_norm_and_otherwise_where_asked() -> None:
+    x, condition = torch.randn(3, 5, 8) * 4 + 2, torch.randn(3, 6)
+    assert_close(AdaLayerNorm(8, 6)(x, condition), F.layer_norm(x, (8,), eps=1e-6))
+    assert AdaLayerNorm(8, 6, zero=False).adaLN_modulation[1].weight.any()
+
+
+def test_zero_modulation_is_plain_layer_norm() -> None:
+    x, zero = torch.randn(3, 5, 8, dtype=torch.float64), torch.zeros(3, 8, dtype=torch.float64)
+    assert_close(adaptive_layer_norm(x, zero, zero), F.layer_norm(x, (8,), eps=1e-6), rtol=1e-12, atol=1e-12)
+    assert torch.equal(modulate(x, zero, zero), x)
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (3, 5, 8), (3, 2, 4, 8)], ids=str)
+def test_a_condition_for_each_sample_is_the_same_for_all_its_tokens(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    shift, scale = torch.randn(2, 3, 8, dtype=torch.float64)
+    middle = (3, *(1,) * (len(shape) - 2), 8)
+    wanted = F.layer_norm(x, (8,), eps=1e-6) * (1 + scale.view(middle)) + shift.view(middle)
+    assert_close(adaptive_layer_norm(x, shift, scale), wanted, rtol=1e-12, atol=1e-12)
+    assert_close(modulate(F.layer_norm(x, (8,), eps=1e-6), shift, scale), wanted, rtol=1e-12, atol=1e-12)
+    every = [each.view(middle).expand(shape).contiguous() for each in (shift, scale)]
+    assert_close(adaptive_layer_norm(x, *every), wanted, rtol=1e-12, atol=1e-12)
+    layer = AdaLayerNorm(8, 6).double()
+    _random(layer)
+    condition = torch.randn(3, 6, dtype=torch.float64)
+    each = condition.view(3, *(1,) * (len(shape) - 2), 6).expand(*shape[:-1], 6)
+    assert_close(layer(x, each), layer(x, condition), rtol=1e-12, atol=1e-12)
+
+
+def test_the_zero_block_starts_as_the_identity_and_its_gates_learn_first() -> None:
+    block, x, condition = _block(), torch.randn(3, 5, 8).double(), torch.randn(3, 6).double()
+    assert torch.equal(block(x, condition), x)
+    block(x, condition).square().sum().backward()
+    bias = block.adaLN_modulation[1].bias.grad.view(6, 8)
+    assert (bias[[2, 5]] != 0).any(1).all()
+    assert (bias[[0, 1, 3, 4]] == 0).all()
+
+
+def test_the_zero_block_is_the_published_formula() -> None:
+    block, x, condition = _block(), torch.randn(3, 5, 8).double(), torch.randn(3, 6).double()
+    _random(block)
+    linear = block.adaLN_modulation[1]
+    six = F.linear(F.silu(condition), linear.weight, linear.bias)[:, None].chunk(6, dim=2)
+    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = six
+    h = x + gate_msa * block.attn(F.layer_norm(x, (8,), eps=1e-6) * (1 + scale_msa) + shift_msa)
+    wanted = h + gate_mlp * block.mlp(F.layer_norm(h, (8,), eps=1e-6) * (1 + scale_mlp) + shift_mlp)
+    assert_close(block(x, condition), wanted, rtol=1e-12, atol=1e-12)
+    each = condition[:, None].expand(3, 5, 6)
+    assert_close(block(x, each), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_keys_are_those_of_the_diffusion_transformer() -> None:
+    block = AdaLayerNormZeroBlock(8, 6, attn=_Attention(8), mlp=nn.Identity())
+    assert set(block.state_dict()) == {
+        "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias",
+        "adaLN_modulation.1.weight", "adaLN_modulation.1.bias",
+    }  # fmt: skip
+    assert set(AdaLayerNormOutput(8, 6, 4).state_dict()) == {
+        "linear.weight", "linear.bias", "adaLN_modulation.1.weight", "adaLN_modulation.1.bias",
+    }  # fmt: skip
+
+
+def test_the_output_layer_starts_at_zero_and_is_the_published_formula() -> None:
+    final, x, condition = (
+        AdaLayerNormOutput(8, 6, 4).double(),
+        torch.randn(3, 5, 8).double(),
+        torch.randn(3, 6).double(),
+    )
+    assert torch.equal(final(x, condition), torch.zeros(3, 5, 4).double())
+    _random(final)
+    linear = final.adaLN_modulation[1]
+    shift, scale = F.linear(F.silu(condition), linear.weight, linear.bias)[:, None].chunk(2, dim=2)
+    assert_close(final(x, condition), final.linear(F.layer_norm(x, (8,), eps=1e-6) * (1 + scale) + shift))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_inputs_keep_their_dtype_beside_float32_parameters(dtype: torch.dtype) -> None:
+    x, condition = torch.randn(3, 5, 8), torch.randn(3, 6)
+    for layer in (AdaLayerNorm(8, 6), AdaLayerNormZeroBlock(8, 6, attn=nn.Tanh(), mlp=nn.Tanh())):
+        _random(layer)
+        exact = layer(x, condition)
+        for kind in (dtype, torch.float32):
+            y = layer(x.to(dtype), condition.to(kind))
+            assert y.dtype == dtype
+            # Input, condition and result are rounded once each, at sizes up to the largest.
+            assert_close(y.float(), exact, rtol=0, atol=8 * torch.finfo(dtype).eps * exact.abs().max().item())
+
+
+def test_a_mask_leaves_padding_zero_and_without_gradient() -> None:
+    layer = AdaLayerNorm(8, 6).double()
+    _random(layer)
+    x, condition = torch.randn(2, 5, 8).double(), torch.randn(2, 6).double()
+    mask = (torch.arange(5) < 3).view(1, 5, 1)
+    padded = torch.where(mask, x, torch.nan).requires_grad_()
+    found = layer(padded, condition, mask=mask)
+    assert_close(found[:, :3], layer(x[:, :3], condition))
+    assert (found[:, 3:] == 0).all()
+    found.sum().backward()
+    assert padded.grad.isfinite().all()
+
+
+def test_refusals_name_sizes() -> None:
+    layer = AdaLayerNorm(8, 6)
+    with pytest.raises(ShapeError, match="features=8"):
+        layer(torch.randn(2, 5, 7), torch.randn(2, 6))
+    for wrong in ((2, 5), (3, 6), (2, 4, 6), (6,)):
+        with pytest.raises(ShapeError, match="wanted 2x6"):
+            layer(torch.randn(2, 5, 8), torch.randn(wrong))
+    with pytest.raises(ShapeError, match="per 'n d'"):
+        adaptive_layer_norm(torch.randn(2, 5, 8), torch.zeros(2, 7), torch.zeros(2, 7))
+
+
+def test_explains_which_back_end() -> None:
+    text = str(AdaLayerNorm(8, 6).explain(torch.randn(2, 5, 8), torch.randn(2, 6)))
+    assert "(1 + weight)" in text
+    assert "2 samples" in text
