@@ -33,6 +33,11 @@ def rule_of(card: Card) -> Rule:
     return card.rule
 
 
+def sub_batch(card: Card) -> int:
+    """Samples of a sub-batch, for a rule that splits the batch into such, else 1."""
+    return dict(card.rule.support.sizes).get("n", 1) if card.rule is not None else 1
+
+
 def channels_first(card: Card) -> bool:
     """Whether the layer takes (N, C, *) rather than (*, D)."""
     return card.layout == "n c *"
@@ -44,8 +49,8 @@ def call(card: Card, made: nn.Module, x: Tensor) -> Tensor:
 
 
 def sample_input(card: Card, channels: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
-    """A small input of the card's layout: 3 samples, 5 positions."""
-    x = torch.randn(3, channels, 5, dtype=dtype) * 2 + 1
+    """A small input of the card's layout: 3 samples, or as many as make 2 sub-batches; 5 positions."""
+    x = torch.randn(2 * sub_batch(card) if sub_batch(card) > 1 else 3, channels, 5, dtype=dtype) * 2 + 1
     return x if channels_first(card) else x.transpose(1, 2).contiguous()
 
 

@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from laws import ACTIVATIONS, BACKENDS, RULES, call, channels_first, layer, name, rule_of, runs, sample_input
+from laws import (
+    ACTIVATIONS,
+    BACKENDS,
+    RULES,
+    call,
+    channels_first,
+    layer,
+    name,
+    rule_of,
+    runs,
+    sample_input,
+    sub_batch,
+)
 from normkit.catalogue.diagram import members
 from normkit.core.card import Card
 from normkit.core.errors import BackendError, NormkitError, OptionError
@@ -28,7 +40,7 @@ each_activation = pytest.mark.parametrize("card", ACTIVATIONS, ids=name)
 def test_equals_the_oracle_on_every_back_end(card: Card, data: st.DataObject) -> None:
     channels = 2 * data.draw(st.integers(1, 3))
     spatial = data.draw(st.lists(st.integers(1, 3), max_size=3))
-    batch = data.draw(st.integers(2, 3))
+    batch = data.draw(st.integers(2, 3)) * sub_batch(card)
     shape = [batch, channels, *spatial] if channels_first(card) else [batch, *spatial, channels]
     x = torch.randn(shape, dtype=torch.float64) * data.draw(st.sampled_from([1e-3, 1.0, 1e3])) + 3
     if data.draw(st.booleans()):
@@ -80,6 +92,9 @@ def test_derivatives_are_right_to_second_order(card: Card, backend: Any) -> None
         return torch.func.functional_call(made, (fresh, dict(zip(names, parameters, strict=True))), (x, *extra))
 
     inputs = (x, *(p.detach().requires_grad_() for p in made.parameters()))
+    if not card.exact_gradient:
+        assert not torch.autograd.gradcheck(output, inputs, raise_exception=False)
+        return
     assert torch.autograd.gradcheck(output, inputs)
     assert torch.autograd.gradgradcheck(output, inputs)
 
@@ -266,8 +281,9 @@ def test_claim_running_state(card: Card) -> None:
 @each_activation
 def test_samples_may_come_in_any_order(card: Card) -> None:
     made, x = layer(card), sample_input(card)
-    order = torch.tensor([2, 0, 1])
-    assert_close(call(card, made, x)[order], call(card, made, x[order]), rtol=1e-9, atol=1e-9)
+    order = torch.arange(len(x)).roll(1)
+    found, wanted = call(card, copy.deepcopy(made), x[order]), call(card, made, x)[order]
+    assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-9) == (not card.order_dependent)
 
 
 class _Layer(nn.Module):

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from normkit.activations import adaptive_layer_norm, batch_norm, film, group_norm, instance_norm, layer_norm, rms_norm
+from normkit.activations import (
+    adaptive_layer_norm,
+    batch_norm,
+    film,
+    ghost_batch_norm,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    rms_norm,
+)
 from normkit.core.card import Card
 from normkit.core.errors import NotationError
 from normkit.weights import spectral_norm, weight_conditioning, weight_norm, weight_standardization
@@ -22,6 +31,7 @@ METHODS: tuple[Card, ...] = (
     spectral_norm.CARD,
     weight_standardization.CARD,
     weight_conditioning.CARD,
+    ghost_batch_norm.CARD,
 )
 
 

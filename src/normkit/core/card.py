@@ -63,8 +63,11 @@ class Card:
         layout: what an activation layer takes: ``"n c *"`` channels first, or ``"* d"`` features last.
         extra: the other inputs of forward, given an example of the first; for layers that are conditioned on something.
         batch_dependent: a sample's training output depends on other samples.
+        order_dependent: a sample's training output depends on where in the batch it stands.
         running_state: it keeps running statistics.
         train_equals_eval: training and inference compute the same function.
+        exact_gradient: the backward pass is the derivative of the training output; False where the method holds something
+            constant on purpose that depends on the input.
         foldable: it can be baked into the weights for inference.
         invariances: changes of a linear layer's weight or data that leave the layer's normalized output as it was.
     """
@@ -86,8 +89,10 @@ class Card:
     layout: Literal["n c *", "* d"] = "n c *"
     extra: Callable[[Tensor], tuple[Any, ...]] | None = None
     batch_dependent: bool = False
+    order_dependent: bool = False
     running_state: bool = False
     train_equals_eval: bool = True
+    exact_gradient: bool = True
     foldable: bool = False
     invariances: frozenset[Invariance] = frozenset()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normkit.core.moments import Moments
-from normkit.core.support import Split, per_shape
+from normkit.core.support import Split, per_shape, place
 
 
 class RunningStatistics(NamedTuple):
@@ -47,21 +47,76 @@ class Running:
     @torch.no_grad()
     def update(self, running: RunningStatistics, new: Moments, split: Split) -> None:
         """Take one batch's moments, given with reduced axes of size 1, into the running statistics, in place."""
+        if 0 in split.shape:
+            if running.batches is not None:
+                running.batches.add_(1)
+            return
+        self.blend(running, self._reduce(new.mean, split), self._reduce(new.unbiased(), split))
+
+    @torch.no_grad()
+    def blend(self, running: RunningStatistics, mean: Tensor, var: Tensor) -> None:
+        """Take one mean and one variance per channel into the running statistics as they are, in place."""
+        weight = self._weight(running)
+        mean, var = mean.to(running.mean.dtype), var.to(running.var.dtype)
+        finite = mean.isfinite() & var.isfinite()
+        for buffer, fresh in ((running.mean, mean), (running.var, var)):
+            buffer.copy_(torch.where(finite, buffer + weight * (fresh - buffer), buffer))
+
+    def _weight(self, running: RunningStatistics) -> float | Tensor:
         if running.batches is not None:
             running.batches.add_(1)
-        weight: float | Tensor
         if self.momentum is not None:
-            weight = self.momentum
-        else:
-            assert running.batches is not None
-            weight = 1.0 / running.batches.to(running.mean.dtype)
-        if 0 in split.shape:
-            return
-        for buffer, value in ((running.mean, new.mean), (running.var, new.unbiased())):
-            fresh = self._reduce(value, split).to(buffer.dtype)
-            buffer.copy_(torch.where(fresh.isfinite(), buffer + weight * (fresh - buffer), buffer))
+            return self.momentum
+        assert running.batches is not None
+        return 1.0 / running.batches.to(running.mean.dtype)
 
     def _reduce(self, value: Tensor, split: Split) -> Tensor:
         keep = [d for d, name in enumerate(split.names) if name in self.per.replace("(", " ").replace(")", " ").split()]
         others = tuple(d for d in range(value.dim()) if d not in keep)
         return (value.mean(others) if others else value).reshape(per_shape(self.per, split))
+
+
+@dataclass(frozen=True)
+class RunningMoments(Running):
+    """Running averages of the first and second raw moment, E[x] and E[x^2], kept as mean and population variance.
+
+    running <- (1 - momentum) running + momentum * moment, for both. Kept as their difference the second moment does not lose
+    the variance beside a large mean: with d the change from the old mean to the batch's,
+
+        mean <- mean + momentum d,    var <- (1 - momentum) var + momentum Var[x] + momentum (1 - momentum) d^2.
+
+    Unlike an average of variances it holds the variance of the means between batches too.
+
+    Reference:
+        Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
+        https://arxiv.org/abs/1906.03548, section 3.1.
+
+    >>> statistics = RunningStatistics(torch.zeros(1), torch.ones(1))
+    >>> split = Split((4, 1), ("n", "c"), (0,))
+    >>> RunningMoments(momentum=0.5).update(statistics, Moments(torch.tensor([[2.0]]), torch.tensor([[3.0]]), 4), split)
+    >>> statistics  # E[x^2] is (1 + 7) / 2 = 4
+    RunningStatistics(mean=tensor([1.]), var=tensor([3.]), batches=None)
+    """
+
+    momentum: float | None = 0.01
+
+    @torch.no_grad()
+    def update(self, running: RunningStatistics, new: Moments, split: Split) -> None:
+        """Take one batch's moments, given with reduced axes of size 1, into the running statistics, in place."""
+        if 0 in split.shape:
+            if running.batches is not None:
+                running.batches.add_(1)
+            return
+        mean = self._reduce(new.mean, split)
+        self.blend(running, mean, self._reduce(new.var + (new.mean - place(mean, self.per, split)).square(), split))
+
+    @torch.no_grad()
+    def blend(self, running: RunningStatistics, mean: Tensor, var: Tensor) -> None:
+        """Take one mean and one population variance per channel into the running statistics, in place."""
+        weight = self._weight(running)
+        mean, var = mean.to(running.mean.dtype), var.to(running.var.dtype)
+        finite = mean.isfinite() & var.isfinite()
+        change = mean - running.mean
+        mixed = running.var + weight * (var - running.var) + weight * (1 - weight) * change.square()
+        running.var.copy_(torch.where(finite, mixed, running.var))
+        running.mean.copy_(torch.where(finite, running.mean + weight * change, running.mean))

@@ -44,7 +44,7 @@ class Moments(NamedTuple):
         """The variance divided by n - 1 in place of n; of one element it is not finite, as it is undefined."""
         count = self.n
         if isinstance(count, Tensor):
-            return self.var * (count / (count - 1))
+            return torch.where(count > 1, self.var * (count / (count - 1)), math.nan)
         return self.var * (count / (count - 1)) if count > 1 else torch.full_like(self.var, math.nan)
 
     def merge(self, other: Moments) -> Moments:

@@ -1,0 +1,261 @@
+"""Ghost batch normalization: each channel over sub-batches of the batch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.errors import OptionError
+from normkit.core.memory import Running, RunningMoments, RunningStatistics
+from normkit.core.moments import Moments
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support
+from normkit.engine.dispatch import Backend, run
+from normkit.engine.layer import Layer, check_channels, check_several
+from normkit.engine.measured import measuring, run_in_sub_batches
+
+Memory = Literal["mean", "sequential", "moments"]
+
+_LAYOUTS = {"n c *": "(b n) c *", "n * c": "(b n) * c"}
+
+
+def ghost_batch_norm_rule(
+    ghost_batch_size: int = 16,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    layout: str = "n c *",
+    memory: Memory = "mean",
+) -> Rule:
+    """Ghost batch normalization of a batch that divides into sub-batches, as data.
+
+    >>> print(ghost_batch_norm_rule(16).support)
+    Support("(b n) c *", over="n *", n=16)
+    """
+    support = Support(_axes("ghost_batch_norm", layout), over="n *", n=ghost_batch_size)
+    if memory not in ("mean", "sequential", "moments"):
+        raise OptionError(f"ghost_batch_norm: memory={memory!r}; wanted 'mean', 'sequential' or 'moments'")
+    running = RunningMoments(momentum) if memory == "moments" else Running(momentum)
+    return Rule(support, Statistic("mean", "std", eps), Affine("c"), running)
+
+
+class GhostBatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
+    """Normalize each channel over the positions of sub-batches of ``ghost_batch_size`` samples, with one weight and bias.
+
+    y = weight * (x - E_b[x]) / sqrt(Var_b[x] + eps) + bias, with E_b and Var_b over sub-batch b in training, and running
+    averages in evaluation. Sub-batches are consecutive samples, which a shuffling loader makes random, or random ones with
+    ``permute``. The last may be smaller; one that would have a single value per channel joins the one before. A sub-batch
+    as large as the batch gives batch normalization, one sample gives instance normalization. The state_dict is batch
+    normalization's.
+
+    What the running averages receive from a batch:
+
+    ================  =================================================================================================
+    ``"mean"``        once, the mean over sub-batches of means and unbiased variances
+    ``"sequential"``  each sub-batch's mean and unbiased variance one after another, as in the paper: a larger momentum
+    ``"moments"``     once, the batch's raw moments: the variance between sub-batches' means counts too
+    ================  =================================================================================================
+
+    Args:
+        num_features: channels C.
+        ghost_batch_size: samples of a sub-batch. Default: 16.
+        eps: added to the variance. Default: 1e-5.
+        momentum: weight of the new value in the running averages; None for the cumulative average. Default: 0.1.
+        affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
+        track_running_stats: whether there are running averages; without, sub-batch statistics are always used. Default: True.
+        memory: what the running averages receive. Default: "mean".
+        permute: whether sub-batches are drawn at random. Default: False.
+        bias: False leaves the bias out. Default: True.
+        layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, C, *) or, with channels last, (N, *, C), to the same. N may be 0.
+
+    Raises:
+        ShapeError: other channels than ``num_features``, or sub-batches of one value per channel in training.
+        OptionError: a size below 1, another memory or layout.
+
+    Reference:
+        Hoffer, Hubara, Soudry, "Train longer, generalize better" (2017), https://arxiv.org/abs/1705.08741, algorithm 1.
+
+    >>> norm = GhostBatchNorm(1, ghost_batch_size=2)
+    >>> norm(torch.tensor([[1.0], [3.0], [10.0], [30.0]])).detach().T
+    tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
+    >>> norm.running_mean  # a tenth of (2 + 20) / 2
+    tensor([1.1000])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        ghost_batch_size: int = 16,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        memory: Memory = "mean",
+        permute: bool = False,
+        bias: bool = True,
+        layout: str = "n c *",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+        _check_size("GhostBatchNorm", ghost_batch_size)
+        self.memory: Memory = memory
+        self.ghost_batch_size, self.permute, self.layout = ghost_batch_size, permute, layout
+        _ = self.rule  # refuses what does not go together now rather than at the first input
+
+    def make_rule(self) -> Rule:
+        rule = ghost_batch_norm_rule(self.ghost_batch_size, self.eps, self.momentum, self.layout, self.memory)
+        self._whole = _whole(rule, self.layout)
+        self._measuring = measuring(rule), measuring(self._whole)
+        return rule
+
+    def check(self, input: Tensor) -> None:
+        check_channels("GhostBatchNorm", input, self.num_features, "num_features", self.layout)
+        if self.training or self.running_mean is None:
+            check_several("GhostBatchNorm", input[: self.ghost_batch_size], self._whole.support)
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.check(input)
+        memory, running = self.rule.memory, self.running()
+        if running is not None and not self.training:
+            return run(
+                self._whole,
+                input,
+                self.weight,
+                self.bias,
+                running=running,
+                training=False,
+                mask=mask,
+                backend=self.backend,
+            )
+        order = torch.randperm(input.shape[0], device=input.device) if self.permute else None
+        x = input if order is None else input[order]
+        if mask is not None and order is not None:
+            mask = mask.expand(input.shape)[order]
+        y, ghosts = run_in_sub_batches(
+            *self._measuring, self.ghost_batch_size, x, self.weight, self.bias, mask=mask, backend=self.backend
+        )
+        if running is not None and memory is not None:
+            _remember(memory, running, ghosts, self.memory)
+        return y if order is None else y[torch.argsort(order)]
+
+    def extra_repr(self) -> str:
+        text = (
+            f"{self.num_features}, ghost_batch_size={self.ghost_batch_size}, eps={self.eps}, momentum={self.momentum}"
+        )
+        text += f", affine={self.affine}, track_running_stats={self.track_running_stats}, memory={self.memory!r}"
+        return (
+            text
+            + (", permute=True" if self.permute else "")
+            + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+        )
+
+
+def ghost_batch_norm(
+    x: Tensor,
+    ghost_batch_size: int = 16,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.1,
+    memory: Memory = "mean",
+    layout: str = "n c *",
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Ghost batch normalization in training as a function; running statistics that are given are updated. See GhostBatchNorm.
+
+    >>> ghost_batch_norm(torch.tensor([[1.0], [3.0], [10.0], [30.0]]), 2).T
+    tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
+    """
+    if (running_mean is None) != (running_var is None):
+        raise OptionError("ghost_batch_norm: running_mean and running_var go together; give both or neither")
+    _check_size("ghost_batch_norm", ghost_batch_size)
+    rule = ghost_batch_norm_rule(ghost_batch_size, eps, momentum, layout, memory)
+    whole = _whole(rule, layout)
+    check_several("ghost_batch_norm", x[:ghost_batch_size], whole.support)
+    rules = measuring(rule), measuring(whole)
+    y, ghosts = run_in_sub_batches(*rules, ghost_batch_size, x, weight, bias, mask=mask, backend=backend)
+    if running_mean is not None and running_var is not None and rule.memory is not None:
+        _remember(rule.memory, RunningStatistics(running_mean, running_var), ghosts, memory)
+    return y
+
+
+def _remember(memory: Running, running: RunningStatistics, ghosts: Moments, how: Memory) -> None:
+    """Take the moments of sub-batches, one row each, into running statistics, in place."""
+    n = ghosts.n
+    assert isinstance(n, Tensor)
+    if how == "sequential":
+        for mean, var in zip(ghosts.mean, ghosts.unbiased(), strict=True):
+            memory.blend(running, mean, var)
+        return
+    # Sub-batches that a mask left with no variance of their own have no say.
+    share = (n > 1).to(ghosts.mean.dtype) if how == "mean" else n
+    share = share / share.sum(0)
+    spoken = share > 0
+    mean = torch.where(spoken, share * ghosts.mean, 0.0).sum(0)
+    var = ghosts.unbiased() if how == "mean" else ghosts.var + (ghosts.mean - mean).square()
+    memory.blend(running, mean, torch.where(spoken, share * var, 0.0).sum(0))
+
+
+def _whole(rule: Rule, layout: str) -> Rule:
+    return Rule(Support(layout, over="n *"), rule.statistic, rule.compensation, rule.memory)
+
+
+def _axes(who: str, layout: str) -> str:
+    if layout not in _LAYOUTS:
+        raise OptionError(f"{who}: layout={layout!r}; wanted one of {', '.join(map(repr, _LAYOUTS))}")
+    return _LAYOUTS[layout]
+
+
+def _check_size(who: str, size: int) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise OptionError(f"{who}: ghost_batch_size={size!r}; wanted a whole number from 1")
+
+
+def _example(channels: int) -> GhostBatchNorm:
+    return GhostBatchNorm(channels, ghost_batch_size=2)
+
+
+CARD = Card(
+    name="ghost_batch_norm",
+    title="Ghost batch normalization",
+    kind="activation",
+    word="",
+    normalized_over="each sub-batch and channel, over the sub-batch's samples and all positions",
+    formula=ghost_batch_norm_rule().formula(),
+    paper=Paper(
+        "Hoffer, Elad and Hubara, Itay and Soudry, Daniel",
+        "Train longer, generalize better: closing the generalization gap in large batch training of neural networks",
+        2017,
+        "https://arxiv.org/abs/1705.08741",
+    ),
+    use_cases="training with batches of hundreds and more on one device",
+    strengths="keeps the regularizing noise of small batches at large ones; batch normalization's checkpoints fit",
+    weaknesses="the size of the sub-batch is one more choice; another function in training than at inference",
+    module=GhostBatchNorm,
+    functional=ghost_batch_norm,
+    make=_example,
+    rule=ghost_batch_norm_rule(2),
+    batch_dependent=True,
+    order_dependent=True,
+    running_state=True,
+    train_equals_eval=False,
+    foldable=True,
+    invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
+)

@@ -1,0 +1,158 @@
+"""Ghost batch normalization: its extremes, uneven and random sub-batches, and what it remembers."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from normkit.activations.ghost_batch_norm import GhostBatchNorm, ghost_batch_norm
+from normkit.core.errors import OptionError, ShapeError
+
+
+def _x(batch: int, *shape: int) -> Tensor:
+    return torch.randn(batch, *shape, dtype=torch.float64) * 2 + 3
+
+
+def _trained(norm: GhostBatchNorm, x: Tensor, steps: int = 3) -> GhostBatchNorm:
+    for step in range(steps):
+        norm(x * (1 + step))
+    return norm
+
+
+@pytest.mark.parametrize("size", [8, 9, 1000])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_ghost_as_large_as_the_batch_is_batch_norm(size: int, momentum: float | None) -> None:
+    x = _x(8, 3, 5)
+    norm, like = GhostBatchNorm(3, size, momentum=momentum).double(), nn.BatchNorm1d(3, momentum=momentum).double()
+    for step in range(3):
+        assert_close(norm(x * (1 + step)), like(x * (1 + step)))
+    assert_close(norm.state_dict(), like.state_dict())
+    assert_close(norm.eval()(x), like.eval()(x))
+
+
+def test_a_ghost_of_one_sample_is_instance_norm_in_training() -> None:
+    x = _x(4, 3, 5, 2)
+    assert_close(GhostBatchNorm(3, 1).double()(x), nn.InstanceNorm2d(3)(x))
+
+
+@pytest.mark.parametrize(
+    ("batch", "sizes"), [(6, [2, 2, 2]), (7, [2, 2, 3]), (3, [3]), (2, [2]), (8, [2, 2, 2, 2]), (9, [2, 2, 2, 3])]
+)
+def test_a_last_sub_batch_of_one_value_joins_the_one_before(batch: int, sizes: list[int]) -> None:
+    x = _x(batch, 3)
+    wanted = torch.cat([nn.BatchNorm1d(3).double()(part) for part in x.split(sizes)])
+    assert_close(GhostBatchNorm(3, 2).double()(x), wanted)
+
+
+def test_a_smaller_last_sub_batch_stays_alone() -> None:
+    x = _x(7, 3, 4)
+    wanted = torch.cat([nn.BatchNorm1d(3).double()(part) for part in x.split(3)])
+    assert_close(GhostBatchNorm(3, 3).double()(x), wanted)
+
+
+def test_memory_of_the_mean() -> None:
+    x = _x(8, 3, 4)
+    parts = torch.stack(x.split(2))
+    norm = _trained(GhostBatchNorm(3, 2).double(), x, 1)
+    assert_close(norm.running_mean, 0.1 * parts.mean((1, 3)).mean(0))
+    assert_close(norm.running_var, 0.9 + 0.1 * parts.transpose(1, 2).flatten(2).var(2).mean(0))
+    assert norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("batch", [8, 7])
+def test_memory_one_after_another_is_batch_norm_on_each(batch: int) -> None:
+    x, like = _x(batch, 3, 4), nn.BatchNorm1d(3).double()
+    norm = _trained(GhostBatchNorm(3, 2, memory="sequential").double(), x)
+    for step in range(3):
+        for part in x.split(2):
+            like(part * (1 + step))
+    assert_close(norm.state_dict(), like.state_dict())
+
+
+@pytest.mark.parametrize("batch", [8, 7])
+def test_memory_of_moments_averages_raw_moments(batch: int) -> None:
+    x = _x(batch, 3, 4)
+    norm = _trained(GhostBatchNorm(3, 2, memory="moments", momentum=0.3).double(), x)
+    first, second = torch.zeros(3, dtype=x.dtype), torch.ones(3, dtype=x.dtype)
+    for step in range(3):
+        first = 0.7 * first + 0.3 * (x * (1 + step)).mean((0, 2))
+        second = 0.7 * second + 0.3 * (x * (1 + step)).square().mean((0, 2))
+    assert_close(norm.running_mean, first)
+    assert_close(norm.running_var, second - first.square())
+
+
+def test_memory_of_moments_keeps_the_variance_beside_a_large_mean() -> None:
+    x = torch.randn(64, 3, 16) + 1e4
+    norm = GhostBatchNorm(3, 8, memory="moments", momentum=0.1)
+    with torch.no_grad():
+        norm.running_mean.fill_(1e4)
+    for _ in range(50):
+        norm(x)
+    # In float32 E[x^2] - E[x]^2 is a difference of numbers of 1e8, each known to 8: worthless for a variance of 1.
+    assert_close(norm.running_var.double(), x.double().var((0, 2), correction=0), rtol=2e-2, atol=0)
+
+
+def test_random_sub_batches_give_each_sample_its_own_place_back() -> None:
+    x = _x(8, 3, 4)
+    norm = GhostBatchNorm(3, 4, permute=True).double()
+    torch.manual_seed(1)
+    found = norm(x)
+    torch.manual_seed(1)
+    order = torch.randperm(8)
+    assert_close(found[order], GhostBatchNorm(3, 4).double()(x[order]))
+    mask = torch.ones(1, 1, 4, dtype=torch.bool)
+    mask[..., 3] = False
+    assert (norm(x, mask=mask)[..., 3] == 0).all()
+
+
+def test_a_mask_in_uneven_sub_batches_equals_leaving_the_padding_out() -> None:
+    x, mask = _x(7, 3, 5), torch.ones(1, 1, 5, dtype=torch.bool)
+    mask[..., 3:] = False
+    norm, like = GhostBatchNorm(3, 3).double(), GhostBatchNorm(3, 3).double()
+    assert_close(norm(x, mask=mask)[..., :3], like(x[..., :3]))
+    assert_close(norm.state_dict(), like.state_dict())
+
+
+def test_a_wholly_padded_sub_batch_has_no_say_in_the_memory() -> None:
+    x, mask = _x(4, 3, 5), torch.ones(4, 1, 1, dtype=torch.bool)
+    mask[2:] = False
+    for memory in ("mean", "moments", "sequential"):
+        norm, like = GhostBatchNorm(3, 2, memory=memory).double(), GhostBatchNorm(3, 2, memory=memory).double()
+        norm(x, mask=mask)
+        like(x[:2])
+        assert_close((norm.running_mean, norm.running_var), (like.running_mean, like.running_var))
+
+
+def test_channels_last_layout_and_function_agree() -> None:
+    x = _x(7, 3, 5)
+    norm, last = GhostBatchNorm(3, 2).double(), GhostBatchNorm(3, 2, layout="n * c").double()
+    assert_close(last(x.transpose(1, 2)).transpose(1, 2), norm(x))
+    assert_close(last.state_dict(), norm.state_dict())
+    mean, var = torch.zeros(3, dtype=x.dtype), torch.ones(3, dtype=x.dtype)
+    assert_close(ghost_batch_norm(x, 2, running_mean=mean, running_var=var), norm(x))
+    assert_close((mean, var), (last.running_mean, last.running_var))
+
+
+def test_a_broken_batch_leaves_the_memory() -> None:
+    x = _x(6, 3)
+    norm = GhostBatchNorm(3, 2).double()
+    broken = x.clone()
+    broken[5, 1] = torch.nan
+    norm(broken)
+    assert norm.running_mean[1] == 0
+    assert (norm.running_mean[[0, 2]] != 0).all()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(OptionError, match="ghost_batch_size=0"):
+        GhostBatchNorm(3, 0)
+    with pytest.raises(OptionError, match="memory='last'"):
+        GhostBatchNorm(3, memory="last")
+    with pytest.raises(OptionError, match="layout='c n'"):
+        GhostBatchNorm(3, layout="c n")
+    with pytest.raises(ShapeError, match="more than 1 value per channel"):
+        GhostBatchNorm(3, 1)(torch.randn(4, 3))
+    with pytest.raises(ShapeError, match="num_features=3"):
+        GhostBatchNorm(3)(torch.randn(4, 2))
+    with pytest.raises(OptionError, match="go together"):
+        ghost_batch_norm(torch.randn(4, 2), 2, running_mean=torch.zeros(2))
