@@ -99,3 +99,43 @@ def _center_and_scale(rule: Rule, values: list[float]) -> tuple[float, float]:
 # For a method that is not one rule: its training output, given the layer (for its parameters and buffers) and its inputs,
 # by loops or formulas of the paper, and by none of the code that it judges.
 ORACLES: dict[str, Callable[..., Tensor]] = {**LAYER_ORACLES}
+
+
+def _local_response_norm(made, x: Tensor) -> Tensor:
+    y, (samples, channels, positions), reach = torch.empty_like(x), x.shape, made.size // 2
+    for n, c, p in product(range(samples), range(channels), range(positions)):
+        around = [x[n, j, p].item() ** 2 for j in range(max(0, c - reach), min(channels - 1, c + reach) + 1)]
+        y[n, c, p] = x[n, c, p].item() / (made.k + made.alpha * math.fsum(around)) ** made.beta
+    return y
+
+
+def _global_response_norm(made, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    for n in range(len(x)):
+        energy = [math.sqrt(math.fsum(v * v for v in row.tolist())) for row in x[n]]
+        for c, row in enumerate(x[n]):
+            share = energy[c] / (math.fsum(energy) / len(energy) + made.eps)
+            y[n, c] = made.weight[c] * row * share + made.bias[c] + row
+    return y
+
+
+def _adaptive_instance_norm(made, x: Tensor, style: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    for n, c in product(*map(range, x.shape[:2])):
+        var, mean = torch.var_mean(x[n, c], correction=0)
+        style_var, style_mean = torch.var_mean(style[n, c], correction=0)
+        y[n, c] = (style_var + made.eps).sqrt() * (x[n, c] - mean) / (var + made.eps).sqrt() + style_mean
+    return y
+
+
+def _dynamic_tanh(made, x: Tensor) -> Tensor:
+    e = (2 * made.alpha * x).exp()
+    return made.weight * (e - 1) / (e + 1) + made.bias
+
+
+ORACLES |= {
+    "local_response_norm": _local_response_norm,
+    "global_response_norm": _global_response_norm,
+    "adaptive_instance_norm": _adaptive_instance_norm,
+    "dynamic_tanh": _dynamic_tanh,
+}

@@ -5,13 +5,18 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from normkit.activations import (
+    adaptive_instance_norm,
     adaptive_layer_norm,
     batch_norm,
+    dynamic_tanh,
     film,
+    filter_response_norm,
     ghost_batch_norm,
+    global_response_norm,
     group_norm,
     instance_norm,
     layer_norm,
+    local_response_norm,
     rms_norm,
 )
 from normkit.core.card import Card
@@ -27,6 +32,11 @@ METHODS: tuple[Card, ...] = (
     adaptive_layer_norm.CARD_ZERO,
     group_norm.CARD,
     instance_norm.CARD,
+    local_response_norm.CARD,
+    global_response_norm.CARD,
+    adaptive_instance_norm.CARD,
+    filter_response_norm.CARD,
+    dynamic_tanh.CARD,
     weight_norm.CARD,
     spectral_norm.CARD,
     weight_standardization.CARD,

@@ -1,0 +1,149 @@
+"""Dynamic tanh: in the place of a norm, a squashing function whose slope is learned, without any statistic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.moments import accumulation_dtype
+from normkit.core.support import show
+
+
+class DynamicTanh(nn.Module):
+    """Squash each element by a hyperbolic tangent whose slope is one learned number.
+
+    y = weight * tanh(alpha * x) + bias. No statistic is computed: an element depends on no other. It takes the place of layer
+    normalization in transformers, whose input and output are related much like this. The same in training and evaluation.
+
+    The state_dict has the keys of the authors' code: alpha (one element), weight, bias.
+
+    Args:
+        normalized_shape: sizes of the trailing axes; with ``layout="n c *"``, the channels C.
+        alpha: at which the slope starts. Default: 0.5 (in language models the authors use 0.2 to 1 before attention).
+        layout: ``"* d"`` for features last, ``"n c *"`` for channels first. Default: ``"* d"``.
+        elementwise_affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
+        bias: False leaves the bias out. Default: True.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (*, *normalized_shape), or (N, C, *) with channels first, to the same.
+
+    Raises:
+        ShapeError: the input does not end in ``normalized_shape``, or has other channels.
+        OptionError: another layout, or several axes of channels.
+
+    Reference:
+        Zhu, Chen, He, LeCun, Liu, "Transformers without Normalization" (2025), https://arxiv.org/abs/2503.10622.
+
+    >>> DynamicTanh(2)(torch.tensor([[1.0, -4.0]])).detach()
+    tensor([[ 0.4621, -0.9640]])
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        alpha: float = 0.5,
+        *,
+        layout: str = "* d",
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.normalized_shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        self.init_alpha, self.layout = alpha, layout
+        if layout not in ("* d", "n c *") or (layout == "n c *" and len(self.normalized_shape) != 1):
+            raise OptionError(
+                f"DynamicTanh: layout={layout!r} with normalized_shape={self.normalized_shape}; "
+                "wanted '* d', or 'n c *' with one number of channels"
+            )
+        empty = {"device": device, "dtype": dtype}
+        self.alpha = nn.Parameter(torch.empty(1, **empty))
+        for name, there in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
+            parameter = nn.Parameter(torch.empty(self.normalized_shape, **empty)) if there else None
+            self.register_parameter(name, parameter)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set alpha to its start, the weight to 1 and the bias to 0."""
+        nn.init.constant_(self.alpha, self.init_alpha)
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return dynamic_tanh(input, self.alpha, self.weight, self.bias, layout=self.layout)
+
+    def extra_repr(self) -> str:
+        return f"{self.normalized_shape}, alpha={self.init_alpha}, layout={self.layout!r}"
+
+
+def dynamic_tanh(
+    x: Tensor,
+    alpha: float | Tensor = 0.5,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    layout: str = "* d",
+) -> Tensor:
+    """Dynamic tanh as a function; see DynamicTanh.
+
+    >>> dynamic_tanh(torch.tensor([[1.0, -4.0]]))
+    tensor([[ 0.4621, -0.9640]])
+    """
+    wide = accumulation_dtype(x.dtype)
+    y = torch.tanh(x.to(wide) * (alpha.to(wide) if isinstance(alpha, Tensor) else alpha))
+    if weight is not None:
+        y = y * _placed(weight, x, layout).to(wide)
+    if bias is not None:
+        y = y + _placed(bias, x, layout).to(wide)
+    return y.to(x.dtype)
+
+
+def _placed(parameter: Tensor, x: Tensor, layout: str) -> Tensor:
+    """A view of a parameter that broadcasts over x."""
+    if layout == "n c *":
+        if x.dim() < 2 or parameter.shape != x.shape[1:2]:
+            raise ShapeError(
+                f"dynamic_tanh: got an input of {show(x.shape)}, wanted n c * with {show(parameter.shape)} channels"
+            )
+        return parameter.view([-1] + [1] * (x.dim() - 2))
+    if parameter.dim() > x.dim() or x.shape[x.dim() - parameter.dim() :] != parameter.shape:
+        raise ShapeError(
+            f"dynamic_tanh: got an input of {show(x.shape)}, wanted one that ends in {show(parameter.shape)}"
+        )
+    return parameter
+
+
+CARD = Card(
+    name="dynamic_tanh",
+    title="Dynamic tanh",
+    kind="activation",
+    word="",
+    normalized_over="nothing: each element by itself, without a statistic",
+    formula="y = weight * tanh(alpha * x) + bias",
+    paper=Paper(
+        "Zhu, Jiachen and Chen, Xinlei and He, Kaiming and LeCun, Yann and Liu, Zhuang",
+        "Transformers without Normalization",
+        2025,
+        "https://arxiv.org/abs/2503.10622",
+    ),
+    use_cases="transformers, in the place of layer and root mean square normalization",
+    strengths="no statistic, so nothing to reduce; independent of the batch and of other features",
+    weaknesses="invariant to nothing: the scale of the input matters; alpha wants care in large language models",
+    module=DynamicTanh,
+    functional=dynamic_tanh,
+    make=DynamicTanh,
+    layout="* d",
+)

@@ -1,0 +1,173 @@
+"""Filter response normalization: each channel of each sample by its root mean square, then a learned threshold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.moments import accumulation_dtype
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support, place
+from normkit.engine.dispatch import Backend, run
+from normkit.engine.layer import Layer, check_channels
+
+_SUPPORT = Support("n c *", over="*")
+
+
+def filter_response_norm_rule(eps: float = 1e-6) -> Rule:
+    """Filter response normalization, without its threshold, as data.
+
+    >>> filter_response_norm_rule().formula()
+    'y = weight * x / sqrt(E[x^2] + eps) + bias'
+    """
+    return Rule(_SUPPORT, Statistic(None, "rms", eps), Affine("c"))
+
+
+class FilterResponseNorm(Layer, nn.Module):
+    """Divide each channel of each sample by its root mean square over the positions, and cut off below a learned threshold.
+
+    y = max(weight * x / sqrt(E[x^2] + |eps|) + bias, tau). The threshold stands for the nonlinearity: as nothing is centred, a
+    rectifier at 0 would be in the wrong place. The same in training and evaluation, whatever else is in the batch.
+
+    The state_dict has the keys of timm's ``FilterResponseNormTlu2d``: weight, bias, tau. On a single position x / |x| is left,
+    the sign alone; there the paper learns eps.
+
+    Args:
+        num_features: channels C.
+        eps: added to the mean square. Default: 1e-6 (timm uses 1e-5).
+        tlu: whether the threshold is there; it starts at 0, as a rectifier. Default: True.
+        learned_eps: whether eps is learned, as the absolute value of a parameter ``eps_weight`` that starts at ``eps``, for
+            which the paper has 1e-4 then. Default: False.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, C, *) to the same.
+
+    Raises:
+        ShapeError: other channels than ``num_features``.
+
+    Reference:
+        Singh and Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep Neural
+        Networks" (2019), https://arxiv.org/abs/1911.09737.
+
+    >>> FilterResponseNorm(1)(torch.tensor([[[3.0, -4.0]]])).detach()
+    tensor([[[0.8485, 0.0000]]])
+    """
+
+    tau: nn.Parameter | None
+    eps_weight: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-6,
+        tlu: bool = True,
+        learned_eps: bool = False,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.num_features, self.eps = num_features, eps
+        empty = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(num_features, **empty))
+        self.bias = nn.Parameter(torch.empty(num_features, **empty))
+        self.register_parameter("tau", nn.Parameter(torch.empty(num_features, **empty)) if tlu else None)
+        self.register_parameter("eps_weight", nn.Parameter(torch.empty(1, **empty)) if learned_eps else None)
+        self.reset_parameters()
+        _ = self.rule  # made now, so that a compiler finds it ready
+
+    def reset_parameters(self) -> None:
+        """Set the weight to 1, bias and threshold to 0, a learned eps to ``eps``."""
+        starts = ((self.weight, 1.0), (self.bias, 0.0), (self.tau, 0.0), (self.eps_weight, self.eps))
+        for parameter, start in starts:
+            if parameter is not None:
+                nn.init.constant_(parameter, start)
+
+    def make_rule(self) -> Rule:
+        return filter_response_norm_rule(self.eps)
+
+    def check(self, input: Tensor) -> None:
+        check_channels("FilterResponseNorm", input, self.num_features, "num_features", "n c *")
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.check(input)
+        eps = self.eps if self.eps_weight is None else self.eps_weight
+        return filter_response_norm(input, self.weight, self.bias, self.tau, eps, mask=mask, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        more = ", learned_eps=True" if self.eps_weight is not None else ""
+        return f"{self.num_features}, eps={self.eps}, tlu={self.tau is not None}{more}"
+
+
+def filter_response_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    tau: Tensor | None = None,
+    eps: float | Tensor = 1e-6,
+    *,
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Filter response normalization as a function; see FilterResponseNorm. Without ``tau`` there is no threshold.
+
+    Elements where the mask (boolean, broadcasts over x) is False enter no statistic and come out as zero. A learned ``eps`` is
+    a tensor of one element, of which the absolute value counts; it is run by the definition alone.
+
+    >>> filter_response_norm(torch.tensor([[[3.0, -4.0]]]))
+    tensor([[[ 0.8485, -1.1314]]])
+    """
+    if isinstance(eps, Tensor):
+        y = _with_learned_eps(x, weight, bias, eps, mask)
+    else:
+        y = run(filter_response_norm_rule(eps), x, weight, bias, mask=mask, backend=backend)
+    if tau is None:
+        return y
+    y = torch.maximum(y, place(tau, "c", _SUPPORT.split(x.shape)).to(y.dtype))
+    return y if mask is None else torch.where(mask, y, 0.0)
+
+
+def _with_learned_eps(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: Tensor, mask: Tensor | None
+) -> Tensor:
+    """The rule with eps as a tensor."""
+    split = _SUPPORT.split(x.shape)
+    wide = x.to(accumulation_dtype(x.dtype))
+    if mask is not None:
+        wide = torch.where(mask, wide, 0.0)
+    count = split.count if mask is None else mask.expand(x.shape).sum(split.dims, keepdim=True).clamp_min(1)
+    square = wide.square().sum(split.dims, keepdim=True) / count if split.dims else wide.square()
+    y = Affine("c").apply(wide * (square + eps.to(wide.dtype).abs()).rsqrt(), split, weight, bias)
+    return (y if mask is None else torch.where(mask, y, 0.0)).to(x.dtype)
+
+
+CARD = Card(
+    name="filter_response_norm",
+    title="Filter response normalization",
+    kind="activation",
+    word="",
+    normalized_over="each sample and channel, over all positions, without centring; then a learned threshold",
+    formula="y = max(weight * x / sqrt(E[x^2] + eps) + bias, tau)",
+    paper=Paper(
+        "Singh, Saurabh and Krishnan, Shankar",
+        "Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep Neural Networks",
+        2019,
+        "https://arxiv.org/abs/1911.09737",
+    ),
+    use_cases="convolutional networks where batches are small, as in detection",
+    strengths="independent of the batch; the same in training and at inference; its threshold replaces the activation",
+    weaknesses="weak on maps of few positions; wants a slow start of the learning rate",
+    module=FilterResponseNorm,
+    functional=filter_response_norm,
+    # The laws are of the rule; the threshold behind it is a nonlinearity.
+    make=lambda channels: FilterResponseNorm(channels, tlu=False),
+    rule=filter_response_norm_rule(),
+    invariances=frozenset({"weight scale", "row scale", "data scale", "sample scale"}),
+)

@@ -1,0 +1,146 @@
+"""Global response normalization: the energy of each channel against that of the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.errors import OptionError
+from normkit.core.moments import accumulation_dtype
+from normkit.core.statistic import length
+from normkit.core.support import Support
+from normkit.engine.layer import check_channels
+
+
+class GlobalResponseNorm(nn.Module):
+    """Weigh each channel by its energy relative to the mean energy of all channels, and add the input.
+
+    G_c = |x_c| over the positions, N_c = G_c / (mean over c of G_c + eps), y = weight * (x * N) + bias + x. Weight and bias
+    start at 0, so the layer starts as the identity; N is 1 in the mean over the channels. The same in training and evaluation.
+
+    The state_dict has timm's keys and shapes. A mask gives the form for masked autoencoders, where only visible positions enter;
+    there the original code takes the energy over the visible positions of the whole batch, ``over="n *"``.
+
+    Args:
+        num_channels: channels C.
+        eps: added to the mean energy. Default: 1e-6.
+        layout: ``"n * c"`` for channels last, ``"n c *"`` for channels first. Default: ``"n * c"``, as ConvNeXt V2 has it.
+        over: ``"*"`` for the energy of each sample, ``"n *"`` of the batch. Default: ``"*"``.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, *, C) or, with channels first, (N, C, *), to the same.
+
+    Raises:
+        ShapeError: other channels than ``num_channels``.
+        OptionError: another layout or ``over``.
+
+    Reference:
+        Woo, Debnath, Hu, Chen, Liu, Kweon, Xie, "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders"
+        (2023), https://arxiv.org/abs/2301.00808.
+
+    >>> norm = GlobalResponseNorm(2)
+    >>> _ = nn.init.ones_(norm.weight)
+    >>> norm(torch.tensor([[[3.0, 1.0], [4.0, 0.0]]])).detach()
+    tensor([[[ 8.0000,  1.3333],
+             [10.6667,  0.0000]]])
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-6,
+        *,
+        layout: str = "n * c",
+        over: str = "*",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.num_channels, self.eps, self.layout, self.over = num_channels, eps, layout, over
+        self.weight = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
+        self.reset_parameters()
+        _support(layout, over)
+
+    def reset_parameters(self) -> None:
+        """Set weight and bias to 0: the identity."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        check_channels("GlobalResponseNorm", input, self.num_channels, "num_channels", self.layout)
+        return global_response_norm(
+            input, self.weight, self.bias, self.eps, layout=self.layout, over=self.over, mask=mask
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels}, eps={self.eps}, layout={self.layout!r}, over={self.over!r}"
+
+
+def global_response_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    layout: str = "n * c",
+    over: str = "*",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Global response normalization as a function; see GlobalResponseNorm. None for the weight is a weight of 1.
+
+    With a mask (boolean, broadcasts over x), elements where it is False enter no energy and come out as zero.
+
+    >>> global_response_norm(torch.tensor([[[3.0, 1.0], [4.0, 0.0]]]))
+    tensor([[[ 8.0000,  1.3333],
+             [10.6667,  0.0000]]])
+    """
+    support = _support(layout, over)
+    wide = x.to(accumulation_dtype(x.dtype))
+    if mask is not None:
+        wide = torch.where(mask, wide, 0.0)
+    split = support.split(x.shape)
+    energy = length(wide, split.dims)
+    share = energy / (energy.mean(split.names.index("c"), keepdim=True) + eps)
+    shape = [1] * x.dim()
+    shape[split.names.index("c")] = -1
+    gain = share if weight is None else share * weight.to(wide.dtype).view(shape)
+    y = wide * (gain + 1)
+    if bias is not None:
+        y = y + bias.to(wide.dtype).view(shape)
+    return (y if mask is None else torch.where(mask, y, 0.0)).to(x.dtype)
+
+
+def _support(layout: str, over: str) -> Support:
+    if layout not in ("n * c", "n c *") or over not in ("*", "n *"):
+        raise OptionError(
+            f"GlobalResponseNorm: layout={layout!r}, over={over!r}; wanted 'n * c' or 'n c *', and '*' or 'n *'"
+        )
+    return Support(layout, over=over)
+
+
+CARD = Card(
+    name="global_response_norm",
+    title="Global response normalization",
+    kind="activation",
+    word="",
+    normalized_over="each sample's channels against one another, by their energy over all positions",
+    formula="y = weight * (x * N) + bias + x,  N = |x_c| / (mean over c of |x_c| + eps)",
+    paper=Paper(
+        "Woo, Sanghyun and Debnath, Shoubhik and Hu, Ronghang and Chen, Xinlei and Liu, Zhuang and Kweon, In So and Xie, Saining",
+        "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders",
+        2023,
+        "https://arxiv.org/abs/2301.00808",
+    ),
+    use_cases="ConvNeXt V2, after the activation in the wide part of a block",
+    strengths="keeps channels from collapsing onto one another; starts as the identity; independent of the batch",
+    weaknesses="does not fix the scale of activations, so another norm must; needs the whole image",
+    module=GlobalResponseNorm,
+    functional=global_response_norm,
+    make=lambda channels: GlobalResponseNorm(channels, layout="n c *"),
+)

@@ -1,0 +1,126 @@
+"""Local response normalization: each element against its neighbours in the channels at the same position."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.moments import accumulation_dtype
+from normkit.core.support import show
+from normkit.core.window import sliding_sum
+
+
+class LocalResponseNorm(nn.LocalResponseNorm):
+    """Divide each element by the energy of the channels around it, at the same position.
+
+    y_i = x_i / (k + alpha * sum_j x_j^2)^beta, j from max(0, i - size // 2) to min(C - 1, i + size // 2): the published limits,
+    which give size terms for an odd size and size + 1 for an even one. No parameters; the same in training and evaluation.
+
+    With ``torch_compat`` it is ``torch.nn.LocalResponseNorm``: alpha is divided by size, an even size reaches one channel less
+    far forward, and k is 1. For an odd size, alpha there is size times alpha here.
+
+    Args:
+        size: of the window of channels. Default: 5.
+        alpha: factor of the energy. Default: 1e-4.
+        beta: exponent. Default: 0.75.
+        k: added to the energy, from 0; None for 2, or 1 with ``torch_compat``. Default: None.
+        torch_compat: whether to compute as torch does. Default: False.
+
+    Shape:
+        (N, C, *) to the same.
+
+    Raises:
+        OptionError: a size below 1 or a negative k.
+        ShapeError: an input without a channel axis.
+
+    Reference:
+        Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep Convolutional Neural Networks" (2012),
+        https://papers.nips.cc/paper/4824, section 3.3.
+
+    >>> LocalResponseNorm(3, alpha=1.0, beta=1.0, k=1.0)(torch.tensor([[1.0, 2.0, 3.0]]))
+    tensor([[0.1667, 0.1333, 0.2143]])
+    """
+
+    def __init__(
+        self,
+        size: int = 5,
+        alpha: float = 1e-4,
+        beta: float = 0.75,
+        k: float | None = None,
+        *,
+        torch_compat: bool = False,
+    ) -> None:
+        k = _offset(k, torch_compat)
+        super().__init__(size, alpha, beta, k)
+        self.torch_compat = torch_compat
+        _check(size, k)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return local_response_norm(input, self.size, self.alpha, self.beta, self.k, torch_compat=self.torch_compat)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", torch_compat=True" if self.torch_compat else "")
+
+
+def local_response_norm(
+    x: Tensor,
+    size: int = 5,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float | None = None,
+    *,
+    torch_compat: bool = False,
+) -> Tensor:
+    """Local response normalization as a function; see LocalResponseNorm.
+
+    >>> local_response_norm(torch.tensor([[1.0, 2.0]]), 2, alpha=1.0, beta=1.0, k=0.0)
+    tensor([[0.2000, 0.4000]])
+    >>> local_response_norm(torch.tensor([[1.0, 2.0]]), 2, alpha=2.0, beta=1.0, k=0.0, torch_compat=True)
+    tensor([[1.0000, 0.4000]])
+    """
+    k = _offset(k, torch_compat)
+    _check(size, k)
+    wide = x.to(accumulation_dtype(x.dtype))
+    if x.dim() < 2:
+        raise ShapeError(
+            f"local_response_norm: got an input of {x.dim()} axes ({show(x.shape)}), wanted at least 2: n c *"
+        )
+    before, after = size // 2, (size - 1) // 2 if torch_compat else size // 2
+    energy = sliding_sum(wide.square(), 1, before, after)
+    return (wide * (k + (alpha / size if torch_compat else alpha) * energy).pow(-beta)).to(x.dtype)
+
+
+def _offset(k: float | None, torch_compat: bool) -> float:
+    return (1.0 if torch_compat else 2.0) if k is None else k
+
+
+def _check(size: int, k: float) -> None:
+    if size < 1:
+        raise OptionError(f"LocalResponseNorm: size={size}; wanted a number of channels from 1")
+    if not k >= 0:
+        raise OptionError(
+            f"LocalResponseNorm: k={k}; wanted a number from 0, as the root of a negative one is not real"
+        )
+
+
+CARD = Card(
+    name="local_response_norm",
+    title="Local response normalization",
+    kind="activation",
+    word="",
+    normalized_over="each position, over a window of neighbouring channels, without centring",
+    formula="y = x / (k + alpha * sum over the window of x^2)^beta",
+    paper=Paper(
+        "Krizhevsky, Alex and Sutskever, Ilya and Hinton, Geoffrey E.",
+        "ImageNet Classification with Deep Convolutional Neural Networks",
+        2012,
+        "https://papers.nips.cc/paper/4824",
+    ),
+    use_cases="AlexNet, GoogLeNet and their time; after the nonlinearity",
+    strengths="competition between channels at a position; no parameters, independent of the batch",
+    weaknesses="neighbourhood in the order of channels means nothing to a convolution; does not fix the scale of activations",
+    module=LocalResponseNorm,
+    functional=local_response_norm,
+    make=lambda channels: LocalResponseNorm(min(3, channels), alpha=0.3),
+)

@@ -1,0 +1,79 @@
+"""Global response normalization: identity at the start, layouts, masks, foreign checkpoints."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from normkit.activations.global_response_norm import GlobalResponseNorm, global_response_norm
+from normkit.core.errors import OptionError, ShapeError
+
+
+def _random(**options: object) -> GlobalResponseNorm:
+    norm = GlobalResponseNorm(6, **options).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+@pytest.mark.parametrize("layout", ["n * c", "n c *"])
+def test_starts_as_the_identity(layout: str) -> None:
+    x = torch.randn(2, 6, 5, 6)
+    assert torch.equal(GlobalResponseNorm(6, layout=layout)(x), x)
+
+
+def test_the_shares_are_one_in_the_mean() -> None:
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64)
+    share = (global_response_norm(x) - x) / x
+    assert_close(share[:, 0, 0].mean(-1), torch.ones(3, dtype=torch.float64), rtol=1e-5, atol=0)  # but for eps = 1e-6
+
+
+def test_both_layouts_are_one_function() -> None:
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    norm = _random()
+    first = _random(layout="n c *")
+    first.load_state_dict(norm.state_dict())
+    assert_close(first(x.movedim(-1, 1)), norm(x).movedim(-1, 1))
+
+
+def test_equals_timms_formula() -> None:
+    x, norm = torch.randn(2, 4, 5, 6, dtype=torch.float64), _random()
+    energy = x.norm(p=2, dim=(1, 2), keepdim=True)
+    wanted = x + torch.addcmul(norm.bias, norm.weight, x * (energy / (energy.mean(-1, keepdim=True) + 1e-6)))
+    assert_close(norm(x), wanted)
+    assert {key: tuple(value.shape) for key, value in norm.state_dict().items()} == {"weight": (6,), "bias": (6,)}
+
+
+def test_a_mask_equals_leaving_the_padding_out() -> None:
+    x, norm = torch.randn(3, 5, 6, dtype=torch.float64), _random()
+    mask = torch.tensor([True, True, True, False, False]).view(1, 5, 1)
+    padded = torch.where(mask, x, torch.nan).requires_grad_()
+    found = norm(padded, mask=mask)
+    assert_close(found[:, :3], norm(x[:, :3]))
+    assert (found[:, 3:] == 0).all()
+    assert torch.autograd.grad(found.sum(), padded)[0].isfinite().all()
+
+
+def test_over_the_batch_is_the_energy_of_all_visible_positions() -> None:
+    x, norm = torch.randn(3, 5, 6, dtype=torch.float64), _random(over="n *")
+    visible = torch.rand(3, 5, 1) > 0.4
+    one = GlobalResponseNorm(6).double()
+    one.load_state_dict(norm.state_dict())
+    wanted = one(x[visible.squeeze(-1)].unsqueeze(0))  # the visible tokens as one sample, as a sparse tensor holds them
+    assert_close(norm(x, mask=visible)[visible.squeeze(-1)], wanted[0])
+
+
+def test_an_image_of_zeros_is_left_alone() -> None:
+    x = torch.zeros(1, 3, 3, 6, dtype=torch.float64, requires_grad=True)
+    norm = _random()
+    assert_close(norm(x), norm.bias.expand_as(x))
+    assert torch.autograd.grad(norm(x).sum(), x)[0].isfinite().all()
+
+
+def test_refusals() -> None:
+    with pytest.raises(ShapeError, match="got 5 channels"):
+        GlobalResponseNorm(6)(torch.ones(2, 3, 5))
+    with pytest.raises(OptionError, match="layout='nchw'"):
+        GlobalResponseNorm(6, layout="nchw")
+    with pytest.raises(OptionError, match="over='c'"):
+        global_response_norm(torch.ones(2, 3, 5), over="c")

@@ -1,0 +1,64 @@
+"""Local response normalization: torch's form, the published limits, and what is refused."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from normkit.activations.local_response_norm import LocalResponseNorm, local_response_norm
+from normkit.core.errors import OptionError, ShapeError
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 9, 20])
+@pytest.mark.parametrize("shape", [(2, 7, 4), (2, 7, 3, 4), (2, 7, 2, 3, 2)])
+def test_torch_compat_is_torch(size: int, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64) * 10
+    assert_close(LocalResponseNorm(size, torch_compat=True)(x), nn.LocalResponseNorm(size)(x), rtol=1e-9, atol=0)
+    arguments = (size, 0.5, 0.6, 1.5)
+    assert_close(
+        LocalResponseNorm(*arguments, torch_compat=True)(x), nn.LocalResponseNorm(*arguments)(x), rtol=1e-9, atol=0
+    )
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 9])
+def test_an_odd_window_is_torchs_with_size_times_alpha(size: int) -> None:
+    x = torch.randn(2, 7, 4, dtype=torch.float64)
+    assert_close(LocalResponseNorm(size, 0.1)(x), nn.LocalResponseNorm(size, size * 0.1, k=2.0)(x), rtol=1e-9, atol=0)
+
+
+def test_an_even_window_has_the_published_limits() -> None:
+    x = torch.ones(1, 7, 1, dtype=torch.float64)
+    # Channels i - 2 to i + 2: five terms inside, three at the borders.
+    wanted = 1 / (2 + torch.tensor([3.0, 4, 5, 5, 5, 4, 3], dtype=torch.float64))
+    assert_close(local_response_norm(x, 4, alpha=1.0, beta=1.0)[0, :, 0], wanted)
+    assert not torch.allclose(wanted, nn.LocalResponseNorm(4, 4.0, 1.0, 2.0)(x)[0, :, 0])
+
+
+def test_defaults_are_the_papers() -> None:
+    norm = LocalResponseNorm()
+    assert (norm.size, norm.alpha, norm.beta, norm.k) == (5, 1e-4, 0.75, 2.0)
+    assert LocalResponseNorm(torch_compat=True).k == nn.LocalResponseNorm(5).k
+    assert isinstance(norm, nn.LocalResponseNorm)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("torch_compat", [False, True])
+def test_half_types_lose_only_the_last_rounding(dtype: torch.dtype, torch_compat: bool) -> None:
+    x = (torch.randn(2, 16, 8) * 200).to(dtype)  # squares overflow float16
+    found = local_response_norm(x, 5, 1e-2, torch_compat=torch_compat)
+    exact = local_response_norm(x.double(), 5, 1e-2, torch_compat=torch_compat)
+    assert found.dtype == dtype
+    assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("k", [-1.0, float("nan")])
+def test_what_has_no_real_root_is_refused(k: float) -> None:
+    with pytest.raises(OptionError, match="wanted a number from 0"):
+        LocalResponseNorm(5, k=k)
+
+
+def test_other_refusals() -> None:
+    with pytest.raises(OptionError, match="size=0"):
+        LocalResponseNorm(0)
+    with pytest.raises(ShapeError, match="at least 2"):
+        LocalResponseNorm()(torch.ones(3))
