@@ -18,6 +18,7 @@ from normkit.activations import (
     layer_norm,
     local_response_norm,
     rms_norm,
+    sync_batch_norm,
 )
 from normkit.core.card import Card
 from normkit.core.errors import NotationError
@@ -42,6 +43,7 @@ METHODS: tuple[Card, ...] = (
     weight_standardization.CARD,
     weight_conditioning.CARD,
     ghost_batch_norm.CARD,
+    sync_batch_norm.CARD,
 )
 
 

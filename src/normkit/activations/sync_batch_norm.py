@@ -1,0 +1,272 @@
+"""Synchronized batch normalization: each channel over the batches of all processes and all positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.memory import Running, RunningStatistics
+from normkit.core.moments import Moments, accumulation_dtype, moments
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Split, Support, show
+from normkit.engine.dispatch import Backend, run
+from normkit.engine.layer import Layer, check_channels, check_several
+
+_SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
+
+
+def sync_batch_norm_rule(
+    eps: float = 1e-5, momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True
+) -> Rule:
+    """Synchronized batch normalization as data: n counts the samples of all processes.
+
+    >>> sync_batch_norm_rule().formula()
+    'y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias'
+    """
+    if layout not in _SUPPORTS:
+        raise OptionError(f"SyncBatchNorm: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")
+    return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
+
+
+class SyncBatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
+    """Normalize each channel over the batches of all processes, on any device and backend of torch.distributed.
+
+    y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, with E and Var (population) over the union of the processes' batches in
+    training. Batches may be of different sizes, and some empty; every process must call forward and backward alike. Each
+    process's count, mean and variance are gathered once and merged; the backward pass sums two numbers a channel over the
+    processes. Running statistics come out the same everywhere. Gradients of weight and bias are the local batch's, as
+    DistributedDataParallel wants them. Without a process group, with one process, and in evaluation it is batch normalization.
+
+    ``torch.nn.SyncBatchNorm``, but also on CPU: same arguments, defaults and state_dict.
+
+    Args:
+        num_features: channels C.
+        eps: added to the variance. Default: 1e-5.
+        momentum: weight of the new value in the running averages; None for the cumulative average. Default: 0.1.
+        affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
+        track_running_stats: whether there are running averages; without, the batches' statistics are always used. Default: True.
+        process_group: the processes that share statistics. Default: all.
+        device: of the parameters.
+        dtype: of the parameters.
+        bias: False leaves the bias out. Default: True.
+        layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
+
+    Shape:
+        (N, C, *) or, with channels last, (N, *, C), to the same. N may differ between processes, and be 0.
+
+    Raises:
+        ShapeError: other channels than ``num_features``, or one value per channel in all processes together in training.
+        OptionError: another layout.
+
+    Reference:
+        Merging follows Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983),
+        https://doi.org/10.1080/00031305.1983.10483115; the method Ioffe and Szegedy (2015), https://arxiv.org/abs/1502.03167.
+
+    >>> norm = SyncBatchNorm(1, momentum=0.5)
+    >>> norm(torch.tensor([[1.0], [3.0]])).detach().T
+    tensor([[-1.0000,  1.0000]])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        layout: str = "n c *",
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+        self.process_group, self.layout = process_group, layout
+        _ = self.rule  # refuses what does not go together now rather than at the first input
+
+    def make_rule(self) -> Rule:
+        return sync_batch_norm_rule(self.eps, self.momentum, self.layout, self.track_running_stats)
+
+    def check(self, input: Tensor) -> None:
+        check_channels("SyncBatchNorm", input, self.num_features, "num_features", self.layout)
+        if (self.training or self.running_mean is None) and not _several(self.process_group):
+            check_several("SyncBatchNorm", input, self.rule.support)
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not (self.training or self.running_mean is None) or not _several(self.process_group):
+            return super().forward(input, mask)
+        self.check(input)
+        running = self.running() if self.track_running_stats else None
+        return _synchronized(self.rule, input, self.weight, self.bias, running, mask, self.process_group)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+
+
+def sync_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    process_group: Any = None,
+    layout: str = "n c *",
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Synchronized batch normalization in training as a function; running statistics that are given are updated.
+
+    ``backend`` is for batch normalization, where there is one process. See SyncBatchNorm.
+
+    >>> sync_batch_norm(torch.tensor([[1.0], [3.0]])).T
+    tensor([[-1.0000,  1.0000]])
+    """
+    if (running_mean is None) != (running_var is None):
+        raise OptionError("sync_batch_norm: running_mean and running_var go together; give both or neither")
+    rule = sync_batch_norm_rule(eps, momentum, layout, running_mean is not None)
+    running = None if running_mean is None or running_var is None else RunningStatistics(running_mean, running_var)
+    if _several(process_group):
+        return _synchronized(rule, x, weight, bias, running, mask, process_group)
+    check_several("sync_batch_norm", x, rule.support)
+    return run(rule, x, weight, bias, running=running, mask=mask, backend=backend)
+
+
+def _several(group: Any) -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+def _synchronized(
+    rule: Rule,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: RunningStatistics | None,
+    mask: Tensor | None,
+    group: Any,
+) -> Tensor:
+    split = rule.support.split(x.shape)
+    accumulation_dtype(x.dtype)  # refuses integers before anything is computed
+    if mask is not None:
+        mask = mask.expand(x.shape).reshape(split.shape)
+    y, _, mean, var, n = _Synchronized.apply(x.reshape(split.shape), split, rule.statistic, mask, group)
+    if n.device.type == "cpu" and bool((n == 1).any()):  # elsewhere asking would wait for the device
+        raise ShapeError(
+            f"SyncBatchNorm: one value for each statistic in all processes together (input here {show(x.shape)}); its "
+            "variance is undefined. Expected more than 1 value per channel when training: use larger batches, or .eval()"
+        )
+    if weight is not None or bias is not None:
+        assert rule.compensation is not None
+        y = rule.compensation.apply(y, split, weight, bias)
+        y = y if mask is None else torch.where(mask, y, 0.0)
+    elif y.dtype == x.dtype:
+        y = y.clone()  # the backward pass needs it, and a caller may write into what it gets
+    if running is not None and rule.memory is not None:
+        rule.memory.update(running, Moments(mean, var, n), Split(split.statistics_shape, split.names, split.dims))
+    return y.reshape(x.shape).to(x.dtype)
+
+
+class _Synchronized(torch.autograd.Function):
+    """(normalized, 1 / scale, mean, variance, count) over all processes; the last three without gradient."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, split: Split, statistic: Statistic, mask: Tensor | None, group: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        x = x.to(accumulation_dtype(x.dtype))
+        shape = split.statistics_shape
+        if x.numel():
+            x = x if mask is None else torch.where(mask, x, 0.0)
+            found = moments(x, split.dims, mask)
+            count = torch.as_tensor(found.n, dtype=x.dtype, device=x.device).expand(shape)
+            local = torch.stack([count, found.mean, found.var])
+        else:
+            local = x.new_zeros(3, *shape)
+        parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, local, group=group)
+        counts, means, variances = torch.stack(parts, 1)
+        n = counts.sum(0)
+        share = counts / n.clamp_min(1)
+        mean = (share * means).sum(0)
+        mean = mean + (share * (means - mean)).sum(0)
+        var = (share * (variances + (means - mean).square())).sum(0)
+        inverse = statistic.guarded(var, power=2).reciprocal()
+        y = (x - mean) * inverse
+        return y if mask is None else torch.where(mask, y, 0.0), inverse, mean, var, n
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, ctx.split, _, mask, ctx.group = inputs
+        y, inverse, mean, var, n = output
+        ctx.dtype = x.dtype
+        ctx.mark_non_differentiable(mean, var, n)
+        ctx.save_for_backward(y, inverse, n, mask)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        y, inverse, n, mask = ctx.saved_tensors
+        dy, di, dims = gradients[0], gradients[1], ctx.split.dims
+        if mask is not None:
+            dy = torch.where(mask, dy, 0.0)
+        sums = torch.stack([dy.sum(dims, keepdim=True), (dy * y).sum(dims, keepdim=True) + inverse * di])
+        shift, along = _Sum.apply(sums, ctx.group) / n.clamp_min(1)
+        dx = inverse * (dy - shift - y * along)
+        return (dx if mask is None else torch.where(mask, dx, 0.0)).to(ctx.dtype), None, None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, of which each process's part has the sum of all processes' gradients."""
+
+    @staticmethod
+    def forward(x: Tensor, group: Any) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(gradients[0], ctx.group), None
+
+
+CARD = Card(
+    name="sync_batch_norm",
+    title="Synchronized batch normalization",
+    kind="activation",
+    word="",
+    normalized_over="each channel, over the batches of all processes and all positions",
+    formula=sync_batch_norm_rule().formula(),
+    paper=Paper(
+        "Ioffe, Sergey and Szegedy, Christian",
+        "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
+        2015,
+        "https://arxiv.org/abs/1502.03167",
+    ),
+    use_cases="detection, segmentation and other training with few samples on each of several devices",
+    strengths="batch normalization's statistics whatever the number of devices; batches may be uneven, and empty",
+    weaknesses="each layer waits for all processes, once forward and once backward",
+    module=SyncBatchNorm,
+    functional=sync_batch_norm,
+    make=SyncBatchNorm,
+    rule=sync_batch_norm_rule(),
+    batch_dependent=True,
+    running_state=True,
+    train_equals_eval=False,
+    foldable=True,
+    invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
+)
