@@ -61,8 +61,29 @@ def film(made: Any, x: Tensor, condition: Tensor) -> Tensor:
     return y
 
 
+def fix_norm(made: Any, x: Tensor) -> Tensor:
+    def token(n: int, token: Tensor) -> Tensor:
+        cosines = []
+        for row in made.weight.tolist():
+            dot = math.fsum(a * b for a, b in zip(row, token.tolist(), strict=True))
+            cosines.append(dot / math.hypot(*row) / math.hypot(*token.tolist()))
+        return made.gain * torch.tensor(cosines, dtype=x.dtype) + made.bias
+
+    return _tokens(x, token)
+
+
+def partial_rms_norm(made: Any, x: Tensor) -> Tensor:
+    def token(n: int, token: Tensor) -> Tensor:
+        first = token.tolist()[: int(made.features * made.fraction)]
+        return made.weight * token / (math.hypot(*first) / math.sqrt(len(first)) + made.eps)
+
+    return _tokens(x, token)
+
+
 LAYER_ORACLES: dict[str, Callable[..., Tensor]] = {
     "adaptive_layer_norm": adaptive_layer_norm,
     "adaptive_layer_norm_zero": adaptive_layer_norm_zero,
     "film": film,
+    "fix_norm": fix_norm,
+    "partial_rms_norm": partial_rms_norm,
 }

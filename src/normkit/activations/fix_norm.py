@@ -1,0 +1,170 @@
+"""FixNorm: word embeddings of one length, for the lookup and for the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.errors import ShapeError
+from normkit.core.moments import accumulation_dtype
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support, show
+from normkit.engine.dispatch import run
+
+
+class FixNorm(nn.Module):
+    """Tied word embeddings whose lengths are taken out, so that a word's frequency does not show in its logit.
+
+    ``embed(tokens)`` gives sqrt(D) * e / |e|, and the layer itself logits = g * h / |h| . e / |e| + bias: a learned scalar times
+    the cosine. Each of the two normalizations can be left out; the scalar goes with that of h.
+
+    Args:
+        features: D.
+        vocabulary: V, number of words.
+        fix_embeddings: divide each word's embedding by its norm; they start uniform in +-0.01, else normal with deviation
+            1 / sqrt(D). Default: True.
+        fix_output: divide h by its norm, and multiply it by a learned scalar that starts at sqrt(D). Default: True.
+        bias: whether logits have a bias for each word (starts at 0). Default: True.
+        eps: floor of the norms. Default: 1e-5.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (*, D) to logits (*, V), in the input's dtype; ``embed`` takes word numbers (*) to (*, D).
+
+    Raises:
+        ShapeError: h has other features.
+
+    Reference:
+        Nguyen and Chiang, "Improving Lexical Choice in Neural Machine Translation" (2018), https://arxiv.org/abs/1710.01329;
+        with the scalar, Nguyen and Salazar, "Transformers without Tears" (2019), https://arxiv.org/abs/1910.05895.
+
+    >>> words = FixNorm(2, 3, bias=False)
+    >>> with torch.no_grad():
+    ...     _ = words.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 5.0], [3.0, 4.0]]))
+    >>> words.embed(torch.tensor([1])).detach(), words(torch.tensor([[7.0, 0.0]])).detach()
+    (tensor([[0.0000, 1.4142]]), tensor([[1.4142, 0.0000, 0.8485]]))
+    """
+
+    bias: nn.Parameter | None
+    gain: nn.Parameter | None
+
+    def __init__(
+        self,
+        features: int,
+        vocabulary: int,
+        *,
+        fix_embeddings: bool = True,
+        fix_output: bool = True,
+        bias: bool = True,
+        eps: float = 1e-5,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.features, self.vocabulary, self.fix_embeddings, self.eps = features, vocabulary, fix_embeddings, eps
+        kind = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(vocabulary, features, **kind))
+        self.register_parameter("bias", nn.Parameter(torch.empty(vocabulary, **kind)) if bias else None)
+        self.register_parameter("gain", nn.Parameter(torch.empty((), **kind)) if fix_output else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give the parameters their first values."""
+        if self.fix_embeddings:
+            nn.init.uniform_(self.weight, -0.01, 0.01)
+        else:
+            nn.init.normal_(self.weight, std=self.features**-0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.gain is not None:
+            nn.init.constant_(self.gain, self.features**0.5)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings of words, scaled by sqrt(D).
+
+        Args:
+            tokens: word numbers, (*).
+
+        Returns:
+            (*, D), in the dtype of the weight.
+        """
+        found = F.embedding(tokens, self.weight)
+        return (_unit(found, self.eps) if self.fix_embeddings else found) * self.features**0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of all words.
+
+        Args:
+            x: (*, D).
+
+        Returns:
+            (*, V), in x's dtype.
+        """
+        if x.dim() < 1 or x.shape[-1] != self.features:
+            raise ShapeError(
+                f"FixNorm: got an input of {show(x.shape)}, wanted one that ends in features={self.features}"
+            )
+        return fix_norm(x, self.weight, self.bias, self.gain, self.eps, fix_embeddings=self.fix_embeddings)
+
+    def extra_repr(self) -> str:
+        text = f"{self.features}, {self.vocabulary}, eps={self.eps}"
+        text += "" if self.fix_embeddings else ", fix_embeddings=False"
+        return text + ("" if self.gain is not None else ", fix_output=False")
+
+
+def fix_norm(
+    x: Tensor,
+    embeddings: Tensor,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    fix_embeddings: bool = True,
+) -> Tensor:
+    """Logits from embeddings (V, D) as a function; x is divided by its norm where there is a gain; see FixNorm.
+
+    >>> fix_norm(torch.tensor([[7.0, 0.0]]), torch.tensor([[3.0, 4.0]]), gain=torch.tensor(10.0))
+    tensor([[6.]])
+    """
+    accumulation_dtype(x.dtype)  # refuses integers
+    y = x if gain is None else _unit(x, eps)
+    rows = _unit(embeddings, eps) if fix_embeddings else embeddings
+    wide = torch.promote_types(y.dtype, rows.dtype)
+    logits = F.linear(y.to(wide), rows.to(wide))
+    if gain is not None:
+        logits = logits * gain
+    return (logits if bias is None else logits + bias).to(x.dtype)
+
+
+def _unit(x: Tensor, eps: float) -> Tensor:
+    return run(Rule(Support("* d", over="d"), Statistic(None, "norm", eps, "floor")), x)
+
+
+CARD = Card(
+    name="fix_norm",
+    title="FixNorm",
+    kind="activation",
+    word="",
+    normalized_over="each word's embedding, and each token before the logits, over its features",
+    formula="logit = g * (h / |h|) . (e / |e|) + bias",
+    paper=Paper(
+        "Nguyen, Toan Q. and Chiang, David",
+        "Improving Lexical Choice in Neural Machine Translation",
+        2018,
+        "https://arxiv.org/abs/1710.01329",
+    ),
+    use_cases="embeddings and logits of translation models, above all with little data",
+    strengths="rare words are not held back by short embeddings; logits are bounded by the gain",
+    weaknesses="the gain must be learned or set; takes the place of the output layer, not of a norm inside the network",
+    module=FixNorm,
+    functional=fix_norm,
+    make=lambda features: FixNorm(features, features),
+    layout="* d",
+    invariances=frozenset({"weight scale", "data scale", "sample scale"}),
+)

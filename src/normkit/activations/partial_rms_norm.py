@@ -1,0 +1,149 @@
+"""Partial RMS normalization: the root mean square of the first features stands for that of all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.statistic import Guard, Statistic
+from normkit.core.support import Support, show
+
+_SUPPORT = Support("* d", over="d")
+
+
+class PartialRMSNorm(nn.Module):
+    """Divide each token by the root mean square of the first features alone.
+
+    y = weight * x / (sqrt(E[x_1^2 .. x_k^2]) + eps) with k = int(D * fraction): all D features are divided. A fraction of 1 is
+    RMS normalization. The same in training and evaluation.
+
+    Args:
+        features: D.
+        fraction: of the features that are measured, in (0, 1]. Default: 0.0625, as published.
+        eps: keeps the divisor from zero. Default: 1e-8.
+        guard: where eps stands: ``"outside"`` the root (added, as in the paper's code), ``"inside"`` it, or as a ``"floor"``.
+            Default: "outside".
+        elementwise_affine: whether there is a weight (starts at 1). Default: True.
+        bias: True adds a bias (starts at 0). Default: False.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (*, D) to the same.
+
+    Raises:
+        OptionError: the fraction leaves no feature, or is beyond 1; another guard.
+        ShapeError: x has other features.
+
+    Reference:
+        Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), https://arxiv.org/abs/1910.07467, section 4.2.
+
+    >>> PartialRMSNorm(4, fraction=0.5)(torch.tensor([[3.0, 3.0, 6.0, 9.0]])).detach()
+    tensor([[1., 1., 2., 3.]])
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        features: int,
+        fraction: float = 0.0625,
+        eps: float = 1e-8,
+        elementwise_affine: bool = True,
+        *,
+        guard: Guard = "outside",
+        bias: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.measured = _count("PartialRMSNorm", features, fraction)
+        self.features, self.fraction, self.eps = features, fraction, eps
+        self.guard: Guard = guard
+        Statistic(None, "rms", eps, guard)  # refuses what does not exist now rather than at the first input
+        for name, wanted, value in (("weight", elementwise_affine, 1.0), ("bias", bias, 0.0)):
+            made = nn.Parameter(torch.full((features,), value, device=device, dtype=dtype)) if wanted else None
+            self.register_parameter(name, made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize.
+
+        Args:
+            x: (*, D).
+
+        Returns:
+            Of x's shape and dtype.
+        """
+        if x.dim() < 1 or x.shape[-1] != self.features:
+            raise ShapeError(
+                f"PartialRMSNorm: got an input of {show(x.shape)}, wanted one that ends in features={self.features}"
+            )
+        return _normalize(x, self.measured, self.weight, self.bias, Statistic(None, "rms", self.eps, self.guard))
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, fraction={self.fraction}, eps={self.eps}, guard={self.guard!r}"
+
+
+def partial_rms_norm(
+    x: Tensor,
+    fraction: float = 0.0625,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-8,
+    *,
+    guard: Guard = "outside",
+) -> Tensor:
+    """Partial RMS normalization over the last axis as a function; see PartialRMSNorm.
+
+    >>> partial_rms_norm(torch.tensor([[3.0, 3.0, 6.0, 9.0]]), 0.5)
+    tensor([[1., 1., 2., 3.]])
+    """
+    measured = _count("partial_rms_norm", x.shape[-1], fraction)
+    return _normalize(x, measured, weight, bias, Statistic(None, "rms", eps, guard))
+
+
+def _count(who: str, features: int, fraction: float) -> int:
+    count = int(features * fraction)
+    if not 1 <= count <= features:
+        raise OptionError(
+            f"{who}: fraction={fraction} of {features} features measures {count}; wanted at least 1 and at most all: "
+            f"a fraction from {1 / features:.4g} to 1"
+        )
+    return count
+
+
+def _normalize(x: Tensor, measured: int, weight: Tensor | None, bias: Tensor | None, statistic: Statistic) -> Tensor:
+    part = x[..., :measured]
+    _, scale, _ = statistic.measure(part, _SUPPORT.split(part.shape))
+    assert scale is not None
+    return Affine("d").apply(x / scale, _SUPPORT.split(x.shape), weight, bias).to(x.dtype)
+
+
+CARD = Card(
+    name="partial_rms_norm",
+    title="Partial root mean square normalization (pRMSNorm)",
+    kind="activation",
+    word="",
+    normalized_over="each sample or token, over the first of its features",
+    formula="y = weight * x / (sqrt(E[x_1^2 .. x_k^2]) + eps)",
+    paper=Paper(
+        "Zhang, Biao and Sennrich, Rico",
+        "Root Mean Square Layer Normalization",
+        2019,
+        "https://arxiv.org/abs/1910.07467",
+    ),
+    use_cases="where the reduction itself is what costs",
+    strengths="as good as RMS normalization in the paper's tasks, measuring 6.25 % of the features",
+    weaknesses="seldom faster in practice, as reading the rest costs the same; noisy where features are few or unlike",
+    module=PartialRMSNorm,
+    functional=partial_rms_norm,
+    make=lambda features: PartialRMSNorm(features, fraction=0.5),
+    layout="* d",
+    invariances=frozenset({"weight scale", "data scale", "sample scale"}),
+)

@@ -1,0 +1,136 @@
+"""ScaleNorm: each token to one learned length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support, show
+from normkit.engine.dispatch import Backend, run
+from normkit.engine.layer import Layer
+
+
+def scale_norm_rule(eps: float = 1e-5) -> Rule:
+    """ScaleNorm as data.
+
+    >>> scale_norm_rule().formula()
+    'y = weight * x / max(|x|, eps) + bias'
+    """
+    return Rule(Support("* d", over="d"), Statistic(None, "norm", eps, "floor"), Affine(""))
+
+
+class ScaleNorm(Layer, nn.Module):
+    """Divide each token by its Euclidean norm and multiply it by one learned scalar.
+
+    y = weight * x / max(|x|, eps), the same in training and evaluation. With weight sqrt(D), where it starts, it is RMS
+    normalization with one gain for all features. The published code gives each place in the network a scalar of its own;
+    pass another's ``weight`` to share it, as the paper's text has it.
+
+    Args:
+        features: D.
+        eps: floor of the norm. Default: 1e-5.
+        weight: the scalar parameter of another ScaleNorm, to share; None for one of its own, from sqrt(D). Default: None.
+        device: of the parameter.
+        dtype: of the parameter.
+
+    Shape:
+        (*, D) to the same.
+
+    Raises:
+        ShapeError: x has other features.
+        OptionError: the weight to share is not a scalar.
+
+    Reference:
+        Nguyen and Salazar, "Transformers without Tears" (2019), https://arxiv.org/abs/1910.05895.
+
+    >>> ScaleNorm(4)(torch.tensor([[0.0, 3.0, 0.0, 4.0]])).detach()
+    tensor([[0.0000, 1.2000, 0.0000, 1.6000]])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        eps: float = 1e-5,
+        *,
+        weight: nn.Parameter | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if weight is not None and weight.dim() != 0:
+            raise OptionError(
+                f"ScaleNorm: weight= of shape {show(weight.shape)}; wanted another ScaleNorm's, a scalar parameter"
+            )
+        self.features, self.eps = features, eps
+        self.register_parameter("bias", None)
+        if weight is None:
+            self.weight = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+            self.reset_parameters()
+        else:
+            self.weight = weight
+        _ = self.rule  # made now, so that a compiler finds it ready
+
+    def reset_parameters(self) -> None:
+        """Give the weight its first value, also where it is shared."""
+        if self.weight is not None:
+            nn.init.constant_(self.weight, self.features**0.5)
+
+    def make_rule(self) -> Rule:
+        return scale_norm_rule(self.eps)
+
+    def check(self, input: Tensor) -> None:
+        if input.dim() < 1 or input.shape[-1] != self.features:
+            raise ShapeError(
+                f"ScaleNorm: got an input of {show(input.shape)}, wanted one that ends in features={self.features}"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, eps={self.eps}"
+
+
+def scale_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """ScaleNorm as a function of a scalar weight; without, each token gets the length 1; see ScaleNorm.
+
+    >>> scale_norm(torch.tensor([[3.0, 4.0]]))
+    tensor([[0.6000, 0.8000]])
+    """
+    return run(scale_norm_rule(eps), x, weight, mask=mask, backend=backend)
+
+
+CARD = Card(
+    name="scale_norm",
+    title="ScaleNorm",
+    kind="activation",
+    word="",
+    normalized_over="each sample or token, over its features, to one learned length",
+    formula="y = g * x / max(|x|, eps)",
+    paper=Paper(
+        "Nguyen, Toan Q. and Salazar, Julian",
+        "Transformers without Tears: Improving the Normalization of Self-Attention",
+        2019,
+        "https://arxiv.org/abs/1910.05895",
+    ),
+    use_cases="transformers for translation with little data, with the norm before each branch",
+    strengths="one parameter; cheaper than layer normalization; all tokens on one sphere",
+    weaknesses="no gain for each feature; leaves the mean",
+    module=ScaleNorm,
+    functional=scale_norm,
+    make=ScaleNorm,
+    rule=scale_norm_rule(),
+    layout="* d",
+    invariances=frozenset({"weight scale", "data scale", "sample scale"}),
+)
