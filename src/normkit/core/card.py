@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.errors import NotationError
 from normkit.core.rule import Rule
@@ -55,10 +55,11 @@ class Card:
         use_cases: where it is the usual choice.
         strengths: what speaks for it.
         weaknesses: what speaks against it.
-        module: the class (activations) or parametrization (weights).
+        module: the class (activations, inputs), the parametrization (weights) or what acts on gradients, a module or not.
         functional: the stateless function.
         make: ``make(channels)`` gives a small module for an input of the rule's layout (activations); ``make(layer)`` puts the
-            method on a layer and returns it (weights).
+            method on a layer and returns it (weights); ``make(features)`` gives a module that is not fitted yet (inputs);
+            ``make(model)`` gives what acts on the gradients of a model (gradients).
         rule: the method as data, or None where it is not one rule.
         layout: what an activation layer takes: ``"n c *"`` channels first, or ``"* d"`` features last.
         extra: the other inputs of forward, given an example of the first; for layers that are conditioned on something.
@@ -69,6 +70,8 @@ class Card:
         exact_gradient: the backward pass is the derivative of the training output; False where the method holds something
             constant on purpose that depends on the input.
         foldable: it can be baked into the weights for inference.
+        invertible: what goes in can be had back from what comes out (inputs).
+        streams: its statistics can be measured batch by batch, exactly (inputs).
         invariances: changes of a linear layer's weight or data that leave the layer's normalized output as it was.
     """
 
@@ -82,9 +85,9 @@ class Card:
     use_cases: str
     strengths: str
     weaknesses: str
-    module: type[nn.Module]
+    module: type[Any]
     functional: Callable[..., Any]
-    make: Callable[..., nn.Module]
+    make: Callable[..., Any]
     rule: Rule | None = None
     layout: Literal["n c *", "* d"] = "n c *"
     extra: Callable[[Tensor], tuple[Any, ...]] | None = None
@@ -94,6 +97,8 @@ class Card:
     train_equals_eval: bool = True
     exact_gradient: bool = True
     foldable: bool = False
+    invertible: bool = False
+    streams: bool = False
     invariances: frozenset[Invariance] = frozenset()
 
     def __post_init__(self) -> None:
