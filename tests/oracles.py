@@ -10,6 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from batch_oracles import BATCH_ORACLES
 from layer_oracles import LAYER_ORACLES
 from normkit.core.rule import Rule
 from normkit.core.support import Support
@@ -98,7 +99,7 @@ def _center_and_scale(rule: Rule, values: list[float]) -> tuple[float, float]:
 
 # For a method that is not one rule: its training output, given the layer (for its parameters and buffers) and its inputs,
 # by loops or formulas of the paper, and by none of the code that it judges.
-ORACLES: dict[str, Callable[..., Tensor]] = {**LAYER_ORACLES}
+ORACLES: dict[str, Callable[..., Tensor]] = {**BATCH_ORACLES, **LAYER_ORACLES}
 
 
 def _local_response_norm(made, x: Tensor) -> Tensor:
@@ -138,4 +139,81 @@ ORACLES |= {
     "global_response_norm": _global_response_norm,
     "adaptive_instance_norm": _adaptive_instance_norm,
     "dynamic_tanh": _dynamic_tanh,
+}
+
+
+def _window(at: int, size: int | None, extent: int) -> range:
+    return range(extent) if size is None else range(max(0, at - size // 2), min(extent, at + size - size // 2))
+
+
+def _local_contrast_norm(made, x: Tensor) -> Tensor:
+    samples, channels, positions = x.shape
+    square = torch.empty_like(x)
+    for n, c, p in product(range(samples), range(channels), range(positions)):
+        around = [x[n, c, q].item() for q in _window(p, made.window, positions)]
+        square[n, c, p] = (x[n, c, p].item() - math.fsum(around) / len(around)) ** 2
+    y = torch.empty_like(x)
+    for n, c, p in product(range(samples), range(channels), range(positions)):
+        energy = math.fsum(square[n, j, p].item() for j in _window(c, made.size, channels))
+        y[n, c, p] = x[n, c, p].item() / (made.k + made.alpha * energy) ** made.beta
+    return y
+
+
+def _jarrett_contrast_norm(made, x: Tensor) -> Tensor:
+    samples, channels, positions = x.shape
+
+    def blurred(n: int, p: int, value: Callable[[float], float], of: Tensor) -> float:
+        inside = _window(p, made.window, positions)
+        weights = [math.exp(-((q - p) ** 2) / (2 * made.sigma**2)) for q in inside]
+        terms = [w * value(of[n, c, q].item()) for w, q in zip(weights, inside, strict=True) for c in range(channels)]
+        return math.fsum(terms) / (math.fsum(weights) * channels)
+
+    v, y = torch.empty_like(x), torch.empty_like(x)
+    for n, p in product(range(samples), range(positions)):
+        v[n, :, p] = x[n, :, p] - blurred(n, p, lambda value: value, x)
+    for n in range(samples):
+        contrast = [math.sqrt(blurred(n, p, lambda value: value**2, v)) for p in range(positions)]
+        for p in range(positions):
+            y[n, :, p] = v[n, :, p] / max(contrast[p], math.fsum(contrast) / positions, made.eps)
+    return y
+
+
+def _divisive_norm(made, x: Tensor) -> Tensor:
+    def mean(field, of: Tensor) -> Tensor:
+        found = torch.empty_like(of)
+        for n, c, p in product(*map(range, of.shape)):
+            around = product(_window(c, field.channels, of.shape[1]), _window(p, field.positions, of.shape[2]))
+            values = [of[n, j, q].item() for j, q in around]
+            found[n, c, p] = math.fsum(values) / len(values)
+        return found
+
+    v = x - mean(made.summation, x)
+    normalized = v / (made.sigma**2 + mean(made.suppression, v**2)) ** 0.5
+    return made.weight[:, None] * normalized + made.bias[:, None]
+
+
+def _lyu_simoncelli_norm(made, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    for n, c, p in product(*map(range, x.shape)):
+        inside = _window(p, made.window, x.shape[2])
+        terms = [made.weight[c, q - p + made.window // 2].item() ** 2 * x[n, c, q].item() ** 2 for q in inside]
+        y[n, c, p] = x[n, c, p].item() / math.sqrt(made.bias[c].item() ** 2 + made.eps + math.fsum(terms))
+    return y
+
+
+def _heeger_norm(made, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    for n, c, p in product(*map(range, x.shape)):
+        drive = [max(x[n, k, p].item(), 0.0) ** made.exponent for k in range(x.shape[1])]
+        pool = math.fsum(made.weight[c, k].item() ** 2 * d for k, d in enumerate(drive))
+        y[n, c, p] = made.gain * drive[c] / (made.sigma**made.exponent + pool)
+    return y
+
+
+ORACLES |= {
+    "local_contrast_norm": _local_contrast_norm,
+    "jarrett_contrast_norm": _jarrett_contrast_norm,
+    "divisive_norm": _divisive_norm,
+    "lyu_simoncelli_norm": _lyu_simoncelli_norm,
+    "heeger_norm": _heeger_norm,
 }

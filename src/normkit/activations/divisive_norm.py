@@ -1,0 +1,365 @@
+"""Divisive normalization: each response divided by the pooled activity around it, in its published forms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.moments import accumulation_dtype
+from normkit.core.support import show
+from normkit.core.window import sliding_mean
+from normkit.engine.layer import check_channels
+
+
+@dataclass(frozen=True)
+class Field:
+    """The surroundings of an element: a window of channels and of positions around it, cut off at the borders.
+
+    Args:
+        channels: size of the window of channels; None for all.
+        positions: size of the window along each spatial axis; None for all.
+        samples: whether the field takes in the whole batch.
+    """
+
+    channels: int | None = None
+    positions: int | None = None
+    samples: bool = False
+
+    def __post_init__(self) -> None:
+        for name, size in (("channels", self.channels), ("positions", self.positions)):
+            if size is not None and size < 1:
+                raise OptionError(f"Field: {name}={size}; wanted a whole number from 1, or None for all")
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over the field of each element of (N, C, *); broadcasts over it."""
+        windows = [(1, self.channels), *((dim, self.positions) for dim in range(2, x.dim()))]
+        return sliding_mean(x, [(0, None), *windows] if self.samples else windows)
+
+    def deviations(self, x: Tensor) -> Tensor:
+        """Each element of (N, C, *) less the mean of its field."""
+        # A common mean cancels; without it small deviations keep their digits beside a large mean.
+        rest = x - x.mean(tuple(range(0 if self.samples else 1, x.dim())), keepdim=True)
+        return rest - self.mean(rest)
+
+
+class DivisiveNorm(nn.Module):
+    """Subtract the mean of one field around each element and divide by the deviation over another.
+
+    v = x - E_A[x], y = weight * v / sqrt(sigma^2 + E_B[v^2]) + bias. One formula with many members: with A and B all channels
+    and positions it is layer normalization, with one channel and all positions instance normalization, with the whole batch
+    besides batch normalization in training, each with sigma^2 for eps; with windows it is the local divisive normalization of
+    neuroscience. The same in training and evaluation: a field over the batch has no running averages.
+
+    The paper also adds a penalty on |v|, which makes responses sparse: ``centered(x).abs().mean()`` times a small factor.
+
+    Args:
+        num_channels: channels C.
+        summation: the field A. Default: all channels, 5 positions along each axis.
+        suppression: the field B. Default: the same.
+        sigma: keeps the divisor from zero, in units of the input. Default: 1.
+        affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, C, *) to the same.
+
+    Raises:
+        ShapeError: other channels than ``num_channels``.
+        OptionError: sigma is not above 0.
+
+    Reference:
+        Ren, Liao, Urtasun, Sinz, Zemel, "Normalizing the Normalizers" (2017), https://arxiv.org/abs/1611.04520.
+
+    >>> norm = DivisiveNorm(1, Field(1, 3), Field(1, 3), sigma=0.1)
+    >>> norm(torch.tensor([[[1.0, 2.0, 9.0]]])).detach()
+    tensor([[[-0.3422, -0.8520,  1.2271]]])
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_channels: int,
+        summation: Field | None = None,
+        suppression: Field | None = None,
+        sigma: float = 1.0,
+        affine: bool = True,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if not sigma > 0:
+            raise OptionError(f"DivisiveNorm: sigma={sigma}; wanted a number above 0")
+        self.num_channels, self.sigma = num_channels, sigma
+        self.summation, self.suppression = summation or Field(None, 5), suppression or Field(None, 5)
+        for name in ("weight", "bias"):
+            empty = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype)) if affine else None
+            self.register_parameter(name, empty)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight to 1 and the bias to 0."""
+        for parameter, start in ((self.weight, 1.0), (self.bias, 0.0)):
+            if parameter is not None:
+                nn.init.constant_(parameter, start)
+
+    def centered(self, input: Tensor) -> Tensor:
+        """The input less the mean of its summation field: what the paper's penalty is on."""
+        return self.summation.deviations(_wide("DivisiveNorm", input)).to(input.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        check_channels("DivisiveNorm", input, self.num_channels, "num_channels", "n c *")
+        return divisive_norm(input, self.summation, self.suppression, self.sigma, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels}, summation={self.summation}, suppression={self.suppression}, sigma={self.sigma}"
+
+
+def divisive_norm(
+    x: Tensor,
+    summation: Field | None = None,
+    suppression: Field | None = None,
+    sigma: float = 1.0,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Divisive normalization with a summation and a suppression field as a function; see DivisiveNorm.
+
+    >>> divisive_norm(torch.tensor([[[1.0, 2.0, 9.0]]]), Field(1, 3), Field(1, 3), sigma=0.1)
+    tensor([[[-0.3422, -0.8520,  1.2271]]])
+    """
+    wide = _wide("divisive_norm", x)
+    v = (summation or Field(None, 5)).deviations(wide)
+    y = v * ((suppression or Field(None, 5)).mean(v.square()) + sigma**2).rsqrt()
+    if weight is not None:
+        y = y * _per_channel(weight, y)
+    if bias is not None:
+        y = y + _per_channel(bias, y)
+    return y.to(x.dtype)
+
+
+class LyuSimoncelliNorm(nn.Module):
+    """Divide each element by the root of a learned weighted energy of its neighbours in space.
+
+    y = x / sqrt(b + sum_j w_j x_j^2), j over the positions around it in the same channel. The weights of a channel are a product
+    of one profile along each spatial axis; b and w are squares of the parameters ``bias`` and ``weight``, so they stay positive.
+    It makes the responses of natural images nearly Gaussian. The same in training and evaluation.
+
+    Args:
+        num_channels: channels C.
+        window: positions along each spatial axis, odd. Default: 3.
+        eps: added to b. Default: 1e-6.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, C, *) to the same.
+
+    Raises:
+        ShapeError: other channels than ``num_channels``.
+        OptionError: the window is even.
+
+    Reference:
+        Lyu and Simoncelli, "Nonlinear Image Representation Using Divisive Normalization" (2008),
+        https://doi.org/10.1109/CVPR.2008.4587821.
+
+    >>> LyuSimoncelliNorm(1)(torch.tensor([[[0.0, 3.0, 0.0]]])).detach()
+    tensor([[[0.0000, 1.5000, 0.0000]]])
+    """
+
+    def __init__(
+        self, num_channels: int, window: int = 3, eps: float = 1e-6, *, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        if window < 1 or window % 2 == 0:
+            raise OptionError(f"LyuSimoncelliNorm: window={window}; wanted an odd number of positions")
+        self.num_channels, self.window, self.eps = num_channels, window, eps
+        self.weight = nn.Parameter(torch.empty(num_channels, window, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set b to 1 and the weights along an axis to 1 / window."""
+        nn.init.constant_(self.weight, self.window**-0.5)
+        nn.init.ones_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        check_channels("LyuSimoncelliNorm", input, self.num_channels, "num_channels", "n c *")
+        wide = accumulation_dtype(input.dtype)
+        return lyu_simoncelli_norm(input, self.weight.to(wide).square(), self.bias.to(wide).square() + self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels}, window={self.window}, eps={self.eps}"
+
+
+def lyu_simoncelli_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Divide by sqrt(bias + sum_j weight_j x_j^2): a profile of odd length for each channel, and a bias above 0.
+
+    >>> lyu_simoncelli_norm(torch.tensor([[[0.0, 3.0, 1.0]]]), torch.full((1, 3), 1.0), torch.ones(1))
+    tensor([[[0.0000, 0.9045, 0.3015]]])
+    """
+    wide = _wide("lyu_simoncelli_norm", x)
+    energy, window = wide.square(), weight.shape[1]
+    for dim in range(2, x.dim()):
+        padded = F.pad(energy, [0, 0] * (x.dim() - 1 - dim) + [window // 2] * 2)
+        taps = [_per_channel(weight[:, k], x) * padded.narrow(dim, k, x.shape[dim]) for k in range(window)]
+        energy = sum(taps[1:], taps[0])
+    return (wide * (energy + _per_channel(bias, x)).rsqrt()).to(x.dtype)
+
+
+class HeegerNorm(nn.Module):
+    """Divide each rectified response, raised to a power, by the pooled activity of all channels at its position.
+
+    y_i = gain * d_i^p / (sigma^p + sum_k w_ik d_k^p), d = max(x, 0): the model of neurons in the visual cortex. The weights w are
+    squares of the parameter ``weight``, so they stay positive. The same in training and evaluation.
+
+    Args:
+        num_channels: channels C.
+        exponent: the power p, from 1. Default: 2.
+        sigma: the activity that halves the response, above 0. Default: 1.
+        gain: the largest response. Default: 1.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, C, *) to the same.
+
+    Raises:
+        ShapeError: other channels than ``num_channels``.
+        OptionError: exponent below 1, or sigma not above 0.
+
+    Reference:
+        Heeger, "Normalization of Cell Responses in Cat Striate Cortex" (1992), https://doi.org/10.1017/S0952523800009640.
+
+    >>> HeegerNorm(2)(torch.tensor([[2.0, -3.0]])).detach()
+    tensor([[1.3333, 0.0000]])
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        exponent: float = 2.0,
+        sigma: float = 1.0,
+        gain: float = 1.0,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if not (exponent >= 1 and sigma > 0):
+            raise OptionError(f"HeegerNorm: exponent={exponent}, sigma={sigma}; wanted from 1, and above 0")
+        self.num_channels, self.exponent, self.sigma, self.gain = num_channels, exponent, sigma, gain
+        self.weight = nn.Parameter(torch.empty(num_channels, num_channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set every weight to 1 / C: the mean activity."""
+        nn.init.constant_(self.weight, self.num_channels**-0.5)
+
+    def forward(self, input: Tensor) -> Tensor:
+        check_channels("HeegerNorm", input, self.num_channels, "num_channels", "n c *")
+        weight = self.weight.to(accumulation_dtype(input.dtype)).square()
+        return heeger_norm(input, weight, self.exponent, self.sigma, self.gain)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels}, exponent={self.exponent}, sigma={self.sigma}, gain={self.gain}"
+
+
+def heeger_norm(x: Tensor, weight: Tensor, exponent: float = 2.0, sigma: float = 1.0, gain: float = 1.0) -> Tensor:
+    """Heeger's normalization with weights of shape (C, C), row i for channel i's pool; see HeegerNorm.
+
+    >>> heeger_norm(torch.tensor([[2.0, -3.0]]), torch.full((2, 2), 0.5))
+    tensor([[1.3333, 0.0000]])
+    """
+    wide = _wide("heeger_norm", x)
+    active = wide > 0
+    # The inner one keeps derivatives of the power finite where nothing is active.
+    drive = torch.where(active, torch.where(active, wide, 1.0).pow(exponent), 0.0)
+    pool = F.linear(drive.movedim(1, -1), weight.to(wide.dtype)).movedim(-1, 1)
+    return (gain * drive / (pool + sigma**exponent)).to(x.dtype)
+
+
+def _wide(who: str, x: Tensor) -> Tensor:
+    wide = x.to(accumulation_dtype(x.dtype))
+    if x.dim() < 2:
+        raise ShapeError(f"{who}: got an input of {x.dim()} axes ({show(x.shape)}), wanted at least 2: n c *")
+    return wide
+
+
+def _per_channel(parameter: Tensor, x: Tensor) -> Tensor:
+    """A view that broadcasts over (N, C, *), in its accumulation dtype."""
+    return parameter.to(accumulation_dtype(x.dtype)).view([-1] + [1] * (x.dim() - 2))
+
+
+CARD = Card(
+    name="divisive_norm",
+    title="Divisive normalization",
+    kind="activation",
+    word="",
+    normalized_over="each element, over a field of channels and positions around it",
+    formula="y = weight * v / sqrt(sigma^2 + E_B[v^2]) + bias,  v = x - E_A[x]",
+    paper=Paper(
+        "Ren, Mengye and Liao, Renjie and Urtasun, Raquel and Sinz, Fabian H. and Zemel, Richard S.",
+        "Normalizing the Normalizers: Comparing and Extending Network Normalization Schemes",
+        2017,
+        "https://arxiv.org/abs/1611.04520",
+    ),
+    use_cases="image restoration, recurrent networks; models of the visual system",
+    strengths="batch, layer, instance and local normalization are its members; sigma is a threshold one can choose",
+    weaknesses="windows cost several passes; sigma breaks the invariance to scale",
+    module=DivisiveNorm,
+    functional=divisive_norm,
+    make=lambda channels: DivisiveNorm(channels, Field(1, 3), Field(None, 3)),
+    invariances=frozenset({"data shift"}),
+)
+
+CARD_LYU_SIMONCELLI = Card(
+    name="lyu_simoncelli_norm",
+    title="Divisive normalization of Lyu and Simoncelli",
+    kind="activation",
+    word="",
+    normalized_over="each element, over a weighted window of positions in its channel, without centring",
+    formula="y = x / sqrt(b + sum_j w_j x_j^2)",
+    paper=Paper(
+        "Lyu, Siwei and Simoncelli, Eero P.",
+        "Nonlinear Image Representation Using Divisive Normalization",
+        2008,
+        "https://doi.org/10.1109/CVPR.2008.4587821",
+    ),
+    use_cases="representations of natural images; restoration and quality measures",
+    strengths="takes the dependence between neighbouring responses out; can be inverted",
+    weaknesses="bounds responses without fixing their scale",
+    module=LyuSimoncelliNorm,
+    functional=lyu_simoncelli_norm,
+    make=LyuSimoncelliNorm,
+)
+
+CARD_HEEGER = Card(
+    name="heeger_norm",
+    title="Divisive normalization of Heeger",
+    kind="activation",
+    word="",
+    normalized_over="each position, over a weighted pool of its channels, without centring",
+    formula="y_i = gain * d_i^p / (sigma^p + sum_k w_ik d_k^p),  d = max(x, 0)",
+    paper=Paper(
+        "Heeger, David J.",
+        "Normalization of Cell Responses in Cat Striate Cortex",
+        1992,
+        "https://doi.org/10.1017/S0952523800009640",
+    ),
+    use_cases="models of the visual system",
+    strengths="responses saturate at the gain whatever the contrast; explains masking between neurons",
+    weaknesses="rectifies; a network on top sees ratios of activities alone",
+    module=HeegerNorm,
+    functional=heeger_norm,
+    make=HeegerNorm,
+)

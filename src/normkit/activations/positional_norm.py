@@ -1,0 +1,148 @@
+"""Positional normalization: each position over its channels, with the moments handed on to a later layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.moments import moments
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support
+from normkit.engine.dispatch import Backend, run
+from normkit.engine.layer import Layer, check_several
+
+_SUPPORT = Support("n c *", over="c")
+
+
+class PositionalMoments(NamedTuple):
+    """What positional normalization took out: mean and deviation of each position, with one channel."""
+
+    mean: Tensor
+    deviation: Tensor
+
+
+def positional_norm_rule(eps: float = 1e-5, correction: int = 1) -> Rule:
+    """Positional normalization as data.
+
+    >>> print(positional_norm_rule().support)
+    Support("n c *", over="c")
+    """
+    return Rule(_SUPPORT, Statistic("mean", "std", eps, correction=correction))
+
+
+class PositionalNorm(Layer, nn.Module):
+    """Normalize each position of each sample over its channels, without learned parameters.
+
+    y = (x - E[x]) / sqrt(Var[x] + eps), where the authors take the unbiased variance. The mean and the deviation of each
+    position are a picture of the input's structure; ``moments(x)`` gives them, and ``moment_shortcut`` puts them into a later
+    layer, as a decoder's. With ``correction=0`` it is layer normalization over the channels, without weight and bias.
+
+    Args:
+        eps: added to the variance. Default: 1e-5.
+        correction: 1 divides the variance by C - 1, 0 by C. Default: 1.
+
+    Shape:
+        (N, C, *) to the same.
+
+    Raises:
+        ShapeError: an input of one channel.
+
+    Reference:
+        Li, Wu, Weinberger, Belongie, "Positional Normalization" (2019), https://arxiv.org/abs/1907.04312.
+
+    >>> PositionalNorm()(torch.tensor([[[1.0], [2.0], [3.0]]])).view(3)
+    tensor([-1.0000,  0.0000,  1.0000])
+    """
+
+    def __init__(self, eps: float = 1e-5, correction: int = 1) -> None:
+        super().__init__()
+        self.eps, self.correction = eps, correction
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+        _ = self.rule  # refuses what does not go together now rather than at the first input
+
+    def make_rule(self) -> Rule:
+        return positional_norm_rule(self.eps, self.correction)
+
+    def check(self, input: Tensor) -> None:
+        check_several("PositionalNorm", input, _SUPPORT)
+
+    def moments(self, input: Tensor) -> PositionalMoments:
+        """The mean and the deviation of each position, as a moment shortcut takes them.
+
+        Args:
+            input: (N, C, *).
+
+        Returns:
+            Both of shape (N, 1, *), differentiable.
+        """
+        return positional_moments(input, self.eps, self.correction)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}, correction={self.correction}"
+
+
+def positional_norm(
+    x: Tensor,
+    eps: float = 1e-5,
+    correction: int = 1,
+    *,
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Positional normalization as a function; see PositionalNorm.
+
+    >>> positional_norm(torch.tensor([[[1.0], [2.0], [3.0]]])).view(3)
+    tensor([-1.0000,  0.0000,  1.0000])
+    """
+    check_several("positional_norm", x, _SUPPORT)
+    return run(positional_norm_rule(eps, correction), x, mask=mask, backend=backend)
+
+
+def positional_moments(x: Tensor, eps: float = 1e-5, correction: int = 1) -> PositionalMoments:
+    """Mean and deviation sqrt(Var + eps) of each position over the channels.
+
+    >>> positional_moments(torch.tensor([[1.0, 2.0, 3.0]]), eps=0.0)
+    PositionalMoments(mean=tensor([[2.]]), deviation=tensor([[1.]]))
+    """
+    check_several("positional_moments", x, _SUPPORT)
+    found = moments(x, (1,))
+    var = found.unbiased() if correction else found.var
+    return PositionalMoments(found.mean, (var + eps).sqrt())
+
+
+def moment_shortcut(x: Tensor, moments: PositionalMoments) -> Tensor:
+    """Put moments that were taken out of an earlier layer into a later one: deviation * x + mean.
+
+    >>> moment_shortcut(torch.tensor([[-1.0, 1.0]]), PositionalMoments(torch.tensor([[2.0]]), torch.tensor([[3.0]])))
+    tensor([[-1.,  5.]])
+    """
+    return torch.addcmul(moments.mean, x.to(moments.mean.dtype), moments.deviation).to(x.dtype)
+
+
+CARD = Card(
+    name="positional_norm",
+    title="Positional normalization",
+    kind="activation",
+    word="",
+    normalized_over="each sample and position, over its channels",
+    formula=positional_norm_rule().formula(),
+    paper=Paper(
+        "Li, Boyi and Wu, Felix and Weinberger, Kilian Q. and Belongie, Serge",
+        "Positional Normalization",
+        2019,
+        "https://arxiv.org/abs/1907.04312",
+    ),
+    use_cases="generative networks with an encoder and a decoder: the moments carry structure across",
+    strengths="independent of the batch and of other positions; its moments are used, not thrown away",
+    weaknesses="takes the strength of features at each position out of the path it stands in",
+    module=PositionalNorm,
+    functional=positional_norm,
+    make=lambda channels: PositionalNorm(),
+    rule=positional_norm_rule(),
+    invariances=frozenset({"weight scale", "weight shift", "data scale", "sample scale"}),
+)
