@@ -1,0 +1,298 @@
+"""Batch renormalization: batch normalization corrected towards its running statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.errors import OptionError
+from normkit.core.memory import Running, RunningStatistics
+from normkit.core.moments import accumulation_dtype
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support, place
+from normkit.engine.dispatch import Backend
+from normkit.engine.layer import Layer, check_channels, check_several
+from normkit.engine.measured import measuring, run_measured
+
+_AFFINE = Affine("c")
+_SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
+
+
+@dataclass(frozen=True)
+class RenormSchedule:
+    """How far the correction may go, by the number of training steps.
+
+    r_max rises from 1 and d_max from 0, both at step ``start``, linearly to their last values at ``r_end`` and ``d_end``. The
+    defaults are the paper's, for a run of some 100,000 steps.
+
+    Args:
+        r_max: last bound of the scale, which stays within 1 / r_max and r_max. Default: 3.
+        d_max: last bound of the shift. Default: 5.
+        start: steps of plain batch normalization. Default: 5000.
+        r_end: step at which r_max is reached. Default: 40000.
+        d_end: step at which d_max is reached. Default: 25000.
+
+    Raises:
+        OptionError: r_max below 1, d_max below 0, or an end before the start.
+
+    Reference:
+        Ioffe, "Batch Renormalization" (2017), https://arxiv.org/abs/1702.03275, section 4.
+
+    >>> RenormSchedule()(15000)
+    (1.5714285714285714, 2.5)
+    """
+
+    r_max: float = 3.0
+    d_max: float = 5.0
+    start: int = 5000
+    r_end: int = 40000
+    d_end: int = 25000
+
+    def __post_init__(self) -> None:
+        if not (self.r_max >= 1 and self.d_max >= 0 and 0 <= self.start <= min(self.r_end, self.d_end)):
+            raise OptionError(f"{self}: wanted r_max >= 1, d_max >= 0 and 0 <= start <= r_end and d_end")
+
+    @classmethod
+    def constant(cls, r_max: float = 3.0, d_max: float = 5.0) -> RenormSchedule:
+        """The same bounds at every step.
+
+        >>> RenormSchedule.constant(3, 5)(0)
+        (3.0, 5.0)
+        """
+        return cls(r_max, d_max, 0, 0, 0)
+
+    @classmethod
+    def over(cls, steps: int, r_max: float = 3.0, d_max: float = 5.0) -> RenormSchedule:
+        """For a run of so many steps: start at a tenth, d_max at a half, r_max at eight tenths.
+
+        >>> RenormSchedule.over(1000)
+        RenormSchedule(r_max=3.0, d_max=5.0, start=100, r_end=800, d_end=500)
+        """
+        return cls(r_max, d_max, round(0.1 * steps), round(0.8 * steps), round(0.5 * steps))
+
+    def __call__(self, step: Any) -> tuple[Any, Any]:
+        """The bounds r_max and d_max at a step, given as a number or a tensor."""
+        return 1 + (self.r_max - 1) * self._share(step, self.r_end), self.d_max * self._share(step, self.d_end)
+
+    def _share(self, step: Any, end: int) -> Any:
+        if self.start == end:
+            return (step >= end) * 1.0
+        share = (step - self.start) / (end - self.start)
+        return share.clamp(0, 1) if isinstance(share, Tensor) else min(max(share, 0.0), 1.0)
+
+
+class BatchRenorm(Layer, nn.Module):
+    """Normalize each channel over batch and positions, then move it within bounds to what running statistics would give.
+
+    In training, with the batch's mean m and deviation s = sqrt(Var[x] + eps) and the running ones M and S before this batch,
+
+        y = weight * ((x - m) / s * r + d) + bias,    r = clip(s / S, 1 / r_max, r_max),    d = clip((m - M) / S, -d_max, d_max)
+
+    where r and d are held constant in the backward pass. Where nothing is clipped, that is exactly y = weight * (x - M) / S +
+    bias, which is what evaluation computes: training and inference agree, also for small or correlated batches. Bounds of 1 and
+    0 give batch normalization. M and S (the deviation, not the variance) are running averages. A state_dict of batch
+    normalization can be loaded.
+
+    Args:
+        num_features: channels C.
+        eps: added to the variance. Default: 1e-5; the paper has 1e-3.
+        momentum: weight of the new value in the running averages. Default: 0.01.
+        affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
+        schedule: the bounds by the number of training steps. Default: the paper's, RenormSchedule().
+        bias: False leaves the bias out. Default: True.
+        layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, C, *) or, with channels last, (N, *, C), to the same. N may be 0.
+
+    Raises:
+        ShapeError: other channels than ``num_features``, or one value per channel in training.
+        OptionError: another layout, or a momentum that is not from 0 to 1.
+
+    Reference:
+        Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models" (2017),
+        https://arxiv.org/abs/1702.03275.
+
+    >>> norm = BatchRenorm(1, schedule=RenormSchedule.constant(r_max=2, d_max=5))
+    >>> norm(torch.tensor([[1.0], [5.0]])).detach().T  # the deviation is 2, the running one 1: r = 2, d = 3
+    tensor([[1.0000, 5.0000]])
+    """
+
+    running_std: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.01,
+        affine: bool = True,
+        schedule: RenormSchedule | None = None,
+        *,
+        bias: bool = True,
+        layout: str = "n c *",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= momentum <= 1:
+            raise OptionError(f"BatchRenorm: momentum={momentum}; wanted a number from 0 to 1")
+        self.num_features, self.eps, self.momentum, self.affine, self.layout = (
+            num_features,
+            eps,
+            momentum,
+            affine,
+            layout,
+        )
+        self.schedule = schedule or RenormSchedule()
+        kind = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.ones(num_features, **kind)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features, **kind)) if affine and bias else None
+        self.register_buffer("running_mean", torch.zeros(num_features, **kind))
+        self.register_buffer("running_std", torch.ones(num_features, **kind))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
+        _ = self.rule  # refuses what does not go together now rather than at the first input
+
+    def make_rule(self) -> Rule:
+        self._memory = Running(self.momentum)
+        return _rule(self.eps, self.layout)
+
+    def reset_parameters(self) -> None:
+        """Start again: weight 1, bias 0, running mean 0 and deviation 1, no steps."""
+        for tensor, value in ((self.weight, 1), (self.bias, 0), (self.running_mean, 0), (self.running_std, 1)):
+            if tensor is not None:
+                nn.init.constant_(tensor, value)
+        self._running()[2].zero_()
+
+    def _running(self) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.running_mean is not None
+        assert self.num_batches_tracked is not None
+        return self.running_mean, self.running_std, self.num_batches_tracked
+
+    def check(self, input: Tensor) -> None:
+        check_channels("BatchRenorm", input, self.num_features, "num_features", self.layout)
+        if self.training:
+            check_several("BatchRenorm", input, self.rule.support)
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.check(input)
+        rule, running = self.rule, RunningStatistics(*self._running())
+        steps = self._running()[2].to(accumulation_dtype(self.running_std.dtype))
+        bounds = self.schedule(steps) if self.training else None
+        return _renormalize(rule, self._memory, input, running, self.weight, self.bias, bounds, mask, self.backend)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        var = state_dict.get(f"{prefix}running_var")
+        if var is not None and f"{prefix}running_std" not in state_dict:  # batch normalization's
+            state_dict[f"{prefix}running_std"] = (state_dict.pop(f"{prefix}running_var") + self.eps).sqrt()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        text = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, {self.schedule}"
+        return text + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+
+
+def batch_renorm(
+    x: Tensor,
+    running_mean: Tensor,
+    running_std: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.01,
+    eps: float = 1e-5,
+    *,
+    bounds: tuple[float | Tensor, float | Tensor] = (3.0, 5.0),
+    batches: Tensor | None = None,
+    layout: str = "n c *",
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Batch renormalization as a function; in training it updates the running statistics and counts ``batches``.
+
+    ``bounds`` are r_max and d_max; ``running_std`` is a deviation. See BatchRenorm.
+
+    >>> batch_renorm(torch.tensor([[1.0], [5.0]]), torch.tensor([1.0]), torch.tensor([2.0])).T
+    tensor([[0., 2.]])
+    """
+    rule = _rule(eps, layout)
+    if training:
+        check_several("batch_renorm", x, rule.support)
+    statistics = RunningStatistics(running_mean, running_std, batches)
+    return _renormalize(
+        rule, Running(momentum), x, statistics, weight, bias, bounds if training else None, mask, backend
+    )
+
+
+def _rule(eps: float, layout: str) -> Rule:
+    if layout not in _SUPPORTS:
+        raise OptionError(f"BatchRenorm: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")
+    return measuring(Rule(_SUPPORTS[layout], Statistic("mean", "std", eps)))
+
+
+def _renormalize(
+    rule: Rule,
+    memory: Running,
+    x: Tensor,
+    running: RunningStatistics,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    bounds: tuple[float | Tensor, float | Tensor] | None,
+    mask: Tensor | None,
+    backend: Backend,
+) -> Tensor:
+    """In training where there are bounds; the second running statistic is the deviation."""
+    split = rule.support.split(x.shape)
+    wide = x.to(accumulation_dtype(x.dtype))
+    mean, std = (place(statistic.detach(), "c", split).to(wide.dtype) for statistic in running[:2])
+    if bounds is None:
+        y = (wide - mean) / std
+    else:
+        y, found = run_measured(rule, wide, mask=mask, backend=backend)
+        deviation = rule.statistic.guarded(found.var, power=2)
+        r_max, d_max = (torch.as_tensor(bound, dtype=std.dtype, device=std.device) for bound in bounds)
+        r = torch.clamp(deviation / std, 1 / r_max, r_max)
+        d = torch.clamp((found.mean - mean) / std, -d_max, d_max)
+        y = y * r + d
+        memory.blend(running, found.mean.reshape(-1), deviation.reshape(-1))
+    y = _AFFINE.apply(y, split, weight, bias)
+    return (y if mask is None else torch.where(mask, y, 0.0)).to(x.dtype)
+
+
+def _example(channels: int) -> BatchRenorm:
+    return BatchRenorm(channels, schedule=RenormSchedule.constant(1.5, 1.0))
+
+
+CARD = Card(
+    name="batch_renorm",
+    title="Batch renormalization",
+    kind="activation",
+    word="",
+    normalized_over="each channel, over the batch and all positions, then moved towards running statistics",
+    formula="y = weight * ((x - E[x]) / sqrt(Var[x] + eps) * r + d) + bias, r and d clipped",
+    paper=Paper(
+        "Ioffe, Sergey",
+        "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
+        2017,
+        "https://arxiv.org/abs/1702.03275",
+    ),
+    use_cases="batch normalization's networks with few samples a batch, or with batches that are not drawn independently",
+    strengths="training computes what inference does, once the bounds are wide; costs no more than batch normalization",
+    weaknesses="a schedule of bounds to choose; batches of a few samples still estimate poorly",
+    module=BatchRenorm,
+    functional=batch_renorm,
+    make=_example,
+    batch_dependent=True,
+    running_state=True,
+    train_equals_eval=False,
+    exact_gradient=False,
+    foldable=True,
+)
