@@ -5,6 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from normkit.activations.batch_norm import BatchNorm
+from normkit.activations.filter_response_norm import FilterResponseNorm
+from normkit.activations.ghost_batch_norm import GhostBatchNorm
+from normkit.activations.global_response_norm import GlobalResponseNorm
 from normkit.activations.group_norm import GroupNorm
 from normkit.activations.instance_norm import InstanceNorm
 from normkit.activations.layer_norm import LayerNorm
@@ -101,6 +104,16 @@ def test_a_norm_that_is_one_already_is_left():
     assert len(convert(nn.Sequential(nn.GroupNorm(2, 4)), "gn:4")) == 1
     assert len(convert(nn.Sequential(LayerNorm(4, over="c")), "ln")) == 1
     assert len(convert(nn.Sequential(nn.LayerNorm(4)), "ln:c")) == 0
+
+
+def test_a_norm_of_another_rule_is_not_the_plain_one():
+    model, x = nn.Sequential(GhostBatchNorm(4, 2), GlobalResponseNorm(4, layout="n c *")), torch.randn(4, 4, 3, 3)
+    wanted = model(x)
+    assert [row.name for row in convert(model, "bn")] == ["0"]  # response normalization stands beside norms
+    assert type(model[0]) is BatchNorm
+    assert not torch.allclose(model(x), wanted)
+    with pytest.raises(SurgeryError, match="FilterResponseNorm"):
+        convert(nn.Sequential(FilterResponseNorm(4)), "bn")
 
 
 def test_flags_and_hooks_are_kept():

@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from normkit.activations.batch_norm import BatchNorm
+from normkit.activations.group_norm import GroupNorm
+from normkit.activations.instance_norm import InstanceNorm
+from normkit.activations.layer_norm import LayerNorm
+from normkit.activations.rms_norm import RMSNorm
 from normkit.core.errors import SurgeryError
 from normkit.core.moments import accumulation_dtype
 from normkit.core.support import show
@@ -27,6 +32,7 @@ _BASES = {
     "layer_norm": nn.LayerNorm,
     "rms_norm": nn.RMSNorm,
 }
+_OURS = (BatchNorm, InstanceNorm, GroupNorm, LayerNorm, RMSNorm)
 _FORWARDS = [nn.SyncBatchNorm.forward, *(base.forward for base in _BASES.values())]
 
 
@@ -79,6 +85,8 @@ def is_norm(module: nn.Module) -> bool:
         return True
     if next(module.children(), None) is not None or "norm" not in type(module).__name__.lower():
         return False
+    if type(module).__module__.startswith("normkit.") and not isinstance(module, Layer):
+        return False  # stands beside a norm, as response normalization does
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     dims = [tensor.dim() for tensor in own if not is_lazy(tensor)]
     return max(dims, default=0) == 1
@@ -111,8 +119,10 @@ def read_norm(name: str, module: nn.Module) -> Norm:
         raise SurgeryError(f"{who}: it has hooks on its state_dict, made for its own class; remove them first")
     kind = next((kind for kind, base in _BASES.items() if isinstance(module, base)), None)
     forward = type(module).forward
-    if kind is not None and (forward in _FORWARDS or forward.__module__.startswith("normkit.")):
-        return _known(kind, module, who)
+    ours = forward.__module__.startswith("normkit.")
+    if kind is not None and (forward in _FORWARDS or ours):
+        # Of another rule than the plain one, as in batches split into small ones: a kind of its own.
+        return _known(type(module).__name__ if ours and not isinstance(module, _OURS) else kind, module, who)
     if kind in ("batch_norm", "instance_norm"):
         raise SurgeryError(
             f"{who}: its class overrides forward, and what it adds would be lost; choose other layers with where="

@@ -196,8 +196,7 @@ def _weight(term: str, text: str) -> Weight:
 
 
 def _cards() -> list[Card]:
-    known = [module.CARD for module in (weight_standardization, weight_norm, spectral_norm, weight_conditioning)]
-    return [*known, *(card for card in METHODS if card.kind == "weight" and card not in known)]
+    return [card for card in METHODS if card.kind == "weight"]
 
 
 def _weight_cards() -> dict[str, Card]:

@@ -167,14 +167,14 @@ def _memory(norm: Norm, new: nn.Module) -> list[str]:
 
 
 def norm_cards() -> dict[str, Card]:
-    """The activation norms of the catalogue by word and by name; what is no single rule stands beside a norm, not for one."""
-    cards = [card for card in METHODS if card.kind == "activation" and card.rule is not None]
-    return {key: card for card in cards for key in (card.word, card.name, card.name.replace("_", "")) if key}
+    """The activation norms of the catalogue by word and by name; one without a word stands beside a norm, not for one."""
+    cards = [card for card in METHODS if card.kind == "activation" and card.word and card.rule is not None]
+    return {key: card for card in cards for key in (card.word, card.name, card.name.replace("_", ""))}
 
 
 def norm_words() -> list[str]:
     """The words of norms in recipes."""
-    return ["none", *dict.fromkeys(card.word or card.name for card in norm_cards().values())]
+    return ["none", *dict.fromkeys(card.word for card in norm_cards().values())]
 
 
 def norm_list() -> str:

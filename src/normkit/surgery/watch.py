@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 @dataclass
 class _Call:
     layer: nn.Module
-    output: Tensor  # kept alive, so that no other tensor takes its id
+    output: Tensor  # kept alive: another tensor must not take its id
 
 
 class Watch(TorchDispatchMode):
@@ -31,7 +31,7 @@ class Watch(TorchDispatchMode):
         self._scope: list[nn.Module] = []
         self._calls: dict[int, _Call] = {}
         self._readers: dict[int, set[int]] = {}
-        self._inputs: dict[int, list[int]] = {id(norm): [] for norm in self._norms}
+        self._inputs: dict[int, list[Any]] = {id(norm): [] for norm in self._norms}  # kept alive, like outputs
         self._ranks: dict[int, set[int]] = {id(layer): set() for layer in self._layers}
         for layer in self._layers:
             for parameter in layer.parameters(recurse=False):
@@ -64,7 +64,7 @@ class Watch(TorchDispatchMode):
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._scope.append(module)
         if id(module) in self._inputs:
-            self._inputs[id(module)] += [id(args[0]) if args else 0]
+            self._inputs[id(module)].append(args[0] if args else None)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._scope.pop()
@@ -75,7 +75,7 @@ class Watch(TorchDispatchMode):
 
     def layer_before(self, norm: nn.Module) -> tuple[nn.Module, int] | str:
         """The layer that feeds a norm and nothing else, with the rank of its output; or the reason why there is none."""
-        inputs = self._inputs[id(norm)]
+        inputs = [id(value) for value in self._inputs[id(norm)]]
         if not inputs:
             return "the example does not reach it"
         if any(key not in self._calls for key in inputs):
