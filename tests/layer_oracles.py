@@ -80,10 +80,26 @@ def partial_rms_norm(made: Any, x: Tensor) -> Tensor:
     return _tokens(x, token)
 
 
+def query_key_norm(made: Any, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    gain = made.q_norm.weight.item()
+
+    def token(n: int, token: Tensor) -> Tensor:
+        q, parts = token.tolist(), []
+        for k in key[n].tolist():
+            dot = math.fsum(a * b for a, b in zip(q, k, strict=True))
+            parts.append(math.exp(gain * dot / math.hypot(*q) / math.hypot(*k)))
+        return sum(
+            (part / math.fsum(parts) * v for part, v in zip(parts, value[n], strict=True)), torch.zeros_like(token)
+        )
+
+    return _tokens(x, token)
+
+
 LAYER_ORACLES: dict[str, Callable[..., Tensor]] = {
     "adaptive_layer_norm": adaptive_layer_norm,
     "adaptive_layer_norm_zero": adaptive_layer_norm_zero,
     "film": film,
     "fix_norm": fix_norm,
     "partial_rms_norm": partial_rms_norm,
+    "query_key_norm": query_key_norm,
 }

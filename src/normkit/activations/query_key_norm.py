@@ -1,0 +1,231 @@
+"""Query-key normalization: attention whose logits are bounded, as each query and key is normalized."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support, show
+from normkit.engine.dispatch import run
+from normkit.engine.layer import Layer
+
+Form = Literal["cosine", "rms", "layer"]
+
+
+def query_key_norm_rule(form: Form = "cosine", eps: float = 1e-6) -> Rule:
+    """What is done to queries and to keys, as data.
+
+    >>> query_key_norm_rule().formula()
+    'y = weight * x / max(|x|, eps) + bias'
+    >>> query_key_norm_rule("layer").formula()
+    'y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias'
+    """
+    if form not in ("cosine", "rms", "layer"):
+        raise OptionError(f"QueryKeyNorm: form={form!r}; wanted 'cosine', 'rms' or 'layer'")
+    statistic = {
+        "cosine": Statistic(None, "norm", eps, "floor"),
+        "rms": Statistic(None, "rms", eps),
+        "layer": Statistic("mean", "std", eps),
+    }[form]
+    return Rule(Support("* d", over="d"), statistic, Affine("" if form == "cosine" else "d"))
+
+
+class QueryKeyNorm(nn.Module):
+    """Scaled dot-product attention on normalized queries and keys.
+
+    ``"cosine"``, as published: softmax(g * q / |q| . k / |k|) v, where the learned scalar g takes the place of 1 / sqrt(D).
+    ``"rms"`` and ``"layer"``, as large models have it now: q and k each through RMS or layer normalization over the head's
+    features, with a weight each, then softmax(q . k / sqrt(D)) v. Where something must happen between the norm and the
+    attention, such as a rotary embedding, use ``normalize`` and attend yourself, with ``scale``.
+
+    Args:
+        features: D, of one head.
+        form: ``"cosine"``, ``"rms"`` or ``"layer"``. Default: "cosine".
+        length: L, the 97.5th percentile of the training sequences' lengths: g starts at log2(L^2 - L). Needed by the cosine
+            form, and by it alone.
+        eps: floor of the norm (cosine), else added under the root. Default: 1e-6.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        queries (*, L, D), keys (*, S, D), values (*, S, E), to (*, L, E).
+
+    Raises:
+        OptionError: another form, or the cosine form without a length of at least 2.
+        ShapeError: queries or keys have other features.
+
+    Reference:
+        Henry, Dachapally, Pawar, Chen, "Query-Key Normalization for Transformers" (2020), https://arxiv.org/abs/2010.04245;
+        layer normalization of both, Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters" (2023),
+        https://arxiv.org/abs/2302.05442.
+
+    >>> attention = QueryKeyNorm(2, length=2)
+    >>> q, k = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.1, 0.0], [0.0, 5.0]])
+    >>> attention(q, k, torch.eye(2)).detach()  # softmax of 1 * (1, 0)
+    tensor([[0.7311, 0.2689]])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        form: Form = "cosine",
+        *,
+        length: int | None = None,
+        eps: float = 1e-6,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        query_key_norm_rule(form, eps)
+        if (form == "cosine") != (length is not None) or (length is not None and length < 2):
+            raise OptionError(
+                f"QueryKeyNorm: form={form!r} with length={length}; wanted a length of at least 2 with the cosine form, "
+                "as its gain starts at log2(L^2 - L), and none with the others"
+            )
+        self.features, self.form, self.length = features, form, length
+        self.q_norm = _HeadNorm(features, form, eps, True, device, dtype)
+        self.k_norm = _HeadNorm(features, form, eps, form != "cosine", device, dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give the parameters their first values."""
+        self.q_norm.reset_parameters()
+        self.k_norm.reset_parameters()
+        if self.length is not None and self.q_norm.weight is not None:
+            nn.init.constant_(self.q_norm.weight, math.log2(self.length**2 - self.length))
+
+    @property
+    def scale(self) -> float:
+        """What the dot products of what ``normalize`` gives are multiplied by: 1 for cosines, else 1 / sqrt(D)."""
+        return 1.0 if self.form == "cosine" else self.features**-0.5
+
+    def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries, with the gain in them, and keys, ready for attention with ``scale``.
+
+        Args:
+            query: (*, D).
+            key: (*, D).
+
+        Returns:
+            Both in their own shape and dtype.
+        """
+        return self.q_norm(query), self.k_norm(key)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        *,
+        dropout: float = 0.0,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (*, L, D).
+            key: (*, S, D).
+            value: (*, S, E).
+            mask: boolean, True where a key may be attended to, or floating, added to the logits; broadcasts to (*, L, S).
+            dropout: probability of leaving out an attention weight, in training alone. Default: 0.
+            is_causal: each query sees the keys up to its own position. Default: False.
+
+        Returns:
+            (*, L, E).
+        """
+        query, key = self.normalize(query, key)
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, dropout if self.training else 0.0, is_causal, scale=self.scale
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, form={self.form!r}" + ("" if self.length is None else f", length={self.length}")
+
+
+class _HeadNorm(Layer, nn.Module):
+    def __init__(self, features: int, form: Form, eps: float, weighted: bool, device: Any, dtype: Any) -> None:
+        super().__init__()
+        self.features, self.eps = features, eps
+        self.form: Form = form
+        shape = () if form == "cosine" else (features,)
+        for name, wanted in (("weight", weighted), ("bias", form == "layer")):
+            made = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
+            self.register_parameter(name, made)
+        _ = self.rule  # made now, so that a compiler finds it ready
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def make_rule(self) -> Rule:
+        return query_key_norm_rule(self.form, self.eps)
+
+    def check(self, input: Tensor) -> None:
+        if input.dim() < 1 or input.shape[-1] != self.features:
+            raise ShapeError(
+                f"QueryKeyNorm: got queries or keys of {show(input.shape)}, wanted features={self.features} of one head last; "
+                "split the heads before, e.g. x.unflatten(-1, (heads, -1)).transpose(-2, -3)"
+            )
+
+
+def query_key_norm(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    *,
+    form: Form = "cosine",
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Normalized queries and keys as a function; the cosine form's weights are scalars; see QueryKeyNorm.
+
+    >>> query_key_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 5.0]]), torch.tensor(10.0))
+    (tensor([[6., 8.]]), tensor([[0., 1.]]))
+    """
+    rule = query_key_norm_rule(form, eps)
+    return run(rule, query, query_weight, query_bias), run(rule, key, key_weight, key_bias)
+
+
+def _example_key_and_value(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys that follow the queries, and values that do not, so that the output shows the attention weights."""
+    value = torch.linspace(-1, 1, x[0].numel() if len(x) else math.prod(x.shape[1:]), device=x.device)
+    return x.flip(1) + x, value.square().view(x.shape[1:]).expand(x.shape).to(x.dtype)
+
+
+CARD = Card(
+    name="query_key_norm",
+    title="Query-key normalization",
+    kind="activation",
+    word="",
+    normalized_over="each query and key of a head, over its features",
+    formula="softmax(g * q / |q| . k / |k|) v",
+    paper=Paper(
+        "Henry, Alex and Dachapally, Prudhvi Raj and Pawar, Shubham and Chen, Yuxuan",
+        "Query-Key Normalization for Transformers",
+        2020,
+        "https://arxiv.org/abs/2010.04245",
+    ),
+    use_cases="large transformers, where unbounded attention logits make training diverge",
+    strengths="bounded logits, so attention does not collapse to one key at large rates or scales",
+    weaknesses="two more reductions for each head; a network trained without can't take it over unchanged",
+    module=QueryKeyNorm,
+    functional=query_key_norm,
+    make=lambda features: QueryKeyNorm(features, length=5),
+    layout="* d",
+    extra=_example_key_and_value,
+    invariances=frozenset({"weight scale", "data scale", "sample scale"}),
+)
