@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -51,6 +51,7 @@ class Norm:
         option: number of groups of a group norm, ``over`` of a layer or RMS norm on channels first, else "".
         momentum: of running statistics.
         tracks: whether it keeps running statistics.
+        running: those of a batch norm by name: mean, variance, count.
         note: what was found out about it that its class does not say.
     """
 
@@ -64,6 +65,7 @@ class Norm:
     option: str = ""
     momentum: float | None = 0.1
     tracks: bool = False
+    running: dict[str, Tensor | None] = field(default_factory=dict)
     note: str = ""
 
     @property
@@ -164,6 +166,7 @@ def _known(kind: str, module: nn.Module, who: str) -> Norm:
         option=str(module.num_groups) if isinstance(module, nn.GroupNorm) else "",
         momentum=getattr(module, "momentum", 0.1),
         tracks=getattr(module, "running_mean", None) is not None,
+        running=dict(module._buffers) if isinstance(module, _BASES["batch_norm"]) else {},
     )
 
 

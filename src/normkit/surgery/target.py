@@ -161,6 +161,9 @@ def _carry(norm: Norm, new: nn.Module) -> list[str]:
 
 
 def _memory(norm: Norm, new: nn.Module) -> list[str]:
+    if isinstance(new, BatchNorm) and norm.tracks and set(new._buffers) <= set(norm.running):
+        new._buffers.update({name: norm.running[name] for name in new._buffers})
+        return []
     if isinstance(getattr(new, "running_mean", None), Tensor):
         return ["running statistics start anew: train before evaluation"]
     return ["running statistics dropped"] if norm.tracks else []
