@@ -61,7 +61,7 @@ def compare(
         str, typer.Option(help="32-true, bf16-mixed, 16-mixed, 64-true, ...", rich_help_panel=WHERE)
     ] = "32-true",
     threads: Annotated[
-        int | None, typer.Option(help="of torch on the CPU; default: as many as it takes", rich_help_panel=WHERE)
+        int | None, typer.Option(help="of torch on the CPU; default: 1 for small models", rich_help_panel=WHERE)
     ] = None,
     output: Annotated[
         Path | None,

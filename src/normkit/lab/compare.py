@@ -33,6 +33,8 @@ CONFIG, ENVIRONMENT, RESULT, COST, SESSIONS = (
     "sessions.json",
 )
 OURS = (RESULT, "runs", COST, SESSIONS, ENVIRONMENT, "report.html", "figures", CONFIG)
+# Threads of so small a model wait for each other longer than they work, and for ever where other programs take the cores.
+FEW_PARAMETERS = 100_000
 CURE = "choose another --output, or --overwrite to replace them"
 
 
@@ -59,7 +61,8 @@ def compare(
         output: the folder of the records. Default: None, ``runs/<data>-<model>``.
         overwrite: replace the records in the folder. Default: False.
         report: draw figures and ``report.html`` as well. Default: True.
-        threads: of torch on the CPU. Default: None, those of the record, or as it is.
+        threads: of torch on the CPU. Default: None, as many as the record was begun with, else one for a model of fewer than
+            100,000 parameters and torch's own number for larger ones.
         console: where progress and the table go. Default: None, standard output.
         model: a model factory in place of the one that `settings` names. Default: None.
         data: a data factory in place of the one that `settings` names. Default: None.
@@ -85,9 +88,9 @@ def compare(
         result = fabric.broadcast(result)
     if result is None:
         with borrowed_randomness(threads):
-            if threads is None and fabric.is_global_zero and not overwrite:
-                _take_threads(folder)
             study = Study(settings, fabric, folder, model, data)
+            if threads is None and fabric.is_global_zero:
+                _set_threads(folder, max(study.parameters.values()), overwrite)
             with record.locked(folder) if fabric.is_global_zero else nullcontext():
                 result = _Session(study, folder, config, overwrite, console).result()
     else:
@@ -264,10 +267,12 @@ def _read_back(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     return record.read_json(folder / RESULT, ("schema", "recipes", "finished"))
 
 
-def _take_threads(folder: Path) -> None:
+def _set_threads(folder: Path, parameters: int, overwrite: bool) -> None:
     # Sums depend on how many threads share them, so a comparison goes on with as many as it was begun with.
-    if (folder / ENVIRONMENT).exists():
+    if (folder / ENVIRONMENT).exists() and not overwrite:
         torch.set_num_threads(record.read_json(folder / ENVIRONMENT, ("threads",))["threads"])
+    elif parameters < FEW_PARAMETERS:
+        torch.set_num_threads(1)
 
 
 def rebuild(folder: Path, console: Console) -> None:
