@@ -216,6 +216,8 @@ def test_channels_last_layout_is_a_transposition(make: Make) -> None:
     x = torch.randn(4, 6, 5, 3, dtype=torch.float64)
     assert_close(last(x.movedim(1, -1)), first(x).movedim(1, -1))
     assert_close(last.state_dict(), first.state_dict())
+    assert last(x.movedim(1, -1).contiguous()).is_contiguous()
+    assert last.eval()(x.movedim(1, -1).contiguous()).is_contiguous()
     assert "layout" in repr(last)
 
 

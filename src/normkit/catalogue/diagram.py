@@ -58,7 +58,7 @@ def draw_text(support: Support) -> str:
     · · · · · ·
     rows: output units; columns: weights of the unit
     """
-    shape, labels = _small_shape(support)
+    shape, labels = small_shape(support)
     reached = members(support, shape)
     blocks = reached.view(-1, *reached.shape[-2:])
     lines = []
@@ -75,7 +75,7 @@ def draw_text(support: Support) -> str:
     return "\n".join(lines)
 
 
-def _small_shape(support: Support) -> tuple[list[int], list[str]]:
+def small_shape(support: Support) -> tuple[list[int], list[str]]:
     """A shape of two or three axes to draw, and what its axes hold."""
     groups = parse_axes(support.axes)
     given = dict(support.sizes)

@@ -39,7 +39,18 @@ def methods_table() -> str:
 
 def comparison_table() -> str:
     """Every method with use cases, strengths and weaknesses, and the properties that the tests check."""
-    head = ["method", "formula", "use cases", "strengths", "weaknesses", "batch", "running", "train = eval", "folds", "invariant to"]
+    head = [
+        "method",
+        "formula",
+        "use cases",
+        "strengths",
+        "weaknesses",
+        "batch",
+        "running",
+        "train = eval",
+        "folds",
+        "invariant to",
+    ]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for card in METHODS:
         flags = (card.batch_dependent, card.running_state, card.train_equals_eval, card.foldable)
@@ -64,7 +75,9 @@ def with_tables(text: str) -> str:
         NotationError: there is no place for a table in it.
     """
     if not _BLOCK.search(text):
-        raise NotationError("no table here: wanted a line <!-- methods --> or <!-- comparison --> and after it <!-- end -->")
+        raise NotationError(
+            "no table here: wanted a line <!-- methods --> or <!-- comparison --> and after it <!-- end -->"
+        )
     tables = {"methods": methods_table, "comparison": comparison_table}
     return _BLOCK.sub(lambda match: match[1] + tables[match[2]]() + match[3], text)
 

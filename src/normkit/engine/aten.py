@@ -62,7 +62,7 @@ def normalize(
     if not _channels_are_last(rule):
         return kernel(rule, x, split, weight, bias)
     y, moments = kernel(rule, x.movedim(-1, 1), split, weight, bias)
-    return y.movedim(1, -1), moments
+    return _as_last(y, x), moments
 
 
 def normalize_by(
@@ -70,9 +70,15 @@ def normalize_by(
 ) -> Tensor:
     """Normalize by running statistics per channel and compensate; only where ``refusal`` gave None and the rule has a memory."""
     last = _channels_are_last(rule)
-    x = x.movedim(-1, 1) if last else x
-    y = F.batch_norm(x, running.mean, running.var, weight, bias, False, 0.0, _eps(rule.statistic, x))
-    return y.movedim(1, -1) if last else y
+    first = x.movedim(-1, 1) if last else x
+    y = F.batch_norm(first, running.mean, running.var, weight, bias, False, 0.0, _eps(rule.statistic, x))
+    return _as_last(y, x) if last else y
+
+
+def _as_last(y: Tensor, x: Tensor) -> Tensor:
+    """Channels back to the end; contiguous where the input was, as code behind a norm may view its output."""
+    y = y.movedim(1, -1)
+    return y.contiguous() if x.is_contiguous() else y
 
 
 def _channels_are_last(rule: Rule) -> bool:

@@ -1,0 +1,83 @@
+"""The picture of a support set for a paper or a slide: a cube of elements, the set in colour, drawn from the support alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Polygon
+
+from normkit.catalogue.diagram import members, small_shape
+from normkit.core.support import Support
+
+_SET, _REST, _EDGE, _MARKED = "#3b6fb6", "#f2f2ef", "#55554f", "#e69f00"
+# One step along the depth axis on paper, in steps along the other two.
+_DEPTH = (0.42, 0.34)
+
+
+def draw(support: Support, path: Path | str, title: str | None = None) -> Path:
+    """Draw which elements share the statistic of one, as a cube (three axes) or a grid (two).
+
+    The last axis but one runs down, the last but two into depth, so that an image tensor shows channels to the right, positions
+    down and samples in depth. The element in orange shares its statistic with those in blue.
+
+    Args:
+        support: the support set.
+        path: where to write; its ending chooses the format: .svg, .png or .pdf.
+        title: above the picture. Default: the notation.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    shape, labels = small_shape(support)
+    if len(shape) == 3:  # channels to the right and positions down, as such cubes are drawn
+        order = (0, 2, 1) if labels[-1] in ("positions", "weights of the unit") else (0, 1, 2)
+    else:
+        order = (0, 1)
+    sizes = [shape[axis] for axis in order]
+    names = [labels[axis] for axis in order]
+    element = [0] * len(shape)
+    element[order[-1]] = shape[order[-1]] - 1  # where all three visible faces meet
+    reached = members(support, shape, element).permute(order)
+    if reached.dim() == 2:
+        reached, sizes = reached[None], [1, *sizes]
+    depth, rows, columns = sizes
+    marked = (0, 0, columns - 1)
+
+    figure = Figure(figsize=(3.2, 2.7))
+    axes = figure.add_axes((0.04, 0.04, 0.92, 0.84))
+    axes.set_aspect("equal")
+    axes.axis("off")
+
+    def corner(d: float, r: float, c: float) -> tuple[float, float]:
+        return c + d * _DEPTH[0], -r + d * _DEPTH[1]
+
+    def face(where: tuple[int, int, int], corners: list[tuple[float, float, float]], shade: float) -> None:
+        colour = _MARKED if where == marked else _SET if bool(reached[where]) else _REST
+        outline = [corner(*point) for point in corners]
+        axes.add_patch(Polygon(outline, facecolor=colour, edgecolor=_EDGE, linewidth=0.6))
+        if shade:
+            axes.add_patch(Polygon(outline, facecolor="black", alpha=shade, linewidth=0))
+
+    for r in range(rows):
+        for c in range(columns):
+            face((0, r, c), [(0, r, c), (0, r, c + 1), (0, r + 1, c + 1), (0, r + 1, c)], 0.0)
+    if len(shape) == 3:
+        for d in range(depth):
+            for c in range(columns):
+                face((d, 0, c), [(d, 0, c), (d, 0, c + 1), (d + 1, 0, c + 1), (d + 1, 0, c)], 0.06)
+            for r in range(rows):
+                last = columns - 1
+                edge = [(d, r, columns), (d + 1, r, columns), (d + 1, r + 1, columns), (d, r + 1, columns)]
+                face((d, r, last), [(float(a), float(b), float(e)) for a, b, e in edge], 0.14)
+        axes.text(*corner(depth / 2, -0.35, 0), names[0], ha="right", va="bottom", fontsize=8)
+    axes.text(columns / 2, -rows - 0.25, names[-1], ha="center", va="top", fontsize=8)
+    axes.text(-0.25, -rows / 2, names[-2], ha="right", va="center", rotation=90, fontsize=8)
+    axes.set_xlim(-1.2, columns + depth * _DEPTH[0] + 0.2)
+    axes.set_ylim(-rows - 1.1, depth * _DEPTH[1] + 0.9)
+    figure.suptitle(title or f"{support.axes}   over   {support.over}", fontsize=10)
+    figure.savefig(path, dpi=300, metadata={"Date": None} if str(path).endswith(".svg") else None)
+    return Path(path)

@@ -1,0 +1,97 @@
+"""The catalogue: one list, its pictures, its citations."""
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import normkit as nk
+from laws import RULES, name
+from normkit.catalogue import METHODS, method
+from normkit.catalogue.citation import cite, methods_in
+from normkit.catalogue.diagram import draw_text, members, small_shape
+from normkit.catalogue.drawing import draw
+from normkit.catalogue.page import list_table, show_page
+from normkit.core.card import Card
+from normkit.core.errors import NotationError
+from normkit.core.support import Support
+
+
+def test_names_and_words_are_unique() -> None:
+    names = [card.name for card in METHODS]
+    words = [card.word for card in METHODS if card.word]
+    assert len(set(names)) == len(names)
+    assert len(set(words)) == len(words)
+
+
+@pytest.mark.parametrize("card", METHODS, ids=name)
+def test_every_card_is_whole(card: Card) -> None:
+    for field in ("title", "normalized_over", "formula", "use_cases", "strengths", "weaknesses"):
+        assert getattr(card, field).strip(), field
+    assert card.paper.url.startswith("https://")
+    assert 1800 < card.paper.year < 2100
+    assert method(card.name) is card
+    assert card.functional.__doc__
+    assert card.module.__doc__
+
+
+@pytest.mark.parametrize("card", METHODS, ids=name)
+def test_every_page_prints_narrow_and_wide(card: Card) -> None:
+    for width in (60, 140):
+        out = io.StringIO()
+        show_page(card.name, Console(file=out, width=width))
+        assert card.title in " ".join(out.getvalue().split())
+        if card.rule:
+            assert "◆" in out.getvalue()
+
+
+def test_the_list_names_every_method() -> None:
+    out = io.StringIO()
+    list_table(Console(file=out, width=160))
+    assert all(card.name in out.getvalue() for card in METHODS)
+
+
+def test_an_unknown_method_lists_those_that_exist() -> None:
+    with pytest.raises(NotationError, match=r"no method 'groupnorm2'; did you mean group_norm\? .*batch_norm"):
+        method("groupnorm2")
+    assert method("GroupNorm") is method("gn") is method("group-norm")
+
+
+@pytest.mark.parametrize("card", RULES, ids=name)
+def test_pictures_are_written(card: Card, tmp_path: Path) -> None:
+    assert card.rule is not None
+    for ending in ("svg", "png"):
+        path = draw(card.rule.support, tmp_path / f"{card.name}.{ending}", card.title)
+        assert path.stat().st_size > 2000
+    first = (tmp_path / f"{card.name}.svg").read_text()
+    assert card.title in first or "<svg" in first
+
+
+def test_the_text_picture_counts_what_the_support_says() -> None:
+    for support in (Support("n (g c) *", over="c *", g=2), Support("n c *", over="n *"), Support("o i *", over="o *")):
+        shape, _ = small_shape(support)
+        drawn = draw_text(support)
+        assert drawn.count("■") + drawn.count("◆") == members(support, shape).sum() == support.split(shape).count
+
+
+def test_citations_are_of_what_is_in_the_model() -> None:
+    model = nn.Sequential(
+        nn.Linear(2, 2),
+        nn.BatchNorm1d(2),
+        nk.RMSNorm(2),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)),
+        nk.weight_conditioning(nn.Linear(2, 2)),
+    )
+    assert {card.name for card in methods_in(model)} == {
+        "batch_norm",
+        "rms_norm",
+        "spectral_norm",
+        "weight_conditioning",
+    }
+    text = cite(model)
+    assert text.count("@misc") == 4
+    assert cite(nn.Linear(2, 2)) == ""
+    assert isinstance(torch.nn.SyncBatchNorm(2), nn.Module)

@@ -1,0 +1,48 @@
+"""What the README and the docs show runs as it stands, and what they list is current."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from normkit.catalogue.table import with_tables
+from normkit.core.errors import NotationError
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_block_of_python_runs(page: Path) -> None:
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for block in blocks(page.read_text()):
+        exec(compile(block, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs/methods.md"], ids=lambda path: path.name)
+def test_tables_of_methods_are_current(page: Path) -> None:
+    text = page.read_text()
+    assert with_tables(text) == text, "run: python -m normkit.catalogue.table README.md docs/methods.md"
+
+
+def test_a_page_without_a_place_for_a_table_is_refused() -> None:
+    with pytest.raises(NotationError, match="<!-- methods -->"):
+        with_tables("nothing here")
+
+
+def test_the_map_of_the_readme_is_the_tree() -> None:
+    listed = set(re.findall(r"^    src/normkit/(\w+)/", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
+    there = {path.parent.name for path in (ROOT / "src/normkit").glob("*/__init__.py")}
+    assert listed == there
+
+
+def test_every_page_is_in_the_menu() -> None:
+    menu = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"- {page.name}" in menu
