@@ -30,9 +30,19 @@ from normkit.activations import (
 )
 from normkit.core.card import Card
 from normkit.core.errors import NotationError
+from normkit.inputs import feature_scaling, image_standardization, robust_scaling, sample_scaling, whitening
 from normkit.weights import spectral_norm, weight_conditioning, weight_norm, weight_standardization
 
 METHODS: tuple[Card, ...] = (
+    feature_scaling.CARD_MIN_MAX,
+    feature_scaling.CARD_Z_SCORE,
+    feature_scaling.CARD_MEAN,
+    feature_scaling.CARD_MAX_ABS,
+    robust_scaling.CARD,
+    sample_scaling.CARD_UNIT_LENGTH,
+    image_standardization.CARD,
+    sample_scaling.CARD_GLOBAL_CONTRAST,
+    whitening.CARD,
     batch_norm.CARD,
     layer_norm.CARD,
     rms_norm.CARD,

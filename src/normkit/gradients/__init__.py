@@ -1,0 +1,1 @@
+"""Normalizations of gradients, one method a file."""

@@ -1,0 +1,311 @@
+"""Feature scaling: each feature by its range, its largest value or its deviation over the training data."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normkit.core.card import Card, Paper
+from normkit.core.errors import OptionError
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support
+from normkit.inputs.fitting import PER_FEATURE, Scaling, constant_as_one, deviation, like
+
+
+class MinMaxScaling(Scaling):
+    """Map the range of each feature in the training data to a given one.
+
+    y = low + (x - min) / (max - min) * (high - low). A feature that is constant in the training data becomes low. Data beyond
+    the training range lands beyond low and high, unless clipped.
+
+    Args:
+        low: where the least training value goes. Default: 0.
+        high: where the largest goes. Default: 1.
+        clip: whether what lies beyond is moved to low or high. Default: False.
+        support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
+        device: of the statistics.
+        dtype: of the statistics. Default: float64.
+
+    Shape:
+        The support's axes, to the same.
+
+    Raises:
+        OptionError: low is not below high.
+
+    Reference:
+        Han, Kamber, Pei, "Data Mining: Concepts and Techniques" (2011), https://doi.org/10.1016/C2009-0-61819-5, section 3.5.2.
+
+    >>> scaling = MinMaxScaling().fit(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))
+    >>> scaling(torch.tensor([[2.0, 40.0]]))
+    tensor([[0.5000, 1.5000]])
+    >>> scaling.inverse_transform(torch.tensor([[0.5, 1.5]]))
+    tensor([[ 2., 40.]])
+    """
+
+    statistics = ("minimum", "maximum")
+    minimum: Tensor
+    maximum: Tensor
+
+    def __init__(
+        self,
+        low: float = 0.0,
+        high: float = 1.0,
+        *,
+        clip: bool = False,
+        support: Support | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(support, device=device, dtype=dtype)
+        if not low < high or not math.isfinite(high - low):
+            raise OptionError(f"MinMaxScaling: low={low}, high={high}; wanted two finite numbers, low below high")
+        self.offset, self.gain, self.clip = float(low), float(high) - float(low), clip
+
+    def center(self) -> Tensor:
+        return self.minimum
+
+    def scale(self) -> Tensor:
+        return constant_as_one(self.maximum - self.minimum)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y.clamp(self.offset, self.offset + self.gain) if self.clip else y
+
+    def extra_repr(self) -> str:
+        return f"{self.offset:g}, {self.offset + self.gain:g}, clip={self.clip}, {super().extra_repr()}"
+
+
+class ZScore(Scaling):
+    """Give each feature mean 0 and deviation 1 over the training data.
+
+    y = (x - E[x]) / sqrt(Var[x]), with the population variance. A feature that is constant in the training data is centred
+    only, and becomes 0.
+
+    Args:
+        support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
+        device: of the statistics.
+        dtype: of the statistics. Default: float64.
+
+    Shape:
+        The support's axes, to the same.
+
+    Reference:
+        LeCun, Bottou, Orr, Müller, "Efficient BackProp" (1998), https://doi.org/10.1007/3-540-49430-8_2, section 4.3.
+
+    >>> score = ZScore().partial_fit(torch.tensor([[1.0], [2.0]])).partial_fit(torch.tensor([[6.0]]))
+    >>> score.mean, score.var
+    (tensor([3.], dtype=torch.float64), tensor([4.6667], dtype=torch.float64))
+    >>> score(torch.tensor([[3.0], [6.0]])).T
+    tensor([[0.0000, 1.3887]])
+    """
+
+    statistics = ("mean", "var")
+    mean: Tensor
+    var: Tensor
+
+    def center(self) -> Tensor:
+        return self.mean
+
+    def scale(self) -> Tensor:
+        return deviation(self.mean, self.var, self.count)
+
+
+class MeanNormalization(Scaling):
+    """Give each feature mean 0 and range 1 over the training data.
+
+    y = (x - E[x]) / (max - min). A feature that is constant in the training data is centred only, and becomes 0.
+
+    Args:
+        support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
+        device: of the statistics.
+        dtype: of the statistics. Default: float64.
+
+    Shape:
+        The support's axes, to the same.
+
+    Reference:
+        Ng, "Machine Learning", lecture 4 (2011), https://www.coursera.org/learn/machine-learning.
+
+    >>> MeanNormalization().fit(torch.tensor([[1.0], [2.0], [6.0]]))(torch.tensor([[1.0], [6.0]])).T
+    tensor([[-0.4000,  0.6000]])
+    """
+
+    statistics = ("mean", "minimum", "maximum")
+    mean: Tensor
+    minimum: Tensor
+    maximum: Tensor
+
+    def center(self) -> Tensor:
+        return self.mean
+
+    def scale(self) -> Tensor:
+        return constant_as_one(self.maximum - self.minimum)
+
+
+class MaxAbsScaling(Scaling):
+    """Divide each feature by its largest absolute value in the training data; zeros stay zeros.
+
+    y = x / max|x|. A feature that is zero throughout the training data is left as it is.
+
+    Args:
+        support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
+        device: of the statistics.
+        dtype: of the statistics. Default: float64.
+
+    Shape:
+        The support's axes, to the same.
+
+    Reference:
+        Pedregosa et al., "Scikit-learn: Machine Learning in Python" (2011), https://jmlr.org/papers/v12/pedregosa11a.html.
+
+    >>> MaxAbsScaling().fit(torch.tensor([[1.0], [-4.0]]))(torch.tensor([[1.0], [8.0]])).T
+    tensor([[0.2500, 2.0000]])
+    """
+
+    statistics = ("minimum", "maximum")
+    minimum: Tensor
+    maximum: Tensor
+
+    def center(self) -> Tensor:
+        return torch.zeros_like(self.minimum)
+
+    def scale(self) -> Tensor:
+        return constant_as_one(torch.maximum(self.minimum.abs(), self.maximum.abs()))
+
+
+def min_max_scaling(
+    x: Tensor, low: float = 0.0, high: float = 1.0, *, clip: bool = False, support: Support | None = None
+) -> Tensor:
+    """Scale data by its own range, which is taken as constant in the gradient; see MinMaxScaling.
+
+    >>> min_max_scaling(torch.tensor([[1.0], [2.0], [3.0]]), -1, 1).T
+    tensor([[-1.,  0.,  1.]])
+    """
+    return MinMaxScaling(low, high, clip=clip, support=support, **like(x)).fit(x)(x)
+
+
+def z_score(x: Tensor, support: Support | None = None) -> Tensor:
+    """Standardize data by its own mean and deviation, which are taken as constant in the gradient; see ZScore.
+
+    >>> z_score(torch.tensor([[1.0], [3.0]])).T
+    tensor([[-1.,  1.]])
+    """
+    return ZScore(support, **like(x)).fit(x)(x)
+
+
+def mean_normalization(x: Tensor, support: Support | None = None) -> Tensor:
+    """Scale data by its own mean and range, which are taken as constant in the gradient; see MeanNormalization.
+
+    >>> mean_normalization(torch.tensor([[1.0], [3.0]])).T
+    tensor([[-0.5000,  0.5000]])
+    """
+    return MeanNormalization(support, **like(x)).fit(x)(x)
+
+
+def max_abs_scaling(x: Tensor, support: Support | None = None) -> Tensor:
+    """Scale data by its own largest absolute value, which is taken as constant in the gradient; see MaxAbsScaling.
+
+    >>> max_abs_scaling(torch.tensor([[1.0], [-4.0]])).T
+    tensor([[ 0.2500, -1.0000]])
+    """
+    return MaxAbsScaling(support, **like(x)).fit(x)(x)
+
+
+CARD_MIN_MAX = Card(
+    name="min_max_scaling",
+    title="Min-max scaling",
+    kind="input",
+    word="",
+    normalized_over="each feature, over the training data",
+    formula="y = low + (x - min[x]) / (max[x] - min[x]) * (high - low)",
+    paper=Paper(
+        "Han, Jiawei and Kamber, Micheline and Pei, Jian",
+        "Data Mining: Concepts and Techniques",
+        2011,
+        "https://doi.org/10.1016/C2009-0-61819-5",
+    ),
+    use_cases="inputs with known bounds, such as pixels; targets of a sigmoid or tanh output",
+    strengths="known bounds; zero cost; a constant feature does no harm",
+    weaknesses="one outlier squeezes all else; data beyond the training range leaves the bounds unless clipped",
+    module=MinMaxScaling,
+    functional=min_max_scaling,
+    make=lambda features: MinMaxScaling(),
+    rule=Rule(PER_FEATURE, Statistic("min", "range", 0.0, "floor")),
+    running_state=True,
+    invertible=True,
+    streams=True,
+)
+
+CARD_Z_SCORE = Card(
+    name="z_score",
+    title="Standardization (z-score)",
+    kind="input",
+    word="",
+    normalized_over="each feature, over the training data",
+    formula="y = (x - E[x]) / sqrt(Var[x])",
+    paper=Paper(
+        "LeCun, Yann and Bottou, Léon and Orr, Genevieve B. and Müller, Klaus-Robert",
+        "Efficient BackProp",
+        1998,
+        "https://doi.org/10.1007/3-540-49430-8_2",
+    ),
+    use_cases="the default for real-valued inputs and regression targets",
+    strengths="one learning rate fits all features; takes the mean's huge eigenvalue out of the loss's curvature",
+    weaknesses="outliers move both statistics; correlation between features stays",
+    module=ZScore,
+    functional=z_score,
+    make=lambda features: ZScore(),
+    rule=Rule(PER_FEATURE, Statistic("mean", "std", 0.0)),
+    running_state=True,
+    invertible=True,
+    streams=True,
+)
+
+CARD_MEAN = Card(
+    name="mean_normalization",
+    title="Mean normalization",
+    kind="input",
+    word="",
+    normalized_over="each feature, over the training data",
+    formula="y = (x - E[x]) / (max[x] - min[x])",
+    paper=Paper("Ng, Andrew", "Machine Learning", 2011, "https://www.coursera.org/learn/machine-learning"),
+    use_cases="bounded inputs that should be centred",
+    strengths="centred, and within [-1, 1] on the training data",
+    weaknesses="one outlier squeezes all else; deviations still differ between features",
+    module=MeanNormalization,
+    functional=mean_normalization,
+    make=lambda features: MeanNormalization(),
+    rule=Rule(PER_FEATURE, Statistic("mean", "range", 0.0, "floor")),
+    running_state=True,
+    invertible=True,
+    streams=True,
+)
+
+CARD_MAX_ABS = Card(
+    name="max_abs_scaling",
+    title="Max-abs scaling",
+    kind="input",
+    word="",
+    normalized_over="each feature, over the training data",
+    formula="y = x / max|x|",
+    paper=Paper(
+        "Pedregosa, Fabian and Varoquaux, Gaël and Gramfort, Alexandre and others",
+        "Scikit-learn: Machine Learning in Python",
+        2011,
+        "https://jmlr.org/papers/v12/pedregosa11a.html",
+    ),
+    use_cases="sparse inputs: counts and bags of words",
+    strengths="keeps zeros and signs; within [-1, 1] on the training data",
+    weaknesses="does not centre; one outlier squeezes all else",
+    module=MaxAbsScaling,
+    functional=max_abs_scaling,
+    make=lambda features: MaxAbsScaling(),
+    rule=Rule(PER_FEATURE, Statistic(None, "max", 0.0, "floor")),
+    running_state=True,
+    invertible=True,
+    streams=True,
+)

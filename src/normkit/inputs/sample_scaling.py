@@ -1,0 +1,246 @@
+"""Scaling of each sample by itself: to unit length, or to zero mean and equal contrast. There is nothing to fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.errors import OptionError, ProtocolError
+from normkit.core.moments import accumulation_dtype, moments
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support
+from normkit.inputs.fitting import batches, refuse_unknown
+
+PER_SAMPLE = Support("n *", over="*")
+
+
+class _PerSample(nn.Module):
+    """Takes part in the protocol of data normalizations without keeping anything."""
+
+    support: Support
+    lost: str
+
+    def fit(self, data: Tensor | Iterable[Any]) -> Self:
+        """Look the data over; nothing is kept, as each sample is scaled by itself.
+
+        Args:
+            data: a tensor, an (x, y) pair of which x is taken, or an iterable of such.
+
+        Returns:
+            The module itself.
+
+        Raises:
+            OptionError: there is a NaN or infinity; the message names the samples.
+        """
+        who = type(self).__name__
+        for x in batches(data, who):
+            accumulation_dtype(x.dtype)
+            split = self.support.split(x.shape)
+            refuse_unknown(x.reshape(split.shape), split, f"{who}.fit")
+        return self
+
+    def partial_fit(self, batch: Tensor | tuple[Any, ...] | list[Any]) -> Self:
+        """Look one batch over, as ``fit`` does."""
+        return self.fit([batch])
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Scale each sample: the same as calling the module."""
+        return self(x)
+
+    def inverse_transform(self, y: Tensor) -> NoReturn:
+        """Refused: what was divided by is not kept.
+
+        Raises:
+            ProtocolError: always.
+        """
+        raise ProtocolError(f"{type(self).__name__}.inverse_transform: {self.lost} is not kept; keep the input")
+
+
+class UnitLength(_PerSample):
+    """Divide each sample by its norm; a zero sample stays zero.
+
+    y = x / ||x||_p.
+
+    Args:
+        order: p of the norm: 1, 2 or infinity. Default: 2.
+        support: what is one sample. Default: ``Support("n *", over="*")``; ``Support("* d", over="d")`` for each token.
+
+    Shape:
+        The support's axes, to the same.
+
+    Raises:
+        OptionError: another order.
+
+    Reference:
+        Salton, Wong, Yang, "A Vector Space Model for Automatic Indexing" (1975), https://doi.org/10.1145/361219.361220.
+
+    >>> UnitLength()(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
+    """
+
+    lost = "the length of a sample"
+
+    def __init__(self, order: float = 2, *, support: Support = PER_SAMPLE) -> None:
+        super().__init__()
+        if order not in (1, 2, math.inf):
+            raise OptionError(f"UnitLength: order={order!r}; wanted 1, 2 or math.inf")
+        self.order, self.support = float(order), support
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale each sample.
+
+        Args:
+            x: of the support's axes.
+
+        Returns:
+            Of the input's shape and dtype.
+        """
+        dtype = accumulation_dtype(x.dtype)
+        split = self.support.split(x.shape)
+        z = x.reshape(split.shape).to(dtype)
+        if 0 in split.shape:
+            return x.clone()
+        # First by the largest element: squares neither overflow nor vanish.
+        largest = z.abs().amax(split.dims, keepdim=True).detach()
+        z = z / torch.where(largest > 0, largest, 1.0)
+        length = torch.linalg.vector_norm(z, self.order, dim=split.dims, keepdim=True)
+        return (z / torch.where(length > 0, length, 1.0)).reshape(x.shape).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"order={self.order:g}, support={self.support}"
+
+
+class GlobalContrast(_PerSample):
+    """Give each image mean 0 and the same contrast, over all channels and positions.
+
+    y = scale * (x - E[x]) / max(eps, sqrt(regularizer + Var[x])). A constant image becomes zero.
+
+    Args:
+        scale: the deviation that an image gets. Default: 1.
+        regularizer: added to the variance, so that nearly constant images are not blown up. Default: 0.
+        eps: least divisor. Default: 1e-8.
+        support: what is one image. Default: ``Support("n *", over="*")``.
+
+    Shape:
+        The support's axes, to the same.
+
+    Raises:
+        OptionError: a negative regularizer, or an eps that is not above 0.
+
+    Reference:
+        Goodfellow, Bengio, Courville, "Deep Learning" (2016), https://www.deeplearningbook.org, section 12.2.1.1.
+
+    >>> GlobalContrast()(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))
+    tensor([[-1.,  1.],
+            [ 0.,  0.]])
+    """
+
+    lost = "the mean and contrast of an image"
+
+    def __init__(
+        self, scale: float = 1.0, regularizer: float = 0.0, eps: float = 1e-8, *, support: Support = PER_SAMPLE
+    ) -> None:
+        super().__init__()
+        if not regularizer >= 0 or not eps > 0:
+            raise OptionError(
+                f"GlobalContrast: regularizer={regularizer}, eps={eps}; wanted a regularizer from 0 and an eps above 0"
+            )
+        self.scale, self.regularizer, self.eps, self.support = scale, regularizer, eps, support
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale each image.
+
+        Args:
+            x: of the support's axes.
+
+        Returns:
+            Of the input's shape and dtype.
+        """
+        accumulation_dtype(x.dtype)
+        split = self.support.split(x.shape)
+        if 0 in split.shape:
+            return x.clone()
+        z = x.reshape(split.shape)
+        found = moments(z, split.dims)
+        power = found.var + self.regularizer
+        enough = power > self.eps**2  # chosen before the root, whose derivative at zero is infinite
+        contrast = torch.where(enough, torch.where(enough, power, 1.0).sqrt(), self.eps)
+        y = self.scale * (z.to(found.mean.dtype) - found.mean) / contrast
+        return y.reshape(x.shape).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, regularizer={self.regularizer}, eps={self.eps}, support={self.support}"
+
+
+def unit_length(x: Tensor, order: float = 2, *, support: Support = PER_SAMPLE) -> Tensor:
+    """Divide each sample by its norm; see UnitLength.
+
+    >>> unit_length(torch.tensor([[1.0, 3.0]]), 1)
+    tensor([[0.2500, 0.7500]])
+    """
+    return UnitLength(order, support=support)(x)
+
+
+def global_contrast(
+    x: Tensor, scale: float = 1.0, regularizer: float = 0.0, eps: float = 1e-8, *, support: Support = PER_SAMPLE
+) -> Tensor:
+    """Give each image mean 0 and the same contrast; see GlobalContrast.
+
+    >>> global_contrast(torch.tensor([[1.0, 3.0]]), scale=2.0)
+    tensor([[-2.,  2.]])
+    """
+    return GlobalContrast(scale, regularizer, eps, support=support)(x)
+
+
+CARD_UNIT_LENGTH = Card(
+    name="unit_length",
+    title="Unit length",
+    kind="input",
+    word="",
+    normalized_over="each sample, over its features",
+    formula="y = x / ||x||_p",
+    paper=Paper(
+        "Salton, Gerard and Wong, Anita and Yang, Chung-Shu",
+        "A Vector Space Model for Automatic Indexing",
+        1975,
+        "https://doi.org/10.1145/361219.361220",
+    ),
+    use_cases="text vectors, embeddings, spectra: where direction carries the meaning",
+    strengths="nothing to fit; a product of two samples is the cosine of their angle",
+    weaknesses="the length is lost; scales of features stay",
+    module=UnitLength,
+    functional=unit_length,
+    make=lambda features: UnitLength(),
+    rule=Rule(PER_SAMPLE, Statistic(None, "norm", 0.0, "floor")),
+    streams=True,
+)
+
+CARD_GLOBAL_CONTRAST = Card(
+    name="global_contrast",
+    title="Global contrast normalization",
+    kind="input",
+    word="",
+    normalized_over="each image, over its channels and positions",
+    formula="y = scale * (x - E[x]) / max(eps, sqrt(regularizer + Var[x]))",
+    paper=Paper(
+        "Goodfellow, Ian and Bengio, Yoshua and Courville, Aaron",
+        "Deep Learning",
+        2016,
+        "https://www.deeplearningbook.org",
+    ),
+    use_cases="natural images under changing light, before whitening",
+    strengths="nothing to fit; light and contrast of a photograph drop out",
+    weaknesses="blows up noise in nearly constant images unless regularized; light and contrast are lost",
+    module=GlobalContrast,
+    functional=global_contrast,
+    make=lambda features: GlobalContrast(),
+    rule=Rule(PER_SAMPLE, Statistic("mean", "std", 0.0)),
+    streams=True,
+)

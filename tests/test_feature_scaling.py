@@ -1,0 +1,275 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn import preprocessing
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from normkit.core.errors import OptionError, ProtocolError, ShapeError
+from normkit.core.support import Support
+from normkit.inputs.feature_scaling import MaxAbsScaling, MeanNormalization, MinMaxScaling, ZScore
+from normkit.inputs.image_standardization import PUBLISHED, ImageStandardization
+from normkit.inputs.robust_scaling import RobustScaling
+from normkit.inputs.sample_scaling import GlobalContrast, UnitLength
+
+PAIRS = [
+    (lambda: MinMaxScaling(), lambda: preprocessing.MinMaxScaler()),
+    (lambda: MinMaxScaling(-1, 1), lambda: preprocessing.MinMaxScaler((-1, 1))),
+    (lambda: MinMaxScaling(clip=True), lambda: preprocessing.MinMaxScaler(clip=True)),
+    (lambda: ZScore(), lambda: preprocessing.StandardScaler()),
+    (lambda: MaxAbsScaling(), lambda: preprocessing.MaxAbsScaler()),
+    (lambda: RobustScaling(), lambda: preprocessing.RobustScaler()),
+    (lambda: RobustScaling((10, 95)), lambda: preprocessing.RobustScaler(quantile_range=(10, 95))),
+    (lambda: UnitLength(1), lambda: preprocessing.Normalizer("l1")),
+    (lambda: UnitLength(2), lambda: preprocessing.Normalizer("l2")),
+]
+
+shapes = st.tuples(st.integers(1, 12), st.integers(1, 5))
+
+
+def sample(shape: tuple[int, int], scale: float, constant: bool) -> Tensor:
+    x = torch.randn(shape, dtype=torch.float64) * scale + 5 * scale
+    if constant:
+        x[:, 0] = 0.1 * scale
+    return x
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: repr(pair[1]()))
+@given(shape=shapes, scale=st.sampled_from([1e-3, 1.0, 1e6]), constant=st.booleans())
+def test_equals_scikit_learn(pair: tuple, shape: tuple[int, int], scale: float, constant: bool) -> None:
+    ours, theirs = pair[0](), pair[1]()
+    x, fresh = sample(shape, scale, constant), sample(shape, scale, False)
+    theirs.fit(x.numpy())
+    ours.fit(x)
+    for z in (x, fresh):
+        assert_close(ours(z), torch.from_numpy(theirs.transform(z.numpy())), rtol=1e-9, atol=1e-9)
+    if hasattr(theirs, "inverse_transform"):
+        y = ours(x)
+        assert_close(
+            ours.inverse_transform(y), torch.from_numpy(theirs.inverse_transform(y.numpy())), rtol=1e-9, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize("pair", [p for p in PAIRS if hasattr(p[1](), "partial_fit")], ids=lambda pair: repr(pair[1]()))
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), constant=st.booleans())
+def test_streams_as_scikit_learn_does(pair: tuple, sizes: list[int], constant: bool) -> None:
+    ours, theirs = pair[0](), pair[1]()
+    for k, size in enumerate(sizes):
+        x = sample((size, 3), 1.0 + k, False)
+        if constant:
+            x[:, 0] = 0.3
+        ours.partial_fit(x)
+        theirs.partial_fit(x.numpy())
+    z = sample((5, 3), 2.0, False)
+    assert_close(ours(z), torch.from_numpy(theirs.transform(z.numpy())), rtol=1e-9, atol=1e-9)
+    assert int(ours.count) == theirs.n_samples_seen_
+
+
+def test_unit_length_by_the_largest_element() -> None:
+    x = torch.tensor([[1.0, -4.0, 2.0], [0.0, 0.0, 0.0]])
+    assert_close(UnitLength(math.inf)(x), torch.tensor([[0.25, -1.0, 0.5], [0.0, 0.0, 0.0]]))
+    # scikit-learn's "max" divides by the largest value rather than the largest absolute value, where all are positive alike.
+    z = torch.rand(6, 4, dtype=torch.float64)
+    assert_close(UnitLength(math.inf)(z), torch.from_numpy(preprocessing.Normalizer("max").transform(z.numpy())))
+
+
+@pytest.mark.parametrize("order", [1, 2, math.inf])
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_unit_length_neither_overflows_nor_vanishes(order: float, size: float) -> None:
+    x = torch.tensor([[3.0, 4.0]]) * size
+    assert_close(torch.linalg.vector_norm(UnitLength(order)(x), order, dim=1), torch.ones(1))
+
+
+def test_unit_length_of_tokens() -> None:
+    y = UnitLength(support=Support("* d", over="d"))(torch.randn(2, 5, 8, dtype=torch.float64))
+    assert_close(y.norm(dim=-1), torch.ones(2, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("make", "low", "high", "mean", "std"),
+    [
+        (lambda s: MinMaxScaling(-1, 1, support=s), -1, 1, None, None),
+        (lambda s: ZScore(s), None, None, 0, 1),
+        (lambda s: MeanNormalization(s), None, None, 0, None),
+        (lambda s: MaxAbsScaling(s), None, 1, None, None),
+    ],
+    ids=["min-max", "z-score", "mean", "max-abs"],
+)
+@pytest.mark.parametrize(
+    ("support", "shape", "dims"),
+    [
+        (Support("n *", over="n"), (20, 3, 4), (0,)),
+        (Support("n c *", over="n *"), (5, 3, 4, 2), (0, 2, 3)),
+        (Support("n * c", over="n *"), (5, 4, 2, 3), (0, 1, 2)),
+        (Support("* d", over="*"), (4, 5, 3), (0, 1)),
+        (Support("n (g c) *", over="n c *", g=2), (5, 6, 4), None),
+        (Support("n *", over="n *"), (6, 3), (0, 1)),
+    ],
+    ids=str,
+)
+def test_statistics_of_the_training_set_over_any_support(make, low, high, mean, std, support, shape, dims) -> None:
+    x = torch.randn(shape, dtype=torch.float64) * 3 + 50
+    y = make(support).fit(x)(x)
+    assert y.shape == x.shape
+    if dims is None:
+        y, dims = y.view(5, 2, 3, 4), (0, 2, 3)
+    for wanted, found in (
+        (low, y.amin(dims)),
+        (high, y.amax(dims)),
+        (mean, y.mean(dims)),
+        (std, y.std(dims, correction=0)),
+    ):
+        if wanted is not None:
+            assert_close(found, torch.full_like(found, wanted), rtol=1e-9, atol=1e-9)
+    if isinstance(make(support), MeanNormalization):
+        assert_close(y.amax(dims) - y.amin(dims), torch.ones_like(y.amax(dims)))
+
+
+def test_test_data_is_scaled_by_the_training_set_alone() -> None:
+    train, test = torch.randn(50, 3, dtype=torch.float64), torch.randn(50, 3, dtype=torch.float64) * 5 + 9
+    score = ZScore().fit(train)
+    assert_close(score(test), (test - train.mean(0)) / train.std(0, correction=0))
+    assert abs(score(test).mean()) > 5
+    outside = MinMaxScaling().fit(train)(test)
+    assert outside.max() > 1
+    assert MinMaxScaling(clip=True).fit(train)(test).max() == 1
+
+
+def test_the_bounds_of_the_training_data_are_met_exactly() -> None:
+    x = torch.randn(1000, 5)
+    y = MinMaxScaling(-1, 1).fit(x)(x)
+    assert (y.amin(0) == -1).all()
+    assert (y.amax(0) == 1).all()
+
+
+def test_long_streams_far_from_zero_do_not_drift() -> None:
+    x = 1e4 + torch.randn(20000, 1)
+    score = ZScore()
+    for part in x.split(7):
+        score.partial_fit(part)
+    # Merging 2858 batches in float32 would lose the mean's third decimal; float64 keeps them all.
+    assert_close(score.mean, x.double().mean(0), rtol=1e-12, atol=0)
+    assert_close(score.var, x.double().var(0, correction=0), rtol=1e-9, atol=0)
+
+
+def test_a_large_batch_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(100, 3, dtype=torch.float64)
+    wanted = ZScore().fit(x)
+    monkeypatch.setattr("normkit.inputs.fitting._PIECE", 64)
+    found = ZScore().fit(x)
+    assert_close(found.state_dict(), wanted.state_dict(), rtol=1e-12, atol=1e-12)
+    assert int(found.count) == 100
+
+
+def test_many_bad_columns_are_cut_short() -> None:
+    with pytest.raises(OptionError, match=r"column 0, 1, 2, .* 9 and 3 more"):
+        ZScore().fit(torch.full((2, 13), torch.nan))
+    x = torch.ones(2, 3, 4)
+    x[0, 2, 1] = torch.nan
+    with pytest.raises(OptionError, match=r"column \(2, 1\);"):
+        ZScore().fit(x)
+    with pytest.raises(OptionError, match="channel 2;"):
+        ZScore(Support("n c *", over="n *")).fit(x)
+    with pytest.raises(OptionError, match="in the data"):
+        ZScore(Support("n *", over="n *")).fit(x)
+    assert ZScore().fit(torch.randn(5, 2))(torch.tensor([[torch.nan, 1.0]])).isnan().tolist() == [[True, False]]
+
+
+def test_options_that_do_not_exist_are_refused() -> None:
+    for make in (
+        lambda: MinMaxScaling(1, 1),
+        lambda: MinMaxScaling(0, math.inf),
+        lambda: RobustScaling((75, 25)),
+        lambda: RobustScaling((-1, 50)),
+        lambda: UnitLength(3),
+        lambda: GlobalContrast(regularizer=-1),
+        lambda: GlobalContrast(eps=0),
+        lambda: ZScore(dtype=torch.int64),
+        lambda: ImageStandardization("cifar"),
+        lambda: ImageStandardization(3),
+        lambda: ImageStandardization(((0.5,), (0.0,))),
+        lambda: ImageStandardization(layout="c n"),
+        lambda: ImageStandardization(maximum=0),
+    ):
+        with pytest.raises(OptionError):
+            make()
+    with pytest.raises(ShapeError, match="2 means and 1"):
+        ImageStandardization(((0.5, 0.5), (0.1,)))
+    with pytest.raises(ShapeError, match="do not join"):
+        RobustScaling().fit([torch.ones(2, 3), torch.ones(2, 4)])
+
+
+@pytest.mark.parametrize("dataset", PUBLISHED)
+def test_published_constants_on_bytes_and_on_floats(dataset: str) -> None:
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in PUBLISHED[dataset])
+    images = torch.randint(0, 256, (2, len(mean), 3, 5), dtype=torch.uint8)
+    module = ImageStandardization(dataset)
+    wanted = (images.float() / 255 - mean) / std
+    assert_close(module(images), wanted)
+    assert_close(module(images.float() / 255), wanted)
+    assert_close(ImageStandardization(dataset, maximum=255)(images.float()), wanted)
+    assert_close(ImageStandardization(dataset, layout="n * c")(images.movedim(1, -1)).movedim(-1, 1), wanted)
+    assert_close(ImageStandardization(dataset, layout="c *")(images[0]), wanted[0])
+    assert_close(module.inverse_transform(wanted), images.float() / 255)
+    assert_close(
+        ImageStandardization(dataset, maximum=255).inverse_transform(wanted), images.float(), rtol=1e-5, atol=1e-4
+    )
+    with pytest.raises(ShapeError):
+        module(torch.ones(2, 5, 3, 5))
+
+
+def test_published_constants_are_those_of_the_literature() -> None:
+    assert PUBLISHED["imagenet"] == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert PUBLISHED["cifar10"] == ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    assert PUBLISHED["cifar100"] == ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+    assert PUBLISHED["mnist"] == ((0.1307,), (0.3081,))
+
+
+def test_images_measured_from_bytes() -> None:
+    images = torch.randint(0, 256, (20, 3, 4, 4), dtype=torch.uint8)
+    module = ImageStandardization(None)
+    for part in images.split(6):
+        module.partial_fit((part, None))
+    assert_close(module.mean, (images.double() / 255).mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
+    y = module(images)
+    assert_close(y.std((0, 2, 3), correction=0), torch.ones(3))
+    with pytest.raises(ProtocolError, match="given"):
+        ImageStandardization("imagenet").partial_fit(images)
+    assert_close(ImageStandardization("imagenet").fit(images).state_dict(), module.state_dict(), rtol=1e-6, atol=1e-6)
+
+
+def test_given_constants_survive_the_state_dict() -> None:
+    fresh = ImageStandardization(None)
+    fresh.load_state_dict(ImageStandardization("cifar10").state_dict())
+    x = torch.rand(2, 3, 4, 4)
+    assert_close(fresh(x), ImageStandardization("cifar10")(x))
+
+
+def test_global_contrast_of_images() -> None:
+    x = torch.rand(3, 3, 8, 8, dtype=torch.float64) * 7 + 2
+    x[2] = 5.0
+    y = GlobalContrast(scale=55.0)(x)
+    assert_close(y[:2].mean((1, 2, 3)), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert_close(y[:2].std((1, 2, 3), correction=0), torch.full((2,), 55.0, dtype=torch.float64))
+    assert (y[2] == 0).all()
+    weak = GlobalContrast(regularizer=10.0)(x)
+    wanted = (x[0] - x[0].mean()) / (10 + x[0].var(correction=0)).sqrt()
+    assert_close(weak[0], wanted)
+    faint = torch.tensor([[1e-10, -1e-10]], dtype=torch.float64)
+    assert_close(GlobalContrast()(faint), faint / 1e-8)
+
+
+def test_inside_a_model_trained_and_loaded() -> None:
+    x = torch.randn(64, 3) * torch.tensor([1.0, 100.0, 0.01]) + 10
+    model = nn.Sequential(ZScore().fit(x), nn.Linear(3, 1))
+    model(x).square().mean().backward()
+    assert {name for name, _ in model.named_parameters()} == {"1.weight", "1.bias"}
+    other = nn.Sequential(ZScore(), nn.Linear(3, 1))
+    other.load_state_dict(model.state_dict())
+    assert_close(other(x), model(x), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        nn.Sequential(ZScore().fit(x[:, :2]), nn.Linear(3, 1)).load_state_dict(model.state_dict())
+    assert model.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
