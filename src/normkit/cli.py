@@ -1,4 +1,4 @@
-"""The command line: ``normkit compare``, ``report``, ``list``, ``show`` and ``info``."""
+"""The command line: ``normkit compare``, ``report``, ``list``, ``show``, ``draw``, ``cite`` and ``info``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,14 +134,23 @@ def report(output: Annotated[Path, typer.Argument(help="folder of a finished com
 
 
 @app.command("list")
-def list_methods() -> None:
-    """Lists the methods: name, what each normalizes over, paper."""
+def list_methods(
+    of: Annotated[str | None, typer.Option(help="input, activation, weight or gradient")] = None,
+    batch_dependent: Annotated[
+        bool | None, typer.Option("--batch-dependent/--batch-independent", help="a sample depends on the others")
+    ] = None,
+    running: Annotated[bool | None, typer.Option("--running/--no-running", help="it keeps running statistics")] = None,
+    foldable: Annotated[
+        bool | None, typer.Option("--foldable/--not-foldable", help="it can be baked into the weights")
+    ] = None,
+) -> None:
+    """Lists the methods: name, what each normalizes over, year. Options leave some out."""
     with _faults():
         from rich.console import Console
 
         from normkit.catalogue.page import list_table
 
-        list_table(Console())
+        list_table(Console(), of, batch_dependent=batch_dependent, running_state=running, foldable=foldable)
 
 
 @app.command()
@@ -156,6 +165,37 @@ def show(name: Annotated[str, typer.Argument(help="as in the list, such as group
 
 
 @app.command()
+def draw(
+    names: Annotated[list[str] | None, typer.Argument(help="methods; default: all that have a support set")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder")] = Path("figures"),
+    ending: Annotated[str, typer.Option("--format", help="svg, png or pdf")] = "svg",
+) -> None:
+    """Draws the support sets of methods, for papers and slides."""
+    with _faults():
+        from normkit.catalogue.drawing import draw_methods
+
+        for path in draw_methods(names or [], output, ending):
+            typer.echo(path)
+
+
+@app.command()
+def cite(
+    names: Annotated[list[str], typer.Argument(help="methods, or package.module:factory of a model")],
+) -> None:
+    """Prints BibTeX of methods, or of every norm found in a model."""
+    with _faults():
+        from normkit.catalogue.citation import cite as cite_model
+        from normkit.catalogue.methods import method
+        from normkit.lab.protocol import MODELS, load_factory, make_model
+
+        for name in names:
+            if ":" in name or name in MODELS:
+                typer.echo(cite_model(make_model(load_factory(name, MODELS), name, None)))
+            else:
+                typer.echo(method(name).paper.bibtex())
+
+
+@app.command()
 def info() -> None:
     """Says what runs here: versions, device, cores, threads and back ends."""
     with _faults():
@@ -165,12 +205,12 @@ def info() -> None:
         from normkit.lab.devices import cores, processor, versions
 
         for key, value in versions().items():
-            typer.echo(f"{key:<16}{value or 'not installed'}")
+            typer.echo(f"{key:<18}{value or 'not installed'}")
         cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        typer.echo(f"{'processor':<16}{processor()}\n{'cores':<16}{cores()}\n{'threads':<16}{torch.get_num_threads()}")
-        typer.echo(f"{'device':<16}{cuda or 'cpu'}")
+        typer.echo(f"{'processor':<18}{processor()}\n{'cores':<18}{cores()}\n{'threads':<18}{torch.get_num_threads()}")
+        typer.echo(f"{'device':<18}{cuda or 'cpu'}")
         for name, reason in backends().items():
-            typer.echo(f"{'back end':<16}{name:<12}{'runs here' if reason is None else f'does not run here: {reason}'}")
+            typer.echo(f"{'back end':<18}{name:<12}{'runs here' if reason is None else f'does not run here: {reason}'}")
 
 
 def main() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
 
 from normkit.catalogue.diagram import members, small_shape
+from normkit.catalogue.methods import METHODS, method
+from normkit.core.errors import OptionError
 from normkit.core.support import Support
 
 _SET, _REST, _EDGE, _MARKED = "#3b6fb6", "#f2f2ef", "#55554f", "#e69f00"
@@ -81,3 +84,31 @@ def draw(support: Support, path: Path | str, title: str | None = None) -> Path:
     figure.suptitle(title or f"{support.axes}   over   {support.over}", fontsize=10)
     figure.savefig(path, dpi=300, metadata={"Date": None} if str(path).endswith(".svg") else None)
     return Path(path)
+
+
+def draw_methods(names: Sequence[str], folder: Path, ending: str = "svg") -> Iterator[Path]:
+    """Draw the support sets of methods, one file each.
+
+    Args:
+        names: of methods; none for all that have a support set.
+        folder: made where it is missing.
+        ending: ``"svg"``, ``"png"`` or ``"pdf"``.
+
+    Returns:
+        The paths, as they are written.
+
+    Raises:
+        NotationError: no such method.
+        OptionError: another ending, a method without a support set, or a folder that can't be written.
+    """
+    if ending not in ("svg", "png", "pdf"):
+        raise OptionError(f"pictures are svg, png or pdf, not {ending!r}")
+    cards = [method(name) for name in names] or [card for card in METHODS if card.rule is not None]
+    for card in cards:
+        if card.rule is None:
+            raise OptionError(f"{card.name} has no one support set to draw; normkit show {card.name} says what it does")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            yield draw(card.rule.support, folder / f"{card.name}.{ending}", card.title)
+        except OSError as error:
+            raise OptionError(f"can't write to {folder}: {error.strerror}; choose another folder") from None

@@ -7,25 +7,32 @@ from difflib import get_close_matches
 from normkit.activations import (
     adaptive_instance_norm,
     adaptive_layer_norm,
+    batch_group_norm,
     batch_norm,
     batch_renorm,
+    conditional_norm,
     divisive_norm,
     dynamic_tanh,
+    exemplar_norm,
     film,
     filter_response_norm,
     fix_norm,
+    gdn,
     ghost_batch_norm,
     global_response_norm,
     group_norm,
     instance_norm,
     layer_norm,
+    local_context_norm,
     local_contrast_norm,
     local_response_norm,
     partial_rms_norm,
     positional_norm,
     query_key_norm,
+    recurrent_layer_norm,
     rms_norm,
     scale_norm,
+    switchable_norm,
     sync_batch_norm,
 )
 from normkit.core.card import Card
@@ -46,6 +53,9 @@ METHODS: tuple[Card, ...] = (
     batch_norm.CARD,
     layer_norm.CARD,
     rms_norm.CARD,
+    recurrent_layer_norm.CARD_RNN,
+    recurrent_layer_norm.CARD_LSTM,
+    recurrent_layer_norm.CARD_GRU,
     query_key_norm.CARD,
     partial_rms_norm.CARD,
     fix_norm.CARD,
@@ -66,6 +76,14 @@ METHODS: tuple[Card, ...] = (
     divisive_norm.CARD_LYU_SIMONCELLI,
     divisive_norm.CARD_HEEGER,
     positional_norm.CARD,
+    switchable_norm.CARD,
+    conditional_norm.CARD_INSTANCE,
+    conditional_norm.CARD_BATCH,
+    conditional_norm.CARD_SPATIAL,
+    gdn.CARD,
+    gdn.CARD_INVERSE,
+    local_context_norm.CARD,
+    exemplar_norm.CARD,
     weight_norm.CARD,
     spectral_norm.CARD,
     weight_standardization.CARD,
@@ -73,6 +91,8 @@ METHODS: tuple[Card, ...] = (
     ghost_batch_norm.CARD,
     sync_batch_norm.CARD,
     batch_renorm.CARD,
+    batch_group_norm.CARD,
+    batch_group_norm.CARD_WEIGHING,
 )
 
 
@@ -97,5 +117,5 @@ def method(name: str) -> Card:
             return card
     names = [card.name for card in METHODS]
     close = get_close_matches(wanted, names, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    raise NotationError(f"no method {name!r}{hint} Methods that exist: {', '.join(names)}")
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise NotationError(f"no method {name!r}; {hint}those that exist: {', '.join(names)}")

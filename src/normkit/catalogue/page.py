@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from normkit.catalogue.diagram import draw_text
 from normkit.catalogue.methods import METHODS, method
+from normkit.core.card import Kind
+from normkit.core.errors import OptionError
 
 
-def list_table(console: Console) -> None:
-    """Print every method, one line each."""
-    table = Table(title=f"{len(METHODS)} methods", title_justify="left", box=None, pad_edge=False, header_style="bold")
+def list_table(console: Console, kind: str | None = None, **claims: bool | None) -> None:
+    """Print methods, one line each.
+
+    Args:
+        console: to print on.
+        kind: ``"input"``, ``"activation"``, ``"weight"`` or ``"gradient"``; None for all.
+        **claims: values that fields of the card must have, e.g. ``foldable=True``; None for any.
+
+    Raises:
+        OptionError: there is no such kind.
+    """
+    kinds = get_args(Kind)
+    if kind is not None and kind not in kinds:
+        raise OptionError(f"no methods of {kind!r}; wanted one of {', '.join(kinds)}")
+    wanted = {field: value for field, value in claims.items() if value is not None}
+    cards = [card for card in METHODS if kind in (None, card.kind)]
+    cards = [card for card in cards if all(getattr(card, field) == value for field, value in wanted.items())]
+    table = Table(title=f"{len(cards)} methods", title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in ("method", "word", "of", "normalized over", "year"):
         table.add_column(column, no_wrap=column != "normalized over")
-    for card in METHODS:
+    for card in cards:
         table.add_row(card.name, card.word, card.kind, card.normalized_over, str(card.paper.year))
     console.print(table)
     console.print("normkit show METHOD prints one; its word stands for it in recipes such as bn+e", style="dim")
