@@ -1,0 +1,378 @@
+"""Batch/group normalization: groups of channels over groups of examples, and inference that weighs the example itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.errors import OptionError
+from normkit.core.memory import RunningMoments
+from normkit.core.moments import Moments, accumulation_dtype, moments
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support, divisors, place
+from normkit.engine.dispatch import Backend, run
+from normkit.engine.layer import Layer, check_channels, check_several
+from normkit.engine.measured import measuring, run_in_sub_batches, run_measured
+
+_LAYOUTS = ("n c *", "n * c")
+
+
+def batch_group_norm_rule(
+    num_groups: int | None = None, examples_per_group: int | None = None, eps: float = 1e-5, layout: str = "n c *"
+) -> Rule:
+    """Batch/group normalization of a batch that divides into groups of examples, as data.
+
+    >>> print(batch_group_norm_rule(32, 2).support)
+    Support("(b n) (g c) *", over="n c *", g=32, n=2)
+    >>> print(batch_group_norm_rule(None, None).support)  # batch normalization
+    Support("n c *", over="n *")
+    """
+    if layout not in _LAYOUTS:
+        raise OptionError(f"BatchGroupNorm: layout={layout!r}; wanted one of {', '.join(map(repr, _LAYOUTS))}")
+    sizes = {}
+    if num_groups is not None:
+        layout, sizes["g"] = layout.replace("c", "(g c)"), num_groups
+    if examples_per_group not in (None, 1):
+        layout, sizes["n"] = layout.replace("n", "(b n)"), examples_per_group
+    over = ("" if examples_per_group == 1 else "n ") + ("" if num_groups is None else "c ") + "*"
+    per = "c" if num_groups is None else "(g c)"
+    return Rule(Support(layout, over=over, **sizes), Statistic("mean", "std", eps), Affine(per))
+
+
+class BatchGroupNorm(Layer, nn.Module):
+    """Normalize groups of channels over groups of examples; at inference the example counts with a share of its own.
+
+    In training, y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, E and Var over ``examples_per_group`` consecutive examples,
+    the channels of a group and all positions. The corners are
+
+    ==============  ======================  ============================================
+    ``num_groups``  ``examples_per_group``  is
+    ==============  ======================  ============================================
+    None (C)        None (the batch)        batch normalization
+    None (C)        some                    ghost batch normalization
+    None (C)        1                       instance normalization
+    G               1                       group normalization
+    1               1                       layer normalization over each sample
+    ==============  ======================  ============================================
+
+    In evaluation, the example's own raw moments over its positions are mixed with running averages of raw moments,
+
+        mean = alpha E[x] + (1 - alpha) m1,    var = alpha E[x^2] + (1 - alpha) m2 - mean^2,
+
+    then averaged over the channels of a group: predictions depend on no other example. alpha=0 uses the running moments alone,
+    alpha=1 the example alone. The moments are kept as mean and population variance, so that a large mean costs no accuracy,
+    under batch normalization's names. ``normkit.surgery.example_weighing`` puts this in place of a trained model's batch
+    normalizations and tunes alpha on validation data; training does not depend on it.
+
+    Args:
+        num_channels: channels C.
+        num_groups: groups of channels; divides C. Default: None, each channel by itself.
+        examples_per_group: examples of a group; the last group may be smaller. Default: None, the whole batch.
+        eps: added to the variance. Default: 1e-5.
+        momentum: weight of the new value in the running moments. Default: 0.01.
+        affine: whether there are a weight (starts at 1) and a bias (at 0), per channel. Default: True.
+        alpha: the example's weight in evaluation, 0 to 1. Default: 1 for one example a group, as in group normalization; else 0.
+        bias: False leaves the bias out. Default: True.
+        layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, C, *) or, with channels last, (N, *, C), to the same. N may be 0.
+
+    Raises:
+        OptionError: the channels do not split into the groups; an argument outside its range.
+        ShapeError: other channels than ``num_channels``, or one value for each statistic of several examples in training.
+
+    Reference:
+        Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
+        https://arxiv.org/abs/1906.03548, sections 3.1 and 3.4.
+
+    >>> norm = BatchGroupNorm(2, num_groups=1, examples_per_group=2)
+    >>> norm(torch.tensor([[1.0, 3.0], [1.0, 3.0], [10.0, 30.0], [10.0, 30.0]])).detach()
+    tensor([[-1.0000,  1.0000],
+            [-1.0000,  1.0000],
+            [-1.0000,  1.0000],
+            [-1.0000,  1.0000]])
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_groups: int | None = None,
+        examples_per_group: int | None = None,
+        eps: float = 1e-5,
+        momentum: float = 0.01,
+        affine: bool = True,
+        alpha: float | None = None,
+        *,
+        bias: bool = True,
+        layout: str = "n c *",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _check(num_channels, num_groups, examples_per_group)
+        self.num_channels, self.num_groups, self.examples_per_group = num_channels, num_groups, examples_per_group
+        self.eps, self.momentum, self.affine, self.layout = eps, momentum, affine, layout
+        self.alpha = float(examples_per_group == 1) if alpha is None else alpha
+        if not 0 <= self.alpha <= 1:
+            raise OptionError(
+                f"BatchGroupNorm: alpha={alpha}; wanted 0, the running moments alone, to 1, the example alone"
+            )
+        kind = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.ones(num_channels, **kind)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_channels, **kind)) if affine and bias else None
+        self.register_buffer("running_mean", torch.zeros(num_channels, **kind))
+        self.register_buffer("running_var", torch.ones(num_channels, **kind))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
+        _ = self.rule  # refuses what does not go together now rather than at the first input
+
+    def make_rule(self) -> Rule:
+        self._memory = RunningMoments(self.momentum)
+        self._rules = _rules(self.num_groups, self.examples_per_group, self.eps, self.layout)
+        return self._rules[0]
+
+    def reset_parameters(self) -> None:
+        """Start again: weight 1, bias 0, running mean 0 and variance 1, no steps."""
+        for tensor, value in ((self.weight, 1), (self.bias, 0), (self.running_mean, 0), (self.running_var, 1)):
+            if tensor is not None:
+                nn.init.constant_(tensor, value)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.zero_()
+
+    def check(self, input: Tensor) -> None:
+        check_channels("BatchGroupNorm", input, self.num_channels, "num_channels", self.layout)
+        if self.training and self.examples_per_group != 1:
+            check_several("BatchGroupNorm", input[: self.examples_per_group], self._rules[2].support)
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.check(input)
+        _, running = self.rule, self.running()
+        assert running is not None
+        if not self.training:
+            return example_weighing(
+                input,
+                running.mean,
+                running.var,
+                self.weight,
+                self.bias,
+                self.alpha,
+                self.eps,
+                num_groups=self.num_groups,
+                layout=self.layout,
+                mask=mask,
+            )
+        y, found = _train(self._rules, self.examples_per_group, input, self.weight, self.bias, mask, self.backend)
+        if found is not None and self.num_groups is None:
+            found = _pooled(Moments(*(self._rows(value, found.mean) for value in found)))
+        else:
+            channels = 1 if self.layout == "n c *" else input.dim() - 1
+            dims = tuple(d for d in range(input.dim()) if d != channels)
+            found = moments(input.detach(), dims, mask)
+        self._memory.blend(running, found.mean.reshape(-1), found.var.reshape(-1))
+        return y
+
+    def _rows(self, value: Tensor | int, like: Tensor) -> Tensor:
+        return (
+            torch.as_tensor(value, dtype=like.dtype, device=like.device)
+            .expand(like.shape)
+            .reshape(-1, self.num_channels)
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        text = f"{self.num_channels}, num_groups={self.num_groups}, examples_per_group={self.examples_per_group}"
+        text += f", eps={self.eps}, momentum={self.momentum}, affine={self.affine}, alpha={self.alpha}"
+        return text + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+
+
+def batch_group_norm(
+    x: Tensor,
+    num_groups: int | None = None,
+    examples_per_group: int | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    layout: str = "n c *",
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Batch/group normalization by the input's own statistics as a function; see BatchGroupNorm.
+
+    >>> batch_group_norm(torch.tensor([[1.0, 3.0], [10.0, 30.0]]), num_groups=1, examples_per_group=1)
+    tensor([[-1.0000,  1.0000],
+            [-1.0000,  1.0000]])
+    """
+    _check(x.shape[-1 if layout == "n * c" else 1], num_groups, examples_per_group)
+    rules = _rules(num_groups, examples_per_group, eps, layout)
+    if examples_per_group != 1:
+        check_several("batch_group_norm", x[:examples_per_group], rules[2].support)
+    return _train(rules, examples_per_group, x, weight, bias, mask, backend)[0]
+
+
+def example_weighing(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    alpha: float = 0.0,
+    eps: float = 1e-5,
+    *,
+    num_groups: int | None = None,
+    layout: str = "n c *",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Normalize by running moments mixed with each example's own; see BatchGroupNorm.
+
+    mean = alpha E[x] + (1 - alpha) m1,  var = alpha E[x^2] + (1 - alpha) m2 - mean^2
+
+    Args:
+        x: the input.
+        running_mean: m1.
+        running_var: m2 - m1^2, the population variance.
+        weight: per channel, or None.
+        bias: per channel, or None.
+        alpha: the example's weight, 0 to 1. Default: 0.
+        eps: added to the variance. Default: 1e-5.
+        num_groups: groups over whose channels moments are averaged. Default: None, each channel by itself.
+        layout: ``"n c *"`` or ``"n * c"``. Default: ``"n c *"``.
+        mask: boolean, broadcasts over x; where it is False the element enters no statistic and comes out as zero.
+
+    Returns:
+        Of the input's shape and dtype.
+
+    Reference:
+        Summers and Dinneen (2020), https://arxiv.org/abs/1906.03548, equation 3.
+
+    >>> x = torch.tensor([[[1.0, 3.0]]])
+    >>> [example_weighing(x, torch.tensor([0.0]), torch.tensor([4.0]), alpha=a, eps=0.0)[0, 0, 1].item() for a in (0, 1)]
+    [1.5, 1.0]
+    """
+    rule = batch_group_norm_rule(num_groups, 1, eps, layout)
+    split = rule.support.split(x.shape)
+    positions = tuple(d for d, name in enumerate(split.names) if name == "*")
+    channels = tuple(d for d, name in enumerate(split.names) if name == "c" and num_groups is not None)
+    wide = x.to(accumulation_dtype(x.dtype)).reshape(split.shape)
+    if mask is not None:
+        mask = mask.expand(x.shape).reshape(split.shape)
+        wide = torch.where(mask, wide, 0.0)
+    assert rule.compensation is not None
+    mean, var = (place(value, rule.compensation.per, split).to(wide.dtype) for value in (running_mean, running_var))
+    if alpha:
+        own = moments(wide, positions, mask)
+        apart = own.mean - mean
+        var = var + alpha * (own.var - var) + alpha * (1 - alpha) * apart.square()
+        mean = mean + alpha * apart
+    if channels:
+        middle = mean.mean(channels, keepdim=True)
+        mean, var = middle, (var + (mean - middle).square()).mean(channels, keepdim=True)
+    y = rule.compensation.apply((wide - mean) / (var + eps).sqrt(), split, weight, bias)
+    return (y if mask is None else torch.where(mask, y, 0.0)).reshape(x.shape).to(x.dtype)
+
+
+def _rules(groups: int | None, examples: int | None, eps: float, layout: str) -> tuple[Rule, Rule, Rule]:
+    """The rule, and the same for a group of examples each and for one group of all, with their moments handed over."""
+    rule, whole = (batch_group_norm_rule(groups, count, eps, layout) for count in (examples, None))
+    return rule, measuring(rule), measuring(whole)
+
+
+def _train(
+    rules: tuple[Rule, Rule, Rule],
+    examples: int | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    backend: Backend,
+) -> tuple[Tensor, Moments | None]:
+    if examples == 1:
+        return run(rules[0], x, weight, bias, mask=mask, backend=backend), None
+    if examples is None:
+        return run_measured(rules[2], x, weight, bias, mask=mask, backend=backend)
+    return run_in_sub_batches(*rules[1:], examples, x, weight, bias, mask=mask, backend=backend)
+
+
+def _pooled(rows: Moments) -> Moments:
+    """The moments of all rows together."""
+    assert isinstance(rows.n, Tensor)
+    share = rows.n / rows.n.sum(0)
+    mean = (share * rows.mean).sum(0)
+    return Moments(mean, (share * (rows.var + (rows.mean - mean).square())).sum(0), rows.n.sum(0))
+
+
+def _check(channels: int, groups: int | None, examples: int | None) -> None:
+    if groups is not None and (groups < 1 or channels % groups):
+        raise OptionError(
+            f"BatchGroupNorm: {channels} channels do not split into num_groups={groups}; "
+            f"num_groups must divide {channels}: {divisors(channels)}"
+        )
+    if examples is not None and examples < 1:
+        raise OptionError(f"BatchGroupNorm: examples_per_group={examples}; wanted a whole number from 1, or None")
+
+
+def _example(channels: int) -> BatchGroupNorm:
+    return BatchGroupNorm(channels, math.gcd(2, channels), 2)
+
+
+def _weighing(channels: int) -> BatchGroupNorm:
+    return BatchGroupNorm(channels, alpha=0.1)
+
+
+_PAPER = Paper(
+    "Summers, Cecilia and Dinneen, Michael J.",
+    "Four Things Everyone Should Know to Improve Batch Normalization",
+    2020,
+    "https://arxiv.org/abs/1906.03548",
+)
+
+CARD = Card(
+    name="batch_group_norm",
+    title="Batch/group normalization",
+    kind="activation",
+    word="",
+    normalized_over="each group of examples and group of channels, over both and all positions",
+    formula=batch_group_norm_rule().formula(),
+    paper=_PAPER,
+    use_cases="few samples a batch, where group normalization is stable but batch normalization would be better",
+    strengths="holds batch, ghost, group, layer and instance normalization as corners, and what lies between",
+    weaknesses="two sizes to choose; another function in training than at inference",
+    module=BatchGroupNorm,
+    functional=batch_group_norm,
+    make=_example,
+    rule=batch_group_norm_rule(2, 2),
+    batch_dependent=True,
+    order_dependent=True,
+    running_state=True,
+    train_equals_eval=False,
+    invariances=frozenset({"weight scale", "data scale"}),
+)
+
+CARD_WEIGHING = Card(
+    name="example_weighing",
+    title="Inference example weighing",
+    kind="activation",
+    word="",
+    normalized_over="each channel: in training over the batch, at inference by running moments mixed with the example's own",
+    formula="mean = alpha * E[x] + (1 - alpha) * m1, var = alpha * E[x^2] + (1 - alpha) * m2 - mean^2",
+    paper=_PAPER,
+    use_cases="trained networks with batch normalization whose inference differs too much from training",
+    strengths="needs no training: one number, tuned on validation data; predictions depend on no other example",
+    weaknesses="can't be folded away; of a vector the example's variance is zero",
+    module=BatchGroupNorm,
+    functional=example_weighing,
+    make=_weighing,
+    rule=batch_group_norm_rule(),
+    batch_dependent=True,
+    running_state=True,
+    train_equals_eval=False,
+    invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
+)

@@ -1,0 +1,118 @@
+"""Inference example weighing for a trained model: batch normalizations that count the example itself, and how much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from normkit.activations.batch_group_norm import BatchGroupNorm
+from normkit.core.errors import OptionError, SurgeryError
+from normkit.surgery.changes import Change, Changes, label
+from normkit.surgery.convert import replace_modules
+
+ALPHAS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 1.0)
+
+
+def weigh_examples(model: nn.Module, alpha: float = 0.0, count: int | None = None) -> Changes:
+    """Put inference example weighing in place of every batch normalization with running statistics, in place.
+
+    Parameters are kept, running statistics copied; forward hooks stay on the layers that go. With alpha=0 and no ``count``
+    evaluation computes what it did.
+
+    Args:
+        model: any module.
+        alpha: the example's weight, 0 to 1. Default: 0.
+        count: elements a channel of a training batch, by which the unbiased variance kept becomes the population's, as
+            var (count - 1) / count. Default: None, so many that they are the same.
+
+    Returns:
+        The model, which is another object where it was a batch normalization itself, and a row for each.
+
+    Raises:
+        SurgeryError: the model has no batch normalization with running statistics.
+        OptionError: alpha or the count is outside its range.
+
+    Reference:
+        Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
+        https://arxiv.org/abs/1906.03548, section 3.1.
+
+    >>> print(*weigh_examples(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), alpha=0.05))
+    1: BatchNorm2d(8) -> BatchGroupNorm(8, alpha=0.05)
+    """
+    if count is not None and count < 2:
+        raise OptionError(f"weigh_examples: count={count}; wanted the elements a channel of a training batch, from 2")
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    }
+    if not norms:
+        raise SurgeryError("weigh_examples: the model has no batch normalization with running statistics")
+    new, rows = {}, []
+    for name, norm in norms.items():
+        new[id(norm)] = _weighing(norm, alpha, count)
+        before, after = (
+            f"{type(norm).__name__}({norm.num_features})",
+            f"BatchGroupNorm({norm.num_features}, {alpha=:g})",
+        )
+        rows.append(Change(label(name), before, after))
+    return Changes(replace_modules(model, new), tuple(rows))
+
+
+def choose_alpha(
+    model: nn.Module, score: Callable[[nn.Module], float], alphas: Sequence[float] = ALPHAS
+) -> dict[float, float]:
+    """Set every BatchGroupNorm of a model to the one alpha with the highest score on validation data.
+
+    Args:
+        model: left in evaluation mode.
+        score: gives a model's score; more is better.
+        alphas: to try, in order; of equal scores the first wins.
+
+    Returns:
+        The score of each alpha.
+
+    Raises:
+        SurgeryError: the model has no BatchGroupNorm.
+        OptionError: an alpha that is not from 0 to 1.
+    """
+    norms = [module for module in model.modules() if isinstance(module, BatchGroupNorm)]
+    if not norms:
+        raise SurgeryError("choose_alpha: the model has no BatchGroupNorm; call weigh_examples(model) first")
+    outside = [alpha for alpha in alphas if not 0 <= alpha <= 1]
+    if outside or not alphas:
+        raise OptionError(f"choose_alpha: alphas={tuple(alphas)}; wanted numbers from 0 to 1, at least one")
+    model.eval()
+    scores = {}
+    for alpha in alphas:
+        _set(norms, alpha)
+        scores[alpha] = score(model)
+    _set(norms, max(scores, key=lambda alpha: scores[alpha]))
+    return scores
+
+
+def _set(norms: Sequence[BatchGroupNorm], alpha: float) -> None:
+    for norm in norms:
+        norm.alpha = alpha
+
+
+def _weighing(norm: nn.modules.batchnorm._BatchNorm, alpha: float, count: int | None) -> BatchGroupNorm:
+    assert norm.running_mean is not None
+    made = BatchGroupNorm(
+        norm.num_features,
+        eps=norm.eps,
+        momentum=0.01 if norm.momentum is None else norm.momentum,
+        affine=norm.affine,
+        alpha=alpha,
+        bias=norm.bias is not None,
+        layout=getattr(norm, "layout", "n c *"),
+        device=norm.running_mean.device,
+        dtype=norm.running_mean.dtype,
+    )
+    made.load_state_dict(norm.state_dict())
+    made.weight, made.bias = norm.weight, norm.bias
+    if count is not None:
+        assert made.running_var is not None
+        made.running_var.mul_((count - 1) / count)
+    return made.train(norm.training)
