@@ -33,6 +33,11 @@ def rule_of(card: Card) -> Rule:
     return card.rule
 
 
+def roundings(card: Card) -> int:
+    """How many roundings of the input's size there are from input to output: in a recurrent layer, some for each time step."""
+    return 64 if card.name in ("layer_norm_rnn", "layer_norm_lstm", "layer_norm_gru") else 8
+
+
 def sub_batch(card: Card) -> int:
     """Samples of a sub-batch, for a rule that splits the batch into such, else 1."""
     return dict(card.rule.support.sizes).get("n", 1) if card.rule is not None else 1
@@ -44,8 +49,9 @@ def channels_first(card: Card) -> bool:
 
 
 def call(card: Card, made: nn.Module, x: Tensor) -> Tensor:
-    """The layer's output, with whatever else it is conditioned on."""
-    return made(x, *(card.extra(x) if card.extra else ()))
+    """The layer's output, with whatever else it is conditioned on; a recurrent layer also returns its last state."""
+    y = made(x, *(card.extra(x) if card.extra else ()))
+    return y[0] if isinstance(y, tuple) else y
 
 
 def sample_input(card: Card, channels: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:

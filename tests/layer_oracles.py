@@ -95,11 +95,64 @@ def query_key_norm(made: Any, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return _tokens(x, token)
 
 
+def _sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + (-x).exp())
+
+
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    return _layer_norm(x, norm.eps) * norm.weight + norm.bias
+
+
+def _steps(made: Any, x: Tensor, step: Callable[..., tuple[Tensor, ...]]) -> Tensor:
+    """Each sample and time step by itself, through the layer's one cell."""
+    cell, y = made.cells[0], []
+    for sample in x:
+        state: tuple[Tensor, ...] = (torch.zeros(cell.hidden_size, dtype=x.dtype),) * 2
+        outputs = []
+        for token in sample:
+            state = step(cell, token, *state)
+            outputs.append(state[0])
+        y.append(torch.stack(outputs))
+    return torch.stack(y)
+
+
+def layer_norm_rnn(made: Any, x: Tensor) -> Tensor:
+    def step(cell: Any, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        return torch.tanh(_normed(cell.norm, _linear(cell.weight_ih, None, x) + _linear(cell.weight_hh, None, h))), c
+
+    return _steps(made, x, step)
+
+
+def layer_norm_lstm(made: Any, x: Tensor) -> Tensor:
+    def step(cell: Any, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        before = _normed(cell.norm_hh, _linear(cell.weight_hh, None, h))
+        gates = before + _normed(cell.norm_ih, _linear(cell.weight_ih, None, x)) + cell.bias
+        i, f, g, o = gates.split(len(h))
+        c = _sigmoid(f) * c + _sigmoid(i) * torch.tanh(g)
+        return _sigmoid(o) * torch.tanh(_normed(cell.norm_c, c)), c
+
+    return _steps(made, x, step)
+
+
+def layer_norm_gru(made: Any, x: Tensor) -> Tensor:
+    def step(cell: Any, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        d = len(h)
+        from_x, from_h = _linear(cell.weight_ih, None, x), _linear(cell.weight_hh, None, h)
+        r, z = _sigmoid(_normed(cell.norm_hh, from_h[: 2 * d]) + _normed(cell.norm_ih, from_x[: 2 * d])).split(d)
+        n = torch.tanh(_normed(cell.norm_in, from_x[2 * d :]) + r * _normed(cell.norm_hn, from_h[2 * d :]))
+        return (1 - z) * h + z * n, c
+
+    return _steps(made, x, step)
+
+
 LAYER_ORACLES: dict[str, Callable[..., Tensor]] = {
     "adaptive_layer_norm": adaptive_layer_norm,
     "adaptive_layer_norm_zero": adaptive_layer_norm_zero,
     "film": film,
     "fix_norm": fix_norm,
+    "layer_norm_gru": layer_norm_gru,
+    "layer_norm_lstm": layer_norm_lstm,
+    "layer_norm_rnn": layer_norm_rnn,
     "partial_rms_norm": partial_rms_norm,
     "query_key_norm": query_key_norm,
 }

@@ -1,0 +1,399 @@
+"""Layer normalization inside recurrent networks: every time step by itself, in RNN, LSTM and GRU."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Invariance, Paper
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.moments import accumulation_dtype
+from normkit.core.support import show
+
+State = tuple[Tensor, ...]
+
+
+class _Cell(nn.Module):
+    """One step: ``project`` does all that does not depend on the state, so that a layer does it for all steps at once.
+
+    The norms are torch's own modules: in a loop over steps what a call costs counts more than a choice of back ends.
+    """
+
+    gates: ClassVar[int]
+    states: ClassVar[int] = 1
+
+    def __init__(self, input_size: int, hidden_size: int, eps: float, **factory: Any) -> None:
+        super().__init__()
+        self.input_size, self.hidden_size, self.eps = input_size, hidden_size, eps
+        self.weight_ih = nn.Parameter(torch.empty(self.gates * hidden_size, input_size, **factory))
+        self.weight_hh = nn.Parameter(torch.empty(self.gates * hidden_size, hidden_size, **factory))
+
+    def reset_parameters(self) -> None:
+        """Give the weights values uniform in +-1 / sqrt(hidden_size), biases 0, and the norms 1 and 0."""
+        bound = self.hidden_size**-0.5
+        nn.init.uniform_(self.weight_ih, -bound, bound)
+        nn.init.uniform_(self.weight_hh, -bound, bound)
+        for norm in self.children():
+            if isinstance(norm, nn.LayerNorm):
+                norm.reset_parameters()
+
+    def project(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def step(self, projected: Tensor, state: State) -> State:
+        raise NotImplementedError
+
+    def start(self, x: Tensor) -> State:
+        """A state of zeros for an input (*, input_size)."""
+        return (self.weight_hh.new_zeros(*x.shape[:-1], self.hidden_size),) * self.states
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        """One step.
+
+        Args:
+            x: (*, input_size).
+            state: as it was returned, or None for zeros.
+
+        Returns:
+            The next state: h (*, hidden_size), or (h, c) of an LSTM.
+        """
+        _check(self, x)
+        start = self.start(x) if state is None else state if isinstance(state, tuple) else (state,)
+        after = tuple(
+            each.to(x.dtype) for each in self.step(self.project(x.to(self.weight_ih.dtype)), _like(self, start))
+        )
+        return after if self.states > 1 else after[0]
+
+    def extra_repr(self) -> str:
+        return f"{self.input_size}, {self.hidden_size}"
+
+
+class LayerNormRNNCell(_Cell):
+    """A simple recurrent cell with layer normalization of its summed inputs.
+
+    h' = tanh(LN(W_ih x + W_hh h)). The bias is the norm's.
+
+    Args:
+        input_size: size of x.
+        hidden_size: size of h.
+        nonlinearity: ``"tanh"`` or ``"relu"``. Default: "tanh".
+        eps: added to the variance. Default: 1e-5.
+        **factory: ``device`` and ``dtype`` of the parameters.
+
+    Shape:
+        x (*, input_size) and h (*, hidden_size), to h'.
+
+    Raises:
+        OptionError: another nonlinearity.
+        ShapeError: x or the state has another size.
+
+    Reference:
+        Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450, section 3.1.
+
+    >>> LayerNormRNNCell(3, 2)(torch.ones(1, 3)).shape
+    torch.Size([1, 2])
+    """
+
+    gates = 1
+
+    def __init__(
+        self, input_size: int, hidden_size: int, *, nonlinearity: str = "tanh", eps: float = 1e-5, **factory: Any
+    ) -> None:
+        super().__init__(input_size, hidden_size, eps, **factory)
+        if nonlinearity not in ("tanh", "relu"):
+            raise OptionError(f"LayerNormRNNCell: nonlinearity={nonlinearity!r}; wanted 'tanh' or 'relu'")
+        self.nonlinearity = nonlinearity
+        self.norm = nn.LayerNorm(hidden_size, eps, **factory)
+        self.reset_parameters()
+
+    def project(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight_ih)
+
+    def step(self, projected: Tensor, state: State) -> State:
+        summed = self.norm(projected + F.linear(state[0], self.weight_hh))
+        return (summed.tanh() if self.nonlinearity == "tanh" else summed.relu(),)
+
+
+class LayerNormLSTMCell(_Cell):
+    """An LSTM cell with layer normalization of what comes from the input, of what comes from the state, and of the cell.
+
+    (i, f, g, o) = LN(W_ih x) + LN(W_hh h) + b, each norm over all four gates together, in torch's order;
+    c' = sigmoid(f) c + sigmoid(i) tanh(g); h' = sigmoid(o) tanh(LN(c')).
+    With its norms replaced by ``torch.nn.Identity()`` it is ``torch.nn.LSTMCell`` with b = bias_ih + bias_hh.
+
+    Args:
+        input_size: size of x.
+        hidden_size: size of h and c.
+        bias: False leaves b out; each norm has a bias of its own. Default: True.
+        eps: added to the variance. Default: 1e-5.
+        **factory: ``device`` and ``dtype`` of the parameters.
+
+    Shape:
+        x (*, input_size) and (h, c), each (*, hidden_size), to (h', c').
+
+    Raises:
+        ShapeError: x or the state has another size.
+
+    Reference:
+        Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450, supplement.
+
+    >>> h, c = LayerNormLSTMCell(3, 2)(torch.ones(1, 3))
+    >>> h.shape, c.shape
+    (torch.Size([1, 2]), torch.Size([1, 2]))
+    """
+
+    gates = 4
+    states = 2
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, input_size: int, hidden_size: int, *, bias: bool = True, eps: float = 1e-5, **factory: Any
+    ) -> None:
+        super().__init__(input_size, hidden_size, eps, **factory)
+        self.register_parameter("bias", nn.Parameter(torch.empty(4 * hidden_size, **factory)) if bias else None)
+        self.norm_ih = nn.LayerNorm(4 * hidden_size, eps, **factory)
+        self.norm_hh = nn.LayerNorm(4 * hidden_size, eps, **factory)
+        self.norm_c = nn.LayerNorm(hidden_size, eps, **factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def project(self, x: Tensor) -> Tensor:
+        projected = self.norm_ih(F.linear(x, self.weight_ih))
+        return projected if self.bias is None else projected + self.bias
+
+    def step(self, projected: Tensor, state: State) -> State:
+        i, f, g, o = (projected + self.norm_hh(F.linear(state[0], self.weight_hh))).chunk(4, -1)
+        c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+        return o.sigmoid() * self.norm_c(c).tanh(), c
+
+
+class LayerNormGRUCell(_Cell):
+    """A GRU cell with layer normalization of what comes from the input and of what comes from the state.
+
+    (r, z) = LN(W_ih x) + LN(W_hh h), each norm over both gates together; n = tanh(LN(W_in x) + sigmoid(r) LN(W_hn h));
+    h' = (1 - sigmoid(z)) h + sigmoid(z) n. The rows of the weights are r, z, n as in torch, but z opens to the new value where
+    torch's opens to the old: with its norms replaced by ``torch.nn.Identity()`` it is ``torch.nn.GRUCell`` without biases and
+    with the rows of z negated.
+
+    Args:
+        input_size: size of x.
+        hidden_size: size of h.
+        eps: added to the variance. Default: 1e-5.
+        **factory: ``device`` and ``dtype`` of the parameters.
+
+    Shape:
+        x (*, input_size) and h (*, hidden_size), to h'.
+
+    Raises:
+        ShapeError: x or the state has another size.
+
+    Reference:
+        Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450, supplement.
+
+    >>> LayerNormGRUCell(3, 2)(torch.ones(1, 3)).shape
+    torch.Size([1, 2])
+    """
+
+    gates = 3
+
+    def __init__(self, input_size: int, hidden_size: int, *, eps: float = 1e-5, **factory: Any) -> None:
+        super().__init__(input_size, hidden_size, eps, **factory)
+        self.norm_ih = nn.LayerNorm(2 * hidden_size, eps, **factory)
+        self.norm_hh = nn.LayerNorm(2 * hidden_size, eps, **factory)
+        self.norm_in = nn.LayerNorm(hidden_size, eps, **factory)
+        self.norm_hn = nn.LayerNorm(hidden_size, eps, **factory)
+        self.reset_parameters()
+
+    def project(self, x: Tensor) -> Tensor:
+        gates, new = F.linear(x, self.weight_ih).split([2 * self.hidden_size, self.hidden_size], -1)
+        return torch.cat([self.norm_ih(gates), self.norm_in(new)], -1)
+
+    def step(self, projected: Tensor, state: State) -> State:
+        sizes = [2 * self.hidden_size, self.hidden_size]
+        gates, new = projected.split(sizes, -1)
+        old_gates, old_new = F.linear(state[0], self.weight_hh).split(sizes, -1)
+        r, z = (gates + self.norm_hh(old_gates)).sigmoid().chunk(2, -1)
+        n = (new + r * self.norm_hn(old_new)).tanh()
+        return (state[0] + z * (n - state[0]),)
+
+
+def unroll(cell: _Cell, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+    """Run a cell of this file over a sequence.
+
+    Args:
+        cell: LayerNormRNNCell, LayerNormLSTMCell or LayerNormGRUCell.
+        x: (T, *, input_size).
+        state: the first state, or None for zeros.
+        mask: boolean (T, *); where it is False the state stays as it was, and the output is zero.
+
+    Returns:
+        The outputs h (T, *, hidden_size), and the last state.
+
+    Raises:
+        ShapeError: x, the state or the mask has another size, or T is 0.
+
+    >>> cell = LayerNormGRUCell(3, 2)
+    >>> y, h = unroll(cell, torch.ones(5, 1, 3))
+    >>> y.shape, torch.equal(y[-1], h)
+    (torch.Size([5, 1, 2]), True)
+    """
+    _check(cell, x)
+    if x.dim() < 2 or len(x) == 0:
+        raise ShapeError(f"unroll: got a sequence of {show(x.shape)}, wanted at least one time step: (T, *, features)")
+    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+        raise ShapeError(
+            f"unroll: got a {mask.dtype} mask of {show(mask.shape)}, wanted torch.bool of {show(x.shape[:-1])}"
+        )
+    now = cell.start(x[0]) if state is None else state if isinstance(state, tuple) else (state,)
+    now = _like(cell, now)
+    outputs = []
+    for t, projected in enumerate(cell.project(x.to(cell.weight_ih.dtype)).unbind(0)):
+        after = cell.step(projected, now)
+        if mask is None:
+            now = after
+            outputs.append(now[0])
+            continue
+        here = mask[t].unsqueeze(-1)
+        now = tuple(torch.where(here, new, old) for new, old in zip(after, now, strict=True))
+        outputs.append(torch.where(here, now[0], 0.0))
+    last = tuple(each.to(x.dtype) for each in now)
+    return torch.stack(outputs).to(x.dtype), last if cell.states > 1 else last[0]
+
+
+class LayerNormRecurrent(nn.Module):
+    """Layer-normalized recurrent cells on top of one another, over a sequence.
+
+    As ``torch.nn.LSTM``, ``GRU`` and ``RNN`` are to their cells. No statistic is shared between time steps, and none is kept.
+
+    Args:
+        input_size: size of x.
+        hidden_size: size of h.
+        cell: ``"lstm"``, ``"gru"`` or ``"rnn"``: LayerNormLSTMCell, LayerNormGRUCell or LayerNormRNNCell. Default: "lstm".
+        num_layers: how many cells. Default: 1.
+        batch_first: take (N, T, input_size) in place of (T, N, input_size). Default: False.
+        **options: of the cells, e.g. ``eps``, ``device``, ``dtype``.
+
+    Shape:
+        (T, *, input_size) to (T, *, hidden_size) and the last state: h (layers, *, hidden_size), or (h, c) of an LSTM.
+
+    Raises:
+        OptionError: another cell, or no layers.
+        ShapeError: x, the state or the mask has another size, or there is no time step.
+
+    Reference:
+        Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450.
+
+    >>> y, (h, c) = LayerNormRecurrent(3, 2, "lstm", num_layers=2)(torch.ones(5, 1, 3))
+    >>> y.shape, c.shape
+    (torch.Size([5, 1, 2]), torch.Size([2, 1, 2]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        cell: str = "lstm",
+        num_layers: int = 1,
+        *,
+        batch_first: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if cell not in _CELLS or num_layers < 1:
+            raise OptionError(
+                f"LayerNormRecurrent: cell={cell!r} with num_layers={num_layers}; "
+                f"wanted one of {', '.join(map(repr, _CELLS))}, and at least 1 layer"
+            )
+        self.input_size, self.hidden_size, self.cell, self.batch_first = input_size, hidden_size, cell, batch_first
+        sizes = [input_size] + [hidden_size] * (num_layers - 1)
+        self.cells = nn.ModuleList(_CELLS[cell](size, hidden_size, **options) for size in sizes)
+
+    def forward(self, x: Tensor, state: Any = None, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Run over a sequence.
+
+        Args:
+            x: (T, *, input_size), or (N, T, input_size) with ``batch_first``.
+            state: the first state, with an axis of layers before: h (layers, *, hidden_size), or (h, c); None for zeros.
+            mask: boolean, of x's shape without the features; where it is False the state stays, and the output is zero.
+
+        Returns:
+            The last layer's outputs, laid out as x; and the last state, as ``state``.
+        """
+        swap = self.batch_first and x.dim() > 2
+        y = x.transpose(0, 1) if swap else x
+        mask = mask.transpose(0, 1) if mask is not None and swap else mask
+        given = None if state is None else state if isinstance(state, tuple) else (state,)
+        last: list[State] = []
+        for number, cell in enumerate(self.cells):
+            assert isinstance(cell, _Cell)
+            y, after = unroll(cell, y, None if given is None else tuple(s[number] for s in given), mask=mask)
+            last.append(after if isinstance(after, tuple) else (after,))
+        states = [torch.stack(each) for each in zip(*last, strict=True)]
+        return (y.transpose(0, 1) if swap else y), (tuple(states) if len(states) > 1 else states[0])
+
+    def extra_repr(self) -> str:
+        return f"{self.input_size}, {self.hidden_size}, cell={self.cell!r}, batch_first={self.batch_first}"
+
+
+_CELLS: dict[str, type[Any]] = {"lstm": LayerNormLSTMCell, "gru": LayerNormGRUCell, "rnn": LayerNormRNNCell}
+
+
+def _check(cell: _Cell, x: Tensor) -> None:
+    accumulation_dtype(x.dtype)  # refuses integers
+    if x.dim() < 1 or x.shape[-1] != cell.input_size:
+        raise ShapeError(
+            f"{type(cell).__name__}: got an input of {show(x.shape)}, wanted one that ends in input_size={cell.input_size}"
+        )
+
+
+def _like(cell: _Cell, state: State) -> State:
+    if len(state) != cell.states or any(each.shape[-1:] != (cell.hidden_size,) for each in state):
+        raise ShapeError(
+            f"{type(cell).__name__}: got a state of {' and '.join(show(each.shape) for each in state)}, wanted "
+            f"{cell.states} of hidden_size={cell.hidden_size}: {'(h, c)' if cell.states > 1 else 'h'}"
+        )
+    return tuple(each.to(cell.weight_hh.dtype) for each in state)
+
+
+def _card(cell: str, title: str, over: str, formula: str, *invariances: Invariance) -> Card:
+    return Card(
+        name=f"layer_norm_{cell}",
+        title=f"Layer normalization in {title}",
+        kind="activation",
+        word="",
+        normalized_over=f"each time step of each sample, over {over}",
+        formula=formula,
+        paper=Paper(
+            "Ba, Jimmy Lei and Kiros, Jamie Ryan and Hinton, Geoffrey E.",
+            "Layer Normalization",
+            2016,
+            "https://arxiv.org/abs/1607.06450",
+        ),
+        use_cases="recurrent networks on long sequences or with small batches",
+        strengths="steadies the size of the hidden state; the same for any length, batch and step",
+        weaknesses="a step at a time in Python, without torch's fused recurrent kernels",
+        module=_CELLS[cell],
+        functional=unroll,
+        make=lambda features: LayerNormRecurrent(features, features, cell, batch_first=True),
+        layout="* d",
+        invariances=frozenset(invariances),
+    )
+
+
+_RNN = "h' = tanh(LN(W_ih x + W_hh h))"
+_LSTM = "(i, f, g, o) = LN(W_ih x) + LN(W_hh h) + b; h' = sigmoid(o) tanh(LN(c'))"
+_GRU = "(r, z) = LN(W_ih x) + LN(W_hh h); n = tanh(LN(W_in x) + sigmoid(r) LN(W_hn h))"
+_INPUTS: tuple[Invariance, ...] = ("weight scale", "data scale", "sample scale")
+
+CARD_RNN = _card("rnn", "a simple recurrent network", "the summed inputs", _RNN)
+CARD_LSTM = _card(
+    "lstm", "an LSTM", "all gates together, for input and state apart, and over the cell", _LSTM, *_INPUTS
+)
+CARD_GRU = _card("gru", "a GRU", "both gates and the candidate, for input and state apart", _GRU, *_INPUTS)

@@ -1,0 +1,149 @@
+"""Recurrent layer normalization: torch's cells where the norms are bypassed, layers as unrolled cells, padding."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from normkit.activations.recurrent_layer_norm import (
+    LayerNormGRUCell,
+    LayerNormLSTMCell,
+    LayerNormRecurrent,
+    LayerNormRNNCell,
+    unroll,
+)
+from normkit.core.errors import OptionError, ShapeError
+
+CELLS = ["lstm", "gru", "rnn"]
+
+
+def bypass(cell: nn.Module) -> None:
+    for name, child in list(cell.named_children()):
+        if isinstance(child, nn.LayerNorm):
+            setattr(cell, name, nn.Identity())
+
+
+def randomize(module: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) / 2)
+
+
+def test_without_its_norms_the_lstm_is_torchs() -> None:
+    ours, theirs = LayerNormLSTMCell(3, 5).double(), nn.LSTMCell(3, 5).double()
+    bypass(ours)
+    with torch.no_grad():
+        ours.weight_ih.copy_(theirs.weight_ih)
+        ours.weight_hh.copy_(theirs.weight_hh)
+        ours.bias.copy_(theirs.bias_ih + theirs.bias_hh)
+    x, state = torch.randn(4, 3, dtype=torch.float64), tuple(torch.randn(2, 4, 5, dtype=torch.float64))
+    assert_close(ours(x, state), theirs(x, state), rtol=1e-12, atol=1e-12)
+    assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
+
+
+def test_without_its_norms_the_gru_is_torchs_with_z_turned() -> None:
+    ours, theirs = LayerNormGRUCell(3, 5).double(), nn.GRUCell(3, 5, bias=False).double()
+    bypass(ours)
+    turn = torch.ones(15, 1, dtype=torch.float64)
+    turn[5:10] = -1
+    with torch.no_grad():
+        ours.weight_ih.copy_(theirs.weight_ih * turn)
+        ours.weight_hh.copy_(theirs.weight_hh * turn)
+    x, h = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    assert_close(ours(x, h), theirs(x, h), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_without_its_norm_the_rnn_is_torchs(nonlinearity: str) -> None:
+    ours = LayerNormRNNCell(3, 5, nonlinearity=nonlinearity).double()
+    theirs = nn.RNNCell(3, 5, bias=False, nonlinearity=nonlinearity).double()
+    bypass(ours)
+    ours.load_state_dict(theirs.state_dict())
+    x, h = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    assert_close(ours(x, h), theirs(x, h), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_layer_is_its_cells_step_by_step(cell: str, batch_first: bool) -> None:
+    layer = LayerNormRecurrent(3, 5, cell, num_layers=2, batch_first=batch_first).double()
+    randomize(layer)
+    x = torch.randn(7, 4, 3, dtype=torch.float64)
+    count = 2 if cell == "lstm" else 1
+    start = tuple(torch.randn(2, 4, 5, dtype=torch.float64) for _ in range(count))
+    states = [tuple(s[k] for s in start) for k in range(2)]
+    wanted = []
+    for token in x:
+        for k in range(2):
+            after = layer.cells[k](token, states[k])
+            states[k] = after if isinstance(after, tuple) else (after,)
+            token = states[k][0]
+        wanted.append(token)
+    last = tuple(torch.stack(each) for each in zip(*states, strict=True))
+    y, state = layer(x.transpose(0, 1) if batch_first else x, start if count > 1 else start[0])
+    assert_close(y.transpose(0, 1) if batch_first else y, torch.stack(wanted), rtol=1e-9, atol=1e-9)
+    assert_close(state, last if count > 1 else last[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_padding_changes_neither_output_nor_state(cell: str) -> None:
+    layer = LayerNormRecurrent(3, 5, cell, num_layers=2, batch_first=True).double()
+    randomize(layer)
+    x, lengths = torch.randn(3, 6, 3, dtype=torch.float64), torch.tensor([6, 2, 4])
+    mask = torch.arange(6) < lengths[:, None]
+    y, state = layer(torch.where(mask[..., None], x, 1e9), mask=mask)
+    for n, length in enumerate(lengths.tolist()):
+        alone, last = layer(x[n : n + 1, :length])
+        assert_close(y[n : n + 1, :length], alone)
+        assert (y[n, length:] == 0).all()
+        for found, wanted in zip(state if cell == "lstm" else [state], last if cell == "lstm" else [last], strict=True):
+            assert_close(found[:, n : n + 1], wanted)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_sequence_without_a_batch(cell: str) -> None:
+    layer = LayerNormRecurrent(3, 5, cell, batch_first=True)
+    x = torch.randn(6, 3)
+    y, _ = layer(x)
+    assert_close(y, layer(x[None])[0][0])
+
+
+def test_the_hidden_states_size_does_not_depend_on_the_weights() -> None:
+    cell = LayerNormRNNCell(3, 64).double()
+    x = torch.randn(50, 1, 3, dtype=torch.float64)
+    before, _ = unroll(cell, x)
+    with torch.no_grad():
+        cell.weight_ih.mul_(100)
+        cell.weight_hh.mul_(100)
+    after, _ = unroll(cell, x)
+    assert_close(after, before, rtol=1e-3, atol=1e-3)  # but for eps
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_half_types(cell: str) -> None:
+    layer = LayerNormRecurrent(3, 16, cell)
+    x = torch.randn(5, 2, 3)
+    exact, _ = layer(x)
+    for parameters in (torch.float32, torch.bfloat16):
+        y, state = layer.to(parameters)(x.bfloat16())
+        assert y.dtype == (state[0] if cell == "lstm" else state).dtype == torch.bfloat16
+        # Five steps, each of which rounds its gates and state; outputs are at most 1.
+        assert_close(y.float(), exact, rtol=0, atol=5 * 4 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_refusals() -> None:
+    with pytest.raises(OptionError, match="'lstm', 'gru', 'rnn'"):
+        LayerNormRecurrent(3, 5, "mamba")
+    with pytest.raises(OptionError, match="at least 1 layer"):
+        LayerNormRecurrent(3, 5, num_layers=0)
+    with pytest.raises(OptionError, match="nonlinearity='sin'"):
+        LayerNormRNNCell(3, 5, nonlinearity="sin")
+    layer = LayerNormRecurrent(3, 5)
+    with pytest.raises(ShapeError, match="input_size=3"):
+        layer(torch.randn(7, 2, 4))
+    with pytest.raises(ShapeError, match="at least one time step"):
+        layer(torch.randn(0, 2, 3))
+    with pytest.raises(ShapeError, match=r"\(h, c\)"):
+        layer(torch.randn(7, 2, 3), torch.zeros(1, 2, 5))
+    with pytest.raises(ShapeError, match="mask"):
+        layer(torch.randn(7, 2, 3), mask=torch.ones(2, 7, dtype=torch.bool))
