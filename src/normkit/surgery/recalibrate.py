@@ -1,0 +1,173 @@
+"""Precise batch normalization: running statistics estimated anew, each element counting once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from normkit.activations.batch_group_norm import BatchGroupNorm
+from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule
+from normkit.core.errors import OptionError, SurgeryError
+from normkit.core.moments import Moments, moments
+from normkit.surgery.changes import Change, Changes, label
+
+Estimator = Literal["population", "mean"]
+_KINDS = (nn.modules.batchnorm._BatchNorm, BatchRenorm, BatchGroupNorm)
+
+
+def recalibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    limit: int | None = 200,
+    estimator: Estimator = "population",
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> Changes:
+    """Estimate every batch normalization's running statistics anew, by its inputs over many batches, in place.
+
+    Weights are fixed; batch normalizations normalize by their batch's own statistics, as in training, while everything else runs
+    as in evaluation, so that dropout does not enter. The estimates are
+
+        population    mean and variance over all elements of all batches together, however large each batch is
+        mean          the plain averages over batches of their means and unbiased variances
+
+    The population's is exact where the layer's input does not depend on other batch normalizations, whatever the order and the
+    sizes of the batches; a layer that is called several times, or stands in several places, sees all its inputs. The model is
+    left in the mode it had, and as it was if a batch fails.
+
+    Args:
+        model: with batch normalizations that keep running statistics: torch's, and every member of their family here.
+        batches: of inputs. A dict is given by name; of a tuple or list the first item, as in (input, target), is given alone.
+        limit: batches to take; None for all. Default: 200.
+        estimator: ``"population"`` or ``"mean"``. Default: "population".
+        forward: ``forward(model, batch)`` runs the model on a batch, in place of the above.
+
+    Returns:
+        A row for each layer, with the batches and the elements a channel that it saw.
+
+    Raises:
+        SurgeryError: the model has no such layer, there are no batches, or a layer is never called.
+        OptionError: another estimator, or a limit below 1.
+
+    Reference:
+        Wu and Johnson, "Rethinking 'Batch' in BatchNorm" (2021), https://arxiv.org/abs/2105.07576, section 3.
+
+    >>> model = nn.Sequential(nn.BatchNorm1d(1))
+    >>> changes = recalibrate(model, [torch.zeros(98, 1), torch.ones(2, 1)])
+    >>> model[0].running_mean, model[0].running_var
+    (tensor([0.0200]), tensor([0.0196]))
+    """
+    if estimator not in ("population", "mean"):
+        raise OptionError(f"recalibrate: estimator={estimator!r}; wanted 'population' or 'mean'")
+    if limit is not None and limit < 1:
+        raise OptionError(f"recalibrate: limit={limit}; wanted batches to take, from 1, or None for all")
+    norms = {name: module for name, module in model.named_modules() if _keeps_statistics(module)}
+    if not norms:
+        raise SurgeryError("recalibrate: the model has no batch normalization with running statistics")
+    sums = {name: _Inputs(estimator) for name in norms}
+    seen = 0
+    with torch.no_grad(), _as_when_training(model, norms.values()), ExitStack() as stack:
+        for name, norm in norms.items():
+            stack.callback(norm.register_forward_pre_hook(sums[name].see, with_kwargs=True).remove)
+        for batch in islice(batches, limit):
+            seen += 1
+            (forward or _forward)(model, batch)
+    if not seen:
+        raise SurgeryError("recalibrate: there are no batches; a generator can be walked only once, give a fresh one")
+    missing = [label(name) for name in norms if sums[name].found is None]
+    if missing:
+        raise SurgeryError(f"recalibrate: no element reached {', '.join(missing)}; no layer was changed")
+    rows = []
+    for name, norm in norms.items():
+        rows.append(_write(label(name), norm, sums[name]))
+    return Changes(model, tuple(rows))
+
+
+class _Inputs:
+    """What a layer's inputs add up to."""
+
+    def __init__(self, estimator: Estimator) -> None:
+        self.estimator, self.batches, self.elements = estimator, 0, 0
+        self.found: Moments | None = None
+
+    def see(self, norm: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take one call's input in; a forward pre-hook."""
+        x: Tensor = args[0] if args else kwargs["input"]
+        mask = args[1] if len(args) > 1 else kwargs.get("mask")
+        if not x.numel():
+            return
+        channels = 1 if getattr(norm, "layout", "n c *") == "n c *" else x.dim() - 1
+        # Thousands of batches are summed: in float64, where the device has it.
+        x = x.detach() if x.device.type == "mps" else x.detach().double()
+        new = moments(x, [d for d in range(x.dim()) if d != channels], mask)
+        count = torch.as_tensor(new.n, dtype=x.dtype, device=x.device).expand(new.mean.shape).reshape(-1)
+        new = Moments(new.mean.reshape(-1), new.var.reshape(-1), count)
+        self.batches += 1
+        self.elements += int(count.max())
+        if self.estimator == "mean":
+            defined = count > 1  # of one element there is no unbiased variance
+            new = Moments(new.mean, torch.where(defined, new.unbiased(), 0.0), defined.to(x.dtype))
+        self.found = new if self.found is None else self._merged(self.found, new)
+
+    def _merged(self, old: Moments, new: Moments) -> Moments:
+        total = old.n + new.n
+        share = new.n / torch.as_tensor(total).clamp_min(1)
+        if self.estimator == "mean":
+            return Moments(old.mean + share * (new.mean - old.mean), old.var + share * (new.var - old.var), total)
+        apart = new.mean - old.mean
+        var = old.var + share * (new.var - old.var) + share * (1 - share) * apart.square()
+        return Moments(old.mean + share * apart, var, total)
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _KINDS) and isinstance(getattr(module, "running_mean", None), Tensor)
+
+
+@contextmanager
+def _as_when_training(model: nn.Module, norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Everything in evaluation but the norms, which normalize by their batch's statistics; all is put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    norms = list({id(norm): norm for norm in norms}.values())
+    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+    schedules = [(norm, norm.schedule) for norm in norms if isinstance(norm, BatchRenorm)]
+    model.eval()
+    for norm in norms:
+        norm.training = True
+    for norm, _ in schedules:
+        norm.schedule = RenormSchedule.constant(1, 0)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for norm, schedule in schedules:
+            norm.schedule = schedule
+        for buffer, value in buffers:
+            buffer.copy_(value)
+
+
+@torch.no_grad()
+def _write(name: str, norm: nn.Module, seen: _Inputs) -> Change:
+    found = seen.found
+    assert found is not None
+    scale = "running_std" if isinstance(norm, BatchRenorm) else "running_var"
+    var = found.var + norm.eps if isinstance(norm, BatchRenorm) else found.var
+    wanted = {"running_mean": found.mean, scale: var.sqrt() if isinstance(norm, BatchRenorm) else var}
+    deviation = (found.var + getattr(norm, "eps", 0.0)).sqrt()
+    shift = float(((norm.get_buffer("running_mean") - found.mean) / deviation).abs().max())
+    for key, value in wanted.items():
+        norm.get_buffer(key).copy_(value)
+    what = f"{type(norm).__name__}({found.mean.numel()})"
+    note = f"of {seen.batches} batches, {seen.elements} elements a channel; means moved by up to {shift:.2g} deviations"
+    return Change(name, what, what, note)
+
+
+def _forward(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, list | tuple) else batch)
