@@ -217,3 +217,98 @@ ORACLES |= {
     "lyu_simoncelli_norm": _lyu_simoncelli_norm,
     "heeger_norm": _heeger_norm,
 }
+
+
+def _local_context_norm(made, x: Tensor) -> Tensor:
+    y, size = torch.empty_like(x), made.channels_per_group
+    for n, c, p in product(*map(range, x.shape)):
+        first, around = c // size * size, _window(p, made.window, x.shape[2])
+        var, mean = torch.var_mean(x[n, first : first + size, around.start : around.stop], correction=0)
+        y[n, c, p] = made.weight[c] * (x[n, c, p] - mean) / (var + made.eps).sqrt() + made.bias[c]
+    return y
+
+
+def _gdn(made, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    for n, c, p in product(*map(range, x.shape)):
+        pool = math.fsum((made.gamma[c, k].item() * x[n, k, p].item()) ** 2 for k in range(x.shape[1]))
+        root = math.sqrt(made.beta[c].item() ** 2 + made.beta_min + pool)
+        y[n, c, p] = x[n, c, p].item() * (root if made.inverse else 1 / root)
+    return y
+
+
+def _three_moments(x: Tensor, n: int, c: int) -> list[tuple[Tensor, Tensor]]:
+    """Variance and mean of the instance, the layer and the batch."""
+    return [torch.var_mean(part, correction=0) for part in (x[n, c], x[n], x[:, c])]
+
+
+def _switchable_norm(made, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    of_mean, of_var = (w.exp() / w.exp().sum() for w in (made.mean_weight, made.var_weight))
+    for n, c in product(*map(range, x.shape[:2])):
+        three = _three_moments(x, n, c)
+        mean = sum(share * mean for share, (_, mean) in zip(of_mean, three, strict=True))
+        var = sum(share * var for share, (var, _) in zip(of_var, three, strict=True))
+        y[n, c] = made.weight[c] * (x[n, c] - mean) / (var + made.eps) ** 0.5 + made.bias[c]
+    return y
+
+
+def _exemplar_norm(made, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    for n in range(len(x)):
+        three = [_three_moments(x, n, c) for c in range(x.shape[1])]
+        z = []
+        for k in range(3):
+            seen = [(x[n, c].mean() - three[c][k][1]) / (three[c][k][0] + made.eps) ** 0.5 for c in range(x.shape[1])]
+            z.append((made.reduce.weight @ torch.stack(seen) + made.reduce.bias).clamp_min(0))
+        products = torch.stack([torch.dot(a, b) for a in z for b in z])
+        hidden = torch.tanh(made.hidden.weight @ products + made.hidden.bias)
+        logits = made.logits.weight @ hidden + made.logits.bias
+        shares = logits.exp() / logits.exp().sum()
+        for c in range(x.shape[1]):
+            each = [(x[n, c] - mean) / (var + made.eps) ** 0.5 for var, mean in three[c]]
+            y[n, c] = sum(shares[k] * (made.weight[k, c] * each[k] + made.bias[k, c]) for k in range(3))
+    return y
+
+
+def _conditional_norm(made, x: Tensor, condition: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    for n, c in product(*map(range, x.shape[:2])):
+        if made.classes is not None:
+            weight, bias = made.weight[condition[n], c], made.bias[condition[n], c]
+        else:
+            weight, bias = 1 + (condition[n] * made.weight[:, c]).sum(), (condition[n] * made.bias[:, c]).sum()
+        var, mean = torch.var_mean(x[n, c] if made.over == "*" else x[:, c], correction=0)
+        y[n, c] = weight * (x[n, c] - mean) / (var + made.eps).sqrt() + bias
+    return y
+
+
+def _spatially_adaptive_norm(made, x: Tensor, map: Tensor) -> Tensor:
+    def convolved(layer, of: Tensor) -> Tensor:
+        kernel = layer.weight[..., layer.weight.shape[-1] // 2]  # a sequence is an image of width one
+        reach = kernel.shape[2] // 2
+        out = layer.bias[:, None].repeat(1, of.shape[1])
+        for p, k in product(range(of.shape[1]), range(kernel.shape[2])):
+            if 0 <= p + k - reach < of.shape[1]:
+                out[:, p] += kernel[:, :, k] @ of[:, p + k - reach]
+        return out
+
+    y = torch.empty_like(x)
+    for n in range(len(x)):
+        hidden = convolved(made.shared, map[n]).clamp_min(0)
+        gain, shift = convolved(made.gain, hidden), convolved(made.shift, hidden)
+        var, mean = torch.var_mean(x.transpose(0, 1).flatten(1), 1, correction=0)
+        y[n] = (1 + gain) * (x[n] - mean[:, None]) / (var + made.eps).sqrt()[:, None] + shift
+    return y
+
+
+ORACLES |= {
+    "local_context_norm": _local_context_norm,
+    "gdn": _gdn,
+    "igdn": _gdn,
+    "switchable_norm": _switchable_norm,
+    "exemplar_norm": _exemplar_norm,
+    "conditional_instance_norm": _conditional_norm,
+    "conditional_batch_norm": _conditional_norm,
+    "spatially_adaptive_norm": _spatially_adaptive_norm,
+}

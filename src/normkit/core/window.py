@@ -1,4 +1,4 @@
-"""Sliding windows: sums and means over the neighbours of each element along an axis, cut off at the borders."""
+"""Sliding windows: sums, means and moments over the neighbours of each element along an axis, cut off at the borders."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from normkit.core.moments import Moments
+from normkit.core.pooling import pool
 
 
 def sliding_sum(x: Tensor, dim: int, before: int, after: int) -> Tensor:
@@ -75,3 +78,73 @@ def sliding_mean(x: Tensor, windows: Sequence[tuple[int, int | None]]) -> Tensor
         shape[dim] = -1
         x = sliding_sum(x, dim, before, after) / inside.view(shape)
     return x
+
+
+def sliding_moments(found: Moments, windows: Sequence[tuple[int, int | None]]) -> Moments:
+    """Mean and variance over a window centred at each element, from the moments of sets of one size.
+
+    Windows are merged from windows of 1, 2, 4, ... neighbours by Chan's formula: a variance that is small beside the mean keeps
+    its digits, where the difference of two box filters would lose them.
+
+    Args:
+        found: moments, equal in number, of what stands at each place.
+        windows: as for ``sliding_mean``.
+
+    Returns:
+        Moments whose n is the number of places inside each window times the number of each.
+
+    >>> one = Moments(torch.tensor([1.0, 3.0, 3.0]), torch.zeros(3), 1)
+    >>> sliding_moments(one, [(0, 3)])
+    Moments(mean=tensor([2.0000, 2.3333, 3.0000]), var=tensor([1.0000, 0.8889, 0.0000]), n=tensor([2., 3., 2.]))
+    """
+    whole = [dim for dim, size in windows if size is None]
+    if whole:
+        found = pool(found, whole)
+    for dim, size in windows:
+        if size is not None and size > 1:
+            found = _slide(found, dim, size)
+    return found
+
+
+def _slide(found: Moments, dim: int, window: int) -> Moments:
+    """Moments over a window along one axis."""
+    mean, var, number = found
+    size = mean.shape[dim]
+    last = max(size - 1, 0)
+    before, after = min(window // 2, last), min(window - 1 - window // 2, last)
+    window = before + 1 + after
+    padding = [0, 0] * (mean.dim() - 1 - dim) + [before, after]
+    shape = [1] * mean.dim()
+    shape[dim] = size
+    there = F.pad(torch.ones(shape, dtype=mean.dtype, device=mean.device), padding)
+    power = Moments(F.pad(mean, padding), F.pad(var, padding), there)
+    parts: list[Moments] = []
+    covered, width = 0, 1
+    while width <= window:
+        if window & width:
+            parts.append(_narrow(power, dim, covered, size))
+            covered += width
+        if 2 * width <= window:
+            length = power.mean.shape[dim] - width
+            power = _merge(_narrow(power, dim, 0, length), _narrow(power, dim, width, length))
+        width *= 2
+    merged = reduce(_merge, parts)
+    return merged._replace(n=merged.n * number)
+
+
+def _narrow(found: Moments, dim: int, start: int, length: int) -> Moments:
+    mean, var, number = found
+    assert isinstance(number, Tensor)
+    return Moments(*(part.narrow(dim, start, length) for part in (mean, var, number)))
+
+
+def _merge(a: Moments, b: Moments) -> Moments:
+    """Chan's merging, where both sides may lie outside the tensor and be empty."""
+    total = a.n + b.n
+    assert isinstance(total, Tensor)
+    share = b.n / total.clamp_min(1)
+    rest = a.n / total.clamp_min(1)
+    delta = b.mean - a.mean
+    return Moments(
+        a.mean * rest + b.mean * share, a.var * rest + b.var * share + delta.square() * (share * rest), total
+    )

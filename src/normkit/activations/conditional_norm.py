@@ -1,0 +1,341 @@
+"""Conditional normalization: weight and bias looked up by class, computed from a vector, or from a map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.memory import Running, RunningStatistics
+from normkit.core.moments import accumulation_dtype
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support, show
+from normkit.engine.dispatch import Backend, run
+from normkit.engine.layer import Layer, check_channels, check_several
+
+_SUPPORTS = {over: Support("n c *", over=over) for over in ("*", "n *")}
+
+
+def conditional_norm_rule(over: str = "*", eps: float = 1e-5, momentum: float | None = 0.1, per: str = "n c") -> Rule:
+    """Conditional normalization as data: over ``"*"`` instance, over ``"n *"`` batch normalization, weighed per sample.
+
+    >>> conditional_norm_rule("n *").batch_dependent
+    True
+    """
+    if over not in _SUPPORTS:
+        raise OptionError(f"conditional norm: over={over!r}; wanted '*' for instance or 'n *' for batch normalization")
+    memory = Running(momentum) if over == "n *" else None
+    return Rule(_SUPPORTS[over], Statistic("mean", "std", eps), Affine(per), memory)
+
+
+class _Normalizer(Layer, nn.Module):
+    """What both layers share: the rule and the running averages of batch normalization."""
+
+    per = "n c"
+
+    def __init__(
+        self, num_features: int, over: str, eps: float, momentum: float | None, device: Any, dtype: Any
+    ) -> None:
+        super().__init__()
+        self.num_features, self.over, self.eps, self.momentum = num_features, over, eps, momentum
+        _ = self.rule  # refuses what does not go together now rather than at the first input
+        kept = over == "n *"
+        empty = {"device": device, "dtype": dtype}
+        self.register_buffer("running_mean", torch.zeros(num_features, **empty) if kept else None)
+        self.register_buffer("running_var", torch.ones(num_features, **empty) if kept else None)
+        self.register_buffer("num_batches_tracked", torch.tensor(0, device=device) if kept else None)
+
+    def make_rule(self) -> Rule:
+        return conditional_norm_rule(self.over, self.eps, self.momentum, self.per)
+
+    def compensated(self, input: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+        running = self.running()
+        own = running is None or self.training
+        if own:
+            check_several(type(self).__name__, input, self.rule.support)
+        return run(self.rule, input, weight, bias, running=running, training=own, mask=mask, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, over={self.over!r}, eps={self.eps}" + (
+            f", momentum={self.momentum}" if self.over == "n *" else ""
+        )
+
+
+class ConditionalNorm(_Normalizer):
+    """Instance or batch normalization whose weight and bias depend on a class or on a vector.
+
+    y = weight(k) * (x - E[x]) / sqrt(Var[x] + eps) + bias(k). With ``classes`` each class k has a weight and a bias of its own;
+    a condition of one number for each class mixes them, as between styles. With ``features`` the condition is a vector v, and
+    weight = 1 + v W, bias = v B. Both start as the plain norm.
+
+    Args:
+        num_features: channels C.
+        classes: how many classes there are.
+        features: or the length of the vectors.
+        over: ``"*"`` for instance, ``"n *"`` for batch normalization. Default: ``"*"``.
+        eps: added to the variance. Default: 1e-5.
+        momentum: weight of the new value in batch normalization's running averages; None for cumulative. Default: 0.1.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        input (N, C, *); condition (N,) of whole numbers, (N, classes) or (N, features); output as the input.
+
+    Raises:
+        ShapeError: other channels, a condition of another shape, or one value for each statistic.
+        OptionError: not exactly one of ``classes`` and ``features``; another ``over``.
+
+    Reference:
+        Dumoulin, Shlens, Kudlur, "A Learned Representation for Artistic Style" (2017), https://arxiv.org/abs/1610.07629;
+        de Vries, Strub, Mary, Larochelle, Pietquin, Courville, "Modulating Early Visual Processing by Language" (2017),
+        https://arxiv.org/abs/1707.00683.
+
+    >>> norm = ConditionalNorm(1, classes=2)
+    >>> _ = norm.weight.data[1].fill_(5.0)
+    >>> norm(torch.tensor([[[1.0, 3.0]], [[1.0, 3.0]]]), torch.tensor([0, 1])).detach().view(2, 2)
+    tensor([[-1.0000,  1.0000],
+            [-5.0000,  5.0000]])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        classes: int | None = None,
+        features: int | None = None,
+        *,
+        over: str = "*",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(num_features, over, eps, momentum, device, dtype)
+        if (classes is None) == (features is None):
+            raise OptionError(f"ConditionalNorm: classes={classes}, features={features}; give one of them")
+        self.classes, self.features = classes, features
+        rows = classes if classes is not None else features
+        assert rows is not None
+        self.weight = nn.Parameter(torch.empty(rows, num_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(rows, num_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Make it the plain norm, whatever the condition."""
+        for parameter, start in ((self.weight, 1.0 if self.features is None else 0.0), (self.bias, 0.0)):
+            if parameter is not None:
+                nn.init.constant_(parameter, start)
+
+    def forward(self, input: Tensor, condition: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        check_channels("ConditionalNorm", input, self.num_features, "num_features", "n c *")
+        assert self.weight is not None
+        assert self.bias is not None
+        weight, bias = (self._pick(parameter, condition, input) for parameter in (self.weight, self.bias))
+        return self.compensated(input, weight if self.features is None else weight + 1, bias, mask)
+
+    def _pick(self, parameter: Tensor, condition: Tensor, input: Tensor) -> Tensor:
+        wide = accumulation_dtype(input.dtype)
+        if self.classes is not None and condition.shape == input.shape[:1] and not condition.is_floating_point():
+            return F.embedding(condition, parameter).to(wide)
+        if condition.shape != (input.shape[0], parameter.shape[0]):
+            wanted = (
+                "one class, or one share for each class," if self.classes is not None else f"{self.features} features"
+            )
+            raise ShapeError(
+                f"ConditionalNorm: got a condition of {show(condition.shape)} ({condition.dtype}) for an input of "
+                f"{show(input.shape)}, wanted {wanted} for each sample"
+            )
+        return condition.to(wide) @ parameter.to(wide)
+
+    def extra_repr(self) -> str:
+        which = f"classes={self.classes}" if self.classes is not None else f"features={self.features}"
+        return f"{super().extra_repr()}, {which}"
+
+
+class SpatiallyAdaptiveNorm(_Normalizer):
+    """Batch or instance normalization whose weight and bias are computed, for each position, from a map.
+
+    y = (1 + g(map)) * (x - E[x]) / sqrt(Var[x] + eps) + b(map), where g and b are convolutions over one hidden convolution with a
+    rectifier. The map, as of semantic labels one-hot, is brought to the input's size by the nearest neighbour: what was drawn is
+    not washed out by the norm. A sequence is taken as an image of width one.
+
+    Args:
+        num_features: channels C.
+        map_channels: channels of the map, as the number of labels.
+        hidden: channels between. Default: 128.
+        kernel_size: of the convolutions, odd. Default: 3.
+        over: ``"n *"`` for batch, ``"*"`` for instance normalization. Default: ``"n *"``.
+        eps: added to the variance. Default: 1e-5.
+        momentum: weight of the new value in batch normalization's running averages; None for cumulative. Default: 0.1.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        input (N, C, L) or (N, C, H, W), map (N, M, *) of as many axes and any size; output as the input.
+
+    Raises:
+        ShapeError: other channels, a map that does not fit, or one value for each statistic.
+        OptionError: another ``over``, or an even kernel size.
+
+    Reference:
+        Park, Liu, Wang, Zhu, "Semantic Image Synthesis with Spatially-Adaptive Normalization" (2019),
+        https://arxiv.org/abs/1903.07291.
+
+    >>> norm = SpatiallyAdaptiveNorm(1, 2, hidden=4, over="*")
+    >>> norm(torch.rand(3, 1, 8, 8), torch.rand(3, 2, 4, 4)).shape
+    torch.Size([3, 1, 8, 8])
+    """
+
+    per = "n c *"
+
+    def __init__(
+        self,
+        num_features: int,
+        map_channels: int,
+        hidden: int = 128,
+        kernel_size: int = 3,
+        *,
+        over: str = "n *",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(num_features, over, eps, momentum, device, dtype)
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise OptionError(f"SpatiallyAdaptiveNorm: kernel_size={kernel_size}; wanted an odd number")
+        options = {"padding": kernel_size // 2, "device": device, "dtype": dtype}
+        self.map_channels = map_channels
+        self.register_parameter("weight", None)  # they come from the map
+        self.register_parameter("bias", None)
+        self.shared = nn.Conv2d(map_channels, hidden, kernel_size, **options)
+        self.gain = nn.Conv2d(hidden, num_features, kernel_size, **options)
+        self.shift = nn.Conv2d(hidden, num_features, kernel_size, **options)
+
+    def forward(self, input: Tensor, map: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        check_channels("SpatiallyAdaptiveNorm", input, self.num_features, "num_features", "n c *")
+        accumulation_dtype(input.dtype)  # refuses integers by name
+        wanted = (input.shape[0], self.map_channels)
+        if input.dim() not in (3, 4) or map.dim() != input.dim() or tuple(map.shape[:2]) != wanted:
+            raise ShapeError(
+                f"SpatiallyAdaptiveNorm: got an input of {show(input.shape)} and a map of {show(map.shape)}; wanted "
+                f"n c h w or n c l of both, {wanted[0]} samples and {wanted[1]} channels of the map"
+            )
+        map = F.interpolate(map.to(self.shared.weight.dtype), input.shape[2:], mode="nearest")
+        hidden = self.shared(map if map.dim() == 4 else map.unsqueeze(-1)).relu()
+        gain, shift = (layer(hidden).reshape(input.shape) for layer in (self.gain, self.shift))
+        return self.compensated(input, gain.to(accumulation_dtype(gain.dtype)) + 1, shift, mask)
+
+
+def conditional_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    over: str = "*",
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Instance or batch normalization with a weight and bias of each sample (N, C), or of each position (N, C, *).
+
+    >>> x = torch.tensor([[[1.0, 3.0]], [[1.0, 3.0]]])
+    >>> conditional_norm(x, torch.tensor([[1.0], [5.0]]), torch.zeros(2, 1)).view(2, 2)
+    tensor([[-1.0000,  1.0000],
+            [-5.0000,  5.0000]])
+    """
+    rule = conditional_norm_rule(over, eps, momentum, "n c" if weight.dim() == 2 else "n c *")
+    running = None if running_mean is None or running_var is None else RunningStatistics(running_mean, running_var)
+    if running is not None and rule.memory is None:
+        raise OptionError("conditional_norm: over='*' keeps no running statistics; leave them out, or over='n *'")
+    if training or running is None:
+        check_several("conditional_norm", x, rule.support)
+    return run(rule, x, weight, bias, running=running, training=training, mask=mask, backend=backend)
+
+
+CARD_INSTANCE = Card(
+    name="conditional_instance_norm",
+    title="Conditional instance normalization",
+    kind="activation",
+    word="",
+    normalized_over="each sample and channel, over all positions; weight and bias by class or vector",
+    formula="y = weight(k) * (x - E[x]) / sqrt(Var[x] + eps) + bias(k)",
+    paper=Paper(
+        "Dumoulin, Vincent and Shlens, Jonathon and Kudlur, Manjunath",
+        "A Learned Representation for Artistic Style",
+        2017,
+        "https://arxiv.org/abs/1610.07629",
+    ),
+    use_cases="one style transfer network for many styles, and for what lies between them",
+    strengths="a style is 2 C numbers a layer; independent of the batch",
+    weaknesses="a new style must be trained; removes contrast even where it is the cue",
+    module=ConditionalNorm,
+    functional=conditional_norm,
+    make=lambda channels: ConditionalNorm(channels, classes=2),
+    rule=conditional_norm_rule("*"),
+    extra=lambda x: (torch.ones(x.shape[0], dtype=torch.int64, device=x.device),),
+    invariances=frozenset({"weight scale", "row scale", "data scale", "data shift", "sample scale"}),
+)
+
+CARD_BATCH = Card(
+    name="conditional_batch_norm",
+    title="Conditional batch normalization",
+    kind="activation",
+    word="",
+    normalized_over="each channel, over the batch and all positions; weight and bias by class or vector",
+    formula="y = weight(k) * (x - E[x]) / sqrt(Var[x] + eps) + bias(k)",
+    paper=Paper(
+        "de Vries, Harm and Strub, Florian and Mary, Jérémie and Larochelle, Hugo and Pietquin, Olivier and Courville, Aaron",
+        "Modulating Early Visual Processing by Language",
+        2017,
+        "https://arxiv.org/abs/1707.00683",
+    ),
+    use_cases="class-conditional image generation (BigGAN, SAGAN); questions about images",
+    strengths="a condition reaches every layer at the cost of 2 C numbers",
+    weaknesses="depends on the batch, whose classes share their statistics",
+    module=ConditionalNorm,
+    functional=conditional_norm,
+    make=lambda channels: ConditionalNorm(channels, features=2, over="n *"),
+    rule=conditional_norm_rule("n *"),
+    extra=lambda x: (x.new_ones(x.shape[0], 2),),
+    batch_dependent=True,
+    running_state=True,
+    train_equals_eval=False,
+    invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
+)
+
+CARD_SPATIAL = Card(
+    name="spatially_adaptive_norm",
+    title="Spatially adaptive normalization (SPADE)",
+    kind="activation",
+    word="",
+    normalized_over="each channel, over the batch and all positions; weight and bias of each position by a map",
+    formula="y = (1 + g(map)) * (x - E[x]) / sqrt(Var[x] + eps) + b(map)",
+    paper=Paper(
+        "Park, Taesung and Liu, Ming-Yu and Wang, Ting-Chun and Zhu, Jun-Yan",
+        "Semantic Image Synthesis with Spatially-Adaptive Normalization",
+        2019,
+        "https://arxiv.org/abs/1903.07291",
+    ),
+    use_cases="images from label maps and sketches",
+    strengths="what the map says is not washed out by normalizing",
+    weaknesses="three convolutions a layer; depends on the batch in its first form",
+    module=SpatiallyAdaptiveNorm,
+    functional=conditional_norm,
+    make=lambda channels: SpatiallyAdaptiveNorm(channels, 1, hidden=2),
+    rule=conditional_norm_rule("n *", per="n c *"),
+    extra=lambda x: (torch.ones_like(x[:, :1]).cumsum(-1) - 2,),  # a slope, whatever x is
+    batch_dependent=True,
+    running_state=True,
+    train_equals_eval=False,
+    invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
+)

@@ -1,0 +1,186 @@
+"""Exemplar normalization: each sample chooses its own mixture of instance, layer and batch normalization."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.memory import Running, RunningStatistics
+from normkit.core.moments import Moments, accumulation_dtype, moments
+from normkit.core.pooling import pool
+from normkit.core.support import Support, show
+from normkit.engine.layer import check_channels, check_several
+
+_INSTANCE = Support("n c *", over="*")
+_BATCH = Support("n c *", over="n *")
+
+
+class ExemplarNorm(nn.Module):
+    """Mix instance, layer and batch normalization, each whole and with its own weight and bias, as each sample asks for.
+
+    y_n = sum_k s_nk (weight_k * (x_n - m_k) / sqrt(v_k + eps) + bias_k), k over instance, layer and batch in this order, the
+    shares s_n positive with the sum 1. A small network computes them: the sample's mean over positions is normalized by the
+    moments of each k, reduced to d numbers, and the products between the three vectors go through a hidden layer with tanh to
+    three logits. The last layer starts at 0, so all shares start at 1/3. In evaluation running averages stand for the batch's
+    moments.
+
+    Args:
+        num_features: channels C.
+        reduction: d is C / reduction, at least 1. Default: 32.
+        hidden: units of the hidden layer. Default: 6.
+        eps: added to the variances. Default: 1e-5.
+        momentum: weight of the new value in the running averages. Default: 0.1.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, C, *) to the same.
+
+    Raises:
+        ShapeError: other channels than ``num_features``, or a single position.
+        OptionError: a reduction or hidden below 1.
+
+    Reference:
+        Zhang, Peng, Yuan, Luo, "Exemplar Normalization for Learning Deep Representation" (2020),
+        https://arxiv.org/abs/2003.08761. The sizes of the small network are our own.
+
+    >>> ExemplarNorm(1)(torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]])).detach().view(-1)
+    tensor([-1.1139,  0.5176, -0.5176,  1.1139])
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        reduction: int = 32,
+        hidden: int = 6,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if reduction < 1 or hidden < 1:
+            raise OptionError(f"ExemplarNorm: reduction={reduction}, hidden={hidden}; wanted whole numbers from 1")
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        empty = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(3, num_features, **empty))
+        self.bias = nn.Parameter(torch.empty(3, num_features, **empty))
+        self.reduce = nn.Linear(num_features, max(num_features // reduction, 1), **empty)
+        self.hidden = nn.Linear(9, hidden, **empty)
+        self.logits = nn.Linear(hidden, 3, **empty)
+        self.register_buffer("running_mean", torch.zeros(num_features, **empty))
+        self.register_buffer("running_var", torch.ones(num_features, **empty))
+        self._memory = Running(momentum)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weights to 1, the biases to 0, all shares to 1/3, and forget the running averages."""
+        self.reduce.reset_parameters()
+        self.hidden.reset_parameters()
+        for parameter in (self.weight, self.running_var):
+            nn.init.ones_(parameter)
+        for parameter in (self.bias, self.logits.weight, self.logits.bias, self.running_mean):
+            nn.init.zeros_(parameter)
+
+    @property
+    def memory(self) -> Running:
+        """How running averages are kept; it follows when ``momentum`` is set."""
+        if self._memory.momentum != self.momentum:
+            self._memory = Running(self.momentum)
+        return self._memory
+
+    def moments(self, input: Tensor) -> list[Moments]:
+        """The moments of instance, layer and batch; in training the running averages take the batch's in."""
+        check_channels("ExemplarNorm", input, self.num_features, "num_features", "n c *")
+        wide = input.to(accumulation_dtype(input.dtype))
+        check_several("ExemplarNorm", input, _INSTANCE)
+        instance = moments(wide, tuple(range(2, input.dim())))
+        if self.training:
+            batch = pool(instance, (0,))
+            running = RunningStatistics(self.running_mean, self.running_var)
+            self.memory.update(running, batch, _BATCH.split(input.shape))
+        else:
+            shape = [1, -1] + [1] * (input.dim() - 2)
+            batch = Moments(
+                self.running_mean.to(wide.dtype).view(shape), self.running_var.to(wide.dtype).view(shape), 0
+            )
+        return [instance, pool(instance, (1,)), batch]
+
+    def shares(self, found: list[Moments]) -> Tensor:
+        """How much of instance, layer and batch each sample takes: (N, 3), each row summing to 1."""
+        pooled = found[0].mean.flatten(1)
+        seen = [(pooled - each.mean.flatten(1)) * (each.var.flatten(1) + self.eps).rsqrt() for each in found]
+        z = _linear(self.reduce, torch.stack(seen, 1)).relu()
+        products = (z @ z.transpose(1, 2)).flatten(1)
+        return _linear(self.logits, _linear(self.hidden, products).tanh()).softmax(1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        found = self.moments(input)
+        return exemplar_norm(input, found, self.shares(found), self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+def exemplar_norm(
+    x: Tensor, found: list[Moments], shares: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> Tensor:
+    """Mix K normalizers: their moments, shares (N, K), weights and biases (K, C); see ExemplarNorm.
+
+    >>> x = torch.tensor([[[1.0, 3.0]]])
+    >>> exemplar_norm(x, [moments(x, (2,))], torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1, 1))
+    tensor([[[-1.0000,  1.0000]]])
+    """
+    wide = x.to(accumulation_dtype(x.dtype))
+    if shares.shape != (x.shape[0], len(found)):
+        raise ShapeError(
+            f"exemplar_norm: got shares of {show(shares.shape)}, wanted {len(found)} for each of {x.shape[0]} samples"
+        )
+    ones = [1] * (x.dim() - 2)
+    gain = shift = torch.zeros((), dtype=wide.dtype, device=x.device)
+    center = found[0].mean  # what the others' means differ from is small: x is centred once
+    for k, each in enumerate(found):
+        share = shares[:, k].to(wide.dtype).view([-1, 1, *ones])
+        scale = weight[k].to(wide.dtype).view([-1, *ones]) * (each.var + eps).rsqrt()
+        gain = gain + share * scale
+        shift = shift + share * (scale * (center - each.mean) + bias[k].to(wide.dtype).view([-1, *ones]))
+    return ((wide - center) * gain + shift).to(x.dtype)
+
+
+CARD = Card(
+    name="exemplar_norm",
+    title="Exemplar normalization",
+    kind="activation",
+    word="",
+    normalized_over="each sample's own mixture of: each sample and channel, each sample, each channel",
+    formula="y_n = sum_k s_nk (weight_k * (x_n - m_k) / sqrt(v_k + eps) + bias_k),  k in {IN, LN, BN}",
+    paper=Paper(
+        "Zhang, Ruimao and Peng, Zhanglin and Yuan, Lei and Luo, Ping",
+        "Exemplar Normalization for Learning Deep Representation",
+        2020,
+        "https://arxiv.org/abs/2003.08761",
+    ),
+    use_cases="training data of several kinds in one batch: noisy labels, mixed domains",
+    strengths="each sample chooses; leans away from the batch where that helps",
+    weaknesses="depends on the batch; a small network a layer; can't be folded away",
+    module=ExemplarNorm,
+    functional=exemplar_norm,
+    make=lambda channels: ExemplarNorm(channels, reduction=2, hidden=2),
+    batch_dependent=True,
+    running_state=True,
+    train_equals_eval=False,
+    invariances=frozenset({"weight scale", "data scale"}),
+)

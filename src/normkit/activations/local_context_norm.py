@@ -1,0 +1,156 @@
+"""Local context normalization: each element over a window of positions and its group of channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.moments import accumulation_dtype, moments
+from normkit.core.support import divisors, show
+from normkit.core.window import sliding_moments
+from normkit.engine.layer import check_channels
+
+
+class LocalContextNorm(nn.Module):
+    """Normalize each element by the mean and deviation of its group of channels in a window of positions around it.
+
+    y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, E and Var over the channels of the group and the part of the window
+    that lies inside the image. A window that covers the image from everywhere gives group normalization. The same in training
+    and evaluation.
+
+    Args:
+        num_features: channels C.
+        channels_per_group: channels that share statistics; divides C. Default: 2.
+        window: positions along each spatial axis, one number for all or one for each. Default: 227.
+        eps: added to the variance. Default: 1e-5.
+        affine: whether there are a weight (starts at 1) and a bias (at 0), per channel. Default: True.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, C, *) to the same.
+
+    Raises:
+        OptionError: the channels do not split into the groups, or a window below 1.
+        ShapeError: other channels than ``num_features``, or other spatial axes than windows.
+
+    Reference:
+        Ortiz, Robinson, Morris, Fuentes, Kiekintveld, Hassan, Jojic, "Local Context Normalization: Revisiting Local
+        Normalization" (2020), https://arxiv.org/abs/1912.05845.
+
+    >>> LocalContextNorm(1, 1, window=3)(torch.tensor([[[1.0, 3.0, 3.0]]])).detach()
+    tensor([[[-1.0000,  0.7071,  0.0000]]])
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_features: int,
+        channels_per_group: int = 2,
+        window: int | Sequence[int] = 227,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.num_features, self.channels_per_group, self.eps = num_features, channels_per_group, eps
+        self.window = window if isinstance(window, int) else tuple(window)
+        _check(num_features, channels_per_group, self.window)
+        for name in ("weight", "bias"):
+            parameter = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
+            self.register_parameter(name, parameter)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight to 1 and the bias to 0."""
+        for parameter, start in ((self.weight, 1.0), (self.bias, 0.0)):
+            if parameter is not None:
+                nn.init.constant_(parameter, start)
+
+    def forward(self, input: Tensor) -> Tensor:
+        check_channels("LocalContextNorm", input, self.num_features, "num_features", "n c *")
+        return local_context_norm(input, self.channels_per_group, self.window, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, {self.channels_per_group}, window={self.window}, eps={self.eps}"
+
+
+def local_context_norm(
+    x: Tensor,
+    channels_per_group: int = 2,
+    window: int | Sequence[int] = 227,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Local context normalization as a function; see LocalContextNorm.
+
+    >>> local_context_norm(torch.tensor([[[1.0, 3.0, 3.0]]]), 1, window=3)
+    tensor([[[-1.0000,  0.7071,  0.0000]]])
+    """
+    wide = x.to(accumulation_dtype(x.dtype))
+    if x.dim() < 2:
+        raise ShapeError(
+            f"local_context_norm: got an input of {x.dim()} axes ({show(x.shape)}), wanted at least 2: n c *"
+        )
+    _check(x.shape[1], channels_per_group, window)
+    axes = x.dim() - 2
+    windows = [window] * axes if isinstance(window, int) else list(window)
+    if len(windows) != axes:
+        raise ShapeError(
+            f"local_context_norm: {len(windows)} windows for {axes} spatial axes (input {show(x.shape)}); give one for each"
+        )
+    groups = wide.unflatten(1, (-1, channels_per_group))
+    each = moments(groups, (2,))  # of the group at each position: what is left to slide is smaller by the group's size
+    found = sliding_moments(each, [(dim + 3, size) for dim, size in enumerate(windows)])
+    y = ((groups - found.mean) * (found.var + eps).rsqrt()).flatten(1, 2)
+    shape = [-1] + [1] * axes
+    if weight is not None:
+        y = y * weight.to(y.dtype).view(shape)
+    if bias is not None:
+        y = y + bias.to(y.dtype).view(shape)
+    return y.to(x.dtype)
+
+
+def _check(channels: int, per_group: int, window: int | Sequence[int]) -> None:
+    if per_group < 1 or channels % per_group:
+        raise OptionError(
+            f"LocalContextNorm: {channels} channels do not split into groups of channels_per_group={per_group}; "
+            f"it must divide {channels}: {divisors(channels)}"
+        )
+    if any(size < 1 for size in ([window] if isinstance(window, int) else window)):
+        raise OptionError(f"LocalContextNorm: window={window}; wanted whole numbers from 1")
+
+
+CARD = Card(
+    name="local_context_norm",
+    title="Local context normalization",
+    kind="activation",
+    word="",
+    normalized_over="each element, over its group of channels in a window of positions around it",
+    formula="y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias",
+    paper=Paper(
+        "Ortiz, Anthony and Robinson, Caleb and Morris, Dan and Fuentes, Olac and Kiekintveld, Christopher and Hassan, "
+        "Md Mahmudulla and Jojic, Nebojsa",
+        "Local Context Normalization: Revisiting Local Normalization",
+        2020,
+        "https://arxiv.org/abs/1912.05845",
+    ),
+    use_cases="dense prediction on large images whose light varies: segmentation, aerial images, detection",
+    strengths="independent of the batch; far parts of an image do not disturb one another",
+    weaknesses="slower than group normalization; the window is one more choice",
+    module=LocalContextNorm,
+    functional=local_context_norm,
+    make=lambda channels: LocalContextNorm(channels, math.gcd(2, channels), window=3),
+    invariances=frozenset({"weight scale", "data scale", "sample scale"}),
+)

@@ -1,0 +1,205 @@
+"""Switchable normalization: learned mixtures of the moments of instance, layer and batch normalization."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.errors import OptionError
+from normkit.core.memory import Running, RunningStatistics
+from normkit.core.moments import Moments, accumulation_dtype, moments
+from normkit.core.pooling import pool
+from normkit.core.support import Support
+from normkit.engine.layer import check_channels, check_several
+
+_INSTANCE = Support("n c *", over="*")
+_BATCH = Support("n c *", over="n *")
+
+
+class SwitchableNorm(nn.Module):
+    """Normalize by a learned mixture of the instance's, the layer's and the batch's mean, and another of their variances.
+
+    y = weight * (x - m) / sqrt(v + eps) + bias, m = sum_k softmax(mean_weight)_k m_k, v = sum_k softmax(var_weight)_k v_k, k over
+    instance, layer and batch in this order. The layer's and the batch's moments are pooled from the instance's, so x is read
+    once. In evaluation running averages stand for the batch's moments.
+
+    With one logit far above the others it is that normalizer, running averages included: these are kept as batch normalization
+    keeps them, starting at 0 and 1, with the unbiased variance.
+
+    Args:
+        num_features: channels C.
+        eps: added to the variance. Default: 1e-5.
+        momentum: weight of the new value in the running averages. Default: 0.1 (written 0.9 by the authors).
+        correction: 1 divides the instance's variance, from which the others follow, by the positions less 1, as the authors'
+            code does; 0 by the positions. Default: 0.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, C, *) to the same.
+
+    Raises:
+        ShapeError: other channels than ``num_features``, or a single position.
+        OptionError: another correction.
+
+    Reference:
+        Luo, Ren, Peng, Zhang, Li, "Differentiable Learning-to-Normalize via Switchable Normalization" (2018),
+        https://arxiv.org/abs/1806.10779.
+
+    >>> SwitchableNorm(1)(torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]])).detach().view(-1)
+    tensor([-1.0911,  0.2182, -0.2182,  1.0911])
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        *,
+        correction: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if correction not in (0, 1):
+            raise OptionError(f"SwitchableNorm: correction={correction}; wanted 0 or 1")
+        self.num_features, self.eps, self.momentum, self.correction = num_features, eps, momentum, correction
+        empty = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(num_features, **empty))
+        self.bias = nn.Parameter(torch.empty(num_features, **empty))
+        self.mean_weight = nn.Parameter(torch.empty(3, **empty))
+        self.var_weight = nn.Parameter(torch.empty(3, **empty))
+        self.register_buffer("running_mean", torch.zeros(num_features, **empty))
+        self.register_buffer("running_var", torch.ones(num_features, **empty))
+        self._memory = Running(momentum)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight and all logits to 1, the bias to 0, and forget the running averages."""
+        for parameter in (self.weight, self.mean_weight, self.var_weight, self.running_var):
+            nn.init.ones_(parameter)
+        for parameter in (self.bias, self.running_mean):
+            nn.init.zeros_(parameter)
+
+    @property
+    def memory(self) -> Running:
+        """How running averages are kept; it follows when ``momentum`` is set."""
+        if self._memory.momentum != self.momentum:
+            self._memory = Running(self.momentum)
+        return self._memory
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        check_channels("SwitchableNorm", input, self.num_features, "num_features", "n c *")
+        running = RunningStatistics(self.running_mean, self.running_var)
+        logits, affine = (self.mean_weight, self.var_weight), (self.weight, self.bias)
+        return _normalize(input, logits, running, affine, self.training, self.memory, self.eps, self.correction, mask)
+
+    def extra_repr(self) -> str:
+        more = ", correction=1" if self.correction else ""
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}{more}"
+
+
+def switchable_norm(
+    x: Tensor,
+    mean_weight: Tensor,
+    var_weight: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    correction: int = 0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Switchable normalization as a function, of logits (3,) for instance, layer and batch; see SwitchableNorm.
+
+    Without running statistics the batch's own moments are always used. Elements where the mask (boolean, broadcasts over x) is
+    False enter no statistic and come out as zero.
+
+    >>> switchable_norm(torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]]), torch.ones(3), torch.ones(3)).view(-1)
+    tensor([-1.0911,  0.2182, -0.2182,  1.0911])
+    """
+    if (running_mean is None) != (running_var is None):
+        raise OptionError("switchable_norm: running_mean and running_var go together; give both or neither")
+    running = None if running_mean is None or running_var is None else RunningStatistics(running_mean, running_var)
+    logits, affine = (mean_weight, var_weight), (weight, bias)
+    return _normalize(x, logits, running, affine, training, Running(momentum), eps, correction, mask)
+
+
+def _normalize(
+    x: Tensor,
+    logits: tuple[Tensor, Tensor],
+    running: RunningStatistics | None,
+    affine: tuple[Tensor | None, Tensor | None],
+    training: bool,
+    memory: Running,
+    eps: float,
+    correction: int,
+    mask: Tensor | None,
+) -> Tensor:
+    wide = x.to(accumulation_dtype(x.dtype))
+    check_several("switchable_norm", x, _INSTANCE)
+    split = _BATCH.split(x.shape)
+    if mask is not None:
+        wide = torch.where(mask, wide, 0.0)
+    instance = moments(wide, tuple(range(2, x.dim())), mask)
+    if correction:
+        instance = instance._replace(var=instance.unbiased())
+    if training or running is None:
+        batch = pool(instance, (0,))
+    else:
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        batch = Moments(running.mean.to(wide.dtype).view(shape), running.var.to(wide.dtype).view(shape), 0)
+    if training and running is not None:
+        memory.update(running, batch, split)
+    three = (instance, pool(instance, (1,)), batch)
+    mean = _mixed([found.mean for found in three], logits[0])
+    var = _mixed([found.var for found in three], logits[1])
+    y = (wide - mean) * (var + eps).rsqrt()
+    shape = [-1] + [1] * (x.dim() - 2)
+    weight, bias = affine
+    if weight is not None:
+        y = y * weight.to(y.dtype).view(shape)
+    if bias is not None:
+        y = y + bias.to(y.dtype).view(shape)
+    return (y if mask is None else torch.where(mask, y, 0.0)).to(x.dtype)
+
+
+def _mixed(parts: list[Tensor], logits: Tensor) -> Tensor:
+    share = logits.to(parts[0].dtype).softmax(0)
+    return share[0] * parts[0] + share[1] * parts[1] + share[2] * parts[2]
+
+
+CARD = Card(
+    name="switchable_norm",
+    title="Switchable normalization",
+    kind="activation",
+    word="",
+    normalized_over="a learned mixture of: each sample and channel, each sample, each channel",
+    formula="y = weight * (x - m) / sqrt(v + eps) + bias,  m = sum_k a_k m_k,  v = sum_k b_k v_k,  k in {IN, LN, BN}",
+    paper=Paper(
+        "Luo, Ping and Ren, Jiamin and Peng, Zhanglin and Zhang, Ruimao and Li, Jingyu",
+        "Differentiable Learning-to-Normalize via Switchable Normalization",
+        2018,
+        "https://arxiv.org/abs/1806.10779",
+    ),
+    use_cases="when the best normalizer of each layer is not known: detection, segmentation, style transfer",
+    strengths="chooses the normalizer of each layer by training; leans away from the batch where batches are small",
+    weaknesses="depends on the batch unless it learns not to; can't be folded away; more passes",
+    module=SwitchableNorm,
+    functional=switchable_norm,
+    make=SwitchableNorm,
+    batch_dependent=True,
+    running_state=True,
+    train_equals_eval=False,
+    invariances=frozenset({"weight scale", "data scale"}),
+)

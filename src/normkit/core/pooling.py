@@ -1,0 +1,38 @@
+"""Moments of a union of sets, from those of the sets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from normkit.core.moments import Moments
+
+
+def pool(found: Moments, dims: Sequence[int]) -> Moments:
+    """Mean and variance over some axes of what moments are of, without another look at the elements.
+
+    mean = sum_k n_k mean_k / n,  var = sum_k n_k (var_k + (mean_k - mean)^2) / n,  n = sum_k n_k.
+
+    Args:
+        found: moments of disjoint sets, reduced axes kept with size 1.
+        dims: the axes over which the sets are united.
+
+    Returns:
+        Moments with these axes of size 1; differentiable any number of times.
+
+    >>> import torch
+    >>> pool(Moments(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0]), 5), (0,))
+    Moments(mean=tensor([2.]), var=tensor([2.]), n=10)
+    """
+    dims = tuple(dims)
+    if isinstance(found.n, Tensor):
+        each = found.n.expand(found.mean.shape)
+        total = each.sum(dims, keepdim=True)
+        share = each / total.clamp_min(1)
+        mean = (share * found.mean).sum(dims, keepdim=True)
+        return Moments(mean, (share * (found.var + (found.mean - mean).square())).sum(dims, keepdim=True), total)
+    mean = found.mean.mean(dims, keepdim=True)
+    var = (found.var + (found.mean - mean).square()).mean(dims, keepdim=True)
+    return Moments(mean, var, found.n * math.prod([found.mean.shape[d] for d in dims]))
