@@ -113,14 +113,17 @@ def compare(
         )
         if threads is not None and threads < 1:
             raise OptionError(f"threads is {threads}; wanted 1 or more")
-        from normkit.lab import compare as lab
-
+        lab = None
         try:
+            from normkit.lab import compare as lab
+
             lab.compare(settings, output, overwrite=overwrite, report=not no_report, threads=threads)
         except KeyboardInterrupt:
-            folder = output or lab.default_output(settings)
-            again = lab.command(settings, folder)
-            typer.echo(f"\nstopped; {lab.kept(folder)}\nto go on:  {again}", err=True)
+            said = "before anything was begun"
+            if lab is not None:
+                folder = output or lab.default_output(settings)
+                said = f"{lab.kept(folder)}\nto go on:  {lab.command(settings, folder)}"
+            typer.echo(f"\nstopped; {said}", err=True)
             raise typer.Exit(130) from None
 
 
