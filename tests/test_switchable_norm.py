@@ -1,0 +1,110 @@
+"""Switchable normalization: each single normalizer at one corner, running averages, masks, the authors' correction."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from normkit.activations.batch_norm import BatchNorm
+from normkit.activations.instance_norm import instance_norm
+from normkit.activations.layer_norm import layer_norm
+from normkit.activations.switchable_norm import SwitchableNorm, switchable_norm
+from normkit.core.errors import OptionError, ShapeError
+
+
+def _image() -> torch.Tensor:
+    return torch.randn(3, 4, 5, 6, dtype=torch.float64) * 2 + 1
+
+
+def _corner(k: int, **options: object) -> SwitchableNorm:
+    norm = SwitchableNorm(4, **options).double()
+    for logits in (norm.mean_weight, norm.var_weight):
+        nn.init.constant_(logits, -1000.0)
+        with torch.no_grad():
+            logits[k] = 1000.0
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+def test_a_single_logit_is_instance_or_layer_norm() -> None:
+    x, first, second = _image(), _corner(0), _corner(1)
+    for training in (True, False):
+        assert_close(first.train(training)(x), instance_norm(x, None, None, first.weight, first.bias))
+        assert_close(second.train(training)(x), layer_norm(x, 4, second.weight, second.bias, over="c *"))
+
+
+def test_a_single_logit_is_batch_norm_with_its_running_averages() -> None:
+    norm, batch_norm = _corner(2), BatchNorm(4).double()
+    with torch.no_grad():
+        batch_norm.weight.copy_(norm.weight)
+        batch_norm.bias.copy_(norm.bias)
+    x = _image()
+    for _ in range(3):
+        x = x + 1
+        assert_close(norm(x), batch_norm(x))
+    assert_close(norm.running_mean, batch_norm.running_mean)
+    assert_close(norm.running_var, batch_norm.running_var)
+    assert_close(norm.eval()(x), batch_norm.eval()(x))
+    norm.reset_parameters()
+    assert (norm.running_mean == 0).all()
+    assert (norm.running_var == 1).all()
+
+
+def test_the_authors_moments_come_from_unbiased_instance_variances() -> None:
+    x, logits = _image(), torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64)
+    flat = x.view(3, 4, -1)
+    mean_in, var_in = flat.mean(-1, keepdim=True), flat.var(-1, keepdim=True)
+    moment = var_in + mean_in**2
+    mean_ln, mean_bn = mean_in.mean(1, keepdim=True), mean_in.mean(0, keepdim=True)
+    var_ln, var_bn = moment.mean(1, keepdim=True) - mean_ln**2, moment.mean(0, keepdim=True) - mean_bn**2
+    a, b, c = logits.softmax(0)
+    mean, var = a * mean_in + b * mean_ln + c * mean_bn, a * var_in + b * var_ln + c * var_bn
+    wanted = ((flat - mean) / (var + 1e-5).sqrt()).view_as(x)
+    assert_close(switchable_norm(x, logits, logits, correction=1), wanted)
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, None])
+def test_a_mask_equals_leaving_the_padding_out(k: int | None) -> None:
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
+    one, other = (SwitchableNorm(4).double() if k is None else _corner(k) for _ in range(2))
+    other.load_state_dict(one.state_dict())
+    mask = torch.tensor([True] * 4 + [False] * 2).view(1, 1, 6)
+    found = one(torch.where(mask, x, torch.nan), mask=mask)
+    assert_close(found[..., :4], other(x[..., :4]))
+    assert (found[..., 4:] == 0).all()
+    assert_close(one.state_dict(), other.state_dict())
+
+
+def test_padding_that_differs_between_samples_is_weighed_by_elements() -> None:
+    x, norm = torch.randn(2, 4, 6, dtype=torch.float64), _corner(2)
+    mask = torch.ones(2, 1, 6, dtype=torch.bool)
+    mask[1, :, 2:] = False
+    real = torch.cat([x[0], x[1, :, :2]], -1)
+    wanted = (x[0] - real.mean(1, keepdim=True)) / (real.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    assert_close(norm(x, mask=mask)[0], norm.weight[:, None] * wanted + norm.bias[:, None])
+
+
+def test_a_large_mean_costs_no_accuracy() -> None:
+    x, logits = torch.randn(3, 4, 12, 12) + 1e4, torch.randn(3)
+    found, exact = switchable_norm(x, logits, logits), switchable_norm(x.double(), logits, logits)
+    # Means of 1e4 are known to half a unit in the last place, 1e4 * 2^-24 deviations.
+    assert_close(found.double(), exact, rtol=0, atol=1e-2)
+
+
+def test_momentum_can_be_changed() -> None:
+    x, norm = _image(), SwitchableNorm(4).double()
+    norm.momentum = 1.0
+    norm(x)
+    assert_close(norm.running_mean, x.mean((0, 2, 3)))
+
+
+def test_refusals() -> None:
+    with pytest.raises(ShapeError, match="one value for each statistic"):
+        SwitchableNorm(4)(torch.ones(2, 4, 1, 1))
+    with pytest.raises(ShapeError, match="got 3 channels"):
+        SwitchableNorm(4)(torch.ones(2, 3, 5))
+    with pytest.raises(OptionError, match="correction=2"):
+        SwitchableNorm(4, correction=2)
+    with pytest.raises(OptionError, match="go together"):
+        switchable_norm(torch.ones(2, 3, 5), torch.ones(3), torch.ones(3), torch.zeros(3))
