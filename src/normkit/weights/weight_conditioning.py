@@ -11,10 +11,12 @@ from normkit.core.card import Card, Paper
 from normkit.core.errors import BackendError, OptionError
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule
-from normkit.core.statistic import Statistic, length
+from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.engine import closed_form
 from normkit.weights.attachment import Layer, attach
+from normkit.weights.fused_rows import fused_rows, fuses
+from normkit.weights.inverse_norm import inverse_norm
 from normkit.weights.layout import View, WeightLayout, weight_layout, weight_of
 from normkit.weights.output_scaling import Path, RowScaling, refusal, scaled_forward
 
@@ -117,6 +119,11 @@ class Equilibrate(RowScaling):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The conditioned weight, of the weight's dtype."""
+        if self.fuses(weight):
+            lengths = weight.new_full((weight.shape[0], *[1] * (weight.dim() - 1)), self.gain)
+            fused = fused_rows(weight, lengths, 0, self.eps)
+            assert fused is not None
+            return fused
         x = weight.to(accumulation_dtype(weight.dtype))
         if self.mode == "jacobi":
             n, axis = x.shape[self.layout.output_axis], self.layout.output_axis
@@ -147,6 +154,10 @@ class Equilibrate(RowScaling):
         x = weight.to(accumulation_dtype(weight.dtype))
         factors = self._diagonal_factors(x) if self.mode == "jacobi" else self._inverse(x, self.rows).flatten()
         return factors if self.gain == 1.0 else factors * self.gain
+
+    def fuses(self, weight: Tensor) -> bool:
+        """Whether torch's fused kernel makes the conditioned weight."""
+        return self.mode == "row" and self.gradient == "full" and self.layout.output_axis == 0 and fuses(weight)
 
     def check(self, weight: Tensor, trained: bool = False) -> None:
         """Refuse a weight that this can't condition.
@@ -203,9 +214,7 @@ class Equilibrate(RowScaling):
         x = x.reshape(split.shape)
         if self.gradient == "detach":
             x = x.detach()
-        if torch.compiler.is_compiling():
-            return length(x, split.dims).clamp_min(self.eps).reciprocal()
-        return _InverseLength.apply(x, split.dims, self.eps)
+        return inverse_norm(x, split.dims, self.eps)
 
     def _times(self, x: Tensor, support: Support, factors: Tensor) -> Tensor:
         return (x.reshape(support.split(x.shape).shape) * factors).reshape(x.shape)
@@ -215,27 +224,6 @@ class Equilibrate(RowScaling):
         floor = torch.copysign(torch.full_like(diagonal, self.eps), diagonal)
         factors = torch.where(diagonal.abs() > self.eps, diagonal, floor).reciprocal()
         return factors.detach() if self.gradient == "detach" else factors
-
-
-class _InverseLength(torch.autograd.Function):
-    """1 / max(norm, eps), whose derivatives of any order are zero, and not NaN, at a zero row."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-        return length(x, dims).clamp_min(eps).reciprocal()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, ctx.eps = inputs
-        ctx.save_for_backward(x, output)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        x, inverse = ctx.saved_tensors
-        above = inverse * ctx.eps < 1
-        return -x * torch.where(above, gradients[0] * inverse**3, 0.0), None, None
 
 
 def weight_conditioning(

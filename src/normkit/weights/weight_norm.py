@@ -15,6 +15,7 @@ from normkit.core.statistic import Statistic, length
 from normkit.core.support import Support, per_shape
 from normkit.engine.dispatch import run
 from normkit.weights.attachment import Layer, attach
+from normkit.weights.fused_rows import fused_rows
 from normkit.weights.layout import weight_layout, weight_of
 
 
@@ -67,6 +68,10 @@ class WeightNorm(nn.Module):
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         """The weight, of v's shape and dtype."""
+        if self.dim not in (None, -1):
+            fused = fused_rows(v, g, self.dim % v.dim(), self.eps)
+            if fused is not None:
+                return fused
         rule = self._rule(v.dim())
         assert rule.compensation is not None
         return run(rule, v, g.reshape(per_shape(rule.compensation.per, rule.support.split(v.shape))))

@@ -1,0 +1,47 @@
+"""The reciprocal of a norm with a floor, with derivatives of any order also where the floor holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normkit.core.statistic import length
+
+
+def inverse_norm(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """1 / max(norm, eps) over some axes, kept with size 1.
+
+    Autograd through the definition gives NaN in the second derivative at a zero row; this gives zero.
+
+    Args:
+        x: of float32 or float64.
+        dims: the axes of the norm.
+        eps: its floor, above 0.
+
+    Returns:
+        Differentiable any number of times.
+
+    >>> inverse_norm(torch.tensor([[3.0, 4.0]]), (1,), 1e-12)
+    tensor([[0.2000]])
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return length(x, dims).clamp_min(eps).reciprocal()
+    return _InverseNorm.apply(x, dims, eps)  # pyright: ignore[reportReturnType]
+
+
+class _InverseNorm(torch.autograd.Function):
+    # A forward with ctx, not setup_context: of a small weight the latter costs more than the norm.
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, dims, ctx.eps = inputs
+        inverse = length(x, dims).clamp_min_(ctx.eps).reciprocal_()
+        ctx.save_for_backward(x, inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        x, inverse = ctx.saved_tensors
+        above = inverse * ctx.eps < 1
+        return x * torch.where(above, -gradients[0] * inverse**3, 0.0), None, None
