@@ -356,3 +356,12 @@ def test_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "figures").write_text("a file where the folder should be", encoding="utf-8")
     with pytest.raises(RecordError, match="figures"):
         draw(tmp_path)
+
+
+def test_differences_that_agree_to_the_last_digit_decide_nothing() -> None:
+    from normkit.lab.report.wording import judge
+
+    paired = {"mean": 0.01, "low": 0.01, "high": 0.01, "n": 3}
+    recipe = {"recipe": "bn+e", "test_score": {"mean": 0.9, "n": 3}, "runs": [{"status": "ok"}], "paired": paired}
+    assert judge(recipe, "bn") == "even"
+    assert judge({**recipe, "paired": {**paired, "low": 0.005}}, "bn") == "better"
