@@ -145,11 +145,24 @@ def layer_norm_gru(made: Any, x: Tensor) -> Tensor:
     return _steps(made, x, step)
 
 
+def hypersphere_residual(made: Any, x: Tensor, branch: Tensor) -> Tensor:
+    rate = made.rate.weight * 0.05 * math.sqrt(made.features)
+
+    def moved_token(token: Tensor, target: Tensor) -> Tensor:
+        moved = token + rate * (target / math.hypot(*target.tolist()) - token)
+        return moved / math.hypot(*moved.tolist())
+
+    return torch.stack(
+        [torch.stack([moved_token(h, b) for h, b in zip(x[n], branch[n], strict=True)]) for n in range(len(x))]
+    )
+
+
 LAYER_ORACLES: dict[str, Callable[..., Tensor]] = {
     "adaptive_layer_norm": adaptive_layer_norm,
     "adaptive_layer_norm_zero": adaptive_layer_norm_zero,
     "film": film,
     "fix_norm": fix_norm,
+    "hypersphere_residual": hypersphere_residual,
     "layer_norm_gru": layer_norm_gru,
     "layer_norm_lstm": layer_norm_lstm,
     "layer_norm_rnn": layer_norm_rnn,

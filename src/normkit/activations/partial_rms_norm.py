@@ -41,7 +41,7 @@ class PartialRMSNorm(nn.Module):
         ShapeError: x has other features.
 
     Reference:
-        Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), https://arxiv.org/abs/1910.07467, section 4.2.
+        Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), https://arxiv.org/abs/1910.07467.
 
     >>> PartialRMSNorm(4, fraction=0.5)(torch.tensor([[3.0, 3.0, 6.0, 9.0]])).detach()
     tensor([[1., 1., 2., 3.]])

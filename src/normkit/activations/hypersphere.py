@@ -1,0 +1,233 @@
+"""The normalized transformer's parts: states that stay on the unit sphere, learned scales, weights put back after each step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support, show
+from normkit.engine.dispatch import run
+
+
+def hypersphere_rule(eps: float = 1e-12) -> Rule:
+    """Putting each token on the unit sphere, as data.
+
+    >>> hypersphere_rule().formula()
+    'y = x / max(|x|, eps)'
+    """
+    return Rule(Support("* d", over="d"), Statistic(None, "norm", eps, "floor"))
+
+
+class LearnedScale(nn.Module):
+    """Multiply each feature by a learned scale that is kept in other units, so that its own learning rate is set apart.
+
+    y = s * x with s = weight * start / unit. The weight starts at ``unit``, so s at ``start``; a step of the optimizer moves s by
+    start / unit times as much as the weight. The normalized transformer uses it for queries and keys (start 1, unit
+    1 / sqrt(D)), for the two inputs of its gated MLP (start 1, unit 1; that of the gate times sqrt(D)), and for logits.
+
+    Args:
+        features: how many scales; 1 for one of all.
+        start: s at the start. Default: 1.
+        unit: the weight at the start. Default: 1.
+        device: of the parameter.
+        dtype: of the parameter.
+
+    Shape:
+        (*, features) to the same, in the input's dtype.
+
+    Raises:
+        OptionError: a unit of 0.
+
+    Reference:
+        Loshchilov, Hsieh, Sun, Ginsburg, "nGPT: Normalized Transformer with Representation Learning on the Hypersphere" (2024),
+        https://arxiv.org/abs/2410.01131.
+
+    >>> scale = LearnedScale(2, start=3.0, unit=0.5)
+    >>> scale.weight.tolist(), scale(torch.ones(1, 2)).detach()
+    ([0.5, 0.5], tensor([[3., 3.]]))
+    """
+
+    def __init__(
+        self, features: int, start: float = 1.0, unit: float = 1.0, *, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        if unit == 0:
+            raise OptionError("LearnedScale: unit=0; wanted another number, as the weight starts there")
+        self.features, self.start, self.unit = features, start, unit
+        self.weight = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give the weight its first value."""
+        nn.init.constant_(self.weight, self.unit)
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale s."""
+        return self.weight * (self.start / self.unit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale.
+
+        Args:
+            x: (*, features).
+
+        Returns:
+            Of x's shape and dtype.
+        """
+        return (x * self.scale).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, start={self.start}, unit={self.unit:.4g}"
+
+
+class HypersphereResidual(nn.Module):
+    """Move a state on the unit sphere toward what a branch says, by a learned step for each feature.
+
+    h' = N(h + a * (N(branch) - h)) with N(x) = x / |x|: in place of x + f(norm(x)). The step a starts at ``rate``, and is kept
+    as a LearnedScale of unit 1 / sqrt(D).
+
+    Args:
+        features: D.
+        rate: a at the start. Default: 0.05, as published.
+        eps: floor of the norms. Default: 1e-12.
+        device: of the parameter.
+        dtype: of the parameter.
+
+    Shape:
+        h (*, D), of length 1, and branch of the same shape, to the same, of length 1.
+
+    Raises:
+        ShapeError: h has other features, or the branch another shape.
+
+    Reference:
+        Loshchilov, Hsieh, Sun, Ginsburg, "nGPT: Normalized Transformer with Representation Learning on the Hypersphere" (2024),
+        https://arxiv.org/abs/2410.01131.
+
+    >>> HypersphereResidual(2, rate=0.5)(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 9.0]])).detach()
+    tensor([[0.7071, 0.7071]])
+    """
+
+    def __init__(
+        self, features: int, rate: float = 0.05, eps: float = 1e-12, *, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.features, self.eps = features, eps
+        self.rate = LearnedScale(features, rate, features**-0.5, device=device, dtype=dtype)
+
+    def forward(self, h: Tensor, branch: Tensor) -> Tensor:
+        """Move the state.
+
+        Args:
+            h: (*, D), of length 1.
+            branch: what attention or the MLP gave for it, of any length.
+
+        Returns:
+            Of h's shape and dtype, of length 1.
+        """
+        if h.dim() < 1 or h.shape[-1] != self.features or h.shape != branch.shape:
+            raise ShapeError(
+                f"HypersphereResidual: got {show(h.shape)} and {show(branch.shape)}, wanted two alike that end in "
+                f"features={self.features}"
+            )
+        return hypersphere_residual(h, branch, self.rate.scale, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, eps={self.eps}"
+
+
+def hypersphere(x: Tensor, eps: float = 1e-12) -> Tensor:
+    """Each token on the unit sphere: x / max(|x|, eps) over the last axis, with the norm in at least float32.
+
+    Args:
+        x: (*, D).
+        eps: floor of the norm. Default: 1e-12.
+
+    Returns:
+        Of x's shape and dtype, each token of length 1.
+
+    Reference:
+        Loshchilov et al., "nGPT" (2024), https://arxiv.org/abs/2410.01131.
+
+    >>> hypersphere(torch.tensor([[3.0, 4.0]]))
+    tensor([[0.6000, 0.8000]])
+    """
+    return run(hypersphere_rule(eps), x)
+
+
+def hypersphere_residual(h: Tensor, branch: Tensor, rate: Tensor | float, eps: float = 1e-12) -> Tensor:
+    """The state's step toward a branch as a function of a rate, a number or one for each feature; see HypersphereResidual.
+
+    >>> hypersphere_residual(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 9.0]]), 0.5)
+    tensor([[0.7071, 0.7071]])
+    """
+    target = hypersphere(branch, eps)
+    moved = h + rate * (target - h)
+    return hypersphere(moved, eps).to(h.dtype)
+
+
+@torch.no_grad()
+def renormalize_(reads: Iterable[nn.Module] = (), writes: Iterable[nn.Module] = (), eps: float = 1e-12) -> None:
+    """Put the weights' vectors of the embedding's dimension back on the unit sphere, in place; after each optimizer step.
+
+    Args:
+        reads: layers whose input is the state, with weight (out, D): linear maps to queries, keys, values and the MLP, the
+            embedding (words, D), the output layer. Each row gets length 1.
+        writes: layers whose output is added to the state, with weight (D, in): the last of attention and of the MLP. Each column
+            gets length 1.
+        eps: floor of the norms. Default: 1e-12.
+
+    Raises:
+        ShapeError: a layer without a weight of two axes.
+
+    Reference:
+        Loshchilov et al., "nGPT" (2024), https://arxiv.org/abs/2410.01131.
+
+    >>> layer = nn.Embedding.from_pretrained(torch.tensor([[3.0, 4.0], [0.0, 0.5]]))
+    >>> renormalize_(reads=[layer])
+    >>> layer.weight.data
+    tensor([[0.6000, 0.8000],
+            [0.0000, 1.0000]])
+    """
+    for layers, dim in ((reads, 1), (writes, 0)):
+        for layer in layers:
+            weight = getattr(layer, "weight", None)
+            if not isinstance(weight, Tensor) or weight.dim() != 2:
+                shape = show(weight.shape) if isinstance(weight, Tensor) else "none"
+                raise ShapeError(f"renormalize_: {type(layer).__name__} has a weight of shape {shape}; wanted two axes")
+            weight.copy_(hypersphere(weight, eps) if dim else hypersphere(weight.T, eps).T)
+
+
+def _example_branch(x: Tensor) -> tuple[Tensor]:
+    return (x.flip(-1).double().sin().to(x.dtype),)
+
+
+CARD = Card(
+    name="hypersphere_residual",
+    title="Residual step on the unit sphere (nGPT)",
+    kind="activation",
+    word="",
+    normalized_over="each token, over its features, to length 1: the branch, and the state after its step",
+    formula="h' = N(h + a * (N(branch) - h)), N(x) = x / |x|",
+    paper=Paper(
+        "Loshchilov, Ilya and Hsieh, Cheng-Ping and Sun, Simeng and Ginsburg, Boris",
+        "nGPT: Normalized Transformer with Representation Learning on the Hypersphere",
+        2024,
+        "https://arxiv.org/abs/2410.01131",
+    ),
+    use_cases="language models trained from the start with all vectors on one sphere",
+    strengths="needs neither weight decay nor warm-up; fewer steps to the same loss, as its authors report",
+    weaknesses="weights must be put back on the sphere after each step; more scales to learn; each step costs more",
+    module=HypersphereResidual,
+    functional=hypersphere_residual,
+    make=HypersphereResidual,
+    layout="* d",
+    extra=_example_branch,
+)
