@@ -57,7 +57,7 @@ def sliding_mean(x: Tensor, windows: Sequence[tuple[int, int | None]]) -> Tensor
     Args:
         x: any floating tensor; half types should be widened first.
         windows: pairs of an axis and the window's size along it; an even size reaches one further back than forward. None is
-            the whole axis, which the result then has with size 1.
+            the whole axis. An axis that every window covers has size 1 in the result.
 
     Returns:
         Broadcasts over x; differentiable any number of times.
@@ -65,11 +65,11 @@ def sliding_mean(x: Tensor, windows: Sequence[tuple[int, int | None]]) -> Tensor
     >>> sliding_mean(torch.tensor([1.0, 2.0, 6.0]), [(0, 3)])
     tensor([1.5000, 3.0000, 4.0000])
     """
-    whole = [dim for dim, size in windows if size is None]
+    whole = [dim for dim, size in windows if _covers(size, x.shape[dim])]
     if whole:
         x = x.mean(whole, keepdim=True)
     for dim, size in windows:
-        if size is None or size == 1:
+        if dim in whole or size is None or size == 1:
             continue
         before, after = size // 2, size - 1 - size // 2
         at = torch.arange(x.shape[dim], device=x.device)
@@ -97,13 +97,18 @@ def sliding_moments(found: Moments, windows: Sequence[tuple[int, int | None]]) -
     >>> sliding_moments(one, [(0, 3)])
     Moments(mean=tensor([2.0000, 2.3333, 3.0000]), var=tensor([1.0000, 0.8889, 0.0000]), n=tensor([2., 3., 2.]))
     """
-    whole = [dim for dim, size in windows if size is None]
+    whole = [dim for dim, size in windows if _covers(size, found.mean.shape[dim])]
     if whole:
         found = pool(found, whole)
     for dim, size in windows:
-        if size is not None and size > 1:
+        if dim not in whole and size is not None and size > 1:
             found = _slide(found, dim, size)
     return found
+
+
+def _covers(window: int | None, size: int) -> bool:
+    """Whether the window of each element is the whole axis."""
+    return window is None or (window - 1) // 2 >= size - 1
 
 
 def _slide(found: Moments, dim: int, window: int) -> Moments:
