@@ -1,0 +1,151 @@
+"""Weight decay of a norm's gain and bias: towards 1 and 0 rather than both towards 0, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from normkit.core.errors import OptionError
+from normkit.surgery.norms import is_norm
+
+Target = Literal[0, 1]
+
+_BIAS_NAMES = ("bias", "beta", "shift", "b")
+
+
+class FromOne(nn.Module):
+    """The parametrization gain = 1 + d, whose decay pulls the gain towards 1.
+
+    >>> FromOne()(torch.tensor([0.5]))
+    tensor([1.5000])
+    """
+
+    def forward(self, difference: Tensor) -> Tensor:
+        """The gain."""
+        return 1 + difference
+
+    def right_inverse(self, gain: Tensor) -> Tensor:
+        """What is kept of a gain: its difference from 1."""
+        return gain - 1
+
+
+def param_groups(
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    norm_decay: float = 0.0,
+    bias_decay: float = 0.0,
+    gamma_target: Target = 0,
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer, with decays of their own for weights, for norms, and for the biases of other layers.
+
+    Parameters that need no gradients are left out; one that several layers share is in the group of the first. With
+    ``gamma_target=1`` each norm's gain becomes 1 + d with d the parameter, in place: the decay of any optimizer, coupled or
+    decoupled, then pulls the gain towards 1. The gain's key in the state_dict is then ``parametrizations.weight.original``;
+    ``normkit.fold`` gives the plain one back. Norms that keep their gain as a difference already are not known as such:
+    use 0 for them.
+
+    Args:
+        model: any module.
+        weight_decay: of every parameter that is in no norm and no bias.
+        norm_decay: of the gains and biases of norms. Default: 0.
+        bias_decay: of other biases. Default: 0.
+        gamma_target: what the gain decays to: 0, as optimizers do, or 1. Default: 0.
+
+    Returns:
+        A dict each for ``"weights"``, ``"norms"`` and ``"biases"``, by ``"name"``, where there are any.
+
+    Raises:
+        OptionError: a negative decay, or another target.
+
+    Reference:
+        Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
+        https://arxiv.org/abs/1906.03548, section 3.3.
+
+    >>> groups = param_groups(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), 1e-4, norm_decay=1e-5)
+    >>> [(group["name"], group["weight_decay"], len(group["params"])) for group in groups]
+    [('weights', 0.0001, 1), ('norms', 1e-05, 2), ('biases', 0.0, 1)]
+    """
+    for name, value in (("weight_decay", weight_decay), ("norm_decay", norm_decay), ("bias_decay", bias_decay)):
+        if not value >= 0:
+            raise OptionError(f"param_groups: {name}={value}; wanted a number from 0")
+    _check_target("param_groups", gamma_target)
+    if gamma_target == 1:
+        for module, name, _ in list(_gains(model)):
+            if not parametrize.is_parametrized(module, name):
+                parametrize.register_parametrization(module, name, FromOne())
+    in_norms = {id(parameter) for module in _norms(model) for parameter in module.parameters()}
+    groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms": [], "biases": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        last = name.removesuffix(".original").rsplit(".", 1)[-1]
+        kind = "norms" if id(parameter) in in_norms else "biases" if _is_bias(last) else "weights"
+        groups[kind].append(parameter)
+    decays = {"weights": weight_decay, "norms": norm_decay, "biases": bias_decay}
+    return [
+        {"params": parameters, "weight_decay": decays[name], "name": name}
+        for name, parameters in groups.items()
+        if parameters
+    ]
+
+
+def norm_penalty(model: nn.Module, decay: float, gamma_target: Target = 1) -> Tensor:
+    """The decay of all norms of a model as a number to be added to the loss.
+
+    decay / 2 * (|bias|^2 + |gain - gamma_target|^2)
+
+    Args:
+        model: any module.
+        decay: its strength.
+        gamma_target: what the gain is pulled to: 1 or 0. Default: 1.
+
+    Returns:
+        One number; 0 for a model without norms.
+
+    Raises:
+        OptionError: another target.
+
+    Reference:
+        Summers and Dinneen (2020), https://arxiv.org/abs/1906.03548, section 3.3.
+
+    >>> norm = nn.LayerNorm(2)
+    >>> norm.weight.data, norm.bias.data = torch.tensor([1.0, 3.0]), torch.tensor([2.0, 0.0])
+    >>> norm_penalty(norm, 0.1)  # 0.05 * (4 + 4)
+    tensor(0.4000, grad_fn=<MulBackward0>)
+    """
+    _check_target("norm_penalty", gamma_target)
+    terms = [(gain - gamma_target).square().sum() for _, _, gain in _gains(model)]
+    for module in _norms(model):
+        terms += [value.square().sum() for name, value in module.named_parameters(recurse=False) if _is_bias(name)]
+    return 0.5 * decay * torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def _norms(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        chains = module.parametrizations.values() if parametrize.is_parametrized(module) else ()  # pyright: ignore
+        if is_norm(module) or any(isinstance(part, FromOne) for chain in chains for part in chain):
+            yield module
+
+
+def _gains(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for module in _norms(model):
+        own = [name for name, _ in module.named_parameters(recurse=False)]
+        if parametrize.is_parametrized(module):
+            own += list(module.parametrizations)  # pyright: ignore[reportArgumentType]
+        for name in own:
+            if not _is_bias(name):
+                yield module, name, getattr(module, name)
+
+
+def _is_bias(name: str) -> bool:
+    return name in _BIAS_NAMES or name.startswith("bias_") or name.endswith("_bias")
+
+
+def _check_target(who: str, target: int) -> None:
+    if target not in (0, 1):
+        raise OptionError(f"{who}: gamma_target={target!r}; wanted 0 or 1")

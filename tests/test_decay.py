@@ -1,0 +1,87 @@
+"""Decay of gains and biases: by groups and by penalty alike."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import normkit as nk
+from normkit.activations.ghost_batch_norm import GhostBatchNorm
+from normkit.core.errors import OptionError
+from normkit.surgery.decay import norm_penalty, param_groups
+from normkit.surgery.fold import fold
+
+
+def _model() -> nn.Module:
+    model = nn.Sequential(
+        nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.GroupNorm(2, 4), GhostBatchNorm(4, 2), nk.RMSNorm(5), nn.LSTM(5, 2)
+    ).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model
+
+
+def _loss(model: nn.Module) -> torch.Tensor:
+    x = torch.arange(60.0).view(4, 3, 5).sin().double()
+    return model(x)[0].square().sum()
+
+
+def test_every_parameter_is_in_one_group() -> None:
+    model = _model()
+    model[0].bias.requires_grad_(False)
+    groups = {group["name"]: group for group in param_groups(model, 0.1, norm_decay=0.2, bias_decay=0.3)}
+    found = [id(parameter) for group in groups.values() for parameter in group["params"]]
+    assert sorted(found) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    assert {name: (group["weight_decay"], len(group["params"])) for name, group in groups.items()} == {
+        "weights": (0.1, 3),
+        "norms": (0.2, 7),
+        "biases": (0.3, 2),
+    }
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_groups_and_penalty_take_the_same_step(target) -> None:
+    by_groups, by_penalty = (model := _model()), copy.deepcopy(model)
+    torch.optim.SGD(by_penalty.parameters(), lr=0.1)
+    groups = param_groups(by_groups, 0.0, norm_decay=0.3, gamma_target=target)
+    optimizers = torch.optim.SGD(groups, lr=0.1), torch.optim.SGD(by_penalty.parameters(), lr=0.1)
+    for model, optimizer, penalty in ((by_groups, optimizers[0], 0.0), (by_penalty, optimizers[1], 0.3)):
+        (_loss(model) + norm_penalty(model, penalty, target)).backward()
+        optimizer.step()
+    fold(by_groups)
+    assert_close(by_groups.state_dict(), by_penalty.state_dict())
+
+
+def test_gains_from_one_compute_the_same_and_decay_to_one() -> None:
+    model = _model().eval()
+    wanted = _loss(model)
+    groups = param_groups(model, 0.0, norm_decay=1.0, gamma_target=1)
+    assert_close(_loss(model), wanted)
+    assert len(param_groups(model, 0.0, gamma_target=1)[1]["params"]) == 7  # a second call changes nothing
+    optimizer = torch.optim.AdamW(groups, lr=0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(40):
+        optimizer.step()
+    for layer in (1, 2, 3, 4):
+        assert_close(model[layer].weight, torch.ones_like(model[layer].weight), rtol=0, atol=1e-9)
+    assert_close(norm_penalty(model, 1.0), torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_penalty_by_hand() -> None:
+    model = _model()
+    gains = [model[layer].weight for layer in (1, 2, 3, 4)]
+    biases = [model[layer].bias for layer in (1, 2, 3)]
+    for target in (0, 1):
+        wanted = 0.15 * (sum((g - target).square().sum() for g in gains) + sum(b.square().sum() for b in biases))
+        assert_close(norm_penalty(model, 0.3, target), wanted)
+    assert norm_penalty(nn.Linear(2, 2), 0.3) == 0
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(OptionError, match="norm_decay=-1"):
+        param_groups(nn.LayerNorm(2), 0.0, norm_decay=-1)
+    with pytest.raises(OptionError, match="gamma_target=2"):
+        norm_penalty(nn.LayerNorm(2), 0.1, 2)
