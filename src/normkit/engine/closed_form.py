@@ -82,7 +82,8 @@ def _strength(statistic: Statistic, inverse: Tensor, count: int) -> Tensor | flo
     k = 1.0 if statistic.scale == "norm" else 1.0 / (count - statistic.correction)
     eps = statistic.epsilon(inverse.dtype)
     if statistic.guard == "floor":
-        return k * (inverse * eps < 1).to(inverse.dtype)
+        # Against the very reciprocal that the floor gives: in floating point (1 / eps) * eps may be less than 1.
+        return k * (inverse < torch.full_like(inverse, eps).reciprocal()).to(inverse.dtype)
     if statistic.guard == "outside":
         rest = 1 - eps * inverse
         # Where the scale is eps alone the normalized tensor is zero, and so is what this multiplies.

@@ -43,5 +43,6 @@ class _InverseNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         x, inverse = ctx.saved_tensors
-        above = inverse * ctx.eps < 1
+        # Against the very reciprocal that the floor gives: in floating point (1 / eps) * eps may be less than 1.
+        above = inverse < torch.full_like(inverse, ctx.eps).reciprocal()
         return x * torch.where(above, -gradients[0] * inverse**3, 0.0), None, None
