@@ -41,7 +41,20 @@ def test_equals_timms_formula() -> None:
     energy = x.norm(p=2, dim=(1, 2), keepdim=True)
     wanted = x + torch.addcmul(norm.bias, norm.weight, x * (energy / (energy.mean(-1, keepdim=True) + 1e-6)))
     assert_close(norm(x), wanted)
-    assert {key: tuple(value.shape) for key, value in norm.state_dict().items()} == {"weight": (6,), "bias": (6,)}
+
+
+@pytest.mark.parametrize("keys", [("weight", "bias"), ("gamma", "beta")])
+@pytest.mark.parametrize("shape", [(6,), (1, 1, 1, 6), (1, 6, 1, 1)])
+def test_foreign_checkpoints_load(keys: tuple[str, str], shape: tuple[int, ...]) -> None:
+    wanted = _random().state_dict()
+    block = nn.Sequential(GlobalResponseNorm(6)).double()
+    foreign = {f"0.{key}": value.view(shape) for key, value in zip(keys, wanted.values(), strict=True)}
+    kept = dict(foreign)
+    block.load_state_dict(foreign)
+    assert_close(block[0].state_dict(), wanted)
+    assert foreign == kept  # the caller's dictionary is as it was
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        block.load_state_dict({"0.weight": torch.ones(1, 1, 1, 5), "0.bias": torch.ones(6)})
 
 
 def test_a_mask_equals_leaving_the_padding_out() -> None:

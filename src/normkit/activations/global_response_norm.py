@@ -21,7 +21,8 @@ class GlobalResponseNorm(nn.Module):
     G_c = |x_c| over the positions, N_c = G_c / (mean over c of G_c + eps), y = weight * (x * N) + bias + x. Weight and bias
     start at 0, so the layer starts as the identity; N is 1 in the mean over the channels. The same in training and evaluation.
 
-    The state_dict has timm's keys and shapes. A mask gives the form for masked autoencoders, where only visible positions enter;
+    The state_dict of timm's layer loads, whose weight and bias have axes of size 1 besides, and that of the authors', who call
+    them gamma and beta. A mask gives the form for masked autoencoders, where only visible positions enter;
     there the original code takes the energy over the visible positions of the whole batch, ``over="n *"``.
 
     Args:
@@ -71,6 +72,15 @@ class GlobalResponseNorm(nn.Module):
         """Set weight and bias to 0: the identity."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, foreign in (("weight", "gamma"), ("bias", "beta")):
+            if prefix + foreign in state_dict and prefix + name not in state_dict:
+                state_dict[prefix + name] = state_dict.pop(prefix + foreign)
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and value.dim() == 4 and value.numel() == self.num_channels:
+                state_dict[prefix + name] = value.flatten()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         check_channels("GlobalResponseNorm", input, self.num_channels, "num_channels", self.layout)
