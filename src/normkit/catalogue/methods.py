@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from normkit.activations import (
     adaptive_instance_norm,
     adaptive_layer_norm,
+    batch_channel_norm,
     batch_group_norm,
     batch_norm,
     batch_renorm,
@@ -95,6 +96,8 @@ METHODS: tuple[Card, ...] = (
     batch_renorm.CARD,
     batch_group_norm.CARD,
     batch_group_norm.CARD_WEIGHING,
+    batch_channel_norm.CARD,
+    batch_channel_norm.CARD_ESTIMATED,
 )
 
 

@@ -1,0 +1,339 @@
+"""Batch-channel normalization, and batch normalization by estimated statistics for micro-batches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.errors import OptionError
+from normkit.core.memory import Running, RunningStatistics
+from normkit.core.moments import accumulation_dtype, moments
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support, divisors, place
+from normkit.engine.dispatch import run
+from normkit.engine.layer import check_channels, check_several
+
+_AFFINE = Affine("c")
+_SUPPORT = Support("n c *", over="n *")
+
+
+class EstBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Normalize each channel by running statistics, in training too, which each batch moves a little beforehand.
+
+    mean <- (1 - momentum) mean + momentum E[x],  var <- (1 - momentum) var + momentum E[(x - old mean)^2], without gradient;
+    y = weight * (x - mean) / sqrt(var + eps) + bias. Estimates from many micro-batches, of a single image too, are as good as
+    a large batch's; gradients do not pass through them. Lower ``momentum`` along with the learning rate.
+
+    Args:
+        num_features: channels C.
+        eps: added to the variance. Default: 1e-5.
+        momentum: weight of the batch in the running statistics. Default: 0.1.
+        affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, C, *) to the same. N may be 0.
+
+    Raises:
+        ShapeError: other channels than ``num_features``.
+        OptionError: a momentum that is not from 0 to 1.
+
+    Reference:
+        Qiao, Wang, Liu, Shen, Yuille, "Rethinking Normalization and Elimination Singularity in Neural Networks" (2019),
+        https://arxiv.org/abs/1911.09738, section 4.2.
+
+    >>> norm = EstBatchNorm(1, momentum=0.5)
+    >>> norm(torch.tensor([[2.0]])).detach()  # mean 1, var (1 + 4) / 2
+    tensor([[0.6325]])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        _check_momentum("EstBatchNorm", momentum)
+        super().__init__(num_features, eps, momentum, affine, True, device=device, dtype=dtype)
+        _ = self._rules  # made before a compiler looks
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        check_channels("EstBatchNorm", input, self.num_features, "num_features", "n c *")
+        return _estimated(self._rules[0], input, _running(self), self.weight, self.bias, self.training, mask)
+
+    @property
+    def _rules(self) -> tuple[Rule, Rule]:
+        return _kept_rules(self, 1)
+
+
+class BatchChannelNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalization, then each sample's channels in groups normalized over a group and all positions.
+
+    z = weight * (x - E_c[x]) / sqrt(Var_c[x] + eps) + bias per channel c over the batch, then
+    y = group_weight * (z - E_g[z]) / sqrt(Var_g[z] + eps) + group_bias per sample and group g: this affine is per group. The
+    first step keeps channels from dying, which normalizing over channels alone does not; the second makes up for noisy batches.
+
+    Args:
+        num_features: channels C.
+        num_groups: groups G; divides C. Default: 32.
+        eps: added to both variances. Default: 1e-5.
+        momentum: weight of the new value in the running averages. Default: 0.1.
+        affine: whether both steps have a weight (starts at 1) and a bias (at 0). Default: True.
+        estimate: for micro-batches: normalize by running statistics in the first step as EstBatchNorm does. Default: False.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, C, *) to the same. N may be 0.
+
+    Raises:
+        OptionError: the channels do not split into the groups, or a momentum that is not from 0 to 1.
+        ShapeError: other channels than ``num_features``, or one value per channel in training.
+
+    Reference:
+        Qiao, Wang, Liu, Shen, Yuille, "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization"
+        (2019), https://arxiv.org/abs/1903.10520, section 3.
+
+    >>> BatchChannelNorm(2, num_groups=1)(torch.tensor([[1.0, 4.0], [3.0, 0.0]])).detach()
+    tensor([[-1.0000,  1.0000],
+            [ 1.0000, -1.0000]])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int = 32,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        *,
+        estimate: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        _check_momentum("BatchChannelNorm", momentum)
+        _check_groups("BatchChannelNorm", num_groups, num_features)
+        super().__init__(num_features, eps, momentum, affine, True, device=device, dtype=dtype)
+        self.num_groups, self.estimate = num_groups, estimate
+        kind = {"device": device, "dtype": dtype}
+        self.group_weight = nn.Parameter(torch.ones(num_groups, **kind)) if affine else None
+        self.group_bias = nn.Parameter(torch.zeros(num_groups, **kind)) if affine else None
+        _ = self._rules  # made before a compiler looks
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        check_channels("BatchChannelNorm", input, self.num_features, "num_features", "n c *")
+        if self.training and not self.estimate:
+            check_several("BatchChannelNorm", input, _SUPPORT)
+        affines = (self.weight, self.bias), (self.group_weight, self.group_bias)
+        return _batch_channel(self._rules, input, _running(self), affines, self.training, self.estimate, mask)
+
+    @property
+    def _rules(self) -> tuple[Rule, Rule]:
+        return _kept_rules(self, self.num_groups)
+
+    def reset_parameters(self) -> None:
+        """Start again: weights 1, biases 0, running mean 0 and variance 1, no batches."""
+        super().reset_parameters()
+        for name, value in (("group_weight", 1), ("group_bias", 0)):
+            if isinstance(tensor := getattr(self, name, None), Tensor):
+                nn.init.constant_(tensor, value)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        text = f"{self.num_features}, num_groups={self.num_groups}, eps={self.eps}, momentum={self.momentum}"
+        return text + f", affine={self.affine}" + (", estimate=True" if self.estimate else "")
+
+
+def est_batch_norm(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Batch normalization by estimated statistics as a function; in training it updates them first. See EstBatchNorm.
+
+    >>> est_batch_norm(torch.tensor([[2.0]]), torch.tensor([1.0]), torch.tensor([4.0]), eps=0.0)
+    tensor([[0.5000]])
+    """
+    _check_momentum("est_batch_norm", momentum)
+    rule, _ = _make_rules(1, eps, momentum)
+    return _estimated(rule, x, RunningStatistics(running_mean, running_var), weight, bias, training, mask)
+
+
+def batch_channel_norm(
+    x: Tensor,
+    num_groups: int,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    group_weight: Tensor | None = None,
+    group_bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    estimate: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Batch-channel normalization as a function; in training it updates the running statistics. See BatchChannelNorm.
+
+    >>> x, zero, one = torch.tensor([[1.0, 4.0], [3.0, 0.0]]), torch.zeros(2), torch.ones(2)
+    >>> batch_channel_norm(x, 1, zero, one, training=True)
+    tensor([[-1.0000,  1.0000],
+            [ 1.0000, -1.0000]])
+    """
+    _check_momentum("batch_channel_norm", momentum)
+    _check_groups("batch_channel_norm", num_groups, x.shape[1])
+    if training and not estimate:
+        check_several("batch_channel_norm", x, _SUPPORT)
+    running, affines = RunningStatistics(running_mean, running_var), ((weight, bias), (group_weight, group_bias))
+    return _batch_channel(_make_rules(num_groups, eps, momentum), x, running, affines, training, estimate, mask)
+
+
+def _make_rules(groups: int, eps: float, momentum: float) -> tuple[Rule, Rule]:
+    statistic = Statistic("mean", "std", eps)
+    channel = Rule(Support("n (g c) *", over="c *", g=groups), statistic, Affine("g"))
+    return Rule(_SUPPORT, statistic, _AFFINE, Running(momentum)), channel
+
+
+def _kept_rules(module: nn.modules.batchnorm._BatchNorm, groups: int) -> tuple[Rule, Rule]:
+    state = module.eps, module.momentum
+    if module.__dict__.get("_rule_state") != state:
+        module.__dict__["_made"], module.__dict__["_rule_state"] = (
+            _make_rules(groups, module.eps, module.momentum or 0.0),
+            state,
+        )
+    return module.__dict__["_made"]
+
+
+def _running(module: nn.modules.batchnorm._BatchNorm) -> RunningStatistics:
+    assert module.running_mean is not None
+    assert module.running_var is not None
+    return RunningStatistics(module.running_mean, module.running_var, module.num_batches_tracked)
+
+
+def _estimated(
+    rule: Rule,
+    x: Tensor,
+    running: RunningStatistics,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    mask: Tensor | None,
+) -> Tensor:
+    split = rule.support.split(x.shape)
+    wide = x.to(accumulation_dtype(x.dtype))
+    if mask is not None:
+        mask = mask.expand(x.shape)
+        wide = torch.where(mask, wide, 0.0)
+    if training:
+        assert rule.memory is not None
+        found = moments(wide.detach(), split.dims, mask)
+        mean = found.mean.reshape(-1)
+        rule.memory.blend(running, mean, found.var.reshape(-1) + (mean - running.mean).square())
+    mean, var = (place(value, "c", split).to(wide.dtype) for value in (running.mean, running.var))
+    y = _AFFINE.apply((wide - mean) / rule.statistic.guarded(var, power=2), split, weight, bias)
+    return (y if mask is None else torch.where(mask, y, 0.0)).to(x.dtype)
+
+
+def _batch_channel(
+    rules: tuple[Rule, Rule],
+    x: Tensor,
+    running: RunningStatistics,
+    affines: tuple[tuple[Tensor | None, Tensor | None], ...],
+    training: bool,
+    estimate: bool,
+    mask: Tensor | None,
+) -> Tensor:
+    z = x.to(accumulation_dtype(x.dtype))  # what lies between the steps is not rounded to a half type
+    if estimate:
+        z = _estimated(rules[0], z, running, *affines[0], training, mask)
+    else:
+        z = run(rules[0], z, *affines[0], running=running, training=training, mask=mask)
+    return run(rules[1], z, *affines[1], mask=mask).to(x.dtype)
+
+
+def _check_momentum(who: str, momentum: float) -> None:
+    if not 0 <= momentum <= 1:
+        raise OptionError(f"{who}: momentum={momentum}; wanted a number from 0 to 1")
+
+
+def _check_groups(who: str, groups: int, channels: int) -> None:
+    if groups < 1 or channels % groups:
+        raise OptionError(
+            f"{who}: {channels} channels do not split into num_groups={groups}; "
+            f"num_groups must divide {channels}: {divisors(channels)}"
+        )
+
+
+def _example(channels: int) -> BatchChannelNorm:
+    return BatchChannelNorm(channels, math.gcd(2, channels))
+
+
+CARD = Card(
+    name="batch_channel_norm",
+    title="Batch-channel normalization",
+    kind="activation",
+    word="",
+    normalized_over="each channel over the batch and all positions, then each sample's groups of channels",
+    formula="y = group_weight * GroupNorm(weight * (x - E[x]) / sqrt(Var[x] + eps) + bias) + group_bias",
+    paper=Paper(
+        "Qiao, Siyuan and Wang, Huiyu and Liu, Chenxi and Shen, Wei and Yuille, Alan",
+        "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization",
+        2019,
+        "https://arxiv.org/abs/1903.10520",
+    ),
+    use_cases="detection and segmentation with few samples a batch, along with weight standardization",
+    strengths="keeps channels from dying as batch normalization does, and steadies small batches as group normalization does",
+    weaknesses="two normalizations a layer; the second can't be folded away",
+    module=BatchChannelNorm,
+    functional=batch_channel_norm,
+    make=_example,
+    batch_dependent=True,
+    running_state=True,
+    train_equals_eval=False,
+    invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
+)
+
+CARD_ESTIMATED = Card(
+    name="est_batch_norm",
+    title="Batch normalization by estimated statistics",
+    kind="activation",
+    word="",
+    normalized_over="each channel, by running statistics that the batch has moved a little",
+    formula="y = weight * (x - mean) / sqrt(var + eps) + bias, mean and var running",
+    paper=Paper(
+        "Qiao, Siyuan and Wang, Huiyu and Liu, Chenxi and Shen, Wei and Yuille, Alan",
+        "Rethinking Normalization and Elimination Singularity in Neural Networks",
+        2019,
+        "https://arxiv.org/abs/1911.09738",
+    ),
+    use_cases="micro-batches of one or two images, as the first step of batch-channel normalization",
+    strengths="takes a single sample a batch; training computes what inference does",
+    weaknesses="gradients do not see the statistics; the momentum has to fall with the learning rate",
+    module=EstBatchNorm,
+    functional=est_batch_norm,
+    make=EstBatchNorm,
+    batch_dependent=True,
+    running_state=True,
+    exact_gradient=False,
+    foldable=True,
+)

@@ -1,0 +1,113 @@
+"""Batch-channel normalization is batch then group normalization; estimated statistics move with the batch."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from normkit.activations.batch_channel_norm import BatchChannelNorm, EstBatchNorm, batch_channel_norm, est_batch_norm
+from normkit.core.errors import OptionError, ShapeError
+
+
+def _x() -> Tensor:
+    return torch.randn(6, 4, 5, 3, dtype=torch.float64) * 2 + 3
+
+
+def _random(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, 1.0)
+    return module.double()
+
+
+def _group(z: Tensor, norm: BatchChannelNorm) -> Tensor:
+    weight, bias = (value.repeat_interleave(2).view(-1, 1, 1) for value in (norm.group_weight, norm.group_bias))
+    return F.group_norm(z, 2) * weight + bias
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_is_batch_norm_then_group_norm_with_an_affine_per_group(training: bool) -> None:
+    x, norm, like = _x().requires_grad_(), _random(BatchChannelNorm(4, 2)), nn.BatchNorm2d(4).double()
+    norm(_x())
+    like.load_state_dict(norm.state_dict(), strict=False)
+    norm.train(training)
+    like.train(training)
+    y, wanted = norm(x), _group(like(x), norm)
+    assert_close(y, wanted)
+    direction = torch.randn_like(x)
+    gradients = [torch.autograd.grad((value * direction).sum(), x)[0] for value in (y, wanted)]
+    assert_close(*gradients)
+    assert_close(norm.running_var, like.running_var)
+    assert norm.group_weight.shape == (2,)
+
+
+def test_estimated_statistics_by_hand() -> None:
+    norm = _random(EstBatchNorm(4, momentum=0.3))
+    mean, var = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    for _ in range(3):
+        x = _x()
+        fresh = (x - mean.view(-1, 1, 1)).square().mean((0, 2, 3))
+        mean, var = 0.7 * mean + 0.3 * x.mean((0, 2, 3)), 0.7 * var + 0.3 * fresh
+        wanted = F.batch_norm(x, mean, var, norm.weight, norm.bias)
+        assert_close(norm(x), wanted)
+        assert_close(copy.deepcopy(norm).eval()(x), wanted)
+    assert_close((norm.running_mean, norm.running_var), (mean, var))
+
+
+def test_gradients_do_not_see_the_estimates_and_survive_another_forward() -> None:
+    x, norm = _x().requires_grad_(), _random(EstBatchNorm(4))
+    y = norm(x)
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    norm(_x())  # moves the statistics in place
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert_close(gradient, scale.detach().view(-1, 1, 1).expand_as(x))
+
+
+def test_micro_batches_of_one_image() -> None:
+    x, norm = _x(), _random(BatchChannelNorm(4, 2, estimate=True))
+    like = EstBatchNorm(4).double()
+    like.load_state_dict({k: v for k, v in norm.state_dict().items() if "group" not in k})
+    for image in x.split(1):
+        assert_close(norm(image), _group(like(image), norm))
+    assert EstBatchNorm(4)(torch.randn(1, 4)).isfinite().all()
+
+
+def test_a_mask_equals_leaving_the_padding_out() -> None:
+    x, mask = torch.randn(6, 4, 5, dtype=torch.float64) + 3, torch.ones(1, 1, 5, dtype=torch.bool)
+    mask[..., 3:] = False
+    for norm in (BatchChannelNorm(4, 2), BatchChannelNorm(4, 2, estimate=True), EstBatchNorm(4)):
+        norm = _random(norm)
+        like = copy.deepcopy(norm)
+        found = norm(torch.where(mask, x, torch.nan), mask=mask)
+        assert_close(found[..., :3], like(x[..., :3].contiguous()))
+        assert (found[..., 3:] == 0).all()
+        assert_close(norm.state_dict(), like.state_dict())
+
+
+def test_functions_and_reset() -> None:
+    x, norm, est = _x(), _random(BatchChannelNorm(4, 2)), _random(EstBatchNorm(4))
+    mean, var = torch.zeros(4, dtype=x.dtype), torch.ones(4, dtype=x.dtype)
+    found = batch_channel_norm(x, 2, mean, var, norm.weight, norm.bias, norm.group_weight, norm.group_bias, True)
+    assert_close(found, norm(x))
+    assert_close((mean, var), (norm.running_mean, norm.running_var))
+    mean, var = torch.zeros(4, dtype=x.dtype), torch.ones(4, dtype=x.dtype)
+    assert_close(est_batch_norm(x, mean, var, est.weight, est.bias, True), est(x))
+    assert_close((mean, var), (est.running_mean, est.running_var))
+    norm.reset_parameters()
+    assert_close(norm.state_dict(), BatchChannelNorm(4, 2).double().state_dict())
+    bare = BatchChannelNorm(4, 2, affine=False).double()
+    assert not list(bare.parameters())
+    bare(x)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(OptionError, match="must divide 4"):
+        BatchChannelNorm(4, 3)
+    with pytest.raises(OptionError, match="momentum"):
+        EstBatchNorm(4, momentum=-1)
+    with pytest.raises(ShapeError, match="num_features=4"):
+        EstBatchNorm(4)(torch.randn(2, 3))
+    with pytest.raises(ShapeError, match="more than 1 value"):
+        BatchChannelNorm(4, 2)(torch.randn(1, 4))
