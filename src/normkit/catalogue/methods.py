@@ -39,6 +39,7 @@ from normkit.activations import (
 )
 from normkit.core.card import Card
 from normkit.core.errors import NotationError
+from normkit.gradients import grad_norm, gradient_normalizer
 from normkit.inputs import feature_scaling, image_standardization, robust_scaling, sample_scaling, whitening
 from normkit.weights import spectral_norm, weight_conditioning, weight_norm, weight_standardization
 
@@ -98,6 +99,8 @@ METHODS: tuple[Card, ...] = (
     batch_group_norm.CARD_WEIGHING,
     batch_channel_norm.CARD,
     batch_channel_norm.CARD_ESTIMATED,
+    grad_norm.CARD,
+    gradient_normalizer.CARD,
 )
 
 

@@ -1,0 +1,189 @@
+"""Gradient normalization: gradients of unit length, or with mean zero over each unit's fan-in, before the optimizer sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from normkit.core.card import Card, Paper
+from normkit.core.errors import OptionError
+from normkit.core.support import Support
+from normkit.weights.layout import weight_layout
+
+Mode = Literal["tensor", "layer", "global"]
+Target = nn.Module | Optimizer | Iterable[Tensor]
+
+_MODES = ("tensor", "layer", "global")
+
+
+class GradientNormalizer:
+    """Scale gradients to unit length and centralise them, after every backward pass, until it is removed.
+
+    ``"tensor"``: g <- g / ||g|| for each parameter; ``"layer"``: for all parameters of a layer together; ``"global"``: for all
+    together, which is clipping without a threshold. With ``centralize``, first g <- g - mean(g) over what feeds each output
+    unit, for parameters of two axes and more. Directions stay, but for centralising. A zero gradient stays zero, one that is
+    not finite stays as it is.
+
+    Given a model or parameters it acts at the end of each backward pass, so of several passes that add up each is normalized
+    when it is added. Given an optimizer it acts right before ``step``, on whatever the passes added up to: the choice with
+    accumulation, a gradient scaler or several processes.
+
+    Args:
+        target: a model, parameters, or the optimizer that steps them.
+        mode: ``"tensor"``, ``"layer"`` (needs a model), ``"global"``, or None for centralising alone. Default: ``"global"``.
+        centralize: whether the mean over each unit's fan-in is taken off. Default: False.
+
+    Raises:
+        OptionError: another mode, nothing to do, no parameters, or layers that are not known.
+
+    Reference:
+        Unit length: Hazan, Levy, Shalev-Shwartz, "Beyond Convexity: Stochastic Quasi-Convex Optimization" (2015),
+        https://arxiv.org/abs/1507.02030. Centralising: Yong et al., "Gradient Centralization" (2020),
+        https://arxiv.org/abs/2004.01461.
+
+    >>> w = nn.Parameter(torch.zeros(2))
+    >>> with GradientNormalizer([w]):
+    ...     (w @ torch.tensor([3.0, 4.0])).backward()
+    >>> w.grad
+    tensor([0.6000, 0.8000])
+    """
+
+    def __init__(self, target: Target, mode: Mode | None = "global", *, centralize: bool = False) -> None:
+        self.groups = _groups(target, mode, centralize)
+        self.mode: Mode | None = mode
+        self.centralize = centralize
+        self._pass = -1
+        parameters = [parameter for group in self.groups for parameter, _ in group]
+        if isinstance(target, Optimizer):
+            self._handles = [target.register_step_pre_hook(lambda *_: self.apply())]
+        else:
+            self._handles = [p.register_post_accumulate_grad_hook(self._queue) for p in parameters if p.requires_grad]
+
+    def apply(self) -> None:
+        """Normalize the gradients as they now are; the hooks call it."""
+        _normalize(self.groups, self.mode, self.centralize)
+
+    def remove(self) -> None:
+        """Take the hooks off: gradients come as they are from then on. Again does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _queue(self, parameter: Tensor) -> None:
+        # Layers and the whole are complete only when the backward pass is. A pass is known by its number, as one that fails
+        # halfway never calls back.
+        current = torch._C._current_graph_task_id()
+        if current != self._pass:
+            self._pass = current
+            torch.autograd.Variable._execution_engine.queue_callback(self.apply)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        count = sum(len(group) for group in self.groups)
+        return f"GradientNormalizer({self.mode!r}, centralize={self.centralize}, parameters={count})"
+
+
+def normalize_gradients(target: Target, mode: Mode | None = "global", *, centralize: bool = False) -> None:
+    """Normalize the gradients that are there, in place, between ``backward`` and ``step``; see GradientNormalizer.
+
+    >>> w = nn.Parameter(torch.zeros(2))
+    >>> w.grad = torch.tensor([3.0, 4.0])
+    >>> normalize_gradients([w])
+    >>> w.grad
+    tensor([0.6000, 0.8000])
+    """
+    _normalize(_groups(target, mode, centralize), mode, centralize)
+
+
+_Group = list[tuple[Tensor, Support]]
+
+
+def _groups(target: Target, mode: Mode | None, centralize: bool) -> list[_Group]:
+    """Parameters that share one length, each with the support of an output unit."""
+    if mode is not None and mode not in _MODES:
+        raise OptionError(f"GradientNormalizer: mode={mode!r}; wanted one of {', '.join(map(repr, _MODES))}, or None")
+    if mode is None and not centralize:
+        raise OptionError("GradientNormalizer: mode=None without centralize does nothing; choose one")
+    layers: list[_Group] = []
+    seen: set[Tensor] = set()
+    if isinstance(target, nn.Module):
+        for module in target.modules():
+            layer: _Group = []
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter not in seen:
+                    layer.append((parameter, weight_layout(module, name).rows))
+                    seen.add(parameter)
+            if layer:
+                layers.append(layer)
+    else:
+        if mode == "layer":
+            raise OptionError(
+                "GradientNormalizer: mode='layer' needs the model, to know which parameters are one layer's"
+            )
+        given: Iterable[Any] = (
+            (p for group in target.param_groups for p in group["params"]) if isinstance(target, Optimizer) else target
+        )
+        rows = Support("o *", over="*")
+        layers = [[(parameter, rows)] for parameter in given]
+    if not layers:
+        raise OptionError("GradientNormalizer: no parameters; give a model, parameters or an optimizer that has some")
+    if mode == "layer":
+        return layers
+    single = [entry for layer in layers for entry in layer]
+    return [single] if mode == "global" else [[entry] for entry in single]
+
+
+@torch.no_grad()
+def _normalize(groups: list[_Group], mode: Mode | None, centralize: bool) -> None:
+    for group in groups:
+        found = [(p.grad, rows) for p, rows in group if p.grad is not None]
+        if centralize:
+            for gradient, rows in found:
+                if gradient.dim() > 1:
+                    split = rows.split(gradient.shape)
+                    by_unit = gradient.reshape(split.shape)
+                    gradient.copy_((by_unit - by_unit.mean(split.dims, keepdim=True)).view_as(gradient))
+        if mode is not None and found:
+            length = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(_wide(g)) for g, _ in found]))
+            length = torch.where((length > 0) & length.isfinite(), length, 1.0)
+            for gradient, _ in found:
+                gradient.copy_(_wide(gradient) / length)
+
+
+def _wide(gradient: Tensor) -> Tensor:
+    # In float64 the squares of float32 neither overflow nor vanish.
+    return gradient.to(torch.float32 if gradient.device.type == "mps" else torch.float64)
+
+
+CARD = Card(
+    name="normalize_gradients",
+    title="Gradient normalization and centralization",
+    kind="gradient",
+    word="",
+    normalized_over="each parameter's, each layer's or the whole gradient; or each output unit's fan-in",
+    formula="g <- g / ||g||;  g <- g - mean(g)",
+    paper=Paper(
+        "Yong, Hongwei and Huang, Jianqiang and Hua, Xiansheng and Zhang, Lei",
+        "Gradient Centralization: A New Optimization Technique for Deep Neural Networks",
+        2020,
+        "https://arxiv.org/abs/2004.01461",
+    ),
+    use_cases="plateaus and cliffs; losses whose scale is not known; recurrent networks",
+    strengths="the step's length is the learning rate alone; no threshold to choose",
+    weaknesses="the length no longer falls near a minimum: the rate must; noise steps as far as signal",
+    module=GradientNormalizer,
+    functional=normalize_gradients,
+    make=GradientNormalizer,
+)

@@ -1,0 +1,226 @@
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from normkit.core.errors import OptionError, ShapeError
+from normkit.gradients.grad_norm import GradNorm, grad_norm
+
+
+class Tasks(nn.Module):
+    """A shared layer and a head a task, on regressions of unlike scales."""
+
+    def __init__(self, scales: tuple[float, ...] = (1.0, 3.0, 10.0)) -> None:
+        super().__init__()
+        self.shared = nn.Linear(6, 8, dtype=torch.float64)
+        self.heads = nn.ModuleList(nn.Linear(8, 2, dtype=torch.float64) for _ in scales)
+        self.scales = scales
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        h = self.shared(x).tanh()
+        return [
+            (head(h) - scale * x[:, :2].sin()).square().mean()
+            for head, scale in zip(self.heads, self.scales, strict=True)
+        ]
+
+
+def x() -> Tensor:
+    return torch.randn(16, 6, dtype=torch.float64)
+
+
+@given(weights=st.lists(st.floats(0.1, 2.0), min_size=3, max_size=3), alpha=st.sampled_from([0.0, 0.5, 1.5, 3.0]))
+def test_both_paths_agree_and_are_the_definition(weights: list[float], alpha: float) -> None:
+    model = Tasks()
+    losses, w = model(x()), torch.tensor(weights, dtype=torch.float64)
+    initial = torch.tensor([2.0, 30.0, 100.0], dtype=torch.float64)
+    exact = grad_norm(losses, model.shared.parameters(), w, initial, alpha)
+    auto = grad_norm(losses, model.shared.parameters(), w, initial, alpha, path="autograd")
+    assert_close(exact, auto, rtol=1e-9, atol=1e-12)
+    norms = []
+    for weight, loss in zip(weights, losses, strict=True):
+        model.zero_grad()
+        (weight * loss).backward(retain_graph=True)
+        norms.append(torch.cat([p.grad.flatten() for p in model.shared.parameters()]).norm())
+    pace = torch.stack(losses).detach() / initial
+    assert_close(exact.norms, torch.stack(norms))
+    assert_close(exact.targets, torch.stack(norms).mean() * (pace / pace.mean()) ** alpha)
+
+
+@pytest.mark.parametrize("step", ["additive", "multiplicative"])
+def test_one_step_is_the_formula(step: Any) -> None:
+    model, z = Tasks(), x()
+    balance = GradNorm(3, alpha=0.5, rate=0.01, step=step).double()
+    balance(model(z), model.shared.weight)
+    first = balance.initial.clone()
+    model.shared.weight.data.mul_(1.3)
+    before = balance.weights.clone()
+    found = grad_norm(model(z), model.shared.weight, before, first, 0.5)
+    total = balance(model(z), model.shared.weight)
+    assert_close(total, (before * torch.stack(model(z))).sum())
+    if step == "additive":
+        wanted = before - 0.01 * found.slopes
+    else:
+        wanted = before * torch.exp(-0.01 * found.slopes * before / found.norms.mean())
+    assert_close(balance.weights, wanted * 3 / wanted.sum())
+    assert_close(balance.initial, first, rtol=0, atol=0)
+
+
+def test_slow_tasks_get_the_larger_target() -> None:
+    w = nn.Parameter(torch.ones(1))
+    found = grad_norm([w.sum(), w.sum()], w, torch.ones(2), torch.tensor([1.0, 4.0]), alpha=1.0)
+    assert found.targets[0] > found.targets[1]  # the first is where it began, the second at a quarter
+    assert_close(found.slopes, torch.tensor([-1.0, 1.0]))
+    even = grad_norm([w.sum(), w.sum()], w, torch.ones(2), torch.tensor([1.0, 4.0]), alpha=0.0)
+    assert_close(even.targets, torch.ones(2))
+
+
+def test_without_a_restoring_force_norms_become_equal() -> None:
+    model, z = Tasks(), x()
+    balance = GradNorm(3, alpha=0.0, rate=0.05).double()
+    for _ in range(300):
+        balance(model(z), model.shared.weight)
+    norms = grad_norm(model(z), model.shared.weight, balance.weights, balance.initial, 0.0).norms
+    assert_close(norms / norms.mean(), torch.ones(3).double(), rtol=0.1, atol=0)  # steps of 5 % do not come nearer
+    assert_close(balance.weights.sum(), torch.tensor(3.0).double())
+
+
+@pytest.mark.parametrize("path", ["exact", "autograd"])
+@pytest.mark.parametrize("step", ["additive", "multiplicative"])
+def test_in_a_training_loop_with_weights_that_sum_to_the_tasks(path: Any, step: Any) -> None:
+    model = Tasks()
+    balance = GradNorm(3, path=path, step=step).double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(8):
+        optimizer.zero_grad()
+        balance(model(x()), model.shared.parameters()).backward()
+        optimizer.step()
+        assert_close(balance.weights.sum(), torch.tensor(3.0).double())
+        assert (balance.weights > 0).all()
+    assert not list(balance.parameters())
+    assert balance.weights.grad_fn is None
+
+
+def test_the_total_passes_gradients_of_the_weighted_sum_only() -> None:
+    model, z = Tasks(), x()
+    balance = GradNorm(3).double()
+    balance.weights = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
+    losses = model(z)
+    found = torch.autograd.grad(balance(losses, model.shared.weight), list(model.parameters()))
+    losses = model(z)
+    wanted = torch.autograd.grad(0.5 * losses[0] + losses[1] + 1.5 * losses[2], list(model.parameters()))
+    assert_close(found, wanted)
+
+
+def test_unlike_scales_train_at_one_pace_where_a_sum_does_not() -> None:
+    """The paper's toy: tanh of nearly one matrix, for one task a hundred times as large, by a network that both share."""
+
+    def gap(balance: GradNorm | None) -> float:
+        torch.manual_seed(0)
+        common, own = torch.randn(8, 20), torch.randn(2, 8, 20) * 0.5
+        trunk = nn.Sequential(nn.Linear(20, 50), nn.ReLU(), nn.Linear(50, 50), nn.ReLU())
+        heads = nn.ModuleList(nn.Linear(50, 8) for _ in range(2))
+        optimizer = torch.optim.Adam([*trunk.parameters(), *heads.parameters()], 3e-3)
+        first = losses = torch.zeros(0)
+        for step in range(200):
+            z = torch.randn(64, 20)
+            h = trunk(z)
+            wanted = [scale * (z @ (common + part).T).tanh() for scale, part in zip((1.0, 100.0), own, strict=True)]
+            losses = torch.stack([(head(h) - y).square().mean() for head, y in zip(heads, wanted, strict=True)])
+            first = losses.detach() if step == 0 else first
+            optimizer.zero_grad()
+            (balance(losses, trunk[2].weight) if balance else losses.sum()).backward()
+            optimizer.step()
+        left = losses.detach() / first
+        return (left[0] - left[1]).abs().item()
+
+    assert gap(GradNorm(2, alpha=1.5, rate=0.1)) < 0.5 * gap(None)
+
+
+def test_a_first_loss_of_zero_waits() -> None:
+    w = nn.Parameter(torch.ones(2))
+    balance = GradNorm(2)
+    balance([w[0] * 0, w[1] * 2], w)
+    assert balance.weights.isfinite().all()
+    assert_close(balance.initial, torch.tensor([0.0, 2.0]))
+    balance([w[0] * 3, w[1] * 2], w)
+    assert_close(balance.initial, torch.tensor([3.0, 2.0]))
+    both = GradNorm(2)
+    both([w[0] * 0, w[1] * 0], w)
+    assert_close(both.weights, torch.ones(2))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("step", ["additive", "multiplicative"])
+def test_a_broken_step_leaves_the_weights(bad: float, step: Any) -> None:
+    w = nn.Parameter(torch.ones(2))
+    balance = GradNorm(2, step=step)
+    balance([w.sum(), 3 * w.sum()], w)
+    before = copy.deepcopy(balance.state_dict())
+    balance([w.sum() * bad, w.sum()], w)
+    assert_close(balance.state_dict(), before, rtol=0, atol=0)
+    late = GradNorm(2)
+    late([w.sum() * bad, w.sum()], w)
+    assert_close(late.initial, torch.tensor([0.0, 2.0]))
+
+
+def test_evaluation_and_no_grad_only_sum() -> None:
+    model = Tasks()
+    balance = GradNorm(3).double()
+    before = copy.deepcopy(balance.state_dict())
+    balance.eval()(model(x()), model.shared.weight)
+    balance.train()
+    with torch.no_grad():
+        balance(model(x()), model.shared.weight)
+    assert_close(balance.state_dict(), before, rtol=0, atol=0)
+
+
+def test_state_dict_copy_and_pickle_continue_alike() -> None:
+    model, z = Tasks(), x()
+    balance = GradNorm(3).double()
+    balance(model(z), model.shared.weight)
+    fresh = GradNorm(3).double()
+    fresh.load_state_dict(balance.state_dict())
+    others = [fresh, copy.deepcopy(balance), pickle.loads(pickle.dumps(balance))]
+    for one in (balance, *others):
+        one(model(z), model.shared.weight)
+    for other in others:
+        assert_close(other.state_dict(), balance.state_dict(), rtol=0, atol=0)
+        assert repr(other) == repr(balance)
+
+
+def test_losses_as_a_tensor_and_in_half_precision() -> None:
+    w = nn.Parameter(torch.ones(2))
+    balance = GradNorm(2)
+    total = balance(w * torch.tensor([1.0, 3.0]), w)
+    assert_close(total, torch.tensor(4.0))
+    half = nn.Parameter(torch.ones(2).bfloat16())
+    total = balance(half * 2, half)
+    assert total.dtype == torch.bfloat16
+    assert balance.weights.dtype == torch.float32
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    for make in (
+        lambda: GradNorm(0),
+        lambda: GradNorm(2, alpha=-1),
+        lambda: GradNorm(2, rate=-1),
+        lambda: GradNorm(2, minimum=0),
+        lambda: GradNorm(2, path="fast"),
+        lambda: GradNorm(2, step="adam"),
+    ):
+        with pytest.raises(OptionError, match="GradNorm"):
+            make()
+    w = nn.Parameter(torch.ones(2))
+    with pytest.raises(ShapeError, match="2 tasks"):
+        GradNorm(2)([w.sum()], w)
+    with pytest.raises(OptionError, match="negative"):
+        GradNorm(2)([w.sum(), -w.sum()], w)
+    for lost in (torch.ones(()), nn.Parameter(torch.ones(1)).sum()):
+        with pytest.raises(OptionError, match="shared"):
+            GradNorm(2)([w.sum(), lost], w)
