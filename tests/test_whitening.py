@@ -110,6 +110,16 @@ def test_gradient_descent_takes_the_step_that_the_largest_curvature_allows() -> 
     assert_close(w, torch.arange(1.0, 6.0).double(), rtol=1e-8, atol=1e-8)
 
 
+def test_mixed_precision_leaves_the_products_exact() -> None:
+    x = correlated().float()
+    white = Whitening(eps=0.0, dtype=torch.float32).fit(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = white(x)
+        back = white.inverse_transform(z)
+    assert_close(z, white(x), rtol=0, atol=0)
+    assert_close(back, white.inverse_transform(z), rtol=0, atol=0)
+
+
 def test_options_that_do_not_exist_are_refused() -> None:
     for make in (
         lambda: Whitening("cholesky"),

@@ -188,7 +188,7 @@ class Fitted(nn.Module):
             if value.shape != old[name].shape:
                 raise ShapeError(
                     f"{self._who}.fit: a batch has statistics of shape {show(value.shape)}, before it {show(old[name].shape)}; "
-                    f"every batch needs the same {' and '.join(self.support.kept)} ({self.support})"
+                    f"every batch needs the same {' and '.join(_MEMBER.get(k, k) for k in self.support.kept)}s ({self.support})"
                 )
 
     def _store(self, count: int, values: Mapping[str, Tensor]) -> None:

@@ -112,11 +112,14 @@ class Whitening(Fitted):
         accumulation_dtype(x.dtype)
         split = self._ready(x, self.mean.shape)
         values, vectors, mean = self._in(x)
-        z = (x.movedim(self._axis(split), -1).to(mean.dtype) - mean) @ vectors
-        if self.equalize:
-            z = z / (values + self.eps).sqrt()
-        if self.method == "zca":
-            z = z @ vectors.mT
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # products in half precision would undo what the statistics keep
+            z = (x.movedim(self._axis(split), -1).to(mean.dtype) - mean) @ vectors
+            if self.equalize:
+                z = z / (values + self.eps).sqrt()
+            if self.method == "zca":
+                z = z @ vectors.mT
         return z.movedim(-1, self._axis(split)).to(x.dtype)
 
     def inverse_transform(self, y: Tensor) -> Tensor:
@@ -124,12 +127,14 @@ class Whitening(Fitted):
         wanted = self.mean.shape if self.method == "zca" else self.eigenvalues.shape
         split = self._ready(y, wanted)
         values, vectors, mean = self._in(y)
-        z = y.movedim(self._axis(split), -1).to(mean.dtype)
-        if self.method == "zca":
-            z = z @ vectors
-        if self.equalize:
-            z = z * (values + self.eps).sqrt()
-        return (z @ vectors.mT + mean).movedim(-1, self._axis(split)).to(y.dtype)
+        with torch.autocast(y.device.type, enabled=False):
+            z = y.movedim(self._axis(split), -1).to(mean.dtype)
+            if self.method == "zca":
+                z = z @ vectors
+            if self.equalize:
+                z = z * (values + self.eps).sqrt()
+            x = z @ vectors.mT + mean
+        return x.movedim(-1, self._axis(split)).to(y.dtype)
 
     def _store(self, count: int, values: Mapping[str, Tensor]) -> None:
         super()._store(count, values)
