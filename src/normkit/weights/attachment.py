@@ -48,6 +48,7 @@ def attach(
             f"{who}: the {name} is parametrized already and {who} must come first; fold what is there, or swap the order"
         )
     parametrize.register_parametrization(layer, name, parametrization, unsafe=splits)
+    layer.get_submodule("parametrizations").train(layer.training)
     _own(layer, forward)
     return layer
 

@@ -21,11 +21,11 @@ from normkit.core.moments import accumulation_dtype
 Path = Literal["auto", "weight", "output"]
 
 # Scaling the output wins where a weight has at least this many elements for each element of the output. Measured by
-# benchmarks/conditioning.py on one core of a Xeon with AVX-512, torch 2.13, float32. In training the fused kernel rebuilds
-# the weight in one pass each way, while scaling makes the raw weight's gradient a sum of two tensors of its size: equal at
-# 64 (Linear 4096x1024 with 16 tokens costs 1.48 and 1.53 of a plain step, Linear 1024x1024 1.85 and 1.71, a convolution
-# 1.21 and 1.17), and at 2 scaling loses (1.03 and 1.06). Without the fused kernel rebuilding has more passes: equal at 2.
-# In inference scaling spares writing the weight: equal at 2 (1.06 and 1.05), better from there (at 16: 1.27 and 1.21).
+# benchmarks/conditioning.py on one core of a Xeon with AVX-512, torch 2.13, float32, as multiples of the plain layer's time.
+# In training the fused kernel rebuilds the weight in one pass each way, while scaling makes the raw weight's gradient a sum
+# of two tensors of its size: rebuilding wins below (at 16: Linear 4096x1024 1.19 against 1.24, at 2: 1.04 against 1.11), both
+# are equal at 64 (Linear 1024x1024 1.59 and 1.58, 1000x2048 1.39 and 1.40). Without the fused kernel rebuilding has more
+# passes: equal at 2. In inference scaling spares writing the weight: equal at 2 (1.06 both), at 16 1.27 against 1.15.
 _TRAINING_FUSED, _TRAINING, _INFERENCE = 64, 2, 2
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

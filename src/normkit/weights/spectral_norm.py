@@ -108,6 +108,8 @@ class SpectralNorm(nn.Module):
 class _DivideBySigma(torch.autograd.Function):
     """(w / sigma, 1 / sigma) with sigma = u^T w v; differentiable to any order in w, as both are outputs."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(matrix: Tensor, u: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         sigma = u @ (matrix.to(u.dtype) @ v)

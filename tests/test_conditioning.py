@@ -1,0 +1,195 @@
+"""Condition numbers, and what is true and what is not of diagonal scaling."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.testing import assert_close
+
+from normkit.core.errors import ShapeError
+from normkit.diagnostics.conditioning import chi, condition_number, operator_spectrum, weight_conditions
+from normkit.weights.spectral_norm import spectral_norm
+from normkit.weights.weight_conditioning import equilibrate, weight_conditioning
+from normkit.weights.weight_norm import weight_norm
+
+COUNTEREXAMPLE = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 2.0], [2.0, 1.0, 3.0]], dtype=torch.float64)
+
+
+@st.composite
+def scaled(draw: st.DrawFn, square: bool = False) -> tuple[Tensor, Tensor]:
+    """A matrix of full rank and the diagonal of a scaling of its rows."""
+    rows = draw(st.integers(1, 6))
+    columns = rows if square else draw(st.integers(1, 6))
+    made = torch.Generator().manual_seed(draw(st.integers(0, 99999)))
+    a = torch.randn(rows, columns, generator=made, dtype=torch.float64)
+    return a, torch.randn(rows, generator=made, dtype=torch.float64).mul(draw(st.sampled_from([0.1, 1.0, 3.0]))).exp()
+
+
+def test_a_condition_number_is_a_ratio_of_singular_values() -> None:
+    a = torch.randn(3, 5)
+    values = torch.linalg.svdvals(a.double())
+    assert math.isclose(condition_number(a), (values[0] / values[2]).item(), rel_tol=1e-12)
+    assert condition_number(torch.tensor([[1.0, 2.0], [2.0, 4.0]])) == math.inf
+    assert condition_number(torch.zeros(2, 3)) == math.inf
+    assert condition_number(torch.diag(torch.tensor([1.0, 1e-11]))) < math.inf
+    assert math.isnan(condition_number(torch.tensor([[math.nan, 1.0]])))
+    assert math.isnan(chi(torch.tensor([[math.inf, 1.0]])))
+    assert chi(torch.ones(2, 2)) == math.inf
+    for bad in (torch.randn(3), torch.randn(2, 2, 2), torch.zeros(0, 3)):
+        with pytest.raises(ShapeError, match="wanted a matrix"):
+            condition_number(bad)
+
+
+@settings(max_examples=200)
+@given(scaled())
+def test_row_equilibration_minimizes_chi(drawn) -> None:
+    a, d = drawn
+    best = chi(equilibrate(a))
+    # The smallest singular value is known to 1e-16 kappa of itself; kappa here stays below 1e8.
+    assert best <= chi(d.unsqueeze(1) * a) * (1 + 1e-6)
+    assert best <= chi(a) * (1 + 1e-6)
+
+
+@settings(max_examples=200)
+@given(scaled())
+def test_row_equilibration_is_within_the_root_of_the_rows_of_the_best(drawn) -> None:
+    a, d = drawn
+    m = a.shape[0]
+    assert condition_number(equilibrate(a)) <= m**0.5 * condition_number(d.unsqueeze(1) * a) * (1 + 1e-6)
+    assert condition_number(equilibrate(a.T, "col")) <= m**0.5 * condition_number((d.unsqueeze(1) * a).T) * (1 + 1e-6)
+    assert chi(a) * (1 - 1e-9) <= condition_number(a) <= m**0.5 * chi(a) * (1 + 1e-9)
+
+
+@settings(max_examples=100)
+@given(st.integers(2, 5), st.integers(0, 9999), st.floats(-3, 3))
+def test_of_two_rows_equilibration_is_the_best(columns, seed, scale) -> None:
+    made = torch.Generator().manual_seed(seed)
+    a = torch.randn(2, columns, generator=made, dtype=torch.float64)
+    w = equilibrate(a)
+    cosine = (w[0] @ w[1]).abs().item()
+    best = condition_number(w)
+    assert math.isclose(best**2, (1 + cosine) / (1 - cosine), rel_tol=1e-6)
+    assert best <= condition_number(a * torch.tensor([[1.0], [math.exp(scale)]]).double()) * (1 + 1e-6)
+
+
+def test_the_printed_theorem_fails() -> None:
+    before, after = condition_number(COUNTEREXAMPLE), condition_number(equilibrate(COUNTEREXAMPLE))
+    assert round(before, 3) == 5.458
+    assert round(after, 3) == 6.136
+
+
+def test_it_fails_often_from_three_rows_and_never_with_two() -> None:
+    draws = torch.randint(-3, 4, (4000, 3, 3), generator=torch.Generator().manual_seed(0)).double()
+    for size, often in ((2, False), (3, True)):
+        a = draws[:, :size, :size]
+        values = torch.linalg.svdvals(a)
+        a = a[(values[:, -1] > 1e-9)]
+        norms = a.norm(dim=2, keepdim=True)
+        before, after = (torch.linalg.svdvals(x) for x in (a, a / norms))
+        worse = (after[:, 0] / after[:, -1] > before[:, 0] / before[:, -1] * (1 + 1e-9)).double().mean()
+        assert (worse > 0.05) == often
+        assert often or worse == 0
+
+
+def test_the_hessian_of_one_linear_layer_gets_no_better() -> None:
+    w, x = torch.diag(torch.tensor([0.2, 1.0, 5.0])).double() + 0.1, torch.randn(50, 3).double()
+    factors = 1 / w.norm(dim=1)
+
+    def loss(weight: Tensor, scale: Tensor) -> Tensor:
+        return 0.5 * ((x @ (scale.unsqueeze(1) * weight.view(3, 3)).T) ** 2).sum() / len(x)
+
+    plain, scaled = (
+        torch.autograd.functional.hessian(lambda v, s=s: loss(v, s), w.flatten())
+        for s in (torch.ones(3).double(), factors)
+    )
+    assert isinstance(plain, Tensor)
+    assert isinstance(scaled, Tensor)
+    wanted = condition_number(plain) * (factors.max() / factors.min()).item() ** 2
+    assert math.isclose(condition_number(scaled), wanted, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "groups"),
+    [((3, 2, 3), (5,), 1), ((2, 3, 3, 2), (4, 3), 1), ((4, 2, 2, 3), (3, 4), 2), ((2, 2, 1, 2, 2), (2, 3, 2), 1)],
+)
+def test_the_spectrum_is_that_of_the_convolution_as_a_matrix(shape, size, groups) -> None:
+    kernel = torch.randn(shape, dtype=torch.float64)
+    conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(size)]
+    count = shape[1] * groups * torch.Size(size).numel()
+    inputs = torch.eye(count, dtype=torch.float64).view(count, shape[1] * groups, *size)
+    pad = [amount for taps in reversed(shape[2:]) for amount in (0, taps - 1)]
+    matrix = conv(F.pad(inputs, pad, mode="circular"), kernel, groups=groups).flatten(1).T
+    wanted = torch.linalg.svdvals(matrix)
+    assert_close(operator_spectrum(kernel, size, groups), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_equilibrating_filters_lowers_the_operator_condition_where_they_differ() -> None:
+    torch.manual_seed(0)
+    kernel = torch.randn(4, 6, 3, 3).double() * torch.tensor([0.1, 1.0, 3.0, 10.0]).double().view(4, 1, 1, 1)
+    before, after = (operator_spectrum(k, (6, 6)) for k in (kernel, equilibrate(kernel)))
+    assert before[0] / before[-1] > 3 * after[0] / after[-1]
+
+
+def test_sizes_that_do_not_fit() -> None:
+    for size in ((2,), (3, 3), (2, 2, 2)):
+        with pytest.raises(ShapeError, match="one size for each axis of taps"):
+            operator_spectrum(torch.ones(1, 1, 3), size)
+    with pytest.raises(ShapeError, match="groups=2"):
+        operator_spectrum(torch.ones(3, 1, 3), (4,), groups=2)
+
+
+def test_every_layer_is_found_whatever_it_carries() -> None:
+    model = nn.ModuleDict(
+        {
+            "plain": nn.Linear(4, 3),
+            "ours": weight_conditioning(nn.Conv2d(3, 4, 3)),
+            "length": weight_norm(nn.Linear(4, 3)),
+            "spectral": spectral_norm(nn.Linear(4, 3)),
+            "torch's": parametrizations.orthogonal(nn.Linear(4, 3)),
+            "transposed": nn.ConvTranspose2d(3, 4, 3),
+            "attention": nn.MultiheadAttention(4, 2),
+            "recurrent": nn.GRU(3, 4),
+            "norm": nn.LayerNorm((3, 4)),
+            "batch": nn.BatchNorm1d(3),
+            "words": nn.Embedding(7, 3),
+        }
+    )
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    found = weight_conditions(model)
+    assert set(found) == {
+        "plain", "ours", "length", "spectral", "torch's", "transposed", "attention.in_proj_weight", "attention.out_proj",
+        "recurrent.weight_ih_l0", "recurrent.weight_hh_l0", "words",
+    }  # fmt: skip
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert modes == [module.training for module in model.modules()]
+    assert math.isclose(found["torch's"][1], 1.0, rel_tol=1e-5)
+    for name, layer in model.items():
+        if name in found:
+            assert math.isclose(found[name][1], condition_number(matrix_of(layer)), rel_tol=1e-6)
+    v = model["length"].get_parameter("parametrizations.weight.original1")
+    assert math.isclose(found["length"][0], condition_number(v), rel_tol=1e-12)
+    assert math.isclose(found["spectral"][0], found["spectral"][1], rel_tol=1e-5)
+    assert set(weight_conditions(model, lambda name, _: name == "plain")) == {"plain"}
+    assert set(weight_conditions(model["plain"])) == {""}
+
+
+def matrix_of(layer: nn.Module) -> Tensor:
+    weight = layer.eval().weight
+    assert isinstance(weight, Tensor)
+    return weight.transpose(0, 1).flatten(1) if isinstance(layer, nn.ConvTranspose2d) else weight.flatten(1)
+
+
+def test_badly_scaled_rows_are_what_conditioning_repairs() -> None:
+    layer = nn.Linear(16, 8)
+    with torch.no_grad():
+        layer.weight.mul_(torch.logspace(-3, 0, 8).unsqueeze(1))
+    raw, used = weight_conditions(nn.Sequential(weight_conditioning(layer)))["0"]
+    assert raw > 100
+    assert used < 10

@@ -1,0 +1,113 @@
+"""Spectral normalization beside torch's, and against the singular value decomposition."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations as theirs
+from torch.testing import assert_close
+
+from normkit.core.errors import OptionError
+from normkit.diagnostics.conditioning import operator_spectrum
+from normkit.weights.spectral_norm import SpectralNorm, divide_by_sigma, spectral_norm
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 4), (3, 5)),
+    "conv 1d": (lambda: nn.Conv1d(4, 6, 3), (2, 4, 7)),
+    "conv 2d": (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 7, 6)),
+    "transposed conv": (lambda: nn.ConvTranspose2d(4, 6, 3), (2, 4, 5, 5)),
+}
+# The orders of summation differ by a few units in the last place.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("options", [{}, {"n_power_iterations": 3}, {"dim": 1}, {"dim": -1}], ids=str)
+@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+def test_equals_torch(make, shape, options, dtype) -> None:
+    ours = make().to(dtype)
+    other = copy.deepcopy(ours)
+    torch.manual_seed(1)
+    spectral_norm(ours, **options)
+    torch.manual_seed(1)
+    theirs.spectral_norm(other, **options)
+    exact = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    assert list(ours.state_dict()) == list(other.state_dict())
+    assert_close(ours.state_dict(), other.state_dict(), **exact)
+    other.load_state_dict(ours.state_dict())
+    ours.load_state_dict(other.state_dict())
+    x = torch.randn(shape, dtype=dtype)
+    for train in (True, True, False, True):
+        ours.train(train)
+        other.train(train)
+        y, wanted = ours(x), other(x)
+        assert_close(y, wanted, **exact)
+        g = torch.randn_like(y)
+        got = torch.autograd.grad((y * g).sum(), list(ours.parameters()))
+        assert_close(got, torch.autograd.grad((wanted * g).sum(), list(other.parameters())), **exact)
+        assert_close(ours.state_dict(), other.state_dict(), **exact)
+
+
+def test_two_uses_before_one_backward() -> None:
+    layer = spectral_norm(nn.Linear(5, 4))
+    (layer(torch.randn(3, 5)).sum() - layer(torch.randn(3, 5)).sum()).backward()
+    assert layer.parametrizations.weight.original.grad is not None  # pyright: ignore
+
+
+def test_evaluation_does_not_iterate() -> None:
+    layer = spectral_norm(nn.Linear(5, 4)).eval()
+    before = copy.deepcopy(layer.state_dict())
+    layer(torch.randn(3, 5))
+    assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+def test_the_largest_singular_value_becomes_one() -> None:
+    layer = spectral_norm(nn.Conv2d(3, 4, 3).double(), n_power_iterations=200)
+    values = torch.linalg.svdvals(layer.weight.detach().flatten(1))
+    raw = torch.linalg.svdvals(layer.parametrizations.weight.original.detach().flatten(1))  # pyright: ignore
+    assert_close(values, raw / raw[0])
+
+
+def test_gradient_in_closed_form() -> None:
+    w, g = torch.randn(4, 5).double().requires_grad_(), torch.randn(4, 5).double()
+    u, _, vh = torch.linalg.svd(w.detach())
+    y = divide_by_sigma(w, u[:, 0], vh[0])
+    (dw,) = torch.autograd.grad((y * g).sum(), [w])
+    sigma = torch.linalg.matrix_norm(w.detach(), 2)
+    assert_close(dw, (g - (g * y).sum() * torch.outer(u[:, 0], vh[0])) / sigma)
+
+
+def test_a_vector_is_divided_by_its_norm() -> None:
+    part = SpectralNorm(torch.ones(2))
+    assert_close(part(torch.tensor([3.0, 4.0])), torch.tensor([0.6, 0.8]))
+    assert not list(part.buffers())
+
+
+def test_convergence_is_the_squared_ratio_of_singular_values() -> None:
+    w = torch.diag(torch.tensor([2.0, 1.0, 0.5])).double()
+    part = SpectralNorm(w)
+    part._u.copy_(torch.ones(3) / 3**0.5)
+    part._v.copy_(torch.ones(3) / 3**0.5)
+    # Each iteration multiplies by W and W^T, and so the second part of v by (1 / 2)^2.
+    for k in range(1, 6):
+        part(w)
+        assert_close(part._v[1] / part._v[0], torch.tensor(0.25**k).double())
+
+
+@pytest.mark.parametrize("taps", [(3,), (3, 2), (2, 3, 2)])
+def test_a_convolution_exceeds_sigma_by_the_root_of_the_taps_at_most(taps) -> None:
+    kernel = torch.randn(4, 3, *taps).double()
+    largest = operator_spectrum(kernel, [5] * len(taps))[0]
+    sigma = torch.linalg.matrix_norm(kernel.flatten(1), 2)
+    assert sigma * (1 - 1e-9) <= largest <= sigma * torch.Size(taps).numel() ** 0.5 * (1 + 1e-9)
+    constant = torch.ones(1, 1, *taps).double()  # which attains the bound
+    attained = torch.linalg.matrix_norm(constant.flatten(1), 2) * torch.Size(taps).numel() ** 0.5
+    assert_close(operator_spectrum(constant, [5] * len(taps))[0], attained)
+
+
+def test_refusals() -> None:
+    with pytest.raises(OptionError, match="dim=2 of a weight of 2 axes"):
+        spectral_norm(nn.Linear(3, 2), dim=2)
+    with pytest.raises(OptionError, match="n_power_iterations=0"):
+        spectral_norm(nn.Linear(3, 2), n_power_iterations=0)

@@ -1,0 +1,281 @@
+"""What every weight method is held to, on every kind of layer."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.testing import assert_close
+
+from normkit.core.card import Invariance
+from normkit.core.errors import OptionError
+from normkit.weights import spectral_norm as _sn
+from normkit.weights import weight_conditioning as _e
+from normkit.weights import weight_norm as _wn
+from normkit.weights import weight_standardization as _ws
+from normkit.weights.spectral_norm import spectral_norm
+from normkit.weights.weight_conditioning import weight_conditioning
+from normkit.weights.weight_norm import weight_norm
+from normkit.weights.weight_standardization import weight_standardization
+
+CARDS = [_wn.CARD, _sn.CARD, _ws.CARD, _e.CARD]
+METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight norm": weight_norm,
+    "weight norm, one length": lambda layer: weight_norm(layer, dim=None),
+    "weight norm, inputs": lambda layer: weight_norm(layer, dim=1),
+    "spectral norm": spectral_norm,
+    "standardization": weight_standardization,
+    "standardization, outside": lambda layer: weight_standardization(layer, correction=1, guard="outside"),
+    "row": lambda layer: weight_conditioning(layer, "row", path="weight"),
+    "row, gain": lambda layer: weight_conditioning(layer, "row", gain=1.5),
+    "row, detached": lambda layer: weight_conditioning(layer, "row", gradient="detach"),
+    "col": lambda layer: weight_conditioning(layer, "col"),
+    "col, unfold": lambda layer: weight_conditioning(layer, "col", view="unfold"),
+    "rowcol": lambda layer: weight_conditioning(layer, "rowcol"),
+    "rowcol, simultaneous": lambda layer: weight_conditioning(layer, "rowcol", order="simultaneous"),
+    "rowcol, ruiz": lambda layer: weight_conditioning(layer, "rowcol", order="ruiz", iterations=3),
+}
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(5, 4), (3, 2, 5)),
+    "conv 1d": (lambda: nn.Conv1d(4, 6, 3, padding="same"), (2, 4, 7)),
+    "conv 2d, groups": (
+        lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, padding_mode="circular"),
+        (2, 4, 7, 6),
+    ),
+    "conv 3d": (lambda: nn.Conv3d(2, 3, 2, dilation=2, bias=False), (2, 2, 4, 4, 4)),
+    "transposed conv": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 5, 5)),
+}
+EACH = [pytest.param(method, *layer, id=f"{m}-{n}") for m, method in METHODS.items() for n, layer in LAYERS.items()]
+# The gradient of a detached preconditioner is not the derivative, by design.
+EXACT = [case for case in EACH if "detached" not in str(case.id)]
+ON_LINEAR = [pytest.param(method, id=name) for name, method in METHODS.items()]
+
+
+def raw(layer: nn.Module) -> list[Tensor]:
+    return list(layer.get_submodule("parametrizations.weight").parameters())
+
+
+@pytest.mark.parametrize(("method", "make", "shape"), EACH)
+def test_what_is_folded_computes_the_same(method, make, shape) -> None:
+    layer = method(make().double()).eval()
+    plain, x = type(make()), torch.randn(shape, dtype=torch.float64)
+    before = layer(x)
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    assert type(layer) is plain
+    assert_close(layer(x), before, rtol=1e-12, atol=1e-12)  # scaling the output rounds otherwise than the weight does
+
+
+@pytest.mark.parametrize(("method", "make", "shape"), EACH)
+def test_a_state_dict_carries_everything(method, make, shape) -> None:
+    layer, other = method(make()).eval(), method(make()).eval()
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(shape)
+    assert_close(other(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("method", "make", "shape"), EACH)
+def test_half_weights_keep_their_dtype_and_are_measured_in_float32(method, make, shape, dtype) -> None:
+    layer = make().to(dtype)
+    wide = copy.deepcopy(layer).double()
+    torch.manual_seed(1)
+    method(layer).eval()
+    torch.manual_seed(1)
+    method(wide).eval()
+    if dtype == torch.float16:
+        for buffer, other in zip(layer.buffers(), wide.buffers(), strict=True):
+            buffer.copy_(other)  # random vectors differ by dtype
+    if not list(layer.buffers()):
+        # One rounding of each element to the half type, whose unit is at most 2^-8 of it.
+        assert_close(layer.weight.double(), wide.weight, rtol=2**-8, atol=1e-3)
+    assert layer.weight.dtype == dtype
+    layer.weight.float().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.dtype == dtype for parameter in raw(layer))
+
+
+@pytest.mark.parametrize(("method", "make", "shape"), EXACT)
+def test_first_and_second_derivatives(method, make, shape) -> None:
+    layer = method(make().double()).eval()
+    parts = layer.get_submodule("parametrizations.weight")[0]
+    inputs = tuple(torch.randn_like(parameter).requires_grad_() for parameter in raw(layer))
+    assert torch.autograd.gradcheck(parts, inputs)
+    assert torch.autograd.gradgradcheck(parts, inputs)
+
+
+CHANGES: dict[Invariance, Callable[[Tensor], Tensor]] = {
+    "weight scale": lambda w: w * 3,
+    "weight shift": lambda w: w + w.std() * torch.randn(w.shape[1], dtype=w.dtype),
+    "row scale": lambda w: w * torch.cat([torch.full((1, 1), 3.0, dtype=w.dtype), torch.ones_like(w[1:, :1])]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_invariances_are_those_of_the_card(card, change) -> None:
+    layer = card.make(nn.Linear(50, 4).double())
+    v, x = raw(layer)[-1], torch.randn(3, 50, dtype=torch.float64)
+    with torch.no_grad():
+        v.mul_(1e4)  # so that no eps shows
+        [layer.weight for _ in range(200)]  # power iteration converges
+        before = layer.eval()(x)
+        v.copy_(CHANGES[change](v))
+        [layer.train().weight for _ in range(200)]
+    difference = (layer.eval()(x) - before).abs().max().item()
+    assert difference < 1e-6 if change in card.invariances else difference > 1e-2
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_cards_name_what_is_here(card) -> None:
+    layer = card.make(nn.Conv2d(4, 6, 3))
+    part = layer.get_submodule("parametrizations.weight")[0]
+    assert type(part) is card.module
+    assert card.kind == "weight"
+    assert card.foldable
+    assert part.extra_repr()
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_zero_rows_and_columns_never_give_nan(method) -> None:
+    layer = method(nn.Linear(5, 4).double())
+    with torch.no_grad():
+        for parameter in raw(layer):
+            if parameter.shape == (4, 5):
+                parameter[1], parameter[:, 2] = 0, 0
+    for _ in range(2):
+        x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+        first = torch.autograd.grad(layer(x).square().sum(), [x, *raw(layer)], create_graph=True)
+        second = torch.autograd.grad(sum(g.sum() for g in first), [x, *raw(layer)])
+        assert all(g.isfinite().all() for g in (*first, *second))
+        with torch.no_grad():
+            for parameter in raw(layer):
+                parameter.zero_()
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_a_zero_weight_recovers(method) -> None:
+    layer = method(nn.Linear(5, 4, bias=False))
+    kept = [parameter.detach().clone() for parameter in raw(layer)]
+    x = torch.randn(3, 5)
+    for value in (torch.zeros(4, 5), None):
+        with torch.no_grad():
+            for parameter, before in zip(raw(layer), kept, strict=True):
+                parameter.copy_(before if value is None else torch.zeros_like(before))
+        y = layer(x)
+        assert (y.abs().sum() > 0) == (value is None)
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_a_copy_is_whole_and_of_its_own(method) -> None:
+    layer = method(nn.Linear(5, 4)).eval()
+    twin = copy.deepcopy(layer)
+    again = copy.deepcopy(twin)
+    x = torch.randn(3, 5)
+    expected = layer(x)
+    assert_close(twin(x), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        for parameter in raw(twin):
+            parameter.copy_(torch.randn_like(parameter))
+    assert_close(layer(x), expected, rtol=0, atol=0)
+    with parametrize.cached():
+        assert layer.weight is layer.weight
+        assert layer.weight is not twin.weight
+    parametrize.remove_parametrizations(twin, "weight")
+    assert type(twin) is nn.Linear
+    assert_close(layer(x), expected, rtol=0, atol=0)
+    assert_close(again(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_under_cached_the_weight_is_made_once(method) -> None:
+    layer, x = method(nn.Linear(5, 4)).eval(), torch.randn(3, 5)
+    expected = layer(x)
+    with parametrize.cached():
+        kept = layer.weight
+        assert_close(layer(x), expected)
+        assert layer.weight is kept
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_compiles_as_one_graph(method) -> None:
+    layer = method(nn.Linear(5, 4).double()).eval()
+    x = torch.randn(3, 5, dtype=torch.float64)
+    expected = layer(x)
+    wanted = torch.autograd.grad(expected.square().sum(), list(layer.parameters()))
+    torch.compiler.reset()
+    got = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad(got.square().sum(), list(layer.parameters()))
+    assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch batches some operators one by one
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_works_under_functional_transforms(method) -> None:
+    layer = method(nn.Linear(5, 4).double()).eval()
+    state = {key: value.detach() for key, value in layer.named_parameters()}
+    stacked = {key: torch.stack([value, value * 1.5]) for key, value in state.items()}
+    buffers, x = dict(layer.named_buffers()), torch.randn(3, 5, dtype=torch.float64)
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, {**parameters, **buffers}, (x,)).square().sum()
+
+    expected = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    together = torch.func.vmap(torch.func.grad(loss))(stacked)
+    for (key, _), wanted in zip(layer.named_parameters(), expected, strict=True):
+        assert_close(together[key][0], wanted)
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_autocast_gives_its_dtype(method) -> None:
+    layer = method(nn.Linear(5, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(torch.randn(3, 5))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in raw(layer))
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_hooks_and_frozen_weights_stay(method) -> None:
+    layer = nn.Linear(5, 4)
+    layer.weight.requires_grad_(False)
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    method(layer)(torch.randn(3, 5))
+    assert calls == [1]
+    assert not any(parameter.requires_grad for parameter in raw(layer))
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_training_mode_is_kept(method) -> None:
+    layer = method(nn.Linear(5, 4).eval())
+    assert not any(module.training for module in layer.modules())
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_what_has_no_weight_is_refused(method) -> None:
+    with pytest.raises(OptionError, match="has no parameter 'weight'"):
+        method(nn.ReLU())
+    with pytest.raises(OptionError, match="run the layer once"):
+        method(nn.LazyLinear(3))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_memory_formats_agree(method, channels_last) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, 3).double()
+    other = copy.deepcopy(layer)
+    if channels_last:
+        other = other.to(memory_format=torch.channels_last)
+    torch.manual_seed(1)
+    method(layer)
+    torch.manual_seed(1)
+    method(other)
+    g = torch.randn(6, 4, 3, 3, dtype=torch.float64)
+    assert_close(other.weight, layer.weight, rtol=1e-12, atol=1e-12)
+    wanted, got = (torch.autograd.grad((one.weight * g).sum(), raw(one)) for one in (layer, other))
+    assert_close(got, wanted, rtol=1e-10, atol=1e-12)
