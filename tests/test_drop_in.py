@@ -337,3 +337,22 @@ def test_results_are_tensors_of_the_callers() -> None:
         y: Tensor = nk.layer_norm(x, 3, backend=backend)
         y.mul_(2.0)
         y.sum().backward()
+
+
+def test_padding_comes_out_as_zero_in_evaluation_too() -> None:
+    norm = nk.BatchNorm(3)
+    x = torch.randn(2, 3, 4)
+    norm(x)
+    mask = torch.tensor([True, True, True, False])
+    y = norm.eval()(x, mask=mask)
+    assert (y[..., 3] == 0).all()
+    assert_close(y[..., :3], norm(x)[..., :3])
+
+
+def test_explain_knows_whether_statistics_are_remembered() -> None:
+    x = torch.randn(2, 3, 4)
+    tracked = nk.InstanceNorm(3, track_running_stats=True)
+    assert nk.InstanceNorm(3).explain(x).backend == "aten"
+    assert tracked.explain(x).backend == "closed"
+    assert "hand over" in tracked.explain(x).why
+    assert tracked.eval().explain(x).backend == "aten"

@@ -16,9 +16,9 @@ from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, divisors, place
-from normkit.engine.dispatch import Backend, run
+from normkit.engine.dispatch import Backend, run, run_measured
 from normkit.engine.layer import Layer, check_channels, check_several
-from normkit.engine.measured import measuring, run_in_sub_batches, run_measured
+from normkit.engine.sub_batches import run_in_sub_batches
 
 _LAYOUTS = ("n c *", "n * c")
 
@@ -150,7 +150,7 @@ class BatchGroupNorm(Layer, nn.Module):
     def check(self, input: Tensor) -> None:
         check_channels("BatchGroupNorm", input, self.num_channels, "num_channels", self.layout)
         if self.training and self.examples_per_group != 1:
-            check_several("BatchGroupNorm", input[: self.examples_per_group], self._rules[2].support)
+            check_several("BatchGroupNorm", input[: self.examples_per_group], self._rules[1].support)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         self.check(input)
@@ -214,7 +214,7 @@ def batch_group_norm(
     _check(x.shape[-1 if layout == "n * c" else 1], num_groups, examples_per_group)
     rules = _rules(num_groups, examples_per_group, eps, layout)
     if examples_per_group != 1:
-        check_several("batch_group_norm", x[:examples_per_group], rules[2].support)
+        check_several("batch_group_norm", x[:examples_per_group], rules[1].support)
     return _train(rules, examples_per_group, x, weight, bias, mask, backend)[0]
 
 
@@ -279,14 +279,14 @@ def example_weighing(
     return (y if mask is None else torch.where(mask, y, 0.0)).reshape(x.shape).to(x.dtype)
 
 
-def _rules(groups: int | None, examples: int | None, eps: float, layout: str) -> tuple[Rule, Rule, Rule]:
-    """The rule, and the same for a group of examples each and for one group of all, with their moments handed over."""
+def _rules(groups: int | None, examples: int | None, eps: float, layout: str) -> tuple[Rule, Rule]:
+    """The rule, and the same for one group of all examples."""
     rule, whole = (batch_group_norm_rule(groups, count, eps, layout) for count in (examples, None))
-    return rule, measuring(rule), measuring(whole)
+    return rule, whole
 
 
 def _train(
-    rules: tuple[Rule, Rule, Rule],
+    rules: tuple[Rule, Rule],
     examples: int | None,
     x: Tensor,
     weight: Tensor | None,
@@ -297,8 +297,8 @@ def _train(
     if examples == 1:
         return run(rules[0], x, weight, bias, mask=mask, backend=backend), None
     if examples is None:
-        return run_measured(rules[2], x, weight, bias, mask=mask, backend=backend)
-    return run_in_sub_batches(*rules[1:], examples, x, weight, bias, mask=mask, backend=backend)
+        return run_measured(rules[1], x, weight, bias, mask=mask, backend=backend)
+    return run_in_sub_batches(*rules, examples, x, weight, bias, mask=mask, backend=backend)
 
 
 def _pooled(rows: Moments) -> Moments:

@@ -16,9 +16,8 @@ from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, place
-from normkit.engine.dispatch import Backend
+from normkit.engine.dispatch import Backend, run_measured
 from normkit.engine.layer import Layer, check_channels, check_several
-from normkit.engine.measured import measuring, run_measured
 
 _AFFINE = Affine("c")
 _SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
@@ -235,7 +234,7 @@ def batch_renorm(
 def _rule(eps: float, layout: str) -> Rule:
     if layout not in _SUPPORTS:
         raise OptionError(f"BatchRenorm: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")
-    return measuring(Rule(_SUPPORTS[layout], Statistic("mean", "std", eps)))
+    return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps))
 
 
 def _renormalize(

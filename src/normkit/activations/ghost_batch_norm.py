@@ -17,7 +17,7 @@ from normkit.core.statistic import Statistic
 from normkit.core.support import Support
 from normkit.engine.dispatch import Backend, run
 from normkit.engine.layer import Layer, check_channels, check_several
-from normkit.engine.measured import measuring, run_in_sub_batches
+from normkit.engine.sub_batches import run_in_sub_batches
 
 Memory = Literal["mean", "sequential", "moments"]
 
@@ -118,7 +118,6 @@ class GhostBatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
     def make_rule(self) -> Rule:
         rule = ghost_batch_norm_rule(self.ghost_batch_size, self.eps, self.momentum, self.layout, self.memory)
         self._whole = _whole(rule, self.layout)
-        self._measuring = measuring(rule), measuring(self._whole)
         return rule
 
     def check(self, input: Tensor) -> None:
@@ -145,7 +144,7 @@ class GhostBatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
         if mask is not None and order is not None:
             mask = mask.expand(input.shape)[order]
         y, ghosts = run_in_sub_batches(
-            *self._measuring, self.ghost_batch_size, x, self.weight, self.bias, mask=mask, backend=self.backend
+            self.rule, self._whole, self.ghost_batch_size, x, self.weight, self.bias, mask=mask, backend=self.backend
         )
         if running is not None and memory is not None:
             _remember(memory, running, ghosts, self.memory)
@@ -189,8 +188,7 @@ def ghost_batch_norm(
     rule = ghost_batch_norm_rule(ghost_batch_size, eps, momentum, layout, memory)
     whole = _whole(rule, layout)
     check_several("ghost_batch_norm", x[:ghost_batch_size], whole.support)
-    rules = measuring(rule), measuring(whole)
-    y, ghosts = run_in_sub_batches(*rules, ghost_batch_size, x, weight, bias, mask=mask, backend=backend)
+    y, ghosts = run_in_sub_batches(rule, whole, ghost_batch_size, x, weight, bias, mask=mask, backend=backend)
     if running_mean is not None and running_var is not None and rule.memory is not None:
         _remember(rule.memory, RunningStatistics(running_mean, running_var), ghosts, memory)
     return y

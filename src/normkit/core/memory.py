@@ -44,18 +44,19 @@ class Running:
     momentum: float | None = 0.1
     per: str = "c"
 
-    @torch.no_grad()
     def update(self, running: RunningStatistics, new: Moments, split: Split) -> None:
         """Take one batch's moments, given with reduced axes of size 1, into the running statistics, in place."""
         if 0 in split.shape:
             if running.batches is not None:
                 running.batches.add_(1)
             return
-        self.blend(running, self._reduce(new.mean, split), self._reduce(new.unbiased(), split))
+        self.blend(running, *self._per_channel(Moments(new.mean.detach(), new.var.detach(), new.n), split))
 
-    @torch.no_grad()
+    def _per_channel(self, new: Moments, split: Split) -> tuple[Tensor, Tensor]:
+        return self._reduce(new.mean, split), self._reduce(new.unbiased(), split)
+
     def blend(self, running: RunningStatistics, mean: Tensor, var: Tensor) -> None:
-        """Take one mean and one variance per channel into the running statistics as they are, in place."""
+        """Take one mean and one variance per channel, without gradients, into the running statistics in place."""
         weight = self._weight(running)
         mean, var = mean.to(running.mean.dtype), var.to(running.var.dtype)
         finite = mean.isfinite() & var.isfinite()
@@ -100,19 +101,12 @@ class RunningMoments(Running):
 
     momentum: float | None = 0.01
 
-    @torch.no_grad()
-    def update(self, running: RunningStatistics, new: Moments, split: Split) -> None:
-        """Take one batch's moments, given with reduced axes of size 1, into the running statistics, in place."""
-        if 0 in split.shape:
-            if running.batches is not None:
-                running.batches.add_(1)
-            return
+    def _per_channel(self, new: Moments, split: Split) -> tuple[Tensor, Tensor]:
         mean = self._reduce(new.mean, split)
-        self.blend(running, mean, self._reduce(new.var + (new.mean - place(mean, self.per, split)).square(), split))
+        return mean, self._reduce(new.var + (new.mean - place(mean, self.per, split)).square(), split)
 
-    @torch.no_grad()
     def blend(self, running: RunningStatistics, mean: Tensor, var: Tensor) -> None:
-        """Take one mean and one population variance per channel into the running statistics, in place."""
+        """Take one mean and one population variance per channel, without gradients, into the running statistics in place."""
         weight = self._weight(running)
         mean, var = mean.to(running.mean.dtype), var.to(running.var.dtype)
         finite = mean.isfinite() & var.isfinite()

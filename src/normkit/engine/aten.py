@@ -14,16 +14,18 @@ from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Split
 
-Kernel = Callable[[Rule, Tensor, Split, Tensor | None, Tensor | None], tuple[Tensor, Moments | None]]
+Kernel = Callable[[Rule, Tensor, Split, Tensor | None, Tensor | None], Tensor]
 
 
-def refusal(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> str | None:
-    """Why torch has no fused kernel for this call, or None if it has one."""
+def refusal(
+    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None, measured: bool = False
+) -> str | None:
+    """Why torch has no fused kernel for this call, or None if it has one; ``measured`` if the moments are wanted too."""
     kernel = _kernel(rule)
     if kernel is None:
         return f"torch has no fused kernel for {rule.support} with {rule.statistic.formula()}"
-    if kernel is _instance_norm and rule.memory:
-        return "torch's InstanceNorm does not give the statistics to remember"
+    if measured and kernel is not _batch_norm:
+        return "torch's kernel does not hand over the statistics"
     if x.numel() == 0 or split.count < 2:
         return "torch's kernels refuse an input without elements, and statistics of a single one"
     for parameter in (weight, bias):
@@ -37,13 +39,13 @@ def refusal(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Te
         )
         if parameter.dtype != x.dtype and not mixed:
             return f"torch's kernels do not take a {x.dtype} input with {parameter.dtype} parameters"
-        if rule.memory and parameter.dtype.itemsize == 2:
-            return f"torch's kernel would keep running statistics in the {parameter.dtype} of its parameters"
+        if measured and parameter.dtype.itemsize == 2:
+            return f"torch's kernel would hand statistics over in the {parameter.dtype} of its parameters"
     return None
 
 
 def normalize(
-    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None
+    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None, measured: bool = False
 ) -> tuple[Tensor, Moments | None]:
     """Normalize and compensate with torch's fused kernel; only where ``refusal`` gave None.
 
@@ -53,16 +55,20 @@ def normalize(
         split: of the rule's support.
         weight: for the rule's compensation, or None.
         bias: likewise.
+        measured: whether the moments are wanted too.
 
     Returns:
-        The output, and moments where the rule has a memory.
+        The output, and the moments if they are wanted.
     """
     kernel = _kernel(rule)
     assert kernel is not None
-    if not _channels_are_last(rule):
-        return kernel(rule, x, split, weight, bias)
-    y, moments = kernel(rule, x.movedim(-1, 1), split, weight, bias)
-    return _as_last(y, x), moments
+    last = _channels_are_last(rule)
+    first = x.movedim(-1, 1) if last else x
+    if measured:
+        y, moments = _measured_batch_norm(rule, first, split, weight, bias)
+    else:
+        y, moments = kernel(rule, first, split, weight, bias), None
+    return (_as_last(y, x) if last else y), moments
 
 
 def normalize_by(
@@ -108,11 +114,13 @@ def _eps(statistic: Statistic, x: Tensor) -> float:
     return statistic.epsilon(accumulation_dtype(x.dtype))
 
 
-def _batch_norm(
+def _batch_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return F.batch_norm(x, None, None, weight, bias, True, 0.0, _eps(rule.statistic, x))
+
+
+def _measured_batch_norm(
     rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Moments | None]:
-    if rule.memory is None:
-        return F.batch_norm(x, None, None, weight, bias, True, 0.0, _eps(rule.statistic, x)), None
+) -> tuple[Tensor, Moments]:
     # With momentum 1 torch's running statistics are the batch's own: the way to have them from its kernel.
     mean = torch.zeros(x.shape[1], dtype=accumulation_dtype(x.dtype), device=x.device)
     var = torch.zeros_like(mean)
@@ -121,32 +129,23 @@ def _batch_norm(
     return y, Moments(mean.view(shape), (var * ((split.count - 1) / split.count)).view(shape), split.count)
 
 
-def _layer_norm(
-    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Moments | None]:
-    shape = split.shape[split.dims[0] :]
-    return F.layer_norm(x, shape, weight, bias, _eps(rule.statistic, x)), None
+def _layer_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return F.layer_norm(x, split.shape[split.dims[0] :], weight, bias, _eps(rule.statistic, x))
 
 
-def _rms_norm(
-    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Moments | None]:
+def _rms_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     y = F.rms_norm(x, split.shape[split.dims[0] :], weight, _eps(rule.statistic, x))
-    return (y if bias is None else y + bias), None
+    return y if bias is None else y + bias
 
 
-def _group_norm(
-    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Moments | None]:
+def _group_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     groups = split.shape[split.names.index("g")] if "g" in split.names else 1
-    return _in_groups(rule, x, groups, weight, bias), None
+    return _in_groups(rule, x, groups, weight, bias)
 
 
-def _instance_norm(
-    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Moments | None]:
+def _instance_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     # As groups of one channel: torch's own function goes through batch normalization, and takes three times as long.
-    return _in_groups(rule, x, x.shape[1], weight, bias), None
+    return _in_groups(rule, x, x.shape[1], weight, bias)
 
 
 def _in_groups(rule: Rule, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -157,11 +156,9 @@ def _in_groups(rule: Rule, x: Tensor, groups: int, weight: Tensor | None, bias: 
     return y.contiguous(memory_format=like)
 
 
-def _over_channels(
-    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Moments | None]:
+def _over_channels(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     y = F.layer_norm(x.movedim(1, -1), (x.shape[1],), weight, bias, _eps(rule.statistic, x)).movedim(-1, 1)
-    return y.contiguous(memory_format=memory_format(x)), None
+    return y.contiguous(memory_format=memory_format(x))
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normkit.core.compensation import Affine
 from normkit.core.errors import BackendError, NotationError, OptionError, ShapeError
-from normkit.core.memory import RunningStatistics
+from normkit.core.memory import Running, RunningStatistics
 from normkit.core.moments import Moments, accumulation_dtype
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
@@ -88,19 +88,68 @@ def run(
     split = rule.support.split(x.shape)
     if (weight is not None or bias is not None) and rule.compensation is None:
         raise ShapeError("run: a weight or bias is given, but the rule has no compensation; add one, e.g. Affine('c')")
-    chosen, _ = _choose(rule, x, split, weight, bias, mask, backend)
-    if running is not None and rule.memory is None:
+    if running is None:
+        return _by_own_statistics(rule, x, split, weight, bias, mask, backend, measured=False)[0]
+    if rule.memory is None:
         raise ShapeError("run: running statistics are given, but the rule has no memory; add one, e.g. Running()")
+    if not training:
+        return _by_given_statistics(rule, rule.memory, x, split, weight, bias, running, mask, backend)
+    y, moments = _by_own_statistics(rule, x, split, weight, bias, mask, backend, measured=True)
+    if moments is not None:
+        rule.memory.update(running, moments, split)
+    return y
+
+
+def run_measured(
+    rule: Rule,
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Moments]:
+    """Run a centred rule by the input's own statistics, and hand them over.
+
+    Args:
+        rule: what to compute.
+        x: the input.
+        weight: as for ``run``.
+        bias: as for ``run``.
+        mask: as for ``run``.
+        backend: as for ``run``.
+
+    Returns:
+        The output, and the moments without gradients, reduced axes of the rule's split kept with size 1.
+
+    Raises:
+        ShapeError, BackendError, OptionError: as for ``run``; OptionError also where the rule has no moments.
+
+    >>> y, found = run_measured(Rule(Support("n c", over="n")), torch.tensor([[1.0], [3.0]]))
+    >>> found.mean, found.var, found.n
+    (tensor([[2.]]), tensor([[1.]]), 2)
+    """
+    split = rule.support.split(x.shape)
+    y, moments = _by_own_statistics(rule, x, split, weight, bias, mask, backend, measured=True)
+    if moments is None:
+        raise OptionError(f"{rule.formula()} has no moments to hand over; use a centred statistic")
+    return y, Moments(moments.mean.detach(), moments.var.detach(), moments.n)
+
+
+def _by_own_statistics(
+    rule: Rule,
+    x: Tensor,
+    split: Split,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    backend: str,
+    measured: bool,
+) -> tuple[Tensor, Moments | None]:
+    chosen, _ = _choose(rule, x, split, weight, bias, mask, backend, measured)
     moments: Moments | None
-    if running is not None and not training:
-        if chosen == "aten":
-            return aten.normalize_by(rule, x, running, weight, bias)
-        assert rule.memory is not None
-        mean, var = (place(buffer, rule.memory.per, split) for buffer in (running.mean, running.var))
-        y = reference.normalize_by(rule, x.reshape(split.shape), split, mean, var, weight, bias)
-        return y.reshape(x.shape).to(x.dtype)
     if chosen == "aten":
-        y, moments = aten.normalize(rule, x, split, weight, bias)
+        y, moments = aten.normalize(rule, x, split, weight, bias, measured)
     elif chosen == "closed":
         y, _, moments = closed_form.normalize(x.reshape(split.shape), split, rule.statistic)
         if weight is not None or bias is not None:
@@ -110,9 +159,27 @@ def run(
             y = y.clone()  # the backward pass needs it, and a caller may write into what it gets
     else:
         y, moments = reference.normalize(rule, x.reshape(split.shape), split, weight, bias, _split_mask(mask, x, split))
-    if running is not None and moments is not None and rule.memory is not None:
-        rule.memory.update(running, moments, split)
-    return y.reshape(x.shape).to(x.dtype)
+    return y.reshape(x.shape).to(x.dtype), moments
+
+
+def _by_given_statistics(
+    rule: Rule,
+    memory: Running,
+    x: Tensor,
+    split: Split,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: RunningStatistics,
+    mask: Tensor | None,
+    backend: str,
+) -> Tensor:
+    chosen, _ = _choose(rule, x, split, weight, bias, mask, backend)
+    if chosen == "aten":
+        return aten.normalize_by(rule, x, running, weight, bias)
+    mean, var = (place(buffer, memory.per, split) for buffer in (running.mean, running.var))
+    y = reference.normalize_by(rule, x.reshape(split.shape), split, mean, var, weight, bias)
+    inside = _split_mask(mask, x, split)
+    return (y if inside is None else torch.where(inside, y, 0.0)).reshape(x.shape).to(x.dtype)
 
 
 def explain(
@@ -122,6 +189,7 @@ def explain(
     bias: Tensor | None = None,
     *,
     mask: Tensor | None = None,
+    measured: bool = False,
     backend: Backend = "auto",
 ) -> Explanation:
     """Say which back end ``run`` would use for these arguments, and why.
@@ -132,6 +200,7 @@ def explain(
         weight: as for ``run``.
         bias: as for ``run``.
         mask: as for ``run``.
+        measured: whether the statistics are to be remembered too.
         backend: as for ``run``.
 
     Returns:
@@ -146,7 +215,7 @@ def explain(
     statistics in float32; back end: closed, PyTorch operators with the backward pass in closed form
     because torch has no fused kernel for Support("n c *", over="c") with x / sqrt(E[x^2] + eps)
     """
-    chosen, why = _choose(rule, x, rule.support.split(x.shape), weight, bias, mask, backend)
+    chosen, why = _choose(rule, x, rule.support.split(x.shape), weight, bias, mask, backend, measured)
     return Explanation(chosen, why, rule.formula(), rule.support.explain(x.shape), accumulation_dtype(x.dtype))
 
 
@@ -201,13 +270,22 @@ def normalize(
 
 
 def _choose(
-    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, backend: str
+    rule: Rule,
+    x: Tensor,
+    split: Split,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    backend: str,
+    measured: bool = False,
 ) -> tuple[str, str]:
     """The back end and the reason for it."""
     accumulation_dtype(x.dtype)  # refuses integers before anything is computed
     if backend not in ("auto", *_WHAT):
         raise OptionError(f"backend={backend!r}: wanted one of auto, {', '.join(_WHAT)}")
-    no_aten = "torch's kernels take no mask" if mask is not None else aten.refusal(rule, x, split, weight, bias)
+    no_aten = (
+        "torch's kernels take no mask" if mask is not None else aten.refusal(rule, x, split, weight, bias, measured)
+    )
     no_closed = "the closed form takes no mask" if mask is not None else None
     if no_closed is None and not closed_form.has_closed_form(rule.statistic):
         no_closed = f"no closed backward is known for {rule.statistic.formula()}"

@@ -80,7 +80,8 @@ class Layer(nn.Module):
         Returns:
             The choice with its reason; ``print`` it.
         """
-        return explain(self.rule, input, self.weight, self.bias, backend=self.backend)
+        measured = self.training and self.running() is not None
+        return explain(self.rule, input, self.weight, self.bias, measured=measured, backend=self.backend)
 
 
 def check_channels(who: str, input: Tensor, wanted: int, argument: str, layout: str) -> None:

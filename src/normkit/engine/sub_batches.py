@@ -1,68 +1,13 @@
-"""Running a rule and handing over the moments that it found: of the whole batch, or of sub-batches."""
+"""Running a rule on sub-batches of a batch, each by statistics of its own."""
 
 from __future__ import annotations
-
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from normkit.core.memory import Running
 from normkit.core.moments import Moments
 from normkit.core.rule import Rule
-from normkit.core.support import Split
-from normkit.engine.dispatch import Backend, run
-
-
-class Handover(Running):
-    """A memory that averages nothing: it hands each batch's moments to the list that stands for the running statistics."""
-
-    def update(self, running: Any, new: Moments, split: Split) -> None:
-        """Append the moments without their gradients."""
-        running.append(Moments(new.mean.detach(), new.var.detach(), new.n))
-
-
-def measuring(rule: Rule) -> Rule:
-    """The rule with a memory that hands its moments over; make it once, not at every call.
-
-    >>> from normkit.core.support import Support
-    >>> measuring(Rule(Support("n c *", over="n *"))).memory
-    Handover(momentum=None, per='')
-    """
-    return replace(rule, memory=Handover(None, ""))
-
-
-def run_measured(
-    rule: Rule,
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    mask: Tensor | None = None,
-    backend: Backend = "auto",
-) -> tuple[Tensor, Moments]:
-    """Run a rule by the input's own statistics and hand them over.
-
-    Args:
-        rule: from ``measuring``, centred.
-        x: the input.
-        weight: as for ``run``.
-        bias: as for ``run``.
-        mask: as for ``run``.
-        backend: as for ``run``.
-
-    Returns:
-        The output, and moments without gradients, reduced axes of the rule's split kept with size 1.
-
-    >>> from normkit.core.support import Support
-    >>> y, found = run_measured(measuring(Rule(Support("n c", over="n"))), torch.tensor([[1.0], [3.0]]))
-    >>> found.mean, found.n
-    (tensor([[2.]]), 2)
-    """
-    found: Any = []
-    y = run(rule, x, weight, bias, running=found, mask=mask, backend=backend)
-    return y, found[0]
+from normkit.engine.dispatch import Backend, run_measured
 
 
 def run_in_sub_batches(
@@ -81,8 +26,8 @@ def run_in_sub_batches(
     A last sub-batch that would have one value for each statistic, whose variance is undefined, joins the one before.
 
     Args:
-        rule: from ``measuring``, with the batch axis split as ``(b n)`` and n of the size given.
-        whole: from ``measuring``, the same rule with the batch axis as ``n``.
+        rule: centred, with the batch axis split as ``(b n)`` and n of the size given.
+        whole: the same rule with the batch axis as ``n``.
         size: samples of a sub-batch.
         x: the input, its first axis the batch.
         weight: as for ``run``.
@@ -94,7 +39,7 @@ def run_in_sub_batches(
         The output, and the moments with one row for each sub-batch and one column for each other kept element.
 
     >>> from normkit.core.support import Support
-    >>> rules = [measuring(Rule(Support(axes, over="n", **sizes))) for axes, sizes in (("(b n) c", {"n": 2}), ("n c", {}))]
+    >>> rules = [Rule(Support(axes, over="n", **sizes)) for axes, sizes in (("(b n) c", {"n": 2}), ("n c", {}))]
     >>> y, found = run_in_sub_batches(*rules, 2, torch.tensor([[1.0], [3.0], [4.0], [8.0], [0.0]]))
     >>> found.mean.T, found.n.T
     (tensor([[2., 4.]]), tensor([[2., 3.]]))
