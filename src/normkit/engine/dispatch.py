@@ -127,7 +127,7 @@ def run_measured(
 
     >>> y, found = run_measured(Rule(Support("n c", over="n")), torch.tensor([[1.0], [3.0]]))
     >>> found.mean, found.var, found.n
-    (tensor([[2.]]), tensor([[1.]]), 2)
+    (tensor([[2.]]), tensor([[1.0000]]), 2)
     """
     split = rule.support.split(x.shape)
     y, moments = _by_own_statistics(rule, x, split, weight, bias, mask, backend, measured=True)
