@@ -1,0 +1,390 @@
+"""Recurrent batch normalization: statistics of whole padded sequences or of each time step, and networks built on them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.memory import Running, RunningStatistics
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support, show
+from normkit.engine.dispatch import run, run_measured
+from normkit.engine.layer import Layer, check_channels, check_several
+
+Statistics = Literal["sequence", "frame"]
+
+
+def recurrent_batch_norm_rule(
+    statistics: Statistics = "sequence", eps: float = 1e-5, momentum: float = 0.1, batch_first: bool = False
+) -> Rule:
+    """Recurrent batch normalization as data.
+
+    >>> print(recurrent_batch_norm_rule("frame").support)
+    Support("t n c", over="n")
+    >>> print(recurrent_batch_norm_rule("sequence").support)
+    Support("n * c", over="n *")
+    """
+    statistic = Statistic("mean", "std", eps)
+    if statistics == "sequence":  # over samples and steps alike, so that their order does not matter
+        return Rule(Support("n * c", over="n *"), statistic, Affine("c"), Running(momentum))
+    if statistics == "frame":
+        support = Support("n t c" if batch_first else "t n c", over="n")
+        return Rule(support, statistic, Affine("c"), Running(momentum, per="t c"))
+    raise OptionError(f"RecurrentBatchNorm: statistics={statistics!r}; wanted 'sequence' or 'frame'")
+
+
+class RecurrentBatchNorm(Layer, nn.Module):
+    """Normalize each feature of sequences over the batch: over all real steps, or at each step by itself.
+
+    y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias. Sequence-wise, E and Var run over the batch and all steps that are no
+    padding, as if the real frames were laid end to end. Frame-wise they run over the batch at each step, which a causal model
+    needs, and each step up to ``max_length`` has running statistics of its own; later steps are normalized by the last one's in
+    evaluation, and leave it in training. Padding comes out as zero.
+
+    Args:
+        num_features: features C.
+        statistics: ``"sequence"`` or ``"frame"``. Default: "sequence".
+        max_length: steps with running statistics of their own; needed frame-wise.
+        eps: added to the variance. Default: 1e-5.
+        momentum: weight of the new value in the running averages. Default: 0.1.
+        gain: the weight's first value; 0.1 keeps the gates behind unsaturated. Default: 1.
+        bias: False leaves the bias (which starts at 0) out. Default: True.
+        batch_first: whether inputs are (N, T, C) rather than (T, N, C). Default: False.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (T, N, C), or (N, T, C) with ``batch_first``, to the same. Sequence-wise without lengths any (*, C).
+
+    Raises:
+        OptionError: frame-wise without ``max_length``; other statistics.
+        ShapeError: an input or lengths that do not fit, or one value for each statistic in training.
+
+    Reference:
+        Laurent et al., "Batch Normalized Recurrent Neural Networks" (2015), https://arxiv.org/abs/1510.01378, section 3;
+        Cooijmans et al., "Recurrent Batch Normalization" (2016), https://arxiv.org/abs/1603.09025, section 3.
+
+    >>> norm = RecurrentBatchNorm(1, batch_first=True)
+    >>> norm(torch.tensor([[[1.0], [3.0]], [[3.0], [9.0]]]), lengths=torch.tensor([2, 1])).squeeze(-1).detach()
+    tensor([[-1.4142,  0.7071],
+            [ 0.7071,  0.0000]])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        statistics: Statistics = "sequence",
+        max_length: int | None = None,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        gain: float = 1.0,
+        *,
+        bias: bool = True,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if statistics == "frame" and (max_length is None or max_length < 1):
+            raise OptionError(f"RecurrentBatchNorm: max_length={max_length}; frame-wise wanted a whole number from 1")
+        if not 0 <= momentum <= 1:
+            raise OptionError(f"RecurrentBatchNorm: momentum={momentum}; wanted a number from 0 to 1")
+        self.statistics: Statistics = statistics
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.max_length, self.gain, self.batch_first = max_length if statistics == "frame" else None, gain, batch_first
+        kind = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.full((num_features,), gain, **kind))
+        self.bias = nn.Parameter(torch.zeros(num_features, **kind)) if bias else None
+        shape = (num_features,) if self.max_length is None else (self.max_length, num_features)
+        self.register_buffer("running_mean", torch.zeros(shape, **kind))
+        self.register_buffer("running_var", torch.ones(shape, **kind))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
+        _ = self.rule  # refuses what does not go together now rather than at the first input
+
+    def make_rule(self) -> Rule:
+        return recurrent_batch_norm_rule(self.statistics, self.eps, self.momentum, self.batch_first)
+
+    def reset_parameters(self) -> None:
+        """Start again: weight at the gain, bias 0, running means 0 and variances 1, no batches."""
+        for name, value in (("weight", self.gain), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
+            if isinstance(tensor := getattr(self, name), Tensor):
+                nn.init.constant_(tensor, value)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.zero_()
+
+    def check(self, input: Tensor) -> None:
+        check_channels("RecurrentBatchNorm", input, self.num_features, "num_features", "n * c")
+        if self.statistics == "frame" and input.dim() != 3:
+            layout = "(N, T, C)" if self.batch_first else "(T, N, C)"
+            raise ShapeError(f"RecurrentBatchNorm: got an input of {show(input.shape)}, wanted {layout} frame-wise")
+        if self.training:
+            check_several("RecurrentBatchNorm", input, self.rule.support)
+
+    def forward(
+        self, input: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None, start: int = 0
+    ) -> Tensor:
+        """Normalize.
+
+        Args:
+            input: of the layout.
+            mask: boolean, broadcasts over the input; False for padding.
+            lengths: real steps of each sample, in place of a mask.
+            start: the step that the input begins with, where it is a part of a sequence.
+
+        Returns:
+            Of the input's shape and dtype.
+        """
+        self.check(input)
+        rule, memory, running = self.rule, self.rule.memory, self.running()
+        assert memory is not None
+        assert running is not None
+        if lengths is not None:
+            mask = padding_mask(lengths, input, self.batch_first, start)
+        steps = input.shape[1 if self.batch_first else 0]
+        if not self.training:
+            if self.max_length is not None:
+                at = torch.arange(start, start + steps, device=input.device).clamp(max=self.max_length - 1)
+                running = RunningStatistics(running.mean[at], running.var[at])
+            x = input if mask is None else torch.where(mask, input, 0.0)
+            y = run(rule, x, self.weight, self.bias, running=running, training=False, backend=self.backend)
+            return y if mask is None else torch.where(mask, y, 0.0)
+        if self.max_length is None:
+            return run(rule, input, self.weight, self.bias, running=running, mask=mask, backend=self.backend)
+        y, found = run_measured(rule, input, self.weight, self.bias, mask=mask, backend=self.backend)
+        known = max(0, min(steps, self.max_length - start))
+        if known and input.numel():
+            mean, var = (v.reshape(steps, self.num_features)[:known] for v in (found.mean, found.unbiased()))
+            batches = running.batches if start == 0 else None
+            here = RunningStatistics(running.mean[start:][:known], running.var[start:][:known], batches)
+            memory.blend(here, mean, var)
+        return y
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        text = f"{self.num_features}, statistics={self.statistics!r}, max_length={self.max_length}, eps={self.eps}"
+        return (
+            text + f", momentum={self.momentum}, gain={self.gain}" + (", batch_first=True" if self.batch_first else "")
+        )
+
+
+def padding_mask(lengths: Tensor, input: Tensor, batch_first: bool = False, start: int = 0) -> Tensor:
+    """True where a step is real: of the input's first two axes, and a last one of size 1.
+
+    >>> padding_mask(torch.tensor([2, 1]), torch.zeros(2, 2, 5), batch_first=True).squeeze(-1)
+    tensor([[ True,  True],
+            [ True, False]])
+    """
+    samples, steps = (0, 1) if batch_first else (1, 0)
+    if input.dim() != 3 or lengths.shape != (input.shape[samples],):
+        raise ShapeError(
+            f"lengths of shape {show(lengths.shape)} with an input of {show(input.shape)}: wanted one length for each sample "
+            f"(axis {samples}) of an input of 3 axes"
+        )
+    at = torch.arange(start, start + input.shape[steps], device=input.device)
+    real = at < lengths.to(input.device).unsqueeze(1)
+    return (real if batch_first else real.T).unsqueeze(-1)
+
+
+def recurrent_batch_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    statistics: Statistics = "sequence",
+    lengths: Tensor | None = None,
+    batch_first: bool = False,
+) -> Tensor:
+    """Recurrent batch normalization by the input's own statistics as a function; see RecurrentBatchNorm.
+
+    >>> recurrent_batch_norm(torch.tensor([[[1.0], [3.0]], [[5.0], [9.0]]]), statistics="frame").squeeze(-1)
+    tensor([[-1.0000,  1.0000],
+            [-1.0000,  1.0000]])
+    """
+    rule = recurrent_batch_norm_rule(statistics, eps, batch_first=batch_first)
+    check_several("recurrent_batch_norm", x, rule.support)
+    mask = None if lengths is None else padding_mask(lengths, x, batch_first)
+    return run(rule, x, weight, bias, mask=mask)
+
+
+class BatchNormRNN(nn.Module):
+    """A recurrent layer whose input is normalized, but not its state: h_t = phi(W_h h_{t-1} + BN(W_x x_t)).
+
+    Args:
+        input_size: features of the input.
+        hidden_size: of the state.
+        nonlinearity: ``"tanh"`` or ``"relu"``. Default: "tanh".
+        statistics: as for RecurrentBatchNorm. Default: "sequence".
+        max_length: as for RecurrentBatchNorm.
+        batch_first: whether inputs are (N, T, C) rather than (T, N, C). Default: False.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (T, N, input_size) to (T, N, hidden_size), and the last real state (N, hidden_size).
+
+    Raises:
+        OptionError: another nonlinearity; as RecurrentBatchNorm.
+
+    Reference:
+        Laurent et al., "Batch Normalized Recurrent Neural Networks" (2015), https://arxiv.org/abs/1510.01378.
+
+    >>> BatchNormRNN(3, 5)(torch.randn(7, 2, 3))[0].shape
+    torch.Size([7, 2, 5])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        nonlinearity: Literal["tanh", "relu"] = "tanh",
+        statistics: Statistics = "sequence",
+        max_length: int | None = None,
+        *,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if nonlinearity not in ("tanh", "relu"):
+            raise OptionError(f"BatchNormRNN: nonlinearity={nonlinearity!r}; wanted 'tanh' or 'relu'")
+        kind = {"device": device, "dtype": dtype}
+        self.nonlinearity, self.batch_first = nonlinearity, batch_first
+        self.input = nn.Linear(input_size, hidden_size, bias=False, **kind)
+        self.hidden = nn.Linear(hidden_size, hidden_size, bias=False, **kind)
+        self.norm = RecurrentBatchNorm(hidden_size, statistics, max_length, **kind)
+
+    def forward(
+        self, input: Tensor, state: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run over a sequence; outputs of padding are zero, and the state stays as the last real step left it."""
+        x = input.transpose(0, 1) if self.batch_first else input
+        mask = None if lengths is None else padding_mask(lengths, x)
+        z = self.norm(self.input(x), mask)
+        h = z.new_zeros(z.shape[1:]) if state is None else state
+        outputs = []
+        for t in range(len(z)):
+            new = torch.tanh(self.hidden(h) + z[t]) if self.nonlinearity == "tanh" else F.relu(self.hidden(h) + z[t])
+            h = new if mask is None else torch.where(mask[t], new, h)
+            outputs.append(h if mask is None else torch.where(mask[t], h, 0.0))
+        y = torch.stack(outputs) if outputs else z
+        return (y.transpose(0, 1) if self.batch_first else y), h
+
+
+class BatchNormLSTM(nn.Module):
+    """An LSTM that normalizes at each step what comes from the input, from the state, and the cell before its output.
+
+    (i, f, g, o) = BN(W_h h_{t-1}) + BN(W_x x_t) + b,  c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g),
+    h_t = sigmoid(o) tanh(BN(c_t)); each BN frame-wise, with statistics of its own for each step up to ``max_length``, a gain
+    that starts at 0.1, and a bias in the last alone. Gates are in torch's order.
+
+    Args:
+        input_size: features of the input.
+        hidden_size: of the state.
+        max_length: steps with running statistics of their own.
+        gain: first value of the gains. Default: 0.1.
+        eps: added to variances. Default: 1e-5.
+        momentum: weight of the new value in the running averages. Default: 0.1.
+        batch_first: whether inputs are (N, T, C) rather than (T, N, C). Default: False.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (T, N, input_size) to (T, N, hidden_size), and the last real states (N, hidden_size) of output and cell.
+
+    Raises:
+        ShapeError, OptionError: as RecurrentBatchNorm.
+
+    Reference:
+        Cooijmans et al., "Recurrent Batch Normalization" (2016), https://arxiv.org/abs/1603.09025.
+
+    >>> y, (h, c) = BatchNormLSTM(3, 5, max_length=7)(torch.randn(7, 2, 3))
+    >>> y.shape, c.shape
+    (torch.Size([7, 2, 5]), torch.Size([2, 5]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        max_length: int,
+        gain: float = 0.1,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        *,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        kind = {"device": device, "dtype": dtype}
+        self.batch_first = batch_first
+        self.input = nn.Linear(input_size, 4 * hidden_size, bias=False, **kind)
+        self.hidden = nn.Linear(hidden_size, 4 * hidden_size, bias=False, **kind)
+        self.bias = nn.Parameter(torch.zeros(4 * hidden_size, **kind))
+        options = ("frame", max_length, eps, momentum, gain)
+        self.input_norm = RecurrentBatchNorm(4 * hidden_size, *options, bias=False, **kind)
+        self.hidden_norm = RecurrentBatchNorm(4 * hidden_size, *options, bias=False, **kind)
+        self.cell_norm = RecurrentBatchNorm(hidden_size, *options, **kind)
+        nn.init.orthogonal_(self.hidden.weight)
+
+    def forward(
+        self, input: Tensor, state: tuple[Tensor, Tensor] | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Run over a sequence; outputs of padding are zero, and the states stay as the last real step left them."""
+        x = input.transpose(0, 1) if self.batch_first else input
+        mask = None if lengths is None else padding_mask(lengths, x)
+        z = self.input_norm(self.input(x), mask) + self.bias
+        zeros = z.new_zeros(z.shape[1], self.hidden.in_features)
+        h, c = (zeros, zeros) if state is None else state
+        outputs = []
+        for t in range(len(z)):
+            here = None if mask is None else mask[t : t + 1]
+            gates = z[t] + self.hidden_norm(self.hidden(h).unsqueeze(0), here, start=t).squeeze(0)
+            i, f, g, o = gates.chunk(4, -1)
+            cell = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            new = o.sigmoid() * self.cell_norm(cell.unsqueeze(0), here, start=t).squeeze(0).tanh()
+            h = new if mask is None else torch.where(mask[t], new, h)
+            c = cell if mask is None else torch.where(mask[t], cell, c)
+            outputs.append(h if mask is None else torch.where(mask[t], h, 0.0))
+        y = torch.stack(outputs) if outputs else z[..., : zeros.shape[-1]]
+        return (y.transpose(0, 1) if self.batch_first else y), (h, c)
+
+
+def _example(channels: int) -> RecurrentBatchNorm:
+    return RecurrentBatchNorm(channels, batch_first=True)
+
+
+CARD = Card(
+    name="recurrent_batch_norm",
+    title="Recurrent batch normalization",
+    kind="activation",
+    word="",
+    normalized_over="each feature, over the batch and all real steps, or over the batch at each step",
+    formula=recurrent_batch_norm_rule().formula(),
+    paper=Paper(
+        "Cooijmans, Tim and Ballas, Nicolas and Laurent, César and Gülçehre, Çağlar and Courville, Aaron",
+        "Recurrent Batch Normalization",
+        2016,
+        "https://arxiv.org/abs/1603.09025",
+    ),
+    use_cases="recurrent networks on padded batches of sequences",
+    strengths="faster training of recurrent networks; padding never enters a statistic",
+    weaknesses="statistics of each step to keep; layer normalization needs none, and no batch",
+    module=RecurrentBatchNorm,
+    functional=recurrent_batch_norm,
+    make=_example,
+    rule=recurrent_batch_norm_rule(),
+    layout="* d",
+    batch_dependent=True,
+    running_state=True,
+    train_equals_eval=False,
+    invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
+)
