@@ -11,16 +11,18 @@ from torch.testing import assert_close
 
 from normkit.core.card import Invariance
 from normkit.core.errors import OptionError
+from normkit.weights import scaled_weight_standardization as _sws
 from normkit.weights import spectral_norm as _sn
 from normkit.weights import weight_conditioning as _e
 from normkit.weights import weight_norm as _wn
 from normkit.weights import weight_standardization as _ws
+from normkit.weights.scaled_weight_standardization import scaled_weight_standardization
 from normkit.weights.spectral_norm import spectral_norm
 from normkit.weights.weight_conditioning import weight_conditioning
 from normkit.weights.weight_norm import weight_norm
 from normkit.weights.weight_standardization import weight_standardization
 
-CARDS = [_wn.CARD, _sn.CARD, _ws.CARD, _e.CARD]
+CARDS = [_wn.CARD, _sn.CARD, _ws.CARD, _sws.CARD, _e.CARD]
 METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "weight norm": weight_norm,
     "weight norm, one length": lambda layer: weight_norm(layer, dim=None),
@@ -28,6 +30,7 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "spectral norm": spectral_norm,
     "standardization": weight_standardization,
     "standardization, outside": lambda layer: weight_standardization(layer, correction=1, guard="outside"),
+    "scaled standardization": scaled_weight_standardization,
     "row": lambda layer: weight_conditioning(layer, "row", path="weight"),
     "row, gain": lambda layer: weight_conditioning(layer, "row", gain=1.5),
     "row, detached": lambda layer: weight_conditioning(layer, "row", gradient="detach"),

@@ -50,9 +50,11 @@ _FILES = (
     "weights.weight_norm",
     "weights.spectral_norm",
     "weights.weight_standardization",
+    "weights.scaled_weight_standardization",
     "weights.weight_conditioning",
     "gradients.grad_norm",
     "gradients.gradient_normalizer",
+    "gradients.adaptive_clipping",
 )
 
 METHODS: tuple[Card, ...] = tuple(

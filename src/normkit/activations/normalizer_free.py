@@ -1,0 +1,102 @@
+"""Residual blocks without a normalization: the signal's variance is predicted, not measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.errors import OptionError
+
+
+class NormalizerFreeBlock(nn.Module):
+    """A residual block whose branch gets an input of unit variance: x + alpha f(x / beta).
+
+    beta is the root of the variance that the input has at the beginning of training; see ``predicted_betas``. The branch must
+    keep a variance of 1, as layers with scaled weight standardization and scaled activations do. In a transition block, which
+    changes width or resolution, the shortcut takes the downscaled input too, and the variance starts at 1 again.
+
+    Args:
+        branch: f, of unit variance out for unit variance in.
+        beta: expected deviation of the input. Default: 1.
+        alpha: the branch's share. Default: 0.2.
+        shortcut: of a transition block; takes x / beta. Default: None, the input itself.
+
+    Shape:
+        Any that the branch takes.
+
+    Raises:
+        OptionError: beta or alpha is not above 0.
+
+    Reference:
+        Brock, De, Smith, "Characterizing signal propagation to close the performance gap in unnormalized ResNets" (2021),
+        https://arxiv.org/abs/2101.08692, section 3.
+
+    >>> NormalizerFreeBlock(nn.Identity(), beta=2.0, alpha=0.5)(torch.tensor([4.0]))
+    tensor([5.])
+    """
+
+    def __init__(
+        self, branch: nn.Module, beta: float = 1.0, alpha: float = 0.2, shortcut: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        if not (beta > 0 and alpha > 0):
+            raise OptionError(f"NormalizerFreeBlock: beta={beta}, alpha={alpha}; wanted numbers above 0")
+        self.branch, self.shortcut, self.beta, self.alpha = branch, shortcut, beta, alpha
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input plus the branch's share."""
+        scaled = input / self.beta
+        return (input if self.shortcut is None else self.shortcut(scaled)) + self.alpha * self.branch(scaled)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"beta={self.beta:.6g}, alpha={self.alpha:.6g}"
+
+
+def predicted_betas(transitions: Iterable[bool], alpha: float = 0.2) -> list[float]:
+    """The deviation that each block's input has at the beginning of training.
+
+    The first input has variance 1. A block adds alpha^2; behind a transition, whose shortcut has variance 1, it is 1 + alpha^2.
+
+    Args:
+        transitions: for each block in order, whether it is a transition.
+        alpha: the branch's share. Default: 0.2.
+
+    Returns:
+        One beta a block.
+
+    Reference:
+        Brock, De, Smith (2021), https://arxiv.org/abs/2101.08692, section 3.
+
+    >>> [round(beta**2, 2) for beta in predicted_betas([True, False, False, True, False])]
+    [1.0, 1.04, 1.08, 1.12, 1.04]
+    """
+    betas, variance = [], 1.0
+    for transition in transitions:
+        betas.append(math.sqrt(variance))
+        variance = (1.0 if transition else variance) + alpha**2
+    return betas
+
+
+def scaled_activation(activation: nn.Module, gamma: float) -> nn.Sequential:
+    """An activation times its factor, of unit variance for a standard normal input; for layers that do not hold the factor.
+
+    >>> scaled_activation(nn.ReLU(), 2.0)(torch.tensor([-1.0, 3.0]))
+    tensor([0., 6.])
+    """
+    return nn.Sequential(activation, _Scale(gamma))
+
+
+class _Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.mul(input, self.factor)
+
+    def extra_repr(self) -> str:
+        return f"{self.factor:.6g}"

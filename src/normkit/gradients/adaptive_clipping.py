@@ -1,0 +1,121 @@
+"""Adaptive gradient clipping: each unit's gradient is kept to a share of the unit's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.errors import OptionError
+from normkit.core.support import Support
+from normkit.weights.layout import weight_layout
+
+Skip = Callable[[str, nn.Module], bool] | None
+
+
+def last_linear(model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    """A predicate that holds for the Linear layer that was registered last: as a rule the classifier.
+
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    >>> [last_linear(model)(name, module) for name, module in model.named_children()]
+    [False, True]
+    """
+    found = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return lambda name, module: bool(found) and module is found[-1]
+
+
+class AdaptiveClipping:
+    """Clip each unit's gradient whose norm exceeds a share of the norm of its weights; call it before the optimizer's step.
+
+    where ||G_i|| > clip * max(||W_i||, eps):  G_i <- clip * max(||W_i||, eps) / ||G_i|| * G_i, for each output unit i of
+    weights of two axes and more, and for each bias and gain as a whole. Units whose gradient is not finite stay as they are.
+
+    Args:
+        model: any module; parameters that layers share are clipped once.
+        clip: the share, lambda in the paper. Default: 0.01.
+        eps: floor of the weights' norm, so that units that start at zero can move. Default: 1e-3.
+        skip: ``skip(name, module)`` holds for layers that are left alone. Default: the last Linear, as in the paper; give
+            ``lambda name, module: False`` for none.
+
+    Raises:
+        OptionError: clip or eps is not above 0.
+
+    Reference:
+        Brock, De, Smith, Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization" (2021),
+        https://arxiv.org/abs/2102.06171, section 4.
+
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> layer.weight.data, layer.weight.grad = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 10.0]])
+    >>> AdaptiveClipping(layer, clip=0.5, skip=lambda name, module: False)()
+    1
+    >>> layer.weight.grad
+    tensor([[0.0000, 2.5000]])
+    """
+
+    def __init__(self, model: nn.Module, clip: float = 0.01, eps: float = 1e-3, skip: Skip = None) -> None:
+        if not (clip > 0 and eps > 0):
+            raise OptionError(f"AdaptiveClipping: clip={clip}, eps={eps}; wanted numbers above 0")
+        skip = skip or last_linear(model)
+        self.clip, self.eps = clip, eps
+        self.units: list[tuple[Tensor, Support | None]] = []
+        seen: set[int] = set()
+        for name, module in model.named_modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                if not skip(name, module) and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    self.units.append((parameter, weight_layout(module, key).rows if parameter.dim() > 1 else None))
+
+    @torch.no_grad()
+    def __call__(self) -> int:
+        """Clip the gradients that there are; return how many units were clipped."""
+        clipped = 0
+        for parameter, rows in self.units:
+            gradient = parameter.grad
+            if gradient is None or not gradient.numel():
+                continue
+            split = None if rows is None else rows.split(gradient.shape)
+            shape, dims = ((-1,), (0,)) if split is None else (split.shape, split.dims)
+            # In float64 the squares of float32 neither overflow nor vanish.
+            wide = torch.float32 if gradient.device.type == "mps" else torch.float64
+            weights, unit = parameter.detach().to(wide).reshape(shape), gradient.to(wide).reshape(shape)
+            allowed = self.clip * torch.linalg.vector_norm(weights, dim=dims, keepdim=True).clamp_min(self.eps)
+            norm = torch.linalg.vector_norm(unit, dim=dims, keepdim=True)
+            over = (norm > allowed) & norm.isfinite()
+            gradient.copy_(torch.where(over, unit * (allowed / norm), unit).reshape(gradient.shape))
+            clipped += int(over.sum())
+        return clipped
+
+
+def adaptive_gradient_clipping(model: nn.Module, clip: float = 0.01, eps: float = 1e-3, skip: Skip = None) -> int:
+    """Clip the gradients of a model once; return how many units were clipped. See AdaptiveClipping.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    >>> model(torch.ones(1, 2)).mul(100).sum().backward()
+    >>> adaptive_gradient_clipping(model)
+    4
+    """
+    return AdaptiveClipping(model, clip, eps, skip)()
+
+
+CARD = Card(
+    name="adaptive_gradient_clipping",
+    title="Adaptive gradient clipping",
+    kind="gradient",
+    word="",
+    normalized_over="each output unit's gradient, against the unit's weights",
+    formula="G_i <- G_i * min(1, clip * max(||W_i||, eps) / ||G_i||)",
+    paper=Paper(
+        "Brock, Andrew and De, Soham and Smith, Samuel L. and Simonyan, Karen",
+        "High-Performance Large-Scale Image Recognition Without Normalization",
+        2021,
+        "https://arxiv.org/abs/2102.06171",
+    ),
+    use_cases="networks without activation norms at large batches and rates",
+    strengths="a threshold that fits every layer, as it is relative to the weights",
+    weaknesses="two norms for each unit a step; the last layer has to be left out",
+    module=AdaptiveClipping,
+    functional=adaptive_gradient_clipping,
+    make=AdaptiveClipping,
+)

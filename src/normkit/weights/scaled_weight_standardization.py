@@ -1,0 +1,186 @@
+"""Scaled weight standardization: standardized weights that keep a signal's variance through a nonlinearity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.errors import OptionError
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support, per_shape, show
+from normkit.engine.dispatch import run
+from normkit.weights.attachment import Layer, attach
+from normkit.weights.layout import WeightLayout, weight_layout, weight_of
+
+RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
+
+
+def scaled_weight_standardization_rule(support: Support | None = None, eps: float = 1e-6) -> Rule:
+    """Scaled weight standardization, by default of weights whose axis 0 counts output units, as data.
+
+    >>> scaled_weight_standardization_rule().formula()
+    'y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias'
+    """
+    support = support or Support("o *", over="*")
+    return Rule(support, Statistic("mean", "std", eps), Affine(" ".join(support.kept)))
+
+
+def nonlinearity_gain(activation: Callable[[Tensor], Tensor]) -> float:
+    """The factor that makes an activation of a standard normal variable have variance 1.
+
+    gamma = 1 / sqrt(Var[activation(z)]), z normal; RELU_GAIN is it for ReLU, sqrt(2 / (1 - 1 / pi)).
+
+    Args:
+        activation: works element by element.
+
+    Returns:
+        The factor, by quadrature in float64.
+
+    Raises:
+        OptionError: the activation is constant.
+
+    Reference:
+        Brock, De, Smith, "Characterizing signal propagation to close the performance gap in unnormalized ResNets" (2021),
+        https://arxiv.org/abs/2101.08692, section 4.
+
+    >>> round(nonlinearity_gain(torch.relu), 4), round(RELU_GAIN, 4)
+    (1.7129, 1.7129)
+    """
+    z = torch.linspace(-12, 12, 240_001, dtype=torch.float64)
+    density = torch.exp(-0.5 * z.square())
+    density = density / density.sum()
+    y = activation(z)
+    var = float((density * (y - (density * y).sum()).square()).sum())
+    if not var > 0:
+        raise OptionError("nonlinearity_gain: the activation is constant, or not finite; no factor gives it variance 1")
+    return var**-0.5
+
+
+class ScaledWeightStandardization(nn.Module):
+    """The parametrization w = gain * gamma * (v - E[v]) / sqrt((Var[v] + eps) fan_in), E and Var over a unit's weights.
+
+    Behind an activation whose factor is gamma, inputs of variance 1 give outputs of variance gain^2: networks without
+    activation norms stay in range. The mean stays zero too, which no scaled initialization keeps while training.
+
+    Args:
+        layout: of the weight. Default: axis 0 counts output units.
+        gamma: the activation's factor. Default: ReLU's, 1.7129; some public code has 1.7139588594436646 in its place.
+        eps: added to the variance. Default: 1e-6.
+
+    Shape:
+        gain (out,) and v (the weight's shape) to the weight's shape.
+
+    Reference:
+        Brock, De, Smith (2021), https://arxiv.org/abs/2101.08692.
+
+    >>> ScaledWeightStandardization(gamma=1.0)(torch.tensor([2.0]), torch.tensor([[1.0, 3.0, 1.0, 3.0]]))
+    tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
+    """
+
+    def __init__(self, layout: WeightLayout | None = None, gamma: float = RELU_GAIN, eps: float = 1e-6) -> None:
+        super().__init__()
+        if not (math.isfinite(gamma) and gamma > 0):
+            raise OptionError(f"ScaledWeightStandardization: gamma={gamma}; wanted a number above 0")
+        self.gamma = gamma
+        self.rule = scaled_weight_standardization_rule((layout or WeightLayout()).rows, eps)
+
+    def forward(self, gain: Tensor, weight: Tensor) -> Tensor:
+        """The standardized weight, of the weight's shape and dtype."""
+        split = self.rule.support.split(weight.shape)
+        assert self.rule.compensation is not None
+        scale = gain.to(torch.promote_types(gain.dtype, torch.float32)) * (self.gamma / split.count**0.5)
+        return run(self.rule, weight, scale.reshape(per_shape(self.rule.compensation.per, split)))
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Gains of 1, and the weight as the raw one."""
+        split = self.rule.support.split(weight.shape)
+        return weight.new_ones(weight.numel() // split.count), weight
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"gamma={self.gamma:.6g}, eps={self.rule.statistic.eps:g}"
+
+
+def scaled_weight_standardization(
+    layer: Layer, name: str = "weight", gamma: float = RELU_GAIN, eps: float = 1e-6
+) -> Layer:
+    """Put scaled weight standardization on a layer, in place.
+
+    Two parameters take the weight's place: ``parametrizations.weight.original0``, one gain an output unit, that starts at 1,
+    and ``original1``, the raw weight.
+
+    Args:
+        layer: that holds the weight.
+        name: of the weight. Default: "weight".
+        gamma: the factor of the activation before the layer; see ``nonlinearity_gain``. Default: ReLU's.
+        eps: added to the variance. Default: 1e-6.
+
+    Returns:
+        The layer.
+
+    Raises:
+        OptionError: no such weight, one that is parametrized already, or one weight for each output unit, which would be zero.
+
+    Reference:
+        Brock, De, Smith (2021), https://arxiv.org/abs/2101.08692.
+
+    >>> layer = scaled_weight_standardization(nn.Linear(400, 1, bias=False), eps=0.0)
+    >>> round(layer.weight.norm().item(), 4)
+    1.7129
+    """
+    weight = weight_of(layer, name, "scaled_weight_standardization")
+    layout = weight_layout(layer, name)
+    if weight.dim() < 2 or layout.rows.split(weight.shape).count == 1:
+        raise OptionError(
+            f"scaled_weight_standardization: the {name} of {type(layer).__name__} ({show(weight.shape)}) has one element for "
+            "each output unit, which less its mean is zero; leave this layer out"
+        )
+    return attach(layer, name, ScaledWeightStandardization(layout, gamma, eps), splits=True)
+
+
+def standardize_scaled(
+    weight: Tensor,
+    gain: Tensor | None = None,
+    gamma: float = RELU_GAIN,
+    eps: float = 1e-6,
+    *,
+    layout: WeightLayout | None = None,
+) -> Tensor:
+    """Scaled weight standardization as a function; see ScaledWeightStandardization.
+
+    >>> standardize_scaled(torch.tensor([[1.0, 3.0]]), gamma=2.0**0.5, eps=0.0)
+    tensor([[-1.,  1.]])
+    """
+    part = ScaledWeightStandardization(layout, gamma, eps)
+    return part(part.right_inverse(weight)[0] if gain is None else gain, weight)
+
+
+CARD = Card(
+    name="scaled_weight_standardization",
+    title="Scaled weight standardization",
+    kind="weight",
+    word="",
+    normalized_over="each output unit's weights",
+    formula="w = gain * gamma * (v - E[v]) / sqrt((Var[v] + eps) * fan_in)",
+    paper=Paper(
+        "Brock, Andrew and De, Soham and Smith, Samuel L.",
+        "Characterizing signal propagation to close the performance gap in unnormalized ResNets",
+        2021,
+        "https://arxiv.org/abs/2101.08692",
+    ),
+    use_cases="residual networks without activation norms",
+    strengths="keeps the signal's mean and variance at no cost an activation; free once folded",
+    weaknesses="needs scaled residual branches and gradient clipping to train at large batches",
+    module=ScaledWeightStandardization,
+    functional=standardize_scaled,
+    make=scaled_weight_standardization,
+    rule=scaled_weight_standardization_rule(),
+    foldable=True,
+    invariances=frozenset({"row scale", "weight scale"}),
+)

@@ -1,0 +1,155 @@
+"""Networks without activation norms: scaled weights, predicted variances, adaptive clipping."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.testing import assert_close
+
+from normkit.activations.normalizer_free import NormalizerFreeBlock, predicted_betas, scaled_activation
+from normkit.core.errors import OptionError
+from normkit.gradients.adaptive_clipping import AdaptiveClipping, adaptive_gradient_clipping
+from normkit.weights.scaled_weight_standardization import (
+    RELU_GAIN,
+    ScaledWeightStandardization,
+    nonlinearity_gain,
+    scaled_weight_standardization,
+    standardize_scaled,
+)
+
+LAYERS = {
+    "linear": lambda: nn.Linear(5, 4),
+    "conv": lambda: nn.Conv2d(4, 6, 3, groups=2),
+    "transposed": lambda: nn.ConvTranspose2d(4, 6, 3),
+    "transposed, groups": lambda: nn.ConvTranspose2d(4, 6, 3, groups=2),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_each_output_unit_has_mean_zero_and_the_variance_of_its_gain(name: str) -> None:
+    layer = scaled_weight_standardization(LAYERS[name]().double(), gamma=1.5, eps=0.0)
+    gains = layer.parametrizations.weight.original0
+    nn.init.normal_(gains, 1.0)
+    rows = layer.weight
+    if name.startswith("transposed"):
+        groups = layer.groups
+        rows = rows.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    rows = rows.flatten(1)
+    assert_close(rows.mean(1), torch.zeros(len(rows), dtype=rows.dtype), rtol=0, atol=1e-12)
+    assert_close(rows.square().sum(1), (1.5 * gains).square())  # fan_in times the variance
+
+
+def test_is_the_formula_and_its_derivatives_are_right() -> None:
+    v, gain = torch.randn(3, 2, 2, 2, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    wanted = torch.nn.functional.batch_norm(
+        v.reshape(1, 3, 8), None, None, gain * (RELU_GAIN * 8**-0.5), training=True, eps=1e-6
+    ).view_as(v)
+    assert_close(standardize_scaled(v, gain), wanted)
+    part = ScaledWeightStandardization()
+    inputs = (gain.requires_grad_(), v.requires_grad_())
+    assert torch.autograd.gradcheck(part, inputs)
+    assert torch.autograd.gradgradcheck(part, inputs)
+
+
+def test_folds_copies_and_keeps_half_types() -> None:
+    layer, x = scaled_weight_standardization(nn.Linear(5, 4)), torch.randn(3, 5)
+    other = scaled_weight_standardization(nn.Linear(5, 4))
+    other.load_state_dict(layer.state_dict())
+    assert_close(other(x), layer(x), rtol=0, atol=0)
+    before = layer(x)
+    parametrize.remove_parametrizations(layer, "weight")
+    assert_close(layer(x), before)
+    half = scaled_weight_standardization(nn.Linear(5, 4).bfloat16())
+    assert half.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        half.parametrizations.weight.original1.zero_()
+    assert (half.weight == 0).all()
+
+
+def test_gains_of_nonlinearities() -> None:
+    assert math.sqrt(2 / (1 - 1 / math.pi)) == RELU_GAIN
+    assert nonlinearity_gain(torch.relu) == pytest.approx(RELU_GAIN, abs=1e-8)
+    assert nonlinearity_gain(lambda z: z) == pytest.approx(1, abs=1e-9)
+    z = torch.randn(2_000_000, dtype=torch.float64)
+    for activation in (torch.tanh, nn.functional.gelu, nn.functional.silu):
+        # The deviation of two million samples is known to about 1e-3.
+        assert (activation(z) * nonlinearity_gain(activation)).std().item() == pytest.approx(1, abs=3e-3)
+    with pytest.raises(OptionError, match="constant"):
+        nonlinearity_gain(torch.zeros_like)
+
+
+def test_the_signal_has_the_predicted_variance() -> None:
+    width, transitions = 512, [True, False, False, False, True, False, False]
+    betas = predicted_betas(transitions)
+
+    def layer() -> nn.Module:
+        return scaled_weight_standardization(nn.Linear(width, width, bias=False), gamma=1.0)
+
+    def branch() -> nn.Module:
+        return nn.Sequential(scaled_activation(nn.ReLU(), RELU_GAIN), layer())
+
+    x, found = torch.randn(256, width), []
+    for beta, transition in zip(betas, transitions, strict=True):
+        found.append(x.std().item())
+        x = NormalizerFreeBlock(branch(), beta, shortcut=layer() if transition else None)(x).detach()
+    # Shortcut and branch of a random network of width 512 are correlated by about 512 ** -0.5.
+    assert found == pytest.approx(betas, rel=0.05)
+
+
+def test_block_and_betas() -> None:
+    block = NormalizerFreeBlock(nn.Tanh(), beta=2.0, alpha=0.5, shortcut=nn.ReLU())
+    x = torch.randn(4)
+    assert_close(block(x), torch.relu(x / 2) + 0.5 * torch.tanh(x / 2))
+    assert [beta**2 for beta in predicted_betas([True, False, True], 0.5)] == pytest.approx([1.0, 1.25, 1.5])
+    with pytest.raises(OptionError, match="beta=0"):
+        NormalizerFreeBlock(nn.Tanh(), beta=0)
+
+
+def _gradients(model: nn.Module, size: float = 100.0) -> list[Tensor]:
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) * size
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def test_units_are_clipped_to_a_share_of_their_weights() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 2, 3), nn.Linear(3, 2)).double()
+    before = _gradients(model)
+    nn.init.zeros_(model[0].weight[0])
+    clipped = adaptive_gradient_clipping(model, 0.01)
+    for (name, parameter), old in zip(model.named_parameters(), before, strict=True):
+        if name.startswith("3"):
+            assert_close(parameter.grad, old, rtol=0, atol=0)
+            continue
+        weights, units, olds = parameter.detach(), parameter.grad, old
+        if parameter.dim() == 1:
+            weights, units, olds = weights[None], units[None], olds[None]
+        elif name.startswith("2"):
+            weights, units, olds = (value.transpose(0, 1) for value in (weights, units, olds))
+        for weight, unit, was in zip(weights, units, olds, strict=True):
+            assert_close(unit, was * (0.01 * max(weight.norm().item(), 1e-3) / was.norm()))
+    assert clipped == 4 + 1 + 1 + 1 + 2 + 1
+
+
+def test_small_gradients_stay_and_broken_ones_too() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    before = _gradients(model, 1e-7)
+    assert AdaptiveClipping(model)() == 0
+    assert_close([parameter.grad for parameter in model.parameters()], before, rtol=0, atol=0)
+    model[0].weight.grad[1, 0] = torch.inf
+    model[0].weight.grad[2] = 1e30
+    AdaptiveClipping(model, skip=lambda name, module: False)()
+    assert model[0].weight.grad[1, 0] == torch.inf
+    assert_close(model[0].weight.grad[2].norm(), 0.01 * model[0].weight[2].norm())
+    with pytest.raises(OptionError, match="clip=0"):
+        AdaptiveClipping(model, 0)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(OptionError, match="one element for each output unit"):
+        scaled_weight_standardization(nn.Linear(1, 4))
+    with pytest.raises(OptionError, match="gamma"):
+        ScaledWeightStandardization(gamma=0.0)
+    with pytest.raises(OptionError, match="no parameter 'weight'"):
+        scaled_weight_standardization(nn.ReLU())
