@@ -47,6 +47,7 @@ from normkit.activations.layer_norm import LayerNorm, layer_norm
 from normkit.activations.local_context_norm import LocalContextNorm, local_context_norm
 from normkit.activations.local_contrast_norm import LocalContrastNorm, local_contrast_norm
 from normkit.activations.local_response_norm import LocalResponseNorm, local_response_norm
+from normkit.activations.normalizer_free import NormalizerFreeBlock, predicted_betas, scaled_activation
 from normkit.activations.partial_rms_norm import PartialRMSNorm, partial_rms_norm
 from normkit.activations.positional_norm import (
     PositionalMoments,
@@ -96,6 +97,7 @@ from normkit.core.support import Support
 from normkit.diagnostics.conditioning import chi, condition_number, operator_spectrum, weight_conditions
 from normkit.engine.dispatch import Explanation, explain, normalize, run, run_measured
 from normkit.engine.layer import Layer
+from normkit.gradients.adaptive_clipping import AdaptiveClipping, adaptive_gradient_clipping, last_linear
 from normkit.gradients.grad_norm import GradNorm, grad_norm
 from normkit.gradients.gradient_normalizer import GradientNormalizer, normalize_gradients
 from normkit.inputs.feature_scaling import (
@@ -124,6 +126,12 @@ from normkit.surgery.recipe import Recipe, apply_recipe
 from normkit.surgery.redundant_bias import drop_redundant_bias
 from normkit.surgery.select import select
 from normkit.weights.layout import WeightLayout, weight_layout
+from normkit.weights.scaled_weight_standardization import (
+    ScaledWeightStandardization,
+    nonlinearity_gain,
+    scaled_weight_standardization,
+    standardize_scaled,
+)
 from normkit.weights.spectral_norm import SpectralNorm, divide_by_sigma, spectral_norm
 from normkit.weights.weight_conditioning import Equilibrate, equilibrate, weight_conditioning
 from normkit.weights.weight_norm import WeightNorm, rescale, weight_norm
@@ -137,6 +145,7 @@ __all__ = [
     "AdaLayerNorm",
     "AdaLayerNormOutput",
     "AdaLayerNormZeroBlock",
+    "AdaptiveClipping",
     "AdaptiveInstanceNorm",
     "Affine",
     "BackendError",
@@ -186,6 +195,7 @@ __all__ = [
     "MeanNormalization",
     "MinMaxScaling",
     "Moments",
+    "NormalizerFreeBlock",
     "NormkitError",
     "NotationError",
     "OptionError",
@@ -207,6 +217,7 @@ __all__ = [
     "RunningMoments",
     "RunningStatistics",
     "ScaleNorm",
+    "ScaledWeightStandardization",
     "ShapeError",
     "SpatiallyAdaptiveNorm",
     "SpectralNorm",
@@ -221,6 +232,7 @@ __all__ = [
     "WeightStandardization",
     "Whitening",
     "ZScore",
+    "adaptive_gradient_clipping",
     "adaptive_instance_norm",
     "adaptive_layer_norm",
     "apply_recipe",
@@ -260,6 +272,7 @@ __all__ = [
     "instance_norm",
     "inverse_sqrt_rate",
     "inverse_sqrt_warmup",
+    "last_linear",
     "layer_norm",
     "linear_rate",
     "linear_warmup",
@@ -275,6 +288,7 @@ __all__ = [
     "modulate",
     "moment_shortcut",
     "moments",
+    "nonlinearity_gain",
     "norm_penalty",
     "normalize",
     "normalize_gradients",
@@ -284,6 +298,7 @@ __all__ = [
     "partial_rms_norm",
     "positional_moments",
     "positional_norm",
+    "predicted_betas",
     "query_key_norm",
     "recalibrate",
     "recurrent_batch_norm",
@@ -294,9 +309,12 @@ __all__ = [
     "run",
     "run_measured",
     "scale_norm",
+    "scaled_activation",
+    "scaled_weight_standardization",
     "select",
     "spectral_norm",
     "standardize",
+    "standardize_scaled",
     "switchable_norm",
     "sync_batch_norm",
     "unit_length",

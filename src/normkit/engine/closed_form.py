@@ -50,7 +50,7 @@ class _ClosedForm(torch.autograd.Function):
         rest = x - mean
         shift = rest.mean(dims, keepdim=True)
         rest -= shift
-        square = length(rest, dims).square_()
+        square = length(rest, dims).square()
         found = square / (count - statistic.correction)
         inverse = statistic.guarded(found, power=2).reciprocal_()
         return rest.mul_(inverse), inverse, mean + shift, square / count
@@ -71,10 +71,15 @@ class _ClosedForm(torch.autograd.Function):
         if di is not None:
             along = along + inverse * di
         along = along * _strength(statistic, inverse, ctx.count)
-        dx = -y * along
-        if dy is not None:
-            dx = dx + (dy if statistic.center is None else dy - dy.mean(dims, keepdim=True))
-        return (dx * inverse).to(ctx.dtype), None, None, None
+        if dy is None:
+            return (-y * along * inverse).to(ctx.dtype), None, None, None
+        if torch.is_grad_enabled():  # this pass is to be differentiated itself
+            centred = dy if statistic.center is None else dy - dy.mean(dims, keepdim=True)
+            return ((centred - y * along) * inverse).to(ctx.dtype), None, None, None
+        dx = torch.addcmul(dy, y, along, value=-1)
+        if statistic.center is not None:
+            dx -= dy.mean(dims, keepdim=True)
+        return dx.mul_(inverse).to(ctx.dtype), None, None, None
 
 
 def _strength(statistic: Statistic, inverse: Tensor, count: int) -> Tensor | float:
