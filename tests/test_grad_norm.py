@@ -82,7 +82,7 @@ def test_slow_tasks_get_the_larger_target() -> None:
 
 def test_without_a_restoring_force_norms_become_equal() -> None:
     model, z = Tasks(), x()
-    balance = GradNorm(3, alpha=0.0, rate=0.05).double()
+    balance = GradNorm(3, alpha=0.0, rate=0.05, step="multiplicative").double()
     for _ in range(300):
         balance(model(z), model.shared.weight)
     norms = grad_norm(model(z), model.shared.weight, balance.weights, balance.initial, 0.0).norms
@@ -139,7 +139,7 @@ def test_unlike_scales_train_at_one_pace_where_a_sum_does_not() -> None:
         left = losses.detach() / first
         return (left[0] - left[1]).abs().item()
 
-    assert gap(GradNorm(2, alpha=1.5, rate=0.1)) < 0.5 * gap(None)
+    assert gap(GradNorm(2, alpha=1.5, rate=0.1, step="multiplicative")) < 0.5 * gap(None)
 
 
 def test_a_first_loss_of_zero_waits() -> None:

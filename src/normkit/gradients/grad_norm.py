@@ -33,9 +33,10 @@ class GradNorm(nn.Module):
     sign(G_i - t_i) ||dL_i/dW|| exactly, and needs no second derivative: ``path="exact"``. ``path="autograd"`` differentiates
     the norms instead, and agrees.
 
-    The step by the slopes as they are, w_i <- w_i - rate slope_i, is ``"additive"``. It is as long as gradients are, and jumps
-    to and fro where one loss is a hundred times another. ``"multiplicative"`` steps down the same distance relative to the mean
-    norm in log w_i, w_i <- w_i exp(-rate w_i slope_i / mean_j(G_j)): it has no scale, and weights stay above 0.
+    The step by the slopes as they are, w_i <- w_i - rate slope_i, is ``"additive"``, as published. It is as long as gradients
+    are, and jumps to and fro where one loss is a hundred times another; then take ``"multiplicative"``, which steps down the
+    same distance relative to the mean norm in log w_i, w_i <- w_i exp(-rate w_i slope_i / mean_j(G_j)): it has no scale, and
+    weights stay above 0.
 
     Call it on the losses in place of adding them up; it returns the sum to differentiate, by the weights before the step, and
     steps the weights where it is in training. Weights are buffers: an optimizer of the model does not touch them.
@@ -47,7 +48,7 @@ class GradNorm(nn.Module):
         tasks: number of losses.
         alpha: restoring force: 0 makes all norms equal, larger values push tasks that lag behind. Default: 1.5.
         rate: of the step on the weights. Default: 0.025.
-        step: ``"multiplicative"`` or ``"additive"``. Default: ``"multiplicative"``.
+        step: ``"additive"`` or ``"multiplicative"``. Default: ``"additive"``.
         minimum: least weight, before they are scaled. Default: 1e-6.
         path: ``"exact"`` or ``"autograd"``. Default: ``"exact"``.
 
@@ -78,7 +79,7 @@ class GradNorm(nn.Module):
         alpha: float = 1.5,
         rate: float = 0.025,
         *,
-        step: Step = "multiplicative",
+        step: Step = "additive",
         minimum: float = 1e-6,
         path: Path = "exact",
     ) -> None:
