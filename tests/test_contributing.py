@@ -1,0 +1,78 @@
+"""The method that CONTRIBUTING adds in one file really gets everything."""
+
+import importlib.util
+import inspect
+import io
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from rich.console import Console
+
+import test_laws
+from normkit.catalogue import citation, drawing, methods, page, table
+from normkit.core.card import Card
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The file, as a module, with its card in the catalogue."""
+    (source,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
+    path = tmp_path / "positional_group_norm.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("positional_group_norm", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "positional_group_norm", module)
+    spec.loader.exec_module(module)
+    more = (*methods.METHODS, module.CARD)
+    for place in (methods, page, table, citation, drawing):
+        monkeypatch.setattr(place, "METHODS", more)
+    monkeypatch.setattr(test_laws, "RULES", [*test_laws.RULES, module.CARD])
+    return module
+
+
+def laws_for(card: Card) -> Iterator[tuple[str, object, dict[str, object]]]:
+    """Every law that a card alone decides, with each value of its other arguments."""
+    for name, law in vars(test_laws).items():
+        if not name.startswith("test_") or "data" in inspect.signature(law).parameters:
+            continue
+        cases: list[dict[str, object]] = [{}]
+        for mark in getattr(law, "pytestmark", []):
+            argument, values = mark.args[:2]
+            if argument != "card":
+                cases = [{**case, argument: value} for case in cases for value in values]
+        for case in cases:
+            yield name, law, {"card": card, **case}
+
+
+def test_it_keeps_the_laws(added: ModuleType) -> None:
+    kept = 0
+    for name, law, arguments in laws_for(added.CARD):
+        try:
+            law(**arguments)  # pyright: ignore[reportCallIssue]
+        except pytest.skip.Exception:
+            continue
+        except AssertionError as error:
+            raise AssertionError(f"{name} {arguments}: {error}") from error
+        kept += 1
+    assert kept > 30
+
+
+def test_it_has_a_page_a_picture_a_row_and_a_citation(added: ModuleType, tmp_path: Path) -> None:
+    out = io.StringIO()
+    page.show_page("positional_group_norm", Console(file=out, width=100))
+    page.list_table(Console(file=out, width=160))
+    assert out.getvalue().count("positional_group_norm") >= 2
+    assert "◆" in out.getvalue()
+    (picture,) = drawing.draw_methods(["positional_group_norm"], tmp_path)
+    assert picture.stat().st_size > 2000
+    assert "Positional group normalization" in table.methods_table()
+    assert "Positional group normalization" in table.comparison_table()
+    assert citation.methods_in(added.PositionalGroupNorm(1, 2)) == [added.CARD]
