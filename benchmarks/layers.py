@@ -40,8 +40,8 @@ CASES: list[tuple[str, str, Callable[[int], nn.Module], Callable[[int], nn.Modul
 class _Permuted(nn.LayerNorm):
     """How one normalizes over channels with torch: permute, normalize, permute back."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
 
 
 def step(layer: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor, train: bool) -> None:
@@ -93,7 +93,7 @@ def measure_one(
     x = torch.randn(shape, dtype=dtype)
     if last:
         x = x.to(memory_format=torch.channels_last)
-    channels = shape[1] if len(shape) > 2 else shape[-1]
+    channels = list(shape)[1]
     layers: dict[str, Callable[[Tensor], Tensor]] = {
         "ours": ours(channels).to(dtype),
         "eager": theirs(channels).to(dtype),
@@ -128,7 +128,8 @@ def main() -> None:
     arguments = parser.parse_args()
     peers = "eager, compile" if arguments.compile else "eager"
     head = [
-        f"| layer | input | dtype | memory | forward ms | {peers} / ours | of roofline | forward + backward ms | {peers} / ours | of roofline |",
+        f"| layer | input | dtype | memory | forward ms | {peers} / ours | of roofline "
+        f"| forward + backward ms | {peers} / ours | of roofline |",
         "|---|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     print("\n".join(head))

@@ -11,10 +11,10 @@ import sys
 import time
 import traceback
 
-import lab_samples
 import scipy.stats  # noqa: F401, imported here once, not in each child
 import torch
 
+import lab_samples
 from normkit.diagnostics.conditioning import weight_conditions  # noqa: F401
 from normkit.lab.compare import compare
 from normkit.lab.report import table  # noqa: F401

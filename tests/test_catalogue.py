@@ -55,7 +55,9 @@ def test_the_list_names_every_method() -> None:
 
 
 def test_an_unknown_method_lists_those_that_exist() -> None:
-    with pytest.raises(NotationError, match=r"no method 'groupnorm2'; did you mean group_norm\? those that exist: .*batch_norm"):
+    with pytest.raises(
+        NotationError, match=r"no method 'groupnorm2'; did you mean group_norm\? those that exist: .*batch_norm"
+    ):
         method("groupnorm2")
     assert method("GroupNorm") is method("gn") is method("group-norm")
 

@@ -16,6 +16,7 @@ _FILES = (
     "inputs.image_standardization",
     "inputs.whitening",
     "activations.batch_norm",
+    "activations.mean_only_batch_norm",
     "activations.ghost_batch_norm",
     "activations.batch_group_norm",
     "activations.batch_renorm",

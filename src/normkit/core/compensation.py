@@ -41,4 +41,6 @@ class Affine:
     def formula(self, normalized: str) -> str:
         """The compensated value as text."""
         gain = f"({self.offset:g} + weight)" if self.offset else "weight"
+        if " - " in normalized and "/" not in normalized:
+            normalized = f"({normalized})"
         return f"{gain} * {normalized} + bias"

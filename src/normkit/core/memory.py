@@ -13,7 +13,10 @@ from normkit.core.support import Split, per_shape, place
 
 
 class RunningStatistics(NamedTuple):
-    """The buffers of a module with memory: mean and unbiased variance per channel, and how many batches were seen."""
+    """The buffers of a module with memory: mean and unbiased variance per channel, and how many batches were seen.
+
+    Of a rule without a scale the variance is not kept, and ``var`` is a tensor without elements.
+    """
 
     mean: Tensor
     var: Tensor
@@ -114,3 +117,24 @@ class RunningMoments(Running):
         mixed = running.var + weight * (var - running.var) + weight * (1 - weight) * change.square()
         running.var.copy_(torch.where(finite, mixed, running.var))
         running.mean.copy_(torch.where(finite, running.mean + weight * change, running.mean))
+
+
+@dataclass(frozen=True)
+class RunningMean(Running):
+    """running <- (1 - momentum) running + momentum * mean, for rules that do not scale; there is no variance.
+
+    >>> statistics = RunningStatistics(torch.zeros(1), torch.empty(0))
+    >>> split = Split((4, 1), ("n", "c"), (0,))
+    >>> RunningMean(momentum=0.5).update(statistics, Moments(torch.tensor([[2.0]]), torch.tensor([[3.0]]), 4), split)
+    >>> statistics.mean
+    tensor([1.])
+    """
+
+    def _per_channel(self, new: Moments, split: Split) -> tuple[Tensor, Tensor]:
+        return self._reduce(new.mean, split), new.mean.new_empty(0)
+
+    def blend(self, running: RunningStatistics, mean: Tensor, var: Tensor) -> None:
+        """Take one mean per channel, without gradients, into the running mean in place; ``var`` is not read."""
+        weight = self._weight(running)
+        mean = mean.to(running.mean.dtype)
+        running.mean.copy_(torch.where(mean.isfinite(), running.mean + weight * (mean - running.mean), running.mean))

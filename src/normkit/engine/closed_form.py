@@ -25,7 +25,7 @@ from normkit.core.support import Split
 
 def has_closed_form(statistic: Statistic) -> bool:
     """Whether the statistic's gradient is the formula of this file."""
-    return (statistic.center, statistic.scale) in {("mean", "std"), (None, "rms"), (None, "norm")}
+    return (statistic.center, statistic.scale) in {("mean", "std"), ("mean", None), (None, "rms"), (None, "norm")}
 
 
 class _ClosedForm(torch.autograd.Function):
@@ -67,7 +67,7 @@ class _ClosedForm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         y, inverse = ctx.saved_tensors
         dy, di, statistic, dims = gradients[0], gradients[1], ctx.statistic, ctx.dims
-        along = (dy * y).sum(dims, keepdim=True) if dy is not None else 0.0
+        along = (dy * y).sum(dims, keepdim=True) if dy is not None else torch.zeros_like(inverse)
         if di is not None:
             along = along + inverse * di
         along = along * _strength(statistic, inverse, ctx.count)
@@ -111,5 +111,18 @@ def normalize(x: Tensor, split: Split, statistic: Statistic) -> tuple[Tensor, Te
     >>> normalize(x, Split((1, 2), ("o", "*"), (1,)), Statistic(None, "norm", 1e-12, "floor"))[:2]
     (tensor([[0.6000, 0.8000]]), tensor([[0.2000]]))
     """
+    if statistic.scale is None:
+        return _centred(x, split)
     y, inverse, mean, var = _ClosedForm.apply(x, split.dims, split.count, statistic)
     return y, inverse, None if mean is None else Moments(mean, var, split.count)
+
+
+def _centred(x: Tensor, split: Split) -> tuple[Tensor, Tensor, Moments]:
+    """Centring alone is linear: about a constant near the mean, autograd itself gives dx = dy - mean(dy) and keeps nothing."""
+    x = x.to(accumulation_dtype(x.dtype))
+    near = x.detach().mean(split.dims, keepdim=True)
+    rest = x - near
+    shift = rest.mean(split.dims, keepdim=True)
+    y = rest - shift
+    var = length(y.detach(), split.dims).square() / split.count
+    return y, torch.ones_like(near), Moments(near + shift.detach(), var, split.count)

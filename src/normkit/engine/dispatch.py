@@ -176,7 +176,8 @@ def _by_given_statistics(
     chosen, _ = _choose(rule, x, split, weight, bias, mask, backend)
     if chosen == "aten":
         return aten.normalize_by(rule, x, running, weight, bias)
-    mean, var = (place(buffer, memory.per, split) for buffer in (running.mean, running.var))
+    mean = place(running.mean, memory.per, split)
+    var = None if rule.statistic.scale is None else place(running.var, memory.per, split)
     y = reference.normalize_by(rule, x.reshape(split.shape), split, mean, var, weight, bias)
     inside = _split_mask(mask, x, split)
     return (y if inside is None else torch.where(inside, y, 0.0)).reshape(x.shape).to(x.dtype)

@@ -37,10 +37,11 @@ def normalize(
 
 
 def normalize_by(
-    rule: Rule, x: Tensor, split: Split, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
+    rule: Rule, x: Tensor, split: Split, mean: Tensor, var: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """Normalize by given statistics, one mean and variance per axis of the rule's memory, and compensate."""
-    return _compensated(rule, x, split, mean, rule.statistic.guarded(var, power=2), weight, bias)
+    """Normalize by given statistics, one mean and variance (or none) per axis of the rule's memory, and compensate."""
+    scale = None if var is None else rule.statistic.guarded(var, power=2)
+    return _compensated(rule, x, split, mean, scale, weight, bias)
 
 
 def _compensated(

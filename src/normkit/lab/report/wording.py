@@ -103,7 +103,8 @@ def judge(recipe: dict[str, Any], baseline: str) -> str:
         return "baseline"
     if low is None or high is None:
         return "single" if at(recipe, "paired.mean") is not None else "failed"
-    if low == high:  # scores come in whole samples, so a few seeds can agree to the last digit by chance: no spread to judge by
+    if low == high:
+        # Scores come in whole samples, so a few seeds can agree to the last digit by chance: no spread to judge by.
         return "even"
     return "better" if low > 0 else "worse" if high < 0 else "even"
 
