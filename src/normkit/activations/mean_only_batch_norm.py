@@ -1,0 +1,161 @@
+"""Mean-only batch normalization: each channel less its mean over the batch and all positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.errors import OptionError
+from normkit.core.memory import RunningMean, RunningStatistics
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support
+from normkit.engine.dispatch import Backend, run
+from normkit.engine.layer import Layer, check_channels
+
+_SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
+
+
+def mean_only_batch_norm_rule(momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True) -> Rule:
+    """Mean-only batch normalization as data.
+
+    >>> mean_only_batch_norm_rule().formula()
+    'y = weight * (x - E[x]) + bias'
+    """
+    if layout not in _SUPPORTS:
+        raise OptionError(f"MeanOnlyBatchNorm: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")
+    return Rule(_SUPPORTS[layout], Statistic("mean", None), Affine("c"), RunningMean(momentum) if memory else None)
+
+
+class MeanOnlyBatchNorm(Layer, nn.Module):
+    """Subtract each channel's mean over the batch and all positions; the companion of weight normalization.
+
+    y = x - E[x] + bias, with E over batch and positions in training, and a running average of it in evaluation:
+    running <- (1 - momentum) running + momentum * E[x]. Nothing is divided and there is no gain: weight normalization before
+    it sets the scale. The gradient subtracts its own mean, dx = dy - E[dy]. A bias of the layer before cancels. The noise that
+    the batch brings in is that of a mean alone, milder than batch normalization's.
+
+    Args:
+        num_features: channels C.
+        momentum: weight of the new value in the running mean; None for the cumulative average. Default: 0.1.
+        bias: whether there is a bias (starts at 0). Default: True.
+        track_running_stats: whether there is a running mean; without, the batch's mean is always used. Default: True.
+        layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
+        device: of the parameter.
+        dtype: of the parameter.
+
+    Shape:
+        (N, C, *) or, with channels last, (N, *, C), to the same. N may be 0.
+
+    Raises:
+        ShapeError: other channels than ``num_features``.
+        OptionError: another layout.
+
+    Reference:
+        Salimans and Kingma, "Weight Normalization" (2016), https://arxiv.org/abs/1602.07868, section 4.
+
+    >>> norm = MeanOnlyBatchNorm(1, momentum=0.5)
+    >>> norm(torch.tensor([[1.0], [5.0]])).detach().T
+    tensor([[-2.,  2.]])
+    >>> norm.running_mean
+    tensor([1.5000])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        momentum: float | None = 0.1,
+        bias: bool = True,
+        track_running_stats: bool = True,
+        *,
+        layout: str = "n c *",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.num_features, self.momentum, self.layout = num_features, momentum, layout
+        self.track_running_stats = track_running_stats
+        kind = {"device": device, "dtype": dtype}
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(num_features, **kind)) if bias else None)
+        self.register_buffer("running_mean", torch.zeros(num_features, **kind) if track_running_stats else None)
+        count = torch.tensor(0, dtype=torch.long, device=device) if track_running_stats else None
+        self.register_buffer("num_batches_tracked", count)
+        _ = self.rule  # refuses what does not go together now rather than at the first input
+
+    def make_rule(self) -> Rule:
+        return mean_only_batch_norm_rule(self.momentum, self.layout, self.track_running_stats)
+
+    def reset_parameters(self) -> None:
+        """Start again: bias 0, running mean 0, no batches."""
+        for tensor in (self.bias, self.running_mean, self.num_batches_tracked):
+            if tensor is not None:
+                nn.init.zeros_(tensor)
+
+    def check(self, input: Tensor) -> None:
+        check_channels("MeanOnlyBatchNorm", input, self.num_features, "num_features", self.layout)
+
+    def running(self) -> RunningStatistics | None:
+        mean = self.running_mean
+        return None if mean is None else RunningStatistics(mean, mean.new_empty(0), self.num_batches_tracked)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        text = f"{self.num_features}, momentum={self.momentum}, bias={self.bias is not None}"
+        text += f", track_running_stats={self.track_running_stats}"
+        return text + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+
+
+def mean_only_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    *,
+    layout: str = "n c *",
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Mean-only batch normalization as a function; in training it updates a running mean that is given. See MeanOnlyBatchNorm.
+
+    >>> mean_only_batch_norm(torch.tensor([[1.0], [5.0]]), training=True).T
+    tensor([[-2.,  2.]])
+    """
+    if running_mean is None and not training:
+        raise OptionError("mean_only_batch_norm: training=False needs running_mean; give it, or training=True")
+    rule = mean_only_batch_norm_rule(momentum, layout, running_mean is not None)
+    running = None if running_mean is None else RunningStatistics(running_mean, running_mean.new_empty(0))
+    return run(rule, x, None, bias, running=running, training=training, mask=mask, backend=backend)
+
+
+CARD = Card(
+    name="mean_only_batch_norm",
+    title="Mean-only batch normalization",
+    kind="activation",
+    word="",
+    normalized_over="each channel, over the batch and all positions; its mean alone",
+    formula="y = x - E[x] + bias",
+    paper=Paper(
+        "Salimans, Tim and Kingma, Diederik P.",
+        "Weight Normalization: A Simple Reparameterization to Accelerate Training of Deep Neural Networks",
+        2016,
+        "https://arxiv.org/abs/1602.07868",
+    ),
+    use_cases="behind weight-normalized layers, whose lengths set the scale",
+    strengths="cheaper than batch normalization, with milder noise; free at inference once folded",
+    weaknesses="depends on the batch; does not fix the scale of activations, which weights must",
+    module=MeanOnlyBatchNorm,
+    functional=mean_only_batch_norm,
+    make=MeanOnlyBatchNorm,
+    rule=mean_only_batch_norm_rule(),
+    batch_dependent=True,
+    running_state=True,
+    train_equals_eval=False,
+    foldable=True,
+    invariances=frozenset({"data shift"}),
+)
