@@ -6,6 +6,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normkit.activations.batch_norm import BatchNorm
+from normkit.activations.batch_renorm import BatchRenorm
+from normkit.activations.ghost_batch_norm import GhostBatchNorm
+from normkit.activations.mean_only_batch_norm import MeanOnlyBatchNorm
 from normkit.core.errors import SurgeryError
 from normkit.surgery.fold import fold
 from normkit.surgery.recipe import apply_recipe
@@ -19,7 +22,9 @@ def lived_in(model: nn.Module) -> nn.Module:
     model = model.double().eval()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point():
-            tensor.data.copy_(torch.rand_like(tensor) + 0.5 if name.endswith("var") else torch.randn_like(tensor))
+            tensor.data.copy_(
+                torch.rand_like(tensor) + 0.5 if name.endswith(("var", "std")) else torch.randn_like(tensor)
+            )
     return model
 
 
@@ -34,6 +39,10 @@ CASES = {
     "linear": (nn.Linear(4, 6), nn.BatchNorm1d(6), (3, 4)),
     "tokens": (nn.Linear(4, 6, bias=False), BatchNorm(6, layout="n * c"), (3, 5, 4)),
     "no affine": (nn.Linear(4, 6), nn.BatchNorm1d(6, affine=False), (3, 4)),
+    "renorm": (nn.ConvTranspose2d(4, 6, 3, groups=2), BatchRenorm(6), (2, 4, 5, 5)),
+    "renorm, no bias": (nn.Linear(4, 6), BatchRenorm(6, bias=False, layout="n * c"), (3, 5, 4)),
+    "mean only": (nn.Conv2d(3, 8, 3, bias=False), MeanOnlyBatchNorm(8), (2, 3, 5, 5)),
+    "ghost": (nn.Conv2d(3, 8, 3), GhostBatchNorm(8, 2, memory="moments"), (2, 3, 5, 5)),
     "no beta": (nn.Conv2d(3, 8, 3), BatchNorm(8, bias=False), (2, 3, 5, 5)),
 }
 
@@ -78,6 +87,17 @@ class Branches(nn.Module):
         y = self.f(self.borrowed(x))
         x = y + nn.functional.conv2d(x, self.borrowed.weight)
         return self.stateless(self.g(self.good(x)))
+
+
+def test_members_of_the_family_that_have_nothing_to_fold_by_are_left():
+    norms = [MeanOnlyBatchNorm(4, track_running_stats=False), nn.BatchNorm1d(4, track_running_stats=False)]
+    changed = BatchRenorm(4)
+    changed.forward = lambda x: x * x  # pyright: ignore
+    for norm, note in zip(
+        [*norms, changed], ["no running statistics", "no running statistics", "replaced"], strict=True
+    ):
+        model = lived_in(nn.Sequential(nn.Linear(3, 4), norm))
+        assert note in fold(model, torch.randn(2, 3).double()).rows[0].note
 
 
 def test_only_what_can_be_folded_is_folded():

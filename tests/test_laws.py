@@ -30,6 +30,7 @@ from normkit.core.card import Card
 from normkit.core.errors import BackendError, NormkitError, OptionError
 from normkit.engine.dispatch import run
 from normkit.engine.layer import Layer
+from normkit.surgery.fold import fold
 from oracles import ORACLES, normalized
 
 each_rule = pytest.mark.parametrize("card", RULES, ids=name)
@@ -346,3 +347,37 @@ def test_a_scale_invariant_weight_has_an_orthogonal_gradient(card: Card) -> None
     one = gradient(1.0)
     assert abs((one * model.linear.weight).sum()) < 1e-6 * one.norm()
     assert_close(gradient(4.0), one / 4, rtol=1e-6, atol=1e-9)
+
+
+def _behind_a_convolution(card: Card) -> tuple[nn.Sequential, Tensor]:
+    """In evaluation, with running statistics that are not those of the start."""
+    first: nn.Module = nn.Conv1d(3, 4, 2) if channels_first(card) else nn.Linear(3, 4)
+    model = nn.Sequential(first.double(), layer(card)).eval()
+    for key, buffer in model[1].named_buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(torch.rand_like(buffer) + 0.5 if key.endswith(("var", "std")) else torch.randn_like(buffer))
+    return model, torch.randn(2, 3, 6, dtype=torch.float64) if channels_first(card) else torch.randn(2, 6, 3).double()
+
+
+def _output(model: nn.Module, x: Tensor) -> Tensor:
+    y = model(x)
+    return y[0] if isinstance(y, tuple) else y
+
+
+@each_activation
+def test_claim_foldable(card: Card) -> None:
+    if card.extra is not None:
+        assert not card.foldable  # what it computes depends on more than the layer before it
+        return
+    model, x = _behind_a_convolution(card)
+    before, other = copy.deepcopy(model), torch.randn_like(x)
+    try:
+        wanted = _output(model, x)
+    except NormkitError:
+        assert not card.foldable  # it does not take what a convolution gives
+        return
+    rows = fold(model, x)
+    assert isinstance(model[1], nn.Identity) == card.foldable, str(rows)
+    # Products of order one in float64, in another order; the example proves the fold, the other input that it holds anywhere.
+    assert_close(_output(model, x), wanted, rtol=1e-10, atol=1e-10)
+    assert_close(_output(model, other), _output(before, other), rtol=1e-10, atol=1e-10)

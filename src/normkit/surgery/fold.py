@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from normkit.catalogue.methods import METHODS
 from normkit.core.errors import SurgeryError
 from normkit.surgery.attach import tied_parameters
 from normkit.surgery.bake import bake
@@ -17,6 +18,8 @@ from normkit.surgery.convert import replace_modules, run_on
 from normkit.surgery.norms import Norm, describe, is_norm, read_norm
 from normkit.surgery.watch import Watch, tensors_in
 
+# In evaluation one scale and shift for each channel, as their cards claim and the tests hold them to.
+_FOLDABLE = frozenset(card.module for card in METHODS if card.kind == "activation" and card.foldable)
 # About a thousand roundings, by which a folded network may differ where later layers amplify the first one's rounding.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -24,8 +27,9 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, to
 def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = None) -> Changes:
     """Bake normalizations into the weights of a model, in place, for inference.
 
-    Every weight parametrization becomes its value. With an example also each BatchNorm goes into the Conv, ConvTranspose or
-    Linear before it, W' = (weight / s) W, b' = bias + (b - mean) weight / s, s = sqrt(var + eps), if in a run on the example
+    Every weight parametrization becomes its value. With an example also each BatchNorm, and each member of its family whose card
+    says that it folds, goes into the Conv, ConvTranspose or Linear before it, W' = (weight / s) W, b' = bias + (b - mean)
+    weight / s, s = sqrt(var + eps) (the running deviation or 1 where that is what the norm keeps), if in a run on the example
     the layer's output is the very input of the norm and nothing else reads it; the norm becomes an Identity. After each fold
     the model's output is compared with the first one; beyond the tolerance the fold is undone. A branch that the example does
     not take is not seen: give one that takes it.
@@ -37,7 +41,7 @@ def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = Non
             the output, 1e-4 in float32, 1e-10 in float64.
 
     Returns:
-        The model, and a row a weight and a BatchNorm; where one was left as it was, ``before`` equals ``after`` and the note has
+        The model, and a row a weight and such a norm; where one was left as it was, ``before`` equals ``after`` and the note has
         the reason. The note of a fold has its error.
 
     Raises:
@@ -78,11 +82,11 @@ def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = Non
     ties = tied_parameters(model)
     for name, module in norms.items():
         try:
-            norm = read_norm(name, module)
+            norm = _read(name, module)
         except SurgeryError as error:
             rows.append(Change(label(name), describe(module), describe(module), f"left: {error}"))
             continue
-        if norm.kind != "batch_norm":
+        if norm.kind != "batch_norm" and type(module) not in _FOLDABLE:
             continue
         found = watch.layer_before(module)
         reason = found if isinstance(found, str) else _refusal(norm, module, *found, ties)
@@ -91,6 +95,21 @@ def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = Non
             continue
         rows.append(_fold_one(model, example, first, name, module, norm, found[0], names[id(found[0])], tolerance))
     return Changes(model, tuple(rows))
+
+
+def _read(name: str, module: nn.Module) -> Norm:
+    """As ``read_norm``, and members of the batch family that are no subclass of torch's."""
+    if type(module) not in _FOLDABLE or isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return read_norm(name, module)
+    if "forward" in vars(module):
+        raise SurgeryError(f"{label(name)}: its forward was replaced on the object; undo that first")
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    count, layout = module.num_features, module.layout
+    assert isinstance(count, int)
+    axes = "n * c" if layout == "n * c" else "n c *"
+    eps = getattr(module, "eps", 0.0)
+    tracks = module._buffers["running_mean"] is not None
+    return Norm(type(module).__name__, axes, (count,), eps, weight, bias, tracks=tracks)
 
 
 def _refusal(norm: Norm, module: nn.Module, layer: nn.Module, rank: int, ties: dict[int, list[str]]) -> str:
@@ -141,19 +160,22 @@ def _fold_one(
 
 
 def fold_batch_norm(layer: nn.Module, module: nn.Module, norm: Norm) -> tuple[nn.Parameter, nn.Parameter]:
-    """The weight and bias of a layer that computes what the layer and a BatchNorm in evaluation after it compute.
+    """The weight and bias of a layer that computes what the layer and a norm in evaluation after it compute.
 
     Args:
         layer: a Linear, Conv or ConvTranspose, in groups or not.
-        module: the BatchNorm.
+        module: a norm of the batch family, of running mean and running variance, deviation or neither.
         norm: the same as data.
 
     Returns:
         The parameters, of the dtype of the layer's; computed in float64.
     """
     weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
-    mean, var = (getattr(module, name).double() for name in ("running_mean", "running_var"))
-    scale = torch.rsqrt(var + norm.guard(torch.float32))
+    mean = module.get_buffer("running_mean").double()
+    var, deviation = (module._buffers.get(name) for name in ("running_var", "running_std"))
+    if var is not None:
+        deviation = (var.double() + norm.guard(torch.float32)).sqrt()
+    scale = torch.ones_like(mean) if deviation is None else deviation.double().reciprocal()
     if norm.weight is not None:
         scale = scale * norm.weight.detach().double()
     assert weight is not None
