@@ -106,6 +106,34 @@ def test_a_convolution_exceeds_sigma_by_the_root_of_the_taps_at_most(taps) -> No
     assert_close(operator_spectrum(constant, [5] * len(taps))[0], attained)
 
 
+@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+def test_exact_holds_the_largest_singular_value_at_one_at_each_use(make, shape) -> None:
+    layer = spectral_norm(make().double(), exact=True)
+    raw = layer.parametrizations.weight.original
+    dim = int("Transpose" in repr(layer))
+    assert list(layer.state_dict()) == list(spectral_norm(make()).state_dict())
+    for train in (True, False):
+        raw.data.copy_(torch.randn_like(raw) * 5)
+        layer.train(train)
+        found = layer.weight.movedim(dim, 0).flatten(1)
+        assert_close(torch.linalg.svdvals(found.detach())[0], torch.tensor(1.0).double())
+    assert layer(torch.randn(shape).double()).isfinite().all()
+
+
+def test_exact_is_differentiable_to_second_order() -> None:
+    part, w = SpectralNorm(torch.randn(3, 4).double(), exact=True), torch.randn(3, 4).double().requires_grad_()
+    assert torch.autograd.gradcheck(part, w)
+    assert torch.autograd.gradgradcheck(part, w)
+    u, _, vh = torch.linalg.svd(w.detach())
+    g = torch.randn(3, 4).double()
+    (found,) = torch.autograd.grad((part(w) * g).sum(), w)
+    (wanted,) = torch.autograd.grad((divide_by_sigma(w, u[:, 0], vh[0]) * g).sum(), w)
+    assert_close(found, wanted)
+    zero = torch.zeros(2, 2, requires_grad=True)
+    assert torch.autograd.grad(SpectralNorm(zero, exact=True)(zero).sum(), zero)[0].isfinite().all()
+    assert SpectralNorm(torch.ones(2, 2), exact=True)(torch.ones(2, 2).bfloat16()).dtype == torch.bfloat16
+
+
 def test_refusals() -> None:
     with pytest.raises(OptionError, match="dim=2 of a weight of 2 axes"):
         spectral_norm(nn.Linear(3, 2), dim=2)

@@ -103,10 +103,10 @@ def _read(name: str, module: nn.Module) -> Norm:
         return read_norm(name, module)
     if "forward" in vars(module):
         raise SurgeryError(f"{label(name)}: its forward was replaced on the object; undo that first")
-    weight, bias = module._parameters["weight"], module._parameters["bias"]
-    count, layout = module.num_features, module.layout
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    count = module.num_features
     assert isinstance(count, int)
-    axes = "n * c" if layout == "n * c" else "n c *"
+    axes = "n * c" if getattr(module, "layout", "n c *") == "n * c" else "n c *"
     eps = getattr(module, "eps", 0.0)
     tracks = module._buffers["running_mean"] is not None
     return Norm(type(module).__name__, axes, (count,), eps, weight, bias, tracks=tracks)

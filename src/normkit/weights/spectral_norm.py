@@ -13,6 +13,7 @@ from normkit.core.errors import OptionError
 from normkit.core.moments import accumulation_dtype
 from normkit.weights.attachment import Layer, attach
 from normkit.weights.layout import weight_of
+from normkit.weights.power_iteration import power_iteration
 
 
 class SpectralNorm(nn.Module):
@@ -23,11 +24,15 @@ class SpectralNorm(nn.Module):
     (sigma_2 / sigma_1)^2; only the largest singular value is held. A weight of one axis is divided by its norm. Of a convolution
     of stride 1 the operator's norm is at most sqrt(taps) sigma, not sigma.
 
+    With ``exact`` sigma is that of a singular value decomposition at each use, in training and in evaluation, differentiated
+    through: slower, never behind. The buffers then stay as they are; both kinds have one state_dict.
+
     Args:
         weight: the tensor as it starts; gives the size of the buffers ``_u`` and ``_v``.
         n_power_iterations: at each use in training. Default: 1.
         dim: the axis that counts output units. Default: 0.
         eps: floor of norms and of sigma. Default: 1e-12.
+        exact: by singular value decomposition, in place of iterations. Default: False.
 
     Shape:
         The shape of ``weight``, to the same.
@@ -47,7 +52,9 @@ class SpectralNorm(nn.Module):
     _u: Tensor
     _v: Tensor
 
-    def __init__(self, weight: Tensor, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12) -> None:
+    def __init__(
+        self, weight: Tensor, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12, *, exact: bool = False
+    ) -> None:
         super().__init__()
         if not -weight.dim() <= dim < weight.dim():
             axes = weight.dim()
@@ -55,6 +62,7 @@ class SpectralNorm(nn.Module):
         if n_power_iterations < 1:
             raise OptionError(f"SpectralNorm: n_power_iterations={n_power_iterations}; wanted a whole number from 1")
         self.n_power_iterations, self.dim, self.eps = n_power_iterations, dim % weight.dim(), eps
+        self.exact = exact
         if weight.dim() > 1:
             matrix = self._matrix(weight.detach())
             for name, size in zip(("_u", "_v"), matrix.shape, strict=True):
@@ -67,6 +75,9 @@ class SpectralNorm(nn.Module):
         if weight.dim() == 1:
             return F.normalize(weight, dim=0, eps=self.eps)
         matrix = self._matrix(weight)
+        if self.exact:
+            sigma = torch.linalg.matrix_norm(matrix.to(accumulation_dtype(weight.dtype)), 2)
+            return (weight / sigma.clamp_min(self.eps)).to(weight.dtype)
         if self.training:
             self._iterate(matrix.detach(), self.n_power_iterations)
         # Copies, as the next use writes to the buffers while this one's graph still needs what they hold.
@@ -81,7 +92,9 @@ class SpectralNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments."""
-        return f"n_power_iterations={self.n_power_iterations}, dim={self.dim}, eps={self.eps:g}"
+        return f"n_power_iterations={self.n_power_iterations}, dim={self.dim}, eps={self.eps:g}" + (
+            ", exact=True" if self.exact else ""
+        )
 
     def _moved(self, weight: Tensor) -> Tensor:
         return weight.movedim(self.dim, 0)
@@ -89,20 +102,11 @@ class SpectralNorm(nn.Module):
     def _matrix(self, weight: Tensor) -> Tensor:
         return self._moved(weight).flatten(1)
 
-    @torch.no_grad()
     def _iterate(self, matrix: Tensor, iterations: int) -> None:
-        wide = accumulation_dtype(matrix.dtype)
-        matrix, u, v = matrix.to(wide), self._u.to(wide), self._v.to(wide)
-        for _ in range(iterations):
-            u = self._direction(matrix @ v, u)
-            v = self._direction(matrix.T @ u, v)
-        self._u.copy_(u)
-        self._v.copy_(v)
-
-    def _direction(self, product: Tensor, before: Tensor) -> Tensor:
-        """The product's direction; that of before if it has none, as from a zero vector no iteration comes back."""
-        norm = torch.linalg.vector_norm(product)
-        return torch.where(norm > self.eps, product / norm.clamp_min(self.eps), before)
+        u, v = power_iteration(matrix, self._u, self._v, iterations, self.eps)
+        with torch.no_grad():
+            self._u.copy_(u)
+            self._v.copy_(v)
 
 
 class _DivideBySigma(torch.autograd.Function):
@@ -138,7 +142,13 @@ class _DivideBySigma(torch.autograd.Function):
 
 
 def spectral_norm(
-    layer: Layer, name: str = "weight", n_power_iterations: int = 1, eps: float = 1e-12, dim: int | None = None
+    layer: Layer,
+    name: str = "weight",
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    dim: int | None = None,
+    *,
+    exact: bool = False,
 ) -> Layer:
     """Put spectral normalization on a layer, in place; the raw weight stays the trained parameter.
 
@@ -151,6 +161,7 @@ def spectral_norm(
         n_power_iterations: at each use in training. Default: 1.
         eps: floor of norms and of sigma. Default: 1e-12.
         dim: the axis that counts output units; None for 1 of transposed convolutions and 0 of others. Default: None.
+        exact: by singular value decomposition at each use, in place of iterations. Default: False.
 
     Returns:
         The layer.
@@ -168,7 +179,7 @@ def spectral_norm(
     weight = weight_of(layer, name, "spectral_norm")
     if dim is None:
         dim = int(isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)))
-    return attach(layer, name, SpectralNorm(weight, n_power_iterations, dim, eps))
+    return attach(layer, name, SpectralNorm(weight, n_power_iterations, dim, eps, exact=exact))
 
 
 def divide_by_sigma(matrix: Tensor, u: Tensor, v: Tensor, eps: float = 1e-12) -> Tensor:
