@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
-from normkit.core.memory import Running, RunningStatistics
+from normkit.core.memory import Running
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
 from normkit.engine.dispatch import Backend, run
-from normkit.engine.layer import Layer, check_channels, check_several
+from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
 
 _SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
 
@@ -121,14 +121,10 @@ def batch_norm(
     >>> batch_norm(torch.tensor([[1.0], [3.0]]), training=True).T
     tensor([[-1.0000,  1.0000]])
     """
-    if (running_mean is None) != (running_var is None):
-        raise OptionError("batch_norm: running_mean and running_var go together; give both or neither")
-    if running_mean is None and not training:
-        raise OptionError("batch_norm: training=False needs running_mean and running_var; give them, or training=True")
+    running = given_statistics("batch_norm", running_mean, running_var, None if training else "training=False")
     rule = batch_norm_rule(eps, momentum, layout, running_mean is not None)
     if training:
         check_several("batch_norm", x, rule.support)
-    running = None if running_mean is None or running_var is None else RunningStatistics(running_mean, running_var)
     return run(rule, x, weight, bias, running=running, training=training, mask=mask, backend=backend)
 
 

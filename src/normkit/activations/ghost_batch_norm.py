@@ -16,7 +16,7 @@ from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
 from normkit.engine.dispatch import Backend, run
-from normkit.engine.layer import Layer, check_channels, check_several
+from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
 from normkit.engine.sub_batches import run_in_sub_batches
 
 Memory = Literal["mean", "sequential", "moments"]
@@ -182,15 +182,14 @@ def ghost_batch_norm(
     >>> ghost_batch_norm(torch.tensor([[1.0], [3.0], [10.0], [30.0]]), 2).T
     tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
     """
-    if (running_mean is None) != (running_var is None):
-        raise OptionError("ghost_batch_norm: running_mean and running_var go together; give both or neither")
+    running = given_statistics("ghost_batch_norm", running_mean, running_var)
     _check_size("ghost_batch_norm", ghost_batch_size)
     rule = ghost_batch_norm_rule(ghost_batch_size, eps, momentum, layout, memory)
     whole = _whole(rule, layout)
     check_several("ghost_batch_norm", x[:ghost_batch_size], whole.support)
     y, ghosts = run_in_sub_batches(rule, whole, ghost_batch_size, x, weight, bias, mask=mask, backend=backend)
-    if running_mean is not None and running_var is not None and rule.memory is not None:
-        _remember(rule.memory, RunningStatistics(running_mean, running_var), ghosts, memory)
+    if running is not None and rule.memory is not None:
+        _remember(rule.memory, running, ghosts, memory)
     return y
 
 

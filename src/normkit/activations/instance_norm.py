@@ -14,7 +14,7 @@ from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
 from normkit.engine.dispatch import Backend, run
-from normkit.engine.layer import Layer, check_channels, check_several
+from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
 
 _SUPPORTS = {layout: Support(layout, over="*") for layout in ("n c *", "n * c")}
 
@@ -124,14 +124,11 @@ def instance_norm(
     tensor([[[-1.0000,  1.0000],
              [-1.0000,  1.0000]]])
     """
-    if (running_mean is None) != (running_var is None):
-        raise OptionError("instance_norm: running_mean and running_var go together; give both or neither")
-    if running_mean is None and not use_input_stats:
-        raise OptionError("instance_norm: use_input_stats=False needs running_mean and running_var; give them")
+    needed = None if use_input_stats else "use_input_stats=False"
+    running = given_statistics("instance_norm", running_mean, running_var, needed)
     rule = instance_norm_rule(eps, momentum, layout, running_mean is not None)
     if use_input_stats:
         check_several("instance_norm", x, rule.support)
-    running = None if running_mean is None or running_var is None else RunningStatistics(running_mean, running_var)
     return run(rule, x, weight, bias, running=running, training=use_input_stats, mask=mask, backend=backend)
 
 

@@ -13,7 +13,7 @@ from normkit.core.memory import Running, RunningStatistics
 from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.pooling import pool
 from normkit.core.support import Support
-from normkit.engine.layer import check_channels, check_several
+from normkit.engine.layer import check_channels, check_several, given_statistics
 
 _INSTANCE = Support("n c *", over="*")
 _BATCH = Support("n c *", over="n *")
@@ -128,9 +128,7 @@ def switchable_norm(
     >>> switchable_norm(torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]]), torch.ones(3), torch.ones(3)).view(-1)
     tensor([-1.0911,  0.2182, -0.2182,  1.0911])
     """
-    if (running_mean is None) != (running_var is None):
-        raise OptionError("switchable_norm: running_mean and running_var go together; give both or neither")
-    running = None if running_mean is None or running_var is None else RunningStatistics(running_mean, running_var)
+    running = given_statistics("switchable_norm", running_mean, running_var)
     logits, affine = (mean_weight, var_weight), (weight, bias)
     return _normalize(x, logits, running, affine, training, Running(momentum), eps, correction, mask)
 

@@ -17,7 +17,7 @@ from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Split, Support, show
 from normkit.engine.dispatch import Backend, run
-from normkit.engine.layer import Layer, check_channels, check_several
+from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
 
 _SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
 
@@ -134,10 +134,8 @@ def sync_batch_norm(
     >>> sync_batch_norm(torch.tensor([[1.0], [3.0]])).T
     tensor([[-1.0000,  1.0000]])
     """
-    if (running_mean is None) != (running_var is None):
-        raise OptionError("sync_batch_norm: running_mean and running_var go together; give both or neither")
+    running = given_statistics("sync_batch_norm", running_mean, running_var)
     rule = sync_batch_norm_rule(eps, momentum, layout, running_mean is not None)
-    running = None if running_mean is None or running_var is None else RunningStatistics(running_mean, running_var)
     if _several(process_group):
         return _synchronized(rule, x, weight, bias, running, mask, process_group)
     check_several("sync_batch_norm", x, rule.support)

@@ -142,3 +142,16 @@ def check_features(
         )
     if input is not None:
         check_channels(who, input, shape[0], "normalized_shape", "n c *")
+
+
+def given_statistics(
+    who: str, mean: Tensor | None, var: Tensor | None, needed: str | None = None
+) -> RunningStatistics | None:
+    """Running statistics as arguments of a function: both or neither, and both where ``needed`` names the argument that asks."""
+    if (mean is None) != (var is None):
+        raise OptionError(f"{who}: running_mean and running_var go together; give both or neither")
+    if mean is None or var is None:
+        if needed is not None:
+            raise OptionError(f"{who}: {needed} needs running_mean and running_var; give them")
+        return None
+    return RunningStatistics(mean, var)
