@@ -99,7 +99,7 @@ def power_iteration_square(
     for _ in range(limit):
         product = wide @ now
         size = torch.linalg.vector_norm(product)
-        if size == 0:
+        if not size:
             return size, now
         before, now = now, product / size
         if min((now - before).norm(), (now + before).norm()) < tol:
