@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
 from normkit.core.errors import ShapeError
-from normkit.diagnostics.conditioning import chi, condition_number, operator_spectrum, weight_conditions
+from normkit.diagnostics.conditioning import chi, condition_number, operator_norm, operator_spectrum, weight_conditions
 from normkit.weights.spectral_norm import spectral_norm
 from normkit.weights.weight_conditioning import equilibrate, weight_conditioning
 from normkit.weights.weight_norm import weight_norm
@@ -193,3 +193,40 @@ def test_badly_scaled_rows_are_what_conditioning_repairs() -> None:
     raw, used = weight_conditions(nn.Sequential(weight_conditioning(layer)))["0"]
     assert raw > 100
     assert used < 10
+
+
+CONVOLUTIONS = {
+    "1d": (nn.Conv1d(3, 4, 3, padding=1, padding_mode="circular"), (6,)),
+    "2d, groups": (nn.Conv2d(4, 6, (3, 2), padding="same", padding_mode="circular", groups=2), (4, 5)),
+    "dilated": (nn.Conv2d(2, 3, 2, dilation=(2, 1), padding="same", padding_mode="circular"), (5, 4)),
+}
+
+
+@pytest.mark.parametrize(("layer", "size"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_the_operator_norm_is_that_of_the_whole_matrix(layer, size) -> None:
+    layer = copy.deepcopy(layer).double()
+    layer.bias.data.zero_()
+    x = torch.zeros(1, layer.in_channels, *size).double()
+    jacobian = torch.autograd.functional.jacobian(layer, x).reshape(-1, x.numel())
+    norm = operator_norm(layer, size)
+    assert math.isclose(norm, torch.linalg.matrix_norm(jacobian, 2).item(), rel_tol=1e-9)
+    # What spectral normalization holds at 1 bounds it by the root of the number of taps.
+    sigma = torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item()
+    assert sigma * (1 - 1e-9) <= norm or layer.groups > 1
+    assert norm <= math.prod(layer.kernel_size) ** 0.5 * sigma * (1 + 1e-9)
+
+
+def test_operator_norms_of_other_layers() -> None:
+    forward, back = nn.Conv2d(4, 6, 3, groups=2, bias=False), nn.ConvTranspose2d(6, 4, 3, groups=2, bias=False)
+    back.weight = forward.weight
+    assert (
+        operator_norm(back, (5, 5)) == operator_norm(forward, (5, 5)) == operator_norm(forward.weight, (5, 5), groups=2)
+    )
+    linear = nn.Linear(3, 4)
+    assert math.isclose(operator_norm(linear), torch.linalg.matrix_norm(linear.weight.double(), 2).item(), rel_tol=1e-9)
+    assert math.isclose(operator_norm(spectral_norm(nn.Linear(3, 4), exact=True)), 1.0, rel_tol=1e-5)
+    assert math.isnan(operator_norm(torch.full((2, 2), math.nan)))
+    with pytest.raises(ShapeError, match="stride 2x2"):
+        operator_norm(nn.Conv2d(3, 4, 3, stride=2), (8, 8))
+    with pytest.raises(ShapeError, match="one size for each axis of taps"):
+        operator_norm(nn.Conv2d(3, 4, 3, dilation=3), (6, 6))

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from normkit.core.errors import OptionError
 from normkit.weights.layout import WeightLayout
-from normkit.weights.weight_standardization import standardize, weight_standardization
+from normkit.weights.weight_standardization import PUBLISHED, WeightStandardization, standardize, weight_standardization
 
 
 def test_the_published_forms() -> None:
@@ -18,11 +18,22 @@ def test_the_published_forms() -> None:
     rest = w - w.mean((1, 2, 3), keepdim=True)
     var = rest.square().mean((1, 2, 3), keepdim=True)
     unbiased = var * 12 / 11
-    assert_close(standardize(w), rest / (var + 1e-5).sqrt())
-    assert_close(standardize(w, correction=1, guard="outside"), rest / (unbiased.sqrt() + 1e-5))
-    assert_close(standardize(w, correction=1), rest / (unbiased + 1e-5).sqrt())
+    wanted = {
+        "paper": rest / (var + 1e-5).sqrt(),
+        "authors": rest / (unbiased.sqrt() + 1e-5),
+        "batch_channel": rest / (unbiased + 1e-5).sqrt(),
+        "timm": rest / (var + 1e-6).sqrt(),
+    }
+    assert wanted.keys() == PUBLISHED.keys()
+    for name, options in PUBLISHED.items():
+        assert_close(standardize(w, **options), wanted[name], rtol=1e-12, atol=1e-12)
+        layer = weight_standardization(nn.Conv2d(3, 4, 2).double(), **options)
+        layer.weight = w
+        assert_close(layer.weight.detach(), wanted[name], rtol=1e-12, atol=1e-12)
+        assert f"{name}``" in (WeightStandardization.__doc__ or "")
+    assert_close(standardize(w), wanted["paper"])
     timm = F.batch_norm(w.reshape(1, 4, -1), None, None, training=True, momentum=0.0, eps=1e-6).view_as(w)
-    assert_close(standardize(w, 1e-6), timm)
+    assert_close(wanted["timm"], timm)
 
 
 @given(st.integers(1, 4), st.integers(2, 5), st.integers(1, 3))

@@ -33,11 +33,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from normkit.core.errors import ShapeError
 from normkit.core.support import show
-from normkit.weights.layout import weight_layout
+from normkit.weights.layout import weight_layout, weight_of
 
 # A singular value this far below the largest is rounding, and the matrix is singular.
 _RANK_TOLERANCE = 1e-12
@@ -163,6 +164,53 @@ def operator_spectrum(kernel: Tensor, size: Sequence[int], groups: int = 1) -> T
     response = torch.fft.fftn(kernel.detach().to(_device(kernel), torch.float64), s=tuple(size), dim=axes)
     matrices = response.flatten(2).unflatten(0, (groups, -1)).permute(3, 0, 1, 2)
     return torch.linalg.svdvals(matrices).flatten().sort(descending=True).values
+
+
+def operator_norm(layer: nn.Module | Tensor, size: Sequence[int] = (), *, groups: int = 1) -> float:
+    """The exact norm of a layer as a linear operator: its largest singular value, hence its Lipschitz constant.
+
+    Of a convolution under circular padding on inputs of that size; strides are refused. With W the 2-D unfolding that
+    ``spectral_norm`` holds at 1, sigma(W) <= norm <= sqrt(number of taps) sigma(W).
+
+    Args:
+        layer: Linear, Conv or ConvTranspose, parametrized or not; or a kernel, (out, in/groups, *taps) or a matrix.
+        size: of the input along each spatial axis, from the extent of the taps up. Default: (), of a matrix.
+        groups: of a convolution whose kernel is given; a layer knows its own. Default: 1.
+
+    Returns:
+        A number; NaN if an element is not finite.
+
+    Raises:
+        ShapeError: the size does not fit, or a convolution with strides.
+
+    Reference:
+        Sedghi, Gupta, Long (2019), https://arxiv.org/abs/1805.10408.
+
+    >>> round(operator_norm(torch.tensor([[[1.0, 1.0]]]), (4,)), 4)  # sqrt(2) times that of the unfolding
+    2.0
+    """
+    kernel, dilation = layer, ()
+    if isinstance(layer, nn.Module):
+        kernel = weight_of(layer, "weight", "operator_norm")
+        if isinstance(layer, _ConvNd):
+            groups, dilation = layer.groups, layer.dilation
+            if any(step != 1 for step in layer.stride):
+                raise ShapeError(
+                    f"operator_norm: the convolution has stride {show(layer.stride)}; wanted 1, whose operator has this one's "
+                    "rows and more, so that its norm is a bound: give the kernel in place of the layer"
+                )
+    assert isinstance(kernel, Tensor)
+    if not kernel.isfinite().all():
+        return math.nan
+    if kernel.dim() == 2 and not size:
+        return _singular_values(kernel, "operator_norm")[0].item()
+    # Transposing leaves singular values: a transposed convolution's kernel is that of the convolution the other way.
+    for axis, step in enumerate(dilation, 2):
+        spread = kernel.new_zeros([(n - 1) * step + 1 if d == axis else n for d, n in enumerate(kernel.shape)])
+        kernel = spread.index_copy(
+            axis, torch.arange(0, spread.shape[axis], step, device=kernel.device), kernel.detach()
+        )
+    return operator_spectrum(kernel, size, groups)[0].item()
 
 
 def _device(tensor: Tensor) -> torch.device:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
@@ -12,6 +14,22 @@ from normkit.core.support import Support, show
 from normkit.engine.dispatch import run
 from normkit.weights.attachment import Layer, attach
 from normkit.weights.layout import WeightLayout, weight_layout, weight_of
+
+
+class Published(TypedDict):
+    """The arguments that make a published form."""
+
+    eps: float
+    correction: int
+    guard: Guard
+
+
+PUBLISHED: dict[str, Published] = {
+    "paper": {"eps": 1e-5, "correction": 0, "guard": "inside"},
+    "authors": {"eps": 1e-5, "correction": 1, "guard": "outside"},
+    "batch_channel": {"eps": 1e-5, "correction": 1, "guard": "inside"},
+    "timm": {"eps": 1e-6, "correction": 0, "guard": "inside"},
+}
 
 
 def weight_standardization_rule(
@@ -29,16 +47,17 @@ class WeightStandardization(nn.Module):
     """The parametrization w = (v - E[v]) / sqrt(Var[v] + eps), E and Var over each output unit's weights.
 
     For layers that a normalization follows; without one, outputs grow with the root of the fan-in. The gradient has mean zero
-    in each row and is orthogonal to it but for eps. The published forms are
+    in each row and is orthogonal to it but for eps. The published forms are in ``PUBLISHED``, by name:
+    ``weight_standardization(layer, **PUBLISHED["timm"])``.
 
-    ===============================  =====================================
-    arguments                        known from
-    ===============================  =====================================
-    the defaults                     the paper's second version
-    correction=1, guard="outside"    the authors' code
-    correction=1                     their batch-channel normalization
-    eps=1e-6                         timm's StdConv2d
-    ===============================  =====================================
+    =================  =============================================  =====================================
+    name               arguments                                      known from
+    =================  =============================================  =====================================
+    ``paper``          eps=1e-5, correction=0, guard="inside"         the paper's second version; defaults
+    ``authors``        eps=1e-5, correction=1, guard="outside"        the authors' code
+    ``batch_channel``  eps=1e-5, correction=1, guard="inside"         their batch-channel normalization
+    ``timm``           eps=1e-6, correction=0, guard="inside"         timm's StdConv2d
+    =================  =============================================  =====================================
 
     Args:
         layout: of the weight. Default: axis 0 counts output units.
