@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from normkit.activations.batch_group_norm import BatchGroupNorm
 from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule
+from normkit.activations.mean_only_batch_norm import MeanOnlyBatchNorm
 from normkit.core.errors import OptionError, SurgeryError
 from normkit.core.moments import Moments, moments
 from normkit.surgery.changes import Change, Changes, label
 
 Estimator = Literal["population", "mean"]
-_KINDS = (nn.modules.batchnorm._BatchNorm, BatchRenorm, BatchGroupNorm)
+_KINDS = (nn.modules.batchnorm._BatchNorm, BatchRenorm, BatchGroupNorm, MeanOnlyBatchNorm)
 
 
 def recalibrate(
@@ -160,6 +161,8 @@ def _write(name: str, norm: nn.Module, seen: _Inputs) -> Change:
     wanted = {"running_mean": found.mean, scale: var.sqrt() if isinstance(norm, BatchRenorm) else var}
     deviation = (found.var + getattr(norm, "eps", 0.0)).sqrt()
     shift = float(((norm.get_buffer("running_mean") - found.mean) / deviation).abs().max())
+    if isinstance(norm, MeanOnlyBatchNorm):
+        del wanted[scale]
     for key, value in wanted.items():
         norm.get_buffer(key).copy_(value)
     what = f"{type(norm).__name__}({found.mean.numel()})"
