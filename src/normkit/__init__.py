@@ -47,6 +47,7 @@ from normkit.activations.layer_norm import LayerNorm, layer_norm
 from normkit.activations.local_context_norm import LocalContextNorm, local_context_norm
 from normkit.activations.local_contrast_norm import LocalContrastNorm, local_contrast_norm
 from normkit.activations.local_response_norm import LocalResponseNorm, local_response_norm
+from normkit.activations.mean_only_batch_norm import MeanOnlyBatchNorm, mean_only_batch_norm
 from normkit.activations.normalizer_free import NormalizerFreeBlock, predicted_betas, scaled_activation
 from normkit.activations.partial_rms_norm import PartialRMSNorm, partial_rms_norm
 from normkit.activations.positional_norm import (
@@ -94,7 +95,7 @@ from normkit.core.moments import Moments, moments
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
-from normkit.diagnostics.conditioning import chi, condition_number, operator_spectrum, weight_conditions
+from normkit.diagnostics.conditioning import chi, condition_number, operator_norm, operator_spectrum, weight_conditions
 from normkit.engine.dispatch import Explanation, explain, normalize, run, run_measured
 from normkit.engine.layer import Layer
 from normkit.gradients.adaptive_clipping import AdaptiveClipping, adaptive_gradient_clipping, last_linear
@@ -119,13 +120,17 @@ from normkit.schedules import inverse_sqrt_rate, inverse_sqrt_warmup, linear_rat
 from normkit.surgery.changes import Change, Changes
 from normkit.surgery.condition import condition
 from normkit.surgery.convert import convert
+from normkit.surgery.data_dependent_init import data_dependent_init
 from normkit.surgery.decay import FromOne, norm_penalty, param_groups
+from normkit.surgery.example_weighing import choose_alpha, weigh_examples
 from normkit.surgery.fold import fold
+from normkit.surgery.reassign_spectral import reassign_spectral_
 from normkit.surgery.recalibrate import recalibrate
 from normkit.surgery.recipe import Recipe, apply_recipe
 from normkit.surgery.redundant_bias import drop_redundant_bias
 from normkit.surgery.select import select
 from normkit.weights.layout import WeightLayout, weight_layout
+from normkit.weights.power_iteration import power_iteration, power_iteration_square
 from normkit.weights.scaled_weight_standardization import (
     ScaledWeightStandardization,
     nonlinearity_gain,
@@ -135,7 +140,7 @@ from normkit.weights.scaled_weight_standardization import (
 from normkit.weights.spectral_norm import SpectralNorm, divide_by_sigma, spectral_norm
 from normkit.weights.weight_conditioning import Equilibrate, equilibrate, weight_conditioning
 from normkit.weights.weight_norm import WeightNorm, rescale, weight_norm
-from normkit.weights.weight_standardization import WeightStandardization, standardize, weight_standardization
+from normkit.weights.weight_standardization import Published, WeightStandardization, standardize, weight_standardization
 
 __version__ = "0.1.0"
 
@@ -193,6 +198,7 @@ __all__ = [
     "LyuSimoncelliNorm",
     "MaxAbsScaling",
     "MeanNormalization",
+    "MeanOnlyBatchNorm",
     "MinMaxScaling",
     "Moments",
     "NormalizerFreeBlock",
@@ -204,6 +210,7 @@ __all__ = [
     "PositionalMoments",
     "PositionalNorm",
     "ProtocolError",
+    "Published",
     "QueryKeyNorm",
     "RMSNorm",
     "Recipe",
@@ -241,11 +248,13 @@ __all__ = [
     "batch_norm",
     "batch_renorm",
     "chi",
+    "choose_alpha",
     "cite",
     "condition",
     "condition_number",
     "conditional_norm",
     "convert",
+    "data_dependent_init",
     "divide_by_sigma",
     "divisive_norm",
     "drop_redundant_bias",
@@ -282,6 +291,7 @@ __all__ = [
     "lyu_simoncelli_norm",
     "max_abs_scaling",
     "mean_normalization",
+    "mean_only_batch_norm",
     "method",
     "methods_in",
     "min_max_scaling",
@@ -292,14 +302,18 @@ __all__ = [
     "norm_penalty",
     "normalize",
     "normalize_gradients",
+    "operator_norm",
     "operator_spectrum",
     "padding_mask",
     "param_groups",
     "partial_rms_norm",
     "positional_moments",
     "positional_norm",
+    "power_iteration",
+    "power_iteration_square",
     "predicted_betas",
     "query_key_norm",
+    "reassign_spectral_",
     "recalibrate",
     "recurrent_batch_norm",
     "renormalize_",
@@ -319,6 +333,7 @@ __all__ = [
     "sync_batch_norm",
     "unit_length",
     "unroll",
+    "weigh_examples",
     "weight_conditioning",
     "weight_conditions",
     "weight_layout",
