@@ -13,6 +13,7 @@ from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.moments import accumulation_dtype
+from normkit.core.precision import full_precision
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
@@ -150,7 +151,8 @@ class ConditionalNorm(_Normalizer):
                 f"ConditionalNorm: got a condition of {show(condition.shape)} ({condition.dtype}) for an input of "
                 f"{show(input.shape)}, wanted {wanted} for each sample"
             )
-        return condition.to(wide) @ parameter.to(wide)
+        with full_precision(input):
+            return condition.to(wide) @ parameter.to(wide)
 
     def extra_repr(self) -> str:
         which = f"classes={self.classes}" if self.classes is not None else f"features={self.features}"

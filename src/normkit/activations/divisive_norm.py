@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.moments import accumulation_dtype
+from normkit.core.precision import full_precision
 from normkit.core.support import show
 from normkit.core.window import sliding_mean
 from normkit.engine.layer import check_channels
@@ -284,7 +285,8 @@ def heeger_norm(x: Tensor, weight: Tensor, exponent: float = 2.0, sigma: float =
     active = wide > 0
     # The inner one keeps derivatives of the power finite where nothing is active.
     drive = torch.where(active, torch.where(active, wide, 1.0).pow(exponent), 0.0)
-    pool = F.linear(drive.movedim(1, -1), weight.to(wide.dtype)).movedim(-1, 1)
+    with full_precision(x):
+        pool = F.linear(drive.movedim(1, -1), weight.to(wide.dtype)).movedim(-1, 1)
     return (gain * drive / (pool + sigma**exponent)).to(x.dtype)
 
 

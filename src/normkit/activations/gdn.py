@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.moments import accumulation_dtype
+from normkit.core.precision import full_precision
 from normkit.core.support import show
 from normkit.engine.layer import check_channels
 
@@ -93,7 +94,8 @@ def gdn(x: Tensor, beta: Tensor, gamma: Tensor, *, inverse: bool = False) -> Ten
     wide = x.to(accumulation_dtype(x.dtype))
     if x.dim() < 2:
         raise ShapeError(f"gdn: got an input of {x.dim()} axes ({show(x.shape)}), wanted at least 2: n c *")
-    energy = F.linear(wide.square().movedim(1, -1), gamma.to(wide.dtype), beta.to(wide.dtype)).movedim(-1, 1)
+    with full_precision(x):
+        energy = F.linear(wide.square().movedim(1, -1), gamma.to(wide.dtype), beta.to(wide.dtype)).movedim(-1, 1)
     return (wide * (energy.sqrt() if inverse else energy.rsqrt())).to(x.dtype)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.moments import accumulation_dtype
+from normkit.core.precision import full_precision
 from normkit.core.support import show
 from normkit.core.window import sliding_mean, sliding_sum
 
@@ -112,7 +113,8 @@ def local_contrast_norm(
         )
     space = tuple(range(2, x.dim()))
     if form == "jarrett":
-        return _jarrett(wide, window, window / 6 if sigma is None else sigma, eps).to(x.dtype)
+        with full_precision(x):
+            return _jarrett(wide, window, window / 6 if sigma is None else sigma, eps).to(x.dtype)
     # A common mean cancels in the deviations; without it their small sums keep their digits.
     rest = wide - wide.mean(space, keepdim=True) if space else wide
     deviation = rest - sliding_mean(rest, [(dim, window) for dim in space])

@@ -11,6 +11,7 @@ from torch import Tensor
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError
 from normkit.core.moments import accumulation_dtype, moments
+from normkit.core.precision import full_precision
 from normkit.core.support import Split, Support
 from normkit.inputs.fitting import Fitted, like, wide
 
@@ -99,7 +100,8 @@ class Whitening(Fitted):
         rows = wide(x).movedim(self._axis(split), -1).flatten(0, -2)
         mean = moments(rows, (0,)).mean
         rest = rows - mean
-        return {"mean": mean[0], "covariance": rest.mT @ rest / rows.shape[0]}
+        with full_precision(rest):
+            return {"mean": mean[0], "covariance": rest.mT @ rest / rows.shape[0]}
 
     def merge(self, n: int, old: dict[str, Tensor], more: int, new: dict[str, Tensor]) -> dict[str, Tensor]:
         share = more / (n + more)
@@ -112,9 +114,7 @@ class Whitening(Fitted):
         accumulation_dtype(x.dtype)
         split = self._ready(x, self.mean.shape)
         values, vectors, mean = self._in(x)
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # products in half precision would undo what the statistics keep
+        with full_precision(x):
             z = (x.movedim(self._axis(split), -1).to(mean.dtype) - mean) @ vectors
             if self.equalize:
                 z = z / (values + self.eps).sqrt()
@@ -127,7 +127,7 @@ class Whitening(Fitted):
         wanted = self.mean.shape if self.method == "zca" else self.eigenvalues.shape
         split = self._ready(y, wanted)
         values, vectors, mean = self._in(y)
-        with torch.autocast(y.device.type, enabled=False):
+        with full_precision(y):
             z = y.movedim(self._axis(split), -1).to(mean.dtype)
             if self.method == "zca":
                 z = z @ vectors

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.moments import accumulation_dtype
+from normkit.core.precision import full_precision
 from normkit.core.support import show
 
 
@@ -47,9 +48,10 @@ def power_iteration(
         _unit(wide.new_empty(size).normal_(), eps) if kept is None else kept.to(wide.dtype)
         for kept, size in zip((u, v), wide.shape, strict=True)
     )
-    for _ in range(iterations):
-        left = _unit(wide @ right, eps, left)
-        right = _unit(wide.T @ left, eps, right)
+    with full_precision(wide):
+        for _ in range(iterations):
+            left = _unit(wide @ right, eps, left)
+            right = _unit(wide.T @ left, eps, right)
     return left, right
 
 
@@ -96,14 +98,15 @@ def power_iteration_square(
         )
     wide = matrix.detach().to(accumulation_dtype(matrix.dtype))
     now = _unit(wide.new_empty(len(wide)).normal_() if x is None else x.to(wide.dtype), 0.0)
-    for _ in range(limit):
-        product = wide @ now
-        size = torch.linalg.vector_norm(product)
-        if not size:
-            return size, now
-        before, now = now, product / size
-        if min((now - before).norm(), (now + before).norm()) < tol:
-            return torch.linalg.vector_norm(wide @ now), now
+    with full_precision(wide):
+        for _ in range(limit):
+            product = wide @ now
+            size = torch.linalg.vector_norm(product)
+            if not size:
+                return size, now
+            before, now = now, product / size
+            if min((now - before).norm(), (now + before).norm()) < tol:
+                return torch.linalg.vector_norm(wide @ now), now
     raise OptionError(
         f"power_iteration_square: x still moves by more than tol={tol:g} after limit={limit} iterations; the matrix may have no "
         "dominant real eigenvalue, or tol is below the rounding of its dtype"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError
 from normkit.core.moments import accumulation_dtype
+from normkit.core.precision import full_precision
 from normkit.weights.attachment import Layer, attach
 from normkit.weights.layout import weight_of
 from normkit.weights.power_iteration import power_iteration
@@ -189,10 +190,11 @@ def divide_by_sigma(matrix: Tensor, u: Tensor, v: Tensor, eps: float = 1e-12) ->
     tensor([[1.0000, 0.0000],
             [0.0000, 0.5000]])
     """
-    if torch.compiler.is_compiling():
-        sigma = u @ (matrix.to(u.dtype) @ v)
-        return (matrix / torch.where(sigma.abs() > eps, sigma, eps)).to(matrix.dtype)
-    return _DivideBySigma.apply(matrix, u, v, eps)[0].to(matrix.dtype)  # pyright: ignore[reportOptionalSubscript]
+    with full_precision(matrix):
+        if torch.compiler.is_compiling():
+            sigma = u @ (matrix.to(u.dtype) @ v)
+            return (matrix / torch.where(sigma.abs() > eps, sigma, eps)).to(matrix.dtype)
+        return _DivideBySigma.apply(matrix, u, v, eps)[0].to(matrix.dtype)  # pyright: ignore[reportOptionalSubscript]
 
 
 CARD = Card(

@@ -1,0 +1,29 @@
+"""Where a method's own arithmetic keeps its precision, whatever the surrounding autocast asks for."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """A context without autocast: matrix products of statistics stay in the dtype that they are given.
+
+    Args:
+        x: a tensor on the device of the products.
+
+    Returns:
+        A context manager.
+
+    >>> x = torch.tensor([[1.0, 2.0**-10]])
+    >>> with torch.autocast("cpu", torch.bfloat16), full_precision(x):
+    ...     x @ x.mT
+    tensor([[1.0000]])
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     (x @ x.mT).dtype
+    torch.bfloat16
+    """
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
