@@ -67,3 +67,12 @@ def test_refusals() -> None:
     x, norm = _image(), ExemplarNorm(4).double()
     with pytest.raises(ShapeError, match="wanted 3 for each of 3 samples"):
         exemplar_norm(x, norm.moments(x), torch.ones(3, 2), norm.weight, norm.bias)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(0, 4, 5), (2, 4, 0)])
+def test_an_empty_batch_leaves_gradients_and_averages_finite(shape, training) -> None:
+    norm = ExemplarNorm(4).train(training)
+    norm(torch.randn(shape)).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in norm.parameters() if parameter.grad is not None)
+    assert_close((norm.running_mean, norm.running_var), (torch.zeros(4), torch.ones(4)), rtol=0, atol=0)

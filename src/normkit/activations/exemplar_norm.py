@@ -13,6 +13,7 @@ from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.pooling import pool
+from normkit.core.precision import full_precision
 from normkit.core.support import Support, show
 from normkit.engine.layer import check_channels, check_several
 
@@ -103,8 +104,12 @@ class ExemplarNorm(nn.Module):
         check_channels("ExemplarNorm", input, self.num_features, "num_features", "n c *")
         wide = input.to(accumulation_dtype(input.dtype))
         check_several("ExemplarNorm", input, _INSTANCE)
-        instance = moments(wide, tuple(range(2, input.dim())))
-        if self.training:
+        if input.numel():
+            instance = moments(wide, tuple(range(2, input.dim())))
+        else:  # no element has moments; what is not a number would reach the gradients of the parameters
+            empty = wide.new_zeros([*input.shape[:2], *[1] * (input.dim() - 2)])
+            instance = Moments(empty, torch.ones_like(empty), 0)
+        if self.training and input.numel():
             batch = pool(instance, (0,))
             running = RunningStatistics(self.running_mean, self.running_var)
             self.memory.update(running, batch, _BATCH.split(input.shape))
@@ -119,9 +124,10 @@ class ExemplarNorm(nn.Module):
         """How much of instance, layer and batch each sample takes: (N, 3), each row summing to 1."""
         pooled = found[0].mean.flatten(1)
         seen = [(pooled - each.mean.flatten(1)) * (each.var.flatten(1) + self.eps).rsqrt() for each in found]
-        z = _linear(self.reduce, torch.stack(seen, 1)).relu()
-        products = (z @ z.transpose(1, 2)).flatten(1)
-        return _linear(self.logits, _linear(self.hidden, products).tanh()).softmax(1)
+        with full_precision(pooled):
+            z = _linear(self.reduce, torch.stack(seen, 1)).relu()
+            products = (z @ z.transpose(1, 2)).flatten(1)
+            return _linear(self.logits, _linear(self.hidden, products).tanh()).softmax(1)
 
     def forward(self, input: Tensor) -> Tensor:
         found = self.moments(input)
