@@ -1,6 +1,7 @@
 """Every activation method against the laws that all must keep, and against each claim on its card."""
 
 import copy
+import inspect
 import pickle
 from typing import Any
 
@@ -256,6 +257,24 @@ def test_a_mask_equals_leaving_the_padding_out(card: Card) -> None:
     assert_close(made.state_dict(), fresh.state_dict(), rtol=1e-9, atol=1e-9)
     (gradient,) = torch.autograd.grad(found.square().sum(), padded)
     assert gradient.isfinite().all()
+
+
+@each_activation
+@pytest.mark.parametrize("nothing", ["no samples", "all masked"])
+def test_nothing_leaves_running_statistics(card: Card, nothing: str) -> None:
+    made, x = layer(card), sample_input(card)
+    kept = {key: buffer for key, buffer in made.named_buffers() if buffer.is_floating_point()}
+    for buffer in kept.values():
+        buffer.copy_(torch.rand_like(buffer) + 0.5)
+    before = {key: buffer.clone() for key, buffer in kept.items()}
+    if not kept:
+        assert not card.running_state
+        return
+    if nothing == "no samples":
+        call(card, made, x[:0])
+    elif "mask" in inspect.signature(made.forward).parameters:
+        made(x, *(card.extra(x) if card.extra else ()), mask=torch.zeros(1, 1, 1, dtype=torch.bool))
+    assert_close(dict(kept), before, rtol=0, atol=0)
 
 
 # Claims of the card

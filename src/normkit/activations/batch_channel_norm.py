@@ -248,6 +248,8 @@ def _estimated(
         assert rule.memory is not None
         found = moments(wide.detach(), split.dims, mask)
         mean = found.mean.reshape(-1)
+        if isinstance(found.n, Tensor):  # a channel without elements has no say
+            mean = torch.where(found.n.reshape(-1) > 0, mean, math.nan)
         rule.memory.blend(running, mean, found.var.reshape(-1) + (mean - running.mean).square())
     mean, var = (place(value, "c", split).to(wide.dtype) for value in (running.mean, running.var))
     y = _AFFINE.apply((wide - mean) / rule.statistic.guarded(var, power=2), split, weight, bias)

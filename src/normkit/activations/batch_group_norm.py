@@ -176,6 +176,8 @@ class BatchGroupNorm(Layer, nn.Module):
             channels = 1 if self.layout == "n c *" else input.dim() - 1
             dims = tuple(d for d in range(input.dim()) if d != channels)
             found = moments(input.detach(), dims, mask)
+            if isinstance(found.n, Tensor):  # a channel without elements has no say
+                found = found._replace(mean=torch.where(found.n > 0, found.mean, math.nan))
         self._memory.blend(running, found.mean.reshape(-1), found.var.reshape(-1))
         return y
 

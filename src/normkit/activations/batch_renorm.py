@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,6 +262,8 @@ def _renormalize(
         r = torch.clamp(deviation / std, 1 / r_max, r_max)
         d = torch.clamp((found.mean - mean) / std, -d_max, d_max)
         y = y * r + d
+        if isinstance(found.n, Tensor):  # what a mask left without a variance has no say
+            deviation = torch.where(found.n > 1, deviation, math.nan)
         memory.blend(running, found.mean.reshape(-1), deviation.reshape(-1))
     y = _AFFINE.apply(y, split, weight, bias)
     return (y if mask is None else torch.where(mask, y, 0.0)).to(x.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -203,11 +204,13 @@ def _remember(memory: Running, running: RunningStatistics, ghosts: Moments, how:
         return
     # Sub-batches that a mask left with no variance of their own have no say.
     share = (n > 1).to(ghosts.mean.dtype) if how == "mean" else n
-    share = share / share.sum(0)
+    total = share.sum(0)
+    share = share / total
     spoken = share > 0
     mean = torch.where(spoken, share * ghosts.mean, 0.0).sum(0)
     var = ghosts.unbiased() if how == "mean" else ghosts.var + (ghosts.mean - mean).square()
-    memory.blend(running, mean, torch.where(spoken, share * var, 0.0).sum(0))
+    var = torch.where(spoken, share * var, 0.0).sum(0)
+    memory.blend(running, mean, torch.where(total > 0, var, math.nan))  # where none has a say, nothing is new
 
 
 def _whole(rule: Rule, layout: str) -> Rule:
