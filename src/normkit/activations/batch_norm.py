@@ -91,7 +91,7 @@ class BatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
         _ = self.rule  # refuses what does not go together now rather than at the first input
 
     def make_rule(self) -> Rule:
-        return batch_norm_rule(self.eps, self.momentum, self.layout, self.track_running_stats)
+        return batch_norm_rule(self.eps, self.momentum, self.layout)
 
     def check(self, input: Tensor) -> None:
         check_channels("BatchNorm", input, self.num_features, "num_features", self.layout)

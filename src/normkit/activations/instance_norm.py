@@ -88,14 +88,16 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
         _ = self.rule  # refuses what does not go together now rather than at the first input
 
     def make_rule(self) -> Rule:
-        return instance_norm_rule(self.eps, self.momentum, self.layout, self.track_running_stats)
+        return instance_norm_rule(self.eps, self.momentum, self.layout)
 
     def check(self, input: Tensor) -> None:
         check_channels("InstanceNorm", input, self.num_features, "num_features", self.layout)
-        if self.training or self.running_mean is None:
+        if self.training or self.running() is None:
             check_several("InstanceNorm", input, self.rule.support)
 
     def running(self) -> RunningStatistics | None:
+        if not self.track_running_stats:  # also where it was set later: as torch, then, by the input's own
+            return None
         running = super().running()
         # torch counts no batches here, and only the cumulative average needs the count.
         return running if running is None or self.momentum is None else running._replace(batches=None)

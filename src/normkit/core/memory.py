@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,7 +54,10 @@ class Running:
             if running.batches is not None:
                 running.batches.add_(1)
             return
-        self.blend(running, *self._per_channel(Moments(new.mean.detach(), new.var.detach(), new.n), split))
+        mean, var = new.mean.detach(), new.var.detach()
+        if isinstance(new.n, Tensor):  # a set that a mask left empty has neither
+            mean, var = (torch.where(new.n > 0, value, math.nan) for value in (mean, var))
+        self.blend(running, *self._per_channel(Moments(mean, var, new.n), split))
 
     def _per_channel(self, new: Moments, split: Split) -> tuple[Tensor, Tensor]:
         return self._reduce(new.mean, split), self._reduce(new.unbiased(), split)
@@ -77,7 +81,8 @@ class Running:
     def _reduce(self, value: Tensor, split: Split) -> Tensor:
         keep = [d for d, name in enumerate(split.names) if name in self.per.replace("(", " ").replace(")", " ").split()]
         others = tuple(d for d in range(value.dim()) if d not in keep)
-        return (value.mean(others) if others else value).reshape(per_shape(self.per, split))
+        # A set without elements, as of a wholly masked sample, has no mean; the others still have theirs.
+        return (value.nanmean(others) if others else value).reshape(per_shape(self.per, split))
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class Statistic:
             assert found is not None
             center = found.mean
         else:
-            center = least.amin(dims, keepdim=True) if self.center == "min" else None
+            center = _least(least, dims) if self.center == "min" else None
         if self.scale is None:
             return center, None, found
         if self.scale == "std":
@@ -115,16 +115,16 @@ class Statistic:
         if self.scale == "rms":
             count = split.count if mask is None else mask.expand(x.shape).sum(dims, keepdim=True).clamp_min(1)
             if self.guard == "inside":
-                return center, self.guarded(kept.square().sum(dims, keepdim=True) / count, power=2), found
+                return center, self.guarded(_total(kept.square(), dims) / count, power=2), found
             return center, self.guarded(length(kept, dims) / count**0.5), found
         if self.scale == "norm":
             if self.guard == "inside":
-                return center, self.guarded(kept.square().sum(dims, keepdim=True), power=2), found
+                return center, self.guarded(_total(kept.square(), dims), power=2), found
             return center, self.guarded(length(kept, dims)), found
         if self.scale == "max":
-            return center, self.guarded(kept.abs().amax(dims, keepdim=True)), found
+            return center, self.guarded(_most(kept.abs(), dims)), found
         most = x if mask is None else torch.where(mask, x, -math.inf)
-        return center, self.guarded(most.amax(dims, keepdim=True) - least.amin(dims, keepdim=True)), found
+        return center, self.guarded(_most(most, dims) - _least(least, dims)), found
 
     def formula(self) -> str:
         """The normalized value, as the literature writes it."""
@@ -135,6 +135,21 @@ class Statistic:
             return f"{top} / {_INSIDE_FORMULA[self.scale]}"
         bare = _SCALE_FORMULA[self.scale]
         return f"{top} / max({bare.strip('()')}, eps)" if self.guard == "floor" else f"{top} / ({bare} + eps)"
+
+
+# To torch no axes mean all of them; here they mean that each element is a set of its own.
+
+
+def _total(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return x.sum(dims, keepdim=True) if dims else x
+
+
+def _most(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return x.amax(dims, keepdim=True) if dims else x
+
+
+def _least(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return x.amin(dims, keepdim=True) if dims else x
 
 
 def length(x: Tensor, dims: tuple[int, ...]) -> Tensor:

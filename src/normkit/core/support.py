@@ -70,13 +70,12 @@ class Support:
     """
 
     def __init__(self, axes: str, *, over: str, **sizes: int) -> None:
-        self.axes = " ".join(axes.split())
-        self.over = " ".join(over.split())
         self.sizes = tuple(sorted(sizes.items()))
         self.groups = parse_axes(axes)
         self.names = tuple(name for group in self.groups for name in group)
-        reduced = tuple(name for group in parse_axes(over) for name in group)
-        self.reduced = frozenset(reduced)
+        reduced = parse_axes(over)
+        self.reduced = frozenset(name for group in reduced for name in group)
+        self.axes, self.over = (" ".join(_text(group) for group in groups) for groups in (self.groups, reduced))
         self._check()
         self._splits: dict[tuple[int, ...], Split] = {}
 
@@ -163,20 +162,22 @@ class Support:
     def _factor(self, group: tuple[str, ...], shape: tuple[int, ...], position: int) -> list[int]:
         given = dict(self.sizes)
         size = shape[position]
-        text = f"({' '.join(group)})" if len(group) > 1 else "".join(group)
-        where = f"axis {text} (number {position} of {show(shape)})"
         unknown = [name for name in group if name not in given]
         product = math.prod([given[name] for name in group if name in given])
         if len(unknown) > 1:
             raise ShapeError(
-                f"{self}: {where} of size {size} leaves {' and '.join(unknown)} open; give a size for all but one"
+                f"{self}: {_axis(group, shape, position)} of size {size} leaves {' and '.join(unknown)} open; "
+                "give a size for all but one"
             )
         if not unknown and product != size:
-            raise ShapeError(f"{self}: {where} has size {size}, wanted {product} as the given sizes say")
+            raise ShapeError(
+                f"{self}: {_axis(group, shape, position)} has size {size}, wanted {product} as the given sizes say"
+            )
         if unknown and size % product:
             said = ", ".join(f"{name}={given[name]}" for name in group if name in given)
             raise ShapeError(
-                f"{self}: {where} of size {size} does not split with {said}; the product must divide {size}: {divisors(size)}"
+                f"{self}: {_axis(group, shape, position)} of size {size} does not split with {said}; "
+                f"the product must divide {size}: {divisors(size)}"
             )
         return [given.get(name, size // product) for name in group]
 
@@ -246,6 +247,14 @@ def parse_axes(text: str) -> tuple[tuple[str, ...], ...]:
     if inside is not None:
         raise NotationError(f"a ( is not closed in {' '.join(text.split())!r}; close it with )")
     return tuple(groups)
+
+
+def _axis(group: tuple[str, ...], shape: tuple[int, ...], position: int) -> str:
+    return f"axis {_text(group)} (number {position} of {show(shape)})"
+
+
+def _text(group: tuple[str, ...]) -> str:
+    return f"({' '.join(group)})" if len(group) > 1 else "".join(group)
 
 
 def place(parameter: torch.Tensor, per: str, split: Split) -> torch.Tensor:

@@ -18,16 +18,27 @@ Kernel = Callable[[Rule, Tensor, Split, Tensor | None, Tensor | None], Tensor]
 
 
 def refusal(
-    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None, measured: bool = False
+    rule: Rule,
+    x: Tensor,
+    split: Split,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    measured: bool = False,
+    running: RunningStatistics | None = None,
 ) -> str | None:
-    """Why torch has no fused kernel for this call, or None if it has one; ``measured`` if the moments are wanted too."""
+    """Why torch has no fused kernel for this call, or None if it has one.
+
+    ``measured`` if the moments are wanted too; ``running`` are the statistics to use in place of the input's own.
+    """
     kernel = _kernel(rule)
     if kernel is None:
         return f"torch has no fused kernel for {rule.support} with {rule.statistic.formula()}"
     if measured and kernel is not _batch_norm:
         return "torch's kernel does not hand over the statistics"
-    if x.numel() == 0 or split.count < 2:
+    if x.numel() == 0 or (split.count < 2 and running is None):
         return "torch's kernels refuse an input without elements, and statistics of a single one"
+    if running is not None and x.dtype.itemsize != 2 and running.mean.dtype != x.dtype:
+        return f"torch's kernel does not take a {x.dtype} input with {running.mean.dtype} running statistics"
     for parameter in (weight, bias):
         if parameter is None:
             continue
@@ -102,7 +113,8 @@ def _kernel(rule: Rule) -> Kernel | None:
         return None
     kind = (statistic.center, statistic.scale)
     trailing = " ".join(name for group in rule.support.groups[1:] for name in group)
-    if rule.support.names[0] == "*" and rule.support.reduced == frozenset(rule.support.names[1:]):
+    plain = all(len(group) == 1 for group in rule.support.groups)
+    if plain and rule.support.names[0] == "*" and rule.support.reduced == frozenset(rule.support.names[1:]):
         if compensation is None or compensation.per == trailing:
             return _TRAILING.get(kind)
     first = rule.support.axes.replace("* c", "c *").replace("* (g c)", "(g c) *")

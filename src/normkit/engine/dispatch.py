@@ -86,8 +86,6 @@ def run(
     tensor([[0.8485, 2.2627]])
     """
     split = rule.support.split(x.shape)
-    if (weight is not None or bias is not None) and rule.compensation is None:
-        raise ShapeError("run: a weight or bias is given, but the rule has no compensation; add one, e.g. Affine('c')")
     if running is None:
         return _by_own_statistics(rule, x, split, weight, bias, mask, backend, measured=False)[0]
     if rule.memory is None:
@@ -173,7 +171,7 @@ def _by_given_statistics(
     mask: Tensor | None,
     backend: str,
 ) -> Tensor:
-    chosen, _ = _choose(rule, x, split, weight, bias, mask, backend)
+    chosen, _ = _choose(rule, x, split, weight, bias, mask, backend, running=running)
     if chosen == "aten":
         return aten.normalize_by(rule, x, running, weight, bias)
     mean = place(running.mean, memory.per, split)
@@ -279,18 +277,28 @@ def _choose(
     mask: Tensor | None,
     backend: str,
     measured: bool = False,
+    running: RunningStatistics | None = None,
 ) -> tuple[str, str]:
     """The back end and the reason for it."""
     accumulation_dtype(x.dtype)  # refuses integers before anything is computed
+    for parameter in (weight, bias):
+        if parameter is not None and rule.compensation is None:
+            raise ShapeError("a weight or bias is given, but the rule has no compensation; add one, e.g. Affine('c')")
+        if parameter is not None and rule.compensation is not None:
+            place(
+                parameter, rule.compensation.per, split
+            )  # refuses another shape, whatever the back end would make of it
     if backend not in ("auto", *_WHAT):
         raise OptionError(f"backend={backend!r}: wanted one of auto, {', '.join(_WHAT)}")
     no_aten = (
-        "torch's kernels take no mask" if mask is not None else aten.refusal(rule, x, split, weight, bias, measured)
+        "torch's kernels take no mask"
+        if mask is not None
+        else aten.refusal(rule, x, split, weight, bias, measured, running)
     )
     no_closed = "the closed form takes no mask" if mask is not None else None
     if no_closed is None and not closed_form.has_closed_form(rule.statistic):
         no_closed = f"no closed backward is known for {rule.statistic.formula()}"
-    if no_closed is None and 0 in (x.numel(), len(split.dims)):
+    if no_closed is None and (0 in (x.numel(), len(split.dims)) or split.count <= rule.statistic.correction):
         no_closed = "there is nothing to reduce"
     if backend != "auto":
         reason = {"aten": no_aten, "closed": no_closed}.get(backend)
@@ -303,6 +311,8 @@ def _choose(
         return "aten", "torch has a fused kernel for these axes and this statistic"
     if torch.compiler.is_compiling():
         return "reference", "the compiler fuses the definition with its neighbours"
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return "reference", "the closed form has no derivative in forward mode"
     if no_closed is None:
         return "closed", no_aten
     return "reference", no_closed

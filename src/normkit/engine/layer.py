@@ -36,8 +36,8 @@ class Layer(nn.Module):
 
     @property
     def rule(self) -> Rule:
-        """The rule that forward runs; it follows when ``eps``, ``momentum`` or ``track_running_stats`` are set."""
-        state = tuple(getattr(self, name, None) for name in ("eps", "momentum", "track_running_stats"))
+        """The rule that forward runs; it follows when ``eps`` or ``momentum`` are set."""
+        state = tuple(getattr(self, name, None) for name in ("eps", "momentum"))
         if self.__dict__.get("_rule_state") != state:
             self.__dict__["_rule"], self.__dict__["_rule_state"] = self.make_rule(), state
         return self.__dict__["_rule"]

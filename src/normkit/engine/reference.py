@@ -58,4 +58,6 @@ def _compensated(
         y = y - center
     if scale is not None:
         y = y / scale
-    return rule.compensation.apply(y, split, weight, bias) if rule.compensation else y
+    if rule.compensation is not None:
+        y = rule.compensation.apply(y, split, weight, bias)
+    return y.clone() if y is x else y  # a caller may write into what it gets

@@ -1,0 +1,118 @@
+"""The engine's door: every back end keeps the same contract, and corners mean what the definition says."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import normkit as nk
+
+SCALES = ["rms", "norm", "max", "range", "std"]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_star_of_no_axes_reduces_nothing(scale: str) -> None:
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    support = nk.Support("n c *", over="*")
+    statistic = nk.Statistic(None, scale, 0.25, "floor")
+    for backend in ("auto", "reference"):
+        flat = nk.normalize(x, support, statistic=statistic, backend=backend)
+        assert_close(flat, nk.normalize(x[..., None], support, statistic=statistic, backend=backend)[..., 0])
+
+
+def test_notation_with_other_spaces_runs_on_the_same_back_end() -> None:
+    x = torch.randn(2, 3, 4)
+    one, other = nk.Support("n c *", over="n *"), nk.Support(" n  c*", over="n*")
+    assert str(one) == str(other)
+    assert nk.explain(nk.Rule(one), x).backend == nk.explain(nk.Rule(other), x).backend == "aten"
+
+
+def test_composite_trailing_axes_are_one_axis_of_the_tensor() -> None:
+    x = torch.randn(3, 8)
+    found = nk.normalize(x, nk.Support("* (g d)", over="g d", g=2))
+    assert_close(found, nk.layer_norm(x, 8))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "closed", "aten"])
+def test_parameters_of_another_shape_are_refused_by_every_back_end(backend: str) -> None:
+    rule = nk.RMSNorm(2).rule
+    x = torch.randn(3, 2)
+    for weight, bias in ((torch.ones(2), torch.ones(2, 1)), (torch.ones(1), None)):
+        with pytest.raises(nk.ShapeError, match="per 'd' has shape"):
+            nk.run(rule, x, weight, bias, backend=backend)
+
+
+def test_what_comes_back_is_never_the_input_itself() -> None:
+    x = torch.randn(2, 3)
+    y = nk.normalize(x, nk.Support("n c", over="c"), statistic=nk.Statistic(None, None))
+    assert_close(y, x)
+    assert y.data_ptr() != x.data_ptr()
+
+
+def test_one_element_with_correction_has_no_variance_but_a_derivative() -> None:
+    x = torch.ones(2, 1, requires_grad=True)
+    y = nk.normalize(x, nk.Support("n c", over="c"), statistic=nk.Statistic("mean", "std", 1e-5, "inside", 1))
+    assert y.isnan().all()
+    y.sum().backward()
+
+
+# torch's own forward mode scripts its decompositions, and warns of that.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("make", [nk.ScaleNorm, nk.LayerNorm, nk.RMSNorm])
+def test_forward_mode_derivatives(make: type) -> None:
+    layer, x, t = make(3).double(), torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    hessian = torch.func.hessian(lambda x: layer(x).square().sum())(x)
+    assert_close(hessian, torch.autograd.functional.hessian(lambda x: layer(x).square().sum(), x))
+    with torch.autograd.forward_ad.dual_level():
+        y = layer(torch.autograd.forward_ad.make_dual(x, t))
+        tangent = torch.autograd.forward_ad.unpack_dual(y).tangent
+    assert_close(tangent, torch.func.jvp(layer, (x,), (t,))[1])
+
+
+@pytest.mark.parametrize(
+    "layer", [nk.BatchNorm(3), nk.InstanceNorm(3, track_running_stats=True)], ids=["batch", "instance"]
+)
+def test_tracking_turned_off_later_is_as_in_torch(layer: nn.Module) -> None:
+    theirs = nn.BatchNorm1d(3) if isinstance(layer, nk.BatchNorm) else nn.InstanceNorm1d(3, track_running_stats=True)
+    x = torch.randn(4, 3, 5)
+    for norm in (layer, theirs):
+        norm(x + 2)
+        norm.track_running_stats = False
+    before = copy.deepcopy(layer.state_dict())
+    assert_close(layer(x), theirs(x), rtol=1e-5, atol=1e-5)
+    assert_close(layer.state_dict(), before)
+    assert_close(layer.eval()(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_evaluation_takes_an_input_of_another_dtype_than_its_statistics() -> None:
+    norm = nk.BatchNorm(3, affine=False).eval()
+    x = torch.randn(4, 3)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        y = norm(x.to(dtype))
+        assert y.dtype == dtype
+        # Input and output are each rounded once.
+        assert_close(y.float(), norm(x), rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+
+
+def test_a_wholly_masked_sample_leaves_the_others_their_say() -> None:
+    norm = nk.InstanceNorm(2, track_running_stats=True, momentum=1.0)
+    x = torch.randn(3, 2, 6) + 5
+    mask = torch.ones(3, 1, 6, dtype=torch.bool)
+    mask[0] = False
+    norm(x, mask=mask)
+    assert_close(norm.running_mean, x[1:].mean((0, 2)))
+    assert_close(norm.running_var, x[1:].var(2).mean(0))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nk.BatchNorm(4), lambda: nk.GroupNorm(2, 4), lambda: nk.LayerNorm(4, over="c")]
+)
+def test_a_compiled_layer_takes_other_sizes_without_a_break(make) -> None:
+    layer = make()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    for n, length in ((2, 5), (3, 7), (4, 9)):
+        x = torch.randn(n, 4, length)
+        assert_close(compiled(x), copy.deepcopy(layer)(x))
