@@ -22,6 +22,10 @@ def _random(module: nn.Module) -> nn.Module:
     return module.double()
 
 
+def _estimating(channels: int) -> BatchChannelNorm:
+    return BatchChannelNorm(channels, 2, estimate=True)
+
+
 def _group(z: Tensor, norm: BatchChannelNorm) -> Tensor:
     weight, bias = (value.repeat_interleave(2).view(-1, 1, 1) for value in (norm.group_weight, norm.group_bias))
     return F.group_norm(z, 2) * weight + bias
@@ -111,3 +115,17 @@ def test_what_does_not_fit_is_refused() -> None:
         EstBatchNorm(4)(torch.randn(2, 3))
     with pytest.raises(ShapeError, match="more than 1 value"):
         BatchChannelNorm(4, 2)(torch.randn(1, 4))
+
+
+@pytest.mark.parametrize("make", [EstBatchNorm, lambda c: BatchChannelNorm(c, 2), _estimating], ids=["estimated", "batch", "both"])
+def test_update_bn_gives_the_statistics_of_all_batches(make) -> None:
+    norm, batches = make(4).double(), [_x() + step for step in range(3)]
+    norm.running_mean.fill_(7.0)
+    torch.optim.swa_utils.update_bn(batches, norm)
+    assert norm.momentum == 0.1
+    whole = torch.cat(batches)
+    assert_close(norm.running_mean, whole.mean((0, 2, 3)))
+    if isinstance(norm, BatchChannelNorm) and not norm.estimate:  # as batch normalization
+        assert_close(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in batches]).mean(0))
+    else:
+        assert_close(norm.running_var, whole.var((0, 2, 3), correction=0))

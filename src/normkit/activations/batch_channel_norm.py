@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
-from normkit.core.memory import Running, RunningStatistics
+from normkit.core.memory import Running, RunningMoments, RunningStatistics
 from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
@@ -33,7 +33,8 @@ class EstBatchNorm(nn.modules.batchnorm._BatchNorm):
     Args:
         num_features: channels C.
         eps: added to the variance. Default: 1e-5.
-        momentum: weight of the batch in the running statistics. Default: 0.1.
+        momentum: weight of the batch in the running statistics; None for those of all batches so far, each counting alike.
+            Default: 0.1.
         affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
         device: of the parameters.
         dtype: of the parameters.
@@ -58,13 +59,14 @@ class EstBatchNorm(nn.modules.batchnorm._BatchNorm):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         affine: bool = True,
         *,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        _check_momentum("EstBatchNorm", momentum)
+        if momentum is not None:
+            _check_momentum("EstBatchNorm", momentum)
         super().__init__(num_features, eps, momentum, affine, True, device=device, dtype=dtype)
         _ = self._rules  # made before a compiler looks
 
@@ -88,7 +90,7 @@ class BatchChannelNorm(nn.modules.batchnorm._BatchNorm):
         num_features: channels C.
         num_groups: groups G; divides C. Default: 32.
         eps: added to both variances. Default: 1e-5.
-        momentum: weight of the new value in the running averages. Default: 0.1.
+        momentum: weight of the new value in the running averages; None for the cumulative average. Default: 0.1.
         affine: whether both steps have a weight (starts at 1) and a bias (at 0). Default: True.
         estimate: for micro-batches: normalize by running statistics in the first step as EstBatchNorm does. Default: False.
         device: of the parameters.
@@ -115,14 +117,15 @@ class BatchChannelNorm(nn.modules.batchnorm._BatchNorm):
         num_features: int,
         num_groups: int = 32,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         affine: bool = True,
         *,
         estimate: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        _check_momentum("BatchChannelNorm", momentum)
+        if momentum is not None:
+            _check_momentum("BatchChannelNorm", momentum)
         _check_groups("BatchChannelNorm", num_groups, num_features)
         super().__init__(num_features, eps, momentum, affine, True, device=device, dtype=dtype)
         self.num_groups, self.estimate = num_groups, estimate
@@ -208,7 +211,7 @@ def batch_channel_norm(
     return _batch_channel(_make_rules(num_groups, eps, momentum), x, running, affines, training, estimate, mask)
 
 
-def _make_rules(groups: int, eps: float, momentum: float) -> tuple[Rule, Rule]:
+def _make_rules(groups: int, eps: float, momentum: float | None) -> tuple[Rule, Rule]:
     statistic = Statistic("mean", "std", eps)
     channel = Rule(Support("n (g c) *", over="c *", g=groups), statistic, Affine("g"))
     return Rule(_SUPPORT, statistic, _AFFINE, Running(momentum)), channel
@@ -217,10 +220,7 @@ def _make_rules(groups: int, eps: float, momentum: float) -> tuple[Rule, Rule]:
 def _kept_rules(module: nn.modules.batchnorm._BatchNorm, groups: int) -> tuple[Rule, Rule]:
     state = module.eps, module.momentum
     if module.__dict__.get("_rule_state") != state:
-        module.__dict__["_made"], module.__dict__["_rule_state"] = (
-            _make_rules(groups, module.eps, module.momentum or 0.0),
-            state,
-        )
+        module.__dict__["_made"], module.__dict__["_rule_state"] = _make_rules(groups, *state), state
     return module.__dict__["_made"]
 
 
@@ -250,7 +250,12 @@ def _estimated(
         mean = found.mean.reshape(-1)
         if isinstance(found.n, Tensor):  # a channel without elements has no say
             mean = torch.where(found.n.reshape(-1) > 0, mean, math.nan)
-        rule.memory.blend(running, mean, found.var.reshape(-1) + (mean - running.mean).square())
+        var = found.var.reshape(-1)
+        if rule.memory.momentum is None:
+            # The first batch replaces the start, from which its deviations must not be taken; moments merge exactly.
+            RunningMoments(None).blend(running, mean, var)
+        else:
+            rule.memory.blend(running, mean, var + (mean - running.mean).square())
     mean, var = (place(value, "c", split).to(wide.dtype) for value in (running.mean, running.var))
     y = _AFFINE.apply((wide - mean) / rule.statistic.guarded(var, power=2), split, weight, bias)
     return (y if mask is None else torch.where(mask, y, 0.0)).to(x.dtype)
@@ -273,8 +278,8 @@ def _batch_channel(
     return run(rules[1], z, *affines[1], mask=mask).to(x.dtype)
 
 
-def _check_momentum(who: str, momentum: float) -> None:
-    if not 0 <= momentum <= 1:
+def _check_momentum(who: str, momentum: float | None) -> None:
+    if momentum is None or not 0 <= momentum <= 1:
         raise OptionError(f"{who}: momentum={momentum}; wanted a number from 0 to 1")
 
 
