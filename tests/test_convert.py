@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from normkit.activations.batch_channel_norm import BatchChannelNorm
 from normkit.activations.batch_norm import BatchNorm
 from normkit.activations.filter_response_norm import FilterResponseNorm
 from normkit.activations.ghost_batch_norm import GhostBatchNorm
@@ -116,6 +117,12 @@ def test_a_norm_of_another_rule_is_not_the_plain_one():
     assert not torch.allclose(model.train()(x), wanted)
     with pytest.raises(SurgeryError, match="FilterResponseNorm"):
         convert(nn.Sequential(FilterResponseNorm(4)), "bn")
+
+
+@pytest.mark.parametrize("to", ["bn", "gn:2"])
+def test_parameters_without_a_place_are_told(to):
+    note = convert(nn.Sequential(BatchChannelNorm(4, 2)), to).rows[0].note
+    assert "group_weight, group_bias dropped" in note
 
 
 def test_flags_and_hooks_are_kept():

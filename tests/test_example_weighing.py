@@ -61,3 +61,17 @@ def test_what_does_not_fit_is_refused() -> None:
         weigh_examples(nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)))
     with pytest.raises(OptionError, match="count=1"):
         weigh_examples(nn.BatchNorm1d(3), count=1)
+
+
+@pytest.mark.parametrize("norm", [nk.BatchChannelNorm(4, 2), nk.EstBatchNorm(4), nk.GhostBatchNorm(4)], ids=repr)
+def test_what_does_more_than_batch_normalization_is_refused(norm: nn.Module) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), norm)
+    with pytest.raises(SurgeryError, match=f"1 is {type(norm).__name__}, not plain"):
+        weigh_examples(model)
+    assert isinstance(model[0], nn.BatchNorm1d)
+    assert model[1] is norm
+
+
+@pytest.mark.parametrize("norm", [nn.SyncBatchNorm(4), nk.SyncBatchNorm(4)], ids=["torch", "ours"])
+def test_synchronized_batch_normalization_weighs_too(norm: nn.Module) -> None:
+    assert isinstance(weigh_examples(nn.Sequential(norm)).model[0], BatchGroupNorm)

@@ -10,6 +10,7 @@ from normkit.activations.batch_group_norm import BatchGroupNorm
 from normkit.core.errors import OptionError, SurgeryError
 from normkit.surgery.changes import Change, Changes, label
 from normkit.surgery.convert import replace_modules
+from normkit.surgery.norms import read_norm
 
 ALPHAS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 1.0)
 
@@ -30,7 +31,8 @@ def weigh_examples(model: nn.Module, alpha: float = 0.0, count: int | None = Non
         The model, which is another object where it was a batch normalization itself, and a row for each.
 
     Raises:
-        SurgeryError: the model has no batch normalization with running statistics.
+        SurgeryError: the model has no batch normalization with running statistics, or one that does more than that, as in two
+            steps or over sub-batches; no layer was changed.
         OptionError: alpha or the count is outside its range.
 
     Reference:
@@ -49,6 +51,12 @@ def weigh_examples(model: nn.Module, alpha: float = 0.0, count: int | None = Non
     }
     if not norms:
         raise SurgeryError("weigh_examples: the model has no batch normalization with running statistics")
+    for name, norm in norms.items():
+        if read_norm(name, norm).kind != "batch_norm":
+            raise SurgeryError(
+                f"weigh_examples: {label(name)} is {type(norm).__name__}, not plain batch normalization, and the rest of what it "
+                'does would be lost; convert it to bn first, with where=, if that is wanted'
+            )
     new, rows = {}, []
     for name, norm in norms.items():
         new[id(norm)] = _weighing(norm, alpha, count)

@@ -15,6 +15,7 @@ from normkit.activations.group_norm import GroupNorm
 from normkit.activations.instance_norm import InstanceNorm
 from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm
+from normkit.activations.sync_batch_norm import SyncBatchNorm
 from normkit.core.errors import SurgeryError
 from normkit.core.moments import accumulation_dtype
 from normkit.core.support import show
@@ -32,7 +33,7 @@ _BASES = {
     "layer_norm": nn.LayerNorm,
     "rms_norm": nn.RMSNorm,
 }
-_OURS = (BatchNorm, InstanceNorm, GroupNorm, LayerNorm, RMSNorm)
+_OURS = (BatchNorm, SyncBatchNorm, InstanceNorm, GroupNorm, LayerNorm, RMSNorm)
 _FORWARDS = [nn.SyncBatchNorm.forward, *(base.forward for base in _BASES.values())]
 
 
@@ -153,6 +154,7 @@ def _known(kind: str, module: nn.Module, who: str) -> Norm:
             note = "scalar weight spread over channels"
         has_bias = kind == "layer_norm" or bias is not None
         return Norm(kind, axes, shape, eps, weight, bias, has_bias, option=over or "", note=note)
+    more = [key for key, parameter in module.named_parameters(recurse=False) if key not in ("weight", "bias")]
     channels_last = getattr(module, "layout", "n c *") == "n * c"
     count = module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
     assert isinstance(count, int)
@@ -167,6 +169,7 @@ def _known(kind: str, module: nn.Module, who: str) -> Norm:
         momentum=getattr(module, "momentum", 0.1),
         tracks=getattr(module, "running_mean", None) is not None,
         running=dict(module._buffers) if isinstance(module, _BASES["batch_norm"]) else {},
+        note=f"{', '.join(more)} dropped" if more else "",
     )
 
 
