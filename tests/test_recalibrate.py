@@ -38,6 +38,50 @@ def test_exact_on_full_data_after_a_linear_layer(make, sizes: list[int]) -> None
     assert f"of {len(sizes)} batches, 92 elements" in changes.rows[0].note
 
 
+@pytest.mark.parametrize(
+    "norm", [nk.SwitchableNorm(3), nk.ExemplarNorm(4), nk.ConditionalNorm(3, classes=2, over="n *")], ids=repr
+)
+def test_layers_with_a_batch_among_other_things_are_estimated_too(norm: nn.Module) -> None:
+    channels = norm.running_mean.numel()
+    x = torch.cumsum(torch.randn(23, channels, 4, dtype=torch.float64), 0)
+    more = (torch.arange(23) % 2,) if isinstance(norm, nk.ConditionalNorm) else ()
+    parts = zip(x.split(10), *(part.split(10) for part in more), strict=True)
+    changes = recalibrate(norm.double(), parts, forward=lambda model, batch: model(*batch))
+    assert len(changes) == 1
+    assert_close(norm.running_mean, x.mean((0, 2)))
+    assert_close(norm.running_var, x.var((0, 2), correction=0))
+
+
+def test_a_map_of_conditions_is_no_mask() -> None:
+    norm, x = nk.SpatiallyAdaptiveNorm(3, 2, over="n *").double(), _data()
+    labels = torch.randn(23, 2, 4, dtype=torch.float64)
+    recalibrate(norm, [0], forward=lambda model, _: model(x, labels))
+    assert_close(norm.running_var, x.var((0, 2), correction=0))
+
+
+def test_sequences_count_their_real_steps() -> None:
+    norm, x = nk.RecurrentBatchNorm(3, batch_first=True).double(), _data().transpose(1, 2)
+    lengths = torch.arange(23) % 4 + 1
+    recalibrate(norm, [0], forward=lambda model, _: model(x, lengths=lengths))
+    real = x[torch.arange(4) < lengths.unsqueeze(1)]
+    assert_close(norm.running_mean, real.mean(0))
+    assert_close(norm.running_var, real.var(0, correction=0))
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.InstanceNorm1d(3, track_running_stats=True), nk.RecurrentBatchNorm(4, "frame", 5)], ids=repr
+)
+def test_other_running_statistics_are_left_and_told(norm: nn.Module) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), norm).double()
+    before = copy.deepcopy(norm.state_dict())
+    rows = recalibrate(model, [_data()]).rows
+    assert [row.name for row in rows] == ["0", "1"]
+    assert rows[1].note.startswith("left: it")
+    assert_close(norm.state_dict(), before, rtol=0, atol=0)
+    with pytest.raises(SurgeryError, match=r"\(model\): it"):
+        recalibrate(norm, [_data()])
+
+
 def test_evaluation_after_it_is_training_on_the_full_data() -> None:
     model, x = nn.Sequential(nn.Conv1d(3, 5, 1), nn.BatchNorm1d(5)).double(), _data()
     recalibrate(model, x.split(4))

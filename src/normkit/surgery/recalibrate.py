@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -12,13 +13,28 @@ from torch import Tensor, nn
 
 from normkit.activations.batch_group_norm import BatchGroupNorm
 from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule
+from normkit.activations.conditional_norm import ConditionalNorm, SpatiallyAdaptiveNorm
+from normkit.activations.exemplar_norm import ExemplarNorm
 from normkit.activations.mean_only_batch_norm import MeanOnlyBatchNorm
+from normkit.activations.recurrent_batch_norm import RecurrentBatchNorm, padding_mask
+from normkit.activations.switchable_norm import SwitchableNorm
 from normkit.core.errors import OptionError, SurgeryError
 from normkit.core.moments import Moments, moments
 from normkit.surgery.changes import Change, Changes, label
 
 Estimator = Literal["population", "mean"]
-_KINDS = (nn.modules.batchnorm._BatchNorm, BatchRenorm, BatchGroupNorm, MeanOnlyBatchNorm)
+# Each keeps one mean a channel, over the batch and all positions.
+_KINDS = (
+    nn.modules.batchnorm._BatchNorm,
+    BatchRenorm,
+    BatchGroupNorm,
+    MeanOnlyBatchNorm,
+    ConditionalNorm,
+    SpatiallyAdaptiveNorm,
+    SwitchableNorm,
+    ExemplarNorm,
+    RecurrentBatchNorm,
+)
 
 
 def recalibrate(
@@ -42,14 +58,16 @@ def recalibrate(
     left in the mode it had, and as it was if a batch fails.
 
     Args:
-        model: with batch normalizations that keep running statistics: torch's, and every member of their family here.
+        model: with batch normalizations that keep running statistics: torch's, and every member of their family here, also those
+            that are conditioned on something or mix in other statistics.
         batches: of inputs. A dict is given by name; of a tuple or list the first item, as in (input, target), is given alone.
         limit: batches to take; None for all. Default: 200.
         estimator: ``"population"`` or ``"mean"``. Default: "population".
         forward: ``forward(model, batch)`` runs the model on a batch, in place of the above.
 
     Returns:
-        A row for each layer, with the batches and the elements a channel that it saw.
+        A row for each layer, with the batches and the elements a channel that it saw; or ``left:`` and the reason, for one whose
+            running statistics are not of this kind, as instance normalization's or those of each step of a sequence.
 
     Raises:
         SurgeryError: the model has no such layer, there are no batches, or a layer is never called.
@@ -67,9 +85,14 @@ def recalibrate(
         raise OptionError(f"recalibrate: estimator={estimator!r}; wanted 'population' or 'mean'")
     if limit is not None and limit < 1:
         raise OptionError(f"recalibrate: limit={limit}; wanted batches to take, from 1, or None for all")
-    norms = {name: module for name, module in model.named_modules() if _keeps_statistics(module)}
+    kept = {name: module for name, module in model.named_modules() if _keeps_statistics(module)}
+    left = {name: reason for name, module in kept.items() if (reason := _refusal(module))}
+    norms = {name: module for name, module in kept.items() if name not in left}
     if not norms:
-        raise SurgeryError("recalibrate: the model has no batch normalization with running statistics")
+        others = "; ".join(f"{label(name)}: {reason}" for name, reason in left.items())
+        raise SurgeryError(
+            "recalibrate: the model has no batch normalization with running statistics" + (f" ({others})" if left else "")
+        )
     sums = {name: _Inputs(estimator) for name in norms}
     seen = 0
     with torch.no_grad(), _as_when_training(model, norms.values()), ExitStack() as stack:
@@ -84,8 +107,12 @@ def recalibrate(
     if missing:
         raise SurgeryError(f"recalibrate: no element reached {', '.join(missing)}; no layer was changed")
     rows = []
-    for name, norm in norms.items():
-        rows.append(_write(label(name), norm, sums[name]))
+    for name, module in kept.items():
+        if name in left:
+            what = f"{type(module).__name__}({module.get_buffer('running_mean').shape[-1]})"
+            rows.append(Change(label(name), what, what, f"left: {left[name]}"))
+        else:
+            rows.append(_write(label(name), module, sums[name]))
     return Changes(model, tuple(rows))
 
 
@@ -98,11 +125,16 @@ class _Inputs:
 
     def see(self, norm: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take one call's input in; a forward pre-hook."""
-        x: Tensor = args[0] if args else kwargs["input"]
-        mask = args[1] if len(args) > 1 else kwargs.get("mask")
+        given = inspect.signature(norm.forward).bind(*args, **kwargs).arguments  # a mask may stand behind a condition
+        x: Tensor = args[0] if args else given["input"]
+        mask = given.get("mask")
+        if given.get("lengths") is not None:
+            assert isinstance(norm, RecurrentBatchNorm)
+            mask = padding_mask(given["lengths"], x, norm.batch_first, given.get("start", 0))
         if not x.numel():
             return
-        channels = 1 if getattr(norm, "layout", "n c *") == "n c *" else x.dim() - 1
+        last = isinstance(norm, RecurrentBatchNorm) or getattr(norm, "layout", "n c *") == "n * c"
+        channels = x.dim() - 1 if last else 1
         # Thousands of batches are summed: in float64, where the device has it.
         x = x.detach() if x.device.type == "mps" else x.detach().double()
         new = moments(x, [d for d in range(x.dim()) if d != channels], mask)
@@ -126,7 +158,13 @@ class _Inputs:
 
 
 def _keeps_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _KINDS) and isinstance(getattr(module, "running_mean", None), Tensor)
+    return isinstance(module._buffers.get("running_mean"), Tensor)
+
+
+def _refusal(module: nn.Module) -> str:
+    if isinstance(module, RecurrentBatchNorm) and module.max_length is not None:
+        return "it keeps statistics of each step"
+    return "" if isinstance(module, _KINDS) else "its running statistics are not those of a batch normalization that is known"
 
 
 @contextmanager
