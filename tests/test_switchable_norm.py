@@ -108,3 +108,24 @@ def test_refusals() -> None:
         SwitchableNorm(4, correction=2)
     with pytest.raises(OptionError, match="go together"):
         switchable_norm(torch.ones(2, 3, 5), torch.ones(3), torch.ones(3), torch.zeros(3))
+
+
+def test_a_sample_with_a_single_real_position_does_not_spoil_the_others() -> None:
+    norm, x = SwitchableNorm(4, correction=1).double(), _image().flatten(2).requires_grad_()
+    mask = torch.ones(3, 1, 30, dtype=torch.bool)
+    mask[0, :, 1:] = False
+    y = norm(x, mask)
+    assert y.isfinite().all()
+    assert norm.running_var.isfinite().all()
+    gradients = torch.autograd.grad(y.square().sum(), [x, *norm.parameters()])
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(0, 4, 5), (3, 4, 0)])
+def test_nothing_has_no_gradient(correction: int, training: bool, shape: tuple[int, ...]) -> None:
+    norm = SwitchableNorm(4, correction=correction).train(training)
+    norm(torch.zeros(shape)).sum().backward()
+    for parameter in norm.parameters():
+        assert_close(parameter.grad, torch.zeros_like(parameter), rtol=0, atol=0)

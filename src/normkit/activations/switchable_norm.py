@@ -151,7 +151,9 @@ def _normalize(
         wide = torch.where(mask, wide, 0.0)
     instance = moments(wide, tuple(range(2, x.dim())), mask)
     if correction:
-        instance = instance._replace(var=instance.unbiased())
+        # Of a single position, as a mask may leave, the variance stays 0: undefined it would spread to the whole batch.
+        n = torch.as_tensor(instance.n, dtype=wide.dtype, device=wide.device)
+        instance = instance._replace(var=instance.var * (n / (n - 1).clamp_min(1)))
     if training or running is None:
         batch = pool(instance, (0,))
     else:
@@ -160,6 +162,8 @@ def _normalize(
     if training and running is not None:
         memory.update(running, batch, split)
     three = (instance, pool(instance, (1,)), batch)
+    if 0 in x.shape:  # moments of nothing are no numbers, and would make the logits' gradients none
+        three = tuple(Moments(torch.zeros_like(found.mean), torch.zeros_like(found.var), 0) for found in three)
     mean = _mixed([found.mean for found in three], logits[0])
     var = _mixed([found.var for found in three], logits[1])
     y = (wide - mean) * (var + eps).rsqrt()
