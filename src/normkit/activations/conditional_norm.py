@@ -307,6 +307,7 @@ CARD_BATCH = Card(
     module=ConditionalNorm,
     functional=conditional_norm,
     make=lambda channels: ConditionalNorm(channels, features=2, over="n *"),
+    fits=lambda module: module.over == "n *",
     rule=conditional_norm_rule("n *"),
     extra=lambda x: (x.new_ones(x.shape[0], 2),),
     batch_dependent=True,

@@ -119,6 +119,7 @@ def _card(inverse: bool) -> Card:
         module=GDN,
         functional=gdn,
         make=lambda channels: GDN(channels, inverse),
+        fits=lambda module: module.inverse == inverse,
     )
 
 

@@ -197,5 +197,6 @@ CARD_JARRETT = Card(
     module=LocalContrastNorm,
     functional=local_contrast_norm,
     make=lambda channels: LocalContrastNorm(window=3, form="jarrett", sigma=1.0),
+    fits=lambda module: module.form == "jarrett",
     invariances=frozenset({"weight scale", "data scale", "sample scale"}),
 )

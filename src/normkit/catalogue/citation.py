@@ -34,8 +34,9 @@ def card_of(module: nn.Module) -> Card | None:
         return None
     kinds = type(module).__mro__
     for kind in kinds:
-        for card in METHODS:
-            if card.module is kind or _TORCH_PARAMETRIZATIONS.get(kind.__name__) == card.name:
+        cards = [c for c in METHODS if c.module is kind or _TORCH_PARAMETRIZATIONS.get(kind.__name__) == c.name]
+        for card in sorted(cards, key=lambda card: card.fits is None):  # the special ones first
+            if card.fits is None or card.fits(module):
                 return card
     for kind in kinds:
         if kind.__module__ in _TORCH_NORMS and kind is not nn.modules.batchnorm._NormBase:

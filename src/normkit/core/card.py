@@ -72,6 +72,7 @@ class Card:
         foldable: it can be baked into the weights for inference.
         invertible: what goes in can be had back from what comes out (inputs).
         streams: its statistics can be measured batch by batch, exactly (inputs).
+        fits: of a class with several cards, whether an instance of it is this method; None for what is left.
         invariances: changes of a linear layer's weight or data that leave the layer's normalized output as it was.
     """
 
@@ -99,6 +100,7 @@ class Card:
     foldable: bool = False
     invertible: bool = False
     streams: bool = False
+    fits: Callable[[Any], bool] | None = None
     invariances: frozenset[Invariance] = frozenset()
 
     def __post_init__(self) -> None:
