@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
 
@@ -82,7 +83,8 @@ def draw(support: Support, path: Path | str, title: str | None = None) -> Path:
     axes.set_xlim(-1.2, columns + depth * _DEPTH[0] + 0.2)
     axes.set_ylim(-rows - 1.1, depth * _DEPTH[1] + 0.9)
     figure.suptitle(title or f"{support.axes}   over   {support.over}", fontsize=10)
-    figure.savefig(path, dpi=300, metadata={"Date": None} if str(path).endswith(".svg") else None)
+    with rc_context({"svg.fonttype": "none"}):  # text stays text, to be searched, copied and read aloud
+        figure.savefig(path, dpi=300, metadata={"Date": None} if str(path).endswith(".svg") else None)
     return Path(path)
 
 
