@@ -8,7 +8,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import normkit as nk
+from laws import ACTIVATIONS, name
 from normkit.activations.ghost_batch_norm import GhostBatchNorm
+from normkit.activations.recurrent_batch_norm import RecurrentBatchNorm
+from normkit.core.card import Card
 from normkit.core.errors import OptionError
 from normkit.surgery.decay import norm_penalty, param_groups
 from normkit.surgery.fold import fold
@@ -85,3 +88,55 @@ def test_what_does_not_fit_is_refused() -> None:
         param_groups(nn.LayerNorm(2), 0.0, norm_decay=-1)
     with pytest.raises(OptionError, match="gamma_target=2"):
         norm_penalty(nn.LayerNorm(2), 0.1, 2)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nk.ScaleNorm(4), RecurrentBatchNorm(4, "frame", max_length=3), nk.QueryKeyNorm(4, length=3)],
+    ids=lambda n: type(n).__name__,
+)
+def test_gains_of_any_number_of_axes_are_those_of_norms(norm) -> None:
+    groups = {group["name"]: group["params"] for group in param_groups(nn.Sequential(nn.Linear(4, 4), norm), 0.1)}
+    assert [id(p) for p in groups["norms"]] == [id(p) for p in norm.parameters()]
+    assert len(groups["weights"]) == len(groups["biases"]) == 1
+
+
+# Weights of layers that the method holds: they decay as weights do.
+_WITH_LAYERS = {
+    *(
+        "film",
+        "adaptive_layer_norm",
+        "adaptive_layer_norm_zero",
+        "spatially_adaptive_norm",
+        "exemplar_norm",
+        "fix_norm",
+    ),
+    *("layer_norm_rnn", "layer_norm_lstm", "layer_norm_gru"),
+}
+
+
+@pytest.mark.parametrize("card", ACTIVATIONS, ids=name)
+def test_only_layers_inside_a_method_decay_as_weights(card: Card) -> None:
+    groups = {group["name"]: group["params"] for group in param_groups(card.make(4), 0.1)}
+    assert ("weights" in groups) == (card.name in _WITH_LAYERS)
+    assert all(parameter.dim() > 1 for parameter in groups.get("weights", ()))
+
+
+def test_gains_from_one_are_whole_in_a_copy() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
+    param_groups(model, 1e-4, gamma_target=1)
+    x, twin = torch.randn(2, 2), copy.deepcopy(model)
+    wanted = model(x)
+    fold(twin)
+    assert type(twin[1]) is nn.LayerNorm
+    assert_close(twin(x), wanted)
+    assert_close(model(x), wanted)
+
+
+@pytest.mark.parametrize("card", ACTIVATIONS, ids=name)
+def test_gains_from_one_leave_every_method_as_it_was(card: Card) -> None:
+    made = card.make(4)
+    before = {key: value.clone() for key, value in made.state_dict().items()}
+    param_groups(made, 0.1, gamma_target=1)
+    fold(made.eval())
+    assert_close(dict(made.state_dict()), before, rtol=0, atol=0)

@@ -9,12 +9,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from normkit.activations.conditional_norm import ConditionalNorm
+from normkit.activations.divisive_norm import HeegerNorm, LyuSimoncelliNorm
+from normkit.activations.fix_norm import FixNorm
+from normkit.activations.gdn import GDN
+from normkit.activations.global_response_norm import GlobalResponseNorm
+from normkit.activations.hypersphere import LearnedScale
+from normkit.activations.recurrent_layer_norm import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRNNCell
+from normkit.catalogue.methods import METHODS
 from normkit.core.errors import OptionError
+from normkit.engine.layer import Layer
 from normkit.surgery.norms import is_norm
+from normkit.weights.attachment import attach
 
 Target = Literal[0, 1]
 
 _BIAS_NAMES = ("bias", "beta", "shift", "b")
+_GAIN_NAMES = ("weight", "group_weight")
+
+_OURS = (Layer, LearnedScale, *(card.module for card in METHODS if card.kind == "activation"))
+# Their own matrices are those of linear layers, and decay as such; their norms are children, or one number.
+_LINEAR = (FixNorm, LayerNormRNNCell, LayerNormLSTMCell, LayerNormGRUCell)
+# Their weights are pools, units, or start at 0: 1 is nothing to pull them to.
+_NOT_AROUND_ONE = (GDN, HeegerNorm, LyuSimoncelliNorm, GlobalResponseNorm, LearnedScale)
 
 
 class FromOne(nn.Module):
@@ -43,11 +60,12 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer, with decays of their own for weights, for norms, and for the biases of other layers.
 
-    Parameters that need no gradients are left out; one that several layers share is in the group of the first. With
-    ``gamma_target=1`` each norm's gain becomes 1 + d with d the parameter, in place: the decay of any optimizer, coupled or
-    decoupled, then pulls the gain towards 1. The gain's key in the state_dict is then ``parametrizations.weight.original``;
-    ``normkit.fold`` gives the plain one back. Norms that keep their gain as a difference already are not known as such:
-    use 0 for them.
+    A parameter is a norm's if its class is one of normkit's or torch's norms, or looks like one; a layer inside a norm, as one
+    that computes the gain, is a layer like others. Parameters that need no gradients are left out; one that several layers
+    share is in the group of the first. With ``gamma_target=1`` each norm's gain becomes 1 + d with d the parameter, in place:
+    the decay of any optimizer, coupled or decoupled, then pulls the gain towards 1. The gain's key in the state_dict is then
+    ``parametrizations.weight.original``; ``normkit.fold`` gives the plain one back. Norms that keep their gain as a difference
+    already are not known as such: use 0 for them.
 
     Args:
         model: any module.
@@ -77,8 +95,8 @@ def param_groups(
     if gamma_target == 1:
         for module, name, _ in list(_gains(model)):
             if not parametrize.is_parametrized(module, name):
-                parametrize.register_parametrization(module, name, FromOne())
-    in_norms = {id(parameter) for module in _norms(model) for parameter in module.parameters()}
+                attach(module, name, FromOne())
+    in_norms = {id(parameter) for module in _norms(model) for parameter in _parameters(module)}
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms": [], "biases": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -121,15 +139,24 @@ def norm_penalty(model: nn.Module, decay: float, gamma_target: Target = 1) -> Te
     _check_target("norm_penalty", gamma_target)
     terms = [(gain - gamma_target).square().sum() for _, _, gain in _gains(model)]
     for module in _norms(model):
-        terms += [value.square().sum() for name, value in module.named_parameters(recurse=False) if _is_bias(name)]
+        own = module.named_parameters(recurse=False) if not isinstance(module, (GDN, *_LINEAR)) else ()
+        terms += [value.square().sum() for name, value in own if _is_bias(name)]
     return 0.5 * decay * torch.stack(terms).sum() if terms else torch.zeros(())
 
 
 def _norms(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         chains = module.parametrizations.values() if parametrize.is_parametrized(module) else ()  # pyright: ignore
-        if is_norm(module) or any(isinstance(part, FromOne) for chain in chains for part in chain):
+        from_one = any(isinstance(part, FromOne) for chain in chains for part in chain)
+        if isinstance(module, _OURS) or is_norm(module) or from_one:
             yield module
+
+
+def _parameters(module: nn.Module) -> Iterator[Tensor]:
+    """A norm's own, without those of layers in it, as of one that computes the gain."""
+    yield from (p for p in module.parameters(recurse=False) if p.dim() == 0 or not isinstance(module, _LINEAR))
+    if parametrize.is_parametrized(module):
+        yield from module.get_submodule("parametrizations").parameters()
 
 
 def _gains(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -138,8 +165,15 @@ def _gains(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
         if parametrize.is_parametrized(module):
             own += list(module.parametrizations)  # pyright: ignore[reportArgumentType]
         for name in own:
-            if not _is_bias(name):
+            if _is_gain(module, name):
                 yield module, name, getattr(module, name)
+
+
+def _is_gain(module: nn.Module, name: str) -> bool:
+    if not isinstance(module, _OURS):
+        return not _is_bias(name)
+    from_features = isinstance(module, ConditionalNorm) and module.features is not None  # its gain is 1 + v weight
+    return name in _GAIN_NAMES and not (from_features or isinstance(module, (*_NOT_AROUND_ONE, *_LINEAR)))
 
 
 def _is_bias(name: str) -> bool:
