@@ -132,3 +132,11 @@ def test_what_does_not_fit_is_refused() -> None:
         BatchRenorm(3, momentum=2)
     with pytest.raises(ShapeError, match="more than 1 value"):
         BatchRenorm(3)(torch.randn(1, 3))
+
+
+def test_explain_names_no_kernel_in_evaluation() -> None:
+    norm = BatchRenorm(3)
+    assert "* r + d" in str(norm.explain(torch.randn(4, 3)))
+    text = str(norm.eval().explain(torch.randn(4, 3)))
+    assert "(x - running_mean) / running_std" in text
+    assert "back end: reference" in text

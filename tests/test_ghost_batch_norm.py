@@ -156,3 +156,20 @@ def test_what_does_not_fit_is_refused() -> None:
         GhostBatchNorm(3)(torch.randn(4, 2))
     with pytest.raises(OptionError, match="go together"):
         ghost_batch_norm(torch.randn(4, 2), 2, running_mean=torch.zeros(2))
+
+
+def test_tracking_can_be_turned_off_later() -> None:
+    norm = GhostBatchNorm(3, 2).double()
+    norm.track_running_stats = False
+    before = {key: value.clone() for key, value in norm.state_dict().items()}
+    norm(_x(4, 3))
+    assert_close(norm.state_dict(), before, rtol=0, atol=0)
+
+
+def test_explain_tells_of_the_samples_left_over() -> None:
+    norm = GhostBatchNorm(3, 16)
+    text = str(norm.explain(torch.randn(20, 3)))
+    assert "one statistic for each of 1 sub-batches x 3 channels = 3, over 16 samples" in text
+    assert "the last 4 samples are a sub-batch apart" in text
+    assert "apart" not in norm.explain(torch.randn(32, 3)).why
+    assert "over 17 samples" in norm.explain(torch.randn(17, 3)).support

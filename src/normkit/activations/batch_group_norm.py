@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, divisors, place
-from normkit.engine.dispatch import Backend, run, run_measured
+from normkit.engine.dispatch import Backend, Explanation, explain, run, run_measured
 from normkit.engine.layer import Layer, check_channels, check_several
 from normkit.engine.sub_batches import run_in_sub_batches
 
@@ -180,6 +181,25 @@ class BatchGroupNorm(Layer, nn.Module):
                 found = found._replace(mean=torch.where(found.n > 0, found.mean, math.nan))
         self._memory.blend(running, found.mean.reshape(-1), found.var.reshape(-1))
         return y
+
+    def explain(self, input: Tensor) -> Explanation:
+        """Say which back end would normalize this input, and why; of a batch that does not divide, its full sub-batches."""
+        self.check(input)
+        (rule, whole), size, affine = (self.rule, self._rules[1]), self.examples_per_group, (self.weight, self.bias)
+        if not self.training:
+            why = "evaluation mixes running moments with the example's own, by plain operators"
+            found = explain(batch_group_norm_rule(self.num_groups, 1, self.eps, self.layout), input, *affine)
+            return replace(found, backend="reference", why=why, formula=CARD_WEIGHING.formula)
+        if size is None or size == 1:
+            return explain(rule, input, *affine, measured=size is None, backend=self.backend)
+        full = len(input) // size * size if len(input) > size else 0
+        if full and len(input) - full == 1 and whole.support.split(input[:1].shape).count == 1:
+            full -= size  # the last one joins the sub-batch before it
+        if not full:
+            return explain(whole, input, *affine, measured=True, backend=self.backend)
+        found = explain(rule, input[:full], *affine, measured=True, backend=self.backend)
+        rest = len(input) - full
+        return replace(found, why=f"{found.why}; the last {rest} samples are a sub-batch apart") if rest else found
 
     def _rows(self, value: Tensor | int, like: Tensor) -> Tensor:
         return (

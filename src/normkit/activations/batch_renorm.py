@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, place
-from normkit.engine.dispatch import Backend, run_measured
+from normkit.engine.dispatch import Backend, Explanation, explain, run_measured
 from normkit.engine.layer import Layer, check_channels, check_several
 
 _AFFINE = Affine("c")
@@ -187,6 +187,18 @@ class BatchRenorm(Layer, nn.Module):
         steps = self._running()[2].to(accumulation_dtype(self.running_std.dtype))
         bounds = self.schedule(steps) if self.training else None
         return _renormalize(rule, self._memory, input, running, self.weight, self.bias, bounds, mask, self.backend)
+
+    def explain(self, input: Tensor) -> Explanation:
+        """Say which back end would normalize this input, before the correction, and why; evaluation needs none."""
+        self.check(input)
+        wide = input.to(accumulation_dtype(input.dtype))
+        if self.training:
+            return replace(explain(self.rule, wide, measured=True, backend=self.backend), formula=CARD.formula)
+        found = explain(self.rule, wide)
+        why = "evaluation is by running statistics alone, by plain operators"
+        return replace(
+            found, backend="reference", why=why, formula="y = weight * (x - running_mean) / running_std + bias"
+        )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         var = state_dict.get(f"{prefix}running_var")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from normkit.core.moments import Moments
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
-from normkit.engine.dispatch import Backend, run
+from normkit.engine.dispatch import Backend, Explanation, explain, run
 from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
 from normkit.engine.sub_batches import run_in_sub_batches
 
@@ -147,9 +148,24 @@ class GhostBatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
         y, ghosts = run_in_sub_batches(
             self.rule, self._whole, self.ghost_batch_size, x, self.weight, self.bias, mask=mask, backend=self.backend
         )
-        if running is not None and memory is not None:
+        if running is not None and memory is not None and self.track_running_stats:
             _remember(memory, running, ghosts, self.memory)
         return y if order is None else y[torch.argsort(order)]
+
+    def explain(self, input: Tensor) -> Explanation:
+        """Say which back end would normalize this input, and why; of a batch that does not divide, its full sub-batches."""
+        self.check(input)
+        rule, size, affine = self.rule, self.ghost_batch_size, (self.weight, self.bias)
+        if not self.training and self.running() is not None:
+            return explain(self._whole, input, *affine, backend=self.backend)
+        full = len(input) // size * size if len(input) > size else 0
+        if full and len(input) - full == 1 and self._whole.support.split(input[:1].shape).count == 1:
+            full -= size  # the last one joins the sub-batch before it
+        if not full:
+            return explain(self._whole, input, *affine, measured=True, backend=self.backend)
+        found = explain(rule, input[:full], *affine, measured=True, backend=self.backend)
+        rest = len(input) - full
+        return replace(found, why=f"{found.why}; the last {rest} samples are a sub-batch apart") if rest else found
 
     def extra_repr(self) -> str:
         text = (
