@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Split, Support, show
-from normkit.engine.dispatch import Backend, run
+from normkit.engine.dispatch import Backend, Explanation, run
 from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
 
 _SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
@@ -44,7 +45,9 @@ class SyncBatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
     processes. Running statistics come out the same everywhere. Gradients of weight and bias are the local batch's, as
     DistributedDataParallel wants them. Without a process group, with one process, and in evaluation it is batch normalization.
 
-    ``torch.nn.SyncBatchNorm``, but also on CPU: same arguments, defaults and state_dict.
+    ``torch.nn.SyncBatchNorm``, but also on CPU: same arguments, defaults and state_dict. Put it in place of channels-last layers
+    by hand, with the same layout: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no layout, and of
+    ``BatchNorm(..., layout="n * c")`` makes a layer that takes axis 1 for the channels.
 
     Args:
         num_features: channels C.
@@ -108,6 +111,13 @@ class SyncBatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
         self.check(input)
         running = self.running() if self.track_running_stats else None
         return _synchronized(self.rule, input, self.weight, self.bias, running, mask, self.process_group)
+
+    def explain(self, input: Tensor) -> Explanation:
+        """Say which back end would normalize this input, and why: batch normalization's, unless processes share statistics."""
+        found = super().explain(input)
+        if not (self.training or self.running_mean is None) or not _several(self.process_group):
+            return found
+        return replace(found, backend="closed", why="the statistics are of all processes together")
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
