@@ -117,7 +117,9 @@ def test_what_does_not_fit_is_refused() -> None:
         BatchChannelNorm(4, 2)(torch.randn(1, 4))
 
 
-@pytest.mark.parametrize("make", [EstBatchNorm, lambda c: BatchChannelNorm(c, 2), _estimating], ids=["estimated", "batch", "both"])
+@pytest.mark.parametrize(
+    "make", [EstBatchNorm, lambda c: BatchChannelNorm(c, 2), _estimating], ids=["estimated", "batch", "both"]
+)
 def test_update_bn_gives_the_statistics_of_all_batches(make) -> None:
     norm, batches = make(4).double(), [_x() + step for step in range(3)]
     norm.running_mean.fill_(7.0)

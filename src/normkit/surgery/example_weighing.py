@@ -55,7 +55,7 @@ def weigh_examples(model: nn.Module, alpha: float = 0.0, count: int | None = Non
         if read_norm(name, norm).kind != "batch_norm":
             raise SurgeryError(
                 f"weigh_examples: {label(name)} is {type(norm).__name__}, not plain batch normalization, and the rest of what it "
-                'does would be lost; convert it to bn first, with where=, if that is wanted'
+                "does would be lost; convert it to bn first, with where=, if that is wanted"
             )
     new, rows = {}, []
     for name, norm in norms.items():

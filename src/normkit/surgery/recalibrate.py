@@ -91,7 +91,8 @@ def recalibrate(
     if not norms:
         others = "; ".join(f"{label(name)}: {reason}" for name, reason in left.items())
         raise SurgeryError(
-            "recalibrate: the model has no batch normalization with running statistics" + (f" ({others})" if left else "")
+            "recalibrate: the model has no batch normalization with running statistics"
+            + (f" ({others})" if left else "")
         )
     sums = {name: _Inputs(estimator) for name in norms}
     seen = 0
@@ -164,7 +165,11 @@ def _keeps_statistics(module: nn.Module) -> bool:
 def _refusal(module: nn.Module) -> str:
     if isinstance(module, RecurrentBatchNorm) and module.max_length is not None:
         return "it keeps statistics of each step"
-    return "" if isinstance(module, _KINDS) else "its running statistics are not those of a batch normalization that is known"
+    return (
+        ""
+        if isinstance(module, _KINDS)
+        else "its running statistics are not those of a batch normalization that is known"
+    )
 
 
 @contextmanager
