@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from normkit.core.moments import moments
-from normkit.core.pooling import pool
+from normkit.engine.pooling import pool
 
 
 @pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)])

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from normkit.core.moments import Moments, moments
-from normkit.core.window import sliding_mean, sliding_moments, sliding_sum
+from normkit.engine.window import sliding_mean, sliding_moments, sliding_sum
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

@@ -14,8 +14,8 @@ from normkit.core.errors import OptionError, ShapeError
 from normkit.core.moments import accumulation_dtype
 from normkit.core.precision import full_precision
 from normkit.core.support import show
-from normkit.core.window import sliding_mean
 from normkit.engine.layer import check_channels
+from normkit.engine.window import sliding_mean
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.moments import Moments, accumulation_dtype, moments
-from normkit.core.pooling import pool
 from normkit.core.precision import full_precision
 from normkit.core.support import Support, show
 from normkit.engine.layer import check_channels, check_several
+from normkit.engine.pooling import pool
 
 _INSTANCE = Support("n c *", over="*")
 _BATCH = Support("n c *", over="n *")

@@ -13,8 +13,8 @@ from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.support import divisors, show
-from normkit.core.window import sliding_moments
 from normkit.engine.layer import check_channels
+from normkit.engine.window import sliding_moments
 
 
 class LocalContextNorm(nn.Module):

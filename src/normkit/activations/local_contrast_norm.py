@@ -11,7 +11,7 @@ from normkit.core.errors import OptionError, ShapeError
 from normkit.core.moments import accumulation_dtype
 from normkit.core.precision import full_precision
 from normkit.core.support import show
-from normkit.core.window import sliding_mean, sliding_sum
+from normkit.engine.window import sliding_mean, sliding_sum
 
 
 class LocalContrastNorm(nn.Module):

@@ -8,7 +8,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.moments import accumulation_dtype
 from normkit.core.support import show
-from normkit.core.window import sliding_sum
+from normkit.engine.window import sliding_sum
 
 
 class LocalResponseNorm(nn.LocalResponseNorm):

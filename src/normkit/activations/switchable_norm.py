@@ -11,9 +11,9 @@ from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.moments import Moments, accumulation_dtype, moments
-from normkit.core.pooling import pool
 from normkit.core.support import Support
 from normkit.engine.layer import check_channels, check_several, given_statistics
+from normkit.engine.pooling import pool
 
 _INSTANCE = Support("n c *", over="*")
 _BATCH = Support("n c *", over="n *")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normkit.core.moments import Moments
-from normkit.core.pooling import pool
+from normkit.engine.pooling import pool
 
 
 def sliding_sum(x: Tensor, dim: int, before: int, after: int) -> Tensor:
