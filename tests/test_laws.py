@@ -54,7 +54,8 @@ def test_equals_the_oracle_on_every_back_end(card: Card, data: st.DataObject) ->
         try:
             call(card, copy.deepcopy(made), x)
         except ShapeError as error:
-            assert "one value for each statistic" in str(error)
+            if "one value for each statistic" not in str(error):
+                raise
             return
     wanted = normalized(made.rule, x, made.weight, made.bias)
     for backend, found in runs(card, made, x):
