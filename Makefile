@@ -18,9 +18,9 @@ check: $(VENV)/.check         ## style, types and the direction of imports
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
-bench: $(VENV)/.lab           ## speed beside torch's own layers, as ratios in one run
-	$(BIN)/python benchmarks/layers.py
-	$(BIN)/python benchmarks/conditioning.py
+bench: $(VENV)/.lab           ## speed beside torch's own layers, as ratios in one run (minutes)
+	$(BIN)/python benchmarks/layers.py --quick
+	$(BIN)/python benchmarks/conditioning.py --rounds 4
 
 docs: $(VENV)/.docs           ## the documentation in site/
 	$(BIN)/mkdocs build --strict

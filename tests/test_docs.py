@@ -8,6 +8,8 @@ import torch
 
 from normkit.catalogue.table import with_tables
 from normkit.core.errors import NotationError
+from normkit.lab.models.inception import digits_inception
+from normkit.surgery.recipe import apply_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -46,3 +48,13 @@ def test_every_page_is_in_the_menu() -> None:
     menu = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert f"- {page.name}" in menu
+
+
+def test_every_recipe_shown_for_the_built_in_model_applies_to_it() -> None:
+    sources = [*PAGES, ROOT / "src/normkit/cli.py", ROOT / "Makefile"]
+    lines = [line for page in sources for line in page.read_text().splitlines() if "--recipes" in line]
+    shown = {recipe for line in lines if "--model" not in line for recipe in re.findall(r"--recipes ([\w:,+@]+)", line)}
+    assert shown
+    for recipes in shown:
+        for recipe in recipes.split(","):
+            apply_recipe(digits_inception(), recipe)

@@ -99,7 +99,7 @@ def test_parameters_are_placed_by_name() -> None:
 def test_names_may_be_words() -> None:
     assert parse_axes("batch (heads width)") == (("batch",), ("heads", "width"))
     text = Support("batch (heads width)", over="width", heads=2).explain((3, 8))
-    assert text.endswith("one statistic for each of 3 batch x 2 heads = 6, over 4 width elements")
+    assert text.endswith("one statistic for each of 3 batch x 2 heads = 6, over 4 width")
 
 
 def test_explain_without_a_shape() -> None:

@@ -85,7 +85,7 @@ def compare(
 
     Stop it at any time: the same command goes on where it was.
 
-    Example: normkit compare --recipes bn,gn:4,ln --seeds 5
+    Example: normkit compare --recipes bn,gn:2,ln --seeds 5
 
     Example: normkit compare --model mine.models:make --data mine.data:load --epochs 30 --optimizer adamw
     """

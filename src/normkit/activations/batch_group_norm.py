@@ -391,6 +391,7 @@ CARD_WEIGHING = Card(
     weaknesses="can't be folded away; of a vector the example's variance is zero",
     module=BatchGroupNorm,
     functional=example_weighing,
+    fits=lambda module: module.num_groups is None and module.examples_per_group is None,
     make=_weighing,
     rule=batch_group_norm_rule(),
     batch_dependent=True,

@@ -205,7 +205,8 @@ class Support:
             total = math.prod(sizes.values())
             return f"{text} = {total}" if len(sizes) > 1 else text
 
-        return f"{self.axes} over {self.over}: one statistic for each of {part(False)}, over {part(True)} elements"
+        elements = " elements" if " = " in part(True) else ""
+        return f"{self.axes} over {self.over}: one statistic for each of {part(False)}, over {part(True)}{elements}"
 
 
 def parse_axes(text: str) -> tuple[tuple[str, ...], ...]:

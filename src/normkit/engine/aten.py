@@ -50,8 +50,6 @@ def refusal(
         )
         if parameter.dtype != x.dtype and not mixed:
             return f"torch's kernels do not take a {x.dtype} input with {parameter.dtype} parameters"
-        if measured and parameter.dtype.itemsize == 2:
-            return f"torch's kernel would hand statistics over in the {parameter.dtype} of its parameters"
     return None
 
 
@@ -88,7 +86,8 @@ def normalize_by(
     """Normalize by running statistics per channel and compensate; only where ``refusal`` gave None and the rule has a memory."""
     last = _channels_are_last(rule)
     first = x.movedim(-1, 1) if last else x
-    y = F.batch_norm(first, running.mean, running.var, weight, bias, False, 0.0, _eps(rule.statistic, x))
+    mean, var, weight, bias = (_wide(value) for value in (running.mean, running.var, weight, bias))
+    y = F.batch_norm(first, mean, var, weight, bias, False, 0.0, _eps(rule.statistic, x))
     return _as_last(y, x) if last else y
 
 
@@ -136,9 +135,15 @@ def _measured_batch_norm(
     # With momentum 1 torch's running statistics are the batch's own: the way to have them from its kernel.
     mean = torch.zeros(x.shape[1], dtype=accumulation_dtype(x.dtype), device=x.device)
     var = torch.zeros_like(mean)
+    weight, bias = _wide(weight), _wide(bias)
     y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, _eps(rule.statistic, x))
     shape = split.statistics_shape
     return y, Moments(mean.view(shape), (var * ((split.count - 1) / split.count)).view(shape), split.count)
+
+
+def _wide(value: Tensor | None) -> Tensor | None:
+    """In at least float32, as torch takes parameters and statistics beside an input of a half type."""
+    return None if value is None else value.to(accumulation_dtype(value.dtype))
 
 
 def _layer_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -210,7 +210,7 @@ def explain(
 
     >>> print(explain(Rule(Support("n c *", over="c"), Statistic(None, "rms")), torch.zeros(2, 8, 5, 5)))
     y = x / sqrt(E[x^2] + eps)
-    n c * over c: one statistic for each of 2 samples x 25 positions = 50, over 8 channels elements
+    n c * over c: one statistic for each of 2 samples x 25 positions = 50, over 8 channels
     statistics in float32; back end: closed, PyTorch operators with the backward pass in closed form
     because torch has no fused kernel for Support("n c *", over="c") with x / sqrt(E[x^2] + eps)
     """
