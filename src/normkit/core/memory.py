@@ -66,9 +66,9 @@ class Running:
         """Take one mean and one variance per channel, without gradients, into the running statistics in place."""
         weight = self._weight(running)
         mean, var = mean.to(running.mean.dtype), var.to(running.var.dtype)
-        finite = mean.isfinite() & var.isfinite()
+        finite = (mean + var).isfinite()
         for buffer, fresh in ((running.mean, mean), (running.var, var)):
-            buffer.copy_(torch.where(finite, buffer + weight * (fresh - buffer), buffer))
+            buffer.lerp_(torch.where(finite, fresh, buffer), weight)
 
     def _weight(self, running: RunningStatistics) -> float | Tensor:
         if running.batches is not None:
@@ -82,7 +82,8 @@ class Running:
         keep = [d for d, name in enumerate(split.names) if name in self.per.replace("(", " ").replace(")", " ").split()]
         others = tuple(d for d in range(value.dim()) if d not in keep)
         # A set without elements, as of a wholly masked sample, has no mean; the others still have theirs.
-        return (value.nanmean(others) if others else value).reshape(per_shape(self.per, split))
+        apart = any(value.shape[d] > 1 for d in others)
+        return (value.nanmean(others) if apart else value).reshape(per_shape(self.per, split))
 
 
 @dataclass(frozen=True)

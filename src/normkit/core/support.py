@@ -224,6 +224,20 @@ def parse_axes(text: str) -> tuple[tuple[str, ...], ...]:
     >>> parse_axes("n (g c) *")
     (('n',), ('g', 'c'), ('*',))
     """
+    if torch.compiler.is_compiling():
+        return _parse(text)
+    if text not in _PARSED:
+        if len(_PARSED) >= 1024:  # texts are few; a program that makes them up must not fill memory
+            _PARSED.clear()
+        _PARSED[text] = _parse(text)
+    return _PARSED[text]
+
+
+# What was read before: a layer reads the same few texts at every call.
+_PARSED: dict[str, tuple[tuple[str, ...], ...]] = {}
+
+
+def _parse(text: str) -> tuple[tuple[str, ...], ...]:
     groups: list[tuple[str, ...]] = []
     inside: list[str] | None = None
     for mark in "()*":

@@ -14,7 +14,7 @@ from normkit.core.memory import Running, RunningStatistics
 from normkit.core.moments import Moments, accumulation_dtype
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
-from normkit.core.support import Split, Support, place, show
+from normkit.core.support import Split, Support, per_shape, place, show
 from normkit.engine import aten, closed_form, reference
 
 Backend = Literal["auto", "reference", "closed", "aten"]
@@ -284,10 +284,10 @@ def _choose(
     for parameter in (weight, bias):
         if parameter is not None and rule.compensation is None:
             raise ShapeError("a weight or bias is given, but the rule has no compensation; add one, e.g. Affine('c')")
-        if parameter is not None and rule.compensation is not None:
-            place(
-                parameter, rule.compensation.per, split
-            )  # refuses another shape, whatever the back end would make of it
+        if parameter is None or rule.compensation is None:
+            continue
+        if parameter.shape != per_shape(rule.compensation.per, split):
+            place(parameter, rule.compensation.per, split)  # raises, whatever a back end would make of the shape
     if backend not in ("auto", *_WHAT):
         raise OptionError(f"backend={backend!r}: wanted one of auto, {', '.join(_WHAT)}")
     no_aten = (
