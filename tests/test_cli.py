@@ -101,13 +101,18 @@ def test_help_loads_nothing_of_the_lab() -> None:
 
 def test_a_users_own_model_and_an_interrupt(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "import torch\nfrom torch import nn\n"
+        "import pathlib, time, torch\nfrom torch import nn\n"
+        "class Slow(nn.Module):\n"  # so that the interrupt finds the comparison at work, however busy the machine
+        "    def forward(self, x):\n"
+        "        time.sleep(0.005 if pathlib.Path('slow').exists() else 0)\n"
+        "        return x\n"
         "def make(classes):\n"
-        "    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, classes))\n"
+        "    return nn.Sequential(Slow(), nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, classes))\n"
         "def load():\n"
         "    x = torch.randn(900, 4)\n"
         "    return {'train': (x[:600], (x[:600, 0] > 0).long()), 'test': (x[600:], (x[600:, 0] > 0).long())}\n"
     )
+    (tmp_path / "slow").touch()
     words = [
         "--model",
         "mine:make",
@@ -134,6 +139,7 @@ def test_a_users_own_model_and_an_interrupt(tmp_path: Path) -> None:
     assert "stopped; kept in" in said
     assert "to go on:  normkit compare --model mine:make" in said
     assert "Traceback" not in said
+    (tmp_path / "slow").unlink()
     ended = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=environ(), timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert "run 4/4" in ended.stdout
