@@ -66,7 +66,7 @@ class Running:
         """Take one mean and one variance per channel, without gradients, into the running statistics in place."""
         weight = self._weight(running)
         mean, var = mean.to(running.mean.dtype), var.to(running.var.dtype)
-        finite = (mean + var).isfinite()
+        finite = mean.isfinite() & var.isfinite()
         for buffer, fresh in ((running.mean, mean), (running.var, var)):
             buffer.lerp_(torch.where(finite, fresh, buffer), weight)
 
