@@ -1,0 +1,176 @@
+// Vectors of the compiler's own extension, in the width of the instruction set that this file is compiled for.
+//
+// Vec<float> and Vec<double> have the same number of lanes, so that one source serves both; load and store convert between memory and the
+// accumulation type: float for float, bfloat16 and float16, double for double.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace nk {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
+    uint16_t bits;
+};
+
+template <class T> struct Accumulator {
+    using type = float;
+};
+template <> struct Accumulator<double> {
+    using type = double;
+};
+template <class T> using accumulator = typename Accumulator<T>::type;
+
+namespace lanes {
+typedef float F32 __attribute__((vector_size(LANES * 4)));
+typedef double F64 __attribute__((vector_size(LANES * 8)));
+typedef int32_t I32 __attribute__((vector_size(LANES * 4)));
+typedef uint32_t U32 __attribute__((vector_size(LANES * 4)));
+typedef int64_t I64 __attribute__((vector_size(LANES * 8)));
+typedef uint16_t U16 __attribute__((vector_size(LANES * 2)));
+template <class A> struct Of;
+template <> struct Of<float> {
+    using type = F32;
+    using mask = I32;
+};
+template <> struct Of<double> {
+    using type = F64;
+    using mask = I64;
+};
+}  // namespace lanes
+template <class A> using Vec = typename lanes::Of<A>::type;
+template <class A> using Mask = typename lanes::Of<A>::mask;
+
+template <class A> inline Vec<A> splat(A value) { return value - Vec<A>{}; }
+template <class A> inline Vec<A> select(Mask<A> where, Vec<A> yes, Vec<A> no) { return where ? yes : no; }
+
+// Scalars.
+inline float widen(float v) { return v; }
+inline double widen(double v) { return v; }
+inline float widen(bfloat16 v) {
+    uint32_t bits = uint32_t(v.bits) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+inline float widen(float16 v) {
+#if defined(__F16C__)
+    return _cvtsh_ss(v.bits);
+#else
+    _Float16 half;
+    std::memcpy(&half, &v.bits, 2);
+    return float(half);
+#endif
+}
+template <class T> inline T narrow(accumulator<T> v);
+template <> inline float narrow<float>(float v) { return v; }
+template <> inline double narrow<double>(double v) { return v; }
+template <> inline bfloat16 narrow<bfloat16>(float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    if (v != v) return {uint16_t((bits >> 16) | 0x40)};
+    return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+template <> inline float16 narrow<float16>(float v) {
+#if defined(__F16C__)
+    return {uint16_t(_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT))};
+#else
+    _Float16 half = _Float16(v);
+    float16 out;
+    std::memcpy(&out.bits, &half, 2);
+    return out;
+#endif
+}
+
+// LANES elements from memory, of any alignment.
+inline lanes::F32 load(const float *p) {
+    lanes::F32 v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+inline lanes::F64 load(const double *p) {
+    lanes::F64 v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+inline lanes::F32 load(const bfloat16 *p) {
+    lanes::U16 half;
+    std::memcpy(&half, p, sizeof half);
+    lanes::U32 bits = __builtin_convertvector(half, lanes::U32) << 16;
+    return reinterpret_cast<lanes::F32>(bits);
+}
+inline lanes::F32 load(const float16 *p) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<lanes::F32>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))));
+#elif defined(__F16C__) && defined(__AVX2__)
+    return reinterpret_cast<lanes::F32>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+#else
+    lanes::F32 v;
+    for (int i = 0; i < LANES; ++i) v[i] = widen(p[i]);
+    return v;
+#endif
+}
+
+inline void store(float *p, lanes::F32 v) { std::memcpy(p, &v, sizeof v); }
+inline void store(double *p, lanes::F64 v) { std::memcpy(p, &v, sizeof v); }
+inline void store(bfloat16 *p, lanes::F32 v) {
+    lanes::U32 bits = reinterpret_cast<lanes::U32>(v);
+    lanes::U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    lanes::U32 quiet = (bits >> 16) | 0x40;
+    lanes::U32 nan = reinterpret_cast<lanes::U32>(v != v);
+    lanes::U16 half = __builtin_convertvector((nan & quiet) | (~nan & rounded), lanes::U16);
+    std::memcpy(p, &half, sizeof half);
+}
+inline void store(float16 *p, lanes::F32 v) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && defined(__AVX2__)
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < LANES; ++i) p[i] = narrow<float16>(v[i]);
+#endif
+}
+
+// The first n < LANES elements; the other lanes read as zero.
+template <class T> inline Vec<accumulator<T>> load_some(const T *p, int64_t n) {
+    T padded[LANES] = {};
+    std::memcpy(padded, p, n * sizeof(T));
+    return load(padded);
+}
+template <class T> inline void store_some(T *p, Vec<accumulator<T>> v, int64_t n) {
+    T padded[LANES];
+    store(padded, v);
+    std::memcpy(p, padded, n * sizeof(T));
+}
+
+// All ones in the first n lanes.
+template <class A> inline Mask<A> first(int64_t n) {
+    Mask<A> index;
+    for (int i = 0; i < LANES; ++i) index[i] = i;
+    return index < static_cast<decltype(index[0] + 0)>(n);
+}
+
+template <class A> inline A sum_lanes(Vec<A> v) {
+    A halves[LANES];
+    store(halves, v);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) halves[i] += halves[i + width];
+    return halves[0];
+}
+
+}  // namespace nk
