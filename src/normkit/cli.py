@@ -1,12 +1,13 @@
-"""The command line: ``normkit compare``, ``report``, ``list``, ``show``, ``draw``, ``cite`` and ``info``."""
+"""The command line: ``normkit compare``, ``reproduce``, ``claim``, ``report``, ``list``, ``show``, ``draw``, ``cite``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import typer
+    from typer.core import TyperCommand
 except ModuleNotFoundError:
     raise SystemExit("error: the command line needs typer; pip install 'normkit[lab]'") from None
 
@@ -127,6 +128,83 @@ def compare(
             raise typer.Exit(130) from None
 
 
+class _Sweeping(TyperCommand):
+    """A command whose ``--ray`` may stand alone, for a cluster on this machine."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words: list[str] = []
+        for word, after in zip(args, [*args[1:], ""], strict=False):
+            words.append(word)
+            if word == "--ray" and not (after in ("local", "auto") or (":" in after and not after.startswith("-"))):
+                words.append("local")
+        return super().parse_args(ctx, words)
+
+
+NAME = typer.Argument(help="of the experiment; without it they are listed", show_default=False)
+SCALE = typer.Option(help="small (two cores, minutes) or full", rich_help_panel=WHAT)
+SEEDS = typer.Option(help="how many; 0 to n - 1", rich_help_panel=WHAT)
+EPOCHS = typer.Option(help="in place of the experiment's own number", rich_help_panel=WHAT)
+DATA_ROOT = typer.Option(
+    envvar="NORMKIT_DATA", help="folder of the data sets, as they were published", rich_help_panel=WHERE
+)
+DOWNLOAD = typer.Option("--download", help="fetch data that is missing", rich_help_panel=WHERE)
+RAY = typer.Option(
+    metavar="[ADDRESS]", help="do the runs on a Ray cluster; alone: on one started here", rich_help_panel=WHERE
+)
+THREADS = typer.Option(help="of torch on the CPU, a run", rich_help_panel=WHERE)
+FOLDER = typer.Option("--output", "-o", help="folder; default: runs/<name>-<scale>", rich_help_panel=RECORDS)
+OVERWRITE = typer.Option("--overwrite", help="replace the records there", rich_help_panel=RECORDS)
+NO_REPORT = typer.Option("--no-report", help="no figures, no report.html", rich_help_panel=RECORDS)
+
+
+@app.command(cls=_Sweeping)
+def reproduce(
+    name: Annotated[str | None, NAME] = None,
+    scale: Annotated[str, SCALE] = "small",
+    seeds: Annotated[int, SEEDS] = 3,
+    epochs: Annotated[int | None, EPOCHS] = None,
+    data_root: Annotated[Path | None, DATA_ROOT] = None,
+    download: Annotated[bool, DOWNLOAD] = False,
+    ray: Annotated[str | None, RAY] = None,
+    threads: Annotated[int, THREADS] = 1,
+    output: Annotated[Path | None, FOLDER] = None,
+    overwrite: Annotated[bool, OVERWRITE] = False,
+    no_report: Annotated[bool, NO_REPORT] = False,
+) -> None:
+    """Reproduces a table or figure of a paper, on its data: the paper's numbers beside ours.
+
+    Stop it at any time: the same command goes on where it was. Several such commands with one output share the runs.
+
+    Example: normkit reproduce table1 --data-root data --scale small
+    """
+    _experiment(
+        "reproduce", name, scale, seeds, epochs, data_root, download, ray, threads, output, overwrite, no_report
+    )
+
+
+@app.command(cls=_Sweeping)
+def claim(
+    name: Annotated[str | None, NAME] = None,
+    scale: Annotated[str, SCALE] = "small",
+    seeds: Annotated[int, SEEDS] = 3,
+    epochs: Annotated[int | None, EPOCHS] = None,
+    data_root: Annotated[Path | None, DATA_ROOT] = None,
+    download: Annotated[bool, DOWNLOAD] = False,
+    ray: Annotated[str | None, RAY] = None,
+    threads: Annotated[int, THREADS] = 1,
+    output: Annotated[Path | None, FOLDER] = None,
+    overwrite: Annotated[bool, OVERWRITE] = False,
+    no_report: Annotated[bool, NO_REPORT] = False,
+) -> None:
+    """Puts a claim of the literature to the test.
+
+    Stop it at any time: the same command goes on where it was. Several such commands with one output share the runs.
+
+    Example: normkit claim batch-size --data-root data --scale small
+    """
+    _experiment("claim", name, scale, seeds, epochs, data_root, download, ray, threads, output, overwrite, no_report)
+
+
 @app.command()
 def report(output: Annotated[Path, typer.Argument(help="folder of a finished comparison")]) -> None:
     """Draws the figures and report.html of a comparison anew from its records, and prints its table."""
@@ -214,6 +292,47 @@ def info() -> None:
         typer.echo(f"{'device':<18}{cuda or 'cpu'}")
         for name, reason in backends().items():
             typer.echo(f"{'back end':<18}{name:<12}{'runs here' if reason is None else f'does not run here: {reason}'}")
+
+
+def _experiment(
+    kind: str,
+    name: str | None,
+    scale: str,
+    seeds: int,
+    epochs: int | None,
+    data_root: Path | None,
+    download: bool,
+    ray: str | None,
+    threads: int,
+    output: Path | None,
+    overwrite: bool,
+    no_report: bool,
+) -> None:
+    with _faults():
+        from normkit.lab.experiment import Bench, command, kept, perform
+        from normkit.lab.experiments import find_experiment, names
+        from normkit.lab.settings import first_seeds
+
+        if name is None:
+            for known in names(kind):
+                typer.echo(f"{known:<16}{find_experiment(kind, known).title}")
+            return
+        if scale not in ("small", "full"):
+            raise OptionError(f"scale is {scale!r}; wanted small or full")
+        for option, number in {"epochs": epochs, "threads": threads}.items():
+            if number is not None and number < 1:
+                raise OptionError(f"{option} is {number}; wanted 1 or more")
+        experiment = find_experiment(kind, name)
+        folder = output or Path("runs") / f"{name}-{scale}"
+        bench = Bench(
+            scale, folder, data_root, download, seeds=first_seeds(seeds), epochs=epochs, ray=ray, threads=threads
+        )
+        again = command(experiment, bench)
+        try:
+            perform(experiment, bench, overwrite=overwrite, report=not no_report, command=again)
+        except KeyboardInterrupt:
+            typer.echo(f"\nstopped; {kept(folder)}\nto go on:  {again}", err=True)
+            raise typer.Exit(130) from None
 
 
 def main() -> None:

@@ -20,6 +20,10 @@ TEMPORARY = ".part"
 LOCK = ".lock"
 
 
+class InUseError(RecordError):
+    """Another process holds the folder."""
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all.
 
@@ -155,7 +159,8 @@ def locked(folder: Path) -> Iterator[None]:
         folder: what to hold; made when missing.
 
     Raises:
-        RecordError: another process holds it, or it is not writable.
+        InUseError: another process holds it.
+        RecordError: it is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +178,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RecordError(
+            raise InUseError(
                 f"{folder} is in use by another process; wait for it, or choose another --output"
             ) from None
         yield

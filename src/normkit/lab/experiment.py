@@ -1,0 +1,257 @@
+"""What an experiment is, and the bench on which it is run: records, resume and reports are the same for all.
+
+An experiment is one file in ``lab/papers`` or ``lab/claims`` that ends with ``EXPERIMENT = Experiment(...)``. Its ``run``
+gets a :class:`Bench`, makes jobs and gives them to :meth:`Bench.sweep`; its ``tables``, ``draw`` and ``remarks`` are pure
+functions of what ``run`` returned, so that a report can be made anew from the records alone.
+"""
+
+import os
+import platform
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from normkit.core.card import Paper
+from normkit.core.errors import RecordError
+from normkit.lab import record
+from normkit.lab.devices import cores, processor, versions
+from normkit.lab.sweep import Job, sweep
+
+SCHEMA = 1
+DATA_ROOT = "NORMKIT_DATA"
+CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
+OURS = (RESULT, "runs", "result.md", "report.html", "figures", ENVIRONMENT, CONFIG)
+CURE = "choose another --output, or --overwrite to replace them"
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report.
+
+    Args:
+        title: above it.
+        columns: their names.
+        rows: strings and numbers; None for what is not known.
+        notes: below it, a sentence each. Default: none.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    notes: Sequence[str] = ()
+
+
+@dataclass
+class Bench:
+    """Where and at what size an experiment is run.
+
+    While an experiment runs, the environment variable ``NORMKIT_DATA`` holds `data_root`, on Ray's workers too: factories
+    of data called without a root find it there, and jobs hold no paths.
+
+    Args:
+        scale: ``"small"`` (two cores, minutes) or ``"full"``.
+        output: the folder of the records.
+        data_root: where data sets lie. Default: None, the environment variable ``NORMKIT_DATA``.
+        download: fetch what is missing. Default: False.
+        seeds: Default: ``(0, 1, 2)``.
+        epochs: in place of the experiment's own number. Default: None.
+        console: where progress is written. Default: standard output.
+        ray: None to run in this process; ``"local"`` for a Ray cluster on this machine, else the address of one. Default: None.
+        threads: of torch on the CPU, a run; sums depend on how many threads share them. Default: 1.
+    """
+
+    scale: Literal["small", "full"]
+    output: Path
+    data_root: Path | None = None
+    download: bool = False
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: int | None = None
+    console: Console = field(default_factory=Console)
+    ray: str | None = None
+    threads: int = 1
+
+    def watch(self, text: str) -> None:
+        """Says how far the experiment is."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def sweep(self, function: Callable[[Any, Path], Mapping[str, Any]], jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """Does the jobs that are not yet done, and gives the results of all in the order of `jobs`.
+
+        Args:
+            function: a module-level ``function(job, folder) -> dict`` whose result JSON can hold. It seeds what it draws. It goes
+                on from its own checkpoint in `folder`, if there is one; see :func:`normkit.lab.record.write_checkpoint`.
+            jobs: frozen dataclasses of plain values, each with a unique relative ``path``; `folder` is ``output/runs/<path>``.
+
+        Raises:
+            RecordError: a folder holds another job's records, is damaged or not writable.
+        """
+        return sweep(function, jobs, self.output, threads=self.threads, ray=self.ray, say=self.watch)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment of a source.
+
+    Args:
+        name: as it is called on the command line, like its file.
+        kind: ``"reproduce"`` for a table or figure of a paper, ``"claim"`` for a sentence.
+        title: what it is.
+        claim: what the source says, in one sentence.
+        paper: the source.
+        run: does what is missing and returns the result, which JSON can hold.
+        tables: the source's numbers beside ours, from the result.
+        draw: draws the figures of a result into a folder, each as PNG and SVG, and returns the files.
+        remarks: observations on a result in sentences, with oddities of the source.
+    """
+
+    name: str
+    kind: Literal["reproduce", "claim"]
+    title: str
+    claim: str
+    paper: Paper
+    run: Callable[[Bench], dict[str, Any]]
+    tables: Callable[[dict[str, Any]], list[Table]]
+    draw: Callable[[dict[str, Any], Path], list[Path]]
+    remarks: Callable[[dict[str, Any]], list[str]]
+
+
+def perform(
+    experiment: Experiment, bench: Bench, *, overwrite: bool = False, report: bool = True, command: str = ""
+) -> dict[str, Any]:
+    """Runs an experiment, or what is left of it, and writes its records and reports into ``bench.output``.
+
+    Args:
+        experiment: which.
+        bench: where.
+        overwrite: replace records of another configuration. Default: False.
+        report: draw the figures and write ``report.html`` as well. Default: True.
+        command: how to give it again; goes into the record. Default: none.
+
+    Returns:
+        What ``result.json`` holds.
+
+    Raises:
+        RecordError: the folder holds something else, is damaged or not writable.
+    """
+    if bench.data_root is not None:
+        os.environ[DATA_ROOT] = str(bench.data_root)
+    config = {
+        "experiment": experiment.name,
+        "scale": bench.scale,
+        "epochs": bench.epochs,
+        "threads": bench.threads,
+        "seeds": list(bench.seeds),
+    }
+    began, started = time.monotonic(), _now()
+    _open(bench.output, config, overwrite)
+    found = _read_back(bench.output, config)
+    if found is None:
+        here = _environment(started, bench.threads)
+        record.write_json(bench.output / CONFIG, config)
+        record.write_json(bench.output / ENVIRONMENT, here)
+        about = {key: getattr(experiment, key) for key in ("name", "kind", "title", "claim")}
+        found = {
+            "schema": SCHEMA,
+            "experiment": {**about, "paper": asdict(experiment.paper)},
+            "command": command,
+            "config": config,
+            "environment": here,
+            "result": experiment.run(bench),
+            "started": started,
+            "finished": _now(),
+            "seconds": round(time.monotonic() - began, 3),
+        }
+        record.write_json(bench.output / RESULT, found)
+        found = record.read_json(bench.output / RESULT)
+    else:
+        bench.watch(f"{bench.output} holds this experiment, finished {found['finished']}")
+    show(experiment, found, bench.output, bench.console, report)
+    return found
+
+
+def show(experiment: Experiment, found: Mapping[str, Any], output: Path, console: Console, report: bool = True) -> None:
+    """Prints the tables and remarks of a result, writes ``result.md`` and, if asked for, figures and ``report.html``.
+
+    Args:
+        experiment: which.
+        found: what ``result.json`` holds.
+        output: the folder.
+        console: where to print.
+        report: draw figures and the page as well. Default: True.
+    """
+    from normkit.lab.report.sheet import print_sheet, write_markdown, write_sheet
+
+    print_sheet(experiment, found, console)
+    figures = experiment.draw(found["result"], output / "figures") if report else []
+    lines = [f"result   {output / RESULT}", f"table    {write_markdown(experiment, found, figures, output)}"]
+    if report:
+        lines += [f"report   {write_sheet(experiment, found, figures, output)}", f"figures  {output / 'figures'}"]
+    console.print("\n" + "\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def command(experiment: Experiment, bench: Bench) -> str:
+    """Writes the command line that makes this record.
+
+    Args:
+        experiment: which.
+        bench: where.
+    """
+    words = ["normkit", experiment.kind, experiment.name, "--scale", bench.scale, "--seeds", str(len(bench.seeds))]
+    words += ["--epochs", str(bench.epochs)] if bench.epochs is not None else []
+    words += ["--data-root", str(bench.data_root)] if bench.data_root is not None else []
+    words += ["--download"] if bench.download else []
+    words += ["--threads", str(bench.threads)] if bench.threads != 1 else []
+    words += ["--ray", bench.ray] if bench.ray is not None else []
+    return shlex.join([*words, "--output", str(bench.output)])
+
+
+def kept(output: Path) -> str:
+    """Says what a stopped experiment has kept."""
+    done = len(list(output.glob("runs/**/result.json")))
+    return f"kept in {output}: {done} finished {'run' if done == 1 else 'runs'}, and checkpoints of those begun"
+
+
+def _open(output: Path, config: Mapping[str, Any], overwrite: bool) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecordError(
+            f"cannot write {output}: {error.strerror or error}; make it writable, or choose another --output"
+        ) from error
+    record.prepare(output, CONFIG, OURS, overwrite)
+    if (output / CONFIG).exists():
+        # More seeds are more runs beside those that are there; anything else would make the runs unlike.
+        there = record.read_json(output / CONFIG)
+        record.check_config(output / CONFIG, {**config, "seeds": there.get("seeds")}, CURE)
+
+
+def _read_back(output: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not (output / RESULT).exists():
+        return None
+    found = record.read_json(output / RESULT, ("config", "result", "finished"))
+    return found if found["config"] == config else None
+
+
+def _environment(started: str, threads: int) -> dict[str, Any]:
+    return {
+        **versions(),
+        "platform": platform.platform(),
+        "processor": processor(),
+        "cores": cores(),
+        "threads": threads,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "started": started,
+    }
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,0 +1,1 @@
+"""Experiments of papers, one a file; each ends with its EXPERIMENT."""

@@ -1,0 +1,199 @@
+"""An experiment as a whole: records, resume, sharing among processes, reports."""
+
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import experiment_samples
+from experiment_samples import EXPERIMENT, Walk, walk
+from normkit.cli import app
+from normkit.core.errors import OptionError, RecordError
+from normkit.lab import record
+from normkit.lab.experiment import Bench, command, perform
+from normkit.lab.experiments import FILES, find_experiment, names
+from normkit.lab.sweep import sweep
+
+
+def bench(folder: Path, **options: Any) -> Bench:
+    return Bench("small", folder, console=Console(quiet=True), **options)
+
+
+def records(folder: Path) -> dict[str, bytes]:
+    """What must not depend on how the jobs were done."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for name in ("config.json", "result.json")
+        for path in folder.glob(f"runs/**/{name}")
+    }
+
+
+def test_records_and_reports(tmp_path: Path) -> None:
+    found = perform(EXPERIMENT, bench(tmp_path))
+    assert found == record.read_json(tmp_path / "result.json")
+    assert len(found["result"]["walks"]) == 6
+    assert len(records(tmp_path)) == 12
+    for name in ("config.json", "environment.json", "result.md", "report.html", "figures/ends.png", "figures/ends.svg"):
+        assert (tmp_path / name).stat().st_size > 0
+    text = (tmp_path / "result.md").read_text()
+    assert "| name | seed | end \\| of it |" in text
+    assert "| nowhere | 0 | – |" in text
+    assert "![ends](figures/ends.png)" in text
+    page = (tmp_path / "report.html").read_text()
+    assert "Ends of &lt;walks&gt;." in page
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("https://example.org", "").replace("http://www.w3.org", "")
+
+
+def test_done_jobs_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [Walk("left", seed) for seed in range(3)]
+    first = sweep(walk, jobs, tmp_path, say=lambda text: None)
+    monkeypatch.setattr(record, "write_checkpoint", lambda *given: pytest.fail("done again"))
+    assert sweep(walk, jobs, tmp_path, say=lambda text: None) == first
+    assert sweep(walk, jobs[::-1], tmp_path, say=lambda text: None) == first[::-1]
+
+
+def test_an_interrupted_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = sweep(walk, [Walk("left", 0)], tmp_path / "whole", say=lambda text: None)
+    real, left = record.write_checkpoint, 2
+
+    def write(*given: Any) -> None:
+        nonlocal left
+        real(*given)
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(record, "write_checkpoint", write)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(walk, [Walk("left", 0)], tmp_path / "parts", say=lambda text: None)
+    left = 100
+    assert sweep(walk, [Walk("left", 0)], tmp_path / "parts", say=lambda text: None) == whole
+    assert left == 98
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+
+
+def test_more_seeds_keep_the_others(tmp_path: Path) -> None:
+    perform(EXPERIMENT, bench(tmp_path, seeds=(0,)), report=False)
+    before = records(tmp_path)
+    perform(EXPERIMENT, bench(tmp_path, seeds=(0, 1)), report=False)
+    assert before.items() < records(tmp_path).items()
+
+
+def test_another_configuration_is_refused(tmp_path: Path) -> None:
+    perform(EXPERIMENT, bench(tmp_path, seeds=(0,)), report=False)
+    with pytest.raises(RecordError, match=r"epochs is null there, 7 now; choose another --output, or --overwrite"):
+        perform(EXPERIMENT, bench(tmp_path, epochs=7), report=False)
+    perform(EXPERIMENT, bench(tmp_path, seeds=(0,), epochs=7), overwrite=True, report=False)
+    with pytest.raises(RecordError, match="steps is 7 there, 4 now"):
+        sweep(walk, [Walk("left", 0)], tmp_path, say=lambda text: None)
+
+
+def test_paths_must_be_unique_and_inside(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="two jobs have the path"):
+        sweep(walk, [Walk("left", 0), Walk("left", 0, 9)], tmp_path)
+    for name in ("../left", "/left"):
+        with pytest.raises(OptionError, match="wanted one within"):
+            sweep(walk, [Walk(name, 0)], tmp_path)
+
+
+def share(folder: Path) -> None:
+    perform(EXPERIMENT, bench(folder, epochs=40), report=False)
+
+
+def test_processes_share_the_jobs(tmp_path: Path) -> None:
+    alone = perform(EXPERIMENT, bench(tmp_path / "alone", epochs=40), report=False)
+    context = multiprocessing.get_context("spawn")
+    others = [context.Process(target=share, args=(tmp_path / "shared",)) for _ in range(2)]
+    for process in others:
+        process.start()
+    for process in others:
+        process.join(60)
+        assert process.exitcode == 0
+    assert record.read_json(tmp_path / "shared" / "result.json")["result"] == alone["result"]
+    assert records(tmp_path / "shared") == records(tmp_path / "alone")
+
+
+def test_the_command_says_what_differs(tmp_path: Path) -> None:
+    said = command(EXPERIMENT, Bench("full", Path("out put"), Path("data"), seeds=(0,), epochs=2, ray="auto"))
+    words = "normkit claim walks --scale full --seeds 1 --epochs 2 --data-root data --ray auto --output 'out put'"
+    assert said == words
+
+
+def test_every_experiment_is_named_after_its_file() -> None:
+    for kind in FILES:
+        for name in names(kind):
+            experiment = find_experiment(kind, name)
+            assert (experiment.name, experiment.kind) == (name, kind)
+    with pytest.raises(OptionError, match="knows no experiment 'tabel1'"):
+        find_experiment("reproduce", "tabel1")
+
+
+@pytest.fixture
+def listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from normkit.lab import experiments
+
+    monkeypatch.setattr(experiments, "names", lambda kind: ("walks",))
+    monkeypatch.setattr(experiments, "find_experiment", lambda kind, name: replace(EXPERIMENT, kind=kind))
+
+
+@pytest.mark.usefixtures("listed")
+@pytest.mark.parametrize("kind", ["reproduce", "claim"])
+def test_command_line(tmp_path: Path, kind: str) -> None:
+    words = [kind, "walks", "--seeds", "2", "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0
+    for said in ("run 4/4", "Random walks", "4 walks ended.", "report.html"):
+        assert said in done.output
+    again = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert "holds this experiment, finished" in again.output
+    assert "walks           Random walks" in CliRunner().invoke(app, [kind]).output
+
+
+@pytest.mark.usefixtures("listed")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--scale", "huge"], "scale is 'huge'; wanted small or full"),
+        (["--seeds", "0"], "seeds is 0"),
+        (["--epochs", "0"], "epochs is 0"),
+    ],
+)
+def test_bad_options_end_with_2(tmp_path: Path, words: list[str], said: str) -> None:
+    done = CliRunner().invoke(app, ["claim", "walks", "--output", str(tmp_path / "out"), *words])
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("listed")
+@pytest.mark.parametrize(
+    ("words", "address"),
+    [
+        ([], None),
+        (["--ray"], "local"),
+        (["--ray", "--seeds", "1"], "local"),
+        (["--ray", "10.0.0.1:6379"], "10.0.0.1:6379"),
+    ],
+)
+def test_ray_may_stand_alone(monkeypatch: pytest.MonkeyPatch, words: list[str], address: str | None) -> None:
+    given: list[Bench] = []
+    monkeypatch.setattr("normkit.lab.experiment.perform", lambda experiment, bench, **options: given.append(bench))
+    for order in (["walks", *words], [*words, "walks"]):
+        done = CliRunner().invoke(app, ["claim", *order])
+        assert done.exit_code == 0, done.output
+    assert [bench.ray for bench in given] == [address] * 2
+
+
+def test_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: None) -> None:
+    def stop(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment_samples.record, "write_checkpoint", stop)
+    done = CliRunner().invoke(app, ["claim", "walks", "--output", str(tmp_path / "out")])
+    assert done.exit_code == 130
+    assert "to go on:  normkit claim walks" in done.stderr
