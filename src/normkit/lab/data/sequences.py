@@ -1,0 +1,85 @@
+"""Sequences that a transformer must turn into others: copying, sorting and adding, drawn without end, and a short text."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from normkit.core.errors import OptionError
+
+TASKS = ("copy", "sort", "add", "text")
+
+
+def draw(task: str, samples: int, length: int, vocabulary: int = 16) -> tuple[Tensor, Tensor]:
+    """Draws sequences from torch's global generator.
+
+    ========  =========================================================================================================
+    ``copy``  the same tokens
+    ``sort``  the same tokens in ascending order
+    ``add``   at each place, the sum of its token and of the one before it (of the last, at the first) modulo the vocabulary
+    ``text``  at each place, the character that follows, in a passage of :func:`text`; the vocabulary is the text's own
+    ========  =========================================================================================================
+
+    Args:
+        task: as in the table.
+        samples: how many.
+        length: of each.
+        vocabulary: how many tokens there are. Default: 16.
+
+    Returns:
+        Tokens and targets, both (samples, length).
+
+    Raises:
+        OptionError: another task.
+
+    >>> _ = torch.manual_seed(0)
+    >>> draw("sort", 1, 6)
+    (tensor([[12, 15,  5,  0,  3, 11]]), tensor([[ 0,  3,  5, 11, 12, 15]]))
+    """
+    if task not in TASKS:
+        raise OptionError(f"draw: there is no task {task!r}; there are {', '.join(TASKS)}")
+    if task == "text":
+        codes, _ = text()
+        windows = codes.unfold(0, length + 1, 1)
+        drawn = windows[torch.randint(len(windows), (samples,))]
+        return drawn[:, :-1], drawn[:, 1:]
+    tokens = torch.randint(vocabulary, (samples, length))
+    if task == "copy":
+        return tokens, tokens
+    if task == "sort":
+        return tokens, tokens.sort(dim=1).values
+    return tokens, (tokens + tokens.roll(1, dims=1)) % vocabulary
+
+
+@lru_cache
+def text() -> tuple[Tensor, str]:
+    """Gives the first two chapters of "Alice's Adventures in Wonderland" by Lewis Carroll (1865), which nobody owns.
+
+    Returns:
+        The characters as numbers, and the characters that there are, in order.
+
+    >>> codes, characters = text()
+    >>> len(codes), len(characters), "".join(characters[code] for code in codes[11:31])
+    (22165, 65, 'Down the Rabbit-Hole')
+    """
+    content = (Path(__file__).parent / "alice.txt").read_text("ascii")
+    characters = "".join(sorted(set(content)))
+    return torch.tensor([characters.index(letter) for letter in content]), characters
+
+
+def guess(task: str, vocabulary: int = 16) -> float:
+    """The loss, in nats a token, of one who knows how often each token is asked for but looks at nothing.
+
+    Args:
+        task: as in :func:`draw`.
+        vocabulary: how many tokens there are; the text has its own. Default: 16.
+
+    >>> round(guess("copy"), 4), round(guess("text"), 4)
+    (2.7726, 3.105)
+    """
+    if task != "text":
+        return torch.tensor(float(vocabulary)).log().item()
+    codes, characters = text()
+    shares = torch.bincount(codes, minlength=len(characters)).double() / len(codes)
+    return -(shares * shares.log()).sum().item()

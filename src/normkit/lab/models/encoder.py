@@ -1,0 +1,161 @@
+"""A transformer encoder for token sequences whose norms stand before or after each branch."""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normkit.activations.fix_norm import FixNorm
+from normkit.activations.layer_norm import LayerNorm
+from normkit.activations.rms_norm import RMSNorm
+from normkit.activations.scale_norm import ScaleNorm
+from normkit.core.errors import OptionError
+from normkit.residual import Placement, Residual
+
+NORMS = {"ln": LayerNorm, "rms": RMSNorm, "scale": ScaleNorm}
+
+
+class Attention(nn.Module):
+    """Self-attention of several heads.
+
+    softmax(Q K^T / sqrt(features / heads)) V, then a linear layer. Queries, keys and values are three blocks of rows of one
+    weight, each Xavier-uniform by itself; biases start at 0.
+
+    Args:
+        features: width.
+        heads: which divide it.
+        causal: a place sees itself and those before it. Default: False.
+
+    Shape:
+        (N, L, features) to the same.
+
+    Raises:
+        OptionError: the heads do not divide the features.
+
+    Reference:
+        Vaswani et al. 2017, Attention Is All You Need, https://arxiv.org/abs/1706.03762
+
+    >>> Attention(8, 2)(torch.zeros(1, 3, 8)).shape
+    torch.Size([1, 3, 8])
+    """
+
+    def __init__(self, features: int, heads: int, causal: bool = False) -> None:
+        super().__init__()
+        if features % heads:
+            raise OptionError(
+                f"Attention: {features} features do not split into {heads} heads; take heads that divide it"
+            )
+        self.heads, self.causal = heads, causal
+        self.qkv, self.out = nn.Linear(features, 3 * features), nn.Linear(features, features)
+        for block in self.qkv.weight.data.chunk(3):
+            nn.init.xavier_uniform_(block)
+        _start(self.out)
+        nn.init.zeros_(self.qkv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Lets every place look at the others."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers with a ReLU between; ``self[2]`` is the second, whose gradient theory speaks of.
+
+    Args:
+        features: width.
+        hidden: between the layers.
+
+    Shape:
+        (*, features) to the same.
+    """
+
+    def __init__(self, features: int, hidden: int) -> None:
+        super().__init__(_start(nn.Linear(features, hidden)), nn.ReLU(), _start(nn.Linear(hidden, features)))
+
+
+class Encoder(nn.Module):
+    """Embedding and positions, layers of attention and feed-forward, and logits for each place.
+
+    With the norm after each branch (``"post"``) the last branch's norm is the last; with any other placement one more norm
+    stands before the head. Weights are Xavier-uniform, biases 0, and embeddings normal with deviation 1 / sqrt(features), times
+    sqrt(features) when they are looked up.
+
+    Args:
+        vocabulary: tokens that come in and that logits are given for.
+        length: longest sequence.
+        features: width. Default: 128.
+        depth: layers. Default: 12.
+        heads: of the attention. Default: 4.
+        hidden: width between the linear layers; None for four times the features. Default: None.
+        placement: of the norms, as in :class:`~normkit.residual.Residual`. Default: "post".
+        norm: ``"ln"``, ``"rms"`` or ``"scale"``. Default: "ln".
+        fix: FixNorm is both the embedding and the head, tied. Default: False.
+        causal: a place sees itself and those before it. Default: False.
+
+    Shape:
+        tokens (N, L) to logits (N, L, vocabulary).
+
+    Raises:
+        OptionError: another norm or placement, or heads that do not divide the features.
+        ShapeError: a sequence longer than ``length``.
+
+    Reference:
+        Vaswani et al. 2017, Attention Is All You Need, https://arxiv.org/abs/1706.03762; both placements, Xiong et al. 2020,
+        On Layer Normalization in the Transformer Architecture, https://arxiv.org/abs/2002.04745
+
+    >>> model = Encoder(16, 24)
+    >>> model(torch.zeros(2, 24, dtype=torch.long)).shape
+    torch.Size([2, 24, 16])
+    >>> sum(p.numel() for p in model.layers.parameters())
+    2379264
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        length: int,
+        features: int = 128,
+        depth: int = 12,
+        heads: int = 4,
+        hidden: int | None = None,
+        *,
+        placement: Placement = "post",
+        norm: str = "ln",
+        fix: bool = False,
+        causal: bool = False,
+    ) -> None:
+        super().__init__()
+        if norm not in NORMS:
+            raise OptionError(f"Encoder: norm={norm!r}; wanted one of {', '.join(NORMS)}")
+        make = partial(NORMS[norm], features)
+        self.scale = math.sqrt(features)
+        self.words = FixNorm(features, vocabulary) if fix else nn.Embedding(vocabulary, features)
+        if isinstance(self.words, nn.Embedding):
+            nn.init.normal_(self.words.weight, std=1 / self.scale)
+        self.places = nn.Parameter(torch.empty(length, features).normal_(std=1 / self.scale))
+        self.layers = nn.Sequential()
+        for _ in range(depth):
+            for branch in (Attention(features, heads, causal), FeedForward(features, hidden or 4 * features)):
+                self.layers.append(Residual(branch, make, placement))
+        self.norm = nn.Identity() if placement == "post" else make()
+        self.head = None if fix else _start(nn.Linear(features, vocabulary))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Gives the logits of each place."""
+        places = self.places[: tokens.shape[1]] * self.scale
+        x = self.words.embed(tokens) if isinstance(self.words, FixNorm) else self.words(tokens) * self.scale
+        x = self.norm(self.layers(x + places))
+        return self.words(x) if self.head is None else self.head(x)
+
+    def feed_forwards(self) -> list[FeedForward]:
+        """The feed-forward branches, the first layer's first."""
+        return [module for module in self.modules() if isinstance(module, FeedForward)]
+
+
+def _start(layer: nn.Linear) -> nn.Linear:
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
