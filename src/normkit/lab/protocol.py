@@ -1,7 +1,7 @@
 """The protocol by which a user's own model and data enter a comparison.
 
 **A factory** is named ``package.module:name``; the current folder is importable. A built-in name (``inception``,
-``digits``) stands for a factory of the lab.
+``digits``; all are in ``MODELS`` and ``DATA``) stands for a factory of the lab.
 
 **A model factory** is called with no arguments, or with ``classes=`` when it accepts that name, and returns a
 ``torch.nn.Module`` with fresh weights drawn from torch's, numpy's or Python's global generator (each is seeded before).
@@ -42,7 +42,18 @@ from normkit.core.errors import ProtocolError
 from normkit.lab.data.split import Data, Inputs, Split, as_targets, hold_out
 from normkit.lab.task import IGNORED, call, predictions
 
-MODELS = {"inception": "normkit.lab.models.inception:digits_inception"}
+MODELS = {
+    "inception": "normkit.lab.models.inception:digits_inception",
+    "inception8": "normkit.lab.models.inception8:inception8",
+    "densenet": "normkit.lab.models.densenet:densenet",
+    "googlenet": "normkit.lab.models.googlenet:googlenet",
+    "resnet18": "normkit.lab.models.resnet:resnet18",
+    "resnet50": "normkit.lab.models.resnet:resnet50",
+    "vit_tiny": "normkit.lab.models.vit:vit_tiny",
+    "vit_s": "normkit.lab.models.vit:vit_s",
+    "vit_b16": "normkit.lab.models.vit:vit_b16",
+    "dit": "normkit.lab.models.dit:dit_small",
+}
 DATA = {"digits": "normkit.lab.data.digits:digits"}
 HELD_OUT = 0.2
 

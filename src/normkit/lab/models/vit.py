@@ -1,0 +1,190 @@
+"""Vision transformers: ViT-B/16 for images of 224x224, and smaller ones for 32x32."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from normkit.core.errors import OptionError, ShapeError
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, its queries, keys and values one matrix.
+
+    softmax(Q K^T / sqrt(d)) V for each head of size d = D / heads, then a linear map.
+
+    Args:
+        features: D.
+        heads: which divides D.
+
+    Shape:
+        ``(n, l, D)`` to the same.
+
+    Raises:
+        OptionError: `heads` does not divide `features`.
+    """
+
+    def __init__(self, features: int, heads: int) -> None:
+        super().__init__()
+        if features % heads:
+            raise OptionError(f"heads is {heads}, which does not divide {features} features; wanted a divisor")
+        self.heads = heads
+        self.qkv = nn.Linear(features, 3 * features)
+        self.proj = nn.Linear(features, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attends from every token to every token."""
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Sequential):
+    """Two linear maps with GELU between them.
+
+    Args:
+        features: that come in and go out.
+        hidden: features between.
+    """
+
+    def __init__(self, features: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(features, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, features)
+
+
+class Block(nn.Module):
+    """x + attn(LN(x)), then x + mlp(LN(x)).
+
+    Args:
+        features: D.
+        heads: of the attention.
+
+    Shape:
+        ``(n, l, D)`` to the same.
+    """
+
+    def __init__(self, features: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(features, eps=1e-6)
+        self.attn = Attention(features, heads)
+        self.norm2 = nn.LayerNorm(features, eps=1e-6)
+        self.mlp = Mlp(features, 4 * features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Runs both branches."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Patches(nn.Module):
+    """Cuts an image into square patches and maps each to a token.
+
+    Args:
+        size: height and width of the image.
+        patch: height and width of a patch; divides `size`.
+        features: of a token.
+        channels: of the image. Default: 3.
+
+    Shape:
+        ``(n, channels, size, size)`` to ``(n, (size / patch)^2, features)``.
+
+    Raises:
+        OptionError: `patch` does not divide `size`.
+        ShapeError: the image has another size.
+    """
+
+    def __init__(self, size: int, patch: int, features: int, channels: int = 3) -> None:
+        super().__init__()
+        if size % patch:
+            raise OptionError(f"patch is {patch}, which does not divide the image size {size}; wanted a divisor")
+        self.size, self.side = size, size // patch
+        self.proj = nn.Conv2d(channels, features, patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Makes tokens."""
+        if x.shape[-2:] != (self.size, self.size):
+            raise ShapeError(f"Patches: got images {tuple(x.shape)}; wanted (n, c, {self.size}, {self.size})")
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """Patches, a class token, learned positions, Pre-LN blocks, LN, and a linear classifier of the class token.
+
+    The names of parameters are those of timm, so that its weights load.
+
+    Args:
+        size: height and width of the images.
+        patch: height and width of a patch.
+        features: of a token.
+        depth: number of blocks.
+        heads: of each attention.
+        classes: outputs of the classifier. Default: 10.
+
+    Shape:
+        ``(n, 3, size, size)`` to ``(n, classes)``.
+
+    Raises:
+        OptionError: `patch` does not divide `size`, or `heads` does not divide `features`.
+        ShapeError: the images have another size.
+
+    Reference:
+        Dosovitskiy et al. 2021, An image is worth 16x16 words, https://arxiv.org/abs/2010.11929; Steiner et al. 2021, How
+        to train your ViT?, https://arxiv.org/abs/2106.10270
+
+    >>> model = VisionTransformer(size=8, patch=4, features=12, depth=1, heads=3)
+    >>> model(torch.zeros(2, 3, 8, 8)).shape, model.pos_embed.shape
+    (torch.Size([2, 10]), torch.Size([1, 5, 12]))
+    """
+
+    def __init__(self, size: int, patch: int, features: int, depth: int, heads: int, classes: int = 10) -> None:
+        super().__init__()
+        # Registered first, so that the first layer of the model is the one that reads the image.
+        self.patch_embed = Patches(size, patch, features)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, features))
+        self.pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.side**2 + 1, features))
+        self.blocks = nn.Sequential(*(Block(features, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(features, eps=1e-6)
+        self.head = nn.Linear(features, classes)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images to logits."""
+        tokens = self.patch_embed(x)
+        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], dim=1) + self.pos_embed
+        return self.head(self.norm(self.blocks(tokens))[:, 0])
+
+
+def vit_tiny(classes: int = 10) -> nn.Module:
+    """Makes a ViT for 32x32 images: patches of 4, 192 features, 6 blocks, 3 heads; 2.7 million parameters.
+
+    Args:
+        classes: outputs of the classifier. Default: 10.
+
+    >>> sum(p.numel() for p in vit_tiny(classes=100).parameters())
+    2710948
+    """
+    return VisionTransformer(size=32, patch=4, features=192, depth=6, heads=3, classes=classes)
+
+
+def vit_s(classes: int = 10) -> nn.Module:
+    """Makes ViT-S for 32x32 images: patches of 4, 384 features, 12 blocks, 6 heads; 21 million parameters.
+
+    Args:
+        classes: outputs of the classifier. Default: 10.
+    """
+    return VisionTransformer(size=32, patch=4, features=384, depth=12, heads=6, classes=classes)
+
+
+def vit_b16(classes: int = 1000) -> nn.Module:
+    """Makes ViT-B/16 for 224x224 images: 768 features, 12 blocks, 12 heads; 86.6 million parameters.
+
+    Args:
+        classes: outputs of the classifier. Default: 1000.
+    """
+    return VisionTransformer(size=224, patch=16, features=768, depth=12, heads=12, classes=classes)

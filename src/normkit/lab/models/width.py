@@ -1,0 +1,21 @@
+"""How a network is made narrower for a smaller machine: every number of channels by one factor."""
+
+from normkit.core.errors import OptionError
+
+
+def scaled(channels: int, width: float) -> int:
+    """Gives a number of channels times `width`, rounded, at least 1.
+
+    Args:
+        channels: of the full network.
+        width: the factor, above 0.
+
+    Raises:
+        OptionError: `width` is not above 0.
+
+    >>> scaled(24, 0.5), scaled(1, 0.25)
+    (12, 1)
+    """
+    if not 0 < width < float("inf"):
+        raise OptionError(f"width is {width}; wanted a factor above 0, such as 0.5")
+    return max(1, round(channels * width))

@@ -1,0 +1,223 @@
+"""The networks of the lab: sizes as published, shapes, independent forms of the same computation, and every recipe."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.testing import assert_close
+
+from normkit.core.errors import OptionError, ShapeError
+from normkit.lab.models.densenet import DenseLayer, DenseNet, densenet
+from normkit.lab.models.dit import DiT, dit_block, grid_positions
+from normkit.lab.models.googlenet import googlenet
+from normkit.lab.models.inception8 import Inception8, inception8
+from normkit.lab.models.resnet import ResidualBlock, resnet18, resnet50
+from normkit.lab.models.vit import Block, VisionTransformer, vit_b16, vit_s, vit_tiny
+from normkit.lab.models.width import scaled
+from normkit.lab.protocol import MODELS, load_factory, make_model
+from normkit.surgery.recipe import apply_recipe
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def small_vit(classes: int = 10) -> nn.Module:
+    return VisionTransformer(size=32, patch=8, features=24, depth=2, heads=3, classes=classes)
+
+
+SMALL: dict[str, Callable[[], nn.Module]] = {
+    "inception8": lambda: inception8(width=0.25),
+    "densenet": lambda: densenet(width=0.25),
+    "googlenet": lambda: googlenet(width=1 / 16),
+    "resnet18": lambda: resnet18(width=1 / 16),
+    "resnet50": lambda: resnet50(width=1 / 16),
+    "vit": small_vit,
+}
+
+
+@pytest.mark.parametrize(
+    ("factory", "ten", "hundred"),
+    [
+        (inception8, 260_650, 272_260),
+        (densenet, 239_146, 255_796),
+        (googlenet, 6_310_314, 6_402_564),
+        (resnet18, 11_173_962, 11_220_132),
+        (resnet50, 23_520_842, 23_705_252),
+        (vit_tiny, 2_693_578, 2_710_948),
+        (vit_s, 21_342_346, 21_376_996),
+    ],
+)
+def test_parameters(factory: Callable[..., nn.Module], ten: int, hundred: int) -> None:
+    with torch.device("meta"):
+        assert (count(factory(classes=10)), count(factory(classes=100))) == (ten, hundred)
+
+
+def test_vit_b16_is_timms() -> None:
+    with torch.device("meta"):
+        model = vit_b16()
+    assert count(model) == 86_567_656
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert shapes["patch_embed.proj.weight"] == (768, 3, 16, 16)
+    assert shapes["pos_embed"] == (1, 197, 768)
+    assert shapes["blocks.11.attn.qkv.weight"] == (2304, 768)
+    assert shapes["blocks.11.mlp.fc1.weight"] == (3072, 768)
+    assert shapes["head.weight"] == (1000, 768)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_built_in_names(name: str) -> None:
+    with torch.device("meta"):
+        assert count(make_model(load_factory(name, MODELS), name, 10)) > 0
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_maps_images_to_logits(name: str) -> None:
+    model = SMALL[name]()
+    logits = model(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 10)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    logits.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("recipe", ["none", "bn+e", "bn+ws", "bn+wn", "gn:1", "ln+e@all", "in"])
+def test_takes_recipes(name: str, recipe: str) -> None:
+    model = apply_recipe(SMALL[name](), recipe).model
+    x = torch.randn(4, 3, 32, 32)
+    kept = x.clone()
+    model(x).square().mean().backward()
+    # Where a norm was taken out, an activation that writes in place would write into its input.
+    assert_close(x, kept, rtol=0, atol=0)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_first_and_last_layer_are_those_that_see_the_image_and_the_logits(name: str) -> None:
+    layers = [m for m in SMALL[name]().modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert isinstance(layers[0], nn.Conv2d)
+    assert layers[0].in_channels == 3
+    assert isinstance(layers[-1], nn.Linear)
+    assert layers[-1].out_features == 10
+
+
+def test_inception8_blocks_see_32_16_and_8() -> None:
+    model, sizes = Inception8(width=0.25), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda m, i, o: sizes.append(tuple(o.shape[1:])))
+    model(torch.zeros(1, 3, 32, 32))
+    full = [(64, 32), (96, 32), (96, 16), (96, 16), (96, 16), (96, 16), (128, 16), (128, 8), (128, 8), (128, 8)]
+    assert sizes == [(channels // 4, side, side) for channels, side in full]
+
+
+def test_densenet_grows_and_halves() -> None:
+    model = DenseNet()
+    widths = [
+        block(torch.zeros(1, block.layers[0].num_features, 2, 2)).shape[1]
+        for block in model.blocks
+        if isinstance(block, DenseLayer)
+    ]
+    assert widths == [*range(48, 129, 16), *range(80, 161, 16), *range(96, 177, 16), *range(104, 185, 16)]
+    assert model.classifier.in_features == 184
+
+
+def test_width() -> None:
+    wide = [m.out_channels for m in inception8().modules() if isinstance(m, nn.Conv2d)]
+    half = [m.out_channels for m in inception8(width=0.5).modules() if isinstance(m, nn.Conv2d)]
+    assert half == [scaled(channels, 0.5) for channels in wide]
+    for factory in (inception8, densenet, googlenet, resnet18, resnet50):
+        with pytest.raises(OptionError, match=r"width is 0; wanted a factor above 0"):
+            factory(width=0)
+
+
+def test_residual_blocks_against_functional_calls() -> None:
+    block = ResidualBlock(4, 3, 2, expansion=4).eval().double()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.double)
+
+    def unit(layers: nn.Module, place: int, y: Tensor, **options: int) -> Tensor:
+        norm = layers[place + 1]
+        y = functional.conv2d(y, layers[place].weight, **options)
+        return functional.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+
+    y = unit(block.branch, 0, x).relu()
+    y = unit(block.branch, 3, y, stride=2, padding=1).relu()
+    y = unit(block.branch, 6, y) + unit(block.shortcut, 0, x, stride=2)
+    assert_close(block(x), y.relu())
+    assert isinstance(ResidualBlock(4, 4, 1).shortcut, nn.Identity)
+
+
+def test_vit_block_is_torchs_encoder_layer() -> None:
+    ours = Block(12, 3).double()
+    theirs = nn.TransformerEncoderLayer(
+        12, 3, 48, dropout=0.0, activation="gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=True
+    ).double()
+    ours.load_state_dict(
+        {
+            "norm1.weight": theirs.norm1.weight,
+            "norm1.bias": theirs.norm1.bias,
+            "attn.qkv.weight": theirs.self_attn.in_proj_weight,
+            "attn.qkv.bias": theirs.self_attn.in_proj_bias,
+            "attn.proj.weight": theirs.self_attn.out_proj.weight,
+            "attn.proj.bias": theirs.self_attn.out_proj.bias,
+            "norm2.weight": theirs.norm2.weight,
+            "norm2.bias": theirs.norm2.bias,
+            "mlp.fc1.weight": theirs.linear1.weight,
+            "mlp.fc1.bias": theirs.linear1.bias,
+            "mlp.fc2.weight": theirs.linear2.weight,
+            "mlp.fc2.bias": theirs.linear2.bias,
+        }
+    )
+    x = torch.randn(2, 5, 12, dtype=torch.double)
+    assert_close(ours(x), theirs(x))
+
+
+def test_vit_patches_are_linear_maps_of_squares() -> None:
+    model = VisionTransformer(size=8, patch=4, features=12, depth=1, heads=3).double()
+    image = torch.randn(1, 3, 8, 8, dtype=torch.double)
+    squares = image.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(1, 4, 48)
+    expected = squares @ model.patch_embed.proj.weight.flatten(1).T + model.patch_embed.proj.bias
+    assert_close(model.patch_embed(image), expected)
+
+
+def test_vit_refusals() -> None:
+    with pytest.raises(OptionError, match="heads is 5, which does not divide 12 features"):
+        Block(12, 5)
+    with pytest.raises(OptionError, match="patch is 3, which does not divide the image size 32"):
+        VisionTransformer(size=32, patch=3, features=12, depth=1, heads=3)
+    with pytest.raises(ShapeError, match=r"got images \(1, 3, 16, 16\); wanted \(n, c, 32, 32\)"):
+        small_vit()(torch.zeros(1, 3, 16, 16))
+
+
+def test_dit_starts_as_zero_and_every_block_as_the_identity() -> None:
+    block, tokens = dit_block(8, 2), torch.randn(2, 5, 8)
+    assert_close(block(tokens, torch.randn(2, 8)), tokens, rtol=0, atol=0)
+    model = DiT(size=8, features=16, depth=2, heads=2)
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 9.0]), torch.tensor([0, 10])
+    assert model(x, t, y).abs().max() == 0
+    assert model(x=x, t=t, y=y).shape == x.shape
+
+
+def test_dit_after_training_depends_on_time_and_class_and_puts_pixels_in_their_place() -> None:
+    model = DiT(size=8, features=16, depth=2, heads=2)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 1.0]), torch.tensor([3, 3])
+    out = model(x, t, y)
+    assert (model(x, t + 5, y) - out).abs().max() > 1e-3
+    assert (model(x, t, y + 1) - out).abs().max() > 1e-3
+    # A bias of the last layer for one channel of one pixel of a patch shows at that pixel of every patch, and nowhere else.
+    with torch.no_grad():
+        model.output.linear.bias.view(4, 4, 3)[1, 2, 0] += 1
+    expected = torch.zeros_like(x)
+    expected[:, 0, 1::4, 2::4] = 1
+    # Two float32 forward passes subtracted: equal up to rounding of values near 10.
+    assert_close(model(x, t, y) - out, expected, rtol=0, atol=1e-4)
+
+
+def test_grid_positions_differ_everywhere() -> None:
+    positions = grid_positions(8, 16)
+    distance = torch.cdist(positions, positions) + torch.eye(64)
+    assert distance.min() > 0.1
