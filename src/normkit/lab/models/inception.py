@@ -48,8 +48,11 @@ class InceptionBlock(nn.Module):
         one, three, five, pooled = outputs
         self.one = ConvUnit(inputs, one, 1)
         self.three = nn.Sequential(ConvUnit(inputs, reduce[0], 1), ConvUnit(reduce[0], three, 3))
-        wide = [ConvUnit(reduce[1], five, 3), ConvUnit(five, five, 3)] if factorized else [ConvUnit(reduce[1], five, 5)]
-        self.five = nn.Sequential(ConvUnit(inputs, reduce[1], 1), *wide)
+        first = ConvUnit(inputs, reduce[1], 1)
+        wide = (
+            (ConvUnit(reduce[1], five, 3), ConvUnit(five, five, 3)) if factorized else (ConvUnit(reduce[1], five, 5),)
+        )
+        self.five = nn.Sequential(first, *wide)
         self.pooled = nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), ConvUnit(inputs, pooled, 1))
 
     def forward(self, x: Tensor) -> Tensor:
