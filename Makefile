@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# What is compiled stays in build/, so that it is compiled once.
+INSTALL := $(PIP) install --constraint constraints.txt --config-settings=build-dir=build/native
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check bench docs native sanitize wheel clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.lab            ## compare four normalizations on handwritten digits
@@ -22,23 +24,41 @@ bench: $(VENV)/.lab           ## speed beside torch's own layers, as ratios in o
 	$(BIN)/python benchmarks/layers.py --quick
 	$(BIN)/python benchmarks/conditioning.py --rounds 4
 
+native: $(VENV)/.lab          ## the kernels, compiled again where their sources are newer; says what runs here
+	NORMKIT_NEEDS_KERNELS=1 $(INSTALL) --no-deps --editable .
+	$(BIN)/python -c 'from normkit.engine.library import description; print("native kernels:", description())'
+
+sanitize: $(VENV)/.sanitize   ## the kernels under AddressSanitizer and UBSan: a fuzzer of their own, then their tests
+	$(BIN)/cmake -G Ninja -S native -B build/sanitize -DNORMKIT_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+	$(BIN)/cmake --build build/sanitize
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	NORMKIT_LIBRARIES=$(abspath build/sanitize) LD_PRELOAD="$(call runtime,asan) $(call runtime,ubsan)" ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -m pytest $(wildcard tests/test_native*.py) tests/test_library.py
+
+wheel: $(VENV)/.made          ## in dist/: one for every Python and torch on this platform
+	NORMKIT_NEEDS_KERNELS=1 $(PIP) wheel --no-deps --wheel-dir dist .
+
 docs: $(VENV)/.docs           ## the documentation in site/
 	$(BIN)/mkdocs build --strict
 
 clean:                        ## remove what the targets made, but never runs/
-	rm -rf $(VENV) site dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build site dist src/normkit/lib .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "normkit needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-# An extra is installed once, and again when what it consists of changes.
-$(VENV)/.%: $(VENV)/.made pyproject.toml constraints.txt
-	$(PIP) --editable ".[$(EXTRAS_$*)]"
+# An extra is installed once, and again when what it consists of changes; with it the kernels, where there is a compiler for them.
+$(VENV)/.%: $(VENV)/.made pyproject.toml constraints.txt $(wildcard native/*)
+	$(INSTALL) --editable ".[$(EXTRAS_$*)]"
+	@test -e src/normkit/lib/built || echo "note: the native kernels could not be built; normkit runs without them. To see why: make native"
 	touch $@
 
 EXTRAS_lab   := lab
 EXTRAS_test  := lab,test
 EXTRAS_check := lab,test,check
 EXTRAS_docs  := lab,docs
+EXTRAS_sanitize := lab,test,native
+
+runtime = $(shell $(CXX) -print-file-name=lib$(1).so)
