@@ -283,6 +283,7 @@ def info() -> None:
         import torch
 
         from normkit.engine.dispatch import backends
+        from normkit.engine.library import description
         from normkit.lab.devices import cores, processor, versions
 
         for key, value in versions().items():
@@ -291,7 +292,8 @@ def info() -> None:
         typer.echo(f"{'processor':<18}{processor()}\n{'cores':<18}{cores()}\n{'threads':<18}{torch.get_num_threads()}")
         typer.echo(f"{'device':<18}{cuda or 'cpu'}")
         for name, reason in backends().items():
-            typer.echo(f"{'back end':<18}{name:<12}{'runs here' if reason is None else f'does not run here: {reason}'}")
+            where = f"runs here: {description()}" if name == "native" else "runs here"
+            typer.echo(f"{'back end':<18}{name:<12}{where if reason is None else f'does not run here: {reason}'}")
 
 
 def _experiment(
