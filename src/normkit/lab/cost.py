@@ -12,9 +12,10 @@ from torch import nn
 
 from normkit.lab.data.split import Data
 from normkit.lab.memory import peak_bytes
+from normkit.lab.parallel import place
 from normkit.lab.seeding import reseed
 from normkit.lab.settings import Settings
-from normkit.lab.train import make_optimizer, train_step
+from normkit.lab.train import train_step
 
 WARM_UP = 3
 # So small a rate that no model leaves the range in which it was made: a step costs the same at any rate.
@@ -56,11 +57,10 @@ def measure_costs(
     steps: dict[str, Callable[[], object]] = {}
     cleaners: dict[str, Callable[[], None]] = {}
     for recipe, model in models.items():
-        raw = make_optimizer(model, settings, RATE)
-        wrapped, optimizer = fabric.setup(model, raw)
-        wrapped.train()
-        steps[recipe] = lambda m=wrapped, o=optimizer: train_step(fabric, m, o, *batch)
-        cleaners[recipe] = raw.zero_grad
+        placed = place(model, settings, RATE, fabric)
+        placed.wrapped.train()
+        steps[recipe] = lambda placed=placed: train_step(fabric, placed, settings, *batch)
+        cleaners[recipe] = placed.optimizer.zero_grad
 
     memory = {}
     spent = 0.0

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
 from normkit.core.errors import OptionError
+from normkit.lab.parallel import shard
 from normkit.lab.settings import Settings
 
 
@@ -29,9 +31,14 @@ def start_fabric(settings: Settings) -> Fabric:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         devices = local if devices == "auto" else devices
         nodes = int(os.environ["WORLD_SIZE"]) // local
+    strategy: Any = settings.strategy
+    if strategy == "fsdp":
+        # Fabric's own FSDP strategy is for GPUs alone.
+        strategy = ModelParallelStrategy(shard)
     try:
         fabric = Fabric(
             accelerator=settings.accelerator,
+            strategy=strategy,
             devices=devices,
             num_nodes=nodes,
             precision=settings.precision,  # pyright: ignore[reportArgumentType]

@@ -164,7 +164,8 @@ def make_data(factory: Callable[[], Any], name: str) -> Data:
             )
         splits = {**splits, "train": train, "val": val}
     _check_agreement(name, splits)
-    return Data(splits["train"], splits["val"], splits["test"])
+    augment = made.augment if isinstance(made, Data) else None
+    return Data(splits["train"], splits["val"], splits["test"], augment)
 
 
 def check_fit(model: nn.Module, data: Data, name: str) -> None:

@@ -57,6 +57,20 @@ def init_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def generator(seed: int, purpose: str, epoch: int, step: int, rank: int, device: torch.device) -> torch.Generator:
+    """Makes a generator for one step's draws, the same whatever came before.
+
+    Args:
+        seed: of the run.
+        purpose: what is drawn, such as ``"augment"``.
+        epoch: counted from 1.
+        step: of the epoch, counted from 0.
+        rank: of the process.
+        device: where the draws are wanted.
+    """
+    return torch.Generator(device).manual_seed(_mix(seed, f"{purpose} {step}", epoch, rank))
+
+
 @contextmanager
 def borrowed_randomness(threads: int | None = None) -> Iterator[None]:
     """Gives the caller's random states and number of threads back at the end.

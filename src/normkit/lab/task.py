@@ -42,12 +42,13 @@ def predictions(output: Any, name: str = "model") -> Tensor:
     return found
 
 
-def loss(output: Any, targets: Tensor) -> Tensor:
+def loss(output: Any, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """Averages the cross-entropy over targets that are not ignored, or the squared error over floats.
 
     Args:
         output: what the model returned.
         targets: of the batch.
+        smoothing: the part of a class target that is spread over all classes. Default: 0.
 
     >>> loss(torch.zeros(2, 4), torch.tensor([1, 3]))
     tensor(1.3863)
@@ -55,9 +56,21 @@ def loss(output: Any, targets: Tensor) -> Tensor:
     predicted = predictions(output).float()
     if targets.is_floating_point():
         return functional.mse_loss(predicted.reshape(targets.shape), targets.float())
-    total = functional.cross_entropy(predicted.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    how = {"ignore_index": IGNORED, "reduction": "sum", "label_smoothing": smoothing}
+    total = functional.cross_entropy(predicted.flatten(0, -2), targets.flatten(), **how)
     # A batch of padding alone has loss 0, not 0 / 0.
     return total / (targets != IGNORED).sum().clamp(min=1)
+
+
+def weight(targets: Tensor) -> Tensor:
+    """Counts the targets over which :func:`loss` averages.
+
+    >>> weight(torch.tensor([[1, -100], [2, 3]]))
+    tensor(3)
+    """
+    if targets.is_floating_point():
+        return torch.tensor(targets.numel(), device=targets.device)
+    return (targets != IGNORED).sum().clamp(min=1)
 
 
 def tally(output: Any, targets: Tensor) -> Tensor:

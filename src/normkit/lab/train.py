@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from normkit.lab import record, task
-from normkit.lab.data.split import Data, Split
-from normkit.lab.seeding import epoch_order, reseed
+from normkit.lab.average import Average
+from normkit.lab.data.split import Data, Inputs, Split, take
+from normkit.lab.parallel import Placed, keep_whole, place
+from normkit.lab.schedule import rate_at
+from normkit.lab.seeding import epoch_order, generator, reseed
 from normkit.lab.settings import Settings
+from normkit.lab.tensorboard import Curves
 
 OK, DIVERGED = "ok", "diverged"
 # A loss is looked at only so often, because looking waits for the device.
@@ -46,20 +51,6 @@ class Run:
     def path(self) -> str:
         """The folder of the run within that of its comparison."""
         return f"runs/{quote(self.recipe, safe='+@:,')}/rate={self.rate}/seed={self.seed}"
-
-
-def make_optimizer(model: nn.Module, settings: Settings, rate: float) -> torch.optim.Optimizer:
-    """Makes the optimizer that the settings name."""
-    parameters, decay = [p for p in model.parameters() if p.requires_grad], settings.weight_decay
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, rate, momentum=settings.momentum, weight_decay=decay)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
-    return kind(parameters, rate, weight_decay=decay)
-
-
-def rate_at(settings: Settings, rate: float, step: int, steps: int) -> float:
-    """Gives the learning rate of a step, counted from 0: rate * (1 + cos(pi step / steps)) / 2, or constant."""
-    return rate if settings.schedule == "constant" else rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
 def finished(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -94,6 +85,7 @@ class Trainer:
         fabric: started.
         folder: of the run; rank zero alone writes there.
         hashes: of the initial weights and of the order of the data; they go into the result as they are.
+        curves: a folder for TensorBoard. Default: None, no curves.
     """
 
     def __init__(
@@ -105,16 +97,19 @@ class Trainer:
         fabric: Fabric,
         folder: Path,
         hashes: Mapping[str, str],
+        curves: Path | None = None,
     ) -> None:
         self.run, self.settings, self.data, self.fabric = run, settings, data, fabric
         self.folder, self.hashes = folder, dict(hashes)
-        self.model, self.raw_optimizer = model, make_optimizer(model, settings, run.rate)
-        self.wrapped, self.optimizer = fabric.setup(model, self.raw_optimizer)
+        self.unsharded = keep_whole(model, settings, fabric)
+        self.placed = place(model, settings, run.rate, fabric)
+        self.average = Average(model, settings.ema) if settings.ema else None
         # A split smaller than a batch is one batch; each process gets as many samples as the others.
         self.batch = min(settings.batch_size, len(data.train) // fabric.world_size * fabric.world_size)
         self.steps = len(data.train) // self.batch
         self.metrics: list[dict[str, Any]] = []
         self.timing: list[dict[str, Any]] = []
+        self.curves = Curves(curves) if curves is not None and fabric.is_global_zero else None
 
     def train(self, on_epoch: Callable[[int, float | None], None] = lambda epoch, score: None) -> dict[str, Any]:
         """Trains to the end and writes the records.
@@ -126,6 +121,8 @@ class Trainer:
             The run's result.
         """
         self._resume()
+        if self.curves:
+            self.curves.add(self.metrics)
         if self.metrics:
             on_epoch(len(self.metrics), self.metrics[-1]["val_score"])
         status = OK
@@ -143,7 +140,8 @@ class Trainer:
         trained = time.perf_counter()
         if not math.isfinite(train_loss):
             return False
-        val_loss, val_score = self.evaluate(self.data.val)
+        with self._judged():
+            val_loss, val_score = self.evaluate(self.data.val)
         if not (math.isfinite(val_loss) and math.isfinite(val_score)):
             return False
         last = epoch * self.steps - 1
@@ -162,29 +160,43 @@ class Trainer:
             {"epoch": epoch, "seconds": trained - started, "check_seconds": time.perf_counter() - trained}
         )
         self._save(epoch)
+        if self.curves:
+            self.curves.add(self.metrics[-1:])
         return True
 
     def _pass(self, epoch: int) -> float:
         fabric, settings = self.fabric, self.settings
         reseed(self.run.seed, "epoch", epoch, fabric.global_rank)
         order = epoch_order(self.run.seed, epoch, len(self.data.train))
-        self.wrapped.train()
+        self.placed.wrapped.train()
         total = torch.zeros((), device=fabric.device)
-        for place in range(self.steps):
-            step = (epoch - 1) * self.steps + place
-            for group in self.raw_optimizer.param_groups:
+        for count in range(self.steps):
+            step = (epoch - 1) * self.steps + count
+            for group in self.placed.optimizer.param_groups:
                 group["lr"] = rate_at(settings, self.run.rate, step, self.steps * settings.epochs)
-            mine = order[place * self.batch : (place + 1) * self.batch][fabric.global_rank :: fabric.world_size]
-            total += train_step(fabric, self.wrapped, self.optimizer, *self.data.train.batch(mine, fabric.device))
-            if place % LOOK_EVERY == LOOK_EVERY - 1 and not math.isfinite(self._mean(total)):
+            mine = order[count * self.batch : (count + 1) * self.batch][fabric.global_rank :: fabric.world_size]
+            inputs, targets = self.data.train.batch(mine, fabric.device)
+            if self.data.augment is not None:
+                inputs = self._augmented(inputs, epoch, count)
+            total += train_step(fabric, self.placed, settings, inputs, targets)
+            if self.average is not None:
+                self.average.update()
+            if count % LOOK_EVERY == LOOK_EVERY - 1 and not math.isfinite(self._mean(total)):
                 return math.nan
         return self._mean(total) / self.steps
+
+    def _augmented(self, inputs: Inputs, epoch: int, count: int) -> Tensor:
+        fabric = self.fabric
+        assert self.data.augment is not None
+        assert isinstance(inputs, Tensor)
+        drawn = generator(self.run.seed, "augment", epoch, count, fabric.global_rank, fabric.device)
+        return self.data.augment(inputs, drawn)
 
     def evaluate(self, split: Split) -> tuple[float, float]:
         """Gives the mean loss and the score of a split, over all processes."""
         fabric = self.fabric
         sums = torch.zeros(3, dtype=torch.float64)
-        self.wrapped.eval()
+        self.placed.wrapped.eval()
         with torch.no_grad():
             for chunk in torch.arange(len(split)).split(4 * self.settings.batch_size):
                 mine = chunk[fabric.global_rank :: fabric.world_size]
@@ -198,7 +210,7 @@ class Trainer:
 
     def _output(self, split: Split, index: Tensor) -> tuple[Any, Tensor]:
         inputs, targets = split.batch(index, self.fabric.device)
-        return task.call(self.wrapped, inputs), targets
+        return task.call(self.placed.wrapped, inputs), targets
 
     def _mean(self, value: Tensor) -> float:
         if self.fabric.world_size > 1:
@@ -211,7 +223,7 @@ class Trainer:
         from normkit.diagnostics.conditioning import weight_conditions
 
         with torch.no_grad():
-            found = weight_conditions(self.model)
+            found = weight_conditions(self.placed.whole(self.unsharded))
         # JSON has no infinity: a singular weight has null.
         return {name: [k if math.isfinite(k) else None for k in pair] for name, pair in found.items()}
 
@@ -219,16 +231,20 @@ class Trainer:
         if self.fabric.device.type == "cuda":
             torch.cuda.synchronize(self.fabric.device)
 
+    def _judged(self) -> Any:
+        return nullcontext() if self.average is None else self.average.in_place()
+
     def _save(self, epoch: int) -> None:
+        state = {
+            "epoch": epoch,
+            **self.placed.state(),
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "metrics": self.metrics,
+            "timing": self.timing,
+        }
+        if self.average is not None:
+            state["average"] = self.average.state()
         if self.fabric.is_global_zero:
-            state = {
-                "epoch": epoch,
-                "model": self.model.state_dict(),
-                "optimizer": self.raw_optimizer.state_dict(),
-                "precision": self.fabric.strategy.precision.state_dict(),
-                "metrics": self.metrics,
-                "timing": self.timing,
-            }
             record.write_checkpoint(self.folder / "checkpoint.pt", state)
             self._write_lines()
 
@@ -245,8 +261,9 @@ class Trainer:
         if state is None:
             return
         self.metrics, self.timing = state["metrics"], state["timing"]
-        self.model.load_state_dict(state["model"])
-        self.raw_optimizer.load_state_dict(state["optimizer"])
+        self.placed.load(state)
+        if self.average is not None:
+            self.average.load(state["average"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         if self.fabric.is_global_zero:
             self._write_lines()
@@ -254,7 +271,8 @@ class Trainer:
     def _finish(self, status: str) -> dict[str, Any]:
         test_loss = test_score = None
         if status == OK:
-            test_loss, test_score = self.evaluate(self.data.test)
+            with self._judged():
+                test_loss, test_score = self.evaluate(self.data.test)
             if not (math.isfinite(test_loss) and math.isfinite(test_score)):
                 status, test_loss, test_score = DIVERGED, None, None
         scores = [row["val_score"] for row in self.metrics]
@@ -273,13 +291,37 @@ class Trainer:
             self._write_lines()
             record.write_json(self.folder / "result.json", result)
             record.remove(self.folder / "checkpoint.pt")
+        if self.curves:
+            self.curves.close()
         return result
 
 
-def train_step(fabric: Fabric, model: Any, optimizer: Any, inputs: Any, targets: Tensor) -> Tensor:
-    """Runs forward, backward and update on one batch, and gives the loss, still on its device."""
-    optimizer.zero_grad()
-    loss = task.loss(task.call(model, inputs), targets)
-    fabric.backward(loss)
-    optimizer.step()
-    return loss.detach()
+def train_step(fabric: Fabric, placed: Placed, settings: Settings, inputs: Inputs, targets: Tensor) -> Tensor:
+    """Runs forward, backward and update on one batch, in as many parts as asked for, and gives the loss on its device.
+
+    Args:
+        fabric: started.
+        placed: model and optimizer.
+        settings: how many parts, label smoothing, clipping.
+        inputs: of the batch.
+        targets: of the batch.
+    """
+    placed.stepper.zero_grad()
+    parts = torch.arange(len(targets)).chunk(settings.accumulate)
+    whole, total = task.weight(targets), None
+    for count, part in enumerate(parts):
+        some = (inputs, targets) if len(parts) == 1 else (take(inputs, part), targets[part])
+        loss = task.loss(task.call(placed.wrapped, some[0]), some[1], settings.label_smoothing)
+        if len(parts) > 1:
+            loss = loss * (task.weight(some[1]) / whole)
+        # Gradients are averaged over processes once, with the last part.
+        waits = fabric.world_size > 1 and count < len(parts) - 1
+        with fabric.no_backward_sync(placed.wrapped) if waits else nullcontext():
+            fabric.backward(loss)
+        total = loss.detach() if total is None else total + loss.detach()
+    if settings.clip is not None:
+        # A gradient that is not finite shows in the loss, where it is looked for.
+        fabric.clip_gradients(placed.wrapped, placed.stepper, max_norm=settings.clip, error_if_nonfinite=False)
+    placed.stepper.step()
+    assert total is not None
+    return total

@@ -1,14 +1,16 @@
 """What a model is trained and judged on: splits of inputs and targets, and how to hold some out."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
+
+from normkit.core.errors import OptionError
 
 Inputs = Tensor | dict[str, Tensor]
 
@@ -22,12 +24,15 @@ class Split:
         inputs: a tensor ``(n, ...)`` or a dict of such tensors; None when `source` is given.
         source: a map-style dataset of ``(inputs, target)`` pairs; None when `inputs` is given.
         rows: the rows of `source` that belong to this split; None when `inputs` is given.
+        prepare: applied to the inputs of a batch on their device, such as what makes floats of pixels held as bytes.
+            Default: None.
     """
 
     targets: Tensor
     inputs: Inputs | None = None
     source: Any = None
     rows: Tensor | None = None
+    prepare: Callable[[Any], Any] | None = None
 
     def __len__(self) -> int:
         """Counts the samples."""
@@ -37,20 +42,22 @@ class Split:
         """Gives the inputs and targets of the samples `index`, on `device`."""
         if self.inputs is None:
             assert self.rows is not None
-            inputs, targets = default_collate([self.source[int(row)] for row in self.rows[index]])
+            inputs, targets = default_collate(_samples(self.source, self.rows[index].tolist()))
             targets = as_targets(targets)
         else:
-            inputs, targets = _take(self.inputs, index), self.targets[index]
+            inputs, targets = take(self.inputs, index), self.targets[index]
         if isinstance(inputs, Mapping):
-            return {name: value.to(device) for name, value in inputs.items()}, targets.to(device)
-        return inputs.to(device), targets.to(device)
+            inputs = {name: value.to(device) for name, value in inputs.items()}
+        else:
+            inputs = inputs.to(device)
+        return inputs if self.prepare is None else self.prepare(inputs), targets.to(device)
 
     def take(self, index: Tensor) -> "Split":
         """Gives the split of the samples `index`."""
         if self.inputs is None:
             assert self.rows is not None
-            return Split(self.targets[index], source=self.source, rows=self.rows[index])
-        return Split(self.targets[index], inputs=_take(self.inputs, index))
+            return replace(self, targets=self.targets[index], rows=self.rows[index])
+        return replace(self, targets=self.targets[index], inputs=take(self.inputs, index))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names the tensors that this split holds in memory."""
@@ -70,6 +77,7 @@ class Data:
         train: samples to learn from.
         val: samples that choose learning rates.
         test: samples that judge; touched once, at the end of a run.
+        augment: changes the inputs of a training batch, given them and a generator on their device. Default: None.
 
     Attributes:
         kind: ``"classification"`` for integer targets, ``"regression"`` for floats.
@@ -80,6 +88,7 @@ class Data:
     train: Split
     val: Split
     test: Split
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -104,12 +113,16 @@ class Data:
         return 1 + max(int(split.targets.max()) for split in self.splits.values())
 
     def sha256(self) -> str:
-        """Hashes everything held in memory (of datasets read when asked for: the targets alone)."""
+        """Hashes everything held in memory (of datasets read when asked for: the targets alone), and what is done to it."""
         digest = hashlib.sha256()
         for name, split in self.splits.items():
             for part, tensor in split.tensors():
                 digest.update(f"{name}.{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes())
+            if split.prepare is not None:
+                digest.update(f"{name}.prepare {_identity(split.prepare)}".encode())
+        if self.augment is not None:
+            digest.update(f"augment {_identity(self.augment)}".encode())
         return digest.hexdigest()
 
 
@@ -150,7 +163,53 @@ def hold_out(split: Split, fraction: float, seed: int = 0) -> tuple[Split, Split
     return split.take(torch.from_numpy(np.flatnonzero(~held))), split.take(torch.from_numpy(np.flatnonzero(held)))
 
 
-def _take(inputs: Inputs, index: Tensor) -> Inputs:
+def subset(split: Split, count: int, seed: int = 0) -> Split:
+    """Draws `count` samples, the same each time, with each class in proportion where there are classes.
+
+    A smaller subset is part of a larger one.
+
+    Args:
+        split: what to draw from.
+        count: how many; all of them where it is the size of the split.
+        seed: of the drawing. Default: 0.
+
+    Raises:
+        OptionError: there are not so many samples.
+
+    >>> drawn = subset(Split(torch.arange(20) % 2, torch.arange(20)), 6)
+    >>> len(drawn), drawn.targets.sum().item()
+    (6, 3)
+    """
+    if not 1 <= count <= len(split):
+        raise OptionError(f"a subset of {count} is wanted of {len(split)} samples; wanted from 1 to {len(split)}")
+    order = np.random.default_rng(seed).permutation(len(split))
+    targets = split.targets.numpy()
+    if targets.ndim == 1 and not split.targets.is_floating_point():
+        # Each class is spread evenly over the line from 0 to 1, so that every beginning of the line is in proportion.
+        place = np.empty(len(split))
+        for label in np.unique(targets):
+            members = order[targets[order] == label]
+            place[members] = (np.arange(len(members)) + 0.5) / len(members)
+        order = order[np.argsort(place[order], kind="stable")]
+    return split.take(torch.from_numpy(np.sort(order[:count])))
+
+
+def take(inputs: Inputs, index: Tensor) -> Inputs:
+    """Gives the samples `index` of inputs."""
     if isinstance(inputs, Tensor):
         return inputs[index]
     return {name: value[index] for name, value in inputs.items()}
+
+
+def _samples(source: Any, rows: list[int]) -> list[Any]:
+    # As torch's own loader does: a dataset may know a faster way to read many.
+    several = getattr(source, "__getitems__", None)
+    return [source[row] for row in rows] if several is None else several(rows)
+
+
+def _identity(function: Callable[..., Any]) -> str:
+    # A function's own repr holds an address, which differs from process to process.
+    if is_dataclass(function):
+        return repr(function)
+    found = function if hasattr(function, "__qualname__") else type(function)
+    return f"{found.__module__}.{found.__qualname__}"

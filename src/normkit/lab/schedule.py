@@ -1,0 +1,39 @@
+"""The learning rate of every step."""
+
+import math
+
+from normkit.lab.settings import Settings
+from normkit.schedules import linear_rate
+
+# Where the step schedule takes the rate down, as parts of the run, and by how much.
+STEPS, FACTOR = (0.5, 0.75), 0.1
+
+
+def rate_at(settings: Settings, rate: float, step: int, steps: int) -> float:
+    """Gives the learning rate of a step.
+
+    Over ``warmup`` epochs the rate rises in equal steps: ``rate * (step + 1) / warm``. With t the part of what follows that is
+    done, it then is ``rate`` (constant), ``rate * (1 + cos(pi t)) / 2`` (cosine), or ``rate`` times 0.1 for each half and
+    three quarters of the whole run that are over (step).
+
+    Args:
+        settings: the schedule, the warm-up in epochs, and the epochs.
+        rate: the highest.
+        step: counted from 0.
+        steps: of the whole run.
+
+    >>> settings = Settings(epochs=4, schedule="step", warmup=1.0)
+    >>> [round(rate_at(settings, 1.0, step, 8), 4) for step in range(8)]
+    [0.5, 1.0, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
+    """
+    warm = round(settings.warmup / settings.epochs * steps)
+
+    def after(done: int) -> float:
+        if settings.schedule == "constant":
+            return 1.0
+        if settings.schedule == "step":
+            return FACTOR ** sum(step >= part * steps for part in STEPS)
+        return 0.5 * (1.0 + math.cos(math.pi * done / max(steps - warm, 1)))
+
+    # linear_rate counts from 1, and `after` what has been done.
+    return rate * linear_rate(step + 1, warm, lambda done: after(done - 1))

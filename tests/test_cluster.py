@@ -1,0 +1,85 @@
+"""Jobs on a Ray cluster of two workers, one of which is killed in the middle."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+ray = pytest.importorskip("ray", reason="Ray is an extra of its own")
+
+import experiment_samples  # noqa: E402
+from experiment_samples import Walk, fragile, walk  # noqa: E402
+from normkit.core.errors import OptionError, RecordError  # noqa: E402
+from normkit.lab import record  # noqa: E402
+from normkit.lab.experiment import Bench, perform  # noqa: E402
+from normkit.lab.sweep import sweep  # noqa: E402
+
+# Ray and what it stands on leave sockets to the collector and use what Python has deprecated.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent / "src")])
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 * 2**20,
+        runtime_env={"env_vars": {"PYTHONPATH": path}},
+    )
+    yield
+    ray.shutdown()
+
+
+def records(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.glob("runs/**/result.json")}
+
+
+def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
+    jobs = [Walk("left", seed, steps=6, rest=0.05) for seed in range(5)]
+    (tmp_path / "alone/runs/left/seed=1").mkdir(parents=True)
+    (tmp_path / "alone/runs/left/seed=1/died").touch()  # alone nobody dies
+    alone = sweep(fragile, jobs, tmp_path / "alone", say=lambda text: None)
+    said: list[str] = []
+    assert sweep(fragile, jobs, tmp_path / "ray", ray="local", say=said.append) == alone
+    assert records(tmp_path / "ray") == records(tmp_path / "alone")
+    assert sorted(line.split()[2] for line in said) == [job.path for job in jobs]
+    victim = tmp_path / "ray/runs/left/seed=1"
+    killed, *others = int((victim / "died").read_text()), *record.read_checkpoint(victim / "checkpoint.pt")["pids"]
+    assert killed in others  # its steps were kept,
+    assert len(others) == 2  # and another process went on with them
+    pids = {
+        pid for path in (tmp_path / "ray").glob("runs/**/checkpoint.pt") for pid in record.read_checkpoint(path)["pids"]
+    }
+    assert os.getpid() not in pids
+
+
+def test_an_experiment_on_ray_is_the_same(tmp_path: Path) -> None:
+    console = Console(quiet=True)
+    alone = perform(experiment_samples.EXPERIMENT, Bench("small", tmp_path / "alone", console=console), report=False)
+    spread = Bench("small", tmp_path / "ray", console=console, ray="local")
+    assert perform(experiment_samples.EXPERIMENT, spread, report=False)["result"] == alone["result"]
+    assert records(tmp_path / "ray") == records(tmp_path / "alone")
+
+
+def test_a_fault_on_a_worker_is_told_as_it_is(tmp_path: Path) -> None:
+    sweep(walk, [Walk("left", 0)], tmp_path, say=lambda text: None)
+    (tmp_path / "runs/left/seed=0/result.json").unlink()
+    (tmp_path / "runs/left/seed=0/checkpoint.pt").write_bytes(b"broken")
+    with pytest.raises(RecordError, match="is damaged"):
+        sweep(walk, [Walk("left", 0)], tmp_path, ray="local", say=lambda text: None)
+
+
+def test_no_cluster_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**options: object) -> None:
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(OptionError, match=r"no Ray cluster at '10\.0\.0\.1:1': nobody there"):
+        sweep(walk, [Walk("left", 0)], tmp_path, ray="10.0.0.1:1", say=lambda text: None)
