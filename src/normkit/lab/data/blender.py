@@ -1,0 +1,86 @@
+"""Rendered scenes seen from all around, in the layout of the NeRF authors' Blender export."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normkit.core.errors import ProtocolError
+from normkit.lab.data.root import data_root
+from normkit.lab.data.scene import Scene, stack_images
+
+FOLDER = "nerf_synthetic"
+_CURE = (
+    f"unpack nerf_synthetic.zip of the NeRF authors (https://www.matthewtancik.com/nerf) so that DATA_ROOT/{FOLDER}/<scene> "
+    "holds transforms_train.json and its pictures, and give --data-root DATA_ROOT"
+)
+
+
+def blender(root: Path | None = None, scene: str = "lego", reduce: int = 2, every: int = 8) -> Scene:
+    """Reads a scene with cameras on a sphere: RGBA pictures laid on white, rays from 2 to 6 in world coordinates.
+
+    Args:
+        root: the folder that holds ``nerf_synthetic``. Default: None, the environment variable ``NORMKIT_DATA``.
+        scene: its name. Default: ``"lego"``.
+        reduce: averages squares of so many pixels. Default: 2, 800 pixels to 400 as published.
+        every: of the test views one in so many is read. Default: 8, as published.
+
+    Raises:
+        ProtocolError: a file is missing, damaged or does not fit the others.
+
+    Reference:
+        Mildenhall et al. 2020, NeRF, https://arxiv.org/abs/2003.08934
+    """
+    folder = data_root(root) / FOLDER / scene
+    if not folder.is_dir():
+        raise ProtocolError(f"{folder} is missing; {_CURE}")
+    learn, judge = (_read_cameras(folder / f"transforms_{part}.json") for part in ("train", "test"))
+    frames = [*learn["frames"], *judge["frames"][::every]]
+    images = stack_images([folder / f"{frame['file_path']}.png" for frame in frames], reduce)
+    if images.shape[-1] == 4:
+        images = images[..., :3] * images[..., 3:] + (1 - images[..., 3:])
+    focal = 0.5 * images.shape[2] / math.tan(0.5 * learn["camera_angle_x"])
+    poses = torch.tensor([frame["transform_matrix"] for frame in frames], dtype=torch.float32)[:, :3]
+    views = range(len(frames))
+    return Scene(
+        name=scene,
+        images=images,
+        poses=poses,
+        focal=(focal, focal),
+        train=tuple(views[: len(learn["frames"])]),
+        test=tuple(views[len(learn["frames"]) :]),
+        near=2.0,
+        far=6.0,
+        background=1.0,
+    )
+
+
+def _read_cameras(path: Path) -> dict[str, Any]:
+    try:
+        cameras = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ProtocolError(f"{path} is missing; {_CURE}") from None
+    except (OSError, ValueError) as error:
+        raise ProtocolError(f"{path} is damaged ({error}); {_CURE}") from None
+    try:
+        angle, frames = float(cameras["camera_angle_x"]), cameras["frames"]
+        fits = 0 < angle < math.pi and len(frames) > 0
+        for frame in frames:
+            matrix = torch.tensor(frame["transform_matrix"])
+            fits = (
+                fits
+                and isinstance(frame["file_path"], str)
+                and matrix.shape == (4, 4)
+                and bool(matrix.isfinite().all())
+            )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"{path} lacks what a camera needs ({error}); {_CURE}") from None
+    if not fits:
+        raise ProtocolError(
+            f"{path}: wanted camera_angle_x between 0 and pi and frames, each with file_path and a 4x4 transform_matrix; {_CURE}"
+        )
+    return cameras

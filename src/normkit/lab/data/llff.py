@@ -1,0 +1,109 @@
+"""Scenes photographed from the front by hand, in the layout of Local Light Field Fusion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from normkit.core.errors import ProtocolError
+from normkit.lab.data.root import data_root
+from normkit.lab.data.scene import Scene, stack_images
+
+SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
+FOLDER = "nerf_llff_data"
+HOLD = 8  # every 8th view is held out
+_ROOM = 0.75  # the nearest point lies at 1 / 0.75 before the mean camera, safely behind the near plane at 1
+_CURE = (
+    f"unpack nerf_llff_data.zip of the NeRF authors (https://www.matthewtancik.com/nerf) so that DATA_ROOT/{FOLDER}/<scene> "
+    "holds images_8 and poses_bounds.npy, and give --data-root DATA_ROOT"
+)
+
+
+def llff(root: Path | None = None, scene: str = "fern", factor: int = 8, reduce: int = 1) -> Scene:
+    """Reads a forward-facing scene: photographs, poses and bounds; every 8th view is held out; rays are in NDC.
+
+    Poses are recentred on their mean and scaled so that the nearest bound lies at 4/3.
+
+    Args:
+        root: the folder that holds ``nerf_llff_data``. Default: None, the environment variable ``NORMKIT_DATA``.
+        scene: its name. Default: ``"fern"``.
+        factor: reads ``images_<factor>``, reduced so many times by the publishers. Default: 8.
+        reduce: averages squares of so many pixels on top. Default: 1.
+
+    Raises:
+        ProtocolError: a file is missing, damaged or does not fit the others.
+
+    Reference:
+        Mildenhall et al. 2019, Local light field fusion, https://arxiv.org/abs/1905.00889
+    """
+    folder = data_root(root) / FOLDER / scene
+    if not folder.is_dir():
+        raise ProtocolError(f"{folder} is missing; {_CURE}")
+    rows = _read_poses(folder / "poses_bounds.npy")
+    pictures = folder / f"images_{factor}"
+    paths = sorted(path for path in pictures.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    if not paths:
+        raise ProtocolError(f"{pictures} holds no pictures; {_CURE}")
+    if len(paths) != len(rows):
+        raise ProtocolError(
+            f"{pictures} holds {len(paths)} pictures, poses_bounds.npy {len(rows)} poses; wanted one each; {_CURE}"
+        )
+    images = stack_images(paths, reduce)[..., :3]
+    cameras, bounds = rows[:, :15].reshape(-1, 3, 5), rows[:, 15:]
+    high, wide, focal = cameras[0, :, 4]
+    # The file's columns are down, right and backward; ours right, up and backward.
+    poses = np.concatenate([cameras[:, :, 1:2], -cameras[:, :, 0:1], cameras[:, :, 2:4]], axis=2)
+    poses[:, :, 3] /= bounds.min() * _ROOM
+    count, height, width, _ = images.shape
+    test = tuple(range(0, count, HOLD))
+    return Scene(
+        name=scene,
+        images=images,
+        poses=torch.from_numpy(recentre(poses).astype(np.float32)),
+        focal=(float(focal * width / wide), float(focal * height / high)),
+        train=tuple(view for view in range(count) if view not in test),
+        test=test,
+        near=0.0,
+        far=1.0,
+        ndc=True,
+    )
+
+
+def recentre(poses: np.ndarray) -> np.ndarray:
+    """Moves the world so that the mean camera sits at the origin, looks along -z and has y above it.
+
+    The mean camera looks back along the sum of the backward axes; its up is the part of the summed up axes across that.
+
+    Args:
+        poses: ``(n, 3, 4)`` camera to world.
+
+    >>> pose = np.array([[[1.0, 0, 0, 5], [0, 1, 0, 6], [0, 0, 1, 7]]])
+    >>> recentre(pose)[0].tolist()
+    [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]
+    """
+    back = _unit(poses[:, :, 2].sum(0))
+    right = _unit(np.cross(poses[:, :, 1].sum(0), back))
+    rotation = np.stack([right, np.cross(back, right), back], axis=1)
+    turned = rotation.T @ poses
+    turned[:, :, 3] -= rotation.T @ poses[:, :, 3].mean(0)
+    return turned
+
+
+def _read_poses(path: Path) -> np.ndarray:
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise ProtocolError(f"{path} is missing; {_CURE}") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise ProtocolError(f"{path} is damaged ({error}); {_CURE}") from None
+    if rows.ndim != 2 or rows.shape[1] != 17 or not len(rows) or not np.isfinite(rows).all():
+        raise ProtocolError(f"{path} holds an array {rows.shape}; wanted finite numbers (views, 17); {_CURE}")
+    if not (rows[:, 15:] > 0).all():
+        raise ProtocolError(f"{path} holds a bound that is not above 0; {_CURE}")
+    return rows.astype(np.float64)
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    return vector / np.linalg.norm(vector)

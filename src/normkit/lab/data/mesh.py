@@ -1,0 +1,115 @@
+"""Solids given by a closed triangle mesh."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from normkit.core.errors import ProtocolError
+from normkit.lab.data.crossings import inside_mesh
+from normkit.lab.data.root import data_root
+
+FOLDER = "meshes"
+ENDINGS = (".ply", ".obj", ".off", ".stl")
+FILLS = 0.9  # the longest side of the bounding box spans [-0.9, 0.9]
+_CURE = (
+    f"put a closed mesh (.ply, .obj, .off or .stl), such as one of the Stanford 3D Scanning Repository "
+    f"(https://graphics.stanford.edu/data/3Dscanrep), into DATA_ROOT/{FOLDER} and give --data-root DATA_ROOT"
+)
+
+
+class MeshSolid:
+    """A closed triangle mesh, moved and scaled into [-1, 1]^3.
+
+    Args:
+        name: what it is called.
+        vertices: ``(v, 3)``.
+        faces: ``(f, 3)``, rows of vertices.
+
+    Attributes:
+        volume: of the body, after scaling.
+    """
+
+    def __init__(self, name: str, vertices: np.ndarray, faces: np.ndarray) -> None:
+        low, high = vertices.min(0), vertices.max(0)
+        self.name = name
+        self.vertices = (vertices - (low + high) / 2) * (2 * FILLS / (high - low).max())
+        self.faces = faces
+        a, b, c = (self.vertices[faces[:, corner]] for corner in range(3))
+        across = np.cross(b - a, c - a)
+        self.volume = abs(float((a * across).sum()) / 6)
+        self._area_sums = np.linalg.norm(across, axis=1).cumsum()
+
+    def inside(self, points: Tensor) -> Tensor:
+        """Says which points are in the body."""
+        return torch.from_numpy(inside_mesh(self.vertices, self.faces, points.double().numpy()))
+
+    def surface(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draws points on the surface, evenly by area."""
+        draws = torch.rand(count, 3, generator=generator, dtype=torch.float64).numpy()
+        face = np.searchsorted(self._area_sums, draws[:, 0] * self._area_sums[-1], side="right")
+        root = np.sqrt(draws[:, 1])
+        shares = np.stack([1 - root, root * (1 - draws[:, 2]), root * draws[:, 2]], 1)
+        corners = self.vertices[self.faces[np.minimum(face, len(self.faces) - 1)]]
+        return torch.from_numpy((corners * shares[:, :, None]).sum(1)).float()
+
+
+def mesh(name: str, root: Path | None = None) -> MeshSolid:
+    """Reads a mesh by name from the folder ``meshes``.
+
+    Args:
+        name: of the file without its ending.
+        root: the folder that holds ``meshes``. Default: None, the environment variable ``NORMKIT_DATA``.
+
+    Raises:
+        ProtocolError: there is no such file, or it is damaged or not closed.
+    """
+    folder = data_root(root) / FOLDER
+    for ending in ENDINGS:
+        if (path := folder / f"{name}{ending}").is_file():
+            return read_mesh(path)
+    known = sorted({path.stem for path in folder.glob("*") if path.suffix in ENDINGS})
+    has = f"; the folder holds {', '.join(known)}" if known else ""
+    raise ProtocolError(f"{folder / name}{{{','.join(ENDINGS)}}} is missing{has}; {_CURE}")
+
+
+def read_mesh(path: Path) -> MeshSolid:
+    """Reads a mesh; vertices that differ in texture or normal alone are one.
+
+    Args:
+        path: of an .obj, .off, .ply or .stl file.
+
+    Raises:
+        ProtocolError: the file can't be read, holds no triangles or is not closed.
+
+    Reference:
+        trimesh, https://trimesh.org
+    """
+    import trimesh
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a damaged file we say more ourselves
+            found: Any = trimesh.load(path, force="mesh")
+        found.merge_vertices(merge_tex=True, merge_norm=True)
+        found.update_faces(found.nondegenerate_faces())
+        vertices, faces = np.asarray(found.vertices, np.float64), np.asarray(found.faces)
+    except Exception as error:
+        # Its readers raise what they please: ValueError, IndexError, KeyError, AttributeError.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ProtocolError(f"{path} can't be read as a mesh ({reason}); copy it again") from None
+    if not len(faces) or not np.isfinite(vertices).all():
+        raise ProtocolError(f"{path} holds {len(faces)} triangles, or corners that are not finite; copy it again")
+    edges = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)
+    shared = np.unique(edges, axis=0, return_counts=True)[1]
+    if (open_edges := int((shared % 2 != 0).sum())) > 0:
+        raise ProtocolError(
+            f"{path} is not watertight: {open_edges} of its {len(shared)} edges end at a hole; without an inside there is "
+            "nothing to learn. Fill the holes (MeshLab: Filters, Remeshing, Close Holes) or take another mesh"
+        )
+    return MeshSolid(path.stem, vertices, faces)

@@ -1,0 +1,27 @@
+"""Where data sets lie."""
+
+import os
+from pathlib import Path
+
+from normkit.core.errors import ProtocolError
+
+VARIABLE = "NORMKIT_DATA"
+
+
+def data_root(root: Path | str | None = None) -> Path:
+    """Finds the folder under which data sets lie in their published layouts.
+
+    Args:
+        root: the folder. Default: None, the environment variable ``NORMKIT_DATA``.
+
+    Raises:
+        ProtocolError: neither is given, or the folder is not there.
+    """
+    given = root or os.environ.get(VARIABLE)
+    if not given:
+        raise ProtocolError(
+            f"no folder of data sets is given; use --data-root DIR or set the environment variable {VARIABLE}"
+        )
+    if not Path(given).is_dir():
+        raise ProtocolError(f"{given} is no folder; give the one that holds the data sets by --data-root or {VARIABLE}")
+    return Path(given)

@@ -1,0 +1,202 @@
+"""Photographs of one scene with the cameras that took them, and the rays of their pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from normkit.core.errors import ProtocolError
+
+
+@dataclass(frozen=True)
+class Rays:
+    """Half-lines ``origin + t direction`` with `t` from near to far, and the unit direction in which each one looks.
+
+    In normalized device coordinates `origins` and `directions` are bent, `looks` is not.
+
+    Args:
+        origins: ``(n, 3)``.
+        directions: ``(n, 3)``, of any length.
+        looks: ``(n, 3)``, unit vectors of the world.
+        near: the first `t`.
+        far: the last `t`.
+    """
+
+    origins: Tensor
+    directions: Tensor
+    looks: Tensor
+    near: float
+    far: float
+
+    def __len__(self) -> int:
+        """Counts the rays."""
+        return len(self.origins)
+
+    def take(self, index: Tensor | slice) -> Rays:
+        """Gives the rays `index`."""
+        return Rays(self.origins[index], self.directions[index], self.looks[index], self.near, self.far)
+
+    def to(self, device: torch.device) -> Rays:
+        """Gives the rays on a device."""
+        parts = (self.origins.to(device), self.directions.to(device), self.looks.to(device))
+        return Rays(*parts, self.near, self.far)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Views of one scene, some to learn from and some held out.
+
+    Args:
+        name: of the scene.
+        images: ``(n, height, width, 3)``, from 0 to 1.
+        poses: ``(n, 3, 4)`` camera to world; the columns are the camera's right, up, backward and position.
+        focal: in pixels, across and down.
+        train: the views to learn from.
+        test: the views held out.
+        near: where rays begin, in the units of `t`.
+        far: where rays end.
+        ndc: whether rays are given in normalized device coordinates, for scenes in front of the cameras. Default: False.
+        background: the grey behind everything: 0 black, 1 white. Default: 0.
+    """
+
+    name: str
+    images: Tensor
+    poses: Tensor
+    focal: tuple[float, float]
+    train: tuple[int, ...]
+    test: tuple[int, ...]
+    near: float
+    far: float
+    ndc: bool = False
+    background: float = 0.0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.images.shape[1], self.images.shape[2]
+
+    def rays(self, views: tuple[int, ...]) -> Rays:
+        """Gives the rays of all pixels of some views, row by row; ``images[list(views)].reshape(-1, 3)`` are their colours."""
+        origins, directions = zip(
+            *(camera_rays(self.poses[view], *self.size, self.focal) for view in views), strict=True
+        )
+        start, along = torch.cat(origins), torch.cat(directions)
+        looks = along / along.norm(dim=-1, keepdim=True)
+        if self.ndc:
+            start, along = to_ndc(start, along, *self.size, self.focal)
+        return Rays(start, along, looks, self.near, self.far)
+
+    def colours(self, views: tuple[int, ...]) -> Tensor:
+        """Gives the colours ``(pixels, 3)`` of all pixels of some views."""
+        return self.images[list(views)].reshape(-1, 3)
+
+
+def camera_rays(pose: Tensor, height: int, width: int, focal: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Sends a ray through the centre of every pixel of a pinhole camera.
+
+        direction = R [(i + 1/2 - width/2) / f_x, -(j + 1/2 - height/2) / f_y, -1],   origin = the camera's position
+
+    Args:
+        pose: ``(3, 4)``; the columns are the camera's right, up, backward and position.
+        height: in pixels.
+        width: in pixels.
+        focal: in pixels, across and down.
+
+    Returns:
+        Origins and directions, each ``(height * width, 3)``; directions reach the plane at distance 1.
+
+    >>> pose = torch.eye(4)[:3]
+    >>> origins, directions = camera_rays(pose, 1, 2, (1.0, 1.0))
+    >>> directions.tolist()
+    [[-0.5, 0.0, -1.0], [0.5, 0.0, -1.0]]
+    """
+    down, across = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    x, y = (across - width / 2) / focal[0], -(down - height / 2) / focal[1]
+    local = torch.stack([x, y, -torch.ones_like(x)], -1).reshape(-1, 3).to(pose.dtype)
+    directions = local @ pose[:, :3].T
+    return pose[:, 3].expand_as(directions), directions
+
+
+def to_ndc(
+    origins: Tensor, directions: Tensor, height: int, width: int, focal: tuple[float, float], near: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Bends rays so that the pyramid before a camera becomes a cube, and `t` from 0 to 1 goes from `near` to infinity.
+
+        o' = (-2 f_x/W o_x/o_z, -2 f_y/H o_y/o_z, 1 + 2 n/o_z)
+        d' = (-2 f_x/W (d_x/d_z - o_x/o_z), -2 f_y/H (d_y/d_z - o_y/o_z), -2 n/o_z),   o moved to the plane z = -n first
+
+    The point at `t'` of the new ray is the projection of the one at ``t = n t' / (-d_z (1 - t'))`` past that plane of the old
+    one, so that `t'` is linear in disparity.
+
+    Args:
+        origins: ``(n, 3)``; the cameras look along -z.
+        directions: ``(n, 3)``, with ``d_z < 0``.
+        height: of the image in pixels.
+        width: of the image in pixels.
+        focal: in pixels, across and down.
+        near: distance of the near plane. Default: 1.
+
+    Reference:
+        Mildenhall et al. 2020, NeRF, appendix C, https://arxiv.org/abs/2003.08934
+
+    >>> o, d = to_ndc(torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.0, -1.0]]), 2, 2, (1.0, 1.0))
+    >>> o, d + 0.0
+    (tensor([[ 1.5000,  0.0000, -1.0000]]), tensor([[-1.,  0.,  2.]]))
+    """
+    reach = -(near + origins[:, 2:]) / directions[:, 2:]
+    x, y, z = (origins + reach * directions).unbind(-1)
+    along_x, along_y, along_z = directions.unbind(-1)
+    wide, high = -2 * focal[0] / width, -2 * focal[1] / height
+    start = torch.stack([wide * x / z, high * y / z, 1 + 2 * near / z], -1)
+    along = torch.stack([wide * (along_x / along_z - x / z), high * (along_y / along_z - y / z), -2 * near / z], -1)
+    return start, along
+
+
+def read_image(path: Path, reduce: int = 1) -> np.ndarray:
+    """Reads a picture and averages squares of pixels.
+
+    Args:
+        path: of a PNG or JPEG.
+        reduce: the side of a square in pixels; a rest at the right and lower edge that fills no square is spread over the
+            others. Default: 1.
+
+    Returns:
+        ``(height, width, 3 or 4)`` float32, from 0 to 1.
+
+    Raises:
+        ProtocolError: the file is missing or damaged, or smaller than one square.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGBA" if "A" in file.getbands() else "RGB")
+    except FileNotFoundError:
+        raise ProtocolError(f"{path} is missing; unpack the scene again") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ProtocolError(f"{path} can't be read as a picture ({error}); unpack the scene again") from None
+    if reduce > 1:
+        size = image.width // reduce, image.height // reduce
+        if min(size) < 1:
+            raise ProtocolError(f"{path} is {image.width}x{image.height} pixels; reduce={reduce} would leave nothing")
+        image = image.resize(size, Image.Resampling.BOX)
+    return np.asarray(image, dtype=np.float32) / 255
+
+
+def stack_images(paths: list[Path], reduce: int = 1) -> Tensor:
+    """Reads pictures of one size into ``(n, height, width, channels)``.
+
+    Raises:
+        ProtocolError: a file is missing or damaged, or of another size or kind than the first.
+    """
+    images = [read_image(path, reduce) for path in paths]
+    for path, image in zip(paths, images, strict=True):
+        if image.shape != images[0].shape:
+            raise ProtocolError(
+                f"{path} has shape {image.shape}, {paths[0].name} has {images[0].shape}; wanted pictures of one size and kind"
+            )
+    return torch.from_numpy(np.stack(images))

@@ -1,0 +1,143 @@
+"""Occupancy fields: small networks that say whether a point lies inside a shape."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.errors import OptionError
+from normkit.lab.models.nerf import PositionalEncoding
+from normkit.surgery.recipe import apply_recipe
+
+Kind = Literal["gaussian", "sine", "relu"]
+
+
+class Gaussian(nn.Module):
+    """A bump, exp(-u^2 / (2 s^2)).
+
+    Args:
+        spread: s. Default: 0.09.
+
+    Reference:
+        Ramasinghe and Lucey 2022, Beyond periodicity, https://arxiv.org/abs/2111.15135
+
+    >>> Gaussian(1.0)(torch.tensor([0.0, 1.0]))
+    tensor([1.0000, 0.6065])
+    """
+
+    def __init__(self, spread: float = 0.09) -> None:
+        super().__init__()
+        self.spread = spread
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Applies the bump to each element."""
+        return torch.exp(u.square() * (-0.5 / self.spread**2))
+
+
+class Sine(nn.Module):
+    """A wave, sin(w u).
+
+    Args:
+        frequency: w. Default: 30.
+
+    Reference:
+        Sitzmann et al. 2020, SIREN, https://arxiv.org/abs/2006.09661
+
+    >>> Sine(math.pi)(torch.tensor([0.0, 0.5]))
+    tensor([0., 1.])
+    """
+
+    def __init__(self, frequency: float = 30.0) -> None:
+        super().__init__()
+        self.frequency = frequency
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Applies the wave to each element."""
+        return torch.sin(self.frequency * u)
+
+
+class OccupancyField(nn.Module):
+    """A multilayer perceptron from a point to the logit of its being inside.
+
+    Args:
+        kind: of activation: ``"gaussian"``, ``"sine"``, or ``"relu"`` behind a positional encoding. Default:
+            ``"gaussian"``.
+        width: of a layer. Default: 256.
+        depth: layers before the last. Default: 4.
+        spread: of the Gaussian. Default: 0.09.
+        frequency: of the sine. Default: 30.
+        bands: of the positional encoding. Default: 8.
+
+    Shape:
+        ``(n, 3)`` to ``(n,)``.
+
+    Raises:
+        OptionError: there is no such kind.
+
+    >>> field = OccupancyField()
+    >>> field(torch.zeros(5, 3)).shape, sum(p.numel() for p in field.parameters())
+    (torch.Size([5]), 198657)
+    """
+
+    def __init__(
+        self,
+        kind: Kind = "gaussian",
+        width: int = 256,
+        depth: int = 4,
+        *,
+        spread: float = 0.09,
+        frequency: float = 30.0,
+        bands: int = 8,
+    ) -> None:
+        super().__init__()
+        if kind not in get_args(Kind):
+            raise OptionError(f"OccupancyField: kind={kind!r}; wanted one of {', '.join(map(repr, get_args(Kind)))}")
+        self.encoding = PositionalEncoding(bands if kind == "relu" else 0)
+        sizes = [self.encoding.features, *[width] * depth]
+        self.trunk = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.last = nn.Linear(width, 1)
+        self.activation = {"gaussian": Gaussian(spread), "sine": Sine(frequency), "relu": nn.ReLU()}[kind]
+        if kind == "sine":
+            self._start_waves(frequency)
+
+    def forward(self, points: Tensor) -> Tensor:
+        """Gives logits."""
+        h = self.encoding(points)
+        for layer in self.trunk:
+            h = self.activation(layer(h))
+        return self.last(h).squeeze(-1)
+
+    @torch.no_grad()
+    def _start_waves(self, frequency: float) -> None:
+        # SIREN's: the first layer spans the frequencies, every other keeps its input's distribution.
+        for number, layer in enumerate([*self.trunk, self.last]):
+            assert isinstance(layer, nn.Linear)
+            fan = layer.in_features
+            bound = 1 / fan if number == 0 else math.sqrt(6 / fan) / frequency
+            layer.weight.uniform_(-bound, bound)
+
+
+def occupancy(recipe: str = "none", kind: Kind = "gaussian", *, width: int = 256, depth: int = 4) -> OccupancyField:
+    """Makes an occupancy field and gives its layers the weight methods of a recipe.
+
+    Args:
+        recipe: ``"none"`` is the plain network, ``"none+e@re:trunk"`` its E form. Default: ``"none"``.
+        kind: of activation. Default: ``"gaussian"``.
+        width: of a layer. Default: 256.
+        depth: layers before the last. Default: 4.
+
+    Raises:
+        NotationError: the recipe can't be read.
+        OptionError: there is no such kind.
+
+    >>> layer = occupancy("none+e@re:trunk").trunk[0]
+    >>> torch.allclose(layer.weight.norm(dim=1), torch.ones(256))
+    True
+    """
+    model = OccupancyField(kind, width, depth)
+    apply_recipe(model, recipe)
+    return model

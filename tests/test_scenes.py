@@ -1,0 +1,196 @@
+"""Scenes on disk: what is read, and what is said of files that are missing or damaged."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from normkit.core.errors import ProtocolError
+from normkit.lab.data.blender import blender
+from normkit.lab.data.llff import llff, recentre
+from normkit.lab.data.root import data_root
+
+VIEWS = 9
+
+
+@pytest.fixture
+def llff_root(tmp_path: Path) -> Path:
+    """Nine cameras that look along -z with a little shift; in the file's axes: down, right, backward."""
+    folder = tmp_path / "nerf_llff_data" / "tiny"
+    (folder / "images_8").mkdir(parents=True)
+    rows = []
+    for view in range(VIEWS):
+        pixels = np.full((6, 8, 3), 20 * view, np.uint8)
+        pixels[:, :4] += 4
+        Image.fromarray(pixels).save(folder / "images_8" / f"image{view:03d}.png")
+        columns = [[0.0, -1, 0], [1, 0, 0], [0, 0, 1], [view - 4.0, 0, 0], [48, 64, 80]]
+        rows.append([*np.array(columns).T.ravel(), 4.0 + view, 50.0])
+    np.save(folder / "poses_bounds.npy", np.array(rows))
+    return tmp_path
+
+
+@pytest.fixture
+def blender_root(tmp_path: Path) -> Path:
+    folder = tmp_path / "nerf_synthetic" / "tiny"
+    for part, count in (("train", 3), ("test", 9)):
+        (folder / part).mkdir(parents=True)
+        frames = []
+        for view in range(count):
+            pixels = np.zeros((8, 8, 4), np.uint8)
+            pixels[:, 4:] = (255, 0, 0, 51)
+            Image.fromarray(pixels).save(folder / part / f"r_{view}.png")
+            pose = np.eye(4)
+            pose[2, 3] = view
+            frames.append({"file_path": f"./{part}/r_{view}", "transform_matrix": pose.tolist()})
+        cameras = {"camera_angle_x": math.pi / 2, "frames": frames}
+        (folder / f"transforms_{part}.json").write_text(json.dumps(cameras))
+    return tmp_path
+
+
+def test_llff_scene(llff_root: Path) -> None:
+    scene = llff(llff_root, "tiny")
+    assert scene.test == (0, 8)
+    assert scene.train == (1, 2, 3, 4, 5, 6, 7)
+    assert scene.size == (6, 8)
+    assert scene.focal == (10.0, 10.0)
+    assert_close(scene.images[2, 0], torch.tensor([44 / 255] * 4 + [40 / 255] * 4)[:, None].expand(8, 3))
+    assert_close(scene.poses[:, :, :3], torch.eye(3).expand(VIEWS, 3, 3))
+    # The nearest bound, 4, comes to lie at 4/3.
+    assert_close(scene.poses[:, 0, 3], (torch.arange(9.0) - 4) / 3)
+    rays = scene.rays((1, 3))
+    assert len(rays) == 2 * 6 * 8
+    assert (rays.near, rays.far) == (0.0, 1.0)
+    assert_close(rays.origins[:, 2], -torch.ones(96))
+    assert_close(rays.looks.norm(dim=1), torch.ones(96))
+
+
+def test_llff_reduced(llff_root: Path) -> None:
+    scene = llff(llff_root, "tiny", reduce=2)
+    assert scene.size == (3, 4)
+    assert scene.focal == (5.0, 5.0)
+    assert_close(scene.images[2, 0], torch.tensor([44 / 255] * 2 + [40 / 255] * 2)[:, None].expand(4, 3))
+
+
+def test_recentring_keeps_the_cameras_relative() -> None:
+    generator = np.random.default_rng(0)
+    turns = np.linalg.qr(np.eye(3) + 0.1 * generator.standard_normal((5, 3, 3)))[0]
+    turns *= np.sign(np.linalg.det(turns))[:, None, None]
+    turns[turns[:, 2, 2] < 0] *= np.array([-1, 1, -1])
+    poses = np.concatenate([turns, generator.standard_normal((5, 3, 1))], 2)
+    moved = recentre(poses)
+    np.testing.assert_allclose(moved[:, :, 3].mean(0), 0, atol=1e-12)
+    back = moved[:, :, 2].sum(0)
+    np.testing.assert_allclose(back / np.linalg.norm(back), [0, 0, 1], atol=1e-12)
+    relative = [p[0, :, :3].T @ (p[1, :, 3] - p[0, :, 3]) for p in (poses, moved)]
+    np.testing.assert_allclose(*relative, atol=1e-12)
+
+
+def test_blender_scene(blender_root: Path) -> None:
+    scene = blender(blender_root, "tiny")
+    assert scene.train == (0, 1, 2)
+    assert scene.test == (3, 4)  # the test views 0 and 8
+    assert scene.size == (4, 4)
+    assert_close(scene.focal[0], 2.0)
+    assert_close(scene.poses[4, :, 3], torch.tensor([0.0, 0.0, 8.0]))
+    # A fifth of red over white.
+    assert_close(scene.images[0, 0], torch.tensor([[1.0, 1, 1], [1, 1, 1], [1, 0.8, 0.8], [1, 0.8, 0.8]]))
+    assert not scene.ndc
+
+
+def _remove(path: Path) -> None:
+    path.unlink()
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _garble(path: Path) -> None:
+    path.write_bytes(b"not what it was")
+
+
+def _resize(path: Path) -> None:
+    Image.new("RGB", (5, 5)).save(path)
+
+
+def _fewer(path: Path) -> None:
+    np.save(path, np.load(path)[:-1])
+
+
+def _flat(path: Path) -> None:
+    np.save(path, np.load(path)[:, :15])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("poses_bounds.npy", _remove, "poses_bounds.npy is missing; unpack nerf_llff_data.zip"),
+        ("poses_bounds.npy", _cut, "poses_bounds.npy is damaged"),
+        ("poses_bounds.npy", _garble, "poses_bounds.npy is damaged"),
+        ("poses_bounds.npy", _fewer, "holds 9 pictures, poses_bounds.npy 8 poses"),
+        ("poses_bounds.npy", _flat, r"holds an array \(9, 15\)"),
+        ("images_8/image003.png", _remove, "holds 8 pictures, poses_bounds.npy 9 poses"),
+        ("images_8/image003.png", _cut, r"image003.png can't be read as a picture"),
+        ("images_8/image003.png", _garble, r"image003.png can't be read as a picture"),
+        ("images_8/image003.png", _resize, r"image003.png has shape \(5, 5, 3\)"),
+    ],
+)
+def test_damaged_llff(llff_root: Path, file: str, damage: Callable[[Path], None], message: str) -> None:
+    damage(llff_root / "nerf_llff_data" / "tiny" / file)
+    with pytest.raises(ProtocolError, match=message):
+        llff(llff_root, "tiny")
+
+
+def test_missing_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ProtocolError, match=r"fern is missing; unpack nerf_llff_data.zip"):
+        llff(tmp_path)
+    with pytest.raises(ProtocolError, match=r"lego is missing; unpack nerf_synthetic.zip"):
+        blender(tmp_path)
+    monkeypatch.delenv("NORMKIT_DATA", raising=False)
+    with pytest.raises(ProtocolError, match="--data-root DIR or set the environment variable NORMKIT_DATA"):
+        llff()
+    with pytest.raises(ProtocolError, match="is no folder"):
+        data_root(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is damaged"),
+        ("{}", "lacks what a camera needs"),
+        ('{"camera_angle_x": 4, "frames": []}', "wanted camera_angle_x between 0 and pi"),
+        ('{"camera_angle_x": 1, "frames": [{"file_path": "a", "transform_matrix": [[1]]}]}', "a 4x4 transform_matrix"),
+    ],
+)
+def test_damaged_cameras(blender_root: Path, text: str, message: str) -> None:
+    (blender_root / "nerf_synthetic" / "tiny" / "transforms_train.json").write_text(text)
+    with pytest.raises(ProtocolError, match=message):
+        blender(blender_root, "tiny")
+
+
+def test_missing_picture_of_a_blender_scene(blender_root: Path) -> None:
+    (blender_root / "nerf_synthetic" / "tiny" / "test" / "r_8.png").unlink()
+    with pytest.raises(ProtocolError, match=r"r_8.png is missing; unpack the scene again"):
+        blender(blender_root, "tiny")
+
+
+@pytest.mark.skipif(
+    not (Path(os.environ.get("NORMKIT_DATA", "")) / "nerf_llff_data" / "fern").is_dir()
+    or "NORMKIT_DATA" not in os.environ,
+    reason="NORMKIT_DATA holds no nerf_llff_data/fern",
+)
+def test_fern() -> None:
+    scene = llff(reduce=6)
+    assert scene.test == (0, 8, 16)
+    assert scene.size == (63, 84)
+    assert_close(scene.focal[0], 3260.526 * 84 / 4032, rtol=1e-4, atol=0)
+    # Cameras stand close together, look the same way and lie within the unit cube of NDC.
+    assert float(scene.poses[:, 2, 2].min()) > 0.95
+    assert float(scene.rays(scene.train).origins.abs().max()) < 1.5
