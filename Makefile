@@ -50,7 +50,7 @@ $(VENV)/.made:
 	touch $@
 
 # An extra is installed once, and again when what it consists of changes; with it the kernels, where there is a compiler for them.
-$(VENV)/.%: $(VENV)/.made pyproject.toml constraints.txt $(wildcard native/*)
+$(VENV)/.%: $(VENV)/.made pyproject.toml constraints.txt $(wildcard native/*.*)
 	$(INSTALL) --editable ".[$(EXTRAS_$*)]"
 	@test -e src/normkit/lib/built || echo "note: the native kernels could not be built; normkit runs without them. To see why: make native"
 	touch $@

@@ -111,11 +111,7 @@ def _age(folder: Path) -> str | None:
 
 def _sources() -> list[Path]:
     """The sources that libraries in a source tree are built from; nothing in an installed package."""
-    return [
-        path
-        for path in _PACKAGE.parent.parent.glob("native/*.*")
-        if path.suffix in (".cpp", ".h") and path.stem != "fuzz"
-    ]
+    return [path for path in _PACKAGE.parent.parent.glob("native/*.*") if path.suffix in (".cpp", ".h")]
 
 
 def _file(folder: Path, isa: str) -> Path:
