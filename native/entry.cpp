@@ -16,7 +16,14 @@ enum Status : int32_t { NK_OK = 0, NK_NO_MEMORY = 1, NK_UNKNOWN_TYPE = 2 };
 // Pieces shorter than this are read as lanes, many at a time.
 constexpr int64_t SHORT = 4 * LANES;
 
-bool in_lanes(const NkPlan &plan) { return plan.far > 1 && plan.mid * plan.inner < SHORT; }
+bool in_lanes(const NkPlan &plan) {
+    int64_t piece = plan.mid * plan.inner;
+    if (plan.far == 1 || piece >= SHORT) return false;
+    // The lanes want parameters that lie as they do, or do not vary along them.
+    bool alike = plan.per_inner == 1 || piece == 1;
+    bool constant = plan.per_kept == 0 && plan.per_mid == 0 && plan.per_inner == 0;
+    return alike || constant;
+}
 
 template <class A> std::unique_ptr<A[]> room(int64_t elements) {
     return std::unique_ptr<A[]>(elements > 0 ? new A[std::size_t(elements)] : nullptr);
@@ -140,7 +147,7 @@ NK_EXPORT int32_t nk_backward(const NkPlan *plan, const void *dy, const void *ds
 
 // Running statistics of one training batch: running <- (1 - momentum) running + momentum new, left as they are where the new ones are not
 // finite. `unbiased` is n / (n - 1), or 1 where the population variance is kept; `moments` keeps E[x^2] in place of an average of variances.
-NK_EXPORT int32_t nk_remember(int64_t channels, int32_t type, double momentum, double unbiased, int32_t moments, const void *mean,
+NK_EXPORT int32_t nk_remember(int64_t channels, int64_t type, double momentum, double unbiased, int64_t moments, const void *mean,
                               const void *variance, void *running_mean, void *running_variance) {
     auto update = [&](auto a) {
         using A = decltype(a);

@@ -19,7 +19,7 @@ ACTIVATIONS = [card for card in METHODS if card.kind == "activation"]
 # A conditioned layer's weight comes from its other input: the oracle of all rules does not know it.
 RULES = [card for card in ACTIVATIONS if card.rule is not None and card.extra is None]
 WEIGHTS = [card for card in METHODS if card.kind == "weight"]
-BACKENDS = ("reference", "closed", "aten", "auto")
+BACKENDS = ("reference", "closed", "aten", "native", "auto")
 
 
 def name(value: Any) -> str:
@@ -86,6 +86,6 @@ def runs(card: Card, made: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]
         try:
             yield backend, call(card, made, x)
         except BackendError:
-            assert backend in ("closed", "aten")
+            assert backend in ("closed", "aten", "native")
     made.load_state_dict(start)
     made.backend = "auto"

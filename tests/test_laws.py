@@ -241,16 +241,16 @@ def test_explain_tells_what_runs(card: Card, mode: bool, samples: int, monkeypat
     if not isinstance(made, Layer) or card.extra is not None:
         pytest.skip("it has no choice of back ends, or is explained with its other inputs")
     x = torch.randn(samples, 4, 4, dtype=torch.float64)
-    ran, choose = [], dispatch._choose
+    ran, decide = [], dispatch._decide
 
-    def told(*args: Any, **kwargs: Any) -> tuple[str, str]:
-        ran.append(choose(*args, **kwargs))
+    def told(*args: Any, **kwargs: Any) -> dispatch.Choice:
+        ran.append(decide(*args, **kwargs))
         return ran[-1]
 
     said = made.explain(x).backend
-    monkeypatch.setattr(dispatch, "_choose", told)
+    monkeypatch.setattr(dispatch, "_decide", told)
     call(card, made, x)
-    assert said == (ran[0][0] if ran else "reference")
+    assert said == (ran[0].backend if ran else "reference")
 
 
 @each_rule

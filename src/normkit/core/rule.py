@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from normkit.core.compensation import Affine
 from normkit.core.errors import NotationError
@@ -35,6 +36,8 @@ class Rule:
     statistic: Statistic = field(default_factory=Statistic)
     compensation: Affine | None = None
     memory: Running | None = None
+    # What back ends prepared for shapes that they met; no part of the rule's value.
+    prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for part in (self.compensation, self.memory):
@@ -54,6 +57,12 @@ class Rule:
                 raise NotationError(
                     f"{part}: it keeps an axis that {self.support} reduces; keep only {', '.join(self.support.kept)}"
                 )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rule:
+        return self  # nothing in it changes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rule, (self.support, self.statistic, self.compensation, self.memory)
 
     @property
     def batch_dependent(self) -> bool:

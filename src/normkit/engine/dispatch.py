@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,15 +15,27 @@ from normkit.core.moments import Moments, accumulation_dtype
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Split, Support, per_shape, place, show
-from normkit.engine import aten, closed_form, reference
+from normkit.engine import aten, closed_form, native, reference
+from normkit.engine.library import why_not
 
-Backend = Literal["auto", "reference", "closed", "aten"]
+Backend = Literal["auto", "reference", "closed", "aten", "native"]
+Activation = Literal["relu", "silu", "gelu", "gelu_tanh"]
 
 _WHAT = {
     "reference": "the definition in plain PyTorch",
     "closed": "PyTorch operators with the backward pass in closed form",
     "aten": "torch's own fused kernel",
+    "native": "normkit's fused CPU kernel",
 }
+
+
+class Choice(NamedTuple):
+    """A back end for some arguments, the reason for it, and what it prepared."""
+
+    backend: str
+    why: str
+    split: Split
+    call: native.Prepared | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ class Explanation:
 
 def backends() -> dict[str, str | None]:
     """The back ends that normkit knows, each with the reason why it can't run here, or None if it can."""
-    return dict.fromkeys(_WHAT)
+    return {**dict.fromkeys(_WHAT), "native": why_not()}
 
 
 def run(
@@ -58,6 +70,7 @@ def run(
     running: RunningStatistics | None = None,
     training: bool = True,
     mask: Tensor | None = None,
+    activation: Activation | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Run a rule: statistics over its support, normalize, compensate, remember.
@@ -71,6 +84,7 @@ def run(
             instead of the input's own.
         training: whether the input's own statistics are used. Without ``running`` they always are.
         mask: boolean, broadcasts over x; where it is False the element enters no statistic and comes out as zero.
+        activation: what follows, in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
         backend: ``"auto"`` chooses; a back end by name runs or raises, and never hands over to another.
 
     Returns:
@@ -79,23 +93,59 @@ def run(
     Raises:
         ShapeError: the input or a parameter does not fit the rule.
         BackendError: the back end asked for can't run this, with the reason.
-        OptionError: there is no such back end, or the input is not floating.
+        OptionError: there is no such back end or activation, or the input is not floating.
 
     >>> rule = Rule(Support("* d", over="d"), Statistic(None, "rms", 0.0), Affine("d"))
     >>> run(rule, torch.tensor([[3.0, 4.0]]), weight=torch.tensor([1.0, 2.0]))
     tensor([[0.8485, 2.2627]])
     """
-    split = rule.support.split(x.shape)
-    if running is None:
-        return _by_own_statistics(rule, x, split, weight, bias, mask, backend, measured=False)[0]
-    if rule.memory is None:
-        raise ShapeError("run: running statistics are given, but the rule has no memory; add one, e.g. Running()")
-    if not training:
-        return _by_given_statistics(rule, rule.memory, x, split, weight, bias, running, mask, backend)
-    y, moments = _by_own_statistics(rule, x, split, weight, bias, mask, backend, measured=True)
-    if moments is not None:
-        rule.memory.update(running, moments, split)
-    return y
+    return _run(rule, x, weight, bias, None, running, training, mask, activation, backend)[0]
+
+
+def run_after_sum(
+    rule: Rule,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    running: RunningStatistics | None = None,
+    training: bool = True,
+    mask: Tensor | None = None,
+    activation: Activation | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Run a rule on x + residual, and hand over that sum too: the step between two blocks of a residual network, in one pass.
+
+    Args:
+        rule: what to compute.
+        x: a branch's output.
+        residual: of x's shape and dtype.
+        weight: as for ``run``.
+        bias: as for ``run``.
+        running: as for ``run``.
+        training: as for ``run``.
+        mask: as for ``run``.
+        activation: as for ``run``.
+        backend: as for ``run``.
+
+    Returns:
+        What ``run`` gives for the sum, and the sum.
+
+    Raises:
+        ShapeError: the two differ in shape or dtype; otherwise as for ``run``.
+
+    >>> rule = Rule(Support("* d", over="d"), Statistic(None, "rms", 0.0))
+    >>> run_after_sum(rule, torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 2.0]]))
+    (tensor([[0.8485, 1.1314]]), tensor([[3., 4.]]))
+    """
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ShapeError(
+            f"residual is {residual.dtype} of {show(residual.shape)}, wanted {x.dtype} of {show(x.shape)} as the input is"
+        )
+    y, total = _run(rule, x, weight, bias, residual, running, training, mask, activation, backend)
+    assert total is not None
+    return y, total
 
 
 def run_measured(
@@ -127,28 +177,72 @@ def run_measured(
     >>> found.mean, found.var, found.n
     (tensor([[2.]]), tensor([[1.0000]]), 2)
     """
-    split = rule.support.split(x.shape)
-    y, moments = _by_own_statistics(rule, x, split, weight, bias, mask, backend, measured=True)
-    if moments is None:
+    choice = _decide(rule, x, weight, bias, mask, None, backend, True, None)
+    y, _, found = _by_own_statistics(rule, choice, x, weight, bias, None, mask, None, True)
+    if isinstance(found, Tensor):
+        assert choice.call is not None
+        found = native.moments(choice.call, found)
+    if found is None:
         raise OptionError(f"{rule.formula()} has no moments to hand over; use a centred statistic")
-    return y, Moments(moments.mean.detach(), moments.var.detach(), moments.n)
+    return y, Moments(found.mean.detach(), found.var.detach(), found.n)
+
+
+def _run(
+    rule: Rule,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running: RunningStatistics | None,
+    training: bool,
+    mask: Tensor | None,
+    activation: str | None,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    memory = rule.memory
+    if running is None:
+        choice = _decide(rule, x, weight, bias, mask, activation, backend, False, None)
+        y, total, _ = _by_own_statistics(rule, choice, x, weight, bias, residual, mask, activation, False)
+        return y, total
+    if memory is None:
+        raise ShapeError("run: running statistics are given, but the rule has no memory; add one, e.g. Running()")
+    if not training:
+        total = None if residual is None else x + residual
+        x = x if total is None else total
+        choice = _decide(rule, x, weight, bias, mask, activation, backend, False, running)
+        return _by_given_statistics(rule, memory, choice, x, weight, bias, running, mask, activation), total
+    choice = _decide(rule, x, weight, bias, mask, activation, backend, True, None)
+    y, total, found = _by_own_statistics(rule, choice, x, weight, bias, residual, mask, activation, True)
+    if isinstance(found, Tensor):
+        assert choice.call is not None
+        if not native.remember(choice.call, memory, found, running):
+            memory.update(running, native.moments(choice.call, found), choice.split)
+    elif found is not None:
+        memory.update(running, found, choice.split)
+    return y, total
 
 
 def _by_own_statistics(
     rule: Rule,
+    choice: Choice,
     x: Tensor,
-    split: Split,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     mask: Tensor | None,
-    backend: str,
+    activation: str | None,
     measured: bool,
-) -> tuple[Tensor, Moments | None]:
-    chosen, _ = _choose(rule, x, split, weight, bias, mask, backend, measured)
+) -> tuple[Tensor, Tensor | None, Moments | Tensor | None]:
+    """The output, x + residual if there is one, and the moments; of native kernels what they measured."""
+    split = choice.split
+    if choice.call is not None:
+        return native.normalize(choice.call, x, weight, bias, residual, measured)
+    total = None if residual is None else x + residual
+    x = x if total is None else total
     moments: Moments | None
-    if chosen == "aten":
+    if choice.backend == "aten":
         y, moments = aten.normalize(rule, x, split, weight, bias, measured)
-    elif chosen == "closed":
+    elif choice.backend == "closed":
         y, _, moments = closed_form.normalize(x.reshape(split.shape), split, rule.statistic)
         if weight is not None or bias is not None:
             assert rule.compensation is not None
@@ -157,28 +251,31 @@ def _by_own_statistics(
             y = y.clone()  # the backward pass needs it, and a caller may write into what it gets
     else:
         y, moments = reference.normalize(rule, x.reshape(split.shape), split, weight, bias, _split_mask(mask, x, split))
-    return y.reshape(x.shape).to(x.dtype), moments
+    return reference.activate(y.reshape(x.shape), activation).to(x.dtype), total, moments
 
 
 def _by_given_statistics(
     rule: Rule,
     memory: Running,
+    choice: Choice,
     x: Tensor,
-    split: Split,
     weight: Tensor | None,
     bias: Tensor | None,
     running: RunningStatistics,
     mask: Tensor | None,
-    backend: str,
+    activation: str | None,
 ) -> Tensor:
-    chosen, _ = _choose(rule, x, split, weight, bias, mask, backend, running=running)
-    if chosen == "aten":
-        return aten.normalize_by(rule, x, running, weight, bias)
+    split = choice.split
+    if choice.backend == "aten":
+        return reference.activate(aten.normalize_by(rule, x, running, weight, bias), activation)
     mean = place(running.mean, memory.per, split)
     var = None if rule.statistic.scale is None else place(running.var, memory.per, split)
+    if choice.call is not None:
+        return native.normalize_by(choice.call, x, mean, var, weight, bias)
     y = reference.normalize_by(rule, x.reshape(split.shape), split, mean, var, weight, bias)
     inside = _split_mask(mask, x, split)
-    return (y if inside is None else torch.where(inside, y, 0.0)).reshape(x.shape).to(x.dtype)
+    y = (y if inside is None else torch.where(inside, y, 0.0)).reshape(x.shape)
+    return reference.activate(y, activation).to(x.dtype)
 
 
 def explain(
@@ -187,7 +284,10 @@ def explain(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
+    running: RunningStatistics | None = None,
+    training: bool = True,
     mask: Tensor | None = None,
+    activation: Activation | None = None,
     measured: bool = False,
     backend: Backend = "auto",
 ) -> Explanation:
@@ -198,8 +298,11 @@ def explain(
         x: the input.
         weight: as for ``run``.
         bias: as for ``run``.
+        running: as for ``run``.
+        training: as for ``run``.
         mask: as for ``run``.
-        measured: whether the statistics are to be remembered too.
+        activation: as for ``run``.
+        measured: whether the statistics are wanted too, as from ``run_measured``.
         backend: as for ``run``.
 
     Returns:
@@ -214,8 +317,10 @@ def explain(
     statistics in float32; back end: closed, PyTorch operators with the backward pass in closed form
     because torch has no fused kernel for Support("n c *", over="c") with x / sqrt(E[x^2] + eps)
     """
-    chosen, why = _choose(rule, x, rule.support.split(x.shape), weight, bias, mask, backend, measured)
-    return Explanation(chosen, why, rule.formula(), rule.support.explain(x.shape), accumulation_dtype(x.dtype))
+    given = running if not training else None
+    measured = measured or (running is not None and training)
+    choice = _decide(rule, x, weight, bias, mask, activation, backend, measured, given)
+    return Explanation(choice.backend, choice.why, rule.formula(), rule.support.explain(x.shape), accumulation_dtype(x.dtype))
 
 
 def normalize(
@@ -268,18 +373,70 @@ def normalize(
     return run(rule, x, weight, bias, mask=mask, backend=backend)
 
 
-def _choose(
+def _decide(
     rule: Rule,
     x: Tensor,
-    split: Split,
     weight: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
+    activation: str | None,
     backend: str,
-    measured: bool = False,
-    running: RunningStatistics | None = None,
-) -> tuple[str, str]:
-    """The back end and the reason for it."""
+    measured: bool,
+    running: RunningStatistics | None,
+) -> Choice:
+    """The back end for these arguments, remembered for the next ones like them.
+
+    ``measured`` if the moments are wanted too; ``running`` are the statistics to use in place of the input's own.
+    """
+    arguments = (rule, x, weight, bias, mask, activation, backend, measured, running)
+    if _transformed(x):
+        return _choose(*arguments, plain=False)
+    key = (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        x.device,
+        None if weight is None else (weight.shape, weight.dtype),
+        None if bias is None else (bias.shape, bias.dtype),
+        mask is None,
+        activation,
+        backend,
+        measured,
+        None if running is None else running.mean.dtype,
+    )
+    kept = rule.prepared
+    if key not in kept:
+        if len(kept) >= 256:  # many shapes, as from ragged batches, must not fill memory
+            kept.clear()
+        kept[key] = _choose(*arguments, plain=True)
+    return kept[key]
+
+
+def _transformed(x: Tensor) -> bool:
+    """Whether something else than eager PyTorch is at work: a compiler, a functional transform, a mode, a subclass of Tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
+    )
+
+
+def _choose(
+    rule: Rule,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    activation: str | None,
+    backend: str,
+    measured: bool,
+    running: RunningStatistics | None,
+    plain: bool,
+) -> Choice:
+    """The back end and the reason for it; ``plain`` if nothing but eager PyTorch is at work."""
+    split = rule.support.split(x.shape)
     accumulation_dtype(x.dtype)  # refuses integers before anything is computed
     for parameter in (weight, bias):
         if parameter is not None and rule.compensation is None:
@@ -290,32 +447,52 @@ def _choose(
             place(parameter, rule.compensation.per, split)  # raises, whatever a back end would make of the shape
     if backend not in ("auto", *_WHAT):
         raise OptionError(f"backend={backend!r}: wanted one of auto, {', '.join(_WHAT)}")
-    no_aten = (
-        "torch's kernels take no mask"
-        if mask is not None
-        else aten.refusal(rule, x, split, weight, bias, measured, running)
-    )
-    no_closed = "the closed form takes no mask" if mask is not None else None
-    if no_closed is None and not closed_form.has_closed_form(rule.statistic):
-        no_closed = f"no closed backward is known for {rule.statistic.formula()}"
-    if no_closed is None and (0 in (x.numel(), len(split.dims)) or split.count <= rule.statistic.correction):
-        no_closed = "there is nothing to reduce"
+    if activation is not None and activation not in reference.ACTIVATIONS:
+        raise OptionError(f"activation={activation!r}: wanted one of {', '.join(reference.ACTIVATIONS)}, or None")
+    refused: dict[str, str | None] = {"reference": None}
+    if mask is not None:
+        refused |= dict.fromkeys(("aten", "closed", "native"), "it takes no mask")
+    else:
+        refused["aten"] = aten.refusal(rule, x, split, weight, bias, measured, running)
+        refused["closed"] = _no_closed_form(rule, x, split)
+    call = None
+    if "native" not in refused:
+        prepared = (
+            native.prepare(rule, x, split, weight, bias, activation, running is not None)
+            if plain
+            else "the native kernels run in eager PyTorch alone"
+        )
+        if isinstance(prepared, str):
+            refused["native"] = prepared
+        else:
+            call, refused["native"] = prepared, None
     if backend != "auto":
-        reason = {"aten": no_aten, "closed": no_closed}.get(backend)
+        reason = refused[backend]
         if reason is not None:
             raise BackendError(
                 f'backend="{backend}" can\'t run {rule.support} on a {show(x.shape)} input: {reason}; use backend="auto"'
             )
-        return backend, "it was asked for by name"
-    if no_aten is None:
-        return "aten", "torch has a fused kernel for these axes and this statistic"
+        return Choice(backend, "it was asked for by name", split, call if backend == "native" else None)
+    if call is not None and not (refused["aten"] is None and aten.is_quicker(rule, x)):
+        return Choice("native", f"these axes come down to a {call.nest.kind} of its loops", split, call)
+    if refused["aten"] is None:
+        why = "torch has a fused kernel for these axes and this statistic"
+        return Choice("aten", why if call is None else f"{why}, and the input is small", split)
     if torch.compiler.is_compiling():
-        return "reference", "the compiler fuses the definition with its neighbours"
+        return Choice("reference", "the compiler fuses the definition with its neighbours", split)
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return "reference", "the closed form has no derivative in forward mode"
-    if no_closed is None:
-        return "closed", no_aten
-    return "reference", no_closed
+        return Choice("reference", "the closed form has no derivative in forward mode", split)
+    if refused["closed"] is None:
+        return Choice("closed", f"{refused['native']}, and {refused['aten']}", split)
+    return Choice("reference", refused["closed"], split)
+
+
+def _no_closed_form(rule: Rule, x: Tensor, split: Split) -> str | None:
+    if not closed_form.has_closed_form(rule.statistic):
+        return f"no closed backward is known for {rule.statistic.formula()}"
+    if 0 in (x.numel(), len(split.dims)) or split.count <= rule.statistic.correction:
+        return "there is nothing to reduce"
+    return None
 
 
 def _split_mask(mask: Tensor | None, x: Tensor, split: Split) -> Tensor | None:

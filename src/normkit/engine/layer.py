@@ -10,17 +10,18 @@ from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import RunningStatistics
 from normkit.core.rule import Rule
 from normkit.core.support import Support, show
-from normkit.engine.dispatch import Backend, Explanation, explain, run
+from normkit.engine.dispatch import Activation, Backend, Explanation, explain, run, run_after_sum
 
 
 class Layer(nn.Module):
     """Mixin of every layer that is one rule: forward runs the rule with the module's parameters and buffers.
 
     A subclass gives ``make_rule`` and ``check``. ``backend`` is an attribute, ``"auto"`` unless set; ``explain(x)`` says what
-    would run.
+    would run. So is ``activation``, which follows in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
     """
 
     backend: Backend = "auto"
+    activation: Activation | None = None
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     running_mean: Tensor | None
@@ -55,14 +56,54 @@ class Layer(nn.Module):
         Raises:
             ShapeError: the input does not fit.
         """
-        self.check(input)
-        running = self.running()
-        use_own = self.training or running is None
-        if self.training and not getattr(self, "track_running_stats", False):
-            running = None
+        running, training = self._statistics(input)
         return run(
-            self.rule, input, self.weight, self.bias, running=running, training=use_own, mask=mask, backend=self.backend
+            self.rule,
+            input,
+            self.weight,
+            self.bias,
+            running=running,
+            training=training,
+            mask=mask,
+            activation=self.activation,
+            backend=self.backend,
         )
+
+    def after_sum(self, input: Tensor, residual: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Normalize input + residual, and hand over that sum too: the step between two blocks of a residual network, in one pass.
+
+        Args:
+            input: a branch's output.
+            residual: of the input's shape and dtype.
+            mask: as for ``forward``.
+
+        Returns:
+            What ``forward`` gives for the sum, and the sum.
+
+        Raises:
+            ShapeError: the input does not fit, or the residual is of another shape or dtype.
+        """
+        running, training = self._statistics(input)
+        return run_after_sum(
+            self.rule,
+            input,
+            residual,
+            self.weight,
+            self.bias,
+            running=running,
+            training=training,
+            mask=mask,
+            activation=self.activation,
+            backend=self.backend,
+        )
+
+    def _statistics(self, input: Tensor) -> tuple[RunningStatistics | None, bool]:
+        """Running statistics to update or to use, and whether the input's own are used; refuses an input that does not fit."""
+        self.check(input)
+        running, training = self.running(), self.training
+        if training and not getattr(self, "track_running_stats", False):
+            running = None
+        return running, training or running is None
 
     def running(self) -> RunningStatistics | None:
         """The module's running statistics, or None where it keeps none."""
@@ -80,8 +121,17 @@ class Layer(nn.Module):
         Returns:
             The choice with its reason; ``print`` it.
         """
-        measured = self.training and self.running() is not None
-        return explain(self.rule, input, self.weight, self.bias, measured=measured, backend=self.backend)
+        running, training = self._statistics(input)
+        return explain(
+            self.rule,
+            input,
+            self.weight,
+            self.bias,
+            running=running,
+            training=training,
+            activation=self.activation,
+            backend=self.backend,
+        )
 
 
 def check_channels(who: str, input: Tensor, wanted: int, argument: str, layout: str) -> None:

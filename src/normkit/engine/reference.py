@@ -5,12 +5,29 @@ What a rule means is what this file computes. Every faster form is tested agains
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from normkit.core.moments import Moments, accumulation_dtype
 from normkit.core.rule import Rule
 from normkit.core.support import Split
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def activate(y: Tensor, activation: str | None) -> Tensor:
+    """The activation of this name, one of ``ACTIVATIONS``; None leaves y as it is."""
+    return y if activation is None else ACTIVATIONS[activation](y)
 
 
 def normalize(

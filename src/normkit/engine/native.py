@@ -1,0 +1,449 @@
+"""Runs a rule on the C++ kernels of this package, on a CPU.
+
+What depends on the shape is prepared once and kept with the rule: the loop nest as the kernels read it. A call is then one
+allocation for the output, one for the statistics, and one call into the library. The double backward goes through the closed
+form in PyTorch, which is differentiable to any order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normkit.core.memory import Running, RunningMoments, RunningStatistics
+from normkit.core.moments import Moments, accumulation_dtype
+from normkit.core.rule import Rule
+from normkit.core.support import Split, place
+from normkit.engine import closed_form, reference
+from normkit.engine.library import library, why_not
+from normkit.engine.plan import Nest, is_dense, plan
+
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
+_SCALES = {("mean", "std"): 1, ("mean", None): 0, (None, "rms"): 1, (None, "norm"): 2}
+_GUARDS = {"inside": 0, "outside": 1, "floor": 2}
+# Far beyond the cache the output is written past it.
+_STREAM_BYTES = 1 << 25
+
+
+class _Plan(ctypes.Structure):
+    """NkPlan of native/plan.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("outer", "far", "kept", "mid", "inner")),
+        *((name, ctypes.c_int64) for name in ("outer_div", "outer_mod", "outer_step")),
+        *((name, ctypes.c_int64) for name in ("per_far", "per_kept", "per_mid", "per_inner", "parameters")),
+        *((name, ctypes.c_double) for name in ("eps", "offset")),
+        *((name, ctypes.c_int32) for name in ("type", "parameter_type", "centred", "scale", "guard", "correction")),
+        *((name, ctypes.c_int32) for name in ("activation", "given", "stream", "reserved")),
+    )
+
+
+class _Functions(NamedTuple):
+    forward: Any
+    backward: Any
+    remember: Any
+
+
+@functools.cache
+def _functions() -> _Functions | None:
+    """The library's functions with the types of their arguments, or None where there is no library."""
+    found = library()
+    if found is None:
+        return None
+    signatures = {"forward": "p" * 10, "backward": "p" * 11, "remember": "iiddipppp"}
+    kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
+    for name, letters in signatures.items():
+        function = getattr(found, f"nk_{name}")
+        function.argtypes = [kinds[letter] for letter in letters]
+        function.restype = ctypes.c_int32
+    return _Functions(*(getattr(found, f"nk_{name}") for name in signatures))
+
+
+@dataclass(slots=True, eq=False)
+class Prepared:
+    """A rule on inputs of one shape, layout and dtype, ready for the kernels."""
+
+    rule: Rule
+    split: Split
+    nest: Nest
+    struct: _Plan
+    address: int
+    wide: torch.dtype
+    statistic_bytes: int
+    centred: bool
+    activation: str | None
+    functions: _Functions
+    strides: tuple[int, ...]
+
+    def statistic(self, values: Tensor, row: int) -> Tensor:
+        """One row of what the kernels measured, with reduced axes of size 1."""
+        return values[row].as_strided(self.split.statistics_shape, self.nest.statistic_strides)
+
+
+def prepare(
+    rule: Rule,
+    x: Tensor,
+    split: Split,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None = None,
+    given: bool = False,
+) -> Prepared | str:
+    """What runs such arguments, or the reason why the kernels do not.
+
+    Args:
+        rule: what to compute.
+        x: the input, or one of the same shape, strides and dtype.
+        split: of the rule's support.
+        weight: for the rule's compensation, of the shape that it wants, or None.
+        bias: likewise.
+        activation: what follows the compensation.
+        given: whether statistics will be given in place of the input's own.
+    """
+    found = _functions()
+    if found is None:
+        return f"the native kernels do not run: {why_not()}"
+    if reason := _unfit(x, weight, bias):
+        return reason
+    statistic = rule.statistic
+    scale = _SCALES.get((statistic.center, statistic.scale))
+    if scale is None:
+        return f"the kernels do not know {statistic.formula()}"
+    if x.numel() == 0 or not split.dims or (not given and split.count <= statistic.correction):
+        return "there is nothing to reduce"
+    if not is_dense(x.shape, x.stride()):
+        x = x.contiguous()
+    strides = x.view(split.shape).stride()
+    nest = plan(split, strides, rule.compensation)
+    if isinstance(nest, str):
+        return nest
+    parameter = weight if weight is not None else bias
+    wide = accumulation_dtype(x.dtype)
+    offset = rule.compensation.offset if rule.compensation is not None and weight is not None else 0.0
+    struct = _Plan(
+        *(nest.outer, nest.far.size, nest.kept.size, nest.mid.size, nest.inner.size),
+        *nest.outer_place,
+        *(nest.far.step, nest.kept.step, nest.mid.step, nest.inner.step, nest.parameters),
+        *(statistic.epsilon(wide), offset),
+        *(TYPES[x.dtype], TYPES[wide if parameter is None else parameter.dtype]),
+        *(statistic.center is not None, scale, _GUARDS[statistic.guard], statistic.correction),
+        *(ACTIVATIONS[activation], given, x.numel() * x.itemsize > _STREAM_BYTES, 0),
+    )
+    return Prepared(
+        rule=rule,
+        split=split,
+        nest=nest,
+        struct=struct,
+        address=ctypes.addressof(struct),
+        wide=wide,
+        statistic_bytes=nest.statistics * wide.itemsize,
+        centred=statistic.center is not None,
+        activation=activation,
+        functions=found,
+        strides=x.stride(),
+    )
+
+
+def _unfit(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
+    if x.device.type != "cpu" or x.layout != torch.strided:
+        return "the kernels run on dense CPU tensors"
+    if x.dtype not in TYPES:
+        return f"the kernels do not take {x.dtype}"
+    for parameter in (weight, bias):
+        if parameter is not None and (parameter.device.type != "cpu" or parameter.dtype not in TYPES):
+            return f"the kernels do not take a parameter of {parameter.dtype} on {parameter.device.type}"
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        return "weight and bias have two dtypes"
+    if TYPES[accumulation_dtype(x.dtype)] == 0 and any(p is not None and p.dtype == torch.float64 for p in (weight, bias)):
+        return "the parameters are wider than the statistics"
+    return None
+
+
+def normalize(
+    call: Prepared,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    measured: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Normalize by the input's own statistics.
+
+    Args:
+        call: prepared for these shapes.
+        x: the input.
+        weight: of the rule's compensation, or None.
+        bias: likewise.
+        residual: added to x first, or None.
+        measured: whether the variance is wanted too.
+
+    Returns:
+        The output, x + residual if there was one, and what was measured: rows of 1 / scale, mean and variance.
+    """
+    x, weight, bias = _dense(x, call), _packed(weight), _packed(bias)
+    if residual is not None:
+        residual = _like(residual, x)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        return _Normalize.apply(x, weight, bias, residual, call, measured)
+    return _forward(call, x, weight, bias, residual, measured)
+
+
+def normalize_by(
+    call: Prepared, x: Tensor, mean: Tensor, var: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Normalize by given statistics that broadcast over the split; ``call`` was prepared for given ones."""
+    x, weight, bias = _dense(x, call), _packed(weight), _packed(bias)
+    values = torch.empty((2, call.nest.statistics), dtype=call.wide)
+    statistic = call.rule.statistic
+    for row, value in enumerate((None if var is None else statistic.guarded(var.to(call.wide), power=2).reciprocal(), mean)):
+        if value is None:
+            values[row] = 1.0
+        else:
+            call.statistic(values, row).copy_(value)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _NormalizeBy.apply(x, weight, bias, values, call)
+    return _apply(call, x, weight, bias, values)
+
+
+def moments(call: Prepared, values: Tensor) -> Moments:
+    """The moments in what ``normalize`` measured, as the split's axes."""
+    return Moments(call.statistic(values, 1), call.statistic(values, 2), call.split.count)
+
+
+def remember(call: Prepared, memory: Running, values: Tensor, running: RunningStatistics) -> bool:
+    """Take what was measured into running statistics, in place and in one call; False where only Python can."""
+    mean, var = running.mean, running.var
+    kind = type(memory)
+    if (
+        call.nest.outer != 1
+        or kind not in (Running, RunningMoments)
+        or mean.shape != (call.nest.kept.size,)
+        or mean.dtype != call.wide
+        or not (mean.is_contiguous() and var.is_contiguous() and var.dtype == call.wide and mean.device == values.device)
+    ):
+        return False
+    if running.batches is not None:
+        running.batches.add_(1)
+    momentum = memory.momentum
+    if momentum is None:
+        assert running.batches is not None
+        momentum = 1.0 / running.batches.item()
+    count = call.split.count
+    start = values.data_ptr()
+    call.functions.remember(
+        call.nest.kept.size,
+        TYPES[call.wide],
+        momentum,
+        1.0 if kind is RunningMoments else count / (count - 1) if count > 1 else float("inf"),
+        kind is RunningMoments,
+        start + call.statistic_bytes,
+        start + 2 * call.statistic_bytes,
+        mean.data_ptr(),
+        var.data_ptr(),
+    )
+    return True
+
+
+def _dense(x: Tensor, call: Prepared) -> Tensor:
+    """The input as it was planned: a copy where its elements do not lie side by side."""
+    return x if x.stride() == call.strides else x.contiguous()
+
+
+def _packed(parameter: Tensor | None) -> Tensor | None:
+    return parameter if parameter is None or parameter.is_contiguous() else parameter.contiguous()
+
+
+def _like(other: Tensor, x: Tensor) -> Tensor:
+    """Laid out in memory as x."""
+    return other if other.stride() == x.stride() else torch.empty_like(x).copy_(other)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _forward(
+    call: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, measured: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    y = torch.empty_like(x)
+    total = None if residual is None else torch.empty_like(x)
+    rows = 3 if measured else 1 + call.centred
+    values = torch.empty((rows, call.nest.statistics), dtype=call.wide)
+    start, step = values.data_ptr(), call.statistic_bytes
+    _checked(
+        call.functions.forward(
+            call.address,
+            x.data_ptr(),
+            _pointer(residual),
+            _pointer(weight),
+            _pointer(bias),
+            y.data_ptr(),
+            _pointer(total),
+            start + step if rows > 1 else None,
+            start,
+            start + 2 * step if measured else None,
+        )
+    )
+    return y, total, values
+
+
+def _apply(call: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    start = values.data_ptr()
+    _checked(
+        call.functions.forward(
+            call.address,
+            x.data_ptr(),
+            None,
+            _pointer(weight),
+            _pointer(bias),
+            y.data_ptr(),
+            None,
+            start + call.statistic_bytes if call.centred else None,
+            start,
+            None,
+        )
+    )
+    return y
+
+
+def _backward(
+    call: Prepared,
+    dy: Tensor | None,
+    dsum: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    values: Tensor,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if dy is None:
+        return dsum, None, None
+    dx = torch.empty_like(x) if wanted[0] else None
+    dweight = torch.empty_like(weight) if wanted[1] and weight is not None else None
+    dbias = torch.empty_like(bias) if wanted[2] and bias is not None else None
+    dy = _like(dy, x)
+    if dsum is not None:
+        dsum = _like(dsum, x)
+    start = values.data_ptr()
+    _checked(
+        call.functions.backward(
+            call.address,
+            dy.data_ptr(),
+            _pointer(dsum),
+            x.data_ptr(),
+            _pointer(weight),
+            _pointer(bias),
+            start + call.statistic_bytes if call.centred else None,
+            start,
+            _pointer(dx),
+            _pointer(dweight),
+            _pointer(dbias),
+        )
+    )
+    return dx, dweight, dbias
+
+
+def _checked(status: int) -> None:
+    if status == 1:
+        raise MemoryError("no memory is left for the workspace of a normalization kernel")
+    assert status == 0, f"the kernels answered {status}"
+
+
+def _definition(call: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor | None) -> Tensor:
+    """The same function in differentiable PyTorch, for derivatives of derivatives."""
+    viewed = x.reshape(call.split.shape)
+    if values is None:
+        y = closed_form.normalize(viewed, call.split, call.rule.statistic)[0]
+    else:
+        center = call.statistic(values, 1) if call.centred else 0.0
+        y = (viewed.to(call.wide) - center) * call.statistic(values, 0)
+    if call.rule.compensation is not None:
+        y = call.rule.compensation.apply(y, call.split, weight, bias)
+    return reference.activate(y, call.activation).reshape(x.shape).to(x.dtype)
+
+
+def _differentiable(
+    call: Prepared,
+    dy: Tensor | None,
+    dsum: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    values: Tensor | None,
+    wanted: tuple[bool, bool, bool],
+) -> list[Tensor | None]:
+    """The gradients by autograd through the definition: this pass is to be differentiated itself."""
+    inputs = [t if needed else None for t, needed in zip((x, weight, bias), wanted, strict=True)]
+    if dy is None:
+        return [dsum, None, None]
+    y = _definition(call, x, weight, bias, values)
+    asked = [t for t in inputs if t is not None]
+    found = iter(torch.autograd.grad(y, asked, dy, create_graph=True, allow_unused=True))
+    dx, dweight, dbias = (None if t is None else next(found) for t in inputs)
+    if dsum is not None:
+        dx = dsum if dx is None else dx + dsum
+    return [dx, dweight, dbias]
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        call: Prepared,
+        measured: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        y, total, values = _forward(call, x, weight, bias, residual, measured)
+        ctx.call, ctx.residual = call, residual is not None
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(values)
+        ctx.save_for_backward(x if total is None else total, weight, bias, values)
+        return y, total, values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy, dsum = gradients[0], gradients[1]
+        x, weight, bias, values = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        wanted = (needs[0] or needs[3], needs[1], needs[2])
+        if torch.is_grad_enabled():
+            found = _differentiable(ctx.call, dy, dsum, x, weight, bias, None, wanted)
+        else:
+            found = _backward(ctx.call, dy, dsum, x, weight, bias, values, wanted)
+        dx = found[0]
+        return dx if needs[0] else None, found[1], found[2], dx if needs[3] else None, None, None
+
+
+class _NormalizeBy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, call: Prepared
+    ) -> Tensor:
+        ctx.call = call
+        ctx.save_for_backward(x, weight, bias, values)
+        return _apply(call, x, weight, bias, values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, bias, values = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            found = _differentiable(ctx.call, gradients[0], None, x, weight, bias, values, wanted)
+        else:
+            found = _backward(ctx.call, gradients[0], None, x, weight, bias, values, wanted)
+        return *found, None, None

@@ -1,0 +1,168 @@
+"""The loop nest of a rule: what support, shape, strides and compensation come down to.
+
+On a dense tensor, adjacent axes of the same kind (kept or reduced, and alike for the parameters) merge. What is left is short:
+in the order of memory ``outer x far x kept x mid x inner``, where statistics differ along outer and kept and are computed over
+far, mid and inner. Three kinds cover every method and both memory formats: *row* (only the innermost reduced), *column* (the
+innermost kept) and *block* (reduced on both sides of a kept axis).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+from normkit.core.compensation import Affine
+from normkit.core.support import Split, parse_axes
+
+
+class Run(NamedTuple):
+    """Adjacent axes that are one loop: its size, and the step of a parameter's place along it (0: it does not vary)."""
+
+    size: int
+    step: int
+
+
+_ONE = Run(1, 0)
+
+
+@dataclass(frozen=True)
+class Nest:
+    """The five loops, outermost first, and where the parameters of an element are.
+
+    ``outer_place`` is (div, mod, step): along outer the place of a parameter is ``o // div % mod * step``.
+    ``statistic_strides`` lay out the statistics, which come in the order of memory, as the split's axes.
+    """
+
+    outer: int
+    far: Run
+    kept: Run
+    mid: Run
+    inner: Run
+    outer_place: tuple[int, int, int]
+    parameters: int
+    statistic_strides: tuple[int, ...]
+
+    @property
+    def kind(self) -> str:
+        """``"row"``, ``"column"`` or ``"block"``."""
+        if self.far.size == 1:
+            return "row"
+        return "column" if self.mid.size * self.inner.size == 1 else "block"
+
+    @property
+    def statistics(self) -> int:
+        """How many sets there are."""
+        return self.outer * self.kept.size
+
+
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the elements fill a stretch of memory without gap or overlap, in whatever order of axes.
+
+    >>> is_dense((2, 3), (1, 2)), is_dense((2, 3), (6, 2))
+    (True, False)
+    """
+    expected = 1
+    for stride, size in sorted(pair for pair in zip(strides, shape, strict=True) if pair[1] != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def plan(split: Split, strides: Sequence[int], compensation: Affine | None) -> Nest | str:
+    """Bring a rule on a tensor to its loop nest.
+
+    Args:
+        split: of the rule's support.
+        strides: of the tensor viewed as ``split.shape``; dense.
+        compensation: of the rule, or None.
+
+    Returns:
+        The nest, or the reason why these axes do not come down to one.
+
+    >>> split = Split((6, 2, 4, 35), ("n", "g", "c", "*"), (2, 3))
+    >>> nest = plan(split, (280, 140, 35, 1), Affine("(g c)"))
+    >>> nest.kind, nest.outer, nest.mid, nest.inner, nest.outer_place
+    ('row', 12, Run(size=4, step=1), Run(size=35, step=0), (1, 2, 4))
+    >>> plan(split, (280, 4, 1, 8), Affine("(g c)")).kind
+    'block'
+    """
+    steps, parameters = _steps(split, compensation)
+    order = sorted((d for d, size in enumerate(split.shape) if size != 1), key=lambda d: -strides[d])
+    if not order:
+        return "there is one element only"
+    levels: list[tuple[bool, list[Run]]] = []
+    for reduced, dims in groupby(order, key=lambda d: d in split.dims):
+        runs: list[Run] = []
+        for d in dims:
+            size, step = split.shape[d], steps[d]
+            if runs and runs[-1].step == size * step:
+                runs[-1] = Run(runs[-1].size * size, step)
+            else:
+                runs.append(Run(size, step))
+        levels.append((reduced, runs))
+
+    near = _take(levels, reduced=True)
+    kept = _take(levels, reduced=False)
+    far = _take(levels, reduced=True)
+    outer = _take(levels, reduced=False)
+    if levels:
+        return "kept and reduced axes take turns too often in memory"
+    if not far:
+        kept, outer = [], kept
+    if len(near) > 2 or len(far) > 1 or len(kept) > 1 or sum(run.step != 0 for run in outer) > 1:
+        return "its parameters vary along axes that are apart in memory"
+    mid, inner = ([_ONE, _ONE] + near)[-2:]
+    (one_far,), (one_kept,) = far or [_ONE], kept or [_ONE]
+    if inner.step > 1 or mid.step > (inner.step == 0) or (one_far.step and (inner.size > 1 or one_kept.step)):
+        return "its parameters are in another order than the input's memory"
+    if far and not near and one_kept.step > 1:
+        return "its parameters are in another order than the input's memory"
+    return Nest(
+        math.prod(run.size for run in outer),
+        one_far,
+        one_kept,
+        mid,
+        inner,
+        _outer_place(outer),
+        parameters,
+        _statistic_strides(split, order),
+    )
+
+
+def _steps(split: Split, compensation: Affine | None) -> tuple[list[int], int]:
+    """How far a contiguous parameter's place moves along each axis of the split, and how many elements it has."""
+    steps, elements = [0] * len(split.shape), 1
+    if compensation is not None:
+        names = {name for group in parse_axes(compensation.per) for name in group}
+        for d in reversed(range(len(split.shape))):
+            if split.names[d] in names:
+                steps[d] = elements
+                elements *= split.shape[d]
+    return steps, elements
+
+
+def _take(levels: list[tuple[bool, list[Run]]], reduced: bool) -> list[Run]:
+    """The runs of the innermost level left, if it is of this kind."""
+    return levels.pop()[1] if levels and levels[-1][0] == reduced else []
+
+
+def _outer_place(outer: list[Run]) -> tuple[int, int, int]:
+    div = 1
+    for run in reversed(outer):
+        if run.step:
+            return div, run.size, run.step
+        div *= run.size
+    return 1, 1, 0
+
+
+def _statistic_strides(split: Split, order: list[int]) -> tuple[int, ...]:
+    strides, elements = [1] * len(split.shape), 1
+    for d in reversed(order):
+        if d not in split.dims:
+            strides[d] = elements
+            elements *= split.shape[d]
+    return tuple(strides)
