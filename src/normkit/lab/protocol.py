@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from normkit.core.errors import ProtocolError
+from normkit.core.errors import NormkitError, ProtocolError
 from normkit.lab.data.split import Data, Inputs, Split, as_targets, hold_out
 from normkit.lab.task import IGNORED, call, predictions
 
@@ -54,7 +54,12 @@ MODELS = {
     "vit_b16": "normkit.lab.models.vit:vit_b16",
     "dit": "normkit.lab.models.dit:dit_small",
 }
-DATA = {"digits": "normkit.lab.data.digits:digits"}
+DATA = {
+    "digits": "normkit.lab.data.digits:digits",
+    "cifar10": "normkit.lab.data.cifar:cifar10",
+    "cifar100": "normkit.lab.data.cifar:cifar100",
+    "imagefolder": "normkit.lab.data.image_folder:imagefolder",
+}
 HELD_OUT = 0.2
 
 
@@ -137,6 +142,8 @@ def make_data(factory: Callable[[], Any], name: str) -> Data:
     """
     try:
         made = factory()
+    except NormkitError:
+        raise  # it says all by itself
     except Exception as error:
         raise ProtocolError(f"data factory {name} raised {type(error).__name__}: {error}") from error
     if isinstance(made, Data):

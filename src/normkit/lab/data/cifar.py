@@ -1,0 +1,206 @@
+"""CIFAR-10 and CIFAR-100 in their published Python layout."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from normkit.core.errors import OptionError, ProtocolError
+from normkit.lab.data.augment import FlipAndCrop
+from normkit.lab.data.download import Archive
+from normkit.lab.data.download import download as fetch
+from normkit.lab.data.pickled import read_pickle
+from normkit.lab.data.root import data_root
+from normkit.lab.data.split import Data, Split, hold_out, subset
+from normkit.lab.data.standardize import Standardize
+
+# Part of the published training images that is held out to choose learning rates: 5,000 of 50,000.
+HELD_OUT = 0.1
+
+
+@dataclass(frozen=True)
+class Published:
+    """One of the two data sets as it was published.
+
+    Args:
+        name: of the data set.
+        archive: where it comes from.
+        train: files of training images.
+        test: files of test images.
+        labels: the key of the labels in each.
+        classes: how many.
+    """
+
+    name: str
+    archive: Archive
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    labels: str
+    classes: int
+
+
+CIFAR10 = Published(
+    "CIFAR-10",
+    Archive(
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+        "cifar-10-batches-py",
+    ),
+    train=tuple(f"data_batch_{number}" for number in range(1, 6)),
+    test=("test_batch",),
+    labels="labels",
+    classes=10,
+)
+CIFAR100 = Published(
+    "CIFAR-100",
+    Archive(
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+        "cifar-100-python",
+    ),
+    train=("train",),
+    test=("test",),
+    labels="fine_labels",
+    classes=100,
+)
+
+
+def cifar10(
+    root: Path | str | None = None,
+    *,
+    train: int | None = None,
+    val: int | None = None,
+    test: int | None = None,
+    augment: bool = True,
+    download: bool = False,
+) -> Data:
+    """Reads CIFAR-10: 60,000 photographs of 32x32 pixels and 10 classes; 45,000 train, 5,000 val, 10,000 test.
+
+    Val is held out of the published training images, stratified, always the same ones. Pixels are bytes in memory; in a
+    batch they are standardized by each channel's mean and deviation over the train split. Training batches are flipped
+    and cropped: a rectangle of 0.8 to 1 of the area and 0.9 to 1.1 of the shape, resized to 32x32.
+
+    Args:
+        root: the folder that holds ``cifar-10-batches-py``. Default: None, the environment variable ``NORMKIT_DATA``.
+        train: as many samples of train, stratified, always the same ones. Default: None, all.
+        val: the same of val. Default: None, a ninth of `train`, as in the whole.
+        test: the same of test. Default: None, all.
+        augment: flip and crop training batches. Default: True.
+        download: fetch the published archive (163 MB) into `root` where the files are missing. Default: False.
+
+    Shape:
+        Inputs of a batch ``(n, 3, 32, 32)`` float32, targets ``(n,)`` int64.
+
+    Raises:
+        OptionError: a subset is larger than its split, or smaller than the number of classes.
+        ProtocolError: a file is missing, truncated or damaged, or can't be fetched.
+
+    Reference:
+        Krizhevsky 2009, Learning multiple layers of features from tiny images, https://www.cs.toronto.edu/~kriz/cifar.html
+    """
+    return _load(CIFAR10, root, {"train": train, "val": val, "test": test}, augment, download)
+
+
+def cifar100(
+    root: Path | str | None = None,
+    *,
+    train: int | None = None,
+    val: int | None = None,
+    test: int | None = None,
+    augment: bool = True,
+    download: bool = False,
+) -> Data:
+    """Reads CIFAR-100: as :func:`cifar10`, of 100 classes (the fine labels), from ``cifar-100-python``.
+
+    Args:
+        root: the folder that holds ``cifar-100-python``. Default: None, the environment variable ``NORMKIT_DATA``.
+        train: as many samples of train, stratified, always the same ones. Default: None, all.
+        val: the same of val. Default: None, a ninth of `train`, as in the whole.
+        test: the same of test. Default: None, all.
+        augment: flip and crop training batches. Default: True.
+        download: fetch the published archive (161 MB) into `root` where the files are missing. Default: False.
+
+    Raises:
+        OptionError: a subset is larger than its split, or smaller than the number of classes.
+        ProtocolError: a file is missing, truncated or damaged, or can't be fetched.
+
+    Reference:
+        Krizhevsky 2009, Learning multiple layers of features from tiny images, https://www.cs.toronto.edu/~kriz/cifar.html
+    """
+    return _load(CIFAR100, root, {"train": train, "val": val, "test": test}, augment, download)
+
+
+def _load(
+    published: Published, root: Path | str | None, counts: dict[str, int | None], augment: bool, wanted: bool
+) -> Data:
+    folder = _folder(published, root, wanted)
+    images, labels = _read(published, folder, published.train)
+    tested, test_labels = _read(published, folder, published.test)
+    # What is parted are row numbers: images are copied once, when it is known which.
+    rest, held = hold_out(Split(labels, torch.arange(len(labels))), HELD_OUT)
+    whole = {"train": rest, "val": held, "test": Split(test_labels, torch.arange(len(test_labels)))}
+    if counts["train"] is not None and counts["val"] is None:
+        counts = {**counts, "val": max(published.classes, round(counts["train"] * len(held) / len(rest)))}
+    rows = {key: _some(published, key, split, counts[key]) for key, split in whole.items()}
+    pixels = {key: (tested if key == "test" else images)[torch.as_tensor(rows[key].inputs)] for key in rows}
+    prepare = Standardize.of(pixels["train"])
+    splits = (Split(rows[key].targets, pixels[key], prepare=prepare) for key in rows)
+    return Data(*splits, augment=FlipAndCrop() if augment else None)
+
+
+def _some(published: Published, key: str, split: Split, count: int | None) -> Split:
+    if count is None:
+        return split
+    if not published.classes <= count <= len(split):
+        raise OptionError(
+            f"{key} is {count}; wanted from {published.classes} (one of each class) to {len(split)}, "
+            f"the {key} split of {published.name}"
+        )
+    return subset(split, count)
+
+
+def _folder(published: Published, root: Path | str | None, wanted: bool) -> Path:
+    name = published.archive.folder
+    if wanted and root is not None:
+        Path(root).mkdir(parents=True, exist_ok=True)
+    base = data_root(root)
+    # The folder itself is as good as the one that holds it.
+    folder = base if base.name == name else base / name
+    missing = [file for file in (*published.train, *published.test) if not (folder / file).is_file()]
+    if missing and wanted:
+        fetch(published.archive, folder.parent)
+    elif missing:
+        raise ProtocolError(
+            f"{folder / missing[0]} is missing; download {published.name} (--download), or fetch {published.archive.url} "
+            f"by hand and unpack it in {folder.parent}"
+        )
+    return folder
+
+
+def _read(published: Published, folder: Path, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    cure = f"delete {folder} and download {published.name} again (--download), or unpack {published.archive.name} again"
+    images, labels = [], []
+    for name in names:
+        found = read_pickle(folder / name, cure)
+        data, given = found.get("data"), found.get(published.labels)
+        if fault := _fault(published, data, given):
+            raise ProtocolError(f"{folder / name} is damaged or of another data set: {fault}; {cure}")
+        images.append(data)
+        labels.append(np.asarray(given, dtype=np.int64))
+    return torch.from_numpy(np.concatenate(images)).view(-1, 3, 32, 32), torch.from_numpy(np.concatenate(labels))
+
+
+def _fault(published: Published, data: Any, labels: Any) -> str:
+    if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == 3072):
+        got = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else f"a {type(data).__name__}"
+        return f"data is {got}; wanted bytes (n, 3072)"
+    if not (isinstance(labels, list) and all(type(label) is int for label in labels)):
+        return f"{published.labels} is a {type(labels).__name__}; wanted a list of integers"
+    if len(labels) != len(data) or not labels:
+        return f"{len(data)} images and {len(labels)} labels; wanted as many, and at least one"
+    if min(labels) < 0 or max(labels) >= published.classes:
+        return f"labels from {min(labels)} to {max(labels)}; wanted from 0 to {published.classes - 1}"
+    return ""

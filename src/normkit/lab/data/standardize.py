@@ -1,0 +1,51 @@
+"""Pixels held as bytes, standardized a channel when they are used: a quarter of the memory of floats."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Standardize:
+    """y = (x / 255 - mean_c) / std_c, from bytes to float32.
+
+    Args:
+        mean: of each channel, of pixels from 0 to 1.
+        std: of each channel.
+
+    Shape:
+        ``(n, c, h, w)`` uint8 to the same in float32.
+
+    >>> Standardize((0.5,), (0.25,))(torch.tensor([[[[255, 0]]]], dtype=torch.uint8))
+    tensor([[[[ 2., -2.]]]])
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Standardizes a batch."""
+        mean = torch.tensor(self.mean, dtype=torch.float32, device=x.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, dtype=torch.float32, device=x.device).view(-1, 1, 1)
+        return (x / 255.0 - mean) / std
+
+    @classmethod
+    def of(cls, images: Tensor) -> "Standardize":
+        """Measures mean and standard deviation over images.
+
+        Args:
+            images: ``(n, c, h, w)`` uint8.
+
+        >>> Standardize.of(torch.tensor([[[[255, 0]], [[0, 0]]]], dtype=torch.uint8))
+        Standardize(mean=(0.5, 0.0), std=(0.5, 1.0))
+        """
+        # Counts of the 256 values say all of it exactly, and need no copy of the images in floats.
+        values = torch.arange(256, dtype=torch.float64) / 255.0
+        mean, std = [], []
+        for channel in images.unbind(1):
+            share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+            mean.append(float(share @ values))
+            std.append(float((share @ (values - mean[-1]).square()).sqrt()))
+        # A channel that never varies has deviation 0; it is left at 0 after its mean is taken away.
+        return cls(tuple(mean), tuple(deviation or 1.0 for deviation in std))

@@ -1,0 +1,173 @@
+"""Images in folders, small: what is read, how it is parted, and every way in which files can be wrong."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.testing import assert_close
+
+from normkit.core.errors import OptionError, ProtocolError
+from normkit.lab.data.image_files import read_square
+from normkit.lab.data.image_folder import imagefolder
+from normkit.lab.data.split import Split
+from normkit.lab.protocol import DATA, load_factory, make_data
+from published import write_images
+
+CPU = torch.device("cpu")
+
+
+def read_all(folder: Path, memory: float) -> list[tuple[Tensor, Tensor]]:
+    return [batch(split) for split in imagefolder(folder, size=8, memory=memory).splits.values()]
+
+
+def batch(split: Split) -> tuple[Tensor, Tensor]:
+    x, y = split.batch(torch.arange(len(split)), CPU)
+    assert isinstance(x, Tensor)
+    return x, y
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "photographs", each=10)
+
+
+def test_held_in_memory_and_read_each_time_are_the_same(folder: Path) -> None:
+    held, read = imagefolder(folder, size=16), imagefolder(folder, size=16, memory=0)
+    assert (held.train.source, read.train.inputs) == (None, None)
+    assert held.classes == read.classes == 3
+    for key, split in held.splits.items():
+        for ours, theirs in zip(batch(split), batch(read.splits[key]), strict=True):
+            assert_close(ours, theirs, rtol=0, atol=0)
+    x, y = batch(held.train)
+    assert (x.dtype, tuple(x.shape[1:])) == (torch.float32, (3, 16, 16))
+    # Red is 0, 80 and 160 for the three classes.
+    red = [float(x[y == label, 0, 8, 8].mean()) for label in range(3)]
+    assert red[0] < red[1] - 0.5 < red[2] - 1
+    assert held.augment is not None
+    assert held.augment(x, torch.Generator().manual_seed(0)).shape == x.shape
+    assert imagefolder(folder, size=16, augment=False).augment is None
+
+
+@pytest.mark.parametrize(
+    ("parts", "sizes"),
+    [
+        (("train",), [24, 3, 3]),
+        (("train", "val"), [27, 3, 30]),
+        (("train", "test"), [27, 3, 30]),
+        (("train", "val", "test"), [30, 30, 30]),
+    ],
+)
+def test_parts(tmp_path: Path, parts: tuple[str, ...], sizes: list[int]) -> None:
+    data = imagefolder(write_images(tmp_path / "photographs", each=10, parts=parts), size=8)
+    assert [len(split) for split in data.splits.values()] == sizes
+    assert all(len(split.targets.unique()) == 3 for split in data.splits.values())
+    seen = [{image.numpy().tobytes() for image in batch(split)[0]} for split in data.splits.values()]
+    if len(parts) == 1:
+        assert not seen[0] & seen[1]
+        assert not seen[0] & seen[2]
+
+
+def test_subsets_and_first_classes(folder: Path) -> None:
+    data = imagefolder(folder, size=8, classes=2, train=9, val=2, test=4)
+    assert [torch.bincount(split.targets).tolist() for split in data.splits.values()] == [[5, 4], [1, 1], [2, 2]]
+    with pytest.raises(OptionError, match="classes is 4; wanted from 2 to 3, the folders of"):
+        imagefolder(folder, classes=4)
+    with pytest.raises(OptionError, match="size is 0"):
+        imagefolder(folder, size=0)
+    with pytest.raises(OptionError, match="a subset of 28 is wanted of 27"):
+        imagefolder(folder, train=28)
+
+
+def test_square_is_the_centre(tmp_path: Path) -> None:
+    pixels = np.zeros((64, 128, 3), np.uint8)
+    pixels[:, 36:92] = 255  # 7/8 of 64 is 56, from 36 to 92
+    Image.fromarray(pixels).save(tmp_path / "bars.png")
+    # At the rim, antialiasing mixes in a little of what lies beyond.
+    assert (read_square(tmp_path / "bars.png", 28)[:, :, 1:-1] == 255).all()
+    pixels[30:34] = 0
+    Image.fromarray(pixels).save(tmp_path / "bars.png")
+    rows = read_square(tmp_path / "bars.png", 56)[0, :, 20]
+    assert rows.eq(0).nonzero().flatten().tolist() == [26, 27, 28, 29]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16"])
+def test_any_kind_of_image_becomes_three_channels(tmp_path: Path, mode: str) -> None:
+    image = Image.new("I;16", (20, 20), 40) if mode == "I;16" else Image.new("RGB", (20, 20), (9, 9, 9)).convert(mode)
+    path = tmp_path / f"image.{'jpg' if mode == 'CMYK' else 'png'}"
+    image.save(path)
+    assert read_square(path, 8).shape == (3, 8, 8)
+
+
+def test_root_may_hold_the_one_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NORMKIT_DATA", str(folder.parent))
+    data = make_data(load_factory("imagefolder", DATA), "imagefolder")
+    assert [len(split) for split in data.splits.values()] == [27, 3, 30]
+    write_images(folder.parent / "others", each=1)
+    with pytest.raises(ProtocolError, match="holds no folder train; there are others, photographs: say which"):
+        imagefolder()
+    with pytest.raises(ProtocolError, match="holds no folder train; wanted train/CLASS"):
+        imagefolder(folder / "train" / "n00000000")
+
+
+def test_layouts_that_are_wrong(folder: Path) -> None:
+    stray = folder / "val" / "n00000009"
+    stray.mkdir()
+    with pytest.raises(ProtocolError, match=r"n00000009 is a class that .*train does not have"):
+        imagefolder(folder)
+    stray.rmdir()
+    (folder / "train" / "n00000009").mkdir()
+    with pytest.raises(ProtocolError, match=r"n00000009 holds no images \(.jpg"):
+        imagefolder(folder)
+
+
+def test_val_that_is_not_sorted_into_classes(tmp_path: Path) -> None:
+    write_images(tmp_path, parts=("train",))
+    (tmp_path / "val").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG")
+    with pytest.raises(ProtocolError, match="val holds no folders; wanted one for each class"):
+        imagefolder(tmp_path)
+
+
+@pytest.mark.parametrize("memory", [2.0, 0.0])
+@pytest.mark.parametrize("name", ["0.JPEG", "1.png"])
+@pytest.mark.parametrize("damage", ["truncated", "text"])
+def test_damaged_images_are_named(folder: Path, name: str, damage: str, memory: float) -> None:
+    path = folder / "train" / "n00000001" / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"not an image")
+    with pytest.raises(ProtocolError, match=rf"n00000001/{name} can't be read as an image .*replace or delete it"):
+        read_all(folder, memory)
+
+
+def test_images_that_are_empty_or_gone(folder: Path) -> None:
+    data = imagefolder(folder, size=8, memory=0)
+    path = folder / "train" / "n00000001" / "0.JPEG"
+    path.write_bytes(b"")
+    with pytest.raises(ProtocolError, match=r"0.JPEG is empty; replace or delete it"):
+        imagefolder(folder)
+    path.unlink()
+    (folder / "val" / "n00000001" / "0.JPEG").unlink()
+    with pytest.raises(ProtocolError, match=r"0.JPEG is gone; begin again"):
+        batch(data.test)
+
+
+def test_hidden_and_other_files_are_passed_over(folder: Path) -> None:
+    for name in ("._0.JPEG", "notes.txt", ".DS_Store"):
+        (folder / "train" / "n00000001" / name).write_text("not an image")
+    (folder / "train" / ".hidden").mkdir()
+    assert len(imagefolder(folder, size=8).train) == 27
+
+
+def test_real_photographs() -> None:
+    root = os.environ.get("NORMKIT_DATA")
+    if not root or not (Path(root) / "imagenet-sample" / "train").is_dir():
+        pytest.skip("NORMKIT_DATA names no folder with imagenet-sample")
+    data = imagefolder(Path(root) / "imagenet-sample", size=32, classes=100)
+    assert [len(split) for split in data.splits.values()] == [80, 10, 10]
+    x, y = batch(data.train)
+    assert x.isfinite().all()
+    assert y.max() < 100
