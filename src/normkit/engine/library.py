@@ -59,8 +59,8 @@ def description() -> str:
     Raises:
         BackendError: as ``library`` would.
 
-    >>> description() if library() else "x86-64-v3, torch's threads"  # doctest: +ELLIPSIS
-    '..., torch's threads'
+    >>> "thread" in description() or description() == why_not()
+    True
     """
     return _loaded().what
 
