@@ -71,10 +71,20 @@ inline float widen(bfloat16 v) {
 inline float widen(float16 v) {
 #if defined(__F16C__)
     return _cvtsh_ss(v.bits);
-#else
-    _Float16 half;
+#elif defined(__aarch64__)
+    __fp16 half;
     std::memcpy(&half, &v.bits, 2);
-    return float(half);
+    return half;
+#else
+    uint32_t sign = uint32_t(v.bits & 0x8000) << 16, size = v.bits & 0x7fff;
+    float out = float(size) * 0x1p-24f;  // below 2^-14, where the steps are equal
+    uint32_t bits = (size << 13) + (112u << 23);
+    if (size >= 0x7c00) bits += 112u << 23;  // infinity and NaN
+    if (size >= 0x0400) std::memcpy(&out, &bits, 4);
+    std::memcpy(&bits, &out, 4);
+    bits |= sign;
+    std::memcpy(&out, &bits, 4);
+    return out;
 #endif
 }
 template <class T> inline T narrow(accumulator<T> v);
@@ -89,11 +99,27 @@ template <> inline bfloat16 narrow<bfloat16>(float v) {
 template <> inline float16 narrow<float16>(float v) {
 #if defined(__F16C__)
     return {uint16_t(_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT))};
-#else
-    _Float16 half = _Float16(v);
+#elif defined(__aarch64__)
+    __fp16 half = v;
     float16 out;
     std::memcpy(&out.bits, &half, 2);
     return out;
+#else
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff, half;
+    if (size > 0x7f800000) {
+        half = 0x7e00 | (size >> 13 & 0x3ff);
+    } else if (size >= 0x477ff000) {
+        half = 0x7c00;  // halfway from the largest number to the next one and beyond
+    } else if (size >= 0x38800000) {
+        half = ((size + 0xfff + (size >> 13 & 1)) >> 13) - (112u << 10);
+    } else {
+        float shifted = (v < 0 ? -v : v) + 0.5f;  // whose last place is half's smallest step
+        std::memcpy(&half, &shifted, 4);
+        half -= 126u << 23;
+    }
+    return {uint16_t(sign | half)};
 #endif
 }
 
