@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -13,7 +14,9 @@ import experiment_samples  # noqa: E402
 from experiment_samples import Walk, fragile, walk  # noqa: E402
 from normkit.core.errors import OptionError, RecordError  # noqa: E402
 from normkit.lab import record  # noqa: E402
+from normkit.lab.compare import compare  # noqa: E402
 from normkit.lab.experiment import Bench, perform  # noqa: E402
+from normkit.lab.settings import Settings  # noqa: E402
 from normkit.lab.sweep import sweep  # noqa: E402
 
 # Ray and what it stands on leave sockets to the collector and use what Python has deprecated.
@@ -83,3 +86,27 @@ def test_no_cluster_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ray, "init", refuse)
     with pytest.raises(OptionError, match=r"no Ray cluster at '10\.0\.0\.1:1': nobody there"):
         sweep(walk, [Walk("left", 0)], tmp_path, ray="10.0.0.1:1", say=lambda text: None)
+
+
+def test_a_comparison_on_ray_has_the_same_records(tmp_path: Path) -> None:
+    settings = Settings(
+        model="lab_samples:model", data="lab_samples:data", recipes=("keep", "keep+e"), seeds=(0, 1),
+        rates=(0.05, 0.2), epochs=2, batch_size=32, accelerator="cpu",
+    )  # fmt: skip
+    options: dict[str, Any] = {"console": Console(quiet=True), "report": False, "threads": 1}
+    compare(settings, tmp_path / "alone", **options)
+    found = compare(settings, tmp_path / "ray", ray="local", **options)
+    assert [recipe["cost"]["ms_per_step"] > 0 for recipe in found["recipes"]] == [True, True]
+    names = {path.relative_to(tmp_path / "ray") for path in (tmp_path / "ray").glob("runs/**/*.json*")}
+    assert len(names) == 4 * 6
+    for name in names:
+        if name.name != "timing.jsonl":
+            assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    for kept in ("rate", "runs", "sweep", "test_score", "paired", "condition"):
+        alone = record.read_json(tmp_path / "alone/result.json")
+        for one, other in zip(found["recipes"], alone["recipes"], strict=True):
+            drop = [{k: v for k, v in run.items() if k != "seconds_to_target"} for run in one["runs"]]
+            same = [{k: v for k, v in run.items() if k != "seconds_to_target"} for run in other["runs"]]
+            assert drop == same
+            assert kept == "runs" or one[kept] == other[kept]
+    assert compare(settings, tmp_path / "ray", ray="local", **options) == found

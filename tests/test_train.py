@@ -1,7 +1,10 @@
 """One run: what it repeats exactly, and what it does when the loss is lost."""
 
+import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +16,10 @@ from normkit.lab import record
 from normkit.lab.data.split import Data
 from normkit.lab.devices import start_fabric
 from normkit.lab.protocol import make_data
+from normkit.lab.schedule import rate_at
 from normkit.lab.seeding import borrowed_randomness, epoch_order, init_sha256, order_sha256, reseed
 from normkit.lab.settings import Settings
-from normkit.lab.train import DIVERGED, Run, Trainer, finished, rate_at
+from normkit.lab.train import DIVERGED, Run, Trainer, finished, train_step
 
 SETTINGS = Settings(epochs=4, batch_size=32, rates=(0.1,), accelerator="cpu", condition=False)
 RUN = Run("keep", 0.1, 0)
@@ -118,3 +122,195 @@ def test_cosine_ends_near_zero() -> None:
     assert rate_at(SETTINGS, 0.5, 5, 10) == pytest.approx(0.25)
     assert rate_at(SETTINGS, 0.5, 9, 10) < 0.02
     assert rate_at(replace(SETTINGS, schedule="constant"), 0.5, 9, 10) == 0.5
+
+
+def test_cosine_is_the_same_number_as_ever() -> None:
+    expected = [0.3 * 0.5 * (1.0 + math.cos(math.pi * step / 40)) for step in range(40)]
+    assert [rate_at(SETTINGS, 0.3, step, 40) for step in range(40)] == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "rates"),
+    [
+        (replace(SETTINGS, schedule="step"), [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]),
+        (replace(SETTINGS, schedule="constant", warmup=2.0), [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        (replace(SETTINGS, warmup=1.0), [0.5, 1, 1, *(0.5 + 0.5 * math.cos(math.pi * k / 6) for k in range(1, 6))]),
+    ],
+)
+def test_schedules(settings: Settings, rates: list[float]) -> None:
+    assert [rate_at(settings, 2.0, step, 8) for step in range(8)] == pytest.approx([2 * rate for rate in rates])
+
+
+def noisy(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return inputs + torch.randn(inputs.shape, generator=generator)
+
+
+FEATURES = {
+    "accumulate": {"accumulate": 4},
+    "ema": {"ema": 0.9},
+    "clip": {"clip": 0.05},
+    "smoothing": {"label_smoothing": 0.1},
+    "warm-up": {"warmup": 1.5, "schedule": "step"},
+    "adamw": {"optimizer": "adamw", "ema": 0.5, "accumulate": 2, "clip": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_every_feature_resumes_exactly_and_matters(tmp_path: Path, name: str) -> None:
+    settings = replace(SETTINGS, **FEATURES[name])
+    data = replace(made(), augment=noisy)
+    whole = trainer(tmp_path / "whole", settings, data).train()
+
+    def stop(epoch: int, score: float | None) -> None:
+        raise Stop
+
+    for _ in range(settings.epochs):
+        torch.manual_seed(99)
+        with pytest.raises(Stop):
+            trainer(tmp_path / "parts", settings, data).train(stop)
+    assert trainer(tmp_path / "parts", settings, data).train() == whole
+    assert (tmp_path / "parts/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    plainly = replace(SETTINGS, optimizer=settings.optimizer)
+    assert trainer(tmp_path / "plain", plainly, data).train() != whole
+
+
+def test_augmentation_is_of_training_alone_and_drawn_by_step(tmp_path: Path) -> None:
+    drawn: list[float] = []
+    sizes: list[int] = []
+
+    def spy(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        sizes.append(len(inputs))
+        drawn.append(torch.rand((), generator=generator).item())
+        return inputs
+
+    data = replace(made(), augment=spy)
+    result = trainer(tmp_path / "spied", data=data).train()
+    assert result == trainer(tmp_path / "plain").train()
+    assert sizes == [32] * result["steps"]
+    assert len(set(drawn)) == len(drawn)
+    again = list(drawn)
+    drawn.clear()
+    trainer(tmp_path / "again", replace(SETTINGS, optimizer="adam"), data).train()
+    assert drawn == again  # the same for every recipe and optimizer
+    drawn.clear()
+    trainer(tmp_path / "seed", data=data, run=Run("keep", 0.1, 1)).train()
+    assert not set(drawn) & set(again)
+
+
+def plain_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def test_a_batch_in_parts_is_the_batch(tmp_path: Path) -> None:
+    def train(name: str, **options: Any) -> list[dict[str, Any]]:
+        settings = replace(SETTINGS, **options)
+        torch.manual_seed(0)
+        model = plain_model()
+        Trainer(RUN, settings, model, made(), start_fabric(settings), tmp_path / name, {}).train()
+        return record.read_lines(tmp_path / name / "metrics.jsonl")
+
+    for whole, parts in zip(train("whole"), train("parts", accumulate=5), strict=True):
+        # Sums in another order: a few units in the last place of single precision, grown over 16 steps.
+        assert whole["train_loss"] == pytest.approx(parts["train_loss"], rel=1e-5)
+        assert whole["val_loss"] == pytest.approx(parts["val_loss"], rel=1e-5)
+
+
+def test_parts_weigh_tokens_not_samples(tmp_path: Path) -> None:
+    data = make_data(lab_samples.tokens, "data")
+    settings = replace(SETTINGS, accumulate=3)
+    losses = []
+    for some in (SETTINGS, settings):
+        torch.manual_seed(0)
+        runner = Trainer(RUN, some, lab_samples.Tagger(), data, start_fabric(some), tmp_path / str(some.accumulate), {})
+        inputs, targets = data.train.batch(torch.arange(7), torch.device("cpu"))
+        losses.append(train_step(runner.fabric, runner.placed, some, inputs, targets))
+        losses.append(runner.placed.model.out.weight.detach().clone())
+    torch.testing.assert_close(losses[0], losses[2])
+    torch.testing.assert_close(losses[1], losses[3])
+
+
+def test_the_average_is_judged_and_the_weights_go_on(tmp_path: Path) -> None:
+    still = replace(SETTINGS, ema=1 - 1e-12)
+    runner = trainer(tmp_path / "still", still)
+    before = runner.evaluate(runner.data.val)
+    result = runner.train()
+    assert result["val_loss"] == pytest.approx(before[0], rel=1e-5)  # it has hardly moved
+    live = record.read_lines(tmp_path / "still/metrics.jsonl")
+    plainly = trainer(tmp_path / "plain").train()
+    rows = record.read_lines(tmp_path / "plain/metrics.jsonl")
+    assert [row["train_loss"] for row in rows] == [row["train_loss"] for row in live]
+    assert plainly["val_loss"] != result["val_loss"]
+
+
+def test_clipping_bounds_a_step(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, clip=0.01, momentum=0.0, weight_decay=0.0, schedule="constant")
+    runner = trainer(tmp_path, settings)
+    before = nn.utils.parameters_to_vector(runner.placed.model.parameters()).clone()
+    train_step(runner.fabric, runner.placed, settings, *runner.data.train.batch(torch.arange(32), torch.device("cpu")))
+    after = nn.utils.parameters_to_vector(runner.placed.model.parameters())
+    # rate * clip, the length of the step; torch divides by the norm plus 1e-6
+    assert float((after - before).detach().norm()) == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
+def test_compiled_it_trains_alike_and_resumes(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, compile=True, epochs=2)
+
+    def run(name: str, settings: Settings, **options: Any) -> dict[str, Any]:
+        torch.manual_seed(0)
+        fabric = start_fabric(settings)
+        return Trainer(RUN, settings, plain_model(), made(), fabric, tmp_path / name, {}).train(**options)
+
+    eager = run("eager", replace(settings, compile=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the compiler says of itself
+        compiled = run("compiled", settings)
+
+        def stop(epoch: int, score: float | None) -> None:
+            raise Stop
+
+        with pytest.raises(Stop):
+            run("parts", settings, on_epoch=stop)
+        assert run("parts", settings) == compiled
+    assert (tmp_path / "parts/metrics.jsonl").read_bytes() == (tmp_path / "compiled/metrics.jsonl").read_bytes()
+    # Fused sums round otherwise.
+    assert compiled["val_loss"] == pytest.approx(eager["val_loss"], rel=1e-4)
+
+
+def test_tensorboard_shows_each_epoch_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="TensorBoard is an extra of its own")
+    settings = replace(SETTINGS, condition=True)
+
+    def run(**options: Any) -> None:
+        reseed(0, "init")
+        fabric = start_fabric(settings)
+        Trainer(RUN, settings, lab_samples.model(), made(), fabric, tmp_path, {}, tmp_path / "curves").train(**options)
+
+    def stop(epoch: int, score: float | None) -> None:
+        if epoch == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(on_epoch=stop)
+    run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path / "curves"))
+        events.Reload()
+    seen = [(event.step, event.value) for event in events.Scalars("val_score")]
+    rows = record.read_lines(tmp_path / "metrics.jsonl")
+    assert seen == [(row["epoch"], pytest.approx(row["val_score"])) for row in rows]
+    assert "condition_raw/0" in events.Tags()["scalars"]
+
+
+def test_records_of_before_stand(tmp_path: Path) -> None:
+    before = {  # the configuration of a comparison as it was written before there were these settings
+        "model": "m", "data": "d", "recipes": ["keep"], "seeds": [0, 1, 2], "rates": [0.1], "epochs": 4,
+        "batch_size": 32, "optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.0001, "schedule": "cosine",
+        "target": None, "level": 0.95, "condition": False, "accelerator": "cpu", "devices": "auto",
+        "precision": "32-true", "device": "cpu",
+    }  # fmt: skip
+    settings = replace(SETTINGS, model="m", data="d", recipes=("keep",))
+    assert settings.record("cpu") == before
+    assert replace(settings, ema=0.9).record("cpu") == {**before, "ema": 0.9}

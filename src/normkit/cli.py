@@ -22,11 +22,52 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-LAB = ("lightning_fabric", "lightning", "numpy", "rich", "scipy", "sklearn", "matplotlib", "plotly")
+LAB = (
+    "lightning_fabric",
+    "lightning",
+    "numpy",
+    "PIL",
+    "rich",
+    "scipy",
+    "sklearn",
+    "skimage",
+    "trimesh",
+    "matplotlib",
+    "plotly",
+)
 WHAT, HOW, WHERE, RECORDS = "What is compared", "How it is trained", "Where it runs", "Records"
 
 
-@app.command()
+class _Sweeping(TyperCommand):
+    """A command whose ``--ray`` may stand alone, for a cluster on this machine."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words: list[str] = []
+        for word, after in zip(args, [*args[1:], ""], strict=False):
+            words.append(word)
+            if word == "--ray" and not (after in ("local", "auto") or (":" in after and not after.startswith("-"))):
+                words.append("local")
+        return super().parse_args(ctx, words)
+
+
+NAME = typer.Argument(help="of the experiment; without it they are listed", show_default=False)
+SCALE = typer.Option(help="small (two cores, minutes) or full", rich_help_panel=WHAT)
+SEEDS = typer.Option(help="how many; 0 to n - 1", rich_help_panel=WHAT)
+EPOCHS = typer.Option(help="in place of the experiment's own number", rich_help_panel=WHAT)
+DATA_ROOT = typer.Option(
+    envvar="NORMKIT_DATA", help="folder of the data sets, as they were published", rich_help_panel=WHERE
+)
+DOWNLOAD = typer.Option("--download", help="fetch data that is missing", rich_help_panel=WHERE)
+RAY = typer.Option(
+    metavar="[ADDRESS]", help="do the runs on a Ray cluster; alone: on one started here", rich_help_panel=WHERE
+)
+THREADS = typer.Option(help="of torch on the CPU, a run", rich_help_panel=WHERE)
+FOLDER = typer.Option("--output", "-o", help="folder; default: runs/<name>-<scale>", rich_help_panel=RECORDS)
+OVERWRITE = typer.Option("--overwrite", help="replace the records there", rich_help_panel=RECORDS)
+NO_REPORT = typer.Option("--no-report", help="no figures, no report.html", rich_help_panel=RECORDS)
+
+
+@app.command(cls=_Sweeping)
 def compare(
     model: Annotated[
         str, typer.Option(help="inception, or package.module:factory", rich_help_panel=WHAT)
@@ -53,7 +94,16 @@ def compare(
     optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw", rich_help_panel=HOW)] = "sgd",
     momentum: Annotated[float, typer.Option(help="of sgd", rich_help_panel=HOW)] = 0.9,
     weight_decay: Annotated[float, typer.Option(help="of the optimizer", rich_help_panel=HOW)] = 1e-4,
-    schedule: Annotated[str, typer.Option(help="cosine (down to 0) or constant", rich_help_panel=HOW)] = "cosine",
+    schedule: Annotated[
+        str, typer.Option(help="cosine (down to 0), constant or step (tenths)", rich_help_panel=HOW)
+    ] = "cosine",
+    warmup: Annotated[float, typer.Option(help="epochs over which the rate rises", rich_help_panel=HOW)] = 0.0,
+    accumulate: Annotated[int, typer.Option(help="parts that a batch is run in", rich_help_panel=HOW)] = 1,
+    clip: Annotated[
+        float | None, typer.Option(help="greatest length of the gradient; default: any", rich_help_panel=HOW)
+    ] = None,
+    ema: Annotated[float, typer.Option(help="decay of the average of the weights; 0: none", rich_help_panel=HOW)] = 0.0,
+    label_smoothing: Annotated[float, typer.Option(help="spread over all classes", rich_help_panel=HOW)] = 0.0,
     accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda, mps", rich_help_panel=WHERE)] = "auto",
     devices: Annotated[
         str, typer.Option(help="how many; torchrun's processes count by themselves", rich_help_panel=WHERE)
@@ -61,18 +111,24 @@ def compare(
     precision: Annotated[
         str, typer.Option(help="32-true, bf16-mixed, 16-mixed, 64-true, ...", rich_help_panel=WHERE)
     ] = "32-true",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="run through torch.compile", rich_help_panel=WHERE)
+    ] = False,
+    strategy: Annotated[
+        str, typer.Option(help="of torchrun's processes: auto, ddp or fsdp", rich_help_panel=WHERE)
+    ] = "auto",
     threads: Annotated[
         int | None, typer.Option(help="of torch on the CPU; default: 1 for small models", rich_help_panel=WHERE)
     ] = None,
+    ray: Annotated[str | None, RAY] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="folder; default: runs/<data>-<model>", rich_help_panel=RECORDS),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace the records there", rich_help_panel=RECORDS)
-    ] = False,
-    no_report: Annotated[
-        bool, typer.Option("--no-report", help="no figures, no report.html", rich_help_panel=RECORDS)
+    overwrite: Annotated[bool, OVERWRITE] = False,
+    no_report: Annotated[bool, NO_REPORT] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="curves in OUT/tensorboard", rich_help_panel=RECORDS)
     ] = False,
 ) -> None:
     """Compares recipes of normalization on a model and data.
@@ -105,20 +161,30 @@ def compare(
             momentum=momentum,
             weight_decay=weight_decay,
             schedule=schedule,
+            warmup=warmup,
+            accumulate=accumulate,
+            clip=clip,
+            ema=ema,
+            label_smoothing=label_smoothing,
             target=target,
             level=level,
             condition=condition,
             accelerator=accelerator,
             devices=devices,
             precision=precision,
+            compile=compiled,
+            strategy=strategy,
         )
         if threads is not None and threads < 1:
             raise OptionError(f"threads is {threads}; wanted 1 or more")
         lab = None
         try:
             from normkit.lab import compare as lab
+            from normkit.lab.devices import part
 
-            lab.compare(settings, output, overwrite=overwrite, report=not no_report, threads=threads)
+            more = {"threads": threads, "ray": ray, "tensorboard": tensorboard}
+            lab.compare(settings, output, overwrite=overwrite, report=not no_report, **more)
+            part()
         except KeyboardInterrupt:
             said = "before anything was begun"
             if lab is not None:
@@ -126,35 +192,6 @@ def compare(
                 said = f"{lab.kept(folder)}\nto go on:  {lab.command(settings, folder)}"
             typer.echo(f"\nstopped; {said}", err=True)
             raise typer.Exit(130) from None
-
-
-class _Sweeping(TyperCommand):
-    """A command whose ``--ray`` may stand alone, for a cluster on this machine."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        words: list[str] = []
-        for word, after in zip(args, [*args[1:], ""], strict=False):
-            words.append(word)
-            if word == "--ray" and not (after in ("local", "auto") or (":" in after and not after.startswith("-"))):
-                words.append("local")
-        return super().parse_args(ctx, words)
-
-
-NAME = typer.Argument(help="of the experiment; without it they are listed", show_default=False)
-SCALE = typer.Option(help="small (two cores, minutes) or full", rich_help_panel=WHAT)
-SEEDS = typer.Option(help="how many; 0 to n - 1", rich_help_panel=WHAT)
-EPOCHS = typer.Option(help="in place of the experiment's own number", rich_help_panel=WHAT)
-DATA_ROOT = typer.Option(
-    envvar="NORMKIT_DATA", help="folder of the data sets, as they were published", rich_help_panel=WHERE
-)
-DOWNLOAD = typer.Option("--download", help="fetch data that is missing", rich_help_panel=WHERE)
-RAY = typer.Option(
-    metavar="[ADDRESS]", help="do the runs on a Ray cluster; alone: on one started here", rich_help_panel=WHERE
-)
-THREADS = typer.Option(help="of torch on the CPU, a run", rich_help_panel=WHERE)
-FOLDER = typer.Option("--output", "-o", help="folder; default: runs/<name>-<scale>", rich_help_panel=RECORDS)
-OVERWRITE = typer.Option("--overwrite", help="replace the records there", rich_help_panel=RECORDS)
-NO_REPORT = typer.Option("--no-report", help="no figures, no report.html", rich_help_panel=RECORDS)
 
 
 @app.command(cls=_Sweeping)

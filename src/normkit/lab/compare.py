@@ -4,7 +4,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from itertools import chain
@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from normkit.core.errors import RecordError
+from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
+from normkit.lab.cluster import joined
 from normkit.lab.devices import device_name, environment, start_fabric
 from normkit.lab.progress import Watch
+from normkit.lab.remote import Distant, Here, There, describe
 from normkit.lab.result import Records, choose, find_target, summarize
 from normkit.lab.seeding import borrowed_randomness
 from normkit.lab.settings import Settings
@@ -32,7 +34,7 @@ CONFIG, ENVIRONMENT, RESULT, COST, SESSIONS = (
     "cost.json",
     "sessions.json",
 )
-OURS = (RESULT, "runs", COST, SESSIONS, ENVIRONMENT, "report.html", "figures", CONFIG)
+OURS = (RESULT, "runs", "tensorboard", COST, SESSIONS, ENVIRONMENT, "report.html", "figures", CONFIG)
 # Threads of so small a model wait for each other longer than they work, and for ever where other programs take the cores.
 FEW_PARAMETERS = 100_000
 CURE = "choose another --output, or --overwrite to replace them"
@@ -48,6 +50,8 @@ def compare(
     console: Console | None = None,
     model: Callable[..., Any] | None = None,
     data: Callable[[], Any] | None = None,
+    ray: str | None = None,
+    tensorboard: bool = False,
 ) -> dict[str, Any]:
     """Compares recipes on a model and data, and writes a folder of records.
 
@@ -66,11 +70,15 @@ def compare(
         console: where progress and the table go. Default: None, standard output.
         model: a model factory in place of the one that `settings` names. Default: None.
         data: a data factory in place of the one that `settings` names. Default: None.
+        ray: None to train in this process; ``"local"`` for a Ray cluster on this machine, else the address of one, whose
+            machines all see `output`. Threads are then one a run, if not said. Default: None.
+        tensorboard: write curves for TensorBoard into ``OUT/tensorboard``. Default: False.
 
     Returns:
         What ``result.json`` holds.
 
     Raises:
+        OptionError: Ray or TensorBoard is asked for and is not there.
         ProtocolError: the model or data breaks the protocol.
         RecordError: the folder holds something else, is damaged, in use or not writable.
     """
@@ -80,21 +88,39 @@ def compare(
     console = console or Console()
     if not fabric.is_global_zero:
         console = Console(quiet=True)
-    config = settings.record(device_name(fabric))
-    result = None
-    if fabric.is_global_zero and not overwrite:
-        result = _read_back(folder, config)
-    if fabric.world_size > 1:
-        result = fabric.broadcast(result)
-    if result is None:
-        with borrowed_randomness(threads):
-            study = Study(settings, fabric, folder, model, data)
-            if threads is None and fabric.is_global_zero:
-                _set_threads(folder, max(study.parameters.values()), overwrite)
-            with record.locked(folder) if fabric.is_global_zero else nullcontext():
-                result = _Session(study, folder, config, overwrite, console).result()
-    else:
-        console.print(f"{folder} holds this comparison, finished {result['finished']}", highlight=False, soft_wrap=True)
+    with ExitStack() as stack:
+        cluster = None
+        if ray is not None:
+            if fabric.world_size > 1:
+                raise OptionError("--ray does not go with torchrun; wanted one of them")
+            threads = threads or _begun_with(folder, overwrite) or 1
+            cluster = stack.enter_context(joined(ray, threads))
+        began = _now()
+        device, here = device_name(fabric), None
+        distant = Distant(settings, folder.absolute(), threads or 1, model, data, tensorboard)
+        if cluster is not None:
+            device, here = cluster.call(describe, distant, began)
+        config = settings.record(device)
+        result = None
+        if fabric.is_global_zero and not overwrite:
+            result = _read_back(folder, config)
+        if fabric.world_size > 1:
+            result = fabric.broadcast(result)
+        if result is None:
+            with borrowed_randomness(threads):
+                curves = folder / "tensorboard" if tensorboard else None
+                trained_on = None if cluster is None else device
+                study = Study(settings, fabric, folder, model, data, curves, trained_on)
+                if threads is None and fabric.is_global_zero:
+                    _set_threads(folder, max(study.parameters.values()), overwrite)
+                with record.locked(folder) if fabric.is_global_zero else nullcontext():
+                    trains = Here(study) if cluster is None else There(study, cluster, distant)
+                    here = here or environment(fabric, began)
+                    result = _Session(study, trains, folder, config, here, overwrite, console).result()
+        else:
+            console.print(
+                f"{folder} holds this comparison, finished {result['finished']}", highlight=False, soft_wrap=True
+            )
     if fabric.is_global_zero:
         _show(result, folder, report, console)
     return result
@@ -123,8 +149,8 @@ def command(settings: Settings, output: Path) -> str:
         default = Settings(optimizer=settings.optimizer).rates if name == "rates" else getattr(plain, name)
         if value == default:
             continue
-        if name == "condition":
-            words.append("--no-condition")
+        if isinstance(value, bool):
+            words.append({"condition": "--no-condition", "compile": "--compile"}[name])
             continue
         if name == "seeds" and value == tuple(range(len(value))):
             value = len(value)
@@ -146,8 +172,18 @@ def kept(folder: Path) -> str:
 class _Session:
     """One stretch of work on a comparison, from a start to its end or to an interruption."""
 
-    def __init__(self, study: Study, folder: Path, config: dict[str, Any], overwrite: bool, console: Console) -> None:
-        self.study, self.folder, self.config, self.console = study, folder, config, console
+    def __init__(
+        self,
+        study: Study,
+        trains: Here | There,
+        folder: Path,
+        config: dict[str, Any],
+        here: dict[str, Any],
+        overwrite: bool,
+        console: Console,
+    ) -> None:
+        self.study, self.trains, self.folder, self.config, self.console = study, trains, folder, config, console
+        self.here = here
         self.settings, self.fabric = study.settings, study.fabric
         self.records = Records(folder)
         self.began, self.started = time.monotonic(), _now()
@@ -161,18 +197,19 @@ class _Session:
         settings = self.settings
         seeds, rates = settings.seeds, settings.rates
         count = len(settings.recipes) * (len(rates) + len(seeds) - 1)
-        sweeps: dict[str, list[Run]] = {}
         runs: dict[str, list[Run]] = {}
         with Watch(self.console, count, settings.epochs) as watch:
             watch.say(_plan(settings, self.folder))
+            sweeps = {recipe: [Run(recipe, rate, seeds[0]) for rate in rates] for recipe in settings.recipes}
+            if self.trains.side_by_side:
+                self._train([run for sweep in sweeps.values() for run in sweep], watch)
             for recipe in settings.recipes:
-                sweeps[recipe] = [Run(recipe, rate, seeds[0]) for rate in rates]
-                self._train(sweeps[recipe], watch)
+                if not self.trains.side_by_side:
+                    self._train(sweeps[recipe], watch)
                 chosen = self._choose(sweeps[recipe])
                 runs[recipe] = [replace(chosen, seed=seed) for seed in seeds]
                 watch.say(f"{recipe}: rate {chosen.rate:g} is the best of {', '.join(f'{rate:g}' for rate in rates)}")
-            for seed in range(1, len(seeds)):
-                self._train([runs[recipe][seed] for recipe in settings.recipes], watch)
+            self._train([runs[recipe][seed] for seed in range(1, len(seeds)) for recipe in settings.recipes], watch)
             costs = self._costs(watch)
         result = self._summary(sweeps, runs, costs) if self.fabric.is_global_zero else {}
         if self.fabric.world_size > 1:
@@ -183,7 +220,7 @@ class _Session:
         folder = self.folder
         record.prepare(folder, CONFIG, OURS, overwrite)
         record.check_config(folder / CONFIG, self.config, CURE)
-        here = environment(self.fabric, self.started)
+        here = self.here
         if (folder / ENVIRONMENT).exists():
             there = record.read_json(folder / ENVIRONMENT, ("torch", "threads", "started"))
             for key in ("torch", "threads"):
@@ -196,10 +233,11 @@ class _Session:
             self.earlier = record.read_json(folder / SESSIONS, ("sessions",))["sessions"]
 
     def _train(self, runs: Sequence[Run], watch: Watch) -> None:
-        for run in runs:
-            self.study.train(run, watch)
+        def trained() -> None:
             if self.fabric.is_global_zero:
                 record.write_json(self.folder / SESSIONS, {"sessions": self._sessions()})
+
+        self.trains.train(runs, watch, trained)
 
     def _sessions(self) -> list[dict[str, Any]]:
         return [*self.earlier, {"started": self.started, "seconds": round(time.monotonic() - self.began, 3)}]
@@ -217,7 +255,7 @@ class _Session:
         if self.fabric.world_size > 1:
             costs = self.fabric.broadcast(costs)
         if costs is None:
-            costs = self.study.costs(watch)
+            costs = self.trains.costs(watch)
             if self.fabric.is_global_zero:
                 record.write_json(path, costs)
         return costs
@@ -269,10 +307,16 @@ def _read_back(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
 
 def _set_threads(folder: Path, parameters: int, overwrite: bool) -> None:
     # Sums depend on how many threads share them, so a comparison goes on with as many as it was begun with.
-    if (folder / ENVIRONMENT).exists() and not overwrite:
-        torch.set_num_threads(record.read_json(folder / ENVIRONMENT, ("threads",))["threads"])
+    if begun := _begun_with(folder, overwrite):
+        torch.set_num_threads(begun)
     elif parameters < FEW_PARAMETERS:
         torch.set_num_threads(1)
+
+
+def _begun_with(folder: Path, overwrite: bool) -> int | None:
+    if overwrite or not (folder / ENVIRONMENT).exists():
+        return None
+    return record.read_json(folder / ENVIRONMENT, ("threads",))["threads"]
 
 
 def rebuild(folder: Path, console: Console) -> None:

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
@@ -53,6 +54,13 @@ def start_fabric(settings: Settings) -> Fabric:
             f"wanted a multiple of {fabric.world_size}"
         )
     return fabric
+
+
+def part() -> None:
+    """Lets the processes that torchrun made end together, where there are some: one that leaves early can make others abort."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def device_name(fabric: Fabric) -> str:

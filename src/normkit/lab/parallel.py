@@ -32,7 +32,10 @@ class Placed:
     sharded: bool
 
     def state(self) -> dict[str, Any]:
-        """Gives the state of model and optimizer, whole, on the CPU where it was sharded. Every process must ask for it."""
+        """Gives the state of model and optimizer; where it is sharded: whole, on the CPU, to the first process, {} to others.
+
+        Every process must ask for it.
+        """
         if not self.sharded:
             return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
@@ -54,14 +57,15 @@ class Placed:
         set_state_dict(self.model, self.optimizer, **whole, options=options)
 
     def whole(self, unsharded: nn.Module | None) -> nn.Module:
-        """Gives the model with whole weights. Every process must ask for it.
+        """Gives the model with whole weights, to the first process alone where it is sharded. Every process must ask for it.
 
         Args:
             unsharded: a copy from before it was sharded, which is filled; None where it is not.
         """
         if unsharded is None:
             return self.model
-        unsharded.load_state_dict(self.state()["model"])
+        if weights := self.state()["model"]:
+            unsharded.load_state_dict(weights)
         return unsharded
 
 

@@ -8,9 +8,10 @@ import io
 import json
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from normkit.core.errors import RecordError
 
 TEMPORARY = ".part"
 LOCK = ".lock"
+PAUSE = 1.0  # seconds between two looks at a folder that is in use
 
 
 class InUseError(RecordError):
@@ -184,6 +186,26 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def waited_for(folder: Path) -> Iterator[None]:
+    """Holds a folder as :func:`locked` does, but waits while another process holds it.
+
+    Args:
+        folder: what to hold; made when missing.
+
+    Raises:
+        RecordError: it is not writable.
+    """
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(locked(folder))
+                break
+            except InUseError:
+                time.sleep(PAUSE)
+        yield
 
 
 def prepare(folder: Path, marker: str, ours: Iterable[str], overwrite: bool) -> None:

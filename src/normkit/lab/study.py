@@ -28,6 +28,8 @@ class Study:
         folder: of the comparison.
         model: a factory in place of the one that the settings name. Default: None.
         make: a data factory in place of the one that the settings name. Default: None.
+        curves: a folder for TensorBoard. Default: None, no curves.
+        device: what the runs are trained on where that is not here. Default: None, here.
 
     Raises:
         ProtocolError: the model or data breaks the protocol.
@@ -39,6 +41,8 @@ class Study:
     folder: Path
     model: Callable[..., Any] | None = None
     make: Callable[[], Any] | None = None
+    curves: Path | None = None
+    device: str | None = None
     data: Data = field(init=False)
     parameters: dict[str, int] = field(init=False, default_factory=dict)
     changes: dict[str, list[str]] = field(init=False, default_factory=dict)
@@ -68,21 +72,27 @@ class Study:
             run: which.
             watch: is told of every epoch.
         """
-        _, init = self._initial(run.seed)
-        hashes = {"init_sha256": init, "order_sha256": self._order(run.seed)}
-        folder = self.folder / run.path
+        result = self.found(run)
+        watch.begin(run)
+        if result is not None:
+            watch.end(run, result["status"], result["val_score"], True)
+            return result
+        model, _ = self._apply(run.seed, run.recipe)
+        curves = self.curves and self.curves / Path(run.path).relative_to("runs")
+        places = (self.fabric, self.folder / run.path, self._hashes(run.seed), curves)
+        result = Trainer(run, self.settings, model, self.data, *places).train(
+            lambda epoch, score: watch.epoch(run, epoch, score)
+        )
+        watch.end(run, result["status"], result["val_score"], False)
+        return result
+
+    def found(self, run: Run) -> dict[str, Any] | None:
+        """Gives the result of a run that is finished; None where there is work left."""
         result = None
         if self.fabric.is_global_zero:
-            result = finished(folder, {**self._config(run), **hashes})
+            result = finished(self.folder / run.path, {**self._config(run), **self._hashes(run.seed)})
         if self.fabric.world_size > 1:
             result = self.fabric.broadcast(result)
-        found = result is not None
-        watch.begin(run)
-        if result is None:
-            model, _ = self._apply(run.seed, run.recipe)
-            trainer = Trainer(run, self.settings, model, self.data, self.fabric, folder, hashes)
-            result = trainer.train(lambda epoch, score: watch.epoch(run, epoch, score))
-        watch.end(run, result["status"], result["val_score"], found)
         return result
 
     def costs(self, watch: Watch) -> dict[str, dict[str, Any]]:
@@ -93,7 +103,7 @@ class Study:
         return measure_costs(models, self.settings, self.data, self.fabric)
 
     def _config(self, run: Run) -> dict[str, Any]:
-        settings = self.settings.record(self.fabric.device.type)
+        settings = self.settings.record(self.device or self.fabric.device.type)
         shared = {
             key: value
             for key, value in settings.items()
@@ -116,6 +126,9 @@ class Study:
         reseed(seed, "recipe")
         changes = apply_recipe(model, recipe)
         return changes.model, [f"{row.name}: {row.before} -> {row.after}" for row in changes.rows]
+
+    def _hashes(self, seed: int) -> dict[str, str]:
+        return {"init_sha256": self._initial(seed)[1], "order_sha256": self._order(seed)}
 
     def _order(self, seed: int) -> str:
         if seed not in self._orders:

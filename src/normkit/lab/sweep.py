@@ -17,7 +17,6 @@ from normkit.lab.seeding import borrowed_randomness, reseed
 
 CONFIG, RESULT, TIMING = "config.json", "result.json", "timing.json"
 CURE = "choose another --output, or remove the folder to do this run again"
-PAUSE = 1.0
 
 
 class Job(Protocol):
@@ -169,7 +168,7 @@ def _in_turn(
             else:
                 count.done(job.path)
         if busy and len(busy) == len(waiting):
-            time.sleep(PAUSE)
+            time.sleep(record.PAUSE)
         waiting = busy
 
 

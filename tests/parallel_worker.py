@@ -1,0 +1,55 @@
+"""Processes of the parallel training tests: torchrun parallel_worker.py OUT trains every case of CASES into a folder of OUT."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import lab_samples
+from normkit.lab.devices import part, start_fabric
+from normkit.lab.protocol import make_data
+from normkit.lab.settings import Settings
+from normkit.lab.train import Run, Trainer
+from normkit.surgery.recipe import apply_recipe
+
+OPTIONS = {"accumulate": 2, "ema": 0.9, "clip": 0.5, "warmup": 1.0, "label_smoothing": 0.1, "epochs": 3}
+# folder: strategy, recipe, epochs after which it is interrupted
+CASES = {
+    "ddp": ("ddp", "keep+e@all", (1,)),
+    "shards": ("fsdp", "keep+e@all", ()),
+    "resumed shards": ("fsdp", "keep+e@all", (1, 2)),
+    "shards with lengths": ("fsdp", "keep+wn", (2,)),
+}
+
+
+class Stop(Exception):
+    """Stands for an interruption."""
+
+
+def train(out: Path, strategy: str, recipe: str, stop_at: int = 0) -> None:
+    settings = Settings(rates=(0.1,), batch_size=32, accelerator="cpu", strategy=strategy, **OPTIONS)
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.ReLU()) for _ in range(2)]
+    model = nn.Sequential(nn.Linear(8, 16), *blocks, nn.Linear(16, 3))
+    apply_recipe(model, recipe)
+    data = make_data(lab_samples.data, "data")
+
+    def stop(epoch: int, score: float | None) -> None:
+        if epoch == stop_at:
+            raise Stop
+
+    trainer = Trainer(Run(recipe, 0.1, 0), settings, model, data, start_fabric(settings), out, {})
+    assert all(isinstance(parameter, DTensor) == (strategy == "fsdp") for parameter in model.parameters())
+    try:
+        trainer.train(stop)
+    except Stop:
+        trainer.fabric.barrier()  # the first process writes the checkpoint that all go on from
+
+
+if __name__ == "__main__":
+    for name, (strategy, recipe, stops) in CASES.items():
+        for stop_at in (*stops, 0):
+            train(Path(sys.argv[1]) / name, strategy, recipe, stop_at)
+    part()
