@@ -8,8 +8,8 @@ from normkit.lab.experiment import Experiment
 
 # Files of lab/papers and of lab/claims; an experiment is called like its file, with dashes.
 FILES = {
-    "reproduce": (),
-    "claim": (),
+    "reproduce": ("shape", "table4"),
+    "claim": ("gan", "pre_post_ln"),
 }
 FOLDERS = {"reproduce": "papers", "claim": "claims"}
 

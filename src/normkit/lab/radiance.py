@@ -19,15 +19,16 @@ from normkit.diagnostics.conditioning import weight_conditions
 from normkit.lab.claims.steps import OK, Diverged, device, forget, walk
 from normkit.lab.data.blender import blender
 from normkit.lab.data.llff import SCENES, llff
-from normkit.lab.data.scene import Scene
+from normkit.lab.data.scene import Rays, Scene
 from normkit.lab.data.spheres import spheres
 from normkit.lab.models.nerf import NeRF, nerf
+from normkit.lab.models.rows import Scale, scale_rows
 from normkit.lab.record import write_bytes
 from normkit.lab.rendering import Sampling, psnr, render, render_view
 from normkit.lab.seeding import reseed
 
 VIEWS = 3  # held-out views that judge, as in the paper
-_PROBE = 1024  # training rays that are measured again and again
+_PROBE = 2048  # pixels, of training views and of those that judge, that are measured along training
 _FALL = 0.1**0.8  # of the learning rate over a run: 0.1 each 250,000 steps, 200,000 steps
 
 
@@ -40,7 +41,7 @@ class RadianceJob:
         row: what the run is called.
         recipe: of the trunks; see ``normkit.lab.models.nerf.nerf``.
         seed: of the weights and of what is drawn in training.
-        unit_start: the rows of the trunks are scaled to norm 1 once, before training. Default: False.
+        scale: of the trunks' rows; see ``normkit.lab.models.rows.scale_rows``. Default: ``""``.
         width: of a layer. Default: 256.
         depth: layers of a trunk. Default: 8.
         reduce: averages squares of so many pixels of the pictures. Default: 1.
@@ -57,7 +58,7 @@ class RadianceJob:
     row: str
     recipe: str
     seed: int
-    unit_start: bool = False
+    scale: Scale = ""
     width: int = 256
     depth: int = 8
     reduce: int = 1
@@ -100,8 +101,8 @@ def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
         folder: for checkpoint and pictures.
 
     Returns:
-        ``status``, ``psnr`` a view in dB (None where it diverged), ``curve`` along training, ``parameters``, and ``pictures``
-        of the middle view.
+        ``status``, ``psnr`` of each whole view in dB (None where it diverged), ``curve`` along training on 2,048 pixels of the
+        training views and of those that judge, ``parameters``, and ``pictures`` of the middle view.
 
     Raises:
         ProtocolError: the scene's data is missing or damaged.
@@ -110,15 +111,17 @@ def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
     scene, here = find_scene(job.scene, job.reduce), device()
     reseed(job.seed, "init")
     model = nerf(job.recipe, width=job.width, depth=job.depth, skip=job.depth // 2)
-    if job.unit_start:
-        unit_rows(model)
+    scale_rows(model, job.scale)
     model.to(here)
     rays, colours = scene.rays(scene.train).to(here), scene.colours(scene.train).to(here)
     steps = job.steps if job.epochs is None else math.ceil(job.epochs * len(rays) / job.rays)
     sampling = Sampling(job.coarse, job.fine)
     optimizer = torch.optim.Adam(model.parameters(), lr=job.rate)
     views = _spread(scene.test, VIEWS)
-    probe = torch.linspace(0, len(rays) - 1, _PROBE).long().to(here)
+    probes = {
+        "train_psnr": _probe(scene, scene.train, here),
+        "test_psnr": _probe(scene, views, here),
+    }
 
     def step(number: int) -> dict[str, Any] | None:
         for group in optimizer.param_groups:
@@ -134,40 +137,25 @@ def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
         optimizer.step()
         if number % job.every and number != steps:
             return None
-        seen = render_view(model, rays.take(probe), sampling, scene.background)[0]
-        shown = [_show(model, scene, view, sampling)[0] for view in views]
-        return {
-            "rate": optimizer.param_groups[0]["lr"],
-            "train_psnr": psnr(float((seen - colours[probe]).square().mean())),
-            "psnr": [_score(image, scene, view) for image, view in zip(shown, views, strict=True)],
-            **trunk_conditions(model),
+        scores = {
+            name: psnr(_error(render_view(model, some, sampling, scene.background)[0], wanted))
+            for name, (some, wanted) in probes.items()
         }
+        return {"rate": optimizer.param_groups[0]["lr"], **scores, **trunk_conditions(model)}
 
     done = walk(folder, steps, {"model": model, "optimizer": optimizer}, step, job.seed)
-    found = {
+    scores, pictures = _judge(model, scene, views, sampling, folder / "views")
+    forget(folder)
+    return {
         "status": done.status,
         "steps": done.steps,
         "pixels": len(rays),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "views": list(views),
         "curve": done.rows,
-        "psnr": done.rows[-1]["psnr"] if done.status == OK else None,
+        "psnr": scores if done.status == OK else None,
+        "pictures": pictures,
     }
-    found["pictures"] = _save_views(model, scene, views, sampling, folder / "views")
-    forget(folder)
-    return found
-
-
-def unit_rows(model: nn.Module) -> None:
-    """Scales the rows of the trunks' weights to norm 1, in place, as they would look in the E form.
-
-    Args:
-        model: whose layers named ``trunk`` are scaled.
-    """
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "trunk" in name and parameter.ndim == 2:
-                parameter /= parameter.norm(dim=1, keepdim=True)
 
 
 def trunk_conditions(model: nn.Module) -> dict[str, float]:
@@ -209,12 +197,20 @@ def encode(pixels: np.ndarray) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _save_views(
+def _probe(scene: Scene, views: tuple[int, ...], here: torch.device) -> tuple[Rays, Tensor]:
+    rays, colours = scene.rays(views), scene.colours(views)
+    index = torch.linspace(0, len(rays) - 1, min(_PROBE, len(rays))).long()
+    return rays.take(index).to(here), colours[index].to(here)
+
+
+def _judge(
     model: NeRF, scene: Scene, views: tuple[int, ...], sampling: Sampling, folder: Path
-) -> Mapping[str, str]:
+) -> tuple[list[float], Mapping[str, str]]:
+    scores: list[float] = []
     kept: dict[str, str] = {}
     for place, view in enumerate(views):
         colour, depth = _show(model, scene, view, sampling)
+        scores.append(psnr(_error(colour, scene.images[view])))
         near = 1 - (depth - scene.near) / (scene.far - scene.near)
         pictures = {"truth": scene.images[view], "colour": colour, "depth": near.clamp(0, 1)}
         for name, pixels in pictures.items():
@@ -223,7 +219,7 @@ def _save_views(
             write_bytes(folder / f"{view:03d}-{name}.png", buffer.getvalue())
         if place == len(views) // 2:
             kept = {name: encode(pixels.numpy()) for name, pixels in pictures.items()}
-    return kept
+    return scores, kept
 
 
 def _show(model: NeRF, scene: Scene, view: int, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -233,8 +229,8 @@ def _show(model: NeRF, scene: Scene, view: int, sampling: Sampling) -> tuple[Ten
     return colour.reshape(height, width, 3).cpu(), depth.reshape(height, width).cpu()
 
 
-def _score(image: Tensor, scene: Scene, view: int) -> float:
-    return psnr(float((image - scene.images[view]).square().mean()))
+def _error(image: Tensor, wanted: Tensor) -> float:
+    return float((image - wanted).square().mean())
 
 
 def _spread(views: tuple[int, ...], count: int) -> tuple[int, ...]:

@@ -46,6 +46,8 @@ def crossings(vertices: np.ndarray, faces: np.ndarray, lines: np.ndarray) -> Ite
     >>> found.line.tolist(), found.height.tolist()
     ([0], [1.5])
     """
+    if not len(faces):
+        return
     corners = vertices[faces]
     flat = corners[:, :, :2]
     low, high = flat.min((0, 1)), flat.max((0, 1))

@@ -1,0 +1,44 @@
+"""Two controls of row equilibration: its scale without it, and it without its scale."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from normkit.surgery.select import select
+from normkit.weights.weight_conditioning import weight_conditioning
+
+Scale = Literal["", "unit", "kept"]
+_TRUNK = "re:trunk"
+
+
+def scale_rows(model: nn.Module, scale: Scale) -> None:
+    """Changes the layers of a model's trunks, in place, before it is trained.
+
+    ==========  ==================================================================================================
+    ``""``      nothing
+    ``"unit"``  the rows of the weights are divided by their norms, once: the E form's first signals, no conditioning
+    ``"kept"``  E with a gain, W = g E A, g the root mean square of the row norms of A as it stands: conditioning
+                that leaves the first signals about as large as they were
+    ==========  ==================================================================================================
+
+    Args:
+        model: whose layers named ``trunk`` are changed.
+        scale: how.
+
+    >>> model = nn.Sequential()
+    >>> model.trunk = nn.Linear(9, 2)
+    >>> scale_rows(model, "unit")
+    >>> torch.allclose(model.trunk.weight.norm(dim=1), torch.ones(2))
+    True
+    """
+    for layer in select(model, _TRUNK).values() if scale else ():
+        weight = layer.get_parameter("weight")
+        lengths = weight.detach().norm(dim=1, keepdim=True)
+        if scale == "kept":
+            weight_conditioning(layer, gain=float(lengths.square().mean().sqrt()))
+        else:
+            with torch.no_grad():
+                weight /= lengths

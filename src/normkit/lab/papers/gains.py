@@ -1,0 +1,41 @@
+"""Gains over a baseline, seed by seed, as tables and sentences tell them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from normkit.lab.interval import Interval, paired_interval
+
+
+def gain(runs: Iterable[Mapping[str, Any]], base: Iterable[Mapping[str, Any]], field: str) -> Interval:
+    """Bounds the mean gain of some runs over a baseline's of the same seeds.
+
+    Args:
+        runs: each with ``"seed"`` and `field`; None there is left out.
+        base: the baseline's.
+        field: what is compared.
+
+    >>> gain([{"seed": 0, "x": 3.0}, {"seed": 1, "x": 5.0}], [{"seed": 1, "x": 4.0}], "x").differences
+    (1.0,)
+    """
+    known = {run["seed"]: run[field] for run in base if run[field] is not None}
+    pairs = [(run[field], known[run["seed"]]) for run in runs if run["seed"] in known and run[field] is not None]
+    return paired_interval([one - other for one, other in pairs])
+
+
+def tell(found: Interval, form: str = "+.2f") -> str | None:
+    """Writes a mean gain and its interval; None where there is none.
+
+    Args:
+        found: the gain.
+        form: of the numbers. Default: ``"+.2f"``.
+
+    >>> tell(paired_interval([1.0, 2.0, 3.0])), tell(paired_interval([1.0]))
+    ('+2.00 [-0.48, +4.48]', '+1.00')
+    """
+    if found.mean is None:
+        return None
+    if found.low is None or found.high is None:
+        return f"{found.mean:{form}}"
+    return f"{found.mean:{form}} [{found.low:{form}}, {found.high:{form}}]"

@@ -1,0 +1,148 @@
+"""Occupancy of solids: surfaces against closed forms, exact resume, and the report."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from rich.console import Console
+from torch import Tensor
+
+from normkit.lab import occupancy
+from normkit.lab.claims import steps as loops
+from normkit.lab.data.shapes import SHAPES, torus
+from normkit.lab.data.solid import draw_points, iou
+from normkit.lab.experiment import Bench, perform
+from normkit.lab.occupancy import OccupancyJob, extract, learn_solid, surface_of, volume, write_mesh
+from normkit.lab.papers import shape
+from normkit.lab.radiance import decode
+
+TINY: dict[str, Any] = {
+    **{"width": 8, "depth": 2, "points": 400, "batch": 100, "epochs": 3},
+    **{"rate": 1e-2, "every": 1, "grid": 8},
+}
+
+
+@pytest.fixture(autouse=True)
+def _few_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(occupancy, "_JUDGES", 2000)
+    monkeypatch.setattr(occupancy, "_SHOWN", 16)
+    monkeypatch.setattr(occupancy, "_PICTURE", 32)
+
+
+def tiny(row: str = "plain", seed: int = 0, **options: Any) -> OccupancyJob:
+    return OccupancyJob("torus", row, **{"recipe": "none", "kind": "gaussian", "seed": seed, **TINY, **options})
+
+
+class Stop(Exception):
+    pass
+
+
+def test_extracted_torus_has_its_volume() -> None:
+    vertices, faces = extract(lambda p: -torus().value(p), 64)
+    # Flat pieces cut the tube: its area is short by about (1/32)^2 / (6 * 0.25^2), a third of a percent.
+    assert volume(vertices, faces) == pytest.approx(torus().volume, rel=0.01)
+    np.testing.assert_allclose(np.abs(vertices).max(0), [0.85, 0.85, 0.25], atol=0.005)
+    body = trimesh.Trimesh(vertices, faces)
+    assert body.is_watertight
+    assert body.euler_number == 0
+
+
+def test_what_leaves_the_cube_is_closed() -> None:
+    vertices, faces = extract(lambda p: 1.2 - p.norm(dim=1), 24)
+    assert trimesh.Trimesh(vertices, faces).is_watertight
+    # The ball of radius 1.2 less six caps of height 0.2: 4/3 pi r^3 - 6 pi h^2 (r - h/3).
+    assert volume(vertices, faces) == pytest.approx(
+        4 / 3 * np.pi * 1.2**3 - 6 * np.pi * 0.04 * (1.2 - 0.2 / 3), rel=0.06
+    )
+
+
+def test_nothing_learnt_is_an_empty_surface(tmp_path: Path) -> None:
+    vertices, faces = extract(lambda p: torch.full((len(p),), -1.0), 8)
+    assert volume(vertices, faces) == 0.0
+    write_mesh(vertices, faces, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_perfect_guess_has_iou_1(name: str) -> None:
+    solid = SHAPES[name]
+    points, truth = draw_points(solid, 5000, 0)
+    assert iou(solid.inside(points), truth) == 1.0
+    assert len(surface_of(solid)[1]) > 100
+
+
+def test_resume_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tiny(recipe="none+e@re:trunk")
+    whole = learn_solid(job, tmp_path / "whole")
+    monkeypatch.setattr(loops, "PAUSE", 0.0)
+    real, left = occupancy.epoch_order, [6]
+
+    def stop(*args: Any) -> Tensor:
+        left[0] -= 1
+        if not left[0]:
+            raise Stop
+        return real(*args)
+
+    monkeypatch.setattr(occupancy, "epoch_order", stop)
+    with pytest.raises(Stop):
+        learn_solid(job, tmp_path / "parts")
+    left[0] = 100
+    assert learn_solid(job, tmp_path / "parts") == whole
+    assert left[0] == 100 - 7  # steps 6 to 12
+    for name in ("mesh.ply", "mesh.obj"):
+        there = [tmp_path / part / name for part in ("whole", "parts")]
+        assert {path.exists() for path in there} in ({True}, {False})
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    found = learn_solid(
+        tiny(width=32, depth=3, points=8000, batch=500, epochs=12, every=6, grid=24, rate=3e-3), tmp_path
+    )
+    assert found["iou"] > 0.75
+    assert [row["epoch"] for row in found["curve"]] == [6, 12]
+    assert found["true_volume"] == pytest.approx(torus().volume, rel=0.1)
+    read = trimesh.load(tmp_path / "mesh.ply", force="mesh")
+    again = trimesh.load(tmp_path / "mesh.obj", force="mesh")
+    assert read.volume == pytest.approx(found["volume"], rel=1e-3)
+    assert again.volume == pytest.approx(found["volume"], rel=1e-3)
+    assert decode(found["pictures"]["learnt"]).shape == (32, 32, 3)
+
+
+def test_a_run_without_a_number_ends(tmp_path: Path) -> None:
+    found = learn_solid(tiny(rate=1e30, kind="relu"), tmp_path)
+    assert found["status"] == "diverged"
+    assert found["iou"] is None
+
+
+def test_solids_and_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NORMKIT_DATA", raising=False)
+    small = Bench("small", tmp_path, console=Console(quiet=True))
+    assert shape.solids(small) == ("torus", "gyroid")
+    (tmp_path / "meshes").mkdir()
+    with_data = Bench("small", tmp_path, data_root=tmp_path)
+    assert shape.solids(with_data) == ("bunny",)
+    for name in ("spot.obj", "armadillo.obj", "bunny.off", "stanford-bunny.obj"):
+        (tmp_path / "meshes" / name).touch()
+    assert shape.solids(with_data) == ("bunny", "armadillo")
+    assert shape.solids(Bench("full", tmp_path, data_root=tmp_path)) == ("bunny", "armadillo", "spot")
+    jobs = shape.jobs(with_data)
+    assert len({job.path for job in jobs}) == len(jobs) == 2 * 3 * 3 + 2 * 3
+    full = shape.jobs(Bench("full", tmp_path, data_root=tmp_path))[0]
+    assert (full.width, full.batch, full.epochs, full.rate, full.grid) == (256, 50_000, 200, 1e-4, 512)
+
+
+def test_the_whole_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NORMKIT_DATA", raising=False)
+    monkeypatch.setattr(shape, "SMALL", {key: value for key, value in TINY.items() if key != "depth"})
+    bench = Bench("small", tmp_path, seeds=(0,), epochs=1, console=Console(quiet=True))
+    found = perform(shape.EXPERIMENT, bench)["result"]
+    assert len(found["runs"]) == 2 * 3 + 2 * 3
+    (table,) = shape.tables(found)
+    assert len(table.rows) == 4 * 3
+    assert len(list((tmp_path / "figures").glob("*.svg"))) == 2
+    said = " ".join(shape.remarks(found))
+    assert "torus, Gaussian" in said
+    assert "torus, sine" in said
