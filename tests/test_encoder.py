@@ -30,7 +30,7 @@ def test_it_equals_the_layers_of_torch(placement: str) -> None:
         layer.linear1.load_state_dict(feed.sublayer[0].state_dict())
         layer.linear2.load_state_dict(feed.sublayer[2].state_dict())
     tokens = torch.randint(11, (2, 7))
-    x = (ours.words(tokens) + ours.places) * 12**0.5
+    x = (ours.words(tokens) + ours.places) / 2**0.5
     for layer in theirs:
         x = layer(x)
     assert ours.head is not None

@@ -9,7 +9,11 @@ from normkit.lab.experiment import Experiment
 # Files of lab/papers and of lab/claims; an experiment is called like its file, with dashes.
 FILES = {
     "reproduce": ("shape", "table4"),
-    "claim": ("gan", "pre_post_ln"),
+    "claim": (
+        "batch_size",
+        "pre_post_ln",
+        "gan",
+    ),
 }
 FOLDERS = {"reproduce": "papers", "claim": "claims"}
 

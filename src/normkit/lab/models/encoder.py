@@ -80,8 +80,8 @@ class Encoder(nn.Module):
     """Embedding and positions, layers of attention and feed-forward, and logits for each place.
 
     With the norm after each branch (``"post"``) the last branch's norm is the last; with any other placement one more norm
-    stands before the head. Weights are Xavier-uniform, biases 0, and embeddings normal with deviation 1 / sqrt(features), times
-    sqrt(features) when they are looked up.
+    stands before the head. Weights are Xavier-uniform, biases 0; tokens and places are embedded with unit variance, and their sum
+    is divided by sqrt(2), so that what enters the first layer has unit variance too.
 
     Args:
         vocabulary: tokens that come in and that logits are given for.
@@ -131,11 +131,8 @@ class Encoder(nn.Module):
         if norm not in NORMS:
             raise OptionError(f"Encoder: norm={norm!r}; wanted one of {', '.join(NORMS)}")
         make = partial(NORMS[norm], features)
-        self.scale = math.sqrt(features)
         self.words = FixNorm(features, vocabulary) if fix else nn.Embedding(vocabulary, features)
-        if isinstance(self.words, nn.Embedding):
-            nn.init.normal_(self.words.weight, std=1 / self.scale)
-        self.places = nn.Parameter(torch.empty(length, features).normal_(std=1 / self.scale))
+        self.places = nn.Parameter(torch.randn(length, features))
         self.layers = nn.Sequential()
         for _ in range(depth):
             for branch in (Attention(features, heads, causal), FeedForward(features, hidden or 4 * features)):
@@ -145,9 +142,9 @@ class Encoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Gives the logits of each place."""
-        places = self.places[: tokens.shape[1]] * self.scale
-        x = self.words.embed(tokens) if isinstance(self.words, FixNorm) else self.words(tokens) * self.scale
-        x = self.norm(self.layers(x + places))
+        x = self.words.embed(tokens) if isinstance(self.words, FixNorm) else self.words(tokens)
+        x = (x + self.places[: tokens.shape[1]]) * math.sqrt(0.5)
+        x = self.norm(self.layers(x))
         return self.words(x) if self.head is None else self.head(x)
 
     def feed_forwards(self) -> list[FeedForward]:

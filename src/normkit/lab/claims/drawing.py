@@ -1,0 +1,87 @@
+"""What the figures of claims share: how they are written, bands over seeds, and names at the ends of lines."""
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from normkit.lab.record import write_bytes
+from normkit.lab.report.canvas import LOOK, plain
+from normkit.lab.report.palette import BASELINE, HUES, MARKERS
+
+DPI = 200
+GREY = BASELINE[0]
+COLOURS = [light for light, _ in HUES]
+SHAPES = [marker for marker, _ in MARKERS]
+
+
+def picture(folder: Path, name: str, make: Callable[[], Figure]) -> list[Path]:
+    """Draws a figure in the look of the reports, and writes it as PNG and SVG.
+
+    Args:
+        folder: where.
+        name: of the files, without ending.
+        make: draws.
+
+    Returns:
+        Both files.
+    """
+    written = []
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **LOOK}):
+        figure = make()
+        for kind, metadata in {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}.items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
+            path = folder / f"{name}.{kind}"
+            write_bytes(path, buffer.getvalue())
+            written.append(path)
+    return written
+
+
+def band(
+    axis: Axes, x: Sequence[float], middle: Sequence[float], low: Sequence[float], high: Sequence[float], **style: Any
+):
+    """A line of means in a band from the lowest to the highest.
+
+    Args:
+        axis: where.
+        x: places.
+        middle: means.
+        low: lowest.
+        high: highest.
+        **style: of the line; ``color`` is the band's too.
+    """
+    axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axis.plot(x, middle, **style)
+
+
+def name_ends(axis: Axes, ends: Sequence[tuple[float, str, str]], x: float = 1.01, gap: float = 0.055) -> None:
+    """Names lines at the right edge of a panel, moved apart where they would overlap.
+
+    Args:
+        axis: whose limits and scale are final.
+        ends: of each line: its value at the end, its name, its colour.
+        x: place of the names, in parts of the panel's width. Default: 1.01.
+        gap: least distance between names, in parts of the panel's height. Default: 0.055.
+    """
+    height = axis.transData.transform
+    inverse = axis.transAxes.inverted().transform
+    places = sorted(
+        (min(max(float(inverse(height((axis.get_xlim()[1], value)))[1]), 0.0), 1.0), name, colour)
+        for value, name, colour in ends
+    )
+    if not places:
+        return
+    at = [place for place, _, _ in places]
+    # Push up what is too close, then push the whole stack down again from the top.
+    for k in range(1, len(at)):
+        at[k] = max(at[k], at[k - 1] + gap)
+    at[-1] = min(at[-1], 1.0)
+    for k in range(len(at) - 2, -1, -1):
+        at[k] = min(at[k], at[k + 1] - gap)
+    for y, (_, name, colour) in zip(at, places, strict=True):
+        axis.text(x, y, plain(name), color=colour, transform=axis.transAxes, va="center", fontsize=7)

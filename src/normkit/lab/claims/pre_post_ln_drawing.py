@@ -1,0 +1,147 @@
+"""Curves and gradients of encoders whose norms stand before or after each branch."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
+
+from normkit.lab.claims.drawing import COLOURS, band, name_ends, picture
+from normkit.lab.claims.numbers import by_step, choose, known, mean
+from normkit.lab.report.canvas import DOTTED, FAINT, FULL, log, panels
+from normkit.residual import Placement
+
+PLACEMENTS: dict[Placement, str] = {"post": "Post-LN", "pre": "Pre-LN"}
+OPTIMIZERS = {"adam 1e-3": "Adam 1e-3", "adam 3e-4": "Adam 3e-4", "sgd 0.1": "SGD 0.1"}
+NORMS = {"ln": "LayerNorm", "rms": "RMSNorm", "scale": "ScaleNorm", "scale+fix": "ScaleNorm and FixNorm"}
+HUES: dict[Placement, str] = {"post": COLOURS[1], "pre": COLOURS[0]}
+
+
+def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Draws the figures of the claim.
+
+    Args:
+        result: what its ``run`` returned.
+        folder: where to.
+    """
+    written = [
+        *picture(folder, "gradients", lambda: gradients(result)),
+        *picture(folder, "norms", lambda: norms(result)),
+    ]
+    for task in result["guess"]:
+        written += picture(folder, f"loss_{task}", lambda task=task: losses(result, task))
+    return written
+
+
+def losses(result: dict[str, Any], task: str) -> Figure:
+    """The training loss on one task, a panel an optimizer."""
+    used = [optimizer for optimizer in OPTIMIZERS if choose(result["runs"], task=task, norm="ln", optimizer=optimizer)]
+    figure, axes = panels(len(used), FULL if len(used) > 1 else 4.2, 2.7, sharey=True)
+    for axis, optimizer in zip(axes, used, strict=True):
+        ends = []
+        for placement, name in PLACEMENTS.items():
+            for warmup in (False, True):
+                which = {"task": task, "norm": "ln", "optimizer": optimizer, "placement": placement, "warmup": warmup}
+                rows = [run["rows"] for run in choose(result["runs"], **which)]
+                steps, middle, low, high = by_step(rows, lambda row: row["loss"])
+                if steps:
+                    band(axis, steps, middle, low, high, color=HUES[placement], linestyle="-" if warmup else "--")
+                    ends.append((middle[-1], f"{name}, {'warm-up' if warmup else 'none'}", HUES[placement]))
+        _guess(axis, result["guess"][task], "frequencies alone" if axis is axes[0] else "")
+        axis.set_title(OPTIMIZERS[optimizer], loc="left")
+        axis.set_xlabel("step")
+        axis.margins(x=0)
+        axis.set_ylim(bottom=0)
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        if axis is axes[-1]:
+            figure.draw_without_rendering()
+            name_ends(axis, ends)
+    axes[0].set_ylabel(f"training loss on {task}, nats a token")
+    handles = [Line2D([], [], color=FAINT, linestyle="--"), Line2D([], [], color=FAINT)]
+    figure.legend(handles, ["no warm-up", "warm-up over 10 % of the steps"], loc="outside upper left", ncols=2)
+    return figure
+
+
+def _guess(axis: Axes, guess: float, name: str) -> None:
+    axis.axhline(guess, color=FAINT, linestyle=DOTTED, linewidth=0.9)
+    place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axis.annotate(name, (0.99, guess), (0, 2), ha="right", fontsize=6.5, color="#666666", **place)
+
+
+def gradients(result: dict[str, Any]) -> Figure:
+    """Gradients before training: the last layer's against the depth, and each layer's of the deepest encoders."""
+    figure, axes = panels(3, FULL, 2.6)
+    depths = sorted({start["depth"] for start in result["starts"]})
+    titles = (
+        "last layer, loss at one token",
+        "last layer, mean loss of a batch",
+        f"every layer, depths {_list(depths)}",
+    )
+    for axis, what, title in zip(axes, ("token", "batch", "token"), titles, strict=True):
+        ends = []
+        for placement, name in PLACEMENTS.items():
+            starts = choose(result["starts"], placement=placement)
+            lasts = [known(s[what][-1] for s in starts if s["depth"] == depth) for depth in depths]
+            middle = [mean(values) or 0.0 for values in lasts]
+            ends.append((middle[-1], name, HUES[placement]))
+            if axis is axes[2]:
+                for depth in depths:
+                    each = np.mean([s[what] for s in starts if s["depth"] == depth], axis=0)
+                    axis.plot(range(1, depth + 1), each, color=HUES[placement], linewidth=0.4 + 0.25 * np.log2(depth))
+                continue
+            style: dict[str, Any] = {"color": HUES[placement], "marker": "o", "markersize": 3.5}
+            band(axis, depths, middle, [min(values) for values in lasts], [max(values) for values in lasts], **style)
+            if what == "token":
+                theory = [middle[0] * (depth / depths[0]) ** (-0.5 if placement == "pre" else 0.0) for depth in depths]
+                axis.plot(depths, theory, color=HUES[placement], linestyle=DOTTED, linewidth=0.9)
+        axis.set_title(title, loc="left")
+        axis.set_xlabel("layer" if axis is axes[2] else "depth of the encoder")
+        if axis is not axes[2]:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(FixedLocator(depths))
+            axis.set_xticks(depths, [str(depth) for depth in depths])
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.tick_params(axis="x", which="minor", bottom=False)
+        log(axis)
+        figure.draw_without_rendering()
+        name_ends(axis, ends)
+    axes[0].set_ylabel("gradient norm of the second\nfeed-forward weight, before training")
+    handles = [Line2D([], [], color=FAINT, linestyle=DOTTED)]
+    figure.legend(
+        handles, ["theory for one token: constant with Post-LN, 1 / √depth with Pre-LN"], loc="outside upper left"
+    )
+    return figure
+
+
+def _list(depths: list[int]) -> str:
+    return f"{', '.join(map(str, depths[:-1]))} and {depths[-1]}"
+
+
+def norms(result: dict[str, Any]) -> Figure:
+    """The loss at the end with each norm, on sort by Adam 1e-3 without warm-up; a dot is a seed."""
+    figure, (axis,) = panels(1, 4.2, 1.9)
+    for y, norm in enumerate(NORMS):
+        for placement in PLACEMENTS:
+            which = {"task": "sort", "optimizer": "adam 1e-3", "warmup": False, "norm": norm, "placement": placement}
+            values = known(run["loss"] for run in choose(result["runs"], **which))
+            at = [y + (0.14 if placement == "pre" else -0.14)] * len(values)
+            axis.plot(values, at, "o", color=HUES[placement], markersize=3.5, alpha=0.6, markeredgewidth=0)
+            if (middle := mean(values)) is not None:
+                axis.plot([middle], at[:1], "|", color=HUES[placement], markersize=9, markeredgewidth=1.6)
+    axis.axvline(result["guess"]["sort"], color=FAINT, linestyle=DOTTED, linewidth=0.9)
+    axis.set_yticks(range(len(NORMS)), list(NORMS.values()))
+    axis.set_ylim(len(NORMS) - 0.5, -0.5)
+    axis.set_xlim(left=0)
+    axis.grid(axis="y", visible=False)
+    axis.grid(axis="x", visible=True)
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlabel("loss on sort at the end, nats a token")
+    handles = [Line2D([], [], color=HUES[p], marker="o", markersize=3.5, linestyle="") for p in PLACEMENTS]
+    handles.append(Line2D([], [], color=FAINT, linestyle=DOTTED))
+    figure.legend(
+        handles, ["after the branch", "before the branch", "frequencies alone"], loc="outside upper left", ncols=3
+    )
+    return figure
