@@ -14,7 +14,8 @@ from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Split
 
-Kernel = Callable[[Rule, Tensor, Split, Tensor | None, Tensor | None], Tensor]
+Ready = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+Kernel = Callable[[float, Split], Ready]
 
 
 def refusal(
@@ -53,31 +54,31 @@ def refusal(
     return None
 
 
-def normalize(
-    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None, measured: bool = False
-) -> tuple[Tensor, Moments | None]:
-    """Normalize and compensate with torch's fused kernel; only where ``refusal`` gave None.
+def prepare(rule: Rule, x: Tensor, split: Split) -> Ready:
+    """Torch's fused kernel for a rule on inputs like this one; only where ``refusal`` gave None.
 
     Args:
         rule: what to compute.
         x: in its own shape, not split.
         split: of the rule's support.
-        weight: for the rule's compensation, or None.
-        bias: likewise.
-        measured: whether the moments are wanted too.
 
     Returns:
-        The output, and the moments if they are wanted.
+        A function of an input of this shape, a weight and a bias, each of them or None.
     """
     kernel = _kernel(rule)
     assert kernel is not None
-    last = _channels_are_last(rule)
-    first = x.movedim(-1, 1) if last else x
-    if measured:
-        y, moments = _measured_batch_norm(rule, first, split, weight, bias)
-    else:
-        y, moments = kernel(rule, first, split, weight, bias), None
-    return (_as_last(y, x) if last else y), moments
+    ready = kernel(_eps(rule.statistic, x), split)
+    if not _channels_are_last(rule):
+        return ready
+    return lambda x, weight, bias: _as_last(ready(x.movedim(-1, 1), weight, bias), x)
+
+
+def measure(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Moments]:
+    """Normalize over the batch and hand over the moments too; only where ``refusal`` gave None with ``measured``."""
+    if _channels_are_last(rule):
+        y, moments = _measured_batch_norm(rule, x.movedim(-1, 1), split, weight, bias)
+        return _as_last(y, x), moments
+    return _measured_batch_norm(rule, x, split, weight, bias)
 
 
 def normalize_by(
@@ -134,8 +135,8 @@ def _eps(statistic: Statistic, x: Tensor) -> float:
     return statistic.epsilon(accumulation_dtype(x.dtype))
 
 
-def _batch_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    return F.batch_norm(x, None, None, weight, bias, True, 0.0, _eps(rule.statistic, x))
+def _batch_norm(eps: float, split: Split) -> Ready:
+    return lambda x, weight, bias: F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
 
 
 def _measured_batch_norm(
@@ -155,36 +156,48 @@ def _wide(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.to(accumulation_dtype(value.dtype))
 
 
-def _layer_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    return F.layer_norm(x, split.shape[split.dims[0] :], weight, bias, _eps(rule.statistic, x))
+def _layer_norm(eps: float, split: Split) -> Ready:
+    features = split.shape[split.dims[0] :]
+    return lambda x, weight, bias: torch.layer_norm(x, features, weight, bias, eps)
 
 
-def _rms_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    y = F.rms_norm(x, split.shape[split.dims[0] :], weight, _eps(rule.statistic, x))
-    return y if bias is None else y + bias
+def _rms_norm(eps: float, split: Split) -> Ready:
+    features = split.shape[split.dims[0] :]
+
+    def ready(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        y = torch.rms_norm(x, features, weight, eps)
+        return y if bias is None else y + bias
+
+    return ready
 
 
-def _group_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    groups = split.shape[split.names.index("g")] if "g" in split.names else 1
-    return _in_groups(rule, x, groups, weight, bias)
+def _group_norm(eps: float, split: Split) -> Ready:
+    return _in_groups(eps, split.shape[split.names.index("g")] if "g" in split.names else 1)
 
 
-def _instance_norm(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _instance_norm(eps: float, split: Split) -> Ready:
     # As groups of one channel: torch's own function goes through batch normalization, and takes three times as long.
-    return _in_groups(rule, x, x.shape[1], weight, bias)
+    return _in_groups(eps, split.shape[split.names.index("c")])
 
 
-def _in_groups(rule: Rule, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    # In channels-last memory torch's CPU kernel is wrong by more the larger the mean: two copies are the price of accuracy.
-    like = memory_format(x)
-    x = x.contiguous() if x.device.type == "cpu" else x
-    y = F.group_norm(x, groups, weight, bias, _eps(rule.statistic, x))
-    return y.contiguous(memory_format=like)
+def _in_groups(eps: float, groups: int) -> Ready:
+    def ready(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        # In channels-last memory torch's CPU kernel is wrong by more the larger the mean: two copies are the price of accuracy.
+        like = memory_format(x)
+        x = x.contiguous() if x.device.type == "cpu" else x
+        return torch.group_norm(x, groups, weight, bias, eps).contiguous(memory_format=like)
+
+    return ready
 
 
-def _over_channels(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    y = F.layer_norm(x.movedim(1, -1), (x.shape[1],), weight, bias, _eps(rule.statistic, x)).movedim(-1, 1)
-    return y.contiguous(memory_format=memory_format(x))
+def _over_channels(eps: float, split: Split) -> Ready:
+    channels = (split.shape[split.names.index("c")],)
+
+    def ready(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        y = torch.layer_norm(x.movedim(1, -1), channels, weight, bias, eps).movedim(-1, 1)
+        return y.contiguous(memory_format=memory_format(x))
+
+    return ready
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

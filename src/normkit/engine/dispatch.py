@@ -36,6 +36,7 @@ class Choice(NamedTuple):
     why: str
     split: Split
     call: native.Prepared | None = None
+    ready: aten.Ready | None = None
 
 
 @dataclass(frozen=True)
@@ -240,8 +241,10 @@ def _by_own_statistics(
     total = None if residual is None else x + residual
     x = x if total is None else total
     moments: Moments | None
-    if choice.backend == "aten":
-        y, moments = aten.normalize(rule, x, split, weight, bias, measured)
+    if choice.ready is not None:
+        y, moments = choice.ready(x, weight, bias), None
+    elif choice.backend == "aten":
+        y, moments = aten.measure(rule, x, split, weight, bias)
     elif choice.backend == "closed":
         y, _, moments = closed_form.normalize(x.reshape(split.shape), split, rule.statistic)
         if weight is not None or bias is not None:
@@ -412,6 +415,14 @@ def _decide(
     return kept[key]
 
 
+def ready(
+    rule: Rule, x: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str | None, backend: str
+) -> aten.Ready | None:
+    """The function that runs such arguments, where it is torch's own, which knows itself what to do under its transforms."""
+    choice = _decide(rule, x, weight, bias, None, activation, backend, False, None)
+    return None if activation is not None else choice.ready
+
+
 def _transformed(x: Tensor) -> bool:
     """Whether something else than eager PyTorch is at work: a compiler, a functional transform, a mode, a subclass of Tensor."""
     return (
@@ -466,18 +477,21 @@ def _choose(
             refused["native"] = prepared
         else:
             call, refused["native"] = prepared, None
+    fused = refused["aten"] is None and not measured and running is None
+    ready = aten.prepare(rule, x, split) if fused else None
     if backend != "auto":
         reason = refused[backend]
         if reason is not None:
             raise BackendError(
                 f'backend="{backend}" can\'t run {rule.support} on a {show(x.shape)} input: {reason}; use backend="auto"'
             )
-        return Choice(backend, "it was asked for by name", split, call if backend == "native" else None)
+        call, ready = call if backend == "native" else None, ready if backend == "aten" else None
+        return Choice(backend, "it was asked for by name", split, call, ready)
     if call is not None and not (refused["aten"] is None and aten.is_quicker(rule, x)):
         return Choice("native", f"these axes come down to a {call.nest.kind} of its loops", split, call)
     if refused["aten"] is None:
         why = "torch has a fused kernel for these axes and this statistic"
-        return Choice("aten", why if call is None else f"{why}, and the input is small", split)
+        return Choice("aten", why if call is None else f"{why}, and the input is small", split, None, ready)
     if torch.compiler.is_compiling():
         return Choice("reference", "the compiler fuses the definition with its neighbours", split)
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:

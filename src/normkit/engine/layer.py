@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import RunningStatistics
 from normkit.core.rule import Rule
 from normkit.core.support import Support, show
-from normkit.engine.dispatch import Activation, Backend, Explanation, explain, run, run_after_sum
+from normkit.engine.aten import Ready
+from normkit.engine.dispatch import Activation, Backend, Explanation, explain, ready, run, run_after_sum
+
+
+class _Known(NamedTuple):
+    """What runs inputs of one shape, dtype and device."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    run: Ready
+
+    def fits(self, input: Tensor) -> bool:
+        return (
+            not torch.compiler.is_compiling()
+            and input.shape == self.shape
+            and input.dtype == self.dtype
+            and input.device == self.device
+        )
 
 
 class Layer(nn.Module):
@@ -38,7 +58,8 @@ class Layer(nn.Module):
     @property
     def rule(self) -> Rule:
         """The rule that forward runs; it follows when ``eps`` or ``momentum`` are set."""
-        state = tuple(getattr(self, name, None) for name in ("eps", "momentum"))
+        own = self.__dict__
+        state = own.get("eps"), own.get("momentum")
         if self.__dict__.get("_rule_state") != state:
             self.__dict__["_rule"], self.__dict__["_rule_state"] = self.make_rule(), state
         return self.__dict__["_rule"]
@@ -56,7 +77,13 @@ class Layer(nn.Module):
         Raises:
             ShapeError: the input does not fit.
         """
+        known = self.__dict__.get("_known")
+        if known is not None and mask is None and known.fits(input):
+            parameters = self._parameters
+            return known.run(input, parameters["weight"], parameters["bias"])
         running, training = self._statistics(input)
+        if running is None and mask is None and not torch.compiler.is_compiling():
+            self._know(input)
         return run(
             self.rule,
             input,
@@ -68,6 +95,31 @@ class Layer(nn.Module):
             activation=self.activation,
             backend=self.backend,
         )
+
+    def _know(self, input: Tensor) -> None:
+        """Keep the way to torch's own kernel for the next input like this one, where that is what runs."""
+        parameters = self._parameters
+        if type(self).forward is not Layer.forward or not {"weight", "bias"} <= parameters.keys():
+            return
+        weight, bias = parameters["weight"], parameters["bias"]
+        found = ready(self.rule, input, weight, bias, self.activation, self.backend)
+        if found is not None:
+            self.__dict__["_known"] = _Known(input.shape, input.dtype, input.device, found)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.pop("_known", None)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self.__dict__.pop("_known", None)
+        super().__delattr__(name)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__.pop("_known", None)
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_known"}
 
     def after_sum(self, input: Tensor, residual: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Normalize input + residual, and hand over that sum too: the step between two blocks of a residual network, in one pass.
@@ -101,16 +153,17 @@ class Layer(nn.Module):
         """Running statistics to update or to use, and whether the input's own are used; refuses an input that does not fit."""
         self.check(input)
         running, training = self.running(), self.training
-        if training and not getattr(self, "track_running_stats", False):
+        if training and not self.__dict__.get("track_running_stats", False):
             running = None
         return running, training or running is None
 
     def running(self) -> RunningStatistics | None:
         """The module's running statistics, or None where it keeps none."""
-        mean, var = getattr(self, "running_mean", None), getattr(self, "running_var", None)
+        buffers = self._buffers
+        mean, var = buffers.get("running_mean"), buffers.get("running_var")
         if mean is None or var is None:
             return None
-        return RunningStatistics(mean, var, self.num_batches_tracked)
+        return RunningStatistics(mean, var, buffers.get("num_batches_tracked"))
 
     def explain(self, input: Tensor) -> Explanation:
         """Say which back end would normalize this input, and why.
