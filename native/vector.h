@@ -206,12 +206,14 @@ template <class A> inline Mask<A> first(int64_t n) {
     return index < static_cast<decltype(index[0] + 0)>(n);
 }
 
+// By halves: in vectors down to four lanes, as a scalar loop over an array would go through memory.
 template <class A> inline A sum_lanes(Vec<A> v) {
-    A halves[LANES];
-    store(halves, v);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) halves[i] += halves[i + width];
-    return halves[0];
+    typedef A Four __attribute__((vector_size(4 * sizeof(A))));
+    Four parts[LANES / 4];
+    std::memcpy(parts, &v, sizeof v);
+    for (int width = LANES / 8; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+    return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
 }  // namespace nk
