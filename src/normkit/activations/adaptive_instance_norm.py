@@ -11,7 +11,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.moments import accumulation_dtype, moments
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.engine.dispatch import Backend, run
@@ -20,6 +20,7 @@ from normkit.engine.layer import check_several
 _RULE = Rule(Support("n c *", over="*"), Statistic("mean", "std", 1e-5), Affine("n c"))
 
 
+@remembered
 def adaptive_instance_norm_rule(eps: float = 1e-5) -> Rule:
     """Adaptive instance normalization as data: weight and bias are the style's deviation and mean, per sample and channel.
 

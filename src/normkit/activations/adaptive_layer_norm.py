@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import ShapeError
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.engine.dispatch import Backend, Explanation, explain, run
 from normkit.engine.layer import Layer
 
 
+@remembered
 def adaptive_layer_norm_rule(eps: float = 1e-6, per: str = "n d") -> Rule:
     """Adaptive layer normalization as data; ``per="n * d"`` where each token has a condition of its own.
 

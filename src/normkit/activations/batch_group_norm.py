@@ -14,7 +14,7 @@ from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import RunningMoments
 from normkit.core.moments import Moments, accumulation_dtype, moments
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, divisors, place
 from normkit.engine.dispatch import Backend, Explanation, explain, run, run_measured
@@ -24,6 +24,7 @@ from normkit.engine.sub_batches import run_in_sub_batches
 _LAYOUTS = ("n c *", "n * c")
 
 
+@remembered
 def batch_group_norm_rule(
     num_groups: int | None = None, examples_per_group: int | None = None, eps: float = 1e-5, layout: str = "n c *"
 ) -> Rule:
@@ -301,6 +302,7 @@ def example_weighing(
     return (y if mask is None else torch.where(mask, y, 0.0)).reshape(x.shape).to(x.dtype)
 
 
+@remembered
 def _rules(groups: int | None, examples: int | None, eps: float, layout: str) -> tuple[Rule, Rule]:
     """The rule, and the same for one group of all examples."""
     rule, whole = (batch_group_norm_rule(groups, count, eps, layout) for count in (examples, None))

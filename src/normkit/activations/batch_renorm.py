@@ -14,7 +14,7 @@ from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.moments import accumulation_dtype
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, place
 from normkit.engine.dispatch import Backend, Explanation, explain, run_measured
@@ -244,6 +244,7 @@ def batch_renorm(
     )
 
 
+@remembered
 def _rule(eps: float, layout: str) -> Rule:
     if layout not in _SUPPORTS:
         raise OptionError(f"BatchRenorm: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")

@@ -14,7 +14,7 @@ from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.moments import accumulation_dtype
 from normkit.core.precision import full_precision
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.engine.dispatch import Backend, run
@@ -23,6 +23,7 @@ from normkit.engine.layer import Layer, check_channels, check_several
 _SUPPORTS = {over: Support("n c *", over=over) for over in ("*", "n *")}
 
 
+@remembered
 def conditional_norm_rule(over: str = "*", eps: float = 1e-5, momentum: float | None = 0.1, per: str = "n c") -> Rule:
     """Conditional normalization as data: over ``"*"`` instance, over ``"n *"`` batch normalization, weighed per sample.
 

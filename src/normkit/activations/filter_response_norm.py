@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.moments import accumulation_dtype
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, place
 from normkit.engine.dispatch import Backend, run
@@ -19,6 +19,7 @@ from normkit.engine.layer import Layer, check_channels
 _SUPPORT = Support("n c *", over="*")
 
 
+@remembered
 def filter_response_norm_rule(eps: float = 1e-6) -> Rule:
     """Filter response normalization, without its threshold, as data.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.errors import ShapeError
 from normkit.core.moments import accumulation_dtype
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.engine.dispatch import run
@@ -142,8 +142,13 @@ def fix_norm(
     return (logits if bias is None else logits + bias).to(x.dtype)
 
 
+@remembered
+def _rule(eps: float) -> Rule:
+    return Rule(Support("* d", over="d"), Statistic(None, "norm", eps, "floor"))
+
+
 def _unit(x: Tensor, eps: float) -> Tensor:
-    return run(Rule(Support("* d", over="d"), Statistic(None, "norm", eps, "floor")), x)
+    return run(_rule(eps), x)
 
 
 CARD = Card(

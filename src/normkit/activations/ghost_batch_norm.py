@@ -14,7 +14,7 @@ from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import Running, RunningMoments, RunningStatistics
 from normkit.core.moments import Moments
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
 from normkit.engine.dispatch import Backend, Explanation, explain, run
@@ -26,6 +26,7 @@ Memory = Literal["mean", "sequential", "moments"]
 _LAYOUTS = {"n c *": "(b n) c *", "n * c": "(b n) * c"}
 
 
+@remembered
 def ghost_batch_norm_rule(
     ghost_batch_size: int = 16,
     eps: float = 1e-5,

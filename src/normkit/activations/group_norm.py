@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, divisors, show
 from normkit.engine.dispatch import Backend, run
@@ -19,6 +19,7 @@ from normkit.engine.layer import Layer, check_channels
 _LAYOUTS = {"n c *": "n (g c) *", "n * c": "n * (g c)"}
 
 
+@remembered
 def group_norm_rule(num_groups: int, eps: float = 1e-5, layout: str = "n c *") -> Rule:
     """Group normalization as data.
 

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.engine.dispatch import run
 
 
+@remembered
 def hypersphere_rule(eps: float = 1e-12) -> Rule:
     """Putting each token on the unit sphere, as data.
 

@@ -10,7 +10,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import Running, RunningStatistics
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
 from normkit.engine.dispatch import Backend, run
@@ -19,6 +19,7 @@ from normkit.engine.layer import Layer, check_channels, check_several, given_sta
 _SUPPORTS = {layout: Support(layout, over="*") for layout in ("n c *", "n * c")}
 
 
+@remembered
 def instance_norm_rule(
     eps: float = 1e-5, momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True
 ) -> Rule:

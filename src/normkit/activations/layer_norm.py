@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.engine.dispatch import Backend, run
 from normkit.engine.layer import Layer, check_features, features_support
 
 
+@remembered
 def layer_norm_rule(rank: int = 1, eps: float = 1e-5, over: str | None = None, per: str | None = None) -> Rule:
     """Layer normalization over the last ``rank`` axes, or over ``"c"`` or ``"c *"`` of a channels-first input, as data.
 

@@ -11,7 +11,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import RunningMean, RunningStatistics
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
 from normkit.engine.dispatch import Backend, run
@@ -20,6 +20,7 @@ from normkit.engine.layer import Layer, check_channels
 _SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
 
 
+@remembered
 def mean_only_batch_norm_rule(momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True) -> Rule:
     """Mean-only batch normalization as data.
 

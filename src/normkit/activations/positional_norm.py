@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.moments import moments
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
 from normkit.engine.dispatch import Backend, run
@@ -25,6 +25,7 @@ class PositionalMoments(NamedTuple):
     deviation: Tensor
 
 
+@remembered
 def positional_norm_rule(eps: float = 1e-5, correction: int = 1) -> Rule:
     """Positional normalization as data.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.engine.dispatch import run
@@ -21,6 +21,7 @@ from normkit.engine.layer import Layer
 Form = Literal["cosine", "rms", "layer"]
 
 
+@remembered
 def query_key_norm_rule(form: Form = "cosine", eps: float = 1e-6) -> Rule:
     """What is done to queries and to keys, as data.
 

@@ -12,7 +12,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import Running, RunningStatistics
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.engine.dispatch import run, run_measured
@@ -21,6 +21,7 @@ from normkit.engine.layer import Layer, check_channels, check_several
 Statistics = Literal["sequence", "frame"]
 
 
+@remembered
 def recurrent_batch_norm_rule(
     statistics: Statistics = "sequence", eps: float = 1e-5, momentum: float = 0.1, batch_first: bool = False
 ) -> Rule:

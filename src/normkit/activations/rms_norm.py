@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Guard, Statistic
 from normkit.engine.dispatch import Backend, run
 from normkit.engine.layer import Layer, check_features, features_support
@@ -19,6 +19,7 @@ from normkit.engine.layer import Layer, check_features, features_support
 Cast = Literal["after weight", "before weight"]
 
 
+@remembered
 def rms_norm_rule(
     rank: int = 1, eps: float | None = None, over: str | None = None, guard: Guard = "inside", offset: float = 0.0
 ) -> Rule:
@@ -167,12 +168,17 @@ def _check_cast(who: str, cast: str) -> None:
         raise OptionError(f"{who}: cast={cast!r}; wanted 'after weight' or 'before weight'")
 
 
+@remembered
+def _bare(rule: Rule) -> Rule:
+    return Rule(rule.support, rule.statistic)
+
+
 def _rounded_first(
     rule: Rule, x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, backend: Backend
 ) -> Tensor:
     """Normalize, round to the input's dtype, and only then scale and shift."""
     assert rule.compensation is not None
-    y = run(Rule(rule.support, rule.statistic), x, mask=mask, backend=backend)
+    y = run(_bare(rule), x, mask=mask, backend=backend)
     split = rule.support.split(x.shape)
     wide = y.dtype if weight is None else torch.promote_types(y.dtype, weight.dtype)
     y = rule.compensation.apply(y.reshape(split.shape).to(wide), split, weight, bias).reshape(x.shape).to(x.dtype)

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.engine.dispatch import Backend, run
 from normkit.engine.layer import Layer
 
 
+@remembered
 def scale_norm_rule(eps: float = 1e-5) -> Rule:
     """ScaleNorm as data.
 

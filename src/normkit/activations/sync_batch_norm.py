@@ -14,7 +14,7 @@ from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.moments import Moments, accumulation_dtype, moments
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Split, Support, show
 from normkit.engine.dispatch import Backend, Explanation, run
@@ -23,6 +23,7 @@ from normkit.engine.layer import Layer, check_channels, check_several, given_sta
 _SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
 
 
+@remembered
 def sync_batch_norm_rule(
     eps: float = 1e-5, momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True
 ) -> Rule:

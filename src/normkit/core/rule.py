@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
 
 from normkit.core.compensation import Affine
 from normkit.core.errors import NotationError
@@ -73,3 +77,24 @@ class Rule:
         """The rule as the literature writes it."""
         normalized = self.statistic.formula()
         return f"y = {self.compensation.formula(normalized) if self.compensation else normalized}"
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def remembered(make: Callable[P, R]) -> Callable[P, R]:
+    """Make a function of a few settings give the same rule again for the same ones, with all that was prepared for it.
+
+    >>> make = remembered(lambda eps: Rule(Support("* d", over="d"), Statistic("mean", "std", eps)))
+    >>> make(1e-5) is make(1e-5)
+    True
+    """
+    kept: Callable[..., Any] = lru_cache(256)(make)
+
+    @wraps(make)
+    def known(*args: P.args, **kwargs: P.kwargs) -> R:
+        # A compiler traces what makes the rule, and does not look into a cache.
+        return make(*args, **kwargs) if torch.compiler.is_compiling() else kept(*args, **kwargs)
+
+    return known

@@ -12,7 +12,7 @@ from normkit.core.compensation import Affine
 from normkit.core.errors import BackendError, NotationError, OptionError, ShapeError
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.moments import Moments, accumulation_dtype
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Split, Support, per_shape, place, show
 from normkit.engine import aten, closed_form, native, reference
@@ -372,8 +372,12 @@ def normalize(
         raise NotationError(
             f'normalize: a weight or bias is given without per=; say which axes it has, e.g. per="{support.names[-1]}"'
         )
-    rule = Rule(support, statistic or Statistic(), None if per is None else Affine(per))
-    return run(rule, x, weight, bias, mask=mask, backend=backend)
+    return run(_rule(support, statistic or Statistic(), per), x, weight, bias, mask=mask, backend=backend)
+
+
+@remembered
+def _rule(support: Support, statistic: Statistic, per: str | None) -> Rule:
+    return Rule(support, statistic, None if per is None else Affine(per))
 
 
 def _decide(
