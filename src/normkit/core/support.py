@@ -129,9 +129,9 @@ class Support:
         Raises:
             ShapeError: the shape has the wrong number of axes, or an axis does not split; the message names the axis.
         """
-        if torch.compiler.is_compiling():  # symbolic sizes are no keys
-            return self._split(tuple(shape))
         key = tuple(shape)
+        if torch.compiler.is_compiling() or any(isinstance(size, torch.SymInt) for size in key):
+            return self._split(key)  # symbolic sizes are no keys
         if key not in self._splits:
             if len(self._splits) >= 256:  # many shapes, as from ragged batches, must not fill memory
                 self._splits.clear()

@@ -15,7 +15,7 @@ from normkit.core.moments import Moments, accumulation_dtype
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Split, Support, per_shape, place, show
-from normkit.engine import aten, closed_form, native, reference
+from normkit.engine import aten, closed_form, native, operator, reference
 from normkit.engine.library import why_not
 
 Backend = Literal["auto", "reference", "closed", "aten", "native"]
@@ -240,6 +240,8 @@ def _by_own_statistics(
         return native.normalize(choice.call, x, weight, bias, residual, measured)
     total = None if residual is None else x + residual
     x = x if total is None else total
+    if choice.backend == "native":
+        return operator.normalize(rule, x, weight, bias, activation), total, None
     moments: Moments | None
     if choice.ready is not None:
         y, moments = choice.ready(x, weight, bias), None
@@ -472,15 +474,13 @@ def _choose(
         refused["closed"] = _no_closed_form(rule, x, split)
     call = None
     if "native" not in refused:
-        prepared = (
-            native.prepare(rule, x, split, weight, bias, activation, running is not None)
-            if plain
-            else "the native kernels run in eager PyTorch alone"
-        )
-        if isinstance(prepared, str):
-            refused["native"] = prepared
+        if plain:
+            prepared = native.prepare(rule, x, split, weight, bias, activation, running is not None)
+            call, refused["native"] = (None, prepared) if isinstance(prepared, str) else (prepared, None)
+        elif not torch.compiler.is_compiling() or measured or running is not None or _no_closed_form(rule, x, split):
+            refused["native"] = "the native kernels do not run under this transform of torch"
         else:
-            call, refused["native"] = prepared, None
+            refused["native"] = operator.refusal(rule, x, weight, bias)
     fused = refused["aten"] is None and not measured and running is None
     ready = aten.prepare(rule, x, split) if fused else None
     if backend != "auto":
@@ -497,6 +497,8 @@ def _choose(
         why = "torch has a fused kernel for these axes and this statistic"
         return Choice("aten", why if call is None else f"{why}, and the input is small", split, None, ready)
     if torch.compiler.is_compiling():
+        if refused["native"] is None and operator.is_quicker(rule, x):
+            return Choice("native", "the kernel is faster than what a compiler makes of the definition", split)
         return Choice("reference", "the compiler fuses the definition with its neighbours", split)
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return Choice("reference", "the closed form has no derivative in forward mode", split)

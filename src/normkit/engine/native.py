@@ -65,6 +65,12 @@ def _functions() -> _Functions | None:
     return _Functions(*(getattr(found, f"nk_{name}") for name in signatures))
 
 
+def absence() -> str | None:
+    """Why there are no kernels here, or None if there are."""
+    reason = why_not()
+    return None if reason is None else f"the native kernels do not run: {reason}"
+
+
 @dataclass(slots=True, eq=False)
 class Prepared:
     """A rule on inputs of one shape, layout and dtype, ready for the kernels."""
@@ -108,7 +114,7 @@ def prepare(
     """
     found = _functions()
     if found is None:
-        return f"the native kernels do not run: {why_not()}"
+        return absence() or ""
     if reason := _unfit(x, weight, bias):
         return reason
     statistic = rule.statistic
@@ -361,17 +367,36 @@ def _checked(status: int) -> None:
     assert status == 0, f"the kernels answered {status}"
 
 
+def define(
+    rule: Rule, split: Split, x: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    """The same function in PyTorch that is differentiable to any order."""
+    y = closed_form.normalize(x.reshape(split.shape), split, rule.statistic)[0]
+    return _compensated(rule, split, x, y, weight, bias, activation)
+
+
+def _compensated(
+    rule: Rule, split: Split, x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    if rule.compensation is not None:
+        y = rule.compensation.apply(y, split, weight, bias)
+    return reference.activate(y.reshape(x.shape), activation).to(x.dtype)
+
+
 def _definition(call: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor | None) -> Tensor:
-    """The same function in differentiable PyTorch, for derivatives of derivatives."""
-    viewed = x.reshape(call.split.shape)
+    """``define``, or by given statistics."""
     if values is None:
-        y = closed_form.normalize(viewed, call.split, call.rule.statistic)[0]
-    else:
-        center = call.statistic(values, 1) if call.centred else 0.0
-        y = (viewed.to(call.wide) - center) * call.statistic(values, 0)
-    if call.rule.compensation is not None:
-        y = call.rule.compensation.apply(y, call.split, weight, bias)
-    return reference.activate(y, call.activation).reshape(x.shape).to(x.dtype)
+        return define(call.rule, call.split, x, weight, bias, call.activation)
+    center = call.statistic(values, 1) if call.centred else 0.0
+    y = (x.reshape(call.split.shape).to(call.wide) - center) * call.statistic(values, 0)
+    return _compensated(call.rule, call.split, x, y, weight, bias, call.activation)
+
+
+def differentiate(
+    call: Prepared, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of input, weight and bias, given what ``normalize`` measured."""
+    return _backward(call, dy, None, _dense(x, call), _packed(weight), _packed(bias), values, (True, True, True))
 
 
 def _differentiable(

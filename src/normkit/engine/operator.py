@@ -1,0 +1,177 @@
+"""The native kernels as operators that torch.compile keeps whole: ``torch.ops.normkit.normalize`` and its backward.
+
+A compiled graph calls them as it calls torch's own kernels, with strides as they were traced. The rule travels as text, so that a
+graph that was cached on disk runs in another process too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normkit.core.compensation import Affine
+from normkit.core.moments import accumulation_dtype
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support
+from normkit.engine import closed_form, native
+
+_LIBRARY = torch.library.Library("normkit", "DEF")
+_LIBRARY.define(
+    "normalize(Tensor x, Tensor? weight, Tensor? bias, str rule, str activation) -> (Tensor, Tensor)",
+    tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
+)
+_LIBRARY.define(
+    "normalize_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor values, str rule, str activation) "
+    "-> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
+)
+
+_RULES: dict[str, Rule] = {}
+
+
+def write(rule: Rule) -> str:
+    """A rule without its memory as text.
+
+    >>> write(Rule(Support("n (g c)", over="c", g=2), Statistic(None, "rms"), Affine("(g c)", 1.0)))
+    'n (g c)|c|g=2|None|rms|1e-05|inside|0|(g c)|1.0'
+    """
+    support, statistic, compensation = rule.support, rule.statistic, rule.compensation
+    sizes = ",".join(f"{name}={size}" for name, size in support.sizes)
+    after = "-|0.0" if compensation is None else f"{compensation.per}|{compensation.offset}"
+    return (
+        f"{support.axes}|{support.over}|{sizes}|{statistic.center}|{statistic.scale}|{statistic.eps}|{statistic.guard}|"
+        f"{statistic.correction}|{after}"
+    )
+
+
+def read(text: str) -> Rule:
+    """The rule that was written; the same one again for the same text.
+
+    >>> read("* d|d||mean|std|1e-05|inside|0|-|0.0") == Rule(Support("* d", over="d"))
+    True
+    """
+    if text not in _RULES:
+        axes, over, sizes, center, scale, eps, guard, correction, per, offset = text.split("|")
+        given = {name: int(size) for name, size in (pair.split("=") for pair in sizes.split(",") if pair)}
+        names: dict[str, Any] = {"None": None}
+        statistic = Statistic(
+            names.get(center, center), names.get(scale, scale), None if eps == "None" else float(eps), guard, int(correction)  # pyright: ignore[reportArgumentType]
+        )
+        _RULES[text] = Rule(
+            Support(axes, over=over, **given), statistic, None if per == "-" else Affine(per, float(offset))
+        )
+    return _RULES[text]
+
+
+def _prepared(x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: str, activation: str) -> native.Prepared | str:
+    known = read(rule)
+    key = ("operator", x.shape, x.stride(), x.dtype, *(None if p is None else p.dtype for p in (weight, bias)), activation)
+    if key not in known.prepared:
+        if len(known.prepared) >= 256:  # many shapes, as from ragged batches, must not fill memory
+            known.prepared.clear()
+        split = known.support.split(x.shape)
+        known.prepared[key] = native.prepare(known, x, split, weight, bias, activation or None)
+    return known.prepared[key]
+
+
+@torch.library.impl(_LIBRARY, "normalize", "CPU")
+def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: str, activation: str) -> tuple[Tensor, Tensor]:
+    call = _prepared(x, weight, bias, rule, activation)
+    if isinstance(call, str):
+        known = read(rule)
+        y = native.define(known, known.support.split(x.shape), x, weight, bias, activation or None)
+        return torch.empty_like(x).copy_(y), x.new_empty(_rows(rule, x), dtype=accumulation_dtype(x.dtype))
+    y, _, values = native.normalize(call, x, weight, bias)
+    return y, values
+
+
+@torch.library.impl(_LIBRARY, "normalize_backward", "CPU")
+def _normalize_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, rule: str, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = _prepared(x, weight, bias, rule, activation)
+    if isinstance(call, str):
+        known = read(rule)
+        inputs = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
+        with torch.enable_grad():
+            y = native.define(known, known.support.split(x.shape), *inputs, activation or None)  # pyright: ignore[reportArgumentType]
+            asked = iter(torch.autograd.grad(y, [t for t in inputs if t is not None], dy))
+        found = [None if t is None else next(asked) for t in inputs]
+        dx = torch.empty_like(x).copy_(found[0])  # pyright: ignore[reportArgumentType]
+        dweight, dbias = found[1], found[2]
+    else:
+        dx, dweight, dbias = native.differentiate(call, dy, x, weight, bias, values)
+        assert dx is not None
+    return dx, _or_empty(dweight, x), _or_empty(dbias, x)
+
+
+def _or_empty(gradient: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(0) if gradient is None else gradient
+
+
+def _rows(rule: str, x: Tensor) -> tuple[int, Any]:
+    known = read(rule)
+    sets: Any = 1
+    for size in known.support.split(x.shape).statistics_shape:
+        sets = sets * size
+    return 1 + (known.statistic.center is not None), sets
+
+
+@torch.library.register_fake("normkit::normalize", lib=_LIBRARY)
+def _normalize_fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: str, activation: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(_rows(rule, x), dtype=accumulation_dtype(x.dtype))
+
+
+@torch.library.register_fake("normkit::normalize_backward", lib=_LIBRARY)
+def _normalize_backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, rule: str, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = (x.new_empty(0) if p is None else torch.empty_like(p, memory_format=torch.contiguous_format) for p in (weight, bias))
+    return torch.empty_like(x), *gradients
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, ctx.rule, ctx.activation = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, bias, output[1])
+
+
+def _differentiate(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, bias, values = ctx.saved_tensors
+    dx, dweight, dbias = torch.ops.normkit.normalize_backward(dy, x, weight, bias, values, ctx.rule, ctx.activation)
+    return dx, None if weight is None else dweight, None if bias is None else dbias, None, None
+
+
+torch.library.register_autograd("normkit::normalize", _differentiate, setup_context=_keep, lib=_LIBRARY)
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether the kernels run here; a constant to a compiler."""
+    return native.absence() is None
+
+
+def refusal(rule: Rule, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
+    """Why a compiled graph should trace the definition rather than call the operator, or None."""
+    if x.device.type != "cpu" or not available():
+        return "the native kernels do not run here"
+    if not closed_form.has_closed_form(rule.statistic) or any(
+        p is not None and p.dtype not in (x.dtype, accumulation_dtype(x.dtype)) for p in (weight, bias)
+    ):
+        return "the native kernels do not know it"
+    return None
+
+
+def is_quicker(rule: Rule, x: Tensor) -> bool:
+    """Whether a compiled graph runs this faster by calling the kernel than by tracing the definition."""
+    return False
+
+
+def normalize(rule: Rule, x: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str | None) -> Tensor:
+    """Run a rule by the operator; only where ``refusal`` gave None."""
+    return torch.ops.normkit.normalize(x, weight, bias, write(rule), activation or "")[0]
