@@ -4,9 +4,13 @@
 
 #include "plan.h"
 #include "statistic.h"
+#include "stream.h"
 #include "vector.h"
 
 namespace nk {
+
+// Runs may be short, and the compiler would rather call.
+#define NK_INLINE inline __attribute__((always_inline))
 
 // Elements that one accumulator takes before it is merged in double precision, and that one task takes of a large set. Both are part of
 // the result's rounding: they must not depend on the number of threads.
@@ -40,10 +44,10 @@ inline Runs runs_of(const NkPlan &plan, bool parameters) {
 struct Place {
     int64_t x, parameter;
 };
-inline Place place_of(const NkPlan &plan, const Runs &runs, int64_t set) {
+NK_INLINE Place place_of(const NkPlan &plan, const Runs &runs, int64_t set) {
     // Sets may be small, and divisions are slow.
     int64_t o = runs.kept == 1 ? set : set / runs.kept, k = runs.kept == 1 ? 0 : set - o * runs.kept;
-    int64_t outer = plan.outer_step == 0 ? 0 : outer_place(plan, o);
+    int64_t outer = plan.outer_step == 0 ? 0 : plan.outer_div == 1 ? o % plan.outer_mod * plan.outer_step : outer_place(plan, o);
     return {o * runs.far * runs.stride() + k * runs.mid * runs.length, outer + k * runs.per_kept};
 }
 
@@ -53,7 +57,8 @@ struct Stretch {
 };
 
 // each(stretch) for the stretches that make up the elements [begin, end) of a set.
-template <class Each> inline void walk(const Runs &runs, Place at, int64_t begin, int64_t end, Each &&each) {
+template <class Each> NK_INLINE void walk(const Runs &runs, Place at, int64_t begin, int64_t end, Each &&each) {
+    if (runs.far == 1 && runs.mid == 1) return each(Stretch{at.x + begin, at.parameter + (runs.vector ? begin : 0), end - begin, 0, 0, begin, begin});
     int64_t run = begin == 0 ? 0 : begin / runs.length, inside = begin - run * runs.length;
     int64_t f = run < runs.mid ? 0 : run / runs.mid, m = run - f * runs.mid;
     while (begin < end) {
@@ -66,52 +71,75 @@ template <class Each> inline void walk(const Runs &runs, Place at, int64_t begin
     }
 }
 
-// The end of a run, in one vector: its last LANES elements, of which `counts` marks those that no whole vector before it held. A run that
-// is shorter than a vector is read with zeros behind it.
+// The end of a run that is no whole number of vectors, in one vector: its last LANES elements, of which `counts` marks those that no whole
+// vector before it held. A run that is shorter than a vector is read with zeros behind it.
 template <class A> struct End {
-    int64_t n, rest, from;
-    Mask<A> counts;
+    int64_t n;
 
-    explicit End(int64_t n)
-        : n(n), rest(n % LANES), from(n < LANES ? 0 : n - LANES), counts(n < LANES ? nk::first<A>(n) : ~nk::first<A>(LANES - rest)) {}
-    explicit operator bool() const { return rest != 0; }
-    template <class T> Vec<A> load(const T *p) const { return n < LANES ? load_some(p, n) : nk::load(p + from); }
-    template <class T> void store(T *p, Vec<A> v) const { n < LANES ? store_some(p, v, n) : nk::store(p + from, v); }
+    static NK_INLINE bool of(int64_t n) { return (n & (LANES - 1)) != 0; }
+    NK_INLINE Mask<A> counts() const { return n < LANES ? first<A>(n) : ~first<A>(LANES - (n & (LANES - 1))); }
+    template <class T> NK_INLINE Vec<A> load(const T *p) const { return n < LANES ? load_some(p, n) : nk::load(p + n - LANES); }
+    template <class T> NK_INLINE void store(T *p, Vec<A> v) const { n < LANES ? store_some(p, v, n) : nk::store(p + n - LANES, v); }
 };
 
-// A run mapped: gain * ((x - high) * inverse - low) + bias, at least `least`. The mean is high + low / inverse.
-template <class A> struct Map {
-    A high, inverse, low, least;
-    const A *gain, *bias;  // along the run, or null: then they are in inverse and low
-};
-
-template <class OUT, class T, bool GAIN, bool BIAS, class A = accumulator<T>> void map_run(const T *x, OUT *y, int64_t n, const Map<A> &map) {
-    Vec<A> high = splat<A>(map.high), inverse = splat<A>(map.inverse), low = splat<A>(map.low), least = splat<A>(map.least);
-    auto mapped = [&](Vec<A> v, auto &&at) {
-        v = (v - high) * inverse - low;
-        if constexpr (GAIN && BIAS) v = v * at(map.gain) + at(map.bias);
-        else if constexpr (GAIN) v = v * at(map.gain);
-        else if constexpr (BIAS) v = v + at(map.bias);
-        return select<A>(v < least, least, v);
-    };
-    // The end is read before anything is written, so that y may be x.
+// Fills a run of y with value(at), where at(p) are the elements of p that lie as those of y. Every few vectors, ask(i) may fetch what is
+// read soon.
+template <class OUT, class Value, class Ask> NK_INLINE void fill(OUT *y, int64_t n, Value &&value, Ask &&ask) {
+    using A = accumulator<OUT>;
+    auto here = [&](int64_t i) { return value([&](auto *p) { return load(p + i); }); };
+    // The end is read before anything is written, so that y may be what is read.
     End<A> end{n};
-    Vec<A> last = end ? mapped(end.load(x), [&](const A *p) { return end.load(p); }) : Vec<A>{};
+    Vec<A> last{};
+    if (end.of(n)) last = value([&](auto *p) { return end.load(p); });
     int64_t i = 0;
-    for (; i + 4 * LANES <= n; i += 4 * LANES)
-        for (int u = 0; u < 4; ++u) {
-            int64_t j = i + u * LANES;
-            store(y + j, mapped(load(x + j), [&](const A *p) { return load(p + j); }));
-        }
-    for (; i + LANES <= n; i += LANES) store(y + i, mapped(load(x + i), [&](const A *p) { return load(p + i); }));
-    if (end) end.store(y, last);
+    for (; i + 4 * LANES <= n; i += 4 * LANES) {
+        ask(i);
+        for (int u = 0; u < 4; ++u) store(y + i + u * LANES, here(i + u * LANES));
+    }
+    for (; i + LANES <= n; i += LANES) store(y + i, here(i));
+    if (end.of(n)) end.store(y, last);
 }
 
-template <class OUT, class T, class A = accumulator<T>> void map_any(const T *x, OUT *y, int64_t n, const Map<A> &map) {
-    if (map.gain && map.bias) return map_run<OUT, T, true, true>(x, y, n, map);
-    if (map.gain) return map_run<OUT, T, true, false>(x, y, n, map);
-    if (map.bias) return map_run<OUT, T, false, true>(x, y, n, map);
-    map_run<OUT, T, false, false>(x, y, n, map);
+// The same, past the cache. Lines that the run has to itself are streamed; those at its ends are written as ever, and not a byte of the
+// others with them, as a line written both ways is fetched after all.
+template <class OUT, class Value, class Ask> NK_INLINE void fill_far(OUT *y, int64_t n, Value &&value, Ask &&ask) {
+    constexpr int64_t line = LINE / int64_t(sizeof(OUT)), step = line > LANES ? line : LANES;
+    auto some = [&](int64_t i, int64_t m) { store_some(y + i, value([&](auto *p) { return load_some(p + i, m); }), m); };
+    auto plain = [&](int64_t i, int64_t to) {
+        for (; i + LANES <= to; i += LANES) store(y + i, value([&](auto *p) { return load(p + i); }));
+        if (i < to) some(i, to - i);
+    };
+    int64_t i = std::min(until_line(y), n);
+    plain(0, i);
+    for (; i + step <= n; i += step) {
+        ask(i);
+        for (int64_t j = i; j < i + step; j += LANES) stream(y + j, value([&](auto *p) { return load(p + j); }));
+    }
+    plain(i, n);
+}
+
+// A run mapped: gain * ((x - high) * inverse - low) + bias, and at least `least`. The mean is high + low / inverse; a gain or bias that
+// is constant along the run is in inverse and low already. `ahead` is from an element to one that is read soon.
+template <class OUT, class T, bool GAIN, bool BIAS, bool STREAM, class A = accumulator<T>>
+void map_run(const T *x, OUT *y, int64_t n, A high, A inverse, A low, A least, const A *gain, const A *bias, int64_t ahead) {
+    Vec<A> highs = splat<A>(high), inverses = splat<A>(inverse), lows = splat<A>(low), leasts = splat<A>(least);
+    auto value = [&](auto &&at) {
+        Vec<A> v = (at(x) - highs) * inverses - lows;
+        if constexpr (GAIN && BIAS) v = v * at(gain) + at(bias);
+        else if constexpr (GAIN) v = v * at(gain);
+        else if constexpr (BIAS) v = v + at(bias);
+        return select<A>(v < leasts, leasts, v);
+    };
+    if constexpr (STREAM) fill_far(y, n, value, [&](int64_t i) { fetch<LINE / int(sizeof(OUT))>(x + i + ahead); });
+    else fill(y, n, value, [&](int64_t i) { fetch<4 * LANES>(x + i + ahead); });
+}
+
+template <class OUT, class T, class A = accumulator<T>>
+using Mapper = void (*)(const T *x, OUT *y, int64_t n, A high, A inverse, A low, A least, const A *gain, const A *bias, int64_t ahead);
+
+template <class OUT, class T, bool STREAM> Mapper<OUT, T> mapper(bool gain, bool bias) {
+    if (gain) return bias ? map_run<OUT, T, true, true, STREAM> : map_run<OUT, T, true, false, STREAM>;
+    return bias ? map_run<OUT, T, false, true, STREAM> : map_run<OUT, T, false, false, STREAM>;
 }
 
 }  // namespace nk

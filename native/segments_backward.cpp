@@ -27,7 +27,7 @@ template <class S> struct Pair {
 template <class A> struct Sums {
     Vec<A> g[UNROLL] = {}, gx[UNROLL] = {};
 
-    void add(int u, Vec<A> v, Vec<A> apart) {
+    NK_INLINE void add(int u, Vec<A> v, Vec<A> apart) {
         g[u] += v;
         gx[u] += v * apart;
     }
@@ -46,25 +46,25 @@ template <class A> struct Gate {
     A scale, bias;
 };
 
-template <bool RELU, class A> inline Vec<A> gated(Vec<A> g, Vec<A> apart, Gate<A> gate) {
+template <bool RELU, class A> NK_INLINE Vec<A> gated(Vec<A> g, Vec<A> apart, Gate<A> gate) {
     if constexpr (RELU) return select<A>(apart * splat<A>(gate.scale) + splat<A>(gate.bias) <= 0, Vec<A>{}, g);
     return g;
 }
 
 template <bool RELU, class G, class T, class A = accumulator<T>>
-inline void add_constant(Sums<A> &sums, const G *g, const T *x, int64_t n, A center, Gate<A> gate) {
+NK_INLINE void add_constant(Sums<A> &sums, const G *g, const T *x, int64_t n, A center, Gate<A> gate) {
     Vec<A> c = splat<A>(center);
     auto add = [&](int u, Vec<A> v, Vec<A> apart) { sums.add(u, gated<RELU, A>(v, apart, gate), apart); };
     int64_t i = 0;
     for (; i + UNROLL * LANES <= n; i += UNROLL * LANES)
         for (int u = 0; u < UNROLL; ++u) add(u, load(g + i + u * LANES), load(x + i + u * LANES) - c);
     for (; i + LANES <= n; i += LANES) add(0, load(g + i), load(x + i) - c);
-    if (End<A> end{n})
-        add(1, select<A>(end.counts, end.load(g), Vec<A>{}), select<A>(end.counts, end.load(x) - c, Vec<A>{}));
+    if (End<A> end{n}; end.of(n))
+        add(1, select<A>(end.counts(), end.load(g), Vec<A>{}), select<A>(end.counts(), end.load(x) - c, Vec<A>{}));
 }
 
 template <class G, class T, class A = accumulator<T>>
-inline void add_varying(Sums<A> &sums, const G *g, const T *x, const A *gain, int64_t n, A center) {
+NK_INLINE void add_varying(Sums<A> &sums, const G *g, const T *x, const A *gain, int64_t n, A center) {
     Vec<A> c = splat<A>(center);
     int64_t i = 0;
     for (; i + UNROLL * LANES <= n; i += UNROLL * LANES)
@@ -73,8 +73,8 @@ inline void add_varying(Sums<A> &sums, const G *g, const T *x, const A *gain, in
             sums.add(u, load(g + j) * load(gain + j), load(x + j) - c);
         }
     for (; i + LANES <= n; i += LANES) sums.add(0, load(g + i) * load(gain + i), load(x + i) - c);
-    if (End<A> end{n})
-        sums.add(1, select<A>(end.counts, end.load(g) * end.load(gain), Vec<A>{}), select<A>(end.counts, end.load(x) - c, Vec<A>{}));
+    if (End<A> end{n}; end.of(n))
+        sums.add(1, select<A>(end.counts(), end.load(g) * end.load(gain), Vec<A>{}), select<A>(end.counts(), end.load(x) - c, Vec<A>{}));
 }
 
 // dx of a run of one gain, which is in pull.inverse.
@@ -90,12 +90,13 @@ void pull_constant(const G *g, const T *x, const T *dsum, T *dx, int64_t n, Pull
         return v;
     };
     End<A> end{n};
-    Vec<A> last = end ? pulled([&](auto *p) { return end.load(p); }) : Vec<A>{};
+    Vec<A> last{};
+    if (end.of(n)) last = pulled([&](auto *p) { return end.load(p); });
     int64_t i = 0;
     for (; i + UNROLL * LANES <= n; i += UNROLL * LANES)
         for (int u = 0; u < UNROLL; ++u) store(dx + i + u * LANES, pulled([&](auto *p) { return load(p + i + u * LANES); }));
     for (; i + LANES <= n; i += LANES) store(dx + i, pulled([&](auto *p) { return load(p + i); }));
-    if (end) end.store(dx, last);
+    if (end.of(n)) end.store(dx, last);
 }
 
 // dx of a run with a gain of its own for each element, and what the run adds to the gradients of gain and bias. PARAMETERS counts those.
@@ -125,14 +126,14 @@ void pull_varying(const G *g, const T *x, const A *gain, const T *dsum, T *dx, A
     };
     End<A> end{n};
     Element last{};
-    if (end) last = pulled([&](auto *p) { return end.load(p); });
+    if (end.of(n)) last = pulled([&](auto *p) { return end.load(p); });
     int64_t i = 0;
     for (; i + 2 * LANES <= n; i += 2 * LANES)
         for (int u = 0; u < 2; ++u) put(i + u * LANES, pulled([&](auto *p) { return load(p + i + u * LANES); }));
     for (; i + LANES <= n; i += LANES) put(i, pulled([&](auto *p) { return load(p + i); }));
-    if (!end) return;
+    if (!end.of(n)) return;
     if constexpr (DX) end.store(dx, last.dx);
-    auto gather = [&](A *to, Vec<A> v) { end.store(to, end.load(to) + select<A>(end.counts, v, Vec<A>{})); };
+    auto gather = [&](A *to, Vec<A> v) { end.store(to, end.load(to) + select<A>(end.counts(), v, Vec<A>{})); };
     if constexpr (PARAMETERS > 0) gather(dgain, last.dgain);
     if constexpr (PARAMETERS > 1) gather(dbias, last.dbias);
 }
@@ -182,15 +183,12 @@ template <class T> class SegmentsBackward {
 
     // Gradients behind the activation: dy times its slope.
     void prepare(const Stretch &s, int64_t offset, int64_t n, int64_t set, A *to) const {
-        Map<A> map{center(set), inverse(set), 0, -std::numeric_limits<A>::infinity(), nullptr, nullptr};
-        if (runs.vector) {
-            if (call.weight) map.gain = call.weight + s.parameter + offset;
-            if (call.bias) map.bias = call.bias + s.parameter + offset;
-        } else {
-            if (call.weight) map.inverse *= call.weight[s.parameter];
-            if (call.bias) map.low = -call.bias[s.parameter];
-        }
-        map_any<A>(call.x + s.x + offset, to, n, map);
+        const A *gain = call.weight ? call.weight + s.parameter : nullptr, *bias = call.bias ? call.bias + s.parameter : nullptr;
+        A scale = inverse(set), low = 0;
+        if (!runs.vector) scale *= gain ? *gain : A(1), low = bias ? -*bias : A(0);
+        int64_t step = runs.vector ? offset : 0;
+        mapper<A, T, false>(runs.vector && gain, runs.vector && bias)(call.x + s.x + offset, to, n, center(set), scale, low,
+                                                               -std::numeric_limits<A>::infinity(), gain + step, bias + step, 0);
         slope_run<A>(plan.activation, to, n);
         const T *dy = call.dy + s.x + offset;
         auto passed = [](Vec<A> slope, Vec<A> g) { return select<A>(slope == 0, Vec<A>{}, slope * g); };

@@ -1,4 +1,4 @@
-// Forward over sets whose elements lie next to one another: measure a set, then normalize it while it is in the cache.
+// Forward over sets whose elements lie next to one another: measure a set, then map it while it is in the cache.
 #include <limits>
 #include <vector>
 
@@ -11,33 +11,59 @@ namespace nk {
 namespace {
 
 constexpr int UNROLL = 4;
+constexpr int64_t STRETCH = 1024;  // of values before a curved activation, in the first cache
 
-// Sums about a shift: of x - shift, and of its square.
-template <class A> struct Sums {
+// Sums of up to BLOCK elements about a shift: of x - shift, and of its square.
+template <class A> struct Block {
+    A shift, first, second;
+};
+
+template <class A, bool CENTRED> struct Sums {
     Vec<A> first[UNROLL] = {}, second[UNROLL] = {};
 
-    template <bool CENTRED> void add(int u, Vec<A> apart) {
+    NK_INLINE void add(int u, Vec<A> apart) {
         if constexpr (CENTRED) first[u] += apart;
         second[u] += apart * apart;
     }
-    A total(const Vec<A> (&parts)[UNROLL]) const { return sum_lanes<A>((parts[0] + parts[1]) + (parts[2] + parts[3])); }
+    template <class T> NK_INLINE void add_run(const T *x, int64_t n, Vec<A> shift) {
+        int64_t i = 0;
+        for (; i + UNROLL * LANES <= n; i += UNROLL * LANES)
+            for (int u = 0; u < UNROLL; ++u) add(u, load(x + i + u * LANES) - shift);
+        for (; i + LANES <= n; i += LANES) add(0, load(x + i) - shift);
+        if (End<A> end{n}; end.of(n)) add(1, select<A>(end.counts(), end.load(x) - shift, Vec<A>{}));
+    }
+    Block<A> about(A shift) const {
+        auto total = [](const Vec<A>(&v)[UNROLL]) { return sum_lanes<A>((v[0] + v[1]) + (v[2] + v[3])); };
+        return {shift, CENTRED ? total(first) : A(0), total(second)};
+    }
 };
 
-template <class T, bool CENTRED, class A = accumulator<T>> inline void add_run(Sums<A> &sums, const T *x, int64_t n, Vec<A> shift) {
-    int64_t i = 0;
-    for (; i + UNROLL * LANES <= n; i += UNROLL * LANES)
-        for (int u = 0; u < UNROLL; ++u) sums.template add<CENTRED>(u, load(x + i + u * LANES) - shift);
-    for (; i + LANES <= n; i += LANES) sums.template add<CENTRED>(0, load(x + i) - shift);
-    if (End<A> end{n}) sums.template add<CENTRED>(1, select<A>(end.counts, end.load(x) - shift, Vec<A>{}));
+// The sums of n elements that read(sums, shift) adds. Where the shift was far from the mean, the variance would come out of a difference of
+// large numbers: the elements, still in the cache, are read once more, about their mean.
+template <class A, bool CENTRED, class Read> NK_INLINE Block<A> block_of(int64_t n, A shift, Read &&read) {
+    for (A each = 1 / A(n);;) {
+        Sums<A, CENTRED> sums;
+        read(sums, splat<A>(shift));
+        Block<A> block = sums.about(shift);
+        A lost = block.first * block.first * each;
+        if (!(lost > 8 * (block.second - lost))) return block;
+        shift += block.first * each;
+    }
 }
 
 // sum = x + residual, rounded to T.
 template <class T> void add_residual(const T *x, const T *residual, T *sum, int64_t n) {
     End<accumulator<T>> end{n};
-    auto last = end ? end.load(x) + end.load(residual) : Vec<accumulator<T>>{};
+    Vec<accumulator<T>> last{};
+    if (end.of(n)) last = end.load(x) + end.load(residual);
     for (int64_t i = 0; i + LANES <= n; i += LANES) store(sum + i, load(x + i) + load(residual + i));
-    if (end) end.store(sum, last);
+    if (end.of(n)) end.store(sum, last);
 }
+
+// What becomes of x without gain and bias: (x - high) * inverse - low.
+template <class A> struct Map {
+    A high, inverse, low;
+};
 
 template <class T> class SegmentsForward {
     using A = accumulator<T>;
@@ -45,134 +71,185 @@ template <class T> class SegmentsForward {
     const Forward<T> &call;
     const Runs whole, runs;  // for reading alone, and with the parameters
     const T *x;              // what is normalized
+    const int64_t ahead;     // from a set that is written to one that is read soon
+    const bool curved, streamed;
+    const A least;
+    const Mapper<T, T> straight;
+    const Mapper<A, T> before_curve;
 
   public:
     SegmentsForward(const NkPlan &plan, const Forward<T> &call)
-        : plan(plan), call(call), whole(runs_of(plan, false)), runs(runs_of(plan, true)), x(call.residual ? call.sum : call.x) {}
+        : plan(plan), call(call), whole(runs_of(plan, false)), runs(runs_of(plan, call.weight || call.bias)),
+          x(call.residual ? call.sum : call.x), ahead(step()), curved(plan.activation > NK_RELU), streamed(plan.stream && runs.length * int64_t(sizeof(T)) >= 8 * LINE && x != call.y && on_element(call.y)),
+          least(plan.activation == NK_RELU ? A(0) : -std::numeric_limits<A>::infinity()),
+          straight((streamed ? mapper<T, T, true> : mapper<T, T, false>)(runs.vector && call.weight, runs.vector && call.bias)),
+          before_curve(mapper<A, T, false>(runs.vector && call.weight, runs.vector && call.bias)) {}
 
     void run() {
-        if (runs.size() == 0 || runs.sets == 0) return;
-        int64_t chunks = whole.chunks();
-        if (chunks > 1 && runs.sets < 4 * threads()) return run_in_chunks(chunks);
-        int64_t together = std::max<int64_t>(1, CHUNK / runs.size()), tasks = (runs.sets + together - 1) / together;
-        for_each(tasks, [&](int64_t task) {
+        int64_t size = runs.size(), chunks = whole.chunks();
+        if (size == 0 || runs.sets == 0) return;
+        if (size <= BLOCK) return plan.centred ? run_small<true>() : run_small<false>();
+        if (runs.sets < 4 * threads() && chunks > 1) return run_in_chunks(chunks);
+        int64_t together = std::max<int64_t>(1, CHUNK / size);
+        for_each((runs.sets + together - 1) / together, [&](int64_t task) {
             for (int64_t set = task * together, end = std::min(runs.sets, set + together); set < end; ++set) {
                 Moments<double> moments;
                 for (int64_t chunk = 0; chunk < chunks; ++chunk) moments = merge(moments, measure(set, chunk));
-                apply(set, moments, 0, runs.size());
+                apply(set, map_of(set, moments), 0, size);
             }
+            if (streamed) end_of_stream();
         });
     }
 
   private:
+    // What is found of as many sets as a vector has lanes.
+    struct Few {
+        alignas(64) A shift[LANES] = {}, first[LANES] = {}, second[LANES] = {};
+        alignas(64) A high[LANES], inverse[LANES], low[LANES];
+    };
+
+    // From a set's sums to its scale it is a long way of short steps: sets of one block go it side by side, one in each lane.
+    template <bool CENTRED> void run_small() {
+        int64_t size = runs.size(), together = std::max<int64_t>(1, CHUNK / (size * LANES)) * LANES;
+        for_each((runs.sets + together - 1) / together, [&](int64_t task) {
+            for (int64_t set = task * together, end = std::min(runs.sets, set + together); set < end; set += LANES) {
+                Few few;
+                int64_t n = std::min<int64_t>(LANES, end - set);
+                for (int64_t i = 0; i < n; ++i) {
+                    auto block = measure_small<CENTRED>(set + i);
+                    few.shift[i] = block.shift, few.first[i] = block.first, few.second[i] = block.second;
+                }
+                if (!plan.given) settle<CENTRED>(set, n, few);
+                for (int64_t i = 0; i < n; ++i)
+                    apply(set + i, plan.given ? given(set + i) : Map<A>{few.high[i], few.inverse[i], few.low[i]}, 0, size);
+            }
+            if (streamed) end_of_stream();
+        });
+    }
+
+    template <bool CENTRED> Block<A> measure_small(int64_t set) const {
+        int64_t size = whole.size();
+        Place at = place_of(plan, whole, set);
+        if (call.residual) add_residuals(at, 0, size);
+        if (plan.given) return {0, 0, 0};
+        A shift = CENTRED ? widen(x[at.x]) : A(0);
+        if (whole.far > 1) return block_about<CENTRED>(at, 0, size, shift);
+        return block_of<A, CENTRED>(size, shift, [&](auto &sums, Vec<A> s) { sums.add_run(x + at.x, size, s); });
+    }
+
+    template <bool CENTRED> void settle(int64_t set, int64_t n, Few &few) const {
+        A size = A(whole.size());
+        Vec<A> shift = load(few.shift), square = load(few.second), high{}, low{};
+        if constexpr (CENTRED) {
+            Vec<A> first = load(few.first), apart = first * (1 / size);
+            square = square - first * apart;
+            square = select<A>(square < 0, Vec<A>{}, square);
+            // Knuth's exact sum.
+            high = shift + apart;
+            Vec<A> taken = high - shift;
+            low = (shift - (high - taken)) + (apart - taken);
+        }
+        store(few.high, high);
+        store(few.second, square);
+        for (int64_t i = 0; i < n; ++i) few.inverse[i] = inverse_scale<A>(plan, few.second[i]);
+        store(few.low, low * load(few.inverse));
+        std::copy_n(few.inverse, n, call.inverse + set);
+        if (call.center) std::copy_n(few.high, n, call.center + set);
+        for (int64_t i = 0; call.variance && i < n; ++i) call.variance[set + i] = few.second[i] / size;
+    }
+
     // Few and large sets: first all the parts are measured, then all are mapped.
     void run_in_chunks(int64_t chunks) {
         std::vector<Moments<double>> parts(runs.sets * chunks);
         for_each(runs.sets * chunks, [&](int64_t task) { parts[task] = measure(task / chunks, task % chunks); });
-        for_each(runs.sets * chunks, [&](int64_t task) {
-            int64_t set = task / chunks, begin = task % chunks * CHUNK;
+        std::vector<Map<A>> maps(runs.sets);
+        for (int64_t set = 0; set < runs.sets; ++set) {
             Moments<double> moments;
             for (int64_t chunk = 0; chunk < chunks; ++chunk) moments = merge(moments, parts[set * chunks + chunk]);
-            apply(set, moments, begin, std::min(begin + CHUNK, runs.size()));
+            maps[set] = map_of(set, moments);
+        }
+        for_each(runs.sets * chunks, [&](int64_t task) {
+            int64_t set = task / chunks, begin = task % chunks * CHUNK;
+            apply(set, maps[set], begin, std::min(begin + CHUNK, runs.size()));
+            if (streamed) end_of_stream();
         });
+    }
+
+    // To the sets that are measured next.
+    int64_t step() const {
+        if (whole.far > 1) return whole.mid * whole.length;
+        return whole.size() <= BLOCK ? whole.size() * LANES : whole.size();
+    }
+
+    void add_residuals(Place at, int64_t begin, int64_t end) const {
+        walk(whole, at, begin, end, [&](const Stretch &s) { add_residual(call.x + s.x, call.residual + s.x, call.sum + s.x, s.n); });
     }
 
     Moments<double> measure(int64_t set, int64_t chunk) const {
         int64_t begin = chunk * CHUNK, end = std::min(begin + CHUNK, whole.size());
         Place at = place_of(plan, whole, set);
-        if (plan.given) {
-            if (call.residual) add_residuals(at, begin, end);
-            return {};
-        }
-        return plan.centred ? moments_of<true>(at, begin, end) : moments_of<false>(at, begin, end);
+        if (plan.given && call.residual) add_residuals(at, begin, end);
+        if (plan.given) return {};
+        return plan.centred ? measure_chunk<true>(at, begin, end) : measure_chunk<false>(at, begin, end);
     }
 
-    void add_residuals(Place at, int64_t begin, int64_t end) const {
-        walk(whole, at, begin, end, [&](const Stretch &s) {
-            add_residual(call.x + s.x, call.residual + s.x, call.sum + s.x, s.n);
-        });
-    }
-
-    template <bool CENTRED> Moments<double> moments_of(Place at, int64_t begin, int64_t end) const {
+    template <bool CENTRED> Moments<double> measure_chunk(Place at, int64_t begin, int64_t end) const {
         Moments<double> moments;
         A shift = 0;
         for (int64_t from = begin; from < end; from += BLOCK) {
             int64_t to = std::min(from + BLOCK, end);
+            double n = double(to - from);
             if (call.residual) add_residuals(at, from, to);
-            // What is subtracted before anything is squared: the chunk's first element, then the mean of the block before.
+            // About the chunk's first element, then about the mean of the block before.
             if (CENTRED && from == begin) walk(whole, at, begin, begin + 1, [&](const Stretch &s) { shift = widen(x[s.x]); });
-            auto block = moments_about<CENTRED>(at, from, to, shift);
-            moments = merge(moments, block);
-            shift = A(block.mean);
+            auto block = block_about<CENTRED>(at, from, to, shift);
+            double first = block.first, apart = first / n, square = block.second - first * apart;
+            moments = merge(moments, Moments<double>{n, block.shift + apart, square < 0 ? 0 : square});
+            if (CENTRED) shift = A(block.shift + apart);
         }
         return moments;
     }
 
-    template <bool CENTRED> Moments<double> moments_about(Place at, int64_t from, int64_t to, A shift) const {
-        double n = double(to - from);
-        for (int attempt = 0;; ++attempt) {
-            Sums<A> sums;
-            walk(whole, at, from, to, [&](const Stretch &s) { add_run<T, CENTRED>(sums, x + s.x, s.n, splat<A>(shift)); });
-            double square = sums.total(sums.second);
-            if constexpr (!CENTRED) return {n, 0, square};
-            double first = sums.total(sums.first), apart = first / n, rest = square - first * apart;
-            // Far from the mean, the difference has lost digits: the block, still in the cache, is read about its mean.
-            if (attempt == 0 && first * apart > 8 * rest) {
-                shift += A(apart);
-                continue;
-            }
-            return {n, double(shift) + apart, rest < 0 ? 0 : rest};
-        }
-    }
-
-    void apply(int64_t set, const Moments<double> &moments, int64_t begin, int64_t end) const {
-        Map<A> map{0, 1, 0, plan.activation == NK_RELU ? A(0) : -std::numeric_limits<A>::infinity(), nullptr, nullptr};
-        if (plan.given) {
-            if (call.center) map.high = call.center[set];
-            map.inverse = call.inverse[set];
-        } else {
-            map.high = A(moments.mean);
-            map.inverse = inverse_scale<A>(plan, A(moments.square));
-            map.low = A(moments.mean - double(map.high)) * map.inverse;
-            if (begin == 0) {
-                call.inverse[set] = map.inverse;
-                if (call.center) call.center[set] = map.high;
-                if (call.variance) call.variance[set] = A(moments.square / moments.n);
-            }
-        }
-        walk(runs, place_of(plan, runs, set), begin, end, [&](const Stretch &s) {
-            Map<A> mine = map;
-            if (runs.vector) {
-                if (call.weight) mine.gain = call.weight + s.parameter;
-                if (call.bias) mine.bias = call.bias + s.parameter;
-            } else {
-                A gain = call.weight ? call.weight[s.parameter] : A(1);
-                mine.inverse *= gain;
-                mine.low = map.low * gain - (call.bias ? call.bias[s.parameter] : A(0));
-            }
-            write(x + s.x, call.y + s.x, s.n, mine);
+    template <bool CENTRED> Block<A> block_about(Place at, int64_t from, int64_t to, A shift) const {
+        return block_of<A, CENTRED>(to - from, shift, [&](auto &sums, Vec<A> about) {
+            walk(whole, at, from, to, [&](const Stretch &s) { sums.add_run(x + s.x, s.n, about); });
         });
     }
 
-    void write(const T *from, T *y, int64_t n, Map<A> map) const {
-        if (plan.activation <= NK_RELU) return map_any<T>(from, y, n, map);
-        // The curved ones work on a stretch in the first cache, whatever the types and parameters.
-        constexpr int64_t stretch = 1024;
-        alignas(64) A mapped[stretch];
-        for (int64_t i = 0; i < n; i += stretch) {
-            int64_t m = std::min(stretch, n - i);
-            map_any<A>(from + i, mapped, m, map);
-            activate_run<A>(plan.activation, mapped, m);
-            copy_run(mapped, y + i, m);
-            if (map.gain) map.gain += m;
-            if (map.bias) map.bias += m;
-        }
+    Map<A> given(int64_t set) const { return {call.center ? call.center[set] : A(0), call.inverse ? call.inverse[set] : A(1), 0}; }
+
+    // Keeps what is found of a set.
+    Map<A> map_of(int64_t set, const Moments<double> &moments) const {
+        if (plan.given) return given(set);
+        A high = A(moments.mean), inverse = inverse_scale<A>(plan, A(moments.square));
+        call.inverse[set] = inverse;
+        if (call.center) call.center[set] = high;
+        if (call.variance) call.variance[set] = A(moments.square / moments.n);
+        return {high, inverse, A(moments.mean - double(high)) * inverse};
     }
 
-    static void copy_run(const A *from, T *to, int64_t n) {
-        int64_t i = 0;
-        for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
-        if (i < n) store_some(to + i, load(from + i), n - i);
+    void apply(int64_t set, Map<A> map, int64_t begin, int64_t end) const {
+        walk(runs, place_of(plan, runs, set), begin, end, [&](const Stretch &s) {
+            const A *gain = call.weight ? call.weight + s.parameter : nullptr, *bias = call.bias ? call.bias + s.parameter : nullptr;
+            Map<A> mine = map;
+            if (!runs.vector) {
+                if (gain) mine.inverse *= *gain, mine.low *= *gain;
+                if (bias) mine.low -= *bias;
+            }
+            if (curved) return curve(x + s.x, call.y + s.x, s.n, mine, gain, bias);
+            straight(x + s.x, call.y + s.x, s.n, mine.high, mine.inverse, mine.low, least, gain, bias, ahead);
+        });
+    }
+
+    void curve(const T *from, T *y, int64_t n, Map<A> map, const A *gain, const A *bias) const {
+        alignas(64) A mapped[STRETCH];
+        for (int64_t i = 0; i < n; i += STRETCH) {
+            int64_t m = std::min(STRETCH, n - i), step = runs.vector ? i : 0;
+            before_curve(from + i, mapped, m, map.high, map.inverse, map.low, least, gain + step, bias + step, ahead);
+            activate_run<A>(plan.activation, mapped, m);
+            auto value = [&](auto &&at) { return at(static_cast<const A *>(mapped)); };
+            streamed ? fill_far(y + i, m, value, [](int64_t) {}) : fill(y + i, m, value, [](int64_t) {});
+        }
     }
 };
 
