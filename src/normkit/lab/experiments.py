@@ -11,6 +11,7 @@ FILES = {
     "reproduce": ("shape", "table4"),
     "claim": (
         "batch_size",
+        "disparity",
         "pre_post_ln",
         "gan",
     ),

@@ -1,6 +1,7 @@
 """A small convolutional network whose normalization is a parameter, for experiments with many runs."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ class SmallCNN(nn.Module):
         classes: outputs. Default: 10.
         channels: of the images. Default: 3.
         width: channels after the first convolution; 2, 2 and 4 times as many after the others. Default: 16.
+        hidden: units of a linear layer with a norm and ReLU before the classifier; 0 for none. Default: 0.
 
     Shape:
         (N, channels, H, W) to (N, classes).
@@ -29,17 +31,28 @@ class SmallCNN(nn.Module):
     35546
     """
 
-    def __init__(self, norm: Callable[[int], nn.Module], classes: int = 10, channels: int = 3, width: int = 16) -> None:
+    def __init__(
+        self,
+        norm: Callable[[int], nn.Module],
+        classes: int = 10,
+        channels: int = 3,
+        width: int = 16,
+        hidden: int = 0,
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         sizes = (channels, width, 2 * width, 2 * width, 4 * width)
-        for k, (wide, wider) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for k, (wide, wider) in enumerate(pairwise(sizes)):
             convolution = nn.Conv2d(wide, wider, 3, stride=1 + k % 2, padding=1, bias=False)
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
             layers += [convolution, norm(wider), nn.ReLU(inplace=True)]
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(16 * width, classes)
+        self.hidden = nn.Sequential()
+        if hidden:
+            self.hidden.extend([nn.Linear(16 * width, hidden, bias=False), norm(hidden), nn.ReLU(inplace=True)])
+        self.classifier = nn.Linear(hidden or 16 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps images to logits."""
-        return self.classifier(F.adaptive_avg_pool2d(self.features(x), 2).flatten(1))
+        pooled = F.adaptive_avg_pool2d(self.features(x), 2)
+        return self.classifier(self.hidden(torch.flatten(pooled, 1)))
