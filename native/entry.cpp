@@ -145,26 +145,42 @@ NK_EXPORT int32_t nk_backward(const NkPlan *plan, const void *dy, const void *ds
     });
 }
 
-// Running statistics of one training batch: running <- (1 - momentum) running + momentum new, left as they are where the new ones are not
-// finite. `unbiased` is n / (n - 1), or 1 where the population variance is kept; `moments` keeps E[x^2] in place of an average of variances.
-NK_EXPORT int32_t nk_remember(int64_t channels, int64_t type, double momentum, double unbiased, int64_t moments, const void *mean,
-                              const void *variance, void *running_mean, void *running_variance) {
-    auto update = [&](auto a) {
+// 1 / scale and centre of each set from a given variance and mean of `type`, where the sets are the channels.
+NK_EXPORT int32_t nk_given(const NkPlan *plan, int64_t type, const void *mean, const void *variance, void *inverse, void *center) {
+    NkPlan of_variance = *plan;
+    of_variance.scale = plan->scale == NK_UNSCALED ? NK_UNSCALED : NK_SUM_SQUARE;
+    auto fill = [&](auto a, auto t) {
         using A = decltype(a);
-        auto m = static_cast<const A *>(mean), v = static_cast<const A *>(variance);
-        auto rm = static_cast<A *>(running_mean), rv = static_cast<A *>(running_variance);
-        A weight = A(momentum), scale = A(unbiased);
-        for (int64_t c = 0; c < channels; ++c) {
-            A fresh = v[c] * scale;
-            if (!std::isfinite(m[c]) || !std::isfinite(fresh)) continue;
-            A change = m[c] - rm[c];
-            rm[c] += weight * change;
-            rv[c] += weight * (fresh - rv[c]);
-            if (moments) rv[c] += weight * (1 - weight) * change * change;
+        auto m = static_cast<const decltype(t) *>(mean), v = static_cast<const decltype(t) *>(variance);
+        for (int64_t k = 0; k < plan->kept; ++k) {
+            static_cast<A *>(inverse)[k] = nk::inverse_scale<A>(of_variance, v == nullptr ? A(0) : A(nk::widen(v[k])));
+            static_cast<A *>(center)[k] = A(nk::widen(m[k]));
         }
     };
-    if (type == NK_FLOAT32) update(float{});
-    else if (type == NK_FLOAT64) update(double{});
-    else return nk::NK_UNKNOWN_TYPE;
-    return nk::NK_OK;
+    return nk::typed(int32_t(type), [&](auto t) { plan->type == NK_FLOAT64 ? fill(double{}, t) : fill(float{}, t); });
+}
+
+// Running statistics of one training batch: running <- (1 - momentum) running + momentum new, left as they are where the new ones are not
+// finite. The new variance is variance * factor; `moments` keeps E[x^2] in place of an average of variances. The new ones are of `type`,
+// the running ones of `running_type`.
+NK_EXPORT int32_t nk_remember(int64_t channels, int64_t type, int64_t running_type, double momentum, double factor, int64_t moments,
+                              const void *mean, const void *variance, void *running_mean, void *running_variance) {
+    if (type != NK_FLOAT32 && type != NK_FLOAT64) return nk::NK_UNKNOWN_TYPE;
+    return nk::typed(int32_t(running_type), [&](auto r) {
+        using R = decltype(r);
+        using A = nk::accumulator<R>;
+        auto rm = static_cast<R *>(running_mean), rv = static_cast<R *>(running_variance);
+        A weight = A(momentum);
+        auto fresh = [&](const void *from, int64_t c) {
+            return type == NK_FLOAT32 ? A(static_cast<const float *>(from)[c]) : A(static_cast<const double *>(from)[c]);
+        };
+        for (int64_t c = 0; c < channels; ++c) {
+            A m = fresh(mean, c), v = fresh(variance, c) * A(factor), old_mean = nk::widen(rm[c]), old_variance = nk::widen(rv[c]);
+            if (!std::isfinite(m) || !std::isfinite(v)) continue;
+            A change = m - old_mean;
+            A mixed = old_variance + weight * (v - old_variance) + (moments ? weight * (1 - weight) * change * change : A(0));
+            rm[c] = nk::narrow<R>(old_mean + weight * change);
+            rv[c] = nk::narrow<R>(mixed);
+        }
+    });
 }

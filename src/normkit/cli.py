@@ -114,6 +114,9 @@ def compare(
     compiled: Annotated[
         bool, typer.Option("--compile", help="run through torch.compile", rich_help_panel=WHERE)
     ] = False,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="channels of images last in memory", rich_help_panel=WHERE)
+    ] = False,
     strategy: Annotated[
         str, typer.Option(help="of torchrun's processes: auto, ddp or fsdp", rich_help_panel=WHERE)
     ] = "auto",
@@ -173,6 +176,7 @@ def compare(
             devices=devices,
             precision=precision,
             compile=compiled,
+            channels_last=channels_last,
             strategy=strategy,
         )
         if threads is not None and threads < 1:
@@ -311,6 +315,29 @@ def cite(
                 typer.echo(cite_model(make_model(load_factory(name, MODELS), name, None)))
             else:
                 typer.echo(method(name).paper.bibtex())
+
+
+@app.command()
+def bench(
+    methods: Annotated[str | None, typer.Option(help="separated by commas; default: all")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="one shape, float32, few rounds: about a minute")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="beside torch.compile too, which compiles for minutes")
+    ] = False,
+    rounds: Annotated[int | None, typer.Option(help="samples of each; default: 15, or 5 if quick")] = None,
+    threads: Annotated[int | None, typer.Option(help="of torch")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder")] = Path("runs/bench"),
+    results: Annotated[Path | None, typer.Option(help="a Markdown file whose section Layers is replaced")] = None,
+) -> None:
+    """Measures the layers' speed beside torch's own, in one run, and as fractions of the copy bandwidth.
+
+    Writes speed.json, speed.md and figures. Stop it at any time: the same command goes on where it was.
+    """
+    with _faults():
+        from normkit.lab.bench import bench as measure_all
+
+        names = [] if methods is None else _words("methods", methods)
+        measure_all(output, names, quick=quick, compiled=compiled, rounds=rounds, threads=threads, results=results)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -32,15 +32,16 @@ class Split:
     names: tuple[str, ...]
     dims: tuple[int, ...]
 
-    @property
-    def count(self) -> int:
-        """Elements that share one statistic."""
-        return math.prod([self.shape[d] for d in self.dims])
+    count: int = field(init=False, compare=False)
+    """Elements that share one statistic."""
 
-    @property
-    def statistics_shape(self) -> tuple[int, ...]:
-        """Shape of the statistics, reduced axes kept with size 1."""
-        return tuple(1 if d in self.dims else size for d, size in enumerate(self.shape))
+    statistics_shape: tuple[int, ...] = field(init=False, compare=False)
+    """Shape of the statistics, reduced axes kept with size 1."""
+
+    def __post_init__(self) -> None:
+        sizes = self.shape
+        object.__setattr__(self, "count", math.prod([sizes[d] for d in self.dims]))
+        object.__setattr__(self, "statistics_shape", tuple(1 if d in self.dims else n for d, n in enumerate(sizes)))
 
 
 class Support:

@@ -73,12 +73,21 @@ def prepare(rule: Rule, x: Tensor, split: Split) -> Ready:
     return lambda x, weight, bias: _as_last(ready(x.movedim(-1, 1), weight, bias), x)
 
 
-def measure(rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Moments]:
-    """Normalize over the batch and hand over the moments too; only where ``refusal`` gave None with ``measured``."""
-    if _channels_are_last(rule):
-        y, moments = _measured_batch_norm(rule, x.movedim(-1, 1), split, weight, bias)
-        return _as_last(y, x), moments
-    return _measured_batch_norm(rule, x, split, weight, bias)
+def measure(rule: Rule, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize over the batch; the output, and mean and unbiased variance per channel. Only where ``refusal`` allows ``measured``."""
+    last = _channels_are_last(rule)
+    first = x.movedim(-1, 1) if last else x
+    # With momentum 1 torch's running statistics are the batch's own: the way to have them from its kernel.
+    mean = torch.zeros(first.shape[1], dtype=accumulation_dtype(x.dtype), device=x.device)
+    var = torch.zeros_like(mean)
+    y = F.batch_norm(first, mean, var, _wide(weight), _wide(bias), True, 1.0, _eps(rule.statistic, x))
+    return (_as_last(y, x) if last else y), mean, var
+
+
+def moments(mean: Tensor, var: Tensor, split: Split) -> Moments:
+    """What ``measure`` found, as the split's axes."""
+    shape = split.statistics_shape
+    return Moments(mean.view(shape), (var * ((split.count - 1) / split.count)).view(shape), split.count)
 
 
 def normalize_by(
@@ -93,12 +102,21 @@ def normalize_by(
 
 
 def is_quicker(rule: Rule, x: Tensor) -> bool:
-    """Whether torch's kernel beats the native one on this input: where the call costs more than the work."""
-    return x.numel() <= SMALL
+    """Whether torch's kernel beats the native one on this input: where the way from Python costs more than the work.
 
-
-# Elements below which torch's kernels win by the shorter way from Python to them.
-SMALL = 1 << 15
+    The bounds, in elements, are where the two met on two cores of an x86-64-v3 processor.
+    """
+    kernel = _kernel(rule)
+    if kernel in (
+        _rms_norm,
+        _batch_norm,
+    ):  # six operators of torch's on a CPU; running statistics that torch would poison
+        return False
+    if kernel is not _layer_norm and not x.is_contiguous():
+        return x.numel() <= 1 << 13
+    if not torch.is_grad_enabled():
+        return x.numel() <= 1 << 17
+    return x.numel() <= (1 << 16 if x.dtype.itemsize == 2 else 1 << 18)
 
 
 def _as_last(y: Tensor, x: Tensor) -> Tensor:
@@ -137,18 +155,6 @@ def _eps(statistic: Statistic, x: Tensor) -> float:
 
 def _batch_norm(eps: float, split: Split) -> Ready:
     return lambda x, weight, bias: F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
-
-
-def _measured_batch_norm(
-    rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Moments]:
-    # With momentum 1 torch's running statistics are the batch's own: the way to have them from its kernel.
-    mean = torch.zeros(x.shape[1], dtype=accumulation_dtype(x.dtype), device=x.device)
-    var = torch.zeros_like(mean)
-    weight, bias = _wide(weight), _wide(bias)
-    y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, _eps(rule.statistic, x))
-    shape = split.statistics_shape
-    return y, Moments(mean.view(shape), (var * ((split.count - 1) / split.count)).view(shape), split.count)
 
 
 def _wide(value: Tensor | None) -> Tensor | None:

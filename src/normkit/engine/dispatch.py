@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -180,9 +180,7 @@ def run_measured(
     """
     choice = _decide(rule, x, weight, bias, mask, None, backend, True, None)
     y, _, found = _by_own_statistics(rule, choice, x, weight, bias, None, mask, None, True)
-    if isinstance(found, Tensor):
-        assert choice.call is not None
-        found = native.moments(choice.call, found)
+    found = _moments(choice, found)
     if found is None:
         raise OptionError(f"{rule.formula()} has no moments to hand over; use a centred statistic")
     return y, Moments(found.mean.detach(), found.var.detach(), found.n)
@@ -214,13 +212,27 @@ def _run(
         return _by_given_statistics(rule, memory, choice, x, weight, bias, running, mask, activation), total
     choice = _decide(rule, x, weight, bias, mask, activation, backend, True, None)
     y, total, found = _by_own_statistics(rule, choice, x, weight, bias, residual, mask, activation, True)
-    if isinstance(found, Tensor):
-        assert choice.call is not None
-        if not native.remember(choice.call, memory, found, running):
-            memory.update(running, native.moments(choice.call, found), choice.split)
-    elif found is not None:
-        memory.update(running, found, choice.split)
+    if not _remembered_at_once(memory, choice, found, running, x):
+        moments = _moments(choice, found)
+        if moments is not None:
+            memory.update(running, moments, choice.split)
     return y, total
+
+
+def _moments(choice: Choice, found: Any) -> Moments | None:
+    """The moments in what a back end measured."""
+    if choice.call is not None:
+        return native.moments(choice.call, found)
+    return aten.moments(*found, choice.split) if choice.backend == "aten" else found
+
+
+def _remembered_at_once(memory: Running, choice: Choice, found: Any, running: RunningStatistics, x: Tensor) -> bool:
+    """Whether the library could take what was measured into the running statistics in one call, and has."""
+    if choice.call is not None:
+        return native.remember(choice.call, memory, found, running)
+    if choice.backend != "aten" or _transformed(x):
+        return False
+    return native.remember_batch(memory, *found, choice.split.count, running)
 
 
 def _by_own_statistics(
@@ -233,8 +245,8 @@ def _by_own_statistics(
     mask: Tensor | None,
     activation: str | None,
     measured: bool,
-) -> tuple[Tensor, Tensor | None, Moments | Tensor | None]:
-    """The output, x + residual if there is one, and the moments; of native kernels what they measured."""
+) -> tuple[Tensor, Tensor | None, Any]:
+    """The output, x + residual if there is one, and what the back end measured, for ``_moments`` to read."""
     split = choice.split
     if choice.call is not None:
         return native.normalize(choice.call, x, weight, bias, residual, measured)
@@ -242,11 +254,11 @@ def _by_own_statistics(
     x = x if total is None else total
     if choice.backend == "native":
         return operator.normalize(rule, x, weight, bias, activation), total, None
-    moments: Moments | None
+    moments: Any
     if choice.ready is not None:
         y, moments = choice.ready(x, weight, bias), None
     elif choice.backend == "aten":
-        y, moments = aten.measure(rule, x, split, weight, bias)
+        y, *moments = aten.measure(rule, x, weight, bias)
     elif choice.backend == "closed":
         y, _, moments = closed_form.normalize(x.reshape(split.shape), split, rule.statistic)
         if weight is not None or bias is not None:
@@ -273,10 +285,10 @@ def _by_given_statistics(
     split = choice.split
     if choice.backend == "aten":
         return reference.activate(aten.normalize_by(rule, x, running, weight, bias), activation)
+    if choice.call is not None:
+        return native.normalize_by(choice.call, x, running.mean, running.var, memory.per, weight, bias)
     mean = place(running.mean, memory.per, split)
     var = None if rule.statistic.scale is None else place(running.var, memory.per, split)
-    if choice.call is not None:
-        return native.normalize_by(choice.call, x, mean, var, weight, bias)
     y = reference.normalize_by(rule, x.reshape(split.shape), split, mean, var, weight, bias)
     inside = _split_mask(mask, x, split)
     y = (y if inside is None else torch.where(inside, y, 0.0)).reshape(x.shape)
@@ -325,7 +337,9 @@ def explain(
     given = running if not training else None
     measured = measured or (running is not None and training)
     choice = _decide(rule, x, weight, bias, mask, activation, backend, measured, given)
-    return Explanation(choice.backend, choice.why, rule.formula(), rule.support.explain(x.shape), accumulation_dtype(x.dtype))
+    return Explanation(
+        choice.backend, choice.why, rule.formula(), rule.support.explain(x.shape), accumulation_dtype(x.dtype)
+    )
 
 
 def normalize(
@@ -412,6 +426,7 @@ def _decide(
         backend,
         measured,
         None if running is None else running.mean.dtype,
+        torch.is_grad_enabled(),
     )
     kept = rule.prepared
     if key not in kept:

@@ -48,6 +48,7 @@ class _Functions(NamedTuple):
     forward: Any
     backward: Any
     remember: Any
+    given: Any
 
 
 @functools.cache
@@ -56,7 +57,7 @@ def _functions() -> _Functions | None:
     found = library()
     if found is None:
         return None
-    signatures = {"forward": "p" * 10, "backward": "p" * 11, "remember": "iiddipppp"}
+    signatures = {"forward": "p" * 10, "backward": "p" * 11, "remember": "iiiddipppp", "given": "pipppp"}
     kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
     for name, letters in signatures.items():
         function = getattr(found, f"nk_{name}")
@@ -166,7 +167,9 @@ def _unfit(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
             return f"the kernels do not take a parameter of {parameter.dtype} on {parameter.device.type}"
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         return "weight and bias have two dtypes"
-    if TYPES[accumulation_dtype(x.dtype)] == 0 and any(p is not None and p.dtype == torch.float64 for p in (weight, bias)):
+    if TYPES[accumulation_dtype(x.dtype)] == 0 and any(
+        p is not None and p.dtype == torch.float64 for p in (weight, bias)
+    ):
         return "the parameters are wider than the statistics"
     return None
 
@@ -206,20 +209,36 @@ def normalize(
 
 
 def normalize_by(
-    call: Prepared, x: Tensor, mean: Tensor, var: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    call: Prepared, x: Tensor, mean: Tensor, var: Tensor, per: str, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """Normalize by given statistics that broadcast over the split; ``call`` was prepared for given ones."""
+    """Normalize by given statistics, one for each element of the axes ``per``; ``call`` was prepared for given ones."""
     x, weight, bias = _dense(x, call), _packed(weight), _packed(bias)
     values = torch.empty((2, call.nest.statistics), dtype=call.wide)
-    statistic = call.rule.statistic
-    for row, value in enumerate((None if var is None else statistic.guarded(var.to(call.wide), power=2).reciprocal(), mean)):
-        if value is None:
-            values[row] = 1.0
+    if not _fill(call, values, mean, var):
+        statistic, split = call.rule.statistic, call.split
+        call.statistic(values, 1).copy_(place(mean, per, split))
+        inverse = call.statistic(values, 0)
+        if statistic.scale is None:
+            inverse.fill_(1.0)
         else:
-            call.statistic(values, row).copy_(value)
+            inverse.copy_(statistic.guarded(place(var, per, split).to(call.wide), power=2).reciprocal())
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _NormalizeBy.apply(x, weight, bias, values, call)
     return _apply(call, x, weight, bias, values)
+
+
+def _fill(call: Prepared, values: Tensor, mean: Tensor, var: Tensor) -> bool:
+    """Whether the given statistics lie as the kernel's sets do, and have been written for it."""
+    known = mean.dtype in TYPES and mean.is_cpu and mean.is_contiguous() and mean.shape == (call.nest.kept.size,)
+    like = call.rule.statistic.scale is None or (var.dtype == mean.dtype and var.is_contiguous())
+    if not (known and like) or call.nest.outer != 1:
+        return False
+    start = values.data_ptr()
+    variance = None if call.rule.statistic.scale is None else var.data_ptr()
+    call.functions.given(
+        call.address, TYPES[mean.dtype], mean.data_ptr(), variance, start, start + call.statistic_bytes
+    )
+    return True
 
 
 def moments(call: Prepared, values: Tensor) -> Moments:
@@ -228,15 +247,32 @@ def moments(call: Prepared, values: Tensor) -> Moments:
 
 
 def remember(call: Prepared, memory: Running, values: Tensor, running: RunningStatistics) -> bool:
-    """Take what was measured into running statistics, in place and in one call; False where only Python can."""
+    """Take what ``normalize`` measured into running statistics, in place and in one call; False where only Python can."""
+    if call.nest.outer != 1 or running.mean.shape != (call.nest.kept.size,):
+        return False
+    start, count = values.data_ptr(), call.split.count
+    factor = 1.0 if type(memory) is RunningMoments else count / (count - 1) if count > 1 else float("inf")
+    return _remember(memory, running, call.wide, start + call.statistic_bytes, start + 2 * call.statistic_bytes, factor)
+
+
+def remember_batch(memory: Running, mean: Tensor, var: Tensor, count: int, running: RunningStatistics) -> bool:
+    """The same for one mean and one unbiased variance per channel, as torch's kernel gives them."""
+    if not mean.is_cpu or mean.shape != running.mean.shape:
+        return False
+    factor = (count - 1) / count if type(memory) is RunningMoments else 1.0
+    return _remember(memory, running, mean.dtype, mean.data_ptr(), var.data_ptr(), factor)
+
+
+def _remember(
+    memory: Running, running: RunningStatistics, dtype: torch.dtype, mean_at: int, var_at: int, factor: float
+) -> bool:
     mean, var = running.mean, running.var
-    kind = type(memory)
+    kind, functions = type(memory), _functions()
     if (
-        call.nest.outer != 1
+        functions is None
         or kind not in (Running, RunningMoments)
-        or mean.shape != (call.nest.kept.size,)
-        or mean.dtype != call.wide
-        or not (mean.is_contiguous() and var.is_contiguous() and var.dtype == call.wide and mean.device == values.device)
+        or mean.dtype not in TYPES
+        or not (mean.is_cpu and var.is_cpu and mean.is_contiguous() and var.is_contiguous() and var.dtype == mean.dtype)
     ):
         return False
     if running.batches is not None:
@@ -245,16 +281,15 @@ def remember(call: Prepared, memory: Running, values: Tensor, running: RunningSt
     if momentum is None:
         assert running.batches is not None
         momentum = 1.0 / running.batches.item()
-    count = call.split.count
-    start = values.data_ptr()
-    call.functions.remember(
-        call.nest.kept.size,
-        TYPES[call.wide],
+    functions.remember(
+        mean.numel(),
+        TYPES[dtype],
+        TYPES[mean.dtype],
         momentum,
-        1.0 if kind is RunningMoments else count / (count - 1) if count > 1 else float("inf"),
+        factor,
         kind is RunningMoments,
-        start + call.statistic_bytes,
-        start + 2 * call.statistic_bytes,
+        mean_at,
+        var_at,
         mean.data_ptr(),
         var.data_ptr(),
     )

@@ -58,7 +58,11 @@ def read(text: str) -> Rule:
         given = {name: int(size) for name, size in (pair.split("=") for pair in sizes.split(",") if pair)}
         names: dict[str, Any] = {"None": None}
         statistic = Statistic(
-            names.get(center, center), names.get(scale, scale), None if eps == "None" else float(eps), guard, int(correction)  # pyright: ignore[reportArgumentType]
+            names.get(center, center),
+            names.get(scale, scale),
+            None if eps == "None" else float(eps),
+            guard,
+            int(correction),  # pyright: ignore[reportArgumentType]
         )
         _RULES[text] = Rule(
             Support(axes, over=over, **given), statistic, None if per == "-" else Affine(per, float(offset))
@@ -66,9 +70,18 @@ def read(text: str) -> Rule:
     return _RULES[text]
 
 
-def _prepared(x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: str, activation: str) -> native.Prepared | str:
+def _prepared(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: str, activation: str
+) -> native.Prepared | str:
     known = read(rule)
-    key = ("operator", x.shape, x.stride(), x.dtype, *(None if p is None else p.dtype for p in (weight, bias)), activation)
+    key = (
+        "operator",
+        x.shape,
+        x.stride(),
+        x.dtype,
+        *(None if p is None else p.dtype for p in (weight, bias)),
+        activation,
+    )
     if key not in known.prepared:
         if len(known.prepared) >= 256:  # many shapes, as from ragged batches, must not fill memory
             known.prepared.clear()
@@ -78,7 +91,9 @@ def _prepared(x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: str, 
 
 
 @torch.library.impl(_LIBRARY, "normalize", "CPU")
-def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: str, activation: str) -> tuple[Tensor, Tensor]:
+def _normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: str, activation: str
+) -> tuple[Tensor, Tensor]:
     call = _prepared(x, weight, bias, rule, activation)
     if isinstance(call, str):
         known = read(rule)
@@ -131,7 +146,10 @@ def _normalize_fake(
 def _normalize_backward_fake(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, rule: str, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = (x.new_empty(0) if p is None else torch.empty_like(p, memory_format=torch.contiguous_format) for p in (weight, bias))
+    gradients = (
+        x.new_empty(0) if p is None else torch.empty_like(p, memory_format=torch.contiguous_format)
+        for p in (weight, bias)
+    )
     return torch.empty_like(x), *gradients
 
 

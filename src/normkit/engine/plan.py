@@ -115,7 +115,7 @@ def plan(split: Split, strides: Sequence[int], compensation: Affine | None) -> N
         kept, outer = [], kept
     if len(near) > 2 or len(far) > 1 or len(kept) > 1 or sum(run.step != 0 for run in outer) > 1:
         return "its parameters vary along axes that are apart in memory"
-    mid, inner = ([_ONE, _ONE] + near)[-2:]
+    mid, inner = [_ONE, _ONE, *near][-2:]
     (one_far,), (one_kept,) = far or [_ONE], kept or [_ONE]
     if inner.step > 1 or mid.step > (inner.step == 0) or (one_far.step and (inner.size > 1 or one_kept.step)):
         return "its parameters are in another order than the input's memory"

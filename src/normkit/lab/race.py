@@ -1,0 +1,47 @@
+"""Timing variants of one computation against one another: in turns, in one process."""
+
+import random
+import time
+from collections.abc import Callable, Mapping
+
+# A sample lasts at least this long, so that the clock does not show: short calls are repeated.
+SAMPLE_SECONDS = 2e-4
+WARM_UP = 3
+
+
+def race(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Times each variant in every round, in an order shuffled anew, and takes the first quartile of its times.
+
+    What slows a machine for a while slows all of them alike, and noise only adds, hence the quartile.
+
+    Args:
+        variants: by name.
+        rounds: how many samples of each.
+
+    Returns:
+        Seconds of one call of each.
+
+    >>> sorted(race({"a": lambda: None, "b": lambda: sum(range(1000))}, rounds=5))
+    ['a', 'b']
+    """
+    repeats = {name: _warm(run) for name, run in variants.items()}
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(variants), len(variants)):
+            run, times = variants[name], repeats[name]
+            start = time.perf_counter()
+            for _ in range(times):
+                run()
+            samples[name].append((time.perf_counter() - start) / times)
+    return {name: sorted(times)[len(times) // 4] for name, times in samples.items()}
+
+
+def _warm(run: Callable[[], object]) -> int:
+    """Runs it until caches and allocators are warm; how often it fits into a sample."""
+    fastest = float("inf")
+    for _ in range(WARM_UP):
+        start = time.perf_counter()
+        run()
+        fastest = min(fastest, time.perf_counter() - start)
+    return max(1, round(SAMPLE_SECONDS / max(fastest, 1e-7)))

@@ -1,0 +1,119 @@
+"""What the benchmark found, as a table, as Markdown and as a figure."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from normkit.lab.report.canvas import FAINT, FULL, GRID, INK, LOOK
+
+COLUMNS = (
+    "method",
+    "input",
+    "dtype",
+    "memory",
+    "direction",
+    "back end",
+    "ms",
+    "eager",
+    "compile",
+    "of roofline",
+    "error",
+    "torch's",
+)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One row of the table as text: ratios above 1 mean that normkit is faster."""
+    ratio, error = row["ratio"], row["error"]
+    return [
+        row["method"],
+        "x".join(map(str, row["shape"])),
+        row["dtype"],
+        row["layout"],
+        row["direction"],
+        row["backend"],
+        f"{row['seconds']['ours'] * 1e3:.3f}",
+        *(f"{ratio[peer]:.2f}" if peer in ratio else "" for peer in ("eager", "compile")),
+        f"{row['roofline']['ours']:.2f}",
+        *(f"{error[name]:.0e}" if name in error else "" for name in ("ours", "eager")),
+    ]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The whole result: how it was measured, the summary and every cell."""
+    lines = [
+        f"`{result['command']}`, {result['date']}, {result['machine']}, torch {result['torch']}, "
+        f"{result['threads']} threads, native kernels: {result['native']}. Ratios are a peer's time over normkit's in the same run: above 1, normkit is faster. "
+        "The errors are the largest difference from float64 over the largest value, ours and that of torch's layer.",
+        "",
+        "| direction | peer | cells | geometric mean | worst | below 0.95 | the worst one |",
+        "|---|---|--:|--:|--:|--:|---|",
+    ]
+    for row in result["summary"]:
+        lines.append(
+            f"| {row['direction']} | {row['peer']} | {row['cells']} | {row['geometric_mean']:.2f} | {row['worst']:.2f} "
+            f"| {row['below']} | {row['worst_case']} |"
+        )
+    lines += ["", f"| {' | '.join(COLUMNS)} |", "|---|---|---|---|---|---|--:|--:|--:|--:|--:|--:|"]
+    lines += [f"| {' | '.join(cells(row))} |" for row in result["rows"]]
+    return "\n".join(lines) + "\n"
+
+
+def replace_section(path: Path, title: str, text: str) -> None:
+    """Replaces the section of this title in a Markdown file, or appends it."""
+    from normkit.lab.record import write_bytes
+
+    parts = path.read_text().split("\n## ") if path.exists() else ["# Measured speed\n"]
+    at = next((i for i, part in enumerate(parts) if part.startswith(f"{title}\n")), len(parts))
+    parts[at : at + 1] = [f"{title}\n\n{text}\n"]
+    write_bytes(path, "\n## ".join(part.rstrip("\n") + "\n" for part in parts).encode())
+
+
+def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Draws every cell's ratio to eager, a line for each method, forward beside forward and backward."""
+    rows: Sequence[dict[str, Any]] = result["rows"]
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    directions = list(dict.fromkeys(row["direction"] for row in rows))
+    with mpl.rc_context(LOOK):
+        figure = Figure(figsize=(FULL, 0.9 + 0.24 * len(names)), layout="constrained")
+        for axis, direction in zip(
+            figure.subplots(1, len(directions), sharey=True, squeeze=False)[0], directions, strict=True
+        ):
+            axis.axvline(1, color=INK, linewidth=0.8)
+            axis.axvspan(0.95, 1.05, color=GRID, linewidth=0)
+            for row in rows:
+                if row["direction"] == direction:
+                    half = row["dtype"] != "float32"
+                    axis.plot(
+                        row["ratio"]["eager"],
+                        names.index(row["method"]) + (0.12 if half else -0.12),
+                        "s" if row["layout"] == "channels last" else "o",
+                        markersize=3.4,
+                        color="#d55e00" if half else "#0072b2",
+                        markerfacecolor="none"
+                        if row["shape"][-1] * row["shape"][0] < 2**15 and len(row["shape"]) == 2
+                        else None,
+                        alpha=0.85,
+                    )
+            axis.set_xscale("log")
+            axis.set_xticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+            axis.minorticks_off()
+            axis.set_title(direction, loc="left")
+            axis.set_xlabel("time of torch eager / time of normkit")
+            axis.grid(axis="x")
+            axis.grid(axis="y", visible=False)
+        axis = figure.axes[0]
+        axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+        axis.invert_yaxis()
+        figure.text(
+            0.995, 0.005, "blue float32, orange bfloat16; squares channels last; right of 1 normkit is faster", ha="right",
+            va="bottom", fontsize=6, color=FAINT,
+        )  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"speed.{ending}" for ending in ("png", "svg")]
+        for path in paths:
+            figure.savefig(path, dpi=200)
+    return paths

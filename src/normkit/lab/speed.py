@@ -1,0 +1,296 @@
+"""How fast the layers are: beside torch's own, beside torch.compile of the definition, and beside a copy of the input.
+
+The fraction of the roofline is (useful bytes / bandwidth of a copy of the same size) / time, where the useful bytes of
+a forward pass are one read and one write, and those of a backward pass two reads and one write.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import exp, log
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.activations.global_response_norm import GlobalResponseNorm
+from normkit.activations.group_norm import GroupNorm
+from normkit.activations.layer_norm import LayerNorm
+from normkit.activations.local_response_norm import LocalResponseNorm
+from normkit.catalogue.methods import METHODS, method
+from normkit.core.errors import OptionError
+from normkit.engine.layer import Layer
+from normkit.lab.race import race
+
+TOKENS = ((4096, 1024), (8192, 4096), (64, 256), (1, 4096))
+SEQUENCES = ((8, 512, 1024), (8, 512, 768), (2, 16, 256))
+IMAGES = ((16, 256, 28, 28), (32, 64, 56, 56), (8, 1024, 14, 14))
+DTYPES = (torch.float32, torch.bfloat16)
+TRAVERSALS = {"forward": 2, "forward + backward": 5}
+PEERS = ("eager", "compile")
+LARGEST_CHECKED = 1 << 22  # elements; what is larger costs seconds in float64
+
+
+class OverChannels(nn.LayerNorm):
+    """Layer normalization over channels as one writes it with torch: permute, normalize, permute back."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalizes (N, C, *) over C."""
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+
+class PlainGlobalResponse(nn.Module):
+    """Global response normalization, channels first, as its paper's pseudocode has it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalizes (N, C, H, W)."""
+        energy = torch.norm(x, p=2, dim=(2, 3), keepdim=True)
+        return self.weight * (x * (energy / (energy.mean(dim=1, keepdim=True) + 1e-6))) + self.bias + x
+
+
+class PlainAdaptiveInstance(nn.Module):
+    """Adaptive instance normalization as its paper's formula reads, with the statistics of a style image."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        """Normalizes (N, C, H, W)."""
+        (var, mean), (style_var, style_mean) = (
+            torch.var_mean(z, (2, 3), keepdim=True, correction=0) for z in (x, style)
+        )
+        return (style_var + 1e-5).sqrt() * (x - mean) / (var + 1e-5).sqrt() + style_mean
+
+
+# The layers that torch has, by the method's name, for a number of channels.
+TORCH: dict[str, Callable[[int], nn.Module]] = {
+    "batch_norm": nn.BatchNorm2d,
+    "layer_norm": nn.LayerNorm,
+    "rms_norm": nn.RMSNorm,
+    "group_norm": lambda channels: nn.GroupNorm(32, channels),
+    "instance_norm": lambda channels: nn.InstanceNorm2d(channels, affine=True),
+    "layer_norm over channels": OverChannels,
+    "local_response_norm": lambda channels: nn.LocalResponseNorm(5),
+    "global_response_norm": PlainGlobalResponse,
+    "adaptive_instance_norm": PlainAdaptiveInstance,
+}
+# What is alike but for what it talks to, or takes another kind of input.
+LEFT_OUT = ("example_weighing", "sync_batch_norm", "recurrent_batch_norm")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the benchmark.
+
+    Args:
+        method: a name of the catalogue, or one of ``TORCH``.
+        shape: of the input.
+        dtype: of the input and the parameters.
+        last: whether an image lies in memory with its channels last.
+        direction: ``"forward"`` (inference) or ``"forward + backward"``.
+    """
+
+    method: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    last: bool
+    direction: str
+
+    @property
+    def layout(self) -> str:
+        """The memory format in words."""
+        return "channels last" if self.last else "contiguous"
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.shape))
+        return f"{self.method} {size} {str(self.dtype).removeprefix('torch.')} {self.layout}, {self.direction}"
+
+
+def methods() -> list[str]:
+    """What can be measured: every layer of the catalogue that is one rule, and what torch has besides.
+
+    >>> {"layer_norm", "adaptive_instance_norm", "local_response_norm"} <= set(methods())
+    True
+    """
+    ruled = [
+        card.name
+        for card in METHODS
+        if card.kind == "activation" and card.rule is not None and card.name not in LEFT_OUT
+        if isinstance(card.make(64), Layer)
+    ]
+    return [*ruled, *(name for name in TORCH if name not in ruled)]
+
+
+def cases(names: Sequence[str] = (), quick: bool = False) -> Iterator[Case]:
+    """The cells: every method, shape, dtype, layout and direction; ``quick`` takes the first shape and float32.
+
+    Raises:
+        OptionError: a name that can't be measured.
+    """
+    known = methods()
+    for name in names:
+        if name not in known:
+            raise OptionError(f"methods has {name!r}; wanted some of {', '.join(known)}")
+    for name in names or known:
+        images = name.endswith("over channels") or method(name).layout == "n c *"
+        shapes = IMAGES if images else TOKENS if method(name).extra is None else SEQUENCES
+        for shape in shapes[: 1 if quick else None]:
+            for dtype in DTYPES[: 1 if quick else None]:
+                for last in (False, True) if images else (False,):
+                    for direction in TRAVERSALS:
+                        yield Case(name, shape, dtype, last, direction)
+
+
+def measure(case: Case, rounds: int = 15, compiled: bool = True) -> dict[str, Any]:
+    """Times one cell.
+
+    Args:
+        case: which.
+        rounds: samples of each variant. Default: 15.
+        compiled: whether torch.compile is a peer. Default: True.
+
+    Returns:
+        ``seconds`` by variant (ours, eager, compile, copy), ``ratio`` of each peer's time to ours, ``roofline`` by variant,
+        ``error`` against float64 of ours and of torch's layer, the back end that ran, and the case.
+    """
+    torch.manual_seed(0)
+    ours, eager = (layer.to(case.dtype) for layer in pair(case.method, case.shape[1 if len(case.shape) == 4 else -1]))
+    x = torch.randn(case.shape).to(case.dtype)
+    if case.last:
+        x = x.to(memory_format=torch.channels_last)
+    others = _others(case.method, x)
+    layers: dict[str, Callable[..., Tensor]] = {"ours": ours, "eager": eager}
+    if compiled:
+        torch._dynamo.reset()
+        layers["compile"] = torch.compile(copy.deepcopy(eager), fullgraph=True)
+    training = case.direction != "forward"
+    for layer in (ours, eager):
+        layer.train(training)
+    direction = torch.randn_like(x)
+    runs: dict[str, Callable[[], object]] = {
+        name: _step(layer, x.detach().clone(memory_format=torch.preserve_format), others, direction, training)
+        for name, layer in layers.items()
+    }
+    out = torch.empty_like(x)
+    runs["copy"] = lambda: out.copy_(x)
+    seconds = race(runs, rounds)
+    ideal = TRAVERSALS[case.direction] / 2 * seconds["copy"]
+    return {
+        "error": _errors(layers, x, others, training) if x.numel() <= LARGEST_CHECKED else {},
+        "method": case.method,
+        "shape": list(case.shape),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "layout": case.layout,
+        "direction": case.direction,
+        "backend": _backend(ours, x, others),
+        "seconds": seconds,
+        "ratio": {peer: seconds[peer] / seconds["ours"] for peer in PEERS if peer in seconds},
+        "roofline": {name: ideal / took for name, took in seconds.items() if name != "copy"},
+    }
+
+
+def pair(name: str, channels: int) -> tuple[nn.Module, nn.Module]:
+    """The layer of normkit and its peer: torch's layer where it has one, or else the definition in plain PyTorch."""
+    ours = _ours(name, channels)
+    if name in TORCH:
+        return ours, TORCH[name](channels)
+    eager = copy.deepcopy(ours)
+    eager.backend = "reference"  # pyright: ignore[reportAttributeAccessIssue]
+    return ours, eager
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each direction and peer: how many cells, the worst ratio and its cell, and the geometric mean."""
+    found = []
+    for direction in TRAVERSALS:
+        for peer in PEERS:
+            ratios = [
+                (row["ratio"][peer], row) for row in rows if row["direction"] == direction and peer in row["ratio"]
+            ]
+            if ratios:
+                worst, row = min(ratios, key=lambda pair: pair[0])
+                where = f"{row['method']} {'x'.join(map(str, row['shape']))} {row['dtype']} {row['layout']}"
+                mean = exp(sum(log(ratio) for ratio, _ in ratios) / len(ratios))
+                below = sum(ratio < 0.95 for ratio, _ in ratios)
+                found.append(
+                    {"direction": direction, "peer": peer, "cells": len(ratios), "geometric_mean": mean, "worst": worst}
+                    | {"worst_case": where, "below": below}
+                )
+    return found
+
+
+def _ours(name: str, channels: int) -> nn.Module:
+    if name == "layer_norm over channels":
+        return LayerNorm(channels, over="c")
+    if name == "group_norm":
+        return GroupNorm(32, channels)
+    if name == "global_response_norm":
+        return GlobalResponseNorm(channels, layout="n c *")
+    if name == "local_response_norm":
+        return LocalResponseNorm(5, torch_compat=True)
+    return method(name).make(channels)
+
+
+def _others(name: str, x: Tensor) -> tuple[Any, ...]:
+    card = None if name.endswith("over channels") else method(name)
+    if card is None or card.extra is None:
+        return ()
+    return tuple(
+        other.to(x.dtype) if isinstance(other, Tensor) and other.is_floating_point() else other
+        for other in card.extra(x)
+    )
+
+
+def _step(
+    layer: Callable[..., Tensor], x: Tensor, others: tuple[Any, ...], direction: Tensor, training: bool
+) -> Callable[[], object]:
+    def infer() -> None:
+        with torch.no_grad():
+            layer(x, *others)
+
+    def learn() -> None:
+        x.grad = None
+        layer(x, *others).backward(direction)
+
+    if not training:
+        return infer
+    x.requires_grad_()
+    return learn
+
+
+def _errors(layers: dict[str, Any], x: Tensor, others: tuple[Any, ...], training: bool) -> dict[str, float]:
+    """The largest difference from float64, of the output or of the input's gradient, over the largest value there."""
+    exact = copy.deepcopy(layers["eager"]).double()
+    wide = tuple(
+        other.double() if isinstance(other, Tensor) and other.is_floating_point() else other for other in others
+    )
+    wanted = _outcome(exact, x.detach().double(), wide, training)
+    return {
+        name: float(
+            (_outcome(copy.deepcopy(layers[name]), x, others, training).double() - wanted).abs().max()
+            / wanted.abs().max()
+        )
+        for name in ("ours", "eager")
+    }
+
+
+def _outcome(layer: Any, x: Tensor, others: tuple[Any, ...], training: bool) -> Tensor:
+    z = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(training)
+    y = layer(z, *others)
+    if not training:
+        return y.detach()
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(
+        torch.bfloat16
+    )  # exact in every dtype
+    return torch.autograd.grad(y, z, direction.to(y.dtype))[0]
+
+
+def _backend(layer: nn.Module, x: Tensor, others: tuple[Any, ...]) -> str:
+    if not isinstance(layer, Layer) or (others and type(layer).explain is Layer.explain):
+        return "-"
+    return layer.explain(x, *others).backend
