@@ -12,7 +12,7 @@ from torch import nn
 
 import lab_samples
 from normkit.core.errors import RecordError
-from normkit.lab import record
+from normkit.lab import record, task
 from normkit.lab.data.split import Data
 from normkit.lab.devices import start_fabric
 from normkit.lab.protocol import make_data
@@ -314,3 +314,29 @@ def test_records_of_before_stand(tmp_path: Path) -> None:
     settings = replace(SETTINGS, model="m", data="d", recipes=("keep",))
     assert settings.record("cpu") == before
     assert replace(settings, ema=0.9).record("cpu") == {**before, "ema": 0.9}
+
+
+def test_channels_last_trains_alike(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, targets = torch.randn(96, 3, 8, 8, generator=generator), torch.arange(96) % 7
+    data = make_data(lambda: {"train": (images[:64], targets[:64]), "test": (images[64:], targets[64:])}, "data")
+
+    def train(name: str, **options: Any) -> dict[str, Any]:
+        settings = replace(SETTINGS, **options)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 7))
+        return Trainer(RUN, settings, model, data, start_fabric(settings), tmp_path / name, {}).train()
+
+    one, other = train("first"), train("last", channels_last=True)
+    assert one["test_loss"] == pytest.approx(other["test_loss"], rel=1e-4)  # sums in another order
+    assert one["test_top5"] is not None
+    assert one["test_score"] <= one["test_top5"] <= 1
+
+
+def test_among_five(tmp_path: Path) -> None:
+    logits = torch.eye(7).flip(0)
+    logits[0, :5] = 2.0
+    targets = torch.tensor([6, 5, 4, 3, 2, 1, 0])
+    sums = task.tally(logits, targets)
+    assert task.among_five(sums) == pytest.approx(6 / 7)
+    assert trainer(tmp_path).train()["test_top5"] is None  # of three classes all are among five

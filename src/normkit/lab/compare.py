@@ -150,7 +150,7 @@ def command(settings: Settings, output: Path) -> str:
         if value == default:
             continue
         if isinstance(value, bool):
-            words.append({"condition": "--no-condition", "compile": "--compile"}[name])
+            words.append("--no-condition" if name == "condition" else f"--{name.replace('_', '-')}")
             continue
         if name == "seeds" and value == tuple(range(len(value))):
             value = len(value)

@@ -8,7 +8,12 @@ from normkit.lab.experiment import Experiment
 
 # Files of lab/papers and of lab/claims; an experiment is called like its file, with dashes.
 FILES = {
-    "reproduce": ("shape", "table4"),
+    "reproduce": (
+        "table1",
+        "table2",
+        "table4",
+        "shape",
+    ),
     "claim": (
         "batch_size",
         "disparity",

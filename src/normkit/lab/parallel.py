@@ -78,6 +78,8 @@ def place(model: nn.Module, settings: Settings, rate: float, fabric: Fabric) -> 
         rate: of the optimizer.
         fabric: started.
     """
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     # The optimizer comes second, as sharding puts new parameters in the place of the old.
     wrapped = fabric.setup_module(torch.compile(model) if settings.compile else model)  # pyright: ignore[reportArgumentType]
     optimizer = make_optimizer(model, settings, rate)

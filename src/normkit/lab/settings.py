@@ -12,7 +12,7 @@ RATES = {"sgd": (0.06, 0.25, 1.0, 4.0), "adam": (3e-4, 1e-3, 3e-3, 1e-2), "adamw
 SCHEDULES = ("cosine", "constant", "step")
 STRATEGIES = ("auto", "ddp", "fsdp")
 # A record made before these existed lacks them, and is of the same configuration where they are at rest.
-LATER = ("warmup", "accumulate", "clip", "ema", "label_smoothing", "compile", "strategy")
+LATER = ("warmup", "accumulate", "clip", "ema", "label_smoothing", "compile", "channels_last", "strategy")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Settings:
         devices: of Lightning Fabric. Default: ``"auto"``.
         precision: of Lightning Fabric. Default: ``"32-true"``.
         compile: run the model through ``torch.compile``. Default: False.
+        channels_last: keep the channels of images last in memory, which is faster where convolutions are. Default: False.
         strategy: of several processes: ``"ddp"``, a copy of the model in each, or ``"fsdp"``, a shard. Default: ``"auto"``, ddp.
 
     Raises:
@@ -77,6 +78,7 @@ class Settings:
     devices: str = "auto"
     precision: str = "32-true"
     compile: bool = False
+    channels_last: bool = False
     strategy: str = "auto"
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from normkit.core.errors import ProtocolError
 from normkit.lab.data.split import Inputs
 
 IGNORED = -100
+AMONG = 5
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -74,37 +75,52 @@ def weight(targets: Tensor) -> Tensor:
 
 
 def tally(output: Any, targets: Tensor) -> Tensor:
-    """Counts a batch: summed loss, summed right answers (or squared error), number of targets; float64.
+    """Counts a batch: summed loss, summed right answers (or squared error), number of targets, right among five; float64.
+
+    The last is 0 where there are no more than five classes, or a class a token.
 
     Args:
         output: what the model returned.
         targets: of the batch.
 
     >>> tally(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1]))[1:]
-    tensor([1., 2.], dtype=torch.float64)
+    tensor([1., 2., 0.], dtype=torch.float64)
     """
     if targets.is_floating_point():
         predicted = predictions(output).double().reshape(targets.shape)
         wrong = (predicted - targets.double()).square().sum()
-        return torch.stack([wrong, wrong, torch.full_like(wrong, targets.numel())])
+        return torch.stack([wrong, wrong, torch.full_like(wrong, targets.numel()), torch.zeros_like(wrong)])
     counted = targets != IGNORED
     count = counted.sum().double()
-    right = ((predictions(output).argmax(-1) == targets) & counted).sum().double()
-    return torch.stack([loss(output, targets).double() * count, right, count])
+    logits = predictions(output)
+    right = ((logits.argmax(-1) == targets) & counted).sum().double()
+    five = torch.zeros_like(right)
+    if targets.ndim == 1 and logits.shape[-1] > AMONG:
+        five = (logits.topk(AMONG).indices == targets[:, None]).any(1).sum().double()
+    return torch.stack([loss(output, targets).double() * count, right, count, five])
 
 
 def score(sums: Tensor, targets: Tensor) -> tuple[float, float]:
     """Turns the sums of :func:`tally` over a whole split into a mean loss and a score.
 
     Args:
-        sums: the three sums.
+        sums: the four sums.
         targets: of the whole split; its spread is what R² compares with.
 
     Returns:
         The mean loss, and accuracy or R² = 1 - sum (y - p)^2 / sum (y - mean y)^2, the mean taken a column.
     """
-    total, second, count = sums.tolist()
+    total, second, count, _ = sums.tolist()
     if targets.is_floating_point():
         values = targets.double()
         return total / count, 1.0 - second / float((values - values.mean(0)).square().sum())
     return total / count, second / count
+
+
+def among_five(sums: Tensor) -> float | None:
+    """Gives the part of targets that are among a model's first five classes; None where that says nothing.
+
+    Args:
+        sums: the four sums of :func:`tally` over a whole split.
+    """
+    return float(sums[3] / sums[2]) if sums[3] > 0 else None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import torch
@@ -28,6 +28,14 @@ LOOK_EVERY = 20
 METRICS = ("epoch", "step", "rate", "train_loss", "val_loss", "val_score", "condition")
 RESULT = ("status", "best_val_score", "val_score", "val_loss", "test_score", "test_loss", "epochs", "steps")
 CHECKPOINT = ("epoch", "model", "optimizer", "precision", "metrics", "timing")
+
+
+class Judged(NamedTuple):
+    """What a split says of a model: mean loss, score, and the part of targets among its first five classes, where that is one."""
+
+    loss: float
+    score: float
+    top5: float | None
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,7 @@ class Trainer:
         if not math.isfinite(train_loss):
             return False
         with self._judged():
-            val_loss, val_score = self.evaluate(self.data.val)
+            val_loss, val_score, _ = self.evaluate(self.data.val)
         if not (math.isfinite(val_loss) and math.isfinite(val_score)):
             return False
         last = epoch * self.steps - 1
@@ -192,10 +200,10 @@ class Trainer:
         drawn = generator(self.run.seed, "augment", epoch, count, fabric.global_rank, fabric.device)
         return self.data.augment(inputs, drawn)
 
-    def evaluate(self, split: Split) -> tuple[float, float]:
-        """Gives the mean loss and the score of a split, over all processes."""
+    def evaluate(self, split: Split) -> Judged:
+        """Judges the model on a split, over all processes."""
         fabric = self.fabric
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64)
         self.placed.wrapped.eval()
         with torch.no_grad():
             for chunk in torch.arange(len(split)).split(4 * self.settings.batch_size):
@@ -206,11 +214,11 @@ class Trainer:
                     sums += task.tally(output, targets).cpu()
         if fabric.world_size > 1:
             sums = torch.as_tensor(fabric.all_reduce(sums.to(fabric.device), reduce_op="sum")).cpu()
-        return task.score(sums, split.targets)
+        return Judged(*task.score(sums, split.targets), task.among_five(sums))
 
     def _output(self, split: Split, index: Tensor) -> tuple[Any, Tensor]:
         inputs, targets = split.batch(index, self.fabric.device)
-        return task.call(self.placed.wrapped, inputs), targets
+        return task.call(self.placed.wrapped, arranged(inputs, self.settings)), targets
 
     def _mean(self, value: Tensor) -> float:
         if self.fabric.world_size > 1:
@@ -269,12 +277,12 @@ class Trainer:
             self._write_lines()
 
     def _finish(self, status: str) -> dict[str, Any]:
-        test_loss = test_score = None
+        test_loss = test_score = top5 = None
         if status == OK:
             with self._judged():
-                test_loss, test_score = self.evaluate(self.data.test)
+                test_loss, test_score, top5 = self.evaluate(self.data.test)
             if not (math.isfinite(test_loss) and math.isfinite(test_score)):
-                status, test_loss, test_score = DIVERGED, None, None
+                status, test_loss, test_score, top5 = DIVERGED, None, None, None
         scores = [row["val_score"] for row in self.metrics]
         result = {
             "status": status,
@@ -283,6 +291,7 @@ class Trainer:
             "val_loss": self.metrics[-1]["val_loss"] if status == OK else None,
             "test_score": test_score,
             "test_loss": test_loss,
+            "test_top5": top5,
             "epochs": len(scores),
             "steps": len(scores) * self.steps,
             **self.hashes,
@@ -307,6 +316,7 @@ def train_step(fabric: Fabric, placed: Placed, settings: Settings, inputs: Input
         targets: of the batch.
     """
     placed.stepper.zero_grad()
+    inputs = arranged(inputs, settings)
     parts = torch.arange(len(targets)).chunk(settings.accumulate)
     whole, total = task.weight(targets), None
     for count, part in enumerate(parts):
@@ -325,3 +335,10 @@ def train_step(fabric: Fabric, placed: Placed, settings: Settings, inputs: Input
     placed.stepper.step()
     assert total is not None
     return total
+
+
+def arranged(inputs: Inputs, settings: Settings) -> Inputs:
+    """Puts the channels of images last in memory, where that was asked for."""
+    if settings.channels_last and isinstance(inputs, Tensor) and inputs.ndim == 4:
+        return inputs.contiguous(memory_format=torch.channels_last)
+    return inputs

@@ -1,0 +1,425 @@
+"""A table of a paper on classification: the study that fills it, the table beside the printed one, remarks and figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from normkit.core.card import Paper
+from normkit.lab.claims.numbers import choose, known, mean, spread
+from normkit.lab.devices import processor
+from normkit.lab.experiment import Bench, Table
+from normkit.lab.papers.gains import gain, tell
+from normkit.lab.papers.learning import Costs, Same, Training, compare_same, images, learn, measure
+from normkit.lab.train import OK
+
+PAPER = Paper(
+    "Saratchandran, Hemanth and Wang, Thomas X. and Lucey, Simon",
+    "Weight Conditioning for Smooth Optimization of Neural Networks",
+    2024,
+    "https://arxiv.org/abs/2409.03424",
+)
+# What is looked at: each row at the one rate that the paper gives, or each at the best of its own sweep.
+GIVEN, TUNED = "given", "tuned"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method in a table.
+
+    Args:
+        name: as the paper writes it; the first row is the baseline.
+        recipe: its recipe.
+        unit: rows of the first and last layer begin with norm 1. Default: False.
+        like: the row whose learning rate it takes, for a control. Default: none, it has a sweep of its own.
+        printed: Top-1 and Top-5 in percent. Default: none.
+    """
+
+    name: str
+    recipe: str
+    unit: bool = False
+    like: str = ""
+    printed: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One data set and model of a table.
+
+    Args:
+        label: of the data set and model, for headings.
+        base: all but row, rate and seed.
+        rows: of the paper.
+        controls: rows that tell where an effect comes from.
+        rates: that each row tries with the first seed.
+        rate: that the paper gives; None where the small scale has too few steps for it.
+        borrow: the label of the plan whose chosen rates are taken over in place of a sweep. Default: none.
+        same: show that E is weight norm with its lengths frozen at 1. Default: False.
+        costs: seconds for measuring what a step of each row costs; 0 for not. Default: 20.
+    """
+
+    label: str
+    base: Training
+    rows: tuple[Row, ...]
+    controls: tuple[Row, ...] = ()
+    rates: tuple[float, ...] = ()
+    rate: float | None = None
+    borrow: str = ""
+    same: bool = False
+    costs: float = 20.0
+
+
+def study(bench: Bench, plans: Sequence[Plan]) -> dict[str, Any]:
+    """Does what is missing of some plans.
+
+    Args:
+        bench: where.
+        plans: those that borrow rates come after those that they borrow from.
+
+    Returns:
+        What tables, remarks and figures are made of.
+    """
+    if bench.download:
+        for name in {plan.base.data for plan in plans}:
+            _download(name)
+    parts: dict[str, dict[str, Any]] = {}
+    for plan in plans:
+        plan = replace(plan, base=replace(plan.base, epochs=bench.epochs or plan.base.epochs))
+        bench.watch(
+            f"{plan.label}: {len(plan.rows)} rows, {len(plan.controls)} controls, {plan.base.epochs} epochs a run"
+        )
+        parts[plan.label] = _part(bench, plan, parts)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    return {"scale": bench.scale, "device": device, "threads": bench.threads, "parts": parts}
+
+
+def _part(bench: Bench, plan: Plan, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    rows = (*plan.rows, *plan.controls)
+    swept = _sweep(bench, plan, [row for row in rows if not row.like])
+    rates = {name: row["rate"] for name, row in swept.items()}
+    if plan.borrow:
+        rates = {row["name"]: row["rate"] for row in parts[plan.borrow]["sets"][TUNED]}
+    elif not plan.rates:
+        assert plan.rate is not None
+        rates = {row.name: plan.rate for row in rows}
+    for row in plan.controls:
+        if row.like:
+            rates[row.name] = rates[row.like]
+    sets = {}
+    if plan.rates or plan.borrow:
+        sets[TUNED] = _repeat(bench, plan, rates, swept)
+    if plan.rate is not None:
+        sets[GIVEN] = _repeat(bench, plan, {row.name: plan.rate for row in rows}, swept)
+    found: dict[str, Any] = {"base": asdict(plan.base), "rates": list(plan.rates), "sets": sets}
+    data = images(plan.base.data, plan.base.size, plan.base.train, plan.base.val, plan.base.test)
+    found["samples"] = {name: len(split) for name, split in data.splits.items()}
+    found["borrowed"] = plan.borrow
+    if plan.costs:
+        jobs = tuple(_job(plan, row, rates[row.name], bench.seeds[0]) for row in plan.rows)
+        (found["costs"],) = bench.sweep(measure, [Costs(jobs, plan.costs)])
+    if plan.same:
+        first = plan.rows[0]
+        job = Same(replace(_job(plan, first, rates[first.name], bench.seeds[0]), epochs=1))
+        (found["same"],) = bench.sweep(compare_same, [job])
+    return found
+
+
+def _sweep(bench: Bench, plan: Plan, rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+    if not plan.rates:
+        return {}
+    jobs = [_job(plan, row, rate, bench.seeds[0]) for row in rows for rate in plan.rates]
+    tried: dict[str, list[dict[str, Any]]] = {}
+    for job, found in zip(jobs, bench.sweep(learn, jobs), strict=True):
+        kept = {key: found[key] for key in ("status", "val_score", "val_loss", "epochs")}
+        tried.setdefault(job.name, []).append({"rate": job.rate, **kept})
+    chosen = {name: best(sweep) for name, sweep in tried.items()}
+    return {
+        name: {"sweep": tried[name], "rate": rate, "edge": rate in (min(plan.rates), max(plan.rates))}
+        for name, rate in chosen.items()
+    }
+
+
+def best(sweep: Iterable[Mapping[str, Any]]) -> float:
+    """Chooses the rate with the highest validation score; of equals the lowest loss, then rate. Diverged runs come last.
+
+    >>> best([{"rate": r, "status": "ok", "val_score": s, "val_loss": 1.0, "epochs": 1} for r, s in ((0.1, 0.5), (1.0, 0.5))])
+    0.1
+    """
+
+    def merit(run: Mapping[str, Any]) -> tuple[float, ...]:
+        if run["status"] != OK:
+            return (0, run["epochs"], 0.0, -run["rate"])
+        return (1, run["val_score"], -run["val_loss"], -run["rate"])
+
+    return max(sweep, key=merit)["rate"]
+
+
+def _repeat(
+    bench: Bench, plan: Plan, rates: Mapping[str, float], swept: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    rows = (*plan.rows, *plan.controls)
+    jobs = [_job(plan, row, rates[row.name], seed) for seed in bench.seeds for row in rows]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    keys = ("status", "val_score", "test_score", "test_top5", "test_loss", "condition", "curve")
+    parameters = {}
+    for job, found in zip(jobs, bench.sweep(learn, jobs), strict=True):
+        runs.setdefault(job.name, []).append({"seed": job.seed, **{key: found[key] for key in keys}})
+        parameters[job.name] = found["parameters"]
+    return [
+        {
+            "name": row.name,
+            "recipe": row.recipe,
+            "control": row in plan.controls,
+            "printed": row.printed,
+            "rate": rates[row.name],
+            "parameters": parameters[row.name],
+            "runs": runs[row.name],
+            "sweep": swept.get(row.name, {}).get("sweep", []),
+            "edge": swept.get(row.name, {}).get("edge", False) and swept[row.name]["rate"] == rates[row.name],
+        }
+        for row in rows
+    ]
+
+
+def _job(plan: Plan, row: Row, rate: float, seed: int) -> Training:
+    return replace(plan.base, name=row.name, recipe=row.recipe, unit=row.unit, rate=rate, seed=seed)
+
+
+def _download(name: str) -> None:
+    from normkit.lab.data import cifar
+
+    getattr(cifar, name)(download=True)
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """For each data set: ours beside the printed numbers, controls, learning rates, and equal time beside equal epochs."""
+    found = []
+    for label, part in result["parts"].items():
+        for kind in (GIVEN, TUNED):
+            if kind in part["sets"]:
+                found += _scores(result, label, part, kind)
+        found += _rates_table(label, part)
+        found += _time_table(label, part)
+    return found
+
+
+def _scores(result: Mapping[str, Any], label: str, part: Mapping[str, Any], kind: str) -> list[Table]:
+    rows = part["sets"][kind]
+    base = rows[0]
+    columns = [
+        "method",
+        "paper: Top-1",
+        f"minus {base['name']}",
+        "Top-5",
+        "ours: Top-1",
+        f"minus {base['name']} [95 %]",
+    ]
+    columns += ["Top-5", "rate", "κ last layer", "seeds"]
+    how = "each at the best of its rates" if kind == TUNED else f"rate {base['rate']:g}"
+    if not part["rates"] and not part["borrowed"]:
+        how = f"rate {base['rate']:g}"
+    title = f"{label}: test accuracy in %, {result['scale']} scale, {how}"
+    shown = [_score_row(row, base) for row in rows if not row["control"]]
+    if not any(row["printed"] for row in rows):
+        columns = [columns[0], *columns[4:]]
+        shown = [[line[0], *line[4:]] for line in shown]
+    notes = [describe(result, part)]
+    if part["borrowed"]:
+        notes.append(f"Rates are those chosen on {part['borrowed']}.")
+    if any(row["edge"] for row in rows):
+        edge = ", ".join(row["name"] for row in rows if row["edge"])
+        notes.append(f"The chosen rate is at the edge of those tried, a better one may lie beyond: {edge}.")
+    found = [Table(title, columns, shown, notes)]
+    controls = [row for row in rows if row["control"]]
+    if controls:
+        lines = [[line[0], *line[4:]] for line in (_score_row(row, base) for row in controls)]
+        found.append(
+            Table(
+                f"{label}: controls, {how}", ["control", *_ours(columns)], lines, ["As in the table above, same seeds."]
+            )
+        )
+    return found
+
+
+def _ours(columns: Sequence[str]) -> list[str]:
+    return list(columns[columns.index("ours: Top-1") :])
+
+
+def _score_row(row: Mapping[str, Any], base: Mapping[str, Any]) -> list[Any]:
+    first, five = row["printed"] or (None, None)
+    printed = base["printed"]
+    runs = row["runs"]
+    gap = None if row is base else tell(percent(gain(runs, base["runs"], "test_score")))
+    return [
+        row["name"],
+        first,
+        None if row is base or first is None or printed is None else f"{first - printed[0]:+.1f}",
+        five,
+        spread([run["test_score"] for run in runs], ".1f", 100),
+        gap,
+        spread([run["test_top5"] for run in runs], ".1f", 100),
+        row["rate"],
+        mean(run["condition"]["last"][1] for run in runs if run["condition"]),
+        len(runs),
+    ]
+
+
+def percent(found: Any) -> Any:
+    """An interval in percent."""
+    ends = {key: 100 * value for key in ("mean", "low", "high") if (value := getattr(found, key)) is not None}
+    return replace(found, **ends)
+
+
+def _rates_table(label: str, part: Mapping[str, Any]) -> list[Table]:
+    rows = [row for row in next(iter(part["sets"].values())) if row["sweep"]]
+    if not rows:
+        return []
+    lines = []
+    for row in rows:
+        scores = {run["rate"]: run for run in row["sweep"]}
+        lines.append([row["name"], *(_tried(scores[rate]) for rate in part["rates"])])
+    notes = [
+        "Validation accuracy in % after the last epoch, first seed; it chooses the rate. Test images choose nothing."
+    ]
+    return [Table(f"{label}: learning rates", ["method", *(f"{rate:g}" for rate in part["rates"])], lines, notes)]
+
+
+def _tried(run: Mapping[str, Any]) -> str:
+    return f"{100 * run['val_score']:.1f}" if run["status"] == OK else f"diverged in epoch {run['epochs'] + 1}"
+
+
+def _time_table(label: str, part: Mapping[str, Any]) -> list[Table]:
+    costs = part.get("costs")
+    if not costs:
+        return []
+    rows = [row for row in part["sets"].get(TUNED, part["sets"].get(GIVEN)) if row["name"] in costs]
+    epochs = part["base"]["epochs"]
+    base = rows[0]["name"]
+    lines = []
+    for row in rows:
+        cost = costs[row["name"]]
+        reached = within(epochs, cost["ratio"])
+        ends, then = ([at(run, epoch) for run in row["runs"]] for epoch in (epochs, reached))
+        lines.append(
+            [
+                row["name"],
+                f"{cost['ms_per_step']:.1f}",
+                f"{cost['ratio']:.3f}",
+                f"{cost['mb_per_step']:.1f}",
+                spread(ends, ".1f", 100),
+                reached,
+                spread(then, ".1f", 100),
+            ]
+        )
+    columns = ["method", "ms a step", "ratio", "MB a step", f"val after {epochs} epochs", f"epochs in {base}'s time"]
+    notes = [
+        f"Validation accuracy in %. Ratio: median over rounds of a step's time over {base}'s in the same round, all methods side "
+        f"by side in one process. Epochs in {base}'s time: whole ones, up to {epochs}; time within 2 % counts as the same.",
+    ]
+    return [Table(f"{label}: equal time beside equal epochs", [*columns, "val then"], lines, notes)]
+
+
+def within(epochs: int, ratio: float) -> int:
+    """Counts the epochs that a method comes through in the baseline's time.
+
+    >>> within(10, 1.25), within(10, 1.015), within(10, 0.8)
+    (8, 10, 10)
+    """
+    return min(epochs, math.floor(epochs / ratio * 1.02))
+
+
+def at(run: Mapping[str, Any], epoch: int) -> float | None:
+    """The validation score after an epoch."""
+    scores = run["curve"]["val_score"]
+    return scores[epoch - 1] if 0 < epoch <= len(scores) else None
+
+
+def describe(result: Mapping[str, Any], part: Mapping[str, Any]) -> str:
+    """The protocol in a sentence."""
+    base, samples = part["base"], part["samples"]
+    size = f" at {base['size']}x{base['size']} pixels" if base["size"] else ""
+    width = f", width x{base['width']:g}" if base["width"] != 1 else ""
+    how = {"sgd": f"SGD, momentum {base['momentum']:g}"}.get(base["optimizer"], base["optimizer"])
+    extra = "".join(f", {text}" for text in (_schedule(base), base["clip"] and f"clip {base['clip']:g}") if text)
+    return (
+        f"Mean ± standard deviation over seeds; differences are paired by seed, with their 95 % interval. "
+        f"{samples['train']:,} images{size} to learn from, {samples['val']:,} to choose rates, {samples['test']:,} to judge; "
+        f"{base['model'].rpartition(':')[2]}{width}; {how}, weight decay {base['weight_decay']:g}{extra}; batch "
+        f"{base['batch_size']}, {base['epochs']} epochs. On {result['device']}, {result['threads']} "
+        f"{'thread' if result['threads'] == 1 else 'threads'} a run."
+    )
+
+
+def _schedule(base: Mapping[str, Any]) -> str:
+    warm = f"{base['warmup']:g} epochs of warm-up" if base["warmup"] else ""
+    words = [warm, "" if base["schedule"] == "constant" else f"{base['schedule']} schedule"]
+    return ", ".join(word for word in words if word) or "constant rate"
+
+
+def verdicts(result: Mapping[str, Any]) -> list[str]:
+    """What our runs show of each difference that the paper prints, and what the controls show."""
+    said = []
+    for label, part in result["parts"].items():
+        for kind, rows in part["sets"].items():
+            base = rows[0]
+            where = f"{label}{', at the rate of the paper' if kind == GIVEN and TUNED in part['sets'] else ''}"
+            judged = [_verdict(row, base) for row in rows if not row["control"] and row is not base]
+            said.append(f"{where}, test Top-1 minus {base['name']}'s: {'; '.join(judged)}.")
+            lost = [f"{row['name']} ({n} of {len(row['runs'])})" for row in rows if (n := _lost(row))]
+            if lost:
+                said.append(f"{where}: runs that diverged: {', '.join(lost)}.")
+        if same := part.get("same"):
+            said.append(_same(label, same))
+    return said
+
+
+def _lost(row: Mapping[str, Any]) -> int:
+    return sum(run["status"] != OK for run in row["runs"])
+
+
+def _verdict(row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    found = percent(gain(row["runs"], base["runs"], "test_score"))
+    text = tell(found)
+    if text is None:
+        return f"{row['name']} has no score to compare"
+    word = "no difference shown"
+    if found.low is None or found.high is None:
+        word = "one seed, no interval"
+    elif found.low > 0:
+        word = "better"
+    elif found.high < 0:
+        word = "worse"
+    printed = ""
+    if row["printed"] and base["printed"]:
+        printed = f" (printed {row['printed'][0] - base['printed'][0]:+.1f})"
+    return f"{row['name']} {text}, {word}{printed}"
+
+
+def _same(label: str, same: Mapping[str, Any]) -> str:
+    if same["same_metrics"] and same["greatest_difference"] == 0:
+        return (
+            f"{label}: E and weight norm on the same two layers with its lengths frozen at 1 are the same training: after "
+            f"{same['steps']} steps every loss and every weight is equal to the last bit (sha256 {same['sha256'][0][:12]})."
+        )
+    return (
+        f"{label}: E and weight norm with lengths frozen at 1 should be the same training, but after {same['steps']} steps the "
+        f"weights differ by up to {same['greatest_difference']:.2g}."
+    )
+
+
+def difference(result: Mapping[str, Any], label: str, one: str, other: str) -> str | None:
+    """The paired difference in Top-1 between two rows, at their best rates, as text."""
+    rows = result["parts"][label]["sets"].get(TUNED) or result["parts"][label]["sets"][GIVEN]
+    first, second = choose(rows, name=one), choose(rows, name=other)
+    if not first or not second:
+        return None
+    return tell(percent(gain(first[0]["runs"], second[0]["runs"], "test_score")))
+
+
+def ends(rows: Iterable[Mapping[str, Any]], key: str) -> dict[str, float | None]:
+    """The mean over seeds of a run's value, a row."""
+    return {row["name"]: mean(known(run[key] for run in row["runs"])) for row in rows}
