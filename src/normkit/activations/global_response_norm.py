@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError
 from normkit.core.moments import accumulation_dtype
 from normkit.core.statistic import length
-from normkit.core.support import Support
+from normkit.core.support import Split, Support
+from normkit.engine import native_global_response
 from normkit.engine.layer import check_channels
 
 
@@ -111,10 +113,21 @@ def global_response_norm(
              [10.6667,  0.0000]]])
     """
     support = _support(layout, over)
+    accumulation_dtype(x.dtype)  # refuses integers
+    definition = partial(_define, eps=eps, split=support.split(x.shape), mask=mask)
+    y = None
+    if mask is None:
+        axis = 1 if layout == "n c *" else -1
+        y = native_global_response.weigh(x, weight, bias, axis, eps, over == "n *", definition)
+    return definition(x, weight, bias) if y is None else y
+
+
+def _define(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, split: Split, mask: Tensor | None
+) -> Tensor:
     wide = x.to(accumulation_dtype(x.dtype))
     if mask is not None:
         wide = torch.where(mask, wide, 0.0)
-    split = support.split(x.shape)
     energy = length(wide, split.dims)
     share = energy / (energy.mean(split.names.index("c"), keepdim=True) + eps)
     shape = [1] * x.dim()

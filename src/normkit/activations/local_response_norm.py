@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.moments import accumulation_dtype
 from normkit.core.support import show
+from normkit.engine import native_window
+from normkit.engine.native_window import Window
 from normkit.engine.window import sliding_sum
 
 
@@ -81,14 +85,22 @@ def local_response_norm(
     """
     k = _offset(k, torch_compat)
     _check(size, k)
-    wide = x.to(accumulation_dtype(x.dtype))
+    accumulation_dtype(x.dtype)  # refuses integers
     if x.dim() < 2:
         raise ShapeError(
             f"local_response_norm: got an input of {x.dim()} axes ({show(x.shape)}), wanted at least 2: n c *"
         )
-    before, after = size // 2, (size - 1) // 2 if torch_compat else size // 2
-    energy = sliding_sum(wide.square(), 1, before, after)
-    return (wide * (k + (alpha / size if torch_compat else alpha) * energy).pow(-beta)).to(x.dtype)
+    after = (size - 1) // 2 if torch_compat else size // 2
+    window = Window(size // 2, after, k, alpha / size if torch_compat else alpha, beta)
+    definition = partial(_define, window=window)
+    y = native_window.divide(x, window, definition)
+    return definition(x) if y is None else y
+
+
+def _define(x: Tensor, window: Window) -> Tensor:
+    wide = x.to(accumulation_dtype(x.dtype))
+    energy = sliding_sum(wide.square(), 1, window.before, window.after)
+    return (wide * (window.offset + window.factor * energy).pow(-window.power)).to(x.dtype)
 
 
 def _offset(k: float | None, torch_compat: bool) -> float:

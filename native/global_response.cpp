@@ -1,0 +1,294 @@
+// Global response normalization in three steps, forward and backward alike: sums over the positions, what follows from them for each
+// channel, and a second look at the elements.
+//
+// A sample is cut into chunks by its shape alone, and the sums of the chunks are added in order, so that results do not depend on the
+// threads. Within a chunk sums are in the accumulation type, beyond it in double.
+#include "global_response.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "threads.h"
+#include "typed.h"
+
+namespace nk {
+namespace {
+
+// Elements of a chunk; with channels last a few thousand channels still have several positions in one.
+constexpr int64_t CHUNK = 16384;
+// Elements that are added up in the accumulation type before double takes over.
+constexpr int64_t BLOCK = 4096;
+// Columns that are added up at a time.
+constexpr int64_t STRIPE = 1024;
+
+struct Chunk {
+    int64_t sample, index;
+    int64_t channel, channels, position, positions;  // the first one and how many
+};
+
+// Chunks of a sample: some channels, or with channels last some positions.
+struct Cut {
+    const NkResponse &plan;
+    int64_t each, number;
+
+    explicit Cut(const NkResponse &plan) : plan(plan) {
+        int64_t length = plan.last ? plan.channels : plan.positions, axis = plan.last ? plan.positions : plan.channels;
+        each = std::clamp<int64_t>(CHUNK / length, 1, axis);
+        number = (axis + each - 1) / each;
+    }
+    Chunk at(int64_t sample, int64_t index) const {
+        int64_t from = index * each;
+        if (plan.last) return {sample, index, 0, plan.channels, from, std::min(each, plan.positions - from)};
+        return {sample, index, from, std::min(each, plan.channels - from), 0, plan.positions};
+    }
+    // Where the sums of a chunk are kept: with channels last each chunk has some of every channel.
+    int64_t rows() const { return plan.last ? number : 1; }
+    int64_t place(const Chunk &c) const { return (c.sample * rows() + (plan.last ? c.index : 0)) * plan.channels + c.channel; }
+    int64_t start(const Chunk &c) const {
+        int64_t within = plan.last ? c.position * plan.channels : c.channel * plan.positions;
+        return c.sample * plan.channels * plan.positions + within;
+    }
+};
+
+// What each element adds to the sums of its channel.
+template <class A> struct Square {
+    static constexpr int SUMS = 1;
+    template <class T> static void add(const T *x, const T *, int64_t n, Vec<A> *sums) {
+        Vec<A> v = n == LANES ? load(x) : load_some(x, n);
+        sums[0] += v * v;
+    }
+};
+template <class A> struct Products {
+    static constexpr int SUMS = 2;
+    template <class T> static void add(const T *x, const T *dy, int64_t n, Vec<A> *sums) {
+        Vec<A> v = n == LANES ? load(x) : load_some(x, n), g = n == LANES ? load(dy) : load_some(dy, n);
+        sums[0] += g * v;
+        sums[1] += g;
+    }
+};
+
+// Sums of elements side by side.
+template <class Term, class T> void sum_row(const T *x, const T *dy, int64_t n, double *found) {
+    using A = accumulator<T>;
+    constexpr int S = Term::SUMS, UNROLL = 4;
+    std::fill_n(found, S, 0.0);
+    for (int64_t from = 0; from < n; from += BLOCK) {
+        Vec<A> sums[UNROLL][S] = {};
+        int64_t e = from, end = std::min(n, from + BLOCK);
+        for (; e + UNROLL * LANES <= end; e += UNROLL * LANES)
+            for (int u = 0; u < UNROLL; ++u) Term::add(x + e + u * LANES, dy + e + u * LANES, LANES, sums[u]);
+        for (; e < end; e += LANES) Term::add(x + e, dy + e, std::min<int64_t>(LANES, end - e), sums[0]);
+        for (int s = 0; s < S; ++s) found[s] += double(sum_lanes<A>((sums[0][s] + sums[1][s]) + (sums[2][s] + sums[3][s])));
+    }
+}
+
+// Sums down some columns of a matrix, whose rows are `apart` elements long; `kept` has S times that many columns.
+template <class Term, class T>
+void sum_columns(const T *x, const T *dy, int64_t rows, int64_t columns, int64_t apart, accumulator<T> *kept) {
+    using A = accumulator<T>;
+    constexpr int S = Term::SUMS;
+    constexpr int64_t ROWS = 4;  // that are added in registers
+    std::fill_n(kept, S * columns, A(0));
+    for (int64_t r = 0; r < rows; r += ROWS) {
+        int64_t end = std::min(rows, r + ROWS);
+        for (int64_t c = 0; c < columns; c += LANES) {
+            int64_t n = std::min<int64_t>(LANES, columns - c);
+            Vec<A> sums[S];
+            for (int s = 0; s < S; ++s) sums[s] = n == LANES ? load(kept + s * columns + c) : load_some(kept + s * columns + c, n);
+            if (end - r == ROWS && n == LANES) {
+                for (int64_t i = 0; i < ROWS; ++i) Term::add(x + (r + i) * apart + c, dy + (r + i) * apart + c, LANES, sums);
+            } else {
+                for (int64_t i = r; i < end; ++i) Term::add(x + i * apart + c, dy + i * apart + c, n, sums);
+            }
+            for (int s = 0; s < S; ++s)
+                n == LANES ? store(kept + s * columns + c, sums[s]) : store_some(kept + s * columns + c, sums[s], n);
+        }
+    }
+}
+
+// The sums of a chunk into `found`: sum s of the channel at place p is found[s * apart + p].
+template <class Term, class T>
+void sum_chunk(const Cut &cut, const Chunk &chunk, const T *x, const T *dy, double *found, int64_t apart) {
+    using A = accumulator<T>;
+    constexpr int S = Term::SUMS;
+    const int64_t start = cut.start(chunk);
+    x += start, dy += start, found += cut.place(chunk);
+    if (cut.plan.last) {
+        A kept[S * STRIPE];
+        for (int64_t from = 0; from < chunk.channels; from += STRIPE) {
+            int64_t columns = std::min(STRIPE, chunk.channels - from);
+            sum_columns<Term>(x + from, dy + from, chunk.positions, columns, chunk.channels, kept);
+            for (int s = 0; s < S; ++s)
+                for (int64_t c = 0; c < columns; ++c) found[s * apart + from + c] = double(kept[s * columns + c]);
+        }
+        return;
+    }
+    for (int64_t c = 0; c < chunk.channels; ++c) {
+        double sums[S];
+        sum_row<Term>(x + c * chunk.positions, dy + c * chunk.positions, chunk.positions, sums);
+        for (int s = 0; s < S; ++s) found[s * apart + c] = sums[s];
+    }
+}
+
+// total[c] = the sums of all chunks of a sample, or of all samples where energies are shared.
+void total(const Cut &cut, int64_t sample, const double *found, double *total) {
+    const int64_t channels = cut.plan.channels, rows = cut.rows() * (cut.plan.shared ? cut.plan.samples : 1);
+    found += sample * cut.rows() * channels;
+    std::copy_n(found, channels, total);
+    for (int64_t r = 1; r < rows; ++r)
+        for (int64_t c = 0; c < channels; ++c) total[c] += found[r * channels + c];
+}
+
+// out = a_c * x (+ b_c * dy) (+ d_c) for every element of a chunk: forward a = gain, d = bias; backward a of x and b of dy.
+template <bool TWO, class T>
+void apply_chunk(const Cut &cut, const Chunk &chunk, const T *x, const accumulator<T> *a, const T *dy, const accumulator<T> *b,
+                 const accumulator<T> *d, T *out) {
+    using A = accumulator<T>;
+    const int64_t start = cut.start(chunk);
+    x += start, out += start;
+    if constexpr (TWO) dy += start;
+    auto one = [&](int64_t e, int64_t n, Vec<A> va, Vec<A> vb, Vec<A> vd) {
+        bool full = n == LANES;
+        Vec<A> v = va * (full ? load(x + e) : load_some(x + e, n));
+        if constexpr (TWO) v += vb * (full ? load(dy + e) : load_some(dy + e, n));
+        else v += vd;
+        full ? store(out + e, v) : store_some(out + e, v, n);
+    };
+    if (cut.plan.last) {
+        const int64_t columns = chunk.channels;
+        for (int64_t r = 0; r < chunk.positions; ++r) {
+            int64_t c = 0, row = r * columns;
+            for (; c + LANES <= columns; c += LANES)
+                one(row + c, LANES, load(a + c), TWO ? load(b + c) : Vec<A>{}, d != nullptr ? load(d + c) : Vec<A>{});
+            if (int64_t n = columns - c; n > 0)
+                one(row + c, n, load_some(a + c, n), TWO ? load_some(b + c, n) : Vec<A>{}, d != nullptr ? load_some(d + c, n) : Vec<A>{});
+        }
+        return;
+    }
+    for (int64_t c = 0; c < chunk.channels; ++c) {
+        const int64_t k = chunk.channel + c, row = c * chunk.positions;
+        const Vec<A> va = splat(a[k]), vb = TWO ? splat(b[k]) : Vec<A>{}, vd = d != nullptr ? splat(d[k]) : Vec<A>{};
+        int64_t e = 0;
+        for (; e + LANES <= chunk.positions; e += LANES) one(row + e, LANES, va, vb, vd);
+        if (e < chunk.positions) one(row + e, chunk.positions - e, va, vb, vd);
+    }
+}
+
+// sums(chunk) for all chunks, settle(set) for all sets of energies, apply(chunk) for all chunks: a sample after the other where there are
+// enough of them, as it may still be in the cache the second time.
+template <class Sums, class Settle, class Apply> void in_steps(const Cut &cut, Sums &&sums, Settle &&settle, Apply &&apply) {
+    const NkResponse &plan = cut.plan;
+    auto chunk = [&](int64_t task) { return cut.at(task / cut.number, task % cut.number); };
+    if (!plan.shared && plan.samples >= 2 * threads()) {
+        for_each(plan.samples, [&](int64_t sample) {
+            for (int64_t i = 0; i < cut.number; ++i) sums(cut.at(sample, i));
+            settle(sample);
+            for (int64_t i = 0; i < cut.number; ++i) apply(cut.at(sample, i));
+        });
+        return;
+    }
+    for_each(plan.samples * cut.number, [&](int64_t task) { sums(chunk(task)); });
+    for_each(plan.shared ? 1 : plan.samples, settle);
+    for_each(plan.samples * cut.number, [&](int64_t task) { apply(chunk(task)); });
+}
+
+int64_t sets(const NkResponse &plan) { return plan.shared ? 1 : plan.samples; }
+int64_t set_of(const NkResponse &plan, const Chunk &chunk) { return plan.shared ? 0 : chunk.sample; }
+
+double mean_of(const double *values, int64_t n) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += values[i];
+    return sum / double(n);
+}
+
+template <class T>
+void forward(const NkResponse &plan, const T *x, const accumulator<T> *weight, const accumulator<T> *bias, T *y, double *energy) {
+    using A = accumulator<T>;
+    const Cut cut(plan);
+    const int64_t channels = plan.channels;
+    std::vector<double> found(std::size_t(plan.samples * cut.rows() * channels));
+    std::vector<A> gain(std::size_t(sets(plan) * channels));
+    in_steps(
+        cut, [&](const Chunk &chunk) { sum_chunk<Square<A>, T>(cut, chunk, x, x, found.data(), 0); },
+        [&](int64_t set) {
+            double *g = energy + set * channels;
+            total(cut, set, found.data(), g);
+            for (int64_t c = 0; c < channels; ++c) g[c] = std::sqrt(g[c]);
+            double divisor = mean_of(g, channels) + plan.eps;
+            for (int64_t c = 0; c < channels; ++c)
+                gain[std::size_t(set * channels + c)] = A(1 + (weight == nullptr ? 1 : double(weight[c])) * (g[c] / divisor));
+        },
+        [&](const Chunk &chunk) {
+            apply_chunk<false, T>(cut, chunk, x, gain.data() + set_of(plan, chunk) * channels, nullptr, nullptr, bias, y);
+        });
+}
+
+// With D_c = sum of dy x and share s: dweight = D s; the energy's gradient is e_c = (w_c D_c - mean over k of w_k D_k s_k) / divisor, and
+// dx = dy * gain + x * e_c / energy_c.
+template <class T>
+void backward(const NkResponse &plan, const T *dy, const T *x, const accumulator<T> *weight, const double *energy, T *dx,
+              accumulator<T> *dweight, accumulator<T> *dbias) {
+    using A = accumulator<T>;
+    const Cut cut(plan);
+    const int64_t channels = plan.channels, apart = plan.samples * cut.rows() * channels, all = sets(plan) * channels;
+    auto doubles = [](int64_t n) { return std::vector<double>(std::size_t(n)); };
+    std::vector<double> found = doubles(2 * apart), products = doubles(all), sums = doubles(all);
+    std::vector<A> of_x(std::size_t(all), A(0)), of_dy(std::size_t(all), A(0));
+    in_steps(
+        cut, [&](const Chunk &chunk) { sum_chunk<Products<A>, T>(cut, chunk, x, dy, found.data(), apart); },
+        [&](int64_t set) {
+            const double *g = energy + set * channels;
+            double *product = products.data() + set * channels, divisor = mean_of(g, channels) + plan.eps, common = 0;
+            total(cut, set, found.data(), product);
+            total(cut, set, found.data() + apart, sums.data() + set * channels);
+            auto scaled = [&](int64_t c) { return weight == nullptr ? 1.0 : double(weight[c]); };
+            for (int64_t c = 0; c < channels; ++c) common += scaled(c) * product[c] * (g[c] / divisor);
+            common /= double(channels);
+            for (int64_t c = 0; c < channels; ++c) {
+                auto at = std::size_t(set * channels + c);
+                double slope = (scaled(c) * product[c] - common) / divisor;
+                of_x[at] = g[c] == 0 ? A(0) : A(slope / g[c]);  // the norm's derivative at 0 is taken to be 0
+                of_dy[at] = A(1 + scaled(c) * (g[c] / divisor));
+                product[c] *= g[c] / divisor;
+            }
+        },
+        [&](const Chunk &chunk) {
+            if (dx == nullptr) return;
+            int64_t set = set_of(plan, chunk) * channels;
+            apply_chunk<true, T>(cut, chunk, x, of_x.data() + set, dy, of_dy.data() + set, nullptr, dx);
+        });
+    auto deliver = [&](const std::vector<double> &from, A *to) {
+        for (int64_t c = 0; to != nullptr && c < channels; ++c) {
+            double sum = 0;
+            for (int64_t set = 0; set < sets(plan); ++set) sum += from[std::size_t(set * channels + c)];
+            to[c] = A(sum);
+        }
+    };
+    deliver(products, dweight);
+    deliver(sums, dbias);
+}
+
+}  // namespace
+}  // namespace nk
+
+// Weight and bias may be null, and are in the accumulation type. `energy` receives one double a channel, of each sample or of all.
+NK_EXPORT int32_t nk_response_forward(const NkResponse *plan, const void *x, const void *weight, const void *bias, void *y, double *energy) {
+    return nk::by_type(plan->type, [&](auto t) {
+        using T = decltype(t);
+        using A = nk::accumulator<T>;
+        nk::forward<T>(*plan, static_cast<const T *>(x), static_cast<const A *>(weight), static_cast<const A *>(bias), static_cast<T *>(y),
+                       energy);
+    });
+}
+
+// dx, dweight and dbias may be null.
+NK_EXPORT int32_t nk_response_backward(const NkResponse *plan, const void *dy, const void *x, const void *weight, const double *energy,
+                                       void *dx, void *dweight, void *dbias) {
+    return nk::by_type(plan->type, [&](auto t) {
+        using T = decltype(t);
+        using A = nk::accumulator<T>;
+        nk::backward<T>(*plan, static_cast<const T *>(dy), static_cast<const T *>(x), static_cast<const A *>(weight), energy,
+                        static_cast<T *>(dx), static_cast<A *>(dweight), static_cast<A *>(dbias));
+    });
+}

@@ -1,0 +1,319 @@
+// Local response normalization in tiles: all channels at some of the positions, so that what lies in a window is in the cache.
+//
+// Windows are summed anew for each element: a running sum would lose small windows behind large elements, and would carry a NaN to the end.
+// Two ways through a tile:
+//
+//     at once     a workspace holds all channels, `width` elements apart, with channels of zeros on both sides: a window is elements `width`
+//                 apart, wherever it lies. For channels last, few positions, and long windows.
+//     by channel  rings of as many rows as the window has channels go along, and memory is read row after row. For channels first.
+#include "window.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+
+#include "threads.h"
+#include "typed.h"
+
+namespace nk {
+namespace {
+
+// Elements that are finished at a time, and that a tile may have: its workspace stays in the second-level cache.
+constexpr int64_t STRIP = 512, TILE = 16384;
+// Elements that the rows of a ring may have together, and that a row should have at least.
+constexpr int64_t RING = 8192, ROW = 8 * LANES;
+// Longer windows are put together from sums of 1, 2, 4, ... neighbours.
+constexpr int64_t LONG = 24;
+
+// Pieces of a tile: `length` elements side by side in memory and in the workspace, `apart` elements between their starts in memory.
+struct Pieces {
+    int64_t number, length, apart;
+};
+
+struct Tile {
+    int64_t start, width;
+    Pieces pieces;
+};
+
+int64_t terms_of(const NkWindow &plan) { return plan.before + 1 + plan.after; }
+
+bool by_channel(const NkWindow &plan) { return plan.inner >= ROW && terms_of(plan) <= LONG; }
+
+int64_t in_vectors(int64_t n) { return (n + 4 * LANES - 1) / (4 * LANES) * (4 * LANES); }
+
+int64_t most_positions(const NkWindow &plan) {
+    if (!by_channel(plan)) return std::min(plan.inner, std::max<int64_t>(in_vectors(TILE / plan.channels), 4 * LANES));
+    int64_t fit = std::min<int64_t>(RING / terms_of(plan), STRIP * 4);
+    int64_t fair = plan.inner * plan.outer / threads();  // what each thread gets; no sum depends on how wide a tile is
+    fit = std::max(std::min(fit, fair), ROW);
+    int64_t pieces = (plan.inner + fit - 1) / fit;
+    return in_vectors((plan.inner + pieces - 1) / pieces);
+}
+
+int64_t tiles_of_one(const NkWindow &plan) { return (plan.inner + most_positions(plan) - 1) / most_positions(plan); }
+
+Tile tile_at(const NkWindow &plan, int64_t index) {
+    int64_t many = tiles_of_one(plan), most = most_positions(plan), outer = index / many, from = index % many * most;
+    int64_t width = std::min(most, plan.inner - from), start = outer * plan.channels * plan.inner + from;
+    if (width == plan.inner) return {start, width, {1, plan.channels * width, 0}};
+    return {start, width, {plan.channels, width, plan.inner}};
+}
+
+// each(memory, workspace, n) for strips of a tile.
+template <class Each> void for_strips(const Pieces &pieces, Each &&each) {
+    for (int64_t p = 0; p < pieces.number; ++p)
+        for (int64_t e = 0; e < pieces.length; e += STRIP)
+            each(p * pieces.apart + e, p * pieces.length + e, std::min(STRIP, pieces.length - e));
+}
+
+// The same of one row.
+template <class Each> void for_strips(int64_t width, Each &&each) {
+    for (int64_t e = 0; e < width; e += STRIP) each(e, std::min(STRIP, width - e));
+}
+
+// each(element, vector's n) for vectors of a strip; the last one may have fewer than LANES.
+template <class Each> inline void for_vectors(int64_t n, Each &&each) {
+    int64_t e = 0;
+    for (; e + LANES <= n; e += LANES) each(e, std::integral_constant<int64_t, LANES>{});
+    if (e < n) each(e, n - e);
+}
+template <class T> inline auto get(const T *p, std::integral_constant<int64_t, LANES>) { return load(p); }
+template <class T> inline auto get(const T *p, int64_t n) { return load_some(p, n); }
+template <class T> inline void put(T *p, Vec<accumulator<T>> v, std::integral_constant<int64_t, LANES>) { store(p, v); }
+template <class T> inline void put(T *p, Vec<accumulator<T>> v, int64_t n) { store_some(p, v, n); }
+
+// sums[e] = values[e] + values[e + width] + ... of `window` terms. What is read and written may go up to 4 * LANES beyond n.
+template <class A> void sum_short(const A *values, int64_t window, int64_t width, int64_t n, A *sums) {
+    for (int64_t e = 0; e < n; e += 4 * LANES) {
+        Vec<A> sum[4] = {};
+        const A *from = values + e;
+        for (int64_t w = 0; w < window; ++w, from += width)
+            for (int v = 0; v < 4; ++v) sum[v] += load(from + v * LANES);
+        for (int v = 0; v < 4; ++v) store(sums + e + v * LANES, sum[v]);
+    }
+}
+
+// The same; spoils the values, of which there are n + (window - 1) * width.
+template <class A> void sum_long(A *values, int64_t window, int64_t width, int64_t n, A *sums) {
+    std::fill_n(sums, n, A(0));
+    int64_t covered = 0;
+    for (int64_t length = 1;; length *= 2) {  // values[e] is the sum of `length` terms
+        if (window & length) {
+            const A *from = values + covered * width;
+            for_vectors(n, [&](int64_t e, auto m) { put(sums + e, get(sums + e, m) + get(from + e, m), m); });
+            covered += length;
+        }
+        if (2 * length > window) return;
+        // Ascending, what is added has not been doubled yet.
+        const A *next = values + length * width;
+        int64_t left = n + (window - 2 * length) * width;
+        for_vectors(left, [&](int64_t e, auto m) { put(values + e, get(values + e, m) + get(next + e, m), m); });
+    }
+}
+
+template <class A> void raise(A *__restrict values, int64_t n, A power) {
+    if (power == A(0.75)) {
+        for (int64_t e = 0; e < n; ++e) {
+            A root = std::sqrt(values[e]);
+            values[e] = 1 / (root * std::sqrt(root));
+        }
+    } else if (power == A(0.5)) {
+        for (int64_t e = 0; e < n; ++e) values[e] = 1 / std::sqrt(values[e]);
+    } else if (power == A(1)) {
+        for (int64_t e = 0; e < n; ++e) values[e] = 1 / values[e];
+    } else {
+        for (int64_t e = 0; e < n; ++e) values[e] = std::pow(values[e], -power);
+    }
+}
+
+template <class T> class Worker {
+    using A = accumulator<T>;
+    const NkWindow &plan;
+    const int64_t window;
+    const A offset, factor, power;
+    std::unique_ptr<A[]> room;
+    A *squares, *sums, *strip, *powers, *terms, *weighted;
+
+  public:
+    Worker(const NkWindow &plan, bool backward)
+        : plan(plan), window(terms_of(plan)), offset(A(plan.offset)), factor(A(plan.factor)), power(A(plan.power)) {
+        constexpr int64_t beyond = 4 * LANES;
+        int64_t width = most_positions(plan), channels = by_channel(plan) ? 1 : plan.channels;  // of a ring, beside the window's others
+        int64_t padded = (channels + window - 1) * width + beyond, inside = by_channel(plan) ? padded : channels * width + beyond;
+        int64_t short_strip = STRIP + beyond, whole = window > LONG ? inside : 0;
+        room.reset(new (std::nothrow) A[std::size_t(padded + whole + 2 * short_strip + (backward ? padded + inside : 0))]);
+        squares = room.get();
+        if (squares == nullptr) return;
+        sums = squares + padded;
+        strip = sums + whole;
+        powers = strip + short_strip;
+        terms = powers + short_strip;
+        weighted = terms + (backward ? padded : 0);
+    }
+    bool ready() const { return room != nullptr; }
+
+    void forward(const Tile &tile, const T *x, T *y) {
+        x += tile.start, y += tile.start;
+        if (by_channel(plan)) return forward_by_channel(tile.width, x, y);
+        square(tile, x);
+        for_strips(tile.pieces, [&](int64_t at, int64_t f, int64_t n) {
+            sum_windows(squares, tile.width, f, n);
+            energies(n);
+            finish(x + at, n, y + at);
+        });
+    }
+
+    // dx_j = dy_j / s_j^power - 2 factor power x_j * (dy_i x_i / s_i^(power + 1) summed over those i whose window has j).
+    void backward(const Tile &tile, const T *dy, const T *x, T *dx) {
+        dy += tile.start, x += tile.start, dx += tile.start;
+        if (by_channel(plan)) return backward_by_channel(tile.width, dy, x, dx);
+        square(tile, x);
+        clear(terms, plan.after, plan.before, tile.width);
+        A *inside = terms + plan.after * tile.width;
+        for_strips(tile.pieces, [&](int64_t at, int64_t f, int64_t n) {
+            sum_windows(squares, tile.width, f, n);
+            energies(n);
+            weigh(dy + at, x + at, n, weighted + f, inside + f);
+        });
+        if (window > LONG) sum_long(terms, window, tile.width, plan.channels * tile.width, sums);
+        for_strips(tile.pieces, [&](int64_t at, int64_t f, int64_t n) {
+            sum_windows(terms, tile.width, f, n);
+            join(weighted + f, x + at, n, dx + at);
+        });
+    }
+
+  private:
+    // A ring's rows hold the channels of one window, the last of them at row c % window: their sum needs no order.
+    void forward_by_channel(int64_t width, const T *x, T *y) {
+        std::fill_n(squares, window * width, A(0));
+        for (int64_t c = 0; c < plan.channels + plan.after; ++c) {
+            square_row(c, width, x);
+            int64_t done = c - plan.after;
+            if (done < 0) continue;
+            for_strips(width, [&](int64_t e, int64_t n) {
+                sum_short(squares + e, window, width, n, strip);
+                energies(n);
+                finish(x + done * plan.inner + e, n, y + done * plan.inner + e);
+            });
+        }
+    }
+
+    void backward_by_channel(int64_t width, const T *dy, const T *x, T *dx) {
+        std::fill_n(squares, window * width, A(0));
+        std::fill_n(terms, window * width, A(0));
+        for (int64_t c = 0; c < plan.channels + plan.after + plan.before; ++c) {
+            square_row(c, width, x);
+            int64_t next = c - plan.after, done = next - plan.before;
+            if (next < 0) continue;
+            int64_t row = next % window * width, from = next * plan.inner, to = done * plan.inner;
+            if (next >= plan.channels) std::fill_n(terms + row, width, A(0));
+            for_strips(width, [&](int64_t e, int64_t n) {
+                if (next < plan.channels) {
+                    sum_short(squares + e, window, width, n, strip);
+                    energies(n);
+                    weigh(dy + from + e, x + from + e, n, weighted + row + e, terms + row + e);
+                }
+                if (done < 0) return;
+                sum_short(terms + e, window, width, n, strip);
+                join(weighted + done % window * width + e, x + to + e, n, dx + to + e);
+            });
+        }
+    }
+
+    void square_row(int64_t c, int64_t width, const T *x) {
+        A *row = squares + c % window * width;
+        if (c >= plan.channels) {
+            std::fill_n(row, width, A(0));
+            return;
+        }
+        for_vectors(width, [&](int64_t e, auto m) {
+            auto v = get(x + c * plan.inner + e, m);
+            put(row + e, v * v, m);
+        });
+    }
+
+    // strip = the sums over the windows of n elements from f on; those of long windows are there already.
+    void sum_windows(const A *values, int64_t width, int64_t f, int64_t n) {
+        if (window > LONG) std::copy_n(sums + f, n, strip);
+        else sum_short(values + f, window, width, n, strip);
+    }
+
+    void energies(int64_t n) {
+        for (int64_t e = 0; e < n; ++e) strip[e] = offset + factor * strip[e];
+    }
+
+    void finish(const T *x, int64_t n, T *y) {
+        raise(strip, n, power);
+        for_vectors(n, [&](int64_t e, auto m) { put(y + e, get(x + e, m) * load(strip + e), m); });
+    }
+
+    void weigh(const T *dy, const T *x, int64_t n, A *whole, A *term) {
+        std::copy_n(strip, n, powers);
+        raise(powers, n, power);
+        for_vectors(n, [&](int64_t e, auto m) {
+            Vec<A> found = get(dy + e, m) * load(powers + e);
+            put(whole + e, found, m);
+            put(term + e, found * get(x + e, m) / load(strip + e), m);
+        });
+    }
+
+    void join(const A *whole, const T *x, int64_t n, T *dx) {
+        const Vec<A> steep = splat(2 * factor * power);
+        for_vectors(n, [&](int64_t e, auto m) { put(dx + e, get(whole + e, m) - steep * get(x + e, m) * get(strip + e, m), m); });
+    }
+
+    void clear(A *values, int64_t front, int64_t back, int64_t width) {
+        std::fill_n(values, front * width, A(0));
+        std::fill_n(values + (front + plan.channels) * width, back * width + 4 * LANES, A(0));
+    }
+
+    void square(const Tile &tile, const T *x) {
+        clear(squares, plan.before, plan.after, tile.width);
+        A *inside = squares + plan.before * tile.width;
+        const Pieces &pieces = tile.pieces;
+        for (int64_t p = 0; p < pieces.number; ++p)
+            for_vectors(pieces.length, [&](int64_t e, auto m) {
+                auto v = get(x + p * pieces.apart + e, m);
+                put(inside + p * pieces.length + e, v * v, m);
+            });
+        if (window > LONG) sum_long(squares, window, tile.width, plan.channels * tile.width, sums);
+    }
+};
+
+// each(worker, tile) on all threads.
+template <class T, class Each> void for_tiles(const NkWindow &plan, bool backward, Each &&each) {
+    int64_t tiles = plan.outer * tiles_of_one(plan);
+    int64_t together = std::max<int64_t>(TILE / (plan.channels * most_positions(plan)), 1);
+    std::atomic<bool> failed{false};
+    for_ranges((tiles + together - 1) / together, [&](int64_t begin, int64_t end) {
+        Worker<T> worker(plan, backward);
+        if (!worker.ready()) {
+            failed = true;  // an exception must not leave another thread
+            return;
+        }
+        for (int64_t t = begin * together; t < std::min(end * together, tiles); ++t) each(worker, tile_at(plan, t));
+    });
+    if (failed) throw std::bad_alloc();
+}
+
+}  // namespace
+}  // namespace nk
+
+NK_EXPORT int32_t nk_window_forward(const NkWindow *plan, const void *x, void *y) {
+    return nk::by_type(plan->type, [&](auto t) {
+        using T = decltype(t);
+        nk::for_tiles<T>(*plan, false, [&](nk::Worker<T> &worker, const nk::Tile &tile) {
+            worker.forward(tile, static_cast<const T *>(x), static_cast<T *>(y));
+        });
+    });
+}
+
+NK_EXPORT int32_t nk_window_backward(const NkWindow *plan, const void *dy, const void *x, void *dx) {
+    return nk::by_type(plan->type, [&](auto t) {
+        using T = decltype(t);
+        nk::for_tiles<T>(*plan, true, [&](nk::Worker<T> &worker, const nk::Tile &tile) {
+            worker.backward(tile, static_cast<const T *>(dy), static_cast<const T *>(x), static_cast<T *>(dx));
+        });
+    });
+}

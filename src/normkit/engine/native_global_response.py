@@ -1,0 +1,118 @@
+"""Global response normalization on the native kernels: each channel weighed by its share of the energy."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normkit.core.moments import accumulation_dtype
+from normkit.engine.native_call import TYPES, checked, entry, gradients, lanes, like, plain, pointer
+
+Definition = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+class _Plan(ctypes.Structure):
+    """NkResponse of native/global_response.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("samples", "channels", "positions")),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_int32) for name in ("type", "last", "shared", "reserved")),
+    )
+
+
+@functools.cache
+def _functions() -> tuple[Any, Any] | None:
+    forward, backward = entry("nk_response_forward", "p" * 6), entry("nk_response_backward", "p" * 8)
+    return None if forward is None or backward is None else (forward, backward)
+
+
+def weigh(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, eps: float, shared: bool, definition: Definition
+) -> Tensor | None:
+    """Weigh channels by their shares in the mean energy: x * (1 + weight * share) + bias.
+
+    Args:
+        x: the input, with samples on axis 0.
+        weight: one number a channel, or None for 1.
+        bias: likewise, or None for 0.
+        axis: of the channels.
+        eps: added to the mean energy.
+        shared: whether energies are those of all samples together.
+        definition: the same function of x, weight and bias in PyTorch, for derivatives of derivatives.
+
+    Returns:
+        Of the shape, strides and dtype of x and differentiable to any order; None for what the kernels do not take.
+    """
+    if not plain(x, weight, bias) or _functions() is None:
+        return None
+    found = lanes(x, axis)
+    if found is None or any(p is not None and p.numel() != found.channels for p in (weight, bias)):
+        return None
+    plan = _Plan(found.outer, found.channels, found.inner, eps, TYPES[x.dtype], found.last, shared, 0)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _Weigh.apply(x, weight, bias, plan, definition)
+    return _forward(x, weight, bias, plan)[0]
+
+
+def _wide(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if parameter is None else parameter.detach().to(accumulation_dtype(x.dtype)).contiguous()
+
+
+def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor]:
+    functions = _functions()
+    assert functions is not None
+    weight, bias = _wide(weight, x), _wide(bias, x)
+    y = torch.empty_like(x)
+    energy = torch.empty(1 if plan.shared else plan.samples, plan.channels, dtype=torch.float64)
+    checked(
+        functions[0](
+            ctypes.addressof(plan), x.data_ptr(), pointer(weight), pointer(bias), y.data_ptr(), energy.data_ptr()
+        )
+    )
+    return y, energy
+
+
+class _Weigh(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: _Plan, definition: Definition
+    ) -> Tensor:
+        y, energy = _forward(x, weight, bias, plan)
+        ctx.plan, ctx.definition = plan, definition
+        ctx.save_for_backward(x, weight, bias, energy)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight, bias, energy), (dy,) = ctx.saved_tensors, dys
+        needed = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled() or not plain(dy):
+            return *gradients(ctx.definition, (x, weight, bias), needed, dy), None, None
+        functions = _functions()
+        assert functions is not None
+        dx = torch.empty_like(x) if needed[0] else None
+        wide = _wide(weight, x)
+        found = [
+            torch.empty(p.shape, dtype=accumulation_dtype(x.dtype)) if wanted else None
+            for p, wanted in ((weight, needed[1]), (bias, needed[2]))
+        ]
+        dy = like(dy, x)
+        checked(
+            functions[1](
+                ctypes.addressof(ctx.plan),
+                dy.data_ptr(),
+                x.data_ptr(),
+                pointer(wide),
+                energy.data_ptr(),
+                pointer(dx),
+                *(pointer(gradient) for gradient in found),
+            )
+        )
+        dweight, dbias = (None if g is None else g.to(p.dtype) for g, p in zip(found, (weight, bias), strict=True))
+        return dx, dweight, dbias, None, None

@@ -1,0 +1,99 @@
+"""Local response normalization on the native kernels: each element against the energy in a window of channels around it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normkit.engine.native_call import TYPES, Lanes, checked, entry, gradients, lanes, like, plain
+
+
+class Window(NamedTuple):
+    """y_c = x_c / (offset + factor * (x^2 summed over the channels c - before to c + after))^power."""
+
+    before: int
+    after: int
+    offset: float
+    factor: float
+    power: float
+
+
+class _Plan(ctypes.Structure):
+    """NkWindow of native/window.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("outer", "channels", "inner", "before", "after")),
+        *((name, ctypes.c_double) for name in ("offset", "factor", "power")),
+        *((name, ctypes.c_int32) for name in ("type", "reserved")),
+    )
+
+
+@functools.cache
+def _functions() -> tuple[Any, Any] | None:
+    forward, backward = entry("nk_window_forward", "ppp"), entry("nk_window_backward", "pppp")
+    return None if forward is None or backward is None else (forward, backward)
+
+
+def divide(x: Tensor, window: Window, definition: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Divide each element of (N, C, *) by the power of the energy in its window.
+
+    Args:
+        x: the input.
+        window: of channels, and what its energy becomes.
+        definition: the same function in PyTorch, for derivatives of derivatives.
+
+    Returns:
+        Of the shape, strides and dtype of x and differentiable to any order; None for what the kernels do not take.
+    """
+    if not plain(x) or _functions() is None:
+        return None
+    found = lanes(x)
+    if found is None:
+        return None
+    plan = _plan(x, window, found)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Divide.apply(x, plan, definition)
+    return _forward(x, plan)
+
+
+def _plan(x: Tensor, window: Window, found: Lanes) -> _Plan:
+    outer, inner = (found.outer * found.inner, 1) if found.last else (found.outer, found.inner)
+    most = found.channels - 1
+    return _Plan(
+        outer, found.channels, inner, min(window.before, most), min(window.after, most), *window[2:], TYPES[x.dtype], 0
+    )
+
+
+def _forward(x: Tensor, plan: _Plan) -> Tensor:
+    functions = _functions()
+    assert functions is not None
+    y = torch.empty_like(x)
+    checked(functions[0](ctypes.addressof(plan), x.data_ptr(), y.data_ptr()))
+    return y
+
+
+class _Divide(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, plan: _Plan, definition: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.plan, ctx.definition = plan, definition
+        ctx.save_for_backward(x)
+        return _forward(x, plan)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, None, None]:
+        (x,), (dy,) = ctx.saved_tensors, dys
+        if torch.is_grad_enabled() or not plain(dy):
+            return gradients(ctx.definition, (x,), (True,), dy)[0], None, None
+        functions = _functions()
+        assert functions is not None
+        dx = torch.empty_like(x)
+        dy = like(dy, x)
+        checked(functions[1](ctypes.addressof(ctx.plan), dy.data_ptr(), x.data_ptr(), dx.data_ptr()))
+        return dx, None, None
