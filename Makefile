@@ -21,7 +21,7 @@ check: $(VENV)/.check         ## style, types and the direction of imports
 	$(BIN)/pyright
 
 bench: $(VENV)/.lab           ## speed beside torch's own layers, as ratios in one run (minutes)
-	$(BIN)/python benchmarks/layers.py --quick
+	$(BIN)/normkit bench --quick
 	$(BIN)/python benchmarks/conditioning.py --rounds 4
 
 native: $(VENV)/.lab          ## the kernels, compiled again where their sources are newer; says what runs here

@@ -74,7 +74,7 @@ def prepare(rule: Rule, x: Tensor, split: Split) -> Ready:
 
 
 def measure(rule: Rule, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalize over the batch; the output, and mean and unbiased variance per channel. Only where ``refusal`` allows ``measured``."""
+    """Normalize over the batch: the output, mean and unbiased variance per channel; only where ``refusal`` gave None."""
     last = _channels_are_last(rule)
     first = x.movedim(-1, 1) if last else x
     # With momentum 1 torch's running statistics are the batch's own: the way to have them from its kernel.
