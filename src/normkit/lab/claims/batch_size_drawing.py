@@ -54,7 +54,6 @@ def accuracies(result: dict[str, Any]) -> Figure:
         axis.set_xlabel("training batch")
         axis.set_title(title, loc="left")
     axes[0].set_ylabel("test accuracy, %")
-    figure.draw_without_rendering()
     name_ends(axes[0], ends)
     name_ends(axes[1], ways)
     return figure

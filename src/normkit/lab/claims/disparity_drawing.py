@@ -98,7 +98,6 @@ def alphas(result: dict[str, Any]) -> Figure:
         axis.minorticks_off()
         axis.set_title(f"{words} in training", loc="left")
         axis.set_xlabel("α, weight of the example's own statistics")
-        figure.draw_without_rendering()
         name_ends(axis, ends)
     axes[0].set_ylabel("test accuracy, %")
     figure.legend(
@@ -141,7 +140,6 @@ def ranges(result: dict[str, Any]) -> Figure:
         axis.set_title(f"largest in each layer, batch {batch}", loc="left")
         axis.set_xlabel("norm")
         axis.set_xticks(layers)
-    figure.draw_without_rendering()
     axes[0].set_xlim(found["input"][0], found["input"][-1])
     for value, name, hue in ends:
         axes[0].annotate(

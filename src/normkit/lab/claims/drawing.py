@@ -33,6 +33,8 @@ def picture(folder: Path, name: str, make: Callable[[], Figure]) -> list[Path]:
     written = []
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **LOOK}):
         figure = make()
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # the places are found; each file would seek them anew
         for kind, metadata in {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}.items():
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
@@ -68,11 +70,12 @@ def name_ends(axis: Axes, ends: Sequence[tuple[float, str, str]], x: float = 1.0
         x: place of the names, in parts of the panel's width. Default: 1.01.
         gap: least distance between names, in parts of the panel's height. Default: 0.055.
     """
-    height = axis.transData.transform
-    inverse = axis.transAxes.inverted().transform
+    low, high = axis.get_ylim()
+    scale = axis.yaxis.get_transform()
+    bottom, top, *values = (float(y) for y in scale.transform([low, high, *(value for value, _, _ in ends)]))
     places = sorted(
-        (min(max(float(inverse(height((axis.get_xlim()[1], value)))[1]), 0.0), 1.0), name, colour)
-        for value, name, colour in ends
+        (min(max((y - bottom) / (top - bottom), 0.0), 1.0), name, colour)
+        for y, (_, name, colour) in zip(values, ends, strict=True)
     )
     if not places:
         return

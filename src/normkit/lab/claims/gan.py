@@ -31,6 +31,7 @@ from normkit.surgery.reassign_spectral import reassign_spectral_
 from normkit.surgery.recipe import apply_recipe
 from normkit.weights.power_iteration import power_iteration
 
+STEPS = {"small": 1500, "full": 20000}
 FOLLOWED = ("none", "sn")
 STD, CLIP, BATCH, CRITIC = 0.05, 0.1, 128, 2
 RATES = 1e-3, 5e-4
@@ -284,7 +285,7 @@ def field(critic: nn.Module) -> Tensor:
 
 def run(bench: Bench) -> dict[str, Any]:
     """Trains every kind with every loss and seed."""
-    steps = 100 * (bench.epochs or (15 if bench.scale == "small" else 200))
+    steps = 100 * bench.epochs if bench.epochs else STEPS[bench.scale]
     jobs = [Job(loss, kind, seed, steps) for seed in bench.seeds for loss in LOSSES for kind in KINDS]
     played = bench.sweep(play, jobs)
     runs = [

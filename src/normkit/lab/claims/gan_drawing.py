@@ -88,7 +88,6 @@ def lipschitz(result: dict[str, Any]) -> Figure:
         axis.set_xlabel("steps of the generator")
         axis.margins(x=0)
         axis.xaxis.set_major_locator(MaxNLocator(4))
-        figure.draw_without_rendering()
         name_ends(axis, ends)
     axes[0].set_ylabel("change of D per unit of distance")
     handles = [Line2D([], [], color=FAINT), Line2D([], [], color=FAINT, linestyle=DOTTED)]
@@ -141,6 +140,5 @@ def memory(result: dict[str, Any]) -> Figure:
         axis.set_title(label, loc="left")
         axis.set_xlabel("steps of the generator")
         axis.margins(x=0)
-        figure.draw_without_rendering()
         name_ends(axis, ends)
     return figure

@@ -32,6 +32,10 @@ from normkit.lab.seeding import reseed
 from normkit.residual import Placement
 from normkit.schedules import linear_rate
 
+SIZES: dict[str, dict[str, int]] = {
+    "small": {"depth": 12, "features": 32, "length": 16, "steps": 240},
+    "full": {"depth": 12, "features": 128, "length": 32, "steps": 4000},
+}
 VOCABULARY, BATCH, HEADS = 16, 32, 4
 WARMUP = 0.1
 POINTS = 40  # of a loss curve
@@ -184,12 +188,16 @@ def plan(small: bool) -> list[dict[str, Any]]:
 
 def run(bench: Bench) -> dict[str, Any]:
     """Trains what the scale asks for, and measures gradients at the start."""
-    small = bench.scale == "small"
-    size: dict[str, Any] = {"features": 32, "length": 16} if small else {"features": 128, "length": 32}
-    steps = 20 * (bench.epochs or (12 if small else 200))
-    plans = plan(small)
-    jobs = [Training(**one, seed=seed, depth=12, steps=steps, **size) for seed in bench.seeds for one in plans]
-    starts = [Start(p, depth, seed=seed, **size) for seed in bench.seeds for depth in DEPTHS for p in PLACEMENTS]
+    size: dict[str, Any] = dict(SIZES[bench.scale])
+    size["steps"] = 20 * bench.epochs if bench.epochs else size["steps"]
+    plans = plan(bench.scale == "small")
+    jobs = [Training(**one, seed=seed, **size) for seed in bench.seeds for one in plans]
+    starts = [
+        Start(placement, depth, size["features"], size["length"], seed)
+        for seed in bench.seeds
+        for depth in DEPTHS
+        for placement in PLACEMENTS
+    ]
     looks = bench.sweep(look, starts)
     runs = bench.sweep(train, jobs)
     keys = ("task", "placement", "norm", "optimizer", "warmup", "seed")
@@ -202,8 +210,6 @@ def run(bench: Bench) -> dict[str, Any]:
         "guess": {
             task: sequences.guess(task, VOCABULARY) for task in sequences.TASKS if any(job.task == task for job in jobs)
         },
-        "steps": steps,
-        "depth": 12,
         **size,
     }
 

@@ -57,7 +57,6 @@ def losses(result: dict[str, Any], task: str) -> Figure:
         axis.set_ylim(bottom=0)
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         if axis is axes[-1]:
-            figure.draw_without_rendering()
             name_ends(axis, ends)
     axes[0].set_ylabel(f"training loss on {task}, nats a token")
     handles = [Line2D([], [], color=FAINT, linestyle="--"), Line2D([], [], color=FAINT)]
@@ -106,7 +105,6 @@ def gradients(result: dict[str, Any]) -> Figure:
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.tick_params(axis="x", which="minor", bottom=False)
         log(axis)
-        figure.draw_without_rendering()
         name_ends(axis, ends)
     axes[0].set_ylabel("gradient norm of the second\nfeed-forward weight, before training")
     handles = [Line2D([], [], color=FAINT, linestyle=DOTTED)]
