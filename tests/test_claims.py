@@ -1,0 +1,322 @@
+"""Claims as experiments: each runs whole at a tiny size, resumes exactly, and what is mathematics in it holds."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from torch import nn
+from torch.testing import assert_close
+
+from normkit.core.errors import OptionError
+from normkit.lab.claims import batch_size, disparity, drawing, gan, images, pre_post_ln, steps
+from normkit.lab.experiment import Bench, Experiment, perform
+from normkit.lab.experiments import find_experiment, names
+from normkit.lab.models.gan import PointDiscriminator, PointGenerator
+from normkit.lab.models.small_cnn import SmallCNN
+from normkit.surgery.recipe import apply_recipe
+from normkit.weights.power_iteration import power_iteration
+
+DIGITS: dict[str, Any] = {"data": "digits", "train": 64, "test": 64, "halve": False, "width": 4, "epochs": 1}
+ENCODER = {"depth": 1, "features": 8, "length": 6, "steps": 6}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(batch_size.SIZES, "small", DIGITS)
+    monkeypatch.setitem(batch_size.BATCHES, "small", (2, 32))
+    monkeypatch.setattr(batch_size, "JUDGED", 32)
+    monkeypatch.setitem(disparity.SIZES, "small", DIGITS)
+    monkeypatch.setattr(disparity, "BATCHES", (4, 8))
+    monkeypatch.setattr(disparity, "JUDGED", 32)
+    monkeypatch.setitem(pre_post_ln.SIZES, "small", ENCODER)
+    monkeypatch.setattr(pre_post_ln, "DEPTHS", (1, 2))
+    monkeypatch.setitem(gan.STEPS, "small", 3)
+    monkeypatch.setattr(drawing, "DPI", 50)
+
+
+def bench(folder: Path, **options: Any) -> Bench:
+    return Bench("small", folder, seeds=(0, 1), console=Console(quiet=True), **options)
+
+
+@pytest.mark.parametrize("name", names("claim"))
+def test_a_claim_runs_and_reports(name: str, tmp_path: Path) -> None:
+    experiment = find_experiment("claim", name)
+    assert (experiment.name, experiment.kind) == (name, "claim")
+    found = perform(experiment, bench(tmp_path))
+    tables = experiment.tables(found["result"])
+    assert tables
+    for table in tables:
+        assert table.rows
+        for row in table.rows:
+            assert len(row) == len(table.columns), table.title
+    remarks = experiment.remarks(found["result"])
+    assert remarks
+    assert all(remark.endswith(".") for remark in remarks)
+    pictures = sorted((tmp_path / "figures").glob("*.png"))
+    assert pictures
+    for path in pictures:
+        assert path.stat().st_size > 2000
+        assert path.with_suffix(".svg").stat().st_size > 1000
+    assert not list(tmp_path.glob("runs/**/checkpoint.pt"))
+    pages(experiment, tmp_path)
+
+
+def pages(experiment: Experiment, folder: Path) -> None:
+    text = (folder / "result.md").read_text()
+    assert experiment.title in text
+    assert (folder / "report.html").exists()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job, the function that does it, and a step in its middle."""
+
+    function: Callable[[Any, Path], dict[str, Any]]
+    job: Any
+    middle: int
+
+
+CASES = {
+    "batch_size": Case(batch_size.train, batch_size.Job("bcn+ws", 16, 0, **DIGITS), 3),
+    "disparity": Case(disparity.train, disparity.Job("brn", "sorted", 8, 0, **DIGITS), 5),
+    "pre_post_ln": Case(
+        pre_post_ln.train, pre_post_ln.Training("text", "post", "ln", "adam 1e-3", True, 0, **ENCODER), 4
+    ),
+    "gan": Case(gan.play, gan.Job("hinge", "sn", 0, 4), 3),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_stop_leaves_no_trace(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    whole = case.function(case.job, tmp_path / "whole")
+    reseed = steps.reseed
+
+    def stop(seed: int, purpose: str, number: int = 0) -> None:
+        if number == case.middle:
+            raise KeyboardInterrupt
+        reseed(seed, purpose, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "PAUSE", 0.0)
+        patch.setattr(steps, "reseed", stop)
+        with pytest.raises(KeyboardInterrupt):
+            case.function(case.job, tmp_path / "parts")
+    assert (tmp_path / "parts" / "checkpoint.pt").exists()
+    assert case.function(case.job, tmp_path / "parts") == whole
+
+
+# Batch size and disparity
+
+
+@pytest.mark.parametrize("method", batch_size.METHODS)
+def test_every_method_normalizes_maps_and_vectors(method: str) -> None:
+    model = SmallCNN(batch_size.norm(method, 100), width=4)
+    if method.endswith("+ws"):
+        apply_recipe(model, "keep+ws")
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert torch.isfinite(model.features[0].weight.grad if "ws" not in method else model.classifier.weight.grad).all()
+
+
+def test_ghost_batches_up_to_16_are_the_batch() -> None:
+    x = torch.randn(16, 8, 4, 4)
+    assert_close(batch_size.norm("ghost", 9)(8)(x), batch_size.norm("bn", 9)(8)(x))
+
+
+def test_a_stream_gives_every_image_once_an_epoch() -> None:
+    data = torch.arange(10.0), torch.arange(10)
+    stream = images.Stream(data, 5, seed=3)
+    seen = [torch.cat([stream(2 * epoch + k)[1] for k in (1, 2)]) for epoch in range(2)]
+    assert [order.sort().values.tolist() for order in seen] == [list(range(10))] * 2
+    assert seen[0].tolist() != seen[1].tolist()
+    assert images.Stream(data, 5, seed=3)(4)[1].tolist() == seen[1][5:].tolist()
+
+
+def test_fit_is_sgd(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = torch.randn(8, 3), torch.randint(2, (8,))
+    ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
+    theirs.load_state_dict(ours.state_dict())
+    stream = images.Stream(data, 4, seed=0)
+    walked = images.fit(ours, stream, 2, 0.5, 0, tmp_path)
+    optimizer = torch.optim.SGD(theirs.parameters(), 0.5, momentum=0.9)
+    losses = []
+    for number in range(1, 5):
+        optimizer.param_groups[0]["lr"] = 0.25 * (1 + math.cos(math.pi * (number - 1) / 4))
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(theirs(stream(number)[0]), stream(number)[1])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert_close(ours.weight, theirs.weight)
+    # The tally is in double precision of single-precision losses.
+    assert_close([row["loss"] for row in walked.rows], [sum(losses[:2]) / 2, sum(losses[2:]) / 2], atol=1e-6, rtol=0)
+
+
+def test_a_fit_that_diverges_says_so(tmp_path: Path) -> None:
+    data = torch.full((4, 3), 1e20), torch.tensor([0, 1, 0, 1])
+    assert images.fit(nn.Linear(3, 2), images.Stream(data, 2, 0), 2, 1e30, 0, tmp_path).status == steps.DIVERGED
+
+
+def test_other_data_are_refused() -> None:
+    with pytest.raises(OptionError, match="mnist"):
+        images.load("mnist")
+
+
+def test_sorted_batches_are_of_two_classes() -> None:
+    labels = torch.randint(5, (203,), generator=torch.Generator().manual_seed(0))
+    rows = disparity.sorted_order(labels, 8, seed=1, epoch=2)
+    assert len(rows.unique()) == len(rows) > 180
+    for batch in rows.split(8):
+        for block in batch.split(4):
+            assert len(labels[block].unique()) == 1
+    assert rows.tolist() == disparity.sorted_order(labels, 8, seed=1, epoch=2).tolist()
+    assert rows.tolist() != disparity.sorted_order(labels, 8, seed=1, epoch=3).tolist()
+
+
+@pytest.mark.parametrize("count", [2, 5, 64])
+def test_normalized_values_reach_the_root_of_n_less_one_and_never_pass_it(count: int) -> None:
+    alone = torch.zeros(1, count, dtype=torch.float64)
+    alone[0, 0] = -3.0
+    assert_close(disparity.normalized(alone).abs().max().item(), math.sqrt(count - 1))
+    many = torch.randn(500, count, dtype=torch.float64, generator=torch.Generator().manual_seed(count)) ** 3
+    # Rounding alone may pass the bound.
+    assert disparity.normalized(many).abs().max() <= math.sqrt(count - 1) * (1 + 1e-12)
+
+
+def test_ranges_keep_the_bound_in_training_and_break_it_in_evaluation() -> None:
+    torch.manual_seed(0)
+    model = SmallCNN(nn.BatchNorm2d, channels=1, width=4)
+    layers = disparity.ranges(model, torch.randn(16, 1, 8, 8), 4)
+    for layer in layers:
+        assert layer["train"] <= layer["bound"] * (1 + 1e-5)
+        assert layer["train strong"] <= layer["bound"] * (1 + 1e-5)
+        assert layer["eval strong"] > layer["eval"]
+    assert layers[-1]["bound"] == math.sqrt(4 * 2 * 2 - 1)
+
+
+def test_responses_are_bounded_by_batches_and_linear_by_running_statistics() -> None:
+    found = disparity.responses()
+    large = found["input"][-1]
+    assert_close(found["batch"][-1], math.sqrt(7), atol=1e-3, rtol=0)
+    assert_close(found["running"], [value / math.sqrt(1 + 1e-5) for value in found["input"]])
+    # A share alpha of x itself in mean and mean square: (1 - a) x / sqrt(a (1 - a) x^2), the rest being small.
+    assert_close(found["weighed"][-1], math.sqrt(0.9 / 0.1), atol=1e-2, rtol=0)
+    # r <= 3 and d <= 5.
+    assert_close(found["renorm"][-1], 3 * math.sqrt(7) + 5, atol=1e-2, rtol=0)
+    assert large > 100
+
+
+# Norms before or after branches
+
+
+def test_gradient_norms_of_a_known_network() -> None:
+    first, second = torch.eye(2).requires_grad_(), torch.tensor([[3.0, 4.0]], requires_grad=True)
+    x = torch.tensor([1.0, 2.0])
+    # d/dsecond = first x = (1, 2); d/dfirst = second^T x^T, whose norm is 5 sqrt(5).
+    norms = pre_post_ln.gradient_norms((second @ (first @ x)).sum(), [first, second])
+    assert_close(norms, [5 * math.sqrt(5), math.sqrt(5)])
+
+
+def test_the_plan_has_every_optimizer_warm_up_and_norm() -> None:
+    small, full = pre_post_ln.plan(True), pre_post_ln.plan(False)
+    assert len(small) == 3 * 2 * 2 + 2 * 2 + 3 * 2
+    assert len(full) == 4 * 3 * 2 * 2 + 3 * 2
+    assert all(one in full for one in small)
+
+
+def test_a_walk_with_a_huge_rate_is_flat_or_diverged(tmp_path: Path) -> None:
+    job = pre_post_ln.Training("sort", "post", "scale+fix", "sgd 1e30", False, 0, **ENCODER)
+    assert pre_post_ln.train(job, tmp_path)["status"] == steps.DIVERGED
+
+
+# Discriminators
+
+
+def test_constraints_do_what_they_say() -> None:
+    torch.manual_seed(0)
+    critic = PointDiscriminator(8)
+    gan.constrain(critic, "hard")
+    # Rounding of a division in single precision.
+    assert_close([spectrum[0] for spectrum in gan.spectra(gan.weights(critic))], [1.0, 1.0, 1.0], atol=1e-6, rtol=0)
+    gan.constrain(critic, "clip")
+    assert max(parameter.abs().max() for parameter in critic.parameters()) <= gan.CLIP
+    before = [parameter.clone() for parameter in critic.parameters()]
+    gan.constrain(critic, "none")
+    assert_close(list(critic.parameters()), before, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", gan.KINDS)
+def test_no_gradient_is_steeper_than_the_product_of_sigmas(kind: str) -> None:
+    torch.manual_seed(1)
+    critic = PointDiscriminator(16)
+    if kind in ("sn", "wn"):
+        apply_recipe(critic, f"keep+{kind}")
+    gan.constrain(critic, kind)
+    seen = gan.look(PointGenerator(), critic)
+    assert 0 < seen["steepest"] <= seen["bound"] * (1 + 1e-5)
+
+
+def test_looking_does_not_step_the_power_iteration() -> None:
+    critic = PointDiscriminator(8)
+    apply_recipe(critic, "keep+sn")
+    before = {name: value.clone() for name, value in critic.state_dict().items()}
+    gan.look(PointGenerator(), critic)
+    gan.raw_weights(critic)
+    assert_close(critic.state_dict(), before, atol=0, rtol=0)
+    assert critic.training
+
+
+def test_iterations_are_counted_from_where_the_vectors_are() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(12, 9)
+    u, v = power_iteration(matrix, iterations=500)
+    assert gan.needed(matrix, u, v) == 1
+    assert gan.needed(matrix, u, v, done=1) == 1
+    assert gan.needed(torch.eye(3)) == 1
+    # Two equal halves of the spectrum, from a vector of the lesser: never.
+    stuck = torch.diag(torch.tensor([2.0, 1.0]))
+    assert gan.needed(stuck, v=torch.tensor([0.0, 1.0]), limit=7) == 7
+    assert_close(gan.error(stuck, *power_iteration(stuck, v=torch.tensor([0.0, 1.0]))), 0.5)
+
+
+def test_memory_follows_and_is_restored() -> None:
+    torch.manual_seed(0)
+    matrices = [torch.randn(6, 4), torch.randn(5, 6)]
+    memory = gan.Memory(matrices)
+    memory.follow(matrices)
+    other = gan.Memory([torch.randn(6, 4), torch.randn(5, 6)])
+    other.load_state_dict(memory.state_dict())
+    for (u, v), (a, b) in zip(memory.vectors, other.vectors, strict=True):
+        assert_close((u, v), (a, b), atol=0, rtol=0)
+    assert all(look["error"] < 0.05 for look in memory.look(matrices)["kept"])
+
+
+def test_modes_are_counted() -> None:
+    points = gan.centres().repeat_interleave(torch.tensor([40, 40, 40, 40, 1, 0, 0, 0]), 0)
+    points = torch.cat([points, torch.zeros(39, 2)])
+    assert gan.coverage(points) == (4, pytest.approx(161 / 200))
+
+
+# Figures
+
+
+def test_names_at_ends_of_lines_do_not_overlap() -> None:
+    figure = Figure(figsize=(3, 3))
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1])
+    drawing.name_ends(
+        axis, [(0.99, "a", "red"), (1.0, "b", "blue"), (0.98, "c", "green"), (-9.0, "d", "grey")], gap=0.1
+    )
+    heights = {text.get_text(): text.get_position()[1] for text in axis.texts}
+    assert list(heights) == ["d", "c", "a", "b"]
+    places = list(heights.values())
+    assert all(high - low >= 0.1 - 1e-9 for low, high in pairwise(places))
+    assert all(0 <= place <= 1 for place in places)
