@@ -117,6 +117,7 @@ from normkit.inputs.sample_scaling import GlobalContrast, UnitLength, global_con
 from normkit.inputs.whitening import Whitening, whitening
 from normkit.residual import Residual
 from normkit.schedules import inverse_sqrt_rate, inverse_sqrt_warmup, linear_rate, linear_warmup
+from normkit.surgery.accelerate import accelerate
 from normkit.surgery.changes import Change, Changes
 from normkit.surgery.condition import condition
 from normkit.surgery.convert import convert
@@ -239,6 +240,7 @@ __all__ = [
     "WeightStandardization",
     "Whitening",
     "ZScore",
+    "accelerate",
     "adaptive_gradient_clipping",
     "adaptive_instance_norm",
     "adaptive_layer_norm",

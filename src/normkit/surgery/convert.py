@@ -87,11 +87,7 @@ def convert(
         if target.is_kept(norm) or kind not in (None, norm.kind):
             continue
         made, note = target.build(name, norm, like)
-        made.train(module.training)
-        for hooks in _HOOKS:
-            if hasattr(module, hooks):
-                setattr(made, hooks, getattr(module, hooks))
-        new[id(module)], replaced[name] = made, module
+        new[id(module)], replaced[name] = inherit(made, module), module
         rows.append(Change(label(name), describe(module), describe(made), note))
     if target.name in ("group_norm", "instance_norm"):
         refuse_time_first(model, replaced, str(target))
@@ -102,6 +98,15 @@ def convert(
         if example is not None:
             try_on(root, example)
     return Changes(root, tuple(rows))
+
+
+def inherit(made: nn.Module, module: nn.Module) -> nn.Module:
+    """Give a module that is to stand in another's place its training flag and hooks."""
+    made.train(module.training)
+    for hooks in _HOOKS:
+        if hasattr(module, hooks):
+            setattr(made, hooks, getattr(module, hooks))
+    return made
 
 
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:

@@ -1,0 +1,71 @@
+"""normkit's layers in the place of torch's: the same function, parameters and keys."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import normkit as nk
+from normkit.engine.layer import Layer
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8, momentum=0.3),
+        nn.GroupNorm(4, 8),
+        nn.InstanceNorm2d(8, affine=True),
+        nn.BatchNorm2d(8, affine=False, track_running_stats=False),
+        nn.Flatten(),
+        nn.LazyLinear(12),
+        nn.LayerNorm(12, eps=1e-6),
+        nn.RMSNorm(12),
+        nn.LayerNorm((12,), bias=False),
+    )
+
+
+def test_it_computes_the_same_with_the_same_parameters() -> None:
+    model, x = network().double(), torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    model(x)
+    theirs, keys = copy.deepcopy(model), list(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    changes = nk.accelerate(model, example=x)
+    assert len(changes.rows) == 6
+    assert sum(isinstance(module, Layer) for module in model.modules()) == 6
+    assert list(model.state_dict()) == keys
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}
+    for training in (True, False):
+        model.train(training)
+        theirs.train(training)
+        found, wanted = (m(x).square().sum() for m in (model, theirs))
+        assert_close(found, wanted, rtol=1e-9, atol=1e-9)  # float64, a few operations
+        gradients = [torch.autograd.grad(y, list(m.parameters())) for y, m in ((found, model), (wanted, theirs))]
+        assert_close(*gradients, rtol=1e-7, atol=1e-7)  # nine layers deep
+    assert_close(model.state_dict(), theirs.state_dict(), rtol=1e-9, atol=1e-9)
+
+
+def test_a_transformer_that_no_one_here_wrote() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50
+    )
+    model = transformers.BertModel(config).eval()
+    x = torch.arange(12).view(2, 6)
+    wanted = model(x).last_hidden_state
+    assert len(nk.accelerate(model).rows) == 5
+    assert_close(model(x).last_hidden_state, wanted, rtol=1e-5, atol=1e-5)  # float32 through two layers
+
+
+def test_what_it_leaves_and_refuses() -> None:
+    model = nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True), nk.LayerNorm(3), nn.LayerNorm(3))
+    kept = list(model)
+    assert [row.name for row in nk.accelerate(model).rows] == ["2"]
+    assert model[0] is kept[0]
+    assert model[1] is kept[1]
+    assert nk.accelerate(model).rows == ()
+    with pytest.raises(nk.SurgeryError, match="does not run"):
+        nk.accelerate(nn.Sequential(nn.LayerNorm(3)), example=torch.randn(2, 5))
+    root = nk.accelerate(nn.LayerNorm(3)).model
+    assert isinstance(root, nk.LayerNorm)
