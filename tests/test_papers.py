@@ -16,7 +16,7 @@ from normkit.lab.papers.table1 import PRINTED, plans
 
 BASE = Training("digits", "inception", "", "bn", 0.0, 0, epochs=2, batch_size=64)
 ROWS = (Row("BN", "bn", printed=(83.1, 94.3)), Row("BN + E", "bn+e", printed=(83.3, 94.6)))
-CONTROLS = (Row("two", "bn+wn@first_last", like="BN + E"), Row("unit", "bn", unit=True, like="BN + E"))
+CONTROLS = (Row("two", "bn+wn@first_last", like="BN + E"), Row("unit", "bn", unit="first_last", like="BN + E"))
 PLANS = (
     Plan("Digits", BASE, ROWS, CONTROLS, (0.1, 1e30), 0.2, same=True, costs=1.0),
     Plan("Again", replace(BASE, width=0.5), ROWS, borrow="Digits", costs=0.0),
@@ -83,7 +83,7 @@ def test_a_row_has_its_own_start_and_the_same_data(out: Path) -> None:
 
 def test_unit_rows() -> None:
     data = images("digits", None, None, None, None)
-    model = changed(replace(BASE, unit=True), initial(BASE, data))
+    model = changed(replace(BASE, unit="first_last"), initial(BASE, data))
     norms = model.classifier.weight.norm(dim=1)
     assert norms.tolist() == pytest.approx([1.0] * len(norms), rel=1e-5)
 

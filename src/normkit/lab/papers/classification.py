@@ -34,15 +34,17 @@ class Row:
     Args:
         name: as the paper writes it; the first row is the baseline.
         recipe: its recipe.
-        unit: rows of the first and last layer begin with norm 1. Default: False.
+        unit: where the rows of layers begin with norm 1: ``"first_last"`` or ``"all"``. Default: nowhere.
         like: the row whose learning rate it takes, for a control. Default: none, it has a sweep of its own.
+        once: it is run with the first seed alone. Default: False.
         printed: Top-1 and Top-5 in percent. Default: none.
     """
 
     name: str
     recipe: str
-    unit: bool = False
+    unit: str = ""
     like: str = ""
+    once: bool = False
     printed: tuple[float, float] | None = None
 
 
@@ -162,7 +164,8 @@ def _repeat(
     bench: Bench, plan: Plan, rates: Mapping[str, float], swept: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     rows = (*plan.rows, *plan.controls)
-    jobs = [_job(plan, row, rates[row.name], seed) for seed in bench.seeds for row in rows]
+    pairs = [(row, seed) for seed in bench.seeds for row in rows if seed == bench.seeds[0] or not row.once]
+    jobs = [_job(plan, row, rates[row.name], seed) for row, seed in pairs]
     runs: dict[str, list[dict[str, Any]]] = {}
     keys = ("status", "val_score", "test_score", "test_top5", "test_loss", "condition", "curve")
     parameters = {}

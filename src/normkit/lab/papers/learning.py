@@ -46,7 +46,8 @@ class Training:
         val: the same of validation.
         test: the same of test.
         width: factor of every number of channels. Default: 1.
-        unit: divide the rows of the first and the last layer by their norms before training, once. Default: False.
+        unit: where the rows of layers are divided by their norms once, before training: ``"first_last"``, ``"all"`` or
+            nowhere. Default: nowhere.
         conditioning: options of :func:`normkit.surgery.condition.condition`, put on after the recipe. Default: none.
         batch_size: Default: 128.
         optimizer: Default: ``"sgd"``.
@@ -72,7 +73,7 @@ class Training:
     val: int | None = None
     test: int | None = None
     width: float = 1.0
-    unit: bool = False
+    unit: str = ""
     conditioning: tuple[tuple[str, Any], ...] = ()
     batch_size: int = 128
     optimizer: str = "sgd"
@@ -178,7 +179,7 @@ def changed(job: Training, model: nn.Module) -> nn.Module:
     """Applies a job's recipe and conditioning to a model, in place."""
     reseed(job.seed, "recipe")
     if job.unit:
-        for layer in select(model, "first_last").values():
+        for layer in select(model, job.unit).values():
             unit_rows(layer.weight)  # pyright: ignore[reportArgumentType]
     model = apply_recipe(model, job.recipe).model
     if job.conditioning:

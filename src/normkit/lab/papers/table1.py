@@ -28,7 +28,7 @@ RECIPES = {BN: "bn", WS: "bn+ws", W: "bn+wn", E: "bn+e"}
 TWO, UNIT, NONE, ONLY = "BN + W, two layers", "BN, unit rows at the start", "no BN", "E without BN"
 CONTROLS = (
     Row(TWO, "bn+wn@first_last", like=E),
-    Row(UNIT, "bn", unit=True, like=E),
+    Row(UNIT, "bn", unit="first_last", like=E),
     Row(NONE, "none"),
     Row(ONLY, "none+e"),
 )
