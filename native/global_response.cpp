@@ -273,7 +273,8 @@ void backward(const NkResponse &plan, const T *dy, const T *x, const accumulator
 }  // namespace nk
 
 // Weight and bias may be null, and are in the accumulation type. `energy` receives one double a channel, of each sample or of all.
-NK_EXPORT int32_t nk_response_forward(const NkResponse *plan, const void *x, const void *weight, const void *bias, void *y, double *energy) {
+NK_EXPORT int32_t nk_response_forward(const NkResponse *plan, const void *x, const void *weight, const void *bias, void *y,
+                                      double *energy) {
     return nk::by_type(plan->type, [&](auto t) {
         using T = decltype(t);
         using A = nk::accumulator<T>;

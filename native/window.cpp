@@ -3,8 +3,8 @@
 // Windows are summed anew for each element: a running sum would lose small windows behind large elements, and would carry a NaN to the end.
 // Two ways through a tile:
 //
-//     at once     a workspace holds all channels, `width` elements apart, with channels of zeros on both sides: a window is elements `width`
-//                 apart, wherever it lies. For channels last, few positions, and long windows.
+//     at once     a workspace holds all channels, `width` elements apart, with channels of zeros on both sides: a window is elements
+//                 `width` apart, wherever it lies. For channels last, few positions, and long windows.
 //     by channel  rings of as many rows as the window has channels go along, and memory is read row after row. For channels first.
 #include "window.h"
 
@@ -36,29 +36,30 @@ struct Tile {
     Pieces pieces;
 };
 
-int64_t terms_of(const NkWindow &plan) { return plan.before + 1 + plan.after; }
-
-bool by_channel(const NkWindow &plan) { return plan.inner >= ROW && terms_of(plan) <= LONG; }
-
 int64_t in_vectors(int64_t n) { return (n + 4 * LANES - 1) / (4 * LANES) * (4 * LANES); }
 
-int64_t most_positions(const NkWindow &plan) {
-    if (!by_channel(plan)) return std::min(plan.inner, std::max<int64_t>(in_vectors(TILE / plan.channels), 4 * LANES));
-    int64_t fit = std::min<int64_t>(RING / terms_of(plan), STRIP * 4);
-    int64_t fair = plan.inner * plan.outer / threads();  // what each thread gets; no sum depends on how wide a tile is
-    fit = std::max(std::min(fit, fair), ROW);
-    int64_t pieces = (plan.inner + fit - 1) / fit;
-    return in_vectors((plan.inner + pieces - 1) / pieces);
-}
+// How a tensor is cut into tiles. No sum depends on it, so it may depend on the threads.
+struct Cut {
+    const NkWindow &plan;
+    const int64_t window = plan.before + 1 + plan.after;
+    const bool by_channel = plan.inner >= ROW && window <= LONG;
+    const int64_t most = by_channel ? along_channels() : std::min(plan.inner, in_vectors(TILE / plan.channels + 1));
+    const int64_t tiles = (plan.inner + most - 1) / most;  // of one outer index
 
-int64_t tiles_of_one(const NkWindow &plan) { return (plan.inner + most_positions(plan) - 1) / most_positions(plan); }
+    Tile at(int64_t index) const {
+        int64_t outer = index / tiles, from = index % tiles * most;
+        int64_t width = std::min(most, plan.inner - from), start = outer * plan.channels * plan.inner + from;
+        if (width == plan.inner) return {start, width, {1, plan.channels * width, 0}};
+        return {start, width, {plan.channels, width, plan.inner}};
+    }
 
-Tile tile_at(const NkWindow &plan, int64_t index) {
-    int64_t many = tiles_of_one(plan), most = most_positions(plan), outer = index / many, from = index % many * most;
-    int64_t width = std::min(most, plan.inner - from), start = outer * plan.channels * plan.inner + from;
-    if (width == plan.inner) return {start, width, {1, plan.channels * width, 0}};
-    return {start, width, {plan.channels, width, plan.inner}};
-}
+  private:
+    int64_t along_channels() const {
+        int64_t fair = plan.inner * plan.outer / threads();
+        int64_t fit = std::max(std::min({RING / window, 4 * STRIP, fair}), ROW), pieces = (plan.inner + fit - 1) / fit;
+        return in_vectors((plan.inner + pieces - 1) / pieces);
+    }
+};
 
 // each(memory, workspace, n) for strips of a tile.
 template <class Each> void for_strips(const Pieces &pieces, Each &&each) {
@@ -130,18 +131,20 @@ template <class A> void raise(A *__restrict values, int64_t n, A power) {
 template <class T> class Worker {
     using A = accumulator<T>;
     const NkWindow &plan;
+    const bool by_channel;
     const int64_t window;
     const A offset, factor, power;
     std::unique_ptr<A[]> room;
     A *squares, *sums, *strip, *powers, *terms, *weighted;
 
   public:
-    Worker(const NkWindow &plan, bool backward)
-        : plan(plan), window(terms_of(plan)), offset(A(plan.offset)), factor(A(plan.factor)), power(A(plan.power)) {
-        constexpr int64_t beyond = 4 * LANES;
-        int64_t width = most_positions(plan), channels = by_channel(plan) ? 1 : plan.channels;  // of a ring, beside the window's others
-        int64_t padded = (channels + window - 1) * width + beyond, inside = by_channel(plan) ? padded : channels * width + beyond;
-        int64_t short_strip = STRIP + beyond, whole = window > LONG ? inside : 0;
+    Worker(const Cut &cut, bool backward)
+        : plan(cut.plan), by_channel(cut.by_channel), window(cut.window), offset(A(plan.offset)), factor(A(plan.factor)),
+          power(A(plan.power)) {
+        constexpr int64_t beyond = 4 * LANES, short_strip = STRIP + beyond;
+        int64_t channels = by_channel ? 1 : plan.channels;  // of a ring, beside the window's others
+        int64_t padded = (channels + window - 1) * cut.most + beyond, inside = by_channel ? padded : channels * cut.most + beyond;
+        int64_t whole = window > LONG ? inside : 0;
         room.reset(new (std::nothrow) A[std::size_t(padded + whole + 2 * short_strip + (backward ? padded + inside : 0))]);
         squares = room.get();
         if (squares == nullptr) return;
@@ -155,7 +158,7 @@ template <class T> class Worker {
 
     void forward(const Tile &tile, const T *x, T *y) {
         x += tile.start, y += tile.start;
-        if (by_channel(plan)) return forward_by_channel(tile.width, x, y);
+        if (by_channel) return forward_by_channel(tile.width, x, y);
         square(tile, x);
         for_strips(tile.pieces, [&](int64_t at, int64_t f, int64_t n) {
             sum_windows(squares, tile.width, f, n);
@@ -167,7 +170,7 @@ template <class T> class Worker {
     // dx_j = dy_j / s_j^power - 2 factor power x_j * (dy_i x_i / s_i^(power + 1) summed over those i whose window has j).
     void backward(const Tile &tile, const T *dy, const T *x, T *dx) {
         dy += tile.start, x += tile.start, dx += tile.start;
-        if (by_channel(plan)) return backward_by_channel(tile.width, dy, x, dx);
+        if (by_channel) return backward_by_channel(tile.width, dy, x, dx);
         square(tile, x);
         clear(terms, plan.after, plan.before, tile.width);
         A *inside = terms + plan.after * tile.width;
@@ -283,16 +286,16 @@ template <class T> class Worker {
 
 // each(worker, tile) on all threads.
 template <class T, class Each> void for_tiles(const NkWindow &plan, bool backward, Each &&each) {
-    int64_t tiles = plan.outer * tiles_of_one(plan);
-    int64_t together = std::max<int64_t>(TILE / (plan.channels * most_positions(plan)), 1);
+    const Cut cut{plan};
+    int64_t tiles = plan.outer * cut.tiles, together = std::max<int64_t>(TILE / (plan.channels * cut.most), 1);
     std::atomic<bool> failed{false};
     for_ranges((tiles + together - 1) / together, [&](int64_t begin, int64_t end) {
-        Worker<T> worker(plan, backward);
+        Worker<T> worker(cut, backward);
         if (!worker.ready()) {
             failed = true;  // an exception must not leave another thread
             return;
         }
-        for (int64_t t = begin * together; t < std::min(end * together, tiles); ++t) each(worker, tile_at(plan, t));
+        for (int64_t t = begin * together; t < std::min(end * together, tiles); ++t) each(worker, cut.at(t));
     });
     if (failed) throw std::bad_alloc();
 }

@@ -87,4 +87,20 @@ inline void expect(const char *what, const Buffer &got, int64_t i, double want, 
     throw Mismatch(said.str());
 }
 
+template <class F> void answers(F &&status) {
+    if (int32_t got = status()) throw Mismatch("status " + std::to_string(got));
+}
+
+// Calls with one thread and with several, and wants the same bits from both.
+template <class Call> void on_any_threads(Random &random, Call &&call, const std::vector<Buffer *> &outputs) {
+    use_threads(1);
+    answers(call);
+    std::vector<Buffer> alone;
+    for (Buffer *output : outputs) alone.push_back(*output);
+    use_threads(int(2 + random.below(4)));
+    answers(call);
+    for (std::size_t i = 0; i < outputs.size(); ++i)
+        if (!(*outputs[i] == alone[i])) throw Mismatch("output " + std::to_string(i) + " depends on the number of threads");
+}
+
 }  // namespace fuzz
