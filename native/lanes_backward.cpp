@@ -1,0 +1,398 @@
+// The gradient of normalizing by statistics per lane, and of gain and bias.
+//
+// With g the gradient behind gain and bias, and d = x - center, lanes are summed over g and g * d (times the gain, where it varies along rows).
+// From these come the gradients of the parameters, and what the statistic's own derivative takes from dx.
+#include <utility>
+
+#include "activation.h"
+#include "kernels.h"
+#include "sheet.h"
+
+namespace nk {
+namespace {
+
+constexpr int CURVED = -1;     // an activation whose slope is taken of a run of numbers at a time
+constexpr int64_t BLOCK = 64;  // rows that are summed before they are added up in double precision
+
+template <class A> struct Line {
+    alignas(64) A center[ROOM], inverse[ROOM];
+    // PER_LANE: dx = g * gain + d * along + offset, of z = d * gain + shift.
+    alignas(64) A gain[ROOM], shift[ROOM], along[ROOM], offset[ROOM];
+    // ? of the first row; else dx = g * weight * inverse + d * along + offset, of z = d * inverse * weight + bias.
+    const A *weight, *bias;
+    int64_t weight_step, bias_step;
+    int32_t kind;
+};
+
+// What a few rows give: dy times the activation's slope, of each vector of each row.
+template <int VARIATION, int KIND, int ROWS, class T> struct Rows {
+    using A = accumulator<T>;
+    const T *dy, *x;
+    int64_t pitch, width, row;
+    const Line<A> &line;
+    A weight[ROWS], bias[ROWS];
+    alignas(64) A slopes[KIND == CURVED ? ROWS : 1][KIND == CURVED ? ROOM : 1];
+
+    Rows(const T *dy, const T *x, int64_t pitch, int64_t width, int64_t row, const Line<A> &line)
+        : dy(dy), x(x), pitch(pitch), width(width), row(row), line(line) {
+        if constexpr (VARIATION == PER_ROW)
+            for (int r = 0; r < ROWS; ++r) {
+                weight[r] = line.weight ? line.weight[(row + r) * line.weight_step] : A(1);
+                bias[r] = line.bias ? line.bias[(row + r) * line.bias_step] : A(0);
+            }
+        if constexpr (KIND == CURVED) {
+            for_vectors(width, [&](auto at) {
+                for (int r = 0; r < ROWS; ++r) nk::store(slopes[r] + at.lane, z(at, r, apart(at, r)));
+            });
+            for (int r = 0; r < ROWS; ++r) slope_run(line.kind, slopes[r], width);
+        }
+    }
+
+    template <class At> Vec<A> apart(At at, int r) const { return at.load(x + r * pitch) - at.load(line.center); }
+    template <class At> Vec<A> gain(At at, int r) const {
+        if constexpr (VARIATION == PER_ROW) return splat<A>(weight[r]);
+        else return at.load(line.weight + (row + r) * line.weight_step);
+    }
+    template <class At> Vec<A> z(At at, int r, Vec<A> apart) const {
+        if constexpr (VARIATION == PER_LANE) return apart * at.load(line.gain) + at.load(line.shift);
+        Vec<A> normalized = apart * at.load(line.inverse);
+        if constexpr (VARIATION == PER_ROW) return normalized * weight[r] + bias[r];
+        if constexpr (VARIATION == PER_ELEMENT) return normalized * gain(at, r) + at.load(line.bias + (row + r) * line.bias_step);
+    }
+    template <class At> Vec<A> g(At at, int r, Vec<A> apart) const {
+        Vec<A> found = at.load(dy + r * pitch);
+        if constexpr (KIND == NK_RELU) return select<A>(z(at, r, apart) <= 0, Vec<A>{}, found);
+        if constexpr (KIND == CURVED) return found * nk::load(slopes[r] + at.lane);
+        return found;
+    }
+};
+
+// Adds to the lanes' sums, and gives the rows' own: for PER_ROW two sums for each row, for PER_ELEMENT each lane's two.
+template <int VARIATION, int KIND, int ROWS, class T, class A = accumulator<T>>
+void collect(const Rows<VARIATION, KIND, ROWS, T> &rows, A *sums, A *products, A *own_sums, A *own_products) {
+    Vec<A> sum[ROWS] = {}, product[ROWS] = {};
+    for_vectors(rows.width, [&](auto at) {
+        Vec<A> lane_sum = {}, lane_product = {};
+        for (int r = 0; r < ROWS; ++r) {
+            Vec<A> apart = rows.apart(at, r), g = at.template fresh<A>(rows.g(at, r, apart));
+            if constexpr (VARIATION == PER_LANE) {
+                lane_sum += g;
+                lane_product += g * apart;
+            } else {
+                Vec<A> normalized = apart * at.load(rows.line.inverse), scaled = g * rows.gain(at, r);
+                lane_sum += scaled;
+                lane_product += scaled * apart;
+                if constexpr (VARIATION == PER_ROW) {
+                    sum[r] += g;
+                    product[r] += g * normalized;
+                } else {
+                    nk::store(own_sums + at.lane, rows.g(at, r, apart));
+                    nk::store(own_products + at.lane, rows.g(at, r, apart) * normalized);
+                }
+            }
+        }
+        at.store(sums, at.load(sums) + lane_sum);
+        at.store(products, at.load(products) + lane_product);
+    });
+    if constexpr (VARIATION == PER_ROW)
+        for (int r = 0; r < ROWS; ++r) own_sums[r] = sum_lanes<A>(sum[r]), own_products[r] = sum_lanes<A>(product[r]);
+}
+
+// PULLED: the statistic depends on x.
+template <bool PULLED, int VARIATION, int KIND, int ROWS, class T, class A = accumulator<T>>
+void spread(const Rows<VARIATION, KIND, ROWS, T> &rows, const T *dsum, T *dx) {
+    for_vectors(rows.width, [&](auto at) {
+        Vec<A> found[ROWS];
+        for (int r = 0; r < ROWS; ++r) {
+            Vec<A> apart = {};
+            if constexpr (PULLED || KIND == NK_RELU) apart = rows.apart(at, r);
+            found[r] = rows.g(at, r, apart);
+            if constexpr (VARIATION == PER_LANE) found[r] *= at.load(rows.line.gain);
+            else found[r] *= rows.gain(at, r) * at.load(rows.line.inverse);
+            if constexpr (PULLED) found[r] += apart * at.load(rows.line.along) + at.load(rows.line.offset);
+            if (dsum) found[r] += at.load(dsum + r * rows.pitch);
+        }
+        for (int r = 0; r < ROWS; ++r) at.store(dx + r * rows.pitch, found[r]);
+    });
+}
+
+// Scratch is first measured and then given out.
+template <class A> struct Shelf {
+    A *base;
+    int64_t used = 0;
+
+    A *take(int64_t n) {
+        used += n;
+        return base ? base + used - n : nullptr;
+    }
+    double *take_doubles(int64_t n) {
+        if (base && reinterpret_cast<uintptr_t>(base + used) % sizeof(double)) ++used;
+        return reinterpret_cast<double *>(take(n * int64_t(sizeof(double) / sizeof(A))));
+    }
+};
+
+template <class T> class Pass {
+    using A = accumulator<T>;
+
+    const NkPlan &plan;
+    const Backward<T> &call;
+    Sheet sheet;
+    Cut cut;
+    Parameters<A> parameters;
+    bool pulled, wanted;  // the statistic depends on x; a parameter's gradient is asked for
+    int64_t shares;       // at once: of the sheets, each share by one task a tile; otherwise sheets of a batch
+    int64_t parts;        // of a share's own sums
+    Shelf<A> shelf;
+    const A *weight, *bias;
+    A *partial, *pulls;  // sums over lanes, of each chunk of a batch; what they make of dx
+    double *lane_sums;   // of the sheets of a batch: of g, of g * d
+    double *own;         // of each share, by area: sums of g * normalized, of g
+    double *totals;      // of the parameters
+
+public:
+    Pass(const NkPlan &plan, const Backward<T> &call)
+        : plan(plan), call(call), sheet(plan, Parameters<A>::bound_to_rows(plan)), cut(sheet, 2 * sizeof(T)), parameters(plan, sheet),
+          shelf{call.scratch} {
+        wanted = call.dweight || call.dbias;
+        pulled = !plan.given && (plan.centred || plan.scale != NK_UNSCALED);
+        shares = !cut.at_once ? cut.batch : parameters.places() > 1 ? sheet.outer : std::clamp<int64_t>(128 / cut.tiles, 1, sheet.outer);
+        parts = parameters.variation == PER_ROW ? cut.tiles : 1;
+        int64_t lanes = cut.at_once ? 0 : cut.batch * 2 * sheet.lanes;
+        A *weight_table = shelf.take(parameters.room()), *bias_table = shelf.take(parameters.room());
+        partial = shelf.take(lanes * cut.chunks);
+        pulls = shelf.take(lanes);
+        lane_sums = shelf.take_doubles(lanes);
+        own = shelf.take_doubles(shares * parts * 2 * parameters.area());
+        totals = shelf.take_doubles(2 * plan.parameters);
+        weight = parameters.lay_out(call.weight, weight_table);
+        bias = parameters.lay_out(call.bias, bias_table);
+        if (!weight && !bias && !wanted) parameters.variation = PER_LANE;
+    }
+    static int64_t scratch(const NkPlan &plan) { return Pass(plan, Backward<T>{}).shelf.used + 1; }
+
+    void run() {
+        if (wanted) std::fill(totals, totals + 2 * plan.parameters, 0.0);
+        if (cut.at_once) {
+            for_each(shares * cut.tiles, [&](int64_t task) {
+                int64_t share = task / cut.tiles, first = share * sheet.outer / shares, last = (share + 1) * sheet.outer / shares;
+                for (int64_t o = first; o < last; ++o) sheet_at_once(o, task % cut.tiles, share, o == first);
+            });
+            for (int64_t share = 0; share < shares; ++share) add_up(share, share * sheet.outer / shares);
+        } else {
+            for (int64_t begin = 0; begin < sheet.outer; begin += cut.batch) in_chunks(begin, std::min(sheet.outer, begin + cut.batch));
+        }
+        deliver(call.dweight, totals);
+        deliver(call.dbias, totals + plan.parameters);
+    }
+
+private:
+    int64_t place(int64_t o, Span span, Tile tile) const { return o * sheet.size + span.first * sheet.lanes + tile.first; }
+    bool by_lane() const { return parameters.variation == PER_LANE; }
+    // A share's sums for the parameters: of g * normalized; those of g follow after an area.
+    double *own_of(int64_t share, int64_t tile) const { return own + (share * parts + (parts > 1 ? tile : 0)) * 2 * parameters.area(); }
+
+    void sheet_at_once(int64_t o, int64_t index, int64_t share, bool fresh) {
+        Tile tile = cut.tile(sheet, index);
+        Span span(sheet, cut, 0);
+        Line<A> line;
+        draw(line, o, span, tile);
+        double sums[ROOM] = {}, products[ROOM] = {};
+        if (pulled || wanted) collect_rows(o, span, tile, line, sums, products, own_of(share, index), fresh);
+        if (wanted && by_lane()) {
+            double *to = own_of(share, index) + tile.first;
+            for (int64_t l = 0; l < tile.width; ++l) {
+                to[l] = (fresh ? 0 : to[l]) + products[l] * double(line.inverse[l]);
+                to[l + sheet.lanes] = (fresh ? 0 : to[l + sheet.lanes]) + sums[l];
+            }
+        }
+        if (!call.dx) return;
+        if (pulled) settle(o, tile, sums, products, line.along, line.offset);
+        spread_rows(o, span, tile, line);
+    }
+
+    void in_chunks(int64_t begin, int64_t end) {
+        int64_t pieces = cut.chunks * cut.tiles, lanes = sheet.lanes;
+        auto each_piece = [&](bool backwards, auto &&each) {
+            for_ranges((end - begin) * pieces, [&](int64_t first, int64_t last) {
+                for (int64_t i = first; i < last; ++i) {
+                    int64_t task = backwards ? first + last - 1 - i : i, chunk = task % pieces / cut.tiles;
+                    each(task / pieces, chunk, Span(sheet, cut, chunk), task % cut.tiles);
+                }
+            });
+        };
+        if (pulled || wanted)
+            each_piece(false, [&](int64_t b, int64_t chunk, Span span, int64_t index) {
+                Tile tile = cut.tile(sheet, index);
+                Line<A> line;
+                draw(line, begin + b, span, tile);
+                double sums[ROOM] = {}, products[ROOM] = {};
+                collect_rows(begin + b, span, tile, line, sums, products, own_of(b, index), true);
+                A *to = partial + (b * cut.chunks + chunk) * 2 * lanes + tile.first;
+                std::copy(sums, sums + tile.width, to);
+                std::copy(products, products + tile.width, to + lanes);
+                if (!pulled && call.dx) spread_rows(begin + b, span, tile, line);  // while it is near
+            });
+        if (pulled || wanted)
+            for_each(end - begin, [&](int64_t b) {
+                double *sums = lane_sums + b * 2 * lanes, *products = sums + lanes;
+                merge_chunks(begin + b, partial + b * cut.chunks * 2 * lanes, sums, own_of(b, 0));
+                if (pulled) settle(begin + b, {0, lanes}, sums, products, pulls + b * 2 * lanes, pulls + (b * 2 + 1) * lanes);
+            });
+        for (int64_t b = 0; b < end - begin; ++b) add_up(b, begin + b);
+        if (!call.dx || (!pulled && wanted)) return;
+        // Backwards: what was read last is still near.
+        each_piece(true, [&](int64_t b, int64_t, Span span, int64_t index) {
+            Tile tile = cut.tile(sheet, index);
+            Line<A> line;
+            draw(line, begin + b, span, tile);
+            const A *pull = pulls + b * 2 * lanes + tile.first;
+            std::copy(pull, pull + tile.width, line.along);
+            std::copy(pull + lanes, pull + lanes + tile.width, line.offset);
+            spread_rows(begin + b, span, tile, line);
+        });
+    }
+
+    void merge_chunks(int64_t o, const A *chunks, double *sums, double *own) {
+        int64_t lanes = sheet.lanes;
+        std::fill(sums, sums + 2 * lanes, 0.0);
+        for (int64_t chunk = 0; chunk < cut.chunks; ++chunk, chunks += 2 * lanes)
+            for (int64_t i = 0; i < 2 * lanes; ++i) sums[i] += double(chunks[i]);
+        if (!wanted || !by_lane()) return;
+        for (int64_t l = 0; l < lanes; ++l) own[l] = sums[lanes + l] * double(call.inverse[o * plan.kept + sheet.statistic(l)]);
+        std::copy(sums, sums + lanes, own + lanes);
+    }
+
+    // f(VARIATION, KIND) as compile-time constants.
+    template <class F> void with_constants(F &&f) const {
+        auto with_variation = [&](auto kind) {
+            if (parameters.variation == PER_LANE) f(std::integral_constant<int, PER_LANE>{}, kind);
+            else if (parameters.variation == PER_ROW) f(std::integral_constant<int, PER_ROW>{}, kind);
+            else f(std::integral_constant<int, PER_ELEMENT>{}, kind);
+        };
+        if (plan.activation == NK_LINEAR) with_variation(std::integral_constant<int, NK_LINEAR>{});
+        else if (plan.activation == NK_RELU) with_variation(std::integral_constant<int, NK_RELU>{});
+        else with_variation(std::integral_constant<int, CURVED>{});
+    }
+
+    void draw(Line<A> &line, int64_t o, Span span, Tile tile) const {
+        int64_t parameter = parameters.place(o) + span.first * parameters.row_step + tile.first * parameters.lane_step;
+        line.weight = weight ? weight + parameter : nullptr;
+        line.bias = bias ? bias + parameter : nullptr;
+        line.weight_step = line.bias_step = parameters.row_step;
+        line.kind = plan.activation;
+        for (int64_t l = 0; l < tile.width; ++l) {
+            int64_t statistic = o * plan.kept + sheet.statistic(tile.first + l);
+            line.center[l] = plan.centred && call.center ? call.center[statistic] : A(0);
+            line.inverse[l] = call.inverse[statistic];
+            line.gain[l] = by_lane() && weight ? line.inverse[l] * line.weight[l * parameters.lane_step] : line.inverse[l];
+            line.shift[l] = by_lane() && bias ? line.bias[l * parameters.lane_step] : A(0);
+        }
+        if (parameters.variation == PER_ELEMENT) {
+            // shift and gain are free to stand for a missing one
+            if (!weight) std::fill(line.gain, line.gain + ROOM, A(1)), line.weight = line.gain, line.weight_step = 0;
+            if (!bias) std::fill(line.shift, line.shift + ROOM, A(0)), line.bias = line.shift, line.bias_step = 0;
+        }
+    }
+
+    // Sums over the span's rows, for each lane; and the rows' own, from the span's first row and the tile's first lane on.
+    void collect_rows(int64_t o, Span span, Tile tile, const Line<A> &line, double *sums, double *products, double *own, bool fresh) const {
+        own += parameters.variation == PER_ROW ? span.first : parameters.variation == PER_ELEMENT ? span.first * sheet.lanes + tile.first : 0;
+        with_constants([&](auto variation, auto kind) {
+            constexpr int VARIATION = decltype(variation)::value, KIND = decltype(kind)::value;
+            constexpr int MANY = KIND == CURVED || VARIATION == PER_ELEMENT ? 1 : 4;
+            alignas(64) A some_sums[ROOM], some_products[ROOM], own_sums[ROOM], own_products[ROOM];
+            auto rows_at = [&](auto count, int64_t row, int64_t width) {
+                constexpr int ROWS = decltype(count)::value;
+                int64_t at = place(o, span, tile) + row * sheet.lanes;
+                collect(Rows<VARIATION, KIND, ROWS, T>(call.dy + at, call.x + at, sheet.lanes, width, row, line), some_sums, some_products,
+                        own_sums, own_products);
+                if (VARIATION == PER_LANE || !wanted) return;
+                double *to = own + (VARIATION == PER_ROW ? row : row * sheet.lanes);
+                for (int64_t i = 0; i < (VARIATION == PER_ROW ? ROWS : width); ++i) {
+                    to[i] = (fresh ? 0 : to[i]) + double(own_products[i]);
+                    to[i + parameters.area()] = (fresh ? 0 : to[i + parameters.area()]) + double(own_sums[i]);
+                }
+            };
+            for (int64_t row = 0; row < span.rows + (span.last != 0);) {
+                std::fill(some_sums, some_sums + ROOM, A(0));
+                std::fill(some_products, some_products + ROOM, A(0));
+                int64_t end = std::min(row + BLOCK, span.rows);
+                for (; row + MANY <= end; row += MANY) rows_at(std::integral_constant<int, MANY>{}, row, tile.width);
+                for (; row < end; ++row) rows_at(std::integral_constant<int, 1>{}, row, tile.width);
+                if (row == span.rows && span.last) rows_at(std::integral_constant<int, 1>{}, row++, span.last);
+                for (int64_t l = 0; l < tile.width; ++l) sums[l] += double(some_sums[l]), products[l] += double(some_products[l]);
+            }
+        });
+    }
+
+    // From sums over lanes, of which only the lanes' gains are missing, to what the statistics' derivative adds to dx: d * along + offset.
+    void settle(int64_t o, Tile tile, double *sums, double *products, A *along, A *offset) const {
+        if (by_lane() && weight) {
+            const A *gain = weight + parameters.place(o) + tile.first * parameters.lane_step;
+            for (int64_t l = 0; l < tile.width; ++l) sums[l] *= double(gain[l * parameters.lane_step]), products[l] *= double(gain[l * parameters.lane_step]);
+        }
+        if (!sheet.plain())
+            sheet.for_sets(tile, [&](auto &&each_lane) {
+                double sum = 0, product = 0;
+                each_lane([&](int64_t l) { sum += sums[l], product += products[l]; });
+                each_lane([&](int64_t l) { sums[l] = sum, products[l] = product; });
+            });
+        const A *inverse = call.inverse + o * plan.kept;
+        double size = plan.centred ? double(set_size(plan)) : INFINITY;
+        for (int64_t l = 0; l < tile.width; ++l) {
+            A scale = inverse[sheet.statistic(tile.first + l)];
+            double i = double(scale);
+            along[l] = A(-(i * double(strength(plan, scale))) * (i * i) * products[l]);
+            offset[l] = plan.centred ? A(-i * sums[l] / size) : A(0);
+        }
+    }
+
+    void spread_rows(int64_t o, Span span, Tile tile, const Line<A> &line) const {
+        with_constants([&](auto variation, auto kind) {
+            constexpr int VARIATION = decltype(variation)::value, KIND = decltype(kind)::value;
+            constexpr int MANY = KIND == CURVED ? 1 : 2;
+            auto rows_at = [&](auto count, int64_t row, int64_t width) {
+                constexpr int ROWS = decltype(count)::value;
+                int64_t at = place(o, span, tile) + row * sheet.lanes;
+                Rows<VARIATION, KIND, ROWS, T> rows(call.dy + at, call.x + at, sheet.lanes, width, row, line);
+                const T *dsum = call.dsum ? call.dsum + at : nullptr;
+                pulled ? spread<true>(rows, dsum, call.dx + at) : spread<false>(rows, dsum, call.dx + at);
+            };
+            int64_t row = 0;
+            for (; row + MANY <= span.rows; row += MANY) rows_at(std::integral_constant<int, MANY>{}, row, tile.width);
+            for (; row < span.rows; ++row) rows_at(std::integral_constant<int, 1>{}, row, tile.width);
+            if (span.last) rows_at(std::integral_constant<int, 1>{}, row, span.last);
+        });
+    }
+
+    void add_up(int64_t share, int64_t o) {
+        if (!wanted) return;
+        for (int64_t part = 0; part < parts; ++part) {
+            const double *found = own_of(share, part);
+            parameters.add_up(found, o, totals);
+            parameters.add_up(found + parameters.area(), o, totals + plan.parameters);
+        }
+    }
+    void deliver(A *to, const double *from) {
+        if (to) std::copy(from, from + plan.parameters, to);
+    }
+};
+
+}  // namespace
+
+template <class T> void lanes_backward(const NkPlan &plan, const Backward<T> &call) { Pass<T>(plan, call).run(); }
+
+template void lanes_backward(const NkPlan &, const Backward<float> &);
+template void lanes_backward(const NkPlan &, const Backward<double> &);
+template void lanes_backward(const NkPlan &, const Backward<bfloat16> &);
+template void lanes_backward(const NkPlan &, const Backward<float16> &);
+
+int64_t lanes_backward_scratch(const NkPlan &plan) {
+    switch (plan.type) {
+        case NK_FLOAT32: return Pass<float>::scratch(plan);
+        case NK_FLOAT64: return Pass<double>::scratch(plan);
+        default: return Pass<float16>::scratch(plan);
+    }
+}
+
+}  // namespace nk

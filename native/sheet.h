@@ -1,0 +1,200 @@
+// A tensor as sheets of rows and lanes: what lanes_forward and lanes_backward share.
+//
+// For each outer there is a sheet: rows of lanes next to one another, each lane of one statistic, all of far x (kept * mid * inner). Few lanes
+// fill no vector: then several rows of the tensor make one of the sheet ("fold"), of which the last may be short.
+//
+// A sheet is cut into tiles of lanes that fit local arrays. Where all rows of a tile fit the cache, one task does a tile in one traversal of
+// memory. Otherwise rows are cut into chunks too, whose partial results are merged, in order, before the second traversal.
+#pragma once
+#include <algorithm>
+#include <numeric>
+
+#include "statistic.h"
+#include "threads.h"
+#include "vector.h"
+
+namespace nk {
+
+constexpr int64_t WIDEST = 512;           // lanes of a tile
+constexpr int64_t ROOM = WIDEST + LANES;  // of local arrays, which are read in whole vectors
+
+struct Tile {
+    int64_t first, width;  // lanes
+};
+
+struct Sheet {
+    int64_t outer, far, size;  // size: elements of a sheet
+    int64_t period, group;     // lanes of the tensor; lanes next to one another that share a statistic
+    int64_t inner;
+    int64_t fold, lanes, rows;  // rows are whole
+    int64_t last;               // lanes of the short row behind them, or 0
+
+    // `bound`: gain or bias vary along far.
+    Sheet(const NkPlan &plan, bool bound) : outer(plan.outer), far(plan.far), group(plan.mid * plan.inner), inner(plan.inner) {
+        period = plan.kept * group;
+        size = far * period;
+        fold = folded(bound);
+        lanes = fold * period;
+        rows = far / fold;
+        last = far % fold * period;
+    }
+
+    bool plain() const { return group == 1 && fold == 1; }  // every lane is a statistic of its own
+    int64_t statistic(int64_t lane) const { return lane % period / group; }
+    int64_t elements(int64_t lane) const { return rows + (lane < last); }
+
+    // each_set(each_lane), where each_lane(f) calls f(lane) for the tile's lanes, from its first, that share a statistic.
+    template <class EachSet> void for_sets(Tile tile, EachSet &&each_set) const {
+        for (int64_t start = 0; start < std::min(tile.width, period); start += group)
+            each_set([&](auto &&f) {
+                for (int64_t again = start; again < tile.width; again += period)
+                    for (int64_t lane = again; lane < again + group; ++lane) f(lane);
+            });
+    }
+
+private:
+    int64_t folded(bool bound) const {
+        // Where parameters vary along far too, a fold needs them as a table of the sheet's size.
+        if ((bound && period >= LANES) || period > 128 || (period >= 64 && period % LANES == 0)) return 1;
+        int64_t even = LANES / std::gcd<int64_t>(LANES, period);
+        int64_t many = even * period <= WIDEST ? even * std::max<int64_t>(1, 256 / (even * period)) : WIDEST / period;
+        // Lanes that lie apart are merged at the end, which costs as much as some rows.
+        return std::max<int64_t>(1, std::min(many, period < LANES ? far : far / 16));
+    }
+};
+
+// Where sheets are cut. It depends on the plan alone, so that results do not depend on the threads.
+struct Cut {
+    bool at_once;            // one task has all rows of its lanes
+    int64_t width, tiles;    // lanes of a tile
+    int64_t height, chunks;  // rows of a chunk
+    int64_t batch;           // sheets whose two traversals follow each other, so that the second finds much in the cache
+
+    Cut(const Sheet &sheet, int64_t bytes) {  // bytes that are read for each element
+        constexpr int64_t own = 256 << 10, shared = 4 << 20;
+        int64_t fits = std::min(WIDEST, own / (bytes * (sheet.rows + 1)) / 16 * 16);
+        bool whole = sheet.group <= fits && (sheet.fold == 1 || sheet.lanes <= fits);
+        at_once = whole && fits * bytes >= std::min<int64_t>(256, sheet.lanes * bytes);
+        int64_t most = at_once ? fits : WIDEST;
+        tiles = (sheet.lanes + most - 1) / most;
+        width = (sheet.lanes + tiles - 1) / tiles;
+        if (tiles > 1) {
+            int64_t step = at_once && sheet.group > 1 ? std::lcm<int64_t>(sheet.group, 16) : 16;  // whole lines of the cache
+            if (step > most) step = sheet.group;
+            width = std::min((width + step - 1) / step * step, most / step * step);
+            tiles = (sheet.lanes + width - 1) / width;
+        }
+        height = at_once ? sheet.rows : std::max<int64_t>(64, own / (bytes * width) / 64 * 64);
+        chunks = at_once ? 1 : (sheet.rows + height - 1) / height;
+        batch = std::clamp<int64_t>(shared / (bytes * sheet.size), 1, sheet.outer);
+    }
+
+    Tile tile(const Sheet &sheet, int64_t index) const { return {index * width, std::min(width, sheet.lanes - index * width)}; }
+};
+
+// Rows of a chunk, and the lanes of the short row behind them.
+struct Span {
+    int64_t first, rows, last;
+
+    Span(const Sheet &sheet, const Cut &cut, int64_t chunk) {
+        first = chunk * cut.height;
+        rows = std::min(cut.height, sheet.rows - first);
+        last = chunk == cut.chunks - 1 ? sheet.last : 0;
+    }
+};
+
+// Vectors of a row: all of a vector's lanes,
+struct Whole {
+    int64_t lane;
+    template <class T> Vec<accumulator<T>> load(const T *p) const { return nk::load(p + lane); }
+    template <class T> void store(T *p, Vec<accumulator<T>> v) const { nk::store(p + lane, v); }
+    template <class A> Vec<A> fresh(Vec<A> v) const { return v; }
+};
+// or the row's last lanes, of which those that are in a vector before it are not fresh. Rows narrower than a vector are padded.
+struct Rest {
+    int64_t lane, width;
+    template <class T> Vec<accumulator<T>> load(const T *p) const { return width < LANES ? load_some(p, width) : nk::load(p + lane); }
+    template <class T> void store(T *p, Vec<accumulator<T>> v) const {
+        width < LANES ? store_some(p, v, width) : nk::store(p + lane, v);
+    }
+    template <class A> Vec<A> fresh(Vec<A> v) const {
+        Mask<A> old = width < LANES ? ~first<A>(width) : first<A>(LANES - width % LANES);
+        return select<A>(old, Vec<A>{}, v);
+    }
+};
+template <class Step> inline void for_vectors(int64_t width, Step &&step) {
+    int64_t whole = width / LANES * LANES;
+    for (int64_t lane = 0; lane < whole; lane += LANES) step(Whole{lane});
+    if (whole < width) step(Rest{std::max<int64_t>(0, width - LANES), width});
+}
+
+// How gain and bias vary: along rows, they are a number a row; along both, a number for each element.
+enum Variation { PER_LANE, PER_ROW, PER_ELEMENT };
+
+// Where gain and bias of a sheet's elements are. Where memory has them in another order, they are laid out as a table.
+template <class A> class Parameters {
+    const NkPlan &plan;
+    const Sheet &sheet;
+    bool tabled;
+
+public:
+    Variation variation;
+    int64_t row_step, lane_step;
+
+    Parameters(const NkPlan &plan, const Sheet &sheet) : plan(plan), sheet(sheet) {
+        bool along_lanes = (plan.per_kept != 0 && plan.kept > 1) || (plan.per_mid != 0 && plan.mid > 1) || (plan.per_inner != 0 && plan.inner > 1);
+        bool alike = (plan.per_inner == 1 || plan.inner == 1) && (plan.per_mid == plan.inner || plan.mid == 1) &&
+                     (plan.per_kept == sheet.group || plan.kept == 1);
+        bool bound = bound_to_rows(plan);
+        tabled = (along_lanes && !alike) || (sheet.fold > 1 && (along_lanes || bound));
+        variation = !bound ? PER_LANE : along_lanes || sheet.fold > 1 ? PER_ELEMENT : PER_ROW;
+        row_step = !bound ? 0 : tabled ? sheet.lanes : plan.per_far;
+        lane_step = along_lanes || tabled;
+    }
+
+    static bool bound_to_rows(const NkPlan &plan) { return plan.per_far != 0 && plan.far > 1; }
+
+    int64_t places() const { return plan.outer_step == 0 ? 1 : std::min(plan.outer_mod, (plan.outer - 1) / plan.outer_div + 1); }
+    // Elements of a sheet's own table.
+    int64_t area() const {
+        return (variation == PER_LANE ? 1 : sheet.rows + (sheet.last != 0)) * (variation == PER_ROW ? 1 : sheet.lanes);
+    }
+    int64_t room() const { return tabled ? places() * area() : 0; }
+    int64_t place(int64_t o) const {
+        return tabled ? (plan.outer_step == 0 ? 0 : o / plan.outer_div % plan.outer_mod) * area() : outer_place(plan, o);
+    }
+
+    // The parameter as this class says where its elements are: itself, or a table of room() elements.
+    const A *lay_out(const A *parameter, A *table) const {
+        if (parameter == nullptr || !tabled) return parameter;
+        for (int64_t place = 0; place < places(); ++place)
+            for (int64_t i = 0; i < area(); ++i) {
+                int64_t index = within(i);
+                table[place * area() + i] = index < 0 ? A(0) : parameter[place * plan.outer_step + index];
+            }
+        return table;
+    }
+    // total[index of the parameter] += found[i], for an area that belongs to the sheet o.
+    template <class F> void add_up(const F *found, int64_t o, double *total) const {
+        total += outer_place(plan, o);
+        if (!tabled && variation == PER_LANE) {
+            for (int64_t i = 0; i < sheet.lanes; ++i) total[i * lane_step] += double(found[i]);
+            return;
+        }
+        for (int64_t i = 0; i < area(); ++i)
+            if (int64_t index = within(i); index >= 0) total[index] += double(found[i]);
+    }
+
+private:
+    // The parameter of the i-th element of an area, from the sheet's place on; -1 behind the last element.
+    int64_t within(int64_t i) const {
+        if (variation == PER_ROW) return i * plan.per_far;
+        int64_t row = i / sheet.lanes, lane = i % sheet.lanes, f = row * sheet.fold + lane / sheet.period, l = lane % sheet.period;
+        if (f >= sheet.far) return -1;
+        return f * plan.per_far + l / sheet.group * plan.per_kept + l % sheet.group / sheet.inner * plan.per_mid + l % sheet.inner * plan.per_inner;
+    }
+};
+
+int64_t lanes_backward_scratch(const NkPlan &plan);
+
+}  // namespace nk
