@@ -506,11 +506,11 @@ def _choose(
             )
         call, ready = call if backend == "native" else None, ready if backend == "aten" else None
         return Choice(backend, "it was asked for by name", split, call, ready)
-    if call is not None and not (refused["aten"] is None and aten.is_quicker(rule, x)):
+    if call is not None and not (refused["aten"] is None and aten.is_quicker(rule, x, running is not None)):
         return Choice("native", f"these axes come down to a {call.nest.kind} of its loops", split, call)
     if refused["aten"] is None:
         why = "torch has a fused kernel for these axes and this statistic"
-        return Choice("aten", why if call is None else f"{why}, and the input is small", split, None, ready)
+        return Choice("aten", why if call is None else f"{why}, and is faster at this size", split, None, ready)
     if torch.compiler.is_compiling():
         if refused["native"] is None and operator.is_quicker(rule, x):
             return Choice("native", "the kernel is faster than what a compiler makes of the definition", split)
