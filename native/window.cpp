@@ -1,4 +1,5 @@
-// Local response normalization in tiles: all channels at some of the positions, so that what lies in a window is in the cache.
+// Sums over windows of channels, and local response normalization by them, in tiles: all channels at some of the positions, so that what
+// lies in a window is in the cache.
 //
 // Windows are summed anew for each element: a running sum would lose small windows behind large elements, and would carry a NaN to the end.
 // Two ways through a tile:
@@ -135,7 +136,7 @@ template <class T> class Worker {
     const int64_t window;
     const A offset, factor, power;
     std::unique_ptr<A[]> room;
-    A *squares, *sums, *strip, *powers, *terms, *weighted;
+    A *taken, *sums, *strip, *powers, *terms, *weighted;
 
   public:
     Worker(const Cut &cut, bool backward)
@@ -146,9 +147,9 @@ template <class T> class Worker {
         int64_t padded = (channels + window - 1) * cut.most + beyond, inside = by_channel ? padded : channels * cut.most + beyond;
         int64_t whole = window > LONG ? inside : 0;
         room.reset(new (std::nothrow) A[std::size_t(padded + whole + 2 * short_strip + (backward ? padded + inside : 0))]);
-        squares = room.get();
-        if (squares == nullptr) return;
-        sums = squares + padded;
+        taken = room.get();
+        if (taken == nullptr) return;
+        sums = taken + padded;
         strip = sums + whole;
         powers = strip + short_strip;
         terms = powers + short_strip;
@@ -156,14 +157,14 @@ template <class T> class Worker {
     }
     bool ready() const { return room != nullptr; }
 
-    void forward(const Tile &tile, const T *x, T *y) {
+    // y is what x is divided to, or the sum of x over the window.
+    template <bool SUM> void forward(const Tile &tile, const T *x, T *y) {
         x += tile.start, y += tile.start;
-        if (by_channel) return forward_by_channel(tile.width, x, y);
-        square(tile, x);
+        if (by_channel) return forward_by_channel<SUM>(tile.width, x, y);
+        take_all<!SUM>(tile, x);
         for_strips(tile.pieces, [&](int64_t at, int64_t f, int64_t n) {
-            sum_windows(squares, tile.width, f, n);
-            energies(n);
-            finish(x + at, n, y + at);
+            sum_windows(taken, tile.width, f, n);
+            finish<SUM>(x + at, n, y + at);
         });
     }
 
@@ -171,11 +172,11 @@ template <class T> class Worker {
     void backward(const Tile &tile, const T *dy, const T *x, T *dx) {
         dy += tile.start, x += tile.start, dx += tile.start;
         if (by_channel) return backward_by_channel(tile.width, dy, x, dx);
-        square(tile, x);
+        take_all<true>(tile, x);
         clear(terms, plan.after, plan.before, tile.width);
         A *inside = terms + plan.after * tile.width;
         for_strips(tile.pieces, [&](int64_t at, int64_t f, int64_t n) {
-            sum_windows(squares, tile.width, f, n);
+            sum_windows(taken, tile.width, f, n);
             energies(n);
             weigh(dy + at, x + at, n, weighted + f, inside + f);
         });
@@ -188,32 +189,31 @@ template <class T> class Worker {
 
   private:
     // A ring's rows hold the channels of one window, the last of them at row c % window: their sum needs no order.
-    void forward_by_channel(int64_t width, const T *x, T *y) {
-        std::fill_n(squares, window * width, A(0));
+    template <bool SUM> void forward_by_channel(int64_t width, const T *x, T *y) {
+        std::fill_n(taken, window * width, A(0));
         for (int64_t c = 0; c < plan.channels + plan.after; ++c) {
-            square_row(c, width, x);
+            take_row<!SUM>(c, width, x);
             int64_t done = c - plan.after;
             if (done < 0) continue;
             for_strips(width, [&](int64_t e, int64_t n) {
-                sum_short(squares + e, window, width, n, strip);
-                energies(n);
-                finish(x + done * plan.inner + e, n, y + done * plan.inner + e);
+                sum_short(taken + e, window, width, n, strip);
+                finish<SUM>(x + done * plan.inner + e, n, y + done * plan.inner + e);
             });
         }
     }
 
     void backward_by_channel(int64_t width, const T *dy, const T *x, T *dx) {
-        std::fill_n(squares, window * width, A(0));
+        std::fill_n(taken, window * width, A(0));
         std::fill_n(terms, window * width, A(0));
         for (int64_t c = 0; c < plan.channels + plan.after + plan.before; ++c) {
-            square_row(c, width, x);
+            take_row<true>(c, width, x);
             int64_t next = c - plan.after, done = next - plan.before;
             if (next < 0) continue;
             int64_t row = next % window * width, from = next * plan.inner, to = done * plan.inner;
             if (next >= plan.channels) std::fill_n(terms + row, width, A(0));
             for_strips(width, [&](int64_t e, int64_t n) {
                 if (next < plan.channels) {
-                    sum_short(squares + e, window, width, n, strip);
+                    sum_short(taken + e, window, width, n, strip);
                     energies(n);
                     weigh(dy + from + e, x + from + e, n, weighted + row + e, terms + row + e);
                 }
@@ -224,16 +224,15 @@ template <class T> class Worker {
         }
     }
 
-    void square_row(int64_t c, int64_t width, const T *x) {
-        A *row = squares + c % window * width;
+    template <bool SQUARED> static Vec<A> of(Vec<A> v) { return SQUARED ? v * v : v; }
+
+    template <bool SQUARED> void take_row(int64_t c, int64_t width, const T *x) {
+        A *row = taken + c % window * width;
         if (c >= plan.channels) {
             std::fill_n(row, width, A(0));
             return;
         }
-        for_vectors(width, [&](int64_t e, auto m) {
-            auto v = get(x + c * plan.inner + e, m);
-            put(row + e, v * v, m);
-        });
+        for_vectors(width, [&](int64_t e, auto m) { put(row + e, of<SQUARED>(get(x + c * plan.inner + e, m)), m); });
     }
 
     // strip = the sums over the windows of n elements from f on; those of long windows are there already.
@@ -246,7 +245,12 @@ template <class T> class Worker {
         for (int64_t e = 0; e < n; ++e) strip[e] = offset + factor * strip[e];
     }
 
-    void finish(const T *x, int64_t n, T *y) {
+    template <bool SUM> void finish(const T *x, int64_t n, T *y) {
+        if constexpr (SUM) {
+            for_vectors(n, [&](int64_t e, auto m) { put(y + e, load(strip + e), m); });
+            return;
+        }
+        energies(n);
         raise(strip, n, power);
         for_vectors(n, [&](int64_t e, auto m) { put(y + e, get(x + e, m) * load(strip + e), m); });
     }
@@ -271,16 +275,15 @@ template <class T> class Worker {
         std::fill_n(values + (front + plan.channels) * width, back * width + 4 * LANES, A(0));
     }
 
-    void square(const Tile &tile, const T *x) {
-        clear(squares, plan.before, plan.after, tile.width);
-        A *inside = squares + plan.before * tile.width;
+    template <bool SQUARED> void take_all(const Tile &tile, const T *x) {
+        clear(taken, plan.before, plan.after, tile.width);
+        A *inside = taken + plan.before * tile.width;
         const Pieces &pieces = tile.pieces;
         for (int64_t p = 0; p < pieces.number; ++p)
             for_vectors(pieces.length, [&](int64_t e, auto m) {
-                auto v = get(x + p * pieces.apart + e, m);
-                put(inside + p * pieces.length + e, v * v, m);
+                put(inside + p * pieces.length + e, of<SQUARED>(get(x + p * pieces.apart + e, m)), m);
             });
-        if (window > LONG) sum_long(squares, window, tile.width, plan.channels * tile.width, sums);
+        if (window > LONG) sum_long(taken, window, tile.width, plan.channels * tile.width, sums);
     }
 };
 
@@ -307,7 +310,17 @@ NK_EXPORT int32_t nk_window_forward(const NkWindow *plan, const void *x, void *y
     return nk::by_type(plan->type, [&](auto t) {
         using T = decltype(t);
         nk::for_tiles<T>(*plan, false, [&](nk::Worker<T> &worker, const nk::Tile &tile) {
-            worker.forward(tile, static_cast<const T *>(x), static_cast<T *>(y));
+            worker.template forward<false>(tile, static_cast<const T *>(x), static_cast<T *>(y));
+        });
+    });
+}
+
+// y = x summed over the window, whatever else the plan says. Its own backward pass, with before and after exchanged.
+NK_EXPORT int32_t nk_window_sum(const NkWindow *plan, const void *x, void *y) {
+    return nk::by_type(plan->type, [&](auto t) {
+        using T = decltype(t);
+        nk::for_tiles<T>(*plan, false, [&](nk::Worker<T> &worker, const nk::Tile &tile) {
+            worker.template forward<true>(tile, static_cast<const T *>(x), static_cast<T *>(y));
         });
     });
 }

@@ -37,16 +37,22 @@ void local(Random &random) {
     if (poisoned >= 0) x.set(poisoned, NAN);
 
     auto forward = function<int32_t(const NkWindow *, const void *, void *)>("nk_window_forward");
+    auto add_up = function<int32_t(const NkWindow *, const void *, void *)>("nk_window_sum");
     auto backward = function<int32_t(const NkWindow *, const void *, const void *, void *)>("nk_window_backward");
     on_any_threads(random, [&] { return forward(&plan, x.data(), y.data()); }, {&y});
     on_any_threads(random, [&] { return backward(&plan, dy.data(), x.data(), dx.data()); }, {&dx});
+    Buffer total(plan.type, n);
+    on_any_threads(random, [&] { return add_up(&plan, x.data(), total.data()); }, {&total});
 
     std::vector<double> energy(n);
     auto channel = [&](int64_t e) { return e / step % plan.channels; };
     for (int64_t e = 0; e < n; ++e) {
-        double sum = 0;
-        for (int64_t k = std::max(-plan.before, -channel(e)); k <= std::min(plan.after, plan.channels - 1 - channel(e)); ++k)
-            sum += x[e + k * step] * x[e + k * step];
+        double sum = 0, straight = 0, size = 0;
+        for (int64_t k = std::max(-plan.before, -channel(e)); k <= std::min(plan.after, plan.channels - 1 - channel(e)); ++k) {
+            double v = x[e + k * step];
+            sum += v * v, straight += v, size += std::fabs(v);
+        }
+        expect("sum", total, e, straight, size, looseness(plan.type));
         energy[e] = plan.offset + plan.factor * sum;
         double want = x[e] * std::pow(energy[e], -plan.power);
         expect("y", y, e, want, std::fabs(want), looseness(plan.type));
@@ -86,7 +92,8 @@ void global(Random &random) {
             if (channel(e) == silent) x.set(e, 0);
     }
 
-    auto forward = function<int32_t(const NkResponse *, const void *, const void *, const void *, void *, void *)>("nk_response_forward");
+    auto forward =
+        function<int32_t(const NkResponse *, const void *, const void *, const void *, void *, void *)>("nk_response_forward");
     auto backward = function<int32_t(const NkResponse *, const void *, const void *, const void *, const void *, void *, void *, void *)>(
         "nk_response_backward");
     on_any_threads(random, [&] { return forward(&plan, x.data(), weight.data(), bias.data(), y.data(), energy.data()); }, {&y, &energy});
@@ -117,7 +124,8 @@ void global(Random &random) {
     }
     for (int64_t e = 0; e < n; ++e) {
         int64_t s = set(e), c = channel(e), at = s * plan.channels + c;
-        double gain = 1 + scale(c) * g[at] / divisor[s], size_gain = 1 + std::fabs(scale(c)) * g[at] / divisor[s], shift = bias ? bias[c] : 0;
+        double share = g[at] / divisor[s], shift = bias ? bias[c] : 0;
+        double gain = 1 + scale(c) * share, size_gain = 1 + std::fabs(scale(c)) * share;
         expect("y", y, e, x[e] * gain + shift, std::fabs(x[e]) * size_gain + std::fabs(shift), loose);
         if (!dx) continue;
         double per = g[at] == 0 ? 0 : x[e] / (divisor[s] * g[at]);

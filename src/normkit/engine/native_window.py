@@ -1,4 +1,4 @@
-"""Local response normalization on the native kernels: each element against the energy in a window of channels around it."""
+"""Windows on the native kernels: sums over the neighbours along an axis, and local response normalization by such sums."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from normkit.engine.native_call import TYPES, Lanes, checked, entry, gradients, lanes, like, plain
+from normkit.engine.plan import is_dense
 
 
 class Window(NamedTuple):
@@ -34,9 +35,42 @@ class _Plan(ctypes.Structure):
 
 
 @functools.cache
-def _functions() -> tuple[Any, Any] | None:
+def _functions() -> tuple[Any, Any, Any] | None:
     forward, backward = entry("nk_window_forward", "ppp"), entry("nk_window_backward", "pppp")
-    return None if forward is None or backward is None else (forward, backward)
+    total = entry("nk_window_sum", "ppp")
+    return None if forward is None or backward is None or total is None else (forward, backward, total)
+
+
+def total(
+    x: Tensor, dim: int, before: int, after: int, definition: Callable[[Tensor, int, int, int], Tensor]
+) -> Tensor | None:
+    """Sum over a window along one axis, without what lies outside the axis.
+
+    Args:
+        x: a tensor whose elements lie side by side in memory, in any order of its axes.
+        dim: the axis, from 0.
+        before: elements before each one, fewer than the axis has.
+        after: elements after each one, likewise.
+        definition: the same function, of whatever gradients there may be.
+
+    Returns:
+        Of the shape, strides and dtype of x and differentiable to any order; None for what the kernels do not take.
+    """
+    if x.numel() == 0 or not plain(x) or _functions() is None or not is_dense(x.shape, x.stride()):
+        return None
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Total.apply(x, dim, before, after, definition)
+    return _total(x, dim, before, after)
+
+
+def _total(x: Tensor, dim: int, before: int, after: int) -> Tensor:
+    functions = _functions()
+    assert functions is not None
+    size, inner = x.shape[dim], x.stride(dim)
+    plan = _Plan(x.numel() // (size * inner), size, inner, before, after, 0.0, 0.0, 0.0, TYPES[x.dtype], 0)
+    y = torch.empty_like(x)
+    checked(functions[2](ctypes.addressof(plan), x.data_ptr(), y.data_ptr()))
+    return y
 
 
 def divide(x: Tensor, window: Window, definition: Callable[[Tensor], Tensor]) -> Tensor | None:
@@ -75,6 +109,25 @@ def _forward(x: Tensor, plan: _Plan) -> Tensor:
     y = torch.empty_like(x)
     checked(functions[0](ctypes.addressof(plan), x.data_ptr(), y.data_ptr()))
     return y
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x: Tensor,
+        dim: int,
+        before: int,
+        after: int,
+        definition: Callable[[Tensor, int, int, int], Tensor],
+    ) -> Tensor:
+        ctx.window, ctx.definition = (dim, before, after), definition
+        return _total(x, dim, before, after)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor, None, None, None, None]:
+        dim, before, after = ctx.window
+        return ctx.definition(dys[0], dim, after, before), None, None, None, None
 
 
 class _Divide(torch.autograd.Function):
