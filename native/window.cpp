@@ -74,10 +74,18 @@ template <class Each> void for_strips(int64_t width, Each &&each) {
     for (int64_t e = 0; e < width; e += STRIP) each(e, std::min(STRIP, width - e));
 }
 
-// each(element, vector's n) for vectors of a strip; the last one may have fewer than LANES.
+// each(element, vector's n) for vectors of a strip. The last one begins earlier where that makes it whole: `each` may do an element twice.
 template <class Each> inline void for_vectors(int64_t n, Each &&each) {
     int64_t e = 0;
     for (; e + LANES <= n; e += LANES) each(e, std::integral_constant<int64_t, LANES>{});
+    if (e == n) return;
+    if (n > LANES) each(n - LANES, std::integral_constant<int64_t, LANES>{});
+    else each(e, n);
+}
+// The same, each element once.
+template <class Each> inline void for_vectors_once(int64_t n, Each &&each) {
+    int64_t e = n / LANES * LANES;
+    for_vectors(e, each);
     if (e < n) each(e, n - e);
 }
 template <class T> inline auto get(const T *p, std::integral_constant<int64_t, LANES>) { return load(p); }
@@ -103,14 +111,14 @@ template <class A> void sum_long(A *values, int64_t window, int64_t width, int64
     for (int64_t length = 1;; length *= 2) {  // values[e] is the sum of `length` terms
         if (window & length) {
             const A *from = values + covered * width;
-            for_vectors(n, [&](int64_t e, auto m) { put(sums + e, get(sums + e, m) + get(from + e, m), m); });
+            for_vectors_once(n, [&](int64_t e, auto m) { put(sums + e, get(sums + e, m) + get(from + e, m), m); });
             covered += length;
         }
         if (2 * length > window) return;
         // Ascending, what is added has not been doubled yet.
         const A *next = values + length * width;
         int64_t left = n + (window - 2 * length) * width;
-        for_vectors(left, [&](int64_t e, auto m) { put(values + e, get(values + e, m) + get(next + e, m), m); });
+        for_vectors_once(left, [&](int64_t e, auto m) { put(values + e, get(values + e, m) + get(next + e, m), m); });
     }
 }
 
