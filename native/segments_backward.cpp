@@ -21,6 +21,12 @@ constexpr int64_t HELD = 16384;    // up to this size, a set keeps them from the
 // Of g (times the gain, where that varies), and of that times x - center.
 template <class S> struct Pair {
     S g, gx;
+
+    Pair &operator+=(const Pair &other) {
+        g += other.g;
+        gx += other.gx;
+        return *this;
+    }
 };
 
 // Half-way: sums of a stretch of at most BLOCK elements.
@@ -63,6 +69,18 @@ NK_INLINE void add_constant(Sums<A> &sums, const G *g, const T *x, int64_t n, A 
         add(1, select<A>(end.counts(), end.load(g), Vec<A>{}), select<A>(end.counts(), end.load(x) - c, Vec<A>{}));
 }
 
+// The sums of a stretch, in blocks.
+template <bool RELU, class G, class T, class A = accumulator<T>>
+NK_INLINE Pair<double> sum_constant(const G *g, const T *x, int64_t n, A center, Gate<A> gate) {
+    Pair<double> total{0, 0};
+    for (int64_t i = 0; i < n; i += BLOCK) {
+        Sums<A> sums;
+        add_constant<RELU>(sums, g + i, x + i, std::min(BLOCK, n - i), center, gate);
+        total += sums.total();
+    }
+    return total;
+}
+
 template <class G, class T, class A = accumulator<T>>
 NK_INLINE void add_varying(Sums<A> &sums, const G *g, const T *x, const A *gain, int64_t n, A center) {
     Vec<A> c = splat<A>(center);
@@ -78,64 +96,99 @@ NK_INLINE void add_varying(Sums<A> &sums, const G *g, const T *x, const A *gain,
 }
 
 // dx of a run of one gain, which is in pull.inverse.
-template <bool RELU, bool PULLED, bool DSUM, class G, class T, class A = accumulator<T>>
-void pull_constant(const G *g, const T *x, const T *dsum, T *dx, int64_t n, Pull<A> pull, Gate<A> gate) {
+template <bool RELU, bool PULLED, class G, class T, class A = accumulator<T>>
+void pull_constant(const G *g, const T *x, const T *dsum, T *dx, int64_t n, Pull<A> pull, Gate<A> gate, int64_t ahead, bool streamed) {
     Vec<A> c = splat<A>(pull.center), inverse = splat<A>(pull.inverse), along = splat<A>(pull.along), shift = splat<A>(pull.shift);
-    auto pulled = [&](auto &&at) {
+    auto value = [&](auto &&at) {
         Vec<A> apart{}, v = at(g);
         if constexpr (RELU || PULLED) apart = at(x) - c;
         v = gated<RELU, A>(v, apart, gate) * inverse;
         if constexpr (PULLED) v += apart * along + shift;
-        if constexpr (DSUM) v += at(dsum);
+        if (dsum) v += at(dsum);
         return v;
     };
-    End<A> end{n};
-    Vec<A> last{};
-    if (end.of(n)) last = pulled([&](auto *p) { return end.load(p); });
-    int64_t i = 0;
-    for (; i + UNROLL * LANES <= n; i += UNROLL * LANES)
-        for (int u = 0; u < UNROLL; ++u) store(dx + i + u * LANES, pulled([&](auto *p) { return load(p + i + u * LANES); }));
-    for (; i + LANES <= n; i += LANES) store(dx + i, pulled([&](auto *p) { return load(p + i); }));
-    if (end.of(n)) end.store(dx, last);
+    auto ask = [&](int64_t i) {
+        fetch<4 * LANES>(g + i + ahead);
+        if constexpr (RELU || PULLED) fetch<4 * LANES>(x + i + ahead);
+    };
+    streamed ? fill_far(dx, n, value, ask) : fill(dx, n, value, ask);
 }
 
-// dx of a run with a gain of its own for each element, and what the run adds to the gradients of gain and bias. PARAMETERS counts those.
-template <int PARAMETERS, bool DX, bool PULLED, bool DSUM, class G, class T, class A = accumulator<T>>
-void pull_varying(const G *g, const T *x, const A *gain, const T *dsum, T *dx, A *dgain, A *dbias, int64_t n, Pull<A> pull) {
-    Vec<A> c = splat<A>(pull.center), inverse = splat<A>(pull.inverse), along = splat<A>(pull.along), shift = splat<A>(pull.shift);
+// A set whose parameters vary along its runs, beside another that shares them: where it is from the first of both.
+template <class A> struct Row {
+    int64_t x;
+    Pull<A> pull;
+};
+
+template <class G, class T, class A = accumulator<T>> struct Varying {
+    const G *g;
+    const T *x, *dsum;
+    T *dx;
+    const A *gain;
+    A *dgain, *dbias;
+    int64_t ahead;
+    bool streamed;
+};
+
+// dx of a run in one set or in two, and what they add to the gradients of gain and bias, which are read and written once for both. Two go
+// faster in the cache; beyond it, one with the next ones fetched does.
+template <int ROWS, int PARAMETERS, bool DX, bool PULLED, class G, class T, class A = accumulator<T>>
+void pull_varying(Varying<G, T> to, const Row<A> *sets, int64_t n) {
     struct Element {
         Vec<A> dx, dgain, dbias;
     };
-    auto pulled = [&](auto &&at) {
+    Row<A> rows[ROWS];
+    std::copy_n(sets, ROWS, rows);
+    auto pulled = [&](const Row<A> &row, auto &&at) {
         Element found{};
-        Vec<A> apart{}, v = at(g), scaled = v * inverse;
-        if constexpr (PULLED || PARAMETERS > 0) apart = at(x) - c;
+        Vec<A> apart{}, v = at(to.g + row.x), scaled = v * splat<A>(row.pull.inverse);
+        if constexpr (PULLED || PARAMETERS > 0) apart = at(to.x + row.x) - splat<A>(row.pull.center);
         if constexpr (DX) {
-            found.dx = scaled * at(gain);
-            if constexpr (PULLED) found.dx += apart * along + shift;
-            if constexpr (DSUM) found.dx += at(dsum);
+            found.dx = scaled * at(to.gain);
+            if constexpr (PULLED) found.dx += apart * splat<A>(row.pull.along) + splat<A>(row.pull.shift);
+            if (ROWS == 1 && to.dsum) found.dx += at(to.dsum);
         }
         if constexpr (PARAMETERS > 0) found.dgain = scaled * apart;
         if constexpr (PARAMETERS > 1) found.dbias = v;
         return found;
     };
-    auto put = [&](int64_t i, const Element &found) {
-        if constexpr (DX) store(dx + i, found.dx);
-        if constexpr (PARAMETERS > 0) store(dgain + i, load(dgain + i) + found.dgain);
-        if constexpr (PARAMETERS > 1) store(dbias + i, load(dbias + i) + found.dbias);
+    // All is read before anything is written: the sets may lie a multiple of the page apart, and then a load seems to want the store before it.
+    auto vectors = [&](int64_t i) {
+        Element found[ROWS];
+        for (int r = 0; r < ROWS; ++r) found[r] = pulled(rows[r], [&](auto *p) { return load(p + i); });
+        for (int r = 1; r < ROWS; ++r) found[0].dgain += found[r].dgain, found[0].dbias += found[r].dbias;
+        if constexpr (PARAMETERS > 0) store(to.dgain + i, load(to.dgain + i) + found[0].dgain);
+        if constexpr (PARAMETERS > 1) store(to.dbias + i, load(to.dbias + i) + found[0].dbias);
+        if constexpr (DX)
+            for (int r = 0; r < ROWS; ++r) store(to.dx + rows[r].x + i, found[r].dx);
     };
-    End<A> end{n};
-    Element last{};
-    if (end.of(n)) last = pulled([&](auto *p) { return end.load(p); });
+    constexpr int several = std::max(2, int(LINE / (LANES * sizeof(T))));
     int64_t i = 0;
-    for (; i + 2 * LANES <= n; i += 2 * LANES)
-        for (int u = 0; u < 2; ++u) put(i + u * LANES, pulled([&](auto *p) { return load(p + i + u * LANES); }));
-    for (; i + LANES <= n; i += LANES) put(i, pulled([&](auto *p) { return load(p + i); }));
+    if constexpr (ROWS == 1 && DX)
+        for (; to.streamed && i + several * LANES <= n; i += several * LANES) {
+            fetch<several * LANES>(to.g + i + to.ahead);
+            fetch<several * LANES>(to.x + i + to.ahead);
+            Element found[several];
+            for (int u = 0; u < several; ++u) found[u] = pulled(rows[0], [&](auto *p) { return load(p + i + u * LANES); });
+            for (int u = 0; u < several; ++u) stream(to.dx + i + u * LANES, found[u].dx);
+            for (int u = 0; u < several; ++u) {
+                int64_t j = i + u * LANES;
+                if constexpr (PARAMETERS > 0) store(to.dgain + j, load(to.dgain + j) + found[u].dgain);
+                if constexpr (PARAMETERS > 1) store(to.dbias + j, load(to.dbias + j) + found[u].dbias);
+            }
+        }
+    for (; i + several * LANES <= n; i += several * LANES)
+        for (int u = 0; u < several; ++u) vectors(i + u * LANES);
+    for (; i + LANES <= n; i += LANES) vectors(i);
+    End<A> end{n};
     if (!end.of(n)) return;
-    if constexpr (DX) end.store(dx, last.dx);
-    auto gather = [&](A *to, Vec<A> v) { end.store(to, end.load(to) + select<A>(end.counts(), v, Vec<A>{})); };
-    if constexpr (PARAMETERS > 0) gather(dgain, last.dgain);
-    if constexpr (PARAMETERS > 1) gather(dbias, last.dbias);
+    for (const Row<A> &row : rows) {
+        Element found = pulled(row, [&](auto *p) { return end.load(p); });
+        auto gather = [&](A *sums, Vec<A> v) { end.store(sums, end.load(sums) + select<A>(end.counts(), v, Vec<A>{})); };
+        if constexpr (DX) end.store(to.dx + row.x, found.dx);
+        if constexpr (PARAMETERS > 0) gather(to.dgain, found.dgain);
+        if constexpr (PARAMETERS > 1) gather(to.dbias, found.dbias);
+    }
 }
 
 template <class F> inline void with_flag(bool flag, F &&f) { flag ? f(std::true_type{}) : f(std::false_type{}); }
@@ -148,13 +201,14 @@ template <class T> class SegmentsBackward {
     const bool pulled;  // whether the statistic has a gradient
     const bool curved;  // whether gradients have to be prepared: they pass an activation first
     const bool parameters;
+    const bool streamed;
     std::vector<A> ones;  // a gain, where there is a bias along the runs only
 
   public:
     SegmentsBackward(const NkPlan &plan, const Backward<T> &call)
         : plan(plan), call(call), runs(runs_of(plan, call.weight || call.bias || call.dweight || call.dbias)),
           pulled(!plan.given && (plan.centred || plan.scale != NK_UNSCALED)),
-          curved(plan.activation > (runs.vector ? NK_LINEAR : NK_RELU)), parameters(call.dweight || call.dbias) {
+          curved(plan.activation > (runs.vector ? NK_LINEAR : NK_RELU)), parameters(call.dweight || call.dbias), streamed(streams()) {
         if (runs.vector && !call.weight) ones.assign(runs.length, A(1));
     }
 
@@ -167,6 +221,12 @@ template <class T> class SegmentsBackward {
 
   private:
     // ---- What both kinds of parameters share.
+
+    bool streams() const {
+        int64_t bytes = runs.length * int64_t(sizeof(T));
+        if (!plan.stream || !on_element(call.dx)) return false;
+        return runs.vector ? bytes % LINE == 0 && until_line(call.dx) == 0 : bytes >= 8 * LINE && !curved;
+    }
 
     A center(int64_t set) const { return call.center ? call.center[set] : A(0); }
     A inverse(int64_t set) const { return call.inverse ? call.inverse[set] : A(1); }
@@ -221,9 +281,9 @@ template <class T> class SegmentsBackward {
 
     // The sums of a chunk lie apart for each run, or, where the runs of all pieces share a gain, for each run of a piece.
     bool shared() const { return runs.far > 1 && runs.per_far == 0; }
-    int64_t cells() const { return shared() ? runs.mid : runs.far * runs.mid; }
-    int64_t window() const { return shared() ? runs.mid : std::min(cells(), CHUNK / runs.length + 2); }
-    int64_t window_begin(int64_t chunk) const { return shared() ? 0 : chunk * CHUNK / runs.length; }
+    int64_t window() const { return shared() ? runs.mid : std::min(runs.far * runs.mid, CHUNK / runs.length + 2); }
+    int64_t first_cell(int64_t chunk) const { return shared() || chunk == 0 ? 0 : chunk * CHUNK / runs.length; }
+    int64_t end_of(int64_t chunk) const { return std::min((chunk + 1) * CHUNK, runs.size()); }
 
     void run_constant() {
         int64_t chunks = runs.chunks(), sets = runs.sets, width = window();
@@ -231,92 +291,112 @@ template <class T> class SegmentsBackward {
         if (pulled || parameters) parts.reset(new Pair<double>[std::size_t(sets * chunks * width)]);
         auto part = [&](int64_t set, int64_t chunk) { return parts.get() + (set * chunks + chunk) * width; };
         if (chunks > 1 && sets < 4 * threads()) {
-            for_each(sets * chunks, [&](int64_t task) {
+            for_each(parts ? sets * chunks : 0, [&](int64_t task) {
                 Prepared prepared;
-                if (parts) sum_constant(task / chunks, task % chunks, part(task / chunks, task % chunks), prepared);
+                sum_set(task / chunks, task % chunks, part(task / chunks, task % chunks), prepared);
             });
             for_each(call.dx ? sets * chunks : 0, [&](int64_t task) {
                 Prepared prepared;
-                int64_t set = task / chunks, begin = task % chunks * CHUNK;
-                pull_set(set, part(set, 0), begin, std::min(begin + CHUNK, runs.size()), prepared);
+                int64_t set = task / chunks, chunk = task % chunks;
+                pull_set(set, pull_of_parts(set, part(set, 0)), chunk * CHUNK, end_of(chunk), prepared);
+                if (streamed) end_of_stream();
             });
         } else {
-            int64_t together = std::max<int64_t>(1, CHUNK / runs.size());
+            // From the sums to the pull it is a long way of short steps: those of a few small sets overlap.
+            constexpr int64_t most = 8;
+            int64_t few = curved || runs.size() * int64_t(sizeof(T)) > 2048 ? 1 : most;
+            int64_t together = std::max<int64_t>(1, CHUNK / (runs.size() * few)) * few;
             for_each((sets + together - 1) / together, [&](int64_t task) {
-                for (int64_t set = task * together, end = std::min(sets, set + together); set < end; ++set) {
-                    Prepared prepared;
-                    for (int64_t chunk = 0; parts && chunk < chunks; ++chunk) sum_constant(set, chunk, part(set, chunk), prepared);
+                Prepared prepared;
+                Pull<A> pulls[most];
+                for (int64_t begin = task * together, end = std::min(sets, begin + together); begin < end; begin += few) {
+                    int64_t n = std::min(few, end - begin);
+                    prepared.all = false;
+                    for (int64_t set = begin; parts && set < begin + n; ++set)
+                        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum_set(set, chunk, part(set, chunk), prepared);
+                    if (!call.dx) continue;
                     prepared.all = parts && runs.size() <= HELD;
-                    if (call.dx) pull_set(set, parts ? part(set, 0) : nullptr, 0, runs.size(), prepared);
+                    for (int64_t i = 0; i < n; ++i) pulls[i] = pull_of_parts(begin + i, part(begin + i, 0));
+                    for (int64_t i = 0; i < n; ++i) pull_set(begin + i, pulls[i], 0, runs.size(), prepared);
                 }
+                if (streamed) end_of_stream();
             });
         }
         if (parameters) gather_constant(parts.get());
     }
 
-    Gate<A> gate(int64_t set, int64_t parameter) const {
-        return {inverse(set) * (call.weight ? call.weight[parameter] : A(1)), call.bias ? call.bias[parameter] : A(0)};
+    Gate<A> gate(A inverse, int64_t parameter) const {
+        return {inverse * (call.weight ? call.weight[parameter] : A(1)), call.bias ? call.bias[parameter] : A(0)};
     }
 
-    void sum_constant(int64_t set, int64_t chunk, Pair<double> *part, Prepared &prepared) const {
-        std::fill_n(part, window(), Pair<double>{0, 0});
-        int64_t begin = chunk * CHUNK, end = std::min(begin + CHUNK, runs.size()), first = window_begin(chunk);
+    void sum_set(int64_t set, int64_t chunk, Pair<double> *part, Prepared &prepared) const {
+        int64_t begin = chunk * CHUNK, end = end_of(chunk), first = first_cell(chunk);
         Place at = place_of(plan, runs, set);
-        A c = center(set);
+        A c = center(set), scale = inverse(set);
+        bool relu = plan.activation == NK_RELU;
+        auto total = [&](const Stretch &s) {
+            Gate<A> here = gate(scale, s.parameter);
+            if (!curved && relu) return sum_constant<true>(call.dy + s.x, call.x + s.x, s.n, c, here);
+            if (!curved) return sum_constant<false>(call.dy + s.x, call.x + s.x, s.n, c, here);
+            Pair<double> sums{0, 0};
+            gradients(s, set, prepared, [&](auto *g, int64_t offset, int64_t n) {
+                sums += sum_constant<false>(g, call.x + s.x + offset, n, c, here);
+            });
+            return sums;
+        };
+        if (!shared()) return walk(runs, at, begin, end, [&](const Stretch &s) { part[s.f * runs.mid + s.m - first] = total(s); });
+        std::fill_n(part, runs.mid, Pair<double>{0, 0});
+        if (curved || relu || runs.mid > 1) return walk(runs, at, begin, end, [&](const Stretch &s) { part[s.m] += total(s); });
+        // Pieces may be short: their vectors are summed before their lanes are.
         for (int64_t from = begin; from < end; from += BLOCK) {
             Sums<A> sums;
-            int64_t cell = -1;
-            auto settle = [&] {
-                auto total = sums.total();
-                part[cell].g += total.g, part[cell].gx += total.gx;
-            };
             walk(runs, at, from, std::min(from + BLOCK, end), [&](const Stretch &s) {
-                int64_t now = (shared() ? s.m : s.f * runs.mid + s.m) - first;
-                if (cell >= 0 && now != cell) settle(), sums = {};
-                cell = now;
-                gradients(s, set, prepared, [&](auto *g, int64_t offset, int64_t n) {
-                    const T *x = call.x + s.x + offset;
-                    if (plan.activation == NK_RELU) add_constant<true>(sums, g, x, n, c, gate(set, s.parameter));
-                    else add_constant<false>(sums, g, x, n, c, Gate<A>{});
-                });
+                add_constant<false>(sums, call.dy + s.x, call.x + s.x, s.n, c, Gate<A>{});
             });
-            settle();
+            part[0] += sums.total();
         }
     }
 
     // each(parameter, sums) for the sums of a set, in order.
     template <class Each> void each_part(int64_t set, const Pair<double> *parts, Each &&each) const {
         Place at = place_of(plan, runs, set);
-        int64_t width = window();
-        for (int64_t chunk = 0, chunks = runs.chunks(); chunk < chunks; ++chunk, parts += width)
-            for (int64_t i = 0, first = window_begin(chunk), n = std::min(width, cells() - first); i < n; ++i) {
-                int64_t f = runs.mid == 1 ? first + i : (first + i) / runs.mid, m = first + i - f * runs.mid;
+        int64_t width = window(), chunks = runs.chunks();
+        for (int64_t chunk = 0; chunk < chunks; ++chunk, parts += width) {
+            int64_t first = first_cell(chunk), n = shared() ? runs.mid : runs.far * runs.mid == 1 ? 1 : (end_of(chunk) - 1) / runs.length + 1 - first;
+            for (int64_t i = 0; i < n; ++i) {
+                int64_t f = first + i < runs.mid ? 0 : (first + i) / runs.mid, m = first + i - f * runs.mid;
                 each(at.parameter + f * runs.per_far + m * runs.per_mid, parts[i]);
             }
+        }
     }
 
-    void pull_set(int64_t set, const Pair<double> *parts, int64_t begin, int64_t end, Prepared &prepared) const {
+    Pull<A> pull_of_parts(int64_t set, const Pair<double> *parts) const {
         Pair<double> sums{0, 0};
         if (pulled)
             each_part(set, parts, [&](int64_t parameter, const Pair<double> &part) {
                 double gain = call.weight ? double(call.weight[parameter]) : 1;
-                sums.g += gain * part.g, sums.gx += gain * part.gx;
+                sums += Pair<double>{gain * part.g, gain * part.gx};
             });
-        Pull<A> pull = pull_of(set, sums);
+        return pull_of(set, sums);
+    }
+
+    void pull_set(int64_t set, Pull<A> pull, int64_t begin, int64_t end, Prepared &prepared) const {
+        int64_t ahead = curved ? 0 : runs.far > 1 ? runs.mid * runs.length : runs.size();
+        A scale = inverse(set);
+        bool relu = plan.activation == NK_RELU;
         walk(runs, place_of(plan, runs, set), begin, end, [&](const Stretch &s) {
-            Gate<A> at = gate(set, s.parameter);
+            Gate<A> here = gate(scale, s.parameter);
             Pull<A> mine = pull;
-            mine.inverse = at.scale;
+            mine.inverse = here.scale;
             gradients(s, set, prepared, [&](auto *g, int64_t offset, int64_t n) {
                 int64_t p = s.x + offset;
-                with_flag(pulled, [&](auto PULLED) {
-                    with_flag(call.dsum != nullptr, [&](auto DSUM) {
-                        auto go = [&](auto RELU) {
-                            pull_constant<RELU.value, PULLED.value, DSUM.value>(g, call.x + p, call.dsum + p, call.dx + p, n, mine, at);
-                        };
-                        plan.activation == NK_RELU ? go(std::true_type{}) : go(std::false_type{});
-                    });
-                });
+                const T *dsum = call.dsum ? call.dsum + p : nullptr;
+                auto go = [&](auto RELU, auto PULLED) {
+                    pull_constant<RELU.value, PULLED.value>(g, call.x + p, dsum, call.dx + p, n, mine, here, ahead, streamed);
+                };
+                // Behind an activation that was prepared for, there is none left.
+                constexpr bool raw = std::is_same_v<decltype(g), const T *>;
+                with_flag(pulled, [&](auto PULLED) { raw && relu ? go(std::bool_constant<raw>{}, PULLED) : go(std::false_type{}, PULLED); });
             });
         });
     }
@@ -365,7 +445,14 @@ template <class T> class SegmentsBackward {
         if (runs.per_mid == 0) print.mid = 1;
         return print;
     }
-    static int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+    // Partial gradients lie half a page apart from one another, and a little further in it than dx: to a processor that compares addresses
+    // within the page, they else seem to be what was just stored there.
+    static constexpr int64_t PAGE = 4096 / sizeof(A);
+    static int64_t spaced(int64_t n) { return (n + PAGE / 2 - 1) / PAGE * PAGE + PAGE / 2; }
+    A *beside_dx(A *room) const {
+        auto at = reinterpret_cast<std::uintptr_t>(room), dx = reinterpret_cast<std::uintptr_t>(call.dx) / LINE * LINE;
+        return reinterpret_cast<A *>(at + (dx + 512 - at) % 4096);
+    }
 
     void run_varying() {
         Groups g = groups();
@@ -377,26 +464,32 @@ template <class T> class SegmentsBackward {
         bool large = size * int64_t(sizeof(T)) > (1 << 19), few = g.count * batches < 8 && g.rows * g.count * size > 8 * CHUNK;
         if (print.size() == size && (large || few)) return run_by_columns(g);
 
-        int64_t width = padded(print.size());
-        std::unique_ptr<A[]> parts;
-        if (parameters) parts.reset(new A[std::size_t(g.count * batches * 2 * width)]);
+        int64_t width = spaced(print.size());
+        std::unique_ptr<A[]> room;
+        A *parts = nullptr;
+        if (parameters) {
+            room.reset(new A[std::size_t(g.count * batches * 2 * width + PAGE)]);
+            parts = beside_dx(room.get());
+        }
         for_each(g.count * batches, [&](int64_t task) {
             int64_t group = task / batches, begin = task % batches * together, end = std::min(begin + together, g.rows);
-            A *dgain = parameters ? parts.get() + task * 2 * width : nullptr, *dbias = parameters ? dgain + width : nullptr;
-            if (parameters) std::fill_n(dgain, 2 * width, A(0));
-            for (int64_t row = begin; row < end; ++row) {
-                int64_t set = set_of(g, group, row);
-                if (set < 0) continue;
+            A *dgain = parameters ? parts + task * 2 * width : nullptr, *dbias = parameters ? dgain + width : nullptr;
+            if (parameters) std::fill_n(dgain, print.size(), A(0)), std::fill_n(dbias, print.size(), A(0));
+            int64_t many = rows_at_once(size);
+            for (int64_t row = begin; row < end;) {
+                Together sets = next_sets(g, group, row, end, many);
+                if (sets.count == 0) break;
                 Prepared prepared;
-                Pair<double> sums = sum_varying(set, 0, size, prepared);
+                for (int64_t r = 0; r < sets.count; ++r) sets.rows[r].pull = pull_of(sets.set[r], sum_varying(sets.set[r], 0, size, prepared));
                 prepared.all = call.dx && pulled && size <= HELD;
-                pull_varying_part(set, pull_of(set, sums), 0, size, prepared, [&](const Stretch &s) {
+                pull_sets(sets, 0, size, prepared, [&](const Stretch &s) {
                     int64_t at = ((runs.per_far ? s.f : 0) * print.mid + (runs.per_mid ? s.m : 0)) * runs.length + s.inside;
                     return Pair<A *>{dgain + at, dbias + at};
                 });
             }
+            if (streamed) end_of_stream();
         });
-        if (parameters) gather_varying(g, print, parts.get(), batches, width);
+        if (parameters) gather_varying(g, print, parts, batches, width);
     }
 
     const A *gain(const Stretch &s) const { return call.weight ? call.weight + s.parameter : ones.data() + s.inside; }
@@ -415,34 +508,61 @@ template <class T> class SegmentsBackward {
                         add_varying(sums, g, call.x + s.x + offset, gain(s) + offset, n, c);
                     });
                 });
-                auto block = sums.total();
-                part.g += block.g, part.gx += block.gx;
+                part += sums.total();
             }
-            total.g += part.g, total.gx += part.gx;
+            total += part;
         }
         return total;
     }
 
+    // Sets that share their parameters and are pulled together.
+    struct Together {
+        int64_t count = 0, set[2];
+        Row<A> rows[2];
+    };
+    int64_t rows_at_once(int64_t size) const {
+        bool two = parameters && call.dx && pulled && !curved && !call.dsum && !streamed && size * int64_t(sizeof(T)) <= 1 << 15;
+        return two ? 2 : 1;
+    }
+    Together next_sets(const Groups &groups, int64_t group, int64_t &row, int64_t end, int64_t many) const {
+        Together sets;
+        int64_t first = 0;
+        for (; row < end && sets.count < many; ++row) {
+            int64_t set = set_of(groups, group, row);
+            if (set < 0) continue;
+            int64_t x = place_of(plan, runs, set).x;
+            if (sets.count == 0) first = x;
+            sets.set[sets.count] = set;
+            sets.rows[sets.count++] = {x - first, {}};
+        }
+        return sets;
+    }
+
     // `local` says where the gradients of a stretch's parameters are gathered.
-    template <class Local>
-    void pull_varying_part(int64_t set, Pull<A> pull, int64_t begin, int64_t end, Prepared &prepared, Local &&local) const {
-        walk(runs, place_of(plan, runs, set), begin, end, [&](const Stretch &s) {
-            gradients(s, set, prepared, [&](auto *g, int64_t offset, int64_t n) {
+    template <class Local> void pull_sets(const Together &sets, int64_t begin, int64_t end, Prepared &prepared, Local &&local) const {
+        int64_t ahead = curved ? 0 : runs.far > 1 ? runs.mid * runs.length : sets.count * runs.size();
+        walk(runs, place_of(plan, runs, sets.set[0]), begin, end, [&](const Stretch &s) {
+            gradients(s, sets.set[0], prepared, [&](auto *g, int64_t offset, int64_t n) {
+                using G = std::remove_const_t<std::remove_pointer_t<decltype(g)>>;
                 int64_t p = s.x + offset;
-                auto go = [&](auto PARAMETERS, auto DX, auto PULLED, auto DSUM) {
-                    Pair<A *> to = PARAMETERS.value ? local(s) : Pair<A *>{nullptr, nullptr};
-                    pull_varying<PARAMETERS.value, DX.value, PULLED.value, DSUM.value>(
-                        g, call.x + p, gain(s) + offset, call.dsum + p, call.dx + p, to.g + offset, to.gx + offset, n, pull);
+                Varying<G, T> to{g, call.x + p, call.dsum ? call.dsum + p : nullptr, call.dx + p, gain(s) + offset, nullptr, nullptr, ahead, streamed};
+                if (parameters) {
+                    Pair<A *> at = local(s);
+                    to.dgain = at.g + offset, to.dbias = at.gx + offset;
+                }
+                auto with_parameters = [&](auto DX, auto PULLED) {
+                    constexpr bool dx = DX.value, pull = PULLED.value;
+                    auto with_rows = [&](auto PARAMETERS) {
+                        if constexpr (pull && std::is_same_v<G, T>)
+                            if (sets.count == 2) return pull_varying<2, PARAMETERS.value, dx, pull>(to, sets.rows, n);
+                        pull_varying<1, PARAMETERS.value, dx, pull>(to, sets.rows, n);
+                    };
+                    if (call.dbias) with_rows(std::integral_constant<int, 2>{});
+                    else if (call.dweight) with_rows(std::integral_constant<int, 1>{});
+                    else if constexpr (dx) pull_varying<1, 0, dx, pull>(to, sets.rows, n);
                 };
-                auto with_parameters = [&](auto... rest) {
-                    if (call.dbias) go(std::integral_constant<int, 2>{}, rest...);
-                    else if (call.dweight) go(std::integral_constant<int, 1>{}, rest...);
-                    else go(std::integral_constant<int, 0>{}, rest...);
-                };
-                if (!call.dx) return with_parameters(std::false_type{}, std::false_type{}, std::false_type{});
-                with_flag(pulled, [&](auto PULLED) {
-                    with_flag(call.dsum != nullptr, [&](auto DSUM) { with_parameters(std::true_type{}, PULLED, DSUM); });
-                });
+                if (!call.dx) return with_parameters(std::false_type{}, std::false_type{});
+                with_flag(pulled, [&](auto PULLED) { with_parameters(std::true_type{}, PULLED); });
             });
         });
     }
@@ -482,15 +602,19 @@ template <class T> class SegmentsBackward {
             int64_t group = task / stripes, begin = task % stripes * BLOCK, end = std::min(begin + BLOCK, size);
             alignas(64) A dgain[BLOCK] = {}, dbias[BLOCK] = {};
             Prepared prepared;
-            for (int64_t row = 0; row < g.rows; ++row) {
-                int64_t set = set_of(g, group, row);
-                if (set < 0) continue;
-                Pair<double> sums{0, 0};
-                for (int64_t chunk = 0; !parts.empty() && chunk < chunks; ++chunk)
-                    sums.g += parts[set * chunks + chunk].g, sums.gx += parts[set * chunks + chunk].gx;
-                pull_varying_part(set, pull_of(set, sums), begin, end, prepared,
-                                  [&](const Stretch &s) { return Pair<A *>{dgain + s.index - begin, dbias + s.index - begin}; });
+            for (int64_t row = 0; row < g.rows;) {
+                Together sets = next_sets(g, group, row, g.rows, rows_at_once(0));
+                if (sets.count == 0) break;
+                for (int64_t r = 0; r < sets.count; ++r) {
+                    Pair<double> sums{0, 0};
+                    for (int64_t chunk = 0, at = sets.set[r] * chunks; !parts.empty() && chunk < chunks; ++chunk)
+                        sums += parts[at + chunk];
+                    sets.rows[r].pull = pull_of(sets.set[r], sums);
+                }
+                pull_sets(sets, begin, end, prepared,
+                          [&](const Stretch &s) { return Pair<A *>{dgain + s.index - begin, dbias + s.index - begin}; });
             }
+            if (streamed) end_of_stream();
             int64_t set = set_of(g, group, 0);
             if (set < 0 || !parameters) return;
             walk(runs, place_of(plan, runs, set), begin, end, [&](const Stretch &s) {

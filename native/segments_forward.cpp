@@ -71,7 +71,8 @@ template <class T> class SegmentsForward {
     const Forward<T> &call;
     const Runs whole, runs;  // for reading alone, and with the parameters
     const T *x;              // what is normalized
-    const int64_t ahead;     // from a set that is written to one that is read soon
+    const int64_t few;    // sets that are measured before they are mapped, all of them in the first cache
+    const int64_t ahead;  // from a set that is written to one that is read soon
     const bool curved, streamed;
     const A least;
     const Mapper<T, T> straight;
@@ -80,7 +81,8 @@ template <class T> class SegmentsForward {
   public:
     SegmentsForward(const NkPlan &plan, const Forward<T> &call)
         : plan(plan), call(call), whole(runs_of(plan, false)), runs(runs_of(plan, call.weight || call.bias)),
-          x(call.residual ? call.sum : call.x), ahead(step()), curved(plan.activation > NK_RELU), streamed(plan.stream && runs.length * int64_t(sizeof(T)) >= 8 * LINE && x != call.y && on_element(call.y)),
+          x(call.residual ? call.sum : call.x), few(whole.size() * int64_t(sizeof(T)) <= 4096 ? LANES : 2), ahead(step()), curved(plan.activation > NK_RELU),
+          streamed(plan.stream && runs.length * int64_t(sizeof(T)) >= 8 * LINE && x != call.y && on_element(call.y)),
           least(plan.activation == NK_RELU ? A(0) : -std::numeric_limits<A>::infinity()),
           straight((streamed ? mapper<T, T, true> : mapper<T, T, false>)(runs.vector && call.weight, runs.vector && call.bias)),
           before_curve(mapper<A, T, false>(runs.vector && call.weight, runs.vector && call.bias)) {}
@@ -102,26 +104,26 @@ template <class T> class SegmentsForward {
     }
 
   private:
-    // What is found of as many sets as a vector has lanes.
-    struct Few {
+    // What is found of a few sets: no more than a vector has lanes.
+    struct Found {
         alignas(64) A shift[LANES] = {}, first[LANES] = {}, second[LANES] = {};
         alignas(64) A high[LANES], inverse[LANES], low[LANES];
     };
 
     // From a set's sums to its scale it is a long way of short steps: sets of one block go it side by side, one in each lane.
     template <bool CENTRED> void run_small() {
-        int64_t size = runs.size(), together = std::max<int64_t>(1, CHUNK / (size * LANES)) * LANES;
+        int64_t size = runs.size(), together = std::max<int64_t>(1, CHUNK / (size * few)) * few;
         for_each((runs.sets + together - 1) / together, [&](int64_t task) {
-            for (int64_t set = task * together, end = std::min(runs.sets, set + together); set < end; set += LANES) {
-                Few few;
-                int64_t n = std::min<int64_t>(LANES, end - set);
+            for (int64_t set = task * together, end = std::min(runs.sets, set + together); set < end; set += few) {
+                Found found;
+                int64_t n = std::min(few, end - set);
                 for (int64_t i = 0; i < n; ++i) {
                     auto block = measure_small<CENTRED>(set + i);
-                    few.shift[i] = block.shift, few.first[i] = block.first, few.second[i] = block.second;
+                    found.shift[i] = block.shift, found.first[i] = block.first, found.second[i] = block.second;
                 }
-                if (!plan.given) settle<CENTRED>(set, n, few);
+                if (!plan.given) settle<CENTRED>(set, n, found);
                 for (int64_t i = 0; i < n; ++i)
-                    apply(set + i, plan.given ? given(set + i) : Map<A>{few.high[i], few.inverse[i], few.low[i]}, 0, size);
+                    apply(set + i, plan.given ? given(set + i) : Map<A>{found.high[i], found.inverse[i], found.low[i]}, 0, size);
             }
             if (streamed) end_of_stream();
         });
@@ -137,11 +139,11 @@ template <class T> class SegmentsForward {
         return block_of<A, CENTRED>(size, shift, [&](auto &sums, Vec<A> s) { sums.add_run(x + at.x, size, s); });
     }
 
-    template <bool CENTRED> void settle(int64_t set, int64_t n, Few &few) const {
+    template <bool CENTRED> void settle(int64_t set, int64_t n, Found &found) const {
         A size = A(whole.size());
-        Vec<A> shift = load(few.shift), square = load(few.second), high{}, low{};
+        Vec<A> shift = load(found.shift), square = load(found.second), high{}, low{};
         if constexpr (CENTRED) {
-            Vec<A> first = load(few.first), apart = first * (1 / size);
+            Vec<A> first = load(found.first), apart = first * (1 / size);
             square = square - first * apart;
             square = select<A>(square < 0, Vec<A>{}, square);
             // Knuth's exact sum.
@@ -149,13 +151,13 @@ template <class T> class SegmentsForward {
             Vec<A> taken = high - shift;
             low = (shift - (high - taken)) + (apart - taken);
         }
-        store(few.high, high);
-        store(few.second, square);
-        for (int64_t i = 0; i < n; ++i) few.inverse[i] = inverse_scale<A>(plan, few.second[i]);
-        store(few.low, low * load(few.inverse));
-        std::copy_n(few.inverse, n, call.inverse + set);
-        if (call.center) std::copy_n(few.high, n, call.center + set);
-        for (int64_t i = 0; call.variance && i < n; ++i) call.variance[set + i] = few.second[i] / size;
+        store(found.high, high);
+        store(found.second, square);
+        for (int64_t i = 0; i < n; ++i) found.inverse[i] = inverse_scale<A>(plan, found.second[i]);
+        store(found.low, low * load(found.inverse));
+        std::copy_n(found.inverse, n, call.inverse + set);
+        if (call.center) std::copy_n(found.high, n, call.center + set);
+        for (int64_t i = 0; call.variance && i < n; ++i) call.variance[set + i] = found.second[i] / size;
     }
 
     // Few and large sets: first all the parts are measured, then all are mapped.
@@ -178,7 +180,7 @@ template <class T> class SegmentsForward {
     // To the sets that are measured next.
     int64_t step() const {
         if (whole.far > 1) return whole.mid * whole.length;
-        return whole.size() <= BLOCK ? whole.size() * LANES : whole.size();
+        return whole.size() <= BLOCK ? whole.size() * few : whole.size();
     }
 
     void add_residuals(Place at, int64_t begin, int64_t end) const {
