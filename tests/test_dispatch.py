@@ -1,9 +1,11 @@
 """The engine's door: every back end keeps the same contract, and corners mean what the definition says."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
@@ -117,3 +119,52 @@ def test_a_compiled_layer_takes_other_sizes_without_a_break(make) -> None:
     for n, length in ((2, 5), (3, 7), (4, 9)):
         x = torch.randn(n, 4, length)
         assert_close(compiled(x), copy.deepcopy(layer)(x))
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("backend", ["reference", "closed", "native", "auto"])
+def test_an_activation_follows_in_the_same_pass(activation: Any, backend: Any) -> None:
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    after = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh")}
+    makers = (nk.BatchNorm(4), nk.GroupNorm(2, 4), nk.InstanceNorm(4, affine=True), nk.LayerNorm(5), nk.RMSNorm(5))
+    for norm in makers:
+        norm.double().backend = backend
+        plain = after[activation](norm(x))
+        norm.activation = activation
+        assert activation in repr(norm)
+        try:
+            fused = norm(x)
+        except nk.BackendError:
+            pytest.skip("the kernels are not built")
+        assert_close(fused, plain, rtol=1e-10, atol=1e-10)  # float64, the same formulas
+        inputs = [x, *norm.parameters()]
+        found, wanted = (torch.autograd.grad(y.square().sum(), inputs) for y in (fused, plain))
+        assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["reference", "closed", "native", "auto"])
+def test_the_sum_with_a_residual_is_normalized_and_handed_over(backend: Any) -> None:
+    x, residual = (torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    for norm in (nk.LayerNorm(5, activation="silu"), nk.GroupNorm(2, 4), nk.BatchNorm(4)):
+        norm.double().backend = backend
+        try:
+            y, total = norm.after_sum(x, residual)
+        except nk.BackendError:
+            pytest.skip("the kernels are not built")
+        assert_close(total, x + residual, rtol=0, atol=0)
+        assert_close(y, norm(x + residual), rtol=1e-12, atol=1e-12)  # the same numbers, normalized alike
+        inputs = [x, residual, *norm.parameters()]
+        found = torch.autograd.grad((y.square() + total.sin()).sum(), inputs)
+        wanted = torch.autograd.grad((norm(x + residual).square() + (x + residual).sin()).sum(), inputs)
+        assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    with pytest.raises(nk.ShapeError, match="as the input is"):
+        norm.after_sum(x, residual[:1])
+
+
+def test_an_activation_that_is_not_known_is_refused_and_surgery_does_not_lose_one() -> None:
+    norm = nk.LayerNorm(5, activation="tanh")
+    with pytest.raises(nk.OptionError, match="wanted one of relu"):
+        norm(torch.randn(2, 5))
+    model = torch.nn.Sequential(torch.nn.Conv1d(3, 4, 1), nk.BatchNorm(4, activation="relu"))
+    with pytest.raises(nk.SurgeryError, match="applies relu too"):
+        nk.convert(model, "gn:2")

@@ -13,7 +13,7 @@ from normkit.core.memory import Running
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
-from normkit.engine.dispatch import Backend, run
+from normkit.engine.dispatch import Activation, Backend, run
 from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
 
 _SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
@@ -51,6 +51,7 @@ class BatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
         track_running_stats: whether there are running averages; without, the batch's statistics are always used. Default: True.
         bias: False leaves the bias out. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
+        activation: what follows in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -82,10 +83,12 @@ class BatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
         *,
         bias: bool = True,
         layout: str = "n c *",
+        activation: Activation | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.activation = activation
         if not bias:
             self.register_parameter("bias", None)
         self.layout = layout
@@ -100,7 +103,8 @@ class BatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
             check_several("BatchNorm", input, self.rule.support)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+        layout = "" if self.layout == "n c *" else f", layout={self.layout!r}"
+        return super().extra_repr() + layout + self.repr_activation()
 
 
 def batch_norm(

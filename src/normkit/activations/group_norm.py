@@ -13,7 +13,7 @@ from normkit.core.errors import OptionError
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, divisors, show
-from normkit.engine.dispatch import Backend, run
+from normkit.engine.dispatch import Activation, Backend, run
 from normkit.engine.layer import Layer, check_channels
 
 _LAYOUTS = {"n c *": "n (g c) *", "n * c": "n * (g c)"}
@@ -45,6 +45,7 @@ class GroupNorm(Layer, nn.GroupNorm):
         affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
         bias: False leaves the bias out. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
+        activation: what follows in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -71,11 +72,13 @@ class GroupNorm(Layer, nn.GroupNorm):
         *,
         bias: bool = True,
         layout: str = "n c *",
+        activation: Activation | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         _check_groups("GroupNorm", num_groups, num_channels)
         super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
+        self.activation = activation
         if not bias:
             self.register_parameter("bias", None)
         self.layout = layout
@@ -88,7 +91,8 @@ class GroupNorm(Layer, nn.GroupNorm):
         check_channels("GroupNorm", input, self.num_channels, "num_channels", self.layout)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+        layout = "" if self.layout == "n c *" else f", layout={self.layout!r}"
+        return super().extra_repr() + layout + self.repr_activation()
 
 
 def group_norm(

@@ -13,7 +13,7 @@ from normkit.core.memory import Running, RunningStatistics
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
-from normkit.engine.dispatch import Backend, run
+from normkit.engine.dispatch import Activation, Backend, run
 from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
 
 _SUPPORTS = {layout: Support(layout, over="*") for layout in ("n c *", "n * c")}
@@ -50,6 +50,7 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
         track_running_stats: whether there are running averages. Default: False.
         bias: False leaves the bias out. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
+        activation: what follows in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -79,10 +80,12 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
         *,
         bias: bool = True,
         layout: str = "n c *",
+        activation: Activation | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)  # pyright: ignore[reportArgumentType]
+        self.activation = activation
         if not bias:
             self.register_parameter("bias", None)
         self.layout = layout
@@ -104,7 +107,8 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
         return running if running is None or self.momentum is None else running._replace(batches=None)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+        layout = "" if self.layout == "n c *" else f", layout={self.layout!r}"
+        return super().extra_repr() + layout + self.repr_activation()
 
 
 def instance_norm(

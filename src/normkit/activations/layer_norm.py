@@ -11,7 +11,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
-from normkit.engine.dispatch import Backend, run
+from normkit.engine.dispatch import Activation, Backend, run
 from normkit.engine.layer import Layer, check_features, features_support
 
 
@@ -51,6 +51,7 @@ class LayerNorm(Layer, nn.LayerNorm):
         bias: False leaves the bias out. Default: True.
         over: ``"c"`` or ``"c *"`` of an input ``"n c *"``; None for the trailing axes. Default: None.
         per: with ``over``, ``""`` for one scalar weight and bias; None for one per channel. Default: None.
+        activation: what follows in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -78,11 +79,13 @@ class LayerNorm(Layer, nn.LayerNorm):
         *,
         over: str | None = None,
         per: str | None = None,
+        activation: Activation | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
         super().__init__(shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
+        self.activation = activation
         self.over, self.per = over, per
         check_features("LayerNorm", shape, over, per)
         _ = self.rule  # made now, so that a compiler finds it ready
@@ -99,7 +102,7 @@ class LayerNorm(Layer, nn.LayerNorm):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + "".join(
-            f", {k}={getattr(self, k)!r}" for k in ("over", "per") if getattr(self, k) is not None
+            f", {k}={getattr(self, k)!r}" for k in ("over", "per", "activation") if getattr(self, k) is not None
         )
 
 

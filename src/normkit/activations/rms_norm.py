@@ -13,8 +13,9 @@ from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Guard, Statistic
-from normkit.engine.dispatch import Backend, run
+from normkit.engine.dispatch import Activation, Backend, run
 from normkit.engine.layer import Layer, check_features, features_support
+from normkit.engine.reference import activate
 
 Cast = Literal["after weight", "before weight"]
 
@@ -64,6 +65,7 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         cast: when a half type is rounded: ``"after weight"`` has one rounding at the end, ``"before weight"`` rounds what is
             normalized to the input's dtype, and multiplies then. In float32 and float64 both are the same.
             Default: "after weight".
+        activation: what follows in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -96,6 +98,7 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         guard: Guard = "inside",
         offset: float = 0.0,
         cast: Cast = "after weight",
+        activation: Activation | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -103,6 +106,7 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         check_features("RMSNorm", shape, over, None)
         _check_cast("RMSNorm", cast)
         super().__init__(shape, eps, elementwise_affine, device=device, dtype=dtype)
+        self.activation = activation
         self.over, self.offset, self.cast = over, offset, cast
         self.guard: Guard = guard
         self.register_parameter("bias", nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if bias else None)
@@ -127,10 +131,10 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         if self.cast == "after weight":
             return super().forward(input, mask)
         self.check(input)
-        return _rounded_first(self.rule, input, self.weight, self.bias, mask, self.backend)
+        return activate(_rounded_first(self.rule, input, self.weight, self.bias, mask, self.backend), self.activation)
 
     def extra_repr(self) -> str:
-        defaults = {"over": None, "guard": "inside", "offset": 0.0, "cast": "after weight"}
+        defaults = {"over": None, "guard": "inside", "offset": 0.0, "cast": "after weight", "activation": None}
         options = [f", {k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
         return super().extra_repr() + (", bias=True" if self.bias is not None else "") + "".join(options)
 

@@ -165,6 +165,10 @@ class Layer(nn.Module):
             return None
         return RunningStatistics(mean, var, buffers.get("num_batches_tracked"))
 
+    def repr_activation(self) -> str:
+        """The activation as ``extra_repr`` shows it."""
+        return "" if self.activation is None else f", activation={self.activation!r}"
+
     def explain(self, input: Tensor) -> Explanation:
         """Say which back end would normalize this input, and why.
 

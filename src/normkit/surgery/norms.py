@@ -113,6 +113,12 @@ def read_norm(name: str, module: nn.Module) -> Norm:
         raise SurgeryError(f"{who}: its parameters have no size yet; run the model once on an example first")
     if parametrize.is_parametrized(module):
         raise SurgeryError(f"{who}: its weight is parametrized; bake the parametrization in with fold(model) first")
+    activation = getattr(module, "activation", None)
+    if isinstance(module, Layer) and activation is not None:
+        raise SurgeryError(
+            f"{who}: it applies {activation} too, which a new layer would lose; set its activation to None and put {activation} "
+            "behind it"
+        )
     if "forward" in vars(module):
         raise SurgeryError(
             f"{who}: its forward was replaced on the object, which a new layer would lose; undo that first"
