@@ -168,3 +168,13 @@ def test_an_activation_that_is_not_known_is_refused_and_surgery_does_not_lose_on
     model = torch.nn.Sequential(torch.nn.Conv1d(3, 4, 1), nk.BatchNorm(4, activation="relu"))
     with pytest.raises(nk.SurgeryError, match="applies relu too"):
         nk.convert(model, "gn:2")
+
+
+def test_many_gradients_at_once() -> None:
+    x = torch.randn(2, 3, 200, 20)
+    for norm in (nk.BatchNorm(3), nk.LayerNorm(20), nk.BatchNorm(3).eval()):
+        y = norm(z := x.clone().requires_grad_())
+        directions = torch.randn(2, *x.shape)
+        found = torch.autograd.grad(y, z, directions, is_grads_batched=True, retain_graph=True)[0]
+        wanted = torch.stack([torch.autograd.grad(y, z, d, retain_graph=True)[0] for d in directions])
+        assert_close(found, wanted, rtol=1e-4, atol=1e-5)  # float32, sums over thousands of elements

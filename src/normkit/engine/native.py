@@ -448,13 +448,20 @@ def _differentiable(
     inputs = [t if needed else None for t, needed in zip((x, weight, bias), wanted, strict=True)]
     if dy is None:
         return [dsum, None, None]
-    y = _definition(call, x, weight, bias, values)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = _definition(call, x, weight, bias, values)
     asked = [t for t in inputs if t is not None]
-    found = iter(torch.autograd.grad(y, asked, dy, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(y, asked, dy, create_graph=again, allow_unused=True))
     dx, dweight, dbias = (None if t is None else next(found) for t in inputs)
     if dsum is not None:
         dx = dsum if dx is None else dx + dsum
     return [dx, dweight, dbias]
+
+
+def _is_batched(*gradients: Tensor | None) -> bool:
+    """Whether these are many gradients at once, as ``is_grads_batched`` makes them, which have no memory of their own."""
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
 
 
 class _Normalize(torch.autograd.Function):
@@ -481,7 +488,7 @@ class _Normalize(torch.autograd.Function):
         x, weight, bias, values = ctx.saved_tensors
         needs = ctx.needs_input_grad
         wanted = (needs[0] or needs[3], needs[1], needs[2])
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _is_batched(*gradients):
             found = _differentiable(ctx.call, dy, dsum, x, weight, bias, None, wanted)
         else:
             found = _backward(ctx.call, dy, dsum, x, weight, bias, values, wanted)
@@ -502,7 +509,7 @@ class _NormalizeBy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, values = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _is_batched(*gradients):
             found = _differentiable(ctx.call, gradients[0], None, x, weight, bias, values, wanted)
         else:
             found = _backward(ctx.call, gradients[0], None, x, weight, bias, values, wanted)
