@@ -1,18 +1,25 @@
 """The studies behind a paper's tables: a small one on the handwritten digits, from sweep to report."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from torch import nn
 
 from normkit.lab import record
+from normkit.lab.data.split import Data, Split
 from normkit.lab.experiment import Bench, Experiment, perform
-from normkit.lab.papers.classification import PAPER, Plan, Row, best, study, tables, verdicts, within
+from normkit.lab.papers import ablations, cost, fig1, table2, table3, vit_s
+from normkit.lab.papers.classification import PAPER, Plan, Row, _job, best, study, tables, verdicts, within
 from normkit.lab.papers.classification_drawing import draw
 from normkit.lab.papers.learning import Training, changed, images, initial
 from normkit.lab.papers.table1 import PRINTED, plans
+from normkit.lab.papers.variants import scale_rows
+from normkit.surgery.condition import condition
 
 BASE = Training("digits", "inception", "", "bn", 0.0, 0, epochs=2, batch_size=64)
 ROWS = (Row("BN", "bn", printed=(83.1, 94.3)), Row("BN + E", "bn+e", printed=(83.3, 94.6)))
@@ -116,3 +123,104 @@ def test_plans_of_table1() -> None:
     assert [plan.rate for plan in full] == [1e-3, 1e-3]
     assert full[0].base.epochs == 200
     assert full[0].base.width == 1
+
+
+def ten_classes(channels: int = 3, size: int = 16) -> Data:
+    split = Split(torch.arange(20) % 10, torch.randn(20, channels, size, size))
+    return Data(split, split, split)
+
+
+def test_every_row_of_the_plans_can_be_made() -> None:
+    scale = "full"
+    everything = [*plans(scale), *plans(scale, "densenet", table2.PRINTED), *fig1.plans(scale), *ablations.plans(scale)]
+    seen = set()
+    for plan in everything:
+        for row in (*plan.rows, *plan.controls):
+            if (plan.base.model, row) not in seen:
+                seen.add((plan.base.model, row))
+                job = _job(plan, row, 0.1, 0)
+                model = changed(job, initial(replace(job, width=0.125), ten_classes()))
+                assert any(parameter.requires_grad for parameter in model.parameters())
+                assert job.settings().recipes
+    paths = [_job(plan, row, 0.1, 0).path for plan in ablations.plans(scale) for row in plan.rows]
+    assert len(set(paths)) == len(paths)
+
+
+def test_rows_by_other_norms() -> None:
+    for order, norm in ((1.0, 1.0), (3.0, 3.0), ("inf", float("inf"))):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3))
+        scale_rows(model, norm=order)
+        found = torch.linalg.vector_norm(model[0].weight.flatten(1), norm, dim=1)
+        torch.testing.assert_close(found, torch.ones(4))
+
+
+def test_kept_norms_are_looked_at_every_so_many_steps() -> None:
+    layer = nn.Linear(4, 2)
+    model = nn.Sequential(layer)
+    scale_rows(model, every=3)
+    norms = []
+    for _ in range(7):
+        with torch.no_grad():  # looking on does not count
+            norms.append(float(layer.weight.norm(dim=1)[0]))
+        model(torch.randn(5, 4)).sum().backward()
+        with torch.no_grad():
+            layer.parametrizations.weight.original.mul_(2.0)
+    # Kept factors let the weight grow, until they are taken anew at the next step.
+    assert norms == pytest.approx([1, 2, 4, 8, 2, 4, 8])
+    again = nn.Sequential(nn.Linear(4, 2))
+    scale_rows(again, every=3)
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(again[0].weight, layer.weight)
+
+
+def test_held_norms_of_every_step_are_a_detached_gradient() -> None:
+    x = torch.randn(5, 4)
+    gradients = []
+    for build in (lambda m: scale_rows(m, every=1), lambda m: condition(m, gradient="detach")):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 2))
+        build(model)
+        model(x).square().sum().backward()
+        gradients.append(model[0].parametrizations.weight.original.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_cost_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = cost.Network(
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)),
+        lambda count: torch.randn(count, 3, 8, 8), lambda count: torch.randint(0, 10, (count,)), {"small": 4}, cost.BN,
+    )  # fmt: skip
+    monkeypatch.setattr(cost, "NETWORKS", {"tiny": small})
+    real = cost.measure_costs
+    monkeypatch.setattr(cost, "measure_costs", lambda m, s, d, f, *_: real(m, s, d, f, 0.1, (3, 3)))
+    found = perform(cost.EXPERIMENT, Bench("small", tmp_path, console=Console(quiet=True)))["result"]
+    rows = found["networks"]["tiny"]
+    assert list(rows) == list(cost.BN)
+    assert rows["BN"]["ratio"] == 1
+    assert all(row["eval_ms"] > 0 and row["folded_ms"] > 0 for row in rows.values())
+    (table,) = cost.tables(found)
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    assert any("2 % of BN" in remark for remark in cost.remarks(found))
+    assert (tmp_path / "figures/cost.png").exists()
+
+
+def test_gradients_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ten_classes(size=8)
+    monkeypatch.setattr(vit_s, "images", lambda *given: data)
+    tiny = partial(vit_s.VisionTransformer, 8, 4, 12, 2, 3)
+    monkeypatch.setattr(vit_s, "small_vit", lambda classes: tiny(classes))
+    rows = [replace(vit_s.plan("small").base, name=row.name, recipe=row.recipe, unit=row.unit) for row in
+            (*vit_s.ROWS, *vit_s.CONTROLS)]  # fmt: skip
+    found = vit_s.gradients(vit_s.Gradients(tuple(replace(row, rate=1e-3) for row in rows)), Path())
+    assert list(found) == [row.name for row in (*vit_s.ROWS, *vit_s.CONTROLS)]
+    assert all(len(lengths) == 2 and min(lengths) > 0 for lengths in found.values())
+
+
+def test_table3_says_that_it_is_not_reproduced_at_small_scale() -> None:
+    rows = [{"name": row.name, "parameters": 1, "losses": [4.0, 3.0, 2.0, 1.0]} for row in table3.ROWS]
+    result = {"scale": "small", "rows": rows}
+    (table,) = table3.tables(result)
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    assert "is not reproduced" in table3.remarks(result)[0]
+    assert table3.draw(result, Path()) == []

@@ -17,7 +17,6 @@ from normkit.lab.seeding import reseed
 from normkit.lab.settings import Settings
 from normkit.lab.train import train_step
 
-WARM_UP = 3
 # So small a rate that no model leaves the range in which it was made: a step costs the same at any rate.
 RATE = 1e-6
 
@@ -29,6 +28,7 @@ def measure_costs(
     fabric: Fabric,
     budget: float = 8.0,
     rounds: tuple[int, int] = (5, 60),
+    warm_up: int = 3,
     on_round: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
     """Times forward, backward and update of each model on one batch of the train split.
@@ -43,6 +43,7 @@ def measure_costs(
         fabric: started.
         budget: seconds to aim at in all. Default: 8.
         rounds: the fewest and the most. Default: (5, 60).
+        warm_up: steps of each model before. Default: 3.
         on_round: called after each round.
 
     Returns:
@@ -65,7 +66,7 @@ def measure_costs(
     memory = {}
     spent = 0.0
     for recipe, step in steps.items():
-        for _ in range(WARM_UP - 1):
+        for _ in range(warm_up - 1):
             step()
         cleaners[recipe]()
         memory[recipe] = peak_bytes(step, device)

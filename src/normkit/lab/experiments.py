@@ -11,8 +11,13 @@ FILES = {
     "reproduce": (
         "table1",
         "table2",
+        "table3",
         "table4",
+        "fig1",
+        "vit_s",
         "shape",
+        "cost",
+        "ablations",
     ),
     "claim": (
         "batch_size",

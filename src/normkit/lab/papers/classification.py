@@ -36,6 +36,7 @@ class Row:
         recipe: its recipe.
         unit: where the rows of layers begin with norm 1: ``"first_last"`` or ``"all"``. Default: nowhere.
         like: the row whose learning rate it takes, for a control. Default: none, it has a sweep of its own.
+        conditioning: options of a conditioning that is put on after the recipe. Default: none.
         once: it is run with the first seed alone. Default: False.
         printed: Top-1 and Top-5 in percent. Default: none.
     """
@@ -44,6 +45,7 @@ class Row:
     recipe: str
     unit: str = ""
     like: str = ""
+    conditioning: tuple[tuple[str, Any], ...] = ()
     once: bool = False
     printed: tuple[float, float] | None = None
 
@@ -189,7 +191,8 @@ def _repeat(
 
 
 def _job(plan: Plan, row: Row, rate: float, seed: int) -> Training:
-    return replace(plan.base, name=row.name, recipe=row.recipe, unit=row.unit, rate=rate, seed=seed)
+    how = {"recipe": row.recipe, "unit": row.unit, "conditioning": row.conditioning}
+    return replace(plan.base, name=row.name, rate=rate, seed=seed, **how)
 
 
 def _download(name: str) -> None:

@@ -20,6 +20,7 @@ from normkit.lab.cost import measure_costs
 from normkit.lab.data.split import Data, Split
 from normkit.lab.data.standardize import Standardize
 from normkit.lab.devices import start_fabric
+from normkit.lab.papers.variants import scale_rows
 from normkit.lab.protocol import DATA, MODELS, load_factory, make_data, make_model
 from normkit.lab.seeding import init_sha256, order_sha256, reseed
 from normkit.lab.settings import Settings
@@ -48,7 +49,8 @@ class Training:
         width: factor of every number of channels. Default: 1.
         unit: where the rows of layers are divided by their norms once, before training: ``"first_last"``, ``"all"`` or
             nowhere. Default: nowhere.
-        conditioning: options of :func:`normkit.surgery.condition.condition`, put on after the recipe. Default: none.
+        conditioning: options of :func:`normkit.surgery.condition.condition`, or of
+            :func:`normkit.lab.papers.variants.scale_rows`, put on after the recipe. Default: none.
         batch_size: Default: 128.
         optimizer: Default: ``"sgd"``.
         momentum: Default: 0.9.
@@ -88,8 +90,8 @@ class Training:
 
     @property
     def path(self) -> str:
-        """The folder: data, model, row, rate, seed."""
-        model = self.model.rpartition(":")[2]
+        """The folder: data, model and optimizer where it is not SGD, row, rate, seed."""
+        model = self.model.rpartition(":")[2] + ("" if self.optimizer == "sgd" else f"-{self.optimizer}")
         return f"{self.data}/{model}/{folder_name(self.name)}/rate={self.rate:g}/seed={self.seed}"
 
     def settings(self) -> Settings:
@@ -182,8 +184,11 @@ def changed(job: Training, model: nn.Module) -> nn.Module:
         for layer in select(model, job.unit).values():
             unit_rows(layer.weight)  # pyright: ignore[reportArgumentType]
     model = apply_recipe(model, job.recipe).model
-    if job.conditioning:
-        model = condition(model, **dict(job.conditioning)).model
+    options = dict(job.conditioning)
+    if options.keys() & {"norm", "every"}:
+        scale_rows(model, **options)
+    elif options:
+        model = condition(model, **options).model
     return model
 
 

@@ -1,0 +1,287 @@
+"""What weight conditioning costs: milliseconds and megabytes a step, and inference before and after folding.
+
+The paper says that conditioning makes each iteration longer than other normalizations do, and nothing once it is folded into the
+weights; its numbers are in a supplement that is not public. Ours: all methods side by side in one process, in an order shuffled
+anew each round; a step is forward, backward and SGD. Full scale: batches of 128 (4,096 points of a field), 20 warm-ups, 100
+rounds. Small scale: smaller batches, of which each table tells, and as many rounds as fit into half a minute a network.
+
+In transformers LN stands where BN does elsewhere. The field is a NeRF's fine network; BN stands between its trunk's layers and
+their ReLU. W and E are on all layers of it ("all") or on the first and last.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from normkit.lab.claims.drawing import picture
+from normkit.lab.cost import measure_costs
+from normkit.lab.data.split import Data, Split
+from normkit.lab.devices import processor, start_fabric
+from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.models.densenet import densenet
+from normkit.lab.models.inception8 import inception8
+from normkit.lab.models.nerf import RadianceField
+from normkit.lab.models.vit import vit_s, vit_tiny
+from normkit.lab.papers.classification import PAPER
+from normkit.lab.report.canvas import FULL, INK
+from normkit.lab.report.palette import styles
+from normkit.lab.seeding import reseed
+from normkit.lab.settings import Settings
+from normkit.surgery.fold import fold
+from normkit.surgery.recipe import apply_recipe
+
+GOAL = 0.02
+BN: dict[str, str] = {
+    "BN": "bn",
+    "none": "none",
+    "BN + WS": "bn+ws@all",
+    "BN + W": "bn+wn",
+    "BN + E, two layers": "bn+e",
+    "BN + E, all": "bn+e@all",
+}
+LN = {name.replace("BN", "LN"): recipe.replace("bn", "keep") for name, recipe in BN.items()}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of the table.
+
+    Args:
+        make: gives it with its own norms.
+        inputs: gives a batch's inputs.
+        targets: gives a batch's targets.
+        batch: at small and at full scale.
+        recipes: by row; the first is what the others are compared with.
+    """
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[int], Any]
+    targets: Callable[[int], Tensor]
+    batch: dict[str, int]
+    recipes: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measures a network's rows."""
+
+    network: str
+    scale: str
+    batch: int
+
+    @property
+    def path(self) -> str:
+        """The folder."""
+        return self.network
+
+
+class Field(nn.Module):
+    """A radiance field whose colours and density are one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.field = RadianceField(norm=nn.BatchNorm1d)
+
+    def forward(self, points: Tensor, directions: Tensor) -> Tensor:
+        """Gives colour and density."""
+        colour, density = self.field(points, directions)
+        return torch.cat([colour, density[:, None]], dim=1)
+
+
+def photographs(count: int) -> Tensor:
+    """Images of noise: their content does not matter to the time."""
+    return torch.randn(count, 3, 32, 32)
+
+
+def rays(count: int) -> dict[str, Tensor]:
+    """Points and unit directions."""
+    return {"points": torch.randn(count, 3), "directions": nn.functional.normalize(torch.randn(count, 3), dim=1)}
+
+
+def labels(count: int) -> Tensor:
+    """Classes."""
+    return torch.randint(0, 100, (count,))
+
+
+NETWORKS = {
+    "inception8": Network(lambda: inception8(100), photographs, labels, {"small": 32, "full": 128}, BN),
+    "densenet": Network(lambda: densenet(100), photographs, labels, {"small": 32, "full": 128}, BN),
+    "vit": Network(lambda: vit_s(100), photographs, labels, {"small": 16, "full": 128}, LN),
+    "nerf": Network(Field, rays, lambda count: torch.rand(count, 4), {"small": 1024, "full": 4096}, BN),
+}
+
+
+def time_network(job: Measure, folder: Path) -> dict[str, Any]:
+    """Measures steps of all rows, then inference of each before and after folding."""
+    network, small = NETWORKS[job.network], job.scale == "small"
+    settings = Settings(optimizer="sgd", batch_size=job.batch, condition=False)
+    fabric = start_fabric(settings)
+    reseed(0, "batch")
+    split = Split(network.targets(job.batch), network.inputs(job.batch))
+    models = {name: _made(job, recipe) for name, recipe in network.recipes.items()}
+    rounds, warm_up, budget = ((9, 60), 3, 30.0) if small else ((100, 100), 20, 1e9)
+    costs = measure_costs(
+        {name: copy.deepcopy(model) for name, model in models.items()},
+        settings,
+        Data(split, split, split),
+        fabric,
+        budget,
+        rounds,
+        warm_up,
+    )
+    inputs, _ = split.batch(torch.arange(job.batch), fabric.device)
+    return {name: {**costs[name], **found} for name, found in _inference(models, inputs, fabric.device, small).items()}
+
+
+def _made(job: Measure, recipe: str) -> nn.Module:
+    reseed(0, "init")
+    make = vit_tiny if job.network == "vit" and job.scale == "small" else NETWORKS[job.network].make
+    return apply_recipe(make(), recipe).model
+
+
+def _inference(models: Mapping[str, nn.Module], inputs: Any, device: torch.device, small: bool) -> dict[str, Any]:
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    for name, model in models.items():
+        model.to(device).eval()
+        folded = fold(copy.deepcopy(model), inputs).model
+        for kind, one in {"eval": model, "folded": folded}.items():
+            calls[name, kind] = partial(one, **inputs) if isinstance(inputs, dict) else partial(one, inputs)
+    taken: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    shuffler = random.Random(0)
+    with torch.no_grad():
+        for turn in range(10 if small else 120):
+            for key in shuffler.sample(list(calls), len(calls)):
+                started = time.perf_counter()
+                calls[key]()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                if turn >= (1 if small else 20):
+                    taken[key].append(1e3 * (time.perf_counter() - started))
+    base = taken[next(iter(models)), "folded"]
+    return {
+        name: {
+            "eval_ms": median(taken[name, "eval"]),
+            "folded_ms": median(taken[name, "folded"]),
+            "folded_ratio": median(one / other for one, other in zip(taken[name, "folded"], base, strict=True)),
+        }
+        for name in models
+    }
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """Measures what is missing; one network after the other, as two at once would slow one another."""
+    jobs = [Measure(name, bench.scale, network.batch[bench.scale]) for name, network in NETWORKS.items()]
+    found = {}
+    for job in jobs:
+        bench.watch(f"{job.network}: batches of {job.batch}")
+        (found[job.network],) = bench.sweep(time_network, [job])
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    return {
+        "scale": bench.scale,
+        "device": device,
+        "threads": bench.threads,
+        "batches": {job.network: job.batch for job in jobs},
+        "networks": found,
+    }
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Milliseconds and megabytes of a step, and inference, a network."""
+    found = []
+    for name, rows in result["networks"].items():
+        base = next(iter(rows))
+        columns = ["method", "ms a step", "quartiles", f"ratio to {base}", "MB a step", "inference ms", "folded ms"]
+        lines = [
+            [
+                row,
+                f"{cost['ms_per_step']:.2f}",
+                "–".join(f"{end:.2f}" for end in cost["ms_quartiles"]),
+                f"{cost['ratio']:.3f}",
+                f"{cost['mb_per_step']:.1f}",
+                f"{cost['eval_ms']:.2f}",
+                f"{cost['folded_ms']:.2f}",
+            ]
+            for row, cost in rows.items()
+        ]
+        model = "vit_tiny" if name == "vit" and result["scale"] == "small" else {"vit": "vit_s"}.get(name, name)
+        notes = [
+            f"Medians over {rows[base]['rounds']} rounds of all methods side by side, batches of {result['batches'][name]}, on "
+            f"{result['device']}, {result['threads']} {'thread' if result['threads'] == 1 else 'threads'}. The ratio is the "
+            "median over rounds of both times of a round. MB: the most that a step holds beyond weights and optimizer.",
+        ]
+        found.append(Table(f"{model}, {result['scale']} scale", columns, lines, notes))
+    return found
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """What E costs, beside the goal of 2 % and the paper's sentence."""
+    said = []
+    for name, rows in result["networks"].items():
+        base, *others = rows
+        ratios = ", ".join(f"{row} {100 * (rows[row]['ratio'] - 1):+.1f} %" for row in others)
+        everywhere = next(row for row in rows if row.endswith("E, all"))
+        met = rows[everywhere]["ratio"] <= 1 + GOAL
+        said.append(
+            f"{name}: a step of {base} takes {rows[base]['ms_per_step']:.1f} ms; beside it {ratios}. E on all layers is "
+            f"{'within' if met else 'not within'} 2 % of {base}."
+        )
+        folded = max(abs(rows[row]["folded_ratio"] - 1) for row in rows if row not in ("none",))
+        said.append(
+            f"{name}: folded, the methods take the same time for inference as folded {base}, to {100 * folded:.1f} %."
+        )
+    said.append(
+        "The paper says that conditioning makes an iteration longer than other normalizations do, and prints no numbers where "
+        "they can be read. A folded network has no trace of the method, so its time is that of the network without it."
+    )
+    return said
+
+
+def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Ratios of a step's time to that with BN (LN), a network a panel."""
+    return picture(folder, "cost", lambda: _bars(result))
+
+
+def _bars(result: Mapping[str, Any]) -> Figure:
+    networks = result["networks"]
+    figure = Figure(figsize=(FULL, 2.3 * -(-len(networks) // 2)), layout="constrained")
+    axes = figure.subplots(-(-len(networks) // 2), 2, squeeze=False).flatten()
+    for axis, (name, rows) in zip(axes, networks.items(), strict=False):
+        names = list(rows)
+        for y, (row, look) in enumerate(zip(names, styles(names, names[0]), strict=True)):
+            ratio = rows[row]["ratio"]
+            axis.barh(y, ratio, height=0.62, color=look.light)
+            axis.annotate(f"{ratio:.3f}", (ratio, y), (3, 0), textcoords="offset points", va="center")
+        axis.axvline(1.0, color=INK, linewidth=0.8)
+        axis.set_yticks(range(len(names)), names)
+        axis.set_ylim(len(names) - 0.45, -0.55)
+        axis.set_xlim(0, 1.18 * max(cost["ratio"] for cost in rows.values()))
+        axis.tick_params(axis="y", length=0)
+        axis.grid(axis="y", visible=False)
+        axis.grid(axis="x", visible=True)
+        axis.set(xlabel=f"time of a training step, {names[0]} = 1", title=name)
+    return figure
+
+
+EXPERIMENT = Experiment(
+    "cost",
+    "reproduce",
+    "What weight conditioning costs",
+    "Conditioning lengthens each training iteration compared with other normalizations, and costs nothing once folded.",
+    PAPER,
+    run,
+    tables,
+    draw,
+    remarks,
+)

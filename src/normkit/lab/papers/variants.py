@@ -1,0 +1,93 @@
+"""Row scaling by other norms, and row factors that are kept for some steps: for ablations of weight conditioning."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from normkit.surgery.select import select
+
+EPS = 1e-12
+
+
+class ByNorm(nn.Module):
+    """Divides each row by its p-norm: w_i = v_i / max(|v_i|_p, eps).
+
+    Args:
+        order: p, from 1; infinity for the greatest element.
+
+    >>> ByNorm(1.0)(torch.tensor([[1.0, -3.0]]))
+    tensor([[ 0.2500, -0.7500]])
+    """
+
+    def __init__(self, order: float) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Gives the scaled weight."""
+        return weight / _norms(weight, self.order).clamp(min=EPS)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The raw weight that assigning this one stores: itself."""
+        return weight
+
+
+class Kept(nn.Module):
+    """Divides each row by the norm that it had when it was last looked at, which is every so many training steps.
+
+    The factors are constants: the gradient does not go through them. They are looked at when the weight is asked for with
+    gradients, so that evaluation does not count.
+
+    Args:
+        every: steps between two looks, from 1.
+        weight: whose factors are the first.
+    """
+
+    factors: Tensor
+    count: Tensor
+
+    def __init__(self, every: int, weight: Tensor) -> None:
+        super().__init__()
+        self.every = every
+        self.register_buffer("factors", self._measured(weight))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Gives the scaled weight."""
+        if self.training and torch.is_grad_enabled():
+            if int(self.count) % self.every == 0:
+                self.factors.copy_(self._measured(weight))
+            self.count.add_(1)
+        # A copy, as the buffer may be written before the backward pass.
+        return weight * self.factors.clone()
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The raw weight that assigning this one stores: itself."""
+        return weight
+
+    @staticmethod
+    def _measured(weight: Tensor) -> Tensor:
+        return _norms(weight.detach(), 2.0).clamp(min=EPS).reciprocal()
+
+
+def scale_rows(model: nn.Module, where: str = "first_last", *, norm: float | str = 2.0, every: int = 0) -> None:
+    """Scales rows of layers by another norm, or by norms that are kept for some steps.
+
+    Args:
+        model: changed in place.
+        where: as in ``select``. Default: ``"first_last"``.
+        norm: the order; ``"inf"`` for the greatest element. Default: 2.
+        every: steps for which the norms are kept; 0 to take them anew each time, differentiated. Default: 0.
+    """
+    for layer in select(model, where).values():
+        assert isinstance(layer.weight, Tensor)
+        scaling = Kept(every, layer.weight) if every else ByNorm(float(norm))
+        # "Unsafe" leaves out a trial run, which would count as a step.
+        parametrize.register_parametrization(layer, "weight", scaling, unsafe=True)
+
+
+def _norms(weight: Tensor, order: float) -> Tensor:
+    axes = [1] * (weight.dim() - 1)
+    return torch.linalg.vector_norm(weight.flatten(1), order, dim=1).view(-1, *axes)
