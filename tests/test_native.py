@@ -1,0 +1,194 @@
+"""Rules on the native kernels: any layout, any number of threads, the numerics contract, operators for compilers."""
+
+import copy
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+import normkit as nk
+from normkit.core.compensation import Affine
+from normkit.core.support import Split, Support, per_shape
+from normkit.engine import operator
+from normkit.engine.library import library, why_not
+from normkit.engine.plan import Nest, plan
+
+needs_kernels = pytest.mark.skipif(library() is None, reason=f"no native kernels: {why_not()}")
+
+SUPPORTS: list[tuple[Support, tuple[str | None, ...], int]] = [
+    (Support("n c *", over="n *"), ("c", None), 4),
+    (Support("n c *", over="c"), ("c", "", None), 4),
+    (Support("n c *", over="c *"), ("c", "", None), 4),
+    (Support("n c *", over="*"), ("c", "n c", None), 4),
+    (Support("n (g c) *", over="c *", g=2), ("(g c)", None), 4),
+    (Support("(b n) c *", over="n *", b=2), ("c", None), 4),
+    (Support("n * d", over="d"), ("d", "n d", "", None), 3),
+    (Support("o i *", over="o *"), (None,), 4),
+]
+
+
+@st.composite
+def problems(draw: Any) -> tuple[nk.Rule, Tensor, tuple[int, ...]]:
+    support, pers, rank = draw(st.sampled_from(SUPPORTS))
+    per = draw(st.sampled_from(pers))
+    sizes = [draw(st.integers(1, 9)) for _ in range(rank)]
+    sizes[0] *= 2
+    if rank == 4:
+        sizes[1] *= 2
+    center, scale = draw(st.sampled_from([("mean", "std"), (None, "rms"), (None, "norm"), ("mean", None)]))
+    guard = draw(st.sampled_from(["inside", "outside", "floor"]))
+    rule = nk.Rule(support, nk.Statistic(center, scale, 1e-3, guard), None if per is None else Affine(per, 0.5))
+    order = draw(st.permutations(range(rank)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    x = torch.randn([sizes[d] for d in order], generator=generator, dtype=torch.float64)
+    return rule, x.permute([order.index(d) for d in range(rank)]), tuple(order)
+
+
+@needs_kernels
+@settings(max_examples=120, deadline=None)
+@given(problems())
+def test_any_rule_in_any_layout_is_the_reference(problem: tuple[nk.Rule, Tensor, tuple[int, ...]]) -> None:
+    rule, x, _ = problem
+    split = rule.support.split(x.shape)
+    weight = bias = None
+    if rule.compensation is not None:
+        shape = per_shape(rule.compensation.per, split)
+        weight, bias = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    inputs = [t for t in (x.requires_grad_(), weight, bias) if t is not None]
+    try:
+        y = nk.run(rule, x, weight, bias, backend="native")
+    except nk.BackendError as error:
+        reason = str(error)
+        event("refused")
+        if any(known in reason for known in ("memory", "one element", "nothing to reduce", "take turns")):
+            return
+        raise
+    event("run")
+    wanted = nk.run(rule, x, weight, bias, backend="reference")
+    assert y.stride() == x.stride()
+    assert_close(y, wanted, rtol=1e-9, atol=1e-9)  # float64
+    direction = torch.randn_like(wanted)
+    found, expected = (torch.autograd.grad(out, inputs, direction, allow_unused=True) for out in (y, wanted))
+    for one, other in zip(found, expected, strict=True):
+        # A gradient through 1 / scale grows as the scale comes near the eps of 1e-3.
+        assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_plans_of_the_methods() -> None:
+    def nest(support: Support, shape: tuple[int, ...], per: str, last: bool = False) -> Nest:
+        x = torch.empty(shape)
+        x = x.to(memory_format=torch.channels_last) if last else x
+        split = support.split(shape)
+        found = plan(split, x.view(split.shape).stride(), Affine(per))
+        assert isinstance(found, Nest), found
+        return found
+
+    image = (2, 8, 5, 5)
+    batch, groups = Support("n c *", over="n *"), Support("n (g c) *", over="c *", g=4)
+    channels, each = Support("n c *", over="c"), Support("n c *", over="*")
+    assert [nest(batch, image, "c", last).kind for last in (False, True)] == ["block", "column"]
+    assert [nest(groups, image, "(g c)", last).kind for last in (False, True)] == ["row", "block"]
+    assert [nest(channels, image, "c", last).kind for last in (False, True)] == ["column", "row"]
+    assert [nest(each, image, "n c", last).kind for last in (False, True)] == ["row", "column"]
+    assert isinstance(plan(Split((2, 3, 4, 5), tuple("abcd"), (1, 3)), (60, 20, 5, 1), None), Nest)
+    assert "take turns" in str(plan(Split((2,) * 6, tuple("abcdef"), (0, 2, 4)), (32, 16, 8, 4, 2, 1), None))
+
+
+@needs_kernels
+@pytest.mark.parametrize("last", [False, True])
+def test_threads_change_nothing_and_none_are_added(last: bool) -> None:
+    x = torch.randn(6, 64, 20, 20)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            torch.ones(1 << 20).add_(1)  # torch starts its threads
+            tasks = len(os.listdir("/proc/self/task")) if Path("/proc/self/task").exists() else 0
+            found = []
+            for norm in (nk.BatchNorm(64), nk.GroupNorm(8, 64), nk.LayerNorm(64, over="c"), nk.InstanceNorm(64)):
+                norm.backend = "native"
+                z = x.clone(memory_format=torch.preserve_format).requires_grad_()
+                y = norm(z)
+                found += [y, *torch.autograd.grad(y.square().sum(), [z, *norm.parameters()]), *norm.buffers()]
+            results.append(found)
+            if tasks:
+                assert len(os.listdir("/proc/self/task")) <= tasks, "the kernels started threads of their own"
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_close(other, results[0], rtol=0, atol=0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("mean", [0.0, 100.0, 1e4])
+def test_no_mean_costs_accuracy(mean: float, last: bool) -> None:
+    x = torch.randn(4, 32, 14, 14) + mean
+    x = x.to(memory_format=torch.channels_last) if last else x
+    for norm in (nk.BatchNorm(32), nk.GroupNorm(8, 32), nk.InstanceNorm(32), nk.LayerNorm(32, over="c")):
+        norm.backend = "native"
+        wanted = copy.deepcopy(norm).double()
+        wanted.backend = "reference"
+        # The mean itself is rounded to float32, by half of its last place against a deviation of 1.
+        assert_close(norm(x).double(), wanted(x.double()), rtol=1e-5, atol=2e-6 + 1.2e-7 * mean)
+
+
+@needs_kernels
+def test_what_is_broken_spoils_its_own_set_alone() -> None:
+    x = torch.randn(3, 8, 6, 6)
+    x[1, 2, 3, 3] = float("nan")
+    y = nk.InstanceNorm(8)(x)
+    broken = y.isnan().flatten(2).any(-1)
+    assert broken.sum() == 1
+    assert broken[1, 2]
+
+
+@needs_kernels
+def test_gaps_in_memory_are_copied_over() -> None:
+    norm = nk.LayerNorm(8)
+    norm.backend = "native"
+    x = torch.randn(6, 16, dtype=torch.float64)[:, ::2].requires_grad_()
+    norm.double()
+    y = norm(x)
+    assert_close(y, torch.nn.functional.layer_norm(x, (8,), norm.weight, norm.bias), rtol=1e-9, atol=1e-9)  # float64
+    expanded = torch.randn(8, dtype=torch.float64).expand(4, 8)
+    assert_close(norm(expanded), norm(expanded.clone()), rtol=0, atol=0)
+
+
+@needs_kernels
+def test_a_layer_that_has_run_is_copied_and_pickled() -> None:
+    norm, x = nk.GroupNorm(2, 4), torch.randn(40, 4, 40, 40)
+    y = norm(x)
+    for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        assert_close(other(x), y, rtol=0, atol=0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("per", ["(g c)", None])
+def test_the_operator_keeps_torch_s_rules(per: str | None) -> None:
+    rule = nk.Rule(Support("n (g c) *", over="c *", g=2), nk.Statistic(), None if per is None else Affine(per))
+    x = torch.randn(3, 4, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = (None if per is None else torch.randn(4, requires_grad=True) for _ in range(2))
+    assert operator.read(operator.write(rule)) == rule
+    torch.library.opcheck(torch.ops.normkit.normalize, (x, weight, bias, operator.write(rule), "silu"))
+
+
+@needs_kernels
+def test_a_compiled_graph_calls_the_kernel_by_name() -> None:
+    for norm in (nk.LayerNorm(6, activation="gelu"), nk.RMSNorm(6), nk.GroupNorm(2, 6)):
+        x = torch.randn(4, 6, 6, requires_grad=True)
+        wanted = torch.autograd.grad(norm(x).square().sum(), [x, *norm.parameters()])
+        norm.backend = "native"
+        compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+        found = torch.autograd.grad(compiled(x).square().sum(), [x, *norm.parameters()])
+        assert_close(found, wanted, rtol=1e-4, atol=1e-5)  # float32 in another order of sums
+        assert compiled(torch.randn(7, 6, 6)).shape == (7, 6, 6)
