@@ -5,6 +5,7 @@
 #include "plan.h"
 #include "statistic.h"
 #include "stream.h"
+#include "twin.h"
 #include "vector.h"
 
 namespace nk {
@@ -82,38 +83,39 @@ template <class A> struct End {
     template <class T> NK_INLINE void store(T *p, Vec<A> v) const { n < LANES ? store_some(p, v, n) : nk::store(p + n - LANES, v); }
 };
 
-// Fills a run of y with value(at), where at(p) are the elements of p that lie as those of y. Every few vectors, ask(i) may fetch what is
-// read soon.
-template <class OUT, class Value, class Ask> NK_INLINE void fill(OUT *y, int64_t n, Value &&value, Ask &&ask) {
-    using A = accumulator<OUT>;
-    auto here = [&](int64_t i) { return value([&](auto *p) { return load(p + i); }); };
+// Fills a run of y with value(at), where at(p) are the elements of p that lie as those of y: twins in the order of T, and vectors at the
+// end. Every few of them, ask(i) may fetch what is read soon.
+template <class T, class OUT, class Value, class Ask> NK_INLINE void fill(OUT *y, int64_t n, Value &&value, Ask &&ask) {
+    using A = accumulator<T>;
     // The end is read before anything is written, so that y may be what is read.
     End<A> end{n};
     Vec<A> last{};
     if (end.of(n)) last = value([&](auto *p) { return end.load(p); });
+    auto put = [&](int64_t i) { store_twin<T>(y + i, value([&](auto *p) { return load_twin<T>(p + i); })); };
     int64_t i = 0;
     for (; i + 4 * LANES <= n; i += 4 * LANES) {
         ask(i);
-        for (int u = 0; u < 4; ++u) store(y + i + u * LANES, here(i + u * LANES));
+        put(i);
+        put(i + 2 * LANES);
     }
-    for (; i + LANES <= n; i += LANES) store(y + i, here(i));
+    for (; i + LANES <= n; i += LANES) store(y + i, value([&](auto *p) { return load(p + i); }));
     if (end.of(n)) end.store(y, last);
 }
 
 // The same, past the cache. Lines that the run has to itself are streamed; those at its ends are written as ever, and not a byte of the
 // others with them, as a line written both ways is fetched after all.
-template <class OUT, class Value, class Ask> NK_INLINE void fill_far(OUT *y, int64_t n, Value &&value, Ask &&ask) {
-    constexpr int64_t line = LINE / int64_t(sizeof(OUT)), step = line > LANES ? line : LANES;
-    auto some = [&](int64_t i, int64_t m) { store_some(y + i, value([&](auto *p) { return load_some(p + i, m); }), m); };
+template <class T, class OUT, class Value, class Ask> NK_INLINE void fill_far(OUT *y, int64_t n, Value &&value, Ask &&ask) {
+    constexpr int64_t line = LINE / int64_t(sizeof(OUT)), step = std::max<int64_t>(line, 2 * LANES);
     auto plain = [&](int64_t i, int64_t to) {
         for (; i + LANES <= to; i += LANES) store(y + i, value([&](auto *p) { return load(p + i); }));
-        if (i < to) some(i, to - i);
+        if (i < to) store_some(y + i, value([&](auto *p) { return load_some(p + i, to - i); }), to - i);
     };
     int64_t i = std::min(until_line(y), n);
     plain(0, i);
     for (; i + step <= n; i += step) {
         ask(i);
-        for (int64_t j = i; j < i + step; j += LANES) stream(y + j, value([&](auto *p) { return load(p + j); }));
+        for (int64_t j = i; j < i + step; j += 2 * LANES)
+            stream_twin<OUT>(y + j, value([&](auto *p) { return load_twin<OUT>(p + j); }));
     }
     plain(i, n);
 }
@@ -124,14 +126,14 @@ template <class OUT, class T, bool GAIN, bool BIAS, bool STREAM, class A = accum
 void map_run(const T *x, OUT *y, int64_t n, A high, A inverse, A low, A least, const A *gain, const A *bias, int64_t ahead) {
     Vec<A> highs = splat<A>(high), inverses = splat<A>(inverse), lows = splat<A>(low), leasts = splat<A>(least);
     auto value = [&](auto &&at) {
-        Vec<A> v = (at(x) - highs) * inverses - lows;
+        auto v = (at(x) - highs) * inverses - lows;
         if constexpr (GAIN && BIAS) v = v * at(gain) + at(bias);
         else if constexpr (GAIN) v = v * at(gain);
         else if constexpr (BIAS) v = v + at(bias);
-        return select<A>(v < leasts, leasts, v);
+        return at_least(v, leasts);
     };
-    if constexpr (STREAM) fill_far(y, n, value, [&](int64_t i) { fetch<LINE / int(sizeof(OUT))>(x + i + ahead); });
-    else fill(y, n, value, [&](int64_t i) { fetch<4 * LANES>(x + i + ahead); });
+    if constexpr (STREAM) fill_far<T>(y, n, value, [&](int64_t i) { fetch<LINE / int(sizeof(OUT))>(x + i + ahead); });
+    else fill<T>(y, n, value, [&](int64_t i) { fetch<4 * LANES>(x + i + ahead); });
 }
 
 template <class OUT, class T, class A = accumulator<T>>

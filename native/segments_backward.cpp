@@ -4,6 +4,7 @@
 // to dx: in one partial buffer for each batch of sets, or, in sets too large for that, by going down the sets for a few columns at a time.
 #include <limits>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "activation.h"
@@ -14,7 +15,6 @@
 namespace nk {
 namespace {
 
-constexpr int UNROLL = 4;
 constexpr int64_t STRETCH = 1024;  // of gradients behind an activation, in the first cache
 constexpr int64_t HELD = 16384;    // up to this size, a set keeps them from the first pass to the second
 
@@ -31,7 +31,7 @@ template <class S> struct Pair {
 
 // Half-way: sums of a stretch of at most BLOCK elements.
 template <class A> struct Sums {
-    Vec<A> g[UNROLL] = {}, gx[UNROLL] = {};
+    Vec<A> g[4] = {}, gx[4] = {};
 
     NK_INLINE void add(int u, Vec<A> v, Vec<A> apart) {
         g[u] += v;
@@ -52,21 +52,46 @@ template <class A> struct Gate {
     A scale, bias;
 };
 
-template <bool RELU, class A> NK_INLINE Vec<A> gated(Vec<A> g, Vec<A> apart, Gate<A> gate) {
-    if constexpr (RELU) return select<A>(apart * splat<A>(gate.scale) + splat<A>(gate.bias) <= 0, Vec<A>{}, g);
-    return g;
+template <bool RELU, class V, class A> NK_INLINE V gated(const V &g, const V &apart, Gate<A> gate) {
+    if constexpr (RELU) return where_positive(apart * splat<A>(gate.scale) + splat<A>(gate.bias), g);
+    else return g;
+}
+
+// Adds a run: terms(at) gives what is summed and what it is weighted with, from elements that lie as those of at(p).
+template <class T, class A, class Terms> NK_INLINE void add_run(Sums<A> &sums, int64_t n, Terms &&terms) {
+    auto add_twin = [&](int u, int64_t i) {
+        auto [g, apart] = terms([&](auto *p) { return load_twin<T>(p + i); });
+        sums.add(u, g.a, apart.a);
+        sums.add(u + 1, g.b, apart.b);
+    };
+    int64_t i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES) {
+        add_twin(0, i);
+        add_twin(2, i + 2 * LANES);
+    }
+    for (; i + LANES <= n; i += LANES) {
+        auto [g, apart] = terms([&](auto *p) { return load(p + i); });
+        sums.add(0, g, apart);
+    }
+    if (End<A> end{n}; end.of(n)) {
+        auto [g, apart] = terms([&](auto *p) { return end.load(p); });
+        sums.add(1, select<A>(end.counts(), g, Vec<A>{}), select<A>(end.counts(), apart, Vec<A>{}));
+    }
 }
 
 template <bool RELU, class G, class T, class A = accumulator<T>>
 NK_INLINE void add_constant(Sums<A> &sums, const G *g, const T *x, int64_t n, A center, Gate<A> gate) {
     Vec<A> c = splat<A>(center);
-    auto add = [&](int u, Vec<A> v, Vec<A> apart) { sums.add(u, gated<RELU, A>(v, apart, gate), apart); };
-    int64_t i = 0;
-    for (; i + UNROLL * LANES <= n; i += UNROLL * LANES)
-        for (int u = 0; u < UNROLL; ++u) add(u, load(g + i + u * LANES), load(x + i + u * LANES) - c);
-    for (; i + LANES <= n; i += LANES) add(0, load(g + i), load(x + i) - c);
-    if (End<A> end{n}; end.of(n))
-        add(1, select<A>(end.counts(), end.load(g), Vec<A>{}), select<A>(end.counts(), end.load(x) - c, Vec<A>{}));
+    add_run<T>(sums, n, [&](auto &&at) {
+        auto apart = at(x) - c;
+        return std::pair(gated<RELU>(at(g), apart, gate), apart);
+    });
+}
+
+template <class G, class T, class A = accumulator<T>>
+NK_INLINE void add_varying(Sums<A> &sums, const G *g, const T *x, const A *gain, int64_t n, A center) {
+    Vec<A> c = splat<A>(center);
+    add_run<T>(sums, n, [&](auto &&at) { return std::pair(at(g) * at(gain), at(x) - c); });
 }
 
 // The sums of a stretch, in blocks.
@@ -81,37 +106,23 @@ NK_INLINE Pair<double> sum_constant(const G *g, const T *x, int64_t n, A center,
     return total;
 }
 
-template <class G, class T, class A = accumulator<T>>
-NK_INLINE void add_varying(Sums<A> &sums, const G *g, const T *x, const A *gain, int64_t n, A center) {
-    Vec<A> c = splat<A>(center);
-    int64_t i = 0;
-    for (; i + UNROLL * LANES <= n; i += UNROLL * LANES)
-        for (int u = 0; u < UNROLL; ++u) {
-            int64_t j = i + u * LANES;
-            sums.add(u, load(g + j) * load(gain + j), load(x + j) - c);
-        }
-    for (; i + LANES <= n; i += LANES) sums.add(0, load(g + i) * load(gain + i), load(x + i) - c);
-    if (End<A> end{n}; end.of(n))
-        sums.add(1, select<A>(end.counts(), end.load(g) * end.load(gain), Vec<A>{}), select<A>(end.counts(), end.load(x) - c, Vec<A>{}));
-}
-
 // dx of a run of one gain, which is in pull.inverse.
 template <bool RELU, bool PULLED, class G, class T, class A = accumulator<T>>
 void pull_constant(const G *g, const T *x, const T *dsum, T *dx, int64_t n, Pull<A> pull, Gate<A> gate, int64_t ahead, bool streamed) {
     Vec<A> c = splat<A>(pull.center), inverse = splat<A>(pull.inverse), along = splat<A>(pull.along), shift = splat<A>(pull.shift);
     auto value = [&](auto &&at) {
-        Vec<A> apart{}, v = at(g);
+        auto v = at(g), apart = v;
         if constexpr (RELU || PULLED) apart = at(x) - c;
-        v = gated<RELU, A>(v, apart, gate) * inverse;
-        if constexpr (PULLED) v += apart * along + shift;
-        if (dsum) v += at(dsum);
+        v = gated<RELU>(v, apart, gate) * inverse;
+        if constexpr (PULLED) v = v + (apart * along + shift);
+        if (dsum) v = v + at(dsum);
         return v;
     };
     auto ask = [&](int64_t i) {
         fetch<4 * LANES>(g + i + ahead);
         if constexpr (RELU || PULLED) fetch<4 * LANES>(x + i + ahead);
     };
-    streamed ? fill_far(dx, n, value, ask) : fill(dx, n, value, ask);
+    streamed ? fill_far<T>(dx, n, value, ask) : fill<T>(dx, n, value, ask);
 }
 
 // A set whose parameters vary along its runs, beside another that shares them: where it is from the first of both.
@@ -131,63 +142,64 @@ template <class G, class T, class A = accumulator<T>> struct Varying {
 };
 
 // dx of a run in one set or in two, and what they add to the gradients of gain and bias, which are read and written once for both. Two go
-// faster in the cache; beyond it, one with the next ones fetched does.
+// faster in the cache; beyond it, one with the next ones fetched does. Gain and gradients are arranged as T wants them.
 template <int ROWS, int PARAMETERS, bool DX, bool PULLED, class G, class T, class A = accumulator<T>>
 void pull_varying(Varying<G, T> to, const Row<A> *sets, int64_t n) {
-    struct Element {
-        Vec<A> dx, dgain, dbias;
-    };
     Row<A> rows[ROWS];
     std::copy_n(sets, ROWS, rows);
-    auto pulled = [&](const Row<A> &row, auto &&at) {
-        Element found{};
-        Vec<A> apart{}, v = at(to.g + row.x), scaled = v * splat<A>(row.pull.inverse);
+    struct Element {
+        Vec<A> g, dgain, dx;
+    };
+    auto pulled = [&](const Row<A> &row, Vec<A> gain, auto &&at) {
+        Element e{at(to.g + row.x), {}, {}};
+        Vec<A> scaled = e.g * splat<A>(row.pull.inverse), apart{};
         if constexpr (PULLED || PARAMETERS > 0) apart = at(to.x + row.x) - splat<A>(row.pull.center);
+        if constexpr (PARAMETERS > 0) e.dgain = scaled * apart;
         if constexpr (DX) {
-            found.dx = scaled * at(to.gain);
-            if constexpr (PULLED) found.dx += apart * splat<A>(row.pull.along) + splat<A>(row.pull.shift);
-            if (ROWS == 1 && to.dsum) found.dx += at(to.dsum);
+            e.dx = scaled * gain;
+            if constexpr (PULLED) e.dx += apart * splat<A>(row.pull.along) + splat<A>(row.pull.shift);
+            if (ROWS == 1 && to.dsum) e.dx += at(to.dsum);
         }
-        if constexpr (PARAMETERS > 0) found.dgain = scaled * apart;
-        if constexpr (PARAMETERS > 1) found.dbias = v;
-        return found;
+        return e;
     };
     // All is read before anything is written: the sets may lie a multiple of the page apart, and then a load seems to want the store before it.
-    auto vectors = [&](int64_t i) {
-        Element found[ROWS];
-        for (int r = 0; r < ROWS; ++r) found[r] = pulled(rows[r], [&](auto *p) { return load(p + i); });
-        for (int r = 1; r < ROWS; ++r) found[0].dgain += found[r].dgain, found[0].dbias += found[r].dbias;
-        if constexpr (PARAMETERS > 0) store(to.dgain + i, load(to.dgain + i) + found[0].dgain);
-        if constexpr (PARAMETERS > 1) store(to.dbias + i, load(to.dbias + i) + found[0].dbias);
-        if constexpr (DX)
-            for (int r = 0; r < ROWS; ++r) store(to.dx + rows[r].x + i, found[r].dx);
+    auto vectors = [&](int64_t i, auto &&at, Vec<A> *dx) {
+        Element e[ROWS];
+        for (int r = 0; r < ROWS; ++r) e[r] = pulled(rows[r], load(to.gain + i), at);
+        for (int r = 1; r < ROWS; ++r) e[0].g += e[r].g, e[0].dgain += e[r].dgain;
+        if constexpr (PARAMETERS > 0) store(to.dgain + i, load(to.dgain + i) + e[0].dgain);
+        if constexpr (PARAMETERS > 1) store(to.dbias + i, load(to.dbias + i) + e[0].g);
+        for (int r = 0; r < ROWS; ++r) dx[r] = e[r].dx;
     };
-    constexpr int several = std::max(2, int(LINE / (LANES * sizeof(T))));
+    auto twins = [&](int64_t i, auto STREAM) {
+        Vec<A> a[ROWS], b[ROWS];
+        vectors(i, [&](auto *p) { return load_half<T, 0>(p + i); }, a);
+        vectors(i + LANES, [&](auto *p) { return load_half<T, 1>(p + i); }, b);
+        if constexpr (DX)
+            for (int r = 0; r < ROWS; ++r) {
+                T *out = to.dx + rows[r].x + i;
+                STREAM.value ? stream_twin<T>(out, {a[r], b[r]}) : store_twin<T>(out, Twin<A>{a[r], b[r]});
+            }
+    };
+    constexpr int64_t line = std::max<int64_t>(LINE / int64_t(sizeof(T)), 2 * LANES);
     int64_t i = 0;
     if constexpr (ROWS == 1 && DX)
-        for (; to.streamed && i + several * LANES <= n; i += several * LANES) {
-            fetch<several * LANES>(to.g + i + to.ahead);
-            fetch<several * LANES>(to.x + i + to.ahead);
-            Element found[several];
-            for (int u = 0; u < several; ++u) found[u] = pulled(rows[0], [&](auto *p) { return load(p + i + u * LANES); });
-            for (int u = 0; u < several; ++u) stream(to.dx + i + u * LANES, found[u].dx);
-            for (int u = 0; u < several; ++u) {
-                int64_t j = i + u * LANES;
-                if constexpr (PARAMETERS > 0) store(to.dgain + j, load(to.dgain + j) + found[u].dgain);
-                if constexpr (PARAMETERS > 1) store(to.dbias + j, load(to.dbias + j) + found[u].dbias);
-            }
+        for (; to.streamed && i + line <= n; i += line) {
+            fetch<line>(to.g + i + to.ahead);
+            fetch<line>(to.x + i + to.ahead);
+            for (int64_t j = i; j < i + line; j += 2 * LANES) twins(j, std::true_type{});
         }
-    for (; i + several * LANES <= n; i += several * LANES)
-        for (int u = 0; u < several; ++u) vectors(i + u * LANES);
-    for (; i + LANES <= n; i += LANES) vectors(i);
-    End<A> end{n};
-    if (!end.of(n)) return;
-    for (const Row<A> &row : rows) {
-        Element found = pulled(row, [&](auto *p) { return end.load(p); });
-        auto gather = [&](A *sums, Vec<A> v) { end.store(sums, end.load(sums) + select<A>(end.counts(), v, Vec<A>{})); };
-        if constexpr (DX) end.store(to.dx + row.x, found.dx);
-        if constexpr (PARAMETERS > 0) gather(to.dgain, found.dgain);
-        if constexpr (PARAMETERS > 1) gather(to.dbias, found.dbias);
+    for (; i + 2 * LANES <= n; i += 2 * LANES) twins(i, std::false_type{});
+    for (; i < n; i += LANES) {
+        int64_t m = std::min<int64_t>(LANES, n - i);
+        Mask<A> counts = first<A>(m);
+        for (const Row<A> &row : rows) {
+            Element e = pulled(row, load_some(to.gain + i, m), [&](auto *p) { return load_some(p + i, m); });
+            auto gather = [&](A *sums, Vec<A> v) { store_some(sums + i, load_some(sums + i, m) + select<A>(counts, v, Vec<A>{}), m); };
+            if constexpr (DX) store_some(to.dx + row.x + i, e.dx, m);
+            if constexpr (PARAMETERS > 0) gather(to.dgain, e.dgain);
+            if constexpr (PARAMETERS > 1) gather(to.dbias, e.g);
+        }
     }
 }
 
@@ -464,17 +476,22 @@ template <class T> class SegmentsBackward {
         bool large = size * int64_t(sizeof(T)) > (1 << 19), few = g.count * batches < 8 && g.rows * g.count * size > 8 * CHUNK;
         if (print.size() == size && (large || few)) return run_by_columns(g);
 
-        int64_t width = spaced(print.size());
+        // A task has room for the gradients of gain and bias, and for the gain itself where that has to be brought into another order.
+        int64_t width = spaced(print.size()), slots = 2 + reordered<T>;
         std::unique_ptr<A[]> room;
         A *parts = nullptr;
-        if (parameters) {
-            room.reset(new A[std::size_t(g.count * batches * 2 * width + PAGE)]);
+        if (parameters || reordered<T>) {
+            room.reset(new A[std::size_t(g.count * batches * slots * width + PAGE)]);
             parts = beside_dx(room.get());
         }
         for_each(g.count * batches, [&](int64_t task) {
             int64_t group = task / batches, begin = task % batches * together, end = std::min(begin + together, g.rows);
-            A *dgain = parameters ? parts + task * 2 * width : nullptr, *dbias = parameters ? dgain + width : nullptr;
-            if (parameters) std::fill_n(dgain, print.size(), A(0)), std::fill_n(dbias, print.size(), A(0));
+            A *part = parts + task * slots * width;
+            if (parameters)
+                for (int slot = 0; slot < 2; ++slot) std::fill_n(part + slot * width, print.size(), A(0));
+            auto local = [&](const Stretch &s) { return ((runs.per_far ? s.f : 0) * print.mid + (runs.per_mid ? s.m : 0)) * runs.length + s.inside; };
+            if (int64_t first = set_of(g, group, begin); reordered<T> && first >= 0)
+                walk(print, place_of(plan, runs, first), 0, print.size(), [&](const Stretch &s) { arrange<T>(gain(s), part + 2 * width + s.index, s.n); });
             int64_t many = rows_at_once(size);
             for (int64_t row = begin; row < end;) {
                 Together sets = next_sets(g, group, row, end, many);
@@ -483,14 +500,23 @@ template <class T> class SegmentsBackward {
                 for (int64_t r = 0; r < sets.count; ++r) sets.rows[r].pull = pull_of(sets.set[r], sum_varying(sets.set[r], 0, size, prepared));
                 prepared.all = call.dx && pulled && size <= HELD;
                 pull_sets(sets, 0, size, prepared, [&](const Stretch &s) {
-                    int64_t at = ((runs.per_far ? s.f : 0) * print.mid + (runs.per_mid ? s.m : 0)) * runs.length + s.inside;
-                    return Pair<A *>{dgain + at, dbias + at};
+                    A *at = part + local(s);
+                    return Arranged{reordered<T> ? at + 2 * width : gain(s), at, at + width};
                 });
             }
+            if (parameters && reordered<T>)
+                for (int slot = 0; slot < 2; ++slot)
+                    walk(print, Place{0, 0}, 0, print.size(), [&](const Stretch &s) { rearrange<T>(part + slot * width + s.index, s.n); });
             if (streamed) end_of_stream();
         });
-        if (parameters) gather_varying(g, print, parts, batches, width);
+        if (parameters) gather_varying(g, print, parts, batches, slots * width, width);
     }
+
+    // Of a stretch, as the loop wants them.
+    struct Arranged {
+        const A *gain;
+        A *dgain, *dbias;
+    };
 
     const A *gain(const Stretch &s) const { return call.weight ? call.weight + s.parameter : ones.data() + s.inside; }
 
@@ -538,18 +564,15 @@ template <class T> class SegmentsBackward {
         return sets;
     }
 
-    // `local` says where the gradients of a stretch's parameters are gathered.
+    // `local` says where the gain of a stretch is, and where the gradients are gathered.
     template <class Local> void pull_sets(const Together &sets, int64_t begin, int64_t end, Prepared &prepared, Local &&local) const {
         int64_t ahead = curved ? 0 : runs.far > 1 ? runs.mid * runs.length : sets.count * runs.size();
         walk(runs, place_of(plan, runs, sets.set[0]), begin, end, [&](const Stretch &s) {
+            Arranged at = local(s);
             gradients(s, sets.set[0], prepared, [&](auto *g, int64_t offset, int64_t n) {
                 using G = std::remove_const_t<std::remove_pointer_t<decltype(g)>>;
                 int64_t p = s.x + offset;
-                Varying<G, T> to{g, call.x + p, call.dsum ? call.dsum + p : nullptr, call.dx + p, gain(s) + offset, nullptr, nullptr, ahead, streamed};
-                if (parameters) {
-                    Pair<A *> at = local(s);
-                    to.dgain = at.g + offset, to.dbias = at.gx + offset;
-                }
+                Varying<G, T> to{g, call.x + p, call.dsum ? call.dsum + p : nullptr, call.dx + p, at.gain + offset, at.dgain + offset, at.dbias + offset, ahead, streamed};
                 auto with_parameters = [&](auto DX, auto PULLED) {
                     constexpr bool dx = DX.value, pull = PULLED.value;
                     auto with_rows = [&](auto PARAMETERS) {
@@ -568,7 +591,7 @@ template <class T> class SegmentsBackward {
     }
 
     // The batches' partial gradients, added in order.
-    void gather_varying(const Groups &g, const Runs &print, const A *parts, int64_t batches, int64_t width) const {
+    void gather_varying(const Groups &g, const Runs &print, const A *parts, int64_t batches, int64_t step, int64_t width) const {
         int64_t stripes = (print.size() + STRETCH - 1) / STRETCH;
         for_each(g.count * stripes, [&](int64_t task) {
             int64_t group = task / stripes, begin = task % stripes * STRETCH, n = std::min(STRETCH, print.size() - begin);
@@ -579,7 +602,7 @@ template <class T> class SegmentsBackward {
                 if (!to) continue;
                 double total[STRETCH] = {};
                 for (int64_t batch = 0; batch < batches; ++batch) {
-                    const A *part = parts + ((group * batches + batch) * 2 + (to == call.dbias)) * width + begin;
+                    const A *part = parts + (group * batches + batch) * step + (to == call.dbias ? width : 0) + begin;
                     for (int64_t i = 0; i < n; ++i) total[i] += double(part[i]);
                 }
                 walk(print, at, begin, begin + n, [&](const Stretch &s) {
@@ -600,7 +623,11 @@ template <class T> class SegmentsBackward {
         int64_t stripes = (size + BLOCK - 1) / BLOCK;
         for_each(g.count * stripes, [&](int64_t task) {
             int64_t group = task / stripes, begin = task % stripes * BLOCK, end = std::min(begin + BLOCK, size);
-            alignas(64) A dgain[BLOCK] = {}, dbias[BLOCK] = {};
+            int64_t set = set_of(g, group, 0);
+            if (set < 0) return;
+            alignas(64) A dgain[BLOCK] = {}, dbias[BLOCK] = {}, arranged[BLOCK];
+            if (reordered<T>)
+                walk(runs, place_of(plan, runs, set), begin, end, [&](const Stretch &s) { arrange<T>(gain(s), arranged + s.index - begin, s.n); });
             Prepared prepared;
             for (int64_t row = 0; row < g.rows;) {
                 Together sets = next_sets(g, group, row, g.rows, rows_at_once(0));
@@ -611,15 +638,18 @@ template <class T> class SegmentsBackward {
                         sums += parts[at + chunk];
                     sets.rows[r].pull = pull_of(sets.set[r], sums);
                 }
-                pull_sets(sets, begin, end, prepared,
-                          [&](const Stretch &s) { return Pair<A *>{dgain + s.index - begin, dbias + s.index - begin}; });
+                pull_sets(sets, begin, end, prepared, [&](const Stretch &s) {
+                    int64_t at = s.index - begin;
+                    return Arranged{reordered<T> ? arranged + at : gain(s), dgain + at, dbias + at};
+                });
             }
             if (streamed) end_of_stream();
-            int64_t set = set_of(g, group, 0);
-            if (set < 0 || !parameters) return;
             walk(runs, place_of(plan, runs, set), begin, end, [&](const Stretch &s) {
-                if (call.dweight) std::copy_n(dgain + s.index - begin, s.n, call.dweight + s.parameter);
-                if (call.dbias) std::copy_n(dbias + s.index - begin, s.n, call.dbias + s.parameter);
+                for (auto [from, to] : {std::pair(dgain, call.dweight), std::pair(dbias, call.dbias)}) {
+                    if (!to) continue;
+                    rearrange<T>(from + s.index - begin, s.n);
+                    std::copy_n(from + s.index - begin, s.n, to + s.parameter);
+                }
             });
         });
     }

@@ -10,7 +10,6 @@
 namespace nk {
 namespace {
 
-constexpr int UNROLL = 4;
 constexpr int64_t STRETCH = 1024;  // of values before a curved activation, in the first cache
 
 // Sums of up to BLOCK elements about a shift: of x - shift, and of its square.
@@ -19,21 +18,27 @@ template <class A> struct Block {
 };
 
 template <class A, bool CENTRED> struct Sums {
-    Vec<A> first[UNROLL] = {}, second[UNROLL] = {};
+    Vec<A> first[4] = {}, second[4] = {};
 
     NK_INLINE void add(int u, Vec<A> apart) {
         if constexpr (CENTRED) first[u] += apart;
         second[u] += apart * apart;
     }
     template <class T> NK_INLINE void add_run(const T *x, int64_t n, Vec<A> shift) {
+        auto add_twin = [&](int u, const Twin<A> &v) {
+            add(u, v.a - shift);
+            add(u + 1, v.b - shift);
+        };
         int64_t i = 0;
-        for (; i + UNROLL * LANES <= n; i += UNROLL * LANES)
-            for (int u = 0; u < UNROLL; ++u) add(u, load(x + i + u * LANES) - shift);
+        for (; i + 4 * LANES <= n; i += 4 * LANES) {
+            add_twin(0, load_twin<T>(x + i));
+            add_twin(2, load_twin<T>(x + i + 2 * LANES));
+        }
         for (; i + LANES <= n; i += LANES) add(0, load(x + i) - shift);
         if (End<A> end{n}; end.of(n)) add(1, select<A>(end.counts(), end.load(x) - shift, Vec<A>{}));
     }
     Block<A> about(A shift) const {
-        auto total = [](const Vec<A>(&v)[UNROLL]) { return sum_lanes<A>((v[0] + v[1]) + (v[2] + v[3])); };
+        auto total = [](const Vec<A>(&v)[4]) { return sum_lanes<A>((v[0] + v[1]) + (v[2] + v[3])); };
         return {shift, CENTRED ? total(first) : A(0), total(second)};
     }
 };
@@ -250,7 +255,7 @@ template <class T> class SegmentsForward {
             before_curve(from + i, mapped, m, map.high, map.inverse, map.low, least, gain + step, bias + step, ahead);
             activate_run<A>(plan.activation, mapped, m);
             auto value = [&](auto &&at) { return at(static_cast<const A *>(mapped)); };
-            streamed ? fill_far(y + i, m, value, [](int64_t) {}) : fill(y + i, m, value, [](int64_t) {});
+            streamed ? fill_far<T>(y + i, m, value, [](int64_t) {}) : fill<T>(y + i, m, value, [](int64_t) {});
         }
     }
 };

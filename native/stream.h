@@ -11,39 +11,31 @@
 
 namespace nk {
 
-// A store past the cache spares the fetch of a line that is written whole. The address is a multiple of the vector's size.
-template <class T> inline __attribute__((always_inline)) void stream(T *p, Vec<accumulator<T>> v) {
-#if defined(__SSE2__)
-    alignas(64) T packed[LANES];
-    store(packed, v);
-    const char *from = reinterpret_cast<const char *>(packed);
-    char *to = reinterpret_cast<char *>(p);
-    constexpr int size = int(sizeof packed);
-    if constexpr (size == 8) {
-        long long bits;
-        std::memcpy(&bits, from, 8);
-        _mm_stream_si64(reinterpret_cast<long long *>(to), bits);
-    } else {
+// A store past the cache spares the fetch of a line that is written whole. The address is a multiple of the size.
+template <int SIZE> inline __attribute__((always_inline)) void stream_bytes(void *to, const void *from) {
+    char *p = static_cast<char *>(to);
+    const char *packed = static_cast<const char *>(from);
 #if defined(__AVX512F__)
-        if constexpr (size >= 64) {
-            for (int i = 0; i < size; i += 64)
-                _mm512_stream_si512(reinterpret_cast<__m512i *>(to + i), _mm512_load_si512(from + i));
-            return;
-        }
+    if constexpr (SIZE >= 64) {
+        for (int i = 0; i < SIZE; i += 64) _mm512_stream_si512(reinterpret_cast<__m512i *>(p + i), _mm512_load_si512(packed + i));
+        return;
+    }
 #endif
 #if defined(__AVX__)
-        if constexpr (size >= 32) {
-            for (int i = 0; i < size; i += 32)
-                _mm256_stream_si256(reinterpret_cast<__m256i *>(to + i), _mm256_load_si256(reinterpret_cast<const __m256i *>(from + i)));
-            return;
-        }
-#endif
-        for (int i = 0; i < size; i += 16)
-            _mm_stream_si128(reinterpret_cast<__m128i *>(to + i), _mm_load_si128(reinterpret_cast<const __m128i *>(from + i)));
+    if constexpr (SIZE >= 32) {
+        for (int i = 0; i < SIZE; i += 32)
+            _mm256_stream_si256(reinterpret_cast<__m256i *>(p + i), _mm256_load_si256(reinterpret_cast<const __m256i *>(packed + i)));
+        return;
     }
-#else
-    store(p, v);
 #endif
+#if defined(__SSE2__)
+    if constexpr (SIZE >= 16) {
+        for (int i = 0; i < SIZE; i += 16)
+            _mm_stream_si128(reinterpret_cast<__m128i *>(p + i), _mm_load_si128(reinterpret_cast<const __m128i *>(packed + i)));
+        return;
+    }
+#endif
+    std::memcpy(p, packed, SIZE);
 }
 
 constexpr int64_t LINE = 64;  // bytes
