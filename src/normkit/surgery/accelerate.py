@@ -8,12 +8,10 @@ from torch import nn
 
 from normkit.core.errors import SurgeryError
 from normkit.surgery.changes import Change, Changes, label
-from normkit.surgery.convert import inherit, replace_modules, try_on
-from normkit.surgery.fast_path import leave_fast_path
+from normkit.surgery.convert import inherit, put
 from normkit.surgery.norms import describe, read_norm
 from normkit.surgery.select import Where, choose
 from normkit.surgery.target import Target, any_tensor
-from normkit.surgery.transaction import all_or_nothing
 
 # torch's own classes, each with its word; a class of someone else may compute something else.
 _WORDS: dict[type[nn.Module], str] = {
@@ -65,13 +63,7 @@ def accelerate(model: nn.Module, *, where: Where | None = None, example: Any = N
             )
         new[id(module)] = inherit(made, module)
         rows.append(Change(label(name), describe(module), describe(made), ""))
-    with all_or_nothing(model):
-        root = replace_modules(model, new)
-        if new:
-            leave_fast_path(root)
-        if example is not None:
-            try_on(root, example)
-    return Changes(root, tuple(rows))
+    return Changes(put(model, new, example), tuple(rows))
 
 
 def _is_ours_to_take(name: str, module: nn.Module) -> bool:

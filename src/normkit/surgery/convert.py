@@ -91,13 +91,18 @@ def convert(
         rows.append(Change(label(name), describe(module), describe(made), note))
     if target.name in ("group_norm", "instance_norm"):
         refuse_time_first(model, replaced, str(target))
+    return Changes(put(model, new, example), tuple(rows))
+
+
+def put(model: nn.Module, new: Mapping[int, nn.Module], example: Any) -> nn.Module:
+    """``replace_modules``, undone where the changed model does not run on the example."""
     with all_or_nothing(model):
         root = replace_modules(model, new)
         if new:
             leave_fast_path(root)
         if example is not None:
             try_on(root, example)
-    return Changes(root, tuple(rows))
+    return root
 
 
 def inherit(made: nn.Module, module: nn.Module) -> nn.Module:
