@@ -129,7 +129,9 @@ def test_a_users_own_model_and_an_interrupt(tmp_path: Path) -> None:
     run = [sys.executable, "-m", "normkit.cli", "compare", *words]
     folder = tmp_path / "runs" / "mine.load-mine.make"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    begun = subprocess.Popen(run, text=True, cwd=tmp_path, env=environ(), **pipes)
+    # Tests that run in the background ignore interrupts, and what they start would too.
+    heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    begun = subprocess.Popen(run, text=True, cwd=tmp_path, env=environ(), **pipes, **heed)
     deadline = time.monotonic() + 120
     while not list(folder.glob("runs/*/*/*/checkpoint.pt")) and time.monotonic() < deadline:
         time.sleep(0.01)
