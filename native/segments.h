@@ -12,6 +12,8 @@ namespace nk {
 
 // Runs may be short, and the compiler would rather call.
 #define NK_INLINE inline __attribute__((always_inline))
+// A function that only asks for memory to be fetched is nothing to GCC, unless it is inlined before GCC looks.
+#define NK_ASK __attribute__((always_inline))
 
 // Elements that one accumulator takes before it is merged in double precision, and that one task takes of a large set. Both are part of
 // the result's rounding: they must not depend on the number of threads.
@@ -39,6 +41,14 @@ inline Runs runs_of(const NkPlan &plan, bool parameters) {
     if (r.far == 1) r.per_far = 0;
     if (r.mid == 1) r.per_mid = 0;
     return r;
+}
+
+// From elements of a set that is written to those of the one that is read next; 0 where all is in the cache, and to ask for it costs more
+// than it gains.
+constexpr int64_t CACHE = 1 << 23;  // bytes
+template <class T> inline int64_t step_ahead(const Runs &runs, int64_t sets_at_once) {
+    if (runs.sets * runs.size() * int64_t(sizeof(T)) < CACHE) return 0;
+    return runs.far > 1 ? runs.mid * runs.length : runs.size() * sets_at_once;
 }
 
 // Where a set begins, among the elements and among the parameters.
@@ -105,7 +115,7 @@ template <class T, class OUT, class Value, class Ask> NK_INLINE void fill(OUT *y
 // The same, past the cache. Lines that the run has to itself are streamed; those at its ends are written as ever, and not a byte of the
 // others with them, as a line written both ways is fetched after all.
 template <class T, class OUT, class Value, class Ask> NK_INLINE void fill_far(OUT *y, int64_t n, Value &&value, Ask &&ask) {
-    constexpr int64_t line = LINE / int64_t(sizeof(OUT)), step = std::max<int64_t>(line, 2 * LANES);
+    constexpr int64_t step = std::max<int64_t>(LINE / int64_t(sizeof(OUT)), 4 * LANES);
     auto plain = [&](int64_t i, int64_t to) {
         for (; i + LANES <= to; i += LANES) store(y + i, value([&](auto *p) { return load(p + i); }));
         if (i < to) store_some(y + i, value([&](auto *p) { return load_some(p + i, to - i); }), to - i);
@@ -121,7 +131,7 @@ template <class T, class OUT, class Value, class Ask> NK_INLINE void fill_far(OU
 }
 
 // A run mapped: gain * ((x - high) * inverse - low) + bias, and at least `least`. The mean is high + low / inverse; a gain or bias that
-// is constant along the run is in inverse and low already. `ahead` is from an element to one that is read soon.
+// is constant along the run is in inverse and low already. `ahead` is from an element to one that is read soon, or 0.
 template <class OUT, class T, bool GAIN, bool BIAS, bool STREAM, class A = accumulator<T>>
 void map_run(const T *x, OUT *y, int64_t n, A high, A inverse, A low, A least, const A *gain, const A *bias, int64_t ahead) {
     Vec<A> highs = splat<A>(high), inverses = splat<A>(inverse), lows = splat<A>(low), leasts = splat<A>(least);
@@ -132,8 +142,10 @@ void map_run(const T *x, OUT *y, int64_t n, A high, A inverse, A low, A least, c
         else if constexpr (BIAS) v = v + at(bias);
         return at_least(v, leasts);
     };
-    if constexpr (STREAM) fill_far<T>(y, n, value, [&](int64_t i) { fetch<LINE / int(sizeof(OUT))>(x + i + ahead); });
-    else fill<T>(y, n, value, [&](int64_t i) { fetch<4 * LANES>(x + i + ahead); });
+    auto ask = [&](int64_t i) NK_ASK {
+        if (ahead) fetch<4 * LANES>(x + i + ahead);
+    };
+    STREAM ? fill_far<T>(y, n, value, ask) : fill<T>(y, n, value, ask);
 }
 
 template <class OUT, class T, class A = accumulator<T>>

@@ -118,7 +118,8 @@ void pull_constant(const G *g, const T *x, const T *dsum, T *dx, int64_t n, Pull
         if (dsum) v = v + at(dsum);
         return v;
     };
-    auto ask = [&](int64_t i) {
+    auto ask = [&](int64_t i) NK_ASK {
+        if (!ahead) return;
         fetch<4 * LANES>(g + i + ahead);
         if constexpr (RELU || PULLED) fetch<4 * LANES>(x + i + ahead);
     };
@@ -185,8 +186,7 @@ void pull_varying(Varying<G, T> to, const Row<A> *sets, int64_t n) {
     int64_t i = 0;
     if constexpr (ROWS == 1 && DX)
         for (; to.streamed && i + line <= n; i += line) {
-            fetch<line>(to.g + i + to.ahead);
-            fetch<line>(to.x + i + to.ahead);
+            if (to.ahead) fetch<line>(to.g + i + to.ahead), fetch<line>(to.x + i + to.ahead);
             for (int64_t j = i; j < i + line; j += 2 * LANES) twins(j, std::true_type{});
         }
     for (; i + 2 * LANES <= n; i += 2 * LANES) twins(i, std::false_type{});
@@ -393,7 +393,7 @@ template <class T> class SegmentsBackward {
     }
 
     void pull_set(int64_t set, Pull<A> pull, int64_t begin, int64_t end, Prepared &prepared) const {
-        int64_t ahead = curved ? 0 : runs.far > 1 ? runs.mid * runs.length : runs.size();
+        int64_t ahead = curved ? 0 : step_ahead<T>(runs, 1);
         A scale = inverse(set);
         bool relu = plan.activation == NK_RELU;
         walk(runs, place_of(plan, runs, set), begin, end, [&](const Stretch &s) {
@@ -566,7 +566,7 @@ template <class T> class SegmentsBackward {
 
     // `local` says where the gain of a stretch is, and where the gradients are gathered.
     template <class Local> void pull_sets(const Together &sets, int64_t begin, int64_t end, Prepared &prepared, Local &&local) const {
-        int64_t ahead = curved ? 0 : runs.far > 1 ? runs.mid * runs.length : sets.count * runs.size();
+        int64_t ahead = curved ? 0 : step_ahead<T>(runs, 1);
         walk(runs, place_of(plan, runs, sets.set[0]), begin, end, [&](const Stretch &s) {
             Arranged at = local(s);
             gradients(s, sets.set[0], prepared, [&](auto *g, int64_t offset, int64_t n) {

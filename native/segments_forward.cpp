@@ -86,7 +86,7 @@ template <class T> class SegmentsForward {
   public:
     SegmentsForward(const NkPlan &plan, const Forward<T> &call)
         : plan(plan), call(call), whole(runs_of(plan, false)), runs(runs_of(plan, call.weight || call.bias)),
-          x(call.residual ? call.sum : call.x), few(whole.size() * int64_t(sizeof(T)) <= 4096 ? LANES : 2), ahead(step()), curved(plan.activation > NK_RELU),
+          x(call.residual ? call.sum : call.x), few(whole.size() * int64_t(sizeof(T)) <= 4096 ? LANES : 2), ahead(step_ahead<T>(whole, whole.size() <= BLOCK ? few : 1)), curved(plan.activation > NK_RELU),
           streamed(plan.stream && runs.length * int64_t(sizeof(T)) >= 8 * LINE && x != call.y && on_element(call.y)),
           least(plan.activation == NK_RELU ? A(0) : -std::numeric_limits<A>::infinity()),
           straight((streamed ? mapper<T, T, true> : mapper<T, T, false>)(runs.vector && call.weight, runs.vector && call.bias)),
@@ -180,12 +180,6 @@ template <class T> class SegmentsForward {
             apply(set, maps[set], begin, std::min(begin + CHUNK, runs.size()));
             if (streamed) end_of_stream();
         });
-    }
-
-    // To the sets that are measured next.
-    int64_t step() const {
-        if (whole.far > 1) return whole.mid * whole.length;
-        return whole.size() <= BLOCK ? whole.size() * few : whole.size();
     }
 
     void add_residuals(Place at, int64_t begin, int64_t end) const {
