@@ -208,7 +208,8 @@ template <class F> inline void with_flag(bool flag, F &&f) { flag ? f(std::true_
 template <class T> class SegmentsBackward {
     using A = accumulator<T>;
     const NkPlan &plan;
-    const Backward<T> &call;
+    Backward<T> call;
+    std::vector<A> own_weight, own_bias;
     const Runs runs;
     const bool pulled;  // whether the statistic has a gradient
     const bool curved;  // whether gradients have to be prepared: they pass an activation first
@@ -221,6 +222,8 @@ template <class T> class SegmentsBackward {
         : plan(plan), call(call), runs(runs_of(plan, call.weight || call.bias || call.dweight || call.dbias)),
           pulled(!plan.given && (plan.centred || plan.scale != NK_UNSCALED)),
           curved(plan.activation > (runs.vector ? NK_LINEAR : NK_RELU)), parameters(call.dweight || call.dbias), streamed(streams()) {
+        this->call.weight = calm<T>(call.weight, plan.parameters, own_weight);
+        this->call.bias = calm<T>(call.bias, plan.parameters, own_bias);
         if (runs.vector && !call.weight) ones.assign(runs.length, A(1));
     }
 
@@ -240,8 +243,8 @@ template <class T> class SegmentsBackward {
         return runs.vector ? bytes % LINE == 0 && until_line(call.dx) == 0 : bytes >= 8 * LINE && !curved;
     }
 
-    A center(int64_t set) const { return call.center ? call.center[set] : A(0); }
-    A inverse(int64_t set) const { return call.inverse ? call.inverse[set] : A(1); }
+    A center(int64_t set) const { return call.center ? calm(call.center[set]) : A(0); }
+    A inverse(int64_t set) const { return call.inverse ? calm(call.inverse[set]) : A(1); }
 
     // From the sums over a set of g * gain, and of that times x - center.
     Pull<A> pull_of(int64_t set, Pair<double> sums) const {

@@ -73,7 +73,8 @@ template <class A> struct Map {
 template <class T> class SegmentsForward {
     using A = accumulator<T>;
     const NkPlan &plan;
-    const Forward<T> &call;
+    Forward<T> call;
+    std::vector<A> own_weight, own_bias;
     const Runs whole, runs;  // for reading alone, and with the parameters
     const T *x;              // what is normalized
     const int64_t few;    // sets that are measured before they are mapped, all of them in the first cache
@@ -90,7 +91,10 @@ template <class T> class SegmentsForward {
           streamed(plan.stream && runs.length * int64_t(sizeof(T)) >= 8 * LINE && x != call.y && on_element(call.y)),
           least(plan.activation == NK_RELU ? A(0) : -std::numeric_limits<A>::infinity()),
           straight((streamed ? mapper<T, T, true> : mapper<T, T, false>)(runs.vector && call.weight, runs.vector && call.bias)),
-          before_curve(mapper<A, T, false>(runs.vector && call.weight, runs.vector && call.bias)) {}
+          before_curve(mapper<A, T, false>(runs.vector && call.weight, runs.vector && call.bias)) {
+        this->call.weight = calm<T>(call.weight, plan.parameters, own_weight);
+        this->call.bias = calm<T>(call.bias, plan.parameters, own_bias);
+    }
 
     void run() {
         int64_t size = runs.size(), chunks = whole.chunks();
@@ -217,7 +221,9 @@ template <class T> class SegmentsForward {
         });
     }
 
-    Map<A> given(int64_t set) const { return {call.center ? call.center[set] : A(0), call.inverse ? call.inverse[set] : A(1), 0}; }
+    Map<A> given(int64_t set) const {
+        return {call.center ? calm(call.center[set]) : A(0), call.inverse ? calm(call.inverse[set]) : A(1), 0};
+    }
 
     // Keeps what is found of a set.
     Map<A> map_of(int64_t set, const Moments<double> &moments) const {

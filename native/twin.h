@@ -3,6 +3,10 @@
 // Halves of 128 bits are widened apart, so that bfloat16 comes as elements 0-3, 8-11, ... and 4-7, 12-15, ...; parameters and their
 // gradients, which go with them in the accumulation type, are brought into the same order.
 #pragma once
+#include <algorithm>
+#include <limits>
+#include <vector>
+
 #include "stream.h"
 #include "vector.h"
 
@@ -70,13 +74,29 @@ template <> struct TwinOf<bfloat16, bfloat16> {
         std::memcpy(&v, p, sizeof v);
         return {reinterpret_cast<lanes::F32>(unpack_low(v)), reinterpret_cast<lanes::F32>(unpack_high(v))};
     }
+    // Of the NaNs only wild ones are rounded to zero; see calm().
     static Register rounded(lanes::F32 v) {
-        lanes::U32 bits = reinterpret_cast<lanes::U32>(v), nan = reinterpret_cast<lanes::U32>(v != v);
-        return reinterpret_cast<Register>(((bits + 0x7fff + ((bits >> 16) & 1)) | nan) >> 16);
+        lanes::U32 bits = reinterpret_cast<lanes::U32>(v);
+        return reinterpret_cast<Register>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
     }
     static void store(bfloat16 *p, const Twin<float> &v) {
         Register packed = pack(rounded(v.a), rounded(v.b));
         std::memcpy(p, &packed, sizeof packed);
+    }
+};
+
+template <> struct TwinOf<float16, float16> {
+    static Twin<float> load(const float16 *p) { return {nk::load(p), nk::load(p + LANES)}; }
+    static void store(float16 *p, const Twin<float> &v) {
+#if defined(__AVX512F__)
+        __m256i a = _mm512_cvtps_ph(reinterpret_cast<__m512>(v.a), _MM_FROUND_TO_NEAREST_INT);
+        __m256i b = _mm512_cvtps_ph(reinterpret_cast<__m512>(v.b), _MM_FROUND_TO_NEAREST_INT);
+        _mm512_storeu_si512(p, _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+#else
+        __m128i a = _mm256_cvtps_ph(reinterpret_cast<__m256>(v.a), _MM_FROUND_TO_NEAREST_INT);
+        __m128i b = _mm256_cvtps_ph(reinterpret_cast<__m256>(v.b), _MM_FROUND_TO_NEAREST_INT);
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm256_set_m128i(b, a));
+#endif
     }
 };
 
@@ -123,6 +143,30 @@ template <class T, class A> inline void rearrange(A *values, int64_t n) {
 
 template <class T, class P> inline Twin<accumulator<T>> load_twin(const P *p) { return TwinOf<T, P>::load(p); }
 template <class T, class P> inline void store_twin(P *p, const Twin<accumulator<T>> &v) { TwinOf<T, P>::store(p, v); }
+
+// A float's NaN whose highest bits are all ones and lower ones not all zero would carry over, rounded to bfloat16 as other numbers are. No
+// instruction makes one, and none comes out of bfloat16; parameters and statistics from outside are calmed before they are used.
+inline float calm(float v) { return v != v ? std::numeric_limits<float>::quiet_NaN() : v; }
+inline double calm(double v) { return v; }
+
+// The values, or a copy of them in `own` that is calm.
+template <class T, class A> inline const A *calm(const A *values, int64_t n, std::vector<A> &own) {
+    if constexpr (reordered<T>) {
+        if (values == nullptr) return values;
+        uint32_t highest = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            uint32_t bits;
+            std::memcpy(&bits, values + i, 4);
+            highest = std::max(highest, bits & 0x7fffffffu);
+        }
+        if (highest > 0x7fff0000u) {
+            own.assign(values, values + n);
+            for (A &v : own) v = calm(v);
+            return own.data();
+        }
+    }
+    return values;
+}
 
 // Past the cache, to a multiple of the size.
 template <class T> inline void stream_twin(T *p, const Twin<accumulator<T>> &v) {
