@@ -70,7 +70,7 @@ def bench(
         rows.append(row)
         line = dict(zip(COLUMNS, cells(row), strict=True))
         console.print(
-            f"[{number}/{len(chosen)}] {case}: {line['ms']} ms, eager {line['eager']}"
+            f"[{number}/{len(chosen)}] {case}: {line['ms']} ms, eager {line['eager'] or 'has none'}"
             + (f", compile {line['compile']}" if line["compile"] else "")
             + f", {line['of roofline']} of the roofline",
             highlight=False,

@@ -165,7 +165,9 @@ def measure(case: Case, rounds: int = 15, compiled: bool = True) -> dict[str, An
         x = x.to(memory_format=torch.channels_last)
     others = _others(case.method, x)
     layers: dict[str, Callable[..., Tensor]] = {"ours": ours, "eager": eager}
-    if compiled:
+    if not _runs(eager, x, others):
+        del layers["eager"]
+    elif compiled:
         torch._dynamo.reset()
         layers["compile"] = torch.compile(copy.deepcopy(eager), fullgraph=True)
     training = case.direction != "forward"
@@ -180,8 +182,9 @@ def measure(case: Case, rounds: int = 15, compiled: bool = True) -> dict[str, An
     runs["copy"] = lambda: out.copy_(x)
     seconds = race(runs, rounds)
     ideal = TRAVERSALS[case.direction] / 2 * seconds["copy"]
+    checked = "eager" in layers and x.numel() <= LARGEST_CHECKED
     return {
-        "error": _errors(layers, x, others, training) if x.numel() <= LARGEST_CHECKED else {},
+        "error": _errors(layers, x, others, training) if checked else {},
         "method": case.method,
         "shape": list(case.shape),
         "dtype": str(case.dtype).removeprefix("torch."),
@@ -288,6 +291,15 @@ def _outcome(layer: Any, x: Tensor, others: tuple[Any, ...], training: bool) -> 
         torch.bfloat16
     )  # exact in every dtype
     return torch.autograd.grad(y, z, direction.to(y.dtype))[0]
+
+
+def _runs(layer: nn.Module, x: Tensor, others: tuple[Any, ...]) -> bool:
+    """Whether torch has the layer for this dtype at all."""
+    try:
+        layer(x, *others)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _backend(layer: nn.Module, x: Tensor, others: tuple[Any, ...]) -> str:

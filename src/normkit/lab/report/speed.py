@@ -85,7 +85,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
             axis.axvline(1, color=INK, linewidth=0.8)
             axis.axvspan(0.95, 1.05, color=GRID, linewidth=0)
             for row in rows:
-                if row["direction"] == direction:
+                if row["direction"] == direction and "eager" in row["ratio"]:
                     half = row["dtype"] != "float32"
                     axis.plot(
                         row["ratio"]["eager"],
