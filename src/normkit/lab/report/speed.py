@@ -47,7 +47,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"`{result['command']}`, {result['date']}, {result['machine']}, torch {result['torch']}, "
         f"{result['threads']} threads, native kernels: {result['native']}. "
-        "Ratios are a peer's time over normkit's in the same run: above 1, normkit is faster. The errors are the largest difference from float64 over the largest value, ours and that of torch's layer.",
+        "Ratios are a peer's time over normkit's in the same run: above 1, normkit is faster. "
+        "The errors are the largest difference from float64 over the largest value, ours and that of torch's layer.",
         "",
         "| direction | peer | cells | geometric mean | worst | below 0.95 | the worst one |",
         "|---|---|--:|--:|--:|--:|---|",
