@@ -247,12 +247,14 @@ def claim(
 
 
 @app.command()
-def report(output: Annotated[Path, typer.Argument(help="folder of a finished comparison")]) -> None:
-    """Draws the figures and report.html of a comparison anew from its records, and prints its table."""
+def report(output: Annotated[Path, typer.Argument(help="folder of a finished comparison or experiment")]) -> None:
+    """Draws the figures and report.html of a comparison or experiment anew from its records, and prints its tables."""
     with _faults():
         from normkit.lab.compare import reprint
+        from normkit.lab.experiments import reshow
 
-        reprint(output)
+        if not reshow(output):
+            reprint(output)
 
 
 @app.command("list")

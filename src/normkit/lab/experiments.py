@@ -2,9 +2,13 @@
 
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
+
+from rich.console import Console
 
 from normkit.core.errors import OptionError
-from normkit.lab.experiment import Experiment
+from normkit.lab import record
+from normkit.lab.experiment import RESULT, Experiment, show
 
 # Files of lab/papers and of lab/claims; an experiment is called like its file, with dashes.
 FILES = {
@@ -55,3 +59,22 @@ def find_experiment(kind: str, name: str) -> Experiment:
         raise OptionError(f"{kind} knows no experiment {name!r}{hint}; there are {', '.join(known) or 'none'}")
     module = import_module(f"normkit.lab.{FOLDERS[kind]}.{name.replace('-', '_')}")
     return module.EXPERIMENT
+
+
+def reshow(output: Path) -> bool:
+    """Prints an experiment's tables and draws its report anew from its records; False where they are of something else.
+
+    Args:
+        output: the folder.
+
+    Raises:
+        RecordError: the record is damaged.
+    """
+    if not (output / RESULT).exists():
+        return False
+    found = record.read_json(output / RESULT)
+    about = found.get("experiment")
+    if not isinstance(about, dict):
+        return False
+    show(find_experiment(about["kind"], about["name"]), found, output, Console())
+    return True

@@ -1,16 +1,18 @@
 """The report of an experiment: in the terminal, as Markdown and as one self-contained page."""
 
 import base64
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
 from rich import box
 from rich.console import Console
 from rich.table import Table as Grid
 
 from normkit.lab.record import write_bytes
+from normkit.lab.report.page import moment, resource, setting
 
 if TYPE_CHECKING:
     from normkit.lab.experiment import Experiment, Table
@@ -60,22 +62,37 @@ def write_markdown(experiment: "Experiment", found: Mapping[str, Any], figures: 
 
 
 def write_sheet(experiment: "Experiment", found: Mapping[str, Any], figures: Sequence[Path], output: Path) -> Path:
-    """Writes ``report.html``, which needs nothing else."""
-    parts = [f"<h1>{html.escape(experiment.title)}</h1>", f"<p>{html.escape(experiment.claim)}</p>"]
-    for table in experiment.tables(found["result"]):
-        head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell(value))}</td>" for value in row) + "</tr>" for row in table.rows
-        )
-        parts += [f"<h2>{html.escape(table.title)}</h2><table><tr>{head}</tr>{rows}</table>"]
-        parts += [f"<p>{html.escape(note)}</p>" for note in table.notes]
-    parts += [f"<li>{html.escape(remark)}</li>" for remark in experiment.remarks(found["result"])]
-    for path in figures:
-        if path.suffix == ".png":
-            parts.append(f'<img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">')
+    """Writes ``report.html``, which needs nothing else and asks nothing of the network."""
+    pages = Environment(
+        autoescape=True,
+        loader=FunctionLoader(resource),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    text = pages.get_template("sheet.html").render(
+        experiment=experiment,
+        found=found,
+        tables=experiment.tables(found["result"]),
+        remarks=experiment.remarks(found["result"]),
+        figures=[_picture(path, output) for path in figures if path.suffix == ".png"],
+        cell=cell,
+        setting=setting,
+        moment=moment,
+        css=Markup(resource("page.css")),
+    )
     page = output / "report.html"
-    write_bytes(page, f'<!doctype html><meta charset="utf-8">{"".join(parts)}'.encode())
+    write_bytes(page, text.encode())
     return page
+
+
+def _picture(path: Path, output: Path) -> dict[str, str]:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return {
+        "name": path.stem.replace("-", " "),
+        "path": path.relative_to(output).with_suffix("").as_posix(),
+        "data": f"data:image/png;base64,{data}",
+    }
 
 
 def _markdown(table: "Table") -> str:
