@@ -13,16 +13,15 @@ namespace {
 
 enum Status : int32_t { NK_OK = 0, NK_NO_MEMORY = 1, NK_UNKNOWN_TYPE = 2 };
 
-// Pieces shorter than this are read as lanes, many at a time.
-constexpr int64_t SHORT = 4 * LANES;
+// Pieces shorter than this are read as lanes, many at a time: the first where parameters lie as the lanes do, the second where none vary.
+constexpr int64_t SHORT = 64 * LANES, SHORT_PLAIN = 16 * LANES;
 
 bool in_lanes(const NkPlan &plan) {
     int64_t piece = plan.mid * plan.inner;
-    if (plan.far == 1 || piece >= SHORT) return false;
-    // The lanes want parameters that lie as they do, or do not vary along them.
+    if (plan.far == 1) return false;
     bool alike = plan.per_inner == 1 || piece == 1;
     bool constant = plan.per_kept == 0 && plan.per_mid == 0 && plan.per_inner == 0;
-    return alike || constant;
+    return (alike && piece < SHORT) || (constant && piece < SHORT_PLAIN);
 }
 
 template <class A> std::unique_ptr<A[]> room(int64_t elements) {
