@@ -131,10 +131,11 @@ class Same:
 def folder_name(name: str) -> str:
     """Makes a folder's name of a row's.
 
-    >>> folder_name("E, col@all (no BN)")
-    'e-col-all-no-bn'
+    >>> folder_name("BN + E, two layers")
+    'bn+e-two-layers'
     """
-    words = "".join(letter if letter.isalnum() or letter == "+" else " " for letter in name.lower()).split()
+    name = name.lower().replace(" + ", "+")
+    words = "".join(letter if letter.isalnum() or letter == "+" else " " for letter in name).split()
     return "-".join(words)
 
 
