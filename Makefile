@@ -56,8 +56,8 @@ $(VENV)/.%: $(VENV)/.made pyproject.toml constraints.txt $(wildcard native/*.*)
 	touch $@
 
 EXTRAS_lab   := lab
-EXTRAS_test  := lab,test
-EXTRAS_check := lab,test,check
+EXTRAS_test  := lab,ray,tensorboard,test
+EXTRAS_check := lab,ray,tensorboard,test,check
 EXTRAS_docs  := lab,docs
 EXTRAS_sanitize := lab,test,native
 
