@@ -33,7 +33,8 @@ struct Runs {
 
 // As long as they can be for these parameters; without parameters, for reading alone.
 inline Runs runs_of(const NkPlan &plan, bool parameters) {
-    Runs r{plan.outer * plan.kept, plan.kept, plan.far, plan.mid, plan.inner, plan.per_far, plan.per_kept, plan.per_mid, plan.per_inner != 0};
+    Runs r{plan.outer * plan.kept, plan.kept,     plan.far,     plan.mid,           plan.inner,
+           plan.per_far,           plan.per_kept, plan.per_mid, plan.per_inner != 0};
     if (!parameters) r.per_far = r.per_mid = 0, r.vector = false;
     if (r.length == 1 && r.per_mid <= 1) r.length = r.mid, r.mid = 1, r.vector = r.per_mid == 1;
     if (r.mid == 1 || r.per_mid == (r.vector ? r.length : 0)) r.length *= r.mid, r.mid = 1;
@@ -58,9 +59,13 @@ struct Place {
 NK_INLINE Place place_of(const NkPlan &plan, const Runs &runs, int64_t set) {
     // Sets may be small, and divisions are slow.
     int64_t o = runs.kept == 1 ? set : set / runs.kept, k = runs.kept == 1 ? 0 : set - o * runs.kept;
-    int64_t outer = plan.outer_step == 0 ? 0 : plan.outer_div == 1 ? o % plan.outer_mod * plan.outer_step : outer_place(plan, o);
+    int64_t outer = 0;
+    if (plan.outer_step != 0) outer = plan.outer_div == 1 ? o % plan.outer_mod * plan.outer_step : outer_place(plan, o);
     return {o * runs.far * runs.stride() + k * runs.mid * runs.length, outer + k * runs.per_kept};
 }
+
+// Further along p, where there is one.
+template <class P> inline P *along(P *p, int64_t n) { return p == nullptr ? p : p + n; }
 
 // A stretch of n elements of the run (f, m): where it begins, in x, among the parameters, in the run, and in the set.
 struct Stretch {
@@ -69,7 +74,8 @@ struct Stretch {
 
 // each(stretch) for the stretches that make up the elements [begin, end) of a set.
 template <class Each> NK_INLINE void walk(const Runs &runs, Place at, int64_t begin, int64_t end, Each &&each) {
-    if (runs.far == 1 && runs.mid == 1) return each(Stretch{at.x + begin, at.parameter + (runs.vector ? begin : 0), end - begin, 0, 0, begin, begin});
+    if (runs.far == 1 && runs.mid == 1)
+        return each(Stretch{at.x + begin, at.parameter + (runs.vector ? begin : 0), end - begin, 0, 0, begin, begin});
     int64_t run = begin == 0 ? 0 : begin / runs.length, inside = begin - run * runs.length;
     int64_t f = run < runs.mid ? 0 : run / runs.mid, m = run - f * runs.mid;
     while (begin < end) {

@@ -163,7 +163,7 @@ void pull_varying(Varying<G, T> to, const Row<A> *sets, int64_t n) {
         }
         return e;
     };
-    // All is read before anything is written: the sets may lie a multiple of the page apart, and then a load seems to want the store before it.
+    // All is read before anything is written: sets may lie a multiple of the page apart, and then a load seems to want the last store.
     auto vectors = [&](int64_t i, auto &&at, Vec<A> *dx) {
         Element e[ROWS];
         for (int r = 0; r < ROWS; ++r) e[r] = pulled(rows[r], load(to.gain + i), at);
@@ -219,9 +219,13 @@ template <class T> class SegmentsBackward {
 
   public:
     SegmentsBackward(const NkPlan &plan, const Backward<T> &call)
-        : plan(plan), call(call), runs(runs_of(plan, call.weight || call.bias || call.dweight || call.dbias)),
+        : plan(plan),
+          call(call),
+          runs(runs_of(plan, call.weight || call.bias || call.dweight || call.dbias)),
           pulled(!plan.given && (plan.centred || plan.scale != NK_UNSCALED)),
-          curved(plan.activation > (runs.vector ? NK_LINEAR : NK_RELU)), parameters(call.dweight || call.dbias), streamed(streams()) {
+          curved(plan.activation > (runs.vector ? NK_LINEAR : NK_RELU)),
+          parameters(call.dweight || call.dbias),
+          streamed(streams()) {
         this->call.weight = calm<T>(call.weight, plan.parameters, own_weight);
         this->call.bias = calm<T>(call.bias, plan.parameters, own_bias);
         if (runs.vector && !call.weight) ones.assign(runs.length, A(1));
@@ -258,12 +262,13 @@ template <class T> class SegmentsBackward {
 
     // Gradients behind the activation: dy times its slope.
     void prepare(const Stretch &s, int64_t offset, int64_t n, int64_t set, A *to) const {
-        const A *gain = call.weight ? call.weight + s.parameter : nullptr, *bias = call.bias ? call.bias + s.parameter : nullptr;
+        const A *gain = along(call.weight, s.parameter), *bias = along(call.bias, s.parameter);
         A scale = inverse(set), low = 0;
         if (!runs.vector) scale *= gain ? *gain : A(1), low = bias ? -*bias : A(0);
         int64_t step = runs.vector ? offset : 0;
-        mapper<A, T, false>(runs.vector && gain, runs.vector && bias)(call.x + s.x + offset, to, n, center(set), scale, low,
-                                                               -std::numeric_limits<A>::infinity(), gain + step, bias + step, 0);
+        A least = -std::numeric_limits<A>::infinity();
+        auto map = mapper<A, T, false>(runs.vector && gain, runs.vector && bias);
+        map(call.x + s.x + offset, to, n, center(set), scale, low, least, along(gain, step), along(bias, step), 0);
         slope_run<A>(plan.activation, to, n);
         const T *dy = call.dy + s.x + offset;
         auto passed = [](Vec<A> slope, Vec<A> g) { return select<A>(slope == 0, Vec<A>{}, slope * g); };
@@ -377,7 +382,8 @@ template <class T> class SegmentsBackward {
         Place at = place_of(plan, runs, set);
         int64_t width = window(), chunks = runs.chunks();
         for (int64_t chunk = 0; chunk < chunks; ++chunk, parts += width) {
-            int64_t first = first_cell(chunk), n = shared() ? runs.mid : runs.far * runs.mid == 1 ? 1 : (end_of(chunk) - 1) / runs.length + 1 - first;
+            int64_t first = first_cell(chunk), n = 1;
+            if (runs.far * runs.mid > 1) n = shared() ? runs.mid : (end_of(chunk) - 1) / runs.length + 1 - first;
             for (int64_t i = 0; i < n; ++i) {
                 int64_t f = first + i < runs.mid ? 0 : (first + i) / runs.mid, m = first + i - f * runs.mid;
                 each(at.parameter + f * runs.per_far + m * runs.per_mid, parts[i]);
@@ -405,13 +411,15 @@ template <class T> class SegmentsBackward {
             mine.inverse = here.scale;
             gradients(s, set, prepared, [&](auto *g, int64_t offset, int64_t n) {
                 int64_t p = s.x + offset;
-                const T *dsum = call.dsum ? call.dsum + p : nullptr;
+                const T *dsum = along(call.dsum, p);
                 auto go = [&](auto RELU, auto PULLED) {
                     pull_constant<RELU.value, PULLED.value>(g, call.x + p, dsum, call.dx + p, n, mine, here, ahead, streamed);
                 };
                 // Behind an activation that was prepared for, there is none left.
                 constexpr bool raw = std::is_same_v<decltype(g), const T *>;
-                with_flag(pulled, [&](auto PULLED) { raw && relu ? go(std::bool_constant<raw>{}, PULLED) : go(std::false_type{}, PULLED); });
+                with_flag(pulled, [&](auto PULLED) {
+                    raw && relu ? go(std::bool_constant<raw>{}, PULLED) : go(std::false_type{}, PULLED);
+                });
             });
         });
     }
@@ -469,6 +477,12 @@ template <class T> class SegmentsBackward {
         return reinterpret_cast<A *>(at + (dx + 512 - at) % 4096);
     }
 
+    // Of a stretch, as the loop wants them.
+    struct Arranged {
+        const A *gain;
+        A *dgain, *dbias;
+    };
+
     void run_varying() {
         Groups g = groups();
         Runs print = footprint();
@@ -489,37 +503,36 @@ template <class T> class SegmentsBackward {
         }
         for_each(g.count * batches, [&](int64_t task) {
             int64_t group = task / batches, begin = task % batches * together, end = std::min(begin + together, g.rows);
-            A *part = parts + task * slots * width;
+            A *part = along(parts, task * slots * width);
             if (parameters)
                 for (int slot = 0; slot < 2; ++slot) std::fill_n(part + slot * width, print.size(), A(0));
-            auto local = [&](const Stretch &s) { return ((runs.per_far ? s.f : 0) * print.mid + (runs.per_mid ? s.m : 0)) * runs.length + s.inside; };
             if (int64_t first = set_of(g, group, begin); reordered<T> && first >= 0)
-                walk(print, place_of(plan, runs, first), 0, print.size(), [&](const Stretch &s) { arrange<T>(gain(s), part + 2 * width + s.index, s.n); });
+                walk(print, place_of(plan, runs, first), 0, print.size(), [&](const Stretch &s) {
+                    arrange<T>(gain(s), part + 2 * width + s.index, s.n);
+                });
             int64_t many = rows_at_once(size);
             for (int64_t row = begin; row < end;) {
                 Together sets = next_sets(g, group, row, end, many);
                 if (sets.count == 0) break;
                 Prepared prepared;
-                for (int64_t r = 0; r < sets.count; ++r) sets.rows[r].pull = pull_of(sets.set[r], sum_varying(sets.set[r], 0, size, prepared));
+                for (int64_t r = 0; r < sets.count; ++r)
+                    sets.rows[r].pull = pull_of(sets.set[r], sum_varying(sets.set[r], 0, size, prepared));
                 prepared.all = call.dx && pulled && size <= HELD;
                 pull_sets(sets, 0, size, prepared, [&](const Stretch &s) {
-                    A *at = part + local(s);
-                    return Arranged{reordered<T> ? at + 2 * width : gain(s), at, at + width};
+                    int64_t run = (runs.per_far ? s.f : 0) * print.mid + (runs.per_mid ? s.m : 0);
+                    A *at = along(part, run * runs.length + s.inside);
+                    return Arranged{reordered<T> ? at + 2 * width : gain(s), at, along(at, width)};
                 });
             }
             if (parameters && reordered<T>)
                 for (int slot = 0; slot < 2; ++slot)
-                    walk(print, Place{0, 0}, 0, print.size(), [&](const Stretch &s) { rearrange<T>(part + slot * width + s.index, s.n); });
+                    walk(print, Place{0, 0}, 0, print.size(), [&](const Stretch &s) {
+                        rearrange<T>(part + slot * width + s.index, s.n);
+                    });
             if (streamed) end_of_stream();
         });
         if (parameters) gather_varying(g, print, parts, batches, slots * width, width);
     }
-
-    // Of a stretch, as the loop wants them.
-    struct Arranged {
-        const A *gain;
-        A *dgain, *dbias;
-    };
 
     const A *gain(const Stretch &s) const { return call.weight ? call.weight + s.parameter : ones.data() + s.inside; }
 
@@ -575,7 +588,15 @@ template <class T> class SegmentsBackward {
             gradients(s, sets.set[0], prepared, [&](auto *g, int64_t offset, int64_t n) {
                 using G = std::remove_const_t<std::remove_pointer_t<decltype(g)>>;
                 int64_t p = s.x + offset;
-                Varying<G, T> to{g, call.x + p, call.dsum ? call.dsum + p : nullptr, call.dx + p, at.gain + offset, at.dgain + offset, at.dbias + offset, ahead, streamed};
+                Varying<G, T> to{g,
+                                 call.x + p,
+                                 along(call.dsum, p),
+                                 along(call.dx, p),
+                                 at.gain + offset,
+                                 along(at.dgain, offset),
+                                 along(at.dbias, offset),
+                                 ahead,
+                                 streamed};
                 auto with_parameters = [&](auto DX, auto PULLED) {
                     constexpr bool dx = DX.value, pull = PULLED.value;
                     auto with_rows = [&](auto PARAMETERS) {
@@ -630,7 +651,9 @@ template <class T> class SegmentsBackward {
             if (set < 0) return;
             alignas(64) A dgain[BLOCK] = {}, dbias[BLOCK] = {}, arranged[BLOCK];
             if (reordered<T>)
-                walk(runs, place_of(plan, runs, set), begin, end, [&](const Stretch &s) { arrange<T>(gain(s), arranged + s.index - begin, s.n); });
+                walk(runs, place_of(plan, runs, set), begin, end, [&](const Stretch &s) {
+                    arrange<T>(gain(s), arranged + s.index - begin, s.n);
+                });
             Prepared prepared;
             for (int64_t row = 0; row < g.rows;) {
                 Together sets = next_sets(g, group, row, g.rows, rows_at_once(0));

@@ -10,7 +10,8 @@
 namespace nk {
 namespace {
 
-constexpr int64_t STRETCH = 1024;  // of values before a curved activation, in the first cache
+constexpr int64_t FIRST_CACHE = 1 << 15;  // bytes
+constexpr int64_t STRETCH = 1024;         // of values before a curved activation
 
 // Sums of up to BLOCK elements about a shift: of x - shift, and of its square.
 template <class A> struct Block {
@@ -43,26 +44,22 @@ template <class A, bool CENTRED> struct Sums {
     }
 };
 
-// The sums of n elements that read(sums, shift) adds. Where the shift was far from the mean, the variance would come out of a difference of
-// large numbers: the elements, still in the cache, are read once more, about their mean.
+// The sums of n elements that read(sums, shift) adds. Where the shift was far from the mean, the variance would come out of a difference
+// of large numbers: the elements, still in the cache, are read once more, about their mean.
 template <class A, bool CENTRED, class Read> NK_INLINE Block<A> block_of(int64_t n, A shift, Read &&read) {
-    for (A each = 1 / A(n);;) {
+    for (int attempt = 1;; ++attempt) {
         Sums<A, CENTRED> sums;
         read(sums, splat<A>(shift));
         Block<A> block = sums.about(shift);
-        A lost = block.first * block.first * each;
-        if (!(lost > 8 * (block.second - lost))) return block;
-        shift += block.first * each;
+        A apart = block.first / A(n), lost = block.first * apart;
+        if (attempt == 2 || !(lost > 8 * (block.second - lost))) return block;
+        shift += apart;
     }
 }
 
 // sum = x + residual, rounded to T.
 template <class T> void add_residual(const T *x, const T *residual, T *sum, int64_t n) {
-    End<accumulator<T>> end{n};
-    Vec<accumulator<T>> last{};
-    if (end.of(n)) last = end.load(x) + end.load(residual);
-    for (int64_t i = 0; i + LANES <= n; i += LANES) store(sum + i, load(x + i) + load(residual + i));
-    if (end.of(n)) end.store(sum, last);
+    fill<T>(sum, n, [&](auto &&at) { return at(x) + at(residual); }, [](int64_t) {});
 }
 
 // What becomes of x without gain and bias: (x - high) * inverse - low.
@@ -77,8 +74,8 @@ template <class T> class SegmentsForward {
     std::vector<A> own_weight, own_bias;
     const Runs whole, runs;  // for reading alone, and with the parameters
     const T *x;              // what is normalized
-    const int64_t few;    // sets that are measured before they are mapped, all of them in the first cache
-    const int64_t ahead;  // from a set that is written to one that is read soon
+    const int64_t few;       // small sets that are measured before they are mapped, all of them in the first cache
+    const int64_t ahead;
     const bool curved, streamed;
     const A least;
     const Mapper<T, T> straight;
@@ -86,8 +83,14 @@ template <class T> class SegmentsForward {
 
   public:
     SegmentsForward(const NkPlan &plan, const Forward<T> &call)
-        : plan(plan), call(call), whole(runs_of(plan, false)), runs(runs_of(plan, call.weight || call.bias)),
-          x(call.residual ? call.sum : call.x), few(whole.size() * int64_t(sizeof(T)) <= 4096 ? LANES : 2), ahead(step_ahead<T>(whole, whole.size() <= BLOCK ? few : 1)), curved(plan.activation > NK_RELU),
+        : plan(plan),
+          call(call),
+          whole(runs_of(plan, false)),
+          runs(runs_of(plan, call.weight || call.bias)),
+          x(call.residual ? call.sum : call.x),
+          few(whole.size() * int64_t(sizeof(T)) <= FIRST_CACHE / LANES ? LANES : 2),
+          ahead(step_ahead<T>(whole, whole.size() <= BLOCK ? few : 1)),
+          curved(plan.activation > NK_RELU),
           streamed(plan.stream && runs.length * int64_t(sizeof(T)) >= 8 * LINE && x != call.y && on_element(call.y)),
           least(plan.activation == NK_RELU ? A(0) : -std::numeric_limits<A>::infinity()),
           straight((streamed ? mapper<T, T, true> : mapper<T, T, false>)(runs.vector && call.weight, runs.vector && call.bias)),
@@ -237,7 +240,7 @@ template <class T> class SegmentsForward {
 
     void apply(int64_t set, Map<A> map, int64_t begin, int64_t end) const {
         walk(runs, place_of(plan, runs, set), begin, end, [&](const Stretch &s) {
-            const A *gain = call.weight ? call.weight + s.parameter : nullptr, *bias = call.bias ? call.bias + s.parameter : nullptr;
+            const A *gain = along(call.weight, s.parameter), *bias = along(call.bias, s.parameter);
             Map<A> mine = map;
             if (!runs.vector) {
                 if (gain) mine.inverse *= *gain, mine.low *= *gain;
@@ -252,7 +255,7 @@ template <class T> class SegmentsForward {
         alignas(64) A mapped[STRETCH];
         for (int64_t i = 0; i < n; i += STRETCH) {
             int64_t m = std::min(STRETCH, n - i), step = runs.vector ? i : 0;
-            before_curve(from + i, mapped, m, map.high, map.inverse, map.low, least, gain + step, bias + step, ahead);
+            before_curve(from + i, mapped, m, map.high, map.inverse, map.low, least, along(gain, step), along(bias, step), ahead);
             activate_run<A>(plan.activation, mapped, m);
             auto value = [&](auto &&at) { return at(static_cast<const A *>(mapped)); };
             streamed ? fill_far<T>(y + i, m, value, [](int64_t) {}) : fill<T>(y + i, m, value, [](int64_t) {});
