@@ -11,7 +11,9 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
 from normkit.core.errors import OptionError
@@ -50,7 +52,30 @@ def attach(
     parametrize.register_parametrization(layer, name, parametrization, unsafe=splits)
     layer.get_submodule("parametrizations").train(layer.training)
     _own(layer, forward)
+    _shorten(type(layer), name)
     return layer
+
+
+def _shorten(cls: type[nn.Module], name: str) -> None:
+    """Makes the way to a tensor with one parametrization shorter; torch's own is about as long as the work on a small weight."""
+    whole = vars(cls)[name]
+    if not isinstance(whole, property) or whole.fget is None or getattr(whole.fget, "shortened", False):
+        return
+    torch_way = whole.fget
+
+    def get(self: nn.Module) -> Tensor:
+        if parametrize._cache_enabled or torch.compiler.is_compiling():
+            return torch_way(self)
+        found = self._modules["parametrizations"]._modules[name]  # pyright: ignore[reportOptionalMemberAccess]
+        assert found is not None
+        # With hooks, or more than one parametrization, all of it.
+        if len(found._modules) != 1 or found._forward_hooks or found._forward_pre_hooks or _has_any_global_hook():
+            return torch_way(self)
+        (part,) = found._modules.values()
+        return part(*found._parameters.values()) if not found._buffers else torch_way(self)  # pyright: ignore
+
+    get.shortened = True  # pyright: ignore[reportFunctionMemberAccess]
+    setattr(cls, name, property(get, whole.fset))
 
 
 def _own(layer: nn.Module, forward: Callable[..., Any] | None) -> None:
@@ -69,5 +94,7 @@ def _copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     parametrize._inject_new_class(replica)
     for name in replica.parametrizations:  # pyright: ignore[reportGeneralTypeIssues]
         parametrize._inject_property(replica, name)
+        if getattr(getattr(type(self), name).fget, "shortened", False):
+            _shorten(type(replica), name)
     _own(replica, vars(type(self)).get("forward"))
     return replica

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normkit.weights.inverse_norm import inverse_norm
+from normkit.weights.inverse_norm import inverse_norm, traced
 
 
 def fused_rows(v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor | None:
@@ -38,11 +38,9 @@ def fused_rows(v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor | None:
 
 def fuses(v: Tensor, dim: int = 0) -> bool:
     """Whether the kernel applies to this tensor and axis."""
-    if torch.compiler.is_compiling() or v.device.type != "cpu" or v.dtype not in (torch.float32, torch.float64):
+    if traced() or v.device.type != "cpu" or v.dtype not in (torch.float32, torch.float64):
         return False
-    if v.dim() < 2 or dim not in (0, v.dim() - 1) or not v.is_contiguous() or v.numel() == 0:
-        return False
-    return not torch._C._are_functorch_transforms_active()
+    return v.dim() > 1 and dim in (0, v.dim() - 1) and v.is_contiguous() and v.numel() > 0
 
 
 class _FusedRows(torch.autograd.Function):

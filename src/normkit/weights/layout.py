@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +60,29 @@ class WeightLayout:
         if self.output_axis == 1:
             return Support("i o *", over=over)
         return Support("o i *", over=over) if self.groups == 1 else Support("(g o) i *", over=over, g=self.groups)
+
+    def nest(self, shape: torch.Size, view: View = "operator") -> tuple[int, int, int, int] | None:
+        """The axes of a contiguous weight in the order of memory, merged to groups x far x kept x inner.
+
+        Rows of axis-0 layouts and columns of axis-1 layouts are the sets of one (group, far); the others are the sets of one
+        (group, kept).
+
+        Args:
+            shape: of a weight of two axes or more.
+            view: what a column is, as for ``columns``.
+
+        Returns:
+            The four sizes, or None where sets do not lie like that.
+
+        >>> WeightLayout(groups=2).nest(torch.Size([4, 3, 5, 5])), WeightLayout(groups=2).nest(torch.Size([4, 3, 5, 5]), "unfold")
+        ((2, 2, 3, 25), (2, 2, 75, 1))
+        """
+        far, kept, inner = shape[0] // self.groups, shape[1], math.prod(shape[2:])
+        if view == "unfold" and inner > 1:
+            if self.output_axis == 1:
+                return None
+            kept, inner = kept * inner, 1
+        return self.groups, far, kept, inner
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The 2-D unfolding: a row an output unit, a column an input unit and tap, groups below one another.

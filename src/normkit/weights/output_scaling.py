@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from normkit.core.errors import BackendError
 from normkit.core.moments import accumulation_dtype
+from normkit.weights.parametrization import Parametrization
 
 Path = Literal["auto", "weight", "output"]
 
@@ -27,11 +28,12 @@ Path = Literal["auto", "weight", "output"]
 # are equal at 64 (Linear 1024x1024 1.59 and 1.58, 1000x2048 1.39 and 1.40). Without the fused kernel rebuilding has more
 # passes: equal at 2. In inference scaling spares writing the weight: equal at 2 (1.06 both), at 16 1.27 against 1.15.
 _TRAINING_FUSED, _TRAINING, _INFERENCE = 64, 2, 2
+_LEAST = min(_TRAINING_FUSED, _TRAINING, _INFERENCE)
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class RowScaling(nn.Module):
+class RowScaling(Parametrization):
     """A parametrization that may be one factor for each output unit.
 
     ``path`` says which way the product is computed: ``"auto"``, ``"weight"`` or ``"output"``.
@@ -86,7 +88,7 @@ def _scaling(layer: nn.Module) -> RowScaling | None:
     found = layer._modules.get("parametrizations")
     if found is None or "weight" not in found._modules:
         return None
-    several = [part for part in found._modules["weight"].children()]  # pyright: ignore[reportOptionalMemberAccess]
+    several = list(found._modules["weight"]._modules.values())  # pyright: ignore[reportOptionalMemberAccess]
     if len(several) == 1 and isinstance(several[0], RowScaling):
         return several[0]
     if any(isinstance(part, RowScaling) and part.path == "output" for part in several):
@@ -97,6 +99,11 @@ def _scaling(layer: nn.Module) -> RowScaling | None:
 
 def _output_is_cheaper(layer: nn.Module, scaling: RowScaling, raw: Tensor, input: Tensor) -> bool:
     """Whether the output has few elements beside the weight."""
+    positions = input.numel() // max(raw.shape[1], 1)
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        positions //= layer.groups * math.prod(layer.stride)
+    if positions * _LEAST * raw.shape[0] > raw.numel():  # most often; and nothing else need be asked
+        return False
     if parametrize._cache_enabled:  # the weight is built once for many calls
         return False
     # W x has no bound where W's rows have none, and float16 ends at 65504.
@@ -104,9 +111,6 @@ def _output_is_cheaper(layer: nn.Module, scaling: RowScaling, raw: Tensor, input
     amp = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if torch.float16 in (raw.dtype, input.dtype, amp):
         return False
-    positions = input.numel() // max(raw.shape[1], 1)
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        positions //= layer.groups * math.prod(layer.stride)
     trains = raw.requires_grad and torch.is_grad_enabled()
     crossing = (_TRAINING_FUSED if scaling.fuses(raw) else _TRAINING) if trains else _INFERENCE
     return positions * crossing * raw.shape[0] <= raw.numel()

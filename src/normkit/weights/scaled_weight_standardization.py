@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
@@ -15,8 +15,10 @@ from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, per_shape, show
 from normkit.engine.dispatch import run
+from normkit.weights import kernels
 from normkit.weights.attachment import Layer, attach
 from normkit.weights.layout import WeightLayout, weight_layout, weight_of
+from normkit.weights.parametrization import Parametrization
 
 RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
 
@@ -62,7 +64,7 @@ def nonlinearity_gain(activation: Callable[[Tensor], Tensor]) -> float:
     return var**-0.5
 
 
-class ScaledWeightStandardization(nn.Module):
+class ScaledWeightStandardization(Parametrization):
     """The parametrization w = gain * gamma * (v - E[v]) / sqrt((Var[v] + eps) fan_in), E and Var over a unit's weights.
 
     Behind an activation whose factor is gamma, inputs of variance 1 give outputs of variance gain^2: networks without
@@ -88,13 +90,28 @@ class ScaledWeightStandardization(nn.Module):
         if not (math.isfinite(gamma) and gamma > 0):
             raise OptionError(f"ScaledWeightStandardization: gamma={gamma}; wanted a number above 0")
         self.gamma = gamma
-        self.rule = scaled_weight_standardization_rule((layout or WeightLayout()).rows, eps)
+        layout = layout or WeightLayout()
+        self.rule = scaled_weight_standardization_rule(layout.rows, eps)
+        self.by_rows = layout.output_axis == 0
 
     def forward(self, gain: Tensor, weight: Tensor) -> Tensor:
         """The standardized weight, of the weight's shape and dtype."""
+        return self.made(weight, gain)
+
+    def plan(self, weight: Tensor) -> kernels.Plan | None:
+        """What a kernel is told of such a weight."""
+        split = self.rule.support.split(weight.shape)
+        return kernels.plan_over(split, weight.dtype, self.rule.statistic, self.gamma / split.count**0.5)
+
+    def options(self) -> tuple[object, ...]:
+        """What the plan depends on beside the weight's shape and dtype."""
+        return (self.gamma,)
+
+    def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
+        """The standardized weight by the engine's operators."""
         split = self.rule.support.split(weight.shape)
         assert self.rule.compensation is not None
-        scale = gain.to(torch.promote_types(gain.dtype, torch.float32)) * (self.gamma / split.count**0.5)
+        scale = gain[0].to(torch.promote_types(gain[0].dtype, torch.float32)) * (self.gamma / split.count**0.5)
         return run(self.rule, weight, scale.reshape(per_shape(self.rule.compensation.per, split)))
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,11 @@ from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError
 from normkit.core.moments import accumulation_dtype
 from normkit.core.precision import full_precision
+from normkit.core.statistic import Statistic
+from normkit.weights import kernels, multi_tensor
 from normkit.weights.attachment import Layer, attach
 from normkit.weights.layout import weight_of
+from normkit.weights.multi_tensor import Share
 from normkit.weights.power_iteration import power_iteration
 
 
@@ -64,6 +67,7 @@ class SpectralNorm(nn.Module):
             raise OptionError(f"SpectralNorm: n_power_iterations={n_power_iterations}; wanted a whole number from 1")
         self.n_power_iterations, self.dim, self.eps = n_power_iterations, dim % weight.dim(), eps
         self.exact = exact
+        self._plans: dict[tuple[object, ...], kernels.Plan | None] = {}
         if weight.dim() > 1:
             matrix = self._matrix(weight.detach())
             for name, size in zip(("_u", "_v"), matrix.shape, strict=True):
@@ -75,6 +79,9 @@ class SpectralNorm(nn.Module):
         """The normalized weight, of the weight's dtype."""
         if weight.dim() == 1:
             return F.normalize(weight, dim=0, eps=self.eps)
+        share = self.share(weight)
+        if share is not None:
+            return multi_tensor.normalize([share])[0]
         matrix = self._matrix(weight)
         if self.exact:
             sigma = torch.linalg.matrix_norm(matrix.to(accumulation_dtype(weight.dtype)), 2)
@@ -84,8 +91,33 @@ class SpectralNorm(nn.Module):
         # Copies, as the next use writes to the buffers while this one's graph still needs what they hold.
         wide = accumulation_dtype(weight.dtype)
         u, v = (buffer.to(wide, copy=True) for buffer in (self._u, self._v))
-        y = divide_by_sigma(matrix, u, v, self.eps)
-        return y.reshape(self._moved(weight).shape).movedim(0, self.dim)
+        return self._definition(weight, u, v)
+
+    def share(self, weight: Tensor) -> Share | None:
+        """What this weight brings to one call for many weights; None where the kernels don't run."""
+        if self.exact or self.dim != 0 or weight.dim() == 1:
+            return None
+        if not (kernels.takes(weight) and kernels.goes_with(weight, self._u, self._v)):
+            return None
+        key = (weight.shape, weight.dtype, self.training, self.n_power_iterations, self.eps)
+        if key not in self._plans:
+            rows = weight.shape[0]
+            self._plans[key] = kernels.plan_for(
+                (1, rows, weight.numel() // max(rows, 1), 1),
+                weight.dtype,
+                method="spectral",
+                statistic=Statistic(None, "norm", self.eps, "floor"),
+                iterations=self.n_power_iterations if self.training else 0,
+            )
+        plan = self._plans[key]
+        return None if plan is None else Share(plan, self._definition, weight, vectors=(self._u, self._v))
+
+    def _definition(self, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        return (
+            divide_by_sigma(self._matrix(weight), u, v, self.eps)
+            .reshape(self._moved(weight).shape)
+            .movedim(0, self.dim)
+        )
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The raw weight that assigning this one stores: itself."""

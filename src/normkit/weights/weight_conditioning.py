@@ -14,6 +14,7 @@ from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.engine import closed_form
+from normkit.weights import kernels
 from normkit.weights.attachment import Layer, attach
 from normkit.weights.fused_rows import fused_rows, fuses
 from normkit.weights.inverse_norm import inverse_norm
@@ -90,6 +91,9 @@ class Equilibrate(RowScaling):
             [0.0000, 0.0000]])
     """
 
+    order: Order
+    view: View
+
     def __init__(
         self,
         mode: Mode = "row",
@@ -116,9 +120,14 @@ class Equilibrate(RowScaling):
         self.gradient, self.gain, self.view, self.path = gradient, gain, view, path
         self.rows, self.columns = self.layout.rows, self.layout.columns(view)
         self._statistic = Statistic(None, "norm", eps, "floor")
+        self.by_rows = mode == "row" and self.layout.output_axis == 0
 
     def forward(self, weight: Tensor) -> Tensor:
         """The conditioned weight, of the weight's dtype."""
+        return self.made(weight)
+
+    def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
+        """The conditioned weight by PyTorch's operators."""
         if self.fuses(weight):
             lengths = weight.new_full((weight.shape[0], *[1] * (weight.dim() - 1)), self.gain)
             fused = fused_rows(weight, lengths, 0, self.eps)
@@ -154,6 +163,32 @@ class Equilibrate(RowScaling):
         x = weight.to(accumulation_dtype(weight.dtype))
         factors = self._diagonal_factors(x) if self.mode == "jacobi" else self._inverse(x, self.rows).flatten()
         return factors if self.gain == 1.0 else factors * self.gain
+
+    def options(self) -> tuple[object, ...]:
+        """What the plan depends on beside the weight's shape and dtype."""
+        return self.mode, self.order, self.iterations, self.eps, self.gradient, self.gain
+
+    def plan(self, weight: Tensor) -> kernels.Plan | None:
+        """What a kernel is told of such a weight; no kernel does jacobi."""
+        constant = self.gradient == "detach"
+        if self.mode in ("row", "col"):
+            support = self.rows if self.mode == "row" else self.columns
+            return kernels.plan_over(support.split(weight.shape), weight.dtype, self._statistic, self.gain, constant)
+        if self.mode == "jacobi":
+            return None
+        shape = self.layout.nest(weight.shape, self.view)
+        if shape is None:
+            return None
+        return kernels.plan_for(
+            shape,
+            weight.dtype,
+            method=self.order,
+            sets="near" if self.layout.output_axis == 0 else "apart",
+            statistic=self._statistic,
+            factor=self.gain,
+            constant=constant,
+            iterations=self.iterations,
+        )
 
     def fuses(self, weight: Tensor) -> bool:
         """Whether torch's fused kernel makes the conditioned weight."""
@@ -204,7 +239,9 @@ class Equilibrate(RowScaling):
         )
 
     def _unit(self, x: Tensor, support: Support) -> Tensor:
-        if self.gradient == "full" and not torch.compiler.is_compiling():
+        if self.gradient == "full" and not (
+            torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0
+        ):
             split = support.split(x.shape)
             return closed_form.normalize(x.reshape(split.shape), split, self._statistic)[0].reshape(x.shape)
         return self._times(x, support, self._inverse(x, support))

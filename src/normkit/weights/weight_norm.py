@@ -14,9 +14,11 @@ from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic, length
 from normkit.core.support import Support, per_shape
 from normkit.engine.dispatch import run
+from normkit.weights import kernels
 from normkit.weights.attachment import Layer, attach
 from normkit.weights.fused_rows import fused_rows
 from normkit.weights.layout import weight_layout, weight_of
+from normkit.weights.parametrization import Parametrization
 
 
 def weight_norm_rule(ndim: int = 2, dim: int | None = 0, eps: float = 1e-12) -> Rule:
@@ -33,7 +35,7 @@ def weight_norm_rule(ndim: int = 2, dim: int | None = 0, eps: float = 1e-12) -> 
     return Rule(Support(f"{before} o *", over=f"{before} *"), Statistic(None, "norm", eps, "floor"), Affine("o"))
 
 
-class WeightNorm(nn.Module):
+class WeightNorm(Parametrization):
     """The parametrization w = g v / max(|v|, eps), with one length g for each index of an axis.
 
     The gradients are dg = <dw, v> / |v| and dv = g / |v| (dw - <dw, v> v / |v|^2): orthogonal to v, so |v| never falls under
@@ -59,6 +61,7 @@ class WeightNorm(nn.Module):
     def __init__(self, dim: int | None = 0, eps: float = 1e-12) -> None:
         super().__init__()
         self.dim, self.eps = dim, eps
+        self.by_rows = dim == 0
         self._rules: dict[int, Rule] = {}
 
     def _rule(self, ndim: int) -> Rule:
@@ -68,6 +71,20 @@ class WeightNorm(nn.Module):
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         """The weight, of v's shape and dtype."""
+        return self.made(v, g)
+
+    def plan(self, weight: Tensor) -> kernels.Plan | None:
+        """What a kernel is told of such a weight."""
+        rule = self._rule(weight.dim())
+        return kernels.plan_over(rule.support.split(weight.shape), weight.dtype, rule.statistic)
+
+    def options(self) -> tuple[object, ...]:
+        """What the plan depends on beside the weight's shape and dtype."""
+        return self.dim, self.eps
+
+    def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
+        """The weight by PyTorch's operators."""
+        v, (g,) = weight, gain
         if self.dim not in (None, -1):
             fused = fused_rows(v, g, self.dim % v.dim(), self.eps)
             if fused is not None:

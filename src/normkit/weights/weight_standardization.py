@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError
@@ -12,8 +12,10 @@ from normkit.core.rule import Rule
 from normkit.core.statistic import Guard, Statistic
 from normkit.core.support import Support, show
 from normkit.engine.dispatch import run
+from normkit.weights import kernels
 from normkit.weights.attachment import Layer, attach
 from normkit.weights.layout import WeightLayout, weight_layout, weight_of
+from normkit.weights.parametrization import Parametrization
 
 
 class Published(TypedDict):
@@ -43,7 +45,7 @@ def weight_standardization_rule(
     return Rule(support or Support("o *", over="*"), Statistic("mean", "std", eps, guard, correction))
 
 
-class WeightStandardization(nn.Module):
+class WeightStandardization(Parametrization):
     """The parametrization w = (v - E[v]) / sqrt(Var[v] + eps), E and Var over each output unit's weights.
 
     For layers that a normalization follows; without one, outputs grow with the root of the fan-in. The gradient has mean zero
@@ -85,10 +87,20 @@ class WeightStandardization(nn.Module):
         self, layout: WeightLayout | None = None, eps: float = 1e-5, correction: int = 0, guard: Guard = "inside"
     ) -> None:
         super().__init__()
-        self.rule = weight_standardization_rule((layout or WeightLayout()).rows, eps, correction, guard)
+        layout = layout or WeightLayout()
+        self.rule = weight_standardization_rule(layout.rows, eps, correction, guard)
+        self.by_rows = layout.output_axis == 0
 
     def forward(self, weight: Tensor) -> Tensor:
         """The standardized weight, of the weight's dtype."""
+        return self.made(weight)
+
+    def plan(self, weight: Tensor) -> kernels.Plan | None:
+        """What a kernel is told of such a weight."""
+        return kernels.plan_over(self.rule.support.split(weight.shape), weight.dtype, self.rule.statistic)
+
+    def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
+        """The standardized weight by the engine's operators."""
         return run(self.rule, weight)
 
     def right_inverse(self, weight: Tensor) -> Tensor:

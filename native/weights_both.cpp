@@ -1,0 +1,360 @@
+// Rows and columns of a weight brought to alike norms: y = factor * L x R, with L one number a near set and R one number an apart set.
+//
+// Steps sweep over the weight or merge what a sweep found; a sweep takes bands of rows, measures each row and then, while the band is in the
+// cache, adds to the sums of the lanes. R is kept once a lane, so that all inner loops run along lanes.
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "weights.h"
+
+namespace nk {
+
+namespace {
+
+constexpr int64_t CHUNKS = 64;
+constexpr int64_t BAND_BYTES = 1 << 17;
+
+enum Kind {
+    MEASURE,         // norms of rows and lanes
+    MERGE,           // chunks to factors
+    WRITE,           // y
+    SLOPE,           // what reaches the factors of rows and lanes
+    MERGE_SLOPE,
+    WRITE_GRADIENT,  // dx; of an iteration of Ruiz, the gradient of what it started from
+};
+struct Step {
+    Kind kind;
+    int iteration;
+};
+
+// The factors of one system after an iteration: the product of all so far, the last one, and whether it depends on the weight (1) or its
+// floor holds (0).
+template <class A> struct Factors {
+    std::vector<A> product, last, free;
+    explicit Factors(int64_t n) : product(std::size_t(n), A(1)), last(std::size_t(n), A(1)), free(std::size_t(n), A(1)) {}
+};
+
+template <class T> class BothJob final : public Job {
+    using A = accumulator<T>;
+
+    const NkWeightPlan plan;
+    const NkWeightCall call;
+    const bool backward, ruiz, rows_first, lanes_first;
+    const int64_t row, all_rows, all_lanes, rows, chunks, band;
+    const A factor;
+    const T *const x, *const g;
+    std::vector<Step> steps;
+    std::vector<Factors<A>> left, right;  // one of each an iteration, and of Ruiz one before
+    std::vector<A> left_slope, right_slope;
+    std::vector<A> partial;  // groups x chunks x row
+    std::vector<A> working;  // the gradient on its way back through iterations, where the weight's type is too narrow for it
+
+public:
+    BothJob(const NkWeightPlan &p, const NkWeightCall &call, bool backward)
+        : plan(p), call(call), backward(backward), ruiz(p.method == NK_RUIZ), rows_first(p.method == NK_SEQUENTIAL && p.sets == NK_NEAR),
+          lanes_first(p.method == NK_SEQUENTIAL && p.sets == NK_APART), row(p.kept * p.inner), all_rows(p.groups * p.far),
+          all_lanes(p.groups * row), rows(std::max(at_least_one(GRAIN / at_least_one(row)), ceil_div(p.far, CHUNKS))),
+          chunks(ceil_div(p.far, rows)), band(std::clamp<int64_t>(BAND_BYTES / int64_t(sizeof(T)) / at_least_one(row), 1, 8)),
+          factor(A(p.factor)), x(static_cast<const T *>(call.weight)), g(static_cast<const T *>(call.gradient)),
+          left_slope(std::size_t(backward ? all_rows : 0)), right_slope(std::size_t(backward ? all_lanes : 0)),
+          partial(std::size_t(p.groups * chunks * row)) {
+        int iterations = ruiz ? p.iterations : 1;
+        left.assign(std::size_t(backward && ruiz ? iterations + 1 : 1), Factors<A>(all_rows));
+        right.assign(left.size(), Factors<A>(all_lanes));
+        for (int k = 0; k < iterations; ++k) steps.insert(steps.end(), {{MEASURE, k}, {MERGE, k}});
+        if (!backward) {
+            steps.push_back({WRITE, 0});
+        } else if (plan.constant) {
+            if (lanes_first) steps.push_back({SLOPE, 0});  // which finds the factors of rows
+            steps.push_back({WRITE_GRADIENT, 0});
+        } else {
+            if (ruiz && sizeof(T) < sizeof(A)) working.resize(std::size_t(size_of(p)));
+            for (int k = iterations - 1; k >= 0; --k) steps.insert(steps.end(), {{SLOPE, k}, {MERGE_SLOPE, k}, {WRITE_GRADIENT, k}});
+        }
+    }
+
+    int64_t tasks(int phase) const override {
+        if (std::size_t(phase) >= steps.size()) return 0;
+        Kind kind = steps[std::size_t(phase)].kind;
+        return kind == MERGE || kind == MERGE_SLOPE ? plan.groups : plan.groups * chunks;
+    }
+
+    void run(int phase, int64_t task) override {
+        auto [kind, k] = steps[std::size_t(phase)];
+        switch (kind) {
+            case MEASURE: return ruiz ? measure_ruiz(k, task) : measure(task);
+            case MERGE: return ruiz ? merge_ruiz(k, task) : merge(task);
+            case WRITE: return write(task);
+            case SLOPE: return ruiz ? slope_ruiz(k, task) : slope(task);
+            case MERGE_SLOPE: return ruiz ? merge_slope_ruiz(k, task) : merge_slope(task);
+            case WRITE_GRADIENT: return plan.constant ? write_constant(task) : ruiz ? write_slope_ruiz(k, task) : write_slope(task);
+        }
+    }
+
+private:
+    Factors<A> &after(std::vector<Factors<A>> &factors, int k) { return factors[factors.size() > 1 ? std::size_t(k) : 0]; }
+    Factors<A> &lefts() { return left.back(); }
+    Factors<A> &rights() { return right.back(); }
+
+    // ---- how a task walks its rows
+
+    // on_row(place, r) for each row r of a chunk, that begins at `place`.
+    template <class OnRow> void each_row(int64_t task, OnRow &&on_row) {
+        int64_t group = task / chunks, from = task % chunks * rows, to = std::min(from + rows, plan.far);
+        for (int64_t r = from; r < to; ++r) on_row((group * plan.far + r) * row, group * plan.far + r);
+    }
+
+    // Also a sum a lane of on_lane(at, place, r), of which `at` says which lanes of the row.
+    template <class OnRow, class OnLane> void sweep(int64_t task, OnRow &&on_row, OnLane &&on_lane) {
+        int64_t group = task / chunks, first = group * plan.far + task % chunks * rows;
+        int64_t end = std::min(first + rows, (group + 1) * plan.far);
+        A *sums = &partial[std::size_t(task * row)];
+        std::fill_n(sums, row, A(0));
+        for (int64_t from = first; from < end; from += band) {
+            int64_t to = std::min(from + band, end);
+            for (int64_t r = from; r < to; ++r) on_row(r * row, r);
+            over(row, [&](auto at) {
+                Vec<A> total = at(sums);
+                for (int64_t r = from; r < to; ++r) total += on_lane(at, r * row, r);
+                at.put(sums, total);
+            });
+        }
+    }
+
+    template <class Terms> double sum_of_row(Terms &&terms) {
+        double total[1] = {};
+        sum_over<A>(row, total, [&](auto at, auto *s) { s[0] += terms(at); });
+        return total[0];
+    }
+
+    // each(set's first lane among all, sum over chunks and lanes).
+    template <class Each> void merged(int64_t group, Each &&each) {
+        for (int64_t k = 0; k < plan.kept; ++k) {
+            double total = 0;
+            for (int64_t c = 0; c < chunks; ++c) {
+                const A *from = &partial[std::size_t((group * chunks + c) * row + k * plan.inner)];
+                for (int64_t i = 0; i < plan.inner; ++i) total += double(from[i]);
+            }
+            each(group * row + k * plan.inner, total);
+        }
+    }
+    void fill(std::vector<A> &lanes, int64_t first, double value) { std::fill_n(&lanes[std::size_t(first)], plan.inner, A(value)); }
+
+    const A *right_of(const Factors<A> &f, int64_t task) const { return &f.product[std::size_t(task / chunks * row)]; }
+
+    // ---- one division by both norms
+
+    double inverse(double square, A &free) const {
+        double root = std::sqrt(square);
+        free = root > plan.eps ? A(1) : A(0);
+        return 1 / (root < plan.eps ? plan.eps : root);
+    }
+
+    // With l = 1 / n, dl/dx = -l^3 x; nothing where the floor holds, however large that power is there.
+    static double cube(double l, double free) { return free != 0 ? l * l * l : 0; }
+
+    void measure(int64_t task) {
+        Factors<A> &l = lefts();
+        sweep(
+            task,
+            [&](int64_t place, int64_t r) {
+                if (lanes_first) return;
+                auto px = x + place;
+                l.product[r] = A(inverse(sum_of_row([=](auto at) { return at(px) * at(px); }), l.free[r]));
+            },
+            [&, this](auto at, int64_t place, int64_t r) {
+                auto v = rows_first ? at(x + place) * l.product[r] : at(x + place);
+                return v * v;
+            });
+    }
+
+    void merge(int64_t group) {
+        Factors<A> &f = rights();
+        merged(group, [&](int64_t first, double total) {
+            A free;
+            fill(f.product, first, inverse(total, free));
+            fill(f.free, first, free);
+        });
+    }
+
+    // The factor of a row whose lanes have been scaled already.
+    void measure_scaled(int64_t place, int64_t r, const A *by) {
+        auto px = x + place;
+        double square = sum_of_row([=](auto at) {
+            auto v = at(px) * at(by);
+            return v * v;
+        });
+        lefts().product[r] = A(inverse(square, lefts().free[r]));
+    }
+
+    void write(int64_t task) {
+        auto y = static_cast<T *>(call.result);
+        const A *by = right_of(rights(), task);
+        each_row(task, [&](int64_t place, int64_t r) {
+            if (lanes_first) measure_scaled(place, r, by);
+            A l = lefts().product[r], f = factor;
+            over(row, [=, this](auto at) { at.put(y + place, at(x + place) * l * at(by) * f); });
+        });
+    }
+
+    void write_constant(int64_t task) {
+        auto dx = static_cast<T *>(call.result);
+        const A *by = right_of(rights(), task);
+        each_row(task, [&](int64_t place, int64_t r) {
+            A l = lefts().product[r], f = factor;
+            over(row, [=, this](auto at) { at.put(dx + place, at(g + place) * l * at(by) * f); });
+        });
+    }
+
+    // Sequential: the gradient of what the first division gave is cut along the sets of the second one, and then along those of the first.
+    // Simultaneous: y depends on either norm by itself. left_slope and right_slope are what multiplies x in dx.
+    void slope(int64_t task) {
+        Factors<A> &l = lefts();
+        const A *by = right_of(rights(), task);
+        A f = factor;
+        sweep(
+            task,
+            [&, this](int64_t place, int64_t r) {
+                if (rows_first) return;
+                if (lanes_first) measure_scaled(place, r, by);
+                auto px = x + place, pg = g + place;
+                double along = f * sum_of_row([=](auto at) { return at(pg) * at(px) * at(by); });
+                left_slope[r] = A(cube(l.product[r], l.free[r]) * along);
+            },
+            [&, this](auto at, int64_t place, int64_t r) {
+                auto vx = at(x + place), vg = at(g + place);
+                A scale = l.product[r];
+                if (!lanes_first) return vg * vx * scale;
+                auto scaled = vx * at(by);
+                return (vg * (scale * f) - scaled * left_slope[r]) * scaled;
+            });
+    }
+
+    void merge_slope(int64_t group) {
+        const Factors<A> &f = rights();
+        merged(group, [&](int64_t first, double total) {
+            double r = f.product[std::size_t(first)], free = f.free[std::size_t(first)];
+            fill(right_slope, first, total * (lanes_first ? free : cube(r, free) * factor));
+        });
+    }
+
+    void write_slope(int64_t task) {
+        auto dx = static_cast<T *>(call.result);
+        const A *by = right_of(rights(), task), *slopes = &right_slope[std::size_t(task / chunks * row)];
+        A f = factor;
+        each_row(task, [&, this](int64_t place, int64_t r) {
+            A l = lefts().product[r], slope = left_slope[r];
+            auto px = x + place, pg = g + place;
+            if (lanes_first) {
+                over(row, [=](auto at) { at.put(dx + place, at(by) * (at(pg) * (l * f) - at(px) * at(by) * (at(slopes) + slope))); });
+            } else if (!rows_first) {
+                over(row, [=](auto at) { at.put(dx + place, at(pg) * at(by) * (l * f) - at(px) * (at(slopes) + slope)); });
+            } else {
+                auto inner = [=](auto at) { return at(by) * at(pg) * f - at(px) * l * at(slopes); };
+                A along = A(sum_of_row([=](auto at) { return inner(at) * at(px); }) * l) * lefts().free[r];
+                over(row, [=](auto at) { at.put(dx + place, l * (inner(at) - at(px) * (l * along))); });
+            }
+        });
+    }
+
+    // ---- Ruiz: by the roots of both norms, several times
+
+    // Of a zero row the product would grow beyond every number; of zeros any finite one gives the same.
+    static double bounded(double product) { return std::min(product, double(std::numeric_limits<A>::max()) / 2); }
+
+    void measure_ruiz(int k, int64_t task) {
+        Factors<A> &l = after(left, k), &next = after(left, k + 1);
+        const A *by = right_of(after(right, k), task);
+        sweep(
+            task,
+            [&, this](int64_t place, int64_t r) {
+                auto px = x + place;
+                A scale = l.product[r];
+                double square = sum_of_row([=](auto at) {
+                    auto v = at(px) * at(by) * scale;
+                    return v * v;
+                });
+                next.last[r] = A(std::sqrt(inverse(square, next.free[r])));
+            },
+            [&, this](auto at, int64_t place, int64_t r) {
+                auto v = at(x + place) * at(by) * l.product[r];
+                return v * v;
+            });
+    }
+
+    void merge_ruiz(int k, int64_t group) {
+        Factors<A> &l = after(left, k), &next = after(left, k + 1), &r = after(right, k), &right_next = after(right, k + 1);
+        for (int64_t i = group * plan.far; i < (group + 1) * plan.far; ++i) next.product[i] = A(bounded(double(l.product[i]) * next.last[i]));
+        merged(group, [&](int64_t first, double total) {
+            A free;
+            double root = std::sqrt(inverse(total, free));
+            fill(right_next.product, first, bounded(double(r.product[std::size_t(first)]) * root));
+            fill(right_next.last, first, root);
+            fill(right_next.free, first, free);
+        });
+    }
+
+    // The gradient on its way: what came in, or what the iteration before wrote.
+    template <class Use> void with_gradient(int k, Use &&use) {
+        if (k == plan.iterations - 1) use(g, factor);
+        else if (working.empty()) use(static_cast<const T *>(call.result), A(1));
+        else use(static_cast<const A *>(working.data()), A(1));
+    }
+
+    void slope_ruiz(int k, int64_t task) {
+        Factors<A> &l = after(left, k), &next = after(left, k + 1);
+        const A *by = right_of(after(right, k), task), *q = &after(right, k + 1).last[std::size_t(task / chunks * row)];
+        with_gradient(k, [&, this](auto h, A f) {
+            sweep(
+                task,
+                [&, this](int64_t place, int64_t r) {
+                    auto px = x + place;
+                    auto ph = h + place;
+                    double along = sum_of_row([=](auto at) { return at(ph) * (at(px) * at(by)) * at(q); });
+                    left_slope[r] = A(fifth(next.last[r], next.free[r]) * along * l.product[r] * f);
+                },
+                [&, this](auto at, int64_t place, int64_t r) { return at(h + place) * (at(x + place) * at(by) * (l.product[r] * f)) * next.last[r]; });
+        });
+    }
+    // With l = n^(-1/2), dl/dy = -(1/2) l^5 y.
+    static double fifth(double last, double free) { return free != 0 ? 0.5 * last * last * last * last * last : 0; }
+
+    void merge_slope_ruiz(int k, int64_t group) {
+        const Factors<A> &f = after(right, k + 1);
+        merged(group, [&](int64_t first, double total) {
+            fill(right_slope, first, fifth(f.last[std::size_t(first)], f.free[std::size_t(first)]) * total);
+        });
+    }
+
+    void write_slope_ruiz(int k, int64_t task) {
+        Factors<A> &l = after(left, k), &next = after(left, k + 1);
+        const A *by = right_of(after(right, k), task), *q = &after(right, k + 1).last[std::size_t(task / chunks * row)];
+        const A *slopes = &right_slope[std::size_t(task / chunks * row)];
+        with_gradient(k, [&, this](auto h, A f) {
+            each_row(task, [&, this](int64_t place, int64_t r) {
+                A last = next.last[r] * f, scale = l.product[r], slope = left_slope[r];
+                auto to = [&](auto out) {
+                    over(row, [&](auto at) {
+                        at.put(out + place, at(h + place) * last * at(q) - at(x + place) * at(by) * scale * (at(slopes) + slope));
+                    });
+                };
+                if (k > 0 && !working.empty()) to(working.data());
+                else to(static_cast<T *>(call.result));
+            });
+        });
+    }
+};
+
+}  // namespace
+
+template <class T> NewJob both_job(const NkWeightPlan &plan, const NkWeightCall &call, bool backward) {
+    return NewJob(new BothJob<T>(plan, call, backward));
+}
+
+template NewJob both_job<float>(const NkWeightPlan &, const NkWeightCall &, bool);
+template NewJob both_job<double>(const NkWeightPlan &, const NkWeightCall &, bool);
+template NewJob both_job<bfloat16>(const NkWeightPlan &, const NkWeightCall &, bool);
+template NewJob both_job<float16>(const NkWeightPlan &, const NkWeightCall &, bool);
+
+}  // namespace nk

@@ -1,0 +1,166 @@
+// A matrix over its largest singular value, by warm power iteration.
+//
+// u <- W v / |W v| and v <- W^T u / |W^T u| take one traversal: while a row is in the cache, its product with v is known and scales what it
+// adds to W^T u; the length of u comes out of the sum. And sigma = u^T W v is that sum's product with v.
+#include <algorithm>
+#include <vector>
+
+#include "weights.h"
+
+namespace nk {
+
+namespace {
+
+constexpr int64_t CHUNKS = 32;
+constexpr int64_t BAND_BYTES = 1 << 17;
+
+enum Step { ITERATE, IMPROVE, SIGMA, INVERT, WRITE, SLOPE, MERGE_SLOPE, WRITE_GRADIENT };
+
+template <class T> class SpectralJob final : public Job {
+    using A = accumulator<T>;
+
+    const NkWeightPlan plan;
+    const int64_t n, rows, chunks, band;
+    const T *const w, *const g;
+    T *const result, *const left, *const right;
+    A *const inverse, *const u, *const v;
+    std::vector<Step> steps;
+    std::vector<A> product;  // W v
+    std::vector<A> partial;  // chunks x n, of W^T W v
+    std::vector<double> sums;
+    double total = 0;
+
+public:
+    SpectralJob(const NkWeightPlan &p, const NkWeightCall &call, bool backward)
+        : plan(p), n(p.kept * p.inner), rows(std::max(at_least_one(GRAIN / at_least_one(n)), ceil_div(p.far, CHUNKS))),
+          chunks(ceil_div(p.far, rows)), band(std::clamp<int64_t>(BAND_BYTES / int64_t(sizeof(T)) / at_least_one(n), 1, 8)),
+          w(static_cast<const T *>(call.weight)), g(static_cast<const T *>(call.gradient)), result(static_cast<T *>(call.result)),
+          left(static_cast<T *>(call.left)), right(static_cast<T *>(call.right)), inverse(static_cast<A *>(call.kept)), u(inverse + 1),
+          v(inverse + 1 + p.far), sums(std::size_t(chunks)) {
+        if (backward) {
+            steps = {SLOPE, MERGE_SLOPE, WRITE_GRADIENT};
+            return;
+        }
+        for (int64_t i = 0; i < p.far; ++i) u[i] = widen(left[i]);
+        for (int64_t j = 0; j < n; ++j) v[j] = widen(right[j]);
+        if (p.iterations > 0) {
+            product.resize(std::size_t(p.far));
+            partial.resize(std::size_t(chunks * n));
+        }
+        for (int k = 0; k < p.iterations; ++k) steps.insert(steps.end(), {ITERATE, IMPROVE});
+        // Vectors that are kept in a half type are not those that the last sum belongs to.
+        if (p.iterations == 0 || sizeof(T) < sizeof(A)) steps.insert(steps.end(), {SIGMA, INVERT});
+        steps.push_back(WRITE);
+    }
+
+    int64_t tasks(int phase) const override {
+        if (std::size_t(phase) >= steps.size()) return 0;
+        Step step = steps[std::size_t(phase)];
+        return step == IMPROVE || step == INVERT || step == MERGE_SLOPE ? 1 : chunks;
+    }
+
+    void run(int phase, int64_t task) override {
+        int64_t from = task * rows, to = std::min(from + rows, plan.far);
+        switch (steps[std::size_t(phase)]) {
+            case ITERATE: return iterate(task, from, to);
+            case IMPROVE: return improve(steps[std::size_t(phase) + 1] != ITERATE);
+            case SIGMA: return sigma(task, from, to);
+            case INVERT: return invert(sum());
+            case WRITE: return over((to - from) * n, [y = result + from * n, x = w + from * n, by = *inverse](auto at) { at.put(y, at(x) * by); });
+            case SLOPE: return slope(task, from, to);
+            case MERGE_SLOPE: total = std::abs(double(*inverse)) * plan.eps < 1 ? sum() * double(*inverse) : 0; return;
+            case WRITE_GRADIENT: return write_gradient(from, to);
+        }
+    }
+
+private:
+    double sum() const {
+        double all = 0;
+        for (double part : sums) all += part;
+        return all;
+    }
+    template <class P> static double length(const P &values, int64_t n) {
+        double square = 0;
+        for (int64_t i = 0; i < n; ++i) square += double(values[i]) * double(values[i]);
+        return std::sqrt(square);
+    }
+    template <class X, class Y> static double dot(const X *x, const Y *y, int64_t n) {
+        double total[1] = {};
+        sum_over<A>(n, total, [=](auto at, auto *s) { s[0] += at(x) * at(y); });
+        return total[0];
+    }
+
+    // into <- the sum of rows [from, to), each times its number in `by`, which before(row) has set.
+    template <class Before> void add_rows(A *into, int64_t from, int64_t to, const A *by, Before &&before) {
+        std::fill_n(into, n, A(0));
+        for (int64_t begin = from; begin < to; begin += band) {
+            int64_t end = std::min(begin + band, to);
+            for (int64_t r = begin; r < end; ++r) before(r);
+            over(n, [&](auto at) {
+                Vec<A> lanes = at(into);
+                for (int64_t r = begin; r < end; ++r) lanes += at(w + r * n) * by[r];
+                at.put(into, lanes);
+            });
+        }
+    }
+
+    void iterate(int64_t task, int64_t from, int64_t to) {
+        add_rows(&partial[std::size_t(task * n)], from, to, product.data(), [this](int64_t r) { product[std::size_t(r)] = A(dot(w + r * n, v, n)); });
+    }
+
+    // A product as short as eps has no direction and leaves its vector as it was.
+    void improve(bool last) {
+        double size = length(product, plan.far), shrink = 1 / size;
+        if (size > plan.eps || size != size) {
+            for (int64_t i = 0; i < plan.far; ++i) u[i] = A(double(product[std::size_t(i)]) / size);
+        } else {
+            for (int64_t c = 0; c < chunks; ++c)
+                add_rows(&partial[std::size_t(c * n)], c * rows, std::min((c + 1) * rows, plan.far), u, [](int64_t) {});
+            shrink = 1;
+        }
+        A *sum = partial.data();
+        for (int64_t j = 0; j < n; ++j) {
+            double lanes = 0;
+            for (int64_t c = 0; c < chunks; ++c) lanes += double(partial[std::size_t(c * n + j)]);
+            sum[j] = A(lanes * shrink);
+        }
+        double along = length(partial, n);
+        if (along > plan.eps || along != along)
+            for (int64_t j = 0; j < n; ++j) v[j] = A(double(sum[j]) / along);
+        if (!last) return;
+        double found = dot(sum, v, n);
+        for (int64_t i = 0; i < plan.far; ++i) left[i] = narrow<T>(u[i]), u[i] = widen(left[i]);
+        for (int64_t j = 0; j < n; ++j) right[j] = narrow<T>(v[j]), v[j] = widen(right[j]);
+        invert(found);
+    }
+
+    void sigma(int64_t task, int64_t from, int64_t to) {
+        double all = 0;
+        for (int64_t r = from; r < to; ++r) all += double(u[r]) * dot(w + r * n, v, n);
+        sums[std::size_t(task)] = all;
+    }
+    void invert(double sigma) { *inverse = A(1 / (std::abs(sigma) > plan.eps ? sigma : plan.eps)); }
+
+    void slope(int64_t task, int64_t from, int64_t to) { sums[std::size_t(task)] = dot(w + from * n, g + from * n, (to - from) * n); }
+
+    void write_gradient(int64_t from, int64_t to) {
+        A scale = *inverse;
+        for (int64_t r = from; r < to; ++r) {
+            A along = A(total * double(u[r]) * double(scale));
+            over(n, [=, this](auto at) { at.put(result + r * n, at(g + r * n) * scale - at(v) * along); });
+        }
+    }
+};
+
+}  // namespace
+
+template <class T> NewJob spectral_job(const NkWeightPlan &plan, const NkWeightCall &call, bool backward) {
+    return NewJob(new SpectralJob<T>(plan, call, backward));
+}
+
+template NewJob spectral_job<float>(const NkWeightPlan &, const NkWeightCall &, bool);
+template NewJob spectral_job<double>(const NkWeightPlan &, const NkWeightCall &, bool);
+template NewJob spectral_job<bfloat16>(const NkWeightPlan &, const NkWeightCall &, bool);
+template NewJob spectral_job<float16>(const NkWeightPlan &, const NkWeightCall &, bool);
+
+}  // namespace nk

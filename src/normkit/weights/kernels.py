@@ -1,0 +1,245 @@
+"""Weights on the C++ kernels of this package: what a kernel is told, which weights it takes, and its derivatives.
+
+A *plan* is all that a kernel needs to know of a weight but its numbers, as the bytes of ``NkWeightPlan`` in native/weights.h. One
+call takes any number of weights. Backward measures the weight again in place of keeping statistics; a backward pass that is to be
+differentiated itself goes through the definition in PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import struct
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normkit.core.moments import accumulation_dtype
+from normkit.core.statistic import Statistic
+from normkit.core.support import Split
+from normkit.engine.library import library
+from normkit.engine.native_call import TYPES, checked, entry, gradients, like, plain, pointer
+from normkit.weights.spare import Spare
+
+Plan = bytes
+Method = Literal["normalize", "sequential", "simultaneous", "ruiz", "spectral"]
+Sets = Literal["near", "apart"]
+
+_METHODS = {"normalize": 0, "sequential": 1, "simultaneous": 2, "ruiz": 3, "spectral": 4}
+_SCALES = {("mean", "std"): (1, 1), (None, "norm"): (0, 2)}
+_GUARDS = {"inside": 0, "outside": 1, "floor": 2}
+_NORM = Statistic(None, "norm", 1e-12, "floor")
+_POINTERS = 8  # of NkWeightCall
+
+
+class _Functions(NamedTuple):
+    forward: Any
+    backward: Any
+    many: Any
+
+
+@functools.cache
+def _functions() -> _Functions | None:
+    if library() is None:
+        return None
+    return _Functions(
+        entry("nk_weight_forward", "pppp"), entry("nk_weight_backward", "pppppp"), entry("nk_weights", "ippi")
+    )
+
+
+def plan_for(
+    nest: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    *,
+    method: Method = "normalize",
+    sets: Sets = "near",
+    statistic: Statistic = _NORM,
+    factor: float = 1.0,
+    constant: bool = False,
+    iterations: int = 0,
+) -> Plan | None:
+    """What a kernel is told of a weight.
+
+    Args:
+        nest: groups, far, kept and inner: the weight's axes in the order of memory, merged. A near set is that of one
+            (group, far), an apart set that of one (group, kept).
+        dtype: of the weight.
+        method: what is done.
+        sets: that ``"normalize"`` is over, or ``"sequential"`` takes first.
+        statistic: of the sets; of other methods its eps counts alone.
+        factor: multiplies the result.
+        constant: whether the divisors have no gradient.
+        iterations: of ``"ruiz"`` and ``"spectral"``.
+
+    Returns:
+        The plan, or None for what no kernel does.
+    """
+    form = _SCALES.get((statistic.center, statistic.scale))
+    if dtype not in TYPES or form is None or 0 in nest:
+        return None
+    eps = statistic.epsilon(accumulation_dtype(dtype))
+    codes = (
+        TYPES[dtype],
+        _METHODS[method],
+        int(sets == "apart"),
+        *form,
+        _GUARDS[statistic.guard],
+        statistic.correction,
+    )
+    return struct.pack("4q2d10i", *nest, eps, factor, *codes, constant, iterations, 0)
+
+
+def plan_over(
+    split: Split, dtype: torch.dtype, statistic: Statistic, factor: float = 1.0, constant: bool = False
+) -> Plan | None:
+    """The plan of normalizing a contiguous weight over a support.
+
+    Args:
+        split: of the support on the weight's shape.
+        dtype: of the weight.
+        statistic: of each set.
+        factor: multiplies the result.
+        constant: whether the divisors have no gradient.
+
+    Returns:
+        The plan, or None for what no kernel does.
+    """
+    if split.count <= statistic.correction:
+        return None
+    axes = [d for d, size in enumerate(split.shape) if size != 1]
+    runs = [
+        (reduced, math.prod(split.shape[d] for d in dims))
+        for reduced, dims in groupby(axes, key=lambda d: d in split.dims)
+    ]
+    # Kept and reduced axes take turns, a kept one first; what is missing at either end has size 1.
+    if not runs or not runs[-1][0]:
+        runs.append((True, 1))
+    if runs[0][0]:
+        runs.insert(0, (False, 1))
+    sizes = [size for _, size in runs]
+    if len(sizes) > 4:
+        return None
+    nest = (1, sizes[0], sizes[1], 1) if len(sizes) == 2 else (sizes[0], sizes[1], sizes[2], sizes[3])
+    sets: Sets = "near" if len(sizes) == 2 else "apart"
+    return plan_for(nest, dtype, sets=sets, statistic=statistic, factor=factor, constant=constant)
+
+
+def takes(weight: Tensor, rows: bool = False) -> bool:
+    """Whether the kernels take this tensor here and now: a plain one on a CPU, and nothing that must see PyTorch's operators.
+
+    Args:
+        weight: the tensor.
+        rows: whether only axis 0 has to be outermost in memory, so that channels-last weights do.
+    """
+    return plain(weight) and (weight.is_contiguous() or (rows and _channels_last(weight))) and _functions() is not None
+
+
+def goes_with(weight: Tensor, *others: Tensor) -> bool:
+    """Whether these tensors can go to the kernels beside a weight that they take."""
+    return plain(*others) and all(t.dtype == weight.dtype and t.is_contiguous() for t in others)
+
+
+def _channels_last(weight: Tensor) -> bool:
+    kind = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
+    return kind is not None and weight.is_contiguous(memory_format=kind)
+
+
+def normalize(
+    weight: Tensor,
+    gain: Tensor | None,
+    plan: Plan,
+    definition: Callable[..., Tensor],
+    spare: Spare | None = None,
+) -> Tensor:
+    """One weight on the kernels.
+
+    Args:
+        weight: one that ``takes`` holds for.
+        gain: one number a set, which ``goes_with`` the weight, or None.
+        plan: of the weight, with method ``"normalize"`` or of both systems of sets.
+        definition: the same as a differentiable function of weight and gain, or of the weight alone where there is no gain.
+        spare: keeps the memory of the result from one training step to the next.
+
+    Returns:
+        Of the weight's shape, strides and dtype; differentiable to any order.
+    """
+    if torch.is_grad_enabled() and (weight.requires_grad or (gain is not None and gain.requires_grad)):
+        return _apply(weight, gain, plan, definition, spare)
+    return _forward(weight, gain, plan, None)
+
+
+def _forward(weight: Tensor, gain: Tensor | None, plan: Plan, spare: Spare | None) -> Tensor:
+    result = torch.empty_like(weight) if spare is None else spare.take(weight)
+    functions = _functions()
+    assert functions is not None
+    checked(functions.forward(plan, weight.data_ptr(), pointer(gain), result.data_ptr()))
+    return result
+
+
+class _Normalize(torch.autograd.Function):
+    # A forward with ctx, not setup_context: of a small weight the latter costs more than the kernel.
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        weight, gain, ctx.plan, ctx.definition, spare = inputs
+        ctx.save_for_backward(weight, gain)
+        return _forward(weight, gain, ctx.plan, spare)
+
+    @staticmethod
+    def backward(ctx: Any, *arrived: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = arrived
+        weight, gain = ctx.saved_tensors
+        if torch.is_grad_enabled() or not plain(gradient):
+            return *gradients_by(ctx.definition, (weight, gain), ctx.needs_input_grad, gradient), None, None, None
+        gradient = like(gradient, weight)
+        result = torch.empty_like(weight)
+        dgain = None if gain is None else torch.empty_like(gain)
+        functions = _functions()
+        assert functions is not None
+        checked(
+            functions.backward(
+                ctx.plan, gradient.data_ptr(), weight.data_ptr(), pointer(gain), result.data_ptr(), pointer(dgain)
+            )
+        )
+        return result, dgain, None, None, None
+
+
+# What Function.apply does beyond this is for torch.func, under which no kernel runs.
+_apply: Callable[..., Tensor] = super(torch.autograd.Function, _Normalize).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def gradients_by(
+    definition: Callable[..., Tensor], raw: tuple[Tensor, Tensor | None], needed: Sequence[bool], gradient: Tensor
+) -> list[Tensor | None]:
+    """The gradients of weight and gain by autograd through the definition, to be differentiated again.
+
+    Args:
+        definition: of weight and gain, or of the weight alone where there is no gain.
+        raw: weight and gain.
+        needed: whether the gradient of each is wanted; more may follow.
+        gradient: of what the definition gives.
+    """
+    if raw[1] is None:
+        return [*gradients(definition, raw[:1], needed[:1], gradient), None]
+    return gradients(definition, raw, needed[:2], gradient)
+
+
+def run(plans: Sequence[Plan], calls: Sequence[Sequence[Tensor | None]], backward: bool) -> None:
+    """One call into the library for many weights.
+
+    Args:
+        plans: one a weight.
+        calls: for each its tensors, as far as there are any: weight, gain, gradient, result, gradient of the gain, and of
+            ``"spectral"`` the left and right vector and what is kept for backward. See native/weights.h.
+        backward: whether gradients are wanted.
+    """
+    functions = _functions()
+    assert functions is not None
+    pointers = (ctypes.c_void_p * (_POINTERS * len(plans)))()
+    for place, tensors in enumerate(calls):
+        for which, tensor in enumerate(tensors):
+            pointers[_POINTERS * place + which] = pointer(tensor)
+    checked(functions.many(len(plans), (ctypes.c_char_p * len(plans))(*plans), pointers, backward))

@@ -1,0 +1,169 @@
+"""Many weights in one call: one traversal of each, one cut of all the work among the threads, one node in autograd's graph."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.nn.utils import parametrize
+
+from normkit.core.moments import accumulation_dtype
+from normkit.engine.native_call import like, plain
+from normkit.weights import kernels
+
+
+class Share(NamedTuple):
+    """What one weight brings to a call.
+
+    ``definition`` is the same in differentiable PyTorch: of weight and gain; of weight, left and right vector where there are
+    such. The vectors are improved in place.
+    """
+
+    plan: kernels.Plan
+    definition: Callable[..., Tensor]
+    weight: Tensor
+    gain: Tensor | None = None
+    vectors: tuple[Tensor, Tensor] | None = None
+
+
+@runtime_checkable
+class Shares(Protocol):
+    """A parametrization that the kernels can run."""
+
+    def share(self, *raw: Tensor) -> Share | None:
+        """What the raw tensors bring to a call; None where the kernels don't run."""
+        ...
+
+
+def normalize(shares: Sequence[Share]) -> list[Tensor]:
+    """The weights of all shares, by one call into the library.
+
+    Args:
+        shares: of weights that ``kernels.takes`` holds for.
+
+    Returns:
+        Each of its weight's shape, strides and dtype; differentiable to any order.
+    """
+    if not shares:
+        return []
+    raw = [tensor for share in shares for tensor in (share.weight, share.gain)]
+    return list(cast(tuple[Tensor, ...], _Together.apply(tuple(shares), *raw)))
+
+
+@contextlib.contextmanager
+def together(model: nn.Module) -> Iterator[None]:
+    """A context in which the parametrized weights of a model are made once: by one call, for those that the kernels know.
+
+    ``torch.nn.utils.parametrize.cached`` with all weights made at the start. Put the forward passes of a step inside; the
+    backward pass may lie inside or behind, the optimizer's step behind. Weights that are used several times in a step cost once;
+    spectral normalization iterates once. The gradients of all raw weights arrive together at the end of the backward pass: leave
+    the context out where something waits for them one by one, as DistributedDataParallel does, or where weights are not in
+    memory until their layer runs, as with FSDP and offloading; also around checkpointed regions, which run again behind it.
+
+    Args:
+        model: any module.
+
+    >>> from normkit.weights.weight_conditioning import weight_conditioning
+    >>> model = nn.Sequential(weight_conditioning(nn.Linear(2, 2)), weight_conditioning(nn.Linear(2, 1)))
+    >>> with together(model):
+    ...     model[0].weight is model[0].weight
+    True
+    """
+    with parametrize.cached():
+        places: list[tuple[int, str]] = []
+        shares: list[Share] = []
+        for layer in model.modules():
+            for name, part, raw in _single_parts(layer):
+                share = part.share(*raw) if (id(layer), name) not in parametrize._cache else None
+                if share is not None:
+                    places.append((id(layer), name))
+                    shares.append(share)
+        parametrize._cache.update(zip(places, normalize(shares), strict=True))  # pyright: ignore
+        yield
+
+
+def _single_parts(layer: nn.Module) -> Iterator[tuple[str, Shares, list[Tensor]]]:
+    """Of each tensor with one parametrization and no hooks, its name, the parametrization and the raw tensors."""
+    held = layer._modules.get("parametrizations") if parametrize.is_parametrized(layer) else None
+    for name, found in held._modules.items() if held is not None else ():
+        assert found is not None
+        parts = list(found._modules.values())
+        raw: list[Tensor] = [tensor for tensor in found._parameters.values() if tensor is not None]
+        if len(parts) == 1 and isinstance(parts[0], Shares) and not found._buffers and not _hooked(found, parts[0]):
+            yield name, parts[0], raw
+
+
+def _hooked(*modules: nn.Module) -> bool:
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+    )
+
+
+class _Together(torch.autograd.Function):
+    """Weights by the kernels; inputs are the shares, then weight and gain of each."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        shares: tuple[Share, ...] = inputs[0]
+        results = tuple(torch.empty_like(share.weight) for share in shares)
+        kept = [_room(share) for share in shares]
+        calls = [
+            (share.weight, share.gain, None, result, None, *(share.vectors or (None, None)), room)
+            for share, result, room in zip(shares, results, kept, strict=True)
+        ]
+        kernels.run([share.plan for share in shares], calls, backward=False)
+        for share in shares:
+            if share.vectors is not None:
+                increment_version(share.vectors)
+        ctx.plans = [share.plan for share in shares]
+        ctx.definitions = [_definition(share, room) for share, room in zip(shares, kept, strict=True)]
+        ctx.kept = kept
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[1:])
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        raw, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        found: list[Tensor | None] = [None] * len(raw)
+        plans, calls = [], []
+        for k, gradient in enumerate(gradients):
+            weight, gain = raw[2 * k : 2 * k + 2]
+            if gradient is None or not any(needed[2 * k : 2 * k + 2]):
+                continue
+            if torch.is_grad_enabled() or not plain(gradient):
+                found[2 * k : 2 * k + 2] = kernels.gradients_by(
+                    ctx.definitions[k], (weight, gain), needed[2 * k : 2 * k + 2], gradient
+                )
+                continue
+            result, dgain = torch.empty_like(weight), None if gain is None else torch.empty_like(gain)
+            found[2 * k : 2 * k + 2] = result, dgain
+            plans.append(ctx.plans[k])
+            calls.append((weight, gain, like(gradient, weight), result, dgain, None, None, ctx.kept[k]))
+        if plans:
+            kernels.run(plans, calls, backward=True)
+        return None, *found
+
+
+def _room(share: Share) -> Tensor | None:
+    """Where forward keeps what it measured, of a weight that has vectors."""
+    if share.vectors is None:
+        return None
+    return share.weight.new_empty(1 + sum(len(v) for v in share.vectors), dtype=accumulation_dtype(share.weight.dtype))
+
+
+def _definition(share: Share, room: Tensor | None) -> Callable[..., Tensor]:
+    if share.vectors is None or room is None:
+        return share.definition
+    left, right = room[1:].split([len(v) for v in share.vectors])
+    return functools.partial(_by_vectors, share.definition, left, right)
+
+
+def _by_vectors(definition: Callable[..., Tensor], left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
+    return definition(weight, left, right)

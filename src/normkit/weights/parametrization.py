@@ -1,0 +1,58 @@
+"""What the parametrizations of a weight have in common that run on the kernels where those take it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from normkit.weights import kernels
+from normkit.weights.multi_tensor import Share
+from normkit.weights.spare import Spare
+
+
+class Parametrization(nn.Module):
+    """One weight, and for some one gain a set, to the weight as it is used.
+
+    A subclass has ``definition``, in differentiable PyTorch, and ``plan``, what a kernel is told; its forward hands the raw
+    tensors to ``made``.
+    """
+
+    # Whether each set is a row of axis 0, which may lie in memory as channels last has it.
+    by_rows: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._plans: dict[tuple[object, ...], kernels.Plan | None] = {}
+        self._spare = Spare()
+
+    def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
+        """The weight as it is used, by PyTorch's operators."""
+        raise NotImplementedError
+
+    def plan(self, weight: Tensor) -> kernels.Plan | None:
+        """What a kernel is told of such a weight; None for what no kernel does."""
+        raise NotImplementedError
+
+    def options(self) -> tuple[object, ...]:
+        """What the plan depends on beside the weight's shape and dtype."""
+        return ()
+
+    def made(self, weight: Tensor, *gain: Tensor) -> Tensor:
+        """The weight as it is used, on the kernels where they take it."""
+        plan = self._plan_here(weight, *gain)
+        if plan is None:
+            return self.definition(weight, *gain)
+        return kernels.normalize(weight, gain[0] if gain else None, plan, self.definition, self._spare)
+
+    def share(self, *raw: Tensor) -> Share | None:
+        """What the raw tensors, the weight last, bring to one call for many weights; None where the kernels don't run."""
+        *gain, weight = raw
+        plan = self._plan_here(weight, *gain)
+        return None if plan is None else Share(plan, self.definition, weight, gain[0] if gain else None)
+
+    def _plan_here(self, weight: Tensor, *gain: Tensor) -> kernels.Plan | None:
+        if not kernels.takes(weight, rows=self.by_rows) or (gain and not kernels.goes_with(weight, *gain)):
+            return None
+        key = (weight.shape, weight.dtype, *self.options())
+        if key not in self._plans:
+            self._plans[key] = self.plan(weight)
+        return self._plans[key]

@@ -1,0 +1,74 @@
+"""The memory of a weight that one step made, kept for the next step.
+
+The first write to a fresh tensor of a megabyte or more costs several times what a later one does, as the system hands out
+pages of zeros. A weight that is made anew at each step has the same size each time; so its place is written over as soon as
+nothing holds it any more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _holders(tensor: Tensor) -> int:
+    """How many tensors, views and arrays share the memory of this one, and one constant more."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def _unshared() -> int:
+    """What ``_holders`` says of memory that one tensor holds; 0, which it never says, where it can't tell one from two."""
+    try:
+        tensor = torch.empty(1)
+        alone = _holders(tensor)
+        both = (tensor.data, tensor)
+        return alone if _holders(both[1]) == alone + 1 else 0
+    except AttributeError:
+        return 0
+
+
+_UNSHARED = _unshared()
+
+
+class Spare:
+    """At most one place in memory; a copy or a pickle of it is empty.
+
+    >>> spare, like = Spare(), torch.zeros(2)
+    >>> first = spare.take(like)
+    >>> kept, again = first.data_ptr(), spare.take(like)  # first holds its place, so again has another one
+    >>> again.data_ptr() == kept
+    False
+    """
+
+    __slots__ = ("_free",)
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take(self, like: Tensor) -> Tensor:
+        """An uninitialized tensor of this shape, strides and dtype; it is the caller's own."""
+        try:
+            kept = self._free.pop()  # in one step, so that no two threads get the same place
+        except IndexError:
+            kept = None
+        if (
+            kept is None
+            or _holders(kept) != _UNSHARED
+            or kept.shape != like.shape
+            or kept.stride() != like.stride()
+            or kept.dtype != like.dtype
+        ):
+            if torch.is_inference_mode_enabled():  # what is made here could not be used in training
+                return torch.empty_like(like)
+            kept = torch.empty_like(like)
+        taken = kept.data  # of a version counter of its own
+        self._free[:] = [kept]
+        return taken
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Spare:
+        return Spare()
+
+    def __reduce__(self) -> tuple[type[Spare], tuple[()]]:
+        return Spare, ()

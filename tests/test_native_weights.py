@@ -1,0 +1,518 @@
+"""Weights on the native kernels: equal to their definitions, one by one and together, and never stale."""
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from normkit.engine.library import why_not
+from normkit.weights import kernels, multi_tensor
+from normkit.weights.layout import WeightLayout
+from normkit.weights.multi_tensor import Share, Shares, together
+from normkit.weights.scaled_weight_standardization import ScaledWeightStandardization, scaled_weight_standardization
+from normkit.weights.spare import Spare
+from normkit.weights.spectral_norm import SpectralNorm, spectral_norm
+from normkit.weights.weight_conditioning import Equilibrate, weight_conditioning
+from normkit.weights.weight_norm import WeightNorm, weight_norm
+from normkit.weights.weight_standardization import WeightStandardization, weight_standardization
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no native kernels: {why_not()}")
+
+Make = Callable[[WeightLayout], nn.Module]
+PARTS: dict[str, Make] = {
+    "row": lambda layout: Equilibrate("row", layout, gain=1.5),
+    "row, detached": lambda layout: Equilibrate("row", layout, gradient="detach"),
+    "col": lambda layout: Equilibrate("col", layout),
+    "col, unfold": lambda layout: Equilibrate("col", layout, view="unfold"),
+    "rowcol": lambda layout: Equilibrate("rowcol", layout, gain=2.0),
+    "rowcol, unfold": lambda layout: Equilibrate("rowcol", layout, view="unfold"),
+    "rowcol, detached": lambda layout: Equilibrate("rowcol", layout, gradient="detach"),
+    "rowcol, simultaneous": lambda layout: Equilibrate("rowcol", layout, order="simultaneous", gain=0.5),
+    "rowcol, ruiz": lambda layout: Equilibrate("rowcol", layout, order="ruiz", iterations=3, gain=2.0),
+    "rowcol, ruiz detached": lambda layout: Equilibrate("rowcol", layout, order="ruiz", gradient="detach"),
+    "weight norm, 0": lambda _: WeightNorm(0),
+    "weight norm, 1": lambda _: WeightNorm(1, eps=1e-3),
+    "weight norm, one length": lambda _: WeightNorm(None),
+    "standardization": lambda layout: WeightStandardization(layout),
+    "standardization, outside": lambda layout: WeightStandardization(layout, correction=1, guard="outside"),
+    "standardization, floor": lambda layout: WeightStandardization(layout, eps=0.9, guard="floor"),
+    "scaled standardization": ScaledWeightStandardization,
+}
+# Vectors and what is left of them, one row and one column, short and long pieces, pieces too long for one task, several tasks.
+SHAPES: dict[str, tuple[tuple[int, ...], WeightLayout]] = {
+    "matrix": ((6, 11), WeightLayout()),
+    "one row": ((1, 35), WeightLayout()),
+    "one column": ((33, 1), WeightLayout()),
+    "transposed": ((7, 19), WeightLayout(output_axis=1)),
+    "groups": ((8, 3, 3, 3), WeightLayout(groups=2)),
+    "transposed, groups": ((8, 3, 5), WeightLayout(output_axis=1, groups=4)),
+    "long pieces": ((3, 4, 10, 10), WeightLayout(output_axis=1)),
+    "many tasks": ((260, 257), WeightLayout()),
+    "many tasks, transposed": ((260, 65, 3), WeightLayout(output_axis=1, groups=2)),
+}
+LARGE = {
+    "two long rows": ((2, 140_000), WeightLayout()),
+    "few long pieces": ((2, 2, 70_000), WeightLayout(output_axis=1)),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def inputs(part: nn.Module, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Raw tensors of a parametrization: of the weight, rows have unlike lengths, and a row and a column are zero."""
+    w = (
+        torch.randn(shape, dtype=torch.float64)
+        * torch.randn(shape[0], *[1] * (len(shape) - 1), dtype=torch.float64).exp()
+    )
+    w[shape[0] // 2] = 0 if shape[0] > 2 else w[shape[0] // 2]
+    w[:, shape[1] // 2] = 0 if shape[1] > 2 else w[:, shape[1] // 2]
+    made = part.right_inverse(w)  # pyright: ignore[reportCallIssue]
+    made = [made] if isinstance(made, Tensor) else [torch.randn_like(made[0]), made[1]]
+    return [tensor.to(dtype).requires_grad_() for tensor in made]
+
+
+def definition(part: nn.Module, raw: list[Tensor]) -> Tensor:
+    """The parametrization without the kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "takes", lambda *_, **__: False)
+        return part(*raw)
+
+
+def close(got: Tensor, wanted: Tensor, eps: float, beside: Tensor | None = None) -> None:
+    """Equal but for ``eps`` of each element, its row's mean and what is beside: a difference is rounded as its terms are."""
+    scale = wanted.detach().double().abs()
+    scale = scale + (scale.mean(dim=tuple(range(1, scale.dim())), keepdim=True) if scale.dim() > 1 else scale.mean())
+    if beside is not None and beside.shape == scale.shape:
+        scale = scale + beside
+    assert ((got.detach().double() - wanted.detach().double()).abs() <= eps * scale).all()
+
+
+@pytest.mark.parametrize(("shape", "layout"), SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("make", PARTS.values(), ids=PARTS)
+def test_the_kernels_are_the_definition(make: Make, shape: tuple[int, ...], layout: WeightLayout) -> None:
+    part = make(layout)
+    raw = inputs(part, shape)
+    if shape[1] == 1 and isinstance(part, WeightStandardization | ScaledWeightStandardization):
+        return  # nothing but rounding is left
+    if not isinstance(part, Shares) or part.share(*raw) is None:
+        assert layout.output_axis == 1 or shape[1] == 1  # sets that no kernel knows, or an element less itself
+        return
+    got, wanted = part(*raw), definition(part, raw)
+    d = torch.randn_like(wanted)
+    # Sums of up to 1e5 roundings of float64, and iterations that pass them on.
+    close(got, wanted, 1e-12)
+    beside = (d * wanted / raw[-1]).detach().abs().nan_to_num(0.0, 0.0, 0.0)
+    for a, b in zip(torch.autograd.grad(got, raw, d), torch.autograd.grad(wanted, raw, d), strict=True):
+        close(a, b, 1e-10, beside)
+
+
+@pytest.mark.parametrize(("shape", "layout"), LARGE.values(), ids=LARGE)
+@pytest.mark.parametrize(
+    "name", ["row", "col", "rowcol", "weight norm, one length", "standardization", "scaled standardization"]
+)
+def test_long_sets_are_cut(name: str, shape: tuple[int, ...], layout: WeightLayout) -> None:
+    test_the_kernels_are_the_definition(PARTS[name], shape, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "layout"), [SHAPES[name] for name in ("groups", "transposed, groups", "many tasks")])
+@pytest.mark.parametrize("make", PARTS.values(), ids=PARTS)
+def test_no_dtype_loses_more_than_the_definition(
+    make: Make, shape: tuple[int, ...], layout: WeightLayout, dtype: torch.dtype
+) -> None:
+    part = make(layout)
+    raw = inputs(part, shape, dtype)
+    wide = [tensor.detach().double().requires_grad_() for tensor in raw]
+    if part.share(*raw) is None:  # pyright: ignore[reportCallIssue]
+        return
+    runs = []
+    d = torch.randn(shape, dtype=torch.float64).to(dtype)
+    for run, given in (
+        (part, raw),
+        (lambda *a: definition(part, list(a)), raw),
+        (lambda *a: definition(part, list(a)), wide),
+    ):
+        y = run(*given)
+        runs.append([y, *torch.autograd.grad(y, given, d.to(y.dtype))])
+    eps = torch.finfo(dtype).eps
+    for got, theirs, exact in zip(*runs, strict=True):
+        assert got.dtype == dtype
+        assert not got.isnan().any()
+        # Where a zero row's gradient, divided by eps, has left a half type's range, the two may differ in which are infinite.
+        usual = exact.abs() < torch.finfo(dtype).max / 4
+        rows = tuple(range(1, exact.dim()))
+        scale = (
+            (exact.abs() + exact.abs().mean(dim=rows, keepdim=True)).detach().clamp_min(1e-30)
+        )  # zero rows are exact
+        worst, allowed = (((one.double() - exact).abs() / scale)[usual].max() for one in (got, theirs))
+        assert worst <= max(2 * allowed, 4 * eps)
+
+
+def test_a_large_mean_costs_no_accuracy() -> None:
+    for shape, layout in (SHAPES["matrix"], SHAPES["transposed"], SHAPES["many tasks"], LARGE["two long rows"]):
+        part = WeightStandardization(layout)
+        w = (torch.randn(shape) + 1e4).requires_grad_()  # itself rounded to 2^-10
+        wide = w.detach().double().requires_grad_()
+        got, wanted = part(w), part(wide)
+        assert_close(got, wanted.float(), rtol=1e-4, atol=1e-4)
+        d = torch.randn(shape)
+        assert_close(
+            torch.autograd.grad(got, w, d)[0],
+            torch.autograd.grad(wanted, wide, d.double())[0].float(),
+            rtol=1e-3,
+            atol=1e-3,
+        )
+
+
+def test_nan_spoils_its_own_set_only() -> None:
+    w = torch.randn(4, 300)
+    w[1, 299] = float("nan")
+    for part in (Equilibrate(), WeightStandardization()):
+        assert part(w).isnan().all(1).tolist() == [False, True, False, False]
+    assert Equilibrate("col")(w).isnan().all(0).nonzero().tolist() == [[299]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("shape", [(6, 11), (1, 5), (5, 1), (300, 4, 3, 3), (40, 1000)], ids=str)
+def test_the_power_step(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    w = torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+    ours = SpectralNorm(w.detach(), n_power_iterations=2)
+    theirs = copy.deepcopy(ours)
+    # Power iterations amplify rounding by no more than a few times; a half type keeps vectors of half precision.
+    eps = 40 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    rounding = max(eps, 2 * torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 0.0)
+    for training in (True, True, False):
+        ours.train(training)
+        theirs.train(training)
+        assert ours.share(w) is not None
+        before = ours._u._version
+        got, wanted = ours(w), definition(theirs, [w])
+        assert ours._u._version > before
+        close(got, wanted, rounding)
+        for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
+            assert_close(a, b, rtol=0, atol=rounding)
+        d = torch.randn_like(wanted)
+        beside = (d * wanted / w).detach().double().abs()
+        close(torch.autograd.grad(got, w, d)[0], torch.autograd.grad(wanted, w, d)[0], 4 * rounding, beside)
+
+
+def test_the_power_step_from_nothing() -> None:
+    part = SpectralNorm(torch.randn(4, 5))
+    before = [buffer.clone() for buffer in part.buffers()]
+    zero = torch.zeros(4, 5, requires_grad=True)
+    y = part(zero)
+    assert_close(list(part.buffers()), before)
+    assert_close(torch.autograd.grad(y.sum(), zero)[0], torch.full((4, 5), 1e12))
+    w = torch.randn(4, 5)
+    for _ in range(200):
+        part(w)
+    assert_close(torch.linalg.matrix_norm(part.eval()(w), 2), torch.tensor(1.0))
+
+
+def shares(dtype: torch.dtype = torch.float32) -> list[Share]:
+    found = []
+    for make in PARTS.values():
+        for shape, layout in SHAPES.values():
+            part = make(layout)
+            share = part.share(*inputs(part, shape, dtype))  # pyright: ignore[reportCallIssue]
+            if share is not None:
+                found.append(share)
+    w = torch.randn(70, 600, dtype=dtype, requires_grad=True)
+    return [*found, SpectralNorm(w.detach()).share(w) or found[0]]
+
+
+def leaves(share: Share) -> list[Tensor]:
+    return [tensor for tensor in (share.weight, share.gain) if tensor is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_call_for_many_is_one_by_one(dtype: torch.dtype) -> None:
+    every = shares(dtype)
+    copies = [
+        share._replace(vectors=tuple(v.clone() for v in share.vectors)) if share.vectors else share for share in every
+    ]
+    many, alone = multi_tensor.normalize(every), [multi_tensor.normalize([share])[0] for share in copies]
+    gradients = [torch.randn_like(y) for y in many]
+    raw = [tensor for share in every for tensor in leaves(share)]
+    assert_close(many, alone, rtol=0, atol=0)
+    assert_close(torch.autograd.grad(many, raw, gradients), torch.autograd.grad(alone, raw, gradients), rtol=0, atol=0)
+
+
+def test_threads_change_nothing() -> None:
+    every = shares()
+    raw = [tensor for share in every for tensor in leaves(share)]
+    started, found = torch.get_num_threads(), []
+    gradients = [torch.randn_like(share.weight) for share in every]
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            torch.manual_seed(1)
+            copies = [
+                share._replace(vectors=tuple(v.clone() for v in share.vectors)) if share.vectors else share
+                for share in every
+            ]
+            many = multi_tensor.normalize(copies)
+            found.append([*many, *torch.autograd.grad(many, raw, gradients)])
+    finally:
+        torch.set_num_threads(started)
+    assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_derivatives_of_many() -> None:
+    parts = [
+        WeightNorm(),
+        Equilibrate("rowcol", order="ruiz", iterations=2),
+        SpectralNorm(torch.randn(3, 4).double()).eval(),
+    ]
+    raw = [tensor for part in parts for tensor in inputs(WeightNorm() if part is parts[0] else Equilibrate(), (3, 4))]
+
+    def many(g: Tensor, v: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        return tuple(multi_tensor.normalize([parts[0].share(g, v), parts[1].share(w), parts[2].share(s)]))  # pyright: ignore
+
+    with torch.no_grad():
+        for tensor in raw[1:]:
+            tensor.copy_(torch.randn(3, 4))
+    assert torch.autograd.gradcheck(many, raw)
+    assert torch.autograd.gradgradcheck(many, raw)
+
+
+def test_a_weight_without_a_gradient_gets_none() -> None:
+    one, two = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    made = multi_tensor.normalize([Equilibrate().share(w) for w in (one, two)])  # pyright: ignore
+    made[1].sum().backward()
+    assert one.grad is None
+    assert two.grad is not None
+    frozen = torch.randn(3, 4)
+    made = multi_tensor.normalize([Equilibrate().share(w) for w in (frozen, two)])  # pyright: ignore
+    assert not multi_tensor.normalize([])
+    assert torch.autograd.grad(made[1].sum() + made[0].sum(), two)[0].isfinite().all()
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        weight_conditioning(nn.Conv2d(3, 4, 3)),
+        nn.ReLU(inplace=True),
+        weight_standardization(nn.Conv2d(4, 4, 3)),
+        weight_norm(nn.Conv2d(4, 4, 3)),
+        nn.Flatten(),
+        scaled_weight_standardization(nn.Linear(16, 5)),
+        spectral_norm(nn.Linear(5, 5)),
+        weight_conditioning(nn.Linear(5, 2), "rowcol"),
+        nn.Linear(2, 2),
+    )
+
+
+X = torch.randn(2, 3, 8, 8)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return list(torch.autograd.grad(model(X).square().sum(), list(model.parameters())))
+
+
+def test_together_computes_the_same() -> None:
+    model = network()
+    twin = copy.deepcopy(model)
+    wanted = gradients(twin)
+    with together(model):
+        assert model[0].weight is model[0].weight
+        assert (
+            len({id(layer.weight.grad_fn) for layer in (model[0], model[2], model[3], model[5], model[6], model[7])})
+            <= 6
+        )
+        y = model(X)
+        y2 = model(X)
+    assert_close(y2, y, rtol=0, atol=0)
+    got = torch.autograd.grad(y.square().sum(), list(model.parameters()))
+    assert_close(list(got), wanted, rtol=0, atol=0)
+    assert_close(
+        model[6].get_buffer("parametrizations.weight.0._u"), twin[6].get_buffer("parametrizations.weight.0._u")
+    )
+    assert model[0].weight is not model[0].weight
+
+
+def test_together_leaves_what_it_does_not_know() -> None:
+    model = nn.Sequential(weight_conditioning(nn.Linear(3, 3)), weight_conditioning(nn.Linear(3, 3)), nn.Linear(3, 3))
+    parametrize.register_parametrization(model[1], "weight", nn.Softmax(1))
+    parametrize.register_parametrization(model[2], "weight", nn.Softmax(1))
+    seen = []
+    model[0].get_submodule("parametrizations.weight").register_forward_hook(lambda *_: seen.append(1))
+    wanted = model(X.flatten()[:3])
+    with together(model):
+        assert_close(model(X.flatten()[:3]), wanted)
+    assert seen == [1, 1]
+
+
+def changes(layer: nn.Module, raw: nn.Parameter) -> dict[str, Callable[[], object]]:
+    state = {key: torch.randn_like(value) for key, value in layer.state_dict().items()}
+
+    def step() -> None:
+        optimizer = torch.optim.SGD([raw], 0.5)
+        raw.grad = torch.randn_like(raw)
+        optimizer.step()
+
+    def through_data() -> None:
+        raw.data.copy_(torch.randn_like(raw))
+
+    def data() -> None:
+        raw.data = torch.randn_like(raw)
+
+    def to_double() -> None:
+        layer.double()
+
+    def larger() -> None:
+        raw.data = torch.randn(raw.shape[0], raw.shape[1] + 3, dtype=raw.dtype)
+
+    return {
+        "step": step,
+        "load": lambda: layer.load_state_dict(state),
+        "through data": through_data,
+        "data": data,
+        "assign": lambda: setattr(layer, "weight", torch.randn(4, 5)),
+        "double": to_double,
+        "larger": larger,
+    }
+
+
+@pytest.mark.parametrize("change", ["step", "load", "through data", "data", "assign", "double", "larger"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_weight_is_never_stale(change: str, grad: bool) -> None:
+    layer = weight_conditioning(nn.Linear(5, 4))
+    raw = layer.get_parameter("parametrizations.weight.original")
+    with torch.set_grad_enabled(grad):
+        held = layer.weight
+        kept = held.detach().clone()
+        layer(torch.randn(2, 5)).sum()
+        changes(layer, raw)[change]()
+        assert_close(layer.weight, raw / raw.norm(dim=1, keepdim=True))
+        with together(layer):
+            assert_close(layer.weight, raw / raw.norm(dim=1, keepdim=True))
+        assert_close(held, kept, rtol=0, atol=0)
+
+
+def test_changing_an_option_changes_the_weight() -> None:
+    layer = weight_conditioning(nn.Linear(5, 4))
+    part = layer.get_submodule("parametrizations.weight.0")
+    before = layer.weight
+    part.gain = 3.0
+    assert_close(layer.weight, 3 * before)
+
+
+def test_memory_is_taken_again_only_when_nothing_holds_it() -> None:
+    layer = weight_conditioning(nn.Linear(50, 40))
+    place = layer.weight.data_ptr()
+    assert layer.weight.data_ptr() == place  # the first one is gone
+    held = layer.weight
+    again = layer.weight
+    assert again.data_ptr() != held.data_ptr()
+    for hold in (lambda w: w.detach().numpy(), lambda w: w.detach().flatten()[3:], lambda w: (w * w).sum()):
+        with torch.no_grad():
+            layer.get_parameter("parametrizations.weight.original").normal_()
+        wanted = layer.weight.detach().clone()
+        held = hold(layer.weight)
+        layer.get_parameter("parametrizations.weight.original").data.normal_()
+        assert not torch.equal(layer.weight, wanted)
+        assert_close(torch.as_tensor(held).detach(), torch.as_tensor(hold(wanted)))
+    with torch.inference_mode():
+        inside = layer.weight
+    assert_close(layer.weight, inside.clone())
+    layer.weight.sum().backward()
+
+
+def test_a_graph_holds_its_weights() -> None:
+    layer, x = weight_conditioning(nn.Linear(5, 5).double()), torch.randn(3, 5).double()
+    raw = layer.get_parameter("parametrizations.weight.original")
+    y = layer(layer(x))  # two weights at once
+    loss = y.sin().sum()
+    wanted = torch.autograd.grad(loss, raw, retain_graph=True)
+    layer(x).sum().backward()
+    assert_close(torch.autograd.grad(loss, raw), wanted, rtol=0, atol=0)
+    y = layer(x).sum()
+    with torch.no_grad():
+        raw.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_a_spare_is_empty_in_copies() -> None:
+    spare = Spare()
+    spare.take(torch.zeros(3))
+    assert copy.deepcopy(spare)._free == [] == pickle.loads(pickle.dumps(spare))._free
+    layer = weight_conditioning(nn.Linear(5, 4))
+    layer(torch.randn(2, 5)).sum().backward()
+    part = layer.get_submodule("parametrizations.weight.0")
+    assert copy.deepcopy(layer).get_submodule("parametrizations.weight.0")._spare._free == []
+    assert pickle.loads(pickle.dumps(part))._spare._free == []
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant: bool) -> None:
+    model = network()
+    wanted = gradients(copy.deepcopy(model))
+    model[6].eval()  # recomputed in training, power iteration would go on, with any implementation
+    twin = copy.deepcopy(model)
+    x = X.clone().requires_grad_()
+    for one in (model, twin):
+        y = checkpoint(one, x, use_reentrant=reentrant) if one is model else one(x)
+        y.square().sum().backward()
+    for got, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(got.grad, other.grad, rtol=0, atol=0)
+    assert len(wanted) == len(list(model.parameters()))
+
+
+def test_transforms_see_the_definition() -> None:
+    layer, x = weight_conditioning(nn.Linear(5, 4).double()), torch.randn(3, 5).double()
+    parameters = dict(layer.named_parameters())
+
+    def f(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, p, (x,))
+
+    wanted = torch.autograd.grad(layer(x)[0, 0], list(parameters.values()))
+    got = torch.func.jacrev(f)(parameters, x[0])
+    assert_close([got[name][0] for name in parameters], list(wanted))
+    each = torch.func.vmap(torch.func.grad(lambda p, x: f(p, x)[0]), (None, 0))(parameters, x)
+    assert_close([each[name][0] for name in parameters], list(wanted))
+    raw = layer.get_parameter("parametrizations.weight.original")
+    rows = torch.autograd.grad(layer.weight, raw, torch.randn(6, 4, 5).double(), is_grads_batched=True)[0]
+    assert rows.shape == (6, 4, 5)
+    assert rows.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, as forward mode is set up
+def test_forward_mode_sees_the_definition() -> None:
+    raw = torch.randn(4, 5, dtype=torch.float64)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(raw, torch.ones(4, 5).double())
+        tangent = torch.autograd.forward_ad.unpack_dual(Equilibrate()(dual)).tangent
+    assert tangent is not None
+    assert tangent.isfinite().all()
+
+
+def test_without_the_library_all_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    wanted = gradients(copy.deepcopy(model))
+    monkeypatch.setattr(kernels, "_functions", lambda: None)
+    with together(model):
+        y = model(X)
+    got = torch.autograd.grad(y.square().sum(), list(model.parameters()))
+    # float32's sums in another order.
+    assert_close(list(got), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = torch.randn(4, 6)
+    assert [kernels.takes(t) for t in (w, w.t(), w.to("meta"))] == [True, False, False]
+    images = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
+    assert [kernels.takes(images, rows=rows) for rows in (True, False)] == [True, False]
+    assert not kernels.goes_with(w, torch.ones(4, 1).double())
+    assert WeightNorm().share(torch.ones(4, 1).double(), w) is None
+    assert_close(WeightNorm()(torch.ones(4, 1).double(), w), w / w.norm(dim=1, keepdim=True))
+    assert kernels.plan_for((1, 0, 3, 1), torch.float32) is None
+    assert Equilibrate()(torch.randn(0, 3)).shape == (0, 3)
+    monkeypatch.setattr(kernels, "_functions", lambda: kernels._Functions(*[lambda *_: 1] * 3))
+    with pytest.raises(MemoryError):
+        Equilibrate()(w)
