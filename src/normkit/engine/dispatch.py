@@ -223,7 +223,7 @@ def _moments(choice: Choice, found: Any) -> Moments | None:
     """The moments in what a back end measured."""
     if choice.call is not None:
         return native.moments(choice.call, found)
-    return aten.moments(*found, choice.split) if choice.backend == "aten" else found
+    return aten.moments(*found, choice.split) if choice.backend == "aten" else found  # pyright: ignore[reportCallIssue]
 
 
 def _remembered_at_once(memory: Running, choice: Choice, found: Any, running: RunningStatistics, x: Tensor) -> bool:
@@ -232,7 +232,7 @@ def _remembered_at_once(memory: Running, choice: Choice, found: Any, running: Ru
         return native.remember(choice.call, memory, found, running)
     if choice.backend != "aten" or _transformed(x):
         return False
-    return native.remember_batch(memory, *found, choice.split.count, running)
+    return native.remember_batch(memory, *found, choice.split.count, running)  # pyright: ignore[reportCallIssue]
 
 
 def _by_own_statistics(

@@ -461,7 +461,7 @@ def _differentiable(
 
 def _is_batched(*gradients: Tensor | None) -> bool:
     """Whether these are many gradients at once, as ``is_grads_batched`` makes them, which have no memory of their own."""
-    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Normalize(torch.autograd.Function):

@@ -61,7 +61,7 @@ def read(text: str) -> Rule:
             names.get(center, center),
             names.get(scale, scale),
             None if eps == "None" else float(eps),
-            guard,
+            guard,  # pyright: ignore[reportArgumentType]
             int(correction),  # pyright: ignore[reportArgumentType]
         )
         _RULES[text] = Rule(
@@ -112,7 +112,8 @@ def _normalize_backward(
         known = read(rule)
         inputs = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
         with torch.enable_grad():
-            y = native.define(known, known.support.split(x.shape), *inputs, activation or None)  # pyright: ignore[reportArgumentType]
+            split = known.support.split(x.shape)
+            y = native.define(known, split, *inputs, activation or None)  # pyright: ignore
             asked = iter(torch.autograd.grad(y, [t for t in inputs if t is not None], dy))
         found = [None if t is None else next(asked) for t in inputs]
         dx = torch.empty_like(x).copy_(found[0])  # pyright: ignore[reportArgumentType]
@@ -150,7 +151,7 @@ def _normalize_backward_fake(
         x.new_empty(0) if p is None else torch.empty_like(p, memory_format=torch.contiguous_format)
         for p in (weight, bias)
     )
-    return torch.empty_like(x), *gradients
+    return torch.empty_like(x), *gradients  # pyright: ignore[reportReturnType]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

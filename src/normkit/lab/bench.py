@@ -64,6 +64,7 @@ def bench(
     options += ["--methods", ",".join(methods)] * bool(methods) + ["--threads", str(threads)] * (threads is not None)
     command = shlex.join(["normkit", "bench", *options])
     rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
     console.print(f"{len(chosen)} cells; a ratio is a peer's time over normkit's: above 1, normkit is faster")
     for number, case in enumerate(chosen, 1):
         row = known.get(str(case)) or measure(case, rounds, compiled) | {"case": str(case)}

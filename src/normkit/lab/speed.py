@@ -203,7 +203,7 @@ def pair(name: str, channels: int) -> tuple[nn.Module, nn.Module]:
     if name in TORCH:
         return ours, TORCH[name](channels)
     eager = copy.deepcopy(ours)
-    eager.backend = "reference"  # pyright: ignore[reportAttributeAccessIssue]
+    eager.backend = "reference"  # pyright: ignore
     return ours, eager
 
 

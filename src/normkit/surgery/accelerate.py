@@ -70,4 +70,4 @@ def _is_ours_to_take(name: str, module: nn.Module) -> bool:
     if type(module) not in _WORDS or "parametrizations" in name.split("."):
         return False
     usual = {"bn": True, "in": False}.get(_WORDS[type(module)])
-    return usual is None or module.track_running_stats == usual
+    return usual is None or bool(module.track_running_stats) == usual
