@@ -31,4 +31,4 @@ def digits() -> Data:
     train, val = hold_out(rest, 1 / 3, seed=1)
     rows = [torch.as_tensor(part.inputs) for part in (train, val, test)]
     std, mean = torch.std_mean(pixels[rows[0]])
-    return Data(*(Split(targets[part], (pixels[part] - mean) / std) for part in rows))
+    return Data(*(Split(targets[part], (pixels[part] - mean) / std) for part in rows))  # pyright: ignore[reportArgumentType]
