@@ -1,5 +1,6 @@
 """An experiment as a whole: records, resume, sharing among processes, reports."""
 
+import io
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from experiment_samples import EXPERIMENT, Walk, walk
 from normkit.cli import app
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
-from normkit.lab.experiment import Bench, command, perform
+from normkit.lab.experiment import Bench, Table, command, perform
 from normkit.lab.experiments import FILES, find_experiment, names
+from normkit.lab.report.sheet import print_sheet, side_by_side
 from normkit.lab.sweep import sweep
 
 
@@ -47,6 +49,17 @@ def test_records_and_reports(tmp_path: Path) -> None:
     assert "Ends of &lt;walks&gt;." in page
     assert "data:image/png;base64," in page
     assert "://" not in page.replace("https://example.org", "")
+
+
+def test_a_wide_table_is_parted_for_a_narrow_terminal() -> None:
+    table = Table("T", ["name", "one two three", "b", "c"], [["row", "1", "2" * 20, "3"]])
+    assert side_by_side(table, 80) == [[0, 1, 2, 3]]
+    assert side_by_side(table, 30) == [[0, 1], [0, 2], [0, 3]]
+    assert side_by_side(table, 5) == [[0, 1], [0, 2], [0, 3]]
+    console = Console(width=30, record=True, quiet=False, file=io.StringIO())
+    shown = replace(EXPERIMENT, tables=lambda result: [table])
+    print_sheet(shown, {"result": {"walks": []}}, console)
+    assert "2" * 20 in console.export_text()
 
 
 def test_done_jobs_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +104,12 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
     perform(EXPERIMENT, bench(tmp_path, seeds=(0,), epochs=7), overwrite=True, report=False)
     with pytest.raises(RecordError, match="steps is 7 there, 4 now"):
         sweep(walk, [Walk("left", 0)], tmp_path, say=lambda text: None)
+
+
+def test_not_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(OptionError, match="does not go with torchrun"):
+        perform(EXPERIMENT, bench(tmp_path))
 
 
 def test_paths_must_be_unique_and_inside(tmp_path: Path) -> None:
@@ -200,4 +219,5 @@ def test_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(experiment_samples.record, "write_checkpoint", stop)
     done = CliRunner().invoke(app, ["claim", "walks", "--output", str(tmp_path / "out")])
     assert done.exit_code == 130
+    assert "0 finished runs" in done.stderr
     assert "to go on:  normkit claim walks" in done.stderr

@@ -19,10 +19,11 @@ import torch
 from rich.console import Console
 
 from normkit.core.card import Paper
-from normkit.core.errors import RecordError
+from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
+from normkit.lab.cluster import joined
 from normkit.lab.devices import cores, processor, versions
-from normkit.lab.sweep import Job, sweep
+from normkit.lab.sweep import TIMING, Job, sweep
 
 SCHEMA = 1
 DATA_ROOT = "NORMKIT_DATA"
@@ -140,8 +141,11 @@ def perform(
         What ``result.json`` holds.
 
     Raises:
+        OptionError: it runs under torchrun, or Ray is asked for and is not there.
         RecordError: the folder holds something else, is damaged or not writable.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise OptionError("an experiment's runs are of one process each, so it does not go with torchrun; use --ray")
     if bench.data_root is not None:
         os.environ[DATA_ROOT] = str(bench.data_root)
     config = {
@@ -165,7 +169,7 @@ def perform(
             "command": command,
             "config": config,
             "environment": here,
-            "result": experiment.run(bench),
+            "result": _run(experiment, bench),
             "started": started,
             "finished": _now(),
             "seconds": round(time.monotonic() - began, 3),
@@ -216,8 +220,16 @@ def command(experiment: Experiment, bench: Bench) -> str:
 
 def kept(output: Path) -> str:
     """Says what a stopped experiment has kept."""
-    done = len(list(output.glob("runs/**/result.json")))
+    done = sum((path.parent / TIMING).exists() for path in output.glob(f"runs/**/{RESULT}"))
     return f"kept in {output}: {done} finished {'run' if done == 1 else 'runs'}, and checkpoints of those begun"
+
+
+def _run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
+    if bench.ray is None:
+        return experiment.run(bench)
+    # Joined once for all of the experiment's sweeps.
+    with joined(bench.ray, bench.threads):
+        return experiment.run(bench)
 
 
 def _open(output: Path, config: Mapping[str, Any], overwrite: bool) -> None:

@@ -36,17 +36,46 @@ def print_sheet(experiment: "Experiment", found: Mapping[str, Any], console: Con
     console.print(f"\n[bold]{experiment.title}[/bold]", highlight=False)
     console.print(f"{experiment.claim} ({experiment.paper.cite()})", highlight=False, markup=False)
     for table in experiment.tables(found["result"]):
-        grid = Grid(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for place, column in enumerate(table.columns):
-            grid.add_column(column, justify="right" if place else "left", overflow="fold")
-        for row in table.rows:
-            grid.add_row(*map(cell, row))
-        console.print(grid)
+        console.print(f"\n{table.title}", style="bold", highlight=False, markup=False)
+        for places in side_by_side(table, console.width):
+            console.print(_grid(table, places))
         for note in table.notes:
             console.print(note, style="dim", highlight=False, markup=False)
     console.print()
     for remark in experiment.remarks(found["result"]):
         console.print(f"- {remark}", highlight=False, markup=False)
+
+
+def side_by_side(table: "Table", width: int) -> list[list[int]]:
+    """Parts the columns of a table so that each part fits a width, with the first column in each.
+
+    Args:
+        table: to print.
+        width: of the console.
+    """
+    needs = [_need(table, place) + 2 for place in range(len(table.columns))]
+    parts: list[list[int]] = [[0]]
+    for place in range(1, len(needs)):
+        if len(parts[-1]) > 1 and sum(needs[one] for one in parts[-1]) + needs[place] > width:
+            parts.append([0])
+        parts[-1].append(place)
+    return parts
+
+
+def _need(table: "Table", place: int) -> int:
+    # A heading may be broken between words, what stands below it may not.
+    cells = [cell(row[place]) for row in table.rows]
+    return max(map(len, (*cells, *str(table.columns[place]).split(), "")))
+
+
+def _grid(table: "Table", places: Sequence[int]) -> Grid:
+    grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for place in places:
+        justify = "right" if place else "left"
+        grid.add_column(table.columns[place], justify=justify, overflow="fold", min_width=_need(table, place))
+    for row in table.rows:
+        grid.add_row(*(cell(row[place]) for place in places))
+    return grid
 
 
 def write_markdown(experiment: "Experiment", found: Mapping[str, Any], figures: Sequence[Path], output: Path) -> Path:
