@@ -126,7 +126,7 @@ NETWORKS = {
 def time_network(job: Measure, folder: Path) -> dict[str, Any]:
     """Measures steps of all rows, then inference of each before and after folding."""
     network, small = NETWORKS[job.network], job.scale == "small"
-    settings = Settings(optimizer="sgd", batch_size=job.batch, condition=False)
+    settings = Settings(optimizer="sgd", batch_size=job.batch, condition=False, devices="1")
     fabric = start_fabric(settings)
     reseed(0, "batch")
     split = Split(network.targets(job.batch), network.inputs(job.batch))

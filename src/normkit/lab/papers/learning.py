@@ -98,9 +98,8 @@ class Training:
         """The settings of the trainer."""
         names = set(Settings.__dataclass_fields__) & set(self.__dataclass_fields__)
         shared = {name: getattr(self, name) for name in names}
-        return Settings(
-            **shared, recipes=(self.recipe,), rates=(self.rate,), seeds=(self.seed,), channels_last=True
-        ).canonical()
+        shared |= {"recipes": (self.recipe,), "rates": (self.rate,), "seeds": (self.seed,)}
+        return Settings(**shared, devices="1", channels_last=True).canonical()
 
 
 @dataclass(frozen=True)

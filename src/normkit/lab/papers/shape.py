@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 from normkit.core.card import Paper
 from normkit.lab.claims.drawing import COLOURS, GREY, SHAPES, band, name_ends, picture
@@ -21,9 +22,9 @@ from normkit.lab.interval import Interval
 from normkit.lab.models.occupancy import Kind
 from normkit.lab.models.rows import Scale
 from normkit.lab.occupancy import OccupancyJob, learn_solid
-from normkit.lab.papers.gains import gain, tell
+from normkit.lab.papers.gains import gain, lowered, tell
 from normkit.lab.radiance import decode
-from normkit.lab.report.canvas import FULL, panels, plain
+from normkit.lab.report.canvas import FAINT, FULL, plain
 
 PAPER = Paper(
     "Saratchandran, Hemanth and Wang, Thomas X. and Lucey, Simon",
@@ -32,7 +33,7 @@ PAPER = Paper(
     "https://arxiv.org/abs/2409.03424",
 )
 MESHES = ("bunny", "armadillo", "dragon", "happy", "lucy", "spot")
-PLAIN, CONDITIONED, KEPT = "plain", "E", "E, scale of the start"
+PLAIN, CONDITIONED, KEPT = "plain", "E", "E, kept scale"
 # Of a row: its name, its folder, its recipe, and how its trunk's rows are scaled.
 ROWS: dict[str, tuple[str, str, Scale]] = {
     PLAIN: ("plain", "none", ""),
@@ -40,6 +41,16 @@ ROWS: dict[str, tuple[str, str, Scale]] = {
     KEPT: ("e-kept", "none", "kept"),
 }
 KINDS: dict[Kind, str] = {"gaussian": "Gaussian", "sine": "sine", "relu": "ReLU + PE"}
+_NOTES_NEAR = (
+    "Mean ± standard deviation over seeds, of 100,000 points about the surface (standard deviation 0.01). Minus plain: the mean "
+    "of paired differences, same seed, with its 95 % interval where there are two seeds or more.",
+    "The paper's numbers stand in a supplement that is not at hand.",
+)
+_NOTES_WHOLE = (
+    "IoU: of 100,000 points anywhere in the cube. Volume: of the extracted surface, less the solid's. κ: condition number of "
+    "the weights that are trained and of those that the trunk multiplies with, geometric mean over its layers, at the end.",
+)
+_ACROSS = 4  # panels a row
 SMALL: dict[str, Any] = {
     **{"width": 96, "points": 100_000, "batch": 5_000, "epochs": 12},
     **{"rate": 1e-3, "every": 3, "grid": 96},
@@ -102,39 +113,41 @@ def run(bench: Bench) -> dict[str, Any]:
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """Ours; the paper's numbers are not known."""
-    rows = []
+    scores, more = [], []
     for solid, kind in _pairs(result):
         for name in ROWS:
             runs = choose(result["runs"], solid=solid, kind=kind, row=name)
             if not runs:
                 continue
-            swollen = [one["volume"] / one["true_volume"] - 1 for one in runs]
-            rows.append(
-                [
-                    *(solid, KINDS[kind], name),
-                    spread([one["iou"] for one in runs], ".3f"),
-                    spread([one["iou_near"] for one in runs], ".3f"),
-                    None if name == PLAIN else tell(_gain(result, solid, kind, name), "+.3f"),
-                    f"{100 * (mean(swollen) or 0.0):+.1f} %",
-                    mean(one["curve"][-1]["condition"] for one in runs if one["curve"]),
-                    len(runs),
-                ]
-            )
-    notes = (
-        "Mean ± standard deviation over seeds. IoU: of 100,000 points anywhere in the cube; near: of 100,000 points about the "
-        "surface (standard deviation 0.01). Gain: of the IoU near the surface over plain, same seed, with its 95 % interval "
-        "where there are two seeds or more.",
-        "Volume: of the extracted surface, beside the solid's. Condition number: of the weights that the trunk multiplies with, "
-        "geometric mean over its layers, at the end.",
-        "The paper's numbers stand in a supplement that is not at hand.",
-    )
-    columns = ["solid", "activation", "network", "IoU", "IoU near", "gain near", "volume", "condition number", "seeds"]
-    return [Table(f"Occupancy of solids, {result['scale']} scale", columns, rows, notes)]
+            head = (f"{solid}, {KINDS[kind]}", name)
+            told = None if name == PLAIN else tell(_gain(result, solid, kind, name), "+.3f")
+            scores.append([*head, spread([run["iou_near"] for run in runs], ".3f"), told, len(runs)])
+            excess = mean(run["volume"] / run["true_volume"] - 1 for run in runs)
+            ends = [run["curve"][-1] for run in runs if run["curve"]]
+            inner = [mean(end[key] for end in ends) for key in ("raw_condition", "condition")]
+            ious = spread([run["iou"] for run in runs], ".3f")
+            more.append([*head, ious, None if excess is None else f"{100 * excess:+.1f} %", *inner])
+    size = f"{result['scale']} scale"
+    return [
+        Table(
+            f"IoU near the surface, {size}",
+            ("solid", "network", "IoU near", "minus plain", "seeds"),
+            scores,
+            _NOTES_NEAR,
+        ),
+        Table(
+            f"The whole body, {size}",
+            ("solid", "network", "IoU", "volume", "κ trained", "κ effective"),
+            more,
+            _NOTES_WHOLE,
+        ),
+    ]
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
     """What is seen, and what was chosen here."""
     said = [_verdict(result, solid, kind) for solid, kind in _pairs(result)]
+    said += lowered([run for run in result["runs"] if run["row"] in (CONDITIONED, KEPT)])
     lost = [
         f"{run['row']} of {run['solid']} with {KINDS[run['kind']]}, seed {run['seed']}"
         for run in result["runs"]
@@ -152,8 +165,8 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     return [
         *said,
         "Unit rows change what the activation sees: rows of PyTorch's start have norm 0.58, hidden rows of SIREN's 0.047, so E "
-        "makes a Gaussian bump 1.7 times and a hidden sine 21 times as fast as it was meant to be. E at the scale of the start "
-        "has the conditioning without that: rows of one norm, that of the start.",
+        "makes a Gaussian bump 1.7 times and a hidden sine 21 times as fast as it was meant to be. With its "
+        "scale kept, E has rows of one norm too, but that of the start.",
         "The paper names no network for shapes; ours follows the same group's published settings for occupancy: three inputs, "
         "four layers, a Gaussian of width 0.09, Adam, binary cross-entropy. The trunk is conditioned, the last layer is not.",
         "A point counts as inside at a probability above 1/2, a logit above 0; a logit above 1/2, as in that group's code, "
@@ -162,18 +175,18 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
 
 
 def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """The learnt surfaces beside the solids, and IoU along training."""
-    return [
-        *picture(folder, "surfaces", lambda: _surfaces(result)),
-        *picture(folder, "iou", lambda: _curves(result)),
-    ]
+    """The learnt surfaces beside the solids, a figure an activation, and IoU along training."""
+    written = []
+    for kind in dict.fromkeys(kind for _, kind in _pairs(result)):
+        written += picture(folder, f"surfaces-{kind}", lambda kind=kind: _surfaces(result, kind))
+    return [*written, *picture(folder, "iou", lambda: _curves(result))]
 
 
-def _surfaces(result: Mapping[str, Any]) -> Figure:
-    pairs = _pairs(result)
+def _surfaces(result: Mapping[str, Any], kind: Kind) -> Figure:
+    pairs = [pair for pair in _pairs(result) if pair[1] == kind]
     side = FULL / (1 + len(ROWS))
-    layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
-    figure = Figure(figsize=(FULL, 1.12 * side * len(pairs)), layout=layout)
+    layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.05, wspace=0.01, hspace=0.01)
+    figure = Figure(figsize=(FULL, (side + 0.45) * len(pairs)), layout=layout)
     axes = figure.subplots(len(pairs), 1 + len(ROWS), squeeze=False)
     for axis in axes.ravel():
         axis.set_axis_off()
@@ -188,13 +201,20 @@ def _surfaces(result: Mapping[str, Any]) -> Figure:
             first = min(choose(result["runs"], solid=solid, kind=kind, row=name), key=lambda run: run["seed"])
             score = "diverged" if first["iou"] is None else f"IoU {first['iou']:.3f}, near {first['iou_near']:.3f}"
             axis.set_title(plain(f"{KINDS[kind]}, {name}\n{score}"))
+            if first["volume"] < 1e-3 * first["true_volume"]:
+                axis.text(0.5, 0.5, "no surface", transform=axis.transAxes, ha="center", va="center", color=FAINT)
     return figure
 
 
 def _curves(result: Mapping[str, Any]) -> Figure:
     pairs = _pairs(result)
-    figure, axes = panels(len(pairs), FULL, 2.6, sharey=True)
-    for axis, (solid, kind) in zip(axes, pairs, strict=True):
+    across = min(_ACROSS, len(pairs))
+    down = -(-len(pairs) // across)
+    figure = Figure(figsize=(FULL, 0.4 + 2.2 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False, sharey=True)
+    for axis in axes.ravel()[len(pairs) :]:
+        axis.set_axis_off()
+    for axis, (solid, kind) in zip(axes.ravel(), pairs, strict=False):
         ends = []
         for index, name in enumerate(ROWS):
             curves = [run["curve"] for run in choose(result["runs"], solid=solid, kind=kind, row=name) if run["curve"]]
@@ -213,12 +233,14 @@ def _curves(result: Mapping[str, Any]) -> Figure:
                 marker=SHAPES[index % len(SHAPES)],
                 markersize=3,
             )
-            ends.append((middle[-1], "E, kept" if name == KEPT else name, colour))
+            ends.append((middle[-1], name, colour))
         axis.set_title(plain(f"{solid}, {KINDS[kind]}"), loc="left")
         axis.set_xlabel("epoch")
         axis.set_ylim(0, 1)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         name_ends(axis, ends)
-    axes[0].set_ylabel("IoU near the surface")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("IoU near the surface")
     return figure
 
 

@@ -59,7 +59,7 @@ class Smoke:
 
 def smoke(job: Smoke, folder: Path) -> dict[str, Any]:
     """Takes three steps on one batch of noise, and tells the losses before each and after the last."""
-    settings = Settings(optimizer="adamw", batch_size=BATCH, weight_decay=0.1, clip=1.0)
+    settings = Settings(optimizer="adamw", batch_size=BATCH, weight_decay=0.1, clip=1.0, devices="1")
     fabric = start_fabric(settings)
     reseed(0, "init")
     model = apply_recipe(vit_b16(), job.recipe).model
