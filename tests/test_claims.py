@@ -14,8 +14,20 @@ from rich.console import Console
 from torch import nn
 from torch.testing import assert_close
 
+from normkit.catalogue.methods import method
 from normkit.core.errors import OptionError
-from normkit.lab.claims import batch_size, disparity, drawing, gan, images, pre_post_ln, steps
+from normkit.lab.claims import (
+    batch_size,
+    blog_table,
+    cost_activations,
+    disparity,
+    drawing,
+    gan,
+    images,
+    pre_post_ln,
+    steps,
+    why_bn,
+)
 from normkit.lab.experiment import Bench, Experiment, perform
 from normkit.lab.experiments import find_experiment, names
 from normkit.lab.models.gan import PointDiscriminator, PointGenerator
@@ -23,7 +35,8 @@ from normkit.lab.models.small_cnn import SmallCNN
 from normkit.surgery.recipe import apply_recipe
 from normkit.weights.power_iteration import power_iteration
 
-DIGITS: dict[str, Any] = {"data": "digits", "train": 64, "test": 64, "halve": False, "width": 4, "epochs": 1}
+IMAGES: dict[str, Any] = {"data": "digits", "train": 64, "halve": False, "width": 4}
+DIGITS = {**IMAGES, "test": 64, "epochs": 1}
 ENCODER = {"depth": 1, "features": 8, "length": 6, "steps": 6}
 
 
@@ -39,6 +52,11 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pre_post_ln, "DEPTHS", (1, 2))
     monkeypatch.setitem(gan.STEPS, "small", 3)
     monkeypatch.setattr(drawing, "DPI", 50)
+    monkeypatch.setitem(why_bn.SIZES, "small", {**IMAGES, "train": 128, "steps": 4})
+    monkeypatch.setattr(why_bn, "RATES", (0.1, 1e30))
+    monkeypatch.setattr(blog_table, "DRIFT", 20)
+    monkeypatch.setattr(cost_activations, "SHAPES", {"images": (2, 32, 8, 8), "tokens": (2, 3, 8)})
+    monkeypatch.setitem(cost_activations.ROUNDS, "small", 1)
 
 
 def bench(folder: Path, **options: Any) -> Bench:
@@ -90,6 +108,7 @@ CASES = {
         pre_post_ln.train, pre_post_ln.Training("text", "post", "ln", "adam 1e-3", True, 0, **ENCODER), 4
     ),
     "gan": Case(gan.play, gan.Job("hinge", "sn", 0, 4), 3),
+    "why_bn": Case(why_bn.train, why_bn.Job("noisy", 0.05, True, 0, **{**IMAGES, "train": 128}, steps=4), 3),
 }
 
 
@@ -303,6 +322,97 @@ def test_modes_are_counted() -> None:
     points = gan.centres().repeat_interleave(torch.tensor([40, 40, 40, 40, 1, 0, 0, 0]), 0)
     points = torch.cat([points, torch.zeros(39, 2)])
     assert gan.coverage(points) == (4, pytest.approx(161 / 200))
+
+
+# Why batch normalization helps
+
+
+def test_noise_is_of_the_samples_and_channels_and_of_training_alone() -> None:
+    torch.manual_seed(0)
+    noisy = why_bn.NoisyBatchNorm(3)
+    x = torch.randn(400, 3, 2, 2)
+    clean = torch.nn.functional.batch_norm(x, None, None, training=True)
+    y = noisy(x)
+    # Two places of a sample and channel: y = s x + m for both.
+    s = (y[..., 0, 0] - y[..., 1, 1]) / (clean[..., 0, 0] - clean[..., 1, 1])
+    m = (y - s[..., None, None] * clean).mean(dim=(2, 3))
+    assert 1 - 0.02 < s.mean(0).min() <= s.mean(0).max() < why_bn.DEVIATION + 0.02
+    assert m.abs().max() < why_bn.MEAN + why_bn.JITTER + 1e-3
+    noisy.eval()
+    assert_close(noisy(x), noisy.norm(x))
+
+
+def test_a_layer_without_others_before_it_that_move_does_not_turn() -> None:
+    torch.manual_seed(0)
+    model = SmallCNN(why_bn.Shift, channels=1, width=4)
+    batch = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
+    still = why_bn.turns(model, batch, 0.0)
+    assert_close(still["turn"], 1.0, atol=1e-5, rtol=0)
+    assert still["change"] < 1e-5
+    assert why_bn.turns(model, batch, 1.0)["turn"] < 1 - 1e-4
+
+
+def test_smoothness_of_a_quadratic() -> None:
+    class Bowl(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([3.0, 4.0]))
+
+    bowl = Bowl()
+    gradient = torch.tensor([6.0, 8.0])
+
+    def loss_and_gradients(model: Any, batch: Any, seed: int) -> tuple[float, list[torch.Tensor]]:
+        return model.w.square().sum().item(), [2 * model.w.detach()]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(why_bn, "gradients", loss_and_gradients)
+        found = why_bn.smoothness(bowl, (gradient, gradient), 0.1)
+    # The Hessian is 2; along the gradient w shrinks by 1 - 0.2 part, part up to 4.
+    assert_close(found, {"low": 1.0, "high": 25.0, "predictive": 8.0, "beta": 2.0}, atol=1e-4, rtol=0)
+
+
+def test_measuring_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = SmallCNN(why_bn.MAKERS["noisy"], channels=1, width=4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
+    why_bn.turns(model, batch, 0.1)
+    why_bn.smoothness(model, batch, 0.1)
+    why_bn.moments(model, batch[0])
+    assert_close(model.state_dict(), before, atol=0, rtol=0)
+
+
+def test_moments_that_move_are_counted_in_deviations() -> None:
+    one = [(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 1.0]))]
+    other = [(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 3.0]))]
+    assert why_bn.moved(one, other) == {"mean": 0.25, "deviation": 1.0}
+
+
+# Seven normalizations
+
+
+@pytest.mark.parametrize("name", blog_table.METHODS)
+def test_measurements_are_as_the_cards_say(name: str, tmp_path: Path) -> None:
+    found, card = blog_table.measure(blog_table.Job(name), tmp_path), method(name)
+    assert (found["batch"] > blog_table.SAME) == card.batch_dependent
+    assert found["running"] == card.running_state
+    assert (found["evaluation"] <= blog_table.SAME) == card.train_equals_eval
+    assert (found["fold"] is not None) == card.foldable
+    assert found["fold"] is None or found["fold"] < blog_table.SAME
+    blind = {"instance_norm": ("all channels", "one channel"), "layer_norm": ("all channels",)}
+    for kind in blind.get(name, ()):
+        # 200 of each kind: the AUC of chance has deviation 0.03.
+        assert abs(found["contrast"][kind] - 0.5) < 0.1
+    if name == "spectral_norm":
+        assert_close(found["spectrum"][1][0], 1.0, atol=1e-4, rtol=0)
+    if name == "weight_norm":
+        assert found["drift"] == sorted(found["drift"])
+
+
+def test_streams() -> None:
+    assert blog_table.stream("instance_norm") is None
+    assert blog_table.stream("layer_norm") == pytest.approx(0, abs=1e-12)
+    assert blog_table.stream("group_norm") > 0.1
 
 
 # Figures

@@ -28,6 +28,9 @@ FILES = {
         "disparity",
         "pre_post_ln",
         "gan",
+        "why_bn",
+        "blog_table",
+        "cost_activations",
     ),
 }
 FOLDERS = {"reproduce": "papers", "claim": "claims"}

@@ -294,13 +294,20 @@ def remarks(result: dict[str, Any]) -> list[str]:
     for optimizer, title in OPTIMIZERS.items():
         words = []
         for placement, name in PLACEMENTS.items():
-            without, withal = (mean(run["loss"] for run in final(placement, optimizer, w)) for w in (False, True))
-            if without is None or withal is None:
-                words.append(f"{name} diverged")
+            without, withal = (final(placement, optimizer, warmup) for warmup in (False, True))
+            pairs = [(a["loss"], b["loss"]) for a, b in zip(without, withal, strict=True)]
+            if any(None in pair for pair in pairs):
+                words.append(f"{name} diverged in some seed")
                 continue
-            gain = without - withal
-            helps = "helps" if gain > 0.05 * guess else "hurts" if gain < -0.05 * guess else "changes little"
-            words.append(f"{name} ends at {without:.2f} without and {withal:.2f} with warm-up, which {helps}")
+            gains = [a - b for a, b in pairs]
+            much = abs(mean(gains) or 0.0) > 0.05 * guess
+            effect = "no clear effect"
+            if much and min(gains) > 0:
+                effect = "better in every seed"
+            if much and max(gains) < 0:
+                effect = "worse in every seed"
+            before, after = (mean(column) for column in zip(*pairs, strict=True))
+            words.append(f"{name} ends at {before:.2f} without warm-up and {after:.2f} with, {effect}")
         said.append(f"Sort, {title}: {'; '.join(words)}.")
     failed = [
         f"{PLACEMENTS[placement]} with {OPTIMIZERS[optimizer]}, {'10 %' if warmup else 'no'} warm-up"

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
@@ -50,7 +49,7 @@ def losses(result: dict[str, Any], task: str) -> Figure:
                 if steps:
                     band(axis, steps, middle, low, high, color=HUES[placement], linestyle="-" if warmup else "--")
                     ends.append((middle[-1], f"{name}, {'warm-up' if warmup else 'none'}", HUES[placement]))
-        _guess(axis, result["guess"][task], "frequencies alone" if axis is axes[0] else "")
+        axis.axhline(result["guess"][task], color=FAINT, linestyle=DOTTED, linewidth=0.9)
         axis.set_title(OPTIMIZERS[optimizer], loc="left")
         axis.set_xlabel("step")
         axis.margins(x=0)
@@ -59,15 +58,10 @@ def losses(result: dict[str, Any], task: str) -> Figure:
         if axis is axes[-1]:
             name_ends(axis, ends)
     axes[0].set_ylabel(f"training loss on {task}, nats a token")
-    handles = [Line2D([], [], color=FAINT, linestyle="--"), Line2D([], [], color=FAINT)]
-    figure.legend(handles, ["no warm-up", "warm-up over 10 % of the steps"], loc="outside upper left", ncols=2)
+    styles = {"no warm-up": "--", "warm-up over 10 % of the steps": "-", "frequencies alone": DOTTED}
+    handles = [Line2D([], [], color=FAINT, linestyle=style) for style in styles.values()]
+    figure.legend(handles, list(styles), loc="outside upper left", ncols=3, columnspacing=1.2)
     return figure
-
-
-def _guess(axis: Axes, guess: float, name: str) -> None:
-    axis.axhline(guess, color=FAINT, linestyle=DOTTED, linewidth=0.9)
-    place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-    axis.annotate(name, (0.99, guess), (0, 2), ha="right", fontsize=6.5, color="#666666", **place)
 
 
 def gradients(result: dict[str, Any]) -> Figure:
