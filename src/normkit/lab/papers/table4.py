@@ -56,8 +56,7 @@ _NOTES_MORE = (
     "that the trunks multiply with, geometric mean over their layers.",
 )
 SMALL: dict[str, Any] = {
-    **{"width": 64, "reduce": 6, "rays": 256, "coarse": 24, "fine": 24},
-    **{"steps": 400, "rate": 2e-3, "every": 50},
+    **{"width": 64, "rays": 256, "coarse": 24, "fine": 24, "steps": 1000, "rate": 2e-3, "every": 100},
 }
 
 
@@ -135,9 +134,9 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     steps = result["runs"][0]["steps"]
     if result["scale"] == "small":
         said.append(
-            f"Small scale: 1/{8 * settings['reduce']} of the photographs' size, width {settings['width']}, "
+            f"Small scale, photographs at 1/8 as published: width {settings['width']}, "
             f"{settings['coarse']} + {settings['fine']} samples a ray, {settings['rays']} rays a step, {steps} steps of Adam "
-            f"at {settings['rate']:g} (published: 1/8, 256, 64 + 64, 1,024, 200,000 steps at 0.0005). Levels can't be compared "
+            f"at {settings['rate']:g} (published: 256, 64 + 64, 1,024, 200,000 steps at 0.0005). Levels can't be compared "
             "with the printed ones; differences between rows are those of early training."
         )
     said += [
