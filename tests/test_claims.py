@@ -19,9 +19,11 @@ from normkit.core.errors import OptionError
 from normkit.lab.claims import (
     batch_size,
     blog_table,
+    conditioning,
     cost_activations,
     disparity,
     drawing,
+    four_benefits,
     gan,
     images,
     pre_post_ln,
@@ -57,6 +59,11 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blog_table, "DRIFT", 20)
     monkeypatch.setattr(cost_activations, "SHAPES", {"images": (2, 32, 8, 8), "tokens": (2, 3, 8)})
     monkeypatch.setitem(cost_activations.ROUNDS, "small", 1)
+    monkeypatch.setitem(conditioning.STEPS, "small", 4)
+    monkeypatch.setattr(conditioning, "HIDDEN", 3)
+    monkeypatch.setattr(conditioning, "RATES", (0.3, 1e30))
+    monkeypatch.setitem(four_benefits.SIZES, "small", DIGITS)
+    monkeypatch.setattr(four_benefits, "RATES", (0.1, 1e30))
 
 
 def bench(folder: Path, **options: Any) -> Bench:
@@ -109,6 +116,8 @@ CASES = {
     ),
     "gan": Case(gan.play, gan.Job("hinge", "sn", 0, 4), 3),
     "why_bn": Case(why_bn.train, why_bn.Job("noisy", 0.05, True, 0, **{**IMAGES, "train": 128}, steps=4), 3),
+    "conditioning": Case(conditioning.descend, conditioning.Job("bn+e", 0.3, True, 0, 4), 3),
+    "four_benefits": Case(four_benefits.train, four_benefits.Job("wn", 0.1, 10.0, 0, **{**DIGITS, "epochs": 4}), 3),
 }
 
 
@@ -413,6 +422,43 @@ def test_streams() -> None:
     assert blog_table.stream("instance_norm") is None
     assert blog_table.stream("layer_norm") == pytest.approx(0, abs=1e-12)
     assert blog_table.stream("group_norm") > 0.1
+
+
+# Curvature of conditioned networks, and the four benefits
+
+
+def test_the_hessian_is_the_second_derivative() -> None:
+    torch.manual_seed(0)
+    model, x, y = conditioning.make("bn+e", hidden=3), torch.randn(32, 16).double(), torch.randint(10, (32,))
+    whole, parameters = conditioning.hessian(model, x, y), list(model.parameters())
+    direction = [torch.randn_like(parameter) for parameter in parameters]
+
+    def gradient(length: float) -> torch.Tensor:
+        with torch.no_grad():
+            for parameter, part in zip(parameters, direction, strict=True):
+                parameter += length * part
+        found = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), parameters)
+        with torch.no_grad():
+            for parameter, part in zip(parameters, direction, strict=True):
+                parameter -= length * part
+        return torch.cat([part.flatten() for part in found])
+
+    # Central differences in double precision: errors of the step's square, and of rounding by the step.
+    along = (gradient(1e-5) - gradient(-1e-5)) / 2e-5
+    assert_close(whole @ torch.cat([part.flatten() for part in direction]), along, rtol=1e-6, atol=1e-7)
+
+
+def test_the_largest_rate_is_the_largest_that_learned() -> None:
+    runs = [
+        {"recipe": "bn", "measured": False, "seed": 0, "rate": rate, "end": end}
+        for rate, end in ((0.1, 1.0), (1.0, 2.0), (4.0, 2.2), (8.0, None))
+    ]
+    assert conditioning.largest({"runs": runs}, "bn") == [1.0]
+
+
+def test_a_diverged_run_counts_as_guessing_in_the_range() -> None:
+    runs = [{"method": "bn", "scale": scale, "test": test} for scale, test in ((0.1, 0.3), (1.0, 0.5), (10.0, None))]
+    assert four_benefits.range_of({"runs": runs}, "bn") == pytest.approx(0.4)
 
 
 # Figures

@@ -31,6 +31,8 @@ FILES = {
         "why_bn",
         "blog_table",
         "cost_activations",
+        "conditioning",
+        "four_benefits",
     ),
 }
 FOLDERS = {"reproduce": "papers", "claim": "claims"}
