@@ -68,7 +68,7 @@ public:
             case INVERT: return invert(sum());
             case WRITE: return over((to - from) * n, [y = result + from * n, x = w + from * n, by = *inverse](auto at) { at.put(y, at(x) * by); });
             case SLOPE: return slope(task, from, to);
-            case MERGE_SLOPE: total = std::abs(double(*inverse)) * plan.eps < 1 ? sum() * double(*inverse) : 0; return;
+            case MERGE_SLOPE: total = std::abs(*inverse) < most() ? sum() * double(*inverse) : 0; return;
             case WRITE_GRADIENT: return write_gradient(from, to);
         }
     }
@@ -139,7 +139,10 @@ private:
         for (int64_t r = from; r < to; ++r) all += double(u[r]) * dot(w + r * n, v, n);
         sums[std::size_t(task)] = all;
     }
-    void invert(double sigma) { *inverse = A(1 / (std::abs(sigma) > plan.eps ? sigma : plan.eps)); }
+    // What is written for sigma at the floor, by which backward knows it again.
+    A most() const { return A(1) / A(plan.eps); }
+
+    void invert(double sigma) { *inverse = std::abs(sigma) > plan.eps ? A(1 / sigma) : most(); }
 
     void slope(int64_t task, int64_t from, int64_t to) { sums[std::size_t(task)] = dot(w + from * n, g + from * n, (to - from) * n); }
 

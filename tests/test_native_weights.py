@@ -214,6 +214,17 @@ def test_the_power_step_from_nothing() -> None:
     assert_close(torch.linalg.matrix_norm(part.eval()(w), 2), torch.tensor(1.0))
 
 
+@pytest.mark.parametrize("eps", [0.1, 0.3, 0.7, 3.0])
+@pytest.mark.parametrize("native", [True, False])
+def test_sigma_below_its_floor_is_a_constant(eps: float, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(kernels, "_functions", lambda: None)
+    w = (1e-3 * torch.randn(4, 5)).requires_grad_()
+    d = torch.randn(4, 5)
+    part = SpectralNorm(w.detach(), eps=eps)
+    assert_close(torch.autograd.grad(part(w), w, d)[0], d / eps)
+
+
 def shares(dtype: torch.dtype = torch.float32) -> list[Share]:
     found = []
     for make in PARTS.values():

@@ -167,7 +167,8 @@ class _DivideBySigma(torch.autograd.Function):
         along = (dy * y).sum() if dy is not None else 0.0
         if di is not None:
             along = along + inverse * di
-        along = along * (inverse.abs() * ctx.eps < 1)
+        # At the floor, sigma is a constant.
+        along = along * (inverse.abs() < torch.full_like(inverse, ctx.eps).reciprocal())
         dx = -along * torch.outer(u, v)
         if dy is not None:
             dx = dx + dy
