@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from normkit.lab import record
+from normkit.lab import record, task
 from normkit.lab.data.split import Data, Split
 from normkit.lab.experiment import Bench, Experiment, perform
 from normkit.lab.papers import ablations, cost, fig1, table2, table3, vit_s
@@ -184,6 +184,18 @@ def test_held_norms_of_every_step_are_a_detached_gradient() -> None:
         model(x).square().sum().backward()
         gradients.append(model[0].parametrizations.weight.original.grad)
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("scale", ["small", "full"])
+@pytest.mark.parametrize("name", cost.NETWORKS)
+def test_networks_of_the_cost_have_a_loss(name: str, scale: str) -> None:
+    network = cost.NETWORKS[name]
+    model = cost._made(cost.Measure(name, scale, 100), list(network.recipes.values())[-1])
+    inputs, targets = network.inputs(100), network.targets(100)
+    few = {key: value[:2] for key, value in inputs.items()} if isinstance(inputs, dict) else inputs[:2]
+    predicted = task.call(model, few)
+    wanted = targets if targets.is_floating_point() else targets.topk(2).values  # the highest classes have outputs too
+    assert task.loss(predicted, wanted[:2]).isfinite()
 
 
 def test_cost_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

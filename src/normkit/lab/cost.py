@@ -11,6 +11,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from normkit.lab.data.split import Data
+from normkit.lab.interval import median_interval
 from normkit.lab.memory import peak_bytes
 from normkit.lab.parallel import place
 from normkit.lab.seeding import reseed
@@ -48,7 +49,8 @@ def measure_costs(
 
     Returns:
         By recipe: ``ms_per_step`` (median), ``ms_quartiles``, ``ratio`` (median of a round's time over the baseline's
-        in that round), ``mb_per_step`` (10^6 bytes, see :func:`~normkit.lab.memory.peak_bytes`) and ``rounds``.
+        in that round), ``ratio_interval`` (its 95 % interval; None for the baseline and with fewer than 6 rounds),
+        ``mb_per_step`` (10^6 bytes, see :func:`~normkit.lab.memory.peak_bytes`) and ``rounds``.
     """
     device = fabric.device
     size = min(settings.batch_size, len(data.train)) // fabric.world_size
@@ -81,11 +83,13 @@ def measure_costs(
             times[recipe].append(1e3 * _seconds(steps[recipe], device))
         on_round()
     base = next(iter(times.values()))
+    ratios = {recipe: [one / other for one, other in zip(taken, base, strict=True)] for recipe, taken in times.items()}
     return {
         recipe: {
             "ms_per_step": median(taken),
             "ms_quartiles": [quantiles(taken, n=4)[0], quantiles(taken, n=4)[2]],
-            "ratio": median(one / other for one, other in zip(taken, base, strict=True)),
+            "ratio": median(ratios[recipe]),
+            "ratio_interval": None if taken is base else median_interval(ratios[recipe]),
             "mb_per_step": memory[recipe] / 1e6,
             "rounds": count,
         }

@@ -1,4 +1,4 @@
-"""Student's interval of paired differences."""
+"""How sure a number is: Student's interval of paired differences, and that of a median."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,11 +50,47 @@ def paired_interval(differences: Sequence[float], level: float = 0.95) -> Interv
     """
     from scipy.stats import t
 
-    if not 0 < level < 1:
-        raise OptionError(f"level is {level}; wanted a number between 0 and 1, such as 0.95")
+    _check(level)
     count = len(differences)
     mean = fmean(differences) if count else None
     if mean is None or count < 2:
         return Interval(mean, None, None, level, tuple(differences))
     half = float(t.ppf((1 + level) / 2, count - 1)) * stdev(differences) / sqrt(count)
     return Interval(mean, mean - half, mean + half, level, tuple(differences))
+
+
+def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """Bounds the median of what values are drawn from, whatever its shape: two of the values in order.
+
+        [x_(k), x_(n+1-k)],   k the largest with 2 P(Binomial(n, 1/2) < k) <= 1 - level
+
+    Args:
+        values: independent draws.
+        level: the coverage, at least. Default: 0.95.
+
+    Returns:
+        The ends, or None where there are too few values for the level: fewer than 6 for 0.95.
+
+    Raises:
+        OptionError: `level` is not between 0 and 1.
+
+    Reference:
+        Thompson 1936, On confidence ranges for the median, https://doi.org/10.1214/aoms/1177732502
+
+    >>> median_interval([5.0, 1.0, 4.0, 2.0, 3.0, 6.0])
+    (1.0, 6.0)
+    """
+    from scipy.stats import binom
+
+    _check(level)
+    count = len(values)
+    place = int(binom.ppf((1 - level) / 2, count, 0.5))
+    if not place:
+        return None
+    ordered = sorted(values)
+    return ordered[place - 1], ordered[count - place]
+
+
+def _check(level: float) -> None:
+    if not 0 < level < 1:
+        raise OptionError(f"level is {level}; wanted a number between 0 and 1, such as 0.95")
