@@ -1,9 +1,12 @@
 """Cost of a step: memory against what is known by hand, and the shape of what is measured."""
 
+import pytest
 import torch
 from torch import nn
 
 import lab_samples
+import normkit as nk
+from normkit.engine.library import why_not
 from normkit.lab.cost import measure_costs
 from normkit.lab.devices import start_fabric
 from normkit.lab.memory import peak_bytes
@@ -49,3 +52,19 @@ def test_every_recipe_is_measured_alike() -> None:
         low, high = cost["ms_quartiles"]
         assert 0 < low <= cost["ms_per_step"] <= high
         assert cost["rounds"] == 5
+
+
+@pytest.mark.skipif(why_not() is not None, reason=f"no native kernels: {why_not()}")
+@pytest.mark.parametrize("layer", [nn.Identity(), nk.RMSNorm(64), nk.GroupNorm(4, 8), nk.BatchNorm(8)], ids=repr)
+def test_memory_is_that_of_the_kernels(layer: nn.Module) -> None:
+    x = torch.randn(16, 8, 64)
+    gradient = torch.randn_like(x)
+
+    def step() -> None:
+        leaf = x.detach().requires_grad_()
+        layer(leaf).backward(gradient)
+        layer.zero_grad()
+
+    step()
+    # The output and the gradient of the input, and little things: statistics and the gradients of parameters.
+    assert x.nbytes <= peak_bytes(step, CPU) <= 2.2 * x.nbytes

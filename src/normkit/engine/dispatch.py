@@ -17,6 +17,7 @@ from normkit.core.statistic import Statistic
 from normkit.core.support import Split, Support, per_shape, place, show
 from normkit.engine import aten, closed_form, native, operator, reference
 from normkit.engine.library import why_not
+from normkit.engine.onlooker import modes_at_work
 
 Backend = Literal["auto", "reference", "closed", "aten", "native"]
 Activation = Literal["relu", "silu", "gelu", "gelu_tanh"]
@@ -450,7 +451,7 @@ def _transformed(x: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
+        or modes_at_work()
         or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
     )
 

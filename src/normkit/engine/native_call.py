@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit.engine.library import library
+from normkit.engine.onlooker import modes_at_work
 
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
@@ -57,7 +58,7 @@ def plain(*tensors: Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
+        or modes_at_work()
         or torch._C._get_tracing_state() is not None
     ) and all(t is None or _readable(t) for t in tensors)
 

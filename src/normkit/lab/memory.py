@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from normkit.engine.onlooker import Onlooker
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
@@ -38,7 +39,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     return live.peak
 
 
-class _LiveStorages(TorchDispatchMode):
+class _LiveStorages(Onlooker):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
