@@ -14,16 +14,19 @@ from normkit.lab import record, task
 from normkit.lab.data.split import Data, Split
 from normkit.lab.experiment import Bench, Experiment, perform
 from normkit.lab.papers import ablations, cost, fig1, table2, table3, vit_s
-from normkit.lab.papers.classification import PAPER, Plan, Row, _job, best, study, tables, verdicts, within
+from normkit.lab.papers.classification import PAPER, Plan, Row, _job, best, difference, study, tables, verdicts, within
 from normkit.lab.papers.classification_drawing import draw
-from normkit.lab.papers.learning import Training, changed, images, initial
+from normkit.lab.papers.learning import Training, changed, images, initial, make
 from normkit.lab.papers.table1 import PRINTED, plans
 from normkit.lab.papers.variants import scale_rows
 from normkit.surgery.condition import condition
 
 BASE = Training("digits", "inception", "", "bn", 0.0, 0, epochs=2, batch_size=64)
 ROWS = (Row("BN", "bn", printed=(83.1, 94.3)), Row("BN + E", "bn+e", printed=(83.3, 94.6)))
-CONTROLS = (Row("two", "bn+wn@first_last", like="BN + E"), Row("unit", "bn", unit="first_last", like="BN + E"))
+CONTROLS = (
+    Row("two", "bn+wn@first_last", like="BN + E", conditioning=(("lengths", 1.0),)),
+    Row("unit", "bn", unit="first_last", like="BN + E"),
+)
 PLANS = (
     Plan("Digits", BASE, ROWS, CONTROLS, (0.1, 1e30), 0.2, same=True, costs=1.0),
     Plan("Again", replace(BASE, width=0.5), ROWS, borrow="Digits", costs=0.0),
@@ -236,3 +239,36 @@ def test_table3_says_that_it_is_not_reproduced_at_small_scale() -> None:
     assert all(len(row) == len(table.columns) for row in table.rows)
     assert "is not reproduced" in table3.remarks(result)[0]
     assert table3.draw(result, Path()) == []
+
+
+def test_weight_norm_from_the_start_of_e_is_e_at_first() -> None:
+    data = images("digits", None, None, None, None)
+    e, free = (
+        make(replace(BASE, recipe=recipe, conditioning=options), data)
+        for recipe, options in (("bn+e", ()), ("bn+wn@first_last", (("lengths", 1.0),)))
+    )
+    x = data.train.batch(torch.arange(8), torch.device("cpu"))[0]
+    torch.testing.assert_close(free(x), e(x))
+    raw = [value for name, value in e.named_parameters() if name.endswith("original")]
+    directions = [value for name, value in free.named_parameters() if name.endswith("original1")]
+    torch.testing.assert_close(directions, raw, rtol=0, atol=0)
+    lengths = [value for name, value in free.named_parameters() if name.endswith("original0")]
+    assert all(value.requires_grad for value in lengths)
+
+
+def test_warm_up_goes_with_the_epochs(tmp_path: Path) -> None:
+    plan = Plan("Digits", replace(BASE, epochs=4, warmup=1.0), ROWS[:1], rate=0.1, costs=0.0)
+    found = study(Bench("small", tmp_path, seeds=(0,), epochs=1, console=Console(quiet=True)), [plan])
+    assert (found["parts"]["Digits"]["base"]["epochs"], found["parts"]["Digits"]["base"]["warmup"]) == (1, 0.25)
+
+
+def test_differences_say_whether_they_show_one() -> None:
+    def row(name: str, scores: list[float]) -> dict[str, Any]:
+        return {"name": name, "runs": [{"seed": seed, "test_score": score} for seed, score in enumerate(scores)]}
+
+    rows = [row("a", [0.5, 0.6, 0.7]), row("b", [0.4, 0.5, 0.61]), row("c", [0.6, 0.5, 0.7]), row("d", [0.1])]
+    result = {"parts": {"L": {"sets": {"given": rows}}}}
+    assert difference(result, "L", "a", "b") == "+9.67 [+8.23, +11.10]"
+    assert "no difference shown" in str(difference(result, "L", "a", "c"))
+    assert difference(result, "L", "a", "d") == "+40.00 (one seed)"
+    assert difference(result, "L", "a", "none") is None

@@ -9,20 +9,15 @@ from typing import Any
 
 import torch
 
-from normkit.core.card import Paper
-from normkit.lab.claims.numbers import choose, known, mean, spread
+from normkit.catalogue.methods import method
+from normkit.lab.claims.numbers import choose, mean, spread
 from normkit.lab.devices import processor
 from normkit.lab.experiment import Bench, Table
 from normkit.lab.papers.gains import gain, tell
 from normkit.lab.papers.learning import Costs, Same, Training, compare_same, images, learn, measure
 from normkit.lab.train import OK
 
-PAPER = Paper(
-    "Saratchandran, Hemanth and Wang, Thomas X. and Lucey, Simon",
-    "Weight Conditioning for Smooth Optimization of Neural Networks",
-    2024,
-    "https://arxiv.org/abs/2409.03424",
-)
+PAPER = method("weight_conditioning").paper
 # What is looked at: each row at the one rate that the paper gives, or each at the best of its own sweep.
 GIVEN, TUNED = "given", "tuned"
 
@@ -92,7 +87,9 @@ def study(bench: Bench, plans: Sequence[Plan]) -> dict[str, Any]:
             _download(name)
     parts: dict[str, dict[str, Any]] = {}
     for plan in plans:
-        plan = replace(plan, base=replace(plan.base, epochs=bench.epochs or plan.base.epochs))
+        epochs = bench.epochs or plan.base.epochs
+        warmup = plan.base.warmup * epochs / plan.base.epochs
+        plan = replace(plan, base=replace(plan.base, epochs=epochs, warmup=warmup))
         bench.watch(
             f"{plan.label}: {len(plan.rows)} rows, {len(plan.controls)} controls, {plan.base.epochs} epochs a run"
         )
@@ -326,6 +323,8 @@ def _time_table(label: str, part: Mapping[str, Any]) -> list[Table]:
         f"Validation accuracy in %. Ratio: median over rounds of a step's time over {base}'s in the same round, all methods side "
         f"by side in one process. Epochs in {base}'s time: whole ones, up to {epochs}; time within 2 % counts as the same.",
     ]
+    if part["base"]["schedule"] != "constant":
+        notes.append("A run that is read before its end is read in the middle of its schedule, to its disadvantage.")
     return [Table(f"{label}: equal time beside equal epochs", [*columns, "val then"], lines, notes)]
 
 
@@ -350,7 +349,13 @@ def describe(result: Mapping[str, Any], part: Mapping[str, Any]) -> str:
     size = f" at {base['size']}x{base['size']} pixels" if base["size"] else ""
     width = f", width x{base['width']:g}" if base["width"] != 1 else ""
     how = {"sgd": f"SGD, momentum {base['momentum']:g}"}.get(base["optimizer"], base["optimizer"])
-    extra = "".join(f", {text}" for text in (_schedule(base), base["clip"] and f"clip {base['clip']:g}") if text)
+    more = (
+        _schedule(base),
+        base["clip"] and f"clip {base['clip']:g}",
+        base["label_smoothing"] and f"label smoothing {base['label_smoothing']:g}",
+        base["precision"] != "32-true" and base["precision"],
+    )
+    extra = "".join(f", {text}" for text in more if text)
     return (
         f"Mean ± standard deviation over seeds; differences are paired by seed, with their 95 % interval. "
         f"{samples['train']:,} images{size} to learn from, {samples['val']:,} to choose rates, {samples['test']:,} to judge; "
@@ -418,14 +423,15 @@ def _same(label: str, same: Mapping[str, Any]) -> str:
 
 
 def difference(result: Mapping[str, Any], label: str, one: str, other: str) -> str | None:
-    """The paired difference in Top-1 between two rows, at their best rates, as text."""
+    """The paired difference in Top-1 between two rows, at their best rates, as text that says whether it shows one."""
     rows = result["parts"][label]["sets"].get(TUNED) or result["parts"][label]["sets"][GIVEN]
     first, second = choose(rows, name=one), choose(rows, name=other)
     if not first or not second:
         return None
-    return tell(percent(gain(first[0]["runs"], second[0]["runs"], "test_score")))
-
-
-def ends(rows: Iterable[Mapping[str, Any]], key: str) -> dict[str, float | None]:
-    """The mean over seeds of a run's value, a row."""
-    return {row["name"]: mean(known(run[key] for run in row["runs"])) for row in rows}
+    found = percent(gain(first[0]["runs"], second[0]["runs"], "test_score"))
+    text = tell(found)
+    if text is None:
+        return None
+    if found.low is None or found.high is None:
+        return f"{text} (one seed)"
+    return text if found.low * found.high > 0 else f"{text} (no difference shown)"

@@ -49,8 +49,8 @@ class Training:
         width: factor of every number of channels. Default: 1.
         unit: where the rows of layers are divided by their norms once, before training: ``"first_last"``, ``"all"`` or
             nowhere. Default: nowhere.
-        conditioning: options of :func:`normkit.surgery.condition.condition`, or of
-            :func:`normkit.lab.papers.variants.scale_rows`, put on after the recipe. Default: none.
+        conditioning: options of :func:`normkit.surgery.condition.condition`, of
+            :func:`normkit.lab.papers.variants.scale_rows` or of :func:`set_lengths`, put on after the recipe. Default: none.
         batch_size: Default: 128.
         optimizer: Default: ``"sgd"``.
         momentum: Default: 0.9.
@@ -185,7 +185,9 @@ def changed(job: Training, model: nn.Module) -> nn.Module:
             unit_rows(layer.weight)  # pyright: ignore[reportArgumentType]
     model = apply_recipe(model, job.recipe).model
     options = dict(job.conditioning)
-    if options.keys() & {"norm", "every"}:
+    if "lengths" in options:
+        set_lengths(model, **options)
+    elif options.keys() & {"norm", "every"}:
         scale_rows(model, **options)
     elif options:
         model = condition(model, **options).model
@@ -240,7 +242,7 @@ def compare_same(job: Same, folder: Path) -> dict[str, Any]:
         shutil.rmtree(folder / name, ignore_errors=True)
         model = make(replace(base, recipe=recipe), data)
         if name == "wn":
-            freeze_lengths(model)
+            set_lengths(model, 1.0, frozen=True)
         before = layer_weights(model)
         Trainer(Run(recipe, base.rate, base.seed), settings, model, data, fabric, folder / name, {}).train()
         after = layer_weights(model)
@@ -265,13 +267,18 @@ def unit_rows(weight: torch.Tensor) -> None:
     weight /= weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.dim() - 1))
 
 
-def freeze_lengths(model: nn.Module) -> None:
-    """Sets the lengths of weight norm to 1 and takes them from what is trained."""
-    for name, lengths in model.named_parameters():
+@torch.no_grad()
+def set_lengths(model: nn.Module, lengths: float, frozen: bool = False) -> None:
+    """Sets the lengths of all rows under weight norm; what they are multiplied with stays as it is.
+
+    Args:
+        model: changed in place.
+        lengths: at the start.
+        frozen: leave them out of training. Default: False.
+    """
+    for name, parameter in model.named_parameters():
         if name.endswith("parametrizations.weight.original0"):
-            with torch.no_grad():
-                lengths.fill_(1.0)
-            lengths.requires_grad_(False)
+            parameter.fill_(lengths).requires_grad_(not frozen)
 
 
 @torch.no_grad()

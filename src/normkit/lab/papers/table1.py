@@ -25,10 +25,13 @@ PRINTED = {
     "CIFAR-100": {BN: (55.9, 69.9), WS: (56.1, 70.1), W: (56.3, 70.4), E: (58.7, 71.3)},
 }
 RECIPES = {BN: "bn", WS: "bn+ws", W: "bn+wn", E: "bn+e"}
-TWO, UNIT, NONE, ONLY = "BN + W, two layers", "BN, unit rows at the start", "no BN", "E without BN"
+TWO, FREE, UNIT = "BN + W, two layers", "BN + W, two layers, from E's start", "BN, unit rows at the start"
+NONE, ONLY = "no BN", "E without BN"
 CONTROLS = (
-    Row(TWO, "bn+wn@first_last", like=E),
-    Row(UNIT, "bn", unit="first_last", like=E),
+    Row(TWO, "bn+wn@first_last"),
+    # The same function, raw weights and rate as E: all that it has more are lengths that learn.
+    Row(FREE, "bn+wn@first_last", like=E, conditioning=(("lengths", 1.0),)),
+    Row(UNIT, "bn", unit="first_last"),
     Row(NONE, "none"),
     Row(ONLY, "none+e"),
 )
@@ -72,12 +75,13 @@ def where_from(result: Mapping[str, Any]) -> list[str]:
     """What the controls say of E."""
     said = []
     for label in result["parts"]:
-        two, unit = difference(result, label, E, TWO), difference(result, label, E, UNIT)
-        if two and unit:
+        two, free, unit = (difference(result, label, E, other) for other in (TWO, FREE, UNIT))
+        if two and free and unit:
             said.append(
-                f"{label}: E minus weight norm on the same two layers {two}; E minus plain BN whose first and last layer begin "
-                f"with unit rows {unit}. The first tells what fixing the lengths adds, the second what is more than the scale of "
-                "the logits at the start."
+                f"{label}: E minus weight norm on the same two layers, which begins as E does, with the same raw weights and "
+                f"rate, {free}: that is what fixing the lengths does. E minus weight norm on them that begins with lengths of "
+                f"its own {two}; E minus plain BN whose first and last layer begin with unit rows {unit}; both at rates of "
+                "their own, as rows that begin shorter than 1 take longer effective steps under E."
             )
         if alone := difference(result, label, ONLY, NONE):
             said.append(f"{label}: without BN, E minus nothing {alone}.")

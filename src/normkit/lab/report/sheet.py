@@ -80,7 +80,7 @@ def _grid(table: "Table", places: Sequence[int]) -> Grid:
 
 def write_markdown(experiment: "Experiment", found: Mapping[str, Any], figures: Sequence[Path], output: Path) -> Path:
     """Writes ``result.md``."""
-    parts = [f"# {experiment.title}", f"{experiment.claim} ({experiment.paper.cite()})"]
+    parts = [f"# {experiment.title}", f"{experiment.claim} ({experiment.paper.cite()})", facts(experiment, found)]
     for table in experiment.tables(found["result"]):
         parts += [f"## {table.title}", _markdown(table), *table.notes]
     parts += ["## Remarks", "\n".join(f"- {remark}" for remark in experiment.remarks(found["result"]))]
@@ -88,6 +88,24 @@ def write_markdown(experiment: "Experiment", found: Mapping[str, Any], figures: 
     path = output / "result.md"
     write_bytes(path, ("\n\n".join(parts) + "\n").encode())
     return path
+
+
+def facts(experiment: "Experiment", found: Mapping[str, Any]) -> str:
+    """What was run, on what and when, in Markdown."""
+    config, here = found["config"], found["environment"]
+    words = [
+        "normkit",
+        experiment.kind,
+        experiment.name,
+        "--scale",
+        config["scale"],
+        "--seeds",
+        str(len(config["seeds"])),
+    ]
+    words += ["--epochs", str(config["epochs"])] if config["epochs"] is not None else []
+    where = here["device"] if here["device"] != "cpu" else f"{here['processor']}, {here['cores']} cores"
+    threads = f"{config['threads']} {'thread' if config['threads'] == 1 else 'threads'} a run"
+    return f"`{' '.join(words)}` on {where}, {threads}, torch {here['torch']}, finished {moment(found['finished'])}."
 
 
 def write_sheet(experiment: "Experiment", found: Mapping[str, Any], figures: Sequence[Path], output: Path) -> Path:
