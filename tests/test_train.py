@@ -1,5 +1,6 @@
 """One run: what it repeats exactly, and what it does when the loss is lost."""
 
+import copy
 import math
 import warnings
 from dataclasses import replace
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 import lab_samples
 from normkit.core.errors import RecordError
 from normkit.lab import record, task
+from normkit.lab.average import Average
 from normkit.lab.data.split import Data
 from normkit.lab.devices import start_fabric
 from normkit.lab.protocol import make_data
@@ -96,7 +99,7 @@ def test_a_finished_run_is_read_back(tmp_path: Path) -> None:
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
-    torch.testing.assert_close(epoch_order(3, 2, 50), epoch_order(3, 2, 50))
+    assert_close(epoch_order(3, 2, 50), epoch_order(3, 2, 50))
     orders = {tuple(epoch_order(seed, epoch, 50).tolist()) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
     assert order_sha256(0, 3, 50) != order_sha256(1, 3, 50)
@@ -114,7 +117,7 @@ def test_randomness_is_given_back() -> None:
     before = torch.get_rng_state()
     with borrowed_randomness(threads=1):
         reseed(5, "epoch", 1)
-    torch.testing.assert_close(torch.get_rng_state(), before)
+    assert_close(torch.get_rng_state(), before)
 
 
 def test_cosine_ends_near_zero() -> None:
@@ -225,21 +228,58 @@ def test_parts_weigh_tokens_not_samples(tmp_path: Path) -> None:
         inputs, targets = data.train.batch(torch.arange(7), torch.device("cpu"))
         losses.append(train_step(runner.fabric, runner.placed, some, inputs, targets))
         losses.append(runner.placed.model.out.weight.detach().clone())
-    torch.testing.assert_close(losses[0], losses[2])
-    torch.testing.assert_close(losses[1], losses[3])
+    assert_close(losses[0], losses[2])
+    assert_close(losses[1], losses[3])
 
 
 def test_the_average_is_judged_and_the_weights_go_on(tmp_path: Path) -> None:
-    still = replace(SETTINGS, ema=1 - 1e-12)
-    runner = trainer(tmp_path / "still", still)
-    before = runner.evaluate(runner.data.val)
+    runner = trainer(tmp_path / "averaged", replace(SETTINGS, ema=0.99))
     result = runner.train()
-    assert result["val_loss"] == pytest.approx(before[0], rel=1e-5)  # it has hardly moved
-    live = record.read_lines(tmp_path / "still/metrics.jsonl")
+    live = record.read_lines(tmp_path / "averaged/metrics.jsonl")
     plainly = trainer(tmp_path / "plain").train()
     rows = record.read_lines(tmp_path / "plain/metrics.jsonl")
     assert [row["train_loss"] for row in rows] == [row["train_loss"] for row in live]
-    assert plainly["val_loss"] != result["val_loss"]
+    assert result["val_loss"] != plainly["val_loss"] == runner.evaluate(runner.data.val).loss
+    assert runner.average is not None
+    with runner.average.in_place():
+        assert runner.evaluate(runner.data.val).loss == result["val_loss"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_average_moves_in_any_precision(dtype: torch.dtype) -> None:
+    model = nn.Linear(4, 4).to(dtype)
+    start = {name: value.detach().double() for name, value in model.named_parameters()}
+    average, kept = Average(model, 0.999), 1.0
+    nn.init.normal_(model.weight)
+    nn.init.normal_(model.bias)
+    live = copy.deepcopy(model.state_dict())
+    for step in range(1, 51):
+        average.update(step)
+        kept *= min(0.999, (1 + step) / (10 + step))
+    assert kept < 1e-6  # of the initial weights, though a thousand steps at 0.999 would keep a third
+    for name, value in average.values.items():
+        expected = kept * start[name] + (1 - kept) * live[name].double()
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)  # 50 roundings of single precision
+    with average.in_place():
+        assert all(bool((model.state_dict()[name] == value.to(dtype)).all()) for name, value in average.values.items())
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in live.items())
+
+
+def test_an_average_of_halves_is_judged_and_resumes(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, ema=0.999, precision="bf16-true")
+
+    def stop(epoch: int, score: float | None) -> None:
+        raise Stop
+
+    runner = trainer(tmp_path / "whole", settings)
+    before = runner.evaluate(runner.data.val).loss
+    whole = runner.train()
+    assert abs(whole["val_loss"] - before) > 0.05
+    for _ in range(settings.epochs):
+        with pytest.raises(Stop):
+            trainer(tmp_path / "parts", settings).train(stop)
+    assert trainer(tmp_path / "parts", settings).train() == whole
 
 
 def test_clipping_bounds_a_step(tmp_path: Path) -> None:

@@ -11,7 +11,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 class Average:
     """Follows a model's parameters, and the running statistics of its norms, and takes their place when it is judged.
 
-        average <- decay * average + (1 - decay) * value
+        average <- d * average + (1 - d) * value,   d = min(decay, (1 + n) / (10 + n)) at step n
+
+    The smaller decay of the first steps lets the average forget the initial weights, of which a run of few steps would
+    otherwise keep most. Averages are held in single precision at least: in half of it, steps of a thousandth round to none.
 
     What a weight parametrization keeps for itself, such as the vectors of spectral norm, and counters are not averaged.
 
@@ -20,16 +23,17 @@ class Average:
         decay: a step, from 0 to below 1.
 
     Reference:
-        Polyak and Juditsky 1992, Acceleration of stochastic approximation by averaging, https://doi.org/10.1137/0330046
+        Polyak and Juditsky 1992, Acceleration of stochastic approximation by averaging, https://doi.org/10.1137/0330046;
+        the decay of the first steps is that of TensorFlow's ExponentialMovingAverage.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.zeros_(model.weight)
     >>> average = Average(model, 0.75)
     >>> _ = nn.init.ones_(model.weight)
-    >>> average.update()
+    >>> average.update(2)
     >>> with average.in_place():
     ...     print(model.weight.item())
-    0.25
+    0.75
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -41,29 +45,37 @@ class Average:
             if buffer.is_floating_point() and "parametrizations." not in name
         }
         with torch.no_grad():
-            self.values = {name: tensor.detach().clone() for name, tensor in self.live.items()}
+            self.values = {
+                name: tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+                for name, tensor in self.live.items()
+            }
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Moves the average towards the model's values."""
+    def update(self, step: int) -> None:
+        """Moves the average towards the model's values.
+
+        Args:
+            step: of the run, counted from 1.
+        """
+        decay = min(self.decay, (1 + step) / (10 + step))
         for name, tensor in self.live.items():
-            self.values[name].lerp_(tensor, 1.0 - self.decay)
+            value = self.values[name]
+            value.lerp_(tensor.to(value.dtype), 1.0 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Puts the average into the model, and the model's own values back at the end."""
-        self._swap()
+        own = {name: tensor.detach().clone() for name, tensor in self.live.items()}
+        self._fill(self.values)
         try:
             yield
         finally:
-            self._swap()
+            self._fill(own)
 
     @torch.no_grad()
-    def _swap(self) -> None:
+    def _fill(self, values: dict[str, Tensor]) -> None:
         for name, tensor in self.live.items():
-            own = tensor.detach().clone()
-            tensor.copy_(self.values[name])
-            self.values[name].copy_(own)
+            tensor.copy_(values[name])
 
     def state(self) -> dict[str, Tensor]:
         """Gives the average, whole where it is sharded. Every process must ask for it."""

@@ -36,7 +36,8 @@ class Settings:
         accumulate: parts that a batch is run in, one after the other, to save memory; batch statistics are those of a part.
             Default: 1.
         clip: the greatest length of the gradient over all weights; longer ones are scaled to it. Default: None, any.
-        ema: decay a step of the average of the weights that is judged in place of the weights, such as 0.999. Default: 0, none.
+        ema: decay a step of the average of the weights that is judged in place of the weights, such as 0.999; at step n no
+            more than (1 + n) / (10 + n). Default: 0, none.
         label_smoothing: the part of the target that is spread over all classes. Default: 0.
         target: the validation score whose time is taken. Default: None, the highest that every run reached.
         level: coverage of the intervals. Default: 0.95.

@@ -188,7 +188,7 @@ class Trainer:
                 inputs = self._augmented(inputs, epoch, count)
             total += train_step(fabric, self.placed, settings, inputs, targets)
             if self.average is not None:
-                self.average.update()
+                self.average.update(step + 1)
             if count % LOOK_EVERY == LOOK_EVERY - 1 and not math.isfinite(self._mean(total)):
                 return math.nan
         return self._mean(total) / self.steps
