@@ -327,6 +327,33 @@ def test_memory_follows_and_is_restored() -> None:
     assert all(look["error"] < 0.05 for look in memory.look(matrices)["kept"])
 
 
+@pytest.mark.parametrize("rates", [(1e-3, 1e30), (1e30, 1e-3)])
+def test_a_discriminator_or_generator_that_diverges_is_recorded(
+    rates: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gan, "RATES", rates)
+    result = perform(gan.EXPERIMENT, Bench("small", tmp_path, seeds=(0,), console=Console(quiet=True)))["result"]
+    lost = [run for run in result["runs"] if run["status"] == steps.DIVERGED]
+    # Clipping keeps a discriminator's weights finite whatever its rate is.
+    assert {run["kind"] for run in lost} == set(gan.KINDS) - ({"clip"} if rates[1] > 1 else set())
+    assert all(run["modes"] is None and run["spectra"] is None and run["field"] is None for run in lost)
+    assert gan.tables(result)[0].rows[0][1:] == ["–"] * 6
+    said = gan.remarks(result)
+    assert f"{len(lost)} of 10 runs diverged." in said
+    # It covers no modes, and is not left out.
+    assert any("modes covered" in remark and "nothing 0.0" in remark for remark in said)
+
+
+def test_the_bound_that_is_told_is_the_product_of_sigmas() -> None:
+    row = {"sigmas": [1.05, 1.17, 1.0], "bound": 1.2285, "steepest": 0.6}
+    looks: dict[str, Any] = {way: [{"iterations": 1, "error": None}] * 2 for way in ("kept", "fresh")}
+    run = {"loss": "hinge", "kind": "sn", "status": "ok", "modes": 8, "spectra": None, "rows": [{**row, **looks}]}
+    said = gan.remarks({"runs": [run]})[0]
+    assert "up to 1.1700" in said
+    assert "bound, their product, is up to 1.2285" in said
+    assert "a lower estimate, was 0.600, below 1" in said
+
+
 def test_modes_are_counted() -> None:
     points = gan.centres().repeat_interleave(torch.tensor([40, 40, 40, 40, 1, 0, 0, 0]), 0)
     points = torch.cat([points, torch.zeros(39, 2)])

@@ -10,6 +10,7 @@ normalization, whose vectors u and v are kept and get one iteration after each o
 An epoch of ``--epochs`` is 100 steps of the generator.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from normkit.core.card import Paper
 from normkit.lab.claims.gan_drawing import KINDS, LOSSES, draw
-from normkit.lab.claims.numbers import choose, mean, spread
-from normkit.lab.claims.steps import Diverged, forget, walk
+from normkit.lab.claims.numbers import choose, known, mean, spread
+from normkit.lab.claims.steps import OK, Diverged, forget, walk
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.models.gan import PointDiscriminator, PointGenerator, centres, ring
 from normkit.lab.seeding import reseed
@@ -78,6 +79,7 @@ def play(job: Job, folder: Path) -> dict[str, Any]:
         loss = critic_loss(job.loss, judged, faked)
         loss.backward()
         optimizers[1].step()
+        demand_numbers(critic)
         constrain(critic, job.kind)
         memory.follow(follow())
         return loss.item()
@@ -88,6 +90,7 @@ def play(job: Job, folder: Path) -> dict[str, Any]:
         aim = -critic(invent(generator, BATCH)).mean()
         aim.backward()
         optimizers[0].step()
+        demand_numbers(generator)
         if not torch.isfinite(aim):
             raise Diverged
         if number % max(1, job.steps // LOOKS):
@@ -107,24 +110,34 @@ def play(job: Job, folder: Path) -> dict[str, Any]:
         "memory": memory,
     }
     walked = walk(folder, job.steps, parts, step, job.seed)
-    reseed(job.seed, "end")
-    points = invent(generator, 2048).detach()
-    modes, near = coverage(points)
+    found: dict[str, Any] = dict.fromkeys(("modes", "near", "spectra", "points", "field"))
+    if walked.status == OK:
+        reseed(job.seed, "end")
+        points = invent(generator, 2048).detach()
+        modes, near = coverage(points)
+        found = {
+            "modes": modes,
+            "near": near,
+            "spectra": {"first": spectra(first), "last": spectra(weights(critic))},
+            "points": [[round(value, 3) for value in point] for point in points[:600].tolist()],
+            "field": [[round(value, 4) for value in row] for row in field(critic).tolist()],
+        }
     forget(folder)
-    return {
-        "status": walked.status,
-        "rows": walked.rows,
-        "modes": modes,
-        "near": near,
-        "spectra": {"first": spectra(first), "last": spectra(weights(critic))},
-        "points": [[round(value, 3) for value in point] for point in points[:600].tolist()],
-        "field": [[round(value, 4) for value in row] for row in field(critic).tolist()],
-    }
+    return {"status": walked.status, "rows": walked.rows, **found}
 
 
 def invent(generator: PointGenerator, samples: int) -> Tensor:
     """Points of a generator, from noise of torch's global generator."""
     return generator(torch.randn(samples, generator.noise))
+
+
+def demand_numbers(model: nn.Module) -> None:
+    """Raises :class:`Diverged` where a parameter is not finite: such a weight has no singular values to divide by or to show.
+
+    >>> demand_numbers(nn.Linear(2, 1))
+    """
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise Diverged
 
 
 def critic_loss(loss: str, judged: Tensor, faked: Tensor) -> Tensor:
@@ -306,7 +319,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         rows: list[list[Any]] = []
         for kind, name in KINDS.items():
             runs = choose(result["runs"], loss=loss, kind=kind)
-            last = [run["rows"][-1] if run["rows"] else {} for run in runs]
+            last = [run["rows"][-1] if run["status"] == OK else {} for run in runs]
             rows.append(
                 [
                     name,
@@ -315,7 +328,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
                     spread([max(row["sigmas"]) if row else None for row in last], ".3g"),
                     spread([row.get("bound") for row in last], ".3g"),
                     spread([row.get("steepest") for row in last], ".3g"),
-                    spread([stable_rank(run["spectra"]["last"][1]) for run in runs], ".1f"),
+                    spread(ranks(runs, "last"), ".1f"),
                 ]
             )
         notes = [
@@ -345,11 +358,19 @@ def stable_rank(values: list[float]) -> float:
     return sum(value * value for value in values) / max(max(values) ** 2, 1e-30)
 
 
+def ranks(runs: Sequence[Mapping[str, Any]], when: str) -> list[float | None]:
+    """The second layer's stable rank before (``"first"``) or after training (``"last"``); a run that diverged has none."""
+    return [stable_rank(run["spectra"][when][1]) if run["spectra"] else None for run in runs]
+
+
 def memory_of(result: dict[str, Any], kind: str, layer: int) -> list[tuple[float | None, float | None]]:
     """Mean iterations and mean error in percent, from kept and from fresh vectors."""
     rows = [row for run in choose(result["runs"], kind=kind) for row in run["rows"]]
     return [
-        (mean(row[way][layer]["iterations"] for row in rows), mean(100 * row[way][layer]["error"] for row in rows))
+        (
+            mean(row[way][layer]["iterations"] for row in rows),
+            mean(100 * error for error in known(row[way][layer]["error"] for row in rows)),
+        )
         for way in ("kept", "fresh")
     ]
 
@@ -358,33 +379,38 @@ def remarks(result: dict[str, Any]) -> list[str]:
     """What was seen of each claim."""
     said = []
     for loss in LOSSES:
-        for kind in ("sn", "hard"):
+        for kind, why in (("sn", " (one power iteration lags behind the weights)"), ("hard", "")):
             rows = [row for run in choose(result["runs"], loss=loss, kind=kind) for row in run["rows"]]
-            if rows:
-                sigma, steepest = (max(row_value(row, key) for row in rows) for key in ("sigmas", "steepest"))
+            sigmas = [sigma for row in rows for sigma in known(row["sigmas"])]
+            bounds, slopes = (known(row[key] for row in rows) for key in ("bound", "steepest"))
+            if sigmas and bounds and slopes:
+                # The product is what holds for certain; a slope that was found says only how steep the network is at least.
                 said.append(
-                    f"{loss}, {KINDS[kind]}: over training no layer's sigma exceeded {sigma:.4f}, and the steepest gradient "
-                    f"found was {steepest:.3f}; the bound of 1 {'holds' if steepest <= 1.02 else 'is exceeded'}."
+                    f"{loss}, {KINDS[kind]}: a layer's sigma was up to {max(sigmas):.4f} when looked at along training{why}, so "
+                    f"the guaranteed bound, their product, is up to {max(bounds):.4f}; the steepest gradient found, a "
+                    f"lower estimate, was {max(slopes):.3f}, {'below' if max(slopes) < 1 else 'not below'} 1."
                 )
-        free = [row["bound"] for run in choose(result["runs"], loss=loss, kind="none") for row in run["rows"][-1:]]
-        if free:
-            said.append(f"{loss}, nothing: the product of sigmas ends at {max(free):.3g}; nothing holds it.")
-        best = {kind: mean(run["modes"] for run in choose(result["runs"], loss=loss, kind=kind)) for kind in KINDS}
+        free = [run["rows"][-1]["bound"] for run in choose(result["runs"], loss=loss, kind="none", status=OK)]
+        if known(free):
+            said.append(
+                f"{loss}, nothing: the product of sigmas ends at up to {max(known(free)):.3g}; nothing holds it."
+            )
+        # A generator that diverged covers nothing.
+        best = {kind: mean(run["modes"] or 0 for run in choose(result["runs"], loss=loss, kind=kind)) for kind in KINDS}
         names = ", ".join(f"{KINDS[kind]} {modes:.1f}" for kind, modes in best.items() if modes is not None)
         said.append(f"{loss}: modes covered of 8, mean over seeds: {names}.")
     for kind in ("sn", "hard"):
-        runs = choose(result["runs"], kind=kind)
-        ranks = [mean(stable_rank(run["spectra"][when][1]) for run in runs) for when in ("first", "last")]
-        if runs and None not in ranks:
+        first, last = (mean(ranks(choose(result["runs"], kind=kind), when)) for when in ("first", "last"))
+        if first is not None and last is not None:
             said.append(
                 f"{KINDS[kind]}: only the largest singular value is held; the others go where they like, and the stable rank of "
-                f"the second layer goes from {ranks[0]:.1f} to {ranks[1]:.1f}."
+                f"the second layer goes from {first:.1f} to {last:.1f}."
             )
-    flat = [run for run in choose(result["runs"], kind="sn") if "field" in run]
-    if flat and all(abs(value) < 1 for run in flat for row in run["field"] for value in row):
+    flat = [value for run in choose(result["runs"], kind="sn") for row in run.get("field") or () for value in row]
+    if flat and all(value is not None and abs(value) < 1 for value in flat):
         said.append(
-            "spectral norm: the discriminator stays within -1 and 1, where the hinge loss is the Wasserstein loss plus 2; both "
-            "rows are the same training but for rounding."
+            "spectral norm: at the end the first seed's discriminators are within -1 and 1 on the plane, where the hinge loss is "
+            "the Wasserstein loss plus 2: as long as that is so, both losses give the same training but for rounding."
         )
     for kind in FOLLOWED:
         (kept, lag), (fresh, far) = memory_of(result, kind, 1)
@@ -393,12 +419,9 @@ def remarks(result: dict[str, Any]) -> list[str]:
                 f"Keeping u and v, second layer, {KINDS[kind]}: one iteration a step errs by {lag:.2g} % in sigma, one from "
                 f"random vectors by {far:.2g} %; a thousandth takes {kept:.1f} iterations against {fresh:.1f}."
             )
+    lost = [run for run in result["runs"] if run["status"] != OK]
+    said.append(f"{len(lost)} of {len(result['runs'])} runs diverged.")
     return said
-
-
-def row_value(row: dict[str, Any], key: str) -> float:
-    """A value of a look, of several the largest."""
-    return max(row[key]) if isinstance(row[key], list) else row[key]
 
 
 EXPERIMENT = Experiment(

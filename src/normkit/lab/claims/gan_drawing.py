@@ -49,10 +49,15 @@ def points(result: dict[str, Any]) -> Figure:
             axis.grid(visible=False)
             for side in axis.spines.values():
                 side.set_visible(True)
+            if row == 0:
+                axis.set_title(name, color=HUES[kind])
             runs = [run for run in choose(result["runs"], loss=loss, kind=kind) if "field" in run]
             if not runs:
                 continue
             run = runs[0]
+            if run["field"] is None:
+                axis.text(0, 0, "diverged", ha="center", va="center", fontsize=7)
+                continue
             field = np.array([[np.nan if value is None else value for value in line] for line in run["field"]])
             ticks = np.linspace(-3, 3, len(field))
             if np.isfinite(field).all() and np.ptp(field) > 0:
@@ -62,8 +67,6 @@ def points(result: dict[str, Any]) -> Figure:
             middle = centres().numpy()
             axis.scatter(middle[:, 0], middle[:, 1], s=30, facecolors="none", edgecolors=INK, linewidths=0.7)
             axis.text(0, 0, f"{run['modes']} of 8", ha="center", va="center", fontsize=7)
-            if row == 0:
-                axis.set_title(name, color=HUES[kind])
         grid[row][0].set_ylabel(title)
     return figure
 
@@ -99,8 +102,9 @@ def lipschitz(result: dict[str, Any]) -> Figure:
 def singular_values(result: dict[str, Any]) -> Figure:
     """All singular values of the second layer, before and after training."""
     figure, axes = panels(len(KINDS), FULL, 1.9, sharey=True)
+    there = [run for run in result["runs"] if run["spectra"]]  # a run that diverged has none
     for axis, (kind, name) in zip(axes, KINDS.items(), strict=True):
-        for run in choose(result["runs"], loss="hinge", kind=kind):
+        for run in choose(there, loss="hinge", kind=kind):
             for when, colour in (("first", FAINT), ("last", HUES[kind])):
                 values = run["spectra"][when][1]
                 axis.plot(range(1, len(values) + 1), values, color=colour, linewidth=0.9)
@@ -108,7 +112,7 @@ def singular_values(result: dict[str, Any]) -> Figure:
         axis.set_title(name, color=HUES[kind])
         axis.set_yscale("log")
         axis.set_xlabel("rank")
-    low = min((value for run in result["runs"] for value in run["spectra"]["last"][1][:-8]), default=0.01)
+    low = min((value for run in there for value in run["spectra"]["last"][1][:-8]), default=0.01)
     axes[0].set_ylim(bottom=max(low, 1e-3))
     axes[0].set_ylabel("singular value, layer 2")
     for y, word, colour in ((0.16, "before training", FAINT), (0.06, "after", HUES["none"])):
