@@ -1,13 +1,16 @@
 """Processes of the parallel training tests: torchrun parallel_worker.py OUT trains every case of CASES into a folder of OUT."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import lab_samples
+from normkit.lab import task
+from normkit.lab.data.split import Data
 from normkit.lab.devices import part, start_fabric
 from normkit.lab.protocol import make_data
 from normkit.lab.settings import Settings
@@ -15,12 +18,15 @@ from normkit.lab.train import Run, Trainer
 from normkit.surgery.recipe import apply_recipe
 
 OPTIONS = {"accumulate": 2, "ema": 0.9, "clip": 0.5, "warmup": 1.0, "label_smoothing": 0.1, "epochs": 3}
-# folder: strategy, recipe, epochs after which it is interrupted
+ALL = float("-inf")
+# folder: strategy, recipe, epochs after which it is interrupted, the least first feature of samples that are not ignored
 CASES = {
-    "ddp": ("ddp", "keep+e@all", (1,)),
-    "shards": ("fsdp", "keep+e@all", ()),
-    "resumed shards": ("fsdp", "keep+e@all", (1, 2)),
-    "shards with lengths": ("fsdp", "keep+wn", (2,)),
+    "ddp": ("ddp", "keep+e@all", (1,), ALL),
+    "ddp with padding": ("ddp", "keep+e@all", (), 0.0),
+    "shards": ("fsdp", "keep+e@all", (), ALL),
+    "resumed shards": ("fsdp", "keep+e@all", (1, 2), ALL),
+    "shards with lengths": ("fsdp", "keep+wn", (2,), ALL),
+    "shards with padding": ("fsdp", "keep+e@all", (), 1.5),
 }
 
 
@@ -28,13 +34,21 @@ class Stop(Exception):
     """Stands for an interruption."""
 
 
-def train(out: Path, strategy: str, recipe: str, stop_at: int = 0) -> None:
+def padded(data: Data, least: float) -> Data:
+    """Ignores targets, so that processes count unlike numbers of them, and some none."""
+    train = data.train
+    assert isinstance(train.inputs, Tensor)
+    targets = torch.where(train.inputs[:, 0] > least, train.targets, task.IGNORED)
+    return replace(data, train=replace(train, targets=targets))
+
+
+def train(out: Path, strategy: str, recipe: str, least: float, stop_at: int = 0) -> None:
     settings = Settings(rates=(0.1,), batch_size=32, accelerator="cpu", strategy=strategy, **OPTIONS)
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.ReLU()) for _ in range(2)]
     model = nn.Sequential(nn.Linear(8, 16), *blocks, nn.Linear(16, 3))
     apply_recipe(model, recipe)
-    data = make_data(lab_samples.data, "data")
+    data = padded(make_data(lab_samples.data, "data"), least)
 
     def stop(epoch: int, score: float | None) -> None:
         if epoch == stop_at:
@@ -49,7 +63,7 @@ def train(out: Path, strategy: str, recipe: str, stop_at: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    for name, (strategy, recipe, stops) in CASES.items():
+    for name, (strategy, recipe, stops, least) in CASES.items():
         for stop_at in (*stops, 0):
-            train(Path(sys.argv[1]) / name, strategy, recipe, stop_at)
+            train(Path(sys.argv[1]) / name, strategy, recipe, least, stop_at)
     part()

@@ -64,14 +64,14 @@ def loss(output: Any, targets: Tensor, smoothing: float = 0.0) -> Tensor:
 
 
 def weight(targets: Tensor) -> Tensor:
-    """Counts the targets over which :func:`loss` averages.
+    """Counts the targets over which :func:`loss` averages; 0 for a batch of padding alone.
 
     >>> weight(torch.tensor([[1, -100], [2, 3]]))
     tensor(3)
     """
     if targets.is_floating_point():
         return torch.tensor(targets.numel(), device=targets.device)
-    return (targets != IGNORED).sum().clamp(min=1)
+    return (targets != IGNORED).sum()
 
 
 def tally(output: Any, targets: Tensor) -> Tensor:

@@ -182,11 +182,13 @@ class Trainer:
             step = (epoch - 1) * self.steps + count
             for group in self.placed.optimizer.param_groups:
                 group["lr"] = rate_at(settings, self.run.rate, step, self.steps * settings.epochs)
-            mine = order[count * self.batch : (count + 1) * self.batch][fabric.global_rank :: fabric.world_size]
-            inputs, targets = self.data.train.batch(mine, fabric.device)
+            rows = order[count * self.batch : (count + 1) * self.batch]
+            inputs, targets = self.data.train.batch(rows[fabric.global_rank :: fabric.world_size], fabric.device)
             if self.data.augment is not None:
                 inputs = self._augmented(inputs, epoch, count)
-            total += train_step(fabric, self.placed, settings, inputs, targets)
+            # Every process holds all targets, so that none has to ask the others how many of theirs are ignored.
+            whole = task.weight(self.data.train.targets[rows])
+            total += train_step(fabric, self.placed, settings, inputs, targets, whole)
             if self.average is not None:
                 self.average.update(step + 1)
             if count % LOOK_EVERY == LOOK_EVERY - 1 and not math.isfinite(self._mean(total)):
@@ -305,25 +307,35 @@ class Trainer:
         return result
 
 
-def train_step(fabric: Fabric, placed: Placed, settings: Settings, inputs: Inputs, targets: Tensor) -> Tensor:
+def train_step(
+    fabric: Fabric, placed: Placed, settings: Settings, inputs: Inputs, targets: Tensor, whole: Tensor | None = None
+) -> Tensor:
     """Runs forward, backward and update on one batch, in as many parts as asked for, and gives the loss on its device.
+
+    Processes average their gradients, so each scales its loss by ``world_size * weight(targets) / whole``: the average is then
+    over targets, as one process takes it, wherever the ignored ones lie.
 
     Args:
         fabric: started.
         placed: model and optimizer.
         settings: how many parts, label smoothing, clipping.
-        inputs: of the batch.
-        targets: of the batch.
+        inputs: of the batch, this process's share.
+        targets: of the batch, this process's share.
+        whole: :func:`~normkit.lab.task.weight` of the batch over all processes. Default: None, as much in each as in this one.
+
+    Returns:
+        The loss; its mean over processes is that of the batch.
     """
     placed.stepper.zero_grad()
     inputs = arranged(inputs, settings)
     parts = torch.arange(len(targets)).chunk(settings.accumulate)
-    whole, total = task.weight(targets), None
+    whole = (fabric.world_size * task.weight(targets) if whole is None else whole).clamp(min=1)
+    total = None
     for count, part in enumerate(parts):
         some = (inputs, targets) if len(parts) == 1 else (take(inputs, part), targets[part])
         loss = task.loss(task.call(placed.wrapped, some[0]), some[1], settings.label_smoothing)
-        if len(parts) > 1:
-            loss = loss * (task.weight(some[1]) / whole)
+        if len(parts) > 1 or fabric.world_size > 1:
+            loss = loss * (fabric.world_size * task.weight(some[1]) / whole)
         # Gradients are averaged over processes once, with the last part.
         waits = fabric.world_size > 1 and count < len(parts) - 1
         with fabric.no_backward_sync(placed.wrapped) if waits else nullcontext():
