@@ -483,9 +483,59 @@ def test_the_largest_rate_is_the_largest_that_learned() -> None:
     assert conditioning.largest({"runs": runs}, "bn") == [1.0]
 
 
+def benefits(**found: list[tuple[int | None, float | None, float | None]]) -> dict[str, Any]:
+    """Runs with steps, training and test accuracy for each seed, the same at every scale; methods not given are as "none"."""
+    runs = [
+        {"method": method, "scale": scale, "seed": seed, "status": "ok" if test else "diverged", "planned": 100}
+        | {"steps": count, "train": train, "test": test}
+        for method in four_benefits.METHODS
+        for scale in four_benefits.SCALES
+        for seed, (count, train, test) in enumerate(found.get(method, found["none"]))
+    ]
+    return {"runs": runs}
+
+
 def test_a_diverged_run_counts_as_guessing_in_the_range() -> None:
-    runs = [{"method": "bn", "scale": scale, "test": test} for scale, test in ((0.1, 0.3), (1.0, 0.5), (10.0, None))]
-    assert four_benefits.range_of({"runs": runs}, "bn") == pytest.approx(0.4)
+    result = benefits(none=[(10, 0.6, 0.5)] * 2)
+    result["runs"] = [
+        {**run, "test": None} if run["scale"] == 10 and run["seed"] == 1 else run for run in result["runs"]
+    ]
+    assert four_benefits.counted(result, "bn", "range") == [0.0, pytest.approx(0.4)]
+
+
+def test_a_norm_is_better_where_the_interval_of_paired_seeds_says_so() -> None:
+    base: list[tuple[int | None, float | None, float | None]] = [(60, 0.5, 0.40), (70, 0.5, 0.41), (80, 0.5, 0.42)]
+    result = benefits(
+        none=base,
+        bn=[(steps - 20, 0.6, test + 0.05 + 0.001 * steps / 60) for steps, _, test in base],  # pairs agree
+        ln=[(50, 0.5, 0.43), (70, 0.5, 0.42), (89, 0.5, 0.383)],  # means a little better, pairs do not agree
+        gn=[(None, 0.4, 0.3)] * 3,
+    )
+    by_steps = four_benefits.verdict(result, "steps", 1, "fewer", "more")
+    fewer, more, unsure = by_steps.split("; ")
+    assert fewer == "fewer: BatchNorm -20.0 [-20.0, -20.0]"
+    assert more.startswith("more: GroupNorm +35.0 [")
+    assert unsure.startswith("not told apart: LayerNorm -0.3 [")
+    by_test = four_benefits.verdict(result, "test", 100, "better", "worse", higher_first=True)
+    assert by_test.startswith("better: BatchNorm +5.1 [")
+    assert "not told apart: LayerNorm +0.1 [" in by_test
+    assert "worse: GroupNorm -11.0 [" in by_test
+    said = " ".join(four_benefits.remarks(result))
+    assert "LayerNorm 3 of 3" in said
+    assert "GroupNorm 0 of 3" in said
+    # Both the gap and the training accuracy at which it is smaller.
+    assert "smaller: BatchNorm" not in said
+    assert "training accuracy, %: no norm 50.0 ± 0.0, BatchNorm 60.0" in said
+
+
+def test_surviving_seeds_do_not_make_a_norm_better() -> None:
+    result = benefits(none=[(60, 0.5, 0.4)] * 2, bn=[(40, 0.6, 0.5), (None, None, None)])
+    assert four_benefits.counted(result, "bn", "steps") == [40, 105]
+    assert four_benefits.counted(result, "bn", "test") == [0.5, four_benefits.CHANCE]
+    for key in ("steps", "test"):
+        assert "not told apart: BatchNorm" in four_benefits.verdict(result, key, 1, "lower", "higher")
+    assert "one seed alone, without an interval: BatchNorm" in four_benefits.verdict(result, "gap", 1, "less", "more")
+    assert "3 of 48 runs diverged" in four_benefits.remarks(result)[-1]
 
 
 # Figures

@@ -43,8 +43,11 @@ def benefits(result: dict[str, Any]) -> Figure:
         steps = known(run["steps"] for run in runs if run["scale"] == 1)
         style: dict[str, Any] = {"color": HUES[method], "marker": MARKS[method], "markersize": 3.5}
         axes[0].plot(steps, [y] * len(steps), linestyle="", alpha=0.6, **style)
-        if not steps:
-            axes[0].text(0.03, y, "not reached", fontsize=6.5, va="center", transform=axes[0].get_yaxis_transform())
+        usual = choose(runs, scale=1.0)
+        if missed := len(usual) - len(steps):
+            # Below the marks of the seeds that got there, if any did.
+            place, words = (y + 0.33, f"{missed} of {len(usual)} not reached") if steps else (y, "not reached")
+            axes[0].text(0.03, place, words, fontsize=6.5, va="center", transform=axes[0].get_yaxis_transform())
         scales = sorted({run["scale"] for run in runs})
         curve = [
             100 * (mean(0.1 if run["test"] is None else run["test"] for run in choose(runs, scale=scale)) or 0.0)
@@ -52,7 +55,7 @@ def benefits(result: dict[str, Any]) -> Figure:
         ]
         axes[1].plot(scales, curve, linewidth=1.1, **style)
         ends.append((curve[-1], name, HUES[method]))
-        for run in choose(runs, scale=1.0):
+        for run in usual:
             if run["test"] is not None:
                 axes[2].plot([100 * (run["train"] - run["test"])], [100 * run["test"]], linestyle="", **style)
     axes[0].set_yticks(range(len(METHODS)), list(METHODS.values()))
