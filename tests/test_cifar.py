@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from normkit.core.errors import OptionError, ProtocolError
 from normkit.lab.data import cifar
 from normkit.lab.data.augment import FlipAndCrop
-from normkit.lab.data.cifar import cifar10, cifar100
+from normkit.lab.data.cifar import cifar10, cifar100, download_missing
 from normkit.lab.data.download import Archive, download
 from normkit.lab.data.pickled import read_pickle
 from normkit.lab.data.split import Data, Split, subset
@@ -257,6 +257,21 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # All is there: nothing is touched.
     (root / "cifar-10-python.tar.gz").unlink()
     assert cifar10(root, download=True).sha256() == expected
+
+
+def test_experiments_make_the_folder_that_they_download_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "new" / "root"
+    monkeypatch.setenv("NORMKIT_DATA", str(root))
+    for name in ("digits", "imagefolder", "package.module:factory"):
+        download_missing(name)  # nothing that can be fetched
+    assert not root.exists()
+    published = dataclasses.replace(cifar.CIFAR10, archive=archive(tmp_path))
+    monkeypatch.setitem(cifar.PUBLISHED, "cifar10", published)
+    download_missing("cifar10")
+    assert cifar10().sha256() == cifar10(tmp_path / "made").sha256()
+    (tmp_path / "file").touch()
+    with pytest.raises(ProtocolError, match=r"cannot make .*file.*; give another by --data-root or NORMKIT_DATA"):
+        download_missing("cifar10", tmp_path / "file" / "root")
 
 
 def test_download_that_fails(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from normkit.lab.claims.disparity_drawing import METHODS, ORDERS, RANGES, WAYS, 
 from normkit.lab.claims.images import Images, Stream, accuracy, fit, load
 from normkit.lab.claims.numbers import choose, mean, spread
 from normkit.lab.claims.steps import OK, device, forget
-from normkit.lab.data.cifar import cifar10
+from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.seeding import reseed
@@ -203,8 +203,8 @@ def run(bench: Bench) -> dict[str, Any]:
     """Trains both methods in both orders and batch sizes with every seed."""
     size = dict(SIZES[bench.scale])
     size["epochs"] = bench.epochs or size["epochs"]
-    if bench.download and size["data"] == "cifar10":
-        cifar10(download=True)
+    if bench.download:
+        download_missing(size["data"])
     jobs = [
         Job(method, order, batch, seed, **size)
         for seed in bench.seeds

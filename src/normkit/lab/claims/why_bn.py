@@ -28,7 +28,7 @@ from normkit.lab.claims.images import Images, Stream, load
 from normkit.lab.claims.numbers import ABSENT, choose, known, mean, spread
 from normkit.lab.claims.steps import OK, Diverged, device, forget, walk
 from normkit.lab.claims.why_bn_drawing import METHODS, draw
-from normkit.lab.data.cifar import cifar10
+from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.seeding import reseed
@@ -241,8 +241,8 @@ def run(bench: Bench) -> dict[str, Any]:
     size = dict(SIZES[bench.scale])
     if bench.epochs:
         size["steps"] = bench.epochs * (size["train"] or 45000) // BATCH
-    if bench.download and size["data"] == "cifar10":
-        cifar10(download=True)
+    if bench.download:
+        download_missing(size["data"])
     jobs = [Job(method, RATE, True, seed, **size) for seed in bench.seeds for method in METHODS]
     short = {**size, "steps": min(SHORT, size["steps"])}
     jobs += [

@@ -66,6 +66,22 @@ CIFAR100 = Published(
     labels="fine_labels",
     classes=100,
 )
+# By the built-in name of the lab.
+PUBLISHED = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+
+
+def download_missing(name: str, root: Path | str | None = None) -> None:
+    """Downloads a data set where its files are missing; nothing for one that comes with a package or must be fetched by hand.
+
+    Args:
+        name: a built-in name of the lab, such as ``"cifar10"``, or that of any other data set.
+        root: where; made when missing. Default: None, the environment variable ``NORMKIT_DATA``.
+
+    Raises:
+        ProtocolError: it can't be fetched, or there is no place to write.
+    """
+    if name in PUBLISHED:
+        _folder(PUBLISHED[name], root, wanted=True)
 
 
 def cifar10(
@@ -164,9 +180,7 @@ def _some(published: Published, key: str, split: Split, count: int | None) -> Sp
 
 def _folder(published: Published, root: Path | str | None, wanted: bool) -> Path:
     name = published.archive.folder
-    if wanted and root is not None:
-        Path(root).mkdir(parents=True, exist_ok=True)
-    base = data_root(root)
+    base = data_root(root, make=wanted)
     # The folder itself is as good as the one that holds it.
     folder = base if base.name == name else base / name
     missing = [file for file in (*published.train, *published.test) if not (folder / file).is_file()]

@@ -8,20 +8,27 @@ from normkit.core.errors import ProtocolError
 VARIABLE = "NORMKIT_DATA"
 
 
-def data_root(root: Path | str | None = None) -> Path:
+def data_root(root: Path | str | None = None, *, make: bool = False) -> Path:
     """Finds the folder under which data sets lie in their published layouts.
 
     Args:
         root: the folder. Default: None, the environment variable ``NORMKIT_DATA``.
+        make: make the folder where it is missing, for what is downloaded. Default: False.
 
     Raises:
-        ProtocolError: neither is given, or the folder is not there.
+        ProtocolError: neither is given, or the folder is not there or can't be made.
     """
     given = root or os.environ.get(VARIABLE)
     if not given:
         raise ProtocolError(
             f"no folder of data sets is given; use --data-root DIR or set the environment variable {VARIABLE}"
         )
+    if make:
+        try:
+            Path(given).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ProtocolError(f"cannot make {given}: {reason}; give another by --data-root or {VARIABLE}") from error
     if not Path(given).is_dir():
         raise ProtocolError(f"{given} is no folder; give the one that holds the data sets by --data-root or {VARIABLE}")
     return Path(given)

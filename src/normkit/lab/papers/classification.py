@@ -11,6 +11,7 @@ import torch
 
 from normkit.catalogue.methods import method
 from normkit.lab.claims.numbers import choose, mean, spread
+from normkit.lab.data.cifar import download_missing
 from normkit.lab.devices import processor
 from normkit.lab.experiment import Bench, Table
 from normkit.lab.papers.gains import gain, tell
@@ -84,7 +85,7 @@ def study(bench: Bench, plans: Sequence[Plan]) -> dict[str, Any]:
     """
     if bench.download:
         for name in {plan.base.data for plan in plans}:
-            _download(name)
+            download_missing(name)
     parts: dict[str, dict[str, Any]] = {}
     for plan in plans:
         epochs = bench.epochs or plan.base.epochs
@@ -190,12 +191,6 @@ def _repeat(
 def _job(plan: Plan, row: Row, rate: float, seed: int) -> Training:
     how = {"recipe": row.recipe, "unit": row.unit, "conditioning": row.conditioning}
     return replace(plan.base, name=row.name, rate=rate, seed=seed, **how)
-
-
-def _download(name: str) -> None:
-    from normkit.lab.data import cifar
-
-    getattr(cifar, name)(download=True)
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
