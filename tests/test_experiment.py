@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from experiment_samples import EXPERIMENT, Walk, walk
 from normkit.cli import app
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
+from normkit.lab.devices import hardware
 from normkit.lab.experiment import Bench, Table, command, perform
 from normkit.lab.experiments import FILES, find_experiment, names
-from normkit.lab.report.sheet import print_sheet, side_by_side
-from normkit.lab.sweep import sweep
+from normkit.lab.report.sheet import facts, print_sheet, side_by_side
+from normkit.lab.sweep import devices, sweep
 
 
 def bench(folder: Path, **options: Any) -> Bench:
@@ -88,6 +90,44 @@ def test_an_interrupted_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sweep(walk, [Walk("left", 0)], tmp_path / "parts", say=lambda text: None) == whole
     assert left == 98
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
+
+
+def test_the_devices_are_those_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on(name: str) -> None:
+        monkeypatch.setattr("normkit.lab.sweep.hardware", lambda: name)
+
+    on("GPU A")
+    perform(EXPERIMENT, bench(tmp_path, seeds=(0,)), report=False)
+    on("GPU B")
+    found = perform(EXPERIMENT, bench(tmp_path, seeds=(0, 1)), report=False)
+    assert found["environment"]["devices"] == ["GPU A", "GPU B"]  # the first seed's runs were kept
+    assert " on GPU A, GPU B, " in facts(EXPERIMENT, found)
+    found = perform(EXPERIMENT, bench(tmp_path, seeds=(1,)), report=False)
+    assert found["environment"]["devices"] == ["GPU B"]
+    # A run that was stopped on one machine and finished on another has two.
+    job, place = Walk("left", 0), tmp_path / "runs/left/seed=0"
+    (place / "result.json").unlink()
+    sweep(walk, [job], tmp_path, say=lambda text: None)
+    assert devices([job], tmp_path) == {"GPU A", "GPU B"}
+    record.write_json(place / "timing.json", {"seconds": 1.0})
+    assert devices([job], tmp_path) == set()
+
+
+def test_what_a_record_without_devices_says(tmp_path: Path) -> None:
+    found = perform(EXPERIMENT, bench(tmp_path), report=False)
+    here = found["environment"]
+    assert here["devices"] == [hardware()]
+    del here["devices"]
+    assert " on GPU C, " in facts(EXPERIMENT, {**found, "environment": {**here, "device": "GPU C"}})
+    plain = {**found, "environment": {**here, "device": "cpu", "processor": "P", "cores": 3}}
+    assert " on P, 3 cores, " in facts(EXPERIMENT, plain)
+
+
+def test_a_relative_folder_of_data_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NORMKIT_DATA", "")
+    monkeypatch.chdir(tmp_path)
+    perform(EXPERIMENT, bench(tmp_path / "out", data_root=Path("data")), report=False)
+    assert os.environ["NORMKIT_DATA"] == str(tmp_path / "data")
 
 
 def test_more_seeds_keep_the_others(tmp_path: Path) -> None:

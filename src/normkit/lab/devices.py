@@ -72,6 +72,11 @@ def device_name(fabric: Fabric) -> str:
     return fabric.device.type if fabric.world_size == 1 else f"{fabric.device.type} x {fabric.world_size}"
 
 
+def hardware() -> str:
+    """Names the GPU on which this process's runs are done, or the processor where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+
+
 def environment(fabric: Fabric, started: str) -> dict[str, Any]:
     """Describes the software and the machine.
 

@@ -15,18 +15,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 
 from normkit.core.card import Paper
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
 from normkit.lab.cluster import joined
-from normkit.lab.devices import cores, processor, versions
-from normkit.lab.sweep import TIMING, Job, sweep
+from normkit.lab.data.root import VARIABLE
+from normkit.lab.devices import cores, hardware, processor, versions
+from normkit.lab.sweep import TIMING, Job, devices, sweep
 
 SCHEMA = 1
-DATA_ROOT = "NORMKIT_DATA"
 CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
 OURS = (RESULT, "runs", "result.md", "report.html", "figures", ENVIRONMENT, CONFIG)
 CURE = "choose another --output, or --overwrite to replace them"
@@ -68,6 +67,9 @@ class Bench:
         console: where progress is written. Default: standard output.
         ray: None to run in this process; ``"local"`` for a Ray cluster on this machine, else the address of one. Default: None.
         threads: of torch on the CPU, a run; sums depend on how many threads share them. Default: 1.
+
+    Attributes:
+        devices: those on which the runs that were swept so far were done, whichever process did them.
     """
 
     scale: Literal["small", "full"]
@@ -79,6 +81,7 @@ class Bench:
     console: Console = field(default_factory=Console)
     ray: str | None = None
     threads: int = 1
+    devices: set[str] = field(init=False, default_factory=set)
 
     def watch(self, text: str) -> None:
         """Says how far the experiment is."""
@@ -95,7 +98,9 @@ class Bench:
         Raises:
             RecordError: a folder holds another job's records, is damaged or not writable.
         """
-        return sweep(function, jobs, self.output, threads=self.threads, ray=self.ray, say=self.watch)
+        results = sweep(function, jobs, self.output, threads=self.threads, ray=self.ray, say=self.watch)
+        self.devices |= devices(jobs, self.output)
+        return results
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,8 @@ def perform(
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise OptionError("an experiment's runs are of one process each, so it does not go with torchrun; use --ray")
     if bench.data_root is not None:
-        os.environ[DATA_ROOT] = str(bench.data_root)
+        # A worker may have another working folder.
+        os.environ[VARIABLE] = str(bench.data_root.absolute())
     config = {
         "experiment": experiment.name,
         "scale": bench.scale,
@@ -163,13 +169,14 @@ def perform(
         record.write_json(bench.output / CONFIG, config)
         record.write_json(bench.output / ENVIRONMENT, here)
         about = {key: getattr(experiment, key) for key in ("name", "kind", "title", "claim")}
+        result = _run(experiment, bench)
         found = {
             "schema": SCHEMA,
             "experiment": {**about, "paper": asdict(experiment.paper)},
             "command": command,
             "config": config,
-            "environment": here,
-            "result": _run(experiment, bench),
+            "environment": {**here, "devices": sorted(bench.devices) or [hardware()]},
+            "result": result,
             "started": started,
             "finished": _now(),
             "seconds": round(time.monotonic() - began, 3),
@@ -260,7 +267,6 @@ def _environment(started: str, threads: int) -> dict[str, Any]:
         "processor": processor(),
         "cores": cores(),
         "threads": threads,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "started": started,
     }
 

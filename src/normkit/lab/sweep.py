@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 from normkit.core.errors import OptionError
 from normkit.lab import record
+from normkit.lab.devices import hardware
 from normkit.lab.seeding import borrowed_randomness, reseed
 
 CONFIG, RESULT, TIMING = "config.json", "result.json", "timing.json"
@@ -99,10 +100,24 @@ def attend(function: Function, job: Job, place: Path, threads: int) -> dict[str,
                 reseed(0, f"job {job.path}")
                 result = function(job, place)
         finally:
-            before = record.read_json(place / TIMING, ("seconds",))["seconds"] if (place / TIMING).exists() else 0.0
-            record.write_json(place / TIMING, {"seconds": round(before + time.monotonic() - started, 3)})
+            before = record.read_json(place / TIMING, ("seconds",)) if (place / TIMING).exists() else {"seconds": 0.0}
+            seconds = round(before["seconds"] + time.monotonic() - started, 3)
+            devices = sorted({*before.get("devices", ()), hardware()})
+            record.write_json(place / TIMING, {"seconds": seconds, "devices": devices})
         record.write_json(place / RESULT, {"config": config, "result": plain(result)})
         return record.read_json(place / RESULT)["result"]
+
+
+def devices(jobs: Sequence[Job], folder: Path) -> set[str]:
+    """Names what jobs were done on: their own devices, which need not be those of the process that asks.
+
+    Args:
+        jobs: done.
+        folder: of the experiment.
+    """
+    timings = [place / TIMING for place in _places(jobs, folder).values()]
+    found = [record.read_json(timing) for timing in timings if timing.exists()]
+    return {device for timing in found for device in timing.get("devices", ())}
 
 
 def finished(function: Function, job: Job, place: Path) -> dict[str, Any] | None:

@@ -103,9 +103,19 @@ def facts(experiment: "Experiment", found: Mapping[str, Any]) -> str:
         str(len(config["seeds"])),
     ]
     words += ["--epochs", str(config["epochs"])] if config["epochs"] is not None else []
-    where = here["device"] if here["device"] != "cpu" else f"{here['processor']}, {here['cores']} cores"
     threads = f"{config['threads']} {'thread' if config['threads'] == 1 else 'threads'} a run"
-    return f"`{' '.join(words)}` on {where}, {threads}, torch {here['torch']}, finished {moment(found['finished'])}."
+    return f"`{' '.join(words)}` on {devices(here)}, {threads}, torch {here['torch']}, finished {moment(found['finished'])}."
+
+
+def devices(here: Mapping[str, Any]) -> str:
+    """Names what the runs were done on; in a record that lacks it, what the command was given on.
+
+    >>> devices({"devices": ["NVIDIA A100", "NVIDIA H200"]})
+    'NVIDIA A100, NVIDIA H200'
+    """
+    if here.get("devices"):
+        return ", ".join(here["devices"])
+    return here["device"] if here["device"] != "cpu" else f"{here['processor']}, {here['cores']} cores"
 
 
 def write_sheet(experiment: "Experiment", found: Mapping[str, Any], figures: Sequence[Path], output: Path) -> Path:
@@ -124,6 +134,7 @@ def write_sheet(experiment: "Experiment", found: Mapping[str, Any], figures: Seq
         remarks=experiment.remarks(found["result"]),
         figures=[_picture(path, output) for path in figures if path.suffix == ".png"],
         cell=cell,
+        devices=devices,
         setting=setting,
         moment=moment,
         css=Markup(resource("page.css")),
