@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from normkit.catalogue.methods import METHODS, method
 from normkit.core.card import Paper
 from normkit.lab.claims.drawing import COLOURS, GREY, picture
-from normkit.lab.claims.numbers import mean, spread
+from normkit.lab.claims.numbers import known, mean, spread
 from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.interval import paired_interval
 from normkit.lab.memory import peak_bytes
 from normkit.lab.race import race
 from normkit.lab.report.canvas import FAINT, FULL, INK, panels
@@ -114,10 +115,10 @@ def measure(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Measures both kinds, once a seed."""
+    """Measures both kinds, once a seed; one job after the other, as two at once would slow one another."""
     rounds = bench.epochs or ROUNDS[bench.scale]
     jobs = [Job(kind, shape, rounds, seed) for seed in bench.seeds for kind, shape in SHAPES.items()]
-    found = bench.sweep(measure, jobs)
+    found = [bench.sweep(measure, [job])[0] for job in jobs]
     runs = [{"kind": job.kind, "seed": job.seed, **one} for job, one in zip(jobs, found, strict=True)]
     shapes = {kind: list(shape) for kind, shape in SHAPES.items()}
     return {"runs": runs, "shapes": shapes, "rounds": rounds, "threads": bench.threads}
@@ -167,13 +168,15 @@ def remarks(result: dict[str, Any]) -> list[str]:
     """What the sources say of costs, and what was seen."""
     said = []
     for kind, cheap, dear in (("tokens", "rms_norm", "layer_norm"), ("images", "group_norm", "batch_norm")):
-        ratio = mean(ratios(result, kind, cheap, dear))
-        if ratio is not None:
-            word = "less" if ratio < 0.97 else "more" if ratio > 1.03 else "as much"
-            than = "as" if word == "as much" else "than"
-            said.append(
-                f"{method(cheap).title} costs {word} {than} {method(dear).title.lower()}: {ratio:.2f} of its time."
-            )
+        found = paired_interval(known(ratios(result, kind, cheap, dear)))
+        if found.mean is None:
+            continue
+        text = f"{method(cheap).title} takes {found.mean:.2f} of the time of {method(dear).title.lower()}"
+        if found.low is None or found.high is None:
+            said.append(f"{text} in one repetition, which has no interval.")
+            continue
+        verdict = "less" if found.high < 1 else "more" if found.low > 1 else "not told apart"
+        said.append(f"{text}, 95 % interval over repetitions {found.low:.2f} to {found.high:.2f}: {verdict}.")
     for kind, layers in TORCH.items():
         slow = [
             f"{method(name).title} {ratio:.2f}"
