@@ -265,6 +265,40 @@ def test_a_walk_with_a_huge_rate_is_flat_or_diverged(tmp_path: Path) -> None:
     assert pre_post_ln.train(job, tmp_path)["status"] == steps.DIVERGED
 
 
+def test_what_a_warm_up_did_is_told_for_every_task() -> None:
+    def runs(task: str, placement: str, warmup: bool, losses: list[float | None]) -> list[dict[str, Any]]:
+        about = {"task": task, "placement": placement, "norm": "ln", "optimizer": "adam 1e-3", "warmup": warmup}
+        status = {None: steps.DIVERGED}
+        return [
+            {**about, "seed": seed, "loss": loss, "status": status.get(loss, steps.OK)}
+            for seed, loss in enumerate(losses)
+        ]
+
+    starts = [
+        {"placement": placement, "seed": 0, "depth": depth, "token": [1.0], "batch": [1.0]}
+        for placement in pre_post_ln.PLACEMENTS
+        for depth in (1, 2)
+    ]
+    found = {
+        "starts": starts,
+        "guess": {"sort": 2.77, "text": 3.1},
+        "runs": [
+            *runs("sort", "post", False, [1.36, 1.35, 1.70]),
+            *runs("sort", "post", True, [1.48, 1.49, 2.06]),
+            *runs("sort", "pre", False, [0.6, 0.6, 0.6]),
+            *runs("sort", "pre", True, [0.6, None, 0.6]),
+            *runs("text", "post", False, [3.1, 3.1, 3.1]),
+            *runs("text", "post", True, [3.1, 3.1, 3.0]),
+        ],
+    }
+    *_, sort, text, failed = pre_post_ln.remarks(found)
+    # Worse in every seed, and by three seeds not told apart from no effect.
+    assert "Post-LN ends at 1.47 without warm-up and 1.68 with, lower in 0 of 3 seeds, a change of +0.21 [-0.1" in sort
+    assert "Pre-LN diverged in 0 of 3 seeds without warm-up and 1 of 3 with." in sort
+    assert text.startswith("Text, Adam 1e-3: Post-LN ends at 3.10")
+    assert "Post-LN on text with Adam 1e-3, no warm-up; Post-LN on text with Adam 1e-3, 10 % warm-up." in failed
+
+
 # Discriminators
 
 
@@ -451,6 +485,34 @@ def test_streams() -> None:
     assert blog_table.stream("group_norm") > 0.1
 
 
+# Costs
+
+
+def test_repetitions_are_measured_one_after_the_other(tmp_path: Path) -> None:
+    asked = []
+
+    class Alone(Bench):
+        def sweep(self, function: Any, jobs: Any) -> list[dict[str, Any]]:
+            asked.append(len(jobs))
+            return [{"ms": {}, "mb": {}} for _ in jobs]
+
+    found = cost_activations.run(Alone("small", tmp_path, seeds=(0, 1)))
+    assert asked == [1] * 4
+    assert [(run["kind"], run["seed"]) for run in found["runs"]] == [
+        (kind, seed) for seed in (0, 1) for kind in cost_activations.SHAPES
+    ]
+
+
+def test_a_norm_costs_less_where_repetitions_agree() -> None:
+    def said(*times: float) -> str:
+        runs = [{"kind": "tokens", "ms": {"rms_norm": time, "layer_norm": 1.0}, "mb": {}} for time in times]
+        return cost_activations.remarks({"runs": runs})[0]
+
+    assert said(0.7, 0.71, 0.72).endswith("0.69 to 0.73: less.")
+    assert said(0.9, 0.98, 1.04).endswith("not told apart.")
+    assert said(0.5).endswith("0.50 of the time of layer normalization in one repetition, which has no interval.")
+
+
 # Curvature of conditioned networks, and the four benefits
 
 
@@ -481,6 +543,28 @@ def test_the_largest_rate_is_the_largest_that_learned() -> None:
         for rate, end in ((0.1, 1.0), (1.0, 2.0), (4.0, 2.2), (8.0, None))
     ]
     assert conditioning.largest({"runs": runs}, "bn") == [1.0]
+
+
+def test_a_rate_that_learns_is_told_with_the_loss_it_leads_to() -> None:
+    ends: dict[str, list[tuple[float, list[float | None]]]] = {
+        "none": [(1.0, [0.4, 0.6]), (2.0, [0.1, None])],
+        "none+e": [(1.0, [1.1, 1.0]), (2.0, [1.2, 1.3])],
+    }
+    runs = [
+        {"recipe": recipe, "measured": False, "seed": seed, "rate": rate, "end": end, "rows": []}
+        for recipe, rates in ends.items()
+        for rate, values in rates
+        for seed, end in enumerate(values)
+    ]
+    measured = [
+        {**runs[0], "recipe": "none+e", "measured": True, "rows": [{"used": used, "raw": 2.0}]} for used in (1.9, 2.1)
+    ]
+    result = {"runs": runs + measured, "rates": [1.0, 2.0], "short": 60}
+    # A rate at which a seed diverged leads nowhere, whatever the other's loss.
+    assert conditioning.lowest(result, "none") == (0.5, 1.0)
+    said = conditioning.remarks(result)
+    assert "lowest mean loss at any rate after 60 steps 0.50 (rate 1) without and 1.05 (rate 1) with." in said[0]
+    assert "in 1 of 2 seeds with plain + E" in said[-1]
 
 
 def benefits(**found: list[tuple[int | None, float | None, float | None]]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def benefits(result: dict[str, Any]) -> Figure:
     axes[1].axhline(10, color=FAINT, linewidth=0.8)
     axes[1].set(xlabel="inputs multiplied by", ylabel="test accuracy, %")
     name_ends(axes[1], ends)
-    axes[2].set(xlabel="training less test accuracy, points", ylabel="test accuracy, %")
+    axes[2].set(xlabel="training less test, points", ylabel="test accuracy, %")
     for axis, title in zip(axes, ("convergence", "scale of inputs", "overfitting and accuracy"), strict=True):
         axis.set_title(title, loc="left")
     return figure

@@ -11,7 +11,7 @@ length 16, in place of 128 and 32. An epoch of ``--epochs`` is 20 steps.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from torch.nn import functional as F
 from normkit.core.card import Paper
 from normkit.lab.claims.numbers import ABSENT, choose, mean, spread
 from normkit.lab.claims.pre_post_ln_drawing import NORMS, OPTIMIZERS, PLACEMENTS, draw
-from normkit.lab.claims.steps import Diverged, device, forget, walk
+from normkit.lab.claims.steps import OK, Diverged, device, forget, walk
 from normkit.lab.data import sequences
 from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.interval import paired_interval
 from normkit.lab.models.encoder import Encoder
 from normkit.lab.seeding import reseed
 from normkit.residual import Placement
@@ -216,11 +217,11 @@ def run(bench: Bench) -> dict[str, Any]:
 
 def state(runs: Sequence[Any], guess: float) -> str:
     """Mean loss at the end and its spread, and how many runs diverged or learned next to nothing."""
-    lost = sum(run["status"] != "ok" for run in runs)
-    flat = sum(run["status"] == "ok" and (run["loss"] or 0.0) > LEARNT * guess for run in runs)
+    lost = sum(run["status"] != OK for run in runs)
+    flat = sum(run["status"] == OK and (run["loss"] or 0.0) > LEARNT * guess for run in runs)
     notes = [f"{lost} diverged"] if lost else []
     notes += [f"{flat} of {len(runs)} flat"] if flat else []
-    return spread([run["loss"] for run in runs if run["status"] == "ok"]) + (f"; {', '.join(notes)}" if notes else "")
+    return spread([run["loss"] for run in runs if run["status"] == OK]) + (f"; {', '.join(notes)}" if notes else "")
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -286,39 +287,39 @@ def remarks(result: dict[str, Any]) -> list[str]:
             f"Before training, the last layer's gradient {how} goes as depth^{post:.2f} with Post-LN and as depth^{pre:.2f} with "
             f"Pre-LN{theory}."
         )
-    guess = result["guess"]["sort"]
-
-    def final(placement: str, optimizer: str, warmup: bool) -> list[Any]:
-        return choose(result["runs"], task="sort", norm="ln", placement=placement, optimizer=optimizer, warmup=warmup)
-
-    for optimizer, title in OPTIMIZERS.items():
-        words = []
-        for placement, name in PLACEMENTS.items():
-            without, withal = (final(placement, optimizer, warmup) for warmup in (False, True))
-            pairs = [(a["loss"], b["loss"]) for a, b in zip(without, withal, strict=True)]
-            if any(None in pair for pair in pairs):
-                words.append(f"{name} diverged in some seed")
-                continue
-            gains = [a - b for a, b in pairs]
-            much = abs(mean(gains) or 0.0) > 0.05 * guess
-            effect = "no clear effect"
-            if much and min(gains) > 0:
-                effect = "better in every seed"
-            if much and max(gains) < 0:
-                effect = "worse in every seed"
-            before, after = (mean(column) for column in zip(*pairs, strict=True))
-            words.append(f"{name} ends at {before:.2f} without warm-up and {after:.2f} with, {effect}")
-        said.append(f"Sort, {title}: {'; '.join(words)}.")
-    failed = [
-        f"{PLACEMENTS[placement]} with {OPTIMIZERS[optimizer]}, {'10 %' if warmup else 'no'} warm-up"
-        for optimizer in OPTIMIZERS
-        for warmup in (False, True)
-        for placement in PLACEMENTS
-        if (runs := final(placement, optimizer, warmup))
-        and all(run["status"] != "ok" or (run["loss"] or math.inf) > LEARNT * guess for run in runs)
-    ]
-    said.append(f"Learned next to nothing in any seed, on sort: {'; '.join(failed) or ABSENT}.")
+    failed = []
+    for task, guess in result["guess"].items():
+        for optimizer, title in OPTIMIZERS.items():
+            words = []
+            for placement, name in PLACEMENTS.items():
+                wanted = {"task": task, "norm": "ln", "placement": placement, "optimizer": optimizer}
+                both = [choose(result["runs"], **wanted, warmup=warmup) for warmup in (False, True)]
+                if not all(both):
+                    continue
+                words.append(f"{name} {warming(*both)}")
+                failed += [
+                    f"{name} on {task} with {title}, {how} warm-up"
+                    for how, runs in zip(("no", "10 %"), both, strict=True)
+                    if all(run["status"] != OK or (run["loss"] or math.inf) > LEARNT * guess for run in runs)
+                ]
+            if words:
+                said.append(f"{task.capitalize()}, {title}: {'; '.join(words)}.")
+    said.append(f"Learned next to nothing in any seed: {'; '.join(failed) or ABSENT}.")
     return said
+
+
+def warming(without: Sequence[Mapping[str, Any]], withal: Sequence[Mapping[str, Any]]) -> str:
+    """What a warm-up did to the loss at the end, seed by seed."""
+    lost = [sum(run["status"] != OK or run["loss"] is None for run in runs) for runs in (without, withal)]
+    if any(lost):
+        return f"diverged in {lost[0]} of {len(without)} seeds without warm-up and {lost[1]} of {len(withal)} with"
+    before, after = ([run["loss"] for run in runs] for runs in (without, withal))
+    change = paired_interval([other - one for one, other in zip(before, after, strict=True)])
+    lower = sum(difference < 0 for difference in change.differences)
+    text = f"ends at {mean(before):.2f} without warm-up and {mean(after):.2f} with, lower in {lower} of {len(before)} seeds"
+    if change.low is None or change.high is None:
+        return text
+    return f"{text}, a change of {change.mean:+.2f} [{change.low:+.2f}, {change.high:+.2f}]"
 
 
 EXPERIMENT = Experiment(
