@@ -12,9 +12,10 @@ normalization in its form for micro-batches, with a momentum of 0.1 at batch 128
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from normkit.activations.group_norm import GroupNorm
 from normkit.core.card import Paper
 from normkit.lab.claims.batch_size_drawing import METHODS, WAYS, draw
 from normkit.lab.claims.images import Images, Stream, accuracy, fit, load
-from normkit.lab.claims.numbers import choose, mean, spread
+from normkit.lab.claims.numbers import choose, known, spread
 from normkit.lab.claims.steps import OK, device, forget
 from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Experiment, Table
@@ -44,6 +45,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 BATCHES = {"small": (1, 2, 4, 8, 32, 128), "full": (1, 2, 4, 8, 16, 32, 64, 128)}
 BASE, RATE, GHOST, GROUPS = 128, 0.2, 16, 4
+CHANCE = 0.1  # of ten classes
 JUDGED = 512  # training images by which statistics are estimated anew
 
 
@@ -179,33 +181,54 @@ def remarks(result: dict[str, Any]) -> list[str]:
     smallest, usual = sizes[0], 32 if 32 in sizes else sizes[-1]
     said = []
     for method in ("bn", "gn", "ln"):
-        low, high = (mean(scores(result, method, batch)) for batch in (smallest, usual))
-        if low is not None and high is not None:
+        low, high = (counted(result, method, batch) for batch in (smallest, usual))
+        if low and high:
             said.append(
-                f"{METHODS[method]}: {100 * high:.1f} % at batch {usual}, {100 * low:.1f} % at batch {smallest}, a change of "
-                f"{100 * (low - high):+.1f} points."
+                f"{METHODS[method]}: {100 * fmean(high):.1f} % at batch {usual}, {100 * fmean(low):.1f} % at batch {smallest}, a "
+                f"change of {interval(differences(low, high))}."
             )
     for batch in (size for size in sizes if size <= 4):
         gaps = paired(result, "gn", "bn", batch)
         if gaps.mean is not None:
-            verdict = "above" if gaps.low is not None and gaps.low > 0 else "not shown to be above"
-            said.append(f"Batch {batch}: GroupNorm is {verdict} BatchNorm, by {interval(gaps)}.")
+            said.append(f"Batch {batch}: GroupNorm is {side(gaps)} BatchNorm, by {interval(gaps)}.")
     for method in ("gn+ws", "bcn+ws", "brn"):
         gaps = paired(result, method, "bn", smallest)
         if gaps.mean is not None:
             said.append(f"Batch {smallest}: {METHODS[method]} less BatchNorm, {interval(gaps)}.")
-    ways = {way: mean(scores(result, "bn", smallest, way)) for way in WAYS}
-    parts = [f"{WAYS[way]} {100 * score:.1f} %" for way, score in ways.items() if score is not None]
-    said.append(f"BatchNorm at batch {smallest}, the same networks: {', '.join(parts)}.")
+    ways = {way: scores(result, "bn", smallest, way) for way in WAYS}
+    parts = [f"{WAYS[way]} {spread(found, '.1f', 100)}" for way, found in ways.items() if known(found)]
+    said.append(
+        f"BatchNorm at batch {smallest}, test accuracy in %, the same networks: {', '.join(parts) or 'all diverged'}."
+    )
     lost = [run for run in result["runs"] if run["status"] != OK]
-    said.append(f"{len(lost)} of {len(result['runs'])} runs diverged.")
+    said.append(f"{len(lost)} of {len(result['runs'])} runs diverged, and count as guessing in these differences.")
     return said
+
+
+def counted(result: dict[str, Any], method: str, batch: int) -> list[float]:
+    """Accuracies over seeds, where a run that diverged counts as guessing: else only the luckier seeds would be compared."""
+    return [CHANCE if score is None else score for score in scores(result, method, batch)]
+
+
+def differences(these: Sequence[float], those: Sequence[float]) -> Interval:
+    """The interval of differences, seed by seed."""
+    return paired_interval([one - other for one, other in zip(these, those, strict=True)])
 
 
 def paired(result: dict[str, Any], method: str, against: str, batch: int) -> Interval:
     """The interval of differences between two methods with the same seed."""
-    pairs = zip(scores(result, method, batch), scores(result, against, batch), strict=True)
-    return paired_interval([one - other for one, other in pairs if one is not None and other is not None])
+    return differences(counted(result, method, batch), counted(result, against, batch))
+
+
+def side(gaps: Interval) -> str:
+    """Where the interval puts the first of two.
+
+    >>> side(paired_interval([1.0, 1.1])), side(paired_interval([1.0, -1.0])), side(paired_interval([1.0]))
+    ('above', 'not told apart from', 'not told apart from')
+    """
+    if gaps.low is not None and gaps.low > 0:
+        return "above"
+    return "below" if gaps.high is not None and gaps.high < 0 else "not told apart from"
 
 
 def interval(gaps: Interval) -> str:

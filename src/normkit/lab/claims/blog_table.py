@@ -270,10 +270,12 @@ def remarks(result: dict[str, Any]) -> list[str]:
         f"{4 * len(rows) - len(disputes)} of {4 * len(rows)} measurements are as the catalogue says"
         + (f"; otherwise: {', '.join(disputes)}." if disputes else ".")
     )
+    # One score of many that there could be; chance alone has a deviation of 0.03.
+    hidden = "hardly shows in the deviation of the output (AUC from 0.4 to 0.6) behind"
     blind = [method(name).title for name, found in rows.items() if abs(found["contrast"]["all channels"] - 0.5) < 0.1]
-    said.append(f"A doubled contrast of the whole image can't be seen behind {', '.join(blind) or 'none'}.")
+    said.append(f"A doubled contrast of the whole image {hidden} {', '.join(blind) or 'none'}.")
     blind = [method(name).title for name, found in rows.items() if abs(found["contrast"]["one channel"] - 0.5) < 0.1]
-    said.append(f"A doubled contrast of one channel can't be seen behind {', '.join(blind) or 'none'}.")
+    said.append(f"A doubled contrast of one channel {hidden} {', '.join(blind) or 'none'}.")
     if "rms_norm" in rows:
         said.append(f"RMS normalization leaves a mean of up to {rows['rms_norm']['mean']:.2f} in a sample.")
     if "spectral_norm" in rows:

@@ -23,13 +23,14 @@ from normkit.activations.batch_group_norm import BatchGroupNorm
 from normkit.activations.batch_norm import BatchNorm
 from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule
 from normkit.core.card import Paper
-from normkit.lab.claims.batch_size import BASE, RATE, norm
+from normkit.lab.claims.batch_size import BASE, CHANCE, RATE, interval, norm
 from normkit.lab.claims.disparity_drawing import METHODS, ORDERS, RANGES, WAYS, draw
 from normkit.lab.claims.images import Images, Stream, accuracy, fit, load
-from normkit.lab.claims.numbers import choose, mean, spread
+from normkit.lab.claims.numbers import choose, spread
 from normkit.lab.claims.steps import OK, device, forget
 from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.interval import Interval, paired_interval
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.seeding import reseed
 from normkit.surgery.example_weighing import choose_alpha, weigh_examples
@@ -258,19 +259,18 @@ def tables(result: dict[str, Any]) -> list[Table]:
 def remarks(result: dict[str, Any]) -> list[str]:
     """What was seen of each part of the claim."""
     said = []
+    names = {"batch": "those of shuffled test batches", "precise": "precise statistics", "weighed": "example weighing"}
     for order, words in ORDERS.items():
         for batch in result["batches"]:
-            part = {
-                way: mean(scores(result, "bn", way, order, batch)) for way in ("running", "batch", "precise", "weighed")
-            }
-            part["renorm"] = mean(scores(result, "brn", "running", order, batch))
-            shown = {way: 100 * value for way, value in part.items() if value is not None}
-            if len(shown) == len(part):
+            running = scores(result, "bn", "running", order, batch)
+            # Of one network, which diverged for every way or for none.
+            parts = {name: less(scores(result, "bn", way, order, batch), running, None) for way, name in names.items()}
+            parts["BatchRenorm"] = less(scores(result, "brn", "running", order, batch), running, CHANCE)
+            there = [f"{name} {interval(gaps)}" for name, gaps in parts.items() if gaps.mean is not None]
+            if there:
                 said.append(
-                    f"{words}, batch {batch}: BatchNorm finds {shown['running']:.1f} % with running statistics and "
-                    f"{shown['batch']:.1f} % with those of shuffled test batches, a disparity of "
-                    f"{shown['running'] - shown['batch']:+.1f} points; precise statistics give {shown['precise']:.1f} %, "
-                    f"example weighing {shown['weighed']:.1f} %, BatchRenorm {shown['renorm']:.1f} %."
+                    f"{words}, batch {batch}: test accuracy of BatchNorm with running statistics in %: "
+                    f"{spread(running, '.1f', 100)}; less that, paired by seed: {', '.join(there)}."
                 )
     layers = [layer for run in result["runs"] for layer in run.get("ranges") or []]
     if layers:
@@ -284,8 +284,22 @@ def remarks(result: dict[str, Any]) -> list[str]:
             f"image a batch, values beyond it were met in {beyond}."
         )
     lost = [run for run in result["runs"] if run["status"] != OK]
-    said.append(f"{len(lost)} of {len(result['runs'])} runs diverged.")
+    said.append(
+        f"{len(lost)} of {len(result['runs'])} runs diverged, and count as guessing where BatchRenorm is compared with BatchNorm."
+    )
     return said
+
+
+def less(these: list[float | None], those: list[float | None], lost: float | None) -> Interval:
+    """The interval of differences seed by seed.
+
+    Args:
+        these: accuracies over seeds.
+        those: which are taken off them.
+        lost: what a run that diverged counts as; None leaves its seed out.
+    """
+    pairs = [tuple(lost if score is None else score for score in pair) for pair in zip(these, those, strict=True)]
+    return paired_interval([one - other for one, other in pairs if one is not None and other is not None])
 
 
 EXPERIMENT = Experiment(

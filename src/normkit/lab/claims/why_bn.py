@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -25,11 +26,12 @@ from torch.nn import functional as F
 from normkit.activations.batch_norm import BatchNorm
 from normkit.core.card import Paper
 from normkit.lab.claims.images import Images, Stream, load
-from normkit.lab.claims.numbers import ABSENT, choose, known, mean, spread
+from normkit.lab.claims.numbers import ABSENT, choose, mean, spread
 from normkit.lab.claims.steps import OK, Diverged, device, forget, walk
 from normkit.lab.claims.why_bn_drawing import METHODS, draw
 from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.interval import paired_interval
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.seeding import reseed
 
@@ -40,6 +42,7 @@ SIZES: dict[str, dict[str, Any]] = {
 BATCH, RATE, LOOKS, SHORT = 64, 0.05, 20, 50
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 ALONG = (0.5, 1.0, 2.0, 3.0, 4.0)
+GUESS = math.log(10)  # the loss of guessing one of ten classes
 MEAN, DEVIATION, JITTER = 0.5, 1.25, 0.1
 
 
@@ -316,8 +319,12 @@ def remarks(result: dict[str, Any]) -> list[str]:
         key: {method: mean(along(result, method, key)) for method in METHODS}
         for key in ("turn", "mean", "predictive", "beta")
     }
+    # A run that diverged counts as guessing, so that the loss of the others is not taken for that of all.
     ends = {
-        method: mean(run["end"] for run in choose(result["runs"], method=method, measured=True)) for method in METHODS
+        method: [
+            GUESS if run["end"] is None else run["end"] for run in choose(result["runs"], method=method, measured=True)
+        ]
+        for method in METHODS
     }
 
     def three(key: str, form: str) -> str:
@@ -327,13 +334,17 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
     said.append(f"Covariate shift as cosine of a layer's gradients (1 is no shift): {three('turn', '.3f')}.")
     said.append(f"Covariate shift as movement of means in one step, in deviations: {three('mean', '.3f')}.")
-    if None not in ends.values():
-        faster = known([ends["none"], ends["noisy"]])
-        word = "trains faster than" if faster[1] < faster[0] else "does not train faster than"
-        said.append(
-            f"BatchNorm with noise behind it ends at {ends['noisy']:.2f}, BatchNorm at {ends['bn']:.2f}, no norm at "
-            f"{ends['none']:.2f}: with noise it {word} without a norm."
+    gaps = paired_interval([noisy - none for noisy, none in zip(ends["noisy"], ends["none"], strict=True)])
+    if gaps.mean is not None:
+        text = (
+            f"Training loss at the end, all at rate {RATE:g}: BatchNorm with noise behind it {fmean(ends['noisy']):.2f}, "
+            f"BatchNorm {fmean(ends['bn']):.2f}, no norm {fmean(ends['none']):.2f}; with noise less no norm {gaps.mean:+.2f}"
         )
+        if gaps.low is None or gaps.high is None:
+            said.append(f"{text}, of one seed.")
+        else:
+            word = "lower" if gaps.high < 0 else "higher" if gaps.low > 0 else "not told apart"
+            said.append(f"{text} [{gaps.low:+.2f}, {gaps.high:+.2f}], {word}.")
     said.append(f"Change of the gradient for each unit of distance along it: {three('beta', '.3g')}.")
     rates = {method: largest(result, method) for method in ("none", "bn")}
     said.append(
@@ -341,7 +352,21 @@ def remarks(result: dict[str, Any]) -> list[str]:
         + "; ".join(f"{METHODS[m]} {', '.join(f'{rate:g}' for rate in found)}" for m, found in rates.items())
         + "."
     )
+    # A larger rate is worth something only where it leads to a lower loss.
+    best = {method: lowest(result, method) for method in ("none", "bn")}
+    parts = [f"{METHODS[m]} {ABSENT if b is None else f'{b[0]:.2f} (rate {b[1]:g})'}" for m, b in best.items()]
+    said.append(f"Lowest mean training loss at any rate after {result['short']} steps: {'; '.join(parts)}.")
     return said
+
+
+def lowest(result: dict[str, Any], method: str) -> tuple[float, float] | None:
+    """The lowest mean loss at any rate, and that rate; a rate at which a seed diverged is passed over."""
+    found = []
+    for rate in result["rates"]:
+        losses = [run["end"] for run in choose(result["runs"], method=method, measured=False, rate=rate)]
+        if losses and None not in losses:
+            found.append((fmean(losses), rate))
+    return min(found, default=None)
 
 
 EXPERIMENT = Experiment(
