@@ -26,7 +26,7 @@ from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.interval import paired_interval
 from normkit.lab.memory import peak_bytes
 from normkit.lab.race import race
-from normkit.lab.report.canvas import FAINT, FULL, INK, panels
+from normkit.lab.report.canvas import FAINT, FULL, INK
 
 SHAPES: dict[str, tuple[int, ...]] = {"images": (32, 64, 32, 32), "tokens": (8, 512, 768)}
 BASES = {"images": "batch_norm", "tokens": "layer_norm"}
@@ -205,8 +205,9 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
 
 def costs(result: dict[str, Any]) -> Figure:
     """Time and memory of every layer relative to the usual one, and time of torch's own."""
-    most = max(len(ordered(result, kind)) for kind in SHAPES)
-    figure, axes = panels(2, FULL, 0.9 + 0.155 * most)
+    counts = [len(ordered(result, kind)) for kind in SHAPES]
+    figure = Figure(figsize=(0.8 * FULL, 1.6 + 0.155 * sum(counts)), layout="constrained")
+    axes = figure.subplots(len(counts), 1, height_ratios=counts)
     for axis, kind in zip(axes, SHAPES, strict=True):
         base, layers = BASES[kind], ordered(result, kind)
         for y, name in enumerate(layers):
