@@ -293,7 +293,7 @@ class _Session:
             "recipes": recipes,
         }
         record.write_json(self.folder / RESULT, result)
-        return result
+        return record.read_json(self.folder / RESULT)
 
 
 def _read_back(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
