@@ -56,6 +56,14 @@ def fragile(job: Walk, folder: Path) -> dict[str, Any]:
     return walk(job, folder)
 
 
+def doomed(job: Walk, folder: Path) -> dict[str, Any]:
+    """Walks, but whoever takes seed 1 is killed."""
+    if job.seed == 1:
+        time.sleep(job.rest)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return walk(job, folder)
+
+
 def run(bench: Bench) -> dict[str, Any]:
     jobs = [Walk(name, seed, bench.epochs or 4) for name in ("left", "right") for seed in bench.seeds]
     ends = bench.sweep(walk, jobs)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from rich.console import Console
 ray = pytest.importorskip("ray", reason="Ray is an extra of its own")
 
 import experiment_samples  # noqa: E402
-from experiment_samples import Walk, fragile, walk  # noqa: E402
-from normkit.core.errors import OptionError, RecordError  # noqa: E402
+from experiment_samples import Walk, doomed, fragile, walk  # noqa: E402
+from normkit.core.errors import BackendError, OptionError, RecordError  # noqa: E402
 from normkit.lab import record  # noqa: E402
+from normkit.lab.cluster import Cluster  # noqa: E402
 from normkit.lab.compare import compare  # noqa: E402
+from normkit.lab.devices import hardware  # noqa: E402
 from normkit.lab.experiment import Bench, perform  # noqa: E402
 from normkit.lab.settings import Settings  # noqa: E402
 from normkit.lab.sweep import sweep  # noqa: E402
@@ -66,7 +69,9 @@ def test_an_experiment_on_ray_is_the_same(tmp_path: Path) -> None:
     console = Console(quiet=True)
     alone = perform(experiment_samples.EXPERIMENT, Bench("small", tmp_path / "alone", console=console), report=False)
     spread = Bench("small", tmp_path / "ray", console=console, ray="local")
-    assert perform(experiment_samples.EXPERIMENT, spread, report=False)["result"] == alone["result"]
+    found = perform(experiment_samples.EXPERIMENT, spread, report=False)
+    assert found["result"] == alone["result"]
+    assert found["environment"]["devices"] == [hardware()]
     assert records(tmp_path / "ray") == records(tmp_path / "alone")
 
 
@@ -76,6 +81,54 @@ def test_a_fault_on_a_worker_is_told_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "runs/left/seed=0/checkpoint.pt").write_bytes(b"broken")
     with pytest.raises(RecordError, match="is damaged"):
         sweep(walk, [Walk("left", 0)], tmp_path, ray="local", say=lambda text: None)
+
+
+def test_a_worker_lost_again_and_again_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normkit.lab.cluster.RETRIES", 1)
+    sweep(doomed, [Walk("left", 0)], tmp_path, ray="local", say=lambda text: None)
+    before = records(tmp_path)
+    with pytest.raises(
+        BackendError, match=r"left/seed=1: its worker was lost 2 times .*larger --threads; the same command"
+    ):
+        sweep(doomed, [Walk("left", seed) for seed in (0, 1)], tmp_path, ray="local", say=lambda text: None)
+    assert records(tmp_path) == before != {}
+
+
+def test_more_threads_than_any_machine_has(tmp_path: Path) -> None:
+    with pytest.raises(
+        OptionError, match=r"threads is 3, .* no machine of the cluster has more than 2; give --threads"
+    ):
+        sweep(walk, [Walk("left", 0)], tmp_path, ray="local", threads=3, say=lambda text: None)
+
+
+def test_a_gpu_and_its_cores_are_of_one_machine() -> None:
+    def cluster(*nodes: tuple[bool, dict[str, float]]) -> SimpleNamespace:
+        return SimpleNamespace(nodes=lambda: [{"Alive": alive, "Resources": has} for alive, has in nodes])
+
+    head, worker = (True, {"CPU": 64.0}), (True, {"CPU": 8.0, "GPU": 4.0})
+    assert Cluster(cluster(head), 64).needs == {"num_cpus": 64, "num_gpus": 0}
+    assert Cluster(cluster(head, worker), 8).needs == {"num_cpus": 8, "num_gpus": 1}
+    assert Cluster(cluster(head, (False, worker[1])), 64).needs == {"num_cpus": 64, "num_gpus": 0}
+    with pytest.raises(OptionError, match="no machine with a GPU of the cluster has more than 8"):
+        Cluster(cluster(head, worker), 9)
+
+
+def test_workers_are_given_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    def init(**options: Any) -> None:
+        given.append(options["runtime_env"]["env_vars"])
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NORMKIT_DATA", "da:ta")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["src", "", "/there"]))
+    with pytest.raises(OptionError, match="nobody there"):
+        sweep(walk, [Walk("left", 0)], tmp_path, ray="auto", say=lambda text: None)
+    paths = os.pathsep.join([str(tmp_path / "src"), str(tmp_path), "/there"])
+    assert given == [{"NORMKIT_DATA": str(tmp_path / "da:ta"), "PYTHONPATH": paths}]
 
 
 def test_no_cluster_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

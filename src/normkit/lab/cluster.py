@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from normkit.core.errors import NormkitError, OptionError
+from normkit.core.errors import BackendError, NormkitError, OptionError
 from normkit.lab import record
+from normkit.lab.data.root import VARIABLE
 from normkit.lab.sweep import Function, Job, attend
 
 LOCAL = "local"
 RETRIES = 5
-PASSED_ON = ("NORMKIT_DATA", "PYTHONPATH")
 
 
 class Cluster:
@@ -25,20 +25,34 @@ class Cluster:
     Args:
         ray: the module.
         threads: of torch, a task.
+
+    Raises:
+        OptionError: no machine of the cluster has so many cores (of those with a GPU, where there are some).
     """
 
     def __init__(self, ray: Any, threads: int) -> None:
         self.ray = ray
-        self.needs = {"num_cpus": threads, "num_gpus": 1 if ray.cluster_resources().get("GPU") else 0}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        with_gpu = [node for node in nodes if node.get("GPU")]
+        self.needs = {"num_cpus": threads, "num_gpus": 1 if with_gpu else 0}
+        # Ray would wait for a larger machine for ever.
+        most = int(max((node.get("CPU", 0) for node in with_gpu or nodes), default=0))
+        if threads > most:
+            where = "machine with a GPU" if with_gpu else "machine"
+            raise OptionError(
+                f"threads is {threads}, which are a run's cores on Ray; no {where} of the cluster has more than {most}; "
+                f"give --threads from 1 to {most}, or start Ray with more"
+            )
 
     def call(self, function: Callable[..., Any], *given: Any) -> Any:
         """Calls a function on a worker."""
-        return self.spread(function, [given])[0]
+        return self.spread(function, [given], [function.__name__])[0]
 
     def spread(
         self,
         function: Callable[..., Any],
         given: Sequence[tuple[Any, ...]],
+        names: Sequence[str],
         done: Callable[[int, Any], object] = lambda *_: None,
     ) -> list[Any]:
         """Calls a function many times, as many at once as there is room for.
@@ -46,6 +60,7 @@ class Cluster:
         Args:
             function: module-level.
             given: the arguments of each call.
+            names: what errors call each.
             done: is told of every call that ends, with its place among `given` and its result. Default: nobody.
 
         Returns:
@@ -53,6 +68,7 @@ class Cluster:
 
         Raises:
             NormkitError: as the function raised it.
+            BackendError: the worker of a call was lost again and again.
         """
         task = self.ray.remote(**self.needs, max_retries=RETRIES)(function)
         pending = {task.remote(*each): place for place, each in enumerate(given)}
@@ -61,7 +77,7 @@ class Cluster:
             while pending:
                 for reference in self.ray.wait(list(pending))[0]:
                     place = pending.pop(reference)
-                    results[place] = self._result(reference)
+                    results[place] = self._result(reference, names[place])
                     done(place, results[place])
         except BaseException:
             for reference in pending:
@@ -69,13 +85,19 @@ class Cluster:
             raise
         return results
 
-    def _result(self, reference: Any) -> Any:
+    def _result(self, reference: Any, name: str) -> Any:
+        faults = self.ray.exceptions
         try:
             return self.ray.get(reference)
-        except self.ray.exceptions.RayTaskError as error:
+        except faults.RayTaskError as error:
             if isinstance(error.cause, NormkitError):
                 raise error.cause from error
             raise
+        except (faults.WorkerCrashedError, faults.NodeDiedError, faults.OutOfMemoryError) as error:
+            raise BackendError(
+                f"{name}: its worker was lost {RETRIES + 1} times ({type(error).__name__}); look whether memory runs out there, "
+                "and run fewer at once by a larger --threads; the same command goes on from what is kept"
+            ) from error
 
 
 @contextmanager
@@ -87,7 +109,7 @@ def joined(address: str, threads: int) -> Iterator[Cluster]:
         threads: of torch, a task.
 
     Raises:
-        OptionError: Ray is not installed, or there is no cluster at the address.
+        OptionError: Ray is not installed, there is no cluster at the address, or none of its machines has so many cores.
     """
     try:
         import ray
@@ -95,10 +117,9 @@ def joined(address: str, threads: int) -> Iterator[Cluster]:
         raise OptionError("--ray needs Ray, which is not installed; pip install 'normkit[ray]'") from None
     begun = not ray.is_initialized()
     if begun:
-        variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         local: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {"address": address}
         try:
-            ray.init(**local, log_to_driver=False, runtime_env={"env_vars": variables})
+            ray.init(**local, log_to_driver=False, runtime_env={"env_vars": _variables()})
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise OptionError(f"no Ray cluster at {address!r}: {error}") from error
     try:
@@ -129,7 +150,8 @@ def on_ray(
         done: is told of every job done.
 
     Raises:
-        OptionError: Ray is not installed, or there is no cluster at the address.
+        OptionError: Ray is not installed, there is no cluster at the address, or none of its machines has so many cores.
+        BackendError: the worker of a job was lost again and again; what is done is kept.
     """
 
     def end(count: int, result: dict[str, Any]) -> None:
@@ -137,7 +159,18 @@ def on_ray(
         done(jobs[count].path)
 
     with joined(address, threads) as cluster:
-        cluster.spread(_attend, [(function, job, places[job.path].absolute(), threads) for job in jobs], end)
+        given = [(function, job, places[job.path].absolute(), threads) for job in jobs]
+        cluster.spread(_attend, given, [job.path for job in jobs], end)
+
+
+def _variables() -> dict[str, str]:
+    # A worker has another working folder, so that no path may be relative to this one.
+    found = {}
+    if root := os.environ.get(VARIABLE):
+        found[VARIABLE] = os.path.abspath(root)
+    if paths := os.environ.get("PYTHONPATH"):
+        found["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
+    return found
 
 
 def _attend(function: Function, job: Job, place: Path, threads: int) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class There:
             watch.end(left[place], result["status"], result["val_score"], False)
             trained()
 
-        self.cluster.spread(train, [(self.distant, run) for run in left], done)
+        self.cluster.spread(train, [(self.distant, run) for run in left], [run.path for run in left], done)
 
     def costs(self, watch: Watch) -> dict[str, dict[str, Any]]:
         """Measures every recipe's step."""
