@@ -1,5 +1,10 @@
 """Cost of a step: memory against what is known by hand, and the shape of what is measured."""
 
+import ast
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -68,3 +73,23 @@ def test_memory_is_that_of_the_kernels(layer: nn.Module) -> None:
     step()
     # The output and the gradient of the input, and little things: statistics and the gradients of parameters.
     assert x.nbytes <= peak_bytes(step, CPU) <= 2.2 * x.nbytes
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_memory_is_kept_from_step_to_step() -> None:
+    script = """
+import resource, torch
+from normkit.lab.memory import keep_memory
+assert keep_memory()
+def step():
+    held = [torch.ones(1 << 20) for _ in range(20)]
+faults = []
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(faults)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    first, _, last = ast.literal_eval(found)
+    assert last < first / 10

@@ -12,6 +12,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
 from normkit.core.errors import OptionError
+from normkit.lab.memory import keep_memory
 from normkit.lab.parallel import shard
 from normkit.lab.settings import Settings
 
@@ -19,12 +20,15 @@ from normkit.lab.settings import Settings
 def start_fabric(settings: Settings) -> Fabric:
     """Starts Fabric on the devices asked for; under torchrun it joins the processes that torchrun made.
 
+    On a CPU the process keeps the memory that it takes, see :func:`~normkit.lab.memory.keep_memory`.
+
     Args:
         settings: accelerator, devices, precision, and a batch size that the processes must share evenly.
 
     Raises:
         OptionError: Fabric refuses them, or the batch does not split among the processes.
     """
+    keep_memory()
     devices: str | int = int(settings.devices) if settings.devices.lstrip("-").isdigit() else settings.devices
     nodes = 1
     if "TORCHELASTIC_RUN_ID" in os.environ:

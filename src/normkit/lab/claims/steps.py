@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from normkit.lab import record
+from normkit.lab.memory import keep_memory
 from normkit.lab.seeding import reseed
 
 CHECKPOINT = "checkpoint.pt"
@@ -69,6 +70,7 @@ def walk(
     Raises:
         RecordError: the checkpoint is damaged, or the folder not writable.
     """
+    keep_memory()
     path, done, rows = folder / CHECKPOINT, 0, []
     if path.exists():
         state = record.read_checkpoint(path, ("step", "rows", *parts))
