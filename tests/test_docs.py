@@ -8,6 +8,7 @@ import torch
 
 from normkit.catalogue.table import with_tables
 from normkit.core.errors import NotationError
+from normkit.lab.experiments import FILES, names
 from normkit.lab.models.inception import digits_inception
 from normkit.surgery.recipe import apply_recipe
 
@@ -58,3 +59,22 @@ def test_every_recipe_shown_for_the_built_in_model_applies_to_it() -> None:
     for recipes in shown:
         for recipe in recipes.split(","):
             apply_recipe(digits_inception(), recipe)
+
+
+def test_every_experiment_is_listed() -> None:
+    text = (ROOT / "docs/experiments.md").read_text()
+    for kind in FILES:
+        for name in names(kind):
+            assert re.search(rf"^\|[^|]*`{re.escape(name)}`[^|]*\|", text, flags=re.MULTILINE), name
+
+
+def test_every_result_has_its_place_and_its_figures() -> None:
+    index, nav = (ROOT / "docs/results/index.md").read_text(), (ROOT / "mkdocs.yml").read_text()
+    pages = sorted((ROOT / "docs/results").glob("*/index.md"))
+    assert pages
+    for page in pages:
+        place = page.relative_to(ROOT / "docs/results").as_posix()
+        assert f"]({place})" in index, place
+        assert f"results/{place}" in nav, place
+        for figure in re.findall(r"!\[.*?\]\((.*?)\)", page.read_text()):
+            assert (page.parent / figure).exists(), f"{place}: {figure}"
