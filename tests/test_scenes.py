@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,6 +129,42 @@ def _flat(path: Path) -> None:
     np.save(path, np.load(path)[:, :15])
 
 
+def _set(places: Any, value: float) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        rows = np.load(path)
+        rows[:, places] = value
+        np.save(path, rows)
+
+    return damage
+
+
+def _turn(about: int) -> Callable[[Path], None]:
+    """Turns every other camera half round about one of its axes: down (it looks back) or backward (it stands on its head)."""
+
+    def damage(path: Path) -> None:
+        rows = np.load(path)
+        for axis in {0, 1, 2} - {about}:
+            rows[1::2, [axis, axis + 5, axis + 10]] *= -1
+        np.save(path, rows[:8])
+        for picture in sorted((path.parent / "images_8").iterdir())[8:]:
+            picture.unlink()
+
+    return damage
+
+
+def _text(path: Path) -> None:
+    np.save(path, np.load(path).astype(str))
+
+
+def test_one_view_is_no_scene(llff_root: Path) -> None:
+    folder = llff_root / "nerf_llff_data" / "tiny"
+    for picture in sorted((folder / "images_8").iterdir())[1:]:
+        picture.unlink()
+    np.save(folder / "poses_bounds.npy", np.load(folder / "poses_bounds.npy")[:1])
+    with pytest.raises(ProtocolError, match=r"holds an array \(1, 17\); wanted two views at least"):
+        llff(llff_root, "tiny")
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
@@ -136,6 +173,21 @@ def _flat(path: Path) -> None:
         ("poses_bounds.npy", _garble, "poses_bounds.npy is damaged"),
         ("poses_bounds.npy", _fewer, "holds 9 pictures, poses_bounds.npy 8 poses"),
         ("poses_bounds.npy", _flat, r"holds an array \(9, 15\)"),
+        ("poses_bounds.npy", _set(slice(None), 0.0), "holds a bound that is not above 0"),
+        ("poses_bounds.npy", _set(slice(0, 15), 0.0), "a height, width or focal length that is not above 0"),
+        ("poses_bounds.npy", _set(4, -48.0), "a height, width or focal length that is not above 0"),
+        ("poses_bounds.npy", _set(14, 0.0), "a height, width or focal length that is not above 0"),
+        ("poses_bounds.npy", _set(3, math.nan), r"holds an array \(9, 17\); wanted finite numbers"),
+        (
+            "poses_bounds.npy",
+            _set([0, 1, 2, 5, 6, 7, 10, 11, 12], 0.0),
+            "a camera whose axes are not at right angles, of length 1",
+        ),
+        ("poses_bounds.npy", _set(2, 0.5), "a camera whose axes are not at right angles, of length 1"),
+        ("poses_bounds.npy", _set(12, -1.0), "a camera whose axes are not .* right-handed"),
+        ("poses_bounds.npy", _turn(2), "cameras that look different ways"),
+        ("poses_bounds.npy", _turn(0), "cameras that look different ways"),
+        ("poses_bounds.npy", _text, r"holds an array \(9, 17\); wanted finite numbers"),
         ("images_8/image003.png", _remove, "holds 8 pictures, poses_bounds.npy 9 poses"),
         ("images_8/image003.png", _cut, r"image003.png can't be read as a picture"),
         ("images_8/image003.png", _garble, r"image003.png can't be read as a picture"),

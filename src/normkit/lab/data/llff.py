@@ -15,6 +15,7 @@ SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "t
 FOLDER = "nerf_llff_data"
 HOLD = 8  # every 8th view is held out
 _ROOM = 0.75  # the nearest point lies at 1 / 0.75 before the mean camera, safely behind the near plane at 1
+_ROUNDING = 1e-2  # of axes, which are of length 1
 _CURE = (
     f"unpack nerf_llff_data.zip of the NeRF authors (https://www.matthewtancik.com/nerf) so that DATA_ROOT/{FOLDER}/<scene> "
     "holds images_8 and poses_bounds.npy, and give --data-root DATA_ROOT"
@@ -98,11 +99,30 @@ def _read_poses(path: Path) -> np.ndarray:
         raise ProtocolError(f"{path} is missing; {_CURE}") from None
     except (OSError, ValueError, EOFError) as error:
         raise ProtocolError(f"{path} is damaged ({error}); {_CURE}") from None
-    if rows.ndim != 2 or rows.shape[1] != 17 or not len(rows) or not np.isfinite(rows).all():
-        raise ProtocolError(f"{path} holds an array {rows.shape}; wanted finite numbers (views, 17); {_CURE}")
-    if not (rows[:, 15:] > 0).all():
-        raise ProtocolError(f"{path} holds a bound that is not above 0; {_CURE}")
+    if fault := _fault(rows):
+        raise ProtocolError(f"{path} holds {fault}; {_CURE}")
     return rows.astype(np.float64)
+
+
+def _fault(rows: np.ndarray) -> str:
+    numbers = np.issubdtype(rows.dtype, np.number) and np.isrealobj(rows)
+    if not numbers or rows.ndim != 2 or rows.shape[1] != 17 or not np.isfinite(rows).all():
+        return f"an array {rows.shape}; wanted finite numbers (views, 17)"
+    if len(rows) < 2:
+        return f"an array {rows.shape}; wanted two views at least, one to learn from and one held out"
+    if not (rows[:, 15:] > 0).all():
+        return "a bound that is not above 0"
+    cameras = rows[:, :15].reshape(-1, 3, 5)
+    axes = cameras[:, :, :3]
+    if not (cameras[:, :, 4] > 0).all():
+        return "a height, width or focal length that is not above 0"
+    unlike = np.abs(axes.swapaxes(1, 2) @ axes - np.eye(3)).max((1, 2))
+    if unlike.max() > _ROUNDING or np.linalg.det(axes).min() < 0:
+        return "a camera whose axes are not at right angles, of length 1 and right-handed"
+    down, back = axes[:, :, 0].mean(0), axes[:, :, 2].mean(0)
+    if (axes[:, :, 2] @ back).min() <= 0 or np.linalg.norm(np.cross(down, back)) < _ROUNDING:
+        return "cameras that look different ways; wanted a scene photographed from the front, upright"
+    return ""
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:
