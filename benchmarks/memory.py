@@ -1,4 +1,4 @@
-"""A training step of a DenseNet on a CPU, with the memory of the step before kept by the C library, and given back to the system."""
+"""A training step of a DenseNet on a CPU: memory given back to the system after each step, and kept by the C library."""
 
 import subprocess
 import sys
