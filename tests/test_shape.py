@@ -12,12 +12,15 @@ from torch import Tensor
 
 from normkit.lab import occupancy
 from normkit.lab.claims import steps as loops
+from normkit.lab.claims.images import Stream
+from normkit.lab.data.mesh import volume
 from normkit.lab.data.shapes import SHAPES, torus
 from normkit.lab.data.solid import draw_points, iou
 from normkit.lab.experiment import Bench, perform
-from normkit.lab.occupancy import OccupancyJob, extract, learn_solid, surface_of, volume, write_mesh
+from normkit.lab.occupancy import OccupancyJob, extract, learn_solid, surface_of, write_mesh
 from normkit.lab.papers import shape
 from normkit.lab.radiance import decode
+from normkit.lab.seeding import epoch_order
 
 TINY: dict[str, Any] = {
     **{"width": 8, "depth": 2, "points": 400, "batch": 100, "epochs": 3},
@@ -78,15 +81,15 @@ def test_resume_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     job = tiny(recipe="none+e@re:trunk")
     whole = learn_solid(job, tmp_path / "whole")
     monkeypatch.setattr(loops, "PAUSE", 0.0)
-    real, left = occupancy.epoch_order, [6]
+    real, left = Stream.__call__, [6]
 
-    def stop(*args: Any) -> Tensor:
+    def stop(stream: Stream, number: int) -> tuple[Tensor, Tensor]:
         left[0] -= 1
         if not left[0]:
             raise Stop
-        return real(*args)
+        return real(stream, number)
 
-    monkeypatch.setattr(occupancy, "epoch_order", stop)
+    monkeypatch.setattr(Stream, "__call__", stop)
     with pytest.raises(Stop):
         learn_solid(job, tmp_path / "parts")
     left[0] = 100
@@ -95,6 +98,21 @@ def test_resume_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("mesh.ply", "mesh.obj"):
         there = [tmp_path / part / name for part in ("whole", "parts")]
         assert {path.exists() for path in there} in ({True}, {False})
+
+
+def test_points_are_permuted_once_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def order(seed: int, epoch: int, samples: int) -> Tensor:
+        drawn.append(epoch)
+        return epoch_order(seed, epoch, samples)
+
+    monkeypatch.setattr("normkit.lab.claims.images.epoch_order", order)
+    found = learn_solid(tiny(), tmp_path)
+    assert drawn == [1, 2, 3]
+    assert [(row["epoch"], row["step"]) for row in found["curve"]] == [(1, 4), (2, 8), (3, 12)]
+    few = learn_solid(tiny(batch=10**6), tmp_path / "few")  # all points are one batch
+    assert [(row["epoch"], row["step"]) for row in few["curve"]] == [(1, 1), (2, 2), (3, 3)]
 
 
 def test_it_learns(tmp_path: Path) -> None:

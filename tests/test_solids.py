@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from normkit.core.errors import ProtocolError
 from normkit.lab.data.crossings import crossings, inside_mesh, picture
-from normkit.lab.data.mesh import MeshSolid, mesh, read_mesh
+from normkit.lab.data.mesh import MeshSolid, mesh, read_mesh, volume
 from normkit.lab.data.shapes import SHAPES, gyroid, torus
 from normkit.lab.data.solid import draw_points, find_solid, iou
 
@@ -66,7 +66,17 @@ def test_crossings_lie_on_their_triangles() -> None:
 def test_a_mesh_fills_the_cube() -> None:
     solid = solid_of(trimesh.creation.box(extents=(4, 2, 1)).apply_translation((7, 8, 9)))
     np.testing.assert_allclose(np.abs(solid.vertices).max(0), [0.9, 0.45, 0.225])
-    assert solid.volume == pytest.approx(1.8 * 0.9 * 0.45)
+    assert volume(solid.vertices, solid.faces) == pytest.approx(1.8 * 0.9 * 0.45)
+
+
+def test_an_inside_out_mesh_is_turned() -> None:
+    body = trimesh.creation.icosphere(subdivisions=2)
+    right = solid_of(body)
+    body.invert()
+    turned = solid_of(body)
+    assert volume(turned.vertices, turned.faces) == pytest.approx(volume(right.vertices, right.faces))
+    assert volume(right.vertices, right.faces) > 0
+    assert torch.equal(turned.inside(uniform(500)), right.inside(uniform(500)))
 
 
 def test_surface_points_are_even_by_area() -> None:
@@ -178,6 +188,6 @@ def test_stanford_meshes() -> None:
         assert len(solid.faces) == faces
         share = float(solid.inside(uniform(50_000)).double().mean()) * 8
         # 4 standard deviations of 50,000 draws.
-        assert share == pytest.approx(solid.volume, abs=4 * 8 * math.sqrt(share / 8 / 50_000))
+        assert share == pytest.approx(volume(solid.vertices, solid.faces), abs=4 * 8 * math.sqrt(share / 8 / 50_000))
     with pytest.raises(ProtocolError, match=r"stanford-bunny.obj is not watertight"):
         mesh("stanford-bunny")

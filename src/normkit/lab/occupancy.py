@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from normkit.lab.claims.images import Stream
 from normkit.lab.claims.steps import OK, Diverged, device, forget, walk
 from normkit.lab.data.crossings import picture
-from normkit.lab.data.mesh import MeshSolid
+from normkit.lab.data.mesh import MeshSolid, volume
 from normkit.lab.data.solid import Solid, draw_points, find_solid, iou
 from normkit.lab.models.occupancy import Kind, occupancy
 from normkit.lab.models.rows import Scale, scale_rows
 from normkit.lab.radiance import encode, trunk_conditions
 from normkit.lab.record import write_bytes
-from normkit.lab.seeding import epoch_order, reseed
+from normkit.lab.seeding import reseed
 
 _JUDGES = 100_000  # points that judge, drawn anew for no run
 _JUDGE_SEED = 2**31
@@ -100,22 +101,26 @@ def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
         for name, near in (("iou", 0.0), ("iou_near", 1.0))
     }
     optimizer = torch.optim.Adam(model.parameters(), lr=job.rate)
-    a_pass = max(1, len(points) // job.batch)
-    steps = a_pass * job.epochs
+    stream = Stream((points, inside), min(job.batch, job.points), job.seed)
+    steps = stream.per_epoch * job.epochs
 
     def step(number: int) -> dict[str, Any] | None:
-        epoch, place = divmod(number - 1, a_pass)
-        chosen = epoch_order(job.seed, epoch + 1, len(points))[place * job.batch : (place + 1) * job.batch].to(here)
-        loss = functional.binary_cross_entropy_with_logits(model(points[chosen]), inside[chosen].float())
+        where, truth = stream(number)
+        loss = functional.binary_cross_entropy_with_logits(model(where), truth.float())
         if not torch.isfinite(loss):
             raise Diverged
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if number % (a_pass * job.every) and number != steps:
+        if number % (stream.per_epoch * job.every) and number != steps:
             return None
         found = {name: iou(_logits(model, where) > 0, truth) for name, (where, truth) in judges.items()}
-        return {"epoch": epoch + 1, "loss": float(loss.detach()), **found, **trunk_conditions(model)}
+        return {
+            "epoch": -(-number // stream.per_epoch),
+            "loss": float(loss.detach()),
+            **found,
+            **trunk_conditions(model),
+        }
 
     done = walk(folder, steps, {"model": model, "optimizer": optimizer}, step, job.seed)
     vertices, faces = extract(lambda where: _logits(model, where.to(here)).cpu(), job.grid)
@@ -178,17 +183,6 @@ def surface_of(solid: Solid) -> tuple[np.ndarray, np.ndarray]:
         return solid.vertices, solid.faces
     value = getattr(solid, "value", None)
     return extract((lambda p: -value(p)) if value else (lambda p: solid.inside(p).float() - 0.5), _SHOWN)
-
-
-def volume(vertices: np.ndarray, faces: np.ndarray) -> float:
-    """Measures what a closed surface encloses, sum of det(a, b, c) / 6 over its triangles.
-
-    >>> corners = np.array([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
-    >>> round(volume(corners, np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])), 4)
-    0.1667
-    """
-    a, b, c = (vertices[faces[:, corner]] for corner in range(3))
-    return float((a * np.cross(b, c)).sum()) / 6
 
 
 def write_mesh(vertices: np.ndarray, faces: np.ndarray, folder: Path) -> None:

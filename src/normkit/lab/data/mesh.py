@@ -23,26 +23,41 @@ _CURE = (
 )
 
 
+def volume(vertices: np.ndarray, faces: np.ndarray) -> float:
+    """Measures what a closed surface encloses, sum of det(a, b, c) / 6 over its triangles; below 0 where it is inside out.
+
+    Args:
+        vertices: ``(v, 3)``.
+        faces: ``(f, 3)``, counter-clockwise from outside.
+
+    >>> corners = np.array([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    >>> round(volume(corners, np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])), 4)
+    0.1667
+    """
+    a, b, c = (vertices[faces[:, corner]] for corner in range(3))
+    return float((a * np.cross(b, c)).sum()) / 6
+
+
 class MeshSolid:
     """A closed triangle mesh, moved and scaled into [-1, 1]^3.
 
     Args:
         name: what it is called.
         vertices: ``(v, 3)``.
-        faces: ``(f, 3)``, rows of vertices.
+        faces: ``(f, 3)``, rows of vertices, all counter-clockwise from outside or all clockwise.
 
     Attributes:
-        volume: of the body, after scaling.
+        vertices: moved and scaled.
+        faces: counter-clockwise from outside.
     """
 
     def __init__(self, name: str, vertices: np.ndarray, faces: np.ndarray) -> None:
         low, high = vertices.min(0), vertices.max(0)
         self.name = name
         self.vertices = (vertices - (low + high) / 2) * (2 * FILLS / (high - low).max())
-        self.faces = faces
-        a, b, c = (self.vertices[faces[:, corner]] for corner in range(3))
+        self.faces = faces if volume(self.vertices, faces) >= 0 else faces[:, ::-1]
+        a, b, c = (self.vertices[self.faces[:, corner]] for corner in range(3))
         across = np.cross(b - a, c - a)
-        self.volume = abs(float((a * across).sum()) / 6)
         self._area_sums = np.linalg.norm(across, axis=1).cumsum()
 
     def inside(self, points: Tensor) -> Tensor:
