@@ -10,6 +10,7 @@ import trimesh
 from rich.console import Console
 from torch import Tensor
 
+from normkit.core.errors import ProtocolError
 from normkit.lab import occupancy
 from normkit.lab.claims import steps as loops
 from normkit.lab.claims.images import Stream
@@ -139,8 +140,9 @@ def test_solids_and_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("NORMKIT_DATA", raising=False)
     small = Bench("small", tmp_path, console=Console(quiet=True))
     assert shape.solids(small) == ("torus", "gyroid")
-    (tmp_path / "meshes").mkdir()
     with_data = Bench("small", tmp_path, data_root=tmp_path)
+    assert shape.solids(with_data) == ("bunny",)
+    (tmp_path / "meshes").mkdir()
     assert shape.solids(with_data) == ("bunny",)
     for name in ("spot.obj", "armadillo.obj", "bunny.off", "stanford-bunny.obj"):
         (tmp_path / "meshes" / name).touch()
@@ -150,6 +152,17 @@ def test_solids_and_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len({job.path for job in jobs}) == len(jobs) == 2 * 3 * 3 + 2 * 3
     full = shape.jobs(Bench("full", tmp_path, data_root=tmp_path))[0]
     assert (full.width, full.batch, full.epochs, full.rate, full.grid) == (256, 50_000, 200, 1e-4, 512)
+
+
+def test_a_folder_of_data_that_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NORMKIT_DATA", str(tmp_path / "environment"))
+    console = Console(quiet=True)
+    for root, named in ((tmp_path / "option", "option"), (None, "environment")):
+        with pytest.raises(ProtocolError, match=f"{named} is no folder"):
+            shape.solids(Bench("small", tmp_path, data_root=root, console=console))
+    (tmp_path / "option").mkdir()
+    with pytest.raises(ProtocolError, match=r"bunny.* is missing; put a closed mesh"):
+        perform(shape.EXPERIMENT, Bench("small", tmp_path / "out", data_root=tmp_path / "option", console=console))
 
 
 def test_the_whole_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,3 +176,12 @@ def test_the_whole_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     said = " ".join(shape.remarks(found))
     assert "torus, Gaussian" in said
     assert "torus, sine" in said
+    assert "No meshes were given: the solids are analytic shapes (torus, gyroid)." in said
+    assert (
+        "Small scale: width 8, 400 points, 100 a step, 1 epochs of Adam at rate 0.01, marching cubes at 8^3; every"
+        in said
+    )
+    assert "Full scale: width 256, 1,000,000 points, 50,000 a step, 200 epochs of Adam at rate 0.0001, marching" in said
+    full = shape.remarks({**found, "scale": "full", "runs": [{**run, "solid": "bunny"} for run in found["runs"]]})
+    assert any(line.startswith("Full scale: width 8,") and line.endswith("no row was tuned.") for line in full)
+    assert "analytic" not in " ".join(full)

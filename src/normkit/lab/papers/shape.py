@@ -16,7 +16,7 @@ from normkit.core.card import Paper
 from normkit.lab.claims.drawing import COLOURS, GREY, SHAPES, band, name_ends, picture
 from normkit.lab.claims.numbers import by_step, choose, mean, spread
 from normkit.lab.data import mesh, shapes
-from normkit.lab.data.root import VARIABLE
+from normkit.lab.data.root import VARIABLE, data_root
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.interval import Interval
 from normkit.lab.models.occupancy import Kind
@@ -58,18 +58,20 @@ SMALL: dict[str, Any] = {
 
 
 def solids(bench: Bench) -> tuple[str, ...]:
-    """Names what is learnt: at small scale two solids, else all; analytic shapes where there is no folder of meshes.
+    """Names what is learnt: at small scale two solids, else all; analytic shapes where no folder of data is given at all.
 
     Args:
         bench: where and at what size.
+
+    Raises:
+        ProtocolError: the folder of data that is given is not there.
     """
-    root = bench.data_root or os.environ.get(VARIABLE)
-    folder = Path(root) / mesh.FOLDER if root else None
-    if folder is None or not folder.is_dir():
-        bench.watch(f"no folder {mesh.FOLDER} under --data-root or {VARIABLE}: analytic shapes are learnt instead")
+    if bench.data_root is None and not os.environ.get(VARIABLE):
+        bench.watch(f"neither --data-root nor {VARIABLE} is given: analytic shapes are learnt in place of meshes")
         found = tuple(shapes.SHAPES)
     else:
-        there = {path.stem for path in folder.iterdir() if path.suffix in mesh.ENDINGS}
+        folder = data_root(bench.data_root) / mesh.FOLDER
+        there = {path.stem for path in folder.glob("*") if path.suffix in mesh.ENDINGS}
         # Where none of them is there, reading the first says what to do.
         found = tuple(name for name in MESHES if name in there) or MESHES[:1]
     return found[:2] if bench.scale == "small" else found
@@ -155,13 +157,14 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     ]
     if lost:
         said.append(f"Diverged: {'; '.join(lost)}.")
-    settings = result["settings"]
+    if analytic := [solid for solid in dict.fromkeys(run["solid"] for run in result["runs"]) if solid in shapes.SHAPES]:
+        said.append(f"No meshes were given: the solids are analytic shapes ({', '.join(analytic)}).")
+    said.append(
+        f"{result['scale'].capitalize()} scale: {_size(result['settings'])}; every network has this one rate, no row was tuned."
+    )
     if result["scale"] == "small":
-        said.append(
-            f"Small scale: width {settings['width']}, {settings['points']:,} points, {settings['batch']:,} a step, "
-            f"{settings['epochs']} epochs at {settings['rate']:g}, marching cubes at {settings['grid']}^3 (full: 256, "
-            "1,000,000, 50,000, 200 epochs at 0.0001, 512^3). Differences are those of early training."
-        )
+        full = {key: OccupancyJob.__dataclass_fields__[key].default for key in result["settings"]}
+        said.append(f"Full scale: {_size(full)}. Differences at small scale are those of early training.")
     return [
         *said,
         "Unit rows change what the activation sees: rows of PyTorch's start have norm 0.58, hidden rows of SIREN's 0.047, so E "
@@ -242,6 +245,13 @@ def _curves(result: Mapping[str, Any]) -> Figure:
     for axis in axes[:, 0]:
         axis.set_ylabel("IoU near the surface")
     return figure
+
+
+def _size(settings: Mapping[str, Any]) -> str:
+    return (
+        f"width {settings['width']}, {settings['points']:,} points, {settings['batch']:,} a step, {settings['epochs']} epochs of "
+        f"Adam at rate {settings['rate']:g}, marching cubes at {settings['grid']}^3"
+    )
 
 
 def _verdict(result: Mapping[str, Any], solid: str, kind: Kind) -> str:
