@@ -100,8 +100,8 @@ def attend(function: Function, job: Job, place: Path, threads: int) -> dict[str,
                 reseed(0, f"job {job.path}")
                 result = function(job, place)
         finally:
-            before = record.read_json(place / TIMING, ("seconds",)) if (place / TIMING).exists() else {"seconds": 0.0}
-            seconds = round(before["seconds"] + time.monotonic() - started, 3)
+            before = record.read_json(place / TIMING, ("seconds",)) if (place / TIMING).exists() else {}
+            seconds = round(before.get("seconds", 0.0) + time.monotonic() - started, 3)
             devices = sorted({*before.get("devices", ()), hardware()})
             record.write_json(place / TIMING, {"seconds": seconds, "devices": devices})
         record.write_json(place / RESULT, {"config": config, "result": plain(result)})

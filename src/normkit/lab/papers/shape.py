@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
     """The learnt surfaces beside the solids, a figure an activation, and IoU along training."""
     written = []
     for kind in dict.fromkeys(kind for _, kind in _pairs(result)):
-        written += picture(folder, f"surfaces-{kind}", lambda kind=kind: _surfaces(result, kind))
+        written += picture(folder, f"surfaces-{kind}", partial(_surfaces, result, kind))
     return [*written, *picture(folder, "iou", lambda: _curves(result))]
 
 
