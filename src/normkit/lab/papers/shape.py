@@ -181,8 +181,9 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
 def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
     """The learnt surfaces beside the solids, a figure an activation, and IoU along training."""
     written, there = [], {kind for _, kind in _pairs(result)}
-    for kind in (kind for kind in KINDS if kind in there):
-        written += picture(folder, f"surfaces-{kind}", partial(_surfaces, result, kind))
+    for kind in KINDS:
+        if kind in there:
+            written += picture(folder, f"surfaces-{kind}", partial(_surfaces, result, kind))
     return [*written, *picture(folder, "iou", lambda: _curves(result))]
 
 
