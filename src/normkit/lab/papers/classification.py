@@ -7,12 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 from normkit.catalogue.methods import method
 from normkit.lab.claims.numbers import choose, mean, spread
 from normkit.lab.data.cifar import download_missing
-from normkit.lab.devices import processor
 from normkit.lab.experiment import Bench, Table
 from normkit.lab.papers.gains import gain, tell
 from normkit.lab.papers.learning import Costs, Same, Training, compare_same, images, learn, measure
@@ -95,7 +92,7 @@ def study(bench: Bench, plans: Sequence[Plan]) -> dict[str, Any]:
             f"{plan.label}: {len(plan.rows)} rows, {len(plan.controls)} controls, {plan.base.epochs} epochs a run"
         )
         parts[plan.label] = _part(bench, plan, parts)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    device = ", ".join(sorted(bench.devices))
     return {"scale": bench.scale, "device": device, "threads": bench.threads, "parts": parts}
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from normkit.lab.claims.drawing import picture
 from normkit.lab.cost import measure_costs
 from normkit.lab.data.split import Data, Split
-from normkit.lab.devices import processor, start_fabric
+from normkit.lab.devices import start_fabric
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.models.densenet import densenet
 from normkit.lab.models.inception8 import inception8
@@ -187,7 +187,7 @@ def run(bench: Bench) -> dict[str, Any]:
     for job in jobs:
         bench.watch(f"{job.network}: batches of {job.batch}")
         (found[job.network],) = bench.sweep(time_network, [job])
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    device = ", ".join(sorted(bench.devices))
     return {
         "scale": bench.scale,
         "device": device,

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from normkit.core.card import Paper
+from normkit.catalogue.methods import method
 from normkit.lab.claims.drawing import COLOURS, GREY, SHAPES, band, name_ends, picture
 from normkit.lab.claims.numbers import by_step, choose, mean, spread
 from normkit.lab.data import mesh, shapes
@@ -27,12 +27,7 @@ from normkit.lab.papers.gains import gain, lowered, tell
 from normkit.lab.radiance import decode
 from normkit.lab.report.canvas import FAINT, FULL, plain
 
-PAPER = Paper(
-    "Saratchandran, Hemanth and Wang, Thomas X. and Lucey, Simon",
-    "Weight Conditioning for Smooth Optimization of Neural Networks",
-    2024,
-    "https://arxiv.org/abs/2409.03424",
-)
+PAPER = method("weight_conditioning").paper
 MESHES = ("bunny", "armadillo", "dragon", "happy", "lucy", "spot")
 PLAIN, CONDITIONED, KEPT = "plain", "E", "E, kept scale"
 # Of a row: its name, its folder, its recipe, and how its trunk's rows are scaled.
