@@ -128,8 +128,10 @@ def places(plan: _Plan) -> Tensor:
     """Where the parameters of each element are."""
     o, *axes = (torch.arange(n).view([-1 if d == e else 1 for e in range(5)]) for d, n in enumerate(shape_of(plan)))
     steps = (plan.per_far, plan.per_kept, plan.per_mid, plan.per_inner)
-    outer = o // plan.outer_div % plan.outer_mod * plan.outer_step
-    return sum((axis * step for axis, step in zip(axes, steps, strict=True)), outer)
+    place = o // plan.outer_div % plan.outer_mod * plan.outer_step
+    for axis, step in zip(axes, steps, strict=True):
+        place = place + axis * step
+    return place
 
 
 def definition(
@@ -168,7 +170,7 @@ def random_call(chance: random.Random, sizes: tuple[int, ...]) -> Call:
     if sizes[1] > 1 and sizes[3] * sizes[4] < 1024:  # short pieces apart are other kernels'
         sizes = (*sizes[:4], sizes[4] + 1024)
     plan_sizes = dict(zip(("outer", "far", "kept", "mid", "inner"), sizes, strict=True))
-    fields: dict[str, Any] = dict(plan_sizes)
+    fields: dict[str, Any] = {**plan_sizes}
     parameters = 1
     for axis in ("inner", "mid", "kept", "far"):  # those that parameters vary along, in the order of memory
         if chance.random() < 0.5:
