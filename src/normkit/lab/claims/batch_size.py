@@ -28,7 +28,7 @@ from normkit.activations.ghost_batch_norm import GhostBatchNorm
 from normkit.activations.group_norm import GroupNorm
 from normkit.core.card import Paper
 from normkit.lab.claims.batch_size_drawing import METHODS, WAYS, draw
-from normkit.lab.claims.images import Images, Stream, accuracy, fit, load
+from normkit.lab.claims.images import Images, Size, Stream, accuracy, fit
 from normkit.lab.claims.numbers import choose, known, spread
 from normkit.lab.claims.steps import OK, device, forget
 from normkit.lab.data.cifar import download_missing
@@ -50,18 +50,12 @@ JUDGED = 512  # training images by which statistics are estimated anew
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Size):
     """One training."""
 
     method: str
     batch: int
     seed: int
-    data: str
-    train: int | None
-    test: int | None
-    halve: bool
-    width: int
-    epochs: int
 
     @property
     def path(self) -> str:
@@ -92,7 +86,7 @@ def norm(method: str, steps: int) -> Callable[[int], nn.Module]:
 
 def train(job: Job, folder: Path) -> dict[str, Any]:
     """Trains a network and evaluates it."""
-    images = load(job.data, job.train, job.test, job.halve)
+    images = job.images()
     stream = Stream(images["train"], job.batch, job.seed)
     reseed(job.seed, "init")
     make = norm(job.method, job.epochs * stream.per_epoch)

@@ -25,7 +25,7 @@ from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule
 from normkit.core.card import Paper
 from normkit.lab.claims.batch_size import BASE, CHANCE, RATE, interval, norm
 from normkit.lab.claims.disparity_drawing import METHODS, ORDERS, RANGES, WAYS, draw
-from normkit.lab.claims.images import Images, Stream, accuracy, fit, load
+from normkit.lab.claims.images import Images, Size, Stream, accuracy, fit
 from normkit.lab.claims.numbers import choose, spread
 from normkit.lab.claims.steps import OK, device, forget
 from normkit.lab.data.cifar import download_missing
@@ -49,19 +49,13 @@ RESPONSES = 8  # values a channel in the table of what one value becomes
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Size):
     """One training."""
 
     method: str
     order: str
     batch: int
     seed: int
-    data: str
-    train: int | None
-    test: int | None
-    halve: bool
-    width: int
-    epochs: int
 
     @property
     def path(self) -> str:
@@ -71,7 +65,7 @@ class Job:
 
 def train(job: Job, folder: Path) -> dict[str, Any]:
     """Trains a network, and evaluates it in every way."""
-    images = load(job.data, job.train, job.test, job.halve)
+    images = job.images()
     order = partial(sorted_order, images["train"][1], job.batch, job.seed) if job.order == "sorted" else None
     stream = Stream(images["train"], job.batch, job.seed, order)
     reseed(job.seed, "init")

@@ -21,7 +21,7 @@ from normkit.activations.group_norm import GroupNorm
 from normkit.activations.instance_norm import InstanceNorm
 from normkit.core.card import Paper
 from normkit.lab.claims.four_benefits_drawing import METHODS, draw
-from normkit.lab.claims.images import Stream, accuracy, fit, load
+from normkit.lab.claims.images import Size, Stream, accuracy, fit
 from normkit.lab.claims.numbers import choose, spread
 from normkit.lab.claims.steps import OK, device, forget
 from normkit.lab.claims.why_bn import Shift
@@ -54,19 +54,13 @@ RECIPES = {"gn+ws": "keep+ws", "wn": "keep+wn", "e": "keep+e@all"}
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Size):
     """One training."""
 
     method: str
     rate: float
     scale: float
     seed: int
-    data: str
-    train: int | None
-    test: int | None
-    halve: bool
-    width: int
-    epochs: int
 
     @property
     def path(self) -> str:
@@ -76,7 +70,7 @@ class Job:
 
 def train(job: Job, folder: Path) -> dict[str, Any]:
     """Trains a network on scaled inputs, and evaluates it on inputs of the same scale."""
-    images = {part: (job.scale * x, y) for part, (x, y) in load(job.data, job.train, job.test, job.halve).items()}
+    images = {part: (job.scale * x, y) for part, (x, y) in job.images().items()}
     stream = Stream(images["train"], BATCH, job.seed)
     reseed(job.seed, "init")
     model = SmallCNN(MAKERS[job.method], channels=images["train"][0].shape[1], width=job.width)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +19,31 @@ Images = tuple[Tensor, Tensor]
 CHUNK = 500
 VALIDATED = 500
 LOOK_EVERY = 50  # steps between looks at the loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much is learned, by how wide a network.
+
+    Args:
+        data: as of :func:`load`, which `train`, `test` and `halve` are for too.
+        train: as many images.
+        test: likewise.
+        halve: average 2x2 pixels.
+        width: channels of the network's first layer.
+        epochs: passes over the training images.
+    """
+
+    data: str
+    train: int | None
+    test: int | None
+    halve: bool
+    width: int
+    epochs: int
+
+    def images(self) -> dict[str, Images]:
+        """Reads them."""
+        return load(self.data, self.train, self.test, self.halve)
 
 
 @lru_cache(maxsize=2)
