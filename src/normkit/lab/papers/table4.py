@@ -199,8 +199,8 @@ def _views(result: Mapping[str, Any], scene: str) -> Figure:
     truth = decode(shown[names[0]]["truth"])
     width = FULL / len(columns)
     shape = truth.shape[0] / truth.shape[1]
-    layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
-    figure = Figure(figsize=(FULL, 2 * width * shape + 0.45), layout=layout)
+    layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.05, wspace=0.01, hspace=0.01)
+    figure = Figure(figsize=(FULL, 2 * width * shape + 0.7), layout=layout)
     axes = figure.subplots(2, len(columns), squeeze=False)
     for axis in axes.ravel():
         axis.set_axis_off()
@@ -245,9 +245,11 @@ def _controls(result: Mapping[str, Any], scene: str) -> str:
     parts = [f"{name} {gain:+.2f} dB" for name, gain in gains.items() if gain is not None and name != CONDITIONED]
     if not parts:
         return ""
-    below = [name for name in NORMS if (gains.get(name) or 0) < 0]
-    claim = f"that common normalizations hinder NeRF is seen here of {', '.join(below) if below else 'none of them'}"
-    return f"{scene}: beside NeRF of the same seed, {', '.join(parts)}; {claim}."
+    norms = [gains[name] for name in NORMS if gains.get(name) is not None]
+    below = sum(gain < 0 for gain in norms if gain is not None)
+    seeds = len({run["seed"] for run in choose(result["runs"], scene=scene) if run["row"] not in (PLAIN, CONDITIONED)})
+    claim = f"of the {len(norms)} common normalizations, said to hinder NeRF, {below} {'is' if below == 1 else 'are'} below it"
+    return f"{scene}: beside NeRF of the same seed, {', '.join(parts)}, of {seeds} {'seed' if seeds == 1 else 'seeds'}; {claim}."
 
 
 def _gain(result: Mapping[str, Any], scene: str, name: str) -> Interval:
