@@ -204,7 +204,7 @@ def test_networks_of_the_cost_have_a_loss(name: str, scale: str) -> None:
 def test_cost_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = cost.Network(
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)),
-        lambda count: torch.randn(count, 3, 8, 8), lambda count: torch.randint(0, 10, (count,)), 4, cost.BN,
+        lambda count: torch.randn(count, 3, 8, 8), lambda count: torch.randint(0, 10, (count,)), {"small": 4}, cost.BN,
     )  # fmt: skip
     monkeypatch.setattr(cost, "NETWORKS", {"tiny": small})
     real = cost.measure_costs
