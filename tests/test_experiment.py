@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -19,7 +21,7 @@ from normkit.lab import record
 from normkit.lab.devices import hardware
 from normkit.lab.experiment import Bench, Table, command, perform
 from normkit.lab.experiments import FILES, find_experiment, names
-from normkit.lab.report.sheet import facts, print_sheet, side_by_side
+from normkit.lab.report.sheet import cell, facts, is_text, print_sheet, side_by_side
 from normkit.lab.sweep import devices, sweep
 
 
@@ -53,15 +55,48 @@ def test_records_and_reports(tmp_path: Path) -> None:
     assert "://" not in page.replace("https://example.org", "")
 
 
+def printed(table: Table, width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    print_sheet(replace(EXPERIMENT, tables=lambda result: [table]), {"result": {"walks": []}}, console)
+    return console.export_text()
+
+
 def test_a_wide_table_is_parted_for_a_narrow_terminal() -> None:
-    table = Table("T", ["name", "one two three", "b", "c"], [["row", "1", "2" * 20, "3"]])
-    assert side_by_side(table, 80) == [[0, 1, 2, 3]]
-    assert side_by_side(table, 30) == [[0, 1], [0, 2], [0, 3]]
-    assert side_by_side(table, 5) == [[0, 1], [0, 2], [0, 3]]
-    console = Console(width=30, record=True, quiet=False, file=io.StringIO())
-    shown = replace(EXPERIMENT, tables=lambda result: [table])
-    print_sheet(shown, {"result": {"walks": []}}, console)
-    assert "2" * 20 in console.export_text()
+    table = Table("T", ["name", "one two three", "b", "c"], [["row", "1", "2" * 12, "3"]])
+    assert side_by_side(table, Console(width=80)) == [[0, 1, 2, 3]]
+    assert side_by_side(table, Console(width=30)) == [[0, 1, 2], [0, 3]]
+    assert side_by_side(table, Console(width=5)) == [[0, 1], [0, 2], [0, 3]]
+    assert "one two three" in printed(table, 80)
+    assert "2" * 12 in printed(table, 30)
+
+
+WORDS = st.lists(st.text("abcdef", min_size=1, max_size=14), min_size=1, max_size=5).map(" ".join)
+CELLS = st.one_of(st.none(), st.floats(allow_nan=False), st.integers(), WORDS, st.just("[bold]"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 12).flatmap(
+        lambda n: st.tuples(*[st.lists(each, min_size=n, max_size=n) for each in (WORDS, CELLS)])
+    )
+)
+def test_a_terminal_of_80_columns_shows_all_cells_and_headings(drawn: tuple[list[str], list[Any]]) -> None:
+    columns, row = drawn
+    shown = printed(Table("T", columns, [row, row[::-1]]), 80)
+    for text in (*columns, *map(cell, row)):
+        for word in text.split():
+            assert word in shown
+
+
+def test_columns_of_words_stand_on_the_left(tmp_path: Path) -> None:
+    rows = [["a", "yes", 1.5, "50 %", None], ["b", None, 2, "two of the four layers, of 8", None]]
+    table = Table("T", ["name", "folds", "time", "share", "none"], [*rows, ["c", "no", 3, "none", None]])
+    assert [is_text(table, place) for place in range(5)] == [True, True, False, True, False]
+    perform(replace(EXPERIMENT, tables=lambda result: [table]), bench(tmp_path))
+    assert "| --- | --- | ---: | --- | ---: |" in (tmp_path / "result.md").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>yes</td>" in page
+    assert '<td class="n">1.5</td>' in page
 
 
 def test_done_jobs_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

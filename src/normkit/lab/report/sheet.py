@@ -1,6 +1,7 @@
 """The report of an experiment: in the terminal, as Markdown and as one self-contained page."""
 
 import base64
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table as Grid
+from rich.text import Text
 
 from normkit.lab.record import write_bytes
 from normkit.lab.report.page import moment, resource, setting
@@ -18,6 +22,9 @@ if TYPE_CHECKING:
     from normkit.lab.experiment import Experiment, Table
 
 ABSENT = "–"
+LONG = 24  # characters, from which on a cell is read like a sentence
+GAP = 2  # on each side of the line between two columns of a terminal
+ENDLESS = 10**6
 
 
 def cell(value: Any) -> str:
@@ -37,8 +44,8 @@ def print_sheet(experiment: "Experiment", found: Mapping[str, Any], console: Con
     console.print(f"{experiment.claim} ({experiment.paper.cite()})", highlight=False, markup=False)
     for table in experiment.tables(found["result"]):
         console.print(f"\n{table.title}", style="bold", highlight=False, markup=False)
-        for places in side_by_side(table, console.width):
-            console.print(_grid(table, places))
+        for places in side_by_side(table, console):
+            console.print(_roomy(table, places, console))
         for note in table.notes:
             console.print(note, style="dim", highlight=False, markup=False)
     console.print()
@@ -46,36 +53,63 @@ def print_sheet(experiment: "Experiment", found: Mapping[str, Any], console: Con
         console.print(f"- {remark}", highlight=False, markup=False)
 
 
-def side_by_side(table: "Table", width: int) -> list[list[int]]:
-    """Parts the columns of a table so that each part fits a width, with the first column in each.
+def side_by_side(table: "Table", console: Console) -> list[list[int]]:
+    """Parts the columns of a table so that each part fits a console, with the first column in each.
 
     Args:
         table: to print.
-        width: of the console.
+        console: on which.
     """
-    needs = [_need(table, place) + 2 for place in range(len(table.columns))]
     parts: list[list[int]] = [[0]]
-    for place in range(1, len(needs)):
-        if len(parts[-1]) > 1 and sum(needs[one] for one in parts[-1]) + needs[place] > width:
+    for place in range(1, len(table.columns)):
+        if len(parts[-1]) > 1 and not _fits(table, [*parts[-1], place], console):
             parts.append([0])
         parts[-1].append(place)
     return parts
 
 
-def _need(table: "Table", place: int) -> int:
-    # A heading may be broken between words, what stands below it may not.
-    cells = [cell(row[place]) for row in table.rows]
-    return max(map(len, (*cells, *str(table.columns[place]).split(), "")))
+def is_text(table: "Table", place: int) -> bool:
+    """Tells whether a column holds words rather than numbers: most of its cells are long or have letters and no digit.
+
+    Args:
+        table: which.
+        place: of the column.
+    """
+    cells = [row[place] for row in table.rows if row[place] is not None]
+    return 2 * sum(isinstance(value, str) and _wordy(value) for value in cells) > len(cells)
 
 
-def _grid(table: "Table", places: Sequence[int]) -> Grid:
+def _wordy(text: str) -> bool:
+    return len(text) > LONG or (any(map(str.isalpha, text)) and not any(map(str.isdigit, text)))
+
+
+def _fits(table: "Table", places: Sequence[int], console: Console, room: int = 0) -> bool:
+    # Measured without an edge, at which rich would stop.
+    endless = console.options.update_width(ENDLESS)
+    return Measurement.get(console, endless, _grid(table, places, console, room)).maximum <= console.width
+
+
+def _roomy(table: "Table", places: Sequence[int], console: Console) -> Grid:
+    # Where headings must be broken, the widest columns give way first.
+    room = bisect_left(range(console.width), True, key=lambda room: not _fits(table, places, console, room))
+    return _grid(table, places, console, room - 1)
+
+
+def _grid(table: "Table", places: Sequence[int], console: Console, room: int) -> Grid:
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for place in places:
-        justify = "right" if place else "left"
-        grid.add_column(table.columns[place], justify=justify, overflow="fold", min_width=_need(table, place))
+        justify = "right" if place and not is_text(table, place) else "left"
+        width = max(_need(table, place, console), room)
+        grid.add_column(Text(table.columns[place]), justify=justify, overflow="fold", max_width=width)
     for row in table.rows:
-        grid.add_row(*(cell(row[place]) for place in places))
+        grid.add_row(*(Text(cell(row[place])) for place in places))
     return grid
+
+
+def _need(table: "Table", place: int, console: Console) -> int:
+    # A heading may be broken between words; what stands below it only where two columns would not fit.
+    texts = [*(cell(row[place]) for row in table.rows), *table.columns[place].split()]
+    return max(1, min(max(map(cell_len, texts), default=0), console.width // 2 - GAP))
 
 
 def write_markdown(experiment: "Experiment", found: Mapping[str, Any], figures: Sequence[Path], output: Path) -> Path:
@@ -134,6 +168,7 @@ def write_sheet(experiment: "Experiment", found: Mapping[str, Any], figures: Seq
         remarks=experiment.remarks(found["result"]),
         figures=[_picture(path, output) for path in figures if path.suffix == ".png"],
         cell=cell,
+        is_text=is_text,
         devices=devices,
         setting=setting,
         moment=moment,
@@ -155,5 +190,6 @@ def _picture(path: Path, output: Path) -> dict[str, str]:
 
 def _markdown(table: "Table") -> str:
     head, *rows = [[cell(value).replace("|", "\\|") for value in row] for row in (table.columns, *table.rows)]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    rule = ["---" if not place or is_text(table, place) else "---:" for place in range(len(head))]
+    lines = [head, rule, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
