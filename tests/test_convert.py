@@ -378,3 +378,32 @@ def test_copies_and_state_dicts():
     other.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(other(x), model(x))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.RMSNorm(8), LlamaLikeRMSNorm(8)])
+@pytest.mark.parametrize("to", ["keep", "ln", "rms", "none", "gn:4", "in", "bn"])
+def test_a_change_through_which_tokens_see_later_ones_says_so(norm, to):
+    causal = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True)
+    causal.norm1, causal.norm2 = deepcopy(norm), deepcopy(norm)
+    mask, x = nn.Transformer.generate_square_subsequent_mask(12), torch.randn(2, 12, 8)
+    later = torch.cat([x[:, :8], torch.randn(2, 4, 8)], 1)
+    rows = apply_recipe(causal, to).rows
+    leaks = not torch.allclose(causal(x, mask)[:, :8], causal(later, mask)[:, :8], atol=1e-4)
+    assert leaks == (to in ("gn:4", "in", "bn"))
+    assert all(("statistics over positions: in a causal model" in row.note) == leaks for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("norm", "to", "told"),
+    [
+        (LayerNorm(8, over="c"), "gn:4", True),
+        (LayerNorm(8, over="c"), "ln", True),
+        (LayerNorm(8, over="c"), "rms:c", False),
+        (LayerNorm(8, over="c *"), "gn:4", False),
+        (nn.LayerNorm((4, 8)), "rms", False),
+        (nn.GroupNorm(2, 8), "bn", False),
+        (nn.BatchNorm2d(8), "ln", False),
+    ],
+)
+def test_only_norms_of_each_position_can_begin_to_leak(norm, to, told):
+    assert ("over positions" in convert(nn.Sequential(norm), to).rows[0].note) == told

@@ -125,7 +125,7 @@ class Study:
         model = copy.deepcopy(self._initial(seed)[0])
         reseed(seed, "recipe")
         changes = apply_recipe(model, recipe)
-        return changes.model, [f"{row.name}: {row.before} -> {row.after}" for row in changes.rows]
+        return changes.model, [str(row) for row in changes.rows]
 
     def _hashes(self, seed: int) -> dict[str, str]:
         return {"init_sha256": self._initial(seed)[1], "order_sha256": self._order(seed)}

@@ -38,7 +38,8 @@ def convert(
     on random inputs is that of layer or RMS normalization with gain ``weight`` or ``1 + weight``: LayerNorm2d, T5LayerNorm and
     the RMSNorms of Hugging Face. What is kept: gain and bias (the very parameters), eps, momentum, dtype, device, training flag,
     ``requires_grad``, hooks, and that one module stands in several places. What has no place in the new norm is dropped and
-    what it has more is created; the row says so. A norm that is of the kind already is left as it is, whoever made it.
+    what it has more is created; the row says so, and where a norm of each position by itself becomes one over positions, through
+    which tokens of a causal model see later ones. A norm that is of the kind already is left as it is, whoever made it.
 
     A norm on channels first, ``(N, C, *)``, becomes ``LayerNorm(C, over="c *")`` by ``ln`` and ``RMSNorm(C, over="c *")`` by
     ``rms``, over channels and positions, so that the two differ in centring alone; ``ln:c`` and ``rms:c`` normalize each

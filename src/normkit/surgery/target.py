@@ -17,6 +17,7 @@ from normkit.catalogue import METHODS
 from normkit.core.card import Card
 from normkit.core.errors import NotationError, SurgeryError
 from normkit.core.support import divisors, show
+from normkit.engine.layer import Layer
 from normkit.surgery.changes import label
 from normkit.surgery.norms import Norm
 from normkit.surgery.select import closest
@@ -114,7 +115,9 @@ class Target:
         gain = norm.weight if norm.weight is not None else norm.bias
         like = like if gain is None else gain
         new = self._make(name, norm, gain is not None, {"dtype": like.dtype, "device": like.device})
-        return new, "; ".join(filter(None, [norm.note, *_carry(norm, new), *_memory(norm, new)]))
+        return new, "; ".join(
+            filter(None, [norm.note, *_carry(norm, new), *_memory(norm, new), *_positions(norm, new)])
+        )
 
     def _make(self, name: str, norm: Norm, affine: bool, factory: dict[str, Any]) -> nn.Module:
         channels, eps = norm.channels, norm.guard(factory["dtype"])
@@ -167,6 +170,14 @@ def _memory(norm: Norm, new: nn.Module) -> list[str]:
     if isinstance(getattr(new, "running_mean", None), Tensor):
         return ["running statistics start anew: train before evaluation"]
     return ["running statistics dropped"] if norm.tracks else []
+
+
+def _positions(norm: Norm, new: nn.Module) -> list[str]:
+    """Say where each position was normalized by itself and is so no more."""
+    alone = norm.kind in ("layer_norm", "rms_norm") and norm.option != "c *" and norm.axes != "trailing"
+    if alone and isinstance(new, Layer) and "*" in new.rule.support.reduced:
+        return ["statistics over positions: in a causal model tokens see later ones, and padding counts"]
+    return []
 
 
 def norm_cards() -> dict[str, Card]:
