@@ -21,7 +21,7 @@ from normkit.lab import record
 from normkit.lab.devices import hardware
 from normkit.lab.experiment import Bench, Table, command, perform
 from normkit.lab.experiments import FILES, find_experiment, names
-from normkit.lab.report.sheet import cell, facts, is_text, print_sheet, side_by_side
+from normkit.lab.report.sheet import cell, facts, is_text, print_sheet, setup, side_by_side
 from normkit.lab.sweep import devices, sweep
 
 
@@ -53,6 +53,25 @@ def test_records_and_reports(tmp_path: Path) -> None:
     assert "Ends of &lt;walks&gt;." in page
     assert "data:image/png;base64," in page
     assert "://" not in page.replace("https://example.org", "")
+
+
+def test_results_say_what_was_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(experiment_samples, "__doc__", "A title.\n\nTwo\nwalks & ``--epochs``.\n\nOurs: four\nsteps.\n")
+    assert setup(EXPERIMENT) == ["Two walks & ``--epochs``.", "Ours: four steps."]
+    perform(EXPERIMENT, Bench("small", tmp_path))
+    assert "Ours:" not in capsys.readouterr().out
+    text = (tmp_path / "result.md").read_text()
+    assert ".\n\n## What was run\n\nTwo walks & ``--epochs``.\n\nOurs: four steps.\n\n## Walks" in text
+    page = (tmp_path / "report.html").read_text()
+    assert "<p>Two walks &amp; --epochs.</p>\n  <p>Ours: four steps.</p>" in page
+
+
+def test_nothing_is_said_where_a_title_says_all(tmp_path: Path) -> None:
+    perform(EXPERIMENT, bench(tmp_path))
+    for name in ("result.md", "report.html"):
+        assert "What was run" not in (tmp_path / name).read_text()
 
 
 def printed(table: Table, width: int) -> str:

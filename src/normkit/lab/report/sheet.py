@@ -1,6 +1,9 @@
 """The report of an experiment: in the terminal, as Markdown and as one self-contained page."""
 
 import base64
+import inspect
+import re
+import sys
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -115,6 +118,8 @@ def _need(table: "Table", place: int, console: Console) -> int:
 def write_markdown(experiment: "Experiment", found: Mapping[str, Any], figures: Sequence[Path], output: Path) -> Path:
     """Writes ``result.md``."""
     parts = [f"# {experiment.title}", f"{experiment.claim} ({experiment.paper.cite()})", facts(experiment, found)]
+    if paragraphs := setup(experiment):
+        parts += ["## What was run", *paragraphs]
     for table in experiment.tables(found["result"]):
         parts += [f"## {table.title}", _markdown(table), *table.notes]
     parts += ["## Remarks", "\n".join(f"- {remark}" for remark in experiment.remarks(found["result"]))]
@@ -141,6 +146,12 @@ def facts(experiment: "Experiment", found: Mapping[str, Any]) -> str:
     return f"`{' '.join(words)}` on {devices(here)}, {threads}, torch {here['torch']}, finished {moment(found['finished'])}."
 
 
+def setup(experiment: "Experiment") -> list[str]:
+    """What was run, in paragraphs: the docstring of the experiment's module without its first one, which is its title."""
+    text = inspect.getdoc(sys.modules[experiment.run.__module__]) or ""
+    return [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)[1:]]
+
+
 def devices(here: Mapping[str, Any]) -> str:
     """Names what the runs were done on; in a record that lacks it, what the command was given on.
 
@@ -164,6 +175,7 @@ def write_sheet(experiment: "Experiment", found: Mapping[str, Any], figures: Seq
     text = pages.get_template("sheet.html").render(
         experiment=experiment,
         found=found,
+        setup=setup(experiment),
         tables=experiment.tables(found["result"]),
         remarks=experiment.remarks(found["result"]),
         figures=[_picture(path, output) for path in figures if path.suffix == ".png"],
