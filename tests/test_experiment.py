@@ -200,6 +200,36 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
         sweep(walk, [Walk("left", 0)], tmp_path, say=lambda text: None)
 
 
+def test_a_failed_attempt_leaves_the_folder_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any) -> None:
+        raise RecordError("no data")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(record, "write_checkpoint", fail)
+        with pytest.raises(RecordError, match="no data"):
+            perform(EXPERIMENT, bench(tmp_path), report=False)
+    place = tmp_path / "runs/left/seed=0"
+    assert {path.name for path in place.iterdir()} == {".lock", "config.json", "timing.json"}
+    with record.locked(place), pytest.raises(RecordError, match="in use by another process"):
+        perform(EXPERIMENT, bench(tmp_path, epochs=2), report=False)
+    assert record.read_json(tmp_path / "config.json")["epochs"] is None
+    found = perform(EXPERIMENT, bench(tmp_path, epochs=2), report=False)
+    assert found["config"]["epochs"] == record.read_json(tmp_path / "config.json")["epochs"] == 2
+    assert record.read_json(place / "config.json")["steps"] == 2
+
+
+@pytest.mark.parametrize("left", ["result.json", "runs/left/seed=0/result.json", "runs/left/seed=0/checkpoint.pt"])
+def test_whatever_was_begun_is_kept(tmp_path: Path, left: str) -> None:
+    perform(EXPERIMENT, bench(tmp_path, seeds=(0,)), report=False)
+    for path in tmp_path.rglob("*"):
+        if path.name in ("result.json", "checkpoint.pt") and path != tmp_path / left:
+            path.unlink()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(RecordError, match="holds records of another configuration: epochs"):
+        perform(EXPERIMENT, bench(tmp_path, epochs=7), report=False)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_not_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with pytest.raises(OptionError, match="does not go with torchrun"):

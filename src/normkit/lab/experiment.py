@@ -10,6 +10,7 @@ import platform
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -250,7 +251,30 @@ def _open(output: Path, config: Mapping[str, Any], overwrite: bool) -> None:
     if (output / CONFIG).exists():
         # More seeds are more runs beside those that are there; anything else would make the runs unlike.
         there = record.read_json(output / CONFIG)
-        record.check_config(output / CONFIG, {**config, "seeds": there.get("seeds")}, CURE)
+        wanted = {**config, "seeds": there.get("seeds")}
+        if there != wanted and not _begun(output):
+            _forget(output)
+        record.check_config(output / CONFIG, wanted, CURE)
+
+
+def _begun(output: Path) -> bool:
+    # A run that failed before its first checkpoint leaves no more than what it was and how long it took.
+    failed = {record.LOCK, CONFIG, TIMING}
+    files = (path for path in output.glob("runs/**/*") if path.is_file())
+    return (output / RESULT).exists() or any(path.name not in failed for path in files)
+
+
+def _forget(output: Path) -> None:
+    with ExitStack() as held:
+        for lock in output.glob(f"runs/**/{record.LOCK}"):
+            held.enter_context(record.locked(lock.parent))
+        # Another process may have begun before its lock was seen.
+        if not _begun(output):
+            for path in [
+                output / CONFIG,
+                *(path for name in (CONFIG, TIMING) for path in output.glob(f"runs/**/{name}")),
+            ]:
+                record.remove(path)
 
 
 def _read_back(output: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
