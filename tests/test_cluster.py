@@ -1,6 +1,8 @@
 """Jobs on a Ray cluster of two workers, one of which is killed in the middle."""
 
 import os
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,8 +139,36 @@ def test_no_cluster_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
-    with pytest.raises(OptionError, match=r"no Ray cluster at '10\.0\.0\.1:1': nobody there"):
-        sweep(walk, [Walk("left", 0)], tmp_path, ray="10.0.0.1:1", say=lambda text: None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for address in (f"127.0.0.1:{server.getsockname()[1]}", f"ray://127.0.0.1:{server.getsockname()[1]}", "auto"):
+            with pytest.raises(OptionError, match=f"no Ray cluster at '{address}': nobody there"):
+                sweep(walk, [Walk("left", 0)], tmp_path, ray=address, say=lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("1.2.3.4:99999", "its port is '99999'; wanted a number from 1 to 65535"),
+        ("1.2.3.4:0", "its port is '0'"),
+        ("1.2.3.4:", "its port is ''"),
+        ("ray://localhost:head", "its port is 'head'"),
+        ("127.0.0.1:{closed}", "Connection refused"),
+        ("ray://127.0.0.1:{closed}", "Connection refused"),
+        ("a" * 70 + ".invalid:6379", ""),  # no name of a host
+    ],
+)
+def test_an_address_where_nobody_listens_is_told_at_once(
+    address: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = server.getsockname()[1]
+    address = address.format(closed=closed)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was asked"))
+    begun = time.monotonic()
+    with pytest.raises(OptionError, match=f"no Ray cluster at '{address}': .*{message}"):
+        sweep(walk, [Walk("left", 0)], tmp_path, ray=address, say=lambda text: None)
+    assert time.monotonic() - begun < 10
 
 
 def test_a_comparison_on_ray_has_the_same_records(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Work as tasks of a Ray cluster: each with its cores, and tried again from its checkpoint when its worker is lost."""
 
 import os
+import re
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from normkit.lab.sweep import Function, Job, attend
 
 LOCAL = "local"
 RETRIES = 5
+PATIENCE = 5.0
 
 
 class Cluster:
@@ -117,6 +120,7 @@ def joined(address: str, threads: int) -> Iterator[Cluster]:
         raise OptionError("--ray needs Ray, which is not installed; pip install 'normkit[ray]'") from None
     begun = not ray.is_initialized()
     if begun:
+        _knock(address)
         local: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {"address": address}
         try:
             ray.init(**local, log_to_driver=False, runtime_env={"env_vars": _variables()})
@@ -161,6 +165,20 @@ def on_ray(
     with joined(address, threads) as cluster:
         given = [(function, job, places[job.path].absolute(), threads) for job in jobs]
         cluster.spread(_attend, given, [job.path for job in jobs], end)
+
+
+def _knock(address: str) -> None:
+    # Ray would try for more than a minute, and tell so in its log alone.
+    found = re.fullmatch(r"(?:ray://)?([^/]+):([^/:]*)", address)
+    if found is None:
+        return
+    host, port = found[1].strip("[]"), found[2]
+    if not (port.isdecimal() and 1 <= int(port) <= 65535):
+        raise OptionError(f"no Ray cluster at {address!r}: its port is {port!r}; wanted a number from 1 to 65535")
+    try:
+        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+    except (OSError, UnicodeError) as error:
+        raise OptionError(f"no Ray cluster at {address!r}: {error}") from error
 
 
 def _variables() -> dict[str, str]:
