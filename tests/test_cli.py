@@ -59,9 +59,23 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_report_of_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for path, said in (
+        (tmp_path, "holds neither result.json nor config.json, so it is no record of normkit"),
+        (tmp_path / "none", "none is not there; give a folder of records"),
+        (file, "file is a file, not a folder; give a folder of records"),
+    ):
+        done = CliRunner().invoke(app, ["report", str(path)])
+        assert done.exit_code == 2
+        assert said in done.stderr
+
+
+def test_report_of_an_unfinished_comparison(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     done = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert done.exit_code == 2
-    assert "result.json is missing" in done.stderr
+    assert "result.json is missing; give the `normkit compare` command" in done.stderr
 
 
 def test_help_names_the_commands() -> None:

@@ -345,3 +345,9 @@ def test_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert done.exit_code == 130
     assert "0 finished runs" in done.stderr
     assert "to go on:  normkit claim walks" in done.stderr
+    report = CliRunner().invoke(app, ["report", str(tmp_path / "out")])
+    assert report.exit_code == 2
+    assert (
+        "result.json is missing; to finish it:  normkit reproduce walks --scale small --seeds 3 --output"
+        in report.stderr
+    )

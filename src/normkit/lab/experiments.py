@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
-from normkit.lab.experiment import RESULT, Experiment, show
+from normkit.lab.experiment import CONFIG, RESULT, Bench, Experiment, command, show
 
 # Files of lab/papers and of lab/claims; an experiment is called like its file, with dashes.
 FILES = {
@@ -59,6 +59,8 @@ def find_experiment(kind: str, name: str) -> Experiment:
     """
     known = names(kind)
     if name not in known:
+        if other := _kind(name):
+            raise OptionError(f"{name} is no experiment of {kind}; give normkit {other} {name}")
         close = get_close_matches(name, known, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise OptionError(f"{kind} knows no experiment {name!r}{hint}; there are {', '.join(known) or 'none'}")
@@ -73,9 +75,14 @@ def reshow(output: Path) -> bool:
         output: the folder.
 
     Raises:
-        RecordError: the record is damaged.
+        RecordError: there is no record, or one that is damaged or of an experiment that is not finished.
     """
+    if not output.is_dir():
+        raise RecordError(
+            f"{output} is {'a file, not a folder' if output.exists() else 'not there'}; give a folder of records"
+        )
     if not (output / RESULT).exists():
+        _refuse(output)
         return False
     found = record.read_json(output / RESULT)
     about = found.get("experiment")
@@ -83,3 +90,18 @@ def reshow(output: Path) -> bool:
         return False
     show(find_experiment(about["kind"], about["name"]), found, output, Console())
     return True
+
+
+def _refuse(output: Path) -> None:
+    if not (output / CONFIG).exists():
+        raise RecordError(f"{output} holds neither {RESULT} nor {CONFIG}, so it is no record of normkit")
+    name = record.read_json(output / CONFIG).get("experiment")
+    if kind := _kind(name):
+        config = record.read_json(output / CONFIG, ("scale", "seeds", "epochs", "threads"))
+        size = {key: config[key] for key in ("scale", "epochs", "threads")}
+        again = command(find_experiment(kind, name), Bench(**size, output=output, seeds=tuple(config["seeds"])))
+        raise RecordError(f"{output / RESULT} is missing; to finish it:  {again}")
+
+
+def _kind(name: object) -> str | None:
+    return next((kind for kind in FILES if name in names(kind)), None)
