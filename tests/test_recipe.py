@@ -1,6 +1,7 @@
 import importlib.util
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from normkit.core.errors import NotationError, SurgeryError
 from normkit.surgery.fold import fold
 from normkit.surgery.recipe import Recipe, apply_recipe
+from normkit.surgery.select import PLACES
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
@@ -192,6 +194,20 @@ def test_state_dict_names():
     assert "stem.0.parametrizations.weight.original" in keys
     assert "head.parametrizations.weight.original0" in keys
     assert "norms.last.running_mean" in keys
+
+
+def test_the_words_and_places_of_the_page():
+    page = (Path(__file__).parent.parent / "docs/recipes.md").read_text()
+    assert all(f"`{word}`" in page for word in [*PLACES, "ln:c", "rms:c", "gn"])
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ConvTranspose2d(64, 4, 3), nn.Linear(4, 2))
+    rows = apply_recipe(deepcopy(model), "gn+wn@convolutions").rows
+    assert [(row.name, row.after) for row in rows] == [
+        ("1", "GroupNorm(32, 64)"),
+        ("0", "weight_norm"),
+        ("2", "weight_norm"),
+    ]
+    for word, over in (("ln:c", "c"), ("rms:c", "c"), ("ln", "c *"), ("rms", "c *")):
+        assert f"over={over!r}" in apply_recipe(deepcopy(model), word).rows[0].after
 
 
 def test_no_norm_to_convert_is_said():

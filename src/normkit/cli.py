@@ -70,9 +70,17 @@ NO_REPORT = typer.Option("--no-report", help="no figures, no report.html", rich_
 @app.command(cls=_Sweeping)
 def compare(
     model: Annotated[
-        str, typer.Option(help="inception, or package.module:factory", rich_help_panel=WHAT)
+        str,
+        typer.Option(
+            help="inception, inception8, densenet, googlenet, resnet18, resnet50, vit_tiny, vit_s, vit_b16, dit, or "
+            "package.module:factory",
+            rich_help_panel=WHAT,
+        ),
     ] = "inception",
-    data: Annotated[str, typer.Option(help="digits, or package.module:factory", rich_help_panel=WHAT)] = "digits",
+    data: Annotated[
+        str,
+        typer.Option(help="digits, cifar10, cifar100, imagefolder, or package.module:factory", rich_help_panel=WHAT),
+    ] = "digits",
     recipes: Annotated[
         str, typer.Option(help="separated by commas; the first is the baseline", rich_help_panel=WHAT)
     ] = "bn,bn+ws,bn+wn,bn+e",
