@@ -126,6 +126,15 @@ def test_done_jobs_are_not_done_again(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sweep(walk, jobs[::-1], tmp_path, say=lambda text: None) == first[::-1]
 
 
+def test_the_number_of_runs_is_said_first(tmp_path: Path) -> None:
+    jobs = [Walk("left", seed) for seed in range(3)]
+    for count, said in ((1, "1 run"), (3, "3 runs, 1 found finished")):
+        lines: list[str] = []
+        sweep(walk, jobs[:count], tmp_path, say=lines.append)
+        assert lines[0] == f"{said}; records in {tmp_path}"
+        assert lines[-1] == f"run {count}/{count}  left/seed={count - 1}"
+
+
 def test_an_interrupted_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sweep(walk, [Walk("left", 0)], tmp_path / "whole", say=lambda text: None)
     real, left = record.write_checkpoint, 2
@@ -274,6 +283,25 @@ def test_every_experiment_is_named_after_its_file() -> None:
             assert (experiment.name, experiment.kind) == (name, kind)
     with pytest.raises(OptionError, match="knows no experiment 'tabel1'"):
         find_experiment("reproduce", "tabel1")
+    with pytest.raises(OptionError, match="gan is no experiment of reproduce; give normkit claim gan"):
+        find_experiment("reproduce", "gan")
+    with pytest.raises(OptionError, match="table1 is no experiment of claim; give normkit reproduce table1"):
+        find_experiment("claim", "table1")
+
+
+def test_names_and_titles_stand_apart() -> None:
+    for kind in FILES:
+        lines = CliRunner().invoke(app, [kind], catch_exceptions=False).output.splitlines()
+        titles = [find_experiment(kind, name).title for name in names(kind)]
+        width = max(map(len, names(kind))) + 2
+        assert lines == [f"{name:<{width}}{title}" for name, title in zip(names(kind), titles, strict=True)]
+
+
+def test_a_file_is_no_folder_of_records(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(RecordError, match="file is a file, not a folder; choose another --output"):
+        perform(EXPERIMENT, bench(tmp_path / "file"), overwrite=True)
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 @pytest.fixture
@@ -298,7 +326,7 @@ def test_command_line(tmp_path: Path, kind: str) -> None:
     report = CliRunner().invoke(app, ["report", str(tmp_path / "out")], catch_exceptions=False)
     assert "4 walks ended." in report.output
     assert (tmp_path / "out/report.html").exists()
-    assert "walks           Random walks" in CliRunner().invoke(app, [kind]).output
+    assert "walks  Random walks" in CliRunner().invoke(app, [kind]).output
 
 
 @pytest.mark.usefixtures("listed")

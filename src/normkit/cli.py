@@ -390,8 +390,9 @@ def _experiment(
         from normkit.lab.settings import first_seeds
 
         if name is None:
+            width = max(map(len, names(kind))) + 2
             for known in names(kind):
-                typer.echo(f"{known:<16}{find_experiment(kind, known).title}")
+                typer.echo(f"{known:<{width}}{find_experiment(kind, known).title}")
             return
         if scale not in ("small", "full"):
             raise OptionError(f"scale is {scale!r}; wanted small or full")

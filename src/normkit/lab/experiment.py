@@ -241,6 +241,8 @@ def _run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
 
 
 def _open(output: Path, config: Mapping[str, Any], overwrite: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise RecordError(f"{output} is a file, not a folder; choose another --output")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

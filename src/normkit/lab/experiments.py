@@ -95,7 +95,7 @@ def reshow(output: Path) -> bool:
 def _refuse(output: Path) -> None:
     if not (output / CONFIG).exists():
         raise RecordError(f"{output} holds neither {RESULT} nor {CONFIG}, so it is no record of normkit")
-    name = record.read_json(output / CONFIG).get("experiment")
+    name = str(record.read_json(output / CONFIG).get("experiment"))
     if kind := _kind(name):
         config = record.read_json(output / CONFIG, ("scale", "seeds", "epochs", "threads"))
         size = {key: config[key] for key in ("scale", "epochs", "threads")}
@@ -103,5 +103,5 @@ def _refuse(output: Path) -> None:
         raise RecordError(f"{output / RESULT} is missing; to finish it:  {again}")
 
 
-def _kind(name: object) -> str | None:
+def _kind(name: str) -> str | None:
     return next((kind for kind in FILES if name in names(kind)), None)

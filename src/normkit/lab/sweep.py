@@ -51,7 +51,7 @@ def sweep(
         folder: of the experiment; a job's is ``folder/runs/<path>``.
         threads: of torch, a job. Default: 1.
         ray: None for this process, ``"local"``, or the address of a Ray cluster. Default: None.
-        say: is told of every job done. Default: print.
+        say: is told how many jobs there are, and of every job done. Default: print.
 
     Raises:
         OptionError: two jobs have one path, or a path leads out of the folder; Ray is asked for but is not there.
@@ -63,9 +63,9 @@ def sweep(
         if (done := finished(function, job, places[job.path])) is not None:
             results[job.path] = done
     waiting = [job for job in jobs if job.path not in results]
-    if results and waiting:
-        say(f"{len(results)} of {len(jobs)} runs were found finished")
     if waiting:
+        found = f", {len(results)} found finished" if results else ""
+        say(f"{len(jobs)} {'run' if len(jobs) == 1 else 'runs'}{found}; records in {folder}")
         count = _Count(len(jobs), len(results), say)
         if ray is None:
             _in_turn(function, waiting, places, threads, results, count)
