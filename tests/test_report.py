@@ -26,6 +26,7 @@ from normkit.lab.report.page import write_page
 from normkit.lab.report.palette import styles
 from normkit.lab.report.table import print_table
 from normkit.lab.report.wording import cautions, findings, number, verdict
+from normkit.surgery.target import OVER_POSITIONS
 
 HOSTILE = "<script>alert('$x$')</script>&\"[red]%{y}"
 ALL_LOST = tuple((recipe, seed) for recipe in ("bn", "bn+ws", "bn+wn", "bn+e") for seed in range(3))
@@ -163,6 +164,13 @@ def test_lost_runs_are_told(tmp_path: Path) -> None:
     assert "bn+ws diverged in 3 of 3 seeds; it has no numbers." in told
     assert "bn+wn diverged in 1 of 3 seeds; its numbers are of the other 2." in told
     assert verdict(result["recipes"][1], "bn") == "diverged"
+
+
+def test_a_norm_over_positions_of_a_causal_model_is_told(tmp_path: Path) -> None:
+    result = write_comparison(tmp_path)
+    assert not any("causal" in note for note in cautions(result))
+    result["recipes"][1]["changes"] = [f"norm: LayerNorm(8) -> GroupNorm(4, 8) ({OVER_POSITIONS})"]
+    assert f"{result['recipes'][1]['recipe']}: {OVER_POSITIONS}." in cautions(result)
 
 
 def test_a_singular_weight_does_not_flatten_the_others(tmp_path: Path) -> None:

@@ -358,7 +358,8 @@ def _plan(settings: Settings, folder: Path) -> str:
     counts = (
         f"{len(settings.recipes)} recipes, {len(settings.rates)} rates, {seeds} {'seed' if seeds == 1 else 'seeds'}"
     )
-    return f"{settings.model} on {settings.data}: {counts}, {settings.epochs} epochs a run; records in {folder}"
+    length = f"{settings.epochs} {'epoch' if settings.epochs == 1 else 'epochs'} a run"
+    return f"{settings.model} on {settings.data}: {counts}, {length}; records in {folder}"
 
 
 def _named(factory: Callable[..., Any] | None, name: str) -> str:

@@ -23,6 +23,7 @@ from normkit.surgery.norms import Norm
 from normkit.surgery.select import closest
 
 _OVER = ("c", "c *")
+OVER_POSITIONS = "statistics over positions: in a causal model tokens see later ones, and padding counts"
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _positions(norm: Norm, new: nn.Module) -> list[str]:
     """Say where each position was normalized by itself and is so no more."""
     alone = norm.kind in ("layer_norm", "rms_norm") and norm.option != "c *" and norm.axes != "trailing"
     if alone and isinstance(new, Layer) and "*" in new.rule.support.reduced:
-        return ["statistics over positions: in a causal model tokens see later ones, and padding counts"]
+        return [OVER_POSITIONS]
     return []
 
 

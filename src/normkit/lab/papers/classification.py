@@ -88,9 +88,8 @@ def study(bench: Bench, plans: Sequence[Plan]) -> dict[str, Any]:
         epochs = bench.epochs or plan.base.epochs
         warmup = plan.base.warmup * epochs / plan.base.epochs
         plan = replace(plan, base=replace(plan.base, epochs=epochs, warmup=warmup))
-        bench.watch(
-            f"{plan.label}: {len(plan.rows)} rows, {len(plan.controls)} controls, {plan.base.epochs} epochs a run"
-        )
+        length = f"{epochs} {'epoch' if epochs == 1 else 'epochs'} a run"
+        bench.watch(f"{plan.label}: {len(plan.rows)} rows, {len(plan.controls)} controls, {length}")
         parts[plan.label] = _part(bench, plan, parts)
     device = ", ".join(sorted(bench.devices))
     return {"scale": bench.scale, "device": device, "threads": bench.threads, "parts": parts}

@@ -1,4 +1,10 @@
-"""Shape modelling of weight conditioning: occupancy fields of solids, with and without it."""
+"""Shape modelling of weight conditioning: occupancy fields of solids, with and without it.
+
+A perceptron of four layers of 256 tells whether a point is inside: with Gaussian activations, sines, or ReLU behind a
+positional encoding. Half of the training points are uniform in the cube, half lie about the surface; binary cross-entropy,
+Adam at 1e-4, 200 epochs of 1,000,000 points, 50,000 a step. At small scale: 96 wide, 100,000 points, 5,000 a step, 12 epochs
+at 1e-3; sine and ReLU with the first seed alone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Table 2 of weight conditioning: a small DenseNet on CIFAR-10 and CIFAR-100; otherwise as Table 1."""
+"""Table 2 of weight conditioning: a small DenseNet on CIFAR-10 and CIFAR-100.
+
+The paper gives SGD at 1e-3, batches of 128, 200 epochs, and E on the first convolution and the last linear layer. Ours: the
+DenseNet of a well-known tutorial, four blocks of six layers with growth 16 and bottleneck 2; all else as in Table 1, at both
+scales.
+"""
 
 from __future__ import annotations
 

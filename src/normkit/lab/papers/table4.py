@@ -1,4 +1,12 @@
-"""Table 4 of weight conditioning: NeRF with and without it on forward-facing photographs."""
+"""Table 4 of weight conditioning: NeRF with and without it on forward-facing photographs.
+
+Ours: the NeRF of its authors' followers, two fields (coarse and fine) of eight layers of 256 with ReLU and a view-dependent
+head, 64 + 64 samples a ray, 1,024 rays a step, Adam at 5e-4 for 200,000 steps, photographs at 1/8, normalized device
+coordinates, every 8th view held out, three of them judge. E, WN, LN and BN are on the eight trunk layers of both fields.
+
+At small scale the scene is fern, layers are 64 wide, samples 24 + 24, rays 256, and 1,000 steps are taken at 2e-3; controls
+are run with the first seed alone.
+"""
 
 from __future__ import annotations
 

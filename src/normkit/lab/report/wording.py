@@ -5,6 +5,7 @@ from statistics import median
 from typing import Any
 
 from normkit.lab.report.comparison import at, finite
+from normkit.surgery.target import OVER_POSITIONS
 
 ABSENT = "\u2013"  # an en dash
 MINUS = "\u2212"
@@ -199,6 +200,9 @@ def cautions(result: dict[str, Any]) -> list[str]:
             f"{listing(beyond)}: a condition number above {RESOLVED:.0e} is more than single precision resolves; the weight "
             "is as good as singular."
         )
+    leaking = [r["recipe"] for r in result["recipes"] if any(OVER_POSITIONS in row for row in r.get("changes") or ())]
+    if leaking:
+        notes.append(f"{listing(leaking)}: {OVER_POSITIONS}.")
     compared = [r for r in result["recipes"] if judge(r, result["baseline"]) in ("better", "worse", "even")]
     if len(compared) > 1:
         share = 1 - (finite(at(compared[0], "paired.level")) or 0.95)
