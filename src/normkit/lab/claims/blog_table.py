@@ -121,8 +121,8 @@ def difference(one: Tensor, other: Tensor) -> float:
 def stream(name: str) -> float | None:
     """How far a row of positions worked off one by one, in evaluation, is from the whole; None if one position is refused.
 
-    >>> stream("rms_norm")
-    0.0
+    >>> stream("rms_norm") < 1e-12  # rounding
+    True
     """
     layer = (STREAMS[name]().double() if name in STREAMS else make(name)).eval()
     row = draw_images(1)[:, :, :1]
