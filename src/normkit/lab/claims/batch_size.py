@@ -12,7 +12,7 @@ normalization in its form for micro-batches, with a momentum of 0.1 at batch 128
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -29,11 +29,11 @@ from normkit.activations.group_norm import GroupNorm
 from normkit.core.card import Paper
 from normkit.lab.claims.batch_size_drawing import METHODS, WAYS, draw
 from normkit.lab.claims.images import Images, Size, Stream, accuracy, fit
-from normkit.lab.claims.numbers import choose, known, spread
+from normkit.lab.claims.numbers import choose, differences, known, spread
 from normkit.lab.claims.steps import OK, device, forget
 from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Experiment, Table
-from normkit.lab.interval import Interval, paired_interval
+from normkit.lab.interval import Interval
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.seeding import reseed
 from normkit.surgery.recalibrate import recalibrate
@@ -202,11 +202,6 @@ def remarks(result: dict[str, Any]) -> list[str]:
 def counted(result: dict[str, Any], method: str, batch: int) -> list[float]:
     """Accuracies over seeds, where a run that diverged counts as guessing: else only the luckier seeds would be compared."""
     return [CHANCE if score is None else score for score in scores(result, method, batch)]
-
-
-def differences(these: Sequence[float], those: Sequence[float]) -> Interval:
-    """The interval of differences, seed by seed."""
-    return paired_interval([one - other for one, other in zip(these, those, strict=True)])
 
 
 def paired(result: dict[str, Any], method: str, against: str, batch: int) -> Interval:

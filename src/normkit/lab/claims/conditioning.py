@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 import torch
@@ -115,9 +115,9 @@ def look(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     rows = [norms.max() / norms.min() for norms in (weight.norm(dim=1) for weight in weights(model))]
     # Row-equilibrated directions leave the loss as it is: eigenvalues of zero are among them.
     values = torch.linalg.eigvalsh(hessian(model, x, y))
-    raw, used = (geometric([pair[k] for pair in found]) for k in (0, 1))
+    raw, used = (geometric_mean([pair[k] for pair in found]) for k in (0, 1))
     extremes = {"largest": values[-1].item(), "smallest": values[0].item()}
-    return {"raw": raw, "used": used, "rows": geometric([row.item() for row in rows]), **extremes}
+    return {"raw": raw, "used": used, "rows": geometric_mean([row.item() for row in rows]), **extremes}
 
 
 def weights(model: nn.Module) -> Iterator[Tensor]:
@@ -125,15 +125,6 @@ def weights(model: nn.Module) -> Iterator[Tensor]:
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             yield layer.weight.detach()
-
-
-def geometric(values: list[float]) -> float:
-    """The geometric mean.
-
-    >>> geometric([1.0, 4.0])
-    2.0
-    """
-    return math.exp(sum(math.log(value) for value in values) / len(values))
 
 
 def hessian(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

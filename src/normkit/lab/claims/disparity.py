@@ -26,11 +26,11 @@ from normkit.core.card import Paper
 from normkit.lab.claims.batch_size import BASE, CHANCE, RATE, interval, norm
 from normkit.lab.claims.disparity_drawing import METHODS, ORDERS, RANGES, WAYS, draw
 from normkit.lab.claims.images import Images, Size, Stream, accuracy, fit
-from normkit.lab.claims.numbers import choose, spread
+from normkit.lab.claims.numbers import choose, differences, spread
 from normkit.lab.claims.steps import OK, device, forget
 from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Experiment, Table
-from normkit.lab.interval import Interval, paired_interval
+from normkit.lab.interval import Interval
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.seeding import reseed
 from normkit.surgery.example_weighing import choose_alpha, weigh_examples
@@ -292,8 +292,7 @@ def less(these: list[float | None], those: list[float | None], lost: float | Non
         those: which are taken off them.
         lost: what a run that diverged counts as; None leaves its seed out.
     """
-    pairs = [tuple(lost if score is None else score for score in pair) for pair in zip(these, those, strict=True)]
-    return paired_interval([one - other for one, other in pairs if one is not None and other is not None])
+    return differences(*([lost if score is None else score for score in scores] for scores in (these, those)))
 
 
 EXPERIMENT = Experiment(

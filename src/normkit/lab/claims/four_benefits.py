@@ -22,12 +22,12 @@ from normkit.activations.instance_norm import InstanceNorm
 from normkit.core.card import Paper
 from normkit.lab.claims.four_benefits_drawing import METHODS, draw
 from normkit.lab.claims.images import Size, Stream, accuracy, fit
-from normkit.lab.claims.numbers import choose, spread
+from normkit.lab.claims.numbers import choose, differences, spread
 from normkit.lab.claims.steps import OK, device, forget
 from normkit.lab.claims.why_bn import Shift
 from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Experiment, Table
-from normkit.lab.interval import Interval, paired_interval
+from normkit.lab.interval import Interval
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.seeding import reseed
 from normkit.surgery.recipe import apply_recipe
@@ -148,8 +148,7 @@ def counted(result: dict[str, Any], method: str, key: str, scale: float = 1.0) -
 
 def against(result: dict[str, Any], method: str, key: str) -> Interval:
     """A value less that of the network without a norm, seed by seed."""
-    pairs = zip(counted(result, method, key), counted(result, "none", key), strict=True)
-    return paired_interval([one - other for one, other in pairs if one is not None and other is not None])
+    return differences(counted(result, method, key), counted(result, "none", key))
 
 
 def tables(result: dict[str, Any]) -> list[Table]:

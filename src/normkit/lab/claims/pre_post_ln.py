@@ -22,12 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normkit.core.card import Paper
-from normkit.lab.claims.numbers import ABSENT, choose, mean, spread
+from normkit.lab.claims.numbers import ABSENT, choose, differences, mean, spread
 from normkit.lab.claims.pre_post_ln_drawing import NORMS, OPTIMIZERS, PLACEMENTS, draw
 from normkit.lab.claims.steps import OK, Diverged, device, forget, walk
 from normkit.lab.data import sequences
 from normkit.lab.experiment import Bench, Experiment, Table
-from normkit.lab.interval import paired_interval
 from normkit.lab.models.encoder import Encoder
 from normkit.lab.seeding import reseed
 from normkit.residual import Placement
@@ -314,7 +313,7 @@ def warming(without: Sequence[Mapping[str, Any]], withal: Sequence[Mapping[str, 
     if any(lost):
         return f"diverged in {lost[0]} of {len(without)} seeds without warm-up and {lost[1]} of {len(withal)} with"
     before, after = ([run["loss"] for run in runs] for runs in (without, withal))
-    change = paired_interval([other - one for one, other in zip(before, after, strict=True)])
+    change = differences(after, before)
     lower = sum(difference < 0 for difference in change.differences)
     text = f"ends at {mean(before):.2f} without warm-up and {mean(after):.2f} with, lower in {lower} of {len(before)} seeds"
     if change.low is None or change.high is None:

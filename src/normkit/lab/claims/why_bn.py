@@ -26,12 +26,11 @@ from torch.nn import functional as F
 from normkit.activations.batch_norm import BatchNorm
 from normkit.core.card import Paper
 from normkit.lab.claims.images import Images, Stream, load
-from normkit.lab.claims.numbers import ABSENT, choose, mean, spread
+from normkit.lab.claims.numbers import ABSENT, choose, differences, mean, spread
 from normkit.lab.claims.steps import OK, Diverged, device, forget, walk
 from normkit.lab.claims.why_bn_drawing import METHODS, draw
 from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Experiment, Table
-from normkit.lab.interval import paired_interval
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.seeding import reseed
 
@@ -334,7 +333,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
     said.append(f"Covariate shift as cosine of a layer's gradients (1 is no shift): {three('turn', '.3f')}.")
     said.append(f"Covariate shift as movement of means in one step, in deviations: {three('mean', '.3f')}.")
-    gaps = paired_interval([noisy - none for noisy, none in zip(ends["noisy"], ends["none"], strict=True)])
+    gaps = differences(ends["noisy"], ends["none"])
     if gaps.mean is not None:
         text = (
             f"Training loss at the end, all at rate {RATE:g}: BatchNorm with noise behind it {fmean(ends['noisy']):.2f}, "
