@@ -130,6 +130,11 @@ class Experiment:
     draw: Callable[[dict[str, Any], Path], list[Path]]
     remarks: Callable[[dict[str, Any]], list[str]]
 
+    def words(self, scale: str, seeds: Sequence[int], epochs: int | None) -> list[str]:
+        """The words of the command line that say what is run, not where."""
+        words = ["normkit", self.kind, self.name, "--scale", scale, "--seeds", str(len(seeds))]
+        return words + (["--epochs", str(epochs)] if epochs is not None else [])
+
 
 def perform(
     experiment: Experiment, bench: Bench, *, overwrite: bool = False, report: bool = True, command: str = ""
@@ -217,8 +222,7 @@ def command(experiment: Experiment, bench: Bench) -> str:
         experiment: which.
         bench: where.
     """
-    words = ["normkit", experiment.kind, experiment.name, "--scale", bench.scale, "--seeds", str(len(bench.seeds))]
-    words += ["--epochs", str(bench.epochs)] if bench.epochs is not None else []
+    words = experiment.words(bench.scale, bench.seeds, bench.epochs)
     words += ["--data-root", str(bench.data_root)] if bench.data_root is not None else []
     words += ["--download"] if bench.download else []
     words += ["--threads", str(bench.threads)] if bench.threads != 1 else []

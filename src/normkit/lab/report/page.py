@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from normkit.lab.record import write_bytes
@@ -50,14 +50,7 @@ def render(comparison: Comparison) -> str:
             return Markup('<span class="absent" title="not recorded">{}</span>').format(text)
         return Markup('<data value="{}" title="{} = {}">{}</data>').format(repr(value), path, repr(value), text)
 
-    pages = Environment(
-        autoescape=True,
-        loader=FunctionLoader(resource),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return pages.get_template("page.html").render(
+    return template("page.html").render(
         result=result,
         recipes=list(enumerate(result["recipes"])),
         seeds=sorted({str(run.get("seed")) for recipe in result["recipes"] for run in recipe["runs"]}, key=natural),
@@ -82,6 +75,18 @@ def render(comparison: Comparison) -> str:
         script=Markup(resource("page.js")),
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
     )
+
+
+def template(name: str) -> Template:
+    """A page of this package to be filled in; what it asks for and is not given is an error."""
+    pages = Environment(
+        autoescape=True,
+        loader=FunctionLoader(resource),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return pages.get_template(name)
 
 
 def resource(name: str) -> str:

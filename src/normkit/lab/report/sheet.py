@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from rich import box
 from rich.cells import cell_len
@@ -19,7 +18,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from normkit.lab.record import write_bytes
-from normkit.lab.report.page import moment, resource, setting
+from normkit.lab.report.page import moment, resource, setting, template
 
 if TYPE_CHECKING:
     from normkit.lab.experiment import Experiment, Table
@@ -132,16 +131,7 @@ def write_markdown(experiment: "Experiment", found: Mapping[str, Any], figures: 
 def facts(experiment: "Experiment", found: Mapping[str, Any]) -> str:
     """What was run, on what and when, in Markdown."""
     config, here = found["config"], found["environment"]
-    words = [
-        "normkit",
-        experiment.kind,
-        experiment.name,
-        "--scale",
-        config["scale"],
-        "--seeds",
-        str(len(config["seeds"])),
-    ]
-    words += ["--epochs", str(config["epochs"])] if config["epochs"] is not None else []
+    words = experiment.words(config["scale"], config["seeds"], config["epochs"])
     threads = f"{config['threads']} {'thread' if config['threads'] == 1 else 'threads'} a run"
     return f"`{' '.join(words)}` on {devices(here)}, {threads}, torch {here['torch']}, finished {moment(found['finished'])}."
 
@@ -165,14 +155,7 @@ def devices(here: Mapping[str, Any]) -> str:
 
 def write_sheet(experiment: "Experiment", found: Mapping[str, Any], figures: Sequence[Path], output: Path) -> Path:
     """Writes ``report.html``, which needs nothing else and asks nothing of the network."""
-    pages = Environment(
-        autoescape=True,
-        loader=FunctionLoader(resource),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = pages.get_template("sheet.html").render(
+    text = template("sheet.html").render(
         experiment=experiment,
         found=found,
         setup=setup(experiment),
