@@ -212,7 +212,7 @@ def paired(result: dict[str, Any], method: str, against: str, batch: int) -> Int
 def side(gaps: Interval) -> str:
     """Where the interval puts the first of two.
 
-    >>> side(paired_interval([1.0, 1.1])), side(paired_interval([1.0, -1.0])), side(paired_interval([1.0]))
+    >>> side(differences([1.0, 1.1], [0.0, 0.0])), side(differences([1.0, -1.0], [0.0, 0.0])), side(differences([1.0], [0.0]))
     ('above', 'not told apart from', 'not told apart from')
     """
     if gaps.low is not None and gaps.low > 0:
