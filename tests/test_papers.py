@@ -14,9 +14,11 @@ from normkit.lab import record, task
 from normkit.lab.data.split import Data, Split
 from normkit.lab.experiment import Bench, Experiment, perform
 from normkit.lab.papers import ablations, cost, fig1, table2, table3, vit_s
-from normkit.lab.papers.classification import PAPER, Plan, Row, _job, best, difference, study, tables, verdicts, within
+from normkit.lab.papers.classification import PAPER, Plan, Row, _job, difference, study, tables, verdicts
 from normkit.lab.papers.classification_drawing import draw
+from normkit.lab.papers.equal_time import within
 from normkit.lab.papers.learning import Training, changed, images, initial, make
+from normkit.lab.papers.rates import best
 from normkit.lab.papers.table1 import PRINTED, plans
 from normkit.lab.papers.variants import scale_rows
 from normkit.surgery.condition import condition
@@ -108,7 +110,7 @@ def test_best_of_a_sweep() -> None:
     def run(
         rate: float, status: str = "ok", score: float | None = 0.5, loss: float | None = 1.0, epochs: int = 3
     ) -> dict[str, Any]:
-        return {"rate": rate, "status": status, "val_score": score, "val_loss": loss, "epochs": epochs}
+        return {"rate": rate, "status": status, "score": score, "loss": loss, "reached": epochs}
 
     assert best([run(0.1), run(0.2, score=0.6), run(0.3, "diverged", None, None)]) == 0.2
     assert best([run(0.1, loss=2.0), run(0.2)]) == 0.2

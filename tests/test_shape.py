@@ -148,10 +148,16 @@ def test_solids_and_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (tmp_path / "meshes" / name).touch()
     assert shape.solids(with_data) == ("bunny", "armadillo")
     assert shape.solids(Bench("full", tmp_path, data_root=tmp_path)) == ("bunny", "armadillo", "spot")
-    jobs = shape.jobs(with_data)
+    assert [len(tried) for tried in shape.sweeps(with_data, "bunny").values()] == [4] * 9
+    jobs = shape.jobs(with_data, ("bunny", "armadillo"), first(shape.sweeps(with_data, "bunny")))
     assert len({job.path for job in jobs}) == len(jobs) == 2 * 3 * 3 + 2 * 3
-    full = shape.jobs(Bench("full", tmp_path, data_root=tmp_path))[0]
-    assert (full.width, full.batch, full.epochs, full.rate, full.grid) == (256, 50_000, 200, 1e-4, 512)
+    tried = shape.sweeps(Bench("full", tmp_path, data_root=tmp_path), "bunny")["gaussian", shape.PLAIN]
+    assert [job.rate for job in tried] == [1e-5, 1e-4, 1e-3]
+    assert (tried[0].width, tried[0].batch, tried[0].epochs, tried[0].grid) == (256, 50_000, 200, 512)
+
+
+def first(tried: dict[Any, list[OccupancyJob]]) -> dict[Any, OccupancyJob]:
+    return {key: jobs[0] for key, jobs in tried.items()}
 
 
 def test_a_folder_of_data_that_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,21 +173,24 @@ def test_a_folder_of_data_that_is_missing_is_told(tmp_path: Path, monkeypatch: p
 
 def test_the_whole_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NORMKIT_DATA", raising=False)
-    monkeypatch.setattr(shape, "SMALL", {key: value for key, value in TINY.items() if key != "depth"})
+    monkeypatch.setattr(shape, "SMALL", {key: value for key, value in TINY.items() if key not in ("depth", "rate")})
+    monkeypatch.setattr(shape, "RATES", {"small": (1e-3, 1e-2)})
     bench = Bench("small", tmp_path, seeds=(0,), epochs=1, console=Console(quiet=True))
     found = perform(shape.EXPERIMENT, bench)["result"]
     assert len(found["runs"]) == 2 * 3 + 2 * 3
-    assert [len(table.rows) for table in shape.tables(found)] == [4 * 3, 4 * 3]
+    near, whole, rates, *times = shape.tables(found)
+    assert [len(table.rows) for table in (near, whole, rates, *times)] == [4 * 3, 4 * 3, 3 * 3, 3, 3, 3]
+    assert [row[-2] for row in near.rows] == [
+        found["rates"][kind][name]["rate"] for solid, kind in shape._pairs(found) for name in shape.ROWS
+    ]
+    assert [table.rows[0][2] for table in times] == ["1.000"] * 3
     assert len(list((tmp_path / "figures").glob("*.svg"))) == 4
     said = " ".join(shape.remarks(found))
     assert "torus, Gaussian" in said
     assert "torus, sine" in said
     assert "No meshes were given: the solids are analytic shapes (torus, gyroid)." in said
-    assert (
-        "Small scale: width 8, 400 points, 100 a step, 1 epochs of Adam at rate 0.01, marching cubes at 8^3; every"
-        in said
-    )
-    assert "Full scale: width 256, 1,000,000 points, 50,000 a step, 200 epochs of Adam at rate 0.0001, marching" in said
+    assert "Small scale: width 8, 400 points, 100 a step, 1 epochs of Adam, marching cubes at 8^3." in said
+    assert "Full scale: width 256, 1,000,000 points, 50,000 a step, 200 epochs of Adam, marching" in said
     full = shape.remarks({**found, "scale": "full", "runs": [{**run, "solid": "bunny"} for run in found["runs"]]})
-    assert any(line.startswith("Full scale: width 8,") and line.endswith("no row was tuned.") for line in full)
+    assert any(line.startswith("Full scale: width 8,") and line.endswith("cubes at 8^3.") for line in full)
     assert "analytic" not in " ".join(full)

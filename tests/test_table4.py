@@ -111,24 +111,23 @@ def test_controls_of_scale() -> None:
 
 
 def test_jobs(tmp_path: Path) -> None:
-    jobs = table4.jobs(bench(tmp_path))
+    small = bench(tmp_path)
+    tried = table4.sweeps(small, "fern")
+    assert [len(jobs) for jobs in tried.values()] == [3] * len(table4.ROWS)
+    chosen = {name: jobs[0] for name, jobs in tried.items()}
+    jobs = table4.jobs(small, chosen)
     assert len({job.path for job in jobs}) == len(jobs) == 3 + 3 + 5
     assert {job.scene for job in jobs} == {"fern"}
     root = tmp_path / "data"
     for scene in ("fern", "room"):
         (root / "nerf_llff_data" / scene).mkdir(parents=True)
-    full = table4.jobs(Bench("full", tmp_path, data_root=root, seeds=(0, 1)))
-    assert len(full) == 2 * len(table4.ROWS) * 2
-    job = full[0]
-    assert (job.width, job.depth, job.rays, job.coarse, job.fine, job.steps, job.rate) == (
-        256,
-        8,
-        1024,
-        64,
-        64,
-        200_000,
-        5e-4,
-    )
+    large = Bench("full", tmp_path, data_root=root, seeds=(0, 1))
+    assert table4.scenes(large) == ["fern", "room"]
+    tried = table4.sweeps(large, "fern")
+    assert len(table4.jobs(large, {name: jobs[0] for name, jobs in tried.items()})) == 2 * len(table4.ROWS) * 2
+    assert [job.rate for job in tried[table4.PLAIN]] == [1e-4, 5e-4, 2e-3]
+    job = tried[table4.PLAIN][1]
+    assert (job.width, job.depth, job.rays, job.coarse, job.fine, job.steps) == (256, 8, 1024, 64, 64, 200_000)
 
 
 def test_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,17 +139,23 @@ def test_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_whole_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = [
-        tiny(folder, seed, recipe=recipe, scale=scale, steps=2)
-        for folder, recipe, scale in table4.ROWS.values()
-        for seed in ((0, 1) if folder in ("nerf", "e-nerf") else (0,))
-    ]
-    monkeypatch.setattr(table4, "jobs", lambda _: wanted)
+    tried = {
+        name: [tiny(folder, recipe=recipe, scale=scale, steps=2, rate=rate) for rate in (1e-4, 1e-2)]
+        for name, (folder, recipe, scale) in table4.ROWS.items()
+    }
+    monkeypatch.setattr(table4, "scenes", lambda _: ["spheres"])
+    monkeypatch.setattr(table4, "sweeps", lambda *_: tried)
     found = perform(table4.EXPERIMENT, bench(tmp_path, seeds=(0, 1)))["result"]
-    assert len(found["runs"]) == len(wanted)
+    assert len(found["runs"]) == 2 + 2 + 5
     assert set(found["pictures"]["spheres"]) == set(table4.ROWS)
-    ours, _, paper = table4.tables(found)
-    assert len(ours.rows) == len(table4.ROWS)
+    for name, row in found["rates"].items():
+        best = max(row["sweep"], key=lambda run: run["score"])["rate"]
+        assert row["rate"] == best
+        assert {run["rate"] for run in table4.choose(found["runs"], row=name)} == {best}
+    ours, _, rates, time, paper = table4.tables(found)
+    assert len(ours.rows) == len(rates.rows) == len(time.rows) == len(table4.ROWS)
+    assert rates.columns == ["method", "0.0001", "0.01"]
+    assert time.rows[0][-2:] == [2, time.rows[0][-3]]
     assert "[" in str(ours.rows[1][3])  # two seeds have an interval
     assert "[" not in str(ours.rows[2][3])
     assert list(paper.rows[-1][1:]) == [30.20, 29.70, 0.505]
@@ -160,8 +165,9 @@ def test_the_whole_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_diverged_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = [tiny("nerf", steps=2), tiny("e-nerf", rate=1e30)]
-    monkeypatch.setattr(table4, "jobs", lambda _: wanted)
+    tried = {table4.PLAIN: [tiny("nerf", steps=2)], table4.CONDITIONED: [tiny("e-nerf", steps=2, rate=1e30)]}
+    monkeypatch.setattr(table4, "scenes", lambda _: ["spheres"])
+    monkeypatch.setattr(table4, "sweeps", lambda *_: tried)
     found = perform(table4.EXPERIMENT, bench(tmp_path, seeds=(0,)))["result"]
     said = " ".join(table4.remarks(found))
     assert "can't be compared" in said

@@ -3,12 +3,14 @@
 import random
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
 
 from normkit.lab.data.split import Data
 from normkit.lab.interval import median_interval
@@ -20,6 +22,20 @@ from normkit.lab.train import train_step
 
 # So small a rate that no model leaves the range in which it was made: a step costs the same at any rate.
 RATE = 1e-6
+_BLOCK = 1 << 21  # numbers: blocks of up to 8 MiB, more than the caches of a core
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step.
+
+    Args:
+        take: does it: forward, backward and update.
+        clear: drops the gradients that it leaves.
+    """
+
+    take: Callable[[], object]
+    clear: Callable[[], None]
 
 
 def measure_costs(
@@ -30,12 +46,8 @@ def measure_costs(
     budget: float = 8.0,
     rounds: tuple[int, int] = (5, 60),
     warm_up: int = 3,
-    on_round: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-    """Times forward, backward and update of each model on one batch of the train split.
-
-    After a warm-up, each round runs one step of every model in an order shuffled anew, so that what slows the machine
-    for a while slows all of them alike; medians and ratios are taken over rounds.
+    """Times forward, backward and update of each model on one batch of the train split, as :func:`measure_steps` does.
 
     Args:
         models: by recipe, the baseline first; trained in place.
@@ -45,56 +57,84 @@ def measure_costs(
         budget: seconds to aim at in all. Default: 8.
         rounds: the fewest and the most. Default: (5, 60).
         warm_up: steps of each model before. Default: 3.
-        on_round: called after each round.
 
     Returns:
-        By recipe: ``ms_per_step`` (median), ``ms_quartiles``, ``ratio`` (median of a round's time over the baseline's
-        in that round), ``ratio_interval`` (its 95 % interval; None for the baseline and with fewer than 6 rounds),
-        ``mb_per_step`` (10^6 bytes, see :func:`~normkit.lab.memory.peak_bytes`) and ``rounds``.
+        By recipe, as :func:`measure_steps`.
     """
-    device = fabric.device
     size = min(settings.batch_size, len(data.train)) // fabric.world_size
-    batch = data.train.batch(torch.arange(max(size, 1)), device)
+    batch = data.train.batch(torch.arange(max(size, 1)), fabric.device)
     reseed(0, "cost", rank=fabric.global_rank)
-
-    steps: dict[str, Callable[[], object]] = {}
-    cleaners: dict[str, Callable[[], None]] = {}
+    steps = {}
     for recipe, model in models.items():
         placed = place(model, settings, RATE, fabric)
         placed.wrapped.train()
-        steps[recipe] = lambda placed=placed: train_step(fabric, placed, settings, *batch)
-        cleaners[recipe] = placed.optimizer.zero_grad
+        steps[recipe] = Step(partial(train_step, fabric, placed, settings, *batch), placed.optimizer.zero_grad)
+    return measure_steps(steps, fabric.device, budget, rounds, warm_up, fabric.broadcast)
 
+
+def measure_steps(
+    steps: Mapping[str, Step],
+    device: torch.device,
+    budget: float = 8.0,
+    rounds: tuple[int, int] = (5, 60),
+    warm_up: int = 3,
+    agree: Callable[[int], int] = int,
+) -> dict[str, dict[str, Any]]:
+    """Times training steps side by side.
+
+    After a warm-up, each round takes one step of each in an order shuffled anew, so that what slows the machine for a
+    while slows all of them alike; medians and ratios are taken over rounds. On a CPU each step's tensors lie in other
+    places of memory than the last one's: else a step would be faster or slower than its own copy throughout, by up to
+    5 %, for the sets of the cache that its tensors happen to share (Curtsinger and Berger 2013, "Stabilizer").
+
+    Args:
+        steps: by name, the baseline first.
+        device: where they run.
+        budget: seconds to aim at in all. Default: 8.
+        rounds: the fewest and the most. Default: (5, 60).
+        warm_up: steps of each before. Default: 3.
+        agree: makes one number of rounds of those that the processes would do. Default: there is one process.
+
+    Returns:
+        By name: ``ms_per_step`` (median), ``ms_quartiles``, ``ratio`` (median of a round's time over the baseline's in
+        that round), ``ratio_interval`` (its 95 % interval; None for the baseline and with fewer than 6 rounds),
+        ``mb_per_step`` (10^6 bytes, see :func:`~normkit.lab.memory.peak_bytes`) and ``rounds``.
+    """
     memory = {}
     spent = 0.0
-    for recipe, step in steps.items():
+    for name, step in steps.items():
         for _ in range(warm_up - 1):
-            step()
-        cleaners[recipe]()
-        memory[recipe] = peak_bytes(step, device)
-        spent += _seconds(step, device)
-    # All processes must do the same number of rounds.
-    count = fabric.broadcast(int(min(max(budget / max(spent, 1e-9), rounds[0]), rounds[1])))
+            step.take()
+        step.clear()
+        memory[name] = peak_bytes(step.take, device)
+        spent += _seconds(step.take, device)
+    count = agree(int(min(max(budget / max(spent, 1e-9), rounds[0]), rounds[1])))
 
-    times: dict[str, list[float]] = {recipe: [] for recipe in steps}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     shuffler = random.Random(0)
     for _ in range(count):
-        for recipe in shuffler.sample(list(steps), len(steps)):
-            times[recipe].append(1e3 * _seconds(steps[recipe], device))
-        on_round()
+        for name in shuffler.sample(list(steps), len(steps)):
+            elsewhere = _blocks(shuffler, device)
+            times[name].append(1e3 * _seconds(steps[name].take, device))
+            del elsewhere
     base = next(iter(times.values()))
-    ratios = {recipe: [one / other for one, other in zip(taken, base, strict=True)] for recipe, taken in times.items()}
+    ratios = {name: [one / other for one, other in zip(taken, base, strict=True)] for name, taken in times.items()}
     return {
-        recipe: {
+        name: {
             "ms_per_step": median(taken),
             "ms_quartiles": [quantiles(taken, n=4)[0], quantiles(taken, n=4)[2]],
-            "ratio": median(ratios[recipe]),
-            "ratio_interval": None if taken is base else median_interval(ratios[recipe]),
-            "mb_per_step": memory[recipe] / 1e6,
+            "ratio": median(ratios[name]),
+            "ratio_interval": None if taken is base else median_interval(ratios[name]),
+            "mb_per_step": memory[name] / 1e6,
             "rounds": count,
         }
-        for recipe, taken in times.items()
+        for name, taken in times.items()
     }
+
+
+def _blocks(shuffler: random.Random, device: torch.device) -> list[Tensor]:
+    """Blocks of random sizes; while they are held, what is allocated lies in other places."""
+    return [torch.empty(shuffler.randrange(1, _BLOCK)) for _ in range(4)] if device.type == "cpu" else []
 
 
 def _seconds(step: Callable[[], object], device: torch.device) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from normkit.lab.claims.images import Stream
 from normkit.lab.claims.steps import OK, Diverged, device, forget, walk
+from normkit.lab.cost import RATE, Step, measure_steps
 from normkit.lab.data.crossings import picture
 from normkit.lab.data.mesh import MeshSolid, volume
 from normkit.lab.data.solid import Solid, draw_points, find_solid, iou
@@ -25,7 +27,7 @@ from normkit.lab.record import write_bytes
 from normkit.lab.seeding import reseed
 
 _JUDGES = 100_000  # points that judge, drawn anew for no run
-_JUDGE_SEED = 2**31
+_JUDGE_SEED, _CHOOSER_SEED = 2**31, 2**31 + 1
 _CHUNK = 2**16
 _PICTURE = 256  # pixels a side
 _SHOWN = 160  # cells a side of the surface of an analytic shape, for its picture
@@ -70,7 +72,20 @@ class OccupancyJob:
     @property
     def path(self) -> str:
         """The job's folder."""
-        return f"{self.solid}/{self.kind}/{self.row}/seed={self.seed}"
+        return f"{self.solid}/{self.kind}/{self.row}/rate={self.rate:g}/seed={self.seed}"
+
+
+@dataclass(frozen=True)
+class OccupancyCosts:
+    """Measures what a step of several rows costs, side by side, in about `budget` seconds."""
+
+    rows: tuple[OccupancyJob, ...]
+    budget: float = 20.0
+
+    @property
+    def path(self) -> str:
+        """The job's folder."""
+        return f"{self.rows[0].solid}/{self.rows[0].kind}/costs"
 
 
 def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
@@ -84,21 +99,23 @@ def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
 
     Returns:
         ``status``, ``iou`` of 100,000 points anywhere and ``iou_near`` of as many near the surface (None where it diverged),
-        ``curve`` along training, ``volume`` of the extracted surface and of the solid, ``parameters``, and ``pictures``.
+        ``curve`` along training, with ``iou_held`` of 20,000 points near the surface by which a rate can be chosen,
+        ``volume`` of the extracted surface and of the solid, ``parameters``, and ``pictures``.
 
     Raises:
         ProtocolError: the mesh is missing, damaged or not closed.
         RecordError: the folder is damaged or not writable.
     """
     solid, here = find_solid(job.solid), device()
-    reseed(job.seed, "init")
-    model = occupancy(job.recipe, job.kind, width=job.width, depth=job.depth)
-    scale_rows(model, job.scale)
-    model.to(here)
+    model = _begin(job, here)
     points, inside = (part.to(here) for part in draw_points(solid, job.points, job.seed))
     judges = {
-        name: [part.to(here) for part in draw_points(solid, _JUDGES, _JUDGE_SEED, near)]
-        for name, near in (("iou", 0.0), ("iou_near", 1.0))
+        name: [part.to(here) for part in draw_points(solid, count, seed, near)]
+        for name, count, seed, near in (
+            ("iou", _JUDGES, _JUDGE_SEED, 0.0),
+            ("iou_near", _JUDGES, _JUDGE_SEED, 1.0),
+            ("iou_held", _JUDGES // 5, _CHOOSER_SEED, 1.0),
+        )
     }
     optimizer = torch.optim.Adam(model.parameters(), lr=job.rate)
     stream = Stream((points, inside), min(job.batch, job.points), job.seed)
@@ -106,12 +123,7 @@ def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
 
     def step(number: int) -> dict[str, Any] | None:
         where, truth = stream(number)
-        loss = functional.binary_cross_entropy_with_logits(model(where), truth.float())
-        if not torch.isfinite(loss):
-            raise Diverged
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        loss = _descend(model, optimizer, where, truth)
         if number % (stream.per_epoch * job.every) and number != steps:
             return None
         found = {name: iou(_logits(model, where) > 0, truth) for name, (where, truth) in judges.items()}
@@ -142,6 +154,26 @@ def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
             "truth": encode(picture(true_vertices, true_faces, size=_PICTURE)),
         },
     }
+
+
+def measure_solid(job: OccupancyCosts, folder: Path) -> dict[str, Any]:
+    """Measures milliseconds and megabytes of a training step of every row, side by side, on one batch of points.
+
+    Args:
+        job: what to measure.
+        folder: of the job; nothing is kept there.
+
+    Returns:
+        By row, as :func:`~normkit.lab.cost.measure_steps`.
+    """
+    here, first = device(), job.rows[0]
+    where, truth = (part.to(here) for part in draw_points(find_solid(first.solid), first.batch, first.seed))
+    steps = {}
+    for row in job.rows:
+        model = _begin(row, here)
+        optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+        steps[row.row] = Step(partial(_descend, model, optimizer, where, truth), optimizer.zero_grad)
+    return measure_steps(steps, here, job.budget)
 
 
 def extract(logits: Callable[[Tensor], Tensor], grid: int) -> tuple[np.ndarray, np.ndarray]:
@@ -202,6 +234,23 @@ def write_mesh(vertices: np.ndarray, faces: np.ndarray, folder: Path) -> None:
         buffer = io.BytesIO()
         body.export(buffer, file_type=ending)
         write_bytes(folder / f"mesh.{ending}", buffer.getvalue())
+
+
+def _begin(job: OccupancyJob, here: torch.device) -> nn.Module:
+    reseed(job.seed, "init")
+    model = occupancy(job.recipe, job.kind, width=job.width, depth=job.depth)
+    scale_rows(model, job.scale)
+    return model.to(here)
+
+
+def _descend(model: nn.Module, optimizer: torch.optim.Optimizer, where: Tensor, truth: Tensor) -> Tensor:
+    loss = functional.binary_cross_entropy_with_logits(model(where), truth.float())
+    if not torch.isfinite(loss):
+        raise Diverged
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
 
 
 @torch.no_grad()

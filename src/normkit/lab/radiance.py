@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from normkit.diagnostics.conditioning import weight_conditions
 from normkit.lab.claims.steps import OK, Diverged, device, forget, walk
+from normkit.lab.cost import RATE, Step, measure_steps
 from normkit.lab.data.blender import blender
 from normkit.lab.data.llff import SCENES, llff
 from normkit.lab.data.scene import Rays, Scene
@@ -73,7 +75,20 @@ class RadianceJob:
     @property
     def path(self) -> str:
         """The job's folder."""
-        return f"{self.scene}/{self.row}/seed={self.seed}"
+        return f"{self.scene}/{self.row}/rate={self.rate:g}/seed={self.seed}"
+
+
+@dataclass(frozen=True)
+class RadianceCosts:
+    """Measures what a step of several rows costs, side by side, in about `budget` seconds."""
+
+    rows: tuple[RadianceJob, ...]
+    budget: float = 20.0
+
+    @property
+    def path(self) -> str:
+        """The job's folder."""
+        return f"{self.rows[0].scene}/costs"
 
 
 def find_scene(name: str, reduce: int = 1) -> Scene:
@@ -109,10 +124,7 @@ def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
         RecordError: the folder is damaged or not writable.
     """
     scene, here = find_scene(job.scene, job.reduce), device()
-    reseed(job.seed, "init")
-    model = nerf(job.recipe, width=job.width, depth=job.depth, skip=job.depth // 2)
-    scale_rows(model, job.scale)
-    model.to(here)
+    model = _begin(job, here)
     rays, colours = scene.rays(scene.train).to(here), scene.colours(scene.train).to(here)
     steps = job.steps if job.epochs is None else math.ceil(job.epochs * len(rays) / job.rays)
     sampling = Sampling(job.coarse, job.fine)
@@ -127,14 +139,7 @@ def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
         for group in optimizer.param_groups:
             group["lr"] = job.rate * _FALL ** ((number - 1) / steps)
         chosen = torch.randint(len(rays), (job.rays,)).to(here)
-        coarse, fine = render(model, rays.take(chosen), sampling, scene.background, training=True)
-        loss = sum((shade.colour - colours[chosen]).square().mean() for shade in (coarse, fine))
-        assert isinstance(loss, Tensor)
-        if not torch.isfinite(loss):
-            raise Diverged
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        _descend(model, optimizer, rays.take(chosen), colours[chosen], sampling, scene.background)
         if number % job.every and number != steps:
             return None
         scores = {
@@ -156,6 +161,30 @@ def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
         "psnr": scores if done.status == OK else None,
         "pictures": pictures,
     }
+
+
+def measure_scene(job: RadianceCosts, folder: Path) -> dict[str, Any]:
+    """Measures milliseconds and megabytes of a training step of every row, side by side, on rays of one training view.
+
+    Args:
+        job: what to measure.
+        folder: of the job; nothing is kept there.
+
+    Returns:
+        By row, as :func:`~normkit.lab.cost.measure_steps`.
+    """
+    here, first = device(), job.rows[0]
+    scene = find_scene(first.scene, first.reduce)
+    chosen = torch.arange(first.rays) % math.prod(scene.size)
+    rays, colours = scene.rays(scene.train[:1]).take(chosen).to(here), scene.colours(scene.train[:1])[chosen].to(here)
+    steps = {}
+    for row in job.rows:
+        model = _begin(row, here)
+        optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+        sampling = Sampling(row.coarse, row.fine)
+        take = partial(_descend, model, optimizer, rays, colours, sampling, scene.background)
+        steps[row.row] = Step(take, optimizer.zero_grad)
+    return measure_steps(steps, here, job.budget)
 
 
 def trunk_conditions(model: nn.Module) -> dict[str, float]:
@@ -195,6 +224,26 @@ def encode(pixels: np.ndarray) -> str:
     image.thumbnail((504, 504))
     image.save(buffer, "JPEG", quality=95, subsampling=0)
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _begin(job: RadianceJob, here: torch.device) -> NeRF:
+    reseed(job.seed, "init")
+    model = nerf(job.recipe, width=job.width, depth=job.depth, skip=job.depth // 2)
+    scale_rows(model, job.scale)
+    return model.to(here)
+
+
+def _descend(
+    model: NeRF, optimizer: torch.optim.Optimizer, rays: Rays, colours: Tensor, sampling: Sampling, background: float
+) -> None:
+    shades = render(model, rays, sampling, background, training=True)
+    loss = sum((shade.colour - colours).square().mean() for shade in shades)
+    assert isinstance(loss, Tensor)
+    if not torch.isfinite(loss):
+        raise Diverged
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 def _probe(scene: Scene, views: tuple[int, ...], here: torch.device) -> tuple[Rays, Tensor]:

@@ -77,7 +77,7 @@ def plans(scale: str) -> list[Plan]:
     base = replace(base, **SMALL) if small else base
     rows = [row for part in PARTS.values() for row in part if not (small and row.name in LARGE)]
     plan = partial(Plan, costs=0.0)
-    found = [plan("SGD", base, (Row(BASE, "bn"), *rows), rate=0.1)]
+    found = [Plan("SGD", base, (Row(BASE, "bn"), *rows), rate=0.1, costs=60.0)]
     for optimizer, rate in OPTIMIZERS.items():
         other = replace(base, optimizer=optimizer.lower())
         found.append(plan(optimizer, other, (Row(BASE, "bn"), Row(E, "bn+e")), rate=rate))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -11,8 +10,10 @@ from normkit.catalogue.methods import method
 from normkit.lab.claims.numbers import choose, mean, spread
 from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Table
+from normkit.lab.papers.equal_time import time_table
 from normkit.lab.papers.gains import gain, tell
 from normkit.lab.papers.learning import Costs, Same, Training, compare_same, images, learn, measure
+from normkit.lab.papers.rates import edges, rates_table, tune
 from normkit.lab.train import OK
 
 PAPER = method("weight_conditioning").paper
@@ -129,31 +130,13 @@ def _part(bench: Bench, plan: Plan, parts: Mapping[str, Mapping[str, Any]]) -> d
 def _sweep(bench: Bench, plan: Plan, rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
     if not plan.rates:
         return {}
-    jobs = [_job(plan, row, rate, bench.seeds[0]) for row in rows for rate in plan.rates]
-    tried: dict[str, list[dict[str, Any]]] = {}
-    for job, found in zip(jobs, bench.sweep(learn, jobs), strict=True):
-        kept = {key: found[key] for key in ("status", "val_score", "val_loss", "epochs")}
-        tried.setdefault(job.name, []).append({"rate": job.rate, **kept})
-    chosen = {name: best(sweep) for name, sweep in tried.items()}
-    return {
-        name: {"sweep": tried[name], "rate": rate, "edge": rate in (min(plan.rates), max(plan.rates))}
-        for name, rate in chosen.items()
-    }
+    jobs = {row.name: [_job(plan, row, rate, bench.seeds[0]) for rate in plan.rates] for row in rows}
+    return tune(bench, learn, jobs, _validation)
 
 
-def best(sweep: Iterable[Mapping[str, Any]]) -> float:
-    """Chooses the rate with the highest validation score; of equals the lowest loss, then rate. Diverged runs come last.
-
-    >>> best([{"rate": r, "status": "ok", "val_score": s, "val_loss": 1.0, "epochs": 1} for r, s in ((0.1, 0.5), (1.0, 0.5))])
-    0.1
-    """
-
-    def merit(run: Mapping[str, Any]) -> tuple[float, ...]:
-        if run["status"] != OK:
-            return (0, run["epochs"], 0.0, -run["rate"])
-        return (1, run["val_score"], -run["val_loss"], -run["rate"])
-
-    return max(sweep, key=merit)["rate"]
+def _validation(found: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"status": "status", "score": "val_score", "loss": "val_loss", "reached": "epochs"}
+    return {name: found[key] for name, key in names.items()}
 
 
 def _repeat(
@@ -196,8 +179,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         for kind in (GIVEN, TUNED):
             if kind in part["sets"]:
                 found += _scores(result, label, part, kind)
-        found += _rates_table(label, part)
-        found += _time_table(label, part)
+        found += [*_rates(label, part), *_time(label, part)]
     return found
 
 
@@ -224,9 +206,7 @@ def _scores(result: Mapping[str, Any], label: str, part: Mapping[str, Any], kind
     notes = [describe(result, part)]
     if part["borrowed"]:
         notes.append(f"Rates are those chosen on {part['borrowed']}.")
-    if any(row["edge"] for row in rows):
-        edge = ", ".join(row["name"] for row in rows if row["edge"])
-        notes.append(f"The chosen rate is at the edge of those tried, a better one may lie beyond: {edge}.")
+    notes += edges(rows)
     found = [Table(title, columns, shown, notes)]
     controls = [row for row in rows if row["control"]]
     if controls:
@@ -268,64 +248,25 @@ def percent(found: Any) -> Any:
     return replace(found, **ends)
 
 
-def _rates_table(label: str, part: Mapping[str, Any]) -> list[Table]:
-    rows = [row for row in next(iter(part["sets"].values())) if row["sweep"]]
-    if not rows:
-        return []
-    lines = []
-    for row in rows:
-        scores = {run["rate"]: run for run in row["sweep"]}
-        lines.append([row["name"], *(_tried(scores[rate]) for rate in part["rates"])])
-    notes = [
-        "Validation accuracy in % after the last epoch, first seed; it chooses the rate. Test images choose nothing."
-    ]
-    return [Table(f"{label}: learning rates", ["method", *(f"{rate:g}" for rate in part["rates"])], lines, notes)]
+def _rates(label: str, part: Mapping[str, Any]) -> list[Table]:
+    note = "Validation accuracy in % after the last epoch, first seed; it chooses the rate. Test images choose nothing."
+    return rates_table(f"{label}: learning rates", next(iter(part["sets"].values())), note)
 
 
-def _tried(run: Mapping[str, Any]) -> str:
-    return f"{100 * run['val_score']:.1f}" if run["status"] == OK else f"diverged in epoch {run['epochs'] + 1}"
-
-
-def _time_table(label: str, part: Mapping[str, Any]) -> list[Table]:
+def _time(label: str, part: Mapping[str, Any]) -> list[Table]:
     costs = part.get("costs")
     if not costs:
         return []
-    rows = [row for row in part["sets"].get(TUNED, part["sets"].get(GIVEN)) if row["name"] in costs]
-    epochs = part["base"]["epochs"]
-    base = rows[0]["name"]
-    lines = []
-    for row in rows:
-        cost = costs[row["name"]]
-        reached = within(epochs, cost["ratio"])
-        ends, then = ([at(run, epoch) for run in row["runs"]] for epoch in (epochs, reached))
-        lines.append(
-            [
-                row["name"],
-                f"{cost['ms_per_step']:.1f}",
-                f"{cost['ratio']:.3f}",
-                f"{cost['mb_per_step']:.1f}",
-                spread(ends, ".1f", 100),
-                reached,
-                spread(then, ".1f", 100),
-            ]
-        )
-    columns = ["method", "ms a step", "ratio", "MB a step", f"val after {epochs} epochs", f"epochs in {base}'s time"]
-    notes = [
-        f"Validation accuracy in %. Ratio: median over rounds of a step's time over {base}'s in the same round, all methods side "
-        f"by side in one process. Epochs in {base}'s time: whole ones, up to {epochs}; time within 2 % counts as the same.",
-    ]
+    rows = {row["name"]: row for row in part["sets"].get(TUNED, part["sets"].get(GIVEN))}
+    notes = ["Validation accuracy in %."]
     if part["base"]["schedule"] != "constant":
         notes.append("A run that is read before its end is read in the middle of its schedule, to its disadvantage.")
-    return [Table(f"{label}: equal time beside equal epochs", [*columns, "val then"], lines, notes)]
 
+    def score(name: str, epoch: int) -> list[float | None]:
+        return [at(run, epoch) for run in rows[name]["runs"]]
 
-def within(epochs: int, ratio: float) -> int:
-    """Counts the epochs that a method comes through in the baseline's time.
-
-    >>> within(10, 1.25), within(10, 1.015), within(10, 0.8)
-    (8, 10, 10)
-    """
-    return min(epochs, math.floor(epochs / ratio * 1.02))
+    title = f"{label}: equal time beside equal epochs"
+    return [time_table(title, costs, part["base"]["epochs"], score, what="val", notes=notes)]
 
 
 def at(run: Mapping[str, Any], epoch: int) -> float | None:

@@ -69,7 +69,7 @@ def rates(rows: Sequence[Mapping[str, Any]]) -> Figure:
     tried = sorted({run["rate"] for row in rows for run in row["sweep"]})
     ends = []
     for row, look in zip(rows, looks, strict=True):
-        good = [(run["rate"], 100 * run["val_score"]) for run in row["sweep"] if run["status"] == OK]
+        good = [(run["rate"], 100 * run["score"]) for run in row["sweep"] if run["status"] == OK]
         axis.plot(
             *zip(*good, strict=True), look.marker, linestyle=look.line, color=look.light, markersize=4
         ) if good else None
