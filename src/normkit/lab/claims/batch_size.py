@@ -188,7 +188,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
     for method in ("gn+ws", "bcn+ws", "brn"):
         gaps = paired(result, method, "bn", smallest)
         if gaps.mean is not None:
-            said.append(f"Batch {smallest}: {METHODS[method]} less BatchNorm, {interval(gaps)}.")
+            said.append(f"Batch {smallest}: {METHODS[method]} minus BatchNorm, {interval(gaps)}.")
     ways = {way: scores(result, "bn", smallest, way) for way in WAYS}
     parts = [f"{WAYS[way]} {spread(found, '.1f', 100)}" for way, found in ways.items() if known(found)]
     said.append(

@@ -154,7 +154,7 @@ def ranges(model: SmallCNN, x: Tensor, batch: int) -> list[dict[str, float]]:
 
 
 def normalized(values: Tensor) -> Tensor:
-    """Values (channels, n) less their mean, by their deviation: none exceeds sqrt(n - 1), which one value alone attains.
+    """Values (channels, n) minus their mean, over their deviation: none exceeds sqrt(n - 1), which one value alone attains.
 
     >>> normalized(torch.tensor([[9.0, 0.0, 0.0, 0.0, 0.0]])).max()
     tensor(2.0000)
@@ -264,7 +264,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
             if there:
                 said.append(
                     f"{words}, batch {batch}: test accuracy of BatchNorm with running statistics in %: "
-                    f"{spread(running, '.1f', 100)}; less that, paired by seed: {', '.join(there)}."
+                    f"{spread(running, '.1f', 100)}; minus that, paired by seed: {', '.join(there)}."
                 )
     layers = [layer for run in result["runs"] for layer in run.get("ranges") or []]
     if layers:

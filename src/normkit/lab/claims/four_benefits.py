@@ -2,7 +2,7 @@
 
 A small network learns CIFAR-10 with each norm and with none. The rate of each is the best of four on held-out images at
 the usual scale of inputs; then inputs are multiplied by 0.1, 1 and 10, with that same rate. What is reported is the number of
-steps to a training loss of 1.8 nats (guessing gives 2.3), test accuracy, and training less test accuracy. A norm is said to
+steps to a training loss of 1.8 nats (guessing gives 2.3), test accuracy, and training minus test accuracy. A norm is said to
 differ from none where the 95 % interval of the differences, paired by seed, excludes 0.
 
 Ours: SGD with momentum 0.9 and cosine decay, batches of 64; a bias stands where there is no norm, also with weight norm and with
@@ -122,7 +122,7 @@ def best(sweep: Sequence[Mapping[str, Any]]) -> float:
 
 
 def values(result: dict[str, Any], method: str, key: str, scale: float = 1.0) -> list[float | None]:
-    """A value over seeds; ``"gap"`` is training less test accuracy."""
+    """A value over seeds; ``"gap"`` is training minus test accuracy."""
     runs = choose(result["runs"], method=method, scale=scale)
     if key == "gap":
         return [None if run["test"] is None else run["train"] - run["test"] for run in runs]
@@ -133,7 +133,7 @@ def counted(result: dict[str, Any], method: str, key: str, scale: float = 1.0) -
     """A value over seeds as it is compared, so that no norm looks better for the runs that failed.
 
     A target that was not reached counts as reached at the look after the last step, the earliest that it can have been, and a
-    run that diverged as guessing; only a gap it has none. ``"range"`` is the highest less the lowest test accuracy over scales.
+    run that diverged as guessing; only a gap it has none. ``"range"`` is the highest minus the lowest test accuracy over scales.
     """
     if key == "range":
         scores = [[value or 0.0 for value in counted(result, method, "test", scale)] for scale in SCALES]
@@ -147,7 +147,7 @@ def counted(result: dict[str, Any], method: str, key: str, scale: float = 1.0) -
 
 
 def against(result: dict[str, Any], method: str, key: str) -> Interval:
-    """A value less that of the network without a norm, seed by seed."""
+    """A value minus that of the network without a norm, seed by seed."""
     return differences(counted(result, method, key), counted(result, "none", key))
 
 
@@ -167,8 +167,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
         )
     columns = ("norm", "rate", "steps", *(f"test, inputs x {scale:g}" for scale in SCALES), "range", "gap")
     notes = [
-        f"Steps to a training loss of {TARGET:g}; test accuracy in %; range: the highest less the lowest over the scales of "
-        "inputs, in points, where a run that diverged counts as guessing; gap: training less test accuracy at the usual scale, "
+        f"Steps to a training loss of {TARGET:g}; test accuracy in %; range: the highest minus the lowest over the scales of "
+        "inputs, in points, where a run that diverged counts as guessing; gap: training minus test accuracy at the usual scale, "
         "in points. Mean ± standard deviation over seeds."
     ]
     rates: list[list[Any]] = []
@@ -197,15 +197,15 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
     lost = [run for run in result["runs"] if run["status"] != OK]
     return [
-        f"Faster convergence, steps to a training loss of {TARGET:g} less those without a norm: "
+        f"Faster convergence, steps to a training loss of {TARGET:g} minus those without a norm: "
         f"{verdict(result, 'steps', 1, 'fewer', 'more')}.",
         f"Seeds that reached it, where those that did not count as {EVERY} steps more than were made: {each(reached)}.",
-        "Sensitivity to the scale of inputs, range of test accuracy over x 0.1 to 10 less that without a norm, in points: "
+        "Sensitivity to the scale of inputs, range of test accuracy over x 0.1 to 10 minus that without a norm, in points: "
         f"{verdict(result, 'range', 100, 'less', 'more')}.",
-        "Overfitting, training less test accuracy, less that without a norm, in points: "
+        "Overfitting, training minus test accuracy, minus that without a norm, in points: "
         f"{verdict(result, 'gap', 100, 'smaller', 'larger')}.",
         f"A smaller gap at a lower training accuracy is not less overfitting; training accuracy, %: {each(trained)}.",
-        "Generalization, test accuracy less that without a norm, in points: "
+        "Generalization, test accuracy minus that without a norm, in points: "
         f"{verdict(result, 'test', 100, 'better', 'worse', higher_first=True)}.",
         f"{len(lost)} of {len(result['runs'])} runs diverged; they count as guessing, and have no gap.",
     ]

@@ -337,7 +337,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
     if gaps.mean is not None:
         text = (
             f"Training loss at the end, all at rate {RATE:g}: BatchNorm with noise behind it {fmean(ends['noisy']):.2f}, "
-            f"BatchNorm {fmean(ends['bn']):.2f}, no norm {fmean(ends['none']):.2f}; with noise less no norm {gaps.mean:+.2f}"
+            f"BatchNorm {fmean(ends['bn']):.2f}, no norm {fmean(ends['none']):.2f}; with noise minus no norm {gaps.mean:+.2f}"
         )
         if gaps.low is None or gaps.high is None:
             said.append(f"{text}, of one seed.")

@@ -53,7 +53,7 @@ _NOTES_NEAR = (
     "The paper's numbers stand in a supplement that is not at hand.",
 )
 _NOTES_WHOLE = (
-    "IoU: of 100,000 points anywhere in the cube. Volume: of the extracted surface, less the solid's. κ: condition number of "
+    "IoU: of 100,000 points anywhere in the cube. Volume: of the extracted surface minus the solid's. κ: condition number of "
     "the weights that are trained and of those that the trunk multiplies with, geometric mean over its layers, at the end.",
 )
 _ACROSS = 4  # panels a row
