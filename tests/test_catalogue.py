@@ -13,7 +13,7 @@ from laws import RULES, name
 from normkit.catalogue import METHODS, method
 from normkit.catalogue.citation import cite, methods_in
 from normkit.catalogue.diagram import draw_text, members, small_shape
-from normkit.catalogue.drawing import draw
+from normkit.catalogue.drawing import draw, draw_methods
 from normkit.catalogue.page import list_table, show_page
 from normkit.core.card import Card
 from normkit.core.errors import NotationError
@@ -71,6 +71,16 @@ def test_pictures_are_written(card: Card, tmp_path: Path) -> None:
     texts = [element.text for element in ElementTree.parse(tmp_path / f"{card.name}.svg").iter() if element.text]
     _, labels = small_shape(card.rule.support)
     assert {card.title, *labels} <= set(texts)
+
+
+def test_support_sets_in_one_picture(tmp_path: Path) -> None:
+    names = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "weight_norm")
+    (path,) = draw_methods(names, tmp_path, together=True)
+    assert path == tmp_path / "support-sets.svg"
+    text = path.read_text()
+    assert all(method(name).title in text for name in names)
+    apart = sum(one.read_text().count("<path") for one in draw_methods(names, tmp_path))
+    assert text.count("<path") == apart - (len(names) - 1)  # each file has a background
 
 
 def test_the_text_picture_counts_what_the_support_says() -> None:

@@ -301,12 +301,13 @@ def draw(
     names: Annotated[list[str] | None, typer.Argument(help="methods; default: all that have a support set")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder")] = Path("figures"),
     ending: Annotated[str, typer.Option("--format", help="svg, png or pdf")] = "svg",
+    together: Annotated[bool, typer.Option("--together", help="all in one picture, support-sets")] = False,
 ) -> None:
     """Draws the support sets of methods, for papers and slides."""
     with _faults():
         from normkit.catalogue.drawing import draw_methods
 
-        for path in draw_methods(names or [], output, ending):
+        for path in draw_methods(names or [], output, ending, together=together):
             typer.echo(path)
 
 

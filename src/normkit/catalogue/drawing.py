@@ -6,17 +6,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
 
 from normkit.catalogue.diagram import members, small_shape
 from normkit.catalogue.methods import METHODS, method
+from normkit.core.card import Card
 from normkit.core.errors import OptionError
 from normkit.core.support import Support
 
 _SET, _REST, _EDGE, _MARKED = "#3b6fb6", "#f2f2ef", "#55554f", "#e69f00"
 # One step along the depth axis on paper, in steps along the other two.
 _DEPTH = (0.42, 0.34)
+_WIDTH, _HEIGHT, _ACROSS = 3.2, 2.7, 4  # of a picture in inches, and how many side by side
 
 
 def draw(support: Support, path: Path | str, title: str | None = None) -> Path:
@@ -36,6 +39,73 @@ def draw(support: Support, path: Path | str, title: str | None = None) -> Path:
     Raises:
         OSError: the file can't be written.
     """
+    figure = Figure(figsize=(_WIDTH, _HEIGHT))
+    _cube(figure.add_axes((0.04, 0.04, 0.92, 0.84)), support)
+    figure.suptitle(title or f"{support.axes}   over   {support.over}", fontsize=10)
+    return _save(figure, path)
+
+
+def draw_together(cards: Sequence[Card], path: Path | str) -> Path:
+    """Draw the support sets of methods side by side, four a row.
+
+    Args:
+        cards: of methods that have a support set.
+        path: where to write; its ending chooses the format: .svg, .png or .pdf.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    across = min(len(cards), _ACROSS)
+    down = -(-len(cards) // across)
+    figure = Figure(figsize=(across * _WIDTH, down * _HEIGHT))
+    for place, card in enumerate(cards):
+        row, column = divmod(place, across)
+        left, bottom = (column + 0.04) / across, 1 - (row + 0.96) / down
+        axes = figure.add_axes((left, bottom, 0.92 / across, 0.84 / down))
+        assert card.rule is not None
+        _cube(axes, card.rule.support)
+        axes.set_title(card.title, fontsize=10)
+    return _save(figure, path)
+
+
+def draw_methods(names: Sequence[str], folder: Path, ending: str = "svg", *, together: bool = False) -> Iterator[Path]:
+    """Draw the support sets of methods, one file each or all in one.
+
+    Args:
+        names: of methods; none for all that have a support set.
+        folder: made where it is missing.
+        ending: ``"svg"``, ``"png"`` or ``"pdf"``.
+        together: one file ``support-sets`` with all of them. Default: False.
+
+    Returns:
+        The paths, as they are written.
+
+    Raises:
+        NotationError: no such method.
+        OptionError: another ending, a method without a support set, or a folder that can't be written.
+    """
+    if ending not in ("svg", "png", "pdf"):
+        raise OptionError(f"pictures are svg, png or pdf, not {ending!r}")
+    cards = [method(name) for name in names] or [card for card in METHODS if card.rule is not None]
+    for card in cards:
+        if card.rule is None:
+            raise OptionError(f"{card.name} has no one support set to draw; normkit show {card.name} says what it does")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if together:
+            yield draw_together(cards, folder / f"support-sets.{ending}")
+            return
+        for card in cards:
+            assert card.rule is not None
+            yield draw(card.rule.support, folder / f"{card.name}.{ending}", card.title)
+    except OSError as error:
+        raise OptionError(f"can't write to {folder}: {error.strerror}; choose another folder") from None
+
+
+def _cube(axes: Axes, support: Support) -> None:
     shape, labels = small_shape(support)
     if len(shape) == 3:  # channels to the right and positions down, as such cubes are drawn
         order = (0, 2, 1) if labels[-1] in ("positions", "weights of the unit") else (0, 1, 2)
@@ -51,8 +121,6 @@ def draw(support: Support, path: Path | str, title: str | None = None) -> Path:
     depth, rows, columns = sizes
     marked = (0, 0, columns - 1)
 
-    figure = Figure(figsize=(3.2, 2.7))
-    axes = figure.add_axes((0.04, 0.04, 0.92, 0.84))
     axes.set_aspect("equal")
     axes.axis("off")
 
@@ -82,35 +150,10 @@ def draw(support: Support, path: Path | str, title: str | None = None) -> Path:
     axes.text(-0.25, -rows / 2, names[-2], ha="right", va="center", rotation=90, fontsize=8)
     axes.set_xlim(-1.2, columns + depth * _DEPTH[0] + 0.2)
     axes.set_ylim(-rows - 1.1, depth * _DEPTH[1] + 0.9)
-    figure.suptitle(title or f"{support.axes}   over   {support.over}", fontsize=10)
-    with rc_context({"svg.fonttype": "none"}):  # text stays text, to be searched, copied and read aloud
+
+
+def _save(figure: Figure, path: Path | str) -> Path:
+    # Text stays text, to be searched, copied and read aloud; and the same picture is the same file.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "normkit"}):
         figure.savefig(path, dpi=300, metadata={"Date": None} if str(path).endswith(".svg") else None)
     return Path(path)
-
-
-def draw_methods(names: Sequence[str], folder: Path, ending: str = "svg") -> Iterator[Path]:
-    """Draw the support sets of methods, one file each.
-
-    Args:
-        names: of methods; none for all that have a support set.
-        folder: made where it is missing.
-        ending: ``"svg"``, ``"png"`` or ``"pdf"``.
-
-    Returns:
-        The paths, as they are written.
-
-    Raises:
-        NotationError: no such method.
-        OptionError: another ending, a method without a support set, or a folder that can't be written.
-    """
-    if ending not in ("svg", "png", "pdf"):
-        raise OptionError(f"pictures are svg, png or pdf, not {ending!r}")
-    cards = [method(name) for name in names] or [card for card in METHODS if card.rule is not None]
-    for card in cards:
-        if card.rule is None:
-            raise OptionError(f"{card.name} has no one support set to draw; normkit show {card.name} says what it does")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            yield draw(card.rule.support, folder / f"{card.name}.{ending}", card.title)
-        except OSError as error:
-            raise OptionError(f"can't write to {folder}: {error.strerror}; choose another folder") from None
