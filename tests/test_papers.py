@@ -211,6 +211,7 @@ def test_cost_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(cost, "NETWORKS", {"tiny": small})
     real = cost.measure_costs
     monkeypatch.setattr(cost, "measure_costs", lambda m, s, d, f, *_: real(m, s, d, f, 0.1, (3, 3)))
+    monkeypatch.setattr(cost, "INFERENCE_SECONDS", 0.0)
     found = perform(cost.EXPERIMENT, Bench("small", tmp_path, console=Console(quiet=True)))["result"]
     rows = found["networks"]["tiny"]
     assert list(rows) == list(cost.BN)
