@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from normkit.core.card import Paper
 from normkit.lab import record
-from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 
 PAPER = Paper("Author, An", "A title", 2020, "https://example.org")
 
@@ -75,14 +75,13 @@ def tables(result: dict[str, Any]) -> list[Table]:
     return [Table("Walks", ("name", "seed", "end | of it"), [*rows, ["nowhere", 0, None]], ["Ends of <walks>."])]
 
 
-def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+def draw(result: dict[str, Any], folder: Path) -> list[Drawing]:
     folder.mkdir(parents=True, exist_ok=True)
     figure = Figure()
     figure.subplots().plot([walk["at"] for walk in result["walks"]])
-    paths = [folder / "ends.png", folder / "ends.svg"]
-    for path in paths:
-        figure.savefig(path)
-    return paths
+    for kind in ("png", "svg"):
+        figure.savefig(folder / f"far_ends.{kind}")
+    return [Drawing(folder / "far_ends.png", "Where each walk ended, 0 < t & after.")]
 
 
 def remarks(result: dict[str, Any]) -> list[str]:

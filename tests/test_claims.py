@@ -1,6 +1,7 @@
 """Claims as experiments: each runs whole at a tiny size, resumes exactly, and what is mathematics in it holds."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -89,6 +90,9 @@ def test_a_claim_runs_and_reports(name: str, tmp_path: Path) -> None:
     for path in pictures:
         assert path.stat().st_size > 2000
         assert path.with_suffix(".svg").stat().st_size > 1000
+    text = (tmp_path / "result.md").read_text()
+    captions = re.findall(r"^!\[[^]]+\]\(figures/(.+)\)\n\n\*([^*]+\.)\*$", text, flags=re.MULTILINE)
+    assert sorted(name for name, _ in captions) == [path.name for path in pictures]
     assert not list(tmp_path.glob("runs/**/checkpoint.pt"))
     pages(experiment, tmp_path)
 
@@ -490,7 +494,7 @@ def test_why_bn_tells_what_paired_seeds_and_the_losses_say() -> None:
     measured = [*along("none", 1.5, 1.6, 1.7), *along("bn", 1.2, 1.3, 1.4), *along("noisy", 1.3, 1.7, 1.6)]
     result = {"runs": short + measured, "rates": [0.1, 1.0], "short": 50}
     said = why_bn.remarks(result)
-    assert any("with noise less no norm -0.07 [" in remark and remark.endswith("], not told apart.") for remark in said)
+    assert any("with noise minus no norm -0.07 [" in remark and remark.endswith("], not told apart.") for remark in said)
     assert said[-1].endswith("no norm 1.50 (rate 0.1); BatchNorm 1.40 (rate 0.1).")
     measured[-1]["end"] = None
     assert "noise behind it 1.77" in " ".join(why_bn.remarks(result))

@@ -43,14 +43,17 @@ def test_records_and_reports(tmp_path: Path) -> None:
     assert found == record.read_json(tmp_path / "result.json")
     assert len(found["result"]["walks"]) == 6
     assert len(records(tmp_path)) == 12
-    for name in ("config.json", "environment.json", "result.md", "report.html", "figures/ends.png", "figures/ends.svg"):
+    figures = ("figures/far_ends.png", "figures/far_ends.svg")
+    for name in ("config.json", "environment.json", "result.md", "report.html", *figures):
         assert (tmp_path / name).stat().st_size > 0
     text = (tmp_path / "result.md").read_text()
     assert "| name | seed | end \\| of it |" in text
     assert "| nowhere | 0 | – |" in text
-    assert "![ends](figures/ends.png)" in text
+    assert "![far ends](figures/far_ends.png)\n\n*Where each walk ended, 0 < t & after.*\n" in text
     page = (tmp_path / "report.html").read_text()
     assert "Ends of &lt;walks&gt;." in page
+    assert "<figcaption>Where each walk ended, 0 &lt; t &amp; after. " in page
+    assert all(f'href="{name}"' in page for name in figures)
     assert "data:image/png;base64," in page
     assert "://" not in page.replace("https://example.org", "")
 

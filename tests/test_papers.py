@@ -79,9 +79,18 @@ def test_remarks_and_figures(out: Path) -> None:
     text = (out / "result.md").read_text()
     assert "are the same training: after 11 steps every loss and every weight is equal to the last bit" in text
     assert "(printed +0.2)" in text
+    assert "*Digits, each method at its chosen rate: training loss" in text
+    assert "*Digits, all methods at rate 0.2: training loss" in text
     assert (out / "report.html").stat().st_size > 10_000
     found = {path.name for path in (out / "figures").glob("*.png")}
     assert found == {"digits-curves.png", "digits-given-rate-curves.png", "digits-rates.png", "again-curves.png"}
+
+
+def test_many_methods_are_drawn_at_the_end_of_training(out: Path, tmp_path: Path) -> None:
+    part = record.read_json(out / "result.json")["result"]["parts"]["Again"]
+    (drawing,) = draw({"parts": {"Again": {"sets": {"tuned": 4 * part["sets"]["tuned"]}}}}, tmp_path)
+    assert drawing.path == tmp_path / "again-ends.png"
+    assert "of the last epoch" in drawing.caption
 
 
 def test_a_row_has_its_own_start_and_the_same_data(out: Path) -> None:

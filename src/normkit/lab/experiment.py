@@ -51,6 +51,19 @@ class Table:
     notes: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of a report.
+
+    Args:
+        path: of the PNG; the SVG lies beside it.
+        caption: below it: what is drawn and how to read it, in plain sentences without markup.
+    """
+
+    path: Path
+    caption: str
+
+
 @dataclass
 class Bench:
     """Where and at what size an experiment is run.
@@ -116,7 +129,7 @@ class Experiment:
         paper: the source.
         run: does what is missing and returns the result, which JSON can hold.
         tables: the source's numbers beside ours, from the result.
-        draw: draws the figures of a result into a folder, each as PNG and SVG, and returns the files.
+        draw: draws the figures of a result into a folder, each as PNG and SVG.
         remarks: observations on a result in sentences, with oddities of the source.
     """
 
@@ -127,7 +140,7 @@ class Experiment:
     paper: Paper
     run: Callable[[Bench], dict[str, Any]]
     tables: Callable[[dict[str, Any]], list[Table]]
-    draw: Callable[[dict[str, Any], Path], list[Path]]
+    draw: Callable[[dict[str, Any], Path], list[Drawing]]
     remarks: Callable[[dict[str, Any]], list[str]]
 
     def words(self, scale: str, seeds: Sequence[int], epochs: int | None) -> list[str]:

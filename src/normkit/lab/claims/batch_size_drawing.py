@@ -7,8 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from normkit.lab.claims.drawing import COLOURS, GREY, SHAPES, band, name_ends, picture
+from normkit.lab.claims.drawing import COLOURS, GREY, SEEDS, SHAPES, band, name_ends, picture
 from normkit.lab.claims.numbers import choose, known, mean
+from normkit.lab.experiment import Drawing
 from normkit.lab.report.canvas import FULL, panels
 
 METHODS = {
@@ -24,14 +25,23 @@ WAYS = {"running": "running statistics", "precise": "precise statistics", "batch
 HUES = dict(zip(METHODS, (GREY, *COLOURS), strict=True))
 
 
-def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+def draw(result: dict[str, Any], folder: Path) -> list[Drawing]:
     """Draws the figure of the claim.
 
     Args:
         result: what its ``run`` returned.
         folder: where to.
     """
-    return picture(folder, "accuracy", lambda: accuracies(result))
+    return [
+        picture(
+            folder,
+            "accuracy",
+            lambda: accuracies(result),
+            "Test accuracy against the number of images in a training batch: every norm on the left, and on the right batch "
+            "normalization evaluated with its running statistics, with statistics estimated anew from training images (precise) "
+            f"and with those of the test batch; {SEEDS}. Look at how far each line falls towards a batch of one image.",
+        )
+    ]
 
 
 def accuracies(result: dict[str, Any]) -> Figure:
@@ -51,7 +61,7 @@ def accuracies(result: dict[str, Any]) -> Figure:
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.tick_params(axis="x", which="minor", bottom=False)
-        axis.set_xlabel("training batch")
+        axis.set_xlabel("images in a training batch")
         axis.set_title(title, loc="left")
     axes[0].set_ylabel("test accuracy, %")
     name_ends(axes[0], ends)

@@ -32,7 +32,7 @@ from normkit.core.card import Paper
 from normkit.core.errors import NormkitError
 from normkit.lab.claims.drawing import COLOURS, GREY, picture
 from normkit.lab.claims.numbers import ABSENT
-from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.report.canvas import FAINT, FULL, panels
 from normkit.surgery.fold import fold
 from normkit.weights.spectral_norm import spectral_norm
@@ -293,14 +293,25 @@ def remarks(result: dict[str, Any]) -> list[str]:
     return said
 
 
-def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+def draw(result: dict[str, Any], folder: Path) -> list[Drawing]:
     """Draws the weaknesses that can be seen.
 
     Args:
         result: what :func:`run` returned.
         folder: where to.
     """
-    return picture(folder, "weaknesses", lambda: weaknesses(result))
+    return [
+        picture(
+            folder,
+            "weaknesses",
+            lambda: weaknesses(result),
+            "How well images of doubled contrast are told from others behind each layer, as the area under the ROC curve, where "
+            "1 is always and 0.5, the grey line, is guessing (left); the singular values of a random weight as it is (plain) "
+            "and under the two methods for weights, the largest first, with a grey line at 1 (middle); and the mean row length "
+            "of the parameter behind weight normalization along SGD on noise, relative to that at the start (right). Dots at "
+            "the grey line on the left are contrasts that a layer erases.",
+        )
+    ]
 
 
 def weaknesses(result: dict[str, Any]) -> Figure:

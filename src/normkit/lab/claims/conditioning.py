@@ -25,11 +25,11 @@ from torch.nn import functional as F
 from normkit.activations.batch_norm import BatchNorm
 from normkit.catalogue.methods import method
 from normkit.diagnostics.conditioning import weight_conditions
-from normkit.lab.claims.drawing import COLOURS, GREY, band, name_ends, picture
+from normkit.lab.claims.drawing import COLOURS, GREY, SEEDS, band, name_ends, picture
 from normkit.lab.claims.images import load
 from normkit.lab.claims.numbers import ABSENT, by_step, choose, known, mean, spread
 from normkit.lab.claims.steps import OK, Diverged, forget, walk
-from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.report.canvas import FULL, log, panels
 from normkit.lab.seeding import reseed
 from normkit.surgery.recipe import apply_recipe
@@ -246,14 +246,24 @@ def verdict(result: dict[str, Any]) -> list[str]:
     return said
 
 
-def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+def draw(result: dict[str, Any], folder: Path) -> list[Drawing]:
     """Draws the measures along training and the losses at every rate.
 
     Args:
         result: what :func:`run` returned.
         folder: where to.
     """
-    return picture(folder, "conditioning", lambda: figure_of(result))
+    return [
+        picture(
+            folder,
+            "conditioning",
+            lambda: figure_of(result),
+            "The condition number κ of the weights that layers compute with, geometric mean over layers (left), and the largest "
+            f"eigenvalue λ of the loss's Hessian (middle), along descent at rate {RATE:g}, and the loss after {result['short']} "
+            f"steps at each rate (right); {SEEDS}, named on the right. Look for the rate from which on each line on the right "
+            "rises.",
+        )
+    ]
 
 
 def figure_of(result: dict[str, Any]) -> Figure:
@@ -287,7 +297,7 @@ def figure_of(result: dict[str, Any]) -> Figure:
         "guessing", (RATES[0], math.log(10)), (0, 2), textcoords="offset points", fontsize=6.5, color="#666666"
     )
     axes[2].set_xscale("log")
-    axes[2].set_xlabel("rate")
+    axes[2].set_xlabel("learning rate")
     log(axes[2])
     name_ends(axes[2], names)
     for axis, title in zip(axes, titles, strict=True):

@@ -22,7 +22,7 @@ from normkit.catalogue.methods import METHODS, method
 from normkit.core.card import Paper
 from normkit.lab.claims.drawing import COLOURS, GREY, picture
 from normkit.lab.claims.numbers import known, mean, spread
-from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.interval import paired_interval
 from normkit.lab.memory import peak_bytes
 from normkit.lab.race import race
@@ -193,14 +193,23 @@ def remarks(result: dict[str, Any]) -> list[str]:
     return said
 
 
-def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+def draw(result: dict[str, Any], folder: Path) -> list[Drawing]:
     """Draws the costs.
 
     Args:
         result: what :func:`run` returned.
         folder: where to.
     """
-    return picture(folder, "costs", lambda: costs(result))
+    return [
+        picture(
+            folder,
+            "costs",
+            lambda: costs(result),
+            "Time (bars) and peak memory (diamonds) of a forward and backward pass through each layer, relative to the layer "
+            "with the grey bar; a black mark is the time of torch's own layer. The scale is logarithmic, so read where bars "
+            "end: left of 1 is faster than the grey one, left of the black mark faster than torch's.",
+        )
+    ]
 
 
 def costs(result: dict[str, Any]) -> Figure:
@@ -234,7 +243,7 @@ def costs(result: dict[str, Any]) -> Figure:
     handles = [
         axes[0].barh([0], [0], color=COLOURS[0]),
         *axes[0].plot([], [], "D", color=COLOURS[1], markersize=3),
-        *axes[0].plot([], [], color=INK, linewidth=1.6),
+        *axes[0].plot([], [], "|", color=INK, markersize=9, markeredgewidth=1.6),
     ]
     figure.legend(handles, ["time", "memory", "time of torch's own layer"], loc="outside upper left", ncols=3)
     return figure

@@ -7,9 +7,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from normkit.lab.claims.drawing import COLOURS, GREY, band, name_ends, picture
+from normkit.lab.claims.drawing import COLOURS, GREY, SEEDS, band, name_ends, picture
 from normkit.lab.claims.numbers import choose, known, mean
-from normkit.lab.report.canvas import DOTTED, FAINT, FULL, INK, panels
+from normkit.lab.experiment import Drawing
+from normkit.lab.report.canvas import DOTTED, FAINT, FULL, INK, log, panels
 
 METHODS = {"bn": "BatchNorm", "brn": "BatchRenorm"}
 ORDERS = {"shuffled": "Shuffled", "sorted": "Two classes a batch"}
@@ -29,24 +30,48 @@ RANGES = {
 }
 HUES = {"bn": GREY, "brn": COLOURS[0]}
 RESPONSES = {
-    "batch": ("batch's statistics", GREY),
-    "running": ("running statistics", COLOURS[1]),
-    "weighed": ("example weighing, α = 0.1", COLOURS[2]),
-    "renorm": ("batch renormalization", COLOURS[0]),
+    "batch": ("batch", GREY),
+    "running": ("running", COLOURS[1]),
+    "weighed": ("weighing", COLOURS[2]),
+    "renorm": ("renorm", COLOURS[0]),
 }
 
 
-def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+def draw(result: dict[str, Any], folder: Path) -> list[Drawing]:
     """Draws the figures of the claim.
 
     Args:
         result: what its ``run`` returned.
         folder: where to.
     """
+    sizes = " or ".join(map(str, result["batches"]))
     return [
-        *picture(folder, "accuracy", lambda: accuracies(result)),
-        *picture(folder, "alpha", lambda: alphas(result)),
-        *picture(folder, "ranges", lambda: ranges(result)),
+        picture(
+            folder,
+            "accuracy",
+            lambda: accuracies(result),
+            "Test accuracy by the statistics that evaluation normalizes with; a dot is a seed and a bar the mean over seeds. "
+            f"Each panel is a way to put together training batches of {sizes} images; where its rows lie apart, the choice of "
+            "statistics matters.",
+        ),
+        picture(
+            folder,
+            "alpha",
+            lambda: alphas(result),
+            "Test accuracy of batch normalization that mixes a part α of the test example's own statistics into the running "
+            f"ones, by how training batches were put together; {SEEDS}. Look for a maximum to the right of α = 0, where running "
+            "statistics stand alone; marks at the bottom are the α chosen on held-out images, one a seed.",
+        ),
+        picture(
+            folder,
+            "ranges",
+            lambda: ranges(result),
+            "On the left, what one value of eight becomes as it grows, normalized by its batch, by running statistics, by "
+            "running statistics with a tenth of its own (weighing) and by batch renormalization (renorm). On the right, the "
+            "largest normalized value in each layer over test images and seeds, as triangles where one image of each batch is "
+            "ten times as strong; √(n − 1) is the most that n values can reach by their own statistics, so only evaluation can "
+            "lie above it.",
+        ),
     ]
 
 
@@ -96,6 +121,8 @@ def alphas(result: dict[str, Any]) -> Figure:
         ticks = (0, 1e-3, 1e-2, 1e-1, 1)
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
+        # Its own margin would be as wide below 0 as three decades.
+        axis.set_xlim(-2e-4, 1.2)
         axis.set_title(f"{words} in training", loc="left")
         axis.set_xlabel("α, weight of the example's own statistics")
         name_ends(axis, ends)
@@ -117,7 +144,7 @@ def ranges(result: dict[str, Any]) -> Figure:
         ends.append((found[key][-1], name, hue))
     bound = math.sqrt(7)
     axes[0].axhline(bound, color=INK, linestyle=DOTTED, linewidth=0.9)
-    axes[0].set(xscale="log", yscale="log", xlabel="one value of eight", title="", ylabel="what it becomes")
+    axes[0].set(xscale="log", yscale="log", xlabel="one value of eight", ylabel="what it becomes")
     axes[0].set_title("a value that grows", loc="left")
     styles = {
         "train": (GREY, "o"),
@@ -136,15 +163,12 @@ def ranges(result: dict[str, Any]) -> Figure:
         axis.plot(
             layers, [runs[0]["ranges"][k - 1]["bound"] for k in layers], color=INK, linestyle=DOTTED, linewidth=0.9
         )
-        axis.set_yscale("log")
+        log(axis)
         axis.set_title(f"largest in each layer, batch {batch}", loc="left")
         axis.set_xlabel("norm")
         axis.set_xticks(layers)
     axes[0].set_xlim(found["input"][0], found["input"][-1])
-    for value, name, hue in ends:
-        axes[0].annotate(
-            name, (found["input"][-1], value), (-2, 3), textcoords="offset points", ha="right", color=hue, fontsize=6.5
-        )
+    name_ends(axes[0], ends)
     handles = [
         *(Line2D([], [], color=hue, marker=shape, markersize=3.5, linestyle="") for hue, shape in styles.values()),
         Line2D([], [], color=INK, linestyle=DOTTED),

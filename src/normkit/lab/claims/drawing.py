@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from normkit.lab.experiment import Drawing
 from normkit.lab.record import write_bytes
 from normkit.lab.report.canvas import LOOK, plain
 from normkit.lab.report.palette import BASELINE, HUES, MARKERS
@@ -17,20 +18,21 @@ DPI = 200
 GREY = BASELINE[0]
 COLOURS = [light for light, _ in HUES]
 SHAPES = [marker for marker, _ in MARKERS]
+SEEDS = "lines are means over seeds, in bands from the lowest seed to the highest"  # in captions
 
 
-def picture(folder: Path, name: str, make: Callable[[], Figure]) -> list[Path]:
+def picture(folder: Path, name: str, make: Callable[[], Figure], caption: str) -> Drawing:
     """Draws a figure in the look of the reports, and writes it as PNG and SVG.
 
     Args:
         folder: where.
         name: of the files, without ending.
         make: draws.
+        caption: what is drawn and how to read it.
 
     Returns:
-        Both files.
+        Where it lies, with its caption.
     """
-    written = []
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **LOOK}):
         figure = make()
         figure.draw_without_rendering()
@@ -38,10 +40,8 @@ def picture(folder: Path, name: str, make: Callable[[], Figure]) -> list[Path]:
         for kind, metadata in {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}.items():
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
-            path = folder / f"{name}.{kind}"
-            write_bytes(path, buffer.getvalue())
-            written.append(path)
-    return written
+            write_bytes(folder / f"{name}.{kind}", buffer.getvalue())
+    return Drawing(folder / f"{name}.png", caption)
 
 
 def band(

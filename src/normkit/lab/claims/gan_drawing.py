@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from normkit.lab.claims.drawing import COLOURS, GREY, band, name_ends, picture
+from normkit.lab.claims.drawing import COLOURS, GREY, SEEDS, band, name_ends, picture
 from normkit.lab.claims.numbers import by_step, choose
+from normkit.lab.experiment import Drawing
 from normkit.lab.models.gan import centres
 from normkit.lab.report.canvas import DOTTED, FAINT, FULL, INK, panels
 
@@ -24,7 +25,7 @@ HUES = dict(zip(KINDS, (GREY, COLOURS[4], COLOURS[3], COLOURS[0], COLOURS[1]), s
 LOSSES = {"hinge": "Hinge loss", "wasserstein": "Wasserstein loss"}
 
 
-def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+def draw(result: dict[str, Any], folder: Path) -> list[Drawing]:
     """Draws the figures of the claim.
 
     Args:
@@ -32,10 +33,40 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
         folder: where to.
     """
     return [
-        *picture(folder, "points", lambda: points(result)),
-        *picture(folder, "lipschitz", lambda: lipschitz(result)),
-        *picture(folder, "singular_values", lambda: singular_values(result)),
-        *picture(folder, "memory", lambda: memory(result)),
+        picture(
+            folder,
+            "points",
+            lambda: points(result),
+            "Points made by the generators of the first seed (dots), the centres of the eight Gaussians that they learn "
+            "(circles), and level lines of their discriminators. Columns say what is done to the discriminator's weights, where "
+            "reassignment divides them by their largest singular value after each step; the number counts the Gaussians that "
+            "were found, which have at least a fiftieth of the points within three standard deviations.",
+        ),
+        picture(
+            folder,
+            "lipschitz",
+            lambda: lipschitz(result),
+            "Bounds on how fast the discriminator D changes, along training: from above the product of its layers' largest "
+            f"singular values (solid), from below the steepest gradient found (dotted); {SEEDS}. The horizontal line is 1: look "
+            "at which solid lines stay there, and how far below each its dotted line runs.",
+        ),
+        picture(
+            folder,
+            "singular_values",
+            lambda: singular_values(result),
+            "All singular values of the discriminator's second layer under the hinge loss, the largest first, before training "
+            "(light grey) and after it (in colour), a line for each seed. The horizontal line is 1; the faster a line falls, "
+            "the fewer directions the layer still passes on.",
+        ),
+        picture(
+            folder,
+            "memory",
+            lambda: memory(result),
+            "Power iteration on the discriminator's second weight, before any normalization of it: the relative error of the "
+            "largest singular value sigma after one iteration (left) and the number of iterations to an error of 0.001 (right), "
+            "from vectors kept from step to step (solid) or from random ones (dashed), as means over seeds and losses. The gap "
+            "between the solid and the dashed line of a colour is what keeping the vectors is worth.",
+        ),
     ]
 
 
@@ -66,7 +97,8 @@ def points(result: dict[str, Any]) -> Figure:
             axis.scatter(made[:, 0], made[:, 1], s=3, color=HUES[kind], alpha=0.35, linewidths=0)
             middle = centres().numpy()
             axis.scatter(middle[:, 0], middle[:, 1], s=30, facecolors="none", edgecolors=INK, linewidths=0.7)
-            axis.text(0, 0, f"{run['modes']} of 8", ha="center", va="center", fontsize=7)
+            ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+            axis.text(0, 0, f"{run['modes']} of 8", ha="center", va="center", fontsize=7, bbox=ground)
         grid[row][0].set_ylabel(title)
     return figure
 

@@ -1,5 +1,6 @@
 """Curves and gradients of encoders whose norms stand before or after each branch."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 
-from normkit.lab.claims.drawing import COLOURS, band, name_ends, picture
+from normkit.lab.claims.drawing import COLOURS, SEEDS, band, name_ends, picture
 from normkit.lab.claims.numbers import by_step, choose, known, mean
+from normkit.lab.experiment import Drawing
 from normkit.lab.report.canvas import DOTTED, FAINT, FULL, log, panels
 from normkit.residual import Placement
 
@@ -19,20 +21,43 @@ NORMS = {"ln": "LayerNorm", "rms": "RMSNorm", "scale": "ScaleNorm", "scale+fix":
 HUES: dict[Placement, str] = {"post": COLOURS[1], "pre": COLOURS[0]}
 
 
-def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+def draw(result: dict[str, Any], folder: Path) -> list[Drawing]:
     """Draws the figures of the claim.
 
     Args:
         result: what its ``run`` returned.
         folder: where to.
     """
-    written = [
-        *picture(folder, "gradients", lambda: gradients(result)),
-        *picture(folder, "norms", lambda: norms(result)),
+    return [
+        picture(
+            folder,
+            "gradients",
+            lambda: gradients(result),
+            "Gradient norms before training, with the norm after each branch (Post-LN) or before it (Pre-LN): of the last layer "
+            f"of encoders of several depths (left and middle; {SEEDS}), and of every layer of each encoder for the loss at one "
+            "token (right; the thicker a line, the deeper the encoder). Compare the slopes on the left with those of the "
+            "theory, the dotted lines.",
+        ),
+        picture(
+            folder,
+            "norms",
+            lambda: norms(result),
+            "Loss on sort at the end of training with Adam at 1e-3 and no warm-up, for each norm, placed after the branches or "
+            "before them; a dot is a seed and a bar the mean over seeds. The dotted line is the loss of a guess that knows only "
+            "how frequent each token is: a dot near it has learned nothing more.",
+        ),
+        *(
+            picture(
+                folder,
+                f"loss_{task}",
+                partial(losses, result, task),
+                f"Training loss on {task}, a panel for each optimizer and learning rate, with the norm after each branch "
+                f"(Post-LN) or before it (Pre-LN); {SEEDS}. The dotted line is the loss of a guess that knows only how frequent "
+                "each token is: look at whether, and how soon, each line falls below it.",
+            )
+            for task in result["guess"]
+        ),
     ]
-    for task in result["guess"]:
-        written += picture(folder, f"loss_{task}", lambda task=task: losses(result, task))
-    return written
 
 
 def losses(result: dict[str, Any], task: str) -> Figure:
@@ -48,7 +73,7 @@ def losses(result: dict[str, Any], task: str) -> Figure:
                 steps, middle, low, high = by_step(rows, lambda row: row["loss"])
                 if steps:
                     band(axis, steps, middle, low, high, color=HUES[placement], linestyle="-" if warmup else "--")
-                    ends.append((middle[-1], f"{name}, {'warm-up' if warmup else 'none'}", HUES[placement]))
+                    ends.append((middle[-1], f"{name}, {'warm-up' if warmup else 'no warm-up'}", HUES[placement]))
         axis.axhline(result["guess"][task], color=FAINT, linestyle=DOTTED, linewidth=0.9)
         axis.set_title(OPTIMIZERS[optimizer], loc="left")
         axis.set_xlabel("step")
@@ -60,7 +85,8 @@ def losses(result: dict[str, Any], task: str) -> Figure:
     axes[0].set_ylabel(f"training loss on {task}, nats a token")
     styles = {"no warm-up": "--", "warm-up over 10 % of the steps": "-", "frequencies alone": DOTTED}
     handles = [Line2D([], [], color=FAINT, linestyle=style) for style in styles.values()]
-    figure.legend(handles, list(styles), loc="outside upper left", ncols=3, columnspacing=1.2)
+    columns = 3 if len(used) > 1 else 2  # what fits the figure's width
+    figure.legend(handles, list(styles), loc="outside upper left", ncols=columns, columnspacing=1.2)
     return figure
 
 

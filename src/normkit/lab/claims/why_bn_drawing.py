@@ -7,15 +7,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from normkit.lab.claims.drawing import COLOURS, GREY, band, name_ends, picture
+from normkit.lab.claims.drawing import COLOURS, GREY, SEEDS, band, name_ends, picture
 from normkit.lab.claims.numbers import by_step, choose, known, mean
+from normkit.lab.experiment import Drawing
 from normkit.lab.report.canvas import FAINT, FULL, log, panels
 
 METHODS = {"none": "no norm", "bn": "BatchNorm", "noisy": "BatchNorm + noise"}
 HUES = {"none": GREY, "bn": COLOURS[0], "noisy": COLOURS[1]}
 
 
-def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+def draw(result: dict[str, Any], folder: Path) -> list[Drawing]:
     """Draws the figures of the claim.
 
     Args:
@@ -23,9 +24,31 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
         folder: where to.
     """
     return [
-        *picture(folder, "shift", lambda: shift(result)),
-        *picture(folder, "smoothness", lambda: smoothness(result)),
-        *picture(folder, "rates", lambda: rates(result)),
+        picture(
+            folder,
+            "shift",
+            lambda: shift(result),
+            "Training loss (left) beside two measures of covariate shift: the cosine between a layer's gradient before and "
+            "after the layers in front of it take their step, 1 where that changes nothing (middle), and how far one step moves "
+            f"the channel means of a layer's input, in standard deviations (right); {SEEDS}. More shift is lower in the middle "
+            "and higher on the right: compare its order with that of the losses.",
+        ),
+        picture(
+            folder,
+            "smoothness",
+            lambda: smoothness(result),
+            "Along the gradient, at steps of training: the range of the loss, from the mean over seeds of its lowest value to "
+            "that of its highest (left), the largest change of the gradient (middle) and the largest change per unit of "
+            f"distance (right); in the last two, {SEEDS}. Narrower on the left and lower in the others is smoother.",
+        ),
+        picture(
+            folder,
+            "rates",
+            lambda: rates(result),
+            f"Training loss after {result['short']} steps at each learning rate; {SEEDS}, and lines that leave the top go beyond "
+            "4. A cross is a rate at which the loss of a seed was no number; look for the largest rate at which each line is "
+            "still low.",
+        ),
     ]
 
 

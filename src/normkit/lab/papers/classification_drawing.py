@@ -10,37 +10,66 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from normkit.lab.claims.drawing import band, name_ends, picture
-from normkit.lab.claims.numbers import by_step
+from normkit.lab.claims.drawing import COLOURS, GREY, SEEDS, band, name_ends, picture
+from normkit.lab.claims.numbers import by_step, mean
+from normkit.lab.experiment import Drawing
 from normkit.lab.papers.classification import GIVEN, TUNED
 from normkit.lab.papers.learning import folder_name
-from normkit.lab.report.canvas import FULL, log, panels, plain
-from normkit.lab.report.palette import styles
+from normkit.lab.report.canvas import FAINT, FULL, log, panels, plain
+from normkit.lab.report.palette import HUES, styles
 from normkit.lab.train import OK
 
+CROWD = 1 + len(HUES)  # with more methods than that, lines share colours and hide one another
+# Of a panel: what of a curve it shows, by what that is multiplied, and what it is called.
+PANELS = (("train_loss", 1, "training loss"), ("val_score", 100, "validation Top-1 in %"))
+CAPTIONS = {
+    "curves": f"training loss, on a log scale, and validation Top-1 along training; {SEEDS}. Compare the distance between lines "
+    "with the width of their bands.",
+    "ends": "training loss and validation Top-1 of the last epoch; a dot is a seed, a bar the mean over seeds, and the vertical "
+    "line that of the first row. Look for methods whose dots are all on one side of the line; a seed that diverged has no dot.",
+}
 
-def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draws, for each part, training loss and validation accuracy along training, and accuracy against the rate."""
-    written = []
+
+def draw(result: Mapping[str, Any], folder: Path) -> list[Drawing]:
+    """Draws, for each part, training loss and validation accuracy along training or at its end, and accuracy by rate."""
+    drawn = []
     for label, part in result["parts"].items():
         for kind in (TUNED, GIVEN):
             if kind in part["sets"]:
                 rows = [row for row in part["sets"][kind] if not row["control"]]
                 end = "" if kind == TUNED or TUNED not in part["sets"] else "-given-rate"
-                written += picture(folder, f"{folder_name(label)}{end}-curves", partial(curves, rows))
+                rate = "each method at its chosen rate" if kind == TUNED else f"all methods at rate {rows[0]['rate']:g}"
+                form = "ends" if len(rows) > CROWD else "curves"
+                drawn.append(
+                    picture(
+                        folder,
+                        f"{folder_name(label)}{end}-{form}",
+                        partial(ends if form == "ends" else curves, rows),
+                        f"{label}, {rate}: {CAPTIONS[form]}",
+                    )
+                )
         rows = next(iter(part["sets"].values()))
         if any(row["sweep"] for row in rows):
-            written += picture(folder, f"{folder_name(label)}-rates", partial(rates, rows))
-    return written
+            drawn.append(
+                picture(
+                    folder,
+                    f"{folder_name(label)}-rates",
+                    partial(rates, rows),
+                    f"{label}: validation Top-1 at the end of training against the learning rate, one run of the first seed a "
+                    "point; a cross at the bottom is a run that diverged. The highest point of a line is the rate chosen for "
+                    "that method; where it is the last on either side, a better rate may lie beyond.",
+                )
+            )
+    return drawn
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Training loss and validation Top-1: means over seeds, bands from the lowest seed to the highest."""
     figure, axes = panels(2, FULL, 2.6)
     looks = styles([row["name"] for row in rows], rows[0]["name"])
-    ends: list[list[tuple[float, str, str]]] = [[], []]
+    names: list[list[tuple[float, str, str]]] = [[], []]
     for row, look in zip(rows, looks, strict=True):
-        for place, (axis, key, times) in enumerate(zip(axes, ("train_loss", "val_score"), (1, 100), strict=True)):
+        for place, (axis, (key, times, _)) in enumerate(zip(axes, PANELS, strict=True)):
             runs = [
                 [{"step": epoch, "value": times * value} for epoch, value in enumerate(run["curve"][key], 1)]
                 for run in row["runs"]
@@ -48,16 +77,36 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
             steps, middle, low, high = by_step(runs, lambda point: point["value"])
             if steps:
                 band(axis, steps, middle, low, high, color=look.light, linestyle=look.line)
-                ends[place].append((middle[-1], row["name"], look.light))
-    for axis, words in zip(axes, ("training loss", "validation Top-1 in %"), strict=True):
+                names[place].append((middle[-1], row["name"], look.light))
+    for axis, (_, _, words) in zip(axes, PANELS, strict=True):
         axis.set(xlabel="epoch", ylabel=words)
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.margins(x=0.01)
     log(axes[0])
     # Positions of names need final limits.
     figure.canvas.draw()
-    for axis, found in zip(axes, ends, strict=True):
+    for axis, found in zip(axes, names, strict=True):
         name_ends(axis, found)
+    return figure
+
+
+def ends(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Training loss and validation Top-1 of the last epoch: a dot is a seed that did not diverge, a bar their mean."""
+    figure, axes = panels(2, FULL, 0.6 + 0.17 * len(rows), sharey=True)
+    for axis, (key, times, words) in zip(axes, PANELS, strict=True):
+        for y, row in enumerate(rows):
+            values = [times * run["curve"][key][-1] for run in row["runs"] if run["status"] == OK]
+            colour = COLOURS[0] if y else GREY
+            axis.plot(values, [y] * len(values), "o", color=colour, markersize=3, alpha=0.5, markeredgewidth=0)
+            if (middle := mean(values)) is not None:
+                axis.plot([middle], [y], "|", color=colour, markersize=9, markeredgewidth=1.8)
+                if not y:
+                    axis.axvline(middle, color=FAINT, linewidth=0.8)
+        axis.set_xlabel(words)
+        axis.grid(axis="x", visible=True)
+        axis.tick_params(axis="y", length=0)
+    axes[0].set_yticks(range(len(rows)), [plain(row["name"]) for row in rows])
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
     return figure
 
 

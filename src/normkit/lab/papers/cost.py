@@ -27,18 +27,17 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from normkit.lab.claims.drawing import picture
+from normkit.lab.claims.drawing import COLOURS, GREY, picture
 from normkit.lab.cost import measure_costs
 from normkit.lab.data.split import Data, Split
 from normkit.lab.devices import start_fabric
-from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.models.densenet import densenet
 from normkit.lab.models.inception8 import inception8
 from normkit.lab.models.nerf import RadianceField
 from normkit.lab.models.vit import vit_s, vit_tiny
 from normkit.lab.papers.classification import PAPER
 from normkit.lab.report.canvas import FULL, INK
-from normkit.lab.report.palette import styles
 from normkit.lab.seeding import reseed
 from normkit.lab.settings import Settings
 from normkit.surgery.fold import fold
@@ -275,9 +274,18 @@ def _against_goal(cost: Mapping[str, Any]) -> str:
     return "not within" if low > 1 + GOAL else "these rounds do not tell whether within"
 
 
-def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+def draw(result: dict[str, Any], folder: Path) -> list[Drawing]:
     """Ratios of a step's time to that with BN (LN), a network a panel."""
-    return picture(folder, "cost", lambda: _bars(result))
+    return [
+        picture(
+            folder,
+            "cost",
+            lambda: _bars(result),
+            "Time of a training step relative to that of the first row (the vertical line), a panel for each network; thin "
+            "lines are 95 % intervals of the median over rounds. A method whose interval holds 1 is not told apart from the "
+            "first row; again is that row measured a second time, and shows how far such ratios can be trusted.",
+        )
+    ]
 
 
 def _bars(result: Mapping[str, Any]) -> Figure:
@@ -286,16 +294,19 @@ def _bars(result: Mapping[str, Any]) -> Figure:
     axes = figure.subplots(-(-len(networks) // 2), 2, squeeze=False).flatten()
     for axis, (name, rows) in zip(axes, networks.items(), strict=False):
         names = list(rows)
-        for y, (row, look) in enumerate(zip(names, styles(names, names[0]), strict=True)):
+        right = 1.0
+        for y, row in enumerate(names):
             ratio = rows[row]["ratio"]
-            axis.barh(y, ratio, height=0.62, color=look.light)
+            axis.barh(y, ratio, height=0.62, color=COLOURS[0] if y else GREY)
             low, high = rows[row]["ratio_interval"] or (ratio, ratio)
             axis.plot((low, high), (y, y), color=INK, linewidth=1.0)
-            axis.annotate(f"{ratio:.3f}", (max(ratio, high), y), (3, 0), textcoords="offset points", va="center")
+            # Right of the line at 1 too, which would run through the number of a shorter bar.
+            axis.annotate(f"{ratio:.3f}", (max(1, high), y), (3, 0), textcoords="offset points", va="center")
+            right = max(right, high)
         axis.axvline(1.0, color=INK, linewidth=0.8)
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(names) - 0.45, -0.55)
-        axis.set_xlim(0, 1.18 * max(cost["ratio"] for cost in rows.values()))
+        axis.set_xlim(0, 1.22 * right)
         axis.tick_params(axis="y", length=0)
         axis.grid(axis="y", visible=False)
         axis.grid(axis="x", visible=True)

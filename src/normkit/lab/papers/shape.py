@@ -22,11 +22,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from normkit.catalogue.methods import method
-from normkit.lab.claims.drawing import COLOURS, GREY, SHAPES, band, name_ends, picture
+from normkit.lab.claims.drawing import COLOURS, GREY, SEEDS, SHAPES, band, name_ends, picture
 from normkit.lab.claims.numbers import by_step, choose, mean, spread
 from normkit.lab.data import mesh, shapes
 from normkit.lab.data.root import VARIABLE, data_root
-from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.interval import Interval
 from normkit.lab.models.occupancy import Kind
 from normkit.lab.models.rows import Scale
@@ -243,13 +243,32 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
+def draw(result: Mapping[str, Any], folder: Path) -> list[Drawing]:
     """The learnt surfaces beside the solids, a figure an activation, and IoU along training."""
-    written, there = [], {kind for _, kind in _pairs(result)}
-    for kind in KINDS:
-        if kind in there:
-            written += picture(folder, f"surfaces-{kind}", partial(_surfaces, result, kind))
-    return [*written, *picture(folder, "iou", lambda: _curves(result))]
+    there = {kind for _, kind in _pairs(result)}
+    return [
+        *(
+            picture(
+                folder,
+                f"surfaces-{kind}",
+                partial(_surfaces, result, kind),
+                f"The solid, and the surfaces that {words.replace('PE', 'positional encoding')} networks of the first seed "
+                "learnt: plain, with conditioned weights (E), and with E at the scale of the start (kept scale). IoU, "
+                "intersection over union, is 1 where a surface encloses just what the solid does; it is taken over the whole "
+                "cube and near the surface, where details count.",
+            )
+            for kind, words in KINDS.items()
+            if kind in there
+        ),
+        picture(
+            folder,
+            "iou",
+            lambda: _curves(result),
+            f"IoU, intersection over union with the solid, near its surface along training (PE: positional encoding); {SEEDS}, "
+            "and a line without a band is one seed. Look at how far E is from plain, and whether it still is when E keeps the "
+            "scale of the start.",
+        ),
+    ]
 
 
 def _surfaces(result: Mapping[str, Any], kind: Kind) -> Figure:

@@ -19,7 +19,7 @@ import torch
 
 from normkit.lab import task
 from normkit.lab.devices import start_fabric
-from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.models.vit import vit_b16
 from normkit.lab.papers import classification
 from normkit.lab.papers.classification import PAPER, Plan, Row, verdicts
@@ -113,7 +113,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     return [Table("ViT-B/16 on ImageNet, small scale: does it run?", columns, lines, notes)]
 
 
-def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+def draw(result: dict[str, Any], folder: Path) -> list[Drawing]:
     """Training curves; none of a smoke test."""
     return [] if result["scale"] == "small" else draw_curves(result, folder)
 

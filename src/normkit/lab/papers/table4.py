@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,11 +23,11 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from normkit.catalogue.methods import method
-from normkit.lab.claims.drawing import COLOURS, GREY, SHAPES, band, name_ends, picture
+from normkit.lab.claims.drawing import COLOURS, GREY, SEEDS, SHAPES, band, name_ends, picture
 from normkit.lab.claims.numbers import by_step, choose, mean, spread
 from normkit.lab.data.llff import FOLDER, SCENES
 from normkit.lab.data.root import data_root
-from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.interval import Interval
 from normkit.lab.models.rows import Scale
 from normkit.lab.papers.equal_time import time_table
@@ -228,13 +229,28 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
+def draw(result: Mapping[str, Any], folder: Path) -> list[Drawing]:
     """Curves along training, and a view that judges with its depth for each network."""
-    written = []
+    drawn = []
     for scene in _scenes(result):
-        written += picture(folder, f"{scene}-psnr", lambda scene=scene: _curves(result, scene))
-        written += picture(folder, f"{scene}-views", lambda scene=scene: _views(result, scene))
-    return written
+        drawn += [
+            picture(
+                folder,
+                f"{scene}-psnr",
+                partial(_curves, result, scene),
+                "PSNR of held-out views, where higher is better (left), and condition number of the weights that the trunks "
+                f"multiply with, geometric mean over layers (right), along training on {scene}; {SEEDS}, and a line without a "
+                "band is one seed. Look at whether a lower condition number goes with a higher PSNR.",
+            ),
+            picture(
+                folder,
+                f"{scene}-views",
+                partial(_views, result, scene),
+                f"A held-out view of {scene} and what the first seed of each network makes of it, with the PSNR of this view, "
+                "above the depth that it found. Look for sharp edges, and for depths that follow the objects.",
+            ),
+        ]
+    return drawn
 
 
 def _curves(result: Mapping[str, Any], scene: str) -> Figure:
@@ -291,7 +307,7 @@ def _views(result: Mapping[str, Any], scene: str) -> Figure:
         label = name.replace(", ", ",\n")
         axes[0, place].set_title(plain(f"{label}\n{score:.1f} dB" if score is not None else f"{label}\ndiverged"))
         axes[1, place].imshow(decode(shown[name]["depth"]), cmap="magma", vmin=0, vmax=1)
-    axes[1, 0].text(1, 0.5, "near is bright,\nfar is dark", transform=axes[1, 0].transAxes, ha="right", va="center")
+    axes[1, 0].text(0.95, 0.5, "near is bright,\nfar is dark", transform=axes[1, 0].transAxes, ha="right", va="center")
     return figure
 
 

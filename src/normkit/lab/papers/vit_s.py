@@ -24,12 +24,12 @@ from torch import nn
 from normkit.lab import task
 from normkit.lab.claims.drawing import name_ends, picture
 from normkit.lab.devices import start_fabric
-from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.models.vit import VisionTransformer
 from normkit.lab.papers import classification
 from normkit.lab.papers.classification import PAPER, Plan, Row, difference, study, verdicts
 from normkit.lab.papers.classification_drawing import draw as draw_curves
-from normkit.lab.papers.learning import Training, folder_name, images, make
+from normkit.lab.papers.learning import Training, images, make
 from normkit.lab.report.canvas import FULL, log, panels
 from normkit.lab.report.palette import styles
 
@@ -142,9 +142,19 @@ def _vanish(without: list[float], with_ln: list[float]) -> str:
     return f"So without LN they are {size} in the first block, and {depth} (first over last {falls:.2f})."
 
 
-def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
+def draw(result: Mapping[str, Any], folder: Path) -> list[Drawing]:
     """Training curves, rates, and gradients by block."""
-    return [*draw_curves(result, folder), *picture(folder, f"{folder_name('gradients')}", lambda: _blocks(result))]
+    return [
+        *draw_curves(result, folder),
+        picture(
+            folder,
+            "gradients",
+            lambda: _blocks(result),
+            "Norm of the loss's gradient by all parameters of each block before the first step, with the first seed; methods "
+            "that start alike lie on one another. Gradients that vanish on their way back are a line that falls from the last "
+            "block to the first.",
+        ),
+    ]
 
 
 def _blocks(result: Mapping[str, Any]) -> Figure:

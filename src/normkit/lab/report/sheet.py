@@ -21,7 +21,7 @@ from normkit.lab.record import write_bytes
 from normkit.lab.report.page import moment, resource, setting, template
 
 if TYPE_CHECKING:
-    from normkit.lab.experiment import Experiment, Table
+    from normkit.lab.experiment import Drawing, Experiment, Table
 
 ABSENT = "–"
 LONG = 24  # characters, from which on a cell is read like a sentence
@@ -114,7 +114,9 @@ def _need(table: "Table", place: int, console: Console) -> int:
     return max(1, min(max(map(cell_len, texts), default=0), console.width // 2 - GAP))
 
 
-def write_markdown(experiment: "Experiment", found: Mapping[str, Any], figures: Sequence[Path], output: Path) -> Path:
+def write_markdown(
+    experiment: "Experiment", found: Mapping[str, Any], figures: Sequence["Drawing"], output: Path
+) -> Path:
     """Writes ``result.md``."""
     parts = [f"# {experiment.title}", f"{experiment.claim} ({experiment.paper.cite()})", facts(experiment, found)]
     if paragraphs := setup(experiment):
@@ -122,7 +124,9 @@ def write_markdown(experiment: "Experiment", found: Mapping[str, Any], figures: 
     for table in experiment.tables(found["result"]):
         parts += [f"## {table.title}", _markdown(table), *table.notes]
     parts += ["## Remarks", "\n".join(f"- {remark}" for remark in experiment.remarks(found["result"]))]
-    parts += [f"![{path.stem}]({path.relative_to(output).as_posix()})" for path in figures if path.suffix == ".png"]
+    for drawing in figures:
+        path = drawing.path.relative_to(output).as_posix()
+        parts += [f"![{_name(drawing)}]({path})", f"*{drawing.caption}*"]
     path = output / "result.md"
     write_bytes(path, ("\n\n".join(parts) + "\n").encode())
     return path
@@ -153,7 +157,7 @@ def devices(here: Mapping[str, Any]) -> str:
     return here["device"] if here["device"] != "cpu" else f"{here['processor']}, {here['cores']} cores"
 
 
-def write_sheet(experiment: "Experiment", found: Mapping[str, Any], figures: Sequence[Path], output: Path) -> Path:
+def write_sheet(experiment: "Experiment", found: Mapping[str, Any], figures: Sequence["Drawing"], output: Path) -> Path:
     """Writes ``report.html``, which needs nothing else and asks nothing of the network."""
     text = template("sheet.html").render(
         experiment=experiment,
@@ -161,7 +165,7 @@ def write_sheet(experiment: "Experiment", found: Mapping[str, Any], figures: Seq
         setup=setup(experiment),
         tables=experiment.tables(found["result"]),
         remarks=experiment.remarks(found["result"]),
-        figures=[_picture(path, output) for path in figures if path.suffix == ".png"],
+        figures=[_figure(drawing, output) for drawing in figures],
         cell=cell,
         is_text=is_text,
         devices=devices,
@@ -174,13 +178,18 @@ def write_sheet(experiment: "Experiment", found: Mapping[str, Any], figures: Seq
     return page
 
 
-def _picture(path: Path, output: Path) -> dict[str, str]:
-    data = base64.b64encode(path.read_bytes()).decode()
+def _figure(drawing: "Drawing", output: Path) -> dict[str, str]:
+    data = base64.b64encode(drawing.path.read_bytes()).decode()
     return {
-        "name": path.stem.replace("-", " "),
-        "path": path.relative_to(output).with_suffix("").as_posix(),
+        "name": _name(drawing),
+        "caption": drawing.caption,
+        "path": drawing.path.relative_to(output).with_suffix("").as_posix(),
         "data": f"data:image/png;base64,{data}",
     }
+
+
+def _name(drawing: "Drawing") -> str:
+    return re.sub(r"[-_]", " ", drawing.path.stem)
 
 
 def _markdown(table: "Table") -> str:
