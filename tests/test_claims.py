@@ -494,7 +494,9 @@ def test_why_bn_tells_what_paired_seeds_and_the_losses_say() -> None:
     measured = [*along("none", 1.5, 1.6, 1.7), *along("bn", 1.2, 1.3, 1.4), *along("noisy", 1.3, 1.7, 1.6)]
     result = {"runs": short + measured, "rates": [0.1, 1.0], "short": 50}
     said = why_bn.remarks(result)
-    assert any("with noise minus no norm -0.07 [" in remark and remark.endswith("], not told apart.") for remark in said)
+    assert any(
+        "with noise minus no norm -0.07 [" in remark and remark.endswith("], not told apart.") for remark in said
+    )
     assert said[-1].endswith("no norm 1.50 (rate 0.1); BatchNorm 1.40 (rate 0.1).")
     measured[-1]["end"] = None
     assert "noise behind it 1.77" in " ".join(why_bn.remarks(result))
