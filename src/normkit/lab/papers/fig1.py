@@ -24,7 +24,11 @@ ROWS = (Row("BN", "bn"), Row("BN + WS", "bn+ws"), Row("BN + E", "bn+e"))
 FAST = "GoogLeNet"
 LABELS = {FAST: ("googlenet", 0.125), "ResNet-18": ("resnet18", 0.25), "ResNet-50": ("resnet50", 0.125)}
 SMALL: dict[str, Any] = {"size": 16, "train": 2048, "val": 1000, "test": 1000}
-GIVEN = {FAST: {"small": 2.0, "full": 2.0}, **dict.fromkeys(("ResNet-18", "ResNet-50"), {"small": 0.05, "full": 1e-3})}
+GIVEN = {
+    FAST: {"small": 2.0, "full": 2.0},
+    "ResNet-18": {"small": 0.05, "full": 1e-3},
+    "ResNet-50": {"small": 0.05, "full": 1e-3},
+}
 RATES = {FAST: (0.1, 0.5, 2.0), "ResNet-18": (0.01, 0.05, 0.25), "ResNet-50": (0.01, 0.05, 0.25)}
 REMARKS = (
     "The figure prints no numbers; the text says that BN with conditioning is about 15 points above BN and BN + WS in GoogLeNet "
