@@ -13,6 +13,7 @@ namespace {
 
 constexpr int CURVED = -1;     // an activation whose slope is taken of a run of numbers at a time
 constexpr int64_t BLOCK = 64;  // rows that are summed before they are added up in double precision
+constexpr int64_t LONG = 512;  // bytes of a row from which on rows are read one by one: side by side they come in late
 
 template <class A> struct Line {
     alignas(64) A center[ROOM], inverse[ROOM];
@@ -48,6 +49,12 @@ template <int VARIATION, int KIND, int ROWS, class T> struct Rows {
         }
     }
 
+    // Asks for what is read soon, where rows are long: of three streams at once the processor foresees too little.
+    template <class At> void ask(At at) const {
+        if constexpr (ROWS > 1) return;
+        __builtin_prefetch(x + 3 * pitch + at.lane);
+        __builtin_prefetch(dy + 3 * pitch + at.lane);
+    }
     template <class At> Vec<A> apart(At at, int r) const { return at.load(x + r * pitch) - at.load(line.center); }
     template <class At> Vec<A> gain(At at, int r) const {
         if constexpr (VARIATION == PER_ROW) return splat<A>(weight[r]);
@@ -74,6 +81,7 @@ void collect(const Rows<VARIATION, KIND, ROWS, T> &rows, A *sums, A *products, A
     for_vectors(rows.width, [&](auto at) {
         Vec<A> lane_sum = {}, lane_product = {};
         for (int r = 0; r < ROWS; ++r) {
+            rows.ask(at);
             Vec<A> apart = rows.apart(at, r), g = at.template fresh<A>(rows.g(at, r, apart));
             if constexpr (VARIATION == PER_LANE) {
                 lane_sum += g;
@@ -104,6 +112,7 @@ void spread(const Rows<VARIATION, KIND, ROWS, T> &rows, const T *dsum, T *dx) {
     for_vectors(rows.width, [&](auto at) {
         Vec<A> found[ROWS];
         for (int r = 0; r < ROWS; ++r) {
+            rows.ask(at);
             Vec<A> apart = {};
             if constexpr (PULLED || KIND == NK_RELU) apart = rows.apart(at, r);
             found[r] = rows.g(at, r, apart);
@@ -187,6 +196,7 @@ public:
 
 private:
     int64_t place(int64_t o, Span span, Tile tile) const { return o * sheet.size + span.first * sheet.lanes + tile.first; }
+    bool one_by_one(Tile tile) const { return cut.tiles == 1 && tile.width * int64_t(sizeof(T)) >= LONG; }
     bool by_lane() const { return parameters.variation == PER_LANE; }
     // A share's sums for the parameters: of g * normalized; those of g follow after an area.
     double *own_of(int64_t share, int64_t tile) const { return own + (share * parts + (parts > 1 ? tile : 0)) * 2 * parameters.area(); }
@@ -317,7 +327,7 @@ private:
                 std::fill(some_sums, some_sums + ROOM, A(0));
                 std::fill(some_products, some_products + ROOM, A(0));
                 int64_t end = std::min(row + BLOCK, span.rows);
-                for (; row + MANY <= end; row += MANY) rows_at(std::integral_constant<int, MANY>{}, row, tile.width);
+                for (; !one_by_one(tile) && row + MANY <= end; row += MANY) rows_at(std::integral_constant<int, MANY>{}, row, tile.width);
                 for (; row < end; ++row) rows_at(std::integral_constant<int, 1>{}, row, tile.width);
                 if (row == span.rows && span.last) rows_at(std::integral_constant<int, 1>{}, row++, span.last);
                 for (int64_t l = 0; l < tile.width; ++l) sums[l] += double(some_sums[l]), products[l] += double(some_products[l]);
@@ -359,7 +369,7 @@ private:
                 pulled ? spread<true>(rows, dsum, call.dx + at) : spread<false>(rows, dsum, call.dx + at);
             };
             int64_t row = 0;
-            for (; row + MANY <= span.rows; row += MANY) rows_at(std::integral_constant<int, MANY>{}, row, tile.width);
+            for (; !one_by_one(tile) && row + MANY <= span.rows; row += MANY) rows_at(std::integral_constant<int, MANY>{}, row, tile.width);
             for (; row < span.rows; ++row) rows_at(std::integral_constant<int, 1>{}, row, tile.width);
             if (span.last) rows_at(std::integral_constant<int, 1>{}, row, span.last);
         });
