@@ -12,9 +12,9 @@ from torch import nn
 import lab_samples
 import normkit as nk
 from normkit.engine.library import why_not
-from normkit.lab.cost import measure_costs
+from normkit.lab.cost import Step, measure_costs, measure_steps
 from normkit.lab.devices import start_fabric
-from normkit.lab.memory import peak_bytes
+from normkit.lab.memory import keep_memory, peak_bytes
 from normkit.lab.protocol import make_data
 from normkit.lab.settings import Settings
 
@@ -57,6 +57,12 @@ def test_every_recipe_is_measured_alike() -> None:
         low, high = cost["ms_quartiles"]
         assert 0 < low <= cost["ms_per_step"] <= high
         assert cost["rounds"] == 5
+
+
+def test_steps_are_measured_with_memory_kept() -> None:
+    keep_memory.cache_clear()
+    measure_steps({"nothing": Step(lambda: None, lambda: None)}, CPU, budget=0.0)
+    assert keep_memory.cache_info().misses == 1
 
 
 @pytest.mark.skipif(why_not() is not None, reason=f"no native kernels: {why_not()}")

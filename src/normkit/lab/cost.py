@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from normkit.lab.data.split import Data
 from normkit.lab.interval import median_interval
-from normkit.lab.memory import peak_bytes
+from normkit.lab.memory import keep_memory, peak_bytes
 from normkit.lab.parallel import place
 from normkit.lab.seeding import reseed
 from normkit.lab.settings import Settings
@@ -85,7 +85,8 @@ def measure_steps(
     After a warm-up, each round takes one step of each in an order shuffled anew, so that what slows the machine for a
     while slows all of them alike; medians and ratios are taken over rounds. On a CPU each step's tensors lie in other
     places of memory than the last one's: else a step would be faster or slower than its own copy throughout, by up to
-    5 %, for the sets of the cache that its tensors happen to share (Curtsinger and Berger 2013, "Stabilizer").
+    5 %, for the sets of the cache that its tensors happen to share (Curtsinger and Berger 2013, "Stabilizer"). There the
+    process keeps its memory from one step to the next, as in training (:func:`~normkit.lab.memory.keep_memory`).
 
     Args:
         steps: by name, the baseline first.
@@ -100,6 +101,8 @@ def measure_steps(
         that round), ``ratio_interval`` (its 95 % interval; None for the baseline and with fewer than 6 rounds),
         ``mb_per_step`` (10^6 bytes, see :func:`~normkit.lab.memory.peak_bytes`) and ``rounds``.
     """
+    if device.type == "cpu":
+        keep_memory()
     memory = {}
     spent = 0.0
     for name, step in steps.items():
