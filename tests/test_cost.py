@@ -1,6 +1,7 @@
 """Cost of a step: memory against what is known by hand, and the shape of what is measured."""
 
 import ast
+import copy
 import platform
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import lab_samples
 import normkit as nk
 from normkit.engine.library import why_not
 from normkit.lab.cost import Step, measure_costs, measure_steps
+from normkit.lab.data.split import Data, Split
 from normkit.lab.devices import start_fabric
 from normkit.lab.memory import keep_memory, peak_bytes
 from normkit.lab.protocol import make_data
@@ -61,8 +63,19 @@ def test_every_recipe_is_measured_alike() -> None:
 
 def test_steps_are_measured_with_memory_kept() -> None:
     keep_memory.cache_clear()
-    measure_steps({"nothing": Step(lambda: None, lambda: None)}, CPU, budget=0.0)
+    measure_steps({"nothing": Step(lambda: None, nn.Identity())}, CPU, budget=0.0)
     assert keep_memory.cache_info().misses == 1
+
+
+@pytest.mark.parametrize("recipe", ["none+ws@all", "none+wn", "none+e@all"])
+def test_memory_of_effective_weights_is_that_of_a_step(recipe: str) -> None:
+    settings = Settings(accelerator="cpu", batch_size=128, condition=False)
+    split = Split(torch.zeros(128, dtype=torch.long), torch.randn(128, 64))
+    bare = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(4)))
+    models = {"bare": bare, recipe: nk.apply_recipe(copy.deepcopy(bare), recipe).model}
+    costs = measure_costs(models, settings, Data(split, split, split), start_fabric(settings), budget=0.0)
+    added = 1e6 * (costs[recipe]["mb_per_step"] - costs["bare"]["mb_per_step"])
+    assert round(added) >= sum(parameter.nbytes for parameter in bare.parameters())
 
 
 @pytest.mark.skipif(why_not() is not None, reason=f"no native kernels: {why_not()}")

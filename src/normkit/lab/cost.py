@@ -19,6 +19,7 @@ from normkit.lab.parallel import place
 from normkit.lab.seeding import reseed
 from normkit.lab.settings import Settings
 from normkit.lab.train import train_step
+from normkit.weights.parametrization import release
 
 # So small a rate that no model leaves the range in which it was made: a step costs the same at any rate.
 RATE = 1e-6
@@ -31,11 +32,16 @@ class Step:
 
     Args:
         take: does it: forward, backward and update.
-        clear: drops the gradients that it leaves.
+        model: that it trains.
     """
 
     take: Callable[[], object]
-    clear: Callable[[], None]
+    model: nn.Module
+
+    def clear(self) -> None:
+        """Drops what the step makes anew and leaves: gradients, and the memory of effective weights, kept for the next."""
+        self.model.zero_grad()
+        release(self.model)
 
 
 def measure_costs(
@@ -68,7 +74,7 @@ def measure_costs(
     for recipe, model in models.items():
         placed = place(model, settings, RATE, fabric)
         placed.wrapped.train()
-        steps[recipe] = Step(partial(train_step, fabric, placed, settings, *batch), placed.optimizer.zero_grad)
+        steps[recipe] = Step(partial(train_step, fabric, placed, settings, *batch), placed.model)
     return measure_steps(steps, fabric.device, budget, rounds, warm_up, fabric.broadcast)
 
 

@@ -172,7 +172,7 @@ def measure_solid(job: OccupancyCosts, folder: Path) -> dict[str, Any]:
     for row in job.rows:
         model = _begin(row, here)
         optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
-        steps[row.row] = Step(partial(_descend, model, optimizer, where, truth), optimizer.zero_grad)
+        steps[row.row] = Step(partial(_descend, model, optimizer, where, truth), model)
     return measure_steps(steps, here, job.budget)
 
 

@@ -183,7 +183,7 @@ def measure_scene(job: RadianceCosts, folder: Path) -> dict[str, Any]:
         optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
         sampling = Sampling(row.coarse, row.fine)
         take = partial(_descend, model, optimizer, rays, colours, sampling, scene.background)
-        steps[row.row] = Step(take, optimizer.zero_grad)
+        steps[row.row] = Step(take, model)
     return measure_steps(steps, here, job.budget)
 
 

@@ -56,3 +56,10 @@ class Parametrization(nn.Module):
         if key not in self._plans:
             self._plans[key] = self.plan(weight)
         return self._plans[key]
+
+
+def release(model: nn.Module) -> None:
+    """Gives up the memory that parametrizations of a model keep from one training step to the next."""
+    for part in model.modules():
+        if isinstance(part, Parametrization):
+            part._spare.empty()

@@ -67,6 +67,10 @@ class Spare:
         self._free[:] = [kept]
         return taken
 
+    def empty(self) -> None:
+        """Gives the place up."""
+        self._free.clear()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Spare:
         return Spare()
 
