@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from normkit.lab import record, task
+from normkit.lab.cost import Step, measure_steps
 from normkit.lab.data.split import Data, Split
 from normkit.lab.experiment import Bench, Experiment, perform
 from normkit.lab.papers import ablations, cost, fig1, table2, table3, vit_s
@@ -221,14 +222,24 @@ def test_cost_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     real = cost.measure_costs
     monkeypatch.setattr(cost, "measure_costs", lambda m, s, d, f, *_: real(m, s, d, f, 0.1, (3, 3)))
     monkeypatch.setattr(cost, "INFERENCE_SECONDS", 0.0)
+    taken = []
+
+    def measured(steps: dict[str, Step], *given: Any) -> dict[str, dict[str, Any]]:
+        taken.extend(steps)
+        return measure_steps(steps, *given)
+
+    monkeypatch.setattr(cost, "measure_steps", measured)
     found = perform(cost.EXPERIMENT, Bench("small", tmp_path, console=Console(quiet=True)))["result"]
     rows = found["networks"]["tiny"]
     assert list(rows) == list(cost.BN)
-    assert rows["BN"]["ratio"] == 1
+    assert (rows["BN"]["ratio"], rows["BN"]["folded_ratio"], taken[0], len(taken)) == (1, 1, "BN, folded", 14)
     assert all(row["eval_ms"] > 0 and row["folded_ms"] > 0 for row in rows.values())
     (table,) = cost.tables(found)
     assert all(len(row) == len(table.columns) for row in table.rows)
     assert any("2 % of BN" in remark for remark in cost.remarks(found))
+    for place, row in enumerate(rows):
+        rows[row]["folded_ratio"] = 1 + place / 100
+    assert "tiny: folded, inference takes within 6.0 % of folded BN's." in cost.remarks(found)
     assert (tmp_path / "figures/cost.png").exists()
 
 

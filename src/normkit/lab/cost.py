@@ -32,7 +32,7 @@ class Step:
 
     Args:
         take: does it: forward, backward and update.
-        model: that it trains.
+        model: that takes it.
     """
 
     take: Callable[[], object]

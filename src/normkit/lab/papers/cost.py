@@ -14,13 +14,10 @@ their ReLU. W and E are on all layers of it ("all") or on the first and last.
 from __future__ import annotations
 
 import copy
-import random
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -28,7 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from normkit.lab.claims.drawing import COLOURS, GREY, picture
-from normkit.lab.cost import measure_costs
+from normkit.lab.cost import Step, measure_costs, measure_steps
 from normkit.lab.data.split import Data, Split
 from normkit.lab.devices import start_fabric
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
@@ -146,7 +143,8 @@ def time_network(job: Measure, folder: Path) -> dict[str, Any]:
         warm_up,
     )
     inputs, _ = split.batch(torch.arange(job.batch), fabric.device)
-    return {name: {**costs[name], **found} for name, found in _inference(models, inputs, fabric.device).items()}
+    found = _inference(models, inputs, fabric.device, warm_up)
+    return {name: {**cost, **found[name]} for name, cost in costs.items()}
 
 
 def _made(job: Measure, recipe: str) -> nn.Module:
@@ -155,35 +153,29 @@ def _made(job: Measure, recipe: str) -> nn.Module:
     return apply_recipe(make(), recipe).model
 
 
-def _inference(models: Mapping[str, nn.Module], inputs: Any, device: torch.device) -> dict[str, Any]:
-    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+def _inference(
+    models: Mapping[str, nn.Module], inputs: Any, device: torch.device, warm_up: int
+) -> dict[str, dict[str, float]]:
+    whole, folded = {}, {}
     for name, model in models.items():
         model.to(device).eval()
-        folded = fold(copy.deepcopy(model), inputs).model
-        for kind, one in {"eval": model, "folded": folded}.items():
-            calls[name, kind] = partial(one, **inputs) if isinstance(inputs, dict) else partial(one, inputs)
-    taken: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-    base = taken[next(iter(models)), "folded"]
-    shuffler = random.Random(0)
+        whole[f"{name}, whole"] = _call(model, inputs)
+        folded[f"{name}, folded"] = _call(fold(copy.deepcopy(model), inputs).model, inputs)
     with torch.no_grad():
-        for call in calls.values():
-            call()
-        began = time.perf_counter()
-        while len(base) < 5 or (len(base) < 120 and time.perf_counter() - began < INFERENCE_SECONDS):
-            for key in shuffler.sample(list(calls), len(calls)):
-                started = time.perf_counter()
-                calls[key]()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                taken[key].append(1e3 * (time.perf_counter() - started))
+        # The first is what the others are compared with.
+        costs = measure_steps({**folded, **whole}, device, INFERENCE_SECONDS, (6, 120), warm_up)
     return {
         name: {
-            "eval_ms": median(taken[name, "eval"]),
-            "folded_ms": median(taken[name, "folded"]),
-            "folded_ratio": median(one / other for one, other in zip(taken[name, "folded"], base, strict=True)),
+            "eval_ms": costs[f"{name}, whole"]["ms_per_step"],
+            "folded_ms": costs[f"{name}, folded"]["ms_per_step"],
+            "folded_ratio": costs[f"{name}, folded"]["ratio"],
         }
         for name in models
     }
+
+
+def _call(model: nn.Module, inputs: Any) -> Step:
+    return Step(partial(model, **inputs) if isinstance(inputs, dict) else partial(model, inputs), model)
 
 
 def run(bench: Bench) -> dict[str, Any]:
@@ -252,9 +244,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
             f"{_ratio(everywhere)}: {_against_goal(everywhere)} 2 % of {base}."
         )
         folded = max(abs(rows[row]["folded_ratio"] - 1) for row in rows if row not in ("none",))
-        said.append(
-            f"{name}: folded, the methods take the same time for inference as folded {base}, to {100 * folded:.1f} %."
-        )
+        said.append(f"{name}: folded, inference takes within {100 * folded:.1f} % of folded {base}'s.")
     said.append(
         "The paper says that conditioning makes an iteration longer than other normalizations do, and prints no numbers where "
         "they can be read. A folded network has no trace of the method, so its time is that of the network without it."
