@@ -112,7 +112,8 @@ def test_classes_are_given_where_they_are_taken() -> None:
         ({"train": (X, Y[:, None, None]), "test": (X, Y[:, None, None])}, r"wanted classes \(n,\)"),
         ({"train": (X, X[:, 0]), "test": (X, torch.ones(30))}, "targets of test are all equal"),
         ({"train": [X, Y, Y], "test": (X, Y)}, r"train\[0\] is a Tensor; wanted a pair"),
-        ({"train": [(X[0], Y[:1]), (X[0], Y[:2]), (X[0], Y[:2])], "test": (X, Y)}, "unequal shapes"),
+        ({"train": [(X[0], Y[:1]), (X[0], Y[:2]), (X[0], Y[:2])], "test": (X, Y)}, "targets of unequal shapes"),
+        ({"train": [(X[0], 0), (X[0, :7], 1), (X[0], 2)], "test": (X, Y)}, "train has inputs of unequal shapes"),
         ({"train": [(replaced(X, 0, float("nan"))[0], 1)], "test": (X, Y)}, "hold NaN"),
         (Data(Split(Y, X), Split(Y, X), Split(Y[:0], X[:0])), "test is empty"),
     ],
@@ -131,17 +132,44 @@ def test_data_factory_that_fails() -> None:
     ("model", "data", "words"),
     [
         (lab_samples.model(2), lab_samples.data, "returned 2 logits, but the highest label is 2; wanted at least 3"),
-        (nn.Linear(9, 3), lab_samples.data, r"raised RuntimeError on two training samples \(inputs \(2, 8\)\)"),
-        (nn.Flatten(0), lab_samples.data, r"returned \(16,\) for class targets \(2,\); wanted \(2, classes\)"),
+        (
+            nn.Linear(9, 3),
+            lab_samples.data,
+            r"raised RuntimeError on two samples of train \(inputs torch.float32 \(2, 8\)\)",
+        ),
+        (nn.Flatten(0), lab_samples.data, r"returned \(16,\) for class targets \(2,\) of train; wanted \(2, classes\)"),
         (nn.GRU(8, 4), lab_samples.data, "returned a tuple; wanted a tensor of logits"),
-        (nn.Linear(8, 2), lab_samples.regression, r"returned \(2, 2\) for float targets \(2,\)"),
-        (nn.Linear(8, 3), lab_samples.tokens, "raised TypeError on two training samples .*input_ids"),
+        (nn.Linear(8, 2), lab_samples.regression, r"returned \(2, 2\) for float targets \(2,\) of train"),
+        (nn.Linear(8, 3), lab_samples.tokens, "raised TypeError on two samples of train .*input_ids"),
     ],
 )
 def test_models_that_do_not_fit(model: nn.Module, data: Any, words: str) -> None:
     with pytest.raises(ProtocolError, match=words):
         check_fit(model.train(), make_data(data, "data"), "model")
     assert model.training
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (torch.randn(50, 9), r"inputs torch.float32 \(2, 9\)"),
+        (torch.randn(50, 8).double(), r"inputs torch.float64 \(2, 8\)"),
+        ({"x": torch.randn(50, 8)}, r"\(x torch.float32 \(2, 8\)"),
+    ],
+)
+def test_splits_that_do_not_fit_as_train_does(split: str, inputs: Any, words: str) -> None:
+    made = lab_samples.changed(**{split: (inputs, torch.arange(50) % 3)})
+    cure = rf"it took inputs torch.float32 \(2, 8\) of train: make {split} alike"
+    with pytest.raises(ProtocolError, match=f"on two samples of {split} .*{words}.*{cure}"):
+        check_fit(lab_samples.model(), make_data(made, "data"), "model")
+
+
+def test_a_split_of_longer_sequences_is_taken() -> None:
+    splits = {
+        part: (torch.randn(9, length, 8), torch.randn(9, length, 1)) for part, length in (("train", 5), ("test", 7))
+    }
+    check_fit(nn.Linear(8, 1), make_data(lambda: splits, "data"), "model")
 
 
 @pytest.mark.parametrize(

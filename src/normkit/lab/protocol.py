@@ -176,7 +176,9 @@ def make_data(factory: Callable[[], Any], name: str) -> Data:
 
 
 def check_fit(model: nn.Module, data: Data, name: str) -> None:
-    """Runs two training samples through a model in eval mode and checks what comes out.
+    """Runs two samples of each split through a model in eval mode and checks what comes out.
+
+    The model itself judges whether inputs of the splits are alike enough: one may take images or sequences of any size.
 
     Args:
         model: a model on the CPU; its training flag is left as it was.
@@ -186,33 +188,47 @@ def check_fit(model: nn.Module, data: Data, name: str) -> None:
     Raises:
         ProtocolError: the model raised, or its output does not fit the targets.
     """
-    index = torch.arange(min(2, len(data.train)))
-    inputs, targets = data.train.batch(index, torch.device("cpu"))
     training = model.training
     model.eval()
+    try:
+        for split in data.splits:
+            _check_output(model, data, split, name)
+    finally:
+        model.train(training)
+
+
+def _check_output(model: nn.Module, data: Data, split: str, name: str) -> None:
+    inputs, targets = _two(data.splits[split])
     try:
         with torch.no_grad():
             output = call(model, inputs)
     except Exception as error:
-        shown = {k: tuple(v.shape) for k, v in inputs.items()} if isinstance(inputs, dict) else tuple(inputs.shape)
+        # Training samples come first, so that those of another split are at fault where the model took these.
+        cure = f"; it took {_shown(_two(data.train)[0])} of train: make {split} alike" if split != "train" else ""
         raise ProtocolError(
-            f"model {name} raised {type(error).__name__} on two training samples (inputs {shown}): {error}"
+            f"model {name} raised {type(error).__name__} on two samples of {split} ({_shown(inputs)}): {error}{cure}"
         ) from error
-    finally:
-        model.train(training)
     logits = predictions(output, name)
     got, rows = tuple(logits.shape), tuple(targets.shape)
     if data.classes is None:
         if got not in (rows, (*rows, 1)):
-            raise ProtocolError(f"model {name} returned {got} for float targets {rows}; wanted {rows}")
+            raise ProtocolError(f"model {name} returned {got} for float targets {rows} of {split}; wanted {rows}")
     elif len(got) != len(rows) + 1 or got[:-1] != rows:
         wanted = f"({', '.join(map(str, rows))}, classes)"
-        raise ProtocolError(f"model {name} returned {got} for class targets {rows}; wanted {wanted}")
+        raise ProtocolError(f"model {name} returned {got} for class targets {rows} of {split}; wanted {wanted}")
     elif data.classes > got[-1]:
         raise ProtocolError(
             f"model {name} returned {got[-1]} logits, but the highest label is {data.classes - 1}; "
             f"wanted at least {data.classes} logits, labels count from 0"
         )
+
+
+def _two(split: Split) -> tuple[Inputs, Tensor]:
+    return split.batch(torch.arange(min(2, len(split))), torch.device("cpu"))
+
+
+def _shown(inputs: Inputs) -> str:
+    return ", ".join(f"{part} {tensor.dtype} {tuple(tensor.shape)}" for part, tensor in _named(inputs))
 
 
 def _split(name: str, value: Any) -> Split:
@@ -231,18 +247,22 @@ def _split(name: str, value: Any) -> Split:
 
 
 def _read(name: str, source: Any) -> Split:
-    targets = []
+    targets, shapes = [], set()
     for row in range(len(source)):
         sample = source[row]
         if not (isinstance(sample, tuple | list) and len(sample) == 2):
             raise ProtocolError(f"{name}[{row}] is {_kind(sample)}; wanted a pair (inputs, target)")
-        for part, tensor in _named(_inputs(f"{name}[{row}] inputs", sample[0])):
+        inputs = _named(_inputs(f"{name}[{row}] inputs", sample[0]))
+        for part, tensor in inputs:
             _check_finite(f"{name}[{row}] {part}", tensor)
+        shapes.add(tuple((part, *tensor.shape) for part, tensor in inputs))
         targets.append(_tensor(f"{name}[{row}] target", sample[1]))
     if len({target.shape for target in targets}) > 1:
         raise ProtocolError(
             f"{name} has targets of unequal shapes; pad them (with -100 where a token is to be ignored)"
         )
+    if len(shapes) > 1:
+        raise ProtocolError(f"{name} has inputs of unequal shapes or names, which make no batch; pad them")
     stacked = torch.stack(targets) if targets else torch.empty(0, dtype=torch.long)
     return Split(as_targets(stacked), source=source, rows=torch.arange(len(targets)))
 
