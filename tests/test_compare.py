@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import lab_samples
 from normkit.core.errors import OptionError, ProtocolError, RecordError
 from normkit.lab import record
-from normkit.lab.compare import command, compare, default_output, kept
+from normkit.lab.compare import command, compare, default_output, kept, reprint
 from normkit.lab.result import Records, choose
 from normkit.lab.settings import Settings, first_seeds
 from normkit.lab.train import Run
@@ -93,6 +94,26 @@ def test_a_finished_comparison_is_read_back(whole: Path) -> None:
     result = ran(whole, model=untouched)
     assert result == record.read_json(whole / "result.json")
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()} == before
+
+
+def test_a_users_words_are_printed_as_they_are(tmp_path: Path) -> None:
+    folder, text = tmp_path / "d[/]2 c[red]6" / "a:cancer:b", StringIO()
+    settings = replace(
+        SMALL, recipes=("keep", "keep+e@re:[/04]"), seeds=(0,), rates=(0.1,), epochs=1, model="a:cancer:b"
+    )
+    given: dict[str, Any] = {"model": lab_samples.model, "data": lab_samples.data, "report": False}
+    for live in (True, False):  # a second time, it is read back
+        console = Console(file=text, width=500, force_terminal=live, no_color=True)
+        compare(settings, folder, console=console, **given)
+    reprint(folder, console)
+    for words in (
+        f"records in {folder}",
+        f"{folder} holds this",
+        f"result   {folder}",
+        f"report   {folder}",
+        "run 2/2  keep+e@re:[/04]",
+    ):
+        assert words in text.getvalue()
 
 
 def test_another_configuration_in_the_folder(whole: Path) -> None:

@@ -13,6 +13,7 @@ from normkit.engine.library import description
 from normkit.lab import record
 from normkit.lab.devices import cores, processor
 from normkit.lab.report.speed import COLUMNS, cells, draw, markdown, replace_section
+from normkit.lab.say import say
 from normkit.lab.speed import cases, measure, summary
 
 QUICK_ROUNDS, ROUNDS = 5, 15
@@ -65,16 +66,16 @@ def bench(
     command = shlex.join(["normkit", "bench", *options])
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
-    console.print(f"{len(chosen)} cells; a ratio is a peer's time over normkit's: above 1, normkit is faster")
+    say(console, f"{len(chosen)} cells; a ratio is a peer's time over normkit's: above 1, normkit is faster")
     for number, case in enumerate(chosen, 1):
         row = known.get(str(case)) or measure(case, rounds, compiled) | {"case": str(case)}
         rows.append(row)
         line = dict(zip(COLUMNS, cells(row), strict=True))
-        console.print(
+        say(
+            console,
             f"[{number}/{len(chosen)}] {case}: {line['ms']} ms, eager {line['eager'] or 'has none'}"
             + (f", compile {line['compile']}" if line["compile"] else "")
             + f", {line['of roofline']} of the roofline",
-            highlight=False,
         )
         result = {"command": command, "date": str(date.today()), **how, "summary": summary(rows), "rows": rows}
         record.write_json(path, result)
@@ -84,12 +85,12 @@ def bench(
         replace_section(results, "Layers", text)
     paths = [path, output / "speed.md", *draw(result, output / "figures")]
     for row in result["summary"]:
-        console.print(
+        say(
+            console,
             f"{row['direction']} against {row['peer']}: {row['cells']} cells, geometric mean {row['geometric_mean']:.2f}, "
             f"worst {row['worst']:.2f} ({row['worst_case']}), below 0.95: {row['below']}",
-            highlight=False,
         )
-    console.print(f"results: {', '.join(map(str, paths))}", highlight=False)
+    say(console, f"results: {', '.join(map(str, paths))}")
     return result
 
 

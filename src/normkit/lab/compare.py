@@ -21,6 +21,7 @@ from normkit.lab.devices import device_name, environment, start_fabric
 from normkit.lab.progress import Watch
 from normkit.lab.remote import Distant, Here, There, describe
 from normkit.lab.result import Records, choose, find_target, summarize
+from normkit.lab.say import say
 from normkit.lab.seeding import borrowed_randomness
 from normkit.lab.settings import Settings
 from normkit.lab.study import Study
@@ -118,9 +119,7 @@ def compare(
                     here = here or environment(fabric, began)
                     result = _Session(study, trains, folder, config, here, overwrite, console).result()
         else:
-            console.print(
-                f"{folder} holds this comparison, finished {result['finished']}", highlight=False, soft_wrap=True
-            )
+            say(console, f"{folder} holds this comparison, finished {result['finished']}")
     if fabric.is_global_zero:
         _show(result, folder, report, console)
     return result
@@ -330,7 +329,7 @@ def rebuild(folder: Path, console: Console) -> None:
 
     figures = draw(folder)
     page = write_page(folder)
-    console.print(f"report   {page}\nfigures  {figures[0].parent}", highlight=False, soft_wrap=True)
+    say(console, f"report   {page}\nfigures  {figures[0].parent}")
 
 
 def reprint(folder: Path, console: Console | None = None) -> None:
@@ -348,7 +347,7 @@ def _show(result: dict[str, Any], folder: Path, report: bool, console: Console) 
     from normkit.lab.report.table import print_table
 
     print_table(result, console)
-    console.print(f"\nresult   {folder / RESULT}", highlight=False, soft_wrap=True)
+    say(console, f"\nresult   {folder / RESULT}")
     if report:
         rebuild(folder, console)
 

@@ -24,6 +24,7 @@ from normkit.lab import record
 from normkit.lab.cluster import joined
 from normkit.lab.data.root import VARIABLE
 from normkit.lab.devices import cores, hardware, processor, versions
+from normkit.lab.say import say
 from normkit.lab.sweep import TIMING, Job, devices, sweep
 
 SCHEMA = 1
@@ -99,7 +100,7 @@ class Bench:
 
     def watch(self, text: str) -> None:
         """Says how far the experiment is."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
 
     def sweep(self, function: Callable[[Any, Path], Mapping[str, Any]], jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """Does the jobs that are not yet done, and gives the results of all in the order of `jobs`.
@@ -225,7 +226,7 @@ def show(experiment: Experiment, found: Mapping[str, Any], output: Path, console
     lines = [f"result   {output / RESULT}", f"table    {write_markdown(experiment, found, figures, output)}"]
     if report:
         lines += [f"report   {write_sheet(experiment, found, figures, output)}", f"figures  {output / 'figures'}"]
-    console.print("\n" + "\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    say(console, "\n" + "\n".join(lines))
 
 
 def command(experiment: Experiment, bench: Bench) -> str:

@@ -6,6 +6,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from normkit.lab.say import say
 from normkit.lab.train import DIVERGED, Run
 
 
@@ -25,7 +26,7 @@ class Watch:
         self.live: Progress | None = None
         self.task = TaskID(0)
         if console.is_terminal and not console.quiet:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None))
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None))
             times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
             self.live = Progress(*columns, *times, console=console, transient=True, expand=True)
             self.task = self.live.add_task("starting", total=runs * epochs)
@@ -45,7 +46,7 @@ class Watch:
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
 
     def stage(self, text: str) -> None:
         """Says what goes on between runs."""
