@@ -58,7 +58,9 @@ def test_every_recipe_is_measured_alike() -> None:
     for cost in costs.values():
         low, high = cost["ms_quartiles"]
         assert 0 < low <= cost["ms_per_step"] <= high
-        assert cost["rounds"] == 5
+        assert cost["rounds"] == 6
+    assert costs["narrow"]["ratio_interval"] is None
+    assert costs["same"]["ratio_interval"] is not None
 
 
 def test_steps_are_measured_with_memory_kept() -> None:

@@ -17,7 +17,7 @@ from normkit.lab.experiment import Bench, Experiment, perform
 from normkit.lab.papers import ablations, cost, fig1, table2, table3, vit_s
 from normkit.lab.papers.classification import PAPER, Plan, Row, _job, difference, study, tables, verdicts
 from normkit.lab.papers.classification_drawing import draw
-from normkit.lab.papers.equal_time import within
+from normkit.lab.papers.equal_time import time_table, within
 from normkit.lab.papers.learning import Training, changed, images, initial, make
 from normkit.lab.papers.rates import best
 from normkit.lab.papers.table1 import PRINTED, plans
@@ -129,6 +129,20 @@ def test_best_of_a_sweep() -> None:
 
 def test_equal_time() -> None:
     assert [within(100, ratio) for ratio in (1.0, 1.019, 1.1, 2.0)] == [100, 100, 92, 51]
+    # Slower beyond doubt; not told apart; slower beyond doubt, but by less than counts.
+    intervals = [(1.02, 1.15), (0.99, 1.15), (1.005, 1.018)]
+    assert [within(100, 1.1, interval=ends) for ends in intervals[:2]] == [92, 100]
+    assert within(100, 1.01, interval=intervals[2]) == 100
+    costs = {
+        "BN": {"ms_per_step": 10.0, "mb_per_step": 1.0, "ratio": 1.0, "ratio_interval": None},
+        **{
+            str(ends): {"ms_per_step": 11.0, "mb_per_step": 1.0, "ratio": 1.1, "ratio_interval": ends}
+            for ends in intervals[:2]
+        },
+    }
+    table = time_table("Time", costs, 100, lambda name, epoch: [epoch / 100], what="val")
+    assert [row[2] for row in table.rows] == ["1.000", "1.100 [1.020, 1.150]", "1.100 [0.990, 1.150]"]
+    assert [row[5] for row in table.rows] == [100, 92, 100]
 
 
 def test_plans_of_table1() -> None:

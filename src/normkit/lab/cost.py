@@ -50,7 +50,7 @@ def measure_costs(
     data: Data,
     fabric: Fabric,
     budget: float = 8.0,
-    rounds: tuple[int, int] = (5, 60),
+    rounds: tuple[int, int] = (6, 60),
     warm_up: int = 3,
 ) -> dict[str, dict[str, Any]]:
     """Times forward, backward and update of each model on one batch of the train split, as :func:`measure_steps` does.
@@ -61,7 +61,7 @@ def measure_costs(
         data: the train split gives the batch.
         fabric: started.
         budget: seconds to aim at in all. Default: 8.
-        rounds: the fewest and the most. Default: (5, 60).
+        rounds: the fewest and the most. Default: (6, 60).
         warm_up: steps of each model before. Default: 3.
 
     Returns:
@@ -82,7 +82,7 @@ def measure_steps(
     steps: Mapping[str, Step],
     device: torch.device,
     budget: float = 8.0,
-    rounds: tuple[int, int] = (5, 60),
+    rounds: tuple[int, int] = (6, 60),
     warm_up: int = 3,
     agree: Callable[[int], int] = int,
 ) -> dict[str, dict[str, Any]]:
@@ -98,7 +98,7 @@ def measure_steps(
         steps: by name, the baseline first.
         device: where they run.
         budget: seconds to aim at in all. Default: 8.
-        rounds: the fewest and the most. Default: (5, 60).
+        rounds: the fewest and the most. Default: (6, 60).
         warm_up: steps of each before. Default: 3.
         agree: makes one number of rounds of those that the processes would do. Default: there is one process.
 

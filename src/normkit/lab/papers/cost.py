@@ -34,6 +34,7 @@ from normkit.lab.models.inception8 import inception8
 from normkit.lab.models.nerf import RadianceField
 from normkit.lab.models.vit import vit_s, vit_tiny
 from normkit.lab.papers.classification import PAPER
+from normkit.lab.papers.equal_time import tell_ratio
 from normkit.lab.report.canvas import FULL, INK
 from normkit.lab.seeding import reseed
 from normkit.lab.settings import Settings
@@ -214,7 +215,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
                 row,
                 f"{cost['ms_per_step']:.2f}",
                 "–".join(f"{end:.2f}" for end in cost["ms_quartiles"]),
-                _ratio(cost),
+                tell_ratio(cost),
                 f"{cost['mb_per_step']:.1f}",
                 f"{cost['eval_ms']:.2f}",
                 f"{cost['folded_ms']:.2f}",
@@ -241,7 +242,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
         everywhere = next(cost for row, cost in rows.items() if row.endswith("E, all"))
         said.append(
             f"{name}: a step of {base} takes {rows[base]['ms_per_step']:.1f} ms; beside it {ratios}. E on all layers, "
-            f"{_ratio(everywhere)}: {_against_goal(everywhere)} 2 % of {base}."
+            f"{tell_ratio(everywhere)}: {_against_goal(everywhere)} 2 % of {base}."
         )
         folded = max(abs(rows[row]["folded_ratio"] - 1) for row in rows if row not in ("none",))
         said.append(f"{name}: folded, inference takes within {100 * folded:.1f} % of folded {base}'s.")
@@ -250,11 +251,6 @@ def remarks(result: dict[str, Any]) -> list[str]:
         "they can be read. A folded network has no trace of the method, so its time is that of the network without it."
     )
     return said
-
-
-def _ratio(cost: Mapping[str, Any]) -> str:
-    ends = cost["ratio_interval"]
-    return f"{cost['ratio']:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
 
 
 def _against_goal(cost: Mapping[str, Any]) -> str:
