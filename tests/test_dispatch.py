@@ -162,9 +162,12 @@ def test_the_sum_with_a_residual_is_normalized_and_handed_over(backend: Any) -> 
 
 
 def test_an_activation_that_is_not_known_is_refused_and_surgery_does_not_lose_one() -> None:
-    norm = nk.LayerNorm(5, activation="tanh")
-    with pytest.raises(nk.OptionError, match="wanted one of relu"):
-        norm(torch.randn(2, 5))
+    for refuse in (
+        lambda: nk.LayerNorm(5, activation="tanh"),
+        lambda: setattr(nk.GroupNorm(1, 2), "activation", "tanh"),
+    ):  # pyright: ignore[reportArgumentType]
+        with pytest.raises(nk.OptionError, match="activation='tanh': wanted one of relu"):
+            refuse()
     model = torch.nn.Sequential(torch.nn.Conv1d(3, 4, 1), nk.BatchNorm(4, activation="relu"))
     with pytest.raises(nk.SurgeryError, match="applies relu too"):
         nk.convert(model, "gn:2")
@@ -178,3 +181,66 @@ def test_many_gradients_at_once() -> None:
         found = torch.autograd.grad(y, z, directions, is_grads_batched=True, retain_graph=True)[0]
         wanted = torch.stack([torch.autograd.grad(y, z, d, retain_graph=True)[0] for d in directions])
         assert_close(found, wanted, rtol=1e-4, atol=1e-5)  # float32, sums over thousands of elements
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)  # it says that shapes are constants
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nk.RMSNorm(512), (64, 512)),
+        (nk.LayerNorm(512), (256, 512)),
+        (nk.BatchNorm(16), (4, 16, 32, 32)),
+        (nk.GroupNorm(4, 64), (8, 64, 56, 56)),
+    ],
+    ids=str,
+)
+def test_what_torch_traces_is_the_layer(layer: nn.Module, shape: tuple[int, ...], gradients: bool) -> None:
+    x, other = torch.randn(2, *shape)
+    layer(x)
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(layer, x)
+        # Float32 sums in another order.
+        assert_close(traced(other), layer(other), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "name", "value", "same"),
+    [
+        (nk.GroupNorm(2, 8), "num_groups", 4, nk.GroupNorm(4, 8)),
+        (nk.RMSNorm(4), "offset", 1.0, nk.RMSNorm(4, offset=1.0)),
+        (nk.BatchNorm(4), "layout", "n * c", nk.BatchNorm(4, layout="n * c")),
+        (nk.GhostBatchNorm(8, 4), "ghost_batch_size", 2, nk.GhostBatchNorm(8, 2)),
+        (nk.BatchGroupNorm(8, num_groups=2), "num_groups", 4, nk.BatchGroupNorm(8, num_groups=4)),
+        (nk.PositionalNorm(), "correction", 0, nk.PositionalNorm(correction=0)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_layer_follows_its_options(layer: nn.Module, name: str, value: Any, same: nn.Module) -> None:
+    x = torch.randn(4, 4, 4, 4) if isinstance(same, nk.BatchNorm | nk.RMSNorm) else torch.randn(4, 8, 4, 4)
+    layer(x)
+    setattr(layer, name, value)
+    same.load_state_dict(layer.state_dict())
+    assert_close(layer(x), same(x))
+
+
+def test_a_kernel_that_autocast_widens_does_not_change_the_dtype() -> None:
+    layer, x = nk.LayerNorm(8).bfloat16(), torch.randn(4, 8, dtype=torch.bfloat16)
+    layer(x)
+    known = layer.__dict__["_known"]
+    layer.__dict__["_known"] = known._replace(run=lambda *given: known.run(*given).float())
+    assert layer(x).dtype == torch.bfloat16
+
+
+def test_a_mask_that_empties_a_set_leaves_gradients_finite() -> None:
+    mask = torch.tensor([[True, True], [False, False]])
+    for guard in ("inside", "outside", "floor"):
+        x, weight = torch.randn(2, 2, requires_grad=True), torch.ones(2, requires_grad=True)
+        rule = nk.Rule(nk.Support("* d", over="d"), nk.Statistic("mean", "std", guard=guard), nk.Affine("d"))
+        nk.run(rule, x, weight, mask=mask).sum().backward()
+        assert x.grad is not None
+        assert weight.grad is not None
+        assert x.grad.isfinite().all()
+        assert weight.grad.isfinite().all()

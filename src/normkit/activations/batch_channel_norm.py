@@ -218,9 +218,9 @@ def _make_rules(groups: int, eps: float, momentum: float | None) -> tuple[Rule, 
 
 
 def _kept_rules(module: nn.modules.batchnorm._BatchNorm, groups: int) -> tuple[Rule, Rule]:
-    state = module.eps, module.momentum
-    if module.__dict__.get("_rule_state") != state:
-        module.__dict__["_made"], module.__dict__["_rule_state"] = _make_rules(groups, *state), state
+    state = groups, module.eps, module.momentum
+    if module.__dict__.get("_made_of") != state:
+        module.__dict__["_made"], module.__dict__["_made_of"] = _make_rules(*state), state
     return module.__dict__["_made"]
 
 

@@ -16,8 +16,8 @@ from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Split, Support, per_shape, place, show
 from normkit.engine import aten, closed_form, native, operator, reference
+from normkit.engine.eager import watched
 from normkit.engine.library import why_not
-from normkit.engine.onlooker import modes_at_work
 
 Backend = Literal["auto", "reference", "closed", "aten", "native"]
 Activation = Literal["relu", "silu", "gelu", "gelu_tanh"]
@@ -446,14 +446,8 @@ def ready(
 
 
 def _transformed(x: Tensor) -> bool:
-    """Whether something else than eager PyTorch is at work: a compiler, a functional transform, a mode, a subclass of Tensor."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or modes_at_work()
-        or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
-    )
+    """Whether something else than eager PyTorch is at work: what must see each operator, or a subclass of Tensor."""
+    return watched() or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
 
 
 def _choose(
@@ -480,8 +474,7 @@ def _choose(
             place(parameter, rule.compensation.per, split)  # raises, whatever a back end would make of the shape
     if backend not in ("auto", *_WHAT):
         raise OptionError(f"backend={backend!r}: wanted one of auto, {', '.join(_WHAT)}")
-    if activation is not None and activation not in reference.ACTIVATIONS:
-        raise OptionError(f"activation={activation!r}: wanted one of {', '.join(reference.ACTIVATIONS)}, or None")
+    reference.check_activation(activation)
     refused: dict[str, str | None] = {"reference": None}
     if mask is not None:
         refused |= dict.fromkeys(("aten", "closed", "native"), "it takes no mask")
@@ -513,8 +506,6 @@ def _choose(
         why = "torch has a fused kernel for these axes and this statistic"
         return Choice("aten", why if call is None else f"{why}, and is faster at this size", split, None, ready)
     if torch.compiler.is_compiling():
-        if refused["native"] is None and operator.is_quicker(rule, x):
-            return Choice("native", "the kernel is faster than what a compiler makes of the definition", split)
         return Choice("reference", "the compiler fuses the definition with its neighbours", split)
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return Choice("reference", "the closed form has no derivative in forward mode", split)

@@ -14,6 +14,10 @@ from normkit.core.rule import Rule
 from normkit.core.support import Support, show
 from normkit.engine.aten import Ready
 from normkit.engine.dispatch import Activation, Backend, Explanation, explain, ready, run, run_after_sum
+from normkit.engine.eager import recorded
+from normkit.engine.reference import check_activation
+
+_MADE = ("_rule", "_known")  # of a layer's attributes, when they are first needed
 
 
 class _Known(NamedTuple):
@@ -26,10 +30,7 @@ class _Known(NamedTuple):
 
     def fits(self, input: Tensor) -> bool:
         return (
-            not torch.compiler.is_compiling()
-            and input.shape == self.shape
-            and input.dtype == self.dtype
-            and input.device == self.device
+            not recorded() and input.shape == self.shape and input.dtype == self.dtype and input.device == self.device
         )
 
 
@@ -57,12 +58,11 @@ class Layer(nn.Module):
 
     @property
     def rule(self) -> Rule:
-        """The rule that forward runs; it follows when ``eps`` or ``momentum`` are set."""
+        """The rule that forward runs; it follows when an attribute such as ``eps`` is set."""
         own = self.__dict__
-        state = own.get("eps"), own.get("momentum")
-        if self.__dict__.get("_rule_state") != state:
-            self.__dict__["_rule"], self.__dict__["_rule_state"] = self.make_rule(), state
-        return self.__dict__["_rule"]
+        if "_rule" not in own:
+            own["_rule"] = self.make_rule()
+        return own["_rule"]
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize.
@@ -80,9 +80,10 @@ class Layer(nn.Module):
         known = self.__dict__.get("_known")
         if known is not None and mask is None and known.fits(input):
             parameters = self._parameters
-            return known.run(input, parameters["weight"], parameters["bias"])
+            result = known.run(input, parameters["weight"], parameters["bias"])
+            return result if result.dtype == input.dtype else result.to(input.dtype)  # autocast may choose another
         running, training = self._statistics(input)
-        if running is None and mask is None and not torch.compiler.is_compiling():
+        if running is None and mask is None and not recorded():
             self._know(input)
         return run(
             self.rule,
@@ -107,19 +108,25 @@ class Layer(nn.Module):
             self.__dict__["_known"] = _Known(input.shape, input.dtype, input.device, found)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__.pop("_known", None)
+        if name == "activation":
+            check_activation(value)
+        self._forget()
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        self.__dict__.pop("_known", None)
+        self._forget()
         super().__delattr__(name)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__.pop("_known", None)
+        self._forget()
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_known"}
+        return {name: value for name, value in self.__dict__.items() if name not in _MADE}
+
+    def _forget(self) -> None:
+        for name in _MADE:
+            self.__dict__.pop(name, None)
 
     def after_sum(self, input: Tensor, residual: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Normalize input + residual, and hand over that sum too: the step between two blocks of a residual network, in one pass.

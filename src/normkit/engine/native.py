@@ -21,9 +21,9 @@ from normkit.core.rule import Rule
 from normkit.core.support import Split, place
 from normkit.engine import closed_form, reference
 from normkit.engine.library import library, why_not
+from normkit.engine.native_call import TYPES, checked, gradients, like, pointer
 from normkit.engine.plan import Nest, is_dense, plan
 
-TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
 _SCALES = {("mean", "std"): 1, ("mean", None): 0, (None, "rms"): 1, (None, "norm"): 2}
 _GUARDS = {"inside": 0, "outside": 1, "floor": 2}
@@ -197,7 +197,7 @@ def normalize(
     """
     x, weight, bias = _dense(x, call), _packed(weight), _packed(bias)
     if residual is not None:
-        residual = _like(residual, x)
+        residual = like(residual, x)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -305,15 +305,6 @@ def _packed(parameter: Tensor | None) -> Tensor | None:
     return parameter if parameter is None or parameter.is_contiguous() else parameter.contiguous()
 
 
-def _like(other: Tensor, x: Tensor) -> Tensor:
-    """Laid out in memory as x."""
-    return other if other.stride() == x.stride() else torch.empty_like(x).copy_(other)
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _forward(
     call: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, measured: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -322,15 +313,15 @@ def _forward(
     rows = 3 if measured else 1 + call.centred
     values = torch.empty((rows, call.nest.statistics), dtype=call.wide)
     start, step = values.data_ptr(), call.statistic_bytes
-    _checked(
+    checked(
         call.functions.forward(
             call.address,
             x.data_ptr(),
-            _pointer(residual),
-            _pointer(weight),
-            _pointer(bias),
+            pointer(residual),
+            pointer(weight),
+            pointer(bias),
             y.data_ptr(),
-            _pointer(total),
+            pointer(total),
             start + step if rows > 1 else None,
             start,
             start + 2 * step if measured else None,
@@ -342,13 +333,13 @@ def _forward(
 def _apply(call: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor) -> Tensor:
     y = torch.empty_like(x)
     start = values.data_ptr()
-    _checked(
+    checked(
         call.functions.forward(
             call.address,
             x.data_ptr(),
             None,
-            _pointer(weight),
-            _pointer(bias),
+            pointer(weight),
+            pointer(bias),
             y.data_ptr(),
             None,
             start + call.statistic_bytes if call.centred else None,
@@ -374,32 +365,26 @@ def _backward(
     dx = torch.empty_like(x) if wanted[0] else None
     dweight = torch.empty_like(weight) if wanted[1] and weight is not None else None
     dbias = torch.empty_like(bias) if wanted[2] and bias is not None else None
-    dy = _like(dy, x)
+    dy = like(dy, x)
     if dsum is not None:
-        dsum = _like(dsum, x)
+        dsum = like(dsum, x)
     start = values.data_ptr()
-    _checked(
+    checked(
         call.functions.backward(
             call.address,
             dy.data_ptr(),
-            _pointer(dsum),
+            pointer(dsum),
             x.data_ptr(),
-            _pointer(weight),
-            _pointer(bias),
+            pointer(weight),
+            pointer(bias),
             start + call.statistic_bytes if call.centred else None,
             start,
-            _pointer(dx),
-            _pointer(dweight),
-            _pointer(dbias),
+            pointer(dx),
+            pointer(dweight),
+            pointer(dbias),
         )
     )
     return dx, dweight, dbias
-
-
-def _checked(status: int) -> None:
-    if status == 1:
-        raise MemoryError("no memory is left for the workspace of a normalization kernel")
-    assert status == 0, f"the kernels answered {status}"
 
 
 def define(
@@ -445,15 +430,10 @@ def _differentiable(
     wanted: tuple[bool, bool, bool],
 ) -> list[Tensor | None]:
     """The gradients by autograd through the definition: this pass is to be differentiated itself."""
-    inputs = [t if needed else None for t, needed in zip((x, weight, bias), wanted, strict=True)]
     if dy is None:
         return [dsum, None, None]
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        y = _definition(call, x, weight, bias, values)
-    asked = [t for t in inputs if t is not None]
-    found = iter(torch.autograd.grad(y, asked, dy, create_graph=again, allow_unused=True))
-    dx, dweight, dbias = (None if t is None else next(found) for t in inputs)
+    definition = functools.partial(_definition, call, values=values)
+    dx, dweight, dbias = gradients(definition, (x, weight, bias), wanted, dy)
     if dsum is not None:
         dx = dsum if dx is None else dx + dsum
     return [dx, dweight, dbias]

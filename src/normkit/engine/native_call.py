@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from normkit.engine.eager import watched
 from normkit.engine.library import library
-from normkit.engine.onlooker import modes_at_work
 
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
@@ -49,18 +49,10 @@ def checked(status: int) -> None:
 def plain(*tensors: Tensor | None) -> bool:
     """Whether these are tensors that a kernel may read, on a CPU, with nothing but eager PyTorch at work.
 
-    A compiler, a functional transform, forward derivatives, a mode or a tracer must see PyTorch's operators.
-
     >>> plain(torch.ones(2)), plain(torch.ones(2, device="meta"))
     (True, False)
     """
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or modes_at_work()
-        or torch._C._get_tracing_state() is not None
-    ) and all(t is None or _readable(t) for t in tensors)
+    return not watched() and all(t is None or _readable(t) for t in tensors)
 
 
 def _readable(t: Tensor) -> bool:

@@ -186,11 +186,6 @@ def refusal(rule: Rule, x: Tensor, weight: Tensor | None, bias: Tensor | None) -
     return None
 
 
-def is_quicker(rule: Rule, x: Tensor) -> bool:
-    """Whether a compiled graph runs this faster by calling the kernel than by tracing the definition."""
-    return False
-
-
 def normalize(rule: Rule, x: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str | None) -> Tensor:
     """Run a rule by the operator; only where ``refusal`` gave None."""
     return torch.ops.normkit.normalize(x, weight, bias, write(rule), activation or "")[0]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normkit.core.errors import OptionError
 from normkit.core.moments import Moments, accumulation_dtype
 from normkit.core.rule import Rule
 from normkit.core.support import Split
@@ -27,6 +28,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def activate(y: Tensor, activation: str | None) -> Tensor:
     """The activation of this name, one of ``ACTIVATIONS``; None leaves y as it is."""
     return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def check_activation(activation: str | None) -> None:
+    """Refuse an activation that is not one of ``ACTIVATIONS``, nor None, by OptionError."""
+    if activation is not None and activation not in ACTIVATIONS:
+        raise OptionError(f"activation={activation!r}: wanted one of {', '.join(ACTIVATIONS)}, or None")
 
 
 def normalize(

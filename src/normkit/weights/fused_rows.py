@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normkit.weights.inverse_norm import inverse_norm, traced
+from normkit.engine.eager import traced
+from normkit.weights.inverse_norm import inverse_norm
 
 
 def fused_rows(v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor | None:

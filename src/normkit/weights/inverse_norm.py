@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from normkit.core.statistic import length
+from normkit.engine.eager import traced
 
 
 def inverse_norm(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
@@ -29,15 +30,6 @@ def inverse_norm(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     if traced():
         return length(x, dims).clamp_min(eps).reciprocal()
     return _InverseNorm.apply(x, dims, eps)  # pyright: ignore[reportReturnType]
-
-
-def traced() -> bool:
-    """Whether a compiler, ``torch.func`` or forward mode is at work, to which a function with a backward of its own is opaque."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
 
 
 class _InverseNorm(torch.autograd.Function):
