@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from normkit.core.errors import OptionError
 from normkit.core.support import Support, parse_axes, word
 
 # Sizes that make a small picture: three samples, six channels, and so on. A star is two axes where it leads (samples and
@@ -51,6 +52,9 @@ def draw_text(support: Support) -> str:
     Returns:
         Lines of text.
 
+    Raises:
+        OptionError: the support has one axis.
+
     >>> print(draw_text(Support("o *", over="*")))
     ◆ ■ ■ ■ ■ ■
     · · · · · ·
@@ -59,6 +63,8 @@ def draw_text(support: Support) -> str:
     rows: output units; columns: weights of the unit
     """
     shape, labels = small_shape(support)
+    if len(shape) < 2:
+        raise OptionError(f"a picture shows two axes or more, and {support} has one")
     reached = members(support, shape)
     blocks = reached.view(-1, *reached.shape[-2:])
     lines = []

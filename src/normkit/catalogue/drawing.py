@@ -25,8 +25,8 @@ _WIDTH, _HEIGHT, _ACROSS = 3.2, 2.7, 4  # of a picture in inches, and how many s
 def draw(support: Support, path: Path | str, title: str | None = None) -> Path:
     """Draw which elements share the statistic of one, as a cube (three axes) or a grid (two).
 
-    The last axis but one runs down, the last but two into depth, so that an image tensor shows channels to the right, positions
-    down and samples in depth. The element in orange shares its statistic with those in blue.
+    The last axis runs to the right, the one before it down, the one before that into depth; of images and weights the
+    positions run down and the channels to the right. The element in orange shares its statistic with those in blue.
 
     Args:
         support: the support set.
@@ -37,6 +37,7 @@ def draw(support: Support, path: Path | str, title: str | None = None) -> Path:
         The path.
 
     Raises:
+        OptionError: the support has one axis, or more than three.
         OSError: the file can't be written.
     """
     figure = Figure(figsize=(_WIDTH, _HEIGHT))
@@ -107,6 +108,8 @@ def draw_methods(names: Sequence[str], folder: Path, ending: str = "svg", *, tog
 
 def _cube(axes: Axes, support: Support) -> None:
     shape, labels = small_shape(support)
+    if len(shape) not in (2, 3):
+        raise OptionError(f"a picture shows two or three axes, and {support} has {len(shape)}; write the same with * for some")
     if len(shape) == 3:  # channels to the right and positions down, as such cubes are drawn
         order = (0, 2, 1) if labels[-1] in ("positions", "weights of the unit") else (0, 1, 2)
     else:

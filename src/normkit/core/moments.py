@@ -56,7 +56,7 @@ class Moments(NamedTuple):
             other: moments of the other set, of the same shape.
 
         Returns:
-            Moments of both together; an empty side leaves the other as it is.
+            Moments of both together; a side whose n is the number 0 leaves the other as it is.
 
         Reference:
             Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983),

@@ -109,7 +109,10 @@ class Statistic:
                 return center, self.guarded(found.unbiased() if self.correction else found.var, power=2), found
             rest = x - found.mean if mask is None else torch.where(mask, x - found.mean, 0.0)
             # A norm has the derivative 0 at zero where the root of a variance has an infinite one.
-            deviation = length(rest, dims) / (found.n - self.correction) ** 0.5
+            count = found.n - self.correction
+            if isinstance(count, Tensor) and not self.correction:
+                count = count.clamp_min(1)  # a set that a mask empties has the deviation 0, not 0 / 0
+            deviation = length(rest, dims) / count**0.5
             return center, self.guarded(deviation), found
         kept = x if mask is None else torch.where(mask, x, 0.0)
         if self.scale == "rms":
@@ -127,14 +130,20 @@ class Statistic:
         return center, self.guarded(_most(most, dims) - _least(least, dims)), found
 
     def formula(self) -> str:
-        """The normalized value, as the literature writes it."""
+        """The normalized value, as the literature writes it.
+
+        >>> Statistic(None, "rms", guard="floor").formula()
+        'x / max(sqrt(E[x^2]), eps)'
+        """
         top = {"mean": "(x - E[x])", "min": "(x - min[x])", None: "x"}[self.center]
         if self.scale is None:
             return top.strip("()")
         if self.guard == "inside":
             return f"{top} / {_INSIDE_FORMULA[self.scale]}"
         bare = _SCALE_FORMULA[self.scale]
-        return f"{top} / max({bare.strip('()')}, eps)" if self.guard == "floor" else f"{top} / ({bare} + eps)"
+        if self.guard == "floor":
+            return f"{top} / max({bare.strip('()') if bare.startswith('(') else bare}, eps)"
+        return f"{top} / ({bare} + eps)"
 
 
 # To torch no axes mean all of them; here they mean that each element is a set of its own.
