@@ -300,7 +300,7 @@ CARD = Card(
         "https://arxiv.org/abs/1702.03275",
     ),
     use_cases="batch normalization's networks with few samples a batch, or with batches that are not drawn independently",
-    strengths="training computes what inference does, once the bounds are wide; costs no more than batch normalization",
+    strengths="training computes what inference does, once the bounds are wide",
     weaknesses="a schedule of bounds to choose; batches of a few samples still estimate poorly",
     module=BatchRenorm,
     functional=batch_renorm,

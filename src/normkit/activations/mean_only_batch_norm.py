@@ -148,7 +148,7 @@ CARD = Card(
         "https://arxiv.org/abs/1602.07868",
     ),
     use_cases="behind weight-normalized layers, whose lengths set the scale",
-    strengths="cheaper than batch normalization, with milder noise; free at inference once folded",
+    strengths="milder noise than that of batch normalization; free at inference once folded",
     weaknesses="depends on the batch; does not fix the scale of activations, which weights must",
     module=MeanOnlyBatchNorm,
     functional=mean_only_batch_norm,

@@ -203,7 +203,7 @@ CARD = Card(
         "https://arxiv.org/abs/1910.07467",
     ),
     use_cases="large language models",
-    strengths="cheaper than layer normalization and usually as good; sound in half precision with float32 statistics",
+    strengths="needs no mean, and is usually as good as layer normalization; sound in half precision with float32 statistics",
     weaknesses="leaves the mean: not invariant to a shift of the features",
     module=RMSNorm,
     functional=rms_norm,

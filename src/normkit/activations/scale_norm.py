@@ -126,7 +126,7 @@ CARD = Card(
         "https://arxiv.org/abs/1910.05895",
     ),
     use_cases="transformers for translation with little data, with the norm before each branch",
-    strengths="one parameter; cheaper than layer normalization; all tokens on one sphere",
+    strengths="one parameter and no mean; all tokens on one sphere",
     weaknesses="no gain for each feature; leaves the mean",
     module=ScaleNorm,
     functional=scale_norm,
