@@ -234,8 +234,9 @@ EXPERIMENT = Experiment(
     kind="claim",
     title="Normalization against the size of training batches",
     claim=(
-        "Batch normalization loses accuracy as batches become small, while normalizations of each sample by itself keep theirs; "
-        "weight standardization, batch-channel normalization and batch renormalization mend it."
+        "Batch normalization loses accuracy as batches become small, while group normalization keeps its own. What was proposed "
+        "since then, or for the same end, stands beside it: weight standardization, batch-channel normalization, batch "
+        "renormalization, ghost batches."
     ),
     paper=Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
     run=run,
