@@ -18,8 +18,9 @@ from normkit.lab.papers import ablations, cost, fig1, table2, table3, vit_s
 from normkit.lab.papers.classification import PAPER, Plan, Row, _job, difference, study, tables, verdicts
 from normkit.lab.papers.classification_drawing import draw
 from normkit.lab.papers.equal_time import time_table, within
+from normkit.lab.papers.gains import lowered
 from normkit.lab.papers.learning import Training, changed, images, initial, make
-from normkit.lab.papers.rates import best
+from normkit.lab.papers.rates import best, rates_table
 from normkit.lab.papers.table1 import PRINTED, plans
 from normkit.lab.papers.variants import scale_rows
 from normkit.surgery.condition import condition
@@ -125,6 +126,20 @@ def test_best_of_a_sweep() -> None:
     assert best([run(0.1), run(0.2, score=0.6), run(0.3, "diverged", None, None)]) == 0.2
     assert best([run(0.1, loss=2.0), run(0.2)]) == 0.2
     assert best([run(0.1, "diverged", None, None, 1), run(0.2, "diverged", None, None, 2)]) == 0.2
+    # What is infinite is None in a record.
+    assert best([run(0.1, score=None), run(0.2), run(0.3, loss=None)]) == 0.2
+    sweep = [run(0.1), run(0.2, score=None), run(0.3, "diverged", None, None)]
+    (table,) = rates_table("Rates", [{"name": "BN", "sweep": sweep}], "")
+    assert table.rows == [["BN", "50.0", None, "diverged in epoch 4"]]
+
+
+def test_condition_numbers_of_singular_weights_are_left_out() -> None:
+    def run(raw: float | None, condition: float | None) -> dict[str, Any]:
+        return {"curve": [{"raw_condition": raw, "condition": condition}]}
+
+    regular, singular = run(100.0, 98.0), [run(None, 3.0), run(3.0, None), run(None, None), {"curve": []}]
+    assert lowered([regular, *singular]) == lowered([regular])
+    assert lowered(singular) == []
 
 
 def test_equal_time() -> None:

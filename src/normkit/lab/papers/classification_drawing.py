@@ -15,6 +15,7 @@ from normkit.lab.claims.numbers import by_step, mean
 from normkit.lab.experiment import Drawing
 from normkit.lab.papers.classification import GIVEN, TUNED
 from normkit.lab.papers.learning import folder_name
+from normkit.lab.papers.rates import scored
 from normkit.lab.report.canvas import FAINT, FULL, log, panels, plain
 from normkit.lab.report.palette import HUES, styles
 from normkit.lab.train import OK
@@ -118,7 +119,7 @@ def rates(rows: Sequence[Mapping[str, Any]]) -> Figure:
     tried = sorted({run["rate"] for row in rows for run in row["sweep"]})
     ends = []
     for row, look in zip(rows, looks, strict=True):
-        good = [(run["rate"], 100 * run["score"]) for run in row["sweep"] if run["status"] == OK]
+        good = [(run["rate"], 100 * run["score"]) for run in row["sweep"] if scored(run)]
         axis.plot(
             *zip(*good, strict=True), look.marker, linestyle=look.line, color=look.light, markersize=4
         ) if good else None

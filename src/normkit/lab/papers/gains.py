@@ -47,18 +47,20 @@ def lowered(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Says by how much conditioning lowered condition numbers at the end of training.
 
     Args:
-        runs: of conditioned networks, each with a ``"curve"`` whose rows hold ``"raw_condition"`` and ``"condition"``.
+        runs: of conditioned networks, each with a ``"curve"`` whose rows hold ``"raw_condition"`` and ``"condition"``; a run
+            with None at its end, as of a singular weight, is left out.
 
     Returns:
-        A sentence, or nothing where no run came so far.
+        A sentence, or nothing where no run is left.
 
     >>> lowered([{"curve": [{"raw_condition": 100.0, "condition": 98.0}]}])[0][:70]
     'At the end the conditioned weights have a condition number 2.0 % below'
     """
-    ends = [run["curve"][-1] for run in runs if run["curve"]]
-    if not ends:
+    ends = [(run["curve"][-1]["condition"], run["curve"][-1]["raw_condition"]) for run in runs if run["curve"]]
+    logs = [math.log(condition / raw) for condition, raw in ends if None not in (condition, raw)]
+    if not logs:
         return []
-    ratio = math.exp(fmean(math.log(end["condition"] / end["raw_condition"]) for end in ends))
+    ratio = math.exp(fmean(logs))
     return [
         f"At the end the conditioned weights have a condition number {abs(1 - ratio):.1%} ".replace("%", " %")
         + f"{'below' if ratio <= 1 else 'above'} that of the weights they are made from (geometric mean): rows that differ "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,18 +52,23 @@ def tune(
 
 
 def best(sweep: Iterable[Tried]) -> float:
-    """Chooses the rate with the highest score; of equals the lowest loss, then rate. Diverged runs come last.
+    """Chooses the rate with the highest score; of equals the lowest loss, then rate. Runs that diverged or have no score come last.
 
     >>> best([{"rate": r, "status": "ok", "score": s, "loss": 1.0, "reached": 1} for r, s in ((0.1, 0.5), (1.0, 0.5))])
     0.1
     """
 
     def merit(run: Tried) -> tuple[float, ...]:
-        if run["status"] != OK:
+        if not scored(run):
             return (0, run["reached"], 0.0, -run["rate"])
-        return (1, run["score"], -run["loss"], -run["rate"])
+        return (1, run["score"], -math.inf if run["loss"] is None else -run["loss"], -run["rate"])
 
     return max(sweep, key=merit)["rate"]
+
+
+def scored(run: Tried) -> bool:
+    """Whether a run came to its end with a score; a record holds None for one that is not finite."""
+    return run["status"] == OK and run["score"] is not None
 
 
 def rates_table(
@@ -111,4 +117,6 @@ def edges(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 def _tried(run: Tried | None, form: str, scale: float, unit: str) -> str | None:
     if run is None:
         return None
-    return f"{scale * run['score']:{form}}" if run["status"] == OK else f"diverged in {unit} {run['reached'] + 1:,}"
+    if run["status"] != OK:
+        return f"diverged in {unit} {run['reached'] + 1:,}"
+    return f"{scale * run['score']:{form}}" if scored(run) else None

@@ -259,10 +259,10 @@ def _curves(result: Mapping[str, Any], scene: str) -> Figure:
     for axis, field in zip(axes, fields, strict=True):
         ends = []
         for index, name in enumerate(_names(result, scene)):
-            curves = [run["curve"] for run in choose(result["runs"], scene=scene, row=name) if run["curve"]]
-            if not curves:
-                continue
+            curves = [run["curve"] for run in choose(result["runs"], scene=scene, row=name)]
             x, middle, low, high = by_step(curves, lambda row, field=field: row[field])
+            if not x:
+                continue
             colour = _colour(name)
             band(
                 axis,
