@@ -48,12 +48,11 @@ from normkit.activations.local_context_norm import LocalContextNorm, local_conte
 from normkit.activations.local_contrast_norm import LocalContrastNorm, local_contrast_norm
 from normkit.activations.local_response_norm import LocalResponseNorm, local_response_norm
 from normkit.activations.mean_only_batch_norm import MeanOnlyBatchNorm, mean_only_batch_norm
-from normkit.activations.normalizer_free import NormalizerFreeBlock, predicted_betas, scaled_activation
+from normkit.activations.normalizer_free import NormalizerFreeBlock, scaled_activation
 from normkit.activations.partial_rms_norm import PartialRMSNorm, partial_rms_norm
 from normkit.activations.positional_norm import (
     PositionalMoments,
     PositionalNorm,
-    moment_shortcut,
     positional_moments,
     positional_norm,
 )
@@ -95,10 +94,10 @@ from normkit.core.moments import Moments, moments
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
-from normkit.diagnostics.conditioning import chi, condition_number, operator_norm, operator_spectrum, weight_conditions
-from normkit.engine.dispatch import Explanation, explain, normalize, run, run_measured
+from normkit.diagnostics.conditioning import condition_number, operator_norm, operator_spectrum, weight_conditions
+from normkit.engine.dispatch import Explanation, explain, normalize, run
 from normkit.engine.layer import Layer
-from normkit.gradients.adaptive_clipping import AdaptiveClipping, adaptive_gradient_clipping, last_linear
+from normkit.gradients.adaptive_clipping import AdaptiveClipping, adaptive_gradient_clipping
 from normkit.gradients.grad_norm import GradNorm, grad_norm
 from normkit.gradients.gradient_normalizer import GradientNormalizer, normalize_gradients
 from normkit.inputs.feature_scaling import (
@@ -116,7 +115,7 @@ from normkit.inputs.robust_scaling import RobustScaling, robust_scaling
 from normkit.inputs.sample_scaling import GlobalContrast, UnitLength, global_contrast, unit_length
 from normkit.inputs.whitening import Whitening, whitening
 from normkit.residual import Residual
-from normkit.schedules import inverse_sqrt_rate, inverse_sqrt_warmup, linear_rate, linear_warmup
+from normkit.schedules import inverse_sqrt_warmup, linear_warmup
 from normkit.surgery.accelerate import accelerate
 from normkit.surgery.changes import Change, Changes
 from normkit.surgery.condition import condition
@@ -131,17 +130,16 @@ from normkit.surgery.recipe import Recipe, apply_recipe
 from normkit.surgery.redundant_bias import drop_redundant_bias
 from normkit.surgery.select import select
 from normkit.weights.layout import WeightLayout, weight_layout
-from normkit.weights.power_iteration import power_iteration, power_iteration_square
+from normkit.weights.power_iteration import power_iteration
 from normkit.weights.scaled_weight_standardization import (
     ScaledWeightStandardization,
     nonlinearity_gain,
     scaled_weight_standardization,
-    standardize_scaled,
 )
-from normkit.weights.spectral_norm import SpectralNorm, divide_by_sigma, spectral_norm
+from normkit.weights.spectral_norm import SpectralNorm, spectral_norm
 from normkit.weights.weight_conditioning import Equilibrate, equilibrate, weight_conditioning
-from normkit.weights.weight_norm import WeightNorm, rescale, weight_norm
-from normkit.weights.weight_standardization import Published, WeightStandardization, standardize, weight_standardization
+from normkit.weights.weight_norm import WeightNorm, weight_norm
+from normkit.weights.weight_standardization import WeightStandardization, weight_standardization
 
 __version__ = "0.1.0"
 
@@ -211,7 +209,6 @@ __all__ = [
     "PositionalMoments",
     "PositionalNorm",
     "ProtocolError",
-    "Published",
     "QueryKeyNorm",
     "RMSNorm",
     "Recipe",
@@ -249,7 +246,6 @@ __all__ = [
     "batch_group_norm",
     "batch_norm",
     "batch_renorm",
-    "chi",
     "choose_alpha",
     "cite",
     "condition",
@@ -257,7 +253,6 @@ __all__ = [
     "conditional_norm",
     "convert",
     "data_dependent_init",
-    "divide_by_sigma",
     "divisive_norm",
     "drop_redundant_bias",
     "dynamic_tanh",
@@ -281,11 +276,8 @@ __all__ = [
     "hypersphere_residual",
     "image_standardization",
     "instance_norm",
-    "inverse_sqrt_rate",
     "inverse_sqrt_warmup",
-    "last_linear",
     "layer_norm",
-    "linear_rate",
     "linear_warmup",
     "local_context_norm",
     "local_contrast_norm",
@@ -298,7 +290,6 @@ __all__ = [
     "methods_in",
     "min_max_scaling",
     "modulate",
-    "moment_shortcut",
     "moments",
     "nonlinearity_gain",
     "norm_penalty",
@@ -312,25 +303,19 @@ __all__ = [
     "positional_moments",
     "positional_norm",
     "power_iteration",
-    "power_iteration_square",
-    "predicted_betas",
     "query_key_norm",
     "reassign_spectral_",
     "recalibrate",
     "recurrent_batch_norm",
     "renormalize_",
-    "rescale",
     "rms_norm",
     "robust_scaling",
     "run",
-    "run_measured",
     "scale_norm",
     "scaled_activation",
     "scaled_weight_standardization",
     "select",
     "spectral_norm",
-    "standardize",
-    "standardize_scaled",
     "switchable_norm",
     "sync_batch_norm",
     "unit_length",
