@@ -135,11 +135,12 @@ from normkit.weights.scaled_weight_standardization import (
     ScaledWeightStandardization,
     nonlinearity_gain,
     scaled_weight_standardization,
+    standardize_scaled,
 )
-from normkit.weights.spectral_norm import SpectralNorm, spectral_norm
+from normkit.weights.spectral_norm import SpectralNorm, divide_by_sigma, spectral_norm
 from normkit.weights.weight_conditioning import Equilibrate, equilibrate, weight_conditioning
-from normkit.weights.weight_norm import WeightNorm, weight_norm
-from normkit.weights.weight_standardization import WeightStandardization, weight_standardization
+from normkit.weights.weight_norm import WeightNorm, rescale, weight_norm
+from normkit.weights.weight_standardization import WeightStandardization, standardize, weight_standardization
 
 __version__ = "0.1.0"
 
@@ -253,6 +254,7 @@ __all__ = [
     "conditional_norm",
     "convert",
     "data_dependent_init",
+    "divide_by_sigma",
     "divisive_norm",
     "drop_redundant_bias",
     "dynamic_tanh",
@@ -308,6 +310,7 @@ __all__ = [
     "recalibrate",
     "recurrent_batch_norm",
     "renormalize_",
+    "rescale",
     "rms_norm",
     "robust_scaling",
     "run",
@@ -316,6 +319,8 @@ __all__ = [
     "scaled_weight_standardization",
     "select",
     "spectral_norm",
+    "standardize",
+    "standardize_scaled",
     "switchable_norm",
     "sync_batch_norm",
     "unit_length",
