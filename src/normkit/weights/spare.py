@@ -2,7 +2,7 @@
 
 The first write to a fresh tensor of a megabyte or more costs several times what a later one does, as the system hands out
 pages of zeros. A weight that is made anew at each step has the same size each time; so its place is written over as soon as
-nothing holds it any more.
+no tensor, view or array holds it any more. (A storage that is kept without a tensor does not count.)
 """
 
 from __future__ import annotations
