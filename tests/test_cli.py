@@ -39,6 +39,8 @@ def environ() -> dict[str, str]:
         (["--model", "lab_samples:modle"], "lab_samples has no 'modle'"),
         (["--data", "lab_samples:nan_labels"], r"targets hold NaN at [7]"),
         (["--model", "lab_samples:one_output"], "returned 1 logits, but the highest label is 2"),
+        (["--recipes", "keep,keep+ws,keep+e"], "choose other recipes with --recipes, such as keep,keep+e"),
+        (["--recipes", "gn:3"], "gn:3: 1: 16 channels do not split into 3 groups"),
         (["--accelerator", "abacus"], "accelerator=abacus"),
     ],
 )

@@ -308,6 +308,7 @@ ERRORS = [
     ),
     (nn.BatchNorm2d(4), "gn:two", NotationError, r"got 'two' groups"),
     (nn.BatchNorm2d(4), "gn:0", NotationError, r"got '0' groups"),
+    (nn.BatchNorm2d(4), nn.LayerNorm, NotationError, r"LayerNorm'> is no word; wanted one of none, bn.*e\.g\. 'ln'"),
     (nn.BatchNorm2d(4), "ln:d", NotationError, r"got the axes 'd'"),
     (nn.BatchNorm2d(4), "bn:2", NotationError, r"takes no option"),
 ]

@@ -78,6 +78,9 @@ def test_a_plus_in_a_pattern_belongs_to_the_pattern():
         ("bn+e+e", r"e is said twice of first_last"),
         ("bn+e:row+e:col@first_last", r"e is said twice"),
         ("keep:2", r"'keep' is not known"),
+        ("gn:0", r"wanted a whole number from 1, e\.g\. gn:32$"),
+        ("none:2", r"takes no option; write none$"),
+        (None, r"recipe None is no text; wanted .*'bn\+e'"),
     ],
 )
 def test_what_cannot_be_read_lists_what_exists(text, message):
@@ -157,9 +160,9 @@ def test_rows_tell_everything_that_was_done():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("gn:3+e", r"stem\.1: 8 channels do not split into 3 groups"),
+        ("gn:3+e", r"^gn:3\+e: stem\.1: 8 channels do not split into 3 groups; .*1, 2, 4, 8; choose gn: with one"),
         ("ln+e@re:fc", r"ln\+e@re:fc: e@re:fc: 're:fc' chooses nothing"),
-        ("ln+e+wn", r"stem\.0: weight_norm can't be put on it: .*come first"),
+        ("ln+e+wn", r"^ln\+e\+wn: stem\.0: weight_norm can't be put on it: .*come first"),
         ("ln+e@all+e:col", r"stem\.0: weight_conditioning:col is on it already"),
         ("ln+e@re:norms", r"chooses nothing"),
     ],
@@ -212,7 +215,9 @@ def test_the_words_and_places_of_the_page():
 
 def test_no_norm_to_convert_is_said():
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(SurgeryError, match="no activation norm to convert"):
+    with pytest.raises(
+        SurgeryError, match=r"^bn: .*no activation norm to convert to bn; begin the recipe with keep or none"
+    ):
         apply_recipe(model, "bn")
     assert len(apply_recipe(model, "none")) == 0
 

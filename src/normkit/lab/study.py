@@ -1,6 +1,7 @@
 """The runs of a comparison: the same initial weights and the same data in the same order for every recipe."""
 
 import copy
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from lightning_fabric import Fabric
 from torch import nn
 
+from normkit.core.errors import SurgeryError
 from normkit.lab.cost import measure_costs
 from normkit.lab.data.split import Data
 from normkit.lab.progress import Watch
@@ -59,8 +61,7 @@ class Study:
         self._orders: dict[int, str] = {}
         seed = settings.seeds[0]
         check_fit(self._initial(seed)[0], self.data, settings.model)
-        for recipe in settings.recipes:
-            model, rows = self._apply(seed, recipe)
+        for recipe, (model, rows) in self._applied(seed).items():
             check_fit(model, self.data, f"{settings.model} with {recipe}")
             self.changes[recipe] = rows
             self.parameters[recipe] = sum(parameter.numel() for parameter in model.parameters())
@@ -126,6 +127,19 @@ class Study:
         reseed(seed, "recipe")
         changes = apply_recipe(model, recipe)
         return changes.model, [str(row) for row in changes.rows]
+
+    def _applied(self, seed: int) -> dict[str, tuple[nn.Module, list[str]]]:
+        # All are tried where one is refused, to say which can be had.
+        applied, refused = {}, []
+        for recipe in self.settings.recipes:
+            try:
+                applied[recipe] = self._apply(seed, recipe)
+            except SurgeryError as error:
+                refused.append(error)
+        if refused:
+            fit = f", such as {shlex.quote(','.join(applied))}" if applied else ""
+            raise SurgeryError(f"{refused[0]}; choose other recipes with --recipes{fit}") from refused[0]
+        return applied
 
     def _hashes(self, seed: int) -> dict[str, str]:
         return {"init_sha256": self._initial(seed)[1], "order_sha256": self._order(seed)}

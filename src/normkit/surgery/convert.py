@@ -79,7 +79,9 @@ def convert(
     if not found and target.name == "none":
         return Changes(model, ())
     if not found:
-        raise SurgeryError(f"{to}: the model has no activation norm to convert; leave its norms out with keep or none")
+        raise SurgeryError(
+            f"the model has no activation norm to convert to {target}; begin the recipe with keep or none"
+        )
     chosen = found if where is None else choose(found, where, "norms")
     new, rows, replaced = {}, [], {}
     like = any_tensor(model)

@@ -91,8 +91,10 @@ class Recipe:
         Raises:
             NotationError: a word is not known, out of order or said twice; the message lists what exists.
         """
+        if not isinstance(text, str):
+            raise NotationError(f"recipe {text!r} is no text; wanted a norm and weight methods, e.g. 'bn+e'")
         first, *rest = _terms(text)
-        head = first.partition("@")[0].partition(":")[0].strip().lower()
+        head = first.partition("@")[0].partition(":")[0].strip().lower().replace("-", "_")
         if head in _weight_cards() or not head:
             said = f"begins with {first.strip()!r}" if head else "begins without a norm"
             raise NotationError(f"recipe {text!r} {said}; a norm comes first: keep, {norm_list()}; e.g. keep+e")
@@ -103,7 +105,9 @@ class Recipe:
         try:
             norm = None if head == "keep" and ":" not in first else Target.parse(first)
         except NotationError as error:
-            raise NotationError(f"recipe {text!r}: {error}, keep") from None
+            # A norm that is not known is told which are; recipes know one more.
+            also = "" if head in ("none", *norm_cards()) else ", keep"
+            raise NotationError(f"recipe {text!r}: {error}{also}") from None
         weights = tuple(_weight(term, text) for term in rest)
         for k, weight in enumerate(weights):
             if any(other.word == weight.word and other.where == weight.where for other in weights[:k]):
@@ -137,20 +141,28 @@ def apply_recipe(model: nn.Module, recipe: str | Recipe, example: Any = None) ->
     0      Conv2d 8x3x3x3  weight_conditioning:row  over WeightStandardization
     3      Linear 2x8      weight_conditioning:row
     """
-    recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-    with all_or_nothing(model):
-        places = []
-        for weight in recipe.weights:
-            try:
-                places.append(select(model, weight.where))
-            except SurgeryError as error:
-                raise SurgeryError(f"{recipe}: {weight}: {error}") from None
-        changes = Changes(model, ()) if recipe.norm is None else convert(model, str(recipe.norm))
-        rows = list(changes.rows)
-        for weight, layers in zip(recipe.weights, places, strict=True):
-            rows += attach_all(changes.model, layers, weight.put, weight.what)
-        if example is not None:
-            try_on(changes.model, example)
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
+    try:
+        with all_or_nothing(model):
+            changes = _put(model, recipe)
+            if example is not None:
+                try_on(changes.model, example)
+    except SurgeryError as error:
+        raise SurgeryError(f"{recipe}: {error}") from error
+    return changes
+
+
+def _put(model: nn.Module, recipe: Recipe) -> Changes:
+    places = []
+    for weight in recipe.weights:
+        try:
+            places.append(select(model, weight.where))
+        except SurgeryError as error:
+            raise SurgeryError(f"{weight}: {error}") from None
+    changes = Changes(model, ()) if recipe.norm is None else convert(model, str(recipe.norm))
+    rows = list(changes.rows)
+    for weight, layers in zip(recipe.weights, places, strict=True):
+        rows += attach_all(changes.model, layers, weight.put, weight.what)
     return Changes(changes.model, tuple(rows))
 
 

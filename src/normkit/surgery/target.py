@@ -58,6 +58,8 @@ class Target:
         >>> str(Target.parse("group_norm:8")), str(Target.parse("gn")), str(Target.parse("ln:c"))
         ('gn:8', 'gn:32', 'ln:c')
         """
+        if not isinstance(text, str):
+            raise NotationError(f"norm {text!r} is no word; wanted one of {norm_list()}, e.g. 'ln'")
         head, _, option = text.strip().partition(":")
         word = head.strip().lower().replace("-", "_")
         option = " ".join(option.split())
@@ -106,12 +108,14 @@ class Target:
         if norm.axes == "trailing" and self.name not in ("layer_norm", "rms_norm"):
             raise SurgeryError(
                 f"{label(name)}: it normalizes over the axes {show(norm.shape)} with a weight for each element, where {self} has "
-                "one for each channel; only ln, rms and none can stand there: leave it out with where="
+                "one for each channel; only ln, rms and none can stand there: choose one of these, or leave it out with "
+                "where= of convert"
             )
         if self.name == "group_norm" and norm.channels % int(self.option):
             raise SurgeryError(
                 f"{label(name)}: {norm.channels} channels do not split into {self.option} groups; the groups must divide "
-                f"{norm.channels}: {divisors(norm.channels)}; choose another gn:G, or leave the layer out with where="
+                f"{norm.channels}: {divisors(norm.channels)}; choose gn: with one of these, or leave the layer "
+                "out with where= of convert"
             )
         gain = norm.weight if norm.weight is not None else norm.bias
         like = like if gain is None else gain
