@@ -315,12 +315,27 @@ def test_warm_up_goes_with_the_epochs(tmp_path: Path) -> None:
 
 
 def test_differences_say_whether_they_show_one() -> None:
-    def row(name: str, scores: list[float]) -> dict[str, Any]:
+    def row(name: str, scores: list[float | None]) -> dict[str, Any]:
         return {"name": name, "runs": [{"seed": seed, "test_score": score} for seed, score in enumerate(scores)]}
 
-    rows = [row("a", [0.5, 0.6, 0.7]), row("b", [0.4, 0.5, 0.61]), row("c", [0.6, 0.5, 0.7]), row("d", [0.1])]
+    rows = [
+        *(row("a", [0.5, 0.6, 0.7]), row("b", [0.4, 0.5, 0.61]), row("c", [0.6, 0.5, 0.7]), row("d", [0.1])),
+        *(row("even", [0.4, 0.5, 0.6]), row("lost", [0.4, 0.51, None])),
+    ]
     result = {"parts": {"L": {"sets": {"given": rows}}}}
     assert difference(result, "L", "a", "b") == "+9.67 [+8.23, +11.10]"
     assert "no difference shown" in str(difference(result, "L", "a", "c"))
-    assert difference(result, "L", "a", "d") == "+40.00 (one seed)"
+    assert difference(result, "L", "a", "d") == "+40.00 (one seed, no interval)"
     assert difference(result, "L", "a", "none") is None
+    # Differences that are the same but for rounding, and survivors alone: not judged, whichever side they are of.
+    assert difference(result, "L", "a", "even") == "+10.00 [+10.00, +10.00] (no difference shown)"
+    assert str(difference(result, "L", "a", "lost")).endswith("(2 of 3 seeds, not judged)")
+    assert str(difference(result, "L", "lost", "a")).endswith("(2 of 3 seeds, not judged)")
+    judged = [{**row, "control": False, "printed": None} for row in rows]
+    for one in judged:
+        one["runs"] = [{**run, "status": "ok" if run["test_score"] is not None else "diverged"} for run in one["runs"]]
+    (said, lost) = verdicts({"parts": {"L": {"sets": {"given": judged}}}})
+    assert [part.rpartition(", ")[2] for part in said.rstrip(".").split("; ")] == [
+        *("worse", "no difference shown", "no interval", "no difference shown", "not judged"),
+    ]
+    assert lost == "L: runs that diverged: lost (1 of 3)."

@@ -174,6 +174,21 @@ def test_a_diverged_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "Diverged: E-NeRF on spheres, seed 0." in said
 
 
+def test_what_is_left_of_a_scene_is_not_judged() -> None:
+    def said(conditioned: list[float | None]) -> str:
+        scores = {table4.PLAIN: [10.0, 11.0, 12.0], table4.CONDITIONED: conditioned}
+        runs = [
+            {"scene": "spheres", "row": row, "seed": seed, "score": score}
+            for row, values in scores.items()
+            for seed, score in enumerate(values)
+        ]
+        return table4._verdict({"runs": runs}, "spheres")
+
+    assert "2.00 dB above NeRF (95 % interval +0.76 to +3.24, better);" in said([11.5, 13.0, 14.5])
+    assert "(95 % interval -4.60 to +8.10, 2 of 3 seeds, not judged);" in said([11.25, 13.25, None])
+    assert "(one seed, no interval);" in said([11.5])
+
+
 def test_gains_are_paired_by_seed() -> None:
     runs = [{"seed": 0, "x": 2.0}, {"seed": 1, "x": None}, {"seed": 2, "x": 5.0}]
     base = [{"seed": 2, "x": 1.0}, {"seed": 0, "x": 1.5}, {"seed": 1, "x": 0.0}]

@@ -11,7 +11,7 @@ from normkit.lab.claims.numbers import choose, mean, spread
 from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Table
 from normkit.lab.papers.equal_time import time_table
-from normkit.lab.papers.gains import gain, tell
+from normkit.lab.papers.gains import BETTER, WORSE, gain, judge, tell
 from normkit.lab.papers.learning import Costs, Same, Training, compare_same, images, learn, measure
 from normkit.lab.papers.rates import edges, rates_table, tune
 from normkit.lab.train import OK
@@ -325,21 +325,14 @@ def _lost(row: Mapping[str, Any]) -> int:
 
 
 def _verdict(row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    found = percent(gain(row["runs"], base["runs"], "test_score"))
-    text = tell(found)
+    compared = row["runs"], base["runs"], "test_score"
+    text = tell(percent(gain(*compared)))
     if text is None:
         return f"{row['name']} has no score to compare"
-    word = "no difference shown"
-    if found.low is None or found.high is None:
-        word = "one seed, no interval"
-    elif found.low > 0:
-        word = "better"
-    elif found.high < 0:
-        word = "worse"
     printed = ""
     if row["printed"] and base["printed"]:
         printed = f" (printed {row['printed'][0] - base['printed'][0]:+.1f})"
-    return f"{row['name']} {text}, {word}{printed}"
+    return f"{row['name']} {text}, {judge(*compared)}{printed}"
 
 
 def _same(label: str, same: Mapping[str, Any]) -> str:
@@ -360,10 +353,6 @@ def difference(result: Mapping[str, Any], label: str, one: str, other: str) -> s
     first, second = choose(rows, name=one), choose(rows, name=other)
     if not first or not second:
         return None
-    found = percent(gain(first[0]["runs"], second[0]["runs"], "test_score"))
-    text = tell(found)
-    if text is None:
-        return None
-    if found.low is None or found.high is None:
-        return f"{text} (one seed)"
-    return text if found.low * found.high > 0 else f"{text} (no difference shown)"
+    compared = first[0]["runs"], second[0]["runs"], "test_score"
+    text, word = tell(percent(gain(*compared))), judge(*compared)
+    return text if text is None or word in (BETTER, WORSE) else f"{text} ({word})"

@@ -9,6 +9,8 @@ from typing import Any
 
 from normkit.lab.interval import Interval, paired_interval
 
+BETTER, WORSE, EVEN = "better", "worse", "no difference shown"
+
 
 def gain(runs: Iterable[Mapping[str, Any]], base: Iterable[Mapping[str, Any]], field: str) -> Interval:
     """Bounds the mean gain of some runs over a baseline's of the same seeds.
@@ -24,6 +26,36 @@ def gain(runs: Iterable[Mapping[str, Any]], base: Iterable[Mapping[str, Any]], f
     known = {run["seed"]: run[field] for run in base if run[field] is not None}
     pairs = [(run[field], known[run["seed"]]) for run in runs if run["seed"] in known and run[field] is not None]
     return paired_interval([one - other for one, other in pairs])
+
+
+def judge(runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]], field: str) -> str:
+    """Says what the gain of some runs over a baseline's of the same seeds shows.
+
+    Args:
+        runs: each with ``"seed"`` and `field`, of which more is better; None there for a run that diverged.
+        base: the baseline's.
+        field: what is compared.
+
+    Returns:
+        ``"better"`` or ``"worse"`` where the interval excludes 0, else ``"no difference shown"``; or why it is not judged: there
+        is one seed, or a run diverged, on either side, and those that are left were chosen by how they fared.
+
+    >>> base = [{"seed": seed, "x": x} for seed, x in enumerate((1.0, 2.0, 4.0))]
+    >>> judge([{**run, "x": 1.1 * run["x"] + 5} for run in base], base, "x"), judge(base, base, "x"), judge(base[:1], base, "x")
+    ('better', 'no difference shown', 'one seed, no interval')
+    >>> judge([*base[:2], {"seed": 2, "x": None}], base, "x")
+    '2 of 3 seeds, not judged'
+    """
+    found = gain(runs, base, field)
+    seeds, pairs = len({run["seed"] for run in runs} & {run["seed"] for run in base}), len(found.differences)
+    if pairs < seeds:
+        return f"{pairs} of {seeds} seeds, not judged"
+    if found.low is None or found.high is None:
+        return "one seed, no interval"
+    if math.isclose(found.low, found.high):
+        # Scores come in whole samples, so a few seeds can agree but for rounding by chance: no spread to judge by.
+        return EVEN
+    return BETTER if found.low > 0 else WORSE if found.high < 0 else EVEN
 
 
 def tell(found: Interval, form: str = "+.2f") -> str | None:

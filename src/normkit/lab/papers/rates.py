@@ -52,7 +52,7 @@ def tune(
 
 
 def best(sweep: Iterable[Tried]) -> float:
-    """Chooses the rate with the highest score; of equals the lowest loss, then rate. Runs that diverged or have no score come last.
+    """Chooses the rate with the highest score; of equals the lowest loss, then rate. Last come runs without a score.
 
     >>> best([{"rate": r, "status": "ok", "score": s, "loss": 1.0, "reached": 1} for r, s in ((0.1, 0.5), (1.0, 0.5))])
     0.1

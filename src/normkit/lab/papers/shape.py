@@ -32,7 +32,7 @@ from normkit.lab.models.occupancy import Kind
 from normkit.lab.models.rows import Scale
 from normkit.lab.occupancy import OccupancyCosts, OccupancyJob, learn_solid, measure_solid
 from normkit.lab.papers.equal_time import time_table
-from normkit.lab.papers.gains import gain, lowered, tell
+from normkit.lab.papers.gains import gain, judge, lowered, tell
 from normkit.lab.papers.rates import edges, rates_table, tune
 from normkit.lab.radiance import decode
 from normkit.lab.report.canvas import FAINT, FULL, plain
@@ -343,16 +343,20 @@ def _size(settings: Mapping[str, Any]) -> str:
 def _verdict(result: Mapping[str, Any], solid: str, kind: Kind) -> str:
     parts = []
     for name in (CONDITIONED, KEPT):
-        found = _gain(result, solid, kind, name)
-        if (told := tell(found, "+.3f")) is not None:
-            count = len(found.differences)
-            parts.append(f"{name} {told} ({count} seed{'s' if count > 1 else ''})")
+        if (told := tell(_gain(result, solid, kind, name), "+.3f")) is not None:
+            parts.append(f"{name} {told}, {judge(*_pair(result, solid, kind, name), 'iou_near')}")
     return f"{solid}, {KINDS[kind]}: IoU near the surface over plain: {'; '.join(parts) or 'nothing to compare'}."
 
 
 def _gain(result: Mapping[str, Any], solid: str, kind: Kind, name: str) -> Interval:
-    runs, base = (choose(result["runs"], solid=solid, kind=kind, row=row) for row in (name, PLAIN))
-    return gain(runs, base, "iou_near")
+    return gain(*_pair(result, solid, kind, name), "iou_near")
+
+
+def _pair(
+    result: Mapping[str, Any], solid: str, kind: Kind, name: str
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    ours = choose(result["runs"], solid=solid, kind=kind)
+    return choose(ours, row=name), choose(ours, row=PLAIN)
 
 
 def _pairs(result: Mapping[str, Any]) -> Sequence[tuple[str, Kind]]:

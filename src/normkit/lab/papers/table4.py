@@ -31,7 +31,7 @@ from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.interval import Interval
 from normkit.lab.models.rows import Scale
 from normkit.lab.papers.equal_time import time_table
-from normkit.lab.papers.gains import gain, lowered, tell
+from normkit.lab.papers.gains import gain, judge, lowered, tell
 from normkit.lab.papers.rates import edges, rates_table, tune
 from normkit.lab.radiance import RadianceCosts, RadianceJob, decode, learn_scene, measure_scene
 from normkit.lab.report.canvas import FULL, log, panels, plain
@@ -326,12 +326,9 @@ def _verdict(result: Mapping[str, Any], scene: str) -> str:
     if found.mean is None:
         return f"{scene}: E-NeRF and NeRF can't be compared, as one of them diverged in every seed."
     first = f"{scene}: E-NeRF is {abs(found.mean):.2f} dB {'above' if found.mean >= 0 else 'below'} NeRF"
-    count = len(found.differences)
-    if found.low is None or found.high is None:
-        return f"{first} in the one seed run; the paper prints {_printed_gain(scene)}."
-    sure = "which excludes 0" if found.low * found.high > 0 else "which includes 0"
-    interval = f"95 % interval {found.low:+.2f} to {found.high:+.2f} over {count} seeds, {sure}"
-    return f"{first} ({interval}); the paper prints {_printed_gain(scene)}."
+    ends = "" if found.low is None else f"95 % interval {found.low:+.2f} to {found.high:+.2f}, "
+    word = judge(*_pair(result, scene, CONDITIONED), "score")
+    return f"{first} ({ends}{word}); the paper prints {_printed_gain(scene)}."
 
 
 def _controls(result: Mapping[str, Any], scene: str) -> str:
@@ -347,8 +344,11 @@ def _controls(result: Mapping[str, Any], scene: str) -> str:
 
 
 def _gain(result: Mapping[str, Any], scene: str, name: str) -> Interval:
-    runs, base = (choose(result["runs"], scene=scene, row=row) for row in (name, PLAIN))
-    return gain(runs, base, "score")
+    return gain(*_pair(result, scene, name), "score")
+
+
+def _pair(result: Mapping[str, Any], scene: str, name: str) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    return choose(result["runs"], scene=scene, row=name), choose(result["runs"], scene=scene, row=PLAIN)
 
 
 def _printed(name: str, scene: str) -> float | None:
