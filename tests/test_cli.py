@@ -53,6 +53,14 @@ def test_bad_input_ends_with_2(tmp_path: Path, words: list[str], said: str) -> N
     assert not (tmp_path / "out").exists()
 
 
+def test_folder_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NORMKIT_DATA", "elsewhere")
+    done = CliRunner().invoke(app, ["compare", *TINY, "--data", "cifar10", "--data-root", "sets", "--output", "out"])
+    assert done.exit_code == 2
+    assert f"{tmp_path / 'sets'} is no folder" in done.stderr
+
+
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = CliRunner().invoke(app, ["compare", *TINY, *SAMPLES, "--output", str(tmp_path / "file" / "out")])

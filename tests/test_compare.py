@@ -367,3 +367,4 @@ def test_the_command_says_what_differs() -> None:
     words = "normkit compare --model a.b:c --seeds 5 --rates 0.1,0.5 --target 0.9 --no-condition"
     assert command(settings, default_output(settings)) == words
     assert command(Settings(), Path("else where")) == "normkit compare --output 'else where'"
+    assert command(Settings(), Path("runs/digits-inception"), Path("sets")) == "normkit compare --data-root sets"

@@ -132,6 +132,7 @@ def compare(
         int | None, typer.Option(help="of torch on the CPU; default: 1 for small models", rich_help_panel=WHERE)
     ] = None,
     ray: Annotated[str | None, RAY] = None,
+    data_root: Annotated[Path | None, DATA_ROOT] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="folder; default: runs/<data>-<model>", rich_help_panel=RECORDS),
@@ -194,14 +195,14 @@ def compare(
             from normkit.lab import compare as lab
             from normkit.lab.devices import part
 
-            more = {"threads": threads, "ray": ray, "tensorboard": tensorboard}
+            more = {"threads": threads, "ray": ray, "tensorboard": tensorboard, "data_root": data_root}
             lab.compare(settings, output, overwrite=overwrite, report=not no_report, **more)
             part()
         except KeyboardInterrupt:
             said = "before anything was begun"
             if lab is not None:
                 folder = output or lab.default_output(settings)
-                said = f"{lab.kept(folder)}\nto go on:  {lab.command(settings, folder)}"
+                said = f"{lab.kept(folder)}\nto go on:  {lab.command(settings, folder, data_root)}"
             typer.echo(f"\nstopped; {said}", err=True)
             raise typer.Exit(130) from None
 

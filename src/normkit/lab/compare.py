@@ -1,5 +1,6 @@
 """The comparison: a sweep of learning rates for each recipe, the chosen rate over all seeds, costs, and the result."""
 
+import os
 import re
 import shlex
 import time
@@ -17,6 +18,7 @@ from rich.console import Console
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
 from normkit.lab.cluster import joined
+from normkit.lab.data.root import VARIABLE
 from normkit.lab.devices import device_name, environment, start_fabric
 from normkit.lab.progress import Watch
 from normkit.lab.remote import Distant, Here, There, describe
@@ -53,6 +55,7 @@ def compare(
     data: Callable[[], Any] | None = None,
     ray: str | None = None,
     tensorboard: bool = False,
+    data_root: Path | None = None,
 ) -> dict[str, Any]:
     """Compares recipes on a model and data, and writes a folder of records.
 
@@ -74,6 +77,7 @@ def compare(
         ray: None to train in this process; ``"local"`` for a Ray cluster on this machine, else the address of one, whose
             machines all see `output`. Threads are then one a run, if not said. Default: None.
         tensorboard: write curves for TensorBoard into ``OUT/tensorboard``. Default: False.
+        data_root: where data sets lie; the environment variable ``NORMKIT_DATA`` is set to it. Default: None, as it is set.
 
     Returns:
         What ``result.json`` holds.
@@ -83,6 +87,9 @@ def compare(
         ProtocolError: the model or data breaks the protocol.
         RecordError: the folder holds something else, is damaged, in use or not writable.
     """
+    if data_root is not None:
+        # A worker may have another working folder.
+        os.environ[VARIABLE] = str(data_root.absolute())
     settings = replace(settings, model=_named(model, settings.model), data=_named(data, settings.data)).canonical()
     folder = Path(output) if output is not None else default_output(settings)
     fabric = start_fabric(settings)
@@ -117,7 +124,8 @@ def compare(
                 with record.locked(folder) if fabric.is_global_zero else nullcontext():
                     trains = Here(study) if cluster is None else There(study, cluster, distant)
                     here = here or environment(fabric, began)
-                    result = _Session(study, trains, folder, config, here, overwrite, console).result()
+                    again = command(settings, folder, data_root)
+                    result = _Session(study, trains, folder, config, here, overwrite, console, again).result()
         else:
             say(console, f"{folder} holds this comparison, finished {result['finished']}")
     if fabric.is_global_zero:
@@ -135,7 +143,7 @@ def default_output(settings: Settings) -> Path:
     return Path("runs") / "-".join(names)
 
 
-def command(settings: Settings, output: Path) -> str:
+def command(settings: Settings, output: Path, data_root: Path | None = None) -> str:
     """Writes the command line that makes this comparison.
 
     >>> command(Settings(seeds=(0, 1)), Path("runs/digits-inception"))
@@ -157,6 +165,8 @@ def command(settings: Settings, output: Path) -> str:
         words += [f"--{name.replace('_', '-')}", text]
     if output != default_output(settings):
         words += ["--output", str(output)]
+    if data_root is not None:
+        words += ["--data-root", str(data_root)]
     return shlex.join(words)
 
 
@@ -180,9 +190,10 @@ class _Session:
         here: dict[str, Any],
         overwrite: bool,
         console: Console,
+        again: str,
     ) -> None:
         self.study, self.trains, self.folder, self.config, self.console = study, trains, folder, config, console
-        self.here = here
+        self.here, self.again = here, again
         self.settings, self.fabric = study.settings, study.fabric
         self.records = Records(folder)
         self.began, self.started = time.monotonic(), _now()
@@ -276,7 +287,7 @@ class _Session:
         result = {
             "schema": SCHEMA,
             "title": f"{', '.join(settings.recipes)} on {settings.data}",
-            "command": command(settings, self.folder),
+            "command": self.again,
             "started": where["started"],
             "finished": _now(),
             "seconds": round(sum(session["seconds"] for session in sessions), 3),
