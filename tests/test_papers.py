@@ -22,7 +22,7 @@ from normkit.lab.papers.gains import lowered
 from normkit.lab.papers.learning import Training, changed, images, initial, make
 from normkit.lab.papers.rates import best, rates_table
 from normkit.lab.papers.table1 import PRINTED, plans
-from normkit.lab.papers.variants import scale_rows
+from normkit.lab.papers.variants import scale_by_norm
 from normkit.surgery.condition import condition
 
 BASE = Training("digits", "inception", "", "bn", 0.0, 0, epochs=2, batch_size=64)
@@ -193,7 +193,7 @@ def test_every_row_of_the_plans_can_be_made() -> None:
 def test_rows_by_other_norms() -> None:
     for order, norm in ((1.0, 1.0), (3.0, 3.0), ("inf", float("inf"))):
         model = nn.Sequential(nn.Conv2d(3, 4, 3))
-        scale_rows(model, norm=order)
+        scale_by_norm(model, norm=order)
         found = torch.linalg.vector_norm(model[0].weight.flatten(1), norm, dim=1)
         torch.testing.assert_close(found, torch.ones(4))
 
@@ -201,7 +201,7 @@ def test_rows_by_other_norms() -> None:
 def test_kept_norms_are_looked_at_every_so_many_steps() -> None:
     layer = nn.Linear(4, 2)
     model = nn.Sequential(layer)
-    scale_rows(model, every=3)
+    scale_by_norm(model, every=3)
     norms = []
     for _ in range(7):
         with torch.no_grad():  # looking on does not count
@@ -212,7 +212,7 @@ def test_kept_norms_are_looked_at_every_so_many_steps() -> None:
     # Kept factors let the weight grow, until they are taken anew at the next step.
     assert norms == pytest.approx([1, 2, 4, 8, 2, 4, 8])
     again = nn.Sequential(nn.Linear(4, 2))
-    scale_rows(again, every=3)
+    scale_by_norm(again, every=3)
     again.load_state_dict(model.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(again[0].weight, layer.weight)
@@ -221,7 +221,7 @@ def test_kept_norms_are_looked_at_every_so_many_steps() -> None:
 def test_held_norms_of_every_step_are_a_detached_gradient() -> None:
     x = torch.randn(5, 4)
     gradients = []
-    for build in (lambda m: scale_rows(m, every=1), lambda m: condition(m, gradient="detach")):
+    for build in (lambda m: scale_by_norm(m, every=1), lambda m: condition(m, gradient="detach")):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 2))
         build(model)

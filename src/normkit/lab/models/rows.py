@@ -36,9 +36,14 @@ def scale_rows(model: nn.Module, scale: Scale) -> None:
     """
     for layer in select(model, _TRUNK).values() if scale else ():
         weight = layer.get_parameter("weight")
-        lengths = weight.detach().norm(dim=1, keepdim=True)
         if scale == "kept":
+            lengths = weight.detach().norm(dim=1)
             weight_conditioning(layer, gain=float(lengths.square().mean().sqrt()))
         else:
-            with torch.no_grad():
-                weight /= lengths
+            unit_rows(weight)
+
+
+@torch.no_grad()
+def unit_rows(weight: torch.Tensor) -> None:
+    """Divides each row of a weight by its norm, in place."""
+    weight /= weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.dim() - 1))

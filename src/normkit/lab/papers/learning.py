@@ -20,7 +20,8 @@ from normkit.lab.cost import measure_costs
 from normkit.lab.data.split import Data, Split
 from normkit.lab.data.standardize import Standardize
 from normkit.lab.devices import start_fabric
-from normkit.lab.papers.variants import scale_rows
+from normkit.lab.models.rows import unit_rows
+from normkit.lab.papers.variants import scale_by_norm
 from normkit.lab.protocol import DATA, MODELS, load_factory, make_data, make_model
 from normkit.lab.seeding import init_sha256, order_sha256, reseed
 from normkit.lab.settings import Settings
@@ -50,7 +51,7 @@ class Training:
         unit: where the rows of layers are divided by their norms once, before training: ``"first_last"``, ``"all"`` or
             nowhere. Default: nowhere.
         conditioning: options of :func:`normkit.surgery.condition.condition`, of
-            :func:`normkit.lab.papers.variants.scale_rows` or of :func:`set_lengths`, put on after the recipe. Default: none.
+            :func:`normkit.lab.papers.variants.scale_by_norm` or of :func:`set_lengths`, put on after the recipe. Default: none.
         batch_size: Default: 128.
         optimizer: Default: ``"sgd"``.
         momentum: Default: 0.9.
@@ -182,13 +183,13 @@ def changed(job: Training, model: nn.Module) -> nn.Module:
     reseed(job.seed, "recipe")
     if job.unit:
         for layer in select(model, job.unit).values():
-            unit_rows(layer.weight)  # pyright: ignore[reportArgumentType]
+            unit_rows(layer.get_parameter("weight"))
     model = apply_recipe(model, job.recipe).model
     options = dict(job.conditioning)
     if "lengths" in options:
         set_lengths(model, **options)
     elif options.keys() & {"norm", "every"}:
-        scale_rows(model, **options)
+        scale_by_norm(model, **options)
     elif options:
         model = condition(model, **options).model
     return model
@@ -259,12 +260,6 @@ def compare_same(job: Same, folder: Path) -> dict[str, Any]:
         "greatest_difference": apart,
         "sha256": [digest(weights) for weights in (ours, theirs)],
     }
-
-
-@torch.no_grad()
-def unit_rows(weight: torch.Tensor) -> None:
-    """Divides each row of a weight by its norm, in place."""
-    weight /= weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.dim() - 1))
 
 
 @torch.no_grad()

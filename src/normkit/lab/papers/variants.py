@@ -72,7 +72,7 @@ class Kept(nn.Module):
         return _norms(weight.detach(), 2.0).clamp(min=EPS).reciprocal()
 
 
-def scale_rows(model: nn.Module, where: str = "first_last", *, norm: float | str = 2.0, every: int = 0) -> None:
+def scale_by_norm(model: nn.Module, where: str = "first_last", *, norm: float | str = 2.0, every: int = 0) -> None:
     """Scales rows of layers by another norm, or by norms that are kept for some steps.
 
     Args:
