@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from normkit.core.errors import ProtocolError
-from normkit.lab.data.crossings import crossings, inside_mesh, picture
+from normkit.lab.data.crossings import _shelve, _side_of_grid, crossings, inside_mesh, picture
 from normkit.lab.data.mesh import MeshSolid, mesh, read_mesh, volume
 from normkit.lab.data.shapes import SHAPES, gyroid, torus
 from normkit.lab.data.solid import draw_points, find_solid, iou
@@ -61,6 +61,15 @@ def test_crossings_lie_on_their_triangles() -> None:
         np.testing.assert_allclose(points[:, :2], lines[found.line], atol=1e-12)
         np.testing.assert_allclose(points[:, 2], found.height, atol=1e-12)
         assert bool((found.shares >= -1e-12).all())
+
+
+def test_a_body_that_is_surface_throughout_takes_no_more_memory_than_its_triangles() -> None:
+    # As what has not been learnt gives: with as many cells as triangles, each of these would be listed in 100.
+    drawn = np.random.default_rng(0)
+    flat = drawn.uniform(size=(20_000, 1, 2)) + drawn.uniform(0, 0.07, size=(20_000, 3, 2))
+    low, extent = flat.min((0, 1)), flat.max((0, 1)) - flat.min((0, 1))
+    side = _side_of_grid(flat, extent)
+    assert len(_shelve(flat, low, side / extent, side)[2]) < 16 * len(flat)
 
 
 def test_a_mesh_fills_the_cube() -> None:

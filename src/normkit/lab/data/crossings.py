@@ -51,7 +51,7 @@ def crossings(vertices: np.ndarray, faces: np.ndarray, lines: np.ndarray) -> Ite
     corners = vertices[faces]
     flat = corners[:, :, :2]
     low, high = flat.min((0, 1)), flat.max((0, 1))
-    side = max(1, round(len(faces) ** 0.5))
+    side = _side_of_grid(flat, high - low)
     scale = side / np.maximum(high - low, 1e-300)
     first, count, listed = _shelve(flat, low, scale, side)
     inside = np.flatnonzero(((lines >= low) & (lines <= high)).all(1))
@@ -117,6 +117,12 @@ def picture(
         normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)
         image[found.line[top]] = _shade(normal)
     return image.reshape(size, 2, size, 2, 3).mean((1, 3))
+
+
+def _side_of_grid(flat: np.ndarray, extent: np.ndarray) -> int:
+    """As many cells as triangles; but half a triangle at the least, as each is listed in all the cells that it touches."""
+    widths = (flat.max(1) - flat.min(1)).mean(0)
+    return max(1, round(min(len(flat) ** 0.5, *(2 * extent / np.maximum(widths, 1e-300)))))
 
 
 def _shelve(
