@@ -1,6 +1,6 @@
 """How sure a number is: Student's interval of paired differences, and that of a median."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, stdev
@@ -57,6 +57,39 @@ def paired_interval(differences: Sequence[float], level: float = 0.95) -> Interv
         return Interval(mean, None, None, level, tuple(differences))
     half = float(t.ppf((1 + level) / 2, count - 1)) * stdev(differences) / sqrt(count)
     return Interval(mean, mean - half, mean + half, level, tuple(differences))
+
+
+def differences(these: Iterable[float | None], those: Iterable[float | None]) -> Interval:
+    """The interval of what is left of some values when others of the same seeds are taken off them.
+
+    Args:
+        these: one a seed; a seed with None here or there is left out.
+        those: likewise.
+
+    >>> differences([3.0, 5.0, None], [1.0, 2.0, 2.0]).differences
+    (2.0, 3.0)
+    """
+    pairs = zip(these, those, strict=True)
+    return paired_interval([one - other for one, other in pairs if one is not None and other is not None])
+
+
+def tell(found: Interval, form: str = "+.2f", scale: float = 1.0) -> str | None:
+    """Writes a mean difference and its interval; None where there is none.
+
+    Args:
+        found: the difference.
+        form: of the numbers. Default: ``"+.2f"``.
+        scale: by which they are multiplied, such as 100 for percent. Default: 1.
+
+    >>> tell(paired_interval([1.0, 2.0, 3.0])), tell(paired_interval([0.01]), "+.1f", 100)
+    ('+2.00 [-0.48, +4.48]', '+1.0')
+    """
+    if found.mean is None:
+        return None
+    text = f"{scale * found.mean:{form}}"
+    if found.low is None or found.high is None:
+        return text
+    return f"{text} [{scale * found.low:{form}}, {scale * found.high:{form}}]"
 
 
 def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:

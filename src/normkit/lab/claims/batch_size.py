@@ -29,11 +29,11 @@ from normkit.activations.group_norm import GroupNorm
 from normkit.core.card import Paper
 from normkit.lab.claims.batch_size_drawing import METHODS, WAYS, draw
 from normkit.lab.claims.images import Images, Size, Stream, accuracy, fit
-from normkit.lab.claims.numbers import choose, differences, known, spread
+from normkit.lab.claims.numbers import choose, known, spread
 from normkit.lab.claims.steps import OK, device, forget
 from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Experiment, Table
-from normkit.lab.interval import Interval
+from normkit.lab.interval import Interval, differences
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.seeding import reseed
 from normkit.surgery.recalibrate import recalibrate

@@ -26,11 +26,11 @@ from normkit.core.card import Paper
 from normkit.lab.claims.batch_size import BASE, CHANCE, RATE, interval, norm
 from normkit.lab.claims.disparity_drawing import METHODS, ORDERS, RANGES, WAYS, draw
 from normkit.lab.claims.images import Images, Size, Stream, accuracy, fit
-from normkit.lab.claims.numbers import choose, differences, spread
+from normkit.lab.claims.numbers import choose, spread
 from normkit.lab.claims.steps import OK, device, forget
 from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Experiment, Table
-from normkit.lab.interval import Interval
+from normkit.lab.interval import Interval, differences
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.seeding import reseed
 from normkit.surgery.example_weighing import choose_alpha, weigh_examples

@@ -22,12 +22,12 @@ from normkit.activations.instance_norm import InstanceNorm
 from normkit.core.card import Paper
 from normkit.lab.claims.four_benefits_drawing import METHODS, draw
 from normkit.lab.claims.images import Size, Stream, accuracy, fit
-from normkit.lab.claims.numbers import choose, differences, spread
+from normkit.lab.claims.numbers import choose, spread
 from normkit.lab.claims.steps import OK, device, forget
 from normkit.lab.claims.why_bn import Shift
 from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Experiment, Table
-from normkit.lab.interval import Interval
+from normkit.lab.interval import Interval, differences, tell
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.seeding import reseed
 from normkit.surgery.recipe import apply_recipe
@@ -185,8 +185,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
 def remarks(result: dict[str, Any]) -> list[str]:
     """What was seen of each of the four claims, against the network without a norm."""
 
-    def each(tell: Callable[[str], str]) -> str:
-        return ", ".join(f"{name} {tell(method)}" for method, name in METHODS.items())
+    def each(of: Callable[[str], str]) -> str:
+        return ", ".join(f"{name} {of(method)}" for method, name in METHODS.items())
 
     def reached(method: str) -> str:
         found = values(result, method, "steps")
@@ -231,12 +231,10 @@ def verdict(
         gap = against(result, method, key)
         if method == "none" or gap.mean is None:
             continue
-        text = f"{name} {times * gap.mean:+.1f}"
-        if gap.low is None or gap.high is None:
-            groups[alone].append(text)
-            continue
-        group = below if gap.high < 0 else above if gap.low > 0 else unsure
-        groups[group].append(f"{text} [{times * gap.low:+.1f}, {times * gap.high:+.1f}]")
+        group = alone
+        if gap.low is not None and gap.high is not None:
+            group = below if gap.high < 0 else above if gap.low > 0 else unsure
+        groups[group].append(f"{name} {tell(gap, '+.1f', times)}")
     return "; ".join(
         f"{group}: {', '.join(found) or 'none'}" for group, found in groups.items() if found or group in (first, second)
     )

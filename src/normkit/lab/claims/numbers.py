@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from normkit.lab.interval import Interval, paired_interval
-
 ABSENT = "–"
 
 
@@ -22,20 +20,6 @@ def mean(values: Iterable[float | None]) -> float | None:
     """
     values = known(values)
     return fmean(values) if values else None
-
-
-def differences(these: Iterable[float | None], those: Iterable[float | None]) -> Interval:
-    """The interval of what is left of some values when others of the same seeds are taken off them.
-
-    Args:
-        these: one a seed; a seed with None here or there is left out.
-        those: likewise.
-
-    >>> differences([3.0, 5.0, None], [1.0, 2.0, 2.0]).differences
-    (2.0, 3.0)
-    """
-    pairs = zip(these, those, strict=True)
-    return paired_interval([one - other for one, other in pairs if one is not None and other is not None])
 
 
 def spread(values: Iterable[float | None], form: str = ".3f", scale: float = 1.0) -> str:

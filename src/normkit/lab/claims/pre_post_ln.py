@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normkit.core.card import Paper
-from normkit.lab.claims.numbers import ABSENT, choose, differences, mean, spread
+from normkit.lab.claims.numbers import ABSENT, choose, mean, spread
 from normkit.lab.claims.pre_post_ln_drawing import NORMS, OPTIMIZERS, PLACEMENTS, draw
 from normkit.lab.claims.steps import OK, Diverged, device, forget, walk
 from normkit.lab.data import sequences
 from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.interval import differences, tell
 from normkit.lab.models.encoder import Encoder
 from normkit.lab.seeding import reseed
 from normkit.residual import Placement
@@ -316,9 +317,7 @@ def warming(without: Sequence[Mapping[str, Any]], withal: Sequence[Mapping[str, 
     change = differences(after, before)
     lower = sum(difference < 0 for difference in change.differences)
     text = f"ends at {mean(before):.2f} without warm-up and {mean(after):.2f} with, lower in {lower} of {len(before)} seeds"
-    if change.low is None or change.high is None:
-        return text
-    return f"{text}, a change of {change.mean:+.2f} [{change.low:+.2f}, {change.high:+.2f}]"
+    return text if change.low is None else f"{text}, a change of {tell(change)}"
 
 
 EXPERIMENT = Experiment(

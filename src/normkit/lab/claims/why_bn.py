@@ -26,11 +26,12 @@ from torch.nn import functional as F
 from normkit.activations.batch_norm import BatchNorm
 from normkit.core.card import Paper
 from normkit.lab.claims.images import Images, Stream, load
-from normkit.lab.claims.numbers import ABSENT, choose, differences, mean, spread
+from normkit.lab.claims.numbers import ABSENT, choose, mean, spread
 from normkit.lab.claims.steps import OK, Diverged, device, forget, walk
 from normkit.lab.claims.why_bn_drawing import METHODS, draw
 from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.interval import differences, tell
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.seeding import reseed
 
@@ -337,13 +338,13 @@ def remarks(result: dict[str, Any]) -> list[str]:
     if gaps.mean is not None:
         text = (
             f"Training loss at the end, all at rate {RATE:g}: BatchNorm with noise behind it {fmean(ends['noisy']):.2f}, "
-            f"BatchNorm {fmean(ends['bn']):.2f}, no norm {fmean(ends['none']):.2f}; with noise minus no norm {gaps.mean:+.2f}"
+            f"BatchNorm {fmean(ends['bn']):.2f}, no norm {fmean(ends['none']):.2f}; with noise minus no norm {tell(gaps)}"
         )
         if gaps.low is None or gaps.high is None:
             said.append(f"{text}, of one seed.")
         else:
             word = "lower" if gaps.high < 0 else "higher" if gaps.low > 0 else "not told apart"
-            said.append(f"{text} [{gaps.low:+.2f}, {gaps.high:+.2f}], {word}.")
+            said.append(f"{text}, {word}.")
     said.append(f"Change of the gradient for each unit of distance along it: {three('beta', '.3g')}.")
     rates = {method: largest(result, method) for method in ("none", "bn")}
     said.append(

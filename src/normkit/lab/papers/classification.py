@@ -10,8 +10,9 @@ from normkit.catalogue.methods import method
 from normkit.lab.claims.numbers import choose, mean, spread
 from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Table
+from normkit.lab.interval import tell
 from normkit.lab.papers.equal_time import time_table
-from normkit.lab.papers.gains import BETTER, WORSE, gain, judge, tell
+from normkit.lab.papers.gains import BETTER, WORSE, gain, judge
 from normkit.lab.papers.learning import Costs, Same, Training, compare_same, images, learn, measure
 from normkit.lab.papers.rates import edges, rates_table, tune
 from normkit.lab.train import OK
@@ -227,7 +228,7 @@ def _score_row(row: Mapping[str, Any], base: Mapping[str, Any]) -> list[Any]:
     first, five = row["printed"] or (None, None)
     printed = base["printed"]
     runs = row["runs"]
-    gap = None if row is base else tell(percent(gain(runs, base["runs"], "test_score")))
+    gap = None if row is base else tell(gain(runs, base["runs"], "test_score"), scale=100)
     return [
         row["name"],
         first,
@@ -240,12 +241,6 @@ def _score_row(row: Mapping[str, Any], base: Mapping[str, Any]) -> list[Any]:
         mean(run["condition"]["last"][1] for run in runs if run["condition"]),
         len(runs),
     ]
-
-
-def percent(found: Any) -> Any:
-    """An interval in percent."""
-    ends = {key: 100 * value for key in ("mean", "low", "high") if (value := getattr(found, key)) is not None}
-    return replace(found, **ends)
 
 
 def _rates(label: str, part: Mapping[str, Any]) -> list[Table]:
@@ -326,7 +321,7 @@ def _lost(row: Mapping[str, Any]) -> int:
 
 def _verdict(row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     compared = row["runs"], base["runs"], "test_score"
-    text = tell(percent(gain(*compared)))
+    text = tell(gain(*compared), scale=100)
     if text is None:
         return f"{row['name']} has no score to compare"
     printed = ""
@@ -354,5 +349,5 @@ def difference(result: Mapping[str, Any], label: str, one: str, other: str) -> s
     if not first or not second:
         return None
     compared = first[0]["runs"], second[0]["runs"], "test_score"
-    text, word = tell(percent(gain(*compared))), judge(*compared)
+    text, word = tell(gain(*compared), scale=100), judge(*compared)
     return text if text is None or word in (BETTER, WORSE) else f"{text} ({word})"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from normkit.lab.interval import Interval, paired_interval
+from normkit.lab.interval import Interval, differences
 
 BETTER, WORSE, EVEN = "better", "worse", "no difference shown"
 
@@ -23,9 +23,9 @@ def gain(runs: Iterable[Mapping[str, Any]], base: Iterable[Mapping[str, Any]], f
     >>> gain([{"seed": 0, "x": 3.0}, {"seed": 1, "x": 5.0}], [{"seed": 1, "x": 4.0}], "x").differences
     (1.0,)
     """
-    known = {run["seed"]: run[field] for run in base if run[field] is not None}
-    pairs = [(run[field], known[run["seed"]]) for run in runs if run["seed"] in known and run[field] is not None]
-    return paired_interval([one - other for one, other in pairs])
+    known = {run["seed"]: run[field] for run in base}
+    shared = [run for run in runs if run["seed"] in known]
+    return differences([run[field] for run in shared], [known[run["seed"]] for run in shared])
 
 
 def judge(runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]], field: str) -> str:
@@ -56,23 +56,6 @@ def judge(runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]], 
         # Scores come in whole samples, so a few seeds can agree but for rounding by chance: no spread to judge by.
         return EVEN
     return BETTER if found.low > 0 else WORSE if found.high < 0 else EVEN
-
-
-def tell(found: Interval, form: str = "+.2f") -> str | None:
-    """Writes a mean gain and its interval; None where there is none.
-
-    Args:
-        found: the gain.
-        form: of the numbers. Default: ``"+.2f"``.
-
-    >>> tell(paired_interval([1.0, 2.0, 3.0])), tell(paired_interval([1.0]))
-    ('+2.00 [-0.48, +4.48]', '+1.00')
-    """
-    if found.mean is None:
-        return None
-    if found.low is None or found.high is None:
-        return f"{found.mean:{form}}"
-    return f"{found.mean:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
 def lowered(runs: Sequence[Mapping[str, Any]]) -> list[str]:

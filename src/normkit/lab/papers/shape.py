@@ -27,12 +27,12 @@ from normkit.lab.claims.numbers import by_step, choose, mean, spread
 from normkit.lab.data import mesh, shapes
 from normkit.lab.data.root import VARIABLE, data_root
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.interval import Interval
+from normkit.lab.interval import Interval, tell
 from normkit.lab.models.occupancy import Kind
 from normkit.lab.models.rows import Scale
 from normkit.lab.occupancy import OccupancyCosts, OccupancyJob, learn_solid, measure_solid
 from normkit.lab.papers.equal_time import time_table
-from normkit.lab.papers.gains import gain, judge, lowered, tell
+from normkit.lab.papers.gains import gain, judge, lowered
 from normkit.lab.papers.rates import edges, rates_table, tune
 from normkit.lab.radiance import decode
 from normkit.lab.report.canvas import FAINT, FULL, plain
