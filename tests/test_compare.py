@@ -123,6 +123,20 @@ def test_another_configuration_in_the_folder(whole: Path) -> None:
         ran(whole, model=lab_samples.one_output)
 
 
+def test_a_file_is_no_folder_of_records(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RecordError, match="file is a file, not a folder; choose another --output"):
+        ran(tmp_path / "file")
+
+
+def test_a_folder_of_an_experiment_is_none_of_a_comparison(tmp_path: Path) -> None:
+    record.write_json(tmp_path / "config.json", {"experiment": "table1", "scale": "small"})
+    with pytest.raises(
+        RecordError, match="holds records of the experiment table1, not of a comparison; choose another"
+    ):
+        ran(tmp_path)
+
+
 def names(folder: Path) -> set[Path]:
     return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
 

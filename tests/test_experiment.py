@@ -212,6 +212,17 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
         sweep(walk, [Walk("left", 0)], tmp_path, say=lambda text: None)
 
 
+def test_records_of_something_else_are_refused(tmp_path: Path) -> None:
+    for config, whose in (
+        ({"model": "inception"}, "a comparison"),
+        ({"experiment": "table1"}, "the experiment table1"),
+    ):
+        record.write_json(tmp_path / "config.json", config)
+        record.write_json(tmp_path / "result.json", {})
+        with pytest.raises(RecordError, match=f"holds records of {whose}, not of the experiment walks; choose another"):
+            perform(EXPERIMENT, bench(tmp_path), report=False)
+
+
 def test_a_failed_attempt_leaves_the_folder_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*given: Any) -> None:
         raise RecordError("no data")

@@ -151,7 +151,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
 def test_place_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecordError, match="cannot write"), record.locked(tmp_path / "file"):
+    with pytest.raises(RecordError, match="file is a file, not a folder"), record.locked(tmp_path / "file"):
         pass
     with pytest.raises(RecordError, match="cannot write"):
         record.write_json(tmp_path / "file" / "value.json", {})

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from normkit.core.card import Paper
-from normkit.core.errors import OptionError, RecordError
+from normkit.core.errors import OptionError
 from normkit.lab import record
 from normkit.lab.cluster import joined
 from normkit.lab.data.root import VARIABLE
@@ -259,14 +259,7 @@ def _run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
 
 
 def _open(output: Path, config: Mapping[str, Any], overwrite: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise RecordError(f"{output} is a file, not a folder; choose another --output")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecordError(
-            f"cannot write {output}: {error.strerror or error}; make it writable, or choose another --output"
-        ) from error
+    record.make(output)
     record.prepare(output, CONFIG, OURS, overwrite)
     if (output / CONFIG).exists():
         # More seeds are more runs beside those that are there; anything else would make the runs unlike.

@@ -138,19 +138,35 @@ def check_config(path: Path, config: Mapping[str, Any], cure: str) -> None:
         cure: ends the message.
 
     Raises:
-        RecordError: a key differs.
+        RecordError: it is of something else, or a key differs.
     """
     wanted = json.loads(json.dumps(config))
     if not path.exists():
         write_json(path, wanted)
         return
     found = read_json(path)
+    if found.get("experiment") != wanted.get("experiment"):
+        raise RecordError(f"{path.parent} holds records of {_subject(found)}, not of {_subject(wanted)}; {cure}")
     for key in [*wanted, *(key for key in found if key not in wanted)]:
         if found.get(key) != wanted.get(key):
             raise RecordError(
                 f"{path.parent} holds records of another configuration: {key} is {json.dumps(found.get(key))} there, "
                 f"{json.dumps(wanted.get(key))} now; {cure}"
             )
+
+
+def make(folder: Path) -> None:
+    """Makes a folder, if it is not there.
+
+    Raises:
+        RecordError: it is a file, or can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise RecordError(f"{folder} is a file, not a folder; choose another --output") from None
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 @contextmanager
@@ -164,13 +180,11 @@ def locked(folder: Path) -> Iterator[None]:
         InUseError: another process holds it.
         RecordError: it is not writable.
     """
+    make(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise RecordError(
-            f"cannot write {folder}: {error.strerror or error}; make it writable, or choose another --output"
-        ) from error
+        raise _unwritable(folder, error) from error
     try:
         try:
             import fcntl
@@ -270,6 +284,17 @@ def _check_keys(value: Any, keys: Iterable[str]) -> None:
         raise TypeError(f"it holds a {type(value).__name__}, not an object")
     if missing := [key for key in keys if key not in value]:
         raise KeyError(f"{missing[0]} is not in it")
+
+
+def _subject(config: Mapping[str, Any]) -> str:
+    # A comparison's configuration names no experiment.
+    return f"the experiment {config['experiment']}" if "experiment" in config else "a comparison"
+
+
+def _unwritable(folder: Path, error: OSError) -> RecordError:
+    return RecordError(
+        f"cannot write {folder}: {error.strerror or error}; make it writable, or choose another --output"
+    )
 
 
 def _cure(path: Path) -> str:
