@@ -113,7 +113,7 @@ def test_controls_of_scale() -> None:
 def test_jobs(tmp_path: Path) -> None:
     small = bench(tmp_path)
     tried = table4.sweeps(small, "fern")
-    assert [len(jobs) for jobs in tried.values()] == [3] * len(table4.ROWS)
+    assert [len(jobs) for jobs in tried.values()] == [1] * len(table4.ROWS)
     chosen = {name: jobs[0] for name, jobs in tried.items()}
     jobs = table4.jobs(small, chosen)
     assert len({job.path for job in jobs}) == len(jobs) == 3 + 3 + 5

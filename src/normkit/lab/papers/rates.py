@@ -80,7 +80,7 @@ def rates_table(
     scale: float = 100.0,
     unit: str = "epoch",
 ) -> list[Table]:
-    """The table of what each row reached at each rate; none where nothing was swept.
+    """The table of what each row reached at each rate; none where there was nothing to choose from.
 
     Args:
         title: of the table.
@@ -91,9 +91,9 @@ def rates_table(
         unit: of "reached". Default: ``"epoch"``.
     """
     rows = [row for row in rows if row["sweep"]]
-    if not rows:
-        return []
     rates = sorted({run["rate"] for row in rows for run in row["sweep"]})
+    if len(rates) < 2:
+        return []
     lines = []
     for row in rows:
         runs = {run["rate"]: run for run in row["sweep"]}
