@@ -340,6 +340,7 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="of torch")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder")] = Path("runs/bench"),
     results: Annotated[Path | None, typer.Option(help="a Markdown file whose section Layers is replaced")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="measure again what is found there")] = False,
 ) -> None:
     """Measures the layers' speed beside torch's own, in one run, and as fractions of the copy bandwidth.
 
@@ -349,7 +350,8 @@ def bench(
         from normkit.lab.bench import bench as measure_all
 
         names = [] if methods is None else _words("methods", methods)
-        measure_all(output, names, quick=quick, compiled=compiled, rounds=rounds, threads=threads, results=results)
+        more = {"rounds": rounds, "threads": threads, "results": results, "overwrite": overwrite}
+        measure_all(output, names, quick=quick, compiled=compiled, **more)
 
 
 @app.command()

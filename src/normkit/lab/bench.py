@@ -28,6 +28,7 @@ def bench(
     rounds: int | None = None,
     threads: int | None = None,
     results: Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Measures the layers' speed.
 
@@ -39,6 +40,7 @@ def bench(
         rounds: samples of each variant. Default: 15, or 5 if quick.
         threads: of torch. Default: as it is.
         results: a Markdown file whose section "Layers" is replaced.
+        overwrite: measure again what is found there. Default: False.
 
     Returns:
         What speed.json holds.
@@ -60,13 +62,17 @@ def bench(
         "rounds": rounds,
         "compiled": compiled,
     }
-    known = _known(path, how)
+    known, when = ({}, "") if overwrite else _known(path, how)
+    again = [case for case in chosen if str(case) in known]
+    day = when if len(again) == len(chosen) else str(date.today())
     options = ["--quick"] * quick + ["--compile"] * compiled
     options += ["--methods", ",".join(methods)] * bool(methods) + ["--threads", str(threads)] * (threads is not None)
     command = shlex.join(["normkit", "bench", *options])
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
     say(console, f"{len(chosen)} cells; a ratio is a peer's time over normkit's: above 1, normkit is faster")
+    if again:
+        say(console, f"{len(again)} of them measured {when}, printed again; --overwrite measures them anew")
     for number, case in enumerate(chosen, 1):
         row = known.get(str(case)) or measure(case, rounds, compiled) | {"case": str(case)}
         rows.append(row)
@@ -77,7 +83,7 @@ def bench(
             + (f", compile {line['compile']}" if line["compile"] else "")
             + f", {line['of roofline']} of the roofline",
         )
-        result = {"command": command, "date": str(date.today()), **how, "summary": summary(rows), "rows": rows}
+        result = {"command": command, "date": day, **how, "summary": summary(rows), "rows": rows}
         record.write_json(path, result)
     text = markdown(result)
     record.write_bytes(output / "speed.md", text.encode())
@@ -94,11 +100,11 @@ def bench(
     return result
 
 
-def _known(path: Path, how: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The cells that were measured before in the same way."""
+def _known(path: Path, how: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], str]:
+    """The cells that were measured before in the same way, and when."""
     if not path.exists():
-        return {}
-    found = record.read_json(path, ("rows", *how))
+        return {}, ""
+    found = record.read_json(path, ("rows", "date", *how))
     if any(found[key] != value for key, value in how.items()):
-        return {}
-    return {row["case"]: row for row in found["rows"]}
+        return {}, ""
+    return {row["case"]: row for row in found["rows"]}, found["date"]

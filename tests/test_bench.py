@@ -1,0 +1,50 @@
+"""The benchmark as a command: what it measures, what it prints again, and that it says which."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("matplotlib", reason="the report needs the extra [lab]")
+
+from normkit.cli import app
+from normkit.lab import bench, record
+from normkit.lab.speed import Case
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+    """Collects the cells that are measured, with times from nowhere."""
+    cells: list[Case] = []
+
+    def measure(case: Case, rounds: int, compiled: bool) -> dict[str, Any]:
+        cells.append(case)
+        row = {"method": case.method, "shape": list(case.shape), "dtype": "float32", "layout": case.layout}
+        times = {"seconds": {"ours": 1e-3}, "ratio": {"eager": 2.0}, "roofline": {"ours": 0.5}, "error": {}}
+        return {**row, **times, "direction": case.direction, "backend": "native"}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    return cells
+
+
+def test_what_is_printed_again_is_said(tmp_path: Path, measured: list[Case]) -> None:
+    def run(methods: str, *more: str) -> str:
+        words = ["bench", "--quick", "--methods", methods, "--output", str(tmp_path), *more]
+        done = CliRunner().invoke(app, words, catch_exceptions=False, env={"COLUMNS": "200"})
+        assert done.exit_code == 0
+        return done.output
+
+    assert "printed again" not in run("layer_norm")
+    found = record.read_json(tmp_path / "speed.json")
+    record.write_json(tmp_path / "speed.json", {**found, "date": "2001-02-03"})
+    count = len(measured)
+    said = "of them measured 2001-02-03, printed again; --overwrite measures them anew"
+    assert f"{count} {said}" in run("layer_norm")
+    assert len(measured) == count
+    assert record.read_json(tmp_path / "speed.json")["date"] == "2001-02-03"
+    assert f"{count} {said}" in run("layer_norm,rms_norm")
+    assert record.read_json(tmp_path / "speed.json")["date"] == found["date"]
+    before = len(measured)
+    assert "printed again" not in run("layer_norm", "--overwrite")
+    assert len(measured) == before + count
