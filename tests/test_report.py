@@ -151,6 +151,19 @@ def test_findings_name_the_best_and_how_sure(result: dict[str, Any]) -> None:
     assert "bn+ws is worse than bn." in findings(with_interval(result, 1, -0.02, -0.001))
 
 
+def test_seeds_that_agree_are_the_reason_for_no_verdict(result: dict[str, Any]) -> None:
+    changed = with_interval(result, 3, 0.01, 0.01)
+    changed["recipes"][3]["paired"]["mean"] = 0.01
+    assert verdict(changed["recipes"][3], "bn").startswith("no difference shown")
+    assert (
+        "0.0100 above the baseline bn, but all seeds agree, which leaves no spread to judge by" in findings(changed)[0]
+    )
+    assert any(
+        note.startswith("bn+e: all seeds agree on the difference from bn, so that") for note in cautions(changed)
+    )
+    assert not any("all seeds agree" in note for note in cautions(result))
+
+
 def test_one_seed_claims_nothing(tmp_path: Path) -> None:
     result = write_comparison(tmp_path, seeds=1)
     assert "there is no interval" in findings(result)[0]

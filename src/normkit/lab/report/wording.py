@@ -104,10 +104,18 @@ def judge(recipe: dict[str, Any], baseline: str) -> str:
         return "baseline"
     if low is None or high is None:
         return "single" if at(recipe, "paired.mean") is not None else "failed"
-    if low == high:
-        # Scores come in whole samples, so a few seeds can agree to the last digit by chance: no spread to judge by.
+    if alike(recipe):
         return "even"
     return "better" if low > 0 else "worse" if high < 0 else "even"
+
+
+def alike(recipe: dict[str, Any]) -> bool:
+    """Whether all seeds differ from the baseline by the same.
+
+    Scores come in whole samples, so a few seeds can agree to the last digit by chance: no spread to judge by.
+    """
+    low, high = finite(at(recipe, "paired.low")), finite(at(recipe, "paired.high"))
+    return low is not None and low == high
 
 
 def verdict(recipe: dict[str, Any], baseline: str) -> str:
@@ -171,6 +179,8 @@ def lead_sentence(lead: str, top: dict[str, Any], judged: dict[str, str], baseli
         return f"{lead}, {by} ({bounds}): better, as far as these seeds tell."
     if word == "worse":
         return f"{lead}, but on the seeds that both finished it is {by} ({bounds})."
+    if alike(top):
+        return f"{lead}, {by}, but all seeds agree, which leaves no spread to judge by: no difference shown."
     return f"{lead}, {by}, but the {bounds} includes zero: no difference shown."
 
 
@@ -188,6 +198,12 @@ def cautions(result: dict[str, Any]) -> list[str]:
         if lost:
             rest = f"its numbers are of the other {kept(recipe)}" if kept(recipe) else "it has no numbers"
             notes.append(f"{recipe['recipe']} diverged in {lost} of {seeds(len(recipe['runs']))}; {rest}.")
+    agreeing = [r["recipe"] for r in result["recipes"] if r["recipe"] != result["baseline"] and alike(r)]
+    if agreeing:
+        notes.append(
+            f"{listing(agreeing)}: all seeds agree on the difference from {result['baseline']}, so that there is no spread to "
+            "judge by; take more seeds."
+        )
     edge = [r["recipe"] for r in result["recipes"] if r.get("rate_at_edge")]
     if edge:
         notes.append(
