@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("matplotlib", reason="the report needs the extra [lab]")
@@ -25,6 +26,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
         return {**row, **times, "direction": case.direction, "backend": "native"}
 
     monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     return cells
 
 
@@ -35,7 +37,10 @@ def test_what_is_printed_again_is_said(tmp_path: Path, measured: list[Case]) -> 
         assert done.exit_code == 0
         return done.output
 
-    assert "printed again" not in run("layer_norm")
+    first = run("layer_norm")
+    assert "printed again" not in first
+    assert "forward against eager: 1 cell, geometric" in first
+    assert ", 1 thread, native kernels" in (tmp_path / "speed.md").read_text()
     found = record.read_json(tmp_path / "speed.json")
     record.write_json(tmp_path / "speed.json", {**found, "date": "2001-02-03"})
     count = len(measured)

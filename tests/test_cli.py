@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from normkit import __version__
 from normkit.cli import app
 
 TESTS = Path(__file__).parent
@@ -107,6 +108,11 @@ def test_help_names_the_commands() -> None:
         "precision",
     ):
         assert f"--{name}" in options
+
+
+def test_version() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"normkit {__version__}\n")
 
 
 def test_info() -> None:

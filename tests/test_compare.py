@@ -18,6 +18,7 @@ import lab_samples
 from normkit.core.errors import OptionError, ProtocolError, RecordError
 from normkit.lab import record
 from normkit.lab.compare import command, compare, default_output, kept, reprint
+from normkit.lab.progress import Watch
 from normkit.lab.result import Records, choose
 from normkit.lab.settings import Settings, first_seeds
 from normkit.lab.train import Run
@@ -102,18 +103,26 @@ def test_a_users_words_are_printed_as_they_are(tmp_path: Path) -> None:
         SMALL, recipes=("keep", "keep+e@re:[/04]"), seeds=(0,), rates=(0.1,), epochs=1, model="a:cancer:b"
     )
     given: dict[str, Any] = {"model": lab_samples.model, "data": lab_samples.data, "report": False}
-    for live in (True, False):  # a second time, it is read back
-        console = Console(file=text, width=500, force_terminal=live, no_color=True)
+    console = Console(file=text, width=500)
+    for _ in range(2):  # a second time, it is read back
         compare(settings, folder, console=console, **given)
     reprint(folder, console)
     for words in (
-        f"records in {folder}",
+        f": 2 recipes, 1 rate, 1 seed, 1 epoch a run; records in {folder}",
         f"{folder} holds this",
         f"result   {folder}",
         f"report   {folder}",
-        "run 2/2  keep+e@re:[/04]",
     ):
         assert words in text.getvalue()
+
+
+def test_the_live_line_shows_patterns_as_they_are() -> None:
+    text = StringIO()
+    with Watch(Console(file=text, width=200, force_terminal=True), 2, 1) as watch:
+        watch.begin(Run("keep+e@re:[/04]:cancer:", 0.1, 0))
+        assert watch.live
+        watch.live.refresh()
+    assert "run 1/2  keep+e@re:[/04]:cancer:  rate 0.1" in text.getvalue()
 
 
 def test_another_configuration_in_the_folder(whole: Path) -> None:

@@ -62,11 +62,11 @@ def test_results_say_what_was_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(experiment_samples, "__doc__", "A title.\n\nTwo\nwalks & ``--epochs``.\n\nOurs: four\nsteps.\n")
-    assert setup(EXPERIMENT) == ["Two walks & ``--epochs``.", "Ours: four steps."]
+    assert setup(EXPERIMENT) == ["Two walks & `--epochs`.", "Ours: four steps."]
     perform(EXPERIMENT, Bench("small", tmp_path))
     assert "Ours:" not in capsys.readouterr().out
     text = (tmp_path / "result.md").read_text()
-    assert ".\n\n## What was run\n\nTwo walks & ``--epochs``.\n\nOurs: four steps.\n\n## Walks" in text
+    assert ".\n\n## What was run\n\nTwo walks & `--epochs`.\n\nOurs: four steps.\n\n## Walks" in text
     page = (tmp_path / "report.html").read_text()
     assert "<p>Two walks &amp; --epochs.</p>\n  <p>Ours: four steps.</p>" in page
 

@@ -71,6 +71,7 @@ def broken() -> nn.Module:
     [
         (lab_samples.no_module, "returned a str; wanted a torch.nn.Module"),
         (lambda: None, "returned None"),
+        (lambda: 5, "returned an int; wanted a torch.nn.Module"),
         (lambda: nn.Linear, "returned the class Linear; .* return an instance"),
         (lambda: nn.ReLU(), "no parameter to train"),
         (lambda width: nn.Linear(width, 1), "raised TypeError"),

@@ -35,7 +35,7 @@ def test_exact_on_full_data_after_a_linear_layer(make, sizes: list[int]) -> None
     elif make is not MeanOnlyBatchNorm:
         assert_close(model[1].running_var, var)
     assert changes.rows[0].name == "1"
-    assert f"of {len(sizes)} batches, 92 elements" in changes.rows[0].note
+    assert f"of {'1 batch' if len(sizes) == 1 else f'{len(sizes)} batches'}, 92 elements" in changes.rows[0].note
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,23 @@ OVERWRITE = typer.Option("--overwrite", help="replace the records there", rich_h
 NO_REPORT = typer.Option("--no-report", help="no figures, no report.html", rich_help_panel=RECORDS)
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from normkit import __version__
+
+        typer.echo(f"normkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="of normkit", callback=_tell_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Takes the options that stand before a command."""
+
+
 @app.command(cls=_Sweeping)
 def compare(
     model: Annotated[

@@ -13,7 +13,7 @@ from normkit.engine.library import description
 from normkit.lab import record
 from normkit.lab.devices import cores, processor
 from normkit.lab.report.speed import COLUMNS, cells, draw, markdown, replace_section
-from normkit.lab.say import say
+from normkit.lab.say import counted, say
 from normkit.lab.speed import cases, measure, summary
 
 QUICK_ROUNDS, ROUNDS = 5, 15
@@ -70,7 +70,7 @@ def bench(
     command = shlex.join(["normkit", "bench", *options])
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
-    say(console, f"{len(chosen)} cells; a ratio is a peer's time over normkit's: above 1, normkit is faster")
+    say(console, f"{counted(len(chosen), 'cell')}; a ratio is a peer's time over normkit's: above 1, normkit is faster")
     if again:
         say(console, f"{len(again)} of them measured {when}, printed again; --overwrite measures them anew")
     for number, case in enumerate(chosen, 1):
@@ -93,8 +93,8 @@ def bench(
     for row in result["summary"]:
         say(
             console,
-            f"{row['direction']} against {row['peer']}: {row['cells']} cells, geometric mean {row['geometric_mean']:.2f}, "
-            f"worst {row['worst']:.2f} ({row['worst_case']}), below 0.95: {row['below']}",
+            f"{row['direction']} against {row['peer']}: {counted(row['cells'], 'cell')}, geometric mean "
+            f"{row['geometric_mean']:.2f}, worst {row['worst']:.2f} ({row['worst_case']}), below 0.95: {row['below']}",
         )
     say(console, f"results: {', '.join(map(str, paths))}")
     return result

@@ -23,7 +23,7 @@ from normkit.lab.devices import device_name, environment, start_fabric
 from normkit.lab.progress import Watch
 from normkit.lab.remote import Distant, Here, There, describe
 from normkit.lab.result import Records, choose, find_target, summarize
-from normkit.lab.say import say
+from normkit.lab.say import counted, say
 from normkit.lab.seeding import borrowed_randomness
 from normkit.lab.settings import Settings
 from normkit.lab.study import Study
@@ -175,7 +175,7 @@ def kept(folder: Path) -> str:
     done = len(list(folder.glob("runs/*/*/*/result.json")))
     begun = len(list(folder.glob("runs/*/*/*/checkpoint.pt")))
     also = f" and {begun} begun, up to its last whole epoch" if begun else ""
-    return f"kept in {folder}: {done} finished {'run' if done == 1 else 'runs'}{also}"
+    return f"kept in {folder}: {counted(done, 'finished run')}{also}"
 
 
 class _Session:
@@ -364,11 +364,8 @@ def _show(result: dict[str, Any], folder: Path, report: bool, console: Console) 
 
 
 def _plan(settings: Settings, folder: Path) -> str:
-    seeds = len(settings.seeds)
-    counts = (
-        f"{len(settings.recipes)} recipes, {len(settings.rates)} rates, {seeds} {'seed' if seeds == 1 else 'seeds'}"
-    )
-    length = f"{settings.epochs} {'epoch' if settings.epochs == 1 else 'epochs'} a run"
+    counts = ", ".join(counted(len(getattr(settings, f"{noun}s")), noun) for noun in ("recipe", "rate", "seed"))
+    length = f"{counted(settings.epochs, 'epoch')} a run"
     return f"{settings.model} on {settings.data}: {counts}, {length}; records in {folder}"
 
 

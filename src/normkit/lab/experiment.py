@@ -24,7 +24,7 @@ from normkit.lab import record
 from normkit.lab.cluster import joined
 from normkit.lab.data.root import VARIABLE
 from normkit.lab.devices import cores, hardware, processor, versions
-from normkit.lab.say import say
+from normkit.lab.say import counted, say
 from normkit.lab.sweep import TIMING, Job, devices, sweep
 
 SCHEMA = 1
@@ -247,7 +247,7 @@ def command(experiment: Experiment, bench: Bench) -> str:
 def kept(output: Path) -> str:
     """Says what a stopped experiment has kept."""
     done = sum((path.parent / TIMING).exists() for path in output.glob(f"runs/**/{RESULT}"))
-    return f"kept in {output}: {done} finished {'run' if done == 1 else 'runs'}, and checkpoints of those begun"
+    return f"kept in {output}: {counted(done, 'finished run')}, and checkpoints of those begun"
 
 
 def _run(experiment: Experiment, bench: Bench) -> dict[str, Any]:

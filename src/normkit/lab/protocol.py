@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from normkit.core.errors import NormkitError, ProtocolError
 from normkit.lab.data.split import Data, Inputs, Split, as_targets, hold_out
-from normkit.lab.task import IGNORED, call, predictions
+from normkit.lab.task import IGNORED, call, kind, predictions
 
 MODELS = {
     "inception": "normkit.lab.models.inception:digits_inception",
@@ -101,7 +101,7 @@ def load_factory(name: str, builtin: Mapping[str, str]) -> Callable[..., Any]:
             )
         found = getattr(found, part)
     if not callable(found):
-        raise ProtocolError(f"{name!r} is {_kind(found)}; wanted a factory, that is a function to call")
+        raise ProtocolError(f"{name!r} is {kind(found)}; wanted a factory, that is a function to call")
     return found
 
 
@@ -124,9 +124,9 @@ def make_model(factory: Callable[..., Any], name: str, classes: int | None) -> n
         raise ProtocolError(f"model factory {name}: {name}({given}) raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         cure = "; return an instance, not the class" if inspect.isclass(model) and issubclass(model, nn.Module) else ""
-        raise ProtocolError(f"model factory {name} returned {_kind(model)}; wanted a torch.nn.Module{cure}")
+        raise ProtocolError(f"model factory {name} returned {kind(model)}; wanted a torch.nn.Module{cure}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ProtocolError(f"model factory {name} returned a {type(model).__name__} with no parameter to train")
+        raise ProtocolError(f"model factory {name} returned {kind(model)} with no parameter to train")
     return model
 
 
@@ -159,7 +159,7 @@ def make_data(factory: Callable[[], Any], name: str) -> Data:
         splits = {key: _split(f"{name}: {key}", value) for key, value in made.items()}
     else:
         raise ProtocolError(
-            f'data factory {name} returned {_kind(made)}; wanted a dict with "train" and "test", or Data'
+            f'data factory {name} returned {kind(made)}; wanted a dict with "train" and "test", or Data'
         )
     for key, split in splits.items():
         _check_split(f"{name}: {key}", split)
@@ -243,7 +243,7 @@ def _split(name: str, value: Any) -> Split:
         and not isinstance(value, Mapping | Tensor | np.ndarray)
     ):
         return _read(name, value)
-    raise ProtocolError(f"{name} is {_kind(value)}; wanted a pair (inputs, targets) or a map-style dataset")
+    raise ProtocolError(f"{name} is {kind(value)}; wanted a pair (inputs, targets) or a map-style dataset")
 
 
 def _read(name: str, source: Any) -> Split:
@@ -251,7 +251,7 @@ def _read(name: str, source: Any) -> Split:
     for row in range(len(source)):
         sample = source[row]
         if not (isinstance(sample, tuple | list) and len(sample) == 2):
-            raise ProtocolError(f"{name}[{row}] is {_kind(sample)}; wanted a pair (inputs, target)")
+            raise ProtocolError(f"{name}[{row}] is {kind(sample)}; wanted a pair (inputs, target)")
         inputs = _named(_inputs(f"{name}[{row}] inputs", sample[0]))
         for part, tensor in inputs:
             _check_finite(f"{name}[{row}] {part}", tensor)
@@ -284,7 +284,7 @@ def _tensor(name: str, value: Any) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape)
         return tensor.float() if tensor.dtype == torch.float64 else tensor
     except (TypeError, ValueError) as error:
-        raise ProtocolError(f"{name} are {_kind(value)}, which makes no tensor ({error})") from None
+        raise ProtocolError(f"{name} are {kind(value)}, which makes no tensor ({error})") from None
 
 
 def _check_split(name: str, split: Split) -> None:
@@ -345,12 +345,6 @@ def _accepts(factory: Callable[..., Any], name: str) -> bool:
     except (TypeError, ValueError):
         return False
     return name in parameters and parameters[name].kind is not inspect.Parameter.POSITIONAL_ONLY
-
-
-def _kind(value: Any) -> str:
-    if inspect.isclass(value):
-        return f"the class {value.__name__}"
-    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _place(where: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Lines in the terminal as they are meant: paths, factories and patterns of a user are no markup and no emoji codes."""
+"""Lines in the terminal as they are meant: what a user calls things is no markup and no emoji code, and one is no plural."""
 
 from rich.console import Console
 from rich.text import Text
@@ -16,3 +16,16 @@ def say(console: Console, text: str, style: str = "") -> None:
     runs/a[red]b:cancer:c
     """
     console.print(Text(text, style=style), soft_wrap=True)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things.
+
+    Args:
+        count: how many.
+        noun: what one of them is called.
+
+    >>> counted(1, "rate"), counted(2, "rate")
+    ('1 rate', '2 rates')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

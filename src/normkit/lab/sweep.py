@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 from normkit.core.errors import OptionError
 from normkit.lab import record
 from normkit.lab.devices import hardware
+from normkit.lab.say import counted
 from normkit.lab.seeding import borrowed_randomness, reseed
 
 CONFIG, RESULT, TIMING = "config.json", "result.json", "timing.json"
@@ -65,7 +66,7 @@ def sweep(
     waiting = [job for job in jobs if job.path not in results]
     if waiting:
         found = f", {len(results)} found finished" if results else ""
-        say(f"{len(jobs)} {'run' if len(jobs) == 1 else 'runs'}{found}; records in {folder}")
+        say(f"{counted(len(jobs), 'run')}{found}; records in {folder}")
         count = _Count(len(jobs), len(results), say)
         if ray is None:
             _in_turn(function, waiting, places, threads, results, count)

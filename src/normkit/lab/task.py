@@ -14,6 +14,18 @@ IGNORED = -100
 AMONG = 5
 
 
+def kind(value: Any) -> str:
+    """Names what a factory or a model gave, for messages.
+
+    >>> kind(5), kind("text"), kind(None), kind(int)
+    ('an int', 'a str', 'None', 'the class int')
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
 def call(model: nn.Module, inputs: Inputs) -> Any:
     """Calls a model with a tensor, or with a dict as keyword arguments."""
     return model(**inputs) if isinstance(inputs, dict) else model(inputs)
@@ -37,7 +49,7 @@ def predictions(output: Any, name: str = "model") -> Tensor:
         found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if not isinstance(found, Tensor):
         raise ProtocolError(
-            f"model {name} returned a {type(output).__name__}; "
+            f"model {name} returned {kind(output)}; "
             'wanted a tensor of logits, an object with .logits or a dict with "logits"'
         )
     return found

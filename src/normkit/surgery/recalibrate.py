@@ -209,7 +209,8 @@ def _write(name: str, norm: nn.Module, seen: _Inputs) -> Change:
     for key, value in wanted.items():
         norm.get_buffer(key).copy_(value)
     what = f"{type(norm).__name__}({found.mean.numel()})"
-    note = f"of {seen.batches} batches, {seen.elements} elements a channel; means moved by up to {shift:.2g} deviations"
+    batches = "1 batch" if seen.batches == 1 else f"{seen.batches} batches"
+    note = f"of {batches}, {seen.elements} elements a channel; means moved by up to {shift:.2g} deviations"
     return Change(name, what, what, note)
 
 

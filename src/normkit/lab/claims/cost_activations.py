@@ -27,6 +27,7 @@ from normkit.lab.interval import paired_interval
 from normkit.lab.memory import peak_bytes
 from normkit.lab.race import race
 from normkit.lab.report.canvas import FAINT, FULL, INK
+from normkit.lab.say import counted
 
 SHAPES: dict[str, tuple[int, ...]] = {"images": (32, 64, 32, 32), "tokens": (8, 512, 768)}
 BASES = {"images": "batch_norm", "tokens": "layer_norm"}
@@ -157,7 +158,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
             )
         size = "x".join(map(str, shape))
         columns = ("layer", "ms", f"of {method(base).title.split()[0].lower()}", "of torch's", "MB", "of MB")
-        note = f"Forward and backward, float32, {result['threads']} thread(s), first quartile of {result['rounds']} rounds; "
+        threads = counted(result["threads"], "thread")
+        note = f"Forward and backward, float32, {threads}, first quartile of {result['rounds']} rounds; "
         found.append(
             Table(f"{kind.capitalize()}, {size}", columns, rows, [f"{note}mean ± deviation over repetitions."])
         )

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from normkit.lab.record import write_bytes
 from normkit.lab.report.page import moment, resource, setting, template
+from normkit.lab.say import counted
 
 if TYPE_CHECKING:
     from normkit.lab.experiment import Drawing, Experiment, Table
@@ -136,13 +137,13 @@ def facts(experiment: "Experiment", found: Mapping[str, Any]) -> str:
     """What was run, on what and when, in Markdown."""
     config, here = found["config"], found["environment"]
     words = experiment.words(config["scale"], config["seeds"], config["epochs"])
-    threads = f"{config['threads']} {'thread' if config['threads'] == 1 else 'threads'} a run"
+    threads = f"{counted(config['threads'], 'thread')} a run"
     return f"`{' '.join(words)}` on {devices(here)}, {threads}, torch {here['torch']}, finished {moment(found['finished'])}."
 
 
 def setup(experiment: "Experiment") -> list[str]:
-    """What was run, in paragraphs: the docstring of the experiment's module without its first one, which is its title."""
-    text = inspect.getdoc(sys.modules[experiment.run.__module__]) or ""
+    """What was run, in paragraphs of Markdown: the docstring of the experiment's module without the first, its title."""
+    text = (inspect.getdoc(sys.modules[experiment.run.__module__]) or "").replace("``", "`")
     return [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)[1:]]
 
 

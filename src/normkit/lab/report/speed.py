@@ -8,6 +8,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from normkit.lab.report.canvas import FAINT, FULL, GRID, INK, LOOK
+from normkit.lab.say import counted
 
 COLUMNS = (
     "method",
@@ -46,7 +47,7 @@ def markdown(result: dict[str, Any]) -> str:
     """The whole result: how it was measured, the summary and every cell."""
     lines = [
         f"`{result['command']}`, {result['date']}, {result['machine']}, torch {result['torch']}, "
-        f"{result['threads']} threads, native kernels: {result['native']}. "
+        f"{counted(result['threads'], 'thread')}, native kernels: {result['native']}. "
         "Ratios are a peer's time over normkit's in the same run: above 1, normkit is faster. "
         "The errors are the largest difference from float64 over the largest value, ours and that of torch's layer.",
         "",

@@ -5,6 +5,7 @@ from statistics import median
 from typing import Any
 
 from normkit.lab.report.comparison import at, finite
+from normkit.lab.say import counted
 from normkit.surgery.target import OVER_POSITIONS
 
 ABSENT = "\u2013"  # an en dash
@@ -76,7 +77,7 @@ def level(paired: Any) -> str:
 
 def seeds(count: int) -> str:
     """A count of seeds."""
-    return "1 seed" if count == 1 else f"{count} seeds"
+    return counted(count, "seed")
 
 
 def listing(names: Sequence[str]) -> str:
