@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 pytest.importorskip("matplotlib", reason="the report needs the extra [lab]")
 
 from normkit.cli import app
-from normkit.lab import bench, record
+from normkit.lab import bench, record, speed
 from normkit.lab.speed import Case
 
 
@@ -53,3 +53,8 @@ def test_what_is_printed_again_is_said(tmp_path: Path, measured: list[Case]) -> 
     before = len(measured)
     assert "printed again" not in run("layer_norm", "--overwrite")
     assert len(measured) == before + count
+
+
+def test_the_error_of_a_layer_with_running_statistics_is_that_of_its_arithmetic() -> None:
+    found = speed.measure(Case("batch_norm", (4, 8, 5, 5), torch.float32, False, "forward"), rounds=1, compiled=False)
+    assert max(found["error"].values()) < 1e-6  # a few roundings of float32

@@ -296,7 +296,7 @@ def _outcome(layer: Any, x: Tensor, others: tuple[Any, ...], training: bool) -> 
 def _runs(layer: nn.Module, x: Tensor, others: tuple[Any, ...]) -> bool:
     """Whether torch has the layer for this dtype at all."""
     try:
-        layer(x, *others)
+        copy.deepcopy(layer)(x, *others)  # a copy, as it may keep running statistics
     except NotImplementedError:
         return False
     return True
