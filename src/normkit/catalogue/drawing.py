@@ -109,7 +109,9 @@ def draw_methods(names: Sequence[str], folder: Path, ending: str = "svg", *, tog
 def _cube(axes: Axes, support: Support) -> None:
     shape, labels = small_shape(support)
     if len(shape) not in (2, 3):
-        raise OptionError(f"a picture shows two or three axes, and {support} has {len(shape)}; write the same with * for some")
+        raise OptionError(
+            f"a picture shows two or three axes, and {support} has {len(shape)}; write the same with * for some"
+        )
     if len(shape) == 3:  # channels to the right and positions down, as such cubes are drawn
         order = (0, 2, 1) if labels[-1] in ("positions", "weights of the unit") else (0, 1, 2)
     else:

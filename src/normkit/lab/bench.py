@@ -67,6 +67,7 @@ def bench(
     day = when if len(again) == len(chosen) else str(date.today())
     options = ["--quick"] * quick + ["--compile"] * compiled
     options += ["--methods", ",".join(methods)] * bool(methods) + ["--threads", str(threads)] * (threads is not None)
+    options += ["--rounds", str(rounds)] * (rounds != (QUICK_ROUNDS if quick else ROUNDS))
     command = shlex.join(["normkit", "bench", *options])
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
