@@ -4,8 +4,8 @@ The paper says that conditioning makes each iteration longer than other normaliz
 weights; its numbers are in a supplement that is not public. Ours: all methods side by side in one process, in an order shuffled
 anew each round; a step is forward, backward and SGD, on batches of 128 (4,096 points of a field). The first row is measured
 twice, as if it were two methods: how far "again" is from 1 is how far these rounds can be trusted. Full scale: up to 100 rounds,
-as many as ten minutes a network give, but at least 6. Small scale: two minutes, and a tiny transformer on batches of 32, in
-which weights weigh four times as much. Inference is of a quarter of a batch.
+as many as ten minutes a network give, but at least 6. Small scale: two minutes a network, on batches of 32, in which weights
+weigh four times as much, but for the field; the transformer is a tiny one. Inference is of a quarter of a batch.
 
 In transformers LN stands where BN does elsewhere. The field is a NeRF's fine network; BN stands between its trunk's layers and
 their ReLU. W and E are on all layers of it ("all") or on the first and last.
@@ -117,8 +117,8 @@ def labels(count: int) -> Tensor:
 
 
 NETWORKS = {
-    "inception8": Network(lambda: inception8(100), photographs, labels, {"small": 128, "full": 128}, BN),
-    "densenet": Network(lambda: densenet(100), photographs, labels, {"small": 128, "full": 128}, BN),
+    "inception8": Network(lambda: inception8(100), photographs, labels, {"small": 32, "full": 128}, BN),
+    "densenet": Network(lambda: densenet(100), photographs, labels, {"small": 32, "full": 128}, BN),
     "vit": Network(lambda: vit_s(100), photographs, labels, {"small": 32, "full": 128}, LN),
     "nerf": Network(Field, rays, lambda count: torch.rand(count, 4), {"small": 4096, "full": 4096}, BN),
 }
