@@ -16,7 +16,7 @@ from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Split, Support, per_shape, place, show
 from normkit.engine import aten, closed_form, native, operator, reference
-from normkit.engine.eager import watched
+from normkit.engine.eager import traced, watched
 from normkit.engine.library import why_not
 
 Backend = Literal["auto", "reference", "closed", "aten", "native"]
@@ -507,7 +507,7 @@ def _choose(
         return Choice("aten", why if call is None else f"{why}, and is faster at this size", split, None, ready)
     if torch.compiler.is_compiling():
         return Choice("reference", "the compiler fuses the definition with its neighbours", split)
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if traced():
         return Choice("reference", "the closed form has no derivative in forward mode", split)
     if refused["closed"] is None:
         return Choice("closed", f"{refused['native']}, and {refused['aten']}", split)

@@ -1,6 +1,5 @@
 """The comparison: a sweep of learning rates for each recipe, the chosen rate over all seeds, costs, and the result."""
 
-import os
 import re
 import shlex
 import time
@@ -18,7 +17,7 @@ from rich.console import Console
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
 from normkit.lab.cluster import joined
-from normkit.lab.data.root import VARIABLE
+from normkit.lab.data.root import set_root
 from normkit.lab.devices import device_name, environment, start_fabric
 from normkit.lab.progress import Watch
 from normkit.lab.remote import Distant, Here, There, describe
@@ -87,9 +86,7 @@ def compare(
         ProtocolError: the model or data breaks the protocol.
         RecordError: the folder holds something else, is damaged, in use or not writable.
     """
-    if data_root is not None:
-        # A worker may have another working folder.
-        os.environ[VARIABLE] = str(data_root.absolute())
+    set_root(data_root)
     settings = replace(settings, model=_named(model, settings.model), data=_named(data, settings.data)).canonical()
     folder = Path(output) if output is not None else default_output(settings)
     fabric = start_fabric(settings)

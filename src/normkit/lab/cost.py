@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -42,6 +42,36 @@ class Step:
         """Drops what the step makes anew and leaves: gradients, and the memory of effective weights, kept for the next."""
         self.model.zero_grad()
         release(self.model)
+
+
+class Row(Protocol):
+    """A training of a row of a table."""
+
+    @property
+    def subject(self) -> str:
+        """What all rows are trained on; a folder."""
+        ...
+
+
+R = TypeVar("R", bound=Row)
+
+
+@dataclass(frozen=True)
+class Costs(Generic[R]):
+    """Measures what a step of several rows costs, side by side, in about `budget` seconds.
+
+    Args:
+        rows: frozen dataclasses, the baseline first.
+        budget: Default: 20.
+    """
+
+    rows: tuple[R, ...]
+    budget: float = 20.0
+
+    @property
+    def path(self) -> str:
+        """The folder."""
+        return f"{self.rows[0].subject}/costs"
 
 
 def measure_costs(

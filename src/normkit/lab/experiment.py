@@ -22,7 +22,7 @@ from normkit.core.card import Paper
 from normkit.core.errors import OptionError
 from normkit.lab import record
 from normkit.lab.cluster import joined
-from normkit.lab.data.root import VARIABLE
+from normkit.lab.data.root import set_root
 from normkit.lab.devices import cores, hardware, processor, versions
 from normkit.lab.say import counted, say
 from normkit.lab.sweep import TIMING, Job, devices, sweep
@@ -171,9 +171,7 @@ def perform(
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise OptionError("an experiment's runs are of one process each, so it does not go with torchrun; use --ray")
-    if bench.data_root is not None:
-        # A worker may have another working folder.
-        os.environ[VARIABLE] = str(bench.data_root.absolute())
+    set_root(bench.data_root)
     config = {
         "experiment": experiment.name,
         "scale": bench.scale,

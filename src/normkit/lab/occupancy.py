@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from normkit.lab.claims.images import Stream
 from normkit.lab.claims.steps import OK, Diverged, device, forget, walk
-from normkit.lab.cost import RATE, Step, measure_steps
+from normkit.lab.cost import RATE, Costs, Step, measure_steps
 from normkit.lab.data.crossings import picture
 from normkit.lab.data.mesh import MeshSolid, volume
 from normkit.lab.data.solid import Solid, draw_points, find_solid, iou
@@ -70,22 +70,14 @@ class OccupancyJob:
     grid: int = 512
 
     @property
-    def path(self) -> str:
-        """The job's folder."""
-        return f"{self.solid}/{self.kind}/{self.row}/rate={self.rate:g}/seed={self.seed}"
-
-
-@dataclass(frozen=True)
-class OccupancyCosts:
-    """Measures what a step of several rows costs, side by side, in about `budget` seconds."""
-
-    rows: tuple[OccupancyJob, ...]
-    budget: float = 20.0
+    def subject(self) -> str:
+        """What all rows learn, and with which activation."""
+        return f"{self.solid}/{self.kind}"
 
     @property
     def path(self) -> str:
         """The job's folder."""
-        return f"{self.rows[0].solid}/{self.rows[0].kind}/costs"
+        return f"{self.subject}/{self.row}/rate={self.rate:g}/seed={self.seed}"
 
 
 def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
@@ -156,7 +148,7 @@ def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
     }
 
 
-def measure_solid(job: OccupancyCosts, folder: Path) -> dict[str, Any]:
+def measure_solid(job: Costs[OccupancyJob], folder: Path) -> dict[str, Any]:
     """Measures milliseconds and megabytes of a training step of every row, side by side, on one batch of points.
 
     Args:

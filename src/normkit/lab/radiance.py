@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from normkit.diagnostics.conditioning import weight_conditions
 from normkit.lab.claims.steps import OK, Diverged, device, forget, walk
-from normkit.lab.cost import RATE, Step, measure_steps
+from normkit.lab.cost import RATE, Costs, Step, measure_steps
 from normkit.lab.data.blender import blender
 from normkit.lab.data.llff import SCENES, llff
 from normkit.lab.data.scene import Rays, Scene
@@ -73,22 +73,14 @@ class RadianceJob:
     every: int = 10_000
 
     @property
-    def path(self) -> str:
-        """The job's folder."""
-        return f"{self.scene}/{self.row}/rate={self.rate:g}/seed={self.seed}"
-
-
-@dataclass(frozen=True)
-class RadianceCosts:
-    """Measures what a step of several rows costs, side by side, in about `budget` seconds."""
-
-    rows: tuple[RadianceJob, ...]
-    budget: float = 20.0
+    def subject(self) -> str:
+        """What all rows learn."""
+        return self.scene
 
     @property
     def path(self) -> str:
         """The job's folder."""
-        return f"{self.rows[0].scene}/costs"
+        return f"{self.subject}/{self.row}/rate={self.rate:g}/seed={self.seed}"
 
 
 def find_scene(name: str, reduce: int = 1) -> Scene:
@@ -163,7 +155,7 @@ def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
     }
 
 
-def measure_scene(job: RadianceCosts, folder: Path) -> dict[str, Any]:
+def measure_scene(job: Costs[RadianceJob], folder: Path) -> dict[str, Any]:
     """Measures milliseconds and megabytes of a training step of every row, side by side, on rays of one training view.
 
     Args:

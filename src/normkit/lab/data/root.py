@@ -8,6 +8,17 @@ from normkit.core.errors import ProtocolError
 VARIABLE = "NORMKIT_DATA"
 
 
+def set_root(root: Path | None) -> None:
+    """Sets the environment variable ``NORMKIT_DATA``, for factories of data called without a root, on other processes too.
+
+    Args:
+        root: where data sets lie; None leaves the variable as it is.
+    """
+    if root is not None:
+        # A worker may have another working folder.
+        os.environ[VARIABLE] = str(root.absolute())
+
+
 def data_root(root: Path | str | None = None, *, make: bool = False) -> Path:
     """Finds the folder under which data sets lie in their published layouts.
 

@@ -8,13 +8,15 @@ from typing import Any
 
 from normkit.catalogue.methods import method
 from normkit.lab.claims.numbers import choose, mean, spread
+from normkit.lab.cost import Costs
 from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Table
 from normkit.lab.interval import tell
 from normkit.lab.papers.equal_time import time_table
 from normkit.lab.papers.gains import BETTER, WORSE, gain, judge
-from normkit.lab.papers.learning import Costs, Same, Training, compare_same, images, learn, measure
+from normkit.lab.papers.learning import Same, Training, compare_same, images, learn, measure
 from normkit.lab.papers.rates import edges, rates_table, tune
+from normkit.lab.say import counted
 from normkit.lab.train import OK
 
 PAPER = method("weight_conditioning").paper
@@ -90,7 +92,7 @@ def study(bench: Bench, plans: Sequence[Plan]) -> dict[str, Any]:
         epochs = bench.epochs or plan.base.epochs
         warmup = plan.base.warmup * epochs / plan.base.epochs
         plan = replace(plan, base=replace(plan.base, epochs=epochs, warmup=warmup))
-        length = f"{epochs} {'epoch' if epochs == 1 else 'epochs'} a run"
+        length = f"{counted(epochs, 'epoch')} a run"
         bench.watch(f"{plan.label}: {len(plan.rows)} rows, {len(plan.controls)} controls, {length}")
         parts[plan.label] = _part(bench, plan, parts)
     device = ", ".join(sorted(bench.devices))
@@ -287,8 +289,8 @@ def describe(result: Mapping[str, Any], part: Mapping[str, Any]) -> str:
         f"Mean ± standard deviation over seeds; differences are paired by seed, with their 95 % interval. "
         f"{samples['train']:,} images{size} to learn from, {samples['val']:,} to choose rates, {samples['test']:,} to judge; "
         f"{base['model'].rpartition(':')[2]}{width}; {how}, weight decay {base['weight_decay']:g}{extra}; batch "
-        f"{base['batch_size']}, {base['epochs']} epochs. On {result['device']}, {result['threads']} "
-        f"{'thread' if result['threads'] == 1 else 'threads'} a run."
+        f"{base['batch_size']}, {base['epochs']} epochs. On {result['device']}, "
+        f"{counted(result['threads'], 'thread')} a run."
     )
 
 

@@ -36,6 +36,7 @@ from normkit.lab.models.vit import vit_s, vit_tiny
 from normkit.lab.papers.classification import PAPER
 from normkit.lab.papers.equal_time import tell_ratio
 from normkit.lab.report.canvas import FULL, INK
+from normkit.lab.say import counted
 from normkit.lab.seeding import reseed
 from normkit.lab.settings import Settings
 from normkit.surgery.fold import fold
@@ -225,7 +226,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         model = "vit_tiny" if name == "vit" and result["scale"] == "small" else {"vit": "vit_s"}.get(name, name)
         notes = [
             f"Medians over {rows[base]['rounds']} rounds of all methods side by side, batches of {result['batches'][name]}, on "
-            f"{result['device']}, {result['threads']} {'thread' if result['threads'] == 1 else 'threads'}. The ratio is the "
+            f"{result['device']}, {counted(result['threads'], 'thread')}. The ratio is the "
             "median over rounds of both times of a round, with its interval. MB: the most that a step holds beyond weights and "
             "optimizer.",
         ]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from normkit.lab import record
-from normkit.lab.cost import measure_costs
+from normkit.lab.cost import Costs, measure_costs
 from normkit.lab.data.split import Data, Split
 from normkit.lab.data.standardize import Standardize
 from normkit.lab.devices import start_fabric
@@ -90,10 +90,15 @@ class Training:
     condition: bool = True
 
     @property
+    def subject(self) -> str:
+        """Data and model."""
+        return f"{self.data}/{self.model.rpartition(':')[2]}"
+
+    @property
     def path(self) -> str:
         """The folder: data, model and optimizer where it is not SGD, row, rate, seed."""
-        model = self.model.rpartition(":")[2] + ("" if self.optimizer == "sgd" else f"-{self.optimizer}")
-        return f"{self.data}/{model}/{folder_name(self.name)}/rate={self.rate:g}/seed={self.seed}"
+        optimizer = "" if self.optimizer == "sgd" else f"-{self.optimizer}"
+        return f"{self.subject}{optimizer}/{folder_name(self.name)}/rate={self.rate:g}/seed={self.seed}"
 
     def settings(self) -> Settings:
         """The settings of the trainer."""
@@ -101,19 +106,6 @@ class Training:
         shared = {name: getattr(self, name) for name in names}
         shared |= {"recipes": (self.recipe,), "rates": (self.rate,), "seeds": (self.seed,)}
         return Settings(**shared, devices="1", channels_last=True).canonical()
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Measures what a step of several rows costs, side by side, in about `budget` seconds."""
-
-    rows: tuple[Training, ...]
-    budget: float = 20.0
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"{self.rows[0].data}/{self.rows[0].model.rpartition(':')[2]}/costs"
 
 
 @dataclass(frozen=True)
@@ -125,7 +117,7 @@ class Same:
     @property
     def path(self) -> str:
         """The folder."""
-        return f"{self.base.data}/{self.base.model.rpartition(':')[2]}/same"
+        return f"{self.base.subject}/same"
 
 
 def folder_name(name: str) -> str:
@@ -222,7 +214,7 @@ def learn(job: Training, folder: Path) -> dict[str, Any]:
     }
 
 
-def measure(job: Costs, folder: Path) -> dict[str, Any]:
+def measure(job: Costs[Training], folder: Path) -> dict[str, Any]:
     """Measures milliseconds and megabytes of a training step of every row, side by side in one process."""
     first = job.rows[0]
     settings = first.settings()

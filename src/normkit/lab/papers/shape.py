@@ -24,13 +24,14 @@ from matplotlib.ticker import MaxNLocator
 from normkit.catalogue.methods import method
 from normkit.lab.claims.drawing import COLOURS, GREY, SEEDS, SHAPES, band, name_ends, picture
 from normkit.lab.claims.numbers import by_step, choose, mean, spread
+from normkit.lab.cost import Costs
 from normkit.lab.data import mesh, shapes
 from normkit.lab.data.root import VARIABLE, data_root
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.interval import Interval, tell
 from normkit.lab.models.occupancy import Kind
 from normkit.lab.models.rows import Scale
-from normkit.lab.occupancy import OccupancyCosts, OccupancyJob, learn_solid, measure_solid
+from normkit.lab.occupancy import OccupancyJob, learn_solid, measure_solid
 from normkit.lab.papers.equal_time import time_table
 from normkit.lab.papers.gains import gain, judge, lowered
 from normkit.lab.papers.rates import edges, rates_table, tune
@@ -139,7 +140,7 @@ def run(bench: Bench) -> dict[str, Any]:
         runs.append({"solid": job.solid, "kind": job.kind, "row": row, "seed": job.seed, **found})
     costs = {}
     for kind in KINDS:
-        (found,) = bench.sweep(measure_solid, [OccupancyCosts(tuple(chosen[kind, name] for name in ROWS))])
+        (found,) = bench.sweep(measure_solid, [Costs(tuple(chosen[kind, name] for name in ROWS))])
         costs[kind] = {names[folder]: cost for folder, cost in found.items()}
     hidden = ("solid", "row", "recipe", "kind", "seed", "scale", "rate")
     settings = {key: value for key, value in asdict(wanted[0]).items() if key not in hidden}

@@ -25,6 +25,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from normkit.catalogue.methods import method
 from normkit.lab.claims.drawing import COLOURS, GREY, SEEDS, SHAPES, band, name_ends, picture
 from normkit.lab.claims.numbers import by_step, choose, mean, spread
+from normkit.lab.cost import Costs
 from normkit.lab.data.llff import FOLDER, SCENES
 from normkit.lab.data.root import data_root
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
@@ -33,7 +34,7 @@ from normkit.lab.models.rows import Scale
 from normkit.lab.papers.equal_time import time_table
 from normkit.lab.papers.gains import gain, judge, lowered
 from normkit.lab.papers.rates import edges, rates_table, tune
-from normkit.lab.radiance import RadianceCosts, RadianceJob, decode, learn_scene, measure_scene
+from normkit.lab.radiance import RadianceJob, decode, learn_scene, measure_scene
 from normkit.lab.report.canvas import FULL, log, panels, plain
 
 PAPER = method("weight_conditioning").paper
@@ -108,12 +109,12 @@ def jobs(bench: Bench, chosen: Mapping[str, RadianceJob]) -> list[RadianceJob]:
         bench: where and at what size.
         chosen: by row, its job at the rate that it takes.
     """
-    few = (PLAIN, CONDITIONED) if bench.scale == "small" else tuple(ROWS)
+    repeated = (PLAIN, CONDITIONED) if bench.scale == "small" else tuple(ROWS)
     return [
         replace(job, scene=scene, seed=seed)
         for scene in scenes(bench)
         for name, job in chosen.items()
-        for seed in (bench.seeds if name in few else bench.seeds[:1])
+        for seed in (bench.seeds if name in repeated else bench.seeds[:1])
     ]
 
 
@@ -132,7 +133,7 @@ def run(bench: Bench) -> dict[str, Any]:
         score = mean(found["psnr"] or [])
         row = {"scene": job.scene, "row": names[job.row], "seed": job.seed, "rate": job.rate}
         runs.append({**row, "score": score, **found})
-    (costs,) = bench.sweep(measure_scene, [RadianceCosts(tuple(chosen.values()))])
+    (costs,) = bench.sweep(measure_scene, [Costs(tuple(chosen.values()))])
     settings = {
         key: value
         for key, value in asdict(wanted[0]).items()
