@@ -8,6 +8,9 @@ from torch.nn.utils import parametrize
 
 from normkit.core.errors import SurgeryError
 from normkit.surgery.changes import Change, label
+from normkit.weights.attachment import own_class
+
+_HOOKED = ("torch.nn.utils.parametrizations", "normkit.weights.weight_norm")
 
 
 def bake(model: nn.Module) -> list[Change]:
@@ -40,6 +43,9 @@ def bake(model: nn.Module) -> list[Change]:
     _refuse_ties(model, [(_full(name, weight), _lists(layer)[weight]) for name, layer, weight in found], values)
     made: dict[tuple[int, ...], nn.Parameter] = {}
     rows = []
+    for layer in {id(layer): layer for _, layer, _ in found}.values():
+        own_class(layer)  # torch takes the property off the class, which copies of the layer share
+        _drop_hooks(layer)
     for name, layer, weight in found:
         plist = _lists(layer)[weight]
         value, originals = values[id(plist)], list(plist.parameters(recurse=False))
@@ -58,6 +64,14 @@ def bake(model: nn.Module) -> list[Change]:
             layer.register_parameter(weight, parameter)
         rows.append(Change(_full(name, weight), f"{plain} with {stack}", plain))
     return rows
+
+
+def _drop_hooks(layer: nn.Module) -> None:
+    """Weight norm's hook on older checkpoints goes with it; torch's can't even be pickled."""
+    for key, held in list(layer._load_state_dict_pre_hooks.items()):
+        hook = getattr(held, "hook", held)
+        if getattr(hook, "func", hook).__module__ in _HOOKED:
+            del layer._load_state_dict_pre_hooks[key]
 
 
 def _lists(layer: nn.Module) -> nn.ModuleDict:

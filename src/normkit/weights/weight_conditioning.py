@@ -327,7 +327,7 @@ def weight_conditioning(
     reason = refusal(layer, name) if mode in ("row", "jacobi") else f"mode={mode!r} scales columns too"
     if path == "output" and reason is not None:
         raise BackendError(f'weight_conditioning: path="output" can\'t run: {reason}; use path="auto"')
-    return attach(layer, name, part, forward=scaled_forward(layer) if reason is None else None)
+    return attach(layer, name, part, forward=scaled_forward if reason is None else None)
 
 
 def equilibrate(
