@@ -156,6 +156,23 @@ def test_zero_rows_and_columns_never_give_nan(method) -> None:
                 parameter.zero_()
 
 
+NO_ZEROS = ("weight norm", "weight_norm", "spectral", "row", "col", "weight_conditioning")
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name.startswith(NO_ZEROS)])
+def test_a_trained_weight_of_zeros_is_warned_of(name: str) -> None:
+    layer = nn.Linear(5, 4)
+    nn.init.zeros_(layer.weight)
+    twin, meta = copy.deepcopy(layer), copy.deepcopy(layer).to("meta")
+    with pytest.warns(UserWarning, match=r"weight of Linear \(4x5\).*zero.*leave this layer out"):
+        METHODS[name](layer)
+    METHODS[name](twin.requires_grad_(False))  # is not trained
+    if "spectral" not in name:
+        METHODS[name](meta)  # has no values yet
+    layer(torch.randn(3, 5)).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
 @pytest.mark.parametrize("method", ON_LINEAR)
 def test_a_zero_weight_recovers(method) -> None:
     layer = method(nn.Linear(5, 4, bias=False))

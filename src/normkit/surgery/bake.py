@@ -39,7 +39,7 @@ def bake(model: nn.Module) -> list[Change]:
         if parametrize.is_parametrized(layer)
         for weight in _names(layer)
     ]
-    values = {id(_lists(layer)[weight]): _value(layer, weight) for _, layer, weight in found}
+    values = {id(_lists(layer)[weight]): value_of(layer, weight) for _, layer, weight in found}
     _refuse_ties(model, [(_full(name, weight), _lists(layer)[weight]) for name, layer, weight in found], values)
     made: dict[tuple[int, ...], nn.Parameter] = {}
     rows = []
@@ -88,8 +88,10 @@ def _full(name: str, weight: str) -> str:
     return label(name) if weight == "weight" else f"{name}.{weight}".lstrip(".")
 
 
-def _value(layer: nn.Module, weight: str) -> Tensor:
-    parts = [(part, part.training) for part in _lists(layer)[weight].modules()]
+def value_of(layer: nn.Module, weight: str) -> Tensor:
+    """A copy of a layer's tensor as it is used in evaluation, parametrized or not."""
+    held = _lists(layer)[weight].modules() if parametrize.is_parametrized(layer, weight) else ()
+    parts = [(part, part.training) for part in held]
     try:
         for part, _ in parts:
             part.training = False

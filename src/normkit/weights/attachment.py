@@ -7,6 +7,7 @@ A layer that normkit parametrizes or folds gets a class of its own, and so does 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,6 +17,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
 from normkit.core.errors import OptionError
+from normkit.core.support import show
+from normkit.engine.eager import watched
 
 Layer = TypeVar("Layer", bound=nn.Module)
 # Makes the forward of a layer, in place of its class's; a function that a pickle can name.
@@ -31,6 +34,7 @@ def attach(
     *,
     splits: bool = False,
     forward: Forward | None = None,
+    directed: bool = False,
 ) -> Layer:
     """Register a parametrization on a layer's tensor, in place.
 
@@ -40,18 +44,24 @@ def attach(
         parametrization: with ``forward`` and ``right_inverse``.
         splits: whether ``right_inverse`` gives several tensors, so that nothing can stand before it.
         forward: makes what replaces the layer's own until the last parametrization is removed.
+        directed: whether the gradient is that of directions, which zeros have not.
 
     Returns:
         The layer.
 
     Raises:
         OptionError: ``splits``, and the tensor is parametrized already.
+
+    Warns:
+        UserWarning: ``directed``, and a weight that is trained is zero.
     """
     if splits and parametrize.is_parametrized(layer, name):
         who = type(parametrization).__name__
         raise OptionError(
             f"{who}: the {name} is parametrized already and {who} must come first; fold what is there, or swap the order"
         )
+    if directed:
+        _warn_of_zeros(layer, name, type(parametrization).__name__)
     if parametrize.is_parametrized(layer):
         own_class(layer)
     parametrize.register_parametrization(layer, name, parametrization, unsafe=splits)
@@ -59,6 +69,19 @@ def attach(
     _equip(layer, forward)
     _shorten(type(layer), name)
     return layer
+
+
+def _warn_of_zeros(layer: nn.Module, name: str, who: str) -> None:
+    weight = getattr(layer, name)
+    if not weight.requires_grad or weight.is_meta or type(weight) not in (Tensor, nn.Parameter) or watched():
+        return
+    if weight.numel() and not weight.detach().any():
+        warnings.warn(
+            f"{who}: the {name} of {type(layer).__name__} ({show(weight.shape)}) is all zero and has no direction, by "
+            "which alone it would be trained: it would never learn, or leap once and then stay; leave this layer out, "
+            "or let it start from other values than zero",
+            stacklevel=4,
+        )
 
 
 def originals(held: nn.Module) -> list[Tensor]:

@@ -221,7 +221,8 @@ def spectral_norm(
     weight = weight_of(layer, name, "spectral_norm")
     if dim is None:
         dim = int(isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)))
-    return attach(layer, name, SpectralNorm(weight, n_power_iterations, dim, eps, exact=exact))
+    part = SpectralNorm(weight, n_power_iterations, dim, eps, exact=exact)
+    return attach(layer, name, part, directed=True)
 
 
 def divide_by_sigma(matrix: Tensor, u: Tensor, v: Tensor, eps: float = 1e-12) -> Tensor:

@@ -135,7 +135,7 @@ def weight_norm(layer: Layer, name: str = "weight", dim: int | None = 0, *, eps:
     """
     weight = weight_of(layer, name, "weight_norm")
     weight_norm_rule(weight.dim(), dim, eps)
-    attach(layer, name, WeightNorm(dim, eps), splits=True)
+    attach(layer, name, WeightNorm(dim, eps), splits=True, directed=True)
 
     layer.register_load_state_dict_pre_hook(partial(_older, name))
     return layer
