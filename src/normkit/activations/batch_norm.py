@@ -10,6 +10,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import Running
+from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
@@ -33,7 +34,7 @@ def batch_norm_rule(
     return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
 
 
-class BatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
+class BatchNorm(Layer, Module, nn.modules.batchnorm._BatchNorm):
     """Normalize each channel over the batch and all positions, for inputs of any rank.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, with E and Var (population) over batch and positions in training, and
@@ -108,7 +109,7 @@ class BatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
 
 
 def batch_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: Tensor | None = None,
@@ -128,9 +129,11 @@ def batch_norm(
     """
     running = given_statistics("batch_norm", running_mean, running_var, None if training else "training=False")
     rule = batch_norm_rule(eps, momentum, layout, running_mean is not None)
+    if input.shape == (0,):  # torch lets it pass: no samples, and so no channels
+        return input.clone()
     if training:
-        check_several("batch_norm", x, rule.support)
-    return run(rule, x, weight, bias, running=running, training=training, mask=mask, backend=backend)
+        check_several("batch_norm", input, rule.support)
+    return run(rule, input, weight, bias, running=running, training=training, mask=mask, backend=backend)
 
 
 CARD = Card(

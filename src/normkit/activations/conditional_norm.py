@@ -12,6 +12,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import Running, RunningStatistics
+from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.precision import full_precision
 from normkit.core.rule import Rule, remembered
@@ -36,7 +37,7 @@ def conditional_norm_rule(over: str = "*", eps: float = 1e-5, momentum: float | 
     return Rule(_SUPPORTS[over], Statistic("mean", "std", eps), Affine(per), memory)
 
 
-class _Normalizer(Layer, nn.Module):
+class _Normalizer(Layer, Module):
     """What both layers share: the rule and the running averages of batch normalization."""
 
     per = "n c"
@@ -236,7 +237,7 @@ class SpatiallyAdaptiveNorm(_Normalizer):
 
 
 def conditional_norm(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor,
     running_mean: Tensor | None = None,
@@ -261,8 +262,8 @@ def conditional_norm(
     if running is not None and rule.memory is None:
         raise OptionError("conditional_norm: over='*' keeps no running statistics; leave them out, or over='n *'")
     if training or running is None:
-        check_several("conditional_norm", x, rule.support)
-    return run(rule, x, weight, bias, running=running, training=training, mask=mask, backend=backend)
+        check_several("conditional_norm", input, rule.support)
+    return run(rule, input, weight, bias, running=running, training=training, mask=mask, backend=backend)
 
 
 CARD_INSTANCE = Card(

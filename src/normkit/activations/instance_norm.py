@@ -10,6 +10,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import Running, RunningStatistics
+from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
@@ -33,7 +34,7 @@ def instance_norm_rule(
     return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
 
 
-class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
+class InstanceNorm(Layer, Module, nn.modules.instancenorm._InstanceNorm):
     """Normalize each channel of each sample over its positions: contrast and brightness of a channel are removed.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias. Without running statistics it is the same in training and evaluation.
@@ -112,7 +113,7 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
 
 
 def instance_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: Tensor | None = None,
@@ -135,8 +136,8 @@ def instance_norm(
     running = given_statistics("instance_norm", running_mean, running_var, needed)
     rule = instance_norm_rule(eps, momentum, layout, running_mean is not None)
     if use_input_stats:
-        check_several("instance_norm", x, rule.support)
-    return run(rule, x, weight, bias, running=running, training=use_input_stats, mask=mask, backend=backend)
+        check_several("instance_norm", input, rule.support)
+    return run(rule, input, weight, bias, running=running, training=use_input_stats, mask=mask, backend=backend)
 
 
 CARD = Card(
