@@ -81,8 +81,8 @@ def adaptive_instance_norm(
 ) -> Tensor:
     """Adaptive instance normalization as a function; see AdaptiveInstanceNorm.
 
-    ``strength`` may be a tensor of one value for each sample. Elements where a mask (boolean, broadcasts over its image) is
-    False enter no statistic, and come out as zero in the content.
+    ``strength`` may be a tensor of one value, or of one for each sample: (N,) or (N, 1, ...). Elements where a mask (boolean,
+    broadcasts over its image) is False enter no statistic, and come out as zero in the content.
 
     >>> adaptive_instance_norm(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[10.0, 30.0]]]), strength=0.5)
     tensor([[[ 5.5000, 16.5000]]])
@@ -105,7 +105,7 @@ def adaptive_instance_norm(
     deviation = (found.var + eps).sqrt().reshape(style.shape[:2]).expand(shape)
     y = run(rule, input, deviation, found.mean.reshape(style.shape[:2]).expand(shape), mask=mask, backend=backend)
     if isinstance(strength, Tensor):
-        if strength.shape not in ((), input.shape[:1]):
+        if strength.numel() not in (1, len(input)) or strength.shape[1:].numel() != 1:
             raise OptionError(
                 f"adaptive_instance_norm: strength of shape {show(strength.shape)}; wanted one value, or {input.shape[0]}"
             )

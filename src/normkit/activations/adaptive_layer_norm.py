@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
-from normkit.core.compensation import Affine
+from normkit.core.compensation import Affine, align, modulation, per_sample
 from normkit.core.errors import ShapeError
 from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
@@ -34,14 +34,14 @@ def modulate(input: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         input: (N, *, D).
-        shift: (N, D), or of the input's shape.
-        scale: of shift's shape.
+        shift: (N, D) or (D,), or of as many axes as the input, which it broadcasts over, as (N, 1, D) and (1, T, D).
+        scale: likewise.
 
     Returns:
         Of the input's shape and dtype.
 
     Raises:
-        ShapeError: shift or scale has another shape.
+        ShapeError: shift or scale does not broadcast.
 
     Reference:
         Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
@@ -51,9 +51,10 @@ def modulate(input: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
              [2., 2.],
              [2., 2.]]])
     """
+    per, (scale, shift) = modulation("n * d", input.shape, scale, shift)
     split = Support("n * d", over="d").split(input.shape)
     wide = torch.promote_types(input.dtype, scale.dtype)
-    return Affine(_per(input, scale), offset=1.0).apply(input.to(wide), split, scale, shift).to(input.dtype)
+    return Affine(per, offset=1.0).apply(input.to(wide), split, scale, shift).to(input.dtype)
 
 
 class AdaLayerNorm(Layer, Module):
@@ -131,12 +132,11 @@ class AdaLayerNorm(Layer, Module):
     def explain(self, input: Tensor, condition: Tensor) -> Explanation:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Say which back end would normalize this input under this condition, and why."""
         shift, scale = self._shift_and_scale(input, condition)
-        return explain(
-            adaptive_layer_norm_rule(self.eps, _per(input, scale)), input, scale, shift, backend=self.backend
-        )
+        per, (scale, shift) = modulation("n * d", input.shape, scale, shift)
+        return explain(adaptive_layer_norm_rule(self.eps, per), input, scale, shift, backend=self.backend)
 
     def _shift_and_scale(self, x: Tensor, condition: Tensor) -> tuple[Tensor, ...]:
-        _check("AdaLayerNorm", x, condition, self.features, self.condition)
+        condition = _checked("AdaLayerNorm", x, condition, self.features, self.condition)
         return _predict(self.adaLN_modulation, condition).chunk(2, -1)
 
     def extra_repr(self) -> str:
@@ -200,13 +200,11 @@ class AdaLayerNormZeroBlock(Module):
         Returns:
             Of the input's shape and dtype.
         """
-        _check("AdaLayerNormZeroBlock", input, condition, self.features, self.condition)
+        condition = _checked("AdaLayerNormZeroBlock", input, condition, self.features, self.condition)
         six = _predict(self.adaLN_modulation, condition).chunk(6, -1)
         for branch, (shift, scale, gate) in ((self.attn, six[:3]), (self.mlp, six[3:])):
             change = branch(adaptive_layer_norm(input, shift, scale, self.eps))
-            if gate.dim() < input.dim():
-                gate = gate.reshape(gate.shape[0], *(1,) * (input.dim() - 2), self.features)
-            input = (input + gate * change).to(input.dtype)
+            input = (input + align("n * d", input.shape, gate) * change).to(input.dtype)
         return input
 
     def extra_repr(self) -> str:
@@ -259,7 +257,7 @@ class AdaLayerNormOutput(Module):
         Returns:
             (N, *, outputs).
         """
-        _check("AdaLayerNormOutput", input, condition, self.features, self.condition)
+        condition = _checked("AdaLayerNormOutput", input, condition, self.features, self.condition)
         shift, scale = _predict(self.adaLN_modulation, condition).chunk(2, -1)
         return self.linear(adaptive_layer_norm(input, shift, scale, self.eps))
 
@@ -276,16 +274,13 @@ def adaptive_layer_norm(
     mask: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Adaptive layer normalization as a function of a shift and a scale, each (N, D) or of the input's shape; see AdaLayerNorm.
+    """Adaptive layer normalization as a function of a shift and a scale, as ``modulate`` takes them; see AdaLayerNorm.
 
     >>> adaptive_layer_norm(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
     tensor([[[-2.0000,  2.0000]]])
     """
-    return run(adaptive_layer_norm_rule(eps, _per(input, scale)), input, scale, shift, mask=mask, backend=backend)
-
-
-def _per(x: Tensor, scale: Tensor) -> str:
-    return "n * d" if scale.dim() == x.dim() else "n d"
+    per, (scale, shift) = modulation("n * d", input.shape, scale, shift)
+    return run(adaptive_layer_norm_rule(eps, per), input, scale, shift, mask=mask, backend=backend)
 
 
 def _modulation(condition: int, outputs: int, device: Any, dtype: Any) -> nn.Sequential:
@@ -302,14 +297,19 @@ def _predict(modulation: nn.Sequential, condition: Tensor) -> Tensor:
     return modulation(condition.to(linear.weight.dtype))
 
 
-def _check(who: str, x: Tensor, condition: Tensor, features: int, size: int) -> None:
+def _checked(who: str, x: Tensor, condition: Tensor, features: int, size: int) -> Tensor:
+    """The condition, with one row per sample or for all, or with as many axes as x."""
     if x.dim() < 2 or x.shape[-1] != features:
         raise ShapeError(f"{who}: got an input of {show(x.shape)}, wanted (N, *, {features}) as features={features}")
-    if condition.dim() not in (2, x.dim()) or condition.shape != (*x.shape[: condition.dim() - 1], size):
+    given, condition = condition, condition if condition.dim() == x.dim() else per_sample(condition)
+    axes = condition.dim() - 1
+    fits = all(condition.shape[d] in (1, x.shape[d]) for d in range(min(axes, x.dim())))
+    if condition.dim() not in (2, x.dim()) or condition.shape[-1] != size or not fits:
         raise ShapeError(
-            f"{who}: got a condition of {show(condition.shape)} for an input of {show(x.shape)}; "
-            f"wanted {show((x.shape[0], size))}, or one for each token: {show((*x.shape[:-1], size))}"
+            f"{who}: got a condition of {show(given.shape)} for an input of {show(x.shape)}; "
+            f"wanted {show((x.shape[0], size))}, or one for each token: {show((*x.shape[:-1], size))}; axes may be 1 but the last"
         )
+    return condition
 
 
 def _example_condition(x: Tensor) -> tuple[Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
-from normkit.core.compensation import Affine
+from normkit.core.compensation import Affine, modulation, per_sample
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
@@ -76,15 +76,16 @@ class FiLM(Module):
 
         Args:
             input: (N, C, *), or (N, *, C) with channels last.
-            condition: (N, condition).
+            condition: (N, condition), or one for all samples: (condition,) or (1, condition).
 
         Returns:
             Of the input's shape and dtype.
         """
         check_channels("FiLM", input, self.channels, "channels", self.layout)
-        if condition.shape != (input.shape[0], self.condition):
+        given, condition = condition, per_sample(condition)
+        if condition.shape[1:] != (self.condition,) or condition.shape[0] not in (1, input.shape[0]):
             raise ShapeError(
-                f"FiLM: got a condition of {show(condition.shape)} for an input of {show(input.shape)}; "
+                f"FiLM: got a condition of {show(given.shape)} for an input of {show(input.shape)}; "
                 f"wanted {show((input.shape[0], self.condition))}"
             )
         scale, shift = self.linear(condition.to(self.linear.weight.dtype)).chunk(2, -1)
@@ -97,7 +98,9 @@ class FiLM(Module):
 
 
 def film(input: Tensor, scale: Tensor, shift: Tensor, *, layout: str = "n c *") -> Tensor:
-    """Feature-wise linear modulation as a function of a scale and a shift, each (N, C); see FiLM.
+    """Feature-wise linear modulation as a function of a scale and a shift; see FiLM.
+
+    Each is (N, C) or (C,), or of as many axes as the input, which it broadcasts over, as (N, C, 1, 1).
 
     >>> film(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
     tensor([[2., 4.]])
@@ -105,7 +108,8 @@ def film(input: Tensor, scale: Tensor, shift: Tensor, *, layout: str = "n c *") 
     _check_layout("film", layout)
     wide = torch.promote_types(accumulation_dtype(input.dtype), scale.dtype)
     split = _SUPPORTS[layout].split(input.shape)
-    return Affine("n c", offset=1.0).apply(input.to(wide), split, scale, shift).to(input.dtype)
+    per, (scale, shift) = modulation(layout, input.shape, scale, shift)
+    return Affine(per, offset=1.0).apply(input.to(wide), split, scale, shift).to(input.dtype)
 
 
 def _check_layout(who: str, layout: str) -> None:
