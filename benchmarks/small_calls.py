@@ -77,17 +77,14 @@ def watch_kernels() -> None:
 
 
 def profile(name: str, call: Callable[[], object], number: int = 5000) -> None:
-    """Print the functions that a call's time goes to."""
     call()
     watched = cProfile.Profile()
     with watched:
-        for _ in range(number):
-            call()
-    total = seconds(call, number) * 1e6
-    print(f"\n### {name}: {total:.1f} us unwatched; own time under the profiler\n")
+        timeit.timeit(call, number=number)
+    print(f"\n### {name}: {seconds(call, number) * 1e6:.1f} us unwatched; own time under the profiler\n")
     print("| function | calls | us per call of the layer |\n|---|--:|--:|")
-    stats: Any = pstats.Stats(watched)
-    for (file, line, function), (_, count, own, *_) in sorted(stats.stats.items(), key=lambda item: -item[1][2])[:15]:
+    stats: Any = vars(pstats.Stats(watched))["stats"]
+    for (file, line, function), (_, count, own, *_) in sorted(stats.items(), key=lambda item: -item[1][2])[:15]:
         place = "" if file == "~" else f"{file.rpartition('/')[2]}:{line} "
         print(f"| {place}{function} | {count / number:g} | {own / number * 1e6:.2f} |")
 
