@@ -176,10 +176,13 @@ def _differentiate(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | Non
 torch.library.register_autograd("normkit::normalize", _differentiate, setup_context=_keep, lib=_LIBRARY)
 
 
-@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether the kernels run here; a constant to a compiler."""
     return absence() is None
+
+
+# This is all that torch.compiler.assume_constant_result does, but calling it would import the compiler: a second at every start.
+available._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def refusal(call: Call) -> str | None:
