@@ -57,7 +57,7 @@ def modulate(input: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return Affine(per, offset=1.0).apply(input.to(wide), split, scale, shift).to(input.dtype)
 
 
-class AdaLayerNorm(Layer, Module):
+class AdaLayerNorm(Layer):
     """Layer normalization whose scale and shift are a linear function of a condition.
 
     y = (1 + scale) * (x - E[x]) / sqrt(Var[x] + eps) + shift, with (shift, scale) = Linear(SiLU(condition)), for each sample or,

@@ -13,7 +13,6 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import RunningMoments
-from normkit.core.module import Module
 from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
@@ -48,7 +47,7 @@ def batch_group_norm_rule(
     return Rule(Support(layout, over=over, **sizes), Statistic("mean", "std", eps), Affine(per))
 
 
-class BatchGroupNorm(Layer, Module):
+class BatchGroupNorm(Layer):
     """Normalize groups of channels over groups of examples; at inference the example counts with a share of its own.
 
     In training, y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, E and Var over ``examples_per_group`` consecutive examples,

@@ -11,7 +11,6 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError, SurgeryError
 from normkit.core.memory import Running
-from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
@@ -58,7 +57,7 @@ class _Eps:
         module.__dict__["eps"] = value
 
 
-class BatchNorm(Layer, Module, nn.modules.batchnorm._BatchNorm):
+class BatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
     """Normalize each channel over the batch and all positions, for inputs of any rank.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, with E and Var (population) over batch and positions in training, and

@@ -13,7 +13,6 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import Running, RunningStatistics
-from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
@@ -88,7 +87,7 @@ class RenormSchedule:
         return share.clamp(0, 1) if isinstance(share, Tensor) else min(max(share, 0.0), 1.0)
 
 
-class BatchRenorm(Layer, Module):
+class BatchRenorm(Layer):
     """Normalize each channel over batch and positions, then move it within bounds to what running statistics would give.
 
     In training, with the batch's mean m and deviation s = sqrt(Var[x] + eps) and the running ones M and S before this batch,

@@ -12,7 +12,6 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine, modulation, per_sample
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import Running, RunningStatistics
-from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.precision import full_precision
 from normkit.core.rule import Rule, remembered
@@ -37,7 +36,7 @@ def conditional_norm_rule(over: str = "*", eps: float = 1e-5, momentum: float | 
     return Rule(_SUPPORTS[over], Statistic("mean", "std", eps), Affine(per), memory)
 
 
-class _Normalizer(Layer, Module):
+class _Normalizer(Layer):
     """What both layers share: the rule and the running averages of batch normalization."""
 
     per = "n c"

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
@@ -30,7 +29,7 @@ def filter_response_norm_rule(eps: float = 1e-6) -> Rule:
     return Rule(_SUPPORT, Statistic(None, "rms", eps), Affine("c"))
 
 
-class FilterResponseNorm(Layer, Module):
+class FilterResponseNorm(Layer):
     """Divide each channel of each sample by its root mean square over the positions, and cut off below a learned threshold.
 
     y = max(weight * x / sqrt(E[x^2] + |eps|) + bias, tau). The threshold stands for the nonlinearity: as nothing is centred, a

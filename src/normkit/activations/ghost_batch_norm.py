@@ -13,7 +13,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import Running, RunningMoments, RunningStatistics
-from normkit.core.module import Module, whole
+from normkit.core.module import whole
 from normkit.core.moments import Moments
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
@@ -47,7 +47,7 @@ def ghost_batch_norm_rule(
     return Rule(support, Statistic("mean", "std", eps), Affine("c"), running)
 
 
-class GhostBatchNorm(Layer, Module, nn.modules.batchnorm._BatchNorm):
+class GhostBatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
     """Normalize each channel over the positions of sub-batches of ``ghost_batch_size`` samples, with one weight and bias.
 
     y = weight * (x - E_b[x]) / sqrt(Var_b[x] + eps) + bias, with E_b and Var_b over sub-batch b in training, and running

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
-from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, divisors, show
@@ -32,7 +31,7 @@ def group_norm_rule(num_groups: int, eps: float = 1e-5, layout: str = "n c *") -
     return Rule(Support(_LAYOUTS[layout], over="c *", g=num_groups), Statistic("mean", "std", eps), Affine("(g c)"))
 
 
-class GroupNorm(Layer, Module, nn.GroupNorm):
+class GroupNorm(Layer, nn.GroupNorm):
     """Split each sample's channels into groups and normalize each over its channels and all positions.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, weight and bias per channel, the same in training and evaluation. One

@@ -10,7 +10,6 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import Running, RunningStatistics
-from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
@@ -34,7 +33,7 @@ def instance_norm_rule(
     return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
 
 
-class InstanceNorm(Layer, Module, nn.modules.instancenorm._InstanceNorm):
+class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
     """Normalize each channel of each sample over its positions: contrast and brightness of a channel are removed.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias. Without running statistics it is the same in training and evaluation.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.module import Module, trailing_sizes
+from normkit.core.module import trailing_sizes
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.engine.dispatch import Activation, Backend, run
@@ -27,7 +27,7 @@ def layer_norm_rule(rank: int = 1, eps: float = 1e-5, over: str | None = None, p
     return Rule(support, Statistic("mean", "std", eps), Affine(default if per is None else per))
 
 
-class LayerNorm(Layer, Module, nn.LayerNorm):
+class LayerNorm(Layer, nn.LayerNorm):
     """Normalize each sample, token or position by itself, over its features.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, the same in training and evaluation and whatever else is in the batch.

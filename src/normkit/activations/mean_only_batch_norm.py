@@ -11,7 +11,6 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import RunningMean, RunningStatistics
-from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
@@ -33,7 +32,7 @@ def mean_only_batch_norm_rule(momentum: float | None = 0.1, layout: str = "n c *
     return Rule(_SUPPORTS[layout], Statistic("mean", None), Affine("c"), RunningMean(momentum) if memory else None)
 
 
-class MeanOnlyBatchNorm(Layer, Module):
+class MeanOnlyBatchNorm(Layer):
     """Subtract each channel's mean over the batch and all positions; the companion of weight normalization.
 
     y = x - E[x] + bias, with E over batch and positions in training, and a running average of it in evaluation:

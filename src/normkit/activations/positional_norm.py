@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
-from normkit.core.module import Module
 from normkit.core.moments import moments
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
@@ -36,7 +35,7 @@ def positional_norm_rule(eps: float = 1e-5, correction: int = 1) -> Rule:
     return Rule(_SUPPORT, Statistic("mean", "std", eps, correction=correction))
 
 
-class PositionalNorm(Layer, Module):
+class PositionalNorm(Layer):
     """Normalize each position of each sample over its channels, without learned parameters.
 
     y = (x - E[x]) / sqrt(Var[x] + eps), where the authors take the unbiased variance. The mean and the deviation of each

@@ -154,7 +154,7 @@ class QueryKeyNorm(Module):
         return f"{self.features}, form={self.form!r}" + ("" if self.length is None else f", length={self.length}")
 
 
-class _HeadNorm(Layer, Module):
+class _HeadNorm(Layer):
     def __init__(self, features: int, form: Form, eps: float, weighted: bool, device: Any, dtype: Any) -> None:
         super().__init__()
         self.features, self.eps = features, eps

@@ -42,7 +42,7 @@ def recurrent_batch_norm_rule(
     raise OptionError(f"RecurrentBatchNorm: statistics={statistics!r}; wanted 'sequence' or 'frame'")
 
 
-class RecurrentBatchNorm(Layer, Module):
+class RecurrentBatchNorm(Layer):
     """Normalize each feature of sequences over the batch: over all real steps, or at each step by itself.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias. Sequence-wise, E and Var run over the batch and all steps that are no

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
-from normkit.core.module import Module, trailing_sizes
+from normkit.core.module import trailing_sizes
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Guard, Statistic
 from normkit.engine.dispatch import Activation, Backend, run
@@ -36,7 +36,7 @@ def rms_norm_rule(
     return Rule(support, Statistic(None, "rms", eps, guard), Affine(per, offset))
 
 
-class RMSNorm(Layer, Module, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls its input x here alone
+class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls its input x here alone
     """Divide each sample, token or position by the root mean square of its features.
 
     y = weight * x / sqrt(E[x^2] + eps), the same in training and evaluation. Without further arguments it is

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
-from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
@@ -28,7 +27,7 @@ def scale_norm_rule(eps: float = 1e-5) -> Rule:
     return Rule(Support("* d", over="d"), Statistic(None, "norm", eps, "floor"), Affine(""))
 
 
-class ScaleNorm(Layer, Module):
+class ScaleNorm(Layer):
     """Divide each token by its Euclidean norm and multiply it by one learned scalar.
 
     y = weight * x / max(|x|, eps), the same in training and evaluation. With weight sqrt(D), where it starts, it is RMS

@@ -13,7 +13,6 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import Running, RunningStatistics
-from normkit.core.module import Module
 from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
@@ -38,7 +37,7 @@ def sync_batch_norm_rule(
     return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
 
 
-class SyncBatchNorm(Layer, Module, nn.modules.batchnorm._BatchNorm):
+class SyncBatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
     """Normalize each channel over the batches of all processes, on any device and backend of torch.distributed.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, with E and Var (population) over the union of the processes' batches in

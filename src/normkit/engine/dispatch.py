@@ -228,7 +228,7 @@ def kept(call: Call, key: tuple[Any, ...] | None) -> Choice:
 
 
 def normalize(
-    x: Tensor,
+    input: Tensor,
     support: Support,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -243,7 +243,7 @@ def normalize(
     y = weight * (x - E_S[x]) / sqrt(Var_S[x] + eps) + bias
 
     Args:
-        x: the input.
+        input: of the support's axes.
         support: which elements share a statistic.
         weight: one value per element of the axes ``per``, or None.
         bias: likewise.
@@ -273,7 +273,7 @@ def normalize(
         raise NotationError(
             f'normalize: a weight or bias is given without per=; say which axes it has, e.g. per="{support.names[-1]}"'
         )
-    return run(_rule(support, statistic or Statistic(), per), x, weight, bias, mask=mask, backend=backend)
+    return run(_rule(support, statistic or Statistic(), per), input, weight, bias, mask=mask, backend=backend)
 
 
 @remembered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import RunningStatistics
+from normkit.core.module import Module
 from normkit.core.rule import Rule
 from normkit.core.support import Support, show
 from normkit.engine.call import Activation, Backend, Call, Output
@@ -21,7 +23,7 @@ from normkit.engine.reference import check_activation
 _MADE = ("_rule", "_known")  # of a layer's attributes, when they are first needed
 
 
-class Layer(nn.Module):
+class Layer(Module):
     """Mixin of every layer that is one rule: forward runs the rule with the module's parameters and buffers.
 
     A subclass gives ``make_rule`` and ``check``. ``backend`` is an attribute, ``"auto"`` unless set; ``explain(x)`` says what
@@ -105,6 +107,11 @@ class Layer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "activation":
             check_activation(value)
+            if value is not None and not _activates(type(self)):
+                raise OptionError(
+                    f"{type(self).__name__}: activation={value!r} would be ignored, as this layer does not fuse one; "
+                    "put the activation behind it"
+                )
         self._forget()
         super().__setattr__(name, value)
 
@@ -165,6 +172,11 @@ class Layer(nn.Module):
         call = self._call(input, None)
         self.check(input)
         return explained(call)
+
+
+def _activates(kind: type) -> bool:
+    """Whether layers of a class apply their activation: they run the common forward, or say so by an argument."""
+    return kind.forward is Layer.forward or "activation" in inspect.signature(kind.__init__).parameters
 
 
 def check_channels(who: str, input: Tensor, wanted: int, argument: str, layout: str) -> None:

@@ -25,8 +25,6 @@ from normkit.engine.guard import calm, guard
 from normkit.engine.prepared import Prepared
 from normkit.engine.reference import activate
 
-_REMEMBERED = (Running, RunningMoments)  # memories that the library knows how to update
-
 
 def perform(ready: Prepared, call: Call) -> Output:
     """Run a call by the input's own statistics; ``ready`` was prepared for it."""
@@ -38,7 +36,7 @@ def perform(ready: Prepared, call: Call) -> Output:
     if not measured:
         return Output(y, total)
     memory, running = call.rule.memory, call.running
-    if ready.arrays is not None and memory is not None and running is not None and type(memory) in _REMEMBERED:
+    if ready.arrays is not None and running is not None and memory is not None and _known(memory):
         _remember(ready, memory, values, running)
         return Output(y, total, remembered=True)
     return Output(y, total, ready.moments(values))
@@ -116,19 +114,21 @@ def _fill(ready: Prepared, values: Tensor, running: RunningStatistics) -> None:
         inverse.copy_(statistic.guarded(var, power=2).reciprocal())
 
 
+def _known(memory: Running) -> bool:
+    """Whether the library knows how to update this memory; a cumulative average counts the batches that it takes, in Python."""
+    return type(memory) in (Running, RunningMoments) and memory.momentum is not None
+
+
 def _remember(ready: Prepared, memory: Running, values: Tensor, running: RunningStatistics) -> None:
     """Take what ``normalize`` measured into running statistics, in place, in one call; they are ``ready.arrays``."""
-    mean, var, momentum = running.mean, running.var, memory.momentum
+    mean, var = running.mean, running.var
     if running.batches is not None:
         running.batches.add_(1)
-    if momentum is None:
-        assert running.batches is not None
-        momentum = 1.0 / running.batches.item()
     count, start, step = ready.split.count, values.data_ptr(), ready.statistic_bytes
     raw = type(memory) is RunningMoments
     factor = 1.0 if raw else count / (count - 1) if count > 1 else float("inf")
     pointers = start + step, start + 2 * step, mean.data_ptr(), var.data_ptr()
-    checked(ready.remember(mean.numel(), TYPES[ready.wide], ready.arrays, momentum, factor, raw, *pointers))
+    checked(ready.remember(mean.numel(), TYPES[ready.wide], ready.arrays, memory.momentum, factor, raw, *pointers))
     torch.autograd.graph.increment_version((mean, var))
 
 
