@@ -41,6 +41,11 @@ class Net(nn.Module):
         ("bn+e:row@first_last", "bn+e"),
         ("group_norm", "gn:32"),
         ("gn:08+ws@convolutions+wn@all", "gn:8+ws+wn"),
+        ("gn:gcd032", "gn:gcd32"),
+        ("ln:c*", "ln:c *"),
+        ("ghost", "ghost:16"),
+        ("mean-only+wn", "mean_only+wn"),
+        ("BatchGroupNorm : 8x4", "bgn:8x4"),
         ("keep+e:col@hidden", "keep+e:col@hidden"),
         ("none+weight_norm", "none+wn"),
         ("layer_norm:c+sn@re:^a.b$", "ln:c+sn@re:^a.b$"),
@@ -63,7 +68,7 @@ def test_a_plus_in_a_pattern_belongs_to_the_pattern():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("bm", r"'bm' is not known; did you mean 'bn'\?; norms that exist: none, bn, ln, .*gn:GROUPS.*keep"),
+        ("bm", r"'bm' is not known; did you mean 'bn'\?; norms that exist: none, bn, .*ghost:SIZE, .*gn:GROUPS.*keep"),
         ("bn+we", r"weight method 'we' is not known.*exist: .*wn.*e, e:col, e:rowcol"),
         ("bn+e:diag", r"e got the mode 'diag'; modes that exist: row, col, rowcol"),
         ("bn+ws:row", r"ws got the mode 'row'; modes that exist: none"),
@@ -78,8 +83,13 @@ def test_a_plus_in_a_pattern_belongs_to_the_pattern():
         ("bn+e+e", r"e is said twice of first_last"),
         ("bn+e:row+e:col@first_last", r"e is said twice"),
         ("keep:2", r"'keep' is not known"),
-        ("gn:0", r"wanted a whole number from 1, e\.g\. gn:32$"),
+        ("gn:0", r"wanted a whole number from 1, or gcd32 .*, e\.g\. gn:32$"),
         ("none:2", r"takes no option; write none$"),
+        ("ghots", r"did you mean 'ghost'"),
+        ("bgn:8", r"got GROUPSxEXAMPLES '8', wanted .*32x2"),
+        ("prms:2", r"got FRACTION '2', wanted a number above 0 and at most 1, e\.g\. prms:0\.0625"),
+        ("igdn", r"'igdn' is not known.*igdn can't stand in a norm's place: it undoes gdn"),
+        ("film", r"film can't stand in a norm's place: it takes a condition"),
         (None, r"recipe None is no text; wanted .*'bn\+e'"),
     ],
 )
@@ -160,7 +170,10 @@ def test_rows_tell_everything_that_was_done():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("gn:3+e", r"^gn:3\+e: stem\.1: 8 channels do not split into 3 groups; .*1, 2, 4, 8; choose gn: with one"),
+        (
+            "gn:3+e",
+            r"^gn:3\+e: stem\.1: 8 channels do not split into 3 groups; .*1, 2, 4, 8; choose one of these, or gcd3",
+        ),
         ("ln+e@re:fc", r"ln\+e@re:fc: e@re:fc: 're:fc' chooses nothing"),
         ("ln+e+wn", r"^ln\+e\+wn: stem\.0: weight_norm can't be put on it: .*come first"),
         ("ln+e@all+e:col", r"stem\.0: weight_conditioning:col is on it already"),

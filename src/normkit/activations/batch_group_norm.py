@@ -14,6 +14,7 @@ from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import RunningMoments
 from normkit.core.moments import Moments, accumulation_dtype, moments
+from normkit.core.place import Place, groups, number
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, divisors, place
@@ -351,6 +352,20 @@ def _weighing(channels: int) -> BatchGroupNorm:
     return BatchGroupNorm(channels, alpha=0.1)
 
 
+def _build(at: Place) -> BatchGroupNorm:
+    examples, how = int(at.option.partition("x")[2]), {"bias": at.bias, "layout": at.axes, **at.factory}
+    return BatchGroupNorm(at.channels, at.groups, examples, at.eps, at.momentum_or(0.01), at.affine, **how)
+
+
+def _build_weighing(at: Place) -> BatchGroupNorm:
+    momentum, how = at.momentum_or(0.01), {"bias": at.bias, "layout": at.axes, **at.factory}
+    return BatchGroupNorm(at.channels, None, None, at.eps, momentum, at.affine, float(at.option), **how)
+
+
+def _groups_of(norm: BatchGroupNorm) -> str:
+    return f"{norm.num_groups or norm.num_channels}x{norm.examples_per_group or 'all'}"
+
+
 _PAPER = Paper(
     "Summers, Cecilia and Dinneen, Michael J.",
     "Four Things Everyone Should Know to Improve Batch Normalization",
@@ -362,7 +377,7 @@ CARD = Card(
     name="batch_group_norm",
     title="Batch/group normalization",
     kind="activation",
-    word="",
+    word="bgn",
     normalized_over="each group of examples and group of channels, over both and all positions",
     formula=batch_group_norm_rule().formula(),
     paper=_PAPER,
@@ -372,6 +387,9 @@ CARD = Card(
     module=BatchGroupNorm,
     functional=batch_group_norm,
     make=_example,
+    build=_build,
+    option=groups(_groups_of, examples="2"),
+    axes=("n c *", "n * c"),
     rule=batch_group_norm_rule(2, 2),
     batch_dependent=True,
     order_dependent=True,
@@ -384,7 +402,7 @@ CARD_WEIGHING = Card(
     name="example_weighing",
     title="Inference example weighing",
     kind="activation",
-    word="",
+    word="weigh",
     normalized_over="each channel: in training over the batch, at inference by running moments mixed with the example's own",
     formula="mean = alpha * E[x] + (1 - alpha) * m1, var = alpha * E[x^2] + (1 - alpha) * m2 - mean^2",
     paper=_PAPER,
@@ -395,6 +413,10 @@ CARD_WEIGHING = Card(
     functional=example_weighing,
     fits=lambda module: module.num_groups is None and module.examples_per_group is None,
     make=_weighing,
+    build=_build_weighing,
+    option=number("ALPHA", 0.1, of=lambda norm: norm.alpha, most=1.0),
+    axes=("n c *", "n * c"),
+    over="*",  # at inference, of the example itself
     rule=batch_group_norm_rule(),
     batch_dependent=True,
     running_state=True,

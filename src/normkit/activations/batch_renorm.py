@@ -290,7 +290,7 @@ CARD = Card(
     name="batch_renorm",
     title="Batch renormalization",
     kind="activation",
-    word="",
+    word="renorm",
     normalized_over="each channel, over the batch and all positions, then moved towards running statistics",
     formula="y = weight * ((x - E[x]) / sqrt(Var[x] + eps) * r + d) + bias, r and d clipped",
     paper=Paper(
@@ -305,6 +305,11 @@ CARD = Card(
     module=BatchRenorm,
     functional=batch_renorm,
     make=_example,
+    build=lambda at: BatchRenorm(
+        at.channels, at.eps, at.momentum_or(0.01), at.affine, bias=at.bias, layout=at.axes, **at.factory
+    ),
+    axes=("n c *", "n * c"),
+    over="n *",
     batch_dependent=True,
     running_state=True,
     train_equals_eval=False,

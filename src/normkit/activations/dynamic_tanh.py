@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.moments import accumulation_dtype
+from normkit.core.place import number
 from normkit.core.support import show
 
 
@@ -130,7 +131,7 @@ CARD = Card(
     name="dynamic_tanh",
     title="Dynamic tanh",
     kind="activation",
-    word="",
+    word="dyt",
     normalized_over="nothing: each element by itself, without a statistic",
     formula="y = weight * tanh(alpha * x) + bias",
     paper=Paper(
@@ -145,5 +146,15 @@ CARD = Card(
     module=DynamicTanh,
     functional=dynamic_tanh,
     make=DynamicTanh,
+    build=lambda at: DynamicTanh(
+        at.shape,
+        float(at.option),
+        layout="n c *" if at.axes == "n c *" else "* d",
+        elementwise_affine=at.affine,
+        bias=at.bias,
+        **at.factory,
+    ),
+    option=number("ALPHA", 0.5, of=lambda norm: norm.init_alpha),
+    axes=("n c *", "n * c", "trailing"),
     layout="* d",
 )

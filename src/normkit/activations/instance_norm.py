@@ -158,6 +158,10 @@ CARD = Card(
     module=InstanceNorm,
     functional=instance_norm,
     make=InstanceNorm,
+    build=lambda at: InstanceNorm(
+        at.channels, at.eps, at.momentum, at.affine, bias=at.bias, layout=at.axes, **at.factory
+    ),
+    axes=("n c *", "n * c"),
     rule=instance_norm_rule(),
     invariances=frozenset({"weight scale", "row scale", "data scale", "data shift", "sample scale"}),
 )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.moments import accumulation_dtype
+from normkit.core.place import whole
 from normkit.core.support import show
 from normkit.engine import native_window
 from normkit.engine.native_window import Window
@@ -120,7 +121,7 @@ CARD = Card(
     name="local_response_norm",
     title="Local response normalization",
     kind="activation",
-    word="",
+    word="lrn",
     normalized_over="each position, over a window of neighbouring channels, without centring",
     formula="y = x / (k + alpha * sum over the window of x^2)^beta",
     paper=Paper(
@@ -135,4 +136,9 @@ CARD = Card(
     module=LocalResponseNorm,
     functional=local_response_norm,
     make=lambda channels: LocalResponseNorm(min(3, channels), alpha=0.3),
+    build=lambda at: LocalResponseNorm(int(at.option)),
+    option=whole("SIZE", 5, of=lambda norm: norm.size),
+    takes=(),
+    over="c",
+    accompanies=True,
 )

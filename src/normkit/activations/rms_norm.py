@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
+from normkit.core.place import one_of
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Guard, Statistic
 from normkit.engine.dispatch import Activation, Backend, run
@@ -208,6 +209,9 @@ CARD = Card(
     module=RMSNorm,
     functional=rms_norm,
     make=RMSNorm,
+    build=lambda at: RMSNorm(at.shape, at.eps, at.affine, over=at.over, **at.factory),
+    option=one_of("AXES", "c", "c *", of=lambda norm: getattr(norm, "over", None) or ""),
+    axes=("n c *", "n * c", "trailing"),
     rule=rms_norm_rule(),
     layout="* d",
     invariances=frozenset({"weight scale", "data scale", "sample scale"}),
