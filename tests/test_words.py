@@ -10,6 +10,7 @@ import laws
 from laws import ACTIVATIONS
 from normkit.core.card import Card
 from normkit.core.errors import NotationError, SurgeryError
+from normkit.surgery.applicable import applicable_words
 from normkit.surgery.norms import is_norm
 from normkit.surgery.recipe import Recipe, apply_recipe
 from normkit.surgery.target import Target
@@ -157,3 +158,21 @@ def test_statistics_reach_over_the_axes_that_the_card_says(card: Card) -> None:
         others = bool(gradient[1:].any())
         assert others == (card.batch_dependent and training) or not card.exact_gradient
     assert any(seen) == ("*" in card.reach) or not card.exact_gradient
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_words_that_apply_are_those_that_stand(model: str) -> None:
+    make, shape = MODELS[model]
+    net, x = make(), torch.randn(shape)
+    wanted, state, kinds = net.eval()(x), net.state_dict(), [type(module) for module in net.modules()]
+    seed = torch.get_rng_state()
+    for example in (None, x):
+        found = applicable_words(net, example)
+        assert found["keep"] == found["none"] == found["keep+wn"] == ""
+        assert (found["keep+ws"] == "") == (model != "transformer")
+        for card in WORDS:
+            assert (found[card.word] == "") == stands(card, model), found[card.word]
+    assert torch.equal(torch.get_rng_state(), seed)
+    assert [type(module) for module in net.modules()] == kinds
+    assert list(net.state_dict()) == list(state)
+    torch.testing.assert_close(net(x), wanted, rtol=0, atol=0)

@@ -29,6 +29,7 @@ class Place:
         bias: whether there is to be a bias. Default: True.
         alone: whether it normalized each position by itself. Default: True.
         factory: device and dtype of the parameters, as keyword arguments.
+        spatial: axes of positions where it took one number of them alone, else None. Default: None.
     """
 
     axes: Axes
@@ -41,6 +42,7 @@ class Place:
     bias: bool = True
     alone: bool = True
     factory: dict[str, Any] = field(default_factory=dict)
+    spatial: int | None = None
 
     @property
     def channels(self) -> int:

@@ -21,6 +21,12 @@ from normkit.engine.layer import Layer
 from normkit.surgery.changes import label
 from normkit.surgery.probe import Found, probe
 
+_RANKED = {
+    1: (nn.BatchNorm1d, nn.InstanceNorm1d),
+    2: (nn.BatchNorm2d, nn.InstanceNorm2d),
+    3: (nn.BatchNorm3d, nn.InstanceNorm3d),
+}
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -42,6 +48,7 @@ class Norm:
         affine: whether it has parameters.
         alone: whether it normalizes each position by itself.
         rank: how many axes its input has, or None if not known.
+        spatial: axes of positions where its class takes one number of them alone, else None.
     """
 
     kind: str
@@ -59,6 +66,7 @@ class Norm:
     affine: bool = True
     alone: bool = False
     rank: int | None = None
+    spatial: int | None = None
 
     def guard(self, dtype: torch.dtype) -> float:
         """The eps as a number."""
@@ -170,6 +178,9 @@ def _known(card: Card, module: nn.Module) -> Norm:
         note="; ".join(notes),
         affine=next(module.parameters(), None) is not None,
         alone="*" not in reach(card, module) and axes != "trailing",
+        spatial=getattr(
+            module, "spatial", next((n for n, kinds in _RANKED.items() if isinstance(module, kinds)), None)
+        ),
     )
 
 
@@ -215,7 +226,7 @@ def describe(module: nn.Module) -> str:
     sizes: list[str] = []
     if isinstance(module, nn.GroupNorm):
         sizes = [str(module.num_groups), str(module.num_channels)]
-    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+    elif hasattr(module, "normalized_shape"):
         shape = tuple(module.normalized_shape)
         sizes = [str(shape[0]) if len(shape) == 1 else show(shape)]
     elif not isinstance(module, nn.Identity):

@@ -221,11 +221,14 @@ def _weight_cards() -> dict[str, Card]:
     return {key: card for card in _cards() for key in (card.word, card.name) if key}
 
 
-def _weight_list() -> str:
+def weight_words() -> list[str]:
+    """The words of weight methods in recipes, each with its modes."""
     words = [card.word or card.name for card in _cards()]
-    return ", ".join(
-        term for word in words for term in (word, *(f"{word}:{mode}" for mode in _MODES.get(word, ())[1:]))
-    )
+    return [term for word in words for term in (word, *(f"{word}:{mode}" for mode in _MODES.get(word, ())[1:]))]
+
+
+def _weight_list() -> str:
+    return ", ".join(weight_words())
 
 
 def _attachment(weight: Weight) -> Attach:

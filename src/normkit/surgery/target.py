@@ -123,6 +123,7 @@ class Target:
             norm.bias is not None or not norm.has_bias,
             norm.alone,
             {"dtype": like.dtype, "device": like.device},
+            norm.spatial,
         )
         if place.axes not in card.axes:
             raise SurgeryError(
