@@ -45,9 +45,10 @@ def time_first(model: nn.Module) -> set[int]:
     """The ids of modules whose input has time on axis 0: those in torch's transformers made without ``batch_first``."""
     found: set[int] = set()
     for module in model.modules():
-        layer = module
-        if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
-            layer = next(iter(module.layers), module)  # pyright: ignore[reportArgumentType]
+        layers = (
+            getattr(module, "layers", ()) if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder) else ()
+        )
+        layer = next(iter(layers), module)
         known = isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
         if known and not layer.self_attn.batch_first:  # pyright: ignore[reportAttributeAccessIssue]
             found |= {id(child) for child in module.children()}
