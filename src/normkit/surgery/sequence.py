@@ -45,10 +45,9 @@ def time_first(model: nn.Module) -> set[int]:
     """The ids of modules whose input has time on axis 0: those in torch's transformers made without ``batch_first``."""
     found: set[int] = set()
     for module in model.modules():
-        layers = (
-            getattr(module, "layers", ()) if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder) else ()
-        )
-        layer = next(iter(layers), module)
+        layer = module
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+            layer = next(iter(module.layers.children()), module)  # pyright: ignore
         known = isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
         if known and not layer.self_attn.batch_first:  # pyright: ignore[reportAttributeAccessIssue]
             found |= {id(child) for child in module.children()}
