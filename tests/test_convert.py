@@ -539,3 +539,27 @@ def test_a_time_first_transformer_that_is_left_is_told():
     model = nn.TransformerEncoderLayer(8, 2)
     rows = convert(model, "gn:2", on_refusal="leave").rows
     assert [row.note[:32] for row in rows] == ["left: gn:2 normalizes each sample"[:32]] * 2
+
+
+class CallsAroundIts(nn.Module):
+    """Uses the weight of one norm in a function, and another from a plain list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read, listed = nn.LayerNorm(4), nn.LayerNorm(4), nn.LayerNorm(4)
+        self.copies, self.listed = [listed], listed
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.layer_norm(self.called(x), (4,), self.read.weight)
+        return self.copies[0](x)
+
+
+def test_a_change_without_effect_is_told():
+    model, x = CallsAroundIts(), torch.randn(3, 4)
+    notes = {row.name: row.note for row in convert(deepcopy(model), "rms", example=x)}
+    assert "not called" not in notes["called"]
+    assert all("not called on the example" in notes[name] for name in ("read", "listed"))
+    assert all("not called" not in row.note for row in convert(model, "rms"))
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 1, enable_nested_tensor=False)
+    rows = convert(encoder, "rms", example=torch.randn(2, 3, 8)).rows  # torch's fused kernel would call no norm
+    assert [row.note for row in rows] == ["bias dropped"] * 2

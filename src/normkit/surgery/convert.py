@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,8 @@ from normkit.surgery.target import Target, any_tensor
 from normkit.surgery.transaction import all_or_nothing
 from normkit.surgery.watch import input_shapes
 
+# As where a model hands its norm's weight to a function, or keeps norms in a plain list too and calls those.
+_NOT_CALLED = "not called on the example: perhaps without effect"
 Refusal = Literal["raise", "leave"]
 
 # Shared with the old layer, not copied: handles that remove a hook point at these very dictionaries.
@@ -65,8 +67,8 @@ def convert(
         source: only norms of this kind, e.g. ``"batch_norm"``. Default: every kind.
         where: which of them, as in ``select``, by the names of the norms. Default: all.
         example: an input (a tensor, a tuple of arguments, or a dict of them) on which the model is run before and after, without
-            effect on it: a norm that can't take its input is found now, and what a norm alone does not tell (the number of its
-            features, whether its input has positions) is seen. Default: None.
+            effect on it: a norm that can't take its input is found now, one that is not called is told, and what a norm alone
+            does not tell (the number of its features, whether its input has positions) is seen. Default: None.
         on_refusal: ``"raise"``, or ``"leave"`` to leave a norm that can't be read or replaced as it is. Default: ``"raise"``.
 
     Returns:
@@ -102,7 +104,8 @@ def convert(
             f"the model has no activation norm to convert to {target}; begin the recipe with keep or none"
         )
     chosen = found if where is None else choose(found, where, "norms")
-    seen = {} if example is None else _seen(model, chosen.values(), example)
+    lazy = any(is_lazy(tensor) for tensor in model.parameters())  # a run would give them their size
+    seen = {} if example is None or lazy else try_on(model, example, chosen.values(), "model")
     like, causal, by_time = any_tensor(model), may_be_causal(model, example), time_first(model)
     new, rows = {}, []
     for name, module in chosen.items():
@@ -123,16 +126,14 @@ def convert(
             continue
         new[id(module)] = inherit(made, module)
         rows.append(Change(label(name), describe(module), describe(made), note))
-    return Changes(put(model, new, example), tuple(rows))
-
-
-def _seen(model: nn.Module, norms: Iterable[nn.Module], example: Any) -> dict[int, torch.Size]:
-    """The shapes of the norms' inputs, of those that the example reaches."""
-    if any(is_lazy(tensor) for tensor in model.parameters()):
-        return {}  # a run would give them their size
-    shapes: dict[int, torch.Size] = {}
-    try_on(model, example, lambda run: shapes.update(input_shapes(norms, run)))
-    return shapes
+    with all_or_nothing(model):
+        root = put(model, new, None)
+        called = {} if example is None else try_on(root, example, new.values())
+    if example is not None:
+        uncalled = {id(module) for module in new.values()} - called.keys()
+        names = {label(name) for name, module in root.named_modules() if id(module) in uncalled}
+        rows = [row.with_note(_NOT_CALLED) if row.name in names else row for row in rows]
+    return Changes(root, tuple(rows))
 
 
 def _check_time_first(name: str, target: Target, made: nn.Module) -> None:
@@ -181,22 +182,34 @@ def run_on(model: nn.Module, example: Any) -> Any:
     return model(*example) if isinstance(example, Sequence) and not isinstance(example, str) else model(example)
 
 
-def try_on(model: nn.Module, example: Any, run: Callable[[Callable[[], Any]], Any] | None = None) -> None:
-    """Run a model once on an example, in evaluation and without gradients; raise SurgeryError if it can't.
+def try_on(
+    model: nn.Module, example: Any, norms: Iterable[nn.Module] = (), what: str = "changed model"
+) -> dict[int, torch.Size]:
+    """Run a model once on an example, in evaluation and without gradients.
 
     Args:
-        model: as it is before a change, if ``run`` is given, else after.
+        model: left in the mode it was in.
         example: its input.
-        run: calls the forward pass that it is given, to watch it. Default: None.
+        norms: modules to watch.
+        what: the model, in messages.
+
+    Returns:
+        The shape of the first input of each watched module that was called, by its id.
+
+    Raises:
+        SurgeryError: it does not run.
     """
     flags = [(module, module.training) for module in model.modules()]
+    watched = list(norms)
     try:
         with torch.no_grad():
             model.eval()
-            run_on(model, example) if run is None else run(lambda: run_on(model, example))
+            if watched:
+                return input_shapes(watched, lambda: run_on(model, example))
+            run_on(model, example)
+            return {}
     except Exception as error:
-        which = "changed model" if run is None else "model"
-        raise SurgeryError(f"the {which} does not run on the example: {type(error).__name__}: {error}") from error
+        raise SurgeryError(f"the {what} does not run on the example: {type(error).__name__}: {error}") from error
     finally:
         for module, training in flags:
             module.training = training

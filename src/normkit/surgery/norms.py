@@ -145,9 +145,7 @@ def reach(card: Card, module: nn.Module) -> frozenset[str]:
 def _known(card: Card, module: nn.Module) -> Norm:
     own, notes = dict(module.named_parameters()), []
     weight, bias = (own.pop(key, None) if key in card.takes else None for key in ("weight", "bias"))
-    sizes = (getattr(module, key, None) for key in ("normalized_shape", "num_features", "num_channels", "features"))
-    size = next((size for size in sizes if size is not None), ())
-    shape = (size,) if isinstance(size, int) else tuple(size)
+    shape = _shape(module)
     first = getattr(module, "layout", card.layout) == "n c *" or getattr(module, "over", None) is not None
     axes: Axes = "trailing" if len(shape) > 1 else "n c *" if first else "n * c"
     offset = getattr(module, "offset", 0.0)
@@ -223,20 +221,22 @@ def describe(module: nn.Module) -> str:
     >>> describe(nn.GroupNorm(2, 8)), describe(nn.LayerNorm(8, eps=1e-6)), describe(nn.Identity())
     ('GroupNorm(2, 8)', 'LayerNorm(8)', 'Identity()')
     """
-    sizes: list[str] = []
-    if isinstance(module, nn.GroupNorm):
-        sizes = [str(module.num_groups), str(module.num_channels)]
-    elif hasattr(module, "normalized_shape"):
-        shape = tuple(module.normalized_shape)
-        sizes = [str(shape[0]) if len(shape) == 1 else show(shape)]
-    elif not isinstance(module, nn.Identity):
-        own = getattr(module, "weight", None)
-        count = getattr(module, "num_features", own.numel() if isinstance(own, Tensor) else None)
-        sizes = [] if count is None else [str(count)]
-        card = card_of(module)
-        if card is not None and card.option is not None and (option := card.option.of(module)):
-            sizes.append(f"{card.option.name.lower()}={option}")
-    if isinstance(module, Layer):
-        told = {name: vars(module).get(name) for name in ("over", "per", "layout")}
-        sizes += [f"{name}={value!r}" for name, value in told.items() if value not in (None, "n c *")]
+    own, shape, card = getattr(module, "weight", None), _shape(module), card_of(module)
+    if not shape and isinstance(own, Tensor) and own.dim() == 1:
+        shape = tuple(own.shape)
+    sizes = [str(module.num_groups)] if isinstance(module, nn.GroupNorm) else []
+    sizes += [str(shape[0]) if len(shape) == 1 else show(shape)] if shape else []
+    told = {key: vars(module).get(key) for key in ("over", "per", "layout")} if isinstance(module, Layer) else {}
+    option = "" if card is None or card.option is None else card.option.of(module)
+    if card is not None and card.option is not None and option and option not in (*sizes, *told.values()):
+        name = card.option.name.lower()
+        sizes.append(option if option == name else f"{name}={option}")
+    sizes += [f"{key}={value!r}" for key, value in told.items() if value not in (None, "n c *")]
     return f"{type(module).__name__}({', '.join(sizes)})"
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """The channels or features that a norm says it has; empty if it does not say."""
+    sizes = (getattr(module, key, None) for key in ("normalized_shape", "num_features", "num_channels", "features"))
+    size = next((size for size in sizes if size is not None), ())
+    return (size,) if isinstance(size, int) else tuple(size)

@@ -47,7 +47,7 @@ def time_first(model: nn.Module) -> set[int]:
     for module in model.modules():
         layer = module
         if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
-            layer = next(iter(module.layers.children()), module)  # pyright: ignore
+            layer = next(iter(module.layers), module)  # pyright: ignore[reportArgumentType]
         known = isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
         if known and not layer.self_attn.batch_first:  # pyright: ignore[reportAttributeAccessIssue]
             found |= {id(child) for child in module.children()}
