@@ -30,6 +30,7 @@ class Place:
         alone: whether it normalized each position by itself. Default: True.
         factory: device and dtype of the parameters, as keyword arguments.
         spatial: axes of positions where it took one number of them alone, else None. Default: None.
+        kind: the name of the method that stood there, or "".
     """
 
     axes: Axes
@@ -43,6 +44,7 @@ class Place:
     alone: bool = True
     factory: dict[str, Any] = field(default_factory=dict)
     spatial: int | None = None
+    kind: str = ""
 
     @property
     def channels(self) -> int:

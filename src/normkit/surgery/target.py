@@ -124,6 +124,7 @@ class Target:
             norm.alone,
             {"dtype": like.dtype, "device": like.device},
             norm.spatial,
+            norm.kind,
         )
         if place.axes not in card.axes:
             raise SurgeryError(
@@ -174,7 +175,8 @@ def _memory(norm: Norm, new: nn.Module) -> list[str]:
         return ["running statistics dropped"] if norm.tracks else []
     old = {key: norm.running.get(key) for key in own}
     if norm.tracks and all(buffer is not None and buffer.shape == own[key].shape for key, buffer in old.items()):
-        new._buffers.update(old)
+        for key, buffer in old.items():
+            new.register_buffer(key, buffer)  # the very object, where the layer keeps its dtype
         return []
     return ["running statistics restart: train before evaluation"]
 
