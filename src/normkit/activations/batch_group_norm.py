@@ -14,7 +14,7 @@ from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import RunningMoments
 from normkit.core.moments import Moments, accumulation_dtype, moments
-from normkit.core.place import Place, groups, number
+from normkit.core.place import Place, groups, positive_number
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, divisors, place
@@ -414,7 +414,7 @@ CARD_WEIGHING = Card(
     fits=lambda module: module.num_groups is None and module.examples_per_group is None,
     make=_weighing,
     build=_build_weighing,
-    option=number("ALPHA", 0.1, of=lambda norm: norm.alpha, most=1.0),
+    option=positive_number("ALPHA", 0.1, of=lambda norm: norm.alpha, most=1.0),
     axes=("n c *", "n * c"),
     over="*",  # at inference, of the example itself
     rule=batch_group_norm_rule(),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.moments import accumulation_dtype
-from normkit.core.place import whole
+from normkit.core.place import whole_number
 from normkit.core.precision import full_precision
 from normkit.core.support import show
 from normkit.engine.layer import check_channels
@@ -325,7 +325,7 @@ CARD = Card(
     build=lambda at: DivisiveNorm(
         at.channels, Field(None, int(at.option)), Field(None, int(at.option)), affine=at.affine, **at.factory
     ),
-    option=whole("WINDOW", 5, of=lambda norm: norm.suppression.positions),
+    option=whole_number("WINDOW", 5, of=lambda norm: norm.suppression.positions),
     over="c *",
     invariances=frozenset({"data shift"}),
 )
@@ -350,7 +350,7 @@ CARD_LYU_SIMONCELLI = Card(
     functional=lyu_simoncelli_norm,
     make=LyuSimoncelliNorm,
     build=lambda at: LyuSimoncelliNorm(at.channels, int(at.option), **at.factory),
-    option=whole("WINDOW", 3, of=lambda norm: norm.window),
+    option=whole_number("WINDOW", 3, of=lambda norm: norm.window),
     takes=(),
     over="*",
     accompanies=True,

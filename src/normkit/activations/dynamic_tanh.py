@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.moments import accumulation_dtype
-from normkit.core.place import number
+from normkit.core.place import positive_number
 from normkit.core.support import show
 
 
@@ -154,7 +154,7 @@ CARD = Card(
         bias=at.bias,
         **at.factory,
     ),
-    option=number("ALPHA", 0.5, of=lambda norm: norm.init_alpha),
+    option=positive_number("ALPHA", 0.5, of=lambda norm: norm.init_alpha),
     axes=("n c *", "n * c", "trailing"),
     layout="* d",
 )

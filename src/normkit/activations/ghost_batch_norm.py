@@ -14,7 +14,7 @@ from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import Running, RunningMoments, RunningStatistics
 from normkit.core.moments import Moments
-from normkit.core.place import whole
+from normkit.core.place import whole_number
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
@@ -272,7 +272,7 @@ CARD = Card(
     build=lambda at: GhostBatchNorm(
         at.channels, int(at.option), at.eps, at.momentum, at.affine, bias=at.bias, layout=at.axes, **at.factory
     ),
-    option=whole("SIZE", 16, of=lambda norm: norm.ghost_batch_size),
+    option=whole_number("SIZE", 16, of=lambda norm: norm.ghost_batch_size),
     axes=("n c *", "n * c"),
     rule=ghost_batch_norm_rule(2),
     batch_dependent=True,

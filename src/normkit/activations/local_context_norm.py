@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.moments import accumulation_dtype, moments
-from normkit.core.place import whole
+from normkit.core.place import whole_number
 from normkit.core.support import divisors, show
 from normkit.engine.layer import check_channels
 from normkit.engine.window import sliding_moments
@@ -156,7 +156,7 @@ CARD = Card(
     build=lambda at: LocalContextNorm(
         at.channels, math.gcd(2, at.channels), int(at.option), at.eps, at.affine, **at.factory
     ),
-    option=whole("WINDOW", 227, of=lambda norm: norm.window),
+    option=whole_number("WINDOW", 227, of=lambda norm: norm.window),
     over="c *",
     invariances=frozenset({"weight scale", "data scale", "sample scale"}),
 )

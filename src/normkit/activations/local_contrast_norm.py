@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.moments import accumulation_dtype
-from normkit.core.place import whole
+from normkit.core.place import whole_number
 from normkit.core.precision import full_precision
 from normkit.core.support import show
 from normkit.engine.window import sliding_mean, sliding_sum
@@ -183,7 +183,7 @@ CARD = Card(
     functional=local_contrast_norm,
     make=lambda channels: LocalContrastNorm(3, 3, alpha=0.3),
     build=lambda at: LocalContrastNorm(window=int(at.option)),
-    option=whole("WINDOW", 5, of=lambda norm: norm.window),
+    option=whole_number("WINDOW", 5, of=lambda norm: norm.window),
     takes=(),
     over="c *",
     accompanies=True,
@@ -204,7 +204,7 @@ CARD_JARRETT = Card(
     functional=local_contrast_norm,
     make=lambda channels: LocalContrastNorm(window=3, form="jarrett", sigma=1.0),
     build=lambda at: LocalContrastNorm(window=int(at.option), form="jarrett"),
-    option=whole("WINDOW", 9, of=lambda norm: norm.window),
+    option=whole_number("WINDOW", 9, of=lambda norm: norm.window),
     takes=(),
     over="c *",
     accompanies=True,

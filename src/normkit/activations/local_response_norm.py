@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.moments import accumulation_dtype
-from normkit.core.place import whole
+from normkit.core.place import whole_number
 from normkit.core.support import show
 from normkit.engine import native_window
 from normkit.engine.native_window import Window
@@ -137,7 +137,7 @@ CARD = Card(
     functional=local_response_norm,
     make=lambda channels: LocalResponseNorm(min(3, channels), alpha=0.3),
     build=lambda at: LocalResponseNorm(int(at.option)),
-    option=whole("SIZE", 5, of=lambda norm: norm.size),
+    option=whole_number("SIZE", 5, of=lambda norm: norm.size),
     takes=(),
     over="c",
     accompanies=True,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
-from normkit.core.place import number
+from normkit.core.place import positive_number
 from normkit.core.statistic import Guard, Statistic
 from normkit.core.support import Support, show
 
@@ -146,7 +146,7 @@ CARD = Card(
     functional=partial_rms_norm,
     make=lambda features: PartialRMSNorm(features, fraction=0.5),
     build=lambda at: PartialRMSNorm(at.channels, float(at.option), elementwise_affine=at.affine, **at.factory),
-    option=number("FRACTION", 0.0625, of=lambda norm: norm.fraction, most=1.0),
+    option=positive_number("FRACTION", 0.0625, of=lambda norm: norm.fraction, most=1.0),
     over="d",
     layout="* d",
     invariances=frozenset({"weight scale", "data scale", "sample scale"}),

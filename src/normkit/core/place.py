@@ -98,7 +98,7 @@ class Option:
     of: Callable[[Any], str]
 
 
-def whole(name: str, default: int, of: Callable[[Any], int]) -> Option:
+def whole_number(name: str, default: int, of: Callable[[Any], int]) -> Option:
     """An option that is a whole number from 1."""
     return Option(name, str(default), "a whole number from 1", _whole, lambda layer: str(of(layer)))
 
@@ -122,7 +122,7 @@ def groups(of: Callable[[Any], Any], examples: str = "") -> Option:
     return Option("GROUPSxEXAMPLES", f"32x{examples}", wanted, read, of)
 
 
-def number(name: str, default: float, of: Callable[[Any], float], most: float = math.inf) -> Option:
+def positive_number(name: str, default: float, of: Callable[[Any], float], most: float = math.inf) -> Option:
     """An option that is a number above 0."""
     wanted = "a number above 0" + ("" if most == math.inf else f" and at most {most:g}")
 
