@@ -176,3 +176,24 @@ def test_the_words_that_apply_are_those_that_stand(model: str) -> None:
     assert [type(module) for module in net.modules()] == kinds
     assert list(net.state_dict()) == list(state)
     torch.testing.assert_close(net(x), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "after"),
+    [
+        ("ghost:4", "GhostBatchNorm(32, size=4)"),
+        ("gn:gcd12", "GroupNorm(4, 32)"),
+        ("bgn:gcd12x2", "BatchGroupNorm(32, groupsxexamples=4x2)"),
+        ("bcn:8", "BatchChannelNorm(32, groups=8)"),
+        ("weigh:0.25", "BatchGroupNorm(32, alpha=0.25)"),
+        ("renorm:2000", "BatchRenorm(32, steps=2000)"),
+        ("frn:tlu", "FilterResponseNorm(32, tlu)"),
+        ("context:7", "LocalContextNorm(32, window=7)"),
+        ("dyt:0.25", "DynamicTanh(32, alpha=0.25)"),
+        ("rms:c", "RMSNorm(32, over='c')"),
+    ],
+)
+def test_an_option_is_built_read_and_shown(recipe: str, after: str) -> None:
+    model = cnn()
+    assert {row.after for row in apply_recipe(model, recipe)} == {after}
+    assert len(apply_recipe(model, recipe)) == 0

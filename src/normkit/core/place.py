@@ -98,9 +98,10 @@ class Option:
     of: Callable[[Any], str]
 
 
-def whole_number(name: str, default: int, of: Callable[[Any], int]) -> Option:
-    """An option that is a whole number from 1."""
-    return Option(name, str(default), "a whole number from 1", _whole, lambda layer: str(of(layer)))
+def whole_number(name: str, default: int | None, of: Callable[[Any], int | str]) -> Option:
+    """An option that is a whole number from 1; without a default the word alone stands for something else."""
+    text = "" if default is None else str(default)
+    return Option(name, text, "a whole number from 1", _whole, lambda layer: str(of(layer)))
 
 
 def groups(of: Callable[[Any], Any], examples: str = "") -> Option:
