@@ -348,22 +348,12 @@ def _example(channels: int) -> BatchGroupNorm:
     return BatchGroupNorm(channels, math.gcd(2, channels), 2)
 
 
-def _weighing(channels: int) -> BatchGroupNorm:
-    return BatchGroupNorm(channels, alpha=0.1)
-
-
-def _build(at: Place) -> BatchGroupNorm:
-    examples, how = int(at.option.partition("x")[2]), {"bias": at.bias, "layout": at.axes, **at.factory}
-    return BatchGroupNorm(at.channels, at.groups, examples, at.eps, at.momentum_or(0.01), at.affine, **how)
-
-
-def _build_weighing(at: Place) -> BatchGroupNorm:
+def _build(
+    at: Place,
+) -> BatchGroupNorm:  # by both words: 32x2 are groups of channels and of examples, a number is alpha
+    groups, examples, alpha = (at.groups, at.examples, None) if "x" in at.option else (None, None, float(at.option))
     momentum, how = at.momentum_or(0.01), {"bias": at.bias, "layout": at.axes, **at.factory}
-    return BatchGroupNorm(at.channels, None, None, at.eps, momentum, at.affine, float(at.option), **how)
-
-
-def _groups_of(norm: BatchGroupNorm) -> str:
-    return f"{norm.num_groups or norm.num_channels}x{norm.examples_per_group or 'all'}"
+    return BatchGroupNorm(at.channels, groups, examples, at.eps, momentum, at.affine, alpha, **how)
 
 
 _PAPER = Paper(
@@ -388,7 +378,9 @@ CARD = Card(
     functional=batch_group_norm,
     make=_example,
     build=_build,
-    option=groups(_groups_of, examples="2"),
+    option=groups(
+        lambda norm: f"{norm.num_groups or norm.num_channels}x{norm.examples_per_group or 'all'}", examples="2"
+    ),
     axes=("n c *", "n * c"),
     rule=batch_group_norm_rule(2, 2),
     batch_dependent=True,
@@ -412,8 +404,8 @@ CARD_WEIGHING = Card(
     module=BatchGroupNorm,
     functional=example_weighing,
     fits=lambda module: module.num_groups is None and module.examples_per_group is None,
-    make=_weighing,
-    build=_build_weighing,
+    make=lambda channels: BatchGroupNorm(channels, alpha=0.1),
+    build=_build,
     option=positive_number("ALPHA", 0.1, of=lambda norm: norm.alpha, most=1.0),
     axes=("n c *", "n * c"),
     over="*",  # at inference, of the example itself

@@ -70,6 +70,11 @@ class Place:
         return wanted
 
     @property
+    def examples(self) -> int:
+        """The examples in a group, of an option such as ``"32x2"``."""
+        return int(self.option.partition("x")[2])
+
+    @property
     def over(self) -> str | None:
         """The axes ``c`` or ``c *`` of channels first: those asked for, else those of the norm that stood there."""
         return (self.option or ("c" if self.alone else "c *")) if self.axes == "n c *" else None
