@@ -13,8 +13,10 @@ import pytest
 from rich.console import Console
 
 import test_laws
+import test_words
 from normkit.catalogue import citation, drawing, entry, methods, page, table
 from normkit.core.card import Card
+from normkit.surgery import target
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,3 +82,11 @@ def test_it_has_a_page_a_picture_a_row_and_a_citation(added: ModuleType, tmp_pat
     assert "Positional group normalization" in table.methods_table()
     assert "Positional group normalization" in table.comparison_table()
     assert citation.methods_in(added.PositionalGroupNorm(1, 2)) == [added.CARD]
+
+
+@pytest.mark.parametrize("model", test_words.MODELS)
+def test_its_word_stands_in_models(added: ModuleType, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "METHODS", methods.METHODS)
+    test_words.test_every_activation_method_has_a_word_that_stands_somewhere_or_a_reason(added.CARD)
+    test_words.test_every_word_stands_in_a_model_or_says_why_not(added.CARD, model)
+    test_words.test_a_norm_that_stands_by_its_word_is_read_back(added.CARD)

@@ -6,14 +6,14 @@ from torch import Tensor, nn
 
 from normkit.activations.batch_channel_norm import BatchChannelNorm
 from normkit.activations.batch_norm import BatchNorm
-from normkit.activations.filter_response_norm import FilterResponseNorm
 from normkit.activations.ghost_batch_norm import GhostBatchNorm
 from normkit.activations.global_response_norm import GlobalResponseNorm
 from normkit.activations.group_norm import GroupNorm
 from normkit.activations.instance_norm import InstanceNorm
 from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm
-from normkit.core.errors import NotationError, SurgeryError
+from normkit.activations.sync_batch_norm import SyncBatchNorm
+from normkit.core.errors import NotationError, OptionError, SurgeryError
 from normkit.surgery.convert import convert
 from normkit.surgery.recipe import apply_recipe
 
@@ -98,13 +98,40 @@ def test_there_and_back_again():
 
 
 def test_a_norm_that_is_one_already_is_left():
-    model = nn.Sequential(nn.BatchNorm2d(4), nn.SyncBatchNorm(4))
+    model = nn.Sequential(nn.BatchNorm2d(4), BatchNorm(4))
     kept = list(model)
     assert len(convert(model, "bn")) == 0
     assert list(model) == kept
     assert len(convert(nn.Sequential(nn.GroupNorm(2, 4)), "gn:4")) == 1
-    assert len(convert(nn.Sequential(LayerNorm(4, over="c")), "ln")) == 1
+    assert len(convert(nn.Sequential(nn.GroupNorm(2, 6)), "gn:gcd4")) == 0
     assert len(convert(nn.Sequential(nn.LayerNorm(4)), "ln:c")) == 0
+
+
+@pytest.mark.parametrize("method", [LayerNorm, RMSNorm])
+def test_a_norm_of_each_position_stays_one_unless_asked(method):
+    word = {LayerNorm: "ln", RMSNorm: "rms"}
+    other = RMSNorm if method is LayerNorm else LayerNorm
+    for over in ("c", "c *"):
+        assert len(convert(nn.Sequential(method(4, over=over)), word[method])) == 0
+        changed = convert(nn.Sequential(method(4, over=over)), word[other]).model[0]
+        assert (type(changed), changed.over) == (other, over)
+        for asked in ("c", "c *"):
+            changed = convert(nn.Sequential(method(4, over=over)), f"{word[method]}:{asked}").model[0]
+            assert changed.over == asked
+    assert convert(nn.Sequential(nn.BatchNorm2d(4)), word[method]).model[0].over == "c *"
+
+
+def test_synchronized_and_plain_batch_normalization_become_each_other():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model(torch.randn(5, 3, 2, 2))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    for to, wanted in (("sync", SyncBatchNorm), ("bn", BatchNorm), ("sync", SyncBatchNorm)):
+        assert convert(model, to).rows[0].note == ""
+        assert type(model[1]) is wanted
+        torch.testing.assert_close(dict(model.state_dict()), state)
+    model[1] = nn.SyncBatchNorm(4)
+    assert len(convert(model, "sync")) == 0
+    assert len(convert(model, "bn")) == 1
 
 
 def test_a_norm_of_another_rule_is_not_the_plain_one():
@@ -115,8 +142,6 @@ def test_a_norm_of_another_rule_is_not_the_plain_one():
     assert type(model[0]) is BatchNorm
     torch.testing.assert_close(model(x), inference)  # running statistics mean the same in both
     assert not torch.allclose(model.train()(x), wanted)
-    with pytest.raises(SurgeryError, match="FilterResponseNorm"):
-        convert(nn.Sequential(FilterResponseNorm(4)), "bn")
 
 
 @pytest.mark.parametrize("to", ["bn", "gn:2"])
@@ -291,7 +316,7 @@ ERRORS = [
         SurgeryError,
         r"0: 48 channels do not split into 32 groups; .*divide 48: 1, 2, 3, .*48",
     ),
-    (nn.LayerNorm((4, 5, 5)), "bn", SurgeryError, r"0: it normalizes over the axes 4x5x5.*only ln, rms and none"),
+    (nn.LayerNorm((4, 5, 5)), "bn", SurgeryError, r"0: it normalizes over the axes 4x5x5.*only ln, rms, dyt and none"),
     (GatedRMSNorm(4), "ln", SurgeryError, r"0 \(GatedRMSNorm\).*takes hidden_states, gate"),
     (SquaredNorm(4), "ln", SurgeryError, r"0 \(SquaredNorm\).*fits neither"),
     (FrozenBatchNorm2d(), "ln", SurgeryError, r"0 \(FrozenBatchNorm2d\).*parameters \(none\)"),
@@ -306,10 +331,10 @@ ERRORS = [
         NotationError,
         r"'bm' is not known; did you mean 'bn'\?; norms that exist: none, .*gn:GROUPS",
     ),
-    (nn.BatchNorm2d(4), "gn:two", NotationError, r"got 'two' groups"),
-    (nn.BatchNorm2d(4), "gn:0", NotationError, r"got '0' groups"),
+    (nn.BatchNorm2d(4), "gn:two", NotationError, r"got GROUPS 'two', wanted a whole number from 1"),
+    (nn.BatchNorm2d(4), "gn:0", NotationError, r"got GROUPS '0'"),
     (nn.BatchNorm2d(4), nn.LayerNorm, NotationError, r"LayerNorm'> is no word; wanted one of none, bn.*e\.g\. 'ln'"),
-    (nn.BatchNorm2d(4), "ln:d", NotationError, r"got the axes 'd'"),
+    (nn.BatchNorm2d(4), "ln:d", NotationError, r"got AXES 'd', wanted c or c \*$"),
     (nn.BatchNorm2d(4), "bn:2", NotationError, r"takes no option"),
 ]
 
@@ -398,7 +423,8 @@ def test_a_change_through_which_tokens_see_later_ones_says_so(norm, to):
     ("norm", "to", "told"),
     [
         (LayerNorm(8, over="c"), "gn:4", True),
-        (LayerNorm(8, over="c"), "ln", True),
+        (LayerNorm(8, over="c"), "ln:c *", True),
+        (LayerNorm(8, over="c"), "rms", False),
         (LayerNorm(8, over="c"), "rms:c", False),
         (LayerNorm(8, over="c *"), "gn:4", False),
         (nn.LayerNorm((4, 8)), "rms", False),
@@ -407,4 +433,133 @@ def test_a_change_through_which_tokens_see_later_ones_says_so(norm, to):
     ],
 )
 def test_only_norms_of_each_position_can_begin_to_leak(norm, to, told):
-    assert ("over positions" in convert(nn.Sequential(norm), to).rows[0].note) == told
+    model = nn.Sequential(nn.Conv1d(8, 8, 1), norm)  # which may be causal
+    assert ("over positions" in convert(model, to).rows[0].note) == told
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "told"),
+    [
+        (nn.Sequential(nn.Linear(10, 8), nn.LayerNorm(8)), None, False),
+        (nn.Sequential(nn.Linear(10, 8), nn.LayerNorm(8)), torch.randn(5, 10), False),
+        (nn.Sequential(nn.Linear(10, 8), nn.LayerNorm(8)), torch.randn(5, 7, 10), True),  # tokens, whoever mixes them
+        (nn.Sequential(nn.Embedding(10, 8), nn.LayerNorm(8)), None, True),
+        (nn.Sequential(nn.Embedding(10, 8), nn.LayerNorm(8)), torch.tensor([[1, 2], [3, 4]]), True),
+        (nn.Sequential(nn.Conv2d(3, 8, 3), LayerNorm(8, over="c")), None, False),
+        (nn.Sequential(nn.Conv2d(3, 8, 3), LayerNorm(8, over="c")), torch.randn(2, 3, 6, 6), False),
+        (nn.Sequential(nn.Conv1d(3, 8, 3), LayerNorm(8, over="c")), torch.randn(2, 3, 6), True),
+        (nn.TransformerEncoderLayer(8, 2, batch_first=True), torch.randn(2, 6, 8), True),
+        (
+            nn.Sequential(nn.Conv2d(3, 8, 4), nn.Flatten(1), nn.TransformerEncoderLayer(8, 2, batch_first=True)),
+            None,
+            False,
+        ),
+    ],
+)
+def test_only_what_may_be_causal_is_warned(model, example, told):
+    rows = convert(deepcopy(model), "gn:2", example=example).rows
+    assert all(("over positions" in row.note) == told for row in rows)
+    assert rows
+
+
+class OlmoLikeLayerNorm(nn.Module):
+    """Layer normalization without parameters."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.normalized_shape = (size,)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return nn.functional.layer_norm(hidden_states.float(), self.normalized_shape, eps=1e-5).to(hidden_states.dtype)
+
+
+class SizelessRMSNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class UnitNorm(nn.Module):
+    """No activation norm: it divides by the length."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(x, dim=-1)
+
+
+def test_norms_without_parameters_are_norms():
+    model, x = nn.Sequential(nn.Linear(8, 8), OlmoLikeLayerNorm(8), UnitNorm()), torch.randn(3, 8)
+    wanted = model(x)
+    for to in ("gn:1", "ln"):  # of one sample without positions the same
+        assert [row.name for row in convert(model, to)] == ["1"]
+        torch.testing.assert_close(model(x), wanted)
+        assert not list(model[1].parameters())
+    assert convert(model, "rms").rows[0].note == ""
+    assert type(model[2]) is UnitNorm
+
+
+def test_an_example_tells_the_size_of_a_norm():
+    model, x = nn.Sequential(nn.Linear(8, 6), SizelessRMSNorm()), torch.randn(3, 8)
+    with pytest.raises(SurgeryError, match=r"1: its number of features is not known; give example="):
+        convert(model, "ln")
+    assert len(convert(model, "rms")) == 0
+    convert(model, "ln", example=x)
+    assert tuple(model[1].normalized_shape) == (6,)
+    torch.testing.assert_close(model(x), nn.functional.layer_norm(model[0](x), (6,), eps=1e-6))
+
+
+def test_of_features_alone_both_layouts_are_one():
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)), torch.randn(3, 4)
+    with pytest.raises(SurgeryError, match=r"1: scale reads features on the last axis.*has channels on axis 1"):
+        convert(model, "scale")
+    assert len(convert(model, "scale", example=x)) == 1
+    assert len(convert(model, "pono", example=x)) == 1
+    assert len(convert(model, "bn", example=x)) == 1
+
+
+def test_what_is_refused_can_be_left():
+    def model() -> nn.Sequential:
+        return nn.Sequential(nn.BatchNorm2d(48), SquaredNorm(4), nn.LayerNorm((4, 5)), nn.BatchNorm2d(64))
+
+    whole = model()
+    rows = {row.name: row for row in convert(whole, "gn", on_refusal="leave")}
+    assert rows["3"].after == "GroupNorm(32, 64)"
+    for name, reason in (("0", "48 channels do not split"), ("1", "fits neither"), ("2", "over the axes 4x5")):
+        assert rows[name].before == rows[name].after
+        assert rows[name].note.startswith("left: ")
+        assert reason in rows[name].note
+    assert [type(module) for module in whole] == [nn.BatchNorm2d, SquaredNorm, nn.LayerNorm, GroupNorm]
+    rows = convert(model(), "gn:gcd32", on_refusal="leave").rows
+    assert [row.after for row in rows if row.before != row.after] == ["GroupNorm(16, 48)", "GroupNorm(32, 64)"]
+    with pytest.raises(SurgeryError, match=r"48 channels.*gcd32 for the greatest common divisor.*on_refusal='leave'"):
+        convert(model(), "gn")
+    with pytest.raises(OptionError, match=r"on_refusal='skip'; wanted 'raise' or 'leave'"):
+        convert(model(), "gn", on_refusal="skip")
+
+
+def test_a_time_first_transformer_that_is_left_is_told():
+    model = nn.TransformerEncoderLayer(8, 2)
+    rows = convert(model, "gn:2", on_refusal="leave").rows
+    assert [row.note[:32] for row in rows] == ["left: gn:2 normalizes each sample"[:32]] * 2
+
+
+class CallsAroundIts(nn.Module):
+    """Uses the weight of one norm in a function, and another from a plain list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read, listed = nn.LayerNorm(4), nn.LayerNorm(4), nn.LayerNorm(4)
+        self.copies, self.listed = [listed], listed
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.layer_norm(self.called(x), (4,), self.read.weight)
+        return self.copies[0](x)
+
+
+def test_a_change_without_effect_is_told():
+    model, x = CallsAroundIts(), torch.randn(3, 4)
+    notes = {row.name: row.note for row in convert(deepcopy(model), "rms", example=x)}
+    assert "not called" not in notes["called"]
+    assert all("not called on the example" in notes[name] for name in ("read", "listed"))
+    assert all("not called" not in row.note for row in convert(model, "rms"))
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 1, enable_nested_tensor=False)
+    rows = convert(encoder, "rms", example=torch.randn(2, 3, 8)).rows  # torch's fused kernel would call no norm
+    assert [row.note for row in rows] == ["bias dropped"] * 2

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from normkit.core.errors import NotationError, SurgeryError
 from normkit.surgery.fold import fold
+from normkit.surgery.norms import is_norm, read_norm
 from normkit.surgery.recipe import Recipe, apply_recipe
 from normkit.surgery.select import PLACES
+from normkit.surgery.target import Target, norm_cards
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
@@ -41,6 +43,11 @@ class Net(nn.Module):
         ("bn+e:row@first_last", "bn+e"),
         ("group_norm", "gn:32"),
         ("gn:08+ws@convolutions+wn@all", "gn:8+ws+wn"),
+        ("gn:gcd032", "gn:gcd32"),
+        ("ln:c*", "ln:c *"),
+        ("ghost", "ghost:16"),
+        ("mean-only+wn", "mean_only+wn"),
+        ("BatchGroupNorm : 8x4", "bgn:8x4"),
         ("keep+e:col@hidden", "keep+e:col@hidden"),
         ("none+weight_norm", "none+wn"),
         ("layer_norm:c+sn@re:^a.b$", "ln:c+sn@re:^a.b$"),
@@ -63,7 +70,7 @@ def test_a_plus_in_a_pattern_belongs_to_the_pattern():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("bm", r"'bm' is not known; did you mean 'bn'\?; norms that exist: none, bn, ln, .*gn:GROUPS.*keep"),
+        ("bm", r"'bm' is not known; did you mean 'bn'\?; norms that exist: none, bn, .*ghost:SIZE, .*gn:GROUPS.*keep"),
         ("bn+we", r"weight method 'we' is not known.*exist: .*wn.*e, e:col, e:rowcol"),
         ("bn+e:diag", r"e got the mode 'diag'; modes that exist: row, col, rowcol"),
         ("bn+ws:row", r"ws got the mode 'row'; modes that exist: none"),
@@ -78,8 +85,13 @@ def test_a_plus_in_a_pattern_belongs_to_the_pattern():
         ("bn+e+e", r"e is said twice of first_last"),
         ("bn+e:row+e:col@first_last", r"e is said twice"),
         ("keep:2", r"'keep' is not known"),
-        ("gn:0", r"wanted a whole number from 1, e\.g\. gn:32$"),
+        ("gn:0", r"wanted a whole number from 1, or gcd32 .*, e\.g\. gn:32$"),
         ("none:2", r"takes no option; write none$"),
+        ("ghots", r"did you mean 'ghost'"),
+        ("bgn:8", r"got GROUPSxEXAMPLES '8', wanted .*32x2"),
+        ("prms:2", r"got FRACTION '2', wanted a number above 0 and at most 1, e\.g\. prms:0\.0625"),
+        ("igdn", r"'igdn' is not known.*igdn can't stand in a norm's place: it undoes gdn"),
+        ("film", r"film can't stand in a norm's place: it takes a condition"),
         (None, r"recipe None is no text; wanted .*'bn\+e'"),
     ],
 )
@@ -160,7 +172,10 @@ def test_rows_tell_everything_that_was_done():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("gn:3+e", r"^gn:3\+e: stem\.1: 8 channels do not split into 3 groups; .*1, 2, 4, 8; choose gn: with one"),
+        (
+            "gn:3+e",
+            r"^gn:3\+e: stem\.1: 8 channels do not split into 3 groups; .*1, 2, 4, 8; choose one of these, or gcd3",
+        ),
         ("ln+e@re:fc", r"ln\+e@re:fc: e@re:fc: 're:fc' chooses nothing"),
         ("ln+e+wn", r"^ln\+e\+wn: stem\.0: weight_norm can't be put on it: .*come first"),
         ("ln+e@all+e:col", r"stem\.0: weight_conditioning:col is on it already"),
@@ -201,7 +216,8 @@ def test_state_dict_names():
 
 def test_the_words_and_places_of_the_page():
     page = (Path(__file__).parent.parent / "docs/recipes.md").read_text()
-    assert all(f"`{word}`" in page for word in [*PLACES, "ln:c", "rms:c", "gn"])
+    words = [str(Target.parse(card.word)) for card in norm_cards().values()]
+    assert all(f"`{word}`" in page for word in [*PLACES, *words, "ln:c", "ln:c *", "gn"])
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ConvTranspose2d(64, 4, 3), nn.Linear(4, 2))
     rows = apply_recipe(deepcopy(model), "gn+wn@convolutions").rows
     assert [(row.name, row.after) for row in rows] == [
@@ -236,6 +252,9 @@ def tiny(name: str) -> tuple[nn.Module, Any, Callable[[Any], Tensor]]:
     if name == "gemma":
         config = hf.GemmaConfig(vocab_size=20, num_key_value_heads=2, head_dim=8, **size)
         return hf.GemmaForCausalLM(config), tokens, lambda output: output.logits
+    if name == "olmo":
+        config = hf.OlmoConfig(vocab_size=20, pad_token_id=0, bos_token_id=1, eos_token_id=2, **size)
+        return hf.OlmoForCausalLM(config), tokens, lambda output: output.logits
     if name == "gpt2":
         config = hf.GPT2Config(vocab_size=20, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
         return hf.GPT2LMHeadModel(config), tokens, lambda output: output.logits
@@ -258,8 +277,8 @@ def randomized(model: nn.Module) -> nn.Module:
 
 
 @needs_transformers
-@pytest.mark.parametrize("name", ["bert", "llama", "gemma", "gpt2", "t5", "vit", "convnext"])
-@pytest.mark.parametrize("recipe", ["bn+e", "gn:4", "ln", "rms+e:col@all", "keep+e@all"])
+@pytest.mark.parametrize("name", ["bert", "llama", "gemma", "olmo", "gpt2", "t5", "vit", "convnext"])
+@pytest.mark.parametrize("recipe", ["bn+e", "gn:4", "ln", "rms+e:col@all", "dyt", "keep+e@all"])
 def test_transformers_models_train_under_recipes(name, recipe):
     model, x, result = tiny(name)
     if recipe == "bn+e" and name == "convnext":
@@ -267,7 +286,7 @@ def test_transformers_models_train_under_recipes(name, recipe):
     model = randomized(model).train()
     kinds = {type(module) for module in model.modules()}
     changes = apply_recipe(model, recipe, x)
-    assert len(changes) or (recipe == "ln" and nn.LayerNorm in kinds)
+    assert len(changes) or (recipe == "ln" and (nn.LayerNorm in kinds or name == "olmo"))
     result(model(**x)).square().mean().backward()
     assert all(bool(parameter.grad.isfinite().all()) for parameter in model.parameters() if parameter.grad is not None)
     model.eval()
@@ -283,6 +302,7 @@ def test_transformers_models_train_under_recipes(name, recipe):
         ("t5", "gn:4", "rms"),
         ("bert", "rms", "ln"),
         ("bert", "gn:1", "ln"),
+        ("olmo", "gn:1", "ln"),
     ],
 )
 def test_norms_of_transformers_are_read_exactly(name, there, back):
@@ -296,6 +316,16 @@ def test_norms_of_transformers_are_read_exactly(name, there, back):
     assert not torch.allclose(result(model(**x)), wanted)
     apply_recipe(model, back)
     torch.testing.assert_close(result(model(**x)), wanted, rtol=1e-4, atol=1e-5)  # float32 through two blocks
+
+
+@needs_transformers
+@pytest.mark.parametrize("recipe", ["ln", "rms"])
+def test_all_norms_of_a_convnext_stay_norms_of_each_position(recipe):
+    model, x, _ = tiny("convnext")
+    apply_recipe(model, recipe, x)
+    norms = [module for module in model.modules() if is_norm(module)]
+    assert len(norms) == 9
+    assert {read_norm("", norm).alone for norm in norms} == {True}
 
 
 @needs_transformers

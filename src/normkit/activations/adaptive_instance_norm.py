@@ -120,6 +120,7 @@ CARD = Card(
     title="Adaptive instance normalization",
     kind="activation",
     word="",
+    wordless="it takes a style besides its input",
     normalized_over="each sample and channel, over all positions; scaled and shifted to the statistics of a style",
     formula="y = sd[s] * (x - E[x]) / sqrt(Var[x] + eps) + E[s]",
     paper=Paper(

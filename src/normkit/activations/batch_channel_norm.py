@@ -14,6 +14,7 @@ from normkit.core.errors import OptionError
 from normkit.core.memory import Running, RunningMoments, RunningStatistics
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype, moments
+from normkit.core.place import groups
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, divisors, place
@@ -298,7 +299,7 @@ CARD = Card(
     name="batch_channel_norm",
     title="Batch-channel normalization",
     kind="activation",
-    word="",
+    word="bcn",
     normalized_over="each channel over the batch and all positions, then each sample's groups of channels",
     formula="y = group_weight * GroupNorm(weight * (x - E[x]) / sqrt(Var[x] + eps) + bias) + group_bias",
     paper=Paper(
@@ -313,6 +314,9 @@ CARD = Card(
     module=BatchChannelNorm,
     functional=batch_channel_norm,
     make=_example,
+    build=lambda at: BatchChannelNorm(at.channels, at.groups, at.eps, at.momentum, at.affine, **at.factory),
+    option=groups(of=lambda norm: norm.num_groups),
+    over="n c *",
     batch_dependent=True,
     running_state=True,
     train_equals_eval=False,
@@ -323,7 +327,7 @@ CARD_ESTIMATED = Card(
     name="est_batch_norm",
     title="Batch normalization by estimated statistics",
     kind="activation",
-    word="",
+    word="ebn",
     normalized_over="each channel, by running statistics that the batch has moved a little",
     formula="y = weight * (x - mean) / sqrt(var + eps) + bias, mean and var running",
     paper=Paper(
@@ -338,6 +342,8 @@ CARD_ESTIMATED = Card(
     module=EstBatchNorm,
     functional=est_batch_norm,
     make=EstBatchNorm,
+    build=lambda at: EstBatchNorm(at.channels, at.eps, at.momentum, at.affine, **at.factory),
+    over="n *",
     batch_dependent=True,
     running_state=True,
     exact_gradient=False,

@@ -14,6 +14,7 @@ from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import RunningMoments
 from normkit.core.moments import Moments, accumulation_dtype, moments
+from normkit.core.place import Place, groups, positive_number
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, divisors, place
@@ -343,8 +344,12 @@ def _example(channels: int) -> BatchGroupNorm:
     return BatchGroupNorm(channels, math.gcd(2, channels), 2)
 
 
-def _weighing(channels: int) -> BatchGroupNorm:
-    return BatchGroupNorm(channels, alpha=0.1)
+def _build(
+    at: Place,
+) -> BatchGroupNorm:  # by both words: 32x2 are groups of channels and of examples, a number is alpha
+    groups, examples, alpha = (at.groups, at.examples, None) if "x" in at.option else (None, None, float(at.option))
+    momentum, how = at.momentum_or(0.01), {"bias": at.bias, "layout": at.axes, **at.factory}
+    return BatchGroupNorm(at.channels, groups, examples, at.eps, momentum, at.affine, alpha, **how)
 
 
 _PAPER = Paper(
@@ -358,7 +363,7 @@ CARD = Card(
     name="batch_group_norm",
     title="Batch/group normalization",
     kind="activation",
-    word="",
+    word="bgn",
     normalized_over="each group of examples and group of channels, over both and all positions",
     formula=batch_group_norm_rule().formula(),
     paper=_PAPER,
@@ -368,6 +373,11 @@ CARD = Card(
     module=BatchGroupNorm,
     functional=batch_group_norm,
     make=_example,
+    build=_build,
+    option=groups(
+        lambda norm: f"{norm.num_groups or norm.num_channels}x{norm.examples_per_group or 'all'}", examples="2"
+    ),
+    axes=("n c *", "n * c"),
     rule=batch_group_norm_rule(2, 2),
     batch_dependent=True,
     order_dependent=True,
@@ -380,7 +390,7 @@ CARD_WEIGHING = Card(
     name="example_weighing",
     title="Inference example weighing",
     kind="activation",
-    word="",
+    word="weigh",
     normalized_over="each channel: in training over the batch, at inference by running moments mixed with the example's own",
     formula="mean = alpha * E[x] + (1 - alpha) * m1, var = alpha * E[x^2] + (1 - alpha) * m2 - mean^2",
     paper=_PAPER,
@@ -390,7 +400,11 @@ CARD_WEIGHING = Card(
     module=BatchGroupNorm,
     functional=example_weighing,
     fits=lambda module: module.num_groups is None and module.examples_per_group is None,
-    make=_weighing,
+    make=lambda channels: BatchGroupNorm(channels, alpha=0.1),
+    build=_build,
+    option=positive_number("ALPHA", 0.1, of=lambda norm: norm.alpha, most=1.0),
+    axes=("n c *", "n * c"),
+    over="*",  # at inference, of the example itself
     rule=batch_group_norm_rule(),
     batch_dependent=True,
     running_state=True,

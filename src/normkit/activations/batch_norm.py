@@ -191,6 +191,10 @@ CARD = Card(
     module=BatchNorm,
     functional=batch_norm,
     make=BatchNorm,
+    build=lambda at: BatchNorm(
+        at.channels, at.eps, at.momentum, at.affine, bias=at.bias, layout=at.axes, spatial=at.spatial, **at.factory
+    ),
+    axes=("n c *", "n * c"),
     rule=batch_norm_rule(),
     batch_dependent=True,
     running_state=True,

@@ -14,6 +14,7 @@ from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.moments import accumulation_dtype
+from normkit.core.place import Place, whole_number
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, place
@@ -278,11 +279,21 @@ def _example(channels: int) -> BatchRenorm:
     return BatchRenorm(channels, schedule=RenormSchedule.constant(1.5, 1.0))
 
 
+def _build(at: Place) -> BatchRenorm:
+    schedule = RenormSchedule.over(int(at.option)) if at.option else RenormSchedule()
+    momentum, how = at.momentum_or(0.01), {"bias": at.bias, "layout": at.axes, **at.factory}
+    return BatchRenorm(at.channels, at.eps, momentum, at.affine, schedule, **how)
+
+
+def _steps(norm: BatchRenorm) -> str:
+    return "" if norm.schedule == RenormSchedule() else str(10 * norm.schedule.start)  # it starts at a tenth
+
+
 CARD = Card(
     name="batch_renorm",
     title="Batch renormalization",
     kind="activation",
-    word="",
+    word="renorm",
     normalized_over="each channel, over the batch and all positions, then moved towards running statistics",
     formula="y = weight * ((x - E[x]) / sqrt(Var[x] + eps) * r + d) + bias, r and d clipped",
     paper=Paper(
@@ -297,6 +308,10 @@ CARD = Card(
     module=BatchRenorm,
     functional=batch_renorm,
     make=_example,
+    build=_build,
+    option=whole_number("STEPS", None, of=_steps),
+    axes=("n c *", "n * c"),
+    over="n *",
     batch_dependent=True,
     running_state=True,
     train_equals_eval=False,

@@ -273,6 +273,7 @@ CARD_INSTANCE = Card(
     title="Conditional instance normalization",
     kind="activation",
     word="",
+    wordless="it takes a condition besides its input",
     normalized_over="each sample and channel, over all positions; weight and bias by class or vector",
     formula="y = weight(k) * (x - E[x]) / sqrt(Var[x] + eps) + bias(k)",
     paper=Paper(
@@ -297,6 +298,7 @@ CARD_BATCH = Card(
     title="Conditional batch normalization",
     kind="activation",
     word="",
+    wordless="it takes a condition besides its input",
     normalized_over="each channel, over the batch and all positions; weight and bias by class or vector",
     formula="y = weight(k) * (x - E[x]) / sqrt(Var[x] + eps) + bias(k)",
     paper=Paper(
@@ -325,6 +327,7 @@ CARD_SPATIAL = Card(
     title="Spatially adaptive normalization (SPADE)",
     kind="activation",
     word="",
+    wordless="it takes a map besides its input",
     normalized_over="each channel, over the batch and all positions; weight and bias of each position by a map",
     formula="y = (1 + g(map)) * (x - E[x]) / sqrt(Var[x] + eps) + b(map)",
     paper=Paper(

@@ -13,6 +13,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
+from normkit.core.place import whole_number
 from normkit.core.precision import full_precision
 from normkit.core.support import show
 from normkit.engine.layer import check_channels
@@ -304,7 +305,7 @@ CARD = Card(
     name="divisive_norm",
     title="Divisive normalization",
     kind="activation",
-    word="",
+    word="dn",
     normalized_over="each element, over a field of channels and positions around it",
     formula="y = weight * v / sqrt(sigma^2 + E_B[v^2]) + bias,  v = x - E_A[x]",
     paper=Paper(
@@ -319,6 +320,11 @@ CARD = Card(
     module=DivisiveNorm,
     functional=divisive_norm,
     make=lambda channels: DivisiveNorm(channels, Field(1, 3), Field(None, 3)),
+    build=lambda at: DivisiveNorm(
+        at.channels, Field(None, int(at.option)), Field(None, int(at.option)), affine=at.affine, **at.factory
+    ),
+    option=whole_number("WINDOW", 5, of=lambda norm: norm.suppression.positions),
+    over="c *",
     invariances=frozenset({"data shift"}),
 )
 
@@ -326,7 +332,7 @@ CARD_LYU_SIMONCELLI = Card(
     name="lyu_simoncelli_norm",
     title="Divisive normalization of Lyu and Simoncelli",
     kind="activation",
-    word="",
+    word="lyu",
     normalized_over="each element, over a weighted window of positions in its channel, without centring",
     formula="y = x / sqrt(b + sum_j w_j x_j^2)",
     paper=Paper(
@@ -341,13 +347,18 @@ CARD_LYU_SIMONCELLI = Card(
     module=LyuSimoncelliNorm,
     functional=lyu_simoncelli_norm,
     make=LyuSimoncelliNorm,
+    build=lambda at: LyuSimoncelliNorm(at.channels, int(at.option), **at.factory),
+    option=whole_number("WINDOW", 3, of=lambda norm: norm.window),
+    takes=(),
+    over="*",
+    accompanies=True,
 )
 
 CARD_HEEGER = Card(
     name="heeger_norm",
     title="Divisive normalization of Heeger",
     kind="activation",
-    word="",
+    word="heeger",
     normalized_over="each position, over a weighted pool of its channels, without centring",
     formula="y_i = gain * d_i^p / (sigma^p + sum_k w_ik d_k^p),  d = max(x, 0)",
     paper=Paper(
@@ -362,4 +373,8 @@ CARD_HEEGER = Card(
     module=HeegerNorm,
     functional=heeger_norm,
     make=HeegerNorm,
+    build=lambda at: HeegerNorm(at.channels, **at.factory),
+    takes=(),
+    over="c",
+    accompanies=True,
 )

@@ -12,6 +12,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module, trailing_sizes
 from normkit.core.moments import accumulation_dtype
+from normkit.core.place import positive_number
 from normkit.core.support import show
 
 
@@ -127,7 +128,7 @@ CARD = Card(
     name="dynamic_tanh",
     title="Dynamic tanh",
     kind="activation",
-    word="",
+    word="dyt",
     normalized_over="nothing: each element by itself, without a statistic",
     formula="y = weight * tanh(alpha * x) + bias",
     paper=Paper(
@@ -142,5 +143,15 @@ CARD = Card(
     module=DynamicTanh,
     functional=dynamic_tanh,
     make=DynamicTanh,
+    build=lambda at: DynamicTanh(
+        at.shape,
+        float(at.option),
+        layout="n c *" if at.axes == "n c *" else "* d",
+        elementwise_affine=at.affine,
+        bias=at.bias,
+        **at.factory,
+    ),
+    option=positive_number("ALPHA", 0.5, of=lambda norm: norm.init_alpha),
+    axes=("n c *", "n * c", "trailing"),
     layout="* d",
 )

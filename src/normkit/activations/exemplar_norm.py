@@ -170,7 +170,7 @@ CARD = Card(
     name="exemplar_norm",
     title="Exemplar normalization",
     kind="activation",
-    word="",
+    word="en",
     normalized_over="each sample's own mixture of: each sample and channel, each sample, each channel",
     formula="y_n = sum_k s_nk (weight_k * (x_n - m_k) / sqrt(v_k + eps) + bias_k),  k in {IN, LN, BN}",
     paper=Paper(
@@ -185,6 +185,9 @@ CARD = Card(
     module=ExemplarNorm,
     functional=exemplar_norm,
     make=lambda channels: ExemplarNorm(channels, reduction=2, hidden=2),
+    build=lambda at: ExemplarNorm(at.channels, eps=at.eps, momentum=at.momentum_or(0.1), **at.factory),
+    takes=(),
+    over="n c *",
     batch_dependent=True,
     running_state=True,
     train_equals_eval=False,

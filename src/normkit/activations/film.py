@@ -126,6 +126,7 @@ CARD = Card(
     title="Feature-wise linear modulation (FiLM)",
     kind="activation",
     word="",
+    wordless="it takes a condition besides its input",
     normalized_over="nothing; each sample's channels are scaled and shifted by a function of a condition",
     formula="y = (1 + scale(condition)) * x + shift(condition)",
     paper=Paper(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.moments import accumulation_dtype
+from normkit.core.place import one_of
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, place
@@ -150,7 +151,7 @@ CARD = Card(
     name="filter_response_norm",
     title="Filter response normalization",
     kind="activation",
-    word="",
+    word="frn",
     normalized_over="each sample and channel, over all positions, without centring; then a learned threshold",
     formula="y = max(weight * x / sqrt(E[x^2] + eps) + bias, tau)",
     paper=Paper(
@@ -166,6 +167,8 @@ CARD = Card(
     functional=filter_response_norm,
     # The laws are of the rule; the threshold behind it is a nonlinearity.
     make=lambda channels: FilterResponseNorm(channels, tlu=False),
+    build=lambda at: FilterResponseNorm(at.channels, at.eps, at.option == "tlu", **at.factory),
+    option=one_of("tlu", "tlu", of=lambda norm: "" if norm.tau is None else "tlu"),
     rule=filter_response_norm_rule(),
     invariances=frozenset({"weight scale", "row scale", "data scale", "sample scale"}),
 )

@@ -154,6 +154,7 @@ CARD = Card(
     title="FixNorm",
     kind="activation",
     word="",
+    wordless="it is a network's embeddings and last layer, not a norm between layers",
     normalized_over="each word's embedding, and each token before the logits, over its features",
     formula="logit = g * (h / |h|) . (e / |e|) + bias",
     paper=Paper(

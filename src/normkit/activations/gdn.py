@@ -105,7 +105,8 @@ def _card(inverse: bool) -> Card:
         name="igdn" if inverse else "gdn",
         title=f"{'Inverse generalized' if inverse else 'Generalized'} divisive normalization",
         kind="activation",
-        word="",
+        word="" if inverse else "gdn",
+        wordless="it undoes gdn, and amplifies where a norm divides" if inverse else "",
         normalized_over="each position, over a learned pool of its channels, without centring",
         formula=f"y_i = x_i {'*' if inverse else '/'} sqrt(beta_i + sum_j gamma_ij x_j^2)",
         paper=Paper(
@@ -120,6 +121,10 @@ def _card(inverse: bool) -> Card:
         module=GDN,
         functional=gdn,
         make=lambda channels: GDN(channels, inverse),
+        build=None if inverse else lambda at: GDN(at.channels, **at.factory),
+        takes=(),
+        over="c",
+        accompanies=True,
         fits=lambda module: module.inverse == inverse,
     )
 

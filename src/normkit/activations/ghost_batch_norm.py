@@ -15,6 +15,7 @@ from normkit.core.errors import OptionError
 from normkit.core.memory import Running, RunningMoments, RunningStatistics
 from normkit.core.module import whole
 from normkit.core.moments import Moments
+from normkit.core.place import whole_number
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
@@ -254,7 +255,7 @@ CARD = Card(
     name="ghost_batch_norm",
     title="Ghost batch normalization",
     kind="activation",
-    word="",
+    word="ghost",
     normalized_over="each sub-batch and channel, over the sub-batch's samples and all positions",
     formula=ghost_batch_norm_rule().formula(),
     paper=Paper(
@@ -269,6 +270,11 @@ CARD = Card(
     module=GhostBatchNorm,
     functional=ghost_batch_norm,
     make=_example,
+    build=lambda at: GhostBatchNorm(
+        at.channels, int(at.option), at.eps, at.momentum, at.affine, bias=at.bias, layout=at.axes, **at.factory
+    ),
+    option=whole_number("SIZE", 16, of=lambda norm: norm.ghost_batch_size),
+    axes=("n c *", "n * c"),
     rule=ghost_batch_norm_rule(2),
     batch_dependent=True,
     order_dependent=True,

@@ -151,7 +151,7 @@ CARD = Card(
     name="global_response_norm",
     title="Global response normalization",
     kind="activation",
-    word="",
+    word="grn",
     normalized_over="each sample's channels against one another, by their energy over all positions",
     formula="y = weight * (x * N) + bias + x,  N = |x_c| / (mean over c of |x_c| + eps)",
     paper=Paper(
@@ -166,4 +166,9 @@ CARD = Card(
     module=GlobalResponseNorm,
     functional=global_response_norm,
     make=lambda channels: GlobalResponseNorm(channels, layout="n c *"),
+    build=lambda at: GlobalResponseNorm(at.channels, layout=at.axes, **at.factory),
+    axes=("n c *", "n * c"),
+    takes=(),
+    over="c *",
+    accompanies=True,
 )

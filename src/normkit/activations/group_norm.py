@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
+from normkit.core.place import groups
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, divisors, show
@@ -156,6 +157,9 @@ CARD = Card(
     module=GroupNorm,
     functional=group_norm,
     make=_example,
+    build=lambda at: GroupNorm(at.groups, at.channels, at.eps, at.affine, bias=at.bias, layout=at.axes, **at.factory),
+    option=groups(of=lambda norm: norm.num_groups),
+    axes=("n c *", "n * c"),
     rule=group_norm_rule(2),
     invariances=frozenset({"weight scale", "data scale", "sample scale"}),
 )

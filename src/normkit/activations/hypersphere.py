@@ -216,6 +216,7 @@ CARD = Card(
     title="Residual step on the unit sphere (nGPT)",
     kind="activation",
     word="",
+    wordless="it takes the place of a residual sum of two inputs",
     normalized_over="each token, over its features, to length 1: the branch, and the state after its step",
     formula="h' = N(h + a * (N(branch) - h)), N(x) = x / |x|",
     paper=Paper(

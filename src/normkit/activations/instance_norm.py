@@ -183,6 +183,18 @@ CARD = Card(
     module=InstanceNorm,
     functional=instance_norm,
     make=InstanceNorm,
+    build=lambda at: InstanceNorm(
+        at.channels,
+        at.eps,
+        at.momentum,
+        at.affine,
+        bias=at.bias,
+        layout=at.axes,
+        # The rank of another kind of norm is not passed on: its (N, C) would be read as one sample.
+        spatial=at.spatial if at.kind == "instance_norm" else None,
+        **at.factory,
+    ),
+    axes=("n c *", "n * c"),
     rule=instance_norm_rule(),
     invariances=frozenset({"weight scale", "row scale", "data scale", "data shift", "sample scale"}),
 )

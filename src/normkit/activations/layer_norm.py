@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.module import trailing_sizes
+from normkit.core.place import one_of
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.engine.dispatch import Activation, Backend, run
@@ -148,6 +149,9 @@ CARD = Card(
     module=LayerNorm,
     functional=layer_norm,
     make=LayerNorm,
+    build=lambda at: LayerNorm(at.shape, at.eps, at.affine, at.bias, over=at.over, **at.factory),
+    option=one_of("AXES", "c", "c *", of=lambda norm: getattr(norm, "over", None) or ""),
+    axes=("n c *", "n * c", "trailing"),
     rule=layer_norm_rule(),
     layout="* d",
     invariances=frozenset({"weight scale", "weight shift", "data scale", "sample scale"}),

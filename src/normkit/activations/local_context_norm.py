@@ -13,6 +13,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module, whole
 from normkit.core.moments import accumulation_dtype, moments
+from normkit.core.place import whole_number
 from normkit.core.support import divisors, show
 from normkit.engine.layer import check_channels
 from normkit.engine.window import sliding_moments
@@ -135,7 +136,7 @@ CARD = Card(
     name="local_context_norm",
     title="Local context normalization",
     kind="activation",
-    word="",
+    word="context",
     normalized_over="each element, over its group of channels in a window of positions around it",
     formula="y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias",
     paper=Paper(
@@ -151,5 +152,10 @@ CARD = Card(
     module=LocalContextNorm,
     functional=local_context_norm,
     make=lambda channels: LocalContextNorm(channels, math.gcd(2, channels), window=3),
+    build=lambda at: LocalContextNorm(
+        at.channels, math.gcd(2, at.channels), int(at.option), at.eps, at.affine, **at.factory
+    ),
+    option=whole_number("WINDOW", 227, of=lambda norm: norm.window),
+    over="c *",
     invariances=frozenset({"weight scale", "data scale", "sample scale"}),
 )

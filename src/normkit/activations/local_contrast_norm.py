@@ -10,6 +10,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
+from normkit.core.place import whole_number
 from normkit.core.precision import full_precision
 from normkit.core.support import show
 from normkit.engine.window import sliding_mean, sliding_sum
@@ -167,7 +168,7 @@ CARD = Card(
     name="local_contrast_norm",
     title="Local contrast normalization",
     kind="activation",
-    word="",
+    word="lcn",
     normalized_over="each position, over a window of positions and channels around it",
     formula="y = x / (k + alpha * sum over channels of (x - E[x])^2)^beta, or v / max(c, s) with v = x - E[x], s^2 = E[v^2]",
     paper=Paper(
@@ -182,13 +183,18 @@ CARD = Card(
     module=LocalContrastNorm,
     functional=local_contrast_norm,
     make=lambda channels: LocalContrastNorm(3, 3, alpha=0.3),
+    build=lambda at: LocalContrastNorm(window=int(at.option)),
+    option=whole_number("WINDOW", 5, of=lambda norm: norm.window),
+    takes=(),
+    over="c *",
+    accompanies=True,
 )
 
 CARD_JARRETT = Card(
     name="jarrett_contrast_norm",
     title="Local contrast normalization, subtractive and divisive",
     kind="activation",
-    word="",
+    word="jarrett",
     normalized_over="each position, over a Gaussian window of positions and all channels",
     formula="y = v / max(c, s),  v = x - E_w[x],  s^2 = E_w[v^2],  c = mean of s over positions",
     paper=CARD.paper,
@@ -198,6 +204,11 @@ CARD_JARRETT = Card(
     module=LocalContrastNorm,
     functional=local_contrast_norm,
     make=lambda channels: LocalContrastNorm(window=3, form="jarrett", sigma=1.0),
+    build=lambda at: LocalContrastNorm(window=int(at.option), form="jarrett"),
+    option=whole_number("WINDOW", 9, of=lambda norm: norm.window),
+    takes=(),
+    over="c *",
+    accompanies=True,
     fits=lambda module: module.form == "jarrett",
     invariances=frozenset({"weight scale", "data scale", "sample scale"}),
 )

@@ -10,6 +10,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
+from normkit.core.place import whole_number
 from normkit.core.support import show
 from normkit.engine import native_window
 from normkit.engine.native_window import Window
@@ -121,7 +122,7 @@ CARD = Card(
     name="local_response_norm",
     title="Local response normalization",
     kind="activation",
-    word="",
+    word="lrn",
     normalized_over="each position, over a window of neighbouring channels, without centring",
     formula="y = x / (k + alpha * sum over the window of x^2)^beta",
     paper=Paper(
@@ -136,4 +137,9 @@ CARD = Card(
     module=LocalResponseNorm,
     functional=local_response_norm,
     make=lambda channels: LocalResponseNorm(min(3, channels), alpha=0.3),
+    build=lambda at: LocalResponseNorm(int(at.option)),
+    option=whole_number("SIZE", 5, of=lambda norm: norm.size),
+    takes=(),
+    over="c",
+    accompanies=True,
 )

@@ -136,7 +136,7 @@ CARD = Card(
     name="mean_only_batch_norm",
     title="Mean-only batch normalization",
     kind="activation",
-    word="",
+    word="mean_only",
     normalized_over="each channel, over the batch and all positions; its mean alone",
     formula="y = x - E[x] + bias",
     paper=Paper(
@@ -151,6 +151,9 @@ CARD = Card(
     module=MeanOnlyBatchNorm,
     functional=mean_only_batch_norm,
     make=MeanOnlyBatchNorm,
+    build=lambda at: MeanOnlyBatchNorm(at.channels, at.momentum, at.affine and at.bias, layout=at.axes, **at.factory),
+    axes=("n c *", "n * c"),
+    takes=("bias",),
     rule=mean_only_batch_norm_rule(),
     batch_dependent=True,
     running_state=True,

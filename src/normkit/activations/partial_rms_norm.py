@@ -11,6 +11,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module
+from normkit.core.place import positive_number
 from normkit.core.statistic import Guard, Statistic
 from normkit.core.support import Support, show
 
@@ -130,7 +131,7 @@ CARD = Card(
     name="partial_rms_norm",
     title="Partial root mean square normalization (pRMSNorm)",
     kind="activation",
-    word="",
+    word="prms",
     normalized_over="each sample or token, over the first of its features",
     formula="y = weight * x / (sqrt(E[x_1^2 .. x_k^2]) + eps)",
     paper=Paper(
@@ -145,6 +146,9 @@ CARD = Card(
     module=PartialRMSNorm,
     functional=partial_rms_norm,
     make=lambda features: PartialRMSNorm(features, fraction=0.5),
+    build=lambda at: PartialRMSNorm(at.channels, float(at.option), elementwise_affine=at.affine, **at.factory),
+    option=positive_number("FRACTION", 0.0625, of=lambda norm: norm.fraction, most=1.0),
+    over="d",
     layout="* d",
     invariances=frozenset({"weight scale", "data scale", "sample scale"}),
 )

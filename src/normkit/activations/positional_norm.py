@@ -129,7 +129,7 @@ CARD = Card(
     name="positional_norm",
     title="Positional normalization",
     kind="activation",
-    word="",
+    word="pono",
     normalized_over="each sample and position, over its channels",
     formula=positional_norm_rule().formula(),
     paper=Paper(
@@ -144,6 +144,8 @@ CARD = Card(
     module=PositionalNorm,
     functional=positional_norm,
     make=lambda channels: PositionalNorm(),
+    build=lambda at: PositionalNorm(at.eps),
+    takes=(),
     rule=positional_norm_rule(),
     invariances=frozenset({"weight scale", "weight shift", "data scale", "sample scale"}),
 )

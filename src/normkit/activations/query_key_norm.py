@@ -210,6 +210,7 @@ CARD = Card(
     title="Query-key normalization",
     kind="activation",
     word="",
+    wordless="it takes the place of attention's product of queries and keys, not of a norm of one input",
     normalized_over="each query and key of a head, over its features",
     formula="softmax(g * q / |q| . k / |k|) v",
     paper=Paper(

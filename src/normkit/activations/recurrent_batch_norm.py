@@ -364,7 +364,7 @@ CARD = Card(
     name="recurrent_batch_norm",
     title="Recurrent batch normalization",
     kind="activation",
-    word="",
+    word="rbn",
     normalized_over="each feature, over the batch and all real steps, or over the batch at each step",
     formula=recurrent_batch_norm_rule().formula(),
     paper=Paper(
@@ -379,6 +379,9 @@ CARD = Card(
     module=RecurrentBatchNorm,
     functional=recurrent_batch_norm,
     make=_example,
+    build=lambda at: RecurrentBatchNorm(
+        at.channels, eps=at.eps, momentum=at.momentum_or(0.1), bias=at.bias, batch_first=True, **at.factory
+    ),
     rule=recurrent_batch_norm_rule(),
     layout="* d",
     batch_dependent=True,

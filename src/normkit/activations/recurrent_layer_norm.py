@@ -371,6 +371,7 @@ def _card(cell: str, title: str, over: str, formula: str, *invariances: Invarian
         title=f"Layer normalization in {title}",
         kind="activation",
         word="",
+        wordless="it is a recurrent cell, norms and weights together",
         normalized_over=f"each time step of each sample, over {over}",
         formula=formula,
         paper=Paper(

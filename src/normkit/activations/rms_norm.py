@@ -12,6 +12,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.module import trailing_sizes
+from normkit.core.place import one_of
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Guard, Statistic
 from normkit.engine.dispatch import Activation, Backend, run
@@ -205,6 +206,9 @@ CARD = Card(
     module=RMSNorm,
     functional=rms_norm,
     make=RMSNorm,
+    build=lambda at: RMSNorm(at.shape, at.eps, at.affine, over=at.over, **at.factory),
+    option=one_of("AXES", "c", "c *", of=lambda norm: getattr(norm, "over", None) or ""),
+    axes=("n c *", "n * c", "trailing"),
     rule=rms_norm_rule(),
     layout="* d",
     invariances=frozenset({"weight scale", "data scale", "sample scale"}),

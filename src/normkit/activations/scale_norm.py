@@ -115,7 +115,7 @@ CARD = Card(
     name="scale_norm",
     title="ScaleNorm",
     kind="activation",
-    word="",
+    word="scale",
     normalized_over="each sample or token, over its features, to one learned length",
     formula="y = g * x / max(|x|, eps)",
     paper=Paper(
@@ -130,6 +130,8 @@ CARD = Card(
     module=ScaleNorm,
     functional=scale_norm,
     make=ScaleNorm,
+    build=lambda at: ScaleNorm(at.channels, **at.factory),
+    takes=(),
     rule=scale_norm_rule(),
     layout="* d",
     invariances=frozenset({"weight scale", "data scale", "sample scale"}),

@@ -183,7 +183,7 @@ CARD = Card(
     name="switchable_norm",
     title="Switchable normalization",
     kind="activation",
-    word="",
+    word="switch",
     normalized_over="a learned mixture of: each sample and channel, each sample, each channel",
     formula="y = weight * (x - m) / sqrt(v + eps) + bias,  m = sum_k a_k m_k,  v = sum_k b_k v_k,  k in {IN, LN, BN}",
     paper=Paper(
@@ -198,6 +198,8 @@ CARD = Card(
     module=SwitchableNorm,
     functional=switchable_norm,
     make=SwitchableNorm,
+    build=lambda at: SwitchableNorm(at.channels, at.eps, at.momentum_or(0.1), **at.factory),
+    over="n c *",
     batch_dependent=True,
     running_state=True,
     train_equals_eval=False,

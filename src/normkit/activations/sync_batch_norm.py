@@ -257,7 +257,7 @@ CARD = Card(
     name="sync_batch_norm",
     title="Synchronized batch normalization",
     kind="activation",
-    word="",
+    word="sync",
     normalized_over="each channel, over the batches of all processes and all positions",
     formula=sync_batch_norm_rule().formula(),
     paper=Paper(
@@ -272,6 +272,10 @@ CARD = Card(
     module=SyncBatchNorm,
     functional=sync_batch_norm,
     make=SyncBatchNorm,
+    build=lambda at: SyncBatchNorm(
+        at.channels, at.eps, at.momentum, at.affine, bias=at.bias, layout=at.axes, **at.factory
+    ),
+    axes=("n c *", "n * c"),
     rule=sync_batch_norm_rule(),
     batch_dependent=True,
     running_state=True,

@@ -33,7 +33,7 @@ def methods_table() -> str:
             lines.append(f"| **{title}** | | | |")
         for card in cards:
             who = card.paper.cite().split(",")[0]
-            word = f"`{card.word}`" if card.word else ""
+            word = f"`{card.words}`" if card.words else ""
             lines.append(f"| {card.title} | {word} | {card.normalized_over} | [{who}]({card.paper.url}) |")
     return "\n".join(lines) + "\n"
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from normkit.core.errors import NotationError
+from normkit.core.place import Axes, Option, Place
 from normkit.core.rule import Rule
 
 Kind = Literal["input", "activation", "weight", "gradient"]
@@ -74,6 +75,13 @@ class Card:
         streams: its statistics can be measured batch by batch, exactly (inputs).
         fits: of a class with several cards, whether an instance of it is this method; None for what is left.
         invariances: changes of a linear layer's weight or data that leave the layer's normalized output as it was.
+        build: the layer for a place where a norm stood; None for a method that has no word (activations).
+        wordless: why an activation method has no word.
+        option: what may follow the word.
+        axes: the inputs for which ``build`` has a layer. Default: the one of ``layout``.
+        takes: the parameters of the built layer that mean what a norm's weight and bias mean, and so are handed over.
+        over: the axes of ``"n c *"`` that statistics reach over in training or at inference, where the rule does not tell.
+        accompanies: whether it stands next to a norm in the networks it comes from, so that it is never converted itself.
     """
 
     name: str
@@ -102,7 +110,34 @@ class Card:
     streams: bool = False
     fits: Callable[[Any], bool] | None = None
     invariances: frozenset[Invariance] = frozenset()
+    build: Callable[[Place], Any] | None = None
+    wordless: str = ""
+    option: Option | None = None
+    axes: tuple[Axes, ...] = ()
+    takes: tuple[str, ...] = ("weight", "bias")
+    over: str | None = None
+    accompanies: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
             raise NotationError(f"Card: name {self.name!r}; wanted snake case, as the function is named")
+        if self.kind != "activation":
+            return
+        if bool(self.word) == bool(self.wordless) or bool(self.word) == (self.build is None):
+            raise NotationError(
+                f"Card {self.name}: wanted a word for recipes with build=, or wordless= with the reason why it has none"
+            )
+        if not self.axes:
+            object.__setattr__(self, "axes", ("n c *",) if self.layout == "n c *" else ("n * c",))
+
+    @property
+    def words(self) -> str:
+        """How the method is written in recipes, with its option in capitals: ``gn:GROUPS``; "" where it has no word."""
+        return f"{self.word}:{self.option.name}" if self.word and self.option else self.word
+
+    @property
+    def reach(self) -> frozenset[str]:
+        """The axes of ``"n c *"`` or ``"* d"`` that statistics reach over; none where there is no statistic."""
+        if self.over is not None or self.rule is None:
+            return frozenset((self.over or "").split())
+        return frozenset(self.rule.support.reduced)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -23,6 +23,10 @@ class Change:
     before: str
     after: str
     note: str = ""
+
+    def with_note(self, note: str) -> Change:
+        """The same with one note more."""
+        return replace(self, note=f"{self.note}; {note}" if self.note else note)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.before} -> {self.after}" + (f" ({self.note})" if self.note else "")

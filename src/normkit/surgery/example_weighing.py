@@ -52,7 +52,7 @@ def weigh_examples(model: nn.Module, alpha: float = 0.0, count: int | None = Non
     if not norms:
         raise SurgeryError("weigh_examples: the model has no batch normalization with running statistics")
     for name, norm in norms.items():
-        if read_norm(name, norm).kind != "batch_norm":
+        if read_norm(name, norm).kind not in ("batch_norm", "sync_batch_norm"):
             raise SurgeryError(
                 f"weigh_examples: {label(name)} is {type(norm).__name__}, not plain batch normalization, and the rest of what it "
                 "does would be lost; convert it to bn first, with where=, if that is wanted"

@@ -86,7 +86,7 @@ def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = Non
         except SurgeryError as error:
             rows.append(Change(label(name), describe(module), describe(module), f"left: {error}"))
             continue
-        if norm.kind != "batch_norm" and type(module) not in _FOLDABLE:
+        if norm.kind not in ("batch_norm", "sync_batch_norm") and type(module) not in _FOLDABLE:
             continue
         found = watch.layer_before(module)
         reason = found if isinstance(found, str) else _refusal(norm, module, *found, ties)

@@ -2,44 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from normkit.activations.batch_norm import BatchNorm
-from normkit.activations.group_norm import GroupNorm
-from normkit.activations.instance_norm import InstanceNorm
-from normkit.activations.layer_norm import LayerNorm
-from normkit.activations.rms_norm import RMSNorm
-from normkit.activations.sync_batch_norm import SyncBatchNorm
+from normkit.catalogue.citation import card_of
+from normkit.core.card import Card
 from normkit.core.errors import SurgeryError
 from normkit.core.moments import accumulation_dtype
+from normkit.core.place import Axes
 from normkit.core.support import show
 from normkit.engine.layer import Layer
 from normkit.surgery.changes import label
-from normkit.surgery.probe import probe
+from normkit.surgery.probe import Found, probe
 
-# Channels first, channels last, or several trailing axes, each element with a weight of its own.
-Axes = Literal["n c *", "n * c", "trailing"]
-
-_BASES = {
-    "batch_norm": nn.modules.batchnorm._BatchNorm,
-    "instance_norm": nn.modules.instancenorm._InstanceNorm,
-    "group_norm": nn.GroupNorm,
-    "layer_norm": nn.LayerNorm,
-    "rms_norm": nn.RMSNorm,
-}
 _RANKED = {
     1: (nn.BatchNorm1d, nn.InstanceNorm1d),
     2: (nn.BatchNorm2d, nn.InstanceNorm2d),
     3: (nn.BatchNorm3d, nn.InstanceNorm3d),
 }
-_OURS = (BatchNorm, SyncBatchNorm, InstanceNorm, GroupNorm, LayerNorm, RMSNorm)
-_FORWARDS = [nn.SyncBatchNorm.forward, *(base.forward for base in _BASES.values())]
 
 
 @dataclass(frozen=True)
@@ -49,17 +35,20 @@ class Norm:
     Args:
         kind: the method's name in the catalogue.
         axes: of its input.
-        shape: of the axes that hold channels or features; one number unless ``axes`` is ``"trailing"``.
+        shape: of the axes that hold channels or features; one number unless ``axes`` is ``"trailing"``, none if not known.
         eps: None stands for the machine epsilon.
         weight: the gain, one value a channel, or None.
         bias: likewise.
-        has_bias: whether its class knows a bias at all.
-        option: number of groups of a group norm, ``over`` of a layer or RMS norm on channels first, else "".
+        has_bias: whether its class has a bias unless told otherwise.
+        option: as its method's word has it: the groups of a group norm, the axes of a layer norm on channels first, or "".
         momentum: of running statistics.
         tracks: whether it keeps running statistics.
-        running: those of a batch norm by name: mean, variance, count.
+        running: those that run over the batch, by name: mean, variance, count.
         note: what was found out about it that its class does not say.
-        spatial: axes of positions where its class takes one rank alone, else None.
+        affine: whether it has parameters.
+        alone: whether it normalizes each position by itself.
+        rank: how many axes its input has, or None if not known.
+        spatial: axes of positions where its class takes one number of them alone, else None.
     """
 
     kind: str
@@ -74,12 +63,10 @@ class Norm:
     tracks: bool = False
     running: dict[str, Tensor | None] = field(default_factory=dict)
     note: str = ""
+    affine: bool = True
+    alone: bool = False
+    rank: int | None = None
     spatial: int | None = None
-
-    @property
-    def channels(self) -> int:
-        """How many channels or features share one statistic's axes."""
-        return self.shape[0]
 
     def guard(self, dtype: torch.dtype) -> float:
         """The eps as a number."""
@@ -89,25 +76,27 @@ class Norm:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is an activation norm: of torch, of normkit, or by the looks of it.
 
-    By its looks: it has no children, "norm" in its class's name, and tensors of one axis alone, as a norm's weight is.
+    By its looks: it has no children, "norm" in its class's name, and tensors of one axis alone, as a norm's weight is; or no
+    tensor at all, and it computes layer or RMS normalization.
     """
-    if isinstance(module, tuple(_BASES.values())):
-        return True
+    card = card_of(module)
+    if card is not None:
+        return card.kind == "activation" and bool(card.word) and not card.accompanies
     if next(module.children(), None) is not None or "norm" not in type(module).__name__.lower():
         return False
-    if type(module).__module__.startswith("normkit.") and not isinstance(module, Layer):
-        return False  # stands beside a norm, as response normalization does
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    dims = [tensor.dim() for tensor in own if not is_lazy(tensor)]
-    return max(dims, default=0) == 1
+    if not own:
+        return isinstance(probe(module), Found)
+    return max((tensor.dim() for tensor in own if not is_lazy(tensor)), default=0) == 1
 
 
-def read_norm(name: str, module: nn.Module) -> Norm:
+def read_norm(name: str, module: nn.Module, seen: Sequence[int] | None = None) -> Norm:
     """Read an activation norm.
 
     Args:
         name: of the module, for messages.
         module: for which ``is_norm`` holds.
+        seen: the shape of an input of it, where one is known. Default: None.
 
     Returns:
         The norm as data; its parameters are those of the module.
@@ -133,57 +122,63 @@ def read_norm(name: str, module: nn.Module) -> Norm:
     hooks = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
     if any(getattr(module, hook, None) for hook in hooks):
         raise SurgeryError(f"{who}: it has hooks on its state_dict, made for its own class; remove them first")
-    kind = next((kind for kind, base in _BASES.items() if isinstance(module, base)), None)
-    forward = type(module).forward
-    ours = forward.__module__.startswith("normkit.")
-    if kind is not None and (forward in _FORWARDS or ours):
-        # Of another rule than the plain one, as in batches split into small ones: a kind of its own.
-        return _known(type(module).__name__ if ours and not isinstance(module, _OURS) else kind, module, who)
-    if kind in ("batch_norm", "instance_norm"):
+    card = card_of(module)
+    if card is not None and type(module).forward.__module__.startswith(("torch.", "normkit.")):
+        norm = _known(card, module)
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
         raise SurgeryError(
             f"{who}: its class overrides forward, and what it adds would be lost; choose other layers with where="
         )
-    return _by_behaviour(module, who)
+    else:
+        norm = _by_behaviour(module, who)
+    if seen is None:
+        return norm
+    shape = norm.shape or (seen[1 if norm.axes == "n c *" else -1],)
+    return replace(norm, shape=shape, rank=len(seen))
 
 
-def _known(kind: str, module: nn.Module, who: str) -> Norm:
-    weight, bias, eps = module.weight, getattr(module, "bias", None), module.eps
-    assert weight is None or isinstance(weight, nn.Parameter)
-    assert bias is None or isinstance(bias, nn.Parameter)
-    assert eps is None or isinstance(eps, float | int)
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        over = getattr(module, "over", None)
-        axes: Axes = "n c *" if over else "n * c" if len(module.normalized_shape) == 1 else "trailing"
-        shape = tuple(module.normalized_shape)
-        note = ""
-        offset = getattr(module, "offset", 0.0)
-        if offset and weight is not None:
-            weight, note = _from_zero(weight, offset), f"its gain was {offset:g} + weight"
-        if getattr(module, "guard", "inside") != "inside":
-            note += ("; " if note else "") + "eps now inside the root"
-        if weight is not None and weight.dim() == 0:
-            weight = _expanded(weight, shape)
-            bias = None if bias is None else _expanded(bias, shape)
-            note = "scalar weight spread over channels"
-        has_bias = kind == "layer_norm" or bias is not None
-        return Norm(kind, axes, shape, eps, weight, bias, has_bias, option=over or "", note=note)
-    more = [key for key, parameter in module.named_parameters(recurse=False) if key not in ("weight", "bias")]
-    channels_last = getattr(module, "layout", "n c *") == "n * c"
-    count = module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
-    assert isinstance(count, int)
+def reach(card: Card, module: nn.Module) -> frozenset[str]:
+    """The axes that the statistics of a method's layer reach over."""
+    return frozenset(module.rule.support.reduced) if isinstance(module, Layer) and card.over is None else card.reach
+
+
+def _known(card: Card, module: nn.Module) -> Norm:
+    own, notes = dict(module.named_parameters()), []
+    weight, bias = (own.pop(key, None) if key in card.takes else None for key in ("weight", "bias"))
+    shape = _shape(module)
+    first = getattr(module, "layout", card.layout) == "n c *" or getattr(module, "over", None) is not None
+    axes: Axes = "trailing" if len(shape) > 1 else "n c *" if first else "n * c"
+    offset = getattr(module, "offset", 0.0)
+    if offset and weight is not None:
+        weight = _from_zero(weight, offset)
+        notes.append(f"its gain was {offset:g} + weight")
+    if getattr(module, "guard", "inside") != "inside":
+        notes.append("eps now inside the root")
+    if weight is not None and weight.dim() == 0:
+        weight = _expanded(weight, shape)
+        bias = None if bias is None else _expanded(bias, shape)
+        notes.append("scalar weight spread over channels")
+    if own:
+        notes.append(f"its {', '.join(dict.fromkeys(key.partition('.')[0] for key in own))} dropped")
+    usual = inspect.signature(card.module).parameters.get("bias")
     return Norm(
-        kind,
-        "n * c" if channels_last else "n c *",
-        (count,),
-        eps,
+        card.name,
+        axes,
+        shape,
+        getattr(module, "eps", 1e-5),
         weight,
         bias,
-        option=str(module.num_groups) if isinstance(module, nn.GroupNorm) else "",
+        has_bias=bias is not None or ("bias" in card.takes and (usual is None or usual.default is not False)),
+        option="" if card.option is None else card.option.of(module),
         momentum=getattr(module, "momentum", 0.1),
         tracks=getattr(module, "running_mean", None) is not None,
-        running=dict(module._buffers) if isinstance(module, _BASES["batch_norm"]) else {},
-        note=f"{', '.join(more)} dropped" if more else "",
-        spatial=getattr(module, "spatial", next((n for n, of in _RANKED.items() if isinstance(module, of)), None)),
+        running=dict(module._buffers) if "n" in card.reach else {},
+        note="; ".join(notes),
+        affine=next(module.parameters(), None) is not None,
+        alone="*" not in reach(card, module) and axes != "trailing",
+        spatial=getattr(
+            module, "spatial", next((n for n, kinds in _RANKED.items() if isinstance(module, kinds)), None)
+        ),
     )
 
 
@@ -193,14 +188,22 @@ def _by_behaviour(module: nn.Module, who: str) -> Norm:
         raise SurgeryError(
             f"{who}: what it computes is not known: {found}; convert it by hand, or choose others with where="
         )
-    own = dict(module.named_parameters(recurse=False))
-    weight, bias = own[found.weight], own[found.bias] if found.bias else None
+    weight, bias = (module._parameters.get(key) if key else None for key in (found.weight, found.bias))
     note = ""
-    if found.offset:
+    if found.offset and weight is not None:
         weight, note = _from_zero(weight, 1.0), "its gain was 1 + weight"
-    axes: Axes = "n c *" if found.over else "n * c"
     return Norm(
-        found.kind, axes, tuple(weight.shape), found.eps, weight, bias, bias is not None, option=found.over, note=note
+        found.kind,
+        "n c *" if found.over else "n * c",
+        found.shape,
+        found.eps,
+        weight,
+        bias,
+        bias is not None,
+        option=found.over,
+        note=note,
+        affine=weight is not None,
+        alone=found.over != "c *",
     )
 
 
@@ -218,17 +221,22 @@ def describe(module: nn.Module) -> str:
     >>> describe(nn.GroupNorm(2, 8)), describe(nn.LayerNorm(8, eps=1e-6)), describe(nn.Identity())
     ('GroupNorm(2, 8)', 'LayerNorm(8)', 'Identity()')
     """
-    sizes: list[str] = []
-    if isinstance(module, nn.GroupNorm):
-        sizes = [str(module.num_groups), str(module.num_channels)]
-    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        shape = tuple(module.normalized_shape)
-        sizes = [str(shape[0]) if len(shape) == 1 else show(shape)]
-    elif not isinstance(module, nn.Identity):
-        own = getattr(module, "weight", None)
-        count = getattr(module, "num_features", own.numel() if isinstance(own, Tensor) else None)
-        sizes = [] if count is None else [str(count)]
-    if isinstance(module, Layer):
-        told = {name: vars(module).get(name) for name in ("over", "per", "layout")}
-        sizes += [f"{name}={value!r}" for name, value in told.items() if value not in (None, "n c *")]
+    own, shape, card = getattr(module, "weight", None), _shape(module), card_of(module)
+    if not shape and isinstance(own, Tensor) and own.dim() == 1:
+        shape = tuple(own.shape)
+    sizes = [str(module.num_groups)] if isinstance(module, nn.GroupNorm) else []
+    sizes += [str(shape[0]) if len(shape) == 1 else show(shape)] if shape else []
+    told = {key: vars(module).get(key) for key in ("over", "per", "layout")} if isinstance(module, Layer) else {}
+    option = "" if card is None or card.option is None else card.option.of(module)
+    if card is not None and card.option is not None and option and option not in (*sizes, *told.values()):
+        name = card.option.name.lower()
+        sizes.append(option if option == name else f"{name}={option}")
+    sizes += [f"{key}={value!r}" for key, value in told.items() if value not in (None, "n c *")]
     return f"{type(module).__name__}({', '.join(sizes)})"
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """The channels or features that a norm says it has; empty if it does not say."""
+    sizes = (getattr(module, key, None) for key in ("normalized_shape", "num_features", "num_channels", "features"))
+    size = next((size for size in sizes if size is not None), ())
+    return (size,) if isinstance(size, int) else tuple(size)

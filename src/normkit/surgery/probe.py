@@ -25,8 +25,9 @@ class Found:
         over: the axes of ``"n c *"`` over which it normalizes, or "" for the last axis.
         offset: 1 where the gain is 1 + weight, else 0.
         eps: inside the root.
-        weight: the name of its gain.
+        weight: the name of its gain, or "".
         bias: the name of its bias, or "".
+        shape: how many features it has; empty if it takes any number.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Found:
     eps: float
     weight: str
     bias: str
+    shape: tuple[int, ...] = ()
 
 
 def probe(module: nn.Module) -> Found | str:
@@ -44,7 +46,7 @@ def probe(module: nn.Module) -> Found | str:
     random parameters is run in its place.
 
     Args:
-        module: without children, whose only parameters are a weight and perhaps a bias of one axis.
+        module: without children, whose only parameters are a weight and perhaps a bias of one axis, or which has none.
 
     Returns:
         The formula that fits, or the reason why none does.
@@ -52,36 +54,47 @@ def probe(module: nn.Module) -> Found | str:
     own = dict(module.named_parameters(recurse=False))
     bias = next((name for name in own if name in _BIAS_NAMES), "") if len(own) == 2 else ""
     weight = next((name for name in own if name != bias), "")
-    if len(own) != 1 + bool(bias) or own[weight].dim() != 1 or (bias and own[bias].shape != own[weight].shape):
+    shapes = {tuple(parameter.shape) for parameter in own.values()} or {_declared(module)}
+    other = (
+        len(own) > 1 + bool(bias) or len(shapes) > 1 or any(len(shape) > 1 or (own and not shape) for shape in shapes)
+    )
+    if other or (not own and next(module.buffers(), None) is not None):
         return f"its parameters ({', '.join(own) or 'none'}) are not one weight and at most one bias, of one axis"
+    (shape,) = shapes
     arguments = list(inspect.signature(type(module).forward).parameters)[1:]
     if len(arguments) != 1:
         return f"its forward takes {', '.join(arguments) or 'nothing'}; a norm takes its input alone"
     generator = torch.Generator().manual_seed(0)
-    channels, device = own[weight].numel(), own[weight].device
+    channels, device = shape[0] if shape else 8, own[weight].device if own else torch.device("cpu")
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
     double = _stand_in(module, {name: random(channels) for name in own})
-    gain, shift = double._parameters[weight], double._parameters[bias] if bias else None
-    assert gain is not None
+    gain, shift = (double._parameters[name] if name else None for name in (weight, bias))
     numbers = {value: None for value in vars(module).values() if isinstance(value, float) and 0 <= value < 1}
-    for shape, axis in _inputs(channels):
-        x = random(*shape) + 0.5
+    for sizes, axis in _inputs(channels):
+        x = random(*sizes) + 0.5
         seen = [_run(double, x * size) for size in (1.0, 1e-3)]
         if any(y is None or y.shape != x.shape for y in seen):
             continue
         overs = [""] if axis == -1 else ["c", "c *"]
-        tried = itertools.product(("layer_norm", "rms_norm"), overs, (0, 1), (*numbers, *_USUAL_EPS))
+        tried = itertools.product(("layer_norm", "rms_norm"), overs, (0, 1) if own else (0,), (*numbers, *_USUAL_EPS))
         for kind, over, offset, eps in tried:
-            dims = tuple(range(1, len(shape))) if over == "c *" else (axis,)
+            dims = tuple(range(1, len(sizes))) if over == "c *" else (axis,)
+            scale = None if gain is None else gain + offset
             if all(
-                y is not None and _close(y, _formula(x * size, kind, dims, axis, eps, gain + offset, shift))
+                y is not None and _close(y, _formula(x * size, kind, dims, axis, eps, scale, shift))
                 for y, size in zip(seen, (1.0, 1e-3), strict=True)
             ):
-                return Found(kind, over, offset, float(eps), weight, bias)
+                return Found(kind, over, offset, float(eps), weight, bias, shape)
     return "it fits neither layer normalization nor RMS normalization with gain weight or 1 + weight"
+
+
+def _declared(module: nn.Module) -> tuple[int, ...]:
+    """How many features a module without parameters says that it has; empty if it does not say."""
+    size = getattr(module, "normalized_shape", ())
+    return (size,) if isinstance(size, int) else tuple(size)
 
 
 def _inputs(channels: int) -> list[tuple[tuple[int, ...], int]]:
@@ -116,12 +129,12 @@ def _run(double: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _formula(
-    x: Tensor, kind: str, dims: tuple[int, ...], axis: int, eps: float, gain: Tensor, shift: Tensor | None
+    x: Tensor, kind: str, dims: tuple[int, ...], axis: int, eps: float, gain: Tensor | None, shift: Tensor | None
 ) -> Tensor:
     centred = x - x.mean(dims, keepdim=True) if kind == "layer_norm" else x
     y = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
     shape = [-1 if d == axis % x.dim() else 1 for d in range(x.dim())]
-    y = y * gain.view(shape)
+    y = y if gain is None else y * gain.view(shape)
     return y if shift is None else y + shift.view(shape)
 
 

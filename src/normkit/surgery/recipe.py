@@ -13,7 +13,7 @@ from normkit.core.card import Card
 from normkit.core.errors import NotationError, SurgeryError
 from normkit.surgery.attach import Attach, attach_all
 from normkit.surgery.changes import Changes
-from normkit.surgery.convert import convert, try_on
+from normkit.surgery.convert import Refusal, convert, try_on
 from normkit.surgery.select import check_place, closest, select
 from normkit.surgery.target import Target, norm_cards, norm_list
 from normkit.surgery.transaction import all_or_nothing
@@ -56,7 +56,8 @@ class Recipe:
     ``norm ("+" weight ("@" where)?)*``
 
     ===========  ==========================================================================================
-    ``norm``     ``keep`` (as it is), ``none`` (removed), ``bn``, ``gn:32``, ``ln``, ``in``, ``rms``
+    ``norm``     ``keep`` (as it is), ``none`` (removed), or a word of the catalogue: ``bn``, ``gn:32``, ``ln``,
+                 ``ghost:16``, ...; ``normkit list`` shows all
     ``weight``   ``ws``, ``wn``, ``sn``, ``e`` (rows), ``e:col``, ``e:rowcol``
     ``where``    ``first_last`` (of ``e``, if not said), ``convolutions`` (of ``ws``), ``all`` (of the others),
                  ``hidden``, ``re:PATTERN``
@@ -86,7 +87,7 @@ class Recipe:
             text: in the notation above.
 
         Returns:
-            The recipe; ``str`` of it is the shortest way to write it.
+            The recipe; ``str`` of it is the one way to write it.
 
         Raises:
             NotationError: a word is not known, out of order or said twice; the message lists what exists.
@@ -115,7 +116,9 @@ class Recipe:
         return cls(norm, weights)
 
 
-def apply_recipe(model: nn.Module, recipe: str | Recipe, example: Any = None) -> Changes:
+def apply_recipe(
+    model: nn.Module, recipe: str | Recipe, example: Any = None, *, on_refusal: Refusal = "raise"
+) -> Changes:
     """Give a model the normalizations of a recipe, in place: its activation norms are converted, then weights parametrized.
 
     Make the optimizer afterwards: it does not see parameters that are created here.
@@ -123,11 +126,12 @@ def apply_recipe(model: nn.Module, recipe: str | Recipe, example: Any = None) ->
     Args:
         model: any module.
         recipe: e.g. ``"bn+e@first_last"``; see Recipe.
-        example: an input (a tensor, a tuple of arguments, or a dict of them) on which the changed model is run once, without
-            effect on it. Default: None.
+        example: an input (a tensor, a tuple of arguments, or a dict of them) on which the model is run before and after, without
+            effect on it; see ``convert``. Default: None.
+        on_refusal: of a norm that can't be converted: ``"raise"``, or ``"leave"`` it as it is. Default: ``"raise"``.
 
     Returns:
-        The model (a new one only where the model itself is a norm) and a row a change.
+        The model (a new one only where the model itself is a norm) and a row a change; see ``convert`` for norms that were left.
 
     Raises:
         NotationError: the recipe can't be read.
@@ -144,22 +148,24 @@ def apply_recipe(model: nn.Module, recipe: str | Recipe, example: Any = None) ->
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
     try:
         with all_or_nothing(model):
-            changes = _put(model, recipe)
-            if example is not None:
+            changes = _put(model, recipe, example, on_refusal)
+            if example is not None and (recipe.weights or recipe.norm is None):  # else convert has run it
                 try_on(changes.model, example)
     except SurgeryError as error:
         raise SurgeryError(f"{recipe}: {error}") from error
     return changes
 
 
-def _put(model: nn.Module, recipe: Recipe) -> Changes:
+def _put(model: nn.Module, recipe: Recipe, example: Any, on_refusal: Refusal) -> Changes:
     places = []
     for weight in recipe.weights:
         try:
             places.append(select(model, weight.where))
         except SurgeryError as error:
             raise SurgeryError(f"{weight}: {error}") from None
-    changes = Changes(model, ()) if recipe.norm is None else convert(model, str(recipe.norm))
+    changes = Changes(model, ())
+    if recipe.norm is not None:
+        changes = convert(model, str(recipe.norm), example=example, on_refusal=on_refusal)
     rows = list(changes.rows)
     for weight, layers in zip(recipe.weights, places, strict=True):
         rows += attach_all(changes.model, layers, weight.put, weight.what)
@@ -215,11 +221,14 @@ def _weight_cards() -> dict[str, Card]:
     return {key: card for card in _cards() for key in (card.word, card.name) if key}
 
 
-def _weight_list() -> str:
+def weight_words() -> list[str]:
+    """The words of weight methods in recipes, each with its modes."""
     words = [card.word or card.name for card in _cards()]
-    return ", ".join(
-        term for word in words for term in (word, *(f"{word}:{mode}" for mode in _MODES.get(word, ())[1:]))
-    )
+    return [term for word in words for term in (word, *(f"{word}:{mode}" for mode in _MODES.get(word, ())[1:]))]
+
+
+def _weight_list() -> str:
+    return ", ".join(weight_words())
 
 
 def _attachment(weight: Weight) -> Attach:

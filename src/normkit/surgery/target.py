@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normkit.activations.batch_norm import BatchNorm
-from normkit.activations.group_norm import GroupNorm
-from normkit.activations.instance_norm import InstanceNorm
-from normkit.activations.layer_norm import LayerNorm
-from normkit.activations.rms_norm import RMSNorm
 from normkit.catalogue import METHODS
 from normkit.core.card import Card
-from normkit.core.errors import NotationError, SurgeryError
-from normkit.core.support import divisors, show
-from normkit.engine.layer import Layer
+from normkit.core.errors import NotationError, OptionError, SurgeryError
+from normkit.core.place import Place
+from normkit.core.support import show
 from normkit.surgery.changes import label
-from normkit.surgery.norms import Norm
+from normkit.surgery.norms import Norm, reach
 from normkit.surgery.select import closest
 
-_OVER = ("c", "c *")
 OVER_POSITIONS = "statistics over positions: in a causal model tokens see later ones, and padding counts"
+_LEAVE = "on_refusal='leave'"
+_READS = {
+    "n c *": "channels on axis 1, as a convolution gives them",
+    "n * c": "features on the last axis, as a linear layer gives them",
+}
 
 
 @dataclass(frozen=True)
 class Target:
-    """A norm to convert to, as its word says it: ``"bn"``, ``"gn:8"``, ``"ln"``, ``"ln:c"``, ``"none"``.
+    """A norm to convert to, as its word says it: ``"bn"``, ``"gn:8"``, ``"ln"``, ``"ghost:16"``, ``"none"``.
 
     Args:
         word: as in recipes.
         name: of the method in the catalogue, or ``"none"``.
-        option: the number of groups of a group norm; the axes ``c`` or ``c *`` of a layer or RMS norm on channels first.
+        option: what follows the word, in the one way to write it; "" where that depends on the norm it replaces, or is unknown.
     """
 
     word: str
@@ -41,61 +39,63 @@ class Target:
     option: str = ""
 
     def __str__(self) -> str:
-        default = {"layer_norm": "c *", "rms_norm": "c *"}.get(self.name, "")
-        return self.word if self.option == default else f"{self.word}:{self.option}"
+        return f"{self.word}:{self.option}" if self.option else self.word
+
+    @property
+    def card(self) -> Card | None:
+        """Of the method; None for ``none``."""
+        return norm_cards().get(self.name)
 
     @classmethod
     def parse(cls, text: str) -> Target:
         """Read a word or a long name.
 
         Args:
-            text: ``bn``, ``gn:32``, ``ln``, ``in``, ``rms``, ``none``, or ``group_norm:32`` and the like. ``gn`` alone is
-                ``gn:32``. ``ln:c`` and ``rms:c`` normalize each position of a channels-first input by itself.
+            text: a word of the catalogue or ``none``, or a long name; then ``:`` and an option for those that take one: ``gn:8``,
+                ``group_norm:8``, ``gn:gcd32``, ``ghost:16``, ``lrn:5``. ``gn`` alone is ``gn:32``. ``ln:c`` and ``rms:c``
+                normalize each position of a channels-first input by itself, ``ln:c *`` all together.
 
         Raises:
             NotationError: there is no such norm, or it takes no such option.
 
-        >>> str(Target.parse("group_norm:8")), str(Target.parse("gn")), str(Target.parse("ln:c"))
-        ('gn:8', 'gn:32', 'ln:c')
+        >>> [str(Target.parse(text)) for text in ("group_norm:8", "gn", "ln:c", "ghost")]
+        ['gn:8', 'gn:32', 'ln:c', 'ghost:16']
         """
         if not isinstance(text, str):
             raise NotationError(f"norm {text!r} is no word; wanted one of {norm_list()}, e.g. 'ln'")
-        head, _, option = text.strip().partition(":")
-        word = head.strip().lower().replace("-", "_")
-        option = " ".join(option.split())
-        card = norm_cards().get(word)
+        head, colon, option = (part.strip() for part in text.partition(":"))
+        word, cards = head.lower().replace("-", "_"), norm_cards()
+        card = cards.get(word)
         if card is None and word != "none":
-            raise NotationError(
-                f"norm {head!r} is not known{closest(word, tuple(norm_words()))}; norms that exist: {norm_list()}"
-            )
-        name, word = ("none", "none") if card is None else (card.name, card.word or card.name)
-        if name == "group_norm":
-            if not (option or "32").isdecimal() or int(option or "32") < 1:
-                raise NotationError(f"norm {text!r}: got {option!r} groups, wanted a whole number from 1, e.g. gn:32")
-            return cls(word, name, str(int(option or "32")))
-        if name in ("layer_norm", "rms_norm"):
-            if (option or "c *") not in _OVER:
-                raise NotationError(f"norm {text!r}: got the axes {option!r}, wanted c, or none for c *, e.g. {word}:c")
-            return cls(word, name, option or "c *")
-        if option:
-            raise NotationError(f"norm {text!r} takes no option; write {word}")
-        return cls(word, name)
+            hint = closest(word, tuple([*norm_words(), *cards]))
+            raise NotationError(f"norm {head!r} is not known{hint}; norms that exist: {norm_list()}{_why_not(word)}")
+        name, word = ("none", "none") if card is None else (card.name, card.word)
+        takes = None if card is None else card.option
+        if takes is None:
+            if colon:
+                raise NotationError(f"norm {text!r} takes no option; write {word}")
+            return cls(word, name)
+        if not colon:
+            return cls(word, name, takes.default)
+        try:
+            return cls(word, name, takes.read(option))
+        except ValueError:
+            example = f", e.g. {word}:{takes.default}" if takes.default else ""
+            raise NotationError(f"norm {text!r}: got {takes.name} {option!r}, wanted {takes.wanted}{example}") from None
 
-    def is_kept(self, norm: Norm) -> bool:
-        """Whether a norm is this one already."""
-        if norm.kind != self.name:
-            return False
-        if self.name == "group_norm":
-            return norm.option == self.option
-        return self.name not in ("layer_norm", "rms_norm") or norm.axes != "n c *" or norm.option == self.option
+    def is_kept(self, norm: Norm, made: nn.Module) -> bool:
+        """Whether a norm is already what was made for its place."""
+        option = None if self.card is None else self.card.option
+        return norm.kind == self.name and (option is None or option.of(made) == norm.option)
 
-    def build(self, name: str, norm: Norm, like: Tensor) -> tuple[nn.Module, str]:
+    def build(self, name: str, norm: Norm, like: Tensor, *, causal: bool = True) -> tuple[nn.Module, str]:
         """Make this norm for the place of another, with its parameters.
 
         Args:
             name: of the layer, for messages.
             norm: what stands there.
             like: gives dtype and device where the norm has no parameters.
+            causal: whether the model may be causal, so that a norm which begins to reach over positions says so. Default: True.
 
         Returns:
             The new layer, and what was dropped or created.
@@ -103,94 +103,87 @@ class Target:
         Raises:
             SurgeryError: it can't stand there.
         """
-        if self.name == "none":
+        card = self.card
+        if card is None or card.build is None:
             return nn.Identity(), "its weight and bias dropped" if norm.weight is not None else ""
-        if norm.axes == "trailing" and self.name not in ("layer_norm", "rms_norm"):
+        if not norm.shape:
             raise SurgeryError(
-                f"{label(name)}: it normalizes over the axes {show(norm.shape)} with a weight for each element, where {self} has "
-                "one for each channel; only ln, rms and none can stand there: choose one of these, or leave it out with "
-                "where= of convert"
-            )
-        if self.name == "group_norm" and norm.channels % int(self.option):
-            raise SurgeryError(
-                f"{label(name)}: {norm.channels} channels do not split into {self.option} groups; the groups must divide "
-                f"{norm.channels}: {divisors(norm.channels)}; choose gn: with one of these, or leave the layer "
-                "out with where= of convert"
+                f"{label(name)}: its number of features is not known; give example=, an input of the model"
             )
         gain = norm.weight if norm.weight is not None else norm.bias
         like = like if gain is None else gain
-        new = self._make(name, norm, gain is not None, {"dtype": like.dtype, "device": like.device})
-        return new, "; ".join(
-            filter(None, [norm.note, *_carry(norm, new), *_memory(norm, new), *_positions(norm, new)])
+        place = Place(
+            norm.axes if norm.axes in card.axes or norm.rank != 2 else card.axes[0],  # of (N, C) both layouts are one
+            norm.shape,
+            self.option,
+            norm.guard(like.dtype),
+            norm.momentum,
+            norm.tracks,
+            norm.affine,
+            norm.bias is not None or not norm.has_bias,
+            norm.alone,
+            {"dtype": like.dtype, "device": like.device},
+            norm.spatial,
+            norm.kind,
         )
-
-    def _make(self, name: str, norm: Norm, affine: bool, factory: dict[str, Any]) -> nn.Module:
-        channels, eps = norm.channels, norm.guard(factory["dtype"])
-        layout = "n * c" if norm.axes == "n * c" else "n c *"
-        shape = norm.shape if norm.axes == "trailing" else channels
-        over = self.option if norm.axes == "n c *" else None
-        match self.name:
-            case "batch_norm":
-                return BatchNorm(channels, eps, norm.momentum, affine, layout=layout, spatial=norm.spatial, **factory)
-            case "instance_norm":
-                # Of torch's classes instance norms alone take one sample; a batch norm's (N, C) must not become one.
-                spatial = norm.spatial if norm.kind == "instance_norm" else None
-                return InstanceNorm(channels, eps, norm.momentum, affine, layout=layout, spatial=spatial, **factory)
-            case "group_norm":
-                return GroupNorm(int(self.option), channels, eps, affine, layout=layout, **factory)
-            case "layer_norm":
-                return LayerNorm(shape, eps, affine, over=over, **factory)
-            case "rms_norm":
-                return RMSNorm(shape, eps, affine, over=over, **factory)
-        card = norm_cards()[self.name]
-        first = card.rule is not None and card.rule.support.names[0] == "n"
-        if first != (norm.axes == "n c *"):
+        if place.axes not in card.axes:
             raise SurgeryError(
-                f"{label(name)}: its input is laid out as {norm.axes!r}, which {card.name} does not take"
+                f"{label(name)}: {self._misfit(card, norm)}; choose another norm, or leave it with {_LEAVE}"
             )
-        new = card.make(channels).to(**factory)
-        if hasattr(new, "eps"):
-            vars(new)["eps"] = eps
-        return new
+        try:
+            new = card.build(place)
+        except OptionError as error:
+            raise SurgeryError(f"{label(name)}: {error}, or leave the layer with {_LEAVE}") from error
+        notes = [norm.note, *_carry(card, norm, new), *_memory(norm, new)]
+        if causal and norm.alone and norm.rank != 2 and "*" in reach(card, new):
+            notes.append(OVER_POSITIONS)
+        return new, "; ".join(filter(None, notes))
+
+    def _misfit(self, card: Card, norm: Norm) -> str:
+        if norm.axes == "trailing":
+            words = [each.word for each in dict.fromkeys(norm_cards().values()) if "trailing" in each.axes]
+            return (
+                f"it normalizes over the axes {show(norm.shape)} with a weight for each element, where {self} has one for each "
+                f"channel; only {', '.join(words)} and none can stand there"
+            )
+        return f"{self} reads {_READS[card.axes[0]]}; the input here has {_READS[norm.axes]}"
 
 
-def _carry(norm: Norm, new: nn.Module) -> list[str]:
+def _carry(card: Card, norm: Norm, new: nn.Module) -> list[str]:
     """Hand the parameters over, the very objects; say what had no place and what was made."""
-    notes = []
-    if isinstance(getattr(new, "weight", None), Tensor):
-        new.register_parameter("weight", norm.weight)
-    if isinstance(getattr(new, "bias", None), Tensor):
-        if norm.has_bias or norm.weight is None:
-            new.register_parameter("bias", norm.bias)
+    dropped, taken = [], set()
+    for key, old in (("weight", norm.weight), ("bias", norm.bias)):
+        if old is None:
+            continue
+        if key in card.takes and isinstance(new._parameters.get(key), Tensor):
+            new.register_parameter(key, old)
+            taken.add(key)
         else:
-            new.bias.requires_grad_(norm.weight.requires_grad)
-            notes.append("bias created")
-    elif norm.bias is not None:
-        notes.append("bias dropped")
-    return notes
+            dropped.append(key)
+    created = {key: parameter for key, parameter in new.named_parameters() if key not in taken}
+    for parameter in created.values():
+        parameter.requires_grad_(norm.weight is None or norm.weight.requires_grad)
+    notes = [f"{', '.join(dropped)} dropped"] if dropped else []
+    return notes + (
+        [f"{', '.join(dict.fromkeys(key.partition('.')[0] for key in created))} created"] if created else []
+    )
 
 
 def _memory(norm: Norm, new: nn.Module) -> list[str]:
-    if isinstance(new, BatchNorm) and norm.tracks and set(new._buffers) <= set(norm.running):
-        for name in new._buffers:
-            new.register_buffer(name, norm.running[name])  # the very object, unless it is of a half type
+    own = {key: buffer for key, buffer in new._buffers.items() if buffer is not None}
+    if "running_mean" not in own:
+        return ["running statistics dropped"] if norm.tracks else []
+    old = {key: norm.running.get(key) for key in own}
+    if norm.tracks and all(buffer is not None and buffer.shape == own[key].shape for key, buffer in old.items()):
+        for key, buffer in old.items():
+            new.register_buffer(key, buffer)  # the very object, where the layer keeps its dtype
         return []
-    if isinstance(getattr(new, "running_mean", None), Tensor):
-        return ["running statistics start anew: train before evaluation"]
-    return ["running statistics dropped"] if norm.tracks else []
-
-
-def _positions(norm: Norm, new: nn.Module) -> list[str]:
-    """Say where each position was normalized by itself and is so no more."""
-    alone = norm.kind in ("layer_norm", "rms_norm") and norm.option != "c *" and norm.axes != "trailing"
-    if alone and isinstance(new, Layer) and "*" in new.rule.support.reduced:
-        return [OVER_POSITIONS]
-    return []
+    return ["running statistics restart: train before evaluation"]
 
 
 def norm_cards() -> dict[str, Card]:
-    """The activation norms of the catalogue by word and by name; one without a word stands beside a norm, not for one."""
-    cards = [card for card in METHODS if card.kind == "activation" and card.word and card.rule is not None]
+    """The methods that can stand in a norm's place, by word and by name."""
+    cards = [card for card in METHODS if card.kind == "activation" and card.word]
     return {key: card for card in cards for key in (card.word, card.name, card.name.replace("_", ""))}
 
 
@@ -200,8 +193,14 @@ def norm_words() -> list[str]:
 
 
 def norm_list() -> str:
-    """The words of norms as a message lists them."""
-    return ", ".join("gn:GROUPS" if word == "gn" else word for word in norm_words())
+    """The words of norms, with their options, as a message lists them."""
+    return ", ".join(["none", *dict.fromkeys(card.words for card in norm_cards().values())])
+
+
+def _why_not(name: str) -> str:
+    """The reason why a method that exists has no word."""
+    why = next((card.wordless for card in METHODS if name in (card.name, card.name.replace("_", ""))), "")
+    return f"; {name} can't stand in a norm's place: {why}" if why else ""
 
 
 def any_tensor(model: nn.Module) -> Tensor:

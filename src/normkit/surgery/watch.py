@@ -92,6 +92,27 @@ class Watch(TorchDispatchMode):
         return (layer, min(ranks)) if len(ranks) == 1 else "the layer before it gives outputs of several ranks"
 
 
+def input_shapes(modules: Iterable[nn.Module], forward: Callable[[], Any]) -> dict[int, torch.Size]:
+    """Run something; return the shape of each module's first input, by the module's id, for those that were called."""
+    shapes: dict[int, torch.Size] = {}
+
+    def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            shapes.setdefault(id(module), args[0].shape)
+
+    handles = [module.register_forward_pre_hook(see) for module in modules]
+    fused = torch.backends.mha.get_fastpath_enabled()  # torch's fused encoder calls no norm
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad():
+            forward()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for handle in handles:
+            handle.remove()
+    return shapes
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested mappings, sequences and dataclasses."""
     if isinstance(value, Tensor):

@@ -1,0 +1,162 @@
+"""A norm's place in a network, and the option that a method's word takes in a recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from normkit.core.errors import OptionError
+from normkit.core.support import divisors
+
+# Channels first, features last, or several trailing axes, each element with a weight of its own.
+Axes = Literal["n c *", "n * c", "trailing"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a new norm is to stand, and what stood there: all that a card needs to build its layer.
+
+    Args:
+        axes: of the input.
+        shape: of the axes that hold channels or features; one number unless ``axes`` is ``"trailing"``.
+        option: of the method's word, as read.
+        eps: of the old norm. Default: 1e-5.
+        momentum: of its running statistics; None for the cumulative average. Default: 0.1.
+        tracks: whether it kept running statistics. Default: False.
+        affine: whether it has a weight or a bias. Default: True.
+        bias: whether there is to be a bias. Default: True.
+        alone: whether it normalized each position by itself. Default: True.
+        factory: device and dtype of the parameters, as keyword arguments.
+        spatial: axes of positions where it took one number of them alone, else None. Default: None.
+        kind: the name of the method that stood there, or "".
+    """
+
+    axes: Axes
+    shape: tuple[int, ...]
+    option: str = ""
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+    tracks: bool = False
+    affine: bool = True
+    bias: bool = True
+    alone: bool = True
+    factory: dict[str, Any] = field(default_factory=dict)
+    spatial: int | None = None
+    kind: str = ""
+
+    @property
+    def channels(self) -> int:
+        """How many channels or features."""
+        return self.shape[0]
+
+    @property
+    def groups(self) -> int:
+        """The groups of channels that the option asks for: ``"32"``, or ``"gcd32"`` for the most that divide both.
+
+        >>> Place("n c *", (48,), option="gcd32").groups
+        16
+        """
+        text = self.option.partition("x")[0]  # as in 32x2, where examples come in groups too
+        wanted = int(text.removeprefix("gcd"))
+        if text.startswith("gcd"):
+            return math.gcd(wanted, self.channels)
+        if self.channels % wanted:
+            raise OptionError(
+                f"{self.channels} channels do not split into {wanted} groups; the groups must divide {self.channels}: "
+                f"{divisors(self.channels)}; choose one of these, or gcd{wanted} for the greatest common divisor"
+            )
+        return wanted
+
+    @property
+    def examples(self) -> int:
+        """The examples in a group, of an option such as ``"32x2"``."""
+        return int(self.option.partition("x")[2])
+
+    @property
+    def over(self) -> str | None:
+        """The axes ``c`` or ``c *`` of channels first: those asked for, else those of the norm that stood there."""
+        return (self.option or ("c" if self.alone else "c *")) if self.axes == "n c *" else None
+
+    def momentum_or(self, default: float) -> float:
+        """The momentum of the norm that stood there, or a default where it had none to hand over."""
+        return self.momentum if self.tracks and self.momentum is not None else default
+
+
+@dataclass(frozen=True)
+class Option:
+    """What may follow a method's word in a recipe, as the 32 of ``gn:32``.
+
+    Args:
+        name: in capitals, for lists and messages: ``gn:GROUPS``.
+        default: what the word alone stands for; "" where that depends on the place.
+        wanted: what may be written, in words.
+        read: gives the one way to write a text, or raises ValueError.
+        of: the option of a layer of this method, in that way.
+    """
+
+    name: str
+    default: str
+    wanted: str
+    read: Callable[[str], str]
+    of: Callable[[Any], str]
+
+
+def whole_number(name: str, default: int | None, of: Callable[[Any], int | str]) -> Option:
+    """An option that is a whole number from 1; without a default the word alone stands for something else."""
+    text = "" if default is None else str(default)
+    return Option(name, text, "a whole number from 1", _whole, lambda layer: str(of(layer)))
+
+
+def groups(of: Callable[[Any], Any], examples: str = "") -> Option:
+    """A number of groups of channels, by default 32; with ``gcd`` in front, the most that divide it and the channels.
+
+    Args:
+        of: the groups of a layer.
+        examples: how many examples form a group by default, of a method that has such groups too.
+    """
+    wanted = "a whole number from 1, or gcd32 for the greatest common divisor of 32 and the channels"
+    if not examples:
+        return Option("GROUPS", "32", wanted, _groups, lambda layer: str(of(layer)))
+
+    def read(text: str) -> str:
+        channels, _, samples = text.partition("x")
+        return f"{_groups(channels)}x{_whole(samples)}"
+
+    wanted = f"groups of channels and the examples in a group, such as 32x{examples} or gcd32x{examples}"
+    return Option("GROUPSxEXAMPLES", f"32x{examples}", wanted, read, of)
+
+
+def positive_number(name: str, default: float, of: Callable[[Any], float], most: float = math.inf) -> Option:
+    """An option that is a number above 0."""
+    wanted = "a number above 0" + ("" if most == math.inf else f" and at most {most:g}")
+
+    def read(text: str) -> str:
+        if not 0 < float(text) <= most:
+            raise ValueError(text)
+        return f"{float(text):g}"
+
+    return Option(name, f"{default:g}", wanted, read, lambda layer: f"{of(layer):g}")
+
+
+def one_of(name: str, *words: str, of: Callable[[Any], str]) -> Option:
+    """An option that is one of some words; without one, what the word alone stands for."""
+
+    def read(text: str) -> str:
+        found = {word.replace(" ", ""): word for word in words}.get(text.replace(" ", ""))
+        if found is None:
+            raise ValueError(text)
+        return found
+
+    return Option(name, "", " or ".join(words), read, of)
+
+
+def _whole(text: str) -> str:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(text)
+    return str(int(text))
+
+
+def _groups(text: str) -> str:
+    return "gcd" * text.startswith("gcd") + _whole(text.removeprefix("gcd"))
