@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
@@ -142,8 +145,14 @@ class SpectralNorm(nn.Module):
         return self._moved(weight).flatten(1)
 
     def _iterate(self, matrix: Tensor, iterations: int) -> None:
-        u, v = power_iteration(matrix, self._u, self._v, iterations, self.eps)
-        with torch.no_grad():
+        outside = nullcontext
+        if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+            # The vectors are no part of what torch.func transforms, and are improved as they would be without it.
+            while torch._C._functorch.is_gradtrackingtensor(matrix):  # pyright: ignore[reportAttributeAccessIssue]
+                matrix = torch._C._functorch.get_unwrapped(matrix)  # pyright: ignore[reportAttributeAccessIssue]
+            outside = temporarily_clear_interpreter_stack
+        with outside(), torch.no_grad():
+            u, v = power_iteration(matrix, self._u, self._v, iterations, self.eps)
             self._u.copy_(u)
             self._v.copy_(v)
 
