@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from normkit.core.errors import BackendError
 from normkit.engine.library import why_not
 from normkit.weights import kernels, multi_tensor
 from normkit.weights.layout import WeightLayout
@@ -150,7 +151,7 @@ def test_no_dtype_loses_more_than_the_definition(
             (exact.abs() + exact.abs().mean(dim=rows, keepdim=True)).detach().clamp_min(1e-30)
         )  # zero rows are exact
         worst, allowed = (((one.double() - exact).abs() / scale)[usual].max() for one in (got, theirs))
-        assert worst <= max(2 * allowed, 4 * eps)
+        assert worst <= max(2 * allowed, 8 * eps)  # a sum of 260 products in another order
 
 
 def test_a_large_mean_costs_no_accuracy() -> None:
@@ -501,6 +502,27 @@ def test_forward_mode_sees_the_definition() -> None:
         tangent = torch.autograd.forward_ad.unpack_dual(Equilibrate()(dual)).tangent
     assert tangent is not None
     assert tangent.isfinite().all()
+
+
+def test_freed_memory_is_refused() -> None:
+    """As FSDP frees it; many of torch's own operators read it and crash."""
+    for layer in network():
+        if parametrize.is_parametrized(layer):
+            for parameter in layer.get_submodule("parametrizations.weight").parameters():
+                parameter.untyped_storage().resize_(0)
+            with pytest.raises(BackendError, match="has no memory"):
+                print(layer.weight)
+            with pytest.raises(BackendError, match="has no memory"), together(layer):
+                pass
+
+
+def test_saved_tensors_that_came_back_otherwise_are_refused() -> None:
+    layer = weight_norm(nn.Linear(5, 4))
+    for back in (lambda t: t[:2], Tensor.double, Tensor.t, lambda t: t.expand(3, *t.shape), lambda t: t.to("meta")):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, back):
+            weight = layer.weight
+        with pytest.raises(RuntimeError):
+            weight.sum().backward()
 
 
 def test_without_the_library_all_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

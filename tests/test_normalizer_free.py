@@ -200,3 +200,7 @@ def by_units(layer: nn.Module, weight: Tensor) -> Tensor:
 def test_a_layers_gradients_have_one_length_parametrized_or_not() -> None:
     model = nn.Sequential(weight_norm(nn.Linear(5, 4)), weight_conditioning(nn.Linear(4, 2)))
     assert [len(group) for group in GradientNormalizer(model, "layer").groups] == [3, 2]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(torch.randn(3, 5)).sum().backward()
+    GradientNormalizer(optimizer, None, centralize=True).apply()  # which does not know what is a length
+    assert model[0].get_parameter("parametrizations.weight.original0").grad.abs().max() > 0

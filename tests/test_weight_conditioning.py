@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.testing import assert_close
 
 from normkit.core.errors import BackendError, OptionError
+from normkit.engine.library import why_not
 from normkit.weights import output_scaling
 from normkit.weights.layout import WeightLayout, weight_layout
 from normkit.weights.weight_conditioning import Equilibrate, equilibrate, weight_conditioning
@@ -268,10 +269,11 @@ def chosen(layer: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_auto_scales_few_outputs_and_rebuilds_small_weights(monkeypatch) -> None:
     layer = weight_conditioning(nn.Linear(256, 8))
     assert chosen(layer, torch.randn(4, 256), monkeypatch) == "output"
-    assert chosen(layer, torch.randn(16, 256), monkeypatch) == "weight"
+    between = "weight" if why_not() is None else "output"  # without the kernels rebuilding takes more passes
+    assert chosen(layer, torch.randn(16, 256), monkeypatch) == between
     conv = weight_conditioning(nn.Conv2d(64, 8, 3))
     assert chosen(conv, torch.randn(1, 64, 3, 3), monkeypatch) == "output"
-    assert chosen(conv, torch.randn(1, 64, 9, 9), monkeypatch) == "weight"
+    assert chosen(conv, torch.randn(1, 64, 9, 9), monkeypatch) == between
     with torch.no_grad():
         assert chosen(layer, torch.randn(128, 256), monkeypatch) == "output"
         assert chosen(layer, torch.randn(256, 256), monkeypatch) == "weight"

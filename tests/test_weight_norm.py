@@ -72,7 +72,7 @@ def test_gradients_in_closed_form() -> None:
     assert_close((v * dv).sum(1), torch.zeros(4).double(), rtol=0, atol=1e-12)
 
 
-def test_second_derivatives_of_the_fused_kernel_are_right() -> None:
+def test_second_derivatives_are_right() -> None:
     # torch's own weight_norm takes the norms for constants here.
     g, v = torch.rand(3, 1).double().requires_grad_(), torch.randn(3, 4).double().requires_grad_()
     assert torch.autograd.gradgradcheck(rescale, (g, v))

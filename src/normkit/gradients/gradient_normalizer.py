@@ -146,8 +146,8 @@ def _normalize(groups: list[_Group], mode: Mode | None, centralize: bool) -> Non
         found = [(p.grad, rows) for p, rows in group if p.grad is not None]
         if centralize:
             for gradient, rows in found:
-                if rows is not None:
-                    split = rows.split(gradient.shape)
+                split = None if rows is None else rows.split(gradient.shape)
+                if split is not None and split.count > 1:  # a single number less its mean is nothing
                     by_unit = gradient.reshape(split.shape)
                     gradient.copy_((by_unit - by_unit.mean(split.dims, keepdim=True)).view_as(gradient))
         if mode is not None and found:

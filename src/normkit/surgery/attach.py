@@ -41,7 +41,7 @@ def attach_all(model: nn.Module, layers: Mapping[str, nn.Module], put: Attach, w
             full = label(name) if weight == "weight" else f"{name}.{weight}".lstrip(".")
             raw = raw_weight(layer, weight)
             before = f"{type(layer).__name__} {show(getattr(layer, weight).shape)}"
-            present, value = parametrizations(layer, weight), value_of(layer, weight)
+            present, value = parametrizations(layer, weight), value_of(layer, weight) if statistics else None
             try:
                 with warnings.catch_warnings(record=True) as said:
                     warnings.simplefilter("always")
@@ -62,7 +62,8 @@ def attach_all(model: nn.Module, layers: Mapping[str, nn.Module], put: Attach, w
             stack = [type(other).__name__ for other in present]
             notes = [f"over {' and '.join(stack)}"] if stack else []
             notes += [f"raw weight stays tied to {', '.join(others)}"] if others else []
-            notes += filter(None, [statistics.carry(layer, weight, value, value_of(layer, weight))])
+            if value is not None:
+                notes += filter(None, [statistics.carry(layer, weight, value, value_of(layer, weight))])
             for warning in said:
                 notes.append(str(warning.message))
                 warnings.warn(f"{full}: {warning.message}", warning.category, stacklevel=4)

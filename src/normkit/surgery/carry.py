@@ -6,7 +6,6 @@ variance of z is right for it with s (mean - b) + b and s^2 var, up to its eps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,18 +24,19 @@ _CURE = "call recalibrate(model, batches) before evaluation"
 
 
 class Statistics:
-    """The trained running statistics of a model, and which layers they lie behind.
+    """The trained running statistics of a model, and which layers they lie behind; false where there are none.
 
     Args:
         model: as it is before weight methods are put on.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._norms = {id(module): name for name, module in model.named_modules() if _is_trained(module)}
-        self._model = model
-        self._calls: dict[int, list[fx.Node]] | None = None
-        if self._norms:
-            self._calls = _calls(model, self._norms)
+        self._names = {module: name for name, module in model.named_modules() if _is_trained(module)}
+        self._calls = _calls(model) if self._names else None
+        self._norms = {call: norm for norm in self._names for call in (self._calls or {}).get(norm, [])}
+
+    def __bool__(self) -> bool:
+        return bool(self._names)
 
     def carry(self, layer: nn.Module, name: str, before: Tensor, after: Tensor) -> str:
         """Carry the statistics behind a layer along with its weight; return what there is to know, or nothing.
@@ -47,77 +47,54 @@ class Statistics:
             before: the weight's value before.
             after: now.
         """
-        if not self._norms:
-            return ""
         factors = _factors(before, after, layer, name)
         if factors is not None and bool((factors - 1).abs().max() <= 4 * torch.finfo(before.dtype).eps):
             return ""
         if self._calls is None:
             return f"running statistics behind it, if there are any, are those of the weight before; {_CURE}"
-        calls = self._calls.get(id(layer), [])
+        calls = self._calls.get(layer, [])
         norm = self._next(calls)
         if norm is not None and factors is not None and _fits(layer, norm, factors):
             _rescale(norm, factors, getattr(layer, "bias", None))
-            return f"running statistics of {label(self._norms[id(norm)])} carried along"
-        stale = {self._norms[id(found)]: None for call in calls for found in self._behind(call)}
+            return f"running statistics of {label(self._names[norm])} carried along"
+        stale = [name for norm, name in self._names.items() if norm in self._behind(calls)]
         if not stale:
             return ""
-        shown = ", ".join(list(stale)[:3]) + (f" and {len(stale) - 3} more" if len(stale) > 3 else "")
+        shown = ", ".join(stale[:3]) + (f" and {len(stale) - 3} more" if len(stale) > 3 else "")
         return f"running statistics of {shown} are those of the weight before; {_CURE}"
 
     def _next(self, calls: list[fx.Node]) -> nn.Module | None:
         """The one norm that reads all that a layer gives, and nothing else."""
-        assert self._calls is not None
         readers = [reader for call in calls for reader in call.users]
-        norms = {id(norm): norm for reader in readers if (norm := self._norm(reader)) is not None}
-        if len(norms) != 1 or len(readers) != len(calls):
-            return None
-        (norm,) = norms.values()
-        heard = self._calls[id(norm)]
-        one_to_one = (
-            heard and set(heard) == set(readers) and all(reader.all_input_nodes[0] in calls for reader in heard)
-        )
-        return norm if one_to_one else None
+        norms = {self._norms.get(reader) for reader in readers}
+        norm = norms.pop() if len(norms) == 1 and len(readers) == len(calls) else None
+        heard = [call for call, found in self._norms.items() if found is norm]
+        return norm if set(heard) == set(readers) and all(call.all_input_nodes[0] in calls for call in heard) else None
 
-    def _norm(self, call: fx.Node) -> nn.Module | None:
-        module = self._model.get_submodule(str(call.target)) if call.op == "call_module" else None
-        return module if id(module) in self._norms else None
-
-    def _behind(self, call: fx.Node) -> Iterator[nn.Module]:
-        seen, open_ = {call}, [call]
-        while open_:
-            for reader in open_.pop().users:
-                if reader not in seen:
-                    seen.add(reader)
-                    open_.append(reader)
-                    norm = self._norm(reader)
-                    if norm is not None:
-                        yield norm
+    def _behind(self, calls: list[fx.Node]) -> set[nn.Module]:
+        seen, left = set(calls), list(calls)
+        while left:
+            new = [reader for reader in left.pop().users if reader not in seen]
+            seen.update(new)
+            left += new
+        return {self._norms[call] for call in seen if call in self._norms}
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, leaves: dict[int, str]) -> None:
-        super().__init__()
-        self._leaves = leaves
-
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return (
-            id(m) in self._leaves
-            or next(m.children(), None) is None
-            or super().is_leaf_module(m, module_qualified_name)
-        )
+        return next(m.children(), None) is None or super().is_leaf_module(m, module_qualified_name)
 
 
-def _calls(model: nn.Module, norms: dict[int, str]) -> dict[int, list[fx.Node]] | None:
-    """The calls of each module by its id, as tracing the model's forward shows them; None where that can't be traced."""
+def _calls(model: nn.Module) -> dict[nn.Module, list[fx.Node]] | None:
+    """The calls of each module, as tracing the model's forward shows them; None where that can't be traced."""
     try:
-        graph = _Tracer(norms).trace(model)
+        graph = _Tracer().trace(model)
     except Exception:  # whatever the forward of a model says to inputs that are no tensors
         return None
-    found: dict[int, list[fx.Node]] = {}
+    found: dict[nn.Module, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_module":
-            found.setdefault(id(model.get_submodule(str(node.target))), []).append(node)
+            found.setdefault(model.get_submodule(str(node.target)), []).append(node)
     return found
 
 

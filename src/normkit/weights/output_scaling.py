@@ -23,12 +23,12 @@ Path = Literal["auto", "weight", "output"]
 
 # Scaling the output wins where a weight has at least this many elements for each element of the output. Measured by
 # benchmarks/conditioning.py on one core of a Xeon with AVX-512, torch 2.13, float32, as multiples of the plain layer's time.
-# In training the fused kernel rebuilds the weight in one pass each way, while scaling makes the raw weight's gradient a sum
-# of two tensors of its size: rebuilding wins below (at 16: Linear 4096x1024 1.19 against 1.24, at 2: 1.04 against 1.11), both
-# are equal at 64 (Linear 1024x1024 1.59 and 1.58, 1000x2048 1.39 and 1.40). Without the fused kernel rebuilding has more
-# passes: equal at 2. In inference scaling spares writing the weight: equal at 2 (1.06 both), at 16 1.27 against 1.15.
-_TRAINING_FUSED, _TRAINING, _INFERENCE = 64, 2, 2
-_LEAST = min(_TRAINING_FUSED, _TRAINING, _INFERENCE)
+# In training a kernel rebuilds the weight in one pass each way, while scaling makes the raw weight's gradient a sum of two
+# tensors of its size: rebuilding wins below (at 16: Linear 4096x1024 1.19 against 1.24, at 2: 1.04 against 1.11), both are equal
+# at 64 (Linear 1024x1024 1.59 and 1.58, 1000x2048 1.39 and 1.40). Without a kernel rebuilding has more passes: equal at 2. In
+# inference scaling spares writing the weight: equal at 2 (1.06 both), at 16 1.27 against 1.15.
+_TRAINING_KERNEL, _TRAINING, _INFERENCE = 64, 2, 2
+_LEAST = min(_TRAINING_KERNEL, _TRAINING, _INFERENCE)
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -44,10 +44,6 @@ class RowScaling(Parametrization):
     def row_factors(self, weight: Tensor) -> Tensor | None:
         """One factor for each output unit, of at least float32; None where it is not of this form."""
         raise NotImplementedError
-
-    def fuses(self, weight: Tensor) -> bool:
-        """Whether a fused kernel makes the scaled weight."""
-        return False
 
 
 def refusal(layer: nn.Module, name: str = "weight") -> str | None:
@@ -112,7 +108,7 @@ def _output_is_cheaper(layer: nn.Module, scaling: RowScaling, raw: Tensor, input
     if torch.float16 in (raw.dtype, input.dtype, amp):
         return False
     trains = raw.requires_grad and torch.is_grad_enabled()
-    crossing = (_TRAINING_FUSED if scaling.fuses(raw) else _TRAINING) if trains else _INFERENCE
+    crossing = (_TRAINING_KERNEL if scaling.share(raw) is not None else _TRAINING) if trains else _INFERENCE
     return positions * crossing * raw.shape[0] <= raw.numel()
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
@@ -144,43 +145,16 @@ class SpectralNorm(nn.Module):
         return self._moved(weight).flatten(1)
 
     def _iterate(self, matrix: Tensor, iterations: int) -> None:
-        u, v = power_iteration(matrix, self._u, self._v, iterations, self.eps)
-        with torch.no_grad():
+        outside = nullcontext
+        if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+            # The vectors are no part of what torch.func transforms, and are improved as they would be without it.
+            while torch._C._functorch.is_gradtrackingtensor(matrix):  # pyright: ignore[reportAttributeAccessIssue]
+                matrix = torch._C._functorch.get_unwrapped(matrix)  # pyright: ignore[reportAttributeAccessIssue]
+            outside = temporarily_clear_interpreter_stack
+        with outside(), torch.no_grad():
+            u, v = power_iteration(matrix, self._u, self._v, iterations, self.eps)
             self._u.copy_(u)
             self._v.copy_(v)
-
-
-class _DivideBySigma(torch.autograd.Function):
-    """(w / sigma, 1 / sigma) with sigma = u^T w v; differentiable to any order in w, as both are outputs."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(matrix: Tensor, u: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        sigma = u @ (matrix.to(u.dtype) @ v)
-        inverse = torch.where(sigma.abs() > eps, sigma, eps).reciprocal()
-        return matrix.to(u.dtype) * inverse, inverse
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        matrix, u, v, ctx.eps = inputs
-        ctx.dtype = matrix.dtype
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output, u, v)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        y, inverse, u, v = ctx.saved_tensors
-        dy, di = gradients
-        along = (dy * y).sum() if dy is not None else 0.0
-        if di is not None:
-            along = along + inverse * di
-        # At the floor, sigma is a constant.
-        along = along * (inverse.abs() < torch.full_like(inverse, ctx.eps).reciprocal())
-        dx = -along * torch.outer(u, v)
-        if dy is not None:
-            dx = dx + dy
-        return (dx * inverse).to(ctx.dtype), None, None, None
 
 
 def spectral_norm(
@@ -233,10 +207,10 @@ def divide_by_sigma(matrix: Tensor, u: Tensor, v: Tensor, eps: float = 1e-12) ->
             [0.0000, 0.5000]])
     """
     with full_precision(matrix):
-        if torch.compiler.is_compiling():
-            sigma = u @ (matrix.to(u.dtype) @ v)
-            return (matrix / torch.where(sigma.abs() > eps, sigma, eps)).to(matrix.dtype)
-        return _DivideBySigma.apply(matrix, u, v, eps)[0].to(matrix.dtype)  # pyright: ignore[reportOptionalSubscript]
+        wide = matrix.to(u.dtype)
+        sigma = u @ (wide @ v)
+        # At the floor sigma is a constant.
+        return (wide / torch.where(sigma.abs() > eps, sigma, eps)).to(matrix.dtype)
 
 
 CARD = Card(

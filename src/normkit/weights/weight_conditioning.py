@@ -16,7 +16,6 @@ from normkit.core.support import Support, show
 from normkit.engine import closed_form
 from normkit.weights import kernels
 from normkit.weights.attachment import Layer, attach
-from normkit.weights.fused_rows import fused_rows, fuses
 from normkit.weights.inverse_norm import inverse_norm
 from normkit.weights.layout import View, WeightLayout, weight_layout, weight_of
 from normkit.weights.output_scaling import Path, RowScaling, refusal, scaled_forward
@@ -129,11 +128,6 @@ class Equilibrate(RowScaling):
 
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
         """The conditioned weight by PyTorch's operators."""
-        if self.fuses(weight):
-            lengths = weight.new_full((weight.shape[0], *[1] * (weight.dim() - 1)), self.gain)
-            fused = fused_rows(weight, lengths, 0, self.eps)
-            assert fused is not None
-            return fused
         x = weight.to(accumulation_dtype(weight.dtype))
         if self.mode == "jacobi":
             n, axis = x.shape[self.layout.output_axis], self.layout.output_axis
@@ -190,10 +184,6 @@ class Equilibrate(RowScaling):
             constant=constant,
             iterations=self.iterations,
         )
-
-    def fuses(self, weight: Tensor) -> bool:
-        """Whether torch's fused kernel makes the conditioned weight."""
-        return self.mode == "row" and self.gradient == "full" and self.layout.output_axis == 0 and fuses(weight)
 
     def check(self, weight: Tensor, trained: bool = False) -> None:
         """Refuse a weight that this can't condition.

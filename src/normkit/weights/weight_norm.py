@@ -17,7 +17,6 @@ from normkit.core.support import Support
 from normkit.engine.dispatch import run
 from normkit.weights import kernels
 from normkit.weights.attachment import Layer, attach
-from normkit.weights.fused_rows import fused_rows
 from normkit.weights.layout import weight_layout, weight_of
 from normkit.weights.parametrization import Parametrization, laid_out
 
@@ -86,14 +85,7 @@ class WeightNorm(Parametrization):
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
         """The weight by PyTorch's operators."""
         rule = self._rule(weight.dim())
-        g = laid_out(gain[0], rule, weight, "WeightNorm")
-        if self.dim not in (None, -1):
-            axis = self.dim % weight.dim()
-            shape = [size if d == axis else 1 for d, size in enumerate(weight.shape)]
-            fused = fused_rows(weight, g.view(shape), axis, self.eps)
-            if fused is not None:
-                return fused
-        return run(rule, weight, g)
+        return run(rule, weight, laid_out(gain[0], rule, weight, "WeightNorm"))
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Lengths and directions that give this weight: g its norms, v the weight itself."""
