@@ -9,7 +9,6 @@
 #include <cmath>
 #include <vector>
 
-#include "threads.h"
 #include "typed.h"
 
 namespace nk {
@@ -185,7 +184,7 @@ template <class Sums, class Settle, class Apply> void in_steps(const Cut &cut, S
             for (int64_t i = 0; i < cut.number; ++i) sums(cut.at(sample, i));
             settle(sample);
             for (int64_t i = 0; i < cut.number; ++i) apply(cut.at(sample, i));
-        });
+        }, grain_of(plan.channels * plan.positions));
         return;
     }
     for_each(plan.samples * cut.number, [&](int64_t task) { sums(chunk(task)); });
@@ -272,24 +271,38 @@ void backward(const NkResponse &plan, const T *dy, const T *x, const accumulator
 }  // namespace
 }  // namespace nk
 
-// Weight and bias may be null, and are in the accumulation type. `energy` receives one double a channel, of each sample or of all.
+// x, y, dy and dx are samples * channels * positions elements of the plan's type; weight, bias, dweight and dbias `channels` elements of its
+// accumulation type; `energy` is `channels` doubles for each sample, or once where energies are shared. Weight and bias are null where
+// plan.parts says so.
 NK_EXPORT int32_t nk_response_forward(const NkResponse *plan, const void *x, const void *weight, const void *bias, void *y,
                                       double *energy) {
-    return nk::by_type(plan->type, [&](auto t) {
-        using T = decltype(t);
-        using A = nk::accumulator<T>;
-        nk::forward<T>(*plan, static_cast<const T *>(x), static_cast<const A *>(weight), static_cast<const A *>(bias), static_cast<T *>(y),
+    using namespace nk;
+    return guarded([&]() -> NkStatus {
+        if (!agrees(plan->parts, NK_WEIGHT, weight) || !agrees(plan->parts, NK_BIAS, bias)) return NK_NULL;
+        if (plan->samples * plan->channels * plan->positions == 0) return NK_OK;
+        if (any_null(x, y, energy)) return NK_NULL;
+        return by_type(plan->type, [&](auto t) {
+            using T = decltype(t);
+            using A = accumulator<T>;
+            forward<T>(*plan, static_cast<const T *>(x), static_cast<const A *>(weight), static_cast<const A *>(bias), static_cast<T *>(y),
                        energy);
+        });
     });
 }
 
-// dx, dweight and dbias may be null.
+// dx, dweight and dbias may be null: they are not wanted then. The bias itself is not needed.
 NK_EXPORT int32_t nk_response_backward(const NkResponse *plan, const void *dy, const void *x, const void *weight, const double *energy,
                                        void *dx, void *dweight, void *dbias) {
-    return nk::by_type(plan->type, [&](auto t) {
-        using T = decltype(t);
-        using A = nk::accumulator<T>;
-        nk::backward<T>(*plan, static_cast<const T *>(dy), static_cast<const T *>(x), static_cast<const A *>(weight), energy,
+    using namespace nk;
+    return guarded([&]() -> NkStatus {
+        if (!agrees(plan->parts, NK_WEIGHT, weight)) return NK_NULL;
+        if (plan->samples * plan->channels * plan->positions == 0) return NK_OK;
+        if (any_null(dy, x, energy)) return NK_NULL;
+        return by_type(plan->type, [&](auto t) {
+            using T = decltype(t);
+            using A = accumulator<T>;
+            backward<T>(*plan, static_cast<const T *>(dy), static_cast<const T *>(x), static_cast<const A *>(weight), energy,
                         static_cast<T *>(dx), static_cast<A *>(dweight), static_cast<A *>(dbias));
+        });
     });
 }

@@ -104,14 +104,14 @@ struct Span {
 };
 
 // Vectors of a row: all of a vector's lanes,
-struct Whole {
+struct FullVector {
     int64_t lane;
     template <class T> Vec<accumulator<T>> load(const T *p) const { return nk::load(p + lane); }
     template <class T> void store(T *p, Vec<accumulator<T>> v) const { nk::store(p + lane, v); }
     template <class A> Vec<A> fresh(Vec<A> v) const { return v; }
 };
 // or the row's last lanes, of which those that are in a vector before it are not fresh. Rows narrower than a vector are padded.
-struct Rest {
+struct OverlappingTail {
     int64_t lane, width;
     template <class T> Vec<accumulator<T>> load(const T *p) const { return width < LANES ? load_some(p, width) : nk::load(p + lane); }
     template <class T> void store(T *p, Vec<accumulator<T>> v) const {
@@ -124,8 +124,8 @@ struct Rest {
 };
 template <class Step> inline void for_vectors(int64_t width, Step &&step) {
     int64_t whole = width / LANES * LANES;
-    for (int64_t lane = 0; lane < whole; lane += LANES) step(Whole{lane});
-    if (whole < width) step(Rest{std::max<int64_t>(0, width - LANES), width});
+    for (int64_t lane = 0; lane < whole; lane += LANES) step(FullVector{lane});
+    if (whole < width) step(OverlappingTail{std::max<int64_t>(0, width - LANES), width});
 }
 
 // How gain and bias vary: along rows, they are a number a row; along both, a number for each element.
@@ -194,7 +194,5 @@ private:
         return f * plan.per_far + l / sheet.group * plan.per_kept + l % sheet.group / sheet.inner * plan.per_mid + l % sheet.inner * plan.per_inner;
     }
 };
-
-int64_t lanes_backward_scratch(const NkPlan &plan);
 
 }  // namespace nk

@@ -10,11 +10,9 @@
 #include "window.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <memory>
 
-#include "threads.h"
+#include "room.h"
 #include "typed.h"
 
 namespace nk {
@@ -143,7 +141,7 @@ template <class T> class Worker {
     const bool by_channel;
     const int64_t window;
     const A offset, factor, power;
-    std::unique_ptr<A[]> room;
+    Room<A> room;
     A *taken, *sums, *strip, *powers, *terms, *weighted;
 
   public:
@@ -154,16 +152,13 @@ template <class T> class Worker {
         int64_t channels = by_channel ? 1 : plan.channels;  // of a ring, beside the window's others
         int64_t padded = (channels + window - 1) * cut.most + beyond, inside = by_channel ? padded : channels * cut.most + beyond;
         int64_t whole = window > LONG ? inside : 0;
-        room.reset(new (std::nothrow) A[std::size_t(padded + whole + 2 * short_strip + (backward ? padded + inside : 0))]);
-        taken = room.get();
-        if (taken == nullptr) return;
+        taken = room.take(padded + whole + 2 * short_strip + (backward ? padded + inside : 0));
         sums = taken + padded;
         strip = sums + whole;
         powers = strip + short_strip;
         terms = powers + short_strip;
         weighted = terms + (backward ? padded : 0);
     }
-    bool ready() const { return room != nullptr; }
 
     // y is what x is divided to, or the sum of x over the window.
     template <bool SUM> void forward(const Tile &tile, const T *x, T *y) {
@@ -299,45 +294,52 @@ template <class T> class Worker {
 template <class T, class Each> void for_tiles(const NkWindow &plan, bool backward, Each &&each) {
     const Cut cut{plan};
     int64_t tiles = plan.outer * cut.tiles, together = std::max<int64_t>(TILE / (plan.channels * cut.most), 1);
-    std::atomic<bool> failed{false};
     for_ranges((tiles + together - 1) / together, [&](int64_t begin, int64_t end) {
         Worker<T> worker(cut, backward);
-        if (!worker.ready()) {
-            failed = true;  // an exception must not leave another thread
-            return;
-        }
         for (int64_t t = begin * together; t < std::min(end * together, tiles); ++t) each(worker, cut.at(t));
     });
-    if (failed) throw std::bad_alloc();
+}
+
+// Checks pointers, then for_tiles of their type; each(worker, tile, T{}).
+template <class Each, class... P> NkStatus tiled(const NkWindow &plan, bool backward, Each &&each, const P *...pointers) {
+    return guarded([&]() -> NkStatus {
+        if (plan.outer * plan.channels * plan.inner == 0) return NK_OK;
+        if (any_null(pointers...)) return NK_NULL;
+        return by_type(plan.type, [&](auto t) {
+            for_tiles<decltype(t)>(plan, backward, [&](auto &worker, const Tile &tile) { each(worker, tile, t); });
+        });
+    });
 }
 
 }  // namespace
 }  // namespace nk
 
+// All pointers are to outer * channels * inner elements of the plan's type.
 NK_EXPORT int32_t nk_window_forward(const NkWindow *plan, const void *x, void *y) {
-    return nk::by_type(plan->type, [&](auto t) {
-        using T = decltype(t);
-        nk::for_tiles<T>(*plan, false, [&](nk::Worker<T> &worker, const nk::Tile &tile) {
-            worker.template forward<false>(tile, static_cast<const T *>(x), static_cast<T *>(y));
-        });
-    });
+    return nk::tiled(
+        *plan, false,
+        [&](auto &worker, const nk::Tile &tile, auto t) {
+            worker.template forward<false>(tile, static_cast<const decltype(t) *>(x), static_cast<decltype(t) *>(y));
+        },
+        x, y);
 }
 
 // y = x summed over the window, whatever else the plan says. Its own backward pass, with before and after exchanged.
 NK_EXPORT int32_t nk_window_sum(const NkWindow *plan, const void *x, void *y) {
-    return nk::by_type(plan->type, [&](auto t) {
-        using T = decltype(t);
-        nk::for_tiles<T>(*plan, false, [&](nk::Worker<T> &worker, const nk::Tile &tile) {
-            worker.template forward<true>(tile, static_cast<const T *>(x), static_cast<T *>(y));
-        });
-    });
+    return nk::tiled(
+        *plan, false,
+        [&](auto &worker, const nk::Tile &tile, auto t) {
+            worker.template forward<true>(tile, static_cast<const decltype(t) *>(x), static_cast<decltype(t) *>(y));
+        },
+        x, y);
 }
 
 NK_EXPORT int32_t nk_window_backward(const NkWindow *plan, const void *dy, const void *x, void *dx) {
-    return nk::by_type(plan->type, [&](auto t) {
-        using T = decltype(t);
-        nk::for_tiles<T>(*plan, true, [&](nk::Worker<T> &worker, const nk::Tile &tile) {
+    return nk::tiled(
+        *plan, true,
+        [&](auto &worker, const nk::Tile &tile, auto t) {
+            using T = decltype(t);
             worker.backward(tile, static_cast<const T *>(dy), static_cast<const T *>(x), static_cast<T *>(dx));
-        });
-    });
+        },
+        dy, x, dx);
 }

@@ -120,6 +120,7 @@ class Call:
         kernels = library()
         assert kernels is not None
         function = getattr(kernels, name)
+        self.plan.parts = (self.weight is not None) + 2 * (self.bias is not None)
         arguments = (ctypes.c_void_p(address(tensor)) for tensor in tensors)
         assert function(ctypes.c_void_p(ctypes.addressof(self.plan)), *arguments) == 0
 
@@ -204,7 +205,7 @@ def random_call(chance: random.Random, sizes: tuple[int, ...]) -> Call:
     call = Call(plan, (torch.randn(sizes) + chance.choice([0, 3])).to(dtype))
     call.weight = maybe(0.7, torch.randn(parameters).to(parameter_dtype))
     call.bias = maybe(0.6, torch.randn(parameters).to(parameter_dtype))
-    call.residual = maybe(0.3, torch.randn(sizes).to(dtype))
+    call.residual = maybe(0.3 * (not plan.given), torch.randn(sizes).to(dtype))
     if plan.given:
         statistics = plan.outer * plan.kept
         call.center = maybe(0.7, torch.randn(statistics, dtype=call.wide))
@@ -440,7 +441,8 @@ def test_activations_at_the_ends() -> None:
     z = torch.tensor([float("nan"), float("inf"), 3e38, -3e38, 0.0, -0.0, 1e-40, -200.0, 88.0, -88.0])
     for activation, function in enumerate(ACTIVATIONS):
         call = Call(rows(1, 10, given=1, activation=activation), z.view(1, 1, 1, 1, -1), inverse=torch.ones(1))
-        assert_close(call.forward().flatten(), function(z), equal_nan=True, rtol=1e-6, atol=1e-30)
+        # In float64, as torch's own GELU gives NaN at infinity on some processors.
+        assert_close(call.forward().flatten(), function(z.double()).float(), equal_nan=True, rtol=1e-6, atol=1e-30)
         if activation > 1:
             dx = call.backward(torch.ones_like(call.x))["x"]
             assert dx is not None

@@ -40,7 +40,7 @@ class _Plan(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("per_far", "per_kept", "per_mid", "per_inner", "parameters")),
         *((name, ctypes.c_double) for name in ("eps", "offset")),
         *((name, ctypes.c_int32) for name in ("type", "parameter_type", "centred", "scale", "guard", "correction")),
-        *((name, ctypes.c_int32) for name in ("activation", "given", "stream", "reserved")),
+        *((name, ctypes.c_int32) for name in ("activation", "given", "stream", "parts")),
     )
 
 
@@ -140,7 +140,8 @@ def prepare(
         *(statistic.epsilon(wide), offset),
         *(TYPES[x.dtype], TYPES[wide if parameter is None else parameter.dtype]),
         *(statistic.center is not None, scale, _GUARDS[statistic.guard], statistic.correction),
-        *(ACTIVATIONS[activation], given, x.numel() * x.itemsize > _STREAM_BYTES, 0),
+        *(ACTIVATIONS[activation], given, x.numel() * x.itemsize > _STREAM_BYTES),
+        (weight is not None) + 2 * (bias is not None),
     )
     return Prepared(
         rule=rule,

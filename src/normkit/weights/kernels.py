@@ -176,8 +176,13 @@ def _forward(weight: Tensor, gain: Tensor | None, plan: Plan, spare: Spare | Non
     result = torch.empty_like(weight) if spare is None else spare.take(weight)
     functions = _functions()
     assert functions is not None
-    checked(functions.forward(plan, weight.data_ptr(), pointer(gain), result.data_ptr()))
+    checked(functions.forward(_with_parts(plan, gain), weight.data_ptr(), pointer(gain), result.data_ptr()))
     return result
+
+
+def _with_parts(plan: Plan, gain: Tensor | None) -> Plan:
+    """The plan, whose last number says whether there is a gain."""
+    return plan if gain is None else plan[:-4] + struct.pack("i", 1)
 
 
 class _Normalize(torch.autograd.Function):
@@ -201,7 +206,12 @@ class _Normalize(torch.autograd.Function):
         assert functions is not None
         checked(
             functions.backward(
-                ctx.plan, gradient.data_ptr(), weight.data_ptr(), pointer(gain), result.data_ptr(), pointer(dgain)
+                _with_parts(ctx.plan, gain),
+                gradient.data_ptr(),
+                weight.data_ptr(),
+                pointer(gain),
+                result.data_ptr(),
+                pointer(dgain),
             )
         )
         return result, dgain, None, None, None
@@ -242,4 +252,5 @@ def run(plans: Sequence[Plan], calls: Sequence[Sequence[Tensor | None]], backwar
     for place, tensors in enumerate(calls):
         for which, tensor in enumerate(tensors):
             pointers[_POINTERS * place + which] = pointer(tensor)
-    checked(functions.many(len(plans), (ctypes.c_char_p * len(plans))(*plans), pointers, backward))
+    told = [_with_parts(plan, tensors[1]) for plan, tensors in zip(plans, calls, strict=True)]
+    checked(functions.many(len(told), (ctypes.c_char_p * len(told))(*told), pointers, backward))
