@@ -23,7 +23,7 @@ import normkit as nk
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RATIOS = (0.0, 1.0, 10.0, 100.0, 1e3, 1e4)
-OUTLIER = "outlier"  # mean 0, and the first row 1000 times as large
+OUTLIER = "outlier"  # mean 0; what comes first along any axis is 1000 times as large
 
 
 def _over_channels(x: Tensor, c: int, w: Tensor, b: Tensor) -> Tensor:
@@ -39,7 +39,6 @@ class Method:
     layer: Callable[[int], nn.Module]
     shape: tuple[int, ...]
     small: tuple[int, ...]
-    axis: int = 1  # of the parameters
 
     def layouts(self) -> tuple[str, ...]:
         return ("contiguous", "channels last") if len(self.shape) == 4 else ("contiguous",)
@@ -102,7 +101,10 @@ def _input(shape: tuple[int, ...], kind: float | str, dtype: torch.dtype, layout
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     if isinstance(kind, str):
-        x[0] *= 1e3
+        first = torch.zeros(shape, dtype=torch.bool)
+        for axis in range(x.dim()):
+            first.select(axis, 0).fill_(True)
+        x = torch.where(first, 1e3 * x, x)
     else:
         x += kind
     return x.to(dtype).to(memory_format=torch.channels_last if layout == "channels last" else torch.contiguous_format)
@@ -130,7 +132,7 @@ def cell(method: Method, layout: str, dtype: torch.dtype, kind: float | str, sma
     generator = torch.Generator().manual_seed(seed + 2)
     w, b = ((torch.randn(channels, generator=generator) * 0.5 + at).to(dtype) for at in (1, 0))
     layer = method.layer(channels).to(dtype)
-    layer.backend = "native"  # pyright: ignore[reportAttributeAccessIssue]
+    layer.backend = "native"  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     with torch.no_grad():
         for name, value in (("weight", w), ("bias", b)):
             if getattr(layer, name, None) is not None:

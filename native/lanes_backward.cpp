@@ -82,7 +82,9 @@ private:
         Span span(sheet, cut, 0);
         BackwardLine<A> line;
         draw(line, o, span, tile);
-        double sums[ROOM] = {}, products[ROOM] = {};
+        double sums[ROOM], products[ROOM];
+        std::fill_n(sums, tile.width, 0.0);
+        std::fill_n(products, tile.width, 0.0);
         if (pulled || wanted) collect_rows(o, span, tile, line, sums, products, own_of(share, index), fresh);
         if (wanted && by_lane()) {
             double *to = own_of(share, index) + tile.first;
@@ -111,7 +113,9 @@ private:
                 Tile tile = cut.tile(sheet, index);
                 BackwardLine<A> line;
                 draw(line, begin + b, span, tile);
-                double sums[ROOM] = {}, products[ROOM] = {};
+                double sums[ROOM], products[ROOM];
+                std::fill_n(sums, tile.width, 0.0);
+                std::fill_n(products, tile.width, 0.0);
                 collect_rows(begin + b, span, tile, line, sums, products, own_of(b, index), true);
                 A *to = partial + (b * cut.chunks + chunk) * 2 * lanes + tile.first;
                 std::copy(sums, sums + tile.width, to);
@@ -144,7 +148,7 @@ private:
         for (int64_t chunk = 0; chunk < cut.chunks; ++chunk, chunks += 2 * lanes)
             for (int64_t i = 0; i < 2 * lanes; ++i) sums[i] += double(chunks[i]);
         if (!wanted || !by_lane()) return;
-        for (int64_t l = 0; l < lanes; ++l) own[l] = sums[lanes + l] * double(call.inverse[o * plan.kept + sheet.statistic(l)]);
+        sheet.each_statistic({0, lanes}, [&](int64_t l, int64_t k) { own[l] = sums[lanes + l] * double(call.inverse[o * plan.kept + k]); });
         std::copy(sums, sums + lanes, own + lanes);
     }
 
@@ -166,10 +170,12 @@ private:
         line.bias = bias ? bias + parameter : nullptr;
         line.weight_step = line.bias_step = parameters.row_step;
         line.kind = plan.activation;
+        const A *centers = plan.centred && call.center ? call.center + o * plan.kept : nullptr, *inverses = call.inverse + o * plan.kept;
+        sheet.each_statistic(tile, [&](int64_t l, int64_t k) {
+            line.center[l] = centers ? centers[k] : A(0);
+            line.inverse[l] = inverses[k];
+        });
         for (int64_t l = 0; l < tile.width; ++l) {
-            int64_t statistic = o * plan.kept + sheet.statistic(tile.first + l);
-            line.center[l] = plan.centred && call.center ? call.center[statistic] : A(0);
-            line.inverse[l] = call.inverse[statistic];
             line.gain[l] = by_lane() && weight ? line.inverse[l] * line.weight[l * parameters.lane_step] : line.inverse[l];
             line.shift[l] = by_lane() && bias ? line.bias[l * parameters.lane_step] : A(0);
         }
@@ -200,8 +206,8 @@ private:
                 }
             };
             for (int64_t row = 0; row < span.rows + (span.last != 0);) {
-                std::fill(some_sums, some_sums + ROOM, A(0));
-                std::fill(some_products, some_products + ROOM, A(0));
+                std::fill_n(some_sums, in_vectors(tile.width), A(0));
+                std::fill_n(some_products, in_vectors(tile.width), A(0));
                 int64_t end = std::min(row + BLOCK, span.rows);
                 for (; !one_by_one(tile) && row + MANY <= end; row += MANY) rows_at(std::integral_constant<int, MANY>{}, row, tile.width);
                 for (; row < end; ++row) rows_at(std::integral_constant<int, 1>{}, row, tile.width);
@@ -225,12 +231,12 @@ private:
             });
         const A *inverse = call.inverse + o * plan.kept;
         double size = plan.centred ? double(set_size(plan)) : INFINITY;
-        for (int64_t l = 0; l < tile.width; ++l) {
-            A scale = inverse[sheet.statistic(tile.first + l)];
+        sheet.each_statistic(tile, [&](int64_t l, int64_t k) {
+            A scale = inverse[k];
             double i = double(scale);
             along[l] = A(-(i * double(strength(plan, scale))) * (i * i) * products[l]);
             offset[l] = plan.centred ? A(-i * sums[l] / size) : A(0);
-        }
+        });
     }
 
     void spread_rows(int64_t o, Span span, Tile tile, const BackwardLine<A> &line) const {

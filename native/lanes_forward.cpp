@@ -44,9 +44,14 @@ void accumulate_wide(const T *x, int64_t pitch, int64_t rows, int64_t width, con
 
 // Moments of each lane. The mean is pivot + rest, of which rest is what rounding took from the pivot; square as in Moments.
 template <class A> struct Found {
-    alignas(64) A pivot[ROOM] = {}, rest[ROOM] = {};
-    alignas(64) double square[ROOM] = {};
+    alignas(64) A pivot[ROOM], rest[ROOM];
+    alignas(64) double square[ROOM];
 
+    explicit Found(int64_t width) {
+        std::fill_n(pivot, in_vectors(width), A(0));
+        std::fill_n(rest, in_vectors(width), A(0));
+        std::fill_n(square, in_vectors(width), 0.0);
+    }
     // Merges sums about the pivot, of `more` elements in each lane, with the `n` before. The new mean becomes the pivot, so that
     // differences are always taken from a number nearby.
     template <class S> void merge(bool centred, const S *sums, const S *squares, int64_t n, int64_t more, int64_t width) {
@@ -161,7 +166,7 @@ public:
         if (plan.given) return each_piece(0, sheet.outer, [&](int64_t o, int64_t chunk, Tile tile) { normalize_given(o, chunk, tile); });
         if (cut.at_once)
             return each_piece(0, sheet.outer, [&](int64_t o, int64_t chunk, Tile tile) {
-                Found<A> found;
+                Found<A> found(tile.width);
                 A inverse[ROOM];
                 gather(o, chunk, tile, found);
                 settle(o, tile, found.pivot, found.rest, found.square, inverse);
@@ -170,7 +175,7 @@ public:
         for (int64_t begin = 0; begin < sheet.outer; begin += cut.batch) {
             int64_t end = std::min(sheet.outer, begin + cut.batch);
             each_piece(begin, end, [&](int64_t o, int64_t chunk, Tile tile) {
-                Found<A> found;
+                Found<A> found(tile.width);
                 gather(o, chunk, tile, found);
                 int64_t at = ((o - begin) * cut.chunks + chunk) * sheet.lanes;
                 A *to = partial + 2 * at + tile.first;
@@ -207,8 +212,8 @@ private:
             if (n == 0 && plan.centred) start(x + at, std::min(rows, DEEP), width, found.pivot);
             alignas(64) A sums[ROOM], squares[ROOM];
             for (int attempt = 1;; ++attempt) {
-                std::fill_n(sums, ROOM, A(0));
-                std::fill_n(squares, ROOM, A(0));
+                std::fill_n(sums, in_vectors(width), A(0));
+                std::fill_n(squares, in_vectors(width), A(0));
                 accumulate(x + at, rows, width, found.pivot, sums, squares);
                 if (attempt == 2 || n > 0 || !plan.centred || !far_off(sums, squares, rows, width)) break;
                 for (int64_t l = 0; l < width; ++l) found.pivot[l] += sums[l] / A(rows);
@@ -221,7 +226,7 @@ private:
                 found.merge(plan.centred, wide_sums, wide_squares, n, rows, width);
             } else {
                 // Whole vectors: beyond the width are zeros; but for the short row, beyond which are lanes.
-                found.merge(plan.centred, sums, squares, n, rows, width == tile.width ? (width + LANES - 1) / LANES * LANES : width);
+                found.merge(plan.centred, sums, squares, n, rows, width == tile.width ? in_vectors(width) : width);
             }
             n += rows, at += rows * sheet.lanes;
         };
@@ -307,11 +312,10 @@ private:
 
     void normalize_given(int64_t o, int64_t chunk, Tile tile) {
         A pivot[WIDEST], rest[WIDEST] = {}, inverse[WIDEST];
-        for (int64_t l = 0; l < tile.width; ++l) {
-            int64_t statistic = o * plan.kept + sheet.statistic(tile.first + l);
-            pivot[l] = plan.centred && call.center ? call.center[statistic] : A(0);
-            inverse[l] = call.inverse[statistic];
-        }
+        sheet.each_statistic(tile, [&](int64_t l, int64_t k) {
+            pivot[l] = plan.centred && call.center ? call.center[o * plan.kept + k] : A(0);
+            inverse[l] = call.inverse[o * plan.kept + k];
+        });
         normalize(o, chunk, tile, pivot, rest, inverse);
     }
 

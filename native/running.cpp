@@ -37,19 +37,20 @@ void remember(int64_t channels, double momentum, double factor, bool moments, co
 }  // namespace
 }  // namespace nk
 
-// 1 / scale and centre of each set from a given variance and mean, where the sets are the channels. `mean` and `variance` are plan.kept
-// elements of `type`, `inverse` and `center` as many of the plan's accumulation type. The variance may be null where the rule does not scale.
+// 1 / scale and centre of each set from a given variance and mean. `mean` and `variance` are outer * kept elements of `type`, `inverse` and
+// `center` as many of the plan's accumulation type. The variance may be null where the rule does not scale.
 NK_EXPORT int32_t nk_given(const NkPlan *plan, int64_t type, const void *mean, const void *variance, void *inverse, void *center) {
     using namespace nk;
     return guarded([&]() -> NkStatus {
-        if (plan->kept == 0) return NK_OK;
+        const int64_t sets = plan->outer * plan->kept;
+        if (sets == 0) return NK_OK;
         if (any_null(mean, inverse, center) || (variance == nullptr && plan->scale != NK_UNSCALED)) return NK_NULL;
         NkPlan of_variance = *plan;
         of_variance.scale = plan->scale == NK_UNSCALED ? NK_UNSCALED : NK_SUM_SQUARE;
         auto fill = [&](auto a, auto t) {
             using A = decltype(a);
             auto m = static_cast<const decltype(t) *>(mean), v = static_cast<const decltype(t) *>(variance);
-            for (int64_t k = 0; k < plan->kept; ++k) {
+            for (int64_t k = 0; k < sets; ++k) {
                 double square = v == nullptr ? 0 : double(widen(v[k]));
                 inverse_scales<A>(of_variance, &square, static_cast<A *>(inverse) + k, 1);
                 static_cast<A *>(center)[k] = A(widen(m[k]));

@@ -75,12 +75,13 @@ template <class T, class A = accumulator<T>> NK_INLINE A shift_of(const T *x, in
 // The sums of n elements that read(sums, shift) adds. Where the shift turns out over half a deviation from the mean, the variance would come
 // out of a difference of larger numbers: the elements, still in the cache, are read once more, about their mean.
 template <class A, bool CENTRED, class Read> NK_INLINE Block<A> block_of(int64_t n, A shift, Range range, Read &&read) {
+    const double share = 1 / double(n);
     Block<A> block;
     for (int attempt = 1;; ++attempt) {
         Sums<A, CENTRED> sums;
         read(sums, splat<A>(shift));
         block = sums.about(shift);
-        double apart = block.first / double(n), lost = block.first * apart;
+        double apart = block.first * share, lost = block.first * apart;
         if (attempt == 2 || !(4 * lost > block.second - lost)) break;
         shift += A(apart);
     }

@@ -230,14 +230,18 @@ def normalize_by(
 
 def _fill(call: Prepared, values: Tensor, mean: Tensor, var: Tensor) -> bool:
     """Whether the given statistics lie as the kernel's sets do, and have been written for it."""
-    known = mean.dtype in TYPES and mean.is_cpu and mean.is_contiguous() and mean.shape == (call.nest.kept.size,)
+    nest = call.nest
+    known = mean.dtype in TYPES and mean.is_cpu and mean.is_contiguous() and mean.shape == (nest.statistics,)
     like = call.rule.statistic.scale is None or (var.dtype == mean.dtype and var.is_contiguous())
-    if not (known and like) or call.nest.outer != 1:
+    # The channels of a single sample are the outer loop.
+    if not (known and like) or (nest.outer != 1 and nest.kept.size != 1):
         return False
     start = values.data_ptr()
     variance = None if call.rule.statistic.scale is None else var.data_ptr()
-    call.functions.given(
-        call.address, TYPES[mean.dtype], mean.data_ptr(), variance, start, start + call.statistic_bytes
+    checked(
+        call.functions.given(
+            call.address, TYPES[mean.dtype], mean.data_ptr(), variance, start, start + call.statistic_bytes
+        )
     )
     return True
 
@@ -282,17 +286,19 @@ def _remember(
     if momentum is None:
         assert running.batches is not None
         momentum = 1.0 / running.batches.item()
-    functions.remember(
-        mean.numel(),
-        TYPES[dtype],
-        TYPES[mean.dtype],
-        momentum,
-        factor,
-        kind is RunningMoments,
-        mean_at,
-        var_at,
-        mean.data_ptr(),
-        var.data_ptr(),
+    checked(
+        functions.remember(
+            mean.numel(),
+            TYPES[dtype],
+            TYPES[mean.dtype],
+            momentum,
+            factor,
+            kind is RunningMoments,
+            mean_at,
+            var_at,
+            mean.data_ptr(),
+            var.data_ptr(),
+        )
     )
     return True
 
