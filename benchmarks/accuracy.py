@@ -62,7 +62,13 @@ METHODS = (
     Method(
         "LayerNorm", lambda x, c, w, b: F.layer_norm(x, (c,), w, b), lambda c: nk.LayerNorm(c), (4096, 1024), (40, 300)
     ),
-    Method("RMSNorm", lambda x, c, w, b: F.rms_norm(x, (c,), w, 1e-6), lambda c: nk.RMSNorm(c, eps=1e-6), (4096, 1024), (40, 300)),
+    Method(
+        "RMSNorm",
+        lambda x, c, w, b: F.rms_norm(x, (c,), w, 1e-6),
+        lambda c: nk.RMSNorm(c, eps=1e-6),
+        (4096, 1024),
+        (40, 300),
+    ),
     Method(
         "GroupNorm",
         lambda x, c, w, b: F.group_norm(x, 8, w, b),
@@ -140,9 +146,7 @@ def cell(method: Method, layout: str, dtype: torch.dtype, kind: float | str, sma
     ours = _run(layer, x, dy)
     theirs = _run(lambda t: method.function(t, channels, w, b), x, dy)
     exact = _run(lambda t: method.function(t, channels, w.double(), b.double()), x.double(), dy.double())
-    forward, backward = (
-        (_ulps(ours[i], exact[i], dtype), _ulps(theirs[i], exact[i], dtype)) for i in range(2)
-    )
+    forward, backward = ((_ulps(ours[i], exact[i], dtype), _ulps(theirs[i], exact[i], dtype)) for i in range(2))
     return Cell(method.name, layout, dtype, kind, forward, backward)
 
 

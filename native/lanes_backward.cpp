@@ -152,18 +152,6 @@ private:
         std::copy(sums, sums + lanes, own + lanes);
     }
 
-    // f(VARIATION, KIND) as compile-time constants.
-    template <class F> void with_constants(F &&f) const {
-        auto with_variation = [&](auto kind) {
-            if (parameters.variation == PER_LANE) f(std::integral_constant<int, PER_LANE>{}, kind);
-            else if (parameters.variation == PER_ROW) f(std::integral_constant<int, PER_ROW>{}, kind);
-            else f(std::integral_constant<int, PER_ELEMENT>{}, kind);
-        };
-        if (plan.activation == NK_LINEAR) with_variation(std::integral_constant<int, NK_LINEAR>{});
-        else if (plan.activation == NK_RELU) with_variation(std::integral_constant<int, NK_RELU>{});
-        else with_variation(std::integral_constant<int, CURVED>{});
-    }
-
     void draw(BackwardLine<A> &line, int64_t o, Span span, Tile tile) const {
         int64_t parameter = parameters.place(o) + span.first * parameters.row_step + tile.first * parameters.lane_step;
         line.weight = weight ? weight + parameter : nullptr;
@@ -189,7 +177,7 @@ private:
     // Sums over the span's rows, for each lane; and the rows' own, from the span's first row and the tile's first lane on.
     void collect_rows(int64_t o, Span span, Tile tile, const BackwardLine<A> &line, double *sums, double *products, double *own, bool fresh) const {
         if (wanted) own += parameters.variation == PER_ROW ? span.first : parameters.variation == PER_ELEMENT ? span.first * sheet.lanes + tile.first : 0;
-        with_constants([&](auto variation, auto kind) {
+        with_constants(parameters.variation, plan.activation, [&](auto variation, auto kind) {
             constexpr int VARIATION = decltype(variation)::value, KIND = decltype(kind)::value;
             constexpr int MANY = KIND == CURVED || VARIATION == PER_ELEMENT ? 1 : 4;
             alignas(64) A some_sums[ROOM], some_products[ROOM], own_sums[ROOM], own_products[ROOM];
@@ -240,7 +228,7 @@ private:
     }
 
     void spread_rows(int64_t o, Span span, Tile tile, const BackwardLine<A> &line) const {
-        with_constants([&](auto variation, auto kind) {
+        with_constants(parameters.variation, plan.activation, [&](auto variation, auto kind) {
             constexpr int VARIATION = decltype(variation)::value, KIND = decltype(kind)::value;
             constexpr int MANY = KIND == CURVED ? 1 : 2;
             auto rows_at = [&](auto count, int64_t row, int64_t width) {
@@ -274,9 +262,7 @@ private:
 
 template <class T> void lanes_backward(const NkPlan &plan, const Backward<T> &call) { Pass<T>(plan, call).run(); }
 
-template void lanes_backward(const NkPlan &, const Backward<float> &);
-template void lanes_backward(const NkPlan &, const Backward<double> &);
-template void lanes_backward(const NkPlan &, const Backward<bfloat16> &);
-template void lanes_backward(const NkPlan &, const Backward<float16> &);
+#define MAKE(T) template void lanes_backward<T>(const NkPlan &, const Backward<T> &);
+NK_EACH_TYPE(MAKE)
 
 }  // namespace nk

@@ -5,8 +5,6 @@
 
 namespace nk {
 
-constexpr int CURVED = -1;  // an activation whose slope is taken of a run of numbers at a time
-
 template <class A> struct BackwardLine {
     alignas(64) A center[ROOM], inverse[ROOM];
     // PER_LANE: dx = g * gain + d * along + offset, of z = d * gain + shift.

@@ -7,7 +7,6 @@
 namespace nk {
 namespace {
 
-constexpr int CURVED = -1;         // an activation that is applied to a run of numbers at a time
 constexpr int64_t BLOCK = 64;      // rows that are summed before they are merged
 constexpr int64_t DEEP = 8;        // rows that are summed side by side: each takes the sums from memory and back once
 
@@ -341,7 +340,7 @@ private:
     }
 
     void write_rows(int64_t place, Span span, Tile tile, const Line<A> &line) {
-        auto run = [&](auto variation, auto kind) {
+        with_constants(parameters.variation, plan.activation, [&](auto variation, auto kind) {
             constexpr int VARIATION = decltype(variation)::value, KIND = decltype(kind)::value, MANY = KIND == CURVED ? 1 : 2;
             auto some = [&](auto count, int64_t row, int64_t width) {
                 constexpr int ROWS = decltype(count)::value;
@@ -352,15 +351,7 @@ private:
             for (; row + MANY <= span.rows; row += MANY) some(std::integral_constant<int, MANY>{}, row, tile.width);
             for (; row < span.rows; ++row) some(std::integral_constant<int, 1>{}, row, tile.width);
             if (span.last) some(std::integral_constant<int, 1>{}, row, span.last);
-        };
-        auto with_variation = [&](auto kind) {
-            if (parameters.variation == PER_LANE) run(std::integral_constant<int, PER_LANE>{}, kind);
-            else if (parameters.variation == PER_ROW) run(std::integral_constant<int, PER_ROW>{}, kind);
-            else run(std::integral_constant<int, PER_ELEMENT>{}, kind);
-        };
-        if (plan.activation == NK_LINEAR) with_variation(std::integral_constant<int, NK_LINEAR>{});
-        else if (plan.activation == NK_RELU) with_variation(std::integral_constant<int, NK_RELU>{});
-        else with_variation(std::integral_constant<int, CURVED>{});
+        });
     }
 };
 
@@ -368,9 +359,7 @@ private:
 
 template <class T> void lanes_forward(const NkPlan &plan, const Forward<T> &call) { Pass<T>(plan, call).run(); }
 
-template void lanes_forward(const NkPlan &, const Forward<float> &);
-template void lanes_forward(const NkPlan &, const Forward<double> &);
-template void lanes_forward(const NkPlan &, const Forward<bfloat16> &);
-template void lanes_forward(const NkPlan &, const Forward<float16> &);
+#define MAKE(T) template void lanes_forward<T>(const NkPlan &, const Forward<T> &);
+NK_EACH_TYPE(MAKE)
 
 }  // namespace nk

@@ -218,9 +218,7 @@ template <class T> void segments_backward(const NkPlan &plan, const Backward<T> 
     varies ? segments_backward_varying(plan, call) : ConstantGain<T>(plan, call).run();
 }
 
-template void segments_backward<float>(const NkPlan &, const Backward<float> &);
-template void segments_backward<double>(const NkPlan &, const Backward<double> &);
-template void segments_backward<bfloat16>(const NkPlan &, const Backward<bfloat16> &);
-template void segments_backward<float16>(const NkPlan &, const Backward<float16> &);
+#define MAKE(T) template void segments_backward<T>(const NkPlan &, const Backward<T> &);
+NK_EACH_TYPE(MAKE)
 
 }  // namespace nk

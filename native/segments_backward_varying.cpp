@@ -340,9 +340,7 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
 
 template <class T> void segments_backward_varying(const NkPlan &plan, const Backward<T> &call) { VaryingGain<T>(plan, call).run(); }
 
-template void segments_backward_varying<float>(const NkPlan &, const Backward<float> &);
-template void segments_backward_varying<double>(const NkPlan &, const Backward<double> &);
-template void segments_backward_varying<bfloat16>(const NkPlan &, const Backward<bfloat16> &);
-template void segments_backward_varying<float16>(const NkPlan &, const Backward<float16> &);
+#define MAKE(T) template void segments_backward_varying<T>(const NkPlan &, const Backward<T> &);
+NK_EACH_TYPE(MAKE)
 
 }  // namespace nk

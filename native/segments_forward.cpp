@@ -304,9 +304,7 @@ template <class T> class SegmentsForward {
 
 template <class T> void segments_forward(const NkPlan &plan, const Forward<T> &call) { SegmentsForward<T>(plan, call).run(); }
 
-template void segments_forward<float>(const NkPlan &, const Forward<float> &);
-template void segments_forward<double>(const NkPlan &, const Forward<double> &);
-template void segments_forward<bfloat16>(const NkPlan &, const Forward<bfloat16> &);
-template void segments_forward<float16>(const NkPlan &, const Forward<float16> &);
+#define MAKE(T) template void segments_forward<T>(const NkPlan &, const Forward<T> &);
+NK_EACH_TYPE(MAKE)
 
 }  // namespace nk

@@ -141,8 +141,22 @@ template <class Step> inline void for_vectors(int64_t width, Step &&step) {
     if (whole < width) step(OverlappingTail{std::max<int64_t>(0, width - LANES), width});
 }
 
+constexpr int CURVED = -1;  // an activation that is applied to a run of numbers at a time
+
 // How gain and bias vary: along rows, they are a number a row; along both, a number for each element.
 enum Variation { PER_LANE, PER_ROW, PER_ELEMENT };
+
+// f(VARIATION, KIND) as compile-time constants; KIND is NK_LINEAR, NK_RELU or CURVED.
+template <class F> void with_constants(Variation variation, int32_t activation, F &&f) {
+    auto with_variation = [&](auto kind) {
+        if (variation == PER_LANE) f(std::integral_constant<int, PER_LANE>{}, kind);
+        else if (variation == PER_ROW) f(std::integral_constant<int, PER_ROW>{}, kind);
+        else f(std::integral_constant<int, PER_ELEMENT>{}, kind);
+    };
+    if (activation == NK_LINEAR) with_variation(std::integral_constant<int, NK_LINEAR>{});
+    else if (activation == NK_RELU) with_variation(std::integral_constant<int, NK_RELU>{});
+    else with_variation(std::integral_constant<int, CURVED>{});
+}
 
 // Where gain and bias of a sheet's elements are. Where memory has them in another order, they are laid out as a table.
 template <class A> class Parameters {
