@@ -34,3 +34,6 @@ NK_EXPORT int nk_level() {
     return 1;
 #endif
 }
+
+// The version of the structs and signatures, counted up with each change of them: a library of another version must not be called.
+NK_EXPORT int32_t nk_abi() { return 2; }
