@@ -9,7 +9,7 @@
 #include <cmath>
 #include <vector>
 
-#include "threads.h"
+#include "row.h"
 #include "typed.h"
 
 namespace nk {
@@ -17,8 +17,6 @@ namespace {
 
 // Elements of a chunk; with channels last a few thousand channels still have several positions in one.
 constexpr int64_t CHUNK = 16384;
-// Elements that are added up in the accumulation type before double takes over.
-constexpr int64_t BLOCK = 4096;
 // Columns that are added up at a time.
 constexpr int64_t STRIPE = 1024;
 
@@ -52,36 +50,21 @@ struct Cut {
 };
 
 // What each element adds to the sums of its channel.
-template <class A> struct Square {
+struct Square {
     static constexpr int SUMS = 1;
-    template <class T> static void add(const T *x, const T *, int64_t n, Vec<A> *sums) {
-        Vec<A> v = n == LANES ? load(x) : load_some(x, n);
+    template <class At, class T, class V> static void add(At at, const T *x, const T *, V *sums) {
+        V v = at(x);
         sums[0] += v * v;
     }
 };
-template <class A> struct Products {
+struct Products {
     static constexpr int SUMS = 2;
-    template <class T> static void add(const T *x, const T *dy, int64_t n, Vec<A> *sums) {
-        Vec<A> v = n == LANES ? load(x) : load_some(x, n), g = n == LANES ? load(dy) : load_some(dy, n);
-        sums[0] += g * v;
+    template <class At, class T, class V> static void add(At at, const T *x, const T *dy, V *sums) {
+        V g = at(dy);
+        sums[0] += g * at(x);
         sums[1] += g;
     }
 };
-
-// Sums of elements side by side.
-template <class Term, class T> void sum_row(const T *x, const T *dy, int64_t n, double *found) {
-    using A = accumulator<T>;
-    constexpr int S = Term::SUMS, UNROLL = 4;
-    std::fill_n(found, S, 0.0);
-    for (int64_t from = 0; from < n; from += BLOCK) {
-        Vec<A> sums[UNROLL][S] = {};
-        int64_t e = from, end = std::min(n, from + BLOCK);
-        for (; e + UNROLL * LANES <= end; e += UNROLL * LANES)
-            for (int u = 0; u < UNROLL; ++u) Term::add(x + e + u * LANES, dy + e + u * LANES, LANES, sums[u]);
-        for (; e < end; e += LANES) Term::add(x + e, dy + e, std::min<int64_t>(LANES, end - e), sums[0]);
-        for (int s = 0; s < S; ++s) found[s] += double(sum_lanes<A>((sums[0][s] + sums[1][s]) + (sums[2][s] + sums[3][s])));
-    }
-}
 
 // Sums down some columns of a matrix, whose rows are `apart` elements long; `kept` has S times that many columns.
 template <class Term, class T>
@@ -90,21 +73,13 @@ void sum_columns(const T *x, const T *dy, int64_t rows, int64_t columns, int64_t
     constexpr int S = Term::SUMS;
     constexpr int64_t ROWS = 4;  // that are added in registers
     std::fill_n(kept, S * columns, A(0));
-    for (int64_t r = 0; r < rows; r += ROWS) {
-        int64_t end = std::min(rows, r + ROWS);
-        for (int64_t c = 0; c < columns; c += LANES) {
-            int64_t n = std::min<int64_t>(LANES, columns - c);
+    for (int64_t r = 0; r < rows; r += ROWS)
+        over(columns, [&](auto at) {
             Vec<A> sums[S];
-            for (int s = 0; s < S; ++s) sums[s] = n == LANES ? load(kept + s * columns + c) : load_some(kept + s * columns + c, n);
-            if (end - r == ROWS && n == LANES) {
-                for (int64_t i = 0; i < ROWS; ++i) Term::add(x + (r + i) * apart + c, dy + (r + i) * apart + c, LANES, sums);
-            } else {
-                for (int64_t i = r; i < end; ++i) Term::add(x + i * apart + c, dy + i * apart + c, n, sums);
-            }
-            for (int s = 0; s < S; ++s)
-                n == LANES ? store(kept + s * columns + c, sums[s]) : store_some(kept + s * columns + c, sums[s], n);
-        }
-    }
+            for (int s = 0; s < S; ++s) sums[s] = at(kept + s * columns);
+            for (int64_t i = r; i < std::min(rows, r + ROWS); ++i) Term::add(at, x + i * apart, dy + i * apart, sums);
+            for (int s = 0; s < S; ++s) at.put(kept + s * columns, sums[s]);
+        });
 }
 
 // The sums of a chunk into `found`: sum s of the channel at place p is found[s * apart + p].
@@ -125,8 +100,9 @@ void sum_chunk(const Cut &cut, const Chunk &chunk, const T *x, const T *dy, doub
         return;
     }
     for (int64_t c = 0; c < chunk.channels; ++c) {
-        double sums[S];
-        sum_row<Term>(x + c * chunk.positions, dy + c * chunk.positions, chunk.positions, sums);
+        double sums[S] = {};
+        const T *px = x + c * chunk.positions, *pdy = dy + c * chunk.positions;
+        sum_over<A>(chunk.positions, sums, [=](auto at, auto *s) { Term::add(at, px, pdy, s); });
         for (int s = 0; s < S; ++s) found[s * apart + c] = sums[s];
     }
 }
@@ -140,7 +116,7 @@ void total(const Cut &cut, int64_t sample, const double *found, double *total) {
         for (int64_t c = 0; c < channels; ++c) total[c] += found[r * channels + c];
 }
 
-// out = a_c * x (+ b_c * dy) (+ d_c) for every element of a chunk: forward a = gain, d = bias; backward a of x and b of dy.
+// out = a_c * x + (b_c * dy if TWO, else d_c, which may be null) for every element of a chunk: forward a = gain, d = bias.
 template <bool TWO, class T>
 void apply_chunk(const Cut &cut, const Chunk &chunk, const T *x, const accumulator<T> *a, const T *dy, const accumulator<T> *b,
                  const accumulator<T> *d, T *out) {
@@ -148,31 +124,22 @@ void apply_chunk(const Cut &cut, const Chunk &chunk, const T *x, const accumulat
     const int64_t start = cut.start(chunk);
     x += start, out += start;
     if constexpr (TWO) dy += start;
-    auto one = [&](int64_t e, int64_t n, Vec<A> va, Vec<A> vb, Vec<A> vd) {
-        bool full = n == LANES;
-        Vec<A> v = va * (full ? load(x + e) : load_some(x + e, n));
-        if constexpr (TWO) v += vb * (full ? load(dy + e) : load_some(dy + e, n));
-        else v += vd;
-        full ? store(out + e, v) : store_some(out + e, v, n);
+    // of(values) is what belongs to the elements at `at` of a row.
+    auto row = [&](int64_t begin, int64_t n, auto &&of) {
+        over(n, [&](auto at) {
+            Vec<A> v = of(at, a) * at(x + begin);
+            if constexpr (TWO) v += of(at, b) * at(dy + begin);
+            else if (d != nullptr) v += of(at, d);
+            at.put(out + begin, v);
+        });
     };
     if (cut.plan.last) {
-        const int64_t columns = chunk.channels;
-        for (int64_t r = 0; r < chunk.positions; ++r) {
-            int64_t c = 0, row = r * columns;
-            for (; c + LANES <= columns; c += LANES)
-                one(row + c, LANES, load(a + c), TWO ? load(b + c) : Vec<A>{}, d != nullptr ? load(d + c) : Vec<A>{});
-            if (int64_t n = columns - c; n > 0)
-                one(row + c, n, load_some(a + c, n), TWO ? load_some(b + c, n) : Vec<A>{}, d != nullptr ? load_some(d + c, n) : Vec<A>{});
-        }
+        for (int64_t r = 0; r < chunk.positions; ++r)
+            row(r * chunk.channels, chunk.channels, [](auto at, const A *values) { return at(values); });
         return;
     }
-    for (int64_t c = 0; c < chunk.channels; ++c) {
-        const int64_t k = chunk.channel + c, row = c * chunk.positions;
-        const Vec<A> va = splat(a[k]), vb = TWO ? splat(b[k]) : Vec<A>{}, vd = d != nullptr ? splat(d[k]) : Vec<A>{};
-        int64_t e = 0;
-        for (; e + LANES <= chunk.positions; e += LANES) one(row + e, LANES, va, vb, vd);
-        if (e < chunk.positions) one(row + e, chunk.positions - e, va, vb, vd);
-    }
+    for (int64_t c = 0; c < chunk.channels; ++c)
+        row(c * chunk.positions, chunk.positions, [k = chunk.channel + c](auto, const A *values) { return splat<A>(values[k]); });
 }
 
 // sums(chunk) for all chunks, settle(set) for all sets of energies, apply(chunk) for all chunks: a sample after the other where there are
@@ -185,7 +152,7 @@ template <class Sums, class Settle, class Apply> void in_steps(const Cut &cut, S
             for (int64_t i = 0; i < cut.number; ++i) sums(cut.at(sample, i));
             settle(sample);
             for (int64_t i = 0; i < cut.number; ++i) apply(cut.at(sample, i));
-        });
+        }, grain_of(plan.channels * plan.positions));
         return;
     }
     for_each(plan.samples * cut.number, [&](int64_t task) { sums(chunk(task)); });
@@ -210,7 +177,7 @@ void forward(const NkResponse &plan, const T *x, const accumulator<T> *weight, c
     std::vector<double> found(std::size_t(plan.samples * cut.rows() * channels));
     std::vector<A> gain(std::size_t(sets(plan) * channels));
     in_steps(
-        cut, [&](const Chunk &chunk) { sum_chunk<Square<A>, T>(cut, chunk, x, x, found.data(), 0); },
+        cut, [&](const Chunk &chunk) { sum_chunk<Square, T>(cut, chunk, x, x, found.data(), 0); },
         [&](int64_t set) {
             double *g = energy + set * channels;
             total(cut, set, found.data(), g);
@@ -236,7 +203,7 @@ void backward(const NkResponse &plan, const T *dy, const T *x, const accumulator
     std::vector<double> found = doubles(2 * apart), products = doubles(all), sums = doubles(all);
     std::vector<A> of_x(std::size_t(all), A(0)), of_dy(std::size_t(all), A(0));
     in_steps(
-        cut, [&](const Chunk &chunk) { sum_chunk<Products<A>, T>(cut, chunk, x, dy, found.data(), apart); },
+        cut, [&](const Chunk &chunk) { sum_chunk<Products, T>(cut, chunk, x, dy, found.data(), apart); },
         [&](int64_t set) {
             const double *g = energy + set * channels;
             double *product = products.data() + set * channels, divisor = mean_of(g, channels) + plan.eps, common = 0;
@@ -272,24 +239,38 @@ void backward(const NkResponse &plan, const T *dy, const T *x, const accumulator
 }  // namespace
 }  // namespace nk
 
-// Weight and bias may be null, and are in the accumulation type. `energy` receives one double a channel, of each sample or of all.
+// x, y, dy and dx are samples * channels * positions elements of the plan's type; weight, bias, dweight and dbias `channels` elements of its
+// accumulation type; `energy` is `channels` doubles for each sample, or once where energies are shared. Weight and bias are null where
+// plan.parts says so.
 NK_EXPORT int32_t nk_response_forward(const NkResponse *plan, const void *x, const void *weight, const void *bias, void *y,
                                       double *energy) {
-    return nk::by_type(plan->type, [&](auto t) {
-        using T = decltype(t);
-        using A = nk::accumulator<T>;
-        nk::forward<T>(*plan, static_cast<const T *>(x), static_cast<const A *>(weight), static_cast<const A *>(bias), static_cast<T *>(y),
+    using namespace nk;
+    return guarded([&]() -> NkStatus {
+        if (!agrees(plan->parts, NK_WEIGHT, weight) || !agrees(plan->parts, NK_BIAS, bias)) return NK_NULL;
+        if (plan->samples * plan->channels * plan->positions == 0) return NK_OK;
+        if (any_null(x, y, energy)) return NK_NULL;
+        return by_type(plan->type, [&](auto t) {
+            using T = decltype(t);
+            using A = accumulator<T>;
+            forward<T>(*plan, static_cast<const T *>(x), static_cast<const A *>(weight), static_cast<const A *>(bias), static_cast<T *>(y),
                        energy);
+        });
     });
 }
 
-// dx, dweight and dbias may be null.
+// dx, dweight and dbias may be null: they are not wanted then. The bias itself is not needed.
 NK_EXPORT int32_t nk_response_backward(const NkResponse *plan, const void *dy, const void *x, const void *weight, const double *energy,
                                        void *dx, void *dweight, void *dbias) {
-    return nk::by_type(plan->type, [&](auto t) {
-        using T = decltype(t);
-        using A = nk::accumulator<T>;
-        nk::backward<T>(*plan, static_cast<const T *>(dy), static_cast<const T *>(x), static_cast<const A *>(weight), energy,
+    using namespace nk;
+    return guarded([&]() -> NkStatus {
+        if (!agrees(plan->parts, NK_WEIGHT, weight)) return NK_NULL;
+        if (plan->samples * plan->channels * plan->positions == 0) return NK_OK;
+        if (any_null(dy, x, energy)) return NK_NULL;
+        return by_type(plan->type, [&](auto t) {
+            using T = decltype(t);
+            using A = accumulator<T>;
+            backward<T>(*plan, static_cast<const T *>(dy), static_cast<const T *>(x), static_cast<const A *>(weight), energy,
                         static_cast<T *>(dx), static_cast<A *>(dweight), static_cast<A *>(dbias));
+        });
     });
 }

@@ -12,5 +12,6 @@ struct NkResponse {
     int64_t samples, channels, positions;
     double eps;
     int32_t type, last;
-    int32_t shared, reserved;
+    int32_t shared;
+    int32_t parts;  // NK_WEIGHT | NK_BIAS
 };

@@ -4,141 +4,15 @@
 // From these come the gradients of the parameters, and what the statistic's own derivative takes from dx.
 #include <utility>
 
-#include "activation.h"
 #include "kernels.h"
-#include "sheet.h"
+#include "lanes_backward_rows.h"
+#include "room.h"
 
 namespace nk {
 namespace {
 
-constexpr int CURVED = -1;     // an activation whose slope is taken of a run of numbers at a time
 constexpr int64_t BLOCK = 64;  // rows that are summed before they are added up in double precision
 constexpr int64_t LONG = 512;  // bytes of a row from which on rows are read one by one: side by side they come in late
-
-template <class A> struct Line {
-    alignas(64) A center[ROOM], inverse[ROOM];
-    // PER_LANE: dx = g * gain + d * along + offset, of z = d * gain + shift.
-    alignas(64) A gain[ROOM], shift[ROOM], along[ROOM], offset[ROOM];
-    // ? of the first row; else dx = g * weight * inverse + d * along + offset, of z = d * inverse * weight + bias.
-    const A *weight, *bias;
-    int64_t weight_step, bias_step;
-    int32_t kind;
-};
-
-// What a few rows give: dy times the activation's slope, of each vector of each row.
-template <int VARIATION, int KIND, int ROWS, class T> struct Rows {
-    using A = accumulator<T>;
-    const T *dy, *x;
-    int64_t pitch, width, row;
-    const Line<A> &line;
-    A weight[ROWS], bias[ROWS];
-    alignas(64) A slopes[KIND == CURVED ? ROWS : 1][KIND == CURVED ? ROOM : 1];
-
-    Rows(const T *dy, const T *x, int64_t pitch, int64_t width, int64_t row, const Line<A> &line)
-        : dy(dy), x(x), pitch(pitch), width(width), row(row), line(line) {
-        if constexpr (VARIATION == PER_ROW)
-            for (int r = 0; r < ROWS; ++r) {
-                weight[r] = line.weight ? line.weight[(row + r) * line.weight_step] : A(1);
-                bias[r] = line.bias ? line.bias[(row + r) * line.bias_step] : A(0);
-            }
-        if constexpr (KIND == CURVED) {
-            for_vectors(width, [&](auto at) {
-                for (int r = 0; r < ROWS; ++r) nk::store(slopes[r] + at.lane, z(at, r, apart(at, r)));
-            });
-            for (int r = 0; r < ROWS; ++r) slope_run(line.kind, slopes[r], width);
-        }
-    }
-
-    // Asks for what is read soon, where rows are long: of three streams at once the processor foresees too little.
-    template <class At> void ask(At at) const {
-        if constexpr (ROWS > 1) return;
-        __builtin_prefetch(x + 3 * pitch + at.lane);
-        __builtin_prefetch(dy + 3 * pitch + at.lane);
-    }
-    template <class At> Vec<A> apart(At at, int r) const { return at.load(x + r * pitch) - at.load(line.center); }
-    template <class At> Vec<A> gain(At at, int r) const {
-        if constexpr (VARIATION == PER_ROW) return splat<A>(weight[r]);
-        else return at.load(line.weight + (row + r) * line.weight_step);
-    }
-    template <class At> Vec<A> z(At at, int r, Vec<A> apart) const {
-        if constexpr (VARIATION == PER_LANE) return apart * at.load(line.gain) + at.load(line.shift);
-        Vec<A> normalized = apart * at.load(line.inverse);
-        if constexpr (VARIATION == PER_ROW) return normalized * weight[r] + bias[r];
-        if constexpr (VARIATION == PER_ELEMENT) return normalized * gain(at, r) + at.load(line.bias + (row + r) * line.bias_step);
-    }
-    template <class At> Vec<A> g(At at, int r, Vec<A> apart) const {
-        Vec<A> found = at.load(dy + r * pitch);
-        if constexpr (KIND == NK_RELU) return select<A>(z(at, r, apart) <= 0, Vec<A>{}, found);
-        if constexpr (KIND == CURVED) return found * nk::load(slopes[r] + at.lane);
-        return found;
-    }
-};
-
-// Adds to the lanes' sums, and gives the rows' own: for PER_ROW two sums for each row, for PER_ELEMENT each lane's two.
-template <int VARIATION, int KIND, int ROWS, class T, class A = accumulator<T>>
-void collect(const Rows<VARIATION, KIND, ROWS, T> &rows, A *sums, A *products, A *own_sums, A *own_products) {
-    Vec<A> sum[ROWS] = {}, product[ROWS] = {};
-    for_vectors(rows.width, [&](auto at) {
-        Vec<A> lane_sum = {}, lane_product = {};
-        for (int r = 0; r < ROWS; ++r) {
-            rows.ask(at);
-            Vec<A> apart = rows.apart(at, r), g = at.template fresh<A>(rows.g(at, r, apart));
-            if constexpr (VARIATION == PER_LANE) {
-                lane_sum += g;
-                lane_product += g * apart;
-            } else {
-                Vec<A> normalized = apart * at.load(rows.line.inverse), scaled = g * rows.gain(at, r);
-                lane_sum += scaled;
-                lane_product += scaled * apart;
-                if constexpr (VARIATION == PER_ROW) {
-                    sum[r] += g;
-                    product[r] += g * normalized;
-                } else {
-                    nk::store(own_sums + at.lane, rows.g(at, r, apart));
-                    nk::store(own_products + at.lane, rows.g(at, r, apart) * normalized);
-                }
-            }
-        }
-        at.store(sums, at.load(sums) + lane_sum);
-        at.store(products, at.load(products) + lane_product);
-    });
-    if constexpr (VARIATION == PER_ROW)
-        for (int r = 0; r < ROWS; ++r) own_sums[r] = sum_lanes<A>(sum[r]), own_products[r] = sum_lanes<A>(product[r]);
-}
-
-// PULLED: the statistic depends on x.
-template <bool PULLED, int VARIATION, int KIND, int ROWS, class T, class A = accumulator<T>>
-void spread(const Rows<VARIATION, KIND, ROWS, T> &rows, const T *dsum, T *dx) {
-    for_vectors(rows.width, [&](auto at) {
-        Vec<A> found[ROWS];
-        for (int r = 0; r < ROWS; ++r) {
-            rows.ask(at);
-            Vec<A> apart = {};
-            if constexpr (PULLED || KIND == NK_RELU) apart = rows.apart(at, r);
-            found[r] = rows.g(at, r, apart);
-            if constexpr (VARIATION == PER_LANE) found[r] *= at.load(rows.line.gain);
-            else found[r] *= rows.gain(at, r) * at.load(rows.line.inverse);
-            if constexpr (PULLED) found[r] += apart * at.load(rows.line.along) + at.load(rows.line.offset);
-            if (dsum) found[r] += at.load(dsum + r * rows.pitch);
-        }
-        for (int r = 0; r < ROWS; ++r) at.store(dx + r * rows.pitch, found[r]);
-    });
-}
-
-// Scratch is first measured and then given out.
-template <class A> struct Shelf {
-    A *base;
-    int64_t used = 0;
-
-    A *take(int64_t n) {
-        used += n;
-        return base ? base + used - n : nullptr;
-    }
-    double *take_doubles(int64_t n) {
-        if (base && reinterpret_cast<uintptr_t>(base + used) % sizeof(double)) ++used;
-        return reinterpret_cast<double *>(take(n * int64_t(sizeof(double) / sizeof(A))));
-    }
-};
 
 template <class T> class Pass {
     using A = accumulator<T>;
@@ -151,7 +25,8 @@ template <class T> class Pass {
     bool pulled, wanted;  // the statistic depends on x; a parameter's gradient is asked for
     int64_t shares;       // at once: of the sheets, each share by one task a tile; otherwise sheets of a batch
     int64_t parts;        // of a share's own sums
-    Shelf<A> shelf;
+    Room<A, 2048> room;
+    Room<double, 1024> sums_room;
     const A *weight, *bias;
     A *partial, *pulls;  // sums over lanes, of each chunk of a batch; what they make of dx
     double *lane_sums;   // of the sheets of a batch: of g, of g * d
@@ -160,24 +35,23 @@ template <class T> class Pass {
 
 public:
     Pass(const NkPlan &plan, const Backward<T> &call)
-        : plan(plan), call(call), sheet(plan, Parameters<A>::bound_to_rows(plan)), cut(sheet, 2 * sizeof(T)), parameters(plan, sheet),
-          shelf{call.scratch} {
+        : plan(plan), call(call), sheet(plan, Parameters<A>::bound_to_rows(plan)), cut(sheet, 2 * sizeof(T)), parameters(plan, sheet) {
         wanted = call.dweight || call.dbias;
         pulled = !plan.given && (plan.centred || plan.scale != NK_UNSCALED);
         shares = !cut.at_once ? cut.batch : parameters.places() > 1 ? sheet.outer : std::clamp<int64_t>(128 / cut.tiles, 1, sheet.outer);
         parts = parameters.variation == PER_ROW ? cut.tiles : 1;
-        int64_t lanes = cut.at_once ? 0 : cut.batch * 2 * sheet.lanes;
-        A *weight_table = shelf.take(parameters.room()), *bias_table = shelf.take(parameters.room());
-        partial = shelf.take(lanes * cut.chunks);
-        pulls = shelf.take(lanes);
-        lane_sums = shelf.take_doubles(lanes);
-        own = shelf.take_doubles(shares * parts * 2 * parameters.area());
-        totals = shelf.take_doubles(2 * plan.parameters);
-        weight = parameters.lay_out(call.weight, weight_table);
-        bias = parameters.lay_out(call.bias, bias_table);
+        int64_t lanes = cut.at_once ? 0 : cut.batch * 2 * sheet.lanes, table = parameters.room();
+        int64_t own_size = wanted ? shares * parts * 2 * parameters.area() : 0;
+        A *scratch = room.take(2 * table + lanes * (cut.chunks + 1));
+        partial = scratch + 2 * table;
+        pulls = partial + lanes * cut.chunks;
+        lane_sums = sums_room.take(lanes + own_size + 2 * plan.parameters);
+        own = lane_sums + lanes;
+        totals = own + own_size;
+        weight = parameters.lay_out(call.weight, scratch);
+        bias = parameters.lay_out(call.bias, scratch + table);
         if (!weight && !bias && !wanted) parameters.variation = PER_LANE;
     }
-    static int64_t scratch(const NkPlan &plan) { return Pass(plan, Backward<T>{}).shelf.used + 1; }
 
     void run() {
         if (wanted) std::fill(totals, totals + 2 * plan.parameters, 0.0);
@@ -185,7 +59,7 @@ public:
             for_each(shares * cut.tiles, [&](int64_t task) {
                 int64_t share = task / cut.tiles, first = share * sheet.outer / shares, last = (share + 1) * sheet.outer / shares;
                 for (int64_t o = first; o < last; ++o) sheet_at_once(o, task % cut.tiles, share, o == first);
-            });
+            }, grain_of(sheet.outer * sheet.size / (shares * cut.tiles)));
             for (int64_t share = 0; share < shares; ++share) add_up(share, share * sheet.outer / shares);
         } else {
             for (int64_t begin = 0; begin < sheet.outer; begin += cut.batch) in_chunks(begin, std::min(sheet.outer, begin + cut.batch));
@@ -199,14 +73,18 @@ private:
     bool one_by_one(Tile tile) const { return cut.tiles == 1 && tile.width * int64_t(sizeof(T)) >= LONG; }
     bool by_lane() const { return parameters.variation == PER_LANE; }
     // A share's sums for the parameters: of g * normalized; those of g follow after an area.
-    double *own_of(int64_t share, int64_t tile) const { return own + (share * parts + (parts > 1 ? tile : 0)) * 2 * parameters.area(); }
+    double *own_of(int64_t share, int64_t tile) const {
+        return wanted ? own + (share * parts + (parts > 1 ? tile : 0)) * 2 * parameters.area() : nullptr;
+    }
 
     void sheet_at_once(int64_t o, int64_t index, int64_t share, bool fresh) {
         Tile tile = cut.tile(sheet, index);
         Span span(sheet, cut, 0);
-        Line<A> line;
+        BackwardLine<A> line;
         draw(line, o, span, tile);
-        double sums[ROOM] = {}, products[ROOM] = {};
+        double sums[ROOM], products[ROOM];
+        std::fill_n(sums, tile.width, 0.0);
+        std::fill_n(products, tile.width, 0.0);
         if (pulled || wanted) collect_rows(o, span, tile, line, sums, products, own_of(share, index), fresh);
         if (wanted && by_lane()) {
             double *to = own_of(share, index) + tile.first;
@@ -228,14 +106,16 @@ private:
                     int64_t task = backwards ? first + last - 1 - i : i, chunk = task % pieces / cut.tiles;
                     each(task / pieces, chunk, Span(sheet, cut, chunk), task % cut.tiles);
                 }
-            });
+            }, grain_of(sheet.size / pieces));
         };
         if (pulled || wanted)
             each_piece(false, [&](int64_t b, int64_t chunk, Span span, int64_t index) {
                 Tile tile = cut.tile(sheet, index);
-                Line<A> line;
+                BackwardLine<A> line;
                 draw(line, begin + b, span, tile);
-                double sums[ROOM] = {}, products[ROOM] = {};
+                double sums[ROOM], products[ROOM];
+                std::fill_n(sums, tile.width, 0.0);
+                std::fill_n(products, tile.width, 0.0);
                 collect_rows(begin + b, span, tile, line, sums, products, own_of(b, index), true);
                 A *to = partial + (b * cut.chunks + chunk) * 2 * lanes + tile.first;
                 std::copy(sums, sums + tile.width, to);
@@ -253,7 +133,7 @@ private:
         // Backwards: what was read last is still near.
         each_piece(true, [&](int64_t b, int64_t, Span span, int64_t index) {
             Tile tile = cut.tile(sheet, index);
-            Line<A> line;
+            BackwardLine<A> line;
             draw(line, begin + b, span, tile);
             const A *pull = pulls + b * 2 * lanes + tile.first;
             std::copy(pull, pull + tile.width, line.along);
@@ -268,32 +148,22 @@ private:
         for (int64_t chunk = 0; chunk < cut.chunks; ++chunk, chunks += 2 * lanes)
             for (int64_t i = 0; i < 2 * lanes; ++i) sums[i] += double(chunks[i]);
         if (!wanted || !by_lane()) return;
-        for (int64_t l = 0; l < lanes; ++l) own[l] = sums[lanes + l] * double(call.inverse[o * plan.kept + sheet.statistic(l)]);
+        sheet.each_statistic({0, lanes}, [&](int64_t l, int64_t k) { own[l] = sums[lanes + l] * double(call.inverse[o * plan.kept + k]); });
         std::copy(sums, sums + lanes, own + lanes);
     }
 
-    // f(VARIATION, KIND) as compile-time constants.
-    template <class F> void with_constants(F &&f) const {
-        auto with_variation = [&](auto kind) {
-            if (parameters.variation == PER_LANE) f(std::integral_constant<int, PER_LANE>{}, kind);
-            else if (parameters.variation == PER_ROW) f(std::integral_constant<int, PER_ROW>{}, kind);
-            else f(std::integral_constant<int, PER_ELEMENT>{}, kind);
-        };
-        if (plan.activation == NK_LINEAR) with_variation(std::integral_constant<int, NK_LINEAR>{});
-        else if (plan.activation == NK_RELU) with_variation(std::integral_constant<int, NK_RELU>{});
-        else with_variation(std::integral_constant<int, CURVED>{});
-    }
-
-    void draw(Line<A> &line, int64_t o, Span span, Tile tile) const {
+    void draw(BackwardLine<A> &line, int64_t o, Span span, Tile tile) const {
         int64_t parameter = parameters.place(o) + span.first * parameters.row_step + tile.first * parameters.lane_step;
         line.weight = weight ? weight + parameter : nullptr;
         line.bias = bias ? bias + parameter : nullptr;
         line.weight_step = line.bias_step = parameters.row_step;
         line.kind = plan.activation;
+        const A *centers = plan.centred && call.center ? call.center + o * plan.kept : nullptr, *inverses = call.inverse + o * plan.kept;
+        sheet.each_statistic(tile, [&](int64_t l, int64_t k) {
+            line.center[l] = centers ? centers[k] : A(0);
+            line.inverse[l] = inverses[k];
+        });
         for (int64_t l = 0; l < tile.width; ++l) {
-            int64_t statistic = o * plan.kept + sheet.statistic(tile.first + l);
-            line.center[l] = plan.centred && call.center ? call.center[statistic] : A(0);
-            line.inverse[l] = call.inverse[statistic];
             line.gain[l] = by_lane() && weight ? line.inverse[l] * line.weight[l * parameters.lane_step] : line.inverse[l];
             line.shift[l] = by_lane() && bias ? line.bias[l * parameters.lane_step] : A(0);
         }
@@ -305,9 +175,9 @@ private:
     }
 
     // Sums over the span's rows, for each lane; and the rows' own, from the span's first row and the tile's first lane on.
-    void collect_rows(int64_t o, Span span, Tile tile, const Line<A> &line, double *sums, double *products, double *own, bool fresh) const {
-        own += parameters.variation == PER_ROW ? span.first : parameters.variation == PER_ELEMENT ? span.first * sheet.lanes + tile.first : 0;
-        with_constants([&](auto variation, auto kind) {
+    void collect_rows(int64_t o, Span span, Tile tile, const BackwardLine<A> &line, double *sums, double *products, double *own, bool fresh) const {
+        if (wanted) own += parameters.variation == PER_ROW ? span.first : parameters.variation == PER_ELEMENT ? span.first * sheet.lanes + tile.first : 0;
+        with_constants(parameters.variation, plan.activation, [&](auto variation, auto kind) {
             constexpr int VARIATION = decltype(variation)::value, KIND = decltype(kind)::value;
             constexpr int MANY = KIND == CURVED || VARIATION == PER_ELEMENT ? 1 : 4;
             alignas(64) A some_sums[ROOM], some_products[ROOM], own_sums[ROOM], own_products[ROOM];
@@ -324,8 +194,8 @@ private:
                 }
             };
             for (int64_t row = 0; row < span.rows + (span.last != 0);) {
-                std::fill(some_sums, some_sums + ROOM, A(0));
-                std::fill(some_products, some_products + ROOM, A(0));
+                std::fill_n(some_sums, in_vectors(tile.width), A(0));
+                std::fill_n(some_products, in_vectors(tile.width), A(0));
                 int64_t end = std::min(row + BLOCK, span.rows);
                 for (; !one_by_one(tile) && row + MANY <= end; row += MANY) rows_at(std::integral_constant<int, MANY>{}, row, tile.width);
                 for (; row < end; ++row) rows_at(std::integral_constant<int, 1>{}, row, tile.width);
@@ -349,16 +219,16 @@ private:
             });
         const A *inverse = call.inverse + o * plan.kept;
         double size = plan.centred ? double(set_size(plan)) : INFINITY;
-        for (int64_t l = 0; l < tile.width; ++l) {
-            A scale = inverse[sheet.statistic(tile.first + l)];
+        sheet.each_statistic(tile, [&](int64_t l, int64_t k) {
+            A scale = inverse[k];
             double i = double(scale);
             along[l] = A(-(i * double(strength(plan, scale))) * (i * i) * products[l]);
             offset[l] = plan.centred ? A(-i * sums[l] / size) : A(0);
-        }
+        });
     }
 
-    void spread_rows(int64_t o, Span span, Tile tile, const Line<A> &line) const {
-        with_constants([&](auto variation, auto kind) {
+    void spread_rows(int64_t o, Span span, Tile tile, const BackwardLine<A> &line) const {
+        with_constants(parameters.variation, plan.activation, [&](auto variation, auto kind) {
             constexpr int VARIATION = decltype(variation)::value, KIND = decltype(kind)::value;
             constexpr int MANY = KIND == CURVED ? 1 : 2;
             auto rows_at = [&](auto count, int64_t row, int64_t width) {
@@ -392,17 +262,7 @@ private:
 
 template <class T> void lanes_backward(const NkPlan &plan, const Backward<T> &call) { Pass<T>(plan, call).run(); }
 
-template void lanes_backward(const NkPlan &, const Backward<float> &);
-template void lanes_backward(const NkPlan &, const Backward<double> &);
-template void lanes_backward(const NkPlan &, const Backward<bfloat16> &);
-template void lanes_backward(const NkPlan &, const Backward<float16> &);
-
-int64_t lanes_backward_scratch(const NkPlan &plan) {
-    switch (plan.type) {
-        case NK_FLOAT32: return Pass<float>::scratch(plan);
-        case NK_FLOAT64: return Pass<double>::scratch(plan);
-        default: return Pass<float16>::scratch(plan);
-    }
-}
+#define MAKE(T) template void lanes_backward<T>(const NkPlan &, const Backward<T> &);
+NK_EACH_TYPE(MAKE)
 
 }  // namespace nk

@@ -1,12 +1,12 @@
 // Statistics per lane, from rows far apart, and normalizing by them.
 #include "activation.h"
 #include "kernels.h"
+#include "room.h"
 #include "sheet.h"
 
 namespace nk {
 namespace {
 
-constexpr int CURVED = -1;         // an activation that is applied to a run of numbers at a time
 constexpr int64_t BLOCK = 64;      // rows that are summed before they are merged
 constexpr int64_t DEEP = 8;        // rows that are summed side by side: each takes the sums from memory and back once
 
@@ -30,30 +30,48 @@ void accumulate(const T *x, int64_t pitch, int64_t width, const A *pivot, A *sum
     });
 }
 
+// The same for all rows of a block, in double, for squares that float can't hold.
+template <class T, class A = accumulator<T>>
+void accumulate_wide(const T *x, int64_t pitch, int64_t rows, int64_t width, const A *pivot, double *sums, double *squares) {
+    for (int64_t row = 0; row < rows; ++row, x += pitch)
+        for (int64_t l = 0; l < width; ++l) {
+            double apart = double(widen(x[l])) - double(pivot[l]);
+            sums[l] += apart;
+            squares[l] += apart * apart;
+        }
+}
+
 // Moments of each lane. The mean is pivot + rest, of which rest is what rounding took from the pivot; square as in Moments.
 template <class A> struct Found {
-    alignas(64) A pivot[ROOM] = {}, rest[ROOM] = {}, square[ROOM] = {};
+    alignas(64) A pivot[ROOM], rest[ROOM];
+    alignas(64) double square[ROOM];
 
+    explicit Found(int64_t width) {
+        std::fill_n(pivot, in_vectors(width), A(0));
+        std::fill_n(rest, in_vectors(width), A(0));
+        std::fill_n(square, in_vectors(width), 0.0);
+    }
     // Merges sums about the pivot, of `more` elements in each lane, with the `n` before. The new mean becomes the pivot, so that
     // differences are always taken from a number nearby.
-    void merge(bool centred, const A *sums, const A *squares, int64_t n, int64_t more, int64_t width) {
-        A each = 1 / A(more), share = A(more) / A(n + more), weight = A(n) * share;
+    template <class S> void merge(bool centred, const S *sums, const S *squares, int64_t n, int64_t more, int64_t width) {
         if (!centred) {
-            for (int64_t l = 0; l < width; ++l) square[l] += squares[l];
+            for (int64_t l = 0; l < width; ++l) square[l] += double(squares[l]);
             return;
         }
+        const double each = 1 / double(more), share = double(more) / double(n + more), weight = double(n) * share;
         for (int64_t l = 0; l < width; ++l) {
-            A mean = sums[l] * each, apart = mean - rest[l];
-            square[l] += (squares[l] - sums[l] * mean) + apart * apart * weight;
-            A low = rest[l] + apart * share, high = pivot[l] + low, back = high - pivot[l];
-            rest[l] = (pivot[l] - (high - back)) + (low - back);
+            double sum = double(sums[l]), mean = sum * each, apart = mean - double(rest[l]);
+            square[l] += (double(squares[l]) - sum * mean) + apart * apart * weight;
+            double low = double(rest[l]) + apart * share;
+            A high = A(double(pivot[l]) + low);
+            rest[l] = A((double(pivot[l]) - double(high)) + low);
             pivot[l] = high;
         }
     }
 };
 
 // Lanes of one statistic, merged: they all get its moments.
-template <class A> void merge_groups(const Sheet &sheet, Tile tile, A *pivot, A *rest, A *square) {
+template <class A> void merge_groups(const Sheet &sheet, Tile tile, A *pivot, A *rest, double *square) {
     if (sheet.plain()) return;
     sheet.for_sets(tile, [&](auto &&each_lane) {
         auto mean_of = [&](int64_t l) { return double(pivot[l]) + double(rest[l]); };
@@ -65,18 +83,17 @@ template <class A> void merge_groups(const Sheet &sheet, Tile tile, A *pivot, A 
         mean /= n;
         each_lane([&](int64_t l) {
             double apart = mean_of(l) - mean;
-            total += double(square[l]) + double(sheet.elements(tile.first + l)) * apart * apart;
+            total += square[l] + double(sheet.elements(tile.first + l)) * apart * apart;
         });
-        A high = A(mean), low = A(mean - double(high)), all = A(total);
-        each_lane([&](int64_t l) { pivot[l] = high, rest[l] = low, square[l] = all; });
+        A high = A(mean), low = A(mean - double(high));
+        each_lane([&](int64_t l) { pivot[l] = high, rest[l] = low, square[l] = total; });
     });
 }
 
 // z = (x - pivot) * gain + shift; then, but PER_LANE, z * weight + bias.
 template <class A> struct Line {
     alignas(64) A pivot[ROOM], gain[ROOM], shift[ROOM];
-    // ? of the first row
-    const A *weight, *bias;
+    const A *weight, *bias;  // of the first row, or null
     int64_t weight_step, bias_step;
 };
 
@@ -112,11 +129,6 @@ void write(const T *x, T *y, int64_t pitch, int64_t width, const Line<A> &line, 
     }
 }
 
-template <class A> void inverse_scales(const NkPlan &plan, const A *square, A *inverse, int64_t n) {
-    NkPlan p = plan;  // a copy, which the stores cannot change
-    for (int64_t i = 0; i < n; ++i) inverse[i] = inverse_scale<A>(p, square[i]);
-}
-
 template <class T> class Pass {
     using A = accumulator<T>;
 
@@ -125,44 +137,50 @@ template <class T> class Pass {
     Cut cut;
     Parameters<A> parameters;
     const Forward<T> &call;
+    const Range range;  // of a block
+    const T *x;         // what is normalized
+    Room<A, 2048> room;
+    Room<double> square_room;
     const A *weight, *bias;
-    const T *x;          // what is normalized
-    A *partial, *whole;  // moments of a batch's lanes: of each chunk, and of the sheet
+    // Moments of a batch's lanes, of each chunk: pivot and rest, square; of the sheet: pivot, rest and 1 / scale, square.
+    A *partial, *whole;
+    double *partial_square, *whole_square;
 
 public:
     Pass(const NkPlan &plan, const Forward<T> &call)
         : plan(plan), sheet(plan, Parameters<A>::bound_to_rows(plan)), cut(sheet, sizeof(T)), parameters(plan, sheet), call(call),
-          x(call.residual ? call.sum : call.x) {
-        weight = parameters.lay_out(call.weight, call.scratch);
-        bias = parameters.lay_out(call.bias, call.scratch + parameters.room());
+          range(Range::of<A>(plan, std::min(sheet.rows, BLOCK))), x(call.residual ? call.sum : call.x) {
+        int64_t table = parameters.room(), lanes = cut.at_once ? 0 : cut.batch * sheet.lanes;
+        A *scratch = room.take(2 * table + lanes * (2 * cut.chunks + 3));
+        weight = parameters.lay_out(call.weight, scratch);
+        bias = parameters.lay_out(call.bias, scratch + table);
         if (weight == nullptr && bias == nullptr) parameters.variation = PER_LANE;
-        partial = call.scratch + 2 * parameters.room();
-        whole = partial + cut.batch * cut.chunks * 3 * sheet.lanes;
-    }
-    static int64_t scratch(const NkPlan &plan) {
-        Sheet sheet(plan, Parameters<A>::bound_to_rows(plan));
-        Cut cut(sheet, sizeof(T));
-        return 2 * Parameters<A>(plan, sheet).room() + (cut.at_once ? 0 : cut.batch * (cut.chunks + 1) * 3 * sheet.lanes);
+        partial = scratch + 2 * table;
+        whole = partial + lanes * 2 * cut.chunks;
+        partial_square = square_room.take(lanes * (cut.chunks + 1));
+        whole_square = partial_square + lanes * cut.chunks;
     }
 
     void run() {
         if (plan.given) return each_piece(0, sheet.outer, [&](int64_t o, int64_t chunk, Tile tile) { normalize_given(o, chunk, tile); });
         if (cut.at_once)
             return each_piece(0, sheet.outer, [&](int64_t o, int64_t chunk, Tile tile) {
-                Found<A> found;
+                Found<A> found(tile.width);
+                A inverse[ROOM];
                 gather(o, chunk, tile, found);
-                settle(o, tile, found.pivot, found.rest, found.square);
-                normalize(o, chunk, tile, found.pivot, found.rest, found.square);
+                settle(o, tile, found.pivot, found.rest, found.square, inverse);
+                normalize(o, chunk, tile, found.pivot, found.rest, inverse);
             });
         for (int64_t begin = 0; begin < sheet.outer; begin += cut.batch) {
             int64_t end = std::min(sheet.outer, begin + cut.batch);
             each_piece(begin, end, [&](int64_t o, int64_t chunk, Tile tile) {
-                Found<A> found;
+                Found<A> found(tile.width);
                 gather(o, chunk, tile, found);
-                A *to = partial + ((o - begin) * cut.chunks + chunk) * 3 * sheet.lanes + tile.first;
+                int64_t at = ((o - begin) * cut.chunks + chunk) * sheet.lanes;
+                A *to = partial + 2 * at + tile.first;
                 std::copy(found.pivot, found.pivot + tile.width, to);
                 std::copy(found.rest, found.rest + tile.width, to + sheet.lanes);
-                std::copy(found.square, found.square + tile.width, to + 2 * sheet.lanes);
+                std::copy(found.square, found.square + tile.width, partial_square + at + tile.first);
             });
             merge_chunks(begin, end);
             // Backwards: what was read last is still near.
@@ -181,7 +199,7 @@ private:
                 int64_t task = BACKWARDS ? first + last - 1 - i : i;
                 each(begin + task / pieces, task % pieces / cut.tiles, cut.tile(sheet, task % cut.tiles));
             }
-        });
+        }, grain_of(sheet.size / pieces));
     }
     int64_t place(int64_t o, Span span, Tile tile) const { return o * sheet.size + span.first * sheet.lanes + tile.first; }
 
@@ -189,58 +207,91 @@ private:
         Span span(sheet, cut, chunk);
         int64_t at = place(o, span, tile), n = 0;
         auto take = [&](int64_t rows, int64_t width) {
-            if (call.residual) add_rows(call.x + at, call.residual + at, call.sum + at, sheet.lanes, std::min(rows, DEEP), width);
-            if (n == 0 && plan.centred)
-                for (int64_t l = 0; l < width; ++l) found.pivot[l] = widen(x[at + l]);
-            alignas(64) A sums[ROOM] = {}, squares[ROOM] = {};
-            for (int64_t row = 0; row < rows;) {
-                int64_t deep = std::min(rows - row, DEEP);
-                if (call.residual && row > 0)
-                    add_rows(call.x + at, call.residual + at, call.sum + at, sheet.lanes, deep, width);
-                accumulate(x + at, deep, width, found.pivot, sums, squares);
-                row += deep, at += deep * sheet.lanes;
+            if (call.residual) add_rows(call.x + at, call.residual + at, call.sum + at, sheet.lanes, rows, width);
+            if (n == 0 && plan.centred) start(x + at, std::min(rows, DEEP), width, found.pivot);
+            alignas(64) A sums[ROOM], squares[ROOM];
+            for (int attempt = 1;; ++attempt) {
+                std::fill_n(sums, in_vectors(width), A(0));
+                std::fill_n(squares, in_vectors(width), A(0));
+                accumulate(x + at, rows, width, found.pivot, sums, squares);
+                if (attempt == 2 || n > 0 || !plan.centred || !far_off(sums, squares, rows, width)) break;
+                for (int64_t l = 0; l < width; ++l) found.pivot[l] += sums[l] / A(rows);
             }
-            // Whole vectors: beyond the width are zeros; but for the short row, beyond which are lanes.
-            found.merge(plan.centred, sums, squares, n, rows, width == tile.width ? (width + LANES - 1) / LANES * LANES : width);
-            n += rows;
+            bool lacks = false;
+            for (int64_t l = 0; l < width; ++l) lacks |= range.lacks(double(squares[l]));
+            if (lacks) {
+                double wide_sums[ROOM] = {}, wide_squares[ROOM] = {};
+                accumulate_wide(x + at, sheet.lanes, rows, width, found.pivot, wide_sums, wide_squares);
+                found.merge(plan.centred, wide_sums, wide_squares, n, rows, width);
+            } else {
+                // Whole vectors: beyond the width are zeros; but for the short row, beyond which are lanes.
+                found.merge(plan.centred, sums, squares, n, rows, width == tile.width ? in_vectors(width) : width);
+            }
+            n += rows, at += rows * sheet.lanes;
         };
         for (int64_t row = 0; row < span.rows; row += BLOCK) take(std::min(BLOCK, span.rows - row), tile.width);
         if (span.last) take(1, span.last);
     }
+
+    // The first pivot: the mean of a few rows. About the first row alone, an outlier there would cost as many digits as its square has.
+    // Differences from that row make it exact where all elements are equal.
+    void start(const T *from, int64_t rows, int64_t width, A *pivot) const {
+        const A each = 1 / A(rows);
+        for_vectors(width, [&](auto at) {
+            Vec<A> first = at.load(from), sum{};
+            for (int64_t row = 1; row < rows; ++row) sum += at.load(from + row * sheet.lanes) - first;
+            at.store(pivot, first + sum * each);
+        });
+    }
+
+    // Whether a lane's mean is so far from the pivot that its variance comes out of a difference of larger numbers. The mean of eight rows
+    // is off by more than this for one lane in ten thousand.
+    static bool far_off(const A *sums, const A *squares, int64_t rows, int64_t width) {
+        const A each = 1 / A(rows);
+        bool found = false;
+        for (int64_t l = 0; l < width; ++l) found |= sums[l] * sums[l] * each > A(2) * (squares[l] - sums[l] * sums[l] * each);
+        return found;
+    }
+
     void accumulate(const T *p, int64_t rows, int64_t width, const A *pivot, A *sums, A *squares) {
         auto run = [&](auto centred) {
             constexpr bool CENTRED = decltype(centred)::value;
-            if (rows == DEEP) return nk::accumulate<CENTRED, DEEP>(p, sheet.lanes, width, pivot, sums, squares);
-            for (int64_t row = 0; row < rows; ++row) nk::accumulate<CENTRED, 1>(p + row * sheet.lanes, sheet.lanes, width, pivot, sums, squares);
+            int64_t row = 0;
+            for (; row + DEEP <= rows; row += DEEP)
+                nk::accumulate<CENTRED, DEEP>(p + row * sheet.lanes, sheet.lanes, width, pivot, sums, squares);
+            for (; row < rows; ++row) nk::accumulate<CENTRED, 1>(p + row * sheet.lanes, sheet.lanes, width, pivot, sums, squares);
         };
         plan.centred ? run(std::true_type{}) : run(std::false_type{});
     }
 
-    // From the moments of lanes to those of their statistics, which are written; the square becomes 1 / scale.
-    void settle(int64_t o, Tile tile, A *pivot, A *rest, A *square) {
+    // From the moments of lanes to those of their statistics, which are written, and to 1 / scale of each lane.
+    void settle(int64_t o, Tile tile, A *pivot, A *rest, double *square, A *inverse) {
         merge_groups(sheet, tile, pivot, rest, square);
+        for (int64_t l = 0; l < tile.width; ++l) square[l] = square[l] < 0 ? 0 : square[l];
         int64_t from = o * plan.kept + tile.first / sheet.group;
-        auto put = [&](A *to, A *of, A divisor) {
+        auto put = [&](A *to, auto *of, double share) {
             if (to == nullptr) return;
-            for (int64_t l = 0; l < std::min(tile.width, sheet.period); l += sheet.group) to[from + l / sheet.group] = of[l] / divisor;
+            for (int64_t l = 0; l < std::min(tile.width, sheet.period); l += sheet.group) to[from + l / sheet.group] = A(of[l] * share);
         };
         put(call.center, pivot, 1);
-        put(call.variance, square, A(set_size(plan)));
-        for (int64_t l = 0; l < tile.width; ++l) square[l] = square[l] < 0 ? A(0) : square[l];
-        inverse_scales(plan, square, square, tile.width);
-        put(call.inverse, square, 1);
+        put(call.variance, square, 1 / double(set_size(plan)));
+        inverse_scales(plan, square, inverse, tile.width);
+        put(call.inverse, inverse, 1);
     }
 
     void merge_chunks(int64_t begin, int64_t end) {
         for_each((end - begin) * cut.tiles, [&](int64_t task) {
             Tile tile = cut.tile(sheet, task % cut.tiles);
-            double mean[WIDEST] = {}, square[WIDEST] = {};
+            double mean[WIDEST] = {}, *square = whole_square + task / cut.tiles * sheet.lanes + tile.first;
+            std::fill_n(square, tile.width, 0.0);
             auto each_chunk = [&](auto &&take) {
                 for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
                     Span span(sheet, cut, chunk);
-                    const A *p = partial + (task / cut.tiles * cut.chunks + chunk) * 3 * sheet.lanes + tile.first;
+                    int64_t at = (task / cut.tiles * cut.chunks + chunk) * sheet.lanes;
+                    const A *p = partial + 2 * at + tile.first;
+                    const double *s = partial_square + at + tile.first;
                     for (int64_t l = 0; l < tile.width; ++l)
-                        take(l, double(span.rows + (tile.first + l < span.last)), double(p[l]) + double(p[l + sheet.lanes]), double(p[l + 2 * sheet.lanes]));
+                        take(l, double(span.rows + (tile.first + l < span.last)), double(p[l]) + double(p[l + sheet.lanes]), s[l]);
                 }
             };
             each_chunk([&](int64_t l, double n, double m, double) { mean[l] += n * m; });
@@ -250,22 +301,20 @@ private:
             for (int64_t l = 0; l < tile.width; ++l) {
                 to[l] = A(mean[l]);
                 to[l + sheet.lanes] = A(mean[l] - double(to[l]));
-                to[l + 2 * sheet.lanes] = A(square[l]);
             }
         });
         for_each(end - begin, [&](int64_t i) {
             A *moments = whole + i * 3 * sheet.lanes;
-            settle(begin + i, {0, sheet.lanes}, moments, moments + sheet.lanes, moments + 2 * sheet.lanes);
+            settle(begin + i, {0, sheet.lanes}, moments, moments + sheet.lanes, whole_square + i * sheet.lanes, moments + 2 * sheet.lanes);
         });
     }
 
     void normalize_given(int64_t o, int64_t chunk, Tile tile) {
         A pivot[WIDEST], rest[WIDEST] = {}, inverse[WIDEST];
-        for (int64_t l = 0; l < tile.width; ++l) {
-            int64_t statistic = o * plan.kept + sheet.statistic(tile.first + l);
-            pivot[l] = plan.centred && call.center ? call.center[statistic] : A(0);
-            inverse[l] = call.inverse[statistic];
-        }
+        sheet.each_statistic(tile, [&](int64_t l, int64_t k) {
+            pivot[l] = plan.centred && call.center ? call.center[o * plan.kept + k] : A(0);
+            inverse[l] = call.inverse[o * plan.kept + k];
+        });
         normalize(o, chunk, tile, pivot, rest, inverse);
     }
 
@@ -291,27 +340,18 @@ private:
     }
 
     void write_rows(int64_t place, Span span, Tile tile, const Line<A> &line) {
-        auto run = [&](auto variation, auto kind) {
+        with_constants(parameters.variation, plan.activation, [&](auto variation, auto kind) {
             constexpr int VARIATION = decltype(variation)::value, KIND = decltype(kind)::value, MANY = KIND == CURVED ? 1 : 2;
             auto some = [&](auto count, int64_t row, int64_t width) {
                 constexpr int ROWS = decltype(count)::value;
                 int64_t at = place + row * sheet.lanes;
-                if (plan.given && call.residual) add_rows(call.x + at, call.residual + at, call.sum + at, sheet.lanes, ROWS, width);
                 nk::write<VARIATION, KIND, ROWS>(x + at, call.y + at, sheet.lanes, width, line, row, plan.activation);
             };
             int64_t row = 0;
             for (; row + MANY <= span.rows; row += MANY) some(std::integral_constant<int, MANY>{}, row, tile.width);
             for (; row < span.rows; ++row) some(std::integral_constant<int, 1>{}, row, tile.width);
             if (span.last) some(std::integral_constant<int, 1>{}, row, span.last);
-        };
-        auto with_variation = [&](auto kind) {
-            if (parameters.variation == PER_LANE) run(std::integral_constant<int, PER_LANE>{}, kind);
-            else if (parameters.variation == PER_ROW) run(std::integral_constant<int, PER_ROW>{}, kind);
-            else run(std::integral_constant<int, PER_ELEMENT>{}, kind);
-        };
-        if (plan.activation == NK_LINEAR) with_variation(std::integral_constant<int, NK_LINEAR>{});
-        else if (plan.activation == NK_RELU) with_variation(std::integral_constant<int, NK_RELU>{});
-        else with_variation(std::integral_constant<int, CURVED>{});
+        });
     }
 };
 
@@ -319,19 +359,7 @@ private:
 
 template <class T> void lanes_forward(const NkPlan &plan, const Forward<T> &call) { Pass<T>(plan, call).run(); }
 
-template void lanes_forward(const NkPlan &, const Forward<float> &);
-template void lanes_forward(const NkPlan &, const Forward<double> &);
-template void lanes_forward(const NkPlan &, const Forward<bfloat16> &);
-template void lanes_forward(const NkPlan &, const Forward<float16> &);
-
-int64_t lanes_forward_scratch(const NkPlan &plan) {
-    switch (plan.type) {
-        case NK_FLOAT32: return Pass<float>::scratch(plan);
-        case NK_FLOAT64: return Pass<double>::scratch(plan);
-        default: return Pass<float16>::scratch(plan);
-    }
-}
-
-int64_t lanes_scratch(const NkPlan &plan, bool backward) { return backward ? lanes_backward_scratch(plan) : lanes_forward_scratch(plan); }
+#define MAKE(T) template void lanes_forward<T>(const NkPlan &, const Forward<T> &);
+NK_EACH_TYPE(MAKE)
 
 }  // namespace nk

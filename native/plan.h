@@ -9,6 +9,15 @@
 //
 // x is at (((o * far + f) * kept + k) * mid + m) * inner + i, its statistic at o * kept + k, its weight and bias at
 // outer_place(o) + f * per_far + k * per_kept + m * per_mid + i * per_inner.
+//
+// Sizes, with statistics = outer * kept and A the accumulation type (float; double for double):
+//
+//     x, y, residual, sum, dy, dsum, dx    outer * far * kept * mid * inner elements of `type`
+//     center, inverse, variance            `statistics` elements of A
+//     weight, bias, dweight, dbias         `parameters` elements of `parameter_type`
+//
+// Nothing is read or written beyond them, and every element of an output is written. The library can't check what a pointer leads to;
+// that is for the caller.
 #pragma once
 #include <cstdint>
 
@@ -17,6 +26,17 @@
 #else
 #define NK_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
+
+// What every entry point returns; where it is not NK_OK, outputs hold nothing of use, and after NK_NULL they are as they were.
+enum [[nodiscard]] NkStatus : int32_t {
+    NK_OK = 0,
+    NK_NO_MEMORY = 1,
+    NK_UNKNOWN_TYPE = 2,
+    NK_NULL = 3,            // a pointer is null that must not be, or the reverse, as where a flag of `parts` says otherwise
+    NK_THREADS_FAILED = 4,  // torch's threads stopped half-way
+};
+// Which optional inputs the caller passes. A tensor without memory has a null pointer too: the flag tells it from an absent one.
+enum NkParts : int32_t { NK_WEIGHT = 1, NK_BIAS = 2, NK_GAIN = 1 };
 
 enum NkType : int32_t { NK_FLOAT32 = 0, NK_FLOAT64 = 1, NK_BFLOAT16 = 2, NK_FLOAT16 = 3 };
 enum NkScale : int32_t { NK_UNSCALED = 0, NK_MEAN_SQUARE = 1, NK_SUM_SQUARE = 2 };
@@ -34,5 +54,5 @@ struct NkPlan {
     int32_t activation;
     int32_t given;  // 1: centre and inverse are given, not computed
     int32_t stream;  // 1: the output is far beyond the cache, write it past the cache
-    int32_t reserved;
+    int32_t parts;   // NK_WEIGHT | NK_BIAS
 };

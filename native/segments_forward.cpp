@@ -15,7 +15,8 @@ constexpr int64_t STRETCH = 1024;         // of values before a curved activatio
 
 // Sums of up to BLOCK elements about a shift: of x - shift, and of its square.
 template <class A> struct Block {
-    A shift, first, second;
+    A shift;
+    double first, second;
 };
 
 template <class A, bool CENTRED> struct Sums {
@@ -39,22 +40,57 @@ template <class A, bool CENTRED> struct Sums {
         if (End<A> end{n}; end.of(n)) add(1, select<A>(end.counts(), end.load(x) - shift, Vec<A>{}));
     }
     Block<A> about(A shift) const {
-        auto total = [](const Vec<A>(&v)[4]) { return sum_lanes<A>((v[0] + v[1]) + (v[2] + v[3])); };
-        return {shift, CENTRED ? total(first) : A(0), total(second)};
+        auto total = [](const Vec<A>(&v)[4]) { return double(sum_lanes<A>((v[0] + v[1]) + (v[2] + v[3]))); };
+        return {shift, CENTRED ? total(first) : 0, total(second)};
     }
 };
 
-// The sums of n elements that read(sums, shift) adds. Where the shift was far from the mean, the variance would come out of a difference
-// of large numbers: the elements, still in the cache, are read once more, about their mean.
-template <class A, bool CENTRED, class Read> NK_INLINE Block<A> block_of(int64_t n, A shift, Read &&read) {
+// The same sums in double, for squares that float can't hold.
+struct WideSums {
+    double first = 0, second = 0;
+
+    template <class T, class A> void add_run(const T *x, int64_t n, A shift) {
+        for (int64_t i = 0; i < n; ++i) {
+            double apart = double(widen(x[i])) - double(shift);
+            first += apart;
+            second += apart * apart;
+        }
+    }
+};
+
+// About the mean of the first four vectors of a run: about its first element alone, an outlier there would cost as many digits as its square
+// has. Differences from the first element make it exact where all elements are equal.
+template <class T, class A = accumulator<T>> NK_INLINE A shift_of(const T *x, int64_t n) {
+    A begin = widen(x[0]);
+    Vec<A> about = splat<A>(begin), sum{};
+    int64_t some = std::min<int64_t>(n, 4 * LANES), i = 0;
+    for (; i + LANES <= some; i += LANES) sum += load(x + i) - about;
+    if (i == 0) {
+        sum += select<A>(first<A>(n), load_some(x, n) - about, Vec<A>{});
+        i = n;
+    }
+    return begin + sum_lanes<A>(sum) / A(i);
+}
+
+// The sums of n elements that read(sums, shift) adds. Where the shift turns out over half a deviation from the mean, the variance would come
+// out of a difference of larger numbers: the elements, still in the cache, are read once more, about their mean.
+template <class A, bool CENTRED, class Read> NK_INLINE Block<A> block_of(int64_t n, A shift, Range range, Read &&read) {
+    const double share = 1 / double(n);
+    Block<A> block;
     for (int attempt = 1;; ++attempt) {
         Sums<A, CENTRED> sums;
         read(sums, splat<A>(shift));
-        Block<A> block = sums.about(shift);
-        A apart = block.first / A(n), lost = block.first * apart;
-        if (attempt == 2 || !(lost > 8 * (block.second - lost))) return block;
-        shift += apart;
+        block = sums.about(shift);
+        double apart = block.first * share, lost = block.first * apart;
+        if (attempt == 2 || !(4 * lost > block.second - lost)) break;
+        shift += A(apart);
     }
+    if (range.lacks(block.second)) {
+        WideSums sums;
+        read(sums, shift);
+        block = {shift, CENTRED ? sums.first : 0, sums.second};
+    }
+    return block;
 }
 
 // sum = x + residual, rounded to T.
@@ -77,6 +113,7 @@ template <class T> class SegmentsForward {
     const int64_t few;       // small sets that are measured before they are mapped, all of them in the first cache
     const int64_t ahead;
     const bool curved, streamed;
+    const Range range;  // of a block
     const A least;
     const Mapper<T, T> straight;
     const Mapper<A, T> before_curve;
@@ -92,6 +129,7 @@ template <class T> class SegmentsForward {
           ahead(step_ahead<T>(whole, whole.size() <= BLOCK ? few : 1)),
           curved(plan.activation > NK_RELU),
           streamed(plan.stream && runs.length * int64_t(sizeof(T)) >= 8 * LINE && x != call.y && on_element(call.y)),
+          range(Range::of<A>(plan, std::min(whole.size(), BLOCK))),
           least(plan.activation == NK_RELU ? A(0) : -std::numeric_limits<A>::infinity()),
           straight((streamed ? mapper<T, T, true> : mapper<T, T, false>)(runs.vector && call.weight, runs.vector && call.bias)),
           before_curve(mapper<A, T, false>(runs.vector && call.weight, runs.vector && call.bias)) {
@@ -101,7 +139,6 @@ template <class T> class SegmentsForward {
 
     void run() {
         int64_t size = runs.size(), chunks = whole.chunks();
-        if (size == 0 || runs.sets == 0) return;
         if (size <= BLOCK) return plan.centred ? run_small<true>() : run_small<false>();
         if (runs.sets < 4 * threads() && chunks > 1) return run_in_chunks(chunks);
         int64_t together = std::max<int64_t>(1, CHUNK / size);
@@ -118,8 +155,8 @@ template <class T> class SegmentsForward {
   private:
     // What is found of a few sets: no more than a vector has lanes.
     struct Found {
-        alignas(64) A shift[LANES] = {}, first[LANES] = {}, second[LANES] = {};
-        alignas(64) A high[LANES], inverse[LANES], low[LANES];
+        A shift[LANES] = {}, high[LANES], inverse[LANES], low[LANES];
+        double first[LANES] = {}, second[LANES] = {};
     };
 
     // From a set's sums to its scale it is a long way of short steps: sets of one block go it side by side, one in each lane.
@@ -144,32 +181,30 @@ template <class T> class SegmentsForward {
     template <bool CENTRED> Block<A> measure_small(int64_t set) const {
         int64_t size = whole.size();
         Place at = place_of(plan, whole, set);
-        if (call.residual) add_residuals(at, 0, size);
         if (plan.given) return {0, 0, 0};
-        A shift = CENTRED ? widen(x[at.x]) : A(0);
+        if (call.residual) add_residuals(at, 0, size);
+        A shift = CENTRED ? shift_of(x + at.x, whole.length) : A(0);
         if (whole.far > 1) return block_about<CENTRED>(at, 0, size, shift);
-        return block_of<A, CENTRED>(size, shift, [&](auto &sums, Vec<A> s) { sums.add_run(x + at.x, size, s); });
+        return block_of<A, CENTRED>(size, shift, range, [&](auto &sums, auto about) { sums.add_run(x + at.x, size, about); });
     }
 
     template <bool CENTRED> void settle(int64_t set, int64_t n, Found &found) const {
-        A size = A(whole.size());
-        Vec<A> shift = load(found.shift), square = load(found.second), high{}, low{};
-        if constexpr (CENTRED) {
-            Vec<A> first = load(found.first), apart = first * (1 / size);
-            square = square - first * apart;
-            square = select<A>(square < 0, Vec<A>{}, square);
-            // Knuth's exact sum.
-            high = shift + apart;
-            Vec<A> taken = high - shift;
-            low = (shift - (high - taken)) + (apart - taken);
+        const double share = 1 / double(whole.size());
+        if constexpr (CENTRED)
+            for (int i = 0; i < LANES; ++i) {
+                double apart = found.first[i] * share, square = found.second[i] - found.first[i] * apart;
+                found.second[i] = square < 0 ? 0 : square;
+                found.high[i] = A(found.shift[i] + apart);
+                found.low[i] = A((found.shift[i] - double(found.high[i])) + apart);
+            }
+        inverse_scales(plan, found.second, found.inverse, n);
+        for (int64_t i = 0; i < n; ++i) {
+            if constexpr (CENTRED) found.low[i] *= found.inverse[i];
+            else found.high[i] = found.low[i] = 0;
         }
-        store(found.high, high);
-        store(found.second, square);
-        for (int64_t i = 0; i < n; ++i) found.inverse[i] = inverse_scale<A>(plan, found.second[i]);
-        store(found.low, low * load(found.inverse));
-        std::copy_n(found.inverse, n, call.inverse + set);
+        if (call.inverse) std::copy_n(found.inverse, n, call.inverse + set);
         if (call.center) std::copy_n(found.high, n, call.center + set);
-        for (int64_t i = 0; call.variance && i < n; ++i) call.variance[set + i] = found.second[i] / size;
+        for (int64_t i = 0; call.variance && i < n; ++i) call.variance[set + i] = A(found.second[i] * share);
     }
 
     // Few and large sets: first all the parts are measured, then all are mapped.
@@ -196,7 +231,6 @@ template <class T> class SegmentsForward {
     Moments<double> measure(int64_t set, int64_t chunk) const {
         int64_t begin = chunk * CHUNK, end = std::min(begin + CHUNK, whole.size());
         Place at = place_of(plan, whole, set);
-        if (plan.given && call.residual) add_residuals(at, begin, end);
         if (plan.given) return {};
         return plan.centred ? measure_chunk<true>(at, begin, end) : measure_chunk<false>(at, begin, end);
     }
@@ -208,8 +242,11 @@ template <class T> class SegmentsForward {
             int64_t to = std::min(from + BLOCK, end);
             double n = double(to - from);
             if (call.residual) add_residuals(at, from, to);
-            // About the chunk's first element, then about the mean of the block before.
-            if (CENTRED && from == begin) walk(whole, at, begin, begin + 1, [&](const Stretch &s) { shift = widen(x[s.x]); });
+            // About the chunk's first elements, then about the mean of the block before.
+            if (CENTRED && from == begin)
+                walk(whole, at, begin, begin + 1, [&](const Stretch &s) {
+                    shift = shift_of(x + s.x, std::min(whole.length - s.inside, to - from));
+                });
             auto block = block_about<CENTRED>(at, from, to, shift);
             double first = block.first, apart = first / n, square = block.second - first * apart;
             moments = merge(moments, Moments<double>{n, block.shift + apart, square < 0 ? 0 : square});
@@ -219,7 +256,7 @@ template <class T> class SegmentsForward {
     }
 
     template <bool CENTRED> Block<A> block_about(Place at, int64_t from, int64_t to, A shift) const {
-        return block_of<A, CENTRED>(to - from, shift, [&](auto &sums, Vec<A> about) {
+        return block_of<A, CENTRED>(to - from, shift, range, [&](auto &sums, auto about) {
             walk(whole, at, from, to, [&](const Stretch &s) { sums.add_run(x + s.x, s.n, about); });
         });
     }
@@ -231,8 +268,8 @@ template <class T> class SegmentsForward {
     // Keeps what is found of a set.
     Map<A> map_of(int64_t set, const Moments<double> &moments) const {
         if (plan.given) return given(set);
-        A high = A(moments.mean), inverse = inverse_scale<A>(plan, A(moments.square));
-        call.inverse[set] = inverse;
+        A high = A(moments.mean), inverse = inverse_scale<A>(plan, moments.square);
+        if (call.inverse) call.inverse[set] = inverse;
         if (call.center) call.center[set] = high;
         if (call.variance) call.variance[set] = A(moments.square / moments.n);
         return {high, inverse, A(moments.mean - double(high)) * inverse};
@@ -267,9 +304,7 @@ template <class T> class SegmentsForward {
 
 template <class T> void segments_forward(const NkPlan &plan, const Forward<T> &call) { SegmentsForward<T>(plan, call).run(); }
 
-template void segments_forward<float>(const NkPlan &, const Forward<float> &);
-template void segments_forward<double>(const NkPlan &, const Forward<double> &);
-template void segments_forward<bfloat16>(const NkPlan &, const Forward<bfloat16> &);
-template void segments_forward<float16>(const NkPlan &, const Forward<float16> &);
+#define MAKE(T) template void segments_forward<T>(const NkPlan &, const Forward<T> &);
+NK_EACH_TYPE(MAKE)
 
 }  // namespace nk

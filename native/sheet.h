@@ -40,8 +40,20 @@ struct Sheet {
     }
 
     bool plain() const { return group == 1 && fold == 1; }  // every lane is a statistic of its own
-    int64_t statistic(int64_t lane) const { return lane % period / group; }
     int64_t elements(int64_t lane) const { return rows + (lane < last); }
+
+    // use(l, statistic) for the lanes of a tile, from its first. Without a division for each, which would take longer than what is done.
+    template <class Use> void each_statistic(Tile tile, Use &&use) const {
+        if (plain()) {
+            for (int64_t l = 0; l < tile.width; ++l) use(l, tile.first + l);
+            return;
+        }
+        int64_t at = tile.first % period, k = at / group, inside = at % group;
+        for (int64_t l = 0; l < tile.width; ++l) {
+            use(l, k);
+            if (++inside == group) inside = 0, k = (k + 1) * group == period ? 0 : k + 1;
+        }
+    }
 
     // each_set(each_lane), where each_lane(f) calls f(lane) for the tile's lanes, from its first, that share a statistic.
     template <class EachSet> void for_sets(Tile tile, EachSet &&each_set) const {
@@ -104,14 +116,14 @@ struct Span {
 };
 
 // Vectors of a row: all of a vector's lanes,
-struct Whole {
+struct FullVector {
     int64_t lane;
     template <class T> Vec<accumulator<T>> load(const T *p) const { return nk::load(p + lane); }
     template <class T> void store(T *p, Vec<accumulator<T>> v) const { nk::store(p + lane, v); }
     template <class A> Vec<A> fresh(Vec<A> v) const { return v; }
 };
 // or the row's last lanes, of which those that are in a vector before it are not fresh. Rows narrower than a vector are padded.
-struct Rest {
+struct OverlappingTail {
     int64_t lane, width;
     template <class T> Vec<accumulator<T>> load(const T *p) const { return width < LANES ? load_some(p, width) : nk::load(p + lane); }
     template <class T> void store(T *p, Vec<accumulator<T>> v) const {
@@ -122,14 +134,29 @@ struct Rest {
         return select<A>(old, Vec<A>{}, v);
     }
 };
+inline int64_t in_vectors(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
 template <class Step> inline void for_vectors(int64_t width, Step &&step) {
     int64_t whole = width / LANES * LANES;
-    for (int64_t lane = 0; lane < whole; lane += LANES) step(Whole{lane});
-    if (whole < width) step(Rest{std::max<int64_t>(0, width - LANES), width});
+    for (int64_t lane = 0; lane < whole; lane += LANES) step(FullVector{lane});
+    if (whole < width) step(OverlappingTail{std::max<int64_t>(0, width - LANES), width});
 }
+
+constexpr int CURVED = -1;  // an activation that is applied to a run of numbers at a time
 
 // How gain and bias vary: along rows, they are a number a row; along both, a number for each element.
 enum Variation { PER_LANE, PER_ROW, PER_ELEMENT };
+
+// f(VARIATION, KIND) as compile-time constants; KIND is NK_LINEAR, NK_RELU or CURVED.
+template <class F> void with_constants(Variation variation, int32_t activation, F &&f) {
+    auto with_variation = [&](auto kind) {
+        if (variation == PER_LANE) f(std::integral_constant<int, PER_LANE>{}, kind);
+        else if (variation == PER_ROW) f(std::integral_constant<int, PER_ROW>{}, kind);
+        else f(std::integral_constant<int, PER_ELEMENT>{}, kind);
+    };
+    if (activation == NK_LINEAR) with_variation(std::integral_constant<int, NK_LINEAR>{});
+    else if (activation == NK_RELU) with_variation(std::integral_constant<int, NK_RELU>{});
+    else with_variation(std::integral_constant<int, CURVED>{});
+}
 
 // Where gain and bias of a sheet's elements are. Where memory has them in another order, they are laid out as a table.
 template <class A> class Parameters {
@@ -167,11 +194,9 @@ public:
     // The parameter as this class says where its elements are: itself, or a table of room() elements.
     const A *lay_out(const A *parameter, A *table) const {
         if (parameter == nullptr || !tabled) return parameter;
+        std::fill_n(table, room(), A(0));  // behind a sheet's last element too
         for (int64_t place = 0; place < places(); ++place)
-            for (int64_t i = 0; i < area(); ++i) {
-                int64_t index = within(i);
-                table[place * area() + i] = index < 0 ? A(0) : parameter[place * plan.outer_step + index];
-            }
+            each_index([&](int64_t i, int64_t index) { table[place * area() + i] = parameter[place * plan.outer_step + index]; });
         return table;
     }
     // total[index of the parameter] += found[i], for an area that belongs to the sheet o.
@@ -181,20 +206,23 @@ public:
             for (int64_t i = 0; i < sheet.lanes; ++i) total[i * lane_step] += double(found[i]);
             return;
         }
-        for (int64_t i = 0; i < area(); ++i)
-            if (int64_t index = within(i); index >= 0) total[index] += double(found[i]);
+        each_index([&](int64_t i, int64_t index) { total[index] += double(found[i]); });
     }
 
 private:
-    // The parameter of the i-th element of an area, from the sheet's place on; -1 behind the last element.
-    int64_t within(int64_t i) const {
-        if (variation == PER_ROW) return i * plan.per_far;
-        int64_t row = i / sheet.lanes, lane = i % sheet.lanes, f = row * sheet.fold + lane / sheet.period, l = lane % sheet.period;
-        if (f >= sheet.far) return -1;
-        return f * plan.per_far + l / sheet.group * plan.per_kept + l % sheet.group / sheet.inner * plan.per_mid + l % sheet.inner * plan.per_inner;
+    // use(i, index) for the elements of an area: index is that of the parameter, from the sheet's place on.
+    template <class Use> void each_index(Use &&use) const {
+        if (variation == PER_ROW) {
+            for (int64_t i = 0; i < area(); ++i) use(i, i * plan.per_far);
+            return;
+        }
+        int64_t rows = area() / sheet.lanes, far = std::min(sheet.far, rows * sheet.fold), i = 0;
+        for (int64_t f = 0; f < far; ++f)
+            for (int64_t k = 0; k < plan.kept; ++k)
+                for (int64_t m = 0; m < plan.mid; ++m)
+                    for (int64_t in = 0; in < plan.inner; ++in)
+                        use(i++, f * plan.per_far + k * plan.per_kept + m * plan.per_mid + in * plan.per_inner);
     }
 };
-
-int64_t lanes_backward_scratch(const NkPlan &plan);
 
 }  // namespace nk

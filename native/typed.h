@@ -1,25 +1,40 @@
-// What every entry point that Python calls does first: tells the types apart, and keeps exceptions from reaching Python.
+// What every entry point that Python calls does first: tells the types apart, and turns exceptions into statuses.
 #pragma once
 #include <new>
+#include <type_traits>
 
 #include "plan.h"
+#include "threads.h"
 #include "vector.h"
 
 namespace nk {
 
-enum Outcome : int32_t { NK_DONE = 0, NK_OUT_OF_MEMORY = 1, NK_NO_SUCH_TYPE = 2 };
-
-// run(T{}) for the type's C++ twin.
-template <class Run> int32_t by_type(int32_t type, Run &&run) try {
+// run(T{}) for the type's C++ twin, and the status that it returns, if it does.
+template <class Run> NkStatus by_type(int32_t type, Run &&run) {
+    auto with = [&](auto t) -> NkStatus {
+        if constexpr (std::is_void_v<decltype(run(t))>) return run(t), NK_OK;
+        else return run(t);
+    };
     switch (type) {
-        case NK_FLOAT32: run(float{}); return NK_DONE;
-        case NK_FLOAT64: run(double{}); return NK_DONE;
-        case NK_BFLOAT16: run(bfloat16{}); return NK_DONE;
-        case NK_FLOAT16: run(float16{}); return NK_DONE;
+        case NK_FLOAT32: return with(float{});
+        case NK_FLOAT64: return with(double{});
+        case NK_BFLOAT16: return with(bfloat16{});
+        case NK_FLOAT16: return with(float16{});
     }
-    return NK_NO_SUCH_TYPE;
-} catch (const std::bad_alloc &) {
-    return NK_OUT_OF_MEMORY;
+    return NK_UNKNOWN_TYPE;
 }
+
+// The status that run() returns; no exception may reach Python.
+template <class Run> NkStatus guarded(Run &&run) try {
+    return run();
+} catch (const std::bad_alloc &) {
+    return NK_NO_MEMORY;
+} catch (const ThreadsFailed &) {
+    return NK_THREADS_FAILED;
+}
+
+template <class... P> bool any_null(const P *...pointers) { return (... || (pointers == nullptr)); }
+// Whether a pointer is there as its flag says.
+inline bool agrees(int32_t parts, int32_t flag, const void *pointer) { return ((parts & flag) != 0) == (pointer != nullptr); }
 
 }  // namespace nk

@@ -53,6 +53,9 @@ template <> struct Of<double> {
     using mask = I64;
 };
 }  // namespace lanes
+// For explicit instantiations.
+#define NK_EACH_TYPE(MAKE) MAKE(float) MAKE(double) MAKE(bfloat16) MAKE(float16)
+
 template <class A> using Vec = typename lanes::Of<A>::type;
 template <class A> using Mask = typename lanes::Of<A>::mask;
 

@@ -28,17 +28,18 @@ struct NkWeightPlan {
     int32_t centred, scale, guard, correction;
     int32_t constant;    // 1: backward takes the divisors as constants
     int32_t iterations;  // of NK_RUIZ; of NK_SPECTRAL, 0 to leave the vectors as they are
-    int32_t reserved;
+    int32_t parts;       // NK_GAIN
 };
 
-// Pointers to one weight. All but gain's are of the weight's size and type; backward needs `gradient`, that of what forward wrote.
+// Pointers to one weight, all but gain's and dgain's to groups * far * kept * inner elements of its type.
 struct NkWeightCall {
     const void *weight;
-    const void *gain;  // ? one for each set of NK_NORMALIZE
-    const void *gradient;
-    void *result;  // forward: the weight as it is used; backward: the gradient of the raw one
-    void *dgain;   // ?
-    // Of NK_SPECTRAL: the singular vectors, of the weight's type, improved in place by forward; and 1 / sigma with the vectors that it was
-    // computed from, 1 + far + kept elements of the accumulation type, which forward writes and backward reads.
+    const void *gain;      // of NK_NORMALIZE: one for each set, of the weight's type; null unless plan.parts has NK_GAIN
+    const void *gradient;  // backward: that of what forward wrote; else null
+    void *result;          // forward: the weight as it is used; backward: the gradient of the raw one
+    void *dgain;           // backward: as the gain; null where it is not wanted
+    // Of NK_SPECTRAL, else null. The singular vectors, `far` and `kept * inner` elements of the weight's type, which forward improves in
+    // place; and 1 / sigma with the vectors that it was computed from, 1 + far + kept * inner elements of the accumulation type, which
+    // forward writes and backward reads.
     void *left, *right, *kept;
 };

@@ -5,17 +5,14 @@
 #include <type_traits>
 
 #include "plan.h"
+#include "row.h"
 #include "statistic.h"
-#include "vector.h"
 #include "weight_plan.h"
 
 namespace nk {
 
 // About as many elements as are worth a thread's while. Part of the rounding of sums: it must not depend on the number of threads.
 constexpr int64_t GRAIN = 32768;
-// Elements that one accumulator takes before it is merged in double precision.
-constexpr int64_t STRETCH = 4096;
-
 inline int64_t size_of(const NkWeightPlan &p) { return p.groups * p.far * p.kept * p.inner; }
 inline int64_t at_least_one(int64_t n) { return n > 0 ? n : 1; }
 // What rounding made negative is zero; NaN stays.
@@ -52,45 +49,6 @@ template <class T> NewJob spectral_job(const NkWeightPlan &plan, const NkWeightC
 bool fits_rows(const NkWeightPlan &plan);
 int64_t rows_a_task(const NkWeightPlan &plan);
 template <class T> void near_rows(const NkWeightPlan &plan, const NkWeightCall &call, bool backward, int64_t begin, int64_t end);
-
-// Where vector i of a stretch is: whole, or the last few elements of it; `only` makes zeros of what is not there.
-struct Whole {
-    int64_t i;
-    template <class T> Vec<accumulator<T>> operator()(const T *p) const { return load(p + i); }
-    template <class T> void put(T *p, Vec<accumulator<T>> v) const { store(p + i, v); }
-    template <class A> Vec<A> only(Vec<A> v) const { return v; }
-};
-struct Part {
-    int64_t i, n;
-    template <class T> Vec<accumulator<T>> operator()(const T *p) const { return load_some(p + i, n); }
-    template <class T> void put(T *p, Vec<accumulator<T>> v) const { store_some(p + i, v, n); }
-    template <class A> Vec<A> only(Vec<A> v) const { return select<A>(first<A>(n), v, Vec<A>{}); }
-};
-
-// each(at): a vector at a time over n elements.
-template <class Each> inline void over(int64_t n, Each &&each) {
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) each(Whole{i});
-    if (i < n) each(Part{i, n - i});
-}
-
-// Adds K sums over n elements to totals; each(at, sums) adds one vector to each sum, and zeros where `at` reads zeros. Four vectors at once
-// hide what an addition takes.
-template <class A, int K, class Each> inline void sum_over(int64_t n, double (&totals)[K], Each &&each) {
-    for (int64_t begin = 0; begin < n; begin += STRETCH) {
-        int64_t end = begin + STRETCH < n ? begin + STRETCH : n, i = begin;
-        Vec<A> a[K] = {}, b[K] = {}, c[K] = {}, d[K] = {};
-        for (; i + 4 * LANES <= end; i += 4 * LANES) {
-            each(Whole{i}, a);
-            each(Whole{i + LANES}, b);
-            each(Whole{i + 2 * LANES}, c);
-            each(Whole{i + 3 * LANES}, d);
-        }
-        for (; i + LANES <= end; i += LANES) each(Whole{i}, a);
-        if (i < end) each(Part{i, end - i}, b);
-        for (int k = 0; k < K; ++k) totals[k] += sum_lanes<A>((a[k] + b[k]) + (c[k] + d[k]));
-    }
-}
 
 // As many zeros, or none where there is nothing.
 template <class A> std::unique_ptr<A[]> zeros(int64_t n) { return std::unique_ptr<A[]>(n > 0 ? new A[std::size_t(n)]() : nullptr); }

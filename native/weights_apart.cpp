@@ -230,9 +230,7 @@ template <class T> NewJob apart_job(const NkWeightPlan &plan, const NkWeightCall
     return NewJob(new ApartJob<T>(plan, call, backward));
 }
 
-template NewJob apart_job<float>(const NkWeightPlan &, const NkWeightCall &, bool);
-template NewJob apart_job<double>(const NkWeightPlan &, const NkWeightCall &, bool);
-template NewJob apart_job<bfloat16>(const NkWeightPlan &, const NkWeightCall &, bool);
-template NewJob apart_job<float16>(const NkWeightPlan &, const NkWeightCall &, bool);
+#define MAKE(T) template NewJob apart_job<T>(const NkWeightPlan &, const NkWeightCall &, bool);
+NK_EACH_TYPE(MAKE)
 
 }  // namespace nk

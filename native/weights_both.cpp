@@ -352,9 +352,7 @@ template <class T> NewJob both_job(const NkWeightPlan &plan, const NkWeightCall 
     return NewJob(new BothJob<T>(plan, call, backward));
 }
 
-template NewJob both_job<float>(const NkWeightPlan &, const NkWeightCall &, bool);
-template NewJob both_job<double>(const NkWeightPlan &, const NkWeightCall &, bool);
-template NewJob both_job<bfloat16>(const NkWeightPlan &, const NkWeightCall &, bool);
-template NewJob both_job<float16>(const NkWeightPlan &, const NkWeightCall &, bool);
+#define MAKE(T) template NewJob both_job<T>(const NkWeightPlan &, const NkWeightCall &, bool);
+NK_EACH_TYPE(MAKE)
 
 }  // namespace nk

@@ -144,12 +144,9 @@ template <class T> NewJob near_job(const NkWeightPlan &plan, const NkWeightCall 
     return NewJob(new NearJob<T>(plan, call, backward));
 }
 
-#define NK_NEAR_OF(T)                                                                                        \
+#define MAKE(T)                                                                                     \
     template void near_rows<T>(const NkWeightPlan &, const NkWeightCall &, bool, int64_t, int64_t); \
     template NewJob near_job<T>(const NkWeightPlan &, const NkWeightCall &, bool);
-NK_NEAR_OF(float)
-NK_NEAR_OF(double)
-NK_NEAR_OF(bfloat16)
-NK_NEAR_OF(float16)
+NK_EACH_TYPE(MAKE)
 
 }  // namespace nk

@@ -161,9 +161,7 @@ template <class T> NewJob spectral_job(const NkWeightPlan &plan, const NkWeightC
     return NewJob(new SpectralJob<T>(plan, call, backward));
 }
 
-template NewJob spectral_job<float>(const NkWeightPlan &, const NkWeightCall &, bool);
-template NewJob spectral_job<double>(const NkWeightPlan &, const NkWeightCall &, bool);
-template NewJob spectral_job<bfloat16>(const NkWeightPlan &, const NkWeightCall &, bool);
-template NewJob spectral_job<float16>(const NkWeightPlan &, const NkWeightCall &, bool);
+#define MAKE(T) template NewJob spectral_job<T>(const NkWeightPlan &, const NkWeightCall &, bool);
+NK_EACH_TYPE(MAKE)
 
 }  // namespace nk

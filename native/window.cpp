@@ -10,11 +10,10 @@
 #include "window.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <memory>
 
-#include "threads.h"
+#include "room.h"
+#include "row.h"
 #include "typed.h"
 
 namespace nk {
@@ -74,25 +73,6 @@ template <class Each> void for_strips(int64_t width, Each &&each) {
     for (int64_t e = 0; e < width; e += STRIP) each(e, std::min(STRIP, width - e));
 }
 
-// each(element, vector's n) for vectors of a strip. The last one begins earlier where that makes it whole: `each` may do an element twice.
-template <class Each> inline void for_vectors(int64_t n, Each &&each) {
-    int64_t e = 0;
-    for (; e + LANES <= n; e += LANES) each(e, std::integral_constant<int64_t, LANES>{});
-    if (e == n) return;
-    if (n > LANES) each(n - LANES, std::integral_constant<int64_t, LANES>{});
-    else each(e, n);
-}
-// The same, each element once.
-template <class Each> inline void for_vectors_once(int64_t n, Each &&each) {
-    int64_t e = n / LANES * LANES;
-    for_vectors(e, each);
-    if (e < n) each(e, n - e);
-}
-template <class T> inline auto get(const T *p, std::integral_constant<int64_t, LANES>) { return load(p); }
-template <class T> inline auto get(const T *p, int64_t n) { return load_some(p, n); }
-template <class T> inline void put(T *p, Vec<accumulator<T>> v, std::integral_constant<int64_t, LANES>) { store(p, v); }
-template <class T> inline void put(T *p, Vec<accumulator<T>> v, int64_t n) { store_some(p, v, n); }
-
 // sums[e] = values[e] + values[e + width] + ... of `window` terms. What is read and written may go up to 4 * LANES beyond n.
 template <class A> void sum_short(const A *values, int64_t window, int64_t width, int64_t n, A *sums) {
     for (int64_t e = 0; e < n; e += 4 * LANES) {
@@ -111,14 +91,14 @@ template <class A> void sum_long(A *values, int64_t window, int64_t width, int64
     for (int64_t length = 1;; length *= 2) {  // values[e] is the sum of `length` terms
         if (window & length) {
             const A *from = values + covered * width;
-            for_vectors_once(n, [&](int64_t e, auto m) { put(sums + e, get(sums + e, m) + get(from + e, m), m); });
+            over(n, [&](auto at) { at.put(sums, at(sums) + at(from)); });
             covered += length;
         }
         if (2 * length > window) return;
         // Ascending, what is added has not been doubled yet.
         const A *next = values + length * width;
         int64_t left = n + (window - 2 * length) * width;
-        for_vectors_once(left, [&](int64_t e, auto m) { put(values + e, get(values + e, m) + get(next + e, m), m); });
+        over(left, [&](auto at) { at.put(values, at(values) + at(next)); });
     }
 }
 
@@ -143,7 +123,7 @@ template <class T> class Worker {
     const bool by_channel;
     const int64_t window;
     const A offset, factor, power;
-    std::unique_ptr<A[]> room;
+    Room<A> room;
     A *taken, *sums, *strip, *powers, *terms, *weighted;
 
   public:
@@ -154,16 +134,13 @@ template <class T> class Worker {
         int64_t channels = by_channel ? 1 : plan.channels;  // of a ring, beside the window's others
         int64_t padded = (channels + window - 1) * cut.most + beyond, inside = by_channel ? padded : channels * cut.most + beyond;
         int64_t whole = window > LONG ? inside : 0;
-        room.reset(new (std::nothrow) A[std::size_t(padded + whole + 2 * short_strip + (backward ? padded + inside : 0))]);
-        taken = room.get();
-        if (taken == nullptr) return;
+        taken = room.take(padded + whole + 2 * short_strip + (backward ? padded + inside : 0));
         sums = taken + padded;
         strip = sums + whole;
         powers = strip + short_strip;
         terms = powers + short_strip;
         weighted = terms + (backward ? padded : 0);
     }
-    bool ready() const { return room != nullptr; }
 
     // y is what x is divided to, or the sum of x over the window.
     template <bool SUM> void forward(const Tile &tile, const T *x, T *y) {
@@ -240,7 +217,7 @@ template <class T> class Worker {
             std::fill_n(row, width, A(0));
             return;
         }
-        for_vectors(width, [&](int64_t e, auto m) { put(row + e, of<SQUARED>(get(x + c * plan.inner + e, m)), m); });
+        over(width, [&](auto at) { at.put(row, of<SQUARED>(at(x + c * plan.inner))); });
     }
 
     // strip = the sums over the windows of n elements from f on; those of long windows are there already.
@@ -255,27 +232,27 @@ template <class T> class Worker {
 
     template <bool SUM> void finish(const T *x, int64_t n, T *y) {
         if constexpr (SUM) {
-            for_vectors(n, [&](int64_t e, auto m) { put(y + e, load(strip + e), m); });
+            over(n, [&](auto at) { at.put(y, at(strip)); });
             return;
         }
         energies(n);
         raise(strip, n, power);
-        for_vectors(n, [&](int64_t e, auto m) { put(y + e, get(x + e, m) * load(strip + e), m); });
+        over(n, [&](auto at) { at.put(y, at(x) * at(strip)); });
     }
 
     void weigh(const T *dy, const T *x, int64_t n, A *whole, A *term) {
         std::copy_n(strip, n, powers);
         raise(powers, n, power);
-        for_vectors(n, [&](int64_t e, auto m) {
-            Vec<A> found = get(dy + e, m) * load(powers + e);
-            put(whole + e, found, m);
-            put(term + e, found * get(x + e, m) / load(strip + e), m);
+        over(n, [&](auto at) {
+            Vec<A> found = at(dy) * at(powers);
+            at.put(whole, found);
+            at.put(term, found * at(x) / at(strip));
         });
     }
 
     void join(const A *whole, const T *x, int64_t n, T *dx) {
         const Vec<A> steep = splat(2 * factor * power);
-        for_vectors(n, [&](int64_t e, auto m) { put(dx + e, get(whole + e, m) - steep * get(x + e, m) * get(strip + e, m), m); });
+        over(n, [&](auto at) { at.put(dx, at(whole) - steep * at(x) * at(strip)); });
     }
 
     void clear(A *values, int64_t front, int64_t back, int64_t width) {
@@ -288,9 +265,7 @@ template <class T> class Worker {
         A *inside = taken + plan.before * tile.width;
         const Pieces &pieces = tile.pieces;
         for (int64_t p = 0; p < pieces.number; ++p)
-            for_vectors(pieces.length, [&](int64_t e, auto m) {
-                put(inside + p * pieces.length + e, of<SQUARED>(get(x + p * pieces.apart + e, m)), m);
-            });
+            over(pieces.length, [&](auto at) { at.put(inside + p * pieces.length, of<SQUARED>(at(x + p * pieces.apart))); });
         if (window > LONG) sum_long(taken, window, tile.width, plan.channels * tile.width, sums);
     }
 };
@@ -299,45 +274,52 @@ template <class T> class Worker {
 template <class T, class Each> void for_tiles(const NkWindow &plan, bool backward, Each &&each) {
     const Cut cut{plan};
     int64_t tiles = plan.outer * cut.tiles, together = std::max<int64_t>(TILE / (plan.channels * cut.most), 1);
-    std::atomic<bool> failed{false};
     for_ranges((tiles + together - 1) / together, [&](int64_t begin, int64_t end) {
         Worker<T> worker(cut, backward);
-        if (!worker.ready()) {
-            failed = true;  // an exception must not leave another thread
-            return;
-        }
         for (int64_t t = begin * together; t < std::min(end * together, tiles); ++t) each(worker, cut.at(t));
     });
-    if (failed) throw std::bad_alloc();
+}
+
+// Checks pointers, then for_tiles of their type; each(worker, tile, T{}).
+template <class Each, class... P> NkStatus tiled(const NkWindow &plan, bool backward, Each &&each, const P *...pointers) {
+    return guarded([&]() -> NkStatus {
+        if (plan.outer * plan.channels * plan.inner == 0) return NK_OK;
+        if (any_null(pointers...)) return NK_NULL;
+        return by_type(plan.type, [&](auto t) {
+            for_tiles<decltype(t)>(plan, backward, [&](auto &worker, const Tile &tile) { each(worker, tile, t); });
+        });
+    });
 }
 
 }  // namespace
 }  // namespace nk
 
+// All pointers are to outer * channels * inner elements of the plan's type.
 NK_EXPORT int32_t nk_window_forward(const NkWindow *plan, const void *x, void *y) {
-    return nk::by_type(plan->type, [&](auto t) {
-        using T = decltype(t);
-        nk::for_tiles<T>(*plan, false, [&](nk::Worker<T> &worker, const nk::Tile &tile) {
-            worker.template forward<false>(tile, static_cast<const T *>(x), static_cast<T *>(y));
-        });
-    });
+    return nk::tiled(
+        *plan, false,
+        [&](auto &worker, const nk::Tile &tile, auto t) {
+            worker.template forward<false>(tile, static_cast<const decltype(t) *>(x), static_cast<decltype(t) *>(y));
+        },
+        x, y);
 }
 
 // y = x summed over the window, whatever else the plan says. Its own backward pass, with before and after exchanged.
 NK_EXPORT int32_t nk_window_sum(const NkWindow *plan, const void *x, void *y) {
-    return nk::by_type(plan->type, [&](auto t) {
-        using T = decltype(t);
-        nk::for_tiles<T>(*plan, false, [&](nk::Worker<T> &worker, const nk::Tile &tile) {
-            worker.template forward<true>(tile, static_cast<const T *>(x), static_cast<T *>(y));
-        });
-    });
+    return nk::tiled(
+        *plan, false,
+        [&](auto &worker, const nk::Tile &tile, auto t) {
+            worker.template forward<true>(tile, static_cast<const decltype(t) *>(x), static_cast<decltype(t) *>(y));
+        },
+        x, y);
 }
 
 NK_EXPORT int32_t nk_window_backward(const NkWindow *plan, const void *dy, const void *x, void *dx) {
-    return nk::by_type(plan->type, [&](auto t) {
-        using T = decltype(t);
-        nk::for_tiles<T>(*plan, true, [&](nk::Worker<T> &worker, const nk::Tile &tile) {
+    return nk::tiled(
+        *plan, true,
+        [&](auto &worker, const nk::Tile &tile, auto t) {
+            using T = decltype(t);
             worker.backward(tile, static_cast<const T *>(dy), static_cast<const T *>(x), static_cast<T *>(dx));
-        });
-    });
+        },
+        dy, x, dx);
 }

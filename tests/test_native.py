@@ -193,3 +193,52 @@ def test_a_compiled_graph_calls_the_kernel_by_name() -> None:
         found = torch.autograd.grad(compiled(x).square().sum(), [x, *norm.parameters()])
         assert_close(found, wanted, rtol=1e-4, atol=1e-5)  # float32 in another order of sums
         assert compiled(torch.randn(7, 6, 6)).shape == (7, 6, 6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_s_result_does_not_depend_on_how_many_there_are(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(300, 16, 7, 5).to(dtype)
+    last = images.to(memory_format=torch.channels_last)
+    over_channels = [nk.GroupNorm(4, 16), nk.InstanceNorm(16), nk.LayerNorm(16, over="c"), nk.BatchNorm(16).eval()]
+    cases: list[tuple[Any, Tensor]] = [(norm, x) for norm in over_channels for x in (images, last)]
+    cases += [
+        (norm, torch.randn(300, d).to(dtype))
+        for d in (5, 1000, 5000)
+        for norm in (nk.LayerNorm(d), nk.RMSNorm(d), nk.BatchNorm(d).eval())
+    ]
+    before = torch.get_num_threads()
+    try:
+        for norm, x in cases:
+            norm = norm.to(dtype)
+            norm.backend = "native"
+            for tensor in (*norm.parameters(), *(b for b in norm.buffers() if b.is_floating_point())):
+                torch.nn.init.uniform_(tensor, 0.5, 1.5)
+            dy = torch.randn(x.shape).to(dtype)
+            wanted: list[Tensor] = []
+            for rows, threads in ((300, 2), (1, 1), (2, 1), (7, 3), (100, 2)):
+                torch.set_num_threads(threads)
+                part = x[:rows].detach().requires_grad_()
+                y = norm(part)
+                found = [y.detach(), *torch.autograd.grad(y, part, dy[:rows])]
+                wanted = wanted or found
+                assert_close(found, [one[:rows] for one in wanted], rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernels
+def test_running_statistics_keep_what_fits() -> None:
+    for dtype, deviation in ((torch.float16, 200.0), (torch.float16, 1000.0), (torch.bfloat16, 1000.0)):
+        norm = nk.BatchNorm(2).to(dtype)
+        norm.backend = "native"
+        x = torch.randn(256, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, deviation])
+        norm(x.to(dtype))
+        exact = 0.9 + 0.1 * x.to(dtype).double().var(0)
+        fits = exact < torch.finfo(dtype).max
+        assert norm.running_var is not None
+        # Rounded once to the buffer's dtype; a channel whose result does not fit is left alone.
+        wanted = torch.where(fits, exact, 1.0)
+        assert_close(norm.running_var.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)
+        assert fits[0]

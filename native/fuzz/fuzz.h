@@ -34,8 +34,9 @@ struct Random {
 void *symbol(const char *name);
 template <class F> F *function(const char *name) { return reinterpret_cast<F *>(symbol(name)); }
 
-// How many threads the library is given for the calls that follow.
-void use_threads(int count);
+// How many threads the library is given for the calls that follow; they may fail before they begin, or after the first piece.
+enum Failure { NEVER, AT_ONCE, HALF_WAY };
+void use_threads(int count, Failure failure = NEVER);
 
 struct Fuzzer {
     Fuzzer(const char *name, void (*one_case)(Random &));
@@ -89,6 +90,15 @@ inline void expect(const char *what, const Buffer &got, int64_t i, double want, 
 
 template <class F> void answers(F &&status) {
     if (int32_t got = status()) throw Mismatch("status " + std::to_string(got));
+}
+
+// Wants a status, and outputs that are left alone.
+template <class Call> void refused(const char *what, int32_t want, Call &&call, const std::vector<Buffer *> &outputs) {
+    std::vector<Buffer> before;
+    for (Buffer *output : outputs) before.push_back(*output);
+    if (int32_t got = call(); got != want) throw Mismatch(std::string(what) + ": status " + std::to_string(got));
+    for (std::size_t i = 0; i < outputs.size(); ++i)
+        if (!(*outputs[i] == before[i])) throw Mismatch(std::string(what) + ": output " + std::to_string(i) + " was written");
 }
 
 // Calls with one thread and with several, and wants the same bits from both.

@@ -15,6 +15,7 @@ namespace {
 
 void *library = nullptr;
 int team = 1;
+Failure fails = NEVER;
 
 struct Entry {
     const char *name;
@@ -27,7 +28,12 @@ std::vector<Entry> &entries() {
 
 // As torch cuts a range: equal pieces, one a thread.
 int32_t parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void *), void *context) {
+    if (fails == AT_ONCE) return 1;
     int64_t piece = std::max((end - begin + team - 1) / team, grain);
+    if (fails == HALF_WAY) {
+        body(begin, std::min(begin + piece, end), context);
+        return 1;
+    }
     std::vector<std::thread> others;
     for (int64_t from = begin + piece; from < end; from += piece) others.emplace_back(body, from, std::min(from + piece, end), context);
     body(begin, std::min(begin + piece, end), context);
@@ -72,8 +78,9 @@ void *symbol(const char *name) {
     return found;
 }
 
-void use_threads(int count) {
+void use_threads(int count, Failure failure) {
     team = count;
+    fails = failure;
     auto set = function<void(void *, void *)>("nk_set_threads");
     if (count == 1) set(nullptr, nullptr);
     else set(reinterpret_cast<void *>(&parallel_for), reinterpret_cast<void *>(&num_threads));

@@ -157,6 +157,15 @@ Buffer check_forward(Random &random, Case &c) {
     }, outputs);
     if (!(c.x == x)) throw Mismatch("the input was written to");
 
+    if (!plan.given && random.chance(0.2)) {  // nothing is recorded
+        Buffer alone(plan.type, c.n);
+        answers([&] {
+            return forward(&plan, c.x.data(), c.residual.data(), c.weight.data(), c.bias.data(), alone.data(), sum.data(), nullptr, nullptr,
+                           nullptr);
+        });
+        if (!(alone == y)) throw Mismatch("y depends on whether statistics are kept");
+    }
+
     if (c.residual)
         for (int64_t e = 0; e < c.n; ++e) expect("sum", sum, e, c.x[e] + c.residual[e], 0, 0);
     const Buffer &v = c.residual ? sum : c.x;
@@ -237,6 +246,48 @@ void check_backward(Random &random, Case &c, Buffer v) {
     });
 }
 
+// Pointers that are null against the flags or without which nothing can be done, empty inputs, and threads that fail.
+void check_refusals(Random &random, Case &c) {
+    NkPlan plan = c.plan;
+    auto forward = function<Forward>("nk_forward");
+    auto backward = function<Backward>("nk_backward");
+    Buffer y(plan.type, c.n), dx(plan.type, c.n), dweight(plan.parameter_type, plan.parameters), dbias = dweight, dy = c.x;
+    void *center = plan.centred ? c.center.data() : nullptr;
+    auto run_forward = [&](void *x, void *weight, void *bias, void *to) {
+        return forward(&plan, x, nullptr, weight, bias, to, nullptr, c.center.data(), c.inverse.data(), nullptr);
+    };
+    auto run_backward = [&](void *from, void *x, void *inverse) {
+        return backward(&plan, from, nullptr, x, c.weight.data(), c.bias.data(), center, inverse, dx.data(), dweight.data(), dbias.data());
+    };
+    void *x = c.x.data(), *weight = c.weight.data(), *bias = c.bias.data();
+    std::vector<Buffer *> outputs{&y}, gradients{&dx, &dweight, &dbias};
+    if (!plan.given) outputs.insert(outputs.end(), {&c.center, &c.inverse});
+    refused("x is null", NK_NULL, [&] { return run_forward(nullptr, weight, bias, y.data()); }, outputs);
+    refused("y is null", NK_NULL, [&] { return run_forward(x, weight, bias, nullptr); }, outputs);
+    refused("dy is null", NK_NULL, [&] { return run_backward(nullptr, x, c.inverse.data()); }, gradients);
+    refused("inverse is null", NK_NULL, [&] { return run_backward(dy.data(), x, nullptr); }, gradients);
+    plan.parts ^= random.pick({NK_WEIGHT, NK_BIAS});
+    refused("the flags lie", NK_NULL, [&] { return run_forward(x, weight, bias, y.data()); }, outputs);
+    refused("the flags lie", NK_NULL, [&] { return run_backward(dy.data(), x, c.inverse.data()); }, gradients);
+    plan.parts = c.plan.parts;
+    plan.type = 4;
+    refused("the type is unknown", NK_UNKNOWN_TYPE, [&] { return run_forward(x, weight, bias, y.data()); }, outputs);
+    plan.type = c.plan.type;
+
+    use_threads(3, random.pick({AT_ONCE, HALF_WAY}));
+    int32_t status = run_forward(x, weight, bias, y.data());
+    if (status != NK_OK && status != NK_THREADS_FAILED) throw Mismatch("threads fail: status " + std::to_string(status));
+    status = run_backward(dy.data(), x, c.inverse.data());
+    if (status != NK_OK && status != NK_THREADS_FAILED) throw Mismatch("threads fail, backward: status " + std::to_string(status));
+    use_threads(1);
+
+    *random.pick({&plan.outer, &plan.far, &plan.kept, &plan.mid, &plan.inner}) = 0;
+    refused("nothing to do", NK_OK, [&] { return run_forward(nullptr, weight, bias, nullptr); }, outputs);
+    answers([&] { return run_backward(nullptr, nullptr, nullptr); });
+    for (int64_t p = 0; p < plan.parameters; ++p)
+        if (dweight[p] != 0 || dbias[p] != 0) throw Mismatch("the gradient of nothing is not 0");
+}
+
 void one_case(Random &random) {
     Case c{};
     c.plan = random_plan(random);
@@ -244,13 +295,17 @@ void one_case(Random &random) {
     c.n = elements(plan), c.sets = statistics(plan);
     c.loose = plan.type == NK_FLOAT64 ? 1e-13 : 5e-6;
     double shift = random.chance(0.5) ? 0 : 3 * random.normal();
-    c.x = Buffer::normal(random, plan.type, c.n, shift);
-    c.poisoned = random.chance(0.05);
+    // Squares beyond the range of float, of numbers that are within it.
+    bool extreme = plan.type == NK_FLOAT32 && plan.scale != NK_UNSCALED && !plan.given && set_size(plan) > 1 && random.chance(0.1);
+    if (extreme) c.plan.eps = 0, shift = 0;
+    c.x = Buffer::normal(random, plan.type, c.n, shift, extreme ? random.pick({1e-23, 1e25}) : 1);
+    c.poisoned = !extreme && random.chance(0.05);
     if (c.poisoned) c.x.set(random.below(c.n), NAN);
-    if (!plan.given && random.chance(0.2)) c.residual = Buffer::normal(random, plan.type, c.n);
+    if (!plan.given && !extreme && random.chance(0.2)) c.residual = Buffer::normal(random, plan.type, c.n);
     if (random.chance(0.6)) c.weight = Buffer::normal(random, plan.parameter_type, plan.parameters, 1);
     if (random.chance(0.6)) c.bias = Buffer::normal(random, plan.parameter_type, plan.parameters);
     if (!c.weight) c.plan.offset = 0;
+    c.plan.parts = (c.weight ? NK_WEIGHT : 0) | (c.bias ? NK_BIAS : 0);
     int32_t kept = wide(plan.type);
     c.inverse = Buffer(kept, c.sets);
     if (plan.centred) c.center = Buffer(kept, c.sets);
@@ -259,11 +314,13 @@ void one_case(Random &random) {
             c.inverse.set(s, plan.scale == NK_UNSCALED ? 1 : std::exp(0.5 * random.normal()));
             if (c.center) c.center.set(s, shift + random.normal());
         }
-    } else if (plan.centred && random.chance(0.4)) {
+    } else if (plan.centred && !extreme && random.chance(0.4)) {
         c.variance = Buffer(kept, c.sets);
     }
     try {
-        check_backward(random, c, check_forward(random, c));
+        Buffer normalized = check_forward(random, c);
+        if (!extreme) check_backward(random, c, normalized);  // the gradient's terms leave float's range
+        if (random.chance(0.1)) check_refusals(random, c);
     } catch (const Mismatch &mismatch) {
         throw Mismatch(std::string(mismatch.what()) + "\n" + show(plan) + (c.weight ? ", weight" : "") + (c.bias ? ", bias" : "") +
                        (c.residual ? ", residual" : ""));

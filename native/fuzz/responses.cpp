@@ -39,6 +39,10 @@ void local(Random &random) {
     auto forward = function<int32_t(const NkWindow *, const void *, void *)>("nk_window_forward");
     auto add_up = function<int32_t(const NkWindow *, const void *, void *)>("nk_window_sum");
     auto backward = function<int32_t(const NkWindow *, const void *, const void *, void *)>("nk_window_backward");
+    NkWindow empty = plan;
+    *random.pick({&empty.outer, &empty.channels, &empty.inner}) = 0;
+    refused("x is null", NK_NULL, [&] { return forward(&plan, nullptr, y.data()); }, {&y});
+    refused("nothing to do", NK_OK, [&] { return forward(&empty, nullptr, nullptr); }, {&y});
     on_any_threads(random, [&] { return forward(&plan, x.data(), y.data()); }, {&y});
     on_any_threads(random, [&] { return backward(&plan, dy.data(), x.data(), dx.data()); }, {&dx});
     Buffer total(plan.type, n);
@@ -84,6 +88,7 @@ void global(Random &random) {
     Buffer dx = random.chance(0.9) ? Buffer(plan.type, n) : Buffer();
     Buffer dweight = weight && random.chance(0.8) ? Buffer(kept, plan.channels) : Buffer();
     Buffer dbias = bias && random.chance(0.8) ? Buffer(kept, plan.channels) : Buffer();
+    plan.parts = (weight ? NK_WEIGHT : 0) | (bias ? NK_BIAS : 0);
     auto channel = [&](int64_t e) { return plan.last ? e % plan.channels : e / plan.positions % plan.channels; };
     auto set = [&](int64_t e) { return plan.shared ? 0 : e / (plan.channels * plan.positions); };
     if (random.chance(0.2)) {  // a channel without energy
@@ -96,6 +101,12 @@ void global(Random &random) {
         function<int32_t(const NkResponse *, const void *, const void *, const void *, void *, void *)>("nk_response_forward");
     auto backward = function<int32_t(const NkResponse *, const void *, const void *, const void *, const void *, void *, void *, void *)>(
         "nk_response_backward");
+    NkResponse lying = plan, empty = plan;
+    lying.parts ^= NK_WEIGHT;
+    *random.pick({&empty.samples, &empty.channels, &empty.positions}) = 0;
+    refused("x is null", NK_NULL, [&] { return forward(&plan, nullptr, weight.data(), bias.data(), y.data(), energy.data()); }, {&y});
+    refused("the flags lie", NK_NULL, [&] { return forward(&lying, x.data(), weight.data(), bias.data(), y.data(), energy.data()); }, {&y});
+    refused("nothing to do", NK_OK, [&] { return forward(&empty, nullptr, weight.data(), bias.data(), nullptr, nullptr); }, {&y});
     on_any_threads(random, [&] { return forward(&plan, x.data(), weight.data(), bias.data(), y.data(), energy.data()); }, {&y, &energy});
     on_any_threads(random, [&] {
         return backward(&plan, dy.data(), x.data(), weight.data(), energy.data(), dx.data(), dweight.data(), dbias.data());

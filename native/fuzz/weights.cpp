@@ -165,6 +165,7 @@ Weight random_weight(Random &random) {
     w.x = Buffer::normal(random, p.type, n, random.chance(0.3) ? 2 : 0), w.gradient = Buffer::normal(random, p.type, n);
     w.y = Buffer(p.type, n), w.dx = Buffer(p.type, n);
     if (p.method == NK_NORMALIZE && random.chance(0.4)) w.gain = Buffer::normal(random, p.type, sets, 1), w.dgain = Buffer(p.type, sets);
+    p.parts = w.gain ? NK_GAIN : 0;
     for (int64_t e = 0; e < n; ++e) w.along_x.push_back(random.normal());
     for (int64_t s = 0; s < sets; ++s) w.along_gain.push_back(random.normal());
     return w;
@@ -178,11 +179,30 @@ std::vector<NkWeightCall> calls(std::vector<Weight> &weights, bool backward) {
     return made;
 }
 
+// The last weight's pointers or flags are wrong: none is touched. An empty one needs no pointers.
+void check_refusals(Random &random, std::vector<Weight> &weights, std::vector<const NkWeightPlan *> plans, bool backward) {
+    auto pointers = calls(weights, backward);
+    std::vector<Buffer *> outputs;
+    for (Weight &w : weights) outputs.insert(outputs.end(), {&w.y, &w.dx, &w.dgain, &w.left, &w.right, &w.kept});
+    auto many = [&] { return function<Weights>("nk_weights")(int64_t(plans.size()), plans.data(), pointers.data(), backward); };
+    NkWeightCall whole = pointers.back();
+    (random.chance(0.5) ? pointers.back().weight : backward ? pointers.back().gradient : *(const void **)&pointers.back().result) = nullptr;
+    refused("a pointer is null", NK_NULL, many, outputs);
+    pointers.back() = whole;
+    NkWeightPlan plan = *plans.back();
+    plan.parts ^= NK_GAIN, plans.back() = &plan;
+    refused("the flags lie", NK_NULL, many, outputs);
+    plan.parts = 0, plan.inner = 0, plan.kept = 0;
+    plans = {&plan}, pointers = {NkWeightCall{}};
+    refused("nothing to do", NK_OK, many, outputs);
+}
+
 void run(Random &random, std::vector<Weight> &weights, bool backward) {
     std::vector<const NkWeightPlan *> plans;
     for (Weight &w : weights) plans.push_back(&w.plan);
     use_threads(random.pick({1, 2, 5}));
     auto pointers = calls(weights, backward);
+    if (random.chance(0.1)) check_refusals(random, weights, plans, backward);
     int32_t status = function<Weights>("nk_weights")(int64_t(plans.size()), plans.data(), pointers.data(), backward);
     if (status != 0) throw Mismatch("nk_weights answered " + std::to_string(status));
 }

@@ -43,6 +43,7 @@ _STATUSES: dict[int, Exception] = {
         "a tensor has no memory behind it, such as a parameter that FSDP has freed; "
         "call the module through its wrapper, or gather its parameters first"
     ),
+    4: BackendError("torch's threads stopped half-way through a normalization kernel; the output holds nothing of use"),
 }
 
 

@@ -23,7 +23,7 @@ _LEVELS = {"x86-64-v4": 4, "x86-64-v3": 3, "baseline": 1}
 
 # Raise it, and what nk_abi of native/level.cpp returns, whenever a structure or the arguments of a function change: a library of
 # another number would read what Python hands over at the wrong places.
-_ABI = 1
+_ABI = 2
 _SYMBOLS = (
     *("nk_abi", "nk_level", "nk_set_threads"),
     *("nk_forward", "nk_backward", "nk_given", "nk_remember"),

@@ -56,7 +56,7 @@ def quick(perform: Any, call: Call) -> Callable[[Tensor, Tensor | None, Tensor |
             or (bias is not None and bias.requires_grad)
         ):
             return _normalize(x, weight, bias, None, ready, None)
-        return _forward(ready, x, weight, bias, None, False)[0]
+        return _forward(ready, x, weight, bias, None, 0)[0]
 
     return run
 
@@ -81,7 +81,17 @@ def normalize(
         found = _normalize(x, weight, bias, residual, ready, kept if measured else None)
         y, total = found if type(found) is tuple else (found, None)
         return y, total, kept[0] if measured else None
-    return _forward(ready, x, weight, bias, residual, measured)
+    return _forward(ready, x, weight, bias, residual, 3 if measured else 0)
+
+
+def normalize_for_backward(
+    ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The output, and what was measured for ``differentiate``."""
+    kept = 1 + ready.centred
+    y, _, values = _forward(ready, _dense(x, ready), _packed(weight), _packed(bias), None, kept)
+    assert values is not None
+    return y, values
 
 
 def perform_by(ready: Prepared, call: Call) -> Output:
@@ -142,14 +152,18 @@ def _packed(parameter: Tensor | None) -> Tensor | None:
 
 
 def _forward(
-    ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, measured: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, kept: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The output, the sum with the residual, and as many rows of what was measured as are to be kept."""
     y = torch.empty_like(x)
     total = None if residual is None else torch.empty_like(x)
-    rows = 3 if measured else 1 + ready.centred
-    size = rows * ready.nest.statistics
-    values = x.new_empty(size) if x.dtype is ready.wide else torch.empty(size, dtype=ready.wide)
-    start, step = values.data_ptr(), ready.statistic_bytes
+    values = inverse = center = variance = None
+    if kept:
+        size = kept * ready.nest.statistics
+        values = x.new_empty(size) if x.dtype is ready.wide else torch.empty(size, dtype=ready.wide)
+        inverse = values.data_ptr()
+        center = inverse + ready.statistic_bytes if kept > 1 else None
+        variance = inverse + 2 * ready.statistic_bytes if kept > 2 else None
     status = ready.forward(
         ready.address,
         x.data_ptr(),
@@ -158,9 +172,9 @@ def _forward(
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
         None if total is None else total.data_ptr(),
-        start + step if rows > 1 else None,
-        start,
-        start + 2 * step if measured else None,
+        center,
+        inverse,
+        variance,
     )
     if status:
         checked(status)
@@ -274,7 +288,7 @@ class _Normalize(torch.autograd.Function):
         ready: Prepared,
         kept: list[Tensor] | None,
     ) -> Any:
-        y, total, values = _forward(ready, x, weight, bias, residual, kept is not None)
+        y, total, values = _forward(ready, x, weight, bias, residual, 1 + ready.centred if kept is None else 3)
         ctx.ready, ctx.values = ready, values
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if total is None else total, weight, bias)

@@ -22,7 +22,7 @@ class _Plan(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("samples", "channels", "positions")),
         ("eps", ctypes.c_double),
-        *((name, ctypes.c_int32) for name in ("type", "last", "shared", "reserved")),
+        *((name, ctypes.c_int32) for name in ("type", "last", "shared", "parts")),
     )
 
 
@@ -54,7 +54,8 @@ def weigh(
     found = lanes(x, axis)
     if found is None or any(p is not None and p.numel() != found.channels for p in (weight, bias)):
         return None
-    plan = _Plan(found.outer, found.channels, found.inner, eps, TYPES[x.dtype], found.last, shared, 0)
+    parts = (weight is not None) + 2 * (bias is not None)
+    plan = _Plan(found.outer, found.channels, found.inner, eps, TYPES[x.dtype], found.last, shared, parts)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Weigh.apply(x, weight, bias, plan, definition)
     return _forward(x, weight, bias, plan)[0]

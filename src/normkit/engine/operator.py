@@ -100,8 +100,7 @@ def _normalize(
         known = read(rule)
         y = native.define(known, known.support.split(x.shape), x, weight, bias, activation or None)
         return _empty(known, x).copy_(y), x.new_empty(_measured(rule, x), dtype=accumulation_dtype(x.dtype))
-    y, _, values = native.normalize(ready, x, weight, bias)
-    return y, values
+    return native.normalize_for_backward(ready, x, weight, bias)
 
 
 @torch.library.impl(_LIBRARY, "normalize_backward", "CPU")

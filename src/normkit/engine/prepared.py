@@ -151,7 +151,8 @@ def prepare(
 def _arrays(nest: Nest, running: RunningStatistics, scaled: bool) -> int | None:
     """The type of running statistics that the library may read and write as arrays, one value per set; None for others."""
     mean, var = running.mean, running.var if scaled else running.mean
-    if nest.outer != 1 or mean.numel() != nest.kept.size or var.numel() != mean.numel() or var.dtype != mean.dtype:
+    channels = 1 in (nest.outer, nest.kept.size)  # the channels of a single sample are the outer loop
+    if not channels or mean.numel() != nest.statistics or var.numel() != mean.numel() or var.dtype != mean.dtype:
         return None
     fit = readable(mean) and readable(var) and mean.is_contiguous() and var.is_contiguous()
     return TYPES[mean.dtype] if fit else None

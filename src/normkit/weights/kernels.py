@@ -49,9 +49,14 @@ _POINTERS = (
 class Plan(NamedTuple):
     """What a kernel is told of a weight, and how many elements the tensors of a call have, in the order of ``NkWeightCall``."""
 
-    told: bytes
+    without_gain: bytes
+    with_gain: bytes
     dtype: torch.dtype
     counts: tuple[int, ...]
+
+    def told(self, gain: Tensor | None) -> bytes:
+        """What a kernel is told, which includes whether there is a gain: a null pointer alone could be one without memory."""
+        return self.without_gain if gain is None else self.with_gain
 
     @property
     def sets(self) -> int:
@@ -111,10 +116,10 @@ def plan_for(
         _GUARDS[statistic.guard],
         statistic.correction,
     )
-    told = struct.pack("4q2d10i", *nest, eps, factor, *codes, constant, iterations, 0)
+    told = (struct.pack("4q2d10i", *nest, eps, factor, *codes, constant, iterations, gain) for gain in (0, 1))
     groups, far, kept, inner = nest
     size, count = math.prod(nest), groups * (far if sets == "near" else kept)
-    return Plan(told, dtype, (size, count, size, size, count, far, kept * inner, 1 + far + kept * inner))
+    return Plan(*told, dtype, (size, count, size, size, count, far, kept * inner, 1 + far + kept * inner))
 
 
 def plan_over(
@@ -228,7 +233,7 @@ def _forward(weight: Tensor, gain: Tensor | None, plan: Plan, spare: Spare | Non
     functions = _functions()
     assert functions is not None
     at = _address(plan, 0, weight), _address(plan, 1, gain), _address(plan, 3, result)
-    checked(functions.forward(plan.told, *at))
+    checked(functions.forward(plan.told(gain), *at))
     return result
 
 
@@ -253,7 +258,7 @@ class _Normalize(torch.autograd.Function):
         plan = ctx.plan
         ends = _address(plan, 3, result), _address(plan, 4, dgain)
         at = _address(plan, 2, gradient), _address(plan, 0, weight), _address(plan, 1, gain), *ends
-        checked(functions.backward(plan.told, *at))
+        checked(functions.backward(plan.told(gain), *at))
         return result, dgain, None, None, None
 
 
@@ -292,5 +297,5 @@ def run(plans: Sequence[Plan], calls: Sequence[Sequence[Tensor | None]], backwar
     for place, (plan, tensors) in enumerate(zip(plans, calls, strict=True)):
         for which, tensor in enumerate(tensors):
             pointers[len(_POINTERS) * place + which] = _address(plan, which, tensor)
-    told = (ctypes.c_char_p * len(plans))(*(plan.told for plan in plans))
+    told = (ctypes.c_char_p * len(plans))(*(plan.told(tensors[1]) for plan, tensors in zip(plans, calls, strict=True)))
     checked(functions.many(len(plans), told, pointers, backward))

@@ -1,0 +1,118 @@
+// The inner loops of the lanes' backward pass: what a few rows add to the sums, and what the sums make of their dx.
+#pragma once
+#include "activation.h"
+#include "sheet.h"
+
+namespace nk {
+
+template <class A> struct BackwardLine {
+    alignas(64) A center[ROOM], inverse[ROOM];
+    // PER_LANE: dx = g * gain + d * along + offset, of z = d * gain + shift.
+    alignas(64) A gain[ROOM], shift[ROOM], along[ROOM], offset[ROOM];
+    // Of the first row, or null; else dx = g * weight * inverse + d * along + offset, of z = d * inverse * weight + bias.
+    const A *weight, *bias;
+    int64_t weight_step, bias_step;
+    int32_t kind;
+};
+
+// What a few rows give: dy times the activation's slope, of each vector of each row.
+template <int VARIATION, int KIND, int ROWS, class T> struct Rows {
+    using A = accumulator<T>;
+    const T *dy, *x;
+    int64_t pitch, width, row;
+    const BackwardLine<A> &line;
+    A weight[ROWS], bias[ROWS];
+    alignas(64) A slopes[KIND == CURVED ? ROWS : 1][KIND == CURVED ? ROOM : 1];
+
+    Rows(const T *dy, const T *x, int64_t pitch, int64_t width, int64_t row, const BackwardLine<A> &line)
+        : dy(dy), x(x), pitch(pitch), width(width), row(row), line(line) {
+        if constexpr (VARIATION == PER_ROW)
+            for (int r = 0; r < ROWS; ++r) {
+                weight[r] = line.weight ? line.weight[(row + r) * line.weight_step] : A(1);
+                bias[r] = line.bias ? line.bias[(row + r) * line.bias_step] : A(0);
+            }
+        if constexpr (KIND == CURVED) {
+            for_vectors(width, [&](auto at) {
+                for (int r = 0; r < ROWS; ++r) nk::store(slopes[r] + at.lane, z(at, r, apart(at, r)));
+            });
+            for (int r = 0; r < ROWS; ++r) slope_run(line.kind, slopes[r], width);
+        }
+    }
+
+    // Asks for what is read soon, where rows are long: of three streams at once the processor foresees too little.
+    template <class At> void ask(At at) const {
+        if constexpr (ROWS > 1) return;
+        __builtin_prefetch(x + 3 * pitch + at.lane);
+        __builtin_prefetch(dy + 3 * pitch + at.lane);
+    }
+    template <class At> Vec<A> apart(At at, int r) const { return at.load(x + r * pitch) - at.load(line.center); }
+    template <class At> Vec<A> gain(At at, int r) const {
+        if constexpr (VARIATION == PER_ROW) return splat<A>(weight[r]);
+        else return at.load(line.weight + (row + r) * line.weight_step);
+    }
+    template <class At> Vec<A> z(At at, int r, Vec<A> apart) const {
+        if constexpr (VARIATION == PER_LANE) return apart * at.load(line.gain) + at.load(line.shift);
+        Vec<A> normalized = apart * at.load(line.inverse);
+        if constexpr (VARIATION == PER_ROW) return normalized * weight[r] + bias[r];
+        if constexpr (VARIATION == PER_ELEMENT) return normalized * gain(at, r) + at.load(line.bias + (row + r) * line.bias_step);
+    }
+    template <class At> Vec<A> g(At at, int r, Vec<A> apart) const {
+        Vec<A> found = at.load(dy + r * pitch);
+        if constexpr (KIND == NK_RELU) return select<A>(z(at, r, apart) <= 0, Vec<A>{}, found);
+        if constexpr (KIND == CURVED) return found * nk::load(slopes[r] + at.lane);
+        return found;
+    }
+};
+
+// Adds to the lanes' sums, and gives the rows' own: for PER_ROW two sums for each row, for PER_ELEMENT each lane's two.
+template <int VARIATION, int KIND, int ROWS, class T, class A = accumulator<T>>
+void collect(const Rows<VARIATION, KIND, ROWS, T> &rows, A *sums, A *products, A *own_sums, A *own_products) {
+    Vec<A> sum[ROWS] = {}, product[ROWS] = {};
+    for_vectors(rows.width, [&](auto at) {
+        Vec<A> lane_sum = {}, lane_product = {};
+        for (int r = 0; r < ROWS; ++r) {
+            rows.ask(at);
+            Vec<A> apart = rows.apart(at, r), g = at.template fresh<A>(rows.g(at, r, apart));
+            if constexpr (VARIATION == PER_LANE) {
+                lane_sum += g;
+                lane_product += g * apart;
+            } else {
+                Vec<A> normalized = apart * at.load(rows.line.inverse), scaled = g * rows.gain(at, r);
+                lane_sum += scaled;
+                lane_product += scaled * apart;
+                if constexpr (VARIATION == PER_ROW) {
+                    sum[r] += g;
+                    product[r] += g * normalized;
+                } else {
+                    nk::store(own_sums + at.lane, rows.g(at, r, apart));
+                    nk::store(own_products + at.lane, rows.g(at, r, apart) * normalized);
+                }
+            }
+        }
+        at.store(sums, at.load(sums) + lane_sum);
+        at.store(products, at.load(products) + lane_product);
+    });
+    if constexpr (VARIATION == PER_ROW)
+        for (int r = 0; r < ROWS; ++r) own_sums[r] = sum_lanes<A>(sum[r]), own_products[r] = sum_lanes<A>(product[r]);
+}
+
+// PULLED: the statistic depends on x.
+template <bool PULLED, int VARIATION, int KIND, int ROWS, class T, class A = accumulator<T>>
+void spread(const Rows<VARIATION, KIND, ROWS, T> &rows, const T *dsum, T *dx) {
+    for_vectors(rows.width, [&](auto at) {
+        Vec<A> found[ROWS];
+        for (int r = 0; r < ROWS; ++r) {
+            rows.ask(at);
+            Vec<A> apart = {};
+            if constexpr (PULLED || KIND == NK_RELU) apart = rows.apart(at, r);
+            found[r] = rows.g(at, r, apart);
+            if constexpr (VARIATION == PER_LANE) found[r] *= at.load(rows.line.gain);
+            else found[r] *= rows.gain(at, r) * at.load(rows.line.inverse);
+            if constexpr (PULLED) found[r] += apart * at.load(rows.line.along) + at.load(rows.line.offset);
+            if (dsum) found[r] += at.load(dsum + r * rows.pitch);
+        }
+        for (int r = 0; r < ROWS; ++r) at.store(dx + r * rows.pitch, found[r]);
+    });
+}
+
+}  // namespace nk

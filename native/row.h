@@ -1,0 +1,49 @@
+// Elements side by side, a vector at a time, with what is left of them at the end.
+#pragma once
+#include "vector.h"
+
+namespace nk {
+
+// Elements that one accumulator takes before it is merged in double precision.
+constexpr int64_t STRETCH = 4096;
+
+// Where vector i of a stretch is: whole, or the last few elements of it; `only` makes zeros of what is not there.
+struct VectorAt {
+    int64_t i;
+    template <class T> Vec<accumulator<T>> operator()(const T *p) const { return load(p + i); }
+    template <class T> void put(T *p, Vec<accumulator<T>> v) const { store(p + i, v); }
+    template <class A> Vec<A> only(Vec<A> v) const { return v; }
+};
+struct TailAt {
+    int64_t i, n;
+    template <class T> Vec<accumulator<T>> operator()(const T *p) const { return load_some(p + i, n); }
+    template <class T> void put(T *p, Vec<accumulator<T>> v) const { store_some(p + i, v, n); }
+    template <class A> Vec<A> only(Vec<A> v) const { return select<A>(first<A>(n), v, Vec<A>{}); }
+};
+
+// each(at): a vector at a time over n elements.
+template <class Each> inline void over(int64_t n, Each &&each) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) each(VectorAt{i});
+    if (i < n) each(TailAt{i, n - i});
+}
+
+// Adds K sums over n elements to totals; each(at, sums) adds one vector to each sum, and zeros where `at` reads zeros. Four vectors at once
+// hide what an addition takes.
+template <class A, int K, class Each> inline void sum_over(int64_t n, double (&totals)[K], Each &&each) {
+    for (int64_t begin = 0; begin < n; begin += STRETCH) {
+        int64_t end = begin + STRETCH < n ? begin + STRETCH : n, i = begin;
+        Vec<A> a[K] = {}, b[K] = {}, c[K] = {}, d[K] = {};
+        for (; i + 4 * LANES <= end; i += 4 * LANES) {
+            each(VectorAt{i}, a);
+            each(VectorAt{i + LANES}, b);
+            each(VectorAt{i + 2 * LANES}, c);
+            each(VectorAt{i + 3 * LANES}, d);
+        }
+        for (; i + LANES <= end; i += LANES) each(VectorAt{i}, a);
+        if (i < end) each(TailAt{i, end - i}, b);
+        for (int k = 0; k < K; ++k) totals[k] += sum_lanes<A>((a[k] + b[k]) + (c[k] + d[k]));
+    }
+}
+
+}  // namespace nk

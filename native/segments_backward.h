@@ -1,0 +1,155 @@
+// Backward over sets whose elements lie next to one another: what the two ways share, by whether the gain varies along runs.
+#pragma once
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "activation.h"
+#include "kernels.h"
+#include "room.h"
+#include "segments.h"
+#include "threads.h"
+
+namespace nk {
+
+constexpr int64_t STRETCH = 1024;  // of gradients behind an activation, in the first cache
+constexpr int64_t HELD = 16384;    // up to this size, a set keeps them from the first pass to the second
+
+// Of g (times the gain, where that varies), and of that times x - center.
+template <class S> struct Pair {
+    S g, gx;
+
+    Pair &operator+=(const Pair &other) {
+        g += other.g;
+        gx += other.gx;
+        return *this;
+    }
+};
+
+// Half-way: sums of a stretch of at most BLOCK elements.
+template <class A> struct PairSums {
+    Vec<A> g[4] = {}, gx[4] = {};
+
+    NK_INLINE void add(int u, Vec<A> v, Vec<A> apart) {
+        g[u] += v;
+        gx[u] += v * apart;
+    }
+    Pair<double> total() const {
+        return {sum_lanes<A>((g[0] + g[1]) + (g[2] + g[3])), sum_lanes<A>((gx[0] + gx[1]) + (gx[2] + gx[3]))};
+    }
+};
+
+// dx = g * gain * inverse + (x - center) * along + shift.
+template <class A> struct Pull {
+    A center, inverse, along, shift;
+};
+
+// Adds a run: terms(at) gives what is summed and what it is weighted with, from elements that lie as those of at(p).
+template <class T, class A, class Terms> NK_INLINE void add_run(PairSums<A> &sums, int64_t n, Terms &&terms) {
+    auto add_twin = [&](int u, int64_t i) {
+        auto [g, apart] = terms([&](auto *p) { return load_twin<T>(p + i); });
+        sums.add(u, g.a, apart.a);
+        sums.add(u + 1, g.b, apart.b);
+    };
+    int64_t i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES) {
+        add_twin(0, i);
+        add_twin(2, i + 2 * LANES);
+    }
+    for (; i + LANES <= n; i += LANES) {
+        auto [g, apart] = terms([&](auto *p) { return load(p + i); });
+        sums.add(0, g, apart);
+    }
+    if (End<A> end{n}; end.of(n)) {
+        auto [g, apart] = terms([&](auto *p) { return end.load(p); });
+        sums.add(1, select<A>(end.counts(), g, Vec<A>{}), select<A>(end.counts(), apart, Vec<A>{}));
+    }
+}
+
+template <class F> inline void with_flag(bool flag, F &&f) { flag ? f(std::true_type{}) : f(std::false_type{}); }
+
+template <class T> class SegmentsBackward {
+  protected:
+    using A = accumulator<T>;
+    const NkPlan &plan;
+    Backward<T> call;
+    std::vector<A> own_weight, own_bias;
+    const Runs runs;
+    const bool pulled;  // whether the statistic has a gradient
+    const bool curved;  // whether gradients have to be prepared: they pass an activation first
+    const bool parameters;
+    const bool streamed;
+
+    SegmentsBackward(const NkPlan &plan, const Backward<T> &call)
+        : plan(plan),
+          call(call),
+          runs(runs_of(plan, call.weight || call.bias || call.dweight || call.dbias)),
+          pulled(!plan.given && (plan.centred || plan.scale != NK_UNSCALED)),
+          curved(plan.activation > (runs.vector ? NK_LINEAR : NK_RELU)),
+          parameters(call.dweight || call.dbias),
+          streamed(streams()) {
+        this->call.weight = calm<T>(call.weight, plan.parameters, own_weight);
+        this->call.bias = calm<T>(call.bias, plan.parameters, own_bias);
+    }
+
+    bool streams() const {
+        int64_t bytes = runs.length * int64_t(sizeof(T));
+        if (!plan.stream || !on_element(call.dx)) return false;
+        return runs.vector ? bytes % LINE == 0 && until_line(call.dx) == 0 : bytes >= 8 * LINE && !curved;
+    }
+
+    A center(int64_t set) const { return call.center ? calm(call.center[set]) : A(0); }
+    A inverse(int64_t set) const { return call.inverse ? calm(call.inverse[set]) : A(1); }
+
+    // From the sums over a set of g * gain, and of that times x - center.
+    Pull<A> pull_of(int64_t set, Pair<double> sums) const {
+        Pull<A> pull{center(set), inverse(set), 0, 0};
+        if (!pulled) return pull;
+        double inverse = pull.inverse, k = strength<A>(plan, pull.inverse);
+        if (k != 0) pull.along = A(-k * inverse * inverse * inverse * sums.gx);
+        if (plan.centred) pull.shift = A(-inverse * sums.g / double(runs.size()));
+        return pull;
+    }
+
+    // Gradients behind the activation: dy times its slope.
+    void prepare(const Stretch &s, int64_t offset, int64_t n, int64_t set, A *to) const {
+        const A *gain = along(call.weight, s.parameter), *bias = along(call.bias, s.parameter);
+        A scale = inverse(set), low = 0;
+        if (!runs.vector) scale *= gain ? *gain : A(1), low = bias ? -*bias : A(0);
+        int64_t step = runs.vector ? offset : 0;
+        A least = -std::numeric_limits<A>::infinity();
+        auto map = mapper<A, T, false>(runs.vector && gain, runs.vector && bias);
+        map(call.x + s.x + offset, to, n, center(set), scale, low, least, along(gain, step), along(bias, step), 0);
+        slope_run<A>(plan.activation, to, n);
+        const T *dy = call.dy + s.x + offset;
+        auto passed = [](Vec<A> slope, Vec<A> g) { return select<A>(slope == 0, Vec<A>{}, slope * g); };
+        int64_t i = 0;
+        for (; i + LANES <= n; i += LANES) store(to + i, passed(load(to + i), load(dy + i)));
+        if (i < n) store_some(to + i, passed(load_some(to + i, n - i), load_some(dy + i, n - i)), n - i);
+    }
+
+    // Where a set's prepared gradients are: all of them, or those of one stretch.
+    struct Prepared {
+        alignas(64) A values[HELD];
+        bool all = false;
+    };
+
+    // each(g, offset, n) for the gradients of a stretch.
+    template <class Each> void gradients(const Stretch &s, int64_t set, Prepared &prepared, Each &&each) const {
+        if (!curved) return each(call.dy + s.x, 0, s.n);
+        if (runs.size() <= HELD) {
+            if (!prepared.all) prepare(s, 0, s.n, set, prepared.values + s.index);
+            return each(static_cast<const A *>(prepared.values + s.index), 0, s.n);
+        }
+        for (int64_t i = 0; i < s.n; i += STRETCH) {
+            int64_t n = std::min(STRETCH, s.n - i);
+            prepare(s, i, n, set, prepared.values);
+            each(static_cast<const A *>(prepared.values), i, n);
+        }
+    }
+};
+
+// Where the gain varies along runs; segments_backward.cpp has the other case.
+template <class T> void segments_backward_varying(const NkPlan &plan, const Backward<T> &call);
+
+}  // namespace nk

@@ -1,0 +1,346 @@
+// Backward over sets whose elements lie next to one another, where the gain varies along their runs: its gradient is gathered next to dx,
+// in one partial buffer for each batch of sets, or, in sets too large for that, by going down the sets for a few columns at a time.
+#include "segments_backward.h"
+
+namespace nk {
+namespace {
+
+template <class G, class T, class A = accumulator<T>>
+NK_INLINE void add_varying(PairSums<A> &sums, const G *g, const T *x, const A *gain, int64_t n, A center) {
+    Vec<A> c = splat<A>(center);
+    add_run<T>(sums, n, [&](auto &&at) { return std::pair(at(g) * at(gain), at(x) - c); });
+}
+
+// A set whose parameters vary along its runs, beside another that shares them: where it is from the first of both.
+template <class A> struct Row {
+    int64_t x;
+    Pull<A> pull;
+};
+
+template <class G, class T, class A = accumulator<T>> struct Varying {
+    const G *g;
+    const T *x, *dsum;
+    T *dx;
+    const A *gain;
+    A *dgain, *dbias;
+    int64_t ahead;
+    bool streamed;
+};
+
+// dx of a run in one set or in two, and what they add to the gradients of gain and bias, which are read and written once for both. Two go
+// faster in the cache; beyond it, one with the next ones fetched does. Gain and gradients are arranged as T wants them.
+template <int ROWS, int PARAMETERS, bool DX, bool PULLED, class G, class T, class A = accumulator<T>>
+void pull_varying(Varying<G, T> to, const Row<A> *sets, int64_t n) {
+    Row<A> rows[ROWS];
+    std::copy_n(sets, ROWS, rows);
+    struct Element {
+        Vec<A> g, dgain, dx;
+    };
+    auto pulled = [&](const Row<A> &row, Vec<A> gain, auto &&at) {
+        Element e{at(to.g + row.x), {}, {}};
+        Vec<A> scaled = e.g * splat<A>(row.pull.inverse), apart{};
+        if constexpr (PULLED || PARAMETERS > 0) apart = at(to.x + row.x) - splat<A>(row.pull.center);
+        if constexpr (PARAMETERS > 0) e.dgain = scaled * apart;
+        if constexpr (DX) {
+            e.dx = scaled * gain;
+            if constexpr (PULLED) e.dx += apart * splat<A>(row.pull.along) + splat<A>(row.pull.shift);
+            if (ROWS == 1 && to.dsum) e.dx += at(to.dsum);
+        }
+        return e;
+    };
+    // All is read before anything is written: sets may lie a multiple of the page apart, and then a load seems to want the last store.
+    auto vectors = [&](int64_t i, auto &&at, Vec<A> *dx) {
+        Element e[ROWS];
+        for (int r = 0; r < ROWS; ++r) e[r] = pulled(rows[r], load(to.gain + i), at);
+        for (int r = 1; r < ROWS; ++r) e[0].g += e[r].g, e[0].dgain += e[r].dgain;
+        if constexpr (PARAMETERS > 0) store(to.dgain + i, load(to.dgain + i) + e[0].dgain);
+        if constexpr (PARAMETERS > 1) store(to.dbias + i, load(to.dbias + i) + e[0].g);
+        for (int r = 0; r < ROWS; ++r) dx[r] = e[r].dx;
+    };
+    auto twins = [&](int64_t i, auto STREAM) {
+        Vec<A> a[ROWS], b[ROWS];
+        vectors(i, [&](auto *p) { return load_half<T, 0>(p + i); }, a);
+        vectors(i + LANES, [&](auto *p) { return load_half<T, 1>(p + i); }, b);
+        if constexpr (DX)
+            for (int r = 0; r < ROWS; ++r) {
+                T *out = to.dx + rows[r].x + i;
+                STREAM.value ? stream_twin<T>(out, {a[r], b[r]}) : store_twin<T>(out, Twin<A>{a[r], b[r]});
+            }
+    };
+    constexpr int64_t line = std::max<int64_t>(LINE / int64_t(sizeof(T)), 2 * LANES);
+    int64_t i = 0;
+    if constexpr (ROWS == 1 && DX)
+        for (; to.streamed && i + line <= n; i += line) {
+            if (to.ahead) fetch<line>(to.g + i + to.ahead), fetch<line>(to.x + i + to.ahead);
+            for (int64_t j = i; j < i + line; j += 2 * LANES) twins(j, std::true_type{});
+        }
+    for (; i + 2 * LANES <= n; i += 2 * LANES) twins(i, std::false_type{});
+    for (; i < n; i += LANES) {
+        int64_t m = std::min<int64_t>(LANES, n - i);
+        Mask<A> counts = first<A>(m);
+        for (const Row<A> &row : rows) {
+            Element e = pulled(row, load_some(to.gain + i, m), [&](auto *p) { return load_some(p + i, m); });
+            auto gather = [&](A *sums, Vec<A> v) { store_some(sums + i, load_some(sums + i, m) + select<A>(counts, v, Vec<A>{}), m); };
+            if constexpr (DX) store_some(to.dx + row.x + i, e.dx, m);
+            if constexpr (PARAMETERS > 0) gather(to.dgain, e.dgain);
+            if constexpr (PARAMETERS > 1) gather(to.dbias, e.g);
+        }
+    }
+}
+
+template <class T> class VaryingGain : SegmentsBackward<T> {
+    using Base = SegmentsBackward<T>;
+    using typename Base::A, typename Base::Prepared;
+    using Base::call, Base::center, Base::curved, Base::gradients, Base::parameters, Base::plan, Base::pull_of, Base::pulled, Base::runs,
+        Base::streamed;
+    std::vector<A> ones;  // a gain, where there is a bias alone
+
+  public:
+    VaryingGain(const NkPlan &plan, const Backward<T> &call) : Base(plan, call) {
+        if (!call.weight) ones.assign(std::size_t(runs.length), A(1));
+    }
+
+    // The sets that share their parameters: those of one outer place, and of one k where that tells them apart.
+    struct Groups {
+        int64_t divisor, places, ks, rows, count;
+        bool by_k;
+    };
+    Groups groups() const {
+        bool one = plan.outer_step == 0 || plan.outer_mod == 1;
+        int64_t divisor = one ? plan.outer : plan.outer_div, places = one ? 1 : plan.outer_mod;
+        int64_t cycles = (plan.outer + divisor * places - 1) / (divisor * places);
+        bool by_k = runs.per_kept != 0;
+        return {divisor, places, runs.kept, cycles * divisor * (by_k ? 1 : runs.kept), places * (by_k ? runs.kept : 1), by_k};
+    }
+    // The row-th set of a group, or -1 where the last cycle ends before it.
+    int64_t set_of(const Groups &groups, int64_t group, int64_t row) const {
+        int64_t place = groups.by_k ? group / groups.ks : group, k = groups.by_k ? group % groups.ks : row % groups.ks;
+        if (!groups.by_k) row /= groups.ks;
+        int64_t o = (row / groups.divisor * groups.places + place) * groups.divisor + row % groups.divisor;
+        return o < plan.outer ? o * runs.kept + k : -1;
+    }
+
+    // The parameters of a group in one buffer: the runs without those that repeat them.
+    Runs footprint() const {
+        Runs print = runs;
+        if (runs.per_far == 0) print.far = 1;
+        if (runs.per_mid == 0) print.mid = 1;
+        return print;
+    }
+    // Partial gradients lie half a page apart from one another, and a little further in it than dx: to a processor that compares addresses
+    // within the page, they else seem to be what was just stored there.
+    static constexpr int64_t PAGE = 4096 / sizeof(A);
+    static int64_t spaced(int64_t n) { return (n + PAGE / 2 - 1) / PAGE * PAGE + PAGE / 2; }
+    A *beside_dx(A *room) const {
+        auto at = reinterpret_cast<std::uintptr_t>(room), dx = reinterpret_cast<std::uintptr_t>(call.dx) / LINE * LINE;
+        return reinterpret_cast<A *>(at + (dx + 512 - at) % 4096);
+    }
+
+    // Of a stretch, as the loop wants them.
+    struct Arranged {
+        const A *gain;
+        A *dgain, *dbias;
+    };
+
+    void run() {
+        Groups g = groups();
+        Runs print = footprint();
+        int64_t size = runs.size();
+        // By the shape alone, as the order of the sums depends on it.
+        int64_t together = std::min<int64_t>(std::max({(g.rows + 63) / 64, (CHUNK + size - 1) / size, int64_t(8)}), 512);
+        int64_t batches = (g.rows + together - 1) / together;
+        bool large = size * int64_t(sizeof(T)) > (1 << 19), few = g.count * batches < 8 && g.rows * g.count * size > 8 * CHUNK;
+        if (print.size() == size && (large || few)) return run_by_columns(g);
+
+        // A task has room for the gradients of gain and bias, and for the gain itself where that has to be brought into another order.
+        int64_t width = spaced(print.size()), slots = 2 + reordered<T>;
+        Room<A, 3072> room;
+        A *parts = parameters || reordered<T> ? beside_dx(room.take(g.count * batches * slots * width + PAGE)) : nullptr;
+        for_each(g.count * batches, [&](int64_t task) {
+            int64_t group = task / batches, begin = task % batches * together, end = std::min(begin + together, g.rows);
+            A *part = along(parts, task * slots * width);
+            if (parameters)
+                for (int slot = 0; slot < 2; ++slot) std::fill_n(part + slot * width, print.size(), A(0));
+            if (int64_t first = set_of(g, group, begin); reordered<T> && first >= 0)
+                walk(print, place_of(plan, runs, first), 0, print.size(), [&](const Stretch &s) {
+                    arrange<T>(gain(s), part + 2 * width + s.index, s.n);
+                });
+            int64_t many = rows_at_once(size);
+            for (int64_t row = begin; row < end;) {
+                Together sets = next_sets(g, group, row, end, many);
+                if (sets.count == 0) break;
+                Prepared prepared;
+                for (int64_t r = 0; r < sets.count; ++r)
+                    sets.rows[r].pull = pull_of(sets.set[r], sum_varying(sets.set[r], 0, size, prepared));
+                prepared.all = call.dx && pulled && size <= HELD;
+                pull_sets(sets, 0, size, prepared, [&](const Stretch &s) {
+                    int64_t run = (runs.per_far ? s.f : 0) * print.mid + (runs.per_mid ? s.m : 0);
+                    A *at = along(part, run * runs.length + s.inside);
+                    return Arranged{reordered<T> ? at + 2 * width : gain(s), at, along(at, width)};
+                });
+            }
+            if (parameters && reordered<T>)
+                for (int slot = 0; slot < 2; ++slot)
+                    walk(print, Place{0, 0}, 0, print.size(), [&](const Stretch &s) {
+                        rearrange<T>(part + slot * width + s.index, s.n);
+                    });
+            if (streamed) end_of_stream();
+        });
+        if (parameters) gather_varying(g, print, parts, batches, slots * width, width);
+    }
+
+    const A *gain(const Stretch &s) const { return call.weight ? call.weight + s.parameter : ones.data() + s.inside; }
+
+    Pair<double> sum_varying(int64_t set, int64_t begin, int64_t end, Prepared &prepared) const {
+        Pair<double> total{0, 0};
+        if (!call.dx || !pulled) return total;
+        Place at = place_of(plan, runs, set);
+        A c = center(set);
+        for (int64_t chunk = begin; chunk < end; chunk += CHUNK) {
+            Pair<double> part{0, 0};
+            for (int64_t from = chunk, last = std::min(chunk + CHUNK, end); from < last; from += BLOCK) {
+                PairSums<A> sums;
+                walk(runs, at, from, std::min(from + BLOCK, last), [&](const Stretch &s) {
+                    gradients(s, set, prepared, [&](auto *g, int64_t offset, int64_t n) {
+                        add_varying(sums, g, call.x + s.x + offset, gain(s) + offset, n, c);
+                    });
+                });
+                part += sums.total();
+            }
+            total += part;
+        }
+        return total;
+    }
+
+    // Sets that share their parameters and are pulled together.
+    struct Together {
+        int64_t count = 0, set[2];
+        Row<A> rows[2];
+    };
+    int64_t rows_at_once(int64_t size) const {
+        bool two = parameters && call.dx && pulled && !curved && !call.dsum && !streamed && size * int64_t(sizeof(T)) <= 1 << 15;
+        return two ? 2 : 1;
+    }
+    Together next_sets(const Groups &groups, int64_t group, int64_t &row, int64_t end, int64_t many) const {
+        Together sets;
+        int64_t first = 0;
+        for (; row < end && sets.count < many; ++row) {
+            int64_t set = set_of(groups, group, row);
+            if (set < 0) continue;
+            int64_t x = place_of(plan, runs, set).x;
+            if (sets.count == 0) first = x;
+            sets.set[sets.count] = set;
+            sets.rows[sets.count++] = {x - first, {}};
+        }
+        return sets;
+    }
+
+    // `local` says where the gain of a stretch is, and where the gradients are gathered.
+    template <class Local> void pull_sets(const Together &sets, int64_t begin, int64_t end, Prepared &prepared, Local &&local) const {
+        int64_t ahead = curved ? 0 : step_ahead<T>(runs, 1);
+        walk(runs, place_of(plan, runs, sets.set[0]), begin, end, [&](const Stretch &s) {
+            Arranged at = local(s);
+            gradients(s, sets.set[0], prepared, [&](auto *g, int64_t offset, int64_t n) {
+                using G = std::remove_const_t<std::remove_pointer_t<decltype(g)>>;
+                int64_t p = s.x + offset;
+                Varying<G, T> to{g,
+                                 call.x + p,
+                                 along(call.dsum, p),
+                                 along(call.dx, p),
+                                 at.gain + offset,
+                                 along(at.dgain, offset),
+                                 along(at.dbias, offset),
+                                 ahead,
+                                 streamed};
+                auto with_parameters = [&](auto DX, auto PULLED) {
+                    constexpr bool dx = DX.value, pull = PULLED.value;
+                    auto with_rows = [&](auto PARAMETERS) {
+                        if constexpr (pull && std::is_same_v<G, T>)
+                            if (sets.count == 2) return pull_varying<2, PARAMETERS.value, dx, pull>(to, sets.rows, n);
+                        pull_varying<1, PARAMETERS.value, dx, pull>(to, sets.rows, n);
+                    };
+                    if (call.dbias) with_rows(std::integral_constant<int, 2>{});
+                    else if (call.dweight) with_rows(std::integral_constant<int, 1>{});
+                    else if constexpr (dx) pull_varying<1, 0, dx, pull>(to, sets.rows, n);
+                };
+                if (!call.dx) return with_parameters(std::false_type{}, std::false_type{});
+                with_flag(pulled, [&](auto PULLED) { with_parameters(std::true_type{}, PULLED); });
+            });
+        });
+    }
+
+    // The batches' partial gradients, added in order.
+    void gather_varying(const Groups &g, const Runs &print, const A *parts, int64_t batches, int64_t step, int64_t width) const {
+        int64_t stripes = (print.size() + STRETCH - 1) / STRETCH;
+        for_each(g.count * stripes, [&](int64_t task) {
+            int64_t group = task / stripes, begin = task % stripes * STRETCH, n = std::min(STRETCH, print.size() - begin);
+            int64_t set = set_of(g, group, 0);
+            if (set < 0) return;
+            Place at = place_of(plan, runs, set);
+            for (A *to : {call.dweight, call.dbias}) {
+                if (!to) continue;
+                double total[STRETCH] = {};
+                for (int64_t batch = 0; batch < batches; ++batch) {
+                    const A *part = parts + (group * batches + batch) * step + (to == call.dbias ? width : 0) + begin;
+                    for (int64_t i = 0; i < n; ++i) total[i] += double(part[i]);
+                }
+                walk(print, at, begin, begin + n, [&](const Stretch &s) {
+                    for (int64_t i = 0; i < s.n; ++i) to[s.parameter + i] = A(total[s.index - begin + i]);
+                });
+            }
+        });
+    }
+
+    void run_by_columns(const Groups &g) {
+        int64_t chunks = runs.chunks(), size = runs.size();
+        std::vector<Pair<double>> parts(call.dx && pulled ? runs.sets * chunks : 0);
+        for_each(parts.size(), [&](int64_t task) {
+            Prepared prepared;
+            int64_t begin = task % chunks * CHUNK;
+            parts[task] = sum_varying(task / chunks, begin, std::min(begin + CHUNK, size), prepared);
+        });
+        int64_t stripes = (size + BLOCK - 1) / BLOCK;
+        for_each(g.count * stripes, [&](int64_t task) {
+            int64_t group = task / stripes, begin = task % stripes * BLOCK, end = std::min(begin + BLOCK, size);
+            int64_t set = set_of(g, group, 0);
+            if (set < 0) return;
+            alignas(64) A dgain[BLOCK] = {}, dbias[BLOCK] = {}, arranged[BLOCK];
+            if (reordered<T>)
+                walk(runs, place_of(plan, runs, set), begin, end, [&](const Stretch &s) {
+                    arrange<T>(gain(s), arranged + s.index - begin, s.n);
+                });
+            Prepared prepared;
+            for (int64_t row = 0; row < g.rows;) {
+                Together sets = next_sets(g, group, row, g.rows, rows_at_once(0));
+                if (sets.count == 0) break;
+                for (int64_t r = 0; r < sets.count; ++r) {
+                    Pair<double> sums{0, 0};
+                    for (int64_t chunk = 0, at = sets.set[r] * chunks; !parts.empty() && chunk < chunks; ++chunk)
+                        sums += parts[at + chunk];
+                    sets.rows[r].pull = pull_of(sets.set[r], sums);
+                }
+                pull_sets(sets, begin, end, prepared, [&](const Stretch &s) {
+                    int64_t at = s.index - begin;
+                    return Arranged{reordered<T> ? arranged + at : gain(s), dgain + at, dbias + at};
+                });
+            }
+            if (streamed) end_of_stream();
+            walk(runs, place_of(plan, runs, set), begin, end, [&](const Stretch &s) {
+                for (auto [from, to] : {std::pair(dgain, call.dweight), std::pair(dbias, call.dbias)}) {
+                    if (!to) continue;
+                    rearrange<T>(from + s.index - begin, s.n);
+                    std::copy_n(from + s.index - begin, s.n, to + s.parameter);
+                }
+            });
+        });
+    }
+};
+
+}  // namespace
+
+template <class T> void segments_backward_varying(const NkPlan &plan, const Backward<T> &call) { VaryingGain<T>(plan, call).run(); }
+
+#define MAKE(T) template void segments_backward_varying<T>(const NkPlan &, const Backward<T> &);
+NK_EACH_TYPE(MAKE)
+
+}  // namespace nk
