@@ -19,6 +19,7 @@ ACTIVATIONS = [card for card in METHODS if card.kind == "activation"]
 # A conditioned layer's weight comes from its other input: the oracle of all rules does not know it.
 RULES = [card for card in ACTIVATIONS if card.rule is not None and card.extra is None]
 WEIGHTS = [card for card in METHODS if card.kind == "weight"]
+INPUTS = [card for card in METHODS if card.kind == "input"]
 BACKENDS = ("reference", "closed", "aten", "native", "auto")
 
 
