@@ -70,6 +70,29 @@ def layer(card: Card, channels: int = 4, dtype: torch.dtype = torch.float64) -> 
     return made
 
 
+def takes(card: Card, backend: str) -> bool:
+    """Whether the back end runs the card's layer on its sample input; ``"auto"`` is all there is where none can be chosen."""
+    made = layer(card)
+    if not isinstance(made, Layer):
+        return backend == "auto"
+    made.backend = backend
+    try:
+        call(card, made, sample_input(card))
+    except BackendError:
+        return False
+    return True
+
+
+def on_back_ends() -> list[tuple[Card, str]]:
+    """Each activation on each back end that runs it; what "auto" would choose is one of them."""
+    return [
+        (card, backend)
+        for card in ACTIVATIONS
+        for backend in BACKENDS
+        if takes(card, backend) and not (backend == "auto" and takes(card, "reference"))
+    ]
+
+
 def runs(card: Card, made: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The layer's training output on each back end that takes it; the reference always does.
 

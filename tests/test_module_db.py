@@ -1,4 +1,4 @@
-"""torch's own inputs of its norm modules, with normkit's classes in torch's place; ``python tests/test_module_db.py`` prints how many.
+"""torch's own inputs of its norm modules, with normkit in torch's place; ``python tests/test_module_db.py`` prints how many.
 
 Two passes of training with gradients and one of evaluation, in every memory format that the input may have, and the checkpoint
 both ways.
