@@ -1,4 +1,4 @@
-"""What may not change a result: the number of rows, threads, the memory that it lies in, the back end; and sums that may not drift."""
+"""What may not change a result: the number of rows, threads, memory, the back end; and sums that may not drift."""
 
 import copy
 from collections.abc import Iterator
@@ -112,7 +112,7 @@ def test_the_output_can_be_viewed_where_torchs_can(case: str, training: bool) ->
                         assert mine or not other, f"gradient of {where}"
 
 
-@pytest.mark.parametrize("deviation", [1.0, 1000.0])
+@pytest.mark.parametrize("deviation", [1.0, 150.0, 1000.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("card", [card for card in RULES if layer(card).running() is not None], ids=name)
 def test_back_ends_agree_on_what_they_remember(card: Card, dtype: torch.dtype, deviation: float) -> None:
@@ -121,16 +121,25 @@ def test_back_ends_agree_on_what_they_remember(card: Card, dtype: torch.dtype, d
     exact = card.make(4).double()
     exact.backend = "reference"
     exact(x.double())
-    largest = torch.finfo(dtype).max
+    blended = exact.state_dict()
+    # A channel of which a result does not fit keeps what it had.
+    statistics = torch.stack([blended["running_mean"], blended["running_var"]]).abs()
+    fits = (statistics <= torch.finfo(dtype).max).all(0)
     for backend, _ in runs(card, copy.deepcopy(made), x):
         other = copy.deepcopy(made)
         other.backend = backend
         other(x)
         for key, value in other.state_dict().items():
-            like, before = exact.state_dict()[key].double(), made.state_dict()[key].double()
-            # Blended in float32 and rounded once; a channel whose result does not fit keeps what it had.
-            wanted = torch.where(like.abs() <= largest, like, before)
-            assert_close(value.double(), wanted, rtol=4 * torch.finfo(dtype).eps, atol=1e-6, msg=f"{backend}: {key}")
+            like, before = blended[key].double(), made.state_dict()[key].double()
+            wanted = torch.where(fits, like, before) if key.startswith("running") else like
+            # Blended in float32 and rounded once.
+            assert_close(
+                value.double(),
+                wanted,
+                rtol=4 * torch.finfo(dtype).eps,
+                atol=1e-6 * deviation,
+                msg=lambda text, where=f"{backend}: {key}": f"{where}: {text}",
+            )
 
 
 def test_small_steps_of_half_precision_statistics_are_not_lost_more_than_torchs() -> None:
