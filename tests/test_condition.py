@@ -1,9 +1,15 @@
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.testing import assert_close
 
+import normkit as nk
 from normkit.core.errors import SurgeryError
 from normkit.surgery.condition import condition
+from normkit.surgery.recipe import apply_recipe
 
 
 def net() -> nn.Sequential:
@@ -63,3 +69,128 @@ def test_twice_is_refused():
     assert len(model[0].parametrizations.weight) == 1
     with pytest.raises(SurgeryError, match="mode"):
         condition(net(), "diagonal")
+
+
+def test_zero_matrices_are_named_and_adapters_left_out():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model.lora_A, model.lora_B = nn.ModuleDict({"default": nn.Linear(4, 2)}), nn.Linear(2, 4)
+    nn.init.zeros_(model[2].weight)
+    with pytest.warns(UserWarning, match=r"^2: Equilibrate: .*leave this layer out"):
+        changes = condition(model, where="all")
+    assert [row.name for row in changes] == ["0", "2"]
+    assert "all zero" in changes.rows[1].note
+
+
+EPS = 1e-14  # so that it does not show
+# Layer and the norm behind it, and the shape of their input.
+TRAINED: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
+    "conv": (lambda: [nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6, EPS)], (8, 4, 5, 5)),
+    "conv, no bias": (lambda: [nn.Conv1d(4, 6, 3, bias=False), nk.BatchNorm(6, EPS)], (8, 4, 5)),
+    "transposed": (lambda: [nn.ConvTranspose2d(4, 6, 3, groups=2), nk.GhostBatchNorm(6, 4, EPS)], (8, 4, 5, 5)),
+    "linear": (lambda: [nn.Linear(4, 6), nn.BatchNorm1d(6, EPS, affine=False)], (8, 4)),
+    "linear, channels last": (lambda: [nn.Linear(4, 6), nk.BatchNorm(6, EPS, layout="n * c")], (8, 3, 4)),
+    "renorm": (lambda: [nn.Conv2d(4, 6, 3), nk.BatchRenorm(6, EPS)], (8, 4, 5, 5)),
+    "instance": (lambda: [nn.Conv2d(4, 6, 3), nn.InstanceNorm2d(6, EPS, track_running_stats=True)], (8, 4, 5, 5)),
+}
+RECIPES = ["keep+e@all", "keep+sn", "keep+wn", "keep+wn+e@all", "keep+sn+e@all"]
+
+
+def lived_in(*modules: nn.Module, shape: tuple[int, ...]) -> nn.Sequential:
+    model = nn.Sequential(*modules).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 3)
+        for _ in range(20):
+            model(torch.randn(shape, dtype=torch.float64))
+    return model.eval()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("make", "shape"), TRAINED.values(), ids=TRAINED)
+def test_a_trained_network_computes_the_same(make, shape, recipe):
+    model, x = lived_in(*make(), shape=shape), torch.randn(shape, dtype=torch.float64)
+    wanted, weight = model(x), model[0].weight.detach().clone()
+    notes = "".join(row.note for row in apply_recipe(model, recipe))
+    assert_close(model(x), wanted, rtol=1e-9, atol=1e-9)
+    assert ("running statistics of 1 carried along" in notes) == (recipe != "keep+wn")
+    if recipe != "keep+wn":
+        assert (model[0].weight - weight).abs().max() > 0.1
+
+
+class Branching(nn.Module):
+    """A forward that depends on its input, as many have it."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) if x.sum() > -1e9 else x
+
+
+class Twice(nn.Module):
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layer, self.norm = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.layer(x)
+        return self.norm(z) + z
+
+
+def test_where_statistics_can_not_be_carried_the_row_says_so():
+    def trained(*between: nn.Module) -> nn.Sequential:
+        return lived_in(nn.Linear(4, 6), *between, nn.BatchNorm1d(6), shape=(8, 4))
+
+    hooked = trained()
+    hooked[0].register_forward_hook(lambda module, args, output: output * 2)
+    for model, stale in ((trained(nn.ReLU()), "2"), (Twice(trained()), "norm"), (hooked, "1")):
+        (row,) = condition(model, where="all")
+        assert row.note.startswith(f"running statistics of {stale} are those of the weight before; call recalibrate")
+    (row,) = condition(Branching(trained()), where="all")
+    assert row.note.startswith("running statistics behind it, if there are any, are those")
+    (row,) = condition(trained(), "col", "all")
+    assert "recalibrate" in row.note
+    (row,) = condition(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), where="all")
+    assert not row.note  # nothing was learned yet
+    (row,) = condition(nn.Sequential(trained()[1], nn.ReLU(), nn.Linear(6, 3)), where="all")
+    assert not row.note  # none is behind it
+
+
+def test_statistics_are_as_they_were_if_it_fails():
+    model = lived_in(nn.Linear(4, 6), nn.BatchNorm1d(6), shape=(8, 4))
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(SurgeryError):
+        apply_recipe(model, "keep+e@all+wn")
+    assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As torchvision and detectors have it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.randn(channels))
+        self.register_buffer("running_var", torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = (buffer.view(-1, 1, 1) for buffer in self.buffers())
+        return (x - mean) * (var + EPS).rsqrt()
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 3, 3, padding=1), FrozenBatchNorm2d(3)
+        self.conv2, self.bn2 = nn.Conv2d(3, 3, 3, padding=1), FrozenBatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+
+
+def test_frozen_norms_in_residual_networks():
+    model, x = nn.Sequential(Residual(), Residual()).double(), torch.randn(2, 3, 5, 5).double()
+    wanted = model(x)
+    rows = condition(model, where="all").rows
+    assert [row.note.split()[3] for row in rows] == ["0.bn1", "0.bn2", "1.bn1", "1.bn2"]
+    assert_close(model(x), wanted, rtol=1e-9, atol=1e-9)

@@ -52,6 +52,20 @@ def test_alpha_is_chosen_by_score() -> None:
     assert model[0].alpha == model[2].alpha == 0.05
 
 
+def test_an_interruption_leaves_the_alphas_that_were_there() -> None:
+    model = nn.Sequential(BatchGroupNorm(4, alpha=0.3), BatchGroupNorm(4, alpha=0.4)).train()
+
+    def interrupted(m: nn.Module) -> float:
+        if m[0].alpha == 0.05:
+            raise KeyboardInterrupt
+        return 0.0
+
+    with pytest.raises(KeyboardInterrupt):
+        choose_alpha(model, interrupted)
+    assert [norm.alpha for norm in model] == [0.3, 0.4]
+    assert all(module.training for module in model.modules())
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(SurgeryError, match="no BatchGroupNorm"):
         choose_alpha(nn.ReLU(), lambda m: 0.0)

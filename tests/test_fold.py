@@ -1,8 +1,10 @@
+import pickle
 from copy import deepcopy
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations as torchs
 from torch.nn.utils import parametrize
 
 from normkit.activations.batch_norm import BatchNorm
@@ -12,6 +14,8 @@ from normkit.activations.mean_only_batch_norm import MeanOnlyBatchNorm
 from normkit.core.errors import SurgeryError
 from normkit.surgery.fold import fold
 from normkit.surgery.recipe import apply_recipe
+from normkit.weights.weight_conditioning import weight_conditioning
+from normkit.weights.weight_norm import weight_norm
 
 # What a chain of three layers may lose to rounding when its factors are multiplied in another order.
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -186,6 +190,39 @@ def test_baking_keeps_half_types_and_the_parameter():
     fold(apply_recipe(layer, "none+e").model)
     assert layer.weight is raw
     assert layer.weight.dtype == torch.bfloat16
+
+
+TORCHS = {
+    "weight norm": torchs.weight_norm,
+    "spectral norm": torchs.spectral_norm,
+    "orthogonal": torchs.orthogonal,
+    "ours": weight_norm,
+    "ours over torch's": lambda layer: weight_conditioning(torchs.weight_norm(layer)),
+}
+
+
+@pytest.mark.parametrize("put", TORCHS.values(), ids=TORCHS)
+def test_folding_a_copy_leaves_the_original(put):
+    # Copies of torch's parametrized layers share a class.
+    model, x = nn.Sequential(put(nn.Linear(4, 4))).eval(), torch.randn(2, 4)
+    twin, wanted = deepcopy(model), model(x)
+    fold(twin)
+    torch.testing.assert_close(model(x), wanted)
+    torch.testing.assert_close(twin(x), wanted)
+    fold(model)
+    for one in (model, twin):
+        again = pickle.loads(pickle.dumps(one))
+        torch.testing.assert_close(again(x), wanted)
+        assert type(again[0]) is nn.Linear
+
+
+def test_putting_a_method_on_a_copy_leaves_the_original():
+    model, x = torchs.spectral_norm(nn.Linear(4, 4)).eval(), torch.randn(2, 4)
+    twin, wanted = deepcopy(model), model(x)
+    weight_conditioning(twin)
+    parametrize.register_parametrization(twin, "bias", nn.Tanh())
+    torch.testing.assert_close(model(x), wanted)
+    twin(x)
 
 
 class Tied(nn.Module):

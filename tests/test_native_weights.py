@@ -519,7 +519,7 @@ def test_what_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [kernels.takes(t) for t in (w, w.t(), w.to("meta"))] == [True, False, False]
     images = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
     assert [kernels.takes(images, rows=rows) for rows in (True, False)] == [True, False]
-    assert not kernels.goes_with(w, torch.ones(4, 1).double())
+    assert not kernels.takes(w, torch.ones(4, 1).double())
     assert WeightNorm().share(torch.ones(4, 1).double(), w) is None
     assert_close(WeightNorm()(torch.ones(4, 1).double(), w), w / w.norm(dim=1, keepdim=True))
     assert kernels.plan_for((1, 0, 3, 1), torch.float32) is None

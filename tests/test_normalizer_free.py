@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from normkit.activations.normalizer_free import NormalizerFreeBlock, predicted_betas, scaled_activation
 from normkit.core.errors import OptionError
 from normkit.gradients.adaptive_clipping import AdaptiveClipping, adaptive_gradient_clipping
+from normkit.gradients.gradient_normalizer import GradientNormalizer
 from normkit.weights.scaled_weight_standardization import (
     RELU_GAIN,
     ScaledWeightStandardization,
@@ -18,6 +19,8 @@ from normkit.weights.scaled_weight_standardization import (
     scaled_weight_standardization,
     standardize_scaled,
 )
+from normkit.weights.weight_conditioning import weight_conditioning
+from normkit.weights.weight_norm import weight_norm
 
 LAYERS = {
     "linear": lambda: nn.Linear(5, 4),
@@ -153,3 +156,47 @@ def test_what_does_not_fit_is_refused() -> None:
         ScaledWeightStandardization(gamma=0.0)
     with pytest.raises(OptionError, match="no parameter 'weight'"):
         scaled_weight_standardization(nn.ReLU())
+
+
+WEIGHTS = {
+    "plain": lambda layer: layer,
+    "weight norm": weight_norm,
+    "weight norm, torch's": nn.utils.parametrizations.weight_norm,
+    "scaled standardization": scaled_weight_standardization,
+    "row": weight_conditioning,
+}
+
+
+@pytest.mark.parametrize("put", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_raw_weights_are_clipped_and_centralized_by_their_layers_units(name: str, put) -> None:
+    model = nn.Sequential(put(LAYERS[name]().double()), put(nn.Linear(3, 2).double()))
+    layer = model[0]
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) * 100
+    weight = layer.get_submodule("parametrizations.weight") if put is not WEIGHTS["plain"] else layer
+    raw = max(weight.parameters(recurse=False), key=lambda parameter: parameter.numel())
+    before = {parameter: parameter.grad.clone() for parameter in model.parameters()}
+    centralized = GradientNormalizer(model, None, centralize=True)
+    assert len(centralized.groups) == len(before)
+    centralized.apply()
+    assert_close(by_units(layer, raw.grad).mean(1), torch.zeros(layer.bias.numel()).double(), rtol=0, atol=1e-12)
+    for parameter in before.keys() - {raw, *(p for p in model[1].parameters() if p.numel() == 6)}:
+        assert_close(parameter.grad, before[parameter], rtol=0, atol=0)  # a length less its mean would be nothing
+    adaptive_gradient_clipping(model, clip=0.5)
+    assert_close(by_units(layer, raw.grad).norm(dim=1), 0.5 * by_units(layer, raw.detach()).norm(dim=1))
+    for parameter in layer.parameters():
+        assert parameter.grad.norm() <= 0.5 * parameter.norm().clamp_min(1e-3) * (1 + 1e-12)
+    for parameter in model[1].parameters():  # the head
+        assert parameter.grad.norm() > 10
+
+
+def by_units(layer: nn.Module, weight: Tensor) -> Tensor:
+    if isinstance(layer, nn.ConvTranspose2d):
+        weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return weight.flatten(1)
+
+
+def test_a_layers_gradients_have_one_length_parametrized_or_not() -> None:
+    model = nn.Sequential(weight_norm(nn.Linear(5, 4)), weight_conditioning(nn.Linear(4, 2)))
+    assert [len(group) for group in GradientNormalizer(model, "layer").groups] == [3, 2]

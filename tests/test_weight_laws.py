@@ -1,18 +1,23 @@
 """What every weight method is held to, on every kind of layer."""
 
 import copy
+import io
+import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
+from torch.testing._internal.two_tensor import TwoTensor
 
 from laws import WEIGHTS
 from laws import name as name_of
 from normkit.core.card import Invariance
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, ShapeError
+from normkit.weights.multi_tensor import together
 from normkit.weights.scaled_weight_standardization import scaled_weight_standardization
 from normkit.weights.spectral_norm import spectral_norm
 from normkit.weights.weight_conditioning import weight_conditioning
@@ -151,6 +156,23 @@ def test_zero_rows_and_columns_never_give_nan(method) -> None:
                 parameter.zero_()
 
 
+NO_ZEROS = ("weight norm", "weight_norm", "spectral", "row", "col", "weight_conditioning")
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name.startswith(NO_ZEROS)])
+def test_a_trained_weight_of_zeros_is_warned_of(name: str) -> None:
+    layer = nn.Linear(5, 4)
+    nn.init.zeros_(layer.weight)
+    twin, meta = copy.deepcopy(layer), copy.deepcopy(layer).to("meta")
+    with pytest.warns(UserWarning, match=r"weight of Linear \(4x5\).*zero.*leave this layer out"):
+        METHODS[name](layer)
+    METHODS[name](twin.requires_grad_(False))  # is not trained
+    if "spectral" not in name:
+        METHODS[name](meta)  # has no values yet
+    layer(torch.randn(3, 5)).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
 @pytest.mark.parametrize("method", ON_LINEAR)
 def test_a_zero_weight_recovers(method) -> None:
     layer = method(nn.Linear(5, 4, bias=False))
@@ -183,6 +205,118 @@ def test_a_copy_is_whole_and_of_its_own(method) -> None:
     assert type(twin) is nn.Linear
     assert_close(layer(x), expected, rtol=0, atol=0)
     assert_close(again(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_a_pickle_and_a_shallow_copy_compute_the_same(method) -> None:
+    model = nn.Sequential(method(nn.Linear(5, 4)).eval(), nn.ReLU(), method(nn.Linear(4, 3)).eval())
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    x = torch.randn(3, 5)
+    for twin in (torch.load(file, weights_only=False), copy.copy(model)):
+        assert_close(twin(x), model(x), rtol=0, atol=0)
+    one = copy.copy(model[0])
+    assert raw(one)[0] is raw(model[0])[0]
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    parametrize.remove_parametrizations(twin[0], "weight")
+    assert_close(twin(x), model(x))
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_raw_tensors_are_found_by_name(method) -> None:
+    """As plain attributes, which FSDP and replicas make of parameters, and registered again in another order."""
+    layer, x = method(nn.Linear(5, 4)).eval(), torch.randn(3, 5)
+    held = layer.get_submodule("parametrizations.weight")
+    expected, parameters = layer(x), dict(held.named_parameters(recurse=False))
+    for name, parameter in parameters.items():
+        delattr(held, name)
+        setattr(held, name, parameter * 1)
+    assert_close(layer(x), expected, rtol=0, atol=0)
+    with together(layer):
+        assert_close(layer(x), expected, rtol=0, atol=0)
+    for name, parameter in reversed(parameters.items()):
+        delattr(held, name)
+        held.register_parameter(name, parameter)
+    assert_close(layer(x), expected, rtol=0, atol=0)
+    with together(layer):
+        assert_close(layer(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_replicas_get_gradients_through_the_copies(method) -> None:
+    """What torch.nn.parallel.replicate does, without a second device."""
+    model = nn.Sequential(method(nn.Linear(5, 4)), nn.Tanh(), method(nn.Linear(4, 2))).eval()
+    x, parameters = torch.randn(3, 5), list(model.parameters())
+    wanted = torch.autograd.grad(model(x).square().sum(), parameters)
+    modules = list(model.modules())
+    copies = {id(parameter): parameter * 1 for parameter in parameters}
+    replicas = {id(module): module._replicate_for_data_parallel() for module in modules}
+    for module in modules:
+        replica = replicas[id(module)]
+        for key, child in module._modules.items():
+            setattr(replica, key, replicas[id(child)])
+        for key, parameter in module._parameters.items():
+            setattr(replica, key, copies[id(parameter)])
+    y = replicas[id(model)](x)
+    assert_close(torch.autograd.grad(y.square().sum(), parameters), wanted)
+
+
+@pytest.mark.parametrize("one_call", [False, True])
+@pytest.mark.parametrize("rows", [4000, 2])
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_a_weight_that_changed_its_size_is_made_or_refused(method, rows, one_call) -> None:
+    layer = method(nn.Linear(5, 4)).eval()
+    held = [parameter for parameter in raw(layer) if parameter.shape == (4, 5)]
+    for parameter in held:
+        parameter.data = torch.randn(rows, 5)
+    lengths = [parameter for parameter in raw(layer) if 4 in parameter.shape]
+    with together(layer) if one_call else nullcontext():
+        if lengths or layer.get_submodule("parametrizations.weight.0").state_dict():
+            with pytest.raises(ShapeError, match=r"wanted|resize"):
+                print(layer.weight)
+        else:
+            assert layer.weight.shape == (rows, 5)
+            assert layer.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_tensors_that_no_kernel_may_read(method) -> None:
+    layer = method(nn.Linear(5, 4).double()).eval()
+    part = layer.get_submodule("parametrizations.weight")[0]
+    plain = [parameter.detach().clone() for parameter in raw(layer)]
+    expected = part(*plain)
+    negated = [torch._neg_view(-tensor) for tensor in plain]  # pyright: ignore[reportPrivateImportUsage]
+    strided = [torch.stack([tensor, tensor], -1)[..., 0] for tensor in plain]
+    wrapped = [TwoTensor(tensor, tensor.clone()) for tensor in plain]
+    for tensors in (negated, strided, [*plain[:-1], negated[-1]], [*negated[:-1], plain[-1]]):
+        assert_close(part(*tensors), expected)
+    assert_close(part(*wrapped).a, expected)
+    assert part.to("meta")(*[tensor.to("meta") for tensor in plain]).shape == expected.shape
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_gradients_that_no_kernel_may_read(method) -> None:
+    layer = method(nn.Linear(5, 4).double()).eval()
+    g = torch.randn(4, 5).double()
+    wanted = torch.autograd.grad(layer.weight, raw(layer), g)
+    negated = torch._neg_view(-g)  # pyright: ignore[reportPrivateImportUsage]
+    for odd in (negated, torch.stack([g, g], -1)[..., 0]):
+        assert_close(torch.autograd.grad(layer.weight, raw(layer), odd), wanted)
+    one = torch.ones((), dtype=torch.float64)
+    assert_close(
+        torch.autograd.grad(layer.weight, raw(layer), one.expand(4, 5)),
+        torch.autograd.grad(layer.weight.sum(), raw(layer)),
+    )
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_freed_memory_is_refused(method) -> None:
+    layer = method(nn.Linear(5, 4))
+    for parameter in raw(layer):
+        parameter.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError):
+        print(layer.weight)
 
 
 @pytest.mark.parametrize("method", ON_LINEAR)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError
-from normkit.core.support import Support
-from normkit.weights.layout import weight_layout
+from normkit.weights.layout import raw_parameters
 
 Skip = Callable[[str, nn.Module], bool] | None
 
@@ -30,7 +29,8 @@ class AdaptiveClipping:
     """Clip each unit's gradient whose norm exceeds a share of the norm of its weights; call it before the optimizer's step.
 
     where ||G_i|| > clip * max(||W_i||, eps):  G_i <- clip * max(||W_i||, eps) / ||G_i|| * G_i, for each output unit i of
-    weights of two axes and more, and for each bias and gain as a whole. Units whose gradient is not finite stay as they are.
+    weights of two axes and more, and for each bias, gain and tensor of lengths as a whole. Of a parametrized layer the raw
+    weights are clipped, by their layer's units. Units whose gradient is not finite stay as they are.
 
     Args:
         model: any module; parameters that layers share are clipped once.
@@ -59,13 +59,7 @@ class AdaptiveClipping:
             raise OptionError(f"AdaptiveClipping: clip={clip}, eps={eps}; wanted numbers above 0")
         skip = skip or last_linear(model)
         self.clip, self.eps = clip, eps
-        self.units: list[tuple[Tensor, Support | None]] = []
-        seen: set[int] = set()
-        for name, module in model.named_modules():
-            for key, parameter in module.named_parameters(recurse=False):
-                if not skip(name, module) and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    self.units.append((parameter, weight_layout(module, key).rows if parameter.dim() > 1 else None))
+        self.units = [(raw, rows) for name, layer, raw, rows in raw_parameters(model) if not skip(name, layer)]
 
     @torch.no_grad()
     def __call__(self) -> int:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError
 from normkit.core.support import Support
-from normkit.weights.layout import weight_layout
+from normkit.weights.layout import raw_parameters
 
 Mode = Literal["tensor", "layer", "global"]
 Target = nn.Module | Optimizer | Iterable[Tensor]
@@ -107,26 +107,21 @@ def normalize_gradients(target: Target, mode: Mode | None = "global", *, central
     _normalize(_groups(target, mode, centralize), mode, centralize)
 
 
-_Group = list[tuple[Tensor, Support]]
+_Group = list[tuple[Tensor, Support | None]]
 
 
 def _groups(target: Target, mode: Mode | None, centralize: bool) -> list[_Group]:
-    """Parameters that share one length, each with the support of an output unit."""
+    """Parameters that share one length, each with the support of an output unit if it is a weight."""
     if mode is not None and mode not in _MODES:
         raise OptionError(f"GradientNormalizer: mode={mode!r}; wanted one of {', '.join(map(repr, _MODES))}, or None")
     if mode is None and not centralize:
         raise OptionError("GradientNormalizer: mode=None without centralize does nothing; choose one")
     layers: list[_Group] = []
-    seen: set[Tensor] = set()
     if isinstance(target, nn.Module):
-        for module in target.modules():
-            layer: _Group = []
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter not in seen:
-                    layer.append((parameter, weight_layout(module, name).rows))
-                    seen.add(parameter)
-            if layer:
-                layers.append(layer)
+        by_layer: dict[int, _Group] = {}
+        for _, layer, parameter, rows in raw_parameters(target):
+            by_layer.setdefault(id(layer), []).append((parameter, rows))
+        layers = list(by_layer.values())
     else:
         if mode == "layer":
             raise OptionError(
@@ -136,7 +131,7 @@ def _groups(target: Target, mode: Mode | None, centralize: bool) -> list[_Group]
             (p for group in target.param_groups for p in group["params"]) if isinstance(target, Optimizer) else target
         )
         rows = Support("o *", over="*")
-        layers = [[(parameter, rows)] for parameter in given]
+        layers = [[(parameter, rows if parameter.dim() > 1 else None)] for parameter in given]
     if not layers:
         raise OptionError("GradientNormalizer: no parameters; give a model, parameters or an optimizer that has some")
     if mode == "layer":
@@ -151,7 +146,7 @@ def _normalize(groups: list[_Group], mode: Mode | None, centralize: bool) -> Non
         found = [(p.grad, rows) for p, rows in group if p.grad is not None]
         if centralize:
             for gradient, rows in found:
-                if gradient.dim() > 1:
+                if rows is not None:
                     split = rows.split(gradient.shape)
                     by_unit = gradient.reshape(split.shape)
                     gradient.copy_((by_unit - by_unit.mean(split.dims, keepdim=True)).view_as(gradient))

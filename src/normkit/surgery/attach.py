@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from torch.nn.utils import parametrize
 
 from normkit.core.errors import NormkitError, SurgeryError
 from normkit.core.support import show
+from normkit.surgery.bake import value_of
+from normkit.surgery.carry import Statistics
 from normkit.surgery.changes import Change, label
 from normkit.surgery.select import weight_names
 
@@ -16,7 +19,7 @@ Attach = Callable[[nn.Module, str], object]
 
 
 def attach_all(model: nn.Module, layers: Mapping[str, nn.Module], put: Attach, what: str) -> list[Change]:
-    """Put a weight method on every weight of some layers.
+    """Put a weight method on every weight of some layers, and carry running statistics behind them along.
 
     Args:
         model: that the layers belong to.
@@ -31,16 +34,18 @@ def attach_all(model: nn.Module, layers: Mapping[str, nn.Module], put: Attach, w
         SurgeryError: the method is there already, the method refuses, or it would untie a weight that several layers share. Call
             this inside ``all_or_nothing``.
     """
-    ties = tied_parameters(model)
+    ties, statistics = tied_parameters(model), Statistics(model)
     rows = []
     for name, layer in layers.items():
         for weight in weight_names(layer):
             full = label(name) if weight == "weight" else f"{name}.{weight}".lstrip(".")
             raw = raw_weight(layer, weight)
             before = f"{type(layer).__name__} {show(getattr(layer, weight).shape)}"
-            present = parametrizations(layer, weight)
+            present, value = parametrizations(layer, weight), value_of(layer, weight)
             try:
-                put(layer, weight)
+                with warnings.catch_warnings(record=True) as said:
+                    warnings.simplefilter("always")
+                    put(layer, weight)
             except (NormkitError, ValueError, RuntimeError) as error:
                 raise SurgeryError(f"{full}: {what} can't be put on it: {error}") from error
             added = parametrizations(layer, weight)[-1]
@@ -57,6 +62,10 @@ def attach_all(model: nn.Module, layers: Mapping[str, nn.Module], put: Attach, w
             stack = [type(other).__name__ for other in present]
             notes = [f"over {' and '.join(stack)}"] if stack else []
             notes += [f"raw weight stays tied to {', '.join(others)}"] if others else []
+            notes += filter(None, [statistics.carry(layer, weight, value, value_of(layer, weight))])
+            for warning in said:
+                notes.append(str(warning.message))
+                warnings.warn(f"{full}: {warning.message}", warning.category, stacklevel=4)
             rows.append(Change(full, before.removeprefix("Parametrized"), what, "; ".join(notes)))
     return rows
 

@@ -8,6 +8,9 @@ from torch.nn.utils import parametrize
 
 from normkit.core.errors import SurgeryError
 from normkit.surgery.changes import Change, label
+from normkit.weights.attachment import own_class
+
+_HOOKED = ("torch.nn.utils.parametrizations", "normkit.weights.weight_norm")
 
 
 def bake(model: nn.Module) -> list[Change]:
@@ -36,10 +39,13 @@ def bake(model: nn.Module) -> list[Change]:
         if parametrize.is_parametrized(layer)
         for weight in _names(layer)
     ]
-    values = {id(_lists(layer)[weight]): _value(layer, weight) for _, layer, weight in found}
+    values = {id(_lists(layer)[weight]): value_of(layer, weight) for _, layer, weight in found}
     _refuse_ties(model, [(_full(name, weight), _lists(layer)[weight]) for name, layer, weight in found], values)
     made: dict[tuple[int, ...], nn.Parameter] = {}
     rows = []
+    for layer in {id(layer): layer for _, layer, _ in found}.values():
+        own_class(layer)  # torch takes the property off the class, which copies of the layer share
+        _drop_hooks(layer)
     for name, layer, weight in found:
         plist = _lists(layer)[weight]
         value, originals = values[id(plist)], list(plist.parameters(recurse=False))
@@ -60,6 +66,14 @@ def bake(model: nn.Module) -> list[Change]:
     return rows
 
 
+def _drop_hooks(layer: nn.Module) -> None:
+    """Weight norm's hook on older checkpoints goes with it; torch's can't even be pickled."""
+    for key, held in list(layer._load_state_dict_pre_hooks.items()):
+        hook = getattr(held, "hook", held)
+        if getattr(hook, "func", hook).__module__ in _HOOKED:
+            del layer._load_state_dict_pre_hooks[key]
+
+
 def _lists(layer: nn.Module) -> nn.ModuleDict:
     lists = layer.parametrizations
     assert isinstance(lists, nn.ModuleDict)
@@ -74,8 +88,10 @@ def _full(name: str, weight: str) -> str:
     return label(name) if weight == "weight" else f"{name}.{weight}".lstrip(".")
 
 
-def _value(layer: nn.Module, weight: str) -> Tensor:
-    parts = [(part, part.training) for part in _lists(layer)[weight].modules()]
+def value_of(layer: nn.Module, weight: str) -> Tensor:
+    """A copy of a layer's tensor as it is used in evaluation, parametrized or not."""
+    held = _lists(layer)[weight].modules() if parametrize.is_parametrized(layer, weight) else ()
+    parts = [(part, part.training) for part in held]
     try:
         for part, _ in parts:
             part.training = False

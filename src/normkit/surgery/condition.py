@@ -16,7 +16,9 @@ from normkit.weights.weight_conditioning import weight_conditioning
 def condition(model: nn.Module, mode: str = "row", where: Where = "first_last", **options: Any) -> Changes:
     """Condition the weights of a model's layers, in place: each is divided by the norms of its rows, columns or both.
 
-    Make the optimizer before or afterwards as you like: the raw weights stay the same parameters.
+    Make the optimizer before or afterwards as you like: the raw weights stay the same parameters. In a trained network the
+    running statistics of a norm right behind such a layer are carried along, so that in evaluation it computes what it did up
+    to its eps; where they can't be, the row says which are those of the old weight.
 
     Args:
         model: any module.

@@ -74,7 +74,7 @@ def choose_alpha(
     """Set every BatchGroupNorm of a model to the one alpha with the highest score on validation data.
 
     Args:
-        model: left in evaluation mode.
+        model: left in evaluation mode, or as it was if ``score`` raises.
         score: gives a model's score; more is better.
         alphas: to try, in order; of equal scores the first wins.
 
@@ -91,18 +91,25 @@ def choose_alpha(
     outside = [alpha for alpha in alphas if not 0 <= alpha <= 1]
     if outside or not alphas:
         raise OptionError(f"choose_alpha: alphas={tuple(alphas)}; wanted numbers from 0 to 1, at least one")
+    before = [(norm, norm.alpha) for norm in norms]
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     scores = {}
-    for alpha in alphas:
-        _set(norms, alpha)
-        scores[alpha] = score(model)
-    _set(norms, max(scores, key=lambda alpha: scores[alpha]))
-    return scores
-
-
-def _set(norms: Sequence[BatchGroupNorm], alpha: float) -> None:
+    try:
+        for alpha in alphas:
+            for norm in norms:
+                norm.alpha = alpha
+            scores[alpha] = score(model)
+    except BaseException:
+        for norm, alpha in before:
+            norm.alpha = alpha
+        for module, training in modes:
+            module.training = training
+        raise
+    best = max(scores, key=lambda alpha: scores[alpha])
     for norm in norms:
-        norm.alpha = alpha
+        norm.alpha = best
+    return scores
 
 
 def _weighing(norm: nn.modules.batchnorm._BatchNorm, alpha: float, count: int | None) -> BatchGroupNorm:

@@ -26,12 +26,17 @@ _NORMS = (
 )
 
 
+# As peft and torchtune name the matrices of low-rank adapters.
+_ADAPTER = re.compile(r"(^|\.)lora_", re.IGNORECASE)
+
+
 def select(model: nn.Module, where: Where = "all") -> dict[str, nn.Module]:
     """Choose the layers of a model whose weight is a matrix or a convolution kernel.
 
     The words count Linear, Conv, ConvTranspose, MultiheadAttention (its input projection; its output projection is a Linear)
     and the Conv1D of Hugging Face's GPT-2, in the order in which they were registered. Embeddings and other modules with a
-    weight of two or more axes are not counted: only a pattern or a predicate reaches them.
+    weight of two or more axes are not counted, nor are the matrices of low-rank adapters (``lora_A``, ``lora_B``), of which one
+    starts at zero: only a pattern or a predicate reaches them.
 
     ================  ======================================================================================
     ``first_last``    the first and the last
@@ -60,7 +65,7 @@ def select(model: nn.Module, where: Where = "all") -> dict[str, nn.Module]:
     found = {name: module for name, module in model.named_modules() if "parametrizations" not in name.split(".")}
     named = isinstance(where, str) and not where.startswith("re:")
     if named:
-        layers = {name: module for name, module in found.items() if _is_layer(module)}
+        layers = {name: module for name, module in found.items() if _is_layer(module) and not _ADAPTER.search(name)}
     else:
         layers = {
             name: module for name, module in found.items() if weight_names(module) or isinstance(module, nn.RNNBase)

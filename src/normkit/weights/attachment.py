@@ -1,14 +1,14 @@
 """How a parametrization is put on a layer, so that copies of the layer are whole.
 
-torch keeps ``layer.weight`` as a property of a class that it makes for the layer. A deep copy shares that class: folding
-the copy takes the property from the original too, and ``parametrize.cached`` hands one's weight to the other. Layers that
-normkit parametrizes copy into a class of their own.
+torch keeps ``layer.weight`` as a property of a class that it makes for the layer. A deep copy shares that class: folding the
+copy takes the property from the original too, and ``parametrize.cached`` hands one's weight to the other. It refuses to pickle.
+A layer that normkit parametrizes or folds gets a class of its own, and so does each copy of it, pickled or not.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
@@ -17,8 +17,14 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
 from normkit.core.errors import OptionError
+from normkit.core.support import show
+from normkit.engine.eager import watched
 
 Layer = TypeVar("Layer", bound=nn.Module)
+# Makes the forward of a layer, in place of its class's; a function that a pickle can name.
+Forward = Callable[[nn.Module], Callable[..., Any]]
+
+_ORIGINALS = ("original", *(f"original{i}" for i in range(8)))
 
 
 def attach(
@@ -27,7 +33,8 @@ def attach(
     parametrization: nn.Module,
     *,
     splits: bool = False,
-    forward: Callable[..., Any] | None = None,
+    forward: Forward | None = None,
+    directed: bool = False,
 ) -> Layer:
     """Register a parametrization on a layer's tensor, in place.
 
@@ -36,24 +43,55 @@ def attach(
         name: of the tensor.
         parametrization: with ``forward`` and ``right_inverse``.
         splits: whether ``right_inverse`` gives several tensors, so that nothing can stand before it.
-        forward: replaces the layer's own until the last parametrization is removed.
+        forward: makes what replaces the layer's own until the last parametrization is removed.
+        directed: whether the gradient is that of directions, which zeros have not.
 
     Returns:
         The layer.
 
     Raises:
         OptionError: ``splits``, and the tensor is parametrized already.
+
+    Warns:
+        UserWarning: ``directed``, and a weight that is trained is zero.
     """
     if splits and parametrize.is_parametrized(layer, name):
         who = type(parametrization).__name__
         raise OptionError(
             f"{who}: the {name} is parametrized already and {who} must come first; fold what is there, or swap the order"
         )
+    if directed:
+        _warn_of_zeros(layer, name, type(parametrization).__name__)
+    if parametrize.is_parametrized(layer):
+        own_class(layer)
     parametrize.register_parametrization(layer, name, parametrization, unsafe=splits)
     layer.get_submodule("parametrizations").train(layer.training)
-    _own(layer, forward)
+    _equip(layer, forward)
     _shorten(type(layer), name)
     return layer
+
+
+def _warn_of_zeros(layer: nn.Module, name: str, who: str) -> None:
+    weight = getattr(layer, name)
+    if not weight.requires_grad or weight.is_meta or type(weight) not in (Tensor, nn.Parameter) or watched():
+        return
+    if weight.numel() and not weight.detach().any():
+        warnings.warn(
+            f"{who}: the {name} of {type(layer).__name__} ({show(weight.shape)}) is all zero and has no direction, by "
+            "which alone it would be trained: it would never learn, or leap once and then stay; leave this layer out, "
+            "or let it start from other values than zero",
+            stacklevel=4,
+        )
+
+
+def originals(held: nn.Module) -> list[Tensor]:
+    """The raw tensors of a ``ParametrizationList``, by name: in the order of its parametrization's arguments.
+
+    FSDP, replicas of DataParallel and whoever registers one again leave them out of its parameters, or in another order.
+    """
+    known = held._parameters
+    names = _ORIGINALS[:1] if held.is_tensor else _ORIGINALS[1 : 1 + held.ntensors]  # pyright: ignore
+    return [found if (found := known.get(name)) is not None else getattr(held, name) for name in names]
 
 
 def _shorten(cls: type[nn.Module], name: str) -> None:
@@ -72,29 +110,50 @@ def _shorten(cls: type[nn.Module], name: str) -> None:
         if len(found._modules) != 1 or found._forward_hooks or found._forward_pre_hooks or _has_any_global_hook():
             return torch_way(self)
         (part,) = found._modules.values()
-        return part(*found._parameters.values()) if not found._buffers else torch_way(self)  # pyright: ignore
+        return part(*originals(found))  # pyright: ignore[reportOptionalCall]
 
     get.shortened = True  # pyright: ignore[reportFunctionMemberAccess]
     setattr(cls, name, property(get, whole.fset))
 
 
-def _own(layer: nn.Module, forward: Callable[..., Any] | None) -> None:
+def own_class(layer: nn.Module) -> None:
+    """Give a parametrized layer, by whomever, a class that no copy of it shares."""
+    _give_class(layer, *_class_of(layer))
+
+
+def _class_of(layer: nn.Module) -> tuple[type[nn.Module], dict[str, bool], Forward | None]:
+    """The plain class, which tensors are parametrized and whether the way to them is shortened, and what makes its forward."""
     cls = type(layer)
-    if "__deepcopy__" in vars(cls):  # otherwise the layer has a way to copy of its own
-        cls.__deepcopy__ = _copy  # pyright: ignore[reportAttributeAccessIssue]
+    short = {name: hasattr(getattr(cls, name).fget, "shortened") for name in layer.parametrizations}  # pyright: ignore
+    return parametrize.type_before_parametrizations(layer), short, getattr(cls, "_makes_forward", None)
+
+
+def _give_class(layer: nn.Module, plain: type[nn.Module], names: dict[str, bool], forward: Forward | None) -> nn.Module:
+    layer.__class__ = plain
+    parametrize._inject_new_class(layer)
+    for name, short in names.items():
+        parametrize._inject_property(layer, name)
+        if short:
+            _shorten(type(layer), name)
+    _equip(layer, forward)
+    return layer
+
+
+def _equip(layer: nn.Module, forward: Forward | None) -> None:
+    cls = type(layer)
+    if "__deepcopy__" in vars(cls):  # torch's; otherwise the layer has a way to copy of its own
+        del cls.__deepcopy__  # pyright: ignore[reportAttributeAccessIssue]
+    cls.__reduce_ex__ = _reduce
     if forward is not None:
-        cls.forward = forward
+        cls._makes_forward = staticmethod(forward)  # pyright: ignore[reportAttributeAccessIssue]
+        cls.forward = forward(layer)
 
 
-def _copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
     plain = parametrize.type_before_parametrizations(self)
-    replica = nn.Module.__new__(plain)
-    memo[id(self)] = replica
-    replica.__dict__ = deepcopy(self.__dict__, memo)
-    parametrize._inject_new_class(replica)
-    for name in replica.parametrizations:  # pyright: ignore[reportGeneralTypeIssues]
-        parametrize._inject_property(replica, name)
-        if getattr(getattr(type(self), name).fget, "shortened", False):
-            _shorten(type(replica), name)
-    _own(replica, vars(type(self)).get("forward"))
-    return replica
+    state = plain.__getstate__(self) if hasattr(plain, "__getstate__") else vars(self)  # pyright: ignore
+    return _blank, _class_of(self), state
+
+
+def _blank(plain: type[nn.Module], names: dict[str, bool], forward: Forward | None) -> nn.Module:
+    return _give_class(plain.__new__(plain), plain, names, forward)

@@ -1,8 +1,9 @@
 """Weights on the C++ kernels of this package: what a kernel is told, which weights it takes, and its derivatives.
 
-A *plan* is all that a kernel needs to know of a weight but its numbers, as the bytes of ``NkWeightPlan`` in native/weights.h. One
-call takes any number of weights. Backward measures the weight again in place of keeping statistics; a backward pass that is to be
-differentiated itself goes through the definition in PyTorch.
+A *plan* is all that a kernel needs to know of a weight but its numbers: the bytes of ``NkWeightPlan`` in native/weight_plan.h,
+and how many elements each tensor of a call has. Every pointer that goes into the library comes from ``_address``, which checks
+it against the plan. One call takes any number of weights. Backward measures the weight again in place of keeping statistics; a
+backward pass that is to be differentiated itself goes through the definition in PyTorch.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from normkit.core.errors import BackendError, ShapeError
 from normkit.core.moments import accumulation_dtype
 from normkit.core.statistic import Statistic
-from normkit.core.support import Split
+from normkit.core.support import Split, show
 from normkit.engine.library import library
-from normkit.engine.native_call import TYPES, checked, entry, gradients, like, plain, pointer
+from normkit.engine.native_call import TYPES, checked, entry, gradients, like, plain
 from normkit.weights.spare import Spare
 
-Plan = bytes
 Method = Literal["normalize", "sequential", "simultaneous", "ruiz", "spectral"]
 Sets = Literal["near", "apart"]
 
@@ -33,7 +34,29 @@ _METHODS = {"normalize": 0, "sequential": 1, "simultaneous": 2, "ruiz": 3, "spec
 _SCALES = {("mean", "std"): (1, 1), (None, "norm"): (0, 2)}
 _GUARDS = {"inside": 0, "outside": 1, "floor": 2}
 _NORM = Statistic(None, "norm", 1e-12, "floor")
-_POINTERS = 8  # of NkWeightCall
+_POINTERS = (
+    "weight",
+    "gain",
+    "gradient",
+    "result",
+    "gain's gradient",
+    "left vector",
+    "right vector",
+    "room",
+)  # of NkWeightCall
+
+
+class Plan(NamedTuple):
+    """What a kernel is told of a weight, and how many elements the tensors of a call have, in the order of ``NkWeightCall``."""
+
+    told: bytes
+    dtype: torch.dtype
+    counts: tuple[int, ...]
+
+    @property
+    def sets(self) -> int:
+        """How many gains there are."""
+        return self.counts[1]
 
 
 class _Functions(NamedTuple):
@@ -90,7 +113,10 @@ def plan_for(
         _GUARDS[statistic.guard],
         statistic.correction,
     )
-    return struct.pack("4q2d10i", *nest, eps, factor, *codes, constant, iterations, 0)
+    told = struct.pack("4q2d10i", *nest, eps, factor, *codes, constant, iterations, 0)
+    groups, far, kept, inner = nest
+    size, count = math.prod(nest), groups * (far if sets == "near" else kept)
+    return Plan(told, dtype, (size, count, size, size, count, far, kept * inner, 1 + far + kept * inner))
 
 
 def plan_over(
@@ -128,19 +154,46 @@ def plan_over(
     return plan_for(nest, dtype, sets=sets, statistic=statistic, factor=factor, constant=constant)
 
 
-def takes(weight: Tensor, rows: bool = False) -> bool:
-    """Whether the kernels take this tensor here and now: a plain one on a CPU, and nothing that must see PyTorch's operators.
+def takes(weight: Tensor, *others: Tensor, rows: bool = False) -> bool:
+    """Whether the kernels take these tensors here and now: plain ones on a CPU, and nothing that must see PyTorch's operators.
 
     Args:
-        weight: the tensor.
-        rows: whether only axis 0 has to be outermost in memory, so that channels-last weights do.
+        weight: the weight.
+        others: a gain or vectors, which must have its dtype.
+        rows: whether only the weight's axis 0 has to be outermost in memory, so that channels-last weights do.
     """
-    return plain(weight) and (weight.is_contiguous() or (rows and _channels_last(weight))) and _functions() is not None
+    if not plain(weight, *others) or _functions() is None or weight.is_neg():
+        return False
+    if not (weight.is_contiguous() or (rows and _channels_last(weight))):
+        return False
+    for other in others:
+        if other.dtype is not weight.dtype or other.is_neg() or not other.is_contiguous():
+            return False
+    return True
 
 
-def goes_with(weight: Tensor, *others: Tensor) -> bool:
-    """Whether these tensors can go to the kernels beside a weight that they take."""
-    return plain(*others) and all(t.dtype == weight.dtype and t.is_contiguous() for t in others)
+def _address(plan: Plan, which: int, tensor: Tensor | None) -> int | None:
+    """Where a tensor of a call lies, by its place in ``NkWeightCall``: the one way for a pointer into the library.
+
+    Raises:
+        ShapeError: it has not the elements that the plan says.
+        BackendError: it does not lie in memory of a CPU side by side, with the plan's dtype, as when a hook on saved tensors
+            brings another one back.
+    """
+    if tensor is None:
+        return None
+    address, dtype = tensor.data_ptr(), plan.dtype if which < 7 else accumulation_dtype(plan.dtype)
+    dense = tensor.is_contiguous() or _channels_last(tensor)
+    if address and dense and tensor.is_cpu and tensor.numel() == plan.counts[which] and tensor.dtype is dtype:
+        return address
+    what = f"the kernels on weights: the {_POINTERS[which]} ({show(tensor.shape)}, {tensor.dtype})"
+    if tensor.numel() != plan.counts[which]:
+        raise ShapeError(
+            f"{what} is not of {plan.counts[which]} elements, as the weight wants; was one of them resized?"
+        )
+    raise BackendError(
+        f"{what} has no memory, or lies in it otherwise than as {dtype} side by side; was it freed, or swapped?"
+    )
 
 
 def _channels_last(weight: Tensor) -> bool:
@@ -159,7 +212,7 @@ def normalize(
 
     Args:
         weight: one that ``takes`` holds for.
-        gain: one number a set, which ``goes_with`` the weight, or None.
+        gain: one number a set, likewise, or None.
         plan: of the weight, with method ``"normalize"`` or of both systems of sets.
         definition: the same as a differentiable function of weight and gain, or of the weight alone where there is no gain.
         spare: keeps the memory of the result from one training step to the next.
@@ -176,7 +229,8 @@ def _forward(weight: Tensor, gain: Tensor | None, plan: Plan, spare: Spare | Non
     result = torch.empty_like(weight) if spare is None else spare.take(weight)
     functions = _functions()
     assert functions is not None
-    checked(functions.forward(plan, weight.data_ptr(), pointer(gain), result.data_ptr()))
+    at = _address(plan, 0, weight), _address(plan, 1, gain), _address(plan, 3, result)
+    checked(functions.forward(plan.told, *at))
     return result
 
 
@@ -194,16 +248,14 @@ class _Normalize(torch.autograd.Function):
         weight, gain = ctx.saved_tensors
         if torch.is_grad_enabled() or not plain(gradient):
             return *gradients_by(ctx.definition, (weight, gain), ctx.needs_input_grad, gradient), None, None, None
-        gradient = like(gradient, weight)
-        result = torch.empty_like(weight)
+        gradient, result = like(gradient.resolve_neg(), weight), torch.empty_like(weight)
         dgain = None if gain is None else torch.empty_like(gain)
         functions = _functions()
         assert functions is not None
-        checked(
-            functions.backward(
-                ctx.plan, gradient.data_ptr(), weight.data_ptr(), pointer(gain), result.data_ptr(), pointer(dgain)
-            )
-        )
+        plan = ctx.plan
+        ends = _address(plan, 3, result), _address(plan, 4, dgain)
+        at = _address(plan, 2, gradient), _address(plan, 0, weight), _address(plan, 1, gain), *ends
+        checked(functions.backward(plan.told, *at))
         return result, dgain, None, None, None
 
 
@@ -238,8 +290,9 @@ def run(plans: Sequence[Plan], calls: Sequence[Sequence[Tensor | None]], backwar
     """
     functions = _functions()
     assert functions is not None
-    pointers = (ctypes.c_void_p * (_POINTERS * len(plans)))()
-    for place, tensors in enumerate(calls):
+    pointers = (ctypes.c_void_p * (len(_POINTERS) * len(plans)))()
+    for place, (plan, tensors) in enumerate(zip(plans, calls, strict=True)):
         for which, tensor in enumerate(tensors):
-            pointers[_POINTERS * place + which] = pointer(tensor)
-    checked(functions.many(len(plans), (ctypes.c_char_p * len(plans))(*plans), pointers, backward))
+            pointers[len(_POINTERS) * place + which] = _address(plan, which, tensor)
+    told = (ctypes.c_char_p * len(plans))(*(plan.told for plan in plans))
+    checked(functions.many(len(plans), told, pointers, backward))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.support import Support, show
@@ -135,6 +137,37 @@ def weight_layout(layer: nn.Module, name: str = "weight") -> WeightLayout:
     if isinstance(layer, nn.MultiheadAttention) and name == "in_proj_weight":
         return WeightLayout(groups=3)  # the query's, the key's and the value's matrix
     return WeightLayout()
+
+
+def raw_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor, Support | None]]:
+    """Every parameter of a model once, parametrized or not, with the layer that it belongs to.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The layer's name, the layer, the parameter, and the support of an output unit: of weights and raw weights of two axes
+        or more. It is None for biases, gains, lengths and what else a parametrization learns.
+
+    >>> layer = nn.utils.parametrizations.weight_norm(nn.ConvTranspose2d(3, 5, 1, bias=False))
+    >>> [(tuple(parameter.shape), rows) for _, _, parameter, rows in raw_parameters(layer)]
+    [((3, 1, 1, 1), None), ((3, 5, 1, 1), Support("i o *", over="i *"))]
+    """
+    seen: set[int] = set()
+    for name, layer in model.named_modules():
+        if "parametrizations" in name.split("."):
+            continue
+        held = {key: [parameter] for key, parameter in layer.named_parameters(recurse=False)}
+        if parametrize.is_parametrized(layer):
+            lists = layer.get_submodule("parametrizations").named_children()
+            held |= {key: list(parts.parameters()) for key, parts in lists}
+        for key, parameters in held.items():
+            size = max((parameter.numel() for parameter in parameters), default=0)
+            for parameter in parameters:
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    is_weight = parameter.dim() > 1 and parameter.numel() == size
+                    yield name, layer, parameter, weight_layout(layer, key).rows if is_weight else None
 
 
 def weight_of(layer: nn.Module, name: str, who: str) -> Tensor:

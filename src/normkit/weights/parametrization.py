@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, nn
 
+from normkit.core.errors import ShapeError
+from normkit.core.rule import Rule
+from normkit.core.support import per_shape, show
 from normkit.weights import kernels
 from normkit.weights.multi_tensor import Share
 from normkit.weights.spare import Spare
@@ -40,6 +46,8 @@ class Parametrization(nn.Module):
         """The weight as it is used, on the kernels where they take it."""
         plan = self._plan_here(weight, *gain)
         if plan is None:
+            if not torch.compiler.is_compiling():  # which has no tensors with the negative bit
+                weight, gain = weight.resolve_neg(), tuple(g.resolve_neg() for g in gain)
             return self.definition(weight, *gain)
         return kernels.normalize(weight, gain[0] if gain else None, plan, self.definition, self._spare)
 
@@ -50,12 +58,31 @@ class Parametrization(nn.Module):
         return None if plan is None else Share(plan, self.definition, weight, gain[0] if gain else None)
 
     def _plan_here(self, weight: Tensor, *gain: Tensor) -> kernels.Plan | None:
-        if not kernels.takes(weight, rows=self.by_rows) or (gain and not kernels.goes_with(weight, *gain)):
+        if not kernels.takes(weight, *gain, rows=self.by_rows):
             return None
         key = (weight.shape, weight.dtype, *self.options())
         if key not in self._plans:
             self._plans[key] = self.plan(weight)
-        return self._plans[key]
+        plan = self._plans[key]
+        if plan is not None and gain and gain[0].numel() != plan.sets:
+            return None  # the definition says so
+        return plan
+
+
+def laid_out(gain: Tensor, rule: Rule, weight: Tensor, who: str) -> Tensor:
+    """The gains of a rule on a weight, one a set, in the shape in which they multiply it.
+
+    Raises:
+        ShapeError: there are more or fewer.
+    """
+    assert rule.compensation is not None
+    shape = per_shape(rule.compensation.per, rule.support.split(weight.shape))
+    if gain.numel() != math.prod(shape):
+        raise ShapeError(
+            f"{who}: got {gain.numel()} lengths ({show(gain.shape)}) for a weight of {show(weight.shape)}; wanted "
+            f"{math.prod(shape)}, of shape {show(shape)}"
+        )
+    return gain.reshape(shape)
 
 
 def release(model: nn.Module) -> None:

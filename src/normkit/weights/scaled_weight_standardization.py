@@ -13,12 +13,12 @@ from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, per_shape, show
+from normkit.core.support import Support, show
 from normkit.engine.dispatch import run
 from normkit.weights import kernels
 from normkit.weights.attachment import Layer, attach
 from normkit.weights.layout import WeightLayout, weight_layout, weight_of
-from normkit.weights.parametrization import Parametrization
+from normkit.weights.parametrization import Parametrization, laid_out
 
 RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
 
@@ -109,10 +109,9 @@ class ScaledWeightStandardization(Parametrization):
 
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
         """The standardized weight by the engine's operators."""
-        split = self.rule.support.split(weight.shape)
-        assert self.rule.compensation is not None
-        scale = gain[0].to(torch.promote_types(gain[0].dtype, torch.float32)) * (self.gamma / split.count**0.5)
-        return run(self.rule, weight, scale.reshape(per_shape(self.rule.compensation.per, split)))
+        g = laid_out(gain[0], self.rule, weight, "ScaledWeightStandardization")
+        factor = self.gamma / self.rule.support.split(weight.shape).count ** 0.5
+        return run(self.rule, weight, g.to(torch.promote_types(g.dtype, torch.float32)) * factor)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Gains of 1, and the weight as the raw one."""

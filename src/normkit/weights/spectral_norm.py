@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, ShapeError
 from normkit.core.moments import accumulation_dtype
 from normkit.core.precision import full_precision
 from normkit.core.statistic import Statistic
+from normkit.core.support import show
 from normkit.weights import kernels, multi_tensor
 from normkit.weights.attachment import Layer, attach
 from normkit.weights.layout import weight_of
@@ -83,6 +82,11 @@ class SpectralNorm(nn.Module):
         if share is not None:
             return multi_tensor.normalize([share])[0]
         matrix = self._matrix(weight)
+        if not self.exact and matrix.shape != (self._u.numel(), self._v.numel()):
+            raise ShapeError(
+                f"SpectralNorm: the weight's matrix is {show(matrix.shape)}, and its singular vectors are of one of "
+                f"{self._u.numel()}x{self._v.numel()}, as it was when this was put on; resize the weight first, then put it on"
+            )
         if self.exact:
             sigma = torch.linalg.matrix_norm(matrix.to(accumulation_dtype(weight.dtype)), 2)
             return (weight / sigma.clamp_min(self.eps)).to(weight.dtype)
@@ -97,7 +101,7 @@ class SpectralNorm(nn.Module):
         """What this weight brings to one call for many weights; None where the kernels don't run."""
         if self.exact or self.dim != 0 or weight.dim() == 1:
             return None
-        if not (kernels.takes(weight) and kernels.goes_with(weight, self._u, self._v)):
+        if not kernels.takes(weight, self._u, self._v):
             return None
         key = (weight.shape, weight.dtype, self.training, self.n_power_iterations, self.eps)
         if key not in self._plans:
@@ -110,7 +114,9 @@ class SpectralNorm(nn.Module):
                 iterations=self.n_power_iterations if self.training else 0,
             )
         plan = self._plans[key]
-        return None if plan is None else Share(plan, self._definition, weight, vectors=(self._u, self._v))
+        if plan is None or plan.counts[5:7] != (self._u.numel(), self._v.numel()):
+            return None  # forward says so
+        return Share(plan, self._definition, weight, vectors=(self._u, self._v))
 
     def _definition(self, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
         return (
@@ -140,39 +146,6 @@ class SpectralNorm(nn.Module):
         with torch.no_grad():
             self._u.copy_(u)
             self._v.copy_(v)
-
-
-class _DivideBySigma(torch.autograd.Function):
-    """(w / sigma, 1 / sigma) with sigma = u^T w v; differentiable to any order in w, as both are outputs."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(matrix: Tensor, u: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        sigma = u @ (matrix.to(u.dtype) @ v)
-        inverse = torch.where(sigma.abs() > eps, sigma, eps).reciprocal()
-        return matrix.to(u.dtype) * inverse, inverse
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        matrix, u, v, ctx.eps = inputs
-        ctx.dtype = matrix.dtype
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output, u, v)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        y, inverse, u, v = ctx.saved_tensors
-        dy, di = gradients
-        along = (dy * y).sum() if dy is not None else 0.0
-        if di is not None:
-            along = along + inverse * di
-        # At the floor, sigma is a constant.
-        along = along * (inverse.abs() < torch.full_like(inverse, ctx.eps).reciprocal())
-        dx = -along * torch.outer(u, v)
-        if dy is not None:
-            dx = dx + dy
-        return (dx * inverse).to(ctx.dtype), None, None, None
 
 
 def spectral_norm(
@@ -213,7 +186,8 @@ def spectral_norm(
     weight = weight_of(layer, name, "spectral_norm")
     if dim is None:
         dim = int(isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)))
-    return attach(layer, name, SpectralNorm(weight, n_power_iterations, dim, eps, exact=exact))
+    part = SpectralNorm(weight, n_power_iterations, dim, eps, exact=exact)
+    return attach(layer, name, part, directed=True)
 
 
 def divide_by_sigma(matrix: Tensor, u: Tensor, v: Tensor, eps: float = 1e-12) -> Tensor:
@@ -224,10 +198,10 @@ def divide_by_sigma(matrix: Tensor, u: Tensor, v: Tensor, eps: float = 1e-12) ->
             [0.0000, 0.5000]])
     """
     with full_precision(matrix):
-        if torch.compiler.is_compiling():
-            sigma = u @ (matrix.to(u.dtype) @ v)
-            return (matrix / torch.where(sigma.abs() > eps, sigma, eps)).to(matrix.dtype)
-        return _DivideBySigma.apply(matrix, u, v, eps)[0].to(matrix.dtype)  # pyright: ignore[reportOptionalSubscript]
+        wide = matrix.to(u.dtype)
+        sigma = u @ (wide @ v)
+        # At the floor sigma is a constant.
+        return (wide / torch.where(sigma.abs() > eps, sigma, eps)).to(matrix.dtype)
 
 
 CARD = Card(

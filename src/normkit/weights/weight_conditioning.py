@@ -56,8 +56,9 @@ class Equilibrate(RowScaling):
 
     Row mode is weight normalization with its lengths frozen at 1. The gradient of the raw row is
     (dw - <dw, w> w) / norm(a_i): orthogonal to it, so that under plain gradient descent norms only grow and the effective rate
-    falls as 1 / norm^2; weight decay changes nothing but that rate. Before BatchNorm row mode does not change the function at
-    all, only its training. ``eps`` is a floor of the norm, not a summand, so that invariance to scale is exact; a zero row
+    falls as 1 / norm^2; weight decay changes nothing but that rate. Before BatchNorm row mode changes the training alone, and the
+    function only as far as the norm's eps counts beside the variance. ``eps`` here is a floor of the norm, not a summand, so that
+    invariance to scale is exact; a zero row
     stays zero, and its gradient is that of its conditioned weight divided by ``eps``.
 
     Assigning ``layer.weight = W`` stores W as the raw weight: what ``layer.weight`` then gives is W conditioned, and W itself
@@ -327,7 +328,7 @@ def weight_conditioning(
     reason = refusal(layer, name) if mode in ("row", "jacobi") else f"mode={mode!r} scales columns too"
     if path == "output" and reason is not None:
         raise BackendError(f'weight_conditioning: path="output" can\'t run: {reason}; use path="auto"')
-    return attach(layer, name, part, forward=scaled_forward(layer) if reason is None else None)
+    return attach(layer, name, part, forward=scaled_forward if reason is None else None, directed=True)
 
 
 def equilibrate(

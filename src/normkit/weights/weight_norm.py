@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,13 +13,13 @@ from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic, length
-from normkit.core.support import Support, per_shape
+from normkit.core.support import Support
 from normkit.engine.dispatch import run
 from normkit.weights import kernels
 from normkit.weights.attachment import Layer, attach
 from normkit.weights.fused_rows import fused_rows
 from normkit.weights.layout import weight_layout, weight_of
-from normkit.weights.parametrization import Parametrization
+from normkit.weights.parametrization import Parametrization, laid_out
 
 
 def weight_norm_rule(ndim: int = 2, dim: int | None = 0, eps: float = 1e-12) -> Rule:
@@ -84,14 +85,15 @@ class WeightNorm(Parametrization):
 
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
         """The weight by PyTorch's operators."""
-        v, (g,) = weight, gain
+        rule = self._rule(weight.dim())
+        g = laid_out(gain[0], rule, weight, "WeightNorm")
         if self.dim not in (None, -1):
-            fused = fused_rows(v, g, self.dim % v.dim(), self.eps)
+            axis = self.dim % weight.dim()
+            shape = [size if d == axis else 1 for d, size in enumerate(weight.shape)]
+            fused = fused_rows(weight, g.view(shape), axis, self.eps)
             if fused is not None:
                 return fused
-        rule = self._rule(v.dim())
-        assert rule.compensation is not None
-        return run(rule, v, g.reshape(per_shape(rule.compensation.per, rule.support.split(v.shape))))
+        return run(rule, weight, g)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Lengths and directions that give this weight: g its norms, v the weight itself."""
@@ -133,15 +135,17 @@ def weight_norm(layer: Layer, name: str = "weight", dim: int | None = 0, *, eps:
     """
     weight = weight_of(layer, name, "weight_norm")
     weight_norm_rule(weight.dim(), dim, eps)
-    attach(layer, name, WeightNorm(dim, eps), splits=True)
+    attach(layer, name, WeightNorm(dim, eps), splits=True, directed=True)
 
-    def older(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-        for key, now in (("g", "original0"), ("v", "original1")):
-            if f"{prefix}{name}_{key}" in state and parametrize.is_parametrized(module, name):
-                state[f"{prefix}parametrizations.{name}.{now}"] = state.pop(f"{prefix}{name}_{key}")
-
-    layer.register_load_state_dict_pre_hook(older)
+    layer.register_load_state_dict_pre_hook(partial(_older, name))
     return layer
+
+
+def _older(name: str, module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Before a state_dict is loaded: give the names of older checkpoints their present ones."""
+    for key, now in (("g", "original0"), ("v", "original1")):
+        if f"{prefix}{name}_{key}" in state and parametrize.is_parametrized(module, name):
+            state[f"{prefix}parametrizations.{name}.{now}"] = state.pop(f"{prefix}{name}_{key}")
 
 
 def rescale(g: Tensor, v: Tensor, dim: int | None = 0, eps: float = 1e-12) -> Tensor:
