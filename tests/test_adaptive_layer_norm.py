@@ -145,10 +145,10 @@ def test_refusals_name_sizes() -> None:
     layer = AdaLayerNorm(8, 6)
     with pytest.raises(ShapeError, match="features=8"):
         layer(torch.randn(2, 5, 7), torch.randn(2, 6))
-    for wrong in ((2, 5), (3, 6), (2, 4, 6), (6,)):
+    for wrong in ((2, 5), (3, 6), (2, 4, 6), (5,)):
         with pytest.raises(ShapeError, match="wanted 2x6"):
             layer(torch.randn(2, 5, 8), torch.randn(wrong))
-    with pytest.raises(ShapeError, match="per 'n d'"):
+    with pytest.raises(ShapeError, match="does not broadcast"):
         adaptive_layer_norm(torch.randn(2, 5, 8), torch.zeros(2, 7), torch.zeros(2, 7))
 
 

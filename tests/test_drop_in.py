@@ -2,7 +2,9 @@
 
 import copy
 import inspect
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -288,6 +290,65 @@ def test_torchs_own_tools_take_our_layers() -> None:
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
     assert isinstance(converted[1], nn.SyncBatchNorm)
     assert_close(converted.eval()(batches[0]), model.eval()(batches[0]))
+
+
+def test_torchs_tools_never_lose_an_activation() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nk.BatchNorm(4, activation="relu")).eval()
+    x = torch.randn(2, 3, 5, 5)
+    before = model(x)
+    tools: list[Callable[[], Any]] = [
+        lambda: nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)),
+        lambda: torch.nn.utils.fusion.fuse_conv_bn_eval(*model),  # pyright: ignore[reportArgumentType]
+        lambda: torch.nn.utils.fusion.fuse_linear_bn_eval(nn.Linear(3, 4).eval(), model[1]),
+    ]
+    for tool in tools:
+        with pytest.raises(nk.SurgeryError, match=r"activation='relu'.* put relu behind"):
+            tool()
+    model[1].activation = None
+    assert_close(tools[1]()(x), model(x), rtol=1e-4, atol=1e-5)
+    model[1].activation = "relu"
+    assert model[1].eps == 1e-5
+    assert_close(model(x), before)
+    with pytest.raises(AssertionError, match="did not find fuser method"):
+        torch.ao.quantization.fuse_modules(model, ["0", "1"])
+
+
+RANKED = [
+    (getattr(nn, f"{kind}{rank}d"), getattr(nk, kind), rank)
+    for kind in ("BatchNorm", "InstanceNorm")
+    for rank in (1, 2, 3)
+]
+
+
+@pytest.mark.parametrize(("theirs", "ours", "rank"), RANKED, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize("take", ["layer", "accelerate"])
+def test_layers_in_torchs_place_know_their_rank(theirs: type, ours: type, rank: int, take: str) -> None:
+    other = theirs(4, affine=True)
+    model = nn.Sequential(copy.deepcopy(other))
+    norm = ours(4, affine=True, spatial=rank) if take == "layer" else nk.accelerate(model).model[0]
+    assert type(norm) is ours
+    assert norm.spatial == rank
+    assert f"spatial={rank}" in repr(norm)
+    for axes in range(1, 7):
+        x = torch.randn([4] * axes)  # whatever axis is taken for the channels has their number
+        try:
+            wanted = other(x)
+        except ValueError as error:
+            with pytest.raises(ValueError, match=re.escape(str(error).removesuffix(")"))):
+                norm(x)
+            continue
+        assert_close(norm(x), wanted, rtol=1e-5, atol=1e-5)
+        assert norm.explain(x).backend
+        assert_close(norm.after_sum(x, x)[1], 2 * x)
+
+
+def test_a_batch_norm_that_becomes_an_instance_norm_keeps_its_batch() -> None:
+    changed = nk.convert(nn.Sequential(nn.BatchNorm1d(4)), "in").model
+    with pytest.raises(nk.ShapeError, match="one value for each statistic"):
+        changed(torch.randn(4, 4))
+    changed = nk.convert(nn.Sequential(nn.InstanceNorm2d(4)), "bn").model
+    with pytest.raises(nk.ShapeError, match="expected 4D input"):
+        changed(torch.randn(4, 4, 4))
 
 
 def test_explain_says_which_and_why() -> None:

@@ -44,5 +44,5 @@ def test_refusals() -> None:
         FiLM(4, 6)(torch.randn(2, 4, 3), torch.randn(2, 5))
     with pytest.raises(OptionError, match="layout='c n'"):
         FiLM(4, 6, layout="c n")
-    with pytest.raises(ShapeError, match="per 'n c'"):
+    with pytest.raises(ShapeError, match="does not broadcast"):
         film(torch.randn(2, 4, 3), torch.randn(2, 3), torch.randn(2, 3))

@@ -71,23 +71,23 @@ class Residual(nn.Module):
         self.norm_after = norm() if placement == "sandwich" else None
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Add the branch.
 
         Args:
-            x: what the sublayer takes.
+            input: what the sublayer takes.
             *args: handed on to the sublayer.
             **kwargs: likewise, e.g. a mask.
 
         Returns:
-            Of x's shape.
+            Of the input's shape.
         """
-        branch = self.sublayer(self.norm(x) if self.placement in ("pre", "sandwich") else x, *args, **kwargs)
+        branch = self.sublayer(self.norm(input) if self.placement in ("pre", "sandwich") else input, *args, **kwargs)
         if self.placement == "branch":
             branch = self.norm(branch)
         if self.norm_after is not None:
             branch = self.norm_after(branch)
-        y = x + self.dropout(branch)
+        y = input + self.dropout(branch)
         return self.norm(y) if self.placement == "post" else y
 
     def extra_repr(self) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
+from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
@@ -30,7 +31,7 @@ def adaptive_instance_norm_rule(eps: float = 1e-5) -> Rule:
     return _RULE if eps == 1e-5 else replace(_RULE, statistic=Statistic("mean", "std", eps))
 
 
-class AdaptiveInstanceNorm(nn.Module):
+class AdaptiveInstanceNorm(Module):
     """Give each channel of a content the mean and deviation that the same channel has in a style.
 
     y = sd(s) * (x - E[x]) / sqrt(Var[x] + eps) + E[s], with E and Var of each sample and channel over the positions and
@@ -69,7 +70,7 @@ class AdaptiveInstanceNorm(nn.Module):
 
 
 def adaptive_instance_norm(
-    x: Tensor,
+    input: Tensor,
     style: Tensor,
     strength: float | Tensor = 1.0,
     eps: float = 1e-5,
@@ -80,33 +81,38 @@ def adaptive_instance_norm(
 ) -> Tensor:
     """Adaptive instance normalization as a function; see AdaptiveInstanceNorm.
 
-    ``strength`` may be a tensor of one value for each sample. Elements where a mask (boolean, broadcasts over its image) is
-    False enter no statistic, and come out as zero in the content.
+    ``strength`` may be a tensor of one value, or of one for each sample: (N,) or (N, 1, ...). Elements where a mask (boolean,
+    broadcasts over its image) is False enter no statistic, and come out as zero in the content.
 
     >>> adaptive_instance_norm(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[10.0, 30.0]]]), strength=0.5)
     tensor([[[ 5.5000, 16.5000]]])
     """
     rule = adaptive_instance_norm_rule(eps)
-    accumulation_dtype(x.dtype)  # refuses integers by name
-    if x.dim() < 2 or style.dim() < 2 or style.shape[1] != x.shape[1] or style.shape[0] not in (1, x.shape[0]):
+    accumulation_dtype(input.dtype)  # refuses integers by name
+    if (
+        input.dim() < 2
+        or style.dim() < 2
+        or style.shape[1] != input.shape[1]
+        or style.shape[0] not in (1, input.shape[0])
+    ):
         raise ShapeError(
-            f"adaptive_instance_norm: a style of {show(style.shape)} for a content of {show(x.shape)}; wanted n c * with the "
+            f"adaptive_instance_norm: a style of {show(style.shape)} for a content of {show(input.shape)}; wanted n c * with the "
             "content's channels, and its samples or one"
         )
-    check_several("adaptive_instance_norm", x, rule.support)
+    check_several("adaptive_instance_norm", input, rule.support)
     found = moments(style, tuple(range(2, style.dim())), style_mask)
-    shape = x.shape[:2]
+    shape = input.shape[:2]
     deviation = (found.var + eps).sqrt().reshape(style.shape[:2]).expand(shape)
-    y = run(rule, x, deviation, found.mean.reshape(style.shape[:2]).expand(shape), mask=mask, backend=backend)
+    y = run(rule, input, deviation, found.mean.reshape(style.shape[:2]).expand(shape), mask=mask, backend=backend)
     if isinstance(strength, Tensor):
-        if strength.shape not in ((), x.shape[:1]):
+        if strength.numel() not in (1, len(input)) or strength.shape[1:].numel() != 1:
             raise OptionError(
-                f"adaptive_instance_norm: strength of shape {show(strength.shape)}; wanted one value, or {x.shape[0]}"
+                f"adaptive_instance_norm: strength of shape {show(strength.shape)}; wanted one value, or {input.shape[0]}"
             )
-        strength = strength.to(x.dtype).reshape([-1] + [1] * (x.dim() - 1))
+        strength = strength.to(input.dtype).reshape([-1] + [1] * (input.dim() - 1))
     elif strength == 1:
         return y
-    return torch.lerp(x if mask is None else torch.where(mask, x, 0.0), y, strength)
+    return torch.lerp(input if mask is None else torch.where(mask, input, 0.0), y, strength)
 
 
 CARD = Card(

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
-from normkit.core.compensation import Affine
+from normkit.core.compensation import Affine, align, modulation, per_sample
 from normkit.core.errors import ShapeError
+from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
@@ -28,19 +29,19 @@ def adaptive_layer_norm_rule(eps: float = 1e-6, per: str = "n d") -> Rule:
     return Rule(Support("n * d", over="d"), Statistic("mean", "std", eps), Affine(per, offset=1.0))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(input: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(1 + scale) * x + shift, with one scale and shift for each sample, or for each token.
 
     Args:
-        x: (N, *, D).
-        shift: (N, D), or of x's shape.
-        scale: of shift's shape.
+        input: (N, *, D).
+        shift: (N, D) or (D,), or of as many axes as the input, which it broadcasts over, as (N, 1, D) and (1, T, D).
+        scale: likewise.
 
     Returns:
-        Of x's shape and dtype.
+        Of the input's shape and dtype.
 
     Raises:
-        ShapeError: shift or scale has another shape.
+        ShapeError: shift or scale does not broadcast.
 
     Reference:
         Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
@@ -50,12 +51,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
              [2., 2.],
              [2., 2.]]])
     """
-    split = Support("n * d", over="d").split(x.shape)
-    wide = torch.promote_types(x.dtype, scale.dtype)
-    return Affine(_per(x, scale), offset=1.0).apply(x.to(wide), split, scale, shift).to(x.dtype)
+    per, (scale, shift) = modulation("n * d", input.shape, scale, shift)
+    split = Support("n * d", over="d").split(input.shape)
+    wide = torch.promote_types(input.dtype, scale.dtype)
+    return Affine(per, offset=1.0).apply(input.to(wide), split, scale, shift).to(input.dtype)
 
 
-class AdaLayerNorm(Layer, nn.Module):
+class AdaLayerNorm(Layer, Module):
     """Layer normalization whose scale and shift are a linear function of a condition.
 
     y = (1 + scale) * (x - E[x]) / sqrt(Var[x] + eps) + shift, with (shift, scale) = Linear(SiLU(condition)), for each sample or,
@@ -71,10 +73,10 @@ class AdaLayerNorm(Layer, nn.Module):
         dtype: of the parameters.
 
     Shape:
-        x (N, *, D) and condition (N, condition) or (N, *, condition), to x's shape and dtype.
+        input (N, *, D) and condition (N, condition) or (N, *, condition), to the input's shape and dtype.
 
     Raises:
-        ShapeError: x or the condition has another size.
+        ShapeError: the input or the condition has another size.
 
     Reference:
         Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
@@ -110,39 +112,38 @@ class AdaLayerNorm(Layer, nn.Module):
     def make_rule(self) -> Rule:
         return adaptive_layer_norm_rule(self.eps)
 
-    def forward(self, x: Tensor, condition: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, input: Tensor, condition: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Normalize, and modulate by the condition.
 
         Args:
-            x: (N, *, D).
+            input: (N, *, D).
             condition: (N, condition) or (N, *, condition).
-            mask: boolean, broadcasts over x; where it is False the element enters no statistic and comes out as zero.
+            mask: boolean, broadcasts over the input; where it is False the element enters no statistic and comes out as zero.
 
         Returns:
-            Of x's shape and dtype.
+            Of the input's shape and dtype.
 
         Raises:
-            ShapeError: x or the condition has another size.
+            ShapeError: the input or the condition has another size.
         """
-        shift, scale = self._shift_and_scale(x, condition)
-        return adaptive_layer_norm(x, shift, scale, self.eps, mask=mask, backend=self.backend)
+        shift, scale = self._shift_and_scale(input, condition)
+        return adaptive_layer_norm(input, shift, scale, self.eps, mask=mask, backend=self.backend)
 
     def explain(self, input: Tensor, condition: Tensor) -> Explanation:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Say which back end would normalize this input under this condition, and why."""
         shift, scale = self._shift_and_scale(input, condition)
-        return explain(
-            adaptive_layer_norm_rule(self.eps, _per(input, scale)), input, scale, shift, backend=self.backend
-        )
+        per, (scale, shift) = modulation("n * d", input.shape, scale, shift)
+        return explain(adaptive_layer_norm_rule(self.eps, per), input, scale, shift, backend=self.backend)
 
     def _shift_and_scale(self, x: Tensor, condition: Tensor) -> tuple[Tensor, ...]:
-        _check("AdaLayerNorm", x, condition, self.features, self.condition)
+        condition = _checked("AdaLayerNorm", x, condition, self.features, self.condition)
         return _predict(self.adaLN_modulation, condition).chunk(2, -1)
 
     def extra_repr(self) -> str:
         return f"{self.features}, condition={self.condition}, eps={self.eps}" + ("" if self.zero else ", zero=False")
 
 
-class AdaLayerNormZeroBlock(nn.Module):
+class AdaLayerNormZeroBlock(Module):
     """A transformer block conditioned by adaLN-Zero: each branch is modulated before and gated after, from gates of zero.
 
     (shift_a, scale_a, gate_a, shift_m, scale_m, gate_m) = Linear(SiLU(condition)), which starts at zero;
@@ -159,10 +160,10 @@ class AdaLayerNormZeroBlock(nn.Module):
         dtype: of the modulation's parameters.
 
     Shape:
-        x (N, *, D) and condition (N, condition) or (N, *, condition), to x's shape and dtype.
+        input (N, *, D) and condition (N, condition) or (N, *, condition), to the input's shape and dtype.
 
     Raises:
-        ShapeError: x or the condition has another size.
+        ShapeError: the input or the condition has another size.
 
     Reference:
         Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
@@ -189,30 +190,28 @@ class AdaLayerNormZeroBlock(nn.Module):
         self.adaLN_modulation = _modulation(condition, 6 * features, device, dtype)
         _fill_zero(self.adaLN_modulation[1])
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, input: Tensor, condition: Tensor) -> Tensor:
         """Both branches, each normalized, modulated and gated.
 
         Args:
-            x: (N, *, D).
+            input: (N, *, D).
             condition: (N, condition) or (N, *, condition).
 
         Returns:
-            Of x's shape and dtype.
+            Of the input's shape and dtype.
         """
-        _check("AdaLayerNormZeroBlock", x, condition, self.features, self.condition)
+        condition = _checked("AdaLayerNormZeroBlock", input, condition, self.features, self.condition)
         six = _predict(self.adaLN_modulation, condition).chunk(6, -1)
         for branch, (shift, scale, gate) in ((self.attn, six[:3]), (self.mlp, six[3:])):
-            change = branch(adaptive_layer_norm(x, shift, scale, self.eps))
-            if gate.dim() < x.dim():
-                gate = gate.reshape(gate.shape[0], *(1,) * (x.dim() - 2), self.features)
-            x = (x + gate * change).to(x.dtype)
-        return x
+            change = branch(adaptive_layer_norm(input, shift, scale, self.eps))
+            input = (input + align("n * d", input.shape, gate) * change).to(input.dtype)
+        return input
 
     def extra_repr(self) -> str:
         return f"{self.features}, condition={self.condition}, eps={self.eps}"
 
 
-class AdaLayerNormOutput(nn.Module):
+class AdaLayerNormOutput(Module):
     """The last layer of a diffusion transformer: adaptive layer normalization and a linear map, both from zero.
 
     y = W modulate(LN(x), shift, scale) + b, with (shift, scale) = Linear(SiLU(condition)); at the start y = 0.
@@ -226,10 +225,10 @@ class AdaLayerNormOutput(nn.Module):
         dtype: of the parameters.
 
     Shape:
-        x (N, *, D) and condition (N, condition) or (N, *, condition), to (N, *, outputs).
+        input (N, *, D) and condition (N, condition) or (N, *, condition), to (N, *, outputs).
 
     Raises:
-        ShapeError: x or the condition has another size.
+        ShapeError: the input or the condition has another size.
 
     Reference:
         Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
@@ -248,26 +247,26 @@ class AdaLayerNormOutput(nn.Module):
         _fill_zero(self.linear)
         _fill_zero(self.adaLN_modulation[1])
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, input: Tensor, condition: Tensor) -> Tensor:
         """Normalize, modulate, map.
 
         Args:
-            x: (N, *, D).
+            input: (N, *, D).
             condition: (N, condition) or (N, *, condition).
 
         Returns:
             (N, *, outputs).
         """
-        _check("AdaLayerNormOutput", x, condition, self.features, self.condition)
+        condition = _checked("AdaLayerNormOutput", input, condition, self.features, self.condition)
         shift, scale = _predict(self.adaLN_modulation, condition).chunk(2, -1)
-        return self.linear(adaptive_layer_norm(x, shift, scale, self.eps))
+        return self.linear(adaptive_layer_norm(input, shift, scale, self.eps))
 
     def extra_repr(self) -> str:
         return f"{self.features}, condition={self.condition}, eps={self.eps}"
 
 
 def adaptive_layer_norm(
-    x: Tensor,
+    input: Tensor,
     shift: Tensor,
     scale: Tensor,
     eps: float = 1e-6,
@@ -275,16 +274,13 @@ def adaptive_layer_norm(
     mask: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Adaptive layer normalization as a function of a shift and a scale, each (N, D) or of x's shape; see AdaLayerNorm.
+    """Adaptive layer normalization as a function of a shift and a scale, as ``modulate`` takes them; see AdaLayerNorm.
 
     >>> adaptive_layer_norm(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
     tensor([[[-2.0000,  2.0000]]])
     """
-    return run(adaptive_layer_norm_rule(eps, _per(x, scale)), x, scale, shift, mask=mask, backend=backend)
-
-
-def _per(x: Tensor, scale: Tensor) -> str:
-    return "n * d" if scale.dim() == x.dim() else "n d"
+    per, (scale, shift) = modulation("n * d", input.shape, scale, shift)
+    return run(adaptive_layer_norm_rule(eps, per), input, scale, shift, mask=mask, backend=backend)
 
 
 def _modulation(condition: int, outputs: int, device: Any, dtype: Any) -> nn.Sequential:
@@ -301,14 +297,19 @@ def _predict(modulation: nn.Sequential, condition: Tensor) -> Tensor:
     return modulation(condition.to(linear.weight.dtype))
 
 
-def _check(who: str, x: Tensor, condition: Tensor, features: int, size: int) -> None:
+def _checked(who: str, x: Tensor, condition: Tensor, features: int, size: int) -> Tensor:
+    """The condition, with one row per sample or for all, or with as many axes as x."""
     if x.dim() < 2 or x.shape[-1] != features:
         raise ShapeError(f"{who}: got an input of {show(x.shape)}, wanted (N, *, {features}) as features={features}")
-    if condition.dim() not in (2, x.dim()) or condition.shape != (*x.shape[: condition.dim() - 1], size):
+    given, condition = condition, condition if condition.dim() == x.dim() else per_sample(condition)
+    axes = condition.dim() - 1
+    fits = all(condition.shape[d] in (1, x.shape[d]) for d in range(min(axes, x.dim())))
+    if condition.dim() not in (2, x.dim()) or condition.shape[-1] != size or not fits:
         raise ShapeError(
-            f"{who}: got a condition of {show(condition.shape)} for an input of {show(x.shape)}; "
-            f"wanted {show((x.shape[0], size))}, or one for each token: {show((*x.shape[:-1], size))}"
+            f"{who}: got a condition of {show(given.shape)} for an input of {show(x.shape)}; "
+            f"wanted {show((x.shape[0], size))}, or one for each token: {show((*x.shape[:-1], size))}; axes may be 1 but the last"
         )
+    return condition
 
 
 def _example_condition(x: Tensor) -> tuple[Tensor]:

@@ -12,6 +12,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import Running, RunningMoments, RunningStatistics
+from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
@@ -23,7 +24,7 @@ _AFFINE = Affine("c")
 _SUPPORT = Support("n c *", over="n *")
 
 
-class EstBatchNorm(nn.modules.batchnorm._BatchNorm):
+class EstBatchNorm(Module, nn.modules.batchnorm._BatchNorm):
     """Normalize each channel by running statistics, in training too, which each batch moves a little beforehand.
 
     mean <- (1 - momentum) mean + momentum E[x],  var <- (1 - momentum) var + momentum E[(x - old mean)^2], without gradient;
@@ -79,7 +80,7 @@ class EstBatchNorm(nn.modules.batchnorm._BatchNorm):
         return _kept_rules(self, 1)
 
 
-class BatchChannelNorm(nn.modules.batchnorm._BatchNorm):
+class BatchChannelNorm(Module, nn.modules.batchnorm._BatchNorm):
     """Batch normalization, then each sample's channels in groups normalized over a group and all positions.
 
     z = weight * (x - E_c[x]) / sqrt(Var_c[x] + eps) + bias per channel c over the batch, then
@@ -159,7 +160,7 @@ class BatchChannelNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def est_batch_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
     weight: Tensor | None = None,
@@ -177,11 +178,11 @@ def est_batch_norm(
     """
     _check_momentum("est_batch_norm", momentum)
     rule, _ = _make_rules(1, eps, momentum)
-    return _estimated(rule, x, RunningStatistics(running_mean, running_var), weight, bias, training, mask)
+    return _estimated(rule, input, RunningStatistics(running_mean, running_var), weight, bias, training, mask)
 
 
 def batch_channel_norm(
-    x: Tensor,
+    input: Tensor,
     num_groups: int,
     running_mean: Tensor,
     running_var: Tensor,
@@ -204,11 +205,11 @@ def batch_channel_norm(
             [ 1.0000, -1.0000]])
     """
     _check_momentum("batch_channel_norm", momentum)
-    _check_groups("batch_channel_norm", num_groups, x.shape[1])
+    _check_groups("batch_channel_norm", num_groups, input.shape[1])
     if training and not estimate:
-        check_several("batch_channel_norm", x, _SUPPORT)
+        check_several("batch_channel_norm", input, _SUPPORT)
     running, affines = RunningStatistics(running_mean, running_var), ((weight, bias), (group_weight, group_bias))
-    return _batch_channel(_make_rules(num_groups, eps, momentum), x, running, affines, training, estimate, mask)
+    return _batch_channel(_make_rules(num_groups, eps, momentum), input, running, affines, training, estimate, mask)
 
 
 def _make_rules(groups: int, eps: float, momentum: float | None) -> tuple[Rule, Rule]:

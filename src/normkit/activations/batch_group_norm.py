@@ -13,6 +13,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import RunningMoments
+from normkit.core.module import Module
 from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
@@ -47,7 +48,7 @@ def batch_group_norm_rule(
     return Rule(Support(layout, over=over, **sizes), Statistic("mean", "std", eps), Affine(per))
 
 
-class BatchGroupNorm(Layer, nn.Module):
+class BatchGroupNorm(Layer, Module):
     """Normalize groups of channels over groups of examples; at inference the example counts with a share of its own.
 
     In training, y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, E and Var over ``examples_per_group`` consecutive examples,
@@ -217,7 +218,7 @@ class BatchGroupNorm(Layer, nn.Module):
 
 
 def batch_group_norm(
-    x: Tensor,
+    input: Tensor,
     num_groups: int | None = None,
     examples_per_group: int | None = None,
     weight: Tensor | None = None,
@@ -234,15 +235,15 @@ def batch_group_norm(
     tensor([[-1.0000,  1.0000],
             [-1.0000,  1.0000]])
     """
-    _check(x.shape[-1 if layout == "n * c" else 1], num_groups, examples_per_group)
+    _check(input.shape[-1 if layout == "n * c" else 1], num_groups, examples_per_group)
     rules = _rules(num_groups, examples_per_group, eps, layout)
     if examples_per_group != 1:
-        check_several("batch_group_norm", x[:examples_per_group], rules[1].support)
-    return _train(rules, examples_per_group, x, weight, bias, mask, backend)[0]
+        check_several("batch_group_norm", input[:examples_per_group], rules[1].support)
+    return _train(rules, examples_per_group, input, weight, bias, mask, backend)[0]
 
 
 def example_weighing(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
     weight: Tensor | None = None,
@@ -259,7 +260,7 @@ def example_weighing(
     mean = alpha E[x] + (1 - alpha) m1,  var = alpha E[x^2] + (1 - alpha) m2 - mean^2
 
     Args:
-        x: the input.
+        input: the input.
         running_mean: m1.
         running_var: m2 - m1^2, the population variance.
         weight: per channel, or None.
@@ -268,7 +269,7 @@ def example_weighing(
         eps: added to the variance. Default: 1e-5.
         num_groups: groups over whose channels moments are averaged. Default: None, each channel by itself.
         layout: ``"n c *"`` or ``"n * c"``. Default: ``"n c *"``.
-        mask: boolean, broadcasts over x; where it is False the element enters no statistic and comes out as zero.
+        mask: boolean, broadcasts over the input; where it is False the element enters no statistic and comes out as zero.
 
     Returns:
         Of the input's shape and dtype.
@@ -281,12 +282,12 @@ def example_weighing(
     [1.5, 1.0]
     """
     rule = batch_group_norm_rule(num_groups, 1, eps, layout)
-    split = rule.support.split(x.shape)
+    split = rule.support.split(input.shape)
     positions = tuple(d for d, name in enumerate(split.names) if name == "*")
     channels = tuple(d for d, name in enumerate(split.names) if name == "c" and num_groups is not None)
-    wide = x.to(accumulation_dtype(x.dtype)).reshape(split.shape)
+    wide = input.to(accumulation_dtype(input.dtype)).reshape(split.shape)
     if mask is not None:
-        mask = mask.expand(x.shape).reshape(split.shape)
+        mask = mask.expand(input.shape).reshape(split.shape)
         wide = torch.where(mask, wide, 0.0)
     assert rule.compensation is not None
     mean, var = (place(value, rule.compensation.per, split).to(wide.dtype) for value in (running_mean, running_var))
@@ -299,7 +300,7 @@ def example_weighing(
         middle = mean.mean(channels, keepdim=True)
         mean, var = middle, (var + (mean - middle).square()).mean(channels, keepdim=True)
     y = rule.compensation.apply((wide - mean) / (var + eps).sqrt(), split, weight, bias)
-    return (y if mask is None else torch.where(mask, y, 0.0)).reshape(x.shape).to(x.dtype)
+    return (y if mask is None else torch.where(mask, y, 0.0)).reshape(input.shape).to(input.dtype)
 
 
 @remembered

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, ShapeError, SurgeryError
 from normkit.core.memory import Running
+from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support
+from normkit.core.support import Support, show
 from normkit.engine.dispatch import Activation, Backend, run
 from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
 
@@ -33,7 +35,30 @@ def batch_norm_rule(
     return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
 
 
-class BatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
+class _Eps:
+    """A batch norm's eps, which nobody may read in order to replace the layer by one without its activation.
+
+    Converters and fusers know a batch norm by its attributes, and eps is the one that all of them need; torch gives a module no
+    other say in the matter. Whoever else reads it gets it.
+    """
+
+    def __get__(self, module: Any, owner: type[Any]) -> Any:
+        if module is None:
+            return self
+        if module.activation is not None:
+            reader = sys._getframe(1).f_code.co_name
+            if "fuse" in reader or reader == "convert_sync_batchnorm":
+                raise SurgeryError(
+                    f"{reader}: BatchNorm(activation={module.activation!r}) would lose its activation; set it to None and "
+                    f"put {module.activation} behind the layer as a module of its own"
+                )
+        return module.__dict__["eps"]
+
+    def __set__(self, module: Any, value: float) -> None:
+        module.__dict__["eps"] = value
+
+
+class BatchNorm(Layer, Module, nn.modules.batchnorm._BatchNorm):
     """Normalize each channel over the batch and all positions, for inputs of any rank.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, with E and Var (population) over batch and positions in training, and
@@ -51,7 +76,11 @@ class BatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
         track_running_stats: whether there are running averages; without, the batch's statistics are always used. Default: True.
         bias: False leaves the bias out. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        activation: what follows in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
+        activation: what follows in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. torch's tools that
+            read a batch norm to replace it (``convert_sync_batchnorm``, ``fuse_conv_bn_eval``) are refused then, as they
+            would lose it. Default: None.
+        spatial: axes of positions: 1, 2 or 3 refuses inputs of another rank, as torch's BatchNorm1d (which takes (N, C) too), 2d
+            and 3d do; None takes any. Default: None.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -59,8 +88,9 @@ class BatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
         (N, C, *) or, with channels last, (N, *, C), to the same. N may be 0.
 
     Raises:
-        ShapeError: other channels than ``num_features``, or one value per channel in training.
+        ShapeError: other channels than ``num_features``, a rank that ``spatial`` excludes, or one value per channel in training.
         OptionError: another layout.
+        SurgeryError: a tool reads ``eps`` to replace a layer whose activation it would lose.
 
     Reference:
         Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift"
@@ -84,31 +114,39 @@ class BatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
         bias: bool = True,
         layout: str = "n c *",
         activation: Activation | None = None,
+        spatial: int | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        self.__dict__["activation"] = None  # torch's constructor sets eps before ours can set it
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self.activation = activation
+        self.activation, self.spatial = activation, spatial
         if not bias:
             self.register_parameter("bias", None)
         self.layout = layout
         _ = self.rule  # refuses what does not go together now rather than at the first input
 
+    eps: float = _Eps()  # pyright: ignore[reportAssignmentType]
+
     def make_rule(self) -> Rule:
-        return batch_norm_rule(self.eps, self.momentum, self.layout)
+        return batch_norm_rule(self.__dict__["eps"], self.momentum, self.layout)
 
     def check(self, input: Tensor) -> None:
+        if self.spatial is not None and input.dim() != self.spatial + 2 and (input.dim(), self.spatial) != (2, 1):
+            wanted = "2D or 3D" if self.spatial == 1 else f"{self.spatial + 2}D"
+            raise ShapeError(f"BatchNorm: expected {wanted} input (got {input.dim()}D input, {show(input.shape)})")
         check_channels("BatchNorm", input, self.num_features, "num_features", self.layout)
         if self.training or self.running_mean is None:
             check_several("BatchNorm", input, self.rule.support)
 
     def extra_repr(self) -> str:
         layout = "" if self.layout == "n c *" else f", layout={self.layout!r}"
-        return super().extra_repr() + layout + self.repr_activation()
+        spatial = "" if self.spatial is None else f", spatial={self.spatial}"
+        return super().extra_repr() + layout + spatial + self.repr_activation()
 
 
 def batch_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: Tensor | None = None,
@@ -128,9 +166,11 @@ def batch_norm(
     """
     running = given_statistics("batch_norm", running_mean, running_var, None if training else "training=False")
     rule = batch_norm_rule(eps, momentum, layout, running_mean is not None)
+    if input.shape == (0,):  # torch lets it pass: no samples, and so no channels
+        return input.clone()
     if training:
-        check_several("batch_norm", x, rule.support)
-    return run(rule, x, weight, bias, running=running, training=training, mask=mask, backend=backend)
+        check_several("batch_norm", input, rule.support)
+    return run(rule, input, weight, bias, running=running, training=training, mask=mask, backend=backend)
 
 
 CARD = Card(

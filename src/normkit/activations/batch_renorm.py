@@ -13,6 +13,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import Running, RunningStatistics
+from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
@@ -87,7 +88,7 @@ class RenormSchedule:
         return share.clamp(0, 1) if isinstance(share, Tensor) else min(max(share, 0.0), 1.0)
 
 
-class BatchRenorm(Layer, nn.Module):
+class BatchRenorm(Layer, Module):
     """Normalize each channel over batch and positions, then move it within bounds to what running statistics would give.
 
     In training, with the batch's mean m and deviation s = sqrt(Var[x] + eps) and the running ones M and S before this batch,
@@ -213,7 +214,7 @@ class BatchRenorm(Layer, nn.Module):
 
 
 def batch_renorm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor,
     running_std: Tensor,
     weight: Tensor | None = None,
@@ -237,10 +238,10 @@ def batch_renorm(
     """
     rule = _rule(eps, layout)
     if training:
-        check_several("batch_renorm", x, rule.support)
+        check_several("batch_renorm", input, rule.support)
     statistics = RunningStatistics(running_mean, running_std, batches)
     return _renormalize(
-        rule, Running(momentum), x, statistics, weight, bias, bounds if training else None, mask, backend
+        rule, Running(momentum), input, statistics, weight, bias, bounds if training else None, mask, backend
     )
 
 

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
-from normkit.core.compensation import Affine
+from normkit.core.compensation import Affine, modulation, per_sample
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import Running, RunningStatistics
+from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.precision import full_precision
 from normkit.core.rule import Rule, remembered
@@ -36,7 +37,7 @@ def conditional_norm_rule(over: str = "*", eps: float = 1e-5, momentum: float | 
     return Rule(_SUPPORTS[over], Statistic("mean", "std", eps), Affine(per), memory)
 
 
-class _Normalizer(Layer, nn.Module):
+class _Normalizer(Layer, Module):
     """What both layers share: the rule and the running averages of batch normalization."""
 
     per = "n c"
@@ -142,18 +143,20 @@ class ConditionalNorm(_Normalizer):
 
     def _pick(self, parameter: Tensor, condition: Tensor, input: Tensor) -> Tensor:
         wide = accumulation_dtype(input.dtype)
-        if self.classes is not None and condition.shape == input.shape[:1] and not condition.is_floating_point():
-            return F.embedding(condition, parameter).to(wide)
-        if condition.shape != (input.shape[0], parameter.shape[0]):
+        samples, shape = input.shape[0], condition.shape
+        if self.classes is not None and shape in ((), (1,), (samples,)) and not condition.is_floating_point():
+            return F.embedding(condition, parameter).to(wide).expand(samples, -1)
+        condition = per_sample(condition) if condition.is_floating_point() else condition
+        if condition.shape[1:] != parameter.shape[:1] or condition.shape[0] not in (1, samples):
             wanted = (
                 "one class, or one share for each class," if self.classes is not None else f"{self.features} features"
             )
             raise ShapeError(
-                f"ConditionalNorm: got a condition of {show(condition.shape)} ({condition.dtype}) for an input of "
+                f"ConditionalNorm: got a condition of {show(shape)} ({condition.dtype}) for an input of "
                 f"{show(input.shape)}, wanted {wanted} for each sample"
             )
         with full_precision(input):
-            return condition.to(wide) @ parameter.to(wide)
+            return (condition.to(wide) @ parameter.to(wide)).expand(samples, -1)
 
     def extra_repr(self) -> str:
         which = f"classes={self.classes}" if self.classes is not None else f"features={self.features}"
@@ -236,7 +239,7 @@ class SpatiallyAdaptiveNorm(_Normalizer):
 
 
 def conditional_norm(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor,
     running_mean: Tensor | None = None,
@@ -251,18 +254,21 @@ def conditional_norm(
 ) -> Tensor:
     """Instance or batch normalization with a weight and bias of each sample (N, C), or of each position (N, C, *).
 
+    Weight and bias may also be (C,), or broadcast over the input with as many axes, as (N, C, 1, 1).
+
     >>> x = torch.tensor([[[1.0, 3.0]], [[1.0, 3.0]]])
     >>> conditional_norm(x, torch.tensor([[1.0], [5.0]]), torch.zeros(2, 1)).view(2, 2)
     tensor([[-1.0000,  1.0000],
             [-5.0000,  5.0000]])
     """
-    rule = conditional_norm_rule(over, eps, momentum, "n c" if weight.dim() == 2 else "n c *")
+    per, (weight, bias) = modulation("n c *", input.shape, weight, bias)
+    rule = conditional_norm_rule(over, eps, momentum, per)
     running = None if running_mean is None or running_var is None else RunningStatistics(running_mean, running_var)
     if running is not None and rule.memory is None:
         raise OptionError("conditional_norm: over='*' keeps no running statistics; leave them out, or over='n *'")
     if training or running is None:
-        check_several("conditional_norm", x, rule.support)
-    return run(rule, x, weight, bias, running=running, training=training, mask=mask, backend=backend)
+        check_several("conditional_norm", input, rule.support)
+    return run(rule, input, weight, bias, running=running, training=training, mask=mask, backend=backend)
 
 
 CARD_INSTANCE = Card(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
+from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.precision import full_precision
 from normkit.core.support import show
@@ -49,7 +50,7 @@ class Field:
         return rest - self.mean(rest)
 
 
-class DivisiveNorm(nn.Module):
+class DivisiveNorm(Module):
     """Subtract the mean of one field around each element and divide by the deviation over another.
 
     v = x - E_A[x], y = weight * v / sqrt(sigma^2 + E_B[v^2]) + bias. One formula with many members: with A and B all channels
@@ -126,7 +127,7 @@ class DivisiveNorm(nn.Module):
 
 
 def divisive_norm(
-    x: Tensor,
+    input: Tensor,
     summation: Field | None = None,
     suppression: Field | None = None,
     sigma: float = 1.0,
@@ -138,17 +139,17 @@ def divisive_norm(
     >>> divisive_norm(torch.tensor([[[1.0, 2.0, 9.0]]]), Field(1, 3), Field(1, 3), sigma=0.1)
     tensor([[[-0.3422, -0.8520,  1.2271]]])
     """
-    wide = _wide("divisive_norm", x)
+    wide = _wide("divisive_norm", input)
     v = (summation or Field(None, 5)).deviations(wide)
     y = v * ((suppression or Field(None, 5)).mean(v.square()) + sigma**2).rsqrt()
     if weight is not None:
         y = y * _per_channel(weight, y)
     if bias is not None:
         y = y + _per_channel(bias, y)
-    return y.to(x.dtype)
+    return y.to(input.dtype)
 
 
-class LyuSimoncelliNorm(nn.Module):
+class LyuSimoncelliNorm(Module):
     """Divide each element by the root of a learned weighted energy of its neighbours in space.
 
     y = x / sqrt(b + sum_j w_j x_j^2), j over the positions around it in the same channel. The weights of a channel are a product
@@ -202,22 +203,22 @@ class LyuSimoncelliNorm(nn.Module):
         return f"{self.num_channels}, window={self.window}, eps={self.eps}"
 
 
-def lyu_simoncelli_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def lyu_simoncelli_norm(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Divide by sqrt(bias + sum_j weight_j x_j^2): a profile of odd length for each channel, and a bias above 0.
 
     >>> lyu_simoncelli_norm(torch.tensor([[[0.0, 3.0, 1.0]]]), torch.full((1, 3), 1.0), torch.ones(1))
     tensor([[[0.0000, 0.9045, 0.3015]]])
     """
-    wide = _wide("lyu_simoncelli_norm", x)
+    wide = _wide("lyu_simoncelli_norm", input)
     energy, window = wide.square(), weight.shape[1]
-    for dim in range(2, x.dim()):
-        padded = F.pad(energy, [0, 0] * (x.dim() - 1 - dim) + [window // 2] * 2)
-        taps = [_per_channel(weight[:, k], x) * padded.narrow(dim, k, x.shape[dim]) for k in range(window)]
+    for dim in range(2, input.dim()):
+        padded = F.pad(energy, [0, 0] * (input.dim() - 1 - dim) + [window // 2] * 2)
+        taps = [_per_channel(weight[:, k], input) * padded.narrow(dim, k, input.shape[dim]) for k in range(window)]
         energy = sum(taps[1:], taps[0])
-    return (wide * (energy + _per_channel(bias, x)).rsqrt()).to(x.dtype)
+    return (wide * (energy + _per_channel(bias, input)).rsqrt()).to(input.dtype)
 
 
-class HeegerNorm(nn.Module):
+class HeegerNorm(Module):
     """Divide each rectified response, raised to a power, by the pooled activity of all channels at its position.
 
     y_i = gain * d_i^p / (sigma^p + sum_k w_ik d_k^p), d = max(x, 0): the model of neurons in the visual cortex. The weights w are
@@ -275,19 +276,19 @@ class HeegerNorm(nn.Module):
         return f"{self.num_channels}, exponent={self.exponent}, sigma={self.sigma}, gain={self.gain}"
 
 
-def heeger_norm(x: Tensor, weight: Tensor, exponent: float = 2.0, sigma: float = 1.0, gain: float = 1.0) -> Tensor:
+def heeger_norm(input: Tensor, weight: Tensor, exponent: float = 2.0, sigma: float = 1.0, gain: float = 1.0) -> Tensor:
     """Heeger's normalization with weights of shape (C, C), row i for channel i's pool; see HeegerNorm.
 
     >>> heeger_norm(torch.tensor([[2.0, -3.0]]), torch.full((2, 2), 0.5))
     tensor([[1.3333, 0.0000]])
     """
-    wide = _wide("heeger_norm", x)
+    wide = _wide("heeger_norm", input)
     active = wide > 0
     # The inner one keeps derivatives of the power finite where nothing is active.
     drive = torch.where(active, torch.where(active, wide, 1.0).pow(exponent), 0.0)
-    with full_precision(x):
+    with full_precision(input):
         pool = F.linear(drive.movedim(1, -1), weight.to(wide.dtype)).movedim(-1, 1)
-    return (gain * drive / (pool + sigma**exponent)).to(x.dtype)
+    return (gain * drive / (pool + sigma**exponent)).to(input.dtype)
 
 
 def _wide(who: str, x: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
+from normkit.core.module import Module, trailing_sizes
 from normkit.core.moments import accumulation_dtype
 from normkit.core.support import show
 
 
-class DynamicTanh(nn.Module):
+class DynamicTanh(Module):
     """Squash each element by a hyperbolic tangent whose slope is one learned number.
 
     y = weight * tanh(alpha * x) + bias. No statistic is computed: an element depends on no other. It takes the place of layer
@@ -60,7 +61,7 @@ class DynamicTanh(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.normalized_shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        self.normalized_shape = tuple(trailing_sizes("DynamicTanh", normalized_shape))
         self.init_alpha, self.layout = alpha, layout
         if layout not in ("* d", "n c *") or (layout == "n c *" and len(self.normalized_shape) != 1):
             raise OptionError(
@@ -90,7 +91,7 @@ class DynamicTanh(nn.Module):
 
 
 def dynamic_tanh(
-    x: Tensor,
+    input: Tensor,
     alpha: float | Tensor = 0.5,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -102,13 +103,13 @@ def dynamic_tanh(
     >>> dynamic_tanh(torch.tensor([[1.0, -4.0]]))
     tensor([[ 0.4621, -0.9640]])
     """
-    wide = accumulation_dtype(x.dtype)
-    y = torch.tanh(x.to(wide) * (alpha.to(wide) if isinstance(alpha, Tensor) else alpha))
+    wide = accumulation_dtype(input.dtype)
+    y = torch.tanh(input.to(wide) * (alpha.to(wide) if isinstance(alpha, Tensor) else alpha))
     if weight is not None:
-        y = y * _placed(weight, x, layout).to(wide)
+        y = y * _placed(weight, input, layout).to(wide)
     if bias is not None:
-        y = y + _placed(bias, x, layout).to(wide)
-    return y.to(x.dtype)
+        y = y + _placed(bias, input, layout).to(wide)
+    return y.to(input.dtype)
 
 
 def _placed(parameter: Tensor, x: Tensor, layout: str) -> Tensor:

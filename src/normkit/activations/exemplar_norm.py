@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import Running, RunningStatistics
+from normkit.core.module import Module
 from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.precision import full_precision
 from normkit.core.support import Support, show
@@ -21,7 +22,7 @@ _INSTANCE = Support("n c *", over="*")
 _BATCH = Support("n c *", over="n *")
 
 
-class ExemplarNorm(nn.Module):
+class ExemplarNorm(Module):
     """Mix instance, layer and batch normalization, each whole and with its own weight and bias, as each sample asks for.
 
     y_n = sum_k s_nk (weight_k * (x_n - m_k) / sqrt(v_k + eps) + bias_k), k over instance, layer and batch in this order, the
@@ -142,7 +143,7 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def exemplar_norm(
-    x: Tensor, found: list[Moments], shares: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+    input: Tensor, found: list[Moments], shares: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> Tensor:
     """Mix K normalizers: their moments, shares (N, K), weights and biases (K, C); see ExemplarNorm.
 
@@ -150,20 +151,20 @@ def exemplar_norm(
     >>> exemplar_norm(x, [moments(x, (2,))], torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1, 1))
     tensor([[[-1.0000,  1.0000]]])
     """
-    wide = x.to(accumulation_dtype(x.dtype))
-    if shares.shape != (x.shape[0], len(found)):
+    wide = input.to(accumulation_dtype(input.dtype))
+    if shares.shape != (input.shape[0], len(found)):
         raise ShapeError(
-            f"exemplar_norm: got shares of {show(shares.shape)}, wanted {len(found)} for each of {x.shape[0]} samples"
+            f"exemplar_norm: got shares of {show(shares.shape)}, wanted {len(found)} for each of {input.shape[0]} samples"
         )
-    ones = [1] * (x.dim() - 2)
-    gain = shift = torch.zeros((), dtype=wide.dtype, device=x.device)
+    ones = [1] * (input.dim() - 2)
+    gain = shift = torch.zeros((), dtype=wide.dtype, device=input.device)
     center = found[0].mean  # what the others' means differ from is small: x is centred once
     for k, each in enumerate(found):
         share = shares[:, k].to(wide.dtype).view([-1, 1, *ones])
         scale = weight[k].to(wide.dtype).view([-1, *ones]) * (each.var + eps).rsqrt()
         gain = gain + share * scale
         shift = shift + share * (scale * (center - each.mean) + bias[k].to(wide.dtype).view([-1, *ones]))
-    return ((wide - center) * gain + shift).to(x.dtype)
+    return ((wide - center) * gain + shift).to(input.dtype)
 
 
 CARD = Card(

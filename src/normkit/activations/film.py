@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
-from normkit.core.compensation import Affine
+from normkit.core.compensation import Affine, modulation, per_sample
 from normkit.core.errors import OptionError, ShapeError
+from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.support import Support, show
 from normkit.engine.layer import check_channels
@@ -17,7 +18,7 @@ from normkit.engine.layer import check_channels
 _SUPPORTS = {layout: Support(layout, over="*") for layout in ("n c *", "n * c")}
 
 
-class FiLM(nn.Module):
+class FiLM(Module):
     """Scale and shift each channel by a linear function of a condition.
 
     y = (1 + scale) * x + shift, with (scale, shift) = Linear(condition), one of each per sample and channel. It computes no
@@ -33,11 +34,11 @@ class FiLM(nn.Module):
         dtype: of the parameters.
 
     Shape:
-        x (N, C, *), or (N, *, C) with channels last, and condition (N, condition), to x's shape and dtype.
+        input (N, C, *), or (N, *, C) with channels last, and condition (N, condition), to the input's shape and dtype.
 
     Raises:
-        ShapeError: x has other channels, or the condition another size.
-        OptionError: another layout, or x is not floating.
+        ShapeError: the input has other channels, or the condition another size.
+        OptionError: another layout, or the input is not floating.
 
     Reference:
         Perez, Strub, de Vries, Dumoulin, Courville, "FiLM: Visual Reasoning with a General Conditioning Layer" (2018),
@@ -70,24 +71,25 @@ class FiLM(nn.Module):
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, input: Tensor, condition: Tensor) -> Tensor:
         """Modulate by the condition.
 
         Args:
-            x: (N, C, *), or (N, *, C) with channels last.
-            condition: (N, condition).
+            input: (N, C, *), or (N, *, C) with channels last.
+            condition: (N, condition), or one for all samples: (condition,) or (1, condition).
 
         Returns:
-            Of x's shape and dtype.
+            Of the input's shape and dtype.
         """
-        check_channels("FiLM", x, self.channels, "channels", self.layout)
-        if condition.shape != (x.shape[0], self.condition):
+        check_channels("FiLM", input, self.channels, "channels", self.layout)
+        given, condition = condition, per_sample(condition)
+        if condition.shape[1:] != (self.condition,) or condition.shape[0] not in (1, input.shape[0]):
             raise ShapeError(
-                f"FiLM: got a condition of {show(condition.shape)} for an input of {show(x.shape)}; "
-                f"wanted {show((x.shape[0], self.condition))}"
+                f"FiLM: got a condition of {show(given.shape)} for an input of {show(input.shape)}; "
+                f"wanted {show((input.shape[0], self.condition))}"
             )
         scale, shift = self.linear(condition.to(self.linear.weight.dtype)).chunk(2, -1)
-        return film(x, scale, shift, layout=self.layout)
+        return film(input, scale, shift, layout=self.layout)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, condition={self.condition}" + (
@@ -95,16 +97,19 @@ class FiLM(nn.Module):
         )
 
 
-def film(x: Tensor, scale: Tensor, shift: Tensor, *, layout: str = "n c *") -> Tensor:
-    """Feature-wise linear modulation as a function of a scale and a shift, each (N, C); see FiLM.
+def film(input: Tensor, scale: Tensor, shift: Tensor, *, layout: str = "n c *") -> Tensor:
+    """Feature-wise linear modulation as a function of a scale and a shift; see FiLM.
+
+    Each is (N, C) or (C,), or of as many axes as the input, which it broadcasts over, as (N, C, 1, 1).
 
     >>> film(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
     tensor([[2., 4.]])
     """
     _check_layout("film", layout)
-    wide = torch.promote_types(accumulation_dtype(x.dtype), scale.dtype)
-    split = _SUPPORTS[layout].split(x.shape)
-    return Affine("n c", offset=1.0).apply(x.to(wide), split, scale, shift).to(x.dtype)
+    wide = torch.promote_types(accumulation_dtype(input.dtype), scale.dtype)
+    split = _SUPPORTS[layout].split(input.shape)
+    per, (scale, shift) = modulation(layout, input.shape, scale, shift)
+    return Affine(per, offset=1.0).apply(input.to(wide), split, scale, shift).to(input.dtype)
 
 
 def _check_layout(who: str, layout: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
+from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
@@ -29,7 +30,7 @@ def filter_response_norm_rule(eps: float = 1e-6) -> Rule:
     return Rule(_SUPPORT, Statistic(None, "rms", eps), Affine("c"))
 
 
-class FilterResponseNorm(Layer, nn.Module):
+class FilterResponseNorm(Layer, Module):
     """Divide each channel of each sample by its root mean square over the positions, and cut off below a learned threshold.
 
     y = max(weight * x / sqrt(E[x^2] + |eps|) + bias, tau). The threshold stands for the nonlinearity: as nothing is centred, a
@@ -108,7 +109,7 @@ class FilterResponseNorm(Layer, nn.Module):
 
 
 def filter_response_norm(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     tau: Tensor | None = None,
@@ -119,19 +120,19 @@ def filter_response_norm(
 ) -> Tensor:
     """Filter response normalization as a function; see FilterResponseNorm. Without ``tau`` there is no threshold.
 
-    Elements where the mask (boolean, broadcasts over x) is False enter no statistic and come out as zero. A learned ``eps`` is
-    a tensor of one element, of which the absolute value counts; it is run by the definition alone.
+    Elements where the mask (boolean, broadcasts over the input) is False enter no statistic and come out as zero. A learned
+    ``eps`` is a tensor of one element, of which the absolute value counts; it is run by the definition alone.
 
     >>> filter_response_norm(torch.tensor([[[3.0, -4.0]]]))
     tensor([[[ 0.8485, -1.1314]]])
     """
     if isinstance(eps, Tensor):
-        y = _with_learned_eps(x, weight, bias, eps, mask)
+        y = _with_learned_eps(input, weight, bias, eps, mask)
     else:
-        y = run(filter_response_norm_rule(eps), x, weight, bias, mask=mask, backend=backend)
+        y = run(filter_response_norm_rule(eps), input, weight, bias, mask=mask, backend=backend)
     if tau is None:
         return y
-    y = torch.maximum(y, place(tau, "c", _SUPPORT.split(x.shape)).to(y.dtype))
+    y = torch.maximum(y, place(tau, "c", _SUPPORT.split(input.shape)).to(y.dtype))
     return y if mask is None else torch.where(mask, y, 0.0)
 
 

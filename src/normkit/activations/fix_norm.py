@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import ShapeError
+from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
@@ -17,7 +18,7 @@ from normkit.core.support import Support, show
 from normkit.engine.dispatch import run
 
 
-class FixNorm(nn.Module):
+class FixNorm(Module):
     """Tied word embeddings whose lengths are taken out, so that a word's frequency does not show in its logit.
 
     ``embed(tokens)`` gives sqrt(D) * e / |e|, and the layer itself logits = g * h / |h| . e / |e| + bias: a learned scalar times
@@ -97,20 +98,20 @@ class FixNorm(nn.Module):
         found = F.embedding(tokens, self.weight)
         return (_unit(found, self.eps) if self.fix_embeddings else found) * self.features**0.5
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Logits of all words.
 
         Args:
-            x: (*, D).
+            input: (*, D).
 
         Returns:
-            (*, V), in x's dtype.
+            (*, V), in the input's dtype.
         """
-        if x.dim() < 1 or x.shape[-1] != self.features:
+        if input.dim() < 1 or input.shape[-1] != self.features:
             raise ShapeError(
-                f"FixNorm: got an input of {show(x.shape)}, wanted one that ends in features={self.features}"
+                f"FixNorm: got an input of {show(input.shape)}, wanted one that ends in features={self.features}"
             )
-        return fix_norm(x, self.weight, self.bias, self.gain, self.eps, fix_embeddings=self.fix_embeddings)
+        return fix_norm(input, self.weight, self.bias, self.gain, self.eps, fix_embeddings=self.fix_embeddings)
 
     def extra_repr(self) -> str:
         text = f"{self.features}, {self.vocabulary}, eps={self.eps}"
@@ -119,7 +120,7 @@ class FixNorm(nn.Module):
 
 
 def fix_norm(
-    x: Tensor,
+    input: Tensor,
     embeddings: Tensor,
     bias: Tensor | None = None,
     gain: Tensor | None = None,
@@ -132,14 +133,14 @@ def fix_norm(
     >>> fix_norm(torch.tensor([[7.0, 0.0]]), torch.tensor([[3.0, 4.0]]), gain=torch.tensor(10.0))
     tensor([[6.]])
     """
-    accumulation_dtype(x.dtype)  # refuses integers
-    y = x if gain is None else _unit(x, eps)
+    accumulation_dtype(input.dtype)  # refuses integers
+    y = input if gain is None else _unit(input, eps)
     rows = _unit(embeddings, eps) if fix_embeddings else embeddings
     wide = torch.promote_types(y.dtype, rows.dtype)
     logits = F.linear(y.to(wide), rows.to(wide))
     if gain is not None:
         logits = logits * gain
-    return (logits if bias is None else logits + bias).to(x.dtype)
+    return (logits if bias is None else logits + bias).to(input.dtype)
 
 
 @remembered

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
+from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.precision import full_precision
 from normkit.core.support import show
@@ -19,7 +20,7 @@ from normkit.engine.layer import check_channels
 _START = 2.0**-18
 
 
-class GDN(nn.Module):
+class GDN(Module):
     """Divide each channel by the root of a learned weighted sum of all channels' energies at the same position.
 
     y_i = x_i / sqrt(beta_i + sum_j gamma_ij x_j^2); with ``inverse`` x is multiplied by the root instead, as decoders do. Both
@@ -85,18 +86,18 @@ class GDN(nn.Module):
         return f"{self.num_channels}, inverse={self.inverse}, beta_min={self.beta_min}"
 
 
-def gdn(x: Tensor, beta: Tensor, gamma: Tensor, *, inverse: bool = False) -> Tensor:
+def gdn(input: Tensor, beta: Tensor, gamma: Tensor, *, inverse: bool = False) -> Tensor:
     """Generalized divisive normalization with beta above 0 of shape (C,) and gamma from 0 of shape (C, C); see GDN.
 
     >>> gdn(torch.tensor([[3.0, 0.0]]), torch.ones(2), torch.eye(2) / 3)
     tensor([[1.5000, 0.0000]])
     """
-    wide = x.to(accumulation_dtype(x.dtype))
-    if x.dim() < 2:
-        raise ShapeError(f"gdn: got an input of {x.dim()} axes ({show(x.shape)}), wanted at least 2: n c *")
-    with full_precision(x):
+    wide = input.to(accumulation_dtype(input.dtype))
+    if input.dim() < 2:
+        raise ShapeError(f"gdn: got an input of {input.dim()} axes ({show(input.shape)}), wanted at least 2: n c *")
+    with full_precision(input):
         energy = F.linear(wide.square().movedim(1, -1), gamma.to(wide.dtype), beta.to(wide.dtype)).movedim(-1, 1)
-    return (wide * (energy.sqrt() if inverse else energy.rsqrt())).to(x.dtype)
+    return (wide * (energy.sqrt() if inverse else energy.rsqrt())).to(input.dtype)
 
 
 def _card(inverse: bool) -> Card:

@@ -13,6 +13,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import Running, RunningMoments, RunningStatistics
+from normkit.core.module import Module, whole
 from normkit.core.moments import Moments
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
@@ -46,7 +47,7 @@ def ghost_batch_norm_rule(
     return Rule(support, Statistic("mean", "std", eps), Affine("c"), running)
 
 
-class GhostBatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
+class GhostBatchNorm(Layer, Module, nn.modules.batchnorm._BatchNorm):
     """Normalize each channel over the positions of sub-batches of ``ghost_batch_size`` samples, with one weight and bias.
 
     y = weight * (x - E_b[x]) / sqrt(Var_b[x] + eps) + bias, with E_b and Var_b over sub-batch b in training, and running
@@ -181,7 +182,7 @@ class GhostBatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
 
 
 def ghost_batch_norm(
-    x: Tensor,
+    input: Tensor,
     ghost_batch_size: int = 16,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -204,8 +205,8 @@ def ghost_batch_norm(
     _check_size("ghost_batch_norm", ghost_batch_size)
     rule = ghost_batch_norm_rule(ghost_batch_size, eps, momentum, layout, memory)
     whole = _whole(rule, layout)
-    check_several("ghost_batch_norm", x[:ghost_batch_size], whole.support)
-    y, ghosts = run_in_sub_batches(rule, whole, ghost_batch_size, x, weight, bias, mask=mask, backend=backend)
+    check_several("ghost_batch_norm", input[:ghost_batch_size], whole.support)
+    y, ghosts = run_in_sub_batches(rule, whole, ghost_batch_size, input, weight, bias, mask=mask, backend=backend)
     if running is not None and rule.memory is not None:
         _remember(rule.memory, running, ghosts, memory)
     return y
@@ -241,7 +242,7 @@ def _axes(who: str, layout: str) -> str:
 
 
 def _check_size(who: str, size: int) -> None:
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(whole(size), int) or size < 1:
         raise OptionError(f"{who}: ghost_batch_size={size!r}; wanted a whole number from 1")
 
 

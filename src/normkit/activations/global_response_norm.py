@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError
+from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.statistic import length
 from normkit.core.support import Split, Support
@@ -17,7 +18,7 @@ from normkit.engine import native_global_response
 from normkit.engine.layer import check_channels
 
 
-class GlobalResponseNorm(nn.Module):
+class GlobalResponseNorm(Module):
     """Weigh each channel by its energy relative to the mean energy of all channels, and add the input.
 
     G_c = |x_c| over the positions, N_c = G_c / (mean over c of G_c + eps), y = weight * (x * N) + bias + x. Weight and bias
@@ -95,7 +96,7 @@ class GlobalResponseNorm(nn.Module):
 
 
 def global_response_norm(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
@@ -106,20 +107,20 @@ def global_response_norm(
 ) -> Tensor:
     """Global response normalization as a function; see GlobalResponseNorm. None for the weight is a weight of 1.
 
-    With a mask (boolean, broadcasts over x), elements where it is False enter no energy and come out as zero.
+    With a mask (boolean, broadcasts over the input), elements where it is False enter no energy and come out as zero.
 
     >>> global_response_norm(torch.tensor([[[3.0, 1.0], [4.0, 0.0]]]))
     tensor([[[ 8.0000,  1.3333],
              [10.6667,  0.0000]]])
     """
     support = _support(layout, over)
-    accumulation_dtype(x.dtype)  # refuses integers
-    definition = partial(_define, eps=eps, split=support.split(x.shape), mask=mask)
+    accumulation_dtype(input.dtype)  # refuses integers
+    definition = partial(_define, eps=eps, split=support.split(input.shape), mask=mask)
     y = None
     if mask is None:
         axis = 1 if layout == "n c *" else -1
-        y = native_global_response.weigh(x, weight, bias, axis, eps, over == "n *", definition)
-    return definition(x, weight, bias) if y is None else y
+        y = native_global_response.weigh(input, weight, bias, axis, eps, over == "n *", definition)
+    return definition(input, weight, bias) if y is None else y
 
 
 def _define(

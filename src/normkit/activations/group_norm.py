@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, divisors, show
@@ -31,7 +32,7 @@ def group_norm_rule(num_groups: int, eps: float = 1e-5, layout: str = "n c *") -
     return Rule(Support(_LAYOUTS[layout], over="c *", g=num_groups), Statistic("mean", "std", eps), Affine("(g c)"))
 
 
-class GroupNorm(Layer, nn.GroupNorm):
+class GroupNorm(Layer, Module, nn.GroupNorm):
     """Split each sample's channels into groups and normalize each over its channels and all positions.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, weight and bias per channel, the same in training and evaluation. One
@@ -54,7 +55,7 @@ class GroupNorm(Layer, nn.GroupNorm):
 
     Raises:
         OptionError: the channels do not split into the groups; another layout.
-        ShapeError: other channels than ``num_channels``.
+        ShapeError: other channels than ``num_channels``; a single sample with one value in each group, as in torch.
 
     Reference:
         Wu and He, "Group Normalization" (2018), https://arxiv.org/abs/1803.08494.
@@ -89,6 +90,7 @@ class GroupNorm(Layer, nn.GroupNorm):
 
     def check(self, input: Tensor) -> None:
         check_channels("GroupNorm", input, self.num_channels, "num_channels", self.layout)
+        _check_several("GroupNorm", self.num_groups, input)
 
     def extra_repr(self) -> str:
         layout = "" if self.layout == "n c *" else f", layout={self.layout!r}"
@@ -96,7 +98,7 @@ class GroupNorm(Layer, nn.GroupNorm):
 
 
 def group_norm(
-    x: Tensor,
+    input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -112,9 +114,12 @@ def group_norm(
     tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
     """
     rule = group_norm_rule(num_groups, eps, layout)
-    if x.dim() >= 2:
-        _check_groups("group_norm", num_groups, x.shape[-1 if layout == "n * c" else 1], f" (input {show(x.shape)})")
-    return run(rule, x, weight, bias, mask=mask, backend=backend)
+    if input.dim() >= 2:
+        _check_groups(
+            "group_norm", num_groups, input.shape[-1 if layout == "n * c" else 1], f" (input {show(input.shape)})"
+        )
+        _check_several("group_norm", num_groups, input)
+    return run(rule, input, weight, bias, mask=mask, backend=backend)
 
 
 def _check_groups(who: str, groups: int, channels: int, where: str = "") -> None:
@@ -122,6 +127,15 @@ def _check_groups(who: str, groups: int, channels: int, where: str = "") -> None
         raise OptionError(
             f"{who}: {channels} channels do not split into num_groups={groups}{where}; "
             f"num_groups must divide {channels}: {divisors(channels)}"
+        )
+
+
+def _check_several(who: str, groups: int, input: Tensor) -> None:
+    """Refuse what torch refuses: of several samples it lets one value a group pass, which gives the bias."""
+    if input.shape[0] == 1 and input.numel() == groups:
+        raise ShapeError(
+            f"{who}: one value in each group (input {show(input.shape)}, num_groups={groups}), so the output is the bias. "
+            "Expected more than 1 value per channel when training: use fewer groups, or a larger input"
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
+from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
@@ -26,7 +27,7 @@ def hypersphere_rule(eps: float = 1e-12) -> Rule:
     return Rule(Support("* d", over="d"), Statistic(None, "norm", eps, "floor"))
 
 
-class LearnedScale(nn.Module):
+class LearnedScale(Module):
     """Multiply each feature by a learned scale that is kept in other units, so that its own learning rate is set apart.
 
     y = s * x with s = weight * start / unit. The weight starts at ``unit``, so s at ``start``; a step of the optimizer moves s by
@@ -74,22 +75,22 @@ class LearnedScale(nn.Module):
         """The scale s."""
         return self.weight * (self.start / self.unit)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Scale.
 
         Args:
-            x: (*, features).
+            input: (*, features).
 
         Returns:
-            Of x's shape and dtype.
+            Of the input's shape and dtype.
         """
-        return (x * self.scale).to(x.dtype)
+        return (input * self.scale).to(input.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.features}, start={self.start}, unit={self.unit:.4g}"
 
 
-class HypersphereResidual(nn.Module):
+class HypersphereResidual(Module):
     """Move a state on the unit sphere toward what a branch says, by a learned step for each feature.
 
     h' = N(h + a * (N(branch) - h)) with N(x) = x / |x|: in place of x + f(norm(x)). The step a starts at ``rate``, and is kept
@@ -123,36 +124,36 @@ class HypersphereResidual(nn.Module):
         self.features, self.eps = features, eps
         self.rate = LearnedScale(features, rate, features**-0.5, device=device, dtype=dtype)
 
-    def forward(self, h: Tensor, branch: Tensor) -> Tensor:
+    def forward(self, input: Tensor, branch: Tensor) -> Tensor:
         """Move the state.
 
         Args:
-            h: (*, D), of length 1.
+            input: (*, D), of length 1.
             branch: what attention or the MLP gave for it, of any length.
 
         Returns:
-            Of h's shape and dtype, of length 1.
+            Of the input's shape and dtype, of length 1.
         """
-        if h.dim() < 1 or h.shape[-1] != self.features or h.shape != branch.shape:
+        if input.dim() < 1 or input.shape[-1] != self.features or input.shape != branch.shape:
             raise ShapeError(
-                f"HypersphereResidual: got {show(h.shape)} and {show(branch.shape)}, wanted two alike that end in "
+                f"HypersphereResidual: got {show(input.shape)} and {show(branch.shape)}, wanted two alike that end in "
                 f"features={self.features}"
             )
-        return hypersphere_residual(h, branch, self.rate.scale, self.eps)
+        return hypersphere_residual(input, branch, self.rate.scale, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.features}, eps={self.eps}"
 
 
-def hypersphere(x: Tensor, eps: float = 1e-12) -> Tensor:
+def hypersphere(input: Tensor, eps: float = 1e-12) -> Tensor:
     """Each token on the unit sphere: x / max(|x|, eps) over the last axis, with the norm in at least float32.
 
     Args:
-        x: (*, D).
+        input: (*, D).
         eps: floor of the norm. Default: 1e-12.
 
     Returns:
-        Of x's shape and dtype, each token of length 1.
+        Of the input's shape and dtype, each token of length 1.
 
     Reference:
         Loshchilov et al., "nGPT" (2024), https://arxiv.org/abs/2410.01131.
@@ -160,18 +161,18 @@ def hypersphere(x: Tensor, eps: float = 1e-12) -> Tensor:
     >>> hypersphere(torch.tensor([[3.0, 4.0]]))
     tensor([[0.6000, 0.8000]])
     """
-    return run(hypersphere_rule(eps), x)
+    return run(hypersphere_rule(eps), input)
 
 
-def hypersphere_residual(h: Tensor, branch: Tensor, rate: Tensor | float, eps: float = 1e-12) -> Tensor:
+def hypersphere_residual(input: Tensor, branch: Tensor, rate: Tensor | float, eps: float = 1e-12) -> Tensor:
     """The state's step toward a branch as a function of a rate, a number or one for each feature; see HypersphereResidual.
 
     >>> hypersphere_residual(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 9.0]]), 0.5)
     tensor([[0.7071, 0.7071]])
     """
     target = hypersphere(branch, eps)
-    moved = h + rate * (target - h)
-    return hypersphere(moved, eps).to(h.dtype)
+    moved = input + rate * (target - input)
+    return hypersphere(moved, eps).to(input.dtype)
 
 
 @torch.no_grad()

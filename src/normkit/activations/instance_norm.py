@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import Running, RunningStatistics
+from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support
-from normkit.engine.dispatch import Activation, Backend, run
+from normkit.core.support import Support, show
+from normkit.engine.dispatch import Activation, Backend, Explanation, run
 from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
 
 _SUPPORTS = {layout: Support(layout, over="*") for layout in ("n c *", "n * c")}
@@ -33,14 +34,15 @@ def instance_norm_rule(
     return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
 
 
-class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
+class InstanceNorm(Layer, Module, nn.modules.instancenorm._InstanceNorm):
     """Normalize each channel of each sample over its positions: contrast and brightness of a channel are removed.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias. Without running statistics it is the same in training and evaluation.
     With them evaluation uses running averages, over the batch, of the samples' means and unbiased variances.
 
     A ``torch.nn.InstanceNorm1d``, ``2d`` and ``3d`` in one: same arguments, defaults and state_dict. As one class serves every
-    rank, the input must have its batch axis. ``momentum=None`` gives the cumulative average, as in BatchNorm.
+    rank, the input must have its batch axis, unless ``spatial`` tells the rank. ``momentum=None`` gives the cumulative
+    average, as in BatchNorm.
 
     Args:
         num_features: channels C.
@@ -51,14 +53,16 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
         bias: False leaves the bias out. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
         activation: what follows in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
+        spatial: axes of positions: 1, 2 or 3 takes inputs without a batch axis too, and refuses those of any other rank, as
+            torch's InstanceNorm1d, 2d and 3d do; None takes any rank, with its batch axis. Default: None.
         device: of the parameters.
         dtype: of the parameters.
 
     Shape:
-        (N, C, *) or, with channels last, (N, *, C), to the same.
+        (N, C, *) or, with channels last, (N, *, C), to the same; with ``spatial`` also without N.
 
     Raises:
-        ShapeError: other channels than ``num_features``, or one position only.
+        ShapeError: other channels than ``num_features``, another rank than ``spatial`` says, or one position only.
         OptionError: another layout.
 
     Reference:
@@ -81,11 +85,12 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
         bias: bool = True,
         layout: str = "n c *",
         activation: Activation | None = None,
+        spatial: int | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)  # pyright: ignore[reportArgumentType]
-        self.activation = activation
+        self.activation, self.spatial = activation, spatial
         if not bias:
             self.register_parameter("bias", None)
         self.layout = layout
@@ -94,7 +99,27 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
     def make_rule(self) -> Rule:
         return instance_norm_rule(self.eps, self.momentum, self.layout)
 
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not self._is_one_sample(input):
+            return super().forward(input, mask)
+        return super().forward(input.unsqueeze(0), mask).squeeze(0)  # a mask broadcasts over it as it is
+
+    def after_sum(self, input: Tensor, residual: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not self._is_one_sample(input):
+            return super().after_sum(input, residual, mask)
+        y, total = super().after_sum(input.unsqueeze(0), residual.unsqueeze(0), mask)
+        return y.squeeze(0), total.squeeze(0)
+
+    def explain(self, input: Tensor) -> Explanation:
+        return super().explain(input.unsqueeze(0) if self._is_one_sample(input) else input)
+
+    def _is_one_sample(self, input: Tensor) -> bool:
+        return self.spatial is not None and input.dim() == self.spatial + 1
+
     def check(self, input: Tensor) -> None:
+        if self.spatial is not None and input.dim() != self.spatial + 2:
+            wanted = f"{self.spatial + 1}D or {self.spatial + 2}D"
+            raise ShapeError(f"InstanceNorm: expected {wanted} input (got {input.dim()}D input, {show(input.shape)})")
         check_channels("InstanceNorm", input, self.num_features, "num_features", self.layout)
         if self.training or self.running() is None:
             check_several("InstanceNorm", input, self.rule.support)
@@ -108,11 +133,12 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
 
     def extra_repr(self) -> str:
         layout = "" if self.layout == "n c *" else f", layout={self.layout!r}"
-        return super().extra_repr() + layout + self.repr_activation()
+        spatial = "" if self.spatial is None else f", spatial={self.spatial}"
+        return super().extra_repr() + layout + spatial + self.repr_activation()
 
 
 def instance_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: Tensor | None = None,
@@ -135,8 +161,8 @@ def instance_norm(
     running = given_statistics("instance_norm", running_mean, running_var, needed)
     rule = instance_norm_rule(eps, momentum, layout, running_mean is not None)
     if use_input_stats:
-        check_several("instance_norm", x, rule.support)
-    return run(rule, x, weight, bias, running=running, training=use_input_stats, mask=mask, backend=backend)
+        check_several("instance_norm", input, rule.support)
+    return run(rule, input, weight, bias, running=running, training=use_input_stats, mask=mask, backend=backend)
 
 
 CARD = Card(

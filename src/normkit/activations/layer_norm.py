@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
+from normkit.core.module import Module, trailing_sizes
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.engine.dispatch import Activation, Backend, run
@@ -26,7 +27,7 @@ def layer_norm_rule(rank: int = 1, eps: float = 1e-5, over: str | None = None, p
     return Rule(support, Statistic("mean", "std", eps), Affine(default if per is None else per))
 
 
-class LayerNorm(Layer, nn.LayerNorm):
+class LayerNorm(Layer, Module, nn.LayerNorm):
     """Normalize each sample, token or position by itself, over its features.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, the same in training and evaluation and whatever else is in the batch.
@@ -83,7 +84,7 @@ class LayerNorm(Layer, nn.LayerNorm):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+        shape = trailing_sizes("LayerNorm", normalized_shape)
         super().__init__(shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
         self.activation = activation
         self.over, self.per = over, per
@@ -107,7 +108,7 @@ class LayerNorm(Layer, nn.LayerNorm):
 
 
 def layer_norm(
-    x: Tensor,
+    input: Tensor,
     normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -123,9 +124,9 @@ def layer_norm(
     >>> layer_norm(torch.tensor([[1.0, 3.0]]), (2,))
     tensor([[-1.0000,  1.0000]])
     """
-    shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
-    check_features("layer_norm", shape, over, per, x)
-    return run(layer_norm_rule(len(shape), eps, over, per), x, weight, bias, mask=mask, backend=backend)
+    shape = trailing_sizes("layer_norm", normalized_shape)
+    check_features("layer_norm", shape, over, per, input)
+    return run(layer_norm_rule(len(shape), eps, over, per), input, weight, bias, mask=mask, backend=backend)
 
 
 CARD = Card(

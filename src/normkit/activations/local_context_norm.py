@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
+from normkit.core.module import Module, whole
 from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.support import divisors, show
 from normkit.engine.layer import check_channels
 from normkit.engine.window import sliding_moments
 
 
-class LocalContextNorm(nn.Module):
+class LocalContextNorm(Module):
     """Normalize each element by the mean and deviation of its group of channels in a window of positions around it.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, E and Var over the channels of the group and the part of the window
@@ -64,7 +65,7 @@ class LocalContextNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.num_features, self.channels_per_group, self.eps = num_features, channels_per_group, eps
-        self.window = window if isinstance(window, int) else tuple(window)
+        self.window = tuple(map(whole, window)) if isinstance(window, Sequence) else window
         _check(num_features, channels_per_group, self.window)
         for name in ("weight", "bias"):
             parameter = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
@@ -86,7 +87,7 @@ class LocalContextNorm(nn.Module):
 
 
 def local_context_norm(
-    x: Tensor,
+    input: Tensor,
     channels_per_group: int = 2,
     window: int | Sequence[int] = 227,
     weight: Tensor | None = None,
@@ -98,17 +99,17 @@ def local_context_norm(
     >>> local_context_norm(torch.tensor([[[1.0, 3.0, 3.0]]]), 1, window=3)
     tensor([[[-1.0000,  0.7071,  0.0000]]])
     """
-    wide = x.to(accumulation_dtype(x.dtype))
-    if x.dim() < 2:
+    wide = input.to(accumulation_dtype(input.dtype))
+    if input.dim() < 2:
         raise ShapeError(
-            f"local_context_norm: got an input of {x.dim()} axes ({show(x.shape)}), wanted at least 2: n c *"
+            f"local_context_norm: got an input of {input.dim()} axes ({show(input.shape)}), wanted at least 2: n c *"
         )
-    _check(x.shape[1], channels_per_group, window)
-    axes = x.dim() - 2
-    windows = [window] * axes if isinstance(window, int) else list(window)
+    _check(input.shape[1], channels_per_group, window)
+    axes = input.dim() - 2
+    windows = list(window) if isinstance(window, Sequence) else [window] * axes
     if len(windows) != axes:
         raise ShapeError(
-            f"local_context_norm: {len(windows)} windows for {axes} spatial axes (input {show(x.shape)}); give one for each"
+            f"local_context_norm: {len(windows)} windows for {axes} spatial axes (input {show(input.shape)}); give one for each"
         )
     groups = wide.unflatten(1, (-1, channels_per_group))
     each = moments(groups, (2,))  # of the group at each position: what is left to slide is smaller by the group's size
@@ -119,7 +120,7 @@ def local_context_norm(
         y = y * weight.to(y.dtype).view(shape)
     if bias is not None:
         y = y + bias.to(y.dtype).view(shape)
-    return y.to(x.dtype)
+    return y.to(input.dtype)
 
 
 def _check(channels: int, per_group: int, window: int | Sequence[int]) -> None:
@@ -128,7 +129,7 @@ def _check(channels: int, per_group: int, window: int | Sequence[int]) -> None:
             f"LocalContextNorm: {channels} channels do not split into groups of channels_per_group={per_group}; "
             f"it must divide {channels}: {divisors(channels)}"
         )
-    if any(size < 1 for size in ([window] if isinstance(window, int) else window)):
+    if any(size < 1 for size in (window if isinstance(window, Sequence) else [window])):
         raise OptionError(f"LocalContextNorm: window={window}; wanted whole numbers from 1")
 
 

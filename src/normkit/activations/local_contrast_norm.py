@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
+from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.precision import full_precision
 from normkit.core.support import show
 from normkit.engine.window import sliding_mean, sliding_sum
 
 
-class LocalContrastNorm(nn.Module):
+class LocalContrastNorm(Module):
     """Divide by the contrast of the surroundings.
 
     ``form="response"`` is local response normalization whose energy is that of the deviations from a local mean, while the
@@ -89,7 +90,7 @@ class LocalContrastNorm(nn.Module):
 
 
 def local_contrast_norm(
-    x: Tensor,
+    input: Tensor,
     size: int = 5,
     window: int | None = None,
     alpha: float = 1e-4,
@@ -106,20 +107,20 @@ def local_contrast_norm(
     tensor([[[-1.3449,  0.0000,  1.3449]]])
     """
     window = _check(size, window, k, form, sigma)
-    wide = x.to(accumulation_dtype(x.dtype))
-    if x.dim() < 2:
+    wide = input.to(accumulation_dtype(input.dtype))
+    if input.dim() < 2:
         raise ShapeError(
-            f"local_contrast_norm: got an input of {x.dim()} axes ({show(x.shape)}), wanted at least 2: n c *"
+            f"local_contrast_norm: got an input of {input.dim()} axes ({show(input.shape)}), wanted at least 2: n c *"
         )
-    space = tuple(range(2, x.dim()))
+    space = tuple(range(2, input.dim()))
     if form == "jarrett":
-        with full_precision(x):
-            return _jarrett(wide, window, window / 6 if sigma is None else sigma, eps).to(x.dtype)
+        with full_precision(input):
+            return _jarrett(wide, window, window / 6 if sigma is None else sigma, eps).to(input.dtype)
     # A common mean cancels in the deviations; without it their small sums keep their digits.
     rest = wide - wide.mean(space, keepdim=True) if space else wide
     deviation = rest - sliding_mean(rest, [(dim, window) for dim in space])
     energy = sliding_sum(deviation.square(), 1, size // 2, size // 2)
-    return (wide * (k + alpha * energy).pow(-beta)).to(x.dtype)
+    return (wide * (k + alpha * energy).pow(-beta)).to(input.dtype)
 
 
 def _jarrett(x: Tensor, window: int, sigma: float, eps: float) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
+from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.support import show
 from normkit.engine import native_window
@@ -15,7 +16,7 @@ from normkit.engine.native_window import Window
 from normkit.engine.window import sliding_sum
 
 
-class LocalResponseNorm(nn.LocalResponseNorm):
+class LocalResponseNorm(Module, nn.LocalResponseNorm):
     """Divide each element by the energy of the channels around it, at the same position.
 
     y_i = x_i / (k + alpha * sum_j x_j^2)^beta, j from max(0, i - size // 2) to min(C - 1, i + size // 2): the published limits,
@@ -68,7 +69,7 @@ class LocalResponseNorm(nn.LocalResponseNorm):
 
 
 def local_response_norm(
-    x: Tensor,
+    input: Tensor,
     size: int = 5,
     alpha: float = 1e-4,
     beta: float = 0.75,
@@ -85,16 +86,16 @@ def local_response_norm(
     """
     k = _offset(k, torch_compat)
     _check(size, k)
-    accumulation_dtype(x.dtype)  # refuses integers
-    if x.dim() < 2:
+    accumulation_dtype(input.dtype)  # refuses integers
+    if input.dim() < 2:
         raise ShapeError(
-            f"local_response_norm: got an input of {x.dim()} axes ({show(x.shape)}), wanted at least 2: n c *"
+            f"local_response_norm: got an input of {input.dim()} axes ({show(input.shape)}), wanted at least 2: n c *"
         )
     after = (size - 1) // 2 if torch_compat else size // 2
     window = Window(size // 2, after, k, alpha / size if torch_compat else alpha, beta)
     definition = partial(_define, window=window)
-    y = native_window.divide(x, window, definition)
-    return definition(x) if y is None else y
+    y = native_window.divide(input, window, definition)
+    return definition(input) if y is None else y
 
 
 def _define(x: Tensor, window: Window) -> Tensor:

@@ -11,6 +11,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import RunningMean, RunningStatistics
+from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
@@ -32,7 +33,7 @@ def mean_only_batch_norm_rule(momentum: float | None = 0.1, layout: str = "n c *
     return Rule(_SUPPORTS[layout], Statistic("mean", None), Affine("c"), RunningMean(momentum) if memory else None)
 
 
-class MeanOnlyBatchNorm(Layer, nn.Module):
+class MeanOnlyBatchNorm(Layer, Module):
     """Subtract each channel's mean over the batch and all positions; the companion of weight normalization.
 
     y = x - E[x] + bias, with E over batch and positions in training, and a running average of it in evaluation:
@@ -112,7 +113,7 @@ class MeanOnlyBatchNorm(Layer, nn.Module):
 
 
 def mean_only_batch_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
@@ -131,7 +132,7 @@ def mean_only_batch_norm(
         raise OptionError("mean_only_batch_norm: training=False needs running_mean; give it, or training=True")
     rule = mean_only_batch_norm_rule(momentum, layout, running_mean is not None)
     running = None if running_mean is None else RunningStatistics(running_mean, running_mean.new_empty(0))
-    return run(rule, x, None, bias, running=running, training=training, mask=mask, backend=backend)
+    return run(rule, input, None, bias, running=running, training=training, mask=mask, backend=backend)
 
 
 CARD = Card(

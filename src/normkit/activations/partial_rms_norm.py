@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
+from normkit.core.module import Module
 from normkit.core.statistic import Guard, Statistic
 from normkit.core.support import Support, show
 
 _SUPPORT = Support("* d", over="d")
 
 
-class PartialRMSNorm(nn.Module):
+class PartialRMSNorm(Module):
     """Divide each token by the root mean square of the first features alone.
 
     y = weight * x / (sqrt(E[x_1^2 .. x_k^2]) + eps) with k = int(D * fraction): all D features are divided. A fraction of 1 is
@@ -38,7 +39,7 @@ class PartialRMSNorm(nn.Module):
 
     Raises:
         OptionError: the fraction leaves no feature, or is beyond 1; another guard.
-        ShapeError: x has other features.
+        ShapeError: the input has other features.
 
     Reference:
         Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), https://arxiv.org/abs/1910.07467.
@@ -71,27 +72,27 @@ class PartialRMSNorm(nn.Module):
             made = nn.Parameter(torch.full((features,), value, device=device, dtype=dtype)) if wanted else None
             self.register_parameter(name, made)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Normalize.
 
         Args:
-            x: (*, D).
+            input: (*, D).
 
         Returns:
-            Of x's shape and dtype.
+            Of the input's shape and dtype.
         """
-        if x.dim() < 1 or x.shape[-1] != self.features:
+        if input.dim() < 1 or input.shape[-1] != self.features:
             raise ShapeError(
-                f"PartialRMSNorm: got an input of {show(x.shape)}, wanted one that ends in features={self.features}"
+                f"PartialRMSNorm: got an input of {show(input.shape)}, wanted one that ends in features={self.features}"
             )
-        return _normalize(x, self.measured, self.weight, self.bias, Statistic(None, "rms", self.eps, self.guard))
+        return _normalize(input, self.measured, self.weight, self.bias, Statistic(None, "rms", self.eps, self.guard))
 
     def extra_repr(self) -> str:
         return f"{self.features}, fraction={self.fraction}, eps={self.eps}, guard={self.guard!r}"
 
 
 def partial_rms_norm(
-    x: Tensor,
+    input: Tensor,
     fraction: float = 0.0625,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -104,8 +105,8 @@ def partial_rms_norm(
     >>> partial_rms_norm(torch.tensor([[3.0, 3.0, 6.0, 9.0]]), 0.5)
     tensor([[1., 1., 2., 3.]])
     """
-    measured = _count("partial_rms_norm", x.shape[-1], fraction)
-    return _normalize(x, measured, weight, bias, Statistic(None, "rms", eps, guard))
+    measured = _count("partial_rms_norm", input.shape[-1], fraction)
+    return _normalize(input, measured, weight, bias, Statistic(None, "rms", eps, guard))
 
 
 def _count(who: str, features: int, fraction: float) -> int:

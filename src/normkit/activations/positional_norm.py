@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, Paper
+from normkit.core.module import Module
 from normkit.core.moments import moments
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
@@ -35,7 +36,7 @@ def positional_norm_rule(eps: float = 1e-5, correction: int = 1) -> Rule:
     return Rule(_SUPPORT, Statistic("mean", "std", eps, correction=correction))
 
 
-class PositionalNorm(Layer, nn.Module):
+class PositionalNorm(Layer, Module):
     """Normalize each position of each sample over its channels, without learned parameters.
 
     y = (x - E[x]) / sqrt(Var[x] + eps), where the authors take the unbiased variance. The mean and the deviation of each
@@ -88,7 +89,7 @@ class PositionalNorm(Layer, nn.Module):
 
 
 def positional_norm(
-    x: Tensor,
+    input: Tensor,
     eps: float = 1e-5,
     correction: int = 1,
     *,
@@ -100,29 +101,29 @@ def positional_norm(
     >>> positional_norm(torch.tensor([[[1.0], [2.0], [3.0]]])).view(3)
     tensor([-1.0000,  0.0000,  1.0000])
     """
-    check_several("positional_norm", x, _SUPPORT)
-    return run(positional_norm_rule(eps, correction), x, mask=mask, backend=backend)
+    check_several("positional_norm", input, _SUPPORT)
+    return run(positional_norm_rule(eps, correction), input, mask=mask, backend=backend)
 
 
-def positional_moments(x: Tensor, eps: float = 1e-5, correction: int = 1) -> PositionalMoments:
+def positional_moments(input: Tensor, eps: float = 1e-5, correction: int = 1) -> PositionalMoments:
     """Mean and deviation sqrt(Var + eps) of each position over the channels.
 
     >>> positional_moments(torch.tensor([[1.0, 2.0, 3.0]]), eps=0.0)
     PositionalMoments(mean=tensor([[2.]]), deviation=tensor([[1.]]))
     """
-    check_several("positional_moments", x, _SUPPORT)
-    found = moments(x, (1,))
+    check_several("positional_moments", input, _SUPPORT)
+    found = moments(input, (1,))
     var = found.unbiased() if correction else found.var
     return PositionalMoments(found.mean, (var + eps).sqrt())
 
 
-def moment_shortcut(x: Tensor, moments: PositionalMoments) -> Tensor:
+def moment_shortcut(input: Tensor, moments: PositionalMoments) -> Tensor:
     """Put moments that were taken out of an earlier layer into a later one: deviation * x + mean.
 
     >>> moment_shortcut(torch.tensor([[-1.0, 1.0]]), PositionalMoments(torch.tensor([[2.0]]), torch.tensor([[3.0]])))
     tensor([[-1.,  5.]])
     """
-    return torch.addcmul(moments.mean, x.to(moments.mean.dtype), moments.deviation).to(x.dtype)
+    return torch.addcmul(moments.mean, input.to(moments.mean.dtype), moments.deviation).to(input.dtype)
 
 
 CARD = Card(

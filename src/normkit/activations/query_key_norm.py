@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
+from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
@@ -40,7 +41,7 @@ def query_key_norm_rule(form: Form = "cosine", eps: float = 1e-6) -> Rule:
     return Rule(Support("* d", over="d"), statistic, Affine("" if form == "cosine" else "d"))
 
 
-class QueryKeyNorm(nn.Module):
+class QueryKeyNorm(Module):
     """Scaled dot-product attention on normalized queries and keys.
 
     ``"cosine"``, as published: softmax(g * q / |q| . k / |k|) v, where the learned scalar g takes the place of 1 / sqrt(D).
@@ -153,7 +154,7 @@ class QueryKeyNorm(nn.Module):
         return f"{self.features}, form={self.form!r}" + ("" if self.length is None else f", length={self.length}")
 
 
-class _HeadNorm(Layer, nn.Module):
+class _HeadNorm(Layer, Module):
     def __init__(self, features: int, form: Form, eps: float, weighted: bool, device: Any, dtype: Any) -> None:
         super().__init__()
         self.features, self.eps = features, eps

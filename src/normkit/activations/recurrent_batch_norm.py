@@ -12,6 +12,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import Running, RunningStatistics
+from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
@@ -41,7 +42,7 @@ def recurrent_batch_norm_rule(
     raise OptionError(f"RecurrentBatchNorm: statistics={statistics!r}; wanted 'sequence' or 'frame'")
 
 
-class RecurrentBatchNorm(Layer, nn.Module):
+class RecurrentBatchNorm(Layer, Module):
     """Normalize each feature of sequences over the batch: over all real steps, or at each step by itself.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias. Sequence-wise, E and Var run over the batch and all steps that are no
@@ -194,7 +195,7 @@ def padding_mask(lengths: Tensor, input: Tensor, batch_first: bool = False, star
 
 
 def recurrent_batch_norm(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -210,12 +211,12 @@ def recurrent_batch_norm(
             [-1.0000,  1.0000]])
     """
     rule = recurrent_batch_norm_rule(statistics, eps, batch_first=batch_first)
-    check_several("recurrent_batch_norm", x, rule.support)
-    mask = None if lengths is None else padding_mask(lengths, x, batch_first)
-    return run(rule, x, weight, bias, mask=mask)
+    check_several("recurrent_batch_norm", input, rule.support)
+    mask = None if lengths is None else padding_mask(lengths, input, batch_first)
+    return run(rule, input, weight, bias, mask=mask)
 
 
-class BatchNormRNN(nn.Module):
+class BatchNormRNN(Module):
     """A recurrent layer whose input is normalized, but not its state: h_t = phi(W_h h_{t-1} + BN(W_x x_t)).
 
     Args:
@@ -279,7 +280,7 @@ class BatchNormRNN(nn.Module):
         return (y.transpose(0, 1) if self.batch_first else y), h
 
 
-class BatchNormLSTM(nn.Module):
+class BatchNormLSTM(Module):
     """An LSTM that normalizes at each step what comes from the input, from the state, and the cell before its output.
 
     (i, f, g, o) = BN(W_h h_{t-1}) + BN(W_x x_t) + b,  c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g),

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Invariance, Paper
 from normkit.core.errors import OptionError, ShapeError
+from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.support import show
 
 State = tuple[Tensor, ...]
 
 
-class _Cell(nn.Module):
+class _Cell(Module):
     """One step: ``project`` does all that does not depend on the state, so that a layer does it for all steps at once.
 
     The norms are torch's own modules: in a loop over steps what a call costs counts more than a choice of back ends.
@@ -50,20 +51,20 @@ class _Cell(nn.Module):
         """A state of zeros for an input (*, input_size)."""
         return (self.weight_hh.new_zeros(*x.shape[:-1], self.hidden_size),) * self.states
 
-    def forward(self, x: Tensor, state: Any = None) -> Any:
+    def forward(self, input: Tensor, state: Any = None) -> Any:
         """One step.
 
         Args:
-            x: (*, input_size).
+            input: (*, input_size).
             state: as it was returned, or None for zeros.
 
         Returns:
             The next state: h (*, hidden_size), or (h, c) of an LSTM.
         """
-        _check(self, x)
-        start = self.start(x) if state is None else state if isinstance(state, tuple) else (state,)
+        _check(self, input)
+        start = self.start(input) if state is None else state if isinstance(state, tuple) else (state,)
         after = tuple(
-            each.to(x.dtype) for each in self.step(self.project(x.to(self.weight_ih.dtype)), _like(self, start))
+            each.to(input.dtype) for each in self.step(self.project(input.to(self.weight_ih.dtype)), _like(self, start))
         )
         return after if self.states > 1 else after[0]
 
@@ -84,11 +85,11 @@ class LayerNormRNNCell(_Cell):
         **factory: ``device`` and ``dtype`` of the parameters.
 
     Shape:
-        x (*, input_size) and h (*, hidden_size), to h'.
+        input (*, input_size) and h (*, hidden_size), to h'.
 
     Raises:
         OptionError: another nonlinearity.
-        ShapeError: x or the state has another size.
+        ShapeError: the input or the state has another size.
 
     Reference:
         Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450, section 3.1.
@@ -132,10 +133,10 @@ class LayerNormLSTMCell(_Cell):
         **factory: ``device`` and ``dtype`` of the parameters.
 
     Shape:
-        x (*, input_size) and (h, c), each (*, hidden_size), to (h', c').
+        input (*, input_size) and (h, c), each (*, hidden_size), to (h', c').
 
     Raises:
-        ShapeError: x or the state has another size.
+        ShapeError: the input or the state has another size.
 
     Reference:
         Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450, supplement.
@@ -189,10 +190,10 @@ class LayerNormGRUCell(_Cell):
         **factory: ``device`` and ``dtype`` of the parameters.
 
     Shape:
-        x (*, input_size) and h (*, hidden_size), to h'.
+        input (*, input_size) and h (*, hidden_size), to h'.
 
     Raises:
-        ShapeError: x or the state has another size.
+        ShapeError: the input or the state has another size.
 
     Reference:
         Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450, supplement.
@@ -224,12 +225,12 @@ class LayerNormGRUCell(_Cell):
         return (state[0] + z * (n - state[0]),)
 
 
-def unroll(cell: _Cell, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+def unroll(input: Tensor, cell: _Cell, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
     """Run a cell of this file over a sequence.
 
     Args:
+        input: (T, *, input_size).
         cell: LayerNormRNNCell, LayerNormLSTMCell or LayerNormGRUCell.
-        x: (T, *, input_size).
         state: the first state, or None for zeros.
         mask: boolean (T, *); where it is False the state stays as it was, and the output is zero.
 
@@ -237,24 +238,26 @@ def unroll(cell: _Cell, x: Tensor, state: Any = None, *, mask: Tensor | None = N
         The outputs h (T, *, hidden_size), and the last state.
 
     Raises:
-        ShapeError: x, the state or the mask has another size, or T is 0.
+        ShapeError: the input, the state or the mask has another size, or T is 0.
 
     >>> cell = LayerNormGRUCell(3, 2)
-    >>> y, h = unroll(cell, torch.ones(5, 1, 3))
+    >>> y, h = unroll(torch.ones(5, 1, 3), cell)
     >>> y.shape, torch.equal(y[-1], h)
     (torch.Size([5, 1, 2]), True)
     """
-    _check(cell, x)
-    if x.dim() < 2 or len(x) == 0:
-        raise ShapeError(f"unroll: got a sequence of {show(x.shape)}, wanted at least one time step: (T, *, features)")
-    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+    _check(cell, input)
+    if input.dim() < 2 or len(input) == 0:
         raise ShapeError(
-            f"unroll: got a {mask.dtype} mask of {show(mask.shape)}, wanted torch.bool of {show(x.shape[:-1])}"
+            f"unroll: got a sequence of {show(input.shape)}, wanted at least one time step: (T, *, features)"
         )
-    now = cell.start(x[0]) if state is None else state if isinstance(state, tuple) else (state,)
+    if mask is not None and (mask.shape != input.shape[:-1] or mask.dtype != torch.bool):
+        raise ShapeError(
+            f"unroll: got a {mask.dtype} mask of {show(mask.shape)}, wanted torch.bool of {show(input.shape[:-1])}"
+        )
+    now = cell.start(input[0]) if state is None else state if isinstance(state, tuple) else (state,)
     now = _like(cell, now)
     outputs = []
-    for t, projected in enumerate(cell.project(x.to(cell.weight_ih.dtype)).unbind(0)):
+    for t, projected in enumerate(cell.project(input.to(cell.weight_ih.dtype)).unbind(0)):
         after = cell.step(projected, now)
         if mask is None:
             now = after
@@ -263,11 +266,11 @@ def unroll(cell: _Cell, x: Tensor, state: Any = None, *, mask: Tensor | None = N
         here = mask[t].unsqueeze(-1)
         now = tuple(torch.where(here, new, old) for new, old in zip(after, now, strict=True))
         outputs.append(torch.where(here, now[0], 0.0))
-    last = tuple(each.to(x.dtype) for each in now)
-    return torch.stack(outputs).to(x.dtype), last if cell.states > 1 else last[0]
+    last = tuple(each.to(input.dtype) for each in now)
+    return torch.stack(outputs).to(input.dtype), last if cell.states > 1 else last[0]
 
 
-class LayerNormRecurrent(nn.Module):
+class LayerNormRecurrent(Module):
     """Layer-normalized recurrent cells on top of one another, over a sequence.
 
     As ``torch.nn.LSTM``, ``GRU`` and ``RNN`` are to their cells. No statistic is shared between time steps, and none is kept.
@@ -285,7 +288,7 @@ class LayerNormRecurrent(nn.Module):
 
     Raises:
         OptionError: another cell, or no layers.
-        ShapeError: x, the state or the mask has another size, or there is no time step.
+        ShapeError: the input, the state or the mask has another size, or there is no time step.
 
     Reference:
         Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450.
@@ -315,25 +318,25 @@ class LayerNormRecurrent(nn.Module):
         sizes = [input_size] + [hidden_size] * (num_layers - 1)
         self.cells = nn.ModuleList(_CELLS[cell](size, hidden_size, **options) for size in sizes)
 
-    def forward(self, x: Tensor, state: Any = None, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+    def forward(self, input: Tensor, state: Any = None, mask: Tensor | None = None) -> tuple[Tensor, Any]:
         """Run over a sequence.
 
         Args:
-            x: (T, *, input_size), or (N, T, input_size) with ``batch_first``.
+            input: (T, *, input_size), or (N, T, input_size) with ``batch_first``.
             state: the first state, with an axis of layers before: h (layers, *, hidden_size), or (h, c); None for zeros.
-            mask: boolean, of x's shape without the features; where it is False the state stays, and the output is zero.
+            mask: boolean, of the input's shape without the features; where it is False the state stays, and the output is zero.
 
         Returns:
             The last layer's outputs, laid out as x; and the last state, as ``state``.
         """
-        swap = self.batch_first and x.dim() > 2
-        y = x.transpose(0, 1) if swap else x
+        swap = self.batch_first and input.dim() > 2
+        y = input.transpose(0, 1) if swap else input
         mask = mask.transpose(0, 1) if mask is not None and swap else mask
         given = None if state is None else state if isinstance(state, tuple) else (state,)
         last: list[State] = []
         for number, cell in enumerate(self.cells):
             assert isinstance(cell, _Cell)
-            y, after = unroll(cell, y, None if given is None else tuple(s[number] for s in given), mask=mask)
+            y, after = unroll(y, cell, None if given is None else tuple(s[number] for s in given), mask=mask)
             last.append(after if isinstance(after, tuple) else (after,))
         states = [torch.stack(each) for each in zip(*last, strict=True)]
         return (y.transpose(0, 1) if swap else y), (tuple(states) if len(states) > 1 else states[0])

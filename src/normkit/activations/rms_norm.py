@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
+from normkit.core.module import Module, trailing_sizes
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Guard, Statistic
 from normkit.engine.dispatch import Activation, Backend, run
@@ -35,7 +36,7 @@ def rms_norm_rule(
     return Rule(support, Statistic(None, "rms", eps, guard), Affine(per, offset))
 
 
-class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls its input x here alone
+class RMSNorm(Layer, Module, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls its input x here alone
     """Divide each sample, token or position by the root mean square of its features.
 
     y = weight * x / sqrt(E[x^2] + eps), the same in training and evaluation. Without further arguments it is
@@ -102,7 +103,7 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+        shape = trailing_sizes("RMSNorm", normalized_shape)
         check_features("RMSNorm", shape, over, None)
         _check_cast("RMSNorm", cast)
         super().__init__(shape, eps, elementwise_affine, device=device, dtype=dtype)
@@ -140,7 +141,7 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
 
 
 def rms_norm(
-    x: Tensor,
+    input: Tensor,
     normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
@@ -158,13 +159,13 @@ def rms_norm(
     >>> rms_norm(torch.tensor([[3.0, 4.0]]), (2,))
     tensor([[0.8485, 1.1314]])
     """
-    shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
-    check_features("rms_norm", shape, over, None, x)
+    shape = trailing_sizes("rms_norm", normalized_shape)
+    check_features("rms_norm", shape, over, None, input)
     _check_cast("rms_norm", cast)
     rule = rms_norm_rule(len(shape), eps, over, guard, offset)
     if cast == "before weight":
-        return _rounded_first(rule, x, weight, bias, mask, backend)
-    return run(rule, x, weight, bias, mask=mask, backend=backend)
+        return _rounded_first(rule, input, weight, bias, mask, backend)
+    return run(rule, input, weight, bias, mask=mask, backend=backend)
 
 
 def _check_cast(who: str, cast: str) -> None:

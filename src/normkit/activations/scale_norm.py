@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
+from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
@@ -27,7 +28,7 @@ def scale_norm_rule(eps: float = 1e-5) -> Rule:
     return Rule(Support("* d", over="d"), Statistic(None, "norm", eps, "floor"), Affine(""))
 
 
-class ScaleNorm(Layer, nn.Module):
+class ScaleNorm(Layer, Module):
     """Divide each token by its Euclidean norm and multiply it by one learned scalar.
 
     y = weight * x / max(|x|, eps), the same in training and evaluation. With weight sqrt(D), where it starts, it is RMS
@@ -45,7 +46,7 @@ class ScaleNorm(Layer, nn.Module):
         (*, D) to the same.
 
     Raises:
-        ShapeError: x has other features.
+        ShapeError: the input has other features.
         OptionError: the weight to share is not a scalar.
 
     Reference:
@@ -97,7 +98,7 @@ class ScaleNorm(Layer, nn.Module):
 
 
 def scale_norm(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor | None = None,
     eps: float = 1e-5,
     *,
@@ -109,7 +110,7 @@ def scale_norm(
     >>> scale_norm(torch.tensor([[3.0, 4.0]]))
     tensor([[0.6000, 0.8000]])
     """
-    return run(scale_norm_rule(eps), x, weight, mask=mask, backend=backend)
+    return run(scale_norm_rule(eps), input, weight, mask=mask, backend=backend)
 
 
 CARD = Card(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError
 from normkit.core.memory import Running, RunningStatistics
+from normkit.core.module import Module
 from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.support import Support
 from normkit.engine.layer import check_channels, check_several, given_statistics
@@ -19,7 +20,7 @@ _INSTANCE = Support("n c *", over="*")
 _BATCH = Support("n c *", over="n *")
 
 
-class SwitchableNorm(nn.Module):
+class SwitchableNorm(Module):
     """Normalize by a learned mixture of the instance's, the layer's and the batch's mean, and another of their variances.
 
     y = weight * (x - m) / sqrt(v + eps) + bias, m = sum_k softmax(mean_weight)_k m_k, v = sum_k softmax(var_weight)_k v_k, k over
@@ -106,7 +107,7 @@ class SwitchableNorm(nn.Module):
 
 
 def switchable_norm(
-    x: Tensor,
+    input: Tensor,
     mean_weight: Tensor,
     var_weight: Tensor,
     running_mean: Tensor | None = None,
@@ -122,15 +123,15 @@ def switchable_norm(
 ) -> Tensor:
     """Switchable normalization as a function, of logits (3,) for instance, layer and batch; see SwitchableNorm.
 
-    Without running statistics the batch's own moments are always used. Elements where the mask (boolean, broadcasts over x) is
-    False enter no statistic and come out as zero.
+    Without running statistics the batch's own moments are always used. Elements where the mask (boolean, broadcasts over
+    the input) is False enter no statistic and come out as zero.
 
     >>> switchable_norm(torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]]), torch.ones(3), torch.ones(3)).view(-1)
     tensor([-1.0911,  0.2182, -0.2182,  1.0911])
     """
     running = given_statistics("switchable_norm", running_mean, running_var)
     logits, affine = (mean_weight, var_weight), (weight, bias)
-    return _normalize(x, logits, running, affine, training, Running(momentum), eps, correction, mask)
+    return _normalize(input, logits, running, affine, training, Running(momentum), eps, correction, mask)
 
 
 def _normalize(

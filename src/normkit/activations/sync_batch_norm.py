@@ -13,6 +13,7 @@ from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import Running, RunningStatistics
+from normkit.core.module import Module
 from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
@@ -37,7 +38,7 @@ def sync_batch_norm_rule(
     return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
 
 
-class SyncBatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
+class SyncBatchNorm(Layer, Module, nn.modules.batchnorm._BatchNorm):
     """Normalize each channel over the batches of all processes, on any device and backend of torch.distributed.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, with E and Var (population) over the union of the processes' batches in
@@ -125,7 +126,7 @@ class SyncBatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
 
 
 def sync_batch_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: Tensor | None = None,
@@ -148,9 +149,9 @@ def sync_batch_norm(
     running = given_statistics("sync_batch_norm", running_mean, running_var)
     rule = sync_batch_norm_rule(eps, momentum, layout, running_mean is not None)
     if _several(process_group):
-        return _synchronized(rule, x, weight, bias, running, mask, process_group)
-    check_several("sync_batch_norm", x, rule.support)
-    return run(rule, x, weight, bias, running=running, mask=mask, backend=backend)
+        return _synchronized(rule, input, weight, bias, running, mask, process_group)
+    check_several("sync_batch_norm", input, rule.support)
+    return run(rule, input, weight, bias, running=running, mask=mask, backend=backend)
 
 
 def _several(group: Any) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from normkit.core.support import Split, place
+from normkit.core.errors import ShapeError
+from normkit.core.support import Split, place, show
 
 
 @dataclass(frozen=True)
@@ -44,3 +46,64 @@ class Affine:
         if " - " in normalized and "/" not in normalized:
             normalized = f"({normalized})"
         return f"{gain} * {normalized} + bias"
+
+
+def modulation(layout: str, shape: Sequence[int], *parts: Tensor) -> tuple[str, list[Tensor]]:
+    """Scales and shifts that are computed from another input, with the fewest axes that hold them all.
+
+    Args:
+        layout: of the input: ``"n c *"``, ``"n * c"`` or ``"n * d"``.
+        shape: of the input.
+        *parts: each of one channel axis alone, (N or 1, C), or of as many axes as the input, broadcasting over it.
+
+    Returns:
+        The axes for Affine's ``per``, and the parts, all with those axes.
+
+    Raises:
+        ShapeError: a part does not broadcast over the input.
+
+    >>> import torch
+    >>> per, (scale, shift) = modulation("n * d", (2, 3, 4), torch.ones(2, 1, 4), torch.zeros(4))
+    >>> per, scale.shape, shift.shape
+    ('n d', torch.Size([2, 4]), torch.Size([2, 4]))
+    """
+    channel, name = _channel(layout, shape)
+    if all(len(shape) > 1 and part.shape == (shape[0], shape[channel]) for part in parts):
+        return f"n {name}", list(parts)
+    aligned = [align(layout, shape, part) for part in parts]
+    varies = {d for part in aligned for d, size in enumerate(part.shape) if size != 1}
+    if not varies <= {0, channel}:
+        return layout, [part.expand(*shape) for part in aligned]
+    axes = [0, channel] if 0 in varies else [channel]
+    wanted = [size if d in axes else 1 for d, size in enumerate(shape)]
+    return ("n " if 0 in varies else "") + name, [
+        part.expand(wanted).reshape([shape[d] for d in axes]) for part in aligned
+    ]
+
+
+def align(layout: str, shape: Sequence[int], part: Tensor) -> Tensor:
+    """A view of a part of ``modulation`` that has as many axes as the input."""
+    rank, (channel, _) = len(shape), _channel(layout, shape)
+    places = {0: (), 1: (channel,), 2: (0, channel), rank: tuple(range(rank))}.get(part.dim())
+    if rank < 2 or places is None or any(part.shape[k] not in (1, shape[d]) for k, d in enumerate(places)):
+        raise ShapeError(
+            f"a scale or shift of {show(part.shape)} does not broadcast over an input of {show(shape)} ({layout}); wanted "
+            "one value per channel, per sample and channel, or as many axes as the input has, each of its size or 1"
+        )
+    sizes = [1] * rank
+    for k, d in enumerate(places):
+        sizes[d] = part.shape[k]
+    return part.reshape(sizes)
+
+
+def _channel(layout: str, shape: Sequence[int]) -> tuple[int, str]:
+    names = layout.split()
+    return (1, names[1]) if names[-1] == "*" else (len(shape) - 1, names[-1])
+
+
+def per_sample(condition: Tensor) -> Tensor:
+    """A condition as (N or 1, size), also where it was given as (size,) or with axes of size 1 between."""
+    if condition.dim() == 1:
+        return condition.unsqueeze(0)
+    between = condition.dim() > 2 and all(size == 1 for size in condition.shape[1:-1])
+    return condition.flatten(0, -2) if between else condition

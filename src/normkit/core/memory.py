@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normkit.core.moments import Moments
+from normkit.core.moments import Moments, accumulation_dtype
 from normkit.core.support import Split, per_shape, place
 
 
@@ -28,8 +28,10 @@ class RunningStatistics(NamedTuple):
 class Running:
     """running <- (1 - momentum) running + momentum * statistic, once a training batch, with the unbiased variance.
 
-    A batch without elements, or whose statistic of a channel is not finite, leaves that channel as it was: one broken batch
-    does not poison the average.
+    It is computed in at least float32 and then rounded to the dtype of the running statistics. A channel whose result is not
+    finite there stays as it was, and so does everything where a batch has no elements: one broken batch does not poison the
+    average. The cumulative average leaves out a batch in which any channel's is not finite, and does not count it, so that it
+    stays the plain mean of the batches that it counts.
 
     Args:
         momentum: weight of the new value, 0 to 1; None gives the cumulative average 1 / batches.
@@ -51,7 +53,7 @@ class Running:
     def update(self, running: RunningStatistics, new: Moments, split: Split) -> None:
         """Take one batch's moments, given with reduced axes of size 1, into the running statistics, in place."""
         if 0 in split.shape:
-            if running.batches is not None:
+            if running.batches is not None and self.momentum is not None:
                 running.batches.add_(1)
             return
         mean, var = new.mean.detach(), new.var.detach()
@@ -64,19 +66,26 @@ class Running:
 
     def blend(self, running: RunningStatistics, mean: Tensor, var: Tensor) -> None:
         """Take one mean and one variance per channel, without gradients, into the running statistics in place."""
-        weight = self._weight(running)
-        mean, var = mean.to(running.mean.dtype), var.to(running.var.dtype)
-        finite = mean.isfinite() & var.isfinite()
-        for buffer, fresh in ((running.mean, mean), (running.var, var)):
-            buffer.lerp_(torch.where(finite, fresh, buffer), weight)
+        wide, batches = accumulation_dtype(running.mean.dtype), running.batches
+        if self.momentum is None:
+            assert batches is not None
+            weight: float | Tensor = 1.0 / (batches + 1).to(wide)
+        else:
+            weight = self.momentum
+        mixed = self._mixed(running.mean.to(wide), running.var.to(wide), mean.to(wide), var.to(wide), weight)
+        rounded = [value.to(buffer.dtype) for value, buffer in zip(mixed, running[:2], strict=False)]
+        fits = torch.stack([value.isfinite() for value in rounded]).all(0)
+        if self.momentum is None:
+            fits = fits.all()
+        for value, buffer in zip(rounded, running[:2], strict=False):
+            buffer.copy_(torch.where(fits, value, buffer))
+        if batches is not None:
+            batches.add_(1 if self.momentum is not None else fits)
 
-    def _weight(self, running: RunningStatistics) -> float | Tensor:
-        if running.batches is not None:
-            running.batches.add_(1)
-        if self.momentum is not None:
-            return self.momentum
-        assert running.batches is not None
-        return 1.0 / running.batches.to(running.mean.dtype)
+    def _mixed(
+        self, old_mean: Tensor, old_var: Tensor, mean: Tensor, var: Tensor, weight: float | Tensor
+    ) -> tuple[Tensor, ...]:
+        return old_mean + weight * (mean - old_mean), old_var + weight * (var - old_var)
 
     def _reduce(self, value: Tensor, split: Split) -> Tensor:
         keep = [d for d, name in enumerate(split.names) if name in self.per.replace("(", " ").replace(")", " ").split()]
@@ -114,15 +123,12 @@ class RunningMoments(Running):
         mean = self._reduce(new.mean, split)
         return mean, self._reduce(new.var + (new.mean - place(mean, self.per, split)).square(), split)
 
-    def blend(self, running: RunningStatistics, mean: Tensor, var: Tensor) -> None:
-        """Take one mean and one population variance per channel, without gradients, into the running statistics in place."""
-        weight = self._weight(running)
-        mean, var = mean.to(running.mean.dtype), var.to(running.var.dtype)
-        finite = mean.isfinite() & var.isfinite()
-        change = mean - running.mean
-        mixed = running.var + weight * (var - running.var) + weight * (1 - weight) * change.square()
-        running.var.copy_(torch.where(finite, mixed, running.var))
-        running.mean.copy_(torch.where(finite, running.mean + weight * change, running.mean))
+    def _mixed(
+        self, old_mean: Tensor, old_var: Tensor, mean: Tensor, var: Tensor, weight: float | Tensor
+    ) -> tuple[Tensor, ...]:
+        change = mean - old_mean
+        mixed = old_var + weight * (var - old_var) + weight * (1 - weight) * change.square()
+        return old_mean + weight * change, mixed
 
 
 @dataclass(frozen=True)
@@ -139,8 +145,7 @@ class RunningMean(Running):
     def _per_channel(self, new: Moments, split: Split) -> tuple[Tensor, Tensor]:
         return self._reduce(new.mean, split), new.mean.new_empty(0)
 
-    def blend(self, running: RunningStatistics, mean: Tensor, var: Tensor) -> None:
-        """Take one mean per channel, without gradients, into the running mean in place; ``var`` is not read."""
-        weight = self._weight(running)
-        mean = mean.to(running.mean.dtype)
-        running.mean.copy_(torch.where(mean.isfinite(), running.mean + weight * (mean - running.mean), running.mean))
+    def _mixed(
+        self, old_mean: Tensor, old_var: Tensor, mean: Tensor, var: Tensor, weight: float | Tensor
+    ) -> tuple[Tensor, ...]:
+        return (old_mean + weight * (mean - old_mean),)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from normkit.core.errors import NotationError, ShapeError
+from normkit.core.module import whole
 
 # What an axis name means in words, by the literature's letters.
 _WORDS = {
@@ -71,7 +72,7 @@ class Support:
     """
 
     def __init__(self, axes: str, *, over: str, **sizes: int) -> None:
-        self.sizes = tuple(sorted(sizes.items()))
+        self.sizes = tuple(sorted((name, whole(size)) for name, size in sizes.items()))
         self.groups = parse_axes(axes)
         self.names = tuple(name for group in self.groups for name in group)
         reduced = parse_axes(over)

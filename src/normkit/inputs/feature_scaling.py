@@ -178,41 +178,41 @@ class MaxAbsScaling(Scaling):
 
 
 def min_max_scaling(
-    x: Tensor, low: float = 0.0, high: float = 1.0, *, clip: bool = False, support: Support | None = None
+    input: Tensor, low: float = 0.0, high: float = 1.0, *, clip: bool = False, support: Support | None = None
 ) -> Tensor:
     """Scale data by its own range, which is taken as constant in the gradient; see MinMaxScaling.
 
     >>> min_max_scaling(torch.tensor([[1.0], [2.0], [3.0]]), -1, 1).T
     tensor([[-1.,  0.,  1.]])
     """
-    return MinMaxScaling(low, high, clip=clip, support=support, **like(x)).fit(x)(x)
+    return MinMaxScaling(low, high, clip=clip, support=support, **like(input)).fit(input)(input)
 
 
-def z_score(x: Tensor, support: Support | None = None) -> Tensor:
+def z_score(input: Tensor, support: Support | None = None) -> Tensor:
     """Standardize data by its own mean and deviation, which are taken as constant in the gradient; see ZScore.
 
     >>> z_score(torch.tensor([[1.0], [3.0]])).T
     tensor([[-1.,  1.]])
     """
-    return ZScore(support, **like(x)).fit(x)(x)
+    return ZScore(support, **like(input)).fit(input)(input)
 
 
-def mean_normalization(x: Tensor, support: Support | None = None) -> Tensor:
+def mean_normalization(input: Tensor, support: Support | None = None) -> Tensor:
     """Scale data by its own mean and range, which are taken as constant in the gradient; see MeanNormalization.
 
     >>> mean_normalization(torch.tensor([[1.0], [3.0]])).T
     tensor([[-0.5000,  0.5000]])
     """
-    return MeanNormalization(support, **like(x)).fit(x)(x)
+    return MeanNormalization(support, **like(input)).fit(input)(input)
 
 
-def max_abs_scaling(x: Tensor, support: Support | None = None) -> Tensor:
+def max_abs_scaling(input: Tensor, support: Support | None = None) -> Tensor:
     """Scale data by its own largest absolute value, which is taken as constant in the gradient; see MaxAbsScaling.
 
     >>> max_abs_scaling(torch.tensor([[1.0], [-4.0]])).T
     tensor([[ 0.2500, -1.0000]])
     """
-    return MaxAbsScaling(support, **like(x)).fit(x)(x)
+    return MaxAbsScaling(support, **like(input)).fit(input)(input)
 
 
 CARD_MIN_MAX = Card(

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from normkit.core.errors import OptionError, ProtocolError, ShapeError
+from normkit.core.module import Module
 from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.support import Split, Support, per_shape, place, show
 
@@ -21,7 +22,7 @@ _PIECE = 2**24
 _MEMBER = {"*": "column", "d": "feature", "c": "channel"}
 
 
-class Fitted(nn.Module):
+class Fitted(Module):
     """Mixin of every normalization that measures data before it transforms any: ``fit``, ``partial_fit``, ``transform``.
 
     A subclass names its ``statistics`` and gives ``forward`` and ``inverse_transform``. Statistics are buffers: they move, copy,

@@ -130,15 +130,19 @@ class ImageStandardization(Scaling):
 
 
 def image_standardization(
-    x: Tensor, statistics: str | Constants | None = "imagenet", *, layout: str = "n c *", maximum: float | None = None
+    input: Tensor,
+    statistics: str | Constants | None = "imagenet",
+    *,
+    layout: str = "n c *",
+    maximum: float | None = None,
 ) -> Tensor:
     """Standardize images by published or given constants, or with None by their own; see ImageStandardization.
 
     >>> image_standardization(torch.tensor([[[0.0, 0.5]]]), ((0.5,), (0.25,)))
     tensor([[[-2.,  0.]]])
     """
-    module = ImageStandardization(statistics, layout=layout, maximum=maximum, **like(x))
-    return (module.fit(x) if statistics is None else module)(x)
+    module = ImageStandardization(statistics, layout=layout, maximum=maximum, **like(input))
+    return (module.fit(input) if statistics is None else module)(input)
 
 
 def _constants(statistics: str | Constants) -> tuple[list[float], list[float]]:

@@ -95,14 +95,14 @@ class RobustScaling(Scaling):
 
 
 def robust_scaling(
-    x: Tensor, quantiles: tuple[float, float] = (25.0, 75.0), *, support: Support | None = None
+    input: Tensor, quantiles: tuple[float, float] = (25.0, 75.0), *, support: Support | None = None
 ) -> Tensor:
     """Scale data by its own median and quantiles, which are taken as constant in the gradient; see RobustScaling.
 
     >>> robust_scaling(torch.tensor([[1.0], [2.0], [3.0], [4.0], [1000.0]])).T
     tensor([[ -1.0000,  -0.5000,   0.0000,   0.5000, 498.5000]])
     """
-    return RobustScaling(quantiles, support=support, **like(x)).fit(x)(x)
+    return RobustScaling(quantiles, support=support, **like(input)).fit(input)(input)
 
 
 def _quantile(rising: Tensor, q: float) -> Tensor:

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from typing import Any, NoReturn, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ProtocolError
+from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
@@ -20,7 +21,7 @@ from normkit.inputs.fitting import batches, refuse_unknown
 PER_SAMPLE = Support("n *", over="*")
 
 
-class _PerSample(nn.Module):
+class _PerSample(Module):
     """Takes part in the protocol of data normalizations without keeping anything."""
 
     support: Support
@@ -179,24 +180,24 @@ class GlobalContrast(_PerSample):
         return f"scale={self.scale}, regularizer={self.regularizer}, eps={self.eps}, support={self.support}"
 
 
-def unit_length(x: Tensor, order: float = 2, *, support: Support = PER_SAMPLE) -> Tensor:
+def unit_length(input: Tensor, order: float = 2, *, support: Support = PER_SAMPLE) -> Tensor:
     """Divide each sample by its norm; see UnitLength.
 
     >>> unit_length(torch.tensor([[1.0, 3.0]]), 1)
     tensor([[0.2500, 0.7500]])
     """
-    return UnitLength(order, support=support)(x)
+    return UnitLength(order, support=support)(input)
 
 
 def global_contrast(
-    x: Tensor, scale: float = 1.0, regularizer: float = 0.0, eps: float = 1e-8, *, support: Support = PER_SAMPLE
+    input: Tensor, scale: float = 1.0, regularizer: float = 0.0, eps: float = 1e-8, *, support: Support = PER_SAMPLE
 ) -> Tensor:
     """Give each image mean 0 and the same contrast; see GlobalContrast.
 
     >>> global_contrast(torch.tensor([[1.0, 3.0]]), scale=2.0)
     tensor([[-2.,  2.]])
     """
-    return GlobalContrast(scale, regularizer, eps, support=support)(x)
+    return GlobalContrast(scale, regularizer, eps, support=support)(input)
 
 
 CARD_UNIT_LENGTH = Card(

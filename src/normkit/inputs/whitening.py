@@ -165,13 +165,13 @@ class Whitening(Fitted):
         )
 
 
-def whitening(x: Tensor, method: Method = "zca", *, eps: float = 1e-5, support: Support | None = None) -> Tensor:
+def whitening(input: Tensor, method: Method = "zca", *, eps: float = 1e-5, support: Support | None = None) -> Tensor:
     """Whiten data by its own mean and covariance, which are taken as constant in the gradient; see Whitening.
 
     >>> whitening(torch.tensor([[1.0], [5.0]]), eps=0.0).T
     tensor([[-1.,  1.]])
     """
-    return Whitening(method, eps=eps, support=support, **like(x)).fit(x)(x)
+    return Whitening(method, eps=eps, support=support, **like(input)).fit(input)(input)
 
 
 CARD = Card(

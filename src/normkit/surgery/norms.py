@@ -33,6 +33,11 @@ _BASES = {
     "layer_norm": nn.LayerNorm,
     "rms_norm": nn.RMSNorm,
 }
+_RANKED = {
+    1: (nn.BatchNorm1d, nn.InstanceNorm1d),
+    2: (nn.BatchNorm2d, nn.InstanceNorm2d),
+    3: (nn.BatchNorm3d, nn.InstanceNorm3d),
+}
 _OURS = (BatchNorm, SyncBatchNorm, InstanceNorm, GroupNorm, LayerNorm, RMSNorm)
 _FORWARDS = [nn.SyncBatchNorm.forward, *(base.forward for base in _BASES.values())]
 
@@ -54,6 +59,7 @@ class Norm:
         tracks: whether it keeps running statistics.
         running: those of a batch norm by name: mean, variance, count.
         note: what was found out about it that its class does not say.
+        spatial: axes of positions where its class takes one rank alone, else None.
     """
 
     kind: str
@@ -68,6 +74,7 @@ class Norm:
     tracks: bool = False
     running: dict[str, Tensor | None] = field(default_factory=dict)
     note: str = ""
+    spatial: int | None = None
 
     @property
     def channels(self) -> int:
@@ -176,6 +183,7 @@ def _known(kind: str, module: nn.Module, who: str) -> Norm:
         tracks=getattr(module, "running_mean", None) is not None,
         running=dict(module._buffers) if isinstance(module, _BASES["batch_norm"]) else {},
         note=f"{', '.join(more)} dropped" if more else "",
+        spatial=getattr(module, "spatial", next((n for n, of in _RANKED.items() if isinstance(module, of)), None)),
     )
 
 

@@ -131,9 +131,11 @@ class Target:
         over = self.option if norm.axes == "n c *" else None
         match self.name:
             case "batch_norm":
-                return BatchNorm(channels, eps, norm.momentum, affine, layout=layout, **factory)
+                return BatchNorm(channels, eps, norm.momentum, affine, layout=layout, spatial=norm.spatial, **factory)
             case "instance_norm":
-                return InstanceNorm(channels, eps, norm.momentum, affine, layout=layout, **factory)
+                # Of torch's classes instance norms alone take one sample; a batch norm's (N, C) must not become one.
+                spatial = norm.spatial if norm.kind == "instance_norm" else None
+                return InstanceNorm(channels, eps, norm.momentum, affine, layout=layout, spatial=spatial, **factory)
             case "group_norm":
                 return GroupNorm(int(self.option), channels, eps, affine, layout=layout, **factory)
             case "layer_norm":
@@ -170,7 +172,8 @@ def _carry(norm: Norm, new: nn.Module) -> list[str]:
 
 def _memory(norm: Norm, new: nn.Module) -> list[str]:
     if isinstance(new, BatchNorm) and norm.tracks and set(new._buffers) <= set(norm.running):
-        new._buffers.update({name: norm.running[name] for name in new._buffers})
+        for name in new._buffers:
+            new.register_buffer(name, norm.running[name])  # the very object, unless it is of a half type
         return []
     if isinstance(getattr(new, "running_mean", None), Tensor):
         return ["running statistics start anew: train before evaluation"]

@@ -1,0 +1,78 @@
+"""What all layers are: modules whose statistics stay wide, whose sizes are plain numbers, and that say what can't run them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from numbers import Integral
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.errors import BackendError, ShapeError
+
+
+class Module(nn.Module):
+    """Base of every layer.
+
+    Buffers hold statistics, which a half type can't: a step of momentum 0.001 is lost in bfloat16, a variance beyond 65504 in
+    float16. So ``half()``, ``bfloat16()`` and ``to(dtype)`` with a half type leave floating buffers in the dtype that they have,
+    and one that is made in a half type is float32. All else is torch's: moves, ``float()``, ``double()``, ``to_empty``; and as
+    ``load_state_dict`` copies values into the dtype that is there, checkpoints of half models load here, and ours load there.
+
+    >>> class Counter(Module):
+    ...     def __init__(self) -> None:
+    ...         super().__init__()
+    ...         self.register_buffer("mean", torch.full((1,), 1e5))
+    >>> Counter().half().mean
+    tensor([100000.])
+    """
+
+    training: bool = True  # where an instance's own was deleted, as tests of layers that don't read it do
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, whole(value))
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        wide = tensor.float() if tensor is not None and _is_half(tensor) else tensor
+        super().register_buffer(name, wide, persistent)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            old = before[name]
+            if buffer is not None and old is not None and _is_half(buffer) and not _is_half(old):
+                # MPS has no float64.
+                self._buffers[name] = old.to(buffer.device, torch.float32 if buffer.device.type == "mps" else None)
+        return self
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise BackendError(
+            f"torch.jit.script: TorchScript can't compile {type(self).__name__}, which chooses its kernel in Python; use "
+            "torch.export, torch.compile or torch.jit.trace, or fold the norms first with normkit.fold"
+        )
+
+
+def whole(value: Any) -> Any:
+    """An integer of another library, such as numpy's, as Python's; anything else as it is."""
+    # torch's symbolic sizes are no Integral, and stay symbolic.
+    return operator.index(value) if not isinstance(value, int) and isinstance(value, Integral) else value
+
+
+def trailing_sizes(who: str, normalized_shape: int | Iterable[int]) -> list[int]:
+    """The sizes of trailing axes, given as one number or as several; refuses none at all, as torch does.
+
+    >>> trailing_sizes("LayerNorm", 4), trailing_sizes("LayerNorm", (3, 4))
+    ([4], [3, 4])
+    """
+    given = normalized_shape if isinstance(normalized_shape, Iterable) else [normalized_shape]
+    sizes = [whole(size) for size in given]
+    if not sizes:
+        raise ShapeError(f"{who}: normalized_shape={normalized_shape}; wanted the size of at least one trailing axis")
+    return sizes
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize < 4
