@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import io
 import pickle
 import threading
@@ -186,6 +187,27 @@ def _(subject: Subject) -> None:
     other = (inputs[0] * 2 + 1, *inputs[1:])
     # What it makes of sizes are float32 constants.
     near(output(traced, *other), output(made, *other), torch.float32)
+
+
+@seam(
+    "torch.compile, inductor",
+    lambda subject: subject.name in ("batch_norm", "weight_norm-Linear"),
+    "slow: one of each kind",
+)
+def _(subject: Subject) -> None:
+    made, inputs = subject.fresh().eval(), subject.inputs()
+    torch._dynamo.reset()
+    near(gradients(torch.compile(made, fullgraph=True), inputs), gradients(made, inputs))
+
+
+def has_onnx(subject: Subject) -> bool:
+    return is_input_of_networks(subject) and importlib.util.find_spec("onnxscript") is not None
+
+
+@seam("ONNX", has_onnx, "where onnxscript is installed, which the test extra does not bring")
+def _(subject: Subject) -> None:
+    made, inputs = subject.fresh().eval(), subject.inputs()
+    assert torch.onnx.export(made, inputs, dynamo=True) is not None
 
 
 # Wrappers

@@ -370,6 +370,8 @@ def _(subject: Subject) -> None:
         made = subject.fresh()
         made.get_parameter(key).untyped_storage().resize_(0)
         refused(lambda made=made: made(*subject.inputs()))
+        if subject.kind == "weight":
+            continue  # a weight of the meta device goes on to torch's own product, which takes it without a word
         made = subject.fresh()
         *path, last = key.split(".")
         made.get_submodule(".".join(path))._parameters[last] = nn.Parameter(made.get_parameter(key).to("meta"))
