@@ -176,6 +176,26 @@ def _(subject: Subject) -> None:
             near(output(compiled.eval(), *inputs), output(fresh.eval(), *inputs))
 
 
+@seam("torch.export", is_input_of_networks)
+def _(subject: Subject) -> None:
+    made, inputs = subject.fresh().eval(), subject.inputs()
+    program = torch.export.export(made, inputs)
+    other = (inputs[0] * 2 + 1, *inputs[1:])
+    near(output(program.module(), *other), output(made, *other))
+
+
+@seam("torch.jit.trace", is_input_of_networks)
+def _(subject: Subject) -> None:
+    made, inputs = subject.fresh().eval(), subject.inputs()
+    output(made, *inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and it says that shapes are constants
+        traced = torch.jit.trace(made, inputs, check_trace=False)
+    other = (inputs[0] * 2 + 1, *inputs[1:])
+    # What it makes of sizes are float32 constants.
+    near(output(traced, *other), output(made, *other), torch.float32)
+
+
 @seam(
     "torch.compile, inductor",
     lambda subject: subject.name in ("batch_norm", "weight_norm-Linear"),
