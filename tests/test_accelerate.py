@@ -69,3 +69,14 @@ def test_what_it_leaves_and_refuses() -> None:
         nk.accelerate(nn.Sequential(nn.LayerNorm(3)), example=torch.randn(2, 5))
     root = nk.accelerate(nn.LayerNorm(3)).model
     assert isinstance(root, nk.LayerNorm)
+
+
+def test_running_statistics_of_a_half_model_become_wide() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).bfloat16()
+    x = torch.randn(2, 3, 5, 5).bfloat16()
+    model(x)
+    wanted, before = copy.deepcopy(model).eval()(x), copy.deepcopy(model[1].state_dict())
+    nk.accelerate(model)
+    assert model[1].running_var.dtype == torch.float32
+    assert_close(model[1].running_var, before["running_var"].float(), rtol=0, atol=0)
+    assert_close(model.eval()(x), wanted)

@@ -14,6 +14,7 @@ from normkit.catalogue import METHODS, method
 from normkit.catalogue.citation import cite, methods_in
 from normkit.catalogue.diagram import draw_text, members, small_shape
 from normkit.catalogue.drawing import draw, draw_methods
+from normkit.catalogue.entry import describe, entries, entry
 from normkit.catalogue.page import list_table, show_page
 from normkit.core.card import Card
 from normkit.core.errors import NotationError
@@ -54,12 +55,33 @@ def test_the_list_names_every_method() -> None:
     assert all(card.name in out.getvalue() for card in METHODS)
 
 
-def test_an_unknown_method_lists_those_that_exist() -> None:
-    with pytest.raises(
-        NotationError, match=r"no method 'groupnorm2'; did you mean group_norm\? those that exist: .*batch_norm"
-    ):
-        method("groupnorm2")
-    assert method("GroupNorm") is method("gn") is method("group-norm")
+def test_the_entries_are_those_of_the_cards() -> None:
+    assert entries() == tuple(map(describe, METHODS)), (
+        "run: python -m normkit.catalogue.table README.md docs/methods.md"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        ("groupnorm2", "did you mean group_norm or batch_group_norm? "),
+        ("layernrom", "did you mean layer_norm or layer_norm_rnn? "),
+        ("spectral", "did you mean spectral_norm? "),
+        ("weight", "did you mean weight_norm, weight_standardization or scaled_weight_standardization? "),
+        ("nosuch", ""),
+        ("", ""),
+    ],
+)
+def test_an_unknown_method_names_those_that_are_alike(wrong: str, hint: str) -> None:
+    for look_up in (method, entry):
+        with pytest.raises(NotationError) as caught:
+            look_up(wrong)
+        assert str(caught.value).startswith(f"no method {wrong!r}; {hint}those that exist: min_max_scaling, ")
+
+
+def test_a_method_is_found_by_name_word_and_class() -> None:
+    assert method("GroupNorm") is method("gn") is method("group-norm") is method(" Group norm")
+    assert entry("GroupNorm") is entry("gn")
 
 
 @pytest.mark.parametrize("card", RULES, ids=name)
@@ -115,10 +137,12 @@ def test_torch_classes_are_found_by_the_nearest_method(torchs) -> None:
     assert [card.name for card in methods_in(torchs(2))] == [wanted[torchs.__name__]]
 
 
-@pytest.mark.parametrize("card", [card for card in METHODS if issubclass(card.module, nn.Module)], ids=name)
+# What acts on gradients is no part of a model.
+MADE = [card for card in METHODS if card.kind != "gradient" and issubclass(card.module, nn.Module)]
+
+
+@pytest.mark.parametrize("card", MADE, ids=name)
 def test_what_a_card_makes_is_known_as_its_method(card: Card) -> None:
-    if card.kind == "gradient":
-        pytest.skip("it acts on a model and is no part of it")
     found = methods_in(card.make(nn.Linear(4, 4)) if card.kind == "weight" else card.make(4))
     assert card.paper in [each.paper for each in found]
     same = [each for each in METHODS if each.module is card.module]

@@ -122,11 +122,30 @@ def test_info() -> None:
         assert word in done.output
 
 
-def test_help_loads_nothing_of_the_lab() -> None:
-    heavy = ("lightning_fabric", "sklearn", "scipy", "matplotlib", "plotly", "normkit.lab")
-    script = f"import sys; import normkit.cli; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environ())
-    assert done.stdout.strip() == "[]"
+@pytest.mark.parametrize(
+    "words",
+    ["--help", "compare --help", "--version", "list --of weight", "show group_norm", "cite bn rms_norm", "show nosuch"],
+)
+def test_an_answer_from_text_alone_loads_no_torch(words: str) -> None:
+    script = f"import sys; sys.argv[1:] = {words.split()}; from normkit.cli import app\n"
+    script += "try: app()\nfinally: print([m for m in ('torch', 'numpy', 'normkit.lab') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environ())
+    assert done.stdout.endswith("[]\n"), done.stderr
+    assert done.returncode == (2 if "nosuch" in words else 0)
+
+
+def test_citations() -> None:
+    done = CliRunner().invoke(app, ["cite", "gn", "lab_samples:model"])
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("@misc{wu2018group,")
+    assert "@misc{ioffe2015batch," in done.output
+
+
+def test_a_name_that_is_no_method() -> None:
+    for command in ("show", "cite"):
+        done = CliRunner().invoke(app, [command, "groupnrom"])
+        assert done.exit_code == 2
+        assert done.stderr.startswith("error: no method 'groupnrom'; did you mean group_norm")
 
 
 def test_a_users_own_model_and_an_interrupt(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import test_laws
-from normkit.catalogue import citation, drawing, methods, page, table
+from normkit.catalogue import citation, drawing, entry, methods, page, table
 from normkit.core.card import Card
 
 ROOT = Path(__file__).parent.parent
@@ -32,8 +32,11 @@ def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, "positional_group_norm", module)
     spec.loader.exec_module(module)
     more = (*methods.METHODS, module.CARD)
-    for place in (methods, page, table, citation, drawing):
+    for place in (methods, table, citation, drawing):
         monkeypatch.setattr(place, "METHODS", more)
+    known = (*entry.entries(), entry.describe(module.CARD))
+    for place in (entry, page):
+        monkeypatch.setattr(place, "entries", lambda: known)
     monkeypatch.setattr(test_laws, "RULES", [*test_laws.RULES, module.CARD])
     return module
 

@@ -1,13 +1,17 @@
 """What the README and the docs show runs as it stands, and what they list is current."""
 
+import importlib
 import re
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
 
+from internals import internals
 from normkit.catalogue.table import with_tables
 from normkit.core.errors import NotationError
+from normkit.engine import operator
 from normkit.lab.experiments import FILES, names
 from normkit.lab.models.inception import digits_inception
 from normkit.surgery.recipe import apply_recipe
@@ -78,3 +82,32 @@ def test_every_result_has_its_place_and_its_figures() -> None:
         assert f"results/{place}" in nav, place
         for figure in re.findall(r"!\[.*?\]\((.*?)\)", page.read_text()):
             assert (page.parent / figure).exists(), f"{place}: {figure}"
+
+
+def test_the_page_of_what_we_lean_on_is_current() -> None:
+    first = re.findall(r"^\| `(torch\.[\w.]+)` \|", (ROOT / "docs/lean-on.md").read_text(), flags=re.MULTILINE)
+    used = internals()
+    for name in used:
+        assert any(f"{name}.".startswith(f"{listed}.") for listed in first), f"{name}, used in {used[name]}"
+    for listed in first:
+        assert any(f"{name}.".startswith(f"{listed}.") for name in used), f"{listed} is used no more"
+
+
+def test_what_we_lean_on_is_there() -> None:
+    for name in internals():
+        assert resolve_name(name) is not None
+
+
+def test_the_compiler_reads_the_mark_that_we_set() -> None:
+    def marked() -> bool:
+        return True
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(marked) == vars(operator.available)
+
+
+def test_the_table_of_contexts_is_current() -> None:
+    pytest.importorskip("seams")
+    compatibility = importlib.import_module("compatibility")
+    text = compatibility.PAGE.read_text()
+    assert compatibility.with_table(text) == text, "run: python tests/compatibility.py"

@@ -31,6 +31,9 @@ from normkit.catalogue.diagram import members
 from normkit.core.card import Card
 from normkit.core.errors import NormkitError, OptionError, ShapeError
 from normkit.engine import dispatch
+from normkit.engine import layer as layers
+from normkit.engine.call import Call, Output
+from normkit.engine.choose import Choice
 from normkit.engine.dispatch import run
 from normkit.engine.layer import Layer
 from normkit.surgery.fold import fold
@@ -220,14 +223,15 @@ def test_state_dict_copy_and_pickle_round_trip(card: Card) -> None:
 def test_explain_tells_what_runs(card: Card, mode: bool, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made = layer(card).train(mode)
     x = torch.randn(samples, 4, 4, dtype=torch.float64)
-    ran, decide = [], dispatch._decide
+    ran: list[Choice] = []
 
-    def told(*args: Any, **kwargs: Any) -> dispatch.Choice:
-        ran.append(decide(*args, **kwargs))
-        return ran[-1]
+    def told(choice: Choice, call: Call, perform_by: Any = dispatch.perform_by) -> Output:
+        ran.append(choice)
+        return perform_by(choice, call)
 
     said = made.explain(x).backend
-    monkeypatch.setattr(dispatch, "_decide", told)
+    for place in (dispatch, layers):
+        monkeypatch.setattr(place, "perform_by", told)
     call(card, made, x)
     assert said == (ran[0].backend if ran else "reference")
 

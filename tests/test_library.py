@@ -1,6 +1,7 @@
 """The library of kernels: which one is loaded, what the environment can ask for, and why there may be none."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,47 @@ def test_a_file_that_is_no_library(ask: Ask, tmp_path: Path) -> None:
     library._file(tmp_path, "baseline").write_text("nonsense")
     ask(libraries=tmp_path)
     assert str(library.why_not()).startswith("they do not load: ")
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="other loaders check it themselves")
+def test_a_library_cut_short_is_refused_and_never_mapped(tmp_path: Path) -> None:
+    whole = library._file(library._PACKAGE / "lib", "baseline").read_bytes()
+    kept = (0, 3, 63, 64, 200, 4096, len(whole) // 2, len(whole) - 1)
+    for size in kept:
+        (tmp_path / str(size)).mkdir()
+        library._file(tmp_path / str(size), "baseline").write_bytes(whole[:size])
+    # In a process of its own, which a read past the end of a mapped file would kill.
+    code = f"from normkit.engine.library import _load\nfor n in {kept}: print(_load('', f'{tmp_path}/{{n}}').what)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    for size, reason in zip(kept, process.stdout.splitlines(), strict=True):
+        assert reason.startswith("they do not load: ")
+        assert ("is cut short" in reason) == (size >= 64)
+        assert "; to replace them: " in reason
+
+
+def test_a_library_of_something_else_is_refused(ask: Ask, tmp_path: Path) -> None:
+    library._file(tmp_path, "baseline").symlink_to(str(torch._C.__file__))
+    ask(libraries=tmp_path)
+    assert library.library() is None
+    assert "is no library of this normkit: it lacks nk_abi, nk_level, " in str(library.why_not())
+    ask("baseline", tmp_path)
+    with pytest.raises(BackendError, match="'baseline', but there are no native kernels: they do not load: "):
+        library.library()
+
+
+@needs_kernels
+def test_a_library_of_another_version_is_refused(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_ABI", library._ABI + 1)
+    ask()
+    assert library.library() is None
+    assert f"its interface is {library._ABI - 1}, this one's {library._ABI}" in str(library.why_not())
+
+
+def test_every_function_of_the_library_is_asked_for() -> None:
+    sources = "".join(path.read_text() for path in library._sources())
+    assert set(re.findall(r"^NK_EXPORT \w+ (nk_\w+)\(", sources, re.MULTILINE)) == set(library._SYMBOLS)
 
 
 def test_libraries_older_than_their_sources_are_not_used(

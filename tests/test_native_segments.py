@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from normkit.engine.abi import TYPES
 from normkit.engine.library import library, why_not
-from normkit.engine.native import TYPES, _Plan
+from normkit.engine.prepared import NkPlan
 
 pytestmark = pytest.mark.skipif(library() is None, reason=f"no native kernels: {why_not()}")
 
@@ -28,8 +29,8 @@ ACTIVATIONS: list[Callable[[Tensor], Tensor]] = [
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
-def make_plan(dtype: torch.dtype = torch.float32, parameter_dtype: torch.dtype | None = None, **fields: Any) -> _Plan:
-    plan = _Plan()
+def make_plan(dtype: torch.dtype = torch.float32, parameter_dtype: torch.dtype | None = None, **fields: Any) -> NkPlan:
+    plan = NkPlan()
     for name in ("outer", "far", "kept", "mid", "inner", "outer_div", "outer_mod", "parameters", "centred", "scale"):
         setattr(plan, name, 1)
     plan.eps = 1e-5
@@ -39,23 +40,23 @@ def make_plan(dtype: torch.dtype = torch.float32, parameter_dtype: torch.dtype |
     return plan
 
 
-def rows(n: int, d: int, dtype: torch.dtype = torch.float32, **fields: Any) -> _Plan:
+def rows(n: int, d: int, dtype: torch.dtype = torch.float32, **fields: Any) -> NkPlan:
     """LayerNorm and RMSNorm."""
     return make_plan(dtype, outer=n, inner=d, per_inner=1, parameters=d, **fields)
 
 
-def batch(n: int, c: int, s: int, dtype: torch.dtype = torch.float32, **fields: Any) -> _Plan:
+def batch(n: int, c: int, s: int, dtype: torch.dtype = torch.float32, **fields: Any) -> NkPlan:
     """BatchNorm with channels first."""
     return make_plan(dtype, far=n, kept=c, inner=s, per_kept=1, parameters=c, **fields)
 
 
-def groups(n: int, g: int, c: int, s: int, dtype: torch.dtype = torch.float32, **fields: Any) -> _Plan:
+def groups(n: int, g: int, c: int, s: int, dtype: torch.dtype = torch.float32, **fields: Any) -> NkPlan:
     """GroupNorm with channels first."""
     place = {"outer_mod": g, "outer_step": c // g, "per_mid": 1, "parameters": c}
     return make_plan(dtype, outer=n * g, mid=c // g, inner=s, **place, **fields)
 
 
-def shape_of(plan: _Plan) -> tuple[int, ...]:
+def shape_of(plan: NkPlan) -> tuple[int, ...]:
     return plan.outer, plan.far, plan.kept, plan.mid, plan.inner
 
 
@@ -67,7 +68,7 @@ def address(tensor: Tensor | None) -> int | None:
 class Call:
     """One plan with its tensors; run() fills what the kernels write."""
 
-    plan: _Plan
+    plan: NkPlan
     x: Tensor
     weight: Tensor | None = None
     bias: Tensor | None = None
@@ -124,7 +125,7 @@ class Call:
         assert function(ctypes.c_void_p(ctypes.addressof(self.plan)), *arguments) == 0
 
 
-def places(plan: _Plan) -> Tensor:
+def places(plan: NkPlan) -> Tensor:
     """Where the parameters of each element are."""
     o, *axes = (torch.arange(n).view([-1 if d == e else 1 for e in range(5)]) for d, n in enumerate(shape_of(plan)))
     steps = (plan.per_far, plan.per_kept, plan.per_mid, plan.per_inner)
@@ -233,7 +234,7 @@ def check(call: Call, chance: random.Random) -> None:
     dy = torch.randn(call.x.shape).to(dtype)
     if plan.activation == 1:  # at the edge of ReLU a rounding decides: no gradient comes from there
         edge = Call(make_plan(), call.x, center=call.center, inverse=call.inverse)
-        edge.plan = _Plan.from_buffer_copy(plan)
+        edge.plan = NkPlan.from_buffer_copy(plan)
         edge.plan.activation = 0
         before = definition(edge, x, exact["weight"], exact["bias"])[0]
         dy = torch.where(before.abs() < 1e-3, 0, dy.double()).to(dtype)

@@ -11,7 +11,7 @@ from normkit.activations.divisive_norm import Field, divisive_norm
 from normkit.activations.global_response_norm import GlobalResponseNorm, global_response_norm
 from normkit.activations.local_contrast_norm import local_contrast_norm
 from normkit.activations.local_response_norm import LocalResponseNorm, local_response_norm
-from normkit.engine import native_call, native_global_response, native_window
+from normkit.engine import abi, native_global_response, native_window
 from normkit.engine.library import why_not
 from normkit.engine.window import sliding_sum
 
@@ -35,7 +35,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     def checked(status: int) -> None:
         calls["native"] += 1
-        native_call.checked(status)
+        abi.checked(status)
 
     for module in (native_window, native_global_response):
         monkeypatch.setattr(module, "checked", checked)

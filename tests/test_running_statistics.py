@@ -79,6 +79,15 @@ def test_a_half_layer_evaluates_on_every_back_end(card: Card, half: torch.dtype)
         )
 
 
+@each_kept
+@each_half
+def test_back_ends_agree_on_what_they_remember(card: Card, half: torch.dtype) -> None:
+    made, x = layer(card, dtype=half), sample_input(card, dtype=torch.float32).to(half)
+    found = {backend: copy.deepcopy(statistics(made)) for backend, _ in runs(card, made, x)}
+    for remembered in found.values():
+        assert_close(remembered, found.get("reference", remembered), rtol=1e-5, atol=1e-5)  # sums in another order
+
+
 def test_small_steps_are_not_lost_in_bfloat16() -> None:
     ours = nk.BatchNorm(1, momentum=0.001, dtype=torch.bfloat16)
     for _ in range(2000):

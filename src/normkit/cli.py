@@ -11,7 +11,7 @@ try:
 except ModuleNotFoundError:
     raise SystemExit("error: the command line needs typer; pip install 'normkit[lab]'") from None
 
-from normkit.core.errors import NormkitError, OptionError
+from normkit.core.errors import NormkitError, NotationError, OptionError
 
 app = typer.Typer(
     name="normkit",
@@ -19,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
 )
 
 LAB = (
@@ -61,7 +61,7 @@ DOWNLOAD = typer.Option("--download", help="fetch data that is missing", rich_he
 RAY = typer.Option(
     metavar="[ADDRESS]", help="do the runs on a Ray cluster; alone: on one started here", rich_help_panel=WHERE
 )
-THREADS = typer.Option(help="of torch on the CPU, a run", rich_help_panel=WHERE)
+THREADS = typer.Option(help="of torch on the CPU, per run", rich_help_panel=WHERE)
 FOLDER = typer.Option("--output", "-o", help="folder; default: runs/<name>-<scale>", rich_help_panel=RECORDS)
 OVERWRITE = typer.Option("--overwrite", help="replace the records there", rich_help_panel=RECORDS)
 NO_REPORT = typer.Option("--no-report", help="no figures, no report.html", rich_help_panel=RECORDS)
@@ -78,7 +78,7 @@ def _tell_version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", help="of normkit", callback=_tell_version, is_eager=True)
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_tell_version, is_eager=True)
     ] = False,
 ) -> None:
     """Takes the options that stand before a command."""
@@ -115,7 +115,7 @@ def compare(
         bool, typer.Option("--condition/--no-condition", help="condition numbers of the weights", rich_help_panel=WHAT)
     ] = True,
     epochs: Annotated[int, typer.Option(help="passes over the training data", rich_help_panel=HOW)] = 12,
-    batch_size: Annotated[int, typer.Option(help="samples a step, over all processes", rich_help_panel=HOW)] = 64,
+    batch_size: Annotated[int, typer.Option(help="samples per step, over all processes", rich_help_panel=HOW)] = 64,
     optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw", rich_help_panel=HOW)] = "sgd",
     momentum: Annotated[float, typer.Option(help="of sgd", rich_help_panel=HOW)] = 0.9,
     weight_decay: Annotated[float, typer.Option(help="of the optimizer", rich_help_panel=HOW)] = 1e-4,
@@ -238,7 +238,7 @@ def reproduce(
     overwrite: Annotated[bool, OVERWRITE] = False,
     no_report: Annotated[bool, NO_REPORT] = False,
 ) -> None:
-    """Reproduces a table or figure of a paper, on its data: the paper's numbers beside ours.
+    """Reproduces a table or figure of a paper on its data, and prints the paper's numbers next to ours.
 
     Stop it at any time: the same command goes on where it was. Several such commands with one output share the runs.
 
@@ -274,7 +274,7 @@ def claim(
 
 @app.command()
 def report(output: Annotated[Path, typer.Argument(help="folder of a finished comparison or experiment")]) -> None:
-    """Draws the figures and report.html of a comparison or experiment anew from its records, and prints its tables."""
+    """Redraws the figures and report.html of a comparison or experiment from its records, and prints its tables."""
     with _faults():
         from normkit.lab.compare import reprint
         from normkit.lab.experiments import reshow
@@ -335,15 +335,18 @@ def cite(
 ) -> None:
     """Prints BibTeX of methods, or of every norm found in a model."""
     with _faults():
-        from normkit.catalogue.citation import cite as cite_model
-        from normkit.catalogue.methods import method
-        from normkit.lab.protocol import MODELS, load_factory, make_model
+        from normkit.catalogue.entry import entry
 
         for name in names:
-            if ":" in name or name in MODELS:
+            try:
+                typer.echo(entry(name).bibtex)
+            except NotationError:
+                from normkit.catalogue.citation import cite as cite_model
+                from normkit.lab.protocol import MODELS, load_factory, make_model
+
+                if ":" not in name and name not in MODELS:
+                    raise
                 typer.echo(cite_model(make_model(load_factory(name, MODELS), name, None)))
-            else:
-                typer.echo(method(name).paper.bibtex())
 
 
 @app.command()
@@ -351,7 +354,7 @@ def bench(
     methods: Annotated[str | None, typer.Option(help="separated by commas; default: all")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="one shape, float32, few rounds: about a minute")] = False,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="beside torch.compile too, which compiles for minutes")
+        bool, typer.Option("--compile", help="compare with torch.compile too, which compiles for minutes")
     ] = False,
     rounds: Annotated[int | None, typer.Option(help="samples of each; default: 15, or 5 if quick")] = None,
     threads: Annotated[int | None, typer.Option(help="of torch")] = None,
@@ -359,7 +362,7 @@ def bench(
     results: Annotated[Path | None, typer.Option(help="a Markdown file whose section Layers is replaced")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="measure again what is found there")] = False,
 ) -> None:
-    """Measures the layers' speed beside torch's own, in one run, and as fractions of the copy bandwidth.
+    """Compares the layers' speed with torch's own in one run, and with the copy bandwidth.
 
     Writes speed.json, speed.md and figures. Stop it at any time: the same command goes on where it was.
     """
@@ -435,7 +438,7 @@ def _experiment(
 
 def main() -> None:
     """Runs the command line."""
-    app()
+    app(prog_name="normkit")
 
 
 @contextmanager

@@ -73,7 +73,8 @@ class AdaLayerNorm(Layer, Module):
         dtype: of the parameters.
 
     Shape:
-        input (N, *, D) and condition (N, condition) or (N, *, condition), to the input's shape and dtype.
+        input (N, *, D) and condition (N, condition) or (N, *, condition), any axis but the last of which may be 1, to the
+        input's shape and dtype.
 
     Raises:
         ShapeError: the input or the condition has another size.
@@ -160,7 +161,8 @@ class AdaLayerNormZeroBlock(Module):
         dtype: of the modulation's parameters.
 
     Shape:
-        input (N, *, D) and condition (N, condition) or (N, *, condition), to the input's shape and dtype.
+        input (N, *, D) and condition (N, condition) or (N, *, condition), any axis but the last of which may be 1, to the
+        input's shape and dtype.
 
     Raises:
         ShapeError: the input or the condition has another size.
@@ -225,7 +227,8 @@ class AdaLayerNormOutput(Module):
         dtype: of the parameters.
 
     Shape:
-        input (N, *, D) and condition (N, condition) or (N, *, condition), to (N, *, outputs).
+        input (N, *, D) and condition (N, condition) or (N, *, condition), any axis but the last of which may be 1, to
+        (N, *, outputs).
 
     Raises:
         ShapeError: the input or the condition has another size.

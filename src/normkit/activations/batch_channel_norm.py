@@ -149,9 +149,7 @@ class BatchChannelNorm(Module, nn.modules.batchnorm._BatchNorm):
     def reset_parameters(self) -> None:
         """Start again: weights 1, biases 0, running mean 0 and variance 1, no batches."""
         super().reset_parameters()
-        for name, value in (("group_weight", 1), ("group_bias", 0)):
-            if isinstance(tensor := getattr(self, name, None), Tensor):
-                nn.init.constant_(tensor, value)
+        self.fill(group_weight=1, group_bias=0)
 
     def extra_repr(self) -> str:
         """The arguments."""

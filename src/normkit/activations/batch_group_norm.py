@@ -144,11 +144,7 @@ class BatchGroupNorm(Layer, Module):
 
     def reset_parameters(self) -> None:
         """Start again: weight 1, bias 0, running mean 0 and variance 1, no steps."""
-        for tensor, value in ((self.weight, 1), (self.bias, 0), (self.running_mean, 0), (self.running_var, 1)):
-            if tensor is not None:
-                nn.init.constant_(tensor, value)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.zero_()
+        self.fill(weight=1, bias=0, running_mean=0, running_var=1, num_batches_tracked=0)
 
     def check(self, input: Tensor) -> None:
         check_channels("BatchGroupNorm", input, self.num_channels, "num_channels", self.layout)

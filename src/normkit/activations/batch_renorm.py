@@ -145,13 +145,8 @@ class BatchRenorm(Layer, Module):
         super().__init__()
         if not 0 <= momentum <= 1:
             raise OptionError(f"BatchRenorm: momentum={momentum}; wanted a number from 0 to 1")
-        self.num_features, self.eps, self.momentum, self.affine, self.layout = (
-            num_features,
-            eps,
-            momentum,
-            affine,
-            layout,
-        )
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.affine, self.layout = affine, layout
         self.schedule = schedule or RenormSchedule()
         kind = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.ones(num_features, **kind)) if affine else None
@@ -167,10 +162,7 @@ class BatchRenorm(Layer, Module):
 
     def reset_parameters(self) -> None:
         """Start again: weight 1, bias 0, running mean 0 and deviation 1, no steps."""
-        for tensor, value in ((self.weight, 1), (self.bias, 0), (self.running_mean, 0), (self.running_std, 1)):
-            if tensor is not None:
-                nn.init.constant_(tensor, value)
-        self._running()[2].zero_()
+        self.fill(weight=1, bias=0, running_mean=0, running_std=1, num_batches_tracked=0)
 
     def _running(self) -> tuple[Tensor, Tensor, Tensor]:
         assert self.running_mean is not None

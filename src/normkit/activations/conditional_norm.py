@@ -130,9 +130,7 @@ class ConditionalNorm(_Normalizer):
 
     def reset_parameters(self) -> None:
         """Make it the plain norm, whatever the condition."""
-        for parameter, start in ((self.weight, 1.0 if self.features is None else 0.0), (self.bias, 0.0)):
-            if parameter is not None:
-                nn.init.constant_(parameter, start)
+        self.fill(weight=1 if self.features is None else 0, bias=0)
 
     def forward(self, input: Tensor, condition: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         check_channels("ConditionalNorm", input, self.num_features, "num_features", "n c *")

@@ -110,9 +110,7 @@ class DivisiveNorm(Module):
 
     def reset_parameters(self) -> None:
         """Set the weight to 1 and the bias to 0."""
-        for parameter, start in ((self.weight, 1.0), (self.bias, 0.0)):
-            if parameter is not None:
-                nn.init.constant_(parameter, start)
+        self.fill(weight=1, bias=0)
 
     def centered(self, input: Tensor) -> Tensor:
         """The input less the mean of its summation field: what the paper's penalty is on."""
@@ -191,8 +189,7 @@ class LyuSimoncelliNorm(Module):
 
     def reset_parameters(self) -> None:
         """Set b to 1 and the weights along an axis to 1 / window."""
-        nn.init.constant_(self.weight, self.window**-0.5)
-        nn.init.ones_(self.bias)
+        self.fill(weight=self.window**-0.5, bias=1)
 
     def forward(self, input: Tensor) -> Tensor:
         check_channels("LyuSimoncelliNorm", input, self.num_channels, "num_channels", "n c *")

@@ -77,11 +77,7 @@ class DynamicTanh(Module):
 
     def reset_parameters(self) -> None:
         """Set alpha to its start, the weight to 1 and the bias to 0."""
-        nn.init.constant_(self.alpha, self.init_alpha)
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        self.fill(alpha=self.init_alpha, weight=1, bias=0)
 
     def forward(self, input: Tensor) -> Tensor:
         return dynamic_tanh(input, self.alpha, self.weight, self.bias, layout=self.layout)

@@ -88,10 +88,9 @@ class ExemplarNorm(Module):
         """Set the weights to 1, the biases to 0, all shares to 1/3, and forget the running averages."""
         self.reduce.reset_parameters()
         self.hidden.reset_parameters()
-        for parameter in (self.weight, self.running_var):
-            nn.init.ones_(parameter)
-        for parameter in (self.bias, self.logits.weight, self.logits.bias, self.running_mean):
-            nn.init.zeros_(parameter)
+        self.fill(weight=1, bias=0, running_mean=0, running_var=1)
+        nn.init.zeros_(self.logits.weight)
+        nn.init.zeros_(self.logits.bias)
 
     @property
     def memory(self) -> Running:

@@ -87,10 +87,7 @@ class FilterResponseNorm(Layer, Module):
 
     def reset_parameters(self) -> None:
         """Set the weight to 1, bias and threshold to 0, a learned eps to ``eps``."""
-        starts = ((self.weight, 1.0), (self.bias, 0.0), (self.tau, 0.0), (self.eps_weight, self.eps))
-        for parameter, start in starts:
-            if parameter is not None:
-                nn.init.constant_(parameter, start)
+        self.fill(weight=1, bias=0, tau=0, eps_weight=self.eps)
 
     def make_rule(self) -> Rule:
         return filter_response_norm_rule(self.eps)

@@ -81,10 +81,7 @@ class FixNorm(Module):
             nn.init.uniform_(self.weight, -0.01, 0.01)
         else:
             nn.init.normal_(self.weight, std=self.features**-0.5)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-        if self.gain is not None:
-            nn.init.constant_(self.gain, self.features**0.5)
+        self.fill(bias=0, gain=self.features**0.5)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings of words, scaled by sqrt(D).

@@ -73,8 +73,7 @@ class GlobalResponseNorm(Module):
 
     def reset_parameters(self) -> None:
         """Set weight and bias to 0: the identity."""
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        self.fill(weight=0, bias=0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, foreign in (("weight", "gamma"), ("bias", "beta")):

@@ -74,9 +74,7 @@ class LocalContextNorm(Module):
 
     def reset_parameters(self) -> None:
         """Set the weight to 1 and the bias to 0."""
-        for parameter, start in ((self.weight, 1.0), (self.bias, 0.0)):
-            if parameter is not None:
-                nn.init.constant_(parameter, start)
+        self.fill(weight=1, bias=0)
 
     def forward(self, input: Tensor) -> Tensor:
         check_channels("LocalContextNorm", input, self.num_features, "num_features", "n c *")

@@ -94,9 +94,7 @@ class MeanOnlyBatchNorm(Layer, Module):
 
     def reset_parameters(self) -> None:
         """Start again: bias 0, running mean 0, no batches."""
-        for tensor in (self.bias, self.running_mean, self.num_batches_tracked):
-            if tensor is not None:
-                nn.init.zeros_(tensor)
+        self.fill(bias=0, running_mean=0, num_batches_tracked=0)
 
     def check(self, input: Tensor) -> None:
         check_channels("MeanOnlyBatchNorm", input, self.num_features, "num_features", self.layout)

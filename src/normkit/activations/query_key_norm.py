@@ -102,8 +102,8 @@ class QueryKeyNorm(Module):
         """Give the parameters their first values."""
         self.q_norm.reset_parameters()
         self.k_norm.reset_parameters()
-        if self.length is not None and self.q_norm.weight is not None:
-            nn.init.constant_(self.q_norm.weight, math.log2(self.length**2 - self.length))
+        if self.length is not None:
+            self.q_norm.fill(weight=math.log2(self.length**2 - self.length))
 
     @property
     def scale(self) -> float:
@@ -166,10 +166,7 @@ class _HeadNorm(Layer, Module):
         _ = self.rule  # made now, so that a compiler finds it ready
 
     def reset_parameters(self) -> None:
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        self.fill(weight=1, bias=0)
 
     def make_rule(self) -> Rule:
         return query_key_norm_rule(self.form, self.eps)

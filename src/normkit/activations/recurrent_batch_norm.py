@@ -115,11 +115,7 @@ class RecurrentBatchNorm(Layer, Module):
 
     def reset_parameters(self) -> None:
         """Start again: weight at the gain, bias 0, running means 0 and variances 1, no batches."""
-        for name, value in (("weight", self.gain), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
-            if isinstance(tensor := getattr(self, name), Tensor):
-                nn.init.constant_(tensor, value)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.zero_()
+        self.fill(weight=self.gain, bias=0, running_mean=0, running_var=1, num_batches_tracked=0)
 
     def check(self, input: Tensor) -> None:
         check_channels("RecurrentBatchNorm", input, self.num_features, "num_features", "n * c")

@@ -116,11 +116,7 @@ class RMSNorm(Layer, Module, nn.RMSNorm):  # pyright: ignore[reportIncompatibleM
 
     def reset_parameters(self) -> None:
         """Give the weight and the bias their first values."""
-        if self.weight is not None:
-            nn.init.constant_(self.weight, 1.0 - self.offset)
-        bias = getattr(self, "bias", None)
-        if bias is not None:
-            nn.init.zeros_(bias)
+        self.fill(weight=1 - self.offset, bias=0)
 
     def make_rule(self) -> Rule:
         return rms_norm_rule(len(self.normalized_shape), self.eps, self.over, self.guard, self.offset)

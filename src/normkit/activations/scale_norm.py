@@ -81,8 +81,7 @@ class ScaleNorm(Layer, Module):
 
     def reset_parameters(self) -> None:
         """Give the weight its first value, also where it is shared."""
-        if self.weight is not None:
-            nn.init.constant_(self.weight, self.features**0.5)
+        self.fill(weight=self.features**0.5)
 
     def make_rule(self) -> Rule:
         return scale_norm_rule(self.eps)

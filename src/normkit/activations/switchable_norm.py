@@ -83,10 +83,7 @@ class SwitchableNorm(Module):
 
     def reset_parameters(self) -> None:
         """Set the weight and all logits to 1, the bias to 0, and forget the running averages."""
-        for parameter in (self.weight, self.mean_weight, self.var_weight, self.running_var):
-            nn.init.ones_(parameter)
-        for parameter in (self.bias, self.running_mean):
-            nn.init.zeros_(parameter)
+        self.fill(weight=1, bias=0, mean_weight=1, var_weight=1, running_mean=0, running_var=1)
 
     @property
     def memory(self) -> Running:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from importlib import import_module
 
+from normkit.catalogue.entry import find, spellings
 from normkit.core.card import Card
-from normkit.core.errors import NotationError
 
 # A file may hold several methods that are one idea; its cards follow one another as they stand in it.
 _FILES = (
@@ -73,16 +72,10 @@ def method(name: str) -> Card:
         The card.
 
     Raises:
-        NotationError: no such method; the message lists those that exist.
+        NotationError: no such method; the message names those that are alike, and all.
 
     >>> method("gn").title
     'Group normalization'
     """
-    wanted = name.strip().lower().replace("-", "_").replace(" ", "_")
-    for card in METHODS if wanted else ():
-        if wanted in (card.name, card.word, card.name.replace("_", ""), card.module.__name__.lower()):
-            return card
-    names = [card.name for card in METHODS]
-    close = get_close_matches(wanted, names, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise NotationError(f"no method {name!r}; {hint}those that exist: {', '.join(names)}")
+    known = {card.name: card for card in METHODS}
+    return known[find(name, {card.name: spellings(card.name, card.word, card.module.__name__) for card in METHODS})]

@@ -3,7 +3,7 @@
     python -m normkit.catalogue.table README.md docs/methods.md
 
 writes it between the lines ``<!-- methods -->`` (short) or ``<!-- comparison -->`` (with use cases, strengths and weaknesses)
-and ``<!-- end -->`` of each file.
+and ``<!-- end -->`` of each file, and entries.json with them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+from normkit.catalogue.entry import write
 from normkit.catalogue.methods import METHODS
 from normkit.core.errors import NotationError
 
@@ -83,6 +84,7 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
+    write(METHODS)
     for name in sys.argv[1:]:
         path = Path(name)
         path.write_text(with_tables(path.read_text()))

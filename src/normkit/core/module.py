@@ -48,6 +48,12 @@ class Module(nn.Module):
                 self._buffers[name] = old.to(buffer.device, torch.float32 if buffer.device.type == "mps" else None)
         return self
 
+    def fill(self, **values: float) -> None:
+        """Set each of the named parameters and buffers that is there to one value."""
+        for name, value in values.items():
+            if isinstance(tensor := getattr(self, name, None), Tensor):
+                nn.init.constant_(tensor, value)
+
     def __prepare_scriptable__(self) -> NoReturn:
         raise BackendError(
             f"torch.jit.script: TorchScript can't compile {type(self).__name__}, which chooses its kernel in Python; use "

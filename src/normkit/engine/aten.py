@@ -1,132 +1,145 @@
-"""The rules for which torch has a fused kernel of its own, found by their axes and statistic."""
+"""The rules for which torch has a fused kernel of its own, found by their axes and statistic.
+
+They stand in where the library of kernels is missing and on other devices. What torch's kernels are known to get wrong never
+reaches a user: those calls are refused here and run by the definition, or are wrapped in :class:`_RightTwice`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normkit.core.memory import RunningStatistics
 from normkit.core.moments import Moments, accumulation_dtype
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Split
+from normkit.engine import closed_form
+from normkit.engine.abi import gradients
+from normkit.engine.call import Call, Output, finish, summed
+from normkit.engine.eager import differentiated, recorded
+from normkit.engine.reference import activate
 
 Ready = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 Kernel = Callable[[float, Split], Ready]
 
 
-def refusal(
-    rule: Rule,
-    x: Tensor,
-    split: Split,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    measured: bool = False,
-    running: RunningStatistics | None = None,
-) -> str | None:
-    """Why torch has no fused kernel for this call, or None if it has one.
-
-    ``measured`` if the moments are wanted too; ``running`` are the statistics to use in place of the input's own.
-    """
+def refusal(call: Call, split: Split) -> str | None:
+    """Reason torch has no fused kernel for this call, or none that is right, or None if it has one."""
+    rule, x = call.rule, call.x
     kernel = _kernel(rule)
     if kernel is None:
         return f"torch has no fused kernel for {rule.support} with {rule.statistic.formula()}"
-    if measured and kernel is not _batch_norm:
-        return "torch's kernel does not hand over the statistics"
-    if x.numel() == 0 or (split.count < 2 and running is None):
+    if call.mask is not None:
+        return "torch's kernels take no mask"
+    if call.wants_moments and kernel is not _batch_norm:
+        return "torch's kernel does not return the statistics"
+    if x.numel() == 0 or (split.count < 2 and call.own):
         return "torch's kernels refuse an input without elements, and statistics of a single one"
-    if running is not None and x.dtype.itemsize != 2 and running.mean.dtype != x.dtype:
-        return f"torch's kernel does not take a {x.dtype} input with {running.mean.dtype} running statistics"
-    for parameter in (weight, bias):
-        if parameter is None:
-            continue
-        mixed = (
-            x.device.type == "cpu"
-            and x.dtype.itemsize == 2
-            and parameter.dtype == torch.float32
-            and kernel is not _rms_norm
-        )
+    if differentiated():
+        return "torch's kernels are wrong in nested forward mode and beyond second derivatives"
+    if not call.own:
+        assert call.running is not None
+        if x.dtype.itemsize != 2 and call.running.mean.dtype != x.dtype:
+            return f"torch's kernel does not take a {x.dtype} input with {call.running.mean.dtype} running statistics"
+    half = x.device.type == "cpu" and x.dtype.itemsize == 2
+    parameters = [p for p in (call.weight, call.bias) if p is not None]
+    if half and torch.is_grad_enabled():
+        return f"torch's CPU kernels sum gradients in {x.dtype}"
+    if kernel in (_group_norm, _instance_norm) and x.device.type == "cpu" and not x.is_contiguous():
+        return "torch's CPU kernel loses accuracy beside a large mean unless the input is contiguous"
+    for parameter in parameters:
+        mixed = half and parameter.dtype == torch.float32 and kernel is not _rms_norm
         if parameter.dtype != x.dtype and not mixed:
             return f"torch's kernels do not take a {x.dtype} input with {parameter.dtype} parameters"
+        if parameter.device != x.device:
+            return f"torch's kernels do not take parameters on {parameter.device} with an input on {x.device}"
     return None
 
 
-def prepare(rule: Rule, x: Tensor, split: Split) -> Ready:
-    """Torch's fused kernel for a rule on inputs like this one; only where ``refusal`` gave None.
+def perform(call: Call, split: Split) -> Output:
+    """Run a call on torch's kernel; only where ``refusal`` gave None."""
+    x, total = summed(call)
+    if not call.own:
+        y, moments = _by_running(call, x), None
+    elif call.wants_moments:
+        y, moments = _measured(call, x, split)
+    else:
+        y, moments = _ready(call.rule, x, split)(x, call.weight, call.bias), None
+    return Output(finish(activate(y, call.activation), call), total, moments)
 
-    Args:
-        rule: what to compute.
-        x: in its own shape, not split.
-        split: of the rule's support.
 
-    Returns:
-        A function of an input of this shape, a weight and a bias, each of them or None.
-    """
+def _ready(rule: Rule, x: Tensor, split: Split) -> Ready:
+    """Torch's fused kernel for a rule on inputs like this one."""
     kernel = _kernel(rule)
     assert kernel is not None
     ready = kernel(_eps(rule.statistic, x), split)
+    if kernel in (_layer_norm, _over_channels) and torch.is_grad_enabled() and not recorded():
+        return lambda x, weight, bias: _RightTwice.apply(x, weight, bias, ready, rule, split)  # pyright: ignore[reportReturnType]
     if not _channels_are_last(rule):
         return ready
-    return lambda x, weight, bias: _as_last(ready(x.movedim(-1, 1), weight, bias), x)
+    return lambda x, weight, bias: ready(x.movedim(-1, 1), weight, bias).movedim(1, -1)
 
 
-def measure(rule: Rule, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalize over the batch: the output, mean and unbiased variance per channel; only where ``refusal`` gave None."""
-    last = _channels_are_last(rule)
+class _RightTwice(torch.autograd.Function):
+    """A kernel of torch whose second derivative takes the statistics for constants: its backward goes another way for that."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, ready, ctx.rule, ctx.split = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.inner = [None if t is None else t.detach().requires_grad_() for t in tensors]
+        with torch.enable_grad():
+            ctx.outer = ready(*ctx.inner)
+        return ctx.outer.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *arrived: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+
+            def definition(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+                y = closed_form.normalize(x.reshape(ctx.split.shape), ctx.split, ctx.rule.statistic)[0]
+                if ctx.rule.compensation is not None:
+                    y = ctx.rule.compensation.apply(y, ctx.split, weight, bias)
+                return y.reshape(x.shape).to(ctx.outer.dtype)
+
+            found = gradients(definition, ctx.saved_tensors, needed, arrived[0])
+        else:
+            asked = [t for t, wanted in zip(ctx.inner, needed, strict=True) if wanted and t is not None]
+            each = iter(torch.autograd.grad(ctx.outer, asked, arrived[0], retain_graph=True))
+            found = [
+                next(each) if wanted and t is not None else None for t, wanted in zip(ctx.inner, needed, strict=True)
+            ]
+        return *found, None, None, None
+
+
+def _measured(call: Call, x: Tensor, split: Split) -> tuple[Tensor, Moments]:
+    """The output of normalizing over the batch, and the moments."""
+    last = _channels_are_last(call.rule)
     first = x.movedim(-1, 1) if last else x
     # With momentum 1 torch's running statistics are the batch's own: the way to have them from its kernel.
     mean = torch.zeros(first.shape[1], dtype=accumulation_dtype(x.dtype), device=x.device)
     var = torch.zeros_like(mean)
-    y = F.batch_norm(first, mean, var, _wide(weight), _wide(bias), True, 1.0, _eps(rule.statistic, x))
-    return (_as_last(y, x) if last else y), mean, var
+    weight, bias = _wide(call.weight), _wide(call.bias)
+    y = F.batch_norm(first, mean, var, weight, bias, True, 1.0, _eps(call.rule.statistic, x))
+    shape, biased = split.statistics_shape, (split.count - 1) / split.count
+    moments = Moments(mean.view(shape), (var * biased).view(shape), split.count)
+    return (y.movedim(1, -1) if last else y), moments
 
 
-def moments(mean: Tensor, var: Tensor, split: Split) -> Moments:
-    """What ``measure`` found, as the split's axes."""
-    shape = split.statistics_shape
-    return Moments(mean.view(shape), (var * ((split.count - 1) / split.count)).view(shape), split.count)
-
-
-def normalize_by(
-    rule: Rule, x: Tensor, running: RunningStatistics, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """Normalize by running statistics per channel and compensate; only where ``refusal`` gave None and the rule has a memory."""
-    last = _channels_are_last(rule)
+def _by_running(call: Call, x: Tensor) -> Tensor:
+    """The output of normalizing by running statistics per channel."""
+    assert call.running is not None
+    last = _channels_are_last(call.rule)
     first = x.movedim(-1, 1) if last else x
-    mean, var, weight, bias = (_wide(value) for value in (running.mean, running.var, weight, bias))
-    y = F.batch_norm(first, mean, var, weight, bias, False, 0.0, _eps(rule.statistic, x))
-    return _as_last(y, x) if last else y
-
-
-def is_quicker(rule: Rule, x: Tensor, given: bool) -> bool:
-    """Whether torch's kernel beats the native one on this input: where the way from Python costs more than the work.
-
-    ``given`` if statistics are given in place of the input's own. The bounds, in elements, are where the two met on two cores of
-    an x86-64-v3 processor.
-    """
-    kernel = _kernel(rule)
-    if kernel is _rms_norm:  # on a CPU torch composes it of six operators
-        return False
-    if kernel is _batch_norm:  # in training torch's own running statistics are poisoned by one broken batch
-        return given and not torch.is_grad_enabled() and x.dtype == torch.float32 and x.numel() >= 1 << 16
-    wide = x.dtype.itemsize > 2
-    rows = kernel is _layer_norm or (kernel is _over_channels and not x.is_contiguous())
-    if rows and wide and torch.is_grad_enabled() and x.shape[-1 if kernel is _layer_norm else 1] <= 512:
-        return True  # the backward pass over short rows
-    if kernel is not _layer_norm and not x.is_contiguous():
-        return x.numel() <= 1 << 13
-    if not torch.is_grad_enabled():
-        return x.numel() <= 1 << 17
-    return x.numel() <= (1 << 18 if wide else 1 << 16)
-
-
-def _as_last(y: Tensor, x: Tensor) -> Tensor:
-    """Channels back to the end; contiguous where the input was, as code behind a norm may view its output."""
-    y = y.movedim(1, -1)
-    return y.contiguous() if x.is_contiguous() else y
+    mean, var = _wide(call.running.mean), _wide(call.running.var)
+    weight, bias = _wide(call.weight), _wide(call.bias)
+    y = F.batch_norm(first, mean, var, weight, bias, False, 0.0, _eps(call.rule.statistic, x))
+    return y.movedim(1, -1) if last else y
 
 
 def _channels_are_last(rule: Rule) -> bool:
@@ -182,40 +195,19 @@ def _rms_norm(eps: float, split: Split) -> Ready:
 
 
 def _group_norm(eps: float, split: Split) -> Ready:
-    return _in_groups(eps, split.shape[split.names.index("g")] if "g" in split.names else 1)
+    groups = split.shape[split.names.index("g")] if "g" in split.names else 1
+    return lambda x, weight, bias: torch.group_norm(x, groups, weight, bias, eps)
 
 
 def _instance_norm(eps: float, split: Split) -> Ready:
     # As groups of one channel: torch's own function goes through batch normalization, and takes three times as long.
-    return _in_groups(eps, split.shape[split.names.index("c")])
-
-
-def _in_groups(eps: float, groups: int) -> Ready:
-    def ready(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        # In channels-last memory torch's CPU kernel is wrong by more the larger the mean: two copies are the price of accuracy.
-        like = memory_format(x)
-        x = x.contiguous() if x.device.type == "cpu" else x
-        return torch.group_norm(x, groups, weight, bias, eps).contiguous(memory_format=like)
-
-    return ready
+    channels = split.shape[split.names.index("c")]
+    return lambda x, weight, bias: torch.group_norm(x, channels, weight, bias, eps)
 
 
 def _over_channels(eps: float, split: Split) -> Ready:
     channels = (split.shape[split.names.index("c")],)
-
-    def ready(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        y = torch.layer_norm(x.movedim(1, -1), channels, weight, bias, eps).movedim(-1, 1)
-        return y.contiguous(memory_format=memory_format(x))
-
-    return ready
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The memory format that an output should have to be laid out as this input."""
-    for like, rank in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
-        if x.dim() == rank and x.is_contiguous(memory_format=like) and not x.is_contiguous():
-            return like
-    return torch.contiguous_format
+    return lambda x, weight, bias: torch.layer_norm(x.movedim(1, -1), channels, weight, bias, eps).movedim(-1, 1)
 
 
 _TRAILING: dict[tuple[str | None, str | None], Kernel] = {("mean", "std"): _layer_norm, (None, "rms"): _rms_norm}

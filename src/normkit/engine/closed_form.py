@@ -21,11 +21,39 @@ from torch import Tensor
 from normkit.core.moments import Moments, accumulation_dtype
 from normkit.core.statistic import Statistic, length
 from normkit.core.support import Split
+from normkit.engine.call import Call, Output, finish, summed
+from normkit.engine.reference import activate
 
 
 def has_closed_form(statistic: Statistic) -> bool:
     """Whether the statistic's gradient is the formula of this file."""
     return (statistic.center, statistic.scale) in {("mean", "std"), ("mean", None), (None, "rms"), (None, "norm")}
+
+
+def refusal(call: Call, split: Split) -> str | None:
+    """Reason this call can't run on the closed form, or None."""
+    statistic = call.rule.statistic
+    if not has_closed_form(statistic):
+        return f"no closed backward is known for {statistic.formula()}"
+    if call.mask is not None:
+        return "the closed form takes no mask"
+    if not call.own:
+        return "given statistics need no closed form"
+    if 0 in (call.x.numel(), len(split.dims)) or split.count <= statistic.correction:
+        return "there is nothing to reduce"
+    return None
+
+
+def perform(call: Call, split: Split) -> Output:
+    """Run a call by this form; only where ``refusal`` gave None."""
+    x, total = summed(call)
+    y, _, moments = normalize(x.reshape(split.shape), split, call.rule.statistic)
+    if call.weight is not None or call.bias is not None:
+        assert call.rule.compensation is not None
+        y = call.rule.compensation.apply(y, split, call.weight, call.bias)
+    elif y.dtype == x.dtype:
+        y = y.clone()  # the backward pass needs it, and a caller may write into what it gets
+    return Output(finish(activate(y, call.activation), call), total, moments)
 
 
 class _ClosedForm(torch.autograd.Function):

@@ -1,6 +1,12 @@
 """Whether eager PyTorch alone is at work, or something that must see PyTorch's operators."""
 
-import torch
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from normkit.engine.onlooker import modes_at_work
 
@@ -11,20 +17,25 @@ def recorded() -> bool:
     >>> recorded()
     False
     """
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return is_compiling() or _get_tracing_state() is not None
 
 
 def traced() -> bool:
-    """Whether a compiler, ``torch.func`` or forward mode is at work, to which a function with a backward of its own is opaque.
+    """Whether a compiler, ``torch.func`` or forward mode is at work, which cannot see through a custom autograd.Function.
 
     >>> traced()
     False
     """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return is_compiling() or differentiated()
+
+
+def differentiated() -> bool:
+    """Whether ``torch.func`` or forward mode is at work.
+
+    >>> torch.func.vmap(lambda x: x * differentiated())(torch.ones(2))
+    tensor([1., 1.])
+    """
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def watched() -> bool:
@@ -33,4 +44,10 @@ def watched() -> bool:
     >>> watched()
     False
     """
-    return traced() or recorded() or modes_at_work()
+    return (
+        is_compiling()
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _get_tracing_state() is not None
+        or (_len_torch_dispatch_stack() > 0 and modes_at_work())
+    )

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import RunningStatistics
 from normkit.core.rule import Rule
 from normkit.core.support import Support, show
-from normkit.engine.aten import Ready
-from normkit.engine.dispatch import Activation, Backend, Explanation, explain, ready, run, run_after_sum
-from normkit.engine.eager import recorded
+from normkit.engine.call import Activation, Backend, Call, Output
+from normkit.engine.choose import Explanation
+from normkit.engine.dispatch import explained, kept, perform_by
+from normkit.engine.guard import calm
+from normkit.engine.known import Known
 from normkit.engine.reference import check_activation
 
 _MADE = ("_rule", "_known")  # of a layer's attributes, when they are first needed
-
-
-class _Known(NamedTuple):
-    """What runs inputs of one shape, dtype and device."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    run: Ready
-
-    def fits(self, input: Tensor) -> bool:
-        return (
-            not recorded() and input.shape == self.shape and input.dtype == self.dtype and input.device == self.device
-        )
 
 
 class Layer(nn.Module):
@@ -78,34 +65,42 @@ class Layer(nn.Module):
             ShapeError: the input does not fit.
         """
         known = self.__dict__.get("_known")
-        if known is not None and mask is None and known.fits(input):
-            parameters = self._parameters
-            result = known.run(input, parameters["weight"], parameters["bias"])
-            return result if result.dtype == input.dtype else result.to(input.dtype)  # autocast may choose another
-        running, training = self._statistics(input)
-        if running is None and mask is None and not recorded():
-            self._know(input)
-        return run(
-            self.rule,
-            input,
-            self.weight,
-            self.bias,
-            running=running,
-            training=training,
-            mask=mask,
-            activation=self.activation,
-            backend=self.backend,
+        if known is not None and known.quick is not None and mask is None and calm():
+            parameters = self.__dict__["_parameters"]
+            weight, bias = parameters.get("weight"), parameters.get("bias")
+            if known.fits(input, weight, bias):
+                return known.quick(input, weight, bias)
+        return self._perform(self._call(input, mask)).y
+
+    def _call(self, input: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Call:
+        """The call for an input: the module's parameters, buffers and options as they are now."""
+        own = self.__dict__
+        parameters = own["_parameters"]
+        if "weight" in parameters and "bias" in parameters:
+            weight, bias = parameters["weight"], parameters["bias"]
+        else:  # plain attributes, as in FSDP and in replicas of DataParallel; or a layer without such
+            weight, bias = self.weight, self.bias
+        running, by_own = self.running(), True
+        if running is not None:  # a layer that is the same in both modes does without ``training``
+            by_own = self.training
+            if by_own and not own.get("track_running_stats", False):
+                running = None
+        return Call(
+            self.rule, input, weight, bias, residual, running, by_own, mask, self.activation, False, self.backend
         )
 
-    def _know(self, input: Tensor) -> None:
-        """Keep the way to torch's own kernel for the next input like this one, where that is what runs."""
-        parameters = self._parameters
-        if type(self).forward is not Layer.forward or not {"weight", "bias"} <= parameters.keys():
-            return
-        weight, bias = parameters["weight"], parameters["bias"]
-        found = ready(self.rule, input, weight, bias, self.activation, self.backend)
-        if found is not None:
-            self.__dict__["_known"] = _Known(input.shape, input.dtype, input.device, found)
+    def _perform(self, call: Call) -> Output:
+        """Run a call, as the last one was run if its tensors were like these."""
+        own = self.__dict__
+        known = own.get("_known")
+        if known is not None and call.mask is None and call.residual is None and calm() and known.agrees(call):
+            return perform_by(known.choice, call)
+        if not call.x.is_nested:
+            self.check(call.x)
+        choice = kept(call, call.key())
+        if choice.backend == "native" and call.mask is None and call.residual is None and calm():
+            own["_known"] = Known.of(call, choice)
+        return perform_by(choice, call)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "activation":
@@ -142,27 +137,9 @@ class Layer(nn.Module):
         Raises:
             ShapeError: the input does not fit, or the residual is of another shape or dtype.
         """
-        running, training = self._statistics(input)
-        return run_after_sum(
-            self.rule,
-            input,
-            residual,
-            self.weight,
-            self.bias,
-            running=running,
-            training=training,
-            mask=mask,
-            activation=self.activation,
-            backend=self.backend,
-        )
-
-    def _statistics(self, input: Tensor) -> tuple[RunningStatistics | None, bool]:
-        """Running statistics to update or to use, and whether the input's own are used; refuses an input that does not fit."""
-        self.check(input)
-        running, training = self.running(), self.training
-        if training and not self.__dict__.get("track_running_stats", False):
-            running = None
-        return running, training or running is None
+        y, total, *_ = self._perform(self._call(input, mask, residual))
+        assert total is not None
+        return y, total
 
     def running(self) -> RunningStatistics | None:
         """The module's running statistics, or None where it keeps none."""
@@ -185,17 +162,9 @@ class Layer(nn.Module):
         Returns:
             The choice with its reason; ``print`` it.
         """
-        running, training = self._statistics(input)
-        return explain(
-            self.rule,
-            input,
-            self.weight,
-            self.bias,
-            running=running,
-            training=training,
-            activation=self.activation,
-            backend=self.backend,
-        )
+        call = self._call(input, None)
+        self.check(input)
+        return explained(call)
 
 
 def check_channels(who: str, input: Tensor, wanted: int, argument: str, layout: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,17 @@ from normkit.core.errors import BackendError
 
 # Each instruction set with the level of the processor that it needs, best first.
 _LEVELS = {"x86-64-v4": 4, "x86-64-v3": 3, "baseline": 1}
+
+# Raise it, and what nk_abi of native/level.cpp returns, whenever a structure or the arguments of a function change: a library of
+# another number would read what Python hands over at the wrong places.
+_ABI = 1
+_SYMBOLS = (
+    *("nk_abi", "nk_level", "nk_set_threads"),
+    *("nk_forward", "nk_backward", "nk_given", "nk_remember"),
+    *("nk_weight_forward", "nk_weight_backward", "nk_weights"),
+    *("nk_response_forward", "nk_response_backward"),
+    *("nk_window_forward", "nk_window_sum", "nk_window_backward"),
+)
 
 _PACKAGE = Path(__file__).parent.parent
 _TORCH = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
@@ -81,7 +93,7 @@ def _load(isa: str, elsewhere: str) -> _Loaded:
         try:
             found, isa = _open(folder, isa)
         except OSError as error:
-            absent = f"they do not load: {error}"
+            absent = f"they do not load: {error}; to replace them: {_cure()}"
         else:
             shared = _share_threads(found)
             return _Loaded(found, f"{isa}, {_THREADS[shared]}")
@@ -96,8 +108,11 @@ def _absence(folder: Path) -> str | None:
         return None
     if sys.platform == "win32":
         return "they are not made for Windows"
-    cure = "make native" if _sources() else "pip install --force-reinstall --no-deps --no-cache-dir normkit"
-    return f"none are in {folder}; to build them takes a C++ compiler (GCC or Clang) and: {cure}"
+    return f"none are in {folder}; to build them takes a C++ compiler (GCC or Clang) and: {_cure()}"
+
+
+def _cure() -> str:
+    return "make native" if _sources() else "pip install --force-reinstall --no-deps --no-cache-dir normkit"
 
 
 def _age(folder: Path) -> str | None:
@@ -120,7 +135,7 @@ def _file(folder: Path, isa: str) -> Path:
 
 def _open(folder: Path, isa: str) -> tuple[ctypes.CDLL, str]:
     """The library of the instruction set asked for, or of the best one that the processor has."""
-    baseline = ctypes.CDLL(str(_file(folder, "baseline")))
+    baseline = _open_file(_file(folder, "baseline"))
     level = baseline.nk_level()
     if isa and _LEVELS[isa] > level:
         raise BackendError(
@@ -129,7 +144,46 @@ def _open(folder: Path, isa: str) -> tuple[ctypes.CDLL, str]:
     if isa and not _file(folder, isa).exists():
         raise BackendError(f"NORMKIT_ISA is {isa!r}, for which no kernels were built; unset it, or use baseline")
     isa = isa or _best(folder, level)
-    return (baseline if isa == "baseline" else ctypes.CDLL(str(_file(folder, isa)))), isa
+    return (baseline if isa == "baseline" else _open_file(_file(folder, isa))), isa
+
+
+def _open_file(path: Path) -> ctypes.CDLL:
+    """A library, once it is known to be whole, of normkit and of this version's interface.
+
+    Raises:
+        OSError: it is not.
+    """
+    size, needed = path.stat().st_size, _needed(path)
+    if size < needed:
+        raise OSError(f"{path} is cut short: {size} of {needed} bytes")
+    found = ctypes.CDLL(str(path))
+    abi = found.nk_abi() if hasattr(found, "nk_abi") else None
+    if abi not in (None, _ABI):
+        raise OSError(f"{path} was built for another version of normkit: its interface is {abi}, this one's {_ABI}")
+    missing = [symbol for symbol in _SYMBOLS if not hasattr(found, symbol)]
+    if missing:
+        raise OSError(f"{path} is no library of this normkit: it lacks {', '.join(missing)}")
+    return found
+
+
+def _needed(path: Path) -> int:
+    """How many bytes a library's own headers say it has; 0 where they are of a kind that the loader checks itself.
+
+    Linux's loader maps what the headers say into memory, and a read past the end of the file then kills the process.
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+        if len(head) < 64 or head[:5] != b"\x7fELF\2":
+            return 0
+        order = "<" if head[5] == 1 else ">"
+        programs, sections = struct.unpack_from(f"{order}QQ", head, 32)
+        program_size, program_count, section_size, section_count = struct.unpack_from(f"{order}4H", head, 54)
+        file.seek(programs)
+        table = file.read(program_size * program_count)
+    if len(table) < program_size * program_count:
+        return programs + program_size * program_count
+    pieces = (struct.unpack_from(f"{order}8x Q 16x Q", table, k * program_size) for k in range(program_count))
+    return max(sections + section_size * section_count, *(offset + length for offset, length in pieces))
 
 
 def _best(folder: Path, level: int) -> str:

@@ -1,304 +1,140 @@
 """Runs a rule on the C++ kernels of this package, on a CPU.
 
-What depends on the shape is prepared once and kept with the rule: the loop nest as the kernels read it. A call is then one
-allocation for the output, one for the statistics, and one call into the library. The double backward goes through the closed
-form in PyTorch, which is differentiable to any order.
+A call is one allocation for the output, one for the statistics, and one call into the library. The double backward goes through
+the closed form in PyTorch, which is differentiable to any order.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from normkit.core.memory import Running, RunningMoments, RunningStatistics
-from normkit.core.moments import Moments, accumulation_dtype
 from normkit.core.rule import Rule
 from normkit.core.support import Split, place
-from normkit.engine import closed_form, reference
-from normkit.engine.library import library, why_not
-from normkit.engine.native_call import TYPES, checked, gradients, like, pointer
-from normkit.engine.plan import Nest, is_dense, plan
+from normkit.engine import closed_form
+from normkit.engine.abi import TYPES, checked, gradients, like, plain, pointer
+from normkit.engine.call import Call, Output
+from normkit.engine.eager import watched
+from normkit.engine.guard import calm, guard
+from normkit.engine.prepared import Prepared
+from normkit.engine.reference import activate
 
-ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
-_SCALES = {("mean", "std"): 1, ("mean", None): 0, (None, "rms"): 1, (None, "norm"): 2}
-_GUARDS = {"inside": 0, "outside": 1, "floor": 2}
-# Far beyond the cache the output is written past it.
-_STREAM_BYTES = 1 << 25
-
-
-class _Plan(ctypes.Structure):
-    """NkPlan of native/plan.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("outer", "far", "kept", "mid", "inner")),
-        *((name, ctypes.c_int64) for name in ("outer_div", "outer_mod", "outer_step")),
-        *((name, ctypes.c_int64) for name in ("per_far", "per_kept", "per_mid", "per_inner", "parameters")),
-        *((name, ctypes.c_double) for name in ("eps", "offset")),
-        *((name, ctypes.c_int32) for name in ("type", "parameter_type", "centred", "scale", "guard", "correction")),
-        *((name, ctypes.c_int32) for name in ("activation", "given", "stream", "reserved")),
-    )
+_REMEMBERED = (Running, RunningMoments)  # memories that the library knows how to update
 
 
-class _Functions(NamedTuple):
-    forward: Any
-    backward: Any
-    remember: Any
-    given: Any
+def perform(ready: Prepared, call: Call) -> Output:
+    """Run a call by the input's own statistics; ``ready`` was prepared for it."""
+    x, residual = _dense(call.x, ready), call.residual
+    if residual is not None:
+        residual = like(residual, x)
+    measured = call.measured or call.running is not None
+    y, total, values = normalize(ready, x, call.weight, call.bias, residual, measured)
+    if not measured:
+        return Output(y, total)
+    memory, running = call.rule.memory, call.running
+    if ready.arrays is not None and memory is not None and running is not None and type(memory) in _REMEMBERED:
+        _remember(ready, memory, values, running)
+        return Output(y, total, remembered=True)
+    return Output(y, total, ready.moments(values))
 
 
-@functools.cache
-def _functions() -> _Functions | None:
-    """The library's functions with the types of their arguments, or None where there is no library."""
-    found = library()
-    if found is None:
+def quick(perform: Any, call: Call) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor] | None:
+    """What runs calls like this one by the shortest way, or None where they remember, or tensors must be copied first."""
+    (ready,) = perform.args
+    packed = all(p is None or p.is_contiguous() for p in (call.weight, call.bias))
+    if not call.own or call.running is not None or ready.source is not None or not packed:
         return None
-    signatures = {"forward": "p" * 10, "backward": "p" * 11, "remember": "iiiddipppp", "given": "pipppp"}
-    kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
-    for name, letters in signatures.items():
-        function = getattr(found, f"nk_{name}")
-        function.argtypes = [kinds[letter] for letter in letters]
-        function.restype = ctypes.c_int32
-    return _Functions(*(getattr(found, f"nk_{name}") for name in signatures))
 
+    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+        ):
+            return _normalize(x, weight, bias, None, ready, None)
+        return _forward(ready, x, weight, bias, None, False)[0]
 
-def absence() -> str | None:
-    """Why there are no kernels here, or None if there are."""
-    reason = why_not()
-    return None if reason is None else f"the native kernels do not run: {reason}"
-
-
-@dataclass(slots=True, eq=False)
-class Prepared:
-    """A rule on inputs of one shape, layout and dtype, ready for the kernels."""
-
-    rule: Rule
-    split: Split
-    nest: Nest
-    struct: _Plan
-    address: int
-    wide: torch.dtype
-    statistic_bytes: int
-    centred: bool
-    activation: str | None
-    functions: _Functions
-    strides: tuple[int, ...]
-
-    def statistic(self, values: Tensor, row: int) -> Tensor:
-        """One row of what the kernels measured, with reduced axes of size 1."""
-        return values[row].as_strided(self.split.statistics_shape, self.nest.statistic_strides)
-
-
-def prepare(
-    rule: Rule,
-    x: Tensor,
-    split: Split,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str | None = None,
-    given: bool = False,
-) -> Prepared | str:
-    """What runs such arguments, or the reason why the kernels do not.
-
-    Args:
-        rule: what to compute.
-        x: the input, or one of the same shape, strides and dtype.
-        split: of the rule's support.
-        weight: for the rule's compensation, of the shape that it wants, or None.
-        bias: likewise.
-        activation: what follows the compensation.
-        given: whether statistics will be given in place of the input's own.
-    """
-    found = _functions()
-    if found is None:
-        return absence() or ""
-    if reason := _unfit(x, weight, bias):
-        return reason
-    statistic = rule.statistic
-    scale = _SCALES.get((statistic.center, statistic.scale))
-    if scale is None:
-        return f"the kernels do not know {statistic.formula()}"
-    if x.numel() == 0 or not split.dims or (not given and split.count <= statistic.correction):
-        return "there is nothing to reduce"
-    if not is_dense(x.shape, x.stride()):
-        x = x.contiguous()
-    strides = x.view(split.shape).stride()
-    nest = plan(split, strides, rule.compensation)
-    if isinstance(nest, str):
-        return nest
-    parameter = weight if weight is not None else bias
-    wide = accumulation_dtype(x.dtype)
-    offset = rule.compensation.offset if rule.compensation is not None and weight is not None else 0.0
-    struct = _Plan(
-        *(nest.outer, nest.far.size, nest.kept.size, nest.mid.size, nest.inner.size),
-        *nest.outer_place,
-        *(nest.far.step, nest.kept.step, nest.mid.step, nest.inner.step, nest.parameters),
-        *(statistic.epsilon(wide), offset),
-        *(TYPES[x.dtype], TYPES[wide if parameter is None else parameter.dtype]),
-        *(statistic.center is not None, scale, _GUARDS[statistic.guard], statistic.correction),
-        *(ACTIVATIONS[activation], given, x.numel() * x.itemsize > _STREAM_BYTES, 0),
-    )
-    return Prepared(
-        rule=rule,
-        split=split,
-        nest=nest,
-        struct=struct,
-        address=ctypes.addressof(struct),
-        wide=wide,
-        statistic_bytes=nest.statistics * wide.itemsize,
-        centred=statistic.center is not None,
-        activation=activation,
-        functions=found,
-        strides=x.stride(),
-    )
-
-
-def _unfit(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
-    if x.device.type != "cpu" or x.layout != torch.strided:
-        return "the kernels run on dense CPU tensors"
-    if x.dtype not in TYPES:
-        return f"the kernels do not take {x.dtype}"
-    for parameter in (weight, bias):
-        if parameter is not None and (parameter.device.type != "cpu" or parameter.dtype not in TYPES):
-            return f"the kernels do not take a parameter of {parameter.dtype} on {parameter.device.type}"
-    if weight is not None and bias is not None and weight.dtype != bias.dtype:
-        return "weight and bias have two dtypes"
-    if TYPES[accumulation_dtype(x.dtype)] == 0 and any(
-        p is not None and p.dtype == torch.float64 for p in (weight, bias)
-    ):
-        return "the parameters are wider than the statistics"
-    return None
+    return run
 
 
 def normalize(
-    call: Prepared,
+    ready: Prepared,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None = None,
     measured: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Normalize by the input's own statistics.
-
-    Args:
-        call: prepared for these shapes.
-        x: the input.
-        weight: of the rule's compensation, or None.
-        bias: likewise.
-        residual: added to x first, or None.
-        measured: whether the variance is wanted too.
-
-    Returns:
-        The output, x + residual if there was one, and what was measured: rows of 1 / scale, mean and variance.
-    """
-    x, weight, bias = _dense(x, call), _packed(weight), _packed(bias)
-    if residual is not None:
-        residual = like(residual, x)
+) -> tuple[Tensor, Tensor | None, Any]:
+    """The output, x + residual if there is one, and what was measured: rows of 1 / scale, mean and, where asked for, variance."""
+    weight, bias = _packed(weight), _packed(bias)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _Normalize.apply(x, weight, bias, residual, call, measured)
-    return _forward(call, x, weight, bias, residual, measured)
+        kept: list[Tensor] = []
+        found = _normalize(x, weight, bias, residual, ready, kept if measured else None)
+        y, total = found if type(found) is tuple else (found, None)
+        return y, total, kept[0] if measured else None
+    return _forward(ready, x, weight, bias, residual, measured)
 
 
-def normalize_by(
-    call: Prepared, x: Tensor, mean: Tensor, var: Tensor, per: str, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """Normalize by given statistics, one for each element of the axes ``per``; ``call`` was prepared for given ones."""
-    x, weight, bias = _dense(x, call), _packed(weight), _packed(bias)
-    values = torch.empty((2, call.nest.statistics), dtype=call.wide)
-    if not _fill(call, values, mean, var):
-        statistic, split = call.rule.statistic, call.split
-        call.statistic(values, 1).copy_(place(mean, per, split))
-        inverse = call.statistic(values, 0)
-        if statistic.scale is None:
-            inverse.fill_(1.0)
-        else:
-            inverse.copy_(statistic.guarded(place(var, per, split).to(call.wide), power=2).reciprocal())
+def perform_by(ready: Prepared, call: Call) -> Output:
+    """Run a call by running statistics, one for each element of the memory's axes; ``ready`` was prepared for given ones."""
+    x, weight, bias, running = _dense(call.x, ready), _packed(call.weight), _packed(call.bias), call.running
+    assert running is not None
+    values = torch.empty(2 * ready.nest.statistics, dtype=ready.wide)
+    if ready.arrays is not None:
+        start = values.data_ptr()
+        variance = running.var.data_ptr() if ready.rule.statistic.scale is not None else None
+        pointers = running.mean.data_ptr(), variance, start, start + ready.statistic_bytes
+        checked(ready.given(ready.address, ready.arrays, *pointers))
+    else:
+        _fill(ready, values, running)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return _NormalizeBy.apply(x, weight, bias, values, call)
-    return _apply(call, x, weight, bias, values)
+        return Output(_normalize_by(x, weight, bias, values, ready))
+    return Output(_apply(ready, x, weight, bias, values))
 
 
-def _fill(call: Prepared, values: Tensor, mean: Tensor, var: Tensor) -> bool:
-    """Whether the given statistics lie as the kernel's sets do, and have been written for it."""
-    known = mean.dtype in TYPES and mean.is_cpu and mean.is_contiguous() and mean.shape == (call.nest.kept.size,)
-    like = call.rule.statistic.scale is None or (var.dtype == mean.dtype and var.is_contiguous())
-    if not (known and like) or call.nest.outer != 1:
-        return False
-    start = values.data_ptr()
-    variance = None if call.rule.statistic.scale is None else var.data_ptr()
-    call.functions.given(
-        call.address, TYPES[mean.dtype], mean.data_ptr(), variance, start, start + call.statistic_bytes
-    )
-    return True
+def _fill(ready: Prepared, values: Tensor, running: RunningStatistics) -> None:
+    """Write centre and 1 / scale for running statistics that do not lie as the kernel's sets do."""
+    memory, statistic, split = ready.rule.memory, ready.rule.statistic, ready.split
+    assert memory is not None
+    ready.statistic(values, 1).copy_(place(running.mean, memory.per, split))
+    inverse = ready.statistic(values, 0)
+    if statistic.scale is None:
+        inverse.fill_(1.0)
+    else:
+        var = place(running.var, memory.per, split).to(ready.wide)
+        inverse.copy_(statistic.guarded(var, power=2).reciprocal())
 
 
-def moments(call: Prepared, values: Tensor) -> Moments:
-    """The moments in what ``normalize`` measured, as the split's axes."""
-    return Moments(call.statistic(values, 1), call.statistic(values, 2), call.split.count)
-
-
-def remember(call: Prepared, memory: Running, values: Tensor, running: RunningStatistics) -> bool:
-    """Take what ``normalize`` measured into running statistics, in place and in one call; False where only Python can."""
-    if call.nest.outer != 1 or running.mean.shape != (call.nest.kept.size,):
-        return False
-    start, count = values.data_ptr(), call.split.count
-    factor = 1.0 if type(memory) is RunningMoments else count / (count - 1) if count > 1 else float("inf")
-    return _remember(memory, running, call.wide, start + call.statistic_bytes, start + 2 * call.statistic_bytes, factor)
-
-
-def remember_batch(memory: Running, mean: Tensor, var: Tensor, count: int, running: RunningStatistics) -> bool:
-    """The same for one mean and one unbiased variance per channel, as torch's kernel gives them."""
-    if not mean.is_cpu or mean.shape != running.mean.shape:
-        return False
-    factor = (count - 1) / count if type(memory) is RunningMoments else 1.0
-    return _remember(memory, running, mean.dtype, mean.data_ptr(), var.data_ptr(), factor)
-
-
-def _remember(
-    memory: Running, running: RunningStatistics, dtype: torch.dtype, mean_at: int, var_at: int, factor: float
-) -> bool:
-    mean, var = running.mean, running.var
-    kind, functions = type(memory), _functions()
-    if (
-        functions is None
-        or kind not in (Running, RunningMoments)
-        or mean.dtype not in TYPES
-        or not (mean.is_cpu and var.is_cpu and mean.is_contiguous() and var.is_contiguous() and var.dtype == mean.dtype)
-    ):
-        return False
+def _remember(ready: Prepared, memory: Running, values: Tensor, running: RunningStatistics) -> None:
+    """Take what ``normalize`` measured into running statistics, in place, in one call; they are ``ready.arrays``."""
+    mean, var, momentum = running.mean, running.var, memory.momentum
     if running.batches is not None:
         running.batches.add_(1)
-    momentum = memory.momentum
     if momentum is None:
         assert running.batches is not None
         momentum = 1.0 / running.batches.item()
-    functions.remember(
-        mean.numel(),
-        TYPES[dtype],
-        TYPES[mean.dtype],
-        momentum,
-        factor,
-        kind is RunningMoments,
-        mean_at,
-        var_at,
-        mean.data_ptr(),
-        var.data_ptr(),
-    )
-    return True
+    count, start, step = ready.split.count, values.data_ptr(), ready.statistic_bytes
+    raw = type(memory) is RunningMoments
+    factor = 1.0 if raw else count / (count - 1) if count > 1 else float("inf")
+    pointers = start + step, start + 2 * step, mean.data_ptr(), var.data_ptr()
+    checked(ready.remember(mean.numel(), TYPES[ready.wide], ready.arrays, momentum, factor, raw, *pointers))
+    torch.autograd.graph.increment_version((mean, var))
 
 
-def _dense(x: Tensor, call: Prepared) -> Tensor:
-    """The input as it was planned: a copy where its elements do not lie side by side."""
-    return x if x.stride() == call.strides else x.contiguous()
+def _dense(x: Tensor, ready: Prepared) -> Tensor:
+    """The input where it lies, or the copy that was planned."""
+    return x if ready.source is None else x.contiguous(memory_format=ready.source)
 
 
 def _packed(parameter: Tensor | None) -> Tensor | None:
@@ -306,52 +142,42 @@ def _packed(parameter: Tensor | None) -> Tensor | None:
 
 
 def _forward(
-    call: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, measured: bool
+    ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, measured: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     y = torch.empty_like(x)
     total = None if residual is None else torch.empty_like(x)
-    rows = 3 if measured else 1 + call.centred
-    values = torch.empty((rows, call.nest.statistics), dtype=call.wide)
-    start, step = values.data_ptr(), call.statistic_bytes
-    checked(
-        call.functions.forward(
-            call.address,
-            x.data_ptr(),
-            pointer(residual),
-            pointer(weight),
-            pointer(bias),
-            y.data_ptr(),
-            pointer(total),
-            start + step if rows > 1 else None,
-            start,
-            start + 2 * step if measured else None,
-        )
+    rows = 3 if measured else 1 + ready.centred
+    size = rows * ready.nest.statistics
+    values = x.new_empty(size) if x.dtype is ready.wide else torch.empty(size, dtype=ready.wide)
+    start, step = values.data_ptr(), ready.statistic_bytes
+    status = ready.forward(
+        ready.address,
+        x.data_ptr(),
+        None if residual is None else residual.data_ptr(),
+        None if weight is None else weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        None if total is None else total.data_ptr(),
+        start + step if rows > 1 else None,
+        start,
+        start + 2 * step if measured else None,
     )
-    return y, total, values
+    if status:
+        checked(status)
+    return y if ready.format is None else y.contiguous(memory_format=ready.format), total, values
 
 
-def _apply(call: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor) -> Tensor:
+def _apply(ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor) -> Tensor:
     y = torch.empty_like(x)
     start = values.data_ptr()
-    checked(
-        call.functions.forward(
-            call.address,
-            x.data_ptr(),
-            None,
-            pointer(weight),
-            pointer(bias),
-            y.data_ptr(),
-            None,
-            start + call.statistic_bytes if call.centred else None,
-            start,
-            None,
-        )
-    )
-    return y
+    center = start + ready.statistic_bytes if ready.centred else None
+    pointers = x.data_ptr(), None, pointer(weight), pointer(bias), y.data_ptr(), None, center, start, None
+    checked(ready.forward(ready.address, *pointers))
+    return y if ready.format is None else y.contiguous(memory_format=ready.format)
 
 
 def _backward(
-    call: Prepared,
+    ready: Prepared,
     dy: Tensor | None,
     dsum: Tensor | None,
     x: Tensor,
@@ -365,25 +191,22 @@ def _backward(
     dx = torch.empty_like(x) if wanted[0] else None
     dweight = torch.empty_like(weight) if wanted[1] and weight is not None else None
     dbias = torch.empty_like(bias) if wanted[2] and bias is not None else None
-    dy = like(dy, x)
-    if dsum is not None:
-        dsum = like(dsum, x)
     start = values.data_ptr()
-    checked(
-        call.functions.backward(
-            call.address,
-            dy.data_ptr(),
-            pointer(dsum),
-            x.data_ptr(),
-            pointer(weight),
-            pointer(bias),
-            start + call.statistic_bytes if call.centred else None,
-            start,
-            pointer(dx),
-            pointer(dweight),
-            pointer(dbias),
-        )
+    status = ready.backward(
+        ready.address,
+        dy.data_ptr(),
+        None if dsum is None else dsum.data_ptr(),
+        x.data_ptr(),
+        None if weight is None else weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        start + ready.statistic_bytes if ready.centred else None,
+        start,
+        None if dx is None else dx.data_ptr(),
+        None if dweight is None else dweight.data_ptr(),
+        None if dbias is None else dbias.data_ptr(),
     )
+    if status:
+        checked(status)
     return dx, dweight, dbias
 
 
@@ -400,51 +223,47 @@ def _compensated(
 ) -> Tensor:
     if rule.compensation is not None:
         y = rule.compensation.apply(y, split, weight, bias)
-    return reference.activate(y.reshape(x.shape), activation).to(x.dtype)
+    return activate(y.reshape(x.shape), activation).to(x.dtype)
 
 
-def _definition(call: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor | None) -> Tensor:
+def _definition(
+    ready: Prepared, values: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
     """``define``, or by given statistics."""
     if values is None:
-        return define(call.rule, call.split, x, weight, bias, call.activation)
-    center = call.statistic(values, 1) if call.centred else 0.0
-    y = (x.reshape(call.split.shape).to(call.wide) - center) * call.statistic(values, 0)
-    return _compensated(call.rule, call.split, x, y, weight, bias, call.activation)
+        return define(ready.rule, ready.split, x, weight, bias, ready.activation)
+    center = ready.statistic(values, 1) if ready.centred else 0.0
+    y = (x.reshape(ready.split.shape).to(ready.wide) - center) * ready.statistic(values, 0)
+    return _compensated(ready.rule, ready.split, x, y, weight, bias, ready.activation)
 
 
 def differentiate(
-    call: Prepared, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor
+    ready: Prepared, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of input, weight and bias, given what ``normalize`` measured."""
-    return _backward(call, dy, None, _dense(x, call), _packed(weight), _packed(bias), values, (True, True, True))
+    x = _dense(x, ready)
+    return _backward(ready, like(dy, x), None, x, _packed(weight), _packed(bias), values, (True, True, True))
 
 
 def _differentiable(
-    call: Prepared,
+    ready: Prepared,
     dy: Tensor | None,
     dsum: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    inputs: tuple[Tensor, Tensor | None, Tensor | None],
     values: Tensor | None,
     wanted: tuple[bool, bool, bool],
 ) -> list[Tensor | None]:
-    """The gradients by autograd through the definition: this pass is to be differentiated itself."""
+    """The gradients by autograd through the definition: this pass is to be differentiated itself, or is transformed."""
     if dy is None:
         return [dsum, None, None]
-    definition = functools.partial(_definition, call, values=values)
-    dx, dweight, dbias = gradients(definition, (x, weight, bias), wanted, dy)
+    dx, dweight, dbias = gradients(functools.partial(_definition, ready, values), inputs, wanted, dy)
     if dsum is not None:
         dx = dsum if dx is None else dx + dsum
     return [dx, dweight, dbias]
 
 
-def _is_batched(*gradients: Tensor | None) -> bool:
-    """Whether these are many gradients at once, as ``is_grads_batched`` makes them, which have no memory of their own."""
-    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)  # pyright: ignore[reportAttributeAccessIssue]
-
-
 class _Normalize(torch.autograd.Function):
+    # A forward with ctx, not setup_context, and statistics on ctx: for small inputs the alternatives cost more than the kernel.
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,
@@ -452,26 +271,30 @@ class _Normalize(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        call: Prepared,
-        measured: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        y, total, values = _forward(call, x, weight, bias, residual, measured)
-        ctx.call, ctx.residual = call, residual is not None
+        ready: Prepared,
+        kept: list[Tensor] | None,
+    ) -> Any:
+        y, total, values = _forward(ready, x, weight, bias, residual, kept is not None)
+        ctx.ready, ctx.values = ready, values
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(values)
-        ctx.save_for_backward(x if total is None else total, weight, bias, values)
-        return y, total, values
+        ctx.save_for_backward(x if total is None else total, weight, bias)
+        if kept is not None:
+            kept.append(values)  # beside the outputs: for a small batch another output costs more than the kernel
+        return y if total is None else (y, total)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy, dsum = gradients[0], gradients[1]
-        x, weight, bias, values = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+    def backward(ctx: Any, *arrived: Tensor | None) -> tuple[Tensor | None, ...]:
+        ready, (x, weight, bias), needs = ctx.ready, ctx.saved_tensors, ctx.needs_input_grad
+        if len(arrived) == 1 and _is_usual(ready, arrived[0], x):
+            found = _backward(ready, arrived[0], None, x, weight, bias, ctx.values, needs)
+            return *found, None, None, None
+        dy, dsum = (*arrived, None)[:2]
         wanted = (needs[0] or needs[3], needs[1], needs[2])
-        if torch.is_grad_enabled() or _is_batched(*gradients):
-            found = _differentiable(ctx.call, dy, dsum, x, weight, bias, None, wanted)
+        if torch.is_grad_enabled() or not _arrives_plainly(dy, dsum):
+            found = _differentiable(ready, dy, dsum, (x, weight, bias), None, wanted)
         else:
-            found = _backward(ctx.call, dy, dsum, x, weight, bias, values, wanted)
+            dy, dsum = _like(dy, x), _like(dsum, x)
+            found = _backward(ready, dy, dsum, x, weight, bias, ctx.values, wanted)
         dx = found[0]
         return dx if needs[0] else None, found[1], found[2], dx if needs[3] else None, None, None
 
@@ -479,18 +302,44 @@ class _Normalize(torch.autograd.Function):
 class _NormalizeBy(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, call: Prepared
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, ready: Prepared
     ) -> Tensor:
-        ctx.call = call
-        ctx.save_for_backward(x, weight, bias, values)
-        return _apply(call, x, weight, bias, values)
+        ctx.ready, ctx.values = ready, values
+        ctx.save_for_backward(x, weight, bias)
+        return _apply(ready, x, weight, bias, values)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, values = ctx.saved_tensors
+    def backward(ctx: Any, *arrived: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() or _is_batched(*gradients):
-            found = _differentiable(ctx.call, gradients[0], None, x, weight, bias, values, wanted)
+        if torch.is_grad_enabled() or not _arrives_plainly(arrived[0]):
+            found = _differentiable(ctx.ready, arrived[0], None, (x, weight, bias), ctx.values, wanted)
         else:
-            found = _backward(ctx.call, gradients[0], None, x, weight, bias, values, wanted)
+            dy = _like(arrived[0], x)
+            found = _backward(ctx.ready, dy, None, x, weight, bias, ctx.values, wanted)
         return *found, None, None
+
+
+def _like(gradient: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if gradient is None else like(gradient, x)
+
+
+def _is_usual(ready: Prepared, dy: Tensor | None, x: Tensor) -> bool:
+    """Whether a gradient lies in memory as the input does, with nothing at work that a kernel would hide from: one comparison."""
+    if dy is None or torch.is_grad_enabled() or not calm():
+        return False
+    if ready.arrives is None and plain(dy) and dy.stride() == x.stride() and dy.dtype == x.dtype:
+        ready.arrives = guard(dy)
+    return ready.arrives is not None and ready.arrives(dy)
+
+
+def _arrives_plainly(*gradients: Tensor | None) -> bool:
+    """Whether gradients can be copied to where a kernel reads them: not many at once, as ``is_grads_batched`` makes them."""
+    return not watched() and all(
+        g is None or (type(g) is Tensor and g.is_cpu and not is_legacy_batchedtensor(g)) for g in gradients
+    )
+
+
+# What Function.apply does beyond this is for torch.func, under which no kernel runs.
+_normalize: Callable[..., Any] = super(torch.autograd.Function, _Normalize).apply  # pyright: ignore[reportAttributeAccessIssue]
+_normalize_by: Callable[..., Any] = super(torch.autograd.Function, _NormalizeBy).apply  # pyright: ignore[reportAttributeAccessIssue]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from normkit.core.moments import accumulation_dtype
-from normkit.engine.native_call import TYPES, checked, entry, gradients, lanes, like, plain, pointer
+from normkit.engine.abi import TYPES, checked, entry, gradients, lanes, like, plain, pointer
 
 Definition = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
@@ -28,7 +28,7 @@ class _Plan(ctypes.Structure):
 
 @functools.cache
 def _functions() -> tuple[Any, Any] | None:
-    forward, backward = entry("nk_response_forward", "p" * 6), entry("nk_response_backward", "p" * 8)
+    forward, backward = entry("nk_response_forward"), entry("nk_response_backward")
     return None if forward is None or backward is None else (forward, backward)
 
 

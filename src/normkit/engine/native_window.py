@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normkit.engine.native_call import TYPES, Lanes, checked, entry, gradients, lanes, like, plain
+from normkit.engine.abi import TYPES, Lanes, checked, entry, gradients, lanes, like, plain
 from normkit.engine.plan import is_dense
 
 
@@ -36,8 +36,8 @@ class _Plan(ctypes.Structure):
 
 @functools.cache
 def _functions() -> tuple[Any, Any, Any] | None:
-    forward, backward = entry("nk_window_forward", "ppp"), entry("nk_window_backward", "pppp")
-    total = entry("nk_window_sum", "ppp")
+    forward, backward = entry("nk_window_forward"), entry("nk_window_backward")
+    total = entry("nk_window_sum")
     return None if forward is None or backward is None or total is None else (forward, backward, total)
 
 

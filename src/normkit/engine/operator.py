@@ -16,7 +16,10 @@ from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
-from normkit.engine import closed_form, native
+from normkit.engine import native
+from normkit.engine.call import Call, Output, summed
+from normkit.engine.layout import memory_format
+from normkit.engine.prepared import Prepared, absence, prepare
 
 _LIBRARY = torch.library.Library("normkit", "DEF")
 _LIBRARY.define(
@@ -70,23 +73,21 @@ def read(text: str) -> Rule:
     return _RULES[text]
 
 
-def _prepared(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: str, activation: str
-) -> native.Prepared | str:
+def _prepared(x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: str, activation: str) -> Prepared | str:
     known = read(rule)
     key = (
         "operator",
         x.shape,
         x.stride(),
         x.dtype,
-        *(None if p is None else p.dtype for p in (weight, bias)),
+        *(None if p is None else (p.shape, p.dtype, p.device) for p in (weight, bias)),
         activation,
     )
     if key not in known.prepared:
         if len(known.prepared) >= 256:  # many shapes, as from ragged batches, must not fill memory
             known.prepared.clear()
         split = known.support.split(x.shape)
-        known.prepared[key] = native.prepare(known, x, split, weight, bias, activation or None)
+        known.prepared[key] = prepare(known, x, split, weight, bias, activation or None)
     return known.prepared[key]
 
 
@@ -94,12 +95,12 @@ def _prepared(
 def _normalize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: str, activation: str
 ) -> tuple[Tensor, Tensor]:
-    call = _prepared(x, weight, bias, rule, activation)
-    if isinstance(call, str):
+    ready = _prepared(x, weight, bias, rule, activation)
+    if isinstance(ready, str):
         known = read(rule)
         y = native.define(known, known.support.split(x.shape), x, weight, bias, activation or None)
-        return torch.empty_like(x).copy_(y), x.new_empty(_rows(rule, x), dtype=accumulation_dtype(x.dtype))
-    y, _, values = native.normalize(call, x, weight, bias)
+        return _empty(known, x).copy_(y), x.new_empty(_measured(rule, x), dtype=accumulation_dtype(x.dtype))
+    y, _, values = native.normalize(ready, x, weight, bias)
     return y, values
 
 
@@ -107,8 +108,8 @@ def _normalize(
 def _normalize_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, rule: str, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _prepared(x, weight, bias, rule, activation)
-    if isinstance(call, str):
+    ready = _prepared(x, weight, bias, rule, activation)
+    if isinstance(ready, str):
         known = read(rule)
         inputs = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
         with torch.enable_grad():
@@ -119,28 +120,34 @@ def _normalize_backward(
         dx = torch.empty_like(x).copy_(found[0])  # pyright: ignore[reportArgumentType]
         dweight, dbias = found[1], found[2]
     else:
-        dx, dweight, dbias = native.differentiate(call, dy, x, weight, bias, values)
+        dx, dweight, dbias = native.differentiate(ready, dy, x, weight, bias, values)
         assert dx is not None
+        dx = dx if ready.source is None else torch.empty_like(x).copy_(dx)
     return dx, _or_empty(dweight, x), _or_empty(dbias, x)
+
+
+def _empty(rule: Rule, x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format(rule.support, x))
 
 
 def _or_empty(gradient: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0) if gradient is None else gradient
 
 
-def _rows(rule: str, x: Tensor) -> tuple[int, Any]:
+def _measured(rule: str, x: Tensor) -> Any:
+    """How many numbers the kernel measures."""
     known = read(rule)
     sets: Any = 1
     for size in known.support.split(x.shape).statistics_shape:
         sets = sets * size
-    return 1 + (known.statistic.center is not None), sets
+    return (1 + (known.statistic.center is not None)) * sets
 
 
 @torch.library.register_fake("normkit::normalize", lib=_LIBRARY)
 def _normalize_fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: str, activation: str
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(_rows(rule, x), dtype=accumulation_dtype(x.dtype))
+    return _empty(read(rule), x), x.new_empty(_measured(rule, x), dtype=accumulation_dtype(x.dtype))
 
 
 @torch.library.register_fake("normkit::normalize_backward", lib=_LIBRARY)
@@ -169,23 +176,28 @@ def _differentiate(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | Non
 torch.library.register_autograd("normkit::normalize", _differentiate, setup_context=_keep, lib=_LIBRARY)
 
 
-@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether the kernels run here; a constant to a compiler."""
-    return native.absence() is None
+    return absence() is None
 
 
-def refusal(rule: Rule, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
-    """Why a compiled graph should trace the definition rather than call the operator, or None."""
+# This is all that torch.compiler.assume_constant_result does, but calling it would import the compiler: a second at every start.
+available._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def refusal(call: Call) -> str | None:
+    """Reason a compiled graph should trace the definition rather than call the operator, or None."""
+    x = call.x
     if x.device.type != "cpu" or not available():
         return "the native kernels do not run here"
-    if not closed_form.has_closed_form(rule.statistic) or any(
-        p is not None and p.dtype not in (x.dtype, accumulation_dtype(x.dtype)) for p in (weight, bias)
-    ):
+    if any(p is not None and p.dtype not in (x.dtype, accumulation_dtype(x.dtype)) for p in (call.weight, call.bias)):
         return "the native kernels do not know it"
     return None
 
 
-def normalize(rule: Rule, x: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str | None) -> Tensor:
-    """Run a rule by the operator; only where ``refusal`` gave None."""
-    return torch.ops.normkit.normalize(x, weight, bias, write(rule), activation or "")[0]
+def perform(call: Call) -> Output:
+    """Run a call by the operator; only where ``refusal`` gave None."""
+    x, total = summed(call)
+    return Output(
+        torch.ops.normkit.normalize(x, call.weight, call.bias, write(call.rule), call.activation or "")[0], total
+    )

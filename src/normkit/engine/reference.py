@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, ShapeError
 from normkit.core.moments import Moments, accumulation_dtype
 from normkit.core.rule import Rule
-from normkit.core.support import Split
+from normkit.core.support import Split, place, show
+from normkit.engine.call import Call, Output, finish, summed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -34,6 +35,38 @@ def check_activation(activation: str | None) -> None:
     """Refuse an activation that is not one of ``ACTIVATIONS``, nor None, by OptionError."""
     if activation is not None and activation not in ACTIVATIONS:
         raise OptionError(f"activation={activation!r}: wanted one of {', '.join(ACTIVATIONS)}, or None")
+
+
+def perform(call: Call, split: Split) -> Output:
+    """Run a call by the definition."""
+    rule, running = call.rule, call.running
+    x, total = summed(call)
+    mask = _split_mask(call.mask, x, split)
+    parts, moments = x.reshape(split.shape), None
+    if call.own:
+        y, moments = normalize(rule, parts, split, call.weight, call.bias, mask)
+    else:
+        assert running is not None
+        assert rule.memory is not None
+        mean = place(running.mean, rule.memory.per, split)
+        var = None if rule.statistic.scale is None else place(running.var, rule.memory.per, split)
+        y = normalize_by(rule, parts, split, mean, var, call.weight, call.bias)
+        y = y if mask is None else torch.where(mask, y, 0.0)
+    return Output(finish(activate(y, call.activation), call), total, moments)
+
+
+def _split_mask(mask: Tensor | None, x: Tensor, split: Split) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise OptionError(f"mask is {mask.dtype}; wanted torch.bool, True where an element counts, e.g. mask.bool()")
+    try:
+        return mask.expand(x.shape).reshape(split.shape)
+    except RuntimeError:
+        raise ShapeError(
+            f"mask of shape {show(mask.shape)} does not broadcast over an input of {show(x.shape)}; "
+            "give it the same number of axes"
+        ) from None
 
 
 def normalize(

@@ -30,7 +30,8 @@ _WORDS: dict[type[nn.Module], str] = {
 def accelerate(model: nn.Module, *, where: Where | None = None, example: Any = None) -> Changes:
     """Put normkit's layer in the place of every norm of torch.nn, in place; the model computes what it did.
 
-    Parameters and buffers are the very same objects, so an optimizer goes on, and the state_dict has the same keys. What is
+    Parameters and buffers are the very same objects (but for running statistics of a half type, which become float32), so an
+    optimizer goes on, and the state_dict has the same keys. What is
     kept besides: dtype, device, training flag, hooks, and that one module stands in several places. Instance norms with running
     statistics and batch norms without are left as they are.
 

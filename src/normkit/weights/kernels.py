@@ -23,8 +23,8 @@ from normkit.core.errors import BackendError, ShapeError
 from normkit.core.moments import accumulation_dtype
 from normkit.core.statistic import Statistic
 from normkit.core.support import Split, show
+from normkit.engine.abi import TYPES, checked, entry, gradients, like, plain
 from normkit.engine.library import library
-from normkit.engine.native_call import TYPES, checked, entry, gradients, like, plain
 from normkit.weights.spare import Spare
 
 Method = Literal["normalize", "sequential", "simultaneous", "ruiz", "spectral"]
@@ -69,9 +69,7 @@ class _Functions(NamedTuple):
 def _functions() -> _Functions | None:
     if library() is None:
         return None
-    return _Functions(
-        entry("nk_weight_forward", "pppp"), entry("nk_weight_backward", "pppppp"), entry("nk_weights", "ippi")
-    )
+    return _Functions(entry("nk_weight_forward"), entry("nk_weight_backward"), entry("nk_weights"))
 
 
 def plan_for(

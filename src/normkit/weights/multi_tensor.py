@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.utils import parametrize
 
 from normkit.core.moments import accumulation_dtype
-from normkit.engine.native_call import like, plain
+from normkit.engine.abi import like, plain
 from normkit.weights import kernels
 from normkit.weights.attachment import originals
 

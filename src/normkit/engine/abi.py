@@ -1,0 +1,159 @@
+"""The contract between Python and the C++ library: types, structures, functions, statuses, and which tensors may be handed over.
+
+The mirror of native/*.h. Every tensor passes :func:`plain` (or a kept decision whose key says the same) before a pointer to it is
+taken, and every call returns a status that :func:`checked` reads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
+
+from normkit.core.errors import BackendError
+from normkit.engine.eager import watched
+from normkit.engine.library import library
+
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+# A letter per argument: p a pointer, i an integer of 64 bits, d a double. Each function returns a status.
+_SIGNATURES = {
+    "nk_forward": "p" * 10,
+    "nk_backward": "p" * 11,
+    "nk_remember": "iiiddipppp",
+    "nk_given": "pipppp",
+    "nk_weight_forward": "pppp",
+    "nk_weight_backward": "pppppp",
+    "nk_weights": "ippi",
+    "nk_response_forward": "p" * 6,
+    "nk_response_backward": "p" * 8,
+    "nk_window_forward": "ppp",
+    "nk_window_backward": "pppp",
+    "nk_window_sum": "ppp",
+}
+_LETTERS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
+_STATUSES: dict[int, Exception] = {
+    1: MemoryError("no memory is left for the workspace of a normalization kernel"),
+    3: BackendError(
+        "a tensor has no memory behind it, such as a parameter that FSDP has freed; "
+        "call the module through its wrapper, or gather its parameters first"
+    ),
+}
+
+
+@functools.cache
+def entry(name: str) -> Any:
+    """A function of the library, or None where there is no library."""
+    function = getattr(library(), name, None)
+    if function is not None:
+        function.argtypes = [_LETTERS[letter] for letter in _SIGNATURES[name]]
+        function.restype = ctypes.c_int32
+    return function
+
+
+def checked(status: int) -> None:
+    """Raise unless a kernel answered that all is well.
+
+    Raises:
+        MemoryError: there was no room for a workspace.
+        BackendError: a tensor has no memory behind it.
+    """
+    if status:
+        raise _STATUSES.get(status) or BackendError(f"a kernel returned status {status}; please report this")
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether a kernel may read these tensors: dense ones on a CPU, with nothing but eager PyTorch at work.
+
+    >>> plain(torch.ones(2)), plain(torch.ones(2, device="meta"))
+    (True, False)
+    """
+    return not watched() and all(t is None or readable(t) for t in tensors)
+
+
+def readable(t: Tensor) -> bool:
+    """Whether the library can read a tensor by its pointer."""
+    return (
+        is_plain(t)
+        and t.is_cpu
+        and t.dtype in TYPES
+        and t.layout == torch.strided
+        # Several gradients at a time, as autograd's own vectorized Jacobians have them.
+        and not is_legacy_batchedtensor(t)
+        # Zeros that autograd does not write down have no memory.
+        and not t._is_zerotensor()
+    )
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether the elements of a tensor are what its memory holds: no subclass, no nested tensor, no lazy negation."""
+    return (type(t) is Tensor or type(t) is nn.Parameter) and not t.is_nested and not t.is_neg()
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """The address of the first element, or None where there is no tensor."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def like(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient with the strides and dtype of x; itself where it has them and its memory holds its values."""
+    if gradient.stride() == x.stride() and gradient.dtype == x.dtype and readable(gradient):
+        return gradient
+    return torch.empty_like(x).copy_(gradient)
+
+
+class Lanes(NamedTuple):
+    """A tensor of (N, C, *) in memory: outer x channels x inner, or outer x inner x channels with channels last."""
+
+    outer: int
+    channels: int
+    inner: int
+    last: bool
+
+
+def lanes(x: Tensor, axis: int = 1) -> Lanes | None:
+    """How a tensor with samples on axis 0 and channels on another lies in memory, or None if otherwise or empty.
+
+    >>> lanes(torch.ones(2, 3, 4, 5))
+    Lanes(outer=2, channels=3, inner=20, last=False)
+    >>> lanes(torch.ones(2, 4, 5, 3), axis=3)
+    Lanes(outer=2, channels=3, inner=20, last=True)
+    """
+    if x.numel() == 0:
+        return None
+    axis %= x.dim()
+    outer, channels = x.shape[0], x.shape[axis]
+    inner = x.numel() // (outer * channels)
+    first = x if axis == 1 else x.movedim(axis, 1)
+    if first.is_contiguous():
+        return Lanes(outer, channels, inner, False)
+    if first.movedim(1, -1).is_contiguous():
+        return Lanes(outer, channels, inner, True)
+    return None
+
+
+def gradients(
+    definition: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], dy: Tensor
+) -> list[Tensor | None]:
+    """Gradients by autograd through the definition: of a backward pass that is to be differentiated, or transformed, itself.
+
+    Args:
+        definition: the function of the inputs in PyTorch.
+        inputs: tensors, or None.
+        needed: which gradients are wanted.
+        dy: the gradient of the output.
+
+    Returns:
+        A gradient for each input, None where it is not needed.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = definition(*inputs)
+    asked = [t for t, wanted in zip(inputs, needed, strict=True) if wanted and t is not None]
+    found = iter(torch.autograd.grad(y, asked, dy, create_graph=again))
+    return [next(found) if wanted and t is not None else None for t, wanted in zip(inputs, needed, strict=True)]

@@ -1,0 +1,100 @@
+"""One call of the engine: everything that decides how it runs and what it computes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normkit.core.memory import RunningStatistics
+from normkit.core.moments import Moments
+from normkit.core.rule import Rule
+from normkit.engine.abi import is_plain
+from normkit.engine.eager import watched
+from normkit.engine.layout import laid_out
+
+Backend = Literal["auto", "reference", "closed", "aten", "native"]
+Activation = Literal["relu", "silu", "gelu", "gelu_tanh"]
+
+
+class Call(NamedTuple):
+    """What one call computes.
+
+    ``own`` says whether the input's own statistics are used; then ``running``, where given, is updated in place. Otherwise
+    ``running`` is used in their place. ``measured`` asks for the moments too.
+    """
+
+    rule: Rule
+    x: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    running: RunningStatistics | None = None
+    own: bool = True
+    mask: Tensor | None = None
+    activation: str | None = None
+    measured: bool = False
+    backend: str = "auto"
+
+    @property
+    def wants_moments(self) -> bool:
+        """Whether a back end must hand over the moments."""
+        return self.measured or (self.own and self.running is not None)
+
+    def key(self) -> tuple[Any, ...] | None:
+        """All that the choice of a back end depends on, beside the rule; None where no choice is kept.
+
+        Nothing is kept while a compiler, a transform or a mode is at work, nor for subclasses of Tensor: their answer depends
+        on more than can be listed. Autocast is not in the key, as the output always has the input's dtype.
+        """
+        _, x, weight, bias, residual, running, own, mask, activation, measured, backend = self
+        if watched() or not is_plain(x) or mask is not None:
+            return None
+        return (
+            x.shape,
+            x.stride(),
+            x.dtype,
+            x.device,
+            None if weight is None else _signature(weight),
+            None if bias is None else _signature(bias),
+            None if residual is None else _signature(residual),
+            None if running is None else (_signature(running.mean), _signature(running.var)),
+            own,
+            activation,
+            measured,
+            backend,
+            torch.is_grad_enabled(),
+        )
+
+
+def _signature(t: Tensor) -> tuple[Any, ...]:
+    return t.shape, t.dtype, t.device, is_plain(t) and t.is_contiguous()
+
+
+class Output(NamedTuple):
+    """What a back end gives: the output, x + residual where there is one, and the moments where they are wanted.
+
+    Moments have one axis for each axis of the split, reduced ones of size 1. ``remembered`` says that the running statistics
+    were updated already.
+    """
+
+    y: Tensor
+    total: Tensor | None = None
+    moments: Moments | None = None
+    remembered: bool = False
+
+
+def summed(call: Call) -> tuple[Tensor, Tensor | None]:
+    """What is normalized, and x + residual where there is a residual."""
+    if call.residual is None:
+        return call.x, None
+    total = call.x + call.residual
+    return total, total
+
+
+def finish(y: Tensor, call: Call) -> Tensor:
+    """A split output in the shape, dtype and memory format that go with the input."""
+    x = call.x
+    y = y.reshape(x.shape)
+    return laid_out(y if y.dtype == x.dtype else y.to(x.dtype), call.rule.support, x)

@@ -1,0 +1,63 @@
+"""One comparison for a warm call: whether tensors are, to a kernel, like those that a choice was made for.
+
+The comparison is the one with which torch.compile guards its graphs, in C++: type, dispatch keys (device, layout, negation,
+nesting, subclasses, and the modes and transforms at work), dtype, sizes and strides. It is internal to torch; where it is missing
+or does not answer as expected, every call takes the longer way through :meth:`Call.key`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+Check = Callable[..., bool]
+
+
+def _never(*tensors: Any) -> bool:
+    return False
+
+
+def guard(*tensors: Tensor) -> Check:
+    """A function of as many tensors that tells whether they are like these; False too where the comparison is missing.
+
+    What forward mode does to a tensor, and which gradients are recorded, it does not see: :func:`calm` does.
+
+    >>> check = guard(torch.ones(2, 3))
+    >>> check(torch.zeros(2, 3)), check(torch.zeros(3, 2)), check(torch.zeros(2, 3).double())
+    (True, False, False)
+    """
+    if _Guards is None:
+        return _never
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    return _Guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+
+
+def calm() -> bool:
+    """Whether neither a compiler nor forward mode is at work, which :func:`guard` does not see.
+
+    >>> calm()
+    True
+    """
+    return not is_compiling() and forward_ad._current_level < 0
+
+
+def _found() -> Any:
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        made: Any = TensorGuards
+        one = torch.ones(2)
+        check = made(one, dynamic_dims_sizes=[[2]], dynamic_dims_strides=[[1]]).check
+        if check(torch.zeros(2)) and not check(torch.ones(3)) and not check(one.double()):
+            return made
+    except (ImportError, AttributeError, TypeError, RuntimeError, SystemError):
+        pass
+    return None
+
+
+_Guards: Any = _found()

@@ -1,0 +1,51 @@
+"""What a layer keeps of its last call: the choice, and a comparison that tells whether it holds for the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from normkit.engine import native
+from normkit.engine.call import Call
+from normkit.engine.choose import Choice
+from normkit.engine.guard import Check, guard
+
+Quick = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+class Known(NamedTuple):
+    """The choice for a call without mask and residual, for calls of the same layer with the same options.
+
+    Kept for the native back end alone: its choice does not depend on whether gradients are recorded. ``quick`` runs a call
+    without running statistics.
+    """
+
+    check: Check
+    tensors: int
+    choice: Choice
+    quick: Quick | None
+
+    @classmethod
+    def of(cls, call: Call, choice: Choice) -> Known:
+        """What is known once a choice was made for a call."""
+        tensors = _tensors(call)
+        return cls(guard(*tensors), len(tensors), choice, native.quick(choice.perform, call))
+
+    def fits(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+        """Whether the choice holds for these."""
+        if bias is not None:
+            return weight is not None and self.tensors == 3 and self.check(x, weight, bias)
+        return self.check(x) if weight is None and self.tensors == 1 else self.tensors == 2 and self.check(x, weight)
+
+    def agrees(self, call: Call) -> bool:
+        """Whether the choice holds for this call."""
+        tensors = _tensors(call)
+        return len(tensors) == self.tensors and self.check(*tensors)
+
+
+def _tensors(call: Call) -> list[Tensor]:
+    running = call.running
+    among = (call.x, call.weight, call.bias, *(() if running is None else (running.mean, running.var)))
+    return [t for t in among if t is not None]

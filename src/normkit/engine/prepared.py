@@ -1,0 +1,187 @@
+"""A rule on inputs of one shape, layout and dtype, as the C++ kernels read it: the loop nest and the plan."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normkit.core.memory import RunningStatistics
+from normkit.core.moments import Moments, accumulation_dtype
+from normkit.core.rule import Rule
+from normkit.core.support import Split
+from normkit.engine.abi import TYPES, entry, readable
+from normkit.engine.guard import Check
+from normkit.engine.layout import memory_format
+from normkit.engine.library import why_not
+from normkit.engine.plan import Nest, is_dense, plan
+
+ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
+_SCALES = {("mean", "std"): 1, ("mean", None): 0, (None, "rms"): 1, (None, "norm"): 2}
+_GUARDS = {"inside": 0, "outside": 1, "floor": 2}
+# Far beyond the cache the output is written past it.
+_STREAM_BYTES = 1 << 25
+_WEIGHT, _BIAS = 1, 2  # bits of NkPlan.parts: which parameters a call passes
+
+
+class NkPlan(ctypes.Structure):
+    """The structure of that name in native/plan.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("outer", "far", "kept", "mid", "inner")),
+        *((name, ctypes.c_int64) for name in ("outer_div", "outer_mod", "outer_step")),
+        *((name, ctypes.c_int64) for name in ("per_far", "per_kept", "per_mid", "per_inner", "parameters")),
+        *((name, ctypes.c_double) for name in ("eps", "offset")),
+        *((name, ctypes.c_int32) for name in ("type", "parameter_type", "centred", "scale", "guard", "correction")),
+        *((name, ctypes.c_int32) for name in ("activation", "given", "stream", "parts")),
+    )
+
+
+def absence() -> str | None:
+    """Reason the kernels are unavailable, or None."""
+    reason = why_not()
+    return None if reason is None else f"the native kernels do not run: {reason}"
+
+
+@dataclass(slots=True, eq=False)
+class Prepared:
+    """A rule on inputs of one shape, layout and dtype, ready for the kernels."""
+
+    rule: Rule
+    split: Split
+    nest: Nest
+    struct: NkPlan
+    address: int
+    wide: torch.dtype
+    statistic_bytes: int
+    centred: bool
+    activation: str | None
+    source: torch.memory_format | None  # to copy the input to, where the kernels can't read it where it lies
+    format: torch.memory_format | None  # to copy the output to, where it is not that of the input
+    forward: Any
+    backward: Any
+    given: Any
+    remember: Any
+    arrays: int | None = None  # the type of running statistics that lie as the sets do, one array each
+    arrives: Check | None = None  # whether a gradient is like the first one that lay in memory as the input does
+
+    def statistic(self, values: Tensor, row: int) -> Tensor:
+        """One row of what the kernels measured, with reduced axes of size 1."""
+        nest = self.nest
+        return values.as_strided(self.split.statistics_shape, nest.statistic_strides, row * nest.statistics)
+
+    def moments(self, values: Tensor) -> Moments:
+        """The moments in what the kernels measured, as the split's axes."""
+        return Moments(self.statistic(values, 1), self.statistic(values, 2), self.split.count)
+
+
+def prepare(
+    rule: Rule,
+    x: Tensor,
+    split: Split,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None = None,
+    running: RunningStatistics | None = None,
+    given: bool = False,
+) -> Prepared | str:
+    """What runs such arguments, or the reason why the kernels do not.
+
+    Args:
+        rule: what to compute.
+        x: the input, or one of the same shape, strides and dtype.
+        split: of the rule's support.
+        weight: for the rule's compensation, of the shape that it wants, or None.
+        bias: likewise.
+        activation: what follows the compensation.
+        running: the running statistics to update, or to use.
+        given: whether they are used in place of the input's own.
+    """
+    forward = entry("nk_forward")
+    if forward is None:
+        return absence() or ""
+    if reason := _unfit(x, weight, bias):
+        return reason
+    statistic = rule.statistic
+    scale = _SCALES.get((statistic.center, statistic.scale))
+    if scale is None:
+        return f"the kernels do not know {statistic.formula()}"
+    if x.numel() == 0 or not split.dims or (not given and split.count <= statistic.correction):
+        return "there is nothing to reduce"
+    found = _nest(rule, x, split)
+    if isinstance(found, str):
+        return found
+    nest, source, format = found
+    parameter = weight if weight is not None else bias
+    wide = accumulation_dtype(x.dtype)
+    offset = rule.compensation.offset if rule.compensation is not None and weight is not None else 0.0
+    struct = NkPlan(
+        *(nest.outer, nest.far.size, nest.kept.size, nest.mid.size, nest.inner.size),
+        *nest.outer_place,
+        *(nest.far.step, nest.kept.step, nest.mid.step, nest.inner.step, nest.parameters),
+        *(statistic.epsilon(wide), offset),
+        *(TYPES[x.dtype], TYPES[wide if parameter is None else parameter.dtype]),
+        *(statistic.center is not None, scale, _GUARDS[statistic.guard], statistic.correction),
+        *(ACTIVATIONS[activation], given, x.numel() * x.itemsize > _STREAM_BYTES),
+        _WEIGHT * (weight is not None) + _BIAS * (bias is not None),
+    )
+    return Prepared(
+        rule=rule,
+        split=split,
+        nest=nest,
+        struct=struct,
+        address=ctypes.addressof(struct),
+        wide=wide,
+        statistic_bytes=nest.statistics * wide.itemsize,
+        centred=statistic.center is not None,
+        activation=activation,
+        source=source,
+        format=format,
+        forward=forward,
+        backward=entry("nk_backward"),
+        given=entry("nk_given"),
+        remember=entry("nk_remember"),
+        arrays=None if running is None else _arrays(nest, running, statistic.scale is not None),
+    )
+
+
+def _arrays(nest: Nest, running: RunningStatistics, scaled: bool) -> int | None:
+    """The type of running statistics that the library may read and write as arrays, one value per set; None for others."""
+    mean, var = running.mean, running.var if scaled else running.mean
+    if nest.outer != 1 or mean.numel() != nest.kept.size or var.numel() != mean.numel() or var.dtype != mean.dtype:
+        return None
+    fit = readable(mean) and readable(var) and mean.is_contiguous() and var.is_contiguous()
+    return TYPES[mean.dtype] if fit else None
+
+
+def _nest(
+    rule: Rule, x: Tensor, split: Split
+) -> tuple[Nest, torch.memory_format | None, torch.memory_format | None] | str:
+    """The loop nest, and the memory formats to copy the input and the output to, None where they stay as they are.
+
+    The kernels read the input where it lies if its axes come down to a nest there; otherwise a copy in its memory format.
+    """
+    format = memory_format(rule.support, x)
+    if is_dense(x.shape, x.stride()):
+        found = plan(split, x.view(split.shape).stride(), rule.compensation)
+        if not isinstance(found, str):
+            return found, None, None if x.is_contiguous(memory_format=format) else format
+    copy = torch.empty(x.shape, device="meta", memory_format=format)
+    found = plan(split, copy.view(split.shape).stride(), rule.compensation)
+    return found if isinstance(found, str) else (found, format, None)
+
+
+def _unfit(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
+    for t in (x, weight, bias):
+        if t is not None and not readable(t):
+            return f"the kernels do not take a {type(t).__name__} of {t.dtype} on {t.device.type}"
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        return "weight and bias have two dtypes"
+    if TYPES[accumulation_dtype(x.dtype)] == 0 and any(
+        p is not None and p.dtype == torch.float64 for p in (weight, bias)
+    ):
+        return "the parameters are wider than the statistics"
+    return None
