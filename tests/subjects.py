@@ -230,11 +230,14 @@ def gradients(made: nn.Module, inputs: Values) -> tuple[Tensor, list[Tensor]]:
     return y.detach(), pulled(y, leaves)
 
 
+def directions(y: Tensor) -> Tensor:
+    """Weights of an output's elements, laid out as it is."""
+    return torch.empty_like(y).copy_(torch.linspace(0, 7, y.numel(), dtype=torch.float64).sin().reshape(y.shape))
+
+
 def pulled(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     """Gradients for one direction in the output, a fixed one."""
-    direction = torch.linspace(0, 7, y.numel(), dtype=torch.float64).sin().reshape(y.shape)
-    direction = torch.empty_like(y).copy_(direction)  # laid out as the output is
-    return list(torch.autograd.grad((y * direction).sum(), leaves, allow_unused=True, materialize_grads=True))
+    return list(torch.autograd.grad(y, leaves, directions(y.detach()), allow_unused=True, materialize_grads=True))
 
 
 def definition(made: nn.Module, inputs: Values) -> tuple[Tensor, list[Tensor]]:
