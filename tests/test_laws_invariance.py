@@ -104,8 +104,9 @@ def test_the_output_can_be_viewed_where_torchs_can(case: str, training: bool) ->
                 leaf = x.detach().requires_grad_(grad)
                 found, wanted = ours(leaf), theirs(leaf)
                 where = f"{tuple(x.shape)} in steps of {x.stride()}, gradients {grad}"
-                for mine, other in zip(memory(found), memory(wanted), strict=True):
-                    assert mine or not other, where
+                if not any(memory(x)) or memory(found) != memory(x):  # contiguous and channels-last memory are kept
+                    for mine, other in zip(memory(found), memory(wanted), strict=True):
+                        assert mine or not other, where
                 if grad and any(memory(x)):
                     (dx,) = torch.autograd.grad(found, leaf, torch.empty_like(found).normal_())
                     for mine, other in zip(memory(dx), memory(x), strict=True):
@@ -122,17 +123,14 @@ def test_back_ends_agree_on_what_they_remember(card: Card, dtype: torch.dtype, d
     exact.backend = "reference"
     exact(x.double())
     blended = exact.state_dict()
-    # A channel of which a result does not fit keeps what it had.
-    statistics = [value for key, value in blended.items() if key.startswith("running")]
-    fits = (torch.stack(statistics).abs() <= torch.finfo(dtype).max).all(0)
     for backend, _ in runs(card, copy.deepcopy(made), x):
         other = copy.deepcopy(made)
         other.backend = backend
         other(x)
         for key, value in other.state_dict().items():
             like, before = blended[key].double(), made.state_dict()[key].double()
-            wanted = torch.where(fits, like, before) if key.startswith("running") else like
-            # Blended in float32 and rounded once.
+            # Blended in float32 and rounded once; what does not fit stays as it was.
+            wanted = torch.where(like.abs() <= torch.finfo(dtype).max, like, before)
             assert_close(
                 value.double(),
                 wanted,

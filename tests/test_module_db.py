@@ -6,9 +6,9 @@ both ways.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ import normkit as nk
 
 OURS: dict[str, Callable[..., nn.Module]] = {
     **{f"nn.BatchNorm{k}d": nk.BatchNorm for k in (1, 2, 3)},
-    **{f"nn.InstanceNorm{k}d": nk.InstanceNorm for k in (1, 2, 3)},
+    **{f"nn.InstanceNorm{k}d": partial(nk.InstanceNorm, spatial=k) for k in (1, 2, 3)},
     "nn.GroupNorm": nk.GroupNorm,
     "nn.LayerNorm": nk.LayerNorm,
     "nn.RMSNorm": nk.RMSNorm,
@@ -33,11 +33,6 @@ MODULES = [info for info in module_db if info.name in OURS]
 DIFFERENCES = {
     "eps of 0": "taken by every norm, as torch's LayerNorm, RMSNorm, GroupNorm and InstanceNorm take it; its BatchNorm does not",
 }
-
-
-def without_batch(name: str, x: Tensor) -> bool:
-    """Whether torch's class, which knows its rank, takes the input for one sample."""
-    return "InstanceNorm" in name and x.dim() < int(name[-2]) + 2
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
@@ -73,15 +68,7 @@ def alike(info: Any, training: bool, dtype: torch.dtype) -> Counter[str]:
             theirs = info.module_cls(*args, **kwargs).to(dtype)
             for parameter in theirs.parameters():
                 nn.init.normal_(parameter)
-            if without_batch(
-                info.name, x
-            ):  # one class of ours serves all ranks, but for where it takes such a class's place
-                model = nn.Sequential(copy.deepcopy(theirs))
-                nk.accelerate(model)
-                assert isinstance(model[0], nk.InstanceNorm)
-                ours = model[0]
-            else:
-                ours = OURS[info.name](*args, **kwargs).to(dtype)
+            ours = OURS[info.name](*args, **kwargs).to(dtype)
             ours.load_state_dict(theirs.state_dict(), strict=True)
             theirs.load_state_dict(ours.state_dict(), strict=True)
             theirs.train(training)
