@@ -19,6 +19,7 @@ ACTIVATIONS = [card for card in METHODS if card.kind == "activation"]
 # A conditioned layer's weight comes from its other input: the oracle of all rules does not know it.
 RULES = [card for card in ACTIVATIONS if card.rule is not None and card.extra is None]
 WEIGHTS = [card for card in METHODS if card.kind == "weight"]
+INPUTS = [card for card in METHODS if card.kind == "input"]
 BACKENDS = ("reference", "closed", "aten", "native", "auto")
 
 
@@ -67,6 +68,29 @@ def layer(card: Card, channels: int = 4, dtype: torch.dtype = torch.float64) -> 
         for parameter in made.parameters():
             parameter.copy_(torch.randn_like(parameter) + 1)
     return made
+
+
+def takes(card: Card, backend: str) -> bool:
+    """Whether the back end runs the card's layer on its sample input; ``"auto"`` is all there is where none can be chosen."""
+    made = layer(card)
+    if not isinstance(made, Layer):
+        return backend == "auto"
+    made.backend = backend
+    try:
+        call(card, made, sample_input(card))
+    except BackendError:
+        return False
+    return True
+
+
+def on_back_ends() -> list[tuple[Card, str]]:
+    """Each activation on each back end that runs it; what "auto" would choose is one of them."""
+    return [
+        (card, backend)
+        for card in ACTIVATIONS
+        for backend in BACKENDS
+        if takes(card, backend) and not (backend == "auto" and takes(card, "reference"))
+    ]
 
 
 def runs(card: Card, made: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:

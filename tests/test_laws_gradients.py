@@ -1,7 +1,6 @@
 """Every method on gradients against the laws that all must keep, and against each claim on its card."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,8 @@ from normkit.core.card import Card
 GRADIENTS = [card for card in METHODS if card.kind == "gradient"]
 
 each_gradient = pytest.mark.parametrize("card", GRADIENTS, ids=name)
+# What acts on every backward pass until it is removed; the others act on losses, or where they are called.
+each_hooked = pytest.mark.parametrize("card", [card for card in GRADIENTS if hasattr(card.module, "remove")], ids=name)
 
 
 def network() -> nn.Sequential:
@@ -28,14 +29,6 @@ def backward(model: nn.Module, scale: float = 1.0) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-def hooked(card: Card, model: nn.Module) -> Any:
-    """What acts on every backward pass of the model until it is removed."""
-    made = card.make(model)
-    if not hasattr(made, "remove"):
-        pytest.skip("it acts on losses, or where it is called, not on every backward pass")
-    return made
-
-
 @each_gradient
 def test_claims_of_the_card(card: Card) -> None:
     made = card.make(network())
@@ -47,41 +40,41 @@ def test_claims_of_the_card(card: Card) -> None:
     assert not card.foldable
 
 
-@each_gradient
+@each_hooked
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_no_entry_changes_its_sign(card: Card, scale: float) -> None:
     model = network()
     plain = backward(model, scale)
-    made = hooked(card, model)
+    made = card.make(model)
     for found, before in zip(backward(model, scale), plain, strict=True):
         assert found.isfinite().all()
         assert_close(found.sign(), before.sign(), rtol=0, atol=0)
     made.remove()
 
 
-@each_gradient
+@each_hooked
 def test_zero_gradients_stay_zero(card: Card) -> None:
     model = network()
-    made = hooked(card, model)
+    made = card.make(model)
     assert all((gradient == 0).all() for gradient in backward(model, 0.0))
     made.remove()
 
 
-@each_gradient
+@each_hooked
 def test_the_forward_pass_and_the_parameters_are_left_alone(card: Card) -> None:
     model = network()
     state = copy.deepcopy(model.state_dict())
-    made = hooked(card, model)
+    made = card.make(model)
     backward(model)
     assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
     made.remove()
 
 
-@each_gradient
+@each_hooked
 def test_removed_it_leaves_no_trace(card: Card) -> None:
     model = network()
     plain = backward(model)
-    made = hooked(card, model)
+    made = card.make(model)
     backward(model)
     made.remove()
     assert_close(backward(model), plain, rtol=0, atol=0)

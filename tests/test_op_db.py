@@ -1,0 +1,165 @@
+"""torch's own samples of its norms, with normkit's functions in torch's place; ``python tests/test_op_db.py`` prints how many.
+
+Values are held to torch's in float64 on the same numbers; derivatives to finite differences, as torch's suite does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+from torch.testing._internal.common_methods_invocations import op_db
+
+import normkit as nk
+
+
+def _group(x: Tensor, weight: Any, bias: Any, n: int, c: int, size: int, groups: int, eps: float) -> Tensor:
+    return nk.group_norm(x, groups, weight, bias, eps)
+
+
+def _batch(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float) -> Any:
+    return nk.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+
+
+def _legit(x: Tensor, weight: Any, bias: Any, *rest: Any) -> Tensor:
+    mean, var = rest[:2] if len(rest) == 5 else (None, None)
+    training, momentum, eps = rest[-3:]
+    return nk.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+
+
+def _updated(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float) -> Tensor:
+    return nk.batch_norm(x, mean, var, weight, bias, True, momentum, eps)
+
+
+# The native operators return their statistics too, which are not part of what our functions give.
+OURS: dict[str, Callable[..., Any]] = {
+    "nn.functional.batch_norm": nk.batch_norm,
+    "nn.functional.layer_norm": nk.layer_norm,
+    "nn.functional.rms_norm": nk.rms_norm,
+    "nn.functional.group_norm": nk.group_norm,
+    "nn.functional.instance_norm": nk.instance_norm,
+    "nn.functional.local_response_norm": partial(nk.local_response_norm, torch_compat=True),
+    "native_layer_norm": nk.layer_norm,
+    "native_group_norm": _group,
+    "native_batch_norm": _batch,
+    "_native_batch_norm_legit": _legit,
+    "_batch_norm_with_update": _updated,
+}
+OPS = [op for op in op_db if op.name in OURS and not op.variant_test_name]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# What is unlike torch's on purpose, with the reason. Nothing else may be.
+DIFFERENCES = {
+    "a negative eps": "refused: it is added to a variance, and a root of a negative sum is NaN",
+}
+
+
+def difference(name: str, sample: Any) -> str | None:
+    """Which deliberate difference a sample meets."""
+    numbers = [sample.kwargs.get("eps", 1.0), *(a for a in sample.args[-1:] if isinstance(a, float))]
+    return "a negative eps" if any(number < 0 for number in numbers) else None
+
+
+def samples(op: Any, dtype: torch.dtype, requires_grad: bool = False) -> list[Any]:
+    torch.manual_seed(0)
+    return list(op.sample_inputs("cpu", dtype, requires_grad=requires_grad))
+
+
+def given(sample: Any, change: Callable[[Tensor], Tensor] = Tensor.clone) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def of(value: Any) -> Any:
+        return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(of(value) for value in (sample.input, *sample.args)), {key: of(v) for key, v in sample.kwargs.items()}
+
+
+def first(y: Any) -> Tensor:
+    return y[0] if isinstance(y, tuple) else y
+
+
+def alike(op: Any, dtype: torch.dtype) -> Counter[str]:
+    """How many samples give torch's values, and how many differ on purpose; raises where one differs otherwise."""
+    count: Counter[str] = Counter()
+    for sample in samples(op, dtype):
+        why = difference(op.name, sample)
+        args, kwargs = given(sample)
+        if why is not None:
+            with pytest.raises(ValueError, match="eps"):
+                OURS[op.name](*args, **kwargs)
+            count[why] += 1
+            continue
+        wide_args, wide = given(sample, lambda value: value.double())
+        if op.name == "nn.functional.rms_norm" and wide.get("eps") is None:
+            wide["eps"] = torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
+        wanted = first(op(*wide_args, **wide))
+        found = OURS[op.name](*args, **kwargs)
+        assert found.dtype == dtype
+        # Some roundings of the largest output.
+        eps = 32 * torch.finfo(dtype).eps
+        largest = wanted.abs().max().item() if wanted.numel() else 0.0
+        assert_close(found.double(), wanted, rtol=eps, atol=eps * max(1.0, largest), equal_nan=True)
+        if dtype == torch.float64:  # and what is remembered
+            assert_close((args, kwargs), (wide_args, {key: wide[key] for key in kwargs}))
+        count["alike"] += 1
+    return count
+
+
+each = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+
+
+@each
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_are_torchs(op: Any, dtype: torch.dtype, record_property: Callable[[str, object], None]) -> None:
+    for key, number in alike(op, dtype).items():
+        record_property(key, number)
+
+
+def of_leaves(op: Any, sample: Any) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """The function of the sample's inputs that have gradients."""
+    args, kwargs = given(sample, lambda value: value.detach().clone().requires_grad_(value.requires_grad))
+    places = [k for k, value in enumerate(args) if isinstance(value, Tensor) and value.requires_grad]
+    names = [key for key, value in kwargs.items() if isinstance(value, Tensor) and value.requires_grad]
+
+    def function(*leaves: Tensor) -> Tensor:
+        there = [value.clone() if isinstance(value, Tensor) else value for value in args]
+        named = {key: value.clone() if isinstance(value, Tensor) else value for key, value in kwargs.items()}
+        for k, leaf in zip(places, leaves, strict=False):
+            there[k] = leaf
+        named |= dict(zip(names, leaves[len(places) :], strict=True))
+        return OURS[op.name](*there, **named)
+
+    return function, (*(args[k] for k in places), *(kwargs[key] for key in names))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, as forward mode is set up
+@each
+def test_derivatives_are_right(op: Any) -> None:
+    for sample in samples(op, torch.float64, requires_grad=True):
+        if difference(op.name, sample) is not None:
+            continue
+        function, leaves = of_leaves(op, sample)
+        assert gradcheck(function, leaves, fast_mode=True, check_forward_ad=True)
+        assert gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.error_inputs_func is not None], ids=lambda op: op.name)
+def test_what_torch_refuses_is_refused_alike(op: Any) -> None:
+    for case in op.error_inputs("cpu"):
+        args, kwargs = given(case.sample_input)
+        with pytest.raises(case.error_type):
+            OURS[op.name](*args, **kwargs)
+
+
+if __name__ == "__main__":
+    whole: Counter[str] = Counter()
+    for one in OPS:
+        for kind in DTYPES:
+            whole += alike(one, kind)
+        whole["refused alike"] += len(list(one.error_inputs("cpu"))) if one.error_inputs_func else 0
+    print(f"{sum(whole.values())} cases of {len(OPS)} operators: {dict(whole)}")
