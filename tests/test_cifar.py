@@ -375,7 +375,7 @@ def test_forged_arrays_are_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "forged"
     for protocol in (0, 2, 4):
         path.write_bytes(pickle.dumps({"data": FORGED[name]}, protocol=protocol))
-        with pytest.raises(ProtocolError, match="forged (asks for|is truncated or damaged|holds)"):
+        with pytest.raises(ProtocolError, match=r"forged (asks for|is truncated or damaged|holds)"):
             read_pickle(path, "go")
 
 
