@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from normkit.core.card import Paper
 from normkit.lab import record
+from normkit.lab.claims.drawing import picture
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 
 PAPER = Paper("Author, An", "A title", 2020, "https://example.org")
@@ -76,12 +77,12 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Drawing]:
-    folder.mkdir(parents=True, exist_ok=True)
-    figure = Figure()
-    figure.subplots().plot([walk["at"] for walk in result["walks"]])
-    for kind in ("png", "svg"):
-        figure.savefig(folder / f"far_ends.{kind}")
-    return [Drawing(folder / "far_ends.png", "Where each walk ended, 0 < t & after.")]
+    def make() -> Figure:
+        figure = Figure()
+        figure.subplots().plot([walk["at"] for walk in result["walks"]])
+        return figure
+
+    return [picture(folder, "far_ends", make, "Where each walk ended, 0 < t & after.")]
 
 
 def remarks(result: dict[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from normkit.lab.compare import command, compare, default_output, kept, reprint
 from normkit.lab.progress import Watch
 from normkit.lab.result import Records, choose
 from normkit.lab.settings import Settings, first_seeds
-from normkit.lab.train import Run
+from normkit.lab.train import Run, Trainer
 
 TESTS = Path(__file__).parent
 SMALL = Settings(
@@ -85,14 +85,10 @@ def test_all_recipes_start_alike(whole: Path) -> None:
     assert all(result["init_sha256"] and result["order_sha256"] for result in results)
 
 
-def test_a_finished_comparison_is_read_back(whole: Path) -> None:
+def test_a_finished_comparison_is_read_back(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
-
-    def untouched() -> nn.Module:
-        raise AssertionError("trained again")
-
-    untouched.__module__, untouched.__qualname__ = "lab_samples", "model"
-    result = ran(whole, model=untouched)
+    monkeypatch.setattr(Trainer, "train", lambda *given: pytest.fail("trained again"))
+    result = ran(whole)
     assert result == record.read_json(whole / "result.json")
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()} == before
 
@@ -139,7 +135,8 @@ def test_a_file_is_no_folder_of_records(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_an_experiment_is_none_of_a_comparison(tmp_path: Path) -> None:
-    record.write_json(tmp_path / "config.json", {"experiment": "table1", "scale": "small"})
+    config = {"experiment": "table1", "scale": "small", "epochs": None, "threads": 1, "seeds": [0]}
+    record.write_json(tmp_path / "config.json", config)
     with pytest.raises(
         RecordError, match="holds records of the experiment table1, not of a comparison; choose another"
     ):
@@ -279,10 +276,13 @@ def test_a_rate_that_diverges_is_not_chosen(tmp_path: Path) -> None:
 
 
 def test_equals_are_chosen_by_loss(tmp_path: Path) -> None:
-    shared = {"test_score": None, "test_loss": None, "epochs": 1, "steps": 1, "best_val_score": 0.9, "val_score": 0.9}
+    shared = {"test_score": 0.9, "test_loss": 0.1, "epochs": 1, "steps": 1, "best_val_score": 0.9, "val_score": 0.9}
+    row = {"epoch": 1, "step": 1, "rate": 0.1, "train_loss": 0.1, "val_loss": 0.1, "val_score": 0.9, "condition": {}}
     runs = [Run("bn", rate, 0) for rate in (0.1, 0.2, 0.3)]
     for run, loss in zip(runs, (0.5, 0.4, 0.4), strict=True):
         record.write_json(tmp_path / run.path / "result.json", {"status": "ok", "val_loss": loss, **shared})
+        record.write_lines(tmp_path / run.path / "metrics.jsonl", [row])
+        record.write_lines(tmp_path / run.path / "timing.jsonl", [{"epoch": 1, "seconds": 1.0}])
     assert choose(Records(tmp_path), runs) == runs[1]
 
 

@@ -17,7 +17,7 @@ import experiment_samples
 from experiment_samples import EXPERIMENT, Walk, walk
 from normkit.cli import app
 from normkit.core.errors import OptionError, RecordError
-from normkit.lab import record
+from normkit.lab import folder, record
 from normkit.lab.devices import hardware
 from normkit.lab.experiment import Bench, Table, command, perform
 from normkit.lab.experiments import FILES, find_experiment, names
@@ -213,12 +213,10 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
 
 
 def test_records_of_something_else_are_refused(tmp_path: Path) -> None:
-    for config, whose in (
-        ({"model": "inception"}, "a comparison"),
-        ({"experiment": "table1"}, "the experiment table1"),
-    ):
+    for of, whose in ((folder.COMPARISON, "a comparison"), (folder.EXPERIMENT, "the experiment table1")):
+        config = {**dict.fromkeys(of, 1), **({"experiment": "table1"} if "experiment" in of else {})}
         record.write_json(tmp_path / "config.json", config)
-        record.write_json(tmp_path / "result.json", {})
+        record.write_json(tmp_path / "runs/left/seed=0/result.json", {})
         with pytest.raises(RecordError, match=f"holds records of {whose}, not of the experiment walks; choose another"):
             perform(EXPERIMENT, bench(tmp_path), report=False)
 
@@ -233,7 +231,7 @@ def test_a_failed_attempt_leaves_the_folder_free(tmp_path: Path, monkeypatch: py
             perform(EXPERIMENT, bench(tmp_path), report=False)
     place = tmp_path / "runs/left/seed=0"
     assert {path.name for path in place.iterdir()} == {".lock", "config.json", "timing.json"}
-    with record.locked(place), pytest.raises(RecordError, match="in use by another process"):
+    with folder.locked(place), pytest.raises(RecordError, match="in use by another process"):
         perform(EXPERIMENT, bench(tmp_path, epochs=2), report=False)
     assert record.read_json(tmp_path / "config.json")["epochs"] is None
     found = perform(EXPERIMENT, bench(tmp_path, epochs=2), report=False)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from normkit.core.errors import BackendError, NormkitError, OptionError
-from normkit.lab import record
 from normkit.lab.data.root import VARIABLE
+from normkit.lab.folder import PAUSE, InUseError
 from normkit.lab.sweep import Function, Job, attend
 
 LOCAL = "local"
@@ -195,5 +195,5 @@ def _attend(function: Function, job: Job, place: Path, threads: int) -> dict[str
     while True:
         try:
             return attend(function, job, place, threads)
-        except record.InUseError:
-            time.sleep(record.PAUSE)
+        except InUseError:
+            time.sleep(PAUSE)

@@ -10,7 +10,6 @@ import platform
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -19,17 +18,36 @@ from typing import Any, Literal
 from rich.console import Console
 
 from normkit.core.card import Paper
-from normkit.core.errors import OptionError
-from normkit.lab import record
+from normkit.core.errors import OptionError, RecordError
+from normkit.lab import folder, record
 from normkit.lab.cluster import joined
 from normkit.lab.data.root import set_root
 from normkit.lab.devices import cores, hardware, processor, versions
 from normkit.lab.say import counted, say
+from normkit.lab.schema import COUNT, NUMBER, OBJECT, TEXT, each, fields, maybe, one_of, optional, version
 from normkit.lab.sweep import TIMING, Job, devices, sweep
 
 SCHEMA = 1
 CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
-OURS = (RESULT, "runs", "result.md", "report.html", "figures", ENVIRONMENT, CONFIG)
+ABOUT = fields(name=TEXT, kind=one_of("reproduce", "claim"))
+BEGUN = fields(scale=TEXT, seeds=each(COUNT, least=1), epochs=maybe(COUNT), threads=COUNT)
+# What a record of an experiment holds; its result is checked by its hash.
+FOUND = version(
+    SCHEMA,
+    fields(
+        experiment=ABOUT,
+        command=TEXT,
+        config=BEGUN,
+        environment=fields(
+            torch=TEXT, devices=optional(each(TEXT)), device=optional(TEXT), processor=TEXT, cores=COUNT
+        ),
+        result=OBJECT,
+        sha256=optional(TEXT),
+        started=TEXT,
+        finished=TEXT,
+        seconds=NUMBER,
+    ),
+)
 CURE = "choose another --output, or --overwrite to replace them"
 
 Cell = str | int | float | None
@@ -180,12 +198,15 @@ def perform(
         "seeds": list(bench.seeds),
     }
     began, started = time.monotonic(), _now()
-    _open(bench.output, config, overwrite)
-    found = _read_back(bench.output, config)
+    folder.check_ours(bench.output)
+    found = None if overwrite else _read_back(bench.output, config)
+    finished = found is not None
     if found is None:
         here = _environment(started, bench.threads)
-        record.write_json(bench.output / CONFIG, config)
-        record.write_json(bench.output / ENVIRONMENT, here)
+        with folder.waited_for(bench.output):
+            _open(bench.output, config, overwrite)
+            record.write_json(bench.output / CONFIG, config)
+            record.write_json(bench.output / ENVIRONMENT, here)
         about = {key: getattr(experiment, key) for key in ("name", "kind", "title", "claim")}
         result = _run(experiment, bench)
         found = {
@@ -195,19 +216,29 @@ def perform(
             "config": config,
             "environment": {**here, "devices": sorted(bench.devices) or [hardware()]},
             "result": result,
+            "sha256": record.digest(result),
             "started": started,
             "finished": _now(),
             "seconds": round(time.monotonic() - began, 3),
         }
-        record.write_json(bench.output / RESULT, found)
+        with folder.waited_for(bench.output):
+            record.write_json(bench.output / RESULT, found)
+            folder.settle(bench.output)
         found = record.read_json(bench.output / RESULT)
     else:
         bench.watch(f"{bench.output} holds this experiment, finished {found['finished']}")
-    show(experiment, found, bench.output, bench.console, report)
+    show(experiment, found, bench.output, bench.console, report, kept=finished)
     return found
 
 
-def show(experiment: Experiment, found: Mapping[str, Any], output: Path, console: Console, report: bool = True) -> None:
+def show(
+    experiment: Experiment,
+    found: Mapping[str, Any],
+    output: Path,
+    console: Console,
+    report: bool = True,
+    kept: bool = False,
+) -> None:
     """Prints the tables and remarks of a result, writes ``result.md`` and, if asked for, figures and ``report.html``.
 
     Args:
@@ -216,10 +247,26 @@ def show(experiment: Experiment, found: Mapping[str, Any], output: Path, console
         output: the folder.
         console: where to print.
         report: draw figures and the page as well. Default: True.
+        kept: go without what can't be written: the record is read back, and may lie on a disk that is only read. Default: False.
+
+    Raises:
+        RecordError: the result is not what the experiment wrote, or the folder is not writable.
     """
     from normkit.lab.report.sheet import print_sheet, write_markdown, write_sheet
 
-    print_sheet(experiment, found, console)
+    try:
+        print_sheet(experiment, found, console)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if "sha256" in found:
+            raise
+        # A record from before results were hashed; what it holds is not what this experiment writes.
+        raise RecordError(
+            f"{output / RESULT} is damaged ({type(error).__name__}: {error}); remove it and give the same command: finished "
+            "runs are kept"
+        ) from error
+    if kept and not record.writable(output):
+        say(console, f"\nresult   {output / RESULT}\nno report is written: {output} is only read")
+        return
     figures = experiment.draw(found["result"], output / "figures") if report else []
     lines = [f"result   {output / RESULT}", f"table    {write_markdown(experiment, found, figures, output)}"]
     if report:
@@ -257,41 +304,27 @@ def _run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
 
 
 def _open(output: Path, config: Mapping[str, Any], overwrite: bool) -> None:
-    record.make(output)
-    record.prepare(output, CONFIG, OURS, overwrite)
+    folder.replace(output, config, overwrite)
     if (output / CONFIG).exists():
         # More seeds are more runs beside those that are there; anything else would make the runs unlike.
         there = record.read_json(output / CONFIG)
         wanted = {**config, "seeds": there.get("seeds")}
         if there != wanted and not _begun(output):
-            _forget(output)
+            folder.empty(output)
         record.check_config(output / CONFIG, wanted, CURE)
 
 
 def _begun(output: Path) -> bool:
     # A run that failed before its first checkpoint leaves no more than what it was and how long it took.
-    failed = {record.LOCK, CONFIG, TIMING}
+    failed = {folder.LOCK, CONFIG, TIMING}
     files = (path for path in output.glob("runs/**/*") if path.is_file())
     return (output / RESULT).exists() or any(path.name not in failed for path in files)
-
-
-def _forget(output: Path) -> None:
-    with ExitStack() as held:
-        for lock in output.glob(f"runs/**/{record.LOCK}"):
-            held.enter_context(record.locked(lock.parent))
-        # Another process may have begun before its lock was seen.
-        if not _begun(output):
-            for path in [
-                output / CONFIG,
-                *(path for name in (CONFIG, TIMING) for path in output.glob(f"runs/**/{name}")),
-            ]:
-                record.remove(path)
 
 
 def _read_back(output: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     if not (output / RESULT).exists():
         return None
-    found = record.read_json(output / RESULT, ("config", "result", "finished"))
+    found = record.read_json(output / RESULT, FOUND)
     return found if found["config"] == config else None
 
 

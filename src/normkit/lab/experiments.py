@@ -8,7 +8,7 @@ from rich.console import Console
 
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
-from normkit.lab.experiment import CONFIG, RESULT, Bench, Experiment, command, show
+from normkit.lab.experiment import BEGUN, CONFIG, FOUND, RESULT, Bench, Experiment, command, show
 
 # Files of lab/papers and of lab/claims; an experiment is called like its file, with dashes.
 FILES = {
@@ -84,10 +84,10 @@ def reshow(output: Path) -> bool:
     if not (output / RESULT).exists():
         _refuse(output)
         return False
-    found = record.read_json(output / RESULT)
-    about = found.get("experiment")
-    if not isinstance(about, dict):
+    if "experiment" not in record.read_json(output / RESULT):
         return False
+    found = record.read_json(output / RESULT, FOUND)
+    about = found["experiment"]
     show(find_experiment(about["kind"], about["name"]), found, output, Console())
     return True
 
@@ -97,7 +97,7 @@ def _refuse(output: Path) -> None:
         raise RecordError(f"{output} holds neither {RESULT} nor {CONFIG}, so it is no record of normkit")
     name = str(record.read_json(output / CONFIG).get("experiment"))
     if kind := _kind(name):
-        config = record.read_json(output / CONFIG, ("scale", "seeds", "epochs", "threads"))
+        config = record.read_json(output / CONFIG, BEGUN)
         size = {key: config[key] for key in ("scale", "epochs", "threads")}
         again = command(find_experiment(kind, name), Bench(**size, output=output, seeds=tuple(config["seeds"])))
         raise RecordError(f"{output / RESULT} is missing; to finish it:  {again}")

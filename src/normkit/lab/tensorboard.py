@@ -1,6 +1,5 @@
 """Curves of runs for TensorBoard."""
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,8 @@ class Curves:
             raise OptionError(
                 "--tensorboard needs TensorBoard, which is not installed; pip install 'normkit[tensorboard]'"
             ) from None
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in folder.glob("events.out.tfevents.*"):
+            path.unlink()
         self.writer = SummaryWriter(str(folder))
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:

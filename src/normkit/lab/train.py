@@ -13,11 +13,14 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from normkit.core.errors import RecordError
 from normkit.lab import record, task
 from normkit.lab.average import Average
 from normkit.lab.data.split import Data, Inputs, Split, take
+from normkit.lab.folder import make, remove
 from normkit.lab.parallel import Placed, keep_whole, place
 from normkit.lab.schedule import rate_at
+from normkit.lab.schema import COUNT, NUMBER, POSITIVE, each, fields, maybe, named, one_of
 from normkit.lab.seeding import epoch_order, generator, reseed
 from normkit.lab.settings import Settings
 from normkit.lab.tensorboard import Curves
@@ -25,8 +28,13 @@ from normkit.lab.tensorboard import Curves
 OK, DIVERGED = "ok", "diverged"
 # A loss is looked at only so often, because looking waits for the device.
 LOOK_EVERY = 20
-METRICS = ("epoch", "step", "rate", "train_loss", "val_loss", "val_score", "condition")
-RESULT = ("status", "best_val_score", "val_score", "val_loss", "test_score", "test_loss", "epochs", "steps")
+CONDITIONS = named(each(maybe(POSITIVE), count=2))  # of each layer, the raw weight's and the effective one's
+METRICS = fields(
+    epoch=COUNT, step=COUNT, rate=NUMBER, train_loss=NUMBER, val_loss=NUMBER, val_score=NUMBER, condition=CONDITIONS
+)
+TIMING = fields(epoch=COUNT, seconds=NUMBER)
+SCORES = ("best_val_score", "val_score", "val_loss", "test_score", "test_loss")
+FINISHED = fields(status=one_of(OK, DIVERGED), epochs=COUNT, steps=COUNT, **dict.fromkeys(SCORES, maybe(NUMBER)))
 CHECKPOINT = ("epoch", "model", "optimizer", "precision", "metrics", "timing")
 
 
@@ -64,22 +72,46 @@ class Run:
 def finished(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """Reads the result of a finished run; None where there is work left.
 
+    A run is finished where its configuration, result, metrics and timing are all there.
+
     Args:
         folder: of the run.
         config: what the run must have been made with.
 
     Raises:
-        RecordError: the record is damaged, or is of another configuration.
+        UnlikeError: the record is of another configuration.
+        RecordError: the record is damaged.
     """
-    record.check_config(
-        folder / "config.json",
-        config,
-        "choose another --output, or --overwrite to train anew (the code or data changed)",
-    )
-    if not (folder / "result.json").exists():
+    whole = all((folder / name).exists() for name in ("config.json", "result.json", "metrics.jsonl", "timing.jsonl"))
+    cure = "choose another --output, or --overwrite to train again (the code or data changed)"
+    record.check_config(folder / "config.json", config, cure)
+    if not whole:
         return None
-    record.remove(folder / "checkpoint.pt")
-    return record.read_json(folder / "result.json", RESULT)
+    remove(folder / "checkpoint.pt")
+    return read_run(folder)[0]
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Reads the result, the metrics and the timing of a finished run.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        RecordError: one is missing or damaged, or they are not of one run.
+    """
+    result = record.read_json(folder / "result.json", FINISHED)
+    metrics = record.read_lines(folder / "metrics.jsonl", METRICS, "epoch")
+    timing = record.read_lines(folder / "timing.jsonl", TIMING, "epoch")
+    again = f"remove the folder {folder} and give the same command: only this run is trained again"
+    if not len(metrics) == len(timing) == result["epochs"]:
+        raise RecordError(
+            f"{folder} is damaged: its result is of {result['epochs']} epochs, metrics of {len(metrics)}, timing of "
+            f"{len(timing)}; {again}"
+        )
+    if result["status"] == OK and (not metrics or None in [result[key] for key in SCORES]):
+        raise RecordError(f"{folder} is damaged: its result is finished and lacks a score; {again}")
+    return result, metrics, timing
 
 
 class Trainer:
@@ -128,6 +160,8 @@ class Trainer:
         Returns:
             The run's result.
         """
+        if self.fabric.is_global_zero:
+            make(self.folder)
         self._resume()
         if self.curves:
             self.curves.add(self.metrics)
@@ -301,7 +335,7 @@ class Trainer:
         if self.fabric.is_global_zero:
             self._write_lines()
             record.write_json(self.folder / "result.json", result)
-            record.remove(self.folder / "checkpoint.pt")
+            remove(self.folder / "checkpoint.pt")
         if self.curves:
             self.curves.close()
         return result

@@ -37,7 +37,7 @@ def picture(folder: Path, name: str, make: Callable[[], Figure], caption: str) -
         figure = make()
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # the places are found; each file would seek them anew
-        for kind, metadata in {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}.items():
+        for kind, metadata in {"png": {"Software": "normkit"}, "svg": {"Date": None, "Creator": "normkit"}}.items():
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
             write_bytes(folder / f"{name}.{kind}", buffer.getvalue())

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from normkit.lab import record
+from normkit.lab.folder import make, remove
 from normkit.lab.memory import keep_memory
 from normkit.lab.seeding import reseed
 
@@ -71,6 +72,7 @@ def walk(
         RecordError: the checkpoint is damaged, or the folder not writable.
     """
     keep_memory()
+    make(folder)
     path, done, rows = folder / CHECKPOINT, 0, []
     if path.exists():
         state = record.read_checkpoint(path, ("step", "rows", *parts))
@@ -99,7 +101,7 @@ def forget(folder: Path) -> None:
     Args:
         folder: of the job.
     """
-    record.remove(folder / CHECKPOINT)
+    remove(folder / CHECKPOINT)
 
 
 def device() -> torch.device:

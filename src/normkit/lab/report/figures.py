@@ -55,7 +55,7 @@ def draw(out: Path) -> list[Path]:
     for name, figure in FIGURES.items():
         with matplotlib.rc_context({**matplotlib.rcParamsDefault, **LOOK}):
             drawn = figure(comparison)
-            for kind, metadata in {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}.items():
+            for kind, metadata in {"png": {"Software": "normkit"}, "svg": {"Date": None, "Creator": "normkit"}}.items():
                 buffer = io.BytesIO()
                 drawn.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
                 path = out / "figures" / f"{name}.{kind}"

@@ -155,7 +155,7 @@ def devices(here: Mapping[str, Any]) -> str:
     """
     if here.get("devices"):
         return ", ".join(here["devices"])
-    return here["device"] if here["device"] != "cpu" else f"{here['processor']}, {here['cores']} cores"
+    return here["device"] if here.get("device", "cpu") != "cpu" else f"{here['processor']}, {here['cores']} cores"
 
 
 def write_sheet(experiment: "Experiment", found: Mapping[str, Any], figures: Sequence["Drawing"], output: Path) -> Path:
