@@ -87,7 +87,8 @@ def write_run(out: Path, recipe: str, rate: float, seed: int, order: int, epochs
         )
         timing.append({"epoch": epoch, "seconds": round(17 * milliseconds / 1000 * noise.uniform(0.97, 1.06), 4)})
         if lost:
-            metrics.pop(), timing.pop()
+            metrics.pop()
+            timing.pop()
     write_lines(folder / "metrics.jsonl", metrics)
     write_lines(folder / "timing.jsonl", timing)
     scores = [line["val_score"] for line in metrics]

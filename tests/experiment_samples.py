@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 
 from normkit.core.card import Paper
 from normkit.lab import record
-from normkit.lab.claims.drawing import picture
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 
 PAPER = Paper("Author, An", "A title", 2020, "https://example.org")
@@ -76,13 +75,13 @@ def tables(result: dict[str, Any]) -> list[Table]:
     return [Table("Walks", ("name", "seed", "end | of it"), [*rows, ["nowhere", 0, None]], ["Ends of <walks>."])]
 
 
-def draw(result: dict[str, Any], folder: Path) -> list[Drawing]:
+def figures(result: dict[str, Any]) -> list[Drawing]:
     def make() -> Figure:
         figure = Figure()
         figure.subplots().plot([walk["at"] for walk in result["walks"]])
         return figure
 
-    return [picture(folder, "far_ends", make, "Where each walk ended, 0 < t & after.")]
+    return [Drawing("far_ends", make, "Where each walk ended, 0 < t & after.")]
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
@@ -90,5 +89,5 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 
 EXPERIMENT = Experiment(
-    "walks", "claim", "Random walks", "A walk ends somewhere & all.", PAPER, run, tables, draw, remarks
+    "walks", "claim", "Random walks", "A walk ends somewhere & all.", PAPER, run, tables, figures, remarks
 )

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -20,8 +22,9 @@ from normkit.lab import record
 from normkit.lab.compare import command, compare, default_output, kept, reprint
 from normkit.lab.progress import Watch
 from normkit.lab.result import Records, choose
+from normkit.lab.say import Terminal
 from normkit.lab.settings import Settings, first_seeds
-from normkit.lab.train import Run, Trainer
+from normkit.lab.train.trainer import Run, Trainer
 
 TESTS = Path(__file__).parent
 SMALL = Settings(
@@ -119,6 +122,40 @@ def test_the_live_line_shows_patterns_as_they_are() -> None:
         assert watch.live
         watch.live.refresh()
     assert "run 1/2  keep+e@re:[/04]:cancer:  rate 0.1" in text.getvalue()
+
+
+def test_the_live_line_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = StringIO()
+    run = Run("bn+e@re:" + "stem|layer1|layer2|layer3", 0.0003, 2)
+    with Watch(Console(file=text, width=80, force_terminal=True), 24, 100) as watch:
+        watch.begin(run)
+        watch.epoch(run, 99, 0.98765)
+        assert watch.live
+        watch.live.refresh()
+    for word in ("run", "1/24", run.recipe, "rate", "0.0003", "seed", "2", "99/100", "0.988", "left"):
+        assert word in text.getvalue()
+
+
+def test_a_request_to_end_is_heard_like_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "write_checkpoint", write)
+        with pytest.raises(KeyboardInterrupt):
+            ran(tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_full_disk_behind_standard_output_is_told(tmp_path: Path) -> None:
+    class Full(StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(RecordError, match=r"standard output: No space left on device; .*same command"):
+        compare(SMALL, tmp_path, console=Terminal(file=Full()), model=lab_samples.model, data=lab_samples.data)
+    assert ran(tmp_path)["recipes"]
 
 
 def test_another_configuration_in_the_folder(whole: Path) -> None:

@@ -17,7 +17,8 @@ from experiment_samples import EXPERIMENT
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
 from normkit.lab.compare import compare, reprint
-from normkit.lab.experiment import Bench, perform
+from normkit.lab.experiment import Bench
+from normkit.lab.perform import perform
 from normkit.lab.report.comparison import read_comparison
 from normkit.lab.settings import Settings
 

@@ -20,17 +20,19 @@ from normkit.lab import record
 from normkit.lab import result as summary
 from normkit.lab.cluster import joined
 from normkit.lab.data.root import set_root
-from normkit.lab.devices import device_name, environment, start_fabric
+from normkit.lab.devices import device_name, environment
 from normkit.lab.progress import Watch
 from normkit.lab.remote import Distant, Here, There, describe
 from normkit.lab.result import COST as COSTS
 from normkit.lab.result import SCHEMA, Records, choose, find_target, summarize
-from normkit.lab.say import counted, say
+from normkit.lab.say import Terminal, counted, say
 from normkit.lab.schema import COUNT, NUMBER, TEXT, each, fields
 from normkit.lab.seeding import borrowed_randomness
 from normkit.lab.settings import Settings
+from normkit.lab.stop import stoppable
 from normkit.lab.study import Study
-from normkit.lab.train import Run
+from normkit.lab.train.fabric import start_fabric
+from normkit.lab.train.trainer import Run
 
 CONFIG, ENVIRONMENT, RESULT, COST, SESSIONS = (
     "config.json",
@@ -94,10 +96,11 @@ def compare(
     settings = replace(settings, model=_named(model, settings.model), data=_named(data, settings.data)).canonical()
     folder = Path(output) if output is not None else default_output(settings)
     fabric = start_fabric(settings)
-    console = console or Console()
+    console = console or Terminal()
     if not fabric.is_global_zero:
         console = Console(quiet=True)
     with ExitStack() as stack:
+        stack.enter_context(stoppable())
         cluster = None
         if ray is not None:
             if fabric.world_size > 1:
@@ -366,7 +369,7 @@ def reprint(folder: Path, console: Console | None = None) -> None:
     """
     from normkit.lab.report.comparison import read_comparison
 
-    _show(read_comparison(folder).result, folder, True, console or Console())
+    _show(read_comparison(folder).result, folder, True, console or Terminal())
 
 
 def _show(result: dict[str, Any], folder: Path, report: bool, console: Console, finished: bool = False) -> None:

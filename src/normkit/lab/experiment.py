@@ -1,56 +1,23 @@
 """What an experiment is, and the bench on which it is run: records, resume and reports are the same for all.
 
-An experiment is one file in ``lab/papers`` or ``lab/claims`` that ends with ``EXPERIMENT = Experiment(...)``. Its ``run``
-gets a :class:`Bench`, makes jobs and gives them to :meth:`Bench.sweep`; its ``tables``, ``draw`` and ``remarks`` are pure
+An experiment is one file in ``lab/experiments`` that ends with ``EXPERIMENT = Experiment(...)``. Its ``run``
+gets a :class:`Bench`, makes jobs and gives them to :meth:`Bench.sweep`; its ``tables``, ``figures`` and ``remarks`` are pure
 functions of what ``run`` returned, so that a report can be made anew from the records alone.
 """
 
-import os
-import platform
-import shlex
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
 from normkit.core.card import Paper
-from normkit.core.errors import OptionError, RecordError
-from normkit.lab import folder, record
-from normkit.lab.cluster import joined
-from normkit.lab.data.root import set_root
-from normkit.lab.devices import cores, hardware, processor, versions
-from normkit.lab.say import counted, say
-from normkit.lab.schema import COUNT, NUMBER, OBJECT, TEXT, each, fields, maybe, one_of, optional, version
-from normkit.lab.sweep import TIMING, Job, devices, sweep
-
-SCHEMA = 1
-CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
-ABOUT = fields(name=TEXT, kind=one_of("reproduce", "claim"))
-BEGUN = fields(scale=TEXT, seeds=each(COUNT, least=1), epochs=maybe(COUNT), threads=COUNT)
-# What a record of an experiment holds; its result is checked by its hash.
-FOUND = version(
-    SCHEMA,
-    fields(
-        experiment=ABOUT,
-        command=TEXT,
-        config=BEGUN,
-        environment=fields(
-            torch=TEXT, devices=optional(each(TEXT)), device=optional(TEXT), processor=TEXT, cores=COUNT
-        ),
-        result=OBJECT,
-        sha256=optional(TEXT),
-        started=TEXT,
-        finished=TEXT,
-        seconds=NUMBER,
-    ),
-)
-CURE = "choose another --output, or --overwrite to replace them"
+from normkit.lab.say import Terminal, say
+from normkit.lab.sweep import Job, devices, sweep
 
 Cell = str | int | float | None
+Scale = Literal["tiny", "small", "full"]
 
 
 @dataclass(frozen=True)
@@ -75,12 +42,19 @@ class Drawing:
     """A figure of a report.
 
     Args:
-        path: of the PNG; the SVG lies beside it.
+        name: of its files, without ending.
+        make: draws it, as a figure of matplotlib.
         caption: below it: what is drawn and how to read it, in plain sentences without markup.
     """
 
-    path: Path
+    name: str
+    make: Callable[[], Any]
     caption: str
+
+    @property
+    def title(self) -> str:
+        """Its name in words."""
+        return self.name.replace("-", " ").replace("_", " ")
 
 
 @dataclass
@@ -91,7 +65,7 @@ class Bench:
     of data called without a root find it there, and jobs hold no paths.
 
     Args:
-        scale: ``"small"`` (two cores, minutes) or ``"full"``.
+        scale: ``"small"`` (two cores, minutes), ``"full"``, or ``"tiny"`` (seconds), at which nothing is learned: for tests.
         output: the folder of the records.
         data_root: where data sets lie. Default: None, the environment variable ``NORMKIT_DATA``.
         download: fetch what is missing. Default: False.
@@ -105,13 +79,13 @@ class Bench:
         devices: those on which the runs that were swept so far were done, whichever process did them.
     """
 
-    scale: Literal["small", "full"]
+    scale: Scale
     output: Path
     data_root: Path | None = None
     download: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int | None = None
-    console: Console = field(default_factory=Console)
+    console: Console = field(default_factory=Terminal)
     ray: str | None = None
     threads: int = 1
     devices: set[str] = field(init=False, default_factory=set)
@@ -148,8 +122,9 @@ class Experiment:
         paper: the source.
         run: does what is missing and returns the result, which JSON can hold.
         tables: the source's numbers beside ours, from the result.
-        draw: draws the figures of a result into a folder, each as PNG and SVG.
+        figures: of a result.
         remarks: observations on a result in sentences, with oddities of the source.
+        scales: at which it can be run. Default: small and full.
     """
 
     name: str
@@ -159,185 +134,11 @@ class Experiment:
     paper: Paper
     run: Callable[[Bench], dict[str, Any]]
     tables: Callable[[dict[str, Any]], list[Table]]
-    draw: Callable[[dict[str, Any], Path], list[Drawing]]
+    figures: Callable[[dict[str, Any]], list[Drawing]]
     remarks: Callable[[dict[str, Any]], list[str]]
+    scales: tuple[Scale, ...] = ("small", "full")
 
     def words(self, scale: str, seeds: Sequence[int], epochs: int | None) -> list[str]:
         """The words of the command line that say what is run, not where."""
         words = ["normkit", self.kind, self.name, "--scale", scale, "--seeds", str(len(seeds))]
         return words + (["--epochs", str(epochs)] if epochs is not None else [])
-
-
-def perform(
-    experiment: Experiment, bench: Bench, *, overwrite: bool = False, report: bool = True, command: str = ""
-) -> dict[str, Any]:
-    """Runs an experiment, or what is left of it, and writes its records and reports into ``bench.output``.
-
-    Args:
-        experiment: which.
-        bench: where.
-        overwrite: replace records of another configuration. Default: False.
-        report: draw the figures and write ``report.html`` as well. Default: True.
-        command: how to give it again; goes into the record. Default: none.
-
-    Returns:
-        What ``result.json`` holds.
-
-    Raises:
-        OptionError: it runs under torchrun, or Ray is asked for and is not there.
-        RecordError: the folder holds something else, is damaged or not writable.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise OptionError("an experiment's runs are of one process each, so it does not go with torchrun; use --ray")
-    set_root(bench.data_root)
-    config = {
-        "experiment": experiment.name,
-        "scale": bench.scale,
-        "epochs": bench.epochs,
-        "threads": bench.threads,
-        "seeds": list(bench.seeds),
-    }
-    began, started = time.monotonic(), _now()
-    folder.check_ours(bench.output)
-    found = None if overwrite else _read_back(bench.output, config)
-    finished = found is not None
-    if found is None:
-        here = _environment(started, bench.threads)
-        with folder.waited_for(bench.output):
-            _open(bench.output, config, overwrite)
-            record.write_json(bench.output / CONFIG, config)
-            record.write_json(bench.output / ENVIRONMENT, here)
-        about = {key: getattr(experiment, key) for key in ("name", "kind", "title", "claim")}
-        result = _run(experiment, bench)
-        found = {
-            "schema": SCHEMA,
-            "experiment": {**about, "paper": asdict(experiment.paper)},
-            "command": command,
-            "config": config,
-            "environment": {**here, "devices": sorted(bench.devices) or [hardware()]},
-            "result": result,
-            "sha256": record.digest(result),
-            "started": started,
-            "finished": _now(),
-            "seconds": round(time.monotonic() - began, 3),
-        }
-        with folder.waited_for(bench.output):
-            record.write_json(bench.output / RESULT, found)
-            folder.settle(bench.output)
-        found = record.read_json(bench.output / RESULT)
-    else:
-        bench.watch(f"{bench.output} holds this experiment, finished {found['finished']}")
-    show(experiment, found, bench.output, bench.console, report, kept=finished)
-    return found
-
-
-def show(
-    experiment: Experiment,
-    found: Mapping[str, Any],
-    output: Path,
-    console: Console,
-    report: bool = True,
-    kept: bool = False,
-) -> None:
-    """Prints the tables and remarks of a result, writes ``result.md`` and, if asked for, figures and ``report.html``.
-
-    Args:
-        experiment: which.
-        found: what ``result.json`` holds.
-        output: the folder.
-        console: where to print.
-        report: draw figures and the page as well. Default: True.
-        kept: go without what can't be written: the record is read back, and may lie on a disk that is only read. Default: False.
-
-    Raises:
-        RecordError: the result is not what the experiment wrote, or the folder is not writable.
-    """
-    from normkit.lab.report.sheet import print_sheet, write_markdown, write_sheet
-
-    try:
-        print_sheet(experiment, found, console)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        if "sha256" in found:
-            raise
-        # A record from before results were hashed; what it holds is not what this experiment writes.
-        raise RecordError(
-            f"{output / RESULT} is damaged ({type(error).__name__}: {error}); remove it and give the same command: finished "
-            "runs are kept"
-        ) from error
-    if kept and not record.writable(output):
-        say(console, f"\nresult   {output / RESULT}\nno report is written: {output} is only read")
-        return
-    figures = experiment.draw(found["result"], output / "figures") if report else []
-    lines = [f"result   {output / RESULT}", f"table    {write_markdown(experiment, found, figures, output)}"]
-    if report:
-        lines += [f"report   {write_sheet(experiment, found, figures, output)}", f"figures  {output / 'figures'}"]
-    say(console, "\n" + "\n".join(lines))
-
-
-def command(experiment: Experiment, bench: Bench) -> str:
-    """Writes the command line that makes this record.
-
-    Args:
-        experiment: which.
-        bench: where.
-    """
-    words = experiment.words(bench.scale, bench.seeds, bench.epochs)
-    words += ["--data-root", str(bench.data_root)] if bench.data_root is not None else []
-    words += ["--download"] if bench.download else []
-    words += ["--threads", str(bench.threads)] if bench.threads != 1 else []
-    words += ["--ray", bench.ray] if bench.ray is not None else []
-    return shlex.join([*words, "--output", str(bench.output)])
-
-
-def kept(output: Path) -> str:
-    """Says what a stopped experiment has kept."""
-    done = sum((path.parent / TIMING).exists() for path in output.glob(f"runs/**/{RESULT}"))
-    return f"kept in {output}: {counted(done, 'finished run')}, and checkpoints of those begun"
-
-
-def _run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
-    if bench.ray is None:
-        return experiment.run(bench)
-    # Joined once for all of the experiment's sweeps.
-    with joined(bench.ray, bench.threads):
-        return experiment.run(bench)
-
-
-def _open(output: Path, config: Mapping[str, Any], overwrite: bool) -> None:
-    folder.replace(output, config, overwrite)
-    if (output / CONFIG).exists():
-        # More seeds are more runs beside those that are there; anything else would make the runs unlike.
-        there = record.read_json(output / CONFIG)
-        wanted = {**config, "seeds": there.get("seeds")}
-        if there != wanted and not _begun(output):
-            folder.empty(output)
-        record.check_config(output / CONFIG, wanted, CURE)
-
-
-def _begun(output: Path) -> bool:
-    # A run that failed before its first checkpoint leaves no more than what it was and how long it took.
-    failed = {folder.LOCK, CONFIG, TIMING}
-    files = (path for path in output.glob("runs/**/*") if path.is_file())
-    return (output / RESULT).exists() or any(path.name not in failed for path in files)
-
-
-def _read_back(output: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    if not (output / RESULT).exists():
-        return None
-    found = record.read_json(output / RESULT, FOUND)
-    return found if found["config"] == config else None
-
-
-def _environment(started: str, threads: int) -> dict[str, Any]:
-    return {
-        **versions(),
-        "platform": platform.platform(),
-        "processor": processor(),
-        "cores": cores(),
-        "threads": threads,
-        "started": started,
-    }
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="seconds")

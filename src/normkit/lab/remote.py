@@ -9,13 +9,14 @@ from typing import Any
 from rich.console import Console
 
 from normkit.lab.cluster import Cluster
-from normkit.lab.devices import device_name, environment, start_fabric
+from normkit.lab.devices import device_name, environment
 from normkit.lab.folder import waited_for
 from normkit.lab.progress import Watch
 from normkit.lab.seeding import borrowed_randomness
 from normkit.lab.settings import Settings
 from normkit.lab.study import Study
-from normkit.lab.train import Run
+from normkit.lab.train.fabric import start_fabric
+from normkit.lab.train.trainer import Run
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from normkit.lab.interval import paired_interval
 from normkit.lab.schema import (
     COUNT,
     FLAG,
@@ -22,7 +21,8 @@ from normkit.lab.schema import (
     one_of,
     version,
 )
-from normkit.lab.train import DIVERGED, OK, Run, read_run
+from normkit.lab.stats import DIVERGED, OK, at_edge, best, paired_interval
+from normkit.lab.train.trainer import Run, read_run, validation
 
 SCHEMA = 1
 STATUS = one_of(OK, DIVERGED)
@@ -122,14 +122,7 @@ def choose(records: Records, runs: Sequence[Run]) -> Run:
         records: of the runs.
         runs: one a rate.
     """
-
-    def merit(run: Run) -> tuple[float, ...]:
-        found = records.result(run)
-        if found["status"] != OK:
-            return (0, found["epochs"], 0.0, -run.rate)
-        return (1, found["val_score"], -found["val_loss"], -run.rate)
-
-    return max(runs, key=merit)
+    return best({"run": run, "rate": run.rate, **validation(records.result(run))} for run in runs)["run"]
 
 
 def find_target(records: Records, runs: Iterable[Run], given: float | None) -> dict[str, Any]:
@@ -168,13 +161,12 @@ def summarize(
         target: the score whose time is taken; None when no run has one.
         level: coverage of the interval.
     """
-    rates = [run.rate for run in sweep]
     tests = [score for run in runs if (score := records.result(run)["test_score"]) is not None]
     return {
         "recipe": recipe,
         "sweep": [_sweep_row(records, run) for run in sweep],
         "rate": runs[0].rate,
-        "rate_at_edge": len(rates) > 1 and runs[0].rate in (min(rates), max(rates)),
+        "rate_at_edge": at_edge(runs[0].rate, [{"rate": run.rate} for run in sweep]),
         "runs": [_run_row(records, run, target) for run in runs],
         "test_score": {
             "mean": fmean(tests) if tests else None,

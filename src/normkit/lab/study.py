@@ -11,7 +11,6 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from normkit.core.errors import SurgeryError
-from normkit.lab.cost import measure_costs
 from normkit.lab.data.split import Data
 from normkit.lab.folder import discard
 from normkit.lab.progress import Watch
@@ -19,7 +18,8 @@ from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_dat
 from normkit.lab.record import UnlikeError
 from normkit.lab.seeding import init_sha256, order_sha256, reseed
 from normkit.lab.settings import Settings
-from normkit.lab.train import Run, Trainer, finished
+from normkit.lab.train.cost import measure_costs
+from normkit.lab.train.trainer import Run, Trainer, finished
 
 
 @dataclass

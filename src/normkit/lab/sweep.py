@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
+from normkit.lab.cluster import joined
 from normkit.lab.devices import hardware
 from normkit.lab.folder import PAUSE, InUseError, locked
 from normkit.lab.say import counted
@@ -75,9 +76,7 @@ def sweep(
         if ray is None:
             _in_turn(function, waiting, places, threads, results, count)
         else:
-            from normkit.lab.cluster import on_ray
-
-            on_ray(function, waiting, places, threads, ray, results, count.done)
+            _on_ray(function, waiting, places, threads, ray, results, count.done)
     return [results[job.path] for job in jobs]
 
 
@@ -216,3 +215,45 @@ def _places(jobs: Sequence[Job], folder: Path) -> dict[str, Path]:
 def _config(function: Function, job: Job) -> dict[str, Any]:
     name = f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', '?')}"
     return {"function": name, **plain(asdict(job))}
+
+
+def _on_ray(
+    function: Function,
+    jobs: Sequence[Job],
+    places: Mapping[str, Path],
+    threads: int,
+    address: str,
+    results: dict[str, dict[str, Any]],
+    done: Callable[[str], object],
+) -> None:
+    """Does jobs as Ray tasks; their folders must be the same on every machine of the cluster.
+
+    Args:
+        function: what to do.
+        jobs: with what.
+        places: the folder of each job, by its path.
+        threads: of torch, a job.
+        address: see :func:`joined`.
+        results: by path; filled.
+        done: is told of every job done.
+
+    Raises:
+        OptionError: Ray is not installed, there is no cluster at the address, or none of its machines has so many cores.
+        BackendError: the worker of a job was lost again and again; what is done is kept.
+    """
+
+    def end(count: int, result: dict[str, Any]) -> None:
+        results[jobs[count].path] = result
+        done(jobs[count].path)
+
+    with joined(address, threads) as cluster:
+        given = [(function, job, places[job.path].absolute(), threads) for job in jobs]
+        cluster.spread(_attend, given, [job.path for job in jobs], end)
+
+
+def _attend(function: Function, job: Job, place: Path, threads: int) -> dict[str, Any]:
+    while True:
+        try:
+            return attend(function, job, place, threads)
+        except InUseError:
+            time.sleep(PAUSE)

@@ -7,7 +7,7 @@ from typing import Any
 
 from normkit.lab.record import read_json
 from normkit.lab.result import RESULT
-from normkit.lab.train import read_run as read_records
+from normkit.lab.train.trainer import read_run as read_records
 
 
 @dataclass(frozen=True)
