@@ -86,15 +86,30 @@ def write_run(out: Path, recipe: str, rate: float, seed: int, order: int, epochs
             }
         )
         timing.append({"epoch": epoch, "seconds": round(17 * milliseconds / 1000 * noise.uniform(0.97, 1.06), 4)})
+        if lost:
+            metrics.pop()
+            timing.pop()
     write_lines(folder / "metrics.jsonl", metrics)
     write_lines(folder / "timing.jsonl", timing)
-    scores = [line["val_score"] for line in metrics if line["val_score"] is not None]
+    scores = [line["val_score"] for line in metrics]
+    test = None if failed else round((scores[-1] - 0.004 + noise.gauss(0, 0.0015)) * 360) / 360
+    result = {
+        "status": "diverged" if failed else "ok",
+        "best_val_score": max(scores),
+        "val_score": None,
+        "val_loss": None,
+    }
+    if not failed:
+        result |= {"val_score": scores[-1], "val_loss": metrics[-1]["val_loss"]}
+    result |= {"test_score": test, "test_loss": None if failed else metrics[-1]["val_loss"]}
+    result |= {"epochs": len(metrics), "steps": 17 * len(metrics)}
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     return {
         "status": "diverged" if failed else "ok",
         "folder": run_folder(recipe, rate, seed),
         "best": max(scores),
         "final": None if failed else scores[-1],
-        "test": None if failed else round((scores[-1] - 0.004 + noise.gauss(0, 0.0015)) * 360) / 360,
+        "test": test,
         "metrics": metrics,
         "timing": timing,
     }

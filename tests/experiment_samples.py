@@ -75,13 +75,13 @@ def tables(result: dict[str, Any]) -> list[Table]:
     return [Table("Walks", ("name", "seed", "end | of it"), [*rows, ["nowhere", 0, None]], ["Ends of <walks>."])]
 
 
-def draw(result: dict[str, Any], folder: Path) -> list[Drawing]:
-    folder.mkdir(parents=True, exist_ok=True)
-    figure = Figure()
-    figure.subplots().plot([walk["at"] for walk in result["walks"]])
-    for kind in ("png", "svg"):
-        figure.savefig(folder / f"far_ends.{kind}")
-    return [Drawing(folder / "far_ends.png", "Where each walk ended, 0 < t & after.")]
+def figures(result: dict[str, Any]) -> list[Drawing]:
+    def make() -> Figure:
+        figure = Figure()
+        figure.subplots().plot([walk["at"] for walk in result["walks"]])
+        return figure
+
+    return [Drawing("far_ends", make, "Where each walk ended, 0 < t & after.")]
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
@@ -89,5 +89,5 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 
 EXPERIMENT = Experiment(
-    "walks", "claim", "Random walks", "A walk ends somewhere & all.", PAPER, run, tables, draw, remarks
+    "walks", "claim", "Random walks", "A walk ends somewhere & all.", PAPER, run, tables, figures, remarks
 )

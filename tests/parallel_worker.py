@@ -11,10 +11,11 @@ from torch.distributed.tensor import DTensor
 import lab_samples
 from normkit.lab import task
 from normkit.lab.data.split import Data
-from normkit.lab.devices import part, start_fabric
+from normkit.lab.devices import part
 from normkit.lab.protocol import make_data
 from normkit.lab.settings import Settings
-from normkit.lab.train import Run, Trainer
+from normkit.lab.train.fabric import start_fabric
+from normkit.lab.train.trainer import Run, Trainer
 from normkit.surgery.recipe import apply_recipe
 
 OPTIONS = {"accumulate": 2, "ema": 0.9, "clip": 0.5, "warmup": 1.0, "label_smoothing": 0.1, "epochs": 3}

@@ -343,3 +343,59 @@ def test_real_data(factory: Callable[..., Data], classes: int) -> None:
     assert_close(torch.tensor(data.train.prepare.mean), torch.tensor(published), rtol=0, atol=2e-3)
     x, _ = data.train.batch(torch.arange(256), CPU)
     assert data.augment(x, torch.Generator().manual_seed(0)).isfinite().all()
+
+
+class Made:
+    """Pickles as a call of something by its name, with a state given to what comes back."""
+
+    def __init__(self, call: Any, given: tuple[Any, ...], state: Any = None) -> None:
+        self.made = (call, given) if state is None else (call, given, state)
+
+    def __reduce__(self) -> Any:
+        return self.made
+
+
+RECONSTRUCT = np.empty(0).__reduce__()[0]
+PLAIN, OBJECTS = np.dtype("u1"), np.dtype("O")
+FORGED = {
+    "an array made over memory": Made(np.ndarray, ((1 << 20,), OBJECTS, b"\x01" * 64)),
+    "an array of objects": Made(RECONSTRUCT, (np.ndarray, (0,), b"b"), (1, (1,), OBJECTS, False, [None])),
+    "a kind of objects": OBJECTS,
+    "a kind of records": np.dtype([("a", "u1"), ("b", "O")]),
+    "a kind with fields in its state": Made(np.dtype, ("u1",), (3, "|", None, ("a",), {"a": (OBJECTS, 0)}, -1, -1, 0)),
+    "less bytes than its shape says": Made(RECONSTRUCT, (np.ndarray, (0,), b"b"), (1, (9, 9), PLAIN, False, b"1234")),
+    "a shape below zero": Made(RECONSTRUCT, (np.ndarray, (0,), b"b"), (1, (-2, -2), PLAIN, False, b"1234")),
+    "a shape of no integers": Made(RECONSTRUCT, (np.ndarray, (0,), b"b"), (1, ("a",), PLAIN, False, b"1234")),
+    "another class": Made(RECONSTRUCT, (dict, (0,), b"b")),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_forged_arrays_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "forged"
+    for protocol in (0, 2, 4):
+        path.write_bytes(pickle.dumps({"data": FORGED[name]}, protocol=protocol))
+        with pytest.raises(ProtocolError, match=r"forged (asks for|is truncated or damaged|holds)"):
+            read_pickle(path, "go")
+
+
+def test_names_of_the_reader_can_not_be_changed(tmp_path: Path) -> None:
+    path = tmp_path / "forged"
+    for name in (b"numpy\nndarray", b"numpy\ndtype", b"numpy.core.multiarray\n_reconstruct", b"_codecs\nencode"):
+        for state in (b"}X\x01\x00\x00\x00aK\x01sb", b"N}X\x08\x00\x00\x00__call__K\x01s\x86b"):
+            path.write_bytes(b"\x80\x02}X\x04\x00\x00\x00datac" + name + b"\n" + state + b"s.")
+            with pytest.raises(ProtocolError, match="forged"):
+                read_pickle(path, "go")
+
+
+@pytest.mark.parametrize("kind", ["bool", "i1", "<i8", ">i4", "u2", "f2", "<f4", ">f8"])
+def test_plain_arrays_come_back(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "plain"
+    whole = np.arange(12).reshape(3, 4).astype(kind)
+    for array in (whole, np.asfortranarray(whole), whole[:1]):
+        for protocol in (0, 2, 4):
+            path.write_bytes(pickle.dumps({"data": array, "more": [array]}, protocol=protocol))
+            found = read_pickle(path, "go")
+            for back in (found["data"], found["more"][0]):
+                np.testing.assert_array_equal(back, array)
+                assert back.dtype == array.dtype.newbyteorder("=")

@@ -17,24 +17,27 @@ from torch.testing import assert_close
 
 from normkit.catalogue.methods import method
 from normkit.core.errors import OptionError
-from normkit.lab.claims import (
+from normkit.lab.experiment import Bench, Experiment
+from normkit.lab.experiments import (
     batch_size,
     blog_table,
     conditioning,
     cost_activations,
     disparity,
-    drawing,
+    find_experiment,
     four_benefits,
     gan,
-    images,
+    names,
     pre_post_ln,
-    steps,
     why_bn,
 )
-from normkit.lab.experiment import Bench, Experiment, perform
-from normkit.lab.experiments import find_experiment, names
-from normkit.lab.models.gan import PointDiscriminator, PointGenerator
+from normkit.lab.jobs import adversarial, encoders, landscape, ranges, spectra
+from normkit.lab.models import noisy_norm
+from normkit.lab.models.gan import PointDiscriminator, PointGenerator, centres
 from normkit.lab.models.small_cnn import SmallCNN
+from normkit.lab.perform import perform
+from normkit.lab.report import drawing
+from normkit.lab.train import images, walk
 from normkit.surgery.recipe import apply_recipe
 from normkit.weights.power_iteration import power_iteration
 
@@ -43,32 +46,8 @@ DIGITS = {**IMAGES, "test": 64, "epochs": 1}
 ENCODER = {"depth": 1, "features": 8, "length": 6, "steps": 6}
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(batch_size.SIZES, "small", DIGITS)
-    monkeypatch.setitem(batch_size.BATCHES, "small", (2, 32))
-    monkeypatch.setattr(batch_size, "JUDGED", 32)
-    monkeypatch.setitem(disparity.SIZES, "small", DIGITS)
-    monkeypatch.setattr(disparity, "BATCHES", (4, 8))
-    monkeypatch.setattr(disparity, "JUDGED", 32)
-    monkeypatch.setitem(pre_post_ln.SIZES, "small", ENCODER)
-    monkeypatch.setattr(pre_post_ln, "DEPTHS", (1, 2))
-    monkeypatch.setitem(gan.STEPS, "small", 3)
-    monkeypatch.setattr(drawing, "DPI", 50)
-    monkeypatch.setitem(why_bn.SIZES, "small", {**IMAGES, "train": 128, "steps": 4})
-    monkeypatch.setattr(why_bn, "RATES", (0.1, 1e30))
-    monkeypatch.setattr(blog_table, "DRIFT", 20)
-    monkeypatch.setattr(cost_activations, "SHAPES", {"images": (2, 32, 8, 8), "tokens": (2, 3, 8)})
-    monkeypatch.setitem(cost_activations.ROUNDS, "small", 1)
-    monkeypatch.setitem(conditioning.STEPS, "small", 4)
-    monkeypatch.setattr(conditioning, "HIDDEN", 3)
-    monkeypatch.setattr(conditioning, "RATES", (0.3, 1e30))
-    monkeypatch.setitem(four_benefits.SIZES, "small", DIGITS)
-    monkeypatch.setattr(four_benefits, "RATES", (0.1, 1e30))
-
-
 def bench(folder: Path, **options: Any) -> Bench:
-    return Bench("small", folder, seeds=(0, 1), console=Console(quiet=True), **options)
+    return Bench("tiny", folder, seeds=(0, 1), console=Console(quiet=True), **options)
 
 
 @pytest.mark.parametrize("name", names("claim"))
@@ -115,10 +94,8 @@ class Case:
 CASES = {
     "batch_size": Case(batch_size.train, batch_size.Job("bcn+ws", 16, 0, **DIGITS), 3),
     "disparity": Case(disparity.train, disparity.Job("brn", "sorted", 8, 0, **DIGITS), 5),
-    "pre_post_ln": Case(
-        pre_post_ln.train, pre_post_ln.Training("text", "post", "ln", "adam 1e-3", True, 0, **ENCODER), 4
-    ),
-    "gan": Case(gan.play, gan.Job("hinge", "sn", 0, 4), 3),
+    "pre_post_ln": Case(encoders.train, encoders.Training("text", "post", "ln", "adam 1e-3", True, 0, **ENCODER), 4),
+    "gan": Case(adversarial.play, adversarial.Job("hinge", "sn", 0, 4), 3),
     "why_bn": Case(why_bn.train, why_bn.Job("noisy", 0.05, True, 0, **{**IMAGES, "train": 128}, steps=4), 3),
     "conditioning": Case(conditioning.descend, conditioning.Job("bn+e", 0.3, True, 0, 4), 3),
     "four_benefits": Case(four_benefits.train, four_benefits.Job("wn", 0.1, 10.0, 0, **{**DIGITS, "epochs": 4}), 3),
@@ -129,7 +106,7 @@ CASES = {
 def test_a_stop_leaves_no_trace(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     whole = case.function(case.job, tmp_path / "whole")
-    reseed = steps.reseed
+    reseed = walk.reseed
 
     def stop(seed: int, purpose: str, number: int = 0) -> None:
         if number == case.middle:
@@ -137,8 +114,8 @@ def test_a_stop_leaves_no_trace(name: str, tmp_path: Path, monkeypatch: pytest.M
         reseed(seed, purpose, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "PAUSE", 0.0)
-        patch.setattr(steps, "reseed", stop)
+        patch.setattr(walk, "PAUSE", 0.0)
+        patch.setattr(walk, "reseed", stop)
         with pytest.raises(KeyboardInterrupt):
             case.function(case.job, tmp_path / "parts")
     assert (tmp_path / "parts" / "checkpoint.pt").exists()
@@ -229,7 +206,7 @@ def test_fit_is_sgd(tmp_path: Path) -> None:
 
 def test_a_fit_that_diverges_says_so(tmp_path: Path) -> None:
     data = torch.full((4, 3), 1e20), torch.tensor([0, 1, 0, 1])
-    assert images.fit(nn.Linear(3, 2), images.Stream(data, 2, 0), 2, 1e30, 0, tmp_path).status == steps.DIVERGED
+    assert images.fit(nn.Linear(3, 2), images.Stream(data, 2, 0), 2, 1e30, 0, tmp_path).status == walk.DIVERGED
 
 
 def test_other_data_are_refused() -> None:
@@ -252,16 +229,16 @@ def test_sorted_batches_are_of_two_classes() -> None:
 def test_normalized_values_reach_the_root_of_n_less_one_and_never_pass_it(count: int) -> None:
     alone = torch.zeros(1, count, dtype=torch.float64)
     alone[0, 0] = -3.0
-    assert_close(disparity.normalized(alone).abs().max().item(), math.sqrt(count - 1))
+    assert_close(ranges.normalized(alone).abs().max().item(), math.sqrt(count - 1))
     many = torch.randn(500, count, dtype=torch.float64, generator=torch.Generator().manual_seed(count)) ** 3
     # Rounding alone may pass the bound.
-    assert disparity.normalized(many).abs().max() <= math.sqrt(count - 1) * (1 + 1e-12)
+    assert ranges.normalized(many).abs().max() <= math.sqrt(count - 1) * (1 + 1e-12)
 
 
 def test_ranges_keep_the_bound_in_training_and_break_it_in_evaluation() -> None:
     torch.manual_seed(0)
     model = SmallCNN(nn.BatchNorm2d, channels=1, width=4)
-    layers = disparity.ranges(model, torch.randn(16, 1, 8, 8), 4)
+    layers = ranges.ranges(model, torch.randn(16, 1, 8, 8), 4)
     for layer in layers:
         assert layer["train"] <= layer["bound"] * (1 + 1e-5)
         assert layer["train strong"] <= layer["bound"] * (1 + 1e-5)
@@ -270,7 +247,7 @@ def test_ranges_keep_the_bound_in_training_and_break_it_in_evaluation() -> None:
 
 
 def test_responses_are_bounded_by_batches_and_linear_by_running_statistics() -> None:
-    found = disparity.responses()
+    found = ranges.responses()
     large = found["input"][-1]
     assert_close(found["batch"][-1], math.sqrt(7), atol=1e-3, rtol=0)
     assert_close(found["running"], [value / math.sqrt(1 + 1e-5) for value in found["input"]])
@@ -288,7 +265,7 @@ def test_gradient_norms_of_a_known_network() -> None:
     first, second = torch.eye(2).requires_grad_(), torch.tensor([[3.0, 4.0]], requires_grad=True)
     x = torch.tensor([1.0, 2.0])
     # d/dsecond = first x = (1, 2); d/dfirst = second^T x^T, whose norm is 5 sqrt(5).
-    norms = pre_post_ln.gradient_norms((second @ (first @ x)).sum(), [first, second])
+    norms = encoders.gradient_norms((second @ (first @ x)).sum(), [first, second])
     assert_close(norms, [5 * math.sqrt(5), math.sqrt(5)])
 
 
@@ -300,16 +277,16 @@ def test_the_plan_has_every_optimizer_warm_up_and_norm() -> None:
 
 
 def test_a_walk_with_a_huge_rate_is_flat_or_diverged(tmp_path: Path) -> None:
-    job = pre_post_ln.Training("sort", "post", "scale+fix", "sgd 1e30", False, 0, **ENCODER)
-    assert pre_post_ln.train(job, tmp_path)["status"] == steps.DIVERGED
+    job = encoders.Training("sort", "post", "scale+fix", "sgd 1e30", False, 0, **ENCODER)
+    assert encoders.train(job, tmp_path)["status"] == walk.DIVERGED
 
 
 def test_what_a_warm_up_did_is_told_for_every_task() -> None:
     def runs(task: str, placement: str, warmup: bool, losses: list[float | None]) -> list[dict[str, Any]]:
         about = {"task": task, "placement": placement, "norm": "ln", "optimizer": "adam 1e-3", "warmup": warmup}
-        status = {None: steps.DIVERGED}
+        status = {None: walk.DIVERGED}
         return [
-            {**about, "seed": seed, "loss": loss, "status": status.get(loss, steps.OK)}
+            {**about, "seed": seed, "loss": loss, "status": status.get(loss, walk.OK)}
             for seed, loss in enumerate(losses)
         ]
 
@@ -344,13 +321,15 @@ def test_what_a_warm_up_did_is_told_for_every_task() -> None:
 def test_constraints_do_what_they_say() -> None:
     torch.manual_seed(0)
     critic = PointDiscriminator(8)
-    gan.constrain(critic, "hard")
+    spectra.constrain(critic, "hard")
     # Rounding of a division in single precision.
-    assert_close([spectrum[0] for spectrum in gan.spectra(gan.weights(critic))], [1.0, 1.0, 1.0], atol=1e-6, rtol=0)
-    gan.constrain(critic, "clip")
-    assert max(parameter.abs().max() for parameter in critic.parameters()) <= gan.CLIP
+    assert_close(
+        [spectrum[0] for spectrum in spectra.spectra(spectra.weights(critic))], [1.0, 1.0, 1.0], atol=1e-6, rtol=0
+    )
+    spectra.constrain(critic, "clip")
+    assert max(parameter.abs().max() for parameter in critic.parameters()) <= spectra.CLIP
     before = [parameter.clone() for parameter in critic.parameters()]
-    gan.constrain(critic, "none")
+    spectra.constrain(critic, "none")
     assert_close(list(critic.parameters()), before, atol=0, rtol=0)
 
 
@@ -360,8 +339,8 @@ def test_no_gradient_is_steeper_than_the_product_of_sigmas(kind: str) -> None:
     critic = PointDiscriminator(16)
     if kind in ("sn", "wn"):
         apply_recipe(critic, f"keep+{kind}")
-    gan.constrain(critic, kind)
-    seen = gan.look(PointGenerator(), critic)
+    spectra.constrain(critic, kind)
+    seen = adversarial.look(PointGenerator(), critic)
     assert 0 < seen["steepest"] <= seen["bound"] * (1 + 1e-5)
 
 
@@ -369,8 +348,8 @@ def test_looking_does_not_step_the_power_iteration() -> None:
     critic = PointDiscriminator(8)
     apply_recipe(critic, "keep+sn")
     before = {name: value.clone() for name, value in critic.state_dict().items()}
-    gan.look(PointGenerator(), critic)
-    gan.raw_weights(critic)
+    adversarial.look(PointGenerator(), critic)
+    spectra.raw_weights(critic)
     assert_close(critic.state_dict(), before, atol=0, rtol=0)
     assert critic.training
 
@@ -379,21 +358,21 @@ def test_iterations_are_counted_from_where_the_vectors_are() -> None:
     torch.manual_seed(0)
     matrix = torch.randn(12, 9)
     u, v = power_iteration(matrix, iterations=500)
-    assert gan.needed(matrix, u, v) == 1
-    assert gan.needed(matrix, u, v, done=1) == 1
-    assert gan.needed(torch.eye(3)) == 1
+    assert spectra.needed(matrix, u, v) == 1
+    assert spectra.needed(matrix, u, v, done=1) == 1
+    assert spectra.needed(torch.eye(3)) == 1
     # Two equal halves of the spectrum, from a vector of the lesser: never.
     stuck = torch.diag(torch.tensor([2.0, 1.0]))
-    assert gan.needed(stuck, v=torch.tensor([0.0, 1.0]), limit=7) == 7
-    assert_close(gan.error(stuck, *power_iteration(stuck, v=torch.tensor([0.0, 1.0]))), 0.5)
+    assert spectra.needed(stuck, v=torch.tensor([0.0, 1.0]), limit=7) == 7
+    assert_close(spectra.error(stuck, *power_iteration(stuck, v=torch.tensor([0.0, 1.0]))), 0.5)
 
 
 def test_memory_follows_and_is_restored() -> None:
     torch.manual_seed(0)
     matrices = [torch.randn(6, 4), torch.randn(5, 6)]
-    memory = gan.Memory(matrices)
+    memory = spectra.Memory(matrices)
     memory.follow(matrices)
-    other = gan.Memory([torch.randn(6, 4), torch.randn(5, 6)])
+    other = spectra.Memory([torch.randn(6, 4), torch.randn(5, 6)])
     other.load_state_dict(memory.state_dict())
     for (u, v), (a, b) in zip(memory.vectors, other.vectors, strict=True):
         assert_close((u, v), (a, b), atol=0, rtol=0)
@@ -404,9 +383,9 @@ def test_memory_follows_and_is_restored() -> None:
 def test_a_discriminator_or_generator_that_diverges_is_recorded(
     rates: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gan, "RATES", rates)
-    result = perform(gan.EXPERIMENT, Bench("small", tmp_path, seeds=(0,), console=Console(quiet=True)))["result"]
-    lost = [run for run in result["runs"] if run["status"] == steps.DIVERGED]
+    monkeypatch.setattr(adversarial, "RATES", rates)
+    result = perform(gan.EXPERIMENT, Bench("tiny", tmp_path, seeds=(0,), console=Console(quiet=True)))["result"]
+    lost = [run for run in result["runs"] if run["status"] == walk.DIVERGED]
     # Clipping keeps a discriminator's weights finite whatever its rate is.
     assert {run["kind"] for run in lost} == set(gan.KINDS) - ({"clip"} if rates[1] > 1 else set())
     assert all(run["modes"] is None and run["spectra"] is None and run["field"] is None for run in lost)
@@ -428,9 +407,9 @@ def test_the_bound_that_is_told_is_the_product_of_sigmas() -> None:
 
 
 def test_modes_are_counted() -> None:
-    points = gan.centres().repeat_interleave(torch.tensor([40, 40, 40, 40, 1, 0, 0, 0]), 0)
+    points = centres().repeat_interleave(torch.tensor([40, 40, 40, 40, 1, 0, 0, 0]), 0)
     points = torch.cat([points, torch.zeros(39, 2)])
-    assert gan.coverage(points) == (4, pytest.approx(161 / 200))
+    assert adversarial.coverage(points) == (4, pytest.approx(161 / 200))
 
 
 # Why batch normalization helps
@@ -438,27 +417,27 @@ def test_modes_are_counted() -> None:
 
 def test_noise_is_of_the_samples_and_channels_and_of_training_alone() -> None:
     torch.manual_seed(0)
-    noisy = why_bn.NoisyBatchNorm(3)
+    noisy = noisy_norm.NoisyBatchNorm(3)
     x = torch.randn(400, 3, 2, 2)
     clean = torch.nn.functional.batch_norm(x, None, None, training=True)
     y = noisy(x)
     # Two places of a sample and channel: y = s x + m for both.
     s = (y[..., 0, 0] - y[..., 1, 1]) / (clean[..., 0, 0] - clean[..., 1, 1])
     m = (y - s[..., None, None] * clean).mean(dim=(2, 3))
-    assert 1 - 0.02 < s.mean(0).min() <= s.mean(0).max() < why_bn.DEVIATION + 0.02
-    assert m.abs().max() < why_bn.MEAN + why_bn.JITTER + 1e-3
+    assert 1 - 0.02 < s.mean(0).min() <= s.mean(0).max() < noisy_norm.DEVIATION + 0.02
+    assert m.abs().max() < noisy_norm.MEAN + noisy_norm.JITTER + 1e-3
     noisy.eval()
     assert_close(noisy(x), noisy.norm(x))
 
 
 def test_a_layer_without_others_before_it_that_move_does_not_turn() -> None:
     torch.manual_seed(0)
-    model = SmallCNN(why_bn.Shift, channels=1, width=4)
+    model = SmallCNN(noisy_norm.Shift, channels=1, width=4)
     batch = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
-    still = why_bn.turns(model, batch, 0.0)
+    still = landscape.turns(model, batch, 0.0)
     assert_close(still["turn"], 1.0, atol=1e-5, rtol=0)
     assert still["change"] < 1e-5
-    assert why_bn.turns(model, batch, 1.0)["turn"] < 1 - 1e-4
+    assert landscape.turns(model, batch, 1.0)["turn"] < 1 - 1e-4
 
 
 def test_smoothness_of_a_quadratic() -> None:
@@ -474,8 +453,8 @@ def test_smoothness_of_a_quadratic() -> None:
         return model.w.square().sum().item(), [2 * model.w.detach()]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(why_bn, "gradients", loss_and_gradients)
-        found = why_bn.smoothness(bowl, (gradient, gradient), 0.1)
+        patch.setattr(landscape, "gradients", loss_and_gradients)
+        found = landscape.smoothness(bowl, (gradient, gradient), 0.1)
     # The Hessian is 2; along the gradient w shrinks by 1 - 0.2 part, part up to 4.
     assert_close(found, {"low": 1.0, "high": 25.0, "predictive": 8.0, "beta": 2.0}, atol=1e-4, rtol=0)
 
@@ -504,19 +483,19 @@ def test_why_bn_tells_what_paired_seeds_and_the_losses_say() -> None:
 
 def test_measuring_changes_nothing() -> None:
     torch.manual_seed(0)
-    model = SmallCNN(why_bn.MAKERS["noisy"], channels=1, width=4)
+    model = SmallCNN(noisy_norm.MAKERS["noisy"], channels=1, width=4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batch = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
-    why_bn.turns(model, batch, 0.1)
-    why_bn.smoothness(model, batch, 0.1)
-    why_bn.moments(model, batch[0])
+    landscape.turns(model, batch, 0.1)
+    landscape.smoothness(model, batch, 0.1)
+    landscape.moments(model, batch[0])
     assert_close(model.state_dict(), before, atol=0, rtol=0)
 
 
 def test_moments_that_move_are_counted_in_deviations() -> None:
     one = [(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 1.0]))]
     other = [(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 3.0]))]
-    assert why_bn.moved(one, other) == {"mean": 0.25, "deviation": 1.0}
+    assert landscape.moved(one, other) == {"mean": 0.25, "deviation": 1.0}
 
 
 # Seven normalizations

@@ -20,7 +20,8 @@ from normkit.lab import record  # noqa: E402
 from normkit.lab.cluster import Cluster  # noqa: E402
 from normkit.lab.compare import compare  # noqa: E402
 from normkit.lab.devices import hardware  # noqa: E402
-from normkit.lab.experiment import Bench, perform  # noqa: E402
+from normkit.lab.experiment import Bench  # noqa: E402
+from normkit.lab.perform import perform  # noqa: E402
 from normkit.lab.settings import Settings  # noqa: E402
 from normkit.lab.sweep import sweep  # noqa: E402
 

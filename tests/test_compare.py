@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -20,8 +22,9 @@ from normkit.lab import record
 from normkit.lab.compare import command, compare, default_output, kept, reprint
 from normkit.lab.progress import Watch
 from normkit.lab.result import Records, choose
+from normkit.lab.say import Terminal
 from normkit.lab.settings import Settings, first_seeds
-from normkit.lab.train import Run
+from normkit.lab.train.trainer import Run, Trainer
 
 TESTS = Path(__file__).parent
 SMALL = Settings(
@@ -85,14 +88,10 @@ def test_all_recipes_start_alike(whole: Path) -> None:
     assert all(result["init_sha256"] and result["order_sha256"] for result in results)
 
 
-def test_a_finished_comparison_is_read_back(whole: Path) -> None:
+def test_a_finished_comparison_is_read_back(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
-
-    def untouched() -> nn.Module:
-        raise AssertionError("trained again")
-
-    untouched.__module__, untouched.__qualname__ = "lab_samples", "model"
-    result = ran(whole, model=untouched)
+    monkeypatch.setattr(Trainer, "train", lambda *given: pytest.fail("trained again"))
+    result = ran(whole)
     assert result == record.read_json(whole / "result.json")
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()} == before
 
@@ -125,6 +124,40 @@ def test_the_live_line_shows_patterns_as_they_are() -> None:
     assert "run 1/2  keep+e@re:[/04]:cancer:  rate 0.1" in text.getvalue()
 
 
+def test_the_live_line_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = StringIO()
+    run = Run("bn+e@re:" + "stem|layer1|layer2|layer3", 0.0003, 2)
+    with Watch(Console(file=text, width=80, force_terminal=True), 24, 100) as watch:
+        watch.begin(run)
+        watch.epoch(run, 99, 0.98765)
+        assert watch.live
+        watch.live.refresh()
+    for word in ("run", "1/24", run.recipe, "rate", "0.0003", "seed", "2", "99/100", "0.988", "left"):
+        assert word in text.getvalue()
+
+
+def test_a_request_to_end_is_heard_like_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "write_checkpoint", write)
+        with pytest.raises(KeyboardInterrupt):
+            ran(tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_full_disk_behind_standard_output_is_told(tmp_path: Path) -> None:
+    class Full(StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(RecordError, match=r"standard output: No space left on device; .*same command"):
+        compare(SMALL, tmp_path, console=Terminal(file=Full()), model=lab_samples.model, data=lab_samples.data)
+    assert ran(tmp_path)["recipes"]
+
+
 def test_another_configuration_in_the_folder(whole: Path) -> None:
     with pytest.raises(RecordError, match=r"epochs is 3 there, 4 now; choose another --output, or --overwrite"):
         ran(whole, replace(SMALL, epochs=4))
@@ -139,7 +172,8 @@ def test_a_file_is_no_folder_of_records(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_an_experiment_is_none_of_a_comparison(tmp_path: Path) -> None:
-    record.write_json(tmp_path / "config.json", {"experiment": "table1", "scale": "small"})
+    config = {"experiment": "table1", "scale": "small", "epochs": None, "threads": 1, "seeds": [0]}
+    record.write_json(tmp_path / "config.json", config)
     with pytest.raises(
         RecordError, match="holds records of the experiment table1, not of a comparison; choose another"
     ):
@@ -279,10 +313,13 @@ def test_a_rate_that_diverges_is_not_chosen(tmp_path: Path) -> None:
 
 
 def test_equals_are_chosen_by_loss(tmp_path: Path) -> None:
-    shared = {"test_score": None, "test_loss": None, "epochs": 1, "steps": 1, "best_val_score": 0.9, "val_score": 0.9}
+    shared = {"test_score": 0.9, "test_loss": 0.1, "epochs": 1, "steps": 1, "best_val_score": 0.9, "val_score": 0.9}
+    row = {"epoch": 1, "step": 1, "rate": 0.1, "train_loss": 0.1, "val_loss": 0.1, "val_score": 0.9, "condition": {}}
     runs = [Run("bn", rate, 0) for rate in (0.1, 0.2, 0.3)]
     for run, loss in zip(runs, (0.5, 0.4, 0.4), strict=True):
         record.write_json(tmp_path / run.path / "result.json", {"status": "ok", "val_loss": loss, **shared})
+        record.write_lines(tmp_path / run.path / "metrics.jsonl", [row])
+        record.write_lines(tmp_path / run.path / "timing.jsonl", [{"epoch": 1, "seconds": 1.0}])
     assert choose(Records(tmp_path), runs) == runs[1]
 
 

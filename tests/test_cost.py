@@ -13,12 +13,12 @@ from torch import nn
 import lab_samples
 import normkit as nk
 from normkit.engine.library import why_not
-from normkit.lab.cost import Step, measure_costs, measure_steps
 from normkit.lab.data.split import Data, Split
-from normkit.lab.devices import start_fabric
 from normkit.lab.memory import keep_memory, peak_bytes
 from normkit.lab.protocol import make_data
 from normkit.lab.settings import Settings
+from normkit.lab.train.cost import Step, measure_costs, measure_steps
+from normkit.lab.train.fabric import start_fabric
 
 CPU = torch.device("cpu")
 

@@ -14,19 +14,21 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import experiment_samples
+import written_experiment
 from experiment_samples import EXPERIMENT, Walk, walk
 from normkit.cli import app
 from normkit.core.errors import OptionError, RecordError
-from normkit.lab import record
+from normkit.lab import folder, record
 from normkit.lab.devices import hardware
-from normkit.lab.experiment import Bench, Table, command, perform
+from normkit.lab.experiment import Bench, Scale, Table
 from normkit.lab.experiments import FILES, find_experiment, names
+from normkit.lab.perform import command, perform
 from normkit.lab.report.sheet import cell, facts, is_text, print_sheet, setup, side_by_side
 from normkit.lab.sweep import devices, sweep
 
 
-def bench(folder: Path, **options: Any) -> Bench:
-    return Bench("small", folder, console=Console(quiet=True), **options)
+def bench(folder: Path, scale: Scale = "small", **options: Any) -> Bench:
+    return Bench(scale, folder, console=Console(quiet=True), **options)
 
 
 def records(folder: Path) -> dict[str, bytes]:
@@ -213,12 +215,10 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
 
 
 def test_records_of_something_else_are_refused(tmp_path: Path) -> None:
-    for config, whose in (
-        ({"model": "inception"}, "a comparison"),
-        ({"experiment": "table1"}, "the experiment table1"),
-    ):
+    for of, whose in ((folder.COMPARISON, "a comparison"), (folder.EXPERIMENT, "the experiment table1")):
+        config = {**dict.fromkeys(of, 1), **({"experiment": "table1"} if "experiment" in of else {})}
         record.write_json(tmp_path / "config.json", config)
-        record.write_json(tmp_path / "result.json", {})
+        record.write_json(tmp_path / "runs/left/seed=0/result.json", {})
         with pytest.raises(RecordError, match=f"holds records of {whose}, not of the experiment walks; choose another"):
             perform(EXPERIMENT, bench(tmp_path), report=False)
 
@@ -233,7 +233,7 @@ def test_a_failed_attempt_leaves_the_folder_free(tmp_path: Path, monkeypatch: py
             perform(EXPERIMENT, bench(tmp_path), report=False)
     place = tmp_path / "runs/left/seed=0"
     assert {path.name for path in place.iterdir()} == {".lock", "config.json", "timing.json"}
-    with record.locked(place), pytest.raises(RecordError, match="in use by another process"):
+    with folder.locked(place), pytest.raises(RecordError, match="in use by another process"):
         perform(EXPERIMENT, bench(tmp_path, epochs=2), report=False)
     assert record.read_json(tmp_path / "config.json")["epochs"] is None
     found = perform(EXPERIMENT, bench(tmp_path, epochs=2), report=False)
@@ -311,6 +311,23 @@ def test_names_and_titles_stand_apart() -> None:
         assert lines == [f"{name:<{width}}{title}" for name, title in zip(names(kind), titles, strict=True)]
 
 
+def test_an_experiment_is_a_short_file(tmp_path: Path) -> None:
+    path = Path(written_experiment.__file__)
+    assert len(path.read_text().splitlines()) <= 60
+    found = perform(written_experiment.EXPERIMENT, Bench("tiny", tmp_path, seeds=(0, 1), console=Console(quiet=True)))
+    assert [row["rate"] for row in found["result"]["rows"]]
+    text = (tmp_path / "result.md").read_text()
+    assert "| LayerNorm |" in text
+    assert "![accuracy](figures/accuracy.png)" in text
+    assert perform(written_experiment.EXPERIMENT, bench(tmp_path, scale="tiny", seeds=(0, 1)), report=False) == found
+
+
+def test_a_scale_that_an_experiment_does_not_have(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="scale is 'small'; wanted tiny for norms"):
+        perform(written_experiment.EXPERIMENT, bench(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_is_no_folder_of_records(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     with pytest.raises(RecordError, match="file is a file, not a folder; choose another --output"):
@@ -371,7 +388,7 @@ def test_bad_options_end_with_2(tmp_path: Path, words: list[str], said: str) -> 
 )
 def test_ray_may_stand_alone(monkeypatch: pytest.MonkeyPatch, words: list[str], address: str | None) -> None:
     given: list[Bench] = []
-    monkeypatch.setattr("normkit.lab.experiment.perform", lambda experiment, bench, **options: given.append(bench))
+    monkeypatch.setattr("normkit.lab.perform.perform", lambda experiment, bench, **options: given.append(bench))
     for order in (["walks", *words], [*words, "walks"]):
         done = CliRunner().invoke(app, ["claim", *order])
         assert done.exit_code == 0, done.output

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from normkit.core.errors import OptionError
-from normkit.lab.interval import paired_interval
+from normkit.lab.stats import paired_interval
 
 
 @pytest.mark.parametrize("count", [2, 3, 10])

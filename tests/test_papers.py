@@ -11,18 +11,18 @@ from rich.console import Console
 from torch import nn
 
 from normkit.lab import record, task
-from normkit.lab.cost import Step, measure_steps
 from normkit.lab.data.split import Data, Split
-from normkit.lab.experiment import Bench, Experiment, perform
-from normkit.lab.papers import ablations, cost, fig1, table2, table3, vit_s
-from normkit.lab.papers.classification import PAPER, Plan, Row, _job, difference, study, tables, verdicts
-from normkit.lab.papers.classification_drawing import draw
-from normkit.lab.papers.equal_time import time_table, within
-from normkit.lab.papers.gains import lowered
-from normkit.lab.papers.learning import Training, changed, images, initial, make
-from normkit.lab.papers.rates import best, rates_table
-from normkit.lab.papers.table1 import PRINTED, plans
-from normkit.lab.papers.variants import scale_by_norm
+from normkit.lab.experiment import Bench, Experiment
+from normkit.lab.experiments import ablations, cost, fig1, table2, table3, vit_s
+from normkit.lab.experiments.classification import PAPER, Plan, Row, _job, difference, study, tables, verdicts
+from normkit.lab.experiments.classification_drawing import figures
+from normkit.lab.experiments.table1 import PRINTED, plans
+from normkit.lab.models.variants import scale_by_norm
+from normkit.lab.perform import perform
+from normkit.lab.report.tables import lowered, rates_table, time_table, within
+from normkit.lab.stats import best
+from normkit.lab.train.cost import Step, measure_steps
+from normkit.lab.train.learning import Training, changed, images, initial, make
 from normkit.surgery.condition import condition
 
 BASE = Training("digits", "inception", "", "bn", 0.0, 0, epochs=2, batch_size=64)
@@ -43,7 +43,7 @@ def ran(bench: Bench) -> dict[str, Any]:
     return study(bench, (first, again))
 
 
-EXPERIMENT = Experiment("digits", "reproduce", "Digits", "A claim.", PAPER, ran, tables, draw, verdicts)
+EXPERIMENT = Experiment("digits", "reproduce", "Digits", "A claim.", PAPER, ran, tables, figures, verdicts)
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +88,10 @@ def test_remarks_and_figures(out: Path) -> None:
     assert found == {"digits-curves.png", "digits-given-rate-curves.png", "digits-rates.png", "again-curves.png"}
 
 
-def test_many_methods_are_drawn_at_the_end_of_training(out: Path, tmp_path: Path) -> None:
+def test_many_methods_are_drawn_at_the_end_of_training(out: Path) -> None:
     part = record.read_json(out / "result.json")["result"]["parts"]["Again"]
-    (drawing,) = draw({"parts": {"Again": {"sets": {"tuned": 4 * part["sets"]["tuned"]}}}}, tmp_path)
-    assert drawing.path == tmp_path / "again-ends.png"
+    (drawing,) = figures({"parts": {"Again": {"sets": {"tuned": 4 * part["sets"]["tuned"]}}}})
+    assert drawing.name == "again-ends"
     assert "of the last epoch" in drawing.caption
 
 
@@ -123,11 +123,11 @@ def test_best_of_a_sweep() -> None:
     ) -> dict[str, Any]:
         return {"rate": rate, "status": status, "score": score, "loss": loss, "reached": epochs}
 
-    assert best([run(0.1), run(0.2, score=0.6), run(0.3, "diverged", None, None)]) == 0.2
-    assert best([run(0.1, loss=2.0), run(0.2)]) == 0.2
-    assert best([run(0.1, "diverged", None, None, 1), run(0.2, "diverged", None, None, 2)]) == 0.2
+    assert best([run(0.1), run(0.2, score=0.6), run(0.3, "diverged", None, None)])["rate"] == 0.2
+    assert best([run(0.1, loss=2.0), run(0.2)])["rate"] == 0.2
+    assert best([run(0.1, "diverged", None, None, 1), run(0.2, "diverged", None, None, 2)])["rate"] == 0.2
     # What is infinite is None in a record.
-    assert best([run(0.1, score=None), run(0.2), run(0.3, loss=None)]) == 0.2
+    assert best([run(0.1, score=None), run(0.2), run(0.3, loss=None)])["rate"] == 0.2
     sweep = [run(0.1), run(0.2, score=None), run(0.3, "diverged", None, None)]
     (table,) = rates_table("Rates", [{"name": "BN", "sweep": sweep}], "")
     assert table.rows == [["BN", "50.0", None, "diverged in epoch 4"]]
@@ -290,7 +290,7 @@ def test_table3_says_that_it_is_not_reproduced_at_small_scale() -> None:
     (table,) = table3.tables(result)
     assert all(len(row) == len(table.columns) for row in table.rows)
     assert "is not reproduced" in table3.remarks(result)[0]
-    assert table3.draw(result, Path()) == []
+    assert table3.figures(result) == []
 
 
 def test_weight_norm_from_the_start_of_e_is_e_at_first() -> None:

@@ -57,6 +57,19 @@ def test_current_folder_is_importable(tmp_path: Path, monkeypatch: pytest.Monkey
     assert load_factory("only_here:Made.model", MODELS)() == 5
 
 
+def test_the_current_folder_is_behind_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_alone.py").write_text("import late_alone\n\ndef model():\n    import later_alone\n    return 5\n")
+    for name in ("late_alone", "later_alone"):
+        (tmp_path / f"{name}.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    before = [path for path in sys.path if path not in ("", str(tmp_path))]
+    monkeypatch.setattr(sys, "path", list(before))
+    assert load_factory("digits", DATA)
+    assert sys.path == before
+    assert load_factory("mine_alone:model", MODELS)() == 5  # which imports more when it is called
+    assert sys.path == [*before, str(tmp_path)]
+
+
 def tensor(split: Split) -> torch.Tensor:
     assert isinstance(split.inputs, torch.Tensor)
     return split.inputs

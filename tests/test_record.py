@@ -11,16 +11,17 @@ import pytest
 import torch
 
 from normkit.core.errors import RecordError
-from normkit.lab import record
+from normkit.lab import folder, record
+from normkit.lab.schema import ANY, COUNT, NUMBER, each, fields, maybe, named, one_of, version
 
 
 def test_round_trips(tmp_path: Path) -> None:
     value = {"a": 0.1 + 0.2, "b": [1, None, "é"]}
     record.write_json(tmp_path / "deep" / "value.json", value)
-    assert record.read_json(tmp_path / "deep" / "value.json", ("a", "b")) == value
+    assert record.read_json(tmp_path / "deep" / "value.json", fields(a=NUMBER, b=each(ANY))) == value
     rows = [{"epoch": 1, "loss": 1 / 3}, {"epoch": 2, "loss": 1e-30}]
     record.write_lines(tmp_path / "rows.jsonl", rows)
-    assert record.read_lines(tmp_path / "rows.jsonl", ("epoch",)) == rows
+    assert record.read_lines(tmp_path / "rows.jsonl", fields(epoch=COUNT), "epoch") == rows
     record.write_checkpoint(tmp_path / "c.pt", {"w": torch.arange(3.0), "n": 1})
     torch.testing.assert_close(record.read_checkpoint(tmp_path / "c.pt", ("n",))["w"], torch.arange(3.0))
     assert not list(tmp_path.rglob(f"*{record.TEMPORARY}"))
@@ -83,7 +84,7 @@ def test_damaged_json_is_named(tmp_path: Path, content: bytes, words: str) -> No
     path = tmp_path / "value.json"
     path.write_bytes(content)
     with pytest.raises(RecordError, match=words) as caught:
-        record.read_json(path, ("a",))
+        record.read_json(path, fields(a=ANY))
     assert str(path) in str(caught.value)
     assert path.read_bytes() == content
 
@@ -104,6 +105,7 @@ def damage_a_weight(content: bytes) -> bytes:
 @pytest.mark.parametrize("damage", [damage_end, damage_nothing_left, damage_a_weight])
 def test_damaged_checkpoint_is_named(tmp_path: Path, damage: Any) -> None:
     path = tmp_path / "runs" / "bn" / "rate=0.1" / "seed=0" / "checkpoint.pt"
+    path.parent.mkdir(parents=True)
     record.write_checkpoint(path, {"w": torch.arange(1000.0)})
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(RecordError, match=r"checkpoint\.pt is damaged.*remove the folder .*seed=0"):
@@ -128,30 +130,56 @@ def test_another_configuration_is_named(tmp_path: Path) -> None:
 
 def test_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years")
-    for overwrite in (False, True):
-        with pytest.raises(RecordError, match=r"thesis\.tex but no config\.json"):
-            record.prepare(tmp_path, "config.json", ["thesis.tex"], overwrite)
+    with pytest.raises(RecordError, match=r"thesis\.tex but no config\.json"):
+        folder.check_ours(tmp_path)
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_overwrite_removes_ours_alone(tmp_path: Path) -> None:
-    for name in ("config.json", "result.json", "notes.txt"):
-        (tmp_path / name).write_text("{}")
-    record.prepare(tmp_path, "config.json", ["result.json", "runs", "config.json"], overwrite=True)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
+KIND = fields(
+    a=maybe(NUMBER), rows=each(fields(n=COUNT), least=1), who=one_of("me", "you"), more=named(each(NUMBER, count=2))
+)
+GOOD = {"schema": 1, "a": None, "rows": [{"n": 0}], "who": "me", "more": {"b": [1, 2.5]}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, None),
+        ({"more": {}}, None),
+        ({"a": True}, "a is true; wanted a finite number"),
+        ({"a": "1"}, "a is '1'; wanted"),
+        ({"rows": []}, "rows is a list of 0; wanted a list of 1 or more"),
+        ({"rows": [{"n": 0}, {}]}, "rows.1.n is not in it"),
+        ({"rows": [{"n": -1}]}, "rows.0.n is -1; wanted a whole number from 0"),
+        ({"who": ["me"]}, "who is a list of 1; wanted me or you"),
+        ({"more": {"\x1b": [0]}}, r"more.'\x1b' is a list of 1; wanted a list of 2"),
+        ({"schema": 2, "a": "of then"}, "it is of schema 2, this normkit reads schema 1"),
+        ({"schema": None}, "it is of schema null"),
+    ],
+)
+def test_a_schema_says_where_and_what(change: dict[str, Any], said: str | None) -> None:
+    found = version(1, KIND)({**GOOD, **change}, "")
+    assert found is said is None or (said and found and found.startswith(said)), found
+
+
+@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": Infinity}', '{"a": 1, "a": 2}', '{"a": 1}{"a": 1}'])
+def test_what_json_does_not_know_is_damage(tmp_path: Path, text: str) -> None:
+    (tmp_path / "value.json").write_text(text)
+    with pytest.raises(RecordError, match="damaged"):
+        record.read_json(tmp_path / "value.json")
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    with record.locked(tmp_path):
-        with pytest.raises(RecordError, match="in use by another process"), record.locked(tmp_path):
+    with folder.locked(tmp_path):
+        with pytest.raises(RecordError, match="in use by another process"), folder.locked(tmp_path):
             pass
-    with record.locked(tmp_path):
+    with folder.locked(tmp_path):
         pass
 
 
 def test_place_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecordError, match="file is a file, not a folder"), record.locked(tmp_path / "file"):
+    with pytest.raises(RecordError, match="file is a file, not a folder"), folder.locked(tmp_path / "file"):
         pass
     with pytest.raises(RecordError, match="cannot write"):
         record.write_json(tmp_path / "file" / "value.json", {})

@@ -9,8 +9,7 @@ from torch.testing import assert_close
 
 from normkit.lab.data.scene import Rays, Scene, camera_rays, to_ndc
 from normkit.lab.data.spheres import see, spheres
-from normkit.lab.models.nerf import NeRF
-from normkit.lab.rendering import (
+from normkit.lab.fields.rendering import (
     Sampling,
     composite,
     even_depths,
@@ -20,6 +19,7 @@ from normkit.lab.rendering import (
     render_view,
     weighted_depths,
 )
+from normkit.lab.models.nerf import NeRF
 
 ONE = torch.ones(1)
 

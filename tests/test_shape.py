@@ -11,17 +11,18 @@ from rich.console import Console
 from torch import Tensor
 
 from normkit.core.errors import ProtocolError
-from normkit.lab import occupancy
-from normkit.lab.claims import steps as loops
-from normkit.lab.claims.images import Stream
 from normkit.lab.data.mesh import volume
 from normkit.lab.data.shapes import SHAPES, torus
 from normkit.lab.data.solid import draw_points, iou
-from normkit.lab.experiment import Bench, perform
-from normkit.lab.occupancy import OccupancyJob, extract, learn_solid, surface_of, write_mesh
-from normkit.lab.papers import shape
-from normkit.lab.radiance import decode
+from normkit.lab.experiment import Bench
+from normkit.lab.experiments import shape
+from normkit.lab.fields import occupancy
+from normkit.lab.fields.occupancy import OccupancyJob, extract, learn_solid, surface_of, write_mesh
+from normkit.lab.fields.radiance import decode
+from normkit.lab.perform import perform
 from normkit.lab.seeding import epoch_order
+from normkit.lab.train import walk as loops
+from normkit.lab.train.images import Stream
 
 TINY: dict[str, Any] = {
     **{"width": 8, "depth": 2, "points": 400, "batch": 100, "epochs": 3},
@@ -108,7 +109,7 @@ def test_points_are_permuted_once_an_epoch(tmp_path: Path, monkeypatch: pytest.M
         drawn.append(epoch)
         return epoch_order(seed, epoch, samples)
 
-    monkeypatch.setattr("normkit.lab.claims.images.epoch_order", order)
+    monkeypatch.setattr("normkit.lab.train.images.epoch_order", order)
     found = learn_solid(tiny(), tmp_path)
     assert drawn == [1, 2, 3]
     assert [(row["epoch"], row["step"]) for row in found["curve"]] == [(1, 4), (2, 8), (3, 12)]

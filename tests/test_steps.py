@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from normkit.lab.claims import steps
-from normkit.lab.claims.steps import DIVERGED, OK, Diverged, forget, walk
+from normkit.lab.train import walk as loops
+from normkit.lab.train.walk import DIVERGED, OK, Diverged, forget, walk
 
 
 def journey(folder: Path, stop: int | None = None, bad: int | None = None) -> tuple[Any, list[float]]:
@@ -33,7 +33,7 @@ def journey(folder: Path, stop: int | None = None, bad: int | None = None) -> tu
 
 def test_a_stop_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = journey(tmp_path / "whole")
-    monkeypatch.setattr(steps, "PAUSE", 0.0)
+    monkeypatch.setattr(loops, "PAUSE", 0.0)
     for stop in (4, 8):
         with pytest.raises(KeyboardInterrupt):
             journey(tmp_path / "parts", stop)

@@ -8,16 +8,17 @@ import torch
 from rich.console import Console
 
 from normkit.core.errors import ProtocolError
-from normkit.lab import radiance
-from normkit.lab.claims import steps as loops
 from normkit.lab.data.spheres import spheres
-from normkit.lab.experiment import Bench, perform
+from normkit.lab.experiment import Bench
+from normkit.lab.experiments import table4
+from normkit.lab.fields import radiance
+from normkit.lab.fields.radiance import RadianceJob, decode, find_scene, learn_scene
+from normkit.lab.fields.rendering import psnr
 from normkit.lab.models.nerf import nerf
 from normkit.lab.models.rows import scale_rows
-from normkit.lab.papers import table4
-from normkit.lab.papers.gains import gain
-from normkit.lab.radiance import RadianceJob, decode, find_scene, learn_scene
-from normkit.lab.rendering import psnr
+from normkit.lab.perform import perform
+from normkit.lab.stats import gain
+from normkit.lab.train import walk as loops
 
 TINY: dict[str, Any] = {
     **{"width": 8, "depth": 3, "reduce": 12, "rays": 16, "coarse": 6, "fine": 6},
@@ -151,7 +152,7 @@ def test_the_whole_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name, row in found["rates"].items():
         best = max(row["sweep"], key=lambda run: run["score"])["rate"]
         assert row["rate"] == best
-        assert {run["rate"] for run in table4.choose(found["runs"], row=name)} == {best}
+        assert {run["rate"] for run in table4.where(found["runs"], row=name)} == {best}
     ours, _, rates, time, paper = table4.tables(found)
     assert len(ours.rows) == len(rates.rows) == len(time.rows) == len(table4.ROWS)
     assert rates.columns == ["method", "0.0001", "0.01"]

@@ -15,14 +15,14 @@ from torch.testing import assert_close
 import lab_samples
 from normkit.core.errors import RecordError
 from normkit.lab import record, task
-from normkit.lab.average import Average
 from normkit.lab.data.split import Data
-from normkit.lab.devices import start_fabric
 from normkit.lab.protocol import make_data
-from normkit.lab.schedule import rate_at
 from normkit.lab.seeding import borrowed_randomness, epoch_order, init_sha256, order_sha256, reseed
 from normkit.lab.settings import Settings
-from normkit.lab.train import DIVERGED, Run, Trainer, finished, train_step
+from normkit.lab.train.average import Average
+from normkit.lab.train.fabric import start_fabric
+from normkit.lab.train.schedule import rate_at
+from normkit.lab.train.trainer import DIVERGED, Run, Trainer, finished, train_step
 
 SETTINGS = Settings(epochs=4, batch_size=32, rates=(0.1,), accelerator="cpu", condition=False)
 RUN = Run("keep", 0.1, 0)

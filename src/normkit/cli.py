@@ -409,8 +409,9 @@ def _experiment(
     no_report: bool,
 ) -> None:
     with _faults():
-        from normkit.lab.experiment import Bench, command, kept, perform
+        from normkit.lab.experiment import Bench
         from normkit.lab.experiments import find_experiment, names
+        from normkit.lab.perform import command, kept, perform
         from normkit.lab.settings import first_seeds
 
         if name is None:

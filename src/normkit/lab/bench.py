@@ -14,6 +14,7 @@ from normkit.lab import record
 from normkit.lab.devices import cores, processor
 from normkit.lab.report.speed import COLUMNS, cells, draw, markdown, replace_section
 from normkit.lab.say import counted, say
+from normkit.lab.schema import ANY, OBJECT, TEXT, each, fields
 from normkit.lab.speed import cases, measure, summary
 
 QUICK_ROUNDS, ROUNDS = 5, 15
@@ -105,7 +106,7 @@ def _known(path: Path, how: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], 
     """The cells that were measured before in the same way, and when."""
     if not path.exists():
         return {}, ""
-    found = record.read_json(path, ("rows", "date", *how))
+    found = record.read_json(path, fields(rows=each(OBJECT), date=TEXT, **dict.fromkeys(how, ANY)))
     if any(found[key] != value for key, value in how.items()):
         return {}, ""
     return {row["case"]: row for row in found["rows"]}, found["date"]

@@ -3,16 +3,12 @@
 import os
 import re
 import socket
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from normkit.core.errors import BackendError, NormkitError, OptionError
-from normkit.lab import record
 from normkit.lab.data.root import VARIABLE
-from normkit.lab.sweep import Function, Job, attend
 
 LOCAL = "local"
 RETRIES = 5
@@ -133,40 +129,6 @@ def joined(address: str, threads: int) -> Iterator[Cluster]:
             ray.shutdown()
 
 
-def on_ray(
-    function: Function,
-    jobs: Sequence[Job],
-    places: Mapping[str, Path],
-    threads: int,
-    address: str,
-    results: dict[str, dict[str, Any]],
-    done: Callable[[str], object],
-) -> None:
-    """Does jobs as Ray tasks; their folders must be the same on every machine of the cluster.
-
-    Args:
-        function: what to do.
-        jobs: with what.
-        places: the folder of each job, by its path.
-        threads: of torch, a job.
-        address: see :func:`joined`.
-        results: by path; filled.
-        done: is told of every job done.
-
-    Raises:
-        OptionError: Ray is not installed, there is no cluster at the address, or none of its machines has so many cores.
-        BackendError: the worker of a job was lost again and again; what is done is kept.
-    """
-
-    def end(count: int, result: dict[str, Any]) -> None:
-        results[jobs[count].path] = result
-        done(jobs[count].path)
-
-    with joined(address, threads) as cluster:
-        given = [(function, job, places[job.path].absolute(), threads) for job in jobs]
-        cluster.spread(_attend, given, [job.path for job in jobs], end)
-
-
 def _knock(address: str) -> None:
     # Ray would try for more than a minute, and tell so in its log alone.
     found = re.fullmatch(r"(?:ray://)?([^/]+):([^/:]*)", address)
@@ -189,11 +151,3 @@ def _variables() -> dict[str, str]:
     if paths := os.environ.get("PYTHONPATH"):
         found["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
     return found
-
-
-def _attend(function: Function, job: Job, place: Path, threads: int) -> dict[str, Any]:
-    while True:
-        try:
-            return attend(function, job, place, threads)
-        except record.InUseError:
-            time.sleep(record.PAUSE)

@@ -15,20 +15,25 @@ import torch
 from rich.console import Console
 
 from normkit.core.errors import OptionError, RecordError
+from normkit.lab import folder as folders
 from normkit.lab import record
+from normkit.lab import result as summary
 from normkit.lab.cluster import joined
 from normkit.lab.data.root import set_root
-from normkit.lab.devices import device_name, environment, start_fabric
+from normkit.lab.devices import device_name, environment
 from normkit.lab.progress import Watch
 from normkit.lab.remote import Distant, Here, There, describe
-from normkit.lab.result import Records, choose, find_target, summarize
-from normkit.lab.say import counted, say
+from normkit.lab.result import COST as COSTS
+from normkit.lab.result import SCHEMA, Records, choose, find_target, summarize
+from normkit.lab.say import Terminal, counted, say
+from normkit.lab.schema import COUNT, NUMBER, TEXT, each, fields
 from normkit.lab.seeding import borrowed_randomness
 from normkit.lab.settings import Settings
+from normkit.lab.stop import stoppable
 from normkit.lab.study import Study
-from normkit.lab.train import Run
+from normkit.lab.train.fabric import start_fabric
+from normkit.lab.train.trainer import Run
 
-SCHEMA = 1
 CONFIG, ENVIRONMENT, RESULT, COST, SESSIONS = (
     "config.json",
     "environment.json",
@@ -36,7 +41,8 @@ CONFIG, ENVIRONMENT, RESULT, COST, SESSIONS = (
     "cost.json",
     "sessions.json",
 )
-OURS = (RESULT, "runs", "tensorboard", COST, SESSIONS, ENVIRONMENT, "report.html", "figures", CONFIG)
+SESSION = fields(sessions=each(fields(started=TEXT, seconds=NUMBER)))
+BEGUN = fields(torch=TEXT, threads=COUNT, started=TEXT)
 # Threads of so small a model wait for each other longer than they work, and for ever where other programs take the cores.
 FEW_PARAMETERS = 100_000
 CURE = "choose another --output, or --overwrite to replace them"
@@ -90,10 +96,11 @@ def compare(
     settings = replace(settings, model=_named(model, settings.model), data=_named(data, settings.data)).canonical()
     folder = Path(output) if output is not None else default_output(settings)
     fabric = start_fabric(settings)
-    console = console or Console()
+    console = console or Terminal()
     if not fabric.is_global_zero:
         console = Console(quiet=True)
     with ExitStack() as stack:
+        stack.enter_context(stoppable())
         cluster = None
         if ray is not None:
             if fabric.world_size > 1:
@@ -102,31 +109,36 @@ def compare(
             cluster = stack.enter_context(joined(ray, threads))
         began = _now()
         device, here = device_name(fabric), None
-        distant = Distant(settings, folder.absolute(), threads or 1, model, data, tensorboard)
+        distant = Distant(settings, folder.absolute(), threads or 1, model, data, tensorboard, overwrite)
         if cluster is not None:
             device, here = cluster.call(describe, distant, began)
         config = settings.record(device)
-        result = None
-        if fabric.is_global_zero and not overwrite:
-            result = _read_back(folder, config)
-        if fabric.world_size > 1:
-            result = fabric.broadcast(result)
-        if result is None:
-            with borrowed_randomness(threads):
-                curves = folder / "tensorboard" if tensorboard else None
-                trained_on = None if cluster is None else device
-                study = Study(settings, fabric, folder, model, data, curves, trained_on)
-                if threads is None and fabric.is_global_zero:
-                    _set_threads(folder, max(study.parameters.values()), overwrite)
-                with record.locked(folder) if fabric.is_global_zero else nullcontext():
+        if fabric.is_global_zero:
+            folders.check_ours(folder)
+            if not overwrite and (folder / CONFIG).exists() and not (folder / folders.REPLACING).exists():
+                record.check_config(folder / CONFIG, config, CURE)
+        with borrowed_randomness(threads):
+            curves = folder / "tensorboard" if tensorboard else None
+            trained_on = None if cluster is None else device
+            study = Study(settings, fabric, folder, model, data, curves, trained_on, overwrite)
+            result = _read_back(study, config) if fabric.is_global_zero and not overwrite else None
+            if fabric.world_size > 1:
+                result = fabric.broadcast(result)
+            finished = result is not None
+            if result is None:
+                with folders.locked(folder) if fabric.is_global_zero else nullcontext():
+                    if fabric.is_global_zero:
+                        folders.replace(folder, config, overwrite)
+                        if threads is None:
+                            _set_threads(folder, max(study.parameters.values()), overwrite)
                     trains = Here(study) if cluster is None else There(study, cluster, distant)
                     here = here or environment(fabric, began)
                     again = command(settings, folder, data_root)
-                    result = _Session(study, trains, folder, config, here, overwrite, console, again).result()
-        else:
-            say(console, f"{folder} holds this comparison, finished {result['finished']}")
+                    result = _Session(study, trains, folder, config, here, console, again).result()
     if fabric.is_global_zero:
-        _show(result, folder, report, console)
+        if finished:
+            say(console, f"{folder} holds this comparison, finished {result['finished']}")
+        _show(result, folder, report, console, finished)
     return result
 
 
@@ -185,7 +197,6 @@ class _Session:
         folder: Path,
         config: dict[str, Any],
         here: dict[str, Any],
-        overwrite: bool,
         console: Console,
         again: str,
     ) -> None:
@@ -196,7 +207,7 @@ class _Session:
         self.began, self.started = time.monotonic(), _now()
         self.earlier: list[dict[str, Any]] = []
         if self.fabric.is_global_zero:
-            self._open(overwrite)
+            self._open()
         self.fabric.barrier()
 
     def result(self) -> dict[str, Any]:
@@ -223,13 +234,12 @@ class _Session:
             result = self.fabric.broadcast(result)
         return result
 
-    def _open(self, overwrite: bool) -> None:
+    def _open(self) -> None:
         folder = self.folder
-        record.prepare(folder, CONFIG, OURS, overwrite)
         record.check_config(folder / CONFIG, self.config, CURE)
         here = self.here
         if (folder / ENVIRONMENT).exists():
-            there = record.read_json(folder / ENVIRONMENT, ("torch", "threads", "started"))
+            there = record.read_json(folder / ENVIRONMENT, BEGUN)
             for key in ("torch", "threads"):
                 if there[key] != here[key]:
                     unlike = f"{key} {there[key]}, now it is {here[key]}: the runs would not be alike"
@@ -237,7 +247,7 @@ class _Session:
         else:
             record.write_json(folder / ENVIRONMENT, here)
         if (folder / SESSIONS).exists():
-            self.earlier = record.read_json(folder / SESSIONS, ("sessions",))["sessions"]
+            self.earlier = record.read_json(folder / SESSIONS, SESSION)["sessions"]
 
     def _train(self, runs: Sequence[Run], watch: Watch) -> None:
         def trained() -> None:
@@ -258,7 +268,7 @@ class _Session:
     def _costs(self, watch: Watch) -> dict[str, dict[str, Any]]:
         path, costs = self.folder / COST, None
         if self.fabric.is_global_zero and path.exists():
-            costs = record.read_json(path, self.settings.recipes)
+            costs = record.read_json(path, fields(**dict.fromkeys(self.settings.recipes, COSTS)))
         if self.fabric.world_size > 1:
             costs = self.fabric.broadcast(costs)
         if costs is None:
@@ -279,7 +289,7 @@ class _Session:
             found = summarize(self.records, recipe, sweeps[recipe], runs[recipe], runs[baseline], *shared)
             known = {"parameters": study.parameters[recipe], "changes": study.changes[recipe]}
             recipes.append({"recipe": recipe, **known, **found, "cost": costs[recipe]})
-        where = record.read_json(self.folder / ENVIRONMENT)
+        where = record.read_json(self.folder / ENVIRONMENT, BEGUN)
         sessions = self._sessions()
         result = {
             "schema": SCHEMA,
@@ -300,16 +310,26 @@ class _Session:
             "recipes": recipes,
         }
         record.write_json(self.folder / RESULT, result)
-        return record.read_json(self.folder / RESULT)
+        folders.settle(self.folder)
+        return record.read_json(self.folder / RESULT, summary.RESULT)
 
 
-def _read_back(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    if not (folder / CONFIG).exists():
+def _read_back(study: Study, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Reads a result whose runs are all there, of these data and this code; None where there is work left."""
+    folder = study.folder
+    if (folder / folders.REPLACING).exists() or not all((folder / name).exists() for name in (CONFIG, RESULT)):
         return None
-    record.check_config(folder / CONFIG, config, CURE)
-    if not (folder / RESULT).exists():
-        return None
-    return record.read_json(folder / RESULT, ("schema", "recipes", "finished"))
+    result = record.read_json(folder / RESULT, summary.RESULT)
+    if result["config"] != config:
+        raise RecordError(f"{folder / RESULT} is of another configuration than {folder / CONFIG}; {CURE}")
+    for recipe in result["recipes"]:
+        for row, rate in [(row, row["rate"]) for row in recipe["sweep"]] + [
+            (row, recipe["rate"]) for row in recipe["runs"]
+        ]:
+            run = Run(recipe["recipe"], rate, row["seed"])
+            if not (folder / run.path).is_dir() or study.kept(run) is None:
+                return None
+    return result
 
 
 def _set_threads(folder: Path, parameters: int, overwrite: bool) -> None:
@@ -321,9 +341,10 @@ def _set_threads(folder: Path, parameters: int, overwrite: bool) -> None:
 
 
 def _begun_with(folder: Path, overwrite: bool) -> int | None:
-    if overwrite or not (folder / ENVIRONMENT).exists():
+    anew = overwrite and not (folder / folders.REPLACING).exists()
+    if anew or not (folder / ENVIRONMENT).exists():
         return None
-    return record.read_json(folder / ENVIRONMENT, ("threads",))["threads"]
+    return record.read_json(folder / ENVIRONMENT, BEGUN)["threads"]
 
 
 def rebuild(folder: Path, console: Console) -> None:
@@ -348,15 +369,17 @@ def reprint(folder: Path, console: Console | None = None) -> None:
     """
     from normkit.lab.report.comparison import read_comparison
 
-    _show(read_comparison(folder).result, folder, True, console or Console())
+    _show(read_comparison(folder).result, folder, True, console or Terminal())
 
 
-def _show(result: dict[str, Any], folder: Path, report: bool, console: Console) -> None:
+def _show(result: dict[str, Any], folder: Path, report: bool, console: Console, finished: bool = False) -> None:
     from normkit.lab.report.table import print_table
 
     print_table(result, console)
     say(console, f"\nresult   {folder / RESULT}")
-    if report:
+    if report and finished and not record.writable(folder):
+        say(console, f"no report is written: {folder} is only read")
+    elif report:
         rebuild(folder, console)
 
 

@@ -1,38 +1,23 @@
 """What an experiment is, and the bench on which it is run: records, resume and reports are the same for all.
 
-An experiment is one file in ``lab/papers`` or ``lab/claims`` that ends with ``EXPERIMENT = Experiment(...)``. Its ``run``
-gets a :class:`Bench`, makes jobs and gives them to :meth:`Bench.sweep`; its ``tables``, ``draw`` and ``remarks`` are pure
+An experiment is one file in ``lab/experiments`` that ends with ``EXPERIMENT = Experiment(...)``. Its ``run``
+gets a :class:`Bench`, makes jobs and gives them to :meth:`Bench.sweep`; its ``tables``, ``figures`` and ``remarks`` are pure
 functions of what ``run`` returned, so that a report can be made anew from the records alone.
 """
 
-import os
-import platform
-import shlex
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
 from normkit.core.card import Paper
-from normkit.core.errors import OptionError
-from normkit.lab import record
-from normkit.lab.cluster import joined
-from normkit.lab.data.root import set_root
-from normkit.lab.devices import cores, hardware, processor, versions
-from normkit.lab.say import counted, say
-from normkit.lab.sweep import TIMING, Job, devices, sweep
-
-SCHEMA = 1
-CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
-OURS = (RESULT, "runs", "result.md", "report.html", "figures", ENVIRONMENT, CONFIG)
-CURE = "choose another --output, or --overwrite to replace them"
+from normkit.lab.say import Terminal, say
+from normkit.lab.sweep import Job, devices, sweep
 
 Cell = str | int | float | None
+Scale = Literal["tiny", "small", "full"]
 
 
 @dataclass(frozen=True)
@@ -57,12 +42,19 @@ class Drawing:
     """A figure of a report.
 
     Args:
-        path: of the PNG; the SVG lies beside it.
+        name: of its files, without ending.
+        make: draws it, as a figure of matplotlib.
         caption: below it: what is drawn and how to read it, in plain sentences without markup.
     """
 
-    path: Path
+    name: str
+    make: Callable[[], Any]
     caption: str
+
+    @property
+    def title(self) -> str:
+        """Its name in words."""
+        return self.name.replace("-", " ").replace("_", " ")
 
 
 @dataclass
@@ -73,7 +65,7 @@ class Bench:
     of data called without a root find it there, and jobs hold no paths.
 
     Args:
-        scale: ``"small"`` (two cores, minutes) or ``"full"``.
+        scale: ``"small"`` (two cores, minutes), ``"full"``, or ``"tiny"`` (seconds), at which nothing is learned: for tests.
         output: the folder of the records.
         data_root: where data sets lie. Default: None, the environment variable ``NORMKIT_DATA``.
         download: fetch what is missing. Default: False.
@@ -87,13 +79,13 @@ class Bench:
         devices: those on which the runs that were swept so far were done, whichever process did them.
     """
 
-    scale: Literal["small", "full"]
+    scale: Scale
     output: Path
     data_root: Path | None = None
     download: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int | None = None
-    console: Console = field(default_factory=Console)
+    console: Console = field(default_factory=Terminal)
     ray: str | None = None
     threads: int = 1
     devices: set[str] = field(init=False, default_factory=set)
@@ -130,8 +122,9 @@ class Experiment:
         paper: the source.
         run: does what is missing and returns the result, which JSON can hold.
         tables: the source's numbers beside ours, from the result.
-        draw: draws the figures of a result into a folder, each as PNG and SVG.
+        figures: of a result.
         remarks: observations on a result in sentences, with oddities of the source.
+        scales: at which it can be run. Default: small and full.
     """
 
     name: str
@@ -141,170 +134,11 @@ class Experiment:
     paper: Paper
     run: Callable[[Bench], dict[str, Any]]
     tables: Callable[[dict[str, Any]], list[Table]]
-    draw: Callable[[dict[str, Any], Path], list[Drawing]]
+    figures: Callable[[dict[str, Any]], list[Drawing]]
     remarks: Callable[[dict[str, Any]], list[str]]
+    scales: tuple[Scale, ...] = ("small", "full")
 
     def words(self, scale: str, seeds: Sequence[int], epochs: int | None) -> list[str]:
         """The words of the command line that say what is run, not where."""
         words = ["normkit", self.kind, self.name, "--scale", scale, "--seeds", str(len(seeds))]
         return words + (["--epochs", str(epochs)] if epochs is not None else [])
-
-
-def perform(
-    experiment: Experiment, bench: Bench, *, overwrite: bool = False, report: bool = True, command: str = ""
-) -> dict[str, Any]:
-    """Runs an experiment, or what is left of it, and writes its records and reports into ``bench.output``.
-
-    Args:
-        experiment: which.
-        bench: where.
-        overwrite: replace records of another configuration. Default: False.
-        report: draw the figures and write ``report.html`` as well. Default: True.
-        command: how to give it again; goes into the record. Default: none.
-
-    Returns:
-        What ``result.json`` holds.
-
-    Raises:
-        OptionError: it runs under torchrun, or Ray is asked for and is not there.
-        RecordError: the folder holds something else, is damaged or not writable.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise OptionError("an experiment's runs are of one process each, so it does not go with torchrun; use --ray")
-    set_root(bench.data_root)
-    config = {
-        "experiment": experiment.name,
-        "scale": bench.scale,
-        "epochs": bench.epochs,
-        "threads": bench.threads,
-        "seeds": list(bench.seeds),
-    }
-    began, started = time.monotonic(), _now()
-    _open(bench.output, config, overwrite)
-    found = _read_back(bench.output, config)
-    if found is None:
-        here = _environment(started, bench.threads)
-        record.write_json(bench.output / CONFIG, config)
-        record.write_json(bench.output / ENVIRONMENT, here)
-        about = {key: getattr(experiment, key) for key in ("name", "kind", "title", "claim")}
-        result = _run(experiment, bench)
-        found = {
-            "schema": SCHEMA,
-            "experiment": {**about, "paper": asdict(experiment.paper)},
-            "command": command,
-            "config": config,
-            "environment": {**here, "devices": sorted(bench.devices) or [hardware()]},
-            "result": result,
-            "started": started,
-            "finished": _now(),
-            "seconds": round(time.monotonic() - began, 3),
-        }
-        record.write_json(bench.output / RESULT, found)
-        found = record.read_json(bench.output / RESULT)
-    else:
-        bench.watch(f"{bench.output} holds this experiment, finished {found['finished']}")
-    show(experiment, found, bench.output, bench.console, report)
-    return found
-
-
-def show(experiment: Experiment, found: Mapping[str, Any], output: Path, console: Console, report: bool = True) -> None:
-    """Prints the tables and remarks of a result, writes ``result.md`` and, if asked for, figures and ``report.html``.
-
-    Args:
-        experiment: which.
-        found: what ``result.json`` holds.
-        output: the folder.
-        console: where to print.
-        report: draw figures and the page as well. Default: True.
-    """
-    from normkit.lab.report.sheet import print_sheet, write_markdown, write_sheet
-
-    print_sheet(experiment, found, console)
-    figures = experiment.draw(found["result"], output / "figures") if report else []
-    lines = [f"result   {output / RESULT}", f"table    {write_markdown(experiment, found, figures, output)}"]
-    if report:
-        lines += [f"report   {write_sheet(experiment, found, figures, output)}", f"figures  {output / 'figures'}"]
-    say(console, "\n" + "\n".join(lines))
-
-
-def command(experiment: Experiment, bench: Bench) -> str:
-    """Writes the command line that makes this record.
-
-    Args:
-        experiment: which.
-        bench: where.
-    """
-    words = experiment.words(bench.scale, bench.seeds, bench.epochs)
-    words += ["--data-root", str(bench.data_root)] if bench.data_root is not None else []
-    words += ["--download"] if bench.download else []
-    words += ["--threads", str(bench.threads)] if bench.threads != 1 else []
-    words += ["--ray", bench.ray] if bench.ray is not None else []
-    return shlex.join([*words, "--output", str(bench.output)])
-
-
-def kept(output: Path) -> str:
-    """Says what a stopped experiment has kept."""
-    done = sum((path.parent / TIMING).exists() for path in output.glob(f"runs/**/{RESULT}"))
-    return f"kept in {output}: {counted(done, 'finished run')}, and checkpoints of those begun"
-
-
-def _run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
-    if bench.ray is None:
-        return experiment.run(bench)
-    # Joined once for all of the experiment's sweeps.
-    with joined(bench.ray, bench.threads):
-        return experiment.run(bench)
-
-
-def _open(output: Path, config: Mapping[str, Any], overwrite: bool) -> None:
-    record.make(output)
-    record.prepare(output, CONFIG, OURS, overwrite)
-    if (output / CONFIG).exists():
-        # More seeds are more runs beside those that are there; anything else would make the runs unlike.
-        there = record.read_json(output / CONFIG)
-        wanted = {**config, "seeds": there.get("seeds")}
-        if there != wanted and not _begun(output):
-            _forget(output)
-        record.check_config(output / CONFIG, wanted, CURE)
-
-
-def _begun(output: Path) -> bool:
-    # A run that failed before its first checkpoint leaves no more than what it was and how long it took.
-    failed = {record.LOCK, CONFIG, TIMING}
-    files = (path for path in output.glob("runs/**/*") if path.is_file())
-    return (output / RESULT).exists() or any(path.name not in failed for path in files)
-
-
-def _forget(output: Path) -> None:
-    with ExitStack() as held:
-        for lock in output.glob(f"runs/**/{record.LOCK}"):
-            held.enter_context(record.locked(lock.parent))
-        # Another process may have begun before its lock was seen.
-        if not _begun(output):
-            for path in [
-                output / CONFIG,
-                *(path for name in (CONFIG, TIMING) for path in output.glob(f"runs/**/{name}")),
-            ]:
-                record.remove(path)
-
-
-def _read_back(output: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    if not (output / RESULT).exists():
-        return None
-    found = record.read_json(output / RESULT, ("config", "result", "finished"))
-    return found if found["config"] == config else None
-
-
-def _environment(started: str, threads: int) -> dict[str, Any]:
-    return {
-        **versions(),
-        "platform": platform.platform(),
-        "processor": processor(),
-        "cores": cores(),
-        "threads": threads,
-        "started": started,
-    }
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,13 +1,25 @@
 """What a comparison says of itself while it runs: a live line in a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Iterable
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
-from normkit.lab.say import say
-from normkit.lab.train import DIVERGED, Run
+from normkit.lab.say import say, visible
+from normkit.lab.train.trainer import DIVERGED, Run
+
+
+class _Lines(Progress):
+    """A line of words, as many as it takes, above that of the bar and the times."""
+
+    said = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield Text(visible(self.said), overflow="fold")
+        yield self.make_tasks_table(self.tasks)
 
 
 class Watch:
@@ -23,13 +35,12 @@ class Watch:
         self.console, self.runs, self.epochs = console, runs, epochs
         self.done = self.trained = self.begun = 0
         self.started = time.monotonic()
-        self.live: Progress | None = None
+        self.live: _Lines | None = None
         self.task = TaskID(0)
         if console.is_terminal and not console.quiet:
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None))
-            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-            self.live = Progress(*columns, *times, console=console, transient=True, expand=True)
-            self.task = self.live.add_task("starting", total=runs * epochs)
+            columns = (BarColumn(bar_width=None), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+            self.live = _Lines(*columns, console=console, transient=True, expand=True)
+            self.task = self.live.add_task("", total=runs * epochs)
 
     def __enter__(self) -> "Watch":
         """Starts the live line."""
@@ -51,7 +62,7 @@ class Watch:
     def stage(self, text: str) -> None:
         """Says what goes on between runs."""
         if self.live:
-            self.live.update(self.task, description=text)
+            self.live.said = text
         else:
             self.say(text)
 
@@ -80,7 +91,7 @@ class Watch:
 
     def _describe(self, run: Run, state: str) -> None:
         if self.live:
-            self.live.update(self.task, description=f"run {self.done + 1}/{self.runs}  {_name(run)}  {state}")
+            self.live.said = f"run {self.done + 1}/{self.runs}  {_name(run)}  {state}"
 
     def _left(self) -> str:
         if not self.trained:

@@ -81,12 +81,9 @@ def load_factory(name: str, builtin: Mapping[str, str]) -> Callable[..., Any]:
     if not (module_name and colon and attribute):
         known = ", ".join(builtin)
         raise ProtocolError(f"{name!r} names no factory; wanted one of {known}, or package.module:factory")
-    # As `python -m` would: a user's own file beside them is importable from the console script as well.
-    if (here := os.getcwd()) not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
-    importlib.invalidate_caches()
+    here = os.getcwd()
     try:
-        found: Any = importlib.import_module(module_name)
+        found: Any = importlib.import_module(module_name) if name in builtin else _imported(module_name, here)
     except ModuleNotFoundError as error:
         raise ProtocolError(
             f"{name!r}: there is no module {error.name!r}; looked in {here} and in the installed packages"
@@ -195,6 +192,20 @@ def check_fit(model: nn.Module, data: Data, name: str) -> None:
             _check_output(model, data, split, name)
     finally:
         model.train(training)
+
+
+def _imported(module_name: str, here: str) -> Any:
+    # A user's own files are importable, as under `python -m`. Afterwards the folder comes last: what the lab imports
+    # later, such as scikit-learn, must not be a file of that name that happens to lie there.
+    if here in sys.path or "" in sys.path:
+        return importlib.import_module(module_name)
+    sys.path.insert(0, here)
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(module_name)
+    finally:
+        sys.path.remove(here)
+        sys.path.append(here)
 
 
 def _check_output(model: nn.Module, data: Data, split: str, name: str) -> None:

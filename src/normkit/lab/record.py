@@ -1,29 +1,28 @@
-"""Folders of records: written atomically, read with care, locked against a second writer.
+"""Files of records: written whole or not at all, read against a schema.
 
 A file is complete or absent: it is written beside its place under a temporary name, flushed to the disk and renamed. So
 a process killed at any instant leaves the last complete version of each file.
 """
 
+import hashlib
 import io
 import json
 import os
-import shutil
-import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from normkit.core.errors import RecordError
+from normkit.lab.schema import ANY, OBJECT, Kind, fields, parse
 
 TEMPORARY = ".part"
-LOCK = ".lock"
-PAUSE = 1.0  # seconds between two looks at a folder that is in use
+SECRET = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
-class InUseError(RecordError):
-    """Another process holds the folder."""
+class UnlikeError(RecordError):
+    """The record is of another configuration."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -39,7 +38,9 @@ def write_bytes(path: Path, content: bytes) -> None:
     part = path.with_name(path.name + TEMPORARY)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
+        part.unlink(missing_ok=True)
+        # The file must be new: under this name may lie a link to somewhere else.
+        with open(os.open(part, SECRET, 0o666), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -64,45 +65,55 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes tensors and plain values as torch saves them, atomically."""
+    """Writes tensors and plain values as torch saves them, atomically, into a folder that is there.
+
+    Raises:
+        RecordError: the folder is gone, the disk is full or the place not writable.
+    """
     import torch
 
+    if not path.parent.is_dir():
+        # What is left of the records would be taken for a stranger's.
+        raise RecordError(f"{path.parent} was removed while it was written to; give the same command to begin it again")
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     write_bytes(path, buffer.getvalue())
 
 
-def read_json(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
+def read_json(path: Path, of: Kind = OBJECT) -> dict[str, Any]:
     """Reads a JSON object.
 
     Args:
         path: what to read.
-        keys: that must be there.
+        of: what must be in it. Default: anything.
 
     Raises:
-        RecordError: the file can't be read, is no JSON object, or lacks a key.
+        RecordError: the file can't be read, is no JSON object, or is not as it must be.
     """
     with _reading(path):
-        value = json.loads(path.read_bytes())
-        _check_keys(value, keys)
+        value = parse(path.read_bytes())
+        _check(value, of, "")
+        _check_digest(value)
     return value
 
 
-def read_lines(path: Path, keys: Iterable[str] = ()) -> list[dict[str, Any]]:
+def read_lines(path: Path, of: Kind = OBJECT, numbered: str = "") -> list[dict[str, Any]]:
     """Reads one JSON object a line.
 
     Args:
         path: what to read.
-        keys: that must be in each.
+        of: what must be in each.
+        numbered: a key that counts the lines from 1. Default: none does.
 
     Raises:
-        RecordError: the file can't be read, or a line is no JSON object or lacks a key.
+        RecordError: the file can't be read, or a line is no JSON object or not as it must be.
     """
-    keys = tuple(keys)
     with _reading(path):
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        for row in rows:
-            _check_keys(row, keys)
+        rows = [parse(line) for line in path.read_text("utf-8").splitlines()]
+        for number, row in enumerate(rows, 1):
+            _check(row, of, f"line {number}")
+            if numbered and row[numbered] != number:
+                raise ValueError(f"line {number} is of {numbered} {row[numbered]}")
     return rows
 
 
@@ -125,7 +136,7 @@ def read_checkpoint(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
             raise ValueError(f"{bad} fails its checksum")
         content.seek(0)
         value = torch.load(content, map_location="cpu", weights_only=True)
-        _check_keys(value, keys)
+        _check(value, fields(**dict.fromkeys(keys, ANY)), "")
     return value
 
 
@@ -138,7 +149,8 @@ def check_config(path: Path, config: Mapping[str, Any], cure: str) -> None:
         cure: ends the message.
 
     Raises:
-        RecordError: it is of something else, or a key differs.
+        UnlikeError: it is of something else, or a key differs.
+        RecordError: it is damaged, or not writable.
     """
     wanted = json.loads(json.dumps(config))
     if not path.exists():
@@ -146,121 +158,13 @@ def check_config(path: Path, config: Mapping[str, Any], cure: str) -> None:
         return
     found = read_json(path)
     if found.get("experiment") != wanted.get("experiment"):
-        raise RecordError(f"{path.parent} holds records of {_subject(found)}, not of {_subject(wanted)}; {cure}")
+        raise UnlikeError(f"{path.parent} holds records of {_subject(found)}, not of {_subject(wanted)}; {cure}")
     for key in [*wanted, *(key for key in found if key not in wanted)]:
         if found.get(key) != wanted.get(key):
-            raise RecordError(
+            raise UnlikeError(
                 f"{path.parent} holds records of another configuration: {key} is {json.dumps(found.get(key))} there, "
                 f"{json.dumps(wanted.get(key))} now; {cure}"
             )
-
-
-def make(folder: Path) -> None:
-    """Makes a folder, if it is not there.
-
-    Raises:
-        RecordError: it is a file, or can't be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise RecordError(f"{folder} is a file, not a folder; choose another --output") from None
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds a folder against a second process; the system lets go of it when this process ends, however it ends.
-
-    Args:
-        folder: what to hold; made when missing.
-
-    Raises:
-        InUseError: another process holds it.
-        RecordError: it is not writable.
-    """
-    make(folder)
-    try:
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    try:
-        try:
-            import fcntl
-        except ImportError:  # Windows has no flock; two writers there are the user's own care.
-            yield
-            return
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InUseError(
-                f"{folder} is in use by another process; wait for it, or choose another --output"
-            ) from None
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def waited_for(folder: Path) -> Iterator[None]:
-    """Holds a folder as :func:`locked` does, but waits while another process holds it.
-
-    Args:
-        folder: what to hold; made when missing.
-
-    Raises:
-        RecordError: it is not writable.
-    """
-    with ExitStack() as held:
-        while True:
-            try:
-                held.enter_context(locked(folder))
-                break
-            except InUseError:
-                time.sleep(PAUSE)
-        yield
-
-
-def prepare(folder: Path, marker: str, ours: Iterable[str], overwrite: bool) -> None:
-    """Makes a folder ready for records: new, one of ours to go on with, or emptied of ours.
-
-    Args:
-        folder: what to prepare.
-        marker: the file by which a folder of ours is known.
-        ours: names in the folder that `overwrite` removes.
-        overwrite: remove an earlier record.
-
-    Raises:
-        RecordError: the folder holds something else, or can't be written.
-    """
-    try:
-        names = {entry.name for entry in folder.iterdir() if not entry.name.endswith(TEMPORARY)} - {LOCK}
-        if names and marker not in names:
-            raise RecordError(
-                f"{folder} holds {', '.join(sorted(names)[:3])} but no {marker}, so it is no record of normkit and is "
-                "left alone; choose another --output"
-            )
-        for name in ours if overwrite else ():
-            path = folder / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    except OSError as error:
-        raise RecordError(f"cannot prepare {folder}: {error.strerror or error}; choose another --output") from error
-
-
-def remove(path: Path) -> None:
-    """Removes a file that is no longer needed, if it is there.
-
-    Raises:
-        RecordError: the folder is not writable.
-    """
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise RecordError(f"cannot remove {path}: {error.strerror or error}; make the folder writable") from error
 
 
 @contextmanager
@@ -279,22 +183,37 @@ def _reading(path: Path) -> Iterator[None]:
         raise RecordError(f"{path} is damaged ({reason}); {_cure(path)}") from error
 
 
-def _check_keys(value: Any, keys: Iterable[str]) -> None:
+def writable(folder: Path) -> bool:
+    """Whether files can be written into a folder."""
+    try:
+        write_bytes(folder / ".writable", b"")
+        (folder / ".writable").unlink()
+    except (OSError, RecordError):
+        return False
+    return True
+
+
+def digest(value: Any) -> str:
+    """Hashes what JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _check(value: Any, of: Kind, place: str) -> None:
     if not isinstance(value, dict):
         raise TypeError(f"it holds a {type(value).__name__}, not an object")
-    if missing := [key for key in keys if key not in value]:
-        raise KeyError(f"{missing[0]} is not in it")
+    if fault := of(value, place):
+        raise ValueError(fault)
+
+
+def _check_digest(value: Mapping[str, Any]) -> None:
+    # What an experiment found has no schema of its own; a record from before this was kept has none to check.
+    if "sha256" in value and value["sha256"] != digest(value.get("result")):
+        raise ValueError("its result is not the one that was written")
 
 
 def _subject(config: Mapping[str, Any]) -> str:
     # A comparison's configuration names no experiment.
     return f"the experiment {config['experiment']}" if "experiment" in config else "a comparison"
-
-
-def _unwritable(folder: Path, error: OSError) -> RecordError:
-    return RecordError(
-        f"cannot write {folder}: {error.strerror or error}; make it writable, or choose another --output"
-    )
 
 
 def _cure(path: Path) -> str:

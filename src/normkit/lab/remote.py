@@ -8,14 +8,15 @@ from typing import Any
 
 from rich.console import Console
 
-from normkit.lab import record
 from normkit.lab.cluster import Cluster
-from normkit.lab.devices import device_name, environment, start_fabric
+from normkit.lab.devices import device_name, environment
+from normkit.lab.folder import waited_for
 from normkit.lab.progress import Watch
 from normkit.lab.seeding import borrowed_randomness
 from normkit.lab.settings import Settings
 from normkit.lab.study import Study
-from normkit.lab.train import Run
+from normkit.lab.train.fabric import start_fabric
+from normkit.lab.train.trainer import Run
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Distant:
         model: a factory in place of the one that the settings name; None for that one.
         data: likewise.
         tensorboard: write curves.
+        replaces: see :class:`~normkit.lab.study.Study`.
     """
 
     settings: Settings
@@ -37,11 +39,12 @@ class Distant:
     model: Callable[..., Any] | None = None
     data: Callable[[], Any] | None = None
     tensorboard: bool = False
+    replaces: bool = False
 
 
 def train(distant: Distant, run: Run) -> dict[str, Any]:
     """Trains what is left of a run, and gives its result."""
-    with borrowed_randomness(distant.threads), record.waited_for(distant.folder / run.path):
+    with borrowed_randomness(distant.threads), waited_for(distant.folder / run.path):
         return _study(distant).train(run, _quiet())
 
 
@@ -113,7 +116,9 @@ class There:
 @lru_cache(maxsize=1)
 def _study(distant: Distant) -> Study:
     curves = distant.folder / "tensorboard" if distant.tensorboard else None
-    return Study(distant.settings, start_fabric(distant.settings), distant.folder, distant.model, distant.data, curves)
+    fabric = start_fabric(distant.settings)
+    made = (distant.model, distant.data, curves)
+    return Study(distant.settings, fabric, distant.folder, *made, replaces=distant.replaces)
 
 
 def _quiet() -> Watch:

@@ -7,10 +7,80 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from normkit.lab import record
-from normkit.lab.interval import paired_interval
-from normkit.lab.train import METRICS, OK, RESULT, Run
+from normkit.lab.schema import (
+    COUNT,
+    FLAG,
+    FOLDER,
+    NUMBER,
+    OBJECT,
+    POSITIVE,
+    TEXT,
+    each,
+    fields,
+    maybe,
+    one_of,
+    version,
+)
+from normkit.lab.stats import DIVERGED, OK, at_edge, best, paired_interval
+from normkit.lab.train.trainer import Run, read_run, validation
 
+SCHEMA = 1
+STATUS = one_of(OK, DIVERGED)
+COST = fields(ms_per_step=NUMBER, ms_quartiles=each(NUMBER, count=2), ratio=maybe(NUMBER), mb_per_step=NUMBER)
+CURVE = fields(raw=each(maybe(POSITIVE)), effective=each(maybe(POSITIVE)))
+RECIPE = fields(
+    recipe=TEXT,
+    parameters=maybe(COUNT),
+    changes=maybe(each(TEXT)),
+    sweep=each(fields(rate=POSITIVE, seed=COUNT, val_score=maybe(NUMBER), status=STATUS, run=FOLDER)),
+    rate=maybe(POSITIVE),
+    rate_at_edge=FLAG,
+    runs=each(
+        fields(
+            seed=COUNT,
+            run=FOLDER,
+            status=STATUS,
+            val_score=maybe(NUMBER),
+            best_val_score=maybe(NUMBER),
+            test_score=maybe(NUMBER),
+            test_loss=maybe(NUMBER),
+            steps_to_target=maybe(COUNT),
+            seconds_to_target=maybe(NUMBER),
+        ),
+        least=1,
+    ),
+    test_score=maybe(fields(mean=maybe(NUMBER), std=maybe(NUMBER), n=COUNT)),
+    paired=maybe(
+        fields(
+            against=TEXT,
+            mean=maybe(NUMBER),
+            low=maybe(NUMBER),
+            high=maybe(NUMBER),
+            level=NUMBER,
+            n=COUNT,
+            differences=each(NUMBER),
+        )
+    ),
+    cost=maybe(COST),
+    condition=maybe(fields(first=CURVE, last=CURVE, mean=CURVE)),
+)
+# What ``result.json`` of a comparison holds.
+RESULT = version(
+    SCHEMA,
+    fields(
+        title=maybe(TEXT),
+        command=TEXT,
+        started=TEXT,
+        finished=TEXT,
+        seconds=NUMBER,
+        config=OBJECT,
+        environment=OBJECT,
+        task=fields(kind=TEXT, score=TEXT, train=COUNT, val=COUNT, test=COUNT),
+        baseline=TEXT,
+        target=maybe(fields(score=maybe(NUMBER), rule=TEXT)),
+        recipes=each(RECIPE, least=1),
+    ),
+)
 OWN_RULE = "the highest validation score that every recipe reached in every seed"
 
 
@@ -23,25 +93,24 @@ class Records:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._results: dict[Run, dict[str, Any]] = {}
-        self._metrics: dict[Run, list[dict[str, Any]]] = {}
+        self._read: dict[Run, tuple[Any, ...]] = {}
 
     def result(self, run: Run) -> dict[str, Any]:
         """Reads the result of a finished run."""
-        if run not in self._results:
-            self._results[run] = record.read_json(self.folder / run.path / "result.json", RESULT)
-        return self._results[run]
+        return self._run(run)[0]
 
     def metrics(self, run: Run) -> list[dict[str, Any]]:
         """Reads the epochs of a run."""
-        if run not in self._metrics:
-            self._metrics[run] = record.read_lines(self.folder / run.path / "metrics.jsonl", METRICS)
-        return self._metrics[run]
+        return self._run(run)[1]
 
     def seconds(self, run: Run, epochs: int) -> float:
         """Sums the training time of a run's first epochs, without validation."""
-        rows = record.read_lines(self.folder / run.path / "timing.jsonl", ("seconds",))
-        return sum(row["seconds"] for row in rows[:epochs])
+        return sum(row["seconds"] for row in self._run(run)[2][:epochs])
+
+    def _run(self, run: Run) -> tuple[Any, ...]:
+        if run not in self._read:
+            self._read[run] = read_run(self.folder / run.path)
+        return self._read[run]
 
 
 def choose(records: Records, runs: Sequence[Run]) -> Run:
@@ -53,14 +122,7 @@ def choose(records: Records, runs: Sequence[Run]) -> Run:
         records: of the runs.
         runs: one a rate.
     """
-
-    def merit(run: Run) -> tuple[float, ...]:
-        found = records.result(run)
-        if found["status"] != OK:
-            return (0, found["epochs"], 0.0, -run.rate)
-        return (1, found["val_score"], -found["val_loss"], -run.rate)
-
-    return max(runs, key=merit)
+    return best({"run": run, "rate": run.rate, **validation(records.result(run))} for run in runs)["run"]
 
 
 def find_target(records: Records, runs: Iterable[Run], given: float | None) -> dict[str, Any]:
@@ -99,13 +161,12 @@ def summarize(
         target: the score whose time is taken; None when no run has one.
         level: coverage of the interval.
     """
-    rates = [run.rate for run in sweep]
     tests = [score for run in runs if (score := records.result(run)["test_score"]) is not None]
     return {
         "recipe": recipe,
         "sweep": [_sweep_row(records, run) for run in sweep],
         "rate": runs[0].rate,
-        "rate_at_edge": len(rates) > 1 and runs[0].rate in (min(rates), max(rates)),
+        "rate_at_edge": at_edge(runs[0].rate, [{"rate": run.rate} for run in sweep]),
         "runs": [_run_row(records, run, target) for run in runs],
         "test_score": {
             "mean": fmean(tests) if tests else None,

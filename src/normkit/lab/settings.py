@@ -109,6 +109,10 @@ class Settings:
         _check("level", self.level, 0 < self.level < 1, "between 0 and 1, such as 0.95")
         _check("target", self.target, self.target is None or math.isfinite(self.target), "a finite score")
         _check("recipes", self.recipes, bool(self.recipes), "at least one recipe")
+        for name, words in {"model": [self.model], "data": [self.data], "recipes": self.recipes}.items():
+            for word in words:
+                # Names are printed and written; a letter that is not printable may steer a terminal.
+                _check(name, repr(word), word.isprintable(), "printable letters")
         for name, value in {"seeds": seeds, "rates": rates, "recipes": tuple(self.recipes)}.items():
             object.__setattr__(self, name, value)
 

@@ -11,13 +11,15 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from normkit.core.errors import SurgeryError
-from normkit.lab.cost import measure_costs
 from normkit.lab.data.split import Data
+from normkit.lab.folder import discard
 from normkit.lab.progress import Watch
 from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model
+from normkit.lab.record import UnlikeError
 from normkit.lab.seeding import init_sha256, order_sha256, reseed
 from normkit.lab.settings import Settings
-from normkit.lab.train import Run, Trainer, finished
+from normkit.lab.train.cost import measure_costs
+from normkit.lab.train.trainer import Run, Trainer, finished
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Study:
         make: a data factory in place of the one that the settings name. Default: None.
         curves: a folder for TensorBoard. Default: None, no curves.
         device: what the runs are trained on where that is not here. Default: None, here.
+        replaces: train again what is of other data or code, in place of refusing it. Default: False.
 
     Raises:
         ProtocolError: the model or data breaks the protocol.
@@ -45,6 +48,7 @@ class Study:
     make: Callable[[], Any] | None = None
     curves: Path | None = None
     device: str | None = None
+    replaces: bool = False
     data: Data = field(init=False)
     parameters: dict[str, int] = field(init=False, default_factory=dict)
     changes: dict[str, list[str]] = field(init=False, default_factory=dict)
@@ -89,12 +93,21 @@ class Study:
 
     def found(self, run: Run) -> dict[str, Any] | None:
         """Gives the result of a run that is finished; None where there is work left."""
-        result = None
-        if self.fabric.is_global_zero:
-            result = finished(self.folder / run.path, {**self._config(run), **self._hashes(run.seed)})
+        result = self.kept(run) if self.fabric.is_global_zero else None
         if self.fabric.world_size > 1:
             result = self.fabric.broadcast(result)
         return result
+
+    def kept(self, run: Run) -> dict[str, Any] | None:
+        """Gives the result of a run that is finished, to the first process alone."""
+        place, config = self.folder / run.path, {**self._config(run), **self._hashes(run.seed)}
+        try:
+            return finished(place, config)
+        except UnlikeError:
+            if not self.replaces:
+                raise
+        discard(self.folder, place)
+        return finished(place, config)
 
     def costs(self, watch: Watch) -> dict[str, dict[str, Any]]:
         """Measures every recipe's step."""

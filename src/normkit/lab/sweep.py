@@ -11,13 +11,18 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Protocol
 
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
+from normkit.lab.cluster import joined
 from normkit.lab.devices import hardware
+from normkit.lab.folder import PAUSE, InUseError, locked
 from normkit.lab.say import counted
+from normkit.lab.schema import NUMBER, OBJECT, TEXT, each, fields, optional
 from normkit.lab.seeding import borrowed_randomness, reseed
 
 CONFIG, RESULT, TIMING = "config.json", "result.json", "timing.json"
+SPENT = fields(seconds=NUMBER, devices=optional(each(TEXT)))
+DONE = fields(config=OBJECT, result=OBJECT)
 CURE = "choose another --output, or remove the folder to do this run again"
 
 
@@ -71,9 +76,7 @@ def sweep(
         if ray is None:
             _in_turn(function, waiting, places, threads, results, count)
         else:
-            from normkit.lab.cluster import on_ray
-
-            on_ray(function, waiting, places, threads, ray, results, count.done)
+            _on_ray(function, waiting, places, threads, ray, results, count.done)
     return [results[job.path] for job in jobs]
 
 
@@ -89,7 +92,7 @@ def attend(function: Function, job: Job, place: Path, threads: int) -> dict[str,
     Raises:
         InUseError: another process is at it.
     """
-    with record.locked(place):
+    with locked(place):
         if (done := finished(function, job, place)) is not None:
             return done
         config = _config(function, job)
@@ -101,12 +104,17 @@ def attend(function: Function, job: Job, place: Path, threads: int) -> dict[str,
                 reseed(0, f"job {job.path}")
                 result = function(job, place)
         finally:
-            before = record.read_json(place / TIMING, ("seconds",)) if (place / TIMING).exists() else {}
-            seconds = round(before.get("seconds", 0.0) + time.monotonic() - started, 3)
-            devices = sorted({*before.get("devices", ()), hardware()})
-            record.write_json(place / TIMING, {"seconds": seconds, "devices": devices})
-        record.write_json(place / RESULT, {"config": config, "result": plain(result)})
+            if place.is_dir():
+                _spend(place, time.monotonic() - started)
+        result = plain(result)
+        record.write_json(place / RESULT, {"config": config, "result": result, "sha256": record.digest(result)})
         return record.read_json(place / RESULT)["result"]
+
+
+def _spend(place: Path, seconds: float) -> None:
+    before = record.read_json(place / TIMING, SPENT) if (place / TIMING).exists() else {}
+    devices = sorted({*before.get("devices", ()), hardware()})
+    record.write_json(place / TIMING, {"seconds": round(before.get("seconds", 0.0) + seconds, 3), "devices": devices})
 
 
 def devices(jobs: Sequence[Job], folder: Path) -> set[str]:
@@ -117,7 +125,7 @@ def devices(jobs: Sequence[Job], folder: Path) -> set[str]:
         folder: of the experiment.
     """
     timings = [place / TIMING for place in _places(jobs, folder).values()]
-    found = [record.read_json(timing) for timing in timings if timing.exists()]
+    found = [record.read_json(timing, SPENT) for timing in timings if timing.exists()]
     return {device for timing in found for device in timing.get("devices", ())}
 
 
@@ -127,10 +135,14 @@ def finished(function: Function, job: Job, place: Path) -> dict[str, Any] | None
     Raises:
         RecordError: the record is damaged, or of another job.
     """
-    if not (place / RESULT).exists():
+    if not all((place / name).exists() for name in (CONFIG, RESULT, TIMING)):
         return None
-    record.check_config(place / CONFIG, _config(function, job), CURE)
-    return record.read_json(place / RESULT, ("config", "result"))["result"]
+    config = _config(function, job)
+    record.check_config(place / CONFIG, config, CURE)
+    found = record.read_json(place / RESULT, DONE)
+    if found["config"] != config:
+        raise RecordError(f"{place / RESULT} is of another run than {place / CONFIG}; {CURE}")
+    return found["result"]
 
 
 def plain(value: Any) -> Any:
@@ -179,12 +191,12 @@ def _in_turn(
         for job in waiting:
             try:
                 results[job.path] = attend(function, job, places[job.path], threads)
-            except record.InUseError:
+            except InUseError:
                 busy.append(job)
             else:
                 count.done(job.path)
         if busy and len(busy) == len(waiting):
-            time.sleep(record.PAUSE)
+            time.sleep(PAUSE)
         waiting = busy
 
 
@@ -203,3 +215,45 @@ def _places(jobs: Sequence[Job], folder: Path) -> dict[str, Path]:
 def _config(function: Function, job: Job) -> dict[str, Any]:
     name = f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', '?')}"
     return {"function": name, **plain(asdict(job))}
+
+
+def _on_ray(
+    function: Function,
+    jobs: Sequence[Job],
+    places: Mapping[str, Path],
+    threads: int,
+    address: str,
+    results: dict[str, dict[str, Any]],
+    done: Callable[[str], object],
+) -> None:
+    """Does jobs as Ray tasks; their folders must be the same on every machine of the cluster.
+
+    Args:
+        function: what to do.
+        jobs: with what.
+        places: the folder of each job, by its path.
+        threads: of torch, a job.
+        address: see :func:`joined`.
+        results: by path; filled.
+        done: is told of every job done.
+
+    Raises:
+        OptionError: Ray is not installed, there is no cluster at the address, or none of its machines has so many cores.
+        BackendError: the worker of a job was lost again and again; what is done is kept.
+    """
+
+    def end(count: int, result: dict[str, Any]) -> None:
+        results[jobs[count].path] = result
+        done(jobs[count].path)
+
+    with joined(address, threads) as cluster:
+        given = [(function, job, places[job.path].absolute(), threads) for job in jobs]
+        cluster.spread(_attend, given, [job.path for job in jobs], end)
+
+
+def _attend(function: Function, job: Job, place: Path, threads: int) -> dict[str, Any]:
+    while True:
+        try:
+            return attend(function, job, place, threads)
+        except InUseError:
+            time.sleep(PAUSE)

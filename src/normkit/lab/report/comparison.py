@@ -2,14 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from normkit.core.errors import RecordError
-from normkit.lab.record import read_json, read_lines
-
-SCHEMA = 1
-CURE = "run the same `normkit compare` command again with this --output, or name another folder"
+from normkit.lab.record import read_json
+from normkit.lab.result import RESULT
+from normkit.lab.train.trainer import read_run as read_records
 
 
 @dataclass(frozen=True)
@@ -45,51 +43,24 @@ def read_comparison(out: Path) -> Comparison:
         out: the folder that `normkit compare --output` wrote.
 
     Raises:
-        RecordError: a record is missing, is not JSON or lacks a field; the message names the file and the cure.
+        RecordError: a record is missing or damaged; the message names the file and the cure.
     """
-    path = out / "result.json"
-    result = read_json(path)
-    check(result, path)
-    runs = tuple(tuple(read_run(out, run, path) for run in recipe["runs"]) for recipe in result["recipes"])
+    result = read_json(out / "result.json", RESULT)
+    runs = tuple(tuple(read_run(out, run) for run in recipe["runs"]) for recipe in result["recipes"])
     return Comparison(out, result, runs)
 
 
-def check(result: dict[str, Any], path: Path) -> None:
-    """Refuses a result that is not one of a comparison or is of another schema."""
-    if result.get("schema") != SCHEMA:
-        raise RecordError(f"{path}: got schema {result.get('schema')!r}, this normkit reads schema {SCHEMA}; {CURE}")
-    for key, kind in {"config": dict, "environment": dict, "task": dict, "baseline": str, "recipes": list}.items():
-        if not isinstance(result.get(key), kind):
-            raise RecordError(f"{path}: no {kind.__name__} named {key!r}; {CURE}")
-    if not result["recipes"]:
-        raise RecordError(f"{path}: it holds no recipe; {CURE}")
-    for index, recipe in enumerate(result["recipes"]):
-        for key, kind in {"recipe": str, "runs": list, "sweep": list}.items():
-            if not isinstance(recipe, dict) or not isinstance(recipe.get(key), kind):
-                raise RecordError(f"{path}: recipe {index} has no {kind.__name__} named {key!r}; {CURE}")
-        for entry in recipe["runs"] + recipe["sweep"]:
-            if not isinstance(entry, dict) or not isinstance(entry.get("run"), str) or "status" not in entry:
-                raise RecordError(f"{path}: a run of recipe {recipe['recipe']!r} names no folder or status; {CURE}")
-
-
-def read_run(out: Path, entry: dict[str, Any], result: Path) -> Run:
-    """Reads the curves of one run; its folder must lie inside the comparison's."""
-    place = PurePosixPath(entry["run"])
-    if place.is_absolute() or ".." in place.parts:
-        raise RecordError(f"{result}: run folder {entry['run']!r} lies outside the comparison; {CURE}")
-    metrics = read_lines(out / place / "metrics.jsonl", ("epoch", "val_score", "train_loss"))
-    timing = read_lines(out / place / "timing.jsonl", ("seconds",))
-    try:
-        return Run(
-            seed=int(entry.get("seed", 0)),
-            status=str(entry["status"]),
-            epochs=tuple(int(line["epoch"]) for line in metrics),
-            seconds=tuple(float(line["seconds"]) for line in timing),
-            val_score=tuple(finite(line["val_score"]) for line in metrics),
-            train_loss=tuple(finite(line["train_loss"]) for line in metrics),
-        )
-    except (TypeError, ValueError) as error:
-        raise RecordError(f"{out / place}: a seed, epoch or time is no number ({error}); {CURE}") from None
+def read_run(out: Path, entry: dict[str, Any]) -> Run:
+    """Reads the curves of one run."""
+    _, metrics, timing = read_records(out / entry["run"])
+    return Run(
+        seed=entry["seed"],
+        status=entry["status"],
+        epochs=tuple(line["epoch"] for line in metrics),
+        seconds=tuple(line["seconds"] for line in timing),
+        val_score=tuple(finite(line["val_score"]) for line in metrics),
+        train_loss=tuple(finite(line["train_loss"]) for line in metrics),
+    )
 
 
 def finite(value: Any) -> float | None:

@@ -1,23 +1,21 @@
 """Figures of a comparison fit for a paper: one concept each, as PNG at 300 dpi and as SVG."""
 
-import io
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from normkit.lab.record import write_bytes
+from normkit.lab.experiment import Drawing
 from normkit.lab.report.canvas import (
     COLUMN,
     DOTTED,
     FAINT,
     FULL,
     INK,
-    LOOK,
     along,
     blank,
     gapped,
@@ -31,6 +29,7 @@ from normkit.lab.report.canvas import (
 )
 from normkit.lab.report.comparison import Comparison, at, finite, read_comparison
 from normkit.lab.report.curves import curve, sweep
+from normkit.lab.report.drawing import save
 from normkit.lab.report.wording import RESOLVED, number, score_name
 
 DPI = 300
@@ -51,17 +50,8 @@ def draw(out: Path) -> list[Path]:
         RecordError: a record is missing or corrupt, or the folder cannot be written.
     """
     comparison = read_comparison(out)
-    written = []
-    for name, figure in FIGURES.items():
-        with matplotlib.rc_context({**matplotlib.rcParamsDefault, **LOOK}):
-            drawn = figure(comparison)
-            for kind, metadata in {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}.items():
-                buffer = io.BytesIO()
-                drawn.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
-                path = out / "figures" / f"{name}.{kind}"
-                write_bytes(path, buffer.getvalue())
-                written.append(path)
-    return written
+    drawn = [Drawing(name, partial(make, comparison), "") for name, make in FIGURES.items()]
+    return save(drawn, out / "figures", DPI)
 
 
 def validation(comparison: Comparison) -> Figure:

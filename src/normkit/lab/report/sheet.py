@@ -7,7 +7,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 from rich import box
@@ -17,14 +17,13 @@ from rich.measure import Measurement
 from rich.table import Table as Grid
 from rich.text import Text
 
+from normkit.lab.experiment import Drawing, Experiment, Table
+from normkit.lab.folder import FIGURES
 from normkit.lab.record import write_bytes
 from normkit.lab.report.page import moment, resource, setting, template
 from normkit.lab.say import counted
+from normkit.lab.stats import ABSENT
 
-if TYPE_CHECKING:
-    from normkit.lab.experiment import Drawing, Experiment, Table
-
-ABSENT = "–"
 LONG = 24  # characters, from which on a cell is read like a sentence
 GAP = 2  # on each side of the line between two columns of a terminal
 ENDLESS = 10**6
@@ -41,7 +40,7 @@ def cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def print_sheet(experiment: "Experiment", found: Mapping[str, Any], console: Console) -> None:
+def print_sheet(experiment: Experiment, found: Mapping[str, Any], console: Console) -> None:
     """Prints the tables and remarks of a result."""
     console.print(f"\n[bold]{experiment.title}[/bold]", highlight=False)
     console.print(f"{experiment.claim} ({experiment.paper.cite()})", highlight=False, markup=False)
@@ -56,7 +55,7 @@ def print_sheet(experiment: "Experiment", found: Mapping[str, Any], console: Con
         console.print(f"- {remark}", highlight=False, markup=False)
 
 
-def side_by_side(table: "Table", console: Console) -> list[list[int]]:
+def side_by_side(table: Table, console: Console) -> list[list[int]]:
     """Parts the columns of a table so that each part fits a console, with the first column in each.
 
     Args:
@@ -71,7 +70,7 @@ def side_by_side(table: "Table", console: Console) -> list[list[int]]:
     return parts
 
 
-def is_text(table: "Table", place: int) -> bool:
+def is_text(table: Table, place: int) -> bool:
     """Tells whether a column holds words rather than numbers: most of its cells are long or have letters and no digit.
 
     Args:
@@ -86,19 +85,19 @@ def _wordy(text: str) -> bool:
     return len(text) > LONG or (any(map(str.isalpha, text)) and not any(map(str.isdigit, text)))
 
 
-def _fits(table: "Table", places: Sequence[int], console: Console, room: int = 0) -> bool:
+def _fits(table: Table, places: Sequence[int], console: Console, room: int = 0) -> bool:
     # Measured without an edge, at which rich would stop.
     endless = console.options.update_width(ENDLESS)
     return Measurement.get(console, endless, _grid(table, places, console, room)).maximum <= console.width
 
 
-def _roomy(table: "Table", places: Sequence[int], console: Console) -> Grid:
+def _roomy(table: Table, places: Sequence[int], console: Console) -> Grid:
     # Where headings must be broken, the widest columns give way first.
     room = bisect_left(range(console.width), True, key=lambda room: not _fits(table, places, console, room))
     return _grid(table, places, console, room - 1)
 
 
-def _grid(table: "Table", places: Sequence[int], console: Console, room: int) -> Grid:
+def _grid(table: Table, places: Sequence[int], console: Console, room: int) -> Grid:
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for place in places:
         justify = "right" if place and not is_text(table, place) else "left"
@@ -109,15 +108,13 @@ def _grid(table: "Table", places: Sequence[int], console: Console, room: int) ->
     return grid
 
 
-def _need(table: "Table", place: int, console: Console) -> int:
+def _need(table: Table, place: int, console: Console) -> int:
     # A heading may be broken between words; what stands below it only where two columns would not fit.
     texts = [*(cell(row[place]) for row in table.rows), *table.columns[place].split()]
     return max(1, min(max(map(cell_len, texts), default=0), console.width // 2 - GAP))
 
 
-def write_markdown(
-    experiment: "Experiment", found: Mapping[str, Any], figures: Sequence["Drawing"], output: Path
-) -> Path:
+def write_markdown(experiment: Experiment, found: Mapping[str, Any], figures: Sequence[Drawing], output: Path) -> Path:
     """Writes ``result.md``."""
     parts = [f"# {experiment.title}", f"{experiment.claim} ({experiment.paper.cite()})", facts(experiment, found)]
     if paragraphs := setup(experiment):
@@ -126,14 +123,13 @@ def write_markdown(
         parts += [f"## {table.title}", _markdown(table), *table.notes]
     parts += ["## Remarks", "\n".join(f"- {remark}" for remark in experiment.remarks(found["result"]))]
     for drawing in figures:
-        path = drawing.path.relative_to(output).as_posix()
-        parts += [f"![{_name(drawing)}]({path})", f"*{drawing.caption}*"]
+        parts += [f"![{drawing.title}]({FIGURES}/{drawing.name}.png)", f"*{drawing.caption}*"]
     path = output / "result.md"
     write_bytes(path, ("\n\n".join(parts) + "\n").encode())
     return path
 
 
-def facts(experiment: "Experiment", found: Mapping[str, Any]) -> str:
+def facts(experiment: Experiment, found: Mapping[str, Any]) -> str:
     """What was run, on what and when, in Markdown."""
     config, here = found["config"], found["environment"]
     words = experiment.words(config["scale"], config["seeds"], config["epochs"])
@@ -141,7 +137,7 @@ def facts(experiment: "Experiment", found: Mapping[str, Any]) -> str:
     return f"`{' '.join(words)}` on {devices(here)}, {threads}, torch {here['torch']}, finished {moment(found['finished'])}."
 
 
-def setup(experiment: "Experiment") -> list[str]:
+def setup(experiment: Experiment) -> list[str]:
     """What was run, in paragraphs of Markdown: the docstring of the experiment's module without the first, its title."""
     text = (inspect.getdoc(sys.modules[experiment.run.__module__]) or "").replace("``", "`")
     return [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)[1:]]
@@ -155,10 +151,10 @@ def devices(here: Mapping[str, Any]) -> str:
     """
     if here.get("devices"):
         return ", ".join(here["devices"])
-    return here["device"] if here["device"] != "cpu" else f"{here['processor']}, {here['cores']} cores"
+    return here["device"] if here.get("device", "cpu") != "cpu" else f"{here['processor']}, {here['cores']} cores"
 
 
-def write_sheet(experiment: "Experiment", found: Mapping[str, Any], figures: Sequence["Drawing"], output: Path) -> Path:
+def write_sheet(experiment: Experiment, found: Mapping[str, Any], figures: Sequence[Drawing], output: Path) -> Path:
     """Writes ``report.html``, which needs nothing else and asks nothing of the network."""
     text = template("sheet.html").render(
         experiment=experiment,
@@ -179,21 +175,13 @@ def write_sheet(experiment: "Experiment", found: Mapping[str, Any], figures: Seq
     return page
 
 
-def _figure(drawing: "Drawing", output: Path) -> dict[str, str]:
-    data = base64.b64encode(drawing.path.read_bytes()).decode()
-    return {
-        "name": _name(drawing),
-        "caption": drawing.caption,
-        "path": drawing.path.relative_to(output).with_suffix("").as_posix(),
-        "data": f"data:image/png;base64,{data}",
-    }
+def _figure(drawing: Drawing, output: Path) -> dict[str, str]:
+    path = f"{FIGURES}/{drawing.name}"
+    data = base64.b64encode((output / f"{path}.png").read_bytes()).decode()
+    return {"name": drawing.title, "caption": drawing.caption, "path": path, "data": f"data:image/png;base64,{data}"}
 
 
-def _name(drawing: "Drawing") -> str:
-    return re.sub(r"[-_]", " ", drawing.path.stem)
-
-
-def _markdown(table: "Table") -> str:
+def _markdown(table: Table) -> str:
     head, *rows = [[cell(value).replace("|", "\\|") for value in row] for row in (table.columns, *table.rows)]
     rule = ["---" if not place or is_text(table, place) else "---:" for place in range(len(head))]
     lines = [head, rule, *rows]

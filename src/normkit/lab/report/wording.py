@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from normkit.lab import stats as judging
 from normkit.lab.report.comparison import at, finite
 from normkit.lab.say import counted
 from normkit.surgery.target import OVER_POSITIONS
 
-ABSENT = "\u2013"  # an en dash
+ABSENT = judging.ABSENT
 MINUS = "\u2212"
 TIMES = "\u00d7"
 # One over the unit of single precision: a larger condition number is rounding, and the weight as good as singular.
@@ -105,9 +106,8 @@ def judge(recipe: dict[str, Any], baseline: str) -> str:
         return "baseline"
     if low is None or high is None:
         return "single" if at(recipe, "paired.mean") is not None else "failed"
-    if alike(recipe):
-        return "even"
-    return "better" if low > 0 else "worse" if high < 0 else "even"
+    shown = judging.judge(low, high)
+    return "even" if shown == judging.EVEN else shown
 
 
 def alike(recipe: dict[str, Any]) -> bool:

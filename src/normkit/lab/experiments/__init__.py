@@ -1,0 +1,106 @@
+"""The experiments that ``normkit reproduce`` and ``normkit claim`` know, one file per line."""
+
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+
+from normkit.core.errors import OptionError, RecordError
+from normkit.lab import record
+from normkit.lab.experiment import Bench, Experiment
+from normkit.lab.perform import BEGUN, CONFIG, FOUND, RESULT, command, show
+from normkit.lab.say import Terminal
+
+# An experiment is called like its file, with dashes.
+FILES = {
+    "reproduce": (
+        "table1",
+        "table2",
+        "table3",
+        "table4",
+        "fig1",
+        "vit_s",
+        "shape",
+        "cost",
+        "ablations",
+    ),
+    "claim": (
+        "batch_size",
+        "disparity",
+        "pre_post_ln",
+        "gan",
+        "why_bn",
+        "blog_table",
+        "cost_activations",
+        "conditioning",
+        "four_benefits",
+    ),
+}
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """Names the experiments of a kind.
+
+    Args:
+        kind: ``"reproduce"`` or ``"claim"``.
+    """
+    return tuple(file.replace("_", "-") for file in FILES[kind])
+
+
+def find_experiment(kind: str, name: str) -> Experiment:
+    """Imports an experiment.
+
+    Args:
+        kind: ``"reproduce"`` or ``"claim"``.
+        name: of the experiment, such as ``"table1"``.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    known = names(kind)
+    if name not in known:
+        if other := _kind(name):
+            raise OptionError(f"{name} is no experiment of {kind}; give normkit {other} {name}")
+        close = get_close_matches(name, known, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise OptionError(f"{kind} knows no experiment {name!r}{hint}; there are {', '.join(known) or 'none'}")
+    module = import_module(f"normkit.lab.experiments.{name.replace('-', '_')}")
+    return module.EXPERIMENT
+
+
+def reshow(output: Path) -> bool:
+    """Prints an experiment's tables and draws its report anew from its records; False where they are of something else.
+
+    Args:
+        output: the folder.
+
+    Raises:
+        RecordError: there is no record, or one that is damaged or of an experiment that is not finished.
+    """
+    if not output.is_dir():
+        raise RecordError(
+            f"{output} is {'a file, not a folder' if output.exists() else 'not there'}; give a folder of records"
+        )
+    if not (output / RESULT).exists():
+        _refuse(output)
+        return False
+    if "experiment" not in record.read_json(output / RESULT):
+        return False
+    found = record.read_json(output / RESULT, FOUND)
+    about = found["experiment"]
+    show(find_experiment(about["kind"], about["name"]), found, output, Terminal())
+    return True
+
+
+def _refuse(output: Path) -> None:
+    if not (output / CONFIG).exists():
+        raise RecordError(f"{output} holds neither {RESULT} nor {CONFIG}, so it is no record of normkit")
+    name = str(record.read_json(output / CONFIG).get("experiment"))
+    if kind := _kind(name):
+        config = record.read_json(output / CONFIG, BEGUN)
+        size = {key: config[key] for key in ("scale", "epochs", "threads")}
+        again = command(find_experiment(kind, name), Bench(**size, output=output, seeds=tuple(config["seeds"])))
+        raise RecordError(f"{output / RESULT} is missing; to finish it:  {again}")
+
+
+def _kind(name: str) -> str | None:
+    return next((kind for kind in FILES if name in names(kind)), None)

@@ -1,0 +1,316 @@
+"""Test accuracy against the size of training batches, from 128 down to 1, for batch normalization, its rivals and remedies.
+
+A small convolutional network learns CIFAR-10 with SGD whose rate is proportional to the batch size, for the same number of
+epochs. Batch normalization's running statistics are judged apart from its training: the same network is evaluated with them,
+with statistics estimated anew from training data ("precise"), and with those of test batches of the training's size.
+
+Ours: rate 0.2 at batch 128 with momentum 0.9 and cosine decay; 4 groups in group and batch-channel normalization; sub-batches
+of 16 in ghost batch normalization, which at 16 and below is batch normalization and not run; batch renormalization with bounds
+up to 3 and 5 over 0.1 to 0.8 and 0.5 of the steps and a momentum of 10 / steps, within 0.01 and 0.1; batch-channel
+normalization in its form for micro-batches, with a momentum of 0.1 at batch 128 that follows the learning rate. At small scale
+1,500 images are learned, at half the resolution; at full scale all, as they are.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from torch import nn
+
+from normkit.activations.batch_channel_norm import BatchChannelNorm
+from normkit.activations.batch_norm import BatchNorm
+from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule
+from normkit.activations.ghost_batch_norm import GhostBatchNorm
+from normkit.activations.group_norm import GroupNorm
+from normkit.core.card import Paper
+from normkit.lab.data.cifar import download_missing
+from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.models.small_cnn import SmallCNN
+from normkit.lab.report.canvas import FULL, panels
+from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, SHAPES, band, name_ends
+from normkit.lab.seeding import reseed
+from normkit.lab.stats import Interval, differences, known, mean, spread, where
+from normkit.lab.train.images import TINY, Images, Size, Stream, accuracy, fit
+from normkit.lab.train.walk import OK, device, forget
+from normkit.surgery.recalibrate import recalibrate
+from normkit.surgery.recipe import apply_recipe
+
+METHODS = {
+    "bn": "BatchNorm",
+    "gn": "GroupNorm",
+    "ln": "LayerNorm",
+    "gn+ws": "GroupNorm + WS",
+    "bcn+ws": "BatchChannelNorm + WS",
+    "brn": "BatchRenorm",
+    "ghost": "GhostBatchNorm",
+}
+WAYS = {"running": "running statistics", "precise": "precise statistics", "batch": "test batch's statistics"}
+HUES = dict(zip(METHODS, (GREY, *COLOURS), strict=True))
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": TINY,
+    "small": {"data": "cifar10", "train": 1500, "test": 2000, "halve": True, "width": 16, "epochs": 3},
+    "full": {"data": "cifar10", "train": None, "test": None, "halve": False, "width": 32, "epochs": 10},
+}
+BATCHES = {"tiny": (2, 32), "small": (1, 2, 4, 8, 32, 128), "full": (1, 2, 4, 8, 16, 32, 64, 128)}
+BASE, RATE, GHOST, GROUPS = 128, 0.2, 16, 4
+CHANCE = 0.1  # of ten classes
+JUDGED = 512  # training images by which statistics are estimated anew
+
+
+@dataclass(frozen=True)
+class Job(Size):
+    """One training."""
+
+    method: str
+    batch: int
+    seed: int
+
+    @property
+    def path(self) -> str:
+        """The folder."""
+        return f"{self.method}/batch={self.batch}/seed={self.seed}"
+
+
+def norm(method: str, steps: int) -> Callable[[int], nn.Module]:
+    """What makes the norm of a method for so many channels.
+
+    Args:
+        method: a key of METHODS.
+        steps: of the training, which batch renormalization's schedule is scaled to.
+    """
+    if method == "brn":
+        start, r_end, d_end = (max(1, round(part * steps)) for part in (0.1, 0.8, 0.5))
+        schedule = RenormSchedule(3.0, 5.0, start, max(r_end, start + 1), max(d_end, start + 1))
+        return lambda channels: BatchRenorm(channels, momentum=min(0.1, max(0.01, 10 / steps)), schedule=schedule)
+    makers: dict[str, Callable[[int], nn.Module]] = {
+        "bn": BatchNorm,
+        "gn": lambda channels: GroupNorm(GROUPS, channels),
+        "ln": lambda channels: GroupNorm(1, channels),
+        "bcn": lambda channels: BatchChannelNorm(channels, GROUPS, estimate=True),
+        "ghost": lambda channels: GhostBatchNorm(channels, GHOST),
+    }
+    return makers[method.removesuffix("+ws")]
+
+
+def train(job: Job, folder: Path) -> dict[str, Any]:
+    """Trains a network and evaluates it."""
+    images = job.images()
+    stream = Stream(images["train"], job.batch, job.seed)
+    reseed(job.seed, "init")
+    make = norm(job.method, job.epochs * stream.per_epoch)
+    model = SmallCNN(make, channels=images["train"][0].shape[1], width=job.width)
+    if job.method.endswith("+ws"):
+        apply_recipe(model, "keep+ws")
+    estimating = [module for module in model.modules() if isinstance(module, BatchChannelNorm)]
+
+    def follow(part: float) -> None:
+        for module in estimating:
+            # By tenths, as a layer works out its rule anew for a new momentum.
+            module.momentum = 0.1 * job.batch / BASE * math.ceil(10 * part) / 10
+
+    rate = RATE * job.batch / BASE
+    walked = fit(model.to(device()), stream, job.epochs, rate, job.seed, folder, follow)
+    found: dict[str, float | None] = dict.fromkeys(WAYS)
+    if walked.status == OK:
+        found |= judge(model, job, images["train"], images["test"])
+    forget(folder)
+    return {"status": walked.status, "loss": [row["loss"] for row in walked.rows], "accuracy": found}
+
+
+def judge(model: nn.Module, job: Job, seen: Images, test: Images) -> dict[str, float | None]:
+    """Test accuracy as the model is; of batch normalization also with precise statistics and with those of test batches."""
+    found: dict[str, float | None] = {"running": accuracy(model.eval(), test)}
+    if job.method == "bn":
+        with torch.no_grad():
+            model.train()
+            # Evaluation moves the running averages, which are overwritten next.
+            found["batch"] = accuracy(model, test, job.batch)
+        recalibrate(model, seen[0][:JUDGED].split(job.batch), limit=None)
+        found["precise"] = accuracy(model.eval(), test)
+    return found
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """Trains every method at every batch size with every seed."""
+    size = dict(SIZES[bench.scale])
+    size["epochs"] = bench.epochs or size["epochs"]
+    if bench.download:
+        download_missing(size["data"])
+    jobs = [
+        Job(method, batch, seed, **size)
+        for seed in bench.seeds
+        for method in METHODS
+        for batch in BATCHES[bench.scale]
+        if method != "ghost" or batch > GHOST
+    ]
+    done = bench.sweep(train, jobs)
+    runs = [
+        {"method": job.method, "batch": job.batch, "seed": job.seed, **result}
+        for job, result in zip(jobs, done, strict=True)
+    ]
+    return {"runs": runs, "batches": list(BATCHES[bench.scale]), **size}
+
+
+def scores(result: dict[str, Any], method: str, batch: int, way: str = "running") -> list[float | None]:
+    """Accuracies over seeds, in the order of the seeds."""
+    return [run["accuracy"][way] for run in where(result["runs"], method=method, batch=batch)]
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Accuracies of every method, and of batch normalization with other statistics."""
+    sizes = result["batches"]
+    rows: list[list[Any]] = []
+    for method, name in METHODS.items():
+        cells = [spread(scores(result, method, batch), ".1f", 100) for batch in sizes]
+        rows.append(
+            [name, *("as BN" if method == "ghost" and b <= GHOST else c for b, c in zip(sizes, cells, strict=True))]
+        )
+    about = (
+        f"{result['data']}: {result['train'] or 'all'} training images, {result['epochs']} epochs, rate {RATE:g} at batch {BASE} "
+        "and in proportion; mean ± standard deviation over seeds."
+    )
+    columns = ("norm", *(f"batch {batch}" for batch in sizes))
+    ways = [[name, *(spread(scores(result, "bn", b, way), ".1f", 100) for b in sizes)] for way, name in WAYS.items()]
+    return [
+        Table("Test accuracy, %", columns, rows, [about]),
+        Table("Batch normalization, test accuracy by what it normalizes with in evaluation, %", columns, ways),
+    ]
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """What was seen of each part of the claim."""
+    sizes = result["batches"]
+    smallest, usual = sizes[0], 32 if 32 in sizes else sizes[-1]
+    said = []
+    for method in ("bn", "gn", "ln"):
+        low, high = (counted(result, method, batch) for batch in (smallest, usual))
+        if low and high:
+            said.append(
+                f"{METHODS[method]}: {100 * fmean(high):.1f} % at batch {usual}, {100 * fmean(low):.1f} % at batch {smallest}, a "
+                f"change of {interval(differences(low, high))}."
+            )
+    for batch in (size for size in sizes if size <= 4):
+        gaps = paired(result, "gn", "bn", batch)
+        if gaps.mean is not None:
+            said.append(f"Batch {batch}: GroupNorm is {side(gaps)} BatchNorm, by {interval(gaps)}.")
+    for method in ("gn+ws", "bcn+ws", "brn"):
+        gaps = paired(result, method, "bn", smallest)
+        if gaps.mean is not None:
+            said.append(f"Batch {smallest}: {METHODS[method]} minus BatchNorm, {interval(gaps)}.")
+    ways = {way: scores(result, "bn", smallest, way) for way in WAYS}
+    parts = [f"{WAYS[way]} {spread(found, '.1f', 100)}" for way, found in ways.items() if known(found)]
+    said.append(
+        f"BatchNorm at batch {smallest}, test accuracy in %, the same networks: {', '.join(parts) or 'all diverged'}."
+    )
+    lost = [run for run in result["runs"] if run["status"] != OK]
+    said.append(f"{len(lost)} of {len(result['runs'])} runs diverged, and count as guessing in these differences.")
+    return said
+
+
+def counted(result: dict[str, Any], method: str, batch: int) -> list[float]:
+    """Accuracies over seeds, where a run that diverged counts as guessing: else only the luckier seeds would be compared."""
+    return [CHANCE if score is None else score for score in scores(result, method, batch)]
+
+
+def paired(result: dict[str, Any], method: str, against: str, batch: int) -> Interval:
+    """The interval of differences between two methods with the same seed."""
+    return differences(counted(result, method, batch), counted(result, against, batch))
+
+
+def side(gaps: Interval) -> str:
+    """Where the interval puts the first of two.
+
+    >>> side(differences([1.0, 1.1], [0.0, 0.0])), side(differences([1.0, -1.0], [0.0, 0.0])), side(differences([1.0], [0.0]))
+    ('above', 'not told apart from', 'not told apart from')
+    """
+    if gaps.low is not None and gaps.low > 0:
+        return "above"
+    return "below" if gaps.high is not None and gaps.high < 0 else "not told apart from"
+
+
+def interval(gaps: Interval) -> str:
+    """A mean difference in points, with its interval if there is one."""
+    assert gaps.mean is not None
+    text = f"{100 * gaps.mean:+.1f} points"
+    if gaps.low is None or gaps.high is None:
+        return text
+    return f"{text} ({100 * gaps.level:.0f} % interval {100 * gaps.low:+.1f} to {100 * gaps.high:+.1f})"
+
+
+def figures(result: dict[str, Any]) -> list[Drawing]:
+    """The figures of the claim, from what its ``run`` returned."""
+    return [
+        Drawing(
+            "accuracy",
+            lambda: accuracies(result),
+            "Test accuracy against the number of images in a training batch: every norm on the left, and on the right batch "
+            "normalization evaluated with its running statistics, with statistics estimated anew from training images (precise) "
+            f"and with those of the test batch; {SEEDS}. Look at how far each line falls towards a batch of one image.",
+        )
+    ]
+
+
+def accuracies(result: dict[str, Any]) -> Figure:
+    """Test accuracy of every method, and of batch normalization by what it normalizes with."""
+    figure, axes = panels(2, FULL, 3.0, sharey=True)
+    ends = []
+    for (method, name), shape in zip(METHODS.items(), (*SHAPES, "X"), strict=True):
+        value = line(axes[0], result, method, "running", {"color": HUES[method], "marker": shape})
+        ends += [] if value is None else [(value, name, HUES[method])]
+    ways = []
+    for (way, name), colour, shape in zip(WAYS.items(), (GREY, COLOURS[0], COLOURS[1]), SHAPES, strict=False):
+        value = line(axes[1], result, "bn", way, {"color": colour, "marker": shape})
+        ways += [] if value is None else [(value, name, colour)]
+    sizes = result["batches"]
+    for axis, title in zip(axes, ("all norms", "BatchNorm, by what evaluation normalizes with"), strict=True):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.tick_params(axis="x", which="minor", bottom=False)
+        axis.set_xlabel("images in a training batch")
+        axis.set_title(title, loc="left")
+    axes[0].set_ylabel("test accuracy, %")
+    name_ends(axes[0], ends)
+    name_ends(axes[1], ways)
+    return figure
+
+
+def line(axis: Axes, result: dict[str, Any], method: str, way: str, style: dict[str, Any]) -> float | None:
+    """Means over seeds in a band from the lowest to the highest; gives the last mean."""
+    found = []
+    for batch in result["batches"]:
+        values = known(run["accuracy"].get(way) for run in where(result["runs"], method=method, batch=batch))
+        if values:
+            found.append((batch, mean(values) or 0.0, min(values), max(values)))
+    if not found:
+        return None
+    sizes, middle, low, high = zip(*found, strict=True)
+    scaled = ([100 * value for value in values] for values in (middle, low, high))
+    band(axis, sizes, *scaled, markersize=3.5, linewidth=1.2, **style)
+    return 100 * middle[-1]
+
+
+EXPERIMENT = Experiment(
+    name="batch-size",
+    kind="claim",
+    title="Normalization against the size of training batches",
+    claim=(
+        "Batch normalization loses accuracy as batches become small, while group normalization keeps its own. What was proposed "
+        "since then, or for the same end, stands beside it: weight standardization, batch-channel normalization, batch "
+        "renormalization, ghost batches."
+    ),
+    paper=Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
+    run=run,
+    tables=tables,
+    figures=figures,
+    remarks=remarks,
+    scales=("tiny", "small", "full"),
+)

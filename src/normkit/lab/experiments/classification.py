@@ -1,0 +1,347 @@
+"""A table of a paper on classification: the study that fills it, the table beside the printed one, remarks and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from normkit.catalogue.methods import method
+from normkit.lab.data.cifar import download_missing
+from normkit.lab.experiment import Bench, Table
+from normkit.lab.report.tables import edges, rates_table, time_table
+from normkit.lab.say import counted
+from normkit.lab.stats import BETTER, WORSE, gain, judge_runs, mean, spread, tell, tune, where
+from normkit.lab.train.cost import Costs
+from normkit.lab.train.learning import Same, Training, compare_same, images, learn, measure
+from normkit.lab.train.trainer import OK, validation
+
+PAPER = method("weight_conditioning").paper
+# What is looked at: each row at the one rate that the paper gives, or each at the best of its own sweep.
+GIVEN, TUNED = "given", "tuned"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method in a table.
+
+    Args:
+        name: as the paper writes it; the first row is the baseline.
+        recipe: its recipe.
+        unit: where the rows of layers begin with norm 1: ``"first_last"`` or ``"all"``. Default: nowhere.
+        like: the row whose learning rate it takes, for a control. Default: none, it has a sweep of its own.
+        conditioning: options of a conditioning that is put on after the recipe. Default: none.
+        once: it is run with the first seed alone. Default: False.
+        printed: Top-1 and Top-5 in percent. Default: none.
+    """
+
+    name: str
+    recipe: str
+    unit: str = ""
+    like: str = ""
+    conditioning: tuple[tuple[str, Any], ...] = ()
+    once: bool = False
+    printed: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One data set and model of a table.
+
+    Args:
+        label: of the data set and model, for headings.
+        base: all but row, rate and seed.
+        rows: of the paper.
+        controls: rows that tell where an effect comes from.
+        rates: that each row tries with the first seed.
+        rate: that the paper gives; None where the small scale has too few steps for it.
+        borrow: the label of the plan whose chosen rates are taken over in place of a sweep. Default: none.
+        same: show that E is weight norm with its lengths frozen at 1. Default: False.
+        costs: seconds for measuring what a step of each row costs; 0 for not. Default: 20.
+    """
+
+    label: str
+    base: Training
+    rows: tuple[Row, ...]
+    controls: tuple[Row, ...] = ()
+    rates: tuple[float, ...] = ()
+    rate: float | None = None
+    borrow: str = ""
+    same: bool = False
+    costs: float = 20.0
+
+
+def study(bench: Bench, plans: Sequence[Plan]) -> dict[str, Any]:
+    """Does what is missing of some plans.
+
+    Args:
+        bench: where.
+        plans: those that borrow rates come after those that they borrow from.
+
+    Returns:
+        What tables, remarks and figures are made of.
+    """
+    if bench.download:
+        for name in {plan.base.data for plan in plans}:
+            download_missing(name)
+    parts: dict[str, dict[str, Any]] = {}
+    for plan in plans:
+        epochs = bench.epochs or plan.base.epochs
+        warmup = plan.base.warmup * epochs / plan.base.epochs
+        plan = replace(plan, base=replace(plan.base, epochs=epochs, warmup=warmup))
+        length = f"{counted(epochs, 'epoch')} a run"
+        bench.watch(f"{plan.label}: {len(plan.rows)} rows, {len(plan.controls)} controls, {length}")
+        parts[plan.label] = _part(bench, plan, parts)
+    device = ", ".join(sorted(bench.devices))
+    return {"scale": bench.scale, "device": device, "threads": bench.threads, "parts": parts}
+
+
+def _part(bench: Bench, plan: Plan, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    rows = (*plan.rows, *plan.controls)
+    swept = _sweep(bench, plan, [row for row in rows if not row.like])
+    rates = {name: row["rate"] for name, row in swept.items()}
+    if plan.borrow:
+        rates = {row["name"]: row["rate"] for row in parts[plan.borrow]["sets"][TUNED]}
+    elif not plan.rates:
+        assert plan.rate is not None
+        rates = {row.name: plan.rate for row in rows}
+    for row in plan.controls:
+        if row.like:
+            rates[row.name] = rates[row.like]
+    sets = {}
+    if plan.rates or plan.borrow:
+        sets[TUNED] = _repeat(bench, plan, rates, swept)
+    if plan.rate is not None:
+        sets[GIVEN] = _repeat(bench, plan, {row.name: plan.rate for row in rows}, swept)
+    found: dict[str, Any] = {"base": asdict(plan.base), "rates": list(plan.rates), "sets": sets}
+    data = images(plan.base.data, plan.base.size, plan.base.train, plan.base.val, plan.base.test)
+    found["samples"] = {name: len(split) for name, split in data.splits.items()}
+    found["borrowed"] = plan.borrow
+    if plan.costs:
+        jobs = tuple(_job(plan, row, rates[row.name], bench.seeds[0]) for row in plan.rows)
+        (found["costs"],) = bench.sweep(measure, [Costs(jobs, plan.costs)])
+    if plan.same:
+        first = plan.rows[0]
+        job = Same(replace(_job(plan, first, rates[first.name], bench.seeds[0]), epochs=1))
+        (found["same"],) = bench.sweep(compare_same, [job])
+    return found
+
+
+def _sweep(bench: Bench, plan: Plan, rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+    if not plan.rates:
+        return {}
+    jobs = {row.name: [_job(plan, row, rate, bench.seeds[0]) for rate in plan.rates] for row in rows}
+    return tune(bench, learn, jobs, validation)
+
+
+def _repeat(
+    bench: Bench, plan: Plan, rates: Mapping[str, float], swept: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    rows = (*plan.rows, *plan.controls)
+    pairs = [(row, seed) for seed in bench.seeds for row in rows if seed == bench.seeds[0] or not row.once]
+    jobs = [_job(plan, row, rates[row.name], seed) for row, seed in pairs]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    keys = ("status", "val_score", "test_score", "test_top5", "test_loss", "condition", "curve")
+    parameters = {}
+    for job, found in zip(jobs, bench.sweep(learn, jobs), strict=True):
+        runs.setdefault(job.name, []).append({"seed": job.seed, **{key: found[key] for key in keys}})
+        parameters[job.name] = found["parameters"]
+    return [
+        {
+            "name": row.name,
+            "recipe": row.recipe,
+            "control": row in plan.controls,
+            "printed": row.printed,
+            "rate": rates[row.name],
+            "parameters": parameters[row.name],
+            "runs": runs[row.name],
+            "sweep": swept.get(row.name, {}).get("sweep", []),
+            "edge": swept.get(row.name, {}).get("edge", False) and swept[row.name]["rate"] == rates[row.name],
+        }
+        for row in rows
+    ]
+
+
+def _job(plan: Plan, row: Row, rate: float, seed: int) -> Training:
+    how = {"recipe": row.recipe, "unit": row.unit, "conditioning": row.conditioning}
+    return replace(plan.base, name=row.name, rate=rate, seed=seed, **how)
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """For each data set: ours beside the printed numbers, controls, learning rates, and equal time beside equal epochs."""
+    found = []
+    for label, part in result["parts"].items():
+        for kind in (GIVEN, TUNED):
+            if kind in part["sets"]:
+                found += _scores(result, label, part, kind)
+        found += [*_rates(label, part), *_time(label, part)]
+    return found
+
+
+def _scores(result: Mapping[str, Any], label: str, part: Mapping[str, Any], kind: str) -> list[Table]:
+    rows = part["sets"][kind]
+    base = rows[0]
+    columns = [
+        "method",
+        "paper: Top-1",
+        f"minus {base['name']}",
+        "Top-5",
+        "ours: Top-1",
+        f"minus {base['name']} [95 %]",
+    ]
+    columns += ["Top-5", "rate", "κ last layer", "seeds"]
+    how = "each at the best of its rates" if kind == TUNED else f"rate {base['rate']:g}"
+    if not part["rates"] and not part["borrowed"]:
+        how = f"rate {base['rate']:g}"
+    title = f"{label}: test accuracy in %, {result['scale']} scale, {how}"
+    shown = [_score_row(row, base) for row in rows if not row["control"]]
+    if not any(row["printed"] for row in rows):
+        columns = [columns[0], *columns[4:]]
+        shown = [[line[0], *line[4:]] for line in shown]
+    notes = [describe(result, part)]
+    if part["borrowed"]:
+        notes.append(f"Rates are those chosen on {part['borrowed']}.")
+    notes += edges(rows)
+    found = [Table(title, columns, shown, notes)]
+    controls = [row for row in rows if row["control"]]
+    if controls:
+        lines = [[line[0], *line[4:]] for line in (_score_row(row, base) for row in controls)]
+        found.append(
+            Table(
+                f"{label}: controls, {how}", ["control", *_ours(columns)], lines, ["As in the table above, same seeds."]
+            )
+        )
+    return found
+
+
+def _ours(columns: Sequence[str]) -> list[str]:
+    return list(columns[columns.index("ours: Top-1") :])
+
+
+def _score_row(row: Mapping[str, Any], base: Mapping[str, Any]) -> list[Any]:
+    first, five = row["printed"] or (None, None)
+    printed = base["printed"]
+    runs = row["runs"]
+    gap = None if row is base else tell(gain(runs, base["runs"], "test_score"), scale=100)
+    return [
+        row["name"],
+        first,
+        None if row is base or first is None or printed is None else f"{first - printed[0]:+.1f}",
+        five,
+        spread([run["test_score"] for run in runs], ".1f", 100),
+        gap,
+        spread([run["test_top5"] for run in runs], ".1f", 100),
+        row["rate"],
+        mean(run["condition"]["last"][1] for run in runs if run["condition"]),
+        len(runs),
+    ]
+
+
+def _rates(label: str, part: Mapping[str, Any]) -> list[Table]:
+    note = "Validation accuracy in % after the last epoch, first seed; it chooses the rate. Test images choose nothing."
+    return rates_table(f"{label}: learning rates", next(iter(part["sets"].values())), note)
+
+
+def _time(label: str, part: Mapping[str, Any]) -> list[Table]:
+    costs = part.get("costs")
+    if not costs:
+        return []
+    rows = {row["name"]: row for row in part["sets"].get(TUNED, part["sets"].get(GIVEN))}
+    notes = ["Validation accuracy in %."]
+    if part["base"]["schedule"] != "constant":
+        notes.append("A run that is read before its end is read in the middle of its schedule, to its disadvantage.")
+
+    def score(name: str, epoch: int) -> list[float | None]:
+        return [at(run, epoch) for run in rows[name]["runs"]]
+
+    title = f"{label}: equal time beside equal epochs"
+    return [time_table(title, costs, part["base"]["epochs"], score, what="val", notes=notes)]
+
+
+def at(run: Mapping[str, Any], epoch: int) -> float | None:
+    """The validation score after an epoch."""
+    scores = run["curve"]["val_score"]
+    return scores[epoch - 1] if 0 < epoch <= len(scores) else None
+
+
+def describe(result: Mapping[str, Any], part: Mapping[str, Any]) -> str:
+    """The protocol in a sentence."""
+    base, samples = part["base"], part["samples"]
+    size = f" at {base['size']}x{base['size']} pixels" if base["size"] else ""
+    width = f", width x{base['width']:g}" if base["width"] != 1 else ""
+    how = {"sgd": f"SGD, momentum {base['momentum']:g}"}.get(base["optimizer"], base["optimizer"])
+    more = (
+        _schedule(base),
+        base["clip"] and f"clip {base['clip']:g}",
+        base["label_smoothing"] and f"label smoothing {base['label_smoothing']:g}",
+        base["precision"] != "32-true" and base["precision"],
+    )
+    extra = "".join(f", {text}" for text in more if text)
+    return (
+        f"Mean ± standard deviation over seeds; differences are paired by seed, with their 95 % interval. "
+        f"{samples['train']:,} images{size} to learn from, {samples['val']:,} to choose rates, {samples['test']:,} to judge; "
+        f"{base['model'].rpartition(':')[2]}{width}; {how}, weight decay {base['weight_decay']:g}{extra}; batch "
+        f"{base['batch_size']}, {base['epochs']} epochs. On {result['device']}, "
+        f"{counted(result['threads'], 'thread')} a run."
+    )
+
+
+def _schedule(base: Mapping[str, Any]) -> str:
+    warm = f"{base['warmup']:g} epochs of warm-up" if base["warmup"] else ""
+    words = [warm, "" if base["schedule"] == "constant" else f"{base['schedule']} schedule"]
+    return ", ".join(word for word in words if word) or "constant rate"
+
+
+def verdicts(result: Mapping[str, Any]) -> list[str]:
+    """What our runs show of each difference that the paper prints, and what the controls show."""
+    said = []
+    for label, part in result["parts"].items():
+        for kind, rows in part["sets"].items():
+            base = rows[0]
+            where = f"{label}{', at the rate of the paper' if kind == GIVEN and TUNED in part['sets'] else ''}"
+            judged = [_verdict(row, base) for row in rows if not row["control"] and row is not base]
+            said.append(f"{where}, test Top-1 minus {base['name']}'s: {'; '.join(judged)}.")
+            lost = [f"{row['name']} ({n} of {len(row['runs'])})" for row in rows if (n := _lost(row))]
+            if lost:
+                said.append(f"{where}: runs that diverged: {', '.join(lost)}.")
+        if same := part.get("same"):
+            said.append(_same(label, same))
+    return said
+
+
+def _lost(row: Mapping[str, Any]) -> int:
+    return sum(run["status"] != OK for run in row["runs"])
+
+
+def _verdict(row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    compared = row["runs"], base["runs"], "test_score"
+    text = tell(gain(*compared), scale=100)
+    if text is None:
+        return f"{row['name']} has no score to compare"
+    printed = ""
+    if row["printed"] and base["printed"]:
+        printed = f" (printed {row['printed'][0] - base['printed'][0]:+.1f})"
+    return f"{row['name']} {text}, {judge_runs(*compared)}{printed}"
+
+
+def _same(label: str, same: Mapping[str, Any]) -> str:
+    if same["same_metrics"] and same["greatest_difference"] == 0:
+        return (
+            f"{label}: E and weight norm on the same two layers with its lengths frozen at 1 are the same training: after "
+            f"{same['steps']} steps every loss and every weight is equal to the last bit (sha256 {same['sha256'][0][:12]})."
+        )
+    return (
+        f"{label}: E and weight norm with lengths frozen at 1 should be the same training, but after {same['steps']} steps the "
+        f"weights differ by up to {same['greatest_difference']:.2g}."
+    )
+
+
+def difference(result: Mapping[str, Any], label: str, one: str, other: str) -> str | None:
+    """The paired difference in Top-1 between two rows, at their best rates, as text that says whether it shows one."""
+    rows = result["parts"][label]["sets"].get(TUNED) or result["parts"][label]["sets"][GIVEN]
+    first, second = where(rows, name=one), where(rows, name=other)
+    if not first or not second:
+        return None
+    compared = first[0]["runs"], second[0]["runs"], "test_score"
+    text, word = tell(gain(*compared), scale=100), judge_runs(*compared)
+    return text if text is None or word in (BETTER, WORSE) else f"{text} ({word})"

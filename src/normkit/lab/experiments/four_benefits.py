@@ -1,0 +1,336 @@
+"""Faster convergence, less sensitivity to the scale of inputs, less overfitting, better generalization: four claims, every norm.
+
+A small network learns CIFAR-10 with each norm and with none. The rate of each is the best of four on held-out images at
+the usual scale of inputs; then inputs are multiplied by 0.1, 1 and 10, with that same rate. What is reported is the number of
+steps to a training loss of 1.8 nats (guessing gives 2.3), test accuracy, and training minus test accuracy. A norm is said to
+differ from none where the 95 % interval of the differences, paired by seed, excludes 0.
+
+Ours: SGD with momentum 0.9 and cosine decay, batches of 64; a bias stands where there is no norm, also with weight norm and with
+equilibrated weights, which are on all layers; the first layer's bias starts at 0, so that inputs scale what it gives.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from torch import nn
+
+from normkit.activations.batch_norm import BatchNorm
+from normkit.activations.group_norm import GroupNorm
+from normkit.activations.instance_norm import InstanceNorm
+from normkit.core.card import Paper
+from normkit.lab.data.cifar import download_missing
+from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.models.noisy_norm import Shift
+from normkit.lab.models.small_cnn import SmallCNN
+from normkit.lab.report.canvas import FAINT, FULL, panels
+from normkit.lab.report.drawing import COLOURS, GREY, SHAPES, name_ends
+from normkit.lab.seeding import reseed
+from normkit.lab.stats import Interval, differences, known, mean, spread, tell, where
+from normkit.lab.train.images import TINY, Size, Stream, accuracy, fit
+from normkit.lab.train.walk import OK, device, forget
+from normkit.surgery.recipe import apply_recipe
+
+METHODS = {
+    "none": "no norm",
+    "bn": "BatchNorm",
+    "ln": "LayerNorm",
+    "in": "InstanceNorm",
+    "gn": "GroupNorm",
+    "gn+ws": "GroupNorm + WS",
+    "wn": "WeightNorm",
+    "e": "equilibrated",
+}
+HUES = dict(zip(METHODS, (GREY, *COLOURS, "#8c6d5a"), strict=True))
+MARKS = dict(zip(METHODS, (*SHAPES, "X", "p"), strict=True))
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": TINY,
+    "small": {"data": "cifar10", "train": 1500, "test": 2000, "halve": True, "width": 16, "epochs": 4},
+    "full": {"data": "cifar10", "train": None, "test": None, "halve": False, "width": 32, "epochs": 10},
+}
+BATCH, TARGET, EVERY = 64, 1.8, 5
+CHANCE = 0.1  # of ten classes
+RATES = (0.001, 0.01, 0.1, 0.5)
+SCALES = (0.1, 1.0, 10.0)
+MAKERS: dict[str, Callable[[int], nn.Module]] = {
+    "none": Shift,
+    "bn": BatchNorm,
+    "ln": lambda channels: GroupNorm(1, channels),
+    "in": lambda channels: InstanceNorm(channels, affine=True),
+    "gn": lambda channels: GroupNorm(4, channels),
+    "gn+ws": lambda channels: GroupNorm(4, channels),
+    "wn": Shift,
+    "e": Shift,
+}
+RECIPES = {"gn+ws": "keep+ws", "wn": "keep+wn", "e": "keep+e@all"}
+
+
+@dataclass(frozen=True)
+class Job(Size):
+    """One training."""
+
+    method: str
+    rate: float
+    scale: float
+    seed: int
+
+    @property
+    def path(self) -> str:
+        """The folder."""
+        return f"{self.method}/scale={self.scale:g}/rate={self.rate:g}/seed={self.seed}"
+
+
+def train(job: Job, folder: Path) -> dict[str, Any]:
+    """Trains a network on scaled inputs, and evaluates it on inputs of the same scale."""
+    images = {part: (job.scale * x, y) for part, (x, y) in job.images().items()}
+    stream = Stream(images["train"], BATCH, job.seed)
+    reseed(job.seed, "init")
+    model = SmallCNN(MAKERS[job.method], channels=images["train"][0].shape[1], width=job.width)
+    if job.method in RECIPES:
+        apply_recipe(model, RECIPES[job.method])
+    walked = fit(model.to(device()), stream, job.epochs, job.rate, job.seed, folder, every=EVERY)
+    scores: dict[str, float | None] = dict.fromkeys(("train", "val", "test"))
+    reached = None
+    if walked.status == OK:
+        model.eval()
+        scores = {part: accuracy(model, images[part]) for part in scores}
+        reached = next((row["step"] for row in walked.rows if row["loss"] <= TARGET), None)
+    forget(folder)
+    return {"status": walked.status, "steps": reached, "planned": job.epochs * stream.per_epoch, **scores}
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """Finds each norm's rate with the first seed, then trains with it at every scale of inputs and with every seed."""
+    size = dict(SIZES[bench.scale])
+    size["epochs"] = bench.epochs or size["epochs"]
+    if bench.download:
+        download_missing(size["data"])
+    rates = RATES if bench.scale != "tiny" else (0.1, 1e30)  # one that learns and one that diverges
+    tried = [Job(method, rate, 1.0, bench.seeds[0], **size) for method in METHODS for rate in rates]
+    sweeps = [
+        {"method": job.method, "rate": job.rate, "val": done["val"]}
+        for job, done in zip(tried, bench.sweep(train, tried), strict=True)
+    ]
+    chosen = {method: best(where(sweeps, method=method)) for method in METHODS}
+    jobs = [
+        Job(method, chosen[method], scale, seed, **size)
+        for seed in bench.seeds
+        for method in METHODS
+        for scale in SCALES
+    ]
+    runs = [
+        {"method": job.method, "scale": job.scale, "seed": job.seed, **done}
+        for job, done in zip(jobs, bench.sweep(train, jobs), strict=True)
+    ]
+    return {"runs": runs, "sweeps": sweeps, "rates": chosen, **size}
+
+
+def best(sweep: Sequence[Mapping[str, Any]]) -> float:
+    """The rate with the highest accuracy on held-out images; a run that diverged has none.
+
+    >>> best([{"rate": 0.1, "val": 0.3}, {"rate": 0.5, "val": None}])
+    0.1
+    """
+    return max(sweep, key=lambda run: -1.0 if run["val"] is None else run["val"])["rate"]
+
+
+def values(result: dict[str, Any], method: str, key: str, scale: float = 1.0) -> list[float | None]:
+    """A value over seeds; ``"gap"`` is training minus test accuracy."""
+    runs = where(result["runs"], method=method, scale=scale)
+    if key == "gap":
+        return [None if run["test"] is None else run["train"] - run["test"] for run in runs]
+    return [run[key] for run in runs]
+
+
+def counted(result: dict[str, Any], method: str, key: str, scale: float = 1.0) -> list[float | None]:
+    """A value over seeds as it is compared, so that no norm looks better for the runs that failed.
+
+    A target that was not reached counts as reached at the look after the last step, the earliest that it can have been, and a
+    run that diverged as guessing; only a gap it has none. ``"range"`` is the highest minus the lowest test accuracy over scales.
+    """
+    if key == "range":
+        scores = [[value or 0.0 for value in counted(result, method, "test", scale)] for scale in SCALES]
+        return [max(seed) - min(seed) for seed in zip(*scores, strict=True)]
+    if key == "gap":
+        return values(result, method, key, scale)
+    runs = where(result["runs"], method=method, scale=scale)
+    if key == "steps":
+        return [run["planned"] + EVERY if run["steps"] is None else run["steps"] for run in runs]
+    return [CHANCE if run[key] is None else run[key] for run in runs]
+
+
+def against(result: dict[str, Any], method: str, key: str) -> Interval:
+    """A value minus that of the network without a norm, seed by seed."""
+    return differences(counted(result, method, key), counted(result, "none", key))
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """The four benefits, norm by norm."""
+    rows: list[list[Any]] = []
+    for method, name in METHODS.items():
+        rows.append(
+            [
+                name,
+                result["rates"][method],
+                spread(values(result, method, "steps"), ".0f"),
+                *(spread(values(result, method, "test", scale), ".1f", 100) for scale in SCALES),
+                spread(counted(result, method, "range"), ".1f", 100),
+                spread(values(result, method, "gap"), ".1f", 100),
+            ]
+        )
+    columns = ("norm", "rate", "steps", *(f"test, inputs x {scale:g}" for scale in SCALES), "range", "gap")
+    notes = [
+        f"Steps to a training loss of {TARGET:g}; test accuracy in %; range: the highest minus the lowest over the scales of "
+        "inputs, in points, where a run that diverged counts as guessing; gap: training minus test accuracy at the usual scale, "
+        "in points. Mean ± standard deviation over seeds."
+    ]
+    rates: list[list[Any]] = []
+    for method, name in METHODS.items():
+        found = {run["rate"]: run["val"] for run in where(result["sweeps"], method=method)}
+        rates.append([name, *(None if found[rate] is None else 100 * found[rate] for rate in found)])
+    columns_of_rates = ("norm", *(f"rate {rate:g}" for rate in sorted({run["rate"] for run in result["sweeps"]})))
+    return [
+        Table("The four benefits", columns, rows, notes),
+        Table("Accuracy on held-out images by rate, first seed, %", columns_of_rates, rates),
+    ]
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """What was seen of each of the four claims, against the network without a norm."""
+
+    def each(of: Callable[[str], str]) -> str:
+        return ", ".join(f"{name} {of(method)}" for method, name in METHODS.items())
+
+    def reached(method: str) -> str:
+        found = values(result, method, "steps")
+        return f"{sum(value is not None for value in found)} of {len(found)}"
+
+    def trained(method: str) -> str:
+        return spread(values(result, method, "train"), ".1f", 100)
+
+    lost = [run for run in result["runs"] if run["status"] != OK]
+    return [
+        f"Faster convergence, steps to a training loss of {TARGET:g} minus those without a norm: "
+        f"{verdict(result, 'steps', 1, 'fewer', 'more')}.",
+        f"Seeds that reached it, where those that did not count as {EVERY} steps more than were made: {each(reached)}.",
+        "Sensitivity to the scale of inputs, range of test accuracy over x 0.1 to 10 minus that without a norm, in points: "
+        f"{verdict(result, 'range', 100, 'less', 'more')}.",
+        "Overfitting, training minus test accuracy, minus that without a norm, in points: "
+        f"{verdict(result, 'gap', 100, 'smaller', 'larger')}.",
+        f"A smaller gap at a lower training accuracy is not less overfitting; training accuracy, %: {each(trained)}.",
+        "Generalization, test accuracy minus that without a norm, in points: "
+        f"{verdict(result, 'test', 100, 'better', 'worse', higher_first=True)}.",
+        f"{len(lost)} of {len(result['runs'])} runs diverged; they count as guessing, and have no gap.",
+    ]
+
+
+def verdict(
+    result: dict[str, Any], key: str, times: float, first: str, second: str, *, higher_first: bool = False
+) -> str:
+    """Norms in groups: those whose interval against no norm is on one side of 0, on the other, and those it does not tell apart.
+
+    Args:
+        result: what :func:`run` returned.
+        key: what is compared.
+        times: by which differences are multiplied, such as 100 for points.
+        first: name of the first group, of norms below none.
+        second: name of the second, of norms above none.
+        higher_first: the first group is of norms above none. Default: False.
+    """
+    unsure, alone = "not told apart", "one seed alone, without an interval"
+    groups: dict[str, list[str]] = {first: [], second: [], unsure: [], alone: []}
+    below, above = (second, first) if higher_first else (first, second)
+    for method, name in METHODS.items():
+        gap = against(result, method, key)
+        if method == "none" or gap.mean is None:
+            continue
+        group = alone
+        if gap.low is not None and gap.high is not None:
+            group = below if gap.high < 0 else above if gap.low > 0 else unsure
+        groups[group].append(f"{name} {tell(gap, '+.1f', times)}")
+    return "; ".join(
+        f"{group}: {', '.join(found) or 'none'}" for group, found in groups.items() if found or group in (first, second)
+    )
+
+
+def figures(result: dict[str, Any]) -> list[Drawing]:
+    """The figures of the claim, from what its ``run`` returned."""
+    return [
+        Drawing(
+            "benefits",
+            lambda: benefits(result),
+            "Steps of training to a loss of 1.8 nats, a mark a seed (left); test accuracy, mean over seeds, where inputs are "
+            "multiplied by a number while the learning rate stays as it is, with guessing as the grey line (middle); and test "
+            "accuracy against training minus test accuracy, a mark a seed with the colours and shapes of the left panel (right). "
+            "Better is further left on the left, flat and high in the middle, and towards the upper left corner on the right.",
+        )
+    ]
+
+
+def benefits(result: dict[str, Any]) -> Figure:
+    """A panel for each benefit; the last has two, overfitting across and generalization up."""
+    figure, axes = panels(3, FULL, 2.7, width_ratios=(1.0, 1.0, 1.0))
+    ends = []
+    for y, (method, name) in enumerate(METHODS.items()):
+        runs = [run for run in result["runs"] if run["method"] == method]
+        steps = known(run["steps"] for run in runs if run["scale"] == 1)
+        style: dict[str, Any] = {"color": HUES[method], "marker": MARKS[method], "markersize": 3.5}
+        axes[0].plot(steps, [y] * len(steps), linestyle="", alpha=0.6, **style)
+        usual = where(runs, scale=1.0)
+        if missed := len(usual) - len(steps):
+            # Below the marks of the seeds that got there, if any did.
+            place, words = (y + 0.33, f"{missed} of {len(usual)} not reached") if steps else (y, "not reached")
+            axes[0].text(0.03, place, words, fontsize=6.5, va="center", transform=axes[0].get_yaxis_transform())
+        scales = sorted({run["scale"] for run in runs})
+        curve = [
+            100 * (mean(0.1 if run["test"] is None else run["test"] for run in where(runs, scale=scale)) or 0.0)
+            for scale in scales
+        ]
+        axes[1].plot(scales, curve, linewidth=1.1, **style)
+        ends.append((curve[-1], name, HUES[method]))
+        for run in usual:
+            if run["test"] is not None:
+                axes[2].plot([100 * (run["train"] - run["test"])], [100 * run["test"]], linestyle="", **style)
+    axes[0].set_yticks(range(len(METHODS)), list(METHODS.values()))
+    axes[0].set_ylim(len(METHODS) - 0.5, -0.5)
+    axes[0].tick_params(axis="y", length=0)
+    axes[0].set_xlim(left=0)
+    axes[0].grid(axis="x", visible=True)
+    axes[0].set(xlabel="steps to a training loss of 1.8")
+    axes[1].set_xscale("log")
+    axes[1].set_xticks((0.1, 1, 10), ("0.1", "1", "10"))
+    axes[1].xaxis.set_minor_formatter(NullFormatter())
+    axes[1].tick_params(axis="x", which="minor", bottom=False)
+    axes[1].axhline(10, color=FAINT, linewidth=0.8)
+    axes[1].set(xlabel="inputs multiplied by", ylabel="test accuracy, %")
+    name_ends(axes[1], ends)
+    axes[2].set(xlabel="training minus test, points", ylabel="test accuracy, %")
+    for axis, title in zip(axes, ("convergence", "scale of inputs", "overfitting and accuracy"), strict=True):
+        axis.set_title(title, loc="left")
+    return figure
+
+
+EXPERIMENT = Experiment(
+    name="four-benefits",
+    kind="claim",
+    title="Four benefits of normalization",
+    claim=(
+        "Normalization speeds up convergence, makes training less sensitive to the scale of inputs, reduces overfitting and "
+        "generalizes better."
+    ),
+    paper=Paper(
+        "Ioffe, Sergey and Szegedy, Christian",
+        "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
+        2015,
+        "https://arxiv.org/abs/1502.03167",
+    ),
+    run=run,
+    tables=tables,
+    figures=figures,
+    remarks=remarks,
+    scales=("tiny", "small", "full"),
+)

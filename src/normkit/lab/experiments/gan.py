@@ -1,0 +1,331 @@
+"""Spectral normalization of a discriminator: what it bounds, what it leaves free, and what memory of u and v is worth.
+
+A generator learns eight Gaussians on a ring. The discriminator's weights are left alone, clipped after each step, weight
+normalized, spectrally normalized with a gradient through sigma, or divided by their largest singular value after each step.
+
+Ours: networks of two hidden layers of 64 units; Adam with beta (0, 0.9), at 5e-4 for the discriminator and 1e-3 for the
+generator, the same for every kind; two steps of the discriminator for each of the generator's; weights clipped at 0.1, as at the
+0.01 of Wasserstein GAN so small a network passes nothing on. An iteration of power is counted on the weights before
+normalization, whose vectors u and v are kept and get one iteration after each of the discriminator's steps.
+An epoch of ``--epochs`` is 100 steps of the generator.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from normkit.core.card import Paper
+from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.jobs.adversarial import FOLLOWED, Job, play
+from normkit.lab.jobs.spectra import (
+    TOLERANCE,
+    stable_rank,
+)
+from normkit.lab.models.gan import centres
+from normkit.lab.report.canvas import DOTTED, FAINT, FULL, INK, panels
+from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, band, name_ends
+from normkit.lab.stats import by_step, known, mean, spread, where
+from normkit.lab.train.walk import OK
+
+KINDS = {
+    "none": "nothing",
+    "clip": "clipping",
+    "wn": "weight norm",
+    "sn": "spectral norm",
+    "hard": "reassignment",
+}
+HUES = dict(zip(KINDS, (GREY, COLOURS[4], COLOURS[3], COLOURS[0], COLOURS[1]), strict=True))
+LOSSES = {"hinge": "Hinge loss", "wasserstein": "Wasserstein loss"}
+
+STEPS = {"tiny": 3, "small": 1500, "full": 20000}
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """Trains every kind with every loss and seed."""
+    steps = 100 * bench.epochs if bench.epochs else STEPS[bench.scale]
+    jobs = [Job(loss, kind, seed, steps) for seed in bench.seeds for loss in LOSSES for kind in KINDS]
+    played = bench.sweep(play, jobs)
+    runs = [
+        {"loss": job.loss, "kind": job.kind, "seed": job.seed, **result}
+        for job, result in zip(jobs, played, strict=True)
+    ]
+    for run in runs:
+        if run["seed"] != bench.seeds[0]:  # the pictures show one seed
+            del run["points"], run["field"]
+    return {"runs": runs, "steps": steps, "seeds": len(bench.seeds)}
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """What each constraint bounds, and what comes of it."""
+    columns = ("weights", "modes of 8", "near, %", "sigma", "product", "steepest", "stable rank")
+    found = []
+    for loss in LOSSES:
+        rows: list[list[Any]] = []
+        for kind, name in KINDS.items():
+            runs = where(result["runs"], loss=loss, kind=kind)
+            last = [run["rows"][-1] if run["status"] == OK else {} for run in runs]
+            rows.append(
+                [
+                    name,
+                    spread([run["modes"] for run in runs], ".1f"),
+                    spread([run["near"] for run in runs], ".1f", 100),
+                    spread([max(row["sigmas"]) if row else None for row in last], ".3g"),
+                    spread([row.get("bound") for row in last], ".3g"),
+                    spread([row.get("steepest") for row in last], ".3g"),
+                    spread(ranks(runs, "last"), ".1f"),
+                ]
+            )
+        notes = [
+            f"After {result['steps']} steps of the generator; mean ± standard deviation over {result['seeds']} seeds.",
+            "Near: points within three deviations of a mode. Sigma: the largest of all layers. Product: of all layers' sigma, "
+            "which bounds the steepest gradient found. Stable rank: of the second layer, its squared singular values' sum by "
+            "the largest of them.",
+        ]
+        found.append(Table(LOSSES[loss], columns, rows, notes))
+    rows = []
+    for kind in FOLLOWED:
+        for layer in range(2):
+            kept, fresh = memory_of(result, kind, layer)
+            rows.append([f"{KINDS[kind]}, layer {layer + 1}", *kept, *fresh])
+    note = f"Iterations to an error of {TOLERANCE:g} of sigma, and the error after one; means over training, seeds and losses."
+    ways = [f"{way}: {what}" for way in ("kept", "random") for what in ("iterations", "error, %")]
+    columns = ("weight before normalization", *ways)
+    return [*found, Table("Power iteration from the vectors kept and from random ones", columns, rows, [note])]
+
+
+def ranks(runs: Sequence[Mapping[str, Any]], when: str) -> list[float | None]:
+    """The second layer's stable rank before (``"first"``) or after training (``"last"``); a run that diverged has none."""
+    return [stable_rank(run["spectra"][when][1]) if run["spectra"] else None for run in runs]
+
+
+def memory_of(result: dict[str, Any], kind: str, layer: int) -> list[tuple[float | None, float | None]]:
+    """Mean iterations and mean error in percent, from kept and from fresh vectors."""
+    rows = [row for run in where(result["runs"], kind=kind) for row in run["rows"]]
+    return [
+        (
+            mean(row[way][layer]["iterations"] for row in rows),
+            mean(100 * error for error in known(row[way][layer]["error"] for row in rows)),
+        )
+        for way in ("kept", "fresh")
+    ]
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """What was seen of each claim."""
+    said = []
+    for loss in LOSSES:
+        for kind, why in (("sn", " (one power iteration lags behind the weights)"), ("hard", "")):
+            rows = [row for run in where(result["runs"], loss=loss, kind=kind) for row in run["rows"]]
+            sigmas = [sigma for row in rows for sigma in known(row["sigmas"])]
+            bounds, slopes = (known(row[key] for row in rows) for key in ("bound", "steepest"))
+            if sigmas and bounds and slopes:
+                # The product is what holds for certain; a slope that was found says only how steep the network is at least.
+                said.append(
+                    f"{loss}, {KINDS[kind]}: a layer's sigma was up to {max(sigmas):.4f} when looked at along training{why}, so "
+                    f"the guaranteed bound, their product, is up to {max(bounds):.4f}; the steepest gradient found, a "
+                    f"lower estimate, was {max(slopes):.3f}, {'below' if max(slopes) < 1 else 'not below'} 1."
+                )
+        free = [run["rows"][-1]["bound"] for run in where(result["runs"], loss=loss, kind="none", status=OK)]
+        if known(free):
+            said.append(
+                f"{loss}, nothing: the product of sigmas ends at up to {max(known(free)):.3g}; nothing holds it."
+            )
+        # A generator that diverged covers nothing.
+        best = {kind: mean(run["modes"] or 0 for run in where(result["runs"], loss=loss, kind=kind)) for kind in KINDS}
+        names = ", ".join(f"{KINDS[kind]} {modes:.1f}" for kind, modes in best.items() if modes is not None)
+        said.append(f"{loss}: modes covered of 8, mean over seeds: {names}.")
+    for kind in ("sn", "hard"):
+        first, last = (mean(ranks(where(result["runs"], kind=kind), when)) for when in ("first", "last"))
+        if first is not None and last is not None:
+            said.append(
+                f"{KINDS[kind]}: only the largest singular value is held; the others go where they like, and the stable rank of "
+                f"the second layer goes from {first:.1f} to {last:.1f}."
+            )
+    flat = [value for run in where(result["runs"], kind="sn") for row in run.get("field") or () for value in row]
+    if flat and all(value is not None and abs(value) < 1 for value in flat):
+        said.append(
+            "spectral norm: at the end the first seed's discriminators are within -1 and 1 on the plane, where the hinge loss is "
+            "the Wasserstein loss plus 2: as long as that is so, both losses give the same training but for rounding."
+        )
+    for kind in FOLLOWED:
+        (kept, lag), (fresh, far) = memory_of(result, kind, 1)
+        if None not in (kept, lag, fresh, far):
+            said.append(
+                f"Keeping u and v, second layer, {KINDS[kind]}: one iteration a step errs by {lag:.2g} % in sigma, one from "
+                f"random vectors by {far:.2g} %; a thousandth takes {kept:.1f} iterations against {fresh:.1f}."
+            )
+    lost = [run for run in result["runs"] if run["status"] != OK]
+    said.append(f"{len(lost)} of {len(result['runs'])} runs diverged.")
+    return said
+
+
+def figures(result: dict[str, Any]) -> list[Drawing]:
+    """The figures of the claim, from what its ``run`` returned."""
+    return [
+        Drawing(
+            "points",
+            lambda: points(result),
+            "Points made by the generators of the first seed (dots), the centres of the eight Gaussians that they learn "
+            "(circles), and level lines of their discriminators. Columns say what is done to the discriminator's weights, where "
+            "reassignment divides them by their largest singular value after each step; the number counts the Gaussians that "
+            "were found, which have at least a fiftieth of the points within three standard deviations.",
+        ),
+        Drawing(
+            "lipschitz",
+            lambda: lipschitz(result),
+            "Bounds on how fast the discriminator D changes, along training: from above the product of its layers' largest "
+            f"singular values (solid), from below the steepest gradient found (dotted); {SEEDS}. The horizontal line is 1: look "
+            "at which solid lines stay there, and how far below each its dotted line runs.",
+        ),
+        Drawing(
+            "singular_values",
+            lambda: singular_values(result),
+            "All singular values of the discriminator's second layer under the hinge loss, the largest first, before training "
+            "(light grey) and after it (in colour), a line for each seed. The horizontal line is 1; the faster a line falls, "
+            "the fewer directions the layer still passes on.",
+        ),
+        Drawing(
+            "memory",
+            lambda: memory(result),
+            "Power iteration on the discriminator's second weight, before any normalization of it: the relative error of the "
+            "largest singular value sigma after one iteration (left) and the number of iterations to an error of 0.001 (right), "
+            "from vectors kept from step to step (solid) or from random ones (dashed), as means over seeds and losses. The gap "
+            "between the solid and the dashed line of a colour is what keeping the vectors is worth.",
+        ),
+    ]
+
+
+def points(result: dict[str, Any]) -> Figure:
+    """What the first seed's generators made, over the level lines of their discriminators."""
+    figure = Figure(figsize=(FULL, 3.15), layout="constrained")
+    grid = figure.subplots(len(LOSSES), len(KINDS), sharex=True, sharey=True, squeeze=False)
+    for row, (loss, title) in enumerate(LOSSES.items()):
+        for axis, (kind, name) in zip(grid[row], KINDS.items(), strict=True):
+            axis.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xticks=(), yticks=())
+            axis.grid(visible=False)
+            for side in axis.spines.values():
+                side.set_visible(True)
+            if row == 0:
+                axis.set_title(name, color=HUES[kind])
+            runs = [run for run in where(result["runs"], loss=loss, kind=kind) if "field" in run]
+            if not runs:
+                continue
+            run = runs[0]
+            if run["field"] is None:
+                axis.text(0, 0, "diverged", ha="center", va="center", fontsize=7)
+                continue
+            field = np.array([[np.nan if value is None else value for value in line] for line in run["field"]])
+            ticks = np.linspace(-3, 3, len(field))
+            if np.isfinite(field).all() and np.ptp(field) > 0:
+                axis.contour(ticks, ticks, field, levels=12, colors="#b9c4cf", linewidths=0.5, linestyles="solid")
+            made = np.array(run["points"], dtype=float)
+            axis.scatter(made[:, 0], made[:, 1], s=3, color=HUES[kind], alpha=0.35, linewidths=0)
+            middle = centres().numpy()
+            axis.scatter(middle[:, 0], middle[:, 1], s=30, facecolors="none", edgecolors=INK, linewidths=0.7)
+            ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+            axis.text(0, 0, f"{run['modes']} of 8", ha="center", va="center", fontsize=7, bbox=ground)
+        grid[row][0].set_ylabel(title)
+    return figure
+
+
+def lipschitz(result: dict[str, Any]) -> Figure:
+    """The product of the layers' sigma, which bounds the Lipschitz constant, and the steepest gradient found."""
+    figure, axes = panels(2, FULL, 2.8, sharey=True)
+    for axis, (loss, title) in zip(axes, LOSSES.items(), strict=True):
+        ends = []
+        for kind, name in KINDS.items():
+            rows = [run["rows"] for run in where(result["runs"], loss=loss, kind=kind)]
+            steps, middle, low, high = by_step(rows, lambda row: row["bound"])
+            if not steps:
+                continue
+            band(axis, steps, middle, low, high, color=HUES[kind])
+            steps, steepest, *_ = by_step(rows, lambda row: row["steepest"])
+            axis.plot(steps, steepest, color=HUES[kind], linestyle=DOTTED, linewidth=1.1)
+            ends.append((middle[-1], name, HUES[kind]))
+        axis.axhline(1, color=INK, linewidth=0.6, zorder=1)
+        axis.set_yscale("log")
+        axis.set_title(title, loc="left")
+        axis.set_xlabel("steps of the generator")
+        axis.margins(x=0)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        name_ends(axis, ends)
+    axes[0].set_ylabel("change of D per unit of distance")
+    handles = [Line2D([], [], color=FAINT), Line2D([], [], color=FAINT, linestyle=DOTTED)]
+    labels = ["product of the layers' largest singular values", "steepest gradient found"]
+    figure.legend(handles, labels, loc="outside upper left", ncols=2)
+    return figure
+
+
+def singular_values(result: dict[str, Any]) -> Figure:
+    """All singular values of the second layer, before and after training."""
+    figure, axes = panels(len(KINDS), FULL, 1.9, sharey=True)
+    there = [run for run in result["runs"] if run["spectra"]]  # a run that diverged has none
+    for axis, (kind, name) in zip(axes, KINDS.items(), strict=True):
+        for run in where(there, loss="hinge", kind=kind):
+            for when, colour in (("first", FAINT), ("last", HUES[kind])):
+                values = run["spectra"][when][1]
+                axis.plot(range(1, len(values) + 1), values, color=colour, linewidth=0.9)
+        axis.axhline(1, color=INK, linewidth=0.6, zorder=1)
+        axis.set_title(name, color=HUES[kind])
+        axis.set_yscale("log")
+        axis.set_xlabel("rank")
+    low = min((value for run in there for value in run["spectra"]["last"][1][:-8]), default=0.01)
+    axes[0].set_ylim(bottom=max(low, 1e-3))
+    axes[0].set_ylabel("singular value, layer 2")
+    for y, word, colour in ((0.16, "before training", FAINT), (0.06, "after", HUES["none"])):
+        axes[0].text(0.05, y, word, color=colour, transform=axes[0].transAxes, fontsize=7)
+    return figure
+
+
+def memory(result: dict[str, Any]) -> Figure:
+    """Error of sigma after one power iteration, and iterations to a thousandth, from kept and from random vectors."""
+    figure, axes = panels(2, FULL, 2.5)
+    ways = {"kept": "kept", "fresh": "random"}
+    for axis, key, label in zip(
+        axes,
+        ("error", "iterations"),
+        ("error of sigma after one iteration", "iterations to an error of 0.001"),
+        strict=True,
+    ):
+        ends = []
+        for kind in ("none", "sn"):
+            rows = [run["rows"] for run in where(result["runs"], kind=kind)]
+            for way, word in ways.items():
+                steps, middle, *_ = by_step(rows, lambda row, way=way, key=key: row[way][1][key])
+                if steps:
+                    style = "-" if way == "kept" else "--"
+                    # In single precision an error below the unit of rounding is none.
+                    axis.plot(steps, [max(value, 1e-7) for value in middle], color=HUES[kind], linestyle=style)
+                    ends.append((max(middle[-1], 1e-7), f"{KINDS[kind]}, {word}", HUES[kind]))
+        axis.set_yscale("log")
+        axis.set_title(label, loc="left")
+        axis.set_xlabel("steps of the generator")
+        axis.margins(x=0)
+        name_ends(axis, ends)
+    return figure
+
+
+EXPERIMENT = Experiment(
+    name="gan",
+    kind="claim",
+    title="Spectral normalization of a discriminator, on eight Gaussians",
+    claim=(
+        "Dividing each weight of a discriminator by its largest singular value makes it Lipschitz with constant 1, leaves the "
+        "other singular values free, and costs one power iteration a step if u and v are kept."
+    ),
+    paper=Paper(
+        "Miyato, Takeru and Kataoka, Toshiki and Koyama, Masanori and Yoshida, Yuichi",
+        "Spectral Normalization for Generative Adversarial Networks",
+        2018,
+        "https://arxiv.org/abs/1802.05957",
+    ),
+    run=run,
+    tables=tables,
+    figures=figures,
+    remarks=remarks,
+    scales=("tiny", "small", "full"),
+)

@@ -1,0 +1,362 @@
+"""Layer normalization after each residual branch or before it: which trains without a warm-up, and the gradients at the start.
+
+Encoders of twelve layers turn sequences into others and predict the next character of a text, with the norm after (Post-LN) or
+before (Pre-LN) each branch, with and without a linear warm-up over a tenth of the steps, by Adam at two rates and by SGD. In some
+RMSNorm, ScaleNorm, or ScaleNorm with FixNorm takes layer normalization's place. Before training, the gradient of each layer's
+second feed-forward weight is measured at depths 2 to 16.
+
+Ours: Adam with beta (0.9, 0.98); SGD at 0.1 with momentum 0.9; after warm-up the rate is constant; no clipping, dropout or decay.
+The text is the first two chapters of "Alice's Adventures in Wonderland" (1865). At small scale the width is 32 and the
+length 16, in place of 128 and 32. An epoch of ``--epochs`` is 20 steps.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
+
+from normkit.core.card import Paper
+from normkit.lab.data import sequences
+from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.jobs.encoders import VOCABULARY, Start, Training, look, train
+from normkit.lab.report.canvas import DOTTED, FAINT, FULL, log, panels
+from normkit.lab.report.drawing import COLOURS, SEEDS, band, name_ends
+from normkit.lab.stats import ABSENT, by_step, differences, known, mean, spread, tell, where
+from normkit.lab.train.walk import OK
+from normkit.residual import Placement
+
+PLACEMENTS: dict[Placement, str] = {"post": "Post-LN", "pre": "Pre-LN"}
+OPTIMIZERS = {"adam 1e-3": "Adam 1e-3", "adam 3e-4": "Adam 3e-4", "sgd 0.1": "SGD 0.1"}
+NORMS = {"ln": "LayerNorm", "rms": "RMSNorm", "scale": "ScaleNorm", "scale+fix": "ScaleNorm and FixNorm"}
+HUES: dict[Placement, str] = {"post": COLOURS[1], "pre": COLOURS[0]}
+
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"depth": 1, "features": 8, "length": 6, "steps": 6},
+    "small": {"depth": 12, "features": 32, "length": 16, "steps": 240},
+    "full": {"depth": 12, "features": 128, "length": 32, "steps": 4000},
+}
+DEPTHS = (2, 4, 8, 16)
+LEARNT = 0.9
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """The exponent p of the power law y ~ x^p, by least squares of the logarithms.
+
+    >>> round(slope([1, 4, 16], [8, 4, 2]), 6)
+    -0.5
+    """
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def plan(small: bool) -> list[dict[str, Any]]:
+    """What is trained with each seed: every optimizer and warm-up on sort, some on the other tasks, and the other norms."""
+    found = [
+        {"task": task, "placement": placement, "norm": "ln", "optimizer": optimizer, "warmup": warmup}
+        for task in (("sort", "text") if small else sequences.TASKS)
+        for optimizer in (OPTIMIZERS if task == "sort" or not small else list(OPTIMIZERS)[:1])
+        for warmup in (False, True)
+        for placement in PLACEMENTS
+    ]
+    return found + [
+        {"task": "sort", "placement": placement, "norm": norm, "optimizer": "adam 1e-3", "warmup": False}
+        for norm in NORMS
+        if norm != "ln"
+        for placement in PLACEMENTS
+    ]
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """Trains what the scale asks for, and measures gradients at the start."""
+    size: dict[str, Any] = dict(SIZES[bench.scale])
+    size["steps"] = 20 * bench.epochs if bench.epochs else size["steps"]
+    plans = plan(bench.scale != "full")
+    jobs = [Training(**one, seed=seed, **size) for seed in bench.seeds for one in plans]
+    starts = [
+        Start(placement, depth, size["features"], size["length"], seed)
+        for seed in bench.seeds
+        for depth in (DEPTHS if bench.scale != "tiny" else (1, 2))
+        for placement in PLACEMENTS
+    ]
+    looks = bench.sweep(look, starts)
+    runs = bench.sweep(train, jobs)
+    keys = ("task", "placement", "norm", "optimizer", "warmup", "seed")
+    return {
+        "runs": [{**{key: getattr(job, key) for key in keys}, **done} for job, done in zip(jobs, runs, strict=True)],
+        "starts": [
+            {"placement": job.placement, "depth": job.depth, "seed": job.seed, **done}
+            for job, done in zip(starts, looks, strict=True)
+        ],
+        "guess": {
+            task: sequences.guess(task, VOCABULARY) for task in sequences.TASKS if any(job.task == task for job in jobs)
+        },
+        **size,
+    }
+
+
+def state(runs: Sequence[Any], guess: float) -> str:
+    """Mean loss at the end and its spread, and how many runs diverged or learned next to nothing."""
+    lost = sum(run["status"] != OK for run in runs)
+    flat = sum(run["status"] == OK and (run["loss"] or 0.0) > LEARNT * guess for run in runs)
+    notes = [f"{lost} diverged"] if lost else []
+    notes += [f"{flat} of {len(runs)} flat"] if flat else []
+    return spread([run["loss"] for run in runs if run["status"] == OK]) + (f"; {', '.join(notes)}" if notes else "")
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Losses at the end, and gradients at the start."""
+    found = []
+    for task, guess in result["guess"].items():
+        rows: list[list[Any]] = []
+        for optimizer, title in OPTIMIZERS.items():
+            for warmup in (False, True):
+                cells = [
+                    where(result["runs"], task=task, norm="ln", placement=p, optimizer=optimizer, warmup=warmup)
+                    for p in PLACEMENTS
+                ]
+                if any(cells):
+                    rows.append([f"{title}, {'10 %' if warmup else 'none'}", *(state(runs, guess) for runs in cells)])
+        notes = [
+            f"Nats a token after {result['steps']} steps, mean ± standard deviation over seeds; {guess:.3f} is had by "
+            f"knowing frequencies alone, and more than {LEARNT:g} of it counts as flat. {result['depth']} layers of width "
+            f"{result['features']}."
+        ]
+        found.append(Table(f"Loss on {task}", ("optimizer, warm-up", *PLACEMENTS.values()), rows, notes))
+    rows = []
+    for norm, title in NORMS.items():
+        cells = [
+            where(result["runs"], task="sort", norm=norm, placement=p, optimizer="adam 1e-3", warmup=False)
+            for p in PLACEMENTS
+        ]
+        rows.append([title, *(state(runs, result["guess"]["sort"]) for runs in cells)])
+    found.append(Table("Other norms, on sort, Adam 1e-3 without warm-up", ("norm", *PLACEMENTS.values()), rows))
+    columns = [f"{name}, {what}" for what in ("token", "batch") for name in PLACEMENTS.values()]
+    which = [(placement, what) for what in ("token", "batch") for placement in PLACEMENTS]
+    depths = sorted({start["depth"] for start in result["starts"]})
+    rows = [[depth, *(cell_of(result, *key, depth) for key in which)] for depth in depths]
+    rows.append(["exponent", *(spread(exponents(result, *key), ".2f") for key in which)])
+    rows.append(["theory", "0", "-0.5", None, None])
+    title = "Gradient of the last layer's second feed-forward weight before training"
+    notes = [
+        "Euclidean norm, of the loss at one token, as in the theory, and of the mean loss of a batch; mean over 8 initial "
+        "weights a seed. The exponent p of depth^p is fitted for each seed."
+    ]
+    return [*found, Table(title, ("depth", *columns), rows, notes)]
+
+
+def cell_of(result: dict[str, Any], placement: str, what: str, depth: int) -> str:
+    """The gradient of the last layer, over seeds."""
+    starts = where(result["starts"], placement=placement, depth=depth)
+    return spread([start[what][-1] for start in starts], ".2f")
+
+
+def exponents(result: dict[str, Any], placement: str, what: str) -> list[float]:
+    """With what power of the depth the last layer's gradient goes, for each seed."""
+    starts = where(result["starts"], placement=placement)
+    by_seed = [[s for s in starts if s["seed"] == seed] for seed in sorted({s["seed"] for s in starts})]
+    return [slope([s["depth"] for s in some], [s[what][-1] for s in some]) for some in by_seed]
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """What was seen of each part of the claim."""
+    said = []
+    for what, how in (("token", "of the loss at one token"), ("batch", "of the mean loss of a batch")):
+        post, pre = (mean(exponents(result, placement, what)) or 0.0 for placement in ("post", "pre"))
+        theory = " (theory 0 and -0.5)" if what == "token" else ""
+        said.append(
+            f"Before training, the last layer's gradient {how} goes as depth^{post:.2f} with Post-LN and as depth^{pre:.2f} with "
+            f"Pre-LN{theory}."
+        )
+    failed = []
+    for task, guess in result["guess"].items():
+        for optimizer, title in OPTIMIZERS.items():
+            words = []
+            for placement, name in PLACEMENTS.items():
+                wanted = {"task": task, "norm": "ln", "placement": placement, "optimizer": optimizer}
+                both = [where(result["runs"], **wanted, warmup=warmup) for warmup in (False, True)]
+                if not all(both):
+                    continue
+                words.append(f"{name} {warming(*both)}")
+                failed += [
+                    f"{name} on {task} with {title}, {how} warm-up"
+                    for how, runs in zip(("no", "10 %"), both, strict=True)
+                    if all(run["status"] != OK or (run["loss"] or math.inf) > LEARNT * guess for run in runs)
+                ]
+            if words:
+                said.append(f"{task.capitalize()}, {title}: {'; '.join(words)}.")
+    said.append(f"Learned next to nothing in any seed: {'; '.join(failed) or ABSENT}.")
+    return said
+
+
+def warming(without: Sequence[Mapping[str, Any]], withal: Sequence[Mapping[str, Any]]) -> str:
+    """What a warm-up did to the loss at the end, seed by seed."""
+    lost = [sum(run["status"] != OK or run["loss"] is None for run in runs) for runs in (without, withal)]
+    if any(lost):
+        return f"diverged in {lost[0]} of {len(without)} seeds without warm-up and {lost[1]} of {len(withal)} with"
+    before, after = ([run["loss"] for run in runs] for runs in (without, withal))
+    change = differences(after, before)
+    lower = sum(difference < 0 for difference in change.differences)
+    text = f"ends at {mean(before):.2f} without warm-up and {mean(after):.2f} with, lower in {lower} of {len(before)} seeds"
+    return text if change.low is None else f"{text}, a change of {tell(change)}"
+
+
+def figures(result: dict[str, Any]) -> list[Drawing]:
+    """The figures of the claim, from what its ``run`` returned."""
+    return [
+        Drawing(
+            "gradients",
+            lambda: gradients(result),
+            "Gradient norms before training, with the norm after each branch (Post-LN) or before it (Pre-LN): of the last layer "
+            f"of encoders of several depths (left and middle; {SEEDS}), and of every layer of each encoder for the loss at one "
+            "token (right; the thicker a line, the deeper the encoder). Compare the slopes on the left with those of the "
+            "theory, the dotted lines.",
+        ),
+        Drawing(
+            "norms",
+            lambda: norms(result),
+            "Loss on sort at the end of training with Adam at 1e-3 and no warm-up, for each norm, placed after the branches or "
+            "before them; a dot is a seed and a bar the mean over seeds. The dotted line is the loss of a guess that knows only "
+            "how frequent each token is: a dot near it has learned nothing more.",
+        ),
+        *(
+            Drawing(
+                f"loss_{task}",
+                partial(losses, result, task),
+                f"Training loss on {task}, a panel for each optimizer and learning rate, with the norm after each branch "
+                f"(Post-LN) or before it (Pre-LN); {SEEDS}. The dotted line is the loss of a guess that knows only how frequent "
+                "each token is: look at whether, and how soon, each line falls below it.",
+            )
+            for task in result["guess"]
+        ),
+    ]
+
+
+def losses(result: dict[str, Any], task: str) -> Figure:
+    """The training loss on one task, a panel an optimizer."""
+    used = [optimizer for optimizer in OPTIMIZERS if where(result["runs"], task=task, norm="ln", optimizer=optimizer)]
+    figure, axes = panels(len(used), FULL if len(used) > 1 else 4.2, 2.7, sharey=True)
+    for axis, optimizer in zip(axes, used, strict=True):
+        ends = []
+        for placement, name in PLACEMENTS.items():
+            for warmup in (False, True):
+                which = {"task": task, "norm": "ln", "optimizer": optimizer, "placement": placement, "warmup": warmup}
+                rows = [run["rows"] for run in where(result["runs"], **which)]
+                steps, middle, low, high = by_step(rows, lambda row: row["loss"])
+                if steps:
+                    band(axis, steps, middle, low, high, color=HUES[placement], linestyle="-" if warmup else "--")
+                    ends.append((middle[-1], f"{name}, {'warm-up' if warmup else 'no warm-up'}", HUES[placement]))
+        axis.axhline(result["guess"][task], color=FAINT, linestyle=DOTTED, linewidth=0.9)
+        axis.set_title(OPTIMIZERS[optimizer], loc="left")
+        axis.set_xlabel("step")
+        axis.margins(x=0)
+        axis.set_ylim(bottom=0)
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        if axis is axes[-1]:
+            name_ends(axis, ends)
+    axes[0].set_ylabel(f"training loss on {task}, nats a token")
+    styles = {"no warm-up": "--", "warm-up over 10 % of the steps": "-", "frequencies alone": DOTTED}
+    handles = [Line2D([], [], color=FAINT, linestyle=style) for style in styles.values()]
+    columns = 3 if len(used) > 1 else 2  # what fits the figure's width
+    figure.legend(handles, list(styles), loc="outside upper left", ncols=columns, columnspacing=1.2)
+    return figure
+
+
+def gradients(result: dict[str, Any]) -> Figure:
+    """Gradients before training: the last layer's against the depth, and each layer's of the deepest encoders."""
+    figure, axes = panels(3, FULL, 2.6)
+    depths = sorted({start["depth"] for start in result["starts"]})
+    titles = (
+        "last layer, loss at one token",
+        "last layer, mean loss of a batch",
+        f"every layer, depths {_list(depths)}",
+    )
+    for axis, what, title in zip(axes, ("token", "batch", "token"), titles, strict=True):
+        ends = []
+        for placement, name in PLACEMENTS.items():
+            starts = where(result["starts"], placement=placement)
+            lasts = [known(s[what][-1] for s in starts if s["depth"] == depth) for depth in depths]
+            middle = [mean(values) or 0.0 for values in lasts]
+            ends.append((middle[-1], name, HUES[placement]))
+            if axis is axes[2]:
+                for depth in depths:
+                    each = np.mean([s[what] for s in starts if s["depth"] == depth], axis=0)
+                    axis.plot(range(1, depth + 1), each, color=HUES[placement], linewidth=0.4 + 0.25 * np.log2(depth))
+                continue
+            style: dict[str, Any] = {"color": HUES[placement], "marker": "o", "markersize": 3.5}
+            band(axis, depths, middle, [min(values) for values in lasts], [max(values) for values in lasts], **style)
+            if what == "token":
+                theory = [middle[0] * (depth / depths[0]) ** (-0.5 if placement == "pre" else 0.0) for depth in depths]
+                axis.plot(depths, theory, color=HUES[placement], linestyle=DOTTED, linewidth=0.9)
+        axis.set_title(title, loc="left")
+        axis.set_xlabel("layer" if axis is axes[2] else "depth of the encoder")
+        if axis is not axes[2]:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(FixedLocator(depths))
+            axis.set_xticks(depths, [str(depth) for depth in depths])
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.tick_params(axis="x", which="minor", bottom=False)
+        log(axis)
+        name_ends(axis, ends)
+    axes[0].set_ylabel("gradient norm of the second\nfeed-forward weight, before training")
+    handles = [Line2D([], [], color=FAINT, linestyle=DOTTED)]
+    figure.legend(
+        handles, ["theory for one token: constant with Post-LN, 1 / √depth with Pre-LN"], loc="outside upper left"
+    )
+    return figure
+
+
+def _list(depths: list[int]) -> str:
+    return f"{', '.join(map(str, depths[:-1]))} and {depths[-1]}"
+
+
+def norms(result: dict[str, Any]) -> Figure:
+    """The loss at the end with each norm, on sort by Adam 1e-3 without warm-up; a dot is a seed."""
+    figure, (axis,) = panels(1, 4.2, 1.9)
+    for y, norm in enumerate(NORMS):
+        for placement in PLACEMENTS:
+            which = {"task": "sort", "optimizer": "adam 1e-3", "warmup": False, "norm": norm, "placement": placement}
+            values = known(run["loss"] for run in where(result["runs"], **which))
+            at = [y + (0.14 if placement == "pre" else -0.14)] * len(values)
+            axis.plot(values, at, "o", color=HUES[placement], markersize=3.5, alpha=0.6, markeredgewidth=0)
+            if (middle := mean(values)) is not None:
+                axis.plot([middle], at[:1], "|", color=HUES[placement], markersize=9, markeredgewidth=1.6)
+    axis.axvline(result["guess"]["sort"], color=FAINT, linestyle=DOTTED, linewidth=0.9)
+    axis.set_yticks(range(len(NORMS)), list(NORMS.values()))
+    axis.set_ylim(len(NORMS) - 0.5, -0.5)
+    axis.set_xlim(left=0)
+    axis.grid(axis="y", visible=False)
+    axis.grid(axis="x", visible=True)
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlabel("loss on sort at the end, nats a token")
+    handles = [Line2D([], [], color=HUES[p], marker="o", markersize=3.5, linestyle="") for p in PLACEMENTS]
+    handles.append(Line2D([], [], color=FAINT, linestyle=DOTTED))
+    figure.legend(
+        handles, ["after the branch", "before the branch", "frequencies alone"], loc="outside upper left", ncols=3
+    )
+    return figure
+
+
+EXPERIMENT = Experiment(
+    name="pre-post-ln",
+    kind="claim",
+    title="Layer normalization before or after each branch of a transformer",
+    claim=(
+        "With layer normalization after each residual branch the gradients of the last layers are large at the start and a "
+        "warm-up is needed; before each branch they shrink with the root of the depth, and it is not."
+    ),
+    paper=Paper(
+        "Xiong, Ruibin and Yang, Yunchang and He, Di and Zheng, Kai and Zheng, Shuxin and Xing, Chen and others",
+        "On Layer Normalization in the Transformer Architecture",
+        2020,
+        "https://arxiv.org/abs/2002.04745",
+    ),
+    run=run,
+    tables=tables,
+    figures=figures,
+    remarks=remarks,
+    scales=("tiny", "small", "full"),
+)

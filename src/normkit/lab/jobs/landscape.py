@@ -1,0 +1,93 @@
+"""Covariate shift and smoothness of a loss, by gradients before and after a step."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normkit.lab.models.small_cnn import SmallCNN
+from normkit.lab.train.images import Images
+
+ALONG = (0.5, 1.0, 2.0, 3.0, 4.0)
+
+
+def groups(model: SmallCNN) -> list[list[nn.Parameter]]:
+    """The parameters of each layer, a convolution with its norm, first layer first; a weight is first in each."""
+    blocks = [model.features[k : k + 3] for k in range(0, len(model.features), 3)]
+    return [list(block.parameters()) for block in [*blocks, model.classifier]]
+
+
+def gradients(model: SmallCNN, batch: Images, seed: int) -> tuple[float, list[Tensor]]:
+    """Loss and gradients of all parameters on a batch, with noise drawn by a seed; nothing is changed but running averages."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+    return loss.item(), list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def turns(model: SmallCNN, batch: Images, rate: float) -> dict[str, float]:
+    """How the gradient of a layer's weight changes when the layers before it take a step: cosine and relative length.
+
+    Mean over layers but the first; noise is drawn anew for the second gradient, as it is at the next step.
+    """
+    old, new = copy.deepcopy(model), copy.deepcopy(model)
+    _, first = gradients(old, batch, 0)
+    places = {id(parameter): place for place, parameter in enumerate(old.parameters())}
+    layers, changed = groups(old), groups(new)
+    cosines, lengths = [], []
+    with torch.no_grad():
+        for parameter, gradient in zip(new.parameters(), first, strict=True):
+            parameter -= rate * gradient
+    for k in range(1, len(layers)):
+        mixed = copy.deepcopy(old)
+        with torch.no_grad():
+            for target, source in zip(groups(mixed)[:k], changed[:k], strict=True):
+                for parameter, value in zip(target, source, strict=True):
+                    parameter.copy_(value)
+        place = places[id(layers[k][0])]
+        one, other = first[place].flatten(), gradients(mixed, batch, 1)[1][place].flatten()
+        cosines.append(F.cosine_similarity(one, other, dim=0).item())
+        lengths.append(((one - other).norm() / one.norm().clamp_min(1e-30)).item())
+    return {"turn": sum(cosines) / len(cosines), "change": sum(lengths) / len(lengths)}
+
+
+def smoothness(model: SmallCNN, batch: Images, rate: float) -> dict[str, float]:
+    """Along the gradient at a few lengths: the range of the loss, the largest change of the gradient, and that by distance."""
+    here = copy.deepcopy(model)
+    loss, first = gradients(here, batch, 0)
+    length = torch.stack([gradient.norm() for gradient in first]).norm().item()
+    losses, changes, ratios = [loss], [], []
+    for part in ALONG:
+        there = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter, gradient in zip(there.parameters(), first, strict=True):
+                parameter -= part * rate * gradient
+        value, second = gradients(there, batch, 0)
+        change = torch.stack([(a - b).norm() for a, b in zip(first, second, strict=True)]).norm().item()
+        losses.append(value)
+        changes.append(change)
+        ratios.append(change / max(part * rate * length, 1e-30))
+    return {"low": min(losses), "high": max(losses), "predictive": max(changes), "beta": max(ratios)}
+
+
+@torch.no_grad()
+def moments(model: SmallCNN, probe: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Means and deviations of the channels that enter each layer but the first, on images that stay the same."""
+    twin, found = copy.deepcopy(model), []
+    x = probe
+    for place, module in enumerate(twin.features):
+        x = module(x)
+        if place % 3 == 2:
+            found.append((x.mean(dim=(0, 2, 3)), x.std(dim=(0, 2, 3))))
+    return found
+
+
+def moved(before: Sequence[tuple[Tensor, Tensor]], after: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """How far means and deviations of layers' inputs have moved, in parts of the deviation; means over layers and channels."""
+    means = [((b[0] - a[0]).abs() / a[1].clamp_min(1e-12)).mean().item() for a, b in zip(before, after, strict=True)]
+    deviations = [
+        ((b[1] - a[1]).abs() / a[1].clamp_min(1e-12)).mean().item() for a, b in zip(before, after, strict=True)
+    ]
+    return {"mean": sum(means) / len(means), "deviation": sum(deviations) / len(deviations)}

@@ -1,1 +1,0 @@
-"""Experiments of papers, one a file; each ends with its EXPERIMENT."""

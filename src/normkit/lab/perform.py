@@ -1,0 +1,229 @@
+"""Performing an experiment: its folder, what is left of it, its record and its reports."""
+
+import os
+import platform
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from normkit.core.errors import OptionError, RecordError
+from normkit.lab import folder, record
+from normkit.lab.cluster import joined
+from normkit.lab.data.root import set_root
+from normkit.lab.devices import cores, hardware, processor, versions
+from normkit.lab.experiment import Bench, Experiment
+from normkit.lab.say import counted, say
+from normkit.lab.schema import COUNT, NUMBER, OBJECT, TEXT, each, fields, maybe, one_of, optional, version
+from normkit.lab.stop import stoppable
+from normkit.lab.sweep import TIMING
+
+SCHEMA = 1
+FIGURES = folder.FIGURES
+CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
+ABOUT = fields(name=TEXT, kind=one_of("reproduce", "claim"))
+BEGUN = fields(scale=TEXT, seeds=each(COUNT, least=1), epochs=maybe(COUNT), threads=COUNT)
+# What a record of an experiment holds; its result is checked by its hash.
+FOUND = version(
+    SCHEMA,
+    fields(
+        experiment=ABOUT,
+        command=TEXT,
+        config=BEGUN,
+        environment=fields(
+            torch=TEXT, devices=optional(each(TEXT)), device=optional(TEXT), processor=TEXT, cores=COUNT
+        ),
+        result=OBJECT,
+        sha256=optional(TEXT),
+        started=TEXT,
+        finished=TEXT,
+        seconds=NUMBER,
+    ),
+)
+COARSE = 50  # dots per inch of what nobody looks at
+CURE = "choose another --output, or --overwrite to replace them"
+
+
+def perform(
+    experiment: Experiment, bench: Bench, *, overwrite: bool = False, report: bool = True, command: str = ""
+) -> dict[str, Any]:
+    """Runs an experiment, or what is left of it, and writes its records and reports into ``bench.output``.
+
+    Args:
+        experiment: which.
+        bench: where.
+        overwrite: replace records of another configuration. Default: False.
+        report: draw the figures and write ``report.html`` as well. Default: True.
+        command: how to give it again; goes into the record. Default: none.
+
+    Returns:
+        What ``result.json`` holds.
+
+    Raises:
+        OptionError: it runs under torchrun, or Ray is asked for and is not there.
+        RecordError: the folder holds something else, is damaged or not writable.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise OptionError("an experiment's runs are of one process each, so it does not go with torchrun; use --ray")
+    if bench.scale not in experiment.scales:
+        raise OptionError(f"scale is {bench.scale!r}; wanted {' or '.join(experiment.scales)} for {experiment.name}")
+    set_root(bench.data_root)
+    config = {
+        "experiment": experiment.name,
+        "scale": bench.scale,
+        "epochs": bench.epochs,
+        "threads": bench.threads,
+        "seeds": list(bench.seeds),
+    }
+    began, started = time.monotonic(), _now()
+    folder.check_ours(bench.output)
+    found = None if overwrite else _read_back(bench.output, config)
+    finished = found is not None
+    if found is None:
+        here = _environment(started, bench.threads)
+        with folder.waited_for(bench.output):
+            _open(bench.output, config, overwrite)
+            record.write_json(bench.output / CONFIG, config)
+            record.write_json(bench.output / ENVIRONMENT, here)
+        about = {key: getattr(experiment, key) for key in ("name", "kind", "title", "claim")}
+        with stoppable():
+            result = _run(experiment, bench)
+        found = {
+            "schema": SCHEMA,
+            "experiment": {**about, "paper": asdict(experiment.paper)},
+            "command": command,
+            "config": config,
+            "environment": {**here, "devices": sorted(bench.devices) or [hardware()]},
+            "result": result,
+            "sha256": record.digest(result),
+            "started": started,
+            "finished": _now(),
+            "seconds": round(time.monotonic() - began, 3),
+        }
+        with folder.waited_for(bench.output):
+            record.write_json(bench.output / RESULT, found)
+            folder.settle(bench.output)
+        found = record.read_json(bench.output / RESULT)
+    else:
+        bench.watch(f"{bench.output} holds this experiment, finished {found['finished']}")
+    show(experiment, found, bench.output, bench.console, report, kept=finished)
+    return found
+
+
+def show(
+    experiment: Experiment,
+    found: Mapping[str, Any],
+    output: Path,
+    console: Console,
+    report: bool = True,
+    kept: bool = False,
+) -> None:
+    """Prints the tables and remarks of a result, writes ``result.md`` and, if asked for, figures and ``report.html``.
+
+    Args:
+        experiment: which.
+        found: what ``result.json`` holds.
+        output: the folder.
+        console: where to print.
+        report: draw figures and the page as well. Default: True.
+        kept: go without what can't be written: the record is read back, and may lie on a disk that is only read. Default: False.
+
+    Raises:
+        RecordError: the result is not what the experiment wrote, or the folder is not writable.
+    """
+    from normkit.lab.report.drawing import save
+    from normkit.lab.report.sheet import print_sheet, write_markdown, write_sheet
+
+    try:
+        print_sheet(experiment, found, console)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if "sha256" in found:
+            raise
+        # A record from before results were hashed; what it holds is not what this experiment writes.
+        raise RecordError(
+            f"{output / RESULT} is damaged ({type(error).__name__}: {error}); remove it and give the same command: finished "
+            "runs are kept"
+        ) from error
+    if kept and not record.writable(output):
+        say(console, f"\nresult   {output / RESULT}\nno report is written: {output} is only read")
+        return
+    figures = experiment.figures(found["result"]) if report else []
+    save(figures, output / FIGURES, COARSE if found["config"]["scale"] == "tiny" else None)
+    lines = [f"result   {output / RESULT}", f"table    {write_markdown(experiment, found, figures, output)}"]
+    if report:
+        lines += [f"report   {write_sheet(experiment, found, figures, output)}", f"figures  {output / FIGURES}"]
+    say(console, "\n" + "\n".join(lines))
+
+
+def command(experiment: Experiment, bench: Bench) -> str:
+    """Writes the command line that makes this record.
+
+    Args:
+        experiment: which.
+        bench: where.
+    """
+    words = experiment.words(bench.scale, bench.seeds, bench.epochs)
+    words += ["--data-root", str(bench.data_root)] if bench.data_root is not None else []
+    words += ["--download"] if bench.download else []
+    words += ["--threads", str(bench.threads)] if bench.threads != 1 else []
+    words += ["--ray", bench.ray] if bench.ray is not None else []
+    return shlex.join([*words, "--output", str(bench.output)])
+
+
+def kept(output: Path) -> str:
+    """Says what a stopped experiment has kept."""
+    done = sum((path.parent / TIMING).exists() for path in output.glob(f"runs/**/{RESULT}"))
+    return f"kept in {output}: {counted(done, 'finished run')}, and checkpoints of those begun"
+
+
+def _run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
+    if bench.ray is None:
+        return experiment.run(bench)
+    # Joined once for all of the experiment's sweeps.
+    with joined(bench.ray, bench.threads):
+        return experiment.run(bench)
+
+
+def _open(output: Path, config: Mapping[str, Any], overwrite: bool) -> None:
+    folder.replace(output, config, overwrite)
+    if (output / CONFIG).exists():
+        # More seeds are more runs beside those that are there; anything else would make the runs unlike.
+        there = record.read_json(output / CONFIG)
+        wanted = {**config, "seeds": there.get("seeds")}
+        if there != wanted and not _begun(output):
+            folder.empty(output)
+        record.check_config(output / CONFIG, wanted, CURE)
+
+
+def _begun(output: Path) -> bool:
+    # A run that failed before its first checkpoint leaves no more than what it was and how long it took.
+    failed = {folder.LOCK, CONFIG, TIMING}
+    files = (path for path in output.glob("runs/**/*") if path.is_file())
+    return (output / RESULT).exists() or any(path.name not in failed for path in files)
+
+
+def _read_back(output: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not (output / RESULT).exists():
+        return None
+    found = record.read_json(output / RESULT, FOUND)
+    return found if found["config"] == config else None
+
+
+def _environment(started: str, threads: int) -> dict[str, Any]:
+    return {
+        **versions(),
+        "platform": platform.platform(),
+        "processor": processor(),
+        "cores": cores(),
+        "threads": threads,
+        "started": started,
+    }
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")

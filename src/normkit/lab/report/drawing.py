@@ -1,0 +1,94 @@
+"""What the figures of experiments share: how they are written, bands over seeds, and names at the ends of lines."""
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+
+from normkit.lab.experiment import Drawing
+from normkit.lab.record import write_bytes
+from normkit.lab.report.canvas import LOOK, plain
+from normkit.lab.report.palette import BASELINE, HUES, MARKERS
+
+DPI = 200
+GREY = BASELINE[0]
+COLOURS = [light for light, _ in HUES]
+SHAPES = [marker for marker, _ in MARKERS]
+SEEDS = "lines are means over seeds, in bands from the lowest seed to the highest"  # in captions
+
+
+def save(figures: Iterable[Drawing], folder: Path, dpi: int | None = None) -> list[Path]:
+    """Draws figures in the look of the reports, and writes each as PNG and SVG, by which they are known to be ours.
+
+    Args:
+        figures: what to draw.
+        folder: where.
+        dpi: of the PNG. Default: None, as the module says.
+
+    Returns:
+        The files. The same records and the same matplotlib give the same bytes.
+
+    Raises:
+        RecordError: the folder is not writable.
+    """
+    written = []
+    for figure in figures:
+        with matplotlib.rc_context({**matplotlib.rcParamsDefault, **LOOK}):
+            drawn = figure.make()
+            drawn.draw_without_rendering()
+            drawn.set_layout_engine("none")  # the places are found; each file would seek them anew
+            for kind, metadata in {"png": {"Software": "normkit"}, "svg": {"Date": None, "Creator": "normkit"}}.items():
+                buffer = io.BytesIO()
+                drawn.savefig(buffer, format=kind, dpi=dpi or DPI, metadata=metadata)
+                written.append(folder / f"{figure.name}.{kind}")
+                write_bytes(written[-1], buffer.getvalue())
+    return written
+
+
+def band(
+    axis: Axes, x: Sequence[float], middle: Sequence[float], low: Sequence[float], high: Sequence[float], **style: Any
+):
+    """A line of means in a band from the lowest to the highest.
+
+    Args:
+        axis: where.
+        x: places.
+        middle: means.
+        low: lowest.
+        high: highest.
+        **style: of the line; ``color`` is the band's too.
+    """
+    axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axis.plot(x, middle, **style)
+
+
+def name_ends(axis: Axes, ends: Sequence[tuple[float, str, str]], x: float = 1.01, gap: float = 0.055) -> None:
+    """Names lines at the right edge of a panel, moved apart where they would overlap.
+
+    Args:
+        axis: whose limits and scale are final.
+        ends: of each line: its value at the end, its name, its colour.
+        x: place of the names, in parts of the panel's width. Default: 1.01.
+        gap: least distance between names, in parts of the panel's height. Default: 0.055.
+    """
+    low, high = axis.get_ylim()
+    scale = axis.yaxis.get_transform()
+    bottom, top, *values = (float(y) for y in scale.transform([low, high, *(value for value, _, _ in ends)]))
+    places = sorted(
+        (min(max((y - bottom) / (top - bottom), 0.0), 1.0), name, colour)
+        for y, (_, name, colour) in zip(values, ends, strict=True)
+    )
+    if not places:
+        return
+    at = [place for place, _, _ in places]
+    # Push up what is too close, then push the whole stack down again from the top.
+    for k in range(1, len(at)):
+        at[k] = max(at[k], at[k - 1] + gap)
+    at[-1] = min(at[-1], 1.0)
+    for k in range(len(at) - 2, -1, -1):
+        at[k] = min(at[k], at[k + 1] - gap)
+    for y, (_, name, colour) in zip(at, places, strict=True):
+        axis.text(x, y, plain(name), color=colour, transform=axis.transAxes, va="center", fontsize=7)

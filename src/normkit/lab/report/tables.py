@@ -1,0 +1,182 @@
+"""Tables and sentences that experiments share: rates tried, scores at equal time, lowered condition numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from normkit.lab.experiment import Table
+from normkit.lab.stats import OK, Tried, scored, spread
+
+SAME = 0.02  # times as close as this count as the same
+
+
+def time_table(
+    title: str,
+    costs: Mapping[str, Mapping[str, Any]],
+    length: int,
+    score: Callable[[str, int], Sequence[float | None]],
+    *,
+    what: str,
+    unit: str = "epochs",
+    every: int = 1,
+    form: str = ".1f",
+    scale: float = 100.0,
+    notes: Sequence[str] = (),
+) -> Table:
+    """The table of what a step costs, and of scores after all of training and after the baseline's time.
+
+    Args:
+        title: of the table.
+        costs: by row, the baseline first, what :func:`normkit.lab.train.cost.measure_steps` gave.
+        length: of a run, in `unit`.
+        score: of a row after so many, one a seed; None for a run that did not come so far.
+        what: the score is, as a heading.
+        unit: ``"epochs"`` or ``"steps"``. Default: ``"epochs"``.
+        every: how many lie between two scores. Default: 1.
+        form: of the scores. Default: ``".1f"``.
+        scale: by which they are multiplied. Default: 100.
+        notes: below it, after what all such tables say. Default: none.
+    """
+    base = next(iter(costs))
+    lines = []
+    for name, cost in costs.items():
+        reached = within(length, cost["ratio"], every, cost["ratio_interval"])
+        ends, then = (spread(score(name, count), form, scale) for count in (length, reached))
+        lines.append(
+            [
+                name,
+                f"{cost['ms_per_step']:.1f}",
+                tell_ratio(cost),
+                f"{cost['mb_per_step']:.1f}",
+                ends,
+                reached,
+                then,
+            ]
+        )
+    columns = [
+        "method",
+        "ms a step",
+        "ratio [95 %]",
+        "MB a step",
+        f"{what} after {length:,} {unit}",
+        f"{unit} in {base}'s time",
+    ]
+    whole = f"whole {unit}" if every == 1 else f"multiples of {every}"
+    note = (
+        f"Ratio: median over rounds of a step's time over {base}'s in the same round, all side by side in one process, with its "
+        f"interval. {unit.capitalize()} in {base}'s time: {whole}, up to {length:,}; times within {100 * SAME:.0f} % count as "
+        "the same, and so do those whose interval holds 1."
+    )
+    return Table(title, [*columns, f"{what} then"], lines, [note, *notes])
+
+
+def tell_ratio(cost: Mapping[str, Any]) -> str:
+    """Writes a step's time relative to the baseline's, with its interval where there is one.
+
+    Args:
+        cost: of one row, of what :func:`normkit.lab.train.cost.measure_steps` gave.
+
+    >>> tell_ratio({"ratio": 1.06, "ratio_interval": (1.0204, 1.09)}), tell_ratio({"ratio": 1.0, "ratio_interval": None})
+    ('1.060 [1.020, 1.090]', '1.000')
+    """
+    ends = cost["ratio_interval"]
+    return f"{cost['ratio']:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
+
+
+def within(length: int, ratio: float, every: int = 1, interval: Sequence[float] | None = None) -> int:
+    """Counts the epochs, or steps, that a method comes through in the baseline's time.
+
+    Args:
+        length: of a run.
+        ratio: of its time to the baseline's.
+        every: what the count is a multiple of, unless it is the whole run. Default: 1.
+        interval: of the ratio; where it holds 1 the times are not told apart, and the count is the whole run. Default: none.
+
+    >>> within(10, 1.25), within(10, 1.015), within(10, 0.8), within(1000, 1.1, 50), within(10, 1.25, interval=(0.98, 1.3))
+    (8, 10, 10, 900, 10)
+    """
+    if interval and interval[0] <= 1 <= interval[1]:
+        return length
+    reached = math.floor(length / ratio * (1 + SAME))
+    return length if reached >= length else reached // every * every
+
+
+def rates_table(
+    title: str,
+    rows: Iterable[Mapping[str, Any]],
+    note: str,
+    *,
+    form: str = ".1f",
+    scale: float = 100.0,
+    unit: str = "epoch",
+) -> list[Table]:
+    """The table of what each row reached at each rate; none where there was nothing to choose from.
+
+    Args:
+        title: of the table.
+        rows: each with ``"name"`` and ``"sweep"``.
+        note: what the numbers are.
+        form: of the scores. Default: ``".1f"``.
+        scale: by which they are multiplied. Default: 100.
+        unit: of "reached". Default: ``"epoch"``.
+    """
+    rows = [row for row in rows if row["sweep"]]
+    rates = sorted({run["rate"] for row in rows for run in row["sweep"]})
+    if len(rates) < 2:
+        return []
+    lines = []
+    for row in rows:
+        runs = {run["rate"]: run for run in row["sweep"]}
+        lines.append([row["name"], *(_tried(runs.get(rate), form, scale, unit) for rate in rates)])
+    return [Table(title, ["method", *(f"{rate:g}" for rate in rates)], lines, [note])]
+
+
+def edges(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Says of which rows the chosen rate is the smallest or the largest that was tried.
+
+    Args:
+        rows: each with ``"name"`` and ``"edge"``.
+
+    >>> edges([{"name": "BN", "edge": True}, {"name": "LN", "edge": False}])
+    ['The chosen rate is at the edge of those tried, a better one may lie beyond: BN.']
+    """
+    names = ", ".join(row["name"] for row in rows if row["edge"])
+    return [f"The chosen rate is at the edge of those tried, a better one may lie beyond: {names}."] if names else []
+
+
+def _tried(run: Tried | None, form: str, scale: float, unit: str) -> str | None:
+    if run is None:
+        return None
+    if run["status"] != OK:
+        return f"diverged in {unit} {run['reached'] + 1:,}"
+    return f"{scale * run['score']:{form}}" if scored(run) else None
+
+
+def lowered(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Says by how much conditioning lowered condition numbers at the end of training.
+
+    Args:
+        runs: of conditioned networks, each with a ``"curve"`` whose rows hold ``"raw_condition"`` and ``"condition"``; a run
+            with None at its end, as of a singular weight, is left out.
+
+    Returns:
+        A sentence, or nothing where no run is left.
+
+    >>> lowered([{"curve": [{"raw_condition": 100.0, "condition": 98.0}]}])[0][:70]
+    'At the end the conditioned weights have a condition number 2.0 % below'
+    """
+    ends = [(run["curve"][-1]["condition"], run["curve"][-1]["raw_condition"]) for run in runs if run["curve"]]
+    logs = [math.log(condition / raw) for condition, raw in ends if None not in (condition, raw)]
+    if not logs:
+        return []
+    ratio = math.exp(fmean(logs))
+    return [
+        f"At the end the conditioned weights have a condition number {abs(1 - ratio):.1%} ".replace("%", " %")
+        + f"{'below' if ratio <= 1 else 'above'} that of the weights they are made from (geometric mean): rows that differ "
+        "little in norm leave equilibration little to do."
+        if ratio > 0.9
+        else f"At the end the conditioned weights have {ratio:.2f} times the condition number of those they are made from."
+    ]

@@ -1,0 +1,334 @@
+"""Statistics of an experiment: means over seeds, paired gains with their interval, verdicts, and the choice of rates."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Protocol
+
+from normkit.core.errors import OptionError
+from normkit.lab.sweep import Job
+
+OK, DIVERGED = "ok", "diverged"
+BETTER, WORSE, EVEN, SINGLE = "better", "worse", "no difference shown", "one seed, no interval"
+ABSENT = "–"
+Row = Mapping[str, Any]
+Tried = Mapping[str, Any]  # a run: "rate", "status", "score", "loss", and "reached", which is how far it came
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean difference and how sure it is.
+
+    Args:
+        mean: of the differences; None when there is none.
+        low: lower end of the interval; None with fewer than two differences.
+        high: upper end; None with fewer than two differences.
+        level: the coverage.
+        differences: what was averaged, in the order of the seeds.
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    level: float
+    differences: tuple[float, ...]
+
+
+def paired_interval(differences: Sequence[float], level: float = 0.95) -> Interval:
+    """Bounds the mean of paired differences.
+
+        mean d -+ t[(1 + level) / 2, n - 1] * s / sqrt(n),   s the standard deviation with n - 1
+
+    It takes differences for normal and independent over seeds. One difference has no interval.
+
+    Args:
+        differences: one per seed: this method's score less the baseline's.
+        level: the coverage, between 0 and 1. Default: 0.95.
+
+    Raises:
+        OptionError: `level` is not between 0 and 1.
+
+    Reference:
+        Student 1908, The probable error of a mean, https://doi.org/10.1093/biomet/6.1.1
+
+    >>> found = paired_interval([1.0, 2.0, 3.0])
+    >>> round(found.low, 4), found.mean, round(found.high, 4)
+    (-0.4841, 2.0, 4.4841)
+    """
+    from scipy.stats import t
+
+    _check(level)
+    count = len(differences)
+    mean = fmean(differences) if count else None
+    if mean is None or count < 2:
+        return Interval(mean, None, None, level, tuple(differences))
+    half = float(t.ppf((1 + level) / 2, count - 1)) * stdev(differences) / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half, level, tuple(differences))
+
+
+def differences(these: Iterable[float | None], those: Iterable[float | None]) -> Interval:
+    """Interval of the seed-paired differences.
+
+    Args:
+        these: one per seed; a seed with None here or there is left out.
+        those: likewise.
+
+    >>> differences([3.0, 5.0, None], [1.0, 2.0, 2.0]).differences
+    (2.0, 3.0)
+    """
+    pairs = zip(these, those, strict=True)
+    return paired_interval([one - other for one, other in pairs if one is not None and other is not None])
+
+
+def gain(runs: Iterable[Row], base: Iterable[Row], field: str) -> Interval:
+    """Bounds the mean gain of some runs over a baseline's of the same seeds.
+
+    Args:
+        runs: each with ``"seed"`` and `field`; None there is left out.
+        base: the baseline's.
+        field: what is compared.
+
+    >>> gain([{"seed": 0, "x": 3.0}, {"seed": 1, "x": 5.0}], [{"seed": 1, "x": 4.0}], "x").differences
+    (1.0,)
+    """
+    known = {run["seed"]: run[field] for run in base}
+    shared = [run for run in runs if run["seed"] in known]
+    return differences([run[field] for run in shared], [known[run["seed"]] for run in shared])
+
+
+def judge(low: float | None, high: float | None) -> str:
+    """Says what the interval of a paired gain shows, where more is better.
+
+    Args:
+        low: its lower end; None where there is none.
+        high: its upper end.
+
+    >>> judge(0.1, 0.3), judge(-0.3, -0.1), judge(-0.1, 0.2), judge(0.2, 0.2), judge(None, None)
+    ('better', 'worse', 'no difference shown', 'no difference shown', 'one seed, no interval')
+    """
+    if low is None or high is None:
+        return SINGLE
+    if math.isclose(low, high):
+        # Scores come in whole samples, so a few seeds can agree but for rounding by chance: no spread to judge by.
+        return EVEN
+    return BETTER if low > 0 else WORSE if high < 0 else EVEN
+
+
+def judge_runs(runs: Sequence[Row], base: Sequence[Row], field: str) -> str:
+    """Says what the gain of some runs over a baseline's of the same seeds shows.
+
+    Args:
+        runs: each with ``"seed"`` and `field`, of which more is better; None there for a run that diverged.
+        base: the baseline's.
+        field: what is compared.
+
+    Returns:
+        As :func:`judge`; or why it is not judged: a run diverged, on either side, and those that are left were chosen by how
+        they fared.
+
+    >>> base = [{"seed": seed, "x": x} for seed, x in enumerate((1.0, 2.0, 4.0))]
+    >>> judge_runs([{**run, "x": 1.1 * run["x"] + 5} for run in base], base, "x"), judge_runs(base[:1], base, "x")
+    ('better', 'one seed, no interval')
+    >>> judge_runs([*base[:2], {"seed": 2, "x": None}], base, "x")
+    '2 of 3 seeds, not judged'
+    """
+    found = gain(runs, base, field)
+    seeds, pairs = len({run["seed"] for run in runs} & {run["seed"] for run in base}), len(found.differences)
+    return f"{pairs} of {seeds} seeds, not judged" if pairs < seeds else judge(found.low, found.high)
+
+
+def tell(found: Interval, form: str = "+.2f", scale: float = 1.0) -> str | None:
+    """Writes a mean difference and its interval; None where there is none.
+
+    Args:
+        found: the difference.
+        form: of the numbers. Default: ``"+.2f"``.
+        scale: by which they are multiplied, such as 100 for percent. Default: 1.
+
+    >>> tell(paired_interval([1.0, 2.0, 3.0])), tell(paired_interval([0.01]), "+.1f", 100)
+    ('+2.00 [-0.48, +4.48]', '+1.0')
+    """
+    if found.mean is None:
+        return None
+    text = f"{scale * found.mean:{form}}"
+    if found.low is None or found.high is None:
+        return text
+    return f"{text} [{scale * found.low:{form}}, {scale * found.high:{form}}]"
+
+
+def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """Bounds the median of what values are drawn from, whatever its shape: two of the values in order.
+
+        [x_(k), x_(n+1-k)],   k the largest with 2 P(Binomial(n, 1/2) < k) <= 1 - level
+
+    Args:
+        values: independent draws.
+        level: the coverage, at least. Default: 0.95.
+
+    Returns:
+        The ends, or None where there are too few values for the level: fewer than 6 for 0.95.
+
+    Raises:
+        OptionError: `level` is not between 0 and 1.
+
+    Reference:
+        Thompson 1936, On confidence ranges for the median, https://doi.org/10.1214/aoms/1177732502
+
+    >>> median_interval([5.0, 1.0, 4.0, 2.0, 3.0, 6.0])
+    (1.0, 6.0)
+    """
+    from scipy.stats import binom
+
+    _check(level)
+    count = len(values)
+    place = int(binom.ppf((1 - level) / 2, count, 0.5))
+    if not place:
+        return None
+    ordered = sorted(values)
+    return ordered[place - 1], ordered[count - place]
+
+
+def known(values: Iterable[float | None]) -> list[float]:
+    """The values that are there; a run that diverged has none."""
+    return [value for value in values if value is not None]
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of what is known, or None.
+
+    >>> mean([1.0, None, 3.0])
+    2.0
+    """
+    values = known(values)
+    return fmean(values) if values else None
+
+
+def spread(values: Iterable[float | None], form: str = ".3f", scale: float = 1.0) -> str:
+    """Mean and standard deviation over seeds, with how many runs have no value.
+
+    Args:
+        values: one per seed.
+        form: of both numbers. Default: ".3f".
+        scale: by which both are multiplied, such as 100 for percent. Default: 1.
+
+    >>> spread([0.5, 0.7], ".1f", 100), spread([0.25, None], ".2f"), spread([None])
+    ('60.0 ± 14.1', '0.25 (1 of 2 without)', '–')
+    """
+    values = list(values)
+    there = [scale * value for value in known(values)]
+    if not there:
+        return ABSENT
+    text = f"{fmean(there):{form}}" + (f" ± {stdev(there):{form}}" if len(there) > 1 else "")
+    lost = len(values) - len(there)
+    return f"{text} ({lost} of {len(values)} without)" if lost else text
+
+
+def where(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """The rows whose keys have the wanted values.
+
+    >>> where([{"a": 1, "b": 2}, {"a": 3, "b": 2}], a=3)
+    [{'a': 3, 'b': 2}]
+    """
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def by_step(rows: Sequence[Sequence[Row]], value: Callable[[Row], float | None]) -> Any:
+    """Steps, and at each the mean, lowest and highest value over runs that came so far.
+
+    Args:
+        rows: of each run, with a key ``"step"``.
+        value: of a row.
+
+    Returns:
+        Four lists of one length.
+
+    >>> by_step([[{"step": 1, "x": 2.0}], [{"step": 1, "x": 4.0}]], lambda row: row["x"])
+    ([1], [3.0], [2.0], [4.0])
+    """
+    found: dict[int, list[float]] = {}
+    for run in rows:
+        for row in run:
+            if (there := value(row)) is not None:
+                found.setdefault(row["step"], []).append(there)
+    steps = sorted(found)
+    return steps, [fmean(found[s]) for s in steps], [min(found[s]) for s in steps], [max(found[s]) for s in steps]
+
+
+class Rated(Job, Protocol):
+    """A job with a learning rate."""
+
+    @property
+    def rate(self) -> float:
+        """Its rate."""
+        ...
+
+
+class Sweeper(Protocol):
+    """What does jobs, such as a bench."""
+
+    def sweep(self, function: Callable[[Any, Path], Row], jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """Does jobs, and gives their results in order."""
+        ...
+
+
+def tune(
+    bench: Sweeper,
+    learn: Callable[[Any, Path], Row],
+    rows: Mapping[str, Sequence[Rated]],
+    look: Callable[[Row], Tried],
+) -> dict[str, dict[str, Any]]:
+    """Tries the rates of each row, and chooses the best.
+
+    Args:
+        bench: does the jobs.
+        learn: does one.
+        rows: by name, a job for each rate.
+        look: what a job's result says on images or points that test nothing: "status", "score", "loss" and "reached".
+
+    Returns:
+        By name: ``sweep``, all that was tried, ``rate``, the chosen one, and ``edge``, whether a better one may lie beyond.
+    """
+    jobs = [(name, job) for name, tried in rows.items() for job in tried]
+    sweeps: dict[str, list[Tried]] = {}
+    for (name, job), found in zip(jobs, bench.sweep(learn, [job for _, job in jobs]), strict=True):
+        sweeps.setdefault(name, []).append({"rate": job.rate, **look(found)})
+    chosen = {name: best(sweep)["rate"] for name, sweep in sweeps.items()}
+    return {
+        name: {"sweep": sweep, "rate": chosen[name], "edge": at_edge(chosen[name], sweep)}
+        for name, sweep in sweeps.items()
+    }
+
+
+def best(sweep: Iterable[Tried]) -> Tried:
+    """Chooses the run with the highest score; of equals, the one with the lowest loss, then rate.
+
+    Runs without a score come last, the longest-lived first.
+
+    >>> best([{"rate": r, "status": "ok", "score": s, "loss": 1.0, "reached": 1} for r, s in ((0.1, 0.5), (1.0, 0.5))])["rate"]
+    0.1
+    """
+
+    def merit(run: Tried) -> tuple[float, ...]:
+        if not scored(run):
+            return (0, run["reached"], 0.0, -run["rate"])
+        return (1, run["score"], -math.inf if run["loss"] is None else -run["loss"], -run["rate"])
+
+    return max(sweep, key=merit)
+
+
+def at_edge(rate: float, sweep: Iterable[Tried]) -> bool:
+    """Whether a rate is the smallest or the largest of those tried, so that a better one may lie beyond."""
+    rates = [run["rate"] for run in sweep]
+    return len(rates) > 1 and rate in (min(rates), max(rates))
+
+
+def scored(run: Tried) -> bool:
+    """Whether a run came to its end with a score; a record holds None for one that is not finite."""
+    return run["status"] == OK and run["score"] is not None
+
+
+def _check(level: float) -> None:
+    if not 0 < level < 1:
+        raise OptionError(f"level is {level}; wanted a number between 0 and 1, such as 0.95")

@@ -1,0 +1,1 @@
+"""Training: one run of a comparison, steps of experiments with loops of their own, several processes, what a step costs."""

@@ -1,0 +1,184 @@
+"""What a training step costs: time and memory, every recipe beside the others in one process."""
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from statistics import median, quantiles
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from normkit.lab.data.split import Data
+from normkit.lab.memory import keep_memory, peak_bytes
+from normkit.lab.seeding import reseed
+from normkit.lab.settings import Settings
+from normkit.lab.stats import median_interval
+from normkit.lab.train.parallel import place
+from normkit.lab.train.trainer import train_step
+from normkit.weights.parametrization import release
+
+# So small a rate that no model leaves the range in which it was made: a step costs the same at any rate.
+RATE = 1e-6
+_BLOCK = 1 << 21  # numbers: blocks of up to 8 MiB, more than the caches of a core
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step.
+
+    Args:
+        take: does it: forward, backward and update.
+        model: that takes it.
+    """
+
+    take: Callable[[], object]
+    model: nn.Module
+
+    def clear(self) -> None:
+        """Drops what the step makes anew and leaves: gradients, and the memory of effective weights, kept for the next."""
+        self.model.zero_grad()
+        release(self.model)
+
+
+class Row(Protocol):
+    """A training of a row of a table."""
+
+    @property
+    def subject(self) -> str:
+        """What all rows are trained on; a folder."""
+        ...
+
+
+R = TypeVar("R", bound=Row)
+
+
+@dataclass(frozen=True)
+class Costs(Generic[R]):
+    """Measures what a step of several rows costs, side by side, in about `budget` seconds.
+
+    Args:
+        rows: frozen dataclasses, the baseline first.
+        budget: Default: 20.
+    """
+
+    rows: tuple[R, ...]
+    budget: float = 20.0
+
+    @property
+    def path(self) -> str:
+        """The folder."""
+        return f"{self.rows[0].subject}/costs"
+
+
+def measure_costs(
+    models: Mapping[str, nn.Module],
+    settings: Settings,
+    data: Data,
+    fabric: Fabric,
+    budget: float = 8.0,
+    rounds: tuple[int, int] = (6, 60),
+    warm_up: int = 3,
+) -> dict[str, dict[str, Any]]:
+    """Times forward, backward and update of each model on one batch of the train split, as :func:`measure_steps` does.
+
+    Args:
+        models: by recipe, the baseline first; trained in place.
+        settings: of the comparison.
+        data: the train split gives the batch.
+        fabric: started.
+        budget: seconds to aim at in all. Default: 8.
+        rounds: the fewest and the most. Default: (6, 60).
+        warm_up: steps of each model before. Default: 3.
+
+    Returns:
+        By recipe, as :func:`measure_steps`.
+    """
+    size = min(settings.batch_size, len(data.train)) // fabric.world_size
+    batch = data.train.batch(torch.arange(max(size, 1)), fabric.device)
+    reseed(0, "cost", rank=fabric.global_rank)
+    steps = {}
+    for recipe, model in models.items():
+        placed = place(model, settings, RATE, fabric)
+        placed.wrapped.train()
+        steps[recipe] = Step(partial(train_step, fabric, placed, settings, *batch), placed.model)
+    return measure_steps(steps, fabric.device, budget, rounds, warm_up, fabric.broadcast)
+
+
+def measure_steps(
+    steps: Mapping[str, Step],
+    device: torch.device,
+    budget: float = 8.0,
+    rounds: tuple[int, int] = (6, 60),
+    warm_up: int = 3,
+    agree: Callable[[int], int] = int,
+) -> dict[str, dict[str, Any]]:
+    """Times training steps side by side.
+
+    After a warm-up, each round takes one step of each in an order shuffled anew, so that what slows the machine for a
+    while slows all of them alike; medians and ratios are taken over rounds. On a CPU each step's tensors lie in other
+    places of memory than the last one's: else a step would be faster or slower than its own copy throughout, by up to
+    5 %, for the sets of the cache that its tensors happen to share (Curtsinger and Berger 2013, "Stabilizer"). There the
+    process keeps its memory from one step to the next, as in training (:func:`~normkit.lab.memory.keep_memory`).
+
+    Args:
+        steps: by name, the baseline first.
+        device: where they run.
+        budget: seconds to aim at in all. Default: 8.
+        rounds: the fewest and the most. Default: (6, 60).
+        warm_up: steps of each before. Default: 3.
+        agree: makes one number of rounds of those that the processes would do. Default: there is one process.
+
+    Returns:
+        By name: ``ms_per_step`` (median), ``ms_quartiles``, ``ratio`` (median of a round's time over the baseline's in
+        that round), ``ratio_interval`` (its 95 % interval; None for the baseline and with fewer than 6 rounds),
+        ``mb_per_step`` (10^6 bytes, see :func:`~normkit.lab.memory.peak_bytes`) and ``rounds``.
+    """
+    if device.type == "cpu":
+        keep_memory()
+    memory = {}
+    spent = 0.0
+    for name, step in steps.items():
+        for _ in range(warm_up - 1):
+            step.take()
+        step.clear()
+        memory[name] = peak_bytes(step.take, device)
+        spent += _seconds(step.take, device)
+    count = agree(int(min(max(budget / max(spent, 1e-9), rounds[0]), rounds[1])))
+
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    shuffler = random.Random(0)
+    for _ in range(count):
+        for name in shuffler.sample(list(steps), len(steps)):
+            elsewhere = _blocks(shuffler, device)
+            times[name].append(1e3 * _seconds(steps[name].take, device))
+            del elsewhere
+    base = next(iter(times.values()))
+    ratios = {name: [one / other for one, other in zip(taken, base, strict=True)] for name, taken in times.items()}
+    return {
+        name: {
+            "ms_per_step": median(taken),
+            "ms_quartiles": [quantiles(taken, n=4)[0], quantiles(taken, n=4)[2]],
+            "ratio": median(ratios[name]),
+            "ratio_interval": None if taken is base else median_interval(ratios[name]),
+            "mb_per_step": memory[name] / 1e6,
+            "rounds": count,
+        }
+        for name, taken in times.items()
+    }
+
+
+def _blocks(shuffler: random.Random, device: torch.device) -> list[Tensor]:
+    """Blocks of random sizes; while they are held, what is allocated lies in other places."""
+    return [torch.empty(shuffler.randrange(1, _BLOCK)) for _ in range(4)] if device.type == "cpu" else []
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started

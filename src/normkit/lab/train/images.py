@@ -1,0 +1,208 @@
+"""Classifiers of images in memory, for experiments with many short runs: data, batches, training and accuracy."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normkit.core.errors import OptionError
+from normkit.lab.data.split import Split
+from normkit.lab.seeding import epoch_order
+from normkit.lab.train.walk import Diverged, Walk, device, walk
+
+Images = tuple[Tensor, Tensor]
+CHUNK = 500
+TINY: dict[str, Any] = {"data": "digits", "train": 64, "test": 64, "halve": False, "width": 4, "epochs": 1}  # seconds
+VALIDATED = 500
+LOOK_EVERY = 50  # steps between looks at the loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much is learned, by how wide a network.
+
+    Args:
+        data: as of :func:`load`, which `train`, `test` and `halve` are for too.
+        train: as many images.
+        test: likewise.
+        halve: average 2x2 pixels.
+        width: channels of the network's first layer.
+        epochs: passes over the training images.
+    """
+
+    data: str
+    train: int | None
+    test: int | None
+    halve: bool
+    width: int
+    epochs: int
+
+    def images(self) -> dict[str, Images]:
+        """Reads them."""
+        return load(self.data, self.train, self.test, self.halve)
+
+
+@lru_cache(maxsize=2)
+def load(name: str, train: int | None = None, test: int | None = None, halve: bool = False) -> dict[str, Images]:
+    """Reads images and labels into memory, standardized, without augmentation.
+
+    Args:
+        name: ``"cifar10"``, read from where the environment variable ``NORMKIT_DATA`` says, or ``"digits"``.
+        train: as many training images. Default: None, all.
+        test: as many test images. Default: None, all.
+        halve: average 2x2 pixels. Default: False.
+
+    Returns:
+        Images (n, channels, height, width) and labels (n,), of ``"train"``, ``"val"`` (500 of CIFAR-10 beside a part of train)
+        and ``"test"``, on the accelerator if there is one.
+
+    Raises:
+        OptionError: another name.
+        ProtocolError: the data are missing or damaged.
+
+    >>> {name: tuple(x.shape) for name, (x, _) in load("digits").items()}
+    {'train': (719, 1, 8, 8), 'val': (359, 1, 8, 8), 'test': (719, 1, 8, 8)}
+    """
+    if name == "cifar10":
+        from normkit.lab.data.cifar import cifar10
+
+        data = cifar10(train=train, val=None if train is None else VALIDATED, test=test, augment=False)
+    elif name == "digits":
+        from normkit.lab.data.digits import digits
+
+        data = digits()
+    else:
+        raise OptionError(f"images: there is no data set {name!r}; there are cifar10 and digits")
+    found = {}
+    for part, split, count in (("train", data.train, train), ("val", data.val, None), ("test", data.test, test)):
+        x, y = (whole[:count].to(device()) for whole in _all(split))
+        found[part] = (F.avg_pool2d(x, 2) if halve else x, y)
+    return found
+
+
+class Stream:
+    """Training batches by their number, shuffled anew for each epoch; what does not fill a batch is left out.
+
+    Args:
+        images: and labels.
+        batch: images a batch.
+        seed: of the run.
+        order: ``order(epoch)`` gives the rows of an epoch, counted from 1, as many each time. Default: None, a permutation
+            drawn by the seed.
+
+    Attributes:
+        per_epoch: batches an epoch.
+
+    >>> stream = Stream((torch.arange(5.0), torch.arange(5)), 2, seed=0, order=lambda epoch: torch.arange(5).flip(0))
+    >>> stream.per_epoch, stream(2)
+    (2, (tensor([2., 1.]), tensor([2, 1])))
+    """
+
+    def __init__(self, images: Images, batch: int, seed: int, order: Callable[[int], Tensor] | None = None) -> None:
+        self.images, self.batch = images, batch
+        self.order = order or (lambda epoch: epoch_order(seed, epoch, len(images[0])))
+        self._rows = 1, self.order(1)
+        self.per_epoch = len(self._rows[1]) // batch
+
+    def __call__(self, number: int) -> Images:
+        """Gives a batch of a run, counted from 1."""
+        epoch, place = divmod(number - 1, self.per_epoch)
+        if self._rows[0] != epoch + 1:
+            self._rows = epoch + 1, self.order(epoch + 1)
+        rows = self._rows[1][place * self.batch : (place + 1) * self.batch]
+        return self.images[0][rows], self.images[1][rows]
+
+
+def fit(
+    model: nn.Module,
+    stream: Stream,
+    epochs: int,
+    rate: float,
+    seed: int,
+    folder: Path,
+    before: Callable[[float], None] = lambda part: None,
+    every: int | None = None,
+) -> Walk:
+    """Trains a classifier by SGD with momentum 0.9 and cosine decay of the rate, from its last checkpoint on.
+
+    Args:
+        model: trained in place, and left in training mode.
+        stream: of batches.
+        epochs: how many.
+        rate: at the start.
+        seed: of what the model draws, such as dropout.
+        folder: of the job.
+        before: called before each step with the part of the rate that is left. Default: does nothing.
+        every: steps a row. Default: None, an epoch's.
+
+    Returns:
+        The status, and as rows the mean loss of so many steps.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
+    steps, losses = epochs * stream.per_epoch, Tally()
+    every = every or stream.per_epoch
+    model.train()
+
+    def step(number: int) -> dict[str, float] | None:
+        part = 0.5 * (1 + math.cos(math.pi * (number - 1) / steps))
+        before(part)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * part
+        x, y = stream(number)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.total += loss.detach().double()
+        if number % every and number % LOOK_EVERY:
+            return None
+        if not torch.isfinite(losses.total):
+            raise Diverged
+        return None if number % every else {"loss": losses.empty() / every}
+
+    return walk(folder, steps, {"model": model, "optimizer": optimizer, "losses": losses}, step, seed)
+
+
+class Tally:
+    """A sum that is part of a checkpoint."""
+
+    def __init__(self) -> None:
+        self.total = torch.zeros((), dtype=torch.float64)
+
+    def empty(self) -> float:
+        """Gives the sum and starts anew."""
+        total, self.total = self.total.item(), torch.zeros((), dtype=torch.float64)
+        return total
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sum."""
+        return {"total": self.total}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes a sum."""
+        self.total = state["total"]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Images, batch: int = CHUNK) -> float:
+    """The share of images whose class a model finds, in the mode it is in, in batches of so many in the order they have.
+
+    Args:
+        model: as it is.
+        images: and labels.
+        batch: images a call. Default: 500.
+    """
+    pairs = zip(*(part.split(batch) for part in images), strict=True)
+    return sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs) / len(images[0])
+
+
+def _all(split: Split) -> Images:
+    parts = [split.batch(rows, torch.device("cpu")) for rows in torch.arange(len(split)).split(CHUNK)]
+    inputs = [part for part, _ in parts if isinstance(part, Tensor)]
+    return torch.cat(inputs), torch.cat([labels for _, labels in parts])

@@ -1,0 +1,396 @@
+"""One run: a model trained at one rate with one seed, resumable bit for bit on the CPU."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from normkit.core.errors import RecordError
+from normkit.lab import record, task
+from normkit.lab.data.split import Data, Inputs, Split, take
+from normkit.lab.folder import make, remove
+from normkit.lab.schema import COUNT, NUMBER, POSITIVE, each, fields, maybe, named, one_of
+from normkit.lab.seeding import epoch_order, generator, reseed
+from normkit.lab.settings import Settings
+from normkit.lab.stats import DIVERGED, OK
+from normkit.lab.train.average import Average
+from normkit.lab.train.curves import Curves
+from normkit.lab.train.parallel import Placed, keep_whole, place
+from normkit.lab.train.schedule import rate_at
+
+# A loss is looked at only so often, because looking waits for the device.
+LOOK_EVERY = 20
+CONDITIONS = named(each(maybe(POSITIVE), count=2))  # of each layer, the raw weight's and the effective one's
+METRICS = fields(
+    epoch=COUNT, step=COUNT, rate=NUMBER, train_loss=NUMBER, val_loss=NUMBER, val_score=NUMBER, condition=CONDITIONS
+)
+TIMING = fields(epoch=COUNT, seconds=NUMBER)
+SCORES = ("best_val_score", "val_score", "val_loss", "test_score", "test_loss")
+FINISHED = fields(status=one_of(OK, DIVERGED), epochs=COUNT, steps=COUNT, **dict.fromkeys(SCORES, maybe(NUMBER)))
+CHECKPOINT = ("epoch", "model", "optimizer", "precision", "metrics", "timing")
+
+
+class Judged(NamedTuple):
+    """What a split says of a model: mean loss, score, and the part of targets among its first five classes, where that is one."""
+
+    loss: float
+    score: float
+    top5: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What tells a run from the others of its comparison.
+
+    Args:
+        recipe: canonical.
+        rate: the learning rate at the start.
+        seed: of the initial weights, the order of the data and all else that is random.
+
+    >>> Run("bn+e@first_last", 0.1, 0).path
+    'runs/bn+e@first_last/rate=0.1/seed=0'
+    """
+
+    recipe: str
+    rate: float
+    seed: int
+
+    @property
+    def path(self) -> str:
+        """The folder of the run within that of its comparison."""
+        return f"runs/{quote(self.recipe, safe='+@:,')}/rate={self.rate}/seed={self.seed}"
+
+
+def finished(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Reads the result of a finished run; None where there is work left.
+
+    A run is finished where its configuration, result, metrics and timing are all there.
+
+    Args:
+        folder: of the run.
+        config: what the run must have been made with.
+
+    Raises:
+        UnlikeError: the record is of another configuration.
+        RecordError: the record is damaged.
+    """
+    whole = all((folder / name).exists() for name in ("config.json", "result.json", "metrics.jsonl", "timing.jsonl"))
+    cure = "choose another --output, or --overwrite to train again (the code or data changed)"
+    record.check_config(folder / "config.json", config, cure)
+    if not whole:
+        return None
+    remove(folder / "checkpoint.pt")
+    return read_run(folder)[0]
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Reads the result, the metrics and the timing of a finished run.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        RecordError: one is missing or damaged, or they are not of one run.
+    """
+    result = record.read_json(folder / "result.json", FINISHED)
+    metrics = record.read_lines(folder / "metrics.jsonl", METRICS, "epoch")
+    timing = record.read_lines(folder / "timing.jsonl", TIMING, "epoch")
+    again = f"remove the folder {folder} and give the same command: only this run is trained again"
+    if not len(metrics) == len(timing) == result["epochs"]:
+        raise RecordError(
+            f"{folder} is damaged: its result is of {result['epochs']} epochs, metrics of {len(metrics)}, timing of "
+            f"{len(timing)}; {again}"
+        )
+    if result["status"] == OK and (not metrics or None in [result[key] for key in SCORES]):
+        raise RecordError(f"{folder} is damaged: its result is finished and lacks a score; {again}")
+    return result, metrics, timing
+
+
+def validation(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's result says on validation data, by which rates are chosen (:func:`~normkit.lab.stats.best`)."""
+    names = {"status": "status", "score": "val_score", "loss": "val_loss", "reached": "epochs"}
+    return {name: found[key] for name, key in names.items()}
+
+
+class Trainer:
+    """Trains one run from its beginning or from its last checkpoint.
+
+    Args:
+        run: which.
+        settings: of the comparison.
+        model: with its recipe applied; trained in place.
+        data: checked.
+        fabric: started.
+        folder: of the run; rank zero alone writes there.
+        hashes: of the initial weights and of the order of the data; they go into the result as they are.
+        curves: a folder for TensorBoard. Default: None, no curves.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        settings: Settings,
+        model: nn.Module,
+        data: Data,
+        fabric: Fabric,
+        folder: Path,
+        hashes: Mapping[str, str],
+        curves: Path | None = None,
+    ) -> None:
+        self.run, self.settings, self.data, self.fabric = run, settings, data, fabric
+        self.folder, self.hashes = folder, dict(hashes)
+        self.unsharded = keep_whole(model, settings, fabric)
+        self.placed = place(model, settings, run.rate, fabric)
+        self.average = Average(model, settings.ema) if settings.ema else None
+        # A split smaller than a batch is one batch; each process gets as many samples as the others.
+        self.batch = min(settings.batch_size, len(data.train) // fabric.world_size * fabric.world_size)
+        self.steps = len(data.train) // self.batch
+        self.metrics: list[dict[str, Any]] = []
+        self.timing: list[dict[str, Any]] = []
+        self.curves = Curves(curves) if curves is not None and fabric.is_global_zero else None
+
+    def train(self, on_epoch: Callable[[int, float | None], None] = lambda epoch, score: None) -> dict[str, Any]:
+        """Trains to the end and writes the records.
+
+        Args:
+            on_epoch: called after each epoch, and once for those found done, with the epoch and its validation score.
+
+        Returns:
+            The run's result.
+        """
+        if self.fabric.is_global_zero:
+            make(self.folder)
+        self._resume()
+        if self.curves:
+            self.curves.add(self.metrics)
+        if self.metrics:
+            on_epoch(len(self.metrics), self.metrics[-1]["val_score"])
+        status = OK
+        for epoch in range(len(self.metrics) + 1, self.settings.epochs + 1):
+            if not self._epoch(epoch):
+                status = DIVERGED
+                break
+            on_epoch(epoch, self.metrics[-1]["val_score"])
+        return self._finish(status)
+
+    def _epoch(self, epoch: int) -> bool:
+        started = time.perf_counter()
+        train_loss = self._pass(epoch)
+        self._wait()
+        trained = time.perf_counter()
+        if not math.isfinite(train_loss):
+            return False
+        with self._judged():
+            val_loss, val_score, _ = self.evaluate(self.data.val)
+        if not (math.isfinite(val_loss) and math.isfinite(val_score)):
+            return False
+        last = epoch * self.steps - 1
+        self.metrics.append(
+            {
+                "epoch": epoch,
+                "step": last + 1,
+                "rate": rate_at(self.settings, self.run.rate, last, self.steps * self.settings.epochs),
+                "train_loss": train_loss,
+                "val_loss": val_loss,
+                "val_score": val_score,
+                "condition": self._conditions(),
+            }
+        )
+        self.timing.append(
+            {"epoch": epoch, "seconds": trained - started, "check_seconds": time.perf_counter() - trained}
+        )
+        self._save(epoch)
+        if self.curves:
+            self.curves.add(self.metrics[-1:])
+        return True
+
+    def _pass(self, epoch: int) -> float:
+        fabric, settings = self.fabric, self.settings
+        reseed(self.run.seed, "epoch", epoch, fabric.global_rank)
+        order = epoch_order(self.run.seed, epoch, len(self.data.train))
+        self.placed.wrapped.train()
+        total = torch.zeros((), device=fabric.device)
+        for count in range(self.steps):
+            step = (epoch - 1) * self.steps + count
+            for group in self.placed.optimizer.param_groups:
+                group["lr"] = rate_at(settings, self.run.rate, step, self.steps * settings.epochs)
+            rows = order[count * self.batch : (count + 1) * self.batch]
+            inputs, targets = self.data.train.batch(rows[fabric.global_rank :: fabric.world_size], fabric.device)
+            if self.data.augment is not None:
+                inputs = self._augmented(inputs, epoch, count)
+            # Every process holds all targets, so that none has to ask the others how many of theirs are ignored.
+            whole = task.weight(self.data.train.targets[rows])
+            total += train_step(fabric, self.placed, settings, inputs, targets, whole)
+            if self.average is not None:
+                self.average.update(step + 1)
+            if count % LOOK_EVERY == LOOK_EVERY - 1 and not math.isfinite(self._mean(total)):
+                return math.nan
+        return self._mean(total) / self.steps
+
+    def _augmented(self, inputs: Inputs, epoch: int, count: int) -> Tensor:
+        fabric = self.fabric
+        assert self.data.augment is not None
+        assert isinstance(inputs, Tensor)
+        drawn = generator(self.run.seed, "augment", epoch, count, fabric.global_rank, fabric.device)
+        return self.data.augment(inputs, drawn)
+
+    def evaluate(self, split: Split) -> Judged:
+        """Judges the model on a split, over all processes."""
+        fabric = self.fabric
+        sums = torch.zeros(4, dtype=torch.float64)
+        self.placed.wrapped.eval()
+        with torch.no_grad():
+            for chunk in torch.arange(len(split)).split(4 * self.settings.batch_size):
+                mine = chunk[fabric.global_rank :: fabric.world_size]
+                # Every process calls the model as often as the others, or the others would wait for it for ever.
+                output, targets = self._output(split, mine if len(mine) else chunk[:1])
+                if len(mine):
+                    sums += task.tally(output, targets).cpu()
+        if fabric.world_size > 1:
+            sums = torch.as_tensor(fabric.all_reduce(sums.to(fabric.device), reduce_op="sum")).cpu()
+        return Judged(*task.score(sums, split.targets), task.among_five(sums))
+
+    def _output(self, split: Split, index: Tensor) -> tuple[Any, Tensor]:
+        inputs, targets = split.batch(index, self.fabric.device)
+        return task.call(self.placed.wrapped, arranged(inputs, self.settings)), targets
+
+    def _mean(self, value: Tensor) -> float:
+        if self.fabric.world_size > 1:
+            value = torch.as_tensor(self.fabric.all_reduce(value.clone(), reduce_op="mean"))
+        return float(value)
+
+    def _conditions(self) -> dict[str, list[float | None]]:
+        if not self.settings.condition:
+            return {}
+        from normkit.diagnostics.conditioning import weight_conditions
+
+        with torch.no_grad():
+            found = weight_conditions(self.placed.whole(self.unsharded))
+        # JSON has no infinity: a singular weight has null.
+        return {name: [k if math.isfinite(k) else None for k in pair] for name, pair in found.items()}
+
+    def _wait(self) -> None:
+        if self.fabric.device.type == "cuda":
+            torch.cuda.synchronize(self.fabric.device)
+
+    def _judged(self) -> Any:
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    def _save(self, epoch: int) -> None:
+        state = {
+            "epoch": epoch,
+            **self.placed.state(),
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "metrics": self.metrics,
+            "timing": self.timing,
+        }
+        if self.average is not None:
+            state["average"] = self.average.state()
+        if self.fabric.is_global_zero:
+            record.write_checkpoint(self.folder / "checkpoint.pt", state)
+            self._write_lines()
+
+    def _write_lines(self) -> None:
+        record.write_lines(self.folder / "metrics.jsonl", self.metrics)
+        record.write_lines(self.folder / "timing.jsonl", self.timing)
+
+    def _resume(self) -> None:
+        path, state = self.folder / "checkpoint.pt", None
+        if self.fabric.is_global_zero and path.exists():
+            state = record.read_checkpoint(path, CHECKPOINT)
+        if self.fabric.world_size > 1:
+            state = self.fabric.broadcast(state)
+        if state is None:
+            return
+        self.metrics, self.timing = state["metrics"], state["timing"]
+        self.placed.load(state)
+        if self.average is not None:
+            self.average.load(state["average"])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        if self.fabric.is_global_zero:
+            self._write_lines()
+
+    def _finish(self, status: str) -> dict[str, Any]:
+        test_loss = test_score = top5 = None
+        if status == OK:
+            with self._judged():
+                test_loss, test_score, top5 = self.evaluate(self.data.test)
+            if not (math.isfinite(test_loss) and math.isfinite(test_score)):
+                status, test_loss, test_score, top5 = DIVERGED, None, None, None
+        scores = [row["val_score"] for row in self.metrics]
+        result = {
+            "status": status,
+            "best_val_score": max(scores, default=None),
+            "val_score": scores[-1] if status == OK else None,
+            "val_loss": self.metrics[-1]["val_loss"] if status == OK else None,
+            "test_score": test_score,
+            "test_loss": test_loss,
+            "test_top5": top5,
+            "epochs": len(scores),
+            "steps": len(scores) * self.steps,
+            **self.hashes,
+        }
+        if self.fabric.is_global_zero:
+            self._write_lines()
+            record.write_json(self.folder / "result.json", result)
+            remove(self.folder / "checkpoint.pt")
+        if self.curves:
+            self.curves.close()
+        return result
+
+
+def train_step(
+    fabric: Fabric, placed: Placed, settings: Settings, inputs: Inputs, targets: Tensor, whole: Tensor | None = None
+) -> Tensor:
+    """Runs forward, backward and update on one batch, in as many parts as asked for, and gives the loss on its device.
+
+    Processes average their gradients, so each scales its loss by ``world_size * weight(targets) / whole``: the average is then
+    over targets, as one process takes it, wherever the ignored ones lie.
+
+    Args:
+        fabric: started.
+        placed: model and optimizer.
+        settings: how many parts, label smoothing, clipping.
+        inputs: of the batch, this process's share.
+        targets: of the batch, this process's share.
+        whole: :func:`~normkit.lab.task.weight` of the batch over all processes. Default: None, as much in each as in this one.
+
+    Returns:
+        The loss; its mean over processes is that of the batch.
+    """
+    placed.stepper.zero_grad()
+    inputs = arranged(inputs, settings)
+    parts = torch.arange(len(targets)).chunk(settings.accumulate)
+    whole = (fabric.world_size * task.weight(targets) if whole is None else whole).clamp(min=1)
+    total = None
+    for count, part in enumerate(parts):
+        some = (inputs, targets) if len(parts) == 1 else (take(inputs, part), targets[part])
+        loss = task.loss(task.call(placed.wrapped, some[0]), some[1], settings.label_smoothing)
+        if len(parts) > 1 or fabric.world_size > 1:
+            loss = loss * (fabric.world_size * task.weight(some[1]) / whole)
+        # Gradients are averaged over processes once, with the last part.
+        waits = fabric.world_size > 1 and count < len(parts) - 1
+        with fabric.no_backward_sync(placed.wrapped) if waits else nullcontext():
+            fabric.backward(loss)
+        total = loss.detach() if total is None else total + loss.detach()
+    if settings.clip is not None:
+        # A gradient that is not finite shows in the loss, where it is looked for.
+        fabric.clip_gradients(placed.wrapped, placed.stepper, max_norm=settings.clip, error_if_nonfinite=False)
+    placed.stepper.step()
+    assert total is not None
+    return total
+
+
+def arranged(inputs: Inputs, settings: Settings) -> Inputs:
+    """Puts the channels of images last in memory, where that was asked for."""
+    if settings.channels_last and isinstance(inputs, Tensor) and inputs.ndim == 4:
+        return inputs.contiguous(memory_format=torch.channels_last)
+    return inputs

@@ -1,0 +1,109 @@
+"""Training steps that go on after a stop as if there had been none, for experiments with loops of their own."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from normkit.lab import record
+from normkit.lab.folder import make, remove
+from normkit.lab.memory import keep_memory
+from normkit.lab.seeding import reseed
+from normkit.lab.stats import DIVERGED, OK
+
+CHECKPOINT = "checkpoint.pt"
+PAUSE = 20.0  # seconds between checkpoints
+
+
+class Part(Protocol):
+    """What has a state: a model, an optimizer."""
+
+    def state_dict(self) -> Any:
+        """Gives the state."""
+        ...
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Takes a state."""
+        ...
+
+
+class Diverged(Exception):
+    """Raised by a step whose loss is no longer a number; the walk ends there."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What came of some steps.
+
+    Attributes:
+        status: ``"ok"``, or ``"diverged"`` where a step found no finite loss.
+        steps: done.
+        rows: what steps gave, in order.
+    """
+
+    status: str
+    steps: int
+    rows: list[dict[str, Any]]
+
+
+def walk(
+    folder: Path,
+    steps: int,
+    parts: Mapping[str, Part],
+    step: Callable[[int], Mapping[str, Any] | None],
+    seed: int,
+) -> Walk:
+    """Does steps 1 to `steps`, from the last checkpoint in `folder` on.
+
+    Before each step the global generators are seeded by `seed` and the step's number, so that what a step draws does not depend
+    on where the walk was interrupted.
+
+    Args:
+        folder: of the job.
+        steps: how many.
+        parts: what changes from step to step, by name.
+        step: does one; what it gives, if not None, is kept as a row. It may raise :class:`Diverged`.
+        seed: of what the steps draw.
+
+    Raises:
+        RecordError: the checkpoint is damaged, or the folder not writable.
+    """
+    keep_memory()
+    make(folder)
+    path, done, rows = folder / CHECKPOINT, 0, []
+    if path.exists():
+        state = record.read_checkpoint(path, ("step", "rows", *parts))
+        done, rows = state["step"], state["rows"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    kept = time.monotonic()
+    for number in range(done + 1, steps + 1):
+        reseed(seed, "step", number)
+        try:
+            row = step(number)
+        except Diverged:
+            return Walk(DIVERGED, number, rows)
+        if row is not None:
+            rows.append({"step": number, **row})
+        if time.monotonic() - kept > PAUSE or number == steps:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            record.write_checkpoint(path, {"step": number, "rows": rows, **states})
+            kept = time.monotonic()
+    return Walk(OK, max(steps, done), rows)
+
+
+def forget(folder: Path) -> None:
+    """Removes the checkpoint of a job whose result is about to be written.
+
+    Args:
+        folder: of the job.
+    """
+    remove(folder / CHECKPOINT)
+
+
+def device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
