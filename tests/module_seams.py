@@ -168,13 +168,13 @@ def _(subject: Subject) -> None:
     torch._dynamo.reset()
     # What has operators of its own is followed into its backward pass too; the rest is torch's operators.
     own = subject.is_rule or subject.kind == "weight"
-    compiled = torch.compile(made, fullgraph=True, dynamic=True, backend="aot_eager" if own else "eager")
+    compiled: Any = torch.compile(made, fullgraph=True, dynamic=True, backend="aot_eager" if own else "eager")
     for inputs in sizes(subject):
         near(gradients(compiled, inputs), gradients(fresh, inputs))
     near(list(made.state_dict().values()), list(fresh.state_dict().values()))
     if subject.is_rule and subject.card.running_state:
         with torch.no_grad():
-            near(output(compiled.eval(), *inputs), output(fresh.eval(), *inputs))
+            near(output(compiled.eval(), *subject.inputs()), output(fresh.eval(), *subject.inputs()))
 
 
 @seam("torch.export", is_input_of_networks)

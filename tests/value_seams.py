@@ -296,7 +296,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
         ..., : x.shape[-1]
     ],
     "an input with steps of two": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-    "a negative-bit view": lambda x: torch._neg_view(x),
+    "a negative-bit view": lambda x: torch._neg_view(x),  # pyright: ignore[reportPrivateImportUsage]
 }
 for _name, _change in VIEWS.items():
     seam(_name)(in_views(_change))
