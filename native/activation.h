@@ -14,6 +14,7 @@ namespace curve {
 using lanes::F32;
 using lanes::F64;
 using lanes::I32;
+using lanes::U32;
 
 template <class F> inline F64 each(F64 z, F f) {
     for (int i = 0; i < LANES; ++i) z[i] = f(z[i]);
@@ -35,7 +36,8 @@ inline F32 decay(F32 a, F32 rest) {
                   0.4999998675095297f) *
                      (r * r) +
                  r + 1.0f;
-    I32 power = (reinterpret_cast<I32>(shifted) << 23) + ((127 + 64) << 23);  // 2^(whole + 64): normal for every whole from -150
+    // 2^(whole + 64): normal for every whole from -150. Unsigned, as lanes behind the end of a run may hold anything.
+    U32 power = (reinterpret_cast<U32>(shifted) << 23) + ((127u + 64u) << 23);
     return series * reinterpret_cast<F32>(power) * 5.42101086242752217e-20f;
 }
 inline F32 decay(F32 a) { return decay(a, F32{}); }
