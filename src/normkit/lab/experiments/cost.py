@@ -204,10 +204,10 @@ def tables(result: dict[str, Any]) -> list[Table]:
         base = next(iter(rows))
         columns = [
             "method",
-            "ms a step",
+            "ms per step",
             "quartiles",
             f"ratio to {base} [95 %]",
-            "MB a step",
+            "MB per step",
             "inference ms",
             "folded ms",
         ]

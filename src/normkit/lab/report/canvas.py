@@ -1,17 +1,16 @@
 """What the figures share: the look of a paper, panels, lines, scales and the legend."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from normkit.lab.report.comparison import Comparison, finite
-from normkit.lab.report.curves import curve
-from normkit.lab.report.palette import Style, styles
+from normkit.lab.report.palette import Style
 
 COLUMN = 3.4  # inches: one column of a two-column page
 FULL = 7.0
@@ -61,27 +60,7 @@ def panels(count: int, width: float, height: float, **options: Any) -> tuple[Fig
     return figure, list(axes[0])
 
 
-def looks(comparison: Comparison) -> list[Style]:
-    """The style of each recipe."""
-    return styles(comparison.names, comparison.result["baseline"])
-
-
-def along(axis: Axes, comparison: Comparison, field: str) -> None:
-    """Draws a value of all recipes against epochs: means, ranges, and diverged runs up to where they ended."""
-    for index, (runs, style) in enumerate(zip(comparison.runs, looks(comparison), strict=True)):
-        line = curve(runs, field)
-        axis.fill_between(line.epochs, line.low, line.high, color=style.light, alpha=0.16, linewidth=0)
-        trace(axis, line.epochs, line.mean, style, index)
-        for _, epochs, values in line.lost:
-            axis.plot(epochs, values, color=style.light, linewidth=0.7)
-            axis.plot(epochs[-1:], values[-1:], "x", color=style.light, markersize=5)
-    if not axis.get_lines():
-        blank(axis)
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axis.margins(x=0.02)
-
-
-def trace(axis: Axes, x: list[int], y: list[float], style: Style, index: int) -> None:
+def trace(axis: Axes, x: Sequence[float], y: Sequence[float], style: Style, index: int) -> None:
     """A line with a few markers, at other places for each recipe so that they do not hide one another."""
     every = max(1, len(x) // 5)
     marks: dict[str, Any] = {
@@ -89,7 +68,7 @@ def trace(axis: Axes, x: list[int], y: list[float], style: Style, index: int) ->
         "markersize": 3.2,
         "markevery": (min(index * every // 4, len(x)) % every, every),
     }
-    if x:
+    if len(x):
         axis.plot(x, y, color=style.light, linestyle=style.line, **marks)
 
 
@@ -122,13 +101,12 @@ def log(*axes: Axes, limit: float = math.inf) -> None:
         axis.set_ylim(low / room, high * room)
 
 
-def legend(figure: Figure, comparison: Comparison, note: str = "") -> None:
+def legend(figure: Figure, looks: Sequence[Style], names: Sequence[str], note: str = "") -> None:
     """Names above the panels, where no curve can run into them; `note` names the fine dotted lines."""
     handles = [
-        Line2D([], [], color=style.light, linestyle=style.line, marker=style.marker, markersize=3.6)
-        for style in looks(comparison)
+        Line2D([], [], color=style.light, linestyle=style.line, marker=style.marker, markersize=3.6) for style in looks
     ]
-    labels = [plain(name) for name in comparison.names]
+    labels = list(names)
     if note:
         handles.append(Line2D([], [], color=FAINT, linestyle=DOTTED, linewidth=0.9))
         labels.append(note)
@@ -139,12 +117,6 @@ def legend(figure: Figure, comparison: Comparison, note: str = "") -> None:
     rows = -(-len(labels) // columns)
     figure.set_figheight(figure.get_figheight() + 0.16 * (rows - 1))
     figure.legend(handles, labels, loc="outside upper left", ncols=columns, columnspacing=1.4, borderaxespad=0.2)
-
-
-def gapped(values: Any) -> list[float]:
-    """Numbers with NaN for what is not one, which leaves a gap in a line."""
-    known = map(finite, values or [])
-    return [math.nan if value is None else value for value in known]
 
 
 def plain(text: str) -> str:

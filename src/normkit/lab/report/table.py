@@ -93,9 +93,9 @@ def cost_columns(result: dict[str, Any]) -> list[tuple[str, list[Text]]]:
     return [
         (f"steps\nto {target}", [Text(reached(r, "steps_to_target", "count")) for r in recipes]),
         (f"time\nto {target}", [Text(reached(r, "seconds_to_target", "seconds")) for r in recipes]),
-        ("ms\na step", [Text(number(at(r, "cost.ms_per_step"), "ms")) for r in recipes]),
+        ("ms\nper step", [Text(number(at(r, "cost.ms_per_step"), "ms")) for r in recipes]),
         ("ratio", [Text(number(at(r, "cost.ratio"), "ratio")) for r in recipes]),
-        ("MB\na step", [Text(number(at(r, "cost.mb_per_step"), "mb")) for r in recipes]),
+        ("MB\nper step", [Text(number(at(r, "cost.mb_per_step"), "mb")) for r in recipes]),
         ("condition, end\nfirst / last", [Text(condition(r)) for r in recipes]),
     ]
 

@@ -58,9 +58,9 @@ def time_table(
         )
     columns = [
         "method",
-        "ms a step",
+        "ms per step",
         "ratio [95 %]",
-        "MB a step",
+        "MB per step",
         f"{what} after {length:,} {unit}",
         f"{unit} in {base}'s time",
     ]

@@ -1,0 +1,239 @@
+"""The figures of a comparison as data: what each shows, drawn in files by one module and on the page by another."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from normkit.lab.report.comparison import Comparison, Run, at, finite
+from normkit.lab.report.wording import RESOLVED, number, score_name
+
+ENLARGED = 6  # epochs from which the end is worth a second look
+ROOM = 0.06  # of a panel's height, above and below what is enlarged
+PLACES = {"first": "first layer", "last": "last layer", "mean": "mean over layers"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line.
+
+    Args:
+        recipe: its place among the recipes, which gives colour, marker and dash.
+        x: where.
+        y: None leaves a gap.
+        low: of the band over seeds. Default: no band.
+        high: likewise.
+        kind: ``"mean"``, ``"lost"`` of a seed that diverged, or ``"raw"`` of a weight before its parametrization.
+        seed: of what diverged.
+        epochs: of the points, where x is not the epoch.
+        chosen: the x whose mark is filled, where the others are hollow.
+    """
+
+    recipe: int
+    x: Sequence[float]
+    y: Sequence[float | None]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    kind: str = "mean"
+    seed: int | None = None
+    epochs: Sequence[int] = ()
+    chosen: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A value with its interval.
+
+    Args:
+        recipe: its place among the recipes.
+        value: None where there is none.
+        low: lower end of the interval.
+        high: upper end.
+        each: the values of single seeds.
+        text: the value as it is said.
+    """
+
+    recipe: int
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    each: Sequence[float] = ()
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines against one another, or rows below one another.
+
+    Args:
+        place: its id on the page.
+        x: label of the axis.
+        y: label of the axis.
+        lines: what is drawn.
+        rows: likewise; bars from 0 if `bars`, else marks about 0.
+        bars: see `rows`.
+        title: above it, where there are several.
+        log: of the y axis.
+        limit: values beyond it are cut off. Default: none are.
+        target: a value to be reached, a dotted line.
+        note: in the corner.
+        close: the x range and the y range of what is worth a second look, enlarged.
+        ticks: of the x axis, which is logarithmic then.
+    """
+
+    place: str
+    x: str
+    y: str = ""
+    lines: Sequence[Line] = ()
+    rows: Sequence[Row] = ()
+    bars: bool = False
+    title: str = ""
+    log: bool = False
+    limit: float = inf
+    target: float | None = None
+    note: str = ""
+    close: tuple[tuple[float, float], tuple[float, float]] | None = None
+    ticks: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Panels that belong together.
+
+    Args:
+        name: of its files; empty for what is on the page alone.
+        panels: from left to right.
+    """
+
+    name: str
+    panels: tuple[Panel, ...]
+
+
+def pictures(comparison: Comparison) -> list[Picture]:
+    """Every figure of a comparison."""
+    result = comparison.result
+    score, goal = f"validation {score_name(result)}", finite(at(result, "target.score"))
+    curves, losses = [along(comparison, field) for field in ("val_score", "train_loss")]
+    costs = {"ms_per_step": ("milliseconds", "ms per step", "ms"), "mb_per_step": ("megabytes", "MB per step", "mb")}
+    return [
+        Picture(
+            "validation_score",
+            (Panel("validation", "epoch", score, curves, target=goal, close=close(curves, goal), title="all epochs"),),
+        ),
+        Picture("", (Panel("time", "training time, s", score, against_time(comparison, curves), target=goal),)),
+        Picture("training_loss", (Panel("loss", "epoch", "training loss", losses, log=True),)),
+        Picture("paired_differences", (differences(comparison),)),
+        Picture("learning_rates", (rates(comparison),)),
+        Picture("condition_numbers", tuple(condition(comparison, place) for place in PLACES)),
+        Picture("cost", tuple(cost(comparison, key, *said) for key, said in costs.items())),
+    ]
+
+
+def along(comparison: Comparison, field: str) -> list[Line]:
+    """A logged value ("val_score" or "train_loss") by epoch: mean and range over the seeds, and apart what diverged.
+
+    An epoch counts only where every complete run has the value, so that the mean never jumps because a run left it.
+    """
+    lines = []
+    for place, runs in enumerate(comparison.runs):
+        whole = [dict(zip(run.epochs, getattr(run, field), strict=True)) for run in runs if run.status == "ok"]
+        shared = sorted(set.intersection(*map(set, whole))) if whole else []
+        found = [(epoch, [run[epoch] for run in whole]) for epoch in shared]
+        known = [(epoch, values) for epoch, values in found if None not in values]
+        if known:
+            means = [sum(values) / len(values) for _, values in known]
+            ends = [min(values) for _, values in known], [max(values) for _, values in known]
+            lines.append(Line(place, [epoch for epoch, _ in known], means, *ends))
+        lines += [_lost(place, run, field) for run in runs if run.status != "ok"]
+    return lines
+
+
+def _lost(place: int, run: Run, field: str) -> Line:
+    pairs = [(e, v) for e, v in zip(run.epochs, getattr(run, field), strict=True) if v is not None]
+    return Line(place, [epoch for epoch, _ in pairs], [value for _, value in pairs], kind="lost", seed=run.seed)
+
+
+def against_time(comparison: Comparison, curves: Sequence[Line]) -> list[Line]:
+    """The mean validation score against the mean time spent in training up to that epoch."""
+    lines = []
+    for line in curves:
+        whole = [run for run in comparison.runs[line.recipe] if run.status == "ok"]
+        if line.kind == "mean":
+            count = min([len(run.seconds) for run in whole] + [len(line.x)])
+            passed = [sum(sum(run.seconds[: last + 1]) for run in whole) / len(whole) for last in range(count)]
+            lines.append(Line(line.recipe, passed, line.y[:count], epochs=[int(x) for x in line.x[:count]]))
+    return lines
+
+
+def close(lines: Sequence[Line], goal: float | None) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """The second half of training, where curves lie close; None where training is short."""
+    means = [line for line in lines if line.kind == "mean"]
+    last = max((x for line in means for x in line.x), default=0)
+    late = [
+        end
+        for line in means
+        for x, *ends in zip(line.x, line.low, line.high, strict=True)
+        if x >= last / 2
+        for end in ends
+    ]
+    if last < ENLARGED or not late:
+        return None
+    late += [goal] if goal is not None else []
+    room = ROOM * (max(late) - min(late)) or 0.01
+    return (last / 2, last * 1.01), (min(late) - room, max(late) + room)
+
+
+def differences(comparison: Comparison) -> Panel:
+    """Paired differences from the baseline: mean, interval and each seed."""
+    result, rows = comparison.result, []
+    for place, recipe in enumerate(result["recipes"]):
+        if recipe["recipe"] != result["baseline"]:
+            mean, low, high = (finite(at(recipe, f"paired.{key}")) for key in ("mean", "low", "high"))
+            each = [value for value in map(finite, at(recipe, "paired.differences") or []) if value is not None]
+            rows.append(Row(place, mean, low, high, each))
+    return Panel("differences", f"test {score_name(result)} minus {result['baseline']}'s, same seed", rows=rows)
+
+
+def rates(comparison: Comparison) -> Panel:
+    """The validation score after the last epoch at each rate tried; None where no run came through."""
+    lines, tried = [], set()
+    for place, recipe in enumerate(comparison.result["recipes"]):
+        scores: dict[float, list[float]] = {}
+        for entry in recipe["sweep"]:
+            known = scores.setdefault(float(entry["rate"]), [])
+            if entry["status"] == "ok" and (score := finite(entry.get("val_score"))) is not None:
+                known.append(score)
+        means = [sum(known) / len(known) if known else None for _, known in sorted(scores.items())]
+        lines.append(Line(place, sorted(scores), means, chosen=finite(recipe.get("rate"))))
+        tried |= scores.keys()
+    score = f"validation {score_name(comparison.result)}, last epoch"
+    return Panel("rates", "learning rate", score, lines, ticks=sorted(tried))
+
+
+def condition(comparison: Comparison, place: str) -> Panel:
+    """Condition numbers along training of one layer or of the mean over layers."""
+    lines, beyond, names = [], [], set()
+    for index, recipe in enumerate(comparison.result["recipes"]):
+        found = at(recipe, f"condition.{place}") or {}
+        names.add(str(found.get("name") or ""))
+        raw, effective = ([finite(value) for value in found.get(key) or []] for key in ("raw", "effective"))
+        beyond += [recipe["recipe"]] if any(value and value > RESOLVED for value in effective) else []
+        if raw != effective:
+            lines.append(Line(index, range(1, len(raw) + 1), raw, kind="raw"))
+        lines.append(Line(index, range(1, len(effective) + 1), effective))
+    name = names.pop() if len(names) == 1 else ""
+    note = f"beyond {RESOLVED:.0e}: {', '.join(beyond)}" if beyond else ""
+    title = f"{PLACES[place]}, {name}" if name else PLACES[place]
+    about: dict[str, Any] = {"title": title, "log": True, "limit": RESOLVED, "note": note}
+    return Panel(f"condition-{place}", "epoch", "condition number", lines, **about)
+
+
+def cost(comparison: Comparison, key: str, place: str, label: str, kind: str) -> Panel:
+    """What a step costs, with the quartiles of the time."""
+    rows = []
+    for index, recipe in enumerate(comparison.result["recipes"]):
+        value = finite(at(recipe, f"cost.{key}"))
+        quartiles = at(recipe, "cost.ms_quartiles") if kind == "ms" and value is not None else None
+        low, high = quartiles or (None, None)
+        rows.append(Row(index, value, low, high, text=number(value, kind)))
+    return Panel(place, label, rows=rows, bars=True)
