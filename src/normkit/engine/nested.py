@@ -31,4 +31,4 @@ def split(call: Call) -> Split:
 def perform(call: Call, each: Callable[[Call], Output]) -> Output:
     """Run a call on each tensor inside."""
     parts = [each(call._replace(x=inside[None])).y[0] for inside in call.x.unbind()]
-    return Output(torch.nested.as_nested_tensor(parts, layout=torch.strided))
+    return Output(torch.nested.as_nested_tensor(parts, dtype=call.x.dtype, device=call.x.device, layout=torch.strided))
