@@ -154,6 +154,8 @@ def gradients(
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
+        # Of views: where one input was computed from another, as where a layer runs twice, its gradient must not count that way.
+        inputs = [None if t is None else t.view_as(t) for t in inputs]
         y = definition(*inputs)
     asked = [t for t, wanted in zip(inputs, needed, strict=True) if wanted and t is not None]
     found = iter(torch.autograd.grad(y, asked, dy, create_graph=again))
