@@ -210,7 +210,7 @@ def _(subject: Subject) -> None:
         made.backend = backend
         (x,), leaves = leaves_of(made, subject.inputs())
         y = made(made(x))
-        slopes = torch.autograd.grad((y * directions(y.detach())).sum(), leaves, create_graph=True)
+        slopes = torch.autograd.grad((y.square() * directions(y.detach())).sum(), leaves, create_graph=True)
         return pulled(torch.stack([slope.square().sum() for slope in slopes]), leaves)
 
     near(penalty("auto"), penalty("reference"))
