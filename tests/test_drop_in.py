@@ -171,6 +171,8 @@ def test_wrong_channels_are_refused_as_torch_refuses_them(layer: nn.Module) -> N
 def test_other_refusals() -> None:
     with pytest.raises(RuntimeError, match=r"input of 2x5, wanted one that ends in normalized_shape=4"):
         nk.LayerNorm(4)(torch.zeros(2, 5))
+    with pytest.raises(RuntimeError, match=r"group_norm: 8 channels do not split into num_groups=3 .* 1, 2, 4, 8"):
+        nk.group_norm(torch.ones(2, 8), 3)
     with pytest.raises(ValueError, match=r"GroupNorm: 8 channels do not split into num_groups=3; .* 1, 2, 4, 8"):
         nk.GroupNorm(3, 8)
     with pytest.raises(ValueError, match=r"8 channels do not split .*input 6x8x5x7"):
