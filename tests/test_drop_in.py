@@ -171,6 +171,8 @@ def test_wrong_channels_are_refused_as_torch_refuses_them(layer: nn.Module) -> N
 def test_other_refusals() -> None:
     with pytest.raises(RuntimeError, match=r"input of 2x5, wanted one that ends in normalized_shape=4"):
         nk.LayerNorm(4)(torch.zeros(2, 5))
+    with pytest.raises(RuntimeError, match=r"group_norm: 8 channels do not split into num_groups=3 .* 1, 2, 4, 8"):
+        nk.group_norm(torch.ones(2, 8), 3)
     with pytest.raises(ValueError, match=r"GroupNorm: 8 channels do not split into num_groups=3; .* 1, 2, 4, 8"):
         nk.GroupNorm(3, 8)
     with pytest.raises(ValueError, match=r"8 channels do not split .*input 6x8x5x7"):
@@ -311,6 +313,29 @@ def test_torchs_tools_never_lose_an_activation() -> None:
     assert_close(model(x), before)
     with pytest.raises(AssertionError, match="did not find fuser method"):
         torch.ao.quantization.fuse_modules(model, ["0", "1"])
+
+
+@pytest.mark.parametrize(
+    ("norm", "loses", "fuses"),
+    [
+        (nk.BatchNorm(4, layout="n * c"), "layout='n \\* c'; put normkit's SyncBatchNorm", True),
+        (nk.SyncBatchNorm(4, layout="n * c"), "layout", True),
+        (nk.GhostBatchNorm(4), "its sub-batches", True),
+        (nk.EstBatchNorm(4), "its estimates", True),
+        (nk.BatchChannelNorm(4, 2), "its second step", False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_torchs_tools_refuse_what_they_would_change(norm: Any, loses: str, fuses: bool) -> None:
+    with pytest.raises(nk.SurgeryError, match=f"convert_sync_batchnorm: {type(norm).__name__} would lose {loses}"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(norm))
+    layer, x = nn.Linear(3, 4).eval(), torch.randn(5, 3)
+    if fuses:
+        fused = torch.nn.utils.fusion.fuse_linear_bn_eval(layer, norm.eval())
+        assert_close(fused(x), norm(layer(x)), rtol=1e-4, atol=1e-5)
+    else:
+        with pytest.raises(nk.SurgeryError, match=f"fuse_linear_bn_eval: {type(norm).__name__} would lose {loses}"):
+            torch.nn.utils.fusion.fuse_linear_bn_eval(layer, norm.eval())
 
 
 RANKED = [

@@ -30,7 +30,19 @@ from seam import (
     seam,
     still,
 )
-from subjects import SUBJECTS, Subject, Values, definition, derivatives, directions, gradients, moved, output, pulled
+from subjects import (
+    SUBJECTS,
+    Subject,
+    Values,
+    definition,
+    derivatives,
+    directions,
+    gradients,
+    leaves_of,
+    moved,
+    output,
+    pulled,
+)
 
 # After another call
 
@@ -189,6 +201,19 @@ def hessian(outer: Callable[..., Any], inner: Callable[..., Any]) -> Callable[[S
 for _outer in (jacfwd, jacrev):
     for _inner in (jacfwd, jacrev):
         seam(f"Hessian by {_outer.__name__}({_inner.__name__})", is_exact, _WHOLE)(hessian(_outer, _inner))
+
+
+@seam("second derivatives of a layer that runs twice", lambda subject: subject.is_rule)
+def _(subject: Subject) -> None:
+    def penalty(backend: str) -> list[Tensor]:
+        made = subject.fresh()
+        made.backend = backend
+        (x,), leaves = leaves_of(made, subject.inputs())
+        y = made(made(x))
+        slopes = torch.autograd.grad((y.square() * directions(y.detach())).sum(), leaves, create_graph=True)
+        return pulled(torch.stack([slope.square().sum() for slope in slopes]), leaves)
+
+    near(penalty("auto"), penalty("reference"))
 
 
 # Transforms of functions

@@ -18,6 +18,7 @@ from normkit.core.place import groups
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, divisors, place
+from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import run
 from normkit.engine.layer import check_channels, check_several
 
@@ -25,7 +26,7 @@ _AFFINE = Affine("c")
 _SUPPORT = Support("n c *", over="n *")
 
 
-class EstBatchNorm(Module, nn.modules.batchnorm._BatchNorm):
+class EstBatchNorm(Module, TorchBatchNorm):
     """Normalize each channel by running statistics, in training too, which each batch moves a little beforehand.
 
     mean <- (1 - momentum) mean + momentum E[x],  var <- (1 - momentum) var + momentum E[(x - old mean)^2], without gradient;
@@ -57,6 +58,8 @@ class EstBatchNorm(Module, nn.modules.batchnorm._BatchNorm):
     tensor([[0.6325]])
     """
 
+    in_training = "its estimates; leave the layer out, or replace it by BatchNorm first"
+
     def __init__(
         self,
         num_features: int,
@@ -81,7 +84,7 @@ class EstBatchNorm(Module, nn.modules.batchnorm._BatchNorm):
         return _kept_rules(self, 1)
 
 
-class BatchChannelNorm(Module, nn.modules.batchnorm._BatchNorm):
+class BatchChannelNorm(Module, TorchBatchNorm):
     """Batch normalization, then each sample's channels in groups normalized over a group and all positions.
 
     z = weight * (x - E_c[x]) / sqrt(Var_c[x] + eps) + bias per channel c over the batch, then
@@ -113,6 +116,8 @@ class BatchChannelNorm(Module, nn.modules.batchnorm._BatchNorm):
     tensor([[-1.0000,  1.0000],
             [ 1.0000, -1.0000]])
     """
+
+    always = "its second step, over groups of channels; leave the layer out"
 
     def __init__(
         self,
@@ -217,14 +222,14 @@ def _make_rules(groups: int, eps: float, momentum: float | None) -> tuple[Rule, 
     return Rule(_SUPPORT, statistic, _AFFINE, Running(momentum)), channel
 
 
-def _kept_rules(module: nn.modules.batchnorm._BatchNorm, groups: int) -> tuple[Rule, Rule]:
-    state = groups, module.eps, module.momentum
+def _kept_rules(module: TorchBatchNorm, groups: int) -> tuple[Rule, Rule]:
+    state = groups, module.__dict__["eps"], module.momentum
     if module.__dict__.get("_made_of") != state:
         module.__dict__["_made"], module.__dict__["_made_of"] = _make_rules(*state), state
     return module.__dict__["_made"]
 
 
-def _running(module: nn.modules.batchnorm._BatchNorm) -> RunningStatistics:
+def _running(module: TorchBatchNorm) -> RunningStatistics:
     assert module.running_mean is not None
     assert module.running_var is not None
     return RunningStatistics(module.running_mean, module.running_var, module.num_batches_tracked)

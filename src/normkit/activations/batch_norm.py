@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError, SurgeryError
+from normkit.core.errors import OptionError, ShapeError
 from normkit.core.memory import Running
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
+from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import Activation, Backend, run
 from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
 
@@ -34,30 +34,7 @@ def batch_norm_rule(
     return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
 
 
-class _Eps:
-    """A batch norm's eps, which nobody may read in order to replace the layer by one without its activation.
-
-    Converters and fusers know a batch norm by its attributes, and eps is the one that all of them need; torch gives a module no
-    other say in the matter. Whoever else reads it gets it.
-    """
-
-    def __get__(self, module: Any, owner: type[Any]) -> Any:
-        if module is None:
-            return self
-        if module.activation is not None:
-            reader = sys._getframe(1).f_code.co_name
-            if "fuse" in reader or reader == "convert_sync_batchnorm":
-                raise SurgeryError(
-                    f"{reader}: BatchNorm(activation={module.activation!r}) would lose its activation; set it to None and "
-                    f"put {module.activation} behind the layer as a module of its own"
-                )
-        return module.__dict__["eps"]
-
-    def __set__(self, module: Any, value: float) -> None:
-        module.__dict__["eps"] = value
-
-
-class BatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
+class BatchNorm(Layer, TorchBatchNorm):
     """Normalize each channel over the batch and all positions, for inputs of any rank.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, with E and Var (population) over batch and positions in training, and
@@ -89,7 +66,7 @@ class BatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
     Raises:
         ShapeError: other channels than ``num_features``, a rank that ``spatial`` excludes, or one value per channel in training.
         OptionError: another layout.
-        SurgeryError: a tool reads ``eps`` to replace a layer whose activation it would lose.
+        SurgeryError: a tool of torch would replace the layer, and lose its activation or its layout.
 
     Reference:
         Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift"
@@ -117,15 +94,12 @@ class BatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        self.__dict__["activation"] = None  # torch's constructor sets eps before ours can set it
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.activation, self.spatial = activation, spatial
         if not bias:
             self.register_parameter("bias", None)
         self.layout = layout
         _ = self.rule  # refuses what does not go together now rather than at the first input
-
-    eps: float = _Eps()  # pyright: ignore[reportAssignmentType]
 
     def make_rule(self) -> Rule:
         return batch_norm_rule(self.__dict__["eps"], self.momentum, self.layout)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
@@ -19,6 +19,7 @@ from normkit.core.place import whole_number
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
+from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import Backend, Explanation, explain, run
 from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
 from normkit.engine.sub_batches import run_in_sub_batches
@@ -48,7 +49,7 @@ def ghost_batch_norm_rule(
     return Rule(support, Statistic("mean", "std", eps), Affine("c"), running)
 
 
-class GhostBatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
+class GhostBatchNorm(Layer, TorchBatchNorm):
     """Normalize each channel over the positions of sub-batches of ``ghost_batch_size`` samples, with one weight and bias.
 
     y = weight * (x - E_b[x]) / sqrt(Var_b[x] + eps) + bias, with E_b and Var_b over sub-batch b in training, and running
@@ -96,6 +97,8 @@ class GhostBatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
     tensor([1.1000])
     """
 
+    in_training = "its sub-batches; leave the layer out, or replace it by BatchNorm first"
+
     def __init__(
         self,
         num_features: int,
@@ -121,7 +124,9 @@ class GhostBatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
         _ = self.rule  # refuses what does not go together now rather than at the first input
 
     def make_rule(self) -> Rule:
-        rule = ghost_batch_norm_rule(self.ghost_batch_size, self.eps, self.momentum, self.layout, self.memory)
+        rule = ghost_batch_norm_rule(
+            self.ghost_batch_size, self.__dict__["eps"], self.momentum, self.layout, self.memory
+        )
         self._whole = _whole(rule, self.layout)
         return rule
 

@@ -110,6 +110,8 @@ def group_norm(
 ) -> Tensor:
     """Group normalization as a function, with the arguments of ``torch.nn.functional.group_norm``; see GroupNorm.
 
+    Channels that do not split into the groups raise ShapeError.
+
     >>> group_norm(torch.tensor([[1.0, 3.0, 10.0, 30.0]]), 2)
     tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
     """
@@ -123,8 +125,9 @@ def group_norm(
 
 
 def _check_groups(who: str, groups: int, channels: int, where: str = "") -> None:
+    """Refuse, by the error that torch raises there: of a layer an argument is wrong, of a call the input does not fit."""
     if groups < 1 or channels % groups:
-        raise OptionError(
+        raise (ShapeError if where else OptionError)(
             f"{who}: {channels} channels do not split into num_groups={groups}{where}; "
             f"num_groups must divide {channels}: {divisors(channels)}"
         )

@@ -9,19 +9,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Invariance, Paper
+from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
-from normkit.core.support import show
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support, show
+from normkit.engine.layer import Layer
 
 State = tuple[Tensor, ...]
 
 
-class _Cell(Module):
-    """One step: ``project`` does all that does not depend on the state, so that a layer does it for all steps at once.
+class _Norm(Layer, nn.LayerNorm):
+    """Layer normalization of what a step sums up."""
 
-    The norms are torch's own modules: in a loop over steps what a call costs counts more than a choice of back ends.
-    """
+    def make_rule(self) -> Rule:
+        return Rule(Support("* d", over="d"), Statistic("mean", "std", self.eps), Affine("d"))
+
+
+class _Cell(Module):
+    """One step: ``project`` does all that does not depend on the state, so that a layer does it for all steps at once."""
 
     gates: ClassVar[int]
     states: ClassVar[int] = 1
@@ -37,8 +45,9 @@ class _Cell(Module):
         bound = self.hidden_size**-0.5
         nn.init.uniform_(self.weight_ih, -bound, bound)
         nn.init.uniform_(self.weight_hh, -bound, bound)
+        self.fill(bias=0)
         for norm in self.children():
-            if isinstance(norm, nn.LayerNorm):
+            if isinstance(norm, _Norm):
                 norm.reset_parameters()
 
     def project(self, x: Tensor) -> Tensor:
@@ -62,10 +71,8 @@ class _Cell(Module):
             The next state: h (*, hidden_size), or (h, c) of an LSTM.
         """
         _check(self, input)
-        start = self.start(input) if state is None else state if isinstance(state, tuple) else (state,)
-        after = tuple(
-            each.to(input.dtype) for each in self.step(self.project(input.to(self.weight_ih.dtype)), _like(self, start))
-        )
+        after = self.step(self.project(input.to(self.weight_ih.dtype)), _first(self, input, state))
+        after = tuple(each.to(input.dtype) for each in after)
         return after if self.states > 1 else after[0]
 
     def extra_repr(self) -> str:
@@ -107,7 +114,7 @@ class LayerNormRNNCell(_Cell):
         if nonlinearity not in ("tanh", "relu"):
             raise OptionError(f"LayerNormRNNCell: nonlinearity={nonlinearity!r}; wanted 'tanh' or 'relu'")
         self.nonlinearity = nonlinearity
-        self.norm = nn.LayerNorm(hidden_size, eps, **factory)
+        self.norm = _Norm(hidden_size, eps, **factory)
         self.reset_parameters()
 
     def project(self, x: Tensor) -> Tensor:
@@ -155,15 +162,10 @@ class LayerNormLSTMCell(_Cell):
     ) -> None:
         super().__init__(input_size, hidden_size, eps, **factory)
         self.register_parameter("bias", nn.Parameter(torch.empty(4 * hidden_size, **factory)) if bias else None)
-        self.norm_ih = nn.LayerNorm(4 * hidden_size, eps, **factory)
-        self.norm_hh = nn.LayerNorm(4 * hidden_size, eps, **factory)
-        self.norm_c = nn.LayerNorm(hidden_size, eps, **factory)
+        self.norm_ih = _Norm(4 * hidden_size, eps, **factory)
+        self.norm_hh = _Norm(4 * hidden_size, eps, **factory)
+        self.norm_c = _Norm(hidden_size, eps, **factory)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
     def project(self, x: Tensor) -> Tensor:
         projected = self.norm_ih(F.linear(x, self.weight_ih))
@@ -206,10 +208,10 @@ class LayerNormGRUCell(_Cell):
 
     def __init__(self, input_size: int, hidden_size: int, *, eps: float = 1e-5, **factory: Any) -> None:
         super().__init__(input_size, hidden_size, eps, **factory)
-        self.norm_ih = nn.LayerNorm(2 * hidden_size, eps, **factory)
-        self.norm_hh = nn.LayerNorm(2 * hidden_size, eps, **factory)
-        self.norm_in = nn.LayerNorm(hidden_size, eps, **factory)
-        self.norm_hn = nn.LayerNorm(hidden_size, eps, **factory)
+        self.norm_ih = _Norm(2 * hidden_size, eps, **factory)
+        self.norm_hh = _Norm(2 * hidden_size, eps, **factory)
+        self.norm_in = _Norm(hidden_size, eps, **factory)
+        self.norm_hn = _Norm(hidden_size, eps, **factory)
         self.reset_parameters()
 
     def project(self, x: Tensor) -> Tensor:
@@ -254,18 +256,12 @@ def unroll(input: Tensor, cell: _Cell, state: Any = None, *, mask: Tensor | None
         raise ShapeError(
             f"unroll: got a {mask.dtype} mask of {show(mask.shape)}, wanted torch.bool of {show(input.shape[:-1])}"
         )
-    now = cell.start(input[0]) if state is None else state if isinstance(state, tuple) else (state,)
-    now = _like(cell, now)
+    now = _first(cell, input[0], state)
     outputs = []
     for t, projected in enumerate(cell.project(input.to(cell.weight_ih.dtype)).unbind(0)):
-        after = cell.step(projected, now)
-        if mask is None:
-            now = after
-            outputs.append(now[0])
-            continue
-        here = mask[t].unsqueeze(-1)
-        now = tuple(torch.where(here, new, old) for new, old in zip(after, now, strict=True))
-        outputs.append(torch.where(here, now[0], 0.0))
+        after, here = cell.step(projected, now), None if mask is None else mask[t].unsqueeze(-1)
+        now = after if here is None else tuple(torch.where(here, new, old) for new, old in zip(after, now, strict=True))
+        outputs.append(now[0] if here is None else torch.where(here, now[0], 0.0))
     last = tuple(each.to(input.dtype) for each in now)
     return torch.stack(outputs).to(input.dtype), last if cell.states > 1 else last[0]
 
@@ -356,7 +352,9 @@ def _check(cell: _Cell, x: Tensor) -> None:
         )
 
 
-def _like(cell: _Cell, state: State) -> State:
+def _first(cell: _Cell, x: Tensor, given: Any) -> State:
+    """The state to start from, in the dtype of the cell."""
+    state = cell.start(x) if given is None else given if isinstance(given, tuple) else (given,)
     if len(state) != cell.states or any(each.shape[-1:] != (cell.hidden_size,) for each in state):
         raise ShapeError(
             f"{type(cell).__name__}: got a state of {' and '.join(show(each.shape) for each in state)}, wanted "
@@ -391,12 +389,11 @@ def _card(cell: str, title: str, over: str, formula: str, *invariances: Invarian
     )
 
 
-_RNN = "h' = tanh(LN(W_ih x + W_hh h))"
 _LSTM = "(i, f, g, o) = LN(W_ih x) + LN(W_hh h) + b; h' = sigmoid(o) tanh(LN(c'))"
 _GRU = "(r, z) = LN(W_ih x) + LN(W_hh h); n = tanh(LN(W_in x) + sigmoid(r) LN(W_hn h))"
 _INPUTS: tuple[Invariance, ...] = ("weight scale", "data scale", "sample scale")
 
-CARD_RNN = _card("rnn", "a simple recurrent network", "the summed inputs", _RNN)
+CARD_RNN = _card("rnn", "a simple recurrent network", "the summed inputs", "h' = tanh(LN(W_ih x + W_hh h))")
 CARD_LSTM = _card(
     "lstm", "an LSTM", "all gates together, for input and state apart, and over the cell", _LSTM, *_INPUTS
 )

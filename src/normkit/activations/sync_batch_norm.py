@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
@@ -17,6 +17,7 @@ from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Split, Support, show
+from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import Backend, Explanation, run
 from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
 
@@ -37,7 +38,7 @@ def sync_batch_norm_rule(
     return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
 
 
-class SyncBatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
+class SyncBatchNorm(Layer, TorchBatchNorm):
     """Normalize each channel over the batches of all processes, on any device and backend of torch.distributed.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, with E and Var (population) over the union of the processes' batches in
@@ -47,8 +48,7 @@ class SyncBatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
     DistributedDataParallel wants them. Without a process group, with one process, and in evaluation it is batch normalization.
 
     ``torch.nn.SyncBatchNorm``, but also on CPU: same arguments, defaults and state_dict. Put it in place of channels-last layers
-    by hand, with the same layout: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no layout, and of
-    ``BatchNorm(..., layout="n * c")`` makes a layer that takes axis 1 for the channels.
+    by hand, with the same layout: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no layout, and is refused.
 
     Args:
         num_features: channels C.
@@ -99,7 +99,7 @@ class SyncBatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
         _ = self.rule  # refuses what does not go together now rather than at the first input
 
     def make_rule(self) -> Rule:
-        return sync_batch_norm_rule(self.eps, self.momentum, self.layout, self.track_running_stats)
+        return sync_batch_norm_rule(self.__dict__["eps"], self.momentum, self.layout, self.track_running_stats)
 
     def check(self, input: Tensor) -> None:
         check_channels("SyncBatchNorm", input, self.num_features, "num_features", self.layout)

@@ -85,7 +85,9 @@ def align(layout: str, shape: Sequence[int], part: Tensor) -> Tensor:
     """A view of a part of ``modulation`` that has as many axes as the input."""
     rank, (channel, _) = len(shape), _channel(layout, shape)
     places = {0: (), 1: (channel,), 2: (0, channel), rank: tuple(range(rank))}.get(part.dim())
-    if rank < 2 or places is None or any(part.shape[k] not in (1, shape[d]) for k, d in enumerate(places)):
+    # Not "in (1, size)": a compiler takes two sizes for unlike there, and does not ask whether they are always equal.
+    unlike = places is None or any(part.shape[k] != 1 and part.shape[k] != shape[d] for k, d in enumerate(places))
+    if rank < 2 or places is None or unlike:
         raise ShapeError(
             f"a scale or shift of {show(part.shape)} does not broadcast over an input of {show(shape)} ({layout}); wanted "
             "one value per channel, per sample and channel, or as many axes as the input has, each of its size or 1"

@@ -7,21 +7,22 @@ reaches a user: those calls are refused here and run by the definition, or are w
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normkit.core.memory import RunningStatistics
 from normkit.core.moments import Moments, accumulation_dtype
 from normkit.core.rule import Rule
-from normkit.core.statistic import Statistic
-from normkit.core.support import Split
+from normkit.core.support import Split, place
 from normkit.engine import closed_form
 from normkit.engine.abi import gradients
 from normkit.engine.call import Call, Output, finish, summed
 from normkit.engine.eager import differentiated, recorded
-from normkit.engine.reference import activate
+from normkit.engine.reference import activate, normalize_by
 
 Ready = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 Kernel = Callable[[float, Split], Ready]
@@ -63,33 +64,57 @@ def refusal(call: Call, split: Split) -> str | None:
 def perform(call: Call, split: Split) -> Output:
     """Run a call on torch's kernel; only where ``refusal`` gave None."""
     x, total = summed(call)
-    if not call.own:
-        y, moments = _by_running(call, x), None
-    elif call.wants_moments:
-        y, moments = _measured(call, x, split)
+    found = call.running if not call.own else _room(call, x) if call.wants_moments else None
+    ready = _ready(call, x, split, found)
+    if torch.is_grad_enabled() and not recorded():
+        y: Any = _RightTwice.apply(x, call.weight, call.bias, ready, partial(_define, call, split))
     else:
-        y, moments = _ready(call.rule, x, split)(x, call.weight, call.bias), None
+        y = ready(x, call.weight, call.bias)
+    moments = None
+    if call.own and found is not None:
+        shape, biased = split.statistics_shape, (split.count - 1) / split.count
+        moments = Moments(found.mean.view(shape), (found.var * biased).view(shape), split.count)
     return Output(finish(activate(y, call.activation), call), total, moments)
 
 
-def _ready(rule: Rule, x: Tensor, split: Split) -> Ready:
-    """Torch's fused kernel for a rule on inputs like this one."""
-    kernel = _kernel(rule)
+def _ready(call: Call, x: Tensor, split: Split, found: RunningStatistics | None) -> Ready:
+    """Torch's fused kernel for a call on inputs like this one; batch normalization's takes statistics, or measures them."""
+    kernel = _kernel(call.rule)
     assert kernel is not None
-    ready = kernel(_eps(rule.statistic, x), split)
-    if kernel in (_layer_norm, _over_channels) and torch.is_grad_enabled() and not recorded():
-        return lambda x, weight, bias: _RightTwice.apply(x, weight, bias, ready, rule, split)  # pyright: ignore[reportReturnType]
-    if not _channels_are_last(rule):
+    eps = call.rule.statistic.epsilon(accumulation_dtype(x.dtype))
+    ready = kernel(eps, split) if found is None else _by(found, call.own, eps)
+    if not _channels_are_last(call.rule):
         return ready
     return lambda x, weight, bias: ready(x.movedim(-1, 1), weight, bias).movedim(1, -1)
 
 
+def _room(call: Call, x: Tensor) -> RunningStatistics:
+    """What is to be measured, one number per channel."""
+    channels = x.shape[-1 if _channels_are_last(call.rule) else 1]
+    mean = torch.zeros(channels, dtype=accumulation_dtype(x.dtype), device=x.device)
+    return RunningStatistics(mean, torch.zeros_like(mean))
+
+
+def _define(call: Call, split: Split, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What the kernel computes, differentiable to any order."""
+    rule, parts, running = call.rule, x.reshape(split.shape), call.running
+    if call.own:
+        y = closed_form.normalize(parts, split, rule.statistic)[0]
+        y = y if rule.compensation is None else rule.compensation.apply(y, split, weight, bias)
+    else:
+        assert running is not None
+        assert rule.memory is not None
+        mean, var = (place(value, rule.memory.per, split) for value in (running.mean, running.var))
+        y = normalize_by(rule, parts, split, mean, var, weight, bias)
+    return y.reshape(x.shape).to(x.dtype)
+
+
 class _RightTwice(torch.autograd.Function):
-    """A kernel of torch whose second derivative takes the statistics for constants: its backward goes another way for that."""
+    """A kernel of torch, whose second derivative takes the statistics for constants: its backward goes another way for that."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *tensors, ready, ctx.rule, ctx.split = inputs
+        *tensors, ready, ctx.definition = inputs
         ctx.save_for_backward(*tensors)
         ctx.inner = [None if t is None else t.detach().requires_grad_() for t in tensors]
         with torch.enable_grad():
@@ -100,46 +125,14 @@ class _RightTwice(torch.autograd.Function):
     def backward(ctx: Any, *arrived: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-
-            def definition(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-                y = closed_form.normalize(x.reshape(ctx.split.shape), ctx.split, ctx.rule.statistic)[0]
-                if ctx.rule.compensation is not None:
-                    y = ctx.rule.compensation.apply(y, ctx.split, weight, bias)
-                return y.reshape(x.shape).to(ctx.outer.dtype)
-
-            found = gradients(definition, ctx.saved_tensors, needed, arrived[0])
+            found = gradients(ctx.definition, ctx.saved_tensors, needed, arrived[0])
         else:
             asked = [t for t, wanted in zip(ctx.inner, needed, strict=True) if wanted and t is not None]
             each = iter(torch.autograd.grad(ctx.outer, asked, arrived[0], retain_graph=True))
             found = [
                 next(each) if wanted and t is not None else None for t, wanted in zip(ctx.inner, needed, strict=True)
             ]
-        return *found, None, None, None
-
-
-def _measured(call: Call, x: Tensor, split: Split) -> tuple[Tensor, Moments]:
-    """The output of normalizing over the batch, and the moments."""
-    last = _channels_are_last(call.rule)
-    first = x.movedim(-1, 1) if last else x
-    # With momentum 1 torch's running statistics are the batch's own: the way to have them from its kernel.
-    mean = torch.zeros(first.shape[1], dtype=accumulation_dtype(x.dtype), device=x.device)
-    var = torch.zeros_like(mean)
-    weight, bias = _wide(call.weight), _wide(call.bias)
-    y = F.batch_norm(first, mean, var, weight, bias, True, 1.0, _eps(call.rule.statistic, x))
-    shape, biased = split.statistics_shape, (split.count - 1) / split.count
-    moments = Moments(mean.view(shape), (var * biased).view(shape), split.count)
-    return (y.movedim(1, -1) if last else y), moments
-
-
-def _by_running(call: Call, x: Tensor) -> Tensor:
-    """The output of normalizing by running statistics per channel."""
-    assert call.running is not None
-    last = _channels_are_last(call.rule)
-    first = x.movedim(-1, 1) if last else x
-    mean, var = _wide(call.running.mean), _wide(call.running.var)
-    weight, bias = _wide(call.weight), _wide(call.bias)
-    y = F.batch_norm(first, mean, var, weight, bias, False, 0.0, _eps(call.rule.statistic, x))
-    return y.movedim(1, -1) if last else y
+        return *found, None, None
 
 
 def _channels_are_last(rule: Rule) -> bool:
@@ -166,12 +159,15 @@ def _kernel(rule: Rule) -> Kernel | None:
     return kernel if kind == ("mean", "std") and (compensation is None or compensation.per == per) else None
 
 
-def _eps(statistic: Statistic, x: Tensor) -> float:
-    return statistic.epsilon(accumulation_dtype(x.dtype))
-
-
 def _batch_norm(eps: float, split: Split) -> Ready:
     return lambda x, weight, bias: F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+
+
+def _by(found: RunningStatistics, own: bool, eps: float) -> Ready:
+    """Batch normalization by statistics that are there, or one that writes down its own: with momentum 1, the batch's alone."""
+    mean, var = _wide(found.mean), _wide(found.var)
+    momentum = 1.0 if own else 0.0
+    return lambda x, weight, bias: F.batch_norm(x, mean, var, _wide(weight), _wide(bias), own, momentum, eps)
 
 
 def _wide(value: Tensor | None) -> Tensor | None:

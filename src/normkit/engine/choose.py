@@ -23,7 +23,7 @@ _WHAT = {
     "closed": "PyTorch operators with the backward pass in closed form",
     "aten": "torch's own fused kernel",
     "native": "normkit's fused CPU kernel",
-    "nested": "one call per tensor inside",
+    "nested": "the tensors inside it, as they are",
 }
 _NAMED = ("reference", "closed", "aten", "native")
 
@@ -78,7 +78,7 @@ def choose(call: Call) -> Choice:
         BackendError: the back end asked for can't run this, with the reason.
     """
     x = call.x
-    if x.is_nested and x.layout == torch.strided:
+    if nested.applies(call):
         return Choice(
             "nested",
             "each tensor inside it is normalized by itself",

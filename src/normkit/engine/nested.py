@@ -1,14 +1,28 @@
-"""Rules on strided nested tensors, which have no shape of their own: each tensor inside is normalized by itself."""
+"""Rules on nested tensors, whose shape is no shape of numbers: each tensor inside is normalized by itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from normkit.core.errors import ShapeError
 from normkit.core.support import Split
 from normkit.engine.call import Call, Output
+
+
+def applies(call: Call) -> bool:
+    """Whether a call runs by this file: on strided nested tensors, and on jagged ones each of whose tokens stands by itself."""
+    x, support = call.x, call.rule.support
+    if not x.is_nested or x.layout == torch.strided:
+        return x.is_nested
+    alone = support.names[0] == "*" and "*" not in support.reduced and len(support.groups) <= x.dim() - _ragged(x)
+    return alone and call.residual is None and call.running is None and call.mask is None
+
+
+def _ragged(x: Tensor) -> int:
+    return x._ragged_idx  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def split(call: Call) -> Split:
@@ -24,11 +38,17 @@ def split(call: Call) -> Split:
         )
     if call.residual is not None or call.running is not None or call.mask is not None:
         raise ShapeError("a nested tensor takes no residual, mask or running statistics; give its tensors one by one")
+    if call.x.layout == torch.jagged:
+        return support.split(call.x.values().shape)
     inside = call.x.unbind()
     return support.split(inside[0][None].shape) if inside else Split((), (), ())
 
 
 def perform(call: Call, each: Callable[[Call], Output]) -> Output:
-    """Run a call on each tensor inside."""
+    """Run a call on each tensor inside; on all tokens of a jagged one at once."""
+    x = call.x
+    if x.layout == torch.jagged:
+        y = each(call._replace(x=x.values())).y
+        return Output(torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths(), _ragged(x)))
     parts = [each(call._replace(x=inside[None])).y[0] for inside in call.x.unbind()]
     return Output(torch.nested.as_nested_tensor(parts, dtype=call.x.dtype, device=call.x.device, layout=torch.strided))

@@ -50,13 +50,16 @@ def run_in_sub_batches(
         body -= size
     if mask is not None:
         mask = mask.expand(x.shape)
-    parts = [(rule, 0, body)] if body else []
+    parts = [(rule, body)] if body else []
     if body < batch or batch == 0:
-        parts.append((whole, body, batch))
+        parts.append((whole, batch - body))
+    sizes = [samples for _, samples in parts]
+    # By split, and not at all where there is one part: the gradient of a slice forgets the memory format.
+    pieces = [x] if len(parts) == 1 else x.split(sizes)
+    masks = [None] * len(parts) if mask is None else mask.split(sizes)
     outputs, tables = [], []
-    for part, start, end in parts:
-        here = None if mask is None else mask[start:end]
-        y, found = run_measured(part, x[start:end], weight, bias, mask=here, backend=backend)
+    for (part, _), piece, here in zip(parts, pieces, masks, strict=True):
+        y, found = run_measured(part, piece, weight, bias, mask=here, backend=backend)
         tables.append([_table(value, body // size if part is rule else 1, found.mean) for value in found])
         outputs.append(y)
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
