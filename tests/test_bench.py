@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 pytest.importorskip("matplotlib", reason="the report needs the extra [lab]")
 
 from normkit.cli import app
-from normkit.lab import bench, record, speed
-from normkit.lab.speed import Case
+from normkit.lab import bench, record
+from normkit.lab.bench import speed
+from normkit.lab.bench.speed import Case
 
 
 @pytest.fixture

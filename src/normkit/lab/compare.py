@@ -373,9 +373,9 @@ def reprint(folder: Path, console: Console | None = None) -> None:
 
 
 def _show(result: dict[str, Any], folder: Path, report: bool, console: Console, finished: bool = False) -> None:
-    from normkit.lab.report.table import print_table
+    from normkit.lab.report.table import print_result
 
-    print_table(result, console)
+    print_result(result, console)
     say(console, f"\nresult   {folder / RESULT}")
     if report and finished and not record.writable(folder):
         say(console, f"no report is written: {folder} is only read")

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from normkit.core.card import Paper
 from normkit.lab.say import Terminal, say
-from normkit.lab.sweep import Job, devices, sweep
+from normkit.lab.sweep import Job, hardware_of, sweep
 
 Cell = str | int | float | None
 Scale = Literal["tiny", "small", "full"]
@@ -106,7 +106,7 @@ class Bench:
             RecordError: a folder holds another job's records, is damaged or not writable.
         """
         results = sweep(function, jobs, self.output, threads=self.threads, ray=self.ray, say=self.watch)
-        self.devices |= devices(jobs, self.output)
+        self.devices |= hardware_of(jobs, self.output)
         return results
 
 

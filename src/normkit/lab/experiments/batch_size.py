@@ -66,7 +66,7 @@ JUDGED = 512  # training images by which statistics are estimated anew
 
 
 @dataclass(frozen=True)
-class Job(Size):
+class Training(Size):
     """One training."""
 
     method: str
@@ -100,7 +100,7 @@ def norm(method: str, steps: int) -> Callable[[int], nn.Module]:
     return makers[method.removesuffix("+ws")]
 
 
-def train(job: Job, folder: Path) -> dict[str, Any]:
+def train(job: Training, folder: Path) -> dict[str, Any]:
     """Trains a network and evaluates it."""
     images = job.images()
     stream = Stream(images["train"], job.batch, job.seed)
@@ -125,7 +125,7 @@ def train(job: Job, folder: Path) -> dict[str, Any]:
     return {"status": walked.status, "loss": [row["loss"] for row in walked.rows], "accuracy": found}
 
 
-def judge(model: nn.Module, job: Job, seen: Images, test: Images) -> dict[str, float | None]:
+def judge(model: nn.Module, job: Training, seen: Images, test: Images) -> dict[str, float | None]:
     """Test accuracy as the model is; of batch normalization also with precise statistics and with those of test batches."""
     found: dict[str, float | None] = {"running": accuracy(model.eval(), test)}
     if job.method == "bn":
@@ -145,7 +145,7 @@ def run(bench: Bench) -> dict[str, Any]:
     if bench.download:
         download_missing(size["data"])
     jobs = [
-        Job(method, batch, seed, **size)
+        Training(method, batch, seed, **size)
         for seed in bench.seeds
         for method in METHODS
         for batch in BATCHES[bench.scale]

@@ -56,7 +56,7 @@ METHODS = (*ACTIVATIONS, *WEIGHTS)
 
 
 @dataclass(frozen=True)
-class Job:
+class Measurement:
     """One row."""
 
     method: str
@@ -82,7 +82,7 @@ def draw_images(samples: int = SAMPLES) -> Tensor:
     return torch.randn(samples, CHANNELS, SIDE, SIDE, dtype=torch.float64) + 1
 
 
-def measure(job: Job, folder: Path) -> dict[str, Any]:
+def measure(job: Measurement, folder: Path) -> dict[str, Any]:
     """Measures one method."""
     torch.manual_seed(job.seed)
     layer, x = make(job.method), draw_images()
@@ -203,7 +203,7 @@ def drift(name: str) -> list[float]:
 
 def run(bench: Bench) -> dict[str, Any]:
     """Measures every row, once: nothing here depends on training."""
-    jobs = [Job(name) for name in METHODS]
+    jobs = [Measurement(name) for name in METHODS]
     return {"rows": dict(zip(METHODS, bench.sweep(measure, jobs), strict=True))}
 
 

@@ -50,7 +50,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Job:
+class Descent:
     """One descent: measured along the way at the usual rate, or short at some rate to see whether it learns."""
 
     recipe: str
@@ -84,7 +84,7 @@ def make(recipe: str, hidden: int) -> nn.Sequential:
     return model
 
 
-def descend(job: Job, folder: Path) -> dict[str, Any]:
+def descend(job: Descent, folder: Path) -> dict[str, Any]:
     """Gradient descent on one batch, measured on the way if the job says so."""
     images, labels = load("digits")["train"]
     x = F.avg_pool2d(images[:SAMPLES], 2).flatten(1).double()
@@ -145,10 +145,13 @@ def run(bench: Bench) -> dict[str, Any]:
     """Descends with every recipe, measured, and at every rate."""
     steps = bench.epochs or STEPS[bench.scale]
     rates, hidden = (RATES, HIDDEN) if bench.scale != "tiny" else ((0.3, 1e30), 3)
-    jobs = [Job(recipe, RATE, True, seed, steps, hidden) for seed in bench.seeds for recipe in RECIPES]
+    jobs = [Descent(recipe, RATE, True, seed, steps, hidden) for seed in bench.seeds for recipe in RECIPES]
     short = min(SHORT, steps)
     jobs += [
-        Job(recipe, rate, False, seed, short, hidden) for seed in bench.seeds for recipe in RECIPES for rate in rates
+        Descent(recipe, rate, False, seed, short, hidden)
+        for seed in bench.seeds
+        for recipe in RECIPES
+        for rate in rates
     ]
     done = bench.sweep(descend, jobs)
     keys = ("recipe", "rate", "measured", "seed")

@@ -20,7 +20,7 @@ from normkit.activations.local_response_norm import LocalResponseNorm
 from normkit.catalogue.methods import METHODS, method
 from normkit.core.errors import OptionError
 from normkit.engine.layer import Layer
-from normkit.lab.race import race
+from normkit.lab.bench.race import race
 
 TOKENS = ((4096, 1024), (8192, 4096), (64, 256), (1, 4096))
 SEQUENCES = ((8, 512, 1024), (8, 512, 768), (2, 16, 256))

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from normkit.engine.library import description
 from normkit.lab import record
+from normkit.lab.bench.report import COLUMNS, cells, draw, markdown, replace_section
+from normkit.lab.bench.speed import cases, measure, summary
 from normkit.lab.devices import cores, processor
-from normkit.lab.report.speed import COLUMNS, cells, draw, markdown, replace_section
 from normkit.lab.say import counted, say
 from normkit.lab.schema import ANY, OBJECT, TEXT, each, fields
-from normkit.lab.speed import cases, measure, summary
 
 QUICK_ROUNDS, ROUNDS = 5, 15
 
