@@ -2,7 +2,7 @@
 
 An experiment is one file in ``lab/experiments`` that ends with ``EXPERIMENT = Experiment(...)``. Its ``run``
 gets a :class:`Bench`, makes jobs and gives them to :meth:`Bench.sweep`; its ``tables``, ``figures`` and ``remarks`` are pure
-functions of what ``run`` returned, so that a report can be made anew from the records alone.
+functions of what ``run`` returned, so that a report can be remade from the records alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -121,7 +121,7 @@ class Experiment:
         claim: what the source says, in one sentence.
         paper: the source.
         run: does what is missing and returns the result, which JSON can hold.
-        tables: the source's numbers beside ours, from the result.
+        tables: the source's numbers next to ours, from the result.
         figures: of a result.
         remarks: observations on a result in sentences, with oddities of the source.
         scales: at which it can be run. Default: small and full.

@@ -238,7 +238,7 @@ def _on_ray(
         done: is told of every job done.
 
     Raises:
-        OptionError: Ray is not installed, there is no cluster at the address, or none of its machines has so many cores.
+        OptionError: Ray is not installed, there is no cluster at the address, or none of its machines has that many cores.
         BackendError: the worker of a job was lost again and again; what is done is kept.
     """
 

@@ -74,7 +74,7 @@ def bench(
     result: dict[str, Any] = {}
     say(console, f"{counted(len(chosen), 'cell')}; a ratio is a peer's time over normkit's: above 1, normkit is faster")
     if again:
-        say(console, f"{len(again)} of them measured {when}, printed again; --overwrite measures them anew")
+        say(console, f"{len(again)} of them measured {when}, printed again; --overwrite measures them again")
     for number, case in enumerate(chosen, 1):
         row = known.get(str(case)) or measure(case, rounds, compiled) | {"case": str(case)}
         rows.append(row)

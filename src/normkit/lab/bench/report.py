@@ -76,7 +76,7 @@ def replace_section(path: Path, title: str, text: str) -> None:
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Draws every cell's ratio to eager, a line for each method, forward beside forward and backward."""
+    """Draws every cell's ratio to eager, a line for each method, forward next to forward and backward."""
     return save([Drawing("speed", partial(_figure, result), "")], folder)
 
 

@@ -1,4 +1,4 @@
-"""How fast the layers are: beside torch's own, beside torch.compile of the definition, and beside a copy of the input.
+"""How fast the layers are: against torch's own, torch.compile of the definition, and a copy of the input.
 
 The fraction of the roofline is (useful bytes / bandwidth of a copy of the same size) / time, where the useful bytes of
 a forward pass are one read and one write, and those of a backward pass two reads and one write.

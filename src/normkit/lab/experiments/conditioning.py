@@ -216,9 +216,9 @@ def remarks(result: dict[str, Any]) -> list[str]:
     for base, name in (("none", "plain"), ("bn", "BatchNorm")):
         parts, pair = [], (base, f"{base}+e")
         for key, title in (("used", "κ of the weights"), ("largest", "λ max")):
-            without, withal = (mean(ends(result, recipe, key)) for recipe in pair)
-            if without is not None and withal is not None:
-                parts.append(f"{title} {without:.3g} without E and {withal:.3g} with")
+            without, with_it = (mean(ends(result, recipe, key)) for recipe in pair)
+            if without is not None and with_it is not None:
+                parts.append(f"{title} {without:.3g} without E and {with_it:.3g} with")
         rates = [", ".join(f"{rate:g}" for rate in largest(result, recipe)) for recipe in pair]
         parts.append(f"largest rate that learned, for each seed, {rates[0]} without and {rates[1]} with")
         # A larger rate is worth something only where it leads to a lower loss.
@@ -249,7 +249,7 @@ def verdict(result: dict[str, Any]) -> list[str]:
             found.append(f"{title} at the end in {sum(b < a for a, b in both)} of {len(both)} seeds")
         rates = list(zip(*(largest(result, recipe) for recipe in (base, f"{base}+e")), strict=True))
         found.append(f"larger rates in {sum(b > a for a, b in rates)} of {len(rates)}")
-        said.append(f"Of the claim, with E beside {name}: {', '.join(found)}.")
+        said.append(f"Of the claim, with E on top of {name}: {', '.join(found)}.")
     return said
 
 

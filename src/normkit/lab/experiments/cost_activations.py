@@ -1,4 +1,4 @@
-"""What every activation norm costs in training: time and memory of forward and backward, beside torch's own operator.
+"""What every activation norm costs in training: time and memory of forward and backward, next to torch's own operator.
 
 Each layer of the catalogue runs forward and backward on one tensor, images (32, 64, 32, 32) or tokens (8, 512, 768), all in
 turns in one process; so does torch's own layer where there is one, and a copy of the input as the floor. Time is relative to
@@ -75,7 +75,7 @@ def names(kind: str) -> list[str]:
 
 
 def make(name: str, kind: str, channels: int) -> nn.Module:
-    """The catalogue's layer, with as many groups as torch's has beside it."""
+    """The catalogue's layer, with as many groups as torch's layer."""
     if name == "group_norm":
         from normkit.activations.group_norm import GroupNorm
 

@@ -1,8 +1,8 @@
 """Batch normalization is one function in training and another in evaluation: how far they are apart, and what mends it.
 
 A small network learns CIFAR-10 in batches of 4 and of 32, shuffled or sorted: of two classes a batch, the hard case. Each is
-then evaluated with running statistics, with statistics estimated anew ("precise"), with the test example's own share weighed in,
-and with the statistics of test batches; batch renormalization is trained beside it. What normalized values can be is
+then evaluated with running statistics, with re-estimated statistics ("precise"), with the test example's own share weighed in,
+and with the statistics of test batches; batch renormalization is trained as well. What normalized values can be is
 measured at each layer: within a batch none exceeds sqrt(n - 1), n values a channel; in evaluation there is no bound.
 
 Ours: as in the claim on batch sizes, with one more linear layer of 64 units and a norm before the classifier, whose n is the
@@ -67,7 +67,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 BATCHES = {"tiny": (4, 8), "small": (4, 32), "full": (4, 32)}
 HIDDEN = 64
-JUDGED = 1024  # training images by which statistics are estimated anew
+JUDGED = 1024  # training images on which statistics are re-estimated
 
 
 @dataclass(frozen=True)

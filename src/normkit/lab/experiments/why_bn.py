@@ -246,7 +246,7 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
         Drawing(
             "shift",
             lambda: shift(result),
-            "Training loss (left) beside two measures of covariate shift: the cosine between a layer's gradient before and "
+            "Training loss (left) and two measures of covariate shift: the cosine between a layer's gradient before and "
             "after the layers in front of it take their step, 1 where that changes nothing (middle), and how far one step moves "
             f"the channel means of a layer's input, in standard deviations (right); {SEEDS}. More shift is lower in the middle "
             "and higher on the right: compare its order with that of the losses.",
