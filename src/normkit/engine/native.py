@@ -286,7 +286,7 @@ class _Normalize(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         ready: Prepared,
-        kept: list[Tensor] | None,
+        kept: list[Any] | None,
     ) -> Any:
         y, total, values = _forward(ready, x, weight, bias, residual, 1 + ready.centred if kept is None else 3)
         ctx.ready, ctx.values = ready, values
