@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from seams import CASES, SEAMS  # pyright: ignore[reportMissingImports]
-from subjects import SUBJECTS, Subject  # pyright: ignore[reportMissingImports]
+from seams import CASES, SEAMS
+from subjects import SUBJECTS, Subject
 
 PAGE = Path(__file__).parent.parent / "docs/compatibility.md"
 KINDS = {"layer": "layers", "weight": "weights", "input": "preprocessing"}

@@ -107,7 +107,6 @@ def test_the_compiler_reads_the_mark_that_we_set() -> None:
 
 
 def test_the_table_of_contexts_is_current() -> None:
-    pytest.importorskip("seams")
     compatibility = importlib.import_module("compatibility")
     text = compatibility.PAGE.read_text()
     assert compatibility.with_table(text) == text, "run: python tests/compatibility.py"

@@ -20,7 +20,7 @@ from normkit.core.statistic import Statistic
 from normkit.core.support import Support, divisors, place
 from normkit.engine.dispatch import Backend, Explanation, explain, run, run_measured
 from normkit.engine.layer import Layer, check_channels, check_several
-from normkit.engine.sub_batches import run_in_sub_batches
+from normkit.engine.sub_batches import explain_in_sub_batches, run_in_sub_batches
 
 _LAYOUTS = ("n c *", "n * c")
 
@@ -172,8 +172,7 @@ class BatchGroupNorm(Layer):
         if found is not None and self.num_groups is None:
             found = _pooled(Moments(*(self._rows(value, found.mean) for value in found)))
         else:
-            channels = 1 if self.layout == "n c *" else input.dim() - 1
-            dims = tuple(d for d in range(input.dim()) if d != channels)
+            dims = tuple(d for d in range(input.dim()) if d != (1 if self.layout == "n c *" else input.dim() - 1))
             found = moments(input.detach(), dims, mask)
             if isinstance(found.n, Tensor):  # a channel without elements has no say
                 found = found._replace(mean=torch.where(found.n > 0, found.mean, math.nan))
@@ -190,24 +189,13 @@ class BatchGroupNorm(Layer):
             return replace(found, backend="reference", why=why, formula=CARD_WEIGHING.formula)
         if size is None or size == 1:
             return explain(rule, input, *affine, measured=size is None, backend=self.backend)
-        full = len(input) // size * size if len(input) > size else 0
-        if full and len(input) - full == 1 and whole.support.split(input[:1].shape).count == 1:
-            full -= size  # the last one joins the sub-batch before it
-        if not full:
-            return explain(whole, input, *affine, measured=True, backend=self.backend)
-        found = explain(rule, input[:full], *affine, measured=True, backend=self.backend)
-        rest = len(input) - full
-        return replace(found, why=f"{found.why}; the last {rest} samples are a sub-batch apart") if rest else found
+        return explain_in_sub_batches(rule, whole, size, input, *affine, self.backend)
 
     def _rows(self, value: Tensor | int, like: Tensor) -> Tensor:
-        return (
-            torch.as_tensor(value, dtype=like.dtype, device=like.device)
-            .expand(like.shape)
-            .reshape(-1, self.num_channels)
-        )
+        rows = torch.as_tensor(value, dtype=like.dtype, device=like.device).expand(like.shape)
+        return rows.reshape(-1, self.num_channels)
 
     def extra_repr(self) -> str:
-        """The arguments."""
         text = f"{self.num_channels}, num_groups={self.num_groups}, examples_per_group={self.examples_per_group}"
         text += f", eps={self.eps}, momentum={self.momentum}, affine={self.affine}, alpha={self.alpha}"
         return text + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
@@ -344,9 +332,8 @@ def _example(channels: int) -> BatchGroupNorm:
     return BatchGroupNorm(channels, math.gcd(2, channels), 2)
 
 
-def _build(
-    at: Place,
-) -> BatchGroupNorm:  # by both words: 32x2 are groups of channels and of examples, a number is alpha
+def _build(at: Place) -> BatchGroupNorm:
+    # By both words: 32x2 are groups of channels and of examples, a number is alpha.
     groups, examples, alpha = (at.groups, at.examples, None) if "x" in at.option else (None, None, float(at.option))
     momentum, how = at.momentum_or(0.01), {"bias": at.bias, "layout": at.axes, **at.factory}
     return BatchGroupNorm(at.channels, groups, examples, at.eps, momentum, at.affine, alpha, **how)

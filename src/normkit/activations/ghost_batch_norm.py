@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -22,7 +21,7 @@ from normkit.core.support import Support
 from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import Backend, Explanation, explain, run
 from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
-from normkit.engine.sub_batches import run_in_sub_batches
+from normkit.engine.sub_batches import explain_in_sub_batches, run_in_sub_batches
 
 Memory = Literal["mean", "sequential", "moments"]
 
@@ -166,14 +165,7 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
         rule, size, affine = self.rule, self.ghost_batch_size, (self.weight, self.bias)
         if not self.training and self.running() is not None:
             return explain(self._whole, input, *affine, backend=self.backend)
-        full = len(input) // size * size if len(input) > size else 0
-        if full and len(input) - full == 1 and self._whole.support.split(input[:1].shape).count == 1:
-            full -= size  # the last one joins the sub-batch before it
-        if not full:
-            return explain(self._whole, input, *affine, measured=True, backend=self.backend)
-        found = explain(rule, input[:full], *affine, measured=True, backend=self.backend)
-        rest = len(input) - full
-        return replace(found, why=f"{found.why}; the last {rest} samples are a sub-batch apart") if rest else found
+        return explain_in_sub_batches(rule, self._whole, size, input, *affine, self.backend)
 
     def extra_repr(self) -> str:
         text = (

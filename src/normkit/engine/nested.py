@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def split(call: Call) -> Split:
 
 def perform(call: Call, each: Callable[[Call], Output]) -> Output:
     """Run a call on each tensor inside; on all tokens of a jagged one at once."""
-    x = call.x
+    x: Any = call.x
     if x.layout == torch.jagged:
         y = each(call._replace(x=x.values())).y
         return Output(torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths(), _ragged(x)))  # pyright: ignore[reportAttributeAccessIssue]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from normkit.core.moments import Moments
 from normkit.core.rule import Rule
-from normkit.engine.dispatch import Backend, run_measured
+from normkit.engine.dispatch import Backend, Explanation, explain, run_measured
 
 
 def run_in_sub_batches(
@@ -44,10 +46,7 @@ def run_in_sub_batches(
     >>> found.mean.T, found.n.T
     (tensor([[2., 4.]]), tensor([[2., 3.]]))
     """
-    batch = x.shape[0]
-    body = batch // size * size if batch > size else 0
-    if body and batch - body == 1 and whole.support.split((1, *x.shape[1:])).count == 1:
-        body -= size
+    batch, body = x.shape[0], _body(whole, size, x)
     if mask is not None:
         mask = mask.expand(x.shape)
     parts = [(rule, body)] if body else []
@@ -64,6 +63,25 @@ def run_in_sub_batches(
         outputs.append(y)
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return y, Moments(*(values[0] if len(values) == 1 else torch.cat(values) for values in zip(*tables, strict=True)))
+
+
+def explain_in_sub_batches(
+    rule: Rule, whole: Rule, size: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, backend: Backend
+) -> Explanation:
+    """What ``run_in_sub_batches`` would use, and why; of a batch that does not divide, for its full sub-batches."""
+    body = _body(whole, size, x)
+    if not body:
+        return explain(whole, x, weight, bias, measured=True, backend=backend)
+    found, rest = explain(rule, x[:body], weight, bias, measured=True, backend=backend), len(x) - body
+    return replace(found, why=f"{found.why}; the last {rest} samples are a sub-batch apart") if rest else found
+
+
+def _body(whole: Rule, size: int, x: Tensor) -> int:
+    """How many samples are in sub-batches of the full size."""
+    batch = x.shape[0]
+    body = batch // size * size if batch > size else 0
+    alone = body and batch - body == 1 and whole.support.split((1, *x.shape[1:])).count == 1
+    return body - size if alone else body
 
 
 def _table(value: Tensor | int, rows: int, like: Tensor) -> Tensor:

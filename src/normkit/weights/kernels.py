@@ -116,10 +116,10 @@ def plan_for(
         _GUARDS[statistic.guard],
         statistic.correction,
     )
-    told = (struct.pack("4q2d10i", *nest, eps, factor, *codes, constant, iterations, gain) for gain in (0, 1))
+    raw, gained = (struct.pack("4q2d10i", *nest, eps, factor, *codes, constant, iterations, gain) for gain in (0, 1))
     groups, far, kept, inner = nest
     size, count = math.prod(nest), groups * (far if sets == "near" else kept)
-    return Plan(*told, dtype, (size, count, size, size, count, far, kept * inner, 1 + far + kept * inner))
+    return Plan(raw, gained, dtype, (size, count, size, size, count, far, kept * inner, 1 + far + kept * inner))
 
 
 def plan_over(
