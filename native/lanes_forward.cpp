@@ -30,6 +30,15 @@ void accumulate(const T *x, int64_t pitch, int64_t width, const A *pivot, A *sum
     });
 }
 
+// Whether asked(sum, square) holds for any lane.
+template <class A, class Asked> bool any_lane(const A *sums, const A *squares, int64_t width, Asked &&asked) {
+    Vec<A> found{};
+    for_vectors(width, [&](auto at) {
+        found += at.template fresh<A>(select<A>(asked(at.load(sums), at.load(squares)), splat<A>(1), Vec<A>{}));
+    });
+    return sum_lanes<A>(found) > 0;
+}
+
 // The same for all rows of a block, in double, for squares that float can't hold.
 template <class T, class A = accumulator<T>>
 void accumulate_wide(const T *x, int64_t pitch, int64_t rows, int64_t width, const A *pivot, double *sums, double *squares) {
@@ -73,8 +82,26 @@ template <class A> struct Found {
 // Lanes of one statistic, merged: they all get its moments.
 template <class A> void merge_groups(const Sheet &sheet, Tile tile, A *pivot, A *rest, double *square) {
     if (sheet.plain()) return;
+    auto mean_of = [&](int64_t l) { return double(pivot[l]) + double(rest[l]); };
+    if (sheet.group == 1) {
+        // Lanes of one statistic lie a period apart: all statistics side by side, so that the loops are vectorized.
+        double mean[WIDEST], total[WIDEST];
+        std::fill_n(mean, sheet.period, 0.0);
+        std::fill_n(total, sheet.period, 0.0);
+        auto each_lane = [&](auto &&use) {
+            for (int64_t from = 0; from < sheet.lanes; from += sheet.period)
+                for (int64_t k = 0; k < sheet.period; ++k) use(k, from + k);
+        };
+        each_lane([&](int64_t k, int64_t l) { mean[k] += double(sheet.elements(l)) * mean_of(l); });
+        for (int64_t k = 0; k < sheet.period; ++k) mean[k] /= double(sheet.far);
+        each_lane([&](int64_t k, int64_t l) {
+            double apart = mean_of(l) - mean[k];
+            total[k] += square[l] + double(sheet.elements(l)) * apart * apart;
+        });
+        each_lane([&](int64_t k, int64_t l) { pivot[l] = A(mean[k]), rest[l] = A(mean[k] - double(A(mean[k]))), square[l] = total[k]; });
+        return;
+    }
     sheet.for_sets(tile, [&](auto &&each_lane) {
-        auto mean_of = [&](int64_t l) { return double(pivot[l]) + double(rest[l]); };
         double n = 0, mean = 0, total = 0;
         each_lane([&](int64_t l) {
             double m = double(sheet.elements(tile.first + l));
@@ -217,9 +244,8 @@ private:
                 if (attempt == 2 || n > 0 || !plan.centred || !far_off(sums, squares, rows, width)) break;
                 for (int64_t l = 0; l < width; ++l) found.pivot[l] += sums[l] / A(rows);
             }
-            bool lacks = false;
-            for (int64_t l = 0; l < width; ++l) lacks |= range.lacks(double(squares[l]));
-            if (lacks) {
+            const Vec<A> least = splat<A>(A(range.least)), most = splat<A>(A(range.most));
+            if (any_lane(sums, squares, width, [&](Vec<A>, Vec<A> square) { return (square < least) | (square > most); })) {
                 double wide_sums[ROOM] = {}, wide_squares[ROOM] = {};
                 accumulate_wide(x + at, sheet.lanes, rows, width, found.pivot, wide_sums, wide_squares);
                 found.merge(plan.centred, wide_sums, wide_squares, n, rows, width);
@@ -248,9 +274,10 @@ private:
     // is off by more than this for one lane in ten thousand.
     static bool far_off(const A *sums, const A *squares, int64_t rows, int64_t width) {
         const A each = 1 / A(rows);
-        bool found = false;
-        for (int64_t l = 0; l < width; ++l) found |= sums[l] * sums[l] * each > A(2) * (squares[l] - sums[l] * sums[l] * each);
-        return found;
+        return any_lane(sums, squares, width, [&](Vec<A> sum, Vec<A> square) {
+            Vec<A> lost = sum * sum * each;
+            return lost > 2 * (square - lost);
+        });
     }
 
     void accumulate(const T *p, int64_t rows, int64_t width, const A *pivot, A *sums, A *squares) {
@@ -267,15 +294,17 @@ private:
     // From the moments of lanes to those of their statistics, which are written, and to 1 / scale of each lane.
     void settle(int64_t o, Tile tile, A *pivot, A *rest, double *square, A *inverse) {
         merge_groups(sheet, tile, pivot, rest, square);
-        for (int64_t l = 0; l < tile.width; ++l) square[l] = square[l] < 0 ? 0 : square[l];
+        const int64_t period = std::min(tile.width, sheet.period);  // behind it the same statistics again
+        for (int64_t l = 0; l < period; ++l) square[l] = square[l] < 0 ? 0 : square[l];
         int64_t from = o * plan.kept + tile.first / sheet.group;
         auto put = [&](A *to, auto *of, double share) {
             if (to == nullptr) return;
-            for (int64_t l = 0; l < std::min(tile.width, sheet.period); l += sheet.group) to[from + l / sheet.group] = A(of[l] * share);
+            for (int64_t l = 0; l < period; l += sheet.group) to[from + l / sheet.group] = A(of[l] * share);
         };
         put(call.center, pivot, 1);
         put(call.variance, square, 1 / double(set_size(plan)));
-        inverse_scales(plan, square, inverse, tile.width);
+        inverse_scales(plan, square, inverse, period);
+        for (int64_t l = period; l < tile.width; l += period) std::copy_n(inverse, period, inverse + l);
         put(call.inverse, inverse, 1);
     }
 

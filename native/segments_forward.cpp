@@ -159,18 +159,22 @@ template <class T> class SegmentsForward {
         double first[LANES] = {}, second[LANES] = {};
     };
 
-    // From a set's sums to its scale it is a long way of short steps: sets of one block go it side by side, one in each lane.
+    // Each step from a set's first elements to its scale waits for the one before: sets of one block take every step together, one set in
+    // each lane.
     template <bool CENTRED> void run_small() {
         int64_t size = runs.size(), together = std::max<int64_t>(1, CHUNK / (size * few)) * few;
         for_each((runs.sets + together - 1) / together, [&](int64_t task) {
             for (int64_t set = task * together, end = std::min(runs.sets, set + together); set < end; set += few) {
                 Found found;
                 int64_t n = std::min(few, end - set);
-                for (int64_t i = 0; i < n; ++i) {
-                    auto block = measure_small<CENTRED>(set + i);
-                    found.shift[i] = block.shift, found.first[i] = block.first, found.second[i] = block.second;
+                if (!plan.given) {
+                    for (int64_t i = 0; i < n; ++i) found.shift[i] = begin_small<CENTRED>(set + i);
+                    for (int64_t i = 0; i < n; ++i) {
+                        auto block = measure_small<CENTRED>(set + i, found.shift[i]);
+                        found.shift[i] = block.shift, found.first[i] = block.first, found.second[i] = block.second;
+                    }
+                    settle<CENTRED>(set, n, found);
                 }
-                if (!plan.given) settle<CENTRED>(set, n, found);
                 for (int64_t i = 0; i < n; ++i)
                     apply(set + i, plan.given ? given(set + i) : Map<A>{found.high[i], found.inverse[i], found.low[i]}, 0, size);
             }
@@ -178,12 +182,15 @@ template <class T> class SegmentsForward {
         });
     }
 
-    template <bool CENTRED> Block<A> measure_small(int64_t set) const {
+    template <bool CENTRED> NK_INLINE A begin_small(int64_t set) const {
+        Place at = place_of(plan, whole, set);
+        if (call.residual) add_residuals(at, 0, whole.size());
+        return CENTRED ? shift_of(x + at.x, whole.length) : A(0);
+    }
+
+    template <bool CENTRED> NK_INLINE Block<A> measure_small(int64_t set, A shift) const {
         int64_t size = whole.size();
         Place at = place_of(plan, whole, set);
-        if (plan.given) return {0, 0, 0};
-        if (call.residual) add_residuals(at, 0, size);
-        A shift = CENTRED ? shift_of(x + at.x, whole.length) : A(0);
         if (whole.far > 1) return block_about<CENTRED>(at, 0, size, shift);
         return block_of<A, CENTRED>(size, shift, range, [&](auto &sums, auto about) { sums.add_run(x + at.x, size, about); });
     }
@@ -276,7 +283,8 @@ template <class T> class SegmentsForward {
     }
 
     void apply(int64_t set, Map<A> map, int64_t begin, int64_t end) const {
-        walk(runs, place_of(plan, runs, set), begin, end, [&](const Stretch &s) {
+        // Inlined by force: sets may be so small that a call for each counts.
+        walk(runs, place_of(plan, runs, set), begin, end, [&](const Stretch &s) __attribute__((always_inline)) {
             const A *gain = along(call.weight, s.parameter), *bias = along(call.bias, s.parameter);
             Map<A> mine = map;
             if (!runs.vector) {

@@ -229,18 +229,40 @@ def test_a_row_s_result_does_not_depend_on_how_many_there_are(dtype: torch.dtype
 
 
 @needs_kernels
-def test_running_statistics_keep_what_fits() -> None:
-    for dtype, deviation in ((torch.float16, 200.0), (torch.float16, 1000.0), (torch.bfloat16, 1000.0)):
-        norm = nk.BatchNorm(2).to(dtype)
-        norm.backend = "native"
-        # A cast leaves statistics wide; half ones come by FSDP's buffer_dtype and by load_state_dict(assign=True).
-        norm._buffers.update({key: b.to(dtype) for key, b in norm._buffers.items() if b.is_floating_point()})
-        x = torch.randn(256, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, deviation])
-        norm(x.to(dtype))
-        exact = 0.9 + 0.1 * x.to(dtype).double().var(0)
-        fits = exact < torch.finfo(dtype).max
-        assert norm.running_var is not None
-        # Rounded once to the buffer's dtype; a channel whose result does not fit is left alone.
-        wanted = torch.where(fits, exact, 1.0)
-        assert_close(norm.running_var.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)
-        assert fits[0]
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "deviation"), [(torch.float16, 200), (torch.float16, 1000), (torch.bfloat16, 1000)])
+def test_running_statistics_keep_what_fits(dtype: torch.dtype, deviation: float, kept: torch.dtype) -> None:
+    # A layer keeps float32, whatever it is cast to; a function takes what it is given.
+    running = nk.RunningStatistics(torch.zeros(2, dtype=kept), torch.ones(2, dtype=kept))
+    x = (torch.randn(256, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, deviation])).to(dtype)
+    nk.run(nk.BatchNorm(2).rule, x, running=running, backend="native")
+    exact = 0.9 + 0.1 * x.double().var(0)
+    fits = exact < torch.finfo(kept).max
+    # Blended in float32 and rounded once to the dtype that is kept; a channel whose result does not fit is left alone.
+    wanted = torch.where(fits, exact, 1.0)
+    assert_close(running.var.double(), wanted, rtol=4 * torch.finfo(kept).eps, atol=0)
+    assert fits.tolist() == [True, kept != torch.float16 or deviation < 1000]
+
+
+@needs_kernels
+@pytest.mark.parametrize("channels", [1, 4, 7, 9, 16])
+@pytest.mark.parametrize("training", [True, False])
+def test_sizes_that_do_not_fit_never_reach_a_kernel(training: bool, channels: int) -> None:
+    for made, shape in (
+        (nk.LayerNorm(8), (5, 8)),
+        (nk.RMSNorm(8), (5, 8)),
+        (nk.GroupNorm(2, 8), (5, 8, 3, 3)),
+        (nk.LayerNorm(8, over="c"), (5, 8, 3, 3)),
+        (nk.BatchNorm(8), (5, 8)),
+        (nk.BatchNorm(8), (5, 8, 3, 3)),
+        (nk.InstanceNorm(8, affine=True, track_running_stats=True), (5, 8, 3, 3)),
+    ):
+        x = torch.randn(shape)
+        held = {**dict(made.named_parameters()), **dict(made.named_buffers())}
+        for name in (name for name, tensor in held.items() if tensor.numel() == 8):
+            layer = copy.deepcopy(made).train(training)
+            layer.backend = "native"
+            layer(x)  # what is decided for sizes that fit holds for no others
+            getattr(layer, name).data = torch.ones([channels if size == 8 else size for size in held[name].shape])
+            with pytest.raises(nk.ShapeError):
+                layer(x)
