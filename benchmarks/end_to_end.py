@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 import normkit as nk
 from normkit.engine.library import description
+from normkit.lab.bench.race import race
+from normkit.lab.bench.report import replace_section
 from normkit.lab.devices import cores, processor
 from normkit.lab.models.resnet import resnet18
-from normkit.lab.race import race
-from normkit.lab.report.speed import replace_section
 
 
 class ConvNeXtBlock(nn.Module):

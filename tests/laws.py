@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -83,11 +83,11 @@ def takes(card: Card, backend: str) -> bool:
     return True
 
 
-def on_back_ends() -> list[tuple[Card, str]]:
+def on_back_ends(cards: Iterable[Card] = ACTIVATIONS) -> list[tuple[Card, str]]:
     """Each activation on each back end that runs it; what "auto" would choose is one of them."""
     return [
         (card, backend)
-        for card in ACTIVATIONS
+        for card in cards
         for backend in BACKENDS
         if takes(card, backend) and not (backend == "auto" and takes(card, "reference"))
     ]

@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 pytest.importorskip("matplotlib", reason="the report needs the extra [lab]")
 
 from normkit.cli import app
-from normkit.lab import bench, record, speed
-from normkit.lab.speed import Case
+from normkit.lab import bench, record
+from normkit.lab.bench import speed
+from normkit.lab.bench.speed import Case
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_what_is_printed_again_is_said(tmp_path: Path, measured: list[Case]) -> 
     found = record.read_json(tmp_path / "speed.json")
     record.write_json(tmp_path / "speed.json", {**found, "date": "2001-02-03"})
     count = len(measured)
-    said = "of them measured 2001-02-03, printed again; --overwrite measures them anew"
+    said = "of them measured 2001-02-03, printed again; --overwrite measures them again"
     assert f"{count} {said}" in run("layer_norm")
     assert len(measured) == count
     assert record.read_json(tmp_path / "speed.json")["date"] == "2001-02-03"

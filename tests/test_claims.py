@@ -92,13 +92,15 @@ class Case:
 
 
 CASES = {
-    "batch_size": Case(batch_size.train, batch_size.Job("bcn+ws", 16, 0, **DIGITS), 3),
-    "disparity": Case(disparity.train, disparity.Job("brn", "sorted", 8, 0, **DIGITS), 5),
+    "batch_size": Case(batch_size.train, batch_size.Training("bcn+ws", 16, 0, **DIGITS), 3),
+    "disparity": Case(disparity.train, disparity.Training("brn", "sorted", 8, 0, **DIGITS), 5),
     "pre_post_ln": Case(encoders.train, encoders.Training("text", "post", "ln", "adam 1e-3", True, 0, **ENCODER), 4),
-    "gan": Case(adversarial.play, adversarial.Job("hinge", "sn", 0, 4), 3),
-    "why_bn": Case(why_bn.train, why_bn.Job("noisy", 0.05, True, 0, **{**IMAGES, "train": 128}, steps=4), 3),
-    "conditioning": Case(conditioning.descend, conditioning.Job("bn+e", 0.3, True, 0, 4), 3),
-    "four_benefits": Case(four_benefits.train, four_benefits.Job("wn", 0.1, 10.0, 0, **{**DIGITS, "epochs": 4}), 3),
+    "gan": Case(adversarial.play, adversarial.Game("hinge", "sn", 0, 4), 3),
+    "why_bn": Case(why_bn.train, why_bn.Training("noisy", 0.05, True, 0, **{**IMAGES, "train": 128}, steps=4), 3),
+    "conditioning": Case(conditioning.descend, conditioning.Descent("bn+e", 0.3, True, 0, 4), 3),
+    "four_benefits": Case(
+        four_benefits.train, four_benefits.Training("wn", 0.1, 10.0, 0, **{**DIGITS, "epochs": 4}), 3
+    ),
 }
 
 
@@ -503,7 +505,7 @@ def test_moments_that_move_are_counted_in_deviations() -> None:
 
 @pytest.mark.parametrize("name", blog_table.METHODS)
 def test_measurements_are_as_the_cards_say(name: str, tmp_path: Path) -> None:
-    found, card = blog_table.measure(blog_table.Job(name), tmp_path), method(name)
+    found, card = blog_table.measure(blog_table.Measurement(name), tmp_path), method(name)
     assert (found["batch"] > blog_table.SAME) == card.batch_dependent
     assert found["running"] == card.running_state
     assert (found["evaluation"] <= blog_table.SAME) == card.train_equals_eval

@@ -107,7 +107,7 @@ def test_a_users_words_are_printed_as_they_are(tmp_path: Path) -> None:
         compare(settings, folder, console=console, **given)
     reprint(folder, console)
     for words in (
-        f": 2 recipes, 1 rate, 1 seed, 1 epoch a run; records in {folder}",
+        f": 2 recipes, 1 rate, 1 seed, 1 epoch per run; records in {folder}",
         f"{folder} holds this",
         f"result   {folder}",
         f"report   {folder}",

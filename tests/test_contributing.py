@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 from rich.console import Console
 
+import laws
 import test_laws
 import test_words
 from normkit.catalogue import citation, drawing, entry, methods, page, table
@@ -52,8 +53,12 @@ def laws_for(card: Card) -> Iterator[tuple[str, object, dict[str, object]]]:
         cases: list[dict[str, object]] = [{}]
         for mark in getattr(law, "pytestmark", []):
             argument, values = mark.args[:2]
-            if argument != "card":
+            if argument == ("card", "backend"):
+                cases = [{**case, "backend": backend} for case in cases for _, backend in laws.on_back_ends([card])]
+            elif argument != "card":
                 cases = [{**case, argument: value} for case in cases for value in values]
+            elif isinstance(values, test_laws.Applying) and not values.applies(card):
+                cases = []
         for case in cases:
             yield name, law, {"card": card, **case}
 

@@ -125,6 +125,8 @@ def test_a_compiled_layer_takes_other_sizes_without_a_break(make) -> None:
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("backend", ["reference", "closed", "auto", *(["native"] if library() else [])])
 def test_an_activation_follows_in_the_same_pass(activation: Any, backend: Any) -> None:
+    if backend == "native" and library() is None:
+        pytest.skip("the kernels are not built")
     x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
     after = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh")}
     makers = (nk.BatchNorm(4), nk.GroupNorm(2, 4), nk.InstanceNorm(4, affine=True), nk.LayerNorm(5), nk.RMSNorm(5))
@@ -133,10 +135,7 @@ def test_an_activation_follows_in_the_same_pass(activation: Any, backend: Any) -
         plain = after[activation](norm(x))
         norm.activation = activation
         assert activation in repr(norm)
-        try:
-            fused = norm(x)
-        except nk.BackendError:
-            pytest.skip("the kernels are not built")
+        fused = norm(x)
         assert_close(fused, plain, rtol=1e-10, atol=1e-10)  # float64, the same formulas
         inputs = [x, *norm.parameters()]
         found, wanted = (torch.autograd.grad(y.square().sum(), inputs) for y in (fused, plain))

@@ -23,8 +23,9 @@ from normkit.lab.devices import hardware
 from normkit.lab.experiment import Bench, Scale, Table
 from normkit.lab.experiments import FILES, find_experiment, names
 from normkit.lab.perform import command, perform
-from normkit.lab.report.sheet import cell, facts, is_text, print_sheet, setup, side_by_side
-from normkit.lab.sweep import devices, sweep
+from normkit.lab.report.sheet import facts, print_sheet, setup
+from normkit.lab.report.terminal import cell, is_text, side_by_side
+from normkit.lab.sweep import hardware_of, sweep
 
 
 def bench(folder: Path, scale: Scale = "small", **options: Any) -> Bench:
@@ -176,9 +177,9 @@ def test_the_devices_are_those_of_the_runs(tmp_path: Path, monkeypatch: pytest.M
     job, place = Walk("left", 0), tmp_path / "runs/left/seed=0"
     (place / "result.json").unlink()
     sweep(walk, [job], tmp_path, say=lambda text: None)
-    assert devices([job], tmp_path) == {"GPU A", "GPU B"}
+    assert hardware_of([job], tmp_path) == {"GPU A", "GPU B"}
     record.write_json(place / "timing.json", {"seconds": 1.0})
-    assert devices([job], tmp_path) == set()
+    assert hardware_of([job], tmp_path) == set()
 
 
 def test_what_a_record_without_devices_says(tmp_path: Path) -> None:

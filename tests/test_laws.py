@@ -43,9 +43,17 @@ each_rule = pytest.mark.parametrize("card", RULES, ids=name)
 each_activation = pytest.mark.parametrize("card", ACTIVATIONS, ids=name)
 
 
+class Applying(list[Card]):
+    """The cards to which a law applies, and the test that says so of another card."""
+
+    def __init__(self, applies: Callable[[Card], bool]) -> None:
+        super().__init__(card for card in ACTIVATIONS if applies(card))
+        self.applies = applies
+
+
 def each(applies: Callable[[Card], bool]) -> pytest.MarkDecorator:
     """Every activation to which a law applies."""
-    return pytest.mark.parametrize("card", [card for card in ACTIVATIONS if applies(card)], ids=name)
+    return pytest.mark.parametrize("card", Applying(applies), ids=name)
 
 
 @each_rule

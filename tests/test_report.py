@@ -25,7 +25,7 @@ from normkit.lab.report.figures import draw
 from normkit.lab.report.page import write_page
 from normkit.lab.report.palette import styles
 from normkit.lab.report.series import pictures
-from normkit.lab.report.table import print_table
+from normkit.lab.report.table import print_result
 from normkit.lab.report.wording import cautions, findings, number, verdict
 from normkit.surgery.target import OVER_POSITIONS
 
@@ -35,7 +35,7 @@ ALL_LOST = tuple((recipe, seed) for recipe in ("bn", "bn+ws", "bn+wn", "bn+e") f
 
 def printed(result: dict[str, Any], width: int, encoding: str = "utf-8") -> str:
     buffer = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    print_table(result, Console(file=buffer, width=width))
+    print_result(result, Console(file=buffer, width=width))
     buffer.seek(0)
     return buffer.read()
 

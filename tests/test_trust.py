@@ -238,9 +238,10 @@ def damaged(path: Path) -> Iterator[str]:
     whole = path.read_text()
     try:
         rows = [json.loads(line) for line in whole.splitlines()] if path.suffix == ".jsonl" else json.loads(whole)
-        for place in places(rows):
+        for turn, place in enumerate(places(rows)):
             if path.suffix != ".jsonl" or place:
-                for name, by in DAMAGE.items():
+                # A third of the kinds at each place, others at the next: all are met, and often.
+                for name, by in list(DAMAGE.items())[turn % 3 :: 3]:
                     made = replaced(rows, place, by)
                     lines = map(json.dumps, made) if path.suffix == ".jsonl" else [json.dumps(made)]
                     path.write_text("\n".join(lines) + "\n")
@@ -293,7 +294,7 @@ def test_a_damaged_comparison_is_told_or_does_no_harm(
         else:
             (copied / "result.json").unlink(missing_ok=True)
             refused += told(lambda: compared(copied), path)
-    assert refused > 10
+    assert refused > 5
     assert "\x1b[2J" not in capsys.readouterr().out
 
 
@@ -317,7 +318,7 @@ def test_a_damaged_experiment_is_told_or_does_no_harm(experiment: Path, tmp_path
             refused += told(lambda: performed(folder), path)
             if (folder / "result.json").exists() and name != "result.json":
                 assert record.read_json(folder / "result.json")["result"] == wanted, what
-    assert refused > 30
+    assert refused > 10
 
 
 @pytest.mark.parametrize("name", ["result.json"])

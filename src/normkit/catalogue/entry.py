@@ -137,6 +137,6 @@ def find(name: str, known: Mapping[str, set[str]]) -> str:
     for method, words in known.items():
         by_word |= dict.fromkeys(words - by_word.keys(), method)  # of several methods in one class, the first
     alike = [by_word[word] for word in get_close_matches(wanted, by_word, n=3)]
-    close = list(dict.fromkeys([*alike, *inside]))[:3]
+    close = list(dict.fromkeys(inside or alike))[:3]
     hint = f"did you mean {', '.join([*close[:-2], ' or '.join(close[-2:])])}? " if close else ""
     raise NotationError(f"no method {name!r}; {hint}those that exist: {', '.join(known)}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_legacy_batchedtensor
 
 from normkit.core.errors import BackendError
+from normkit.core.support import show
 from normkit.engine.eager import watched
 from normkit.engine.library import library
 
@@ -37,13 +38,17 @@ _SIGNATURES = {
     "nk_window_sum": "ppp",
 }
 _LETTERS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
-_STATUSES: dict[int, Exception] = {
-    1: MemoryError("no memory is left for the workspace of a normalization kernel"),
-    3: BackendError(
+_STATUSES: dict[int, tuple[type[Exception], str]] = {
+    1: (MemoryError, "no memory is left for the workspace of a normalization kernel"),
+    3: (
+        BackendError,
         "a tensor has no memory behind it, such as a parameter that FSDP has freed; "
-        "call the module through its wrapper, or gather its parameters first"
+        "call the module through its wrapper, or gather its parameters first",
     ),
-    4: BackendError("torch's threads stopped half-way through a normalization kernel; the output holds nothing of use"),
+    4: (
+        BackendError,
+        "torch's threads stopped half-way through a normalization kernel; the output holds nothing of use",
+    ),
 }
 
 
@@ -65,7 +70,8 @@ def checked(status: int) -> None:
         BackendError: a tensor has no memory behind it.
     """
     if status:
-        raise _STATUSES.get(status) or BackendError(f"a kernel returned status {status}; please report this")
+        kind, text = _STATUSES.get(status, (BackendError, f"a kernel returned status {status}; please report this"))
+        raise kind(text)
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -106,6 +112,38 @@ def like(gradient: Tensor, x: Tensor) -> Tensor:
     if gradient.stride() == x.stride() and gradient.dtype == x.dtype and readable(gradient):
         return gradient
     return torch.empty_like(x).copy_(gradient)
+
+
+class Form(NamedTuple):
+    """Shape, strides and dtype of a tensor that a kernel read, for when autograd brings it back."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, t: Tensor) -> Form:
+        """The form of a tensor."""
+        return cls(t.shape, t.stride(), t.dtype)
+
+    def holds(self, t: Tensor) -> bool:
+        """Whether a kernel may read a tensor as one of this form."""
+        return t.shape == self.shape and t.stride() == self.strides and t.dtype == self.dtype and readable(t)
+
+    def restore(self, t: Tensor) -> Tensor:
+        """A tensor in this form: itself where it has it, else a copy, as where hooks on saved tensors changed it.
+
+        Raises:
+            BackendError: it has another shape.
+        """
+        if self.holds(t):
+            return t
+        if t.shape != self.shape:
+            raise BackendError(
+                f"a tensor of shape {show(self.shape)} that was saved for backward came back as {show(t.shape)}; "
+                "check the hooks on saved tensors"
+            )
+        return t.new_empty(0, device="cpu", dtype=self.dtype).new_empty_strided(self.shape, self.strides).copy_(t)
 
 
 class Lanes(NamedTuple):

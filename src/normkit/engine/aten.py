@@ -110,29 +110,23 @@ def _define(call: Call, split: Split, x: Tensor, weight: Tensor | None, bias: Te
 
 
 class _RightTwice(torch.autograd.Function):
-    """A kernel of torch, whose second derivative takes the statistics for constants: its backward goes another way for that."""
+    """A kernel of torch, whose second derivative takes the statistics for constants: its backward goes another way for that.
+
+    Backward runs the kernel again for its own backward pass: a graph kept inside this node would outlive the backward pass, and
+    keep from checkpointing what it holds.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *tensors, ready, ctx.definition = inputs
+        *tensors, ctx.ready, ctx.definition = inputs
         ctx.save_for_backward(*tensors)
-        ctx.inner = [None if t is None else t.detach().requires_grad_() for t in tensors]
-        with torch.enable_grad():
-            ctx.outer = ready(*ctx.inner)
-        return ctx.outer.detach()
+        return ctx.ready(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *arrived: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            found = gradients(ctx.definition, ctx.saved_tensors, needed, arrived[0])
-        else:
-            asked = [t for t, wanted in zip(ctx.inner, needed, strict=True) if wanted and t is not None]
-            each = iter(torch.autograd.grad(ctx.outer, asked, arrived[0], retain_graph=True))
-            found = [
-                next(each) if wanted and t is not None else None for t, wanted in zip(ctx.inner, needed, strict=True)
-            ]
-        return *found, None, None
+        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        function = ctx.definition if torch.is_grad_enabled() else ctx.ready
+        return *gradients(function, tensors, needed, arrived[0]), None, None
 
 
 def _channels_are_last(rule: Rule) -> bool:

@@ -49,7 +49,8 @@ class Call(NamedTuple):
         on more than can be listed. Autocast is not in the key, as the output always has the input's dtype.
         """
         _, x, weight, bias, residual, running, own, mask, activation, measured, backend = self
-        if watched() or not is_plain(x) or mask is not None:
+        others = (weight, bias, residual, *(running or ())[:2])
+        if watched() or mask is not None or not is_plain(x) or not all(t is None or is_plain(t) for t in others):
             return None
         return (
             x.shape,
@@ -69,7 +70,7 @@ class Call(NamedTuple):
 
 
 def _signature(t: Tensor) -> tuple[Any, ...]:
-    return t.shape, t.dtype, t.device, is_plain(t) and t.is_contiguous()
+    return t.shape, t.dtype, t.device, t.is_contiguous()
 
 
 class Output(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -112,8 +112,22 @@ def choose(call: Call) -> Choice:
     raise AssertionError("the definition runs everything")
 
 
+def kept(call: Call, key: tuple[Any, ...] | None) -> Choice:
+    """The choice for a call with this key, kept with its rule for the next one; None keeps nothing."""
+    if key is None:
+        return choose(call)
+    known = call.rule.prepared
+    choice = known.get(key)
+    if choice is None:
+        choice = choose(call)
+        if len(known) >= 256:  # many shapes, as from ragged batches, must not fill memory
+            known.clear()
+        known[key] = choice
+    return choice
+
+
 def _each(call: Call) -> Output:
-    return choose(call).perform(call)
+    return kept(call, call.key()).perform(call)
 
 
 def _native(call: Call, split: Split) -> Callable[[Call], Output] | str:
@@ -130,14 +144,14 @@ def _native(call: Call, split: Split) -> Callable[[Call], Output] | str:
 
 
 def _reason(name: str, found: dict[str, Callable[[Call], Output] | str]) -> str:
-    native, aten = found["native"], found["aten"]
     if name == "native":
-        assert isinstance(native, partial)
-        return f"the reduced axes are a {native.args[0].nest.kind} of its loops"
+        perform = found[name]
+        assert isinstance(perform, partial)
+        return f"the reduced axes are a {perform.args[0].nest.kind} of its loops"
     if name == "aten":
         return "torch has a fused kernel for these axes and this statistic"
     if name == "closed":
-        return f"{native}, and {aten}"
+        return f"{found['native']}, and {found['aten']}"
     if torch.compiler.is_compiling():
         return "the compiler fuses the definition with its neighbours"
     if traced():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from normkit.core.compensation import Affine
@@ -14,7 +12,7 @@ from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
 from normkit.engine.call import Activation, Backend, Call, Output
-from normkit.engine.choose import Choice, Explanation, backends, choose
+from normkit.engine.choose import Choice, Explanation, backends, choose, kept
 
 __all__ = [
     "Activation",
@@ -211,20 +209,6 @@ def perform_by(choice: Choice, call: Call) -> Output:
     if running is not None and memory is not None and call.own and not output.remembered and found is not None:
         memory.update(running, found, choice.split)
     return output
-
-
-def kept(call: Call, key: tuple[Any, ...] | None) -> Choice:
-    """The choice for a call with this key, kept with its rule for the next one; None keeps nothing."""
-    if key is None:
-        return choose(call)
-    known = call.rule.prepared
-    choice = known.get(key)
-    if choice is None:
-        choice = choose(call)
-        if len(known) >= 256:  # many shapes, as from ragged batches, must not fill memory
-            known.clear()
-        known[key] = choice
-    return choice
 
 
 def normalize(

@@ -25,7 +25,7 @@ def _never(*tensors: Any) -> bool:
 def guard(*tensors: Tensor) -> Check:
     """A function of as many tensors that tells whether they are like these; False too where the comparison is missing.
 
-    What forward mode does to a tensor, and which gradients are recorded, it does not see: :func:`calm` does.
+    What forward mode does to a tensor it does not see, as :func:`calm` does. None may be a nested tensor: torch would abort.
 
     >>> check = guard(torch.ones(2, 3))
     >>> check(torch.zeros(2, 3)), check(torch.zeros(3, 2)), check(torch.zeros(2, 3).double())

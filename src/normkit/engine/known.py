@@ -12,37 +12,37 @@ from normkit.engine.call import Call
 from normkit.engine.choose import Choice
 from normkit.engine.guard import Check, guard
 
-Quick = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+Quick = Callable[..., Tensor]
 
 
 class Known(NamedTuple):
     """The choice for a call without mask and residual, for calls of the same layer with the same options.
 
-    Kept for the native back end alone: its choice does not depend on whether gradients are recorded. ``quick`` runs a call
-    without running statistics.
+    Kept for the native back end alone: its choice does not depend on whether gradients are recorded. ``quick`` is the shortest
+    way for a call that remembers nothing; ``given`` says that it takes running statistics.
     """
 
     check: Check
-    tensors: int
+    parts: int
     choice: Choice
     quick: Quick | None
+    given: bool
 
     @classmethod
     def of(cls, call: Call, choice: Choice) -> Known:
         """What is known once a choice was made for a call."""
         tensors = _tensors(call)
-        return cls(guard(*tensors), len(tensors), choice, native.quick(choice.perform, call))
+        return cls(guard(*tensors), len(tensors), choice, native.quick(choice.perform, call), not call.own)
 
-    def fits(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-        """Whether the choice holds for these."""
-        if bias is not None:
-            return weight is not None and self.tensors == 3 and self.check(x, weight, bias)
-        return self.check(x) if weight is None and self.tensors == 1 else self.tensors == 2 and self.check(x, weight)
+    def fits(self, *tensors: Tensor | None) -> bool:
+        """Whether the choice holds for these: input, weight, bias and, where they are given, running statistics."""
+        there = [t for t in tensors if t is not None]
+        return len(there) == self.parts and self.check(*there)
 
     def agrees(self, call: Call) -> bool:
         """Whether the choice holds for this call."""
         tensors = _tensors(call)
-        return len(tensors) == self.tensors and self.check(*tensors)
+        return len(tensors) == self.parts and self.check(*tensors)
 
 
 def _tensors(call: Call) -> list[Tensor]:

@@ -14,8 +14,8 @@ from normkit.core.module import Module
 from normkit.core.rule import Rule
 from normkit.core.support import Support, show
 from normkit.engine.call import Activation, Backend, Call, Output
-from normkit.engine.choose import Explanation
-from normkit.engine.dispatch import explained, kept, perform_by
+from normkit.engine.choose import Explanation, kept
+from normkit.engine.dispatch import explained, perform_by
 from normkit.engine.guard import calm
 from normkit.engine.known import Known
 from normkit.engine.reference import check_activation
@@ -66,12 +66,16 @@ class Layer(Module):
         Raises:
             ShapeError: the input does not fit.
         """
-        known = self.__dict__.get("_known")
-        if known is not None and known.quick is not None and mask is None and calm():
-            parameters = self.__dict__["_parameters"]
-            weight, bias = parameters.get("weight"), parameters.get("bias")
-            if known.fits(input, weight, bias):
-                return known.quick(input, weight, bias)
+        own = self.__dict__
+        if mask is None and "_known" in own and calm() and not input.is_nested:
+            parameters, buffers = own["_parameters"], own["_buffers"]
+            tensors = input, parameters.get("weight"), parameters.get("bias")
+            for known in own["_known"]:
+                if known.quick is None:
+                    continue
+                given = (buffers.get("running_mean"), buffers.get("running_var")) if known.given else ()
+                if known.fits(*tensors, *given):
+                    return known.quick(*tensors, *given)
         return self._perform(self._call(input, mask)).y
 
     def _call(self, input: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Call:
@@ -94,15 +98,30 @@ class Layer(Module):
     def _perform(self, call: Call) -> Output:
         """Run a call, as the last one was run if its tensors were like these."""
         own = self.__dict__
-        known = own.get("_known")
-        if known is not None and call.mask is None and call.residual is None and calm() and known.agrees(call):
-            return perform_by(known.choice, call)
-        if not call.x.is_nested:
-            self.check(call.x)
+        last: tuple[Known, ...] = own.get("_known", ())
+        keeps = call.mask is None and call.residual is None and calm() and not call.x.is_nested
+        if keeps:
+            for known in last:
+                if known.agrees(call):
+                    return perform_by(known.choice, call)
+        self._fits(call.x)
         choice = kept(call, call.key())
-        if choice.backend == "native" and call.mask is None and call.residual is None and calm():
-            own["_known"] = Known.of(call, choice)
+        if keeps and choice.backend == "native":
+            own["_known"] = (Known.of(call, choice), *last[:3])
         return perform_by(choice, call)
+
+    def _fits(self, input: Tensor) -> None:
+        """Refuse an input that does not fit; a strided nested tensor, which has no shape, is judged tensor by tensor."""
+        if not input.is_nested:
+            self.check(input)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self._forget()
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        self._forget()
+        super().register_buffer(name, tensor, persistent)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "activation":
@@ -169,9 +188,8 @@ class Layer(Module):
         Returns:
             The choice with its reason; ``print`` it.
         """
-        call = self._call(input, None)
-        self.check(input)
-        return explained(call)
+        self._fits(input)
+        return explained(self._call(input, None))
 
 
 def _activates(kind: type) -> bool:

@@ -18,7 +18,7 @@ from normkit.core.memory import Running, RunningMoments, RunningStatistics
 from normkit.core.rule import Rule
 from normkit.core.support import Split, place
 from normkit.engine import closed_form
-from normkit.engine.abi import TYPES, checked, gradients, like, plain, pointer
+from normkit.engine.abi import TYPES, checked, gradients, like, pointer
 from normkit.engine.call import Call, Output
 from normkit.engine.eager import watched
 from normkit.engine.guard import calm, guard
@@ -36,18 +36,23 @@ def perform(ready: Prepared, call: Call) -> Output:
     if not measured:
         return Output(y, total)
     memory, running = call.rule.memory, call.running
-    if ready.arrays is not None and running is not None and memory is not None and _known(memory):
+    if ready.arrays is not None and running is not None and memory is not None and _updates(memory):
         _remember(ready, memory, values, running)
         return Output(y, total, remembered=True)
     return Output(y, total, ready.moments(values))
 
 
-def quick(perform: Any, call: Call) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor] | None:
-    """What runs calls like this one by the shortest way, or None where they remember, or tensors must be copied first."""
+def quick(perform: Any, call: Call) -> Callable[..., Tensor] | None:
+    """The shortest way for calls like this one: of input, weight, bias and, where they are given, running mean and variance.
+
+    None where a call remembers, or tensors must be copied first.
+    """
     (ready,) = perform.args
     packed = all(p is None or p.is_contiguous() for p in (call.weight, call.bias))
-    if not call.own or call.running is not None or ready.source is not None or not packed:
+    if ready.source is not None or not packed or (call.own and call.running is not None):
         return None
+    if not call.own:
+        return functools.partial(_by_arrays, ready) if ready.arrays is not None else None
 
     def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if torch.is_grad_enabled() and (
@@ -55,7 +60,7 @@ def quick(perform: Any, call: Call) -> Callable[[Tensor, Tensor | None, Tensor |
             or (weight is not None and weight.requires_grad)
             or (bias is not None and bias.requires_grad)
         ):
-            return _normalize(x, weight, bias, None, ready, None)
+            return _normalize(x, weight, bias, ready)
         return _forward(ready, x, weight, bias, None, 0)[0]
 
     return run
@@ -78,8 +83,10 @@ def normalize(
         or (residual is not None and residual.requires_grad)
     ):
         kept: list[Tensor] = []
-        found = _normalize(x, weight, bias, residual, ready, kept if measured else None)
-        y, total = found if type(found) is tuple else (found, None)
+        if residual is None:
+            y = _normalize(x, weight, bias, ready, kept) if measured else _normalize(x, weight, bias, ready)
+            return y, None, kept[0] if measured else None
+        y, total = _normalize(x, weight, bias, ready, kept if measured else None, residual)
         return y, total, kept[0] if measured else None
     return _forward(ready, x, weight, bias, residual, 3 if measured else 0)
 
@@ -98,17 +105,31 @@ def perform_by(ready: Prepared, call: Call) -> Output:
     """Run a call by running statistics, one for each element of the memory's axes; ``ready`` was prepared for given ones."""
     x, weight, bias, running = _dense(call.x, ready), _packed(call.weight), _packed(call.bias), call.running
     assert running is not None
-    values = torch.empty(2 * ready.nest.statistics, dtype=ready.wide)
     if ready.arrays is not None:
-        start = values.data_ptr()
-        variance = running.var.data_ptr() if ready.rule.statistic.scale is not None else None
-        pointers = running.mean.data_ptr(), variance, start, start + ready.statistic_bytes
-        checked(ready.given(ready.address, ready.arrays, *pointers))
-    else:
-        _fill(ready, values, running)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return Output(_normalize_by(x, weight, bias, values, ready))
-    return Output(_apply(ready, x, weight, bias, values))
+        return Output(_by_arrays(ready, x, weight, bias, running.mean, running.var))
+    values = x.new_empty(2 * ready.nest.statistics, dtype=ready.wide)
+    _fill(ready, values, running)
+    return Output(_by_values(ready, x, weight, bias, values))
+
+
+def _by_arrays(
+    ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor
+) -> Tensor:
+    size = 2 * ready.nest.statistics
+    values = x.new_empty(size, dtype=ready.wide)
+    start = values.data_ptr()
+    variance = var.data_ptr() if ready.scaled else None
+    center = start + ready.statistic_bytes
+    checked(ready.given(ready.address, ready.arrays, mean.data_ptr(), variance, start, center))
+    return _by_values(ready, x, weight, bias, values)
+
+
+def _by_values(ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and (
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    ):
+        return _normalize_by(x, weight, bias, values, ready)
+    return _apply(ready, x, weight, bias, values)
 
 
 def _fill(ready: Prepared, values: Tensor, running: RunningStatistics) -> None:
@@ -124,7 +145,7 @@ def _fill(ready: Prepared, values: Tensor, running: RunningStatistics) -> None:
         inverse.copy_(statistic.guarded(var, power=2).reciprocal())
 
 
-def _known(memory: Running) -> bool:
+def _updates(memory: Running) -> bool:
     """Whether the library knows how to update this memory; a cumulative average counts the batches that it takes, in Python."""
     return type(memory) in (Running, RunningMoments) and memory.momentum is not None
 
@@ -152,18 +173,18 @@ def _packed(parameter: Tensor | None) -> Tensor | None:
 
 
 def _forward(
-    ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, kept: int
+    ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rows: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The output, the sum with the residual, and as many rows of what was measured as are to be kept."""
     y = torch.empty_like(x)
     total = None if residual is None else torch.empty_like(x)
     values = inverse = center = variance = None
-    if kept:
-        size = kept * ready.nest.statistics
-        values = x.new_empty(size) if x.dtype is ready.wide else torch.empty(size, dtype=ready.wide)
+    if rows:
+        size = rows * ready.nest.statistics
+        values = x.new_empty(size, dtype=ready.wide)
         inverse = values.data_ptr()
-        center = inverse + ready.statistic_bytes if kept > 1 else None
-        variance = inverse + 2 * ready.statistic_bytes if kept > 2 else None
+        center = inverse + ready.statistic_bytes if rows > 1 else None
+        variance = inverse + 2 * ready.statistic_bytes if rows > 2 else None
     status = ready.forward(
         ready.address,
         x.data_ptr(),
@@ -277,40 +298,44 @@ def _differentiable(
 
 
 class _Normalize(torch.autograd.Function):
-    # A forward with ctx, not setup_context, and statistics on ctx: for small inputs the alternatives cost more than the kernel.
+    # For small inputs the way through autograd costs more than the kernel. So: a forward with ctx, not setup_context; statistics
+    # on ctx and in a list, not among the outputs; and no argument that a call does without.
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        residual: Tensor | None,
         ready: Prepared,
-        kept: list[Any] | None,
+        kept: list[Tensor] | None = None,
+        residual: Tensor | None = None,
     ) -> Any:
         y, total, values = _forward(ready, x, weight, bias, residual, 1 + ready.centred if kept is None else 3)
         ctx.ready, ctx.values = ready, values
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if total is None else total, weight, bias)
         if kept is not None:
-            kept.append(values)  # beside the outputs: for a small batch another output costs more than the kernel
+            assert values is not None
+            kept.append(values)
         return y if total is None else (y, total)
 
     @staticmethod
     def backward(ctx: Any, *arrived: Tensor | None) -> tuple[Tensor | None, ...]:
         ready, (x, weight, bias), needs = ctx.ready, ctx.saved_tensors, ctx.needs_input_grad
-        if len(arrived) == 1 and _is_usual(ready, arrived[0], x):
+        if len(arrived) == 1 and _is_usual(ready, arrived[0], x, weight, bias):
             found = _backward(ready, arrived[0], None, x, weight, bias, ctx.values, needs)
-            return *found, None, None, None
+            return found + (None,) * (len(needs) - 3)
         dy, dsum = (*arrived, None)[:2]
-        wanted = (needs[0] or needs[3], needs[1], needs[2])
+        summed = len(needs) == 6 and needs[5]
+        wanted = (needs[0] or summed, needs[1], needs[2])
         if torch.is_grad_enabled() or not _arrives_plainly(dy, dsum):
             found = _differentiable(ready, dy, dsum, (x, weight, bias), None, wanted)
         else:
-            dy, dsum = _like(dy, x), _like(dsum, x)
-            found = _backward(ready, dy, dsum, x, weight, bias, ctx.values, wanted)
+            x, weight, bias = _restored(ready, x, weight, bias)
+            found = _backward(ready, _like(dy, x), _like(dsum, x), x, weight, bias, ctx.values, wanted)
         dx = found[0]
-        return dx if needs[0] else None, found[1], found[2], dx if needs[3] else None, None, None
+        gradients = (dx if needs[0] else None, found[1], found[2], None, None, dx if summed else None)
+        return gradients[: len(needs)]
 
 
 class _NormalizeBy(torch.autograd.Function):
@@ -329,6 +354,7 @@ class _NormalizeBy(torch.autograd.Function):
         if torch.is_grad_enabled() or not _arrives_plainly(arrived[0]):
             found = _differentiable(ctx.ready, arrived[0], None, (x, weight, bias), ctx.values, wanted)
         else:
+            x, weight, bias = _restored(ctx.ready, x, weight, bias)
             dy = _like(arrived[0], x)
             found = _backward(ctx.ready, dy, None, x, weight, bias, ctx.values, wanted)
         return *found, None, None
@@ -338,13 +364,27 @@ def _like(gradient: Tensor | None, x: Tensor) -> Tensor | None:
     return None if gradient is None else like(gradient, x)
 
 
-def _is_usual(ready: Prepared, dy: Tensor | None, x: Tensor) -> bool:
-    """Whether a gradient lies in memory as the input does, with nothing at work that a kernel would hide from: one comparison."""
+def _is_usual(ready: Prepared, dy: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether a kernel may read a gradient and the tensors that were saved as they are: one comparison, once it was so."""
     if dy is None or torch.is_grad_enabled() or not calm():
         return False
-    if ready.arrives is None and plain(dy) and dy.stride() == x.stride() and dy.dtype == x.dtype:
-        ready.arrives = guard(dy)
-    return ready.arrives is not None and ready.arrives(dy)
+    tensors = [t for t in (dy, x, weight, bias) if t is not None]
+    if ready.arrives is not None and ready.arrives(*tensors):
+        return True
+    parameters = all(p is None or (ready.parameter is not None and ready.parameter.holds(p)) for p in (weight, bias))
+    if watched() or not parameters or not ready.form.holds(x) or not ready.form.holds(dy):
+        return False
+    ready.arrives = guard(*tensors)
+    return True
+
+
+def _restored(
+    ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The tensors that were saved, in the form in which the kernel read them."""
+    form = ready.parameter
+    weight, bias = (p if p is None or form is None else form.restore(p) for p in (weight, bias))
+    return ready.form.restore(x), weight, bias
 
 
 def _arrives_plainly(*gradients: Tensor | None) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from normkit.core.moments import accumulation_dtype
-from normkit.engine.abi import TYPES, checked, entry, gradients, lanes, like, plain, pointer
+from normkit.engine.abi import TYPES, Form, checked, entry, gradients, lanes, like, plain, pointer
 
 Definition = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
@@ -70,7 +70,7 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: _Plan)
     assert functions is not None
     weight, bias = _wide(weight, x), _wide(bias, x)
     y = torch.empty_like(x)
-    energy = torch.empty(1 if plan.shared else plan.samples, plan.channels, dtype=torch.float64)
+    energy = x.new_empty(1 if plan.shared else plan.samples, plan.channels, dtype=torch.float64)
     checked(
         functions[0](
             ctypes.addressof(plan), x.data_ptr(), pointer(weight), pointer(bias), y.data_ptr(), energy.data_ptr()
@@ -85,7 +85,7 @@ class _Weigh(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: _Plan, definition: Definition
     ) -> Tensor:
         y, energy = _forward(x, weight, bias, plan)
-        ctx.plan, ctx.definition = plan, definition
+        ctx.plan, ctx.definition, ctx.form = plan, definition, Form.of(x)
         ctx.save_for_backward(x, weight, bias, energy)
         return y
 
@@ -97,10 +97,11 @@ class _Weigh(torch.autograd.Function):
             return *gradients(ctx.definition, (x, weight, bias), needed, dy), None, None
         functions = _functions()
         assert functions is not None
+        x = ctx.form.restore(x)
         dx = torch.empty_like(x) if needed[0] else None
         wide = _wide(weight, x)
         found = [
-            torch.empty(p.shape, dtype=accumulation_dtype(x.dtype)) if wanted else None
+            x.new_empty(p.shape, dtype=accumulation_dtype(x.dtype)) if wanted else None
             for p, wanted in ((weight, needed[1]), (bias, needed[2]))
         ]
         dy = like(dy, x)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normkit.engine.abi import TYPES, Lanes, checked, entry, gradients, lanes, like, plain
+from normkit.engine.abi import TYPES, Form, Lanes, checked, entry, gradients, lanes, like, plain
 from normkit.engine.plan import is_dense
 
 
@@ -135,7 +135,7 @@ class _Divide(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, x: Tensor, plan: _Plan, definition: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        ctx.plan, ctx.definition = plan, definition
+        ctx.plan, ctx.definition, ctx.form = plan, definition, Form.of(x)
         ctx.save_for_backward(x)
         return _forward(x, plan)
 
@@ -146,6 +146,7 @@ class _Divide(torch.autograd.Function):
             return gradients(ctx.definition, (x,), (True,), dy)[0], None, None
         functions = _functions()
         assert functions is not None
+        x = ctx.form.restore(x)
         dx = torch.empty_like(x)
         dy = like(dy, x)
         checked(functions[1](ctypes.addressof(ctx.plan), dy.data_ptr(), x.data_ptr(), dx.data_ptr()))

@@ -50,6 +50,6 @@ def perform(call: Call, each: Callable[[Call], Output]) -> Output:
     x: Any = call.x
     if x.layout == torch.jagged:
         y = each(call._replace(x=x.values())).y
-        return Output(torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths(), _ragged(x)))
+        return Output(torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths(), _ragged(x)))  # pyright: ignore[reportAttributeAccessIssue]
     parts = [each(call._replace(x=inside[None])).y[0] for inside in call.x.unbind()]
-    return Output(torch.nested.as_nested_tensor(parts, layout=torch.strided))
+    return Output(torch.nested.as_nested_tensor(parts, dtype=call.x.dtype, device=call.x.device, layout=torch.strided))

@@ -172,7 +172,31 @@ def _differentiate(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | Non
     return dx, None if weight is None else dweight, None if bias is None else dbias, None, None
 
 
+def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    dy, x, weight, bias, _, ctx.rule, ctx.activation = inputs
+    ctx.save_for_backward(dy, x, weight, bias)
+
+
+def _differentiate_backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The second derivative, through the definition."""
+    rule, inputs = read(ctx.rule), [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+    dy, x, weight, bias = inputs
+    assert x is not None
+    with torch.enable_grad():
+        y = native.define(rule, rule.support.split(x.shape), x, weight, bias, ctx.activation or None)
+        asked = [t for t in (x, weight, bias) if t is not None]
+        first = torch.autograd.grad(y, asked, dy, create_graph=True)
+    along = [d for d, t in zip(directions, (x, weight, bias), strict=True) if t is not None]
+    pairs = [(f, d) for f, d in zip(first, along, strict=True) if d is not None]
+    there = [t for t in inputs if t is not None]
+    found = iter(torch.autograd.grad([f for f, _ in pairs], there, [d for _, d in pairs], allow_unused=True))
+    return *(None if t is None else next(found) for t in inputs), None, None, None
+
+
 torch.library.register_autograd("normkit::normalize", _differentiate, setup_context=_keep, lib=_LIBRARY)
+torch.library.register_autograd(
+    "normkit::normalize_backward", _differentiate_backward, setup_context=_keep_backward, lib=_LIBRARY
+)
 
 
 def available() -> bool:

@@ -13,7 +13,7 @@ from normkit.core.memory import RunningStatistics
 from normkit.core.moments import Moments, accumulation_dtype
 from normkit.core.rule import Rule
 from normkit.core.support import Split
-from normkit.engine.abi import TYPES, entry, readable
+from normkit.engine.abi import TYPES, Form, entry, readable
 from normkit.engine.guard import Check
 from normkit.engine.layout import memory_format
 from normkit.engine.library import why_not
@@ -58,15 +58,20 @@ class Prepared:
     wide: torch.dtype
     statistic_bytes: int
     centred: bool
+    scaled: bool
     activation: str | None
     source: torch.memory_format | None  # to copy the input to, where the kernels can't read it where it lies
     format: torch.memory_format | None  # to copy the output to, where it is not that of the input
+    form: Form  # of what the kernels read
+    parameter: Form | None  # of the weight and the bias
     forward: Any
     backward: Any
     given: Any
     remember: Any
     arrays: int | None = None  # the type of running statistics that lie as the sets do, one array each
-    arrives: Check | None = None  # whether a gradient is like the first one that lay in memory as the input does
+    arrives: Check | None = (
+        None  # whether a gradient, and what comes back with it, is like the last that the kernel took
+    )
 
     def statistic(self, values: Tensor, row: int) -> Tensor:
         """One row of what the kernels measured, with reduced axes of size 1."""
@@ -137,9 +142,12 @@ def prepare(
         wide=wide,
         statistic_bytes=nest.statistics * wide.itemsize,
         centred=statistic.center is not None,
+        scaled=statistic.scale is not None,
         activation=activation,
         source=source,
         format=format,
+        form=Form(x.shape, x.stride() if source is None else _stand_in(x, source).stride(), x.dtype),
+        parameter=None if parameter is None else Form(parameter.shape, _packed_strides(parameter), parameter.dtype),
         forward=forward,
         backward=entry("nk_backward"),
         given=entry("nk_given"),
@@ -170,9 +178,18 @@ def _nest(
         found = plan(split, x.view(split.shape).stride(), rule.compensation)
         if not isinstance(found, str):
             return found, None, None if x.is_contiguous(memory_format=format) else format
-    copy = torch.empty(x.shape, device="meta", memory_format=format)
+    copy = _stand_in(x, format)
     found = plan(split, copy.view(split.shape).stride(), rule.compensation)
     return found if isinstance(found, str) else (found, format, None)
+
+
+def _stand_in(x: Tensor, format: torch.memory_format) -> Tensor:
+    """A tensor without memory of the input's shape in a memory format."""
+    return torch.empty(x.shape, device="meta", memory_format=format)
+
+
+def _packed_strides(parameter: Tensor) -> tuple[int, ...]:
+    return parameter.stride() if parameter.is_contiguous() else _stand_in(parameter, torch.contiguous_format).stride()
 
 
 def _unfit(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:

@@ -26,7 +26,7 @@ class Cluster:
         threads: of torch, a task.
 
     Raises:
-        OptionError: no machine of the cluster has so many cores (of those with a GPU, where there are some).
+        OptionError: no machine of the cluster has that many cores (of those with a GPU, where there are some).
     """
 
     def __init__(self, ray: Any, threads: int) -> None:
@@ -108,7 +108,7 @@ def joined(address: str, threads: int) -> Iterator[Cluster]:
         threads: of torch, a task.
 
     Raises:
-        OptionError: Ray is not installed, there is no cluster at the address, or none of its machines has so many cores.
+        OptionError: Ray is not installed, there is no cluster at the address, or none of its machines has that many cores.
     """
     try:
         import ray

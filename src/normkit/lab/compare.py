@@ -2,12 +2,9 @@
 
 import re
 import shlex
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from datetime import datetime
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +18,18 @@ from normkit.lab import result as summary
 from normkit.lab.cluster import joined
 from normkit.lab.data.root import set_root
 from normkit.lab.devices import device_name, environment
-from normkit.lab.progress import Watch
 from normkit.lab.remote import Distant, Here, There, describe
-from normkit.lab.result import COST as COSTS
-from normkit.lab.result import SCHEMA, Records, choose, find_target, summarize
 from normkit.lab.say import Terminal, counted, say
-from normkit.lab.schema import COUNT, NUMBER, TEXT, each, fields
 from normkit.lab.seeding import borrowed_randomness
+from normkit.lab.session import BEGUN, CONFIG, CURE, ENVIRONMENT, RESULT, Session, now
 from normkit.lab.settings import Settings
 from normkit.lab.stop import stoppable
 from normkit.lab.study import Study
 from normkit.lab.train.fabric import start_fabric
 from normkit.lab.train.trainer import Run
 
-CONFIG, ENVIRONMENT, RESULT, COST, SESSIONS = (
-    "config.json",
-    "environment.json",
-    "result.json",
-    "cost.json",
-    "sessions.json",
-)
-SESSION = fields(sessions=each(fields(started=TEXT, seconds=NUMBER)))
-BEGUN = fields(torch=TEXT, threads=COUNT, started=TEXT)
 # Threads of so small a model wait for each other longer than they work, and for ever where other programs take the cores.
 FEW_PARAMETERS = 100_000
-CURE = "choose another --output, or --overwrite to replace them"
 
 
 def compare(
@@ -107,7 +91,7 @@ def compare(
                 raise OptionError("--ray does not go with torchrun; wanted one of them")
             threads = threads or _begun_with(folder, overwrite) or 1
             cluster = stack.enter_context(joined(ray, threads))
-        began = _now()
+        began = now()
         device, here = device_name(fabric), None
         distant = Distant(settings, folder.absolute(), threads or 1, model, data, tensorboard, overwrite)
         if cluster is not None:
@@ -134,7 +118,7 @@ def compare(
                     trains = Here(study) if cluster is None else There(study, cluster, distant)
                     here = here or environment(fabric, began)
                     again = command(settings, folder, data_root)
-                    result = _Session(study, trains, folder, config, here, console, again).result()
+                    result = Session(study, trains, folder, config, here, console, again).result()
     if fabric.is_global_zero:
         if finished:
             say(console, f"{folder} holds this comparison, finished {result['finished']}")
@@ -187,133 +171,6 @@ def kept(folder: Path) -> str:
     return f"kept in {folder}: {counted(done, 'finished run')}{also}"
 
 
-class _Session:
-    """One stretch of work on a comparison, from a start to its end or to an interruption."""
-
-    def __init__(
-        self,
-        study: Study,
-        trains: Here | There,
-        folder: Path,
-        config: dict[str, Any],
-        here: dict[str, Any],
-        console: Console,
-        again: str,
-    ) -> None:
-        self.study, self.trains, self.folder, self.config, self.console = study, trains, folder, config, console
-        self.here, self.again = here, again
-        self.settings, self.fabric = study.settings, study.fabric
-        self.records = Records(folder)
-        self.began, self.started = time.monotonic(), _now()
-        self.earlier: list[dict[str, Any]] = []
-        if self.fabric.is_global_zero:
-            self._open()
-        self.fabric.barrier()
-
-    def result(self) -> dict[str, Any]:
-        """Does what is left to do and writes the result."""
-        settings = self.settings
-        seeds, rates = settings.seeds, settings.rates
-        count = len(settings.recipes) * (len(rates) + len(seeds) - 1)
-        runs: dict[str, list[Run]] = {}
-        with Watch(self.console, count, settings.epochs) as watch:
-            watch.say(_plan(settings, self.folder))
-            sweeps = {recipe: [Run(recipe, rate, seeds[0]) for rate in rates] for recipe in settings.recipes}
-            if self.trains.side_by_side:
-                self._train([run for sweep in sweeps.values() for run in sweep], watch)
-            for recipe in settings.recipes:
-                if not self.trains.side_by_side:
-                    self._train(sweeps[recipe], watch)
-                chosen = self._choose(sweeps[recipe])
-                runs[recipe] = [replace(chosen, seed=seed) for seed in seeds]
-                watch.say(f"{recipe}: rate {chosen.rate:g} is the best of {', '.join(f'{rate:g}' for rate in rates)}")
-            self._train([runs[recipe][seed] for seed in range(1, len(seeds)) for recipe in settings.recipes], watch)
-            costs = self._costs(watch)
-        result = self._summary(sweeps, runs, costs) if self.fabric.is_global_zero else {}
-        if self.fabric.world_size > 1:
-            result = self.fabric.broadcast(result)
-        return result
-
-    def _open(self) -> None:
-        folder = self.folder
-        record.check_config(folder / CONFIG, self.config, CURE)
-        here = self.here
-        if (folder / ENVIRONMENT).exists():
-            there = record.read_json(folder / ENVIRONMENT, BEGUN)
-            for key in ("torch", "threads"):
-                if there[key] != here[key]:
-                    unlike = f"{key} {there[key]}, now it is {here[key]}: the runs would not be alike"
-                    raise RecordError(f"{folder} was begun with {unlike}; {CURE}")
-        else:
-            record.write_json(folder / ENVIRONMENT, here)
-        if (folder / SESSIONS).exists():
-            self.earlier = record.read_json(folder / SESSIONS, SESSION)["sessions"]
-
-    def _train(self, runs: Sequence[Run], watch: Watch) -> None:
-        def trained() -> None:
-            if self.fabric.is_global_zero:
-                record.write_json(self.folder / SESSIONS, {"sessions": self._sessions()})
-
-        self.trains.train(runs, watch, trained)
-
-    def _sessions(self) -> list[dict[str, Any]]:
-        return [*self.earlier, {"started": self.started, "seconds": round(time.monotonic() - self.began, 3)}]
-
-    def _choose(self, sweep: Sequence[Run]) -> Run:
-        rate = choose(self.records, sweep).rate if self.fabric.is_global_zero else 0.0
-        if self.fabric.world_size > 1:
-            rate = self.fabric.broadcast(rate)
-        return replace(sweep[0], rate=rate)
-
-    def _costs(self, watch: Watch) -> dict[str, dict[str, Any]]:
-        path, costs = self.folder / COST, None
-        if self.fabric.is_global_zero and path.exists():
-            costs = record.read_json(path, fields(**dict.fromkeys(self.settings.recipes, COSTS)))
-        if self.fabric.world_size > 1:
-            costs = self.fabric.broadcast(costs)
-        if costs is None:
-            costs = self.trains.costs(watch)
-            if self.fabric.is_global_zero:
-                record.write_json(path, costs)
-        return costs
-
-    def _summary(
-        self, sweeps: dict[str, list[Run]], runs: dict[str, list[Run]], costs: dict[str, dict[str, Any]]
-    ) -> dict[str, Any]:
-        settings, data, study = self.settings, self.study.data, self.study
-        target = find_target(self.records, chain.from_iterable(runs.values()), settings.target)
-        baseline = settings.recipes[0]
-        recipes = []
-        for recipe in settings.recipes:
-            shared = (target["score"], settings.level)
-            found = summarize(self.records, recipe, sweeps[recipe], runs[recipe], runs[baseline], *shared)
-            known = {"parameters": study.parameters[recipe], "changes": study.changes[recipe]}
-            recipes.append({"recipe": recipe, **known, **found, "cost": costs[recipe]})
-        where = record.read_json(self.folder / ENVIRONMENT, BEGUN)
-        sessions = self._sessions()
-        result = {
-            "schema": SCHEMA,
-            "title": f"{', '.join(settings.recipes)} on {settings.data}",
-            "command": self.again,
-            "started": where["started"],
-            "finished": _now(),
-            "seconds": round(sum(session["seconds"] for session in sessions), 3),
-            "config": self.config,
-            "environment": where,
-            "task": {
-                "kind": data.kind,
-                "score": data.score,
-                **{name: len(split) for name, split in data.splits.items()},
-            },
-            "baseline": baseline,
-            "target": target,
-            "recipes": recipes,
-        }
-        record.write_json(self.folder / RESULT, result)
-        folders.settle(self.folder)
-        return record.read_json(self.folder / RESULT, summary.RESULT)
-
-
 def _read_back(study: Study, config: dict[str, Any]) -> dict[str, Any] | None:
     """Reads a result whose runs are all there, of these data and this code; None where there is work left."""
     folder = study.folder
@@ -348,7 +205,7 @@ def _begun_with(folder: Path, overwrite: bool) -> int | None:
 
 
 def rebuild(folder: Path, console: Console) -> None:
-    """Draws the figures and the page of a finished comparison anew from its records.
+    """Redraws the figures and the page of a finished comparison from its records.
 
     Raises:
         RecordError: the folder holds no finished comparison, is damaged or not writable.
@@ -362,7 +219,7 @@ def rebuild(folder: Path, console: Console) -> None:
 
 
 def reprint(folder: Path, console: Console | None = None) -> None:
-    """Prints the table of a finished comparison and draws its report anew.
+    """Prints the table of a finished comparison and redraws its report.
 
     Raises:
         RecordError: the folder holds no finished comparison, is damaged or not writable.
@@ -373,9 +230,9 @@ def reprint(folder: Path, console: Console | None = None) -> None:
 
 
 def _show(result: dict[str, Any], folder: Path, report: bool, console: Console, finished: bool = False) -> None:
-    from normkit.lab.report.table import print_table
+    from normkit.lab.report.table import print_result
 
-    print_table(result, console)
+    print_result(result, console)
     say(console, f"\nresult   {folder / RESULT}")
     if report and finished and not record.writable(folder):
         say(console, f"no report is written: {folder} is only read")
@@ -383,17 +240,7 @@ def _show(result: dict[str, Any], folder: Path, report: bool, console: Console, 
         rebuild(folder, console)
 
 
-def _plan(settings: Settings, folder: Path) -> str:
-    counts = ", ".join(counted(len(getattr(settings, f"{noun}s")), noun) for noun in ("recipe", "rate", "seed"))
-    length = f"{counted(settings.epochs, 'epoch')} a run"
-    return f"{settings.model} on {settings.data}: {counts}, {length}; records in {folder}"
-
-
 def _named(factory: Callable[..., Any] | None, name: str) -> str:
     if factory is None:
         return name
     return f"{getattr(factory, '__module__', '?')}:{getattr(factory, '__qualname__', type(factory).__name__)}"
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="seconds")

@@ -2,7 +2,7 @@
 
 An experiment is one file in ``lab/experiments`` that ends with ``EXPERIMENT = Experiment(...)``. Its ``run``
 gets a :class:`Bench`, makes jobs and gives them to :meth:`Bench.sweep`; its ``tables``, ``figures`` and ``remarks`` are pure
-functions of what ``run`` returned, so that a report can be made anew from the records alone.
+functions of what ``run`` returned, so that a report can be remade from the records alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from normkit.core.card import Paper
 from normkit.lab.say import Terminal, say
-from normkit.lab.sweep import Job, devices, sweep
+from normkit.lab.sweep import Job, hardware_of, sweep
 
 Cell = str | int | float | None
 Scale = Literal["tiny", "small", "full"]
@@ -106,7 +106,7 @@ class Bench:
             RecordError: a folder holds another job's records, is damaged or not writable.
         """
         results = sweep(function, jobs, self.output, threads=self.threads, ray=self.ray, say=self.watch)
-        self.devices |= devices(jobs, self.output)
+        self.devices |= hardware_of(jobs, self.output)
         return results
 
 
@@ -121,7 +121,7 @@ class Experiment:
         claim: what the source says, in one sentence.
         paper: the source.
         run: does what is missing and returns the result, which JSON can hold.
-        tables: the source's numbers beside ours, from the result.
+        tables: the source's numbers next to ours, from the result.
         figures: of a result.
         remarks: observations on a result in sentences, with oddities of the source.
         scales: at which it can be run. Default: small and full.

@@ -25,7 +25,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     unfolded image of a convolution).
 
     Args:
-        step: what to run, once. What it makes anew of what an earlier one left, such as gradients, should be dropped
+        step: what to run, once. What it recreates of what an earlier one left, such as gradients, should be dropped
             before, or it counts as held.
         device: where it runs.
 
@@ -49,7 +49,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 def keep_memory() -> bool:
     """Makes the C library keep memory that tensors on the CPU gave up, for those of the next step.
 
-    Otherwise large blocks go back to the system at the end of each step and are mapped anew, page by page, in the next: a
+    Otherwise large blocks go back to the system at the end of each step and are mapped again, page by page, in the next: a
     quarter of a step of a DenseNet on one core. The process stays as large as it ever was.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Performing an experiment: its folder, what is left of it, its record and its reports."""
+"""Performing an experiment: folder, resume, record and reports."""
 
 import os
 import platform
@@ -52,7 +52,7 @@ CURE = "choose another --output, or --overwrite to replace them"
 def perform(
     experiment: Experiment, bench: Bench, *, overwrite: bool = False, report: bool = True, command: str = ""
 ) -> dict[str, Any]:
-    """Runs an experiment, or what is left of it, and writes its records and reports into ``bench.output``.
+    """Runs or resumes an experiment, and writes its records and reports into ``bench.output``.
 
     Args:
         experiment: which.
@@ -192,7 +192,7 @@ def _run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
 def _open(output: Path, config: Mapping[str, Any], overwrite: bool) -> None:
     folder.replace(output, config, overwrite)
     if (output / CONFIG).exists():
-        # More seeds are more runs beside those that are there; anything else would make the runs unlike.
+        # More seeds are more runs next to those that are there; anything else would make the runs unlike.
         there = record.read_json(output / CONFIG)
         wanted = {**config, "seeds": there.get("seeds")}
         if there != wanted and not _begun(output):

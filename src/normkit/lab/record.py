@@ -1,6 +1,6 @@
 """Files of records: written whole or not at all, read against a schema.
 
-A file is complete or absent: it is written beside its place under a temporary name, flushed to the disk and renamed. So
+A file is complete or absent: it is written next to its place under a temporary name, flushed to the disk and renamed. So
 a process killed at any instant leaves the last complete version of each file.
 """
 

@@ -43,7 +43,7 @@ class Distant:
 
 
 def train(distant: Distant, run: Run) -> dict[str, Any]:
-    """Trains what is left of a run, and gives its result."""
+    """Trains or resumes a run and returns its result."""
     with borrowed_randomness(distant.threads), waited_for(distant.folder / run.path):
         return _study(distant).train(run, _quiet())
 
@@ -70,7 +70,7 @@ class Here:
         self.study = study
 
     def train(self, runs: Sequence[Run], watch: Watch, trained: Callable[[], None]) -> None:
-        """Trains what is left of some runs; `trained` is told of each."""
+        """Trains or resumes runs; calls `trained` after each."""
         for run in runs:
             self.study.train(run, watch)
             trained()
@@ -89,7 +89,7 @@ class There:
         self.study, self.cluster, self.distant = study, cluster, distant
 
     def train(self, runs: Sequence[Run], watch: Watch, trained: Callable[[], None]) -> None:
-        """Trains what is left of some runs; `trained` is told of each."""
+        """Trains or resumes runs; calls `trained` after each."""
         left = []
         for run in runs:
             if (found := self.study.found(run)) is None:

@@ -21,7 +21,7 @@ from normkit.lab.schema import (
     one_of,
     version,
 )
-from normkit.lab.stats import DIVERGED, OK, at_edge, best, paired_interval
+from normkit.lab.stats import DIVERGED, OK, at_edge, best, differences
 from normkit.lab.train.trainer import Run, read_run, validation
 
 SCHEMA = 1
@@ -200,13 +200,9 @@ def _run_row(records: Records, run: Run, target: float | None) -> dict[str, Any]
 
 
 def _paired(records: Records, runs: Sequence[Run], baseline: Sequence[Run], level: float) -> dict[str, Any]:
-    pairs = [
-        (records.result(one)["test_score"], records.result(other)["test_score"])
-        for one, other in zip(runs, baseline, strict=True)
-    ]
-    differences = [one - other for one, other in pairs if one is not None and other is not None]
-    interval = paired_interval(differences, level)
-    return {"against": baseline[0].recipe, "n": len(differences), **asdict(interval), "differences": differences}
+    ours, theirs = ([records.result(run)["test_score"] for run in of] for of in (runs, baseline))
+    found = differences(ours, theirs, level)
+    return {"against": baseline[0].recipe, "n": len(found.differences), **asdict(found)}
 
 
 def _condition(runs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any] | None:

@@ -68,18 +68,19 @@ def paired_interval(differences: Sequence[float], level: float = 0.95) -> Interv
     return Interval(mean, mean - half, mean + half, level, tuple(differences))
 
 
-def differences(these: Iterable[float | None], those: Iterable[float | None]) -> Interval:
+def differences(these: Iterable[float | None], those: Iterable[float | None], level: float = 0.95) -> Interval:
     """Interval of the seed-paired differences.
 
     Args:
         these: one per seed; a seed with None here or there is left out.
         those: likewise.
+        level: the coverage, between 0 and 1. Default: 0.95.
 
     >>> differences([3.0, 5.0, None], [1.0, 2.0, 2.0]).differences
     (2.0, 3.0)
     """
     pairs = zip(these, those, strict=True)
-    return paired_interval([one - other for one, other in pairs if one is not None and other is not None])
+    return paired_interval([one - other for one, other in pairs if one is not None and other is not None], level)
 
 
 def gain(runs: Iterable[Row], base: Iterable[Row], field: str) -> Interval:

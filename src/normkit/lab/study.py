@@ -71,7 +71,7 @@ class Study:
             self.parameters[recipe] = sum(parameter.numel() for parameter in model.parameters())
 
     def train(self, run: Run, watch: Watch) -> dict[str, Any]:
-        """Gives the result of a run, training what is left of it.
+        """Trains or resumes a run and returns its result.
 
         Args:
             run: which.
@@ -142,7 +142,7 @@ class Study:
         return changes.model, [str(row) for row in changes.rows]
 
     def _applied(self, seed: int) -> dict[str, tuple[nn.Module, list[str]]]:
-        # All are tried where one is refused, to say which can be had.
+        # All are tried where one is refused, to say which are possible.
         applied, refused = {}, []
         for recipe in self.settings.recipes:
             try:

@@ -117,7 +117,7 @@ def _spend(place: Path, seconds: float) -> None:
     record.write_json(place / TIMING, {"seconds": round(before.get("seconds", 0.0) + seconds, 3), "devices": devices})
 
 
-def devices(jobs: Sequence[Job], folder: Path) -> set[str]:
+def hardware_of(jobs: Sequence[Job], folder: Path) -> set[str]:
     """Names what jobs were done on: their own devices, which need not be those of the process that asks.
 
     Args:
@@ -238,7 +238,7 @@ def _on_ray(
         done: is told of every job done.
 
     Raises:
-        OptionError: Ray is not installed, there is no cluster at the address, or none of its machines has so many cores.
+        OptionError: Ray is not installed, there is no cluster at the address, or none of its machines has that many cores.
         BackendError: the worker of a job was lost again and again; what is done is kept.
     """
 

@@ -17,7 +17,7 @@ class FlipAndCrop:
     """Flips each image at random, cuts a random rectangle out of it and resizes that to the full size, bilinearly.
 
     The rectangle's area is uniform in `scale` times the image's, its width / height log-uniform in `ratio` times the
-    image's, both rounded to whole pixels and drawn anew while it does not fit; its place is uniform.
+    image's, both rounded to whole pixels and redrawn until it fits; its place is uniform.
 
     Args:
         scale: least and greatest part of the area. Default: (0.8, 1).

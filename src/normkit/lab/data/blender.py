@@ -26,8 +26,8 @@ def blender(root: Path | None = None, scene: str = "lego", reduce: int = 2, ever
     Args:
         root: the folder that holds ``nerf_synthetic``. Default: None, the environment variable ``NORMKIT_DATA``.
         scene: its name. Default: ``"lego"``.
-        reduce: averages squares of so many pixels. Default: 2, 800 pixels to 400 as published.
-        every: of the test views one in so many is read. Default: 8, as published.
+        reduce: averages squares of that many pixels per side. Default: 2, 800 pixels to 400 as published.
+        every: reads one of that many test views. Default: 8, as published.
 
     Raises:
         ProtocolError: a file is missing, damaged or does not fit the others.

@@ -82,7 +82,7 @@ def read_square(path: Path, size: int) -> Tensor:
         box = (left, top, left + side, top + side)
         pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=2.0))
     except FileNotFoundError:
-        raise ProtocolError(f"{path} is gone; begin again, so that the folders are listed anew") from None
+        raise ProtocolError(f"{path} is gone; begin again, so that the folders are listed again") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ProtocolError(
             f"{path} can't be read as an image ({str(error)[:120]}); it is truncated or damaged: replace or delete it"

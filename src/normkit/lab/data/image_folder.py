@@ -45,7 +45,7 @@ def imagefolder(
         root: the folder that holds ``train``, or the one in which a single folder does. Default: None, the environment
             variable ``NORMKIT_DATA``.
         size: height and width of the inputs. Default: 224.
-        classes: the first so many classes alone. Default: None, all.
+        classes: only the first that many classes. Default: None, all.
         train: as many samples of train, stratified. Default: None, all.
         val: the same of val.
         test: the same of test.

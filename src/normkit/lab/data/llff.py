@@ -30,8 +30,8 @@ def llff(root: Path | None = None, scene: str = "fern", factor: int = 8, reduce:
     Args:
         root: the folder that holds ``nerf_llff_data``. Default: None, the environment variable ``NORMKIT_DATA``.
         scene: its name. Default: ``"fern"``.
-        factor: reads ``images_<factor>``, reduced so many times by the publishers. Default: 8.
-        reduce: averages squares of so many pixels on top. Default: 1.
+        factor: reads ``images_<factor>``, downscaled that many times by the publishers. Default: 8.
+        reduce: averages squares of that many pixels per side on top. Default: 1.
 
     Raises:
         ProtocolError: a file is missing, damaged or does not fit the others.

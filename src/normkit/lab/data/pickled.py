@@ -127,7 +127,7 @@ class _Reader(pickle.Unpickler):
 
 
 def _arrays(value: Any) -> Any:
-    """Replaces arrays as they were read by numpy's, and refuses what is left of others."""
+    """Replaces arrays as they were read by numpy's, and refuses anything else."""
     if isinstance(value, _Array):
         if value.made is None:
             raise ValueError("an array without content")

@@ -28,7 +28,7 @@ def spheres(size: int = 32, views: int = 24, hold: int = 8) -> Scene:
     Args:
         size: of a picture in pixels. Default: 32.
         views: how many. Default: 24.
-        hold: one view in so many is held out. Default: 8.
+        hold: holds out one of that many views. Default: 8.
     """
     poses = torch.stack([_pose(view, views) for view in range(views)])
     test = tuple(range(0, views, hold))

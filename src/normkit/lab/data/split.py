@@ -174,7 +174,7 @@ def subset(split: Split, count: int, seed: int = 0) -> Split:
         seed: of the drawing. Default: 0.
 
     Raises:
-        OptionError: there are not so many samples.
+        OptionError: there are fewer samples.
 
     >>> drawn = subset(Split(torch.arange(20) % 2, torch.arange(20)), 6)
     >>> len(drawn), drawn.targets.sum().item()

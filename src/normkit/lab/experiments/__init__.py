@@ -68,7 +68,7 @@ def find_experiment(kind: str, name: str) -> Experiment:
 
 
 def reshow(output: Path) -> bool:
-    """Prints an experiment's tables and draws its report anew from its records; False where they are of something else.
+    """Prints an experiment's tables and redraws its report from its records; False where they are of something else.
 
     Args:
         output: the folder.

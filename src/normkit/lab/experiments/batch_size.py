@@ -2,7 +2,7 @@
 
 A small convolutional network learns CIFAR-10 with SGD whose rate is proportional to the batch size, for the same number of
 epochs. Batch normalization's running statistics are judged apart from its training: the same network is evaluated with them,
-with statistics estimated anew from training data ("precise"), and with those of test batches of the training's size.
+with statistics re-estimated on training data ("precise"), and with those of test batches of the training's size.
 
 Ours: rate 0.2 at batch 128 with momentum 0.9 and cosine decay; 4 groups in group and batch-channel normalization; sub-batches
 of 16 in ghost batch normalization, which at 16 and below is batch normalization and not run; batch renormalization with bounds
@@ -62,11 +62,11 @@ SIZES: dict[str, dict[str, Any]] = {
 BATCHES = {"tiny": (2, 32), "small": (1, 2, 4, 8, 32, 128), "full": (1, 2, 4, 8, 16, 32, 64, 128)}
 BASE, RATE, GHOST, GROUPS = 128, 0.2, 16, 4
 CHANCE = 0.1  # of ten classes
-JUDGED = 512  # training images by which statistics are estimated anew
+JUDGED = 512  # training images on which statistics are re-estimated
 
 
 @dataclass(frozen=True)
-class Job(Size):
+class Training(Size):
     """One training."""
 
     method: str
@@ -80,7 +80,7 @@ class Job(Size):
 
 
 def norm(method: str, steps: int) -> Callable[[int], nn.Module]:
-    """What makes the norm of a method for so many channels.
+    """Builder of a method's norm from a number of channels.
 
     Args:
         method: a key of METHODS.
@@ -100,7 +100,7 @@ def norm(method: str, steps: int) -> Callable[[int], nn.Module]:
     return makers[method.removesuffix("+ws")]
 
 
-def train(job: Job, folder: Path) -> dict[str, Any]:
+def train(job: Training, folder: Path) -> dict[str, Any]:
     """Trains a network and evaluates it."""
     images = job.images()
     stream = Stream(images["train"], job.batch, job.seed)
@@ -113,7 +113,7 @@ def train(job: Job, folder: Path) -> dict[str, Any]:
 
     def follow(part: float) -> None:
         for module in estimating:
-            # By tenths, as a layer works out its rule anew for a new momentum.
+            # By tenths, as a layer recomputes its rule for a new momentum.
             module.momentum = 0.1 * job.batch / BASE * math.ceil(10 * part) / 10
 
     rate = RATE * job.batch / BASE
@@ -125,7 +125,7 @@ def train(job: Job, folder: Path) -> dict[str, Any]:
     return {"status": walked.status, "loss": [row["loss"] for row in walked.rows], "accuracy": found}
 
 
-def judge(model: nn.Module, job: Job, seen: Images, test: Images) -> dict[str, float | None]:
+def judge(model: nn.Module, job: Training, seen: Images, test: Images) -> dict[str, float | None]:
     """Test accuracy as the model is; of batch normalization also with precise statistics and with those of test batches."""
     found: dict[str, float | None] = {"running": accuracy(model.eval(), test)}
     if job.method == "bn":
@@ -145,7 +145,7 @@ def run(bench: Bench) -> dict[str, Any]:
     if bench.download:
         download_missing(size["data"])
     jobs = [
-        Job(method, batch, seed, **size)
+        Training(method, batch, seed, **size)
         for seed in bench.seeds
         for method in METHODS
         for batch in BATCHES[bench.scale]
@@ -252,7 +252,7 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
             "accuracy",
             lambda: accuracies(result),
             "Test accuracy against the number of images in a training batch: every norm on the left, and on the right batch "
-            "normalization evaluated with its running statistics, with statistics estimated anew from training images (precise) "
+            "normalization evaluated with its running statistics, with statistics re-estimated on training images (precise) "
             f"and with those of the test batch; {SEEDS}. Look at how far each line falls towards a batch of one image.",
         )
     ]
@@ -304,7 +304,7 @@ EXPERIMENT = Experiment(
     title="Normalization against the size of training batches",
     claim=(
         "Batch normalization loses accuracy as batches become small, while group normalization keeps its own. What was proposed "
-        "since then, or for the same end, stands beside it: weight standardization, batch-channel normalization, batch "
+        "since then, or for the same end, stands next to it: weight standardization, batch-channel normalization, batch "
         "renormalization, ghost batches."
     ),
     paper=Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),

@@ -56,7 +56,7 @@ METHODS = (*ACTIVATIONS, *WEIGHTS)
 
 
 @dataclass(frozen=True)
-class Job:
+class Measurement:
     """One row."""
 
     method: str
@@ -82,7 +82,7 @@ def draw_images(samples: int = SAMPLES) -> Tensor:
     return torch.randn(samples, CHANNELS, SIDE, SIDE, dtype=torch.float64) + 1
 
 
-def measure(job: Job, folder: Path) -> dict[str, Any]:
+def measure(job: Measurement, folder: Path) -> dict[str, Any]:
     """Measures one method."""
     torch.manual_seed(job.seed)
     layer, x = make(job.method), draw_images()
@@ -203,7 +203,7 @@ def drift(name: str) -> list[float]:
 
 def run(bench: Bench) -> dict[str, Any]:
     """Measures every row, once: nothing here depends on training."""
-    jobs = [Job(name) for name in METHODS]
+    jobs = [Measurement(name) for name in METHODS]
     return {"rows": dict(zip(METHODS, bench.sweep(measure, jobs), strict=True))}
 
 
@@ -239,7 +239,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         lows.append([cards[name].title, found["mean"], *low, *(found["contrast"][k] for k in found["contrast"])])
     about = [
         "In double precision; a difference is relative to the largest value. With others: the other samples of the batch are "
-        "drawn anew, three times as large.",
+        "redrawn, three times as large.",
         "Evaluation: against training, from the same state. Stream: a row of positions one by one, in evaluation.",
     ]
     columns = ("method", "parameters", "running", "with others", "evaluation", "baked in", "stream")
@@ -355,7 +355,7 @@ EXPERIMENT = Experiment(
     title="Seven normalizations side by side, measured",
     claim=(
         "Batch normalization depends on the batch and on running statistics; layer, instance and group normalization do not. "
-        "RMS, weight and spectral normalization, which are of other papers, are measured beside them."
+        "RMS, weight and spectral normalization, which are of other papers, are measured as well."
     ),
     paper=Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
     run=run,

@@ -1,4 +1,4 @@
-"""A table of a paper on classification: the study that fills it, the table beside the printed one, remarks and figures."""
+"""A table of a paper on classification: the study that fills it, the table next to the printed one, remarks and figures."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def _job(plan: Plan, row: Row, rate: float, seed: int) -> Training:
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """For each data set: ours beside the printed numbers, controls, learning rates, and equal time beside equal epochs."""
+    """For each data set: our numbers next to the printed ones, controls, learning rates, and equal time and equal epochs."""
     found = []
     for label, part in result["parts"].items():
         for kind in (GIVEN, TUNED):
@@ -254,7 +254,7 @@ def _time(label: str, part: Mapping[str, Any]) -> list[Table]:
     def score(name: str, epoch: int) -> list[float | None]:
         return [at(run, epoch) for run in rows[name]["runs"]]
 
-    title = f"{label}: equal time beside equal epochs"
+    title = f"{label}: equal time and equal epochs"
     return [time_table(title, costs, part["base"]["epochs"], score, what="val", notes=notes)]
 
 

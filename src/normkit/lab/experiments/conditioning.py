@@ -50,7 +50,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Job:
+class Descent:
     """One descent: measured along the way at the usual rate, or short at some rate to see whether it learns."""
 
     recipe: str
@@ -84,7 +84,7 @@ def make(recipe: str, hidden: int) -> nn.Sequential:
     return model
 
 
-def descend(job: Job, folder: Path) -> dict[str, Any]:
+def descend(job: Descent, folder: Path) -> dict[str, Any]:
     """Gradient descent on one batch, measured on the way if the job says so."""
     images, labels = load("digits")["train"]
     x = F.avg_pool2d(images[:SAMPLES], 2).flatten(1).double()
@@ -145,10 +145,13 @@ def run(bench: Bench) -> dict[str, Any]:
     """Descends with every recipe, measured, and at every rate."""
     steps = bench.epochs or STEPS[bench.scale]
     rates, hidden = (RATES, HIDDEN) if bench.scale != "tiny" else ((0.3, 1e30), 3)
-    jobs = [Job(recipe, RATE, True, seed, steps, hidden) for seed in bench.seeds for recipe in RECIPES]
+    jobs = [Descent(recipe, RATE, True, seed, steps, hidden) for seed in bench.seeds for recipe in RECIPES]
     short = min(SHORT, steps)
     jobs += [
-        Job(recipe, rate, False, seed, short, hidden) for seed in bench.seeds for recipe in RECIPES for rate in rates
+        Descent(recipe, rate, False, seed, short, hidden)
+        for seed in bench.seeds
+        for recipe in RECIPES
+        for rate in rates
     ]
     done = bench.sweep(descend, jobs)
     keys = ("recipe", "rate", "measured", "seed")
@@ -213,9 +216,9 @@ def remarks(result: dict[str, Any]) -> list[str]:
     for base, name in (("none", "plain"), ("bn", "BatchNorm")):
         parts, pair = [], (base, f"{base}+e")
         for key, title in (("used", "κ of the weights"), ("largest", "λ max")):
-            without, withal = (mean(ends(result, recipe, key)) for recipe in pair)
-            if without is not None and withal is not None:
-                parts.append(f"{title} {without:.3g} without E and {withal:.3g} with")
+            without, with_it = (mean(ends(result, recipe, key)) for recipe in pair)
+            if without is not None and with_it is not None:
+                parts.append(f"{title} {without:.3g} without E and {with_it:.3g} with")
         rates = [", ".join(f"{rate:g}" for rate in largest(result, recipe)) for recipe in pair]
         parts.append(f"largest rate that learned, for each seed, {rates[0]} without and {rates[1]} with")
         # A larger rate is worth something only where it leads to a lower loss.
@@ -246,7 +249,7 @@ def verdict(result: dict[str, Any]) -> list[str]:
             found.append(f"{title} at the end in {sum(b < a for a, b in both)} of {len(both)} seeds")
         rates = list(zip(*(largest(result, recipe) for recipe in (base, f"{base}+e")), strict=True))
         found.append(f"larger rates in {sum(b > a for a, b in rates)} of {len(rates)}")
-        said.append(f"Of the claim, with E beside {name}: {', '.join(found)}.")
+        said.append(f"Of the claim, with E on top of {name}: {', '.join(found)}.")
     return said
 
 

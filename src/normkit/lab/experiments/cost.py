@@ -2,7 +2,7 @@
 
 The paper says that conditioning makes each iteration longer than other normalizations do, and nothing once it is folded into the
 weights; its numbers are in a supplement that is not public. Ours: all methods side by side in one process, in an order shuffled
-anew each round; a step is forward, backward and SGD, on batches of 128 (4,096 points of a field). The first row is measured
+again each round; a step is forward, backward and SGD, on batches of 128 (4,096 points of a field). The first row is measured
 twice, as if it were two methods: how far "again" is from 1 is how far these rounds can be trusted. Full scale: up to 100 rounds,
 as many as ten minutes a network give, but at least 6. Small scale: two minutes a network, on batches of 32, in which weights
 weigh four times as much, but for the field; the transformer is a tiny one. Inference is of a quarter of a batch.
@@ -235,14 +235,14 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What E costs, beside the goal of 2 % and the paper's sentence."""
+    """What E costs, against the goal of 2 % and the paper's sentence."""
     said = []
     for name, rows in result["networks"].items():
         base, *others = rows
         ratios = ", ".join(f"{row} {100 * (rows[row]['ratio'] - 1):+.1f} %" for row in others)
         everywhere = next(cost for row, cost in rows.items() if row.endswith("E, all"))
         said.append(
-            f"{name}: a step of {base} takes {rows[base]['ms_per_step']:.1f} ms; beside it {ratios}. E on all layers, "
+            f"{name}: a step of {base} takes {rows[base]['ms_per_step']:.1f} ms; relative to it {ratios}. E on all layers, "
             f"{tell_ratio(everywhere)}: {_against_goal(everywhere)} 2 % of {base}."
         )
         folded = max(abs(rows[row]["folded_ratio"] - 1) for row in rows if row not in ("none",))

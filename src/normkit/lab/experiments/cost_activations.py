@@ -1,4 +1,4 @@
-"""What every activation norm costs in training: time and memory of forward and backward, beside torch's own operator.
+"""What every activation norm costs in training: time and memory of forward and backward, next to torch's own operator.
 
 Each layer of the catalogue runs forward and backward on one tensor, images (32, 64, 32, 32) or tokens (8, 512, 768), all in
 turns in one process; so does torch's own layer where there is one, and a copy of the input as the floor. Time is relative to
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from normkit.catalogue.methods import METHODS, method
 from normkit.core.card import Paper
+from normkit.lab.bench.race import race
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.memory import peak_bytes
-from normkit.lab.race import race
 from normkit.lab.report.canvas import FAINT, FULL, INK
 from normkit.lab.report.drawing import COLOURS, GREY
 from normkit.lab.say import counted
@@ -49,7 +49,7 @@ TORCH: dict[str, dict[str, Callable[[int], nn.Module]]] = {
 
 
 @dataclass(frozen=True)
-class Job:
+class Measurement:
     """One repetition of all layers of a kind."""
 
     kind: str
@@ -75,7 +75,7 @@ def names(kind: str) -> list[str]:
 
 
 def make(name: str, kind: str, channels: int) -> nn.Module:
-    """The catalogue's layer, with as many groups as torch's has beside it."""
+    """The catalogue's layer, with as many groups as torch's layer."""
     if name == "group_norm":
         from normkit.activations.group_norm import GroupNorm
 
@@ -99,7 +99,7 @@ def step(layer: Callable[..., Any], x: Tensor, others: Sequence[Any] = ()) -> Ca
     return run
 
 
-def measure(job: Job, folder: Path) -> dict[str, Any]:
+def measure(job: Measurement, folder: Path) -> dict[str, Any]:
     """Times every layer of a kind, all in turns, and measures what a step of each holds."""
     torch.manual_seed(job.seed)
     x = torch.randn(job.shape)
@@ -119,7 +119,7 @@ def run(bench: Bench) -> dict[str, Any]:
     """Measures both kinds, once a seed; one job after the other, as two at once would slow one another."""
     rounds = bench.epochs or ROUNDS[bench.scale]
     taken = TINY if bench.scale == "tiny" else SHAPES
-    jobs = [Job(kind, shape, rounds, seed) for seed in bench.seeds for kind, shape in taken.items()]
+    jobs = [Measurement(kind, shape, rounds, seed) for seed in bench.seeds for kind, shape in taken.items()]
     found = [bench.sweep(measure, [job])[0] for job in jobs]
     runs = [{"kind": job.kind, "seed": job.seed, **one} for job, one in zip(jobs, found, strict=True)]
     shapes = {kind: list(shape) for kind, shape in taken.items()}

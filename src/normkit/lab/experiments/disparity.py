@@ -1,8 +1,8 @@
 """Batch normalization is one function in training and another in evaluation: how far they are apart, and what mends it.
 
 A small network learns CIFAR-10 in batches of 4 and of 32, shuffled or sorted: of two classes a batch, the hard case. Each is
-then evaluated with running statistics, with statistics estimated anew ("precise"), with the test example's own share weighed in,
-and with the statistics of test batches; batch renormalization is trained beside it. What normalized values can be is
+then evaluated with running statistics, with re-estimated statistics ("precise"), with the test example's own share weighed in,
+and with the statistics of test batches; batch renormalization is trained as well. What normalized values can be is
 measured at each layer: within a batch none exceeds sqrt(n - 1), n values a channel; in evaluation there is no bound.
 
 Ours: as in the claim on batch sizes, with one more linear layer of 64 units and a norm before the classifier, whose n is the
@@ -67,11 +67,11 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 BATCHES = {"tiny": (4, 8), "small": (4, 32), "full": (4, 32)}
 HIDDEN = 64
-JUDGED = 1024  # training images by which statistics are estimated anew
+JUDGED = 1024  # training images on which statistics are re-estimated
 
 
 @dataclass(frozen=True)
-class Job(Size):
+class Training(Size):
     """One training."""
 
     method: str
@@ -85,7 +85,7 @@ class Job(Size):
         return f"{self.method}/{self.order}/batch={self.batch}/seed={self.seed}"
 
 
-def train(job: Job, folder: Path) -> dict[str, Any]:
+def train(job: Training, folder: Path) -> dict[str, Any]:
     """Trains a network, and evaluates it in every way."""
     images = job.images()
     order = partial(sorted_order, images["train"][1], job.batch, job.seed) if job.order == "sorted" else None
@@ -119,7 +119,7 @@ def sorted_order(labels: Tensor, batch: int, seed: int, epoch: int) -> Tensor:
     return torch.cat([blocks[place] for place in torch.randperm(len(blocks), generator=generator)])
 
 
-def judge(model: SmallCNN, job: Job, seen: Images, chosen: Images, test: Images) -> dict[str, Any]:
+def judge(model: SmallCNN, job: Training, seen: Images, chosen: Images, test: Images) -> dict[str, Any]:
     """Accuracies by what is normalized with; of batch normalization also the alpha curve and the range of each layer."""
     found: dict[str, Any] = {}
     scores: dict[str, float | None] = {"running": accuracy(model.eval(), test)}
@@ -149,7 +149,7 @@ def run(bench: Bench) -> dict[str, Any]:
     if bench.download:
         download_missing(size["data"])
     jobs = [
-        Job(method, order, batch, seed, **size)
+        Training(method, order, batch, seed, **size)
         for seed in bench.seeds
         for method in METHODS
         for order in ORDERS

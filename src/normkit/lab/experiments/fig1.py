@@ -56,7 +56,7 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What is seen beside what the text says."""
+    """What is seen, and what the text says."""
     said = [*verdicts(result), *REMARKS]
     if result["scale"] == "small":
         said.append("Small scale: about 130 steps of narrow networks; differences are those of early training.")

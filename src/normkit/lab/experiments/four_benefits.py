@@ -70,7 +70,7 @@ RECIPES = {"gn+ws": "keep+ws", "wn": "keep+wn", "e": "keep+e@all"}
 
 
 @dataclass(frozen=True)
-class Job(Size):
+class Training(Size):
     """One training."""
 
     method: str
@@ -84,7 +84,7 @@ class Job(Size):
         return f"{self.method}/scale={self.scale:g}/rate={self.rate:g}/seed={self.seed}"
 
 
-def train(job: Job, folder: Path) -> dict[str, Any]:
+def train(job: Training, folder: Path) -> dict[str, Any]:
     """Trains a network on scaled inputs, and evaluates it on inputs of the same scale."""
     images = {part: (job.scale * x, y) for part, (x, y) in job.images().items()}
     stream = Stream(images["train"], BATCH, job.seed)
@@ -110,14 +110,14 @@ def run(bench: Bench) -> dict[str, Any]:
     if bench.download:
         download_missing(size["data"])
     rates = RATES if bench.scale != "tiny" else (0.1, 1e30)  # one that learns and one that diverges
-    tried = [Job(method, rate, 1.0, bench.seeds[0], **size) for method in METHODS for rate in rates]
+    tried = [Training(method, rate, 1.0, bench.seeds[0], **size) for method in METHODS for rate in rates]
     sweeps = [
         {"method": job.method, "rate": job.rate, "val": done["val"]}
         for job, done in zip(tried, bench.sweep(train, tried), strict=True)
     ]
     chosen = {method: best(where(sweeps, method=method)) for method in METHODS}
     jobs = [
-        Job(method, chosen[method], scale, seed, **size)
+        Training(method, chosen[method], scale, seed, **size)
         for seed in bench.seeds
         for method in METHODS
         for scale in SCALES

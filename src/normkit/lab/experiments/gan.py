@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from normkit.core.card import Paper
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.jobs.adversarial import FOLLOWED, Job, play
+from normkit.lab.jobs.adversarial import FOLLOWED, Game, play
 from normkit.lab.jobs.spectra import (
     TOLERANCE,
     stable_rank,
@@ -47,7 +47,7 @@ STEPS = {"tiny": 3, "small": 1500, "full": 20000}
 def run(bench: Bench) -> dict[str, Any]:
     """Trains every kind with every loss and seed."""
     steps = 100 * bench.epochs if bench.epochs else STEPS[bench.scale]
-    jobs = [Job(loss, kind, seed, steps) for seed in bench.seeds for loss in LOSSES for kind in KINDS]
+    jobs = [Game(loss, kind, seed, steps) for seed in bench.seeds for loss in LOSSES for kind in KINDS]
     played = bench.sweep(play, jobs)
     runs = [
         {"loss": job.loss, "kind": job.kind, "seed": job.seed, **result}

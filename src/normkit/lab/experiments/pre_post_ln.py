@@ -192,12 +192,12 @@ def remarks(result: dict[str, Any]) -> list[str]:
     return said
 
 
-def warming(without: Sequence[Mapping[str, Any]], withal: Sequence[Mapping[str, Any]]) -> str:
+def warming(without: Sequence[Mapping[str, Any]], with_it: Sequence[Mapping[str, Any]]) -> str:
     """What a warm-up did to the loss at the end, seed by seed."""
-    lost = [sum(run["status"] != OK or run["loss"] is None for run in runs) for runs in (without, withal)]
+    lost = [sum(run["status"] != OK or run["loss"] is None for run in runs) for runs in (without, with_it)]
     if any(lost):
-        return f"diverged in {lost[0]} of {len(without)} seeds without warm-up and {lost[1]} of {len(withal)} with"
-    before, after = ([run["loss"] for run in runs] for runs in (without, withal))
+        return f"diverged in {lost[0]} of {len(without)} seeds without warm-up and {lost[1]} of {len(with_it)} with"
+    before, after = ([run["loss"] for run in runs] for runs in (without, with_it))
     change = differences(after, before)
     lower = sum(difference < 0 for difference in change.differences)
     text = f"ends at {mean(before):.2f} without warm-up and {mean(after):.2f} with, lower in {lower} of {len(before)} seeds"

@@ -206,7 +206,7 @@ def _time(result: Mapping[str, Any], kind: Kind) -> Table:
 
     settings = result["settings"]
     return time_table(
-        f"Equal time beside equal epochs, {solid}, {KINDS[kind]}", result["costs"][kind], settings["epochs"], score,
+        f"Equal time and equal epochs, {solid}, {KINDS[kind]}", result["costs"][kind], settings["epochs"], score,
         what="IoU near", every=settings["every"], form=".3f", scale=1.0,
     )  # fmt: skip
 
@@ -241,7 +241,7 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
 
 
 def figures(result: Mapping[str, Any]) -> list[Drawing]:
-    """The learnt surfaces beside the solids, a figure an activation, and IoU along training."""
+    """The learned surfaces next to the solids, one figure per activation, and IoU along training."""
     there = {kind for _, kind in _pairs(result)}
     return [
         *(

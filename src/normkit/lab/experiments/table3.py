@@ -92,7 +92,7 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """The paper's numbers beside ours, or beside the losses of the smoke test."""
+    """The paper's numbers next to ours, or to the losses of the smoke test."""
     if result["scale"] != "small":
         return classification.tables(result)
     printed = {row.name: row.printed for row in ROWS}

@@ -189,7 +189,7 @@ def _time(result: Mapping[str, Any]) -> Table:
         "A run that is read before its end has not yet the low rate of the end, to its disadvantage.",
     ]
     return time_table(
-        f"Equal time beside equal steps, {scene}", result["costs"], steps, score,
+        f"Equal time and equal steps, {scene}", result["costs"], steps, score,
         what="PSNR", unit="steps", every=result["settings"]["every"], form=".2f", scale=1.0, notes=notes,
     )  # fmt: skip
 
@@ -335,7 +335,7 @@ def _controls(result: Mapping[str, Any], scene: str) -> str:
     below = sum(gain < 0 for gain in norms if gain is not None)
     seeds = len({run["seed"] for run in where(result["runs"], scene=scene) if run["row"] not in (PLAIN, CONDITIONED)})
     claim = f"of the {len(norms)} common normalizations, said to hinder NeRF, {below} {'is' if below == 1 else 'are'} below it"
-    return f"{scene}: beside NeRF of the same seed, {', '.join(parts)}, of {seeds} {'seed' if seeds == 1 else 'seeds'}; {claim}."
+    return f"{scene}: against NeRF of the same seed, {', '.join(parts)}, of {seeds} {'seed' if seeds == 1 else 'seeds'}; {claim}."
 
 
 def _gain(result: Mapping[str, Any], scene: str, name: str) -> Interval:

@@ -50,7 +50,7 @@ GUESS = math.log(10)  # the loss of guessing one of ten classes
 
 
 @dataclass(frozen=True)
-class Job:
+class Training:
     """One training: measured along the way at the usual rate, or short at some rate to see whether it learns."""
 
     method: str
@@ -69,7 +69,7 @@ class Job:
         return f"{'along' if self.measured else 'rates'}/{self.method}/rate={self.rate:g}/seed={self.seed}"
 
 
-def train(job: Job, folder: Path) -> dict[str, Any]:
+def train(job: Training, folder: Path) -> dict[str, Any]:
     """Trains a network, and measures it twenty times meanwhile if the job says so."""
     images = load(job.data, job.train, 500, job.halve)["train"]
     stream = Stream(images, BATCH, job.seed)
@@ -113,11 +113,14 @@ def run(bench: Bench) -> dict[str, Any]:
         size["steps"] = bench.epochs * (size["train"] or 45000) // BATCH
     if bench.download:
         download_missing(size["data"])
-    jobs = [Job(method, RATE, True, seed, **size) for seed in bench.seeds for method in METHODS]
+    jobs = [Training(method, RATE, True, seed, **size) for seed in bench.seeds for method in METHODS]
     rates = RATES if bench.scale != "tiny" else (0.1, 1e30)  # one that learns and one that diverges
     short = {**size, "steps": min(SHORT, size["steps"])}
     jobs += [
-        Job(method, rate, False, seed, **short) for seed in bench.seeds for method in ("none", "bn") for rate in rates
+        Training(method, rate, False, seed, **short)
+        for seed in bench.seeds
+        for method in ("none", "bn")
+        for rate in rates
     ]
     done = bench.sweep(train, jobs)
     keys = ("method", "rate", "measured", "seed")
@@ -243,7 +246,7 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
         Drawing(
             "shift",
             lambda: shift(result),
-            "Training loss (left) beside two measures of covariate shift: the cosine between a layer's gradient before and "
+            "Training loss (left) and two measures of covariate shift: the cosine between a layer's gradient before and "
             "after the layers in front of it take their step, 1 where that changes nothing (middle), and how far one step moves "
             f"the channel means of a layer's input, in standard deviations (right); {SEEDS}. More shift is lower in the middle "
             "and higher on the right: compare its order with that of the losses.",

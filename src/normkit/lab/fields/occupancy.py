@@ -26,7 +26,7 @@ from normkit.lab.train.cost import RATE, Costs, Step, measure_steps
 from normkit.lab.train.images import Stream
 from normkit.lab.train.walk import OK, Diverged, device, forget, walk
 
-_JUDGES = 100_000  # points that judge, drawn anew for no run
+_JUDGES = 100_000  # points that judge, the same for every run
 _JUDGE_SEED, _CHOOSER_SEED = 2**31, 2**31 + 1
 _CHUNK = 2**16
 _PICTURE = 256  # pixels a side

@@ -46,7 +46,7 @@ class RadianceJob:
         scale: of the trunks' rows; see ``normkit.lab.models.rows.scale_rows``. Default: ``""``.
         width: of a layer. Default: 256.
         depth: layers of a trunk. Default: 8.
-        reduce: averages squares of so many pixels of the pictures. Default: 1.
+        reduce: averages squares of that many pixels per side. Default: 1.
         rays: a step. Default: 1024.
         coarse: samples a ray. Default: 64.
         fine: samples on top. Default: 64.
@@ -88,7 +88,7 @@ def find_scene(name: str, reduce: int = 1) -> Scene:
 
     Args:
         name: one of the LLFF scenes, ``"spheres"``, which needs no data, or a Blender scene.
-        reduce: averages squares of so many pixels. Default: 1.
+        reduce: averages squares of that many pixels per side. Default: 1.
 
     Raises:
         ProtocolError: its data is missing or damaged.

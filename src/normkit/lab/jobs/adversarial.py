@@ -43,7 +43,7 @@ WIDE = 3.0
 
 
 @dataclass(frozen=True)
-class Job:
+class Game:
     """One training."""
 
     loss: str
@@ -57,7 +57,7 @@ class Job:
         return f"{self.loss}/{self.kind}/seed={self.seed}"
 
 
-def play(job: Job, folder: Path) -> dict[str, Any]:
+def play(job: Game, folder: Path) -> dict[str, Any]:
     """Trains a generator against a discriminator, and looks at the discriminator twenty times meanwhile."""
     reseed(job.seed, "init")
     generator, critic = PointGenerator(), PointDiscriminator()

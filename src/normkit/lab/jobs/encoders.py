@@ -80,7 +80,7 @@ def loss_of(model: Encoder, tokens: Tensor, targets: Tensor) -> Tensor:
 
 
 def train(job: Training, folder: Path) -> dict[str, Any]:
-    """Trains an encoder and keeps its loss along the way; the score is the loss on sequences drawn anew at the end."""
+    """Trains an encoder and keeps its loss along the way; the score is the loss on new sequences at the end."""
     reseed(job.seed, "init")
     model = make(job.task, job.placement, job.norm, job.depth, job.features, job.length).to(device())
     name, _, rate = job.optimizer.partition(" ")

@@ -57,7 +57,7 @@ class RadianceField(nn.Module):
         skip: the layer, counted from 0, to whose output the encoding is joined; one past the trunk's end leaves it out.
             Default: 4.
         bands: frequencies of points and of directions. Default: ``(10, 4)``.
-        norm: makes a normalization of so many features, put between each trunk layer and its ReLU. Default: None.
+        norm: builds a normalization from a number of features, put between each trunk layer and its ReLU. Default: None.
 
     Shape:
         points ``(n, 3)`` and unit directions ``(n, 3)`` to colours ``(n, 3)`` from 0 to 1 and raw densities ``(n,)``, of
@@ -112,7 +112,7 @@ class NeRF(nn.Module):
         depth: layers of each trunk. Default: 8.
         skip: the layer after which the encoding comes in again. Default: 4.
         bands: frequencies of points and of directions. Default: ``(10, 4)``.
-        norm: makes a normalization of so many features for the trunks. Default: None.
+        norm: builds a normalization from a number of features for the trunks. Default: None.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ MEAN, DEVIATION, JITTER = 0.5, 1.25, 0.1
 
 
 class Shift(nn.Module):
-    """A bias for each channel, which is what is left of a norm that is left out.
+    """A bias for each channel, which stands in for a norm that is left out.
 
     Args:
         channels: C.
@@ -30,7 +30,7 @@ class Shift(nn.Module):
 
 
 class NoisyBatchNorm(nn.Module):
-    """Batch normalization, and in training noise behind it whose mean and deviation are drawn anew at every call.
+    """Batch normalization, and in training noise behind it whose mean and deviation are redrawn at every call.
 
     y = s * BN(x) + m. A channel's mean is within 0.5 of 0 and its deviation from 1 to 1.25; m is within 0.1 of the mean, and s
     normal about the deviation with deviation 0.1, both for each sample and channel.

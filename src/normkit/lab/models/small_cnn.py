@@ -15,7 +15,7 @@ class SmallCNN(nn.Module):
     has one. The pool leaves four places: after a norm over each sample, means over all places hardly tell samples apart.
 
     Args:
-        norm: makes a norm for so many channels.
+        norm: builds a norm from a number of channels.
         classes: outputs. Default: 10.
         channels: of the images. Default: 3.
         width: channels after the first convolution; 2, 2 and 4 times as many after the others. Default: 16.

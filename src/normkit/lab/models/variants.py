@@ -35,7 +35,7 @@ class ByNorm(nn.Module):
 
 
 class Kept(nn.Module):
-    """Divides each row by the norm that it had when it was last looked at, which is every so many training steps.
+    """Divides each row by the norm that it had when it was last looked at, every few training steps.
 
     The factors are constants: the gradient does not go through them. They are looked at when the weight is asked for with
     gradients, so that evaluation does not count.
@@ -79,7 +79,7 @@ def scale_by_norm(model: nn.Module, where: str = "first_last", *, norm: float | 
         model: changed in place.
         where: as in ``select``. Default: ``"first_last"``.
         norm: the order; ``"inf"`` for the greatest element. Default: 2.
-        every: steps for which the norms are kept; 0 to take them anew each time, differentiated. Default: 0.
+        every: steps for which the norms are kept; 0 to recompute them each time, differentiated. Default: 0.
     """
     for layer in select(model, where).values():
         assert isinstance(layer.weight, Tensor)

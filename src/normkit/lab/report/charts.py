@@ -29,7 +29,7 @@ def charts(comparison: Comparison) -> dict[str, Chart]:
     for picture in pictures(comparison):
         drawn = [chart(panel, looks) for panel in picture.panels]
         if len(drawn) > 1 and picture.panels[0].log:
-            # Panels beside one another share their scale, and the legend of those above.
+            # Panels side by side share their scale, and the legend of those above.
             values = [y for panel in picture.panels for line in panel.lines for y in line.y]
             for made in drawn:
                 made["layout"]["yaxis"].update(logarithmic(values, picture.panels[0].limit))

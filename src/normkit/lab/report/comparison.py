@@ -11,7 +11,7 @@ from normkit.lab.train.trainer import read_run as read_records
 
 
 @dataclass(frozen=True)
-class Run:
+class Log:
     """One training: a recipe at its chosen rate with one seed, as logged epoch by epoch."""
 
     seed: int
@@ -28,7 +28,7 @@ class Comparison:
 
     out: Path
     result: dict[str, Any]
-    runs: tuple[tuple[Run, ...], ...]
+    runs: tuple[tuple[Log, ...], ...]
 
     @property
     def names(self) -> list[str]:
@@ -46,14 +46,14 @@ def read_comparison(out: Path) -> Comparison:
         RecordError: a record is missing or damaged; the message names the file and the cure.
     """
     result = read_json(out / "result.json", RESULT)
-    runs = tuple(tuple(read_run(out, run) for run in recipe["runs"]) for recipe in result["recipes"])
+    runs = tuple(tuple(read_log(out, run) for run in recipe["runs"]) for recipe in result["recipes"])
     return Comparison(out, result, runs)
 
 
-def read_run(out: Path, entry: dict[str, Any]) -> Run:
+def read_log(out: Path, entry: dict[str, Any]) -> Log:
     """Reads the curves of one run."""
     _, metrics, timing = read_records(out / entry["run"])
-    return Run(
+    return Log(
         seed=entry["seed"],
         status=entry["status"],
         epochs=tuple(line["epoch"] for line in metrics),

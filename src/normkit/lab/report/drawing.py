@@ -39,7 +39,7 @@ def save(figures: Iterable[Drawing], folder: Path, dpi: int | None = None) -> li
         with matplotlib.rc_context({**matplotlib.rcParamsDefault, **LOOK}):
             drawn = figure.make()
             drawn.draw_without_rendering()
-            drawn.set_layout_engine("none")  # the places are found; each file would seek them anew
+            drawn.set_layout_engine("none")  # the places are found; each file would compute them again
             for kind, metadata in {"png": {"Software": "normkit"}, "svg": {"Date": None, "Creator": "normkit"}}.items():
                 buffer = io.BytesIO()
                 drawn.savefig(buffer, format=kind, dpi=dpi or DPI, metadata=metadata)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from normkit.lab.report.comparison import Comparison, Run, at, finite
+from normkit.lab.report.comparison import Comparison, Log, at, finite
 from normkit.lab.report.wording import RESOLVED, number, score_name
 
 ENLARGED = 6  # epochs from which the end is worth a second look
@@ -148,7 +148,7 @@ def along(comparison: Comparison, field: str) -> list[Line]:
     return lines
 
 
-def _lost(place: int, run: Run, field: str) -> Line:
+def _lost(place: int, run: Log, field: str) -> Line:
     pairs = [(e, v) for e, v in zip(run.epochs, getattr(run, field), strict=True) if v is not None]
     return Line(place, [epoch for epoch, _ in pairs], [value for _, value in pairs], kind="lost", seed=run.seed)
 

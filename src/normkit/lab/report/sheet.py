@@ -4,114 +4,30 @@ import base64
 import inspect
 import re
 import sys
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
-from rich import box
-from rich.cells import cell_len
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table as Grid
-from rich.text import Text
 
 from normkit.lab.experiment import Drawing, Experiment, Table
 from normkit.lab.folder import FIGURES
 from normkit.lab.record import write_bytes
 from normkit.lab.report.page import moment, resource, setting, template
+from normkit.lab.report.terminal import cell, is_text, print_table, print_text
 from normkit.lab.say import counted
-from normkit.lab.stats import ABSENT
-
-LONG = 24  # characters, from which on a cell is read like a sentence
-GAP = 2  # on each side of the line between two columns of a terminal
-ENDLESS = 10**6
-
-
-def cell(value: Any) -> str:
-    """A cell of a table as text: up to four significant digits.
-
-    >>> cell(0.123456), cell(12), cell(None)
-    ('0.1235', '12', '–')
-    """
-    if value is None:
-        return ABSENT
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def print_sheet(experiment: Experiment, found: Mapping[str, Any], console: Console) -> None:
     """Prints the tables and remarks of a result."""
-    console.print(f"\n[bold]{experiment.title}[/bold]", highlight=False)
-    console.print(f"{experiment.claim} ({experiment.paper.cite()})", highlight=False, markup=False)
+    print_text(f"\n{experiment.title}", console, "bold")
+    print_text(f"{experiment.claim} ({experiment.paper.cite()})", console)
     for table in experiment.tables(found["result"]):
-        console.print(f"\n{table.title}", style="bold", highlight=False, markup=False)
-        for places in side_by_side(table, console):
-            console.print(_roomy(table, places, console))
-        for note in table.notes:
-            console.print(note, style="dim", highlight=False, markup=False)
+        print_table(table, console)
     console.print()
     for remark in experiment.remarks(found["result"]):
-        console.print(f"- {remark}", highlight=False, markup=False)
-
-
-def side_by_side(table: Table, console: Console) -> list[list[int]]:
-    """Parts the columns of a table so that each part fits a console, with the first column in each.
-
-    Args:
-        table: to print.
-        console: on which.
-    """
-    parts: list[list[int]] = [[0]]
-    for place in range(1, len(table.columns)):
-        if len(parts[-1]) > 1 and not _fits(table, [*parts[-1], place], console):
-            parts.append([0])
-        parts[-1].append(place)
-    return parts
-
-
-def is_text(table: Table, place: int) -> bool:
-    """Tells whether a column holds words rather than numbers: most of its cells are long or have letters and no digit.
-
-    Args:
-        table: which.
-        place: of the column.
-    """
-    cells = [row[place] for row in table.rows if row[place] is not None]
-    return 2 * sum(isinstance(value, str) and _wordy(value) for value in cells) > len(cells)
-
-
-def _wordy(text: str) -> bool:
-    return len(text) > LONG or (any(map(str.isalpha, text)) and not any(map(str.isdigit, text)))
-
-
-def _fits(table: Table, places: Sequence[int], console: Console, room: int = 0) -> bool:
-    # Measured without an edge, at which rich would stop.
-    endless = console.options.update_width(ENDLESS)
-    return Measurement.get(console, endless, _grid(table, places, console, room)).maximum <= console.width
-
-
-def _roomy(table: Table, places: Sequence[int], console: Console) -> Grid:
-    # Where headings must be broken, the widest columns give way first.
-    room = bisect_left(range(console.width), True, key=lambda room: not _fits(table, places, console, room))
-    return _grid(table, places, console, room - 1)
-
-
-def _grid(table: Table, places: Sequence[int], console: Console, room: int) -> Grid:
-    grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for place in places:
-        justify = "right" if place and not is_text(table, place) else "left"
-        width = max(_need(table, place, console), room)
-        grid.add_column(Text(table.columns[place]), justify=justify, overflow="fold", max_width=width)
-    for row in table.rows:
-        grid.add_row(*(Text(cell(row[place])) for place in places))
-    return grid
-
-
-def _need(table: Table, place: int, console: Console) -> int:
-    # A heading may be broken between words; what stands below it only where two columns would not fit.
-    texts = [*(cell(row[place]) for row in table.rows), *table.columns[place].split()]
-    return max(1, min(max(map(cell_len, texts), default=0), console.width // 2 - GAP))
+        print_text(f"- {remark}", console)
 
 
 def write_markdown(experiment: Experiment, found: Mapping[str, Any], figures: Sequence[Drawing], output: Path) -> Path:
@@ -134,7 +50,7 @@ def facts(experiment: Experiment, found: Mapping[str, Any]) -> str:
     config, here = found["config"], found["environment"]
     words = experiment.words(config["scale"], config["seeds"], config["epochs"])
     threads = f"{counted(config['threads'], 'thread')} a run"
-    return f"`{' '.join(words)}` on {devices(here)}, {threads}, torch {here['torch']}, finished {moment(found['finished'])}."
+    return f"`{' '.join(words)}` on {hardware_of(here)}, {threads}, torch {here['torch']}, finished {moment(found['finished'])}."
 
 
 def setup(experiment: Experiment) -> list[str]:
@@ -143,10 +59,10 @@ def setup(experiment: Experiment) -> list[str]:
     return [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)[1:]]
 
 
-def devices(here: Mapping[str, Any]) -> str:
+def hardware_of(here: Mapping[str, Any]) -> str:
     """Names what the runs were done on; in a record that lacks it, what the command was given on.
 
-    >>> devices({"devices": ["NVIDIA A100", "NVIDIA H200"]})
+    >>> hardware_of({"devices": ["NVIDIA A100", "NVIDIA H200"]})
     'NVIDIA A100, NVIDIA H200'
     """
     if here.get("devices"):
@@ -165,7 +81,7 @@ def write_sheet(experiment: Experiment, found: Mapping[str, Any], figures: Seque
         figures=[_figure(drawing, output) for drawing in figures],
         cell=cell,
         is_text=is_text,
-        devices=devices,
+        hardware_of=hardware_of,
         setting=setting,
         moment=moment,
         css=Markup(resource("page.css")),

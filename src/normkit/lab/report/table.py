@@ -1,21 +1,18 @@
 """The result of a comparison as a table in the terminal."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from normkit.lab.experiment import Table
 from normkit.lab.report.comparison import at
+from normkit.lab.report.terminal import print_table, print_text
 from normkit.lab.report.wording import (
     ABSENT,
-    MINUS,
-    TIMES,
     cautions,
     findings,
     interval,
-    judge,
     kept,
     level,
     number,
@@ -24,100 +21,82 @@ from normkit.lab.report.wording import (
     verdict,
 )
 
-WIDE = 150
-ASCII = str.maketrans({MINUS: "-", ABSENT: "-", TIMES: "x", "±": "+-", "†": "*", "²": "2"})
-COLOURS = {"better": "green", "worse": "red", "failed": "red"}
 
-
-def print_table(result: dict[str, Any], console: Console) -> None:
+def print_result(result: dict[str, Any], console: Console) -> None:
     """Prints the scores and the costs of each recipe, and what was found.
-
-    On a terminal of 150 columns or more it is one table, on a narrower one two, one below the other.
 
     Args:
         result: the content of result.json.
         console: where to print.
     """
-    scores, costs = score_columns(result), cost_columns(result)
-    names = [("recipe", [Text(r["recipe"], style="bold", overflow="fold") for r in result["recipes"]])]
-    groups = [names + scores + costs] if console.width >= WIDE else [names + scores, names + costs]
-    lines = [Text(" ".join(findings(result))), *(Text(note, style="dim") for note in cautions(result))]
+    for table in tables_of(result):
+        print_table(table, console)
+    console.print()
+    for text in findings(result):
+        print_text(text, console)
+    for note in cautions(result):
+        print_text(note, console, "dim")
+
+
+def tables_of(result: dict[str, Any]) -> list[Table]:
+    """Scores and costs of each recipe."""
+    notes = []
     if at(result, "target.score") is not None:
         reach = f"{number(result['target']['score'], 'score')} is {result['target'].get('rule', 'the target')}"
-        lines.append(Text(f"Target: {reach}; steps and time to it are medians over seeds.", style="dim"))
-    console.print()
-    console.print(spelled(Text(str(result.get("title", "")), style="bold"), console))
-    for columns in groups:
-        console.print()
-        console.print(grid([(title, [spelled(cell, console) for cell in cells]) for title, cells in columns], console))
-    console.print()
-    for line in lines:
-        console.print(spelled(line, console))
+        notes.append(f"Target: {reach}; steps and time to it are medians over seeds.")
+    names = [recipe["recipe"] for recipe in result["recipes"]]
+
+    def table(title: str, columns: dict[str, list[str]], notes: Sequence[str] = ()) -> Table:
+        return Table(title, ["recipe", *columns], list(zip(names, *columns.values(), strict=True)), notes)
+
+    title = str(result.get("title") or "Scores")
+    return [table(title, score_columns(result)), table("Costs", cost_columns(result), notes)]
 
 
-def spelled(text: Text, console: Console) -> Text:
-    """The text in the letters that the terminal can write; some pipes and Windows consoles have no UTF-8."""
-    if not console.options.ascii_only:
-        return text
-    return Text(text.plain.translate(ASCII), style=text.style, overflow=text.overflow)
-
-
-def grid(columns: list[tuple[str, list[Text]]], console: Console) -> Table:
-    """A table from its columns."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
-    for name, _ in columns:
-        words = name.startswith(("recipe", "verdict"))
-        title = spelled(Text(name, style="bold"), console)
-        table.add_column(title, justify="left" if words else "right", overflow="fold", vertical="top")
-    for row in zip(*(cells for _, cells in columns), strict=True):
-        table.add_row(*row)
-    return table
-
-
-def score_columns(result: dict[str, Any]) -> list[tuple[str, list[Text]]]:
+def score_columns(result: dict[str, Any]) -> dict[str, list[str]]:
     """Chosen rate, test score, paired difference and verdict."""
     recipes, baseline, name = result["recipes"], result["baseline"], score_name(result)
     count = max(len(recipe["runs"]) for recipe in recipes)
-    return [
-        ("rate", [Text(number(r.get("rate"), "rate") + ("†" if r.get("rate_at_edge") else "")) for r in recipes]),
-        (f"test {name}\nmean ± std, n = {count}", [mean_score(r, count) for r in recipes]),
-        (f"minus {baseline}\n{level(at(recipes[-1], 'paired'))} interval", [difference(r, baseline) for r in recipes]),
-        ("verdict", [Text(verdict(r, baseline), style=COLOURS.get(judge(r, baseline), "")) for r in recipes]),
-    ]
+    return {
+        "rate": [number(r.get("rate"), "rate") + ("†" if r.get("rate_at_edge") else "") for r in recipes],
+        f"test {name}\nmean ± std, n = {count}": [mean_score(r, count) for r in recipes],
+        f"minus {baseline}\n{level(at(recipes[-1], 'paired'))} interval": [difference(r, baseline) for r in recipes],
+        "verdict": [verdict(r, baseline) for r in recipes],
+    }
 
 
-def cost_columns(result: dict[str, Any]) -> list[tuple[str, list[Text]]]:
+def cost_columns(result: dict[str, Any]) -> dict[str, list[str]]:
     """What a step takes, how soon the target is reached, and how conditioned the weights end."""
     recipes = result["recipes"]
     target = number(at(result, "target.score"), "score")
-    return [
-        (f"steps\nto {target}", [Text(reached(r, "steps_to_target", "count")) for r in recipes]),
-        (f"time\nto {target}", [Text(reached(r, "seconds_to_target", "seconds")) for r in recipes]),
-        ("ms\nper step", [Text(number(at(r, "cost.ms_per_step"), "ms")) for r in recipes]),
-        ("ratio", [Text(number(at(r, "cost.ratio"), "ratio")) for r in recipes]),
-        ("MB\nper step", [Text(number(at(r, "cost.mb_per_step"), "mb")) for r in recipes]),
-        ("condition, end\nfirst / last", [Text(condition(r)) for r in recipes]),
-    ]
+    return {
+        f"steps\nto {target}": [reached(r, "steps_to_target", "count") for r in recipes],
+        f"time\nto {target}": [reached(r, "seconds_to_target", "seconds") for r in recipes],
+        "ms\nper step": [number(at(r, "cost.ms_per_step"), "ms") for r in recipes],
+        "ratio": [number(at(r, "cost.ratio"), "ratio") for r in recipes],
+        "MB\nper step": [number(at(r, "cost.mb_per_step"), "mb") for r in recipes],
+        "condition, end\nfirst / last": [condition(r) for r in recipes],
+    }
 
 
-def mean_score(recipe: dict[str, Any], count: int) -> Text:
+def mean_score(recipe: dict[str, Any], count: int) -> str:
     """Mean and spread, with the number of seeds where some were lost."""
     text = number(at(recipe, "test_score.mean"), "score")
     if at(recipe, "test_score.std") is not None:
         text += f" ± {number(at(recipe, 'test_score.std'), 'score')}"
     if 0 < kept(recipe) < count:
         text += f" ({kept(recipe)}/{count})"
-    return Text(text)
+    return text
 
 
-def difference(recipe: dict[str, Any], baseline: str) -> Text:
+def difference(recipe: dict[str, Any], baseline: str) -> str:
     """The paired difference above its interval."""
     if recipe["recipe"] == baseline or at(recipe, "paired.mean") is None:
-        return Text(ABSENT)
+        return ABSENT
     text = number(recipe["paired"]["mean"], "difference")
     if at(recipe, "paired.low") is not None:
         text += f"\n{interval(recipe['paired'])}"
-    return Text(text)
+    return text
 
 
 def reached(recipe: dict[str, Any], key: str, kind: str) -> str:

@@ -32,7 +32,7 @@ def time_table(
         title: of the table.
         costs: by row, the baseline first, what :func:`normkit.lab.train.cost.measure_steps` gave.
         length: of a run, in `unit`.
-        score: of a row after so many, one a seed; None for a run that did not come so far.
+        score: of a row after that many, one per seed; None for a run that did not come so far.
         what: the score is, as a heading.
         unit: ``"epochs"`` or ``"steps"``. Default: ``"epochs"``.
         every: how many lie between two scores. Default: 1.

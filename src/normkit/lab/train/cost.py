@@ -1,4 +1,4 @@
-"""What a training step costs: time and memory, every recipe beside the others in one process."""
+"""What a training step costs: time and memory, all recipes side by side in one process."""
 
 import random
 import time
@@ -39,7 +39,7 @@ class Step:
     model: nn.Module
 
     def clear(self) -> None:
-        """Drops what the step makes anew and leaves: gradients, and the memory of effective weights, kept for the next."""
+        """Drops what the step recreates and leaves: gradients, and the memory of effective weights, kept for the next."""
         self.model.zero_grad()
         release(self.model)
 
@@ -118,7 +118,7 @@ def measure_steps(
 ) -> dict[str, dict[str, Any]]:
     """Times training steps side by side.
 
-    After a warm-up, each round takes one step of each in an order shuffled anew, so that what slows the machine for a
+    After a warm-up, each round takes one step of each in a reshuffled order, so that what slows the machine for a
     while slows all of them alike; medians and ratios are taken over rounds. On a CPU each step's tensors lie in other
     places of memory than the last one's: else a step would be faster or slower than its own copy throughout, by up to
     5 %, for the sets of the cache that its tensors happen to share (Curtsinger and Berger 2013, "Stabilizer"). There the

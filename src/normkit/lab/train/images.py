@@ -59,7 +59,7 @@ def load(name: str, train: int | None = None, test: int | None = None, halve: bo
         halve: average 2x2 pixels. Default: False.
 
     Returns:
-        Images (n, channels, height, width) and labels (n,), of ``"train"``, ``"val"`` (500 of CIFAR-10 beside a part of train)
+        Images (n, channels, height, width) and labels (n,), of ``"train"``, ``"val"`` (500 of CIFAR-10 where train is subsampled)
         and ``"test"``, on the accelerator if there is one.
 
     Raises:
@@ -87,7 +87,7 @@ def load(name: str, train: int | None = None, test: int | None = None, halve: bo
 
 
 class Stream:
-    """Training batches by their number, shuffled anew for each epoch; what does not fill a batch is left out.
+    """Training batches by their number, reshuffled for each epoch; what does not fill a batch is left out.
 
     Args:
         images: and labels.
@@ -142,7 +142,7 @@ def fit(
         every: steps a row. Default: None, an epoch's.
 
     Returns:
-        The status, and as rows the mean loss of so many steps.
+        The status, and as rows the mean loss over that many steps.
     """
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
     steps, losses = epochs * stream.per_epoch, Tally()
@@ -176,7 +176,7 @@ class Tally:
         self.total = torch.zeros((), dtype=torch.float64)
 
     def empty(self) -> float:
-        """Gives the sum and starts anew."""
+        """Returns the sum and resets it."""
         total, self.total = self.total.item(), torch.zeros((), dtype=torch.float64)
         return total
 
@@ -191,7 +191,7 @@ class Tally:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images, batch: int = CHUNK) -> float:
-    """The share of images whose class a model finds, in the mode it is in, in batches of so many in the order they have.
+    """The share of images whose class a model finds, in the mode it is in, in batches of that size, in their order.
 
     Args:
         model: as it is.

@@ -1,4 +1,4 @@
-"""Classifiers of images trained for a paper's table: one training as a job, what its step costs, and E beside frozen WN."""
+"""Classifiers of images trained for a paper's table: one training as a job, what its step costs, and E against frozen WN."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def folder_name(name: str) -> str:
 
 @lru_cache(maxsize=2)
 def images(name: str, size: int | None, train: int | None, val: int | None, test: int | None) -> Data:
-    """Reads a data set, or as much of it, at a smaller size of images.
+    """Loads a data set, optionally subsampled and with downscaled images.
 
     Args:
         name: a built-in name of the lab, or ``package.module:factory``.
@@ -231,7 +231,7 @@ def compare_same(job: Same, folder: Path) -> dict[str, Any]:
     fabric = start_fabric(settings)
     found: dict[str, tuple[list[dict[str, Any]], dict[str, torch.Tensor]]] = {}
     for name, recipe in {"e": f"{base.recipe}+e", "wn": f"{base.recipe}+wn@first_last"}.items():
-        # Short, and done anew after a stop: both must be of one piece.
+        # Short, and repeated after a stop: both must be of one piece.
         shutil.rmtree(folder / name, ignore_errors=True)
         model = make(replace(base, recipe=recipe), data)
         if name == "wn":

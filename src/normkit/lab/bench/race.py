@@ -10,7 +10,7 @@ WARM_UP = 3
 
 
 def race(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Times each variant in every round, in an order shuffled anew, and takes the first quartile of its times.
+    """Times each variant in every round, in a reshuffled order, and takes the first quartile of its times.
 
     What slows a machine for a while slows all of them alike, and noise only adds, hence the quartile.
 

@@ -1,4 +1,4 @@
-"""How fast the layers are: beside torch's own, beside torch.compile of the definition, and beside a copy of the input.
+"""How fast the layers are: against torch's own, torch.compile of the definition, and a copy of the input.
 
 The fraction of the roofline is (useful bytes / bandwidth of a copy of the same size) / time, where the useful bytes of
 a forward pass are one read and one write, and those of a backward pass two reads and one write.
@@ -20,7 +20,7 @@ from normkit.activations.local_response_norm import LocalResponseNorm
 from normkit.catalogue.methods import METHODS, method
 from normkit.core.errors import OptionError
 from normkit.engine.layer import Layer
-from normkit.lab.race import race
+from normkit.lab.bench.race import race
 
 TOKENS = ((4096, 1024), (8192, 4096), (64, 256), (1, 4096))
 SEQUENCES = ((8, 512, 1024), (8, 512, 768), (2, 16, 256))

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from normkit.engine.library import description
 from normkit.lab import record
+from normkit.lab.bench.report import COLUMNS, cells, draw, markdown, replace_section
+from normkit.lab.bench.speed import cases, measure, summary
 from normkit.lab.devices import cores, processor
-from normkit.lab.report.speed import COLUMNS, cells, draw, markdown, replace_section
 from normkit.lab.say import counted, say
 from normkit.lab.schema import ANY, OBJECT, TEXT, each, fields
-from normkit.lab.speed import cases, measure, summary
 
 QUICK_ROUNDS, ROUNDS = 5, 15
 
@@ -74,7 +74,7 @@ def bench(
     result: dict[str, Any] = {}
     say(console, f"{counted(len(chosen), 'cell')}; a ratio is a peer's time over normkit's: above 1, normkit is faster")
     if again:
-        say(console, f"{len(again)} of them measured {when}, printed again; --overwrite measures them anew")
+        say(console, f"{len(again)} of them measured {when}, printed again; --overwrite measures them again")
     for number, case in enumerate(chosen, 1):
         row = known.get(str(case)) or measure(case, rounds, compiled) | {"case": str(case)}
         rows.append(row)

@@ -1,13 +1,16 @@
 """What the benchmark found, as a table, as Markdown and as a figure."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from normkit.lab.report.canvas import FAINT, FULL, GRID, INK, LOOK
+from normkit.lab.experiment import Drawing
+from normkit.lab.record import write_bytes
+from normkit.lab.report.canvas import FAINT, FULL, GRID, INK
+from normkit.lab.report.drawing import save
 from normkit.lab.say import counted
 
 COLUMNS = (
@@ -66,8 +69,6 @@ def markdown(result: dict[str, Any]) -> str:
 
 def replace_section(path: Path, title: str, text: str) -> None:
     """Replaces the section of this title in a Markdown file, or appends it."""
-    from normkit.lab.record import write_bytes
-
     parts = path.read_text().split("\n## ") if path.exists() else ["# Measured speed\n"]
     at = next((i for i, part in enumerate(parts) if part.startswith(f"{title}\n")), len(parts))
     parts[at : at + 1] = [f"{title}\n\n{text}\n"]
@@ -75,45 +76,44 @@ def replace_section(path: Path, title: str, text: str) -> None:
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Draws every cell's ratio to eager, a line for each method, forward beside forward and backward."""
+    """Draws every cell's ratio to eager, a line for each method, forward next to forward and backward."""
+    return save([Drawing("speed", partial(_figure, result), "")], folder)
+
+
+def _figure(result: dict[str, Any]) -> Figure:
     rows: Sequence[dict[str, Any]] = result["rows"]
     names = list(dict.fromkeys(row["method"] for row in rows))
     directions = list(dict.fromkeys(row["direction"] for row in rows))
-    with mpl.rc_context(LOOK):
-        figure = Figure(figsize=(FULL, 0.9 + 0.24 * len(names)), layout="constrained")
-        for axis, direction in zip(
-            figure.subplots(1, len(directions), sharey=True, squeeze=False)[0], directions, strict=True
-        ):
-            axis.axvline(1, color=INK, linewidth=0.8)
-            axis.axvspan(0.95, 1.05, color=GRID, linewidth=0)
-            for row in rows:
-                if row["direction"] == direction and "eager" in row["ratio"]:
-                    half = row["dtype"] != "float32"
-                    axis.plot(
-                        row["ratio"]["eager"],
-                        names.index(row["method"]) + (0.12 if half else -0.12),
-                        "s" if row["layout"] == "channels last" else "o",
-                        markersize=3.4,
-                        color="#d55e00" if half else "#0072b2",
-                        markerfacecolor="none"
-                        if row["shape"][-1] * row["shape"][0] < 2**15 and len(row["shape"]) == 2
-                        else None,
-                        alpha=0.85,
-                    )
-            axis.set_xscale("log")
-            axis.set_xticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
-            axis.minorticks_off()
-            axis.set_title(direction, loc="left")
-            axis.set_xlabel("time of torch eager / time of normkit")
-            axis.grid(axis="x")
-            axis.grid(axis="y", visible=False)
-        axis = figure.axes[0]
-        axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-        axis.invert_yaxis()
-        said = "blue float32, orange bfloat16; squares channels last; hollow small; right of 1 normkit is faster"
-        figure.suptitle(said, fontsize=6.5, color=FAINT)
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / f"speed.{ending}" for ending in ("png", "svg")]
-        for path in paths:
-            figure.savefig(path, dpi=200)
-    return paths
+    figure = Figure(figsize=(FULL, 0.9 + 0.24 * len(names)), layout="constrained")
+    for axis, direction in zip(
+        figure.subplots(1, len(directions), sharey=True, squeeze=False)[0], directions, strict=True
+    ):
+        axis.axvline(1, color=INK, linewidth=0.8)
+        axis.axvspan(0.95, 1.05, color=GRID, linewidth=0)
+        for row in rows:
+            if row["direction"] == direction and "eager" in row["ratio"]:
+                half = row["dtype"] != "float32"
+                axis.plot(
+                    row["ratio"]["eager"],
+                    names.index(row["method"]) + (0.12 if half else -0.12),
+                    "s" if row["layout"] == "channels last" else "o",
+                    markersize=3.4,
+                    color="#d55e00" if half else "#0072b2",
+                    markerfacecolor="none"
+                    if row["shape"][-1] * row["shape"][0] < 2**15 and len(row["shape"]) == 2
+                    else None,
+                    alpha=0.85,
+                )
+        axis.set_xscale("log")
+        axis.set_xticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+        axis.minorticks_off()
+        axis.set_title(direction, loc="left")
+        axis.set_xlabel("time of torch eager / time of normkit")
+        axis.grid(axis="x")
+        axis.grid(axis="y", visible=False)
+    axis = figure.axes[0]
+    axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axis.invert_yaxis()
+    said = "blue float32, orange bfloat16; squares channels last; hollow small; right of 1 normkit is faster"
+    figure.suptitle(said, fontsize=6.5, color=FAINT)
+    return figure
