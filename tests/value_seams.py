@@ -405,6 +405,34 @@ def _(subject: Subject) -> None:
         refused(lambda made=made: made(*subject.inputs()).tolist())
 
 
+@seam(
+    "a weight freed before the backward pass is refused",
+    lambda subject: own_kernels(subject) and subject.is_rule and subject.fresh().weight is not None,
+)
+def _(subject: Subject) -> None:
+    made, inputs = subject.fresh(), subject.inputs()
+    y = output(made, *inputs)
+    made.weight.untyped_storage().resize_(0)
+    refused(lambda: y.backward(torch.ones_like(y)))
+
+
+_ARRAYS = ("batch_norm", "sync_batch_norm", "recurrent_batch_norm")
+
+
+@seam(
+    "running statistics without memory are refused",
+    lambda subject: subject.name in _ARRAYS and library() is not None,
+    "other layers blend theirs by torch's operators, which end the process",
+)
+def _(subject: Subject) -> None:
+    for training in (True, False):
+        made, inputs = subject.fresh().train(training), subject.inputs()
+        for key, buffer in made.named_buffers():
+            if "running" in key:
+                buffer.untyped_storage().resize_(0)
+        refused(lambda made=made, inputs=inputs: made(*inputs))
+
+
 @seam("an input without memory is refused", lambda subject: subject.is_rule and library() is not None)
 def _(subject: Subject) -> None:
     made, (x, *extra) = subject.fresh(), subject.inputs()

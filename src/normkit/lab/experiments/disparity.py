@@ -240,7 +240,8 @@ def less(these: list[float | None], those: list[float | None], lost: float | Non
         those: which are taken off them.
         lost: what a run that diverged counts as; None leaves its seed out.
     """
-    return differences(*([lost if score is None else score for score in scores] for scores in (these, those)))
+    ours, theirs = ([lost if score is None else score for score in scores] for scores in (these, those))
+    return differences(ours, theirs)
 
 
 def figures(result: dict[str, Any]) -> list[Drawing]:
