@@ -110,11 +110,47 @@ def lived_in(*modules: nn.Module, shape: tuple[int, ...]) -> nn.Sequential:
 def test_a_trained_network_computes_the_same(make, shape, recipe):
     model, x = lived_in(*make(), shape=shape), torch.randn(shape, dtype=torch.float64)
     wanted, weight = model(x), model[0].weight.detach().clone()
-    notes = "".join(row.note for row in apply_recipe(model, recipe))
+    notes = "".join(row.note for row in apply_recipe(model, recipe, x))
     assert_close(model(x), wanted, rtol=1e-9, atol=1e-9)
     assert ("running statistics of 1 carried along" in notes) == (recipe != "keep+wn")
     if recipe != "keep+wn":
         assert (model[0].weight - weight).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm", "shape"),
+    [
+        (nn.Linear(4, 6), nn.BatchNorm1d(6), (8, 6, 4)),
+        (nn.Linear(4, 6), nk.BatchRenorm(6), (8, 6, 4)),
+        (nn.Linear(4, 6), nn.BatchNorm2d(6), (8, 6, 3, 4)),
+        (nn.Linear(4, 6), nn.InstanceNorm1d(6, track_running_stats=True), (6, 4)),  # one sample, as torch takes it
+        (nn.Conv1d(4, 6, 1), nn.BatchNorm1d(6), (4, 6)),
+        (nn.Conv1d(4, 6, 1), nk.BatchNorm(6, layout="n * c"), (8, 4, 6)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "x".join(map(str, value)),
+)
+def test_statistics_of_another_axis_stay(layer: nn.Module, norm: nn.Module, shape: tuple[int, ...]) -> None:
+    model = lived_in(copy.deepcopy(layer), copy.deepcopy(norm), shape=shape)
+    state = copy.deepcopy(model[1].state_dict())
+    (row,) = condition(model, where="all", example=torch.randn(shape, dtype=torch.float64))
+    assert row.note.startswith("running statistics of 1 are those of the weight before; call recalibrate")
+    assert_close(model[1].state_dict(), state, rtol=0, atol=0)
+
+
+def test_statistics_behind_a_linear_layer_stay_where_its_axes_are_not_known() -> None:
+    model, x = lived_in(nn.Linear(4, 6), nn.BatchNorm1d(6), shape=(8, 4)), torch.randn(8, 4).double()
+    (row,) = condition(copy.deepcopy(model), where="all")
+    assert "are those of the weight before" in row.note
+    (row,) = condition(model, where="all", example=x)
+    assert row.note == "running statistics of 1 carried along"
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_outputs_carries_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 4), nn.BatchNorm1d(4))
+    model(torch.randn(8, 4))
+    rows = apply_recipe(model, "keep+e@all").rows
+    assert [row.note for row in rows] == ["", ""]
 
 
 class Branching(nn.Module):

@@ -15,7 +15,10 @@ from normkit.core.card import Card
 from normkit.core.errors import BackendError
 from normkit.core.memory import Running, RunningMean, RunningMoments
 from normkit.core.moments import Moments
-from normkit.core.support import Split
+from normkit.core.rule import Rule
+from normkit.core.statistic import Statistic
+from normkit.core.support import Split, Support
+from normkit.engine.dispatch import run
 from normkit.engine.layer import Layer
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -162,6 +165,29 @@ def test_the_cumulative_average_counts_no_skipped_batch(memory: Running, broken:
     assert running.batches is not None
     assert running.batches == 2
     assert_close(running.mean, torch.tensor([2.0, 3.0]))
+
+
+@pytest.mark.parametrize("start", [1e8, 1e25])  # the square of the second is beyond float32
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0, None])
+@pytest.mark.parametrize("memory", [Running, RunningMoments, RunningMean], ids=lambda memory: memory.__name__)
+def test_back_ends_blend_alike_and_exactly_at_both_ends(
+    memory: type[Running], momentum: float | None, start: float
+) -> None:
+    centred = memory is RunningMean
+    statistic = Statistic("mean", None if centred else "std")
+    rule = Rule(Support("n c *", over="n *"), statistic, memory=memory(momentum))
+    found = {}
+    for backend in ("native", "reference"):
+        var = torch.empty(0) if centred else torch.tensor([start])
+        found[backend] = nk.RunningStatistics(torch.tensor([start]), var, torch.tensor(0))
+        run(rule, torch.tensor([[0.0], [2.0]]), running=found[backend], backend=backend)
+    # Each blend rounds three times.
+    assert_close(found["native"], found["reference"], rtol=4 * torch.finfo(torch.float32).eps, atol=0)
+    if momentum == 0.0:
+        assert found["reference"].mean == start
+    if momentum in (1.0, None):
+        assert found["reference"].mean == 1
+        assert centred or found["reference"].var == (1 if memory is RunningMoments else 2)
 
 
 # What else every layer shares

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.hooks import RemovableHandle
 
 from laws import WEIGHTS
 from laws import name as name_of
@@ -419,6 +420,37 @@ def test_hooks_and_frozen_weights_stay(method) -> None:
     method(layer)(torch.randn(3, 5))
     assert calls == [1]
     assert not any(parameter.requires_grad for parameter in raw(layer))
+
+
+HOOKS: dict[str, Callable[[nn.Module, Callable[..., None]], RemovableHandle]] = {
+    "forward": lambda module, hook: module.register_forward_hook(hook),
+    "forward pre": lambda module, hook: module.register_forward_pre_hook(hook),
+    "backward": lambda module, hook: module.register_full_backward_hook(hook),
+    "backward pre": lambda module, hook: module.register_full_backward_pre_hook(hook),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed:UserWarning")
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+@pytest.mark.parametrize("where", ["parametrizations.weight", "parametrizations.weight.0"])
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_hooks_on_the_making_of_a_weight_run(method, where, hook) -> None:
+    layer, calls = method(nn.Linear(64, 64)), []  # of one sample, so that scaling the output would be cheaper
+    hook(layer.get_submodule(where), lambda *_: calls.append(1))
+    for context in (nullcontext(), together(layer)):
+        calls.clear()
+        with context:
+            layer(torch.randn(1, 64)).sum().backward()
+        assert calls == [1]
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_copies_and_pickles_keep_nothing_of_the_kernels(method) -> None:
+    layer = method(nn.Linear(5, 4))
+    layer(torch.randn(3, 5))
+    part = layer.get_submodule("parametrizations.weight.0")
+    for twin in (pickle.loads(pickle.dumps(part)), copy.deepcopy(part), copy.copy(part)):
+        assert twin._plans == {}
 
 
 @pytest.mark.parametrize("method", ON_LINEAR)

@@ -10,7 +10,7 @@ import laws
 from laws import ACTIVATIONS
 from normkit.core.card import Card
 from normkit.core.errors import NotationError, SurgeryError
-from normkit.surgery.applicable import applicable_words
+from normkit.surgery.applicable import applicable_words, why_not
 from normkit.surgery.norms import is_norm
 from normkit.surgery.recipe import Recipe, apply_recipe
 from normkit.surgery.target import Target
@@ -197,3 +197,20 @@ def test_an_option_is_built_read_and_shown(recipe: str, after: str) -> None:
     model = cnn()
     assert {row.after for row in apply_recipe(model, recipe)} == {after}
     assert len(apply_recipe(model, recipe)) == 0
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_trying_words_leaves_all_generators_as_they_were(started: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_back = []
+    for key, stand_in in {
+        "is_initialized": lambda: started,
+        "device_count": lambda: 2,
+        "get_rng_state": lambda device: device,
+        "set_rng_state": lambda state, device: put_back.append((state, device)),
+    }.items():
+        monkeypatch.setattr(torch.cuda, key, stand_in)
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))
+    state = torch.get_rng_state()
+    assert not why_not(model, "bn+sn")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert put_back == ([(0, 0), (1, 1)] if started else [])

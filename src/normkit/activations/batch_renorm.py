@@ -70,7 +70,7 @@ class RenormSchedule:
 
     @classmethod
     def over(cls, steps: int, r_max: float = 3.0, d_max: float = 5.0) -> RenormSchedule:
-        """For a run of so many steps: start at a tenth, d_max at a half, r_max at eight tenths.
+        """For a run of ``steps`` steps: start at a tenth, d_max at a half, r_max at eight tenths.
 
         >>> RenormSchedule.over(1000)
         RenormSchedule(r_max=3.0, d_max=5.0, start=100, r_end=800, d_end=500)

@@ -46,7 +46,7 @@ class Field:
 
     def deviations(self, x: Tensor) -> Tensor:
         """Each element of (N, C, *) less the mean of its field."""
-        # A common mean cancels; without it small deviations keep their digits beside a large mean.
+        # A common mean cancels; without it small deviations keep their digits next to a large mean.
         rest = x - x.mean(tuple(range(0 if self.samples else 1, x.dim())), keepdim=True)
         return rest - self.mean(rest)
 

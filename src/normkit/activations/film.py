@@ -136,7 +136,7 @@ CARD = Card(
         "https://arxiv.org/abs/1709.07871",
     ),
     use_cases="convolutional networks steered by a question, class or style; after a norm without a compensation of its own",
-    strengths="two numbers a channel steer a whole network; any norm may stand before it",
+    strengths="two numbers per channel steer a whole network; any norm may stand before it",
     weaknesses="normalizes nothing itself; the same for all positions",
     module=FiLM,
     functional=film,

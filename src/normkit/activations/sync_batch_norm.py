@@ -43,7 +43,7 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, with E and Var (population) over the union of the processes' batches in
     training. Batches may be of different sizes, and some empty; every process must call forward and backward alike. Each
-    process's count, mean and variance are gathered once and merged; the backward pass sums two numbers a channel over the
+    process's count, mean and variance are gathered once and merged; the backward pass sums two numbers per channel over the
     processes. Running statistics come out the same everywhere. Gradients of weight and bias are the local batch's, as
     DistributedDataParallel wants them. Without a process group, with one process, and in evaluation it is batch normalization.
 

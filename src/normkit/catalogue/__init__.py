@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-# Only when asked for: the list holds every method's code, and the entries beside it are read without torch.
+# Only when asked for: the list holds every method's code, and the modules next to it are read without torch.
 if TYPE_CHECKING:
     from normkit.catalogue.methods import METHODS, method
 else:

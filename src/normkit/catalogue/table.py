@@ -70,7 +70,7 @@ def comparison_table() -> str:
 
 
 def with_tables(text: str) -> str:
-    """A page's text with its tables made anew.
+    """A page's text with its tables made again.
 
     Raises:
         NotationError: there is no place for a table in it.

@@ -71,7 +71,7 @@ class Card:
         exact_gradient: the backward pass is the derivative of the training output; False where the method holds something
             constant on purpose that depends on the input.
         foldable: it can be baked into the weights for inference.
-        invertible: what goes in can be had back from what comes out (inputs).
+        invertible: the input can be recovered from the output (inputs).
         streams: its statistics can be measured batch by batch, exactly (inputs).
         fits: of a class with several cards, whether an instance of it is this method; None for what is left.
         invariances: changes of a linear layer's weight or data that leave the layer's normalized output as it was.

@@ -26,12 +26,13 @@ class RunningStatistics(NamedTuple):
 
 @dataclass(frozen=True)
 class Running:
-    """running <- (1 - momentum) running + momentum * statistic, once a training batch, with the unbiased variance.
+    """running <- (1 - momentum) running + momentum * statistic, once per training batch, with the unbiased variance.
 
-    It is computed in at least float32 and then rounded to the dtype of the running statistics. A channel whose result is not
-    finite there stays as it was, and so does everything where a batch has no elements: one broken batch does not poison the
-    average. The cumulative average leaves out a batch in which any channel's is not finite, and does not count it, so that it
-    stays the plain mean of the batches that it counts.
+    It is computed in at least float32, as torch.lerp does, exact for the momenta 0 and 1, and then rounded to the dtype of the
+    running statistics. A channel whose result is not finite there stays as it was, and so do all channels where a batch has no
+    elements: one broken batch does not poison the average. Such batches are counted all the same. The cumulative average leaves
+    out a batch without elements or in which any channel's result is not finite, and does not count it, so that it stays the
+    plain mean of the batches that it counts.
 
     Args:
         momentum: weight of the new value, 0 to 1; None gives the cumulative average 1 / batches.
@@ -85,7 +86,7 @@ class Running:
     def _mixed(
         self, old_mean: Tensor, old_var: Tensor, mean: Tensor, var: Tensor, weight: float | Tensor
     ) -> tuple[Tensor, ...]:
-        return old_mean + weight * (mean - old_mean), old_var + weight * (var - old_var)
+        return torch.lerp(old_mean, mean, weight), torch.lerp(old_var, var, weight)
 
     def _reduce(self, value: Tensor, split: Split) -> Tensor:
         keep = [d for d, name in enumerate(split.names) if name in self.per.replace("(", " ").replace(")", " ").split()]
@@ -100,7 +101,7 @@ class RunningMoments(Running):
     """Running averages of the first and second raw moment, E[x] and E[x^2], kept as mean and population variance.
 
     running <- (1 - momentum) running + momentum * moment, for both. Kept as their difference the second moment does not lose
-    the variance beside a large mean: with d the change from the old mean to the batch's,
+    the variance next to a large mean: with d the change from the old mean to the batch's,
 
         mean <- mean + momentum d,    var <- (1 - momentum) var + momentum Var[x] + momentum (1 - momentum) d^2.
 
@@ -127,8 +128,9 @@ class RunningMoments(Running):
         self, old_mean: Tensor, old_var: Tensor, mean: Tensor, var: Tensor, weight: float | Tensor
     ) -> tuple[Tensor, ...]:
         change = mean - old_mean
-        mixed = old_var + weight * (var - old_var) + weight * (1 - weight) * change.square()
-        return old_mean + weight * change, mixed
+        # In this order nothing is left of a change whose square is infinite where the weight is 0 or 1.
+        between = weight * (1 - weight) * change * change
+        return torch.lerp(old_mean, mean, weight), torch.lerp(old_var, var, weight) + between
 
 
 @dataclass(frozen=True)
@@ -148,4 +150,4 @@ class RunningMean(Running):
     def _mixed(
         self, old_mean: Tensor, old_var: Tensor, mean: Tensor, var: Tensor, weight: float | Tensor
     ) -> tuple[Tensor, ...]:
-        return (old_mean + weight * (mean - old_mean),)
+        return (torch.lerp(old_mean, mean, weight),)

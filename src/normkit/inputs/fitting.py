@@ -16,7 +16,7 @@ from normkit.core.support import Split, Support, per_shape, place, show
 
 PER_FEATURE = Support("n *", over="n")
 
-# A larger batch is measured in pieces of so many elements, as float64 copies of it all may not fit into memory.
+# A larger batch is measured in pieces of this many elements, as float64 copies of it all may not fit into memory.
 _PIECE = 2**24
 
 _MEMBER = {"*": "column", "d": "feature", "c": "channel"}

@@ -157,11 +157,11 @@ def _constants(statistics: str | Constants) -> tuple[list[float], list[float]]:
         mean, std = ([float(value) for value in values] for values in statistics)
     except (TypeError, ValueError):
         raise OptionError(
-            f"ImageStandardization: statistics={statistics!r}; wanted a name, or (means, deviations) with one number a channel"
+            f"ImageStandardization: statistics={statistics!r}; wanted a name, or (means, deviations) with one number per channel"
         ) from None
     if len(mean) != len(std) or not mean:
         raise ShapeError(
-            f"ImageStandardization: {len(mean)} means and {len(std)} deviations; wanted as many of both, one a channel"
+            f"ImageStandardization: {len(mean)} means and {len(std)} deviations; wanted as many of both, one per channel"
         )
     if not all(value > 0 for value in std):
         raise OptionError(f"ImageStandardization: deviations {std}; wanted numbers above 0")

@@ -31,7 +31,7 @@ class Whitening(Fitted):
         method: ``"pca"`` or ``"zca"``. Default: ``"zca"``.
         eps: added to the variances; directions of much less variance than eps are damped. 0 whitens exactly. Default: 1e-5.
         equalize: False leaves the variances as they are, and PCA decorrelates only. Default: True.
-        components: keep at most so many directions. Default: None, all.
+        components: the largest number of directions kept. Default: None, all.
         rank_tolerance: a direction is dropped whose variance is below this share of the largest. Default: 1e-10.
         support: names the features by the one axis that it keeps. Default: ``Support("n d", over="n")``;
             ``Support("n c *", over="n *")`` whitens channels.

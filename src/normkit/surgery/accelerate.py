@@ -32,7 +32,7 @@ def accelerate(model: nn.Module, *, where: Where | None = None, example: Any = N
 
     Parameters and buffers are the very same objects (but for running statistics of a half type, which become float32), so an
     optimizer goes on, and the state_dict has the same keys. What is
-    kept besides: dtype, device, training flag, hooks, and that one module stands in several places. Instance norms with running
+    kept too: dtype, device, training flag, hooks, and that one module stands in several places. Instance norms with running
     statistics and batch norms without are left as they are.
 
     Args:
@@ -41,7 +41,7 @@ def accelerate(model: nn.Module, *, where: Where | None = None, example: Any = N
         example: an input on which the changed model is run once, without effect on it. Default: None.
 
     Returns:
-        The model (a new one only where the model itself is a norm) and a row a norm.
+        The model (a new one only where the model itself is a norm) and a row per norm.
 
     Raises:
         NotationError: ``where`` can't be read.

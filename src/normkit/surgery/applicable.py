@@ -34,8 +34,10 @@ def why_not(model: nn.Module, recipe: str | Recipe, example: Any = None) -> str:
     >>> why_not(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)), "bn+ws")
     "bn+ws: ws: 'convolutions' chooses nothing; layers with a weight that exist: 0"
     """
+    # CUDA is not started for this: what has not drawn yet needs no protection.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        with torch.random.fork_rng(devices=[]), all_or_nothing(model):
+        with torch.random.fork_rng(devices), all_or_nothing(model):
             apply_recipe(model, recipe, example)
             raise _Undo
     except _Undo:

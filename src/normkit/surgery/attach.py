@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -18,7 +19,9 @@ from normkit.surgery.select import weight_names
 Attach = Callable[[nn.Module, str], object]
 
 
-def attach_all(model: nn.Module, layers: Mapping[str, nn.Module], put: Attach, what: str) -> list[Change]:
+def attach_all(
+    model: nn.Module, layers: Mapping[str, nn.Module], put: Attach, what: str, example: Any = None
+) -> list[Change]:
     """Put a weight method on every weight of some layers, and carry running statistics behind them along.
 
     Args:
@@ -26,15 +29,16 @@ def attach_all(model: nn.Module, layers: Mapping[str, nn.Module], put: Attach, w
         layers: chosen ones by name.
         put: called with a layer and the name of its weight.
         what: the method, for rows and messages.
+        example: an input of the model, which shows whether statistics behind a Linear are those of its features. Default: None.
 
     Returns:
-        A row a weight.
+        A row per weight.
 
     Raises:
         SurgeryError: the method is there already, the method refuses, or it would untie a weight that several layers share. Call
             this inside ``all_or_nothing``.
     """
-    ties, statistics = tied_parameters(model), Statistics(model)
+    ties, statistics = tied_parameters(model), Statistics(model, example)
     rows = []
     for name, layer in layers.items():
         for weight in weight_names(layer):

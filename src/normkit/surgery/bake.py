@@ -23,7 +23,7 @@ def bake(model: nn.Module) -> list[Change]:
         model: any module.
 
     Returns:
-        A row a tensor.
+        A row per tensor.
 
     Raises:
         SurgeryError: a raw weight is tied to one whose value is another, so that baking would untie them; nothing is changed.

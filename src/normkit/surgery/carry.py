@@ -15,9 +15,10 @@ from torch.nn.modules.conv import _ConvNd
 from normkit.activations.batch_group_norm import BatchGroupNorm
 from normkit.activations.batch_renorm import BatchRenorm
 from normkit.surgery.changes import label
+from normkit.surgery.convert import try_on
 from normkit.weights.layout import weight_layout
 
-# In evaluation one mean and one deviation a channel, which it has kept.
+# In evaluation one mean and one deviation per channel, which it has kept.
 _KINDS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, BatchGroupNorm, BatchRenorm)
 _POWERS = {"running_var": 2, "running_std": 1}
 _CURE = "call recalibrate(model, batches) before evaluation"
@@ -28,11 +29,15 @@ class Statistics:
 
     Args:
         model: as it is before weight methods are put on.
+        example: an input that shows the axes of what norms read; without, they are taken for known only where they follow from
+            the layer. Default: None.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, example: Any = None) -> None:
         self._names = {module: name for name, module in model.named_modules() if _is_trained(module)}
         self._calls = _calls(model) if self._names else None
+        seen = try_on(model, example, self._names, "model") if self._names and example is not None else {}
+        self._ranks = {norm: len(seen[id(norm)]) for norm in self._names if id(norm) in seen}
         self._norms = {call: norm for norm in self._names for call in (self._calls or {}).get(norm, [])}
 
     def __bool__(self) -> bool:
@@ -48,13 +53,13 @@ class Statistics:
             after: now.
         """
         factors = _factors(before, after, layer, name)
-        if factors is not None and bool((factors - 1).abs().max() <= 4 * torch.finfo(before.dtype).eps):
+        if factors is not None and bool(((factors - 1).abs() <= 4 * torch.finfo(before.dtype).eps).all()):
             return ""
         if self._calls is None:
             return f"running statistics behind it, if there are any, are those of the weight before; {_CURE}"
         calls = self._calls.get(layer, [])
         norm = self._next(calls)
-        if norm is not None and factors is not None and _fits(layer, norm, factors):
+        if norm is not None and factors is not None and _fits(layer, norm, factors, self._ranks.get(norm)):
             _rescale(norm, factors, getattr(layer, "bias", None))
             return f"running statistics of {label(self._names[norm])} carried along"
         stale = [name for norm, name in self._names.items() if norm in self._behind(calls)]
@@ -121,13 +126,17 @@ def _factors(before: Tensor, after: Tensor, layer: nn.Module, name: str) -> Tens
     return factors.flatten() if bool(fits.all() & (factors > 0).all()) else None
 
 
-def _fits(layer: nn.Module, norm: nn.Module, factors: Tensor) -> bool:
-    """Whether a norm keeps one mean and one deviation of each output unit of the layer before it."""
+def _fits(layer: nn.Module, norm: nn.Module, factors: Tensor, rank: int | None) -> bool:
+    """Whether a norm, of an input of so many axes if that is known, keeps the statistics of each output unit of the layer."""
     if not isinstance(layer, nn.Linear | nn.Bilinear | _ConvNd) or layer._forward_hooks or norm._forward_pre_hooks:
         return False
     known = isinstance(norm, _KINDS) or type(norm).__name__.endswith("FrozenBatchNorm2d")  # torchvision's, detectors'
-    last = isinstance(layer, _ConvNd) and getattr(norm, "layout", "n c *") != "n c *"
-    return known and not last and norm.get_buffer("running_mean").shape == factors.shape
+    first = getattr(norm, "layout", "n c *") == "n c *"
+    if isinstance(layer, _ConvNd):
+        same = first and rank in (None, 2 + len(layer.kernel_size))
+    else:  # gives units last, which is where a norm of axis 1 looks in (N, C) alone; to an instance norm that is (C, positions)
+        same = not first or (rank == 2 and not isinstance(norm, nn.modules.instancenorm._InstanceNorm))
+    return known and same and norm.get_buffer("running_mean").shape == factors.shape
 
 
 @torch.no_grad()

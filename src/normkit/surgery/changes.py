@@ -34,7 +34,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Changes:
-    """What a verb changed: the model, which is another object only where the model itself was a norm, and one row a change.
+    """What a verb changed: the model, which is another object only where the model itself was a norm, and one row per change.
 
     >>> print(Changes(nn.Identity(), (Change("stem.norm", "LayerNorm(64)", "RMSNorm(64)", "bias dropped"),)))
     layer      before         after        note

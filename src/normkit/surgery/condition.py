@@ -13,7 +13,9 @@ from normkit.surgery.transaction import all_or_nothing
 from normkit.weights.weight_conditioning import weight_conditioning
 
 
-def condition(model: nn.Module, mode: str = "row", where: Where = "first_last", **options: Any) -> Changes:
+def condition(
+    model: nn.Module, mode: str = "row", where: Where = "first_last", example: Any = None, **options: Any
+) -> Changes:
     """Condition the weights of a model's layers, in place: each is divided by the norms of its rows, columns or both.
 
     Make the optimizer before or afterwards as you like: the raw weights stay the same parameters. In a trained network the
@@ -24,10 +26,12 @@ def condition(model: nn.Module, mode: str = "row", where: Where = "first_last", 
         model: any module.
         mode: ``"row"``, ``"col"`` or ``"rowcol"``. Default: ``"row"``.
         where: as in ``select``; the paper conditions the first and the last layer. Default: ``"first_last"``.
+        example: an input, as for ``apply_recipe``. Without it, statistics behind a Linear are carried along only where the norm
+            takes features last, as another one may read another axis. Default: None.
         **options: of ``weight_conditioning``.
 
     Returns:
-        The model and a row a weight.
+        The model and a row per weight.
 
     Raises:
         NotationError: ``where`` can't be read.
@@ -50,5 +54,5 @@ def condition(model: nn.Module, mode: str = "row", where: Where = "first_last", 
 
     layers = select(model, where)
     with all_or_nothing(model):
-        rows = attach_all(model, layers, put, f"weight_conditioning:{mode}")
+        rows = attach_all(model, layers, put, f"weight_conditioning:{mode}", example)
     return Changes(model, tuple(rows))

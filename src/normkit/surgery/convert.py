@@ -72,7 +72,7 @@ def convert(
         on_refusal: ``"raise"``, or ``"leave"`` to leave a norm that can't be read or replaced as it is. Default: ``"raise"``.
 
     Returns:
-        The model (a new one only where the model itself is a norm) and a row a norm; where one was left because it was refused,
+        The model (a new one only where the model itself is a norm) and a row per norm; where one was left because it was refused,
         ``before`` equals ``after`` and the note has the reason.
 
     Raises:

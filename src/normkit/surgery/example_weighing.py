@@ -24,8 +24,8 @@ def weigh_examples(model: nn.Module, alpha: float = 0.0, count: int | None = Non
     Args:
         model: any module.
         alpha: the example's weight, 0 to 1. Default: 0.
-        count: elements a channel of a training batch, by which the unbiased variance kept becomes the population's, as
-            var (count - 1) / count. Default: None, so many that they are the same.
+        count: elements per channel of a training batch, by which the unbiased variance kept becomes the population's, as
+            var (count - 1) / count. Default: None, a count so large that both are the same.
 
     Returns:
         The model, which is another object where it was a batch normalization itself, and a row for each.
@@ -43,7 +43,7 @@ def weigh_examples(model: nn.Module, alpha: float = 0.0, count: int | None = Non
     1: BatchNorm2d(8) -> BatchGroupNorm(8, alpha=0.05)
     """
     if count is not None and count < 2:
-        raise OptionError(f"weigh_examples: count={count}; wanted the elements a channel of a training batch, from 2")
+        raise OptionError(f"weigh_examples: count={count}; wanted the elements per channel of a training batch, from 2")
     norms = {
         name: module
         for name, module in model.named_modules()

@@ -41,8 +41,8 @@ def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = Non
             the output, 1e-4 in float32, 1e-10 in float64.
 
     Returns:
-        The model, and a row a weight and such a norm; where one was left as it was, ``before`` equals ``after`` and the note has
-        the reason. The note of a fold has its error.
+        The model, and a row per weight and per such norm; where one was left as it was, ``before`` equals ``after`` and the note
+        has the reason. The note of a fold has its error.
 
     Raises:
         SurgeryError: a tied weight would be untied; the model is not in evaluation mode, or does not give the same finite output

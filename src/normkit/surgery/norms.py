@@ -37,7 +37,7 @@ class Norm:
         axes: of its input.
         shape: of the axes that hold channels or features; one number unless ``axes`` is ``"trailing"``, none if not known.
         eps: None stands for the machine epsilon.
-        weight: the gain, one value a channel, or None.
+        weight: the gain, one value per channel, or None.
         bias: likewise.
         has_bias: whether its class has a bias unless told otherwise.
         option: as its method's word has it: the groups of a group norm, the axes of a layer norm on channels first, or "".

@@ -37,8 +37,8 @@ def reassign_spectral_(
     convolution it bounds the unfolding, not the operator (see ``operator_norm``).
 
     Without ``exact``, sigma is u^T W v by power iteration, which comes from below: the norm may stay somewhat above 1. Vectors
-    are taken from ``memory`` and left there: keep one dict between calls, and one iteration a call follows a weight that changes
-    slowly. Without it each call starts at random with 15.
+    are taken from ``memory`` and left there: keep one dict between calls, and one iteration per call follows a weight that
+    changes slowly. Without it each call starts at random with 15.
 
     Args:
         model: a layer, or any module.

@@ -1,4 +1,4 @@
-"""Precise batch normalization: running statistics estimated anew, each element counting once."""
+"""Precise batch normalization: running statistics estimated again, each element counting once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from normkit.core.moments import Moments, moments
 from normkit.surgery.changes import Change, Changes, label
 
 Estimator = Literal["population", "mean"]
-# Each keeps one mean a channel, over the batch and all positions.
+# Each keeps one mean per channel, over the batch and all positions.
 _KINDS = (
     nn.modules.batchnorm._BatchNorm,
     BatchRenorm,
@@ -45,7 +45,7 @@ def recalibrate(
     estimator: Estimator = "population",
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> Changes:
-    """Estimate every batch normalization's running statistics anew, by its inputs over many batches, in place.
+    """Estimate every batch normalization's running statistics again, by its inputs over many batches, in place.
 
     Weights are fixed; batch normalizations normalize by their batch's own statistics, as in training, while everything else runs
     as in evaluation, so that dropout does not enter. The estimates are
@@ -66,8 +66,8 @@ def recalibrate(
         forward: ``forward(model, batch)`` runs the model on a batch, in place of the above.
 
     Returns:
-        A row for each layer, with the batches and the elements a channel that it saw; or ``left:`` and the reason, for one whose
-            running statistics are not of this kind, as instance normalization's or those of each step of a sequence.
+        A row for each layer, with the batches and the elements per channel that it saw; or ``left:`` and the reason, for one
+            whose running statistics are not of this kind, as instance normalization's or those of each step of a sequence.
 
     Raises:
         SurgeryError: the model has no such layer, there are no batches, or a layer is never called.
@@ -210,7 +210,7 @@ def _write(name: str, norm: nn.Module, seen: _Inputs) -> Change:
         norm.get_buffer(key).copy_(value)
     what = f"{type(norm).__name__}({found.mean.numel()})"
     batches = "1 batch" if seen.batches == 1 else f"{seen.batches} batches"
-    note = f"of {batches}, {seen.elements} elements a channel; means moved by up to {shift:.2g} deviations"
+    note = f"of {batches}, {seen.elements} elements per channel; means moved by up to {shift:.2g} deviations"
     return Change(name, what, what, note)
 
 

@@ -131,7 +131,8 @@ def apply_recipe(
         on_refusal: of a norm that can't be converted: ``"raise"``, or ``"leave"`` it as it is. Default: ``"raise"``.
 
     Returns:
-        The model (a new one only where the model itself is a norm) and a row a change; see ``convert`` for norms that were left.
+        The model (a new one only where the model itself is a norm) and a row per change; see ``convert`` for norms that
+        were left.
 
     Raises:
         NotationError: the recipe can't be read.
@@ -168,7 +169,7 @@ def _put(model: nn.Module, recipe: Recipe, example: Any, on_refusal: Refusal) ->
         changes = convert(model, str(recipe.norm), example=example, on_refusal=on_refusal)
     rows = list(changes.rows)
     for weight, layers in zip(recipe.weights, places, strict=True):
-        rows += attach_all(changes.model, layers, weight.put, weight.what)
+        rows += attach_all(changes.model, layers, weight.put, weight.what, example)
     return Changes(changes.model, tuple(rows))
 
 

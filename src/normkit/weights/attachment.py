@@ -94,6 +94,14 @@ def originals(held: nn.Module) -> list[Tensor]:
     return [found if (found := known.get(name)) is not None else getattr(held, name) for name in names]
 
 
+def hooked(*modules: nn.Module) -> bool:
+    """Whether a call of one of the modules runs hooks, so that nothing may go around it."""
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return True
+    return bool(_has_any_global_hook())
+
+
 def _shorten(cls: type[nn.Module], name: str) -> None:
     """Makes the way to a tensor with one parametrization shorter; torch's own is about as long as the work on a small weight."""
     whole = vars(cls)[name]
@@ -107,7 +115,7 @@ def _shorten(cls: type[nn.Module], name: str) -> None:
         found = self._modules["parametrizations"]._modules[name]  # pyright: ignore[reportOptionalMemberAccess]
         assert found is not None
         # With hooks, or more than one parametrization, all of it.
-        if len(found._modules) != 1 or found._forward_hooks or found._forward_pre_hooks or _has_any_global_hook():
+        if len(found._modules) != 1 or hooked(found):
             return torch_way(self)
         (part,) = found._modules.values()
         return part(*originals(found))  # pyright: ignore[reportOptionalCall]

@@ -165,12 +165,12 @@ def takes(weight: Tensor, *others: Tensor, rows: bool = False) -> bool:
         others: a gain or vectors, which must have its dtype.
         rows: whether only the weight's axis 0 has to be outermost in memory, so that channels-last weights do.
     """
-    if not plain(weight, *others) or _functions() is None or weight.is_neg():
+    if not plain(weight, *others) or _functions() is None:
         return False
     if not (weight.is_contiguous() or (rows and _channels_last(weight))):
         return False
     for other in others:
-        if other.dtype is not weight.dtype or other.is_neg() or not other.is_contiguous():
+        if other.dtype is not weight.dtype or not other.is_contiguous():
             return False
     return True
 
@@ -215,7 +215,7 @@ def normalize(
 
     Args:
         weight: one that ``takes`` holds for.
-        gain: one number a set, likewise, or None.
+        gain: one number per set, likewise, or None.
         plan: of the weight, with method ``"normalize"`` or of both systems of sets.
         definition: the same as a differentiable function of weight and gain, or of the weight alone where there is no gain.
         spare: keeps the memory of the result from one training step to the next.
@@ -251,7 +251,7 @@ class _Normalize(torch.autograd.Function):
         weight, gain = ctx.saved_tensors
         if torch.is_grad_enabled() or not plain(gradient):
             return *gradients_by(ctx.definition, (weight, gain), ctx.needs_input_grad, gradient), None, None, None
-        gradient, result = like(gradient.resolve_neg(), weight), torch.empty_like(weight)
+        gradient, result = like(gradient, weight), torch.empty_like(weight)
         dgain = None if gain is None else torch.empty_like(gain)
         functions = _functions()
         assert functions is not None
@@ -286,7 +286,7 @@ def run(plans: Sequence[Plan], calls: Sequence[Sequence[Tensor | None]], backwar
     """One call into the library for many weights.
 
     Args:
-        plans: one a weight.
+        plans: one per weight.
         calls: for each its tensors, as far as there are any: weight, gain, gradient, result, gradient of the gain, and of
             ``"spectral"`` the left and right vector and what is kept for backward. See native/weights.h.
         backward: whether gradients are wanted.

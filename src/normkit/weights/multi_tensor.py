@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from normkit.core.moments import accumulation_dtype
 from normkit.engine.abi import like, plain
 from normkit.weights import kernels
-from normkit.weights.attachment import originals
+from normkit.weights.attachment import hooked, originals
 
 
 class Share(NamedTuple):
@@ -94,15 +94,8 @@ def _single_parts(layer: nn.Module) -> Iterator[tuple[str, Shares, list[Tensor]]
     for name, found in held._modules.items() if held is not None else ():
         assert found is not None
         parts = list(found._modules.values())
-        if len(parts) == 1 and isinstance(parts[0], Shares) and not _hooked(found, parts[0]):
+        if len(parts) == 1 and isinstance(parts[0], Shares) and not hooked(found, parts[0]):
             yield name, parts[0], originals(found)
-
-
-def _hooked(*modules: nn.Module) -> bool:
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        for module in modules
-    )
 
 
 class _Together(torch.autograd.Function):
@@ -145,7 +138,7 @@ class _Together(torch.autograd.Function):
             result, dgain = torch.empty_like(weight), None if gain is None else torch.empty_like(gain)
             found[2 * k : 2 * k + 2] = result, dgain
             plans.append(ctx.plans[k])
-            calls.append((weight, gain, like(gradient.resolve_neg(), weight), result, dgain, None, None, ctx.kept[k]))
+            calls.append((weight, gain, like(gradient, weight), result, dgain, None, None, ctx.kept[k]))
         if plans:
             kernels.run(plans, calls, backward=True)
         return None, *found

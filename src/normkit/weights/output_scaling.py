@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from normkit.core.errors import BackendError
 from normkit.core.moments import accumulation_dtype
+from normkit.weights.attachment import hooked
 from normkit.weights.parametrization import Parametrization
 
 Path = Literal["auto", "weight", "output"]
@@ -55,7 +56,7 @@ def refusal(layer: nn.Module, name: str = "weight") -> str | None:
     if any(getattr(cls, method, None) is not getattr(kind, method, None) for method in ("forward", "_conv_forward")):
         return f"{cls.__name__} computes its output in a way of its own, not as {kind.__name__} does"
     if parametrize.is_parametrized(layer, name):
-        return "the weight has another parametrization besides"
+        return "the weight has another parametrization"
     return None
 
 
@@ -80,13 +81,15 @@ def scaled_forward(layer: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
 
 
 def _scaling(layer: nn.Module) -> RowScaling | None:
-    """The weight's parametrization if it is a row scaling and the only one."""
+    """The weight's parametrization if it is a row scaling, the only one, and without hooks."""
     found = layer._modules.get("parametrizations")
     if found is None or "weight" not in found._modules:
         return None
-    several = list(found._modules["weight"]._modules.values())  # pyright: ignore[reportOptionalMemberAccess]
+    held = found._modules["weight"]
+    assert held is not None
+    several = list(held._modules.values())
     if len(several) == 1 and isinstance(several[0], RowScaling):
-        return several[0]
+        return None if hooked(held, several[0]) else several[0]
     if any(isinstance(part, RowScaling) and part.path == "output" for part in several):
         names = ", ".join(type(part).__name__ for part in several)
         raise BackendError(f'path="output": the weight has more than one parametrization ({names}); use path="auto"')
@@ -94,7 +97,7 @@ def _scaling(layer: nn.Module) -> RowScaling | None:
 
 
 def _output_is_cheaper(layer: nn.Module, scaling: RowScaling, raw: Tensor, input: Tensor) -> bool:
-    """Whether the output has few elements beside the weight."""
+    """Whether the output has few elements compared with the weight."""
     positions = input.numel() // max(raw.shape[1], 1)
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         positions //= layer.groups * math.prod(layer.stride)

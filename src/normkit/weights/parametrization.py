@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from normkit.weights.spare import Spare
 
 
 class Parametrization(nn.Module):
-    """One weight, and for some one gain a set, to the weight as it is used.
+    """One weight, and for some one gain per set, to the weight as it is used.
 
     A subclass has ``definition``, in differentiable PyTorch, and ``plan``, what a kernel is told; its forward hands the raw
     tensors to ``made``.
@@ -30,6 +31,10 @@ class Parametrization(nn.Module):
         self._plans: dict[tuple[object, ...], kernels.Plan | None] = {}
         self._spare = Spare()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Plans are bytes of a C structure, which another version of the kernels may lay out in another way.
+        return {**vars(self), "_plans": {}}
+
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
         """The weight as it is used, by PyTorch's operators."""
         raise NotImplementedError
@@ -39,7 +44,7 @@ class Parametrization(nn.Module):
         raise NotImplementedError
 
     def options(self) -> tuple[object, ...]:
-        """What the plan depends on beside the weight's shape and dtype."""
+        """What the plan depends on besides the weight's shape and dtype."""
         return ()
 
     def made(self, weight: Tensor, *gain: Tensor) -> Tensor:
@@ -70,7 +75,7 @@ class Parametrization(nn.Module):
 
 
 def laid_out(gain: Tensor, rule: Rule, weight: Tensor, who: str) -> Tensor:
-    """The gains of a rule on a weight, one a set, in the shape in which they multiply it.
+    """The gains of a rule on a weight, one per set, in the shape in which they multiply it.
 
     Raises:
         ShapeError: there are more or fewer.

@@ -104,7 +104,7 @@ class ScaledWeightStandardization(Parametrization):
         return kernels.plan_over(split, weight.dtype, self.rule.statistic, self.gamma / split.count**0.5)
 
     def options(self) -> tuple[object, ...]:
-        """What the plan depends on beside the weight's shape and dtype."""
+        """What the plan depends on besides the weight's shape and dtype."""
         return (self.gamma,)
 
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The memory of a weight that one step made, kept for the next step.
 
 The first write to a fresh tensor of a megabyte or more costs several times what a later one does, as the system hands out
-pages of zeros. A weight that is made anew at each step has the same size each time; so its place is written over as soon as
+pages of zeros. A weight that is made again at each step has the same size each time; so its place is written over as soon as
 no tensor, view or array holds it any more. (A storage that is kept without a tensor does not count.)
 """
 

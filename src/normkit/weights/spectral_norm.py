@@ -19,10 +19,11 @@ from normkit.weights import kernels, multi_tensor
 from normkit.weights.attachment import Layer, attach
 from normkit.weights.layout import weight_of
 from normkit.weights.multi_tensor import Share
+from normkit.weights.parametrization import Parametrization
 from normkit.weights.power_iteration import power_iteration
 
 
-class SpectralNorm(nn.Module):
+class SpectralNorm(Parametrization):
     """The parametrization w / sigma(w), sigma the largest singular value of the 2-D unfolding, by warm power iteration.
 
     u <- w v / norm, v <- w^T u / norm at each use in training, none in evaluation; sigma = u^T w v, without gradient through
@@ -69,7 +70,6 @@ class SpectralNorm(nn.Module):
             raise OptionError(f"SpectralNorm: n_power_iterations={n_power_iterations}; wanted a whole number from 1")
         self.n_power_iterations, self.dim, self.eps = n_power_iterations, dim % weight.dim(), eps
         self.exact = exact
-        self._plans: dict[tuple[object, ...], kernels.Plan | None] = {}
         if weight.dim() > 1:
             matrix = self._matrix(weight.detach())
             for name, size in zip(("_u", "_v"), matrix.shape, strict=True):
@@ -98,32 +98,37 @@ class SpectralNorm(nn.Module):
         # Copies, as the next use writes to the buffers while this one's graph still needs what they hold.
         wide = accumulation_dtype(weight.dtype)
         u, v = (buffer.to(wide, copy=True) for buffer in (self._u, self._v))
-        return self._definition(weight, u, v)
+        return self.definition(weight, u, v)
 
-    def share(self, weight: Tensor) -> Share | None:
+    def share(self, *raw: Tensor) -> Share | None:
         """What this weight brings to one call for many weights; None where the kernels don't run."""
+        (weight,) = raw
         if self.exact or self.dim != 0 or weight.dim() == 1:
             return None
-        if not kernels.takes(weight, self._u, self._v):
-            return None
-        key = (weight.shape, weight.dtype, self.training, self.n_power_iterations, self.eps)
-        if key not in self._plans:
-            rows = weight.shape[0]
-            self._plans[key] = kernels.plan_for(
-                (1, rows, weight.numel() // max(rows, 1), 1),
-                weight.dtype,
-                method="spectral",
-                statistic=Statistic(None, "norm", self.eps, "floor"),
-                iterations=self.n_power_iterations if self.training else 0,
-            )
-        plan = self._plans[key]
+        plan = self._plan_here(weight, self._u, self._v)
         if plan is None or plan.counts[5:7] != (self._u.numel(), self._v.numel()):
             return None  # forward says so
-        return Share(plan, self._definition, weight, vectors=(self._u, self._v))
+        return Share(plan, self.definition, weight, vectors=(self._u, self._v))
 
-    def _definition(self, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    def plan(self, weight: Tensor) -> kernels.Plan | None:
+        """What a kernel is told of such a weight."""
+        rows = weight.shape[0]
+        return kernels.plan_for(
+            (1, rows, weight.numel() // max(rows, 1), 1),
+            weight.dtype,
+            method="spectral",
+            statistic=Statistic(None, "norm", self.eps, "floor"),
+            iterations=self.n_power_iterations if self.training else 0,
+        )
+
+    def options(self) -> tuple[object, ...]:
+        """What the plan depends on besides the weight's shape and dtype."""
+        return self.training, self.n_power_iterations, self.eps
+
+    def definition(self, weight: Tensor, *vectors: Tensor) -> Tensor:
+        """The weight divided by the singular value of its left and right vector."""
         return (
-            divide_by_sigma(self._matrix(weight), u, v, self.eps)
+            divide_by_sigma(self._matrix(weight), *vectors, eps=self.eps)
             .reshape(self._moved(weight).shape)
             .movedim(0, self.dim)
         )
@@ -227,7 +232,7 @@ CARD = Card(
         "https://arxiv.org/abs/1802.05957",
     ),
     use_cases="discriminators of GANs, critics, anything that must be Lipschitz",
-    strengths="bounds the layer's Lipschitz constant; cheap by one warm iteration a step; free once folded",
+    strengths="bounds the layer's Lipschitz constant; cheap by one warm iteration per step; free once folded",
     weaknesses="holds the largest singular value alone; of a convolution it is not the operator's norm; lags behind fast weights",
     module=SpectralNorm,
     functional=divide_by_sigma,

@@ -56,9 +56,9 @@ class Equilibrate(RowScaling):
     Row mode is weight normalization with its lengths frozen at 1. The gradient of the raw row is
     (dw - <dw, w> w) / norm(a_i): orthogonal to it, so that under plain gradient descent norms only grow and the effective rate
     falls as 1 / norm^2; weight decay changes nothing but that rate. Before BatchNorm row mode changes the training alone, and the
-    function only as far as the norm's eps counts beside the variance. ``eps`` here is a floor of the norm, not a summand, so that
-    invariance to scale is exact; a zero row
-    stays zero, and its gradient is that of its conditioned weight divided by ``eps``.
+    function only as far as the norm's eps counts next to the variance. ``eps`` here is a floor of the norm, not a summand, so
+    that invariance to scale is exact; a zero row stays zero, and its gradient is that of its conditioned weight divided by
+    ``eps``.
 
     Assigning ``layer.weight = W`` stores W as the raw weight: what ``layer.weight`` then gives is W conditioned, and W itself
     only if its rows (columns) have norm ``gain`` already. The norms of W change the effective rate, not the function.
@@ -160,7 +160,7 @@ class Equilibrate(RowScaling):
         return factors if self.gain == 1.0 else factors * self.gain
 
     def options(self) -> tuple[object, ...]:
-        """What the plan depends on beside the weight's shape and dtype."""
+        """What the plan depends on besides the weight's shape and dtype."""
         return self.mode, self.order, self.iterations, self.eps, self.gradient, self.gain
 
     def plan(self, weight: Tensor) -> kernels.Plan | None:
@@ -365,7 +365,7 @@ CARD = Card(
         2024,
         "https://arxiv.org/abs/2409.03424",
     ),
-    use_cases="first convolution and last layer of convolutional networks, all layers of NeRFs and transformers; beside any norm",
+    use_cases="first convolution and last layer of convolutional networks, all layers of NeRFs and transformers; with any norm",
     strengths="no new parameters; usually lowers the weight's condition number where rows differ much; free once folded",
     weaknesses="can raise the condition number, by at most sqrt(rows); nothing but a rate before BatchNorm; rows grow",
     module=Equilibrate,

@@ -79,7 +79,7 @@ class WeightNorm(Parametrization):
         return kernels.plan_over(rule.support.split(weight.shape), weight.dtype, rule.statistic)
 
     def options(self) -> tuple[object, ...]:
-        """What the plan depends on beside the weight's shape and dtype."""
+        """What the plan depends on besides the weight's shape and dtype."""
         return self.dim, self.eps
 
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
