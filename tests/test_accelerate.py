@@ -65,7 +65,7 @@ def test_what_it_leaves_and_refuses() -> None:
     assert model[0] is kept[0]
     assert model[1] is kept[1]
     assert nk.accelerate(model).rows == ()
-    with pytest.raises(nk.SurgeryError, match="does not run"):
+    with pytest.raises(nk.errors.SurgeryError, match="does not run"):
         nk.accelerate(nn.Sequential(nn.LayerNorm(3)), example=torch.randn(2, 5))
     root = nk.accelerate(nn.LayerNorm(3)).model
     assert isinstance(root, nk.LayerNorm)

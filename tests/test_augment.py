@@ -9,9 +9,9 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from normkit.core.errors import OptionError
-from normkit.inputs.image_standardization import ImageStandardization
 from normkit.lab.data.augment import FlipAndCrop
 from normkit.lab.data.standardize import Standardize
+from normkit.preprocessing.image_standardization import ImageStandardization
 
 
 def drawn(seed: int = 0) -> torch.Generator:

@@ -118,7 +118,7 @@ def test_citations_are_of_what_is_in_the_model() -> None:
         nn.BatchNorm1d(2),
         nk.RMSNorm(2),
         nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)),
-        nk.weight_conditioning(nn.Linear(2, 2)),
+        nk.weights.weight_conditioning(nn.Linear(2, 2)),
     )
     assert {card.name for card in methods_in(model)} == {
         "batch_norm",

@@ -35,7 +35,7 @@ def test_notation_with_other_spaces_runs_on_the_same_back_end() -> None:
 def test_composite_trailing_axes_are_one_axis_of_the_tensor() -> None:
     x = torch.randn(3, 8)
     found = nk.normalize(x, nk.Support("* (g d)", over="g d", g=2))
-    assert_close(found, nk.layer_norm(x, 8))
+    assert_close(found, nk.functional.layer_norm(x, 8))
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "closed", "aten"])
@@ -43,8 +43,8 @@ def test_parameters_of_another_shape_are_refused_by_every_back_end(backend: str)
     rule = nk.RMSNorm(2).rule
     x = torch.randn(3, 2)
     for weight, bias in ((torch.ones(2), torch.ones(2, 1)), (torch.ones(1), None)):
-        with pytest.raises(nk.ShapeError, match="per 'd' has shape"):
-            nk.run(rule, x, weight, bias, backend=backend)
+        with pytest.raises(nk.errors.ShapeError, match="per 'd' has shape"):
+            nk.functional.run(rule, x, weight, bias, backend=backend)
 
 
 def test_what_comes_back_is_never_the_input_itself() -> None:
@@ -149,7 +149,7 @@ def test_the_sum_with_a_residual_is_normalized_and_handed_over(backend: Any) -> 
         norm.double().backend = backend
         try:
             y, total = norm.after_sum(x, residual)
-        except nk.BackendError:
+        except nk.errors.BackendError:
             pytest.skip("the kernels are not built")
         assert_close(total, x + residual, rtol=0, atol=0)
         assert_close(y, norm(x + residual), rtol=1e-12, atol=1e-12)  # the same numbers, normalized alike
@@ -157,7 +157,7 @@ def test_the_sum_with_a_residual_is_normalized_and_handed_over(backend: Any) -> 
         found = torch.autograd.grad((y.square() + total.sin()).sum(), inputs)
         wanted = torch.autograd.grad((norm(x + residual).square() + (x + residual).sin()).sum(), inputs)
         assert_close(found, wanted, rtol=1e-9, atol=1e-9)
-    with pytest.raises(nk.ShapeError, match="as the input is"):
+    with pytest.raises(nk.errors.ShapeError, match="as the input is"):
         norm.after_sum(x, residual[:1])
 
 
@@ -166,10 +166,10 @@ def test_an_activation_that_is_not_known_is_refused_and_surgery_does_not_lose_on
         lambda: nk.LayerNorm(5, activation="tanh"),
         lambda: setattr(nk.GroupNorm(1, 2), "activation", "tanh"),
     ):  # pyright: ignore[reportArgumentType]
-        with pytest.raises(nk.OptionError, match="activation='tanh': wanted one of relu"):
+        with pytest.raises(nk.errors.OptionError, match="activation='tanh': wanted one of relu"):
             refuse()
     model = torch.nn.Sequential(torch.nn.Conv1d(3, 4, 1), nk.BatchNorm(4, activation="relu"))
-    with pytest.raises(nk.SurgeryError, match="applies relu too"):
+    with pytest.raises(nk.errors.SurgeryError, match="applies relu too"):
         nk.convert(model, "gn:2")
 
 
@@ -231,7 +231,7 @@ def test_a_mask_that_empties_a_set_leaves_gradients_finite() -> None:
     for guard in ("inside", "outside", "floor"):
         x, weight = torch.randn(2, 2, requires_grad=True), torch.ones(2, requires_grad=True)
         rule = nk.Rule(nk.Support("* d", over="d"), nk.Statistic("mean", "std", guard=guard), nk.Affine("d"))
-        nk.run(rule, x, weight, mask=mask).sum().backward()
+        nk.functional.run(rule, x, weight, mask=mask).sum().backward()
         assert x.grad is not None
         assert weight.grad is not None
         assert x.grad.isfinite().all()

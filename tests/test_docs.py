@@ -4,10 +4,12 @@ import importlib
 import re
 from pathlib import Path
 from pkgutil import resolve_name
+from types import ModuleType
 
 import pytest
 import torch
 
+import normkit as nk
 from internals import internals
 from normkit.catalogue.table import with_tables
 from normkit.core.errors import NotationError
@@ -53,6 +55,16 @@ def test_every_page_is_in_the_menu() -> None:
     menu = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert f"- {page.name}" in menu
+
+
+def test_the_reference_has_every_namespace() -> None:
+    text = (ROOT / "docs/reference.md").read_text()
+    shown = set(re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE))
+    spaces = [name for name in nk.__all__ if isinstance(getattr(nk, name), ModuleType)]
+    # What a package loads late stands in its api.
+    assert shown == {"normkit.api", *(f"normkit.{name}" + ".api" * (name == "catalogue") for name in spaces)}
+    for name in spaces:
+        assert f"(#nk{name})" in text
 
 
 def test_every_recipe_shown_for_the_built_in_model_applies_to_it() -> None:

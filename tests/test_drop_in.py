@@ -145,16 +145,23 @@ def test_functions_equal_torchs() -> None:
     mean, var = torch.randn(6), torch.rand(6) + 0.5
     mine, other = (mean.clone(), var.clone()), (mean.clone(), var.clone())
     assert_close(
-        nk.batch_norm(x, *mine, w, b, True, 0.3), F.batch_norm(x, *other, w, b, True, 0.3), rtol=1e-5, atol=1e-5
+        nk.functional.batch_norm(x, *mine, w, b, True, 0.3),
+        F.batch_norm(x, *other, w, b, True, 0.3),
+        rtol=1e-5,
+        atol=1e-5,
     )
     assert_close(mine, other, rtol=1e-5, atol=1e-5)
-    assert_close(nk.batch_norm(x, *mine, w, b), F.batch_norm(x, *other, w, b), rtol=1e-5, atol=1e-5)
-    assert_close(nk.layer_norm(x, (5,), w[:5], b[:5]), F.layer_norm(x, (5,), w[:5], b[:5]), rtol=1e-5, atol=1e-5)
-    assert_close(nk.rms_norm(x, (5,), w[:5]), F.rms_norm(x, (5,), w[:5]), rtol=1e-5, atol=1e-5)
-    assert_close(nk.group_norm(x, 3, w, b), F.group_norm(x, 3, w, b), rtol=1e-5, atol=1e-5)
-    assert_close(nk.instance_norm(x, weight=w, bias=b), F.instance_norm(x, weight=w, bias=b), rtol=1e-5, atol=1e-5)
+    assert_close(nk.functional.batch_norm(x, *mine, w, b), F.batch_norm(x, *other, w, b), rtol=1e-5, atol=1e-5)
+    assert_close(
+        nk.functional.layer_norm(x, (5,), w[:5], b[:5]), F.layer_norm(x, (5,), w[:5], b[:5]), rtol=1e-5, atol=1e-5
+    )
+    assert_close(nk.functional.rms_norm(x, (5,), w[:5]), F.rms_norm(x, (5,), w[:5]), rtol=1e-5, atol=1e-5)
+    assert_close(nk.functional.group_norm(x, 3, w, b), F.group_norm(x, 3, w, b), rtol=1e-5, atol=1e-5)
+    assert_close(
+        nk.functional.instance_norm(x, weight=w, bias=b), F.instance_norm(x, weight=w, bias=b), rtol=1e-5, atol=1e-5
+    )
     mine, other = (mean.clone(), var.clone()), (mean.clone(), var.clone())
-    assert_close(nk.instance_norm(x, *mine, w, b), F.instance_norm(x, *other, w, b), rtol=1e-5, atol=1e-5)
+    assert_close(nk.functional.instance_norm(x, *mine, w, b), F.instance_norm(x, *other, w, b), rtol=1e-5, atol=1e-5)
     assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
@@ -176,14 +183,14 @@ def test_other_refusals() -> None:
     with pytest.raises(ValueError, match=r"GroupNorm: 8 channels do not split into num_groups=3; .* 1, 2, 4, 8"):
         nk.GroupNorm(3, 8)
     with pytest.raises(ValueError, match=r"8 channels do not split .*input 6x8x5x7"):
-        nk.group_norm(torch.zeros(6, 8, 5, 7), 3)
+        nk.functional.group_norm(torch.zeros(6, 8, 5, 7), 3)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         nk.BatchNorm(4)(torch.zeros(1, 4))
     with pytest.raises(ValueError, match="one value for each statistic"):
         nk.InstanceNorm(4)(torch.zeros(2, 4, 1))
     for call in (
-        lambda: nk.batch_norm(torch.zeros(2, 3)),
-        lambda: nk.instance_norm(torch.zeros(2, 3, 4), use_input_stats=False),
+        lambda: nk.functional.batch_norm(torch.zeros(2, 3)),
+        lambda: nk.functional.instance_norm(torch.zeros(2, 3, 4), use_input_stats=False),
     ):
         with pytest.raises(ValueError, match="needs running_mean"):
             call()
@@ -228,29 +235,29 @@ def test_channels_last_layout_is_a_transposition(make: Make) -> None:
 
 def test_identities_between_methods() -> None:
     x = torch.randn(3, 6, 5, dtype=torch.float64)
-    assert_close(nk.group_norm(x, 6), nk.instance_norm(x))
-    assert_close(nk.group_norm(x, 1), nk.layer_norm(x, 6, over="c *"))
-    assert_close(nk.batch_norm(x[:1], training=True), nk.instance_norm(x[:1]))
-    as_channels = nk.batch_norm(x.reshape(1, 18, 5), training=True).reshape(3, 6, 5)
-    assert_close(nk.instance_norm(x), as_channels)
+    assert_close(nk.functional.group_norm(x, 6), nk.functional.instance_norm(x))
+    assert_close(nk.functional.group_norm(x, 1), nk.functional.layer_norm(x, 6, over="c *"))
+    assert_close(nk.functional.batch_norm(x[:1], training=True), nk.functional.instance_norm(x[:1]))
+    as_channels = nk.functional.batch_norm(x.reshape(1, 18, 5), training=True).reshape(3, 6, 5)
+    assert_close(nk.functional.instance_norm(x), as_channels)
     centred = x - x.mean(-1, keepdim=True)
-    assert_close(nk.rms_norm(centred, 5, eps=1e-5), nk.layer_norm(x, 5))
+    assert_close(nk.functional.rms_norm(centred, 5, eps=1e-5), nk.functional.layer_norm(x, 5))
 
 
 def test_batch_norm_output_is_bounded_and_the_bound_is_reached() -> None:
     for n in (4, 16):
         x = torch.zeros(n, 1, dtype=torch.float64)
         x[0] = 1.0
-        y = nk.batch_norm(x, training=True, eps=1e-15)
+        y = nk.functional.batch_norm(x, training=True, eps=1e-15)
         assert_close(y.max(), torch.tensor(float(n - 1), dtype=torch.float64).sqrt())
-        assert nk.batch_norm(torch.randn(n, 50), training=True).abs().max() <= (n - 1) ** 0.5
+        assert nk.functional.batch_norm(torch.randn(n, 50), training=True).abs().max() <= (n - 1) ** 0.5
 
 
 def test_compensation_can_undo_a_batch_norm_and_a_bias_before_it_cancels() -> None:
     x = torch.randn(8, 3, dtype=torch.float64)
     mean, var = x.mean(0), x.var(0, correction=0)
-    assert_close(nk.batch_norm(x, None, None, (var + 1e-5).sqrt(), mean, training=True), x)
-    assert_close(nk.batch_norm(x + 5.0, training=True), nk.batch_norm(x, training=True))
+    assert_close(nk.functional.batch_norm(x, None, None, (var + 1e-5).sqrt(), mean, training=True), x)
+    assert_close(nk.functional.batch_norm(x + 5.0, training=True), nk.functional.batch_norm(x, training=True))
 
 
 def test_a_shift_of_the_input_shifts_the_output() -> None:
@@ -304,7 +311,7 @@ def test_torchs_tools_never_lose_an_activation() -> None:
         lambda: torch.nn.utils.fusion.fuse_linear_bn_eval(nn.Linear(3, 4).eval(), model[1]),
     ]
     for tool in tools:
-        with pytest.raises(nk.SurgeryError, match=r"activation='relu'.* put relu behind"):
+        with pytest.raises(nk.errors.SurgeryError, match=r"activation='relu'.* put relu behind"):
             tool()
     model[1].activation = None
     assert_close(tools[1]()(x), model(x), rtol=1e-4, atol=1e-5)
@@ -369,10 +376,10 @@ def test_layers_in_torchs_place_know_their_rank(theirs: type, ours: type, rank: 
 
 def test_a_batch_norm_that_becomes_an_instance_norm_keeps_its_batch() -> None:
     changed = nk.convert(nn.Sequential(nn.BatchNorm1d(4)), "in").model
-    with pytest.raises(nk.ShapeError, match="one value for each statistic"):
+    with pytest.raises(nk.errors.ShapeError, match="one value for each statistic"):
         changed(torch.randn(4, 4))
     changed = nk.convert(nn.Sequential(nn.InstanceNorm2d(4)), "bn").model
-    with pytest.raises(nk.ShapeError, match="expected 4D input"):
+    with pytest.raises(nk.errors.ShapeError, match="expected 4D input"):
         changed(torch.randn(4, 4, 4))
 
 
@@ -390,17 +397,17 @@ def test_explain_says_which_and_why() -> None:
     else:
         assert explanation.backend == "native"
         assert "a column" in explanation.why
-    with pytest.raises(nk.BackendError, match=r"aten.*no fused kernel"):
-        nk.run(rms.rule, x, backend="aten")
+    with pytest.raises(nk.errors.BackendError, match=r"aten.*no fused kernel"):
+        nk.functional.run(rms.rule, x, backend="aten")
     with pytest.raises(ValueError, match="wanted one of auto, reference"):
-        nk.run(norm.rule, x, backend="fast")
+        nk.functional.run(norm.rule, x, backend="fast")
 
 
 def test_normalize_is_open_to_new_support_sets() -> None:
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
     tiles = nk.Support("n c h (s w)", over="h w", s=2)
     y = nk.normalize(x, tiles, torch.ones(2, 3), per="n c")
-    assert_close(y[..., :3], nk.instance_norm(x[..., :3].contiguous()))
+    assert_close(y[..., :3], nk.functional.instance_norm(x[..., :3].contiguous()))
     assert torch.autograd.gradgradcheck(lambda x: nk.normalize(x, tiles), x)
     with pytest.raises(ValueError, match="per="):
         nk.normalize(x, tiles, torch.ones(3))
@@ -409,9 +416,11 @@ def test_normalize_is_open_to_new_support_sets() -> None:
 def test_tensors_and_parameters_that_do_not_fit_are_refused() -> None:
     rule = nk.Rule(nk.Support("n c", over="c"))
     with pytest.raises(ValueError, match="no compensation"):
-        nk.run(rule, torch.zeros(2, 3), torch.ones(3))
+        nk.functional.run(rule, torch.zeros(2, 3), torch.ones(3))
     with pytest.raises(ValueError, match="no memory"):
-        nk.run(rule, torch.zeros(2, 3), running=nk.RunningStatistics(torch.zeros(2), torch.ones(2)))
+        nk.functional.run(
+            rule, torch.zeros(2, 3), running=nk.functional.RunningStatistics(torch.zeros(2), torch.ones(2))
+        )
     with pytest.raises(ValueError, match=r"torch.bool.*mask.bool\(\)"):
         nk.normalize(torch.zeros(2, 3), rule.support, mask=torch.ones(2, 3))
     with pytest.raises(ValueError, match="does not broadcast"):
@@ -425,7 +434,7 @@ def test_tensors_and_parameters_that_do_not_fit_are_refused() -> None:
 def test_results_are_tensors_of_the_callers() -> None:
     x = torch.randn(2, 3, requires_grad=True)
     for backend in ("reference", "closed", "aten"):
-        y: Tensor = nk.layer_norm(x, 3, backend=backend)
+        y: Tensor = nk.functional.layer_norm(x, 3, backend=backend)
         y.mul_(2.0)
         y.sum().backward()
 

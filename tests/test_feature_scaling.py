@@ -10,10 +10,10 @@ from torch.testing import assert_close
 
 from normkit.core.errors import OptionError, ProtocolError, ShapeError
 from normkit.core.support import Support
-from normkit.inputs.feature_scaling import MaxAbsScaling, MeanNormalization, MinMaxScaling, ZScore
-from normkit.inputs.image_standardization import PUBLISHED, ImageStandardization
-from normkit.inputs.robust_scaling import RobustScaling
-from normkit.inputs.sample_scaling import GlobalContrast, UnitLength
+from normkit.preprocessing.feature_scaling import MaxAbsScaling, MeanNormalization, MinMaxScaling, ZScore
+from normkit.preprocessing.image_standardization import PUBLISHED, ImageStandardization
+from normkit.preprocessing.robust_scaling import RobustScaling
+from normkit.preprocessing.sample_scaling import GlobalContrast, UnitLength
 
 PAIRS = [
     (lambda: MinMaxScaling(), lambda: preprocessing.MinMaxScaler()),
@@ -158,7 +158,7 @@ def test_long_streams_far_from_zero_do_not_drift() -> None:
 def test_a_large_batch_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(100, 3, dtype=torch.float64)
     wanted = ZScore().fit(x)
-    monkeypatch.setattr("normkit.inputs.fitting._PIECE", 64)
+    monkeypatch.setattr("normkit.preprocessing.fitting._PIECE", 64)
     found = ZScore().fit(x)
     assert_close(found.state_dict(), wanted.state_dict(), rtol=1e-12, atol=1e-12)
     assert int(found.count) == 100

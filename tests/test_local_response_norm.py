@@ -11,34 +11,34 @@ from normkit.core.errors import OptionError, ShapeError
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 9, 20])
 @pytest.mark.parametrize("shape", [(2, 7, 4), (2, 7, 3, 4), (2, 7, 2, 3, 2)])
-def test_torch_compat_is_torch(size: int, shape: tuple[int, ...]) -> None:
+def test_by_itself_it_is_torchs(size: int, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, dtype=torch.float64) * 10
-    assert_close(LocalResponseNorm(size, torch_compat=True)(x), nn.LocalResponseNorm(size)(x), rtol=1e-9, atol=0)
+    assert_close(LocalResponseNorm(size)(x), nn.LocalResponseNorm(size)(x), rtol=1e-9, atol=0)
     arguments = (size, 0.5, 0.6, 1.5)
-    assert_close(
-        LocalResponseNorm(*arguments, torch_compat=True)(x), nn.LocalResponseNorm(*arguments)(x), rtol=1e-9, atol=0
-    )
+    assert_close(LocalResponseNorm(*arguments)(x), nn.LocalResponseNorm(*arguments)(x), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 9])
 def test_an_odd_window_is_torchs_with_size_times_alpha(size: int) -> None:
     x = torch.randn(2, 7, 4, dtype=torch.float64)
-    assert_close(LocalResponseNorm(size, 0.1)(x), nn.LocalResponseNorm(size, size * 0.1, k=2.0)(x), rtol=1e-9, atol=0)
+    published = LocalResponseNorm(size, 0.1, torch_compat=False)
+    assert_close(published(x), nn.LocalResponseNorm(size, size * 0.1, k=2.0)(x), rtol=1e-9, atol=0)
 
 
 def test_an_even_window_has_the_published_limits() -> None:
     x = torch.ones(1, 7, 1, dtype=torch.float64)
     # Channels i - 2 to i + 2: five terms inside, three at the borders.
     wanted = 1 / (2 + torch.tensor([3.0, 4, 5, 5, 5, 4, 3], dtype=torch.float64))
-    assert_close(local_response_norm(x, 4, alpha=1.0, beta=1.0)[0, :, 0], wanted)
+    assert_close(local_response_norm(x, 4, alpha=1.0, beta=1.0, torch_compat=False)[0, :, 0], wanted)
     assert not torch.allclose(wanted, nn.LocalResponseNorm(4, 4.0, 1.0, 2.0)(x)[0, :, 0])
 
 
-def test_defaults_are_the_papers() -> None:
-    norm = LocalResponseNorm()
-    assert (norm.size, norm.alpha, norm.beta, norm.k) == (5, 1e-4, 0.75, 2.0)
-    assert LocalResponseNorm(torch_compat=True).k == nn.LocalResponseNorm(5).k
+def test_defaults_are_torchs_or_the_papers() -> None:
+    norm, published, torchs = LocalResponseNorm(), LocalResponseNorm(torch_compat=False), nn.LocalResponseNorm(5)
+    assert (norm.size, norm.alpha, norm.beta, norm.k) == (5, torchs.alpha, torchs.beta, torchs.k)
+    assert (published.size, published.alpha, published.beta, published.k) == (5, 1e-4, 0.75, 2.0)
     assert isinstance(norm, nn.LocalResponseNorm)
+    assert "torch_compat=False" in repr(published)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -45,7 +45,7 @@ def test_scales_and_shifts_broadcast(data: st.DataObject) -> None:
     y = F.layer_norm(x, shape[-1:], eps=1e-6)
     cases: list[tuple[Callable[[], Tensor], Tensor]] = [
         (lambda: modulate(x, shift, scale), (1 + b) * x + a),
-        (lambda: nk.adaptive_layer_norm(x, shift, scale), (1 + b) * y + a),
+        (lambda: nk.functional.adaptive_layer_norm(x, shift, scale), (1 + b) * y + a),
         (lambda: film(x, scale, shift, layout="n * c"), (1 + b) * x + a),
     ]
     direction = torch.randn(shape, dtype=torch.float64)
@@ -64,7 +64,7 @@ def test_weights_of_channels_first_inputs_broadcast(data: st.DataObject) -> None
     x = torch.randn(shape, dtype=torch.float64)
     weight, bias = (part(data, shape, 1) for _ in range(2))
     w, b = (broadcast(each, len(shape), 1) for each in (weight, bias))
-    assert_close(nk.conditional_norm(x, weight, bias), w * F.instance_norm(x) + b)
+    assert_close(nk.functional.conditional_norm(x, weight, bias), w * F.instance_norm(x) + b)
     assert_close(film(x, weight, bias), (1 + w) * x + b)
 
 
@@ -92,7 +92,7 @@ def test_conditions_broadcast(made: Any, size: int) -> None:
     if type(made).__name__.startswith("AdaLayerNorm"):
         token = torch.randn(1, 5, size)
         assert_close(made(x, token), made(x, token.expand(2, -1, -1)))
-    with pytest.raises(nk.ShapeError, match="got a condition of"):
+    with pytest.raises(nk.errors.ShapeError, match="got a condition of"):
         made(x, torch.randn(2, 3, size))
 
 
@@ -102,14 +102,14 @@ def test_a_class_or_a_strength_for_all_samples() -> None:
     wanted = norm(x, torch.tensor([1, 1]))
     assert_close(norm(x, torch.tensor(1)), wanted)
     assert_close(norm(x, torch.tensor([1])), wanted)
-    half = nk.adaptive_instance_norm(x, x.flip(0), 0.5)
+    half = nk.functional.adaptive_instance_norm(x, x.flip(0), 0.5)
     for strength in (torch.tensor(0.5), torch.tensor([0.5]), torch.full((2,), 0.5), torch.full((2, 1, 1), 0.5)):
-        assert_close(nk.adaptive_instance_norm(x, x.flip(0), strength), half)
+        assert_close(nk.functional.adaptive_instance_norm(x, x.flip(0), strength), half)
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (5,), (2, 5, 1, 4)])
 def test_what_does_not_broadcast_is_refused(shape: tuple[int, ...]) -> None:
     x, wrong = torch.randn(2, 5, 4), torch.randn(shape)
-    for function in (modulate, nk.adaptive_layer_norm, lambda *a: film(*a, layout="n * c")):
-        with pytest.raises(nk.ShapeError, match="does not broadcast over an input of 2x5x4"):
+    for function in (modulate, nk.functional.adaptive_layer_norm, lambda *a: film(*a, layout="n * c")):
+        with pytest.raises(nk.errors.ShapeError, match="does not broadcast over an input of 2x5x4"):
             function(x, wrong, wrong)

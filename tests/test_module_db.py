@@ -25,7 +25,7 @@ OURS: dict[str, Callable[..., nn.Module]] = {
     "nn.GroupNorm": nk.GroupNorm,
     "nn.LayerNorm": nk.LayerNorm,
     "nn.RMSNorm": nk.RMSNorm,
-    "nn.LocalResponseNorm": lambda *args, **kwargs: nk.LocalResponseNorm(*args, **kwargs, torch_compat=True),
+    "nn.LocalResponseNorm": nk.LocalResponseNorm,
 }
 MODULES = [info for info in module_db if info.name in OURS]
 

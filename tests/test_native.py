@@ -64,15 +64,15 @@ def test_any_rule_in_any_layout_is_the_reference(problem: tuple[nk.Rule, Tensor,
         weight, bias = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
     inputs = [t for t in (x.requires_grad_(), weight, bias) if t is not None]
     try:
-        y = nk.run(rule, x, weight, bias, backend="native")
-    except nk.BackendError as error:
+        y = nk.functional.run(rule, x, weight, bias, backend="native")
+    except nk.errors.BackendError as error:
         reason = str(error)
         event("refused")
         if any(known in reason for known in ("memory", "one element", "nothing to reduce", "take turns")):
             return
         raise
     event("run")
-    wanted = nk.run(rule, x, weight, bias, backend="reference")
+    wanted = nk.functional.run(rule, x, weight, bias, backend="reference")
     assert y.is_contiguous(memory_format=memory_format(rule.support, x))
     assert_close(y, wanted, rtol=1e-9, atol=1e-9)  # float64
     direction = torch.randn_like(wanted)

@@ -107,8 +107,10 @@ def test_small_windows_keep_their_digits_behind_large_elements() -> None:
         x = _random(shape, torch.float32)
         x[:, 20:23] *= 1e8
         for size in (3, 31):
-            found = local_response_norm(x, size, 1.0, k=1.0)
-            assert_close(found.double(), _defined(lambda x, s=size: local_response_norm(x, s, 1.0, k=1.0), x.double()))
+            found = local_response_norm(x, size, float(size), k=1.0)
+            assert_close(
+                found.double(), _defined(lambda x, s=size: local_response_norm(x, s, float(s), k=1.0), x.double())
+            )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

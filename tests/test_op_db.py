@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -21,32 +20,32 @@ import normkit as nk
 
 
 def _group(x: Tensor, weight: Any, bias: Any, n: int, c: int, size: int, groups: int, eps: float) -> Tensor:
-    return nk.group_norm(x, groups, weight, bias, eps)
+    return nk.functional.group_norm(x, groups, weight, bias, eps)
 
 
 def _batch(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float) -> Any:
-    return nk.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    return nk.functional.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
 
 
 def _legit(x: Tensor, weight: Any, bias: Any, *rest: Any) -> Tensor:
     mean, var = rest[:2] if len(rest) == 5 else (None, None)
     training, momentum, eps = rest[-3:]
-    return nk.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    return nk.functional.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
 
 
 def _updated(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float) -> Tensor:
-    return nk.batch_norm(x, mean, var, weight, bias, True, momentum, eps)
+    return nk.functional.batch_norm(x, mean, var, weight, bias, True, momentum, eps)
 
 
 # The native operators return their statistics too, which are not part of what our functions give.
 OURS: dict[str, Callable[..., Any]] = {
-    "nn.functional.batch_norm": nk.batch_norm,
-    "nn.functional.layer_norm": nk.layer_norm,
-    "nn.functional.rms_norm": nk.rms_norm,
-    "nn.functional.group_norm": nk.group_norm,
-    "nn.functional.instance_norm": nk.instance_norm,
-    "nn.functional.local_response_norm": partial(nk.local_response_norm, torch_compat=True),
-    "native_layer_norm": nk.layer_norm,
+    "nn.functional.batch_norm": nk.functional.batch_norm,
+    "nn.functional.layer_norm": nk.functional.layer_norm,
+    "nn.functional.rms_norm": nk.functional.rms_norm,
+    "nn.functional.group_norm": nk.functional.group_norm,
+    "nn.functional.instance_norm": nk.functional.instance_norm,
+    "nn.functional.local_response_norm": nk.functional.local_response_norm,
+    "native_layer_norm": nk.functional.layer_norm,
     "native_group_norm": _group,
     "native_batch_norm": _batch,
     "_native_batch_norm_legit": _legit,

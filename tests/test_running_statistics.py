@@ -138,7 +138,7 @@ def test_fitted_statistics_stay_wide(card: Card, half: torch.dtype) -> None:
     "memory", [Running(0.1), RunningMoments(0.1), RunningMean(0.1)], ids=lambda memory: type(memory).__name__
 )
 def test_a_channel_whose_result_does_not_fit_keeps_both(memory: Running) -> None:
-    running = nk.RunningStatistics(torch.zeros(3).half(), torch.ones(3).half())
+    running = nk.functional.RunningStatistics(torch.zeros(3).half(), torch.ones(3).half())
     memory.blend(
         running, torch.tensor([1.0, 2.0, 1e6]), torch.tensor([1e5, 1e6, 1.0])
     )  # 1e5 alone fits, times the momentum
@@ -155,7 +155,7 @@ def test_a_channel_whose_result_does_not_fit_keeps_both(memory: Running) -> None
     "memory", [Running(None), RunningMoments(None), RunningMean(None)], ids=lambda memory: type(memory).__name__
 )
 def test_the_cumulative_average_counts_no_skipped_batch(memory: Running, broken: list[int]) -> None:
-    running = nk.RunningStatistics(torch.zeros(2), torch.ones(2), torch.tensor(0))
+    running = nk.functional.RunningStatistics(torch.zeros(2), torch.ones(2), torch.tensor(0))
     split = Split((4, 2), ("n", "c"), (0,))
     spoilt = torch.tensor([[5.0, 6.0]])
     spoilt[0, broken] = float("nan")

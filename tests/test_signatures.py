@@ -17,12 +17,12 @@ from normkit.core.card import Card
 from normkit.core.errors import ShapeError
 
 FUNCTIONS = {
-    "batch_norm": (nk.batch_norm, F.batch_norm),
-    "layer_norm": (nk.layer_norm, F.layer_norm),
-    "rms_norm": (nk.rms_norm, F.rms_norm),
-    "group_norm": (nk.group_norm, F.group_norm),
-    "instance_norm": (nk.instance_norm, F.instance_norm),
-    "local_response_norm": (nk.local_response_norm, F.local_response_norm),
+    "batch_norm": (nk.functional.batch_norm, F.batch_norm),
+    "layer_norm": (nk.functional.layer_norm, F.layer_norm),
+    "rms_norm": (nk.functional.rms_norm, F.rms_norm),
+    "group_norm": (nk.functional.group_norm, F.group_norm),
+    "instance_norm": (nk.functional.instance_norm, F.instance_norm),
+    "local_response_norm": (nk.functional.local_response_norm, F.local_response_norm),
 }
 # Attention's arguments are torch's too: query, key, value.
 FIRST = {"query_key_norm": "query"}
@@ -53,10 +53,58 @@ def test_functions_take_torchs_keywords(which: str) -> None:
     size = 6 if "normalized_shape" in wanted else 4
     values |= {"weight": torch.rand(size), "bias": torch.rand(size)}
     given = {key: value for key, value in values.items() if key in wanted}
-    if which == "local_response_norm":
-        assert_close(ours(**given, torch_compat=True), theirs(**given))
-    else:
-        assert_close(ours(**given), theirs(**given))
+    assert_close(ours(**given), theirs(**given))
+
+
+class Keywords(nn.Module):
+    """A network that calls norms by keyword, as functions of whatever stands for torch.nn.functional."""
+
+    def __init__(self, functions: Any) -> None:
+        super().__init__()
+        self.functions = functions
+        self.weight, self.bias = nn.Parameter(torch.rand(6)), nn.Parameter(torch.rand(6))
+        self.mix = nn.Conv2d(6, 6, 1)
+        for kind in ("batch", "instance"):
+            self.register_buffer(f"{kind}_mean", torch.zeros(6))
+            self.register_buffer(f"{kind}_var", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        F, weight, bias = self.functions, self.weight, self.bias
+        x = self.mix(F.local_response_norm(input=x, size=3, alpha=0.1, beta=0.5))
+        x = F.batch_norm(
+            input=x,
+            running_mean=self.batch_mean,
+            running_var=self.batch_var,
+            weight=weight,
+            bias=bias,
+            training=self.training,
+            momentum=0.2,
+            eps=1e-4,
+        )
+        x = self.mix(x).relu()
+        x = F.instance_norm(
+            input=x,
+            running_mean=self.instance_mean,
+            running_var=self.instance_var,
+            use_input_stats=self.training,
+            momentum=0.3,
+        )
+        x = F.group_norm(input=self.mix(x).relu(), num_groups=3, weight=weight, bias=bias, eps=1e-3)
+        x = F.layer_norm(input=x.movedim(1, -1), normalized_shape=(6,), weight=weight, bias=bias)
+        return F.rms_norm(input=x.relu(), normalized_shape=[6], weight=weight, eps=1e-3)
+
+
+def test_functional_stands_in_the_place_of_torchs() -> None:
+    ours, theirs = Keywords(nk.functional).double(), Keywords(F).double()
+    ours.load_state_dict(theirs.state_dict())
+    for mode in (True, True, False):
+        x = torch.randn(4, 6, 5, 3, dtype=torch.float64)
+        found, wanted = ours.train(mode)(x), theirs.train(mode)(x)
+        assert_close(found, wanted)
+        for y in (found, wanted):
+            (y * y.detach().cos()).sum().backward()
+    assert_close([p.grad for p in ours.parameters()], [p.grad for p in theirs.parameters()])
+    assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
 
 
 def numpys(value: Any) -> Any:
@@ -86,17 +134,21 @@ def test_sizes_may_be_numpys(card: Card, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_functions_take_numpys_sizes_too() -> None:
     x, six, two = torch.randn(2, 6, 6), np.int64(6), np.int64(2)
-    assert_close(nk.layer_norm(x, six), nk.layer_norm(x, 6), rtol=0, atol=0)
-    assert_close(nk.rms_norm(x, (six,)), nk.rms_norm(x, 6), rtol=0, atol=0)
-    assert_close(nk.group_norm(x, two), nk.group_norm(x, 2), rtol=0, atol=0)
-    assert_close(nk.ghost_batch_norm(x, two), nk.ghost_batch_norm(x, 2), rtol=0, atol=0)
-    assert_close(nk.batch_group_norm(x, two, two), nk.batch_group_norm(x, 2, 2), rtol=0, atol=0)
-    assert_close(nk.local_context_norm(x, two, two), nk.local_context_norm(x, 2, 2), rtol=0, atol=0)
-    assert_close(nk.local_response_norm(x, two), nk.local_response_norm(x, 2), rtol=0, atol=0)
-    assert_close(nk.normalize(x, nk.Support("n (g c) *", over="c *", g=two)), nk.group_norm(x, 2), rtol=0, atol=0)
+    assert_close(nk.functional.layer_norm(x, six), nk.functional.layer_norm(x, 6), rtol=0, atol=0)
+    assert_close(nk.functional.rms_norm(x, (six,)), nk.functional.rms_norm(x, 6), rtol=0, atol=0)
+    assert_close(nk.functional.group_norm(x, two), nk.functional.group_norm(x, 2), rtol=0, atol=0)
+    assert_close(nk.functional.ghost_batch_norm(x, two), nk.functional.ghost_batch_norm(x, 2), rtol=0, atol=0)
+    assert_close(nk.functional.batch_group_norm(x, two, two), nk.functional.batch_group_norm(x, 2, 2), rtol=0, atol=0)
+    assert_close(
+        nk.functional.local_context_norm(x, two, two), nk.functional.local_context_norm(x, 2, 2), rtol=0, atol=0
+    )
+    assert_close(nk.functional.local_response_norm(x, two), nk.functional.local_response_norm(x, 2), rtol=0, atol=0)
+    assert_close(
+        nk.normalize(x, nk.Support("n (g c) *", over="c *", g=two)), nk.functional.group_norm(x, 2), rtol=0, atol=0
+    )
 
 
-@pytest.mark.parametrize("function", [nk.layer_norm, nk.rms_norm, F.layer_norm, F.rms_norm])
+@pytest.mark.parametrize("function", [nk.functional.layer_norm, nk.functional.rms_norm, F.layer_norm, F.rms_norm])
 def test_no_axes_are_no_normalized_shape(function: Any) -> None:
     with pytest.raises(RuntimeError, match="at least"):
         function(torch.ones(3), ())
@@ -108,7 +160,7 @@ def test_no_axes_are_no_normalized_shape(function: Any) -> None:
 def test_a_batch_without_channels_passes_as_in_torch() -> None:
     for training in (True, False):
         empty, none = torch.zeros(0), torch.zeros(0)
-        assert nk.batch_norm(empty, none, none, training=training).shape == (0,)
+        assert nk.functional.batch_norm(empty, none, none, training=training).shape == (0,)
         assert F.batch_norm(empty, none, none, training=training).shape == (0,)
 
 
@@ -119,7 +171,7 @@ def test_a_batch_without_channels_passes_as_in_torch() -> None:
 def test_one_value_a_group_is_refused_where_torch_refuses_it(shape: tuple[int, ...], groups: int, mode: bool) -> None:
     x, layers = torch.randn(shape), (nk.GroupNorm(groups, shape[1]), nn.GroupNorm(groups, shape[1]))
     calls = [lambda f=f: f(x) for f in (layer.train(mode) for layer in layers)]
-    calls += [lambda f=f: f(x, groups) for f in (nk.group_norm, F.group_norm)]
+    calls += [lambda f=f: f(x, groups) for f in (nk.functional.group_norm, F.group_norm)]
     if shape[0] == 1 and x.numel() == groups:
         for each in calls:
             with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):

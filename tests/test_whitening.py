@@ -7,8 +7,8 @@ from torch.testing import assert_close
 
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.support import Support
-from normkit.inputs.feature_scaling import ZScore
-from normkit.inputs.whitening import Whitening
+from normkit.preprocessing.feature_scaling import ZScore
+from normkit.preprocessing.whitening import Whitening
 
 
 def correlated(samples: int = 400, features: int = 5) -> Tensor:

@@ -9,6 +9,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from normkit.core.errors import OptionError
 
+__all__ = ["inverse_sqrt_rate", "inverse_sqrt_warmup", "linear_rate", "linear_warmup"]
+
 
 def inverse_sqrt_rate(step: int, features: int, warmup: int = 4000) -> float:
     """The rate of the first transformer, for a factor of 1.

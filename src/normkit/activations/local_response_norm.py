@@ -20,18 +20,18 @@ from normkit.engine.window import sliding_sum
 class LocalResponseNorm(Module, nn.LocalResponseNorm):
     """Divide each element by the energy of the channels around it, at the same position.
 
-    y_i = x_i / (k + alpha * sum_j x_j^2)^beta, j from max(0, i - size // 2) to min(C - 1, i + size // 2): the published limits,
-    which give size terms for an odd size and size + 1 for an even one. No parameters; the same in training and evaluation.
+    y_i = x_i / (k + alpha / size * sum_j x_j^2)^beta, j from max(0, i - size // 2) to min(C - 1, i + (size - 1) // 2), as
+    ``torch.nn.LocalResponseNorm`` has it. No parameters; the same in training and evaluation.
 
-    With ``torch_compat`` it is ``torch.nn.LocalResponseNorm``: alpha is divided by size, an even size reaches one channel less
-    far forward, and k is 1. For an odd size, alpha there is size times alpha here.
+    The paper does not divide alpha by size, its window ends at i + size // 2, which for an even size is one channel more, and
+    its k is 2: ``torch_compat=False``. For an odd size, alpha here is size times alpha there.
 
     Args:
         size: of the window of channels. Default: 5.
         alpha: factor of the energy. Default: 1e-4.
         beta: exponent. Default: 0.75.
-        k: added to the energy, from 0; None for 2, or 1 with ``torch_compat``. Default: None.
-        torch_compat: whether to compute as torch does. Default: False.
+        k: added to the energy, from 0; None for 1, or 2 without ``torch_compat``. Default: None.
+        torch_compat: whether to compute as torch does, or else as published. Default: True.
 
     Shape:
         (N, C, *) to the same.
@@ -44,7 +44,7 @@ class LocalResponseNorm(Module, nn.LocalResponseNorm):
         Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep Convolutional Neural Networks" (2012),
         https://papers.nips.cc/paper/4824, section 3.3.
 
-    >>> LocalResponseNorm(3, alpha=1.0, beta=1.0, k=1.0)(torch.tensor([[1.0, 2.0, 3.0]]))
+    >>> LocalResponseNorm(3, alpha=3.0, beta=1.0)(torch.tensor([[1.0, 2.0, 3.0]]))
     tensor([[0.1667, 0.1333, 0.2143]])
     """
 
@@ -55,7 +55,7 @@ class LocalResponseNorm(Module, nn.LocalResponseNorm):
         beta: float = 0.75,
         k: float | None = None,
         *,
-        torch_compat: bool = False,
+        torch_compat: bool = True,
     ) -> None:
         k = _offset(k, torch_compat)
         super().__init__(size, alpha, beta, k)
@@ -66,7 +66,7 @@ class LocalResponseNorm(Module, nn.LocalResponseNorm):
         return local_response_norm(input, self.size, self.alpha, self.beta, self.k, torch_compat=self.torch_compat)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (", torch_compat=True" if self.torch_compat else "")
+        return super().extra_repr() + ("" if self.torch_compat else ", torch_compat=False")
 
 
 def local_response_norm(
@@ -76,14 +76,14 @@ def local_response_norm(
     beta: float = 0.75,
     k: float | None = None,
     *,
-    torch_compat: bool = False,
+    torch_compat: bool = True,
 ) -> Tensor:
     """Local response normalization as a function; see LocalResponseNorm.
 
-    >>> local_response_norm(torch.tensor([[1.0, 2.0]]), 2, alpha=1.0, beta=1.0, k=0.0)
-    tensor([[0.2000, 0.4000]])
-    >>> local_response_norm(torch.tensor([[1.0, 2.0]]), 2, alpha=2.0, beta=1.0, k=0.0, torch_compat=True)
+    >>> local_response_norm(torch.tensor([[1.0, 2.0]]), 2, alpha=2.0, beta=1.0, k=0.0)
     tensor([[1.0000, 0.4000]])
+    >>> local_response_norm(torch.tensor([[1.0, 2.0]]), 2, alpha=1.0, beta=1.0, k=0.0, torch_compat=False)
+    tensor([[0.2000, 0.4000]])
     """
     k = _offset(k, torch_compat)
     _check(size, k)
@@ -136,8 +136,8 @@ CARD = Card(
     weaknesses="neighbourhood in the order of channels means nothing to a convolution; does not fix the scale of activations",
     module=LocalResponseNorm,
     functional=local_response_norm,
-    make=lambda channels: LocalResponseNorm(min(3, channels), alpha=0.3),
-    build=lambda at: LocalResponseNorm(int(at.option)),
+    make=lambda channels: LocalResponseNorm(min(3, channels), alpha=0.3, torch_compat=False),
+    build=lambda at: LocalResponseNorm(int(at.option), torch_compat=False),
     option=whole_number("SIZE", 5, of=lambda norm: norm.size),
     takes=(),
     over="c",

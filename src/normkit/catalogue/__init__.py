@@ -1,18 +1,11 @@
 """The one list of methods, and what is drawn and printed from it."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-# Only when asked for: the list holds every method's code, and the modules next to it are read without torch.
+from normkit.lazy import lazily
+
+# The list holds every method's code, while the entries next to it are read without torch.
 if TYPE_CHECKING:
-    from normkit.catalogue.methods import METHODS, method
+    from normkit.catalogue.api import *  # noqa: F403
 else:
-
-    def __getattr__(name: str) -> Any:
-        if name in __all__:
-            from normkit.catalogue import methods
-
-            return getattr(methods, name)
-        raise AttributeError(f"module 'normkit.catalogue' has no attribute {name!r}")
-
-
-__all__ = ["METHODS", "method"]
+    __getattr__, __dir__ = lazily(__name__, "normkit.catalogue.api")

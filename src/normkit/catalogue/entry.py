@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 _FILE = Path(__file__).with_name("entries.json")
 
+# Where a method of each kind stands in Python; its function stands in normkit.functional.
+NAMESPACES = {
+    "input": "normkit.preprocessing",
+    "activation": "normkit",
+    "weight": "normkit.weights",
+    "gradient": "normkit.gradients",
+}
+
 
 @dataclass(frozen=True)
 class Entry:

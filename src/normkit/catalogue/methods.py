@@ -9,11 +9,11 @@ from normkit.core.card import Card
 
 # A file may hold several methods that are one idea; its cards follow one another as they stand in it.
 _FILES = (
-    "inputs.feature_scaling",
-    "inputs.robust_scaling",
-    "inputs.sample_scaling",
-    "inputs.image_standardization",
-    "inputs.whitening",
+    "preprocessing.feature_scaling",
+    "preprocessing.robust_scaling",
+    "preprocessing.sample_scaling",
+    "preprocessing.image_standardization",
+    "preprocessing.whitening",
     "activations.batch_norm",
     "activations.mean_only_batch_norm",
     "activations.ghost_batch_norm",

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from normkit.catalogue.entry import entries, entry
+from normkit.catalogue.entry import NAMESPACES, entries, entry
 from normkit.core.errors import OptionError
 
 
@@ -66,7 +66,7 @@ def show_page(name: str, console: Console) -> None:
         ("training = inference", "yes" if method.train_equals_eval else "no"),
         ("folds into weights", "yes" if method.foldable else "no"),
         ("invariant to", method.invariances or "none of those in the table"),
-        ("in Python", f"normkit.{method.module}, normkit.{method.functional}"),
+        ("in Python", f"{NAMESPACES[method.kind]}.{method.module}, normkit.functional.{method.functional}"),
     ):
         grid.add_row(label, escape(text))
     console.print(grid)

@@ -1,1 +1,10 @@
 """Measurements of a model: they change nothing."""
+
+from normkit.diagnostics.conditioning import condition_number, operator_norm, operator_spectrum, weight_conditions
+
+__all__ = [
+    "condition_number",
+    "operator_norm",
+    "operator_spectrum",
+    "weight_conditions",
+]

@@ -1,1 +1,12 @@
 """Normalizations of gradients, one method a file."""
+
+from normkit.gradients.adaptive_clipping import AdaptiveClipping
+from normkit.gradients.grad_norm import Balance, GradNorm
+from normkit.gradients.gradient_normalizer import GradientNormalizer
+
+__all__ = [
+    "AdaptiveClipping",
+    "Balance",
+    "GradNorm",
+    "GradientNormalizer",
+]

@@ -241,15 +241,15 @@ def _attachment(weight: Weight) -> Attach:
         return _weight_cards()[weight.word].make(layer)
 
     def conditioned(layer: nn.Module, name: str) -> object:
-        return weight_conditioning.weight_conditioning(layer, weight.mode, name=name)  # pyright: ignore[reportArgumentType]
+        return weight_conditioning(layer, weight.mode, name=name)  # pyright: ignore[reportArgumentType]
 
     def lengths(layer: nn.Module, name: str) -> object:
-        return weight_norm.weight_norm(layer, name, weight_layout(layer, name).output_axis)
+        return weight_norm(layer, name, weight_layout(layer, name).output_axis)
 
     known: dict[str, Attach] = {
-        "ws": weight_standardization.weight_standardization,
+        "ws": weight_standardization,
         "wn": lengths,
-        "sn": spectral_norm.spectral_norm,
+        "sn": spectral_norm,
         "e": conditioned,
     }
     return known.get(weight.word, by_card)

@@ -1,1 +1,30 @@
 """Normalizations of weights, one method a file; each is a parametrization and a function on plain tensors."""
+
+from normkit.weights.layout import WeightLayout, weight_layout
+from normkit.weights.power_iteration import power_iteration
+from normkit.weights.scaled_weight_standardization import (
+    ScaledWeightStandardization,
+    nonlinearity_gain,
+    scaled_weight_standardization,
+)
+from normkit.weights.spectral_norm import SpectralNorm, spectral_norm
+from normkit.weights.weight_conditioning import Equilibrate, weight_conditioning
+from normkit.weights.weight_norm import WeightNorm, weight_norm
+from normkit.weights.weight_standardization import WeightStandardization, weight_standardization
+
+__all__ = [
+    "Equilibrate",
+    "ScaledWeightStandardization",
+    "SpectralNorm",
+    "WeightLayout",
+    "WeightNorm",
+    "WeightStandardization",
+    "nonlinearity_gain",
+    "power_iteration",
+    "scaled_weight_standardization",
+    "spectral_norm",
+    "weight_conditioning",
+    "weight_layout",
+    "weight_norm",
+    "weight_standardization",
+]

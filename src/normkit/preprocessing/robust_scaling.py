@@ -11,7 +11,7 @@ from torch import Tensor
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ProtocolError, ShapeError
 from normkit.core.support import Split, Support, per_shape, show
-from normkit.inputs.fitting import Scaling, batches, constant_as_one, like, wide
+from normkit.preprocessing.fitting import Scaling, batches, constant_as_one, like, wide
 
 
 class RobustScaling(Scaling):

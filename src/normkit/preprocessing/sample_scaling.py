@@ -16,7 +16,7 @@ from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
-from normkit.inputs.fitting import batches, refuse_unknown
+from normkit.preprocessing.fitting import batches, refuse_unknown
 
 PER_SAMPLE = Support("n *", over="*")
 

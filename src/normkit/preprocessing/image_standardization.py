@@ -11,7 +11,7 @@ from torch import Tensor
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ProtocolError, ShapeError
 from normkit.core.support import Support
-from normkit.inputs.fitting import Scaling, deviation, like
+from normkit.preprocessing.fitting import Scaling, deviation, like
 
 Constants = tuple[Sequence[float], Sequence[float]]
 

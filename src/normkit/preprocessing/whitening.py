@@ -13,7 +13,7 @@ from normkit.core.errors import OptionError
 from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.precision import full_precision
 from normkit.core.support import Split, Support
-from normkit.inputs.fitting import Fitted, like, wide
+from normkit.preprocessing.fitting import Fitted, like, wide
 
 Method = Literal["pca", "zca"]
 

@@ -13,7 +13,7 @@ from normkit.core.errors import OptionError
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
-from normkit.inputs.fitting import PER_FEATURE, Scaling, constant_as_one, deviation, like
+from normkit.preprocessing.fitting import PER_FEATURE, Scaling, constant_as_one, deviation, like
 
 
 class MinMaxScaling(Scaling):

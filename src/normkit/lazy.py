@@ -1,0 +1,40 @@
+"""Packages that load their names when the first of them is asked for, so that importing them does not import torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+
+def lazily(package: str, source: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Give a package the public names of a module that is not imported yet.
+
+    Args:
+        package: full name of the package.
+        source: full name of the module. It is imported when the first name is asked for; then the package has all of its
+            ``__all__``.
+
+    Returns:
+        The package's ``__getattr__`` and ``__dir__`` (PEP 562).
+    """
+
+    def load() -> dict[str, Any]:
+        names, module = vars(sys.modules[package]), import_module(source)
+        names.update({name: getattr(module, name) for name in module.__all__}, __all__=module.__all__)
+        return names
+
+    def get(name: str) -> Any:
+        # Python and its tools look for many names with underscores, none of which is worth an import of torch.
+        if name == "__all__" or not name.startswith("_"):
+            names = load()
+            if name in names:
+                return names[name]
+        raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package])
+
+    def listed() -> list[str]:
+        names = load()
+        return sorted({*names["__all__"], *(name for name in names if name.startswith("__"))})
+
+    return get, listed
