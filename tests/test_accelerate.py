@@ -33,6 +33,8 @@ def test_it_computes_the_same_with_the_same_parameters() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     changes = nk.accelerate(model, example=x)
     assert len(changes.rows) == 6
+    said = {row.before.partition("(")[0] for row in changes if "no longer holds" in row.note}
+    assert said == {"BatchNorm2d", "InstanceNorm2d"}
     assert sum(isinstance(module, Layer) for module in model.modules()) == 6
     assert list(model.state_dict()) == keys
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}

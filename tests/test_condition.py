@@ -4,6 +4,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import normkit as nk
@@ -230,3 +231,26 @@ def test_frozen_norms_in_residual_networks():
     rows = condition(model, where="all").rows
     assert [row.note.split()[3] for row in rows] == ["0.bn1", "0.bn2", "1.bn1", "1.bn2"]
     assert_close(model(x), wanted, rtol=1e-9, atol=1e-9)
+
+
+HOOKED: dict[str, Callable[[nn.Module], object]] = {
+    "prune": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+}
+
+
+# torch calls its older weight norm deprecated.
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize(("name", "put"), HOOKED.items(), ids=HOOKED)
+def test_a_layer_whose_weight_a_hook_makes_is_left_and_the_row_says_so(name, put) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    put(model[0])
+    keys = list(model[0].state_dict())
+    for changes in (condition(model, where="all"), apply_recipe(model, "keep+wn@re:0")):
+        left = changes.rows[0]
+        assert (left.name, left.before) == ("0", left.after)
+        assert left.note == f"left: its weight is made by torch.nn.utils.{name}; remove that first"
+    assert list(model[0].state_dict()) == keys
+    with pytest.raises(SurgeryError, match=f"made by torch.nn.utils.{name}; remove that first"):
+        nk.surgery.reassign_spectral_(model[0])

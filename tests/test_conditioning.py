@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
 from normkit.core.errors import ShapeError
@@ -230,3 +231,21 @@ def test_operator_norms_of_other_layers() -> None:
         operator_norm(nn.Conv2d(3, 4, 3, stride=2), (8, 8))
     with pytest.raises(ShapeError, match="one size for each axis of taps"):
         operator_norm(nn.Conv2d(3, 4, 3, dilation=3), (6, 6))
+
+
+HOOKED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
+    "pruned": (lambda layer: prune.random_unstructured(layer, "weight", 0.5), "weight_orig"),
+    "weight norm": (nn.utils.weight_norm, "weight_v"),
+    "spectral norm": (nn.utils.spectral_norm, "weight_orig"),
+}
+
+
+# torch calls its older weight norm deprecated.
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize(("put", "raw"), HOOKED.values(), ids=HOOKED)
+def test_a_weight_that_a_hook_makes_is_the_one_that_is_used(put, raw) -> None:
+    model = nn.Sequential(nn.Linear(6, 6))
+    put(model[0])
+    model(torch.randn(2, 6))
+    wanted = condition_number(model[0].get_parameter(raw)), condition_number(model[0].weight)
+    assert weight_conditions(model) == {"0": wanted}

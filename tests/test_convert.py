@@ -14,6 +14,7 @@ from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm
 from normkit.activations.sync_batch_norm import SyncBatchNorm
 from normkit.core.errors import NotationError, OptionError, SurgeryError
+from normkit.surgery.accelerate import accelerate
 from normkit.surgery.convert import convert
 from normkit.surgery.recipe import apply_recipe
 
@@ -166,6 +167,27 @@ def test_flags_and_hooks_are_kept():
     handle.remove()
     model(torch.randn(3, 4))
     assert calls == ["before", "after", "backward", "before"]
+
+
+class Marked(nn.LayerNorm):
+    def __init__(self, size):
+        super().__init__(size)
+        self.features = size
+
+
+@pytest.mark.parametrize("change", [lambda model: convert(model, "gn:2"), accelerate], ids=["convert", "accelerate"])
+def test_attributes_of_the_user_are_kept(change):
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.LayerNorm(4), Marked(4))
+    for layer in model:
+        layer.qconfig, layer.again = object(), layer.forward
+    kept = list(model)
+    change(model)
+    changed = [(new, old) for new, old in zip(model, kept, strict=True) if new is not old]
+    assert len(changed) >= 2
+    for new, old in changed:
+        assert new.qconfig is old.qconfig
+        assert not {"again", "features"} & vars(new).keys()
+    model(torch.randn(3, 4))
 
 
 def test_a_norm_in_two_places_stays_one():

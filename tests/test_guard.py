@@ -113,7 +113,7 @@ def test_a_gradient_counts_once_where_the_scale_comes_from_the_input(card: Card)
 def test_a_parameter_of_another_kind_is_another_call() -> None:
     x, base = torch.randn(3, 4), torch.randn(4, 2)
     for weight in (base[:, 0], torch._neg_view(torch.randn(4)), base[:, 0], nn.Parameter(torch.randn(4))):  # pyright: ignore[reportPrivateImportUsage]
-        assert_close(nk.layer_norm(x, (4,), weight), F.layer_norm(x, (4,), weight.clone()))
+        assert_close(nk.functional.layer_norm(x, (4,), weight), F.layer_norm(x, (4,), weight.clone()))
 
 
 @needs_kernels

@@ -233,9 +233,9 @@ def test_a_row_s_result_does_not_depend_on_how_many_there_are(dtype: torch.dtype
 @pytest.mark.parametrize(("dtype", "deviation"), [(torch.float16, 200), (torch.float16, 1000), (torch.bfloat16, 1000)])
 def test_running_statistics_keep_what_fits(dtype: torch.dtype, deviation: float, kept: torch.dtype) -> None:
     # A layer keeps float32, whatever it is cast to; a function takes what it is given.
-    running = nk.RunningStatistics(torch.zeros(2, dtype=kept), torch.ones(2, dtype=kept))
+    running = nk.functional.RunningStatistics(torch.zeros(2, dtype=kept), torch.ones(2, dtype=kept))
     x = (torch.randn(256, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, deviation])).to(dtype)
-    nk.run(nk.BatchNorm(2).rule, x, running=running, backend="native")
+    nk.functional.run(nk.BatchNorm(2).rule, x, running=running, backend="native")
     exact = 0.9 + 0.1 * x.double().var(0)
     fits = exact < torch.finfo(kept).max
     # Blended in float32 and rounded once to the dtype that is kept; a channel whose result does not fit is left alone.
@@ -264,5 +264,5 @@ def test_sizes_that_do_not_fit_never_reach_a_kernel(training: bool, channels: in
             layer.backend = "native"
             layer(x)  # what is decided for sizes that fit holds for no others
             getattr(layer, name).data = torch.ones([channels if size == 8 else size for size in held[name].shape])
-            with pytest.raises(nk.ShapeError):
+            with pytest.raises(nk.errors.ShapeError):
                 layer(x)

@@ -179,7 +179,7 @@ def test_back_ends_blend_alike_and_exactly_at_both_ends(
     found = {}
     for backend in ("native", "reference"):
         var = torch.empty(0) if centred else torch.tensor([start])
-        found[backend] = nk.RunningStatistics(torch.tensor([start]), var, torch.tensor(0))
+        found[backend] = nk.functional.RunningStatistics(torch.tensor([start]), var, torch.tensor(0))
         run(rule, torch.tensor([[0.0], [2.0]]), running=found[backend], backend=backend)
     # Each blend rounds three times.
     assert_close(found["native"], found["reference"], rtol=4 * torch.finfo(torch.float32).eps, atol=0)
@@ -211,3 +211,26 @@ def test_layers_alike_in_both_modes_need_no_mode(card: Card) -> None:
     assert_close(call(card, made, x), wanted)
     if isinstance(made, Layer) and card.extra is None:
         assert made.explain(x).backend
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nk.BatchNorm(4),
+        lambda: nk.BatchNorm(4, momentum=None),
+        lambda: nk.GhostBatchNorm(4, 2),
+        lambda: nk.BatchRenorm(4),
+        lambda: nk.InstanceNorm(4, track_running_stats=True),
+    ],
+)
+def test_vmap_over_tracked_statistics_says_what_to_do(make) -> None:
+    norm, x = make(), torch.randn(3, 8, 4, 5)
+    with pytest.raises(BackendError, match=r"running statistics.*track_running_stats=False.*eval\(\).*replace_all"):
+        torch.vmap(norm)(x)
+    with pytest.raises(BackendError, match="running statistics"):
+        torch.vmap(torch.func.grad(lambda x: norm(x).square().sum()))(x)
+    # Buffers that are mapped too take each their own.
+    state = {**dict(norm.named_parameters()), **dict(norm.named_buffers())}
+    many = {key: torch.stack([value, value, value]) for key, value in state.items()}
+    torch.vmap(lambda state, x: torch.func.functional_call(norm, state, (x,)))(many, x)
+    torch.vmap(norm.eval())(x)

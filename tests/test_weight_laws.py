@@ -484,3 +484,20 @@ def test_memory_formats_agree(method, channels_last) -> None:
     assert_close(other.weight, layer.weight, rtol=1e-12, atol=1e-12)
     wanted, got = (torch.autograd.grad((one.weight * g).sum(), raw(one)) for one in (layer, other))
     assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [weight_norm, spectral_norm, weight_conditioning])
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU])
+def test_copies_of_a_recurrent_layer_are_whole(make, method) -> None:
+    layer, x = make(3, 4), torch.randn(2, 2, 3)
+    method(layer, name="weight_hh_l0")
+    layer.eval()
+    wanted = layer(x)[0]  # torch keeps the weights of this pass in a list
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert_close(other(x)[0], wanted, rtol=0, atol=0)
+        other(x)[0].sum().backward()
+        assert all(parameter.grad is not None for parameter in other.parameters())
+        assert all(parameter.grad is None for parameter in layer.parameters())
+        for parameter in other.parameters():
+            parameter.data.zero_()
+        assert_close(layer(x)[0], wanted, rtol=0, atol=0)

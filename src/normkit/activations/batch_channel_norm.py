@@ -33,6 +33,9 @@ class EstBatchNorm(Module, TorchBatchNorm):
     y = weight * (x - mean) / sqrt(var + eps) + bias. Estimates from many micro-batches, of a single image too, are as good as
     a large batch's; gradients do not pass through them. Lower ``momentum`` along with the learning rate.
 
+    Do not put it under activation checkpointing in training: the second pass would move the running statistics again and
+    normalize by others than the first, and the gradient would not be that of the first.
+
     Args:
         num_features: channels C.
         eps: added to the variance. Default: 1e-5.

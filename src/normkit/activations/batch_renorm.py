@@ -100,6 +100,9 @@ class BatchRenorm(Layer):
     0 give batch normalization. M and S (the deviation, not the variance) are running averages. A state_dict of batch
     normalization can be loaded.
 
+    Do not put it under activation checkpointing in training: the second pass would correct towards running statistics that the
+    first has moved, and the gradient would not be that of the first.
+
     Args:
         num_features: channels C.
         eps: added to the variance. Default: 1e-5; the paper has 1e-3.

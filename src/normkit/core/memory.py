@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor, maybe_get_level
 
+from normkit.core.errors import BackendError
 from normkit.core.moments import Moments, accumulation_dtype
 from normkit.core.support import Split, per_shape, place
 
@@ -22,6 +24,28 @@ class RunningStatistics(NamedTuple):
     mean: Tensor
     var: Tensor
     batches: Tensor | None = None
+
+
+def _check_levels(kept: Tensor, new: Tensor) -> None:
+    """Refuse statistics that ``vmap`` maps over where the buffers that would take them are one for all."""
+    if not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        return
+    if _mapped(new) - _mapped(kept):
+        raise BackendError(
+            "vmap would write the running statistics of each of its inputs into the same buffers; wanted buffers that are "
+            "mapped too, or none to write: make the norm with track_running_stats=False where it has that, call eval(), or "
+            "torch.func.replace_all_batch_norm_modules_(model), which reaches batch norms alone"
+        )
+
+
+def _mapped(tensor: Tensor) -> set[int]:
+    """The levels of ``vmap`` at which a tensor is a batch of several."""
+    levels = set()
+    while is_functorch_wrapped_tensor(tensor):
+        if is_batchedtensor(tensor):
+            levels.add(maybe_get_level(tensor))
+        tensor = get_unwrapped(tensor)
+    return levels
 
 
 @dataclass(frozen=True)
@@ -67,6 +91,7 @@ class Running:
 
     def blend(self, running: RunningStatistics, mean: Tensor, var: Tensor) -> None:
         """Take one mean and one variance per channel, without gradients, into the running statistics in place."""
+        _check_levels(running.mean, mean)
         wide, batches = accumulation_dtype(running.mean.dtype), running.batches
         if self.momentum is None:
             assert batches is not None

@@ -38,7 +38,7 @@ from torch.nn.utils import parametrize
 
 from normkit.core.errors import ShapeError
 from normkit.core.support import show
-from normkit.weights.layout import weight_layout, weight_of
+from normkit.weights.layout import hooked_weight, weight_layout, weight_of
 
 # A singular value this far below the largest is rounding, and the matrix is singular.
 _RANK_TOLERANCE = 1e-12
@@ -98,8 +98,9 @@ def weight_conditions(
     """The condition numbers of every layer's weight: of the raw parameter, and of the weight that the layer computes with.
 
     Weights of more than two axes are unfolded to output units x the rest. Both numbers are alike where a weight has no
-    parametrization. The raw weight is ``original``, of weight normalization the direction v. Nothing is changed, not even the
-    buffers of spectral normalization.
+    parametrization. The raw weight is ``original``, of weight normalization the direction v. Under the utilities of
+    ``torch.nn.utils`` that work by hooks (``prune``, the older ``weight_norm`` and ``spectral_norm``) the weight is that of the
+    last pass. Nothing is changed, not even the buffers of spectral normalization.
 
     Args:
         model: any module.
@@ -233,16 +234,24 @@ def _weight_names(layer: nn.Module) -> list[str]:
     """The layer's own tensors that multiply its input; a norm's gain does not."""
     if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
         return []
-    own = [key for key, _ in layer.named_parameters(recurse=False)]
+    own = dict.fromkeys(_used_name(layer, key) for key, _ in layer.named_parameters(recurse=False))
     parts = layer._modules.get("parametrizations")
     derived = list(parts._modules) if isinstance(parts, nn.ModuleDict) else []
     return [key for key in (*own, *derived) if key == "weight" or "_weight" in key or key.startswith("weight_")]
 
 
+def _used_name(layer: nn.Module, key: str) -> str:
+    """The name of the weight that a hook makes of a parameter; the parameter's own if none does."""
+    stem = key.rpartition("_")[0]
+    return stem if key.endswith(("_orig", "_g", "_v")) and hooked_weight(layer, stem) else key
+
+
 @torch.no_grad()
 def _raw_and_used(layer: nn.Module, key: str) -> tuple[Tensor, Tensor]:
     if not parametrize.is_parametrized(layer, key):
-        return getattr(layer, key), getattr(layer, key)
+        used = getattr(layer, key)
+        hooked = hooked_weight(layer, key)
+        return (used if hooked is None else hooked[1]), used
     parts = layer.get_submodule(f"parametrizations.{key}")
     raw = getattr(parts, "original" if parts.is_tensor else "original1")
     modes = {part: part.training for part in parts.modules()}

@@ -31,9 +31,13 @@ def accelerate(model: nn.Module, *, where: Where | None = None, example: Any = N
     """Put normkit's layer in the place of every norm of torch.nn, in place; the model computes what it did.
 
     Parameters and buffers are the very same objects (but for running statistics of a half type, which become float32), so an
-    optimizer goes on, and the state_dict has the same keys. What is
-    kept too: dtype, device, training flag, hooks, and that one module stands in several places. Instance norms with running
+    optimizer goes on, and the state_dict has the same keys. What is kept too: dtype, device, training flag, hooks, public
+    attributes that the user set (``qconfig``), and that one module stands in several places. Instance norms with running
     statistics and batch norms without are left as they are.
+
+    Code that looks for torch's classes, as to freeze batch norms, still finds ``nn.LayerNorm``, ``nn.GroupNorm``, ``nn.RMSNorm``;
+    but not ``nn.BatchNorm2d``, ``nn.InstanceNorm2d`` and their like, whose place one class for every rank takes, and the row says
+    so. Look for ``nn.modules.batchnorm._BatchNorm`` or ``nn.modules.instancenorm._InstanceNorm`` instead.
 
     Args:
         model: any module.
@@ -63,7 +67,8 @@ def accelerate(model: nn.Module, *, where: Where | None = None, example: Any = N
                 f"{label(name)}: {describe(module)} can't be taken over as it is: {note}; leave it out with where="
             )
         new[id(module)] = inherit(made, module)
-        rows.append(Change(label(name), describe(module), describe(made), ""))
+        note = "" if isinstance(made, type(module)) else f"isinstance(_, nn.{type(module).__name__}) no longer holds"
+        rows.append(Change(label(name), describe(module), describe(made), note))
     return Changes(put(model, new, example), tuple(rows))
 
 

@@ -15,6 +15,7 @@ from normkit.surgery.bake import value_of
 from normkit.surgery.carry import Statistics
 from normkit.surgery.changes import Change, label
 from normkit.surgery.select import weight_names
+from normkit.weights.layout import hooked_weight
 
 Attach = Callable[[nn.Module, str], object]
 
@@ -32,7 +33,7 @@ def attach_all(
         example: an input of the model, which shows whether statistics behind a Linear are those of its features. Default: None.
 
     Returns:
-        A row per weight.
+        A row per weight; one that a hook of ``torch.nn.utils`` makes is left as it is, which its row says.
 
     Raises:
         SurgeryError: the method is there already, the method refuses, or it would untie a weight that several layers share. Call
@@ -45,6 +46,10 @@ def attach_all(
             full = label(name) if weight == "weight" else f"{name}.{weight}".lstrip(".")
             raw = raw_weight(layer, weight)
             before = f"{type(layer).__name__} {show(getattr(layer, weight).shape)}"
+            hooked = hooked_weight(layer, weight)
+            if hooked is not None:
+                rows.append(Change(full, before, before, f"left: its weight is made by {hooked[0]}; remove that first"))
+                continue
             present, value = parametrizations(layer, weight), value_of(layer, weight) if statistics else None
             try:
                 with warnings.catch_warnings(record=True) as said:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -50,10 +51,11 @@ def convert(
     Known are the norms of torch.nn and of normkit, and classes without children whose name contains "norm" and whose output
     on random inputs is that of layer or RMS normalization with gain ``weight`` or ``1 + weight`` or without parameters:
     LayerNorm2d, T5LayerNorm, the RMSNorms of Hugging Face, OLMo's LayerNorm. What is kept: gain and bias (the very parameters),
-    eps, momentum, dtype, device, training flag, ``requires_grad``, hooks, and that one module stands in several places. What has
-    no place in the new norm is dropped and what it has more is created; the row says so. Where a norm of each position by
-    itself becomes one over positions, through which tokens of a causal model see later ones, the row says so too, unless the
-    model can't be causal. A norm that is of the kind already is left as it is, whoever made it.
+    eps, momentum, dtype, device, training flag, ``requires_grad``, hooks, public attributes that its user set (``qconfig``), and
+    that one module stands in several places. What has no place in the new norm is dropped and what it has more is created; the
+    row says so. Where a norm of each position by itself becomes one over positions, through which tokens of a causal model see
+    later ones, the row says so too, unless the model can't be causal. A norm that is of the kind already is left as it is,
+    whoever made it.
 
     A norm on channels first, ``(N, C, *)``, becomes ``LayerNorm(C, over="c")`` by ``ln`` where it normalized each position by
     itself, as in ConvNeXt, and else ``LayerNorm(C, over="c *")``; ``rms`` likewise, so that the two differ in centring alone.
@@ -158,12 +160,24 @@ def put(model: nn.Module, new: Mapping[int, nn.Module], example: Any) -> nn.Modu
 
 
 def inherit(made: nn.Module, module: nn.Module) -> nn.Module:
-    """Give a module that is to stand in another's place its training flag and hooks."""
+    """Give a module that is to stand in another's place its training flag, hooks and what its user set on it."""
     made.train(module.training)
     for hooks in _HOOKS:
         if hasattr(module, hooks):
             setattr(made, hooks, getattr(module, hooks))
+    own = _own_names(type(module))
+    for name, value in vars(module).items():
+        # Private ones are what a class or a wrapper keeps of this very module; a method bound to it would call it.
+        if name.startswith("_") or name in own or hasattr(made, name) or getattr(value, "__self__", None) is module:
+            continue
+        setattr(made, name, value)
     return made
+
+
+def _own_names(cls: type) -> set[str]:
+    """Every name that a class's code speaks of: an attribute that is not among them is its user's."""
+    functions = (value for base in cls.__mro__ for value in vars(base).values() if isinstance(value, FunctionType))
+    return {name for function in functions for name in function.__code__.co_names}
 
 
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:

@@ -12,7 +12,7 @@ from normkit.core.errors import OptionError, SurgeryError
 from normkit.core.moments import accumulation_dtype
 from normkit.surgery.changes import label
 from normkit.surgery.select import Where, select, weight_names
-from normkit.weights.layout import weight_layout
+from normkit.weights.layout import hooked_weight, weight_layout
 from normkit.weights.power_iteration import power_iteration
 
 # As many as spectral_norm's at the start, where no vectors are kept yet.
@@ -78,6 +78,11 @@ def reassign_spectral_(
             raise SurgeryError(
                 f"{label(name)}: its {key} is parametrized, and has no value of its own to reassign; bake it in with "
                 "fold(model) first, or choose other layers with where="
+            )
+        hooked = hooked_weight(layer, key)
+        if hooked is not None:
+            raise SurgeryError(
+                f"{label(name)}: its {key} is made by {hooked[0]}; remove that first, or choose other layers with where="
             )
     found: dict[str, Tensor] = {}
     seen: set[int] = set()

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from normkit.core.errors import NotationError, SurgeryError
 from normkit.surgery.changes import label
+from normkit.weights.layout import hooked_weight
 
 Where = str | Callable[[str, nn.Module], bool]
 
@@ -139,7 +140,8 @@ def weight_names(layer: nn.Module) -> tuple[str, ...]:
     if isinstance(layer, _NORMS):
         return ()
     raw = layer._parameters.get("weight")
-    held = [raw] if raw is not None else []
+    hooked = hooked_weight(layer, "weight")
+    held = [raw] if raw is not None else [] if hooked is None else [hooked[1]]
     if parametrize.is_parametrized(layer, "weight"):
         held = list(layer.parametrizations["weight"].parameters(recurse=False))  # pyright: ignore
     return ("weight",) if any(is_lazy(tensor) or tensor.dim() >= 2 for tensor in held) else ()

@@ -160,6 +160,11 @@ def _equip(layer: nn.Module, forward: Forward | None) -> None:
 def _reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
     plain = parametrize.type_before_parametrizations(self)
     state = plain.__getstate__(self) if hasattr(plain, "__getstate__") else vars(self)  # pyright: ignore
+    if "_flat_weights" in state:
+        # Of a recurrent layer torch keeps the weights of the last pass, of which computed ones can't be copied with their graph;
+        # the next pass takes fresh ones.
+        kept = [weight if weight is None or weight.is_leaf else weight.detach() for weight in state["_flat_weights"]]
+        state = {**state, "_flat_weights": kept}
     return _blank, _class_of(self), state
 
 

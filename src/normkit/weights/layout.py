@@ -139,6 +139,31 @@ def weight_layout(layer: nn.Module, name: str = "weight") -> WeightLayout:
     return WeightLayout()
 
 
+def hooked_weight(layer: nn.Module, name: str) -> tuple[str, Tensor] | None:
+    """Which of torch's older utilities makes a weight before each pass, and of which parameter.
+
+    Those of ``torch.nn.utils`` that work by hooks leave the weight a plain attribute, which no parametrization can stand on.
+
+    Args:
+        layer: any module.
+        name: of the weight.
+
+    Returns:
+        The utility, and the raw weight (of weight normalization the direction); None of any other weight.
+
+    >>> from torch.nn.utils import prune
+    >>> hooked_weight(prune.identity(nn.Linear(2, 2), "weight"), "weight")[0]
+    'torch.nn.utils.prune'
+    """
+    if not isinstance(vars(layer).get(name), Tensor):
+        return None
+    for key, utility, suffix in (("mask", "prune", "orig"), ("u", "spectral_norm", "orig"), ("g", "weight_norm", "v")):
+        raw = getattr(layer, f"{name}_{suffix}", None)
+        if hasattr(layer, f"{name}_{key}") and isinstance(raw, Tensor):
+            return f"torch.nn.utils.{utility}", raw
+    return None
+
+
 def raw_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor, Support | None]]:
     """Every parameter of a model once, parametrized or not, with the layer that it belongs to.
 
