@@ -31,7 +31,7 @@ def table() -> str:
     """One row per context."""
     lines = [f"| context | {' | '.join(KINDS.values())} | left out, because |", "|---" * (len(KINDS) + 2) + "|"]
     for seam in SEAMS.values():
-        tested = [subject for one, subject in CASES if one is seam]
+        tested = [subject for one, subject in CASES if one.name == seam.name]
         cells = [cell([s for s in tested if s.kind == kind], [s for s in SUBJECTS if s.kind == kind]) for kind in KINDS]
         lines.append(f"| {seam.name} | {' | '.join(cells)} | {seam.but} |")
     return "\n".join(lines) + f"\n\n{len(SEAMS)} contexts, {len(CASES)} cases.\n"

@@ -110,7 +110,11 @@ def test_every_method_is_at_its_place(card: Card) -> None:
 def test_every_layer_is_at_the_top() -> None:
     for path in sorted((ROOT / "src/normkit/activations").glob("[a-z]*.py")):
         for name, thing in vars(import_module(f"normkit.activations.{path.stem}")).items():
-            if isinstance(thing, type) and issubclass(thing, nn.Module) and thing.__module__.endswith(path.stem):
+            if (
+                isinstance(thing, type)
+                and issubclass(thing, nn.Module)
+                and thing.__module__ == f"normkit.activations.{path.stem}"
+            ):
                 assert name.startswith("_") or getattr(nk, name) is thing
 
 

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm, rms_norm
 from normkit.core.errors import OptionError
+from normkit.engine.library import library
 
 FORMS: dict[str, dict[str, Any]] = {
     "LlamaRMSNorm": {"eps": 1e-6, "cast": "before weight"},
@@ -56,14 +57,18 @@ def test_equals_transformers_in_float32_with_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["LlamaRMSNorm", "T5LayerNorm"])
-def test_equals_transformers_bit_for_bit_in_half_types(name: str, dtype: torch.dtype) -> None:
+def test_equals_transformers_in_half_types(name: str, dtype: torch.dtype) -> None:
     ours, theirs = twins(name, dtype)
     x = (torch.randn(64, 96) * 3 + 1).to(dtype)
-    assert torch.equal(ours(x), theirs(x))
-    # A float32 weight beside a half input: theirs leaves float32, ours keeps the input's dtype.
+    # The kernel rounds 1 / rms once, from double; theirs twice, in float32. So now and then a value falls to its neighbour, and
+    # the weight may double that.
+    eps = torch.finfo(dtype).eps
+    assert_close(ours(x), theirs(x), rtol=2 * eps, atol=0)
+    assert (ours(x) == theirs(x)).double().mean() > 0.99
+    # A float32 weight with a half input: theirs leaves float32, ours keeps the input's dtype.
     ours, theirs = twins(name, torch.float32)
     if name == "LlamaRMSNorm":
-        assert torch.equal(ours(x), theirs(x).to(dtype))
+        assert_close(ours(x), theirs(x).to(dtype), rtol=2 * eps, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -139,7 +144,10 @@ def test_of_what_is_centred_is_layer_norm() -> None:
 def test_large_values_overflow_only_where_their_squares_do() -> None:
     assert rms_norm(torch.full((1, 4), 1e18), 4).eq(1).all()
     assert rms_norm(torch.full((1, 4), 3e4, dtype=torch.float16), 4).eq(1).all()  # its square is beyond float16
-    assert rms_norm(torch.full((1, 4), 1e30), 4).eq(0).all()  # as torch's own does: 1e60 is beyond float32
+    # 1e60 is beyond float32: the definition gives 0, as torch does; the kernels take such squares in double.
+    assert rms_norm(torch.full((1, 4), 1e30), 4, backend="reference").eq(0).all()
+    if library() is not None:
+        assert rms_norm(torch.full((1, 4), 1e30), 4).eq(1).all()
     assert_close(rms_norm(torch.full((1, 4), 1e30, dtype=torch.float64), 4), torch.ones(1, 4, dtype=torch.float64))
 
 

@@ -99,7 +99,11 @@ def test_every_word_stands_in_a_model_or_says_why_not(card: Card, model: str) ->
     changes = apply_recipe(net, recipe, x)
     after = dict(net.named_modules())
     for name in before:
-        assert isinstance(after[name], card.module) or isinstance(before[name], card.module.__bases__)
+        # torch's own layer of the method, which the class derives from, may stay.
+        torchs = tuple(
+            kind for kind in card.module.__mro__[:-2] if kind.__module__.startswith("torch.") and kind is not nn.Module
+        )
+        assert isinstance(after[name], card.module) or isinstance(before[name], torchs)
     assert not changes.rows or "left" not in str(changes)
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
     for _ in range(2):

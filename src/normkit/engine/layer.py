@@ -67,7 +67,8 @@ class Layer(Module):
             ShapeError: the input does not fit.
         """
         own = self.__dict__
-        if mask is None and "_known" in own and calm() and not input.is_nested:
+        # calm() first: what a layer keeps must not be among the guards of a compiled graph.
+        if calm() and mask is None and "_known" in own and not input.is_nested:
             parameters, buffers = own["_parameters"], own["_buffers"]
             tensors = input, parameters.get("weight"), parameters.get("bias")
             for known in own["_known"]:
@@ -98,12 +99,11 @@ class Layer(Module):
     def _perform(self, call: Call) -> Output:
         """Run a call, as the last one was run if its tensors were like these."""
         own = self.__dict__
-        last: tuple[Known, ...] = own.get("_known", ())
-        keeps = call.mask is None and call.residual is None and calm() and not call.x.is_nested
-        if keeps:
-            for known in last:
-                if known.agrees(call):
-                    return perform_by(known.choice, call)
+        keeps = calm() and call.mask is None and call.residual is None and not call.x.is_nested
+        last: tuple[Known, ...] = own.get("_known", ()) if keeps else ()
+        for known in last:
+            if known.agrees(call):
+                return perform_by(known.choice, call)
         self._fits(call.x)
         choice = kept(call, call.key())
         if keeps and choice.backend == "native":
