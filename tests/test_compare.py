@@ -143,11 +143,13 @@ def test_a_request_to_end_is_heard_like_ctrl_c(tmp_path: Path, monkeypatch: pyte
         time.sleep(10)
 
     def stopped() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray, in tests of this process, leaves its own behind
         with pytest.raises(KeyboardInterrupt):
             ran(tmp_path)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
     monkeypatch.setattr(record, "write_checkpoint", write)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert forked(stopped) == 0  # in a process of its own, as tests may run in a thread, which hears no signals
 
 
