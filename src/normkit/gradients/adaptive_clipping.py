@@ -108,7 +108,7 @@ CARD = Card(
     ),
     use_cases="networks without activation norms at large batches and rates",
     strengths="a threshold that fits every layer, as it is relative to the weights",
-    weaknesses="two norms for each unit a step; the last layer has to be left out",
+    weaknesses="two norms per unit and step; the last layer has to be left out",
     module=AdaptiveClipping,
     functional=adaptive_gradient_clipping,
     make=AdaptiveClipping,

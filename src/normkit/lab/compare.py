@@ -198,8 +198,8 @@ def _set_threads(folder: Path, parameters: int, overwrite: bool) -> None:
 
 
 def _begun_with(folder: Path, overwrite: bool) -> int | None:
-    anew = overwrite and not (folder / folders.REPLACING).exists()
-    if anew or not (folder / ENVIRONMENT).exists():
+    replaces = overwrite and not (folder / folders.REPLACING).exists()
+    if replaces or not (folder / ENVIRONMENT).exists():
         return None
     return record.read_json(folder / ENVIRONMENT, BEGUN)["threads"]
 

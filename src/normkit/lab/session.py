@@ -1,4 +1,4 @@
-"""One stretch of work on a comparison: what is left of its runs, its costs and its result."""
+"""One session of a comparison: its remaining runs, its costs and its result."""
 
 import time
 from collections.abc import Sequence
