@@ -68,6 +68,16 @@ class Rule:
     def __reduce__(self) -> tuple[Any, ...]:
         return Rule, (self.support, self.statistic, self.compensation, self.memory)
 
+    def keep(self, key: Any, prepare: Callable[[], Any]) -> Any:
+        """What was prepared under a key, or is now."""
+        found = self.prepared.get(key)
+        if found is None:
+            found = prepare()
+            if len(self.prepared) >= 256:  # many shapes, as from ragged batches, must not fill memory
+                self.prepared.clear()
+            self.prepared[key] = found
+        return found  # never read back: another thread may have cleared it
+
     @property
     def batch_dependent(self) -> bool:
         """Whether a sample's output depends on the other samples, in training."""

@@ -134,11 +134,13 @@ class Support:
         key = tuple(shape)
         if torch.compiler.is_compiling() or any(isinstance(size, torch.SymInt) for size in key):
             return self._split(key)  # symbolic sizes are no keys
-        if key not in self._splits:
+        found = self._splits.get(key)
+        if found is None:
+            found = self._split(key)
             if len(self._splits) >= 256:  # many shapes, as from ragged batches, must not fill memory
                 self._splits.clear()
-            self._splits[key] = self._split(key)
-        return self._splits[key]
+            self._splits[key] = found
+        return found
 
     def _split(self, shape: tuple[int, ...]) -> Split:
         star = len(shape) - sum(group != ("*",) for group in self.groups)

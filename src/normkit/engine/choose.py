@@ -114,16 +114,7 @@ def choose(call: Call) -> Choice:
 
 def kept(call: Call, key: tuple[Any, ...] | None) -> Choice:
     """The choice for a call with this key, kept with its rule for the next one; None keeps nothing."""
-    if key is None:
-        return choose(call)
-    known = call.rule.prepared
-    choice = known.get(key)
-    if choice is None:
-        choice = choose(call)
-        if len(known) >= 256:  # many shapes, as from ragged batches, must not fill memory
-            known.clear()
-        known[key] = choice
-    return choice
+    return choose(call) if key is None else call.rule.keep(key, partial(choose, call))
 
 
 def _each(call: Call) -> Output:

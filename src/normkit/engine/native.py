@@ -55,11 +55,7 @@ def quick(perform: Any, call: Call) -> Callable[..., Tensor] | None:
         return functools.partial(_by_arrays, ready) if ready.arrays is not None else None
 
     def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        if torch.is_grad_enabled() and (
-            x.requires_grad
-            or (weight is not None and weight.requires_grad)
-            or (bias is not None and bias.requires_grad)
-        ):
+        if _recorded(x, weight, bias):
             return _normalize(x, weight, bias, ready)
         return _forward(ready, x, weight, bias, None, 0)[0]
 
@@ -76,12 +72,7 @@ def normalize(
 ) -> tuple[Tensor, Tensor | None, Any]:
     """The output, x + residual if there is one, and what was measured: rows of 1 / scale, mean and, where asked for, variance."""
     weight, bias = _packed(weight), _packed(bias)
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
+    if _recorded(x, weight, bias, residual):
         kept: list[Tensor] = []
         if residual is None:
             y = _normalize(x, weight, bias, ready, kept) if measured else _normalize(x, weight, bias, ready)
@@ -115,8 +106,7 @@ def perform_by(ready: Prepared, call: Call) -> Output:
 def _by_arrays(
     ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor
 ) -> Tensor:
-    size = 2 * ready.nest.statistics
-    values = x.new_empty(size, dtype=ready.wide)
+    values = x.new_empty(2 * ready.nest.statistics, dtype=ready.wide)
     start = values.data_ptr()
     variance = var.data_ptr() if ready.scaled else None
     center = start + ready.statistic_bytes
@@ -125,9 +115,7 @@ def _by_arrays(
 
 
 def _by_values(ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and (
-        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
-    ):
+    if _recorded(x, weight, bias):
         return _normalize_by(x, weight, bias, values, ready)
     return _apply(ready, x, weight, bias, values)
 
@@ -163,6 +151,16 @@ def _remember(ready: Prepared, memory: Running, values: Tensor, running: Running
     torch.autograd.graph.increment_version((mean, var))
 
 
+def _recorded(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None) -> bool:
+    """Whether autograd wants a gradient of any of these."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+
+
 def _dense(x: Tensor, ready: Prepared) -> Tensor:
     """The input where it lies, or the copy that was planned."""
     return x if ready.source is None else x.contiguous(memory_format=ready.source)
@@ -180,8 +178,7 @@ def _forward(
     total = None if residual is None else torch.empty_like(x)
     values = inverse = center = variance = None
     if rows:
-        size = rows * ready.nest.statistics
-        values = x.new_empty(size, dtype=ready.wide)
+        values = x.new_empty(rows * ready.nest.statistics, dtype=ready.wide)
         inverse = values.data_ptr()
         center = inverse + ready.statistic_bytes if rows > 1 else None
         variance = inverse + 2 * ready.statistic_bytes if rows > 2 else None

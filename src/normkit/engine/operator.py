@@ -83,12 +83,7 @@ def _prepared(x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: str, 
         *(None if p is None else (p.shape, p.dtype, p.device) for p in (weight, bias)),
         activation,
     )
-    if key not in known.prepared:
-        if len(known.prepared) >= 256:  # many shapes, as from ragged batches, must not fill memory
-            known.prepared.clear()
-        split = known.support.split(x.shape)
-        known.prepared[key] = prepare(known, x, split, weight, bias, activation or None)
-    return known.prepared[key]
+    return known.keep(key, lambda: prepare(known, x, known.support.split(x.shape), weight, bias, activation or None))
 
 
 @torch.library.impl(_LIBRARY, "normalize", "CPU")
