@@ -19,8 +19,8 @@ WORDS = {"batch_norm": "batch norm", "layer_norm": "layer norm", "rms_norm": "RM
 def default_recipes(model: nn.Module, example: Any = None) -> tuple[tuple[str, ...], str]:
     """Chooses recipes by what a model has.
 
-    The first, the baseline, is the model as it is: ``bn`` where all its norms are batch norms, else ``keep``. To it come the other
-    of layer and RMS norm where it has one of them, weight standardization where it has convolutions, weight norm, and weight
+    The first, the baseline, is the model as it is: ``bn`` where all its norms are batch norms, else ``keep``. Next come RMS norm
+    where it has layer norms, or the reverse; weight standardization where it has convolutions; weight norm; and weight
     conditioning of its first and last layer. Each is tried on the model; one that it can't have is left out.
 
     Args:
