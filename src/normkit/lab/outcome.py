@@ -78,6 +78,8 @@ class Outcome:
         Raises:
             OptionError: there is no such figure.
         """
+        import matplotlib.pyplot  # noqa: F401  # by which a notebook learns to show figures
+
         drawings = self._drawings()
         if name not in drawings:
             raise OptionError(f"figure {name!r} is not there; wanted one of {', '.join(drawings)}")
