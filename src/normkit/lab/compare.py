@@ -13,7 +13,7 @@ from rich.console import Console
 
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import folder as folders
-from normkit.lab import record
+from normkit.lab import option, record
 from normkit.lab import result as summary
 from normkit.lab.cluster import joined
 from normkit.lab.data.root import set_root
@@ -22,7 +22,7 @@ from normkit.lab.remote import Distant, Here, There, describe
 from normkit.lab.say import Terminal, counted, say
 from normkit.lab.seeding import borrowed_randomness
 from normkit.lab.session import BEGUN, CONFIG, CURE, ENVIRONMENT, RESULT, Session, now
-from normkit.lab.settings import Settings
+from normkit.lab.settings import RATES, Reports, Settings, Site
 from normkit.lab.stop import stoppable
 from normkit.lab.study import Study
 from normkit.lab.train.fabric import start_fabric
@@ -79,7 +79,7 @@ def compare(
     set_root(data_root)
     settings = replace(settings, model=_named(model, settings.model), data=_named(data, settings.data)).canonical()
     folder = Path(output) if output is not None else default_output(settings)
-    fabric = start_fabric(settings)
+    fabric, asked = start_fabric(settings), threads
     console = console or Terminal()
     if not fabric.is_global_zero:
         console = Console(quiet=True)
@@ -117,7 +117,8 @@ def compare(
                             _set_threads(folder, max(study.parameters.values()), overwrite)
                     trains = Here(study) if cluster is None else There(study, cluster, distant)
                     here = here or environment(fabric, began)
-                    again = command(settings, folder, data_root)
+                    site = Site(folder, data_root, ray=ray, threads=asked, tensorboard=tensorboard)
+                    again = command(settings, site, Reports(report=report))
                     result = Session(study, trains, folder, config, here, console, again).result()
     if fabric.is_global_zero:
         if finished:
@@ -136,31 +137,18 @@ def default_output(settings: Settings) -> Path:
     return Path("runs") / "-".join(names)
 
 
-def command(settings: Settings, output: Path, data_root: Path | None = None) -> str:
+def command(settings: Settings, *site: Any) -> str:
     """Writes the command line that makes this comparison.
 
-    >>> command(Settings(seeds=(0, 1)), Path("runs/digits-inception"))
-    'normkit compare --seeds 2'
+    Args:
+        settings: canonical or as they were given.
+        *site: further options, such as :class:`~normkit.lab.settings.Site` and :class:`~normkit.lab.settings.Reports`.
+
+    >>> command(Settings(seeds=(0, 1)), Site(threads=2))
+    'normkit compare --seeds 2 --threads 2'
     """
-    words = ["normkit", "compare"]
-    plain = Settings()
-    for name in settings.__dataclass_fields__:
-        value = getattr(settings, name)
-        default = Settings(optimizer=settings.optimizer).rates if name == "rates" else getattr(plain, name)
-        if value == default:
-            continue
-        if isinstance(value, bool):
-            words.append("--no-condition" if name == "condition" else f"--{name.replace('_', '-')}")
-            continue
-        if name == "seeds" and value == tuple(range(len(value))):
-            value = len(value)
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        words += [f"--{name.replace('_', '-')}", text]
-    if output != default_output(settings):
-        words += ["--output", str(output)]
-    if data_root is not None:
-        words += ["--data-root", str(data_root)]
-    return shlex.join(words)
+    rest = {"output": default_output(settings), "rates": RATES[settings.optimizer]}
+    return shlex.join(option.command("normkit", "compare", of=(settings, *site), **rest))
 
 
 def kept(folder: Path) -> str:

@@ -14,10 +14,10 @@ from rich.console import Console
 
 from normkit.core.card import Paper
 from normkit.lab.say import Terminal, say
+from normkit.lab.settings import Place, Scale, Size
 from normkit.lab.sweep import Job, hardware_of, sweep
 
 Cell = str | int | float | None
-Scale = Literal["tiny", "small", "full"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Drawing:
 
 
 @dataclass
-class Bench:
+class Bench(Place, Size):
     """Where and at what size an experiment is run.
 
     While an experiment runs, the environment variable ``NORMKIT_DATA`` holds `data_root`, on Ray's workers too: factories
@@ -68,26 +68,18 @@ class Bench:
         scale: ``"small"`` (two cores, minutes), ``"full"``, or ``"tiny"`` (seconds), at which nothing is learned: for tests.
         output: the folder of the records.
         data_root: where data sets lie. Default: None, the environment variable ``NORMKIT_DATA``.
-        download: fetch what is missing. Default: False.
         seeds: Default: ``(0, 1, 2)``.
         epochs: in place of the experiment's own number. Default: None.
-        console: where progress is written. Default: standard output.
+        download: fetch what is missing. Default: False.
+        threads: of torch on the CPU, per run; sums depend on how many threads share them. Default: 1.
         ray: None to run in this process; ``"local"`` for a Ray cluster on this machine, else the address of one. Default: None.
-        threads: of torch on the CPU, a run; sums depend on how many threads share them. Default: 1.
+        console: where progress is written. Default: standard output.
 
     Attributes:
         devices: those on which the runs that were swept so far were done, whichever process did them.
     """
 
-    scale: Scale
-    output: Path
-    data_root: Path | None = None
-    download: bool = False
-    seeds: tuple[int, ...] = (0, 1, 2)
-    epochs: int | None = None
-    console: Console = field(default_factory=Terminal)
-    ray: str | None = None
-    threads: int = 1
+    console: Console = field(default_factory=Terminal, kw_only=True)
     devices: set[str] = field(init=False, default_factory=set)
 
     def watch(self, text: str) -> None:
@@ -137,8 +129,3 @@ class Experiment:
     figures: Callable[[dict[str, Any]], list[Drawing]]
     remarks: Callable[[dict[str, Any]], list[str]]
     scales: tuple[Scale, ...] = ("small", "full")
-
-    def words(self, scale: str, seeds: Sequence[int], epochs: int | None) -> list[str]:
-        """The words of the command line that say what is run, not where."""
-        words = ["normkit", self.kind, self.name, "--scale", scale, "--seeds", str(len(seeds))]
-        return words + (["--epochs", str(epochs)] if epochs is not None else [])

@@ -138,7 +138,7 @@ class Study:
 
         model = copy.deepcopy(self._initial(seed)[0])
         reseed(seed, "recipe")
-        changes = apply_recipe(model, recipe)
+        changes = apply_recipe(model, recipe, on_refusal=self.settings.on_refusal)
         return changes.model, [str(row) for row in changes.rows]
 
     def _applied(self, seed: int) -> dict[str, tuple[nn.Module, list[str]]]:
