@@ -62,8 +62,11 @@ class Group(TyperGroup):
     def _usage(self, error: Any) -> str:
         context, said = error.ctx, error.format_message()
         path = context.command_path if context else "normkit"
-        if name := getattr(error, "option_name", None):
-            known = [word for each in context.command.params for word in (*each.opts, *each.secondary_opts)]
+        if hasattr(error, "possibilities"):
+            name, known = (
+                error.option_name,
+                [word for each in context.command.params for word in (*each.opts, *each.secondary_opts)],
+            )
             said = f"{path} has no option {name!r}{closest(name, [*known, '--help'])}"
         return f"{said}; see {path} --help"
 
@@ -107,7 +110,11 @@ class Words(TyperCommand):
             value = self.alone.get(word)
             if value and not (after in (value, "auto") or (":" in after and not after.startswith("-"))):
                 words.append(value)
-        return super().parse_args(ctx, words)
+        try:
+            return super().parse_args(ctx, words)
+        except UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
 
 
 def command(name: str, *declared: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -90,7 +90,7 @@ class Option:
         Raises:
             OptionError: it is none of the choices, of another type, or out of range.
         """
-        if value is None and self.default is None:
+        if value == self.default:
             return
         if self.choices:
             hint = closest(value, self.choices) if isinstance(value, str) else ""

@@ -304,7 +304,9 @@ class Speed:
 def with_options(text: str) -> str:
     """A page's text with the table of a comparison's options made again."""
     made = table(Settings, Site, Reports)
-    return re.sub(r"(<!-- options -->\n).*?(<!-- end -->)", lambda match: match[1] + made + match[2], text, flags=re.DOTALL)
+    return re.sub(
+        r"(<!-- options -->\n).*?(<!-- end -->)", lambda match: match[1] + made + match[2], text, flags=re.DOTALL
+    )
 
 
 if __name__ == "__main__":
