@@ -98,11 +98,9 @@ def report(
     output: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a finished comparison or experiment")],
 ) -> None:
     """Redraws tables, figures and report.html from the records."""
-    from normkit.lab.compare import reprint
     from normkit.lab.experiments import reshow
 
-    if not reshow(output):
-        reprint(output)
+    reshow(output)
 
 
 @command("bench", Speed)

@@ -42,6 +42,7 @@ class Option:
         write: writes a value as `parse` reads it. Default: by the type.
         later: a record made before the option existed lacks it, and is of the same configuration where it is at rest.
         once: it has done its work when a command is given again.
+        always: a command names it at rest too.
         name: of the field.
         type: of the field's value; ``tuple`` of any tuple.
         default: of the field.
@@ -61,6 +62,7 @@ class Option:
     write: Callable[[Any], str] | None = None
     later: bool = False
     once: bool = False
+    always: bool = False
     name: str = ""
     type: Any = str
     default: Any = None
@@ -128,29 +130,30 @@ class Option:
         return [self.spelling, *([] if self.alone and value == self.alone else [self.text(value)])]
 
 
-def option(default: T, help: str, panel: str, *, kw_only: bool = False, **more: Any) -> T:
+def option(default: T, help: str, panel: str, **more: Any) -> T:
     """Declares a dataclass field that is an option.
 
     Args:
         default: of the field.
         help: what it does.
         panel: the group in which help shows it.
-        kw_only: the field is given by its name alone. Default: False.
         **more: what else is known, see :class:`Option`.
     """
-    return field(default=default, kw_only=kw_only, metadata={"option": Option(help, panel, **more)})
+    return field(default=default, metadata={"option": Option(help, panel, **more)})
 
 
 def options(*classes: Any) -> dict[str, Option]:
     """Gives the options of dataclasses, or of their instances, by name.
 
-    A field with a default that declares nothing is an option without help.
+    A field with a default that declares nothing is an option without help, unless its metadata say that it is none.
     """
     found = {}
     for known in (known for each in classes for known in fields(each) if known.init and known.default is not MISSING):
         union = get_origin(known.type) in (Union, types.UnionType)
         of = next(part for part in get_args(known.type) if part is not type(None)) if union else known.type
         about = known.metadata.get("option", Option())
+        if about is None:
+            continue
         found[known.name] = replace(about, name=known.name, type=get_origin(of) or of, default=known.default)
     return found
 
@@ -177,7 +180,8 @@ def command(*start: str, of: tuple[Any, ...], **rest: Any) -> list[str]:
     for instance in of:
         for name, about in options(instance).items():
             value = getattr(instance, name)
-            if not about.once and value not in (None, about.default, rest.get(name)):
+            at_rest = value in (None, about.default, rest.get(name)) and not about.always
+            if not about.once and not at_rest:
                 found += about.words(value)
     return found
 

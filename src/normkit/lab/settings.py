@@ -8,7 +8,7 @@ writes the table of a comparison's options between the lines ``<!-- options -->`
 import math
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -238,16 +238,22 @@ class Size:
     """How large an experiment of a paper or a claim is."""
 
     scale: Scale = option(
-        "small", "small (two cores, minutes) or full", WHAT, metavar="small|full", choices=("tiny", "small", "full")
+        "small",
+        "small (two cores, minutes) or full",
+        WHAT,
+        metavar="small|full",
+        choices=("tiny", "small", "full"),
+        always=True,
     )
+    _: KW_ONLY
     seeds: tuple[int, ...] = option(
-        (0, 1, 2), "runs of each method: how many, or their seeds by commas", WHAT, kw_only=True, **_SEEDS
+        (0, 1, 2), "runs of each method: how many, or their seeds by commas", WHAT, always=True, **_SEEDS
     )
     epochs: int | None = option(
-        None, "passes over the training data", WHAT, kw_only=True, rest="the experiment's own number", **_COUNT
+        None, "passes over the training data", WHAT, rest="the experiment's own number", **_COUNT
     )
-    download: bool = option(False, "fetch data that is missing", WHERE, kw_only=True)
-    threads: int = option(1, "threads of torch on the CPU, per run", WHERE, kw_only=True, **_COUNT)
+    download: bool = option(False, "fetch data that is missing", WHERE)
+    threads: int = option(1, "threads of torch on the CPU, per run", WHERE, **_COUNT)
 
 
 @dataclass
@@ -258,11 +264,11 @@ class Place:
     data_root: Path | None = option(
         None, "folder of the data sets, as they were published", WHERE, variable="NORMKIT_DATA", metavar="FOLDER"
     )
+    _: KW_ONLY
     ray: str | None = option(
         None,
         "do the runs on a Ray cluster; alone: on one started here",
         WHERE,
-        kw_only=True,
         metavar="[ADDRESS]",
         alone="local",
     )
