@@ -21,7 +21,7 @@ from rich.console import Console
 
 from normkit.core.errors import OptionError
 from normkit.lab import folder as folders
-from normkit.lab import record
+from normkit.lab import option, record
 from normkit.lab.cluster import joined
 from normkit.lab.data.root import set_root
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
@@ -29,7 +29,7 @@ from normkit.lab.perform import CONFIG, check, configuration, kept, perform
 from normkit.lab.result import Trained, find_target, summarize
 from normkit.lab.say import Terminal, counted
 from normkit.lab.seeding import borrowed_randomness
-from normkit.lab.settings import Settings
+from normkit.lab.settings import RATES, Reports, Settings, Site
 from normkit.lab.stats import tune
 from normkit.lab.stop import stoppable
 from normkit.lab.study import Made, Run, Steps, Study, forget, made
@@ -107,7 +107,8 @@ def compare(
         why = (*why, f"recipes {','.join(recipes)}: {reason}")
         settings = replace(settings, recipes=recipes).canonical()
         study = replace(study, settings=settings)
-    again = command(settings, folder, data_root)
+    site = Site(folder, data_root, ray=ray, threads=threads, tensorboard=tensorboard)
+    again = command(settings, site, Reports(report=report))
     begun = group.share(lambda: _begun_with(folder, overwrite))
     with ExitStack() as stack:
         stack.enter_context(stoppable())
@@ -143,31 +144,18 @@ def default_output(settings: Settings) -> Path:
     return Path("runs") / "-".join(names)
 
 
-def command(settings: Settings, output: Path, data_root: Path | None = None) -> str:
+def command(settings: Settings, *site: Any) -> str:
     """Writes the command line that makes this comparison.
 
-    >>> command(Settings(seeds=(0, 1)), Path("runs/digits-inception"))
-    'normkit compare --seeds 2'
+    Args:
+        settings: canonical or as they were given.
+        *site: further options, such as :class:`~normkit.lab.settings.Site` and :class:`~normkit.lab.settings.Reports`.
+
+    >>> command(Settings(seeds=(0, 1)), Site(threads=2))
+    'normkit compare --seeds 2 --threads 2'
     """
-    words = ["normkit", "compare"]
-    plain = Settings()
-    for name in settings.__dataclass_fields__:
-        value = getattr(settings, name)
-        default = Settings(optimizer=settings.optimizer).rates if name == "rates" else getattr(plain, name)
-        if value == default:
-            continue
-        if isinstance(value, bool):
-            words.append("--no-condition" if name == "condition" else f"--{name.replace('_', '-')}")
-            continue
-        if name == "seeds" and value == tuple(range(len(value))):
-            value = len(value)
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        words += [f"--{name.replace('_', '-')}", text]
-    if output != default_output(settings):
-        words += ["--output", str(output)]
-    if data_root is not None:
-        words += ["--data-root", str(data_root)]
-    return shlex.join(words)
+    rest = {"output": default_output(settings), "rates": RATES[settings.optimizer]}
+    return shlex.join(option.command("normkit", "compare", of=(settings, *site), **rest))
 
 
 def reread(found: Mapping[str, Any]) -> Experiment:

@@ -170,7 +170,7 @@ class Made:
 
         model = copy.deepcopy(self._initial(seed)[0])
         reseed(seed, "recipe")
-        changes = apply_recipe(model, recipe)
+        changes = apply_recipe(model, recipe, on_refusal=self.settings.on_refusal)
         return changes.model, [str(row) for row in changes.rows]
 
     def _initial(self, seed: int) -> tuple[nn.Module, str]:

@@ -1,13 +1,12 @@
 """The experiments that ``normkit reproduce`` and ``normkit claim`` know, one file per line."""
 
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
 
-from normkit.core.errors import OptionError, RecordError
+from normkit.core.errors import OptionError, RecordError, closest
 from normkit.lab import compare, record
 from normkit.lab.experiment import Bench, Experiment
 from normkit.lab.perform import BEGUN, CONFIG, CURE, FOUND, RESULT, command, show
@@ -63,9 +62,8 @@ def find_experiment(kind: str, name: str) -> Experiment:
     if name not in known:
         if other := _kind(name):
             raise OptionError(f"{name} is no experiment of {kind}; give normkit {other} {name}")
-        close = get_close_matches(name, known, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise OptionError(f"{kind} knows no experiment {name!r}{hint}; there are {', '.join(known) or 'none'}")
+        there = f"there are {', '.join(known) or 'none'}"
+        raise OptionError(f"{kind} knows no experiment {name!r}; {there}{closest(name, known)}")
     module = import_module(f"normkit.lab.experiments.{name.replace('-', '_')}")
     return module.EXPERIMENT
 
