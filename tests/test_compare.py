@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import lab_samples
 from normkit.core.errors import OptionError, ProtocolError, RecordError
 from normkit.lab import record
-from normkit.lab.compare import command, compare, default_output, kept, reprint
+from normkit.lab.comparison import command, compare, default_output, kept, reprint
 from normkit.lab.progress import Watch
 from normkit.lab.result import Records, choose
 from normkit.lab.say import Terminal

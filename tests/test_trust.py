@@ -16,7 +16,7 @@ import lab_samples
 from experiment_samples import EXPERIMENT
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
-from normkit.lab.compare import compare, reprint
+from normkit.lab.comparison import compare, reprint
 from normkit.lab.experiment import Bench
 from normkit.lab.perform import perform
 from normkit.lab.report.comparison import read_comparison
@@ -273,7 +273,7 @@ RUN = "runs/keep+e/rate=0.1/seed=0"
 def test_a_damaged_comparison_is_told_or_does_no_harm(
     copied: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from normkit.lab import compare as lab
+    from normkit.lab import comparison as lab
 
     monkeypatch.setattr(lab, "rebuild", lambda folder, console: read_comparison(folder))  # draws nothing
     console = Console(width=200, force_terminal=True, color_system=None)

@@ -99,12 +99,12 @@ class Outcome:
         return write_page(self.record, self.folder)
 
     def _drawings(self) -> dict[str, Any]:
-        from normkit.lab.compare import figures
+        from normkit.lab.comparison import figures
 
         return {drawing.name: drawing for drawing in figures(self.record["result"])}
 
     def _repr_html_(self) -> str:
-        from normkit.lab.compare import remarks, tables
+        from normkit.lab.comparison import remarks, tables
 
         shown = []
         for table in tables(self.record["result"]):
@@ -141,7 +141,7 @@ def compare(
         data: whatever a data factory may return (see :mod:`normkit.lab.protocol`), such as a DataLoader, a Dataset, a pair of
             arrays or a dict of splits; a factory; or a name.
         recipes: a sequence, or one text with commas; the first is the baseline. Default: None, those that suit the model.
-        output: see :func:`normkit.lab.compare.compare`, as for all options up to `data_root`.
+        output: see :func:`normkit.lab.comparison.compare`, as for all options up to `data_root`.
         overwrite: replace the records in the folder. Default: False.
         report: draw figures and ``report.html`` as well. Default: True.
         console: where progress and the table go. Default: None, standard output, or the notebook.
@@ -156,7 +156,7 @@ def compare(
         ProtocolError: the model or data breaks the protocol.
         RecordError: the folder holds something else, is damaged or not writable.
     """
-    from normkit.lab import compare as lab
+    from normkit.lab import comparison as lab
 
     known = {each.name for each in fields(Settings)} - {"model", "data", "recipes"}
     for name in settings.keys() - known:

@@ -290,7 +290,7 @@ def _named(factory: Callable[..., Any] | None, name: str) -> str:
 
 
 def _unbound(bench: Bench) -> dict[str, Any]:
-    raise OptionError("a comparison is of a model and data; call normkit.lab.compare.compare")
+    raise OptionError("a comparison is of a model and data; call normkit.lab.comparison.compare")
 
 
 EXPERIMENT = Experiment(
