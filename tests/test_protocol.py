@@ -230,7 +230,7 @@ def test_data_that_is_refused(made: Any, words: str) -> None:
 
 def test_data_factory_that_fails() -> None:
     with pytest.raises(
-        ProtocolError, match=r"raised RuntimeError: no weights \(at .*test_protocol.py, line \d+: raise"
+        ProtocolError, match=r"raised RuntimeError: no weights \(at .*test_protocol.py:\d+, in \w+: raise"
     ):
         make_data(broken, "data")
 

@@ -91,7 +91,6 @@ negative = of(lambda x, y: (x, y - 1))
 beyond = of(lambda x, y: (x, y + 4))
 infinity = of(infinite)
 shorter = of(lambda x, y: (x[:-1], y))
-one_hot = of(lambda x, y: (x, np.eye(3, dtype=np.int64)[y]))
 text = of(lambda x, y: (x, np.array(["ant", "bee", "cow"])[y]))
 empty = of(lambda x, y: (x[:0], y[:0]))
 
@@ -100,8 +99,8 @@ def one_class() -> dict[str, Any]:
     return {part: (x, y * 0) for part, (x, y) in data().items()}
 
 
-def double() -> dict[str, Any]:
-    return {part: (torch.from_numpy(x).double(), y) for part, (x, y) in data().items()}
+def one_hot() -> dict[str, Any]:
+    return {part: (x, np.eye(3, dtype=np.int64)[y]) for part, (x, y) in data().items()}
 
 
 def no_test() -> dict[str, Any]:

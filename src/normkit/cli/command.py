@@ -4,7 +4,6 @@ import inspect
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,13 +11,12 @@ from typer.core import TyperCommand, TyperGroup
 
 from normkit.core.errors import NormkitError, closest
 from normkit.lab.option import Option, check, options
-from normkit.lab.say import visible
+from normkit.lab.say import theirs, told, visible
 from normkit.lab.settings import Site
 from normkit.lab.stop import stoppable
 
 # What the extra [lab] brings.
 LAB = "lightning_fabric lightning numpy PIL rich scipy sklearn skimage trimesh matplotlib plotly jinja2".split()
-PACKAGE = Path(__file__).parent.parent
 UsageError: Any = typer.BadParameter.__base__  # typer may carry a click of its own
 GENERAL, LEFT = "Options", 26
 TRACEBACK = typer.Option("--traceback", help="show all of an error, not its message alone")
@@ -68,7 +66,7 @@ class Group(TyperGroup):
                 [word for each in context.command.params for word in (*each.opts, *each.secondary_opts)],
             )
             said = f"{path} has no option {name!r}{closest(name, [*known, '--help'])}"
-        return f"{said}; see {path} --help"
+        return f"{said.rstrip('.')}; see {path} --help"
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Finds a command.
@@ -207,33 +205,6 @@ def _fault(error: Exception) -> str | None:
         return f"{error.name} is not installed; pip install 'normkit[lab]'"
     where = theirs(error)
     if isinstance(error, NormkitError):
-        return f"{error}{where and f'{chr(10)}  {where}'}"
-    return f"{type(error).__name__}: {error}\n  {where}; --traceback shows all of it" if where else None
-
-
-def theirs(error: BaseException) -> str:
-    """The line in the user's own code from which an error came; nothing where it came from none.
-
-    Args:
-        error: as it was caught here.
-    """
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__  # pyright: ignore[reportAssignmentType]
-    for each in reversed(chain):
-        if isinstance(each, SyntaxError) and each.filename:
-            return f"{each.filename}:{each.lineno}: {(each.text or '').strip()}"
-        frames = [frame for frame in traceback.extract_tb(each.__traceback__) if _foreign(frame.filename)]
-        # Of a library that the user's code calls the user knows no lines.
-        own = [frame for frame in frames if "site-packages" not in Path(frame.filename).parts] or frames
-        if own:
-            return f"{own[-1].filename}:{own[-1].lineno}, in {own[-1].name}: {own[-1].line}"
-    return ""
-
-
-def _foreign(file: str) -> bool:
-    path = Path(file)
-    system = Path(inspect.__file__).parent  # Python's own
-    library = system in path.parents and "site-packages" not in path.parts
-    return path.exists() and PACKAGE not in path.parents and "torch" not in path.parts and not library
+        said = str(error)
+        return said if not where or where in said else f"{said} (at {where})"
+    return f"{told(error)}; --traceback shows all of it" if where else None

@@ -42,8 +42,6 @@ import importlib
 import inspect
 import os
 import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -51,10 +49,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normkit.core.errors import NormkitError, ProtocolError
+from normkit.core.errors import NormkitError, ProtocolError, closest
 from normkit.lab.data.batch import Inputs, kept, kind, named
 from normkit.lab.data.reader import check_agreement, interpret, read_splits
 from normkit.lab.data.split import Data, Split, hold_out
+from normkit.lab.say import told
 from normkit.lab.task import call, predictions
 
 MODELS = {
@@ -76,7 +75,6 @@ DATA = {
     "imagefolder": "normkit.lab.data.image_folder:imagefolder",
 }
 HELD_OUT = 0.2
-OURS = os.path.dirname(os.path.dirname(__file__))
 
 
 def load_factory(name: str, builtin: Mapping[str, str]) -> Callable[..., Any]:
@@ -96,7 +94,9 @@ def load_factory(name: str, builtin: Mapping[str, str]) -> Callable[..., Any]:
     module_name, colon, attribute = path.partition(":")
     if not (module_name and colon and attribute):
         known = ", ".join(builtin)
-        raise ProtocolError(f"{name!r} names no factory; wanted one of {known}, or package.module:factory")
+        raise ProtocolError(
+            f"{name!r} names no factory; wanted one of {known}, or package.module:factory{closest(name, builtin)}"
+        )
     here = os.getcwd()
     try:
         found: Any = importlib.import_module(module_name) if name in builtin else _imported(module_name, here)
@@ -111,6 +111,7 @@ def load_factory(name: str, builtin: Mapping[str, str]) -> Callable[..., Any]:
             names = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
             raise ProtocolError(
                 f"{name!r}: {module_name} has no {attribute!r}; it has {', '.join(names) or 'nothing callable'}"
+                f"{closest(attribute, names)}"
             )
         found = getattr(found, part)
     if not callable(found):
@@ -287,18 +288,6 @@ def two(split: Split) -> tuple[Inputs, Tensor]:
 
 def _shown(inputs: Inputs) -> str:
     return ", ".join(f"{part} {tensor.dtype} {tuple(tensor.shape)}" for part, tensor in named(inputs))
-
-
-def told(error: Exception) -> str:
-    """An error of the user's code, with its file and line there."""
-    mine = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
-    where = f" (at {mine[-1].filename}, line {mine[-1].lineno}: {mine[-1].line})" if mine else ""
-    return f"{type(error).__name__}: {error}{where}"
-
-
-def _is_users(file: str) -> bool:
-    places = (OURS, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
-    return not file.startswith(("<frozen", *places)) and "site-packages" not in file
 
 
 def _accepts(factory: Callable[..., Any], name: str) -> bool:
