@@ -210,8 +210,8 @@ def rebuild(folder: Path, console: Console) -> None:
     Raises:
         RecordError: the folder holds no finished comparison, is damaged or not writable.
     """
+    from normkit.lab.report.account import write_page
     from normkit.lab.report.figures import draw
-    from normkit.lab.report.page import write_page
 
     figures = draw(folder)
     page = write_page(folder)

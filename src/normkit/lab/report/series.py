@@ -7,13 +7,12 @@ from statistics import median, quantiles
 from typing import Any
 
 from normkit.lab.report.comparison import Comparison, Log, at, finite
-from normkit.lab.report.wording import RESOLVED, ms_per_step, number, score_name
+from normkit.lab.report.wording import RESOLVED, layer_names, ms_per_step, number, score_name
 
 Range = tuple[float, float]
 ENLARGED = 6  # epochs from which the end is worth a second look
 FAR = 3.0  # quartile distances, beyond which a line is left out of the enlarged view (Tukey 1977, "far out")
 ROOM = 0.06  # of a panel's height, above and below what is enlarged
-PLACES = {"first": "first layer", "last": "last layer", "mean": "mean over layers"}
 
 
 @dataclass(frozen=True)
@@ -128,11 +127,15 @@ def pictures(comparison: Comparison) -> list[Picture]:
         Picture("", (Panel("time", "training time, s", score, times, **by_time),)),
         Picture(
             "training_loss",
-            (Panel("loss", "epoch", "training loss", losses, log=True, close=close(losses, log_scale=True), title=half),),
+            (
+                Panel(
+                    "loss", "epoch", "training loss", losses, log=True, close=close(losses, log_scale=True), title=half
+                ),
+            ),
         ),
         Picture("paired_differences", (differences(comparison),)),
         Picture("learning_rates", (rates(comparison),)),
-        Picture("condition_numbers", tuple(condition(comparison, place) for place in PLACES)),
+        Picture("condition_numbers", tuple(condition(comparison, *place) for place in layer_names(result).items())),
         Picture("cost", tuple(cost(comparison, *said) for said in ((key, *said) for key, said in costs.items()))),
     ]
 
@@ -235,20 +238,17 @@ def rates(comparison: Comparison) -> Panel:
     return Panel("rates", "learning rate", score, lines, ticks=sorted(tried))
 
 
-def condition(comparison: Comparison, place: str) -> Panel:
+def condition(comparison: Comparison, place: str, title: str) -> Panel:
     """Condition numbers along training of one layer or of the mean over layers."""
-    lines, beyond, names = [], [], set()
+    lines, beyond = [], []
     for index, recipe in enumerate(comparison.result["recipes"]):
         found = at(recipe, f"condition.{place}") or {}
-        names.add(str(found.get("name") or ""))
         raw, effective = ([finite(value) for value in found.get(key) or []] for key in ("raw", "effective"))
         beyond += [recipe["recipe"]] if any(value and value > RESOLVED for value in effective) else []
         if raw != effective:
             lines.append(Line(index, range(1, len(raw) + 1), raw, kind="raw"))
         lines.append(Line(index, range(1, len(effective) + 1), effective))
-    name = names.pop() if len(names) == 1 else ""
     note = f"beyond {RESOLVED:.0e}: {', '.join(beyond)}" if beyond else ""
-    title = f"{PLACES[place]}, {name}" if name else PLACES[place]
     about: dict[str, Any] = {"title": title, "log": True, "limit": RESOLVED, "note": note}
     return Panel(f"condition-{place}", "epoch", "condition number", lines, **about)
 
