@@ -276,11 +276,9 @@ def claim(
 def report(output: Annotated[Path, typer.Argument(help="folder of a finished comparison or experiment")]) -> None:
     """Redraws the figures and report.html of a comparison or experiment from its records, and prints its tables."""
     with _faults():
-        from normkit.lab.compare import reprint
         from normkit.lab.experiments import reshow
 
-        if not reshow(output):
-            reprint(output)
+        reshow(output)
 
 
 @app.command("list")

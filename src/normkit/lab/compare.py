@@ -1,35 +1,54 @@
-"""The comparison: a sweep of learning rates for each recipe, the chosen rate over all seeds, costs, and the result."""
+"""The comparison of recipes, as an experiment on a user's model and data.
+
+Each recipe tries every learning rate with the first seed; its rate is the one with the best validation score at the end. At that
+rate it trains with every seed.
+
+All recipes start from the same weights and see the same data in the same order. The test split is looked at once per run, when
+its training is over, and chooses nothing.
+"""
 
 import re
 import shlex
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from normkit.core.errors import OptionError, RecordError
+from normkit.core.errors import OptionError
 from normkit.lab import folder as folders
 from normkit.lab import record
-from normkit.lab import result as summary
 from normkit.lab.cluster import joined
 from normkit.lab.data.root import set_root
-from normkit.lab.devices import device_name, environment
-from normkit.lab.remote import Distant, Here, There, describe
-from normkit.lab.say import Terminal, counted, say
+from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.perform import CONFIG, check, configuration, kept, perform
+from normkit.lab.result import Trained, find_target, summarize
+from normkit.lab.say import Terminal, counted
 from normkit.lab.seeding import borrowed_randomness
-from normkit.lab.session import BEGUN, CONFIG, CURE, ENVIRONMENT, RESULT, Session, now
 from normkit.lab.settings import Settings
+from normkit.lab.stats import tune
 from normkit.lab.stop import stoppable
-from normkit.lab.study import Study
-from normkit.lab.train.fabric import start_fabric
-from normkit.lab.train.trainer import Run
+from normkit.lab.study import Made, Run, Steps, Study, made
+from normkit.lab.sweep import finished
+from normkit.lab.train.fabric import Processes, start_fabric
+from normkit.lab.train.trainer import read_run, validation
+
+__all__ = ["EXPERIMENT", "command", "compare", "default_output", "kept"]
 
 # Threads of so small a model wait for each other longer than they work, and for ever where other programs take the cores.
 FEW_PARAMETERS = 100_000
+CAPTIONS = {
+    "validation_score": "Validation score against epochs: mean over seeds, in a band from the lowest seed to the highest.",
+    "training_loss": "Training loss against epochs: mean over seeds, in a band from the lowest seed to the highest.",
+    "paired_differences": "Test score less the baseline's of the same seed: mean, interval, and each seed as a dot.",
+    "learning_rates": "Validation score after the last epoch at each learning rate tried; the filled mark is the one chosen.",
+    "condition_numbers": "Condition number of the weights after each epoch, geometric mean over seeds.",
+    "cost": "Milliseconds per step, with quartiles, and megabytes per step.",
+}
 
 
 def compare(
@@ -48,10 +67,8 @@ def compare(
 ) -> dict[str, Any]:
     """Compares recipes on a model and data, and writes a folder of records.
 
-    Each recipe tries every rate with the first seed; its rate is the one with the best validation score at the end. At
-    that rate it trains with every seed. All recipes start from the same weights and see the same data in the same
-    order. The test split is looked at once a run, when its training is over, and chooses nothing. A stopped comparison
-    goes on where it was when it is started again with the same settings and folder; a finished one is read back.
+    A stopped comparison goes on where it was when it is started again with the same settings and folder; a finished one is read
+    back. Several processes given the same folder share the runs.
 
     Args:
         settings: what to train and how.
@@ -74,56 +91,37 @@ def compare(
     Raises:
         OptionError: Ray or TensorBoard is asked for and is not there.
         ProtocolError: the model or data breaks the protocol.
-        RecordError: the folder holds something else, is damaged, in use or not writable.
+        RecordError: the folder holds something else, is damaged or not writable.
     """
     set_root(data_root)
     settings = replace(settings, model=_named(model, settings.model), data=_named(data, settings.data)).canonical()
     folder = Path(output) if output is not None else default_output(settings)
-    fabric = start_fabric(settings)
-    console = console or Terminal()
-    if not fabric.is_global_zero:
-        console = Console(quiet=True)
+    curves = folder.absolute() / folders.CURVES if tensorboard else None
+    study, fabric = Study(settings, model, data, curves), start_fabric(settings)
+    group = Processes(fabric)
+    again = command(settings, folder, data_root)
+    begun = group.share(lambda: _begun_with(folder, overwrite))
     with ExitStack() as stack:
         stack.enter_context(stoppable())
-        cluster = None
+        device = study.device()
         if ray is not None:
             if fabric.world_size > 1:
                 raise OptionError("--ray does not go with torchrun; wanted one of them")
-            threads = threads or _begun_with(folder, overwrite) or 1
-            cluster = stack.enter_context(joined(ray, threads))
-        began = now()
-        device, here = device_name(fabric), None
-        distant = Distant(settings, folder.absolute(), threads or 1, model, data, tensorboard, overwrite)
-        if cluster is not None:
-            device, here = cluster.call(describe, distant, began)
-        config = settings.record(device)
-        if fabric.is_global_zero:
-            folders.check_ours(folder)
-            if not overwrite and (folder / CONFIG).exists() and not (folder / folders.REPLACING).exists():
-                record.check_config(folder / CONFIG, config, CURE)
-        with borrowed_randomness(threads):
-            curves = folder / "tensorboard" if tensorboard else None
-            trained_on = None if cluster is None else device
-            study = Study(settings, fabric, folder, model, data, curves, trained_on, overwrite)
-            result = _read_back(study, config) if fabric.is_global_zero and not overwrite else None
-            if fabric.world_size > 1:
-                result = fabric.broadcast(result)
-            finished = result is not None
-            if result is None:
-                with folders.locked(folder) if fabric.is_global_zero else nullcontext():
-                    if fabric.is_global_zero:
-                        folders.replace(folder, config, overwrite)
-                        if threads is None:
-                            _set_threads(folder, max(study.parameters.values()), overwrite)
-                    trains = Here(study) if cluster is None else There(study, cluster, distant)
-                    here = here or environment(fabric, began)
-                    again = command(settings, folder, data_root)
-                    result = Session(study, trains, folder, config, here, console, again).result()
-    if fabric.is_global_zero:
-        if finished:
-            say(console, f"{folder} holds this comparison, finished {result['finished']}")
-        _show(result, folder, report, console, finished)
-    return result
+            threads = threads or begun or 1
+            device = stack.enter_context(joined(ray, threads)).call(Study.device, study)
+        console = (console or Terminal()) if group.first else Console(quiet=True)
+        bench = Bench("full", folder, data_root, seeds=settings.seeds, console=console, ray=ray, group=group)
+        bench.threads = threads or begun or 1
+        experiment = _experiment(study, device, again)
+        if begun and not overwrite:
+            # Before the model is made, which may be another.
+            group.share(lambda: check(folder, configuration(experiment, bench)))
+        stack.enter_context(borrowed_randomness())
+        made.cache_clear()
+        stack.callback(made.cache_clear)
+        if max(made(study).parameters.values()) >= FEW_PARAMETERS:
+            bench.threads = threads or begun or torch.get_num_threads()
+        return perform(experiment, bench, overwrite=overwrite, report=report, command=again)
 
 
 def default_output(settings: Settings) -> Path:
@@ -163,84 +161,151 @@ def command(settings: Settings, output: Path, data_root: Path | None = None) -> 
     return shlex.join(words)
 
 
-def kept(folder: Path) -> str:
-    """Says what a stopped comparison has kept."""
-    done = len(list(folder.glob("runs/*/*/*/result.json")))
-    begun = len(list(folder.glob("runs/*/*/*/checkpoint.pt")))
-    also = f" and {begun} begun, up to its last whole epoch" if begun else ""
-    return f"kept in {folder}: {counted(done, 'finished run')}{also}"
+def reread(found: Mapping[str, Any]) -> Experiment:
+    """Gives the experiment of a comparison's record, to show it again.
+
+    Args:
+        found: what ``result.json`` holds.
+    """
+    return replace(EXPERIMENT, title=found["experiment"]["title"], command=shlex.split(found["command"]))
 
 
-def _read_back(study: Study, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Reads a result whose runs are all there, of these data and this code; None where there is work left."""
-    folder = study.folder
-    if (folder / folders.REPLACING).exists() or not all((folder / name).exists() for name in (CONFIG, RESULT)):
-        return None
-    result = record.read_json(folder / RESULT, summary.RESULT)
-    if result["config"] != config:
-        raise RecordError(f"{folder / RESULT} is of another configuration than {folder / CONFIG}; {CURE}")
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Scores and costs of each recipe."""
+    from normkit.lab.report import table
+
+    return table.tables(result)
+
+
+def figures(result: dict[str, Any]) -> list[Drawing]:
+    """Curves, differences, rates, condition numbers and costs."""
+    from normkit.lab.report.comparison import Comparison
+    from normkit.lab.report.figures import figure
+    from normkit.lab.report.series import pictures
+
+    comparison = Comparison.of(result)
+    named = [picture for picture in pictures(comparison) if picture.name]
+    return [Drawing(each.name, partial(figure, each, comparison), CAPTIONS[each.name]) for each in named]
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """What was found, and what a reader must know before trusting it."""
+    from normkit.lab.report.wording import cautions, findings
+
+    return [*findings(result), *cautions(result)]
+
+
+def interactive(result: dict[str, Any]) -> Any:
+    """What the page says, with curves to point at and to zoom into."""
+    from normkit.lab.report.account import account
+
+    return account(result)
+
+
+def _experiment(study: Study, device: str, again: str) -> Experiment:
+    settings = study.settings
+
+    def run(bench: Bench) -> dict[str, Any]:
+        return _run(study, made(study), bench, device)
+
+    def whole(bench: Bench, result: dict[str, Any]) -> bool:
+        return _whole(study, made(study), bench, device, result)
+
+    return replace(
+        EXPERIMENT,
+        title=f"{', '.join(settings.recipes)} on {settings.data}",
+        settings=settings.record(device),
+        command=shlex.split(again),
+        run=run,
+        whole=whole,
+    )
+
+
+def _run(study: Study, made: Made, bench: Bench, device: str) -> dict[str, Any]:
+    settings = study.settings
+    recipes, seeds, rates = settings.recipes, settings.seeds, settings.rates
+    counts = ", ".join(counted(len(getattr(settings, f"{noun}s")), noun) for noun in ("recipe", "rate", "seed"))
+    length = f"{counted(settings.epochs, 'epoch')} per run"
+    bench.watch(f"{settings.model} on {settings.data}: {counts}, {length}; records in {bench.output}")
+    sweeps = {recipe: [made.run(recipe, rate, seeds[0], device) for rate in rates] for recipe in recipes}
+    tuned = tune(bench, study.learn, sweeps, validation)
+    for recipe, row in tuned.items():
+        bench.watch(f"{recipe}: rate {row['rate']:g} is the best of {', '.join(f'{rate:g}' for rate in rates)}")
+    jobs = [made.run(recipe, tuned[recipe]["rate"], seed, device) for seed in seeds for recipe in recipes]
+    results = bench.sweep(study.learn, jobs)
+    (costs,) = bench.sweep(study.measure, [Steps(recipes, made.origin(seeds[0], device))])
+
+    def summary() -> dict[str, Any]:
+        runs: dict[str, list[Trained]] = {recipe: [] for recipe in recipes}
+        for job, result in zip(jobs, results, strict=True):
+            place = bench.output / folders.RUNS / job.path
+            logs = read_run(place, result["epochs"])
+            runs[job.recipe].append(Trained(job.seed, f"{folders.RUNS}/{job.path}", result, *logs))
+        target = find_target((run for of in runs.values() for run in of), settings.target)
+        rows = []
+        for recipe in recipes:
+            tried = [_tried(job, row) for job, row in zip(sweeps[recipe], tuned[recipe]["sweep"], strict=True)]
+            how = (recipes[0], tuned[recipe]["rate"], tried, target["score"], settings.level)
+            known = {"parameters": made.parameters[recipe], "changes": made.changes[recipe], "cost": costs[recipe]}
+            rows.append({"recipe": recipe, **known, **summarize(runs[recipe], runs[recipes[0]], *how)})
+        sizes = {name: len(split) for name, split in made.data.splits.items()}
+        task = {"kind": made.data.kind, "score": made.data.score, **sizes}
+        return {"task": task, "baseline": recipes[0], "target": target, "recipes": rows}
+
+    return bench.group.share(summary)
+
+
+def _tried(job: Run, row: Mapping[str, Any]) -> dict[str, Any]:
+    place = {"seed": job.seed, "run": f"{folders.RUNS}/{job.path}"}
+    return {**place, "rate": job.rate, "status": row["status"], "val_score": row["score"], "val_loss": row["loss"]}
+
+
+def _whole(study: Study, made: Made, bench: Bench, device: str, result: Mapping[str, Any]) -> bool:
+    """Whether the runs of a result are all there, of these data and this code."""
     for recipe in result["recipes"]:
-        for row, rate in [(row, row["rate"]) for row in recipe["sweep"]] + [
-            (row, recipe["rate"]) for row in recipe["runs"]
-        ]:
-            run = Run(recipe["recipe"], rate, row["seed"])
-            if not (folder / run.path).is_dir() or study.kept(run) is None:
-                return None
-    return result
-
-
-def _set_threads(folder: Path, parameters: int, overwrite: bool) -> None:
-    # Sums depend on how many threads share them, so a comparison goes on with as many as it was begun with.
-    if begun := _begun_with(folder, overwrite):
-        torch.set_num_threads(begun)
-    elif parameters < FEW_PARAMETERS:
-        torch.set_num_threads(1)
+        for row in (*recipe["sweep"], *({**run, "rate": recipe["rate"]} for run in recipe["runs"])):
+            job = made.run(recipe["recipe"], row["rate"], row["seed"], device)
+            place = bench.output / folders.RUNS / job.path
+            if (found := finished(study.learn, job, place)) is None:
+                return False
+            read_run(place, found["epochs"])
+    return True
 
 
 def _begun_with(folder: Path, overwrite: bool) -> int | None:
-    replaces = overwrite and not (folder / folders.REPLACING).exists()
-    if replaces or not (folder / ENVIRONMENT).exists():
-        return None
-    return record.read_json(folder / ENVIRONMENT, BEGUN)["threads"]
-
-
-def rebuild(folder: Path, console: Console) -> None:
-    """Redraws the figures and the page of a finished comparison from its records.
-
-    Raises:
-        RecordError: the folder holds no finished comparison, is damaged or not writable.
-    """
-    from normkit.lab.report.account import write_page
-    from normkit.lab.report.figures import draw
-
-    figures = draw(folder)
-    page = write_page(folder)
-    say(console, f"report   {page}\nfigures  {figures[0].parent}")
-
-
-def reprint(folder: Path, console: Console | None = None) -> None:
-    """Prints the table of a finished comparison and redraws its report.
-
-    Raises:
-        RecordError: the folder holds no finished comparison, is damaged or not writable.
-    """
-    from normkit.lab.report.comparison import read_comparison
-
-    _show(read_comparison(folder).result, folder, True, console or Terminal())
-
-
-def _show(result: dict[str, Any], folder: Path, report: bool, console: Console, finished: bool = False) -> None:
-    from normkit.lab.report.table import print_result
-
-    print_result(result, console)
-    say(console, f"\nresult   {folder / RESULT}")
-    if report and finished and not record.writable(folder):
-        say(console, f"no report is written: {folder} is only read")
-    elif report:
-        rebuild(folder, console)
+    # Sums depend on how many threads share them, so a comparison goes on with as many as it was begun with.
+    try:
+        if (folder / folders.REPLACING).exists():
+            found = record.read_json(folder / folders.REPLACING)["wanted"]
+        elif overwrite or not (folder / CONFIG).exists():
+            return None
+        else:
+            found = record.read_json(folder / CONFIG)
+        return found["threads"]
+    except (record.RecordError, LookupError, TypeError):
+        return None  # it is looked at more closely later
 
 
 def _named(factory: Callable[..., Any] | None, name: str) -> str:
     if factory is None:
         return name
     return f"{getattr(factory, '__module__', '?')}:{getattr(factory, '__qualname__', type(factory).__name__)}"
+
+
+def _unbound(bench: Bench) -> dict[str, Any]:
+    raise OptionError("a comparison is of a model and data; call normkit.lab.compare.compare")
+
+
+EXPERIMENT = Experiment(
+    "compare",
+    "compare",
+    "A comparison of recipes",
+    "Each recipe at its own best learning rate: from the same weights, on the same data in the same order.",
+    None,
+    _unbound,
+    tables,
+    figures,
+    remarks,
+    together=True,
+    interactive=interactive,
+)

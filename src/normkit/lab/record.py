@@ -212,8 +212,9 @@ def _check_digest(value: Mapping[str, Any]) -> None:
 
 
 def _subject(config: Mapping[str, Any]) -> str:
-    # A comparison's configuration names no experiment.
-    return f"the experiment {config['experiment']}" if "experiment" in config else "a comparison"
+    if "experiment" not in config:
+        return "a comparison by an earlier normkit"
+    return "a comparison" if config["experiment"] == "compare" else f"the experiment {config['experiment']}"
 
 
 def _cure(path: Path) -> str:

@@ -3,11 +3,14 @@
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
 
 from normkit.core.errors import OptionError, RecordError
-from normkit.lab import record
+from normkit.lab import compare, record
 from normkit.lab.experiment import Bench, Experiment
-from normkit.lab.perform import BEGUN, CONFIG, FOUND, RESULT, command, show
+from normkit.lab.perform import BEGUN, CONFIG, CURE, FOUND, RESULT, command, show
 from normkit.lab.say import Terminal
 
 # An experiment is called like its file, with dashes.
@@ -67,11 +70,12 @@ def find_experiment(kind: str, name: str) -> Experiment:
     return module.EXPERIMENT
 
 
-def reshow(output: Path) -> bool:
-    """Prints an experiment's tables and redraws its report from its records; False where they are of something else.
+def reshow(output: Path, console: Console | None = None) -> None:
+    """Prints an experiment's tables and redraws its report from its records.
 
     Args:
         output: the folder.
+        console: where to print. Default: None, standard output.
 
     Raises:
         RecordError: there is no record, or one that is damaged or of an experiment that is not finished.
@@ -82,24 +86,25 @@ def reshow(output: Path) -> bool:
         )
     if not (output / RESULT).exists():
         _refuse(output)
-        return False
     if "experiment" not in record.read_json(output / RESULT):
-        return False
+        raise RecordError(f"{output} holds a comparison by an earlier normkit; make it again: {CURE}")
     found = record.read_json(output / RESULT, FOUND)
     about = found["experiment"]
-    show(find_experiment(about["kind"], about["name"]), found, output, Terminal())
-    return True
+    of_user = about["kind"] == "compare"
+    experiment = compare.reread(found) if of_user else find_experiment(about["kind"], about["name"])
+    show(experiment, found, output, console or Terminal())
 
 
-def _refuse(output: Path) -> None:
+def _refuse(output: Path) -> NoReturn:
     if not (output / CONFIG).exists():
         raise RecordError(f"{output} holds neither {RESULT} nor {CONFIG}, so it is no record of normkit")
     name = str(record.read_json(output / CONFIG).get("experiment"))
+    again = "give the `normkit compare` command of this folder again"
     if kind := _kind(name):
         config = record.read_json(output / CONFIG, BEGUN)
         size = {key: config[key] for key in ("scale", "epochs", "threads")}
         again = command(find_experiment(kind, name), Bench(**size, output=output, seeds=tuple(config["seeds"])))
-        raise RecordError(f"{output / RESULT} is missing; to finish it:  {again}")
+    raise RecordError(f"{output / RESULT} is missing; to finish it:  {again}")
 
 
 def _kind(name: str) -> str | None:

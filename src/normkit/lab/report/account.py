@@ -1,11 +1,10 @@
 """The page of a comparison: what was found, how sure it is, and what it rests on."""
 
-from pathlib import Path
 from typing import Any
 
 from normkit.lab.experiment import Table
-from normkit.lab.report.comparison import Comparison, at, read_comparison
-from normkit.lab.report.page import Chart, Page, Points, Section, Text, moment, setting, write
+from normkit.lab.report.comparison import Comparison, at
+from normkit.lab.report.page import Account, Chart, Points, Section, Text
 from normkit.lab.report.palette import styles
 from normkit.lab.report.series import pictures
 from normkit.lab.report.table import tables
@@ -13,40 +12,18 @@ from normkit.lab.report.wording import cautions, findings, level, listing, numbe
 from normkit.lab.say import counted
 
 
-def write_page(out: Path) -> Path:
-    """Writes OUT/report.html from the records of OUT.
+def account(result: dict[str, Any]) -> Account:
+    """What the page of a comparison says.
 
     Args:
-        out: the folder that `normkit compare --output` wrote.
-
-    Raises:
-        RecordError: a record is missing or corrupt, or the folder cannot be written.
+        result: of the comparison, within what ``result.json`` holds.
     """
-    return write(page_of(read_comparison(out)), out)
+    comparison = Comparison.of(result)
+    looks = styles(comparison.names, result["baseline"])
+    return Account(_sections(comparison), dict(zip(comparison.names, looks, strict=True)))
 
 
-def page_of(comparison: Comparison) -> Page:
-    """The page of a comparison."""
-    result = comparison.result
-    seeds = {run["seed"] for recipe in result["recipes"] for run in recipe["runs"]}
-    took = f" after {number(result['seconds'], 'seconds')}" if result.get("seconds") is not None else ""
-    title = result.get("title") or "A comparison of normalizations"
-    return Page(
-        kind="normkit compare",
-        title=title,
-        facts=f"{counted(len(result['recipes']), 'recipe')}, {counted(len(seeds), 'seed')}, "
-        f"{setting(result['config'].get('epochs'))} epochs, on {setting(result['config'].get('device'))}. "
-        f"Finished {moment(result.get('finished'))}{took}.",
-        sections=sections(comparison),
-        command=result.get("command") or "",
-        records={"Settings": result["config"], "Environment": result["environment"]},
-        names=comparison.names,
-        looks=styles(comparison.names, result["baseline"]),
-    )
-
-
-def sections(comparison: Comparison) -> list[Section]:
-    """What the page of a comparison says."""
+def _sections(comparison: Comparison) -> list[Section]:
     result, score, base = comparison.result, score_name(comparison.result), comparison.result["baseline"]
     validation, by_time, loss, paired, rates, conditions, cost = pictures(comparison)
     scores, costs, *conditioned, changes = tables(result)
@@ -66,7 +43,7 @@ def sections(comparison: Comparison) -> list[Section]:
                 costs,
             ],
         ),
-        Section("What each recipe changed in the model", [changes, *_every_change(result)]),
+        Section(changes.title, [Table("", changes.columns, changes.rows), *_every_change(result)]),
         Section(
             "How sure this is",
             [

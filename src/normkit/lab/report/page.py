@@ -3,7 +3,7 @@
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -78,6 +78,19 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Account:
+    """What the page of an experiment says of its result.
+
+    Args:
+        sections: from top to bottom.
+        looks: of recipes, by name. Default: nothing has a colour.
+    """
+
+    sections: Sequence[Section]
+    looks: Mapping[str, Style] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Page:
     """A page.
 
@@ -85,21 +98,17 @@ class Page:
         kind: the command, above the title.
         title: of the page.
         facts: below the title, a sentence or two.
-        sections: what it says.
+        account: what it says.
         command: that makes the records again.
         records: settings and environment, by title.
-        names: of recipes, which have a colour. Default: none.
-        looks: their styles.
     """
 
     kind: str
     title: str
     facts: str
-    sections: Sequence[Section]
+    account: Account
     command: str
     records: Mapping[str, Mapping[str, Any]]
-    names: Sequence[str] = ()
-    looks: Sequence[Style] = ()
 
 
 def write(page: Page, output: Path) -> Path:
@@ -130,9 +139,11 @@ def render(page: Page, output: Path) -> str:
         lstrip_blocks=True,
     )
     pages.filters["kind"] = lambda block: type(block).__name__
-    charts = [block for section in page.sections for block in section.blocks if isinstance(block, Chart)]
+    charts = [block for section in page.account.sections for block in section.blocks if isinstance(block, Chart)]
     return pages.get_template("page.html").render(
         page=page,
+        account=page.account,
+        names=list(page.account.looks),
         data=_embedded(page, charts) if charts else None,
         colours=COLOURS,
         cell=cell,
@@ -153,10 +164,7 @@ def _image(path: Path) -> str:
 
 
 def _embedded(page: Page, charts: Sequence[Chart]) -> Markup:
-    recipes = [
-        {"name": name, "marker": look.marker, "line": look.line}
-        for name, look in zip(page.names, page.looks, strict=True)
-    ]
+    recipes = [{"name": name, "marker": look.marker, "line": look.line} for name, look in page.account.looks.items()]
     panels = {panel.place: panel for chart in charts for panel in chart.picture.panels}
     groups = [[panel.place for panel in chart.picture.panels] for chart in charts]
     text = json.dumps(

@@ -10,10 +10,11 @@ from typing import Any
 from markupsafe import Markup
 from rich.console import Console
 
+from normkit.core.card import Paper
 from normkit.lab.experiment import Drawing, Experiment
 from normkit.lab.folder import FIGURES
 from normkit.lab.record import write_bytes
-from normkit.lab.report.page import Page, Points, Section, Text, moment, write
+from normkit.lab.report.page import Account, Page, Points, Section, Text, moment, write
 from normkit.lab.report.terminal import markdown, print_report, print_text
 from normkit.lab.say import counted
 
@@ -21,13 +22,13 @@ from normkit.lab.say import counted
 def print_sheet(experiment: Experiment, found: Mapping[str, Any], console: Console) -> None:
     """Prints the tables and remarks of a result."""
     print_text(f"\n{experiment.title}", console, "bold")
-    print_text(f"{experiment.claim} ({experiment.paper.cite()})", console)
+    print_text(experiment.sentence, console)
     print_report(experiment.tables(found["result"]), experiment.remarks(found["result"]), console)
 
 
 def write_markdown(experiment: Experiment, found: Mapping[str, Any], figures: Sequence[Drawing], output: Path) -> Path:
     """Writes ``result.md``."""
-    parts = [f"# {experiment.title}", f"{experiment.claim} ({experiment.paper.cite()})", facts(experiment, found)]
+    parts = [f"# {experiment.title}", experiment.sentence, facts(experiment, found)]
     if paragraphs := setup(experiment):
         parts += ["## What was run", *paragraphs]
     for table in experiment.tables(found["result"]):
@@ -43,7 +44,7 @@ def write_markdown(experiment: Experiment, found: Mapping[str, Any], figures: Se
 def facts(experiment: Experiment, found: Mapping[str, Any]) -> str:
     """What was run, on what and when, in Markdown."""
     config, here = found["config"], found["environment"]
-    words = experiment.words(config["scale"], config["seeds"], config["epochs"])
+    words = experiment.words(config.get("scale", ""), config["seeds"], config["epochs"])
     threads = f"{counted(config['threads'], 'thread')} a run"
     return f"`{' '.join(words)}` on {hardware_of(here)}, {threads}, torch {here['torch']}, finished {moment(found['finished'])}."
 
@@ -67,24 +68,33 @@ def hardware_of(here: Mapping[str, Any]) -> str:
 
 def write_sheet(experiment: Experiment, found: Mapping[str, Any], figures: Sequence[Drawing], output: Path) -> Path:
     """Writes ``report.html``, which needs nothing else and asks nothing of the network."""
-    config, paper = found["config"], experiment.paper
-    source = Markup('{} ({}), <cite>{}</cite>, <a href="{}">{}</a>').format(
-        paper.authors, paper.year, paper.title, paper.url, paper.url
-    )
-    sections = [Section("What the source says", [Text(experiment.claim, "lead"), Text(source, "note")])]
-    if paragraphs := setup(experiment):
-        sections.append(Section("What was run", [Text(paragraph.replace("`", "")) for paragraph in paragraphs]))
-    sections.append(Section("What was seen", [Points(experiment.remarks(found["result"]))]))
-    sections.append(Section("Numbers", experiment.tables(found["result"])))
-    if figures:
-        sections.append(Section("Figures", figures))
+    config = found["config"]
+    size = f"{config['scale'].capitalize()} scale" if config.get("scale") else f"{config['epochs']} epochs"
     page = Page(
-        kind=f"normkit {experiment.kind} {experiment.name}",
+        kind=" ".join(["normkit", experiment.kind, *([] if experiment.name == experiment.kind else [experiment.name])]),
         title=experiment.title,
-        facts=f"{config['scale'].capitalize()} scale, {counted(len(config['seeds']), 'seed')}, on "
-        f"{hardware_of(found['environment'])}. Finished {moment(found['finished'])}.",
-        sections=sections,
+        facts=f"{size}, {counted(len(config['seeds']), 'seed')}, on {hardware_of(found['environment'])}. "
+        f"Finished {moment(found['finished'])}.",
+        account=experiment.interactive(found["result"])
+        if experiment.interactive
+        else _account(experiment, found, figures),
         command=found.get("command") or "",
         records={"Settings": config, "Environment": found["environment"]},
     )
     return write(page, output)
+
+
+def _account(experiment: Experiment, found: Mapping[str, Any], figures: Sequence[Drawing]) -> Account:
+    sections = [Section("What the source says", [Text(experiment.claim, "lead"), *_source(experiment.paper)])]
+    if paragraphs := setup(experiment):
+        sections.append(Section("What was run", [Text(paragraph.replace("`", "")) for paragraph in paragraphs]))
+    sections.append(Section("What was seen", [Points(experiment.remarks(found["result"]))]))
+    sections.append(Section("Numbers", experiment.tables(found["result"])))
+    return Account([*sections, *([Section("Figures", figures)] if figures else [])])
+
+
+def _source(paper: Paper | None) -> list[Text]:
+    if paper is None:
+        return []
+    said = Markup('{} ({}), <cite>{}</cite>, <a href="{}">{}</a>')
+    return [Text(said.format(paper.authors, paper.year, paper.title, paper.url, paper.url), "note")]

@@ -3,16 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-
 from normkit.lab.experiment import Cell, Table
 from normkit.lab.report.comparison import at
-from normkit.lab.report.terminal import print_report
 from normkit.lab.report.wording import (
     ABSENT,
-    cautions,
     changed,
-    findings,
     interval,
     kept,
     layer_names,
@@ -26,16 +21,6 @@ from normkit.lab.report.wording import (
     verdict,
     words,
 )
-
-
-def print_result(result: dict[str, Any], console: Console) -> None:
-    """Prints the scores and the costs of each recipe, and what was found.
-
-    Args:
-        result: the content of result.json.
-        console: where to print.
-    """
-    print_report(tables(result), findings(result), console, notes=cautions(result))
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
