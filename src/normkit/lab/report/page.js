@@ -53,9 +53,12 @@
     let ticks = [];
     const room = Math.max(2, Math.abs(end - start) / (whole === undefined ? 45 : 70));
     if (log && b - a > 0.7) {
-      const steps = b - a < 1.1 ? [1, 2, 3, 5] : b - a < 2.5 ? [1, 2, 5] : [1];
-      for (let power = Math.floor(a); power <= b; power++) steps.forEach((step) => ticks.push(step * 10 ** power));
-      ticks = ticks.filter((tick) => tick >= low && tick <= high);
+      for (const steps of [[1], [1, 3], [1, 2, 5], [1, 2, 3, 5]]) {
+        const finer = [];
+        for (let power = Math.floor(a); power <= b; power++) steps.forEach((step) => finer.push(step * 10 ** power));
+        const inside = finer.filter((tick) => tick >= low && tick <= high);
+        if (inside.length <= room || !ticks.length) ticks = inside;
+      }
       ticks = ticks.filter((_, index) => index % Math.ceil(ticks.length / room) === 0);
     } else {
       const raw = (high - low) / room;

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, log
-from statistics import median, quantiles
+from math import exp, inf, log
+from statistics import median
 from typing import Any
 
 from normkit.lab.report.comparison import Comparison, Log, at, finite
@@ -11,7 +11,8 @@ from normkit.lab.report.wording import RESOLVED, layer_names, ms_per_step, numbe
 
 Range = tuple[float, float]
 ENLARGED = 6  # epochs from which the end is worth a second look
-FAR = 3.0  # quartile distances, beyond which a line is left out of the enlarged view (Tukey 1977, "far out")
+LAST = 0.75  # of training, from which on lines say how high the enlarged view reaches
+FAR = 10.0  # times the median distance from the median, beyond which a line does not stretch the enlarged view
 ROOM = 0.06  # of a panel's height, above and below what is enlarged
 
 
@@ -177,7 +178,7 @@ def against_time(comparison: Comparison, curves: Sequence[Line]) -> list[Line]:
 
 
 def close(lines: Sequence[Line], goal: float | None = None, log_scale: bool = False) -> tuple[Range, Range] | None:
-    """The second half of training, where curves lie close; None where training is short.
+    """The second half of training, as high as its last quarter, where curves lie close; None where training is short.
 
     Of four recipes or more, one that lies far from the others does not stretch the view.
 
@@ -189,26 +190,24 @@ def close(lines: Sequence[Line], goal: float | None = None, log_scale: bool = Fa
     means = [line for line in lines if line.kind == "mean" and len(line.x) >= ENLARGED]
     if not means:
         return None
-    start, last = min(line.x[-1] for line in means) / 2, max(line.x[-1] for line in means)
+    ends = [line.x[-1] for line in means]
     late: list[list[float]] = []
     for line in means:
-        ends = zip(line.x, line.low or line.y, line.high or line.y, strict=True)
-        kept = [float(end) for x, *both in ends if x >= start for end in both if end is not None]
+        band = zip(line.x, line.low or line.y, line.high or line.y, strict=True)
+        kept = [float(y) for x, *both in band if x >= LAST * min(ends) for y in both if y is not None]
         late.append([log(end) for end in kept if end > 0] if log_scale else kept)
     middles = [median(values) for values in late if values]
     if not middles:
         return None
-    lower, upper = min(middles), max(middles)
-    if len(middles) > 3:
-        first, _, third = quantiles(middles, n=4, method="inclusive")
-        lower, upper = first - FAR * (third - first), third + FAR * (third - first)
-    shown = [value for values in late if values and lower <= median(values) <= upper for value in values]
+    middle = median(middles)
+    reach = FAR * median(abs(value - middle) for value in middles) if len(middles) > 3 else inf
+    shown = [value for values in late if values and abs(median(values) - middle) <= reach for value in values]
     low, high = min(shown), max(shown)
     if goal is not None and abs(goal - (low + high) / 2) < high - low:
         low, high = min(low, goal), max(high, goal)
     room = ROOM * (high - low) or 0.01
     low, high = low - room, high + room
-    return (start, last * 1.01), (exp(low), exp(high)) if log_scale else (low, high)
+    return (0.49 * min(ends), 1.01 * max(ends)), (exp(low), exp(high)) if log_scale else (low, high)
 
 
 def differences(comparison: Comparison) -> Panel:

@@ -204,11 +204,14 @@ def changed(rows: Iterable[str]) -> str:
 
     >>> changed(["stem: Conv2d 8x3x3x3 -> weight_norm", "head: Linear 2x8 -> weight_norm (over WeightNorm)"])
     'weight norm on 2 layers: stem, head'
+    >>> changed(["head: Linear 2x8 -> weight_conditioning:row"])
+    'weight conditioning (row) on 1 layer: head'
     """
     kinds: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         name, _, rest = row.partition(": ")
-        kinds[rest.rpartition(" -> ")[2].partition("(")[0].strip().replace("_", " ")].append(name)
+        kind, _, mode = rest.rpartition(" -> ")[2].partition("(")[0].strip().replace("_", " ").partition(":")
+        kinds[f"{kind} ({mode})" if mode else kind].append(name)
     return "\n".join(f"{kind} on {_layers(names)}" for kind, names in kinds.items())
 
 
