@@ -47,7 +47,7 @@ CAPTIONS = {
     "paired_differences": "Test score less the baseline's of the same seed: mean, interval, and each seed as a dot.",
     "learning_rates": "Validation score after the last epoch at each learning rate tried; the filled mark is the one chosen.",
     "condition_numbers": "Condition number of the weights after each epoch, geometric mean over seeds.",
-    "cost": "Milliseconds per step, with quartiles, and megabytes per step.",
+    "cost": "Milliseconds per step, with the interval of their ratio to the baseline's, and megabytes per step.",
 }
 
 
