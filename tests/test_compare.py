@@ -30,7 +30,13 @@ from seam import forked
 
 TESTS = Path(__file__).parent
 SMALL = Settings(
-    recipes=("keep", "keep+e"), seeds=(0, 1), rates=(0.05, 0.2), epochs=3, batch_size=32, accelerator="cpu"
+    recipes=("keep", "keep+e"),
+    seeds=(0, 1),
+    rates=(0.05, 0.2),
+    epochs=3,
+    batch_size=32,
+    extend=False,
+    accelerator="cpu",
 )
 
 
