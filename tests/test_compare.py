@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import lab_samples
 from normkit.core.errors import OptionError, ProtocolError, RecordError
 from normkit.lab import record
-from normkit.lab.compare import command, compare, default_output, kept
+from normkit.lab.comparison import command, compare, default_output, kept
 from normkit.lab.experiments import reshow
 from normkit.lab.progress import Watch, tell
 from normkit.lab.say import Terminal

@@ -41,7 +41,7 @@ def compare(settings: Settings, site: Site, reports: Reports) -> None:
     normkit compare --recipes bn,gn:2,ln --seeds 5
     normkit compare --model mine.models:make --data mine.data:load --epochs 30
     """
-    from normkit.lab import compare as lab
+    from normkit.lab import comparison as lab
     from normkit.lab.devices import part
 
     site = site if site.output != UNSAID else replace(site, output=lab.default_output(settings))

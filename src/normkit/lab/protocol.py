@@ -189,7 +189,7 @@ def suited(data: Data, model: nn.Module, name: str) -> Data:
     Raises:
         ProtocolError: it names none of several.
     """
-    inputs, _ = _two(data.train)
+    inputs, _ = two(data.train)
     parameters = inspect.signature(model.forward).parameters
     if not isinstance(inputs, dict) or any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         return data
@@ -252,13 +252,13 @@ def _imported(module_name: str, here: str) -> Any:
 
 
 def _check_output(model: nn.Module, data: Data, split: str, name: str) -> None:
-    inputs, targets = _two(data.splits[split])
+    inputs, targets = two(data.splits[split])
     try:
         with torch.no_grad():
             output = call(model, inputs)
     except Exception as error:
         # Training samples come first, so that those of another split are at fault where the model took these.
-        cure = f"; it took {_shown(_two(data.train)[0])} of train: make {split} alike" if split != "train" else ""
+        cure = f"; it took {_shown(two(data.train)[0])} of train: make {split} alike" if split != "train" else ""
         raise ProtocolError(
             f"model {name} on two samples of {split} ({_shown(inputs)}) raised {told(error)}{cure}"
         ) from error
@@ -281,7 +281,8 @@ def _check_output(model: nn.Module, data: Data, split: str, name: str) -> None:
         )
 
 
-def _two(split: Split) -> tuple[Inputs, Tensor]:
+def two(split: Split) -> tuple[Inputs, Tensor]:
+    """The first two samples of a split, on the CPU."""
     return split.batch(torch.arange(min(2, len(split))), torch.device("cpu"))
 
 

@@ -73,9 +73,9 @@ _NAME: dict[str, Any] = {"check": _letters, "wanted": "printable letters"}
 class Settings:
     """What a comparison trains, and how; every field is an option of ``normkit compare``, with a default.
 
-    ``seeds`` is a tuple here, and on the command line how many or which. ``rates`` empty stands for four that suit the
-    optimizer; they are kept in ascending order. The help of each field is its declaration; the page on comparing methods
-    shows them all.
+    ``seeds`` is a tuple here, and on the command line how many or which. Empty ``recipes`` stand for those that suit the model
+    (:func:`normkit.lab.recipes.default_recipes`), empty ``rates`` for four that suit the optimizer; they are kept in ascending
+    order. The help of each field is its declaration; the page on comparing methods shows them all.
 
     Raises:
         OptionError: a value is outside its range.
@@ -93,11 +93,12 @@ class Settings:
     )
     data: str = option("digits", "digits, cifar10, cifar100, imagefolder, or package.module:factory", WHAT, **_NAME)
     recipes: tuple[str, ...] = option(
-        ("bn", "bn+ws", "bn+wn", "bn+e"),
+        (),
         "what to compare, separated by commas; the first is the baseline",
         WHAT,
         check=_letters,
         wanted="at least one recipe, in printable letters, separated by commas",
+        rest="those that suit the model",
     )
     on_refusal: Literal["raise", "leave"] = option(
         "raise",

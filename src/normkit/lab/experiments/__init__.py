@@ -7,7 +7,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from normkit.core.errors import OptionError, RecordError, closest
-from normkit.lab import compare, record
+from normkit.lab import comparison, record
 from normkit.lab.experiment import Bench, Experiment
 from normkit.lab.perform import BEGUN, CONFIG, CURE, FOUND, RESULT, command, show
 from normkit.lab.say import Terminal
@@ -89,7 +89,7 @@ def reshow(output: Path, console: Console | None = None) -> None:
     found = record.read_json(output / RESULT, FOUND)
     about = found["experiment"]
     of_user = about["kind"] == "compare"
-    experiment = compare.reread(found) if of_user else find_experiment(about["kind"], about["name"])
+    experiment = comparison.reread(found) if of_user else find_experiment(about["kind"], about["name"])
     show(experiment, found, output, console or Terminal())
 
 

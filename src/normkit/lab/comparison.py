@@ -32,7 +32,7 @@ from normkit.lab.seeding import borrowed_randomness
 from normkit.lab.settings import RATES, Reports, Settings, Site
 from normkit.lab.stats import tune
 from normkit.lab.stop import stoppable
-from normkit.lab.study import Made, Run, Steps, Study, made
+from normkit.lab.study import Made, Run, Steps, Study, forget, made
 from normkit.lab.sweep import finished
 from normkit.lab.train.fabric import Processes, start_fabric
 from normkit.lab.train.trainer import read_run, validation
@@ -99,6 +99,14 @@ def compare(
     curves = folder.absolute() / folders.CURVES if tensorboard else None
     study, fabric = Study(settings, model, data, curves), start_fabric(settings)
     group = Processes(fabric)
+    forget()
+    why = (note,) if (note := getattr(model, "note", "")) else ()
+    if not settings.recipes:
+        with borrowed_randomness():
+            recipes, reason = made(study).recipes()
+        why = (*why, f"recipes {','.join(recipes)}: {reason}")
+        settings = replace(settings, recipes=recipes).canonical()
+        study = replace(study, settings=settings)
     site = Site(folder, data_root, ray=ray, threads=threads, tensorboard=tensorboard)
     again = command(settings, site, Reports(report=report))
     begun = group.share(lambda: _begun_with(folder, overwrite))
@@ -118,10 +126,11 @@ def compare(
             # Before the model is made, which may be another.
             group.share(lambda: check(folder, configuration(experiment, bench)))
         stack.enter_context(borrowed_randomness())
-        made.cache_clear()
-        stack.callback(made.cache_clear)
+        stack.callback(forget)
         if max(made(study).parameters.values()) >= FEW_PARAMETERS:
             bench.threads = threads or begun or torch.get_num_threads()
+        for note in (*why, *made(study).data.notes):
+            bench.watch(note)
         return perform(experiment, bench, overwrite=overwrite, report=report, command=again)
 
 
@@ -180,7 +189,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
     """What was found, and what a reader must know before trusting it."""
     from normkit.lab.report.wording import cautions, findings
 
-    return [*findings(result), *cautions(result)]
+    return [*findings(result), *cautions(result), *result["task"].get("notes", ())]
 
 
 def interactive(result: dict[str, Any]) -> Any:
@@ -237,7 +246,7 @@ def _run(study: Study, made: Made, bench: Bench, device: str) -> dict[str, Any]:
             known = {"parameters": made.parameters[recipe], "changes": made.changes[recipe], "cost": costs[recipe]}
             rows.append({"recipe": recipe, **known, **summarize(runs[recipe], runs[recipes[0]], *how)})
         sizes = {name: len(split) for name, split in made.data.splits.items()}
-        task = {"kind": made.data.kind, "score": made.data.score, **sizes}
+        task = {"kind": made.data.kind, "score": made.data.score, **sizes, "notes": list(made.data.notes)}
         return {"task": task, "baseline": recipes[0], "target": target, "recipes": rows}
 
     return bench.group.share(summary)
@@ -281,7 +290,7 @@ def _named(factory: Callable[..., Any] | None, name: str) -> str:
 
 
 def _unbound(bench: Bench) -> dict[str, Any]:
-    raise OptionError("a comparison is of a model and data; call normkit.lab.compare.compare")
+    raise OptionError("a comparison is of a model and data; call normkit.lab.comparison.compare")
 
 
 EXPERIMENT = Experiment(
