@@ -70,7 +70,12 @@ CODE = [
     ("--model wrong_inputs:no_parameters", "with no parameter to train"),
     ("--model wrong_inputs:mismatched", "on two samples of train", "raised RuntimeError", "here: forward"),
     ("--model wrong_inputs:returns_tuple", "returned a tuple; wanted a tensor of logits"),
-    ("--model wrong_inputs:fails_late", "mat1 and mat2 shapes cannot be multiplied", "here: forward", "--traceback"),
+    (
+        "--model wrong_inputs:fails_late",
+        "mat1 and mat2 shapes cannot be multiplied",
+        "with keep raised RuntimeError: ",
+        "here: forward",
+    ),
     ("--model lab_samples:one_output", "returned 1 logits, but the highest label is 2"),
     ("--data wrong_inputs:data_raises", "raised FileNotFoundError", "here: data"),
     ("--data wrong_inputs:broken_rows", "IndexError", "here: sample"),
@@ -111,6 +116,7 @@ def refused(words: list[str], *said: str) -> str:
 @pytest.fixture(autouse=True)
 def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NORMKIT_DATA", "")  # which --data-root sets
 
 
 @pytest.mark.parametrize(("words", "said"), [(words, said) for words, *said in WORDS])
