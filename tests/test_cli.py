@@ -87,8 +87,9 @@ def unusual(about: Option) -> Any:
 
 @pytest.mark.parametrize("name", ["compare", "claim", "bench"])
 @pytest.mark.parametrize("one", [True, False])
-def test_the_command_to_go_on_gives_every_option_again(name: str, one: bool) -> None:
+def test_the_command_to_go_on_gives_every_option_again(name: str, one: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """An option that is added is tried by itself: the words that a command is given back with are read as they were."""
+    monkeypatch.delenv("NORMKIT_DATA", raising=False)
     classes = DECLARED[name]
     known, read = {key: about for key, about in options(*classes).items() if not about.once}, list[Any]()
     for chosen in [[key] for key in known] if one else [list(known)]:

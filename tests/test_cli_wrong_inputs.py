@@ -70,12 +70,7 @@ CODE = [
     ("--model wrong_inputs:no_parameters", "with no parameter to train"),
     ("--model wrong_inputs:mismatched", "on two samples of train", "raised RuntimeError", "here: forward"),
     ("--model wrong_inputs:returns_tuple", "returned a tuple; wanted a tensor of logits"),
-    (
-        "--model wrong_inputs:fails_late",
-        "mat1 and mat2 shapes cannot be multiplied",
-        "with keep raised RuntimeError: ",
-        "here: forward",
-    ),
+    ("--model wrong_inputs:fails_late", "with keep raised RuntimeError: mat1 and", "here: forward"),
     ("--model lab_samples:one_output", "returned 1 logits, but the highest label is 2"),
     ("--data wrong_inputs:data_raises", "raised FileNotFoundError", "here: data"),
     ("--data wrong_inputs:broken_rows", "IndexError", "here: sample"),
