@@ -30,7 +30,9 @@ def source(names: Iterable[str], root: Path | str | None = None) -> str:
     >>> source(["digits"])
     ''
     """
-    changed = [PUBLISHED[name].name for name in dict.fromkeys(names) if name in PUBLISHED and not _published(name, root)]
+    changed = [
+        PUBLISHED[name].name for name in dict.fromkeys(names) if name in PUBLISHED and not _published(name, root)
+    ]
     if not changed:
         return ""
     return f"Not the published files of {' and '.join(changed)}: their MD5 sums differ."
