@@ -307,7 +307,7 @@ def figure_of(result: dict[str, Any]) -> Figure:
     """Condition numbers, the largest eigenvalue, and the loss at every rate; a row for each base."""
     figure = Figure(figsize=(FULL, 5.0), layout="constrained")
     grid = figure.subplots(len(BASES), 3, squeeze=False)
-    titles = ("κ of the effective weights", "λ max of the Hessian", f"loss after {result['short']} steps")
+    titles = ("κ of the weights", "λ max of the Hessian", f"loss after {result['short']} steps")
     for axes, (base, name) in zip(grid, BASES.items(), strict=True):
         for axis, key in zip(axes, ("used", "largest"), strict=False):
             runs = {form: where(result["runs"], base=base, form=form, measured=True) for form in FORMS}
