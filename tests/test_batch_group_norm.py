@@ -40,16 +40,6 @@ def test_corners(corner: str) -> None:
     assert_close(last.state_dict(), norm.state_dict())
 
 
-def test_two_examples_and_two_channels_by_hand() -> None:
-    x = _x()
-    y = torch.empty_like(x)
-    for first in (0, 2, 4):
-        for channel in (0, 2):
-            part = x[first : first + 2, channel : channel + 2]
-            y[first : first + 2, channel : channel + 2] = (part - part.mean()) / (part.var(correction=0) + 1e-5).sqrt()
-    assert_close(BatchGroupNorm(4, 2, 2).double()(x), y)
-
-
 @pytest.mark.parametrize(("groups", "examples"), [(None, None), (None, 4), (None, 1), (2, 2), (2, 1), (1, None)])
 def test_memory_averages_raw_moments_of_each_channel(groups: int | None, examples: int | None) -> None:
     x, norm = _x(), BatchGroupNorm(4, groups, examples, momentum=0.3).double()
@@ -96,19 +86,6 @@ def test_alpha_zero_is_the_frozen_norm_and_one_is_the_example() -> None:
     group = BatchGroupNorm(4, 2, 1).double()
     assert group.alpha == 1
     assert_close(group.eval()(x), nn.GroupNorm(2, 4).double()(x))
-
-
-def test_a_mask_equals_leaving_the_padding_out() -> None:
-    x, mask = _x(6, 4, 5), torch.ones(1, 1, 5, dtype=torch.bool)
-    mask[..., 3:] = False
-    for groups, examples in ((None, None), (2, 2), (2, 1), (None, 4)):
-        norm, like = (BatchGroupNorm(4, groups, examples, alpha=0.3).double() for _ in range(2))
-        padded = torch.where(mask, x, torch.nan)
-        for training in (True, False):
-            found = norm.train(training)(padded, mask=mask)
-            assert_close(found[..., :3], like.train(training)(x[..., :3].contiguous()))
-            assert (found[..., 3:] == 0).all()
-        assert_close(norm.state_dict(), like.state_dict())
 
 
 def test_evaluation_keeps_accuracy_beside_a_large_mean() -> None:

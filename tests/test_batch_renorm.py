@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule, batch_renorm
-from normkit.core.errors import OptionError, ShapeError
+from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule
 
 UNBOUNDED = RenormSchedule.constant(math.inf, math.inf)
 
@@ -97,41 +96,6 @@ def test_batch_norms_checkpoint_loads() -> None:
     norm = nn.Sequential(BatchRenorm(3)).double()
     norm.load_state_dict(nn.Sequential(like).state_dict())
     assert_close(norm.eval()(x), like.eval()(x))
-
-
-def test_a_mask_equals_leaving_the_padding_out() -> None:
-    x, mask = _x(), torch.ones(1, 1, 5, dtype=torch.bool)
-    mask[..., 3:] = False
-    norm = _norm(RenormSchedule.constant(1.2, 0.5))
-    like = copy.deepcopy(norm)
-    found = norm(torch.where(mask, x, torch.nan), mask=mask)
-    assert_close(found[..., :3], like(x[..., :3].contiguous()))
-    assert (found[..., 3:] == 0).all()
-    assert (norm.eval()(x, mask=mask)[..., 3:] == 0).all()
-    assert_close(norm.state_dict(), like.state_dict())
-
-
-def test_layout_and_function_agree() -> None:
-    x, norm = _x(), _norm(RenormSchedule.constant(2, 1))
-    last = BatchRenorm(3, schedule=norm.schedule, layout="n * c").double()
-    last.load_state_dict(norm.state_dict())
-    mean, std = norm.running_mean.clone(), norm.running_std.clone()
-    wanted = batch_renorm(x, mean, std, norm.weight, norm.bias, True, bounds=(2, 1))
-    assert_close(norm(x), wanted)
-    assert_close(last(x.transpose(1, 2)).transpose(1, 2), wanted)
-    assert_close((mean, std), (norm.running_mean, norm.running_std))
-    assert_close(norm.eval()(x), batch_renorm(x, mean, std, norm.weight, norm.bias))
-
-
-def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(OptionError, match="r_max"):
-        RenormSchedule.constant(0.5)
-    with pytest.raises(OptionError, match="layout"):
-        BatchRenorm(3, layout="c n")
-    with pytest.raises(OptionError, match="momentum"):
-        BatchRenorm(3, momentum=2)
-    with pytest.raises(ShapeError, match="more than 1 value"):
-        BatchRenorm(3)(torch.randn(1, 3))
 
 
 def test_explain_names_no_kernel_in_evaluation() -> None:

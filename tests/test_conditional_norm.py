@@ -59,15 +59,6 @@ def test_running_averages_are_batch_norms() -> None:
     assert_close(norm.eval()(x, condition), gain * batch_norm.eval()(x) + shift)
 
 
-@pytest.mark.parametrize("over", ["*", "n *"])
-def test_a_mask_equals_leaving_the_padding_out(over: str) -> None:
-    x, norm = torch.randn(3, 4, 6, dtype=torch.float64), _random(classes=2, over=over)
-    classes, mask = torch.tensor([0, 1, 1]), torch.tensor([True] * 4 + [False] * 2).view(1, 1, 6)
-    found = norm(torch.where(mask, x, torch.nan), classes, mask=mask)
-    assert_close(found[..., :4], norm(x[..., :4], classes))
-    assert (found[..., 4:] == 0).all()
-
-
 def test_a_map_gives_each_position_its_weight_and_bias() -> None:
     x, norm = _image(), SpatiallyAdaptiveNorm(4, 2, hidden=3).double()
     small = torch.rand(3, 2, 2, 3, dtype=torch.float64)
@@ -98,12 +89,6 @@ def test_the_function_takes_both() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(OptionError, match="give one of them"):
-        ConditionalNorm(4)
-    with pytest.raises(OptionError, match="give one of them"):
-        ConditionalNorm(4, classes=2, features=2)
-    with pytest.raises(OptionError, match="over='c'"):
-        ConditionalNorm(4, classes=2, over="c")
     with pytest.raises(ShapeError, match="wanted 7 features for each sample"):
         _random(features=7)(_image(), torch.ones(3, 6))
     with pytest.raises(ShapeError, match="one class, or one share"):
@@ -112,7 +97,5 @@ def test_refusals() -> None:
         _random(classes=2)(torch.ones(3, 4, 1), torch.tensor([0, 1, 1]))
     with pytest.raises(ShapeError, match="3 samples and 2 channels of the map"):
         SpatiallyAdaptiveNorm(4, 2).double()(_image(), torch.ones(3, 3, 5, 6))
-    with pytest.raises(OptionError, match="an odd number"):
-        SpatiallyAdaptiveNorm(4, 2, kernel_size=2)
     with pytest.raises(OptionError, match="keeps no running statistics"):
         conditional_norm(_image(), torch.ones(3, 4), torch.ones(3, 4), torch.zeros(4), torch.ones(4))

@@ -14,7 +14,7 @@ from normkit.activations.divisive_norm import (
     heeger_norm,
     lyu_simoncelli_norm,
 )
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import ShapeError
 
 
 def _image() -> torch.Tensor:
@@ -32,23 +32,9 @@ def test_layer_instance_and_batch_normalization_are_members() -> None:
     assert_close(divisive_norm(x, position, position, eps**0.5), over_channels)
 
 
-def test_fields_may_differ() -> None:
-    x = _image()
-    v = x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-    wanted = v / (F.avg_pool2d(v**2, 5, 1, 2, count_include_pad=False).mean(1, keepdim=True) + 0.25).sqrt()
-    assert_close(divisive_norm(x, Field(1, 3), Field(None, 5), 0.5), wanted)
-
-
 def test_what_the_penalty_is_on() -> None:
     x, norm = _image(), DivisiveNorm(4, Field(1, 3), Field(1, 3)).double()
     assert_close(norm.centered(x), x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
-
-
-def test_a_large_mean_costs_no_accuracy() -> None:
-    x = torch.randn(2, 4, 12, 12) + 1e4
-    found, exact = (divisive_norm(z, Field(1, 3), Field(None, 3), 1e-3) for z in (x, x.double()))
-    # A common mean is known to half a unit in its last place, 1e4 * 2^-24 deviations.
-    assert_close(found.double(), exact, rtol=0, atol=1e-2)
 
 
 def test_lyu_simoncelli_on_images_is_a_convolution_of_the_energy() -> None:
@@ -79,14 +65,6 @@ def test_heegers_response_saturates_at_the_gain(exponent: float) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(OptionError, match="positions=0"):
-        Field(1, 0)
-    with pytest.raises(OptionError, match="sigma=0"):
-        DivisiveNorm(4, sigma=0.0)
-    with pytest.raises(OptionError, match="odd number"):
-        LyuSimoncelliNorm(4, 2)
-    with pytest.raises(OptionError, match=r"exponent=0\.5"):
-        HeegerNorm(4, 0.5)
     for norm in (DivisiveNorm(4), LyuSimoncelliNorm(4), HeegerNorm(4)):
         with pytest.raises(ShapeError, match="got 3 channels"):
             norm(torch.ones(2, 3, 5))

@@ -66,10 +66,3 @@ def test_weights_go_back_to_the_sphere_after_a_step() -> None:
         renormalize_(reads=[nn.LayerNorm(8)])
     with pytest.raises(ShapeError, match="shape none"):
         renormalize_(writes=[nn.ReLU()])
-
-
-def test_refusals() -> None:
-    with pytest.raises(ShapeError, match="features=8"):
-        HypersphereResidual(8)(torch.randn(2, 7), torch.randn(2, 7))
-    with pytest.raises(ShapeError, match="wanted two alike"):
-        HypersphereResidual(8)(torch.randn(2, 8), torch.randn(1, 8))

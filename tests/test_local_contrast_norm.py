@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from normkit.activations.local_contrast_norm import LocalContrastNorm, local_contrast_norm
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError
 
 
 def test_a_window_of_one_position_leaves_the_constant_alone() -> None:
@@ -38,14 +38,6 @@ def test_jarretts_weights_are_gaussian_over_channels_and_positions() -> None:
         assert_close(channel[11:20, 11:20], kernel[:, None] * kernel / 2, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", ["response", "jarrett"])
-def test_a_large_mean_costs_no_accuracy(form: str) -> None:
-    x = torch.randn(2, 6, 12, 12) + 1e4
-    found, exact = (local_contrast_norm(z, 3, 3, 1.0, form=form) for z in (x, x.double()))
-    # A common mean is known to half a unit in its last place, 1e4 * 2^-24 deviations; the numerator of the response form is x.
-    assert_close(found.double(), exact, rtol=1e-3 if form == "jarrett" else 1e-4, atol=1e-2 if form == "jarrett" else 0)
-
-
 def test_jarretts_form_is_differentiable_twice_at_borders_and_on_images() -> None:
     x = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     for form in ("response", "jarrett"):
@@ -67,8 +59,3 @@ def test_jarretts_form_is_differentiable_twice_at_borders_and_on_images() -> Non
 def test_options_are_refused_at_once(options: dict, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         LocalContrastNorm(**options)
-
-
-def test_an_input_without_channels_is_refused() -> None:
-    with pytest.raises(ShapeError, match="at least 2"):
-        LocalContrastNorm()(torch.ones(3))

@@ -149,15 +149,6 @@ def test_small_gradients_stay_and_broken_ones_too() -> None:
         AdaptiveClipping(model, 0)
 
 
-def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(OptionError, match="one element for each output unit"):
-        scaled_weight_standardization(nn.Linear(1, 4))
-    with pytest.raises(OptionError, match="gamma"):
-        ScaledWeightStandardization(gamma=0.0)
-    with pytest.raises(OptionError, match="no parameter 'weight'"):
-        scaled_weight_standardization(nn.ReLU())
-
-
 WEIGHTS = {
     "plain": lambda layer: layer,
     "weight norm": weight_norm,

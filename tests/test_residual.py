@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from normkit.activations.layer_norm import LayerNorm
-from normkit.core.errors import OptionError
 from normkit.residual import Residual
 
 
@@ -82,8 +81,3 @@ def test_gradients_of_deep_stacks_at_the_start() -> None:
     # The theory is 1 / sqrt(depth): a ratio of 4 from 2 to 32 branches, found within a third of it.
     assert 2.7 < last_gradient("pre", 2) / last_gradient("pre", 32) < 6
     assert 0.7 < last_gradient("post", 2) / last_gradient("post", 32) < 1.5
-
-
-def test_refuses_another_placement() -> None:
-    with pytest.raises(OptionError, match="placement='before'"):
-        Residual(nn.Identity(), nn.Identity, "before")

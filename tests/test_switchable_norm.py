@@ -1,6 +1,5 @@
 """Switchable normalization: each single normalizer at one corner, running averages, masks, the authors' correction."""
 
-import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
@@ -9,7 +8,6 @@ from normkit.activations.batch_norm import BatchNorm
 from normkit.activations.instance_norm import instance_norm
 from normkit.activations.layer_norm import layer_norm
 from normkit.activations.switchable_norm import SwitchableNorm, switchable_norm
-from normkit.core.errors import OptionError, ShapeError
 
 
 def _image() -> torch.Tensor:
@@ -64,18 +62,6 @@ def test_the_authors_moments_come_from_unbiased_instance_variances() -> None:
     assert_close(switchable_norm(x, logits, logits, correction=1), wanted)
 
 
-@pytest.mark.parametrize("k", [0, 1, 2, None])
-def test_a_mask_equals_leaving_the_padding_out(k: int | None) -> None:
-    x = torch.randn(3, 4, 6, dtype=torch.float64)
-    one, other = (SwitchableNorm(4).double() if k is None else _corner(k) for _ in range(2))
-    other.load_state_dict(one.state_dict())
-    mask = torch.tensor([True] * 4 + [False] * 2).view(1, 1, 6)
-    found = one(torch.where(mask, x, torch.nan), mask=mask)
-    assert_close(found[..., :4], other(x[..., :4]))
-    assert (found[..., 4:] == 0).all()
-    assert_close(one.state_dict(), other.state_dict())
-
-
 def test_padding_that_differs_between_samples_is_weighed_by_elements() -> None:
     x, norm = torch.randn(2, 4, 6, dtype=torch.float64), _corner(2)
     mask = torch.ones(2, 1, 6, dtype=torch.bool)
@@ -83,31 +69,6 @@ def test_padding_that_differs_between_samples_is_weighed_by_elements() -> None:
     real = torch.cat([x[0], x[1, :, :2]], -1)
     wanted = (x[0] - real.mean(1, keepdim=True)) / (real.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
     assert_close(norm(x, mask=mask)[0], norm.weight[:, None] * wanted + norm.bias[:, None])
-
-
-def test_a_large_mean_costs_no_accuracy() -> None:
-    x, logits = torch.randn(3, 4, 12, 12) + 1e4, torch.randn(3)
-    found, exact = switchable_norm(x, logits, logits), switchable_norm(x.double(), logits, logits)
-    # Means of 1e4 are known to half a unit in the last place, 1e4 * 2^-24 deviations.
-    assert_close(found.double(), exact, rtol=0, atol=1e-2)
-
-
-def test_momentum_can_be_changed() -> None:
-    x, norm = _image(), SwitchableNorm(4).double()
-    norm.momentum = 1.0
-    norm(x)
-    assert_close(norm.running_mean, x.mean((0, 2, 3)))
-
-
-def test_refusals() -> None:
-    with pytest.raises(ShapeError, match="one value for each statistic"):
-        SwitchableNorm(4)(torch.ones(2, 4, 1, 1))
-    with pytest.raises(ShapeError, match="got 3 channels"):
-        SwitchableNorm(4)(torch.ones(2, 3, 5))
-    with pytest.raises(OptionError, match="correction=2"):
-        SwitchableNorm(4, correction=2)
-    with pytest.raises(OptionError, match="go together"):
-        switchable_norm(torch.ones(2, 3, 5), torch.ones(3), torch.ones(3), torch.zeros(3))
 
 
 def test_a_sample_with_a_single_real_position_does_not_spoil_the_others() -> None:
@@ -119,13 +80,3 @@ def test_a_sample_with_a_single_real_position_does_not_spoil_the_others() -> Non
     assert norm.running_var.isfinite().all()
     gradients = torch.autograd.grad(y.square().sum(), [x, *norm.parameters()])
     assert all(gradient.isfinite().all() for gradient in gradients)
-
-
-@pytest.mark.parametrize("correction", [0, 1])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", [(0, 4, 5), (3, 4, 0)])
-def test_nothing_has_no_gradient(correction: int, training: bool, shape: tuple[int, ...]) -> None:
-    norm = SwitchableNorm(4, correction=correction).train(training)
-    norm(torch.zeros(shape)).sum().backward()
-    for parameter in norm.parameters():
-        assert_close(parameter.grad, torch.zeros_like(parameter), rtol=0, atol=0)

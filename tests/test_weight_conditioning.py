@@ -371,20 +371,10 @@ def test_arguments_outside_their_range(options, error) -> None:
 
 
 def test_weights_that_a_mode_does_not_fit() -> None:
-    with pytest.raises(OptionError, match="square matrix"):
-        weight_conditioning(nn.Linear(3, 2), "jacobi")
-    with pytest.raises(OptionError, match="element 1 is zero"):
-        equilibrate(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), "jacobi")
-    with pytest.raises(OptionError, match="two axes or more"):
-        weight_conditioning(nn.LayerNorm(3))
     for layer, mode in ((nn.Linear(1, 4), "row"), (nn.Linear(4, 1), "col"), (nn.Conv2d(3, 3, 1, groups=3), "row")):
         with pytest.raises(OptionError, match="would freeze"):
             weight_conditioning(layer, mode)
     weight_conditioning(nn.Linear(1, 4), "row", gradient="detach")
-    with pytest.raises(BackendError, match="scales columns too"):
-        weight_conditioning(nn.Linear(3, 2), "col", path="output")
-    with pytest.raises(BackendError, match="ConvTranspose2d"):
-        weight_conditioning(nn.ConvTranspose2d(3, 2, 3), path="output")
 
 
 def test_it_says_what_it_does() -> None:
