@@ -3,7 +3,7 @@
 import copy
 import inspect
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -40,6 +40,8 @@ from normkit.surgery.fold import fold
 from oracles import ORACLES, normalized
 from variants import EVERY, WITH_ORACLES, of
 
+RULED = [*RULES, *(card for card in WITH_ORACLES if card.rule is not None and card.extra is None)]
+
 each_rule = pytest.mark.parametrize("card", RULES, ids=name)
 each_activation = pytest.mark.parametrize("card", ACTIVATIONS, ids=name)
 each_form = pytest.mark.parametrize("card", EVERY, ids=name)
@@ -48,19 +50,17 @@ each_form = pytest.mark.parametrize("card", EVERY, ids=name)
 class Applying(list[Card]):
     """The cards to which a law applies, and the test that says so of another card."""
 
-    def __init__(self, applies: Callable[[Card], bool]) -> None:
-        super().__init__(card for card in ACTIVATIONS if applies(card))
+    def __init__(self, applies: Callable[[Card], bool], among: Sequence[Card] = ACTIVATIONS) -> None:
+        super().__init__(card for card in among if applies(card))
         self.applies = applies
 
 
-def each(applies: Callable[[Card], bool]) -> pytest.MarkDecorator:
+def each(applies: Callable[[Card], bool], among: Sequence[Card] = ACTIVATIONS) -> pytest.MarkDecorator:
     """Every activation to which a law applies."""
-    return pytest.mark.parametrize("card", Applying(applies), ids=name)
+    return pytest.mark.parametrize("card", Applying(applies, among), ids=name)
 
 
-@pytest.mark.parametrize(
-    "card", [*RULES, *(card for card in WITH_ORACLES if card.rule is not None and card.extra is None)], ids=name
-)
+@pytest.mark.parametrize("card", RULED, ids=name)
 @given(data=st.data())
 def test_equals_the_oracle_on_every_back_end(card: Card, data: st.DataObject) -> None:
     channels = 2 * data.draw(st.integers(1, 3))
@@ -84,9 +84,7 @@ def test_equals_the_oracle_on_every_back_end(card: Card, data: st.DataObject) ->
         assert_close(found, wanted, rtol=1e-8, atol=1e-8, msg=lambda text, backend=backend: f"{backend}: {text}")
 
 
-@pytest.mark.parametrize(
-    "card", [card for card in (*ACTIVATIONS, *WITH_ORACLES) if card.rule is None or card.extra], ids=name
-)
+@each(lambda card: card.rule is None or card.extra is not None, [*ACTIVATIONS, *WITH_ORACLES])
 def test_equals_an_oracle_written_otherwise(card: Card) -> None:
     made, x = layer(card), sample_input(card)
     wanted = ORACLES[of(card)](copy.deepcopy(made), x, *(card.extra(x) if card.extra else ()))
