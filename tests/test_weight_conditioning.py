@@ -144,12 +144,6 @@ def test_scaling_one_row_or_column(drawn) -> None:
     assert_close(equilibrate(a * columns, "col"), equilibrate(a, "col"))
 
 
-def test_scale_invariance_is_exact_far_from_one() -> None:
-    a = torch.randn(3, 4)
-    for scale in (2.0**-20, 2.0**20):  # powers of two round nothing
-        assert_close(equilibrate(a * scale), equilibrate(a), rtol=1e-6, atol=0)
-
-
 def test_a_zero_row_stays_zero_and_the_floor_holds_its_gradient() -> None:
     a = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
     w = equilibrate(a, eps=1e-3)
@@ -184,16 +178,6 @@ def test_norms_only_grow_under_gradient_descent() -> None:
         with torch.no_grad():
             raw(layer).sub_(0.5 * d)
         assert_close(raw(layer).detach().norm(dim=1), (before**2 + 0.25 * d.norm(dim=1) ** 2).sqrt())
-
-
-def test_gradients_scale_as_one_over_the_norm() -> None:
-    a, d = torch.randn(4, 5).double(), torch.randn(4, 5).double()
-    one, ten = (a.clone().requires_grad_() for _ in range(2))
-    with torch.no_grad():
-        ten.mul_(10)
-    (g1,) = torch.autograd.grad((equilibrate(one) * d).sum(), [one])
-    (g10,) = torch.autograd.grad((equilibrate(ten) * d).sum(), [ten])
-    assert_close(g10, g1 / 10)
 
 
 @pytest.mark.parametrize(
@@ -313,14 +297,6 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
     assert_close(layer(x), 2 * nn.functional.linear(x, layer.weight, layer.bias))
     with pytest.raises(BackendError, match="in a way of its own"):
         weight_conditioning(Doubling(256, 8), path="output")
-
-
-def test_an_empty_batch() -> None:
-    layer = weight_conditioning(nn.Linear(5, 4))
-    y = layer(torch.zeros(0, 5))
-    assert y.shape == (0, 4)
-    y.sum().backward()
-    assert_close(raw(layer).grad, torch.zeros(4, 5))
 
 
 @pytest.mark.parametrize("path", ["auto", "output"])

@@ -3,8 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
@@ -36,48 +34,8 @@ def test_the_published_forms() -> None:
     assert_close(wanted["timm"], timm)
 
 
-@given(st.integers(1, 4), st.integers(2, 5), st.integers(1, 3))
-def test_each_output_unit_has_mean_zero_and_variance_one(out, into, taps) -> None:
-    w = standardize(torch.randn(out, into, taps).double() * 3 + 5, eps=0.0).flatten(1)
-    assert_close(w.mean(1), torch.zeros(out).double(), rtol=0, atol=1e-9)
-    assert_close(w.square().mean(1), torch.ones(out).double())
-
-
-@pytest.mark.parametrize(
-    "layer", [nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Linear(5, 4)]
-)
-def test_output_units_of_every_layer(layer) -> None:
-    weight_standardization(layer, eps=0.0)
-    if isinstance(layer, nn.ConvTranspose2d):
-        units = layer.weight.detach().view(2, 2, 3, 9).transpose(1, 2).reshape(6, 18)
-    else:
-        units = layer.weight.detach().flatten(1)
-    assert_close(units.mean(1), torch.zeros(len(units)), rtol=0, atol=1e-5)
-    assert_close(units.var(1, correction=0), torch.ones(len(units)))
-
-
-def test_the_gradient_is_orthogonal_to_shift_and_scale() -> None:
-    w = torch.randn(4, 6).double().requires_grad_()
-    y = standardize(w, eps=0.0)
-    (d,) = torch.autograd.grad((y * torch.randn(4, 6).double()).sum(), [w])
-    zero = torch.zeros(4).double()
-    assert_close(d.sum(1), zero, rtol=0, atol=1e-12)
-    assert_close((d * y).sum(1), zero, rtol=0, atol=1e-12)
-
-
-def test_scale_and_shift_of_a_row_change_nothing() -> None:
-    w, scale = torch.randn(4, 6).double(), torch.tensor([[2.0], [0.5], [10.0], [1.0]]).double()
-    assert_close(standardize(w * scale + 3, eps=0.0), standardize(w, eps=0.0))
-
-
 def test_a_constant_row_becomes_zero() -> None:
     assert_close(standardize(torch.full((1, 4), 7.0)), torch.zeros(1, 4))
-
-
-def test_a_large_mean_costs_no_accuracy() -> None:
-    w = torch.randn(4, 64)
-    # 1e4 + w itself is rounded to 2^-10.
-    assert_close(standardize(w + 1e4), standardize((w + 1e4).double()).float(), rtol=1e-4, atol=1e-4)
 
 
 def test_one_weight_for_each_unit_is_refused() -> None:

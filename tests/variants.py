@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import normkit as nk
-from laws import ACTIVATIONS
+from laws import ACTIVATIONS, WEIGHTS
 from normkit.activations.batch_renorm import RenormSchedule
 from normkit.activations.divisive_norm import Field
 from normkit.core.card import Card
+from normkit.weights.spectral_norm import spectral_norm
+from normkit.weights.weight_conditioning import weight_conditioning
+from normkit.weights.weight_norm import weight_norm
+from normkit.weights.weight_standardization import weight_standardization
 
-_CARDS = {card.name: card for card in ACTIVATIONS}
+_CARDS = {card.name: card for card in (*ACTIVATIONS, *WEIGHTS)}
 
 
 def _variant(of: str, suffix: str, make: Any, **claims: Any) -> Card:
-    if _CARDS[of].rule is not None and "rule" not in claims:
+    if _CARDS[of].kind == "activation" and _CARDS[of].rule is not None and "rule" not in claims:
         claims["rule"] = getattr(make(4), "rule", _CARDS[of].rule)
     return replace(_CARDS[of], name=f"{of}_{suffix}", make=make, **claims)
 
@@ -53,3 +58,24 @@ WITH_ORACLES = [card for card in VARIANTS if not card.name.endswith(("_estimate"
 def of(card: Card) -> str:
     """The method of which it is a form."""
     return next(name for name in sorted(_CARDS, key=len, reverse=True) if card.name.startswith(name))
+
+
+def _conditioned(suffix: str, mode: str = "row", exact: bool = True, **options: Any) -> Card:
+    put = partial(weight_conditioning, mode=mode, **options)
+    return _variant("weight_conditioning", suffix, put, exact_gradient=exact)
+
+
+WEIGHT_FORMS = [
+    _variant("weight_norm", "one_length", partial(weight_norm, dim=None)),
+    _variant("weight_norm", "inputs", partial(weight_norm, dim=1)),
+    _variant("spectral_norm", "exact", partial(spectral_norm, exact=True)),
+    _variant("weight_standardization", "outside", partial(weight_standardization, correction=1, guard="outside")),
+    _conditioned("path", path="weight"),
+    _conditioned("gain", gain=1.5),
+    _conditioned("detached", exact=False, gradient="detach"),
+    _conditioned("col", "col"),
+    _conditioned("unfold", "col", view="unfold"),
+    _conditioned("rowcol", "rowcol"),
+    _conditioned("simultaneous", "rowcol", order="simultaneous"),
+    _conditioned("ruiz", "rowcol", order="ruiz", iterations=3),
+]
