@@ -5,8 +5,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from normkit.activations.batch_norm import BatchNorm
-from normkit.activations.instance_norm import instance_norm
-from normkit.activations.layer_norm import layer_norm
 from normkit.activations.switchable_norm import SwitchableNorm, switchable_norm
 
 
@@ -23,13 +21,6 @@ def _corner(k: int, **options: object) -> SwitchableNorm:
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     return norm
-
-
-def test_a_single_logit_is_instance_or_layer_norm() -> None:
-    x, first, second = _image(), _corner(0), _corner(1)
-    for training in (True, False):
-        assert_close(first.train(training)(x), instance_norm(x, None, None, first.weight, first.bias))
-        assert_close(second.train(training)(x), layer_norm(x, 4, second.weight, second.bias, over="c *"))
 
 
 def test_a_single_logit_is_batch_norm_with_its_running_averages() -> None:

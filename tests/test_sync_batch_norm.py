@@ -119,19 +119,6 @@ def test_one_value_in_all_processes_is_refused_in_all(found: list[dict]) -> None
     assert all(rank["refused"] for rank in found)
 
 
-def test_distributed_data_parallel_trains_as_one_process(found: list[dict]) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    x = torch.arange(18.0).view(6, 3).sin().double()
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-    for rank in found:
-        assert_close(rank["ddp"], model.state_dict(), rtol=1e-9, atol=1e-9)
-
-
 def test_is_torchs_by_arguments_and_state() -> None:
     norm, like = SyncBatchNorm(3, 1e-3, 0.2, True, True, None), nn.SyncBatchNorm(3, 1e-3, 0.2, True, True, None)
     like.load_state_dict(norm.state_dict())
