@@ -1,4 +1,4 @@
-"""One process of the synchronized batch normalization test: python sync_worker.py RANK WORLD RENDEZVOUS CASES FOUND."""
+"""One process of the synchronized batch normalization test: python sync_worker.py RANK RENDEZVOUS CASES FOUND."""
 
 import sys
 from typing import Any
@@ -40,10 +40,10 @@ def refused() -> bool:
 
 
 if __name__ == "__main__":
-    rank, world = int(sys.argv[1]), int(sys.argv[2])
+    rank, (meet, given, out) = int(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
-    cases = torch.load(sys.argv[4], weights_only=False)
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=3)
+    cases = torch.load(given, weights_only=False)
     found = {name: run(case, rank) for name, case in cases.items()}
-    torch.save({"cases": found, "refused": refused()}, f"{sys.argv[5]}{rank}")
+    torch.save({"cases": found, "refused": refused()}, f"{out}{rank}")
     dist.destroy_process_group()

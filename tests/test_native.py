@@ -102,30 +102,19 @@ def test_plans_of_the_methods() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("last", [False, True])
-def test_threads_change_nothing_and_none_are_added(last: bool) -> None:
-    x = torch.randn(6, 64, 20, 20)
-    x = x.to(memory_format=torch.channels_last) if last else x
-    before = torch.get_num_threads()
-    results = []
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted where Linux lists them")
+def test_the_kernels_start_no_threads_of_their_own() -> None:
+    x, before = torch.randn(6, 64, 20, 20, requires_grad=True), torch.get_num_threads()
     try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            torch.ones(1 << 20).add_(1)  # torch starts its threads
-            tasks = len(os.listdir("/proc/self/task")) if Path("/proc/self/task").exists() else 0
-            found = []
-            for norm in (nk.BatchNorm(64), nk.GroupNorm(8, 64), nk.LayerNorm(64, over="c"), nk.InstanceNorm(64)):
-                norm.backend = "native"
-                z = x.clone(memory_format=torch.preserve_format).requires_grad_()
-                y = norm(z)
-                found += [y, *torch.autograd.grad(y.square().sum(), [z, *norm.parameters()]), *norm.buffers()]
-            results.append(found)
-            if tasks:
-                assert len(os.listdir("/proc/self/task")) <= tasks, "the kernels started threads of their own"
+        torch.set_num_threads(3)
+        torch.ones(1 << 20).add_(1)  # torch starts its threads
+        tasks = len(os.listdir("/proc/self/task"))
+        for norm in (nk.BatchNorm(64), nk.GroupNorm(8, 64), nk.LayerNorm(64, over="c"), nk.InstanceNorm(64)):
+            norm.backend = "native"
+            norm(x).square().sum().backward()
+            assert len(os.listdir("/proc/self/task")) <= tasks
     finally:
         torch.set_num_threads(before)
-    for other in results[1:]:
-        assert_close(other, results[0], rtol=0, atol=0)
 
 
 @needs_kernels

@@ -147,12 +147,3 @@ def test_padding_changes_nothing(make) -> None:
     assert_close(model.state_dict(), like.state_dict())
     last = state[0] if isinstance(state, tuple) else state
     assert_close(last[3], y[2, 3])
-
-
-def test_a_gain_of_a_tenth_keeps_tanh_unsaturated() -> None:
-    slopes = {}
-    for gain in (0.1, 1.0):
-        norm = RecurrentBatchNorm(8, "frame", 20, gain=gain)
-        slopes[gain] = (1 - norm(torch.randn(20, 64, 8) * 5).tanh().square()).mean().item()
-    # The mean slope of tanh at a normal variable of this deviation, 0.990 and 0.606: to the 20th power 0.82 and 4e-5.
-    assert slopes == pytest.approx({0.1: 0.990, 1.0: 0.606}, abs=0.01)

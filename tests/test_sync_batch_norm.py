@@ -1,9 +1,5 @@
 """Synchronized batch normalization: three processes with uneven and empty batches are one batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +7,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-import normkit
 from normkit.activations.sync_batch_norm import SyncBatchNorm, sync_batch_norm
 from normkit.core.errors import OptionError
+from processes import run_together
 
 SIZES = [5, 1, 0]
 
@@ -60,33 +56,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What three processes found."""
     folder = tmp_path_factory.mktemp("sync")
     torch.save(_cases(), folder / "cases")
-    source = str(Path(normkit.__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-    worker = str(Path(__file__).with_name("sync_worker.py"))
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                worker,
-                str(rank),
-                "3",
-                str(folder / "meet"),
-                str(folder / "cases"),
-                str(folder / "found"),
-            ],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
+    run_together("sync_worker.py", 3, folder, str(folder / "cases"), str(folder / "found"))
     return [torch.load(folder / f"found{rank}") for rank in range(3)]
 
 
