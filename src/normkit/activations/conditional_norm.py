@@ -128,8 +128,10 @@ class ConditionalNorm(_Normalizer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Make it the plain norm, whatever the condition."""
-        self.fill(weight=1 if self.features is None else 0, bias=0)
+        """Make it the plain norm, whatever the condition, and forget the running averages."""
+        self.fill(
+            weight=1 if self.features is None else 0, bias=0, running_mean=0, running_var=1, num_batches_tracked=0
+        )
 
     def forward(self, input: Tensor, condition: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         check_channels("ConditionalNorm", input, self.num_features, "num_features", "n c *")
