@@ -101,7 +101,7 @@ class AdaLayerNorm(Layer):
         self.features, self.condition, self.eps, self.zero = features, condition, eps, zero
         self.adaLN_modulation = _modulation(condition, 2 * features, device, dtype)
         self.reset_parameters()
-        _ = self.rule  # made now, so that a compiler finds it ready
+        self.complete()
 
     def reset_parameters(self) -> None:
         """Give the modulation its first values."""
@@ -141,7 +141,7 @@ class AdaLayerNorm(Layer):
         return _predict(self.adaLN_modulation, condition).chunk(2, -1)
 
     def extra_repr(self) -> str:
-        return f"{self.features}, condition={self.condition}, eps={self.eps}" + ("" if self.zero else ", zero=False")
+        return f"{self.features}, condition={self.condition}, eps={self.eps}" + self.repr_options(zero=True)
 
 
 class AdaLayerNormZeroBlock(Module):

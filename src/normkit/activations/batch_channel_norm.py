@@ -17,7 +17,7 @@ from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.place import groups
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, divisors, place
+from normkit.core.support import Support, check_shape, divisors, place
 from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import run
 from normkit.engine.layer import check_channels, check_several
@@ -156,14 +156,14 @@ class BatchChannelNorm(Module, TorchBatchNorm):
         return _kept_rules(self, self.num_groups)
 
     def reset_parameters(self) -> None:
-        """Start again: weights 1, biases 0, running mean 0 and variance 1, no batches."""
+        """Set weights to 1 and biases to 0, and forget the running statistics."""
         super().reset_parameters()
         self.fill(group_weight=1, group_bias=0)
 
     def extra_repr(self) -> str:
         """The arguments."""
         text = f"{self.num_features}, num_groups={self.num_groups}, eps={self.eps}, momentum={self.momentum}"
-        return text + f", affine={self.affine}" + (", estimate=True" if self.estimate else "")
+        return text + f", affine={self.affine}" + self.repr_options(estimate=False)
 
 
 def est_batch_norm(
@@ -252,6 +252,8 @@ def _estimated(
     if mask is not None:
         mask = mask.expand(x.shape)
         wide = torch.where(mask, wide, 0.0)
+    for name, statistic in (("running_mean", running.mean), ("running_var", running.var)):
+        check_shape("est_batch_norm", name, statistic, x.shape[1])
     if training:
         assert rule.memory is not None
         found = moments(wide.detach(), split.dims, mask)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
@@ -19,10 +19,8 @@ from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, divisors, place
 from normkit.engine.dispatch import Backend, Explanation, explain, run, run_measured
-from normkit.engine.layer import Layer, check_channels, check_several
+from normkit.engine.layer import Layer, check_channels, check_layout, check_several
 from normkit.engine.sub_batches import explain_in_sub_batches, run_in_sub_batches
-
-_LAYOUTS = ("n c *", "n * c")
 
 
 @remembered
@@ -36,9 +34,7 @@ def batch_group_norm_rule(
     >>> print(batch_group_norm_rule(None, None).support)  # batch normalization
     Support("n c *", over="n *")
     """
-    if layout not in _LAYOUTS:
-        raise OptionError(f"BatchGroupNorm: layout={layout!r}; wanted one of {', '.join(map(repr, _LAYOUTS))}")
-    sizes = {}
+    layout, sizes = check_layout("BatchGroupNorm", layout), {}
     if num_groups is not None:
         layout, sizes["g"] = layout.replace("c", "(g c)"), num_groups
     if examples_per_group not in (None, 1):
@@ -129,22 +125,14 @@ class BatchGroupNorm(Layer):
             raise OptionError(
                 f"BatchGroupNorm: alpha={alpha}; wanted 0, the running moments alone, to 1, the example alone"
             )
-        kind = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.ones(num_channels, **kind)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(num_channels, **kind)) if affine and bias else None
-        self.register_buffer("running_mean", torch.zeros(num_channels, **kind))
-        self.register_buffer("running_var", torch.ones(num_channels, **kind))
-        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.register_affine((num_channels,), affine, affine and bias, device=device, dtype=dtype)
+        self.register_running((num_channels,), "running_mean", "running_var", device=device, dtype=dtype)
+        self.complete()
 
     def make_rule(self) -> Rule:
         self._memory = RunningMoments(self.momentum)
         self._rules = _rules(self.num_groups, self.examples_per_group, self.eps, self.layout)
         return self._rules[0]
-
-    def reset_parameters(self) -> None:
-        """Start again: weight 1, bias 0, running mean 0 and variance 1, no steps."""
-        self.fill(weight=1, bias=0, running_mean=0, running_var=1, num_batches_tracked=0)
 
     def check(self, input: Tensor) -> None:
         check_channels("BatchGroupNorm", input, self.num_channels, "num_channels", self.layout)
@@ -198,7 +186,7 @@ class BatchGroupNorm(Layer):
     def extra_repr(self) -> str:
         text = f"{self.num_channels}, num_groups={self.num_groups}, examples_per_group={self.examples_per_group}"
         text += f", eps={self.eps}, momentum={self.momentum}, affine={self.affine}, alpha={self.alpha}"
-        return text + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+        return text + self.repr_options(layout="n c *")
 
 
 def batch_group_norm(

@@ -8,16 +8,14 @@ from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import ShapeError
 from normkit.core.memory import Running
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import Activation, Backend, run
-from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
-
-_SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
+from normkit.engine.layer import Layer, check_channels, check_layout, check_several, given_statistics
 
 
 @remembered
@@ -29,9 +27,8 @@ def batch_norm_rule(
     >>> batch_norm_rule().formula()
     'y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias'
     """
-    if layout not in _SUPPORTS:
-        raise OptionError(f"BatchNorm: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")
-    return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
+    support = Support(check_layout("BatchNorm", layout), over="n *")
+    return Rule(support, Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
 
 
 class BatchNorm(Layer, TorchBatchNorm):
@@ -95,11 +92,8 @@ class BatchNorm(Layer, TorchBatchNorm):
         dtype: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self.activation, self.spatial = activation, spatial
-        if not bias:
-            self.register_parameter("bias", None)
-        self.layout = layout
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.activation, self.spatial, self.layout = activation, spatial, layout
+        self.complete(bias)
 
     def make_rule(self) -> Rule:
         return batch_norm_rule(self.__dict__["eps"], self.momentum, self.layout)
@@ -113,9 +107,7 @@ class BatchNorm(Layer, TorchBatchNorm):
             check_several("BatchNorm", input, self.rule.support)
 
     def extra_repr(self) -> str:
-        layout = "" if self.layout == "n c *" else f", layout={self.layout!r}"
-        spatial = "" if self.spatial is None else f", spatial={self.spatial}"
-        return super().extra_repr() + layout + spatial + self.repr_activation()
+        return super().extra_repr() + self.repr_options(layout="n c *", spatial=None, activation=None)
 
 
 def batch_norm(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
@@ -19,10 +19,9 @@ from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, place
 from normkit.engine.dispatch import Backend, Explanation, explain, run_measured
-from normkit.engine.layer import Layer, check_channels, check_several
+from normkit.engine.layer import Layer, check_channels, check_layout, check_several
 
 _AFFINE = Affine("c")
-_SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
 
 
 @dataclass(frozen=True)
@@ -151,21 +150,13 @@ class BatchRenorm(Layer):
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.affine, self.layout = affine, layout
         self.schedule = schedule or RenormSchedule()
-        kind = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.ones(num_features, **kind)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(num_features, **kind)) if affine and bias else None
-        self.register_buffer("running_mean", torch.zeros(num_features, **kind))
-        self.register_buffer("running_std", torch.ones(num_features, **kind))
-        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.register_affine((num_features,), affine, affine and bias, device=device, dtype=dtype)
+        self.register_running((num_features,), "running_mean", "running_std", device=device, dtype=dtype)
+        self.complete()
 
     def make_rule(self) -> Rule:
         self._memory = Running(self.momentum)
         return _rule(self.eps, self.layout)
-
-    def reset_parameters(self) -> None:
-        """Start again: weight 1, bias 0, running mean 0 and deviation 1, no steps."""
-        self.fill(weight=1, bias=0, running_mean=0, running_std=1, num_batches_tracked=0)
 
     def _running(self) -> tuple[Tensor, Tensor, Tensor]:
         assert self.running_mean is not None
@@ -205,7 +196,7 @@ class BatchRenorm(Layer):
     def extra_repr(self) -> str:
         """The arguments."""
         text = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, {self.schedule}"
-        return text + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+        return text + self.repr_options(layout="n c *")
 
 
 def batch_renorm(
@@ -242,9 +233,7 @@ def batch_renorm(
 
 @remembered
 def _rule(eps: float, layout: str) -> Rule:
-    if layout not in _SUPPORTS:
-        raise OptionError(f"BatchRenorm: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")
-    return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps))
+    return Rule(Support(check_layout("BatchRenorm", layout), over="n *"), Statistic("mean", "std", eps))
 
 
 def _renormalize(

@@ -16,7 +16,7 @@ from normkit.core.moments import accumulation_dtype
 from normkit.core.precision import full_precision
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, show
+from normkit.core.support import Support, check_shape, show
 from normkit.engine.dispatch import Backend, run
 from normkit.engine.layer import Layer, check_channels, check_several
 
@@ -46,12 +46,9 @@ class _Normalizer(Layer):
     ) -> None:
         super().__init__()
         self.num_features, self.over, self.eps, self.momentum = num_features, over, eps, momentum
-        _ = self.rule  # refuses what does not go together now rather than at the first input
-        kept = over == "n *"
-        empty = {"device": device, "dtype": dtype}
-        self.register_buffer("running_mean", torch.zeros(num_features, **empty) if kept else None)
-        self.register_buffer("running_var", torch.ones(num_features, **empty) if kept else None)
-        self.register_buffer("num_batches_tracked", torch.tensor(0, device=device) if kept else None)
+        self.complete()
+        names, factory = ("running_mean", "running_var"), {"device": device, "dtype": dtype}
+        self.register_running((num_features,), *names, tracked=over == "n *", **factory)
 
     def make_rule(self) -> Rule:
         return conditional_norm_rule(self.over, self.eps, self.momentum, self.per)
@@ -123,18 +120,21 @@ class ConditionalNorm(_Normalizer):
         self.classes, self.features = classes, features
         rows = classes if classes is not None else features
         assert rows is not None
-        self.weight = nn.Parameter(torch.empty(rows, num_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(rows, num_features, device=device, dtype=dtype))
+        self.register_affine((rows, num_features), device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Make it the plain norm, whatever the condition."""
-        self.fill(weight=1 if self.features is None else 0, bias=0)
+        """Make it the plain norm, whatever the condition, and forget the running statistics."""
+        super().reset_parameters()
+        self.fill(weight=1 if self.features is None else 0)
 
     def forward(self, input: Tensor, condition: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         check_channels("ConditionalNorm", input, self.num_features, "num_features", "n c *")
         assert self.weight is not None
         assert self.bias is not None
+        rows = (self.classes or 0) + (self.features or 0)  # one of them is None
+        for name, parameter in (("weight", self.weight), ("bias", self.bias)):
+            check_shape("ConditionalNorm", name, parameter, rows, self.num_features)
         weight, bias = (self._pick(parameter, condition, input) for parameter in (self.weight, self.bias))
         return self.compensated(input, weight if self.features is None else weight + 1, bias, mask)
 

@@ -10,14 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.place import whole_number
 from normkit.core.precision import full_precision
-from normkit.core.support import show
+from normkit.core.support import Support, check_shape, show
 from normkit.engine.layer import check_channels
 from normkit.engine.window import sliding_mean
+
+_SUPPORT = Support("n c *", over="*")
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,7 @@ class DivisiveNorm(Module):
             raise OptionError(f"DivisiveNorm: sigma={sigma}; wanted a number above 0")
         self.num_channels, self.sigma = num_channels, sigma
         self.summation, self.suppression = summation or Field(None, 5), suppression or Field(None, 5)
-        for name in ("weight", "bias"):
-            empty = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype)) if affine else None
-            self.register_parameter(name, empty)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the weight to 1 and the bias to 0."""
-        self.fill(weight=1, bias=0)
+        self.register_affine((num_channels,), affine, affine, device=device, dtype=dtype)
 
     def centered(self, input: Tensor) -> Tensor:
         """The input less the mean of its summation field: what the paper's penalty is on."""
@@ -141,11 +137,7 @@ def divisive_norm(
     wide = _wide("divisive_norm", input)
     v = (summation or Field(None, 5)).deviations(wide)
     y = v * ((suppression or Field(None, 5)).mean(v.square()) + sigma**2).rsqrt()
-    if weight is not None:
-        y = y * _per_channel(weight, y)
-    if bias is not None:
-        y = y + _per_channel(bias, y)
-    return y.to(input.dtype)
+    return Affine("c").apply(y, _SUPPORT.split(input.shape), weight, bias).to(input.dtype)
 
 
 class LyuSimoncelliNorm(Module):
@@ -194,6 +186,7 @@ class LyuSimoncelliNorm(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         check_channels("LyuSimoncelliNorm", input, self.num_channels, "num_channels", "n c *")
+        check_shape("LyuSimoncelliNorm", "weight", self.weight, self.num_channels, self.window)
         wide = accumulation_dtype(input.dtype)
         return lyu_simoncelli_norm(input, self.weight.to(wide).square(), self.bias.to(wide).square() + self.eps)
 
@@ -208,6 +201,8 @@ def lyu_simoncelli_norm(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     tensor([[[0.0000, 0.9045, 0.3015]]])
     """
     wide = _wide("lyu_simoncelli_norm", input)
+    check_shape("lyu_simoncelli_norm", "weight", weight, input.shape[1], weight.shape[-1] if weight.dim() else 0)
+    check_shape("lyu_simoncelli_norm", "bias", bias, input.shape[1])
     energy, window = wide.square(), weight.shape[1]
     for dim in range(2, input.dim()):
         padded = F.pad(energy, [0, 0] * (input.dim() - 1 - dim) + [window // 2] * 2)
@@ -281,6 +276,7 @@ def heeger_norm(input: Tensor, weight: Tensor, exponent: float = 2.0, sigma: flo
     tensor([[1.3333, 0.0000]])
     """
     wide = _wide("heeger_norm", input)
+    check_shape("heeger_norm", "weight", weight, input.shape[1], input.shape[1])
     active = wide > 0
     # The inner one keeps derivatives of the power finite where nothing is active.
     drive = torch.where(active, torch.where(active, wide, 1.0).pow(exponent), 0.0)

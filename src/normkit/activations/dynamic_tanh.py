@@ -13,7 +13,7 @@ from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module, trailing_sizes
 from normkit.core.moments import accumulation_dtype
 from normkit.core.place import positive_number
-from normkit.core.support import show
+from normkit.core.support import check_shape, show
 
 
 class DynamicTanh(Module):
@@ -71,16 +71,17 @@ class DynamicTanh(Module):
             )
         empty = {"device": device, "dtype": dtype}
         self.alpha = nn.Parameter(torch.empty(1, **empty))
-        for name, there in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
-            parameter = nn.Parameter(torch.empty(self.normalized_shape, **empty)) if there else None
-            self.register_parameter(name, parameter)
+        self.register_affine(self.normalized_shape, elementwise_affine, elementwise_affine and bias, **empty)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set alpha to its start, the weight to 1 and the bias to 0."""
-        self.fill(alpha=self.init_alpha, weight=1, bias=0)
+        super().reset_parameters()
+        self.fill(alpha=self.init_alpha)
 
     def forward(self, input: Tensor) -> Tensor:
+        for name in ("weight", "bias"):
+            check_shape("DynamicTanh", name, getattr(self, name), *self.normalized_shape)
         return dynamic_tanh(input, self.alpha, self.weight, self.bias, layout=self.layout)
 
     def extra_repr(self) -> str:
@@ -101,6 +102,8 @@ def dynamic_tanh(
     tensor([[ 0.4621, -0.9640]])
     """
     wide = accumulation_dtype(input.dtype)
+    if isinstance(alpha, Tensor) and alpha.numel() != 1:
+        raise ShapeError(f"dynamic_tanh: alpha has shape {show(alpha.shape)}, wanted one number; give a scalar tensor")
     y = torch.tanh(input.to(wide) * (alpha.to(wide) if isinstance(alpha, Tensor) else alpha))
     if weight is not None:
         y = y * _placed(weight, input, layout).to(wide)

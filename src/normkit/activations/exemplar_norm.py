@@ -14,7 +14,7 @@ from normkit.core.memory import Running, RunningStatistics
 from normkit.core.module import Module
 from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.precision import full_precision
-from normkit.core.support import Support, show
+from normkit.core.support import Support, check_shape, show
 from normkit.engine.layer import check_channels, check_several
 from normkit.engine.pooling import pool
 
@@ -55,6 +55,8 @@ class ExemplarNorm(Module):
     tensor([-1.1139,  0.5176, -0.5176,  1.1139])
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter
     running_mean: Tensor
     running_var: Tensor
 
@@ -74,36 +76,28 @@ class ExemplarNorm(Module):
             raise OptionError(f"ExemplarNorm: reduction={reduction}, hidden={hidden}; wanted whole numbers from 1")
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         empty = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(3, num_features, **empty))
-        self.bias = nn.Parameter(torch.empty(3, num_features, **empty))
+        self.register_affine((3, num_features), **empty)
         self.reduce = nn.Linear(num_features, max(num_features // reduction, 1), **empty)
         self.hidden = nn.Linear(9, hidden, **empty)
         self.logits = nn.Linear(hidden, 3, **empty)
-        self.register_buffer("running_mean", torch.zeros(num_features, **empty))
-        self.register_buffer("running_var", torch.ones(num_features, **empty))
-        self._memory = Running(momentum)
+        self.register_running((num_features,), "running_mean", "running_var", counted=False, **empty)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set the weights to 1, the biases to 0, all shares to 1/3, and forget the running averages."""
         self.reduce.reset_parameters()
         self.hidden.reset_parameters()
-        self.fill(weight=1, bias=0, running_mean=0, running_var=1)
+        super().reset_parameters()
         nn.init.zeros_(self.logits.weight)
         nn.init.zeros_(self.logits.bias)
-
-    @property
-    def memory(self) -> Running:
-        """How running averages are kept; it follows when ``momentum`` is set."""
-        if self._memory.momentum != self.momentum:
-            self._memory = Running(self.momentum)
-        return self._memory
 
     def moments(self, input: Tensor) -> list[Moments]:
         """The moments of instance, layer and batch; in training the running averages take the batch's in."""
         check_channels("ExemplarNorm", input, self.num_features, "num_features", "n c *")
         wide = input.to(accumulation_dtype(input.dtype))
         check_several("ExemplarNorm", input, _INSTANCE)
+        for name in ("running_mean", "running_var"):
+            check_shape("ExemplarNorm", name, getattr(self, name), self.num_features)
         if input.numel():
             instance = moments(wide, tuple(range(2, input.dim())))
         else:  # no element has moments; what is not a number would reach the gradients of the parameters
@@ -112,7 +106,7 @@ class ExemplarNorm(Module):
         if self.training and input.numel():
             batch = pool(instance, (0,))
             running = RunningStatistics(self.running_mean, self.running_var)
-            self.memory.update(running, batch, _BATCH.split(input.shape))
+            Running(self.momentum).update(running, batch, _BATCH.split(input.shape))
         else:
             shape = [1, -1] + [1] * (input.dim() - 2)
             batch = Moments(
@@ -155,6 +149,8 @@ def exemplar_norm(
         raise ShapeError(
             f"exemplar_norm: got shares of {show(shares.shape)}, wanted {len(found)} for each of {input.shape[0]} samples"
         )
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        check_shape("exemplar_norm", name, parameter, len(found), input.shape[1])
     ones = [1] * (input.dim() - 2)
     gain = shift = torch.zeros((), dtype=wide.dtype, device=input.device)
     center = found[0].mean  # what the others' means differ from is small: x is centred once

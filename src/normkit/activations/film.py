@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine, modulation, per_sample
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import ShapeError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.support import Support, show
-from normkit.engine.layer import check_channels
+from normkit.engine.layer import check_channels, check_layout
 
 _SUPPORTS = {layout: Support(layout, over="*") for layout in ("n c *", "n * c")}
 
@@ -59,7 +59,7 @@ class FiLM(Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        _check_layout("FiLM", layout)
+        check_layout("FiLM", layout)
         self.channels, self.condition, self.zero, self.layout = channels, condition, zero, layout
         self.linear = nn.Linear(condition, 2 * channels, device=device, dtype=dtype)
         self.reset_parameters()
@@ -92,9 +92,7 @@ class FiLM(Module):
         return film(input, scale, shift, layout=self.layout)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, condition={self.condition}" + (
-            "" if self.layout == "n c *" else f", layout={self.layout!r}"
-        )
+        return f"{self.channels}, condition={self.condition}" + self.repr_options(layout="n c *")
 
 
 def film(input: Tensor, scale: Tensor, shift: Tensor, *, layout: str = "n c *") -> Tensor:
@@ -105,16 +103,11 @@ def film(input: Tensor, scale: Tensor, shift: Tensor, *, layout: str = "n c *") 
     >>> film(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
     tensor([[2., 4.]])
     """
-    _check_layout("film", layout)
+    check_layout("film", layout)
     wide = torch.promote_types(accumulation_dtype(input.dtype), scale.dtype)
     split = _SUPPORTS[layout].split(input.shape)
     per, (scale, shift) = modulation(layout, input.shape, scale, shift)
     return Affine(per, offset=1.0).apply(input.to(wide), split, scale, shift).to(input.dtype)
-
-
-def _check_layout(who: str, layout: str) -> None:
-    if layout not in _SUPPORTS:
-        raise OptionError(f"{who}: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")
 
 
 def _example_condition(x: Tensor) -> tuple[Tensor]:

@@ -78,16 +78,16 @@ class FilterResponseNorm(Layer):
         super().__init__()
         self.num_features, self.eps = num_features, eps
         empty = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(num_features, **empty))
-        self.bias = nn.Parameter(torch.empty(num_features, **empty))
+        self.register_affine((num_features,), **empty)
         self.register_parameter("tau", nn.Parameter(torch.empty(num_features, **empty)) if tlu else None)
         self.register_parameter("eps_weight", nn.Parameter(torch.empty(1, **empty)) if learned_eps else None)
         self.reset_parameters()
-        _ = self.rule  # made now, so that a compiler finds it ready
+        self.complete()
 
     def reset_parameters(self) -> None:
         """Set the weight to 1, bias and threshold to 0, a learned eps to ``eps``."""
-        self.fill(weight=1, bias=0, tau=0, eps_weight=self.eps)
+        super().reset_parameters()
+        self.fill(tau=0, eps_weight=self.eps)
 
     def make_rule(self) -> Rule:
         return filter_response_norm_rule(self.eps)

@@ -14,7 +14,7 @@ from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, show
+from normkit.core.support import Support, check_shape, show
 from normkit.engine.dispatch import run
 
 
@@ -108,6 +108,7 @@ class FixNorm(Module):
             raise ShapeError(
                 f"FixNorm: got an input of {show(input.shape)}, wanted one that ends in features={self.features}"
             )
+        check_shape("FixNorm", "weight", self.weight, self.vocabulary, self.features)
         return fix_norm(input, self.weight, self.bias, self.gain, self.eps, fix_embeddings=self.fix_embeddings)
 
     def extra_repr(self) -> str:
@@ -131,6 +132,9 @@ def fix_norm(
     tensor([[6.]])
     """
     accumulation_dtype(input.dtype)  # refuses integers
+    check_shape("fix_norm", "embeddings", embeddings, len(embeddings) if embeddings.dim() else 0, input.shape[-1])
+    check_shape("fix_norm", "bias", bias, len(embeddings))
+    check_shape("fix_norm", "gain", gain)
     y = input if gain is None else _unit(input, eps)
     rows = _unit(embeddings, eps) if fix_embeddings else embeddings
     wide = torch.promote_types(y.dtype, rows.dtype)

@@ -13,7 +13,7 @@ from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.precision import full_precision
-from normkit.core.support import show
+from normkit.core.support import check_shape, show
 from normkit.engine.layer import check_channels
 
 # What gamma's entries of 0 start from: a square has no slope at 0, and would never leave it.
@@ -95,6 +95,9 @@ def gdn(input: Tensor, beta: Tensor, gamma: Tensor, *, inverse: bool = False) ->
     wide = input.to(accumulation_dtype(input.dtype))
     if input.dim() < 2:
         raise ShapeError(f"gdn: got an input of {input.dim()} axes ({show(input.shape)}), wanted at least 2: n c *")
+    channels = input.shape[1]
+    check_shape("gdn", "beta", beta, channels)
+    check_shape("gdn", "gamma", gamma, channels, channels)
     with full_precision(input):
         energy = F.linear(wide.square().movedim(1, -1), gamma.to(wide.dtype), beta.to(wide.dtype)).movedim(-1, 1)
     return (wide * (energy.sqrt() if inverse else energy.rsqrt())).to(input.dtype)

@@ -20,12 +20,10 @@ from normkit.core.statistic import Statistic
 from normkit.core.support import Support
 from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import Backend, Explanation, explain, run
-from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
+from normkit.engine.layer import Layer, check_channels, check_layout, check_several, given_statistics
 from normkit.engine.sub_batches import explain_in_sub_batches, run_in_sub_batches
 
 Memory = Literal["mean", "sequential", "moments"]
-
-_LAYOUTS = {"n c *": "(b n) c *", "n * c": "(b n) * c"}
 
 
 @remembered
@@ -41,7 +39,7 @@ def ghost_batch_norm_rule(
     >>> print(ghost_batch_norm_rule(16).support)
     Support("(b n) c *", over="n *", n=16)
     """
-    support = Support(_axes("ghost_batch_norm", layout), over="n *", n=ghost_batch_size)
+    support = Support(check_layout("GhostBatchNorm", layout).replace("n", "(b n)"), over="n *", n=ghost_batch_size)
     if memory not in ("mean", "sequential", "moments"):
         raise OptionError(f"ghost_batch_norm: memory={memory!r}; wanted 'mean', 'sequential' or 'moments'")
     running = RunningMoments(momentum) if memory == "moments" else Running(momentum)
@@ -115,12 +113,10 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
         dtype: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if not bias:
-            self.register_parameter("bias", None)
         _check_size("GhostBatchNorm", ghost_batch_size)
         self.memory: Memory = memory
         self.ghost_batch_size, self.permute, self.layout = ghost_batch_size, permute, layout
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.complete(bias)
 
     def make_rule(self) -> Rule:
         rule = ghost_batch_norm_rule(
@@ -172,11 +168,7 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
             f"{self.num_features}, ghost_batch_size={self.ghost_batch_size}, eps={self.eps}, momentum={self.momentum}"
         )
         text += f", affine={self.affine}, track_running_stats={self.track_running_stats}, memory={self.memory!r}"
-        return (
-            text
-            + (", permute=True" if self.permute else "")
-            + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
-        )
+        return text + self.repr_options(permute=False, layout="n c *")
 
 
 def ghost_batch_norm(
@@ -231,12 +223,6 @@ def _remember(memory: Running, running: RunningStatistics, ghosts: Moments, how:
 
 def _whole(rule: Rule, layout: str) -> Rule:
     return Rule(Support(layout, over="n *"), rule.statistic, rule.compensation, rule.memory)
-
-
-def _axes(who: str, layout: str) -> str:
-    if layout not in _LAYOUTS:
-        raise OptionError(f"{who}: layout={layout!r}; wanted one of {', '.join(map(repr, _LAYOUTS))}")
-    return _LAYOUTS[layout]
 
 
 def _check_size(who: str, size: int) -> None:

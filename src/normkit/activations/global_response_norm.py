@@ -13,7 +13,7 @@ from normkit.core.errors import OptionError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.statistic import length
-from normkit.core.support import Split, Support
+from normkit.core.support import Split, Support, check_shape
 from normkit.engine import native_global_response
 from normkit.engine.layer import check_channels
 
@@ -54,6 +54,9 @@ class GlobalResponseNorm(Module):
              [10.6667,  0.0000]]])
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(
         self,
         num_channels: int,
@@ -66,8 +69,7 @@ class GlobalResponseNorm(Module):
     ) -> None:
         super().__init__()
         self.num_channels, self.eps, self.layout, self.over = num_channels, eps, layout, over
-        self.weight = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
+        self.register_affine((num_channels,), device=device, dtype=dtype)
         self.reset_parameters()
         _support(layout, over)
 
@@ -114,7 +116,10 @@ def global_response_norm(
     """
     support = _support(layout, over)
     accumulation_dtype(input.dtype)  # refuses integers
-    definition = partial(_define, eps=eps, split=support.split(input.shape), mask=mask)
+    split = support.split(input.shape)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        check_shape("global_response_norm", name, parameter, split.shape[split.names.index("c")])
+    definition = partial(_define, eps=eps, split=split, mask=mask)
     y = None
     if mask is None:
         axis = 1 if layout == "n c *" else -1

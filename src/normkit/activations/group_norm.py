@@ -15,9 +15,7 @@ from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, divisors, show
 from normkit.engine.dispatch import Activation, Backend, run
-from normkit.engine.layer import Layer, check_channels
-
-_LAYOUTS = {"n c *": "n (g c) *", "n * c": "n * (g c)"}
+from normkit.engine.layer import Layer, check_channels, check_layout
 
 
 @remembered
@@ -27,9 +25,8 @@ def group_norm_rule(num_groups: int, eps: float = 1e-5, layout: str = "n c *") -
     >>> print(group_norm_rule(32).support)
     Support("n (g c) *", over="c *", g=32)
     """
-    if layout not in _LAYOUTS:
-        raise OptionError(f"GroupNorm: layout={layout!r}; wanted one of {', '.join(map(repr, _LAYOUTS))}")
-    return Rule(Support(_LAYOUTS[layout], over="c *", g=num_groups), Statistic("mean", "std", eps), Affine("(g c)"))
+    support = Support(check_layout("GroupNorm", layout).replace("c", "(g c)"), over="c *", g=num_groups)
+    return Rule(support, Statistic("mean", "std", eps), Affine("(g c)"))
 
 
 class GroupNorm(Layer, nn.GroupNorm):
@@ -79,11 +76,8 @@ class GroupNorm(Layer, nn.GroupNorm):
     ) -> None:
         _check_groups("GroupNorm", num_groups, num_channels)
         super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
-        self.activation = activation
-        if not bias:
-            self.register_parameter("bias", None)
-        self.layout = layout
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.activation, self.layout = activation, layout
+        self.complete(bias)
 
     def make_rule(self) -> Rule:
         return group_norm_rule(self.num_groups, self.eps, self.layout)
@@ -93,8 +87,7 @@ class GroupNorm(Layer, nn.GroupNorm):
         _check_several("GroupNorm", self.num_groups, input)
 
     def extra_repr(self) -> str:
-        layout = "" if self.layout == "n c *" else f", layout={self.layout!r}"
-        return super().extra_repr() + layout + self.repr_activation()
+        return super().extra_repr() + self.repr_options(layout="n c *", activation=None)
 
 
 def group_norm(

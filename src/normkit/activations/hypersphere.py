@@ -13,7 +13,7 @@ from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, show
+from normkit.core.support import Support, check_shape, show
 from normkit.engine.dispatch import run
 
 
@@ -73,6 +73,7 @@ class LearnedScale(Module):
     @property
     def scale(self) -> Tensor:
         """The scale s."""
+        check_shape("LearnedScale", "weight", self.weight, self.features)
         return self.weight * (self.start / self.unit)
 
     def forward(self, input: Tensor) -> Tensor:

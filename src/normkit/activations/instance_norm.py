@@ -8,15 +8,13 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import ShapeError
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.engine.dispatch import Activation, Backend, Explanation, run
-from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
-
-_SUPPORTS = {layout: Support(layout, over="*") for layout in ("n c *", "n * c")}
+from normkit.engine.layer import Layer, check_channels, check_layout, check_several, given_statistics
 
 
 @remembered
@@ -28,9 +26,8 @@ def instance_norm_rule(
     >>> print(instance_norm_rule().support)
     Support("n c *", over="*")
     """
-    if layout not in _SUPPORTS:
-        raise OptionError(f"InstanceNorm: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")
-    return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
+    support = Support(check_layout("InstanceNorm", layout), over="*")
+    return Rule(support, Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
 
 
 class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
@@ -89,11 +86,8 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
         dtype: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)  # pyright: ignore[reportArgumentType]
-        self.activation, self.spatial = activation, spatial
-        if not bias:
-            self.register_parameter("bias", None)
-        self.layout = layout
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.activation, self.spatial, self.layout = activation, spatial, layout
+        self.complete(bias)
 
     def make_rule(self) -> Rule:
         return instance_norm_rule(self.eps, self.momentum, self.layout)
@@ -131,9 +125,7 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
         return running if running is None or self.momentum is None else running._replace(batches=None)
 
     def extra_repr(self) -> str:
-        layout = "" if self.layout == "n c *" else f", layout={self.layout!r}"
-        spatial = "" if self.spatial is None else f", spatial={self.spatial}"
-        return super().extra_repr() + layout + spatial + self.repr_activation()
+        return super().extra_repr() + self.repr_options(layout="n c *", spatial=None, activation=None)
 
 
 def instance_norm(

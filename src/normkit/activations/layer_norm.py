@@ -90,7 +90,7 @@ class LayerNorm(Layer, nn.LayerNorm):
         self.activation = activation
         self.over, self.per = over, per
         check_features("LayerNorm", shape, over, per)
-        _ = self.rule  # made now, so that a compiler finds it ready
+        self.complete()
         if per == "" and elementwise_affine:
             for name in ("weight", "bias"):
                 if getattr(self, name) is not None:
@@ -103,9 +103,7 @@ class LayerNorm(Layer, nn.LayerNorm):
         check_features("LayerNorm", self.normalized_shape, self.over, self.per, input)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + "".join(
-            f", {k}={getattr(self, k)!r}" for k in ("over", "per", "activation") if getattr(self, k) is not None
-        )
+        return super().extra_repr() + self.repr_options(over=None, per=None, activation=None)
 
 
 def layer_norm(

@@ -6,17 +6,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module, whole
 from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.place import whole_number
-from normkit.core.support import divisors, show
+from normkit.core.support import Support, divisors, show
 from normkit.engine.layer import check_channels
 from normkit.engine.window import sliding_moments
+
+_SUPPORT = Support("n c *", over="*")
 
 
 class LocalContextNorm(Module):
@@ -68,14 +70,7 @@ class LocalContextNorm(Module):
         self.num_features, self.channels_per_group, self.eps = num_features, channels_per_group, eps
         self.window = tuple(map(whole, window)) if isinstance(window, Sequence) else window
         _check(num_features, channels_per_group, self.window)
-        for name in ("weight", "bias"):
-            parameter = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
-            self.register_parameter(name, parameter)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the weight to 1 and the bias to 0."""
-        self.fill(weight=1, bias=0)
+        self.register_affine((num_features,), affine, affine, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         check_channels("LocalContextNorm", input, self.num_features, "num_features", "n c *")
@@ -114,12 +109,7 @@ def local_context_norm(
     each = moments(groups, (2,))  # of the group at each position: what is left to slide is smaller by the group's size
     found = sliding_moments(each, [(dim + 3, size) for dim, size in enumerate(windows)])
     y = ((groups - found.mean) * (found.var + eps).rsqrt()).flatten(1, 2)
-    shape = [-1] + [1] * axes
-    if weight is not None:
-        y = y * weight.to(y.dtype).view(shape)
-    if bias is not None:
-        y = y + bias.to(y.dtype).view(shape)
-    return y.to(input.dtype)
+    return Affine("c").apply(y, _SUPPORT.split(input.shape), weight, bias).to(input.dtype)
 
 
 def _check(channels: int, per_group: int, window: int | Sequence[int]) -> None:

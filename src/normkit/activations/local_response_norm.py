@@ -66,7 +66,7 @@ class LocalResponseNorm(Module, nn.LocalResponseNorm):
         return local_response_norm(input, self.size, self.alpha, self.beta, self.k, torch_compat=self.torch_compat)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.torch_compat else ", torch_compat=False")
+        return super().extra_repr() + self.repr_options(torch_compat=True)
 
 
 def local_response_norm(

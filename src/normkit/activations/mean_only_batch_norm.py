@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
@@ -15,9 +14,7 @@ from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
 from normkit.engine.dispatch import Backend, run
-from normkit.engine.layer import Layer, check_channels
-
-_SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
+from normkit.engine.layer import Layer, check_channels, check_layout
 
 
 @remembered
@@ -27,9 +24,8 @@ def mean_only_batch_norm_rule(momentum: float | None = 0.1, layout: str = "n c *
     >>> mean_only_batch_norm_rule().formula()
     'y = weight * (x - E[x]) + bias'
     """
-    if layout not in _SUPPORTS:
-        raise OptionError(f"MeanOnlyBatchNorm: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")
-    return Rule(_SUPPORTS[layout], Statistic("mean", None), Affine("c"), RunningMean(momentum) if memory else None)
+    support = Support(check_layout("MeanOnlyBatchNorm", layout), over="n *")
+    return Rule(support, Statistic("mean", None), Affine("c"), RunningMean(momentum) if memory else None)
 
 
 class MeanOnlyBatchNorm(Layer):
@@ -80,20 +76,12 @@ class MeanOnlyBatchNorm(Layer):
         super().__init__()
         self.num_features, self.momentum, self.layout = num_features, momentum, layout
         self.track_running_stats = track_running_stats
-        kind = {"device": device, "dtype": dtype}
-        self.register_parameter("weight", None)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(num_features, **kind)) if bias else None)
-        self.register_buffer("running_mean", torch.zeros(num_features, **kind) if track_running_stats else None)
-        count = torch.tensor(0, dtype=torch.long, device=device) if track_running_stats else None
-        self.register_buffer("num_batches_tracked", count)
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.register_affine((num_features,), False, bias, device=device, dtype=dtype)
+        self.register_running((num_features,), "running_mean", tracked=track_running_stats, device=device, dtype=dtype)
+        self.complete()
 
     def make_rule(self) -> Rule:
         return mean_only_batch_norm_rule(self.momentum, self.layout, self.track_running_stats)
-
-    def reset_parameters(self) -> None:
-        """Start again: bias 0, running mean 0, no batches."""
-        self.fill(bias=0, running_mean=0, num_batches_tracked=0)
 
     def check(self, input: Tensor) -> None:
         check_channels("MeanOnlyBatchNorm", input, self.num_features, "num_features", self.layout)
@@ -106,7 +94,7 @@ class MeanOnlyBatchNorm(Layer):
         """The arguments."""
         text = f"{self.num_features}, momentum={self.momentum}, bias={self.bias is not None}"
         text += f", track_running_stats={self.track_running_stats}"
-        return text + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+        return text + self.repr_options(layout="n c *")
 
 
 def mean_only_batch_norm(

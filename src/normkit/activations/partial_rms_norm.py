@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
@@ -69,9 +68,7 @@ class PartialRMSNorm(Module):
         self.features, self.fraction, self.eps = features, fraction, eps
         self.guard: Guard = guard
         Statistic(None, "rms", eps, guard)  # refuses what does not exist now rather than at the first input
-        for name, wanted, value in (("weight", elementwise_affine, 1.0), ("bias", bias, 0.0)):
-            made = nn.Parameter(torch.full((features,), value, device=device, dtype=dtype)) if wanted else None
-            self.register_parameter(name, made)
+        self.register_affine((features,), elementwise_affine, bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize.

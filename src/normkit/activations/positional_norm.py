@@ -64,7 +64,7 @@ class PositionalNorm(Layer):
         self.eps, self.correction = eps, correction
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.complete()
 
     def make_rule(self) -> Rule:
         return positional_norm_rule(self.eps, self.correction)

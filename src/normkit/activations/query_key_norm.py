@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
@@ -160,13 +160,8 @@ class _HeadNorm(Layer):
         self.features, self.eps = features, eps
         self.form: Form = form
         shape = () if form == "cosine" else (features,)
-        for name, wanted in (("weight", weighted), ("bias", form == "layer")):
-            made = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
-            self.register_parameter(name, made)
-        _ = self.rule  # made now, so that a compiler finds it ready
-
-    def reset_parameters(self) -> None:
-        self.fill(weight=1, bias=0)
+        self.register_affine(shape, weighted, form == "layer", device=device, dtype=dtype)
+        self.complete()
 
     def make_rule(self) -> Rule:
         return query_key_norm_rule(self.form, self.eps)

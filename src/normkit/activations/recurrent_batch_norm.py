@@ -101,21 +101,19 @@ class RecurrentBatchNorm(Layer):
         self.statistics: Statistics = statistics
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.max_length, self.gain, self.batch_first = max_length if statistics == "frame" else None, gain, batch_first
-        kind = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.full((num_features,), gain, **kind))
-        self.bias = nn.Parameter(torch.zeros(num_features, **kind)) if bias else None
         shape = (num_features,) if self.max_length is None else (self.max_length, num_features)
-        self.register_buffer("running_mean", torch.zeros(shape, **kind))
-        self.register_buffer("running_var", torch.ones(shape, **kind))
-        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.register_affine((num_features,), True, bias, device=device, dtype=dtype)
+        self.register_running(shape, "running_mean", "running_var", device=device, dtype=dtype)
+        self.reset_parameters()
+        self.complete()
 
     def make_rule(self) -> Rule:
         return recurrent_batch_norm_rule(self.statistics, self.eps, self.momentum, self.batch_first)
 
     def reset_parameters(self) -> None:
-        """Start again: weight at the gain, bias 0, running means 0 and variances 1, no batches."""
-        self.fill(weight=self.gain, bias=0, running_mean=0, running_var=1, num_batches_tracked=0)
+        """Set the weight to the gain and the bias to 0, and forget the running statistics."""
+        super().reset_parameters()
+        self.fill(weight=self.gain)
 
     def check(self, input: Tensor) -> None:
         check_channels("RecurrentBatchNorm", input, self.num_features, "num_features", "n * c")

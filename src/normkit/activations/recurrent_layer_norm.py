@@ -15,7 +15,7 @@ from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, show
+from normkit.core.support import Support, check_shape, show
 from normkit.engine.layer import Layer
 
 State = tuple[Tensor, ...]
@@ -346,6 +346,10 @@ _CELLS: dict[str, type[Any]] = {"lstm": LayerNormLSTMCell, "gru": LayerNormGRUCe
 
 def _check(cell: _Cell, x: Tensor) -> None:
     accumulation_dtype(x.dtype)  # refuses integers
+    who, rows = type(cell).__name__, cell.gates * cell.hidden_size
+    check_shape(who, "weight_ih", cell.weight_ih, rows, cell.input_size)
+    check_shape(who, "weight_hh", cell.weight_hh, rows, cell.hidden_size)
+    check_shape(who, "bias", getattr(cell, "bias", None), rows)
     if x.dim() < 1 or x.shape[-1] != cell.input_size:
         raise ShapeError(
             f"{type(cell).__name__}: got an input of {show(x.shape)}, wanted one that ends in input_size={cell.input_size}"

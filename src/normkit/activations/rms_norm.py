@@ -113,7 +113,7 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         self.guard: Guard = guard
         self.register_parameter("bias", nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if bias else None)
         self.reset_parameters()
-        _ = self.rule  # made now, so that a compiler finds it ready
+        self.complete()
 
     def reset_parameters(self) -> None:
         """Give the weight and the bias their first values."""
@@ -132,9 +132,8 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         return activate(_rounded_first(self.rule, input, self.weight, self.bias, mask, self.backend), self.activation)
 
     def extra_repr(self) -> str:
-        defaults = {"over": None, "guard": "inside", "offset": 0.0, "cast": "after weight", "activation": None}
-        options = [f", {k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
-        return super().extra_repr() + (", bias=True" if self.bias is not None else "") + "".join(options)
+        options = {"over": None, "guard": "inside", "offset": 0.0, "cast": "after weight", "activation": None}
+        return super().extra_repr() + (", bias=True" if self.bias is not None else "") + self.repr_options(**options)
 
 
 def rms_norm(

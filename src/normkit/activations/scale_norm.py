@@ -76,7 +76,7 @@ class ScaleNorm(Layer):
             self.reset_parameters()
         else:
             self.weight = weight
-        _ = self.rule  # made now, so that a compiler finds it ready
+        self.complete()
 
     def reset_parameters(self) -> None:
         """Give the weight its first value, also where it is shared."""

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.module import Module
 from normkit.core.moments import Moments, accumulation_dtype, moments
-from normkit.core.support import Support
+from normkit.core.support import Support, check_shape
 from normkit.engine.layer import check_channels, check_several, given_statistics
 from normkit.engine.pooling import pool
 
@@ -54,6 +55,8 @@ class SwitchableNorm(Module):
     tensor([-1.0911,  0.2182, -0.2182,  1.0911])
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter
     running_mean: Tensor
     running_var: Tensor
 
@@ -72,35 +75,27 @@ class SwitchableNorm(Module):
             raise OptionError(f"SwitchableNorm: correction={correction}; wanted 0 or 1")
         self.num_features, self.eps, self.momentum, self.correction = num_features, eps, momentum, correction
         empty = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(num_features, **empty))
-        self.bias = nn.Parameter(torch.empty(num_features, **empty))
+        self.register_affine((num_features,), **empty)
         self.mean_weight = nn.Parameter(torch.empty(3, **empty))
         self.var_weight = nn.Parameter(torch.empty(3, **empty))
-        self.register_buffer("running_mean", torch.zeros(num_features, **empty))
-        self.register_buffer("running_var", torch.ones(num_features, **empty))
-        self._memory = Running(momentum)
+        self.register_running((num_features,), "running_mean", "running_var", counted=False, **empty)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set the weight and all logits to 1, the bias to 0, and forget the running averages."""
-        self.fill(weight=1, bias=0, mean_weight=1, var_weight=1, running_mean=0, running_var=1)
-
-    @property
-    def memory(self) -> Running:
-        """How running averages are kept; it follows when ``momentum`` is set."""
-        if self._memory.momentum != self.momentum:
-            self._memory = Running(self.momentum)
-        return self._memory
+        super().reset_parameters()
+        self.fill(mean_weight=1, var_weight=1)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         check_channels("SwitchableNorm", input, self.num_features, "num_features", "n c *")
         running = RunningStatistics(self.running_mean, self.running_var)
         logits, affine = (self.mean_weight, self.var_weight), (self.weight, self.bias)
-        return _normalize(input, logits, running, affine, self.training, self.memory, self.eps, self.correction, mask)
+        return _normalize(
+            input, logits, running, affine, self.training, Running(self.momentum), self.eps, self.correction, mask
+        )
 
     def extra_repr(self) -> str:
-        more = ", correction=1" if self.correction else ""
-        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}{more}"
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}" + self.repr_options(correction=0)
 
 
 def switchable_norm(
@@ -144,6 +139,10 @@ def _normalize(
 ) -> Tensor:
     wide = x.to(accumulation_dtype(x.dtype))
     check_several("switchable_norm", x, _INSTANCE)
+    for name, parameter in zip(("mean_weight", "var_weight"), logits, strict=True):
+        check_shape("switchable_norm", name, parameter, 3)
+    for name, statistic in zip(("running_mean", "running_var"), running or (), strict=False):
+        check_shape("switchable_norm", name, statistic, x.shape[1])
     split = _BATCH.split(x.shape)
     if mask is not None:
         wide = torch.where(mask, wide, 0.0)
@@ -165,12 +164,7 @@ def _normalize(
     mean = _mixed([found.mean for found in three], logits[0])
     var = _mixed([found.var for found in three], logits[1])
     y = (wide - mean) * (var + eps).rsqrt()
-    shape = [-1] + [1] * (x.dim() - 2)
-    weight, bias = affine
-    if weight is not None:
-        y = y * weight.to(y.dtype).view(shape)
-    if bias is not None:
-        y = y + bias.to(y.dtype).view(shape)
+    y = Affine("c").apply(y, split, *affine)
     return (y if mask is None else torch.where(mask, y, 0.0)).to(x.dtype)
 
 

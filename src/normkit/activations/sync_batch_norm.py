@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import ShapeError
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.rule import Rule, remembered
@@ -19,9 +19,7 @@ from normkit.core.statistic import Statistic
 from normkit.core.support import Split, Support, show
 from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import Backend, Explanation, run
-from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
-
-_SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
+from normkit.engine.layer import Layer, check_channels, check_layout, check_several, given_statistics
 
 
 @remembered
@@ -33,9 +31,8 @@ def sync_batch_norm_rule(
     >>> sync_batch_norm_rule().formula()
     'y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias'
     """
-    if layout not in _SUPPORTS:
-        raise OptionError(f"SyncBatchNorm: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")
-    return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
+    support = Support(check_layout("SyncBatchNorm", layout), over="n *")
+    return Rule(support, Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
 
 
 class SyncBatchNorm(Layer, TorchBatchNorm):
@@ -93,10 +90,8 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
         layout: str = "n c *",
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if not bias:
-            self.register_parameter("bias", None)
         self.process_group, self.layout = process_group, layout
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.complete(bias)
 
     def make_rule(self) -> Rule:
         return sync_batch_norm_rule(self.__dict__["eps"], self.momentum, self.layout, self.track_running_stats)
@@ -121,7 +116,7 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
         return replace(found, backend="closed", why="the statistics are of all processes together")
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+        return super().extra_repr() + self.repr_options(layout="n c *")
 
 
 def sync_batch_norm(

@@ -12,7 +12,7 @@ from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wr
 
 from normkit.core.errors import BackendError
 from normkit.core.moments import Moments, accumulation_dtype
-from normkit.core.support import Split, per_shape, place
+from normkit.core.support import Split, check_shape, per_shape, place
 
 
 class RunningStatistics(NamedTuple):
@@ -90,8 +90,11 @@ class Running:
         return self._reduce(new.mean, split), self._reduce(new.unbiased(), split)
 
     def blend(self, running: RunningStatistics, mean: Tensor, var: Tensor) -> None:
-        """Take one mean and one variance per channel, without gradients, into the running statistics in place."""
+        """Blend one mean and one variance per channel, without gradients, into the running statistics, in place."""
         _check_levels(running.mean, mean)
+        check_shape("running statistics", "the mean", running.mean, *mean.shape)
+        if not isinstance(self, RunningMean):
+            check_shape("running statistics", "the variance or deviation", running.var, *var.shape)
         wide, batches = accumulation_dtype(running.mean.dtype), running.batches
         if self.momentum is None:
             assert batches is not None

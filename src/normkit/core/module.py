@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import Any, NoReturn
 
@@ -11,6 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from normkit.core.errors import BackendError, ShapeError
+
+_INITIAL = {
+    "weight": 1.0,
+    "bias": 0.0,
+    "running_mean": 0.0,
+    "running_var": 1.0,
+    "running_std": 1.0,
+    "num_batches_tracked": 0,
+}
 
 
 class Module(nn.Module):
@@ -48,11 +57,51 @@ class Module(nn.Module):
                 self._buffers[name] = old.to(buffer.device, torch.float32 if buffer.device.type == "mps" else None)
         return self
 
+    def register_affine(self, shape: Sequence[int], weight: bool = True, bias: bool = True, **factory: Any) -> None:
+        """Register ``weight`` and ``bias`` with their initial values, and as None where they are not wanted."""
+        for name, wanted in (("weight", weight), ("bias", bias)):
+            initial = nn.Parameter(torch.full(tuple(shape), _INITIAL[name], **factory)) if wanted else None
+            self.register_parameter(name, initial)
+
+    def register_running(
+        self,
+        shape: Sequence[int],
+        *names: str,
+        tracked: bool = True,
+        counted: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        """Register running statistics under torch's names, with their initial values.
+
+        Args:
+            shape: of each statistic.
+            *names: of the statistics, such as ``"running_mean"``, in the order of the state_dict.
+            tracked: False registers None for all of them.
+            counted: whether the batches are counted too, which the cumulative average needs.
+            device: of the statistics.
+            dtype: of the statistics.
+        """
+        for name in names:
+            initial = torch.full(tuple(shape), _INITIAL[name], device=device, dtype=dtype) if tracked else None
+            self.register_buffer(name, initial)
+        if counted:
+            zero = torch.tensor(0, dtype=torch.long, device=device) if tracked else None
+            self.register_buffer("num_batches_tracked", zero)
+
+    def reset_parameters(self) -> None:
+        """Set weights to 1 and biases to 0, and forget the running statistics."""
+        self.fill(**_INITIAL)
+
     def fill(self, **values: float) -> None:
-        """Set each of the named parameters and buffers that is there to one value."""
+        """Set the named parameters and buffers, as far as the module has them, to one value each."""
         for name, value in values.items():
             if isinstance(tensor := getattr(self, name, None), Tensor):
                 nn.init.constant_(tensor, value)
+
+    def repr_options(self, **defaults: Any) -> str:
+        """The named attributes that differ from their defaults, as ``extra_repr`` shows them."""
+        return "".join(f", {k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise BackendError(

@@ -321,6 +321,18 @@ def per_shape(per: str, split: Split) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def check_shape(who: str, name: str, parameter: torch.Tensor | None, *wanted: int) -> None:
+    """Refuse a parameter or statistic of another shape, by ShapeError; None passes.
+
+    >>> check_shape("GDN", "beta", torch.ones(4), 4)
+    """
+    if parameter is not None and tuple(parameter.shape) != wanted:
+        raise ShapeError(
+            f"{who}: {name} has shape {show(parameter.shape)}, wanted {show(wanted)}; give a tensor of that shape, or make the "
+            "layer for other sizes"
+        )
+
+
 def show(shape: Sequence[int]) -> str:
     """A shape as people write it.
 

@@ -167,6 +167,16 @@ class Layer(Module):
         assert total is not None
         return y, total
 
+    def complete(self, bias: bool = True) -> None:
+        """End a constructor: drop the bias that torch's made if it is not wanted, and make the rule.
+
+        The rule refuses options that do not go together here rather than at the first input, and a compiler, which would trace
+        its making, finds it ready.
+        """
+        if not bias:
+            self.register_parameter("bias", None)
+        _ = self.rule
+
     def running(self) -> RunningStatistics | None:
         """The module's running statistics, or None where it keeps none."""
         buffers = self._buffers
@@ -174,10 +184,6 @@ class Layer(Module):
         if mean is None or var is None:
             return None
         return RunningStatistics(mean, var, buffers.get("num_batches_tracked"))
-
-    def repr_activation(self) -> str:
-        """The activation as ``extra_repr`` shows it."""
-        return "" if self.activation is None else f", activation={self.activation!r}"
 
     def explain(self, input: Tensor) -> Explanation:
         """Say which back end would normalize this input, and why.
@@ -195,6 +201,13 @@ class Layer(Module):
 def _activates(kind: type) -> bool:
     """Whether layers of a class apply their activation: they run the common forward, or say so by an argument."""
     return kind.forward is Layer.forward or "activation" in inspect.signature(kind.__init__).parameters
+
+
+def check_layout(who: str, layout: str) -> str:
+    """The layout of channels, unless it is neither first nor last."""
+    if layout not in ("n c *", "n * c"):
+        raise OptionError(f"{who}: layout={layout!r}; wanted one of 'n c *', 'n * c'")
+    return layout
 
 
 def check_channels(who: str, input: Tensor, wanted: int, argument: str, layout: str) -> None:

@@ -18,7 +18,7 @@ from normkit.core.memory import Running, RunningMoments, RunningStatistics
 from normkit.core.rule import Rule
 from normkit.core.support import Split, place
 from normkit.engine import closed_form
-from normkit.engine.abi import TYPES, checked, gradients, like, pointer
+from normkit.engine.abi import TYPES, checked, gradients, like
 from normkit.engine.call import Call, Output
 from normkit.engine.eager import watched
 from normkit.engine.guard import calm, guard
@@ -117,7 +117,7 @@ def _by_arrays(
 def _by_values(ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor) -> Tensor:
     if _recorded(x, weight, bias):
         return _normalize_by(x, weight, bias, values, ready)
-    return _apply(ready, x, weight, bias, values)
+    return _forward(ready, x, weight, bias, None, 1 + ready.centred, values)[0]
 
 
 def _fill(ready: Prepared, values: Tensor, running: RunningStatistics) -> None:
@@ -171,14 +171,24 @@ def _packed(parameter: Tensor | None) -> Tensor | None:
 
 
 def _forward(
-    ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rows: int
+    ready: Prepared,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    rows: int,
+    values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The output, the sum with the residual, and as many rows of what was measured as are to be kept."""
+    """The output, the sum with the residual, and the statistics: 1 / scale, mean and variance, as many rows as asked for.
+
+    The kernel writes them, unless ``values`` holds them and ``ready`` was prepared for given ones.
+    """
     y = torch.empty_like(x)
     total = None if residual is None else torch.empty_like(x)
-    values = inverse = center = variance = None
+    inverse = center = variance = None
     if rows:
-        values = x.new_empty(rows * ready.nest.statistics, dtype=ready.wide)
+        if values is None:
+            values = x.new_empty(rows * ready.nest.statistics, dtype=ready.wide)
         inverse = values.data_ptr()
         center = inverse + ready.statistic_bytes if rows > 1 else None
         variance = inverse + 2 * ready.statistic_bytes if rows > 2 else None
@@ -197,15 +207,6 @@ def _forward(
     if status:
         checked(status)
     return y if ready.format is None else y.contiguous(memory_format=ready.format), total, values
-
-
-def _apply(ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor) -> Tensor:
-    y = torch.empty_like(x)
-    start = values.data_ptr()
-    center = start + ready.statistic_bytes if ready.centred else None
-    pointers = x.data_ptr(), None, pointer(weight), pointer(bias), y.data_ptr(), None, center, start, None
-    checked(ready.forward(ready.address, *pointers))
-    return y if ready.format is None else y.contiguous(memory_format=ready.format)
 
 
 def _backward(
@@ -342,7 +343,7 @@ class _NormalizeBy(torch.autograd.Function):
     ) -> Tensor:
         ctx.ready, ctx.values = ready, values
         ctx.save_for_backward(x, weight, bias)
-        return _apply(ready, x, weight, bias, values)
+        return _forward(ready, x, weight, bias, None, 1 + ready.centred, values)[0]
 
     @staticmethod
     def backward(ctx: Any, *arrived: Tensor | None) -> tuple[Tensor | None, ...]:
