@@ -23,33 +23,33 @@ _BATCH = Support("n c *", over="n *")
 
 
 class ExemplarNorm(Module):
-    """Mix instance, layer and batch normalization, each whole and with its own weight and bias, as each sample asks for.
+    """Mix instance, layer and batch normalization, each with its own weight and bias, in shares that depend on the sample.
 
     y_n = sum_k s_nk (weight_k * (x_n - m_k) / sqrt(v_k + eps) + bias_k), k over instance, layer and batch in this order, the
-    shares s_n positive with the sum 1. A small network computes them: the sample's mean over positions is normalized by the
+    shares s_n positive with sum 1. A small network computes them: the sample's mean over positions is normalized by the
     moments of each k, reduced to d numbers, and the products between the three vectors go through a hidden layer with tanh to
-    three logits. The last layer starts at 0, so all shares start at 1/3. In evaluation running averages stand for the batch's
+    three logits. The last layer starts at 0, so all shares start at 1/3. In evaluation running averages replace the batch's
     moments.
 
     Args:
         num_features: channels C.
         reduction: d is C / reduction, at least 1. Default: 32.
-        hidden: units of the hidden layer. Default: 6.
+        hidden: number of hidden units. Default: 6.
         eps: added to the variances. Default: 1e-5.
         momentum: weight of the new value in the running averages. Default: 0.1.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, C, *) to the same.
+        (N, C, *); the output has the same shape.
 
     Raises:
-        ShapeError: other channels than ``num_features``, or a single position.
+        ShapeError: a number of channels other than ``num_features``, or a single position.
         OptionError: a reduction or hidden below 1.
 
     Reference:
         Zhang, Peng, Yuan, Luo, "Exemplar Normalization for Learning Deep Representation" (2020),
-        https://arxiv.org/abs/2003.08761. The sizes of the small network are our own.
+        https://arxiv.org/abs/2003.08761. The sizes of the small network are our own choice.
 
     >>> ExemplarNorm(1)(torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]])).detach().view(-1)
     tensor([-1.1139,  0.5176, -0.5176,  1.1139])
@@ -92,7 +92,7 @@ class ExemplarNorm(Module):
         nn.init.zeros_(self.logits.bias)
 
     def moments(self, input: Tensor) -> list[Moments]:
-        """The moments of instance, layer and batch; in training the running averages take the batch's in."""
+        """The moments of instance, layer and batch; in training, update the running averages by the batch's."""
         check_channels("ExemplarNorm", input, self.num_features, "num_features", "n c *")
         wide = input.to(accumulation_dtype(input.dtype))
         check_several("ExemplarNorm", input, _INSTANCE)
@@ -100,7 +100,7 @@ class ExemplarNorm(Module):
             check_shape("ExemplarNorm", name, getattr(self, name), self.num_features)
         if input.numel():
             instance = moments(wide, tuple(range(2, input.dim())))
-        else:  # no element has moments; what is not a number would reach the gradients of the parameters
+        else:  # an empty batch has no moments, and NaN would reach the gradients of the parameters
             empty = wide.new_zeros([*input.shape[:2], *[1] * (input.dim() - 2)])
             instance = Moments(empty, torch.ones_like(empty), 0)
         if self.training and input.numel():
@@ -115,7 +115,7 @@ class ExemplarNorm(Module):
         return [instance, pool(instance, (1,)), batch]
 
     def shares(self, found: list[Moments]) -> Tensor:
-        """How much of instance, layer and batch each sample takes: (N, 3), each row summing to 1."""
+        """The shares of instance, layer and batch for each sample: (N, 3), where each row sums to 1."""
         pooled = found[0].mean.flatten(1)
         seen = [(pooled - each.mean.flatten(1)) * (each.var.flatten(1) + self.eps).rsqrt() for each in found]
         with full_precision(pooled):
@@ -153,7 +153,7 @@ def exemplar_norm(
         check_shape("exemplar_norm", name, parameter, len(found), input.shape[1])
     ones = [1] * (input.dim() - 2)
     gain = shift = torch.zeros((), dtype=wide.dtype, device=input.device)
-    center = found[0].mean  # what the others' means differ from is small: x is centred once
+    center = found[0].mean  # x is centred once, by a mean from which the others differ little
     for k, each in enumerate(found):
         share = shares[:, k].to(wide.dtype).view([-1, 1, *ones])
         scale = weight[k].to(wide.dtype).view([-1, *ones]) * (each.var + eps).rsqrt()
@@ -176,8 +176,8 @@ CARD = Card(
         "https://arxiv.org/abs/2003.08761",
     ),
     use_cases="training data of several kinds in one batch: noisy labels, mixed domains",
-    strengths="each sample chooses; leans away from the batch where that helps",
-    weaknesses="depends on the batch; a small network a layer; can't be folded away",
+    strengths="each sample chooses; can rely less on the batch where that helps",
+    weaknesses="depends on the batch; a small network per layer; can't be folded",
     module=ExemplarNorm,
     functional=exemplar_norm,
     make=lambda channels: ExemplarNorm(channels, reduction=2, hidden=2),

@@ -1,4 +1,4 @@
-"""Feature-wise linear modulation (FiLM): a scale and a shift per channel that are computed from a condition."""
+"""Feature-wise linear modulation (FiLM): a scale and a shift per channel, computed from a condition."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ class FiLM(Module):
     """Scale and shift each channel by a linear function of a condition.
 
     y = (1 + scale) * x + shift, with (scale, shift) = Linear(condition), one of each per sample and channel. It computes no
-    statistic: it is the compensation of a normalization, taken from another input, and usually follows a batch normalization
-    without one of its own (``affine=False``).
+    statistic: it is the affine part of a normalization, computed from another input, and usually follows a batch normalization
+    without its own (``affine=False``).
 
     Args:
-        channels: C.
+        channels: channels C.
         condition: size of the condition.
-        zero: start the linear layer at zero, where y = x; else as ``torch.nn.Linear`` does. Default: False.
+        zero: initialize the linear layer to zero, so that y = x; else as ``torch.nn.Linear`` does. Default: False.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        input (N, C, *), or (N, *, C) with channels last, and condition (N, condition), to the input's shape and dtype.
+        input (N, C, *), or (N, *, C) with channels last, and condition (N, condition); the output has the shape and dtype of
+        the input.
 
     Raises:
-        ShapeError: the input has other channels, or the condition another size.
+        ShapeError: the input has another number of channels, or the condition another size.
         OptionError: another layout, or the input is not floating.
 
     Reference:
@@ -65,7 +66,7 @@ class FiLM(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Give the linear layer its first values."""
+        """Initialize the linear layer."""
         self.linear.reset_parameters()
         if self.zero:
             nn.init.zeros_(self.linear.weight)
@@ -79,7 +80,7 @@ class FiLM(Module):
             condition: (N, condition), or one for all samples: (condition,) or (1, condition).
 
         Returns:
-            Of the input's shape and dtype.
+            A tensor of the input's shape and dtype.
         """
         check_channels("FiLM", input, self.channels, "channels", self.layout)
         given, condition = condition, per_sample(condition)
@@ -98,7 +99,7 @@ class FiLM(Module):
 def film(input: Tensor, scale: Tensor, shift: Tensor, *, layout: str = "n c *") -> Tensor:
     """Feature-wise linear modulation as a function of a scale and a shift; see FiLM.
 
-    Each is (N, C) or (C,), or of as many axes as the input, which it broadcasts over, as (N, C, 1, 1).
+    Each is (N, C) or (C,), or has as many axes as the input and broadcasts over it, as (N, C, 1, 1).
 
     >>> film(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
     tensor([[2., 4.]])
@@ -118,8 +119,7 @@ CARD = Card(
     name="film",
     title="Feature-wise linear modulation (FiLM)",
     kind="activation",
-    word="",
-    wordless="it takes a condition besides its input",
+    wordless="it takes a condition as well as its input",
     normalized_over="nothing; each sample's channels are scaled and shifted by a function of a condition",
     formula="y = (1 + scale(condition)) * x + shift(condition)",
     paper=Paper(
@@ -128,8 +128,8 @@ CARD = Card(
         2018,
         "https://arxiv.org/abs/1709.07871",
     ),
-    use_cases="convolutional networks steered by a question, class or style; after a norm without a compensation of its own",
-    strengths="two numbers per channel steer a whole network; any norm may stand before it",
+    use_cases="convolutional networks steered by a question, class or style; after a norm without weight and bias",
+    strengths="two numbers per channel steer a whole network; works after any norm",
     weaknesses="normalizes nothing itself; the same for all positions",
     module=FiLM,
     functional=film,

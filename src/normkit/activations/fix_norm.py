@@ -1,4 +1,4 @@
-"""FixNorm: word embeddings of one length, for the lookup and for the logits."""
+"""FixNorm: word embeddings of unit length, for lookup and logits."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from normkit.engine.dispatch import run
 
 
 class FixNorm(Module):
-    """Tied word embeddings whose lengths are taken out, so that a word's frequency does not show in its logit.
+    """Tied word embeddings of fixed length, so that a word's frequency does not affect its logit.
 
-    ``embed(tokens)`` gives sqrt(D) * e / |e|, and the layer itself logits = g * h / |h| . e / |e| + bias: a learned scalar times
-    the cosine. Each of the two normalizations can be left out; the scalar goes with that of h.
+    ``embed(tokens)`` returns sqrt(D) * e / |e|, and the layer itself logits = g * h / |h| . e / |e| + bias: a learned scalar
+    times the cosine. Each of the two normalizations can be turned off; the scalar belongs to that of h.
 
     Args:
-        features: D.
-        vocabulary: V, number of words.
-        fix_embeddings: divide each word's embedding by its norm; they start uniform in +-0.01, else normal with deviation
-            1 / sqrt(D). Default: True.
+        features: features D.
+        vocabulary: number of words V.
+        fix_embeddings: divide each word's embedding by its norm; they are initialized uniformly in +-0.01, else normally
+            with deviation 1 / sqrt(D). Default: True.
         fix_output: divide h by its norm, and multiply it by a learned scalar that starts at sqrt(D). Default: True.
-        bias: whether logits have a bias for each word (starts at 0). Default: True.
+        bias: whether there is a bias per word (starts at 0). Default: True.
         eps: floor of the norms. Default: 1e-5.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
         (*, D) to logits (*, V), in the input's dtype; ``embed`` takes word numbers (*) to (*, D).
@@ -76,7 +76,7 @@ class FixNorm(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Give the parameters their first values."""
+        """Initialize the parameters."""
         if self.fix_embeddings:
             nn.init.uniform_(self.weight, -0.01, 0.01)
         else:
@@ -84,7 +84,7 @@ class FixNorm(Module):
         self.fill(bias=0, gain=self.features**0.5)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embeddings of words, scaled by sqrt(D).
+        """Look up the embeddings of words, scaled by sqrt(D).
 
         Args:
             tokens: word numbers, (*).
@@ -96,7 +96,7 @@ class FixNorm(Module):
         return (_unit(found, self.eps) if self.fix_embeddings else found) * self.features**0.5
 
     def forward(self, input: Tensor) -> Tensor:
-        """Logits of all words.
+        """Compute the logits of all words.
 
         Args:
             input: (*, D).
@@ -126,7 +126,7 @@ def fix_norm(
     *,
     fix_embeddings: bool = True,
 ) -> Tensor:
-    """Logits from embeddings (V, D) as a function; x is divided by its norm where there is a gain; see FixNorm.
+    """Compute logits from embeddings (V, D); the input is divided by its norm if there is a gain; see FixNorm.
 
     >>> fix_norm(torch.tensor([[7.0, 0.0]]), torch.tensor([[3.0, 4.0]]), gain=torch.tensor(10.0))
     tensor([[6.]])
@@ -157,7 +157,6 @@ CARD = Card(
     name="fix_norm",
     title="FixNorm",
     kind="activation",
-    word="",
     wordless="it is a network's embeddings and last layer, not a norm between layers",
     normalized_over="each word's embedding, and each token before the logits, over its features",
     formula="logit = g * (h / |h|) . (e / |e|) + bias",
@@ -168,8 +167,8 @@ CARD = Card(
         "https://arxiv.org/abs/1710.01329",
     ),
     use_cases="embeddings and logits of translation models, above all with little data",
-    strengths="rare words are not held back by short embeddings; logits are bounded by the gain",
-    weaknesses="the gain must be learned or set; takes the place of the output layer, not of a norm inside the network",
+    strengths="short embeddings do not hold back rare words; the gain bounds the logits",
+    weaknesses="the gain must be learned or set; replaces the output layer, not a norm inside the network",
     module=FixNorm,
     functional=fix_norm,
     make=lambda features: FixNorm(features, features),

@@ -1,4 +1,4 @@
-"""Local context normalization: each element over a window of positions and its group of channels."""
+"""Local context normalization: normalize each element over a window of positions and its group of channels."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ class LocalContextNorm(Module):
     """Normalize each element by the mean and deviation of its group of channels in a window of positions around it.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, E and Var over the channels of the group and the part of the window
-    that lies inside the image. A window that covers the image from everywhere gives group normalization. The same in training
+    inside the image. A window that covers the image from every position gives group normalization. The same in training
     and evaluation.
 
     Args:
         num_features: channels C.
         channels_per_group: channels that share statistics; divides C. Default: 2.
-        window: positions along each spatial axis, one number for all or one for each. Default: 227.
+        window: positions along each spatial axis, one number for all axes or one per axis. Default: 227.
         eps: added to the variance. Default: 1e-5.
         affine: whether there are a weight (starts at 1) and a bias (at 0), per channel. Default: True.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, C, *) to the same.
+        (N, C, *); the output has the same shape.
 
     Raises:
         OptionError: the channels do not split into the groups, or a window below 1.
-        ShapeError: other channels than ``num_features``, or other spatial axes than windows.
+        ShapeError: a number of channels other than ``num_features``, or another number of spatial axes than of windows.
 
     Reference:
         Ortiz, Robinson, Morris, Fuentes, Kiekintveld, Hassan, Jojic, "Local Context Normalization: Revisiting Local
@@ -103,10 +103,10 @@ def local_context_norm(
     windows = list(window) if isinstance(window, Sequence) else [window] * axes
     if len(windows) != axes:
         raise ShapeError(
-            f"local_context_norm: {len(windows)} windows for {axes} spatial axes (input {show(input.shape)}); give one for each"
+            f"local_context_norm: {len(windows)} windows for {axes} spatial axes (input {show(input.shape)}); give one per axis"
         )
     groups = wide.unflatten(1, (-1, channels_per_group))
-    each = moments(groups, (2,))  # of the group at each position: what is left to slide is smaller by the group's size
+    each = moments(groups, (2,))  # over the group at each position first: fewer elements are left to slide over
     found = sliding_moments(each, [(dim + 3, size) for dim, size in enumerate(windows)])
     y = ((groups - found.mean) * (found.var + eps).rsqrt()).flatten(1, 2)
     return Affine("c").apply(y, _SUPPORT.split(input.shape), weight, bias).to(input.dtype)
@@ -136,8 +136,8 @@ CARD = Card(
         2020,
         "https://arxiv.org/abs/1912.05845",
     ),
-    use_cases="dense prediction on large images whose light varies: segmentation, aerial images, detection",
-    strengths="independent of the batch; far parts of an image do not disturb one another",
+    use_cases="dense prediction on large images with uneven light: segmentation, aerial images, detection",
+    strengths="independent of the batch; distant parts of an image do not affect one another",
     weaknesses="slower than group normalization; the window is one more choice",
     module=LocalContextNorm,
     functional=local_context_norm,

@@ -1,4 +1,4 @@
-"""Mean-only batch normalization: each channel less its mean over the batch and all positions."""
+"""Mean-only batch normalization: subtract each channel's mean over the batch and all positions."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class MeanOnlyBatchNorm(Layer):
 
     y = x - E[x] + bias, with E over batch and positions in training, and a running average of it in evaluation:
     running <- (1 - momentum) running + momentum * E[x]. Nothing is divided and there is no gain: weight normalization before
-    it sets the scale. The gradient subtracts its own mean, dx = dy - E[dy]. A bias of the layer before cancels. The noise that
-    the batch brings in is that of a mean alone, milder than batch normalization's.
+    it sets the scale. The gradient subtracts its own mean, dx = dy - E[dy]. A bias of the previous layer cancels. The batch adds
+    only the noise of a mean, which is milder than that of batch normalization.
 
     Args:
         num_features: channels C.
@@ -42,14 +42,14 @@ class MeanOnlyBatchNorm(Layer):
         bias: whether there is a bias (starts at 0). Default: True.
         track_running_stats: whether there is a running mean; without, the batch's mean is always used. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        device: of the parameter.
-        dtype: of the parameter.
+        device: device of the parameter.
+        dtype: dtype of the parameter.
 
     Shape:
-        (N, C, *) or, with channels last, (N, *, C), to the same. N may be 0.
+        (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.
 
     Raises:
-        ShapeError: other channels than ``num_features``.
+        ShapeError: a number of channels other than ``num_features``.
         OptionError: another layout.
 
     Reference:
@@ -125,7 +125,7 @@ CARD = Card(
     title="Mean-only batch normalization",
     kind="activation",
     word="mean_only",
-    normalized_over="each channel, over the batch and all positions; its mean alone",
+    normalized_over="each channel, over the batch and all positions; only its mean",
     formula="y = x - E[x] + bias",
     paper=Paper(
         "Salimans, Tim and Kingma, Diederik P.",
@@ -133,9 +133,9 @@ CARD = Card(
         2016,
         "https://arxiv.org/abs/1602.07868",
     ),
-    use_cases="behind weight-normalized layers, whose lengths set the scale",
-    strengths="milder noise than that of batch normalization; free at inference once folded",
-    weaknesses="depends on the batch; does not fix the scale of activations, which weights must",
+    use_cases="after weight-normalized layers, whose lengths set the scale",
+    strengths="less noise than batch normalization; free at inference once folded",
+    weaknesses="depends on the batch; leaves the scale of activations to the weights",
     module=MeanOnlyBatchNorm,
     functional=mean_only_batch_norm,
     make=MeanOnlyBatchNorm,

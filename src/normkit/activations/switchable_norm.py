@@ -26,25 +26,25 @@ class SwitchableNorm(Module):
 
     y = weight * (x - m) / sqrt(v + eps) + bias, m = sum_k softmax(mean_weight)_k m_k, v = sum_k softmax(var_weight)_k v_k, k over
     instance, layer and batch in this order. The layer's and the batch's moments are pooled from the instance's, so x is read
-    once. In evaluation running averages stand for the batch's moments.
+    once. In evaluation running averages replace the batch's moments.
 
-    With one logit far above the others it is that normalizer, running averages included: these are kept as batch normalization
-    keeps them, starting at 0 and 1, with the unbiased variance.
+    If one logit is far above the others it is that normalizer, including running averages: these are kept as in batch
+    normalization, starting at 0 and 1, with the unbiased variance.
 
     Args:
         num_features: channels C.
         eps: added to the variance. Default: 1e-5.
-        momentum: weight of the new value in the running averages. Default: 0.1 (written 0.9 by the authors).
-        correction: 1 divides the instance's variance, from which the others follow, by the positions less 1, as the authors'
-            code does; 0 by the positions. Default: 0.
-        device: of the parameters.
-        dtype: of the parameters.
+        momentum: weight of the new value in the running averages. Default: 0.1 (0.9 in the authors' notation).
+        correction: 1 divides the instance's variance, from which the others follow, by the number of positions minus 1, as
+            the authors' code does; 0 by their number. Default: 0.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, C, *) to the same.
+        (N, C, *); the output has the same shape.
 
     Raises:
-        ShapeError: other channels than ``num_features``, or a single position.
+        ShapeError: a number of channels other than ``num_features``, or a single position.
         OptionError: another correction.
 
     Reference:
@@ -116,7 +116,7 @@ def switchable_norm(
     """Switchable normalization as a function, of logits (3,) for instance, layer and batch; see SwitchableNorm.
 
     Without running statistics the batch's own moments are always used. Elements where the mask (boolean, broadcasts over
-    the input) is False enter no statistic and come out as zero.
+    the input) is False enter no statistic and become zero.
 
     >>> switchable_norm(torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]]), torch.ones(3), torch.ones(3)).view(-1)
     tensor([-1.0911,  0.2182, -0.2182,  1.0911])
@@ -148,7 +148,7 @@ def _normalize(
         wide = torch.where(mask, wide, 0.0)
     instance = moments(wide, tuple(range(2, x.dim())), mask)
     if correction:
-        # Of a single position, as a mask may leave, the variance stays 0: undefined it would spread to the whole batch.
+        # The variance of a single position, as a mask may leave, stays 0: an undefined one would spread to the whole batch.
         n = torch.as_tensor(instance.n, dtype=wide.dtype, device=wide.device)
         instance = instance._replace(var=instance.var * (n / (n - 1).clamp_min(1)))
     if training or running is None:
@@ -159,7 +159,7 @@ def _normalize(
     if training and running is not None:
         memory.update(running, batch, split)
     three = (instance, pool(instance, (1,)), batch)
-    if 0 in x.shape:  # moments of nothing are no numbers, and would make the logits' gradients none
+    if 0 in x.shape:  # moments of an empty batch are NaN, and would reach the logits' gradients
         three = tuple(Moments(torch.zeros_like(found.mean), torch.zeros_like(found.var), 0) for found in three)
     mean = _mixed([found.mean for found in three], logits[0])
     var = _mixed([found.var for found in three], logits[1])
@@ -187,8 +187,8 @@ CARD = Card(
         "https://arxiv.org/abs/1806.10779",
     ),
     use_cases="when the best normalizer of each layer is not known: detection, segmentation, style transfer",
-    strengths="chooses the normalizer of each layer by training; leans away from the batch where batches are small",
-    weaknesses="depends on the batch unless it learns not to; can't be folded away; more passes",
+    strengths="learns the normalizer of each layer; relies less on the batch where batches are small",
+    weaknesses="depends on the batch unless it learns not to; can't be folded; more passes",
     module=SwitchableNorm,
     functional=switchable_norm,
     make=SwitchableNorm,

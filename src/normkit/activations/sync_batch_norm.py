@@ -1,4 +1,4 @@
-"""Synchronized batch normalization: each channel over the batches of all processes and all positions."""
+"""Synchronized batch normalization: normalize each channel over the batches of all processes and all positions."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
     """Normalize each channel over the batches of all processes, on any device and backend of torch.distributed.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, with E and Var (population) over the union of the processes' batches in
-    training. Batches may be of different sizes, and some empty; every process must call forward and backward alike. Each
+    training. Batches may differ in size, and some may be empty; every process must call forward and backward alike. Each
     process's count, mean and variance are gathered once and merged; the backward pass sums two numbers per channel over the
-    processes. Running statistics come out the same everywhere. Gradients of weight and bias are the local batch's, as
-    DistributedDataParallel wants them. Without a process group, with one process, and in evaluation it is batch normalization.
+    processes. Running statistics are the same in all processes. Gradients of weight and bias are those of the local batch, as
+    DistributedDataParallel expects. Without a process group, with one process, and in evaluation it is batch normalization.
 
-    ``torch.nn.SyncBatchNorm``, but also on CPU: same arguments, defaults and state_dict. Put it in place of channels-last layers
-    by hand, with the same layout: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no layout, and is refused.
+    ``torch.nn.SyncBatchNorm``, but also on CPU: same arguments, defaults and state_dict. Replace channels-last layers by hand,
+    with the same layout: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no layout, and is refused.
 
     Args:
         num_features: channels C.
@@ -54,16 +54,17 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
         affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
         track_running_stats: whether there are running averages; without, the batches' statistics are always used. Default: True.
         process_group: the processes that share statistics. Default: all.
-        device: of the parameters.
-        dtype: of the parameters.
-        bias: False leaves the bias out. Default: True.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+        bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
 
     Shape:
-        (N, C, *) or, with channels last, (N, *, C), to the same. N may differ between processes, and be 0.
+        (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may differ between processes, and be 0.
 
     Raises:
-        ShapeError: other channels than ``num_features``, or one value per channel in all processes together in training.
+        ShapeError: a number of channels other than ``num_features``, or one value per channel in all processes
+            together in training.
         OptionError: another layout.
 
     Reference:
@@ -133,9 +134,9 @@ def sync_batch_norm(
     mask: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Synchronized batch normalization in training as a function; running statistics that are given are updated.
+    """Synchronized batch normalization in training as a function; it updates running statistics that are given.
 
-    ``backend`` is for batch normalization, where there is one process. See SyncBatchNorm.
+    ``backend`` applies where there is one process, as for batch normalization. See SyncBatchNorm.
 
     >>> sync_batch_norm(torch.tensor([[1.0], [3.0]])).T
     tensor([[-1.0000,  1.0000]])
@@ -166,7 +167,7 @@ def _synchronized(
     if mask is not None:
         mask = mask.expand(x.shape).reshape(split.shape)
     y, _, mean, var, n = _Synchronized.apply(x.reshape(split.shape), split, rule.statistic, mask, group)
-    if n.device.type == "cpu" and bool((n == 1).any()):  # elsewhere asking would wait for the device
+    if n.device.type == "cpu" and bool((n == 1).any()):  # on other devices the check would wait for the device
         raise ShapeError(
             f"SyncBatchNorm: one value for each statistic in all processes together (input here {show(x.shape)}); its "
             "variance is undefined. Expected more than 1 value per channel when training: use larger batches, or .eval()"
@@ -176,7 +177,7 @@ def _synchronized(
         y = rule.compensation.apply(y, split, weight, bias)
         y = y if mask is None else torch.where(mask, y, 0.0)
     elif y.dtype == x.dtype:
-        y = y.clone()  # the backward pass needs it, and a caller may write into what it gets
+        y = y.clone()  # the backward pass needs y, and a caller may write into its output
     if running is not None and rule.memory is not None:
         rule.memory.update(running, Moments(mean, var, n), Split(split.statistics_shape, split.names, split.dims))
     return y.reshape(x.shape).to(x.dtype)
@@ -231,7 +232,7 @@ class _Synchronized(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes, of which each process's part has the sum of all processes' gradients."""
+    """The sum over all processes; its gradient is the sum of all processes' gradients."""
 
     @staticmethod
     def forward(x: Tensor, group: Any) -> Tensor:
@@ -262,7 +263,7 @@ CARD = Card(
         "https://arxiv.org/abs/1502.03167",
     ),
     use_cases="detection, segmentation and other training with few samples on each of several devices",
-    strengths="batch normalization's statistics whatever the number of devices; batches may be uneven, and empty",
+    strengths="the same statistics for any number of devices; batches may be uneven, or empty",
     weaknesses="each layer waits for all processes, once forward and once backward",
     module=SyncBatchNorm,
     functional=sync_batch_norm,

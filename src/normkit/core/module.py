@@ -80,8 +80,8 @@ class Module(nn.Module):
             *names: of the statistics, such as ``"running_mean"``, in the order of the state_dict.
             tracked: False registers None for all of them.
             counted: whether the batches are counted too, which the cumulative average needs.
-            device: of the statistics.
-            dtype: of the statistics.
+            device: device of the statistics.
+            dtype: dtype of the statistics.
         """
         for name in names:
             initial = torch.full(tuple(shape), _INITIAL[name], device=device, dtype=dtype) if tracked else None

@@ -49,12 +49,12 @@ def run(
         running: the running statistics of a rule with memory. In training they are updated in place; otherwise they are used
             instead of the input's own.
         training: whether the input's own statistics are used. Without ``running`` they always are.
-        mask: boolean, broadcasts over x; where it is False the element enters no statistic and comes out as zero.
-        activation: the activation applied in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
+        mask: boolean, broadcasts over x; elements where it is False enter no statistic and become zero.
+        activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
         backend: ``"auto"`` chooses; a back end by name runs or raises, without falling back to another.
 
     Returns:
-        Of the input's shape and dtype.
+        A tensor of the input's shape and dtype.
 
     Raises:
         ShapeError: the input or a parameter does not fit the rule.
@@ -233,11 +233,11 @@ def normalize(
         bias: likewise.
         per: the axes of weight and bias in the notation of Support, e.g. ``"c"``; needed only with them.
         statistic: the centre and the scale; default mean and standard deviation with eps 1e-5.
-        mask: boolean, broadcasts over x; where it is False the element enters no statistic and comes out as zero.
+        mask: boolean, broadcasts over x; elements where it is False enter no statistic and become zero.
         backend: as for ``run``.
 
     Returns:
-        Of the input's shape and dtype; differentiable any number of times.
+        A tensor of the input's shape and dtype; differentiable any number of times.
 
     Raises:
         NotationError: ``per`` is missing or names an axis that is not there.

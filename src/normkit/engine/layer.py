@@ -59,10 +59,10 @@ class Layer(Module):
 
         Args:
             input: of the rule's axes.
-            mask: boolean, broadcasts over the input; where it is False the element enters no statistic and comes out as zero.
+            mask: boolean, broadcasts over the input; elements where it is False enter no statistic and become zero.
 
         Returns:
-            Of the input's shape and dtype.
+            A tensor of the input's shape and dtype.
 
         Raises:
             ShapeError: the input does not fit.

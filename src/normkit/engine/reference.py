@@ -80,7 +80,7 @@ def normalize(
         split: split of the rule's support.
         weight: weight of the rule's compensation, or None.
         bias: likewise.
-        mask: boolean, broadcasts over x; where it is False the element enters no statistic and comes out as zero.
+        mask: boolean, broadcasts over x; elements where it is False enter no statistic and become zero.
 
     Returns:
         The output in the accumulation dtype, and the moments where the statistic has them.
