@@ -139,9 +139,9 @@ class BatchChannelNorm(Module, TorchBatchNorm):
         _check_groups("BatchChannelNorm", num_groups, num_features)
         super().__init__(num_features, eps, momentum, affine, True, device=device, dtype=dtype)
         self.num_groups, self.estimate = num_groups, estimate
-        kind = {"device": device, "dtype": dtype}
-        self.group_weight = nn.Parameter(torch.ones(num_groups, **kind)) if affine else None
-        self.group_bias = nn.Parameter(torch.zeros(num_groups, **kind)) if affine else None
+        factory = {"device": device, "dtype": dtype}
+        self.group_weight = nn.Parameter(torch.ones(num_groups, **factory)) if affine else None
+        self.group_bias = nn.Parameter(torch.zeros(num_groups, **factory)) if affine else None
         _ = self._rules  # made now, as a compiler would trace their making
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -69,7 +69,7 @@ class _Normalizer(Layer):
 class ConditionalNorm(_Normalizer):
     """Instance or batch normalization whose weight and bias depend on a class or on a vector.
 
-    y = weight(k) * (x - E[x]) / sqrt(Var[x] + eps) + bias(k). With ``classes`` each class k has a weight and a bias of its own;
+    y = weight(k) * (x - E[x]) / sqrt(Var[x] + eps) + bias(k). With ``classes`` each class k has its own weight and bias;
     a condition of one number per class mixes them, as between styles. With ``features`` the condition is a vector v, and
     weight = 1 + v W, bias = v B. Both start as the unconditioned norm.
 

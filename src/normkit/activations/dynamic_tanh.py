@@ -70,9 +70,9 @@ class DynamicTanh(Module):
                 f"DynamicTanh: layout={layout!r} with normalized_shape={self.normalized_shape}; "
                 "wanted '* d', or 'n c *' with one number of channels"
             )
-        empty = {"device": device, "dtype": dtype}
-        self.alpha = nn.Parameter(torch.empty(1, **empty))
-        self.register_affine(self.normalized_shape, elementwise_affine, elementwise_affine and bias, **empty)
+        factory = {"device": device, "dtype": dtype}
+        self.alpha = nn.Parameter(torch.empty(1, **factory))
+        self.register_affine(self.normalized_shape, elementwise_affine, elementwise_affine and bias, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -133,7 +133,7 @@ CARD = Card(
     title="Dynamic tanh",
     kind="activation",
     word="dyt",
-    normalized_over="nothing: each element by itself, without a statistic",
+    normalized_over="nothing: each element separately, without a statistic",
     formula="y = weight * tanh(alpha * x) + bias",
     paper=Paper(
         "Zhu, Jiachen and Chen, Xinlei and He, Kaiming and LeCun, Yann and Liu, Zhuang",

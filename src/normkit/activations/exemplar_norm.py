@@ -75,12 +75,12 @@ class ExemplarNorm(Module):
         if reduction < 1 or hidden < 1:
             raise OptionError(f"ExemplarNorm: reduction={reduction}, hidden={hidden}; wanted whole numbers from 1")
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
-        empty = {"device": device, "dtype": dtype}
-        self.register_affine((3, num_features), **empty)
-        self.reduce = nn.Linear(num_features, max(num_features // reduction, 1), **empty)
-        self.hidden = nn.Linear(9, hidden, **empty)
-        self.logits = nn.Linear(hidden, 3, **empty)
-        self.register_running((num_features,), "running_mean", "running_var", counted=False, **empty)
+        factory = {"device": device, "dtype": dtype}
+        self.register_affine((3, num_features), **factory)
+        self.reduce = nn.Linear(num_features, max(num_features // reduction, 1), **factory)
+        self.hidden = nn.Linear(9, hidden, **factory)
+        self.logits = nn.Linear(hidden, 3, **factory)
+        self.register_running((num_features,), "running_mean", "running_var", counted=False, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -77,10 +77,10 @@ class FilterResponseNorm(Layer):
     ) -> None:
         super().__init__()
         self.num_features, self.eps = num_features, eps
-        empty = {"device": device, "dtype": dtype}
-        self.register_affine((num_features,), **empty)
-        self.register_parameter("tau", nn.Parameter(torch.empty(num_features, **empty)) if tlu else None)
-        self.register_parameter("eps_weight", nn.Parameter(torch.empty(1, **empty)) if learned_eps else None)
+        factory = {"device": device, "dtype": dtype}
+        self.register_affine((num_features,), **factory)
+        self.register_parameter("tau", nn.Parameter(torch.empty(num_features, **factory)) if tlu else None)
+        self.register_parameter("eps_weight", nn.Parameter(torch.empty(1, **factory)) if learned_eps else None)
         self.reset_parameters()
         self.complete()
 

@@ -69,10 +69,10 @@ class FixNorm(Module):
     ) -> None:
         super().__init__()
         self.features, self.vocabulary, self.fix_embeddings, self.eps = features, vocabulary, fix_embeddings, eps
-        kind = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(vocabulary, features, **kind))
-        self.register_parameter("bias", nn.Parameter(torch.empty(vocabulary, **kind)) if bias else None)
-        self.register_parameter("gain", nn.Parameter(torch.empty((), **kind)) if fix_output else None)
+        factory = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(vocabulary, features, **factory))
+        self.register_parameter("bias", nn.Parameter(torch.empty(vocabulary, **factory)) if bias else None)
+        self.register_parameter("gain", nn.Parameter(torch.empty((), **factory)) if fix_output else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

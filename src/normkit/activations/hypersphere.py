@@ -28,7 +28,7 @@ def hypersphere_rule(eps: float = 1e-12) -> Rule:
 
 
 class LearnedScale(Module):
-    """Multiply each feature by a learned scale in units of its own, which set its learning rate apart from the others'.
+    """Multiply each feature by a learned scale that is stored in other units, which changes its effective learning rate.
 
     y = s * x with s = weight * start / unit. The weight starts at ``unit``, so s at ``start``; a step of the optimizer moves s by
     start / unit times as much as the weight. The normalized transformer uses it for queries and keys (start 1, unit

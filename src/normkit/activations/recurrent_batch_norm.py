@@ -251,11 +251,11 @@ class BatchNormRNN(Module):
         super().__init__()
         if nonlinearity not in ("tanh", "relu"):
             raise OptionError(f"BatchNormRNN: nonlinearity={nonlinearity!r}; wanted 'tanh' or 'relu'")
-        kind = {"device": device, "dtype": dtype}
+        factory = {"device": device, "dtype": dtype}
         self.nonlinearity, self.batch_first = nonlinearity, batch_first
-        self.input = nn.Linear(input_size, hidden_size, bias=False, **kind)
-        self.hidden = nn.Linear(hidden_size, hidden_size, bias=False, **kind)
-        self.norm = RecurrentBatchNorm(hidden_size, statistics, max_length, **kind)
+        self.input = nn.Linear(input_size, hidden_size, bias=False, **factory)
+        self.hidden = nn.Linear(hidden_size, hidden_size, bias=False, **factory)
+        self.norm = RecurrentBatchNorm(hidden_size, statistics, max_length, **factory)
 
     def forward(
         self, input: Tensor, state: Tensor | None = None, lengths: Tensor | None = None
@@ -320,15 +320,15 @@ class BatchNormLSTM(Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        kind = {"device": device, "dtype": dtype}
+        factory = {"device": device, "dtype": dtype}
         self.batch_first = batch_first
-        self.input = nn.Linear(input_size, 4 * hidden_size, bias=False, **kind)
-        self.hidden = nn.Linear(hidden_size, 4 * hidden_size, bias=False, **kind)
-        self.bias = nn.Parameter(torch.zeros(4 * hidden_size, **kind))
+        self.input = nn.Linear(input_size, 4 * hidden_size, bias=False, **factory)
+        self.hidden = nn.Linear(hidden_size, 4 * hidden_size, bias=False, **factory)
+        self.bias = nn.Parameter(torch.zeros(4 * hidden_size, **factory))
         options = ("frame", max_length, eps, momentum, gain)
-        self.input_norm = RecurrentBatchNorm(4 * hidden_size, *options, bias=False, **kind)
-        self.hidden_norm = RecurrentBatchNorm(4 * hidden_size, *options, bias=False, **kind)
-        self.cell_norm = RecurrentBatchNorm(hidden_size, *options, **kind)
+        self.input_norm = RecurrentBatchNorm(4 * hidden_size, *options, bias=False, **factory)
+        self.hidden_norm = RecurrentBatchNorm(4 * hidden_size, *options, bias=False, **factory)
+        self.cell_norm = RecurrentBatchNorm(hidden_size, *options, **factory)
         nn.init.orthogonal_(self.hidden.weight)
 
     def forward(

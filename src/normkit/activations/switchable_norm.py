@@ -74,11 +74,11 @@ class SwitchableNorm(Module):
         if correction not in (0, 1):
             raise OptionError(f"SwitchableNorm: correction={correction}; wanted 0 or 1")
         self.num_features, self.eps, self.momentum, self.correction = num_features, eps, momentum, correction
-        empty = {"device": device, "dtype": dtype}
-        self.register_affine((num_features,), **empty)
-        self.mean_weight = nn.Parameter(torch.empty(3, **empty))
-        self.var_weight = nn.Parameter(torch.empty(3, **empty))
-        self.register_running((num_features,), "running_mean", "running_var", counted=False, **empty)
+        factory = {"device": device, "dtype": dtype}
+        self.register_affine((num_features,), **factory)
+        self.mean_weight = nn.Parameter(torch.empty(3, **factory))
+        self.var_weight = nn.Parameter(torch.empty(3, **factory))
+        self.register_running((num_features,), "running_mean", "running_var", counted=False, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from normkit.core.errors import OptionError
 from normkit.core.support import divisors
 
-# Channels first, features last, or several trailing axes, each element with a weight of its own.
+# Channels first, features last, or several trailing axes, with a weight per element.
 Axes = Literal["n c *", "n * c", "trailing"]
 
 
@@ -104,7 +104,7 @@ class Option:
 
 
 def whole_number(name: str, default: int | None, of: Callable[[Any], int | str]) -> Option:
-    """Make an option that is a whole number from 1; without a default, the word alone has a meaning of its own."""
+    """Make an option that is a whole number from 1; without a default, the word alone has another meaning."""
     text = "" if default is None else str(default)
     return Option(name, text, "a whole number from 1", _whole, lambda layer: str(of(layer)))
 

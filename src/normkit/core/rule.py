@@ -55,7 +55,7 @@ class Rule:
                     )
             if names != [name for name in self.support.names if name in names]:
                 raise NotationError(
-                    f"{part}: its axes stand in another order than in {self.support}; write them in that order"
+                    f"{part}: its axes are in another order than in {self.support}; write them in that order"
                 )
             if isinstance(part, Running) and self.support.reduced & set(names):
                 raise NotationError(

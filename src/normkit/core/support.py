@@ -85,7 +85,7 @@ class Support:
         known = ", ".join(self.names) or "none"
         for name in self.names:
             if self.names.count(name) > 1:
-                raise NotationError(f"{self}: axis {name!r} is named twice; give each axis a name of its own")
+                raise NotationError(f"{self}: axis {name!r} is named twice; give each axis another name")
         if not self.reduced:
             raise NotationError(f"{self}: over= names no axis to reduce; axes that exist: {known}")
         for name in sorted(self.reduced):

@@ -50,7 +50,9 @@ class TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
         """
         activation, layout = getattr(self, "activation", None), getattr(self, "layout", "n c *")
         if activation is not None:
-            return f"activation={activation!r}; set it to None and put {activation} behind the layer as a module of its own"
+            return (
+                f"activation={activation!r}; set it to None and add {activation} after the layer as a separate module"
+            )
         if converting and layout != "n c *":
-            return f"layout={layout!r}; put normkit's SyncBatchNorm with this layout in its place"
+            return f"layout={layout!r}; replace it by normkit's SyncBatchNorm with this layout"
         return self.always or (self.in_training if converting else "")
