@@ -1,15 +1,12 @@
-"""Figures of a comparison in files, fit for a paper: one concept each, as PNG at 300 dpi and as SVG."""
+"""Figures of a comparison in files, fit for a paper: one concept each."""
 
 import math
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from normkit.lab.experiment import Drawing
 from normkit.lab.report.canvas import (
     COLUMN,
     DOTTED,
@@ -24,32 +21,10 @@ from normkit.lab.report.canvas import (
     plain,
     trace,
 )
-from normkit.lab.report.comparison import Comparison, read_comparison
-from normkit.lab.report.drawing import save
+from normkit.lab.report.comparison import Comparison
 from normkit.lab.report.palette import Style, styles
-from normkit.lab.report.series import Line, Panel, Picture, pictures
+from normkit.lab.report.series import Line, Panel, Picture
 from normkit.lab.report.wording import number
-
-DPI = 300
-
-
-def draw(out: Path) -> list[Path]:
-    """Draws the figures of a comparison into OUT/figures.
-
-    Args:
-        out: the folder that `normkit compare --output` wrote.
-
-    Returns:
-        The files written: for each figure its PNG and its SVG. The same records and the same matplotlib give the same
-        bytes.
-
-    Raises:
-        RecordError: a record is missing or corrupt, or the folder cannot be written.
-    """
-    comparison = read_comparison(out)
-    named = [picture for picture in pictures(comparison) if picture.name]
-    drawn = [Drawing(picture.name, partial(figure, picture, comparison), "") for picture in named]
-    return save(drawn, out / "figures", DPI)
 
 
 def figure(picture: Picture, comparison: Comparison) -> Figure:

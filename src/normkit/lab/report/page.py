@@ -1,6 +1,7 @@
 """The report of a comparison as one self-contained page that works offline."""
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -13,34 +14,36 @@ from markupsafe import Markup
 from normkit.lab.record import write_bytes
 from normkit.lab.report import wording
 from normkit.lab.report.charts import charts
-from normkit.lab.report.comparison import Comparison, at, finite, read_comparison
+from normkit.lab.report.comparison import Comparison, at, finite
 from normkit.lab.report.palette import styles
 
 
-def write_page(out: Path) -> Path:
-    """Writes OUT/report.html from the records of OUT.
+def write_page(found: Mapping[str, Any], output: Path) -> Path:
+    """Writes ``report.html`` of a comparison.
 
     The page holds all it needs, plotly.js included, and asks nothing of the network.
 
     Args:
-        out: the folder that `normkit compare --output` wrote.
+        found: what ``result.json`` holds.
+        output: the folder.
 
     Returns:
-        The file written. The same records and the same plotly give the same bytes.
+        The file written. The same record and the same plotly give the same bytes.
 
     Raises:
-        RecordError: a record is missing or corrupt, or the folder cannot be written.
+        RecordError: the folder cannot be written.
     """
-    path = out / "report.html"
-    write_bytes(path, render(read_comparison(out)).encode())
+    path = output / "report.html"
+    write_bytes(path, render(found).encode())
     return path
 
 
-def render(comparison: Comparison) -> str:
+def render(found: Mapping[str, Any]) -> str:
     """The page's HTML."""
     from plotly.offline import get_plotlyjs
 
-    result = comparison.result
+    comparison = Comparison.of(found["result"])
+    result = {**found, "title": found["experiment"]["title"], **found["result"]}
 
     def number(path: str, kind: str) -> Markup:
         """A number with its full value and its place in result.json behind it."""

@@ -22,7 +22,7 @@ from normkit.lab.say import counted
 def print_sheet(experiment: Experiment, found: Mapping[str, Any], console: Console) -> None:
     """Prints the tables and remarks of a result."""
     print_text(f"\n{experiment.title}", console, "bold")
-    print_text(f"{experiment.claim} ({experiment.paper.cite()})", console)
+    print_text(experiment.sentence, console)
     for table in experiment.tables(found["result"]):
         print_table(table, console)
     console.print()
@@ -32,7 +32,7 @@ def print_sheet(experiment: Experiment, found: Mapping[str, Any], console: Conso
 
 def write_markdown(experiment: Experiment, found: Mapping[str, Any], figures: Sequence[Drawing], output: Path) -> Path:
     """Writes ``result.md``."""
-    parts = [f"# {experiment.title}", f"{experiment.claim} ({experiment.paper.cite()})", facts(experiment, found)]
+    parts = [f"# {experiment.title}", experiment.sentence, facts(experiment, found)]
     if paragraphs := setup(experiment):
         parts += ["## What was run", *paragraphs]
     for table in experiment.tables(found["result"]):
@@ -48,7 +48,7 @@ def write_markdown(experiment: Experiment, found: Mapping[str, Any], figures: Se
 def facts(experiment: Experiment, found: Mapping[str, Any]) -> str:
     """What was run, on what and when, in Markdown."""
     config, here = found["config"], found["environment"]
-    words = experiment.words(config["scale"], config["seeds"], config["epochs"])
+    words = experiment.words(config.get("scale", ""), config["seeds"], config["epochs"])
     threads = f"{counted(config['threads'], 'thread')} a run"
     return f"`{' '.join(words)}` on {hardware_of(here)}, {threads}, torch {here['torch']}, finished {moment(found['finished'])}."
 

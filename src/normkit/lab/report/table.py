@@ -1,17 +1,12 @@
-"""The result of a comparison as a table in the terminal."""
+"""The tables of a comparison."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
 from normkit.lab.experiment import Table
 from normkit.lab.report.comparison import at
-from normkit.lab.report.terminal import print_table, print_text
 from normkit.lab.report.wording import (
     ABSENT,
-    cautions,
-    findings,
     interval,
     kept,
     level,
@@ -20,22 +15,6 @@ from normkit.lab.report.wording import (
     score_name,
     verdict,
 )
-
-
-def print_result(result: dict[str, Any], console: Console) -> None:
-    """Prints the scores and the costs of each recipe, and what was found.
-
-    Args:
-        result: the content of result.json.
-        console: where to print.
-    """
-    for table in tables_of(result):
-        print_table(table, console)
-    console.print()
-    for text in findings(result):
-        print_text(text, console)
-    for note in cautions(result):
-        print_text(note, console, "dim")
 
 
 def tables_of(result: dict[str, Any]) -> list[Table]:
@@ -49,8 +28,7 @@ def tables_of(result: dict[str, Any]) -> list[Table]:
     def table(title: str, columns: dict[str, list[str]], notes: Sequence[str] = ()) -> Table:
         return Table(title, ["recipe", *columns], list(zip(names, *columns.values(), strict=True)), notes)
 
-    title = str(result.get("title") or "Scores")
-    return [table(title, score_columns(result)), table("Costs", cost_columns(result), notes)]
+    return [table("Scores", score_columns(result)), table("Costs", cost_columns(result), notes)]
 
 
 def score_columns(result: dict[str, Any]) -> dict[str, list[str]]:
