@@ -5,9 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from normkit.lab.compare import EXPERIMENT
-
 from normkit.lab import record
+from normkit.lab.compare import EXPERIMENT
 from normkit.lab.result import Trained, find_target, summarize
 from normkit.lab.settings import Settings
 from normkit.lab.sweep import plain
