@@ -47,6 +47,7 @@ from normkit.engine.dispatch import Explanation, run
 from normkit.gradients.adaptive_clipping import adaptive_gradient_clipping
 from normkit.gradients.grad_norm import grad_norm
 from normkit.gradients.gradient_normalizer import normalize_gradients
+from normkit.gradients.muon import muon_eq
 from normkit.preprocessing.feature_scaling import max_abs_scaling, mean_normalization, min_max_scaling, z_score
 from normkit.preprocessing.image_standardization import image_standardization
 from normkit.preprocessing.robust_scaling import robust_scaling
@@ -108,6 +109,7 @@ __all__ = [
     "min_max_scaling",
     "modulate",
     "moments",
+    "muon_eq",
     "normalize_gradients",
     "padding_mask",
     "partial_rms_norm",

@@ -46,9 +46,6 @@ class HoloNorm(Layer):
     tensor([[0.5000, 0.6667]])
     """
 
-    weight: None
-    bias: None
-
     def __init__(self, features: int) -> None:
         super().__init__()
         self.features = features

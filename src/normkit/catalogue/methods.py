@@ -58,6 +58,7 @@ _FILES = (
     "gradients.grad_norm",
     "gradients.gradient_normalizer",
     "gradients.adaptive_clipping",
+    "gradients.muon",
 )
 
 METHODS: tuple[Card, ...] = tuple(
