@@ -1,5 +1,6 @@
 """Successors of dynamic tanh and RMS normalization: where they start, their keys, their options, what they refuse."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -103,3 +104,36 @@ def test_the_authors_keys(made: nn.Module, keys: list[str]) -> None:
 def test_refusals(call: Callable[[], Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("mode", ["row", "col", "rowcol"])
+def test_a_learned_gain_of_weight_conditioning(mode: str) -> None:
+    plain, x = nn.Linear(5, 4).double(), torch.randn(3, 5, dtype=torch.float64)
+    made = nk.weights.weight_conditioning(copy.deepcopy(plain), mode, gain="learned")
+    other = nk.weights.weight_conditioning(copy.deepcopy(plain), mode, gain=2.5)
+    raw, temperature = made.parametrizations.weight.original, made.parametrizations.weight[1]
+    assert_close(made(x), nk.weights.weight_conditioning(copy.deepcopy(plain), mode)(x), rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        temperature.scale.fill_(2.5)
+    assert_close(made(x), other(x), rtol=1e-12, atol=1e-12)
+    ours = torch.autograd.grad(made(x).square().sum(), [raw, temperature.scale])
+    theirs = torch.autograd.grad(other(x).square().sum(), [other.parametrizations.weight.original])
+    assert_close(ours[0], theirs[0], rtol=1e-9, atol=1e-12)
+    assert_close(ours[1], (made(x) - made.bias).mul(2 * made(x)).sum() / 2.5, rtol=1e-9, atol=1e-12)
+    weight = made.weight.detach().clone()
+    made.weight = weight
+    if mode == "row":
+        assert_close(made.weight, weight, rtol=1e-12, atol=1e-12)
+    wanted = made(x)
+    nk.fold(made)
+    assert type(made) is nn.Linear
+    assert_close(made(x), wanted)
+
+
+def test_a_recipe_with_a_learned_gain() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    changes = nk.apply_recipe(model, "keep + e:row:learned@all")
+    assert [row.after for row in changes] == ["weight_conditioning:row:learned"] * 2
+    assert [key for key in model.state_dict() if key.endswith("scale")] == [
+        f"{k}.parametrizations.weight.1.scale" for k in (0, 2)
+    ]
