@@ -37,7 +37,9 @@ def publish(folder: Path, source: str) -> Path:
     page = RESULTS / about["name"]
     shutil.rmtree(page, ignore_errors=True)
     page.mkdir()
-    record.write_bytes(page / "result.json", (json.dumps(found, separators=(",", ":"), ensure_ascii=False) + "\n").encode())
+    record.write_bytes(
+        page / "result.json", (json.dumps(found, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
+    )
     reshow(page)
     return page
 
