@@ -63,7 +63,7 @@ def test_a_transformer_that_no_one_here_wrote() -> None:
 def test_what_it_leaves_and_refuses() -> None:
     model = nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True), nk.LayerNorm(3), nn.LayerNorm(3))
     kept = list(model)
-    assert [row.name for row in nk.accelerate(model).rows] == ["2"]
+    assert [row.layer for row in nk.accelerate(model).rows] == ["2"]
     assert model[0] is kept[0]
     assert model[1] is kept[1]
     assert nk.accelerate(model).rows == ()

@@ -15,6 +15,7 @@ from normkit.activations.rms_norm import RMSNorm
 from normkit.activations.sync_batch_norm import SyncBatchNorm
 from normkit.core.errors import NotationError, OptionError, SurgeryError
 from normkit.surgery.accelerate import accelerate
+from normkit.surgery.condition import condition
 from normkit.surgery.convert import convert
 from normkit.surgery.recipe import apply_recipe
 
@@ -139,7 +140,7 @@ def test_a_norm_of_another_rule_is_not_the_plain_one():
     model, x = nn.Sequential(GhostBatchNorm(4, 2), GlobalResponseNorm(4, layout="n c *")), torch.randn(4, 4, 3, 3)
     wanted = model(x)
     inference = model.eval()(x)
-    assert [row.name for row in convert(model, "bn")] == ["0"]  # response normalization stands beside norms
+    assert [row.layer for row in convert(model, "bn")] == ["0"]  # response normalization stands beside norms
     assert type(model[0]) is BatchNorm
     torch.testing.assert_close(model(x), inference)  # running statistics mean the same in both
     assert not torch.allclose(model.train()(x), wanted)
@@ -201,7 +202,7 @@ def test_a_norm_in_two_places_stays_one():
 def test_the_model_itself_may_be_a_norm():
     changes = convert(nn.BatchNorm1d(4), "rms")
     assert isinstance(changes.model, RMSNorm)
-    assert changes.rows[0].name == "(model)"
+    assert changes.rows[0].layer == "(model)"
 
 
 def test_without_parameters_there_is_nothing_to_carry():
@@ -224,10 +225,10 @@ def test_source_and_where_choose():
     def model() -> nn.Module:
         return nn.ModuleDict({"a": nn.BatchNorm2d(4), "b": nn.LayerNorm(4), "c": nn.BatchNorm2d(4)})
 
-    assert [row.name for row in convert(model(), "rms", source="batch_norm")] == ["a", "c"]
-    assert [row.name for row in convert(model(), "rms", where="first_last")] == ["a", "c"]
-    assert [row.name for row in convert(model(), "rms", where="re:b")] == ["b"]
-    assert [row.name for row in convert(model(), "rms", where=lambda name, module: name == "c")] == ["c"]
+    assert [row.layer for row in convert(model(), "rms", source="batch_norm")] == ["a", "c"]
+    assert [row.layer for row in convert(model(), "rms", where="first_last")] == ["a", "c"]
+    assert [row.layer for row in convert(model(), "rms", where="re:b")] == ["b"]
+    assert [row.layer for row in convert(model(), "rms", where=lambda name, module: name == "c")] == ["c"]
 
 
 class LlamaLike(nn.Module):
@@ -511,7 +512,7 @@ def test_norms_without_parameters_are_norms():
     model, x = nn.Sequential(nn.Linear(8, 8), OlmoLikeLayerNorm(8), UnitNorm()), torch.randn(3, 8)
     wanted = model(x)
     for to in ("gn:1", "ln"):  # of one sample without positions the same
-        assert [row.name for row in convert(model, to)] == ["1"]
+        assert [row.layer for row in convert(model, to)] == ["1"]
         torch.testing.assert_close(model(x), wanted)
         assert not list(model[1].parameters())
     assert convert(model, "rms").rows[0].note == ""
@@ -542,15 +543,14 @@ def test_what_is_refused_can_be_left():
         return nn.Sequential(nn.BatchNorm2d(48), SquaredNorm(4), nn.LayerNorm((4, 5)), nn.BatchNorm2d(64))
 
     whole = model()
-    rows = {row.name: row for row in convert(whole, "gn", on_refusal="leave")}
-    assert rows["3"].after == "GroupNorm(32, 64)"
+    changes = convert(whole, "gn", on_refusal="leave")
+    assert [str(row) for row in changes] == ["3: BatchNorm2d(64) -> GroupNorm(32, 64) (running statistics dropped)"]
+    left = {passed.layer: passed.reason for passed in changes.passed_over}
     for name, reason in (("0", "48 channels do not split"), ("1", "fits neither"), ("2", "over the axes 4x5")):
-        assert rows[name].before == rows[name].after
-        assert rows[name].note.startswith("left: ")
-        assert reason in rows[name].note
+        assert reason in left[name]
     assert [type(module) for module in whole] == [nn.BatchNorm2d, SquaredNorm, nn.LayerNorm, GroupNorm]
     rows = convert(model(), "gn:gcd32", on_refusal="leave").rows
-    assert [row.after for row in rows if row.before != row.after] == ["GroupNorm(16, 48)", "GroupNorm(32, 64)"]
+    assert [row.after for row in rows] == ["GroupNorm(16, 48)", "GroupNorm(32, 64)"]
     with pytest.raises(SurgeryError, match=r"48 channels.*gcd32 for the greatest common divisor.*on_refusal='leave'"):
         convert(model(), "gn")
     with pytest.raises(OptionError, match=r"on_refusal='skip'; wanted 'raise' or 'leave'"):
@@ -559,8 +559,17 @@ def test_what_is_refused_can_be_left():
 
 def test_a_time_first_transformer_that_is_left_is_told():
     model = nn.TransformerEncoderLayer(8, 2)
-    rows = convert(model, "gn:2", on_refusal="leave").rows
-    assert [row.note[:32] for row in rows] == ["left: gn:2 normalizes each sample"[:32]] * 2
+    left = convert(model, "gn:2", on_refusal="leave").passed_over
+    assert [passed.reason[:31] for passed in left] == ["gn:2 normalizes each sample, an"] * 2
+
+
+class HasUnused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
 
 
 class CallsAroundIts(nn.Module):
@@ -576,12 +585,18 @@ class CallsAroundIts(nn.Module):
         return self.copies[0](x)
 
 
-def test_a_change_without_effect_is_told():
+def test_a_change_without_effect_is_refused():
     model, x = CallsAroundIts(), torch.randn(3, 4)
-    notes = {row.name: row.note for row in convert(deepcopy(model), "rms", example=x)}
-    assert "not called" not in notes["called"]
-    assert all("not called on the example" in notes[name] for name in ("read", "listed"))
-    assert all("not called" not in row.note for row in convert(model, "rms"))
+    with pytest.raises(SurgeryError, match=r"read: it is not called on the example.*on_refusal='leave'"):
+        convert(model, "rms", example=x)
+    changes = convert(model, "rms", example=x, on_refusal="leave")
+    assert [row.layer for row in changes] == ["called"]
+    left = {passed.layer: passed.reason for passed in changes.passed_over}
+    assert "no effect" in left["read"]
+    assert "no effect" in left["listed"]
+    assert model.listed is model.copies[0]
+    with pytest.raises(SurgeryError, match=r"unused: its weight is not read on the example"):
+        condition(HasUnused(), where="all", example=x)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 1, enable_nested_tensor=False)
     rows = convert(encoder, "rms", example=torch.randn(2, 3, 8)).rows  # torch's fused kernel would call no norm
     assert [row.note for row in rows] == ["bias dropped"] * 2

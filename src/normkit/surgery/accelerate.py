@@ -8,10 +8,12 @@ from torch import nn
 
 from normkit.core.errors import SurgeryError
 from normkit.surgery.changes import Change, Changes, label
-from normkit.surgery.convert import inherit, put
 from normkit.surgery.norms import describe, read_norm
 from normkit.surgery.select import Where, choose
+from normkit.surgery.substitute import inherit, put
 from normkit.surgery.target import Target, any_tensor
+from normkit.surgery.transaction import transaction
+from normkit.surgery.watch import try_on
 
 # torch's own classes, each with its word; a class of someone else may compute something else.
 _WORDS: dict[type[nn.Module], str] = {
@@ -69,7 +71,11 @@ def accelerate(model: nn.Module, *, where: Where | None = None, example: Any = N
         new[id(module)] = inherit(made, module)
         note = "" if isinstance(made, type(module)) else f"isinstance(_, nn.{type(module).__name__}) no longer holds"
         rows.append(Change(label(name), describe(module), describe(made), note))
-    return Changes(put(model, new, example), tuple(rows))
+    with transaction(model) as opened:
+        root = put(model, new)
+        if example is not None:
+            try_on(root, example)
+        return opened.close(root, rows)
 
 
 def _is_ours_to_take(name: str, module: nn.Module) -> bool:

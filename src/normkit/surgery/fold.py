@@ -13,10 +13,11 @@ from normkit.catalogue.methods import METHODS
 from normkit.core.errors import SurgeryError
 from normkit.surgery.attach import tied_parameters
 from normkit.surgery.bake import bake
-from normkit.surgery.changes import Change, Changes, label
-from normkit.surgery.convert import replace_modules, run_on
+from normkit.surgery.changes import Change, Changes, PassedOver, label
 from normkit.surgery.norms import Norm, describe, is_norm, read_norm
-from normkit.surgery.watch import Watch, tensors_in
+from normkit.surgery.substitute import replace_modules
+from normkit.surgery.transaction import Transaction, transaction
+from normkit.surgery.watch import Watch, run_on, tensors_in
 
 # In evaluation one scale and shift for each channel, as their cards claim and the tests hold them to.
 _FOLDABLE = frozenset(card.module for card in METHODS if card.kind == "activation" and card.foldable)
@@ -41,8 +42,8 @@ def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = Non
             the output, 1e-4 in float32, 1e-10 in float64.
 
     Returns:
-        The model, and a row per weight and per such norm; where one was left as it was, ``before`` equals ``after`` and the note
-        has the reason. The note of a fold has its error.
+        The model, a row per weight and per such norm with the error, the norms that were passed over with the reason, and the
+        way back.
 
     Raises:
         SurgeryError: a tied weight would be untied; the model is not in evaluation mode, or does not give the same finite output
@@ -58,7 +59,8 @@ def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = Non
     ('BatchNorm2d(8)', 'Identity()', Identity())
     """
     if example is None:
-        return Changes(model, tuple(bake(model)))
+        with transaction(model) as opened:
+            return opened.close(model, bake(model))
     for name, module in model.named_modules():
         if module.training:
             raise SurgeryError(
@@ -70,10 +72,11 @@ def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = Non
         raise SurgeryError(
             "fold: the model does not give the same finite output twice on the example, so that no fold can be proved"
         )
+    opened, left = Transaction(model), []
     rows = bake(model)
     if rows:
         error = _difference(first, _outputs(model, example))[0]
-        rows = [replace(row, note=f"error of all together {error:.1e}") for row in rows]
+        rows = [replace(row, note="all weights together", error=error) for row in rows]
     norms = {name: module for name, module in model.named_modules() if is_norm(module)}
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | _ConvNd)]
     watch = Watch(layers, norms.values())
@@ -84,17 +87,18 @@ def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = Non
         try:
             norm = _read(name, module)
         except SurgeryError as error:
-            rows.append(Change(label(name), describe(module), describe(module), f"left: {error}"))
+            left.append(PassedOver(label(name), str(error).removeprefix(f"{label(name)}: ")))
             continue
         if norm.kind not in ("batch_norm", "sync_batch_norm") and type(module) not in _FOLDABLE:
             continue
         found = watch.layer_before(module)
         reason = found if isinstance(found, str) else _refusal(norm, module, *found, ties)
         if reason or isinstance(found, str):
-            rows.append(Change(label(name), describe(module), describe(module), f"left: {reason}"))
+            left.append(PassedOver(label(name), str(reason)))
             continue
-        rows.append(_fold_one(model, example, first, name, module, norm, found[0], names[id(found[0])], tolerance))
-    return Changes(model, tuple(rows))
+        done = _fold_one(model, example, first, name, module, norm, found[0], names[id(found[0])], tolerance)
+        (rows if isinstance(done, Change) else left).append(done)  # pyright: ignore[reportArgumentType]
+    return opened.close(model, rows, left)
 
 
 def _read(name: str, module: nn.Module) -> Norm:
@@ -137,7 +141,7 @@ def _fold_one(
     layer: nn.Module,
     layer_name: str,
     tolerance: float | None,
-) -> Change:
+) -> Change | PassedOver:
     old = layer._parameters["weight"], layer._parameters.get("bias")
     identity = nn.Identity().eval()
     weight, bias = fold_batch_norm(layer, module, norm)
@@ -146,17 +150,11 @@ def _fold_one(
     replace_modules(model, {id(module): identity})
     error, allowed = _difference(first, _outputs(model, example))
     if error <= (allowed if tolerance is None else tolerance):
-        note = f"folded into {label(layer_name)}; error {error:.1e}"
-        return Change(label(name), describe(module), describe(identity), note)
+        return Change(label(name), describe(module), describe(identity), f"folded into {label(layer_name)}", error)
     layer.register_parameter("weight", old[0])
     layer.register_parameter("bias", old[1])
     replace_modules(model, {id(identity): module})
-    return Change(
-        label(name),
-        describe(module),
-        describe(module),
-        f"left: folding it into {layer_name} changes the output by {error:.1e}",
-    )
+    return PassedOver(label(name), f"folding it into {layer_name} changes the output by {error:.1e}")
 
 
 def fold_batch_norm(layer: nn.Module, module: nn.Module, norm: Norm) -> tuple[nn.Parameter, nn.Parameter]:
