@@ -293,13 +293,22 @@ def test_foreign_norms_are_known_by_what_they_do(norm, to, back, shape):
 
 
 @pytest.mark.parametrize("norm", [GemmaLikeRMSNorm(8), RMSNorm(8, eps=3e-5, offset=1.0)])
-def test_one_plus_weight_becomes_a_plain_weight(norm):
+@pytest.mark.parametrize("to", ["ln", "gn:2", "rms:c"])
+def test_one_plus_weight_keeps_its_parameter(norm, to):
     model = nn.Sequential(random_(deepcopy(norm)))
-    weight = model[0].weight.detach().clone()
-    changes = convert(model, "ln")
-    torch.testing.assert_close(model[0].weight, weight + 1)
-    assert model[0].eps == 3e-5
-    assert "1 + weight" in changes.rows[0].note
+    weight, value, checkpoint = model[0].weight, model[0].weight.detach().clone(), model.state_dict()
+    x = torch.randn(3, 8)
+    wanted, changes = model(x), convert(model, to)
+    if changes.rows:
+        assert list(model.parameters())[0 if to == "rms:c" else -1] is weight
+        assert set(changes.new_parameters) <= {"0.bias"}
+        torch.testing.assert_close(model[0].weight, value + (to != "rms:c"))
+        assert model[0].eps == 3e-5
+    model.load_state_dict(checkpoint, strict=False)  # as saved before: weight is what it was, not the gain
+    torch.testing.assert_close(weight.detach(), value, rtol=0, atol=0)
+    convert(model, "rms")
+    torch.testing.assert_close(model(x), wanted)
+    assert next(iter(model.parameters())) is weight
 
 
 class GatedRMSNorm(LlamaLike):
@@ -312,7 +321,7 @@ class SquaredNorm(LlamaLike):
         return super().forward(hidden_states) ** 2
 
 
-class FrozenBatchNorm2d(nn.Module):
+class FixedScaleNorm2d(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("weight", torch.ones(4))
@@ -321,9 +330,52 @@ class FrozenBatchNorm2d(nn.Module):
         return x * self.weight[:, None, None]
 
 
-class NormAndActivation(nn.BatchNorm2d):
+class NormAndSine(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).relu()
+        return super().forward(input).sin()
+
+
+class NormAndHardswish(nn.BatchNorm2d):
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.act = nn.Hardswish()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(super().forward(input))
+
+
+class DetectorsFrozenBatchNorm2d(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        for name, value in (("weight", 1.5), ("bias", 0.3), ("running_mean", 0.2), ("running_var", 0.7)):
+            self.register_buffer(name, torch.full((size,), value) + 0.1 * torch.rand(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, var = (buffer.reshape(1, -1, 1, 1) for buffer in self.buffers())
+        scale = weight * (var + 1e-5).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+def test_frozen_batch_normalization_both_ways():
+    model, x = (
+        nn.Sequential(DetectorsFrozenBatchNorm2d(4), nn.BatchNorm2d(4)).double(),
+        torch.randn(3, 4, 5, 5).double(),
+    )
+    model(x)
+    wanted, keys = model.eval()(x), {"weight", "bias", "running_mean", "running_var"}
+    changes = convert(model, "frozen_bn")
+    assert [row.layer for row in changes] == ["1"]
+    model.train()
+    torch.testing.assert_close(model(x), wanted)
+    assert set(model[1].state_dict()) == keys
+    assert not list(model.parameters())
+    model[1].load_state_dict(nn.BatchNorm2d(4).state_dict())
+    model[1].load_state_dict(convert(nn.Sequential(deepcopy(model[1])), "bn").model[0].state_dict())
+    wanted = model(x)
+    assert [row.note for row in convert(model, "bn")] == ["", ""]
+    assert len(list(model.parameters())) == 4
+    torch.testing.assert_close(model.eval()(x), wanted)
+    assert isinstance(convert(model, "sync_bn").model[0], SyncBatchNorm)
 
 
 def replaced_forward() -> nn.Module:
@@ -342,8 +394,10 @@ ERRORS = [
     (nn.LayerNorm((4, 5, 5)), "bn", SurgeryError, r"0: it normalizes over the axes 4x5x5.*only ln, rms, dyt and none"),
     (GatedRMSNorm(4), "ln", SurgeryError, r"0 \(GatedRMSNorm\).*takes hidden_states, gate"),
     (SquaredNorm(4), "ln", SurgeryError, r"0 \(SquaredNorm\).*fits neither"),
-    (FrozenBatchNorm2d(), "ln", SurgeryError, r"0 \(FrozenBatchNorm2d\).*parameters \(none\)"),
-    (NormAndActivation(4), "ln", SurgeryError, r"overrides forward"),
+    (FixedScaleNorm2d(), "ln", SurgeryError, r"0 \(FixedScaleNorm2d\).*parameters \(none\)"),
+    (NormAndSine(4), "ln", SurgeryError, r"0 \(NormAndSine\).*it is not BatchNorm2d, with or without an act"),
+    (NormAndHardswish(4), "ln", SurgeryError, r"0: it applies Hardswish\(\) too, which ln has no place for"),
+    (nn.BatchNorm2d(4, track_running_stats=False), "frozen_bn", SurgeryError, r"0: frozen_bn is made of a batch norm"),
     (replaced_forward(), "ln", SurgeryError, r"forward was replaced on the object"),
     (nn.LazyBatchNorm2d(), "ln", SurgeryError, r"no size yet"),
     (nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(4), dim=None), "ln", SurgeryError, r"parametrized.*fold"),

@@ -86,7 +86,8 @@ class Refusals(list[PassedOver]):
 
     def leave(self, name: str, reason: str) -> None:
         """Note that a layer is left, whatever ``on_refusal`` is."""
-        self.append(PassedOver(label(name), reason.removeprefix(f"{label(name)}: ")))
+        who = label(name)
+        self.append(PassedOver(who, reason.removeprefix(f"{who}: ").removeprefix(f"{who} ")))
 
 
 @dataclass(frozen=True)
