@@ -100,27 +100,39 @@ class Watch(Sight):
         self._layers, self._norms = list(layers), list(norms)
         super().__init__([*self._layers, *self._norms])
         self._calls: dict[int, _Call] = {}
-        self._inputs: dict[int, list[Any]] = {id(norm): [] for norm in self._norms}  # kept alive, like outputs
+        # Kept alive, like outputs.
+        self._inputs: dict[int, list[Any]] = {key: [] for key in self._modules}
         self._ranks: dict[int, set[int]] = {id(layer): set() for layer in self._layers}
+        self._kernels: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default and self._scope:
+            self._kernels.setdefault(id(self._scope[-1]), []).append(args[1:3])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def kernel(self, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+        """The weight and bias with which a layer convolved, if it did so once."""
+        seen = self._kernels.get(id(layer), [])
+        return seen[0] if len(seen) == 1 else None
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super()._enter(module, args, kwargs)
-        if id(module) in self._inputs:
-            self._inputs[id(module)].append(next(iter([*args, *kwargs.values()]), None))
+        self._inputs[id(module)].append(next(iter([*args, *kwargs.values()]), None))
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         super()._leave(module, args, output)
-        if id(module) in self._ranks and isinstance(output, Tensor):
-            self._calls[id(output)] = _Call(module, output)
-            self._readers[id(output)] = set()
-            self._ranks[id(module)].add(output.dim())
+        if isinstance(output, Tensor):
+            self._calls.setdefault(id(output), _Call(module, output))
+            self._readers.setdefault(id(output), set())
+            if id(module) in self._ranks:
+                self._ranks[id(module)].add(output.dim())
 
     def layer_before(self, norm: nn.Module) -> tuple[nn.Module, int] | str:
         """The layer that feeds a norm and nothing else, with the rank of its output; or the reason why there is none."""
         inputs = [id(value) for value in self._inputs[id(norm)]]
         if not inputs:
             return "the example does not reach it"
-        if any(key not in self._calls for key in inputs):
+        if any(key not in self._calls or id(self._calls[key].layer) not in self._ranks for key in inputs):
             return "its input is not the very output of a Conv, ConvTranspose or Linear"
         layer = self._calls[inputs[0]].layer
         if any(self._calls[key].layer is not layer for key in inputs):
@@ -132,6 +144,22 @@ class Watch(Sight):
             return "the weight of the layer before it is read elsewhere too"
         ranks = self._ranks[id(layer)]
         return (layer, min(ranks)) if len(ranks) == 1 else "the layer before it gives outputs of several ranks"
+
+    def layers_behind(self, norm: nn.Module) -> list[nn.Module] | str:
+        """The layers that read what a norm gives, if nothing else reads it and they read nothing else; or why that is not so."""
+        outputs = {key for key, call in self._calls.items() if call.layer is norm}
+        if not outputs:
+            return "the example does not reach it"
+        readers = set[int]().union(*(self._readers[key] for key in outputs))
+        if not readers or not readers <= self._ranks.keys():
+            return "its output is read by something else than a linear layer or a convolution"
+        behind = [layer for layer in self._layers if id(layer) in readers]
+        for layer in behind:
+            if any(id(value) not in outputs for value in self._inputs[id(layer)]):
+                return "a layer behind it reads something else too"
+            if any(self._readers[id(parameter)] - {id(layer)} for parameter in layer.parameters(recurse=False)):
+                return "the weight of a layer behind it is read elsewhere too"
+        return behind
 
 
 def run_on(model: nn.Module, example: Any) -> Any:
