@@ -22,8 +22,9 @@ from normkit.lab.train.cost import measure_costs
 from normkit.lab.train.fabric import start_fabric
 from normkit.lab.train.trainer import METRICS_FILE, TIMING_FILE, Trainer
 
-# What settings say of all runs together, not of one.
-OF_ALL = ("recipes", "rates", "seeds", "target", "level", "accelerator", "devices")
+# Settings of which others can be given to the runs that are there, and what settings say of all runs together.
+FREE = ("recipes", "rates", "seeds", "target", "level", "extend", "equal_time", "resample", "full_epochs")
+OF_ALL = (*FREE, "budget", "accelerator", "devices")
 
 
 @dataclass(frozen=True)
