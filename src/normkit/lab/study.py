@@ -15,7 +15,7 @@ from torch import nn
 from normkit.core.errors import RecordError, SurgeryError
 from normkit.lab.devices import device_name
 from normkit.lab.progress import tell
-from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model, suited, two
+from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model, suited, two, user_code
 from normkit.lab.recipes import default_recipes
 from normkit.lab.seeding import init_sha256, order_sha256, reseed
 from normkit.lab.settings import Settings
@@ -99,7 +99,8 @@ class Study:
         curves = self.curves and self.curves / run.path
         model, _ = made.apply(run.seed, run.recipe)
         trainer = Trainer(run.rate, run.seed, self.settings, model, made.data, made.fabric, folder, curves)
-        return trainer.train(lambda epoch, score: tell(epoch, self.settings.epochs, score))
+        with user_code(f"{self.settings.model} with {run.recipe}"):
+            return trainer.train(lambda epoch, score: tell(epoch, self.settings.epochs, score))
 
     def measure(self, job: Steps, folder: Path) -> dict[str, Any]:
         """Measures every recipe's step."""
