@@ -25,7 +25,7 @@ from normkit.lab.experiments import FILES, find_experiment, names
 from normkit.lab.perform import command, perform
 from normkit.lab.report.sheet import facts, print_sheet, setup
 from normkit.lab.report.terminal import cell, is_text, side_by_side
-from normkit.lab.sweep import hardware_of, sweep
+from normkit.lab.sweep import spent_on, sweep
 
 
 def bench(folder: Path, scale: Scale = "small", **options: Any) -> Bench:
@@ -55,7 +55,7 @@ def test_records_and_reports(tmp_path: Path) -> None:
     assert "![far ends](figures/far_ends.png)\n\n*Where each walk ended, 0 < t & after.*\n" in text
     page = (tmp_path / "report.html").read_text()
     assert "Ends of &lt;walks&gt;." in page
-    assert "<figcaption>Where each walk ended, 0 &lt; t &amp; after. " in page
+    assert "<figcaption>Where each walk ended, 0 &lt; t &amp; after.</figcaption>" in page
     assert all(f'href="{name}"' in page for name in figures)
     assert "data:image/png;base64," in page
     assert "://" not in page.replace("https://example.org", "")
@@ -177,9 +177,9 @@ def test_the_devices_are_those_of_the_runs(tmp_path: Path, monkeypatch: pytest.M
     job, place = Walk("left", 0), tmp_path / "runs/left/seed=0"
     (place / "result.json").unlink()
     sweep(walk, [job], tmp_path, say=lambda text: None)
-    assert hardware_of([job], tmp_path) == {"GPU A", "GPU B"}
+    assert spent_on(job, tmp_path)[1] == {"GPU A", "GPU B"}
     record.write_json(place / "timing.json", {"seconds": 1.0})
-    assert hardware_of([job], tmp_path) == set()
+    assert spent_on(job, tmp_path) == (1.0, set())
 
 
 def test_what_a_record_without_devices_says(tmp_path: Path) -> None:
@@ -216,7 +216,10 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
 
 
 def test_records_of_something_else_are_refused(tmp_path: Path) -> None:
-    for of, whose in ((folder.COMPARISON, "a comparison"), (folder.EXPERIMENT, "the experiment table1")):
+    for of, whose in (
+        (folder.COMPARISON, "a comparison by an earlier normkit"),
+        (folder.EXPERIMENT, "the experiment table1"),
+    ):
         config = {**dict.fromkeys(of, 1), **({"experiment": "table1"} if "experiment" in of else {})}
         record.write_json(tmp_path / "config.json", config)
         record.write_json(tmp_path / "runs/left/seed=0/result.json", {})

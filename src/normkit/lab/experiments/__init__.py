@@ -99,12 +99,13 @@ def _refuse(output: Path) -> NoReturn:
     if not (output / CONFIG).exists():
         raise RecordError(f"{output} holds neither {RESULT} nor {CONFIG}, so it is no record of normkit")
     name = str(record.read_json(output / CONFIG).get("experiment"))
-    again = "give the `normkit compare` command of this folder again"
+    cure = "give the `normkit compare` command of this folder again to finish it"
     if kind := _kind(name):
         config = record.read_json(output / CONFIG, BEGUN)
         size = {key: config[key] for key in ("scale", "epochs", "threads")}
-        again = command(find_experiment(kind, name), Bench(**size, output=output, seeds=tuple(config["seeds"])))
-    raise RecordError(f"{output / RESULT} is missing; to finish it:  {again}")
+        bench = Bench(**size, output=output, seeds=tuple(config["seeds"]))
+        cure = f"to finish it:  {command(find_experiment(kind, name), bench)}"
+    raise RecordError(f"{output / RESULT} is missing; {cure}")
 
 
 def _kind(name: str) -> str | None:
