@@ -18,7 +18,7 @@ from experiment_samples import Walk, doomed, fragile, walk  # noqa: E402
 from normkit.core.errors import BackendError, OptionError, RecordError  # noqa: E402
 from normkit.lab import record  # noqa: E402
 from normkit.lab.cluster import Cluster  # noqa: E402
-from normkit.lab.compare import compare  # noqa: E402
+from normkit.lab.comparison import compare  # noqa: E402
 from normkit.lab.devices import hardware  # noqa: E402
 from normkit.lab.experiment import Bench  # noqa: E402
 from normkit.lab.perform import perform  # noqa: E402

@@ -290,7 +290,7 @@ def test_processes_share_the_jobs(tmp_path: Path) -> None:
 
 def test_the_command_says_what_differs(tmp_path: Path) -> None:
     said = command(EXPERIMENT, Bench("full", Path("out put"), Path("data"), seeds=(0,), epochs=2, ray="auto"))
-    words = "normkit claim walks --scale full --seeds 1 --epochs 2 --data-root data --ray auto --output 'out put'"
+    words = "normkit claim walks --scale full --seeds 1 --epochs 2 --output 'out put' --data-root data --ray auto"
     assert said == words
 
 

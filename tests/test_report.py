@@ -18,7 +18,7 @@ from rich.console import Console
 
 from comparison_records import record_of, write_comparison
 from normkit.core.errors import RecordError
-from normkit.lab import compare
+from normkit.lab import comparison as compare
 from normkit.lab.perform import show
 from normkit.lab.report import drawing, figures
 from normkit.lab.report.comparison import Comparison

@@ -16,7 +16,7 @@ import lab_samples
 from experiment_samples import EXPERIMENT
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
-from normkit.lab.compare import compare
+from normkit.lab.comparison import compare
 from normkit.lab.experiment import Bench
 from normkit.lab.experiments import reshow
 from normkit.lab.perform import perform

@@ -38,6 +38,7 @@ class Entry:
     title: str
     kind: str
     word: str
+    words: str
     normalized_over: str
     formula: str
     use_cases: str
@@ -67,6 +68,7 @@ def describe(card: Card) -> Entry:
         title=card.title,
         kind=card.kind,
         word=card.word,
+        words=card.words,
         normalized_over=card.normalized_over,
         formula=card.formula,
         use_cases=card.use_cases,

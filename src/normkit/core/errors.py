@@ -10,8 +10,11 @@
      └─ RecordError     (RuntimeError)              a folder of records that is corrupt, foreign or not writable
 
 Each also derives from the built-in error that torch raises in the same place, so code that catches torch's keeps working.
-A message says what was being done, what it got, what it wanted and how to cure it.
+A message says what was being done, what it got, what it wanted and how to cure it; of a misspelt name, what was probably meant.
 """
+
+import difflib
+from collections.abc import Iterable
 
 
 class NormkitError(Exception):
@@ -44,3 +47,17 @@ class ProtocolError(NormkitError, TypeError, ValueError):
 
 class RecordError(NormkitError, RuntimeError):
     """A folder of records that is corrupt, foreign or not writable."""
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """A hint at the name that was probably meant, or nothing.
+
+    Args:
+        word: as it was given.
+        known: the names that exist.
+
+    >>> closest("optimiser", ["optimizer", "momentum"])
+    "; did you mean 'optimizer'?"
+    """
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""

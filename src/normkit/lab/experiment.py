@@ -13,11 +13,12 @@ from typing import Any, Literal
 from rich.console import Console
 
 from normkit.core.card import Paper
+from normkit.lab.option import command
 from normkit.lab.say import Terminal, say
+from normkit.lab.settings import Place, Scale, Size
 from normkit.lab.sweep import Group, Job, spent_on, sweep
 
 Cell = str | int | float | None
-Scale = Literal["tiny", "small", "full"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Drawing:
 
 
 @dataclass
-class Bench:
+class Bench(Place, Size):
     """Where and at what size an experiment is run.
 
     While an experiment runs, the environment variable ``NORMKIT_DATA`` holds `data_root`, on Ray's workers too: factories
@@ -68,12 +69,12 @@ class Bench:
         scale: ``"small"`` (two cores, minutes), ``"full"``, or ``"tiny"`` (seconds), at which nothing is learned: for tests.
         output: the folder of the records.
         data_root: where data sets lie. Default: None, the environment variable ``NORMKIT_DATA``.
-        download: fetch what is missing. Default: False.
         seeds: Default: ``(0, 1, 2)``.
         epochs: in place of the experiment's own number. Default: None.
-        console: where progress is written. Default: standard output.
+        download: fetch what is missing. Default: False.
+        threads: of torch on the CPU, per run; sums depend on how many threads share them. Default: 1.
         ray: None to run in this process; ``"local"`` for a Ray cluster on this machine, else the address of one. Default: None.
-        threads: of torch on the CPU, a run; sums depend on how many threads share them. Default: 1.
+        console: where progress is written. Default: standard output.
         group: of processes that do each run together, as torchrun starts them. Default: this process is alone.
         replaces: do a run again whose record is of other data or code, in place of refusing it. Default: False.
 
@@ -82,17 +83,9 @@ class Bench:
         seconds: that these runs took, all together.
     """
 
-    scale: Scale
-    output: Path
-    data_root: Path | None = None
-    download: bool = False
-    seeds: tuple[int, ...] = (0, 1, 2)
-    epochs: int | None = None
-    console: Console = field(default_factory=Terminal)
-    ray: str | None = None
-    threads: int = 1
-    group: Group = field(default_factory=Group)
-    replaces: bool = False
+    console: Console = field(default_factory=Terminal, kw_only=True)
+    group: Group = field(default_factory=Group, kw_only=True)
+    replaces: bool = field(default=False, kw_only=True, metadata={"option": None})
     devices: set[str] = field(init=False, default_factory=set)
     _spent: dict[str, float] = field(init=False, default_factory=dict)
 
@@ -169,9 +162,8 @@ class Experiment:
         """The claim with its source."""
         return self.claim if self.paper is None else f"{self.claim} ({self.paper.cite()})"
 
-    def words(self, scale: str, seeds: Sequence[int], epochs: int | None) -> list[str]:
+    def words(self, scale: Any, seeds: Sequence[int], epochs: int | None) -> list[str]:
         """The words of the command line that say what is run, not where."""
         if self.command is not None:
             return list(self.command)
-        words = ["normkit", self.kind, self.name, "--scale", scale, "--seeds", str(len(seeds))]
-        return words + (["--epochs", str(epochs)] if epochs is not None else [])
+        return command("normkit", self.kind, self.name, of=(Size(scale, seeds=tuple(seeds), epochs=epochs),))

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from normkit.core.errors import OptionError, RecordError
-from normkit.lab import folder, record
+from normkit.lab import folder, option, record
 from normkit.lab.cluster import joined
 from normkit.lab.data.root import set_root
 from normkit.lab.devices import cores, hardware, processor, versions
@@ -140,19 +140,21 @@ def show(
     say(console, "\n" + "\n".join(lines))
 
 
-def command(experiment: Experiment, bench: Bench) -> str:
+def command(experiment: Experiment, bench: Bench, *more: Any) -> str:
     """Writes the command line that makes this record.
 
     Args:
         experiment: which.
         bench: where.
+        *more: further options, such as :class:`~normkit.lab.settings.Reports`.
     """
-    words = experiment.words(bench.scale, bench.seeds, bench.epochs)
-    words += ["--data-root", str(bench.data_root)] if bench.data_root is not None else []
-    words += ["--download"] if bench.download else []
-    words += ["--threads", str(bench.threads)] if bench.threads != 1 else []
-    words += ["--ray", bench.ray] if bench.ray is not None else []
-    return shlex.join([*words, "--output", str(bench.output)])
+    rest = default_output(experiment, bench.scale)
+    return shlex.join(option.command("normkit", experiment.kind, experiment.name, of=(bench, *more), output=rest))
+
+
+def default_output(experiment: Experiment, scale: str) -> Path:
+    """Names the folder of an experiment after it and its scale."""
+    return Path("runs") / f"{experiment.name}-{scale}"
 
 
 def kept(output: Path) -> str:

@@ -51,7 +51,7 @@ class Watch:
         self.name = ""
         self.live: _Lines | None = None
         self.task = TaskID(0)
-        if console is not None and console.is_terminal and not console.quiet:
+        if console is not None and (console.is_terminal or console.is_jupyter) and not console.quiet:
             columns = (BarColumn(bar_width=None), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
             self.live = _Lines(*columns, console=console, transient=True, expand=True)
             self.task = self.live.add_task("", total=total - found)

@@ -14,15 +14,17 @@ from torch import nn
 from normkit.core.errors import RecordError, SurgeryError
 from normkit.lab.devices import device_name
 from normkit.lab.progress import tell
-from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model
+from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model, suited, two
+from normkit.lab.recipes import default_recipes
 from normkit.lab.seeding import init_sha256, order_sha256, reseed
 from normkit.lab.settings import Settings
 from normkit.lab.train.cost import measure_costs
 from normkit.lab.train.fabric import start_fabric
 from normkit.lab.train.trainer import METRICS_FILE, TIMING_FILE, Trainer
 
-# What settings say of all runs together, not of one.
-OF_ALL = ("recipes", "rates", "seeds", "target", "level", "accelerator", "devices")
+# Settings of which others can be given to the runs that are there, and what settings say of all runs together.
+FREE = ("recipes", "rates", "seeds", "target", "level", "extend", "equal_time", "resample", "full_epochs")
+OF_ALL = (*FREE, "budget", "accelerator", "devices")
 
 
 @dataclass(frozen=True)
@@ -125,18 +127,23 @@ class Made:
         self.fabric = start_fabric(settings)
         self._factory = study.model or load_factory(settings.model, MODELS)
         reseed(0, "data")
-        self.data = make_data(study.data or load_factory(settings.data, DATA), settings.data)
-        self._data_sha256 = self.data.sha256()
+        self.data = _data(study.data or load_factory(settings.data, DATA), settings.data)
         self._base: tuple[int, nn.Module, str] | None = None
         self._orders: dict[int, str] = {}
         self.changes: dict[str, list[str]] = {}
         self.parameters: dict[str, int] = {}
         seed = settings.seeds[0]
+        self.data = suited(self.data, self._initial(seed)[0], settings.model)
+        self._data_sha256 = self.data.sha256()
         check_fit(self._initial(seed)[0], self.data, settings.model)
         for recipe, (model, rows) in self._applied(seed).items():
             check_fit(model, self.data, f"{settings.model} with {recipe}")
             self.changes[recipe] = rows
             self.parameters[recipe] = sum(parameter.numel() for parameter in model.parameters())
+
+    def recipes(self) -> tuple[tuple[str, ...], str]:
+        """Chooses recipes that suit the model, and says why these."""
+        return default_recipes(self._initial(self.settings.seeds[0])[0], two(self.data.train)[0])
 
     def run(self, recipe: str, rate: float, seed: int, device: str) -> Run:
         """Gives a run as a job.
@@ -172,7 +179,7 @@ class Made:
 
         model = copy.deepcopy(self._initial(seed)[0])
         reseed(seed, "recipe")
-        changes = apply_recipe(model, recipe)
+        changes = apply_recipe(model, recipe, on_refusal=self.settings.on_refusal)
         return changes.model, [str(row) for row in changes.rows]
 
     def _initial(self, seed: int) -> tuple[nn.Module, str]:
@@ -198,6 +205,13 @@ class Made:
 
 # A process does run after run of one comparison.
 made = lru_cache(maxsize=1)(Made)
+_data = lru_cache(maxsize=1)(make_data)
+
+
+def forget() -> None:
+    """Drops what was made: models and data of a comparison may be made again."""
+    made.cache_clear()
+    _data.cache_clear()
 
 
 def _made_of(study: Study, origin: Mapping[str, Any], seed: int) -> Made:
@@ -206,6 +220,6 @@ def _made_of(study: Study, origin: Mapping[str, Any], seed: int) -> Made:
         hashes = made(study).hashes(seed)
         if all(origin.get(key) == value for key, value in hashes.items()):
             return made(study)
-        made.cache_clear()  # of an earlier comparison by the same factories
+        forget()  # an earlier comparison by the same factories
     differ = ", ".join(key for key, value in hashes.items() if origin.get(key) != value)
     raise RecordError(f"data or model are made differently each time or on another machine: {differ} differ; seed them")

@@ -1,14 +1,13 @@
 """The experiments that ``normkit reproduce`` and ``normkit claim`` know, one file per line."""
 
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
 
-from normkit.core.errors import OptionError, RecordError
-from normkit.lab import compare, record
+from normkit.core.errors import OptionError, RecordError, closest
+from normkit.lab import comparison, record
 from normkit.lab.experiment import Bench, Experiment
 from normkit.lab.perform import BEGUN, CONFIG, CURE, FOUND, RESULT, command, show
 from normkit.lab.say import Terminal
@@ -63,9 +62,8 @@ def find_experiment(kind: str, name: str) -> Experiment:
     if name not in known:
         if other := _kind(name):
             raise OptionError(f"{name} is no experiment of {kind}; give normkit {other} {name}")
-        close = get_close_matches(name, known, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise OptionError(f"{kind} knows no experiment {name!r}{hint}; there are {', '.join(known) or 'none'}")
+        there = f"there are {', '.join(known) or 'none'}"
+        raise OptionError(f"{kind} knows no experiment {name!r}; {there}{closest(name, known)}")
     module = import_module(f"normkit.lab.experiments.{name.replace('-', '_')}")
     return module.EXPERIMENT
 
@@ -91,7 +89,7 @@ def reshow(output: Path, console: Console | None = None) -> None:
     found = record.read_json(output / RESULT, FOUND)
     about = found["experiment"]
     of_user = about["kind"] == "compare"
-    experiment = compare.reread(found) if of_user else find_experiment(about["kind"], about["name"])
+    experiment = comparison.reread(found) if of_user else find_experiment(about["kind"], about["name"])
     show(experiment, found, output, console or Terminal())
 
 

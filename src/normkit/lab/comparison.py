@@ -21,7 +21,7 @@ from rich.console import Console
 
 from normkit.core.errors import OptionError
 from normkit.lab import folder as folders
-from normkit.lab import record
+from normkit.lab import option, record
 from normkit.lab.cluster import joined
 from normkit.lab.data.root import set_root
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
@@ -29,10 +29,10 @@ from normkit.lab.perform import CONFIG, check, configuration, kept, perform
 from normkit.lab.result import Trained, find_target, summarize
 from normkit.lab.say import Terminal, counted
 from normkit.lab.seeding import borrowed_randomness
-from normkit.lab.settings import Settings
+from normkit.lab.settings import RATES, Reports, Settings, Site
 from normkit.lab.stats import tune
 from normkit.lab.stop import stoppable
-from normkit.lab.study import Made, Run, Steps, Study, made
+from normkit.lab.study import Made, Run, Steps, Study, forget, made
 from normkit.lab.sweep import finished
 from normkit.lab.train.fabric import Processes, start_fabric
 from normkit.lab.train.trainer import read_run, validation
@@ -99,7 +99,16 @@ def compare(
     curves = folder.absolute() / folders.CURVES if tensorboard else None
     study, fabric = Study(settings, model, data, curves), start_fabric(settings)
     group = Processes(fabric)
-    again = command(settings, folder, data_root)
+    forget()
+    why = (note,) if (note := getattr(model, "note", "")) else ()
+    if not settings.recipes:
+        with borrowed_randomness():
+            recipes, reason = made(study).recipes()
+        why = (*why, f"recipes {','.join(recipes)}: {reason}")
+        settings = replace(settings, recipes=recipes).canonical()
+        study = replace(study, settings=settings)
+    site = Site(folder, data_root, ray=ray, threads=threads, tensorboard=tensorboard)
+    again = command(settings, site, Reports(report=report))
     begun = group.share(lambda: _begun_with(folder, overwrite))
     with ExitStack() as stack:
         stack.enter_context(stoppable())
@@ -117,10 +126,11 @@ def compare(
             # Before the model is made, which may be another.
             group.share(lambda: check(folder, configuration(experiment, bench)))
         stack.enter_context(borrowed_randomness())
-        made.cache_clear()
-        stack.callback(made.cache_clear)
+        stack.callback(forget)
         if max(made(study).parameters.values()) >= FEW_PARAMETERS:
             bench.threads = threads or begun or torch.get_num_threads()
+        for note in (*why, *made(study).data.notes):
+            bench.watch(note)
         return perform(experiment, bench, overwrite=overwrite, report=report, command=again)
 
 
@@ -134,31 +144,18 @@ def default_output(settings: Settings) -> Path:
     return Path("runs") / "-".join(names)
 
 
-def command(settings: Settings, output: Path, data_root: Path | None = None) -> str:
+def command(settings: Settings, *site: Any) -> str:
     """Writes the command line that makes this comparison.
 
-    >>> command(Settings(seeds=(0, 1)), Path("runs/digits-inception"))
-    'normkit compare --seeds 2'
+    Args:
+        settings: canonical or as they were given.
+        *site: further options, such as :class:`~normkit.lab.settings.Site` and :class:`~normkit.lab.settings.Reports`.
+
+    >>> command(Settings(seeds=(0, 1)), Site(threads=2))
+    'normkit compare --seeds 2 --threads 2'
     """
-    words = ["normkit", "compare"]
-    plain = Settings()
-    for name in settings.__dataclass_fields__:
-        value = getattr(settings, name)
-        default = Settings(optimizer=settings.optimizer).rates if name == "rates" else getattr(plain, name)
-        if value == default:
-            continue
-        if isinstance(value, bool):
-            words.append("--no-condition" if name == "condition" else f"--{name.replace('_', '-')}")
-            continue
-        if name == "seeds" and value == tuple(range(len(value))):
-            value = len(value)
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        words += [f"--{name.replace('_', '-')}", text]
-    if output != default_output(settings):
-        words += ["--output", str(output)]
-    if data_root is not None:
-        words += ["--data-root", str(data_root)]
-    return shlex.join(words)
+    rest = {"output": default_output(settings), "rates": RATES[settings.optimizer]}
+    return shlex.join(option.command("normkit", "compare", of=(settings, *site), **rest))
 
 
 def reread(found: Mapping[str, Any]) -> Experiment:
@@ -192,7 +189,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
     """What was found, and what a reader must know before trusting it."""
     from normkit.lab.report.wording import cautions, findings
 
-    return [*findings(result), *cautions(result)]
+    return [*findings(result), *cautions(result), *result["task"].get("notes", ())]
 
 
 def interactive(result: dict[str, Any]) -> Any:
@@ -249,7 +246,7 @@ def _run(study: Study, made: Made, bench: Bench, device: str) -> dict[str, Any]:
             known = {"parameters": made.parameters[recipe], "changes": made.changes[recipe], "cost": costs[recipe]}
             rows.append({"recipe": recipe, **known, **summarize(runs[recipe], runs[recipes[0]], *how)})
         sizes = {name: len(split) for name, split in made.data.splits.items()}
-        task = {"kind": made.data.kind, "score": made.data.score, **sizes}
+        task = {"kind": made.data.kind, "score": made.data.score, **sizes, "notes": list(made.data.notes)}
         return {"task": task, "baseline": recipes[0], "target": target, "recipes": rows}
 
     return bench.group.share(summary)
@@ -293,7 +290,7 @@ def _named(factory: Callable[..., Any] | None, name: str) -> str:
 
 
 def _unbound(bench: Bench) -> dict[str, Any]:
-    raise OptionError("a comparison is of a model and data; call normkit.lab.compare.compare")
+    raise OptionError("a comparison is of a model and data; call normkit.lab.comparison.compare")
 
 
 EXPERIMENT = Experiment(
