@@ -18,7 +18,7 @@ from rich.console import Console
 
 from comparison_records import record_of, write_comparison
 from normkit.core.errors import RecordError
-from normkit.lab import compare
+from normkit.lab import comparison
 from normkit.lab.perform import show
 from normkit.lab.report import drawing, figures
 from normkit.lab.report.charts import charts
@@ -37,13 +37,13 @@ ALL_LOST = tuple((recipe, seed) for recipe in ("bn", "bn+ws", "bn+wn", "bn+e") f
 
 def printed(result: dict[str, Any], width: int, encoding: str = "utf-8") -> str:
     buffer = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    print_sheet(compare.EXPERIMENT, {"result": result}, Console(file=buffer, width=width))
+    print_sheet(comparison.EXPERIMENT, {"result": result}, Console(file=buffer, width=width))
     buffer.seek(0)
     return buffer.read()
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
-    return save(compare.figures(result), folder / "figures")
+    return save(comparison.figures(result), folder / "figures")
 
 
 def paged(result: dict[str, Any], folder: Path, title: str | None = None) -> str:
@@ -371,7 +371,7 @@ def test_unwritable_folder_is_named(tmp_path: Path, result: dict[str, Any]) -> N
 @pytest.mark.usefixtures("coarse")
 def test_all_of_a_comparison_is_shown_as_of_any_experiment(tmp_path: Path, result: dict[str, Any]) -> None:
     found = record_of(result)
-    show(compare.reread(found), found, tmp_path, Console(quiet=True))
+    show(comparison.reread(found), found, tmp_path, Console(quiet=True))
     assert {path.name for path in tmp_path.iterdir()} >= {"figures", "report.html", "result.md"}
     text = (tmp_path / "result.md").read_text()
     for words in ("`normkit compare --data digits", "Each recipe tries every learning rate", *findings(result)):
