@@ -23,7 +23,7 @@ from normkit.weights.layout import weight_layout
 # The paper conditions the first and the last layer; weight standardization is for convolutions that a norm follows, not for
 # the linear head. Every other method goes on all layers.
 _PLACES = {"e": "first_last", "ws": "convolutions"}
-_MODES = {"e": ("row", "col", "rowcol")}
+_MODES = {"e": ("row", "col", "rowcol", "row:learned", "col:learned", "rowcol:learned")}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Recipe:
     ===========  ==========================================================================================
     ``norm``     ``keep`` (as it is), ``none`` (removed), or a word of the catalogue: ``bn``, ``gn:32``, ``ln``,
                  ``ghost:16``, ...; ``normkit list`` shows all
-    ``weight``   ``ws``, ``wn``, ``sn``, ``e`` (rows), ``e:col``, ``e:rowcol``
+    ``weight``   ``ws``, ``wn``, ``sn``, ``e`` (rows), ``e:col``, ``e:rowcol``, each with ``:learned`` behind
+                 it for one learned scalar per layer: ``e:row:learned``
     ``where``    ``first_last`` (of ``e``, if not said), ``convolutions`` (of ``ws``), ``all`` (of the others),
                  ``hidden``, ``re:PATTERN``
     ===========  ==========================================================================================
@@ -241,7 +242,8 @@ def _attachment(weight: Weight) -> Attach:
         return _weight_cards()[weight.word].make(layer)
 
     def conditioned(layer: nn.Module, name: str) -> object:
-        return weight_conditioning(layer, weight.mode, name=name)  # pyright: ignore[reportArgumentType]
+        mode, learned, _ = weight.mode.partition(":")
+        return weight_conditioning(layer, mode, name=name, gain="learned" if learned else 1.0)  # pyright: ignore[reportArgumentType]
 
     def lengths(layer: nn.Module, name: str) -> object:
         return weight_norm(layer, name, weight_layout(layer, name).output_axis)
