@@ -21,18 +21,19 @@ from rich.console import Console
 
 from normkit.core.errors import OptionError
 from normkit.lab import folder as folders
-from normkit.lab import option, record
+from normkit.lab import option, record, task
+from normkit.lab.budget import fit, measure
 from normkit.lab.cluster import joined
 from normkit.lab.data.root import set_root
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.perform import CONFIG, check, kept, perform
-from normkit.lab.result import Trained, find_target, summarize
+from normkit.lab.result import Judge, Trained, adjust, find_target, summarize
 from normkit.lab.say import Terminal, counted
 from normkit.lab.seeding import borrowed_randomness
 from normkit.lab.settings import RATES, Reports, Settings, Site
 from normkit.lab.stats import tune
 from normkit.lab.stop import stoppable
-from normkit.lab.study import FREE, Made, Run, Steps, Study, forget, made
+from normkit.lab.study import FREE, MARKS_FILE, Made, Run, Steps, Study, forget, made
 from normkit.lab.sweep import finished
 from normkit.lab.train.fabric import Processes, start_fabric
 from normkit.lab.train.trainer import read_run, validation
@@ -107,8 +108,16 @@ def compare(
         why = (*why, f"recipes {','.join(recipes)}: {reason}")
         settings = replace(settings, recipes=recipes).canonical()
         study = replace(study, settings=settings)
+    given = settings
+    if settings.budget is not None:
+        if ray is not None:
+            raise OptionError("budget is of runs one after the other, so it does not go with --ray; wanted one of them")
+        with borrowed_randomness(threads):
+            settings = _planned(study, folder, overwrite, group)
+        why = (*why, _said(settings))
+        study = replace(study, settings=settings)
     site = Site(folder, data_root, ray=ray, threads=threads, tensorboard=tensorboard)
-    again = command(settings, site, Reports(report=report))
+    again = command(given, site, Reports(report=report))
     begun = group.share(lambda: _begun_with(folder, overwrite))
     with ExitStack() as stack:
         stack.enter_context(stoppable())
@@ -236,29 +245,67 @@ def _run(study: Study, made: Made, bench: Bench, device: str) -> dict[str, Any]:
     for recipe, row in tuned.items():
         tried = ", ".join(f"{run['rate']:g}" for run in row["sweep"])
         bench.watch(f"{recipe}: rate {row['rate']:g} is the best of {tried}")
-    jobs = [made.run(recipe, tuned[recipe]["rate"], seed, device) for seed in seeds for recipe in recipes]
-    results = bench.sweep(study.learn, jobs)
     (costs,) = bench.sweep(study.measure, [Steps(recipes, made.origin(seeds[0], device))])
+    chosen = {recipe: row["rate"] for recipe, row in tuned.items()}
+    jobs = [made.run(recipe, chosen[recipe], seed, device) for seed in seeds for recipe in recipes]
+    lengths = _lengths(settings, costs)
+    short = [made.run(name, chosen[name], seed, device, n) for seed in seeds for name, n in lengths.items() if n]
+    results = [*bench.sweep(study.learn, jobs), *(bench.sweep(study.learn, short) if short else ())]
 
     def summary() -> dict[str, Any]:
-        runs: dict[str, list[Trained]] = {recipe: [] for recipe in recipes}
-        for job, result in zip(jobs, results, strict=True):
+        runs: dict[tuple[str, int], list[Trained]] = {}
+        for job, result in zip([*jobs, *short], results, strict=True):
             place = bench.output / folders.RUNS / job.path
+            marks = record.read_numbers(place / MARKS_FILE) if settings.resample else None
             logs = read_run(place, result["epochs"])
-            runs[job.recipe].append(Trained(job.seed, f"{folders.RUNS}/{job.path}", result, *logs))
-        target = find_target((run for of in runs.values() for run in of), settings.target)
+            run = Trained(job.seed, f"{folders.RUNS}/{job.path}", result, *logs, marks)
+            runs.setdefault((job.recipe, job.epochs), []).append(run)
+        full = [run for recipe in recipes for run in runs[recipe, 0]]
+        target, base, data = find_target(full, settings.target), runs[recipes[0], 0], made.data
+        resampled = {"sizes": task.sizes(data.test.targets).numpy(), "sign": -1 if data.score == "r2" else 1}
+        judge = Judge(recipes[0], base, settings.level, **(resampled if settings.resample else {}))
+        steps = next((run.result["steps"] / run.result["epochs"] for run in full if run.result["epochs"]), None)
         rows = []
         for recipe in recipes:
             tried = [_tried(made.run(recipe, row["rate"], seeds[0], device), row) for row in tuned[recipe]["sweep"]]
-            how = (recipes[0], tuned[recipe]["rate"], tried, target["score"], settings.level)
             known = {"parameters": made.parameters[recipe], "changes": made.changes[recipe], "cost": costs[recipe]}
             known["extended"] = [row["rate"] for row in tried if row["rate"] not in rates]
-            rows.append({"recipe": recipe, **known, **summarize(runs[recipe], runs[recipes[0]], *how)})
-        sizes = {name: len(split) for name, split in made.data.splits.items()}
-        task = {"kind": made.data.kind, "score": made.data.score, **sizes, "notes": list(made.data.notes)}
-        return {"task": task, "baseline": recipes[0], "target": target, "recipes": rows}
+            ms = costs[recipes[0]]["ms_per_step"] * costs[recipe]["ratio"]
+            known["full_hours"] = steps and ms * steps * settings.full_epochs / 3.6e6
+            found = {"recipe": recipe, **known}
+            found |= summarize(runs[recipe, 0], judge, chosen[recipe], tried, target["score"])
+            if settings.equal_time:
+                found["equal_time"] = _equal_time(settings, runs, recipe, lengths.get(recipe), judge)
+            rows.append(found)
+        adjust(rows)
+        sizes = {name: len(split) for name, split in data.splits.items()}
+        about = {"kind": data.kind, "score": data.score, **sizes, "notes": list(data.notes)}
+        asked: dict[str, Any] = {"level": settings.level, "full_epochs": settings.full_epochs}
+        about["notes"] += [_said(settings)] if settings.budget is not None else []
+        return {"task": about, "baseline": recipes[0], "target": target, **asked, "recipes": rows}
 
     return bench.group.share(summary)
+
+
+def _lengths(settings: Settings, costs: Mapping[str, Any]) -> dict[str, int]:
+    """How many epochs recipes with slower steps come through in the baseline's time."""
+    from normkit.lab.report.tables import within
+
+    if not settings.equal_time:
+        return {}
+    ratios = {recipe: (cost["ratio"], 1, cost["ratio_interval"]) for recipe, cost in costs.items()}
+    found = {recipe: within(settings.epochs, *how) for recipe, how in ratios.items()}
+    return {recipe: count for recipe, count in found.items() if count < settings.epochs}
+
+
+def _equal_time(
+    settings: Settings, runs: Mapping[tuple[str, int], list[Trained]], recipe: str, length: int | None, judge: Judge
+) -> dict[str, Any]:
+    epochs = settings.epochs if length is None else length
+    if not epochs:
+        return {"epochs": 0, "runs": [], "test_score": None, "paired": None}
+    done = runs[recipe, length or 0]
+    return {"epochs": epochs, "runs": [{"seed": run.seed, "run": run.path} for run in done], **judge.scores(done)}
 
 
 def _tried(job: Run, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,13 +316,44 @@ def _tried(job: Run, row: Mapping[str, Any]) -> dict[str, Any]:
 def _whole(study: Study, made: Made, bench: Bench, device: str, result: Mapping[str, Any]) -> bool:
     """Whether the runs of a result are all there, of these data and this code."""
     for recipe in result["recipes"]:
-        for row in (*recipe["sweep"], *({**run, "rate": recipe["rate"]} for run in recipe["runs"])):
-            job = made.run(recipe["recipe"], row["rate"], row["seed"], device)
+        equal = recipe.get("equal_time") or {"runs": [], "epochs": 0}
+        short = equal["epochs"] if equal["epochs"] < study.settings.epochs else 0
+        found = [(row["rate"], row["seed"], 0) for row in recipe["sweep"]]
+        found += [(recipe["rate"], run["seed"], 0) for run in recipe["runs"]]
+        found += [(recipe["rate"], run["seed"], short) for run in equal["runs"]]
+        for rate, seed, epochs in found:
+            job = made.run(recipe["recipe"], rate, seed, device, epochs)
             place = bench.output / folders.RUNS / job.path
-            if (found := finished(study.learn, job, place)) is None:
+            if (done := finished(study.learn, job, place)) is None:
                 return False
-            read_run(place, found["epochs"])
+            read_run(place, done["epochs"])
     return True
+
+
+def _planned(study: Study, folder: Path, overwrite: bool, group: Processes) -> Settings:
+    """Settings that fit the budget: those that the record was begun with, as times differ each time they are measured."""
+    settings = study.settings
+
+    def begun() -> dict[str, Any] | None:
+        if overwrite or not (folder / CONFIG).exists():
+            return None
+        found = record.read_json(folder / CONFIG)
+        return found if found.get("budget") == settings.budget else None
+
+    if (there := group.share(begun)) is not None:
+        kept = {key: there[key] for key in ("epochs", "warmup", "rates", "seeds") if key in there}
+        return replace(settings, **kept)
+    seconds = measure(made(study))
+    return group.share(lambda: fit(settings, seconds))
+
+
+def _said(settings: Settings) -> str:
+    counts = [
+        counted(settings.epochs, "epoch"),
+        counted(len(settings.rates), "rate"),
+        counted(len(settings.seeds), "seed"),
+    ]
+    return f"a budget of {settings.budget:g} s fits {counts[0]} per run, {counts[1]} and {counts[2]} of each recipe"
 
 
 def _begun_with(folder: Path, overwrite: bool) -> int | None:
