@@ -1,9 +1,11 @@
 """What the intervals of a comparison leave open: other test samples, several recipes at once, and what its seeds can show."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 
@@ -105,7 +107,7 @@ def holm(chances: Mapping[str, float | None]) -> dict[str, float]:
 def detectable(spread: float, seeds: int, level: float = 0.95) -> float:
     """The least true difference that is found in four of five comparisons.
 
-        (t[(1 + level) / 2, n - 1] + t[0.8, n - 1]) * s / sqrt(n)
+        delta * s / sqrt(n),   P(T > t[(1 + level) / 2, n - 1]) = 0.8 for T of the noncentral t(n - 1, delta)
 
     Args:
         spread: standard deviation s of the paired differences.
@@ -113,10 +115,14 @@ def detectable(spread: float, seeds: int, level: float = 0.95) -> float:
         level: of the interval. Default: 0.95.
 
     >>> round(detectable(0.01, 3), 4), round(detectable(0.01, 10), 4)
-    (0.031, 0.0099)
+    (0.0326, 0.01)
     """
-    factor = quantile((1 + level) / 2, seeds - 1) + quantile(POWER, seeds - 1)
-    return factor * spread / math.sqrt(seeds)
+    from scipy.optimize import brentq
+    from scipy.stats import nct
+
+    least = quantile((1 + level) / 2, seeds - 1)
+    delta: Any = brentq(lambda delta: nct.sf(least, seeds - 1, delta) - POWER, 0, 3 * least + 10)
+    return delta * spread / math.sqrt(seeds)
 
 
 def seeds_for(difference: float, spread: float, level: float = 0.95, most: int = 1000) -> int | None:
@@ -131,7 +137,9 @@ def seeds_for(difference: float, spread: float, level: float = 0.95, most: int =
     >>> seeds_for(0.01, 0.01), seeds_for(0.001, 1.0)
     (10, None)
     """
-    return next((n for n in range(2, most + 1) if detectable(spread, n, level) <= difference), None)
+    counts = range(2, most + 1)
+    place = bisect_left(counts, True, key=lambda seeds: detectable(spread, seeds, level) <= difference)
+    return counts[place] if place < len(counts) else None
 
 
 def quantile(part: float, freedom: int) -> float:
