@@ -128,6 +128,16 @@ def test_an_answer_from_text_alone_loads_no_torch(words: str) -> None:
     assert done.returncode == (2 if "nosuch" in words else 0)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+@pytest.mark.parametrize("words", ["--help", "list", "cite bn"])
+def test_standard_output_that_takes_no_more(words: str) -> None:
+    run = [sys.executable, "-m", "normkit", *words.split()]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environ())
+    said = "error: cannot write to standard output: No space left on device; lead it elsewhere\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
 def test_citations() -> None:
     done = CliRunner().invoke(app, ["cite", "gn", "lab_samples:model"])
     assert done.exit_code == 0, done.output

@@ -384,7 +384,6 @@ def test_two_processes_under_torchrun(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"recipes": ()}, "recipes is .*wanted at least one"),
         ({"seeds": ()}, "wanted at least one seed"),
         ({"seeds": (0, 0)}, "different seeds"),
         ({"rates": (0.1, 0.0)}, "rates is .*above 0"),
