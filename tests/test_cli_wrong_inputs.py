@@ -159,7 +159,7 @@ def test_outputs_that_are_nan_from_the_first_step() -> None:
 def test_a_norm_that_a_recipe_cannot_replace_may_be_left() -> None:
     done = CliRunner().invoke(app, [*COMPARE, "--recipes", "keep,gn:3", "--on-refusal", "leave"])
     assert done.exit_code == 0, done.stderr
-    assert json.loads(Path("out/config.json").read_text())["settings"]["on_refusal"] == "leave"
+    assert json.loads(Path("out/config.json").read_text())["on_refusal"] == "leave"
 
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:
