@@ -59,9 +59,9 @@ from normkit.lab.task import call, predictions
 
 MODELS = {
     "inception": "normkit.lab.models.inception:digits_inception",
-    "inception8": "normkit.lab.models.inception8:inception8",
+    "inception8": "normkit.lab.models.inception:inception8",
     "densenet": "normkit.lab.models.densenet:densenet",
-    "googlenet": "normkit.lab.models.googlenet:googlenet",
+    "googlenet": "normkit.lab.models.inception:googlenet",
     "resnet18": "normkit.lab.models.resnet:resnet18",
     "resnet50": "normkit.lab.models.resnet:resnet50",
     "vit_tiny": "normkit.lab.models.vit:vit_tiny",

@@ -1,6 +1,7 @@
 """The runs of a comparison: the same initial weights and the same data in the same order for every recipe."""
 
 import copy
+import hashlib
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ class Steps:
     @property
     def path(self) -> str:
         """The folder."""
-        return "costs"
+        return f"costs/{hashlib.sha256(','.join(self.recipes).encode()).hexdigest()[:8]}"
 
     @property
     def label(self) -> str:
