@@ -28,7 +28,7 @@ from normkit.lab.data.split import Data, Split
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.classification import PAPER
 from normkit.lab.models.densenet import densenet
-from normkit.lab.models.inception8 import inception8
+from normkit.lab.models.inception import inception8
 from normkit.lab.models.nerf import RadianceField
 from normkit.lab.models.vit import vit_s, vit_tiny
 from normkit.lab.report.canvas import FULL, INK
