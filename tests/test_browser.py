@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib", reason="the report needs the extra [lab]")
 from matplotlib.image import imread
 
 from comparison_records import record_of, write_comparison
-from normkit.lab import compare
+from normkit.lab import comparison as compare
 from normkit.lab.report.palette import styles
 from normkit.lab.report.sheet import write_sheet
 
