@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib", reason="the report needs the extra [lab]")
 from matplotlib.image import imread
 
 from comparison_records import record_of, write_comparison
-from normkit.lab import comparison as compare
+from normkit.lab import comparison
 from normkit.lab.report.palette import styles
 from normkit.lab.report.sheet import write_sheet
 
@@ -72,7 +72,7 @@ def look(page: Path, width: int, *flags: str) -> dict[str, Any]:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     found = record_of(write_comparison(folder, recipes=RECIPES))
-    return write_sheet(compare.reread(found), found, [], folder)
+    return write_sheet(comparison.reread(found), found, [], folder)
 
 
 @pytest.mark.parametrize("width", [400, 1200])

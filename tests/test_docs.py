@@ -27,8 +27,9 @@ def blocks(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_every_block_of_python_runs(page: Path) -> None:
+def test_every_block_of_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)  # where comparisons leave their records
     names: dict[str, object] = {}
     for block in blocks(page.read_text()):
         exec(compile(block, str(page), "exec"), names)
@@ -88,7 +89,7 @@ def test_every_experiment_is_listed() -> None:
 
 def test_every_result_has_its_place_and_its_figures() -> None:
     index, nav = (ROOT / "docs/results/index.md").read_text(), (ROOT / "mkdocs.yml").read_text()
-    pages = sorted((ROOT / "docs/results").glob("*/index.md"))
+    pages = sorted((ROOT / "docs/results").glob("*/result.md"))
     assert pages
     for page in pages:
         place = page.relative_to(ROOT / "docs/results").as_posix()

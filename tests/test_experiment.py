@@ -368,8 +368,8 @@ def test_command_line(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--scale", "huge"], "scale is 'huge'; wanted small or full"),
-        (["--seeds", "0"], "seeds is 0"),
+        (["--scale", "huge"], "scale is 'huge'; wanted tiny or small or full"),
+        (["--seeds", "0"], "seeds is '0'"),
         (["--epochs", "0"], "epochs is 0"),
     ],
 )

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from comparison_records import record_of, write_comparison
 from normkit.core.errors import RecordError
-from normkit.lab import comparison as compare
+from normkit.lab import comparison
 from normkit.lab.perform import show
 from normkit.lab.report import drawing, figures
 from normkit.lab.report.canvas import LOOK
@@ -37,18 +37,18 @@ ALL_LOST = tuple((recipe, seed) for recipe in ("bn", "bn+ws", "bn+wn", "bn+e") f
 
 def printed(result: dict[str, Any], width: int, encoding: str = "utf-8") -> str:
     buffer = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    print_sheet(compare.EXPERIMENT, {"result": result}, Console(file=buffer, width=width))
+    print_sheet(comparison.EXPERIMENT, {"result": result}, Console(file=buffer, width=width))
     buffer.seek(0)
     return buffer.read()
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
-    return save(compare.figures(result), folder / "figures")
+    return save(comparison.figures(result), folder / "figures")
 
 
 def paged(result: dict[str, Any], folder: Path, title: str | None = None) -> str:
     found = record_of(result, title)
-    return write_sheet(compare.reread(found), found, [], folder).read_text(encoding="utf-8")
+    return write_sheet(comparison.reread(found), found, [], folder).read_text(encoding="utf-8")
 
 
 def charts(page: str) -> dict[str, Any]:
@@ -369,7 +369,7 @@ def test_page_escapes_what_the_records_say(tmp_path: Path) -> None:
     for place in ("config", "environment"):
         found[place][HOSTILE] = HOSTILE
     found["command"] = shlex.quote(HOSTILE)
-    page = Page(write_sheet(compare.reread(found), found, [], tmp_path).read_text(encoding="utf-8"))
+    page = Page(write_sheet(comparison.reread(found), found, [], tmp_path).read_text(encoding="utf-8"))
     assert page.tags.count("script") == 2
     assert not any("alert(" in script for script in page.scripts if not script.startswith("{"))
     data = next(script for script in page.scripts if script.startswith("{"))
@@ -402,7 +402,7 @@ def test_figures_cut_nothing_and_leave_room_beside_long_names(tmp_path: Path) ->
         tmp_path, recipes=("bn", "bn+wn", long), diverged=tuple((long, seed) for seed in range(3))
     )
     result["recipes"][1]["cost"].update(ratio=1.2, ratio_interval=[0.4, 3.0])
-    for each in compare.figures(result):
+    for each in comparison.figures(result):
         with matplotlib.rc_context({**matplotlib.rcParamsDefault, **LOOK}):
             figure = each.make()
             figure.draw_without_rendering()
@@ -432,7 +432,7 @@ def test_unwritable_folder_is_named(tmp_path: Path, result: dict[str, Any]) -> N
 @pytest.mark.usefixtures("coarse")
 def test_all_of_a_comparison_is_shown_as_of_any_experiment(tmp_path: Path, result: dict[str, Any]) -> None:
     found = record_of(result)
-    show(compare.reread(found), found, tmp_path, Console(quiet=True))
+    show(comparison.reread(found), found, tmp_path, Console(quiet=True))
     assert {path.name for path in tmp_path.iterdir()} >= {"figures", "report.html", "result.md"}
     text = (tmp_path / "result.md").read_text()
     for words in ("`normkit compare --data digits", "Each recipe tries every learning rate", *findings(result)):

@@ -1,4 +1,4 @@
-"""What the terminal shows of the catalogue."""
+"""The catalogue in the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def list_table(console: Console, kind: str | None = None, **claims: bool | None)
     """Print methods, one line each.
 
     Args:
-        console: to print on.
+        console: the console to print on.
         kind: ``"input"``, ``"activation"``, ``"weight"`` or ``"gradient"``; None for all.
         **claims: values that fields of the entry must have, e.g. ``foldable=True``; None for any.
 
@@ -45,7 +45,7 @@ def show_page(name: str, console: Console) -> None:
 
     Args:
         name: the method's name or word.
-        console: to print on.
+        console: the console to print on.
 
     Raises:
         NotationError: no such method.

@@ -115,13 +115,14 @@ class Words(TyperCommand):
             raise
 
 
-def command(name: str, *declared: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(app: typer.Typer, name: str, *declared: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Adds a function to the command line.
 
     It is called with an instance of each dataclass, made of the options that were given, and with its other arguments as typer
     reads them.
 
     Args:
+        app: the command line.
         name: of the command.
         *declared: dataclasses whose fields are options.
     """
@@ -147,7 +148,7 @@ def command(name: str, *declared: type) -> Callable[[Callable[..., None]], Calla
         run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
         run.__annotations__ = {each.name: each.annotation for each in parameters}
         # Of click's help: lines after a backspace are not filled.
-        run.__doc__ = (function.__doc__ or "").replace("Such as:\n", "\b\nSuch as:\n")
+        run.__doc__ = (inspect.getdoc(function) or "").replace("Such as:\n", "\b\nSuch as:\n")
         app.command(name, cls=Words)(run)
         return function
 
@@ -181,7 +182,8 @@ def faults(all_of_it: bool) -> Iterator[None]:
         with stoppable():
             yield
     except KeyboardInterrupt as error:
-        typer.echo(visible(f"\nstopped{f'; {error}' if str(error) else ''}"), err=True)
+        said = str(error) or "give the same command to go on"
+        typer.echo(visible(f"\nstopped; {said}"), err=True)
         raise typer.Exit(130) from None
     except typer.Exit:
         raise

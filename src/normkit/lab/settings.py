@@ -34,7 +34,7 @@ def first_seeds(count: int) -> tuple[int, ...]:
 
 
 def _seeds_of(text: str) -> tuple[int, ...]:
-    return tuple(map(int, words(text))) if "," in text else first_seeds(int(text))
+    return tuple(map(int, words(text.removesuffix(",")))) if "," in text else first_seeds(int(text))
 
 
 def _seeds_in_words(seeds: tuple[int, ...]) -> str:

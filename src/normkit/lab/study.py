@@ -1,6 +1,7 @@
 """The runs of a comparison: the same initial weights and the same data in the same order for every recipe."""
 
 import copy
+import hashlib
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import nn
 from normkit.core.errors import RecordError, SurgeryError
 from normkit.lab.devices import device_name
 from normkit.lab.progress import tell
-from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model, suited, two
+from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model, suited, two, user_code
 from normkit.lab.recipes import default_recipes
 from normkit.lab.seeding import init_sha256, order_sha256, reseed
 from normkit.lab.settings import Settings
@@ -68,7 +69,7 @@ class Steps:
     @property
     def path(self) -> str:
         """The folder."""
-        return "costs"
+        return f"costs/{hashlib.sha256(','.join(self.recipes).encode()).hexdigest()[:8]}"
 
     @property
     def label(self) -> str:
@@ -98,7 +99,8 @@ class Study:
         curves = self.curves and self.curves / run.path
         model, _ = made.apply(run.seed, run.recipe)
         trainer = Trainer(run.rate, run.seed, self.settings, model, made.data, made.fabric, folder, curves)
-        return trainer.train(lambda epoch, score: tell(epoch, self.settings.epochs, score))
+        with user_code(f"{self.settings.model} with {run.recipe}"):
+            return trainer.train(lambda epoch, score: tell(epoch, self.settings.epochs, score))
 
     def measure(self, job: Steps, folder: Path) -> dict[str, Any]:
         """Measures every recipe's step."""
