@@ -59,13 +59,7 @@ LOOKS = 4  # a Hessian of 500 parameters takes half a second
 RATE, SHORT = 0.3, 60
 RATES = (0.1, 0.3, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 SAMPLES, HIDDEN = 256, 12
-COLUMNS = {
-    "raw": "κ raw",
-    "used": "κ effective",
-    "rows": "row norms",
-    "largest": "λ max",
-    "smallest": "λ min",
-}
+COLUMNS = {"raw": "κ raw", "used": "κ effective", "rows": "row norms", "largest": "λ max", "smallest": "λ min"}
 
 
 @dataclass(frozen=True)

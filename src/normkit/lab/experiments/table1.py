@@ -15,16 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from normkit.lab.experiment import Bench, Experiment
-from normkit.lab.experiments.classification import (
-    PAPER,
-    Plan,
-    Row,
-    difference,
-    length_of,
-    study,
-    tables,
-    verdicts,
-)
+from normkit.lab.experiments.classification import PAPER, Plan, Row, difference, length_of, study, tables, verdicts
 from normkit.lab.experiments.classification_drawing import figures
 from normkit.lab.train.learning import Training
 

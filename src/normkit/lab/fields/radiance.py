@@ -122,10 +122,7 @@ def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
     sampling = Sampling(job.coarse, job.fine)
     optimizer = torch.optim.Adam(model.parameters(), lr=job.rate)
     views = _spread(scene.test, VIEWS)
-    probes = {
-        "train_psnr": _probe(scene, scene.train, here),
-        "test_psnr": _probe(scene, views, here),
-    }
+    probes = {"train_psnr": _probe(scene, scene.train, here), "test_psnr": _probe(scene, views, here)}
 
     def step(number: int) -> dict[str, Any] | None:
         for group in optimizer.param_groups:

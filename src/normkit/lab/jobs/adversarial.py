@@ -9,15 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normkit.lab.jobs.spectra import (
-    Memory,
-    constrain,
-    demand_numbers,
-    raw_weights,
-    spectra,
-    steepness,
-    weights,
-)
+from normkit.lab.jobs.spectra import Memory, constrain, demand_numbers, raw_weights, spectra, steepness, weights
 from normkit.lab.models.gan import PointDiscriminator, PointGenerator, centres, ring
 from normkit.lab.seeding import reseed
 from normkit.lab.train.walk import OK, Diverged, forget, walk
@@ -95,12 +87,7 @@ def play(job: Game, folder: Path) -> dict[str, Any]:
             raise Diverged
         if number % max(1, job.steps // LOOKS):
             return None
-        return {
-            "critic": losses[-1],
-            "generator": aim.item(),
-            **look(generator, critic),
-            **memory.look(follow()),
-        }
+        return {"critic": losses[-1], "generator": aim.item(), **look(generator, critic), **memory.look(follow())}
 
     parts = {
         "generator": generator,
