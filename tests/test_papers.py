@@ -94,9 +94,7 @@ def test_many_methods_are_drawn_at_the_end_of_training(out: Path) -> None:
 
 
 def test_a_row_has_its_own_start_and_the_same_data(out: Path) -> None:
-    configs = [
-        record.read_json(path) for path in out.glob("runs/digits/inception/*/rate=0.1/seed=0/training/config.json")
-    ]
+    configs = [record.read_json(path) for path in out.glob("runs/digits/inception/*/rate=0.1/seed=0/origin.json")]
     assert len(configs) == 4
     assert len({config["init_sha256"] for config in configs}) == 1
     assert len({config["order_sha256"] for config in configs}) == 1
