@@ -32,6 +32,7 @@ def test_a_page_is_drawn_from_its_record(name: str, tmp_path: Path, monkeypatch:
     page, text = RESULTS / name, (RESULTS / name / "result.json").read_text()
     shutil.copy(page / "result.json", tmp_path)
     assert reshow(tmp_path)
+    # Words of the experiment or the catalogue have changed: `normkit report docs/results/NAME` draws the page again.
     assert (tmp_path / "result.md").read_text() == (page / "result.md").read_text()
     pictures = {path.name for path in (tmp_path / "figures").glob("*.png")}
     assert pictures == {path.name for path in (page / "figures").glob("*.png")}
