@@ -99,7 +99,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
     said = verdicts(result)
     said.append(
         "Each interval stands alone: of twenty, one is expected to miss by chance. Rates are the same for all rows of a table, "
-        "so a difference can be one of the rate that suits a row; Table 1 has the sweep."
+        "so a difference can be one of the rate that suits a row; Table 1 sweeps rates."
     )
     if result["scale"] == "small":
         left = counted(len(LARGE), "row")

@@ -118,7 +118,7 @@ def measure(job: Measurement, folder: Path) -> dict[str, Any]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Measures both kinds, once a seed; one job after the other, as two at once would slow one another."""
+    """Measures both kinds, once per seed; one job after the other, as two at once would slow one another."""
     rounds = bench.epochs or ROUNDS[bench.scale]
     taken = TINY if bench.scale == "tiny" else SHAPES
     jobs = [Measurement(kind, shape, rounds, seed) for seed in bench.seeds for kind, shape in taken.items()]

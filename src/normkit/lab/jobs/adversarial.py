@@ -20,18 +20,9 @@ FOLLOWED = ("none", "sn")
 
 
 STD, BATCH, CRITIC = 0.05, 128, 2
-
-
 RATES = 1e-3, 5e-4
-
-
 LOOKS = 20
-
-
-GRID = 41
-
-
-WIDE = 3.0
+GRID, WIDE = 41, 3.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +57,7 @@ def play(job: Game, folder: Path) -> dict[str, Any]:
     def judge() -> float:
         real, fake = ring(BATCH, std=STD), invent(generator, BATCH).detach()
         optimizers[1].zero_grad()
-        # One call for both, so that power iteration steps once a step and both see the same weight.
+        # One call for both, so that power iteration steps once per step and both see the same weight.
         judged, faked = critic(torch.cat([real, fake])).chunk(2)
         loss = critic_loss(job.loss, judged, faked)
         loss.backward()
