@@ -110,14 +110,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 
 EXPERIMENT = Experiment(
-    "ablations",
-    "reproduce",
-    "Ablations of weight conditioning",
+    "ablations", "reproduce", "Ablations of weight conditioning",
     "Row equilibration of the first and the last layer is the form of conditioning to use.",
-    PAPER,
-    run,
-    classification.tables,
-    figures,
-    remarks,
-    ("tiny", "small", "full"),
-)
+    PAPER, run, classification.tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

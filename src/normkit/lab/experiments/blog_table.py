@@ -326,17 +326,9 @@ def weaknesses(result: dict[str, Any]) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    name="blog-table",
-    kind="claim",
-    title="Seven normalizations side by side, measured",
-    claim=(
-        "Batch normalization depends on the batch and on running statistics; layer, instance and group normalization do not. "
-        "RMS, weight and spectral normalization, which are of other papers, are measured as well."
-    ),
-    paper=Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
-    run=run,
-    tables=tables,
-    figures=figures,
-    remarks=remarks,
-    scales=("tiny", "small", "full"),
-)
+    "blog-table", "claim", "Seven normalizations side by side, measured",
+    "Batch normalization depends on the batch and on running statistics; layer, instance and group normalization do not. "
+        "RMS, weight and spectral normalization, which are of other papers, are measured as well.",
+    Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
+    run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

@@ -317,14 +317,7 @@ def figure_of(result: dict[str, Any]) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    name="conditioning",
-    kind="claim",
-    title="Conditioned weights: condition numbers, curvature and stable rates",
-    claim="Conditioning the weights lowers their condition numbers, smooths the loss, and so allows larger learning rates.",
-    paper=method("weight_conditioning").paper,
-    run=run,
-    tables=tables,
-    figures=figures,
-    remarks=remarks,
-    scales=("tiny", "small", "full"),
-)
+    "conditioning", "claim", "Conditioned weights: condition numbers, curvature and stable rates",
+    "Conditioning the weights lowers their condition numbers, smooths the loss, and so allows larger learning rates.",
+    method("weight_conditioning").paper, run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

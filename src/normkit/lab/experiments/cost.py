@@ -297,14 +297,7 @@ def _bars(result: Mapping[str, Any]) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    "cost",
-    "reproduce",
-    "What weight conditioning costs",
+    "cost", "reproduce", "What weight conditioning costs",
     "Conditioning lengthens each training iteration compared with other normalizations, and costs nothing once folded.",
-    PAPER,
-    run,
-    tables,
-    figures,
-    remarks,
-    ("tiny", "small", "full"),
-)
+    PAPER, run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

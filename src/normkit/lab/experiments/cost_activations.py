@@ -236,19 +236,13 @@ def costs(result: dict[str, Any]) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    name="cost-activations",
-    kind="claim",
-    title="What activation norms cost",
-    claim="Root mean square normalization costs less than layer normalization, as it needs no mean.",
-    paper=Paper(
+    "cost-activations", "claim", "What activation norms cost",
+    "Root mean square normalization costs less than layer normalization, as it needs no mean.",
+    Paper(
         "Zhang, Biao and Sennrich, Rico",
         "Root Mean Square Layer Normalization",
         2019,
         "https://arxiv.org/abs/1910.07467",
     ),
-    run=run,
-    tables=tables,
-    figures=figures,
-    remarks=remarks,
-    scales=("tiny", "small", "full"),
-)
+    run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

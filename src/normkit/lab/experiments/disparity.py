@@ -329,22 +329,14 @@ def draw_ranges(result: dict[str, Any]) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    name="disparity",
-    kind="claim",
-    title="Batch normalization in training and in evaluation",
-    claim=(
-        "Batch normalization computes another function in evaluation than in training, with another range of outputs; weighing "
-        "in the example's own statistics at inference, better estimates, or batch renormalization narrow the gap."
-    ),
-    paper=Paper(
+    "disparity", "claim", "Batch normalization in training and in evaluation",
+    "Batch normalization computes another function in evaluation than in training, with another range of outputs; weighing "
+        "in the example's own statistics at inference, better estimates, or batch renormalization narrow the gap.",
+    Paper(
         "Summers, Cecilia and Dinneen, Michael J.",
         "Four Things Everyone Should Know to Improve Batch Normalization",
         2020,
         "https://arxiv.org/abs/1906.03548",
     ),
-    run=run,
-    tables=tables,
-    figures=figures,
-    remarks=remarks,
-    scales=("tiny", "small", "full"),
-)
+    run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

@@ -74,14 +74,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 
 EXPERIMENT = Experiment(
-    "fig1",
-    "reproduce",
-    "Figure 1: GoogLeNet at a large learning rate, and ResNets, on CIFAR-100",
+    "fig1", "reproduce", "Figure 1: GoogLeNet at a large learning rate, and ResNets, on CIFAR-100",
     "BN with weight conditioning trains better than BN and BN + WS: by about 15 points in GoogLeNet at learning rate 2.",
-    PAPER,
-    run,
-    tables,
-    figures,
-    remarks,
-    ("tiny", "small", "full"),
-)
+    PAPER, run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

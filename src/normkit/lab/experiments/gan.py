@@ -279,22 +279,14 @@ def memory(result: dict[str, Any]) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    name="gan",
-    kind="claim",
-    title="Spectral normalization of a discriminator, on eight Gaussians",
-    claim=(
-        "Dividing each weight of a discriminator by its largest singular value makes it Lipschitz with constant 1, leaves the "
-        "other singular values free, and costs one power iteration per step if u and v are kept."
-    ),
-    paper=Paper(
+    "gan", "claim", "Spectral normalization of a discriminator, on eight Gaussians",
+    "Dividing each weight of a discriminator by its largest singular value makes it Lipschitz with constant 1, leaves the "
+        "other singular values free, and costs one power iteration per step if u and v are kept.",
+    Paper(
         "Miyato, Takeru and Kataoka, Toshiki and Koyama, Masanori and Yoshida, Yuichi",
         "Spectral Normalization for Generative Adversarial Networks",
         2018,
         "https://arxiv.org/abs/1802.05957",
     ),
-    run=run,
-    tables=tables,
-    figures=figures,
-    remarks=remarks,
-    scales=("tiny", "small", "full"),
-)
+    run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

@@ -306,22 +306,14 @@ def norms(result: dict[str, Any]) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    name="pre-post-ln",
-    kind="claim",
-    title="Layer normalization before or after each branch of a transformer",
-    claim=(
-        "With layer normalization after each residual branch the gradients of the last layers are large at the start and a "
-        "warm-up is needed; before each branch they shrink with the root of the depth, and it is not."
-    ),
-    paper=Paper(
+    "pre-post-ln", "claim", "Layer normalization before or after each branch of a transformer",
+    "With layer normalization after each residual branch the gradients of the last layers are large at the start and a "
+        "warm-up is needed; before each branch they shrink with the root of the depth, and it is not.",
+    Paper(
         "Xiong, Ruibin and Yang, Yunchang and He, Di and Zheng, Kai and Zheng, Shuxin and Xing, Chen and others",
         "On Layer Normalization in the Transformer Architecture",
         2020,
         "https://arxiv.org/abs/2002.04745",
     ),
-    run=run,
-    tables=tables,
-    figures=figures,
-    remarks=remarks,
-    scales=("tiny", "small", "full"),
-)
+    run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

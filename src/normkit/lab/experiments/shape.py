@@ -302,14 +302,7 @@ def _curves(result: Mapping[str, Any]) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    name="shape",
-    kind="reproduce",
-    title="Weight conditioning of occupancy fields (3D shape modelling)",
-    claim="Conditioning the weights of a network that models a 3D shape improves it; the figures stand in the supplement.",
-    paper=PAPER,
-    run=run,
-    tables=tables,
-    figures=figures,
-    remarks=remarks,
-    scales=("tiny", "small", "full"),
-)
+    "shape", "reproduce", "Weight conditioning of occupancy fields (3D shape modelling)",
+    "Conditioning the weights of a network that models a 3D shape improves it; the figures stand in the supplement.",
+    PAPER, run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

@@ -318,16 +318,7 @@ def _printed(name: str, scene: str) -> float | None:
 
 
 EXPERIMENT = Experiment(
-    name="table4",
-    kind="reproduce",
-    title="Weight conditioning of neural radiance fields (Table 4)",
-    claim=(
-        "On eight forward-facing scenes E-NeRF reaches 30.20 dB on average and NeRF 29.6; other normalizations hinder NeRF."
-    ),
-    paper=PAPER,
-    run=run,
-    tables=tables,
-    figures=figures,
-    remarks=remarks,
-    scales=("tiny", "small", "full"),
-)
+    "table4", "reproduce", "Weight conditioning of neural radiance fields (Table 4)",
+    "On eight forward-facing scenes E-NeRF reaches 30.20 dB on average and NeRF 29.6; other normalizations hinder NeRF.",
+    PAPER, run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

@@ -279,22 +279,14 @@ def draw_rates(result: dict[str, Any]) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    name="why-bn",
-    kind="claim",
-    title="Why batch normalization helps",
-    claim=(
-        "Batch normalization does not reduce internal covariate shift, and trains fast even where noise adds to it; it makes the "
-        "loss smoother along the gradient, so that larger steps can be taken."
-    ),
-    paper=Paper(
+    "why-bn", "claim", "Why batch normalization helps",
+    "Batch normalization does not reduce internal covariate shift, and trains fast even where noise adds to it; it makes the "
+        "loss smoother along the gradient, so that larger steps can be taken.",
+    Paper(
         "Santurkar, Shibani and Tsipras, Dimitris and Ilyas, Andrew and Madry, Aleksander",
         "How Does Batch Normalization Help Optimization?",
         2018,
         "https://arxiv.org/abs/1805.11604",
     ),
-    run=run,
-    tables=tables,
-    figures=figures,
-    remarks=remarks,
-    scales=("tiny", "small", "full"),
-)
+    run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip
