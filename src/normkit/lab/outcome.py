@@ -38,8 +38,8 @@ class Outcome:
     @property
     def table(self) -> list[dict[str, Any]]:
         """A row per recipe: plain numbers, None where there is none. ``pandas.DataFrame(outcome.table)`` takes it."""
-        baseline, rows = self.record["result"]["baseline"], []
-        for found in self.record["result"]["recipes"]:
+        result, rows = self.record["result"], []
+        for found in result["recipes"]:
             paired, score, cost = (found.get(key) or {} for key in ("paired", "test_score", "cost"))
             rows.append(
                 {
@@ -50,7 +50,7 @@ class Outcome:
                     "difference": paired.get("mean"),
                     "low": paired.get("low"),
                     "high": paired.get("high"),
-                    "verdict": verdict(found, baseline),
+                    "verdict": verdict(found, result).replace("\n", " "),
                     **{key: cost.get(key) for key in ("ms_per_step", "ratio", "ratio_interval", "mb_per_step")},
                     "parameters": found["parameters"],
                     "changes": len(found["changes"]),
