@@ -1,4 +1,4 @@
-"""Publishes finished records of experiments as pages of the documentation: ``python docs/results/publish.py runs/table1 ...``
+"""Publishes finished records of experiments as pages of the documentation: ``python docs/results/publish.py runs/table1 ...``.
 
 A page is a folder with a small ``result.json``, what ``normkit report`` makes of it (``result.md``) and its figures. Paths of the
 machine are left out, numbers are rounded to five digits and pictures reduced to the size at which they are printed.
