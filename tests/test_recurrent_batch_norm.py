@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_refused() -> None:
         RecurrentBatchNorm(3, momentum=2.0)
     with pytest.raises(OptionError, match="nonlinearity"):
         BatchNormRNN(3, 2, "gelu")
-    with pytest.raises(ShapeError, match="wanted one length for each sample"):
+    with pytest.raises(ShapeError, match="wanted one length per sample"):
         RecurrentBatchNorm(3)(torch.randn(5, 4, 3), lengths=torch.tensor([1, 2]))
     with pytest.raises(ShapeError, match=r"\(T, N, C\) frame-wise"):
         RecurrentBatchNorm(3, "frame", 5)(torch.randn(4, 3))
