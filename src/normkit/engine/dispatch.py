@@ -205,6 +205,7 @@ def perform(call: Call) -> Output:
 def perform_by(choice: Choice, call: Call) -> Output:
     """Run a call by the choice made for it, or for another call with the same key."""
     output = choice.perform(call)
+    # The native kernels may have updated the statistics already; all other back ends leave that to here.
     memory, running, found = call.rule.memory, call.running, output.moments
     if running is not None and memory is not None and call.own and not output.remembered and found is not None:
         memory.update(running, found, choice.split)

@@ -105,7 +105,7 @@ class Layer(Module):
         for known in last:
             if known.agrees(call):
                 return perform_by(known.choice, call)
-        self._fits(call.x)
+        self._fits(call.x)  # after the comparison, as an input like an earlier one has passed it already
         choice = kept(call, call.key())
         if keeps and choice.backend == "native":
             # Four, as a layer may alternate between a few shapes; every one more is compared at each miss.
@@ -148,6 +148,7 @@ class Layer(Module):
         return {name: value for name, value in self.__dict__.items() if name not in _MADE}
 
     def _forget(self) -> None:
+        # After any change of an attribute, as each may be one that the rule or the choice was made from.
         for name in _MADE:
             self.__dict__.pop(name, None)
 

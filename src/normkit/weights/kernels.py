@@ -249,6 +249,7 @@ class _Normalize(torch.autograd.Function):
         weight, gain = ctx.saved_tensors
         if torch.is_grad_enabled() or not plain(gradient):
             return *gradients_by(ctx.definition, (weight, gain), ctx.needs_input_grad, gradient), None, None, None
+        # The weight may come back changed from hooks on saved tensors; _address then refuses it.
         gradient, result = like(gradient, weight), torch.empty_like(weight)
         dgain = None if gain is None else torch.empty_like(gain)
         functions = _functions()
