@@ -249,9 +249,7 @@ def unroll(input: Tensor, cell: _Cell, state: Any = None, *, mask: Tensor | None
     """
     _check(cell, input)
     if input.dim() < 2 or len(input) == 0:
-        raise ShapeError(
-            f"unroll: got a sequence of {show(input.shape)}, wanted at least one time step: (T, *, features)"
-        )
+        raise ShapeError(f"unroll: got a sequence of {show(input.shape)}, wanted at least one step: (T, *, features)")
     if mask is not None and (mask.shape != input.shape[:-1] or mask.dtype != torch.bool):
         raise ShapeError(
             f"unroll: got a {mask.dtype} mask of {show(mask.shape)}, wanted torch.bool of {show(input.shape[:-1])}"
@@ -346,10 +344,9 @@ _CELLS: dict[str, type[Any]] = {"lstm": LayerNormLSTMCell, "gru": LayerNormGRUCe
 
 def _check(cell: _Cell, x: Tensor) -> None:
     accumulation_dtype(x.dtype)  # refuses integers
-    who, rows = type(cell).__name__, cell.gates * cell.hidden_size
-    check_shape(who, "weight_ih", cell.weight_ih, rows, cell.input_size)
-    check_shape(who, "weight_hh", cell.weight_hh, rows, cell.hidden_size)
-    check_shape(who, "bias", getattr(cell, "bias", None), rows)
+    rows = cell.gates * cell.hidden_size
+    for name, *sizes in (("weight_ih", cell.input_size), ("weight_hh", cell.hidden_size), ("bias",)):
+        check_shape(type(cell).__name__, name, getattr(cell, name, None), rows, *sizes)
     if x.dim() < 1 or x.shape[-1] != cell.input_size:
         raise ShapeError(
             f"{type(cell).__name__}: got an input of {show(x.shape)}, wanted one that ends in input_size={cell.input_size}"
@@ -398,7 +395,5 @@ _GRU = "(r, z) = LN(W_ih x) + LN(W_hh h); n = tanh(LN(W_in x) + sigmoid(r) LN(W_
 _INPUTS: tuple[Invariance, ...] = ("weight scale", "data scale", "sample scale")
 
 CARD_RNN = _card("rnn", "a simple recurrent network", "the summed inputs", "h' = tanh(LN(W_ih x + W_hh h))")
-CARD_LSTM = _card(
-    "lstm", "an LSTM", "all gates together, separately for input and state, and over the cell", _LSTM, *_INPUTS
-)
-CARD_GRU = _card("gru", "a GRU", "both gates and the candidate, separately for input and state", _GRU, *_INPUTS)
+CARD_LSTM = _card("lstm", "an LSTM", "the gates of the input and of the state, and over the cell", _LSTM, *_INPUTS)
+CARD_GRU = _card("gru", "a GRU", "the gates and the candidate, of the input and of the state", _GRU, *_INPUTS)

@@ -336,7 +336,8 @@ class _Normalize(torch.autograd.Function):
             found = _differentiable(ready, dy, dsum, (x, weight, bias), None, wanted)
         else:
             x, weight, bias = _restored(ready, x, weight, bias)
-            found = _backward(ready, _like(dy, x), _like(dsum, x), x, weight, bias, ctx.values, wanted)
+            dy, dsum = (None if g is None else like(g, x) for g in (dy, dsum))
+            found = _backward(ready, dy, dsum, x, weight, bias, ctx.values, wanted)
         dx = found[0]
         gradients = (dx if needs[0] else None, found[1], found[2], None, None, dx if summed else None)
         return gradients[: len(needs)]
@@ -359,13 +360,9 @@ class _NormalizeBy(torch.autograd.Function):
             found = _differentiable(ctx.ready, arrived[0], None, (x, weight, bias), ctx.values, wanted)
         else:
             x, weight, bias = _restored(ctx.ready, x, weight, bias)
-            dy = _like(arrived[0], x)
+            dy = None if arrived[0] is None else like(arrived[0], x)
             found = _backward(ctx.ready, dy, None, x, weight, bias, ctx.values, wanted)
         return *found, None, None
-
-
-def _like(gradient: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if gradient is None else like(gradient, x)
 
 
 def _is_usual(ready: Prepared, dy: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
