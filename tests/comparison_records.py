@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from normkit.lab import record
-from normkit.lab.compare import EXPERIMENT
+from normkit.lab.comparison import EXPERIMENT
 from normkit.lab.result import Trained, find_target, summarize
 from normkit.lab.settings import Settings
 from normkit.lab.sweep import plain

@@ -88,7 +88,7 @@ def test_every_experiment_is_listed() -> None:
 
 def test_every_result_has_its_place_and_its_figures() -> None:
     index, nav = (ROOT / "docs/results/index.md").read_text(), (ROOT / "mkdocs.yml").read_text()
-    pages = sorted((ROOT / "docs/results").glob("*/index.md"))
+    pages = sorted((ROOT / "docs/results").glob("*/result.md"))
     assert pages
     for page in pages:
         place = page.relative_to(ROOT / "docs/results").as_posix()

@@ -137,6 +137,7 @@ class BatchGroupNorm(Layer):
     def check(self, input: Tensor) -> None:
         check_channels("BatchGroupNorm", input, self.num_channels, "num_channels", self.layout)
         if self.training and self.examples_per_group != 1:
+            _ = self.rule  # follows options that were set since
             check_several("BatchGroupNorm", input[: self.examples_per_group], self._rules[1].support)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -141,7 +141,7 @@ def _with_learned_eps(
     wide = x.to(accumulation_dtype(x.dtype))
     if mask is not None:
         wide = torch.where(mask, wide, 0.0)
-    count = split.count if mask is None else mask.expand(x.shape).sum(split.dims, keepdim=True).clamp_min(1)
+    count = max(split.count, 1) if mask is None else mask.expand(x.shape).sum(split.dims, keepdim=True).clamp_min(1)
     square = wide.square().sum(split.dims, keepdim=True) / count if split.dims else wide.square()
     y = Affine("c").apply(wide * (square + eps.to(wide.dtype).abs()).rsqrt(), split, weight, bias)
     return (y if mask is None else torch.where(mask, y, 0.0)).to(x.dtype)

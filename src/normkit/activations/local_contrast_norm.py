@@ -140,7 +140,7 @@ def _blur(x: Tensor, window: int, sigma: float) -> Tensor:
     """Gaussian mean over all axes but the first two, of the part inside the image."""
     at = torch.arange(window, device=x.device, dtype=x.dtype) - window // 2
     kernel = torch.exp(-0.5 * (at / sigma).square()).view(1, 1, window)
-    for dim in range(2, x.dim()):
+    for dim in range(2, x.dim() if x.numel() else 0):
         moved = x.movedim(dim, -1)
         lines = moved.reshape(moved[..., 0].numel(), 1, x.shape[dim])
         inside = F.conv1d(torch.ones_like(lines[:1]), kernel, padding=window // 2) if len(lines) else 1.0

@@ -47,7 +47,7 @@ CAPTIONS = {
     "paired_differences": "Test score less the baseline's of the same seed: mean, interval, and each seed as a dot.",
     "learning_rates": "Validation score after the last epoch at each learning rate tried; the filled mark is the one chosen.",
     "condition_numbers": "Condition number of the weights after each epoch, geometric mean over seeds.",
-    "cost": "Milliseconds per step, with quartiles, and megabytes per step.",
+    "cost": "Milliseconds per step, with the interval of their ratio to the baseline's, and megabytes per step.",
 }
 
 
@@ -169,9 +169,9 @@ def reread(found: Mapping[str, Any]) -> Experiment:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Scores and costs of each recipe."""
-    from normkit.lab.report.table import tables_of
+    from normkit.lab.report import table
 
-    return tables_of(result)
+    return table.tables(result)
 
 
 def figures(result: dict[str, Any]) -> list[Drawing]:
@@ -193,10 +193,10 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 
 def interactive(result: dict[str, Any]) -> Any:
-    """The curves, for the page."""
-    from normkit.lab.report.comparison import Comparison
+    """What the page says, with curves to point at and to zoom into."""
+    from normkit.lab.report.account import account
 
-    return Comparison.of(result)
+    return account(result)
 
 
 def _experiment(study: Study, device: str, again: str) -> Experiment:

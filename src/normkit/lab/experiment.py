@@ -137,8 +137,8 @@ class Experiment:
         command: the words that give it again, in place of those of a scale. Default: these.
         whole: whether all runs of a result are there, of these data and this code. Default: it is not looked at.
         together: processes that torchrun started can do its runs. Default: False.
-        interactive: what of a result the page draws for pointing at and zooming, see :mod:`normkit.lab.report.series`. Default:
-            nothing.
+        interactive: what the page says of a result, see :class:`normkit.lab.report.page.Account`, with charts to point at and to
+            zoom into. Default: claim, setup, remarks, tables and figures.
     """
 
     name: str

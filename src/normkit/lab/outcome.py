@@ -94,9 +94,10 @@ class Outcome:
         Raises:
             RecordError: the folder can't be written.
         """
-        from normkit.lab.report.page import write_page
+        from normkit.lab.comparison import reread
+        from normkit.lab.report.sheet import write_sheet
 
-        return write_page(self.record, self.folder)
+        return write_sheet(reread(self.record), self.record, [], self.folder)
 
     def _drawings(self) -> dict[str, Any]:
         from normkit.lab.comparison import figures

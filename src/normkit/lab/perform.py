@@ -117,7 +117,6 @@ def show(
         RecordError: the result is not what the experiment wrote, or the folder is not writable.
     """
     from normkit.lab.report.drawing import save
-    from normkit.lab.report.page import write_page
     from normkit.lab.report.sheet import print_sheet, write_markdown, write_sheet
 
     try:
@@ -137,8 +136,7 @@ def show(
     save(figures, output / FIGURES, COARSE if found["config"].get("scale") == "tiny" else None)
     lines = [f"result   {output / RESULT}", f"table    {write_markdown(experiment, found, figures, output)}"]
     if report:
-        page = write_page(found, output) if experiment.interactive else write_sheet(experiment, found, figures, output)
-        lines += [f"report   {page}", f"figures  {output / FIGURES}"]
+        lines += [f"report   {write_sheet(experiment, found, figures, output)}", f"figures  {output / FIGURES}"]
     say(console, "\n" + "\n".join(lines))
 
 

@@ -52,7 +52,7 @@ def figure(picture: Picture, comparison: Comparison) -> Figure:
             axis.set_xlim(*panel.close[0])
             axis.set_ylim(*panel.close[1])
         if len(views) > 1:
-            axis.set_title(plain("second half, enlarged" if enlarged else panel.title), loc="left")
+            axis.set_title(plain("end of training" if enlarged else panel.title), loc="left")
         axis.set_xlabel(panel.x)
     if first.log:
         log(*axes, limit=first.limit)
@@ -122,7 +122,9 @@ def _rows(axis: Axes, panel: Panel, looks: list[Style], names: list[str]) -> Non
             nothing: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 6.5}
             axis.annotate("no score", (0, y), (4, 0), color=FAINT, **nothing)
     if panel.bars:
-        axis.set_xlim(0, 1.18 * max([row.value or 0 for row in panel.rows] + [1e-9]))
+        # Room to the right of the longest bar or whisker for the widest number.
+        ends = [end for row in panel.rows for end in (row.value, row.high) if end is not None]
+        axis.set_xlim(0, (1.08 + 0.05 * max(len(row.text) for row in panel.rows)) * max([*ends, 1e-9]))
     else:
         axis.axvline(0, color=INK, linewidth=0.8, zorder=1)
         axis.spines["left"].set_visible(False)
