@@ -16,7 +16,7 @@ from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, check_shape, show
-from normkit.engine.layer import Layer
+from normkit.engine.layer import Layer, check_last
 
 State = tuple[Tensor, ...]
 
@@ -347,10 +347,7 @@ def _check(cell: _Cell, x: Tensor) -> None:
     rows = cell.gates * cell.hidden_size
     for name, *sizes in (("weight_ih", cell.input_size), ("weight_hh", cell.hidden_size), ("bias",)):
         check_shape(type(cell).__name__, name, getattr(cell, name, None), rows, *sizes)
-    if x.dim() < 1 or x.shape[-1] != cell.input_size:
-        raise ShapeError(
-            f"{type(cell).__name__}: got an input of {show(x.shape)}, wanted one that ends in input_size={cell.input_size}"
-        )
+    check_last(type(cell).__name__, x, cell.input_size, "input_size")
 
 
 def _first(cell: _Cell, x: Tensor, given: Any) -> State:

@@ -228,6 +228,18 @@ def check_channels(who: str, input: Tensor, wanted: int, argument: str, layout: 
         )
 
 
+def check_channels_first(who: str, input: Tensor) -> None:
+    """Refuse an input that is too small for samples and channels."""
+    if input.dim() < 2:
+        raise ShapeError(f"{who}: got an input of {input.dim()} axes ({show(input.shape)}), wanted at least 2: n c *")
+
+
+def check_last(who: str, input: Tensor, wanted: int, argument: str = "features") -> None:
+    """Refuse an input whose last axis has another size."""
+    if input.dim() < 1 or input.shape[-1] != wanted:
+        raise ShapeError(f"{who}: got an input of {show(input.shape)}, wanted one that ends in {argument}={wanted}")
+
+
 def check_several(who: str, input: Tensor, support: Support) -> None:
     """Refuse an input that has one element per statistic, where the variance is undefined."""
     if support.split(input.shape).count == 1:
