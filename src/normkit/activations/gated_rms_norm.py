@@ -145,7 +145,7 @@ CARD = Card(
     module=GatedRMSNorm,
     functional=gated_rms_norm,
     make=GatedRMSNorm,
-    # The same gate for every sample, so that one sample's output is its own alone.
+    # The same gate for every sample, so that a sample's output depends on no other.
     extra=lambda x: (torch.linspace(-2, 2, x.shape[1:].numel(), dtype=x.dtype).reshape(x.shape[1:]).expand(x.shape),),
     rule=gated_rms_norm_rule(),
     layout="* d",

@@ -43,7 +43,7 @@ class LocalContrastNorm(Module):
         (N, C, *); the output has the same shape.
 
     Raises:
-        OptionError: another form, a size or window below 1, an even window in Jarrett's form, a negative k.
+        OptionError: an unknown form, a size or window below 1, an even window in Jarrett's form, a negative k.
         ShapeError: an input without a channel axis.
 
     Reference:

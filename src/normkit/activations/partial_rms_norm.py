@@ -39,7 +39,7 @@ class PartialRMSNorm(Module):
         (*, D); the output has the same shape.
 
     Raises:
-        OptionError: the fraction leaves no feature, or is above 1; another guard.
+        OptionError: the fraction leaves no feature, or is above 1; an unknown guard.
         ShapeError: the input does not end in ``features``.
 
     Reference:

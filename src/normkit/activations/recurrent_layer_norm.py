@@ -95,7 +95,7 @@ class LayerNormRNNCell(_Cell):
         input (*, input_size) and h (*, hidden_size), to h'.
 
     Raises:
-        OptionError: another nonlinearity.
+        OptionError: an unknown nonlinearity.
         ShapeError: the size of the input or of the state does not fit.
 
     Reference:
@@ -281,7 +281,7 @@ class LayerNormRecurrent(Module):
         (T, *, input_size) to (T, *, hidden_size) and the last state: h (layers, *, hidden_size), or (h, c) of an LSTM.
 
     Raises:
-        OptionError: another cell, or no layers.
+        OptionError: an unknown cell, or no layers.
         ShapeError: the size of the input, state or mask does not fit, or there is no time step.
 
     Reference:

@@ -124,7 +124,7 @@ CARD = Card(
         "https://arxiv.org/abs/2510.22777",
     ),
     use_cases="language models and vision transformers, instead of root mean square normalization",
-    strengths="keeps what the token's length says; starts as root mean square normalization",
+    strengths="keeps the information in the token's length; starts as root mean square normalization",
     weaknesses="a second reduction per token and three parameters per feature; not invariant to the token's scale",
     module=SeeDNorm,
     functional=seed_norm,

@@ -96,7 +96,7 @@ def prepare(
     """Prepare the kernels for such arguments, or return the reason they can't run them.
 
     Args:
-        rule: what to compute.
+        rule: the rule to run.
         x: the input, or one of the same shape, strides and dtype.
         split: split of the rule's support.
         weight: weight of the shape that the rule's compensation wants, or None.
