@@ -201,7 +201,8 @@ def lyu_simoncelli_norm(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     tensor([[[0.0000, 0.9045, 0.3015]]])
     """
     wide = _wide("lyu_simoncelli_norm", input)
-    check_shape("lyu_simoncelli_norm", "weight", weight, input.shape[1], weight.shape[-1] if weight.dim() else 0)
+    taps = weight.shape[-1] if weight.dim() and weight.shape[-1] % 2 else 3  # an even profile has no centre
+    check_shape("lyu_simoncelli_norm", "weight", weight, input.shape[1], taps)
     check_shape("lyu_simoncelli_norm", "bias", bias, input.shape[1])
     energy, window = wide.square(), weight.shape[1]
     for dim in range(2, input.dim()):
