@@ -80,7 +80,7 @@ def test_the_spectrum_is_that_of_the_convolution_as_a_matrix(shape, size, groups
 
 def test_sizes_that_do_not_fit() -> None:
     for size in ((2,), (3, 3), (2, 2, 2)):
-        with pytest.raises(ShapeError, match="one size for each axis of taps"):
+        with pytest.raises(ShapeError, match="one size per axis of taps"):
             operator_spectrum(torch.ones(1, 1, 3), size)
     with pytest.raises(ShapeError, match="groups=2"):
         operator_spectrum(torch.ones(3, 1, 3), (4,), groups=2)
@@ -161,7 +161,7 @@ def test_operator_norms_of_other_layers() -> None:
     assert math.isnan(operator_norm(torch.full((2, 2), math.nan)))
     with pytest.raises(ShapeError, match="stride 2x2"):
         operator_norm(nn.Conv2d(3, 4, 3, stride=2), (8, 8))
-    with pytest.raises(ShapeError, match="one size for each axis of taps"):
+    with pytest.raises(ShapeError, match="one size per axis of taps"):
         operator_norm(nn.Conv2d(3, 4, 3, dilation=3), (6, 6))
 
 

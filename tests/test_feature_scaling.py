@@ -188,7 +188,7 @@ def test_options_that_do_not_exist_are_refused() -> None:
             make()
     with pytest.raises(ShapeError, match="2 means and 1"):
         ImageStandardization(((0.5, 0.5), (0.1,)))
-    with pytest.raises(ShapeError, match="do not join"):
+    with pytest.raises(ShapeError, match="can't be concatenated"):
         RobustScaling().fit([torch.ones(2, 3), torch.ones(2, 4)])
 
 

@@ -122,6 +122,6 @@ def test_explain_tells_of_the_samples_left_over() -> None:
     norm = GhostBatchNorm(3, 16)
     text = str(norm.explain(torch.randn(20, 3)))
     assert "one statistic for each of 1 sub-batches x 3 channels = 3, over 16 samples" in text
-    assert "the last 4 samples are a sub-batch apart" in text
+    assert "the last 4 samples form another sub-batch" in text
     assert "apart" not in norm.explain(torch.randn(32, 3)).why
     assert "over 17 samples" in norm.explain(torch.randn(17, 3)).support

@@ -1,4 +1,4 @@
-"""The names at the top. ``normkit`` hands them out from here when the first of them is asked for; all else has a namespace."""
+"""The top-level names. ``normkit`` loads them from here when the first is requested; all else has a namespace."""
 
 import normkit.catalogue as catalogue
 import normkit.diagnostics as diagnostics

@@ -1,4 +1,4 @@
-"""Dynamic tanh: in the place of a norm, a squashing function whose slope is learned, without any statistic."""
+"""Dynamic tanh: a squashing function with a learned slope that replaces a norm and needs no statistic."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module, trailing_sizes
 from normkit.core.moments import accumulation_dtype
 from normkit.core.place import positive_number
-from normkit.core.support import show
+from normkit.core.support import check_shape, show
 
 
 class DynamicTanh(Module):
     """Squash each element by a hyperbolic tangent whose slope is one learned number.
 
-    y = weight * tanh(alpha * x) + bias. No statistic is computed: an element depends on no other. It takes the place of layer
-    normalization in transformers, whose input and output are related much like this. The same in training and evaluation.
+    y = weight * tanh(alpha * x) + bias. No statistic is computed: an element depends on no other. It replaces layer
+    normalization in transformers, whose input and output are related in much the same way.
+    Training and evaluation compute the same.
 
     The state_dict has the keys of the authors' code: alpha (one element), weight, bias.
 
     Args:
         normalized_shape: sizes of the trailing axes; with ``layout="n c *"``, the channels C.
-        alpha: at which the slope starts. Default: 0.5 (in language models the authors use 0.2 to 1 before attention).
+        alpha: initial slope. Default: 0.5 (in language models the authors use 0.2 to 1 before attention).
         layout: ``"* d"`` for features last, ``"n c *"`` for channels first. Default: ``"* d"``.
         elementwise_affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
-        bias: False leaves the bias out. Default: True.
-        device: of the parameters.
-        dtype: of the parameters.
+        bias: False omits the bias. Default: True.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (*, *normalized_shape), or (N, C, *) with channels first, to the same.
+        (*, *normalized_shape), or (N, C, *) with channels first; the output has the same shape.
 
     Raises:
-        ShapeError: the input does not end in ``normalized_shape``, or has other channels.
+        ShapeError: the input does not end in ``normalized_shape``, or has another number of channels.
         OptionError: another layout, or several axes of channels.
 
     Reference:
@@ -69,18 +70,19 @@ class DynamicTanh(Module):
                 f"DynamicTanh: layout={layout!r} with normalized_shape={self.normalized_shape}; "
                 "wanted '* d', or 'n c *' with one number of channels"
             )
-        empty = {"device": device, "dtype": dtype}
-        self.alpha = nn.Parameter(torch.empty(1, **empty))
-        for name, there in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
-            parameter = nn.Parameter(torch.empty(self.normalized_shape, **empty)) if there else None
-            self.register_parameter(name, parameter)
+        factory = {"device": device, "dtype": dtype}
+        self.alpha = nn.Parameter(torch.empty(1, **factory))
+        self.register_affine(self.normalized_shape, elementwise_affine, elementwise_affine and bias, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set alpha to its start, the weight to 1 and the bias to 0."""
-        self.fill(alpha=self.init_alpha, weight=1, bias=0)
+        """Set alpha to its initial value, the weight to 1 and the bias to 0."""
+        super().reset_parameters()
+        self.fill(alpha=self.init_alpha)
 
     def forward(self, input: Tensor) -> Tensor:
+        for name in ("weight", "bias"):
+            check_shape("DynamicTanh", name, getattr(self, name), *self.normalized_shape)
         return dynamic_tanh(input, self.alpha, self.weight, self.bias, layout=self.layout)
 
     def extra_repr(self) -> str:
@@ -101,6 +103,8 @@ def dynamic_tanh(
     tensor([[ 0.4621, -0.9640]])
     """
     wide = accumulation_dtype(input.dtype)
+    if isinstance(alpha, Tensor) and alpha.numel() != 1:
+        raise ShapeError(f"dynamic_tanh: alpha has shape {show(alpha.shape)}, wanted one number; give a scalar tensor")
     y = torch.tanh(input.to(wide) * (alpha.to(wide) if isinstance(alpha, Tensor) else alpha))
     if weight is not None:
         y = y * _placed(weight, input, layout).to(wide)
@@ -110,7 +114,7 @@ def dynamic_tanh(
 
 
 def _placed(parameter: Tensor, x: Tensor, layout: str) -> Tensor:
-    """A view of a parameter that broadcasts over x."""
+    """View a parameter so that it broadcasts over x."""
     if layout == "n c *":
         if x.dim() < 2 or parameter.shape != x.shape[1:2]:
             raise ShapeError(
@@ -129,7 +133,7 @@ CARD = Card(
     title="Dynamic tanh",
     kind="activation",
     word="dyt",
-    normalized_over="nothing: each element by itself, without a statistic",
+    normalized_over="nothing: each element separately, without a statistic",
     formula="y = weight * tanh(alpha * x) + bias",
     paper=Paper(
         "Zhu, Jiachen and Chen, Xinlei and He, Kaiming and LeCun, Yann and Liu, Zhuang",
@@ -137,9 +141,9 @@ CARD = Card(
         2025,
         "https://arxiv.org/abs/2503.10622",
     ),
-    use_cases="transformers, in the place of layer and root mean square normalization",
+    use_cases="transformers, in place of layer and root mean square normalization",
     strengths="no statistic, so nothing to reduce; independent of the batch and of other features",
-    weaknesses="invariant to nothing: the scale of the input matters; alpha wants care in large language models",
+    weaknesses="invariant to nothing: the scale of the input matters; alpha needs tuning in large language models",
     module=DynamicTanh,
     functional=dynamic_tanh,
     make=DynamicTanh,

@@ -1,4 +1,4 @@
-"""METHODS: every method, one line a file. Tests, pages, recipes and benchmarks go through it."""
+"""METHODS: every method, one line per file. Tests, pages, recipes and benchmarks go through it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib import import_module
 from normkit.catalogue.entry import find, spellings
 from normkit.core.card import Card
 
-# A file may hold several methods that are one idea; its cards follow one another as they stand in it.
+# A file may hold several methods that share an idea; its cards keep their order.
 _FILES = (
     "preprocessing.feature_scaling",
     "preprocessing.robust_scaling",
@@ -63,7 +63,7 @@ METHODS: tuple[Card, ...] = tuple(
 
 
 def method(name: str) -> Card:
-    """The card of a method, by its name or its word in recipes.
+    """Find the card of a method, by its name or its word in recipes.
 
     Args:
         name: e.g. ``"group_norm"`` or ``"gn"``; case, spaces and hyphens do not matter.
@@ -72,7 +72,7 @@ def method(name: str) -> Card:
         The card.
 
     Raises:
-        NotationError: no such method; the message names those that are alike, and all.
+        NotationError: no such method; the message names similar ones, and all.
 
     >>> method("gn").title
     'Group normalization'

@@ -1,4 +1,4 @@
-"""Normalizations of gradients, one method a file."""
+"""Normalizations of gradients, one method per file."""
 
 from normkit.gradients.adaptive_clipping import AdaptiveClipping
 from normkit.gradients.grad_norm import Balance, GradNorm

@@ -10,11 +10,11 @@ from torch import nn
 
 from normkit.catalogue import METHODS
 from normkit.core.card import Card
-from normkit.core.errors import NotationError, SurgeryError
+from normkit.core.errors import NotationError, SurgeryError, closest
 from normkit.surgery.attach import Attach, attach_all
 from normkit.surgery.changes import Changes
 from normkit.surgery.convert import Refusal, convert, try_on
-from normkit.surgery.select import check_place, closest, select
+from normkit.surgery.select import check_place, select
 from normkit.surgery.target import Target, norm_cards, norm_list
 from normkit.surgery.transaction import all_or_nothing
 from normkit.weights import spectral_norm, weight_conditioning, weight_norm, weight_standardization

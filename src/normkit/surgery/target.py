@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from normkit.catalogue import METHODS
 from normkit.core.card import Card
-from normkit.core.errors import NotationError, OptionError, SurgeryError
+from normkit.core.errors import NotationError, OptionError, SurgeryError, closest
 from normkit.core.place import Place
 from normkit.core.support import show
 from normkit.surgery.changes import label
 from normkit.surgery.norms import Norm, reach
-from normkit.surgery.select import closest
 
 OVER_POSITIONS = "statistics over positions: in a causal model tokens see later ones, and padding counts"
 _LEAVE = "on_refusal='leave'"

@@ -1,4 +1,4 @@
-"""Normalizations of weights, one method a file; each is a parametrization and a function on plain tensors."""
+"""Normalizations of weights, one method per file; each is a parametrization and a function on plain tensors."""
 
 from normkit.weights.layout import WeightLayout, weight_layout
 from normkit.weights.power_iteration import power_iteration
