@@ -108,6 +108,24 @@ def test_tracking_turned_off_later_remembers_nothing(card: Card) -> None:
     assert_close(made.state_dict(), before, rtol=0, atol=0)
 
 
+# The estimates are of deviations from the old mean.
+@pytest.mark.parametrize(
+    "card",
+    [
+        card
+        for card in EVERY
+        if takes(card, "momentum") and not card.name.endswith("_estimate") and card.name != "est_batch_norm"
+    ],
+    ids=name,
+)
+def test_a_momentum_of_one_set_later_keeps_the_last_batch_alone(card: Card) -> None:
+    made, fresh, x = trained(card), layer(card), sample_input(card)
+    for each in (made, fresh):
+        each.momentum = 1.0
+        call(card, each, x)
+    assert_close(statistics(made), statistics(fresh))
+
+
 @pytest.mark.parametrize("card", EVERY, ids=name)
 def test_another_number_of_channels_is_refused(card: Card) -> None:
     made, x = layer(card), sample_input(card, 8)
