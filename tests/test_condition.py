@@ -20,7 +20,7 @@ def net() -> nn.Sequential:
 def test_the_first_and_the_last_layer_get_unit_rows():
     model = net()
     changes = condition(model)
-    assert [row.name for row in changes] == ["0", "4"]
+    assert [row.layer for row in changes] == ["0", "4"]
     for layer in (model[0], model[4]):
         torch.testing.assert_close(layer.weight.flatten(1).norm(dim=1), torch.ones(layer.weight.shape[0]))
     assert not hasattr(model[2], "parametrizations")
@@ -42,7 +42,7 @@ def test_raw_weights_stay_the_same_parameters():
 def test_attention_is_conditioned_and_its_fused_path_agrees():
     model = nn.MultiheadAttention(8, 2, batch_first=True).double().eval()
     changes = condition(model, where="all")
-    assert [row.name for row in changes] == ["in_proj_weight", "out_proj"]
+    assert [row.layer for row in changes] == ["in_proj_weight", "out_proj"]
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     slow = model(x, x, x)[0]
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_zero_matrices_are_named_and_adapters_left_out():
     nn.init.zeros_(model[2].weight)
     with pytest.warns(UserWarning, match=r"^2: Equilibrate: .*leave this layer out"):
         changes = condition(model, where="all")
-    assert [row.name for row in changes] == ["0", "2"]
+    assert [row.layer for row in changes] == ["0", "2"]
     assert "all zero" in changes.rows[1].note
 
 
@@ -248,9 +248,8 @@ def test_a_layer_whose_weight_a_hook_makes_is_left_and_the_row_says_so(name, put
     put(model[0])
     keys = list(model[0].state_dict())
     for changes in (condition(model, where="all"), apply_recipe(model, "keep+wn@re:0")):
-        left = changes.rows[0]
-        assert (left.name, left.before) == ("0", left.after)
-        assert left.note == f"left: its weight is made by torch.nn.utils.{name}; remove that first"
+        (left,) = changes.passed_over
+        assert str(left) == f"0: left: its weight is made by torch.nn.utils.{name}; remove that first"
     assert list(model[0].state_dict()) == keys
     with pytest.raises(SurgeryError, match=f"made by torch.nn.utils.{name}; remove that first"):
         nk.surgery.reassign_spectral_(model[0])

@@ -15,6 +15,7 @@ from normkit.activations.rms_norm import RMSNorm
 from normkit.activations.sync_batch_norm import SyncBatchNorm
 from normkit.core.errors import NotationError, OptionError, SurgeryError
 from normkit.surgery.accelerate import accelerate
+from normkit.surgery.condition import condition
 from normkit.surgery.convert import convert
 from normkit.surgery.recipe import apply_recipe
 
@@ -139,7 +140,7 @@ def test_a_norm_of_another_rule_is_not_the_plain_one():
     model, x = nn.Sequential(GhostBatchNorm(4, 2), GlobalResponseNorm(4, layout="n c *")), torch.randn(4, 4, 3, 3)
     wanted = model(x)
     inference = model.eval()(x)
-    assert [row.name for row in convert(model, "bn")] == ["0"]  # response normalization stands beside norms
+    assert [row.layer for row in convert(model, "bn")] == ["0"]  # response normalization stands beside norms
     assert type(model[0]) is BatchNorm
     torch.testing.assert_close(model(x), inference)  # running statistics mean the same in both
     assert not torch.allclose(model.train()(x), wanted)
@@ -201,7 +202,7 @@ def test_a_norm_in_two_places_stays_one():
 def test_the_model_itself_may_be_a_norm():
     changes = convert(nn.BatchNorm1d(4), "rms")
     assert isinstance(changes.model, RMSNorm)
-    assert changes.rows[0].name == "(model)"
+    assert changes.rows[0].layer == "(model)"
 
 
 def test_without_parameters_there_is_nothing_to_carry():
@@ -224,10 +225,10 @@ def test_source_and_where_choose():
     def model() -> nn.Module:
         return nn.ModuleDict({"a": nn.BatchNorm2d(4), "b": nn.LayerNorm(4), "c": nn.BatchNorm2d(4)})
 
-    assert [row.name for row in convert(model(), "rms", source="batch_norm")] == ["a", "c"]
-    assert [row.name for row in convert(model(), "rms", where="first_last")] == ["a", "c"]
-    assert [row.name for row in convert(model(), "rms", where="re:b")] == ["b"]
-    assert [row.name for row in convert(model(), "rms", where=lambda name, module: name == "c")] == ["c"]
+    assert [row.layer for row in convert(model(), "rms", source="batch_norm")] == ["a", "c"]
+    assert [row.layer for row in convert(model(), "rms", where="first_last")] == ["a", "c"]
+    assert [row.layer for row in convert(model(), "rms", where="re:b")] == ["b"]
+    assert [row.layer for row in convert(model(), "rms", where=lambda name, module: name == "c")] == ["c"]
 
 
 class LlamaLike(nn.Module):
@@ -292,13 +293,22 @@ def test_foreign_norms_are_known_by_what_they_do(norm, to, back, shape):
 
 
 @pytest.mark.parametrize("norm", [GemmaLikeRMSNorm(8), RMSNorm(8, eps=3e-5, offset=1.0)])
-def test_one_plus_weight_becomes_a_plain_weight(norm):
+@pytest.mark.parametrize("to", ["ln", "gn:2", "rms:c"])
+def test_one_plus_weight_keeps_its_parameter(norm, to):
     model = nn.Sequential(random_(deepcopy(norm)))
-    weight = model[0].weight.detach().clone()
-    changes = convert(model, "ln")
-    torch.testing.assert_close(model[0].weight, weight + 1)
-    assert model[0].eps == 3e-5
-    assert "1 + weight" in changes.rows[0].note
+    weight, value, checkpoint = model[0].weight, model[0].weight.detach().clone(), model.state_dict()
+    x = torch.randn(3, 8)
+    wanted, changes = model(x), convert(model, to)
+    if changes.rows:
+        assert list(model.parameters())[0 if to == "rms:c" else -1] is weight
+        assert set(changes.new_parameters) <= {"0.bias"}
+        torch.testing.assert_close(model[0].weight, value + (to != "rms:c"))
+        assert model[0].eps == 3e-5
+    model.load_state_dict(checkpoint, strict=False)  # as saved before: weight is what it was, not the gain
+    torch.testing.assert_close(weight.detach(), value, rtol=0, atol=0)
+    convert(model, "rms")
+    torch.testing.assert_close(model(x), wanted)
+    assert next(iter(model.parameters())) is weight
 
 
 class GatedRMSNorm(LlamaLike):
@@ -311,7 +321,7 @@ class SquaredNorm(LlamaLike):
         return super().forward(hidden_states) ** 2
 
 
-class FrozenBatchNorm2d(nn.Module):
+class FixedScaleNorm2d(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("weight", torch.ones(4))
@@ -320,9 +330,52 @@ class FrozenBatchNorm2d(nn.Module):
         return x * self.weight[:, None, None]
 
 
-class NormAndActivation(nn.BatchNorm2d):
+class NormAndSine(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).relu()
+        return super().forward(input).sin()
+
+
+class NormAndHardswish(nn.BatchNorm2d):
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.act = nn.Hardswish()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(super().forward(input))
+
+
+class DetectorsFrozenBatchNorm2d(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        for name, value in (("weight", 1.5), ("bias", 0.3), ("running_mean", 0.2), ("running_var", 0.7)):
+            self.register_buffer(name, torch.full((size,), value) + 0.1 * torch.rand(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, var = (buffer.reshape(1, -1, 1, 1) for buffer in self.buffers())
+        scale = weight * (var + 1e-5).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+def test_frozen_batch_normalization_both_ways():
+    model, x = (
+        nn.Sequential(DetectorsFrozenBatchNorm2d(4), nn.BatchNorm2d(4)).double(),
+        torch.randn(3, 4, 5, 5).double(),
+    )
+    model(x)
+    wanted, keys = model.eval()(x), {"weight", "bias", "running_mean", "running_var"}
+    changes = convert(model, "frozen_bn")
+    assert [row.layer for row in changes] == ["1"]
+    model.train()
+    torch.testing.assert_close(model(x), wanted)
+    assert set(model[1].state_dict()) == keys
+    assert not list(model.parameters())
+    model[1].load_state_dict(nn.BatchNorm2d(4).state_dict())
+    model[1].load_state_dict(convert(nn.Sequential(deepcopy(model[1])), "bn").model[0].state_dict())
+    wanted = model(x)
+    assert [row.note for row in convert(model, "bn")] == ["", ""]
+    assert len(list(model.parameters())) == 4
+    torch.testing.assert_close(model.eval()(x), wanted)
+    assert isinstance(convert(model, "sync_bn").model[0], SyncBatchNorm)
 
 
 def replaced_forward() -> nn.Module:
@@ -341,8 +394,10 @@ ERRORS = [
     (nn.LayerNorm((4, 5, 5)), "bn", SurgeryError, r"0: it normalizes over the axes 4x5x5.*only ln, rms, dyt and none"),
     (GatedRMSNorm(4), "ln", SurgeryError, r"0 \(GatedRMSNorm\).*takes hidden_states, gate"),
     (SquaredNorm(4), "ln", SurgeryError, r"0 \(SquaredNorm\).*fits neither"),
-    (FrozenBatchNorm2d(), "ln", SurgeryError, r"0 \(FrozenBatchNorm2d\).*parameters \(none\)"),
-    (NormAndActivation(4), "ln", SurgeryError, r"overrides forward"),
+    (FixedScaleNorm2d(), "ln", SurgeryError, r"0 \(FixedScaleNorm2d\).*parameters \(none\)"),
+    (NormAndSine(4), "ln", SurgeryError, r"0 \(NormAndSine\).*it is not BatchNorm2d, with or without an act"),
+    (NormAndHardswish(4), "ln", SurgeryError, r"0: it applies Hardswish\(\) too, which ln has no place for"),
+    (nn.BatchNorm2d(4, track_running_stats=False), "frozen_bn", SurgeryError, r"0: frozen_bn is made of a batch norm"),
     (replaced_forward(), "ln", SurgeryError, r"forward was replaced on the object"),
     (nn.LazyBatchNorm2d(), "ln", SurgeryError, r"no size yet"),
     (nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(4), dim=None), "ln", SurgeryError, r"parametrized.*fold"),
@@ -511,7 +566,7 @@ def test_norms_without_parameters_are_norms():
     model, x = nn.Sequential(nn.Linear(8, 8), OlmoLikeLayerNorm(8), UnitNorm()), torch.randn(3, 8)
     wanted = model(x)
     for to in ("gn:1", "ln"):  # of one sample without positions the same
-        assert [row.name for row in convert(model, to)] == ["1"]
+        assert [row.layer for row in convert(model, to)] == ["1"]
         torch.testing.assert_close(model(x), wanted)
         assert not list(model[1].parameters())
     assert convert(model, "rms").rows[0].note == ""
@@ -542,15 +597,14 @@ def test_what_is_refused_can_be_left():
         return nn.Sequential(nn.BatchNorm2d(48), SquaredNorm(4), nn.LayerNorm((4, 5)), nn.BatchNorm2d(64))
 
     whole = model()
-    rows = {row.name: row for row in convert(whole, "gn", on_refusal="leave")}
-    assert rows["3"].after == "GroupNorm(32, 64)"
+    changes = convert(whole, "gn", on_refusal="leave")
+    assert [str(row) for row in changes] == ["3: BatchNorm2d(64) -> GroupNorm(32, 64) (running statistics dropped)"]
+    left = {passed.layer: passed.reason for passed in changes.passed_over}
     for name, reason in (("0", "48 channels do not split"), ("1", "fits neither"), ("2", "over the axes 4x5")):
-        assert rows[name].before == rows[name].after
-        assert rows[name].note.startswith("left: ")
-        assert reason in rows[name].note
+        assert reason in left[name]
     assert [type(module) for module in whole] == [nn.BatchNorm2d, SquaredNorm, nn.LayerNorm, GroupNorm]
     rows = convert(model(), "gn:gcd32", on_refusal="leave").rows
-    assert [row.after for row in rows if row.before != row.after] == ["GroupNorm(16, 48)", "GroupNorm(32, 64)"]
+    assert [row.after for row in rows] == ["GroupNorm(16, 48)", "GroupNorm(32, 64)"]
     with pytest.raises(SurgeryError, match=r"48 channels.*gcd32 for the greatest common divisor.*on_refusal='leave'"):
         convert(model(), "gn")
     with pytest.raises(OptionError, match=r"on_refusal='skip'; wanted 'raise' or 'leave'"):
@@ -559,8 +613,17 @@ def test_what_is_refused_can_be_left():
 
 def test_a_time_first_transformer_that_is_left_is_told():
     model = nn.TransformerEncoderLayer(8, 2)
-    rows = convert(model, "gn:2", on_refusal="leave").rows
-    assert [row.note[:32] for row in rows] == ["left: gn:2 normalizes each sample"[:32]] * 2
+    left = convert(model, "gn:2", on_refusal="leave").passed_over
+    assert [passed.reason[:31] for passed in left] == ["gn:2 normalizes each sample, an"] * 2
+
+
+class HasUnused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
 
 
 class CallsAroundIts(nn.Module):
@@ -576,12 +639,18 @@ class CallsAroundIts(nn.Module):
         return self.copies[0](x)
 
 
-def test_a_change_without_effect_is_told():
+def test_a_change_without_effect_is_refused():
     model, x = CallsAroundIts(), torch.randn(3, 4)
-    notes = {row.name: row.note for row in convert(deepcopy(model), "rms", example=x)}
-    assert "not called" not in notes["called"]
-    assert all("not called on the example" in notes[name] for name in ("read", "listed"))
-    assert all("not called" not in row.note for row in convert(model, "rms"))
+    with pytest.raises(SurgeryError, match=r"read: it is not called on the example.*on_refusal='leave'"):
+        convert(model, "rms", example=x)
+    changes = convert(model, "rms", example=x, on_refusal="leave")
+    assert [row.layer for row in changes] == ["called"]
+    left = {passed.layer: passed.reason for passed in changes.passed_over}
+    assert "no effect" in left["read"]
+    assert "no effect" in left["listed"]
+    assert model.listed is model.copies[0]
+    with pytest.raises(SurgeryError, match=r"unused: its weight is not read on the example"):
+        condition(HasUnused(), where="all", example=x)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 1, enable_nested_tensor=False)
     rows = convert(encoder, "rms", example=torch.randn(2, 3, 8)).rows  # torch's fused kernel would call no norm
     assert [row.note for row in rows] == ["bias dropped"] * 2

@@ -47,7 +47,7 @@ def test_every_pre_activation_has_mean_zero_and_variance_one(training: bool) -> 
     parameters, buffers = list(model.parameters()), [buffer.clone() for buffer in model.buffers()]
     directions = copy.deepcopy([model[at].parametrizations.weight.original1 for at in (0, 2, 6, 8)])
     changes = data_dependent_init(model, x)
-    assert [row.name for row in changes] == ["0", "2", "6", "8"]
+    assert [row.layer for row in changes] == ["0", "2", "6", "8"]
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     assert_close([model[at].parametrizations.weight.original1 for at in (0, 2, 6, 8)], directions, rtol=0, atol=0)
     assert_close(list(model.buffers()), buffers, rtol=0, atol=0)
@@ -64,7 +64,7 @@ def test_a_linear_layer_by_the_formula() -> None:
     v = layer.parametrizations.weight.original1.detach()
     t = x @ (v / v.norm(dim=1, keepdim=True)).T
     mean, std = t.mean((0, 1)), t.std((0, 1), correction=0)
-    assert data_dependent_init(layer, x).rows[0].name == "(model)"
+    assert data_dependent_init(layer, x).rows[0].layer == "(model)"
     assert_close(layer.parametrizations.weight.original0.detach().flatten(), 1 / std, rtol=1e-6, atol=0)
     assert_close(layer.bias.detach(), -mean / std, rtol=1e-6, atol=1e-12)
 
@@ -91,7 +91,7 @@ def test_low_precision_and_layers_that_are_not_reached() -> None:
 
     model, x = Partly().bfloat16(), torch.randn(64, 4).bfloat16()
     changes = data_dependent_init(model, (x,))
-    assert "does not reach" in changes.rows[1].note
+    assert "does not reach" in changes.passed_over[0].reason
     # A bfloat16 keeps 8 bits.
     assert_close(model.twice(x).float().std(0, correction=0), torch.ones(4), rtol=0.02, atol=0)
 

@@ -27,7 +27,7 @@ def test_alpha_zero_computes_what_the_model_did() -> None:
     model, x = _model().eval(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
     like, weight = copy.deepcopy(model), model[1].weight
     changes = weigh_examples(model)
-    assert [row.name for row in changes] == ["1", "5"]
+    assert [row.layer for row in changes] == ["1", "5"]
     assert model[1] is model[3]
     assert model[1].weight is weight
     assert not model[1].training

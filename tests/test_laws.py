@@ -135,7 +135,7 @@ def test_gradient_of_a_centred_rule_sums_to_zero_over_each_set(card: Card) -> No
     y = run(rule, x)
     (g,) = torch.autograd.grad((y * torch.randn_like(y)).sum(), x)
     along = (g * y.detach()).view(split.shape).sum(split.dims)
-    if rule.statistic.scale is not None:
+    if rule.statistic.scale is not None and (rule.statistic.eps or 0.0) < 1e-2:  # an eps of 1 is part of the function
         # The scale invariance, of rules that divide, is exact but for eps / (var + eps), at most 1e-4 here.
         assert along.abs().max() < 1e-3 * g.abs().sum()
     if rule.statistic.center == "mean":

@@ -34,7 +34,7 @@ def test_exact_on_full_data_after_a_linear_layer(make, sizes: list[int]) -> None
         assert_close(model[1].running_std, (var + 1e-5).sqrt())
     elif make is not MeanOnlyBatchNorm:
         assert_close(model[1].running_var, var)
-    assert changes.rows[0].name == "1"
+    assert changes.rows[0].layer == "1"
     assert f"of {'1 batch' if len(sizes) == 1 else f'{len(sizes)} batches'}, 92 elements" in changes.rows[0].note
 
 
@@ -74,9 +74,9 @@ def test_sequences_count_their_real_steps() -> None:
 def test_other_running_statistics_are_left_and_told(norm: nn.Module) -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), norm).double()
     before = copy.deepcopy(norm.state_dict())
-    rows = recalibrate(model, [_data()]).rows
-    assert [row.name for row in rows] == ["0", "1"]
-    assert rows[1].note.startswith("left: it")
+    changes = recalibrate(model, [_data()])
+    assert [row.layer for row in changes] == ["0"]
+    assert [left.layer for left in changes.passed_over] == ["1"]
     assert_close(norm.state_dict(), before, rtol=0, atol=0)
     with pytest.raises(SurgeryError, match=r"\(model\): it"):
         recalibrate(norm, [_data()])

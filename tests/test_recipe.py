@@ -153,7 +153,7 @@ def test_the_start_is_the_same_where_the_method_does_not_change_the_weight():
 
 def test_rows_tell_everything_that_was_done():
     rows = apply_recipe(Net(), "gn:4+ws+e").rows
-    assert [(row.name, row.before, row.after) for row in rows] == [
+    assert [(row.layer, row.before, row.after) for row in rows] == [
         ("stem.1", "BatchNorm2d(8)", "GroupNorm(4, 8)"),
         ("twice.1", "GroupNorm(2, 8)", "GroupNorm(4, 8)"),
         ("norms.last", "LayerNorm(8)", "GroupNorm(4, 8, layout='n * c')"),
@@ -220,7 +220,7 @@ def test_the_words_and_places_of_the_page():
     assert all(f"`{word}`" in page for word in [*PLACES, *words, "ln:c", "ln:c *", "gn"])
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ConvTranspose2d(64, 4, 3), nn.Linear(4, 2))
     rows = apply_recipe(deepcopy(model), "gn+wn@convolutions").rows
-    assert [(row.name, row.after) for row in rows] == [
+    assert [(row.layer, row.after) for row in rows] == [
         ("1", "GroupNorm(32, 64)"),
         ("0", "weight_norm"),
         ("2", "weight_norm"),
@@ -335,7 +335,7 @@ def test_tied_weights_stay_tied():
     changes = apply_recipe(model, "keep+e@all", x)
     assert model.lm_head.parametrizations.weight.original is embedding
     assert "raw weight stays tied to transformer.wte.weight" in next(
-        row.note for row in changes if row.name == "lm_head"
+        row.note for row in changes if row.layer == "lm_head"
     )
     result(model(**x)).square().mean().backward()
     before = embedding.detach().clone()

@@ -38,7 +38,7 @@ def _held(model: nn.Module, x: Tensor) -> list[str]:
         {k: v for k, v in model.state_dict().items() if "running_var" in k},
         {k: v for k, v in like.state_dict().items() if "running_var" in k},
     )
-    return [f"{row.name} {row.after}: {row.note}" for row in changes]
+    return [f"{row.layer} {row.after}: {row.note}" for row in changes] + [str(left) for left in changes.passed_over]
 
 
 CANCEL = {

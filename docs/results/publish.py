@@ -1,4 +1,4 @@
-"""Publishes finished records of experiments as pages of the documentation: ``python docs/results/publish.py runs/table1 ...``
+"""Publishes finished records of experiments as pages of the documentation: ``python docs/results/publish.py runs/table1 ...``.
 
 A page is a folder with a small ``result.json``, what ``normkit report`` makes of it (``result.md``) and its figures. Paths of the
 machine are left out, numbers are rounded to five digits and pictures reduced to the size at which they are printed.
@@ -37,7 +37,9 @@ def publish(folder: Path, source: str) -> Path:
     page = RESULTS / about["name"]
     shutil.rmtree(page, ignore_errors=True)
     page.mkdir()
-    record.write_bytes(page / "result.json", (json.dumps(found, separators=(",", ":"), ensure_ascii=False) + "\n").encode())
+    record.write_bytes(
+        page / "result.json", (json.dumps(found, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
+    )
     reshow(page)
     return page
 

@@ -47,6 +47,9 @@ _FILES = (
     "activations.divisive_norm",
     "activations.gdn",
     "activations.dynamic_tanh",
+    "activations.seed_norm",
+    "activations.gated_rms_norm",
+    "activations.holo_norm",
     "weights.weight_norm",
     "weights.spectral_norm",
     "weights.weight_standardization",
@@ -55,6 +58,7 @@ _FILES = (
     "gradients.grad_norm",
     "gradients.gradient_normalizer",
     "gradients.adaptive_clipping",
+    "gradients.muon",
 )
 
 METHODS: tuple[Card, ...] = tuple(

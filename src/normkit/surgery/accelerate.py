@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
+from normkit.activations.rms_norm import RMSNorm
 from normkit.core.errors import SurgeryError
-from normkit.surgery.changes import Change, Changes, label
-from normkit.surgery.convert import inherit, put
-from normkit.surgery.norms import describe, read_norm
+from normkit.engine.layer import Layer
+from normkit.surgery.changes import Change, Changes, Refusal, Refusals, label
+from normkit.surgery.norms import Norm, describe, is_norm, read_norm
 from normkit.surgery.select import Where, choose
-from normkit.surgery.target import Target, any_tensor
+from normkit.surgery.substitute import inherit, put, refuse, unheard
+from normkit.surgery.target import Target, any_tensor, norm_cards
+from normkit.surgery.transaction import transaction
+from normkit.surgery.watch import try_on
 
-# torch's own classes, each with its word; a class of someone else may compute something else.
-_WORDS: dict[type[nn.Module], str] = {
-    nn.BatchNorm1d: "bn",
-    nn.BatchNorm2d: "bn",
-    nn.BatchNorm3d: "bn",
-    nn.GroupNorm: "gn",
-    nn.InstanceNorm1d: "in",
-    nn.InstanceNorm2d: "in",
-    nn.InstanceNorm3d: "in",
-    nn.LayerNorm: "ln",
-    nn.RMSNorm: "rms",
-}
+# Of which normkit has kernels; the others are left to whoever made them.
+_KINDS = ("batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm")
 
 
-def accelerate(model: nn.Module, *, where: Where | None = None, example: Any = None) -> Changes:
-    """Put normkit's layer in the place of every norm of torch.nn, in place; the model computes what it did.
+def accelerate(
+    model: nn.Module,
+    *,
+    where: Where | None = None,
+    example: Any = None,
+    on_refusal: Refusal = "leave",
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Changes:
+    """Put normkit's layer in the place of every norm that computes what it does, in place; the model computes what it did.
+
+    A norm of torch.nn is known by its class. Any other - a subclass, with an activation behind the norm or not, or a class of its
+    own with "norm" in its name - is known by what it computes: with random parameters, on random inputs, in float64 and, for the
+    order in which it rounds, in bfloat16. So the RMSNorms and LayerNorms of language models are taken over with their 1 + weight
+    and their rounding, norms over the channels of images with their axis, and classes of a norm with an activation behind
+    it with a fused ReLU, SiLU or GELU.
 
     Parameters and buffers are the very same objects (but for running statistics of a half type, which become float32), so an
     optimizer goes on, and the state_dict has the same keys. What is kept too: dtype, device, training flag, hooks, public
-    attributes that the user set (``qconfig``), and that one module stands in several places. Instance norms with running
-    statistics and batch norms without are left as they are.
+    attributes that the user set (``qconfig``), and that one module stands in several places.
 
     Code that looks for torch's classes, as to freeze batch norms, still finds ``nn.LayerNorm``, ``nn.GroupNorm``, ``nn.RMSNorm``;
     but not ``nn.BatchNorm2d``, ``nn.InstanceNorm2d`` and their like, whose place one class for every rank takes, and the row says
@@ -42,38 +50,81 @@ def accelerate(model: nn.Module, *, where: Where | None = None, example: Any = N
     Args:
         model: any module.
         where: which norms, as in ``select``, by their names. Default: all.
-        example: an input on which the changed model is run once, without effect on it. Default: None.
+        example: an input on which the model is run before and after, without effect on it; a norm that is not called, or whose
+            parameters are read from outside it, is passed over. Default: None.
+        on_refusal: ``"leave"`` passes over what can't be taken over, ``"raise"`` refuses the whole. Default: ``"leave"``.
+        optimizer: of the model's parameters; none is replaced here, so that it goes on by itself. Default: None.
 
     Returns:
-        The model (a new one only where the model itself is a norm) and a row per norm.
+        The model (a new one only where the model itself is a norm), a row per norm, the norms that were passed over with the
+        reason, and the way back.
 
     Raises:
         NotationError: ``where`` can't be read.
-        SurgeryError: the changed model does not run on the example; the model is left as it was.
+        SurgeryError: the changed model does not run on the example, or a norm is refused; the model is left as it was.
 
-    >>> print(accelerate(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))))
+    >>> print(accelerate(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.SyncBatchNorm(8))))
     layer  before        after         note
     1      LayerNorm(8)  LayerNorm(8)
+    passed over
+    2      (SyncBatchNorm): sync_batch_norm has no faster kernel here
     """
-    found = {name: module for name, module in model.named_modules() if _is_ours_to_take(name, module)}
+    refusals = Refusals("accelerate", on_refusal)
+    found = {name: module for name, module in model.named_modules() if _is_candidate(name, module)}
     chosen = found if where is None else choose(found, where, "norms")
-    like, new, rows = any_tensor(model), {}, []
+    sight = None if example is None else try_on(model, example, chosen.values(), "model")
+    like, new, rows = any_tensor(model), {}, {}
     for name, module in chosen.items():
-        norm = read_norm(name, module)
-        word = _WORDS[type(module)]
-        made, note = Target(word, norm.kind, norm.option).build(name, norm, like)
-        if note:
-            raise SurgeryError(
-                f"{label(name)}: {describe(module)} can't be taken over as it is: {note}; leave it out with where="
-            )
+        try:
+            made = _build(name, module, read_norm(name, module), like)
+            if sight is not None:
+                refuse(name, sight.why_without_effect(module))
+        except SurgeryError as error:
+            refusals.take(name, error)
+            continue
         new[id(module)] = inherit(made, module)
-        note = "" if isinstance(made, type(module)) else f"isinstance(_, nn.{type(module).__name__}) no longer holds"
-        rows.append(Change(label(name), describe(module), describe(made), note))
-    return Changes(put(model, new, example), tuple(rows))
+        kind = next(
+            (kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules.")), nn.Module
+        )
+        note = "" if isinstance(made, kind) else f"isinstance(_, nn.{kind.__name__}) no longer holds"
+        rows[name] = Change(label(name), describe(module), describe(made), note)
+    with transaction(model, optimizer) as opened:
+        root = put(model, new)
+        if example is not None:
+            for name in unheard(root, {name: new[id(chosen[name])] for name in rows}, example, refusals):
+                root = put(root, {id(new[id(chosen[name])]): chosen[name]})
+                del rows[name]
+        return opened.close(root, rows.values(), refusals)
 
 
-def _is_ours_to_take(name: str, module: nn.Module) -> bool:
-    if type(module) not in _WORDS or "parametrizations" in name.split("."):
+def _is_candidate(name: str, module: nn.Module) -> bool:
+    if "parametrizations" in name.split(".") or isinstance(module, Layer):
         return False
-    usual = {"bn": True, "in": False}.get(_WORDS[type(module)])
-    return usual is None or bool(module.track_running_stats) == usual
+    own = any(True for _ in module.parameters(recurse=False))
+    return is_norm(module) or (own and "norm" in type(module).__name__.lower() and not [*module.children()])
+
+
+def _build(name: str, module: nn.Module, norm: Norm, like: torch.Tensor) -> nn.Module:
+    """The layer here that computes what a norm does; refused where none does."""
+    who = f"{label(name)} ({type(module).__name__})"
+    usual = {"batch_norm": True, "instance_norm": False}.get(norm.kind, norm.tracks)
+    if norm.kind not in _KINDS:
+        raise SurgeryError(f"{who}: {norm.kind} has no faster kernel here")
+    if norm.tracks != usual:
+        raise SurgeryError(f"{who}: it keeps {'no ' * usual}running statistics, which normkit's {norm.kind} does not")
+    if isinstance(norm.activation, nn.Module):
+        raise SurgeryError(f"{who}: it applies {type(norm.activation).__name__} too, which no layer here fuses")
+    if not norm.shape:
+        raise SurgeryError(f"{who}: it takes any number of features, and a layer here one")
+    rounds = like if norm.weight is None else norm.weight
+    if norm.cast != "after weight" and norm.kind != "rms_norm":
+        if rounds.dtype not in (torch.float32, torch.float64):
+            raise SurgeryError(f"{who}: it rounds a half type otherwise than normkit's {norm.kind}")
+        norm = replace(norm, cast="after weight")
+    norm = replace(norm, has_bias=True)  # one without stays without
+    made, note = Target(norm_cards()[norm.kind].word, norm.kind, norm.option).build(name, norm, like)
+    if note:
+        raise SurgeryError(f"{who}: it can't be taken over as it is: {note}")
+    if isinstance(made, RMSNorm):
+        made.eps, made.cast = norm.eps, norm.cast or "after weight"
+    return made

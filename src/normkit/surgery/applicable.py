@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from normkit.core.errors import SurgeryError
 from normkit.surgery.recipe import Recipe, apply_recipe, weight_words
 from normkit.surgery.target import norm_cards, norm_words
-from normkit.surgery.transaction import all_or_nothing
+from normkit.surgery.transaction import transaction
+from normkit.surgery.watch import forked
 
 
 class _Undo(Exception):
@@ -34,10 +34,8 @@ def why_not(model: nn.Module, recipe: str | Recipe, example: Any = None) -> str:
     >>> why_not(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)), "bn+ws")
     "bn+ws: ws: 'convolutions' chooses nothing; layers with a weight that exist: 0"
     """
-    # CUDA is not started for this: what has not drawn yet needs no protection.
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        with torch.random.fork_rng(devices), all_or_nothing(model):
+        with forked(), transaction(model):
             apply_recipe(model, recipe, example)
             raise _Undo
     except _Undo:

@@ -13,15 +13,18 @@ from normkit.core.errors import NormkitError, SurgeryError
 from normkit.core.support import show
 from normkit.surgery.bake import value_of
 from normkit.surgery.carry import Statistics
-from normkit.surgery.changes import Change, label
+from normkit.surgery.changes import Change, Refusals, label
 from normkit.surgery.select import weight_names
+from normkit.surgery.substitute import refuse
+from normkit.surgery.transaction import transaction
+from normkit.surgery.watch import try_on
 from normkit.weights.layout import hooked_weight
 
 Attach = Callable[[nn.Module, str], object]
 
 
 def attach_all(
-    model: nn.Module, layers: Mapping[str, nn.Module], put: Attach, what: str, example: Any = None
+    model: nn.Module, layers: Mapping[str, nn.Module], put: Attach, what: str, example: Any, refusals: Refusals
 ) -> list[Change]:
     """Put a weight method on every weight of some layers, and carry running statistics behind them along.
 
@@ -30,54 +33,74 @@ def attach_all(
         layers: chosen ones by name.
         put: called with a layer and the name of its weight.
         what: the method, for rows and messages.
-        example: an input of the model, which shows whether statistics behind a Linear are those of its features. Default: None.
+        example: an input of the model, which shows whether statistics behind a Linear are those of its features, and which
+            weights are read at all; or None.
+        refusals: takes a layer where the method is already, that it refuses, or whose weight it would untie from another's; one
+            whose weight a hook of ``torch.nn.utils`` makes is always left.
 
     Returns:
-        A row per weight; one that a hook of ``torch.nn.utils`` makes is left as it is, which its row says.
+        A row per weight.
 
     Raises:
-        SurgeryError: the method is there already, the method refuses, or it would untie a weight that several layers share. Call
-            this inside ``all_or_nothing``.
+        SurgeryError: by ``refusals``. Call this in a transaction.
     """
     ties, statistics = tied_parameters(model), Statistics(model, example)
+    sight = None if example is None else try_on(model, example, layers.values(), "model")
     rows = []
     for name, layer in layers.items():
         for weight in weight_names(layer):
-            full = label(name) if weight == "weight" else f"{name}.{weight}".lstrip(".")
-            raw = raw_weight(layer, weight)
-            before = f"{type(layer).__name__} {show(getattr(layer, weight).shape)}"
+            full = label(name) if weight == "weight" else f"{label(name)}.{weight}".removeprefix("(model).")
             hooked = hooked_weight(layer, weight)
             if hooked is not None:
-                rows.append(Change(full, before, before, f"left: its weight is made by {hooked[0]}; remove that first"))
+                refusals.leave(full, f"its weight is made by {hooked[0]}; remove that first")
                 continue
-            present, value = parametrizations(layer, weight), value_of(layer, weight) if statistics else None
             try:
-                with warnings.catch_warnings(record=True) as said:
-                    warnings.simplefilter("always")
-                    put(layer, weight)
-            except (NormkitError, ValueError, RuntimeError) as error:
-                raise SurgeryError(f"{full}: {what} can't be put on it: {error}") from error
-            added = parametrizations(layer, weight)[-1]
-            if any(type(other) is type(added) for other in present):
-                raise SurgeryError(
-                    f"{full}: {what} is on it already; name it once, or bake it in with fold(model) first"
-                )
-            others = [tie for tie in ties.get(id(raw), []) if tie != f"{name}.{weight}".lstrip(".")]
-            if others and all(raw is not parameter for parameter in layer.parameters()):
-                raise SurgeryError(
-                    f"{full}: its weight is tied to {', '.join(others)}, and {what} puts other parameters in its place, which "
-                    "would untie them; choose other layers with @re:PATTERN"
-                )
-            stack = [type(other).__name__ for other in present]
-            notes = [f"over {' and '.join(stack)}"] if stack else []
-            notes += [f"raw weight stays tied to {', '.join(others)}"] if others else []
-            if value is not None:
-                notes += filter(None, [statistics.carry(layer, weight, value, value_of(layer, weight))])
-            for warning in said:
-                notes.append(str(warning.message))
-                warnings.warn(f"{full}: {warning.message}", warning.category, stacklevel=4)
-            rows.append(Change(full, before.removeprefix("Parametrized"), what, "; ".join(notes)))
+                if sight is not None:
+                    refuse(full, sight.why_unread(layer, weight))
+                with transaction(layer):
+                    rows.append(_attach_one(layer, full, weight, put, what, ties, statistics))
+            except SurgeryError as error:
+                refusals.take(full, error)
     return rows
+
+
+def _attach_one(
+    layer: nn.Module,
+    full: str,
+    weight: str,
+    put: Attach,
+    what: str,
+    ties: Mapping[int, list[str]],
+    statistics: Statistics,
+) -> Change:
+    raw = raw_weight(layer, weight)
+    before = f"{type(layer).__name__} {show(getattr(layer, weight).shape)}"
+    present, value = parametrizations(layer, weight), value_of(layer, weight) if statistics else None
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            put(layer, weight)
+    except (NormkitError, ValueError, RuntimeError) as error:
+        raise SurgeryError(f"{full}: {what} can't be put on it: {error}") from error
+    added = parametrizations(layer, weight)[-1]
+    if any(type(other) is type(added) for other in present):
+        raise SurgeryError(f"{full}: {what} is on it already; name it once, or bake it in with fold(model) first")
+    own = full if weight != "weight" else f"{full}.{weight}".removeprefix("(model).")
+    others = [tie for tie in ties.get(id(raw), []) if tie != own]
+    if others and all(raw is not parameter for parameter in layer.parameters()):
+        raise SurgeryError(
+            f"{full}: its weight is tied to {', '.join(others)}, and {what} puts other parameters in its place, which "
+            "would untie them; choose other layers with @re:PATTERN"
+        )
+    stack = [type(other).__name__ for other in present]
+    notes = [f"over {' and '.join(stack)}"] if stack else []
+    notes += [f"raw weight stays tied to {', '.join(others)}"] if others else []
+    if value is not None:
+        notes += filter(None, [statistics.carry(layer, weight, value, value_of(layer, weight))])
+    for warning in said:
+        notes.append(str(warning.message))
+        warnings.warn(f"{full}: {warning.message}", warning.category, stacklevel=5)
+    return Change(full, before.removeprefix("Parametrized"), what, "; ".join(notes))
 
 
 def parametrizations(layer: nn.Module, name: str) -> list[nn.Module]:
@@ -98,7 +121,7 @@ def tied_parameters(model: nn.Module) -> dict[int, list[str]]:
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                shown = f"{prefix}.{name}".lstrip(".")
+                shown = f"{prefix.replace('_orig_mod.', '')}.{name}".lstrip(".")
                 if ".parametrizations." in f".{shown}":
                     shown = f".{shown}".replace(".parametrizations.", ".").removesuffix(".original").lstrip(".")
                 names.setdefault(id(parameter), []).append(shown)

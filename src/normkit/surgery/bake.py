@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from normkit.core.errors import SurgeryError
 from normkit.surgery.changes import Change, label
@@ -14,7 +14,7 @@ _HOOKED = ("torch.nn.utils.parametrizations", "normkit.weights.weight_norm")
 
 
 def bake(model: nn.Module) -> list[Change]:
-    """Replace every parametrized tensor of a model by its present value, in place.
+    """Replace every parametrized tensor of a model by its present value, in place, and every one that torch's older hooks make.
 
     The raw parameter keeps its identity where there is one; where there are several, as in weight normalization, a new one
     takes their place. Values are those of evaluation: a spectral norm is not iterated.
@@ -42,7 +42,7 @@ def bake(model: nn.Module) -> list[Change]:
     values = {id(_lists(layer)[weight]): value_of(layer, weight) for _, layer, weight in found}
     _refuse_ties(model, [(_full(name, weight), _lists(layer)[weight]) for name, layer, weight in found], values)
     made: dict[tuple[int, ...], nn.Parameter] = {}
-    rows = []
+    rows = _bake_hooked(model)
     for layer in {id(layer): layer for _, layer, _ in found}.values():
         own_class(layer)  # torch takes the property off the class, which copies of the layer share
         _drop_hooks(layer)
@@ -63,6 +63,33 @@ def bake(model: nn.Module) -> list[Change]:
             delattr(layer, weight)
             layer.register_parameter(weight, parameter)
         rows.append(Change(_full(name, weight), f"{plain} with {stack}", plain))
+    return rows
+
+
+def _bake_hooked(model: nn.Module) -> list[Change]:
+    """Weights that a hook of ``torch.nn.utils`` makes become parameters; those hooks know how."""
+    rows = []
+    for name, layer in model.named_modules():
+        for key, hook in list(layer._forward_pre_hooks.items()):
+            remove = getattr(hook, "remove", None)
+            if type(hook).__module__.startswith("torch.nn.utils") and remove is not None:
+                weight = getattr(hook, "name", None) or getattr(hook, "_tensor_name", "weight")
+                training, layer.training = layer.training, False
+                if isinstance(hook, prune.BasePruningMethod):
+                    hook(layer, ())  # it makes the weight when the layer runs
+                remove(layer)
+                layer.training = training
+                del layer._forward_pre_hooks[key]
+                drop = (layer._state_dict_hooks, layer._load_state_dict_pre_hooks)
+                for hooks in drop:
+                    for other, held in list(hooks.items()):
+                        if type(getattr(held, "hook", held)).__module__.startswith("torch.nn.utils"):
+                            del hooks[other]
+                rows.append(
+                    Change(
+                        _full(name, weight), f"{type(layer).__name__} with {type(hook).__name__}", type(layer).__name__
+                    )
+                )
     return rows
 
 

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from normkit.activations.batch_group_norm import BatchGroupNorm
 from normkit.activations.batch_renorm import BatchRenorm
 from normkit.surgery.changes import label
-from normkit.surgery.convert import try_on
+from normkit.surgery.watch import try_on
 from normkit.weights.layout import weight_layout
 
 # In evaluation one mean and one deviation per channel, which it has kept.
@@ -36,7 +36,7 @@ class Statistics:
     def __init__(self, model: nn.Module, example: Any = None) -> None:
         self._names = {module: name for name, module in model.named_modules() if _is_trained(module)}
         self._calls = _calls(model) if self._names else None
-        seen = try_on(model, example, self._names, "model") if self._names and example is not None else {}
+        seen = try_on(model, example, self._names, "model").shapes if self._names and example is not None else {}
         self._ranks = {norm: len(seen[id(norm)]) for norm in self._names if id(norm) in seen}
         self._norms = {call: norm for norm in self._names for call in (self._calls or {}).get(norm, [])}
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from torch import nn
+
+from normkit.core.errors import OptionError, SurgeryError
+
+Refusal = Literal["raise", "leave"]
 
 
 @dataclass(frozen=True)
@@ -13,28 +18,87 @@ class Change:
     """One layer before and after.
 
     Args:
-        name: of the layer, as ``named_modules`` gives it; the model itself is ``"(model)"``.
+        layer: its name, as ``named_modules`` gives it; the model itself is ``"(model)"``.
         before: what was there.
         after: what is there now.
-        note: what else to know: what was dropped or created, an error, or the reason why the layer was left as it was.
+        note: what else to know: what was dropped or created.
+        error: by how much the model's output moved, relative to its largest value, where that was measured; else None.
     """
 
-    name: str
+    layer: str
     before: str
     after: str
     note: str = ""
+    error: float | None = None
 
     def with_note(self, note: str) -> Change:
         """The same with one note more."""
         return replace(self, note=f"{self.note}; {note}" if self.note else note)
 
+    @property
+    def told(self) -> str:
+        """The note, with the error."""
+        error = "" if self.error is None else f"error {self.error:.1e}"
+        return "; ".join(filter(None, [self.note, error]))
+
     def __str__(self) -> str:
-        return f"{self.name}: {self.before} -> {self.after}" + (f" ({self.note})" if self.note else "")
+        return f"{self.layer}: {self.before} -> {self.after}" + (f" ({self.told})" if self.told else "")
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """One layer that was seen and left as it was.
+
+    Args:
+        layer: its name.
+        reason: why.
+    """
+
+    layer: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}: left: {self.reason}"
+
+
+class Refusals(list[PassedOver]):
+    """What was passed over, by a verb that raises at the first refusal or leaves such layers.
+
+    Args:
+        who: the verb, for messages.
+        on_refusal: ``"raise"`` or ``"leave"``.
+
+    Raises:
+        OptionError: another ``on_refusal``.
+    """
+
+    def __init__(self, who: str, on_refusal: Refusal) -> None:
+        super().__init__()
+        if on_refusal not in ("raise", "leave"):
+            raise OptionError(f"{who}: on_refusal={on_refusal!r}; wanted 'raise' or 'leave'")
+        self._raises = on_refusal == "raise"
+
+    def take(self, name: str, error: SurgeryError) -> None:
+        """Raise an error about a layer, or note that it is left."""
+        if self._raises:
+            raise error
+        self.leave(name, str(error))
+
+    def leave(self, name: str, reason: str) -> None:
+        """Note that a layer is left, whatever ``on_refusal`` is."""
+        who = label(name)
+        self.append(PassedOver(who, reason.removeprefix(f"{who}: ").removeprefix(f"{who} ")))
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What a verb changed: the model, which is another object only where the model itself was a norm, and one row per change.
+    """What a verb changed.
+
+    Args:
+        model: another object only where the model itself was a norm.
+        rows: what was changed, one per layer or weight.
+        passed_over: what was seen and left, with the reason.
+        new_parameters: parameters that the model did not have before, by name; an optimizer given as ``optimizer=`` has them.
 
     >>> print(Changes(nn.Identity(), (Change("stem.norm", "LayerNorm(64)", "RMSNorm(64)", "bias dropped"),)))
     layer      before         after        note
@@ -43,6 +107,32 @@ class Changes:
 
     model: nn.Module
     rows: tuple[Change, ...]
+    passed_over: tuple[PassedOver, ...] = ()
+    new_parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    _undo: Callable[[], nn.Module] | None = field(default=None, repr=False, compare=False)
+
+    def undo(self) -> nn.Module:
+        """Put the model back as it was: layers, parameters, buffers, hooks and modes, and the state of ``optimizer=``.
+
+        Only what the verb changed is taken back. If nothing else happened in between, the model is the old one bit for bit; a
+        parameter that the verb kept and that was trained since keeps its present value.
+
+        Returns:
+            The model as it was given to the verb.
+
+        Raises:
+            SurgeryError: it is undone already, or something else changed the same layers since.
+
+        >>> from normkit import convert
+        >>> changes = convert(nn.Sequential(nn.LayerNorm(4)), "rms")
+        >>> changes.undo()
+        Sequential(
+          (0): LayerNorm((4,), eps=1e-05, elementwise_affine=True, bias=True)
+        )
+        """
+        if self._undo is None:
+            raise SurgeryError("undo: there is no way back from these changes")
+        return self._undo()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -51,18 +141,18 @@ class Changes:
         return iter(self.rows)
 
     def __str__(self) -> str:
-        if not self.rows:
-            return "nothing changed"
-        table = [
-            ("layer", "before", "after", "note"),
-            *((row.name, row.before, row.after, row.note) for row in self.rows),
-        ]
-        widths = [max(len(line[column]) for line in table) for column in range(4)]
+        table = [("layer", "before", "after", "note")] if self.rows else [("nothing changed",)]
+        table += [(row.layer, row.before, row.after, row.told) for row in self.rows]
+        if self.passed_over:
+            table += [("passed over",), *((left.layer, left.reason) for left in self.passed_over)]
+        columns = range(max(map(len, table)))
+        parts = [line for line in table if len(line) == 4] + [line for line in table if len(line) == 2]
+        widths = [max((len(line[k]) for line in parts if k < len(line) - 1), default=0) for k in columns]
         return "\n".join(
-            "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+            "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)).rstrip() for line in table
         )
 
 
 def label(name: str) -> str:
-    """A layer's name in rows and messages; the root of a model has none of its own."""
-    return name or "(model)"
+    """A layer's name in rows and messages: that in the plain model where it is compiled; the root has none of its own."""
+    return name.replace("_orig_mod.", "").removesuffix("_orig_mod").rstrip(".") or "(model)"

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from normkit.surgery.attach import attach_all
-from normkit.surgery.changes import Changes
+from normkit.surgery.changes import Changes, Refusal, Refusals
 from normkit.surgery.select import Where, select
-from normkit.surgery.transaction import all_or_nothing
+from normkit.surgery.transaction import transaction
+from normkit.surgery.watch import try_on
 from normkit.weights.weight_conditioning import weight_conditioning
 
 
 def condition(
-    model: nn.Module, mode: str = "row", where: Where = "first_last", example: Any = None, **options: Any
+    model: nn.Module,
+    mode: str = "row",
+    where: Where = "first_last",
+    example: Any = None,
+    *,
+    on_refusal: Refusal = "raise",
+    optimizer: torch.optim.Optimizer | None = None,
+    **options: Any,
 ) -> Changes:
     """Condition the weights of a model's layers, in place: each is divided by the norms of its rows, columns or both.
 
@@ -27,11 +36,14 @@ def condition(
         mode: ``"row"``, ``"col"`` or ``"rowcol"``. Default: ``"row"``.
         where: as in ``select``; the paper conditions the first and the last layer. Default: ``"first_last"``.
         example: an input, as for ``apply_recipe``. Without it, statistics behind a Linear are carried along only where the norm
-            takes features last, as another one may read another axis. Default: None.
+            takes features last, as another one may read another axis. With it, a weight that the model does not read on it is
+            refused. Default: None.
+        on_refusal: of a layer that can't be conditioned: ``"raise"``, or ``"leave"`` it as it is. Default: ``"raise"``.
+        optimizer: of the model's parameters, which follows where a parameter is replaced. Default: None.
         **options: of ``weight_conditioning``.
 
     Returns:
-        The model and a row per weight.
+        The model, a row per weight, what was passed over with the reason, and the way back.
 
     Raises:
         NotationError: ``where`` can't be read.
@@ -52,7 +64,9 @@ def condition(
     def put(layer: nn.Module, name: str) -> object:
         return weight_conditioning(layer, mode, name=name, **options)  # pyright: ignore[reportArgumentType]
 
-    layers = select(model, where)
-    with all_or_nothing(model):
-        rows = attach_all(model, layers, put, f"weight_conditioning:{mode}", example)
-    return Changes(model, tuple(rows))
+    layers, refusals = select(model, where), Refusals("condition", on_refusal)
+    with transaction(model, optimizer) as opened:
+        rows = attach_all(model, layers, put, f"weight_conditioning:{mode}", example, refusals)
+        if example is not None:
+            try_on(model, example)
+        return opened.close(model, rows, refusals)

@@ -14,8 +14,9 @@ from normkit.core.errors import SurgeryError
 from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.support import show
 from normkit.surgery.attach import parametrizations
-from normkit.surgery.changes import Change, Changes, label
-from normkit.surgery.convert import run_on
+from normkit.surgery.changes import Change, Changes, PassedOver, label
+from normkit.surgery.transaction import Transaction
+from normkit.surgery.watch import run_on
 from normkit.weights.layout import weight_layout
 from normkit.weights.weight_norm import WeightNorm
 
@@ -39,7 +40,7 @@ def data_dependent_init(model: nn.Module, batch: Any) -> Changes:
         batch: an input: a tensor, a tuple of arguments, or a dict of them.
 
     Returns:
-        The model, and a row for each layer, in order of execution; for layers that the batch does not reach, that they were left.
+        The model, a row for each layer, in order of execution, and those passed over, which the batch does not reach.
 
     Raises:
         SurgeryError: no layer is weight-normalized, or none is reached; lengths that are not one for each output unit, or under
@@ -73,7 +74,7 @@ def data_dependent_init(model: nn.Module, batch: Any) -> Changes:
         _check(label(name), layer)
     rows: dict[str, Change] = {}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    started = [(tensor, tensor.detach().clone()) for layer in layers.values() for tensor in _length_and_bias(layer)]
+    opened = Transaction(model, written=[tensor for layer in layers.values() for tensor in _length_and_bias(layer)])
     handles = []
     try:
         for name, layer in layers.items():
@@ -84,7 +85,7 @@ def data_dependent_init(model: nn.Module, batch: Any) -> Changes:
         if not rows:
             raise SurgeryError("data_dependent_init: the batch reaches none of the weight-normalized layers")
     except BaseException as error:
-        _put_back(started)
+        opened.restore()
         if isinstance(error, SurgeryError) or not isinstance(error, Exception):
             raise
         raise SurgeryError(
@@ -94,12 +95,8 @@ def data_dependent_init(model: nn.Module, batch: Any) -> Changes:
         for handle in handles:
             handle.remove()
         _put_back(buffers)
-    left = [
-        Change(label(name), _name(layer), _name(layer), "left: the batch does not reach it")
-        for name, layer in layers.items()
-        if name not in rows
-    ]
-    return Changes(model, (*rows.values(), *left))
+    left = [PassedOver(label(name), "the batch does not reach it") for name in layers if name not in rows]
+    return opened.close(model, rows.values(), left)
 
 
 def _check(name: str, layer: nn.Module) -> None:

@@ -19,6 +19,7 @@ from normkit.activations.recurrent_layer_norm import LayerNormGRUCell, LayerNorm
 from normkit.catalogue.methods import METHODS
 from normkit.core.errors import OptionError
 from normkit.engine.layer import Layer
+from normkit.surgery.from_one import FromOne
 from normkit.surgery.norms import is_norm
 from normkit.weights.attachment import attach
 
@@ -32,22 +33,6 @@ _OURS = (Layer, LearnedScale, *(card.module for card in METHODS if card.kind == 
 _LINEAR = (FixNorm, LayerNormRNNCell, LayerNormLSTMCell, LayerNormGRUCell)
 # Their weights are pools, units, or start at 0: 1 is nothing to pull them to.
 _NOT_AROUND_ONE = (GDN, HeegerNorm, LyuSimoncelliNorm, GlobalResponseNorm, LearnedScale)
-
-
-class FromOne(nn.Module):
-    """The parametrization gain = 1 + d, whose decay pulls the gain towards 1.
-
-    >>> FromOne()(torch.tensor([0.5]))
-    tensor([1.5000])
-    """
-
-    def forward(self, difference: Tensor) -> Tensor:
-        """The gain."""
-        return 1 + difference
-
-    def right_inverse(self, gain: Tensor) -> Tensor:
-        """What is kept of a gain: its difference from 1."""
-        return gain - 1
 
 
 def param_groups(

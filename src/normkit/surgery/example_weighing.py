@@ -9,8 +9,9 @@ from torch import nn
 from normkit.activations.batch_group_norm import BatchGroupNorm
 from normkit.core.errors import OptionError, SurgeryError
 from normkit.surgery.changes import Change, Changes, label
-from normkit.surgery.convert import replace_modules
 from normkit.surgery.norms import read_norm
+from normkit.surgery.substitute import replace_modules
+from normkit.surgery.transaction import transaction
 
 ALPHAS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 1.0)
 
@@ -65,7 +66,8 @@ def weigh_examples(model: nn.Module, alpha: float = 0.0, count: int | None = Non
             f"BatchGroupNorm({norm.num_features}, {alpha=:g})",
         )
         rows.append(Change(label(name), before, after))
-    return Changes(replace_modules(model, new), tuple(rows))
+    with transaction(model) as opened:
+        return opened.close(replace_modules(model, new), rows)
 
 
 def choose_alpha(

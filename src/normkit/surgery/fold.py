@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from normkit.catalogue.methods import METHODS
 from normkit.core.errors import SurgeryError
+from normkit.surgery.absorb import absorb_before, absorb_behind, scale_and_shift
 from normkit.surgery.attach import tied_parameters
 from normkit.surgery.bake import bake
-from normkit.surgery.changes import Change, Changes, label
-from normkit.surgery.convert import replace_modules, run_on
+from normkit.surgery.changes import Change, Changes, Refusals, label
 from normkit.surgery.norms import Norm, describe, is_norm, read_norm
-from normkit.surgery.watch import Watch, tensors_in
+from normkit.surgery.substitute import inherit, put
+from normkit.surgery.target import activation_module
+from normkit.surgery.transaction import transaction
+from normkit.surgery.watch import Watch, run_on, tensors_in
 
 # In evaluation one scale and shift for each channel, as their cards claim and the tests hold them to.
 _FOLDABLE = frozenset(card.module for card in METHODS if card.kind == "activation" and card.foldable)
+_BATCH = ("batch_norm", "sync_batch_norm", "frozen_batch_norm")
 # About a thousand roundings, by which a folded network may differ where later layers amplify the first one's rounding.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class _Refused(Exception):
+    """Why a fold is not done."""
 
 
 def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = None) -> Changes:
     """Bake normalizations into the weights of a model, in place, for inference.
 
-    Every weight parametrization becomes its value. With an example also each BatchNorm, and each member of its family whose card
-    says that it folds, goes into the Conv, ConvTranspose or Linear before it, W' = (weight / s) W, b' = bias + (b - mean)
-    weight / s, s = sqrt(var + eps) (the running deviation or 1 where that is what the norm keeps), if in a run on the example
-    the layer's output is the very input of the norm and nothing else reads it; the norm becomes an Identity. After each fold
-    the model's output is compared with the first one; beyond the tolerance the fold is undone. A branch that the example does
-    not take is not seen: give one that takes it.
+    Every weight parametrization becomes its value, and so does a weight that a hook of ``torch.nn.utils`` makes. With an example,
+    on which the model is run to see what reads what, also
+
+    * a convolution of a class of its own that computes with another weight than it holds, as weight-standardizing ones do,
+      becomes torch's with that weight;
+    * each batch normalization, torch's, frozen, with an activation behind it or of its family here, goes into the Conv,
+      ConvTranspose or Linear before it, W' = (weight / s) W, b' = bias + (b - mean) weight / s, s = sqrt(var + eps) (the running
+      deviation or 1 where that is what the norm keeps), or into the Conv or Linear layers behind it, if those don't
+      pad with zeros; its activation, or an Identity, is left in its place;
+    * gain and bias of a layer or RMS normalization over the last axis go into the Linear layers behind it, and torch's norm
+      without parameters is left.
+
+    A layer takes a norm in if what it reads or gives is read by nothing else, and its weight is not tied. After each fold the
+    model's output is compared with the first one; beyond the tolerance the fold is undone. A branch that the example does not
+    take is not seen: give one that takes it.
 
     Args:
         model: any module; with an example, in evaluation mode.
@@ -41,8 +59,8 @@ def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = Non
             the output, 1e-4 in float32, 1e-10 in float64.
 
     Returns:
-        The model, and a row per weight and per such norm; where one was left as it was, ``before`` equals ``after`` and the note
-        has the reason. The note of a fold has its error.
+        The model, a row per weight and per such norm with the error, the norms that were passed over with the reason, and the
+        way back.
 
     Raises:
         SurgeryError: a tied weight would be untied; the model is not in evaluation mode, or does not give the same finite output
@@ -50,51 +68,203 @@ def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = Non
 
     Reference:
         Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference" (2018),
-        https://arxiv.org/abs/1712.05877, section 3.2.
+        https://arxiv.org/abs/1712.05877, section 3.2; gains of RMS normalization: Ashkboos et al., "SliceGPT" (2024),
+        https://arxiv.org/abs/2401.15024, section 3.2.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).double().eval()
     >>> changes = fold(model, torch.ones(1, 3, 5, 5).double())
     >>> changes.rows[0].before, changes.rows[0].after, model[1]
     ('BatchNorm2d(8)', 'Identity()', Identity())
     """
-    if example is None:
-        return Changes(model, tuple(bake(model)))
-    for name, module in model.named_modules():
-        if module.training:
+    with transaction(model) as opened:
+        if example is None:
+            return opened.close(model, bake(model))
+        for name, module in model.named_modules():
+            if module.training:
+                raise SurgeryError(
+                    f"fold: {label(name)} is in training mode, where a norm has no fixed factors; call model.eval() first"
+                )
+        trial, refusals = _Trial(model, example, tolerance), Refusals("fold", "leave")
+        rows = bake(model)
+        if rows:
+            error = trial.error()[0]
+            rows = [replace(row, note="all weights together", error=error) for row in rows]
+        for fold_next in (_fold_kernels, _fold_norms):
+            rows += fold_next(trial, refusals)
+        return opened.close(trial.model, rows, refusals)
+
+
+class _Trial:
+    """A model with what it gave on the example at first, to which every fold is held."""
+
+    def __init__(self, model: nn.Module, example: Any, tolerance: float | None) -> None:
+        self.model, self.example, self._tolerance = model, example, tolerance
+        self._first = _outputs(model, example)
+        varies, allowed = _difference(self._first, _outputs(model, example))
+        if varies > allowed or not all(bool(torch.isfinite(part).all()) for part in self._first):
             raise SurgeryError(
-                f"fold: {label(name)} is in training mode, where a norm has no fixed factors; call model.eval() first"
+                "fold: the model does not give the same finite output twice on the example, so that no fold can be proved"
             )
-    first = _outputs(model, example)
-    varies, allowed = _difference(first, _outputs(model, example))
-    if varies > allowed or not all(bool(torch.isfinite(part).all()) for part in first):
-        raise SurgeryError(
-            "fold: the model does not give the same finite output twice on the example, so that no fold can be proved"
-        )
-    rows = bake(model)
-    if rows:
-        error = _difference(first, _outputs(model, example))[0]
-        rows = [replace(row, note=f"error of all together {error:.1e}") for row in rows]
-    norms = {name: module for name, module in model.named_modules() if is_norm(module)}
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear | _ConvNd)]
-    watch = Watch(layers, norms.values())
-    watch.run(lambda: run_on(model, example))
-    names = {id(module): name for name, module in model.named_modules()}
-    ties = tied_parameters(model)
+
+    def error(self) -> tuple[float, float]:
+        """How far the output is from the first, and how far it may be."""
+        error, allowed = _difference(self._first, _outputs(self.model, self.example))
+        return error, allowed if self._tolerance is None else self._tolerance
+
+    def watch(self, layers: Iterable[nn.Module], norms: Iterable[nn.Module]) -> Watch:
+        """What reads what on the example."""
+        watch = Watch(layers, norms)
+        watch.run(lambda: run_on(self.model, self.example))
+        return watch
+
+    def do(self, what: str, change: Callable[[], dict[int, nn.Module]]) -> float:
+        """Make a change that gives new modules by the ids of old ones; its error. Undone and refused beyond the tolerance."""
+        old = self.model
+        try:
+            with transaction(old):
+                self.model = put(old, change())
+                error, allowed = self.error()
+                if error > allowed:
+                    raise _Refused(f"{what} changes the output by {error:.1e}")
+                return error
+        except SurgeryError as error:  # a model may ask its norm's weight for its dtype
+            self.model = old
+            raise _Refused(f"{what}: {error}") from error
+        except BaseException:
+            self.model = old
+            raise
+
+
+def _fold_kernels(trial: _Trial, refusals: Refusals) -> list[Change]:
+    """Convolutions that compute with another weight than they hold become torch's."""
+    own = {
+        name: module
+        for name, module in trial.model.named_modules()
+        if isinstance(module, _ConvNd)
+        and not type(module).forward.__module__.startswith("torch.")
+        and type(module).__mro__[1].__module__ == "torch.nn.modules.conv"
+    }
+    watch, rows = trial.watch(own.values(), []) if own else None, []
+    for name, layer in own.items():
+        seen = watch.kernel(layer) if watch is not None else None
+        if seen is None or seen[0].shape != layer.weight.shape:
+            refusals.leave(name, "it does not convolve once with a weight of its own shape on the example")
+            continue
+        try:
+            plain = _plain_convolution(layer, *seen)
+            error = trial.do("torch's convolution with its weight", lambda: {id(layer): inherit(plain, layer)})  # noqa: B023
+            rows.append(Change(label(name), type(layer).__name__, type(plain).__name__, "weight as computed", error))
+        except _Refused as reason:
+            refusals.leave(name, str(reason))
+    return rows
+
+
+def _plain_convolution(layer: _ConvNd, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    kind = type(layer).__mro__[1]
+    sizes = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding
+    like = {"device": "meta", "bias": bias is not None, "padding_mode": layer.padding_mode}
+    made = kind(*sizes, dilation=layer.dilation, groups=layer.groups, **like)
+    made.weight = nn.Parameter(weight.detach().clone(), requires_grad=layer.weight.requires_grad)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().clone(), requires_grad=layer.weight.requires_grad)
+    return made
+
+
+def _fold_norms(trial: _Trial, refusals: Refusals) -> list[Change]:
+    norms = {name: module for name, module in trial.model.named_modules() if is_norm(module)}
+    layers = [module for module in trial.model.modules() if isinstance(module, nn.Linear | _ConvNd)]
+    watch, ties, rows = trial.watch(layers, norms.values()), tied_parameters(trial.model), []
+    names = {id(module): name for name, module in trial.model.named_modules()}
     for name, module in norms.items():
         try:
             norm = _read(name, module)
+            if norm.kind in _BATCH or type(module) in _FOLDABLE:
+                ways = (_into_layer_before, _into_layers_behind)
+            elif (
+                norm.kind in ("layer_norm", "rms_norm")
+                and norm.axes == "n * c"
+                and (norm.weight is not None or norm.bias is not None)
+            ):
+                ways = (_into_layers_behind,)
+            else:
+                continue
         except SurgeryError as error:
-            rows.append(Change(label(name), describe(module), describe(module), f"left: {error}"))
+            refusals.leave(name, str(error))
             continue
-        if norm.kind not in ("batch_norm", "sync_batch_norm") and type(module) not in _FOLDABLE:
-            continue
-        found = watch.layer_before(module)
-        reason = found if isinstance(found, str) else _refusal(norm, module, *found, ties)
-        if reason or isinstance(found, str):
-            rows.append(Change(label(name), describe(module), describe(module), f"left: {reason}"))
-            continue
-        rows.append(_fold_one(model, example, first, name, module, norm, found[0], names[id(found[0])], tolerance))
-    return Changes(model, tuple(rows))
+        reasons = []
+        for way in ways:
+            try:
+                into, after, error = way(trial, watch, ties, module, norm)
+                where = ", ".join(label(names[id(layer)]) for layer in into)
+                rows.append(Change(label(name), describe(module), describe(after), f"folded into {where}", error))
+                break
+            except _Refused as reason:
+                reasons.append(str(reason))
+        else:
+            refusals.leave(name, "; ".join(dict.fromkeys(reasons)))
+    return rows
+
+
+def _into_layer_before(
+    trial: _Trial, watch: Watch, ties: dict[int, list[str]], module: nn.Module, norm: Norm
+) -> tuple[list[nn.Module], nn.Module, float]:
+    found = watch.layer_before(module)
+    if isinstance(found, str):
+        raise _Refused(found)
+    layer, rank = found
+    _check(module, norm, [layer], ties)
+    if isinstance(layer, _ConvNd):
+        fits = norm.axes == "n c *" and rank == len(layer.kernel_size) + 2
+    else:
+        fits = norm.axes == "n * c" or rank == 2
+    if not fits:
+        raise _Refused("its channels are not the output channels of the layer before it")
+    after = activation_module(norm).eval()
+
+    def change() -> dict[int, nn.Module]:
+        absorb_behind(layer, *scale_and_shift(module, norm))
+        return {id(module): after}
+
+    return [layer], after, trial.do("folding it into the layer before it", change)
+
+
+def _into_layers_behind(
+    trial: _Trial, watch: Watch, ties: dict[int, list[str]], module: nn.Module, norm: Norm
+) -> tuple[list[nn.Module], nn.Module, float]:
+    layers = watch.layers_behind(module)
+    if isinstance(layers, str):
+        raise _Refused(layers)
+    _check(module, norm, layers, ties)
+    if norm.activation is not None:
+        raise _Refused("an activation stands between it and the layer behind it")
+    first = norm.axes == "n c *" and len(watch.shapes[id(module)]) > 2
+    if any(isinstance(layer, _ConvNd) != first for layer in layers):
+        raise _Refused("its channels are not the input channels of the layer behind it")
+    after = _without_parameters(norm).eval()
+
+    def change() -> dict[int, nn.Module]:
+        for layer in layers:
+            reason = absorb_before(layer, *scale_and_shift(module, norm))
+            if reason:
+                raise _Refused(reason)
+        return {id(module): after}
+
+    return layers, after, trial.do("folding it into what is behind it", change)
+
+
+def _without_parameters(norm: Norm) -> nn.Module:
+    if norm.kind == "layer_norm":
+        return nn.LayerNorm([*norm.shape], norm.eps or 0.0, elementwise_affine=False)
+    return nn.RMSNorm([*norm.shape], norm.eps, elementwise_affine=False) if norm.kind == "rms_norm" else nn.Identity()
+
+
+def _check(module: nn.Module, norm: Norm, layers: list[nn.Module], ties: dict[int, list[str]]) -> None:
+    if (norm.kind in _BATCH or type(module) in _FOLDABLE) and not norm.tracks:
+        raise _Refused("it keeps no running statistics, and so depends on the batch")
+    if any(getattr(part, hooks) for part in (*layers, module) for hooks in ("_forward_hooks", "_forward_pre_hooks")):
+        raise _Refused("it or a layer next to it has hooks")
+    if any(id(parameter) in ties for layer in layers for parameter in layer.parameters(recurse=False)):
+        raise _Refused("the weight of a layer next to it is tied to another")
 
 
 def _read(name: str, module: nn.Module) -> Norm:
@@ -110,94 +280,6 @@ def _read(name: str, module: nn.Module) -> Norm:
     eps = getattr(module, "eps", 0.0)
     tracks = module._buffers["running_mean"] is not None
     return Norm(type(module).__name__, axes, (count,), eps, weight, bias, tracks=tracks)
-
-
-def _refusal(norm: Norm, module: nn.Module, layer: nn.Module, rank: int, ties: dict[int, list[str]]) -> str:
-    """Why a norm can't go into the layer before it; empty if it can."""
-    if not norm.tracks:
-        return "it keeps no running statistics, and so depends on the batch"
-    if any(getattr(part, hooks) for part in (layer, module) for hooks in ("_forward_hooks", "_forward_pre_hooks")):
-        return "it or the layer before it has hooks"
-    if any(id(parameter) in ties for parameter in layer.parameters(recurse=False)):
-        return "the weight of the layer before it is tied to another"
-    if isinstance(layer, _ConvNd):
-        fits = norm.axes == "n c *" and rank == len(layer.kernel_size) + 2
-    else:
-        fits = norm.axes == "n * c" or rank == 2
-    return "" if fits else "its channels are not the output channels of the layer before it"
-
-
-def _fold_one(
-    model: nn.Module,
-    example: Any,
-    first: list[Tensor],
-    name: str,
-    module: nn.Module,
-    norm: Norm,
-    layer: nn.Module,
-    layer_name: str,
-    tolerance: float | None,
-) -> Change:
-    old = layer._parameters["weight"], layer._parameters.get("bias")
-    identity = nn.Identity().eval()
-    weight, bias = fold_batch_norm(layer, module, norm)
-    layer.register_parameter("weight", weight)
-    layer.register_parameter("bias", bias)
-    replace_modules(model, {id(module): identity})
-    error, allowed = _difference(first, _outputs(model, example))
-    if error <= (allowed if tolerance is None else tolerance):
-        note = f"folded into {label(layer_name)}; error {error:.1e}"
-        return Change(label(name), describe(module), describe(identity), note)
-    layer.register_parameter("weight", old[0])
-    layer.register_parameter("bias", old[1])
-    replace_modules(model, {id(identity): module})
-    return Change(
-        label(name),
-        describe(module),
-        describe(module),
-        f"left: folding it into {layer_name} changes the output by {error:.1e}",
-    )
-
-
-def fold_batch_norm(layer: nn.Module, module: nn.Module, norm: Norm) -> tuple[nn.Parameter, nn.Parameter]:
-    """The weight and bias of a layer that computes what the layer and a norm in evaluation after it compute.
-
-    Args:
-        layer: a Linear, Conv or ConvTranspose, in groups or not.
-        module: a norm of the batch family, of running mean and running variance, deviation or neither.
-        norm: the same as data.
-
-    Returns:
-        The parameters, of the dtype of the layer's; computed in float64.
-    """
-    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
-    mean = module.get_buffer("running_mean").double()
-    var, deviation = (module._buffers.get(name) for name in ("running_var", "running_std"))
-    if var is not None:
-        deviation = (var.double() + norm.guard(torch.float32)).sqrt()
-    scale = torch.ones_like(mean) if deviation is None else deviation.double().reciprocal()
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    assert weight is not None
-    kernel = weight.detach().double()
-    if isinstance(
-        layer, _ConvTransposeNd
-    ):  # (in, out / groups, *): the groups lie in the first axis, output channels in the second
-        apart = kernel.unflatten(0, (layer.groups, -1))
-        factors = scale.view(layer.groups, 1, -1, *[1] * (kernel.dim() - 2))
-        kernel = (apart * factors).flatten(0, 1)
-    else:
-        kernel = kernel * scale.view(-1, *[1] * (kernel.dim() - 1))
-    shift = -mean if bias is None else bias.detach().double() - mean
-    shift = shift * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()
-    return (
-        nn.Parameter(kernel.to(weight.dtype), requires_grad=weight.requires_grad),
-        nn.Parameter(
-            shift.to(weight.dtype), requires_grad=weight.requires_grad if bias is None else bias.requires_grad
-        ),
-    )
 
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:

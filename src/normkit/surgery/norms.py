@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from normkit.activations.rms_norm import Cast
 from normkit.catalogue.citation import card_of
 from normkit.core.card import Card
 from normkit.core.errors import SurgeryError
@@ -19,6 +20,8 @@ from normkit.core.place import Axes
 from normkit.core.support import show
 from normkit.engine.layer import Layer
 from normkit.surgery.changes import label
+from normkit.surgery.from_one import FromOne
+from normkit.surgery.frozen_batch_norm import FrozenBatchNorm
 from normkit.surgery.probe import Found, probe
 
 _RANKED = {
@@ -33,7 +36,7 @@ class Norm:
     """An activation norm as data.
 
     Args:
-        kind: the method's name in the catalogue.
+        kind: the method's name in the catalogue, or ``"frozen_batch_norm"``.
         axes: of its input.
         shape: of the axes that hold channels or features; one number unless ``axes`` is ``"trailing"``, none if not known.
         eps: None stands for the machine epsilon.
@@ -49,6 +52,9 @@ class Norm:
         alone: whether it normalizes each position by itself.
         rank: how many axes its input has, or None if not known.
         spatial: axes of positions where its class takes one number of them alone, else None.
+        offset: the gain is this plus the weight.
+        cast: when a half type is rounded; None where no layer here rounds like it.
+        activation: what follows, by name where layers here know it, else as a module; None where nothing does.
     """
 
     kind: str
@@ -67,6 +73,9 @@ class Norm:
     alone: bool = False
     rank: int | None = None
     spatial: int | None = None
+    offset: float = 0.0
+    cast: Cast | None = "after weight"
+    activation: str | nn.Module | None = None
 
     def guard(self, dtype: torch.dtype) -> float:
         """The eps as a number."""
@@ -76,13 +85,17 @@ class Norm:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is an activation norm: of torch, of normkit, or by the looks of it.
 
-    By its looks: it has no children, "norm" in its class's name, and tensors of one axis alone, as a norm's weight is; or no
-    tensor at all, and it computes layer or RMS normalization.
+    By its looks: it has no children, or such without parameters as an activation, "norm" in its class's name, and tensors of
+    one axis alone, as a norm's weight is; or no tensor at all, and it computes layer or RMS normalization.
     """
     card = card_of(module)
+    if card is None and isinstance(module, FrozenBatchNorm):
+        return True
     if card is not None:
         return card.kind == "activation" and bool(card.word) and not card.accompanies
-    if next(module.children(), None) is not None or "norm" not in type(module).__name__.lower():
+    if any(True for child in module.children() for _ in (*child.parameters(), *child.buffers())):
+        return False
+    if "norm" not in type(module).__name__.lower() or isinstance(module, parametrize.ParametrizationList):
         return False
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     if not own:
@@ -107,30 +120,23 @@ def read_norm(name: str, module: nn.Module, seen: Sequence[int] | None = None) -
     who = f"{label(name)} ({type(module).__name__})"
     if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
         raise SurgeryError(f"{who}: its parameters have no size yet; run the model once on an example first")
-    if parametrize.is_parametrized(module):
+    if parametrize.is_parametrized(module) and not _counts_from_one(module):
         raise SurgeryError(f"{who}: its weight is parametrized; bake the parametrization in with fold(model) first")
-    activation = getattr(module, "activation", None)
-    if isinstance(module, Layer) and activation is not None:
-        raise SurgeryError(
-            f"{who}: it applies {activation} too, which a new layer would lose; set its activation to None and put {activation} "
-            "behind it"
-        )
     if "forward" in vars(module):
         raise SurgeryError(
             f"{who}: its forward was replaced on the object, which a new layer would lose; undo that first"
         )
     hooks = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
-    if any(getattr(module, hook, None) for hook in hooks):
+    if any(getattr(module, hook, None) for hook in hooks) and not _counts_from_one(module):
         raise SurgeryError(f"{who}: it has hooks on its state_dict, made for its own class; remove them first")
     card = card_of(module)
-    if card is not None and type(module).forward.__module__.startswith(("torch.", "normkit.")):
+    makers = ("torch.", "normkit.") if parametrize.is_parametrized(module) or not [*module.children()] else "normkit."
+    if card is not None and type(module).forward.__module__.startswith(makers):
         norm = _known(card, module)
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        raise SurgeryError(
-            f"{who}: its class overrides forward, and what it adds would be lost; choose other layers with where="
-        )
+    elif isinstance(module, FrozenBatchNorm):
+        norm = _frozen(module)
     else:
-        norm = _by_behaviour(module, who)
+        norm = _by_behaviour(module, who, card)
     if seen is None:
         return norm
     shape = norm.shape or (seen[1 if norm.axes == "n c *" else -1],)
@@ -144,14 +150,13 @@ def reach(card: Card, module: nn.Module) -> frozenset[str]:
 
 def _known(card: Card, module: nn.Module) -> Norm:
     own, notes = dict(module.named_parameters()), []
+    if _counts_from_one(module):
+        own["weight"] = own.pop("parametrizations.weight.original")
     weight, bias = (own.pop(key, None) if key in card.takes else None for key in ("weight", "bias"))
     shape = _shape(module)
     first = getattr(module, "layout", card.layout) == "n c *" or getattr(module, "over", None) is not None
     axes: Axes = "trailing" if len(shape) > 1 else "n c *" if first else "n * c"
-    offset = getattr(module, "offset", 0.0)
-    if offset and weight is not None:
-        weight = _from_zero(weight, offset)
-        notes.append(f"its gain was {offset:g} + weight")
+    offset = 1.0 if _counts_from_one(module) else getattr(module, "offset", 0.0)
     if getattr(module, "guard", "inside") != "inside":
         notes.append("eps now inside the root")
     if weight is not None and weight.dim() == 0:
@@ -179,36 +184,74 @@ def _known(card: Card, module: nn.Module) -> Norm:
         spatial=getattr(
             module, "spatial", next((n for n, kinds in _RANKED.items() if isinstance(module, kinds)), None)
         ),
+        offset=offset if weight is not None else 0.0,
+        cast=getattr(module, "cast", "after weight"),
+        activation=getattr(module, "activation", None) if isinstance(module, Layer) else None,
     )
 
 
-def _by_behaviour(module: nn.Module, who: str) -> Norm:
+def _by_behaviour(module: nn.Module, who: str, card: Card | None) -> Norm:
     found = probe(module)
     if isinstance(found, str):
         raise SurgeryError(
             f"{who}: what it computes is not known: {found}; convert it by hand, or choose others with where="
         )
-    weight, bias = (module._parameters.get(key) if key else None for key in (found.weight, found.bias))
-    note = ""
-    if found.offset and weight is not None:
-        weight, note = _from_zero(weight, 1.0), "its gain was 1 + weight"
+    if found.kind == "torch" and card is not None:
+        return replace(_known(card, module), activation=found.activation)
+    tensors = {**module._buffers, **module._parameters}
+    weight, bias = (_parameter(tensors.get(key)) for key in (found.weight, found.bias))
+    frozen = found.kind == "batch_norm"
     return Norm(
-        found.kind,
-        "n c *" if found.over else "n * c",
+        "frozen_batch_norm" if frozen else found.kind,
+        "n c *" if found.over or frozen else "n * c",
         found.shape,
         found.eps,
         weight,
         bias,
         bias is not None,
         option=found.over,
-        note=note,
+        tracks=frozen,
+        running={key: tensors.get(key) for key in ("running_mean", "running_var")} if frozen else {},
         affine=weight is not None,
-        alone=found.over != "c *",
+        alone=found.over != "c *" and not frozen,
+        offset=float(found.offset),
+        cast=found.cast,
+        activation=found.activation,
     )
 
 
-def _from_zero(weight: Tensor, offset: float) -> nn.Parameter:
-    return nn.Parameter(weight.detach() + offset, requires_grad=weight.requires_grad)
+def _frozen(module: FrozenBatchNorm) -> Norm:
+    own = module._buffers
+    axes: Axes = "n c *" if module.layout == "n c *" else "n * c"
+    running = {key: own[key] for key in ("running_mean", "running_var")}
+    weight, bias = _parameter(own["weight"]), _parameter(own["bias"])
+    return Norm(
+        "frozen_batch_norm",
+        axes,
+        (module.num_features,),
+        module.eps,
+        weight,
+        bias,
+        tracks=True,
+        running=running,
+        activation=module.activation,
+    )
+
+
+def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    """A parameter, or one made of a buffer."""
+    if tensor is None or isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor.detach().clone())
+
+
+def _counts_from_one(module: nn.Module) -> bool:
+    """Whether its gain is 1 + a parameter by the parametrization that conversions put there."""
+    if not parametrize.is_parametrized(module):
+        return False
+    lists = module.parametrizations
+    assert isinstance(lists, nn.ModuleDict)
+    return list(lists) == ["weight"] and [type(part) for part in lists["weight"].children()] == [FromOne]  # pyright: ignore
 
 
 def _expanded(scalar: Tensor, shape: tuple[int, ...]) -> nn.Parameter:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from normkit.activations.rms_norm import Cast
+from normkit.engine.reference import ACTIVATIONS
+
 _BIAS_NAMES = ("bias", "beta", "shift", "b")
 _USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12, torch.finfo(torch.float32).eps)
+_SIZES = (1.0, 1e-3, 1e-5)  # the small inputs tell eps apart
 # The formulas differ by percents where they differ; classes that compute in float32 agree to about 1e-6.
-_TOLERANCE = 1e-4
+_TOLERANCE = 1e-5
+# bfloat16 has few values: two ways to round differ in a fifth of them, one and the same way in next to none.
+_ROUNDED_ALIKE = 0.98
+_FAMILIES = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm", "torch.nn.modules.normalization")
+_RUNNING = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -21,74 +31,174 @@ class Found:
     """What an unknown norm was seen to compute.
 
     Args:
-        kind: ``"layer_norm"`` or ``"rms_norm"``.
+        kind: ``"layer_norm"``, ``"rms_norm"``, ``"batch_norm"`` by statistics that never change, or ``"torch"``: what the class
+            of torch does that it derives from.
         over: the axes of ``"n c *"`` over which it normalizes, or "" for the last axis.
         offset: 1 where the gain is 1 + weight, else 0.
         eps: inside the root.
         weight: the name of its gain, or "".
         bias: the name of its bias, or "".
         shape: how many features it has; empty if it takes any number.
+        cast: when a half type is rounded; None where it is otherwise, or that can't be seen.
+        activation: what follows, by its name where normkit's layers know it, else as a module; None where nothing does.
     """
 
     kind: str
-    over: str
-    offset: int
-    eps: float
-    weight: str
-    bias: str
+    over: str = ""
+    offset: int = 0
+    eps: float = 0.0
+    weight: str = ""
+    bias: str = ""
     shape: tuple[int, ...] = ()
+    cast: Cast | None = "after weight"
+    activation: str | nn.Module | None = None
 
 
 def probe(module: nn.Module) -> Found | str:
-    """Compare a module with the formulas of layer and RMS normalization, on inputs of size 1 and of size 1e-3.
+    """Compare a module with the formulas of layer and RMS normalization, of frozen batch normalization, and with torch's class.
 
-    The small input tells eps apart. The module is not changed and its hooks don't run: a stand-in of the same class with
-    random parameters is run in its place.
+    Each may be followed by an activation. The module is not changed and its hooks don't run: a stand-in of the same class with
+    random parameters in float64 is run in its place, and one in bfloat16 for the order in which it rounds.
 
     Args:
-        module: without children, whose only parameters are a weight and perhaps a bias of one axis, or which has none.
+        module: whose children, if there are any, have no parameters.
 
     Returns:
         The formula that fits, or the reason why none does.
     """
-    own = dict(module.named_parameters(recurse=False))
+    arguments = list(inspect.signature(type(module).forward).parameters)[1:]
+    if len(arguments) != 1:
+        return f"its forward takes {', '.join(arguments) or 'nothing'}; a norm takes its input alone"
+    if any(True for child in module.children() for _ in (*child.parameters(), *child.buffers())):
+        return f"it has layers with parameters in it ({', '.join(name for name, _ in module.named_children())})"
+    own = {name: p for name, p in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
+    base = next((kind for kind in type(module).__mro__ if kind.__module__ in _FAMILIES), None)
+    if base is not None and base is not type(module) and (found := _as_torch(module, base, own)):
+        return found
+    if set(_RUNNING) <= set(own):
+        what = "batch normalization by its running statistics" if base is None else base.__name__
+        return _frozen(module, own) or f"it is not {what}, with or without an activation that is known"
+    return _by_formula(module, {name: p for name, p in own.items() if isinstance(p, nn.Parameter)}, own)
+
+
+def _as_torch(module: nn.Module, base: type[nn.Module], own: dict[str, Tensor]) -> Found | None:
+    """Whether it does what the class of torch does that it derives from, in training and evaluation, and an activation."""
+    channels = next((p.numel() for p in own.values() if p.dim() == 1), getattr(module, "num_features", 8))
+    for sizes, _ in _inputs(channels):
+        x = _random(torch.Generator().manual_seed(1), *sizes) + 0.5
+        given = {name: _like(name, p) for name, p in own.items()}
+        fits, checked = _activations(module), 0
+        for training in (False, True):
+            both = [_stand_in(module, {k: v.clone() for k, v in given.items()}, training) for _ in range(2)]
+            y, z = _run(both[0], x), _run(both[1], x, base.forward)
+            if y is None or z is None or y.shape != z.shape:
+                break
+            kept = zip(both[0]._buffers.values(), both[1]._buffers.values(), strict=True)
+            if any(a is not None and b is not None and not torch.equal(a, b) for a, b in kept):
+                return None
+            fits = [(act, f) for act, f in fits if _close(y, f(z))]
+            checked += 1
+        if checked == 2 and fits:
+            return Found("torch", activation=fits[0][0])
+    return None
+
+
+def _frozen(module: nn.Module, own: dict[str, Tensor]) -> Found | None:
+    """Whether it is batch normalization by its running statistics in training too."""
+    mean = own["running_mean"]
+    given = {name: _like(name, p) for name, p in own.items()}
+    weight, bias = (given.get(name) for name in ("weight", "bias"))
+    x = _random(torch.Generator().manual_seed(1), 2, mean.numel(), 3, 4)
+    seen = [
+        _run(_stand_in(module, {k: v.clone() for k, v in given.items()}, training), x) for training in (False, True)
+    ]
+    for eps, (act, f) in itertools.product(_every_eps(module), _activations(module)):
+        view = (1, -1, 1, 1)
+        z = (x - given["running_mean"].view(view)) * torch.rsqrt(given["running_var"].view(view) + eps)
+        z = z if weight is None else z * weight.view(view)
+        z = f(z if bias is None else z + bias.view(view))
+        if all(y is not None and y.shape == z.shape and _close(y, z) for y in seen):
+            names = ("" if part is None else name for name, part in (("weight", weight), ("bias", bias)))
+            return Found("batch_norm", "", 0, eps, *names, shape=(mean.numel(),), activation=act)
+    return None
+
+
+def _by_formula(module: nn.Module, own: dict[str, Tensor], everything: dict[str, Tensor]) -> Found | str:
     bias = next((name for name in own if name in _BIAS_NAMES), "") if len(own) == 2 else ""
     weight = next((name for name in own if name != bias), "")
     shapes = {tuple(parameter.shape) for parameter in own.values()} or {_declared(module)}
     other = (
         len(own) > 1 + bool(bias) or len(shapes) > 1 or any(len(shape) > 1 or (own and not shape) for shape in shapes)
     )
-    if other or (not own and next(module.buffers(), None) is not None):
+    if other or (not own and everything):
         return f"its parameters ({', '.join(own) or 'none'}) are not one weight and at most one bias, of one axis"
     (shape,) = shapes
-    arguments = list(inspect.signature(type(module).forward).parameters)[1:]
-    if len(arguments) != 1:
-        return f"its forward takes {', '.join(arguments) or 'nothing'}; a norm takes its input alone"
     generator = torch.Generator().manual_seed(0)
-    channels, device = shape[0] if shape else 8, own[weight].device if own else torch.device("cpu")
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
-
-    double = _stand_in(module, {name: random(channels) for name in own})
-    gain, shift = (double._parameters[name] if name else None for name in (weight, bias))
-    numbers = {value: None for value in vars(module).values() if isinstance(value, float) and 0 <= value < 1}
+    given = {name: _random(generator, *p.shape) for name, p in own.items()}
+    double, channels = _stand_in(module, given, False), shape[0] if shape else 8
     for sizes, axis in _inputs(channels):
-        x = random(*sizes) + 0.5
-        seen = [_run(double, x * size) for size in (1.0, 1e-3)]
-        if any(y is None or y.shape != x.shape for y in seen):
+        x = _random(generator, *sizes) + 0.5
+        seen = [(x * size, _run(double, x * size)) for size in _SIZES]
+        if any(y is None or y.shape != x.shape for _, y in seen):
             continue
         overs = [""] if axis == -1 else ["c", "c *"]
-        tried = itertools.product(("layer_norm", "rms_norm"), overs, (0, 1) if own else (0,), (*numbers, *_USUAL_EPS))
+        tried = itertools.product(("layer_norm", "rms_norm"), overs, (0, 1) if own else (0,), _every_eps(module))
         for kind, over, offset, eps in tried:
-            dims = tuple(range(1, len(sizes))) if over == "c *" else (axis,)
-            scale = None if gain is None else gain + offset
-            if all(
-                y is not None and _close(y, _formula(x * size, kind, dims, axis, eps, scale, shift))
-                for y, size in zip(seen, (1.0, 1e-3), strict=True)
-            ):
-                return Found(kind, over, offset, float(eps), weight, bias, shape)
+            found = Found(kind, over, offset, eps, weight, bias, shape)
+            for act, f in _activations(module):
+                if all(y is not None and _close(y, f(_formula(found, z, given, axis))) for z, y in seen):
+                    return replace(found, cast=_cast(module, found, given, x, axis, f), activation=act)
     return "it fits neither layer normalization nor RMS normalization with gain weight or 1 + weight"
+
+
+def _formula(found: Found, x: Tensor, given: dict[str, Tensor], axis: int, cast: Cast = "after weight") -> Tensor:
+    """What was found, in float64; or in bfloat16 with statistics in float32, rounded as ``cast`` says."""
+    dims, wide = (
+        tuple(range(1, x.dim())) if found.over == "c *" else (axis,),
+        x if x.dtype == torch.float64 else x.float(),
+    )
+    centred = wide - wide.mean(dims, keepdim=True) if found.kind == "layer_norm" else wide
+    y = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + found.eps)
+    if cast == "before weight":
+        y = y.to(x.dtype)
+    view = [-1 if d == axis % x.dim() else 1 for d in range(x.dim())]
+    gain, shift = given.get(found.weight), given.get(found.bias)
+    y = y if gain is None else y * (found.offset + gain.to(y.dtype)).view(view)
+    return (y if shift is None else y + shift.to(y.dtype).view(view)).to(x.dtype)
+
+
+def _cast(
+    module: nn.Module, found: Found, given: dict[str, Tensor], x: Tensor, axis: int, act: Callable[[Tensor], Tensor]
+) -> Cast | None:
+    """When a half type is rounded: the way that gives the very numbers of the module in bfloat16."""
+    half = {name: value.bfloat16() for name, value in given.items()}
+    x = x.bfloat16()
+    y = _run(_stand_in(module, half, False), x)
+    if y is None or y.dtype != x.dtype:
+        return None
+    ways: tuple[Cast, ...] = ("after weight", "before weight")
+    shares = {way: (y == act(_formula(found, x, half, axis, way))).float().mean().item() for way in ways}
+    best = max(ways, key=lambda way: shares[way])
+    return best if shares[best] >= _ROUNDED_ALIKE else None
+
+
+def _activations(module: nn.Module) -> list[tuple[str | nn.Module | None, Callable[[Tensor], Tensor]]]:
+    """What may follow: nothing, an activation that layers here know, or the module's children in their order."""
+    found: list[tuple[str | nn.Module | None, Callable[[Tensor], Tensor]]] = [(None, lambda y: y), *ACTIVATIONS.items()]
+    parts = [child for child in module.children() if not isinstance(child, nn.Identity)]
+    if parts:
+        whole = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+        quiet = copy.deepcopy(whole).eval()
+        # In place it would change what it is compared with.
+        found.append((whole, lambda y: quiet(y.clone())))
+        if any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p for part in parts):
+            return found[-1:]  # in evaluation it is not seen
+    return found
+
+
+def _every_eps(module: nn.Module) -> list[float]:
+    own = [value for value in vars(module).values() if isinstance(value, float) and 0 <= value < 1]
+    return list(dict.fromkeys([*own, *_USUAL_EPS]))
 
 
 def _declared(module: nn.Module) -> tuple[int, ...]:
@@ -109,34 +219,45 @@ def _inputs(channels: int) -> list[tuple[tuple[int, ...], int]]:
     ]
 
 
-def _stand_in(module: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:
+def _random(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def _like(name: str, tensor: Tensor) -> Tensor:
+    """A random value for a parameter or buffer; of a variance positive, and small enough that eps shows."""
+    if not tensor.is_floating_point():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+    value = _random(torch.Generator().manual_seed(len(name)), *tensor.shape)
+    return (value * 1e-2).square() if name == "running_var" else value
+
+
+def _stand_in(module: nn.Module, given: dict[str, Tensor], training: bool) -> nn.Module:
     double = object.__new__(type(module))
     vars(double).update(vars(module))
     vars(double).update(
-        _parameters={name: nn.Parameter(value, requires_grad=False) for name, value in parameters.items()}
+        {name: OrderedDict() for name in vars(module) if name.endswith("_hooks")},
+        training=training,
+        _compiled_call_impl=None,
+        _parameters={
+            name: None if old is None else nn.Parameter(given[name], requires_grad=False)
+            for name, old in module._parameters.items()
+        },
+        _buffers={name: given.get(name) for name in module._buffers},
+        _modules={
+            name: None if child is None else _stand_in(child, {}, False) for name, child in module._modules.items()
+        },
     )
-    vars(double).update({name: OrderedDict() for name in vars(module) if name.endswith("_hooks")})
     return double
 
 
-def _run(double: nn.Module, x: Tensor) -> Tensor | None:
+def _run(double: nn.Module, x: Tensor, forward: Callable[..., Tensor] | None = None) -> Tensor | None:
     try:
         with torch.no_grad():
-            y = double(x)
+            y = double(x.clone()) if forward is None else forward(double, x.clone())
     except Exception:  # a shape that the class does not take: any error may say so
         return None
     return y if isinstance(y, Tensor) else None
 
 
-def _formula(
-    x: Tensor, kind: str, dims: tuple[int, ...], axis: int, eps: float, gain: Tensor | None, shift: Tensor | None
-) -> Tensor:
-    centred = x - x.mean(dims, keepdim=True) if kind == "layer_norm" else x
-    y = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
-    shape = [-1 if d == axis % x.dim() else 1 for d in range(x.dim())]
-    y = y if gain is None else y * gain.view(shape)
-    return y if shift is None else y + shift.view(shape)
-
-
 def _close(y: Tensor, wanted: Tensor) -> bool:
-    return bool((y.float() - wanted).abs().max() <= _TOLERANCE * wanted.abs().max())
+    return bool((y.double() - wanted).abs().max() <= _TOLERANCE * wanted.abs().max())

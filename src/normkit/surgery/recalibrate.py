@@ -20,7 +20,8 @@ from normkit.activations.recurrent_batch_norm import RecurrentBatchNorm, padding
 from normkit.activations.switchable_norm import SwitchableNorm
 from normkit.core.errors import OptionError, SurgeryError
 from normkit.core.moments import Moments, moments
-from normkit.surgery.changes import Change, Changes, label
+from normkit.surgery.changes import Change, Changes, PassedOver, label
+from normkit.surgery.transaction import transaction
 
 Estimator = Literal["population", "mean"]
 # Each keeps one mean per channel, over the batch and all positions.
@@ -35,6 +36,8 @@ _KINDS = (
     ExemplarNorm,
     RecurrentBatchNorm,
 )
+
+_KEPT = ("running_mean", "running_var", "running_std")
 
 
 def recalibrate(
@@ -66,8 +69,8 @@ def recalibrate(
         forward: ``forward(model, batch)`` runs the model on a batch, in place of the above.
 
     Returns:
-        A row for each layer, with the batches and the elements per channel that it saw; or ``left:`` and the reason, for one
-            whose running statistics are not of this kind, as instance normalization's or those of each step of a sequence.
+        A row for each layer, with the batches and the elements per channel that it saw; passed over are those whose running
+        statistics are not of this kind, as instance normalization's or those of each step of a sequence.
 
     Raises:
         SurgeryError: the model has no such layer, there are no batches, or a layer is never called.
@@ -107,14 +110,12 @@ def recalibrate(
     missing = [label(name) for name in norms if sums[name].found is None]
     if missing:
         raise SurgeryError(f"recalibrate: no element reached {', '.join(missing)}; no layer was changed")
-    rows = []
-    for name, module in kept.items():
-        if name in left:
-            what = f"{type(module).__name__}({module.get_buffer('running_mean').shape[-1]})"
-            rows.append(Change(label(name), what, what, f"left: {left[name]}"))
-        else:
-            rows.append(_write(label(name), module, sums[name]))
-    return Changes(model, tuple(rows))
+    written = [
+        norm.get_buffer(key) for norm in norms.values() for key in _KEPT if isinstance(norm._buffers.get(key), Tensor)
+    ]
+    with transaction(model, written=written) as opened:
+        rows = [_write(label(name), norm, sums[name]) for name, norm in norms.items()]
+        return opened.close(model, rows, [PassedOver(label(name), reason) for name, reason in left.items()])
 
 
 class _Inputs:

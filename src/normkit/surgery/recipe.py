@@ -6,24 +6,26 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from normkit.catalogue import METHODS
 from normkit.core.card import Card
 from normkit.core.errors import NotationError, SurgeryError, closest
 from normkit.surgery.attach import Attach, attach_all
-from normkit.surgery.changes import Changes
-from normkit.surgery.convert import Refusal, convert, try_on
+from normkit.surgery.changes import Change, Changes, PassedOver, Refusal, Refusals
+from normkit.surgery.convert import convert
 from normkit.surgery.select import check_place, select
 from normkit.surgery.target import Target, norm_cards, norm_list
-from normkit.surgery.transaction import all_or_nothing
+from normkit.surgery.transaction import transaction
+from normkit.surgery.watch import try_on
 from normkit.weights import spectral_norm, weight_conditioning, weight_norm, weight_standardization
 from normkit.weights.layout import weight_layout
 
 # The paper conditions the first and the last layer; weight standardization is for convolutions that a norm follows, not for
 # the linear head. Every other method goes on all layers.
 _PLACES = {"e": "first_last", "ws": "convolutions"}
-_MODES = {"e": ("row", "col", "rowcol")}
+_MODES = {"e": ("row", "col", "rowcol", "row:learned", "col:learned", "rowcol:learned")}
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Recipe:
     ===========  ==========================================================================================
     ``norm``     ``keep`` (as it is), ``none`` (removed), or a word of the catalogue: ``bn``, ``gn:32``, ``ln``,
                  ``ghost:16``, ...; ``normkit list`` shows all
-    ``weight``   ``ws``, ``wn``, ``sn``, ``e`` (rows), ``e:col``, ``e:rowcol``
+    ``weight``   ``ws``, ``wn``, ``sn``, ``e`` (rows), ``e:col``, ``e:rowcol``, each with ``:learned`` behind
+                 it for one learned scalar per layer: ``e:row:learned``
     ``where``    ``first_last`` (of ``e``, if not said), ``convolutions`` (of ``ws``), ``all`` (of the others),
                  ``hidden``, ``re:PATTERN``
     ===========  ==========================================================================================
@@ -117,22 +120,26 @@ class Recipe:
 
 
 def apply_recipe(
-    model: nn.Module, recipe: str | Recipe, example: Any = None, *, on_refusal: Refusal = "raise"
+    model: nn.Module,
+    recipe: str | Recipe,
+    example: Any = None,
+    *,
+    on_refusal: Refusal = "raise",
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Changes:
     """Give a model the normalizations of a recipe, in place: its activation norms are converted, then weights parametrized.
-
-    Make the optimizer afterwards: it does not see parameters that are created here.
 
     Args:
         model: any module.
         recipe: e.g. ``"bn+e@first_last"``; see Recipe.
         example: an input (a tensor, a tuple of arguments, or a dict of them) on which the model is run before and after, without
             effect on it; see ``convert``. Default: None.
-        on_refusal: of a norm that can't be converted: ``"raise"``, or ``"leave"`` it as it is. Default: ``"raise"``.
+        on_refusal: of what can't be converted or parametrized: ``"raise"``, or ``"leave"`` it as it is. Default: ``"raise"``.
+        optimizer: of the model's parameters; it follows, as in ``convert``. Default: None; make it afterwards then.
 
     Returns:
-        The model (a new one only where the model itself is a norm) and a row per change; see ``convert`` for norms that
-        were left.
+        The model (a new one only where the model itself is a norm), a row per change, what was passed over with the reason,
+        and the way back.
 
     Raises:
         NotationError: the recipe can't be read.
@@ -148,29 +155,32 @@ def apply_recipe(
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
     try:
-        with all_or_nothing(model):
-            changes = _put(model, recipe, example, on_refusal)
-            if example is not None and (recipe.weights or recipe.norm is None):  # else convert has run it
-                try_on(changes.model, example)
+        with transaction(model, optimizer) as opened:
+            root, rows, passed = _put(model, recipe, example, on_refusal)
+            return opened.close(root, rows, passed)
     except SurgeryError as error:
         raise SurgeryError(f"{recipe}: {error}") from error
-    return changes
 
 
-def _put(model: nn.Module, recipe: Recipe, example: Any, on_refusal: Refusal) -> Changes:
+def _put(
+    model: nn.Module, recipe: Recipe, example: Any, on_refusal: Refusal
+) -> tuple[nn.Module, list[Change], list[PassedOver]]:
     places = []
     for weight in recipe.weights:
         try:
             places.append(select(model, weight.where))
         except SurgeryError as error:
             raise SurgeryError(f"{weight}: {error}") from None
-    changes = Changes(model, ())
+    rows, refusals = [], Refusals("apply_recipe", on_refusal)
     if recipe.norm is not None:
         changes = convert(model, str(recipe.norm), example=example, on_refusal=on_refusal)
-    rows = list(changes.rows)
+        model, rows = changes.model, [*changes]
+        refusals += changes.passed_over
     for weight, layers in zip(recipe.weights, places, strict=True):
-        rows += attach_all(changes.model, layers, weight.put, weight.what, example)
-    return Changes(changes.model, tuple(rows))
+        rows += attach_all(model, layers, weight.put, weight.what, example, refusals)
+    if example is not None and (places or recipe.norm is None):  # else convert has run it
+        try_on(model, example)
+    return model, rows, refusals
 
 
 def _terms(text: str) -> list[str]:
@@ -241,7 +251,8 @@ def _attachment(weight: Weight) -> Attach:
         return _weight_cards()[weight.word].make(layer)
 
     def conditioned(layer: nn.Module, name: str) -> object:
-        return weight_conditioning(layer, weight.mode, name=name)  # pyright: ignore[reportArgumentType]
+        mode, learned, _ = weight.mode.partition(":")
+        return weight_conditioning(layer, mode, name=name, gain="learned" if learned else 1.0)  # pyright: ignore[reportArgumentType]
 
     def lengths(layer: nn.Module, name: str) -> object:
         return weight_norm(layer, name, weight_layout(layer, name).output_axis)

@@ -13,16 +13,16 @@ from torch.nn.utils import parametrize
 
 from normkit.core.errors import SurgeryError
 from normkit.surgery.attach import tied_parameters
-from normkit.surgery.changes import Change, Changes, label
-from normkit.surgery.convert import run_on
+from normkit.surgery.changes import Change, Changes, PassedOver, label
 from normkit.surgery.norms import describe, is_norm
-from normkit.surgery.watch import Watch, tensors_in
+from normkit.surgery.transaction import Transaction
+from normkit.surgery.watch import Watch, forked, run_on, tensors_in
 
 # About a thousand roundings, by which outputs may differ where later layers amplify the first one's rounding.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
-def drop_redundant_bias(model: nn.Module, example: Any) -> Changes:
+def drop_redundant_bias(model: nn.Module, example: Any, *, optimizer: torch.optim.Optimizer | None = None) -> Changes:
     """Drop the bias of each Conv, ConvTranspose and Linear that the norm behind it cancels, in place.
 
     A norm that subtracts each channel's own mean cancels a bias per channel: batch and instance normalization, and group
@@ -32,15 +32,15 @@ def drop_redundant_bias(model: nn.Module, example: Any) -> Changes:
     must give the same for that input with random numbers added to each channel, in training and in evaluation; and at last the
     model must give what it gave, in both, or the bias is put back.
 
-    Running means take the dropped bias over, so that evaluation computes what it did. An optimizer made before still holds the
-    dropped parameters, which get no gradients any more.
+    Running means take the dropped bias over, so that evaluation computes what it did.
 
     Args:
         model: any module.
         example: an input: a tensor, a tuple of arguments, or a dict of them; of several samples.
+        optimizer: of the model's parameters, from which the dropped ones are taken. Default: None.
 
     Returns:
-        The model, and a row for each bias behind which there is a norm; where it was kept, the note has the reason.
+        The model, a row for each bias that was dropped, those passed over with a norm behind them, and the way back.
 
     Raises:
         SurgeryError: the model does not run on the example in training mode.
@@ -49,10 +49,11 @@ def drop_redundant_bias(model: nn.Module, example: Any) -> Changes:
         Ioffe and Szegedy, "Batch Normalization" (2015), https://arxiv.org/abs/1502.03167, section 3.2.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.GroupNorm(2, 4))
-    >>> for row in drop_redundant_bias(model, torch.randn(2, 3, 5, 5)):
-    ...     print(row)
-    0: bias -> no bias (BatchNorm2d(8) cancels it)
-    2: bias -> bias (kept: GroupNorm(2, 4) does not cancel it)
+    >>> print(drop_redundant_bias(model, torch.randn(2, 3, 5, 5)))
+    layer  before  after    note
+    0      bias    no bias  BatchNorm2d(8) cancels it
+    passed over
+    2      GroupNorm(2, 4) does not cancel it
     """
     names = {id(module): name for name, module in model.named_modules()}
     norms = {name: module for name, module in model.named_modules() if is_norm(module)}
@@ -65,7 +66,7 @@ def drop_redundant_bias(model: nn.Module, example: Any) -> Changes:
     finally:
         for handle in handles:
             handle.remove()
-    rows = []
+    rows, left, opened = [], [], Transaction(model, optimizer)
     for norm in norms.values():
         found = watches[True].layer_before(norm)
         if isinstance(found, str) or found[0].bias is None:
@@ -77,9 +78,11 @@ def drop_redundant_bias(model: nn.Module, example: Any) -> Changes:
         if not reason and not _cancels(layer, norm, seen[id(norm)]):
             reason = f"{describe(norm)} does not cancel it"
         reason = reason or _drop(model, example, layer, norm, first)
-        note = f"kept: {reason}" if reason else f"{describe(norm)} cancels it"
-        rows.append(Change(label(names[id(layer)]), "bias", "bias" if reason else "no bias", note))
-    return Changes(model, tuple(rows))
+        if reason:
+            left.append(PassedOver(label(names[id(layer)]), reason))
+        else:
+            rows.append(Change(label(names[id(layer)]), "bias", "no bias", f"{describe(norm)} cancels it"))
+    return opened.close(model, rows, left)
 
 
 def _keep(seen: dict[int, Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -96,8 +99,8 @@ def _outputs(model: nn.Module, example: Any, training: bool, watch: Watch | None
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(0)
+        with torch.no_grad(), forked() as seed:
+            seed()
             result = run_on(model, example) if watch is None else watch.run(lambda: run_on(model, example))
             return [part.clone() for part in tensors_in(result)]
     except Exception as error:
@@ -130,17 +133,17 @@ def _cancels(layer: nn.Module, norm: nn.Module, z: Tensor) -> bool:
         generator = torch.Generator().manual_seed(0)
         assert isinstance(layer.bias, Tensor)
         numbers = torch.randn(layer.bias.shape, generator=generator, dtype=torch.float64).to(z.device)
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), forked() as seed:
             for parameter in twin.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
             channels = z.dim() - 1 - (len(layer.kernel_size) if isinstance(layer, _ConvNd) else 0)
             moved = z.double() + numbers.view([-1 if d == channels else 1 for d in range(z.dim())])
             for training in (True, False):
                 other = copy.deepcopy(twin).train(training)
-                torch.manual_seed(0)
+                seed()
                 wanted = twin.train(training)(z.double())
                 _shift(other, numbers)
-                torch.manual_seed(0)
+                seed()
                 torch.testing.assert_close(other(moved), wanted, rtol=1e-6, atol=1e-6)
     except (AssertionError, RuntimeError, TypeError, ValueError):
         return False
@@ -150,13 +153,12 @@ def _cancels(layer: nn.Module, norm: nn.Module, z: Tensor) -> bool:
 def _shift(norm: nn.Module, numbers: Tensor) -> None:
     mean = getattr(norm, "running_mean", None)
     if isinstance(mean, Tensor):
-        mean.copy_(mean + numbers.to(mean.dtype))
+        norm._buffers["running_mean"] = mean + numbers.to(mean.dtype)
 
 
 def _drop(model: nn.Module, example: Any, layer: nn.Module, norm: nn.Module, first: dict[bool, list[Tensor]]) -> str:
     """Drop a bias if the model gives what it gave; else the reason why it was put back."""
-    bias, mean = layer.bias, getattr(norm, "running_mean", None)
-    before = mean.clone() if isinstance(mean, Tensor) else None
+    bias, mean = layer.bias, norm._buffers.get("running_mean")
     assert isinstance(bias, nn.Parameter)
     with torch.no_grad():
         _shift(norm, -bias)
@@ -171,7 +173,7 @@ def _drop(model: nn.Module, example: Any, layer: nn.Module, norm: nn.Module, fir
                     torch.testing.assert_close(new, old, rtol=0, atol=allowed, equal_nan=True)
     except (AssertionError, SurgeryError, ValueError) as error:
         layer.bias = bias
-        if isinstance(mean, Tensor) and before is not None:
-            mean.copy_(before)
+        if mean is not None:
+            norm._buffers["running_mean"] = mean
         return "the model gives something else without: " + str(error).splitlines()[0]
     return ""

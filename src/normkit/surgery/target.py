@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from normkit.activations.rms_norm import RMSNorm
 from normkit.catalogue import METHODS
 from normkit.core.card import Card
 from normkit.core.errors import NotationError, OptionError, SurgeryError, closest
 from normkit.core.place import Place
 from normkit.core.support import show
+from normkit.engine.call import Activation
+from normkit.engine.layer import Layer
 from normkit.surgery.changes import label
+from normkit.surgery.from_one import count_from_one
+from normkit.surgery.frozen_batch_norm import FrozenBatchNorm
 from normkit.surgery.norms import Norm, reach
 
 OVER_POSITIONS = "statistics over positions: in a causal model tokens see later ones, and padding counts"
+_FROZEN = "frozen_bn"
+_MODULES = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, "tanh")}
 _LEAVE = "on_refusal='leave'"
 _READS = {
     "n c *": "channels on axis 1, as a convolution gives them",
@@ -64,6 +74,9 @@ class Target:
             raise NotationError(f"norm {text!r} is no word; wanted one of {norm_list()}, e.g. 'ln'")
         head, colon, option = (part.strip() for part in text.partition(":"))
         word, cards = head.lower().replace("-", "_"), norm_cards()
+        if word in (_FROZEN, "frozen_batch_norm") and not colon:
+            return cls(_FROZEN, "frozen_batch_norm")
+        word = {"sync_bn": "sync"}.get(word, word)
         card = cards.get(word)
         if card is None and word != "none":
             hint = closest(word, tuple([*norm_words(), *cards]))
@@ -103,8 +116,10 @@ class Target:
             SurgeryError: it can't stand there.
         """
         card = self.card
+        if self.word == _FROZEN:
+            return self._frozen(name, norm)
         if card is None or card.build is None:
-            return nn.Identity(), "its weight and bias dropped" if norm.weight is not None else ""
+            return activation_module(norm), "its weight and bias dropped" if norm.weight is not None else ""
         if not norm.shape:
             raise SurgeryError(
                 f"{label(name)}: its number of features is not known; give example=, an input of the model"
@@ -133,10 +148,37 @@ class Target:
             new = card.build(place)
         except OptionError as error:
             raise SurgeryError(f"{label(name)}: {error}, or leave the layer with {_LEAVE}") from error
+        self._take_activation(name, norm, new)
         notes = [norm.note, *_carry(card, norm, new), *_memory(norm, new)]
         if causal and norm.alone and norm.rank != 2 and "*" in reach(card, new):
             notes.append(OVER_POSITIONS)
         return new, "; ".join(filter(None, notes))
+
+    def _take_activation(self, name: str, norm: Norm, new: nn.Module) -> None:
+        if norm.activation is None:
+            return
+        if norm.activation not in get_args(Activation) or not isinstance(new, Layer | FrozenBatchNorm):
+            raise SurgeryError(
+                f"{label(name)}: it applies {norm.activation} too, which {self} has no place for; put that behind it in a layer "
+                f"of its own, or leave it with {_LEAVE}"
+            )
+        new.activation = norm.activation  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _frozen(self, name: str, norm: Norm) -> tuple[nn.Module, str]:
+        mean, var = (norm.running.get(key) for key in ("running_mean", "running_var"))
+        if norm.kind not in ("batch_norm", "sync_batch_norm", "frozen_batch_norm") or mean is None or var is None:
+            raise SurgeryError(
+                f"{label(name)}: {self} is made of a batch normalization with running statistics; choose those with "
+                f"source='bn', or leave it with {_LEAVE}"
+            )
+        eps, axes = norm.guard(mean.dtype), norm.axes
+        new = FrozenBatchNorm(norm.shape[0], eps, layout=axes, device=mean.device, dtype=mean.dtype)
+        new._buffers.update(running_mean=mean, running_var=var)
+        for key, value in (("weight", norm.weight), ("bias", norm.bias)):
+            if value is not None:
+                new._buffers[key] = value.detach().clone()
+        self._take_activation(name, norm, new)
+        return new, "weight and bias are buffers now" if norm.weight is not None else ""
 
     def _misfit(self, card: Card, norm: Norm) -> str:
         if norm.axes == "trailing":
@@ -155,24 +197,49 @@ def _carry(card: Card, norm: Norm, new: nn.Module) -> list[str]:
         if old is None:
             continue
         if key in card.takes and isinstance(new._parameters.get(key), Tensor):
-            new.register_parameter(key, old)
+            if key == "weight" and norm.offset:
+                _count_from(norm.offset, new, old)
+            else:
+                new.register_parameter(key, old)
             taken.add(key)
         else:
             dropped.append(key)
-    created = {key: parameter for key, parameter in new.named_parameters() if key not in taken}
+    kept = {id(norm.weight), id(norm.bias)}
+    created = {k: p for k, p in new.named_parameters() if id(p) not in kept and k not in taken}
     for parameter in created.values():
         parameter.requires_grad_(norm.weight is None or norm.weight.requires_grad)
     notes = [f"{', '.join(dropped)} dropped"] if dropped else []
+    notes += ["its gain is 1 + parametrizations.weight.original"] if parametrize.is_parametrized(new) else []
     return notes + (
         [f"{', '.join(dict.fromkeys(key.partition('.')[0] for key in created))} created"] if created else []
     )
+
+
+def _count_from(offset: float, new: nn.Module, weight: nn.Parameter) -> None:
+    """Give a layer a gain of an offset plus a weight, the very parameter where it can."""
+    if isinstance(new, RMSNorm):
+        new.register_parameter("weight", weight)
+        new.offset = offset
+    elif offset == 1:
+        count_from_one(new, weight)
+    else:
+        new.register_parameter("weight", nn.Parameter(weight.detach() + offset, requires_grad=weight.requires_grad))
+
+
+def activation_module(norm: Norm) -> nn.Module:
+    """What follows a norm, as a layer of its own."""
+    act = norm.activation
+    if act is None or isinstance(act, nn.Module):
+        return nn.Identity() if act is None else act
+    return _MODULES[act]()
 
 
 def _memory(norm: Norm, new: nn.Module) -> list[str]:
     own = {key: buffer for key, buffer in new._buffers.items() if buffer is not None}
     if "running_mean" not in own:
         return ["running statistics dropped"] if norm.tracks else []
-    old = {key: norm.running.get(key) for key in own}
+    # Frozen ones have no count.
+    old = {key: norm.running.get(key) for key in own if key in norm.running or key != "num_batches_tracked"}
     if norm.tracks and all(buffer is not None and buffer.shape == own[key].shape for key, buffer in old.items()):
         for key, buffer in old.items():
             new.register_buffer(key, buffer)  # the very object, where the layer keeps its dtype
@@ -188,12 +255,12 @@ def norm_cards() -> dict[str, Card]:
 
 def norm_words() -> list[str]:
     """The words of norms in recipes."""
-    return ["none", *dict.fromkeys(card.word for card in norm_cards().values())]
+    return ["none", *dict.fromkeys(card.word for card in norm_cards().values()), _FROZEN]
 
 
 def norm_list() -> str:
     """The words of norms, with their options, as a message lists them."""
-    return ", ".join(["none", *dict.fromkeys(card.words for card in norm_cards().values())])
+    return ", ".join(["none", *dict.fromkeys(card.words for card in norm_cards().values()), _FROZEN])
 
 
 def _why_not(name: str) -> str:

@@ -1,34 +1,167 @@
-"""All or nothing: a verb that fails leaves the model as it was."""
+"""One verb, one transaction: it fails and leaves the model as it was, or it succeeds and can be undone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from normkit.core.errors import SurgeryError
+from normkit.surgery.changes import Change, Changes, PassedOver, label
+from normkit.surgery.optimizer_state import OptimizerState
+
+_ABSENT = object()
+_Picture = tuple[type, dict[str, Any], dict[str, Any]]  # class, attributes, contents of those that are containers
 
 
-@contextmanager
-def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Put back every module's class, attributes, parameters, buffers, children and hooks if the block raises.
+class Transaction:
+    """A model, and an optimizer if there is one, as they were before a verb.
 
-    Tensors are put back by reference: the block must make new ones in place of writing into those that it found. Dictionaries
-    stay the same objects, as handles of hooks point at them.
+    Tensors are kept by reference: a verb must make new ones in place of writing into those that it found, or name in ``written``
+    those that it writes into. Containers stay the same objects, as handles of hooks point at them.
+
+    Args:
+        model: any module.
+        optimizer: of its parameters, or None.
+        written: tensors into which the verb writes.
     """
-    saved = [(module, type(module), dict(vars(module)), _contents(module)) for module in model.modules()]
-    try:
-        yield
-    except BaseException:
-        for module, kind, attributes, contents in saved:
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, written: Iterable[Tensor] = ()
+    ) -> None:
+        self._model = model
+        self._names = {name: parameter for name, parameter in model.named_parameters()}
+        self._state = None if optimizer is None else OptimizerState(optimizer, self._names)
+        self._values = [(tensor, tensor.detach().clone()) for tensor in written]
+        self._data = [(parameter, parameter.data, _memory(parameter)) for parameter in self._names.values()]
+        self._modules = {name: module for name, module in model.named_modules()}
+        self._before = [_picture(module) for module in self._modules.values()]
+        self._after: list[_Picture] = []
+
+    def restore(self) -> None:
+        """Put everything back, whatever happened since."""
+        for module, (kind, attributes, contents) in zip(self._modules.values(), self._before, strict=True):
             module.__class__ = kind
             vars(module).clear()
             vars(module).update(attributes)
             for name, content in contents.items():
-                attributes[name].clear()
-                attributes[name].update(content)
+                _fill(attributes[name], content)
+        self._data = self._moved()
+        self._put_back()
+
+    def close(self, root: nn.Module, rows: Iterable[Change], passed_over: Iterable[PassedOver] = ()) -> Changes:
+        """What the verb did, with the way back; the optimizer follows.
+
+        Args:
+            root: the model now.
+            rows: what was changed.
+            passed_over: what was left.
+        """
+        self._after = [_picture(module) for module in self._modules.values()]
+        self._data = [kept for kept in self._moved() if not torch.equal(kept[0].data, kept[1])]
+        known = {id(parameter) for parameter in self._names.values()}
+        now = dict(root.named_parameters())
+        if self._state is not None:
+            self._state.follow(now)
+        new = {name: parameter for name, parameter in now.items() if id(parameter) not in known}
+        return Changes(root, tuple(rows), tuple(passed_over), new, self._undo)
+
+    def _undo(self) -> nn.Module:
+        """Take back what the verb changed, and nothing else: what was set since on other things stays."""
+        if not self._after:
+            raise SurgeryError("undo: these changes are undone already")
+        plan = []
+        for (name, module), old, new in zip(self._modules.items(), self._before, self._after, strict=True):
+            now = _picture(module)
+            merged = {}
+            for key, content in old[2].items():
+                if old[1][key] is new[1].get(key) is now[1].get(key):
+                    merged[key] = _merged(content, new[2][key], now[2][key], name)
+            plan.append(
+                (module, old[0] if old[0] is not new[0] else now[0], _merged(old[1], new[1], now[1], name), merged)
+            )
+        for module, kind, attributes, contents in plan:
+            module.__class__ = kind
+            if attributes is not None:
+                _fill(vars(module), attributes)
+            for key, content in contents.items():
+                if content is not None:
+                    _fill(vars(module)[key], content)
+        self._put_back()
+        self._after = []
+        return self._model
+
+    def _moved(self) -> list[tuple[Tensor, Tensor, object]]:
+        """Parameters that lie elsewhere in memory now: a parametrization or its removal gave them another value."""
+        return [kept for kept in self._data if _memory(kept[0]) != kept[2]]
+
+    def _put_back(self) -> None:
+        for parameter, data, _ in self._data:
+            parameter.data = data
+        with torch.no_grad():
+            for tensor, value in self._values:
+                tensor.copy_(value)
+        if self._state is not None:
+            self._state.restore()
+
+
+@contextmanager
+def transaction(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, written: Iterable[Tensor] = ()
+) -> Iterator[Transaction]:
+    """Put back every module's class, attributes, parameters, buffers, children and hooks if the block raises."""
+    opened = Transaction(model, optimizer, written)
+    try:
+        yield opened
+    except BaseException:
+        opened.restore()
         raise
 
 
-def _contents(module: nn.Module) -> dict[str, dict[Any, Any] | set[Any]]:
-    return {name: value.copy() for name, value in vars(module).items() if isinstance(value, dict | set)}
+def _memory(parameter: Tensor) -> object:
+    try:
+        return parameter.data_ptr()
+    except RuntimeError:  # of a tensor without memory of its own, as a fake one's
+        return None
+
+
+def _picture(module: nn.Module) -> _Picture:
+    own = dict(vars(module))
+    return (
+        type(module),
+        own,
+        {name: value.copy() for name, value in own.items() if isinstance(value, dict | set | list)},
+    )
+
+
+def _fill(container: Any, content: Any) -> None:
+    if isinstance(container, list):
+        container[:] = content
+    else:
+        container.clear()
+        container.update(content)
+
+
+def _merged(old: Any, new: Any, now: Any, name: str) -> Any:
+    """What a container holds now, with the verb's changes taken back; None where there are none."""
+    if not isinstance(old, Mapping):  # a list or a set: as a whole
+        same = len(old) == len(new) and (old == new if isinstance(old, set) else all(map(_is, old, new)))
+        return None if same else old
+    changed = {key for key in {**old, **new} if old.get(key, _ABSENT) is not new.get(key, _ABSENT)}
+    if not changed:
+        return None
+    for key in changed:
+        if now.get(key, _ABSENT) is not new.get(key, _ABSENT):
+            raise SurgeryError(f"undo: {label(name)} was changed by something else since ({key}); undo that first")
+    kept = {key: value for key, value in now.items() if key not in changed}
+    found = kept | {key: old[key] for key in changed if key in old}
+    return {
+        key: found[key] for key in [*(key for key in old if key in found), *(key for key in found if key not in old)]
+    }
+
+
+def _is(a: object, b: object) -> bool:
+    return a is b

@@ -107,7 +107,7 @@ def _output_is_cheaper(layer: nn.Module, scaling: RowScaling, raw: Tensor, input
         return False
     # W x is unbounded where W's rows are, and float16 overflows at 65504.
     device = input.device.type
-    amp = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    amp = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
     if torch.float16 in (raw.dtype, input.dtype, amp):
         return False
     trains = raw.requires_grad and torch.is_grad_enabled()

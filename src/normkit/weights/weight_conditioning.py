@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import BackendError, OptionError
@@ -254,6 +254,28 @@ class Equilibrate(RowScaling):
         return factors.detach() if self.gradient == "detach" else factors
 
 
+class Temperature(nn.Module):
+    """The parametrization that multiplies a weight by one learned scalar, which starts at 1.
+
+    Behind ``Equilibrate`` it gives back the one length that unit rows take from a last layer: how peaked its logits can be.
+
+    >>> Temperature()(torch.ones(2)).detach()
+    tensor([1., 1.])
+    """
+
+    def __init__(self, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), device=device, dtype=dtype))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The scaled weight, of the weight's dtype."""
+        return (weight * self.scale).to(weight.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The weight that is scaled to this one; itself where the scale is 0."""
+        return weight / torch.where(self.scale == 0, 1.0, self.scale).to(weight.dtype)
+
+
 def weight_conditioning(
     layer: ModuleT,
     mode: Mode = "row",
@@ -263,7 +285,7 @@ def weight_conditioning(
     iterations: int = 10,
     eps: float = 1e-12,
     gradient: Gradient = "full",
-    gain: float = 1.0,
+    gain: float | Literal["learned"] = 1.0,
     view: View = "operator",
     path: Path = "auto",
 ) -> ModuleT:
@@ -282,7 +304,8 @@ def weight_conditioning(
         iterations: iterations of ruiz.
         eps: floor of a norm.
         gradient: ``"full"`` or ``"detach"``.
-        gain: factor of the result.
+        gain: factor of the result; ``"learned"`` for one scalar per layer that starts at 1 and is trained, a parametrization
+            of its own behind this one. Default: 1.
         view: what a column of a convolution is.
         path: ``"auto"``, ``"weight"`` or ``"output"``. Default: "auto".
 
@@ -310,7 +333,7 @@ def weight_conditioning(
         iterations=iterations,
         eps=eps,
         gradient=gradient,
-        gain=gain,
+        gain=1.0 if gain == "learned" else gain,
         view=view,
         path=path,
     )
@@ -318,7 +341,14 @@ def weight_conditioning(
     reason = refusal(layer, name) if mode in ("row", "jacobi") else f"mode={mode!r} scales columns too"
     if path == "output" and reason is not None:
         raise BackendError(f'weight_conditioning: path="output" can\'t run: {reason}; use path="auto"')
-    return attach(layer, name, part, forward=scaled_forward if reason is None else None, directed=True)
+    if gain != "learned":
+        return attach(layer, name, part, forward=scaled_forward if reason is None else None, directed=True)
+    if path == "output":
+        raise BackendError(
+            'weight_conditioning: path="output" can\'t run with gain="learned", a second parametrization; use path="auto"'
+        )
+    attach(layer, name, part, directed=True)
+    return attach(layer, name, Temperature(device=weight.device, dtype=weight.dtype))
 
 
 def equilibrate(

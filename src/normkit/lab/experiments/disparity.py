@@ -203,8 +203,8 @@ def remarks(result: dict[str, Any]) -> list[str]:
             # Of one network, which diverged for every way or for none.
             gaps = {name: differences(scores(result, "bn", way, order, batch), running) for way, name in names.items()}
             renorm = scores(result, "brn", "running", order, batch)
-            counted = ([CHANCE if score is None else score for score in some] for some in (renorm, running))
-            gaps["BatchRenorm"] = differences(*counted)
+            ours, theirs = ([CHANCE if score is None else score for score in some] for some in (renorm, running))
+            gaps["BatchRenorm"] = differences(ours, theirs)
             there = [f"{name} {points(gap)}" for name, gap in gaps.items() if gap.mean is not None]
             if there:
                 said.append(

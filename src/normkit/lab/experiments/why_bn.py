@@ -227,6 +227,7 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
 def draw_shift(result: dict[str, Any]) -> Figure:
     """The training loss, and covariate shift in two definitions."""
     figure, axes = panels(3, FULL, 2.4)
+    ends: list[Any] = []
     titles = ("training loss", "cosine of a layer's gradients", "movement of means, in deviations")
     for axis, key, title in zip(axes, ("loss", "turn", "mean"), titles, strict=True):
         ends = along(axis, curves(result), lambda row, key=key: row[key])
@@ -240,6 +241,7 @@ def draw_shift(result: dict[str, Any]) -> Figure:
 def draw_smoothness(result: dict[str, Any]) -> Figure:
     """Range of the loss along the gradient, change of the gradient, and its ratio to the distance."""
     figure, axes = panels(3, FULL, 2.4)
+    ends: list[Any] = []
     titles = ("loss along the gradient", "largest change of the gradient", "… per unit of distance")
     for _, hue, rows, _ in curves(result):
         steps, low, *_ = by_step(rows, lambda row: row["low"])

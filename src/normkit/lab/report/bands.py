@@ -80,8 +80,8 @@ def dots(axis: Axes, y: float, values: Iterable[float | None], hue: str) -> None
     """Draws a dot per seed on a row, and a bar at their mean."""
     there = known(values)
     axis.plot(there, [y] * len(there), "o", color=hue, markersize=3, alpha=0.5, markeredgewidth=0)
-    if there:
-        axis.plot([mean(there)], [y], "|", color=hue, markersize=9, markeredgewidth=1.8)
+    if (middle := mean(there)) is not None:
+        axis.plot([middle], [y], "|", color=hue, markersize=9, markeredgewidth=1.8)
 
 
 def rows_of(axis: Axes, names: Sequence[str]) -> None:

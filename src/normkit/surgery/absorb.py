@@ -1,0 +1,78 @@
+"""The arithmetic of folding: a scale and a shift per channel, taken into the layer before or behind them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from normkit.surgery.norms import Norm
+
+
+def scale_and_shift(module: nn.Module, norm: Norm) -> tuple[Tensor, Tensor]:
+    """What a norm applies last, per channel, in float64: its gain and bias, and its running statistics if it has such.
+
+    Args:
+        module: in evaluation; of the batch family, of running mean and running variance, deviation or neither; or another norm.
+        norm: the same as data.
+    """
+    count = norm.shape[0]
+    given = [part for part in (norm.weight, norm.bias, module._buffers.get("running_mean")) if part is not None]
+    scale = torch.ones(count, dtype=torch.float64, device=given[0].device)
+    shift = torch.zeros_like(scale)
+    if norm.weight is not None:
+        scale = norm.offset + norm.weight.detach().double()
+    if norm.tracks:
+        var, deviation = (module._buffers.get(name) for name in ("running_var", "running_std"))
+        if var is not None:
+            deviation = (var.double() + norm.guard(torch.float32)).sqrt()
+        scale = scale if deviation is None else scale / deviation.double()
+        shift = -module.get_buffer("running_mean").double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
+
+
+def absorb_behind(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    """Let a Linear, Conv or ConvTranspose, in groups or not, compute scale * layer(x) + shift, with new parameters."""
+    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+    assert weight is not None
+    kernel = weight.detach().double()
+    if isinstance(
+        layer, _ConvTransposeNd
+    ):  # (in, out / groups, *): groups lie in the first axis, output channels in the second
+        apart = kernel.unflatten(0, (layer.groups, -1))
+        kernel = (apart * scale.view(layer.groups, 1, -1, *[1] * (kernel.dim() - 2))).flatten(0, 1)
+    else:
+        kernel = kernel * scale.view(-1, *[1] * (kernel.dim() - 1))
+    _set(layer, kernel, shift if bias is None else bias.detach().double() * scale + shift)
+
+
+def absorb_before(layer: nn.Module, scale: Tensor, shift: Tensor) -> str:
+    """Let a Linear or Conv compute layer(scale * x + shift), with new parameters; or give the reason why it can't."""
+    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+    assert weight is not None
+    kernel, moved = weight.detach().double(), bool(shift.any())
+    if isinstance(layer, _ConvTransposeNd):
+        return "a transposed convolution behind it can't take it in"
+    if isinstance(layer, _ConvNd) and moved and layer.padding_mode == "zeros" and _pads(layer):
+        return "the convolution behind it pads with zeros, which the norm's shift would not reach"
+    groups = layer.groups if isinstance(layer, _ConvNd) else 1
+    view = (groups, 1, -1, *[1] * (kernel.dim() - 2))
+    apart = kernel.unflatten(0, (groups, -1))
+    added = (apart * shift.view(view)).flatten(0, 1).flatten(1).sum(1)
+    old = None if bias is None else bias.detach().double()
+    _set(layer, (apart * scale.view(view)).flatten(0, 1), old if not moved else added if old is None else old + added)
+    return ""
+
+
+def _pads(layer: _ConvNd) -> bool:
+    padding = layer.padding
+    return any(size > 1 for size in layer.kernel_size) if padding == "same" else padding != "valid" and any(padding)
+
+
+def _set(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    old, before = layer._parameters["weight"], layer._parameters.get("bias")
+    assert old is not None
+    layer.register_parameter("weight", nn.Parameter(weight.to(old.dtype), requires_grad=old.requires_grad))
+    if bias is not None:
+        trained = old.requires_grad if before is None else before.requires_grad
+        layer.register_parameter("bias", nn.Parameter(bias.to(old.dtype), requires_grad=trained))

@@ -1,0 +1,111 @@
+"""Puts modules in the place of others, with the hooks, modes and attributes of those."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+from normkit.core.errors import SurgeryError
+from normkit.surgery.changes import Refusals, label
+from normkit.surgery.watch import try_on
+
+# Shared with the old layer, not copied: handles that remove a hook point at these very dictionaries.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def put(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
+    """``replace_modules``, with what follows from it for torch's fused encoder. Call this in a transaction."""
+    root = replace_modules(model, new)
+    if new:
+        leave_fast_path(root)
+    return root
+
+
+def unheard(model: nn.Module, new: Mapping[str, nn.Module], example: Any, refusals: Refusals) -> list[str]:
+    """Run the changed model on an example; refuse new modules that are not called, as where the old ones are in a plain list too.
+
+    Returns:
+        The names of those that are left.
+
+    Raises:
+        SurgeryError: it does not run, or a module is refused.
+    """
+    sight, left = try_on(model, example, new.values()), []
+    for name, module in new.items():
+        try:
+            refuse(name, sight.why_without_effect(module))
+        except SurgeryError as error:
+            refusals.take(name, error)
+            left.append(name)
+    return left
+
+
+def refuse(name: str, reason: str) -> None:
+    """Raise a reason, if there is one, about a layer."""
+    if reason:
+        raise SurgeryError(f"{label(name)}: {reason}; leave it out with where=, or with on_refusal='leave'")
+
+
+def inherit(made: nn.Module, module: nn.Module) -> nn.Module:
+    """Give a module that is to stand in another's place its training flag, hooks and what its user set on it."""
+    made.train(module.training)
+    for hooks in _HOOKS:
+        if hasattr(module, hooks):
+            setattr(made, hooks, getattr(module, hooks))
+    own = _own_names(type(module))
+    for name, value in vars(module).items():
+        # Private ones are what a class or a wrapper keeps of this very module; a method bound to it would call it.
+        if name.startswith("_") or name in own or hasattr(made, name) or getattr(value, "__self__", None) is module:
+            continue
+        setattr(made, name, value)
+    return made
+
+
+def _own_names(cls: type) -> set[str]:
+    """Every name that a class's code speaks of: an attribute that is not among them is its user's."""
+    functions = (value for base in cls.__mro__ for value in vars(base).values() if isinstance(value, FunctionType))
+    return {name for function in functions for name in function.__code__.co_names}
+
+
+def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
+    """Put new modules wherever the old ones stand; return the root."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in new:
+                parent._modules[name] = new[id(child)]
+    return new.get(id(model), model)
+
+
+def leave_fast_path(model: nn.Module) -> None:
+    """Make encoder layers whose norms are no longer layer norms run their modules.
+
+    In evaluation without gradients ``nn.TransformerEncoderLayer`` hands the weight, bias and eps of norm1 and norm2 to a fused
+    kernel that computes layer normalization whatever modules stand there. It does so only for an activation that the kernel
+    knows, by an attribute that nothing else reads; ``nn.TransformerEncoder`` makes nested tensors for it only if told.
+    """
+    left = set()
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and not (
+            _is_layer_norm(module.norm1) and _is_layer_norm(module.norm2)
+        ):
+            module.activation_relu_or_gelu = 0
+            left.add(id(module))
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(id(layer) in left for layer in module.layers):
+            module.use_nested_tensor = False
+
+
+def _is_layer_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.LayerNorm) and getattr(module, "over", None) is None
