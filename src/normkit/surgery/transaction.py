@@ -124,7 +124,7 @@ def transaction(
 def _memory(parameter: Tensor) -> object:
     try:
         return parameter.data_ptr()
-    except RuntimeError:  # of a tensor without memory of its own, as a fake one's
+    except (RuntimeError, ValueError):  # of a tensor without memory of its own, as a fake one, or without a size yet
         return None
 
 
