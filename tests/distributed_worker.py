@@ -32,7 +32,7 @@ class Net(nn.Module):
     def __init__(self, subject: Subject) -> None:
         super().__init__()
         self.factors = nn.Parameter(torch.ones_like(subject.inputs()[0][:1]))
-        self.norm = subject.fresh()
+        self.norm = subject.fresh().train()  # in which power iteration goes on
 
     def forward(self, x: Tensor, *extra: Tensor) -> Tensor:
         return output(self.norm, x * self.factors, *extra)

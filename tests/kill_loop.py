@@ -16,8 +16,8 @@ import torch
 
 import lab_samples
 from normkit.diagnostics.conditioning import weight_conditions  # noqa: F401
-from normkit.lab.compare import compare
-from normkit.lab.report import table  # noqa: F401
+from normkit.lab.comparison import compare
+from normkit.lab.report import drawing, page, sheet, table, wording  # noqa: F401
 from normkit.lab.settings import Settings
 from normkit.surgery.recipe import apply_recipe  # noqa: F401
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -78,6 +79,38 @@ def partial_rms_norm(made: Any, x: Tensor) -> Tensor:
         return made.weight * token / (math.hypot(*first) / math.sqrt(len(first)) + made.eps)
 
     return _tokens(x, token)
+
+
+def dynamic_erf(made: Any, x: Tensor) -> Tensor:
+    def token(n: int, token: Tensor) -> Tensor:
+        squashed = [math.erf(made.alpha.item() * v + made.shift.item()) for v in token.tolist()]
+        return made.weight * torch.tensor(squashed, dtype=x.dtype) + made.bias
+
+    return _tokens(x, token)
+
+
+def seed_norm(made: Any, x: Tensor) -> Tensor:
+    def token(n: int, token: Tensor) -> Tensor:
+        inner = math.fsum(v * b for v, b in zip(token.tolist(), made.beta.tolist(), strict=True))
+        rms = math.sqrt(math.fsum(v * v for v in token.tolist()) / len(token) + made.eps)
+        return (math.tanh(inner) * made.alpha + made.weight) * token / rms
+
+    return _tokens(x, token)
+
+
+def gated_rms_norm(made: Any, x: Tensor, gate: Tensor) -> Tensor:
+    y, size = torch.empty_like(x), made.features // made.groups
+    for n, t, g in product(*map(range, x.shape[:2]), range(made.groups)):
+        part = slice(g * size, (g + 1) * size)
+        silu = [v / (1 + math.exp(-v)) for v in gate[n, t, part].tolist()]
+        values = x[n, t, part].tolist()
+        before = values if made.norm_before_gate else [v * s for v, s in zip(values, silu, strict=True)]
+        rms = math.sqrt(math.fsum(v * v for v in before) / size + made.eps)
+        after = silu if made.norm_before_gate else [1.0] * size
+        y[n, t, part] = made.weight[part] * torch.tensor(
+            [v * s / rms for v, s in zip(before, after, strict=True)], dtype=x.dtype
+        )
+    return y
 
 
 def query_key_norm(made: Any, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -160,12 +193,15 @@ def hypersphere_residual(made: Any, x: Tensor, branch: Tensor) -> Tensor:
 LAYER_ORACLES: dict[str, Callable[..., Tensor]] = {
     "adaptive_layer_norm": adaptive_layer_norm,
     "adaptive_layer_norm_zero": adaptive_layer_norm_zero,
+    "dynamic_erf": dynamic_erf,
     "film": film,
     "fix_norm": fix_norm,
+    "gated_rms_norm": gated_rms_norm,
     "hypersphere_residual": hypersphere_residual,
     "layer_norm_gru": layer_norm_gru,
     "layer_norm_lstm": layer_norm_lstm,
     "layer_norm_rnn": layer_norm_rnn,
     "partial_rms_norm": partial_rms_norm,
     "query_key_norm": query_key_norm,
+    "seed_norm": seed_norm,
 }

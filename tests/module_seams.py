@@ -99,6 +99,7 @@ def _(subject: Subject) -> None:
     wanted = output(made, *inputs)
     for other in (copy.deepcopy(made), copy.deepcopy(nn.Sequential(made))[0]):
         parametrize.remove_parametrizations(other, "weight")
+        assert type(other).__module__.startswith("torch.nn")
         near(output(other, *inputs), wanted)
         pickle.dumps(other)
         same(output(made, *inputs), wanted)

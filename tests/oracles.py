@@ -113,7 +113,8 @@ def _local_response_norm(made, x: Tensor) -> Tensor:
 def _global_response_norm(made, x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     for n in range(len(x)):
-        energy = [math.sqrt(math.fsum(v * v for v in row.tolist())) for row in x[n]]
+        rows = x[n] if made.over == "*" else x.transpose(0, 1).flatten(1)
+        energy = [math.sqrt(math.fsum(v * v for v in row.tolist())) for row in rows]
         for c, row in enumerate(x[n]):
             share = energy[c] / (math.fsum(energy) / len(energy) + made.eps)
             y[n, c] = made.weight[c] * row * share + made.bias[c] + row
@@ -125,8 +126,17 @@ def _adaptive_instance_norm(made, x: Tensor, style: Tensor) -> Tensor:
     for n, c in product(*map(range, x.shape[:2])):
         var, mean = torch.var_mean(x[n, c], correction=0)
         style_var, style_mean = torch.var_mean(style[n, c], correction=0)
-        y[n, c] = (style_var + made.eps).sqrt() * (x[n, c] - mean) / (var + made.eps).sqrt() + style_mean
+        styled = (style_var + made.eps).sqrt() * (x[n, c] - mean) / (var + made.eps).sqrt() + style_mean
+        y[n, c] = made.strength * styled + (1 - made.strength) * x[n, c]
     return y
+
+
+def _filter_response_norm(made, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    for n, c in product(*map(range, x.shape[:2])):
+        square = math.fsum(v * v for v in x[n, c].tolist()) / x.shape[2]
+        y[n, c] = made.weight[c] * x[n, c] / math.sqrt(square + abs(made.eps_weight.item())) + made.bias[c]
+    return y.maximum(made.tau[:, None])
 
 
 def _dynamic_tanh(made, x: Tensor) -> Tensor:
@@ -138,6 +148,7 @@ ORACLES |= {
     "local_response_norm": _local_response_norm,
     "global_response_norm": _global_response_norm,
     "adaptive_instance_norm": _adaptive_instance_norm,
+    "filter_response_norm": _filter_response_norm,
     "dynamic_tanh": _dynamic_tanh,
 }
 

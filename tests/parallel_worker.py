@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import lab_samples
-from normkit.lab import task
+from normkit.lab import record, task
 from normkit.lab.data.split import Data
 from normkit.lab.devices import part
 from normkit.lab.protocol import make_data
 from normkit.lab.settings import Settings
 from normkit.lab.train.fabric import start_fabric
-from normkit.lab.train.trainer import Run, Trainer
+from normkit.lab.train.trainer import Trainer
 from normkit.surgery.recipe import apply_recipe
 
 OPTIONS = {"accumulate": 2, "ema": 0.9, "clip": 0.5, "warmup": 1.0, "label_smoothing": 0.1, "epochs": 3}
@@ -55,10 +55,12 @@ def train(out: Path, strategy: str, recipe: str, least: float, stop_at: int = 0)
         if epoch == stop_at:
             raise Stop
 
-    trainer = Trainer(Run(recipe, 0.1, 0), settings, model, data, start_fabric(settings), out, {})
+    trainer = Trainer(0.1, 0, settings, model, data, start_fabric(settings), out)
     assert all(isinstance(parameter, DTensor) == (strategy == "fsdp") for parameter in model.parameters())
     try:
-        trainer.train(stop)
+        result = trainer.train(stop)
+        if trainer.fabric.is_global_zero:
+            record.write_json(out / "result.json", result)
     except Stop:
         trainer.fabric.barrier()  # the first process writes the checkpoint that all go on from
 

@@ -21,6 +21,7 @@ from laws import ACTIVATIONS, INPUTS, RULES, WEIGHTS, layer, roundings, sample_i
 from normkit.core.card import Card
 from normkit.engine.layer import Layer
 from oracles import ORACLES, normalized
+from variants import WEIGHT_FORMS
 
 Values = tuple[Tensor, ...]
 
@@ -89,7 +90,11 @@ def _from_units(layer: nn.Module, rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _weight_norm(layer: Any, part: Any, g: Tensor, v: Tensor) -> Tensor:
-    return g * v / v.square().sum([axis for axis in range(v.dim()) if g.shape[axis] == 1], keepdim=True).sqrt()
+    return (
+        g
+        * v
+        / v.square().sum([axis for axis in range(v.dim()) if not g.dim() or g.shape[axis] == 1], keepdim=True).sqrt()
+    )
 
 
 def _spectral_norm(layer: Any, part: Any, v: Tensor) -> Tensor:
@@ -115,6 +120,8 @@ def _weight_conditioning(layer: Any, part: Any, v: Tensor) -> Tensor:
 
 PLAIN_WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "weight_norm": _weight_norm,
+    "weight_norm_one_length": _weight_norm,
+    "weight_norm_inputs": _weight_norm,
     "spectral_norm": _spectral_norm,
     "weight_standardization": _weight_standardization,
     "scaled_weight_standardization": _scaled_weight_standardization,
@@ -172,6 +179,7 @@ def _fitted(card: Card) -> Subject:
 SUBJECTS = [
     *map(_layer, ACTIVATIONS),
     *(_parametrized(card, on) for card in WEIGHTS for on in _ON),
+    *(_parametrized(card, "Linear") for card in WEIGHT_FORMS),
     *map(_fitted, INPUTS),
 ]
 

@@ -17,8 +17,9 @@ from torch.testing import assert_close
 
 from normkit.catalogue.methods import method
 from normkit.core.errors import OptionError
-from normkit.lab.experiment import Bench, Experiment
+from normkit.lab.experiment import Bench
 from normkit.lab.experiments import (
+    FILES,
     batch_size,
     blog_table,
     conditioning,
@@ -47,14 +48,35 @@ ENCODER = {"depth": 1, "features": 8, "length": 6, "steps": 6}
 
 
 def bench(folder: Path, **options: Any) -> Bench:
-    return Bench("tiny", folder, seeds=(0, 1), console=Console(quiet=True), **options)
+    return Bench("tiny", folder, console=Console(quiet=True), **{"seeds": (0, 1), **options})
 
 
-@pytest.mark.parametrize("name", names("claim"))
-def test_a_claim_runs_and_reports(name: str, tmp_path: Path) -> None:
-    experiment = find_experiment("claim", name)
-    assert (experiment.name, experiment.kind) == (name, "claim")
-    found = perform(experiment, bench(tmp_path))
+# What each page must say at the tiny scale, besides tables, figures and remarks.
+SAID = {
+    "table1": (
+        "the same training: after 11 steps every loss and every weight is equal to the last bit",
+        "(printed -0.2)",
+    ),
+    "table3": ("is not reproduced", "All forms run"),
+    "table4": ("| mean of the above | 30.2 | 29.7 | 0.505 |", "hinder", "paper prints nothing of this scene"),
+    "shape": (
+        "torus, Gaussian: IoU",
+        "the solids are analytic shapes (torus, gyroid)",
+        "width 8, 400 points, 100 per step",
+    ),
+    "cost": ("2 % of BN", "folded, inference takes within"),
+    "conditioning": ("with E on all layers (plain): lower condition numbers at the end in", "E, temperature"),
+    "vit-s": ("So without LN they are",),
+}
+SLOW = ("table2",)  # at the tiny scale what table1 is
+
+
+@pytest.mark.parametrize(("kind", "name"), [(k, name) for k in FILES for name in names(k) if name not in SLOW])
+def test_an_experiment_runs_and_reports(kind: str, name: str, tmp_path: Path) -> None:
+    experiment = find_experiment(kind, name)
+    assert (experiment.name, experiment.kind) == (name, kind)
+    seeds = (0, 1) if kind == "claim" else (0,)
+    found = perform(experiment, bench(tmp_path, seeds=seeds))
     tables = experiment.tables(found["result"])
     assert tables
     for table in tables:
@@ -65,7 +87,7 @@ def test_a_claim_runs_and_reports(name: str, tmp_path: Path) -> None:
     assert remarks
     assert all(remark.endswith(".") for remark in remarks)
     pictures = sorted((tmp_path / "figures").glob("*.png"))
-    assert pictures
+    assert bool(pictures) == (name != "table3")
     for path in pictures:
         assert path.stat().st_size > 2000
         assert path.with_suffix(".svg").stat().st_size > 1000
@@ -73,13 +95,9 @@ def test_a_claim_runs_and_reports(name: str, tmp_path: Path) -> None:
     captions = re.findall(r"^!\[[^]]+\]\(figures/(.+)\)\n\n\*([^*]+\.)\*$", text, flags=re.MULTILINE)
     assert sorted(name for name, _ in captions) == [path.name for path in pictures]
     assert not list(tmp_path.glob("runs/**/checkpoint.pt"))
-    pages(experiment, tmp_path)
-
-
-def pages(experiment: Experiment, folder: Path) -> None:
-    text = (folder / "result.md").read_text()
-    assert experiment.title in text
-    assert (folder / "report.html").exists()
+    assert (tmp_path / "report.html").exists()
+    for words in (experiment.title, *SAID.get(name, ())):
+        assert words in text
 
 
 @dataclass(frozen=True)
@@ -97,7 +115,7 @@ CASES = {
     "pre_post_ln": Case(encoders.train, encoders.Training("text", "post", "ln", "adam 1e-3", True, 0, **ENCODER), 4),
     "gan": Case(adversarial.play, adversarial.Game("hinge", "sn", 0, 4), 3),
     "why_bn": Case(why_bn.train, why_bn.Training("noisy", 0.05, True, 0, **{**IMAGES, "train": 128}, steps=4), 3),
-    "conditioning": Case(conditioning.descend, conditioning.Descent("bn+e", 0.3, True, 0, 4), 3),
+    "conditioning": Case(conditioning.descend, conditioning.Descent("bn", "e-temperature", 0.3, True, 0, 4), 3),
     "four_benefits": Case(
         four_benefits.train, four_benefits.Training("wn", 0.1, 10.0, 0, **{**DIGITS, "epochs": 4}), 3
     ),
@@ -560,7 +578,11 @@ def test_a_norm_costs_less_where_repetitions_agree() -> None:
 
 def test_the_hessian_is_the_second_derivative() -> None:
     torch.manual_seed(0)
-    model, x, y = conditioning.make("bn+e", hidden=3), torch.randn(32, 16).double(), torch.randint(10, (32,))
+    model, x, y = (
+        conditioning.make("bn", "e-temperature", hidden=3),
+        torch.randn(32, 16).double(),
+        torch.randint(10, (32,)),
+    )
     whole, parameters = conditioning.hessian(model, x, y), list(model.parameters())
     direction = [torch.randn_like(parameter) for parameter in parameters]
 
@@ -579,38 +601,27 @@ def test_the_hessian_is_the_second_derivative() -> None:
     assert_close(whole @ torch.cat([part.flatten() for part in direction]), along, rtol=1e-6, atol=1e-7)
 
 
-def test_the_largest_rate_is_the_largest_that_learned() -> None:
-    runs = [
-        {"recipe": "bn", "measured": False, "seed": 0, "rate": rate, "end": end}
-        for rate, end in ((0.1, 1.0), (1.0, 2.0), (4.0, 2.2), (8.0, None))
-    ]
-    assert conditioning.largest({"runs": runs}, "bn") == [1.0]
-
-
-def test_a_rate_that_learns_is_told_with_the_loss_it_leads_to() -> None:
-    ends: dict[str, list[tuple[float, list[float | None]]]] = {
-        "none": [(1.0, [0.4, 0.6]), (2.0, [0.1, None])],
-        "none+e": [(1.0, [1.1, 1.0]), (2.0, [1.2, 1.3])],
-    }
-    runs = [
-        {"recipe": recipe, "measured": False, "seed": seed, "rate": rate, "end": end, "rows": []}
-        for recipe, rates in ends.items()
-        for rate, values in rates
-        for seed, end in enumerate(values)
-    ]
-    measured = [
-        {**runs[0], "recipe": recipe, "measured": True, "rows": [{"used": used, "raw": 2.0, "largest": 1.0}]}
-        for recipe in ("none", "none+e")
-        for used in ((2.0, 2.0) if recipe == "none" else (1.9, 2.1))
-    ]
-    result = {"runs": runs + measured, "rates": [1.0, 2.0], "short": 60}
-    # A rate at which a seed diverged leads nowhere, whatever the other's loss.
-    assert conditioning.lowest(result, "none") == (0.5, 1.0)
-    said = conditioning.remarks(result)
-    assert "lowest mean loss at any rate after 60 steps 0.50 (rate 1) without and 1.05 (rate 1) with." in said[0]
-    assert "in 1 of 2 seeds with plain + E" in said[-1]
-    judged = "lower condition numbers at the end in 1 of 2 seeds, lower λ max at the end in 0 of 2 seeds, larger rates in 1 of 2."
-    assert said[2].endswith(judged)
+@pytest.mark.parametrize("base", conditioning.BASES)
+def test_controls_begin_with_the_function_they_control(base: str) -> None:
+    x, found = torch.randn(8, 16, dtype=torch.float64), {}
+    for form in conditioning.FORMS:
+        torch.manual_seed(0)
+        model = conditioning.make(base, form, 5)
+        found[form] = model(x)
+        lengths = [weight.norm(dim=1) for weight in conditioning.weights(model)]
+        unit = [bool((norms - 1).abs().max() < 1e-12) for norms in lengths]
+        last, rest = (
+            form in ("e", "e-last", "unit", "e-temperature"),
+            form in ("e", "e-hidden", "unit", "e-temperature"),
+        )
+        assert unit == [rest, rest, last], form
+    assert_close(found["wn"], found[""])
+    for form in ("unit", "e-temperature"):
+        assert_close(found[form], found["e"])
+    # A logit lies within the norm of its features about its bias.
+    model = conditioning.make(base, "e-last", 5)
+    features = model[:-1](x).norm(dim=1, keepdim=True)
+    assert ((model(x) - model[-1].bias).abs() <= features * (1 + 1e-12)).all()
 
 
 def benefits(**found: Sequence[tuple[int | None, float | None, float | None]]) -> dict[str, Any]:
@@ -637,13 +648,15 @@ def test_a_norm_is_better_where_the_interval_of_paired_seeds_says_so() -> None:
     base = [(60, 0.5, 0.40), (70, 0.5, 0.41), (80, 0.5, 0.42)]
     result = benefits(
         none=base,
-        bn=[(steps - 20, 0.6, test + 0.05 + 0.001 * steps / 60) for steps, _, test in base],  # pairs agree
+        bn=[
+            (steps - 20 - steps // 80, 0.6, test + 0.05 + 0.001 * steps / 60) for steps, _, test in base
+        ],  # pairs agree
         ln=[(50, 0.5, 0.43), (70, 0.5, 0.42), (89, 0.5, 0.383)],  # means a little better, pairs do not agree
         gn=[(None, 0.4, 0.3)] * 3,
     )
     by_steps = four_benefits.verdict(result, "steps", 1, "fewer", "more")
     fewer, more, unsure = by_steps.split("; ")
-    assert fewer == "fewer: BatchNorm -20.0 [-20.0, -20.0]"
+    assert fewer == "fewer: BatchNorm -20.3 [-21.8, -18.9]"
     assert more.startswith("more: GroupNorm +35.0 [")
     assert unsure.startswith("not told apart: LayerNorm -0.3 [")
     by_test = four_benefits.verdict(result, "test", 100, "better", "worse", higher_first=True)

@@ -18,7 +18,7 @@ from experiment_samples import Walk, doomed, fragile, walk  # noqa: E402
 from normkit.core.errors import BackendError, OptionError, RecordError  # noqa: E402
 from normkit.lab import record  # noqa: E402
 from normkit.lab.cluster import Cluster  # noqa: E402
-from normkit.lab.compare import compare  # noqa: E402
+from normkit.lab.comparison import compare  # noqa: E402
 from normkit.lab.devices import hardware  # noqa: E402
 from normkit.lab.experiment import Bench  # noqa: E402
 from normkit.lab.perform import perform  # noqa: E402
@@ -181,17 +181,16 @@ def test_a_comparison_on_ray_has_the_same_records(tmp_path: Path) -> None:
     options: dict[str, Any] = {"console": Console(quiet=True), "report": False, "threads": 1}
     compare(settings, tmp_path / "alone", **options)
     found = compare(settings, tmp_path / "ray", ray="local", **options)
-    assert [recipe["cost"]["ms_per_step"] > 0 for recipe in found["recipes"]] == [True, True]
-    names = {path.relative_to(tmp_path / "ray") for path in (tmp_path / "ray").glob("runs/**/*.json*")}
-    assert len(names) == 4 * 6
+    assert [recipe["cost"]["ms_per_step"] > 0 for recipe in found["result"]["recipes"]] == [True, True]
+    names = {path.relative_to(tmp_path / "ray") for path in (tmp_path / "ray").glob("runs/*/*/*/*.json*")}
+    assert len(names) == 5 * 6
     for name in names:
-        if name.name != "timing.jsonl":
+        if not name.name.startswith("timing"):
             assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
-    for kept in ("rate", "runs", "sweep", "test_score", "paired", "condition"):
-        alone = record.read_json(tmp_path / "alone/result.json")
-        for one, other in zip(found["recipes"], alone["recipes"], strict=True):
-            drop = [{k: v for k, v in run.items() if k != "seconds_to_target"} for run in one["runs"]]
-            same = [{k: v for k, v in run.items() if k != "seconds_to_target"} for run in other["runs"]]
-            assert drop == same
-            assert kept == "runs" or one[kept] == other[kept]
+    alone = record.read_json(tmp_path / "alone/result.json")["result"]
+    for one, other in zip(found["result"]["recipes"], alone["recipes"], strict=True):
+        for kept in ("rate", "sweep", "test_score", "paired", "condition"):
+            assert one[kept] == other[kept]
+        for key in ("test_score", "val_score", "steps_to_target"):
+            assert [run[key] for run in one["runs"]] == [run[key] for run in other["runs"]]
     assert compare(settings, tmp_path / "ray", ray="local", **options) == found

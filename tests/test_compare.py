@@ -19,12 +19,13 @@ from torch import Tensor, nn
 import lab_samples
 from normkit.core.errors import OptionError, ProtocolError, RecordError
 from normkit.lab import record
-from normkit.lab.compare import command, compare, default_output, kept, reprint
-from normkit.lab.progress import Watch
-from normkit.lab.result import Records, choose
+from normkit.lab.comparison import command, compare, default_output, kept
+from normkit.lab.experiments import reshow
+from normkit.lab.progress import Watch, tell
 from normkit.lab.say import Terminal
-from normkit.lab.settings import Settings, first_seeds
-from normkit.lab.train.trainer import Run, Trainer
+from normkit.lab.settings import Reports, Settings, Site, first_seeds
+from normkit.lab.study import Run
+from normkit.lab.train.trainer import Trainer
 from seam import forked
 
 TESTS = Path(__file__).parent
@@ -47,18 +48,23 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def lasting(result: dict[str, Any]) -> Any:
     """What of a result does not depend on the clock."""
-    clock = {"started", "finished", "seconds", "seconds_to_target", "cost", "environment", "command"}
+    clock = {"seconds", "seconds_to_target", "cost"}
     if isinstance(result, dict):
         return {key: lasting(value) for key, value in result.items() if key not in clock}
     return [lasting(value) for value in result] if isinstance(result, list) else result
 
 
+def found(folder: Path) -> dict[str, Any]:
+    return record.read_json(folder / "result.json")["result"]
+
+
 def test_result(whole: Path) -> None:
-    result = record.read_json(whole / "result.json")
-    assert result["schema"] == 1
+    kept_record = record.read_json(whole / "result.json")
+    result = kept_record["result"]
+    assert kept_record["experiment"]["name"] == "compare"
     assert result["baseline"] == "keep"
     assert result["task"] == {"kind": "classification", "score": "accuracy", "train": 128, "val": 32, "test": 80}
-    assert result["environment"]["torch"] == torch.__version__
+    assert kept_record["environment"]["torch"] == torch.__version__
     assert [len(recipe["sweep"]) for recipe in result["recipes"]] == [2, 2]
     for recipe in result["recipes"]:
         best = max(recipe["sweep"], key=lambda row: (row["val_score"], -row["val_loss"]))
@@ -76,25 +82,27 @@ def test_result(whole: Path) -> None:
     expected = [b["test_score"] - a["test_score"] for a, b in zip(first["runs"], second["runs"], strict=True)]
     assert second["paired"]["differences"] == pytest.approx(expected)
     assert first["paired"]["differences"] == [0, 0]
-    assert kept(whole) == f"kept in {whole}: 6 finished runs"
+    assert kept(whole) == f"kept in {whole}: 7 finished runs, and checkpoints of those begun"
 
 
 def test_all_recipes_start_alike(whole: Path) -> None:
     configs = [record.read_json(path) for path in sorted(whole.glob("runs/*/*/*/config.json"))]
     for seed in (0, 1):
-        alike = {(c["init_sha256"], c["order_sha256"]) for c in configs if c["seed"] == seed}
-        assert len(alike) == 1
-    assert len({config["init_sha256"] for config in configs}) == 2
-    results = [record.read_json(path) for path in whole.glob("runs/*/*/*/result.json")]
-    assert all(result["init_sha256"] and result["order_sha256"] for result in results)
+        origins = [config["origin"] for config in configs if config["seed"] == seed]
+        assert len({(origin["init_sha256"], origin["order_sha256"], origin["data_sha256"]) for origin in origins}) == 1
+    assert len({config["origin"]["init_sha256"] for config in configs}) == 2
 
 
 def test_a_finished_comparison_is_read_back(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+    def times() -> dict[Path, int]:
+        files = (path for path in whole.rglob("*") if path.is_file() and path.name != "result.md")
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = times()
     monkeypatch.setattr(Trainer, "train", lambda *given: pytest.fail("trained again"))
     result = ran(whole)
     assert result == record.read_json(whole / "result.json")
-    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()} == before
+    assert times() == before
 
 
 def test_a_users_words_are_printed_as_they_are(tmp_path: Path) -> None:
@@ -106,7 +114,7 @@ def test_a_users_words_are_printed_as_they_are(tmp_path: Path) -> None:
     console = Console(file=text, width=500)
     for _ in range(2):  # a second time, it is read back
         compare(settings, folder, console=console, **given)
-    reprint(folder, console)
+    reshow(folder, console)
     for words in (
         f": 2 recipes, 1 rate, 1 seed, 1 epoch per run; records in {folder}",
         f"{folder} holds this",
@@ -118,8 +126,8 @@ def test_a_users_words_are_printed_as_they_are(tmp_path: Path) -> None:
 
 def test_the_live_line_shows_patterns_as_they_are() -> None:
     text = StringIO()
-    with Watch(Console(file=text, width=200, force_terminal=True), 2, 1) as watch:
-        watch.begin(Run("keep+e@re:[/04]:cancer:", 0.1, 0))
+    with Watch(2, 0, print, Console(file=text, width=200, force_terminal=True)) as watch:
+        watch.begin(Run("keep+e@re:[/04]:cancer:", 0.1, 0).label)
         assert watch.live
         watch.live.refresh()
     assert "run 1/2  keep+e@re:[/04]:cancer:  rate 0.1" in text.getvalue()
@@ -128,9 +136,9 @@ def test_the_live_line_shows_patterns_as_they_are() -> None:
 def test_the_live_line_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     text = StringIO()
     run = Run("bn+e@re:" + "stem|layer1|layer2|layer3", 0.0003, 2)
-    with Watch(Console(file=text, width=80, force_terminal=True), 24, 100) as watch:
-        watch.begin(run)
-        watch.epoch(run, 99, 0.98765)
+    with Watch(24, 0, print, Console(file=text, width=80, force_terminal=True)) as watch:
+        watch.begin(run.label)
+        tell(99, 100, 0.98765)
         assert watch.live
         watch.live.refresh()
     for word in ("run", "1/24", run.recipe, "rate", "0.0003", "seed", "2", "99/100", "0.988", "left"):
@@ -160,7 +168,7 @@ def test_a_full_disk_behind_standard_output_is_told(tmp_path: Path) -> None:
 
     with pytest.raises(RecordError, match=r"standard output: No space left on device; .*same command"):
         compare(SMALL, tmp_path, console=Terminal(file=Full()), model=lab_samples.model, data=lab_samples.data)
-    assert ran(tmp_path)["recipes"]
+    assert ran(tmp_path)["result"]["recipes"]
 
 
 def test_another_configuration_in_the_folder(whole: Path) -> None:
@@ -176,13 +184,16 @@ def test_a_file_is_no_folder_of_records(tmp_path: Path) -> None:
         ran(tmp_path / "file")
 
 
-def test_a_folder_of_an_experiment_is_none_of_a_comparison(tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_none_of_a_comparison(tmp_path: Path) -> None:
     config = {"experiment": "table1", "scale": "small", "epochs": None, "threads": 1, "seeds": [0]}
-    record.write_json(tmp_path / "config.json", config)
-    with pytest.raises(
-        RecordError, match="holds records of the experiment table1, not of a comparison; choose another"
-    ):
-        ran(tmp_path)
+    for of, whose in ((config, "the experiment table1"), (SMALL.record("cpu"), "a comparison by an earlier normkit")):
+        record.write_json(tmp_path / "config.json", of)
+        record.write_json(tmp_path / "runs/keep/rate=0.1/seed=0/result.json", {})
+        with pytest.raises(RecordError, match=f"holds records of {whose}, not of a comparison; choose another"):
+            ran(tmp_path)
+    record.write_json(tmp_path / "result.json", {"schema": 1, "title": "keep", "recipes": []})
+    with pytest.raises(RecordError, match=r"a comparison by an earlier normkit; .*--overwrite"):
+        reshow(tmp_path)
 
 
 def names(folder: Path) -> set[Path]:
@@ -209,11 +220,11 @@ def test_killed_at_any_instant_it_ends_alike(tmp_path: Path, unkilled: Path, see
     assert 3 <= kill_loop(killed, seed, kills=12) <= 12  # a lucky child may come to the end early
     files = names(unkilled)
     assert files == names(killed)
-    exact = [name for name in files if name.parts[0] == "runs" and name.name != "timing.jsonl"]
-    assert len(exact) == 6 * 3
+    exact = [name for name in files if name.match("seed=*/*") and not name.name.startswith("timing")]
+    assert len(exact) == 6 * 4  # the lock among them
     for name in exact:
         assert (killed / name).read_bytes() == (unkilled / name).read_bytes()
-    assert lasting(record.read_json(killed / "result.json")) == lasting(record.read_json(unkilled / "result.json"))
+    assert lasting(found(killed)) == lasting(found(unkilled))
 
 
 class Interrupt(Exception):
@@ -244,7 +255,7 @@ def test_damaged_checkpoint_loses_nothing_else(tmp_path: Path, whole: Path, monk
         ran(tmp_path)
     for entry in path.parent.iterdir():
         entry.unlink()
-    assert lasting(ran(tmp_path)) == lasting(record.read_json(whole / "result.json"))
+    assert lasting(ran(tmp_path)["result"]) == lasting(found(whole))
 
 
 @pytest.mark.parametrize("name", ["config.json", "environment.json", "runs/keep/rate=0.05/seed=0/result.json"])
@@ -277,19 +288,19 @@ def test_full_disk_in_the_middle_is_resumed(tmp_path: Path, whole: Path, monkeyp
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(RecordError, match=r"No space left on device.*same command to go on"):
             ran(tmp_path)
-    assert lasting(ran(tmp_path)) == lasting(record.read_json(whole / "result.json"))
+    assert lasting(ran(tmp_path)["result"]) == lasting(found(whole))
 
 
 def test_overwrite_begins_anew(tmp_path: Path) -> None:
     once = replace(SMALL, recipes=("keep",), seeds=(0,), rates=(0.1,), epochs=1)
     ran(tmp_path, once)
-    result = ran(tmp_path, replace(once, epochs=2), overwrite=True)
-    assert result["config"]["epochs"] == 2
+    again = ran(tmp_path, replace(once, epochs=2), overwrite=True)
+    assert again["config"]["epochs"] == 2
     assert not (tmp_path / "runs" / "keep" / "rate=0.05").exists()
 
 
 def test_one_seed_has_no_interval(tmp_path: Path) -> None:
-    result = ran(tmp_path, replace(SMALL, seeds=(0,), rates=(0.1,)))
+    result = ran(tmp_path, replace(SMALL, seeds=(0,), rates=(0.1,)))["result"]
     for recipe in result["recipes"]:
         assert recipe["paired"]["low"] is recipe["paired"]["high"] is None
         assert recipe["test_score"]["std"] is None
@@ -299,7 +310,7 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipes", [("keep",), ("keep", "keep+wn")])
 def test_when_everything_diverges(tmp_path: Path, recipes: tuple[str, ...]) -> None:
     settings = replace(SMALL, recipes=recipes, rates=(1e30, 2e30), schedule="constant")
-    result = ran(tmp_path, settings, model=lab_samples.one_output, data=lab_samples.regression, report=True)
+    result = ran(tmp_path, settings, model=lab_samples.one_output, data=lab_samples.regression, report=True)["result"]
     assert result["target"]["score"] is None
     for recipe in result["recipes"]:
         assert {run["status"] for run in recipe["runs"]} == {"diverged"}
@@ -310,22 +321,11 @@ def test_when_everything_diverges(tmp_path: Path, recipes: tuple[str, ...]) -> N
 
 def test_a_rate_that_diverges_is_not_chosen(tmp_path: Path) -> None:
     settings = replace(SMALL, recipes=("keep",), rates=(0.01, 1e30))
-    result = ran(tmp_path, settings, model=lab_samples.one_output, data=lab_samples.regression)
+    result = ran(tmp_path, settings, model=lab_samples.one_output, data=lab_samples.regression)["result"]
     (recipe,) = result["recipes"]
     assert [row["status"] for row in recipe["sweep"]] == ["ok", "diverged"]
     assert recipe["rate"] == 0.01
     assert result["task"]["score"] == "r2"
-
-
-def test_equals_are_chosen_by_loss(tmp_path: Path) -> None:
-    shared = {"test_score": 0.9, "test_loss": 0.1, "epochs": 1, "steps": 1, "best_val_score": 0.9, "val_score": 0.9}
-    row = {"epoch": 1, "step": 1, "rate": 0.1, "train_loss": 0.1, "val_loss": 0.1, "val_score": 0.9, "condition": {}}
-    runs = [Run("bn", rate, 0) for rate in (0.1, 0.2, 0.3)]
-    for run, loss in zip(runs, (0.5, 0.4, 0.4), strict=True):
-        record.write_json(tmp_path / run.path / "result.json", {"status": "ok", "val_loss": loss, **shared})
-        record.write_lines(tmp_path / run.path / "metrics.jsonl", [row])
-        record.write_lines(tmp_path / run.path / "timing.jsonl", [{"epoch": 1, "seconds": 1.0}])
-    assert choose(Records(tmp_path), runs) == runs[1]
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_equals_are_chosen_by_loss(tmp_path: Path) -> None:
 )
 def test_other_kinds_of_data(tmp_path: Path, model: Any, data: Any) -> None:
     settings = replace(SMALL, recipes=("keep",), seeds=(0,), rates=(0.1,))
-    assert ran(tmp_path, settings, model=model, data=data)["recipes"][0]["runs"][0]["status"] == "ok"
+    assert ran(tmp_path, settings, model=model, data=data)["result"]["recipes"][0]["runs"][0]["status"] == "ok"
 
 
 def test_a_transformer(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_a_transformer(tmp_path: Path) -> None:
         return {"train": part(slice(0, 48)), "val": part(slice(48, 60)), "test": part(slice(60, 72))}
 
     settings = replace(SMALL, recipes=("keep", "keep+wn", "keep+e"), optimizer="adamw", rates=(1e-3,), epochs=2)
-    result = ran(tmp_path, settings, model=model, data=data)
+    result = ran(tmp_path, settings, model=model, data=data)["result"]
     assert [run["status"] for recipe in result["recipes"] for run in recipe["runs"]] == ["ok"] * 6
 
 
@@ -375,9 +375,9 @@ def test_two_processes_under_torchrun(tmp_path: Path) -> None:
     run += ["-m", "normkit.cli", "compare", *words.split(), *factories]
     done = subprocess.run(run, capture_output=True, text=True, timeout=300, env=environ, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["environment"]["processes"] == 2
-    assert [recipe["runs"][0]["status"] for recipe in result["recipes"]] == ["ok", "ok"]
+    kept_record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert kept_record["config"]["device"] == "cpu x 2"
+    assert [recipe["runs"][0]["status"] for recipe in kept_record["result"]["recipes"]] == ["ok", "ok"]
     assert done.stdout.count("best of") == 2
 
 
@@ -387,7 +387,7 @@ def test_two_processes_under_torchrun(tmp_path: Path) -> None:
         ({"recipes": ()}, "recipes is .*wanted at least one"),
         ({"seeds": ()}, "wanted at least one seed"),
         ({"seeds": (0, 0)}, "different seeds"),
-        ({"rates": (0.1, 0.0)}, "rates is 0.0; wanted learning rates above 0"),
+        ({"rates": (0.1, 0.0)}, "rates is .*above 0"),
         ({"rates": (float("nan"),)}, "above 0"),
         ({"rates": (0.1, 0.1)}, "different learning rates"),
         ({"epochs": 0}, "epochs is 0; wanted a whole number from 1"),
@@ -430,6 +430,9 @@ def test_bad_input_leaves_no_folder(tmp_path: Path) -> None:
 def test_the_command_says_what_differs() -> None:
     settings = Settings(model="a.b:c", seeds=first_seeds(5), rates=(0.5, 0.1), condition=False, target=0.9)
     words = "normkit compare --model a.b:c --seeds 5 --rates 0.1,0.5 --target 0.9 --no-condition"
-    assert command(settings, default_output(settings)) == words
-    assert command(Settings(), Path("else where")) == "normkit compare --output 'else where'"
-    assert command(Settings(), Path("runs/digits-inception"), Path("sets")) == "normkit compare --data-root sets"
+    assert command(settings, Site(default_output(settings))) == words
+    assert command(Settings(), Site(Path("else where"))) == "normkit compare --output 'else where'"
+    assert command(Settings(), Site(Path("runs/digits-inception"), Path("sets"))) == "normkit compare --data-root sets"
+    site = Site(Path("out"), Path("sets"), ray="local", threads=2, tensorboard=True)
+    words = "normkit compare --output out --data-root sets --ray --threads 2 --tensorboard --no-report"
+    assert command(Settings(), site, Reports(report=False, overwrite=True)) == words

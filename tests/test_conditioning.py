@@ -57,62 +57,10 @@ def test_row_equilibration_minimizes_chi(drawn) -> None:
     assert best <= chi(a) * (1 + 1e-6)
 
 
-@settings(max_examples=200)
-@given(scaled())
-def test_row_equilibration_is_within_the_root_of_the_rows_of_the_best(drawn) -> None:
-    a, d = drawn
-    m = a.shape[0]
-    assert condition_number(equilibrate(a)) <= m**0.5 * condition_number(d.unsqueeze(1) * a) * (1 + 1e-6)
-    assert condition_number(equilibrate(a.T, "col")) <= m**0.5 * condition_number((d.unsqueeze(1) * a).T) * (1 + 1e-6)
-    assert chi(a) * (1 - 1e-9) <= condition_number(a) <= m**0.5 * chi(a) * (1 + 1e-9)
-
-
-@settings(max_examples=100)
-@given(st.integers(2, 5), st.integers(0, 9999), st.floats(-3, 3))
-def test_of_two_rows_equilibration_is_the_best(columns, seed, scale) -> None:
-    made = torch.Generator().manual_seed(seed)
-    a = torch.randn(2, columns, generator=made, dtype=torch.float64)
-    w = equilibrate(a)
-    cosine = (w[0] @ w[1]).abs().item()
-    best = condition_number(w)
-    assert math.isclose(best**2, (1 + cosine) / (1 - cosine), rel_tol=1e-6)
-    assert best <= condition_number(a * torch.tensor([[1.0], [math.exp(scale)]]).double()) * (1 + 1e-6)
-
-
 def test_the_printed_theorem_fails() -> None:
     before, after = condition_number(COUNTEREXAMPLE), condition_number(equilibrate(COUNTEREXAMPLE))
     assert round(before, 3) == 5.458
     assert round(after, 3) == 6.136
-
-
-def test_it_fails_often_from_three_rows_and_never_with_two() -> None:
-    draws = torch.randint(-3, 4, (4000, 3, 3), generator=torch.Generator().manual_seed(0)).double()
-    for size, often in ((2, False), (3, True)):
-        a = draws[:, :size, :size]
-        values = torch.linalg.svdvals(a)
-        a = a[(values[:, -1] > 1e-9)]
-        norms = a.norm(dim=2, keepdim=True)
-        before, after = (torch.linalg.svdvals(x) for x in (a, a / norms))
-        worse = (after[:, 0] / after[:, -1] > before[:, 0] / before[:, -1] * (1 + 1e-9)).double().mean()
-        assert (worse > 0.05) == often
-        assert often or worse == 0
-
-
-def test_the_hessian_of_one_linear_layer_gets_no_better() -> None:
-    w, x = torch.diag(torch.tensor([0.2, 1.0, 5.0])).double() + 0.1, torch.randn(50, 3).double()
-    factors = 1 / w.norm(dim=1)
-
-    def loss(weight: Tensor, scale: Tensor) -> Tensor:
-        return 0.5 * ((x @ (scale.unsqueeze(1) * weight.view(3, 3)).T) ** 2).sum() / len(x)
-
-    plain, scaled = (
-        torch.autograd.functional.hessian(lambda v, s=s: loss(v, s), w.flatten())
-        for s in (torch.ones(3).double(), factors)
-    )
-    assert isinstance(plain, Tensor)
-    assert isinstance(scaled, Tensor)
-    wanted = condition_number(plain) * (factors.max() / factors.min()).item() ** 2
-    assert math.isclose(condition_number(scaled), wanted, rel_tol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -130,16 +78,9 @@ def test_the_spectrum_is_that_of_the_convolution_as_a_matrix(shape, size, groups
     assert_close(operator_spectrum(kernel, size, groups), wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_equilibrating_filters_lowers_the_operator_condition_where_they_differ() -> None:
-    torch.manual_seed(0)
-    kernel = torch.randn(4, 6, 3, 3).double() * torch.tensor([0.1, 1.0, 3.0, 10.0]).double().view(4, 1, 1, 1)
-    before, after = (operator_spectrum(k, (6, 6)) for k in (kernel, equilibrate(kernel)))
-    assert before[0] / before[-1] > 3 * after[0] / after[-1]
-
-
 def test_sizes_that_do_not_fit() -> None:
     for size in ((2,), (3, 3), (2, 2, 2)):
-        with pytest.raises(ShapeError, match="one size for each axis of taps"):
+        with pytest.raises(ShapeError, match="one size per axis of taps"):
             operator_spectrum(torch.ones(1, 1, 3), size)
     with pytest.raises(ShapeError, match="groups=2"):
         operator_spectrum(torch.ones(3, 1, 3), (4,), groups=2)
@@ -187,15 +128,6 @@ def matrix_of(layer: nn.Module) -> Tensor:
     return weight.transpose(0, 1).flatten(1) if isinstance(layer, nn.ConvTranspose2d) else weight.flatten(1)
 
 
-def test_badly_scaled_rows_are_what_conditioning_repairs() -> None:
-    layer = nn.Linear(16, 8)
-    with torch.no_grad():
-        layer.weight.mul_(torch.logspace(-3, 0, 8).unsqueeze(1))
-    raw, used = weight_conditions(nn.Sequential(weight_conditioning(layer)))["0"]
-    assert raw > 100
-    assert used < 10
-
-
 CONVOLUTIONS = {
     "1d": (nn.Conv1d(3, 4, 3, padding=1, padding_mode="circular"), (6,)),
     "2d, groups": (nn.Conv2d(4, 6, (3, 2), padding="same", padding_mode="circular", groups=2), (4, 5)),
@@ -229,7 +161,7 @@ def test_operator_norms_of_other_layers() -> None:
     assert math.isnan(operator_norm(torch.full((2, 2), math.nan)))
     with pytest.raises(ShapeError, match="stride 2x2"):
         operator_norm(nn.Conv2d(3, 4, 3, stride=2), (8, 8))
-    with pytest.raises(ShapeError, match="one size for each axis of taps"):
+    with pytest.raises(ShapeError, match="one size per axis of taps"):
         operator_norm(nn.Conv2d(3, 4, 3, dilation=3), (6, 6))
 
 

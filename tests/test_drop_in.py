@@ -4,12 +4,13 @@ import copy
 import inspect
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 import normkit as nk
@@ -17,56 +18,33 @@ from normkit.engine.library import library
 
 Make = Callable[..., nn.Module]
 
+# Of our class, what torch's name ends in, the arguments of both, and the input.
+_CASES: dict[str, tuple[str, str, tuple[Any, ...], dict[str, Any], tuple[int, ...]]] = {
+    "batch 1d (N, C)": ("BatchNorm", "1d", (6,), {}, (8, 6)),
+    "batch 1d": ("BatchNorm", "1d", (6,), {}, (4, 6, 5)),
+    "batch 2d": ("BatchNorm", "2d", (6,), {}, (4, 6, 5, 3)),
+    "batch 3d": ("BatchNorm", "3d", (6,), {}, (2, 6, 3, 4, 2)),
+    "batch cumulative": ("BatchNorm", "2d", (6,), {"momentum": None}, (4, 6, 5, 3)),
+    "batch without affine": ("BatchNorm", "2d", (6,), {"affine": False, "eps": 1e-3}, (4, 6, 5, 3)),
+    "batch without statistics": ("BatchNorm", "2d", (6,), {"track_running_stats": False}, (4, 6, 5, 3)),
+    "layer": ("LayerNorm", "", (6,), {}, (4, 5, 6)),
+    "layer vector": ("LayerNorm", "", (6,), {}, (6,)),
+    "layer of two axes": ("LayerNorm", "", ((5, 6),), {}, (4, 5, 6)),
+    "layer without bias": ("LayerNorm", "", (6,), {"bias": False}, (4, 6)),
+    "rms": ("RMSNorm", "", (6,), {}, (4, 5, 6)),
+    "rms of two axes": ("RMSNorm", "", ((5, 6),), {"eps": 1e-3}, (4, 5, 6)),
+    "group": ("GroupNorm", "", (3, 6), {}, (4, 6, 5, 3)),
+    "group (N, C)": ("GroupNorm", "", (3, 6), {}, (4, 6)),
+    "group 1d": ("GroupNorm", "", (2, 6), {}, (4, 6, 7)),
+    "group 3d": ("GroupNorm", "", (1, 6), {}, (2, 6, 3, 4, 2)),
+    "instance 1d": ("InstanceNorm", "1d", (6,), {}, (4, 6, 7)),
+    "instance 2d": ("InstanceNorm", "2d", (6,), {}, (4, 6, 5, 3)),
+    "instance tracked": ("InstanceNorm", "2d", (6,), {"affine": True, "track_running_stats": True}, (4, 6, 5, 3)),
+    "instance 3d": ("InstanceNorm", "3d", (6,), {"affine": True}, (2, 6, 3, 4, 2)),
+}
 CASES: dict[str, tuple[Make, Make, tuple[int, ...]]] = {
-    "batch 1d (N, C)": (lambda **k: nk.BatchNorm(6, **k), lambda **k: nn.BatchNorm1d(6, **k), (8, 6)),
-    "batch 1d": (lambda **k: nk.BatchNorm(6, **k), lambda **k: nn.BatchNorm1d(6, **k), (4, 6, 5)),
-    "batch 2d": (lambda **k: nk.BatchNorm(6, **k), lambda **k: nn.BatchNorm2d(6, **k), (4, 6, 5, 3)),
-    "batch 3d": (lambda **k: nk.BatchNorm(6, **k), lambda **k: nn.BatchNorm3d(6, **k), (2, 6, 3, 4, 2)),
-    "batch cumulative": (
-        lambda **k: nk.BatchNorm(6, momentum=None, **k),
-        lambda **k: nn.BatchNorm2d(6, momentum=None, **k),
-        (4, 6, 5, 3),
-    ),
-    "batch without affine": (
-        lambda **k: nk.BatchNorm(6, affine=False, eps=1e-3, **k),
-        lambda **k: nn.BatchNorm2d(6, affine=False, eps=1e-3, **k),
-        (4, 6, 5, 3),
-    ),
-    "batch without statistics": (
-        lambda **k: nk.BatchNorm(6, track_running_stats=False, **k),
-        lambda **k: nn.BatchNorm2d(6, track_running_stats=False, **k),
-        (4, 6, 5, 3),
-    ),
-    "layer": (lambda **k: nk.LayerNorm(6, **k), lambda **k: nn.LayerNorm(6, **k), (4, 5, 6)),
-    "layer vector": (lambda **k: nk.LayerNorm(6, **k), lambda **k: nn.LayerNorm(6, **k), (6,)),
-    "layer of two axes": (lambda **k: nk.LayerNorm((5, 6), **k), lambda **k: nn.LayerNorm((5, 6), **k), (4, 5, 6)),
-    "layer without bias": (
-        lambda **k: nk.LayerNorm(6, bias=False, **k),
-        lambda **k: nn.LayerNorm(6, bias=False, **k),
-        (4, 6),
-    ),
-    "rms": (lambda **k: nk.RMSNorm(6, **k), lambda **k: nn.RMSNorm(6, **k), (4, 5, 6)),
-    "rms of two axes": (
-        lambda **k: nk.RMSNorm((5, 6), eps=1e-3, **k),
-        lambda **k: nn.RMSNorm((5, 6), eps=1e-3, **k),
-        (4, 5, 6),
-    ),
-    "group": (lambda **k: nk.GroupNorm(3, 6, **k), lambda **k: nn.GroupNorm(3, 6, **k), (4, 6, 5, 3)),
-    "group (N, C)": (lambda **k: nk.GroupNorm(3, 6, **k), lambda **k: nn.GroupNorm(3, 6, **k), (4, 6)),
-    "group 1d": (lambda **k: nk.GroupNorm(2, 6, **k), lambda **k: nn.GroupNorm(2, 6, **k), (4, 6, 7)),
-    "group 3d": (lambda **k: nk.GroupNorm(1, 6, **k), lambda **k: nn.GroupNorm(1, 6, **k), (2, 6, 3, 4, 2)),
-    "instance 1d": (lambda **k: nk.InstanceNorm(6, **k), lambda **k: nn.InstanceNorm1d(6, **k), (4, 6, 7)),
-    "instance 2d": (lambda **k: nk.InstanceNorm(6, **k), lambda **k: nn.InstanceNorm2d(6, **k), (4, 6, 5, 3)),
-    "instance tracked": (
-        lambda **k: nk.InstanceNorm(6, affine=True, track_running_stats=True, **k),
-        lambda **k: nn.InstanceNorm2d(6, affine=True, track_running_stats=True, **k),
-        (4, 6, 5, 3),
-    ),
-    "instance 3d": (
-        lambda **k: nk.InstanceNorm(6, affine=True, **k),
-        lambda **k: nn.InstanceNorm3d(6, affine=True, **k),
-        (2, 6, 3, 4, 2),
-    ),
+    case: (partial(getattr(nk, name), *args, **options), partial(getattr(nn, f"{name}{rank}"), *args, **options), shape)
+    for case, (name, rank, args, options, shape) in _CASES.items()
 }
 # The orders of summation differ: a few units in the last place, more where they nearly cancel in a gradient.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -104,19 +82,11 @@ def test_training_and_evaluation_equal_torch(case: str, last: bool, dtype: torch
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_checkpoints_load_both_ways_and_empty_batches_pass(case: str) -> None:
-    make, theirs_make, shape = CASES[case]
+def test_keys_and_isinstance_checks_are_torchs(case: str) -> None:
+    make, theirs_make, _ = CASES[case]
     ours, theirs = make(), theirs_make()
     assert list(ours.state_dict()) == list(theirs.state_dict())
-    same_weights(ours, theirs)
-    assert isinstance(ours, type(theirs).__mro__[1]), "isinstance checks written for torch must hold"
-    if len(shape) > 1:
-        before = copy.deepcopy(ours.state_dict())
-        y = ours(torch.zeros(0, *shape[1:]))
-        assert y.shape == (0, *shape[1:])
-        for key, value in ours.state_dict().items():
-            if key != "num_batches_tracked":
-                assert torch.equal(value, before[key])
+    assert isinstance(ours, type(theirs).__mro__[1])
 
 
 @pytest.mark.parametrize(
@@ -139,55 +109,7 @@ def test_arguments_and_defaults_are_torchs(ours: type, theirs: type) -> None:
         assert mine[key].default == other[key].default
 
 
-def test_functions_equal_torchs() -> None:
-    x = torch.randn(4, 6, 5)
-    w, b = torch.randn(6), torch.randn(6)
-    mean, var = torch.randn(6), torch.rand(6) + 0.5
-    mine, other = (mean.clone(), var.clone()), (mean.clone(), var.clone())
-    assert_close(
-        nk.functional.batch_norm(x, *mine, w, b, True, 0.3),
-        F.batch_norm(x, *other, w, b, True, 0.3),
-        rtol=1e-5,
-        atol=1e-5,
-    )
-    assert_close(mine, other, rtol=1e-5, atol=1e-5)
-    assert_close(nk.functional.batch_norm(x, *mine, w, b), F.batch_norm(x, *other, w, b), rtol=1e-5, atol=1e-5)
-    assert_close(
-        nk.functional.layer_norm(x, (5,), w[:5], b[:5]), F.layer_norm(x, (5,), w[:5], b[:5]), rtol=1e-5, atol=1e-5
-    )
-    assert_close(nk.functional.rms_norm(x, (5,), w[:5]), F.rms_norm(x, (5,), w[:5]), rtol=1e-5, atol=1e-5)
-    assert_close(nk.functional.group_norm(x, 3, w, b), F.group_norm(x, 3, w, b), rtol=1e-5, atol=1e-5)
-    assert_close(
-        nk.functional.instance_norm(x, weight=w, bias=b), F.instance_norm(x, weight=w, bias=b), rtol=1e-5, atol=1e-5
-    )
-    mine, other = (mean.clone(), var.clone()), (mean.clone(), var.clone())
-    assert_close(nk.functional.instance_norm(x, *mine, w, b), F.instance_norm(x, *other, w, b), rtol=1e-5, atol=1e-5)
-    assert_close(mine, other, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "layer", [nk.BatchNorm(4), nk.GroupNorm(2, 4), nk.InstanceNorm(4)], ids=lambda m: type(m).__name__
-)
-def test_wrong_channels_are_refused_as_torch_refuses_them(layer: nn.Module) -> None:
-    with pytest.raises(RuntimeError, match=r"got 5 channels .*2x5x3.* wanted num_\w+=4"):
-        layer(torch.zeros(2, 5, 3))
-    with pytest.raises(ValueError, match="wanted at least 2"):
-        layer(torch.zeros(4))
-
-
 def test_other_refusals() -> None:
-    with pytest.raises(RuntimeError, match=r"input of 2x5, wanted one that ends in normalized_shape=4"):
-        nk.LayerNorm(4)(torch.zeros(2, 5))
-    with pytest.raises(RuntimeError, match=r"group_norm: 8 channels do not split into num_groups=3 .* 1, 2, 4, 8"):
-        nk.functional.group_norm(torch.ones(2, 8), 3)
-    with pytest.raises(ValueError, match=r"GroupNorm: 8 channels do not split into num_groups=3; .* 1, 2, 4, 8"):
-        nk.GroupNorm(3, 8)
-    with pytest.raises(ValueError, match=r"8 channels do not split .*input 6x8x5x7"):
-        nk.functional.group_norm(torch.zeros(6, 8, 5, 7), 3)
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
-        nk.BatchNorm(4)(torch.zeros(1, 4))
-    with pytest.raises(ValueError, match="one value for each statistic"):
-        nk.InstanceNorm(4)(torch.zeros(2, 4, 1))
     for call in (
         lambda: nk.functional.batch_norm(torch.zeros(2, 3)),
         lambda: nk.functional.instance_norm(torch.zeros(2, 3, 4), use_input_stats=False),
@@ -222,17 +144,6 @@ def test_layer_norms_of_convnets() -> None:
     assert_close(rms(x), F.rms_norm(x.movedim(1, -1), (6,)).movedim(-1, 1))
 
 
-@pytest.mark.parametrize("make", [nk.BatchNorm, nk.InstanceNorm, lambda c, **k: nk.GroupNorm(2, c, **k)])
-def test_channels_last_layout_is_a_transposition(make: Make) -> None:
-    first, last = make(6, dtype=torch.float64), make(6, layout="n * c", dtype=torch.float64)
-    x = torch.randn(4, 6, 5, 3, dtype=torch.float64)
-    assert_close(last(x.movedim(1, -1)), first(x).movedim(1, -1))
-    assert_close(last.state_dict(), first.state_dict())
-    assert last(x.movedim(1, -1).contiguous()).is_contiguous()
-    assert last.eval()(x.movedim(1, -1).contiguous()).is_contiguous()
-    assert "layout" in repr(last)
-
-
 def test_identities_between_methods() -> None:
     x = torch.randn(3, 6, 5, dtype=torch.float64)
     assert_close(nk.functional.group_norm(x, 6), nk.functional.instance_norm(x))
@@ -244,41 +155,7 @@ def test_identities_between_methods() -> None:
     assert_close(nk.functional.rms_norm(centred, 5, eps=1e-5), nk.functional.layer_norm(x, 5))
 
 
-def test_batch_norm_output_is_bounded_and_the_bound_is_reached() -> None:
-    for n in (4, 16):
-        x = torch.zeros(n, 1, dtype=torch.float64)
-        x[0] = 1.0
-        y = nk.functional.batch_norm(x, training=True, eps=1e-15)
-        assert_close(y.max(), torch.tensor(float(n - 1), dtype=torch.float64).sqrt())
-        assert nk.functional.batch_norm(torch.randn(n, 50), training=True).abs().max() <= (n - 1) ** 0.5
-
-
-def test_compensation_can_undo_a_batch_norm_and_a_bias_before_it_cancels() -> None:
-    x = torch.randn(8, 3, dtype=torch.float64)
-    mean, var = x.mean(0), x.var(0, correction=0)
-    assert_close(nk.functional.batch_norm(x, None, None, (var + 1e-5).sqrt(), mean, training=True), x)
-    assert_close(nk.functional.batch_norm(x + 5.0, training=True), nk.functional.batch_norm(x, training=True))
-
-
-def test_a_shift_of_the_input_shifts_the_output() -> None:
-    conv = nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular", bias=False)
-    model = nn.Sequential(conv, nk.BatchNorm(4))
-    x = torch.randn(2, 2, 6, 6)
-    assert_close(model(x.roll((1, 2), (2, 3))), model(x).roll((1, 2), (2, 3)), rtol=1e-4, atol=1e-5)
-
-
 # What torch lacks
-
-
-def test_one_broken_batch_does_not_poison_running_statistics() -> None:
-    norm = nk.BatchNorm(2)
-    norm(torch.randn(8, 2))
-    before = copy.deepcopy(norm.state_dict())
-    norm(torch.tensor([[float("nan"), 1.0], [2.0, 3.0]]))
-    assert_close(norm.running_mean[0], before["running_mean"][0])
-    assert norm.running_mean[1] != before["running_mean"][1]
-    assert norm.running_mean.isfinite().all()
-    assert norm.running_var.isfinite().all()
 
 
 def test_attributes_set_later_are_followed() -> None:
@@ -311,7 +188,7 @@ def test_torchs_tools_never_lose_an_activation() -> None:
         lambda: torch.nn.utils.fusion.fuse_linear_bn_eval(nn.Linear(3, 4).eval(), model[1]),
     ]
     for tool in tools:
-        with pytest.raises(nk.errors.SurgeryError, match=r"activation='relu'.* put relu behind"):
+        with pytest.raises(nk.errors.SurgeryError, match=r"activation='relu'.* add relu after"):
             tool()
     model[1].activation = None
     assert_close(tools[1]()(x), model(x), rtol=1e-4, atol=1e-5)
@@ -325,7 +202,7 @@ def test_torchs_tools_never_lose_an_activation() -> None:
 @pytest.mark.parametrize(
     ("norm", "loses", "fuses"),
     [
-        (nk.BatchNorm(4, layout="n * c"), "layout='n \\* c'; put normkit's SyncBatchNorm", True),
+        (nk.BatchNorm(4, layout="n * c"), "layout='n \\* c'; replace it by normkit's SyncBatchNorm", True),
         (nk.SyncBatchNorm(4, layout="n * c"), "layout", True),
         (nk.GhostBatchNorm(4), "its sub-batches", True),
         (nk.EstBatchNorm(4), "its estimates", True),
@@ -400,7 +277,7 @@ def test_explain_says_which_and_why() -> None:
         assert "no fused kernel" in explanation.why
     else:
         assert explanation.backend == "native"
-        assert "a column" in explanation.why
+        assert "the kept axes are contiguous" in explanation.why
     with pytest.raises(nk.errors.BackendError, match=r"aten.*no fused kernel"):
         nk.functional.run(rms.rule, x, backend="aten")
     with pytest.raises(ValueError, match="wanted one of auto, reference"):
@@ -433,24 +310,6 @@ def test_tensors_and_parameters_that_do_not_fit_are_refused() -> None:
         nk.Rule(nk.Support("n c", over="c"), compensation=nk.Affine("d"))
     with pytest.raises(ValueError, match="order"):
         nk.Rule(nk.Support("n c", over="c"), compensation=nk.Affine("c n"))
-
-
-def test_results_are_tensors_of_the_callers() -> None:
-    x = torch.randn(2, 3, requires_grad=True)
-    for backend in ("reference", "closed", "aten"):
-        y: Tensor = nk.functional.layer_norm(x, 3, backend=backend)
-        y.mul_(2.0)
-        y.sum().backward()
-
-
-def test_padding_comes_out_as_zero_in_evaluation_too() -> None:
-    norm = nk.BatchNorm(3)
-    x = torch.randn(2, 3, 4)
-    norm(x)
-    mask = torch.tensor([True, True, True, False])
-    y = norm.eval()(x, mask=mask)
-    assert (y[..., 3] == 0).all()
-    assert_close(y[..., :3], norm(x)[..., :3])
 
 
 def test_explain_knows_whether_statistics_are_remembered() -> None:

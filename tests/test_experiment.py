@@ -25,7 +25,7 @@ from normkit.lab.experiments import FILES, find_experiment, names
 from normkit.lab.perform import command, perform
 from normkit.lab.report.sheet import facts, print_sheet, setup
 from normkit.lab.report.terminal import cell, is_text, side_by_side
-from normkit.lab.sweep import hardware_of, sweep
+from normkit.lab.sweep import spent_on, sweep
 
 
 def bench(folder: Path, scale: Scale = "small", **options: Any) -> Bench:
@@ -177,9 +177,9 @@ def test_the_devices_are_those_of_the_runs(tmp_path: Path, monkeypatch: pytest.M
     job, place = Walk("left", 0), tmp_path / "runs/left/seed=0"
     (place / "result.json").unlink()
     sweep(walk, [job], tmp_path, say=lambda text: None)
-    assert hardware_of([job], tmp_path) == {"GPU A", "GPU B"}
+    assert spent_on(job, tmp_path)[1] == {"GPU A", "GPU B"}
     record.write_json(place / "timing.json", {"seconds": 1.0})
-    assert hardware_of([job], tmp_path) == set()
+    assert spent_on(job, tmp_path) == (1.0, set())
 
 
 def test_what_a_record_without_devices_says(tmp_path: Path) -> None:
@@ -216,7 +216,10 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
 
 
 def test_records_of_something_else_are_refused(tmp_path: Path) -> None:
-    for of, whose in ((folder.COMPARISON, "a comparison"), (folder.EXPERIMENT, "the experiment table1")):
+    for of, whose in (
+        (folder.COMPARISON, "a comparison by an earlier normkit"),
+        (folder.EXPERIMENT, "the experiment table1"),
+    ):
         config = {**dict.fromkeys(of, 1), **({"experiment": "table1"} if "experiment" in of else {})}
         record.write_json(tmp_path / "config.json", config)
         record.write_json(tmp_path / "runs/left/seed=0/result.json", {})
@@ -287,7 +290,7 @@ def test_processes_share_the_jobs(tmp_path: Path) -> None:
 
 def test_the_command_says_what_differs(tmp_path: Path) -> None:
     said = command(EXPERIMENT, Bench("full", Path("out put"), Path("data"), seeds=(0,), epochs=2, ray="auto"))
-    words = "normkit claim walks --scale full --seeds 1 --epochs 2 --data-root data --ray auto --output 'out put'"
+    words = "normkit claim walks --scale full --seeds 1 --epochs 2 --output 'out put' --data-root data --ray auto"
     assert said == words
 
 

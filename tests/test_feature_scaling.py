@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import preprocessing
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
 from normkit.core.errors import OptionError, ProtocolError, ShapeError
@@ -128,16 +128,6 @@ def test_statistics_of_the_training_set_over_any_support(make, low, high, mean, 
         assert_close(y.amax(dims) - y.amin(dims), torch.ones_like(y.amax(dims)))
 
 
-def test_test_data_is_scaled_by_the_training_set_alone() -> None:
-    train, test = torch.randn(50, 3, dtype=torch.float64), torch.randn(50, 3, dtype=torch.float64) * 5 + 9
-    score = ZScore().fit(train)
-    assert_close(score(test), (test - train.mean(0)) / train.std(0, correction=0))
-    assert abs(score(test).mean()) > 5
-    outside = MinMaxScaling().fit(train)(test)
-    assert outside.max() > 1
-    assert MinMaxScaling(clip=True).fit(train)(test).max() == 1
-
-
 def test_the_bounds_of_the_training_data_are_met_exactly() -> None:
     x = torch.randn(1000, 5)
     y = MinMaxScaling(-1, 1).fit(x)(x)
@@ -198,7 +188,7 @@ def test_options_that_do_not_exist_are_refused() -> None:
             make()
     with pytest.raises(ShapeError, match="2 means and 1"):
         ImageStandardization(((0.5, 0.5), (0.1,)))
-    with pytest.raises(ShapeError, match="do not join"):
+    with pytest.raises(ShapeError, match="can't be concatenated"):
         RobustScaling().fit([torch.ones(2, 3), torch.ones(2, 4)])
 
 
@@ -260,16 +250,3 @@ def test_global_contrast_of_images() -> None:
     assert_close(weak[0], wanted)
     faint = torch.tensor([[1e-10, -1e-10]], dtype=torch.float64)
     assert_close(GlobalContrast()(faint), faint / 1e-8)
-
-
-def test_inside_a_model_trained_and_loaded() -> None:
-    x = torch.randn(64, 3) * torch.tensor([1.0, 100.0, 0.01]) + 10
-    model = nn.Sequential(ZScore().fit(x), nn.Linear(3, 1))
-    model(x).square().mean().backward()
-    assert {name for name, _ in model.named_parameters()} == {"1.weight", "1.bias"}
-    other = nn.Sequential(ZScore(), nn.Linear(3, 1))
-    other.load_state_dict(model.state_dict())
-    assert_close(other(x), model(x), rtol=0, atol=0)
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        nn.Sequential(ZScore().fit(x[:, :2]), nn.Linear(3, 1)).load_state_dict(model.state_dict())
-    assert model.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16

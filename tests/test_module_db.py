@@ -1,4 +1,4 @@
-"""torch's own inputs of its norm modules, with normkit in torch's place; ``python tests/test_module_db.py`` prints how many.
+"""torch's own inputs of its norm modules, with normkit in torch's place.
 
 Two passes of training with gradients and one of evaluation, in every memory format that the input may have, and the checkpoint
 both ways.
@@ -6,7 +6,6 @@ both ways.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -56,9 +55,10 @@ def passes(module: nn.Module, x: Tensor) -> list[Any]:
     return found
 
 
-def alike(info: Any, training: bool, dtype: torch.dtype) -> Counter[str]:
-    """How many inputs give torch's values; raises where one differs."""
-    count: Counter[str] = Counter()
+@pytest.mark.parametrize("info", MODULES, ids=lambda info: info.name)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_modules_are_torchs(info: Any, training: bool, dtype: torch.dtype) -> None:
     # Sums in another order: a few units in the last place, more in gradients, where they nearly cancel.
     close = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
     for given in info.module_inputs_func(info, "cpu", dtype, True, training):
@@ -77,21 +77,6 @@ def alike(info: Any, training: bool, dtype: torch.dtype) -> Counter[str]:
             wanted, found = passes(theirs, other), passes(ours, other)
             assert_close(found, wanted, **close, msg=lambda text, where=where: f"{where}: {text}")
             assert_close(ours.state_dict(), theirs.state_dict(), **close)
-            count["alike"] += 1
-    return count
-
-
-each = pytest.mark.parametrize("info", MODULES, ids=lambda info: info.name)
-
-
-@each
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_modules_are_torchs(
-    info: Any, training: bool, dtype: torch.dtype, record_property: Callable[[str, object], None]
-) -> None:
-    for key, number in alike(info, training, dtype).items():
-        record_property(key, number)
 
 
 @pytest.mark.parametrize(
@@ -107,12 +92,3 @@ def test_what_torch_refuses_is_refused_alike(info: Any, training: bool) -> None:
             OURS[info.name](*given.constructor_input.args, **given.constructor_input.kwargs).train(training)(
                 *given.forward_input.args
             )
-
-
-if __name__ == "__main__":
-    whole: Counter[str] = Counter()
-    for one in MODULES:
-        for mode in (True, False):
-            for kind in (torch.float64, torch.float32):
-                whole += alike(one, mode, kind)
-    print(f"{sum(whole.values())} cases of {len(MODULES)} modules: {dict(whole)}")

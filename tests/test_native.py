@@ -2,7 +2,6 @@
 
 import copy
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ def test_any_rule_in_any_layout_is_the_reference(problem: tuple[nk.Rule, Tensor,
     except nk.errors.BackendError as error:
         reason = str(error)
         event("refused")
-        if any(known in reason for known in ("memory", "one element", "nothing to reduce", "take turns")):
+        if any(known in reason for known in ("memory", "one element", "nothing to reduce", "alternate")):
             return
         raise
     event("run")
@@ -99,78 +98,23 @@ def test_plans_of_the_methods() -> None:
     assert [nest(channels, image, "c", last).kind for last in (False, True)] == ["column", "row"]
     assert [nest(each, image, "n c", last).kind for last in (False, True)] == ["row", "column"]
     assert isinstance(plan(Split((2, 3, 4, 5), tuple("abcd"), (1, 3)), (60, 20, 5, 1), None), Nest)
-    assert "take turns" in str(plan(Split((2,) * 6, tuple("abcdef"), (0, 2, 4)), (32, 16, 8, 4, 2, 1), None))
+    assert "alternate" in str(plan(Split((2,) * 6, tuple("abcdef"), (0, 2, 4)), (32, 16, 8, 4, 2, 1), None))
 
 
 @needs_kernels
-@pytest.mark.parametrize("last", [False, True])
-def test_threads_change_nothing_and_none_are_added(last: bool) -> None:
-    x = torch.randn(6, 64, 20, 20)
-    x = x.to(memory_format=torch.channels_last) if last else x
-    before = torch.get_num_threads()
-    results = []
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted where Linux lists them")
+def test_the_kernels_start_no_threads_of_their_own() -> None:
+    x, before = torch.randn(6, 64, 20, 20, requires_grad=True), torch.get_num_threads()
     try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            torch.ones(1 << 20).add_(1)  # torch starts its threads
-            tasks = len(os.listdir("/proc/self/task")) if Path("/proc/self/task").exists() else 0
-            found = []
-            for norm in (nk.BatchNorm(64), nk.GroupNorm(8, 64), nk.LayerNorm(64, over="c"), nk.InstanceNorm(64)):
-                norm.backend = "native"
-                z = x.clone(memory_format=torch.preserve_format).requires_grad_()
-                y = norm(z)
-                found += [y, *torch.autograd.grad(y.square().sum(), [z, *norm.parameters()]), *norm.buffers()]
-            results.append(found)
-            if tasks:
-                assert len(os.listdir("/proc/self/task")) <= tasks, "the kernels started threads of their own"
+        torch.set_num_threads(3)
+        torch.ones(1 << 20).add_(1)  # torch starts its threads
+        tasks = len(os.listdir("/proc/self/task"))
+        for norm in (nk.BatchNorm(64), nk.GroupNorm(8, 64), nk.LayerNorm(64, over="c"), nk.InstanceNorm(64)):
+            norm.backend = "native"
+            norm(x).square().sum().backward()
+            assert len(os.listdir("/proc/self/task")) <= tasks
     finally:
         torch.set_num_threads(before)
-    for other in results[1:]:
-        assert_close(other, results[0], rtol=0, atol=0)
-
-
-@needs_kernels
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("mean", [0.0, 100.0, 1e4])
-def test_no_mean_costs_accuracy(mean: float, last: bool) -> None:
-    x = torch.randn(4, 32, 14, 14) + mean
-    x = x.to(memory_format=torch.channels_last) if last else x
-    for norm in (nk.BatchNorm(32), nk.GroupNorm(8, 32), nk.InstanceNorm(32), nk.LayerNorm(32, over="c")):
-        norm.backend = "native"
-        wanted = copy.deepcopy(norm).double()
-        wanted.backend = "reference"
-        # The mean itself is rounded to float32, by half of its last place against a deviation of 1.
-        assert_close(norm(x).double(), wanted(x.double()), rtol=1e-5, atol=2e-6 + 1.2e-7 * mean)
-
-
-@needs_kernels
-def test_what_is_broken_spoils_its_own_set_alone() -> None:
-    x = torch.randn(3, 8, 6, 6)
-    x[1, 2, 3, 3] = float("nan")
-    y = nk.InstanceNorm(8)(x)
-    broken = y.isnan().flatten(2).any(-1)
-    assert broken.sum() == 1
-    assert broken[1, 2]
-
-
-@needs_kernels
-def test_gaps_in_memory_are_copied_over() -> None:
-    norm = nk.LayerNorm(8)
-    norm.backend = "native"
-    x = torch.randn(6, 16, dtype=torch.float64)[:, ::2].requires_grad_()
-    norm.double()
-    y = norm(x)
-    assert_close(y, torch.nn.functional.layer_norm(x, (8,), norm.weight, norm.bias), rtol=1e-9, atol=1e-9)  # float64
-    expanded = torch.randn(8, dtype=torch.float64).expand(4, 8)
-    assert_close(norm(expanded), norm(expanded.clone()), rtol=0, atol=0)
-
-
-@needs_kernels
-def test_a_layer_that_has_run_is_copied_and_pickled() -> None:
-    norm, x = nk.GroupNorm(2, 4), torch.randn(40, 4, 40, 40)
-    y = norm(x)
-    for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
-        assert_close(other(x), y, rtol=0, atol=0)
 
 
 @needs_kernels
@@ -181,51 +125,6 @@ def test_the_operator_keeps_torch_s_rules(per: str | None) -> None:
     weight, bias = (None if per is None else torch.randn(4, requires_grad=True) for _ in range(2))
     assert operator.read(operator.write(rule)) == rule
     torch.library.opcheck(torch.ops.normkit.normalize, (x, weight, bias, operator.write(rule), "silu"))
-
-
-@needs_kernels
-def test_a_compiled_graph_calls_the_kernel_by_name() -> None:
-    for norm in (nk.LayerNorm(6, activation="gelu"), nk.RMSNorm(6), nk.GroupNorm(2, 6)):
-        x = torch.randn(4, 6, 6, requires_grad=True)
-        wanted = torch.autograd.grad(norm(x).square().sum(), [x, *norm.parameters()])
-        norm.backend = "native"
-        compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
-        found = torch.autograd.grad(compiled(x).square().sum(), [x, *norm.parameters()])
-        assert_close(found, wanted, rtol=1e-4, atol=1e-5)  # float32 in another order of sums
-        assert compiled(torch.randn(7, 6, 6)).shape == (7, 6, 6)
-
-
-@needs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_s_result_does_not_depend_on_how_many_there_are(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    images = torch.randn(300, 16, 7, 5).to(dtype)
-    last = images.to(memory_format=torch.channels_last)
-    over_channels = [nk.GroupNorm(4, 16), nk.InstanceNorm(16), nk.LayerNorm(16, over="c"), nk.BatchNorm(16).eval()]
-    cases: list[tuple[Any, Tensor]] = [(norm, x) for norm in over_channels for x in (images, last)]
-    cases += [
-        (norm, torch.randn(300, d).to(dtype))
-        for d in (5, 1000, 5000)
-        for norm in (nk.LayerNorm(d), nk.RMSNorm(d), nk.BatchNorm(d).eval())
-    ]
-    before = torch.get_num_threads()
-    try:
-        for norm, x in cases:
-            norm = norm.to(dtype)
-            norm.backend = "native"
-            for tensor in (*norm.parameters(), *(b for b in norm.buffers() if b.is_floating_point())):
-                torch.nn.init.uniform_(tensor, 0.5, 1.5)
-            dy = torch.randn(x.shape).to(dtype)
-            wanted: list[Tensor] = []
-            for rows, threads in ((300, 2), (1, 1), (2, 1), (7, 3), (100, 2)):
-                torch.set_num_threads(threads)
-                part = x[:rows].detach().requires_grad_()
-                y = norm(part)
-                found = [y.detach(), *torch.autograd.grad(y, part, dy[:rows])]
-                wanted = wanted or found
-                assert_close(found, [one[:rows] for one in wanted], rtol=0, atol=0)
-    finally:
-        torch.set_num_threads(before)
 
 
 @needs_kernels

@@ -1,7 +1,6 @@
 """Weights on the native kernels: equal to their definitions, one by one and together, and never stale."""
 
 import copy
-import pickle
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
 
 from normkit.core.errors import BackendError
 from normkit.engine.library import why_not
@@ -17,7 +15,6 @@ from normkit.weights import kernels, multi_tensor
 from normkit.weights.layout import WeightLayout
 from normkit.weights.multi_tensor import Share, Shares, together
 from normkit.weights.scaled_weight_standardization import ScaledWeightStandardization, scaled_weight_standardization
-from normkit.weights.spare import Spare
 from normkit.weights.spectral_norm import SpectralNorm, spectral_norm
 from normkit.weights.weight_conditioning import Equilibrate, weight_conditioning
 from normkit.weights.weight_norm import WeightNorm, weight_norm
@@ -448,60 +445,6 @@ def test_a_graph_holds_its_weights() -> None:
         raw.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
-
-
-def test_a_spare_is_empty_in_copies() -> None:
-    spare = Spare()
-    spare.take(torch.zeros(3))
-    assert copy.deepcopy(spare)._free == [] == pickle.loads(pickle.dumps(spare))._free
-    layer = weight_conditioning(nn.Linear(5, 4))
-    layer(torch.randn(2, 5)).sum().backward()
-    part = layer.get_submodule("parametrizations.weight.0")
-    assert copy.deepcopy(layer).get_submodule("parametrizations.weight.0")._spare._free == []
-    assert pickle.loads(pickle.dumps(part))._spare._free == []
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing(reentrant: bool) -> None:
-    model = network()
-    wanted = gradients(copy.deepcopy(model))
-    model[6].eval()  # recomputed in training, power iteration would go on, with any implementation
-    twin = copy.deepcopy(model)
-    x = X.clone().requires_grad_()
-    for one in (model, twin):
-        y = checkpoint(one, x, use_reentrant=reentrant) if one is model else one(x)
-        y.square().sum().backward()
-    for got, other in zip(model.parameters(), twin.parameters(), strict=True):
-        assert_close(got.grad, other.grad, rtol=0, atol=0)
-    assert len(wanted) == len(list(model.parameters()))
-
-
-def test_transforms_see_the_definition() -> None:
-    layer, x = weight_conditioning(nn.Linear(5, 4).double()), torch.randn(3, 5).double()
-    parameters = dict(layer.named_parameters())
-
-    def f(p: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, p, (x,))
-
-    wanted = torch.autograd.grad(layer(x)[0, 0], list(parameters.values()))
-    got = torch.func.jacrev(f)(parameters, x[0])
-    assert_close([got[name][0] for name in parameters], list(wanted))
-    each = torch.func.vmap(torch.func.grad(lambda p, x: f(p, x)[0]), (None, 0))(parameters, x)
-    assert_close([each[name][0] for name in parameters], list(wanted))
-    raw = layer.get_parameter("parametrizations.weight.original")
-    rows = torch.autograd.grad(layer.weight, raw, torch.randn(6, 4, 5).double(), is_grads_batched=True)[0]
-    assert rows.shape == (6, 4, 5)
-    assert rows.isfinite().all()
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, as forward mode is set up
-def test_forward_mode_sees_the_definition() -> None:
-    raw = torch.randn(4, 5, dtype=torch.float64)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(raw, torch.ones(4, 5).double())
-        tangent = torch.autograd.forward_ad.unpack_dual(Equilibrate()(dual)).tangent
-    assert tangent is not None
-    assert tangent.isfinite().all()
 
 
 def test_freed_memory_is_refused() -> None:

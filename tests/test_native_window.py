@@ -93,15 +93,6 @@ def test_powers(beta: float) -> None:
         _compare(lambda x: local_response_norm(x, 3, 0.3, beta, 0.1), _random((2, 9, 70), dtype))
 
 
-@pytest.mark.parametrize("shape", [(1, 5, 2, 1), (1, 3, 80)])
-@pytest.mark.parametrize("beta", [0.6, 0.75])
-def test_local_response_has_derivatives_of_derivatives(shape: tuple[int, ...], beta: float) -> None:
-    x = _random(shape, torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: local_response_norm(x, 3, 0.3, beta), x)
-    if x.numel() < 100:
-        assert torch.autograd.gradgradcheck(lambda x: local_response_norm(x, 3, 0.3, beta), x)
-
-
 def test_small_windows_keep_their_digits_behind_large_elements() -> None:
     for shape in ((1, 60, 1), (1, 60, 100)):
         x = _random(shape, torch.float32)
@@ -140,12 +131,6 @@ def test_sliding_sums_are_the_definition(dim: int, last: bool, count: dict[str, 
         for before, after in ((1, 0), (4, 4), (0, 30), (100, 100)):
             _compare(lambda x, b=before, a=after: sliding_sum(x, dim, b, a), x)
     assert count["native"] == 2 * 2 * 4
-
-
-def test_sliding_sums_have_derivatives_of_derivatives() -> None:
-    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    for dim in range(3):
-        assert torch.autograd.gradgradcheck(lambda x, d=dim: sliding_sum(x, d, 2, 1).square(), x)
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -188,19 +173,6 @@ def test_global_response_without_parameters() -> None:
             _compare(lambda x, w, b: global_response_norm(x, w, b, layout="n c *"), x, *parameters)
 
 
-@pytest.mark.parametrize("layout", ["n c *", "n * c"])
-@pytest.mark.parametrize("over", ["*", "n *"])
-def test_global_response_has_derivatives_of_derivatives(layout: str, over: str) -> None:
-    x = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
-    parameters = [torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-
-    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return global_response_norm(x, weight, bias, layout=layout, over=over)
-
-    assert torch.autograd.gradcheck(function, (x, *parameters))
-    assert torch.autograd.gradgradcheck(function, (x, *parameters))
-
-
 def test_a_channel_of_zeros_has_the_norms_subgradient() -> None:
     x = torch.randn(2, 4, 6)
     x[:, 1] = 0
@@ -238,41 +210,6 @@ def test_results_do_not_depend_on_the_threads(which: int) -> None:
                 torch.set_num_threads(threads)
             for other in found[1:]:
                 assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-
-
-# torch's own forward mode scripts its decompositions, and warns of that.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("which", [0, 1])
-def test_what_transforms_and_modes_see_is_the_definition(which: int, count: dict[str, int]) -> None:
-    function = _functions()[which]
-    x = torch.randn(2, 5, 6, dtype=torch.float64)
-    wanted = torch.autograd.functional.jacobian(function, x)
-    used = count["native"]
-    assert used > 0
-    assert_close(torch.func.jacrev(function)(x), wanted)
-    along = torch.func.jvp(function, (x,), (torch.ones_like(x),))[1]
-    assert_close(along, wanted.sum((3, 4, 5)))
-    assert_close(
-        torch.func.vmap(function)(x.unsqueeze(1)).squeeze(1), torch.stack([function(one)[0] for one in x[:, None]])
-    )
-    assert count["native"] == used + len(x)
-    assert_close(torch.autograd.functional.jacobian(function, x, vectorize=True), wanted)
-    assert function(x.to("meta")).is_meta
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_other_layouts_and_no_elements(which: int, count: dict[str, int]) -> None:
-    function = _functions()[which]
-    x = torch.randn(2, 12, 6)
-    assert_close(function(x[:, ::2]), function(x[:, ::2].contiguous()))
-    used = count["native"]
-    assert function(x[:0]).shape == (0, 12, 6)
-    assert count["native"] == used
-    own = x.clone().requires_grad_()
-    function(own).sum().backward()  # whose gradient is one number, expanded
-    other = x.clone().requires_grad_()
-    _defined(lambda x: function(x).sum(), other).backward()
-    assert_close(own.grad, other.grad)
 
 
 def test_layers_run_on_the_kernels(count: dict[str, int]) -> None:

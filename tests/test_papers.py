@@ -1,7 +1,6 @@
 """The studies behind a paper's tables: a small one on the handwritten digits, from sweep to report."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from normkit.lab import record, task
 from normkit.lab.data.split import Data, Split
 from normkit.lab.experiment import Bench, Experiment
-from normkit.lab.experiments import ablations, cost, fig1, table2, table3, vit_s
+from normkit.lab.experiments import ablations, cost, fig1, table2
 from normkit.lab.experiments.classification import PAPER, Plan, Row, _job, difference, study, tables, verdicts
 from normkit.lab.experiments.classification_drawing import figures
 from normkit.lab.experiments.table1 import PRINTED, plans
@@ -21,7 +20,6 @@ from normkit.lab.models.variants import scale_by_norm
 from normkit.lab.perform import perform
 from normkit.lab.report.tables import lowered, rates_table, time_table, within
 from normkit.lab.stats import best
-from normkit.lab.train.cost import Step, measure_steps
 from normkit.lab.train.learning import Training, changed, images, initial, make
 from normkit.surgery.condition import condition
 
@@ -96,9 +94,7 @@ def test_many_methods_are_drawn_at_the_end_of_training(out: Path) -> None:
 
 
 def test_a_row_has_its_own_start_and_the_same_data(out: Path) -> None:
-    configs = [
-        record.read_json(path) for path in out.glob("runs/digits/inception/*/rate=0.1/seed=0/training/config.json")
-    ]
+    configs = [record.read_json(path) for path in out.glob("runs/digits/inception/*/rate=0.1/seed=0/origin.json")]
     assert len(configs) == 4
     assert len({config["init_sha256"] for config in configs}) == 1
     assert len({config["order_sha256"] for config in configs}) == 1
@@ -164,13 +160,11 @@ def test_plans_of_table1() -> None:
     small, full = plans("small"), plans("full")
     assert [plan.label for plan in small] == list(PRINTED) == [plan.label for plan in full]
     assert small[1].borrow == "CIFAR-10"
-    assert [plan.rate for plan in full] == [1e-3, 1e-3]
-    assert full[0].base.epochs == 200
-    assert full[0].base.width == 1
+    assert [(plan.rate, plan.base.epochs, plan.base.width) for plan in full] == [(1e-3, 200, 1)] * 2
 
 
-def ten_classes(channels: int = 3, size: int = 16) -> Data:
-    split = Split(torch.arange(20) % 10, torch.randn(20, channels, size, size))
+def ten_classes() -> Data:
+    split = Split(torch.arange(20) % 10, torch.randn(20, 3, 16, 16))
     return Data(split, split, split)
 
 
@@ -230,67 +224,15 @@ def test_held_norms_of_every_step_are_a_detached_gradient() -> None:
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("scale", ["small", "full"])
 @pytest.mark.parametrize("name", cost.NETWORKS)
-def test_networks_of_the_cost_have_a_loss(name: str, scale: str) -> None:
+def test_networks_of_the_cost_have_a_loss(name: str) -> None:
     network = cost.NETWORKS[name]
-    model = cost._made(cost.Measure(name, scale, 100), list(network.recipes.values())[-1])
+    model = cost._made(cost.Measure(name, "small", 100), list(network.recipes.values())[-1])
     inputs, targets = network.inputs(100), network.targets(100)
     few = {key: value[:2] for key, value in inputs.items()} if isinstance(inputs, dict) else inputs[:2]
     predicted = task.call(model, few)
     wanted = targets if targets.is_floating_point() else targets.topk(2).values  # the highest classes have outputs too
     assert task.loss(predicted, wanted[:2]).isfinite()
-
-
-def test_cost_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = cost.Network(
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)),
-        lambda count: torch.randn(count, 3, 8, 8), lambda count: torch.randint(0, 10, (count,)), {"small": 4}, cost.BN,
-    )  # fmt: skip
-    monkeypatch.setattr(cost, "NETWORKS", {"tiny": small})
-    real = cost.measure_costs
-    monkeypatch.setattr(cost, "measure_costs", lambda m, s, d, f, *_: real(m, s, d, f, 0.1, (3, 3)))
-    monkeypatch.setattr(cost, "INFERENCE_SECONDS", 0.0)
-    taken = []
-
-    def measured(steps: dict[str, Step], *given: Any) -> dict[str, dict[str, Any]]:
-        taken.extend(steps)
-        return measure_steps(steps, *given)
-
-    monkeypatch.setattr(cost, "measure_steps", measured)
-    found = perform(cost.EXPERIMENT, Bench("small", tmp_path, console=Console(quiet=True)))["result"]
-    rows = found["networks"]["tiny"]
-    assert list(rows) == list(cost.BN)
-    assert (rows["BN"]["ratio"], rows["BN"]["folded_ratio"], taken[0], len(taken)) == (1, 1, "BN, folded", 14)
-    assert all(row["eval_ms"] > 0 and row["folded_ms"] > 0 for row in rows.values())
-    (table,) = cost.tables(found)
-    assert all(len(row) == len(table.columns) for row in table.rows)
-    assert any("2 % of BN" in remark for remark in cost.remarks(found))
-    for place, row in enumerate(rows):
-        rows[row]["folded_ratio"] = 1 + place / 100
-    assert "tiny: folded, inference takes within 6.0 % of folded BN's." in cost.remarks(found)
-    assert (tmp_path / "figures/cost.png").exists()
-
-
-def test_gradients_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = ten_classes(size=8)
-    monkeypatch.setattr(vit_s, "images", lambda *given: data)
-    tiny = partial(vit_s.VisionTransformer, 8, 4, 12, 2, 3)
-    monkeypatch.setattr(vit_s, "small_vit", lambda classes: tiny(classes))
-    rows = [replace(vit_s.plan("small").base, name=row.name, recipe=row.recipe, unit=row.unit) for row in
-            (*vit_s.ROWS, *vit_s.CONTROLS)]  # fmt: skip
-    found = vit_s.gradients(vit_s.Gradients(tuple(replace(row, rate=1e-3) for row in rows)), Path())
-    assert list(found) == [row.name for row in (*vit_s.ROWS, *vit_s.CONTROLS)]
-    assert all(len(lengths) == 2 and min(lengths) > 0 for lengths in found.values())
-
-
-def test_table3_says_that_it_is_not_reproduced_at_small_scale() -> None:
-    rows = [{"name": row.name, "parameters": 1, "losses": [4.0, 3.0, 2.0, 1.0]} for row in table3.ROWS]
-    result = {"scale": "small", "rows": rows}
-    (table,) = table3.tables(result)
-    assert all(len(row) == len(table.columns) for row in table.rows)
-    assert "is not reproduced" in table3.remarks(result)[0]
-    assert table3.figures(result) == []
 
 
 def test_weight_norm_from_the_start_of_e_is_e_at_first() -> None:

@@ -1,6 +1,8 @@
 """What a user's factory may return, and how the rest is refused."""
 
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import lab_samples
 from normkit.core.errors import ProtocolError
 from normkit.lab import task
+from normkit.lab.data import reader
 from normkit.lab.data.digits import digits
 from normkit.lab.data.split import Data, Split, hold_out
-from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model
+from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model, suited
 
 X, Y = torch.randn(30, 8), torch.arange(30) % 3
 
@@ -75,6 +79,74 @@ def tensor(split: Split) -> torch.Tensor:
     return split.inputs
 
 
+class Picture:
+    """A photograph as pillow has it."""
+
+    def getbands(self) -> tuple[str, ...]:
+        return ("R", "G", "B")
+
+
+class Ragged(Dataset):
+    """Sentences of unequal length, as dicts: what Hugging Face's library gives, of which only this much is used."""
+
+    features = ("input_ids", "text", "label")
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        if row >= 30:
+            raise IndexError
+        return {"input_ids": [1, 2, 3, 4][: 2 + row % 3], "text": "words", "label": row % 3}
+
+
+def padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    held = {"input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=0)}
+    return {**held, "attention_mask": held["input_ids"] > 0, "labels": torch.tensor([row["label"] for row in rows])}
+
+
+def language(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    made = padded(rows)
+    return {**made, "labels": torch.where(made["attention_mask"], made["input_ids"], -100)}
+
+
+class Stream(IterableDataset):
+    """Samples in a row, as many as it says."""
+
+    def __init__(self, count: int = 30) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        return zip(X, Y.tolist(), strict=True)
+
+
+class Pooled(nn.Module):
+    """A classifier of sentences, or of their tokens."""
+
+    def __init__(self, tokens: bool = False) -> None:
+        super().__init__()
+        self.embedding, self.out, self.tokens = nn.Embedding(9, 8), nn.Linear(8, 9), tokens
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        held = self.embedding(input_ids)
+        return {"logits": self.out(held if self.tokens else held.mean(1))}
+
+
+class Both(nn.Module):
+    """A model of two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.cat([one, other], 1))
+
+
 def broken() -> nn.Module:
     raise RuntimeError("no weights")
 
@@ -104,12 +176,31 @@ def test_classes_are_given_where_they_are_taken() -> None:
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        (None, 'returned None; wanted a dict with "train" and "test"'),
-        ({"train": (X, Y)}, 'a dict with train; wanted "train", "test"'),
-        ({"train": (X, Y), "test": (X, Y), "valid": (X, Y)}, 'wanted "train", "test"'),
-        ({"train": X, "test": (X, Y)}, "train is a Tensor; wanted a pair"),
+        (None, 'data is None; wanted a dict with "train"'),
+        ({"test": (X, Y)}, 'a dict with test; wanted a dict with "train"'),
+        ({"train": (X, Y), "tset": (X, Y)}, "leave 'tset' out"),
+        ({"train": X, "test": (X, Y)}, "train is a Tensor; wanted a dict"),
         ({"train": ({}, Y), "test": (X, Y)}, "empty dict"),
-        ({"train": (X, ["a"] * 30), "test": (X, Y)}, "makes no tensor"),
+        ({"train": ({"text": ["a"] * 30}, Y)}, "hold nothing but text or None under text"),
+        (
+            {"train": (X, ["cat", "dog"] * 15)},
+            r"targets are text, such as 'cat'; wanted class indices, such as numpy.unique",
+        ),
+        ({"train": (X, [{}] * 30)}, "makes no tensor"),
+        ((X, torch.eye(3)[Y].long()), r"a single 1 per row \(one-hot\); give class indices, targets.argmax\(1\)"),
+        ((X, torch.eye(3)[Y]), "one-hot"),
+        ((X, torch.full((30,), 2)), "all targets of train are 2, a single class"),
+        ((X, torch.ones(30, 2)), "a single class"),
+        ({"train": (X, Y), "test": (X, Y - 9)}, "published without labels\\? leave this split out"),
+        ([{"x": X[0]}], "has no target among x; wanted one called labels, label"),
+        ([{"image": Picture(), "label": 1}], r"are pictures \(Picture\); make tensors"),
+        (DataLoader(Ragged(), 4), "inputs of unequal shapes or names.*DataLoader with a collate_fn that pads"),
+        (
+            DataLoader(Ragged(), 4, collate_fn=lambda rows: (torch.zeros(7, 4), Y[:4])),
+            r"collate function makes inputs \(7, 4\)",
+        ),
+        (DataLoader(Ragged(), None), "batch_size=None"),
+        (iter([(X[0], 1)]), "an iterable needs a length"),
         ({"train": (X[:29], Y), "test": (X, Y)}, "do not match 30 targets in length"),
         ({"train": ({"a": X[:7]}, Y), "test": (X, Y)}, "do not match 30 targets in length"),
         ({"train": (X[:0], Y[:0]), "test": (X, Y)}, "train is empty"),
@@ -138,7 +229,9 @@ def test_data_that_is_refused(made: Any, words: str) -> None:
 
 
 def test_data_factory_that_fails() -> None:
-    with pytest.raises(ProtocolError, match="data factory data raised RuntimeError"):
+    with pytest.raises(
+        ProtocolError, match=r"raised RuntimeError: no weights \(at .*test_protocol.py:\d+, in \w+: raise"
+    ):
         make_data(broken, "data")
 
 
@@ -149,12 +242,12 @@ def test_data_factory_that_fails() -> None:
         (
             nn.Linear(9, 3),
             lab_samples.data,
-            r"raised RuntimeError on two samples of train \(inputs torch.float32 \(2, 8\)\)",
+            r"on two samples of train \(inputs torch.float32 \(2, 8\)\) raised RuntimeError",
         ),
         (nn.Flatten(0), lab_samples.data, r"returned \(16,\) for class targets \(2,\) of train; wanted \(2, classes\)"),
         (nn.GRU(8, 4), lab_samples.data, "returned a tuple; wanted a tensor of logits"),
         (nn.Linear(8, 2), lab_samples.regression, r"returned \(2, 2\) for float targets \(2,\) of train"),
-        (nn.Linear(8, 3), lab_samples.tokens, "raised TypeError on two samples of train .*input_ids"),
+        (nn.Linear(8, 3), lab_samples.tokens, "on two samples of train .*input_ids.* raised TypeError"),
     ],
 )
 def test_models_that_do_not_fit(model: nn.Module, data: Any, words: str) -> None:
@@ -168,8 +261,7 @@ def test_models_that_do_not_fit(model: nn.Module, data: Any, words: str) -> None
     ("inputs", "words"),
     [
         (torch.randn(50, 9), r"inputs torch.float32 \(2, 9\)"),
-        (torch.randn(50, 8).double(), r"inputs torch.float64 \(2, 8\)"),
-        ({"x": torch.randn(50, 8)}, r"\(x torch.float32 \(2, 8\)"),
+        ({"x": torch.randn(50, 8)}, r"\(inputs\['x'\] torch.float32 \(2, 8\)"),
     ],
 )
 def test_splits_that_do_not_fit_as_train_does(split: str, inputs: Any, words: str) -> None:
@@ -204,6 +296,111 @@ def test_what_is_taken(model: nn.Module, data: Any, kind: str) -> None:
     loss = task.loss(task.call(model, inputs), targets)
     loss.backward()
     assert torch.isfinite(loss)
+
+
+LINE, IDS = nn.Linear(8, 3), torch.arange(60).view(30, 2) % 9
+BITS = (X[:, :3] > 0).float()
+DRAWN = "no test split was given: 6 of 30 samples are drawn from train"
+
+
+@pytest.mark.parametrize(
+    ("made", "model", "kind", "sizes", "words"),
+    [
+        ((X, Y), LINE, "classification", (19, 5, 6), DRAWN),
+        ({"train": (X, Y), "validation": (X[:9], Y[:9])}, LINE, "classification", (24, 9, 6), DRAWN),
+        ((TensorDataset(X, Y), TensorDataset(X[:9], Y[:9])), LINE, "classification", (24, 6, 9), "no val split"),
+        (TensorDataset(X, X, Y), Both(), "classification", (19, 5, 6), DRAWN),
+        ([(x, y) for x, y in zip(X, Y, strict=True)], LINE, "classification", (19, 5, 6), DRAWN),
+        ({"data": X.numpy(), "target": Y.numpy(), "DESCR": "words"}, LINE, "classification", (19, 5, 6), DRAWN),
+        ({"pixels": X, "labels": Y}, LINE, "classification", (19, 5, 6), DRAWN),
+        (
+            {"pixels": X.double(), "labels": X[:, 0].double()},
+            nn.Linear(8, 1),
+            "regression",
+            (19, 5, 6),
+            "become float32",
+        ),
+        (DataLoader(TensorDataset(X, Y), 7), LINE, "classification", (19, 5, 6), r"not its own \(7\)"),
+        (
+            DataLoader(TensorDataset(X, Y), 7, sampler=SubsetRandomSampler(range(20))),
+            LINE,
+            "classification",
+            (13, 3, 4),
+            "",
+        ),
+        (
+            DataLoader(TensorDataset(X, Y), sampler=[1, 1, 2]),
+            LINE,
+            "classification",
+            (19, 5, 6),
+            "list repeats samples",
+        ),
+        (
+            DataLoader(Ragged(), 4, collate_fn=padded),
+            Pooled(),
+            "classification",
+            (19, 5, 6),
+            "text and empty columns.* text",
+        ),
+        (
+            DataLoader(Ragged(), 4, collate_fn=language),
+            Pooled(True),
+            "classification",
+            (19, 5, 6),
+            "target is the next one",
+        ),
+        (DataLoader(Stream()), LINE, "classification", (19, 5, 6), "held in memory: 30 samples, 0.0 MB"),
+        (
+            {"input_ids": IDS, "speaker": Y, "labels": IDS},
+            Pooled(True),
+            "classification",
+            (19, 5, 6),
+            "no argument called speaker",
+        ),
+        ((X, BITS), LINE, "multi-label", (19, 5, 6), "binary cross-entropy"),
+        ((X, BITS.bool().numpy()), LINE, "multi-label", (19, 5, 6), DRAWN),
+        ((X, BITS[:, 0]), nn.Linear(8, 1), "binary", (19, 5, 6), "binary cross-entropy"),
+        ((X, Y > 1), LINE, "classification", (19, 5, 6), DRAWN),
+    ],
+)
+def test_data_as_people_have_them(made: Any, model: nn.Module, kind: str, sizes: tuple[int, ...], words: str) -> None:
+    data = suited(make_data(lambda: made, "data"), model, "model")
+    check_fit(model, data, "model")
+    assert data.kind == kind
+    assert data.score == ("r2" if kind == "regression" else "accuracy")
+    assert tuple(map(len, data.splits.values())) == sizes
+    assert re.search(words, "; ".join(data.notes))
+    inputs, targets = data.train.batch(torch.tensor([3, 1]), torch.device("cpu"))
+    task.loss(task.call(model, inputs), targets).backward()
+    stored = data.train.targets[[3, 1]]  # of sequences, padded to the longest of all batches
+    torch.testing.assert_close(targets, stored if stored.ndim == 1 else stored[:, : targets.shape[1]])
+
+
+def test_a_causal_loss_is_that_of_hugging_face() -> None:
+    ids, logits = torch.randint(0, 9, (4, 6)), torch.randn(4, 6, 9)
+    targets = make_data(lambda: ({"input_ids": ids.repeat(9, 1)}, ids.repeat(9, 1)), "data").train.targets[:1]
+    expected = nn.functional.cross_entropy(logits[0, :-1], torch.cat([targets[0, :-1]]))
+    torch.testing.assert_close(task.loss(logits[:1], targets), expected)
+
+
+def test_an_iterable_that_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "_free_bytes", lambda: 100)
+    with pytest.raises(ProtocolError, match=r"first 2 of 30 samples fill half of the free memory .*map-style"):
+        make_data(Stream, "data")
+
+
+def test_inputs_that_a_model_does_not_name() -> None:
+    data = make_data(lambda: {"a": X, "b": X, "labels": Y}, "data")
+    with pytest.raises(ProtocolError, match="its forward takes input, but the samples hold a, b; name them alike"):
+        suited(data, LINE, "model")
+
+
+def test_scores_of_labels_that_are_yes_or_no() -> None:
+    logits, targets = torch.tensor([[2.0, -2.0], [2.0, 2.0]]), torch.tensor([[True, False], [False, True]])
+    expected = nn.functional.binary_cross_entropy_with_logits(logits, targets.float())
+    torch.testing.assert_close(task.loss(logits, targets), expected)
+    assert task.score(task.tally(logits, targets), targets) == (pytest.approx(expected.item()), 0.75)
+    assert task.weight(targets) == 4
 
 
 def test_doubles_of_numpy_become_floats() -> None:

@@ -4,12 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
-from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm, rms_norm
-from normkit.core.errors import OptionError
 from normkit.engine.library import library
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -132,15 +130,6 @@ def test_channels_first_and_masked(cast: str, over: str) -> None:
     assert (found[..., 3:] == 0).all()
 
 
-def test_of_what_is_centred_is_layer_norm() -> None:
-    x = torch.randn(6, 16, dtype=torch.float64) * 3 + 2
-    centred = x - x.mean(-1, keepdim=True)
-    norms = RMSNorm(16, eps=1e-5, dtype=torch.float64), LayerNorm(16, eps=1e-5, bias=False, dtype=torch.float64)
-    for norm in norms:
-        nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(3))
-    assert_close(norms[0](centred), norms[1](x), rtol=1e-12, atol=1e-12)
-
-
 def test_large_values_overflow_only_where_their_squares_do() -> None:
     assert rms_norm(torch.full((1, 4), 1e18), 4).eq(1).all()
     assert rms_norm(torch.full((1, 4), 3e4, dtype=torch.float16), 4).eq(1).all()  # its square is beyond float16
@@ -149,26 +138,6 @@ def test_large_values_overflow_only_where_their_squares_do() -> None:
     if library() is not None:
         assert rms_norm(torch.full((1, 4), 1e30), 4).eq(1).all()
     assert_close(rms_norm(torch.full((1, 4), 1e30, dtype=torch.float64), 4), torch.ones(1, 4, dtype=torch.float64))
-
-
-def test_second_derivatives_of_the_cast_before_the_weight() -> None:
-    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(3, dtype=torch.float64, requires_grad=True)
-
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, 3, weight, 1e-3, guard="outside", offset=1.0, cast="before weight")
-
-    assert torch.autograd.gradcheck(norm, (x, weight))
-    assert torch.autograd.gradgradcheck(norm, (x, weight))
-
-
-def test_refuses_what_does_not_exist() -> None:
-    with pytest.raises(OptionError, match="after weight"):
-        RMSNorm(4, cast="first")
-    with pytest.raises(OptionError, match="guard='around'"):
-        RMSNorm(4, guard="around")
-    with pytest.raises(OptionError, match="after weight"):
-        rms_norm(torch.randn(2, 4), 4, cast="first")
 
 
 def test_says_what_it_is() -> None:

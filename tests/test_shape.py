@@ -16,7 +16,6 @@ from normkit.lab.data.shapes import SHAPES, torus
 from normkit.lab.data.solid import draw_points, iou
 from normkit.lab.experiment import Bench
 from normkit.lab.experiments import shape
-from normkit.lab.fields import occupancy
 from normkit.lab.fields.occupancy import OccupancyJob, extract, learn_solid, surface_of, write_mesh
 from normkit.lab.fields.radiance import decode
 from normkit.lab.perform import perform
@@ -28,13 +27,6 @@ TINY: dict[str, Any] = {
     **{"width": 8, "depth": 2, "points": 400, "batch": 100, "epochs": 3},
     **{"rate": 1e-2, "every": 1, "grid": 8},
 }
-
-
-@pytest.fixture(autouse=True)
-def _few_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(occupancy, "_JUDGES", 2000)
-    monkeypatch.setattr(occupancy, "_SHOWN", 16)
-    monkeypatch.setattr(occupancy, "_PICTURE", 32)
 
 
 def tiny(row: str = "plain", seed: int = 0, **options: Any) -> OccupancyJob:
@@ -128,7 +120,7 @@ def test_it_learns(tmp_path: Path) -> None:
     again = trimesh.load(tmp_path / "mesh.obj", force="mesh")
     assert read.volume == pytest.approx(found["volume"], rel=1e-3)
     assert again.volume == pytest.approx(found["volume"], rel=1e-3)
-    assert decode(found["pictures"]["learnt"]).shape == (32, 32, 3)
+    assert decode(found["pictures"]["learnt"]).shape == (96, 96, 3)
 
 
 def test_a_run_without_a_number_ends(tmp_path: Path) -> None:
@@ -170,28 +162,3 @@ def test_a_folder_of_data_that_is_missing_is_told(tmp_path: Path, monkeypatch: p
     (tmp_path / "option").mkdir()
     with pytest.raises(ProtocolError, match=r"bunny.* is missing; put a closed mesh"):
         perform(shape.EXPERIMENT, Bench("small", tmp_path / "out", data_root=tmp_path / "option", console=console))
-
-
-def test_the_whole_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NORMKIT_DATA", raising=False)
-    monkeypatch.setattr(shape, "SMALL", {key: value for key, value in TINY.items() if key not in ("depth", "rate")})
-    monkeypatch.setattr(shape, "RATES", {"small": (1e-3, 1e-2)})
-    bench = Bench("small", tmp_path, seeds=(0,), epochs=1, console=Console(quiet=True))
-    found = perform(shape.EXPERIMENT, bench)["result"]
-    assert len(found["runs"]) == 2 * 3 + 2 * 3
-    near, whole, rates, *times = shape.tables(found)
-    assert [len(table.rows) for table in (near, whole, rates, *times)] == [4 * 3, 4 * 3, 3 * 3, 3, 3, 3]
-    assert [row[-2] for row in near.rows] == [
-        found["rates"][kind][name]["rate"] for solid, kind in shape._pairs(found) for name in shape.ROWS
-    ]
-    assert [table.rows[0][2] for table in times] == ["1.000"] * 3
-    assert len(list((tmp_path / "figures").glob("*.svg"))) == 4
-    said = " ".join(shape.remarks(found))
-    assert "torus, Gaussian" in said
-    assert "torus, sine" in said
-    assert "No meshes were given: the solids are analytic shapes (torus, gyroid)." in said
-    assert "Small scale: width 8, 400 points, 100 a step, 1 epochs of Adam, marching cubes at 8^3." in said
-    assert "Full scale: width 256, 1,000,000 points, 50,000 a step, 200 epochs of Adam, marching" in said
-    full = shape.remarks({**found, "scale": "full", "runs": [{**run, "solid": "bunny"} for run in found["runs"]]})
-    assert any(line.startswith("Full scale: width 8,") and line.endswith("cubes at 8^3.") for line in full)
-    assert "analytic" not in " ".join(full)

@@ -56,57 +56,6 @@ def test_functions_take_torchs_keywords(which: str) -> None:
     assert_close(ours(**given), theirs(**given))
 
 
-class Keywords(nn.Module):
-    """A network that calls norms by keyword, as functions of whatever stands for torch.nn.functional."""
-
-    def __init__(self, functions: Any) -> None:
-        super().__init__()
-        self.functions = functions
-        self.weight, self.bias = nn.Parameter(torch.rand(6)), nn.Parameter(torch.rand(6))
-        self.mix = nn.Conv2d(6, 6, 1)
-        for kind in ("batch", "instance"):
-            self.register_buffer(f"{kind}_mean", torch.zeros(6))
-            self.register_buffer(f"{kind}_var", torch.ones(6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        F, weight, bias = self.functions, self.weight, self.bias
-        x = self.mix(F.local_response_norm(input=x, size=3, alpha=0.1, beta=0.5))
-        x = F.batch_norm(
-            input=x,
-            running_mean=self.batch_mean,
-            running_var=self.batch_var,
-            weight=weight,
-            bias=bias,
-            training=self.training,
-            momentum=0.2,
-            eps=1e-4,
-        )
-        x = self.mix(x).relu()
-        x = F.instance_norm(
-            input=x,
-            running_mean=self.instance_mean,
-            running_var=self.instance_var,
-            use_input_stats=self.training,
-            momentum=0.3,
-        )
-        x = F.group_norm(input=self.mix(x).relu(), num_groups=3, weight=weight, bias=bias, eps=1e-3)
-        x = F.layer_norm(input=x.movedim(1, -1), normalized_shape=(6,), weight=weight, bias=bias)
-        return F.rms_norm(input=x.relu(), normalized_shape=[6], weight=weight, eps=1e-3)
-
-
-def test_functional_stands_in_the_place_of_torchs() -> None:
-    ours, theirs = Keywords(nk.functional).double(), Keywords(F).double()
-    ours.load_state_dict(theirs.state_dict())
-    for mode in (True, True, False):
-        x = torch.randn(4, 6, 5, 3, dtype=torch.float64)
-        found, wanted = ours.train(mode)(x), theirs.train(mode)(x)
-        assert_close(found, wanted)
-        for y in (found, wanted):
-            (y * y.detach().cos()).sum().backward()
-    assert_close([p.grad for p in ours.parameters()], [p.grad for p in theirs.parameters()])
-    assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
-
-
 def numpys(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(numpys(each) for each in value)

@@ -49,13 +49,6 @@ def test_a_shape_that_does_not_fit_is_refused_by_axis(support: Support, shape: t
         support.split(shape)
 
 
-def test_errors_are_also_the_ones_of_torch() -> None:
-    with pytest.raises(ValueError, match="not there"):
-        Support("n c", over="d")
-    with pytest.raises(RuntimeError, match="axes"):
-        Support("n c", over="c").split((3,))
-
-
 @given(
     groups=st.integers(1, 4),
     size=st.integers(1, 4),

@@ -1,9 +1,5 @@
 """Synchronized batch normalization: three processes with uneven and empty batches are one batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +7,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-import normkit
 from normkit.activations.sync_batch_norm import SyncBatchNorm, sync_batch_norm
 from normkit.core.errors import OptionError
+from processes import run_together
 
 SIZES = [5, 1, 0]
 
@@ -60,33 +56,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What three processes found."""
     folder = tmp_path_factory.mktemp("sync")
     torch.save(_cases(), folder / "cases")
-    source = str(Path(normkit.__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-    worker = str(Path(__file__).with_name("sync_worker.py"))
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                worker,
-                str(rank),
-                "3",
-                str(folder / "meet"),
-                str(folder / "cases"),
-                str(folder / "found"),
-            ],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
+    run_together("sync_worker.py", 3, folder, str(folder / "cases"), str(folder / "found"))
     return [torch.load(folder / f"found{rank}") for rank in range(3)]
 
 
@@ -117,19 +87,6 @@ def test_three_processes_are_one_batch(name: str, found: list[dict]) -> None:
 
 def test_one_value_in_all_processes_is_refused_in_all(found: list[dict]) -> None:
     assert all(rank["refused"] for rank in found)
-
-
-def test_distributed_data_parallel_trains_as_one_process(found: list[dict]) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    x = torch.arange(18.0).view(6, 3).sin().double()
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-    for rank in found:
-        assert_close(rank["ddp"], model.state_dict(), rtol=1e-9, atol=1e-9)
 
 
 def test_is_torchs_by_arguments_and_state() -> None:

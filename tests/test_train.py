@@ -13,7 +13,6 @@ from torch import nn
 from torch.testing import assert_close
 
 import lab_samples
-from normkit.core.errors import RecordError
 from normkit.lab import record, task
 from normkit.lab.data.split import Data
 from normkit.lab.protocol import make_data
@@ -22,19 +21,19 @@ from normkit.lab.settings import Settings
 from normkit.lab.train.average import Average
 from normkit.lab.train.fabric import start_fabric
 from normkit.lab.train.schedule import rate_at
-from normkit.lab.train.trainer import DIVERGED, Run, Trainer, finished, train_step
+from normkit.lab.train.trainer import DIVERGED, Trainer, train_step
 
 SETTINGS = Settings(epochs=4, batch_size=32, rates=(0.1,), accelerator="cpu", condition=False)
-RUN = Run("keep", 0.1, 0)
+RATE = 0.1
 
 
 def made() -> Data:
     return make_data(lab_samples.data, "data")
 
 
-def trainer(folder: Path, settings: Settings = SETTINGS, data: Data | None = None, run: Run = RUN) -> Trainer:
-    reseed(run.seed, "init")
-    return Trainer(run, settings, lab_samples.model(), data or made(), start_fabric(settings), folder, {})
+def trainer(folder: Path, settings: Settings = SETTINGS, data: Data | None = None, seed: int = 0) -> Trainer:
+    reseed(seed, "init")
+    return Trainer(RATE, seed, settings, lab_samples.model(), data or made(), start_fabric(settings), folder)
 
 
 class Stop(Exception):
@@ -54,8 +53,7 @@ def test_a_run_resumed_after_any_epoch_ends_alike(tmp_path: Path, optimizer: str
         with pytest.raises(Stop):
             trainer(tmp_path / "parts", settings).train(stop)
     assert trainer(tmp_path / "parts", settings).train() == whole
-    for name in ("metrics.jsonl", "result.json"):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (tmp_path / "parts/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
     assert not (tmp_path / "parts" / "checkpoint.pt").exists()
 
 
@@ -76,11 +74,10 @@ def test_divergence_ends_the_run(tmp_path: Path, rate: float) -> None:
     data = make_data(lab_samples.regression, "data")
     settings = replace(SETTINGS, rates=(rate,), schedule="constant", epochs=20)
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
-    result = Trainer(Run("keep", rate, 0), settings, model, data, start_fabric(settings), tmp_path, {}).train()
+    result = Trainer(rate, 0, settings, model, data, start_fabric(settings), tmp_path).train()
     assert result["status"] == DIVERGED
     assert result["epochs"] < 20
     assert result["test_score"] is None
-    assert record.read_json(tmp_path / "result.json") == result
     assert len(record.read_lines(tmp_path / "metrics.jsonl")) == result["epochs"]
 
 
@@ -88,14 +85,6 @@ def test_samples_read_one_by_one_train_alike(tmp_path: Path) -> None:
     one = trainer(tmp_path / "tensors").train()
     other = trainer(tmp_path / "dataset", data=make_data(lab_samples.dataset, "data")).train()
     assert one == other
-
-
-def test_a_finished_run_is_read_back(tmp_path: Path) -> None:
-    assert finished(tmp_path, {"rate": 0.1}) is None
-    result = trainer(tmp_path).train()
-    assert finished(tmp_path, {"rate": 0.1}) == result
-    with pytest.raises(RecordError, match=r"rate is 0\.1 there, 0\.2 now"):
-        finished(tmp_path, {"rate": 0.2})
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
@@ -196,7 +185,7 @@ def test_augmentation_is_of_training_alone_and_drawn_by_step(tmp_path: Path) -> 
     trainer(tmp_path / "again", replace(SETTINGS, optimizer="adam"), data).train()
     assert drawn == again  # the same for every recipe and optimizer
     drawn.clear()
-    trainer(tmp_path / "seed", data=data, run=Run("keep", 0.1, 1)).train()
+    trainer(tmp_path / "seed", data=data, seed=1).train()
     assert not set(drawn) & set(again)
 
 
@@ -209,7 +198,7 @@ def test_a_batch_in_parts_is_the_batch(tmp_path: Path) -> None:
         settings = replace(SETTINGS, **options)
         torch.manual_seed(0)
         model = plain_model()
-        Trainer(RUN, settings, model, made(), start_fabric(settings), tmp_path / name, {}).train()
+        Trainer(RATE, 0, settings, model, made(), start_fabric(settings), tmp_path / name).train()
         return record.read_lines(tmp_path / name / "metrics.jsonl")
 
     for whole, parts in zip(train("whole"), train("parts", accumulate=5), strict=True):
@@ -224,7 +213,7 @@ def test_parts_weigh_tokens_not_samples(tmp_path: Path) -> None:
     losses = []
     for some in (SETTINGS, settings):
         torch.manual_seed(0)
-        runner = Trainer(RUN, some, lab_samples.Tagger(), data, start_fabric(some), tmp_path / str(some.accumulate), {})
+        runner = Trainer(RATE, 0, some, lab_samples.Tagger(), data, start_fabric(some), tmp_path / str(some.accumulate))
         inputs, targets = data.train.batch(torch.arange(7), torch.device("cpu"))
         losses.append(train_step(runner.fabric, runner.placed, some, inputs, targets))
         losses.append(runner.placed.model.out.weight.detach().clone())
@@ -298,7 +287,7 @@ def test_compiled_it_trains_alike_and_resumes(tmp_path: Path) -> None:
     def run(name: str, settings: Settings, **options: Any) -> dict[str, Any]:
         torch.manual_seed(0)
         fabric = start_fabric(settings)
-        return Trainer(RUN, settings, plain_model(), made(), fabric, tmp_path / name, {}).train(**options)
+        return Trainer(RATE, 0, settings, plain_model(), made(), fabric, tmp_path / name).train(**options)
 
     eager = run("eager", replace(settings, compile=False))
     with warnings.catch_warnings():
@@ -323,7 +312,7 @@ def test_tensorboard_shows_each_epoch_once(tmp_path: Path) -> None:
     def run(**options: Any) -> None:
         reseed(0, "init")
         fabric = start_fabric(settings)
-        Trainer(RUN, settings, lab_samples.model(), made(), fabric, tmp_path, {}, tmp_path / "curves").train(**options)
+        Trainer(RATE, 0, settings, lab_samples.model(), made(), fabric, tmp_path, tmp_path / "curves").train(**options)
 
     def stop(epoch: int, score: float | None) -> None:
         if epoch == 2:
@@ -365,7 +354,7 @@ def test_channels_last_trains_alike(tmp_path: Path) -> None:
         settings = replace(SETTINGS, **options)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 7))
-        return Trainer(RUN, settings, model, data, start_fabric(settings), tmp_path / name, {}).train()
+        return Trainer(RATE, 0, settings, model, data, start_fabric(settings), tmp_path / name).train()
 
     one, other = train("first"), train("last", channels_last=True)
     assert one["test_loss"] == pytest.approx(other["test_loss"], rel=1e-4)  # sums in another order

@@ -16,10 +16,10 @@ import lab_samples
 from experiment_samples import EXPERIMENT
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
-from normkit.lab.compare import compare, reprint
+from normkit.lab.comparison import compare
 from normkit.lab.experiment import Bench
+from normkit.lab.experiments import reshow
 from normkit.lab.perform import perform
-from normkit.lab.report.comparison import read_comparison
 from normkit.lab.settings import Settings
 
 SMALL = Settings(recipes=("keep", "keep+e"), seeds=(0, 1), rates=(0.1,), epochs=2, batch_size=32, accelerator="cpu")
@@ -109,8 +109,8 @@ def test_a_finished_comparison_is_checked_against_its_data_and_model(copied: Pat
     other.__module__, other.__qualname__ = lab_samples.model.__module__, lab_samples.model.__qualname__
     with pytest.raises(RecordError, match=r"init_sha256 is "):
         compared(copied, model=other)
-    before = record.read_json(copied / "result.json")["recipes"][0]["test_score"]
-    assert compared(copied, data=changed, overwrite=True)["recipes"][0]["test_score"] != before
+    before = record.read_json(copied / "result.json")["result"]["recipes"][0]["test_score"]
+    assert compared(copied, data=changed, overwrite=True)["result"]["recipes"][0]["test_score"] != before
 
 
 def test_a_finished_comparison_whose_run_is_gone_gets_it_back(copied: Path, comparison: Path) -> None:
@@ -158,11 +158,11 @@ def test_overwriting_stopped_at_any_instant_leaves_no_old_run(
     settings = replace(SMALL, seeds=(0,))
     once = lab_samples.changed(test=lab_samples.data()["train"])
     once.__module__, once.__qualname__ = lab_samples.data.__module__, lab_samples.data.__qualname__
-    wanted = compared(tmp_path / "new", settings, data=once)["recipes"]
+    wanted = compared(tmp_path / "new", settings, data=once)["result"]["recipes"]
     for count in (1, 2, 3, 5, 8, 12):
         folder = Path(shutil.copytree(comparison, tmp_path / f"{operation}{count}"))
         stopped(count, operation, lambda folder=folder: compared(folder, settings, data=once, overwrite=True))
-        found = compared(folder, settings, data=once, overwrite=count % 2 == 0 or count == 1)["recipes"]
+        found = compared(folder, settings, data=once, overwrite=count % 2 == 0 or count == 1)["result"]["recipes"]
         for one, other in zip(found, wanted, strict=True):
             assert one["test_score"] == other["test_score"]
         assert len(trained(folder)) == 2
@@ -265,19 +265,17 @@ RUN = "runs/keep+e/rate=0.1/seed=0"
     "name",
     [
         "result.json",
-        "cost.json",
-        "sessions.json",
-        *(f"{RUN}/{file}" for file in ("result.json", "metrics.jsonl", "timing.jsonl")),
+        "runs/costs/result.json",
+        *(f"{RUN}/{file}" for file in ("result.json", "metrics.jsonl", "timing.jsonl", "timing.json")),
     ],
 )
 def test_a_damaged_comparison_is_told_or_does_no_harm(
     copied: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from normkit.lab import compare as lab
-
-    monkeypatch.setattr(lab, "rebuild", lambda folder, console: read_comparison(folder))  # draws nothing
+    monkeypatch.setattr("normkit.lab.report.drawing.save", lambda *given: [])
+    monkeypatch.setattr("normkit.lab.report.page.write_page", lambda found, output: output)
     console = Console(width=200, force_terminal=True, color_system=None)
-    wanted = record.read_json(copied / "result.json")["recipes"]
+    wanted = record.read_json(copied / "result.json")["result"]["recipes"]
     path, refused = copied / name, 0
     for what in damaged(path):
         if name.startswith("runs/"):
@@ -286,11 +284,11 @@ def test_a_damaged_comparison_is_told_or_does_no_harm(
             (copied / "result.json").unlink()
             refused += told(lambda: compared(copied), path)
             if (copied / "result.json").exists() and not what.endswith("number"):  # which may be a score
-                found = record.read_json(copied / "result.json")["recipes"]
+                found = record.read_json(copied / "result.json")["result"]["recipes"]
                 assert [row["test_score"] for row in found] == [row["test_score"] for row in wanted], what
             (copied / "result.json").write_bytes(kept)
         elif name == "result.json":
-            refused += told(lambda: reprint(copied, console), path)
+            refused += told(lambda: reshow(copied, console), path)
         else:
             (copied / "result.json").unlink(missing_ok=True)
             refused += told(lambda: compared(copied), path)
@@ -351,7 +349,9 @@ def test_a_folder_removed_meanwhile_is_no_dead_end(
         with pytest.raises(RecordError, match=r"was removed while .*same command"):
             performed(tmp_path / "out")
     found = compared(tmp_path / "out")
-    for one, other in zip(found["recipes"], record.read_json(comparison / "result.json")["recipes"], strict=True):
+    for one, other in zip(
+        found["result"]["recipes"], record.read_json(comparison / "result.json")["result"]["recipes"], strict=True
+    ):
         assert one["test_score"] == other["test_score"]
 
 

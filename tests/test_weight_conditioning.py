@@ -144,56 +144,12 @@ def test_scaling_one_row_or_column(drawn) -> None:
     assert_close(equilibrate(a * columns, "col"), equilibrate(a, "col"))
 
 
-def test_scale_invariance_is_exact_far_from_one() -> None:
-    a = torch.randn(3, 4)
-    for scale in (2.0**-20, 2.0**20):  # powers of two round nothing
-        assert_close(equilibrate(a * scale), equilibrate(a), rtol=1e-6, atol=0)
-
-
 def test_a_zero_row_stays_zero_and_the_floor_holds_its_gradient() -> None:
     a = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
     w = equilibrate(a, eps=1e-3)
     assert_close(w.detach(), torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
     (d,) = torch.autograd.grad(w.sum(), [a])
     assert_close(d[1], torch.tensor([1e3, 1e3]))
-
-
-@pytest.mark.parametrize("train", [True, False])
-def test_before_batch_norm_row_mode_changes_nothing(train) -> None:
-    conv, x = nn.Conv2d(3, 8, 3).double(), torch.randn(4, 3, 6, 6).double()
-    with torch.no_grad():
-        conv.weight.mul_(torch.logspace(-1, 1, 8).view(-1, 1, 1, 1))
-    outputs = {}
-    for mode in (None, "row", "col"):
-        layer = copy.deepcopy(conv)
-        if mode is not None:
-            weight_conditioning(layer, mode)
-        norm = nn.BatchNorm2d(8, eps=1e-12, momentum=1.0).double()
-        norm(layer(x))
-        outputs[mode] = norm.train(train)(layer(x))
-    assert_close(outputs["row"], outputs[None], rtol=1e-6, atol=1e-6)  # eps beside variances down to 1e-4
-    assert (outputs["col"] - outputs[None]).abs().max() > 0.1
-
-
-def test_norms_only_grow_under_gradient_descent() -> None:
-    layer, x = weight_conditioning(nn.Linear(5, 4).double()), torch.randn(8, 5).double()
-    for _ in range(10):
-        before = raw(layer).detach().norm(dim=1)
-        (d,) = torch.autograd.grad(layer(x).sin().sum(), [raw(layer)])
-        assert_close((d * raw(layer).detach()).sum(1), torch.zeros(4).double(), rtol=0, atol=1e-12)
-        with torch.no_grad():
-            raw(layer).sub_(0.5 * d)
-        assert_close(raw(layer).detach().norm(dim=1), (before**2 + 0.25 * d.norm(dim=1) ** 2).sqrt())
-
-
-def test_gradients_scale_as_one_over_the_norm() -> None:
-    a, d = torch.randn(4, 5).double(), torch.randn(4, 5).double()
-    one, ten = (a.clone().requires_grad_() for _ in range(2))
-    with torch.no_grad():
-        ten.mul_(10)
-    (g1,) = torch.autograd.grad((equilibrate(one) * d).sum(), [one])
-    (g10,) = torch.autograd.grad((equilibrate(ten) * d).sum(), [ten])
-    assert_close(g10, g1 / 10)
 
 
 @pytest.mark.parametrize(
@@ -311,16 +267,8 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
     layer = weight_conditioning(Doubling(256, 8))
     x = torch.randn(1, 256)
     assert_close(layer(x), 2 * nn.functional.linear(x, layer.weight, layer.bias))
-    with pytest.raises(BackendError, match="in a way of its own"):
+    with pytest.raises(BackendError, match="computes its output differently"):
         weight_conditioning(Doubling(256, 8), path="output")
-
-
-def test_an_empty_batch() -> None:
-    layer = weight_conditioning(nn.Linear(5, 4))
-    y = layer(torch.zeros(0, 5))
-    assert y.shape == (0, 4)
-    y.sum().backward()
-    assert_close(raw(layer).grad, torch.zeros(4, 5))
 
 
 @pytest.mark.parametrize("path", ["auto", "output"])
@@ -371,20 +319,10 @@ def test_arguments_outside_their_range(options, error) -> None:
 
 
 def test_weights_that_a_mode_does_not_fit() -> None:
-    with pytest.raises(OptionError, match="square matrix"):
-        weight_conditioning(nn.Linear(3, 2), "jacobi")
-    with pytest.raises(OptionError, match="element 1 is zero"):
-        equilibrate(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), "jacobi")
-    with pytest.raises(OptionError, match="two axes or more"):
-        weight_conditioning(nn.LayerNorm(3))
     for layer, mode in ((nn.Linear(1, 4), "row"), (nn.Linear(4, 1), "col"), (nn.Conv2d(3, 3, 1, groups=3), "row")):
         with pytest.raises(OptionError, match="would freeze"):
             weight_conditioning(layer, mode)
     weight_conditioning(nn.Linear(1, 4), "row", gradient="detach")
-    with pytest.raises(BackendError, match="scales columns too"):
-        weight_conditioning(nn.Linear(3, 2), "col", path="output")
-    with pytest.raises(BackendError, match="ConvTranspose2d"):
-        weight_conditioning(nn.ConvTranspose2d(3, 2, 3), path="output")
 
 
 def test_it_says_what_it_does() -> None:

@@ -17,7 +17,15 @@ from normkit.surgery.target import Target
 
 WORDS = [card for card in ACTIVATIONS if card.word]
 # Theirs is a floor, stands outside the root, or is none at all.
-OWN_EPS = ("mean_only_batch_norm", "partial_rms_norm", "scale_norm", "dynamic_tanh", "divisive_norm")
+OWN_EPS = (
+    "mean_only_batch_norm",
+    "partial_rms_norm",
+    "scale_norm",
+    "dynamic_tanh",
+    "dynamic_erf",
+    "holo_norm",
+    "divisive_norm",
+)
 
 
 class PerPosition(nn.LayerNorm):

@@ -255,6 +255,11 @@ def _(subject: Subject) -> None:
 
     wanted = [run({key: value[k] for key, value in many.items()}) for k in range(2)]
     near(vmap(run)(many), torch.stack(wanted))
+    slopes = vmap(grad(lambda parameters: run(parameters).square().sum()))(many)
+    for k in range(2):
+        leaves = {key: value[k].requires_grad_() for key, value in many.items()}
+        found = torch.autograd.grad(run(leaves).square().sum(), list(leaves.values()))
+        near([slopes[key][k] for key in leaves], found)
 
 
 @seam("functional_call, parameters of another dtype", lambda subject: subject.is_rule and has_parameters(subject))

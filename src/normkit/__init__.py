@@ -1,7 +1,7 @@
 """normkit: normalization for PyTorch networks.
 
-Every normalization computes statistics over a support set, normalizes by them, and compensates. ``Support`` writes the set
-down once; layers, functions, pictures, tests and kernels follow from it.
+Every normalization computes statistics over a support set, normalizes by them, and compensates. ``Support`` describes
+the set once; layers, functions, pictures, tests and kernels are derived from it.
 """
 
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ from normkit.lazy import lazily
 
 __version__ = "0.1.0"
 
-# A type checker reads the names where they stand, and so still knows a name that does not exist.
+# A type checker reads the names at their source, so that it still reports unknown ones.
 if TYPE_CHECKING:
     from normkit.api import *  # noqa: F403
 else:

@@ -1,4 +1,4 @@
-"""The names at the top. ``normkit`` hands them out from here when the first of them is asked for; all else has a namespace."""
+"""The top-level names. ``normkit`` loads them from here when the first is requested; all else has a namespace."""
 
 import normkit.catalogue as catalogue
 import normkit.diagnostics as diagnostics
@@ -22,10 +22,12 @@ from normkit.activations.exemplar_norm import ExemplarNorm
 from normkit.activations.film import FiLM
 from normkit.activations.filter_response_norm import FilterResponseNorm
 from normkit.activations.fix_norm import FixNorm
+from normkit.activations.gated_rms_norm import GatedRMSNorm
 from normkit.activations.gdn import GDN
 from normkit.activations.ghost_batch_norm import GhostBatchNorm
 from normkit.activations.global_response_norm import GlobalResponseNorm
 from normkit.activations.group_norm import GroupNorm
+from normkit.activations.holo_norm import HoloNorm
 from normkit.activations.hypersphere import HypersphereResidual, LearnedScale
 from normkit.activations.instance_norm import InstanceNorm
 from normkit.activations.layer_norm import LayerNorm
@@ -46,6 +48,7 @@ from normkit.activations.recurrent_layer_norm import (
 )
 from normkit.activations.rms_norm import RMSNorm
 from normkit.activations.scale_norm import ScaleNorm
+from normkit.activations.seed_norm import SeeDNorm
 from normkit.activations.switchable_norm import SwitchableNorm
 from normkit.activations.sync_batch_norm import SyncBatchNorm
 from normkit.catalogue.methods import METHODS
@@ -88,10 +91,12 @@ __all__ = [
     "FiLM",
     "FilterResponseNorm",
     "FixNorm",
+    "GatedRMSNorm",
     "GhostBatchNorm",
     "GlobalResponseNorm",
     "GroupNorm",
     "HeegerNorm",
+    "HoloNorm",
     "HypersphereResidual",
     "InstanceNorm",
     "Layer",
@@ -118,6 +123,7 @@ __all__ = [
     "Rule",
     "Running",
     "ScaleNorm",
+    "SeeDNorm",
     "SpatiallyAdaptiveNorm",
     "Statistic",
     "Support",

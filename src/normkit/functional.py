@@ -12,15 +12,17 @@ from normkit.activations.batch_norm import batch_norm
 from normkit.activations.batch_renorm import RenormSchedule, batch_renorm
 from normkit.activations.conditional_norm import conditional_norm
 from normkit.activations.divisive_norm import Field, divisive_norm, heeger_norm, lyu_simoncelli_norm
-from normkit.activations.dynamic_tanh import dynamic_tanh
+from normkit.activations.dynamic_tanh import dynamic_erf, dynamic_tanh
 from normkit.activations.exemplar_norm import exemplar_norm
 from normkit.activations.film import film
 from normkit.activations.filter_response_norm import filter_response_norm
 from normkit.activations.fix_norm import fix_norm
+from normkit.activations.gated_rms_norm import gated_rms_norm
 from normkit.activations.gdn import gdn
 from normkit.activations.ghost_batch_norm import ghost_batch_norm
 from normkit.activations.global_response_norm import global_response_norm
 from normkit.activations.group_norm import group_norm
+from normkit.activations.holo_norm import holo_norm
 from normkit.activations.hypersphere import hypersphere, hypersphere_residual, renormalize_
 from normkit.activations.instance_norm import instance_norm
 from normkit.activations.layer_norm import layer_norm
@@ -36,6 +38,7 @@ from normkit.activations.recurrent_batch_norm import padding_mask, recurrent_bat
 from normkit.activations.recurrent_layer_norm import unroll
 from normkit.activations.rms_norm import rms_norm
 from normkit.activations.scale_norm import scale_norm
+from normkit.activations.seed_norm import seed_norm
 from normkit.activations.switchable_norm import switchable_norm
 from normkit.activations.sync_batch_norm import sync_batch_norm
 from normkit.core.memory import RunningMoments, RunningStatistics
@@ -44,6 +47,7 @@ from normkit.engine.dispatch import Explanation, run
 from normkit.gradients.adaptive_clipping import adaptive_gradient_clipping
 from normkit.gradients.grad_norm import grad_norm
 from normkit.gradients.gradient_normalizer import normalize_gradients
+from normkit.gradients.muon import muon_eq
 from normkit.preprocessing.feature_scaling import max_abs_scaling, mean_normalization, min_max_scaling, z_score
 from normkit.preprocessing.image_standardization import image_standardization
 from normkit.preprocessing.robust_scaling import robust_scaling
@@ -72,6 +76,7 @@ __all__ = [
     "conditional_norm",
     "divide_by_sigma",
     "divisive_norm",
+    "dynamic_erf",
     "dynamic_tanh",
     "equilibrate",
     "est_batch_norm",
@@ -80,6 +85,7 @@ __all__ = [
     "film",
     "filter_response_norm",
     "fix_norm",
+    "gated_rms_norm",
     "gdn",
     "ghost_batch_norm",
     "global_contrast",
@@ -87,6 +93,7 @@ __all__ = [
     "grad_norm",
     "group_norm",
     "heeger_norm",
+    "holo_norm",
     "hypersphere",
     "hypersphere_residual",
     "image_standardization",
@@ -102,6 +109,7 @@ __all__ = [
     "min_max_scaling",
     "modulate",
     "moments",
+    "muon_eq",
     "normalize_gradients",
     "padding_mask",
     "partial_rms_norm",
@@ -116,6 +124,7 @@ __all__ = [
     "run",
     "scale_norm",
     "scaled_activation",
+    "seed_norm",
     "standardize",
     "standardize_scaled",
     "switchable_norm",

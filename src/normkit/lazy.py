@@ -1,4 +1,4 @@
-"""Packages that load their names when the first of them is asked for, so that importing them does not import torch."""
+"""Packages that load their names when the first is requested, so that importing them does not import torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def lazily(package: str, source: str) -> tuple[Callable[[str], Any], Callable[[]
 
     Args:
         package: full name of the package.
-        source: full name of the module. It is imported when the first name is asked for; then the package has all of its
-            ``__all__``.
+        source: full name of the module. It is imported when the first name is requested; then the package has all names in
+            its ``__all__``.
 
     Returns:
         The package's ``__getattr__`` and ``__dir__`` (PEP 562).

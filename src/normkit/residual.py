@@ -1,4 +1,4 @@
-"""Where the norm stands in a residual branch: before, after, on both sides, or on the branch alone."""
+"""The placement of the norm in a residual branch: before, after, on both sides, or on the branch only."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ _FORMULAS = {
 
 
 class Residual(nn.Module):
-    """A residual branch around any sublayer, with the norm where the literature has put it.
+    """A residual branch around any sublayer, with the norm in one of the published places.
 
     ============  ==============================  ======================================
     placement     computes                        known as
     ============  ==============================  ======================================
-    ``post``      norm(x + f(x))                  Post-LN, the first transformer
-    ``pre``       x + f(norm(x))                  Pre-LN; wants one more norm at the end
+    ``post``      norm(x + f(x))                  Post-LN, original transformer
+    ``pre``       x + f(norm(x))                  Pre-LN; needs one more norm at the end
     ``sandwich``  x + norm_after(f(norm(x)))      sandwich norm, peri-LN
     ``branch``    x + norm(f(x))                  residual post-norm
     ============  ==============================  ======================================
 
-    With ``post`` gradients of the last layers stay large however deep the network is, and the rate needs a warm-up; with
-    ``pre`` they shrink with the root of the depth, and it does without (see ``normkit.schedules``).
+    With ``post``, gradients of the last layers stay large at any depth, and the learning rate needs a warm-up; with ``pre`` they
+    shrink with the root of the depth, and it needs none (see ``normkit.schedules``).
 
     Args:
-        sublayer: f, from x's shape to the same.
+        sublayer: f, which keeps the shape of x.
         norm: makes a norm, e.g. ``functools.partial(normkit.LayerNorm, 512)``; called once, or twice for a sandwich.
-        placement: as in the table. Default: "pre".
-        dropout: probability of zeroing what the branch adds, in training. Default: 0.
+        placement: one of those in the table. Default: "pre".
+        dropout: dropout probability of the branch's output, in training. Default: 0.
 
     Shape:
-        what the sublayer takes and gives.
+        That of the sublayer.
 
     Raises:
         OptionError: another placement.
@@ -75,12 +75,12 @@ class Residual(nn.Module):
         """Add the branch.
 
         Args:
-            input: what the sublayer takes.
-            *args: handed on to the sublayer.
+            input: input of the sublayer.
+            *args: passed to the sublayer.
             **kwargs: likewise, e.g. a mask.
 
         Returns:
-            Of the input's shape.
+            A tensor of the input's shape.
         """
         branch = self.sublayer(self.norm(input) if self.placement in ("pre", "sandwich") else input, *args, **kwargs)
         if self.placement == "branch":

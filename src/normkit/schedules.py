@@ -1,4 +1,4 @@
-"""Learning-rate warm-up, which networks with the norm after each branch need: inverse square root, and linear."""
+"""Learning-rate warm-up, inverse square root and linear, which networks with a norm after each branch need."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["inverse_sqrt_rate", "inverse_sqrt_warmup", "linear_rate", "linear_wa
 
 
 def inverse_sqrt_rate(step: int, features: int, warmup: int = 4000) -> float:
-    """The rate of the first transformer, for a factor of 1.
+    """Compute the learning rate of the original transformer, with factor 1.
 
     rate(t) = features^-1/2 * min(t^-1/2, t * warmup^-3/2): linear up to t = warmup, where it is (features * warmup)^-1/2,
     then falling with the root of t.
@@ -40,7 +40,7 @@ def inverse_sqrt_rate(step: int, features: int, warmup: int = 4000) -> float:
 
 
 def linear_rate(step: int, warmup: int, after: Callable[[int], float] | None = None) -> float:
-    """A factor that rises from 1 / warmup to 1 in equal steps, and then follows another schedule.
+    """Compute a factor that rises from 1 / warmup to 1 in equal steps and then follows another schedule.
 
     factor(t) = t / warmup for t <= warmup, then after(t - warmup).
 
@@ -69,15 +69,15 @@ def linear_rate(step: int, warmup: int, after: Callable[[int], float] | None = N
 
 
 def inverse_sqrt_warmup(optimizer: Optimizer, features: int, warmup: int = 4000) -> LambdaLR:
-    """The schedule of the first transformer for an optimizer whose ``lr`` is the factor; see inverse_sqrt_rate.
+    """Make the schedule of the original transformer for an optimizer whose ``lr`` is the factor; see inverse_sqrt_rate.
 
     Args:
-        optimizer: with ``lr`` the factor, 1 as published.
+        optimizer: an optimizer whose ``lr`` is the factor, 1 as published.
         features: width of the model.
         warmup: steps of warm-up. Default: 4000.
 
     Returns:
-        A schedule of torch: call its ``step()`` after each of the optimizer's.
+        A scheduler: call its ``step()`` after each step of the optimizer.
 
     Raises:
         OptionError: a width or warm-up below 1.
@@ -94,15 +94,15 @@ def inverse_sqrt_warmup(optimizer: Optimizer, features: int, warmup: int = 4000)
 
 
 def linear_warmup(optimizer: Optimizer, warmup: int, after: Callable[[int], float] | None = None) -> LambdaLR:
-    """A linear warm-up up to the optimizer's own ``lr``, and then another schedule; see linear_rate.
+    """Make a linear warm-up to the optimizer's ``lr``, followed by another schedule; see linear_rate.
 
     Args:
-        optimizer: with ``lr`` the highest rate.
+        optimizer: an optimizer whose ``lr`` is the highest rate.
         warmup: steps of warm-up; 0 for none.
         after: the factor on ``lr`` as a function of the steps since then; None for 1. Default: None.
 
     Returns:
-        A schedule of torch: call its ``step()`` after each of the optimizer's.
+        A scheduler: call its ``step()`` after each step of the optimizer.
 
     Raises:
         OptionError: a negative warm-up.

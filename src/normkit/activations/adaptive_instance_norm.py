@@ -1,4 +1,4 @@
-"""Adaptive instance normalization: the statistics of one image's channels put on another's."""
+"""Adaptive instance normalization: gives one image's channels the statistics of another's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RULE = Rule(Support("n c *", over="*"), Statistic("mean", "std", 1e-5), Affine(
 
 @remembered
 def adaptive_instance_norm_rule(eps: float = 1e-5) -> Rule:
-    """Adaptive instance normalization as data: weight and bias are the style's deviation and mean, per sample and channel.
+    """Adaptive instance normalization as data: weight and bias are the deviation and mean of the style, per sample and channel.
 
     >>> adaptive_instance_norm_rule().formula()
     'y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias'
@@ -36,17 +36,17 @@ class AdaptiveInstanceNorm(Module):
 
     y = sd(s) * (x - E[x]) / sqrt(Var[x] + eps) + E[s], with E and Var of each sample and channel over the positions and
     sd(s) = sqrt(Var[s] + eps); the result is (1 - strength) * x + strength * y. Nothing is learned, and a content with itself
-    as style stays as it is.
+    as style is unchanged.
 
     Args:
-        strength: how much of the style is taken: 0 leaves the content, 1 is the full exchange. Default: 1.
+        strength: the share of the style: 0 leaves the content unchanged, 1 replaces its statistics. Default: 1.
         eps: added to the variances. Default: 1e-5.
 
     Shape:
-        content (N, C, *) and style (N or 1, C, *), of any spatial sizes, to the content's.
+        content (N, C, *) and style (N or 1, C, *), of any spatial sizes, to the shape of the content.
 
     Raises:
-        ShapeError: content and style do not go together, or the content has one position only.
+        ShapeError: content and style do not fit, or the content has a single position.
 
     Reference:
         Huang and Belongie, "Arbitrary Style Transfer in Real-time with Adaptive Instance Normalization" (2017),
@@ -81,8 +81,8 @@ def adaptive_instance_norm(
 ) -> Tensor:
     """Adaptive instance normalization as a function; see AdaptiveInstanceNorm.
 
-    ``strength`` may be a tensor of one value, or of one for each sample: (N,) or (N, 1, ...). Elements where a mask (boolean,
-    broadcasts over its image) is False enter no statistic, and come out as zero in the content.
+    ``strength`` may be a tensor of one value, or one per sample: (N,) or (N, 1, ...). Elements where a mask (boolean,
+    broadcasts over its image) is False enter no statistic, and become zero in the content.
 
     >>> adaptive_instance_norm(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[10.0, 30.0]]]), strength=0.5)
     tensor([[[ 5.5000, 16.5000]]])
@@ -119,8 +119,7 @@ CARD = Card(
     name="adaptive_instance_norm",
     title="Adaptive instance normalization",
     kind="activation",
-    word="",
-    wordless="it takes a style besides its input",
+    wordless="it takes a style as well as its input",
     normalized_over="each sample and channel, over all positions; scaled and shifted to the statistics of a style",
     formula="y = sd[s] * (x - E[x]) / sqrt(Var[x] + eps) + E[s]",
     paper=Paper(
@@ -130,7 +129,7 @@ CARD = Card(
         "https://arxiv.org/abs/1703.06868",
     ),
     use_cases="style transfer; the generator of StyleGAN",
-    strengths="any style in one pass, at any strength; nothing is learned",
+    strengths="any style in one pass, at any strength; nothing to learn",
     weaknesses="only the mean and contrast of channels are exchanged, not how channels vary together",
     module=AdaptiveInstanceNorm,
     functional=adaptive_instance_norm,

@@ -1,4 +1,4 @@
-"""Adaptive layer normalization: a scale and a shift that are computed from a condition, as in diffusion transformers."""
+"""Adaptive layer normalization: a scale and a shift computed from a condition, as in diffusion transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from normkit.engine.layer import Layer
 
 @remembered
 def adaptive_layer_norm_rule(eps: float = 1e-6, per: str = "n d") -> Rule:
-    """Adaptive layer normalization as data; ``per="n * d"`` where each token has a condition of its own.
+    """Adaptive layer normalization as data; ``per="n * d"`` where each token has its own condition.
 
     >>> adaptive_layer_norm_rule().formula()
     'y = (1 + weight) * (x - E[x]) / sqrt(Var[x] + eps) + bias'
@@ -30,15 +30,15 @@ def adaptive_layer_norm_rule(eps: float = 1e-6, per: str = "n d") -> Rule:
 
 
 def modulate(input: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(1 + scale) * x + shift, with one scale and shift for each sample, or for each token.
+    """Compute (1 + scale) * x + shift, with one scale and shift per sample, or per token.
 
     Args:
         input: (N, *, D).
-        shift: (N, D) or (D,), or of as many axes as the input, which it broadcasts over, as (N, 1, D) and (1, T, D).
-        scale: likewise.
+        shift: (N, D), (D,), or a shape of as many axes as the input that broadcasts over it, such as (N, 1, D) or (1, T, D).
+        scale: as shift.
 
     Returns:
-        Of the input's shape and dtype.
+        A tensor of the input's shape and dtype.
 
     Raises:
         ShapeError: shift or scale does not broadcast.
@@ -60,24 +60,24 @@ def modulate(input: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class AdaLayerNorm(Layer):
     """Layer normalization whose scale and shift are a linear function of a condition.
 
-    y = (1 + scale) * (x - E[x]) / sqrt(Var[x] + eps) + shift, with (shift, scale) = Linear(SiLU(condition)), for each sample or,
-    where the condition has an axis for tokens, for each token. The same in training and evaluation.
+    y = (1 + scale) * (x - E[x]) / sqrt(Var[x] + eps) + shift, with (shift, scale) = Linear(SiLU(condition)), per sample or,
+    where the condition has an axis of tokens, per token. Training and evaluation compute the same.
 
     Args:
         features: D, over which x is normalized.
         condition: size of the condition.
         eps: added to the variance. Default: 1e-6.
-        zero: start the linear layer at zero, where y is plain layer normalization; else as ``torch.nn.Linear`` does.
+        zero: initialize the linear layer to zero, so that y is plain layer normalization; else as ``torch.nn.Linear`` does.
             Default: True.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        input (N, *, D) and condition (N, condition) or (N, *, condition), any axis but the last of which may be 1, to the
-        input's shape and dtype.
+        input (N, *, D) and condition (N, condition) or (N, *, condition), any axis but the last may be 1; the output has
+        the shape and dtype of the input.
 
     Raises:
-        ShapeError: the input or the condition has another size.
+        ShapeError: the size of the input or of the condition does not fit.
 
     Reference:
         Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
@@ -101,10 +101,10 @@ class AdaLayerNorm(Layer):
         self.features, self.condition, self.eps, self.zero = features, condition, eps, zero
         self.adaLN_modulation = _modulation(condition, 2 * features, device, dtype)
         self.reset_parameters()
-        _ = self.rule  # made now, so that a compiler finds it ready
+        self.complete()
 
     def reset_parameters(self) -> None:
-        """Give the modulation its first values."""
+        """Initialize the modulation."""
         linear: Any = self.adaLN_modulation[1]
         linear.reset_parameters()
         if self.zero:
@@ -119,13 +119,13 @@ class AdaLayerNorm(Layer):
         Args:
             input: (N, *, D).
             condition: (N, condition) or (N, *, condition).
-            mask: boolean, broadcasts over the input; where it is False the element enters no statistic and comes out as zero.
+            mask: boolean, broadcasts over the input; elements where it is False enter no statistic and become zero.
 
         Returns:
-            Of the input's shape and dtype.
+            A tensor of the input's shape and dtype.
 
         Raises:
-            ShapeError: the input or the condition has another size.
+            ShapeError: the size of the input or of the condition does not fit.
         """
         shift, scale = self._shift_and_scale(input, condition)
         return adaptive_layer_norm(input, shift, scale, self.eps, mask=mask, backend=self.backend)
@@ -141,11 +141,11 @@ class AdaLayerNorm(Layer):
         return _predict(self.adaLN_modulation, condition).chunk(2, -1)
 
     def extra_repr(self) -> str:
-        return f"{self.features}, condition={self.condition}, eps={self.eps}" + ("" if self.zero else ", zero=False")
+        return f"{self.features}, condition={self.condition}, eps={self.eps}" + self.repr_options(zero=True)
 
 
 class AdaLayerNormZeroBlock(Module):
-    """A transformer block conditioned by adaLN-Zero: each branch is modulated before and gated after, from gates of zero.
+    """A transformer block with adaLN-Zero: each branch is modulated before and gated after, and gates start at zero.
 
     (shift_a, scale_a, gate_a, shift_m, scale_m, gate_m) = Linear(SiLU(condition)), which starts at zero;
     x <- x + gate_a * attn(modulate(LN(x), shift_a, scale_a)); x <- x + gate_m * mlp(modulate(LN(x), shift_m, scale_m)).
@@ -154,18 +154,18 @@ class AdaLayerNormZeroBlock(Module):
     Args:
         features: D.
         condition: size of the condition.
-        attn: the first branch, from (N, L, D) to the same.
-        mlp: the second.
-        eps: of both layer normalizations. Default: 1e-6.
-        device: of the modulation's parameters.
-        dtype: of the modulation's parameters.
+        attn: the first branch, which keeps the shape (N, L, D).
+        mlp: the second branch, likewise.
+        eps: eps of both layer normalizations. Default: 1e-6.
+        device: device of the modulation's parameters.
+        dtype: dtype of the modulation's parameters.
 
     Shape:
-        input (N, *, D) and condition (N, condition) or (N, *, condition), any axis but the last of which may be 1, to the
-        input's shape and dtype.
+        input (N, *, D) and condition (N, condition) or (N, *, condition), any axis but the last may be 1; the output has
+        the shape and dtype of the input.
 
     Raises:
-        ShapeError: the input or the condition has another size.
+        ShapeError: the size of the input or of the condition does not fit.
 
     Reference:
         Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
@@ -193,14 +193,14 @@ class AdaLayerNormZeroBlock(Module):
         _fill_zero(self.adaLN_modulation[1])
 
     def forward(self, input: Tensor, condition: Tensor) -> Tensor:
-        """Both branches, each normalized, modulated and gated.
+        """Run both branches, each normalized, modulated and gated.
 
         Args:
             input: (N, *, D).
             condition: (N, condition) or (N, *, condition).
 
         Returns:
-            Of the input's shape and dtype.
+            A tensor of the input's shape and dtype.
         """
         condition = _checked("AdaLayerNormZeroBlock", input, condition, self.features, self.condition)
         six = _predict(self.adaLN_modulation, condition).chunk(6, -1)
@@ -214,24 +214,24 @@ class AdaLayerNormZeroBlock(Module):
 
 
 class AdaLayerNormOutput(Module):
-    """The last layer of a diffusion transformer: adaptive layer normalization and a linear map, both from zero.
+    """The last layer of a diffusion transformer: adaptive layer normalization and a linear map, both initialized to zero.
 
     y = W modulate(LN(x), shift, scale) + b, with (shift, scale) = Linear(SiLU(condition)); at the start y = 0.
 
     Args:
         features: D.
         condition: size of the condition.
-        outputs: size of y.
+        outputs: number of output features.
         eps: added to the variance. Default: 1e-6.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        input (N, *, D) and condition (N, condition) or (N, *, condition), any axis but the last of which may be 1, to
+        input (N, *, D) and condition (N, condition) or (N, *, condition), any axis but the last may be 1; output
         (N, *, outputs).
 
     Raises:
-        ShapeError: the input or the condition has another size.
+        ShapeError: the size of the input or of the condition does not fit.
 
     Reference:
         Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), https://arxiv.org/abs/2212.09748.
@@ -277,7 +277,7 @@ def adaptive_layer_norm(
     mask: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Adaptive layer normalization as a function of a shift and a scale, as ``modulate`` takes them; see AdaLayerNorm.
+    """Adaptive layer normalization as a function of the shift and scale that ``modulate`` takes; see AdaLayerNorm.
 
     >>> adaptive_layer_norm(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
     tensor([[[-2.0000,  2.0000]]])
@@ -301,7 +301,7 @@ def _predict(modulation: nn.Sequential, condition: Tensor) -> Tensor:
 
 
 def _checked(who: str, x: Tensor, condition: Tensor, features: int, size: int) -> Tensor:
-    """The condition, with one row per sample or for all, or with as many axes as x."""
+    """Check a condition; return it with one row per sample or for all, or with as many axes as x."""
     if x.dim() < 2 or x.shape[-1] != features:
         raise ShapeError(f"{who}: got an input of {show(x.shape)}, wanted (N, *, {features}) as features={features}")
     given, condition = condition, condition if condition.dim() == x.dim() else per_sample(condition)
@@ -310,13 +310,13 @@ def _checked(who: str, x: Tensor, condition: Tensor, features: int, size: int) -
     if condition.dim() not in (2, x.dim()) or condition.shape[-1] != size or not fits:
         raise ShapeError(
             f"{who}: got a condition of {show(given.shape)} for an input of {show(x.shape)}; "
-            f"wanted {show((x.shape[0], size))}, or one for each token: {show((*x.shape[:-1], size))}; axes may be 1 but the last"
+            f"wanted {show((x.shape[0], size))}, or one per token: {show((*x.shape[:-1], size))}; any axis but the last may be 1"
         )
     return condition
 
 
 def _example_condition(x: Tensor) -> tuple[Tensor]:
-    """A condition that does not change where layer normalization does not."""
+    """Make a condition that is invariant to whatever layer normalization is invariant to."""
     wide = x.double()
     return (F.layer_norm(wide, wide.shape[-1:], eps=1e-12).flatten(1, -2).mean(1).to(x.dtype),)
 
@@ -332,8 +332,7 @@ CARD = Card(
     name="adaptive_layer_norm",
     title="Adaptive layer normalization (adaLN)",
     kind="activation",
-    word="",
-    wordless="it takes a condition besides its input",
+    wordless="it takes a condition as well as its input",
     normalized_over="each sample or token, over its features; scaled and shifted by a function of a condition",
     formula="y = (1 + scale(condition)) * (x - E[x]) / sqrt(Var[x] + eps) + shift(condition)",
     paper=_DIT,
@@ -351,16 +350,15 @@ CARD = Card(
 
 CARD_ZERO = Card(
     name="adaptive_layer_norm_zero",
-    title="Adaptive layer normalization with gates from zero (adaLN-Zero)",
+    title="Adaptive layer normalization with zero-initialized gates (adaLN-Zero)",
     kind="activation",
-    word="",
-    wordless="it takes a condition besides its input, and the branches of a block",
+    wordless="it takes a condition as well as its input, and the branches of a block",
     normalized_over="each token, over its features, before each branch of a residual block; the branch is gated",
     formula="x + gate(condition) * branch((1 + scale(condition)) * LN(x) + shift(condition))",
     paper=_DIT,
     use_cases="blocks of diffusion transformers",
     strengths="each block starts as the identity, which trains deep diffusion transformers best of the designs compared",
-    weaknesses="three vectors a branch from the condition: a third of the model's parameters",
+    weaknesses="three vectors per branch from the condition: a third of the model's parameters",
     module=AdaLayerNormZeroBlock,
     functional=modulate,
     make=lambda features: AdaLayerNormZeroBlock(features, features, attn=nn.Tanh(), mlp=nn.Tanh()),

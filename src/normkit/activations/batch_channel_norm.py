@@ -17,7 +17,7 @@ from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.place import groups
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, divisors, place
+from normkit.core.support import Support, check_shape, divisors, place
 from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import run
 from normkit.engine.layer import check_channels, check_several
@@ -27,30 +27,30 @@ _SUPPORT = Support("n c *", over="n *")
 
 
 class EstBatchNorm(Module, TorchBatchNorm):
-    """Normalize each channel by running statistics, in training too, which each batch moves a little beforehand.
+    """Normalize each channel by running statistics, in training too, which each batch first moves a little.
 
     mean <- (1 - momentum) mean + momentum E[x],  var <- (1 - momentum) var + momentum E[(x - old mean)^2], without gradient;
-    y = weight * (x - mean) / sqrt(var + eps) + bias. Estimates from many micro-batches, of a single image too, are as good as
-    a large batch's; gradients do not pass through them. Lower ``momentum`` along with the learning rate.
+    y = weight * (x - mean) / sqrt(var + eps) + bias. Estimates from many micro-batches, even of a single image, are as good as
+    those of a large batch; gradients do not flow through them. Lower ``momentum`` along with the learning rate.
 
-    Do not put it under activation checkpointing in training: the second pass would move the running statistics again and
-    normalize by others than the first, and the gradient would not be that of the first.
+    Do not use it under activation checkpointing in training: the recomputation would move the running statistics again and
+    normalize by different ones, and the gradient would not belong to the first pass.
 
     Args:
         num_features: channels C.
         eps: added to the variance. Default: 1e-5.
-        momentum: weight of the batch in the running statistics; None for those of all batches so far, each counting alike.
+        momentum: weight of the batch in the running statistics; None averages all batches so far with equal weight.
             Default: 0.1.
         affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, C, *) to the same. N may be 0.
+        (N, C, *); the output has the same shape. N may be 0.
 
     Raises:
-        ShapeError: other channels than ``num_features``.
-        OptionError: a momentum that is not from 0 to 1.
+        ShapeError: a number of channels other than ``num_features``.
+        OptionError: a momentum outside 0 to 1.
 
     Reference:
         Qiao, Wang, Liu, Shen, Yuille, "Rethinking Normalization and Elimination Singularity in Neural Networks" (2019),
@@ -76,7 +76,7 @@ class EstBatchNorm(Module, TorchBatchNorm):
         if momentum is not None:
             _check_momentum("EstBatchNorm", momentum)
         super().__init__(num_features, eps, momentum, affine, True, device=device, dtype=dtype)
-        _ = self._rules  # made before a compiler looks
+        _ = self._rules  # made now, as a compiler would trace their making
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         check_channels("EstBatchNorm", input, self.num_features, "num_features", "n c *")
@@ -88,11 +88,11 @@ class EstBatchNorm(Module, TorchBatchNorm):
 
 
 class BatchChannelNorm(Module, TorchBatchNorm):
-    """Batch normalization, then each sample's channels in groups normalized over a group and all positions.
+    """Batch normalization, then normalize each sample over groups of channels and all positions.
 
     z = weight * (x - E_c[x]) / sqrt(Var_c[x] + eps) + bias per channel c over the batch, then
     y = group_weight * (z - E_g[z]) / sqrt(Var_g[z] + eps) + group_bias per sample and group g: this affine is per group. The
-    first step keeps channels from dying, which normalizing over channels alone does not; the second makes up for noisy batches.
+    first step keeps channels from dying, which normalizing over channels alone does not; the second compensates noisy batches.
 
     Args:
         num_features: channels C.
@@ -100,16 +100,16 @@ class BatchChannelNorm(Module, TorchBatchNorm):
         eps: added to both variances. Default: 1e-5.
         momentum: weight of the new value in the running averages; None for the cumulative average. Default: 0.1.
         affine: whether both steps have a weight (starts at 1) and a bias (at 0). Default: True.
-        estimate: for micro-batches: normalize by running statistics in the first step as EstBatchNorm does. Default: False.
-        device: of the parameters.
-        dtype: of the parameters.
+        estimate: for micro-batches, use running statistics in the first step, as EstBatchNorm does. Default: False.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, C, *) to the same. N may be 0.
+        (N, C, *); the output has the same shape. N may be 0.
 
     Raises:
-        OptionError: the channels do not split into the groups, or a momentum that is not from 0 to 1.
-        ShapeError: other channels than ``num_features``, or one value per channel in training.
+        OptionError: the channels do not split into the groups, or a momentum outside 0 to 1.
+        ShapeError: a number of channels other than ``num_features``, or one value per channel in training.
 
     Reference:
         Qiao, Wang, Liu, Shen, Yuille, "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization"
@@ -139,10 +139,10 @@ class BatchChannelNorm(Module, TorchBatchNorm):
         _check_groups("BatchChannelNorm", num_groups, num_features)
         super().__init__(num_features, eps, momentum, affine, True, device=device, dtype=dtype)
         self.num_groups, self.estimate = num_groups, estimate
-        kind = {"device": device, "dtype": dtype}
-        self.group_weight = nn.Parameter(torch.ones(num_groups, **kind)) if affine else None
-        self.group_bias = nn.Parameter(torch.zeros(num_groups, **kind)) if affine else None
-        _ = self._rules  # made before a compiler looks
+        factory = {"device": device, "dtype": dtype}
+        self.group_weight = nn.Parameter(torch.ones(num_groups, **factory)) if affine else None
+        self.group_bias = nn.Parameter(torch.zeros(num_groups, **factory)) if affine else None
+        _ = self._rules  # made now, as a compiler would trace their making
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         check_channels("BatchChannelNorm", input, self.num_features, "num_features", "n c *")
@@ -156,14 +156,14 @@ class BatchChannelNorm(Module, TorchBatchNorm):
         return _kept_rules(self, self.num_groups)
 
     def reset_parameters(self) -> None:
-        """Start again: weights 1, biases 0, running mean 0 and variance 1, no batches."""
+        """Set weights to 1 and biases to 0, and forget the running statistics."""
         super().reset_parameters()
         self.fill(group_weight=1, group_bias=0)
 
     def extra_repr(self) -> str:
         """The arguments."""
         text = f"{self.num_features}, num_groups={self.num_groups}, eps={self.eps}, momentum={self.momentum}"
-        return text + f", affine={self.affine}" + (", estimate=True" if self.estimate else "")
+        return text + f", affine={self.affine}" + self.repr_options(estimate=False)
 
 
 def est_batch_norm(
@@ -252,15 +252,17 @@ def _estimated(
     if mask is not None:
         mask = mask.expand(x.shape)
         wide = torch.where(mask, wide, 0.0)
+    for name, statistic in (("running_mean", running.mean), ("running_var", running.var)):
+        check_shape("est_batch_norm", name, statistic, x.shape[1])
     if training:
         assert rule.memory is not None
         found = moments(wide.detach(), split.dims, mask)
         mean = found.mean.reshape(-1)
-        if isinstance(found.n, Tensor):  # a channel without elements has no say
+        if isinstance(found.n, Tensor):  # a channel without elements changes nothing
             mean = torch.where(found.n.reshape(-1) > 0, mean, math.nan)
         var = found.var.reshape(-1)
         if rule.memory.momentum is None:
-            # The first batch replaces the start, from which its deviations must not be taken; moments merge exactly.
+            # The first batch replaces the initial mean, so deviations from that must not enter; raw moments merge exactly.
             RunningMoments(None).blend(running, mean, var)
         else:
             rule.memory.blend(running, mean, var + (mean - running.mean).square())
@@ -278,7 +280,7 @@ def _batch_channel(
     estimate: bool,
     mask: Tensor | None,
 ) -> Tensor:
-    z = x.to(accumulation_dtype(x.dtype))  # what lies between the steps is not rounded to a half type
+    z = x.to(accumulation_dtype(x.dtype))  # a half type must not round between the two steps
     if estimate:
         z = _estimated(rules[0], z, running, *affines[0], training, mask)
     else:
@@ -316,9 +318,9 @@ CARD = Card(
         2019,
         "https://arxiv.org/abs/1903.10520",
     ),
-    use_cases="detection and segmentation with few samples a batch, along with weight standardization",
-    strengths="keeps channels from dying as batch normalization does, and steadies small batches as group normalization does",
-    weaknesses="two normalizations a layer; the second can't be folded away",
+    use_cases="detection and segmentation with few samples per batch, along with weight standardization",
+    strengths="keeps channels from dying as batch normalization does, and stabilizes small batches as group normalization does",
+    weaknesses="two normalizations per layer, of which the second can't be folded",
     module=BatchChannelNorm,
     functional=batch_channel_norm,
     make=_example,
@@ -336,7 +338,7 @@ CARD_ESTIMATED = Card(
     title="Batch normalization by estimated statistics",
     kind="activation",
     word="ebn",
-    normalized_over="each channel, by running statistics that the batch has moved a little",
+    normalized_over="each channel, by running statistics that the batch first moves a little",
     formula="y = weight * (x - mean) / sqrt(var + eps) + bias, mean and var running",
     paper=Paper(
         "Qiao, Siyuan and Wang, Huiyu and Liu, Chenxi and Shen, Wei and Yuille, Alan",
@@ -345,8 +347,8 @@ CARD_ESTIMATED = Card(
         "https://arxiv.org/abs/1911.09738",
     ),
     use_cases="micro-batches of one or two images, as the first step of batch-channel normalization",
-    strengths="takes a single sample a batch; training computes what inference does",
-    weaknesses="gradients do not see the statistics; the momentum has to fall with the learning rate",
+    strengths="works with a single sample per batch; training computes what inference does",
+    weaknesses="gradients ignore the statistics; the momentum has to fall with the learning rate",
     module=EstBatchNorm,
     functional=est_batch_norm,
     make=EstBatchNorm,

@@ -1,4 +1,4 @@
-"""Batch/group normalization: groups of channels over groups of examples, and inference that weighs the example itself."""
+"""Batch/group normalization: groups of channels over groups of examples, and inference that weights the example itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
@@ -19,10 +19,8 @@ from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, divisors, place
 from normkit.engine.dispatch import Backend, Explanation, explain, run, run_measured
-from normkit.engine.layer import Layer, check_channels, check_several
+from normkit.engine.layer import Layer, check_channels, check_layout, check_several
 from normkit.engine.sub_batches import explain_in_sub_batches, run_in_sub_batches
-
-_LAYOUTS = ("n c *", "n * c")
 
 
 @remembered
@@ -36,9 +34,7 @@ def batch_group_norm_rule(
     >>> print(batch_group_norm_rule(None, None).support)  # batch normalization
     Support("n c *", over="n *")
     """
-    if layout not in _LAYOUTS:
-        raise OptionError(f"BatchGroupNorm: layout={layout!r}; wanted one of {', '.join(map(repr, _LAYOUTS))}")
-    sizes = {}
+    layout, sizes = check_layout("BatchGroupNorm", layout), {}
     if num_groups is not None:
         layout, sizes["g"] = layout.replace("c", "(g c)"), num_groups
     if examples_per_group not in (None, 1):
@@ -49,10 +45,10 @@ def batch_group_norm_rule(
 
 
 class BatchGroupNorm(Layer):
-    """Normalize groups of channels over groups of examples; at inference the example counts with a share of its own.
+    """Normalize groups of channels over groups of examples; at inference, mix in the example's own moments.
 
     In training, y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, E and Var over ``examples_per_group`` consecutive examples,
-    the channels of a group and all positions. The corners are
+    the channels of a group and all positions. Special cases are
 
     ==============  ======================  ============================================
     ``num_groups``  ``examples_per_group``  is
@@ -68,30 +64,30 @@ class BatchGroupNorm(Layer):
 
         mean = alpha E[x] + (1 - alpha) m1,    var = alpha E[x^2] + (1 - alpha) m2 - mean^2,
 
-    then averaged over the channels of a group: predictions depend on no other example. alpha=0 uses the running moments alone,
-    alpha=1 the example alone. The moments are kept as mean and population variance, so that a large mean costs no accuracy,
-    under batch normalization's names. ``normkit.surgery.example_weighing`` puts this in place of a trained model's batch
-    normalizations and tunes alpha on validation data; training does not depend on it.
+    then averaged over the channels of a group: predictions depend on no other example. alpha=0 uses only the running moments,
+    alpha=1 only the example's. The moments are stored as mean and population variance, so that a large mean costs no accuracy,
+    under the names that batch normalization uses. ``normkit.surgery.example_weighing`` replaces a trained model's batch
+    normalizations by this layer and tunes alpha on validation data; training does not depend on alpha.
 
     Args:
         num_channels: channels C.
-        num_groups: groups of channels; divides C. Default: None, each channel by itself.
-        examples_per_group: examples of a group; the last group may be smaller. Default: None, the whole batch.
+        num_groups: groups of channels; divides C. Default: None, each channel separately.
+        examples_per_group: examples per group; the last group may be smaller. Default: None, the whole batch.
         eps: added to the variance. Default: 1e-5.
         momentum: weight of the new value in the running moments. Default: 0.01.
         affine: whether there are a weight (starts at 1) and a bias (at 0), per channel. Default: True.
-        alpha: the example's weight in evaluation, 0 to 1. Default: 1 for one example a group, as in group normalization; else 0.
-        bias: False leaves the bias out. Default: True.
+        alpha: the example's weight in evaluation, 0 to 1. Default: 1 for one example per group, as in group norm, else 0.
+        bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, C, *) or, with channels last, (N, *, C), to the same. N may be 0.
+        (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.
 
     Raises:
         OptionError: the channels do not split into the groups; an argument outside its range.
-        ShapeError: other channels than ``num_channels``, or one value for each statistic of several examples in training.
+        ShapeError: a number of channels other than ``num_channels``, or one value per statistic of several examples in training.
 
     Reference:
         Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
@@ -129,26 +125,19 @@ class BatchGroupNorm(Layer):
             raise OptionError(
                 f"BatchGroupNorm: alpha={alpha}; wanted 0, the running moments alone, to 1, the example alone"
             )
-        kind = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.ones(num_channels, **kind)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(num_channels, **kind)) if affine and bias else None
-        self.register_buffer("running_mean", torch.zeros(num_channels, **kind))
-        self.register_buffer("running_var", torch.ones(num_channels, **kind))
-        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.register_affine((num_channels,), affine, affine and bias, device=device, dtype=dtype)
+        self.register_running((num_channels,), "running_mean", "running_var", device=device, dtype=dtype)
+        self.complete()
 
     def make_rule(self) -> Rule:
         self._memory = RunningMoments(self.momentum)
         self._rules = _rules(self.num_groups, self.examples_per_group, self.eps, self.layout)
         return self._rules[0]
 
-    def reset_parameters(self) -> None:
-        """Start again: weight 1, bias 0, running mean 0 and variance 1, no steps."""
-        self.fill(weight=1, bias=0, running_mean=0, running_var=1, num_batches_tracked=0)
-
     def check(self, input: Tensor) -> None:
         check_channels("BatchGroupNorm", input, self.num_channels, "num_channels", self.layout)
         if self.training and self.examples_per_group != 1:
+            _ = self.rule  # follows options that were set since
             check_several("BatchGroupNorm", input[: self.examples_per_group], self._rules[1].support)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -174,13 +163,13 @@ class BatchGroupNorm(Layer):
         else:
             dims = tuple(d for d in range(input.dim()) if d != (1 if self.layout == "n c *" else input.dim() - 1))
             found = moments(input.detach(), dims, mask)
-            if isinstance(found.n, Tensor):  # a channel without elements has no say
+            if isinstance(found.n, Tensor):  # a channel without elements changes nothing
                 found = found._replace(mean=torch.where(found.n > 0, found.mean, math.nan))
         self._memory.blend(running, found.mean.reshape(-1), found.var.reshape(-1))
         return y
 
     def explain(self, input: Tensor) -> Explanation:
-        """Say which back end would normalize this input, and why; of a batch that does not divide, its full sub-batches."""
+        """Say which back end would normalize this input, and why; of a batch that does not divide, for its full sub-batches."""
         self.check(input)
         (rule, whole), size, affine = (self.rule, self._rules[1]), self.examples_per_group, (self.weight, self.bias)
         if not self.training:
@@ -198,7 +187,7 @@ class BatchGroupNorm(Layer):
     def extra_repr(self) -> str:
         text = f"{self.num_channels}, num_groups={self.num_groups}, examples_per_group={self.examples_per_group}"
         text += f", eps={self.eps}, momentum={self.momentum}, affine={self.affine}, alpha={self.alpha}"
-        return text + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+        return text + self.repr_options(layout="n c *")
 
 
 def batch_group_norm(
@@ -251,12 +240,12 @@ def example_weighing(
         bias: per channel, or None.
         alpha: the example's weight, 0 to 1. Default: 0.
         eps: added to the variance. Default: 1e-5.
-        num_groups: groups over whose channels moments are averaged. Default: None, each channel by itself.
+        num_groups: groups over whose channels moments are averaged. Default: None, each channel separately.
         layout: ``"n c *"`` or ``"n * c"``. Default: ``"n c *"``.
-        mask: boolean, broadcasts over the input; where it is False the element enters no statistic and comes out as zero.
+        mask: boolean, broadcasts over the input; elements where it is False enter no statistic and become zero.
 
     Returns:
-        Of the input's shape and dtype.
+        A tensor of the input's shape and dtype.
 
     Reference:
         Summers and Dinneen (2020), https://arxiv.org/abs/1906.03548, equation 3.
@@ -289,7 +278,7 @@ def example_weighing(
 
 @remembered
 def _rules(groups: int | None, examples: int | None, eps: float, layout: str) -> tuple[Rule, Rule]:
-    """The rule, and the same for one group of all examples."""
+    """The rule, and the same rule with all examples in one group."""
     rule, whole = (batch_group_norm_rule(groups, count, eps, layout) for count in (examples, None))
     return rule, whole
 
@@ -333,7 +322,7 @@ def _example(channels: int) -> BatchGroupNorm:
 
 
 def _build(at: Place) -> BatchGroupNorm:
-    # By both words: 32x2 are groups of channels and of examples, a number is alpha.
+    # Both words build this layer: 32x2 means groups of channels and examples per group, a single number means alpha.
     groups, examples, alpha = (at.groups, at.examples, None) if "x" in at.option else (None, None, float(at.option))
     momentum, how = at.momentum_or(0.01), {"bias": at.bias, "layout": at.axes, **at.factory}
     return BatchGroupNorm(at.channels, groups, examples, at.eps, momentum, at.affine, alpha, **how)
@@ -354,9 +343,9 @@ CARD = Card(
     normalized_over="each group of examples and group of channels, over both and all positions",
     formula=batch_group_norm_rule().formula(),
     paper=_PAPER,
-    use_cases="few samples a batch, where group normalization is stable but batch normalization would be better",
-    strengths="holds batch, ghost, group, layer and instance normalization as corners, and what lies between",
-    weaknesses="two sizes to choose; another function in training than at inference",
+    use_cases="few samples per batch, where group normalization is stable but batch normalization would be better",
+    strengths="includes batch, ghost, group, layer and instance normalization as special cases, and all between them",
+    weaknesses="two sizes to choose; training and inference compute different functions",
     module=BatchGroupNorm,
     functional=batch_group_norm,
     make=_example,
@@ -383,7 +372,7 @@ CARD_WEIGHING = Card(
     paper=_PAPER,
     use_cases="trained networks with batch normalization whose inference differs too much from training",
     strengths="needs no training: one number, tuned on validation data; predictions depend on no other example",
-    weaknesses="can't be folded away; of a vector the example's variance is zero",
+    weaknesses="can't be folded; where there are no positions, the example's own variance is zero",
     module=BatchGroupNorm,
     functional=example_weighing,
     fits=lambda module: module.num_groups is None and module.examples_per_group is None,

@@ -1,4 +1,4 @@
-"""Batch normalization: each channel over the batch and all positions."""
+"""Batch normalization: normalize each channel over the batch and all positions."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import ShapeError
 from normkit.core.memory import Running
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import Activation, Backend, run
-from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
-
-_SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
+from normkit.engine.layer import Layer, check_channels, check_layout, check_several, given_statistics
 
 
 @remembered
@@ -29,20 +27,19 @@ def batch_norm_rule(
     >>> batch_norm_rule().formula()
     'y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias'
     """
-    if layout not in _SUPPORTS:
-        raise OptionError(f"BatchNorm: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")
-    return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
+    support = Support(check_layout("BatchNorm", layout), over="n *")
+    return Rule(support, Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
 
 
 class BatchNorm(Layer, TorchBatchNorm):
     """Normalize each channel over the batch and all positions, for inputs of any rank.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, with E and Var (population) over batch and positions in training, and
-    running averages of them in evaluation: running <- (1 - momentum) running + momentum * statistic, where the variance that
-    is kept is the unbiased one. A bias of the layer before cancels. In training |y| <= sqrt(elements - 1) before compensation.
+    running averages of them in evaluation: running <- (1 - momentum) running + momentum * statistic, with the unbiased
+    variance. A bias of the previous layer cancels. In training |y| <= sqrt(elements - 1) before compensation.
 
     A ``torch.nn.BatchNorm1d``, ``2d`` and ``3d`` in one: same arguments, defaults and state_dict. A batch whose statistics are
-    not finite leaves the running ones as they were.
+    not finite leaves the running statistics unchanged.
 
     Args:
         num_features: channels C.
@@ -50,23 +47,24 @@ class BatchNorm(Layer, TorchBatchNorm):
         momentum: weight of the new value in the running averages; None for the cumulative average. Default: 0.1.
         affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
         track_running_stats: whether there are running averages; without, the batch's statistics are always used. Default: True.
-        bias: False leaves the bias out. Default: True.
+        bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        activation: what follows in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. torch's tools that
-            read a batch norm to replace it (``convert_sync_batchnorm``, ``fuse_conv_bn_eval``) are refused then, as they
-            would lose it. Default: None.
+        activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. torch's tools that
+            replace a batch norm (``convert_sync_batchnorm``, ``fuse_conv_bn_eval``) are then refused, as they would lose the
+            activation. Default: None.
         spatial: axes of positions: 1, 2 or 3 refuses inputs of another rank, as torch's BatchNorm1d (which takes (N, C) too), 2d
             and 3d do; None takes any. Default: None.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, C, *) or, with channels last, (N, *, C), to the same. N may be 0.
+        (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.
 
     Raises:
-        ShapeError: other channels than ``num_features``, a rank that ``spatial`` excludes, or one value per channel in training.
+        ShapeError: a number of channels other than ``num_features``, a rank that ``spatial`` excludes, or one value per
+            channel in training.
         OptionError: another layout.
-        SurgeryError: a tool of torch would replace the layer, and lose its activation or its layout.
+        SurgeryError: one of torch's tools would replace the layer and lose its activation or layout.
 
     Reference:
         Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift"
@@ -95,11 +93,8 @@ class BatchNorm(Layer, TorchBatchNorm):
         dtype: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self.activation, self.spatial = activation, spatial
-        if not bias:
-            self.register_parameter("bias", None)
-        self.layout = layout
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.activation, self.spatial, self.layout = activation, spatial, layout
+        self.complete(bias)
 
     def make_rule(self) -> Rule:
         return batch_norm_rule(self.__dict__["eps"], self.momentum, self.layout)
@@ -113,9 +108,7 @@ class BatchNorm(Layer, TorchBatchNorm):
             check_several("BatchNorm", input, self.rule.support)
 
     def extra_repr(self) -> str:
-        layout = "" if self.layout == "n c *" else f", layout={self.layout!r}"
-        spatial = "" if self.spatial is None else f", spatial={self.spatial}"
-        return super().extra_repr() + layout + spatial + self.repr_activation()
+        return super().extra_repr() + self.repr_options(layout="n c *", spatial=None, activation=None)
 
 
 def batch_norm(
@@ -139,7 +132,7 @@ def batch_norm(
     """
     running = given_statistics("batch_norm", running_mean, running_var, None if training else "training=False")
     rule = batch_norm_rule(eps, momentum, layout, running_mean is not None)
-    if input.shape == (0,):  # torch lets it pass: no samples, and so no channels
+    if input.shape == (0,):  # torch accepts it: there are no samples, and so no channels
         return input.clone()
     if training:
         check_several("batch_norm", input, rule.support)
@@ -160,8 +153,8 @@ CARD = Card(
         "https://arxiv.org/abs/1502.03167",
     ),
     use_cases="convolutional networks and MLPs trained with batches of 16 and more",
-    strengths="fast and stable training at large rates; its noise regularizes; free at inference once folded",
-    weaknesses="depends on the batch: weak for small or correlated batches, another function in training than at inference",
+    strengths="fast and stable training at large learning rates; its noise regularizes; free at inference once folded",
+    weaknesses="depends on the batch: weak for small or correlated batches; training and inference compute different functions",
     module=BatchNorm,
     functional=batch_norm,
     make=BatchNorm,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
@@ -19,22 +19,21 @@ from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, place
 from normkit.engine.dispatch import Backend, Explanation, explain, run_measured
-from normkit.engine.layer import Layer, check_channels, check_several
+from normkit.engine.layer import Layer, check_channels, check_layout, check_several
 
 _AFFINE = Affine("c")
-_SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
 
 
 @dataclass(frozen=True)
 class RenormSchedule:
-    """How far the correction may go, by the number of training steps.
+    """Bounds of the correction, by the number of training steps.
 
-    r_max rises from 1 and d_max from 0, both at step ``start``, linearly to their last values at ``r_end`` and ``d_end``. The
-    defaults are the paper's, for a run of some 100,000 steps.
+    r_max rises from 1 and d_max from 0, both at step ``start``, linearly to their final values at ``r_end`` and ``d_end``. The
+    defaults are the paper's, for a run of about 100,000 steps.
 
     Args:
-        r_max: last bound of the scale, which stays within 1 / r_max and r_max. Default: 3.
-        d_max: last bound of the shift. Default: 5.
+        r_max: final bound of the scale, which stays between 1 / r_max and r_max. Default: 3.
+        d_max: final bound of the shift. Default: 5.
         start: steps of plain batch normalization. Default: 5000.
         r_end: step at which r_max is reached. Default: 40000.
         d_end: step at which d_max is reached. Default: 25000.
@@ -61,7 +60,7 @@ class RenormSchedule:
 
     @classmethod
     def constant(cls, r_max: float = 3.0, d_max: float = 5.0) -> RenormSchedule:
-        """The same bounds at every step.
+        """Make a schedule with the same bounds at every step.
 
         >>> RenormSchedule.constant(3, 5)(0)
         (3.0, 5.0)
@@ -70,7 +69,7 @@ class RenormSchedule:
 
     @classmethod
     def over(cls, steps: int, r_max: float = 3.0, d_max: float = 5.0) -> RenormSchedule:
-        """For a run of ``steps`` steps: start at a tenth, d_max at a half, r_max at eight tenths.
+        """Make a schedule for a run of ``steps`` steps: start at a tenth, d_max at half, r_max at eight tenths.
 
         >>> RenormSchedule.over(1000)
         RenormSchedule(r_max=3.0, d_max=5.0, start=100, r_end=800, d_end=500)
@@ -89,37 +88,37 @@ class RenormSchedule:
 
 
 class BatchRenorm(Layer):
-    """Normalize each channel over batch and positions, then move it within bounds to what running statistics would give.
+    """Normalize each channel over batch and positions, then correct it, within bounds, to what running statistics would give.
 
     In training, with the batch's mean m and deviation s = sqrt(Var[x] + eps) and the running ones M and S before this batch,
 
         y = weight * ((x - m) / s * r + d) + bias,    r = clip(s / S, 1 / r_max, r_max),    d = clip((m - M) / S, -d_max, d_max)
 
-    where r and d are held constant in the backward pass. Where nothing is clipped, that is exactly y = weight * (x - M) / S +
-    bias, which is what evaluation computes: training and inference agree, also for small or correlated batches. Bounds of 1 and
+    where r and d are constants in the backward pass. Where nothing is clipped, that is exactly y = weight * (x - M) / S +
+    bias, which is what evaluation computes: training and inference agree, even for small or correlated batches. Bounds of 1 and
     0 give batch normalization. M and S (the deviation, not the variance) are running averages. A state_dict of batch
-    normalization can be loaded.
+    normalization loads too.
 
-    Do not put it under activation checkpointing in training: the second pass would correct towards running statistics that the
-    first has moved, and the gradient would not be that of the first.
+    Do not use it under activation checkpointing in training: the recomputation would correct towards running statistics that the
+    first pass has moved, and the gradient would not belong to the first pass.
 
     Args:
         num_features: channels C.
-        eps: added to the variance. Default: 1e-5; the paper has 1e-3.
+        eps: added to the variance. Default: 1e-5; the paper uses 1e-3.
         momentum: weight of the new value in the running averages. Default: 0.01.
         affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
         schedule: the bounds by the number of training steps. Default: the paper's, RenormSchedule().
-        bias: False leaves the bias out. Default: True.
+        bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, C, *) or, with channels last, (N, *, C), to the same. N may be 0.
+        (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.
 
     Raises:
-        ShapeError: other channels than ``num_features``, or one value per channel in training.
-        OptionError: another layout, or a momentum that is not from 0 to 1.
+        ShapeError: a number of channels other than ``num_features``, or one value per channel in training.
+        OptionError: another layout, or a momentum outside 0 to 1.
 
     Reference:
         Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models" (2017),
@@ -151,21 +150,13 @@ class BatchRenorm(Layer):
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.affine, self.layout = affine, layout
         self.schedule = schedule or RenormSchedule()
-        kind = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.ones(num_features, **kind)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(num_features, **kind)) if affine and bias else None
-        self.register_buffer("running_mean", torch.zeros(num_features, **kind))
-        self.register_buffer("running_std", torch.ones(num_features, **kind))
-        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.register_affine((num_features,), affine, affine and bias, device=device, dtype=dtype)
+        self.register_running((num_features,), "running_mean", "running_std", device=device, dtype=dtype)
+        self.complete()
 
     def make_rule(self) -> Rule:
         self._memory = Running(self.momentum)
         return _rule(self.eps, self.layout)
-
-    def reset_parameters(self) -> None:
-        """Start again: weight 1, bias 0, running mean 0 and deviation 1, no steps."""
-        self.fill(weight=1, bias=0, running_mean=0, running_std=1, num_batches_tracked=0)
 
     def _running(self) -> tuple[Tensor, Tensor, Tensor]:
         assert self.running_mean is not None
@@ -185,7 +176,7 @@ class BatchRenorm(Layer):
         return _renormalize(rule, self._memory, input, running, self.weight, self.bias, bounds, mask, self.backend)
 
     def explain(self, input: Tensor) -> Explanation:
-        """Say which back end would normalize this input, before the correction, and why; evaluation needs none."""
+        """Say which back end would normalize this input, before the correction, and why; evaluation uses plain operators."""
         self.check(input)
         wide = input.to(accumulation_dtype(input.dtype))
         if self.training:
@@ -205,7 +196,7 @@ class BatchRenorm(Layer):
     def extra_repr(self) -> str:
         """The arguments."""
         text = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, {self.schedule}"
-        return text + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+        return text + self.repr_options(layout="n c *")
 
 
 def batch_renorm(
@@ -242,9 +233,7 @@ def batch_renorm(
 
 @remembered
 def _rule(eps: float, layout: str) -> Rule:
-    if layout not in _SUPPORTS:
-        raise OptionError(f"BatchRenorm: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")
-    return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps))
+    return Rule(Support(check_layout("BatchRenorm", layout), over="n *"), Statistic("mean", "std", eps))
 
 
 def _renormalize(
@@ -258,7 +247,7 @@ def _renormalize(
     mask: Tensor | None,
     backend: Backend,
 ) -> Tensor:
-    """In training where there are bounds; the second running statistic is the deviation."""
+    """Renormalize by the bounds, or with None as in evaluation; the second running statistic is the deviation."""
     split = rule.support.split(x.shape)
     wide = x.to(accumulation_dtype(x.dtype))
     mean, std = (place(statistic.detach(), "c", split).to(wide.dtype) for statistic in running[:2])
@@ -271,7 +260,7 @@ def _renormalize(
         r = torch.clamp(deviation / std, 1 / r_max, r_max)
         d = torch.clamp((found.mean - mean) / std, -d_max, d_max)
         y = y * r + d
-        if isinstance(found.n, Tensor):  # what a mask left without a variance has no say
+        if isinstance(found.n, Tensor):  # a channel that a mask leaves without a variance changes nothing
             deviation = torch.where(found.n > 1, deviation, math.nan)
         memory.blend(running, found.mean.reshape(-1), deviation.reshape(-1))
     y = _AFFINE.apply(y, split, weight, bias)
@@ -305,7 +294,7 @@ CARD = Card(
         2017,
         "https://arxiv.org/abs/1702.03275",
     ),
-    use_cases="batch normalization's networks with few samples a batch, or with batches that are not drawn independently",
+    use_cases="networks with batch normalization where batches are small or not drawn independently",
     strengths="training computes what inference does, once the bounds are wide",
     weaknesses="a schedule of bounds to choose; batches of a few samples still estimate poorly",
     module=BatchRenorm,

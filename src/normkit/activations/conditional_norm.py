@@ -1,4 +1,4 @@
-"""Conditional normalization: weight and bias looked up by class, computed from a vector, or from a map."""
+"""Conditional normalization: weight and bias looked up by class, or computed from a vector or a map."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from normkit.core.moments import accumulation_dtype
 from normkit.core.precision import full_precision
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, show
+from normkit.core.support import Support, check_shape, show
 from normkit.engine.dispatch import Backend, run
 from normkit.engine.layer import Layer, check_channels, check_several
 
@@ -25,7 +25,7 @@ _SUPPORTS = {over: Support("n c *", over=over) for over in ("*", "n *")}
 
 @remembered
 def conditional_norm_rule(over: str = "*", eps: float = 1e-5, momentum: float | None = 0.1, per: str = "n c") -> Rule:
-    """Conditional normalization as data: over ``"*"`` instance, over ``"n *"`` batch normalization, weighed per sample.
+    """Conditional normalization as data: over ``"*"`` instance, over ``"n *"`` batch normalization, with an affine per sample.
 
     >>> conditional_norm_rule("n *").batch_dependent
     True
@@ -37,7 +37,7 @@ def conditional_norm_rule(over: str = "*", eps: float = 1e-5, momentum: float | 
 
 
 class _Normalizer(Layer):
-    """What both layers share: the rule and the running averages of batch normalization."""
+    """The base of both layers: the rule, and the running averages of batch normalization."""
 
     per = "n c"
 
@@ -46,12 +46,9 @@ class _Normalizer(Layer):
     ) -> None:
         super().__init__()
         self.num_features, self.over, self.eps, self.momentum = num_features, over, eps, momentum
-        _ = self.rule  # refuses what does not go together now rather than at the first input
-        kept = over == "n *"
-        empty = {"device": device, "dtype": dtype}
-        self.register_buffer("running_mean", torch.zeros(num_features, **empty) if kept else None)
-        self.register_buffer("running_var", torch.ones(num_features, **empty) if kept else None)
-        self.register_buffer("num_batches_tracked", torch.tensor(0, device=device) if kept else None)
+        self.complete()
+        names, factory = ("running_mean", "running_var"), {"device": device, "dtype": dtype}
+        self.register_running((num_features,), *names, tracked=over == "n *", **factory)
 
     def make_rule(self) -> Rule:
         return conditional_norm_rule(self.over, self.eps, self.momentum, self.per)
@@ -72,25 +69,25 @@ class _Normalizer(Layer):
 class ConditionalNorm(_Normalizer):
     """Instance or batch normalization whose weight and bias depend on a class or on a vector.
 
-    y = weight(k) * (x - E[x]) / sqrt(Var[x] + eps) + bias(k). With ``classes`` each class k has a weight and a bias of its own;
-    a condition of one number for each class mixes them, as between styles. With ``features`` the condition is a vector v, and
-    weight = 1 + v W, bias = v B. Both start as the plain norm.
+    y = weight(k) * (x - E[x]) / sqrt(Var[x] + eps) + bias(k). With ``classes`` each class k has its own weight and bias;
+    a condition of one number per class mixes them, as between styles. With ``features`` the condition is a vector v, and
+    weight = 1 + v W, bias = v B. Both start as the unconditioned norm.
 
     Args:
         num_features: channels C.
-        classes: how many classes there are.
-        features: or the length of the vectors.
+        classes: number of classes.
+        features: or length of the vectors.
         over: ``"*"`` for instance, ``"n *"`` for batch normalization. Default: ``"*"``.
         eps: added to the variance. Default: 1e-5.
         momentum: weight of the new value in batch normalization's running averages; None for cumulative. Default: 0.1.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        input (N, C, *); condition (N,) of whole numbers, (N, classes) or (N, features); output as the input.
+        input (N, C, *); condition (N,) of integers, (N, classes) or (N, features); the output has the input's shape.
 
     Raises:
-        ShapeError: other channels, a condition of another shape, or one value for each statistic.
+        ShapeError: another number of channels, a condition of another shape, or one value per statistic.
         OptionError: not exactly one of ``classes`` and ``features``; another ``over``.
 
     Reference:
@@ -123,18 +120,21 @@ class ConditionalNorm(_Normalizer):
         self.classes, self.features = classes, features
         rows = classes if classes is not None else features
         assert rows is not None
-        self.weight = nn.Parameter(torch.empty(rows, num_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(rows, num_features, device=device, dtype=dtype))
+        self.register_affine((rows, num_features), device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Make it the plain norm, whatever the condition."""
-        self.fill(weight=1 if self.features is None else 0, bias=0)
+        """Make it the unconditioned norm, and forget the running statistics."""
+        super().reset_parameters()
+        self.fill(weight=1 if self.features is None else 0)
 
     def forward(self, input: Tensor, condition: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         check_channels("ConditionalNorm", input, self.num_features, "num_features", "n c *")
         assert self.weight is not None
         assert self.bias is not None
+        rows = (self.classes or 0) + (self.features or 0)  # one of them is None
+        for name, parameter in (("weight", self.weight), ("bias", self.bias)):
+            check_shape("ConditionalNorm", name, parameter, rows, self.num_features)
         weight, bias = (self._pick(parameter, condition, input) for parameter in (self.weight, self.bias))
         return self.compensated(input, weight if self.features is None else weight + 1, bias, mask)
 
@@ -145,9 +145,7 @@ class ConditionalNorm(_Normalizer):
             return F.embedding(condition, parameter).to(wide).expand(samples, -1)
         condition = per_sample(condition) if condition.is_floating_point() else condition
         if condition.shape[1:] != parameter.shape[:1] or condition.shape[0] not in (1, samples):
-            wanted = (
-                "one class, or one share for each class," if self.classes is not None else f"{self.features} features"
-            )
+            wanted = "one class, or one share per class," if self.classes is not None else f"{self.features} features"
             raise ShapeError(
                 f"ConditionalNorm: got a condition of {show(shape)} ({condition.dtype}) for an input of "
                 f"{show(input.shape)}, wanted {wanted} for each sample"
@@ -161,28 +159,28 @@ class ConditionalNorm(_Normalizer):
 
 
 class SpatiallyAdaptiveNorm(_Normalizer):
-    """Batch or instance normalization whose weight and bias are computed, for each position, from a map.
+    """Batch or instance normalization whose weight and bias are computed from a map, for each position.
 
-    y = (1 + g(map)) * (x - E[x]) / sqrt(Var[x] + eps) + b(map), where g and b are convolutions over one hidden convolution with a
-    rectifier. The map, as of semantic labels one-hot, is brought to the input's size by the nearest neighbour: what was drawn is
-    not washed out by the norm. A sequence is taken as an image of width one.
+    y = (1 + g(map)) * (x - E[x]) / sqrt(Var[x] + eps) + b(map), where g and b are convolutions of a shared convolution with a
+    rectifier. The map, such as one-hot semantic labels, is resized to the input by nearest neighbour; as it modulates after
+    the norm, the norm does not wash it out. A sequence is an image of width one.
 
     Args:
         num_features: channels C.
-        map_channels: channels of the map, as the number of labels.
-        hidden: channels between. Default: 128.
-        kernel_size: of the convolutions, odd. Default: 3.
+        map_channels: channels of the map, such as the number of labels.
+        hidden: channels of the shared convolution. Default: 128.
+        kernel_size: kernel size of the convolutions, odd. Default: 3.
         over: ``"n *"`` for batch, ``"*"`` for instance normalization. Default: ``"n *"``.
         eps: added to the variance. Default: 1e-5.
         momentum: weight of the new value in batch normalization's running averages; None for cumulative. Default: 0.1.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        input (N, C, L) or (N, C, H, W), map (N, M, *) of as many axes and any size; output as the input.
+        input (N, C, L) or (N, C, H, W), map (N, M, *) of as many axes and any size; the output has the input's shape.
 
     Raises:
-        ShapeError: other channels, a map that does not fit, or one value for each statistic.
+        ShapeError: another number of channels, a map that does not fit, or one value per statistic.
         OptionError: another ``over``, or an even kernel size.
 
     Reference:
@@ -214,7 +212,7 @@ class SpatiallyAdaptiveNorm(_Normalizer):
             raise OptionError(f"SpatiallyAdaptiveNorm: kernel_size={kernel_size}; wanted an odd number")
         options = {"padding": kernel_size // 2, "device": device, "dtype": dtype}
         self.map_channels = map_channels
-        self.register_parameter("weight", None)  # they come from the map
+        self.register_parameter("weight", None)  # the map gives both
         self.register_parameter("bias", None)
         self.shared = nn.Conv2d(map_channels, hidden, kernel_size, **options)
         self.gain = nn.Conv2d(hidden, num_features, kernel_size, **options)
@@ -249,9 +247,9 @@ def conditional_norm(
     mask: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Instance or batch normalization with a weight and bias of each sample (N, C), or of each position (N, C, *).
+    """Instance or batch normalization with a weight and bias per sample (N, C), or per position (N, C, *).
 
-    Weight and bias may also be (C,), or broadcast over the input with as many axes, as (N, C, 1, 1).
+    Weight and bias may also be (C,), or have as many axes as the input and broadcast over it, as (N, C, 1, 1).
 
     >>> x = torch.tensor([[[1.0, 3.0]], [[1.0, 3.0]]])
     >>> conditional_norm(x, torch.tensor([[1.0], [5.0]]), torch.zeros(2, 1)).view(2, 2)
@@ -262,7 +260,7 @@ def conditional_norm(
     rule = conditional_norm_rule(over, eps, momentum, per)
     running = None if running_mean is None or running_var is None else RunningStatistics(running_mean, running_var)
     if running is not None and rule.memory is None:
-        raise OptionError("conditional_norm: over='*' keeps no running statistics; leave them out, or over='n *'")
+        raise OptionError("conditional_norm: over='*' keeps no running statistics; omit them, or give over='n *'")
     if training or running is None:
         check_several("conditional_norm", input, rule.support)
     return run(rule, input, weight, bias, running=running, training=training, mask=mask, backend=backend)
@@ -272,8 +270,7 @@ CARD_INSTANCE = Card(
     name="conditional_instance_norm",
     title="Conditional instance normalization",
     kind="activation",
-    word="",
-    wordless="it takes a condition besides its input",
+    wordless="it takes a condition as well as its input",
     normalized_over="each sample and channel, over all positions; weight and bias by class or vector",
     formula="y = weight(k) * (x - E[x]) / sqrt(Var[x] + eps) + bias(k)",
     paper=Paper(
@@ -282,8 +279,8 @@ CARD_INSTANCE = Card(
         2017,
         "https://arxiv.org/abs/1610.07629",
     ),
-    use_cases="one style transfer network for many styles, and for what lies between them",
-    strengths="a style is 2 C numbers a layer; independent of the batch",
+    use_cases="one style transfer network for many styles and their mixtures",
+    strengths="a style is 2 C numbers per layer; independent of the batch",
     weaknesses="a new style must be trained; removes contrast even where it is the cue",
     module=ConditionalNorm,
     functional=conditional_norm,
@@ -297,8 +294,7 @@ CARD_BATCH = Card(
     name="conditional_batch_norm",
     title="Conditional batch normalization",
     kind="activation",
-    word="",
-    wordless="it takes a condition besides its input",
+    wordless="it takes a condition as well as its input",
     normalized_over="each channel, over the batch and all positions; weight and bias by class or vector",
     formula="y = weight(k) * (x - E[x]) / sqrt(Var[x] + eps) + bias(k)",
     paper=Paper(
@@ -326,8 +322,7 @@ CARD_SPATIAL = Card(
     name="spatially_adaptive_norm",
     title="Spatially adaptive normalization (SPADE)",
     kind="activation",
-    word="",
-    wordless="it takes a map besides its input",
+    wordless="it takes a map as well as its input",
     normalized_over="each channel, over the batch and all positions; weight and bias of each position by a map",
     formula="y = (1 + g(map)) * (x - E[x]) / sqrt(Var[x] + eps) + b(map)",
     paper=Paper(
@@ -337,8 +332,8 @@ CARD_SPATIAL = Card(
         "https://arxiv.org/abs/1903.07291",
     ),
     use_cases="images from label maps and sketches",
-    strengths="what the map says is not washed out by normalizing",
-    weaknesses="three convolutions a layer; depends on the batch in its first form",
+    strengths="normalizing does not wash out the map",
+    weaknesses="three convolutions per layer; depends on the batch in its original form",
     module=SpatiallyAdaptiveNorm,
     functional=conditional_norm,
     make=lambda channels: SpatiallyAdaptiveNorm(channels, 1, hidden=2),

@@ -1,4 +1,4 @@
-"""Divisive normalization: each response divided by the pooled activity around it, in its published forms."""
+"""Divisive normalization: each response is divided by the pooled activity around it; the published forms."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.place import whole_number
 from normkit.core.precision import full_precision
-from normkit.core.support import show
+from normkit.core.support import Support, check_shape, show
 from normkit.engine.layer import check_channels
 from normkit.engine.window import sliding_mean
+
+_SUPPORT = Support("n c *", over="*")
 
 
 @dataclass(frozen=True)
 class Field:
-    """The surroundings of an element: a window of channels and of positions around it, cut off at the borders.
+    """The neighbourhood of an element: a window of channels and of positions around it, cut off at the borders.
 
     Args:
-        channels: size of the window of channels; None for all.
+        channels: size of the channel window; None for all.
         positions: size of the window along each spatial axis; None for all.
-        samples: whether the field takes in the whole batch.
+        samples: whether the field includes the whole batch.
     """
 
     channels: int | None = None
@@ -40,12 +43,12 @@ class Field:
                 raise OptionError(f"Field: {name}={size}; wanted a whole number from 1, or None for all")
 
     def mean(self, x: Tensor) -> Tensor:
-        """Mean over the field of each element of (N, C, *); broadcasts over it."""
+        """Mean over the field of each element of (N, C, *), in a shape that broadcasts over it."""
         windows = [(1, self.channels), *((dim, self.positions) for dim in range(2, x.dim()))]
         return sliding_mean(x, [(0, None), *windows] if self.samples else windows)
 
     def deviations(self, x: Tensor) -> Tensor:
-        """Each element of (N, C, *) less the mean of its field."""
+        """Each element of (N, C, *) minus the mean of its field."""
         # A common mean cancels; without it small deviations keep their digits next to a large mean.
         rest = x - x.mean(tuple(range(0 if self.samples else 1, x.dim())), keepdim=True)
         return rest - self.mean(rest)
@@ -54,27 +57,27 @@ class Field:
 class DivisiveNorm(Module):
     """Subtract the mean of one field around each element and divide by the deviation over another.
 
-    v = x - E_A[x], y = weight * v / sqrt(sigma^2 + E_B[v^2]) + bias. One formula with many members: with A and B all channels
-    and positions it is layer normalization, with one channel and all positions instance normalization, with the whole batch
-    besides batch normalization in training, each with sigma^2 for eps; with windows it is the local divisive normalization of
-    neuroscience. The same in training and evaluation: a field over the batch has no running averages.
+    v = x - E_A[x], y = weight * v / sqrt(sigma^2 + E_B[v^2]) + bias. One formula with many special cases: if A and B are all
+    channels and positions it is layer normalization, with one channel and all positions instance normalization, if they also
+    include the batch batch normalization in training, each with sigma^2 for eps; with windows it is the local divisive
+    normalization of neuroscience. Training and evaluation compute the same: a field over the batch has no running averages.
 
     The paper also adds a penalty on |v|, which makes responses sparse: ``centered(x).abs().mean()`` times a small factor.
 
     Args:
         num_channels: channels C.
         summation: the field A. Default: all channels, 5 positions along each axis.
-        suppression: the field B. Default: the same.
-        sigma: keeps the divisor from zero, in units of the input. Default: 1.
+        suppression: the field B. Default: as A.
+        sigma: keeps the divisor above zero, in units of the input. Default: 1.
         affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, C, *) to the same.
+        (N, C, *); the output has the same shape.
 
     Raises:
-        ShapeError: other channels than ``num_channels``.
+        ShapeError: a number of channels other than ``num_channels``.
         OptionError: sigma is not above 0.
 
     Reference:
@@ -104,17 +107,10 @@ class DivisiveNorm(Module):
             raise OptionError(f"DivisiveNorm: sigma={sigma}; wanted a number above 0")
         self.num_channels, self.sigma = num_channels, sigma
         self.summation, self.suppression = summation or Field(None, 5), suppression or Field(None, 5)
-        for name in ("weight", "bias"):
-            empty = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype)) if affine else None
-            self.register_parameter(name, empty)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the weight to 1 and the bias to 0."""
-        self.fill(weight=1, bias=0)
+        self.register_affine((num_channels,), affine, affine, device=device, dtype=dtype)
 
     def centered(self, input: Tensor) -> Tensor:
-        """The input less the mean of its summation field: what the paper's penalty is on."""
+        """The input minus the mean of its summation field, on which the paper puts a penalty."""
         return self.summation.deviations(_wide("DivisiveNorm", input)).to(input.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -141,32 +137,28 @@ def divisive_norm(
     wide = _wide("divisive_norm", input)
     v = (summation or Field(None, 5)).deviations(wide)
     y = v * ((suppression or Field(None, 5)).mean(v.square()) + sigma**2).rsqrt()
-    if weight is not None:
-        y = y * _per_channel(weight, y)
-    if bias is not None:
-        y = y + _per_channel(bias, y)
-    return y.to(input.dtype)
+    return Affine("c").apply(y, _SUPPORT.split(input.shape), weight, bias).to(input.dtype)
 
 
 class LyuSimoncelliNorm(Module):
-    """Divide each element by the root of a learned weighted energy of its neighbours in space.
+    """Divide each element by the root of the weighted energy of its spatial neighbours, with learned weights.
 
-    y = x / sqrt(b + sum_j w_j x_j^2), j over the positions around it in the same channel. The weights of a channel are a product
-    of one profile along each spatial axis; b and w are squares of the parameters ``bias`` and ``weight``, so they stay positive.
-    It makes the responses of natural images nearly Gaussian. The same in training and evaluation.
+    y = x / sqrt(b + sum_j w_j x_j^2), j over the positions around it in the same channel. The weights of a channel are the
+    product of one profile per spatial axis; b and w are squares of the parameters ``bias`` and ``weight``, so they stay positive.
+    It makes the responses of natural images nearly Gaussian. Training and evaluation compute the same.
 
     Args:
         num_channels: channels C.
         window: positions along each spatial axis, odd. Default: 3.
         eps: added to b. Default: 1e-6.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, C, *) to the same.
+        (N, C, *); the output has the same shape.
 
     Raises:
-        ShapeError: other channels than ``num_channels``.
+        ShapeError: a number of channels other than ``num_channels``.
         OptionError: the window is even.
 
     Reference:
@@ -194,6 +186,7 @@ class LyuSimoncelliNorm(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         check_channels("LyuSimoncelliNorm", input, self.num_channels, "num_channels", "n c *")
+        check_shape("LyuSimoncelliNorm", "weight", self.weight, self.num_channels, self.window)
         wide = accumulation_dtype(input.dtype)
         return lyu_simoncelli_norm(input, self.weight.to(wide).square(), self.bias.to(wide).square() + self.eps)
 
@@ -202,12 +195,14 @@ class LyuSimoncelliNorm(Module):
 
 
 def lyu_simoncelli_norm(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Divide by sqrt(bias + sum_j weight_j x_j^2): a profile of odd length for each channel, and a bias above 0.
+    """Divide by sqrt(bias + sum_j weight_j x_j^2): a profile of odd length and a bias above 0 per channel.
 
     >>> lyu_simoncelli_norm(torch.tensor([[[0.0, 3.0, 1.0]]]), torch.full((1, 3), 1.0), torch.ones(1))
     tensor([[[0.0000, 0.9045, 0.3015]]])
     """
     wide = _wide("lyu_simoncelli_norm", input)
+    check_shape("lyu_simoncelli_norm", "weight", weight, input.shape[1], weight.shape[-1] if weight.dim() else 0)
+    check_shape("lyu_simoncelli_norm", "bias", bias, input.shape[1])
     energy, window = wide.square(), weight.shape[1]
     for dim in range(2, input.dim()):
         padded = F.pad(energy, [0, 0] * (input.dim() - 1 - dim) + [window // 2] * 2)
@@ -220,21 +215,21 @@ class HeegerNorm(Module):
     """Divide each rectified response, raised to a power, by the pooled activity of all channels at its position.
 
     y_i = gain * d_i^p / (sigma^p + sum_k w_ik d_k^p), d = max(x, 0): the model of neurons in the visual cortex. The weights w are
-    squares of the parameter ``weight``, so they stay positive. The same in training and evaluation.
+    squares of the parameter ``weight``, so they stay positive. Training and evaluation compute the same.
 
     Args:
         num_channels: channels C.
         exponent: the power p, from 1. Default: 2.
-        sigma: the activity that halves the response, above 0. Default: 1.
+        sigma: the activity at which the response is half its maximum, above 0. Default: 1.
         gain: the largest response. Default: 1.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, C, *) to the same.
+        (N, C, *); the output has the same shape.
 
     Raises:
-        ShapeError: other channels than ``num_channels``.
+        ShapeError: a number of channels other than ``num_channels``.
         OptionError: exponent below 1, or sigma not above 0.
 
     Reference:
@@ -275,14 +270,15 @@ class HeegerNorm(Module):
 
 
 def heeger_norm(input: Tensor, weight: Tensor, exponent: float = 2.0, sigma: float = 1.0, gain: float = 1.0) -> Tensor:
-    """Heeger's normalization with weights of shape (C, C), row i for channel i's pool; see HeegerNorm.
+    """Heeger's normalization with weights of shape (C, C), where row i is the pool of channel i; see HeegerNorm.
 
     >>> heeger_norm(torch.tensor([[2.0, -3.0]]), torch.full((2, 2), 0.5))
     tensor([[1.3333, 0.0000]])
     """
     wide = _wide("heeger_norm", input)
+    check_shape("heeger_norm", "weight", weight, input.shape[1], input.shape[1])
     active = wide > 0
-    # The inner one keeps derivatives of the power finite where nothing is active.
+    # The inner where keeps the derivatives of the power finite where nothing is active.
     drive = torch.where(active, torch.where(active, wide, 1.0).pow(exponent), 0.0)
     with full_precision(input):
         pool = F.linear(drive.movedim(1, -1), weight.to(wide.dtype)).movedim(-1, 1)
@@ -315,7 +311,7 @@ CARD = Card(
         "https://arxiv.org/abs/1611.04520",
     ),
     use_cases="image restoration, recurrent networks; models of the visual system",
-    strengths="batch, layer, instance and local normalization are its members; sigma is a threshold one can choose",
+    strengths="includes batch, layer, instance and local normalization; sigma is a threshold that can be chosen",
     weaknesses="windows cost several passes; sigma breaks the invariance to scale",
     module=DivisiveNorm,
     functional=divisive_norm,
@@ -342,7 +338,7 @@ CARD_LYU_SIMONCELLI = Card(
         "https://doi.org/10.1109/CVPR.2008.4587821",
     ),
     use_cases="representations of natural images; restoration and quality measures",
-    strengths="takes the dependence between neighbouring responses out; can be inverted",
+    strengths="removes the dependence between neighbouring responses; can be inverted",
     weaknesses="bounds responses without fixing their scale",
     module=LyuSimoncelliNorm,
     functional=lyu_simoncelli_norm,
@@ -369,7 +365,7 @@ CARD_HEEGER = Card(
     ),
     use_cases="models of the visual system",
     strengths="responses saturate at the gain whatever the contrast; explains masking between neurons",
-    weaknesses="rectifies; a network on top sees ratios of activities alone",
+    weaknesses="rectifies; later layers see only ratios of activities",
     module=HeegerNorm,
     functional=heeger_norm,
     make=HeegerNorm,

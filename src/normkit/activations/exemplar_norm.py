@@ -14,7 +14,7 @@ from normkit.core.memory import Running, RunningStatistics
 from normkit.core.module import Module
 from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.precision import full_precision
-from normkit.core.support import Support, show
+from normkit.core.support import Support, check_shape, show
 from normkit.engine.layer import check_channels, check_several
 from normkit.engine.pooling import pool
 
@@ -23,38 +23,40 @@ _BATCH = Support("n c *", over="n *")
 
 
 class ExemplarNorm(Module):
-    """Mix instance, layer and batch normalization, each whole and with its own weight and bias, as each sample asks for.
+    """Mix instance, layer and batch normalization, each with its own weight and bias, in shares that depend on the sample.
 
     y_n = sum_k s_nk (weight_k * (x_n - m_k) / sqrt(v_k + eps) + bias_k), k over instance, layer and batch in this order, the
-    shares s_n positive with the sum 1. A small network computes them: the sample's mean over positions is normalized by the
+    shares s_n positive with sum 1. A small network computes them: the sample's mean over positions is normalized by the
     moments of each k, reduced to d numbers, and the products between the three vectors go through a hidden layer with tanh to
-    three logits. The last layer starts at 0, so all shares start at 1/3. In evaluation running averages stand for the batch's
+    three logits. The last layer starts at 0, so all shares start at 1/3. In evaluation running averages replace the batch's
     moments.
 
     Args:
         num_features: channels C.
         reduction: d is C / reduction, at least 1. Default: 32.
-        hidden: units of the hidden layer. Default: 6.
+        hidden: number of hidden units. Default: 6.
         eps: added to the variances. Default: 1e-5.
         momentum: weight of the new value in the running averages. Default: 0.1.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, C, *) to the same.
+        (N, C, *); the output has the same shape.
 
     Raises:
-        ShapeError: other channels than ``num_features``, or a single position.
+        ShapeError: a number of channels other than ``num_features``, or a single position.
         OptionError: a reduction or hidden below 1.
 
     Reference:
         Zhang, Peng, Yuan, Luo, "Exemplar Normalization for Learning Deep Representation" (2020),
-        https://arxiv.org/abs/2003.08761. The sizes of the small network are our own.
+        https://arxiv.org/abs/2003.08761. The sizes of the small network are our own choice.
 
     >>> ExemplarNorm(1)(torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]])).detach().view(-1)
     tensor([-1.1139,  0.5176, -0.5176,  1.1139])
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter
     running_mean: Tensor
     running_var: Tensor
 
@@ -73,46 +75,38 @@ class ExemplarNorm(Module):
         if reduction < 1 or hidden < 1:
             raise OptionError(f"ExemplarNorm: reduction={reduction}, hidden={hidden}; wanted whole numbers from 1")
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
-        empty = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(3, num_features, **empty))
-        self.bias = nn.Parameter(torch.empty(3, num_features, **empty))
-        self.reduce = nn.Linear(num_features, max(num_features // reduction, 1), **empty)
-        self.hidden = nn.Linear(9, hidden, **empty)
-        self.logits = nn.Linear(hidden, 3, **empty)
-        self.register_buffer("running_mean", torch.zeros(num_features, **empty))
-        self.register_buffer("running_var", torch.ones(num_features, **empty))
-        self._memory = Running(momentum)
+        factory = {"device": device, "dtype": dtype}
+        self.register_affine((3, num_features), **factory)
+        self.reduce = nn.Linear(num_features, max(num_features // reduction, 1), **factory)
+        self.hidden = nn.Linear(9, hidden, **factory)
+        self.logits = nn.Linear(hidden, 3, **factory)
+        self.register_running((num_features,), "running_mean", "running_var", counted=False, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set the weights to 1, the biases to 0, all shares to 1/3, and forget the running averages."""
         self.reduce.reset_parameters()
         self.hidden.reset_parameters()
-        self.fill(weight=1, bias=0, running_mean=0, running_var=1)
+        super().reset_parameters()
         nn.init.zeros_(self.logits.weight)
         nn.init.zeros_(self.logits.bias)
 
-    @property
-    def memory(self) -> Running:
-        """How running averages are kept; it follows when ``momentum`` is set."""
-        if self._memory.momentum != self.momentum:
-            self._memory = Running(self.momentum)
-        return self._memory
-
     def moments(self, input: Tensor) -> list[Moments]:
-        """The moments of instance, layer and batch; in training the running averages take the batch's in."""
+        """The moments of instance, layer and batch; in training, update the running averages by the batch's."""
         check_channels("ExemplarNorm", input, self.num_features, "num_features", "n c *")
         wide = input.to(accumulation_dtype(input.dtype))
         check_several("ExemplarNorm", input, _INSTANCE)
+        for name in ("running_mean", "running_var"):
+            check_shape("ExemplarNorm", name, getattr(self, name), self.num_features)
         if input.numel():
             instance = moments(wide, tuple(range(2, input.dim())))
-        else:  # no element has moments; what is not a number would reach the gradients of the parameters
+        else:  # an empty batch has no moments, and NaN would reach the gradients of the parameters
             empty = wide.new_zeros([*input.shape[:2], *[1] * (input.dim() - 2)])
             instance = Moments(empty, torch.ones_like(empty), 0)
         if self.training and input.numel():
             batch = pool(instance, (0,))
             running = RunningStatistics(self.running_mean, self.running_var)
-            self.memory.update(running, batch, _BATCH.split(input.shape))
+            Running(self.momentum).update(running, batch, _BATCH.split(input.shape))
         else:
             shape = [1, -1] + [1] * (input.dim() - 2)
             batch = Moments(
@@ -121,7 +115,7 @@ class ExemplarNorm(Module):
         return [instance, pool(instance, (1,)), batch]
 
     def shares(self, found: list[Moments]) -> Tensor:
-        """How much of instance, layer and batch each sample takes: (N, 3), each row summing to 1."""
+        """The shares of instance, layer and batch for each sample: (N, 3), where each row sums to 1."""
         pooled = found[0].mean.flatten(1)
         seen = [(pooled - each.mean.flatten(1)) * (each.var.flatten(1) + self.eps).rsqrt() for each in found]
         with full_precision(pooled):
@@ -155,9 +149,11 @@ def exemplar_norm(
         raise ShapeError(
             f"exemplar_norm: got shares of {show(shares.shape)}, wanted {len(found)} for each of {input.shape[0]} samples"
         )
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        check_shape("exemplar_norm", name, parameter, len(found), input.shape[1])
     ones = [1] * (input.dim() - 2)
     gain = shift = torch.zeros((), dtype=wide.dtype, device=input.device)
-    center = found[0].mean  # what the others' means differ from is small: x is centred once
+    center = found[0].mean  # x is centred once, by a mean from which the others differ little
     for k, each in enumerate(found):
         share = shares[:, k].to(wide.dtype).view([-1, 1, *ones])
         scale = weight[k].to(wide.dtype).view([-1, *ones]) * (each.var + eps).rsqrt()
@@ -180,8 +176,8 @@ CARD = Card(
         "https://arxiv.org/abs/2003.08761",
     ),
     use_cases="training data of several kinds in one batch: noisy labels, mixed domains",
-    strengths="each sample chooses; leans away from the batch where that helps",
-    weaknesses="depends on the batch; a small network a layer; can't be folded away",
+    strengths="each sample chooses; can rely less on the batch where that helps",
+    weaknesses="depends on the batch; a small network per layer; can't be folded",
     module=ExemplarNorm,
     functional=exemplar_norm,
     make=lambda channels: ExemplarNorm(channels, reduction=2, hidden=2),

@@ -1,4 +1,4 @@
-"""Feature-wise linear modulation (FiLM): a scale and a shift per channel that are computed from a condition."""
+"""Feature-wise linear modulation (FiLM): a scale and a shift per channel, computed from a condition."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine, modulation, per_sample
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import ShapeError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.support import Support, show
-from normkit.engine.layer import check_channels
+from normkit.engine.layer import check_channels, check_layout
 
 _SUPPORTS = {layout: Support(layout, over="*") for layout in ("n c *", "n * c")}
 
@@ -22,22 +22,23 @@ class FiLM(Module):
     """Scale and shift each channel by a linear function of a condition.
 
     y = (1 + scale) * x + shift, with (scale, shift) = Linear(condition), one of each per sample and channel. It computes no
-    statistic: it is the compensation of a normalization, taken from another input, and usually follows a batch normalization
-    without one of its own (``affine=False``).
+    statistic: it is the affine part of a normalization, computed from another input, and usually follows a batch normalization
+    without its own (``affine=False``).
 
     Args:
-        channels: C.
+        channels: channels C.
         condition: size of the condition.
-        zero: start the linear layer at zero, where y = x; else as ``torch.nn.Linear`` does. Default: False.
+        zero: initialize the linear layer to zero, so that y = x; else as ``torch.nn.Linear`` does. Default: False.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        input (N, C, *), or (N, *, C) with channels last, and condition (N, condition), to the input's shape and dtype.
+        input (N, C, *), or (N, *, C) with channels last, and condition (N, condition); the output has the shape and dtype of
+        the input.
 
     Raises:
-        ShapeError: the input has other channels, or the condition another size.
+        ShapeError: the input has another number of channels, or the condition another size.
         OptionError: another layout, or the input is not floating.
 
     Reference:
@@ -59,13 +60,13 @@ class FiLM(Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        _check_layout("FiLM", layout)
+        check_layout("FiLM", layout)
         self.channels, self.condition, self.zero, self.layout = channels, condition, zero, layout
         self.linear = nn.Linear(condition, 2 * channels, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Give the linear layer its first values."""
+        """Initialize the linear layer."""
         self.linear.reset_parameters()
         if self.zero:
             nn.init.zeros_(self.linear.weight)
@@ -79,7 +80,7 @@ class FiLM(Module):
             condition: (N, condition), or one for all samples: (condition,) or (1, condition).
 
         Returns:
-            Of the input's shape and dtype.
+            A tensor of the input's shape and dtype.
         """
         check_channels("FiLM", input, self.channels, "channels", self.layout)
         given, condition = condition, per_sample(condition)
@@ -92,29 +93,22 @@ class FiLM(Module):
         return film(input, scale, shift, layout=self.layout)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, condition={self.condition}" + (
-            "" if self.layout == "n c *" else f", layout={self.layout!r}"
-        )
+        return f"{self.channels}, condition={self.condition}" + self.repr_options(layout="n c *")
 
 
 def film(input: Tensor, scale: Tensor, shift: Tensor, *, layout: str = "n c *") -> Tensor:
     """Feature-wise linear modulation as a function of a scale and a shift; see FiLM.
 
-    Each is (N, C) or (C,), or of as many axes as the input, which it broadcasts over, as (N, C, 1, 1).
+    Each is (N, C) or (C,), or has as many axes as the input and broadcasts over it, as (N, C, 1, 1).
 
     >>> film(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
     tensor([[2., 4.]])
     """
-    _check_layout("film", layout)
+    check_layout("film", layout)
     wide = torch.promote_types(accumulation_dtype(input.dtype), scale.dtype)
     split = _SUPPORTS[layout].split(input.shape)
     per, (scale, shift) = modulation(layout, input.shape, scale, shift)
     return Affine(per, offset=1.0).apply(input.to(wide), split, scale, shift).to(input.dtype)
-
-
-def _check_layout(who: str, layout: str) -> None:
-    if layout not in _SUPPORTS:
-        raise OptionError(f"{who}: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")
 
 
 def _example_condition(x: Tensor) -> tuple[Tensor]:
@@ -125,8 +119,7 @@ CARD = Card(
     name="film",
     title="Feature-wise linear modulation (FiLM)",
     kind="activation",
-    word="",
-    wordless="it takes a condition besides its input",
+    wordless="it takes a condition as well as its input",
     normalized_over="nothing; each sample's channels are scaled and shifted by a function of a condition",
     formula="y = (1 + scale(condition)) * x + shift(condition)",
     paper=Paper(
@@ -135,8 +128,8 @@ CARD = Card(
         2018,
         "https://arxiv.org/abs/1709.07871",
     ),
-    use_cases="convolutional networks steered by a question, class or style; after a norm without a compensation of its own",
-    strengths="two numbers per channel steer a whole network; any norm may stand before it",
+    use_cases="convolutional networks steered by a question, class or style; after a norm without weight and bias",
+    strengths="two numbers per channel steer a whole network; works after any norm",
     weaknesses="normalizes nothing itself; the same for all positions",
     module=FiLM,
     functional=film,

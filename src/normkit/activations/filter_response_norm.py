@@ -1,4 +1,4 @@
-"""Filter response normalization: each channel of each sample by its root mean square, then a learned threshold."""
+"""Filter response normalization: divide each channel of each sample by its root mean square, then apply a learned threshold."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ def filter_response_norm_rule(eps: float = 1e-6) -> Rule:
 class FilterResponseNorm(Layer):
     """Divide each channel of each sample by its root mean square over the positions, and cut off below a learned threshold.
 
-    y = max(weight * x / sqrt(E[x^2] + |eps|) + bias, tau). The threshold stands for the nonlinearity: as nothing is centred, a
-    rectifier at 0 would be in the wrong place. The same in training and evaluation, whatever else is in the batch.
+    y = max(weight * x / sqrt(E[x^2] + |eps|) + bias, tau). The threshold replaces the nonlinearity: as nothing is centred, a
+    rectifier would cut at the wrong value. Training and evaluation compute the same, whatever else is in the batch.
 
-    The state_dict has the keys of timm's ``FilterResponseNormTlu2d``: weight, bias, tau. On a single position x / |x| is left,
-    the sign alone; there the paper learns eps.
+    The state_dict has the keys of timm's ``FilterResponseNormTlu2d``: weight, bias, tau. On a single position only x / |x|
+    remains, the sign; there the paper learns eps.
 
     Args:
         num_features: channels C.
         eps: added to the mean square. Default: 1e-6 (timm uses 1e-5).
-        tlu: whether the threshold is there; it starts at 0, as a rectifier. Default: True.
+        tlu: whether there is a threshold; it starts at 0, as a rectifier. Default: True.
         learned_eps: whether eps is learned, as the absolute value of a parameter ``eps_weight`` that starts at ``eps``, for
-            which the paper has 1e-4 then. Default: False.
-        device: of the parameters.
-        dtype: of the parameters.
+            which the paper then uses 1e-4. Default: False.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, C, *) to the same.
+        (N, C, *); the output has the same shape.
 
     Raises:
-        ShapeError: other channels than ``num_features``.
+        ShapeError: a number of channels other than ``num_features``.
 
     Reference:
         Singh and Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep Neural
@@ -77,17 +77,17 @@ class FilterResponseNorm(Layer):
     ) -> None:
         super().__init__()
         self.num_features, self.eps = num_features, eps
-        empty = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(num_features, **empty))
-        self.bias = nn.Parameter(torch.empty(num_features, **empty))
-        self.register_parameter("tau", nn.Parameter(torch.empty(num_features, **empty)) if tlu else None)
-        self.register_parameter("eps_weight", nn.Parameter(torch.empty(1, **empty)) if learned_eps else None)
+        factory = {"device": device, "dtype": dtype}
+        self.register_affine((num_features,), **factory)
+        self.register_parameter("tau", nn.Parameter(torch.empty(num_features, **factory)) if tlu else None)
+        self.register_parameter("eps_weight", nn.Parameter(torch.empty(1, **factory)) if learned_eps else None)
         self.reset_parameters()
-        _ = self.rule  # made now, so that a compiler finds it ready
+        self.complete()
 
     def reset_parameters(self) -> None:
         """Set the weight to 1, bias and threshold to 0, a learned eps to ``eps``."""
-        self.fill(weight=1, bias=0, tau=0, eps_weight=self.eps)
+        super().reset_parameters()
+        self.fill(tau=0, eps_weight=self.eps)
 
     def make_rule(self) -> Rule:
         return filter_response_norm_rule(self.eps)
@@ -117,8 +117,8 @@ def filter_response_norm(
 ) -> Tensor:
     """Filter response normalization as a function; see FilterResponseNorm. Without ``tau`` there is no threshold.
 
-    Elements where the mask (boolean, broadcasts over the input) is False enter no statistic and come out as zero. A learned
-    ``eps`` is a tensor of one element, of which the absolute value counts; it is run by the definition alone.
+    Elements where the mask (boolean, broadcasts over the input) is False enter no statistic and become zero. A learned ``eps`` is
+    a tensor of one element, whose absolute value counts; it runs by the definition only.
 
     >>> filter_response_norm(torch.tensor([[[3.0, -4.0]]]))
     tensor([[[ 0.8485, -1.1314]]])
@@ -136,12 +136,12 @@ def filter_response_norm(
 def _with_learned_eps(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """The rule with eps as a tensor."""
+    """Compute the rule with eps as a tensor."""
     split = _SUPPORT.split(x.shape)
     wide = x.to(accumulation_dtype(x.dtype))
     if mask is not None:
         wide = torch.where(mask, wide, 0.0)
-    count = split.count if mask is None else mask.expand(x.shape).sum(split.dims, keepdim=True).clamp_min(1)
+    count = max(split.count, 1) if mask is None else mask.expand(x.shape).sum(split.dims, keepdim=True).clamp_min(1)
     square = wide.square().sum(split.dims, keepdim=True) / count if split.dims else wide.square()
     y = Affine("c").apply(wide * (square + eps.to(wide.dtype).abs()).rsqrt(), split, weight, bias)
     return (y if mask is None else torch.where(mask, y, 0.0)).to(x.dtype)
@@ -162,10 +162,10 @@ CARD = Card(
     ),
     use_cases="convolutional networks where batches are small, as in detection",
     strengths="independent of the batch; the same in training and at inference; its threshold replaces the activation",
-    weaknesses="weak on maps of few positions; wants a slow start of the learning rate",
+    weaknesses="weak on maps of few positions; needs a warm-up of the learning rate",
     module=FilterResponseNorm,
     functional=filter_response_norm,
-    # The laws are of the rule; the threshold behind it is a nonlinearity.
+    # The laws hold for the rule; the threshold after it is a nonlinearity.
     make=lambda channels: FilterResponseNorm(channels, tlu=False),
     build=lambda at: FilterResponseNorm(at.channels, at.eps, at.option == "tlu", **at.factory),
     option=one_of("tlu", "tlu", of=lambda norm: "" if norm.tau is None else "tlu"),

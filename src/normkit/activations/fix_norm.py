@@ -1,4 +1,4 @@
-"""FixNorm: word embeddings of one length, for the lookup and for the logits."""
+"""FixNorm: word embeddings of unit length, for lookup and logits."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, show
+from normkit.core.support import Support, check_shape, show
 from normkit.engine.dispatch import run
 
 
 class FixNorm(Module):
-    """Tied word embeddings whose lengths are taken out, so that a word's frequency does not show in its logit.
+    """Tied word embeddings of fixed length, so that a word's frequency does not affect its logit.
 
-    ``embed(tokens)`` gives sqrt(D) * e / |e|, and the layer itself logits = g * h / |h| . e / |e| + bias: a learned scalar times
-    the cosine. Each of the two normalizations can be left out; the scalar goes with that of h.
+    ``embed(tokens)`` returns sqrt(D) * e / |e|, and the layer itself logits = g * h / |h| . e / |e| + bias: a learned scalar
+    times the cosine. Each of the two normalizations can be turned off; the scalar belongs to that of h.
 
     Args:
-        features: D.
-        vocabulary: V, number of words.
-        fix_embeddings: divide each word's embedding by its norm; they start uniform in +-0.01, else normal with deviation
-            1 / sqrt(D). Default: True.
+        features: features D.
+        vocabulary: number of words V.
+        fix_embeddings: divide each word's embedding by its norm; they are initialized uniformly in +-0.01, else normally
+            with deviation 1 / sqrt(D). Default: True.
         fix_output: divide h by its norm, and multiply it by a learned scalar that starts at sqrt(D). Default: True.
-        bias: whether logits have a bias for each word (starts at 0). Default: True.
+        bias: whether there is a bias per word (starts at 0). Default: True.
         eps: floor of the norms. Default: 1e-5.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
         (*, D) to logits (*, V), in the input's dtype; ``embed`` takes word numbers (*) to (*, D).
@@ -69,14 +69,14 @@ class FixNorm(Module):
     ) -> None:
         super().__init__()
         self.features, self.vocabulary, self.fix_embeddings, self.eps = features, vocabulary, fix_embeddings, eps
-        kind = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(vocabulary, features, **kind))
-        self.register_parameter("bias", nn.Parameter(torch.empty(vocabulary, **kind)) if bias else None)
-        self.register_parameter("gain", nn.Parameter(torch.empty((), **kind)) if fix_output else None)
+        factory = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(vocabulary, features, **factory))
+        self.register_parameter("bias", nn.Parameter(torch.empty(vocabulary, **factory)) if bias else None)
+        self.register_parameter("gain", nn.Parameter(torch.empty((), **factory)) if fix_output else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Give the parameters their first values."""
+        """Initialize the parameters."""
         if self.fix_embeddings:
             nn.init.uniform_(self.weight, -0.01, 0.01)
         else:
@@ -84,7 +84,7 @@ class FixNorm(Module):
         self.fill(bias=0, gain=self.features**0.5)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embeddings of words, scaled by sqrt(D).
+        """Look up the embeddings of words, scaled by sqrt(D).
 
         Args:
             tokens: word numbers, (*).
@@ -96,7 +96,7 @@ class FixNorm(Module):
         return (_unit(found, self.eps) if self.fix_embeddings else found) * self.features**0.5
 
     def forward(self, input: Tensor) -> Tensor:
-        """Logits of all words.
+        """Compute the logits of all words.
 
         Args:
             input: (*, D).
@@ -108,6 +108,7 @@ class FixNorm(Module):
             raise ShapeError(
                 f"FixNorm: got an input of {show(input.shape)}, wanted one that ends in features={self.features}"
             )
+        check_shape("FixNorm", "weight", self.weight, self.vocabulary, self.features)
         return fix_norm(input, self.weight, self.bias, self.gain, self.eps, fix_embeddings=self.fix_embeddings)
 
     def extra_repr(self) -> str:
@@ -125,12 +126,15 @@ def fix_norm(
     *,
     fix_embeddings: bool = True,
 ) -> Tensor:
-    """Logits from embeddings (V, D) as a function; x is divided by its norm where there is a gain; see FixNorm.
+    """Compute logits from embeddings (V, D); the input is divided by its norm if there is a gain; see FixNorm.
 
     >>> fix_norm(torch.tensor([[7.0, 0.0]]), torch.tensor([[3.0, 4.0]]), gain=torch.tensor(10.0))
     tensor([[6.]])
     """
     accumulation_dtype(input.dtype)  # refuses integers
+    check_shape("fix_norm", "embeddings", embeddings, len(embeddings) if embeddings.dim() else 0, input.shape[-1])
+    check_shape("fix_norm", "bias", bias, len(embeddings))
+    check_shape("fix_norm", "gain", gain)
     y = input if gain is None else _unit(input, eps)
     rows = _unit(embeddings, eps) if fix_embeddings else embeddings
     wide = torch.promote_types(y.dtype, rows.dtype)
@@ -153,7 +157,6 @@ CARD = Card(
     name="fix_norm",
     title="FixNorm",
     kind="activation",
-    word="",
     wordless="it is a network's embeddings and last layer, not a norm between layers",
     normalized_over="each word's embedding, and each token before the logits, over its features",
     formula="logit = g * (h / |h|) . (e / |e|) + bias",
@@ -164,8 +167,8 @@ CARD = Card(
         "https://arxiv.org/abs/1710.01329",
     ),
     use_cases="embeddings and logits of translation models, above all with little data",
-    strengths="rare words are not held back by short embeddings; logits are bounded by the gain",
-    weaknesses="the gain must be learned or set; takes the place of the output layer, not of a norm inside the network",
+    strengths="short embeddings do not hold back rare words; the gain bounds the logits",
+    weaknesses="the gain must be learned or set; replaces the output layer, not a norm inside the network",
     module=FixNorm,
     functional=fix_norm,
     make=lambda features: FixNorm(features, features),

@@ -1,4 +1,4 @@
-"""Generalized divisive normalization: each channel by a learned pool of the energies of all, and its inverse."""
+"""Generalized divisive normalization: divide each channel by a learned pool of all channels' energies; and its inverse."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.precision import full_precision
-from normkit.core.support import show
+from normkit.core.support import check_shape, show
 from normkit.engine.layer import check_channels
 
-# What gamma's entries of 0 start from: a square has no slope at 0, and would never leave it.
+# Entries of gamma that should be 0 start here instead: a square has no slope at 0, and would never leave it.
 _START = 2.0**-18
 
 
 class GDN(Module):
     """Divide each channel by the root of a learned weighted sum of all channels' energies at the same position.
 
-    y_i = x_i / sqrt(beta_i + sum_j gamma_ij x_j^2); with ``inverse`` x is multiplied by the root instead, as decoders do. Both
+    y_i = x_i / sqrt(beta_i + sum_j gamma_ij x_j^2); with ``inverse`` x is multiplied by the root instead, as in decoders. Both
     stay positive because the parameters are roots: beta = ``beta``^2 + beta_min and gamma = ``gamma``^2. The same in training and
     evaluation.
 
@@ -31,15 +31,15 @@ class GDN(Module):
         num_channels: channels C.
         inverse: whether to multiply (IGDN). Default: False.
         beta_min: the least beta, above 0. Default: 1e-6.
-        gamma_init: gamma's diagonal at the start; beta starts at 1. Default: 0.1.
-        device: of the parameters.
-        dtype: of the parameters.
+        gamma_init: initial diagonal of gamma; beta starts at 1. Default: 0.1.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, C, *) to the same.
+        (N, C, *); the output has the same shape.
 
     Raises:
-        ShapeError: other channels than ``num_channels``.
+        ShapeError: a number of channels other than ``num_channels``.
         OptionError: beta_min is not between 0 and 1, or gamma_init is negative.
 
     Reference:
@@ -87,7 +87,7 @@ class GDN(Module):
 
 
 def gdn(input: Tensor, beta: Tensor, gamma: Tensor, *, inverse: bool = False) -> Tensor:
-    """Generalized divisive normalization with beta above 0 of shape (C,) and gamma from 0 of shape (C, C); see GDN.
+    """Generalized divisive normalization with beta > 0 of shape (C,) and gamma >= 0 of shape (C, C); see GDN.
 
     >>> gdn(torch.tensor([[3.0, 0.0]]), torch.ones(2), torch.eye(2) / 3)
     tensor([[1.5000, 0.0000]])
@@ -95,6 +95,9 @@ def gdn(input: Tensor, beta: Tensor, gamma: Tensor, *, inverse: bool = False) ->
     wide = input.to(accumulation_dtype(input.dtype))
     if input.dim() < 2:
         raise ShapeError(f"gdn: got an input of {input.dim()} axes ({show(input.shape)}), wanted at least 2: n c *")
+    channels = input.shape[1]
+    check_shape("gdn", "beta", beta, channels)
+    check_shape("gdn", "gamma", gamma, channels, channels)
     with full_precision(input):
         energy = F.linear(wide.square().movedim(1, -1), gamma.to(wide.dtype), beta.to(wide.dtype)).movedim(-1, 1)
     return (wide * (energy.sqrt() if inverse else energy.rsqrt())).to(input.dtype)
@@ -116,8 +119,8 @@ def _card(inverse: bool) -> Card:
             "https://arxiv.org/abs/1511.06281",
         ),
         use_cases=f"learned image compression: the nonlinearity of the {'decoder' if inverse else 'encoder'}",
-        strengths="makes the channels of natural images nearly independent and Gaussian; independent of the batch",
-        weaknesses="C^2 weights and a matrix product at every position; does not fix the scale of activations",
+        strengths="makes the channels of natural images nearly independent and Gaussian; does not depend on the batch",
+        weaknesses="C^2 weights and a matrix product per position; does not fix the scale of activations",
         module=GDN,
         functional=gdn,
         make=lambda channels: GDN(channels, inverse),

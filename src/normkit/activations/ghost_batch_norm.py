@@ -1,4 +1,4 @@
-"""Ghost batch normalization: each channel over sub-batches of the batch."""
+"""Ghost batch normalization: normalize each channel over sub-batches of the batch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ from normkit.core.statistic import Statistic
 from normkit.core.support import Support
 from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import Backend, Explanation, explain, run
-from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
+from normkit.engine.layer import Layer, check_channels, check_layout, check_several, given_statistics
 from normkit.engine.sub_batches import explain_in_sub_batches, run_in_sub_batches
 
 Memory = Literal["mean", "sequential", "moments"]
-
-_LAYOUTS = {"n c *": "(b n) c *", "n * c": "(b n) * c"}
 
 
 @remembered
@@ -41,7 +39,7 @@ def ghost_batch_norm_rule(
     >>> print(ghost_batch_norm_rule(16).support)
     Support("(b n) c *", over="n *", n=16)
     """
-    support = Support(_axes("ghost_batch_norm", layout), over="n *", n=ghost_batch_size)
+    support = Support(check_layout("GhostBatchNorm", layout).replace("n", "(b n)"), over="n *", n=ghost_batch_size)
     if memory not in ("mean", "sequential", "moments"):
         raise OptionError(f"ghost_batch_norm: memory={memory!r}; wanted 'mean', 'sequential' or 'moments'")
     running = RunningMoments(momentum) if memory == "moments" else Running(momentum)
@@ -52,38 +50,38 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
     """Normalize each channel over the positions of sub-batches of ``ghost_batch_size`` samples, with one weight and bias.
 
     y = weight * (x - E_b[x]) / sqrt(Var_b[x] + eps) + bias, with E_b and Var_b over sub-batch b in training, and running
-    averages in evaluation. Sub-batches are consecutive samples, which a shuffling loader makes random, or random ones with
-    ``permute``. The last may be smaller; one that would have a single value per channel joins the one before. A sub-batch
-    as large as the batch gives batch normalization, one sample gives instance normalization. The state_dict is batch
-    normalization's.
+    averages in evaluation. Sub-batches are consecutive samples, random if the loader shuffles, or drawn at random with
+    ``permute``. The last may be smaller; one that would have a single value per channel joins the one before it. A sub-batch
+    as large as the batch gives batch normalization, one sample gives instance normalization. The state_dict is that of batch
+    normalization.
 
-    What the running averages receive from a batch:
+    How a batch updates the running averages:
 
     ================  =================================================================================================
-    ``"mean"``        once, the mean over sub-batches of means and unbiased variances
-    ``"sequential"``  each sub-batch's mean and unbiased variance one after another, as in the paper: a larger momentum
-    ``"moments"``     once, the batch's raw moments: the variance between sub-batches' means counts too
+    ``"mean"``        once, by the mean over sub-batches of means and unbiased variances
+    ``"sequential"``  by each sub-batch's mean and unbiased variance in turn, as in the paper: a larger momentum
+    ``"moments"``     once, by the batch's raw moments: includes the variance between the sub-batches' means
     ================  =================================================================================================
 
     Args:
         num_features: channels C.
-        ghost_batch_size: samples of a sub-batch. Default: 16.
+        ghost_batch_size: samples per sub-batch. Default: 16.
         eps: added to the variance. Default: 1e-5.
         momentum: weight of the new value in the running averages; None for the cumulative average. Default: 0.1.
         affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
         track_running_stats: whether there are running averages; without, sub-batch statistics are always used. Default: True.
-        memory: what the running averages receive. Default: "mean".
+        memory: how a batch updates the running averages. Default: "mean".
         permute: whether sub-batches are drawn at random. Default: False.
-        bias: False leaves the bias out. Default: True.
+        bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, C, *) or, with channels last, (N, *, C), to the same. N may be 0.
+        (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.
 
     Raises:
-        ShapeError: other channels than ``num_features``, or sub-batches of one value per channel in training.
+        ShapeError: a number of channels other than ``num_features``, or sub-batches of one value per channel in training.
         OptionError: a size below 1, another memory or layout.
 
     Reference:
@@ -115,12 +113,10 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
         dtype: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if not bias:
-            self.register_parameter("bias", None)
         _check_size("GhostBatchNorm", ghost_batch_size)
         self.memory: Memory = memory
         self.ghost_batch_size, self.permute, self.layout = ghost_batch_size, permute, layout
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.complete(bias)
 
     def make_rule(self) -> Rule:
         rule = ghost_batch_norm_rule(
@@ -160,7 +156,7 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
         return y if order is None else y[torch.argsort(order)]
 
     def explain(self, input: Tensor) -> Explanation:
-        """Say which back end would normalize this input, and why; of a batch that does not divide, its full sub-batches."""
+        """Say which back end would normalize this input, and why; of a batch that does not divide, for its full sub-batches."""
         self.check(input)
         rule, size, affine = self.rule, self.ghost_batch_size, (self.weight, self.bias)
         if not self.training and self.running() is not None:
@@ -172,11 +168,7 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
             f"{self.num_features}, ghost_batch_size={self.ghost_batch_size}, eps={self.eps}, momentum={self.momentum}"
         )
         text += f", affine={self.affine}, track_running_stats={self.track_running_stats}, memory={self.memory!r}"
-        return (
-            text
-            + (", permute=True" if self.permute else "")
-            + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
-        )
+        return text + self.repr_options(permute=False, layout="n c *")
 
 
 def ghost_batch_norm(
@@ -211,14 +203,14 @@ def ghost_batch_norm(
 
 
 def _remember(memory: Running, running: RunningStatistics, ghosts: Moments, how: Memory) -> None:
-    """Take the moments of sub-batches, one row each, into running statistics, in place."""
+    """Update running statistics in place by the moments of sub-batches, one row each."""
     n = ghosts.n
     assert isinstance(n, Tensor)
     if how == "sequential":
         for mean, var in zip(ghosts.mean, ghosts.unbiased(), strict=True):
             memory.blend(running, mean, var)
         return
-    # Sub-batches that a mask left with no variance of their own have no say.
+    # Sub-batches that a mask leaves without a variance do not count.
     share = (n > 1).to(ghosts.mean.dtype) if how == "mean" else n
     total = share.sum(0)
     share = share / total
@@ -226,17 +218,12 @@ def _remember(memory: Running, running: RunningStatistics, ghosts: Moments, how:
     mean = torch.where(spoken, share * ghosts.mean, 0.0).sum(0)
     var = ghosts.unbiased() if how == "mean" else ghosts.var + (ghosts.mean - mean).square()
     var = torch.where(spoken, share * var, 0.0).sum(0)
-    memory.blend(running, mean, torch.where(total > 0, var, math.nan))  # where none has a say, nothing is new
+    # Where none counts, NaN leaves the running statistics unchanged.
+    memory.blend(running, mean, torch.where(total > 0, var, math.nan))
 
 
 def _whole(rule: Rule, layout: str) -> Rule:
     return Rule(Support(layout, over="n *"), rule.statistic, rule.compensation, rule.memory)
-
-
-def _axes(who: str, layout: str) -> str:
-    if layout not in _LAYOUTS:
-        raise OptionError(f"{who}: layout={layout!r}; wanted one of {', '.join(map(repr, _LAYOUTS))}")
-    return _LAYOUTS[layout]
 
 
 def _check_size(who: str, size: int) -> None:
@@ -262,8 +249,8 @@ CARD = Card(
         "https://arxiv.org/abs/1705.08741",
     ),
     use_cases="training with batches of hundreds and more on one device",
-    strengths="keeps the regularizing noise of small batches at large ones; batch normalization's checkpoints fit",
-    weaknesses="the size of the sub-batch is one more choice; another function in training than at inference",
+    strengths="keeps the regularizing noise of small batches in large ones; loads checkpoints of batch normalization",
+    weaknesses="the size of the sub-batch is one more choice; training and inference compute different functions",
     module=GhostBatchNorm,
     functional=ghost_batch_norm,
     make=_example,

@@ -1,4 +1,4 @@
-"""Global response normalization: the energy of each channel against that of the others."""
+"""Global response normalization: weight each channel by its energy relative to that of the others."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from normkit.core.errors import OptionError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.statistic import length
-from normkit.core.support import Split, Support
+from normkit.core.support import Split, Support, check_shape
 from normkit.engine import native_global_response
 from normkit.engine.layer import check_channels
 
 
 class GlobalResponseNorm(Module):
-    """Weigh each channel by its energy relative to the mean energy of all channels, and add the input.
+    """Weight each channel by its energy relative to the mean energy of all channels, and add the input.
 
     G_c = |x_c| over the positions, N_c = G_c / (mean over c of G_c + eps), y = weight * (x * N) + bias + x. Weight and bias
-    start at 0, so the layer starts as the identity; N is 1 in the mean over the channels. The same in training and evaluation.
+    start at 0, so the layer starts as the identity; N averages 1 over the channels. Training and evaluation compute the same.
 
-    The state_dict of timm's layer loads, whose weight and bias have axes of size 1 besides, and that of the authors', who call
-    them gamma and beta. A mask gives the form for masked autoencoders, where only visible positions enter;
-    there the original code takes the energy over the visible positions of the whole batch, ``over="n *"``.
+    It loads the state_dict of timm's layer, whose weight and bias have additional axes of size 1, and that of the authors' layer,
+    which calls them gamma and beta. A mask gives the form for masked autoencoders, where only visible positions enter; there the
+    original code measures the energy over the visible positions of the whole batch, ``over="n *"``.
 
     Args:
         num_channels: channels C.
         eps: added to the mean energy. Default: 1e-6.
-        layout: ``"n * c"`` for channels last, ``"n c *"`` for channels first. Default: ``"n * c"``, as ConvNeXt V2 has it.
-        over: ``"*"`` for the energy of each sample, ``"n *"`` of the batch. Default: ``"*"``.
-        device: of the parameters.
-        dtype: of the parameters.
+        layout: ``"n * c"`` for channels last, ``"n c *"`` for channels first. Default: ``"n * c"``, as in ConvNeXt V2.
+        over: ``"*"`` for the energy of each sample, ``"n *"`` for that of the batch. Default: ``"*"``.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, *, C) or, with channels first, (N, C, *), to the same.
+        (N, *, C) or, with channels first, (N, C, *); the output has the same shape.
 
     Raises:
-        ShapeError: other channels than ``num_channels``.
+        ShapeError: a number of channels other than ``num_channels``.
         OptionError: another layout or ``over``.
 
     Reference:
@@ -54,6 +54,9 @@ class GlobalResponseNorm(Module):
              [10.6667,  0.0000]]])
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(
         self,
         num_channels: int,
@@ -66,8 +69,7 @@ class GlobalResponseNorm(Module):
     ) -> None:
         super().__init__()
         self.num_channels, self.eps, self.layout, self.over = num_channels, eps, layout, over
-        self.weight = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
+        self.register_affine((num_channels,), device=device, dtype=dtype)
         self.reset_parameters()
         _support(layout, over)
 
@@ -104,9 +106,9 @@ def global_response_norm(
     over: str = "*",
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Global response normalization as a function; see GlobalResponseNorm. None for the weight is a weight of 1.
+    """Global response normalization as a function; see GlobalResponseNorm. A weight of None counts as 1.
 
-    With a mask (boolean, broadcasts over the input), elements where it is False enter no energy and come out as zero.
+    With a mask (boolean, broadcasts over the input), elements where it is False enter no energy and become zero.
 
     >>> global_response_norm(torch.tensor([[[3.0, 1.0], [4.0, 0.0]]]))
     tensor([[[ 8.0000,  1.3333],
@@ -114,7 +116,10 @@ def global_response_norm(
     """
     support = _support(layout, over)
     accumulation_dtype(input.dtype)  # refuses integers
-    definition = partial(_define, eps=eps, split=support.split(input.shape), mask=mask)
+    split = support.split(input.shape)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        check_shape("global_response_norm", name, parameter, split.shape[split.names.index("c")])
+    definition = partial(_define, eps=eps, split=split, mask=mask)
     y = None
     if mask is None:
         axis = 1 if layout == "n c *" else -1
@@ -161,7 +166,7 @@ CARD = Card(
         "https://arxiv.org/abs/2301.00808",
     ),
     use_cases="ConvNeXt V2, after the activation in the wide part of a block",
-    strengths="keeps channels from collapsing onto one another; starts as the identity; independent of the batch",
+    strengths="keeps channels from becoming alike; starts as the identity; independent of the batch",
     weaknesses="does not fix the scale of activations, so another norm must; needs the whole image",
     module=GlobalResponseNorm,
     functional=global_response_norm,

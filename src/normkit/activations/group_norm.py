@@ -1,4 +1,4 @@
-"""Group normalization: each sample's channels in groups, over a group and all positions."""
+"""Group normalization: normalize each sample over groups of channels and all positions."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, divisors, show
 from normkit.engine.dispatch import Activation, Backend, run
-from normkit.engine.layer import Layer, check_channels
-
-_LAYOUTS = {"n c *": "n (g c) *", "n * c": "n * (g c)"}
+from normkit.engine.layer import Layer, check_channels, check_layout
 
 
 @remembered
@@ -27,16 +25,15 @@ def group_norm_rule(num_groups: int, eps: float = 1e-5, layout: str = "n c *") -
     >>> print(group_norm_rule(32).support)
     Support("n (g c) *", over="c *", g=32)
     """
-    if layout not in _LAYOUTS:
-        raise OptionError(f"GroupNorm: layout={layout!r}; wanted one of {', '.join(map(repr, _LAYOUTS))}")
-    return Rule(Support(_LAYOUTS[layout], over="c *", g=num_groups), Statistic("mean", "std", eps), Affine("(g c)"))
+    support = Support(check_layout("GroupNorm", layout).replace("c", "(g c)"), over="c *", g=num_groups)
+    return Rule(support, Statistic("mean", "std", eps), Affine("(g c)"))
 
 
 class GroupNorm(Layer, nn.GroupNorm):
     """Split each sample's channels into groups and normalize each over its channels and all positions.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, weight and bias per channel, the same in training and evaluation. One
-    group is layer normalization over the sample, C groups are instance normalization. ``torch.nn.GroupNorm``, with accurate
+    group gives layer normalization over the sample, C groups give instance normalization. ``torch.nn.GroupNorm``, with accurate
     statistics in every memory format.
 
     Args:
@@ -44,18 +41,18 @@ class GroupNorm(Layer, nn.GroupNorm):
         num_channels: channels C.
         eps: added to the variance. Default: 1e-5.
         affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
-        bias: False leaves the bias out. Default: True.
+        bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        activation: what follows in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
-        device: of the parameters.
-        dtype: of the parameters.
+        activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, C, *) or, with channels last, (N, *, C), to the same.
+        (N, C, *) or, with channels last, (N, *, C); the output has the same shape.
 
     Raises:
         OptionError: the channels do not split into the groups; another layout.
-        ShapeError: other channels than ``num_channels``; a single sample with one value in each group, as in torch.
+        ShapeError: a number of channels other than ``num_channels``; a single sample with one value per group, as in torch.
 
     Reference:
         Wu and He, "Group Normalization" (2018), https://arxiv.org/abs/1803.08494.
@@ -79,11 +76,8 @@ class GroupNorm(Layer, nn.GroupNorm):
     ) -> None:
         _check_groups("GroupNorm", num_groups, num_channels)
         super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
-        self.activation = activation
-        if not bias:
-            self.register_parameter("bias", None)
-        self.layout = layout
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.activation, self.layout = activation, layout
+        self.complete(bias)
 
     def make_rule(self) -> Rule:
         return group_norm_rule(self.num_groups, self.eps, self.layout)
@@ -93,8 +87,7 @@ class GroupNorm(Layer, nn.GroupNorm):
         _check_several("GroupNorm", self.num_groups, input)
 
     def extra_repr(self) -> str:
-        layout = "" if self.layout == "n c *" else f", layout={self.layout!r}"
-        return super().extra_repr() + layout + self.repr_activation()
+        return super().extra_repr() + self.repr_options(layout="n c *", activation=None)
 
 
 def group_norm(
@@ -125,7 +118,7 @@ def group_norm(
 
 
 def _check_groups(who: str, groups: int, channels: int, where: str = "") -> None:
-    """Refuse, by the error that torch raises there: of a layer an argument is wrong, of a call the input does not fit."""
+    """Refuse groups that do not fit: for a layer an argument is wrong, for a call (``where``) the input does not fit."""
     if groups < 1 or channels % groups:
         raise (ShapeError if where else OptionError)(
             f"{who}: {channels} channels do not split into num_groups={groups}{where}; "
@@ -134,7 +127,7 @@ def _check_groups(who: str, groups: int, channels: int, where: str = "") -> None
 
 
 def _check_several(who: str, groups: int, input: Tensor) -> None:
-    """Refuse what torch refuses: of several samples it lets one value a group pass, which gives the bias."""
+    """Refuse what torch refuses: it accepts one value per group if there are several samples, and returns the bias."""
     if input.shape[0] == 1 and input.numel() == groups:
         raise ShapeError(
             f"{who}: one value in each group (input {show(input.shape)}, num_groups={groups}), so the output is the bias. "
@@ -154,9 +147,9 @@ CARD = Card(
     normalized_over="each sample and group of channels, over the group's channels and all positions",
     formula=group_norm_rule(32).formula(),
     paper=Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
-    use_cases="detection, segmentation, video, diffusion: convolutional networks with few samples a batch",
+    use_cases="detection, segmentation, video, diffusion: convolutional networks with few samples per batch",
     strengths="independent of the batch size; the same in training and at inference",
-    weaknesses="behind batch normalization at large batches; the number of groups is one more choice; can't be folded away",
+    weaknesses="behind batch normalization at large batches; the number of groups is one more choice; can't be folded",
     module=GroupNorm,
     functional=group_norm,
     make=_example,

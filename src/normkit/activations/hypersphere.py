@@ -1,4 +1,4 @@
-"""The normalized transformer's parts: states that stay on the unit sphere, learned scales, weights put back after each step."""
+"""The normalized transformer's parts: states on the unit sphere, learned scales, and weights renormalized after each step."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, show
+from normkit.core.support import Support, check_shape, show
 from normkit.engine.dispatch import run
 
 
 @remembered
 def hypersphere_rule(eps: float = 1e-12) -> Rule:
-    """Putting each token on the unit sphere, as data.
+    """Projecting each token onto the unit sphere, as data.
 
     >>> hypersphere_rule().formula()
     'y = x / max(|x|, eps)'
@@ -28,21 +28,21 @@ def hypersphere_rule(eps: float = 1e-12) -> Rule:
 
 
 class LearnedScale(Module):
-    """Multiply each feature by a learned scale that is kept in other units, so that its own learning rate is set apart.
+    """Multiply each feature by a learned scale that is stored in other units, which changes its effective learning rate.
 
     y = s * x with s = weight * start / unit. The weight starts at ``unit``, so s at ``start``; a step of the optimizer moves s by
     start / unit times as much as the weight. The normalized transformer uses it for queries and keys (start 1, unit
     1 / sqrt(D)), for the two inputs of its gated MLP (start 1, unit 1; that of the gate times sqrt(D)), and for logits.
 
     Args:
-        features: how many scales; 1 for one of all.
-        start: s at the start. Default: 1.
-        unit: the weight at the start. Default: 1.
-        device: of the parameter.
-        dtype: of the parameter.
+        features: number of scales; 1 for a common one.
+        start: initial s. Default: 1.
+        unit: initial weight. Default: 1.
+        device: device of the parameter.
+        dtype: dtype of the parameter.
 
     Shape:
-        (*, features) to the same, in the input's dtype.
+        (*, features); the output has the same shape, in the input's dtype.
 
     Raises:
         OptionError: a unit of 0.
@@ -67,22 +67,23 @@ class LearnedScale(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Give the weight its first value."""
+        """Initialize the weight."""
         nn.init.constant_(self.weight, self.unit)
 
     @property
     def scale(self) -> Tensor:
         """The scale s."""
+        check_shape("LearnedScale", "weight", self.weight, self.features)
         return self.weight * (self.start / self.unit)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Scale.
+        """Multiply by the scale.
 
         Args:
             input: (*, features).
 
         Returns:
-            Of the input's shape and dtype.
+            A tensor of the input's shape and dtype.
         """
         return (input * self.scale).to(input.dtype)
 
@@ -91,23 +92,23 @@ class LearnedScale(Module):
 
 
 class HypersphereResidual(Module):
-    """Move a state on the unit sphere toward what a branch says, by a learned step for each feature.
+    """Move a state on the unit sphere toward the output of a branch, by a learned step per feature.
 
-    h' = N(h + a * (N(branch) - h)) with N(x) = x / |x|: in place of x + f(norm(x)). The step a starts at ``rate``, and is kept
-    as a LearnedScale of unit 1 / sqrt(D).
+    h' = N(h + a * (N(branch) - h)) with N(x) = x / |x|: in place of x + f(norm(x)). The step a starts at ``rate``, and is
+    a LearnedScale of unit 1 / sqrt(D).
 
     Args:
-        features: D.
-        rate: a at the start. Default: 0.05, as published.
+        features: features D.
+        rate: initial step a. Default: 0.05, as published.
         eps: floor of the norms. Default: 1e-12.
-        device: of the parameter.
-        dtype: of the parameter.
+        device: device of the parameter.
+        dtype: dtype of the parameter.
 
     Shape:
-        h (*, D), of length 1, and branch of the same shape, to the same, of length 1.
+        h (*, D), of length 1, and branch of the same shape; the output has this shape and length 1.
 
     Raises:
-        ShapeError: h has other features, or the branch another shape.
+        ShapeError: h does not end in ``features``, or the branch has another shape.
 
     Reference:
         Loshchilov, Hsieh, Sun, Ginsburg, "nGPT: Normalized Transformer with Representation Learning on the Hypersphere" (2024),
@@ -129,10 +130,10 @@ class HypersphereResidual(Module):
 
         Args:
             input: (*, D), of length 1.
-            branch: what attention or the MLP gave for it, of any length.
+            branch: output of attention or the MLP, of any length.
 
         Returns:
-            Of the input's shape and dtype, of length 1.
+            A tensor of the input's shape and dtype, of length 1.
         """
         if input.dim() < 1 or input.shape[-1] != self.features or input.shape != branch.shape:
             raise ShapeError(
@@ -146,14 +147,14 @@ class HypersphereResidual(Module):
 
 
 def hypersphere(input: Tensor, eps: float = 1e-12) -> Tensor:
-    """Each token on the unit sphere: x / max(|x|, eps) over the last axis, with the norm in at least float32.
+    """Project each token onto the unit sphere: x / max(|x|, eps) over the last axis, with the norm in at least float32.
 
     Args:
         input: (*, D).
         eps: floor of the norm. Default: 1e-12.
 
     Returns:
-        Of the input's shape and dtype, each token of length 1.
+        A tensor of the input's shape and dtype, each token of length 1.
 
     Reference:
         Loshchilov et al., "nGPT" (2024), https://arxiv.org/abs/2410.01131.
@@ -165,7 +166,7 @@ def hypersphere(input: Tensor, eps: float = 1e-12) -> Tensor:
 
 
 def hypersphere_residual(input: Tensor, branch: Tensor, rate: Tensor | float, eps: float = 1e-12) -> Tensor:
-    """The state's step toward a branch as a function of a rate, a number or one for each feature; see HypersphereResidual.
+    """Move a state toward a branch, as a function of a rate: one number, or one per feature; see HypersphereResidual.
 
     >>> hypersphere_residual(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 9.0]]), 0.5)
     tensor([[0.7071, 0.7071]])
@@ -177,13 +178,13 @@ def hypersphere_residual(input: Tensor, branch: Tensor, rate: Tensor | float, ep
 
 @torch.no_grad()
 def renormalize_(reads: Iterable[nn.Module] = (), writes: Iterable[nn.Module] = (), eps: float = 1e-12) -> None:
-    """Put the weights' vectors of the embedding's dimension back on the unit sphere, in place; after each optimizer step.
+    """Project the weights' vectors of the embedding's dimension back onto the unit sphere, in place, after an optimizer step.
 
     Args:
         reads: layers whose input is the state, with weight (out, D): linear maps to queries, keys, values and the MLP, the
             embedding (words, D), the output layer. Each row gets length 1.
-        writes: layers whose output is added to the state, with weight (D, in): the last of attention and of the MLP. Each column
-            gets length 1.
+        writes: layers whose output is added to the state, with weight (D, in): the last layer of attention and of the MLP.
+            Each column gets length 1.
         eps: floor of the norms. Default: 1e-12.
 
     Raises:
@@ -215,8 +216,7 @@ CARD = Card(
     name="hypersphere_residual",
     title="Residual step on the unit sphere (nGPT)",
     kind="activation",
-    word="",
-    wordless="it takes the place of a residual sum of two inputs",
+    wordless="it replaces a residual sum of two inputs",
     normalized_over="each token, over its features, to length 1: the branch, and the state after its step",
     formula="h' = N(h + a * (N(branch) - h)), N(x) = x / |x|",
     paper=Paper(
@@ -226,8 +226,8 @@ CARD = Card(
         "https://arxiv.org/abs/2410.01131",
     ),
     use_cases="language models trained from the start with all vectors on one sphere",
-    strengths="needs neither weight decay nor warm-up; fewer steps to the same loss, as its authors report",
-    weaknesses="weights must be put back on the sphere after each step; more scales to learn; each step costs more",
+    strengths="needs neither weight decay nor warm-up; its authors report fewer steps to the same loss",
+    weaknesses="weights must be renormalized after each step; more scales to learn; each step costs more",
     module=HypersphereResidual,
     functional=hypersphere_residual,
     make=HypersphereResidual,

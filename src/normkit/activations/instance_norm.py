@@ -1,4 +1,4 @@
-"""Instance normalization: each sample and channel by itself, over all positions."""
+"""Instance normalization: normalize each channel of each sample over all positions."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import ShapeError
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.engine.dispatch import Activation, Backend, Explanation, run
-from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
-
-_SUPPORTS = {layout: Support(layout, over="*") for layout in ("n c *", "n * c")}
+from normkit.engine.layer import Layer, check_channels, check_layout, check_several, given_statistics
 
 
 @remembered
@@ -28,19 +26,18 @@ def instance_norm_rule(
     >>> print(instance_norm_rule().support)
     Support("n c *", over="*")
     """
-    if layout not in _SUPPORTS:
-        raise OptionError(f"InstanceNorm: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")
-    return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
+    support = Support(check_layout("InstanceNorm", layout), over="*")
+    return Rule(support, Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
 
 
 class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
-    """Normalize each channel of each sample over its positions: contrast and brightness of a channel are removed.
+    """Normalize each channel of each sample over its positions, which removes its contrast and brightness.
 
-    y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias. Without running statistics it is the same in training and evaluation.
-    With them evaluation uses running averages, over the batch, of the samples' means and unbiased variances.
+    y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias. Without running statistics, training and evaluation compute the
+    same. With them, evaluation uses running averages of the samples' means and unbiased variances, averaged over the batch.
 
     A ``torch.nn.InstanceNorm1d``, ``2d`` and ``3d`` in one: same arguments, defaults and state_dict. As one class serves every
-    rank, the input must have its batch axis, unless ``spatial`` tells the rank. ``momentum=None`` gives the cumulative
+    rank, the input must have a batch axis, unless ``spatial`` gives the rank. ``momentum=None`` gives the cumulative
     average, as in BatchNorm.
 
     Args:
@@ -49,19 +46,19 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
         momentum: weight of the new value in the running averages; None for the cumulative average. Default: 0.1.
         affine: whether there are a weight (starts at 1) and a bias (at 0). Default: False.
         track_running_stats: whether there are running averages. Default: False.
-        bias: False leaves the bias out. Default: True.
+        bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        activation: what follows in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
-        spatial: axes of positions: 1, 2 or 3 takes inputs without a batch axis too, and refuses those of any other rank, as
-            torch's InstanceNorm1d, 2d and 3d do; None takes any rank, with its batch axis. Default: None.
-        device: of the parameters.
-        dtype: of the parameters.
+        activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
+        spatial: axes of positions: 1, 2 or 3 accepts inputs without a batch axis too, and refuses any other rank, as torch's
+            InstanceNorm1d, 2d and 3d do; None accepts any rank, with a batch axis. Default: None.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, C, *) or, with channels last, (N, *, C), to the same; with ``spatial`` also without N.
+        (N, C, *) or, with channels last, (N, *, C); the output has the same shape; with ``spatial`` also without N.
 
     Raises:
-        ShapeError: other channels than ``num_features``, another rank than ``spatial`` says, or one position only.
+        ShapeError: a number of channels other than ``num_features``, a rank that ``spatial`` excludes, or a single position.
         OptionError: another layout.
 
     Reference:
@@ -89,11 +86,8 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
         dtype: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)  # pyright: ignore[reportArgumentType]
-        self.activation, self.spatial = activation, spatial
-        if not bias:
-            self.register_parameter("bias", None)
-        self.layout = layout
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.activation, self.spatial, self.layout = activation, spatial, layout
+        self.complete(bias)
 
     def make_rule(self) -> Rule:
         return instance_norm_rule(self.eps, self.momentum, self.layout)
@@ -101,7 +95,7 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         if not self._is_one_sample(input):
             return super().forward(input, mask)
-        return super().forward(input.unsqueeze(0), mask).squeeze(0)  # a mask broadcasts over it as it is
+        return super().forward(input.unsqueeze(0), mask).squeeze(0)  # a mask broadcasts over it unchanged
 
     def after_sum(self, input: Tensor, residual: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self._is_one_sample(input):
@@ -124,16 +118,14 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
             check_several("InstanceNorm", input, self.rule.support)
 
     def running(self) -> RunningStatistics | None:
-        if not self.track_running_stats:  # also where it was set later: as torch, then, by the input's own
+        if not self.track_running_stats:  # also if it was set later: torch then uses the input's own
             return None
         running = super().running()
-        # torch counts no batches here, and only the cumulative average needs the count.
+        # torch counts no batches here; only the cumulative average, which is ours, needs the count.
         return running if running is None or self.momentum is None else running._replace(batches=None)
 
     def extra_repr(self) -> str:
-        layout = "" if self.layout == "n c *" else f", layout={self.layout!r}"
-        spatial = "" if self.spatial is None else f", spatial={self.spatial}"
-        return super().extra_repr() + layout + spatial + self.repr_activation()
+        return super().extra_repr() + self.repr_options(layout="n c *", spatial=None, activation=None)
 
 
 def instance_norm(
@@ -190,7 +182,7 @@ CARD = Card(
         at.affine,
         bias=at.bias,
         layout=at.axes,
-        # The rank of another kind of norm is not passed on: its (N, C) would be read as one sample.
+        # The rank of another kind of norm is not copied: its (N, C) would be read as one sample.
         spatial=at.spatial if at.kind == "instance_norm" else None,
         **at.factory,
     ),

@@ -1,4 +1,4 @@
-"""Layer normalization: each sample or token by itself, over its features."""
+"""Layer normalization: normalize each sample or token over its features."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def layer_norm_rule(rank: int = 1, eps: float = 1e-5, over: str | None = None, p
 
 
 class LayerNorm(Layer, nn.LayerNorm):
-    """Normalize each sample, token or position by itself, over its features.
+    """Normalize each sample, token or position separately, over its features.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, the same in training and evaluation and whatever else is in the batch.
 
-    Without ``over`` it is ``torch.nn.LayerNorm``: over the trailing axes ``normalized_shape``, a weight for each element. With
+    Without ``over`` it is ``torch.nn.LayerNorm``: over the trailing axes ``normalized_shape``, a weight per element. With
     ``over`` the input is channels first, and ``normalized_shape`` is its number of channels: the four forms that convolutional
     networks use are
 
@@ -42,26 +42,26 @@ class LayerNorm(Layer, nn.LayerNorm):
     ================================  ===========================  ==================  =====================
     ``LayerNorm(C, over="c")``        C, for each position         per channel         LayerNorm2d, ConvNeXt
     ``LayerNorm(C, over="c *")``      C and positions              per channel         GroupNorm(1, C)
-    ``LayerNorm(C, over="c *", per="")``  C and positions          one scalar          the article's formula
-    ``LayerNorm((C, H, W))``          C and positions              per element         torch's on images
+    ``LayerNorm(C, over="c *", per="")``  C and positions          one scalar          the paper's formula
+    ``LayerNorm((C, H, W))``          C and positions              per element         torch on images
     ================================  ===========================  ==================  =====================
 
     Args:
         normalized_shape: sizes of the trailing axes; with ``over``, the channels C.
         eps: added to the variance. Default: 1e-5 (ConvNeXt and ViT use 1e-6).
         elementwise_affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
-        bias: False leaves the bias out. Default: True.
+        bias: False omits the bias. Default: True.
         over: ``"c"`` or ``"c *"`` of an input ``"n c *"``; None for the trailing axes. Default: None.
         per: with ``over``, ``""`` for one scalar weight and bias; None for one per channel. Default: None.
-        activation: what follows in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
-        device: of the parameters.
-        dtype: of the parameters.
+        activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (*, *normalized_shape), or (N, C, *) with ``over``, to the same.
+        (*, *normalized_shape), or (N, C, *) with ``over``; the output has the same shape.
 
     Raises:
-        ShapeError: the input does not end in ``normalized_shape``, or has other channels.
+        ShapeError: the input does not end in ``normalized_shape``, or has another number of channels.
         OptionError: another ``over`` or ``per``.
 
     Reference:
@@ -90,7 +90,7 @@ class LayerNorm(Layer, nn.LayerNorm):
         self.activation = activation
         self.over, self.per = over, per
         check_features("LayerNorm", shape, over, per)
-        _ = self.rule  # made now, so that a compiler finds it ready
+        self.complete()
         if per == "" and elementwise_affine:
             for name in ("weight", "bias"):
                 if getattr(self, name) is not None:
@@ -103,9 +103,7 @@ class LayerNorm(Layer, nn.LayerNorm):
         check_features("LayerNorm", self.normalized_shape, self.over, self.per, input)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + "".join(
-            f", {k}={getattr(self, k)!r}" for k in ("over", "per", "activation") if getattr(self, k) is not None
-        )
+        return super().extra_repr() + self.repr_options(over=None, per=None, activation=None)
 
 
 def layer_norm(
@@ -145,7 +143,7 @@ CARD = Card(
     ),
     use_cases="transformers, recurrent networks, ConvNeXt; any batch size, sequences one step at a time",
     strengths="independent of the batch; the same in training and at inference",
-    weaknesses="in convolutional networks usually behind batch and group normalization; can't be folded away",
+    weaknesses="in convolutional networks usually behind batch and group normalization; can't be folded",
     module=LayerNorm,
     functional=layer_norm,
     make=LayerNorm,

@@ -1,4 +1,4 @@
-"""Local context normalization: each element over a window of positions and its group of channels."""
+"""Local context normalization: normalize each element over a window of positions and its group of channels."""
 
 from __future__ import annotations
 
@@ -6,41 +6,43 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module, whole
 from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.place import whole_number
-from normkit.core.support import divisors, show
+from normkit.core.support import Support, divisors, show
 from normkit.engine.layer import check_channels
 from normkit.engine.window import sliding_moments
+
+_SUPPORT = Support("n c *", over="*")
 
 
 class LocalContextNorm(Module):
     """Normalize each element by the mean and deviation of its group of channels in a window of positions around it.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, E and Var over the channels of the group and the part of the window
-    that lies inside the image. A window that covers the image from everywhere gives group normalization. The same in training
+    inside the image. A window that covers the image from every position gives group normalization. The same in training
     and evaluation.
 
     Args:
         num_features: channels C.
         channels_per_group: channels that share statistics; divides C. Default: 2.
-        window: positions along each spatial axis, one number for all or one for each. Default: 227.
+        window: positions along each spatial axis, one number for all axes or one per axis. Default: 227.
         eps: added to the variance. Default: 1e-5.
         affine: whether there are a weight (starts at 1) and a bias (at 0), per channel. Default: True.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, C, *) to the same.
+        (N, C, *); the output has the same shape.
 
     Raises:
         OptionError: the channels do not split into the groups, or a window below 1.
-        ShapeError: other channels than ``num_features``, or other spatial axes than windows.
+        ShapeError: a number of channels other than ``num_features``, or another number of spatial axes than of windows.
 
     Reference:
         Ortiz, Robinson, Morris, Fuentes, Kiekintveld, Hassan, Jojic, "Local Context Normalization: Revisiting Local
@@ -68,14 +70,7 @@ class LocalContextNorm(Module):
         self.num_features, self.channels_per_group, self.eps = num_features, channels_per_group, eps
         self.window = tuple(map(whole, window)) if isinstance(window, Sequence) else window
         _check(num_features, channels_per_group, self.window)
-        for name in ("weight", "bias"):
-            parameter = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
-            self.register_parameter(name, parameter)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the weight to 1 and the bias to 0."""
-        self.fill(weight=1, bias=0)
+        self.register_affine((num_features,), affine, affine, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         check_channels("LocalContextNorm", input, self.num_features, "num_features", "n c *")
@@ -108,18 +103,13 @@ def local_context_norm(
     windows = list(window) if isinstance(window, Sequence) else [window] * axes
     if len(windows) != axes:
         raise ShapeError(
-            f"local_context_norm: {len(windows)} windows for {axes} spatial axes (input {show(input.shape)}); give one for each"
+            f"local_context_norm: {len(windows)} windows for {axes} spatial axes (input {show(input.shape)}); give one per axis"
         )
     groups = wide.unflatten(1, (-1, channels_per_group))
-    each = moments(groups, (2,))  # of the group at each position: what is left to slide is smaller by the group's size
+    each = moments(groups, (2,))  # over the group at each position first: fewer elements are left to slide over
     found = sliding_moments(each, [(dim + 3, size) for dim, size in enumerate(windows)])
     y = ((groups - found.mean) * (found.var + eps).rsqrt()).flatten(1, 2)
-    shape = [-1] + [1] * axes
-    if weight is not None:
-        y = y * weight.to(y.dtype).view(shape)
-    if bias is not None:
-        y = y + bias.to(y.dtype).view(shape)
-    return y.to(input.dtype)
+    return Affine("c").apply(y, _SUPPORT.split(input.shape), weight, bias).to(input.dtype)
 
 
 def _check(channels: int, per_group: int, window: int | Sequence[int]) -> None:
@@ -146,8 +136,8 @@ CARD = Card(
         2020,
         "https://arxiv.org/abs/1912.05845",
     ),
-    use_cases="dense prediction on large images whose light varies: segmentation, aerial images, detection",
-    strengths="independent of the batch; far parts of an image do not disturb one another",
+    use_cases="dense prediction on large images with uneven light: segmentation, aerial images, detection",
+    strengths="independent of the batch; distant parts of an image do not affect one another",
     weaknesses="slower than group normalization; the window is one more choice",
     module=LocalContextNorm,
     functional=local_context_norm,

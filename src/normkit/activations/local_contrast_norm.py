@@ -1,4 +1,4 @@
-"""Local contrast normalization: each position against what is around it, in space and across channels."""
+"""Local contrast normalization: normalize each position by its neighbourhood in space and across channels."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from normkit.engine.window import sliding_mean, sliding_sum
 
 
 class LocalContrastNorm(Module):
-    """Divide by the contrast of the surroundings.
+    """Divide by the contrast of the neighbourhood.
 
-    ``form="response"`` is local response normalization whose energy is that of the deviations from a local mean, while the
-    numerator stays as it is: y_i = x_i / (k + alpha * sum_j (x_j - E[x_j])^2)^beta, j over the channels from i - size // 2 to
+    ``form="response"`` is local response normalization with the energy of the deviations from a local mean; the numerator is
+    not centred: y_i = x_i / (k + alpha * sum_j (x_j - E[x_j])^2)^beta, j over the channels from i - size // 2 to
     i + size // 2, E over the window of positions.
 
-    ``form="jarrett"`` subtracts and divides: v = x - sum_w x, y = v / max(c, s) with s = sqrt(sum_w v^2), where sum_w weighs all
-    channels alike and positions by a Gaussian, with weights that sum to 1, and c is the mean of s over the sample's positions. It
-    is invariant to brightness and contrast of the sample. eps is a floor of the divisor, for a sample without any contrast.
+    ``form="jarrett"`` subtracts and divides: v = x - sum_w x, y = v / max(c, s) with s = sqrt(sum_w v^2), where sum_w weights all
+    channels equally and positions by a Gaussian, with weights that sum to 1, and c is the mean of s over its positions. This
+    form is invariant to the brightness and contrast of the sample. eps is a floor of the divisor, for a sample without contrast.
 
-    At the borders both means are of what lies inside. No parameters; the same in training and evaluation.
+    At the borders both means are over the part inside the image. No parameters; training and evaluation compute the same.
 
     Args:
-        size: of the window of channels, in the response form. Default: 5.
+        size: size of the channel window, in the response form. Default: 5.
         window: positions along each spatial axis; None for 5 in the response form and 9 in Jarrett's. Default: None.
         alpha: factor of the energy, in the response form. Default: 1e-4.
         beta: exponent, in the response form. Default: 0.75.
         k: added to the energy, in the response form. Default: 2.
         form: ``"response"`` or ``"jarrett"``. Default: ``"response"``.
-        sigma: deviation of the Gaussian in positions, in Jarrett's form; None for window / 6. Default: None.
+        sigma: deviation of the Gaussian, in positions, in Jarrett's form; None for window / 6. Default: None.
         eps: floor of the divisor, in Jarrett's form. Default: 1e-5.
 
     Shape:
-        (N, C, *) to the same.
+        (N, C, *); the output has the same shape.
 
     Raises:
         OptionError: another form, a size or window below 1, an even window in Jarrett's form, a negative k.
@@ -117,7 +117,7 @@ def local_contrast_norm(
     if form == "jarrett":
         with full_precision(input):
             return _jarrett(wide, window, window / 6 if sigma is None else sigma, eps).to(input.dtype)
-    # A common mean cancels in the deviations; without it their small sums keep their digits.
+    # A common mean cancels in the deviations; subtracted first, it costs small deviations no digits.
     rest = wide - wide.mean(space, keepdim=True) if space else wide
     deviation = rest - sliding_mean(rest, [(dim, window) for dim in space])
     energy = sliding_sum(deviation.square(), 1, size // 2, size // 2)
@@ -127,8 +127,8 @@ def local_contrast_norm(
 def _jarrett(x: Tensor, window: int, sigma: float, eps: float) -> Tensor:
     """The subtractive and divisive form, on a tensor of the accumulation dtype."""
     axes = tuple(range(1, x.dim()))
-    x = x - x.mean(axes, keepdim=True)  # cancels, too
-    # All channels weigh the same: their mean first leaves one channel to blur.
+    x = x - x.mean(axes, keepdim=True)  # cancels here too
+    # All channels have the same weight: averaged first, they leave one channel to blur.
     v = x - _blur(x.mean(1, keepdim=True), window, sigma)
     energy = _blur(v.square().mean(1, keepdim=True), window, sigma)
     tiny = torch.finfo(x.dtype).tiny  # the root of 0 has no derivative
@@ -137,10 +137,10 @@ def _jarrett(x: Tensor, window: int, sigma: float, eps: float) -> Tensor:
 
 
 def _blur(x: Tensor, window: int, sigma: float) -> Tensor:
-    """Gaussian mean over all axes but the first two, of what lies inside."""
+    """Gaussian mean over all axes but the first two, of the part inside the image."""
     at = torch.arange(window, device=x.device, dtype=x.dtype) - window // 2
     kernel = torch.exp(-0.5 * (at / sigma).square()).view(1, 1, window)
-    for dim in range(2, x.dim()):
+    for dim in range(2, x.dim() if x.numel() else 0):
         moved = x.movedim(dim, -1)
         lines = moved.reshape(moved[..., 0].numel(), 1, x.shape[dim])
         inside = F.conv1d(torch.ones_like(lines[:1]), kernel, padding=window // 2) if len(lines) else 1.0
@@ -149,7 +149,7 @@ def _blur(x: Tensor, window: int, sigma: float) -> Tensor:
 
 
 def _check(size: int, window: int | None, k: float, form: str, sigma: float | None) -> int:
-    """The window, after refusing what makes no sense."""
+    """Refuse options outside their range, and return the window."""
     if form not in ("response", "jarrett"):
         raise OptionError(f"LocalContrastNorm: form={form!r}; wanted 'response' or 'jarrett'")
     window = (9 if form == "jarrett" else 5) if window is None else window
@@ -200,7 +200,7 @@ CARD_JARRETT = Card(
     paper=CARD.paper,
     use_cases="the input of vision networks under uneven light",
     strengths="invariant to the brightness and contrast of each image; no parameters, independent of the batch",
-    weaknesses="mixes all channels, which fits feature maps less than images; noise in flat regions is kept down by c alone",
+    weaknesses="mixes all channels, which fits feature maps less than images; only c limits noise in flat regions",
     module=LocalContrastNorm,
     functional=local_contrast_norm,
     make=lambda channels: LocalContrastNorm(window=3, form="jarrett", sigma=1.0),

@@ -1,4 +1,4 @@
-"""Local response normalization: each element against its neighbours in the channels at the same position."""
+"""Local response normalization: divide each element by the energy of neighbouring channels at the same position."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from normkit.engine.window import sliding_sum
 class LocalResponseNorm(Module, nn.LocalResponseNorm):
     """Divide each element by the energy of the channels around it, at the same position.
 
-    y_i = x_i / (k + alpha / size * sum_j x_j^2)^beta, j from max(0, i - size // 2) to min(C - 1, i + (size - 1) // 2), as
-    ``torch.nn.LocalResponseNorm`` has it. No parameters; the same in training and evaluation.
+    By default it computes what ``torch.nn.LocalResponseNorm`` does, whose name and arguments it has:
+    y_i = x_i / (k + alpha / size * sum_j x_j^2)^beta, j from max(0, i - size // 2) to min(C - 1, i + (size - 1) // 2), k = 1.
 
-    The paper does not divide alpha by size, its window ends at i + size // 2, which for an even size is one channel more, and
-    its k is 2: ``torch_compat=False``. For an odd size, alpha here is size times alpha there.
+    This is not the published formula, which ``torch_compat=False`` computes: the paper does not divide alpha by size, its window
+    ends at i + size // 2, which for an even size is one channel more, and its k is 2. For an odd size, torch's alpha is size
+    times the paper's. No parameters; training and evaluation compute the same.
 
     Args:
-        size: of the window of channels. Default: 5.
+        size: size of the channel window. Default: 5.
         alpha: factor of the energy. Default: 1e-4.
         beta: exponent. Default: 0.75.
         k: added to the energy, from 0; None for 1, or 2 without ``torch_compat``. Default: None.
-        torch_compat: whether to compute as torch does, or else as published. Default: True.
+        torch_compat: True computes what torch does, False what the paper prints. Default: True.
 
     Shape:
-        (N, C, *) to the same.
+        (N, C, *); the output has the same shape.
 
     Raises:
         OptionError: a size below 1 or a negative k.
@@ -66,7 +67,7 @@ class LocalResponseNorm(Module, nn.LocalResponseNorm):
         return local_response_norm(input, self.size, self.alpha, self.beta, self.k, torch_compat=self.torch_compat)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.torch_compat else ", torch_compat=False")
+        return super().extra_repr() + self.repr_options(torch_compat=True)
 
 
 def local_response_norm(
@@ -78,7 +79,7 @@ def local_response_norm(
     *,
     torch_compat: bool = True,
 ) -> Tensor:
-    """Local response normalization as a function; see LocalResponseNorm.
+    """Local response normalization as a function: torch's, or the paper's with ``torch_compat=False``; see LocalResponseNorm.
 
     >>> local_response_norm(torch.tensor([[1.0, 2.0]]), 2, alpha=2.0, beta=1.0, k=0.0)
     tensor([[1.0000, 0.4000]])
@@ -131,9 +132,10 @@ CARD = Card(
         2012,
         "https://papers.nips.cc/paper/4824",
     ),
-    use_cases="AlexNet, GoogLeNet and their time; after the nonlinearity",
+    use_cases="AlexNet, GoogLeNet and other networks of their time; after the nonlinearity",
     strengths="competition between channels at a position; no parameters, independent of the batch",
-    weaknesses="neighbourhood in the order of channels means nothing to a convolution; does not fix the scale of activations",
+    weaknesses="the order of channels means nothing to a convolution; does not fix the scale of activations; by default the "
+    "class computes torch's form, with alpha / size and k = 1: torch_compat=False gives this formula, as the word does",
     module=LocalResponseNorm,
     functional=local_response_norm,
     make=lambda channels: LocalResponseNorm(min(3, channels), alpha=0.3, torch_compat=False),

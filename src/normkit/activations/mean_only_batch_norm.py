@@ -1,11 +1,10 @@
-"""Mean-only batch normalization: each channel less its mean over the batch and all positions."""
+"""Mean-only batch normalization: subtract each channel's mean over the batch and all positions."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
@@ -15,9 +14,7 @@ from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
 from normkit.engine.dispatch import Backend, run
-from normkit.engine.layer import Layer, check_channels
-
-_SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
+from normkit.engine.layer import Layer, check_channels, check_layout
 
 
 @remembered
@@ -27,9 +24,8 @@ def mean_only_batch_norm_rule(momentum: float | None = 0.1, layout: str = "n c *
     >>> mean_only_batch_norm_rule().formula()
     'y = weight * (x - E[x]) + bias'
     """
-    if layout not in _SUPPORTS:
-        raise OptionError(f"MeanOnlyBatchNorm: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")
-    return Rule(_SUPPORTS[layout], Statistic("mean", None), Affine("c"), RunningMean(momentum) if memory else None)
+    support = Support(check_layout("MeanOnlyBatchNorm", layout), over="n *")
+    return Rule(support, Statistic("mean", None), Affine("c"), RunningMean(momentum) if memory else None)
 
 
 class MeanOnlyBatchNorm(Layer):
@@ -37,8 +33,8 @@ class MeanOnlyBatchNorm(Layer):
 
     y = x - E[x] + bias, with E over batch and positions in training, and a running average of it in evaluation:
     running <- (1 - momentum) running + momentum * E[x]. Nothing is divided and there is no gain: weight normalization before
-    it sets the scale. The gradient subtracts its own mean, dx = dy - E[dy]. A bias of the layer before cancels. The noise that
-    the batch brings in is that of a mean alone, milder than batch normalization's.
+    it sets the scale. The gradient subtracts its own mean, dx = dy - E[dy]. A bias of the previous layer cancels. The batch adds
+    only the noise of a mean, which is milder than that of batch normalization.
 
     Args:
         num_features: channels C.
@@ -46,14 +42,14 @@ class MeanOnlyBatchNorm(Layer):
         bias: whether there is a bias (starts at 0). Default: True.
         track_running_stats: whether there is a running mean; without, the batch's mean is always used. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        device: of the parameter.
-        dtype: of the parameter.
+        device: device of the parameter.
+        dtype: dtype of the parameter.
 
     Shape:
-        (N, C, *) or, with channels last, (N, *, C), to the same. N may be 0.
+        (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.
 
     Raises:
-        ShapeError: other channels than ``num_features``.
+        ShapeError: a number of channels other than ``num_features``.
         OptionError: another layout.
 
     Reference:
@@ -80,20 +76,12 @@ class MeanOnlyBatchNorm(Layer):
         super().__init__()
         self.num_features, self.momentum, self.layout = num_features, momentum, layout
         self.track_running_stats = track_running_stats
-        kind = {"device": device, "dtype": dtype}
-        self.register_parameter("weight", None)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(num_features, **kind)) if bias else None)
-        self.register_buffer("running_mean", torch.zeros(num_features, **kind) if track_running_stats else None)
-        count = torch.tensor(0, dtype=torch.long, device=device) if track_running_stats else None
-        self.register_buffer("num_batches_tracked", count)
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.register_affine((num_features,), False, bias, device=device, dtype=dtype)
+        self.register_running((num_features,), "running_mean", tracked=track_running_stats, device=device, dtype=dtype)
+        self.complete()
 
     def make_rule(self) -> Rule:
         return mean_only_batch_norm_rule(self.momentum, self.layout, self.track_running_stats)
-
-    def reset_parameters(self) -> None:
-        """Start again: bias 0, running mean 0, no batches."""
-        self.fill(bias=0, running_mean=0, num_batches_tracked=0)
 
     def check(self, input: Tensor) -> None:
         check_channels("MeanOnlyBatchNorm", input, self.num_features, "num_features", self.layout)
@@ -106,7 +94,7 @@ class MeanOnlyBatchNorm(Layer):
         """The arguments."""
         text = f"{self.num_features}, momentum={self.momentum}, bias={self.bias is not None}"
         text += f", track_running_stats={self.track_running_stats}"
-        return text + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+        return text + self.repr_options(layout="n c *")
 
 
 def mean_only_batch_norm(
@@ -137,7 +125,7 @@ CARD = Card(
     title="Mean-only batch normalization",
     kind="activation",
     word="mean_only",
-    normalized_over="each channel, over the batch and all positions; its mean alone",
+    normalized_over="each channel, over the batch and all positions; only its mean",
     formula="y = x - E[x] + bias",
     paper=Paper(
         "Salimans, Tim and Kingma, Diederik P.",
@@ -145,9 +133,9 @@ CARD = Card(
         2016,
         "https://arxiv.org/abs/1602.07868",
     ),
-    use_cases="behind weight-normalized layers, whose lengths set the scale",
-    strengths="milder noise than that of batch normalization; free at inference once folded",
-    weaknesses="depends on the batch; does not fix the scale of activations, which weights must",
+    use_cases="after weight-normalized layers, whose lengths set the scale",
+    strengths="less noise than batch normalization; free at inference once folded",
+    weaknesses="depends on the batch; leaves the scale of activations to the weights",
     module=MeanOnlyBatchNorm,
     functional=mean_only_batch_norm,
     make=MeanOnlyBatchNorm,

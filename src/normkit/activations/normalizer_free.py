@@ -12,20 +12,20 @@ from normkit.core.errors import OptionError
 
 
 class NormalizerFreeBlock(nn.Module):
-    """A residual block whose branch gets an input of unit variance: x + alpha f(x / beta).
+    """A residual block whose branch sees an input of unit variance: x + alpha f(x / beta).
 
-    beta is the root of the variance that the input has at the beginning of training; see ``predicted_betas``. The branch must
-    keep a variance of 1, as layers with scaled weight standardization and scaled activations do. In a transition block, which
-    changes width or resolution, the shortcut takes the downscaled input too, and the variance starts at 1 again.
+    beta is the standard deviation of the input at the start of training; see ``predicted_betas``. The branch must keep a
+    variance of 1, as layers with scaled weight standardization and scaled activations do. In a transition block, which
+    changes width or resolution, the shortcut too takes x / beta, and the variance starts at 1 again.
 
     Args:
-        branch: f, of unit variance out for unit variance in.
-        beta: expected deviation of the input. Default: 1.
-        alpha: the branch's share. Default: 0.2.
-        shortcut: of a transition block; takes x / beta. Default: None, the input itself.
+        branch: f, which maps unit variance to unit variance.
+        beta: expected standard deviation of the input. Default: 1.
+        alpha: weight of the branch. Default: 0.2.
+        shortcut: the shortcut of a transition block, which takes x / beta. Default: None, the input itself.
 
     Shape:
-        Any that the branch takes.
+        Any that the branch accepts.
 
     Raises:
         OptionError: beta or alpha is not above 0.
@@ -47,7 +47,7 @@ class NormalizerFreeBlock(nn.Module):
         self.branch, self.shortcut, self.beta, self.alpha = branch, shortcut, beta, alpha
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input plus the branch's share."""
+        """Add the weighted branch to the input."""
         scaled = input / self.beta
         return (input if self.shortcut is None else self.shortcut(scaled)) + self.alpha * self.branch(scaled)
 
@@ -57,16 +57,16 @@ class NormalizerFreeBlock(nn.Module):
 
 
 def predicted_betas(transitions: Iterable[bool], alpha: float = 0.2) -> list[float]:
-    """The deviation that each block's input has at the beginning of training.
+    """Predict the standard deviation of each block's input at the start of training.
 
-    The first input has variance 1. A block adds alpha^2; behind a transition, whose shortcut has variance 1, it is 1 + alpha^2.
+    The first input has variance 1. A block adds alpha^2; after a transition, whose shortcut has variance 1, it is 1 + alpha^2.
 
     Args:
         transitions: for each block in order, whether it is a transition.
-        alpha: the branch's share. Default: 0.2.
+        alpha: weight of the branch. Default: 0.2.
 
     Returns:
-        One beta a block.
+        One beta per block.
 
     Reference:
         Brock, De, Smith (2021), https://arxiv.org/abs/2101.08692, section 3.
@@ -82,7 +82,7 @@ def predicted_betas(transitions: Iterable[bool], alpha: float = 0.2) -> list[flo
 
 
 def scaled_activation(activation: nn.Module, gamma: float) -> nn.Sequential:
-    """An activation times its factor, of unit variance for a standard normal input; for layers that do not hold the factor.
+    """Scale an activation to unit variance for a standard normal input; for layers whose weights do not include the factor.
 
     >>> scaled_activation(nn.ReLU(), 2.0)(torch.tensor([-1.0, 3.0]))
     tensor([0., 6.])

@@ -1,10 +1,9 @@
-"""Partial RMS normalization: the root mean square of the first features stands for that of all."""
+"""Partial RMS normalization: the root mean square of the first features replaces that of all."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
@@ -19,28 +18,28 @@ _SUPPORT = Support("* d", over="d")
 
 
 class PartialRMSNorm(Module):
-    """Divide each token by the root mean square of the first features alone.
+    """Divide each token by the root mean square of its first features.
 
     y = weight * x / (sqrt(E[x_1^2 .. x_k^2]) + eps) with k = int(D * fraction): all D features are divided. A fraction of 1 is
-    RMS normalization. The same in training and evaluation.
+    RMS normalization. Training and evaluation compute the same.
 
     Args:
-        features: D.
-        fraction: of the features that are measured, in (0, 1]. Default: 0.0625, as published.
-        eps: keeps the divisor from zero. Default: 1e-8.
-        guard: where eps stands: ``"outside"`` the root (added, as in the paper's code), ``"inside"`` it, or as a ``"floor"``.
+        features: features D.
+        fraction: fraction of the features that are measured, in (0, 1]. Default: 0.0625, as published.
+        eps: keeps the divisor above zero. Default: 1e-8.
+        guard: where eps enters: ``"outside"`` the root (added, as in the paper's code), ``"inside"`` it, or as a ``"floor"``.
             Default: "outside".
         elementwise_affine: whether there is a weight (starts at 1). Default: True.
         bias: True adds a bias (starts at 0). Default: False.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (*, D) to the same.
+        (*, D); the output has the same shape.
 
     Raises:
-        OptionError: the fraction leaves no feature, or is beyond 1; another guard.
-        ShapeError: the input has other features.
+        OptionError: the fraction leaves no feature, or is above 1; another guard.
+        ShapeError: the input does not end in ``features``.
 
     Reference:
         Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), https://arxiv.org/abs/1910.07467.
@@ -68,10 +67,8 @@ class PartialRMSNorm(Module):
         self.measured = _count("PartialRMSNorm", features, fraction)
         self.features, self.fraction, self.eps = features, fraction, eps
         self.guard: Guard = guard
-        Statistic(None, "rms", eps, guard)  # refuses what does not exist now rather than at the first input
-        for name, wanted, value in (("weight", elementwise_affine, 1.0), ("bias", bias, 0.0)):
-            made = nn.Parameter(torch.full((features,), value, device=device, dtype=dtype)) if wanted else None
-            self.register_parameter(name, made)
+        Statistic(None, "rms", eps, guard)  # refuses another guard now rather than at the first input
+        self.register_affine((features,), elementwise_affine, bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize.
@@ -80,7 +77,7 @@ class PartialRMSNorm(Module):
             input: (*, D).
 
         Returns:
-            Of the input's shape and dtype.
+            A tensor of the input's shape and dtype.
         """
         if input.dim() < 1 or input.shape[-1] != self.features:
             raise ShapeError(
@@ -140,9 +137,9 @@ CARD = Card(
         2019,
         "https://arxiv.org/abs/1910.07467",
     ),
-    use_cases="where the reduction itself is what costs",
+    use_cases="where the reduction dominates the cost",
     strengths="as good as RMS normalization in the paper's tasks, measuring 6.25 % of the features",
-    weaknesses="seldom faster in practice, as reading the rest costs the same; noisy where features are few or unlike",
+    weaknesses="seldom faster in practice, as all features must be read anyway; noisy where features are few or differ much",
     module=PartialRMSNorm,
     functional=partial_rms_norm,
     make=lambda features: PartialRMSNorm(features, fraction=0.5),

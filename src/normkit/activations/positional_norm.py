@@ -1,4 +1,4 @@
-"""Positional normalization: each position over its channels, with the moments handed on to a later layer."""
+"""Positional normalization: normalize each position over its channels, and pass the moments to a later layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SUPPORT = Support("n c *", over="c")
 
 
 class PositionalMoments(NamedTuple):
-    """What positional normalization took out: mean and deviation of each position, with one channel."""
+    """What positional normalization removes: mean and deviation of each position, with one channel."""
 
     mean: Tensor
     deviation: Tensor
@@ -38,16 +38,16 @@ def positional_norm_rule(eps: float = 1e-5, correction: int = 1) -> Rule:
 class PositionalNorm(Layer):
     """Normalize each position of each sample over its channels, without learned parameters.
 
-    y = (x - E[x]) / sqrt(Var[x] + eps), where the authors take the unbiased variance. The mean and the deviation of each
-    position are a picture of the input's structure; ``moments(x)`` gives them, and ``moment_shortcut`` puts them into a later
-    layer, as a decoder's. With ``correction=0`` it is layer normalization over the channels, without weight and bias.
+    y = (x - E[x]) / sqrt(Var[x] + eps), with the unbiased variance, as the authors have it. The mean and deviation of each
+    position carry the input's structure; ``moments(x)`` returns them, and ``moment_shortcut`` injects them into a later layer,
+    such as a decoder's. With ``correction=0`` it is layer normalization over the channels, without weight and bias.
 
     Args:
         eps: added to the variance. Default: 1e-5.
         correction: 1 divides the variance by C - 1, 0 by C. Default: 1.
 
     Shape:
-        (N, C, *) to the same.
+        (N, C, *); the output has the same shape.
 
     Raises:
         ShapeError: an input of one channel.
@@ -64,7 +64,7 @@ class PositionalNorm(Layer):
         self.eps, self.correction = eps, correction
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.complete()
 
     def make_rule(self) -> Rule:
         return positional_norm_rule(self.eps, self.correction)
@@ -73,7 +73,7 @@ class PositionalNorm(Layer):
         check_several("PositionalNorm", input, _SUPPORT)
 
     def moments(self, input: Tensor) -> PositionalMoments:
-        """The mean and the deviation of each position, as a moment shortcut takes them.
+        """Measure the mean and deviation of each position, for ``moment_shortcut``.
 
         Args:
             input: (N, C, *).
@@ -105,7 +105,7 @@ def positional_norm(
 
 
 def positional_moments(input: Tensor, eps: float = 1e-5, correction: int = 1) -> PositionalMoments:
-    """Mean and deviation sqrt(Var + eps) of each position over the channels.
+    """Measure the mean and deviation sqrt(Var + eps) of each position over the channels.
 
     >>> positional_moments(torch.tensor([[1.0, 2.0, 3.0]]), eps=0.0)
     PositionalMoments(mean=tensor([[2.]]), deviation=tensor([[1.]]))
@@ -117,7 +117,7 @@ def positional_moments(input: Tensor, eps: float = 1e-5, correction: int = 1) ->
 
 
 def moment_shortcut(input: Tensor, moments: PositionalMoments) -> Tensor:
-    """Put moments that were taken out of an earlier layer into a later one: deviation * x + mean.
+    """Inject moments of an earlier layer into a later one: deviation * x + mean.
 
     >>> moment_shortcut(torch.tensor([[-1.0, 1.0]]), PositionalMoments(torch.tensor([[2.0]]), torch.tensor([[3.0]])))
     tensor([[-1.,  5.]])
@@ -139,8 +139,8 @@ CARD = Card(
         "https://arxiv.org/abs/1907.04312",
     ),
     use_cases="generative networks with an encoder and a decoder: the moments carry structure across",
-    strengths="independent of the batch and of other positions; its moments are used, not thrown away",
-    weaknesses="takes the strength of features at each position out of the path it stands in",
+    strengths="independent of the batch and of other positions; its moments are used, not discarded",
+    weaknesses="removes the strength of features at each position from the main path",
     module=PositionalNorm,
     functional=positional_norm,
     make=lambda channels: PositionalNorm(),

@@ -1,4 +1,4 @@
-"""Query-key normalization: attention whose logits are bounded, as each query and key is normalized."""
+"""Query-key normalization: attention with bounded logits, as queries and keys are normalized."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
@@ -24,7 +24,7 @@ Form = Literal["cosine", "rms", "layer"]
 
 @remembered
 def query_key_norm_rule(form: Form = "cosine", eps: float = 1e-6) -> Rule:
-    """What is done to queries and to keys, as data.
+    """The normalization of queries and keys, as data.
 
     >>> query_key_norm_rule().formula()
     'y = weight * x / max(|x|, eps) + bias'
@@ -44,26 +44,26 @@ def query_key_norm_rule(form: Form = "cosine", eps: float = 1e-6) -> Rule:
 class QueryKeyNorm(Module):
     """Scaled dot-product attention on normalized queries and keys.
 
-    ``"cosine"``, as published: softmax(g * q / |q| . k / |k|) v, where the learned scalar g takes the place of 1 / sqrt(D).
-    ``"rms"`` and ``"layer"``, as large models have it now: q and k each through RMS or layer normalization over the head's
-    features, with a weight each, then softmax(q . k / sqrt(D)) v. Where something must happen between the norm and the
-    attention, such as a rotary embedding, use ``normalize`` and attend yourself, with ``scale``.
+    ``"cosine"``, as published: softmax(g * q / |q| . k / |k|) v, where the learned scalar g replaces 1 / sqrt(D).
+    ``"rms"`` and ``"layer"``, as in recent large models: RMS or layer normalization of q and k over the head's features,
+    with a weight each, then softmax(q . k / sqrt(D)) v. Where something comes between norm and attention, such as a rotary
+    embedding, use ``normalize`` and attend yourself, with ``scale``.
 
     Args:
-        features: D, of one head.
+        features: features D of one head.
         form: ``"cosine"``, ``"rms"`` or ``"layer"``. Default: "cosine".
         length: L, the 97.5th percentile of the training sequences' lengths: g starts at log2(L^2 - L). Needed by the cosine
             form, and by it alone.
-        eps: floor of the norm (cosine), else added under the root. Default: 1e-6.
-        device: of the parameters.
-        dtype: of the parameters.
+        eps: floor of the norm (cosine), else added inside the root. Default: 1e-6.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        queries (*, L, D), keys (*, S, D), values (*, S, E), to (*, L, E).
+        queries (*, L, D), keys (*, S, D), values (*, S, E); output (*, L, E).
 
     Raises:
         OptionError: another form, or the cosine form without a length of at least 2.
-        ShapeError: queries or keys have other features.
+        ShapeError: queries or keys do not end in ``features``.
 
     Reference:
         Henry, Dachapally, Pawar, Chen, "Query-Key Normalization for Transformers" (2020), https://arxiv.org/abs/2010.04245;
@@ -99,7 +99,7 @@ class QueryKeyNorm(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Give the parameters their first values."""
+        """Initialize the parameters."""
         self.q_norm.reset_parameters()
         self.k_norm.reset_parameters()
         if self.length is not None:
@@ -107,11 +107,11 @@ class QueryKeyNorm(Module):
 
     @property
     def scale(self) -> float:
-        """What the dot products of what ``normalize`` gives are multiplied by: 1 for cosines, else 1 / sqrt(D)."""
+        """The factor of the dot products of normalized queries and keys: 1 for cosines, else 1 / sqrt(D)."""
         return 1.0 if self.form == "cosine" else self.features**-0.5
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries, with the gain in them, and keys, ready for attention with ``scale``.
+        """Normalize queries, including the gain, and keys, for attention with ``scale``.
 
         Args:
             query: (*, D).
@@ -138,9 +138,9 @@ class QueryKeyNorm(Module):
             query: (*, L, D).
             key: (*, S, D).
             value: (*, S, E).
-            mask: boolean, True where a key may be attended to, or floating, added to the logits; broadcasts to (*, L, S).
-            dropout: probability of leaving out an attention weight, in training alone. Default: 0.
-            is_causal: each query sees the keys up to its own position. Default: False.
+            mask: boolean, True where a key takes part, or floating, added to the logits; broadcasts to (*, L, S).
+            dropout: probability of dropping an attention weight, in training only. Default: 0.
+            is_causal: whether each query sees only the keys up to its own position. Default: False.
 
         Returns:
             (*, L, E).
@@ -160,13 +160,8 @@ class _HeadNorm(Layer):
         self.features, self.eps = features, eps
         self.form: Form = form
         shape = () if form == "cosine" else (features,)
-        for name, wanted in (("weight", weighted), ("bias", form == "layer")):
-            made = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
-            self.register_parameter(name, made)
-        _ = self.rule  # made now, so that a compiler finds it ready
-
-    def reset_parameters(self) -> None:
-        self.fill(weight=1, bias=0)
+        self.register_affine(shape, weighted, form == "layer", device=device, dtype=dtype)
+        self.complete()
 
     def make_rule(self) -> Rule:
         return query_key_norm_rule(self.form, self.eps)
@@ -190,7 +185,7 @@ def query_key_norm(
     form: Form = "cosine",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Normalized queries and keys as a function; the cosine form's weights are scalars; see QueryKeyNorm.
+    """Normalize queries and keys as a function; the cosine form's weights are scalars; see QueryKeyNorm.
 
     >>> query_key_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 5.0]]), torch.tensor(10.0))
     (tensor([[6., 8.]]), tensor([[0., 1.]]))
@@ -200,7 +195,7 @@ def query_key_norm(
 
 
 def _example_key_and_value(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys that follow the queries, and values that do not, so that the output shows the attention weights."""
+    """Make keys that follow the queries, and values that do not, so that the output shows the attention weights."""
     value = torch.linspace(-1, 1, x[0].numel() if len(x) else math.prod(x.shape[1:]), device=x.device)
     return x.flip(1) + x, value.square().view(x.shape[1:]).expand(x.shape).to(x.dtype)
 
@@ -209,8 +204,7 @@ CARD = Card(
     name="query_key_norm",
     title="Query-key normalization",
     kind="activation",
-    word="",
-    wordless="it takes the place of attention's product of queries and keys, not of a norm of one input",
+    wordless="it replaces attention's product of queries and keys, not a norm of one input",
     normalized_over="each query and key of a head, over its features",
     formula="softmax(g * q / |q| . k / |k|) v",
     paper=Paper(
@@ -221,7 +215,7 @@ CARD = Card(
     ),
     use_cases="large transformers, where unbounded attention logits make training diverge",
     strengths="bounded logits, so attention does not collapse to one key at large rates or scales",
-    weaknesses="two more reductions for each head; a network trained without can't take it over unchanged",
+    weaknesses="two more reductions per head; can't be added to a trained network without changing its function",
     module=QueryKeyNorm,
     functional=query_key_norm,
     make=lambda features: QueryKeyNorm(features, length=5),

@@ -34,7 +34,7 @@ def recurrent_batch_norm_rule(
     Support("n * c", over="n *")
     """
     statistic = Statistic("mean", "std", eps)
-    if statistics == "sequence":  # over samples and steps alike, so that their order does not matter
+    if statistics == "sequence":  # over samples and steps alike, so the order of the two axes does not matter
         return Rule(Support("n * c", over="n *"), statistic, Affine("c"), Running(momentum))
     if statistics == "frame":
         support = Support("n t c" if batch_first else "t n c", over="n")
@@ -43,31 +43,31 @@ def recurrent_batch_norm_rule(
 
 
 class RecurrentBatchNorm(Layer):
-    """Normalize each feature of sequences over the batch: over all real steps, or at each step by itself.
+    """Normalize each feature of sequences over the batch: over all real steps, or at each step separately.
 
-    y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias. Sequence-wise, E and Var run over the batch and all steps that are no
-    padding, as if the real frames were laid end to end. Frame-wise they run over the batch at each step, which a causal model
-    needs, and each step up to ``max_length`` has running statistics of its own; later steps are normalized by the last one's in
-    evaluation, and leave it in training. Padding comes out as zero.
+    y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias. Sequence-wise, E and Var run over the batch and all steps that are not
+    padding, as if the real frames were concatenated. Frame-wise they run over the batch at each step, which a causal model
+    needs, and each step up to ``max_length`` has its own running statistics; later steps use the last one's in evaluation,
+    and do not update it in training. Padding becomes zero.
 
     Args:
         num_features: features C.
         statistics: ``"sequence"`` or ``"frame"``. Default: "sequence".
-        max_length: steps with running statistics of their own; needed frame-wise.
+        max_length: number of steps with their own running statistics; needed frame-wise.
         eps: added to the variance. Default: 1e-5.
         momentum: weight of the new value in the running averages. Default: 0.1.
-        gain: the weight's first value; 0.1 keeps the gates behind unsaturated. Default: 1.
-        bias: False leaves the bias (which starts at 0) out. Default: True.
+        gain: initial weight; 0.1 keeps the gates that follow unsaturated. Default: 1.
+        bias: False omits the bias (which starts at 0). Default: True.
         batch_first: whether inputs are (N, T, C) rather than (T, N, C). Default: False.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (T, N, C), or (N, T, C) with ``batch_first``, to the same. Sequence-wise without lengths any (*, C).
+        (T, N, C), or (N, T, C) with ``batch_first``; the output has the same shape. Sequence-wise without lengths any (*, C).
 
     Raises:
         OptionError: frame-wise without ``max_length``; other statistics.
-        ShapeError: an input or lengths that do not fit, or one value for each statistic in training.
+        ShapeError: an input or lengths that do not fit, or one value per statistic in training.
 
     Reference:
         Laurent et al., "Batch Normalized Recurrent Neural Networks" (2015), https://arxiv.org/abs/1510.01378, section 3;
@@ -101,21 +101,19 @@ class RecurrentBatchNorm(Layer):
         self.statistics: Statistics = statistics
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.max_length, self.gain, self.batch_first = max_length if statistics == "frame" else None, gain, batch_first
-        kind = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.full((num_features,), gain, **kind))
-        self.bias = nn.Parameter(torch.zeros(num_features, **kind)) if bias else None
         shape = (num_features,) if self.max_length is None else (self.max_length, num_features)
-        self.register_buffer("running_mean", torch.zeros(shape, **kind))
-        self.register_buffer("running_var", torch.ones(shape, **kind))
-        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.register_affine((num_features,), True, bias, device=device, dtype=dtype)
+        self.register_running(shape, "running_mean", "running_var", device=device, dtype=dtype)
+        self.reset_parameters()
+        self.complete()
 
     def make_rule(self) -> Rule:
         return recurrent_batch_norm_rule(self.statistics, self.eps, self.momentum, self.batch_first)
 
     def reset_parameters(self) -> None:
-        """Start again: weight at the gain, bias 0, running means 0 and variances 1, no batches."""
-        self.fill(weight=self.gain, bias=0, running_mean=0, running_var=1, num_batches_tracked=0)
+        """Set the weight to the gain and the bias to 0, and forget the running statistics."""
+        super().reset_parameters()
+        self.fill(weight=self.gain)
 
     def check(self, input: Tensor) -> None:
         check_channels("RecurrentBatchNorm", input, self.num_features, "num_features", "n * c")
@@ -131,13 +129,13 @@ class RecurrentBatchNorm(Layer):
         """Normalize.
 
         Args:
-            input: of the layout.
+            input: sequences in the layer's layout.
             mask: boolean, broadcasts over the input; False for padding.
-            lengths: real steps of each sample, in place of a mask.
-            start: the step that the input begins with, where it is a part of a sequence.
+            lengths: number of real steps of each sample, instead of a mask.
+            start: the first step of the input, if it is part of a longer sequence.
 
         Returns:
-            Of the input's shape and dtype.
+            A tensor of the input's shape and dtype.
         """
         self.check(input)
         rule, memory, running = self.rule, self.rule.memory, self.running()
@@ -173,7 +171,7 @@ class RecurrentBatchNorm(Layer):
 
 
 def padding_mask(lengths: Tensor, input: Tensor, batch_first: bool = False, start: int = 0) -> Tensor:
-    """True where a step is real: of the input's first two axes, and a last one of size 1.
+    """Make a mask that is True where a step is real: of the input's first two axes, and a last axis of size 1.
 
     >>> padding_mask(torch.tensor([2, 1]), torch.zeros(2, 2, 5), batch_first=True).squeeze(-1)
     tensor([[ True,  True],
@@ -182,7 +180,7 @@ def padding_mask(lengths: Tensor, input: Tensor, batch_first: bool = False, star
     samples, steps = (0, 1) if batch_first else (1, 0)
     if input.dim() != 3 or lengths.shape != (input.shape[samples],):
         raise ShapeError(
-            f"lengths of shape {show(lengths.shape)} with an input of {show(input.shape)}: wanted one length for each sample "
+            f"lengths of shape {show(lengths.shape)} with an input of {show(input.shape)}: wanted one length per sample "
             f"(axis {samples}) of an input of 3 axes"
         )
     at = torch.arange(start, start + input.shape[steps], device=input.device)
@@ -217,19 +215,19 @@ class BatchNormRNN(Module):
 
     Args:
         input_size: features of the input.
-        hidden_size: of the state.
+        hidden_size: features of the state.
         nonlinearity: ``"tanh"`` or ``"relu"``. Default: "tanh".
         statistics: as for RecurrentBatchNorm. Default: "sequence".
         max_length: as for RecurrentBatchNorm.
         batch_first: whether inputs are (N, T, C) rather than (T, N, C). Default: False.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
         (T, N, input_size) to (T, N, hidden_size), and the last real state (N, hidden_size).
 
     Raises:
-        OptionError: another nonlinearity; as RecurrentBatchNorm.
+        OptionError: another nonlinearity; otherwise as RecurrentBatchNorm.
 
     Reference:
         Laurent et al., "Batch Normalized Recurrent Neural Networks" (2015), https://arxiv.org/abs/1510.01378.
@@ -253,16 +251,16 @@ class BatchNormRNN(Module):
         super().__init__()
         if nonlinearity not in ("tanh", "relu"):
             raise OptionError(f"BatchNormRNN: nonlinearity={nonlinearity!r}; wanted 'tanh' or 'relu'")
-        kind = {"device": device, "dtype": dtype}
+        factory = {"device": device, "dtype": dtype}
         self.nonlinearity, self.batch_first = nonlinearity, batch_first
-        self.input = nn.Linear(input_size, hidden_size, bias=False, **kind)
-        self.hidden = nn.Linear(hidden_size, hidden_size, bias=False, **kind)
-        self.norm = RecurrentBatchNorm(hidden_size, statistics, max_length, **kind)
+        self.input = nn.Linear(input_size, hidden_size, bias=False, **factory)
+        self.hidden = nn.Linear(hidden_size, hidden_size, bias=False, **factory)
+        self.norm = RecurrentBatchNorm(hidden_size, statistics, max_length, **factory)
 
     def forward(
         self, input: Tensor, state: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Run over a sequence; outputs of padding are zero, and the state stays as the last real step left it."""
+        """Run over a sequence; outputs of padding are zero, and the state is that of the last real step."""
         x = input.transpose(0, 1) if self.batch_first else input
         mask = None if lengths is None else padding_mask(lengths, x)
         z = self.norm(self.input(x), mask)
@@ -277,22 +275,22 @@ class BatchNormRNN(Module):
 
 
 class BatchNormLSTM(Module):
-    """An LSTM that normalizes at each step what comes from the input, from the state, and the cell before its output.
+    """An LSTM that normalizes at each step the terms of input and state, and the cell before its output.
 
     (i, f, g, o) = BN(W_h h_{t-1}) + BN(W_x x_t) + b,  c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g),
-    h_t = sigmoid(o) tanh(BN(c_t)); each BN frame-wise, with statistics of its own for each step up to ``max_length``, a gain
-    that starts at 0.1, and a bias in the last alone. Gates are in torch's order.
+    h_t = sigmoid(o) tanh(BN(c_t)); each BN frame-wise, with its own statistics for each step up to ``max_length`` and a gain
+    that starts at 0.1; only the last has a bias. Gates are in torch's order.
 
     Args:
         input_size: features of the input.
-        hidden_size: of the state.
-        max_length: steps with running statistics of their own.
-        gain: first value of the gains. Default: 0.1.
-        eps: added to variances. Default: 1e-5.
+        hidden_size: features of the state.
+        max_length: number of steps with their own running statistics.
+        gain: initial value of the gains. Default: 0.1.
+        eps: added to the variances. Default: 1e-5.
         momentum: weight of the new value in the running averages. Default: 0.1.
         batch_first: whether inputs are (N, T, C) rather than (T, N, C). Default: False.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
         (T, N, input_size) to (T, N, hidden_size), and the last real states (N, hidden_size) of output and cell.
@@ -322,21 +320,21 @@ class BatchNormLSTM(Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        kind = {"device": device, "dtype": dtype}
+        factory = {"device": device, "dtype": dtype}
         self.batch_first = batch_first
-        self.input = nn.Linear(input_size, 4 * hidden_size, bias=False, **kind)
-        self.hidden = nn.Linear(hidden_size, 4 * hidden_size, bias=False, **kind)
-        self.bias = nn.Parameter(torch.zeros(4 * hidden_size, **kind))
+        self.input = nn.Linear(input_size, 4 * hidden_size, bias=False, **factory)
+        self.hidden = nn.Linear(hidden_size, 4 * hidden_size, bias=False, **factory)
+        self.bias = nn.Parameter(torch.zeros(4 * hidden_size, **factory))
         options = ("frame", max_length, eps, momentum, gain)
-        self.input_norm = RecurrentBatchNorm(4 * hidden_size, *options, bias=False, **kind)
-        self.hidden_norm = RecurrentBatchNorm(4 * hidden_size, *options, bias=False, **kind)
-        self.cell_norm = RecurrentBatchNorm(hidden_size, *options, **kind)
+        self.input_norm = RecurrentBatchNorm(4 * hidden_size, *options, bias=False, **factory)
+        self.hidden_norm = RecurrentBatchNorm(4 * hidden_size, *options, bias=False, **factory)
+        self.cell_norm = RecurrentBatchNorm(hidden_size, *options, **factory)
         nn.init.orthogonal_(self.hidden.weight)
 
     def forward(
         self, input: Tensor, state: tuple[Tensor, Tensor] | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Run over a sequence; outputs of padding are zero, and the states stay as the last real step left them."""
+        """Run over a sequence; outputs of padding are zero, and the states are those of the last real step."""
         x = input.transpose(0, 1) if self.batch_first else input
         mask = None if lengths is None else padding_mask(lengths, x)
         z = self.input_norm(self.input(x), mask) + self.bias
@@ -375,7 +373,7 @@ CARD = Card(
     ),
     use_cases="recurrent networks on padded batches of sequences",
     strengths="faster training of recurrent networks; padding never enters a statistic",
-    weaknesses="statistics of each step to keep; layer normalization needs none, and no batch",
+    weaknesses="statistics to keep for each step; layer normalization needs neither them nor a batch",
     module=RecurrentBatchNorm,
     functional=recurrent_batch_norm,
     make=_example,

@@ -1,4 +1,4 @@
-"""Layer normalization inside recurrent networks: every time step by itself, in RNN, LSTM and GRU."""
+"""Layer normalization inside recurrent networks: each time step separately, in RNN, LSTM and GRU."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, show
+from normkit.core.support import Support, check_shape, show
 from normkit.engine.layer import Layer
 
 State = tuple[Tensor, ...]
 
 
 class _Norm(Layer, nn.LayerNorm):
-    """Layer normalization of what a step sums up."""
+    """Layer normalization of a step's summed inputs."""
 
     def make_rule(self) -> Rule:
         return Rule(Support("* d", over="d"), Statistic("mean", "std", self.eps), Affine("d"))
 
 
 class _Cell(Module):
-    """One step: ``project`` does all that does not depend on the state, so that a layer does it for all steps at once."""
+    """One step; ``project`` computes what does not depend on the state, so that a layer does so for all steps at once."""
 
     gates: ClassVar[int]
     states: ClassVar[int] = 1
@@ -41,7 +41,7 @@ class _Cell(Module):
         self.weight_hh = nn.Parameter(torch.empty(self.gates * hidden_size, hidden_size, **factory))
 
     def reset_parameters(self) -> None:
-        """Give the weights values uniform in +-1 / sqrt(hidden_size), biases 0, and the norms 1 and 0."""
+        """Initialize weights uniformly in +-1 / sqrt(hidden_size), biases to 0, and norms to weight 1 and bias 0."""
         bound = self.hidden_size**-0.5
         nn.init.uniform_(self.weight_ih, -bound, bound)
         nn.init.uniform_(self.weight_hh, -bound, bound)
@@ -57,15 +57,15 @@ class _Cell(Module):
         raise NotImplementedError
 
     def start(self, x: Tensor) -> State:
-        """A state of zeros for an input (*, input_size)."""
+        """Make a state of zeros for an input (*, input_size)."""
         return (self.weight_hh.new_zeros(*x.shape[:-1], self.hidden_size),) * self.states
 
     def forward(self, input: Tensor, state: Any = None) -> Any:
-        """One step.
+        """Run one step.
 
         Args:
             input: (*, input_size).
-            state: as it was returned, or None for zeros.
+            state: the state that the previous step returned, or None for zeros.
 
         Returns:
             The next state: h (*, hidden_size), or (h, c) of an LSTM.
@@ -96,7 +96,7 @@ class LayerNormRNNCell(_Cell):
 
     Raises:
         OptionError: another nonlinearity.
-        ShapeError: the input or the state has another size.
+        ShapeError: the size of the input or of the state does not fit.
 
     Reference:
         Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450, section 3.1.
@@ -126,7 +126,7 @@ class LayerNormRNNCell(_Cell):
 
 
 class LayerNormLSTMCell(_Cell):
-    """An LSTM cell with layer normalization of what comes from the input, of what comes from the state, and of the cell.
+    """An LSTM cell with layer normalization of the terms of the input, of the state, and of the cell.
 
     (i, f, g, o) = LN(W_ih x) + LN(W_hh h) + b, each norm over all four gates together, in torch's order;
     c' = sigmoid(f) c + sigmoid(i) tanh(g); h' = sigmoid(o) tanh(LN(c')).
@@ -135,7 +135,7 @@ class LayerNormLSTMCell(_Cell):
     Args:
         input_size: size of x.
         hidden_size: size of h and c.
-        bias: False leaves b out; each norm has a bias of its own. Default: True.
+        bias: False omits b; each norm has its own bias. Default: True.
         eps: added to the variance. Default: 1e-5.
         **factory: ``device`` and ``dtype`` of the parameters.
 
@@ -143,7 +143,7 @@ class LayerNormLSTMCell(_Cell):
         input (*, input_size) and (h, c), each (*, hidden_size), to (h', c').
 
     Raises:
-        ShapeError: the input or the state has another size.
+        ShapeError: the size of the input or of the state does not fit.
 
     Reference:
         Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450, supplement.
@@ -178,11 +178,11 @@ class LayerNormLSTMCell(_Cell):
 
 
 class LayerNormGRUCell(_Cell):
-    """A GRU cell with layer normalization of what comes from the input and of what comes from the state.
+    """A GRU cell with layer normalization of the terms of the input and of the state.
 
     (r, z) = LN(W_ih x) + LN(W_hh h), each norm over both gates together; n = tanh(LN(W_in x) + sigmoid(r) LN(W_hn h));
     h' = (1 - sigmoid(z)) h + sigmoid(z) n. The rows of the weights are r, z, n as in torch, but z opens to the new value where
-    torch's opens to the old: with its norms replaced by ``torch.nn.Identity()`` it is ``torch.nn.GRUCell`` without biases and
+    torch's opens to the old one: with its norms replaced by ``torch.nn.Identity()`` it is ``torch.nn.GRUCell`` without biases and
     with the rows of z negated.
 
     Args:
@@ -195,7 +195,7 @@ class LayerNormGRUCell(_Cell):
         input (*, input_size) and h (*, hidden_size), to h'.
 
     Raises:
-        ShapeError: the input or the state has another size.
+        ShapeError: the size of the input or of the state does not fit.
 
     Reference:
         Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450, supplement.
@@ -234,13 +234,13 @@ def unroll(input: Tensor, cell: _Cell, state: Any = None, *, mask: Tensor | None
         input: (T, *, input_size).
         cell: LayerNormRNNCell, LayerNormLSTMCell or LayerNormGRUCell.
         state: the first state, or None for zeros.
-        mask: boolean (T, *); where it is False the state stays as it was, and the output is zero.
+        mask: boolean (T, *); where it is False the state stays unchanged, and the output is zero.
 
     Returns:
         The outputs h (T, *, hidden_size), and the last state.
 
     Raises:
-        ShapeError: the input, the state or the mask has another size, or T is 0.
+        ShapeError: the size of the input, state or mask does not fit, or T is 0.
 
     >>> cell = LayerNormGRUCell(3, 2)
     >>> y, h = unroll(torch.ones(5, 1, 3), cell)
@@ -267,24 +267,24 @@ def unroll(input: Tensor, cell: _Cell, state: Any = None, *, mask: Tensor | None
 
 
 class LayerNormRecurrent(Module):
-    """Layer-normalized recurrent cells on top of one another, over a sequence.
+    """A stack of layer-normalized recurrent cells, run over a sequence.
 
-    As ``torch.nn.LSTM``, ``GRU`` and ``RNN`` are to their cells. No statistic is shared between time steps, and none is kept.
+    It is to its cells what ``torch.nn.LSTM``, ``GRU`` and ``RNN`` are to theirs. Time steps share no statistic, and none is kept.
 
     Args:
         input_size: size of x.
         hidden_size: size of h.
         cell: ``"lstm"``, ``"gru"`` or ``"rnn"``: LayerNormLSTMCell, LayerNormGRUCell or LayerNormRNNCell. Default: "lstm".
-        num_layers: how many cells. Default: 1.
-        batch_first: take (N, T, input_size) in place of (T, N, input_size). Default: False.
-        **options: of the cells, e.g. ``eps``, ``device``, ``dtype``.
+        num_layers: number of cells. Default: 1.
+        batch_first: whether inputs are (N, T, input_size) rather than (T, N, input_size). Default: False.
+        **options: options of the cells, e.g. ``eps``, ``device``, ``dtype``.
 
     Shape:
         (T, *, input_size) to (T, *, hidden_size) and the last state: h (layers, *, hidden_size), or (h, c) of an LSTM.
 
     Raises:
         OptionError: another cell, or no layers.
-        ShapeError: the input, the state or the mask has another size, or there is no time step.
+        ShapeError: the size of the input, state or mask does not fit, or there is no time step.
 
     Reference:
         Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450.
@@ -319,11 +319,11 @@ class LayerNormRecurrent(Module):
 
         Args:
             input: (T, *, input_size), or (N, T, input_size) with ``batch_first``.
-            state: the first state, with an axis of layers before: h (layers, *, hidden_size), or (h, c); None for zeros.
+            state: the first state, with a leading axis of layers: h (layers, *, hidden_size), or (h, c); None for zeros.
             mask: boolean, of the input's shape without the features; where it is False the state stays, and the output is zero.
 
         Returns:
-            The last layer's outputs, laid out as x; and the last state, as ``state``.
+            The last layer's outputs, in the layout of the input, and the last state, as ``state``.
         """
         swap = self.batch_first and input.dim() > 2
         y = input.transpose(0, 1) if swap else input
@@ -346,6 +346,10 @@ _CELLS: dict[str, type[Any]] = {"lstm": LayerNormLSTMCell, "gru": LayerNormGRUCe
 
 def _check(cell: _Cell, x: Tensor) -> None:
     accumulation_dtype(x.dtype)  # refuses integers
+    who, rows = type(cell).__name__, cell.gates * cell.hidden_size
+    check_shape(who, "weight_ih", cell.weight_ih, rows, cell.input_size)
+    check_shape(who, "weight_hh", cell.weight_hh, rows, cell.hidden_size)
+    check_shape(who, "bias", getattr(cell, "bias", None), rows)
     if x.dim() < 1 or x.shape[-1] != cell.input_size:
         raise ShapeError(
             f"{type(cell).__name__}: got an input of {show(x.shape)}, wanted one that ends in input_size={cell.input_size}"
@@ -353,7 +357,7 @@ def _check(cell: _Cell, x: Tensor) -> None:
 
 
 def _first(cell: _Cell, x: Tensor, given: Any) -> State:
-    """The state to start from, in the dtype of the cell."""
+    """Check the state to start from, and return it in the dtype of the cell."""
     state = cell.start(x) if given is None else given if isinstance(given, tuple) else (given,)
     if len(state) != cell.states or any(each.shape[-1:] != (cell.hidden_size,) for each in state):
         raise ShapeError(
@@ -369,7 +373,7 @@ def _card(cell: str, title: str, over: str, formula: str, *invariances: Invarian
         title=f"Layer normalization in {title}",
         kind="activation",
         word="",
-        wordless="it is a recurrent cell, norms and weights together",
+        wordless="it is a recurrent cell, with norms and weights",
         normalized_over=f"each time step of each sample, over {over}",
         formula=formula,
         paper=Paper(
@@ -379,8 +383,8 @@ def _card(cell: str, title: str, over: str, formula: str, *invariances: Invarian
             "https://arxiv.org/abs/1607.06450",
         ),
         use_cases="recurrent networks on long sequences or with small batches",
-        strengths="steadies the size of the hidden state; the same for any length, batch and step",
-        weaknesses="a step at a time in Python, without torch's fused recurrent kernels",
+        strengths="stabilizes the size of the hidden state; the same for any length, batch and step",
+        weaknesses="one step at a time in Python, without torch's fused recurrent kernels",
         module=_CELLS[cell],
         functional=unroll,
         make=lambda features: LayerNormRecurrent(features, features, cell, batch_first=True),
@@ -395,6 +399,6 @@ _INPUTS: tuple[Invariance, ...] = ("weight scale", "data scale", "sample scale")
 
 CARD_RNN = _card("rnn", "a simple recurrent network", "the summed inputs", "h' = tanh(LN(W_ih x + W_hh h))")
 CARD_LSTM = _card(
-    "lstm", "an LSTM", "all gates together, for input and state apart, and over the cell", _LSTM, *_INPUTS
+    "lstm", "an LSTM", "all gates together, separately for input and state, and over the cell", _LSTM, *_INPUTS
 )
-CARD_GRU = _card("gru", "a GRU", "both gates and the candidate, for input and state apart", _GRU, *_INPUTS)
+CARD_GRU = _card("gru", "a GRU", "both gates and the candidate, separately for input and state", _GRU, *_INPUTS)

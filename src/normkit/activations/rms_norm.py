@@ -40,8 +40,8 @@ def rms_norm_rule(
 class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch calls its input x here alone
     """Divide each sample, token or position by the root mean square of its features.
 
-    y = weight * x / sqrt(E[x^2] + eps), the same in training and evaluation. Without further arguments it is
-    ``torch.nn.RMSNorm``. Published forms differ in eps, in what the weight is counted from, and in when a half type is rounded:
+    y = weight * x / sqrt(E[x^2] + eps), the same in training and evaluation. With default arguments it is
+    ``torch.nn.RMSNorm``. Published forms differ in eps, in the offset of the weight, and in when a half type is rounded:
 
     ========================  =======================================  =====================
     form                      arguments                                weight starts at
@@ -53,29 +53,28 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
     Gemma                     ``eps=1e-6, offset=1.0``                 0
     ========================  =======================================  =====================
 
-    Checkpoints of all of them load: the key is ``weight``.
+    Checkpoints of all these forms load: the key is ``weight``.
 
     Args:
         normalized_shape: sizes of the trailing axes; with ``over``, the channels C.
-        eps: added to the mean square; None for the machine epsilon of the dtype in which statistics are kept (float32 for
-            half types). Default: None.
+        eps: added to the mean square; None for the machine epsilon of the statistics' dtype, at least float32. Default: None.
         elementwise_affine: whether there is a weight. Default: True.
         bias: True adds a bias (starts at 0). Default: False.
         over: ``"c"`` or ``"c *"`` of an input ``"n c *"``; None for the trailing axes. Default: None.
-        guard: where eps stands: ``"inside"`` the root, ``"outside"`` it (added), or as a ``"floor"`` on it. Default: "inside".
-        offset: added to the weight, which starts at 1 - offset. With 1, weight decay pulls the gain to 1. Default: 0.
-        cast: when a half type is rounded: ``"after weight"`` has one rounding at the end, ``"before weight"`` rounds what is
-            normalized to the input's dtype, and multiplies then. In float32 and float64 both are the same.
+        guard: where eps enters: ``"inside"`` the root, ``"outside"`` it (added), or as its ``"floor"``. Default: "inside".
+        offset: added to the weight, which starts at 1 - offset. With 1, weight decay pulls the gain toward 1. Default: 0.
+        cast: when a half type is rounded: ``"after weight"`` rounds once at the end, ``"before weight"`` rounds the
+            normalized input to the input's dtype before multiplying. In float32 and float64 both are the same.
             Default: "after weight".
-        activation: what follows in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
-        device: of the parameters.
-        dtype: of the parameters.
+        activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (*, *normalized_shape), or (N, C, *) with ``over``, to the same, in the input's dtype.
+        (*, *normalized_shape), or (N, C, *) with ``over``; the output has the same shape, in the input's dtype.
 
     Raises:
-        ShapeError: the input does not end in ``normalized_shape``, or has other channels.
+        ShapeError: the input does not end in ``normalized_shape``, or has another number of channels.
         OptionError: another ``over``, ``guard`` or ``cast``.
 
     Reference:
@@ -87,7 +86,7 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
     [0.0, 0.0]
     """
 
-    offset: float = 0.0  # torch's constructor asks for it, by reset_parameters, before ours can set it
+    offset: float = 0.0  # torch's constructor calls reset_parameters, which reads it, before ours can set it
 
     def __init__(
         self,
@@ -113,10 +112,10 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         self.guard: Guard = guard
         self.register_parameter("bias", nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if bias else None)
         self.reset_parameters()
-        _ = self.rule  # made now, so that a compiler finds it ready
+        self.complete()
 
     def reset_parameters(self) -> None:
-        """Give the weight and the bias their first values."""
+        """Set the weight to 1 - offset and the bias to 0."""
         self.fill(weight=1 - self.offset, bias=0)
 
     def make_rule(self) -> Rule:
@@ -132,9 +131,8 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         return activate(_rounded_first(self.rule, input, self.weight, self.bias, mask, self.backend), self.activation)
 
     def extra_repr(self) -> str:
-        defaults = {"over": None, "guard": "inside", "offset": 0.0, "cast": "after weight", "activation": None}
-        options = [f", {k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
-        return super().extra_repr() + (", bias=True" if self.bias is not None else "") + "".join(options)
+        options = {"over": None, "guard": "inside", "offset": 0.0, "cast": "after weight", "activation": None}
+        return super().extra_repr() + (", bias=True" if self.bias is not None else "") + self.repr_options(**options)
 
 
 def rms_norm(
@@ -202,7 +200,7 @@ CARD = Card(
     ),
     use_cases="large language models",
     strengths="needs no mean, and is usually as good as layer normalization; sound in half precision with float32 statistics",
-    weaknesses="leaves the mean: not invariant to a shift of the features",
+    weaknesses="keeps the mean: not invariant to a shift of the features",
     module=RMSNorm,
     functional=rms_norm,
     make=RMSNorm,

@@ -1,4 +1,4 @@
-"""ScaleNorm: each token to one learned length."""
+"""ScaleNorm: scale each token to one learned length."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def scale_norm_rule(eps: float = 1e-5) -> Rule:
 class ScaleNorm(Layer):
     """Divide each token by its Euclidean norm and multiply it by one learned scalar.
 
-    y = weight * x / max(|x|, eps), the same in training and evaluation. With weight sqrt(D), where it starts, it is RMS
-    normalization with one gain for all features. The published code gives each place in the network a scalar of its own;
-    pass another's ``weight`` to share it, as the paper's text has it.
+    y = weight * x / max(|x|, eps), the same in training and evaluation. With the initial weight sqrt(D) it is RMS
+    normalization with one gain for all features. The published code gives each place in the network its own scalar; pass
+    another layer's ``weight`` to share it, as in the paper's text.
 
     Args:
-        features: D.
+        features: features D.
         eps: floor of the norm. Default: 1e-5.
-        weight: the scalar parameter of another ScaleNorm, to share; None for one of its own, from sqrt(D). Default: None.
-        device: of the parameter.
-        dtype: of the parameter.
+        weight: the scalar parameter of another ScaleNorm, to share; None for its own, which starts at sqrt(D). Default: None.
+        device: device of the parameter.
+        dtype: dtype of the parameter.
 
     Shape:
-        (*, D) to the same.
+        (*, D); the output has the same shape.
 
     Raises:
-        ShapeError: the input has other features.
+        ShapeError: the input does not end in ``features``.
         OptionError: the weight to share is not a scalar.
 
     Reference:
@@ -76,10 +76,10 @@ class ScaleNorm(Layer):
             self.reset_parameters()
         else:
             self.weight = weight
-        _ = self.rule  # made now, so that a compiler finds it ready
+        self.complete()
 
     def reset_parameters(self) -> None:
-        """Give the weight its first value, also where it is shared."""
+        """Set the weight to sqrt(D), even if it is shared."""
         self.fill(weight=self.features**0.5)
 
     def make_rule(self) -> Rule:
@@ -103,7 +103,7 @@ def scale_norm(
     mask: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """ScaleNorm as a function of a scalar weight; without, each token gets the length 1; see ScaleNorm.
+    """ScaleNorm as a function of a scalar weight; without one, each token gets length 1; see ScaleNorm.
 
     >>> scale_norm(torch.tensor([[3.0, 4.0]]))
     tensor([[0.6000, 0.8000]])
@@ -126,7 +126,7 @@ CARD = Card(
     ),
     use_cases="transformers for translation with little data, with the norm before each branch",
     strengths="one parameter and no mean; all tokens on one sphere",
-    weaknesses="no gain for each feature; leaves the mean",
+    weaknesses="no gain per feature; keeps the mean",
     module=ScaleNorm,
     functional=scale_norm,
     make=ScaleNorm,

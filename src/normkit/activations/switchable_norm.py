@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.module import Module
 from normkit.core.moments import Moments, accumulation_dtype, moments
-from normkit.core.support import Support
+from normkit.core.support import Support, check_shape
 from normkit.engine.layer import check_channels, check_several, given_statistics
 from normkit.engine.pooling import pool
 
@@ -25,25 +26,25 @@ class SwitchableNorm(Module):
 
     y = weight * (x - m) / sqrt(v + eps) + bias, m = sum_k softmax(mean_weight)_k m_k, v = sum_k softmax(var_weight)_k v_k, k over
     instance, layer and batch in this order. The layer's and the batch's moments are pooled from the instance's, so x is read
-    once. In evaluation running averages stand for the batch's moments.
+    once. In evaluation running averages replace the batch's moments.
 
-    With one logit far above the others it is that normalizer, running averages included: these are kept as batch normalization
-    keeps them, starting at 0 and 1, with the unbiased variance.
+    If one logit is far above the others it is that normalizer, including running averages: these are kept as in batch
+    normalization, starting at 0 and 1, with the unbiased variance.
 
     Args:
         num_features: channels C.
         eps: added to the variance. Default: 1e-5.
-        momentum: weight of the new value in the running averages. Default: 0.1 (written 0.9 by the authors).
-        correction: 1 divides the instance's variance, from which the others follow, by the positions less 1, as the authors'
-            code does; 0 by the positions. Default: 0.
-        device: of the parameters.
-        dtype: of the parameters.
+        momentum: weight of the new value in the running averages. Default: 0.1 (0.9 in the authors' notation).
+        correction: 1 divides the instance's variance, from which the others follow, by the number of positions minus 1, as
+            the authors' code does; 0 by their number. Default: 0.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
-        (N, C, *) to the same.
+        (N, C, *); the output has the same shape.
 
     Raises:
-        ShapeError: other channels than ``num_features``, or a single position.
+        ShapeError: a number of channels other than ``num_features``, or a single position.
         OptionError: another correction.
 
     Reference:
@@ -54,6 +55,8 @@ class SwitchableNorm(Module):
     tensor([-1.0911,  0.2182, -0.2182,  1.0911])
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter
     running_mean: Tensor
     running_var: Tensor
 
@@ -71,36 +74,28 @@ class SwitchableNorm(Module):
         if correction not in (0, 1):
             raise OptionError(f"SwitchableNorm: correction={correction}; wanted 0 or 1")
         self.num_features, self.eps, self.momentum, self.correction = num_features, eps, momentum, correction
-        empty = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(num_features, **empty))
-        self.bias = nn.Parameter(torch.empty(num_features, **empty))
-        self.mean_weight = nn.Parameter(torch.empty(3, **empty))
-        self.var_weight = nn.Parameter(torch.empty(3, **empty))
-        self.register_buffer("running_mean", torch.zeros(num_features, **empty))
-        self.register_buffer("running_var", torch.ones(num_features, **empty))
-        self._memory = Running(momentum)
+        factory = {"device": device, "dtype": dtype}
+        self.register_affine((num_features,), **factory)
+        self.mean_weight = nn.Parameter(torch.empty(3, **factory))
+        self.var_weight = nn.Parameter(torch.empty(3, **factory))
+        self.register_running((num_features,), "running_mean", "running_var", counted=False, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set the weight and all logits to 1, the bias to 0, and forget the running averages."""
-        self.fill(weight=1, bias=0, mean_weight=1, var_weight=1, running_mean=0, running_var=1)
-
-    @property
-    def memory(self) -> Running:
-        """How running averages are kept; it follows when ``momentum`` is set."""
-        if self._memory.momentum != self.momentum:
-            self._memory = Running(self.momentum)
-        return self._memory
+        super().reset_parameters()
+        self.fill(mean_weight=1, var_weight=1)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         check_channels("SwitchableNorm", input, self.num_features, "num_features", "n c *")
         running = RunningStatistics(self.running_mean, self.running_var)
         logits, affine = (self.mean_weight, self.var_weight), (self.weight, self.bias)
-        return _normalize(input, logits, running, affine, self.training, self.memory, self.eps, self.correction, mask)
+        return _normalize(
+            input, logits, running, affine, self.training, Running(self.momentum), self.eps, self.correction, mask
+        )
 
     def extra_repr(self) -> str:
-        more = ", correction=1" if self.correction else ""
-        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}{more}"
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}" + self.repr_options(correction=0)
 
 
 def switchable_norm(
@@ -121,7 +116,7 @@ def switchable_norm(
     """Switchable normalization as a function, of logits (3,) for instance, layer and batch; see SwitchableNorm.
 
     Without running statistics the batch's own moments are always used. Elements where the mask (boolean, broadcasts over
-    the input) is False enter no statistic and come out as zero.
+    the input) is False enter no statistic and become zero.
 
     >>> switchable_norm(torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]]), torch.ones(3), torch.ones(3)).view(-1)
     tensor([-1.0911,  0.2182, -0.2182,  1.0911])
@@ -144,12 +139,16 @@ def _normalize(
 ) -> Tensor:
     wide = x.to(accumulation_dtype(x.dtype))
     check_several("switchable_norm", x, _INSTANCE)
+    for name, parameter in zip(("mean_weight", "var_weight"), logits, strict=True):
+        check_shape("switchable_norm", name, parameter, 3)
+    for name, statistic in zip(("running_mean", "running_var"), running or (), strict=False):
+        check_shape("switchable_norm", name, statistic, x.shape[1])
     split = _BATCH.split(x.shape)
     if mask is not None:
         wide = torch.where(mask, wide, 0.0)
     instance = moments(wide, tuple(range(2, x.dim())), mask)
     if correction:
-        # Of a single position, as a mask may leave, the variance stays 0: undefined it would spread to the whole batch.
+        # The variance of a single position, as a mask may leave, stays 0: an undefined one would spread to the whole batch.
         n = torch.as_tensor(instance.n, dtype=wide.dtype, device=wide.device)
         instance = instance._replace(var=instance.var * (n / (n - 1).clamp_min(1)))
     if training or running is None:
@@ -160,17 +159,12 @@ def _normalize(
     if training and running is not None:
         memory.update(running, batch, split)
     three = (instance, pool(instance, (1,)), batch)
-    if 0 in x.shape:  # moments of nothing are no numbers, and would make the logits' gradients none
+    if 0 in x.shape:  # moments of an empty batch are NaN, and would reach the logits' gradients
         three = tuple(Moments(torch.zeros_like(found.mean), torch.zeros_like(found.var), 0) for found in three)
     mean = _mixed([found.mean for found in three], logits[0])
     var = _mixed([found.var for found in three], logits[1])
     y = (wide - mean) * (var + eps).rsqrt()
-    shape = [-1] + [1] * (x.dim() - 2)
-    weight, bias = affine
-    if weight is not None:
-        y = y * weight.to(y.dtype).view(shape)
-    if bias is not None:
-        y = y + bias.to(y.dtype).view(shape)
+    y = Affine("c").apply(y, split, *affine)
     return (y if mask is None else torch.where(mask, y, 0.0)).to(x.dtype)
 
 
@@ -193,8 +187,8 @@ CARD = Card(
         "https://arxiv.org/abs/1806.10779",
     ),
     use_cases="when the best normalizer of each layer is not known: detection, segmentation, style transfer",
-    strengths="chooses the normalizer of each layer by training; leans away from the batch where batches are small",
-    weaknesses="depends on the batch unless it learns not to; can't be folded away; more passes",
+    strengths="learns the normalizer of each layer; relies less on the batch where batches are small",
+    weaknesses="depends on the batch unless it learns not to; can't be folded; more passes",
     module=SwitchableNorm,
     functional=switchable_norm,
     make=SwitchableNorm,

@@ -1,4 +1,4 @@
-"""Synchronized batch normalization: each channel over the batches of all processes and all positions."""
+"""Synchronized batch normalization: normalize each channel over the batches of all processes and all positions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import ShapeError
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.rule import Rule, remembered
@@ -19,9 +19,7 @@ from normkit.core.statistic import Statistic
 from normkit.core.support import Split, Support, show
 from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import Backend, Explanation, run
-from normkit.engine.layer import Layer, check_channels, check_several, given_statistics
-
-_SUPPORTS = {layout: Support(layout, over="n *") for layout in ("n c *", "n * c")}
+from normkit.engine.layer import Layer, check_channels, check_layout, check_several, given_statistics
 
 
 @remembered
@@ -33,22 +31,21 @@ def sync_batch_norm_rule(
     >>> sync_batch_norm_rule().formula()
     'y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias'
     """
-    if layout not in _SUPPORTS:
-        raise OptionError(f"SyncBatchNorm: layout={layout!r}; wanted one of {', '.join(map(repr, _SUPPORTS))}")
-    return Rule(_SUPPORTS[layout], Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
+    support = Support(check_layout("SyncBatchNorm", layout), over="n *")
+    return Rule(support, Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
 
 
 class SyncBatchNorm(Layer, TorchBatchNorm):
     """Normalize each channel over the batches of all processes, on any device and backend of torch.distributed.
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, with E and Var (population) over the union of the processes' batches in
-    training. Batches may be of different sizes, and some empty; every process must call forward and backward alike. Each
+    training. Batches may differ in size, and some may be empty; every process must call forward and backward alike. Each
     process's count, mean and variance are gathered once and merged; the backward pass sums two numbers per channel over the
-    processes. Running statistics come out the same everywhere. Gradients of weight and bias are the local batch's, as
-    DistributedDataParallel wants them. Without a process group, with one process, and in evaluation it is batch normalization.
+    processes. Running statistics are the same in all processes. Gradients of weight and bias are those of the local batch, as
+    DistributedDataParallel expects. Without a process group, with one process, and in evaluation it is batch normalization.
 
-    ``torch.nn.SyncBatchNorm``, but also on CPU: same arguments, defaults and state_dict. Put it in place of channels-last layers
-    by hand, with the same layout: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no layout, and is refused.
+    ``torch.nn.SyncBatchNorm``, but also on CPU: same arguments, defaults and state_dict. Replace channels-last layers by hand,
+    with the same layout: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` knows no layout, and is refused.
 
     Args:
         num_features: channels C.
@@ -57,16 +54,17 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
         affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
         track_running_stats: whether there are running averages; without, the batches' statistics are always used. Default: True.
         process_group: the processes that share statistics. Default: all.
-        device: of the parameters.
-        dtype: of the parameters.
-        bias: False leaves the bias out. Default: True.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+        bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
 
     Shape:
-        (N, C, *) or, with channels last, (N, *, C), to the same. N may differ between processes, and be 0.
+        (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may differ between processes, and be 0.
 
     Raises:
-        ShapeError: other channels than ``num_features``, or one value per channel in all processes together in training.
+        ShapeError: a number of channels other than ``num_features``, or one value per channel in all processes
+            together in training.
         OptionError: another layout.
 
     Reference:
@@ -93,10 +91,8 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
         layout: str = "n c *",
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if not bias:
-            self.register_parameter("bias", None)
         self.process_group, self.layout = process_group, layout
-        _ = self.rule  # refuses what does not go together now rather than at the first input
+        self.complete(bias)
 
     def make_rule(self) -> Rule:
         return sync_batch_norm_rule(self.__dict__["eps"], self.momentum, self.layout, self.track_running_stats)
@@ -121,7 +117,7 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
         return replace(found, backend="closed", why="the statistics are of all processes together")
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+        return super().extra_repr() + self.repr_options(layout="n c *")
 
 
 def sync_batch_norm(
@@ -138,9 +134,9 @@ def sync_batch_norm(
     mask: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Synchronized batch normalization in training as a function; running statistics that are given are updated.
+    """Synchronized batch normalization in training as a function; it updates running statistics that are given.
 
-    ``backend`` is for batch normalization, where there is one process. See SyncBatchNorm.
+    ``backend`` applies where there is one process, as for batch normalization. See SyncBatchNorm.
 
     >>> sync_batch_norm(torch.tensor([[1.0], [3.0]])).T
     tensor([[-1.0000,  1.0000]])
@@ -171,7 +167,7 @@ def _synchronized(
     if mask is not None:
         mask = mask.expand(x.shape).reshape(split.shape)
     y, _, mean, var, n = _Synchronized.apply(x.reshape(split.shape), split, rule.statistic, mask, group)
-    if n.device.type == "cpu" and bool((n == 1).any()):  # elsewhere asking would wait for the device
+    if n.device.type == "cpu" and bool((n == 1).any()):  # on other devices the check would wait for the device
         raise ShapeError(
             f"SyncBatchNorm: one value for each statistic in all processes together (input here {show(x.shape)}); its "
             "variance is undefined. Expected more than 1 value per channel when training: use larger batches, or .eval()"
@@ -181,7 +177,7 @@ def _synchronized(
         y = rule.compensation.apply(y, split, weight, bias)
         y = y if mask is None else torch.where(mask, y, 0.0)
     elif y.dtype == x.dtype:
-        y = y.clone()  # the backward pass needs it, and a caller may write into what it gets
+        y = y.clone()  # the backward pass needs y, and a caller may write into its output
     if running is not None and rule.memory is not None:
         rule.memory.update(running, Moments(mean, var, n), Split(split.statistics_shape, split.names, split.dims))
     return y.reshape(x.shape).to(x.dtype)
@@ -236,7 +232,7 @@ class _Synchronized(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes, of which each process's part has the sum of all processes' gradients."""
+    """The sum over all processes; its gradient is the sum of all processes' gradients."""
 
     @staticmethod
     def forward(x: Tensor, group: Any) -> Tensor:
@@ -267,7 +263,7 @@ CARD = Card(
         "https://arxiv.org/abs/1502.03167",
     ),
     use_cases="detection, segmentation and other training with few samples on each of several devices",
-    strengths="batch normalization's statistics whatever the number of devices; batches may be uneven, and empty",
+    strengths="the same statistics for any number of devices; batches may be uneven, or empty",
     weaknesses="each layer waits for all processes, once forward and once backward",
     module=SyncBatchNorm,
     functional=sync_batch_norm,

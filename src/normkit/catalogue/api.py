@@ -1,4 +1,4 @@
-"""The public names of the catalogue. ``normkit.catalogue`` hands them out from here when the first of them is asked for."""
+"""The public names of the catalogue. ``normkit.catalogue`` loads them from here when the first is requested."""
 
 from normkit.catalogue.citation import cite, methods_in
 from normkit.catalogue.methods import METHODS, method

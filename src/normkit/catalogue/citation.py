@@ -1,4 +1,4 @@
-"""Which papers a model's normalizations come from."""
+"""The papers behind a model's normalizations."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch.nn.utils import parametrize
 from normkit.catalogue.methods import METHODS
 from normkit.core.card import Card
 
-# torch's own parametrizations are private classes; their names are what there is to go by.
+# torch's own parametrizations are private classes, which can be recognized only by name.
 _TORCH_PARAMETRIZATIONS = {"_WeightNorm": "weight_norm", "_SpectralNorm": "spectral_norm"}
 
 
 def methods_in(model: nn.Module) -> list[Card]:
-    """The methods found in a model, normkit's and torch's own, in the order of the catalogue.
+    """Find the methods in a model, normkit's and torch's own, in the order of the catalogue.
 
     Args:
         model: any module.
 
     Returns:
-        One card for each method.
+        One card per method.
 
     >>> [card.name for card in methods_in(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.LayerNorm(2)))]
     ['batch_norm', 'layer_norm']
@@ -29,7 +29,7 @@ def methods_in(model: nn.Module) -> list[Card]:
 
 
 def card_of(module: nn.Module) -> Card | None:
-    """The method that a module is, or None; a torch class stands for the method whose class derives from it."""
+    """The card of a module's method, or None; a torch class counts as the method whose class derives from it."""
     if isinstance(module, parametrize.ParametrizationList | nn.Sequential):
         return None
     kinds = type(module).__mro__
@@ -52,13 +52,13 @@ _TORCH_NORMS = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm", "
 
 
 def cite(model: nn.Module) -> str:
-    """BibTeX of every normalization found in a model.
+    """Write the BibTeX of every normalization in a model.
 
     Args:
         model: any module.
 
     Returns:
-        One entry for each paper.
+        One entry per paper.
 
     >>> print(cite(nn.GroupNorm(2, 4)))
     @misc{wu2018group,

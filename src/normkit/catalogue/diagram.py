@@ -1,4 +1,4 @@
-"""The picture of a support set, drawn from the support alone."""
+"""A text picture of a support set, drawn from the support only."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _OTHER = 4
 
 
 def members(support: Support, shape: Sequence[int], element: Sequence[int] | None = None) -> Tensor:
-    """Which elements of a tensor share the statistic of one element.
+    """Find which elements of a tensor share the statistic of one element.
 
     Args:
         support: the support set.
-        shape: of the tensor.
-        element: its index; default the first.
+        shape: shape of the tensor.
+        element: index of the element. Default: the first.
 
     Returns:
-        Boolean, of the shape.
+        A boolean tensor of the shape.
 
     Raises:
         ShapeError: the shape does not fit the support.
@@ -44,7 +44,7 @@ def members(support: Support, shape: Sequence[int], element: Sequence[int] | Non
 
 
 def draw_text(support: Support) -> str:
-    """The support set of one element, for a terminal: a block a sample, ``■`` what shares the statistic of ``◆``.
+    """Draw the support set of one element for a terminal: one block per sample, ``■`` shares the statistic of ``◆``.
 
     Args:
         support: the support set.
@@ -82,7 +82,11 @@ def draw_text(support: Support) -> str:
 
 
 def small_shape(support: Support) -> tuple[list[int], list[str]]:
-    """A shape of two or three axes to draw, and what its axes hold."""
+    """Choose a shape of two or three axes to draw, and label its axes.
+
+    >>> small_shape(Support("n *", over="n"))[1], small_shape(Support("n c *", over="n *"))[1]
+    (['samples', 'features'], ['samples', 'channels', 'positions'])
+    """
     groups = parse_axes(support.axes)
     given = dict(support.sizes)
     shape, labels = [], []
@@ -90,9 +94,7 @@ def small_shape(support: Support) -> tuple[list[int], list[str]]:
         if group == ("*",):
             leading = position == 0 and len(groups) == 2
             shape += [2, _OTHER] if leading else [6 if len(groups) == 2 else _OTHER]
-            labels += (
-                ["samples", "tokens"] if leading else ["weights of the unit" if groups[0] == ("o",) else word("*")]
-            )
+            labels += ["samples", "tokens"] if leading else [_star(groups)]
             continue
         size = 1
         for name in group:
@@ -100,3 +102,10 @@ def small_shape(support: Support) -> tuple[list[int], list[str]]:
         shape.append(size)
         labels.append(word(list(group)[-1]))
     return shape, labels
+
+
+def _star(groups: Sequence[tuple[str, ...]]) -> str:
+    """What a star that does not lead holds, which its neighbours tell."""
+    if len(groups) == 2:
+        return {"o": "weights of the unit", "n": "features"}.get(groups[0][0], word("*"))
+    return "tokens" if groups[-1] == ("d",) else word("*")

@@ -1,4 +1,4 @@
-"""The picture of a support set for a paper or a slide: a cube of elements, the set in colour, drawn from the support alone."""
+"""A picture of a support set for a paper or a slide: a cube of elements with the set in colour, drawn from the support only."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from normkit.core.errors import OptionError
 from normkit.core.support import Support
 
 _SET, _REST, _EDGE, _MARKED = "#3b6fb6", "#f2f2ef", "#55554f", "#e69f00"
-# One step along the depth axis on paper, in steps along the other two.
+# One step along the depth axis in the picture, in steps along the other two.
 _DEPTH = (0.42, 0.34)
-_WIDTH, _HEIGHT, _ACROSS = 3.2, 2.7, 4  # of a picture in inches, and how many side by side
+_WIDTH, _HEIGHT, _ACROSS = 3.2, 2.7, 4  # size of a picture in inches, and pictures per row
 
 
 def draw(support: Support, path: Path | str, title: str | None = None) -> Path:
     """Draw which elements share the statistic of one, as a cube (three axes) or a grid (two).
 
-    The last axis runs to the right, the one before it down, the one before that into depth; of images and weights the
-    positions run down and the channels to the right. The element in orange shares its statistic with those in blue.
+    The last axis runs to the right, the one before it down, the one before that into depth; for images and weights, positions
+    run down and channels to the right. The element in orange shares its statistic with those in blue.
 
     Args:
         support: the support set.
-        path: where to write; its ending chooses the format: .svg, .png or .pdf.
-        title: above the picture. Default: the notation.
+        path: file to write; its suffix sets the format: .svg, .png or .pdf.
+        title: title above the picture. Default: the notation.
 
     Returns:
         The path.
@@ -47,11 +47,11 @@ def draw(support: Support, path: Path | str, title: str | None = None) -> Path:
 
 
 def draw_together(cards: Sequence[Card], path: Path | str) -> Path:
-    """Draw the support sets of methods side by side, four a row.
+    """Draw the support sets of methods side by side, four per row.
 
     Args:
-        cards: of methods that have a support set.
-        path: where to write; its ending chooses the format: .svg, .png or .pdf.
+        cards: cards of methods with a support set.
+        path: file to write; its suffix sets the format: .svg, .png or .pdf.
 
     Returns:
         The path.
@@ -76,10 +76,10 @@ def draw_methods(names: Sequence[str], folder: Path, ending: str = "svg", *, tog
     """Draw the support sets of methods, one file each or all in one.
 
     Args:
-        names: of methods; none for all that have a support set.
-        folder: made where it is missing.
+        names: names of methods; empty for all that have a support set.
+        folder: folder to write to; created if it is missing.
         ending: ``"svg"``, ``"png"`` or ``"pdf"``.
-        together: one file ``support-sets`` with all of them. Default: False.
+        together: whether to write one file ``support-sets`` with all of them. Default: False.
 
     Returns:
         The paths, as they are written.
@@ -93,7 +93,9 @@ def draw_methods(names: Sequence[str], folder: Path, ending: str = "svg", *, tog
     cards = [method(name) for name in names] or [card for card in METHODS if card.rule is not None]
     for card in cards:
         if card.rule is None:
-            raise OptionError(f"{card.name} has no one support set to draw; normkit show {card.name} says what it does")
+            raise OptionError(
+                f"{card.name} has no single support set to draw; normkit show {card.name} says what it does"
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if together:
@@ -110,7 +112,7 @@ def _cube(axes: Axes, support: Support) -> None:
     shape, labels = small_shape(support)
     if len(shape) not in (2, 3):
         raise OptionError(
-            f"a picture shows two or three axes, and {support} has {len(shape)}; write the same with * for some"
+            f"a picture shows two or three axes, and {support} has {len(shape)}; write it with * for some of them"
         )
     if len(shape) == 3:  # channels to the right and positions down, as such cubes are drawn
         order = (0, 2, 1) if labels[-1] in ("positions", "weights of the unit") else (0, 1, 2)
@@ -158,7 +160,7 @@ def _cube(axes: Axes, support: Support) -> None:
 
 
 def _save(figure: Figure, path: Path | str) -> Path:
-    # Text stays text, to be searched, copied and read aloud; and the same picture is the same file.
+    # Text stays text, which can be searched, copied and read aloud; and the same picture gives the same file.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "normkit"}):
         figure.savefig(path, dpi=300, metadata={"Date": None} if str(path).endswith(".svg") else None)
     return Path(path)

@@ -1,4 +1,4 @@
-"""What the catalogue says of each method, as text: made from the cards, kept in entries.json, and read without torch.
+"""The catalogue as text: made from the cards, stored in entries.json, and read without torch.
 
 The command line lists, shows and cites methods from here, so that it answers at once. ``normkit.catalogue.table`` writes the file
 whenever it writes the tables of the pages.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _FILE = Path(__file__).with_name("entries.json")
 
-# Where a method of each kind stands in Python; its function stands in normkit.functional.
+# The namespace of each kind of method in Python; its function is in normkit.functional.
 NAMESPACES = {
     "input": "normkit.preprocessing",
     "activation": "normkit",
@@ -32,12 +32,13 @@ NAMESPACES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A card as text; the fields that a card has too hold what they hold there."""
+    """A card as text; fields that a card has too hold the same as there."""
 
     name: str
     title: str
     kind: str
     word: str
+    words: str
     normalized_over: str
     formula: str
     use_cases: str
@@ -58,7 +59,7 @@ class Entry:
 
 
 def describe(card: Card) -> Entry:
-    """The entry of a card."""
+    """Make the entry of a card."""
     from normkit.catalogue.diagram import draw_text  # needs torch, and so only where an entry is made
 
     support = None if card.rule is None else card.rule.support
@@ -67,6 +68,7 @@ def describe(card: Card) -> Entry:
         title=card.title,
         kind=card.kind,
         word=card.word,
+        words=card.words,
         normalized_over=card.normalized_over,
         formula=card.formula,
         use_cases=card.use_cases,
@@ -108,7 +110,7 @@ def entry(name: str) -> Entry:
 
 
 def text(cards: Iterable[Card]) -> str:
-    """What entries.json holds for these cards."""
+    """The contents of entries.json for these cards."""
     return json.dumps([asdict(describe(card)) for card in cards], indent=1, ensure_ascii=False) + "\n"
 
 
@@ -119,19 +121,19 @@ def write(cards: Iterable[Card]) -> None:
 
 
 def spellings(name: str, word: str, module: str) -> set[str]:
-    """By what a method may be asked for."""
+    """The spellings by which a method may be requested."""
     return {spelling.lower() for spelling in (name, word, name.replace("_", ""), module) if spelling}
 
 
 def find(name: str, known: Mapping[str, set[str]]) -> str:
-    """The name of the method that is meant.
+    """Find the name of the method that is meant.
 
     Args:
-        name: as a person wrote it; case, spaces and hyphens do not matter.
-        known: the names, each with what it may be asked for by.
+        name: the name as a person wrote it; case, spaces and hyphens do not matter.
+        known: the names, each with its spellings.
 
     Raises:
-        NotationError: no such method; the message names those that are alike, and all.
+        NotationError: no such method; the message names similar ones, and all.
 
     >>> find("Group-Norm", {"group_norm": spellings("group_norm", "gn", "GroupNorm")})
     'group_norm'

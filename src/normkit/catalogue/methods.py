@@ -1,4 +1,4 @@
-"""METHODS: every method, one line a file. Tests, pages, recipes and benchmarks go through it."""
+"""METHODS: every method, one line per file. Tests, pages, recipes and benchmarks go through it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib import import_module
 from normkit.catalogue.entry import find, spellings
 from normkit.core.card import Card
 
-# A file may hold several methods that are one idea; its cards follow one another as they stand in it.
+# A file may hold several methods that share an idea; its cards keep their order.
 _FILES = (
     "preprocessing.feature_scaling",
     "preprocessing.robust_scaling",
@@ -47,6 +47,9 @@ _FILES = (
     "activations.divisive_norm",
     "activations.gdn",
     "activations.dynamic_tanh",
+    "activations.seed_norm",
+    "activations.gated_rms_norm",
+    "activations.holo_norm",
     "weights.weight_norm",
     "weights.spectral_norm",
     "weights.weight_standardization",
@@ -55,6 +58,7 @@ _FILES = (
     "gradients.grad_norm",
     "gradients.gradient_normalizer",
     "gradients.adaptive_clipping",
+    "gradients.muon",
 )
 
 METHODS: tuple[Card, ...] = tuple(
@@ -63,7 +67,7 @@ METHODS: tuple[Card, ...] = tuple(
 
 
 def method(name: str) -> Card:
-    """The card of a method, by its name or its word in recipes.
+    """Find the card of a method, by its name or its word in recipes.
 
     Args:
         name: e.g. ``"group_norm"`` or ``"gn"``; case, spaces and hyphens do not matter.
@@ -72,7 +76,7 @@ def method(name: str) -> Card:
         The card.
 
     Raises:
-        NotationError: no such method; the message names those that are alike, and all.
+        NotationError: no such method; the message names similar ones, and all.
 
     >>> method("gn").title
     'Group normalization'

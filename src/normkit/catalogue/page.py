@@ -1,4 +1,4 @@
-"""What the terminal shows of the catalogue."""
+"""The catalogue in the terminal."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from normkit.catalogue.entry import NAMESPACES, entries, entry
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, closest
 
 
 def list_table(console: Console, kind: str | None = None, **claims: bool | None) -> None:
     """Print methods, one line each.
 
     Args:
-        console: to print on.
+        console: the console to print on.
         kind: ``"input"``, ``"activation"``, ``"weight"`` or ``"gradient"``; None for all.
         **claims: values that fields of the entry must have, e.g. ``foldable=True``; None for any.
 
@@ -23,17 +23,21 @@ def list_table(console: Console, kind: str | None = None, **claims: bool | None)
     """
     kinds = list(dict.fromkeys(known.kind for known in entries()))
     if kind is not None and kind not in kinds:
-        raise OptionError(f"no methods of {kind!r}; wanted one of {', '.join(kinds)}")
+        raise OptionError(f"no methods of {kind!r}; wanted one of {', '.join(kinds)}{closest(kind, kinds)}")
     wanted = {field: value for field, value in claims.items() if value is not None}
     rows = [known for known in entries() if kind in (None, known.kind)]
     rows = [known for known in rows if all(getattr(known, field) == value for field, value in wanted.items())]
     table = Table(title=f"{len(rows)} methods", title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in ("method", "word", "of", "normalized over", "year"):
+    for column in ("method", "in recipes", "normalized over", "year"):
         table.add_column(column, no_wrap=column != "normalized over")
-    for known in rows:
-        table.add_row(known.name, known.word, known.kind, known.normalized_over, str(known.year))
+    for each in dict.fromkeys(known.kind for known in rows):
+        table.add_row(f"[dim]of {each}s[/dim]")
+        for known in rows:
+            if known.kind == each:
+                table.add_row(known.name, known.words, known.normalized_over, str(known.year))
     console.print(table)
-    console.print("normkit show METHOD prints one; its word stands for it in recipes such as bn+e", style="dim")
+    said = "normkit show METHOD prints one. Recipes such as gn:8+ws+e are made of the words; what is in capitals may be left out."
+    console.print(said, style="dim", highlight=False)
 
 
 def show_page(name: str, console: Console) -> None:
@@ -41,7 +45,7 @@ def show_page(name: str, console: Console) -> None:
 
     Args:
         name: the method's name or word.
-        console: to print on.
+        console: the console to print on.
 
     Raises:
         NotationError: no such method.

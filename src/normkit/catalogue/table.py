@@ -1,4 +1,4 @@
-"""The table of methods as Markdown, kept current in the pages that show it.
+"""The table of methods as Markdown, kept up to date in the pages that show it.
 
     python -m normkit.catalogue.table README.md docs/methods.md
 
@@ -21,7 +21,7 @@ _KINDS = {"input": "Data", "activation": "Activations", "weight": "Weights", "gr
 
 
 def methods_table() -> str:
-    """Every method in one line: name, word in recipes, what it normalizes over, paper.
+    """Write every method in one line: name, word in recipes, what it normalizes over, paper.
 
     >>> methods_table().splitlines()[0]
     '| method | word | normalized over | paper |'
@@ -39,7 +39,7 @@ def methods_table() -> str:
 
 
 def comparison_table() -> str:
-    """Every method with use cases, strengths and weaknesses, and the properties that the tests check."""
+    """Write every method with use cases, strengths, weaknesses, and the properties that the tests check."""
     head = [
         "method",
         "formula",
@@ -70,7 +70,7 @@ def comparison_table() -> str:
 
 
 def with_tables(text: str) -> str:
-    """A page's text with its tables made again.
+    """Update the tables in a page's text.
 
     Raises:
         NotationError: there is no place for a table in it.

@@ -1,4 +1,4 @@
-"""A method's card: what it normalizes over, whose it is, when to use it, and what is claimed of it and so tested."""
+"""A method's card: what it normalizes over, where it was published, when to use it, and the claims that the tests check."""
 
 from __future__ import annotations
 
@@ -41,53 +41,53 @@ class Paper:
         return f"@misc{{{key},\n" + "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items()) + "}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Card:
-    """One method of the catalogue. Every claim on it that a machine can check is checked by the laws in the tests.
+    """One method of the catalogue. The laws in the tests check every claim on it that a machine can check.
 
     Args:
-        name: in snake case, as the function is named.
-        title: in words.
+        name: the name in snake case, the same as the function's.
+        title: the name in words.
         kind: what is normalized.
-        word: the method's word in recipes, or "".
+        word: the word for the method in recipes; "" for none.
         normalized_over: the support set in words.
         formula: as the literature writes it.
         paper: where it was published.
         use_cases: where it is the usual choice.
-        strengths: what speaks for it.
-        weaknesses: what speaks against it.
-        module: the class (activations, inputs), the parametrization (weights) or what acts on gradients, a module or not.
+        strengths: arguments for it.
+        weaknesses: arguments against it.
+        module: the class of the layer (activations), data transform (inputs), parametrization (weights) or gradient processor.
         functional: the stateless function.
-        make: ``make(channels)`` gives a small module for an input of the rule's layout (activations); ``make(layer)`` puts the
-            method on a layer and returns it (weights); ``make(features)`` gives a module that is not fitted yet (inputs);
-            ``make(model)`` gives what acts on the gradients of a model (gradients).
+        make: ``make(channels)`` returns a small module for an input of the rule's layout (activations); ``make(layer)``
+            parametrizes a layer and returns it (weights); ``make(features)`` returns an unfitted module (inputs);
+            ``make(model)`` returns the processor of a model's gradients (gradients).
         rule: the method as data, or None where it is not one rule.
-        layout: what an activation layer takes: ``"n c *"`` channels first, or ``"* d"`` features last.
-        extra: the other inputs of forward, given an example of the first; for layers that are conditioned on something.
+        layout: the input layout of an activation layer: ``"n c *"`` channels first, or ``"* d"`` features last.
+        extra: for conditioned layers, maps an example of the first input of forward to the others.
         batch_dependent: a sample's training output depends on other samples.
-        order_dependent: a sample's training output depends on where in the batch it stands.
+        order_dependent: a sample's training output depends on its position in the batch.
         running_state: it keeps running statistics.
         train_equals_eval: training and inference compute the same function.
-        exact_gradient: the backward pass is the derivative of the training output; False where the method holds something
-            constant on purpose that depends on the input.
+        exact_gradient: the backward pass is the derivative of the training output; False where the method deliberately treats
+            something that depends on the input as a constant.
         foldable: it can be baked into the weights for inference.
         invertible: the input can be recovered from the output (inputs).
-        streams: its statistics can be measured batch by batch, exactly (inputs).
-        fits: of a class with several cards, whether an instance of it is this method; None for what is left.
-        invariances: changes of a linear layer's weight or data that leave the layer's normalized output as it was.
-        build: the layer for a place where a norm stood; None for a method that has no word (activations).
-        wordless: why an activation method has no word.
-        option: what may follow the word.
-        axes: the inputs for which ``build`` has a layer. Default: the one of ``layout``.
-        takes: the parameters of the built layer that mean what a norm's weight and bias mean, and so are handed over.
-        over: the axes of ``"n c *"`` that statistics reach over in training or at inference, where the rule does not tell.
-        accompanies: whether it stands next to a norm in the networks it comes from, so that it is never converted itself.
+        streams: its statistics can be accumulated batch by batch without approximation (inputs).
+        fits: for a class with several cards, whether an instance is this method; None on the default card.
+        invariances: changes of a linear layer's weight or data that leave its normalized output unchanged.
+        build: makes the layer that replaces a norm at a place; None for a method without a word (activations).
+        wordless: reason an activation method has no word.
+        option: the option that may follow the word.
+        axes: the input layouts that ``build`` supports. Default: the one of ``layout``.
+        takes: the parameters of the built layer that mean the same as a norm's weight and bias, and are copied from it.
+        over: the axes of ``"n c *"`` that statistics are computed over, where the rule does not say.
+        accompanies: whether networks use it in addition to a norm, so that converting norms leaves it alone.
     """
 
     name: str
     title: str
     kind: Kind
-    word: str
+    word: str = ""
     normalized_over: str
     formula: str
     paper: Paper
@@ -132,12 +132,12 @@ class Card:
 
     @property
     def words(self) -> str:
-        """How the method is written in recipes, with its option in capitals: ``gn:GROUPS``; "" where it has no word."""
+        """The word with its option in capitals: ``gn:GROUPS``; "" where there is no word."""
         return f"{self.word}:{self.option.name}" if self.word and self.option else self.word
 
     @property
     def reach(self) -> frozenset[str]:
-        """The axes of ``"n c *"`` or ``"* d"`` that statistics reach over; none where there is no statistic."""
+        """The axes of ``"n c *"`` or ``"* d"`` that statistics are computed over; none where there is no statistic."""
         if self.over is not None or self.rule is None:
             return frozenset((self.over or "").split())
         return frozenset(self.rule.support.reduced)

@@ -1,4 +1,4 @@
-"""Compensation: what is multiplied and added after normalizing, and per which axes."""
+"""Compensation: the weight and bias applied after normalizing, and the axes along which they vary."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ class Affine:
 
     Args:
         per: axes in the notation of Support: ``"c"`` per channel, ``"(g c)"`` the same where channels are split into groups,
-            ``"d"`` per feature, ``""`` one scalar, ``"n c"`` per sample and channel (a compensation that is computed from
-            another input).
-        offset: added to the weight: 1 for gains that are kept as differences from 1, and start at 0.
+            ``"d"`` per feature, ``""`` one scalar, ``"n c"`` per sample and channel (computed from another input).
+        offset: added to the weight; 1 where the weight holds the difference of the gain from 1, and starts at 0.
 
     >>> import torch
     >>> from normkit.core.support import Support
@@ -32,7 +31,7 @@ class Affine:
     offset: float = 0.0
 
     def apply(self, normalized: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Scale and shift a normalized tensor of the split's shape; None leaves that step out."""
+        """Scale and shift a normalized tensor of the split's shape; None skips that step."""
         if weight is not None:
             gain = place(weight, self.per, split).to(normalized.dtype)
             normalized = normalized * (gain + self.offset if self.offset else gain)
@@ -49,12 +48,12 @@ class Affine:
 
 
 def modulation(layout: str, shape: Sequence[int], *parts: Tensor) -> tuple[str, list[Tensor]]:
-    """Scales and shifts that are computed from another input, with the fewest axes that hold them all.
+    """Reduce scales and shifts that were computed from another input to the fewest axes that hold them all.
 
     Args:
-        layout: of the input: ``"n c *"``, ``"n * c"`` or ``"n * d"``.
-        shape: of the input.
-        *parts: each of one channel axis alone, (N or 1, C), or of as many axes as the input, broadcasting over it.
+        layout: layout of the input: ``"n c *"``, ``"n * c"`` or ``"n * d"``.
+        shape: shape of the input.
+        *parts: each of shape (C,) or (N or 1, C), or with as many axes as the input, over which it broadcasts.
 
     Returns:
         The axes for Affine's ``per``, and the parts, all with those axes.
@@ -82,10 +81,10 @@ def modulation(layout: str, shape: Sequence[int], *parts: Tensor) -> tuple[str, 
 
 
 def align(layout: str, shape: Sequence[int], part: Tensor) -> Tensor:
-    """A view of a part of ``modulation`` that has as many axes as the input."""
+    """View a part of ``modulation`` with as many axes as the input."""
     rank, (channel, _) = len(shape), _channel(layout, shape)
     places = {0: (), 1: (channel,), 2: (0, channel), rank: tuple(range(rank))}.get(part.dim())
-    # Not "in (1, size)": a compiler takes two sizes for unlike there, and does not ask whether they are always equal.
+    # Not "in (1, size)": a compiler would take two symbolic sizes for different there, and not guard on their equality.
     unlike = places is None or any(part.shape[k] != 1 and part.shape[k] != shape[d] for k, d in enumerate(places))
     if rank < 2 or places is None or unlike:
         raise ShapeError(
@@ -104,7 +103,7 @@ def _channel(layout: str, shape: Sequence[int]) -> tuple[int, str]:
 
 
 def per_sample(condition: Tensor) -> Tensor:
-    """A condition as (N or 1, size), also where it was given as (size,) or with axes of size 1 between."""
+    """Bring a condition to shape (N or 1, size), from (size,) or from a shape with axes of size 1 in between."""
     if condition.dim() == 1:
         return condition.unsqueeze(0)
     between = condition.dim() > 2 and all(size == 1 for size in condition.shape[1:-1])

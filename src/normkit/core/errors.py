@@ -2,16 +2,19 @@
 
     NormkitError
      ├─ NotationError   (ValueError)                a support set, recipe or selector that cannot be read
-     ├─ ShapeError      (ValueError, RuntimeError)  a tensor that does not fit what it is given to
+     ├─ ShapeError      (ValueError, RuntimeError)  a tensor whose shape does not fit
      ├─ OptionError     (ValueError)                an argument outside its range
-     ├─ BackendError    (RuntimeError)              the back end asked for cannot run this
+     ├─ BackendError    (RuntimeError)              the requested back end cannot run this
      ├─ SurgeryError    (RuntimeError)              a model that cannot be changed as asked
      ├─ ProtocolError   (TypeError, ValueError)     a model or data factory that breaks its protocol
      └─ RecordError     (RuntimeError)              a folder of records that is corrupt, foreign or not writable
 
 Each also derives from the built-in error that torch raises in the same place, so code that catches torch's keeps working.
-A message says what was being done, what it got, what it wanted and how to cure it.
+A message says what failed, what it got, what it wanted and how to fix it; for a misspelt name, what was probably meant.
 """
+
+import difflib
+from collections.abc import Iterable
 
 
 class NormkitError(Exception):
@@ -23,7 +26,7 @@ class NotationError(NormkitError, ValueError):
 
 
 class ShapeError(NormkitError, ValueError, RuntimeError):
-    """A tensor that does not fit what it is given to."""
+    """A tensor whose shape does not fit."""
 
 
 class OptionError(NormkitError, ValueError):
@@ -31,7 +34,7 @@ class OptionError(NormkitError, ValueError):
 
 
 class BackendError(NormkitError, RuntimeError):
-    """The back end asked for cannot run this; no other is tried in its place."""
+    """The requested back end cannot run this; no other is tried instead."""
 
 
 class SurgeryError(NormkitError, RuntimeError):
@@ -44,3 +47,17 @@ class ProtocolError(NormkitError, TypeError, ValueError):
 
 class RecordError(NormkitError, RuntimeError):
     """A folder of records that is corrupt, foreign or not writable."""
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """A hint at the name that was probably meant, or nothing.
+
+    Args:
+        word: as it was given.
+        known: the names that exist.
+
+    >>> closest("optimiser", ["optimizer", "momentum"])
+    "; did you mean 'optimizer'?"
+    """
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""

@@ -1,4 +1,4 @@
-"""Memory: running averages of statistics, for use when the batch's own must not be."""
+"""Memory: running averages of statistics, used where the batch's own statistics must not be."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wr
 
 from normkit.core.errors import BackendError
 from normkit.core.moments import Moments, accumulation_dtype
-from normkit.core.support import Split, per_shape, place
+from normkit.core.support import Split, check_shape, per_shape, place
 
 
 class RunningStatistics(NamedTuple):
-    """The buffers of a module with memory: mean and unbiased variance per channel, and how many batches were seen.
+    """The buffers of a module with memory: mean and unbiased variance per channel, and the number of batches seen.
 
-    Of a rule without a scale the variance is not kept, and ``var`` is a tensor without elements.
+    A rule without a scale keeps no variance: ``var`` is then an empty tensor.
     """
 
     mean: Tensor
@@ -27,19 +27,19 @@ class RunningStatistics(NamedTuple):
 
 
 def _check_levels(kept: Tensor, new: Tensor) -> None:
-    """Refuse statistics that ``vmap`` maps over where the buffers that would take them are one for all."""
+    """Refuse to write statistics that ``vmap`` maps over into buffers that it does not map over."""
     if not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
         return
     if _mapped(new) - _mapped(kept):
         raise BackendError(
-            "vmap would write the running statistics of each of its inputs into the same buffers; wanted buffers that are "
-            "mapped too, or none to write: make the norm with track_running_stats=False where it has that, call eval(), or "
-            "torch.func.replace_all_batch_norm_modules_(model), which reaches batch norms alone"
+            "vmap would write the running statistics of all its inputs into the same buffers; wanted mapped buffers, or none to "
+            "update: make the norm with track_running_stats=False where it has that option, call eval(), or "
+            "torch.func.replace_all_batch_norm_modules_(model), which handles batch norms only"
         )
 
 
 def _mapped(tensor: Tensor) -> set[int]:
-    """The levels of ``vmap`` at which a tensor is a batch of several."""
+    """The levels of ``vmap`` at which a tensor is batched."""
     levels = set()
     while is_functorch_wrapped_tensor(tensor):
         if is_batchedtensor(tensor):
@@ -52,11 +52,11 @@ def _mapped(tensor: Tensor) -> set[int]:
 class Running:
     """running <- (1 - momentum) running + momentum * statistic, once per training batch, with the unbiased variance.
 
-    It is computed in at least float32, as torch.lerp does, exact for the momenta 0 and 1, and then rounded to the dtype of the
-    running statistics. A channel whose result is not finite there stays as it was, and so do all channels where a batch has no
-    elements: one broken batch does not poison the average. Such batches are counted all the same. The cumulative average leaves
-    out a batch without elements or in which any channel's result is not finite, and does not count it, so that it stays the
-    plain mean of the batches that it counts.
+    The update is computed in at least float32 by torch.lerp, which is exact for the momenta 0 and 1, and then rounded to the
+    dtype of the running statistics. A channel whose result is not finite keeps its old value, and a batch without elements
+    changes no channel: one broken batch does not poison the average. Such batches still count. The cumulative average, in
+    contrast, skips a batch without elements or with a non-finite result in any channel and does not count it, so that it remains
+    the plain mean of the counted batches.
 
     Args:
         momentum: weight of the new value, 0 to 1; None gives the cumulative average 1 / batches.
@@ -76,13 +76,13 @@ class Running:
     per: str = "c"
 
     def update(self, running: RunningStatistics, new: Moments, split: Split) -> None:
-        """Take one batch's moments, given with reduced axes of size 1, into the running statistics, in place."""
+        """Update the running statistics in place by one batch's moments, whose reduced axes have size 1."""
         if 0 in split.shape:
             if running.batches is not None and self.momentum is not None:
                 running.batches.add_(1)
             return
         mean, var = new.mean.detach(), new.var.detach()
-        if isinstance(new.n, Tensor):  # a set that a mask left empty has neither
+        if isinstance(new.n, Tensor):  # a set that a mask empties has neither
             mean, var = (torch.where(new.n > 0, value, math.nan) for value in (mean, var))
         self.blend(running, *self._per_channel(Moments(mean, var, new.n), split))
 
@@ -90,8 +90,11 @@ class Running:
         return self._reduce(new.mean, split), self._reduce(new.unbiased(), split)
 
     def blend(self, running: RunningStatistics, mean: Tensor, var: Tensor) -> None:
-        """Take one mean and one variance per channel, without gradients, into the running statistics in place."""
+        """Blend one mean and one variance per channel, without gradients, into the running statistics, in place."""
         _check_levels(running.mean, mean)
+        check_shape("running statistics", "the mean", running.mean, *mean.shape)
+        if not isinstance(self, RunningMean):
+            check_shape("running statistics", "the variance or deviation", running.var, *var.shape)
         wide, batches = accumulation_dtype(running.mean.dtype), running.batches
         if self.momentum is None:
             assert batches is not None
@@ -116,21 +119,21 @@ class Running:
     def _reduce(self, value: Tensor, split: Split) -> Tensor:
         keep = [d for d, name in enumerate(split.names) if name in self.per.replace("(", " ").replace(")", " ").split()]
         others = tuple(d for d in range(value.dim()) if d not in keep)
-        # A set without elements, as of a wholly masked sample, has no mean; the others still have theirs.
+        # A set without elements, as of a fully masked sample, has the mean NaN; the average is over the others.
         apart = any(value.shape[d] > 1 for d in others)
         return (value.nanmean(others) if apart else value).reshape(per_shape(self.per, split))
 
 
 @dataclass(frozen=True)
 class RunningMoments(Running):
-    """Running averages of the first and second raw moment, E[x] and E[x^2], kept as mean and population variance.
+    """Running averages of the first and second raw moment, E[x] and E[x^2], stored as mean and population variance.
 
-    running <- (1 - momentum) running + momentum * moment, for both. Kept as their difference the second moment does not lose
-    the variance next to a large mean: with d the change from the old mean to the batch's,
+    running <- (1 - momentum) running + momentum * moment, for both. Stored this way, a small variance is not lost next to a large
+    mean. With d the difference between the batch's mean and the old one,
 
         mean <- mean + momentum d,    var <- (1 - momentum) var + momentum Var[x] + momentum (1 - momentum) d^2.
 
-    Unlike an average of variances it holds the variance of the means between batches too.
+    Unlike an average of variances, it includes the variance between the batch means.
 
     Reference:
         Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
@@ -153,7 +156,7 @@ class RunningMoments(Running):
         self, old_mean: Tensor, old_var: Tensor, mean: Tensor, var: Tensor, weight: float | Tensor
     ) -> tuple[Tensor, ...]:
         change = mean - old_mean
-        # In this order nothing is left of a change whose square is infinite where the weight is 0 or 1.
+        # In this order a change whose square would overflow contributes 0 where the weight is 0 or 1, not NaN.
         between = weight * (1 - weight) * change * change
         return torch.lerp(old_mean, mean, weight), torch.lerp(old_var, var, weight) + between
 

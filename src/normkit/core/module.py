@@ -1,9 +1,9 @@
-"""What all layers are: modules whose statistics stay wide, whose sizes are plain numbers, and that say what can't run them."""
+"""The base of all layers: its statistics stay in at least float32, its sizes are plain integers, TorchScript is refused."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import Any, NoReturn
 
@@ -12,14 +12,24 @@ from torch import Tensor, nn
 
 from normkit.core.errors import BackendError, ShapeError
 
+_INITIAL = {
+    "weight": 1.0,
+    "bias": 0.0,
+    "running_mean": 0.0,
+    "running_var": 1.0,
+    "running_std": 1.0,
+    "num_batches_tracked": 0,
+}
+
 
 class Module(nn.Module):
     """Base of every layer.
 
-    Buffers hold statistics, which a half type can't: a step of momentum 0.001 is lost in bfloat16, a variance beyond 65504 in
-    float16. So ``half()``, ``bfloat16()`` and ``to(dtype)`` with a half type leave floating buffers in the dtype that they have,
-    and one that is made in a half type is float32. All else is torch's: moves, ``float()``, ``double()``, ``to_empty``; and as
-    ``load_state_dict`` copies values into the dtype that is there, checkpoints of half models load here, and ours load there.
+    Buffers hold statistics, for which half types are too narrow: bfloat16 loses a step of momentum 0.001, float16 a variance
+    beyond 65504. So ``half()``, ``bfloat16()`` and ``to(dtype)`` with a half type leave floating buffers in their dtype, and a
+    buffer registered in a half type becomes float32. Everything else is as in torch: moves, ``float()``, ``double()``,
+    ``to_empty``. As ``load_state_dict`` copies values into the existing dtype, checkpoints of half-precision models load into
+    these layers, and theirs into half-precision models.
 
     >>> class Counter(Module):
     ...     def __init__(self) -> None:
@@ -29,7 +39,7 @@ class Module(nn.Module):
     tensor([100000.])
     """
 
-    training: bool = True  # where an instance's own was deleted, as tests of layers that don't read it do
+    training: bool = True  # torch's own tests delete the attribute of instances that should not need it
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, whole(value))
@@ -44,15 +54,55 @@ class Module(nn.Module):
         for name, buffer in self._buffers.items():
             old = before[name]
             if buffer is not None and old is not None and _is_half(buffer) and not _is_half(old):
-                # MPS has no float64.
+                # The old buffer is moved, as the new one has lost digits already. MPS has no float64.
                 self._buffers[name] = old.to(buffer.device, torch.float32 if buffer.device.type == "mps" else None)
         return self
 
+    def register_affine(self, shape: Sequence[int], weight: bool = True, bias: bool = True, **factory: Any) -> None:
+        """Register ``weight`` and ``bias`` with their initial values, and as None where they are not wanted."""
+        for name, wanted in (("weight", weight), ("bias", bias)):
+            initial = nn.Parameter(torch.full(tuple(shape), _INITIAL[name], **factory)) if wanted else None
+            self.register_parameter(name, initial)
+
+    def register_running(
+        self,
+        shape: Sequence[int],
+        *names: str,
+        tracked: bool = True,
+        counted: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        """Register running statistics under torch's names, with their initial values.
+
+        Args:
+            shape: of each statistic.
+            *names: of the statistics, such as ``"running_mean"``, in the order of the state_dict.
+            tracked: False registers None for all of them.
+            counted: whether the batches are counted too, which the cumulative average needs.
+            device: device of the statistics.
+            dtype: dtype of the statistics.
+        """
+        for name in names:
+            initial = torch.full(tuple(shape), _INITIAL[name], device=device, dtype=dtype) if tracked else None
+            self.register_buffer(name, initial)
+        if counted:
+            zero = torch.tensor(0, dtype=torch.long, device=device) if tracked else None
+            self.register_buffer("num_batches_tracked", zero)
+
+    def reset_parameters(self) -> None:
+        """Set weights to 1 and biases to 0, and forget the running statistics."""
+        self.fill(**_INITIAL)
+
     def fill(self, **values: float) -> None:
-        """Set each of the named parameters and buffers that is there to one value."""
+        """Set the named parameters and buffers, as far as the module has them, to one value each."""
         for name, value in values.items():
             if isinstance(tensor := getattr(self, name, None), Tensor):
                 nn.init.constant_(tensor, value)
+
+    def repr_options(self, **defaults: Any) -> str:
+        """The named attributes that differ from their defaults, as ``extra_repr`` shows them."""
+        return "".join(f", {k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise BackendError(
@@ -62,13 +112,13 @@ class Module(nn.Module):
 
 
 def whole(value: Any) -> Any:
-    """An integer of another library, such as numpy's, as Python's; anything else as it is."""
-    # torch's symbolic sizes are no Integral, and stay symbolic.
+    """Convert another library's integer, such as numpy's, to Python's; return anything else unchanged."""
+    # torch's symbolic sizes are not Integral, and stay symbolic.
     return operator.index(value) if not isinstance(value, int) and isinstance(value, Integral) else value
 
 
 def trailing_sizes(who: str, normalized_shape: int | Iterable[int]) -> list[int]:
-    """The sizes of trailing axes, given as one number or as several; refuses none at all, as torch does.
+    """Return the sizes of trailing axes, given as one number or several; refuse an empty list, as torch does.
 
     >>> trailing_sizes("LayerNorm", 4), trailing_sizes("LayerNorm", (3, 4))
     ([4], [3, 4])

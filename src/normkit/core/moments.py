@@ -20,7 +20,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which statistics of a tensor are accumulated and kept: float64 for float64, else float32.
 
     Args:
-        dtype: of the input.
+        dtype: dtype of the input.
 
     Returns:
         torch.float64 or torch.float32.
@@ -34,14 +34,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Moments(NamedTuple):
-    """Mean, population variance and number n of elements; n is a number, or a tensor where a mask made it vary."""
+    """Mean, population variance and number n of elements; n is an int, or a tensor where a mask makes it vary between sets."""
 
     mean: Tensor
     var: Tensor
     n: int | Tensor
 
     def unbiased(self) -> Tensor:
-        """The variance divided by n - 1 in place of n; of one element it is not finite, as it is undefined."""
+        """The variance with the divisor n - 1; NaN for a single element, where it is undefined."""
         count = self.n
         if isinstance(count, Tensor):
             return torch.where(count > 1, self.var * (count / (count - 1)), math.nan)
@@ -56,7 +56,7 @@ class Moments(NamedTuple):
             other: moments of the other set, of the same shape.
 
         Returns:
-            Moments of both together; a side whose n is the number 0 leaves the other as it is.
+            Moments of the union; a side with n = 0 leaves the other unchanged.
 
         Reference:
             Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983),
@@ -81,13 +81,12 @@ def moments(x: Tensor, dims: Sequence[int], mask: Tensor | None = None) -> Momen
     """Mean and population variance over some axes, reduced axes kept with size 1.
 
     mean = E[x],  var = E[(x - mean)^2], where E runs over ``dims`` and, with a mask, over the elements where it is True.
-    The mean is corrected by the mean of what is left after subtracting it, so that a mean 1e4 times the deviation costs
-    no accuracy.
+    The mean is corrected by the mean of the residuals, so that a mean of 1e4 times the deviation costs no accuracy.
 
     Args:
         x: any floating tensor; half types are accumulated in float32.
-        dims: the axes that are reduced.
-        mask: boolean, broadcasts over x; elements where it is False never enter.
+        dims: the axes to reduce.
+        mask: boolean, broadcasts over x; elements where it is False are left out.
 
     Returns:
         Moments in the accumulation dtype; differentiable any number of times.
@@ -108,6 +107,7 @@ def moments(x: Tensor, dims: Sequence[int], mask: Tensor | None = None) -> Momen
         count: int | Tensor = math.prod([x.shape[d] for d in dims])
         first = x.mean(dims, keepdim=True)
         rest = x - first
+        # The rounding error of the first mean grows with the mean; that of the mean of the residuals only with the deviation.
         shift = rest.mean(dims, keepdim=True)
         return Moments(first + shift, (rest - shift).square().mean(dims, keepdim=True), count)
     mask = mask.expand(x.shape)

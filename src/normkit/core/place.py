@@ -10,27 +10,27 @@ from typing import Any, Literal
 from normkit.core.errors import OptionError
 from normkit.core.support import divisors
 
-# Channels first, features last, or several trailing axes, each element with a weight of its own.
+# Channels first, features last, or several trailing axes, with a weight per element.
 Axes = Literal["n c *", "n * c", "trailing"]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a new norm is to stand, and what stood there: all that a card needs to build its layer.
+    """The place of a norm that is to be replaced: all that a card needs to build the new layer.
 
     Args:
-        axes: of the input.
-        shape: of the axes that hold channels or features; one number unless ``axes`` is ``"trailing"``.
-        option: of the method's word, as read.
-        eps: of the old norm. Default: 1e-5.
-        momentum: of its running statistics; None for the cumulative average. Default: 0.1.
+        axes: layout of the input.
+        shape: sizes of the axes that hold channels or features; one number unless ``axes`` is ``"trailing"``.
+        option: the option of the method's word, as read.
+        eps: eps of the old norm. Default: 1e-5.
+        momentum: momentum of its running statistics; None for the cumulative average. Default: 0.1.
         tracks: whether it kept running statistics. Default: False.
         affine: whether it has a weight or a bias. Default: True.
-        bias: whether there is to be a bias. Default: True.
-        alone: whether it normalized each position by itself. Default: True.
+        bias: whether the new norm gets a bias. Default: True.
+        alone: whether it normalized each position separately. Default: True.
         factory: device and dtype of the parameters, as keyword arguments.
-        spatial: axes of positions where it took one number of them alone, else None. Default: None.
-        kind: the name of the method that stood there, or "".
+        spatial: the number of spatial axes, if it accepted no other, else None. Default: None.
+        kind: the name of its method, or "".
     """
 
     axes: Axes
@@ -48,12 +48,12 @@ class Place:
 
     @property
     def channels(self) -> int:
-        """How many channels or features."""
+        """Number of channels or features."""
         return self.shape[0]
 
     @property
     def groups(self) -> int:
-        """The groups of channels that the option asks for: ``"32"``, or ``"gcd32"`` for the most that divide both.
+        """Number of channel groups in the option: ``"32"``, or ``"gcd32"`` for the greatest common divisor with the channels.
 
         >>> Place("n c *", (48,), option="gcd32").groups
         16
@@ -71,29 +71,29 @@ class Place:
 
     @property
     def examples(self) -> int:
-        """The examples in a group, of an option such as ``"32x2"``."""
+        """Number of examples per group, in an option such as ``"32x2"``."""
         return int(self.option.partition("x")[2])
 
     @property
     def over(self) -> str | None:
-        """The axes ``c`` or ``c *`` of channels first: those asked for, else those of the norm that stood there."""
+        """The axes ``c`` or ``c *`` of a channels-first input: those of the option, else those of the old norm."""
         return (self.option or ("c" if self.alone else "c *")) if self.axes == "n c *" else None
 
     def momentum_or(self, default: float) -> float:
-        """The momentum of the norm that stood there, or a default where it had none to hand over."""
+        """The momentum of the old norm, or a default where it had none."""
         return self.momentum if self.tracks and self.momentum is not None else default
 
 
 @dataclass(frozen=True)
 class Option:
-    """What may follow a method's word in a recipe, as the 32 of ``gn:32``.
+    """The option that may follow a method's word in a recipe, such as the 32 of ``gn:32``.
 
     Args:
-        name: in capitals, for lists and messages: ``gn:GROUPS``.
-        default: what the word alone stands for; "" where that depends on the place.
-        wanted: what may be written, in words.
-        read: gives the one way to write a text, or raises ValueError.
-        of: the option of a layer of this method, in that way.
+        name: name in capitals, for lists and messages: ``gn:GROUPS``.
+        default: the option that the word alone implies; "" where that depends on the place.
+        wanted: the valid options in words.
+        read: returns the canonical spelling of a text, or raises ValueError.
+        of: returns the option of a layer of this method, in the canonical spelling.
     """
 
     name: str
@@ -104,17 +104,17 @@ class Option:
 
 
 def whole_number(name: str, default: int | None, of: Callable[[Any], int | str]) -> Option:
-    """An option that is a whole number from 1; without a default the word alone stands for something else."""
+    """Make an option that is a whole number from 1; without a default, the word alone has another meaning."""
     text = "" if default is None else str(default)
     return Option(name, text, "a whole number from 1", _whole, lambda layer: str(of(layer)))
 
 
 def groups(of: Callable[[Any], Any], examples: str = "") -> Option:
-    """A number of groups of channels, by default 32; with ``gcd`` in front, the most that divide it and the channels.
+    """Make an option that is a number of channel groups, by default 32; ``gcd32`` adapts it to the channels.
 
     Args:
-        of: the groups of a layer.
-        examples: how many examples form a group by default, of a method that has such groups too.
+        of: returns the groups of a layer.
+        examples: the default number of examples per group, for a method that groups examples too.
     """
     wanted = "a whole number from 1, or gcd32 for the greatest common divisor of 32 and the channels"
     if not examples:
@@ -129,7 +129,7 @@ def groups(of: Callable[[Any], Any], examples: str = "") -> Option:
 
 
 def positive_number(name: str, default: float, of: Callable[[Any], float], most: float = math.inf) -> Option:
-    """An option that is a number above 0."""
+    """Make an option that is a number above 0."""
     wanted = "a number above 0" + ("" if most == math.inf else f" and at most {most:g}")
 
     def read(text: str) -> str:
@@ -141,7 +141,7 @@ def positive_number(name: str, default: float, of: Callable[[Any], float], most:
 
 
 def one_of(name: str, *words: str, of: Callable[[Any], str]) -> Option:
-    """An option that is one of some words; without one, what the word alone stands for."""
+    """Make an option that is one of several words, or "" for the word alone."""
 
     def read(text: str) -> str:
         found = {word.replace(" ", ""): word for word in words}.get(text.replace(" ", ""))

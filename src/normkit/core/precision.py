@@ -1,4 +1,4 @@
-"""Where a method's own arithmetic keeps its precision, whatever the surrounding autocast asks for."""
+"""Full precision for a method's own matrix products, under autocast too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """A context without autocast: matrix products of statistics stay in the dtype that they are given.
+    """Return a context without autocast, in which matrix products keep the dtype of their operands.
 
     Args:
         x: a tensor on the device of the products.

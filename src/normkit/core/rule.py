@@ -18,16 +18,16 @@ from normkit.core.support import Support, parse_axes
 
 @dataclass(frozen=True)
 class Rule:
-    """One normalization as data; the module, the formula, the picture and the kernel's loop nest follow from it.
+    """One normalization as data; the module, formula, picture and the kernel's loop nest are derived from it.
 
     Args:
         support: which elements share a statistic.
         statistic: the centre and the scale.
-        compensation: what is multiplied and added afterwards, or None.
+        compensation: the weight and bias applied afterwards, or None.
         memory: running averages for use at inference, or None.
 
     Raises:
-        NotationError: the compensation or the memory names an axis that the support does not have, or in another order.
+        NotationError: the compensation or the memory names an axis that the support lacks, or has its axes in another order.
 
     >>> rule = Rule(Support("n c *", over="n *"), Statistic("mean", "std", 1e-5), Affine("c"), Running(0.1))
     >>> print(rule.formula())
@@ -40,7 +40,7 @@ class Rule:
     statistic: Statistic = field(default_factory=Statistic)
     compensation: Affine | None = None
     memory: Running | None = None
-    # What back ends prepared for shapes that they met; no part of the rule's value.
+    # What back ends prepared for the shapes they have seen; not part of the rule's value.
     prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class Rule:
                     )
             if names != [name for name in self.support.names if name in names]:
                 raise NotationError(
-                    f"{part}: its axes stand in another order than in {self.support}; write them in that order"
+                    f"{part}: its axes are in another order than in {self.support}; write them in that order"
                 )
             if isinstance(part, Running) and self.support.reduced & set(names):
                 raise NotationError(
@@ -63,13 +63,13 @@ class Rule:
                 )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rule:
-        return self  # nothing in it changes
+        return self  # a rule does not change, and copies share what was prepared for it
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Rule, (self.support, self.statistic, self.compensation, self.memory)
 
     def keep(self, key: Any, prepare: Callable[[], Any]) -> Any:
-        """What was prepared under a key, or is now."""
+        """Return what was prepared under a key, and prepare it first where it is missing."""
         found = self.prepared.get(key)
         if found is None:
             found = prepare()
@@ -94,7 +94,7 @@ R = TypeVar("R")
 
 
 def remembered(make: Callable[P, R]) -> Callable[P, R]:
-    """Make a function of a few settings give the same rule again for the same ones, with all that was prepared for it.
+    """Cache a function that makes a rule from a few settings: equal settings share one rule, and all that was prepared for it.
 
     >>> make = remembered(lambda eps: Rule(Support("* d", over="d"), Statistic("mean", "std", eps)))
     >>> make(1e-5) is make(1e-5)
@@ -104,7 +104,7 @@ def remembered(make: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(make)
     def known(*args: P.args, **kwargs: P.kwargs) -> R:
-        # A compiler traces what makes the rule, and does not look into a cache.
+        # A compiler can trace the function that makes the rule, but not a cache.
         return make(*args, **kwargs) if torch.compiler.is_compiling() else kept(*args, **kwargs)
 
     return known

@@ -1,4 +1,4 @@
-"""What is subtracted and what is divided by: mean and deviation, root mean square, norm, range."""
+"""The centre that is subtracted and the scale that is divided by: mean and deviation, root mean square, norm, range."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Statistic:
     Args:
         center: ``"mean"``, ``"min"`` or None for no centring.
         scale: ``"std"``, ``"rms"``, ``"norm"`` (Euclidean), ``"range"``, ``"max"`` (of absolute values) or None for no scaling.
-        eps: keeps the scale from zero. None takes the machine epsilon of the accumulation dtype.
-        guard: where eps stands: ``"inside"`` the root, ``"outside"`` it (added), or as a ``"floor"`` on the scale.
+        eps: keeps the scale above zero. None takes the machine epsilon of the accumulation dtype.
+        guard: where eps enters: ``"inside"`` the root, ``"outside"`` it (added), or as a ``"floor"`` on the scale.
         correction: 1 divides the variance by count - 1, 0 by count.
 
     Raises:
-        OptionError: a name that does not exist, a negative eps, or eps inside a scale that has no root.
+        OptionError: an unknown name, a negative eps, or eps inside a scale that has no root.
 
     >>> Statistic("mean", "std", 1e-5).formula()
     '(x - E[x]) / sqrt(Var[x] + eps)'
@@ -64,15 +64,15 @@ class Statistic:
             raise OptionError(f"Statistic: eps={self.eps}; wanted a number from 0, or None")
         if self.guard == "inside" and self.scale is not None and self.scale not in _INSIDE_FORMULA:
             raise OptionError(
-                f'Statistic: scale={self.scale!r} has no root for eps to stand in; use guard="floor" or "outside"'
+                f'Statistic: scale={self.scale!r} has no root to put eps inside; use guard="floor" or "outside"'
             )
 
     def epsilon(self, dtype: torch.dtype) -> float:
-        """Eps as a number, for statistics kept in this dtype."""
+        """Eps as a number, for statistics of this dtype."""
         return torch.finfo(dtype).eps if self.eps is None else self.eps
 
     def guarded(self, raw: Tensor, power: int = 1) -> Tensor:
-        """The scale with eps where it belongs, given the bare scale (``power=1``) or its square (``power=2``)."""
+        """Return the scale with eps applied, given the bare scale (``power=1``) or its square (``power=2``)."""
         eps = self.epsilon(raw.dtype)
         if self.guard == "inside":
             return (raw + eps).sqrt() if power == 2 else (raw.square() + eps).sqrt()
@@ -82,15 +82,15 @@ class Statistic:
     def measure(
         self, x: Tensor, split: Split, mask: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None, Moments | None]:
-        """Centre, guarded scale and moments of a split tensor, reduced axes kept with size 1; any of them None if not in it.
+        """Measure centre, guarded scale and moments of a split tensor, with reduced axes of size 1; None for what is not in use.
 
         Args:
-            x: viewed as ``split.shape``.
-            split: of the support set.
-            mask: boolean, broadcasts over x; elements where it is False never enter.
+            x: the tensor, viewed as ``split.shape``.
+            split: split of the support set.
+            mask: boolean, broadcasts over x; elements where it is False are left out.
 
         Returns:
-            In the accumulation dtype; differentiable any number of times.
+            Tensors in the accumulation dtype, differentiable any number of times.
         """
         x = x.to(accumulation_dtype(x.dtype))
         dims = split.dims
@@ -146,7 +146,7 @@ class Statistic:
         return f"{top} / ({bare} + eps)"
 
 
-# To torch no axes mean all of them; here they mean that each element is a set of its own.
+# torch reduces all axes where none are named; here no axes mean that each element is a set of its own.
 
 
 def _total(x: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -27,17 +27,17 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Split:
-    """A shape read through a support set: composite axes apart, reduced axes known."""
+    """A shape as a support set reads it: composite axes split, reduced axes marked."""
 
     shape: tuple[int, ...]
     names: tuple[str, ...]
     dims: tuple[int, ...]
 
     count: int = field(init=False, compare=False)
-    """Elements that share one statistic."""
+    """Number of elements that share one statistic."""
 
     statistics_shape: tuple[int, ...] = field(init=False, compare=False)
-    """Shape of the statistics, reduced axes kept with size 1."""
+    """Shape of the statistics, with reduced axes of size 1."""
 
     def __post_init__(self) -> None:
         sizes = self.shape
@@ -48,17 +48,17 @@ class Split:
 class Support:
     """The set of elements over which a statistic is computed, in einops-like axes.
 
-    ``axes`` names the axes of the tensor in order. ``(g c)`` is one axis read as two, the right one fastest, and ``*`` stands
-    for any number of axes, none included. ``over`` names the axes that are reduced: elements that differ only there share
-    one statistic. A size is needed only where the shape does not tell it.
+    ``axes`` names the axes of the tensor in order. ``(g c)`` reads one axis as two, of which the right one varies fastest;
+    ``*`` stands for any number of axes, including none. ``over`` names the axes to reduce: elements that differ only there share
+    one statistic. A size is needed only where the shape does not determine it.
 
     Args:
         axes: the axes of the tensor, e.g. ``"n (g c) *"``.
-        over: the axes that are reduced, e.g. ``"c *"``.
+        over: the axes to reduce, e.g. ``"c *"``.
         **sizes: sizes of axes inside parentheses, e.g. ``g=32``.
 
     Raises:
-        NotationError: the text cannot be read, or ``over`` or a size names an axis that is not there.
+        NotationError: the text cannot be read, or ``over`` or a size names an unknown axis.
 
     Reference:
         The notation follows Rogozhnikov, "Einops" (2022), https://openreview.net/forum?id=oapKSVM2bcj; support sets follow
@@ -85,7 +85,7 @@ class Support:
         known = ", ".join(self.names) or "none"
         for name in self.names:
             if self.names.count(name) > 1:
-                raise NotationError(f"{self}: axis {name!r} is named twice; give each axis a name of its own")
+                raise NotationError(f"{self}: axis {name!r} is named twice; give each axis another name")
         if not self.reduced:
             raise NotationError(f"{self}: over= names no axis to reduce; axes that exist: {known}")
         for name in sorted(self.reduced):
@@ -120,20 +120,20 @@ class Support:
         return tuple(name for name in self.names if name not in self.reduced)
 
     def split(self, shape: Sequence[int]) -> Split:
-        """Read a shape: its composite axes apart, and which of the resulting axes are reduced.
+        """Split a shape's composite axes, and find which of the resulting axes are reduced.
 
         Args:
             shape: the shape of a tensor.
 
         Returns:
-            The shape with composite axes apart, the name of each axis, and the reduced ones' positions.
+            The shape with composite axes split, the name of each axis, and the positions of the reduced ones.
 
         Raises:
             ShapeError: the shape has the wrong number of axes, or an axis does not split; the message names the axis.
         """
         key = tuple(shape)
         if torch.compiler.is_compiling() or any(isinstance(size, torch.SymInt) for size in key):
-            return self._split(key)  # symbolic sizes are no keys
+            return self._split(key)  # symbolic sizes cannot be keys
         found = self._splits.get(key)
         if found is None:
             found = self._split(key)
@@ -186,10 +186,10 @@ class Support:
         return [given.get(name, size // product) for name in group]
 
     def explain(self, shape: Sequence[int] | None = None) -> str:
-        """Say in words what shares a statistic, with numbers where a shape is given.
+        """Say in words which elements share a statistic, with numbers where a shape is given.
 
         Args:
-            shape: the shape of a tensor; None leaves the numbers out.
+            shape: the shape of a tensor; None omits the numbers.
 
         Returns:
             One line of text.
@@ -231,13 +231,13 @@ def parse_axes(text: str) -> tuple[tuple[str, ...], ...]:
     if torch.compiler.is_compiling():
         return _parse(text)
     if text not in _PARSED:
-        if len(_PARSED) >= 1024:  # texts are few; a program that makes them up must not fill memory
+        if len(_PARSED) >= 1024:  # texts are few; a program that generates them must not fill memory
             _PARSED.clear()
         _PARSED[text] = _parse(text)
     return _PARSED[text]
 
 
-# What was read before: a layer reads the same few texts at every call.
+# Texts read before, as a layer reads the same few at every call.
 _PARSED: dict[str, tuple[tuple[str, ...], ...]] = {}
 
 
@@ -280,15 +280,15 @@ def place(parameter: torch.Tensor, per: str, split: Split) -> torch.Tensor:
     """View a parameter that has one value per element of the axes ``per`` so that it broadcasts over a split tensor.
 
     Args:
-        parameter: of the shape that ``per_shape(per, split)`` gives.
+        parameter: a tensor of the shape ``per_shape(per, split)``.
         per: axes in the notation of Support, e.g. ``"(g c)"``; empty for a scalar.
-        split: of the tensor that it meets.
+        split: split of the tensor that it is applied to.
 
     Returns:
         A view with one axis for each axis of the split.
 
     Raises:
-        ShapeError: the parameter's shape is another.
+        ShapeError: the parameter has another shape.
     """
     wanted = per_shape(per, split)
     if tuple(parameter.shape) != wanted:
@@ -307,10 +307,10 @@ def per_shape(per: str, split: Split) -> tuple[int, ...]:
 
     Args:
         per: axes in the notation of Support; empty for a scalar.
-        split: of the tensor that the parameter meets.
+        split: split of the tensor that the parameter is applied to.
 
     Returns:
-        The parameter's shape: composite axes are one.
+        The parameter's shape, in which a composite axis is one axis.
     """
     shape: list[int] = []
     for group in parse_axes(per):
@@ -321,8 +321,20 @@ def per_shape(per: str, split: Split) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def check_shape(who: str, name: str, parameter: torch.Tensor | None, *wanted: int) -> None:
+    """Refuse a parameter or statistic of another shape, by ShapeError; None passes.
+
+    >>> check_shape("GDN", "beta", torch.ones(4), 4)
+    """
+    if parameter is not None and tuple(parameter.shape) != wanted:
+        raise ShapeError(
+            f"{who}: {name} has shape {show(parameter.shape)}, wanted {show(wanted)}; give a tensor of that shape, or make the "
+            "layer for other sizes"
+        )
+
+
 def show(shape: Sequence[int]) -> str:
-    """A shape as people write it.
+    """Write a shape for a message.
 
     >>> show((6, 8, 5, 7))
     '6x8x5x7'
@@ -331,7 +343,7 @@ def show(shape: Sequence[int]) -> str:
 
 
 def divisors(number: int) -> str:
-    """The divisors of a number, for the cure in an error.
+    """List the divisors of a number, for the cure in an error.
 
     >>> divisors(8)
     '1, 2, 4, 8'
@@ -340,7 +352,7 @@ def divisors(number: int) -> str:
 
 
 def word(name: str) -> str:
-    """What an axis holds, in words where its letter is one of the literature's.
+    """Say what an axis holds, in words where its letter is one that the literature uses.
 
     >>> word("c"), word("k")
     ('channels', 'k')

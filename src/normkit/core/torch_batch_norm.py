@@ -1,4 +1,4 @@
-"""What stands in for torch's batch norm: a base that its converters and fusers know, and that says what they would lose."""
+"""A base that torch's converters and fusers take for its batch norm, and that refuses those that would lose something."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from normkit.core.errors import SurgeryError
 
 
 class _Eps:
-    """A batch norm's eps, which nobody may read in order to replace the layer by one that computes something else.
+    """A batch norm's eps, which refuses readers that would replace the layer by one that computes something else.
 
-    Converters and fusers know a batch norm by its attributes, and eps is the one that all of them need; torch gives a module no
-    other say in the matter. Whoever else reads it gets it.
+    Converters and fusers read a batch norm's attributes, and eps is the one that all of them need; torch offers a module no other
+    way to object. The reader is known by the name of the calling function, which is fragile: a tool with another name gets eps.
     """
 
     def __get__(self, module: Any, owner: type[Any]) -> Any:
@@ -32,25 +32,27 @@ class _Eps:
 
 
 class TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Base of the layers that are batch norms to torch's tools: they have its parameters and buffers.
+    """Base of the layers that torch's tools treat as batch norms: they have its parameters and buffers.
 
-    A compiler can't follow who reads ``eps``: ``forward`` reads ``self.__dict__["eps"]``.
+    A compiler cannot trace the check of the reader: ``forward`` reads ``self.__dict__["eps"]``.
     """
 
-    in_training: ClassVar[str] = ""  # what a layer of torch would not do in its place, with the cure
-    always: ClassVar[str] = ""  # the same in evaluation too
+    in_training: ClassVar[str] = ""  # what torch's layer would lose in training, with the cure
+    always: ClassVar[str] = ""  # what it would lose in evaluation too
 
     eps: float = _Eps()  # pyright: ignore[reportAssignmentType]
 
     def lost(self, converting: bool) -> str:
-        """What a layer of torch in this one's place would lose, with the cure, or nothing.
+        """Say what torch's layer in this one's place would lose, with the cure; "" for nothing.
 
         Args:
-            converting: to torch's synchronized batch norm; otherwise it is fused into the layer before.
+            converting: whether it is converted to torch's synchronized batch norm, rather than fused into the previous layer.
         """
         activation, layout = getattr(self, "activation", None), getattr(self, "layout", "n c *")
         if activation is not None:
-            return f"activation={activation!r}; set it to None and put {activation} behind the layer as a module of its own"
+            return (
+                f"activation={activation!r}; set it to None and add {activation} after the layer as a separate module"
+            )
         if converting and layout != "n c *":
-            return f"layout={layout!r}; put normkit's SyncBatchNorm with this layout in its place"
+            return f"layout={layout!r}; replace it by normkit's SyncBatchNorm with this layout"
         return self.always or (self.in_training if converting else "")

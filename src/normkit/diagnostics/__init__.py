@@ -1,4 +1,4 @@
-"""Measurements of a model: they change nothing."""
+"""Measurements of a model, which change nothing."""
 
 from normkit.diagnostics.conditioning import condition_number, operator_norm, operator_spectrum, weight_conditions
 

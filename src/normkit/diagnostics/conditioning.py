@@ -1,24 +1,24 @@
 """Condition numbers of matrices, of a model's weights, and of convolutions as linear operators.
 
-What diagonal scaling can do for a condition number: with E the row equilibration of A (m rows, full rank),
+What diagonal scaling can do for a condition number, with E the row equilibration of A (m rows, full rank),
 
 * chi(A) = max row norm / sigma_min is least for EA among all left diagonal scalings DA. With B = EA,
   chi(DB) = max|d_i| / sigma_min(DB) >= 1 / sigma_min(B) = chi(B), as sigma_min(DB) <= max|d_i| sigma_min(B).
 * So kappa(EA) <= sqrt(m) min_D kappa(DA), as max row norm <= sigma_max <= sqrt(m) max row norm. With two rows E is
   optimal.
 
-Stronger statements are in print: that E minimizes kappa itself, so that kappa(EA) <= kappa(A) always (Theorem 5.1 and
+Stronger statements have been published: that E minimizes kappa itself, so that kappa(EA) <= kappa(A) always (Theorem 5.1 and
 Proposition 1 of Saratchandran, Wang and Lucey), and that conditioned weights make the Hessian of the loss no worse (their
-Theorem 5.2). They do not hold:
+Theorem 5.2). They are false:
 
 >>> A = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 2.0], [2.0, 1.0, 3.0]])
 >>> EA = A / A.norm(dim=1, keepdim=True)
 >>> f"kappa {condition_number(A):.3f} -> {condition_number(EA):.3f}, chi {chi(A):.3f} -> {chi(EA):.3f}"
 'kappa 5.458 -> 6.136, chi 3.742 -> 3.742'
 
-And for the Hessian: of one linear layer under squared error with E held constant it is E^2 (x) E[x x^T], whose condition number
-is that of E[x x^T] times (max norm / min norm)^2 of the rows: never smaller than without. Row equilibration usually lowers kappa
-where row norms differ much; measure it.
+As for the Hessian: for one linear layer under squared error, with E constant, it is E^2 (x) E[x x^T], whose condition number is
+that of E[x x^T] times (max norm / min norm)^2 of the rows, which is never smaller than without E. Row equilibration usually
+lowers kappa where row norms differ much; measure it.
 
 Reference:
     van der Sluis, "Condition Numbers and Equilibration of Matrices" (1969), https://doi.org/10.1007/BF02165096; Saratchandran,
@@ -40,15 +40,15 @@ from normkit.core.errors import ShapeError
 from normkit.core.support import show
 from normkit.weights.layout import hooked_weight, weight_layout, weight_of
 
-# A singular value this far below the largest is rounding, and the matrix is singular.
+# A singular value this far below the largest is rounding error, and the matrix is singular.
 _RANK_TOLERANCE = 1e-12
 
 
 def condition_number(matrix: Tensor) -> float:
-    """The ratio of a matrix' largest singular value to its min(m, n)-th, in float64.
+    """Compute the ratio of a matrix's largest singular value to its min(m, n)-th, in float64.
 
     Args:
-        matrix: of two axes.
+        matrix: a tensor of two axes.
 
     Returns:
         A number from 1; infinity if the smallest is below 1e-12 of the largest; NaN if an element is not finite.
@@ -67,13 +67,13 @@ def condition_number(matrix: Tensor) -> float:
 
 
 def chi(matrix: Tensor) -> float:
-    """The largest row norm over the smallest singular value: what row equilibration minimizes.
+    """Compute the largest row norm over the smallest singular value, which row equilibration minimizes.
 
     Args:
-        matrix: of two axes.
+        matrix: a tensor of two axes.
 
     Returns:
-        As ``condition_number``; it lies between kappa / sqrt(m) and kappa.
+        As ``condition_number``; between kappa / sqrt(m) and kappa.
 
     Raises:
         ShapeError: another number of axes, or no elements.
@@ -95,19 +95,19 @@ def chi(matrix: Tensor) -> float:
 def weight_conditions(
     model: nn.Module, where: Callable[[str, nn.Module], bool] | None = None
 ) -> dict[str, tuple[float, float]]:
-    """The condition numbers of every layer's weight: of the raw parameter, and of the weight that the layer computes with.
+    """Compute the condition numbers of every layer's weight: of the raw parameter, and of the effective weight.
 
-    Weights of more than two axes are unfolded to output units x the rest. Both numbers are alike where a weight has no
-    parametrization. The raw weight is ``original``, of weight normalization the direction v. Under the utilities of
-    ``torch.nn.utils`` that work by hooks (``prune``, the older ``weight_norm`` and ``spectral_norm``) the weight is that of the
-    last pass. Nothing is changed, not even the buffers of spectral normalization.
+    Weights of more than two axes are unfolded to output units x the rest. Both numbers are equal where a weight has no
+    parametrization. The raw weight is ``original``, or the direction v of weight normalization. Under the hook-based utilities of
+    ``torch.nn.utils`` (``prune``, the older ``weight_norm`` and ``spectral_norm``) the weight is that of the last pass. Nothing
+    is changed, not even the buffers of spectral normalization.
 
     Args:
         model: any module.
-        where: which layers, by name and module. Default: all.
+        where: which layers to include, by name and module. Default: all.
 
     Returns:
-        Layer name to (raw, effective). A weight that is not called ``weight`` has its name behind the layer's.
+        A dictionary from layer name to (raw, effective). The name of a weight other than ``weight`` follows the layer's.
 
     >>> from normkit.weights.weight_conditioning import weight_conditioning
     >>> layer = weight_conditioning(nn.Linear(2, 2))
@@ -131,15 +131,15 @@ def weight_conditions(
 
 
 def operator_spectrum(kernel: Tensor, size: Sequence[int], groups: int = 1) -> Tensor:
-    """All singular values of a convolution of stride 1 with circular padding, as a linear operator on inputs of one size.
+    """Compute all singular values of a convolution of stride 1 with circular padding, as a linear operator on inputs of a size.
 
     The Fourier transform makes the operator one small matrix for each frequency; their singular values together are the
-    operator's. Zero padding and strides are left out of account.
+    operator's. Zero padding and strides are not considered.
 
     Args:
         kernel: (out, in/groups, *taps), any number of spatial axes.
-        size: of the input along each spatial axis, not below the taps.
-        groups: of the convolution. Default: 1.
+        size: size of the input along each spatial axis, not below the taps.
+        groups: groups of the convolution. Default: 1.
 
     Returns:
         In descending order, float64: min(out, in) for each position, in/groups and out/groups in each group.
@@ -156,8 +156,8 @@ def operator_spectrum(kernel: Tensor, size: Sequence[int], groups: int = 1) -> T
     taps = kernel.shape[2:]
     if kernel.dim() < 3 or len(size) != len(taps) or any(n < k for n, k in zip(size, taps, strict=False)):
         raise ShapeError(
-            f"operator_spectrum: a kernel of shape {show(kernel.shape)} on inputs of size {show(size)}; wanted one size for "
-            "each axis of taps, not below the taps"
+            f"operator_spectrum: a kernel of shape {show(kernel.shape)} on inputs of size {show(size)}; wanted one size per "
+            "axis of taps, not below the taps"
         )
     if kernel.shape[0] % groups:
         raise ShapeError(f"operator_spectrum: {kernel.shape[0]} output channels do not split into groups={groups}")
@@ -168,15 +168,15 @@ def operator_spectrum(kernel: Tensor, size: Sequence[int], groups: int = 1) -> T
 
 
 def operator_norm(layer: nn.Module | Tensor, size: Sequence[int] = (), *, groups: int = 1) -> float:
-    """The exact norm of a layer as a linear operator: its largest singular value, hence its Lipschitz constant.
+    """Compute the exact norm of a layer as a linear operator: its largest singular value, hence its Lipschitz constant.
 
-    Of a convolution under circular padding on inputs of that size; strides are refused. With W the 2-D unfolding that
-    ``spectral_norm`` holds at 1, sigma(W) <= norm <= sqrt(number of taps) sigma(W).
+    A convolution is taken with circular padding, on inputs of the size; strides are refused. With W the 2-D unfolding whose norm
+    ``spectral_norm`` fixes to 1, sigma(W) <= norm <= sqrt(number of taps) sigma(W).
 
     Args:
         layer: Linear, Conv or ConvTranspose, parametrized or not; or a kernel, (out, in/groups, *taps) or a matrix.
-        size: of the input along each spatial axis, from the extent of the taps up. Default: (), of a matrix.
-        groups: of a convolution whose kernel is given; a layer knows its own. Default: 1.
+        size: size of the input along each spatial axis, at least the extent of the taps. Default: (), for a matrix.
+        groups: groups of a convolution whose kernel is given; a layer has its own. Default: 1.
 
     Returns:
         A number; NaN if an element is not finite.
@@ -197,15 +197,15 @@ def operator_norm(layer: nn.Module | Tensor, size: Sequence[int] = (), *, groups
             groups, dilation = layer.groups, layer.dilation
             if any(step != 1 for step in layer.stride):
                 raise ShapeError(
-                    f"operator_norm: the convolution has stride {show(layer.stride)}; wanted 1, whose operator has this one's "
-                    "rows and more, so that its norm is a bound: give the kernel in place of the layer"
+                    f"operator_norm: the convolution has stride {show(layer.stride)}; wanted 1, whose operator includes this "
+                    "one's rows, so that its norm is a bound: give the kernel instead of the layer"
                 )
     assert isinstance(kernel, Tensor)
     if not kernel.isfinite().all():
         return math.nan
     if kernel.dim() == 2 and not size:
         return _singular_values(kernel, "operator_norm")[0].item()
-    # Transposing leaves singular values: a transposed convolution's kernel is that of the convolution the other way.
+    # Transposing keeps singular values: a transposed convolution has those of the convolution with its kernel.
     for axis, step in enumerate(dilation, 2):
         spread = kernel.new_zeros([(n - 1) * step + 1 if d == axis else n for d, n in enumerate(kernel.shape)])
         kernel = spread.index_copy(
@@ -215,7 +215,9 @@ def operator_norm(layer: nn.Module | Tensor, size: Sequence[int] = (), *, groups
 
 
 def _device(tensor: Tensor) -> torch.device:
-    return tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")  # others lack float64
+    return (
+        tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")
+    )  # other devices may lack float64
 
 
 def _singular_values(matrix: Tensor, who: str) -> Tensor:
@@ -241,7 +243,7 @@ def _weight_names(layer: nn.Module) -> list[str]:
 
 
 def _used_name(layer: nn.Module, key: str) -> str:
-    """The name of the weight that a hook makes of a parameter; the parameter's own if none does."""
+    """The name of the weight that a hook computes from a parameter; the parameter's own if none does."""
     stem = key.rpartition("_")[0]
     return stem if key.endswith(("_orig", "_g", "_v")) and hooked_weight(layer, stem) else key
 

@@ -1,1 +1,1 @@
-"""Runs a rule: the reference that defines it, and faster forms that must equal it."""
+"""Run a rule: the reference that defines it, and faster forms that must equal it."""

@@ -1,6 +1,6 @@
-"""The contract between Python and the C++ library: types, structures, functions, statuses, and which tensors may be handed over.
+"""The contract between Python and the C++ library: types, functions, statuses, and which tensors may be passed.
 
-The mirror of native/*.h. Every tensor passes :func:`plain` (or a kept decision whose key says the same) before a pointer to it is
+This mirrors native/*.h. Every tensor passes :func:`plain` (or a cached decision whose key implies it) before its pointer is
 taken, and every call returns a status that :func:`checked` reads.
 """
 
@@ -47,7 +47,7 @@ _STATUSES: dict[int, tuple[type[Exception], str]] = {
     ),
     4: (
         BackendError,
-        "torch's threads stopped half-way through a normalization kernel; the output holds nothing of use",
+        "torch's threads stopped half-way through a normalization kernel; its output is invalid",
     ),
 }
 
@@ -75,7 +75,7 @@ def checked(status: int) -> None:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether a kernel may read these tensors: dense ones on a CPU, with nothing but eager PyTorch at work.
+    """Whether a kernel may read these tensors: plain ones on a CPU, while nothing but eager PyTorch is active.
 
     >>> plain(torch.ones(2)), plain(torch.ones(2, device="meta"))
     (True, False)
@@ -84,21 +84,21 @@ def plain(*tensors: Tensor | None) -> bool:
 
 
 def readable(t: Tensor) -> bool:
-    """Whether the library can read a tensor by its pointer."""
+    """Whether the library can read a tensor through its pointer."""
     return (
         is_plain(t)
         and t.is_cpu
         and t.dtype in TYPES
         and t.layout == torch.strided
-        # Several gradients at a time, as autograd's own vectorized Jacobians have them.
+        # A batch of gradients, as in autograd's vectorized Jacobians, has the type of a plain tensor.
         and not is_legacy_batchedtensor(t)
-        # Zeros that autograd does not write down have no memory.
+        # Zeros that autograd does not materialize have no memory.
         and not t._is_zerotensor()
     )
 
 
 def is_plain(t: Tensor) -> bool:
-    """Whether the elements of a tensor are what its memory holds: no subclass, no nested tensor, no lazy negation."""
+    """Whether a tensor's memory holds its elements: no subclass, no nested tensor, no lazy negation."""
     return (type(t) is Tensor or type(t) is nn.Parameter) and not t.is_nested and not t.is_neg()
 
 
@@ -108,14 +108,14 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 
 def like(gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient with the strides and dtype of x; itself where it has them and its memory holds its values."""
+    """Return a gradient with the strides and dtype of x: itself if it has them and can be read, else a copy."""
     if gradient.stride() == x.stride() and gradient.dtype == x.dtype and readable(gradient):
         return gradient
     return torch.empty_like(x).copy_(gradient)
 
 
 class Form(NamedTuple):
-    """Shape, strides and dtype of a tensor that a kernel read, for when autograd brings it back."""
+    """Shape, strides and dtype of a tensor that a kernel read, to compare with what autograd returns later."""
 
     shape: torch.Size
     strides: tuple[int, ...]
@@ -131,7 +131,7 @@ class Form(NamedTuple):
         return t.shape == self.shape and t.stride() == self.strides and t.dtype == self.dtype and readable(t)
 
     def restore(self, t: Tensor) -> Tensor:
-        """A tensor in this form: itself where it has it, else a copy, as where hooks on saved tensors changed it.
+        """Return a tensor in this form: itself if it has it, else a copy, as when hooks on saved tensors changed it.
 
         Raises:
             BackendError: it has another shape.
@@ -156,7 +156,7 @@ class Lanes(NamedTuple):
 
 
 def lanes(x: Tensor, axis: int = 1) -> Lanes | None:
-    """How a tensor with samples on axis 0 and channels on another lies in memory, or None if otherwise or empty.
+    """Find how a tensor with samples on axis 0 lies in memory; None if it is empty, or channels are neither first nor last.
 
     >>> lanes(torch.ones(2, 3, 4, 5))
     Lanes(outer=2, channels=3, inner=20, last=False)
@@ -179,7 +179,7 @@ def lanes(x: Tensor, axis: int = 1) -> Lanes | None:
 def gradients(
     definition: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], dy: Tensor
 ) -> list[Tensor | None]:
-    """Gradients by autograd through the definition: of a backward pass that is to be differentiated, or transformed, itself.
+    """Compute gradients by autograd through the definition, for a backward pass that is itself differentiated or transformed.
 
     Args:
         definition: the function of the inputs in PyTorch.
@@ -192,7 +192,7 @@ def gradients(
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Of views: where one input was computed from another, as where a layer runs twice, its gradient must not count that way.
+        # With respect to views: where one input was computed from another, the path through that must not count.
         inputs = [None if t is None else t.view_as(t) for t in inputs]
         y = definition(*inputs)
     asked = [t for t, wanted in zip(inputs, needed, strict=True) if wanted and t is not None]

@@ -1,7 +1,7 @@
-"""The rules for which torch has a fused kernel of its own, found by their axes and statistic.
+"""The rules that one of torch's fused kernels computes, found by their axes and statistic.
 
-They stand in where the library of kernels is missing and on other devices. What torch's kernels are known to get wrong never
-reaches a user: those calls are refused here and run by the definition, or are wrapped in :class:`_RightTwice`.
+These kernels run where the native library is missing, and on other devices. No user gets what torch's kernels are known to
+compute wrongly: those calls are refused here and run by the definition, or wrapped in :class:`_RightTwice`.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ def refusal(call: Call, split: Split) -> str | None:
         assert call.running is not None
         if x.dtype.itemsize != 2 and call.running.mean.dtype != x.dtype:
             return f"torch's kernel does not take a {x.dtype} input with {call.running.mean.dtype} running statistics"
+    # A sum kept in a half type stops growing once its terms are smaller than its last digit.
     half = x.device.type == "cpu" and x.dtype.itemsize == 2
     parameters = [p for p in (call.weight, call.bias) if p is not None]
     if half and torch.is_grad_enabled():
         return f"torch's CPU kernels sum gradients in {x.dtype}"
     if kernel in (_group_norm, _instance_norm) and x.device.type == "cpu" and not x.is_contiguous():
-        return "torch's CPU kernel loses accuracy beside a large mean unless the input is contiguous"
+        return "torch's CPU kernel loses accuracy next to a large mean unless the input is contiguous"
     for parameter in parameters:
         mixed = half and parameter.dtype == torch.float32 and kernel is not _rms_norm
         if parameter.dtype != x.dtype and not mixed:
@@ -62,7 +63,7 @@ def refusal(call: Call, split: Split) -> str | None:
 
 
 def perform(call: Call, split: Split) -> Output:
-    """Run a call on torch's kernel; only where ``refusal`` gave None."""
+    """Run a call on torch's kernel; only where ``refusal`` returned None."""
     x, total = summed(call)
     found = call.running if not call.own else _room(call, x) if call.wants_moments else None
     ready = _ready(call, x, split, found)
@@ -78,7 +79,7 @@ def perform(call: Call, split: Split) -> Output:
 
 
 def _ready(call: Call, x: Tensor, split: Split, found: RunningStatistics | None) -> Ready:
-    """Torch's fused kernel for a call on inputs like this one; batch normalization's takes statistics, or measures them."""
+    """Return torch's fused kernel for inputs like this one; batch normalization's uses given statistics, or measures them."""
     kernel = _kernel(call.rule)
     assert kernel is not None
     eps = call.rule.statistic.epsilon(accumulation_dtype(x.dtype))
@@ -89,7 +90,7 @@ def _ready(call: Call, x: Tensor, split: Split, found: RunningStatistics | None)
 
 
 def _room(call: Call, x: Tensor) -> RunningStatistics:
-    """What is to be measured, one number per channel."""
+    """Allocate the statistics to measure, one number per channel."""
     channels = x.shape[-1 if _channels_are_last(call.rule) else 1]
     mean = torch.zeros(channels, dtype=accumulation_dtype(x.dtype), device=x.device)
     return RunningStatistics(mean, torch.zeros_like(mean))
@@ -110,10 +111,10 @@ def _define(call: Call, split: Split, x: Tensor, weight: Tensor | None, bias: Te
 
 
 class _RightTwice(torch.autograd.Function):
-    """A kernel of torch, whose second derivative takes the statistics for constants: its backward goes another way for that.
+    """One of torch's kernels with a second derivative that is right: torch's own takes the statistics for constants.
 
-    Backward runs the kernel again for its own backward pass: a graph kept inside this node would outlive the backward pass, and
-    keep from checkpointing what it holds.
+    Backward runs the kernel again and differentiates that: a graph stored in this node would outlive the backward pass, and hold
+    what checkpointing is meant to free.
     """
 
     @staticmethod
@@ -135,6 +136,7 @@ def _channels_are_last(rule: Rule) -> bool:
 
 def _kernel(rule: Rule) -> Kernel | None:
     statistic, compensation = rule.statistic, rule.compensation
+    # torch's kernels add eps inside the root and divide by n.
     if (
         statistic.guard != "inside"
         or statistic.correction
@@ -158,14 +160,14 @@ def _batch_norm(eps: float, split: Split) -> Ready:
 
 
 def _by(found: RunningStatistics, own: bool, eps: float) -> Ready:
-    """Batch normalization by statistics that are there, or one that writes down its own: with momentum 1, the batch's alone."""
+    """Batch normalization by given statistics, or by its own, which it writes to ``found``: momentum 1 replaces the old."""
     mean, var = _wide(found.mean), _wide(found.var)
     momentum = 1.0 if own else 0.0
     return lambda x, weight, bias: F.batch_norm(x, mean, var, _wide(weight), _wide(bias), own, momentum, eps)
 
 
 def _wide(value: Tensor | None) -> Tensor | None:
-    """In at least float32, as torch takes parameters and statistics beside an input of a half type."""
+    """Convert to at least float32, as torch accepts parameters and statistics for an input of a half type."""
     return None if value is None else value.to(accumulation_dtype(value.dtype))
 
 
@@ -190,7 +192,7 @@ def _group_norm(eps: float, split: Split) -> Ready:
 
 
 def _instance_norm(eps: float, split: Split) -> Ready:
-    # As groups of one channel: torch's own function goes through batch normalization, and takes three times as long.
+    # As groups of one channel: torch's own function calls batch normalization on a reshaped batch, and takes three times as long.
     channels = split.shape[split.names.index("c")]
     return lambda x, weight, bias: torch.group_norm(x, channels, weight, bias, eps)
 

@@ -22,7 +22,7 @@ class Call(NamedTuple):
     """What one call computes.
 
     ``own`` says whether the input's own statistics are used; then ``running``, where given, is updated in place. Otherwise
-    ``running`` is used in their place. ``measured`` asks for the moments too.
+    ``running`` replaces them. ``measured`` asks for the moments too.
     """
 
     rule: Rule
@@ -39,13 +39,13 @@ class Call(NamedTuple):
 
     @property
     def wants_moments(self) -> bool:
-        """Whether a back end must hand over the moments."""
+        """Whether a back end must return the moments."""
         return self.measured or (self.own and self.running is not None)
 
     def key(self) -> tuple[Any, ...] | None:
-        """All that the choice of a back end depends on, beside the rule; None where no choice is kept.
+        """All that the choice of a back end depends on besides the rule; None where the choice must not be cached.
 
-        Nothing is kept while a compiler, a transform or a mode is at work, nor for subclasses of Tensor: their answer depends
+        Nothing is cached while a compiler, transform or mode is active, nor for subclasses of Tensor: there the choice depends
         on more than can be listed. Autocast is not in the key, as the output always has the input's dtype.
         """
         _, x, weight, bias, residual, running, own, mask, activation, measured, backend = self
@@ -74,10 +74,10 @@ def _signature(t: Tensor) -> tuple[Any, ...]:
 
 
 class Output(NamedTuple):
-    """What a back end gives: the output, x + residual where there is one, and the moments where they are wanted.
+    """What a back end returns: the output, x + residual if there is one, and the moments if they are wanted.
 
     Moments have one axis for each axis of the split, reduced ones of size 1. ``remembered`` says that the running statistics
-    were updated already.
+    have been updated already.
     """
 
     y: Tensor
@@ -87,7 +87,7 @@ class Output(NamedTuple):
 
 
 def summed(call: Call) -> tuple[Tensor, Tensor | None]:
-    """What is normalized, and x + residual where there is a residual."""
+    """The tensor to normalize, and x + residual if there is a residual."""
     if call.residual is None:
         return call.x, None
     total = call.x + call.residual
@@ -95,7 +95,7 @@ def summed(call: Call) -> tuple[Tensor, Tensor | None]:
 
 
 def finish(y: Tensor, call: Call) -> Tensor:
-    """A split output in the shape, dtype and memory format that go with the input."""
+    """Bring a split output to the input's shape and dtype, and the memory format that matches it."""
     x = call.x
     y = y.reshape(x.shape)
     return laid_out(y if y.dtype == x.dtype else y.to(x.dtype), call.rule.support, x)

@@ -23,7 +23,12 @@ _WHAT = {
     "closed": "PyTorch operators with the backward pass in closed form",
     "aten": "torch's own fused kernel",
     "native": "normkit's fused CPU kernel",
-    "nested": "the tensors inside it, as they are",
+    "nested": "each of the tensors inside it",
+}
+_LOOPS = {
+    "row": "the reduced axes are contiguous in memory",
+    "column": "the kept axes are contiguous in memory",
+    "block": "the reduced axes lie on both sides of a kept one in memory",
 }
 _NAMED = ("reference", "closed", "aten", "native")
 
@@ -56,12 +61,12 @@ class Explanation:
 
 
 def backends() -> dict[str, str | None]:
-    """The back ends that normkit knows, each with the reason why it can't run here, or None if it can."""
+    """All back ends, each with the reason it can't run here, or None if it can."""
     return {**dict.fromkeys(_NAMED), "native": why_not()}
 
 
-# Who wins under "auto", by where the call runs. No row depends on how many rows, samples or elements there are, so a sample's
-# value does not depend on its batch.
+# The winner under "auto", by where the call runs. No row depends on the number of rows, samples or elements: else a sample's last
+# digits would depend on the size of its batch.
 #
 #   eager, CPU            native: right in every dtype, layout and order of derivatives; torch's kernels are not (aten.py)
 #   eager, elsewhere      aten where torch has a kernel that is right, else closed: one tensor kept where autograd keeps five
@@ -81,7 +86,7 @@ def choose(call: Call) -> Choice:
     if nested.applies(call):
         return Choice(
             "nested",
-            "each tensor inside it is normalized by itself",
+            "each tensor inside it is normalized separately",
             nested.split(call),
             partial(nested.perform, each=_each),
         )
@@ -102,9 +107,9 @@ def choose(call: Call) -> Choice:
         return Choice(call.backend, "it was asked for by name", split, perform)
     candidates = ["native", "aten", "closed", "reference"]
     if watched():
-        candidates.remove("native")
+        candidates.remove("native")  # a kernel would hide the operators from what watches them
     if traced():
-        candidates.remove("closed")
+        candidates.remove("closed")  # a custom autograd.Function is opaque to them
     for name in candidates:
         perform = found[name]
         if not isinstance(perform, str):
@@ -113,7 +118,7 @@ def choose(call: Call) -> Choice:
 
 
 def kept(call: Call, key: tuple[Any, ...] | None) -> Choice:
-    """The choice for a call with this key, kept with its rule for the next one; None keeps nothing."""
+    """The choice for a call, cached in its rule under this key; None caches nothing."""
     return choose(call) if key is None else call.rule.keep(key, partial(choose, call))
 
 
@@ -129,6 +134,7 @@ def _native(call: Call, split: Split) -> Callable[[Call], Output] | str:
         if isinstance(ready, str):
             return ready
         return partial(native.perform if call.own else native.perform_by, ready)
+    # In a compiled graph alone the kernels are operators; statistics that are given or returned stay with the definition there.
     if not torch.compiler.is_compiling() or not call.own or call.wants_moments or closed_form.refusal(call, split):
         return "the native kernels do not run under this transform of torch"
     return operator.refusal(call) or operator.perform
@@ -138,7 +144,7 @@ def _reason(name: str, found: dict[str, Callable[[Call], Output] | str]) -> str:
     if name == "native":
         perform = found[name]
         assert isinstance(perform, partial)
-        return f"the reduced axes are a {perform.args[0].nest.kind} of its loops"
+        return _LOOPS[perform.args[0].nest.kind]
     if name == "aten":
         return "torch has a fused kernel for these axes and this statistic"
     if name == "closed":
@@ -151,7 +157,7 @@ def _reason(name: str, found: dict[str, Callable[[Call], Output] | str]) -> str:
 
 
 def _checked(call: Call) -> Split:
-    """The input's split, once all that goes with it fits: parameters, residual, running statistics, names."""
+    """Check parameters, residual, running statistics and names against the input, and return its split."""
     rule, x = call.rule, call.x
     split = rule.support.split(x.shape)
     accumulation_dtype(x.dtype)  # refuses integers before anything is computed
@@ -164,7 +170,7 @@ def _checked(call: Call) -> Split:
         if rule.compensation is None:
             raise ShapeError("a weight or bias is given, but the rule has no compensation; add one, e.g. Affine('c')")
         if parameter.shape != per_shape(rule.compensation.per, split):
-            place(parameter, rule.compensation.per, split)  # raises, whatever a back end would make of the shape
+            place(parameter, rule.compensation.per, split)  # raises; a back end might broadcast it or read past its end
     residual = call.residual
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ShapeError(
@@ -178,6 +184,7 @@ def _checked(call: Call) -> Split:
         for name, value in (("running_mean", call.running.mean), ("running_var", call.running.var))[: 1 + scaled]:
             if tuple(value.shape) != wanted:
                 raise ShapeError(
-                    f"{name} has shape {show(value.shape)}, wanted {show(wanted)} to meet an input of {show(x.shape)}"
+                    f"{name} has shape {show(value.shape)}, wanted {show(wanted)} for an input of {show(x.shape)}; "
+                    "pass the statistics of this number of channels"
                 )
     return split

@@ -45,19 +45,19 @@ def refusal(call: Call, split: Split) -> str | None:
 
 
 def perform(call: Call, split: Split) -> Output:
-    """Run a call by this form; only where ``refusal`` gave None."""
+    """Run a call by this form; only where ``refusal`` returned None."""
     x, total = summed(call)
     y, _, moments = normalize(x.reshape(split.shape), split, call.rule.statistic)
     if call.weight is not None or call.bias is not None:
         assert call.rule.compensation is not None
         y = call.rule.compensation.apply(y, split, call.weight, call.bias)
     elif y.dtype == x.dtype:
-        y = y.clone()  # the backward pass needs it, and a caller may write into what it gets
+        y = y.clone()  # the backward pass needs y, and a caller may write into its output
     return Output(finish(activate(y, call.activation), call), total, moments)
 
 
 class _ClosedForm(torch.autograd.Function):
-    """(normalized, 1 / scale, mean, variance) of a tensor; the last two, without gradient, are for running averages."""
+    """(normalized, 1 / scale, mean, variance) of a tensor; the last two have no gradient and are for running averages."""
 
     generate_vmap_rule = True
 
@@ -76,6 +76,7 @@ class _ClosedForm(torch.autograd.Function):
             return x * inverse, inverse, None, None
         mean = x.mean(dims, keepdim=True)
         rest = x - mean
+        # As in core.moments: the mean is corrected by the mean of the residuals.
         shift = rest.mean(dims, keepdim=True)
         rest -= shift
         square = length(rest, dims).square()
@@ -101,7 +102,7 @@ class _ClosedForm(torch.autograd.Function):
         along = along * _strength(statistic, inverse, ctx.count)
         if dy is None:
             return (-y * along * inverse).to(ctx.dtype), None, None, None
-        if torch.is_grad_enabled():  # this pass is to be differentiated itself
+        if torch.is_grad_enabled():  # this pass is itself differentiated, and must not write in place
             centred = dy if statistic.center is None else dy - dy.mean(dims, keepdim=True)
             return ((centred - y * along) * inverse).to(ctx.dtype), None, None, None
         dx = torch.addcmul(dy, y, along, value=-1)

@@ -1,4 +1,4 @@
-"""Runs a rule on the back end asked for, or on the best one that can."""
+"""Run a rule on the requested back end, or on the best one that can."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def run(
         running: the running statistics of a rule with memory. In training they are updated in place; otherwise they are used
             instead of the input's own.
         training: whether the input's own statistics are used. Without ``running`` they always are.
-        mask: boolean, broadcasts over x; where it is False the element enters no statistic and comes out as zero.
-        activation: what follows, in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
-        backend: ``"auto"`` chooses; a back end by name runs or raises, and never hands over to another.
+        mask: boolean, broadcasts over x; elements where it is False enter no statistic and become zero.
+        activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
+        backend: ``"auto"`` chooses; a back end by name runs or raises, without falling back to another.
 
     Returns:
-        Of the input's shape and dtype.
+        A tensor of the input's shape and dtype.
 
     Raises:
         ShapeError: the input or a parameter does not fit the rule.
@@ -82,7 +82,7 @@ def run_after_sum(
     activation: Activation | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Run a rule on x + residual, and hand over that sum too: the step between two blocks of a residual network, in one pass.
+    """Run a rule on x + residual and return that sum too: the step between two blocks of a residual network, in one pass.
 
     Args:
         rule: what to compute.
@@ -97,7 +97,7 @@ def run_after_sum(
         backend: as for ``run``.
 
     Returns:
-        What ``run`` gives for the sum, and the sum.
+        What ``run`` returns for the sum, and the sum.
 
     Raises:
         ShapeError: the two differ in shape or dtype; otherwise as for ``run``.
@@ -121,7 +121,7 @@ def run_measured(
     mask: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Moments]:
-    """Run a centred rule by the input's own statistics, and hand them over.
+    """Run a centred rule by the input's own statistics, and return them too.
 
     Args:
         rule: what to compute.
@@ -132,7 +132,7 @@ def run_measured(
         backend: as for ``run``.
 
     Returns:
-        The output, and the moments without gradients, reduced axes of the rule's split kept with size 1.
+        The output, and the moments without gradients, with reduced axes of the rule's split of size 1.
 
     Raises:
         ShapeError, BackendError, OptionError: as for ``run``; OptionError also where the rule has no moments.
@@ -143,7 +143,7 @@ def run_measured(
     """
     y, _, found, _ = perform(Call(rule, x, weight, bias, mask=mask, measured=True, backend=backend))
     if found is None:
-        raise OptionError(f"{rule.formula()} has no moments to hand over; use a centred statistic")
+        raise OptionError(f"{rule.formula()} has no moments to return; use a centred statistic")
     return y, Moments(found.mean.detach(), found.var.detach(), found.n)
 
 
@@ -171,7 +171,7 @@ def explain(
         training: as for ``run``.
         mask: as for ``run``.
         activation: as for ``run``.
-        measured: whether the statistics are wanted too, as from ``run_measured``.
+        measured: whether the statistics are wanted too, as by ``run_measured``.
         backend: as for ``run``.
 
     Returns:
@@ -191,19 +191,19 @@ def explain(
 
 
 def explained(call: Call) -> Explanation:
-    """The choice for a call in words."""
+    """Explain the choice for a call."""
     choice, rule, x = choose(call), call.rule, call.x
     support = str(rule.support) if x.is_nested else rule.support.explain(x.shape)
     return Explanation(choice.backend, choice.why, rule.formula(), support, accumulation_dtype(x.dtype))
 
 
 def perform(call: Call) -> Output:
-    """Run a call, and take its moments into the running statistics where it has such."""
+    """Run a call, and update its running statistics if it has any."""
     return perform_by(kept(call, call.key()), call)
 
 
 def perform_by(choice: Choice, call: Call) -> Output:
-    """Run a call as was chosen for it, or for one with the same key."""
+    """Run a call by the choice made for it, or for another call with the same key."""
     output = choice.perform(call)
     memory, running, found = call.rule.memory, call.running, output.moments
     if running is not None and memory is not None and call.own and not output.remembered and found is not None:
@@ -233,11 +233,11 @@ def normalize(
         bias: likewise.
         per: the axes of weight and bias in the notation of Support, e.g. ``"c"``; needed only with them.
         statistic: the centre and the scale; default mean and standard deviation with eps 1e-5.
-        mask: boolean, broadcasts over x; where it is False the element enters no statistic and comes out as zero.
+        mask: boolean, broadcasts over x; elements where it is False enter no statistic and become zero.
         backend: as for ``run``.
 
     Returns:
-        Of the input's shape and dtype; differentiable any number of times.
+        A tensor of the input's shape and dtype; differentiable any number of times.
 
     Raises:
         NotationError: ``per`` is missing or names an axis that is not there.

@@ -1,4 +1,4 @@
-"""Whether eager PyTorch alone is at work, or something that must see PyTorch's operators."""
+"""Whether eager PyTorch alone is active, or also something that must see PyTorch's operators."""
 
 from torch._C import (
     _are_functorch_transforms_active,
@@ -12,7 +12,7 @@ from normkit.engine.onlooker import modes_at_work
 
 
 def recorded() -> bool:
-    """Whether a compiler or ``torch.jit.trace`` records what is called, for inputs that are not there yet.
+    """Whether a compiler or ``torch.jit.trace`` records the calls, for inputs that come later.
 
     >>> recorded()
     False
@@ -21,7 +21,7 @@ def recorded() -> bool:
 
 
 def traced() -> bool:
-    """Whether a compiler, ``torch.func`` or forward mode is at work, which cannot see through a custom autograd.Function.
+    """Whether a compiler, ``torch.func`` or forward mode is active, which cannot see through a custom autograd.Function.
 
     >>> traced()
     False
@@ -30,7 +30,7 @@ def traced() -> bool:
 
 
 def differentiated() -> bool:
-    """Whether ``torch.func`` or forward mode is at work.
+    """Whether ``torch.func`` or forward mode is active.
 
     >>> torch.func.vmap(lambda x: x * differentiated())(torch.ones(2))
     tensor([1., 1.])
@@ -39,7 +39,7 @@ def differentiated() -> bool:
 
 
 def watched() -> bool:
-    """Whether anything is at work that must see each operator: the above, a mode, or ``torch.jit.trace``. A kernel hides them.
+    """Whether anything active must see each operator, which kernels hide: any of the above, a mode, or ``torch.jit.trace``.
 
     >>> watched()
     False
@@ -49,5 +49,6 @@ def watched() -> bool:
         or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or _get_tracing_state() is not None
+        # The length first: it is one call into C, while the modes are walked in Python.
         or (_len_torch_dispatch_stack() > 0 and modes_at_work())
     )

@@ -1,8 +1,8 @@
-"""One comparison for a warm call: whether tensors are, to a kernel, like those that a choice was made for.
+"""A single comparison for repeated calls: whether tensors look, to a kernel, like those that a choice was made for.
 
-The comparison is the one with which torch.compile guards its graphs, in C++: type, dispatch keys (device, layout, negation,
-nesting, subclasses, and the modes and transforms at work), dtype, sizes and strides. It is internal to torch; where it is missing
-or does not answer as expected, every call takes the longer way through :meth:`Call.key`.
+It is the comparison in C++ with which torch.compile guards its graphs: type, dispatch keys (device, layout, negation, nesting,
+subclasses, active modes and transforms), dtype, sizes and strides. It is internal to torch; where it is missing or does not
+answer as expected, every call takes the slower path through :meth:`Call.key`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def _never(*tensors: Any) -> bool:
 
 
 def guard(*tensors: Tensor) -> Check:
-    """A function of as many tensors that tells whether they are like these; False too where the comparison is missing.
+    """Return a function of as many tensors that tells whether they are like these; False where the comparison is missing.
 
-    What forward mode does to a tensor it does not see, as :func:`calm` does. None may be a nested tensor: torch would abort.
+    It does not see a tangent of forward mode; :func:`calm` does. No tensor may be nested: torch would abort.
 
     >>> check = guard(torch.ones(2, 3))
     >>> check(torch.zeros(2, 3)), check(torch.zeros(3, 2)), check(torch.zeros(2, 3).double())
@@ -38,7 +38,7 @@ def guard(*tensors: Tensor) -> Check:
 
 
 def calm() -> bool:
-    """Whether neither a compiler nor forward mode is at work, which :func:`guard` does not see.
+    """Whether neither a compiler nor forward mode is active, of which :func:`guard` sees neither.
 
     >>> calm()
     True
@@ -51,6 +51,7 @@ def _found() -> Any:
         from torch._C._dynamo.guards import TensorGuards
 
         made: Any = TensorGuards
+        # Tried once rather than trusted: an internal class may change what it takes, or what it compares.
         one = torch.ones(2)
         check = made(one, dynamic_dims_sizes=[[2]], dynamic_dims_strides=[[1]]).check
         if check(torch.zeros(2)) and not check(torch.ones(3)) and not check(one.double()):

@@ -1,4 +1,4 @@
-"""What a layer keeps of its last call: the choice, and a comparison that tells whether it holds for the next."""
+"""What a layer keeps of a call: the choice of a back end, and a comparison that tells whether it holds for the next one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Quick = Callable[..., Tensor]
 
 
 class Known(NamedTuple):
-    """The choice for a call without mask and residual, for calls of the same layer with the same options.
+    """The choice for a call without mask and residual, valid for calls of the same layer with the same options.
 
-    Kept for the native back end alone: its choice does not depend on whether gradients are recorded. ``quick`` is the shortest
-    way for a call that remembers nothing; ``given`` says that it takes running statistics.
+    Only the native back end's is kept, as it does not depend on whether gradients are recorded. ``quick`` is the shortest path
+    for a call that updates no running statistics; ``given`` says that it takes them as arguments.
     """
 
     check: Check
@@ -30,7 +30,7 @@ class Known(NamedTuple):
 
     @classmethod
     def of(cls, call: Call, choice: Choice) -> Known:
-        """What is known once a choice was made for a call."""
+        """Keep the choice that was made for a call."""
         tensors = _tensors(call)
         return cls(guard(*tensors), len(tensors), choice, native.quick(choice.perform, call), not call.own)
 

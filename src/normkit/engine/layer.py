@@ -20,14 +20,15 @@ from normkit.engine.guard import calm
 from normkit.engine.known import Known
 from normkit.engine.reference import check_activation
 
-_MADE = ("_rule", "_known")  # of a layer's attributes, when they are first needed
+_MADE = ("_rule", "_known")  # made from a layer's other attributes when needed, so never copied or pickled
 
 
 class Layer(Module):
-    """Mixin of every layer that is one rule: forward runs the rule with the module's parameters and buffers.
+    """Mixin of every layer that is one rule: ``forward`` runs the rule with the module's parameters and buffers.
 
-    A subclass gives ``make_rule`` and ``check``. ``backend`` is an attribute, ``"auto"`` unless set; ``explain(x)`` says what
-    would run. So is ``activation``, which follows in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None.
+    A subclass defines ``make_rule`` and ``check``. The attribute ``backend`` is ``"auto"`` unless set; ``explain(x)`` says what
+    would run. The attribute ``activation`` is applied in the same pass: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or
+    None.
     """
 
     backend: Backend = "auto"
@@ -39,7 +40,7 @@ class Layer(Module):
     num_batches_tracked: Tensor | None
 
     def make_rule(self) -> Rule:
-        """The rule, from the module's present attributes."""
+        """Make the rule from the module's current attributes."""
         raise NotImplementedError
 
     def check(self, input: Tensor) -> None:
@@ -47,7 +48,7 @@ class Layer(Module):
 
     @property
     def rule(self) -> Rule:
-        """The rule that forward runs; it follows when an attribute such as ``eps`` is set."""
+        """The rule that ``forward`` runs; made again after an attribute such as ``eps`` is set."""
         own = self.__dict__
         if "_rule" not in own:
             own["_rule"] = self.make_rule()
@@ -58,16 +59,16 @@ class Layer(Module):
 
         Args:
             input: of the rule's axes.
-            mask: boolean, broadcasts over the input; where it is False the element enters no statistic and comes out as zero.
+            mask: boolean, broadcasts over the input; elements where it is False enter no statistic and become zero.
 
         Returns:
-            Of the input's shape and dtype.
+            A tensor of the input's shape and dtype.
 
         Raises:
             ShapeError: the input does not fit.
         """
-        own = self.__dict__
-        # calm() first: what a layer keeps must not be among the guards of a compiled graph.
+        own = self.__dict__  # nn.Module's __getattr__ is slow next to a small kernel
+        # calm() first: a compiler would guard its graph on whatever is read here, and compile again when that changes.
         if calm() and mask is None and "_known" in own and not input.is_nested:
             parameters, buffers = own["_parameters"], own["_buffers"]
             tensors = input, parameters.get("weight"), parameters.get("bias")
@@ -85,10 +86,10 @@ class Layer(Module):
         parameters = own["_parameters"]
         if "weight" in parameters and "bias" in parameters:
             weight, bias = parameters["weight"], parameters["bias"]
-        else:  # plain attributes, as in FSDP and in replicas of DataParallel; or a layer without such
+        else:  # plain attributes, as in FSDP and in replicas of DataParallel; or a layer without parameters
             weight, bias = self.weight, self.bias
         running, by_own = self.running(), True
-        if running is not None:  # a layer that is the same in both modes does without ``training``
+        if running is not None:  # a layer that is the same in both modes may lack ``training``
             by_own = self.training
             if by_own and not own.get("track_running_stats", False):
                 running = None
@@ -97,7 +98,7 @@ class Layer(Module):
         )
 
     def _perform(self, call: Call) -> Output:
-        """Run a call, as the last one was run if its tensors were like these."""
+        """Run a call, by the choice of a recent one if its tensors were like these."""
         own = self.__dict__
         keeps = calm() and call.mask is None and call.residual is None and not call.x.is_nested
         last: tuple[Known, ...] = own.get("_known", ()) if keeps else ()
@@ -107,11 +108,12 @@ class Layer(Module):
         self._fits(call.x)
         choice = kept(call, call.key())
         if keeps and choice.backend == "native":
+            # Four, as a layer may alternate between a few shapes; every one more is compared at each miss.
             own["_known"] = (Known.of(call, choice), *last[:3])
         return perform_by(choice, call)
 
     def _fits(self, input: Tensor) -> None:
-        """Refuse an input that does not fit; a strided nested tensor, which has no shape, is judged tensor by tensor."""
+        """Refuse an input that does not fit; a nested tensor has no single shape, and its tensors are checked one by one."""
         if not input.is_nested:
             self.check(input)
 
@@ -129,7 +131,7 @@ class Layer(Module):
             if value is not None and not _activates(type(self)):
                 raise OptionError(
                     f"{type(self).__name__}: activation={value!r} would be ignored, as this layer does not fuse one; "
-                    "put the activation behind it"
+                    "add the activation after it"
                 )
         self._forget()
         super().__setattr__(name, value)
@@ -150,7 +152,7 @@ class Layer(Module):
             self.__dict__.pop(name, None)
 
     def after_sum(self, input: Tensor, residual: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Normalize input + residual, and hand over that sum too: the step between two blocks of a residual network, in one pass.
+        """Normalize input + residual and return that sum too: the step between two blocks of a residual network, in one pass.
 
         Args:
             input: a branch's output.
@@ -158,7 +160,7 @@ class Layer(Module):
             mask: as for ``forward``.
 
         Returns:
-            What ``forward`` gives for the sum, and the sum.
+            What ``forward`` returns for the sum, and the sum.
 
         Raises:
             ShapeError: the input does not fit, or the residual is of another shape or dtype.
@@ -167,6 +169,16 @@ class Layer(Module):
         assert total is not None
         return y, total
 
+    def complete(self, bias: bool = True) -> None:
+        """End a constructor: drop the bias that torch's made if it is not wanted, and make the rule.
+
+        The rule refuses options that do not go together here rather than at the first input, and a compiler, which would trace
+        its making, finds it ready.
+        """
+        if not bias:
+            self.register_parameter("bias", None)
+        _ = self.rule
+
     def running(self) -> RunningStatistics | None:
         """The module's running statistics, or None where it keeps none."""
         buffers = self._buffers
@@ -174,10 +186,6 @@ class Layer(Module):
         if mean is None or var is None:
             return None
         return RunningStatistics(mean, var, buffers.get("num_batches_tracked"))
-
-    def repr_activation(self) -> str:
-        """The activation as ``extra_repr`` shows it."""
-        return "" if self.activation is None else f", activation={self.activation!r}"
 
     def explain(self, input: Tensor) -> Explanation:
         """Say which back end would normalize this input, and why.
@@ -193,8 +201,15 @@ class Layer(Module):
 
 
 def _activates(kind: type) -> bool:
-    """Whether layers of a class apply their activation: they run the common forward, or say so by an argument."""
+    """Whether layers of a class apply their activation: they inherit ``forward``, or take the activation as an argument."""
     return kind.forward is Layer.forward or "activation" in inspect.signature(kind.__init__).parameters
+
+
+def check_layout(who: str, layout: str) -> str:
+    """The layout of channels, unless it is neither first nor last."""
+    if layout not in ("n c *", "n * c"):
+        raise OptionError(f"{who}: layout={layout!r}; wanted one of 'n c *', 'n * c'")
+    return layout
 
 
 def check_channels(who: str, input: Tensor, wanted: int, argument: str, layout: str) -> None:
@@ -260,7 +275,7 @@ def check_features(
 def given_statistics(
     who: str, mean: Tensor | None, var: Tensor | None, needed: str | None = None
 ) -> RunningStatistics | None:
-    """Running statistics as arguments of a function: both or neither, and both where ``needed`` names the argument that asks."""
+    """Check statistics given to a function: both or neither, and both where ``needed`` names an argument that needs them."""
     if (mean is None) != (var is None):
         raise OptionError(f"{who}: running_mean and running_var go together; give both or neither")
     if mean is None or var is None:

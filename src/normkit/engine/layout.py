@@ -1,4 +1,4 @@
-"""How outputs lie in memory: where code behind torch's layer may view the output, code behind ours may."""
+"""The memory layout of outputs: code that may view the output of torch's layer may view that of ours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 def memory_format(support: Support, x: Tensor) -> torch.memory_format:
     """The memory format of the output for this input: channels last where the input's is, otherwise contiguous.
 
-    A norm over trailing axes gives contiguous outputs, as torch's layer norm does.
+    A norm over trailing axes returns contiguous outputs, as torch's layer norm does.
 
     >>> image = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
     >>> memory_format(Support("n c *", over="n *"), image), memory_format(Support("* d", over="d"), image)
@@ -32,7 +32,7 @@ def memory_format(support: Support, x: Tensor) -> torch.memory_format:
 
 
 def laid_out(y: Tensor, support: Support, x: Tensor) -> Tensor:
-    """The output in the memory format that goes with its input; under ``torch.func``, which has no formats, as it is."""
+    """Bring the output to the memory format that matches its input; not under ``torch.func``, which has no formats."""
     if y.is_contiguous() and x.is_contiguous():
         return y
     return y if differentiated() else y.contiguous(memory_format=memory_format(support, x))

@@ -1,7 +1,7 @@
-"""Finds the library of native kernels that suits this processor, loads it, and gives it torch's threads.
+"""Find and load the library of native kernels for this processor, and let it use torch's threads.
 
-The environment decides where asked: ``NORMKIT_ISA`` is the instruction set, or ``none`` to do without the kernels;
-``NORMKIT_LIBRARIES`` is the folder to look in, in place of the package's own.
+Two environment variables override the choice: ``NORMKIT_ISA`` names the instruction set, or ``none`` to run without the kernels;
+``NORMKIT_LIBRARIES`` names the folder to look in instead of the package's own.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 
 from normkit.core.errors import BackendError
 
-# Each instruction set with the level of the processor that it needs, best first.
+# The instruction sets, best first, and the processor level that each needs.
 _LEVELS = {"x86-64-v4": 4, "x86-64-v3": 3, "baseline": 1}
 
-# Raise it, and what nk_abi of native/level.cpp returns, whenever a structure or the arguments of a function change: a library of
-# another number would read what Python hands over at the wrong places.
+# Increase it, and what nk_abi in native/level.cpp returns, whenever a structure or the arguments of a function change: a library
+# of another version would misread what Python passes.
 _ABI = 2
 _SYMBOLS = (
     *("nk_abi", "nk_level", "nk_set_threads"),
@@ -44,10 +44,10 @@ class _Loaded:
 
 
 def library() -> ctypes.CDLL | None:
-    """The library of kernels for this processor, loaded at the first call; None where there is none.
+    """The library of kernels for this processor, loaded at the first call; None if there is none.
 
     Raises:
-        BackendError: ``NORMKIT_ISA`` asks for what is not there.
+        BackendError: ``NORMKIT_ISA`` asks for kernels that are not there.
 
     >>> (library() is None) == (why_not() is not None)
     True
@@ -56,7 +56,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def why_not() -> str | None:
-    """The reason why there is no library, with the cure; None where there is one.
+    """Reason there is no library, with the cure, or None if there is one.
 
     Raises:
         BackendError: as ``library`` would.
@@ -103,12 +103,12 @@ def _load(isa: str, elsewhere: str) -> _Loaded:
 
 
 def _absence(folder: Path) -> str | None:
-    """Why there are no libraries in the folder, or None if there are."""
+    """Reason the folder has no libraries, or None if it has."""
     if _file(folder, "baseline").exists():
         return None
     if sys.platform == "win32":
         return "they are not made for Windows"
-    return f"none are in {folder}; to build them takes a C++ compiler (GCC or Clang) and: {_cure()}"
+    return f"none are in {folder}; building them takes a C++ compiler (GCC or Clang) and: {_cure()}"
 
 
 def _cure() -> str:
@@ -116,7 +116,7 @@ def _cure() -> str:
 
 
 def _age(folder: Path) -> str | None:
-    """Why libraries in a source tree are too old, or None; what Python hands over may no longer be what they read."""
+    """Reason the libraries of a source tree are outdated, or None; outdated ones may misread what Python passes."""
     built = folder / "built"
     if not built.exists():
         return None
@@ -125,7 +125,7 @@ def _age(folder: Path) -> str | None:
 
 
 def _sources() -> list[Path]:
-    """The sources that libraries in a source tree are built from; nothing in an installed package."""
+    """The sources that the libraries of a source tree are built from; none in an installed package."""
     return [path for path in _PACKAGE.parent.parent.glob("native/*.*") if path.suffix in (".cpp", ".h")]
 
 
@@ -134,7 +134,7 @@ def _file(folder: Path, isa: str) -> Path:
 
 
 def _open(folder: Path, isa: str) -> tuple[ctypes.CDLL, str]:
-    """The library of the instruction set asked for, or of the best one that the processor has."""
+    """Open the library of the requested instruction set, or of the best one that the processor has."""
     baseline = _open_file(_file(folder, "baseline"))
     level = baseline.nk_level()
     if isa and _LEVELS[isa] > level:
@@ -148,7 +148,7 @@ def _open(folder: Path, isa: str) -> tuple[ctypes.CDLL, str]:
 
 
 def _open_file(path: Path) -> ctypes.CDLL:
-    """A library, once it is known to be whole, of normkit and of this version's interface.
+    """Open a library after checking that it is complete, normkit's, and has this version's interface.
 
     Raises:
         OSError: it is not.
@@ -167,7 +167,7 @@ def _open_file(path: Path) -> ctypes.CDLL:
 
 
 def _needed(path: Path) -> int:
-    """How many bytes a library's own headers say it has; 0 where they are of a kind that the loader checks itself.
+    """The size of a library according to its own headers; 0 for formats that the loader checks itself.
 
     Linux's loader maps what the headers say into memory, and a read past the end of the file then kills the process.
     """
@@ -191,10 +191,12 @@ def _best(folder: Path, level: int) -> str:
 
 
 def _share_threads(library: ctypes.CDLL) -> bool:
-    """Hands the library torch's own threads, as a second pool would fight it for the cores; whether there were any."""
+    """Let the library use torch's threads, as a second pool would compete for the cores; return whether they were found."""
     for name in (str(Path(torch.__file__).parent / "lib" / _TORCH), _TORCH):
         try:
-            host = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW)  # the one that torch runs in, never a second
+            host = ctypes.CDLL(
+                name, mode=os.RTLD_NOLOAD | os.RTLD_NOW
+            )  # the copy that torch runs in, never a second one
             functions = [
                 ctypes.cast(getattr(host, f), ctypes.c_void_p) for f in ("torch_parallel_for", "torch_get_num_threads")
             ]

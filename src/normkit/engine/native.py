@@ -1,4 +1,4 @@
-"""Runs a rule on the C++ kernels of this package, on a CPU.
+"""Run a rule on the C++ kernels of this package, on a CPU.
 
 A call is one allocation for the output, one for the statistics, and one call into the library. The double backward goes through
 the closed form in PyTorch, which is differentiable to any order.
@@ -18,7 +18,7 @@ from normkit.core.memory import Running, RunningMoments, RunningStatistics
 from normkit.core.rule import Rule
 from normkit.core.support import Split, place
 from normkit.engine import closed_form
-from normkit.engine.abi import TYPES, checked, gradients, like, pointer
+from normkit.engine.abi import TYPES, checked, gradients, like
 from normkit.engine.call import Call, Output
 from normkit.engine.eager import watched
 from normkit.engine.guard import calm, guard
@@ -27,7 +27,7 @@ from normkit.engine.reference import activate
 
 
 def perform(ready: Prepared, call: Call) -> Output:
-    """Run a call by the input's own statistics; ``ready`` was prepared for it."""
+    """Run a call by the input's own statistics, with what was prepared for it."""
     x, residual = _dense(call.x, ready), call.residual
     if residual is not None:
         residual = like(residual, x)
@@ -43,9 +43,9 @@ def perform(ready: Prepared, call: Call) -> Output:
 
 
 def quick(perform: Any, call: Call) -> Callable[..., Tensor] | None:
-    """The shortest way for calls like this one: of input, weight, bias and, where they are given, running mean and variance.
+    """Return the shortest path for calls like this one: a function of input, weight, bias and any given mean and variance.
 
-    None where a call remembers, or tensors must be copied first.
+    None where calls update running statistics, or tensors must be copied first.
     """
     (ready,) = perform.args
     packed = all(p is None or p.is_contiguous() for p in (call.weight, call.bias))
@@ -70,7 +70,7 @@ def normalize(
     residual: Tensor | None = None,
     measured: bool = False,
 ) -> tuple[Tensor, Tensor | None, Any]:
-    """The output, x + residual if there is one, and what was measured: rows of 1 / scale, mean and, where asked for, variance."""
+    """Return the output, x + residual if there is one, and the measured rows: 1 / scale, mean and, if asked for, variance."""
     weight, bias = _packed(weight), _packed(bias)
     if _recorded(x, weight, bias, residual):
         kept: list[Tensor] = []
@@ -85,7 +85,7 @@ def normalize(
 def normalize_for_backward(
     ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The output, and what was measured for ``differentiate``."""
+    """Return the output, and the statistics that ``differentiate`` needs."""
     kept = 1 + ready.centred
     y, _, values = _forward(ready, _dense(x, ready), _packed(weight), _packed(bias), None, kept)
     assert values is not None
@@ -117,11 +117,11 @@ def _by_arrays(
 def _by_values(ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor) -> Tensor:
     if _recorded(x, weight, bias):
         return _normalize_by(x, weight, bias, values, ready)
-    return _apply(ready, x, weight, bias, values)
+    return _forward(ready, x, weight, bias, None, 1 + ready.centred, values)[0]
 
 
 def _fill(ready: Prepared, values: Tensor, running: RunningStatistics) -> None:
-    """Write centre and 1 / scale for running statistics that do not lie as the kernel's sets do."""
+    """Write centre and 1 / scale of running statistics that are not laid out as the kernel's are."""
     memory, statistic, split = ready.rule.memory, ready.rule.statistic, ready.split
     assert memory is not None
     ready.statistic(values, 1).copy_(place(running.mean, memory.per, split))
@@ -134,12 +134,12 @@ def _fill(ready: Prepared, values: Tensor, running: RunningStatistics) -> None:
 
 
 def _updates(memory: Running) -> bool:
-    """Whether the library knows how to update this memory; a cumulative average counts the batches that it takes, in Python."""
+    """Whether the library can update this memory; a cumulative average counts its batches, in Python."""
     return type(memory) in (Running, RunningMoments) and memory.momentum is not None
 
 
 def _remember(ready: Prepared, memory: Running, values: Tensor, running: RunningStatistics) -> None:
-    """Take what ``normalize`` measured into running statistics, in place, in one call; they are ``ready.arrays``."""
+    """Update running statistics in place by what ``normalize`` measured, in one call; ``ready.arrays`` is their type."""
     mean, var = running.mean, running.var
     if running.batches is not None:
         running.batches.add_(1)
@@ -148,7 +148,7 @@ def _remember(ready: Prepared, memory: Running, values: Tensor, running: Running
     factor = 1.0 if raw else count / (count - 1) if count > 1 else float("inf")
     pointers = start + step, start + 2 * step, mean.data_ptr(), var.data_ptr()
     checked(ready.remember(mean.numel(), TYPES[ready.wide], ready.arrays, memory.momentum, factor, raw, *pointers))
-    torch.autograd.graph.increment_version((mean, var))
+    torch.autograd.graph.increment_version((mean, var))  # the library wrote behind autograd's back
 
 
 def _recorded(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None) -> bool:
@@ -162,7 +162,7 @@ def _recorded(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: T
 
 
 def _dense(x: Tensor, ready: Prepared) -> Tensor:
-    """The input where it lies, or the copy that was planned."""
+    """The input itself, or the copy that was planned."""
     return x if ready.source is None else x.contiguous(memory_format=ready.source)
 
 
@@ -171,14 +171,24 @@ def _packed(parameter: Tensor | None) -> Tensor | None:
 
 
 def _forward(
-    ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rows: int
+    ready: Prepared,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    rows: int,
+    values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The output, the sum with the residual, and as many rows of what was measured as are to be kept."""
+    """The output, the sum with the residual, and the statistics: 1 / scale, mean and variance, as many rows as asked for.
+
+    The kernel writes them, unless ``values`` holds them and ``ready`` was prepared for given ones.
+    """
     y = torch.empty_like(x)
     total = None if residual is None else torch.empty_like(x)
-    values = inverse = center = variance = None
+    inverse = center = variance = None
     if rows:
-        values = x.new_empty(rows * ready.nest.statistics, dtype=ready.wide)
+        if values is None:
+            values = x.new_empty(rows * ready.nest.statistics, dtype=ready.wide)
         inverse = values.data_ptr()
         center = inverse + ready.statistic_bytes if rows > 1 else None
         variance = inverse + 2 * ready.statistic_bytes if rows > 2 else None
@@ -197,15 +207,6 @@ def _forward(
     if status:
         checked(status)
     return y if ready.format is None else y.contiguous(memory_format=ready.format), total, values
-
-
-def _apply(ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor) -> Tensor:
-    y = torch.empty_like(x)
-    start = values.data_ptr()
-    center = start + ready.statistic_bytes if ready.centred else None
-    pointers = x.data_ptr(), None, pointer(weight), pointer(bias), y.data_ptr(), None, center, start, None
-    checked(ready.forward(ready.address, *pointers))
-    return y if ready.format is None else y.contiguous(memory_format=ready.format)
 
 
 def _backward(
@@ -245,7 +246,7 @@ def _backward(
 def define(
     rule: Rule, split: Split, x: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str | None
 ) -> Tensor:
-    """The same function in PyTorch that is differentiable to any order."""
+    """Compute the same in PyTorch, differentiable to any order."""
     y = closed_form.normalize(x.reshape(split.shape), split, rule.statistic)[0]
     return _compensated(rule, split, x, y, weight, bias, activation)
 
@@ -272,7 +273,7 @@ def _definition(
 def differentiate(
     ready: Prepared, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of input, weight and bias, given what ``normalize`` measured."""
+    """The gradients of input, weight and bias, given what ``normalize_for_backward`` measured."""
     x = _dense(x, ready)
     return _backward(ready, like(dy, x), None, x, _packed(weight), _packed(bias), values, (True, True, True))
 
@@ -285,7 +286,7 @@ def _differentiable(
     values: Tensor | None,
     wanted: tuple[bool, bool, bool],
 ) -> list[Tensor | None]:
-    """The gradients by autograd through the definition: this pass is to be differentiated itself, or is transformed."""
+    """The gradients by autograd through the definition, for a pass that is itself differentiated or transformed."""
     if dy is None:
         return [dsum, None, None]
     dx, dweight, dbias = gradients(functools.partial(_definition, ready, values), inputs, wanted, dy)
@@ -295,8 +296,8 @@ def _differentiable(
 
 
 class _Normalize(torch.autograd.Function):
-    # For small inputs the way through autograd costs more than the kernel. So: a forward with ctx, not setup_context; statistics
-    # on ctx and in a list, not among the outputs; and no argument that a call does without.
+    # For small inputs autograd's overhead exceeds the kernel's time. Hence a forward with ctx, not setup_context; statistics on
+    # ctx and in a list, not among the outputs; and no argument that a call does not need.
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,
@@ -309,7 +310,7 @@ class _Normalize(torch.autograd.Function):
     ) -> Any:
         y, total, values = _forward(ready, x, weight, bias, residual, 1 + ready.centred if kept is None else 3)
         ctx.ready, ctx.values = ready, values
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # where only one of two outputs is used, no zeros for the other
         ctx.save_for_backward(x if total is None else total, weight, bias)
         if kept is not None:
             assert values is not None
@@ -342,7 +343,7 @@ class _NormalizeBy(torch.autograd.Function):
     ) -> Tensor:
         ctx.ready, ctx.values = ready, values
         ctx.save_for_backward(x, weight, bias)
-        return _apply(ready, x, weight, bias, values)
+        return _forward(ready, x, weight, bias, None, 1 + ready.centred, values)[0]
 
     @staticmethod
     def backward(ctx: Any, *arrived: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -362,7 +363,7 @@ def _like(gradient: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _is_usual(ready: Prepared, dy: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether a kernel may read a gradient and the tensors that were saved as they are: one comparison, once it was so."""
+    """Whether a kernel may read a gradient and the saved tensors as they are; after the first time, one comparison."""
     if dy is None or torch.is_grad_enabled() or not calm():
         return False
     tensors = [t for t in (dy, x, weight, bias) if t is not None]
@@ -378,19 +379,19 @@ def _is_usual(ready: Prepared, dy: Tensor | None, x: Tensor, weight: Tensor | No
 def _restored(
     ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The tensors that were saved, in the form in which the kernel read them."""
+    """Return the saved tensors in the form in which the kernel read them."""
     form = ready.parameter
     weight, bias = (p if p is None or form is None else form.restore(p) for p in (weight, bias))
     return ready.form.restore(x), weight, bias
 
 
 def _arrives_plainly(*gradients: Tensor | None) -> bool:
-    """Whether gradients can be copied to where a kernel reads them: not many at once, as ``is_grads_batched`` makes them."""
+    """Whether gradients can be copied to a form that a kernel reads: not a batch of them, as of ``is_grads_batched``."""
     return not watched() and all(
         g is None or (type(g) is Tensor and g.is_cpu and not is_legacy_batchedtensor(g)) for g in gradients
     )
 
 
-# What Function.apply does beyond this is for torch.func, under which no kernel runs.
+# The base's apply, in C++: all that Function.apply adds in Python is for torch.func, under which no kernel runs.
 _normalize: Callable[..., Any] = super(torch.autograd.Function, _Normalize).apply  # pyright: ignore[reportAttributeAccessIssue]
 _normalize_by: Callable[..., Any] = super(torch.autograd.Function, _NormalizeBy).apply  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""Global response normalization on the native kernels: each channel weighed by its share of the energy."""
+"""Global response normalization on the native kernels: each channel weighted by its relative energy."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def _functions() -> tuple[Any, Any] | None:
 def weigh(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, eps: float, shared: bool, definition: Definition
 ) -> Tensor | None:
-    """Weigh channels by their shares in the mean energy: x * (1 + weight * share) + bias.
+    """Weight channels by their energy relative to the mean energy: x * (1 + weight * share) + bias.
 
     Args:
         x: the input, with samples on axis 0.
-        weight: one number a channel, or None for 1.
+        weight: one number per channel, or None for 1.
         bias: likewise, or None for 0.
-        axis: of the channels.
+        axis: the axis of the channels.
         eps: added to the mean energy.
-        shared: whether energies are those of all samples together.
+        shared: whether energies are measured over all samples together.
         definition: the same function of x, weight and bias in PyTorch, for derivatives of derivatives.
 
     Returns:
-        Of the shape, strides and dtype of x and differentiable to any order; None for what the kernels do not take.
+        A tensor of the shape, strides and dtype of x, differentiable to any order; None for what the kernels do not take.
     """
     if not plain(x, weight, bias) or _functions() is None:
         return None

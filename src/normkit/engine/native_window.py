@@ -44,17 +44,17 @@ def _functions() -> tuple[Any, Any, Any] | None:
 def total(
     x: Tensor, dim: int, before: int, after: int, definition: Callable[[Tensor, int, int, int], Tensor]
 ) -> Tensor | None:
-    """Sum over a window along one axis, without what lies outside the axis.
+    """Sum over a window along one axis; elements outside the axis count as zero.
 
     Args:
-        x: a tensor whose elements lie side by side in memory, in any order of its axes.
+        x: a dense tensor, whose axes may be in any order in memory.
         dim: the axis, from 0.
         before: elements before each one, fewer than the axis has.
         after: elements after each one, likewise.
-        definition: the same function, of whatever gradients there may be.
+        definition: the same function in PyTorch, for the gradients.
 
     Returns:
-        Of the shape, strides and dtype of x and differentiable to any order; None for what the kernels do not take.
+        A tensor of the shape, strides and dtype of x, differentiable to any order; None for what the kernels do not take.
     """
     if x.numel() == 0 or not plain(x) or _functions() is None or not is_dense(x.shape, x.stride()):
         return None
@@ -78,11 +78,11 @@ def divide(x: Tensor, window: Window, definition: Callable[[Tensor], Tensor]) ->
 
     Args:
         x: the input.
-        window: of channels, and what its energy becomes.
+        window: the window of channels, and the function of its energy.
         definition: the same function in PyTorch, for derivatives of derivatives.
 
     Returns:
-        Of the shape, strides and dtype of x and differentiable to any order; None for what the kernels do not take.
+        A tensor of the shape, strides and dtype of x, differentiable to any order; None for what the kernels do not take.
     """
     if not plain(x) or _functions() is None:
         return None

@@ -1,4 +1,4 @@
-"""Rules on nested tensors, whose shape is no shape of numbers: each tensor inside is normalized by itself."""
+"""Rules on nested tensors, which have no single shape: each tensor inside is normalized separately."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from normkit.engine.call import Call, Output
 
 
 def applies(call: Call) -> bool:
-    """Whether a call runs by this file: on strided nested tensors, and on jagged ones each of whose tokens stands by itself."""
+    """Whether this file runs a call: on strided nested tensors, and on jagged ones whose tokens are normalized separately."""
     x, support = call.x, call.rule.support
     if not x.is_nested or x.layout == torch.strided:
         return x.is_nested
+    # Where tokens are normalized separately, all tokens of a jagged tensor are one batch.
     alone = support.names[0] == "*" and "*" not in support.reduced and len(support.groups) <= x.dim() - _ragged(x)
     return alone and call.residual is None and call.running is None and call.mask is None
 
 
 def _ragged(x: Tensor) -> int:
+    # Private, but torch has no public name for the ragged axis.
     return x._ragged_idx  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def split(call: Call) -> Split:
-    """The split of the first tensor inside; of none, that of nothing.
+    """The split of the first tensor inside, or an empty one if there is none.
 
     Raises:
-        ShapeError: a statistic is shared by several of the tensors, or what goes with them would have to be nested too.
+        ShapeError: tensors inside share a statistic, or a residual, mask or running statistics are given.
     """
     support = call.rule.support
     if support.names[0] != "*" and support.groups[0][-1] in support.reduced:
@@ -38,7 +40,7 @@ def split(call: Call) -> Split:
             f"{support}: a statistic over the batch of a nested tensor; use nested jagged layout, or pad it and give a mask"
         )
     if call.residual is not None or call.running is not None or call.mask is not None:
-        raise ShapeError("a nested tensor takes no residual, mask or running statistics; give its tensors one by one")
+        raise ShapeError("a nested tensor takes no residual, mask or running statistics; pass its tensors one by one")
     if call.x.layout == torch.jagged:
         return support.split(call.x.values().shape)
     inside = call.x.unbind()

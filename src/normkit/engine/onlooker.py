@@ -1,14 +1,14 @@
-"""Dispatch modes that only look on, under which kernels run as they do without them."""
+"""Dispatch modes that only observe, under which kernels run as they do without them."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 
 class Onlooker(TorchDispatchMode):
-    """A mode that watches tensors come and go, and neither needs every operator nor changes one.
+    """A mode that observes tensors, and neither needs to see every operator nor changes one.
 
-    Most modes must see PyTorch's operators, so kernels, which hide them, stand back under a mode. Under this one they do
-    not: what is observed is what runs.
+    Most modes must see PyTorch's operators, which kernels hide; so kernels do not run under a mode. Under this one they do: what
+    is observed is what runs.
     """
 
 

@@ -1,7 +1,7 @@
-"""The native kernels as operators that torch.compile keeps whole: ``torch.ops.normkit.normalize`` and its backward.
+"""The native kernels as operators that torch.compile does not trace into: ``torch.ops.normkit.normalize`` and its backward.
 
-A compiled graph calls them as it calls torch's own kernels, with strides as they were traced. The rule travels as text, so that a
-graph that was cached on disk runs in another process too.
+A compiled graph calls them like torch's own kernels, with the strides of the trace. The rule is passed as text, so that a graph
+cached on disk runs in another process too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _RULES: dict[str, Rule] = {}
 
 
 def write(rule: Rule) -> str:
-    """A rule without its memory as text.
+    """Write a rule, without its memory, as text.
 
     >>> write(Rule(Support("n (g c)", over="c", g=2), Statistic(None, "rms"), Affine("(g c)", 1.0)))
     'n (g c)|c|g=2|None|rms|1e-05|inside|0|(g c)|1.0'
@@ -51,7 +51,7 @@ def write(rule: Rule) -> str:
 
 
 def read(text: str) -> Rule:
-    """The rule that was written; the same one again for the same text.
+    """Read the rule that was written; the same text gives the same rule.
 
     >>> read("* d|d||mean|std|1e-05|inside|0|-|0.0") == Rule(Support("* d", over="d"))
     True
@@ -129,7 +129,7 @@ def _or_empty(gradient: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _measured(rule: str, x: Tensor) -> Any:
-    """How many numbers the kernel measures."""
+    """The number of statistics that the kernel measures."""
     known = read(rule)
     sets: Any = 1
     for size in known.support.split(x.shape).statistics_shape:
@@ -199,7 +199,7 @@ def available() -> bool:
     return absence() is None
 
 
-# This is all that torch.compiler.assume_constant_result does, but calling it would import the compiler: a second at every start.
+# All that torch.compiler.assume_constant_result does; calling it would import the compiler, a second at every start.
 available._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
@@ -214,7 +214,7 @@ def refusal(call: Call) -> str | None:
 
 
 def perform(call: Call) -> Output:
-    """Run a call by the operator; only where ``refusal`` gave None."""
+    """Run a call by the operator; only where ``refusal`` returned None."""
     x, total = summed(call)
     return Output(
         torch.ops.normkit.normalize(x, call.weight, call.bias, write(call.rule), call.activation or "")[0], total

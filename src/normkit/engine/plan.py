@@ -1,7 +1,7 @@
-"""The loop nest of a rule: what support, shape, strides and compensation come down to.
+"""The loop nest of a rule: the few loops to which support, shape, strides and compensation reduce.
 
-On a dense tensor, adjacent axes of the same kind (kept or reduced, and alike for the parameters) merge. What is left is short:
-in the order of memory ``outer x far x kept x mid x inner``, where statistics differ along outer and kept and are computed over
+On a dense tensor, adjacent axes of the same kind (kept or reduced, and alike for the parameters) merge. At most five loops
+remain, in the order of memory ``outer x far x kept x mid x inner``: statistics differ along outer and kept, and are computed over
 far, mid and inner. Three kinds cover every method and both memory formats: *row* (only the innermost reduced), *column* (the
 innermost kept) and *block* (reduced on both sides of a kept axis).
 """
@@ -18,14 +18,14 @@ from normkit.core.compensation import Affine
 from normkit.core.support import Split, parse_axes
 
 
-class Run(NamedTuple):
-    """Adjacent axes that are one loop: its size, and the step of a parameter's place along it (0: it does not vary)."""
+class Loop(NamedTuple):
+    """Adjacent axes merged: their size, and the step in a parameter along them (0 where it does not vary)."""
 
     size: int
     step: int
 
 
-_ONE = Run(1, 0)
+_ONE = Loop(1, 0)
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Nest:
     """
 
     outer: int
-    far: Run
-    kept: Run
-    mid: Run
-    inner: Run
+    far: Loop
+    kept: Loop
+    mid: Loop
+    inner: Loop
     outer_place: tuple[int, int, int]
     parameters: int
     statistic_strides: tuple[int, ...]
@@ -54,12 +54,12 @@ class Nest:
 
     @property
     def statistics(self) -> int:
-        """How many sets there are."""
+        """Number of statistics."""
         return self.outer * self.kept.size
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether the elements fill a stretch of memory without gap or overlap, in whatever order of axes.
+    """Whether the elements fill a block of memory without gaps or overlap, with the axes in any order.
 
     >>> is_dense((2, 3), (1, 2)), is_dense((2, 3), (6, 2))
     (True, False)
@@ -73,20 +73,20 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def plan(split: Split, strides: Sequence[int], compensation: Affine | None) -> Nest | str:
-    """Bring a rule on a tensor to its loop nest.
+    """Find the loop nest of a rule on a tensor.
 
     Args:
-        split: of the rule's support.
-        strides: of the tensor viewed as ``split.shape``; dense.
-        compensation: of the rule, or None.
+        split: split of the rule's support.
+        strides: strides of the tensor viewed as ``split.shape``; dense.
+        compensation: the rule's compensation, or None.
 
     Returns:
-        The nest, or the reason why these axes do not come down to one.
+        The nest, or the reason these axes have none.
 
     >>> split = Split((6, 2, 4, 35), ("n", "g", "c", "*"), (2, 3))
     >>> nest = plan(split, (280, 140, 35, 1), Affine("(g c)"))
     >>> nest.kind, nest.outer, nest.mid, nest.inner, nest.outer_place
-    ('row', 12, Run(size=4, step=1), Run(size=35, step=0), (1, 2, 4))
+    ('row', 12, Loop(size=4, step=1), Loop(size=35, step=0), (1, 2, 4))
     >>> plan(split, (280, 4, 1, 8), Affine("(g c)")).kind
     'block'
     """
@@ -94,15 +94,15 @@ def plan(split: Split, strides: Sequence[int], compensation: Affine | None) -> N
     order = sorted((d for d, size in enumerate(split.shape) if size != 1), key=lambda d: -strides[d])
     if not order:
         return "there is one element only"
-    levels: list[tuple[bool, list[Run]]] = []
+    levels: list[tuple[bool, list[Loop]]] = []
     for reduced, dims in groupby(order, key=lambda d: d in split.dims):
-        runs: list[Run] = []
+        runs: list[Loop] = []
         for d in dims:
             size, step = split.shape[d], steps[d]
             if runs and runs[-1].step == size * step:
-                runs[-1] = Run(runs[-1].size * size, step)
+                runs[-1] = Loop(runs[-1].size * size, step)
             else:
-                runs.append(Run(size, step))
+                runs.append(Loop(size, step))
         levels.append((reduced, runs))
 
     near = _take(levels, reduced=True)
@@ -110,17 +110,17 @@ def plan(split: Split, strides: Sequence[int], compensation: Affine | None) -> N
     far = _take(levels, reduced=True)
     outer = _take(levels, reduced=False)
     if levels:
-        return "kept and reduced axes take turns too often in memory"
+        return "kept and reduced axes alternate too often in memory"
     if not far:
         kept, outer = [], kept
     if len(near) > 2 or len(far) > 1 or len(kept) > 1 or sum(run.step != 0 for run in outer) > 1:
-        return "its parameters vary along axes that are apart in memory"
+        return "its parameters vary along axes that are not adjacent in memory"
     mid, inner = [_ONE, _ONE, *near][-2:]
     (one_far,), (one_kept,) = far or [_ONE], kept or [_ONE]
     if inner.step > 1 or mid.step > (inner.step == 0) or (one_far.step and (inner.size > 1 or one_kept.step)):
-        return "its parameters are in another order than the input's memory"
+        return "its parameters are ordered differently from the input's memory"
     if far and not near and one_kept.step > 1:
-        return "its parameters are in another order than the input's memory"
+        return "its parameters are ordered differently from the input's memory"
     return Nest(
         math.prod(run.size for run in outer),
         one_far,
@@ -134,7 +134,7 @@ def plan(split: Split, strides: Sequence[int], compensation: Affine | None) -> N
 
 
 def _steps(split: Split, compensation: Affine | None) -> tuple[list[int], int]:
-    """How far a contiguous parameter's place moves along each axis of the split, and how many elements it has."""
+    """The step in a contiguous parameter along each axis of the split, and its number of elements."""
     steps, elements = [0] * len(split.shape), 1
     if compensation is not None:
         names = {name for group in parse_axes(compensation.per) for name in group}
@@ -145,12 +145,12 @@ def _steps(split: Split, compensation: Affine | None) -> tuple[list[int], int]:
     return steps, elements
 
 
-def _take(levels: list[tuple[bool, list[Run]]], reduced: bool) -> list[Run]:
-    """The runs of the innermost level left, if it is of this kind."""
+def _take(levels: list[tuple[bool, list[Loop]]], reduced: bool) -> list[Loop]:
+    """Pop the loops of the innermost remaining level, if it is of this kind."""
     return levels.pop()[1] if levels and levels[-1][0] == reduced else []
 
 
-def _outer_place(outer: list[Run]) -> tuple[int, int, int]:
+def _outer_place(outer: list[Loop]) -> tuple[int, int, int]:
     div = 1
     for run in reversed(outer):
         if run.step:

@@ -11,13 +11,13 @@ from normkit.core.moments import Moments
 
 
 def pool(found: Moments, dims: Sequence[int]) -> Moments:
-    """Mean and variance over some axes of what moments are of, without another look at the elements.
+    """Mean and variance over some axes, from the moments of the sets along them, without reading the elements again.
 
     mean = sum_k n_k mean_k / n,  var = sum_k n_k (var_k + (mean_k - mean)^2) / n,  n = sum_k n_k.
 
     Args:
         found: moments of disjoint sets, reduced axes kept with size 1.
-        dims: the axes over which the sets are united.
+        dims: the axes along which to unite the sets.
 
     Returns:
         Moments with these axes of size 1; differentiable any number of times.

@@ -1,4 +1,4 @@
-"""A rule on inputs of one shape, layout and dtype, as the C++ kernels read it: the loop nest and the plan."""
+"""A rule prepared for inputs of one shape, layout and dtype, as the C++ kernels read it: the loop nest and the plan."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from normkit.engine.plan import Nest, is_dense, plan
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
 _SCALES = {("mean", "std"): 1, ("mean", None): 0, (None, "rms"): 1, (None, "norm"): 2}
 _GUARDS = {"inside": 0, "outside": 1, "floor": 2}
-# Far beyond the cache the output is written past it.
+# Above this size the output is written past the cache, which it would only evict.
 _STREAM_BYTES = 1 << 25
 _WEIGHT, _BIAS = 1, 2  # bits of NkPlan.parts: which parameters a call passes
 
@@ -60,18 +60,17 @@ class Prepared:
     centred: bool
     scaled: bool
     activation: str | None
-    source: torch.memory_format | None  # to copy the input to, where the kernels can't read it where it lies
-    format: torch.memory_format | None  # to copy the output to, where it is not that of the input
+    source: torch.memory_format | None  # to copy the input to, where the kernels can't read it in place
+    format: torch.memory_format | None  # to copy the output to, where it differs from the input's
     form: Form  # of what the kernels read
     parameter: Form | None  # of the weight and the bias
     forward: Any
     backward: Any
     given: Any
     remember: Any
-    arrays: int | None = None  # the type of running statistics that lie as the sets do, one array each
-    arrives: Check | None = (
-        None  # whether a gradient, and what comes back with it, is like the last that the kernel took
-    )
+    arrays: int | None = None  # the type of running statistics that are laid out as the kernel's, one array each
+    # Whether a gradient and the saved tensors are like those that the kernel last took; kept by the backward pass.
+    arrives: Check | None = None
 
     def statistic(self, values: Tensor, row: int) -> Tensor:
         """One row of what the kernels measured, with reduced axes of size 1."""
@@ -93,17 +92,17 @@ def prepare(
     running: RunningStatistics | None = None,
     given: bool = False,
 ) -> Prepared | str:
-    """What runs such arguments, or the reason why the kernels do not.
+    """Prepare the kernels for such arguments, or return the reason they can't run them.
 
     Args:
         rule: what to compute.
         x: the input, or one of the same shape, strides and dtype.
-        split: of the rule's support.
-        weight: for the rule's compensation, of the shape that it wants, or None.
+        split: split of the rule's support.
+        weight: weight of the shape that the rule's compensation wants, or None.
         bias: likewise.
-        activation: what follows the compensation.
+        activation: the activation after the compensation.
         running: the running statistics to update, or to use.
-        given: whether they are used in place of the input's own.
+        given: whether they replace the input's own.
     """
     forward = entry("nk_forward")
     if forward is None:
@@ -138,7 +137,7 @@ def prepare(
         split=split,
         nest=nest,
         struct=struct,
-        address=ctypes.addressof(struct),
+        address=ctypes.addressof(struct),  # looked up once; ``struct`` keeps the memory alive
         wide=wide,
         statistic_bytes=nest.statistics * wide.itemsize,
         centred=statistic.center is not None,
@@ -169,9 +168,9 @@ def _arrays(nest: Nest, running: RunningStatistics, scaled: bool) -> int | None:
 def _nest(
     rule: Rule, x: Tensor, split: Split
 ) -> tuple[Nest, torch.memory_format | None, torch.memory_format | None] | str:
-    """The loop nest, and the memory formats to copy the input and the output to, None where they stay as they are.
+    """The loop nest, and the memory formats to copy the input and the output to, None where they need no copy.
 
-    The kernels read the input where it lies if its axes come down to a nest there; otherwise a copy in its memory format.
+    The kernels read the input in place if its axes have a nest there; otherwise a copy in its memory format.
     """
     format = memory_format(rule.support, x)
     if is_dense(x.shape, x.stride()):
@@ -184,7 +183,7 @@ def _nest(
 
 
 def _stand_in(x: Tensor, format: torch.memory_format) -> Tensor:
-    """A tensor without memory of the input's shape in a memory format."""
+    """A meta tensor of the input's shape in a memory format."""
     return torch.empty(x.shape, device="meta", memory_format=format)
 
 

@@ -1,6 +1,6 @@
 """The reference: a rule in plain PyTorch, on any device, dtype and layout, differentiable any number of times.
 
-What a rule means is what this file computes. Every faster form is tested against it.
+This file defines what a rule computes. Every faster form is tested against it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def activate(y: Tensor, activation: str | None) -> Tensor:
 
 
 def check_activation(activation: str | None) -> None:
-    """Refuse an activation that is not one of ``ACTIVATIONS``, nor None, by OptionError."""
+    """Refuse an activation that is neither None nor one of ``ACTIVATIONS``, by OptionError."""
     if activation is not None and activation not in ACTIVATIONS:
         raise OptionError(f"activation={activation!r}: wanted one of {', '.join(ACTIVATIONS)}, or None")
 
@@ -76,11 +76,11 @@ def normalize(
 
     Args:
         rule: what to compute.
-        x: viewed as ``split.shape``.
-        split: of the rule's support.
-        weight: for the rule's compensation, or None.
+        x: the input, viewed as ``split.shape``.
+        split: split of the rule's support.
+        weight: weight of the rule's compensation, or None.
         bias: likewise.
-        mask: boolean, broadcasts over x; where it is False the element enters no statistic and comes out as zero.
+        mask: boolean, broadcasts over x; elements where it is False enter no statistic and become zero.
 
     Returns:
         The output in the accumulation dtype, and the moments where the statistic has them.
@@ -116,4 +116,4 @@ def _compensated(
         y = y / scale
     if rule.compensation is not None:
         y = rule.compensation.apply(y, split, weight, bias)
-    return y.clone() if y is x else y  # a caller may write into what it gets
+    return y.clone() if y is x else y  # a caller may write into its output, which must not be the input

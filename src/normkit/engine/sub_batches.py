@@ -1,4 +1,4 @@
-"""Running a rule on sub-batches of a batch, each by statistics of its own."""
+"""Run a rule on sub-batches of a batch, each by its own statistics."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def run_in_sub_batches(
 ) -> tuple[Tensor, Moments]:
     """Run a rule on consecutive sub-batches, the last of which may be smaller.
 
-    A last sub-batch that would have one value for each statistic, whose variance is undefined, joins the one before.
+    A last sub-batch with one value per statistic, whose variance would be undefined, joins the one before it.
 
     Args:
         rule: centred, with the batch axis split as ``(b n)`` and n of the size given.
         whole: the same rule with the batch axis as ``n``.
-        size: samples of a sub-batch.
+        size: samples per sub-batch.
         x: the input, its first axis the batch.
         weight: as for ``run``.
         bias: as for ``run``.
@@ -38,7 +38,7 @@ def run_in_sub_batches(
         backend: as for ``run``.
 
     Returns:
-        The output, and the moments with one row for each sub-batch and one column for each other kept element.
+        The output, and the moments with one row per sub-batch and one column per other kept element.
 
     >>> from normkit.core.support import Support
     >>> rules = [Rule(Support(axes, over="n", **sizes)) for axes, sizes in (("(b n) c", {"n": 2}), ("n c", {}))]
@@ -53,7 +53,7 @@ def run_in_sub_batches(
     if body < batch or batch == 0:
         parts.append((whole, batch - body))
     sizes = [samples for _, samples in parts]
-    # By split, and not at all where there is one part: the gradient of a slice forgets the memory format.
+    # By split, and not at all where there is one part: the gradient of a slice loses the memory format.
     pieces = [x] if len(parts) == 1 else x.split(sizes)
     masks = [None] * len(parts) if mask is None else mask.split(sizes)
     outputs, tables = [], []
@@ -68,12 +68,12 @@ def run_in_sub_batches(
 def explain_in_sub_batches(
     rule: Rule, whole: Rule, size: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, backend: Backend
 ) -> Explanation:
-    """What ``run_in_sub_batches`` would use, and why; of a batch that does not divide, for its full sub-batches."""
+    """Explain what ``run_in_sub_batches`` would use; of a batch that does not divide, for its full sub-batches."""
     body = _body(whole, size, x)
     if not body:
         return explain(whole, x, weight, bias, measured=True, backend=backend)
     found, rest = explain(rule, x[:body], weight, bias, measured=True, backend=backend), len(x) - body
-    return replace(found, why=f"{found.why}; the last {rest} samples are a sub-batch apart") if rest else found
+    return replace(found, why=f"{found.why}; the last {rest} samples form another sub-batch") if rest else found
 
 
 def _body(whole: Rule, size: int, x: Tensor) -> int:

@@ -15,10 +15,10 @@ from normkit.engine.pooling import pool
 
 
 def sliding_sum(x: Tensor, dim: int, before: int, after: int) -> Tensor:
-    """Sum over a window along one axis: out[i] = x[i - before] + ... + x[i + after], without what lies outside the axis.
+    """Sum over a window along one axis: out[i] = x[i - before] + ... + x[i + after]; elements outside the axis count as zero.
 
-    A window of p elements takes some log2(p) additions of whole tensors, by sums of 1, 2, 4, ... neighbours. It is as accurate
-    as pairwise summation, where differences of a running sum would lose a small window behind large elements.
+    A window of p elements takes about log2(p) additions of whole tensors, by sums of 1, 2, 4, ... neighbours. It is as accurate
+    as pairwise summation, whereas differences of a running sum would lose a small window that follows large elements.
 
     Args:
         x: any floating tensor; half types should be widened first.
@@ -27,7 +27,7 @@ def sliding_sum(x: Tensor, dim: int, before: int, after: int) -> Tensor:
         after: elements after each one, from 0.
 
     Returns:
-        Of the shape of x; differentiable any number of times.
+        A tensor of the shape of x, differentiable any number of times.
 
     >>> sliding_sum(torch.tensor([1.0, 10.0, 100.0, 1000.0]), 0, before=1, after=1)
     tensor([  11.,  111., 1110., 1100.])
@@ -86,15 +86,15 @@ def sliding_mean(x: Tensor, windows: Sequence[tuple[int, int | None]]) -> Tensor
 def sliding_moments(found: Moments, windows: Sequence[tuple[int, int | None]]) -> Moments:
     """Mean and variance over a window centred at each element, from the moments of sets of one size.
 
-    Windows are merged from windows of 1, 2, 4, ... neighbours by Chan's formula: a variance that is small beside the mean keeps
-    its digits, where the difference of two box filters would lose them.
+    Windows are merged from windows of 1, 2, 4, ... neighbours by Chan's formula: a variance that is small next to the mean keeps
+    its digits, which the difference of two box filters would lose.
 
     Args:
-        found: moments, equal in number, of what stands at each place.
+        found: moments at each position, of equally many elements.
         windows: as for ``sliding_mean``.
 
     Returns:
-        Moments whose n is the number of places inside each window times the number of each.
+        Moments whose n is the number of positions inside each window times the elements at each.
 
     >>> one = Moments(torch.tensor([1.0, 3.0, 3.0]), torch.zeros(3), 1)
     >>> sliding_moments(one, [(0, 3)])
@@ -147,7 +147,7 @@ def _narrow(found: Moments, dim: int, start: int, length: int) -> Moments:
 
 
 def _merge(a: Moments, b: Moments) -> Moments:
-    """Chan's merging, where both sides may lie outside the tensor and be empty."""
+    """Merge by Chan's formula, where both sides may lie outside the tensor and be empty."""
     total = a.n + b.n
     assert isinstance(total, Tensor)
     share = b.n / total.clamp_min(1)

@@ -1,4 +1,4 @@
-"""Adaptive gradient clipping: each unit's gradient is kept to a share of the unit's weights."""
+"""Adaptive gradient clipping: limit each unit's gradient to a fraction of its weights' norm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Skip = Callable[[str, nn.Module], bool] | None
 
 
 def last_linear(model: nn.Module) -> Callable[[str, nn.Module], bool]:
-    """A predicate that holds for the Linear layer that was registered last: as a rule the classifier.
+    """Return a predicate that holds for the Linear layer registered last, usually the classifier.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     >>> [last_linear(model)(name, module) for name, module in model.named_children()]
@@ -26,17 +26,17 @@ def last_linear(model: nn.Module) -> Callable[[str, nn.Module], bool]:
 
 
 class AdaptiveClipping:
-    """Clip each unit's gradient whose norm exceeds a share of the norm of its weights; call it before the optimizer's step.
+    """Clip unit gradients whose norm exceeds a fraction of their weights' norm; call it before the optimizer's step.
 
-    where ||G_i|| > clip * max(||W_i||, eps):  G_i <- clip * max(||W_i||, eps) / ||G_i|| * G_i, for each output unit i of
-    weights of two axes and more, and for each bias, gain and tensor of lengths as a whole. Of a parametrized layer the raw
-    weights are clipped, by their layer's units. Units whose gradient is not finite stay as they are.
+    Where ||G_i|| > clip * max(||W_i||, eps):  G_i <- clip * max(||W_i||, eps) / ||G_i|| * G_i, for each output unit i of
+    weights of two or more axes, and for each bias, gain and tensor of lengths as a whole. In a parametrized layer the raw
+    weights' gradients are clipped, per unit of the layer. Non-finite gradients stay unchanged.
 
     Args:
-        model: any module; parameters that layers share are clipped once.
-        clip: the share, lambda in the paper. Default: 0.01.
-        eps: floor of the weights' norm, so that units that start at zero can move. Default: 1e-3.
-        skip: ``skip(name, module)`` holds for layers that are left alone. Default: the last Linear, as in the paper; give
+        model: any module; shared parameters are clipped once.
+        clip: the fraction, lambda in the paper. Default: 0.01.
+        eps: floor of the weights' norm, so that units that start at zero can learn. Default: 1e-3.
+        skip: ``skip(name, module)`` holds for layers to leave out. Default: the last Linear, as in the paper; give
             ``lambda name, module: False`` for none.
 
     Raises:
@@ -63,7 +63,7 @@ class AdaptiveClipping:
 
     @torch.no_grad()
     def __call__(self) -> int:
-        """Clip the gradients that there are; return how many units were clipped."""
+        """Clip the existing gradients; return how many units were clipped."""
         clipped = 0
         for parameter, rows in self.units:
             gradient = parameter.grad
@@ -97,7 +97,6 @@ CARD = Card(
     name="adaptive_gradient_clipping",
     title="Adaptive gradient clipping",
     kind="gradient",
-    word="",
     normalized_over="each output unit's gradient, against the unit's weights",
     formula="G_i <- G_i * min(1, clip * max(||W_i||, eps) / ||G_i||)",
     paper=Paper(
@@ -106,9 +105,9 @@ CARD = Card(
         2021,
         "https://arxiv.org/abs/2102.06171",
     ),
-    use_cases="networks without activation norms at large batches and rates",
+    use_cases="networks without activation norms at large batches and learning rates",
     strengths="a threshold that fits every layer, as it is relative to the weights",
-    weaknesses="two norms per unit and step; the last layer has to be left out",
+    weaknesses="two norms per unit and step; the last layer must be left out",
     module=AdaptiveClipping,
     functional=adaptive_gradient_clipping,
     make=AdaptiveClipping,

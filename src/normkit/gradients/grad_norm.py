@@ -1,4 +1,4 @@
-"""GradNorm: weights of a sum of losses that let all tasks train at a similar pace."""
+"""GradNorm: weights for a sum of losses with which all tasks train at a similar pace."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Step = Literal["multiplicative", "additive"]
 
 
 class Balance(NamedTuple):
-    """What GradNorm compares: each task's gradient norm G and its target, and the derivative of their distance by the weights."""
+    """Each task's gradient norm G and its target, and the derivative of their distance with respect to the weights."""
 
     norms: Tensor
     targets: Tensor
@@ -25,7 +25,7 @@ class Balance(NamedTuple):
 
 
 class GradNorm(nn.Module):
-    """Weigh the losses of several tasks so that their gradients at a shared layer are balanced.
+    """Weight the losses of several tasks so that their gradients at a shared layer are balanced.
 
     L = sum_i w_i L_i. With G_i = ||d(w_i L_i)/dW|| of the last shared weights W, the rate at which task i lags behind
     r_i = (L_i / L_i(0)) / mean_j (L_j / L_j(0)), and the target t_i = mean_j(G_j) r_i^alpha held constant, the weights take one
@@ -33,27 +33,27 @@ class GradNorm(nn.Module):
     sign(G_i - t_i) ||dL_i/dW|| exactly, and needs no second derivative: ``path="exact"``. ``path="autograd"`` differentiates
     the norms instead, and agrees.
 
-    The step by the slopes as they are, w_i <- w_i - rate slope_i, is ``"additive"``, as published. It is as long as gradients
-    are, and jumps to and fro where one loss is a hundred times another; then take ``"multiplicative"``, which steps down the
-    same distance relative to the mean norm in log w_i, w_i <- w_i exp(-rate w_i slope_i / mean_j(G_j)): it has no scale, and
-    weights stay above 0.
+    The step ``"additive"``, as published, follows the slopes: w_i <- w_i - rate slope_i. Its length scales with the gradients,
+    and it oscillates where one loss is a hundred times another; then use ``"multiplicative"``, which descends the same distance,
+    relative to the mean norm, in log w_i: w_i <- w_i exp(-rate w_i slope_i / mean_j(G_j)). It is scale-free, and weights stay
+    above 0.
 
-    Call it on the losses in place of adding them up; it returns the sum to differentiate, by the weights before the step, and
-    steps the weights where it is in training. Weights are buffers: an optimizer of the model does not touch them.
+    Call it on the losses instead of adding them; it returns the sum to differentiate, with the weights before the step, and in
+    training steps the weights. Weights are buffers: an optimizer of the model does not touch them.
 
-    A task whose first loss is 0 counts as keeping pace until its loss is above 0, which then is its first. A step in which
-    a loss or a norm is not finite leaves the weights as they were.
+    A task whose first loss is 0 counts as keeping pace until its loss is above 0, which then counts as its first. A step in
+    which a loss or a norm is not finite leaves the weights unchanged.
 
     Args:
         tasks: number of losses.
         alpha: restoring force: 0 makes all norms equal, larger values push tasks that lag behind. Default: 1.5.
-        rate: of the step on the weights. Default: 0.025.
+        rate: step size for the weights. Default: 0.025.
         step: ``"additive"`` or ``"multiplicative"``. Default: ``"additive"``.
-        minimum: least weight, before they are scaled. Default: 1e-6.
+        minimum: smallest weight, before they are scaled. Default: 1e-6.
         path: ``"exact"`` or ``"autograd"``. Default: ``"exact"``.
 
     Shape:
-        (tasks,) or a sequence of scalars, to a scalar.
+        (tasks,) or a sequence of scalars; the output is a scalar.
 
     Raises:
         OptionError: an option outside its range, or a first loss that is negative.
@@ -100,14 +100,14 @@ class GradNorm(nn.Module):
         self.register_buffer("initial", torch.zeros(tasks))
 
     def forward(self, losses: Tensor | Sequence[Tensor], shared: Tensor | Iterable[Tensor]) -> Tensor:
-        """The weighted sum of the losses; in training, then a step of the weights.
+        """Compute the weighted sum of the losses; in training, then step the weights.
 
         Args:
-            losses: one scalar a task, each computed through the shared parameters.
+            losses: one scalar per task, each computed through the shared parameters.
             shared: the parameters at which gradients are compared: the last layer that all tasks share.
 
         Returns:
-            The sum, to call ``backward`` on; the weights in it are constants.
+            The sum, on which to call ``backward``; its weights are constants.
         """
         stacked = losses if isinstance(losses, Tensor) else torch.stack(list(losses))
         if stacked.shape != self.weights.shape:
@@ -161,18 +161,18 @@ def grad_norm(
     *,
     path: Path = "exact",
 ) -> Balance:
-    """Gradient norms, their targets, and the slope of sum_i |G_i - t_i| by each weight; see GradNorm.
+    """Compute gradient norms, their targets, and the slope of sum_i |G_i - t_i| for each weight; see GradNorm.
 
     Args:
-        losses: one scalar a task.
+        losses: one scalar per task.
         shared: the parameters at which gradients are compared.
-        weights: of the tasks.
-        initial: the first losses; where 0, the task counts as keeping pace.
+        weights: weights of the tasks.
+        initial: the first losses; a task with 0 counts as keeping pace.
         alpha: restoring force.
         path: ``"exact"`` or ``"autograd"``.
 
     Returns:
-        Norms, targets and slopes, one a task, detached; the losses can still be differentiated.
+        Norms, targets and slopes, one per task, detached; the losses can still be differentiated.
 
     Raises:
         OptionError: a loss does not depend on any shared parameter that requires a gradient.
@@ -219,7 +219,7 @@ def _norm(loss: Tensor, parameters: list[Tensor], dtype: torch.dtype, create_gra
 
 
 def _pace(losses: Tensor, initial: Tensor) -> Tensor:
-    """The rate r at which each task lags behind; 1 where nothing can be said."""
+    """The rate r at which each task lags behind; 1 where it is not known."""
     known = initial > 0
     ratio = (losses / torch.where(known, initial, 1.0)).clamp_min(0)
     mean = torch.where(known, ratio, 0.0).sum() / known.sum().clamp_min(1)
@@ -234,7 +234,6 @@ CARD = Card(
     name="grad_norm",
     title="GradNorm",
     kind="gradient",
-    word="",
     normalized_over="each task's gradient at the last shared layer",
     formula="minimize sum_i |G_i - mean(G) r_i^alpha| by w, where G_i = ||d(w_i L_i)/dW|| and sum_i w_i = tasks",
     paper=Paper(
@@ -244,8 +243,8 @@ CARD = Card(
         "https://arxiv.org/abs/1711.02257",
     ),
     use_cases="multi-task networks whose losses differ in scale and pace",
-    strengths="one number alpha in place of a search over the weights of all losses",
-    weaknesses="one backward pass to the shared layer a task; noisy for few samples a batch",
+    strengths="one number alpha instead of a search over the weights of all losses",
+    weaknesses="one backward pass to the shared layer per task; noisy for few samples per batch",
     module=GradNorm,
     functional=grad_norm,
     make=_example,

@@ -1,4 +1,4 @@
-"""Gradient normalization: gradients of unit length, or with mean zero over each unit's fan-in, before the optimizer sees them."""
+"""Gradient normalization to unit length, or to mean zero over each unit's fan-in, before the optimizer's step."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ _MODES = ("tensor", "layer", "global")
 
 
 class GradientNormalizer:
-    """Scale gradients to unit length and centralise them, after every backward pass, until it is removed.
+    """Scale gradients to unit length and centralize them, after every backward pass, until it is removed.
 
     ``"tensor"``: g <- g / ||g|| for each parameter; ``"layer"``: for all parameters of a layer together; ``"global"``: for all
-    together, which is clipping without a threshold. With ``centralize``, first g <- g - mean(g) over what feeds each output
-    unit, for parameters of two axes and more. Directions stay, but for centralising. A zero gradient stays zero, one that is
-    not finite stays as it is.
+    parameters together, which is clipping without a threshold. With ``centralize``, first g <- g - mean(g) over the inputs of
+    each output unit, for parameters of two or more axes. Apart from that, directions do not change. A zero gradient stays zero,
+    and a non-finite one unchanged.
 
-    Given a model or parameters it acts at the end of each backward pass, so of several passes that add up each is normalized
-    when it is added. Given an optimizer it acts right before ``step``, on whatever the passes added up to: the choice with
+    Given a model or parameters it acts at the end of each backward pass, so that gradients accumulated over several passes are
+    normalized at each of them. Given an optimizer it acts right before ``step``, on the accumulated gradients: the choice with
     accumulation, a gradient scaler or several processes.
 
     Args:
         target: a model, parameters, or the optimizer that steps them.
-        mode: ``"tensor"``, ``"layer"`` (needs a model), ``"global"``, or None for centralising alone. Default: ``"global"``.
-        centralize: whether the mean over each unit's fan-in is taken off. Default: False.
+        mode: ``"tensor"``, ``"layer"`` (needs a model), ``"global"``, or None to centralize only. Default: ``"global"``.
+        centralize: whether to subtract the mean over each unit's fan-in. Default: False.
 
     Raises:
-        OptionError: another mode, nothing to do, no parameters, or layers that are not known.
+        OptionError: another mode, nothing to do, no parameters, or unknown layers.
 
     Reference:
         Unit length: Hazan, Levy, Shalev-Shwartz, "Beyond Convexity: Stochastic Quasi-Convex Optimization" (2015),
-        https://arxiv.org/abs/1507.02030. Centralising: Yong et al., "Gradient Centralization" (2020),
+        https://arxiv.org/abs/1507.02030. Centralization: Yong et al., "Gradient Centralization" (2020),
         https://arxiv.org/abs/2004.01461.
 
     >>> w = nn.Parameter(torch.zeros(2))
@@ -65,18 +65,18 @@ class GradientNormalizer:
             self._handles = [p.register_post_accumulate_grad_hook(self._queue) for p in parameters if p.requires_grad]
 
     def apply(self) -> None:
-        """Normalize the gradients as they now are; the hooks call it."""
+        """Normalize the current gradients; the hooks call it."""
         _normalize(self.groups, self.mode, self.centralize)
 
     def remove(self) -> None:
-        """Take the hooks off: gradients come as they are from then on. Again does nothing."""
+        """Remove the hooks, so that gradients are no longer normalized. A second call does nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def _queue(self, parameter: Tensor) -> None:
-        # Layers and the whole are complete only when the backward pass is. A pass is known by its number, as one that fails
-        # halfway never calls back.
+        # The gradients of a layer or model are complete only when the backward pass is. Its number tells passes apart, as one
+        # that fails halfway never calls back.
         current = torch._C._current_graph_task_id()
         if current != self._pass:
             self._pass = current
@@ -96,7 +96,7 @@ class GradientNormalizer:
 
 
 def normalize_gradients(target: Target, mode: Mode | None = "global", *, centralize: bool = False) -> None:
-    """Normalize the gradients that are there, in place, between ``backward`` and ``step``; see GradientNormalizer.
+    """Normalize the existing gradients in place, between ``backward`` and ``step``; see GradientNormalizer.
 
     >>> w = nn.Parameter(torch.zeros(2))
     >>> w.grad = torch.tensor([3.0, 4.0])
@@ -111,7 +111,7 @@ _Group = list[tuple[Tensor, Support | None]]
 
 
 def _groups(target: Target, mode: Mode | None, centralize: bool) -> list[_Group]:
-    """Parameters that share one length, each with the support of an output unit if it is a weight."""
+    """Groups of parameters that share one length, each with the support of an output unit if it is a weight."""
     if mode is not None and mode not in _MODES:
         raise OptionError(f"GradientNormalizer: mode={mode!r}; wanted one of {', '.join(map(repr, _MODES))}, or None")
     if mode is None and not centralize:
@@ -147,7 +147,7 @@ def _normalize(groups: list[_Group], mode: Mode | None, centralize: bool) -> Non
         if centralize:
             for gradient, rows in found:
                 split = None if rows is None else rows.split(gradient.shape)
-                if split is not None and split.count > 1:  # a single number less its mean is nothing
+                if split is not None and split.count > 1:  # a single number minus its mean is zero
                     by_unit = gradient.reshape(split.shape)
                     gradient.copy_((by_unit - by_unit.mean(split.dims, keepdim=True)).view_as(gradient))
         if mode is not None and found:
@@ -166,7 +166,6 @@ CARD = Card(
     name="normalize_gradients",
     title="Gradient normalization and centralization",
     kind="gradient",
-    word="",
     normalized_over="each parameter's, each layer's or the whole gradient; or each output unit's fan-in",
     formula="g <- g / ||g||;  g <- g - mean(g)",
     paper=Paper(
@@ -176,8 +175,8 @@ CARD = Card(
         "https://arxiv.org/abs/2004.01461",
     ),
     use_cases="plateaus and cliffs; losses whose scale is not known; recurrent networks",
-    strengths="the step's length is the learning rate alone; no threshold to choose",
-    weaknesses="the length no longer falls near a minimum: the rate must; noise steps as far as signal",
+    strengths="the learning rate alone sets the step's length; no threshold to choose",
+    weaknesses="gradients no longer shrink near a minimum, so the rate must; noise steps as far as signal",
     module=GradientNormalizer,
     functional=normalize_gradients,
     make=GradientNormalizer,

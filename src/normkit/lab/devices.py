@@ -4,7 +4,6 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,26 +29,6 @@ def device_name(fabric: Fabric) -> str:
 def hardware() -> str:
     """Names the GPU on which this process's runs are done, or the processor where there is none."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-
-
-def environment(fabric: Fabric, started: str) -> dict[str, Any]:
-    """Describes the software and the machine.
-
-    Args:
-        fabric: started.
-        started: when, in ISO format.
-    """
-    return {
-        **versions(),
-        "platform": platform.platform(),
-        "processor": processor(),
-        "cores": cores(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else fabric.device.type,
-        "processes": fabric.world_size,
-        "precision": fabric.strategy.precision.precision,
-        "started": started,
-    }
 
 
 def versions() -> dict[str, str | None]:

@@ -13,11 +13,12 @@ from typing import Any, Literal
 from rich.console import Console
 
 from normkit.core.card import Paper
+from normkit.lab.option import command
 from normkit.lab.say import Terminal, say
-from normkit.lab.sweep import Job, hardware_of, sweep
+from normkit.lab.settings import Place, Scale, Size
+from normkit.lab.sweep import Group, Job, spent_on, sweep
 
 Cell = str | int | float | None
-Scale = Literal["tiny", "small", "full"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Drawing:
 
 
 @dataclass
-class Bench:
+class Bench(Place, Size):
     """Where and at what size an experiment is run.
 
     While an experiment runs, the environment variable ``NORMKIT_DATA`` holds `data_root`, on Ray's workers too: factories
@@ -68,27 +69,30 @@ class Bench:
         scale: ``"small"`` (two cores, minutes), ``"full"``, or ``"tiny"`` (seconds), at which nothing is learned: for tests.
         output: the folder of the records.
         data_root: where data sets lie. Default: None, the environment variable ``NORMKIT_DATA``.
-        download: fetch what is missing. Default: False.
         seeds: Default: ``(0, 1, 2)``.
         epochs: in place of the experiment's own number. Default: None.
-        console: where progress is written. Default: standard output.
+        download: fetch what is missing. Default: False.
+        threads: of torch on the CPU, per run; sums depend on how many threads share them. Default: 1.
         ray: None to run in this process; ``"local"`` for a Ray cluster on this machine, else the address of one. Default: None.
-        threads: of torch on the CPU, a run; sums depend on how many threads share them. Default: 1.
+        console: where progress is written. Default: standard output.
+        group: of processes that do each run together, as torchrun starts them. Default: this process is alone.
+        replaces: do a run again whose record is of other data or code, in place of refusing it. Default: False.
 
     Attributes:
         devices: those on which the runs that were swept so far were done, whichever process did them.
+        seconds: that these runs took, all together.
     """
 
-    scale: Scale
-    output: Path
-    data_root: Path | None = None
-    download: bool = False
-    seeds: tuple[int, ...] = (0, 1, 2)
-    epochs: int | None = None
-    console: Console = field(default_factory=Terminal)
-    ray: str | None = None
-    threads: int = 1
+    console: Console = field(default_factory=Terminal, kw_only=True)
+    group: Group = field(default_factory=Group, kw_only=True)
+    replaces: bool = field(default=False, kw_only=True, metadata={"option": None})
     devices: set[str] = field(init=False, default_factory=set)
+    _spent: dict[str, float] = field(init=False, default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the runs took, all together."""
+        return sum(self._spent.values())
 
     def watch(self, text: str) -> None:
         """Says how far the experiment is."""
@@ -98,15 +102,19 @@ class Bench:
         """Does the jobs that are not yet done, and gives the results of all in the order of `jobs`.
 
         Args:
-            function: a module-level ``function(job, folder) -> dict`` whose result JSON can hold. It seeds what it draws. It goes
-                on from its own checkpoint in `folder`, if there is one; see :func:`normkit.lab.record.write_checkpoint`.
+            function: a module-level ``function(job, folder) -> dict``, or the method of an object that pickle knows, whose result
+                JSON can hold. It seeds what it draws. It goes on from its own checkpoint in `folder`, if there is one; see
+                :func:`normkit.lab.record.write_checkpoint`. Each process of a group calls it, and the first one's result counts.
             jobs: frozen dataclasses of plain values, each with a unique relative ``path``; `folder` is ``output/runs/<path>``.
 
         Raises:
             RecordError: a folder holds another job's records, is damaged or not writable.
         """
-        results = sweep(function, jobs, self.output, threads=self.threads, ray=self.ray, say=self.watch)
-        self.devices |= hardware_of(jobs, self.output)
+        how: dict[str, Any] = {"group": self.group, "replaces": self.replaces, "console": self.console}
+        results = sweep(function, jobs, self.output, threads=self.threads, ray=self.ray, say=self.watch, **how)
+        for job in jobs:
+            self._spent[job.path], devices = self.group.share(lambda job=job: spent_on(job, self.output))
+            self.devices |= devices
         return results
 
 
@@ -116,29 +124,46 @@ class Experiment:
 
     Args:
         name: as it is called on the command line, like its file.
-        kind: ``"reproduce"`` for a table or figure of a paper, ``"claim"`` for a sentence.
+        kind: ``"reproduce"`` for a table or figure of a paper, ``"claim"`` for a sentence, ``"compare"`` for a comparison.
         title: what it is.
-        claim: what the source says, in one sentence.
-        paper: the source.
+        claim: what the source says, or what is asked, in one sentence.
+        paper: the source; None where there is none.
         run: does what is missing and returns the result, which JSON can hold.
         tables: the source's numbers next to ours, from the result.
         figures: of a result.
         remarks: observations on a result in sentences, with oddities of the source.
         scales: at which it can be run. Default: small and full.
+        settings: what is recorded of how it is run, in place of scale and epochs. Default: these.
+        command: the words that give it again, in place of those of a scale. Default: these.
+        whole: whether all runs of a result are there, of these data and this code. Default: it is not looked at.
+        together: processes that torchrun started can do its runs. Default: False.
+        interactive: what the page says of a result, see :class:`normkit.lab.report.page.Account`, with charts to point at and to
+            zoom into. Default: claim, setup, remarks, tables and figures.
     """
 
     name: str
-    kind: Literal["reproduce", "claim"]
+    kind: Literal["reproduce", "claim", "compare"]
     title: str
     claim: str
-    paper: Paper
+    paper: Paper | None
     run: Callable[[Bench], dict[str, Any]]
     tables: Callable[[dict[str, Any]], list[Table]]
     figures: Callable[[dict[str, Any]], list[Drawing]]
     remarks: Callable[[dict[str, Any]], list[str]]
     scales: tuple[Scale, ...] = ("small", "full")
+    settings: Mapping[str, Any] | None = None
+    command: Sequence[str] | None = None
+    whole: Callable[[Bench, dict[str, Any]], bool] = lambda bench, result: True
+    together: bool = False
+    interactive: Callable[[dict[str, Any]], Any] | None = None
 
-    def words(self, scale: str, seeds: Sequence[int], epochs: int | None) -> list[str]:
+    @property
+    def sentence(self) -> str:
+        """The claim with its source."""
+        return self.claim if self.paper is None else f"{self.claim} ({self.paper.cite()})"
+
+    def words(self, scale: Any, seeds: Sequence[int], epochs: int | None) -> list[str]:
         """The words of the command line that say what is run, not where."""
-        words = ["normkit", self.kind, self.name, "--scale", scale, "--seeds", str(len(seeds))]
-        return words + (["--epochs", str(epochs)] if epochs is not None else [])
+        if self.command is not None:
+            return list(self.command)
+        return command("normkit", self.kind, self.name, of=(Size(scale, seeds=tuple(seeds), epochs=epochs),))

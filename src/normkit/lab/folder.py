@@ -21,9 +21,9 @@ CONFIG, RUNS, FIGURES, CURVES = "config.json", "runs", "figures", "tensorboard"
 TOP = ("result.json", "result.md", "report.html", "cost.json", "sessions.json", "environment.json", CONFIG)
 REPLACING, DISCARDED, LOCK = "overwrite.json", ".discarded", ".lock"
 OURS = {*TOP, RUNS, FIGURES, CURVES, REPLACING, DISCARDED}
-# What a configuration of ours says, and no one else's of the same name.
+# What a configuration of ours says, and no one else's of the same name; an earlier normkit kept comparisons and their runs apart.
 COMPARISON = {"model", "data", "recipes", "seeds", "rates", "epochs", "batch_size", "optimizer", "device"}
-EXPERIMENT = {"experiment", "scale", "epochs", "threads", "seeds"}
+EXPERIMENT = {"experiment", "epochs", "threads", "seeds"}
 RUN = {"recipe", "rate", "seed", "data_sha256", "init_sha256", "order_sha256"}
 MARK = b"normkit"  # in the head of a figure
 PAUSE = 1.0  # seconds between two looks at a folder that is in use

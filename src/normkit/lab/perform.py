@@ -3,7 +3,6 @@
 import os
 import platform
 import shlex
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime
@@ -13,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from normkit.core.errors import OptionError, RecordError
-from normkit.lab import folder, record
+from normkit.lab import folder, option, record
 from normkit.lab.cluster import joined
 from normkit.lab.data.root import set_root
 from normkit.lab.devices import cores, hardware, processor, versions
@@ -26,8 +25,9 @@ from normkit.lab.sweep import TIMING
 SCHEMA = 1
 FIGURES = folder.FIGURES
 CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
-ABOUT = fields(name=TEXT, kind=one_of("reproduce", "claim"))
-BEGUN = fields(scale=TEXT, seeds=each(COUNT, least=1), epochs=maybe(COUNT), threads=COUNT)
+ABOUT = fields(name=TEXT, kind=one_of("reproduce", "claim", "compare"), title=TEXT)
+BEGUN = fields(scale=optional(TEXT), seeds=each(COUNT, least=1), epochs=maybe(COUNT), threads=COUNT)
+BUILT = fields(torch=TEXT, started=TEXT)
 # What a record of an experiment holds; its result is checked by its hash.
 FOUND = version(
     SCHEMA,
@@ -68,51 +68,31 @@ def perform(
         OptionError: it runs under torchrun, or Ray is asked for and is not there.
         RecordError: the folder holds something else, is damaged or not writable.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ and not experiment.together:
         raise OptionError("an experiment's runs are of one process each, so it does not go with torchrun; use --ray")
     if bench.scale not in experiment.scales:
         raise OptionError(f"scale is {bench.scale!r}; wanted {' or '.join(experiment.scales)} for {experiment.name}")
     set_root(bench.data_root)
-    config = {
-        "experiment": experiment.name,
-        "scale": bench.scale,
-        "epochs": bench.epochs,
-        "threads": bench.threads,
-        "seeds": list(bench.seeds),
-    }
-    began, started = time.monotonic(), _now()
-    folder.check_ours(bench.output)
-    found = None if overwrite else _read_back(bench.output, config)
+    config, share = configuration(experiment, bench), bench.group.share
+    share(lambda: folder.check_ours(bench.output))
+    found = None if overwrite else share(lambda: _read_back(experiment, bench, config))
     finished = found is not None
     if found is None:
-        here = _environment(started, bench.threads)
-        with folder.waited_for(bench.output):
-            _open(bench.output, config, overwrite)
-            record.write_json(bench.output / CONFIG, config)
-            record.write_json(bench.output / ENVIRONMENT, here)
-        about = {key: getattr(experiment, key) for key in ("name", "kind", "title", "claim")}
+        here = share(lambda: _begin(bench, config, overwrite))
+        bench.replaces = bench.replaces or overwrite
         with stoppable():
             result = _run(experiment, bench)
-        found = {
-            "schema": SCHEMA,
-            "experiment": {**about, "paper": asdict(experiment.paper)},
-            "command": command,
-            "config": config,
-            "environment": {**here, "devices": sorted(bench.devices) or [hardware()]},
-            "result": result,
-            "sha256": record.digest(result),
-            "started": started,
-            "finished": _now(),
-            "seconds": round(time.monotonic() - began, 3),
-        }
-        with folder.waited_for(bench.output):
-            record.write_json(bench.output / RESULT, found)
-            folder.settle(bench.output)
-        found = record.read_json(bench.output / RESULT)
+        found = share(lambda: _finish(experiment, bench, config, here, result, command))
     else:
         bench.watch(f"{bench.output} holds this experiment, finished {found['finished']}")
-    show(experiment, found, bench.output, bench.console, report, kept=finished)
+    share(lambda: show(experiment, found, bench.output, bench.console, report, kept=finished))
     return found
+
+
+def configuration(experiment: Experiment, bench: Bench) -> dict[str, Any]:
+    """What an experiment records of how it is run: records of another configuration are not gone on with."""
+    size = {"scale": bench.scale, "epochs": bench.epochs} if experiment.settings is None else experiment.settings
+    return {"experiment": experiment.name, **size, "threads": bench.threads, "seeds": list(bench.seeds)}
 
 
 def show(
@@ -153,26 +133,28 @@ def show(
         say(console, f"\nresult   {output / RESULT}\nno report is written: {output} is only read")
         return
     figures = experiment.figures(found["result"]) if report else []
-    save(figures, output / FIGURES, COARSE if found["config"]["scale"] == "tiny" else None)
+    save(figures, output / FIGURES, COARSE if found["config"].get("scale") == "tiny" else None)
     lines = [f"result   {output / RESULT}", f"table    {write_markdown(experiment, found, figures, output)}"]
     if report:
         lines += [f"report   {write_sheet(experiment, found, figures, output)}", f"figures  {output / FIGURES}"]
     say(console, "\n" + "\n".join(lines))
 
 
-def command(experiment: Experiment, bench: Bench) -> str:
+def command(experiment: Experiment, bench: Bench, *more: Any) -> str:
     """Writes the command line that makes this record.
 
     Args:
         experiment: which.
         bench: where.
+        *more: further options, such as :class:`~normkit.lab.settings.Reports`.
     """
-    words = experiment.words(bench.scale, bench.seeds, bench.epochs)
-    words += ["--data-root", str(bench.data_root)] if bench.data_root is not None else []
-    words += ["--download"] if bench.download else []
-    words += ["--threads", str(bench.threads)] if bench.threads != 1 else []
-    words += ["--ray", bench.ray] if bench.ray is not None else []
-    return shlex.join([*words, "--output", str(bench.output)])
+    rest = default_output(experiment, bench.scale)
+    return shlex.join(option.command("normkit", experiment.kind, experiment.name, of=(bench, *more), output=rest))
+
+
+def default_output(experiment: Experiment, scale: str) -> Path:
+    """Names the folder of an experiment after it and its scale."""
+    return Path("runs") / f"{experiment.name}-{scale}"
 
 
 def kept(output: Path) -> str:
@@ -189,15 +171,70 @@ def _run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
         return experiment.run(bench)
 
 
-def _open(output: Path, config: Mapping[str, Any], overwrite: bool) -> None:
-    folder.replace(output, config, overwrite)
-    if (output / CONFIG).exists():
+def check(output: Path, config: Mapping[str, Any]) -> None:
+    """Refuses a folder of something else, or of another configuration; writes nothing.
+
+    Args:
+        output: the folder.
+        config: what is wanted, as of :func:`configuration`.
+
+    Raises:
+        RecordError: it holds something else.
+    """
+    folder.check_ours(output)
+    if (output / CONFIG).exists() and not (output / folder.REPLACING).exists():
         # More seeds are more runs next to those that are there; anything else would make the runs unlike.
-        there = record.read_json(output / CONFIG)
-        wanted = {**config, "seeds": there.get("seeds")}
-        if there != wanted and not _begun(output):
-            folder.empty(output)
-        record.check_config(output / CONFIG, wanted, CURE)
+        record.check_config(output / CONFIG, {**config, "seeds": record.read_json(output / CONFIG).get("seeds")}, CURE)
+
+
+def _begin(bench: Bench, config: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
+    output = bench.output
+    with folder.waited_for(output):
+        folder.replace(output, config, overwrite)
+        if (output / CONFIG).exists():
+            there = record.read_json(output / CONFIG)
+            wanted = {**config, "seeds": there.get("seeds")}
+            if there != wanted and not _begun(output):
+                folder.empty(output)
+            record.check_config(output / CONFIG, wanted, CURE)
+        here = _environment(_now(), bench.threads)
+        if (output / ENVIRONMENT).exists():
+            there = record.read_json(output / ENVIRONMENT, BUILT)
+            if there["torch"] != here["torch"]:
+                unlike = f"torch {there['torch']}, now it is {here['torch']}: the runs would not be alike"
+                raise RecordError(f"{output} was begun with {unlike}; {CURE}")
+            here = {**here, "started": there["started"]}
+        record.write_json(output / CONFIG, config)
+        record.write_json(output / ENVIRONMENT, here)
+    return here
+
+
+def _finish(
+    experiment: Experiment,
+    bench: Bench,
+    config: Mapping[str, Any],
+    here: Mapping[str, Any],
+    result: Mapping[str, Any],
+    command: str,
+) -> dict[str, Any]:
+    about = {key: getattr(experiment, key) for key in ("name", "kind", "title", "claim")}
+    path = bench.output / RESULT
+    found = {
+        "schema": SCHEMA,
+        "experiment": {**about, "paper": experiment.paper and asdict(experiment.paper)},
+        "command": command,
+        "config": config,
+        "environment": {**here, "devices": sorted(bench.devices) or [hardware()]},
+        "result": result,
+        "sha256": record.digest(result),
+        "started": here["started"],
+        "finished": _now(),
+        "seconds": round(bench.seconds, 3),
+    }
+    with folder.waited_for(bench.output):
+        record.write_json(path, found)
+        folder.settle(bench.output)
+    return record.read_json(path)
 
 
 def _begun(output: Path) -> bool:
@@ -207,11 +244,13 @@ def _begun(output: Path) -> bool:
     return (output / RESULT).exists() or any(path.name not in failed for path in files)
 
 
-def _read_back(output: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    if not (output / RESULT).exists():
+def _read_back(experiment: Experiment, bench: Bench, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    output = bench.output
+    if (output / folder.REPLACING).exists() or not (output / RESULT).exists():
         return None
+    check(output, config)
     found = record.read_json(output / RESULT, FOUND)
-    return found if found["config"] == config else None
+    return found if found["config"] == config and experiment.whole(bench, found["result"]) else None
 
 
 def _environment(started: str, threads: int) -> dict[str, Any]:

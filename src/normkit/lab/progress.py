@@ -1,15 +1,28 @@
-"""What a comparison says of itself while it runs: a live line in a terminal, plain lines elsewhere."""
+"""What a sweep says of itself while it runs: a live line in a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Iterable
-from types import TracebackType
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from normkit.lab.say import say, visible
-from normkit.lab.train.trainer import DIVERGED, Run
+from normkit.lab.say import visible
+
+_watching: list["Watch"] = []  # in this process, the innermost last
+
+
+def tell(done: int, total: int, score: float | None = None) -> None:
+    """Shows how far the current job of this process has come; does nothing where nobody watches, as on a worker of Ray.
+
+    Args:
+        done: epochs done.
+        total: epochs of the job.
+        score: on validation data. Default: None, not known.
+    """
+    if _watching:
+        _watching[-1].part(done, total, score)
 
 
 class _Lines(Progress):
@@ -23,82 +36,72 @@ class _Lines(Progress):
 
 
 class Watch:
-    """Shows runs done of all, the current recipe, rate, seed, epoch and score, and the time left.
+    """Shows jobs done of all, the current job with its epoch and score, and the time left.
 
     Args:
-        console: where; quiet for processes other than the first.
-        runs: how many the comparison has.
-        epochs: of a run.
+        total: how many jobs there are.
+        found: how many of them were found finished.
+        say: takes a line that stays.
+        console: where the live line goes, if it is a terminal. Default: None, nowhere.
     """
 
-    def __init__(self, console: Console, runs: int, epochs: int) -> None:
-        self.console, self.runs, self.epochs = console, runs, epochs
-        self.done = self.trained = self.begun = 0
+    def __init__(self, total: int, found: int, say: Callable[[str], object], console: Console | None = None) -> None:
+        self.total, self.found, self.done, self.say = total, found, found, say
         self.started = time.monotonic()
+        self.name = ""
         self.live: _Lines | None = None
         self.task = TaskID(0)
-        if console.is_terminal and not console.quiet:
+        if console is not None and (console.is_terminal or console.is_jupyter) and not console.quiet:
             columns = (BarColumn(bar_width=None), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
             self.live = _Lines(*columns, console=console, transient=True, expand=True)
-            self.task = self.live.add_task("", total=runs * epochs)
+            self.task = self.live.add_task("", total=total - found)
 
     def __enter__(self) -> "Watch":
         """Starts the live line."""
+        _watching.append(self)
         if self.live:
             self.live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Takes the live line away."""
+        _watching.remove(self)
         if self.live:
             self.live.stop()
 
-    def say(self, text: str) -> None:
-        """Prints a line that stays."""
-        say(self.console, text)
+    def begin(self, name: str) -> None:
+        """Starts to show a job."""
+        self.name = name
+        self._show()
 
-    def stage(self, text: str) -> None:
-        """Says what goes on between runs."""
-        if self.live:
-            self.live.said = text
-        else:
-            self.say(text)
+    def part(self, done: int, total: int, score: float | None) -> None:
+        """Shows how far the current job is; see :func:`tell`."""
+        self._show(f"epoch {done}/{total}" + ("" if score is None else f"  val {score:.3f}"), done / total)
 
-    def begin(self, run: Run) -> None:
-        """Starts to show a run."""
-        self.begun = 0
-        self._describe(run, "")
-
-    def epoch(self, run: Run, epoch: int, score: float | None) -> None:
-        """Shows an epoch's end."""
-        self.trained += epoch - self.begun
-        if self.live:
-            self.live.advance(self.task, epoch - self.begun)
-        self.begun = epoch
-        self._describe(run, f"epoch {epoch}/{self.epochs}  val {score:.3f}" if score is not None else "")
-
-    def end(self, run: Run, status: str, score: float | None, found: bool) -> None:
-        """Counts a run as done; `found` when an earlier session had finished it."""
+    def end(self, name: str, result: Mapping[str, Any]) -> None:
+        """Counts a job as done."""
         self.done += 1
         if self.live:
-            self.live.advance(self.task, self.epochs - self.begun)
+            self._show()
             return
-        outcome = "diverged" if status == DIVERGED else f"val {score:.4f}"
-        past = "  (found finished)" if found else self._left()
-        self.say(f"run {self.done:>{len(str(self.runs))}}/{self.runs}  {_name(run)}  {outcome}{past}")
+        left = self.total - self.done
+        spent = (time.monotonic() - self.started) / (self.done - self.found) * left
+        rest = f"  (about {spent:.0f} s left)" if left else ""
+        self.say(f"run {self.done:>{len(str(self.total))}}/{self.total}  {name}{outcome(result)}{rest}")
 
-    def _describe(self, run: Run, state: str) -> None:
+    def _show(self, state: str = "", part: float = 0.0) -> None:
         if self.live:
-            self.live.said = f"run {self.done + 1}/{self.runs}  {_name(run)}  {state}"
-
-    def _left(self) -> str:
-        if not self.trained:
-            return ""
-        seconds = (time.monotonic() - self.started) / self.trained * self.epochs * (self.runs - self.done)
-        return f"  (about {seconds:.0f} s left)"
+            self.live.said = f"run {min(self.done + 1, self.total)}/{self.total}  {self.name}  {state}"
+            self.live.update(self.task, completed=self.done - self.found + part)
 
 
-def _name(run: Run) -> str:
-    return f"{run.recipe}  rate {run.rate:g}  seed {run.seed}"
+def outcome(result: Mapping[str, Any]) -> str:
+    """What came of a job, in a word, where its result is that of a training.
+
+    >>> outcome({"status": "ok", "val_score": 0.5}), outcome({"status": "diverged"}), outcome({})
+    ('  val 0.5000', '  diverged', '')
+    """
+    if result.get("status", "ok") != "ok":
+        return f"  {result['status']}"
+    score = result.get("val_score")
+    return f"  val {score:.4f}" if isinstance(score, float) else ""

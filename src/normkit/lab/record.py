@@ -159,12 +159,22 @@ def check_config(path: Path, config: Mapping[str, Any], cure: str) -> None:
     found = read_json(path)
     if found.get("experiment") != wanted.get("experiment"):
         raise UnlikeError(f"{path.parent} holds records of {_subject(found)}, not of {_subject(wanted)}; {cure}")
+    if unlike := _unlike(found, wanted):
+        key, there, now = unlike
+        raise UnlikeError(
+            f"{path.parent} holds records of another configuration: {key} is {json.dumps(there)} there, {json.dumps(now)} now; "
+            f"{cure}"
+        )
+
+
+def _unlike(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first key that differs, within objects that both have, and what it is in each."""
     for key in [*wanted, *(key for key in found if key not in wanted)]:
-        if found.get(key) != wanted.get(key):
-            raise UnlikeError(
-                f"{path.parent} holds records of another configuration: {key} is {json.dumps(found.get(key))} there, "
-                f"{json.dumps(wanted.get(key))} now; {cure}"
-            )
+        there, now = found.get(key), wanted.get(key)
+        if there != now:
+            within = _unlike(there, now) if isinstance(there, dict) and isinstance(now, dict) else None
+            return within or (key, there, now)
+    return None
 
 
 @contextmanager
@@ -212,8 +222,9 @@ def _check_digest(value: Mapping[str, Any]) -> None:
 
 
 def _subject(config: Mapping[str, Any]) -> str:
-    # A comparison's configuration names no experiment.
-    return f"the experiment {config['experiment']}" if "experiment" in config else "a comparison"
+    if "experiment" not in config:
+        return "a comparison by an earlier normkit"
+    return "a comparison" if config["experiment"] == "compare" else f"the experiment {config['experiment']}"
 
 
 def _cure(path: Path) -> str:

@@ -1,53 +1,81 @@
-"""The settings of a comparison, checked."""
+"""The settings of a comparison and of an experiment: each is an option, declared here once.
+
+    python -m normkit.lab.settings docs/compare.md
+
+writes the table of a comparison's options between the lines ``<!-- options -->`` and ``<!-- end -->`` of a page.
+"""
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+import re
+import sys
+from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 from normkit.core.errors import OptionError
+from normkit.lab.option import HOW, RECORDS, WHAT, WHERE, check, option, options, table, words
 
-RECIPES = ("bn", "bn+ws", "bn+wn", "bn+e")
 RATES = {"sgd": (0.06, 0.25, 1.0, 4.0), "adam": (3e-4, 1e-3, 3e-3, 1e-2), "adamw": (3e-4, 1e-3, 3e-3, 1e-2)}
-SCHEDULES = ("cosine", "constant", "step")
-STRATEGIES = ("auto", "ddp", "fsdp")
-# A record made before these existed lacks them, and is of the same configuration where they are at rest.
-LATER = ("warmup", "accumulate", "clip", "ema", "label_smoothing", "compile", "channels_last", "strategy")
+Scale = Literal["tiny", "small", "full"]
+
+
+def first_seeds(count: int) -> tuple[int, ...]:
+    """Gives the seeds 0 to `count` - 1.
+
+    Raises:
+        OptionError: `count` is below 1.
+
+    >>> first_seeds(3)
+    (0, 1, 2)
+    """
+    if count < 1:
+        raise OptionError(f"seeds is {count}; wanted {_SEEDS['wanted']}")
+    return tuple(range(count))
+
+
+def _seeds_of(text: str) -> tuple[int, ...]:
+    return tuple(map(int, words(text))) if "," in text else first_seeds(int(text))
+
+
+def _seeds_in_words(seeds: tuple[int, ...]) -> str:
+    # One seed that is not the first reads as a list by its comma.
+    first = seeds == tuple(range(len(seeds)))
+    return str(len(seeds)) if first else ",".join(map(str, seeds)) + "," * (len(seeds) == 1)
+
+
+def _letters(text: str | tuple[str, ...]) -> bool:
+    # Names are printed and written; a letter that is not printable may steer a terminal.
+    return bool(text) and "".join(text).isprintable()
+
+
+_SEEDS: dict[str, Any] = {
+    "metavar": "N",
+    "check": lambda seeds: bool(seeds) and len(set(seeds)) == len(seeds) and min(seeds) >= 0,
+    "wanted": "at least one seed: how many, or different seeds from 0 separated by commas",
+    "parse": _seeds_of,
+    "write": _seeds_in_words,
+}
+_COUNT: dict[str, Any] = {"check": lambda count: count >= 1, "wanted": "a whole number from 1"}
+_PART: dict[str, Any] = {"check": lambda part: 0 <= part < 1, "wanted": "from 0 to below 1"}
+# Where no folder is given; the folder that one is in is given by its full name.
+UNSAID = Path()
+_FOLDER: dict[str, Any] = {
+    "help": "folder of the records",
+    "panel": RECORDS,
+    "short": "-o",
+    "metavar": "FOLDER",
+    "parse": lambda text: Path(text) if Path(text) != UNSAID else Path.cwd(),
+}
+_NAME: dict[str, Any] = {"check": _letters, "wanted": "printable letters"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a comparison trains, and how; every field has a default.
+    """What a comparison trains, and how; every field is an option of ``normkit compare``, with a default.
 
-    Args:
-        model: a built-in name or ``package.module:factory``. Default: ``"inception"``.
-        data: a built-in name or ``package.module:factory``. Default: ``"digits"``.
-        recipes: in the notation of :func:`normkit.surgery.recipe.apply_recipe`; the first is the baseline.
-        seeds: Default: ``(0, 1, 2)``.
-        rates: learning rates that each recipe tries with its first seed. Default: four that suit the optimizer.
-        epochs: passes over the train split. Default: 12.
-        batch_size: samples a step, over all processes; what does not fill a batch is left out of the epoch. Default: 64.
-        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``. Default: ``"sgd"``.
-        momentum: of SGD; unused by the others. Default: 0.9.
-        weight_decay: Default: 1e-4.
-        schedule: ``"cosine"`` down to 0 over the run, ``"constant"``, or ``"step"``: a tenth after a half and again after three
-            quarters of the run. Default: ``"cosine"``.
-        warmup: epochs over which the rate rises from 0 to its height, in equal steps. Default: 0.
-        accumulate: parts that a batch is run in, one after the other, to save memory; batch statistics are those of a part.
-            Default: 1.
-        clip: the greatest length of the gradient over all weights; longer ones are scaled to it. Default: None, any.
-        ema: decay a step of the average of the weights that is judged in place of the weights, such as 0.999; at step n no
-            more than (1 + n) / (10 + n). Default: 0, none.
-        label_smoothing: the part of the target that is spread over all classes. Default: 0.
-        target: the validation score whose time is taken. Default: None, the highest that every run reached.
-        level: coverage of the intervals. Default: 0.95.
-        condition: take the condition numbers of the weights after each epoch. Default: True.
-        accelerator: of Lightning Fabric. Default: ``"auto"``.
-        devices: of Lightning Fabric. Default: ``"auto"``.
-        precision: of Lightning Fabric. Default: ``"32-true"``.
-        compile: run the model through ``torch.compile``. Default: False.
-        channels_last: keep the channels of images last in memory, which is faster where convolutions are. Default: False.
-        strategy: of several processes: ``"ddp"``, a copy of the model in each, or ``"fsdp"``, a shard. Default: ``"auto"``, ddp.
+    ``seeds`` is a tuple here, and on the command line how many or which. Empty ``recipes`` stand for those that suit the model
+    (:func:`normkit.lab.recipes.default_recipes`), empty ``rates`` for four that suit the optimizer; they are kept in ascending
+    order. The help of each field is its declaration; the page on comparing methods shows them all.
 
     Raises:
         OptionError: a value is outside its range.
@@ -56,65 +84,125 @@ class Settings:
     (0.0003, 0.001, 0.003, 0.01)
     """
 
-    model: str = "inception"
-    data: str = "digits"
-    recipes: tuple[str, ...] = RECIPES
-    seeds: tuple[int, ...] = (0, 1, 2)
-    rates: tuple[float, ...] = ()
-    epochs: int = 12
-    batch_size: int = 64
-    optimizer: str = "sgd"
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    schedule: str = "cosine"
-    warmup: float = 0.0
-    accumulate: int = 1
-    clip: float | None = None
-    ema: float = 0.0
-    label_smoothing: float = 0.0
-    target: float | None = None
-    level: float = 0.95
-    condition: bool = True
-    accelerator: str = "auto"
-    devices: str = "auto"
-    precision: str = "32-true"
-    compile: bool = False
-    channels_last: bool = False
-    strategy: str = "auto"
+    model: str = option(
+        "inception",
+        "inception, inception8, densenet, googlenet, resnet18, resnet50, vit_tiny, vit_s, vit_b16, dit, or "
+        "package.module:factory",
+        WHAT,
+        **_NAME,
+    )
+    data: str = option("digits", "digits, cifar10, cifar100, imagefolder, or package.module:factory", WHAT, **_NAME)
+    recipes: tuple[str, ...] = option(
+        (),
+        "what to compare, separated by commas; the first is the baseline",
+        WHAT,
+        check=_letters,
+        wanted="at least one recipe, in printable letters, separated by commas",
+        rest="those that suit the model",
+    )
+    on_refusal: Literal["raise", "leave"] = option(
+        "raise",
+        "norms that a recipe can't replace: refuse the recipe, or leave them as they are",
+        WHAT,
+        choices=("raise", "leave"),
+        later=True,
+    )
+    seeds: tuple[int, ...] = option(
+        (0, 1, 2), "runs of each recipe: how many, or their seeds by commas", WHAT, **_SEEDS
+    )
+    rates: tuple[float, ...] = option(
+        (),
+        "learning rates that each recipe tries",
+        WHAT,
+        wanted="different learning rates above 0, separated by commas",
+        check=lambda rates: len(set(rates)) == len(rates) and all(math.isfinite(rate) and rate > 0 for rate in rates),
+        parse=lambda text: tuple(map(float, words(text))),
+        rest="four for the optimizer",
+    )
+    target: float | None = option(
+        None,
+        "validation score whose time is taken",
+        WHAT,
+        check=math.isfinite,
+        wanted="a finite score",
+        rest="the highest that all reach",
+    )
+    level: float = option(
+        0.95,
+        "coverage of the intervals",
+        WHAT,
+        check=lambda level: 0 < level < 1,
+        wanted="between 0 and 1, such as 0.95",
+    )
+    condition: bool = option(True, "take the condition numbers of the weights after each epoch", WHAT)
+    epochs: int = option(12, "passes over the training data", HOW, **_COUNT)
+    batch_size: int = option(64, "samples per step, over all processes", HOW, **_COUNT)
+    optimizer: str = option("sgd", "what trains the weights", HOW, choices=tuple(RATES))
+    momentum: float = option(0.9, "momentum of SGD", HOW, **_PART)
+    weight_decay: float = option(
+        1e-4, "weight decay", HOW, check=lambda decay: 0 <= decay < math.inf, wanted="0 or above"
+    )
+    schedule: str = option(
+        "cosine",
+        "learning rate over a run: cosine down to 0, constant, or a tenth after 1/2 and again after 3/4",
+        HOW,
+        choices=("cosine", "constant", "step"),
+    )
+    warmup: float = option(
+        0.0,
+        "epochs over which the learning rate rises",
+        HOW,
+        check=lambda epochs: epochs >= 0,
+        wanted="0 or above",
+        later=True,
+    )
+    accumulate: int = option(
+        1, "parts in which a batch is run, to save memory; batch statistics are of a part", HOW, later=True, **_COUNT
+    )
+    clip: float | None = option(
+        None,
+        "greatest norm of the gradient; longer ones are scaled to it",
+        HOW,
+        check=lambda norm: 0 < norm < math.inf,
+        wanted="a length above 0",
+        rest="none",
+        later=True,
+    )
+    ema: float = option(
+        0.0,
+        "decay D per step of the average of the weights that is judged, at step n min(D, (1 + n) / (10 + n)); 0: none",
+        HOW,
+        later=True,
+        **_PART,
+    )
+    label_smoothing: float = option(
+        0.0, "part of each target that is spread over all classes", HOW, later=True, **_PART
+    )
+    accelerator: str = option("auto", "auto, cpu, cuda or mps", WHERE)
+    devices: str = option("auto", "how many; processes of torchrun count by themselves", WHERE, metavar="N")
+    precision: str = option("32-true", "32-true, bf16-mixed, 16-mixed, 64-true, ...", WHERE)
+    compile: bool = option(False, "run the model through torch.compile", WHERE, later=True)
+    channels_last: bool = option(False, "keep the channels of images last in memory", WHERE, later=True)
+    strategy: str = option(
+        "auto",
+        "processes of torchrun: a copy of the model in each (ddp, which auto is), or a shard (fsdp)",
+        WHERE,
+        choices=("auto", "ddp", "fsdp"),
+        later=True,
+    )
 
     def __post_init__(self) -> None:
         """Checks every field, and makes tuples of sequences and numbers."""
-        _one_of("optimizer", self.optimizer, RATES)
-        _one_of("schedule", self.schedule, SCHEDULES)
-        _one_of("strategy", self.strategy, STRATEGIES)
-        for name in ("epochs", "batch_size", "accumulate"):
-            _check(name, value := getattr(self, name), isinstance(value, int) and value >= 1, "a whole number from 1")
-        seeds = tuple(self.seeds)
-        _check("seeds", seeds, bool(seeds), "at least one seed")
-        _check("seeds", seeds, len(set(seeds)) == len(seeds) and min(seeds) >= 0, "different seeds from 0")
-        rates = tuple(sorted(float(rate) for rate in self.rates or RATES[self.optimizer]))
-        for rate in rates:
-            _check("rates", rate, math.isfinite(rate) and rate > 0, "learning rates above 0")
-        _check("rates", rates, len(set(rates)) == len(rates), "different learning rates")
-        _check("momentum", self.momentum, 0 <= self.momentum < 1, "from 0 to below 1")
-        decays = math.isfinite(self.weight_decay) and self.weight_decay >= 0
-        _check("weight_decay", self.weight_decay, decays, "0 or above")
-        _check("warmup", self.warmup, 0 <= self.warmup < self.epochs, f"from 0 to below the {self.epochs} epochs")
-        parts = self.accumulate <= self.batch_size
-        _check("accumulate", self.accumulate, parts, f"at most the {self.batch_size} samples of a batch")
-        clips = self.clip is None or (math.isfinite(self.clip) and self.clip > 0)
-        _check("clip", self.clip, clips, "a length above 0")
-        _check("ema", self.ema, 0 <= self.ema < 1, "from 0 to below 1")
-        _check("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "from 0 to below 1")
-        _check("level", self.level, 0 < self.level < 1, "between 0 and 1, such as 0.95")
-        _check("target", self.target, self.target is None or math.isfinite(self.target), "a finite score")
-        _check("recipes", self.recipes, bool(self.recipes), "at least one recipe")
-        for name, words in {"model": [self.model], "data": [self.data], "recipes": self.recipes}.items():
-            for word in words:
-                # Names are printed and written; a letter that is not printable may steer a terminal.
-                _check(name, repr(word), word.isprintable(), "printable letters")
-        for name, value in {"seeds": seeds, "rates": rates, "recipes": tuple(self.recipes)}.items():
-            object.__setattr__(self, name, value)
+        for name, of in {"seeds": int, "rates": float, "recipes": str}.items():
+            object.__setattr__(self, name, tuple(map(of, getattr(self, name))))
+        check(self)
+        object.__setattr__(self, "rates", tuple(sorted(self.rates or RATES[self.optimizer])))
+        if self.warmup >= self.epochs:
+            raise OptionError(f"warmup is {self.warmup}; wanted from 0 to below the {self.epochs} epochs")
+        if self.accumulate > self.batch_size:
+            raise OptionError(
+                f"accumulate is {self.accumulate}; wanted at most the {self.batch_size} samples of a batch"
+            )
 
     def canonical(self) -> "Settings":
         """Writes each recipe in its canonical form.
@@ -135,33 +223,99 @@ class Settings:
 
     def record(self, device: str) -> dict[str, Any]:
         """Gives the configuration that a folder records, with the device that it resolved to."""
-        settings = asdict(self)
-        settings |= {name: list(settings[name]) for name in ("recipes", "seeds", "rates")}
+        known = {name: (about, getattr(self, name)) for name, about in options(self).items()}
+        settings = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, (about, value) in known.items()
+            if not (about.later and value == about.default)
+        }
         if self.optimizer != "sgd":
             del settings["momentum"]
-        for name in LATER:
-            if settings[name] == self.__dataclass_fields__[name].default:
-                del settings[name]
         return {**settings, "device": device}
 
 
-def first_seeds(count: int) -> tuple[int, ...]:
-    """Gives the seeds 0 to `count` - 1.
+@dataclass
+class Size:
+    """How large an experiment of a paper or a claim is."""
 
-    Raises:
-        OptionError: `count` is below 1.
+    scale: Scale = option(
+        "small",
+        "small (two cores, minutes) or full",
+        WHAT,
+        metavar="small|full",
+        choices=("tiny", "small", "full"),
+        always=True,
+    )
+    _: KW_ONLY
+    seeds: tuple[int, ...] = option(
+        (0, 1, 2), "runs of each method: how many, or their seeds by commas", WHAT, always=True, **_SEEDS
+    )
+    epochs: int | None = option(
+        None, "passes over the training data", WHAT, rest="the experiment's own number", **_COUNT
+    )
+    download: bool = option(False, "fetch data that is missing", WHERE)
+    threads: int = option(1, "threads of torch on the CPU, per run", WHERE, **_COUNT)
 
-    >>> first_seeds(3)
-    (0, 1, 2)
-    """
-    _check("seeds", count, count >= 1, "at least one seed")
-    return tuple(range(count))
+
+@dataclass
+class Place:
+    """Where runs are done, and where their records lie."""
+
+    output: Path = option(UNSAID, rest="runs/NAME-SCALE", **_FOLDER)
+    data_root: Path | None = option(
+        None, "folder of the data sets, as they were published", WHERE, variable="NORMKIT_DATA", metavar="FOLDER"
+    )
+    _: KW_ONLY
+    ray: str | None = option(
+        None,
+        "do the runs on a Ray cluster; alone: on one started here",
+        WHERE,
+        metavar="[ADDRESS]",
+        alone="local",
+    )
 
 
-def _check(name: str, got: Any, good: bool, wanted: str) -> None:
-    if not good:
-        raise OptionError(f"{name} is {got}; wanted {wanted}")
+@dataclass
+class Site(Place):
+    """Where a comparison is done."""
+
+    threads: int | None = option(None, "threads of torch on the CPU", WHERE, rest="1 for small models", **_COUNT)
+    tensorboard: bool = option(False, "write curves into FOLDER/tensorboard", RECORDS)
+    output: Path = option(UNSAID, rest="runs/DATA-MODEL", **_FOLDER)
 
 
-def _one_of(name: str, got: str, known: Iterable[str]) -> None:
-    _check(name, repr(got), got in known, " or ".join(known))
+@dataclass
+class Reports:
+    """What becomes of records: whether they are replaced, and drawn."""
+
+    overwrite: bool = option(False, "replace the records there", RECORDS, once=True)
+    report: bool = option(True, "draw figures and write report.html", RECORDS)
+
+
+@dataclass
+class Speed:
+    """How ``normkit bench`` measures."""
+
+    methods: tuple[str, ...] = option(
+        (), "which, separated by commas", WHAT, rest="all", check=_letters, wanted="printable letters"
+    )
+    quick: bool = option(False, "one shape, float32, few rounds: about a minute", WHAT)
+    compile: bool = option(False, "compare with torch.compile too, which compiles for minutes", WHAT)
+    rounds: int | None = option(None, "samples of each variant", WHAT, rest="15, or 5 if quick", **_COUNT)
+    threads: int | None = option(None, "threads of torch", WHERE, **_COUNT)
+    output: Path = option(Path("runs/bench"), **_FOLDER)
+    results: Path | None = option(None, "a Markdown file whose section Layers is replaced", RECORDS, metavar="FILE")
+    overwrite: bool = option(False, "measure again what is found there", RECORDS, once=True)
+
+
+def with_options(text: str) -> str:
+    """A page's text with the table of a comparison's options made again."""
+    made = table(Settings, Site, Reports)
+    return re.sub(
+        r"(<!-- options -->\n).*?(<!-- end -->)", lambda match: match[1] + made + match[2], text, flags=re.DOTALL
+    )
+
+
+if __name__ == "__main__":
+    for page in map(Path, sys.argv[1:]):
+        page.write_text(with_options(page.read_text()))

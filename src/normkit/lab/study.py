@@ -2,129 +2,184 @@
 
 import copy
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from urllib.parse import quote
 
-from lightning_fabric import Fabric
 from torch import nn
 
-from normkit.core.errors import SurgeryError
-from normkit.lab.data.split import Data
-from normkit.lab.folder import discard
-from normkit.lab.progress import Watch
-from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model
-from normkit.lab.record import UnlikeError
+from normkit.core.errors import RecordError, SurgeryError
+from normkit.lab.devices import device_name
+from normkit.lab.progress import tell
+from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model, suited, two
+from normkit.lab.recipes import default_recipes
 from normkit.lab.seeding import init_sha256, order_sha256, reseed
 from normkit.lab.settings import Settings
 from normkit.lab.train.cost import measure_costs
-from normkit.lab.train.trainer import Run, Trainer, finished
+from normkit.lab.train.fabric import start_fabric
+from normkit.lab.train.trainer import METRICS_FILE, TIMING_FILE, Trainer
+
+# What settings say of all runs together, not of one.
+OF_ALL = ("recipes", "rates", "seeds", "target", "level", "accelerator", "devices")
 
 
-@dataclass
+@dataclass(frozen=True)
+class Run:
+    """One training, with all that it depends on.
+
+    Args:
+        recipe: canonical.
+        rate: the learning rate at its height.
+        seed: of the initial weights, the order of the data and all else that is random.
+        origin: settings, and hashes of the data and of the initial weights.
+
+    >>> Run("bn+e@first_last", 0.1, 0).path
+    'bn+e@first_last/rate=0.1/seed=0'
+    """
+
+    recipe: str
+    rate: float
+    seed: int
+    origin: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    files: ClassVar = (METRICS_FILE, TIMING_FILE)
+
+    @property
+    def path(self) -> str:
+        """The folder."""
+        return f"{quote(self.recipe, safe='+@:,')}/rate={self.rate}/seed={self.seed}"
+
+    @property
+    def label(self) -> str:
+        """What progress calls it."""
+        return f"{self.recipe}  rate {self.rate:g}  seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Measures what a training step of each recipe costs, side by side."""
+
+    recipes: tuple[str, ...]
+    origin: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def path(self) -> str:
+        """The folder."""
+        return "costs"
+
+    @property
+    def label(self) -> str:
+        """What progress calls it."""
+        return "milliseconds and megabytes per step, all recipes side by side"
+
+
+@dataclass(frozen=True)
 class Study:
-    """Models by seed and recipe, the data, and how to train one run.
+    """What is compared, as every process that does a run of it must know it.
 
     Args:
         settings: canonical.
-        fabric: started.
-        folder: of the comparison.
         model: a factory in place of the one that the settings name. Default: None.
-        make: a data factory in place of the one that the settings name. Default: None.
-        curves: a folder for TensorBoard. Default: None, no curves.
-        device: what the runs are trained on where that is not here. Default: None, here.
-        replaces: train again what is of other data or code, in place of refusing it. Default: False.
+        data: likewise. Default: None.
+        curves: an absolute folder for TensorBoard. Default: None, no curves.
+    """
+
+    settings: Settings
+    model: Callable[..., Any] | None = None
+    data: Callable[[], Any] | None = None
+    curves: Path | None = None
+
+    def learn(self, run: Run, folder: Path) -> dict[str, Any]:
+        """Trains, or goes on where it was."""
+        made = _made_of(self, run.origin, run.seed)
+        curves = self.curves and self.curves / run.path
+        model, _ = made.apply(run.seed, run.recipe)
+        trainer = Trainer(run.rate, run.seed, self.settings, model, made.data, made.fabric, folder, curves)
+        return trainer.train(lambda epoch, score: tell(epoch, self.settings.epochs, score))
+
+    def measure(self, job: Steps, folder: Path) -> dict[str, Any]:
+        """Measures every recipe's step."""
+        made, seed = _made_of(self, job.origin, self.settings.seeds[0]), self.settings.seeds[0]
+        models = {recipe: made.apply(seed, recipe)[0] for recipe in job.recipes}
+        return measure_costs(models, self.settings, made.data, made.fabric)
+
+    def device(self) -> str:
+        """Names the device that the runs are done on."""
+        return device_name(start_fabric(self.settings))
+
+
+class Made:
+    """Models by seed and recipe, and the data; made once, so that whatever is wrong shows before the first run.
+
+    Args:
+        study: what is compared.
 
     Raises:
         ProtocolError: the model or data breaks the protocol.
         SurgeryError: a recipe can't be applied to the model.
     """
 
-    settings: Settings
-    fabric: Fabric
-    folder: Path
-    model: Callable[..., Any] | None = None
-    make: Callable[[], Any] | None = None
-    curves: Path | None = None
-    device: str | None = None
-    replaces: bool = False
-    data: Data = field(init=False)
-    parameters: dict[str, int] = field(init=False, default_factory=dict)
-    changes: dict[str, list[str]] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Makes the data and every recipe's model once, so that whatever is wrong shows before the first run."""
-        settings = self.settings
-        self._factory = self.model or load_factory(settings.model, MODELS)
-        make = self.make or load_factory(settings.data, DATA)
+    def __init__(self, study: Study) -> None:
+        settings = self.settings = study.settings
+        self.fabric = start_fabric(settings)
+        self._factory = study.model or load_factory(settings.model, MODELS)
         reseed(0, "data")
-        self.data = make_data(make, settings.data)
-        self._data_sha256 = self.data.sha256()
+        self.data = _data(study.data or load_factory(settings.data, DATA), settings.data)
         self._base: tuple[int, nn.Module, str] | None = None
         self._orders: dict[int, str] = {}
+        self.changes: dict[str, list[str]] = {}
+        self.parameters: dict[str, int] = {}
         seed = settings.seeds[0]
+        self.data = suited(self.data, self._initial(seed)[0], settings.model)
+        self._data_sha256 = self.data.sha256()
         check_fit(self._initial(seed)[0], self.data, settings.model)
         for recipe, (model, rows) in self._applied(seed).items():
             check_fit(model, self.data, f"{settings.model} with {recipe}")
             self.changes[recipe] = rows
             self.parameters[recipe] = sum(parameter.numel() for parameter in model.parameters())
 
-    def train(self, run: Run, watch: Watch) -> dict[str, Any]:
-        """Trains or resumes a run and returns its result.
+    def recipes(self) -> tuple[tuple[str, ...], str]:
+        """Chooses recipes that suit the model, and says why these."""
+        return default_recipes(self._initial(self.settings.seeds[0])[0], two(self.data.train)[0])
+
+    def run(self, recipe: str, rate: float, seed: int, device: str) -> Run:
+        """Gives a run as a job.
 
         Args:
-            run: which.
-            watch: is told of every epoch.
+            recipe: canonical.
+            rate: of the run.
+            seed: likewise.
+            device: that it is done on.
         """
-        result = self.found(run)
-        watch.begin(run)
-        if result is not None:
-            watch.end(run, result["status"], result["val_score"], True)
-            return result
-        model, _ = self._apply(run.seed, run.recipe)
-        curves = self.curves and self.curves / Path(run.path).relative_to("runs")
-        places = (self.fabric, self.folder / run.path, self._hashes(run.seed), curves)
-        result = Trainer(run, self.settings, model, self.data, *places).train(
-            lambda epoch, score: watch.epoch(run, epoch, score)
-        )
-        watch.end(run, result["status"], result["val_score"], False)
-        return result
+        return Run(recipe, rate, seed, self.origin(seed, device))
 
-    def found(self, run: Run) -> dict[str, Any] | None:
-        """Gives the result of a run that is finished; None where there is work left."""
-        result = self.kept(run) if self.fabric.is_global_zero else None
-        if self.fabric.world_size > 1:
-            result = self.fabric.broadcast(result)
-        return result
+    def origin(self, seed: int, device: str) -> dict[str, Any]:
+        """Everything that a run depends on, but its recipe, rate and seed.
 
-    def kept(self, run: Run) -> dict[str, Any] | None:
-        """Gives the result of a run that is finished, to the first process alone."""
-        place, config = self.folder / run.path, {**self._config(run), **self._hashes(run.seed)}
-        try:
-            return finished(place, config)
-        except UnlikeError:
-            if not self.replaces:
-                raise
-        discard(self.folder, place)
-        return finished(place, config)
+        Args:
+            seed: of the run.
+            device: that it is done on, with the number of processes.
+        """
+        shared = {key: value for key, value in self.settings.record(device).items() if key not in OF_ALL}
+        return {**shared, **self.hashes(seed)}
 
-    def costs(self, watch: Watch) -> dict[str, dict[str, Any]]:
-        """Measures every recipe's step."""
-        watch.stage("measuring milliseconds and megabytes a step, all recipes side by side")
-        seed = self.settings.seeds[0]
-        models = {recipe: self._apply(seed, recipe)[0] for recipe in self.settings.recipes}
-        return measure_costs(models, self.settings, self.data, self.fabric)
+    def hashes(self, seed: int) -> dict[str, str]:
+        """Hashes of the data, of their order and of the initial weights."""
+        if seed not in self._orders:
+            self._orders[seed] = order_sha256(seed, self.settings.epochs, len(self.data.train))
+        known = {"data_sha256": self._data_sha256, "order_sha256": self._orders[seed]}
+        return {**known, "init_sha256": self._initial(seed)[1]}
 
-    def _config(self, run: Run) -> dict[str, Any]:
-        settings = self.settings.record(self.device or self.fabric.device.type)
-        shared = {
-            key: value
-            for key, value in settings.items()
-            if key not in ("recipes", "rates", "seeds", "target", "level", "accelerator", "devices")
-        }
-        which = {"recipe": run.recipe, "rate": run.rate, "seed": run.seed}
-        return {**which, **shared, "processes": self.fabric.world_size, "data_sha256": self._data_sha256}
+    def apply(self, seed: int, recipe: str) -> tuple[nn.Module, list[str]]:
+        """Makes a recipe's model of a seed, and says what was changed."""
+        from normkit.surgery.recipe import apply_recipe
+
+        model = copy.deepcopy(self._initial(seed)[0])
+        reseed(seed, "recipe")
+        changes = apply_recipe(model, recipe, on_refusal=self.settings.on_refusal)
+        return changes.model, [str(row) for row in changes.rows]
 
     def _initial(self, seed: int) -> tuple[nn.Module, str]:
         if self._base is None or self._base[0] != seed:
@@ -133,20 +188,12 @@ class Study:
             self._base = seed, model, init_sha256(model)
         return self._base[1:]
 
-    def _apply(self, seed: int, recipe: str) -> tuple[nn.Module, list[str]]:
-        from normkit.surgery.recipe import apply_recipe
-
-        model = copy.deepcopy(self._initial(seed)[0])
-        reseed(seed, "recipe")
-        changes = apply_recipe(model, recipe)
-        return changes.model, [str(row) for row in changes.rows]
-
     def _applied(self, seed: int) -> dict[str, tuple[nn.Module, list[str]]]:
         # All are tried where one is refused, to say which are possible.
         applied, refused = {}, []
         for recipe in self.settings.recipes:
             try:
-                applied[recipe] = self._apply(seed, recipe)
+                applied[recipe] = self.apply(seed, recipe)
             except SurgeryError as error:
                 refused.append(error)
         if refused:
@@ -154,10 +201,24 @@ class Study:
             raise SurgeryError(f"{refused[0]}; choose other recipes with --recipes{fit}") from refused[0]
         return applied
 
-    def _hashes(self, seed: int) -> dict[str, str]:
-        return {"init_sha256": self._initial(seed)[1], "order_sha256": self._order(seed)}
 
-    def _order(self, seed: int) -> str:
-        if seed not in self._orders:
-            self._orders[seed] = order_sha256(seed, self.settings.epochs, len(self.data.train))
-        return self._orders[seed]
+# A process does run after run of one comparison.
+made = lru_cache(maxsize=1)(Made)
+_data = lru_cache(maxsize=1)(make_data)
+
+
+def forget() -> None:
+    """Drops what was made: models and data of a comparison may be made again."""
+    made.cache_clear()
+    _data.cache_clear()
+
+
+def _made_of(study: Study, origin: Mapping[str, Any], seed: int) -> Made:
+    hashes = {}
+    for _ in range(2):
+        hashes = made(study).hashes(seed)
+        if all(origin.get(key) == value for key, value in hashes.items()):
+            return made(study)
+        forget()  # an earlier comparison by the same factories
+    differ = ", ".join(key for key, value in hashes.items() if origin.get(key) != value)
+    raise RecordError(f"data or model are made differently each time or on another machine: {differ} differ; seed them")

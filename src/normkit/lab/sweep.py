@@ -7,15 +7,19 @@ finds one locked takes another and waits for that one at the end.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from rich.console import Console
 
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
 from normkit.lab.cluster import joined
 from normkit.lab.devices import hardware
-from normkit.lab.folder import PAUSE, InUseError, locked
+from normkit.lab.folder import PAUSE, InUseError, discard, locked
+from normkit.lab.progress import Watch
 from normkit.lab.say import counted
 from normkit.lab.schema import NUMBER, OBJECT, TEXT, each, fields, optional
 from normkit.lab.seeding import borrowed_randomness, reseed
@@ -23,11 +27,15 @@ from normkit.lab.seeding import borrowed_randomness, reseed
 CONFIG, RESULT, TIMING = "config.json", "result.json", "timing.json"
 SPENT = fields(seconds=NUMBER, devices=optional(each(TEXT)))
 DONE = fields(config=OBJECT, result=OBJECT)
-CURE = "choose another --output, or remove the folder to do this run again"
+CURE = "choose another --output, or --overwrite to do it again (the code or data changed)"
 
 
 class Job(Protocol):
-    """A frozen dataclass of plain values that says what to do."""
+    """A frozen dataclass of plain values that says what to do.
+
+    It may have ``label``, what progress calls it in place of its path, and ``files``, names of what a finished one has left next
+    to its result.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -38,6 +46,17 @@ class Job(Protocol):
 
 
 Function = Callable[[Any, Path], Mapping[str, Any]]
+T = TypeVar("T")
+
+
+class Group:
+    """The processes that do each job together; here, one alone."""
+
+    first = True
+
+    def share(self, make: Callable[[], T]) -> T:
+        """Gives to all what `make` gives to the first process, which alone calls it."""
+        return make()
 
 
 def sweep(
@@ -48,39 +67,42 @@ def sweep(
     threads: int = 1,
     ray: str | None = None,
     say: Callable[[str], object] = print,
+    console: Console | None = None,
+    group: Group | None = None,
+    replaces: bool = False,
 ) -> list[dict[str, Any]]:
     """Does the jobs that are not yet done, and gives the results of all in the order of `jobs`.
 
     Args:
-        function: module-level; see :meth:`normkit.lab.experiment.Bench.sweep`.
+        function: see :meth:`normkit.lab.experiment.Bench.sweep`.
         jobs: what to do.
         folder: of the experiment; a job's is ``folder/runs/<path>``.
         threads: of torch, a job. Default: 1.
         ray: None for this process, ``"local"``, or the address of a Ray cluster. Default: None.
         say: is told how many jobs there are, and of every job done. Default: print.
+        console: where a live line goes, if it is a terminal. Default: None, nowhere.
+        group: of processes that do each job together. Default: this process does them alone.
+        replaces: do a job again whose record is of other data or code, in place of refusing it. Default: False.
 
     Raises:
         OptionError: two jobs have one path, or a path leads out of the folder; Ray is asked for but is not there.
         RecordError: a folder holds another job's records, is damaged or not writable.
     """
-    places = _places(jobs, folder)
-    results: dict[str, dict[str, Any]] = {}
-    for job in jobs:
-        if (done := finished(function, job, places[job.path])) is not None:
-            results[job.path] = done
+    places, group = _places(jobs, folder), group or Group()
+    results = group.share(lambda: _found(function, jobs, places, folder, replaces))
     waiting = [job for job in jobs if job.path not in results]
     if waiting:
         found = f", {len(results)} found finished" if results else ""
         say(f"{counted(len(jobs), 'run')}{found}; records in {folder}")
-        count = _Count(len(jobs), len(results), say)
-        if ray is None:
-            _in_turn(function, waiting, places, threads, results, count)
-        else:
-            _on_ray(function, waiting, places, threads, ray, results, count.done)
+        with Watch(len(jobs), len(results), say, console) as watch:
+            if ray is None:
+                _in_turn(function, waiting, places, threads, results, watch, group)
+            else:
+                _on_ray(function, waiting, places, threads, ray, results, watch)
     return [results[job.path] for job in jobs]
 
 
-def attend(function: Function, job: Job, place: Path, threads: int) -> dict[str, Any]:
+def attend(function: Function, job: Job, place: Path, threads: int, group: Group) -> dict[str, Any]:
     """Does one job in its folder, unless it is done.
 
     Args:
@@ -88,27 +110,60 @@ def attend(function: Function, job: Job, place: Path, threads: int) -> dict[str,
         job: with what.
         place: its folder.
         threads: of torch.
+        group: of processes that do it together.
 
     Raises:
         InUseError: another process is at it.
     """
-    with locked(place):
-        if (done := finished(function, job, place)) is not None:
+    config = _config(function, job)
+    with ExitStack() as held:
+        # The first process alone holds the folder, reads and writes; what it finds, all know.
+        if not group.share(lambda: _hold(held, place)):
+            raise InUseError(f"{place} is in use by another process")
+        if (done := group.share(lambda: finished(function, job, place))) is not None:
             return done
-        config = _config(function, job)
-        record.check_config(place / CONFIG, config, CURE)
+        group.share(lambda: record.check_config(place / CONFIG, config, CURE))
         started = time.monotonic()
         try:
             with borrowed_randomness(threads):
                 # A job that seeds nothing is the same wherever and whenever it is done.
                 reseed(0, f"job {job.path}")
-                result = function(job, place)
+                result = plain(function(job, place))
         finally:
-            if place.is_dir():
+            if group.first and place.is_dir():
                 _spend(place, time.monotonic() - started)
-        result = plain(result)
-        record.write_json(place / RESULT, {"config": config, "result": result, "sha256": record.digest(result)})
-        return record.read_json(place / RESULT)["result"]
+        written = {"config": config, "result": result, "sha256": record.digest(result)}
+
+        def keep() -> dict[str, Any]:
+            record.write_json(place / RESULT, written)
+            return record.read_json(place / RESULT)["result"]
+
+        return group.share(keep)
+
+
+def _hold(held: ExitStack, place: Path) -> bool:
+    try:
+        held.enter_context(locked(place))
+    except InUseError:
+        return False
+    return True
+
+
+def _found(
+    function: Function, jobs: Sequence[Job], places: Mapping[str, Path], folder: Path, replaces: bool
+) -> dict[str, dict[str, Any]]:
+    results = {}
+    for job in jobs:
+        try:
+            done = finished(function, job, places[job.path])
+        except record.UnlikeError:
+            if not replaces:
+                raise
+            discard(folder, places[job.path])
+            done = None
+        if done is not None:
+            results[job.path] = done
+    return results
 
 
 def _spend(place: Path, seconds: float) -> None:
@@ -117,16 +172,16 @@ def _spend(place: Path, seconds: float) -> None:
     record.write_json(place / TIMING, {"seconds": round(before.get("seconds", 0.0) + seconds, 3), "devices": devices})
 
 
-def hardware_of(jobs: Sequence[Job], folder: Path) -> set[str]:
-    """Names what jobs were done on: their own devices, which need not be those of the process that asks.
+def spent_on(job: Job, folder: Path) -> tuple[float, set[str]]:
+    """Gives the seconds that a job took, and what it was done on: not this process's devices, its own.
 
     Args:
-        jobs: done.
+        job: done.
         folder: of the experiment.
     """
-    timings = [place / TIMING for place in _places(jobs, folder).values()]
-    found = [record.read_json(timing, SPENT) for timing in timings if timing.exists()]
-    return {device for timing in found for device in timing.get("devices", ())}
+    timing = _places([job], folder)[job.path] / TIMING
+    found = record.read_json(timing, SPENT) if timing.exists() else {}
+    return found.get("seconds", 0.0), set(found.get("devices", ()))
 
 
 def finished(function: Function, job: Job, place: Path) -> dict[str, Any] | None:
@@ -135,10 +190,12 @@ def finished(function: Function, job: Job, place: Path) -> dict[str, Any] | None
     Raises:
         RecordError: the record is damaged, or of another job.
     """
-    if not all((place / name).exists() for name in (CONFIG, RESULT, TIMING)):
+    if not (place / CONFIG).exists():
         return None
     config = _config(function, job)
     record.check_config(place / CONFIG, config, CURE)
+    if not all((place / name).exists() for name in (RESULT, TIMING, *getattr(job, "files", ()))):
+        return None
     found = record.read_json(place / RESULT, DONE)
     if found["config"] != config:
         raise RecordError(f"{place / RESULT} is of another run than {place / CONFIG}; {CURE}")
@@ -165,39 +222,33 @@ def plain(value: Any) -> Any:
     raise TypeError(f"a result holds a {type(value).__name__}; wanted numbers, strings, lists and dicts")
 
 
-class _Count:
-    def __init__(self, total: int, found: int, say: Callable[[str], object]) -> None:
-        self.total, self.found, self.count, self.say = total, found, found, say
-        self.started = time.monotonic()
-
-    def done(self, path: str) -> None:
-        self.count += 1
-        spent = time.monotonic() - self.started
-        left = self.total - self.count
-        rest = f"  (about {spent / (self.count - self.found) * left:.0f} s left)" if left else ""
-        self.say(f"run {self.count:>{len(str(self.total))}}/{self.total}  {path}{rest}")
-
-
 def _in_turn(
     function: Function,
     waiting: Sequence[Job],
     places: Mapping[str, Path],
     threads: int,
     results: dict[str, dict[str, Any]],
-    count: _Count,
+    watch: Watch,
+    group: Group,
 ) -> None:
     while waiting:
         busy = []
         for job in waiting:
+            watch.begin(label(job))
             try:
-                results[job.path] = attend(function, job, places[job.path], threads)
+                results[job.path] = attend(function, job, places[job.path], threads, group)
             except InUseError:
                 busy.append(job)
             else:
-                count.done(job.path)
+                watch.end(label(job), results[job.path])
         if busy and len(busy) == len(waiting):
             time.sleep(PAUSE)
         waiting = busy
+
+
+def label(job: Job) -> str:
+    """What progress calls a job: its ``label``, if it has one, else its path."""
+    return getattr(job, "label", job.path)
 
 
 def _places(jobs: Sequence[Job], folder: Path) -> dict[str, Path]:
@@ -224,18 +275,9 @@ def _on_ray(
     threads: int,
     address: str,
     results: dict[str, dict[str, Any]],
-    done: Callable[[str], object],
+    watch: Watch,
 ) -> None:
     """Does jobs as Ray tasks; their folders must be the same on every machine of the cluster.
-
-    Args:
-        function: what to do.
-        jobs: with what.
-        places: the folder of each job, by its path.
-        threads: of torch, a job.
-        address: see :func:`joined`.
-        results: by path; filled.
-        done: is told of every job done.
 
     Raises:
         OptionError: Ray is not installed, there is no cluster at the address, or none of its machines has that many cores.
@@ -244,7 +286,8 @@ def _on_ray(
 
     def end(count: int, result: dict[str, Any]) -> None:
         results[jobs[count].path] = result
-        done(jobs[count].path)
+        watch.begin(label(jobs[count]))
+        watch.end(label(jobs[count]), result)
 
     with joined(address, threads) as cluster:
         given = [(function, job, places[job.path].absolute(), threads) for job in jobs]
@@ -254,6 +297,6 @@ def _on_ray(
 def _attend(function: Function, job: Job, place: Path, threads: int) -> dict[str, Any]:
     while True:
         try:
-            return attend(function, job, place, threads)
+            return attend(function, job, place, threads, Group())
         except InUseError:
             time.sleep(PAUSE)

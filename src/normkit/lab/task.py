@@ -1,4 +1,4 @@
-"""Losses and scores of the two kinds of task: classification and regression."""
+"""Losses and scores by the kind of targets: class indices (integers), labels that are yes or no (booleans), numbers (floats)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,27 +8,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from normkit.core.errors import ProtocolError
-from normkit.lab.data.split import Inputs
+from normkit.lab.data.batch import IGNORED, Inputs, kind
 
-IGNORED = -100
 AMONG = 5
 
 
-def kind(value: Any) -> str:
-    """Names what a factory or a model gave, for messages.
-
-    >>> kind(5), kind("text"), kind(None), kind(int)
-    ('an int', 'a str', 'None', 'the class int')
-    """
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    name = type(value).__name__
-    return "None" if value is None else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
-
-
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Calls a model with a tensor, or with a dict as keyword arguments."""
-    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    """Calls a model with a tensor, with a tuple as arguments, or with a dict as keyword arguments."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
 def predictions(output: Any, name: str = "model") -> Tensor:
@@ -56,17 +45,22 @@ def predictions(output: Any, name: str = "model") -> Tensor:
 
 
 def loss(output: Any, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Averages the cross-entropy over targets that are not ignored, or the squared error over floats.
+    """Averages the cross-entropy over targets that are not ignored, the binary one over booleans, the squared error over floats.
 
     Args:
         output: what the model returned.
         targets: of the batch.
-        smoothing: the part of a class target that is spread over all classes. Default: 0.
+        smoothing: the part of a target that is spread over all classes. Default: 0.
 
     >>> loss(torch.zeros(2, 4), torch.tensor([1, 3]))
     tensor(1.3863)
+    >>> loss(torch.zeros(2, 1), torch.tensor([[True], [False]]))
+    tensor(0.6931)
     """
     predicted = predictions(output).float()
+    if targets.dtype == torch.bool:
+        wanted = targets * (1 - smoothing) + smoothing / 2
+        return functional.binary_cross_entropy_with_logits(predicted.reshape(targets.shape), wanted)
     if targets.is_floating_point():
         return functional.mse_loss(predicted.reshape(targets.shape), targets.float())
     how = {"ignore_index": IGNORED, "reduction": "sum", "label_smoothing": smoothing}
@@ -81,7 +75,7 @@ def weight(targets: Tensor) -> Tensor:
     >>> weight(torch.tensor([[1, -100], [2, 3]]))
     tensor(3)
     """
-    if targets.is_floating_point():
+    if targets.is_floating_point() or targets.dtype == torch.bool:
         return torch.tensor(targets.numel(), device=targets.device)
     return (targets != IGNORED).sum()
 
@@ -89,7 +83,7 @@ def weight(targets: Tensor) -> Tensor:
 def tally(output: Any, targets: Tensor) -> Tensor:
     """Counts a batch: summed loss, summed right answers (or squared error), number of targets, right among five; float64.
 
-    The last is 0 where there are no more than five classes, or a class a token.
+    The last is 0 where there are no more than five classes, or a class per token.
 
     Args:
         output: what the model returned.
@@ -102,9 +96,13 @@ def tally(output: Any, targets: Tensor) -> Tensor:
         predicted = predictions(output).double().reshape(targets.shape)
         wrong = (predicted - targets.double()).square().sum()
         return torch.stack([wrong, wrong, torch.full_like(wrong, targets.numel()), torch.zeros_like(wrong)])
+    logits = predictions(output)
+    if targets.dtype == torch.bool:
+        right = ((logits.reshape(targets.shape) > 0) == targets).sum().double()
+        count = torch.full_like(right, targets.numel())
+        return torch.stack([loss(output, targets).double() * count, right, count, torch.zeros_like(right)])
     counted = targets != IGNORED
     count = counted.sum().double()
-    logits = predictions(output)
     right = ((logits.argmax(-1) == targets) & counted).sum().double()
     five = torch.zeros_like(right)
     if targets.ndim == 1 and logits.shape[-1] > AMONG:
@@ -120,7 +118,7 @@ def score(sums: Tensor, targets: Tensor) -> tuple[float, float]:
         targets: of the whole split; its spread is what R² compares with.
 
     Returns:
-        The mean loss, and accuracy or R² = 1 - sum (y - p)^2 / sum (y - mean y)^2, the mean taken a column.
+        The mean loss, and accuracy or R² = 1 - sum (y - p)^2 / sum (y - mean y)^2, the mean taken per column.
     """
     total, second, count, _ = sums.tolist()
     if targets.is_floating_point():

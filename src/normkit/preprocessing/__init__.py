@@ -1,4 +1,4 @@
-"""Normalizations of data, fitted on the training set and kept in a model; one family a file."""
+"""Normalizations of data, fitted on the training set and kept in a model; one family per file."""
 
 from normkit.preprocessing.feature_scaling import MaxAbsScaling, MeanNormalization, MinMaxScaling, ZScore
 from normkit.preprocessing.image_standardization import ImageStandardization

@@ -1,8 +1,9 @@
-"""Feature scaling: each feature by its range, its largest value or its deviation over the training data."""
+"""Feature scaling by each feature's range, largest value or deviation over the training data."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,19 +20,19 @@ from normkit.preprocessing.fitting import PER_FEATURE, Scaling, constant_as_one,
 class MinMaxScaling(Scaling):
     """Map the range of each feature in the training data to a given one.
 
-    y = low + (x - min) / (max - min) * (high - low). A feature that is constant in the training data becomes low. Data beyond
-    the training range lands beyond low and high, unless clipped.
+    y = low + (x - min) / (max - min) * (high - low). A feature that is constant in the training data becomes low. Data outside
+    the training range falls outside low and high, unless clipped.
 
     Args:
-        low: where the least training value goes. Default: 0.
-        high: where the largest goes. Default: 1.
-        clip: whether what lies beyond is moved to low or high. Default: False.
+        low: image of the smallest training value. Default: 0.
+        high: image of the largest training value. Default: 1.
+        clip: whether to clip to low and high. Default: False.
         support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        device: of the statistics.
-        dtype: of the statistics. Default: float64.
+        device: device of the statistics.
+        dtype: dtype of the statistics. Default: float64.
 
     Shape:
-        The support's axes, to the same.
+        The support's axes; the output has the same shape.
 
     Raises:
         OptionError: low is not below high.
@@ -82,16 +83,16 @@ class MinMaxScaling(Scaling):
 class ZScore(Scaling):
     """Give each feature mean 0 and deviation 1 over the training data.
 
-    y = (x - E[x]) / sqrt(Var[x]), with the population variance. A feature that is constant in the training data is centred
-    only, and becomes 0.
+    y = (x - E[x]) / sqrt(Var[x]), with the population variance. A feature that is constant in the training data is only
+    centred, and becomes 0.
 
     Args:
         support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        device: of the statistics.
-        dtype: of the statistics. Default: float64.
+        device: device of the statistics.
+        dtype: dtype of the statistics. Default: float64.
 
     Shape:
-        The support's axes, to the same.
+        The support's axes; the output has the same shape.
 
     Reference:
         LeCun, Bottou, Orr, Müller, "Efficient BackProp" (1998), https://doi.org/10.1007/3-540-49430-8_2, section 4.3.
@@ -117,15 +118,15 @@ class ZScore(Scaling):
 class MeanNormalization(Scaling):
     """Give each feature mean 0 and range 1 over the training data.
 
-    y = (x - E[x]) / (max - min). A feature that is constant in the training data is centred only, and becomes 0.
+    y = (x - E[x]) / (max - min). A feature that is constant in the training data is only centred, and becomes 0.
 
     Args:
         support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        device: of the statistics.
-        dtype: of the statistics. Default: float64.
+        device: device of the statistics.
+        dtype: dtype of the statistics. Default: float64.
 
     Shape:
-        The support's axes, to the same.
+        The support's axes; the output has the same shape.
 
     Reference:
         Ng, "Machine Learning", lecture 4 (2011), https://www.coursera.org/learn/machine-learning.
@@ -149,15 +150,15 @@ class MeanNormalization(Scaling):
 class MaxAbsScaling(Scaling):
     """Divide each feature by its largest absolute value in the training data; zeros stay zeros.
 
-    y = x / max|x|. A feature that is zero throughout the training data is left as it is.
+    y = x / max|x|. A feature that is zero throughout the training data is unchanged.
 
     Args:
         support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        device: of the statistics.
-        dtype: of the statistics. Default: float64.
+        device: device of the statistics.
+        dtype: dtype of the statistics. Default: float64.
 
     Shape:
-        The support's axes, to the same.
+        The support's axes; the output has the same shape.
 
     Reference:
         Pedregosa et al., "Scikit-learn: Machine Learning in Python" (2011), https://jmlr.org/papers/v12/pedregosa11a.html.
@@ -215,12 +216,18 @@ def max_abs_scaling(input: Tensor, support: Support | None = None) -> Tensor:
     return MaxAbsScaling(support, **like(input)).fit(input)(input)
 
 
-CARD_MIN_MAX = Card(
+_card = partial(
+    Card,
+    kind="input",
+    normalized_over="each feature, over the training data",
+    running_state=True,
+    invertible=True,
+    streams=True,
+)
+
+CARD_MIN_MAX = _card(
     name="min_max_scaling",
     title="Min-max scaling",
-    kind="input",
-    word="",
-    normalized_over="each feature, over the training data",
     formula="y = low + (x - min[x]) / (max[x] - min[x]) * (high - low)",
     paper=Paper(
         "Han, Jiawei and Kamber, Micheline and Pei, Jian",
@@ -229,23 +236,17 @@ CARD_MIN_MAX = Card(
         "https://doi.org/10.1016/C2009-0-61819-5",
     ),
     use_cases="inputs with known bounds, such as pixels; targets of a sigmoid or tanh output",
-    strengths="known bounds; zero cost; a constant feature does no harm",
-    weaknesses="one outlier squeezes all else; data beyond the training range leaves the bounds unless clipped",
+    strengths="known bounds; no cost; a constant feature does no harm",
+    weaknesses="one outlier compresses all else; data outside the training range exceeds the bounds unless clipped",
     module=MinMaxScaling,
     functional=min_max_scaling,
     make=lambda features: MinMaxScaling(),
     rule=Rule(PER_FEATURE, Statistic("min", "range", 0.0, "floor")),
-    running_state=True,
-    invertible=True,
-    streams=True,
 )
 
-CARD_Z_SCORE = Card(
+CARD_Z_SCORE = _card(
     name="z_score",
     title="Standardization (z-score)",
-    kind="input",
-    word="",
-    normalized_over="each feature, over the training data",
     formula="y = (x - E[x]) / sqrt(Var[x])",
     paper=Paper(
         "LeCun, Yann and Bottou, Léon and Orr, Genevieve B. and Müller, Klaus-Robert",
@@ -254,43 +255,31 @@ CARD_Z_SCORE = Card(
         "https://doi.org/10.1007/3-540-49430-8_2",
     ),
     use_cases="the default for real-valued inputs and regression targets",
-    strengths="one learning rate fits all features; takes the mean's huge eigenvalue out of the loss's curvature",
-    weaknesses="outliers move both statistics; correlation between features stays",
+    strengths="one learning rate fits all features; removes the mean's huge eigenvalue from the curvature of the loss",
+    weaknesses="outliers affect both statistics; correlation between features remains",
     module=ZScore,
     functional=z_score,
     make=lambda features: ZScore(),
     rule=Rule(PER_FEATURE, Statistic("mean", "std", 0.0)),
-    running_state=True,
-    invertible=True,
-    streams=True,
 )
 
-CARD_MEAN = Card(
+CARD_MEAN = _card(
     name="mean_normalization",
     title="Mean normalization",
-    kind="input",
-    word="",
-    normalized_over="each feature, over the training data",
     formula="y = (x - E[x]) / (max[x] - min[x])",
     paper=Paper("Ng, Andrew", "Machine Learning", 2011, "https://www.coursera.org/learn/machine-learning"),
     use_cases="bounded inputs that should be centred",
     strengths="centred, and within [-1, 1] on the training data",
-    weaknesses="one outlier squeezes all else; deviations still differ between features",
+    weaknesses="one outlier compresses all else; deviations still differ between features",
     module=MeanNormalization,
     functional=mean_normalization,
     make=lambda features: MeanNormalization(),
     rule=Rule(PER_FEATURE, Statistic("mean", "range", 0.0, "floor")),
-    running_state=True,
-    invertible=True,
-    streams=True,
 )
 
-CARD_MAX_ABS = Card(
+CARD_MAX_ABS = _card(
     name="max_abs_scaling",
     title="Max-abs scaling",
-    kind="input",
-    word="",
-    normalized_over="each feature, over the training data",
     formula="y = x / max|x|",
     paper=Paper(
         "Pedregosa, Fabian and Varoquaux, Gaël and Gramfort, Alexandre and others",
@@ -300,12 +289,9 @@ CARD_MAX_ABS = Card(
     ),
     use_cases="sparse inputs: counts and bags of words",
     strengths="keeps zeros and signs; within [-1, 1] on the training data",
-    weaknesses="does not centre; one outlier squeezes all else",
+    weaknesses="does not centre; one outlier compresses all else",
     module=MaxAbsScaling,
     functional=max_abs_scaling,
     make=lambda features: MaxAbsScaling(),
     rule=Rule(PER_FEATURE, Statistic(None, "max", 0.0, "floor")),
-    running_state=True,
-    invertible=True,
-    streams=True,
 )

@@ -1,4 +1,4 @@
-"""What data normalizations share: statistics of the training data, streamed or at once, kept as buffers."""
+"""The base of data normalizations: statistics of the training data, streamed or all at once, kept as buffers."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from normkit.core.support import Split, Support, per_shape, place, show
 
 PER_FEATURE = Support("n *", over="n")
 
-# A larger batch is measured in pieces of this many elements, as float64 copies of it all may not fit into memory.
+# Larger batches are measured in pieces of this many elements, as a float64 copy of the whole may not fit into memory.
 _PIECE = 2**24
 
 _MEMBER = {"*": "column", "d": "feature", "c": "channel"}
 
 
 class Fitted(Module):
-    """Mixin of every normalization that measures data before it transforms any: ``fit``, ``partial_fit``, ``transform``.
+    """Base of every normalization that measures data before it transforms any: ``fit``, ``partial_fit``, ``transform``.
 
-    A subclass names its ``statistics`` and gives ``forward`` and ``inverse_transform``. Statistics are buffers: they move, copy,
-    save and load with the model that the module is in, and a module that was never fitted takes its shapes from what it
-    loads. They are float64 unless ``dtype`` says otherwise, as one value a feature costs nothing and long streams do not drift.
+    A subclass names its ``statistics`` and defines ``forward`` and ``inverse_transform``. Statistics are buffers: they move,
+    copy, save and load with the model that contains the module, and an unfitted module takes its shapes from the state_dict
+    that it loads. They are float64 unless ``dtype`` says otherwise, as one value per feature costs nothing and long streams do
+    not drift.
 
     Args:
-        support: which elements share a statistic; whatever it keeps has the same size in every batch.
-        device: of the statistics.
-        dtype: of the statistics, floating.
+        support: which elements share a statistic; the axes it keeps have the same size in every batch.
+        device: device of the statistics.
+        dtype: floating dtype of the statistics.
 
     Raises:
-        OptionError: each sample would have statistics of its own, or the dtype is not floating.
+        OptionError: each sample would have its own statistics, or the dtype is not floating.
     """
 
     statistics: ClassVar[tuple[str, ...]] = ()
@@ -46,7 +47,7 @@ class Fitted(Module):
         self.support = PER_FEATURE if support is None else support
         if "n" in self.support.kept:
             raise OptionError(
-                f"{self._who}: {self.support} keeps the samples apart, so that nothing learnt of one serves another; "
+                f"{self._who}: {self.support} keeps the samples apart, so that the statistics of one do not apply to another; "
                 f'reduce n too, e.g. {PER_FEATURE} per feature or Support("n c *", over="n *") per channel'
             )
         if dtype is not None:
@@ -65,17 +66,18 @@ class Fitted(Module):
         return self.count.numel() > 0
 
     def fit(self, data: Tensor | Iterable[Any]) -> Self:
-        """Measure the training data afresh; what was measured before is forgotten.
+        """Measure the training data, and forget earlier measurements.
 
         Args:
-            data: a tensor, an (x, y) pair of which x is taken, or any iterable of such, as a DataLoader is; batches may have
-                any sizes.
+            data: a tensor, an (x, y) pair of which x is used, or any iterable of these, such as a DataLoader; batches may have
+                any size.
 
         Returns:
             The module itself.
 
         Raises:
-            OptionError: there is no sample, or a NaN or infinity, whose columns are named; the statistics stay as they were.
+            OptionError: there is no sample, or there is a NaN or infinity, whose columns are named; the statistics stay
+                unchanged.
             ShapeError: batches do not fit the support or one another.
             ProtocolError: something in the data is not a tensor.
         """
@@ -87,7 +89,7 @@ class Fitted(Module):
         """Measure one more batch of the training data, weighted by its size.
 
         Args:
-            batch: a tensor, or an (x, y) pair of which x is taken; it may be empty.
+            batch: a tensor, or an (x, y) pair of which x is used; it may be empty.
 
         Returns:
             The module itself.
@@ -103,10 +105,10 @@ class Fitted(Module):
         """Normalize by the fitted statistics: the same as calling the module.
 
         Args:
-            x: of the support's axes. NaN goes through, as NaN.
+            x: a tensor of the support's axes. NaN stays NaN.
 
         Returns:
-            Of the input's dtype.
+            A tensor of the input's dtype.
 
         Raises:
             ProtocolError: nothing was fitted or loaded.
@@ -119,10 +121,10 @@ class Fitted(Module):
         """Undo ``transform``.
 
         Args:
-            y: what ``transform`` gives.
+            y: an output of ``transform``.
 
         Returns:
-            Of the input's dtype.
+            A tensor of the input's dtype.
 
         Raises:
             ProtocolError, ShapeError, OptionError: as for ``transform``.
@@ -130,7 +132,7 @@ class Fitted(Module):
         raise NotImplementedError
 
     def measure(self, x: Tensor, split: Split) -> dict[str, Tensor]:
-        """The statistics of a batch, given as split."""
+        """Measure the statistics of a batch that is viewed as ``split.shape``."""
         kept = per_shape(" ".join(self.support.kept), split)
         found = {}
         if {"mean", "var"} & set(self.statistics):
@@ -143,7 +145,7 @@ class Fitted(Module):
         return {name: found[name] for name in self.statistics}
 
     def merge(self, n: int, old: dict[str, Tensor], more: int, new: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The statistics of the union of ``n`` elements and ``more`` others."""
+        """Merge the statistics of ``n`` elements and of ``more`` others."""
         merged = {}
         if "mean" in old:
             zero = torch.zeros_like(old["mean"])
@@ -156,7 +158,7 @@ class Fitted(Module):
         return {name: merged[name] for name in self.statistics}
 
     def prepare(self, x: Tensor) -> Tensor:
-        """The input as floating numbers, or OptionError."""
+        """Return the input if it is floating; else raise OptionError."""
         accumulation_dtype(x.dtype)
         return x
 
@@ -198,7 +200,7 @@ class Fitted(Module):
         self.count = torch.tensor(count, device=self.count.device)
 
     def _ready(self, x: Tensor, shape: torch.Size) -> Split:
-        """How the input splits, or an error; ``shape`` is that of the statistics."""
+        """Return the split of the input, or raise an error; ``shape`` is that of the statistics."""
         if not self.fitted:
             raise ProtocolError(
                 f"{self._who}: transforming before fitting; call fit(data) or partial_fit(batch) on training data first, "
@@ -208,7 +210,7 @@ class Fitted(Module):
         wanted = per_shape(" ".join(self.support.kept), split)
         if wanted != tuple(shape):
             raise ShapeError(
-                f"{self._who}: an input of {show(x.shape)} needs statistics of shape {show(wanted)}, fitted were {show(shape)} "
+                f"{self._who}: an input of {show(x.shape)} needs statistics of {show(wanted)}, those fitted have {show(shape)} "
                 f"({self.support}); transform data of the kind that was fitted"
             )
         return split
@@ -234,11 +236,11 @@ class Scaling(Fitted):
     offset: float = 0.0
 
     def center(self) -> Tensor:
-        """What is subtracted, one value a statistic."""
+        """The values to subtract."""
         raise NotImplementedError
 
     def scale(self) -> Tensor:
-        """What is divided by, never zero."""
+        """The values to divide by, never zero."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -265,22 +267,22 @@ class Scaling(Fitted):
 
 
 def wide(x: Tensor) -> Tensor:
-    """In float64, or float32 on devices that have no float64."""
+    """Convert to float64, or to float32 on devices without float64."""
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
 def like(x: Tensor) -> dict[str, Any]:
-    """Device and dtype of statistics that normalize this tensor and are used once."""
+    """Device and dtype for statistics that normalize this tensor only."""
     return {"device": x.device, "dtype": torch.float32 if x.device.type == "mps" else torch.float64}
 
 
 def constant_as_one(scale: Tensor) -> Tensor:
-    """The scale with 1 where it is zero but for rounding, as in scikit-learn: of a constant feature, what is left stays."""
+    """Replace scales that are zero up to rounding by 1, as scikit-learn does: a constant feature is then only shifted."""
     return torch.where(scale < 10 * torch.finfo(torch.float64).eps, torch.ones_like(scale), scale)
 
 
 def deviation(mean: Tensor, var: Tensor, count: Tensor) -> Tensor:
-    """sqrt(var), with 1 where the variance is within the error with which a constant's would be computed."""
+    """Compute sqrt(var), with 1 where the variance is within the rounding error of that of a constant."""
     wide_mean, wide_var = wide(mean), wide(var)
     eps = torch.finfo(torch.float64).eps
     bound = count * eps * wide_var + (count * eps * wide_mean).square()
@@ -288,7 +290,7 @@ def deviation(mean: Tensor, var: Tensor, count: Tensor) -> Tensor:
 
 
 def refuse_unknown(x: Tensor, split: Split, who: str) -> None:
-    """Raise OptionError where a split tensor has a NaN or an infinity, and name the columns."""
+    """Raise OptionError if a split tensor has a NaN or an infinity, and name the columns."""
     finite = x.isfinite()
     if finite.all():
         return
@@ -304,10 +306,10 @@ def refuse_unknown(x: Tensor, split: Split, who: str) -> None:
 
 
 def batches(data: Tensor | Iterable[Any], who: str) -> Iterator[Tensor]:
-    """The tensors in what ``fit`` takes: a tensor, an (x, y) pair, or an iterable of those."""
+    """Yield the tensors in an argument of ``fit``: a tensor, an (x, y) pair, or an iterable of these."""
     wanted = "a tensor, an (x, y) tuple, or an iterable of those such as a DataLoader"
     if isinstance(data, Dataset):
-        raise ProtocolError(f"{who}.fit: a Dataset gives samples without a batch axis; wrap it in a DataLoader")
+        raise ProtocolError(f"{who}.fit: a Dataset yields samples without a batch axis; wrap it in a DataLoader")
     if isinstance(data, Tensor | tuple):
         data = [data]
     if isinstance(data, str | Mapping) or not isinstance(data, Iterable):

@@ -1,4 +1,4 @@
-"""Image standardization: each channel by the mean and deviation of a data set, published or measured."""
+"""Image standardization by the mean and deviation of each channel over a data set, published or measured."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ _SUPPORTS = {
 class ImageStandardization(Scaling):
     """Give each channel of images mean 0 and deviation 1 over a data set.
 
-    y = (x / maximum - mean_c) / std_c. The constants are published ones by name, or given, or measured by ``fit``.
+    y = (x / maximum - mean_c) / std_c. The constants are published ones, chosen by name, or given, or measured by ``fit``.
 
     Args:
         statistics: ``"cifar10"``, ``"cifar100"``, ``"imagenet"``, ``"mnist"``; or (means, deviations) of pixels from 0 to 1; or
-            None to measure them. ``fit`` replaces whatever there is.
+            None to measure them. ``fit`` replaces them.
         layout: ``"n c *"``, ``"n * c"`` for channels last, or ``"c *"`` for one image. Default: ``"n c *"``.
-        maximum: the brightest value. Default: 255 for uint8, else 1.
-        device: of the statistics.
-        dtype: of the statistics. Default: float64.
+        maximum: the largest pixel value. Default: 255 for uint8, else 1.
+        device: device of the statistics.
+        dtype: dtype of the statistics. Default: float64.
 
     Shape:
-        The layout's axes, to the same; uint8 becomes torch's default dtype.
+        The layout's axes; the output has the same shape; uint8 becomes torch's default dtype.
 
     Raises:
-        OptionError: a name, a layout or numbers that do not exist or fit.
-        ProtocolError: ``partial_fit`` onto constants, of which nobody knows from how many pixels they come.
+        OptionError: an unknown name or layout, or invalid numbers.
+        ProtocolError: ``partial_fit`` after given constants, whose number of pixels is not known.
 
     Reference:
         Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep Convolutional Neural Networks" (2012),
@@ -93,8 +93,8 @@ class ImageStandardization(Scaling):
     def partial_fit(self, batch: Tensor | tuple[Any, ...] | list[Any]) -> Self:
         if self.fitted and not int(self.count):
             raise ProtocolError(
-                "ImageStandardization.partial_fit: these constants were given, and from how many pixels is not known; "
-                "start from ImageStandardization(None), or replace them by fit"
+                "ImageStandardization.partial_fit: these constants were given, and their number of pixels is not known; "
+                "start from ImageStandardization(None), or replace them with fit"
             )
         return super().partial_fit(batch)
 
@@ -112,13 +112,13 @@ class ImageStandardization(Scaling):
         return deviation(self.mean, self.var, self.count)
 
     def inverse_transform(self, y: Tensor) -> Tensor:
-        """Undo ``transform``: pixels from 0 to ``maximum``, or to 1 where none was given, floating.
+        """Undo ``transform``: floating pixels from 0 to ``maximum``, or to 1 if none was given.
 
         Args:
             y: what ``transform`` gives.
 
         Returns:
-            Of the input's dtype.
+            A tensor of the input's dtype.
 
         Raises:
             ProtocolError, ShapeError, OptionError: as for ``transform``.
@@ -161,7 +161,7 @@ def _constants(statistics: str | Constants) -> tuple[list[float], list[float]]:
         ) from None
     if len(mean) != len(std) or not mean:
         raise ShapeError(
-            f"ImageStandardization: {len(mean)} means and {len(std)} deviations; wanted as many of both, one per channel"
+            f"ImageStandardization: {len(mean)} means and {len(std)} deviations; wanted equally many, one per channel"
         )
     if not all(value > 0 for value in std):
         raise OptionError(f"ImageStandardization: deviations {std}; wanted numbers above 0")
@@ -172,7 +172,6 @@ CARD = Card(
     name="image_standardization",
     title="Image standardization",
     kind="input",
-    word="",
     normalized_over="each channel, over the images and positions of a data set",
     formula="y = (x / maximum - mean_c) / std_c",
     paper=Paper(
@@ -181,9 +180,9 @@ CARD = Card(
         2012,
         "https://doi.org/10.1145/3065386",
     ),
-    use_cases="image classifiers; whatever was pretrained on ImageNet",
-    strengths="constants that everybody shares: pretrained weights fit",
-    weaknesses="another set's constants do not standardize yours",
+    use_cases="image classifiers; all that was pretrained on ImageNet",
+    strengths="shared constants, to which pretrained weights are adapted",
+    weaknesses="the constants of another data set do not standardize yours",
     module=ImageStandardization,
     functional=image_standardization,
     make=lambda features: ImageStandardization(None),

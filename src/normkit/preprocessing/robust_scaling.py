@@ -1,4 +1,4 @@
-"""Robust scaling: each feature by its median and the range between two quantiles of the training data."""
+"""Robust scaling by each feature's median and the range between two quantiles of the training data."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from normkit.preprocessing.fitting import Scaling, batches, constant_as_one, lik
 class RobustScaling(Scaling):
     """Give each feature median 0 and interquartile range 1 over the training data.
 
-    y = (x - median[x]) / (Q3[x] - Q1[x]), quantiles interpolated linearly between order statistics. A feature whose quantiles
-    agree is centred only.
+    y = (x - median[x]) / (Q3[x] - Q1[x]), with quantiles interpolated linearly between order statistics. A feature whose
+    quantiles agree is only centred.
 
     Quantiles of parts do not give the quantile of the whole, so ``partial_fit`` is refused; ``fit`` takes any iterable and
-    holds all of it while it measures.
+    holds all of it in memory while measuring.
 
     Args:
-        quantiles: the range, in percent. Default: (25, 75).
+        quantiles: the two quantiles in percent. Default: (25, 75).
         support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        device: of the statistics.
-        dtype: of the statistics. Default: float64.
+        device: device of the statistics.
+        dtype: dtype of the statistics. Default: float64.
 
     Shape:
-        The support's axes, to the same.
+        The support's axes; the output has the same shape.
 
     Raises:
-        OptionError: the quantiles do not rise from 0 to 100.
+        OptionError: the quantiles are not increasing numbers from 0 to 100.
         ProtocolError: ``partial_fit``.
 
     Reference:
@@ -58,19 +58,23 @@ class RobustScaling(Scaling):
     ) -> None:
         super().__init__(support, device=device, dtype=dtype)
         if not 0 <= quantiles[0] < quantiles[1] <= 100:
-            raise OptionError(f"RobustScaling: quantiles={quantiles}; wanted two rising percentages, such as (25, 75)")
+            raise OptionError(
+                f"RobustScaling: quantiles={quantiles}; wanted two increasing percentages, such as (25, 75)"
+            )
         self.quantiles = (float(quantiles[0]), float(quantiles[1]))
 
     def fit(self, data: Tensor | Iterable[Any]) -> Self:
         parts = [self.prepare(batch) for batch in batches(data, "RobustScaling")]
         if len({part.shape[1:] for part in parts}) > 1:
             shapes = ", ".join(sorted({show(part.shape) for part in parts}))
-            raise ShapeError(f"RobustScaling.fit: batches of {shapes} do not join; all but the first axis must agree")
+            raise ShapeError(
+                f"RobustScaling.fit: batches of {shapes} can't be concatenated; all axes but the first must agree"
+            )
         return super().fit(torch.cat(parts) if parts else [])
 
     def partial_fit(self, batch: Tensor | tuple[Any, ...] | list[Any]) -> NoReturn:
         raise ProtocolError(
-            "RobustScaling.partial_fit: quantiles of parts do not give the quantile of the whole; give everything to fit, "
+            "RobustScaling.partial_fit: quantiles of parts do not give the quantile of the whole; pass everything to fit, "
             "which takes any iterable, or use ZScore, which streams"
         )
 
@@ -117,7 +121,6 @@ CARD = Card(
     name="robust_scaling",
     title="Robust scaling",
     kind="input",
-    word="",
     normalized_over="each feature, over the training data",
     formula="y = (x - median[x]) / (Q3[x] - Q1[x])",
     paper=Paper(
@@ -127,8 +130,8 @@ CARD = Card(
         "https://jmlr.org/papers/v12/pedregosa11a.html",
     ),
     use_cases="measured inputs with outliers or heavy tails",
-    strengths="up to a quarter of the data may be wild without moving the statistics",
-    weaknesses="does not stream: all data is held while fitting; outliers stay as large as they are",
+    strengths="up to a quarter of the data may be outliers without affecting the statistics",
+    weaknesses="does not stream: fitting holds all data in memory; outliers stay as large as they are",
     module=RobustScaling,
     functional=robust_scaling,
     make=lambda features: RobustScaling(),

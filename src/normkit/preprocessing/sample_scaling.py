@@ -1,4 +1,4 @@
-"""Scaling of each sample by itself: to unit length, or to zero mean and equal contrast. There is nothing to fit."""
+"""Scaling of each sample separately, to unit length, or to zero mean and equal contrast; there is nothing to fit."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ PER_SAMPLE = Support("n *", over="*")
 
 
 class _PerSample(Module):
-    """Takes part in the protocol of data normalizations without keeping anything."""
+    """Base of data normalizations that follow the protocol of ``Fitted`` but keep nothing."""
 
     support: Support
     lost: str
 
     def fit(self, data: Tensor | Iterable[Any]) -> Self:
-        """Look the data over; nothing is kept, as each sample is scaled by itself.
+        """Check the data; nothing is kept, as each sample is scaled separately.
 
         Args:
-            data: a tensor, an (x, y) pair of which x is taken, or an iterable of such.
+            data: a tensor, an (x, y) pair of which x is used, or an iterable of these.
 
         Returns:
             The module itself.
@@ -47,7 +47,7 @@ class _PerSample(Module):
         return self
 
     def partial_fit(self, batch: Tensor | tuple[Any, ...] | list[Any]) -> Self:
-        """Look one batch over, as ``fit`` does."""
+        """Check one batch, as ``fit`` does."""
         return self.fit([batch])
 
     def transform(self, x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class _PerSample(Module):
         return self(x)
 
     def inverse_transform(self, y: Tensor) -> NoReturn:
-        """Refused: what was divided by is not kept.
+        """Refuse: the divisor is not kept.
 
         Raises:
             ProtocolError: always.
@@ -69,11 +69,11 @@ class UnitLength(_PerSample):
     y = x / ||x||_p.
 
     Args:
-        order: p of the norm: 1, 2 or infinity. Default: 2.
+        order: order p of the norm: 1, 2 or infinity. Default: 2.
         support: what is one sample. Default: ``Support("n *", over="*")``; ``Support("* d", over="d")`` for each token.
 
     Shape:
-        The support's axes, to the same.
+        The support's axes; the output has the same shape.
 
     Raises:
         OptionError: another order.
@@ -98,17 +98,17 @@ class UnitLength(_PerSample):
         """Scale each sample.
 
         Args:
-            x: of the support's axes.
+            x: a tensor of the support's axes.
 
         Returns:
-            Of the input's shape and dtype.
+            A tensor of the input's shape and dtype.
         """
         dtype = accumulation_dtype(x.dtype)
         split = self.support.split(x.shape)
         z = x.reshape(split.shape).to(dtype)
         if 0 in split.shape:
             return x.clone()
-        # First by the largest element: squares neither overflow nor vanish.
+        # First by the largest element, so that squares neither overflow nor vanish.
         largest = z.abs().amax(split.dims, keepdim=True).detach()
         z = z / torch.where(largest > 0, largest, 1.0)
         length = torch.linalg.vector_norm(z, self.order, dim=split.dims, keepdim=True)
@@ -124,13 +124,13 @@ class GlobalContrast(_PerSample):
     y = scale * (x - E[x]) / max(eps, sqrt(regularizer + Var[x])). A constant image becomes zero.
 
     Args:
-        scale: the deviation that an image gets. Default: 1.
-        regularizer: added to the variance, so that nearly constant images are not blown up. Default: 0.
-        eps: least divisor. Default: 1e-8.
+        scale: deviation of the output. Default: 1.
+        regularizer: added to the variance, so that nearly constant images are not amplified. Default: 0.
+        eps: smallest divisor. Default: 1e-8.
         support: what is one image. Default: ``Support("n *", over="*")``.
 
     Shape:
-        The support's axes, to the same.
+        The support's axes; the output has the same shape.
 
     Raises:
         OptionError: a negative regularizer, or an eps that is not above 0.
@@ -159,10 +159,10 @@ class GlobalContrast(_PerSample):
         """Scale each image.
 
         Args:
-            x: of the support's axes.
+            x: a tensor of the support's axes.
 
         Returns:
-            Of the input's shape and dtype.
+            A tensor of the input's shape and dtype.
         """
         accumulation_dtype(x.dtype)
         split = self.support.split(x.shape)
@@ -171,7 +171,7 @@ class GlobalContrast(_PerSample):
         z = x.reshape(split.shape)
         found = moments(z, split.dims)
         power = found.var + self.regularizer
-        enough = power > self.eps**2  # chosen before the root, whose derivative at zero is infinite
+        enough = power > self.eps**2  # decided before the root, whose derivative at zero is infinite
         contrast = torch.where(enough, torch.where(enough, power, 1.0).sqrt(), self.eps)
         y = self.scale * (z.to(found.mean.dtype) - found.mean) / contrast
         return y.reshape(x.shape).to(x.dtype)
@@ -204,7 +204,6 @@ CARD_UNIT_LENGTH = Card(
     name="unit_length",
     title="Unit length",
     kind="input",
-    word="",
     normalized_over="each sample, over its features",
     formula="y = x / ||x||_p",
     paper=Paper(
@@ -214,8 +213,8 @@ CARD_UNIT_LENGTH = Card(
         "https://doi.org/10.1145/361219.361220",
     ),
     use_cases="text vectors, embeddings, spectra: where direction carries the meaning",
-    strengths="nothing to fit; a product of two samples is the cosine of their angle",
-    weaknesses="the length is lost; scales of features stay",
+    strengths="nothing to fit; the product of two samples is the cosine of their angle",
+    weaknesses="the length is lost; the scales of features remain",
     module=UnitLength,
     functional=unit_length,
     make=lambda features: UnitLength(),
@@ -227,7 +226,6 @@ CARD_GLOBAL_CONTRAST = Card(
     name="global_contrast",
     title="Global contrast normalization",
     kind="input",
-    word="",
     normalized_over="each image, over its channels and positions",
     formula="y = scale * (x - E[x]) / max(eps, sqrt(regularizer + Var[x]))",
     paper=Paper(
@@ -237,8 +235,8 @@ CARD_GLOBAL_CONTRAST = Card(
         "https://www.deeplearningbook.org",
     ),
     use_cases="natural images under changing light, before whitening",
-    strengths="nothing to fit; light and contrast of a photograph drop out",
-    weaknesses="blows up noise in nearly constant images unless regularized; light and contrast are lost",
+    strengths="nothing to fit; removes the brightness and contrast of a photograph",
+    weaknesses="amplifies noise in nearly constant images unless regularized; brightness and contrast are lost",
     module=GlobalContrast,
     functional=global_contrast,
     make=lambda features: GlobalContrast(),

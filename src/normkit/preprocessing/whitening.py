@@ -1,4 +1,4 @@
-"""Whitening: centre, decorrelate, equalise, so that the training data's covariance is the identity."""
+"""Whitening: centre, decorrelate and equalize, so that the training data's covariance is the identity."""
 
 from __future__ import annotations
 
@@ -22,27 +22,28 @@ class Whitening(Fitted):
     """Subtract the mean, rotate onto uncorrelated axes and give each the variance 1, over the training data.
 
     With the covariance Sigma = U diag(lambda) U^T: ``"pca"`` gives z = (lambda + eps)^(-1/2) U^T (x - E[x]), largest variance
-    first; ``"zca"`` gives z = U (lambda + eps)^(-1/2) U^T (x - E[x]), which stays as near to x as whitened data can.
+    first; ``"zca"`` gives z = U (lambda + eps)^(-1/2) U^T (x - E[x]), which is the whitened data closest to x.
 
-    Directions in which the data does not vary are dropped: PCA gives fewer features then, ZCA zero along them. The inverse is
-    exact on data of the training data's directions. ``partial_fit`` merges covariances exactly, and decomposes each time.
+    Directions in which the data does not vary are dropped: PCA then returns fewer features, ZCA zero along them. The inverse is
+    exact for data in the span of the training data. ``partial_fit`` merges covariances exactly, and recomputes the
+    decomposition each time.
 
     Args:
         method: ``"pca"`` or ``"zca"``. Default: ``"zca"``.
-        eps: added to the variances; directions of much less variance than eps are damped. 0 whitens exactly. Default: 1e-5.
-        equalize: False leaves the variances as they are, and PCA decorrelates only. Default: True.
-        components: the largest number of directions kept. Default: None, all.
-        rank_tolerance: a direction is dropped whose variance is below this share of the largest. Default: 1e-10.
-        support: names the features by the one axis that it keeps. Default: ``Support("n d", over="n")``;
+        eps: added to the variances; directions with a much smaller variance are damped. 0 whitens exactly. Default: 1e-5.
+        equalize: False keeps the variances, so that PCA only decorrelates. Default: True.
+        components: largest number of directions to keep. Default: None, all.
+        rank_tolerance: directions whose variance is below this fraction of the largest are dropped. Default: 1e-10.
+        support: its only kept axis holds the features. Default: ``Support("n d", over="n")``;
             ``Support("n c *", over="n *")`` whitens channels.
-        device: of the statistics.
-        dtype: of the statistics. Default: float64.
+        device: device of the statistics.
+        dtype: dtype of the statistics. Default: float64.
 
     Shape:
-        The support's axes, to the same; with PCA the feature axis has as many entries as there are directions.
+        The support's axes; the output has the same shape; with PCA the feature axis has as many entries as there are directions.
 
     Raises:
-        OptionError: options that do not exist or go together; a support that does not keep one axis.
+        OptionError: unknown or incompatible options; a support that does not keep exactly one axis.
 
     Reference:
         LeCun, Bottou, Orr, Müller, "Efficient BackProp" (1998), https://doi.org/10.1007/3-540-49430-8_2, section 4.3; ZCA: Bell
@@ -143,13 +144,11 @@ class Whitening(Fitted):
         rank = int((variances > self.rank_tolerance * variances[:1].clamp_min(0)).sum())
         rank = min(rank, self.components or rank)
         axes = axes[:, :rank]
-        if (
-            rank
-        ):  # eigenvectors come with either sign: the largest entry is made positive, for the same result everywhere
+        if rank:  # the sign of an eigenvector is arbitrary: a positive largest entry gives the same result everywhere
             largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
             axes = axes * torch.where(largest < 0, -1.0, 1.0)
         self.eigenvalues = variances[:rank].to(self.mean)
-        self.eigenvectors = axes.to(self.mean).contiguous()  # as it comes back from a state_dict, to the last bit
+        self.eigenvectors = axes.to(self.mean).contiguous()  # so that a loaded copy computes the same to the last bit
 
     def _in(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.promote_types(accumulation_dtype(x.dtype), self.mean.dtype)
@@ -178,7 +177,6 @@ CARD = Card(
     name="whitening",
     title="Whitening (PCA, ZCA)",
     kind="input",
-    word="",
     normalized_over="all features together, over the training data",
     formula="z = U (Lambda + eps)^(-1/2) U^T (x - E[x]), with Cov[x] = U Lambda U^T",
     paper=Paper(
@@ -187,9 +185,9 @@ CARD = Card(
         1998,
         "https://doi.org/10.1007/3-540-49430-8_2",
     ),
-    use_cases="correlated inputs of up to some thousand features; linear models; image patches",
+    use_cases="correlated inputs of up to a few thousand features; linear models; image patches",
     strengths="the loss of a linear layer becomes equally curved in all directions: condition number 1",
-    weaknesses="cubic in the features; needs more samples than features; lifts noise in directions of little variance",
+    weaknesses="cubic in the features; needs more samples than features; amplifies noise in directions of little variance",
     module=Whitening,
     functional=whitening,
     make=lambda features: Whitening(),

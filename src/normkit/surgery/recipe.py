@@ -11,11 +11,11 @@ from torch import nn
 
 from normkit.catalogue import METHODS
 from normkit.core.card import Card
-from normkit.core.errors import NotationError, SurgeryError
+from normkit.core.errors import NotationError, SurgeryError, closest
 from normkit.surgery.attach import Attach, attach_all
 from normkit.surgery.changes import Change, Changes, PassedOver, Refusal, Refusals
 from normkit.surgery.convert import convert
-from normkit.surgery.select import check_place, closest, select
+from normkit.surgery.select import check_place, select
 from normkit.surgery.target import Target, norm_cards, norm_list
 from normkit.surgery.transaction import transaction
 from normkit.surgery.watch import try_on
@@ -25,7 +25,7 @@ from normkit.weights.layout import weight_layout
 # The paper conditions the first and the last layer; weight standardization is for convolutions that a norm follows, not for
 # the linear head. Every other method goes on all layers.
 _PLACES = {"e": "first_last", "ws": "convolutions"}
-_MODES = {"e": ("row", "col", "rowcol")}
+_MODES = {"e": ("row", "col", "rowcol", "row:learned", "col:learned", "rowcol:learned")}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Recipe:
     ===========  ==========================================================================================
     ``norm``     ``keep`` (as it is), ``none`` (removed), or a word of the catalogue: ``bn``, ``gn:32``, ``ln``,
                  ``ghost:16``, ...; ``normkit list`` shows all
-    ``weight``   ``ws``, ``wn``, ``sn``, ``e`` (rows), ``e:col``, ``e:rowcol``
+    ``weight``   ``ws``, ``wn``, ``sn``, ``e`` (rows), ``e:col``, ``e:rowcol``, each with ``:learned`` behind
+                 it for one learned scalar per layer: ``e:row:learned``
     ``where``    ``first_last`` (of ``e``, if not said), ``convolutions`` (of ``ws``), ``all`` (of the others),
                  ``hidden``, ``re:PATTERN``
     ===========  ==========================================================================================
@@ -250,7 +251,8 @@ def _attachment(weight: Weight) -> Attach:
         return _weight_cards()[weight.word].make(layer)
 
     def conditioned(layer: nn.Module, name: str) -> object:
-        return weight_conditioning(layer, weight.mode, name=name)  # pyright: ignore[reportArgumentType]
+        mode, learned, _ = weight.mode.partition(":")
+        return weight_conditioning(layer, mode, name=name, gain="learned" if learned else 1.0)  # pyright: ignore[reportArgumentType]
 
     def lengths(layer: nn.Module, name: str) -> object:
         return weight_norm(layer, name, weight_layout(layer, name).output_axis)

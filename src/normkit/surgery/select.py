@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 
@@ -11,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from normkit.core.errors import NotationError, SurgeryError
+from normkit.core.errors import NotationError, SurgeryError, closest
 from normkit.surgery.changes import label
 from normkit.weights.layout import hooked_weight
 
@@ -120,12 +119,6 @@ def check_place(where: str) -> None:
         raise NotationError(
             f"place {where!r} is not known{closest(where, PLACES)}; places that exist: {', '.join(PLACES)}"
         )
-
-
-def closest(word: str, known: Mapping[str, object] | tuple[str, ...]) -> str:
-    """A hint at the word that was probably meant, or nothing."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else ""
 
 
 def weight_names(layer: nn.Module) -> tuple[str, ...]:

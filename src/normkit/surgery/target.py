@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from normkit.activations.rms_norm import RMSNorm
 from normkit.catalogue import METHODS
 from normkit.core.card import Card
-from normkit.core.errors import NotationError, OptionError, SurgeryError
+from normkit.core.errors import NotationError, OptionError, SurgeryError, closest
 from normkit.core.place import Place
 from normkit.core.support import show
 from normkit.engine.call import Activation
@@ -22,7 +22,6 @@ from normkit.surgery.changes import label
 from normkit.surgery.from_one import count_from_one
 from normkit.surgery.frozen_batch_norm import FrozenBatchNorm
 from normkit.surgery.norms import Norm, reach
-from normkit.surgery.select import closest
 
 OVER_POSITIONS = "statistics over positions: in a causal model tokens see later ones, and padding counts"
 _FROZEN = "frozen_bn"

@@ -1,4 +1,4 @@
-"""Normalizations of weights, one method a file; each is a parametrization and a function on plain tensors."""
+"""Normalizations of weights, one method per file; each is a parametrization and a function on plain tensors."""
 
 from normkit.weights.layout import WeightLayout, weight_layout
 from normkit.weights.power_iteration import power_iteration
@@ -8,7 +8,7 @@ from normkit.weights.scaled_weight_standardization import (
     scaled_weight_standardization,
 )
 from normkit.weights.spectral_norm import SpectralNorm, spectral_norm
-from normkit.weights.weight_conditioning import Equilibrate, weight_conditioning
+from normkit.weights.weight_conditioning import Equilibrate, Temperature, weight_conditioning
 from normkit.weights.weight_norm import WeightNorm, weight_norm
 from normkit.weights.weight_standardization import WeightStandardization, weight_standardization
 
@@ -16,6 +16,7 @@ __all__ = [
     "Equilibrate",
     "ScaledWeightStandardization",
     "SpectralNorm",
+    "Temperature",
     "WeightLayout",
     "WeightNorm",
     "WeightStandardization",

@@ -1,8 +1,8 @@
-"""How a parametrization is put on a layer, so that copies of the layer are whole.
+"""Attach a parametrization to a layer such that copies of the layer are complete.
 
-torch keeps ``layer.weight`` as a property of a class that it makes for the layer. A deep copy shares that class: folding the
-copy takes the property from the original too, and ``parametrize.cached`` hands one's weight to the other. It refuses to pickle.
-A layer that normkit parametrizes or folds gets a class of its own, and so does each copy of it, pickled or not.
+torch makes ``layer.weight`` a property of a class that it creates for the layer. A deep copy shares that class: folding the copy
+removes the property from the original too, and ``parametrize.cached`` returns one's weight for the other. Such a layer refuses to
+pickle. A layer that normkit parametrizes or folds gets its own class, and so does each copy of it, pickled or not.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from normkit.core.errors import OptionError
 from normkit.core.support import show
 from normkit.engine.eager import watched
 
-Layer = TypeVar("Layer", bound=nn.Module)
-# Makes the forward of a layer, in place of its class's; a function that a pickle can name.
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+# Makes the forward that replaces that of a layer's class; a function that a pickle can name.
 Forward = Callable[[nn.Module], Callable[..., Any]]
 
 _ORIGINALS = ("original", *(f"original{i}" for i in range(8)))
 
 
 def attach(
-    layer: Layer,
+    layer: ModuleT,
     name: str,
     parametrization: nn.Module,
     *,
     splits: bool = False,
     forward: Forward | None = None,
     directed: bool = False,
-) -> Layer:
+) -> ModuleT:
     """Register a parametrization on a layer's tensor, in place.
 
     Args:
-        layer: that holds the tensor.
-        name: of the tensor.
-        parametrization: with ``forward`` and ``right_inverse``.
-        splits: whether ``right_inverse`` gives several tensors, so that nothing can stand before it.
-        forward: makes what replaces the layer's own until the last parametrization is removed.
-        directed: whether the gradient is that of directions, which zeros have not.
+        layer: the layer that holds the tensor.
+        name: name of the tensor.
+        parametrization: a module with ``forward`` and ``right_inverse``.
+        splits: whether ``right_inverse`` returns several tensors, so that no parametrization can come before it.
+        forward: makes the forward that replaces the layer's own until the last parametrization is removed.
+        directed: whether only the direction of the weight is trained, which zeros do not have.
 
     Returns:
         The layer.
 
     Raises:
-        OptionError: ``splits``, and the tensor is parametrized already.
+        OptionError: ``splits``, and the tensor is already parametrized.
 
     Warns:
         UserWarning: ``directed``, and a weight that is trained is zero.
@@ -58,7 +58,7 @@ def attach(
     if splits and parametrize.is_parametrized(layer, name):
         who = type(parametrization).__name__
         raise OptionError(
-            f"{who}: the {name} is parametrized already and {who} must come first; fold what is there, or swap the order"
+            f"{who}: the {name} is already parametrized and {who} must come first; fold what is there, or swap the order"
         )
     if directed:
         _warn_of_zeros(layer, name, type(parametrization).__name__)
@@ -77,9 +77,9 @@ def _warn_of_zeros(layer: nn.Module, name: str, who: str) -> None:
         return
     if weight.numel() and not weight.detach().any():
         warnings.warn(
-            f"{who}: the {name} of {type(layer).__name__} ({show(weight.shape)}) is all zero and has no direction, by "
-            "which alone it would be trained: it would never learn, or leap once and then stay; leave this layer out, "
-            "or let it start from other values than zero",
+            f"{who}: the {name} of {type(layer).__name__} ({show(weight.shape)}) is all zero and has no direction, but "
+            "only its direction would be trained: it would never learn, or jump once and then stay; leave this layer out, "
+            "or initialize it to other values than zero",
             stacklevel=4,
         )
 
@@ -87,7 +87,7 @@ def _warn_of_zeros(layer: nn.Module, name: str, who: str) -> None:
 def originals(held: nn.Module) -> list[Tensor]:
     """The raw tensors of a ``ParametrizationList``, by name: in the order of its parametrization's arguments.
 
-    FSDP, replicas of DataParallel and whoever registers one again leave them out of its parameters, or in another order.
+    Under FSDP and in replicas of DataParallel, and where one was registered again, its parameters lack them or are reordered.
     """
     known = held._parameters
     names = _ORIGINALS[:1] if held.is_tensor else _ORIGINALS[1 : 1 + held.ntensors]  # pyright: ignore
@@ -95,7 +95,7 @@ def originals(held: nn.Module) -> list[Tensor]:
 
 
 def hooked(*modules: nn.Module) -> bool:
-    """Whether a call of one of the modules runs hooks, so that nothing may go around it."""
+    """Whether calling one of the modules runs hooks, so that the call must not be bypassed."""
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return True
@@ -103,7 +103,7 @@ def hooked(*modules: nn.Module) -> bool:
 
 
 def _shorten(cls: type[nn.Module], name: str) -> None:
-    """Makes the way to a tensor with one parametrization shorter; torch's own is about as long as the work on a small weight."""
+    """Shorten the access to a tensor with one parametrization; torch's own takes about as long as the work on a small weight."""
     whole = vars(cls)[name]
     if not isinstance(whole, property) or whole.fget is None or getattr(whole.fget, "shortened", False):
         return
@@ -114,7 +114,7 @@ def _shorten(cls: type[nn.Module], name: str) -> None:
             return torch_way(self)
         found = self._modules["parametrizations"]._modules[name]  # pyright: ignore[reportOptionalMemberAccess]
         assert found is not None
-        # With hooks, or more than one parametrization, all of it.
+        # With hooks, or with more than one parametrization, torch's own access does it all.
         if len(found._modules) != 1 or hooked(found):
             return torch_way(self)
         (part,) = found._modules.values()
@@ -125,12 +125,12 @@ def _shorten(cls: type[nn.Module], name: str) -> None:
 
 
 def own_class(layer: nn.Module) -> None:
-    """Give a parametrized layer, by whomever, a class that no copy of it shares."""
+    """Give a layer that anyone parametrized a class that no copy of it shares."""
     _give_class(layer, *_class_of(layer))
 
 
 def _class_of(layer: nn.Module) -> tuple[type[nn.Module], dict[str, bool], Forward | None]:
-    """The plain class, which tensors are parametrized and whether the way to them is shortened, and what makes its forward."""
+    """The plain class, the parametrized tensors with whether their access is shortened, and what makes the forward."""
     cls = type(layer)
     short = {name: hasattr(getattr(cls, name).fget, "shortened") for name in layer.parametrizations}  # pyright: ignore
     return parametrize.type_before_parametrizations(layer), short, getattr(cls, "_makes_forward", None)
@@ -149,7 +149,7 @@ def _give_class(layer: nn.Module, plain: type[nn.Module], names: dict[str, bool]
 
 def _equip(layer: nn.Module, forward: Forward | None) -> None:
     cls = type(layer)
-    if "__deepcopy__" in vars(cls):  # torch's; otherwise the layer has a way to copy of its own
+    if "__deepcopy__" in vars(cls):  # torch's; a layer that defines its own keeps it
         del cls.__deepcopy__  # pyright: ignore[reportAttributeAccessIssue]
     cls.__reduce_ex__ = _reduce
     if forward is not None:
@@ -161,8 +161,8 @@ def _reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
     plain = parametrize.type_before_parametrizations(self)
     state = plain.__getstate__(self) if hasattr(plain, "__getstate__") else vars(self)  # pyright: ignore
     if "_flat_weights" in state:
-        # Of a recurrent layer torch keeps the weights of the last pass, of which computed ones can't be copied with their graph;
-        # the next pass takes fresh ones.
+        # A recurrent layer keeps the weights of its last pass. Computed ones can't be copied with their graph, and the next pass
+        # computes them again.
         kept = [weight if weight is None or weight.is_leaf else weight.detach() for weight in state["_flat_weights"]]
         state = {**state, "_flat_weights": kept}
     return _blank, _class_of(self), state

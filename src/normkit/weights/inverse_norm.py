@@ -1,4 +1,4 @@
-"""The reciprocal of a norm with a floor, with derivatives of any order also where the floor holds."""
+"""The reciprocal of a norm with a floor, differentiable to any order even where the floor holds."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from normkit.engine.eager import traced
 
 
 def inverse_norm(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    """1 / max(norm, eps) over some axes, kept with size 1.
+    """Compute 1 / max(norm, eps) over some axes, kept with size 1.
 
-    Autograd through the definition gives NaN in the second derivative at a zero row; this gives zero.
+    Autograd through the definition gives NaN for the second derivative at a zero row; this gives zero.
 
     Args:
-        x: of float32 or float64.
+        x: a tensor of float32 or float64.
         dims: the axes of the norm.
-        eps: its floor, above 0.
+        eps: floor of the norm, above 0.
 
     Returns:
-        Differentiable any number of times.
+        A tensor, differentiable any number of times.
 
     >>> inverse_norm(torch.tensor([[3.0, 4.0]]), (1,), 1e-12)
     tensor([[0.2000]])
@@ -33,7 +33,7 @@ def inverse_norm(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
 
 
 class _InverseNorm(torch.autograd.Function):
-    # A forward with ctx, not setup_context: of a small weight the latter costs more than the norm.
+    # A forward with ctx, not setup_context: for a small weight the latter costs more than the norm.
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, dims, ctx.eps = inputs

@@ -1,9 +1,9 @@
-"""Weights on the C++ kernels of this package: what a kernel is told, which weights it takes, and its derivatives.
+"""Weights on the C++ kernels of this package: the plan of a kernel, the weights it takes, and its derivatives.
 
-A *plan* is all that a kernel needs to know of a weight but its numbers: the bytes of ``NkWeightPlan`` in native/weight_plan.h,
-and how many elements each tensor of a call has. Every pointer that goes into the library comes from ``_address``, which checks
-it against the plan. One call takes any number of weights. Backward measures the weight again in place of keeping statistics; a
-backward pass that is to be differentiated itself goes through the definition in PyTorch.
+A *plan* is all that a kernel needs to know of a weight except its values: the bytes of ``NkWeightPlan`` in native/weight_plan.h,
+and the number of elements of each tensor of a call. Every pointer passed to the library comes from ``_address``, which checks it
+against the plan. One call takes any number of weights. Backward measures the weight again instead of keeping statistics; a
+backward pass that is itself differentiated goes through the definition in PyTorch.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ _POINTERS = (
 
 
 class Plan(NamedTuple):
-    """What a kernel is told of a weight, and how many elements the tensors of a call have, in the order of ``NkWeightCall``."""
+    """What a kernel needs to know of a weight, and the element counts of a call's tensors, in the order of ``NkWeightCall``."""
 
     without_gain: bytes
     with_gain: bytes
     dtype: torch.dtype
     counts: tuple[int, ...]
 
-    def told(self, gain: Tensor | None) -> bytes:
-        """What a kernel is told, which includes whether there is a gain: a null pointer alone could be one without memory."""
+    def raw(self, gain: Tensor | None) -> bytes:
+        """The plan in bytes, which say whether there is a gain: a null pointer could also be a gain without memory."""
         return self.without_gain if gain is None else self.with_gain
 
     @property
     def sets(self) -> int:
-        """How many gains there are."""
+        """Number of gains."""
         return self.counts[1]
 
 
@@ -88,18 +88,18 @@ def plan_for(
     constant: bool = False,
     iterations: int = 0,
 ) -> Plan | None:
-    """What a kernel is told of a weight.
+    """Make the plan of a weight.
 
     Args:
-        nest: groups, far, kept and inner: the weight's axes in the order of memory, merged. A near set is that of one
-            (group, far), an apart set that of one (group, kept).
-        dtype: of the weight.
-        method: what is done.
-        sets: that ``"normalize"`` is over, or ``"sequential"`` takes first.
-        statistic: of the sets; of other methods its eps counts alone.
-        factor: multiplies the result.
+        nest: groups, far, kept and inner: the weight's axes in the order of memory, merged. A near set belongs to one
+            (group, far), an apart set to one (group, kept).
+        dtype: dtype of the weight.
+        method: what the kernel does.
+        sets: the sets of ``"normalize"``, or those that ``"sequential"`` takes first.
+        statistic: statistic of the sets; other methods use only its eps.
+        factor: factor of the result.
         constant: whether the divisors have no gradient.
-        iterations: of ``"ruiz"`` and ``"spectral"``.
+        iterations: number of iterations of ``"ruiz"`` and ``"spectral"``.
 
     Returns:
         The plan, or None for what no kernel does.
@@ -125,13 +125,13 @@ def plan_for(
 def plan_over(
     split: Split, dtype: torch.dtype, statistic: Statistic, factor: float = 1.0, constant: bool = False
 ) -> Plan | None:
-    """The plan of normalizing a contiguous weight over a support.
+    """Make the plan for normalizing a contiguous weight over a support.
 
     Args:
-        split: of the support on the weight's shape.
-        dtype: of the weight.
-        statistic: of each set.
-        factor: multiplies the result.
+        split: split of the weight's shape by the support.
+        dtype: dtype of the weight.
+        statistic: statistic of each set.
+        factor: factor of the result.
         constant: whether the divisors have no gradient.
 
     Returns:
@@ -144,7 +144,7 @@ def plan_over(
         (reduced, math.prod(split.shape[d] for d in dims))
         for reduced, dims in groupby(axes, key=lambda d: d in split.dims)
     ]
-    # Kept and reduced axes take turns, a kept one first; what is missing at either end has size 1.
+    # Kept and reduced axes alternate, a kept one first; a missing one at either end has size 1.
     if not runs or not runs[-1][0]:
         runs.append((True, 1))
     if runs[0][0]:
@@ -158,12 +158,12 @@ def plan_over(
 
 
 def takes(weight: Tensor, *others: Tensor, rows: bool = False) -> bool:
-    """Whether the kernels take these tensors here and now: plain ones on a CPU, and nothing that must see PyTorch's operators.
+    """Whether the kernels take these tensors now: plain ones on a CPU, while nothing must see PyTorch's operators.
 
     Args:
         weight: the weight.
         others: a gain or vectors, which must have its dtype.
-        rows: whether only the weight's axis 0 has to be outermost in memory, so that channels-last weights do.
+        rows: whether it is enough that axis 0 is outermost in memory, as in channels-last weights.
     """
     if not plain(weight, *others) or _functions() is None:
         return False
@@ -176,12 +176,12 @@ def takes(weight: Tensor, *others: Tensor, rows: bool = False) -> bool:
 
 
 def _address(plan: Plan, which: int, tensor: Tensor | None) -> int | None:
-    """Where a tensor of a call lies, by its place in ``NkWeightCall``: the one way for a pointer into the library.
+    """The address of a tensor of a call, by its place in ``NkWeightCall``; every pointer into the library comes from here.
 
     Raises:
-        ShapeError: it has not the elements that the plan says.
-        BackendError: it does not lie in memory of a CPU side by side, with the plan's dtype, as when a hook on saved tensors
-            brings another one back.
+        ShapeError: it does not have the number of elements in the plan.
+        BackendError: it is not dense in CPU memory with the plan's dtype, for example because a hook on saved tensors
+            returned another tensor.
     """
     if tensor is None:
         return None
@@ -192,11 +192,9 @@ def _address(plan: Plan, which: int, tensor: Tensor | None) -> int | None:
     what = f"the kernels on weights: the {_POINTERS[which]} ({show(tensor.shape)}, {tensor.dtype})"
     if tensor.numel() != plan.counts[which]:
         raise ShapeError(
-            f"{what} is not of {plan.counts[which]} elements, as the weight wants; was one of them resized?"
+            f"{what} does not have the {plan.counts[which]} elements that the weight needs; was one of them resized?"
         )
-    raise BackendError(
-        f"{what} has no memory, or lies in it otherwise than as {dtype} side by side; was it freed, or swapped?"
-    )
+    raise BackendError(f"{what} has no memory, or is not dense there as {dtype}; was it freed, or swapped?")
 
 
 def _channels_last(weight: Tensor) -> bool:
@@ -211,17 +209,17 @@ def normalize(
     definition: Callable[..., Tensor],
     spare: Spare | None = None,
 ) -> Tensor:
-    """One weight on the kernels.
+    """Normalize one weight on the kernels.
 
     Args:
-        weight: one that ``takes`` holds for.
+        weight: one for which ``takes`` holds.
         gain: one number per set, likewise, or None.
-        plan: of the weight, with method ``"normalize"`` or of both systems of sets.
-        definition: the same as a differentiable function of weight and gain, or of the weight alone where there is no gain.
+        plan: the plan of the weight, with method ``"normalize"`` or one for both rows and columns.
+        definition: the same as a differentiable function of weight and gain, or of the weight if there is no gain.
         spare: keeps the memory of the result from one training step to the next.
 
     Returns:
-        Of the weight's shape, strides and dtype; differentiable to any order.
+        A tensor of the weight's shape, strides and dtype; differentiable to any order.
     """
     if torch.is_grad_enabled() and (weight.requires_grad or (gain is not None and gain.requires_grad)):
         return _apply(weight, gain, plan, definition, spare)
@@ -233,12 +231,12 @@ def _forward(weight: Tensor, gain: Tensor | None, plan: Plan, spare: Spare | Non
     functions = _functions()
     assert functions is not None
     at = _address(plan, 0, weight), _address(plan, 1, gain), _address(plan, 3, result)
-    checked(functions.forward(plan.told(gain), *at))
+    checked(functions.forward(plan.raw(gain), *at))
     return result
 
 
 class _Normalize(torch.autograd.Function):
-    # A forward with ctx, not setup_context: of a small weight the latter costs more than the kernel.
+    # A forward with ctx, not setup_context: for a small weight the latter costs more than the kernel.
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         weight, gain, ctx.plan, ctx.definition, spare = inputs
@@ -258,24 +256,24 @@ class _Normalize(torch.autograd.Function):
         plan = ctx.plan
         ends = _address(plan, 3, result), _address(plan, 4, dgain)
         at = _address(plan, 2, gradient), _address(plan, 0, weight), _address(plan, 1, gain), *ends
-        checked(functions.backward(plan.told(gain), *at))
+        checked(functions.backward(plan.raw(gain), *at))
         return result, dgain, None, None, None
 
 
-# What Function.apply does beyond this is for torch.func, under which no kernel runs.
+# The base's apply, in C++: all that Function.apply adds in Python is for torch.func, under which no kernel runs.
 _apply: Callable[..., Tensor] = super(torch.autograd.Function, _Normalize).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def gradients_by(
     definition: Callable[..., Tensor], raw: tuple[Tensor, Tensor | None], needed: Sequence[bool], gradient: Tensor
 ) -> list[Tensor | None]:
-    """The gradients of weight and gain by autograd through the definition, to be differentiated again.
+    """Compute the gradients of weight and gain by autograd through the definition, to be differentiated again.
 
     Args:
-        definition: of weight and gain, or of the weight alone where there is no gain.
+        definition: a function of weight and gain, or of the weight if there is no gain.
         raw: weight and gain.
-        needed: whether the gradient of each is wanted; more may follow.
-        gradient: of what the definition gives.
+        needed: whether each gradient is wanted; further entries are ignored.
+        gradient: gradient of the definition's output.
     """
     if raw[1] is None:
         return [*gradients(definition, raw[:1], needed[:1], gradient), None]
@@ -283,12 +281,12 @@ def gradients_by(
 
 
 def run(plans: Sequence[Plan], calls: Sequence[Sequence[Tensor | None]], backward: bool) -> None:
-    """One call into the library for many weights.
+    """Run many weights in one call into the library.
 
     Args:
         plans: one per weight.
-        calls: for each its tensors, as far as there are any: weight, gain, gradient, result, gradient of the gain, and of
-            ``"spectral"`` the left and right vector and what is kept for backward. See native/weights.h.
+        calls: the tensors of each weight, or None: weight, gain, gradient, result, gradient of the gain, and for ``"spectral"``
+            the left and right vector and what is kept for backward. See native/weights.h.
         backward: whether gradients are wanted.
     """
     functions = _functions()
@@ -297,5 +295,5 @@ def run(plans: Sequence[Plan], calls: Sequence[Sequence[Tensor | None]], backwar
     for place, (plan, tensors) in enumerate(zip(plans, calls, strict=True)):
         for which, tensor in enumerate(tensors):
             pointers[len(_POINTERS) * place + which] = _address(plan, which, tensor)
-    told = (ctypes.c_char_p * len(plans))(*(plan.told(tensors[1]) for plan, tensors in zip(plans, calls, strict=True)))
-    checked(functions.many(len(plans), told, pointers, backward))
+    raw = (ctypes.c_char_p * len(plans))(*(plan.raw(tensors[1]) for plan, tensors in zip(plans, calls, strict=True)))
+    checked(functions.many(len(plans), raw, pointers, backward))

@@ -1,4 +1,4 @@
-"""What is an output unit and what an input unit of a layer's weight."""
+"""The output units and input units of a layer's weight."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """Which axis of a weight counts output units, and how many groups share its first axis.
+    """Which axis of a weight indexes output units, and how many groups share its first axis.
 
-    A row of the layer's matrix is what makes one output unit, a column is what one input unit sends out. Groups are blocks on
-    the diagonal: a row lies in one group, and so does a column.
+    A row of the layer's matrix holds the weights of one output unit, a column those of one input unit. Groups are diagonal
+    blocks: a row lies in one group, and so does a column.
 
     Args:
         output_axis: 0 for ``(out, in/groups, *)``, 1 for ``(in, out/groups, *)``.
-        groups: matrices that stand side by side along axis 0.
+        groups: number of matrices concatenated along axis 0.
 
     >>> WeightLayout(groups=2).columns()
     Support("(g o) i *", over="o *", g=2)
@@ -50,8 +50,8 @@ class WeightLayout:
         """The support of one input unit: everything that it feeds, within its group.
 
         Args:
-            view: of a convolution, ``"operator"`` for one column an input channel, whose norm is that of the columns of the
-                circular convolution; ``"unfold"`` for one column an input channel and tap, as in the unfolded matrix.
+            view: for a convolution, ``"operator"`` has one column per input channel, whose norm is that of the columns of the
+                circular convolution; ``"unfold"`` has one column per input channel and tap, as in the unfolded matrix.
 
         Raises:
             OptionError: another view.
@@ -66,15 +66,14 @@ class WeightLayout:
     def nest(self, shape: torch.Size, view: View = "operator") -> tuple[int, int, int, int] | None:
         """The axes of a contiguous weight in the order of memory, merged to groups x far x kept x inner.
 
-        Rows of axis-0 layouts and columns of axis-1 layouts are the sets of one (group, far); the others are the sets of one
-        (group, kept).
+        Rows of axis-0 layouts and columns of axis-1 layouts belong to one (group, far); the others to one (group, kept).
 
         Args:
-            shape: of a weight of two axes or more.
+            shape: shape of a weight of two axes or more.
             view: what a column is, as for ``columns``.
 
         Returns:
-            The four sizes, or None where sets do not lie like that.
+            The four sizes, or None where the sets are laid out otherwise.
 
         >>> WeightLayout(groups=2).nest(torch.Size([4, 3, 5, 5])), WeightLayout(groups=2).nest(torch.Size([4, 3, 5, 5]), "unfold")
         ((2, 2, 3, 25), (2, 2, 75, 1))
@@ -87,13 +86,13 @@ class WeightLayout:
         return self.groups, far, kept, inner
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """The 2-D unfolding: a row an output unit, a column an input unit and tap, groups below one another.
+        """The 2-D unfolding: one row per output unit, one column per input unit and tap, with groups stacked.
 
         Args:
-            weight: of two axes or more.
+            weight: a weight of two axes or more.
 
         Returns:
-            A view where the strides allow it, else a copy.
+            A view if the strides allow it, else a copy.
 
         Raises:
             ShapeError: the weight has fewer than two axes, or does not split into the groups.
@@ -111,15 +110,15 @@ class WeightLayout:
 
 
 def weight_layout(layer: nn.Module, name: str = "weight") -> WeightLayout:
-    """What is an output unit and what an input unit of a layer's weight.
+    """Find the output units and input units of a layer's weight.
 
-    Known are Linear, convolutions, transposed convolutions, attention's stacked projections and the ``Conv1D`` of GPT-2
-    in transformers, whose weight is (in, out). An Embedding's output unit is a token, whose row is its vector: so it agrees
-    with an output layer that shares its weight. Of any other weight axis 0 counts output units and axis 1 input units.
+    It knows Linear, convolutions, transposed convolutions, attention's stacked projections and the ``Conv1D`` of GPT-2 in
+    transformers, whose weight is (in, out). An Embedding's output unit is a token, whose row is its vector: so it agrees with an
+    output layer that shares its weight. In any other weight axis 0 indexes output units and axis 1 input units.
 
     Args:
-        layer: that holds the weight, parametrized or not.
-        name: of the weight.
+        layer: the layer that holds the weight, parametrized or not.
+        name: name of the weight.
 
     Returns:
         The layout.
@@ -140,16 +139,16 @@ def weight_layout(layer: nn.Module, name: str = "weight") -> WeightLayout:
 
 
 def hooked_weight(layer: nn.Module, name: str) -> tuple[str, Tensor] | None:
-    """Which of torch's older utilities makes a weight before each pass, and of which parameter.
+    """Find which of torch's hook-based utilities computes a weight before each pass, and from which parameter.
 
-    Those of ``torch.nn.utils`` that work by hooks leave the weight a plain attribute, which no parametrization can stand on.
+    These utilities of ``torch.nn.utils`` leave the weight a plain attribute, which cannot be parametrized.
 
     Args:
         layer: any module.
-        name: of the weight.
+        name: name of the weight.
 
     Returns:
-        The utility, and the raw weight (of weight normalization the direction); None of any other weight.
+        The utility and the raw weight (for weight normalization, the direction); None for any other weight.
 
     >>> from torch.nn.utils import prune
     >>> hooked_weight(prune.identity(nn.Linear(2, 2), "weight"), "weight")[0]
@@ -165,14 +164,14 @@ def hooked_weight(layer: nn.Module, name: str) -> tuple[str, Tensor] | None:
 
 
 def raw_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor, Support | None]]:
-    """Every parameter of a model once, parametrized or not, with the layer that it belongs to.
+    """Yield every parameter of a model once, parametrized or not, with the layer that it belongs to.
 
     Args:
         model: any module.
 
     Returns:
-        The layer's name, the layer, the parameter, and the support of an output unit: of weights and raw weights of two axes
-        or more. It is None for biases, gains, lengths and what else a parametrization learns.
+        The layer's name, the layer, the parameter, and the support of an output unit, for weights and raw weights of two axes
+        or more. It is None for biases, gains, lengths and all else that a parametrization learns.
 
     >>> layer = nn.utils.parametrizations.weight_norm(nn.ConvTranspose2d(3, 5, 1, bias=False))
     >>> [(tuple(parameter.shape), rows) for _, _, parameter, rows in raw_parameters(layer)]
@@ -196,7 +195,7 @@ def raw_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor, S
 
 
 def weight_of(layer: nn.Module, name: str, who: str) -> Tensor:
-    """The layer's weight as it now is, or an error that names the layer's tensors.
+    """Return the layer's current weight, or raise an error that names the layer's tensors.
 
     Raises:
         OptionError: there is no floating tensor of that name, or it has no shape yet.

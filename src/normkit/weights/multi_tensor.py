@@ -1,4 +1,4 @@
-"""Many weights in one call: one traversal of each, one cut of all the work among the threads, one node in autograd's graph."""
+"""Many weights in one call: each is traversed once, all work is split across threads, and autograd gets one node."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from normkit.weights.attachment import hooked, originals
 
 
 class Share(NamedTuple):
-    """What one weight brings to a call.
+    """One weight's part of a call.
 
-    ``definition`` is the same in differentiable PyTorch: of weight and gain; of weight, left and right vector where there are
-    such. The vectors are improved in place.
+    ``definition`` computes the same in differentiable PyTorch, from weight and gain, or from weight, left and right vector. The
+    vectors are updated in place.
     """
 
     plan: kernels.Plan
@@ -37,18 +37,18 @@ class Shares(Protocol):
     """A parametrization that the kernels can run."""
 
     def share(self, *raw: Tensor) -> Share | None:
-        """What the raw tensors bring to a call; None where the kernels don't run."""
+        """The raw tensors' part of a call; None where the kernels don't run."""
         ...
 
 
 def normalize(shares: Sequence[Share]) -> list[Tensor]:
-    """The weights of all shares, by one call into the library.
+    """Compute the weights of all shares in one call into the library.
 
     Args:
-        shares: of weights that ``kernels.takes`` holds for.
+        shares: shares of weights for which ``kernels.takes`` holds.
 
     Returns:
-        Each of its weight's shape, strides and dtype; differentiable to any order.
+        Tensors of their weights' shapes, strides and dtypes, differentiable to any order.
     """
     if not shares:
         return []
@@ -58,13 +58,14 @@ def normalize(shares: Sequence[Share]) -> list[Tensor]:
 
 @contextlib.contextmanager
 def together(model: nn.Module) -> Iterator[None]:
-    """A context in which the parametrized weights of a model are made once: by one call, for those that the kernels know.
+    """A context in which a model's parametrized weights are computed once, in one call for those that the kernels know.
 
-    ``torch.nn.utils.parametrize.cached`` with all weights made at the start. Put the forward passes of a step inside; the
-    backward pass may lie inside or behind, the optimizer's step behind. Weights that are used several times in a step cost once;
-    spectral normalization iterates once. The gradients of all raw weights arrive together at the end of the backward pass: leave
-    the context out where something waits for them one by one, as DistributedDataParallel does, or where weights are not in
-    memory until their layer runs, as with FSDP and offloading; also around checkpointed regions, which run again behind it.
+    It is ``torch.nn.utils.parametrize.cached`` with all weights computed at the start. Put the forward passes of a step inside,
+    the backward pass inside or after it, the optimizer's step after it. Weights that are used several times per step are computed
+    once, and spectral normalization iterates once. The gradients of all raw weights arrive together at the end of the backward
+    pass: do not use the context where something waits for them one by one, such as DistributedDataParallel, where weights are
+    not in memory until their layer runs, as with FSDP and offloading, or around checkpointed regions, which are recomputed
+    after it.
 
     Args:
         model: any module.
@@ -89,7 +90,7 @@ def together(model: nn.Module) -> Iterator[None]:
 
 
 def _single_parts(layer: nn.Module) -> Iterator[tuple[str, Shares, list[Tensor]]]:
-    """Of each tensor with one parametrization and no hooks, its name, the parametrization and the raw tensors."""
+    """Yield the name, parametrization and raw tensors of each tensor with one parametrization and no hooks."""
     held = layer._modules.get("parametrizations") if parametrize.is_parametrized(layer) else None
     for name, found in held._modules.items() if held is not None else ():
         assert found is not None
@@ -99,7 +100,7 @@ def _single_parts(layer: nn.Module) -> Iterator[tuple[str, Shares, list[Tensor]]
 
 
 class _Together(torch.autograd.Function):
-    """Weights by the kernels; inputs are the shares, then weight and gain of each."""
+    """Weights computed by the kernels; inputs are the shares, then weight and gain of each."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:

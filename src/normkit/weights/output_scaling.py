@@ -35,26 +35,26 @@ _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class RowScaling(Parametrization):
-    """A parametrization that may be one factor for each output unit.
+    """A parametrization that may be one factor per output unit.
 
-    ``path`` says which way the product is computed: ``"auto"``, ``"weight"`` or ``"output"``.
+    ``path`` says how the product is computed: ``"auto"``, ``"weight"`` or ``"output"``.
     """
 
     path: Path = "auto"
 
     def row_factors(self, weight: Tensor) -> Tensor | None:
-        """One factor for each output unit, of at least float32; None where it is not of this form."""
+        """The factor of each output unit, in at least float32; None where the parametrization is not of this form."""
         raise NotImplementedError
 
 
 def refusal(layer: nn.Module, name: str = "weight") -> str | None:
-    """Why the output of this layer can't be scaled in place of its weight, or None if it can."""
+    """Reason this layer's output can't be scaled instead of its weight, or None."""
     cls = parametrize.type_before_parametrizations(layer)
     kind = next((kind for kind in _PLAIN if isinstance(layer, kind)), None)
     if kind is None or name != "weight":
         return f"only the weight of a Linear, Conv1d, Conv2d or Conv3d can, and this is the {name} of {cls.__name__}"
     if any(getattr(cls, method, None) is not getattr(kind, method, None) for method in ("forward", "_conv_forward")):
-        return f"{cls.__name__} computes its output in a way of its own, not as {kind.__name__} does"
+        return f"{cls.__name__} computes its output differently from {kind.__name__}"
     if parametrize.is_parametrized(layer, name):
         return "the weight has another parametrization"
     return None
@@ -81,7 +81,7 @@ def scaled_forward(layer: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
 
 
 def _scaling(layer: nn.Module) -> RowScaling | None:
-    """The weight's parametrization if it is a row scaling, the only one, and without hooks."""
+    """The weight's parametrization if it is a row scaling, the only one, and has no hooks."""
     found = layer._modules.get("parametrizations")
     if found is None or "weight" not in found._modules:
         return None
@@ -101,11 +101,11 @@ def _output_is_cheaper(layer: nn.Module, scaling: RowScaling, raw: Tensor, input
     positions = input.numel() // max(raw.shape[1], 1)
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         positions //= layer.groups * math.prod(layer.stride)
-    if positions * _LEAST * raw.shape[0] > raw.numel():  # most often; and nothing else need be asked
+    if positions * _LEAST * raw.shape[0] > raw.numel():  # the most frequent case, decided at once
         return False
     if parametrize._cache_enabled:  # the weight is built once for many calls
         return False
-    # W x has no bound where W's rows have none, and float16 ends at 65504.
+    # W x is unbounded where W's rows are, and float16 overflows at 65504.
     device = input.device.type
     amp = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
     if torch.float16 in (raw.dtype, input.dtype, amp):

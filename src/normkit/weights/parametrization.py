@@ -1,4 +1,4 @@
-"""What the parametrizations of a weight have in common that run on the kernels where those take it."""
+"""The base of weight parametrizations that run on the kernels where these take the weight."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from normkit.weights.spare import Spare
 
 
 class Parametrization(nn.Module):
-    """One weight, and for some one gain per set, to the weight as it is used.
+    """Map a raw weight (and, for some methods, one gain per set) to the effective weight.
 
-    A subclass has ``definition``, in differentiable PyTorch, and ``plan``, what a kernel is told; its forward hands the raw
+    A subclass defines ``definition``, in differentiable PyTorch, and ``plan``, for a kernel; its ``forward`` passes the raw
     tensors to ``made``.
     """
 
-    # Whether each set is a row of axis 0, which may lie in memory as channels last has it.
+    # Whether each set is a row of axis 0, so that channels-last weights need no copy.
     by_rows: bool = False
 
     def __init__(self) -> None:
@@ -32,32 +32,32 @@ class Parametrization(nn.Module):
         self._spare = Spare()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Plans are bytes of a C structure, which another version of the kernels may lay out in another way.
+        # Plans are bytes of a C structure, which another version of the kernels may lay out differently.
         return {**vars(self), "_plans": {}}
 
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
-        """The weight as it is used, by PyTorch's operators."""
+        """Compute the effective weight by PyTorch's operators."""
         raise NotImplementedError
 
     def plan(self, weight: Tensor) -> kernels.Plan | None:
-        """What a kernel is told of such a weight; None for what no kernel does."""
+        """Make the plan of a kernel for such a weight; None for what no kernel does."""
         raise NotImplementedError
 
     def options(self) -> tuple[object, ...]:
-        """What the plan depends on besides the weight's shape and dtype."""
+        """The options that the plan depends on, besides the weight's shape and dtype."""
         return ()
 
     def made(self, weight: Tensor, *gain: Tensor) -> Tensor:
-        """The weight as it is used, on the kernels where they take it."""
+        """Compute the effective weight, on the kernels where they take the raw one."""
         plan = self._plan_here(weight, *gain)
         if plan is None:
-            if not torch.compiler.is_compiling():  # which has no tensors with the negative bit
+            if not torch.compiler.is_compiling():  # a compiler has no tensors with the negative bit
                 weight, gain = weight.resolve_neg(), tuple(g.resolve_neg() for g in gain)
             return self.definition(weight, *gain)
         return kernels.normalize(weight, gain[0] if gain else None, plan, self.definition, self._spare)
 
     def share(self, *raw: Tensor) -> Share | None:
-        """What the raw tensors, the weight last, bring to one call for many weights; None where the kernels don't run."""
+        """The raw tensors' part, with the weight last, of one call for many weights; None where the kernels don't run."""
         *gain, weight = raw
         plan = self._plan_here(weight, *gain)
         return None if plan is None else Share(plan, self.definition, weight, gain[0] if gain else None)
@@ -70,15 +70,15 @@ class Parametrization(nn.Module):
             self._plans[key] = self.plan(weight)
         plan = self._plans[key]
         if plan is not None and gain and gain[0].numel() != plan.sets:
-            return None  # the definition says so
+            return None  # the definition raises the error
         return plan
 
 
 def laid_out(gain: Tensor, rule: Rule, weight: Tensor, who: str) -> Tensor:
-    """The gains of a rule on a weight, one per set, in the shape in which they multiply it.
+    """Bring the gains of a rule on a weight, one per set, to the shape in which they multiply it.
 
     Raises:
-        ShapeError: there are more or fewer.
+        ShapeError: the number of gains is wrong.
     """
     assert rule.compensation is not None
     shape = per_shape(rule.compensation.per, rule.support.split(weight.shape))
@@ -91,7 +91,7 @@ def laid_out(gain: Tensor, rule: Rule, weight: Tensor, who: str) -> Tensor:
 
 
 def release(model: nn.Module) -> None:
-    """Gives up the memory that parametrizations of a model keep from one training step to the next."""
+    """Free the memory that the parametrizations of a model keep from one training step to the next."""
     for part in model.modules():
         if isinstance(part, Parametrization):
             part._spare.empty()

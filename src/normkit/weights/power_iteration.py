@@ -1,4 +1,4 @@
-"""Power iteration: the leading singular vectors of a matrix, and what the loop for square matrices finds instead."""
+"""Power iteration for the leading singular vectors of a matrix, and the loop for square matrices that finds something else."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ def power_iteration(
 ) -> tuple[Tensor, Tensor]:
     """Improve the leading singular vectors of a matrix: u <- W v / |W v|, v <- W^T u / |W^T u|; sigma is then u^T W v.
 
-    Each iteration shrinks the error of sigma by (sigma_2 / sigma_1)^4, of the vectors by (sigma_2 / sigma_1)^2. sigma comes from
-    below. Keep the vectors for the next call: of a weight that has changed little, one iteration is enough.
+    Each iteration shrinks the error of sigma by (sigma_2 / sigma_1)^4, of the vectors by (sigma_2 / sigma_1)^2. sigma approaches
+    from below. Keep the vectors for the next call: after a small change of the weight, one iteration is enough.
 
     Args:
         matrix: (out, in).
-        u: (out,) of the call before. Default: None, as good as random.
-        v: (in,) of the call before. Default: None, random.
-        iterations: from 0. Default: 1.
-        eps: a product as short as this leaves its vector as it was. Default: 1e-12.
+        u: (out,) from the previous call. Default: None, which is as good as random.
+        v: (in,) from the previous call. Default: None, random.
+        iterations: number of iterations, from 0. Default: 1.
+        eps: a product no longer than this leaves its vector unchanged. Default: 1e-12.
 
     Returns:
         u and v, of length 1, in the accumulation dtype.
 
     Raises:
-        ShapeError: not a matrix.
+        ShapeError: the tensor is not a matrix.
 
     Reference:
         Miyato, Kataoka, Koyama, Yoshida (2018), https://arxiv.org/abs/1802.05957, algorithm 1.
@@ -59,24 +59,25 @@ def power_iteration(
 def power_iteration_square(
     matrix: Tensor, tol: float = 1e-6, x: Tensor | None = None, limit: int = 10_000
 ) -> tuple[Tensor, Tensor]:
-    """The loop x <- W x / |W x| until x moves by less than ``tol``, up to sign; |W x| is the spectral radius, not the norm.
+    """Run x <- W x / |W x| until x moves by less than ``tol``, up to sign; |W x| is the spectral radius, not the norm.
 
-    As printed in introductions to spectral normalization, where |W x| is taken for the largest singular value. It is the largest
-    absolute eigenvalue, which equals the spectral norm only of normal matrices, as symmetric ones, and is smaller otherwise. Do
-    not normalize by it; use ``power_iteration`` or ``spectral_norm``. It needs a square matrix with a dominant real eigenvalue.
+    Introductions to spectral normalization print this loop and take |W x| for the largest singular value. It is the largest
+    absolute eigenvalue, which equals the spectral norm only for normal matrices, such as symmetric ones, and is smaller
+    otherwise. Do not normalize by it; use ``power_iteration`` or ``spectral_norm``. It needs a square matrix with a dominant
+    real eigenvalue.
 
     Args:
         matrix: (n, n).
-        tol: largest movement of x, of length 1, that counts as none. Default: 1e-6.
-        x: (n,) of the call before, from which it starts. Default: None, random.
-        limit: iterations after which it gives up. Default: 10000.
+        tol: the largest movement of x, of length 1, at which to stop. Default: 1e-6.
+        x: (n,) from the previous call, to start from. Default: None, random.
+        limit: largest number of iterations. Default: 10000.
 
     Returns:
         |W x| and x, in the accumulation dtype; 0 if W x vanishes.
 
     Raises:
-        ShapeError: not a square matrix, or x is not a vector of its size.
-        OptionError: x still moves after ``limit`` iterations, as it does for ever where the dominant eigenvalues are complex.
+        ShapeError: the matrix is not square, or x does not have its size.
+        OptionError: x still moves after ``limit`` iterations, as always where the dominant eigenvalues are complex.
 
     Reference:
         von Mises and Pollaczek-Geiringer, "Praktische Verfahren der Gleichungsauflösung" (1929),
@@ -89,8 +90,8 @@ def power_iteration_square(
     """
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ShapeError(
-            f"power_iteration_square: got a tensor of shape {show(matrix.shape)}, wanted a square matrix; of others take the "
-            "singular vectors, by power_iteration"
+            f"power_iteration_square: got a tensor of shape {show(matrix.shape)}, wanted a square matrix; for others use "
+            "power_iteration"
         )
     if x is not None and x.shape != matrix.shape[:1]:
         raise ShapeError(
@@ -114,7 +115,7 @@ def power_iteration_square(
 
 
 def _unit(product: Tensor, eps: float, before: Tensor | None = None) -> Tensor:
-    """The product's direction; that of before if it has none, as from a zero vector no iteration comes back."""
+    """The product's direction, or the previous one if it has none: no iteration recovers from a zero vector."""
     norm = torch.linalg.vector_norm(product)
     direction = product / norm.clamp_min(eps)
     return direction if before is None else torch.where(norm > eps, direction, before)

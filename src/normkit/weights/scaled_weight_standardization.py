@@ -1,4 +1,4 @@
-"""Scaled weight standardization: standardized weights that keep a signal's variance through a nonlinearity."""
+"""Scaled weight standardization: standardized weights that preserve a signal's variance through a nonlinearity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.engine.dispatch import run
 from normkit.weights import kernels
-from normkit.weights.attachment import Layer, attach
+from normkit.weights.attachment import ModuleT, attach
 from normkit.weights.layout import WeightLayout, weight_layout, weight_of
 from normkit.weights.parametrization import Parametrization, laid_out
 
@@ -24,7 +24,7 @@ RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
 
 
 def scaled_weight_standardization_rule(support: Support | None = None, eps: float = 1e-6) -> Rule:
-    """Scaled weight standardization, by default of weights whose axis 0 counts output units, as data.
+    """Scaled weight standardization, by default of weights whose axis 0 indexes output units, as data.
 
     >>> scaled_weight_standardization_rule().formula()
     'y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias'
@@ -34,12 +34,12 @@ def scaled_weight_standardization_rule(support: Support | None = None, eps: floa
 
 
 def nonlinearity_gain(activation: Callable[[Tensor], Tensor]) -> float:
-    """The factor that makes an activation of a standard normal variable have variance 1.
+    """Compute the factor that gives an activation of a standard normal variable the variance 1.
 
-    gamma = 1 / sqrt(Var[activation(z)]), z normal; RELU_GAIN is it for ReLU, sqrt(2 / (1 - 1 / pi)).
+    gamma = 1 / sqrt(Var[activation(z)]), z normal; for ReLU it is RELU_GAIN, sqrt(2 / (1 - 1 / pi)).
 
     Args:
-        activation: works element by element.
+        activation: an elementwise function.
 
     Returns:
         The factor, by quadrature in float64.
@@ -67,16 +67,16 @@ def nonlinearity_gain(activation: Callable[[Tensor], Tensor]) -> float:
 class ScaledWeightStandardization(Parametrization):
     """The parametrization w = gain * gamma * (v - E[v]) / sqrt((Var[v] + eps) fan_in), E and Var over a unit's weights.
 
-    Behind an activation whose factor is gamma, inputs of variance 1 give outputs of variance gain^2: networks without
-    activation norms stay in range. The mean stays zero too, which no scaled initialization keeps while training.
+    After an activation whose factor is gamma, inputs of variance 1 give outputs of variance gain^2, so that networks without
+    activation norms stay in range. The mean stays zero too, which a scaled initialization does not ensure during training.
 
     Args:
-        layout: of the weight. Default: axis 0 counts output units.
-        gamma: the activation's factor. Default: ReLU's, 1.7129; some public code has 1.7139588594436646 in its place.
+        layout: layout of the weight. Default: axis 0 indexes output units.
+        gamma: the activation's factor. Default: ReLU's, 1.7129; some public code uses 1.7139588594436646 instead.
         eps: added to the variance. Default: 1e-6.
 
     Shape:
-        gain (out,) and v (the weight's shape) to the weight's shape.
+        gain (out,) and v (the weight's shape); the output has the weight's shape.
 
     Reference:
         Brock, De, Smith (2021), https://arxiv.org/abs/2101.08692.
@@ -99,12 +99,12 @@ class ScaledWeightStandardization(Parametrization):
         return self.made(weight, gain)
 
     def plan(self, weight: Tensor) -> kernels.Plan | None:
-        """What a kernel is told of such a weight."""
+        """Make the plan of a kernel for such a weight."""
         split = self.rule.support.split(weight.shape)
         return kernels.plan_over(split, weight.dtype, self.rule.statistic, self.gamma / split.count**0.5)
 
     def options(self) -> tuple[object, ...]:
-        """What the plan depends on besides the weight's shape and dtype."""
+        """The options that the plan depends on, besides the weight's shape and dtype."""
         return (self.gamma,)
 
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class ScaledWeightStandardization(Parametrization):
         return run(self.rule, weight, g.to(torch.promote_types(g.dtype, torch.float32)) * factor)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Gains of 1, and the weight as the raw one."""
+        """Gains of 1, and the weight itself as the raw one."""
         split = self.rule.support.split(weight.shape)
         return weight.new_ones(weight.numel() // split.count), weight
 
@@ -124,16 +124,16 @@ class ScaledWeightStandardization(Parametrization):
 
 
 def scaled_weight_standardization(
-    layer: Layer, name: str = "weight", gamma: float = RELU_GAIN, eps: float = 1e-6
-) -> Layer:
-    """Put scaled weight standardization on a layer, in place.
+    layer: ModuleT, name: str = "weight", gamma: float = RELU_GAIN, eps: float = 1e-6
+) -> ModuleT:
+    """Apply scaled weight standardization to a layer, in place.
 
-    Two parameters take the weight's place: ``parametrizations.weight.original0``, one gain an output unit, that starts at 1,
-    and ``original1``, the raw weight.
+    Two parameters replace the weight: ``parametrizations.weight.original0``, one gain per output unit, initially 1, and
+    ``original1``, the raw weight.
 
     Args:
-        layer: that holds the weight.
-        name: of the weight. Default: "weight".
+        layer: the layer that holds the weight.
+        name: name of the weight. Default: "weight".
         gamma: the factor of the activation before the layer; see ``nonlinearity_gain``. Default: ReLU's.
         eps: added to the variance. Default: 1e-6.
 
@@ -141,7 +141,7 @@ def scaled_weight_standardization(
         The layer.
 
     Raises:
-        OptionError: no such weight, one that is parametrized already, or one weight for each output unit, which would be zero.
+        OptionError: no such weight, one that is already parametrized, or one weight per output unit, which would become zero.
 
     Reference:
         Brock, De, Smith (2021), https://arxiv.org/abs/2101.08692.
@@ -155,7 +155,7 @@ def scaled_weight_standardization(
     if weight.dim() < 2 or layout.rows.split(weight.shape).count == 1:
         raise OptionError(
             f"scaled_weight_standardization: the {name} of {type(layer).__name__} ({show(weight.shape)}) has one element for "
-            "each output unit, which less its mean is zero; leave this layer out"
+            "each output unit, which minus its mean is zero; leave this layer out"
         )
     return attach(layer, name, ScaledWeightStandardization(layout, gamma, eps), splits=True)
 
@@ -181,7 +181,6 @@ CARD = Card(
     name="scaled_weight_standardization",
     title="Scaled weight standardization",
     kind="weight",
-    word="",
     normalized_over="each output unit's weights",
     formula="w = gain * gamma * (v - E[v]) / sqrt((Var[v] + eps) * fan_in)",
     paper=Paper(
@@ -191,7 +190,7 @@ CARD = Card(
         "https://arxiv.org/abs/2101.08692",
     ),
     use_cases="residual networks without activation norms",
-    strengths="keeps the signal's mean and variance at no cost an activation; free once folded",
+    strengths="keeps the signal's mean and variance at no cost per activation; free once folded",
     weaknesses="needs scaled residual branches and gradient clipping to train at large batches",
     module=ScaledWeightStandardization,
     functional=standardize_scaled,

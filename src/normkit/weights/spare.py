@@ -1,8 +1,8 @@
-"""The memory of a weight that one step made, kept for the next step.
+"""The memory of a weight computed in one step, kept for the next step.
 
-The first write to a fresh tensor of a megabyte or more costs several times what a later one does, as the system hands out
-pages of zeros. A weight that is made again at each step has the same size each time; so its place is written over as soon as
-no tensor, view or array holds it any more. (A storage that is kept without a tensor does not count.)
+The first write to a fresh tensor of a megabyte or more costs several times what a later one does, as the system allocates pages
+of zeros. A weight that is recomputed at each step has the same size each time; so its memory is overwritten as soon as no tensor,
+view or array holds it any more. (A storage that is kept without a tensor does not count.)
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 def _holders(tensor: Tensor) -> int:
-    """How many tensors, views and arrays share the memory of this one, and one constant more."""
+    """Number of tensors, views and arrays that share the memory of this one, plus a constant."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 def _unshared() -> int:
-    """What ``_holders`` says of memory that one tensor holds; 0, which it never says, where it can't tell one from two."""
+    """What ``_holders`` returns for memory that one tensor holds; 0, which it never returns, where it can't tell one from two."""
     try:
         tensor = torch.empty(1)
         alone = _holders(tensor)
@@ -33,11 +33,11 @@ _UNSHARED = _unshared()
 
 
 class Spare:
-    """At most one place in memory; a copy or a pickle of it is empty.
+    """At most one block of memory; a copy or a pickle of it is empty.
 
     >>> spare, like = Spare(), torch.zeros(2)
     >>> first = spare.take(like)
-    >>> kept, again = first.data_ptr(), spare.take(like)  # first holds its place, so again has another one
+    >>> kept, again = first.data_ptr(), spare.take(like)  # first still holds its memory, so again has another block
     >>> again.data_ptr() == kept
     False
     """
@@ -48,9 +48,9 @@ class Spare:
         self._free: list[Tensor] = []
 
     def take(self, like: Tensor) -> Tensor:
-        """An uninitialized tensor of this shape, strides and dtype; it is the caller's own."""
+        """An uninitialized tensor of this shape, strides and dtype; it belongs to the caller."""
         try:
-            kept = self._free.pop()  # in one step, so that no two threads get the same place
+            kept = self._free.pop()  # one atomic step, so that no two threads get the same block
         except IndexError:
             kept = None
         if (
@@ -60,15 +60,15 @@ class Spare:
             or kept.stride() != like.stride()
             or kept.dtype != like.dtype
         ):
-            if torch.is_inference_mode_enabled():  # what is made here could not be used in training
+            if torch.is_inference_mode_enabled():  # a tensor made here could not be used in training
                 return torch.empty_like(like)
             kept = torch.empty_like(like)
-        taken = kept.data  # of a version counter of its own
+        taken = kept.data  # with its own version counter
         self._free[:] = [kept]
         return taken
 
     def empty(self) -> None:
-        """Gives the place up."""
+        """Free the memory."""
         self._free.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Spare:

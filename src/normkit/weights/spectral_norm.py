@@ -16,7 +16,7 @@ from normkit.core.precision import full_precision
 from normkit.core.statistic import Statistic
 from normkit.core.support import show
 from normkit.weights import kernels, multi_tensor
-from normkit.weights.attachment import Layer, attach
+from normkit.weights.attachment import ModuleT, attach
 from normkit.weights.layout import weight_of
 from normkit.weights.multi_tensor import Share
 from normkit.weights.parametrization import Parametrization
@@ -28,21 +28,21 @@ class SpectralNorm(Parametrization):
 
     u <- w v / norm, v <- w^T u / norm at each use in training, none in evaluation; sigma = u^T w v, without gradient through
     u and v. The gradient is (dw - <dw, w> u v^T) / sigma with w the normalized weight. An iteration shrinks the error by
-    (sigma_2 / sigma_1)^2; only the largest singular value is held. A weight of one axis is divided by its norm. Of a convolution
+    (sigma_2 / sigma_1)^2; only the largest singular value is fixed. A weight of one axis is divided by its norm. Of a convolution
     of stride 1 the operator's norm is at most sqrt(taps) sigma, not sigma.
 
-    With ``exact`` sigma is that of a singular value decomposition at each use, in training and in evaluation, differentiated
-    through: slower, never behind. The buffers then stay as they are; both kinds have one state_dict.
+    With ``exact``, sigma comes from a singular value decomposition at each use, in training and in evaluation, and is
+    differentiated: slower, but never outdated. The buffers then stay unchanged; both kinds have the same state_dict.
 
     Args:
-        weight: the tensor as it starts; gives the size of the buffers ``_u`` and ``_v``.
-        n_power_iterations: at each use in training. Default: 1.
-        dim: the axis that counts output units. Default: 0.
+        weight: the initial tensor, which determines the size of the buffers ``_u`` and ``_v``.
+        n_power_iterations: iterations at each use in training. Default: 1.
+        dim: the axis that indexes output units. Default: 0.
         eps: floor of norms and of sigma. Default: 1e-12.
-        exact: by singular value decomposition, in place of iterations. Default: False.
+        exact: whether to use a singular value decomposition instead of iterations. Default: False.
 
     Shape:
-        The shape of ``weight``, to the same.
+        That of ``weight``; the output has the same shape.
 
     Raises:
         OptionError: no such axis, or no iteration.
@@ -75,7 +75,7 @@ class SpectralNorm(Parametrization):
             for name, size in zip(("_u", "_v"), matrix.shape, strict=True):
                 start = matrix.new_empty(size).normal_()
                 self.register_buffer(name, F.normalize(start, dim=0, eps=eps))
-            self._iterate(matrix, 15)  # as many as torch's, so that both start alike
+            self._iterate(matrix, 15)  # as many as torch, so that both start alike
 
     def forward(self, weight: Tensor) -> Tensor:
         """The normalized weight, of the weight's dtype."""
@@ -87,31 +87,31 @@ class SpectralNorm(Parametrization):
         matrix = self._matrix(weight)
         if not self.exact and matrix.shape != (self._u.numel(), self._v.numel()):
             raise ShapeError(
-                f"SpectralNorm: the weight's matrix is {show(matrix.shape)}, and its singular vectors are of one of "
-                f"{self._u.numel()}x{self._v.numel()}, as it was when this was put on; resize the weight first, then put it on"
+                f"SpectralNorm: the weight's matrix is {show(matrix.shape)}, but its singular vectors are those of a "
+                f"{self._u.numel()}x{self._v.numel()} matrix, its size when it was parametrized; resize the weight before that"
             )
         if self.exact:
             sigma = torch.linalg.matrix_norm(matrix.to(accumulation_dtype(weight.dtype)), 2)
             return (weight / sigma.clamp_min(self.eps)).to(weight.dtype)
         if self.training:
             self._iterate(matrix.detach(), self.n_power_iterations)
-        # Copies, as the next use writes to the buffers while this one's graph still needs what they hold.
+        # Copies, as the next use writes to the buffers while this one's graph still needs their values.
         wide = accumulation_dtype(weight.dtype)
         u, v = (buffer.to(wide, copy=True) for buffer in (self._u, self._v))
         return self.definition(weight, u, v)
 
     def share(self, *raw: Tensor) -> Share | None:
-        """What this weight brings to one call for many weights; None where the kernels don't run."""
+        """This weight's part of one call for many weights; None where the kernels don't run."""
         (weight,) = raw
         if self.exact or self.dim != 0 or weight.dim() == 1:
             return None
         plan = self._plan_here(weight, self._u, self._v)
         if plan is None or plan.counts[5:7] != (self._u.numel(), self._v.numel()):
-            return None  # forward says so
+            return None  # forward raises the error
         return Share(plan, self.definition, weight, vectors=(self._u, self._v))
 
     def plan(self, weight: Tensor) -> kernels.Plan | None:
-        """What a kernel is told of such a weight."""
+        """Make the plan of a kernel for such a weight."""
         rows = weight.shape[0]
         return kernels.plan_for(
             (1, rows, weight.numel() // max(rows, 1), 1),
@@ -122,7 +122,7 @@ class SpectralNorm(Parametrization):
         )
 
     def options(self) -> tuple[object, ...]:
-        """What the plan depends on besides the weight's shape and dtype."""
+        """The options that the plan depends on, besides the weight's shape and dtype."""
         return self.training, self.n_power_iterations, self.eps
 
     def definition(self, weight: Tensor, *vectors: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class SpectralNorm(Parametrization):
         )
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The raw weight that assigning this one stores: itself."""
+        """The raw weight that assigning a weight stores: that weight itself."""
         return weight
 
     def extra_repr(self) -> str:
@@ -152,7 +152,7 @@ class SpectralNorm(Parametrization):
     def _iterate(self, matrix: Tensor, iterations: int) -> None:
         outside = nullcontext
         if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
-            # The vectors are no part of what torch.func transforms, and are improved as they would be without it.
+            # The vectors are not part of what torch.func transforms, and are updated as they would be without it.
             while torch._C._functorch.is_gradtrackingtensor(matrix):  # pyright: ignore[reportAttributeAccessIssue]
                 matrix = torch._C._functorch.get_unwrapped(matrix)  # pyright: ignore[reportAttributeAccessIssue]
             outside = temporarily_clear_interpreter_stack
@@ -163,26 +163,26 @@ class SpectralNorm(Parametrization):
 
 
 def spectral_norm(
-    layer: Layer,
+    layer: ModuleT,
     name: str = "weight",
     n_power_iterations: int = 1,
     eps: float = 1e-12,
     dim: int | None = None,
     *,
     exact: bool = False,
-) -> Layer:
-    """Put spectral normalization on a layer, in place; the raw weight stays the trained parameter.
+) -> ModuleT:
+    """Apply spectral normalization to a layer, in place; the raw weight stays the trained parameter.
 
     ``torch.nn.utils.parametrizations.spectral_norm`` with the same arguments, buffers and state_dict keys, and no NaN from a
-    zero weight. Set the layer to evaluation before folding it, or folding iterates once more.
+    zero weight. Set the layer to evaluation before folding it; otherwise folding iterates once more.
 
     Args:
-        layer: that holds the weight.
-        name: of the weight. Default: "weight".
-        n_power_iterations: at each use in training. Default: 1.
+        layer: the layer that holds the weight.
+        name: name of the weight. Default: "weight".
+        n_power_iterations: iterations at each use in training. Default: 1.
         eps: floor of norms and of sigma. Default: 1e-12.
-        dim: the axis that counts output units; None for 1 of transposed convolutions and 0 of others. Default: None.
-        exact: by singular value decomposition at each use, in place of iterations. Default: False.
+        dim: the axis that indexes output units; None for 1 in transposed convolutions and 0 in others. Default: None.
+        exact: whether to use a singular value decomposition at each use instead of iterations. Default: False.
 
     Returns:
         The layer.
@@ -231,9 +231,9 @@ CARD = Card(
         2018,
         "https://arxiv.org/abs/1802.05957",
     ),
-    use_cases="discriminators of GANs, critics, anything that must be Lipschitz",
-    strengths="bounds the layer's Lipschitz constant; cheap by one warm iteration per step; free once folded",
-    weaknesses="holds the largest singular value alone; of a convolution it is not the operator's norm; lags behind fast weights",
+    use_cases="discriminators of GANs, critics, and whatever must be Lipschitz",
+    strengths="bounds the layer's Lipschitz constant; cheap, with one warm iteration per step; free once folded",
+    weaknesses="fixes only the largest singular value, which is not a convolution's operator norm; lags behind fast weights",
     module=SpectralNorm,
     functional=divide_by_sigma,
     make=spectral_norm,

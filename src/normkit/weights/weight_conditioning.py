@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import BackendError, OptionError
@@ -15,7 +15,7 @@ from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.engine import closed_form
 from normkit.weights import kernels
-from normkit.weights.attachment import Layer, attach
+from normkit.weights.attachment import ModuleT, attach
 from normkit.weights.inverse_norm import inverse_norm
 from normkit.weights.layout import View, WeightLayout, weight_layout, weight_of
 from normkit.weights.output_scaling import Path, RowScaling, refusal, scaled_forward
@@ -35,10 +35,10 @@ def weight_conditioning_rule(support: Support | None = None, eps: float = 1e-12)
 
 
 class Equilibrate(RowScaling):
-    """The parametrization that multiplies a weight by a diagonal preconditioner, so that its rows or columns are alike.
+    """The parametrization that multiplies a weight by a diagonal preconditioner, which equalizes its rows or columns.
 
-    For a weight A with rows a_i and columns a^j a preconditioner stands left of it, PA, which scales rows (output units),
-    right of it, AP, which scales columns (input units), or on both sides, P1 A P2:
+    For a weight A with rows a_i and columns a^j, a left preconditioner PA scales rows (output units), a right one AP scales
+    columns (input units), and P1 A P2 scales both:
 
     ==========  ========================  ==========================  ====================================
     mode        matrices                  gives                       scaling A by s scales the result by
@@ -50,33 +50,33 @@ class Equilibrate(RowScaling):
     ==========  ========================  ==========================  ====================================
 
     ``order`` of rowcol: ``"sequential"`` takes the columns of the row-scaled matrix and ends with unit columns;
-    ``"simultaneous"`` takes both factors from A and ends with neither; ``"ruiz"`` divides by the roots of both norms again and
-    again, and tends to rows that are all alike and columns that are all alike.
+    ``"simultaneous"`` takes both factors from A and ends with neither; ``"ruiz"`` divides by the roots of both norms
+    repeatedly, and converges to equal rows and equal columns.
 
-    Row mode is weight normalization with its lengths frozen at 1. The gradient of the raw row is
+    Row mode is weight normalization with lengths frozen at 1. The gradient of the raw row is
     (dw - <dw, w> w) / norm(a_i): orthogonal to it, so that under plain gradient descent norms only grow and the effective rate
-    falls as 1 / norm^2; weight decay changes nothing but that rate. Before BatchNorm row mode changes the training alone, and the
-    function only as far as the norm's eps counts next to the variance. ``eps`` here is a floor of the norm, not a summand, so
+    falls as 1 / norm^2; weight decay changes nothing but that rate. Before BatchNorm, row mode changes only the training, and the
+    function only as far as the norm's eps counts next to the variance. Here ``eps`` is a floor of the norm, not a summand, so
     that invariance to scale is exact; a zero row stays zero, and its gradient is that of its conditioned weight divided by
     ``eps``.
 
-    Assigning ``layer.weight = W`` stores W as the raw weight: what ``layer.weight`` then gives is W conditioned, and W itself
-    only if its rows (columns) have norm ``gain`` already. The norms of W change the effective rate, not the function.
+    Assigning ``layer.weight = W`` stores W as the raw weight: ``layer.weight`` then returns W conditioned, which is W itself
+    only if its rows (columns) already have norm ``gain``. The norms of W change the effective rate, not the function.
 
     Args:
         mode: ``"row"``, ``"col"``, ``"rowcol"`` or ``"jacobi"``. Default: "row".
-        layout: of the weight. Default: axis 0 counts output units.
-        order: of rowcol. Default: "sequential".
-        iterations: of ruiz. Default: 10.
+        layout: layout of the weight. Default: axis 0 indexes output units.
+        order: order of rowcol. Default: "sequential".
+        iterations: iterations of ruiz. Default: 10.
         eps: floor of a norm, above 0. Default: 1e-12.
-        gradient: ``"full"`` differentiates through the norms, ``"detach"`` takes the preconditioner as a constant of the step.
+        gradient: ``"full"`` differentiates through the norms, ``"detach"`` treats the preconditioner as a constant.
             Default: "full".
-        gain: multiplies the result; sqrt(2) keeps the signal's power through ReLU. Default: 1.
+        gain: factor of the result; sqrt(2) keeps the signal's power through ReLU. Default: 1.
         view: what a column of a convolution is, see ``WeightLayout.columns``. Default: "operator".
         path: see ``weight_conditioning``. Default: "auto".
 
     Shape:
-        Any of two axes or more, to the same; norms are taken in at least float32.
+        Any of two axes or more; the output has the same shape; norms are taken in at least float32.
 
     Raises:
         OptionError: an argument outside its range.
@@ -148,11 +148,11 @@ class Equilibrate(RowScaling):
         return (y if self.gain == 1.0 else y * self.gain).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The raw weight that assigning this one stores: itself."""
+        """The raw weight that assigning a weight stores: that weight itself."""
         return weight
 
     def row_factors(self, weight: Tensor) -> Tensor | None:
-        """The diagonal of the left preconditioner, times the gain; None where columns are scaled too."""
+        """The diagonal of the left preconditioner, times the gain; None if columns are scaled too."""
         if self.mode not in ("row", "jacobi") or self.layout.output_axis != 0:
             return None
         x = weight.to(accumulation_dtype(weight.dtype))
@@ -160,11 +160,11 @@ class Equilibrate(RowScaling):
         return factors if self.gain == 1.0 else factors * self.gain
 
     def options(self) -> tuple[object, ...]:
-        """What the plan depends on besides the weight's shape and dtype."""
+        """The options that the plan depends on, besides the weight's shape and dtype."""
         return self.mode, self.order, self.iterations, self.eps, self.gradient, self.gain
 
     def plan(self, weight: Tensor) -> kernels.Plan | None:
-        """What a kernel is told of such a weight; no kernel does jacobi."""
+        """Make the plan of a kernel for such a weight; no kernel does jacobi."""
         constant = self.gradient == "detach"
         if self.mode in ("row", "col"):
             support = self.rows if self.mode == "row" else self.columns
@@ -186,11 +186,11 @@ class Equilibrate(RowScaling):
         )
 
     def check(self, weight: Tensor, trained: bool = False) -> None:
-        """Refuse a weight that this can't condition.
+        """Refuse a weight that can't be conditioned.
 
         Raises:
             OptionError: fewer than two axes; jacobi of a matrix that is not square or has a zero on its diagonal; with
-                ``trained``, a weight of which the full gradient would always be zero.
+                ``trained``, a weight whose full gradient would always be zero.
         """
         shape = show(weight.shape)
         if weight.dim() < 2:
@@ -217,12 +217,12 @@ class Equilibrate(RowScaling):
         ):
             what, cure = ("row", "col") if self.mode == "row" else ("column", "row")
             raise OptionError(
-                f"Equilibrate: a weight of shape {shape} has one element in each {what}; mode={self.mode!r} would freeze all of "
-                f"it at +-gain; leave this layer out, or use mode={cure!r}"
+                f"Equilibrate: a weight of shape {shape} has one element in each {what}; mode={self.mode!r} would freeze it "
+                f"at +-gain; leave this layer out, or use mode={cure!r}"
             )
 
     def extra_repr(self) -> str:
-        """The arguments that matter here."""
+        """The arguments that apply."""
         order = f", order={self.order!r}" + (f", iterations={self.iterations}" if self.order == "ruiz" else "")
         return (
             f"mode={self.mode!r}{order if self.mode == 'rowcol' else ''}, gradient={self.gradient!r}, gain={self.gain:g}, "
@@ -254,8 +254,30 @@ class Equilibrate(RowScaling):
         return factors.detach() if self.gradient == "detach" else factors
 
 
+class Temperature(nn.Module):
+    """The parametrization that multiplies a weight by one learned scalar, which starts at 1.
+
+    Behind ``Equilibrate`` it gives back the one length that unit rows take from a last layer: how peaked its logits can be.
+
+    >>> Temperature()(torch.ones(2)).detach()
+    tensor([1., 1.])
+    """
+
+    def __init__(self, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), device=device, dtype=dtype))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The scaled weight, of the weight's dtype."""
+        return (weight * self.scale).to(weight.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The weight that is scaled to this one; itself where the scale is 0."""
+        return weight / torch.where(self.scale == 0, 1.0, self.scale).to(weight.dtype)
+
+
 def weight_conditioning(
-    layer: Layer,
+    layer: ModuleT,
     mode: Mode = "row",
     name: str = "weight",
     *,
@@ -263,26 +285,27 @@ def weight_conditioning(
     iterations: int = 10,
     eps: float = 1e-12,
     gradient: Gradient = "full",
-    gain: float = 1.0,
+    gain: float | Literal["learned"] = 1.0,
     view: View = "operator",
     path: Path = "auto",
-) -> Layer:
+) -> ModuleT:
     """Condition a layer's weight at every use, in place: the raw weight stays the trained parameter, with its identity.
 
     The product EWx has two exact forms. ``path="weight"`` rebuilds the weight EW; ``path="output"`` scales the output, E(Wx),
-    which a Linear or convolution in row or jacobi mode can do when this is the weight's only parametrization. ``"auto"``
-    takes the cheaper one at each call. ``layer.weight`` and the state_dict are the same in both.
+    which a Linear or convolution in row or jacobi mode can do if this is the weight's only parametrization. ``"auto"``
+    chooses the cheaper form at each call. ``layer.weight`` and the state_dict are the same in both.
     ``torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")`` bakes the conditioned weight in.
 
     Args:
-        layer: that holds the weight.
-        mode: as for ``Equilibrate``, and so are the others that are not named here.
-        name: of the weight. Default: "weight".
-        order: of rowcol.
-        iterations: of ruiz.
+        layer: the layer that holds the weight.
+        mode: as for ``Equilibrate``, which also describes the options below.
+        name: name of the weight. Default: "weight".
+        order: order of rowcol.
+        iterations: iterations of ruiz.
         eps: floor of a norm.
         gradient: ``"full"`` or ``"detach"``.
-        gain: multiplies the result.
+        gain: factor of the result; ``"learned"`` for one scalar per layer that starts at 1 and is trained, a parametrization
+            of its own behind this one. Default: 1.
         view: what a column of a convolution is.
         path: ``"auto"``, ``"weight"`` or ``"output"``. Default: "auto".
 
@@ -290,7 +313,7 @@ def weight_conditioning(
         The layer.
 
     Raises:
-        OptionError: no such weight, an argument outside its range, a weight that the mode does not fit.
+        OptionError: no such weight, an argument outside its range, a weight that does not fit the mode.
         BackendError: ``path="output"`` where the output can't be scaled.
 
     Reference:
@@ -310,7 +333,7 @@ def weight_conditioning(
         iterations=iterations,
         eps=eps,
         gradient=gradient,
-        gain=gain,
+        gain=1.0 if gain == "learned" else gain,
         view=view,
         path=path,
     )
@@ -318,7 +341,14 @@ def weight_conditioning(
     reason = refusal(layer, name) if mode in ("row", "jacobi") else f"mode={mode!r} scales columns too"
     if path == "output" and reason is not None:
         raise BackendError(f'weight_conditioning: path="output" can\'t run: {reason}; use path="auto"')
-    return attach(layer, name, part, forward=scaled_forward if reason is None else None, directed=True)
+    if gain != "learned":
+        return attach(layer, name, part, forward=scaled_forward if reason is None else None, directed=True)
+    if path == "output":
+        raise BackendError(
+            'weight_conditioning: path="output" can\'t run with gain="learned", a second parametrization; use path="auto"'
+        )
+    attach(layer, name, part, directed=True)
+    return attach(layer, name, Temperature(device=weight.device, dtype=weight.dtype))
 
 
 def equilibrate(
@@ -367,7 +397,7 @@ CARD = Card(
     ),
     use_cases="first convolution and last layer of convolutional networks, all layers of NeRFs and transformers; with any norm",
     strengths="no new parameters; usually lowers the weight's condition number where rows differ much; free once folded",
-    weaknesses="can raise the condition number, by at most sqrt(rows); nothing but a rate before BatchNorm; rows grow",
+    weaknesses="can raise the condition number, by at most sqrt(rows); before BatchNorm it only changes the rate; rows grow",
     module=Equilibrate,
     functional=equilibrate,
     make=weight_conditioning,

@@ -1,4 +1,4 @@
-"""Weight normalization: the length and the direction of each row are parameters of their own."""
+"""Weight normalization: the length and the direction of each row are separate parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from normkit.core.statistic import Statistic, length
 from normkit.core.support import Support
 from normkit.engine.dispatch import run
 from normkit.weights import kernels
-from normkit.weights.attachment import Layer, attach
+from normkit.weights.attachment import ModuleT, attach
 from normkit.weights.layout import weight_layout, weight_of
 from normkit.weights.parametrization import Parametrization, laid_out
 
@@ -27,7 +27,7 @@ def weight_norm_rule(ndim: int = 2, dim: int | None = 0, eps: float = 1e-12) -> 
     >>> weight_norm_rule().formula()
     'y = weight * x / max(|x|, eps) + bias'
     """
-    if dim is None or dim == -1:  # as in torch, -1 says that there is one length
+    if dim is None or dim == -1:  # as in torch, -1 means one length
         return Rule(Support("*", over="*"), Statistic(None, "norm", eps, "floor"), Affine(""))
     if not -ndim <= dim < ndim:
         raise OptionError(f"WeightNorm: dim={dim} of a weight of {ndim} axes; wanted -{ndim} to {ndim - 1}, or None")
@@ -36,17 +36,17 @@ def weight_norm_rule(ndim: int = 2, dim: int | None = 0, eps: float = 1e-12) -> 
 
 
 class WeightNorm(Parametrization):
-    """The parametrization w = g v / max(|v|, eps), with one length g for each index of an axis.
+    """The parametrization w = g v / max(|v|, eps), with one length g per index of an axis.
 
     The gradients are dg = <dw, v> / |v| and dv = g / |v| (dw - <dw, v> v / |v|^2): orthogonal to v, so |v| never falls under
     plain gradient descent. A zero row of v gives a zero row of w; its gradient is g dw / eps.
 
     Args:
-        dim: the axis that keeps its lengths; None or -1 for one length of the whole tensor. Default: 0.
+        dim: the axis with one length per index; None or -1 for one length of the whole tensor. Default: 0.
         eps: floor of the norm. Default: 1e-12.
 
     Shape:
-        g (1, ..., out, ..., 1) and v (the weight's shape) to the weight's shape.
+        g (1, ..., out, ..., 1) and v (the weight's shape); the output has the weight's shape.
 
     Raises:
         OptionError: the weight has no such axis.
@@ -74,12 +74,12 @@ class WeightNorm(Parametrization):
         return self.made(v, g)
 
     def plan(self, weight: Tensor) -> kernels.Plan | None:
-        """What a kernel is told of such a weight."""
+        """Make the plan of a kernel for such a weight."""
         rule = self._rule(weight.dim())
         return kernels.plan_over(rule.support.split(weight.shape), weight.dtype, rule.statistic)
 
     def options(self) -> tuple[object, ...]:
-        """What the plan depends on besides the weight's shape and dtype."""
+        """The options that the plan depends on, besides the weight's shape and dtype."""
         return self.dim, self.eps
 
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class WeightNorm(Parametrization):
         return run(rule, weight, laid_out(gain[0], rule, weight, "WeightNorm"))
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Lengths and directions that give this weight: g its norms, v the weight itself."""
+        """Lengths and directions of this weight: g its norms, v the weight itself."""
         dims = self._rule(weight.dim()).support.split(weight.shape).dims
         g = length(weight, dims)
         return (g if self.dim not in (None, -1) else g.reshape(())), weight
@@ -98,24 +98,24 @@ class WeightNorm(Parametrization):
         return f"dim={self.dim}, eps={self.eps:g}"
 
 
-def weight_norm(layer: Layer, name: str = "weight", dim: int | None = 0, *, eps: float = 1e-12) -> Layer:
-    """Put weight normalization on a layer, in place, without changing what it computes.
+def weight_norm(layer: ModuleT, name: str = "weight", dim: int | None = 0, *, eps: float = 1e-12) -> ModuleT:
+    """Apply weight normalization to a layer, in place, without changing what it computes.
 
     ``torch.nn.utils.parametrizations.weight_norm`` with the same arguments, parameters and state_dict keys
-    (``parametrizations.weight.original0`` is g, ``original1`` is v), and no NaN from a zero row. Two new parameters take the
-    weight's place: give them to the optimizer. Checkpoints with the older ``weight_g`` and ``weight_v`` load too.
+    (``parametrizations.weight.original0`` is g, ``original1`` is v), and no NaN from a zero row. Two new parameters replace
+    the weight: pass them to the optimizer. Checkpoints with the older ``weight_g`` and ``weight_v`` load too.
 
     Args:
-        layer: that holds the weight.
-        name: of the weight. Default: "weight".
-        dim: the axis that keeps its lengths: 1 for transposed convolutions; None for one length. Default: 0.
+        layer: the layer that holds the weight.
+        name: name of the weight. Default: "weight".
+        dim: the axis with one length per index, 1 for transposed convolutions; None for one length. Default: 0.
         eps: floor of the norm. Default: 1e-12.
 
     Returns:
         The layer.
 
     Raises:
-        OptionError: no such weight or axis, or the weight is parametrized already.
+        OptionError: no such weight or axis, or the weight is already parametrized.
 
     Reference:
         Salimans and Kingma, "Weight Normalization" (2016), https://arxiv.org/abs/1602.07868.
@@ -134,7 +134,7 @@ def weight_norm(layer: Layer, name: str = "weight", dim: int | None = 0, *, eps:
 
 
 def _older(name: str, module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Before a state_dict is loaded: give the names of older checkpoints their present ones."""
+    """Rename the keys of older checkpoints before a state_dict is loaded."""
     for key, now in (("g", "original0"), ("v", "original1")):
         if f"{prefix}{name}_{key}" in state and parametrize.is_parametrized(module, name):
             state[f"{prefix}parametrizations.{name}.{now}"] = state.pop(f"{prefix}{name}_{key}")
@@ -168,7 +168,7 @@ CARD = Card(
     ),
     use_cases="recurrent and generative networks, reinforcement learning, audio: where batches are small or noisy",
     strengths="independent of the data; no difference between training and inference; free once folded",
-    weaknesses="does not bound activations; wants a good start; lengths grow with the learning rate",
+    weaknesses="does not bound activations; needs a good initialization; lengths grow with the learning rate",
     module=WeightNorm,
     functional=rescale,
     make=_on_outputs,

@@ -13,13 +13,13 @@ from normkit.core.statistic import Guard, Statistic
 from normkit.core.support import Support, show
 from normkit.engine.dispatch import run
 from normkit.weights import kernels
-from normkit.weights.attachment import Layer, attach
+from normkit.weights.attachment import ModuleT, attach
 from normkit.weights.layout import WeightLayout, weight_layout, weight_of
 from normkit.weights.parametrization import Parametrization
 
 
 class Published(TypedDict):
-    """The arguments that make a published form."""
+    """The arguments of a published form."""
 
     eps: float
     correction: int
@@ -37,7 +37,7 @@ PUBLISHED: dict[str, Published] = {
 def weight_standardization_rule(
     support: Support | None = None, eps: float = 1e-5, correction: int = 0, guard: Guard = "inside"
 ) -> Rule:
-    """Weight standardization, by default of weights whose axis 0 counts output units, as data.
+    """Weight standardization, by default of weights whose axis 0 indexes output units, as data.
 
     >>> weight_standardization_rule().formula()
     'y = (x - E[x]) / sqrt(Var[x] + eps)'
@@ -48,8 +48,8 @@ def weight_standardization_rule(
 class WeightStandardization(Parametrization):
     """The parametrization w = (v - E[v]) / sqrt(Var[v] + eps), E and Var over each output unit's weights.
 
-    For layers that a normalization follows; without one, outputs grow with the root of the fan-in. The gradient has mean zero
-    in each row and is orthogonal to it but for eps. The published forms are in ``PUBLISHED``, by name:
+    For layers before a normalization; without one, outputs grow with the root of the fan-in. The gradient has mean zero
+    in each row and is orthogonal to it except for eps. The published forms are in ``PUBLISHED``, by name:
     ``weight_standardization(layer, **PUBLISHED["timm"])``.
 
     =================  =============================================  =====================================
@@ -62,13 +62,13 @@ class WeightStandardization(Parametrization):
     =================  =============================================  =====================================
 
     Args:
-        layout: of the weight. Default: axis 0 counts output units.
-        eps: keeps the divisor from zero. Default: 1e-5.
+        layout: layout of the weight. Default: axis 0 indexes output units.
+        eps: keeps the divisor above zero. Default: 1e-5.
         correction: 1 for the unbiased variance. Default: 0.
         guard: eps ``"inside"`` the root, ``"outside"`` it, or as its ``"floor"``. Default: "inside".
 
     Shape:
-        Any, to the same.
+        Any; the output has the same shape.
 
     Raises:
         OptionError: an argument outside its range.
@@ -96,7 +96,7 @@ class WeightStandardization(Parametrization):
         return self.made(weight)
 
     def plan(self, weight: Tensor) -> kernels.Plan | None:
-        """What a kernel is told of such a weight."""
+        """Make the plan of a kernel for such a weight."""
         return kernels.plan_over(self.rule.support.split(weight.shape), weight.dtype, self.rule.statistic)
 
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class WeightStandardization(Parametrization):
         return run(self.rule, weight)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The raw weight that assigning this one stores: itself."""
+        """The raw weight that assigning a weight stores: that weight itself."""
         return weight
 
     def extra_repr(self) -> str:
@@ -114,14 +114,14 @@ class WeightStandardization(Parametrization):
 
 
 def weight_standardization(
-    layer: Layer, name: str = "weight", eps: float = 1e-5, *, correction: int = 0, guard: Guard = "inside"
-) -> Layer:
-    """Put weight standardization on a layer, in place; the raw weight stays the trained parameter.
+    layer: ModuleT, name: str = "weight", eps: float = 1e-5, *, correction: int = 0, guard: Guard = "inside"
+) -> ModuleT:
+    """Apply weight standardization to a layer, in place; the raw weight stays the trained parameter.
 
     Args:
-        layer: that holds the weight.
-        name: of the weight. Default: "weight".
-        eps: keeps the divisor from zero. Default: 1e-5.
+        layer: the layer that holds the weight.
+        name: name of the weight. Default: "weight".
+        eps: keeps the divisor above zero. Default: 1e-5.
         correction: 1 for the unbiased variance. Default: 0.
         guard: eps ``"inside"`` the root, ``"outside"`` it, or as its ``"floor"``. Default: "inside".
 
@@ -129,7 +129,7 @@ def weight_standardization(
         The layer.
 
     Raises:
-        OptionError: no such weight, an argument outside its range, or one weight for each output unit, which would be zero.
+        OptionError: no such weight, an argument outside its range, or one weight per output unit, which would become zero.
 
     Reference:
         Qiao, Wang, Liu, Shen, Yuille (2019), https://arxiv.org/abs/1903.10520.
@@ -145,7 +145,7 @@ def weight_standardization(
     if weight.dim() < 2 or layout.rows.split(weight.shape).count == 1:
         raise OptionError(
             f"weight_standardization: the {name} of {type(layer).__name__} ({show(weight.shape)}) has one element for each "
-            "output unit, which less its mean is zero; leave this layer out"
+            "output unit, which minus its mean is zero; leave this layer out"
         )
     return attach(layer, name, WeightStandardization(layout, eps, correction, guard))
 
@@ -182,7 +182,7 @@ CARD = Card(
     ),
     use_cases="convolutions before GroupNorm where few samples fit a batch: detection, segmentation, transfer",
     strengths="brings GroupNorm at batch 1 to BatchNorm's accuracy; smooths the loss; free once folded",
-    weaknesses="needs a normalization after the layer; can't serve layers with one weight an output unit",
+    weaknesses="needs a normalization after the layer; can't be used where an output unit has one weight",
     module=WeightStandardization,
     functional=standardize,
     make=weight_standardization,

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
 
+from normkit.lab.bench.speed import geometric_mean
 from normkit.lab.experiment import Drawing
 from normkit.lab.record import write_bytes
 from normkit.lab.report.canvas import FAINT, FULL, GRID, INK
 from normkit.lab.report.drawing import save
-from normkit.lab.say import counted
+from normkit.lab.say import counted, say
 
 COLUMNS = (
     "method",
@@ -44,6 +47,32 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['roofline']['ours']:.2f}",
         *(f"{error[name]:.0e}" if name in error else "" for name in ("ours", "eager")),
     ]
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Prints a table per peer, a line per method, and a line per direction; a terminal of 80 columns holds it."""
+    for peer in dict.fromkeys(row["peer"] for row in result["summary"]):
+        title = f"torch's time over normkit's ({peer}): above 1, normkit is faster"
+        table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False, header_style="bold")
+        for column in ("method", "cells", "mean", "worst"):
+            table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column("the worst cell", overflow="fold")
+        rows = [row for row in result["rows"] if peer in row["ratio"]]
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [row for row in rows if row["method"] == method]
+            ratios = [row["ratio"][peer] for row in own]
+            worst = own[ratios.index(min(ratios))]
+            last = " last" if worst["layout"] == "channels last" else ""
+            way = "fwd" if worst["direction"] == "forward" else "fwd+bwd"
+            where = f"{'x'.join(map(str, worst['shape']))} {worst['dtype']}{last} {way}"
+            table.add_row(method, str(len(own)), f"{geometric_mean(ratios):.2f}", f"{min(ratios):.2f}", where)
+        console.print(table, highlight=False)
+    for row in result["summary"]:
+        say(
+            console,
+            f"{row['direction']} against {row['peer']}: {counted(row['cells'], 'cell')}, "
+            f"mean {row['geometric_mean']:.2f}, worst {row['worst']:.2f}, {row['below']} below 0.95",
+        )
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from normkit.activations.group_norm import GroupNorm
 from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.local_response_norm import LocalResponseNorm
 from normkit.catalogue.methods import METHODS, method
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, closest
 from normkit.engine.layer import Layer
 from normkit.lab.bench.race import race
 
@@ -135,7 +135,7 @@ def cases(names: Sequence[str] = (), quick: bool = False) -> Iterator[Case]:
     known = methods()
     for name in names:
         if name not in known:
-            raise OptionError(f"methods has {name!r}; wanted some of {', '.join(known)}")
+            raise OptionError(f"methods has {name!r}; wanted some of {', '.join(known)}{closest(name, known)}")
     for name in names or known:
         images = name.endswith("over channels") or method(name).layout == "n c *"
         shapes = IMAGES if images else TOKENS if method(name).extra is None else SEQUENCES
@@ -218,13 +218,22 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             if ratios:
                 worst, row = min(ratios, key=lambda pair: pair[0])
                 where = f"{row['method']} {'x'.join(map(str, row['shape']))} {row['dtype']} {row['layout']}"
-                mean = exp(sum(log(ratio) for ratio, _ in ratios) / len(ratios))
+                mean = geometric_mean([ratio for ratio, _ in ratios])
                 below = sum(ratio < 0.95 for ratio, _ in ratios)
                 found.append(
                     {"direction": direction, "peer": peer, "cells": len(ratios), "geometric_mean": mean, "worst": worst}
                     | {"worst_case": where, "below": below}
                 )
     return found
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    """The mean of ratios.
+
+    >>> geometric_mean([2.0, 0.5])
+    1.0
+    """
+    return exp(sum(map(log, ratios)) / len(ratios))
 
 
 def _ours(name: str, channels: int) -> nn.Module:

@@ -1,18 +1,16 @@
 """What a model is trained and judged on: splits of inputs and targets, and how to hold some out."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from normkit.core.errors import OptionError
-
-Inputs = Tensor | dict[str, Tensor]
+from normkit.lab.data.batch import STACKED, Collate, Inputs, each, named, take
 
 
 @dataclass(frozen=True)
@@ -20,10 +18,11 @@ class Split:
     """Samples of one split, held as tensors or read from a map-style dataset when they are asked for.
 
     Args:
-        targets: ``(n,)`` class indices, ``(n, l)`` class indices a token with -100 ignored, or floats.
-        inputs: a tensor ``(n, ...)`` or a dict of such tensors; None when `source` is given.
-        source: a map-style dataset of ``(inputs, target)`` pairs; None when `inputs` is given.
+        targets: ``(n,)`` class indices, ``(n, l)`` a class index per token with -100 ignored, floats, or booleans of any shape.
+        inputs: a tensor ``(n, ...)``, or a tuple or dict of such tensors; None when `source` is given.
+        source: a map-style dataset of samples; None when `inputs` is given.
         rows: the rows of `source` that belong to this split; None when `inputs` is given.
+        collate: makes inputs and targets of a list of samples of `source`. Default: stacks them.
         prepare: applied to the inputs of a batch on their device, such as what makes floats of pixels held as bytes.
             Default: None.
     """
@@ -32,6 +31,7 @@ class Split:
     inputs: Inputs | None = None
     source: Any = None
     rows: Tensor | None = None
+    collate: Collate = STACKED
     prepare: Callable[[Any], Any] | None = None
 
     def __len__(self) -> int:
@@ -41,16 +41,19 @@ class Split:
     def batch(self, index: Tensor, device: torch.device) -> tuple[Inputs, Tensor]:
         """Gives the inputs and targets of the samples `index`, on `device`."""
         if self.inputs is None:
-            assert self.rows is not None
-            inputs, targets = default_collate(_samples(self.source, self.rows[index].tolist()))
-            targets = as_targets(targets)
+            inputs, targets = self.collate(self.samples(index))
         else:
             inputs, targets = take(self.inputs, index), self.targets[index]
-        if isinstance(inputs, Mapping):
-            inputs = {name: value.to(device) for name, value in inputs.items()}
-        else:
-            inputs = inputs.to(device)
+        inputs = each(inputs, lambda value: value.to(device))
         return inputs if self.prepare is None else self.prepare(inputs), targets.to(device)
+
+    def samples(self, index: Tensor) -> list[Any]:
+        """Reads the samples `index` of the dataset."""
+        assert self.rows is not None
+        rows = self.rows[index].tolist()
+        # As torch's own loader does: a dataset may know a faster way to read many.
+        several = getattr(self.source, "__getitems__", None)
+        return [self.source[row] for row in rows] if several is None else several(rows)
 
     def take(self, index: Tensor) -> "Split":
         """Gives the split of the samples `index`."""
@@ -61,11 +64,8 @@ class Split:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names the tensors that this split holds in memory."""
-        if isinstance(self.inputs, Tensor):
-            yield "inputs", self.inputs
-        elif self.inputs is not None:
-            for name in sorted(self.inputs):
-                yield f"inputs[{name!r}]", self.inputs[name]
+        if self.inputs is not None:
+            yield from named(self.inputs)
         yield "targets", self.targets
 
 
@@ -78,17 +78,20 @@ class Data:
         val: samples that choose learning rates.
         test: samples that judge; touched once, at the end of a run.
         augment: changes the inputs of a training batch, given them and a generator on their device. Default: None.
+        notes: what was decided on reading, a sentence each. Default: none.
 
     Attributes:
-        kind: ``"classification"`` for integer targets, ``"regression"`` for floats.
+        kind: ``"classification"`` for integer targets, ``"regression"`` for floats, ``"multi-label"`` for booleans, or
+            ``"binary"`` where there is one per sample.
         score: ``"accuracy"`` or ``"r2"``; higher is better.
-        classes: one more than the highest class index; None in regression.
+        classes: one more than the highest class index; None where targets are no class indices.
     """
 
     train: Split
     val: Split
     test: Split
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -97,8 +100,11 @@ class Data:
 
     @property
     def kind(self) -> str:
-        """The task: classification or regression."""
-        return "regression" if self.train.targets.is_floating_point() else "classification"
+        """The task."""
+        targets = self.train.targets
+        if targets.dtype == torch.bool:
+            return "binary" if targets[0].numel() == 1 else "multi-label"
+        return "regression" if targets.is_floating_point() else "classification"
 
     @property
     def score(self) -> str:
@@ -107,8 +113,8 @@ class Data:
 
     @property
     def classes(self) -> int | None:
-        """The number of classes, or None in regression."""
-        if self.kind == "regression":
+        """The number of classes, or None where targets are no class indices."""
+        if self.kind != "classification":
             return None
         return 1 + max(int(split.targets.max()) for split in self.splits.values())
 
@@ -124,12 +130,6 @@ class Data:
         if self.augment is not None:
             digest.update(f"augment {_identity(self.augment)}".encode())
         return digest.hexdigest()
-
-
-def as_targets(value: Any) -> Tensor:
-    """Makes targets int64 when they are integers or booleans, and leaves floats as they are."""
-    targets = torch.as_tensor(value)
-    return targets if targets.is_floating_point() else targets.long()
 
 
 def hold_out(split: Split, fraction: float, seed: int = 0) -> tuple[Split, Split]:
@@ -192,19 +192,6 @@ def subset(split: Split, count: int, seed: int = 0) -> Split:
             place[members] = (np.arange(len(members)) + 0.5) / len(members)
         order = order[np.argsort(place[order], kind="stable")]
     return split.take(torch.from_numpy(np.sort(order[:count])))
-
-
-def take(inputs: Inputs, index: Tensor) -> Inputs:
-    """Gives the samples `index` of inputs."""
-    if isinstance(inputs, Tensor):
-        return inputs[index]
-    return {name: value[index] for name, value in inputs.items()}
-
-
-def _samples(source: Any, rows: list[int]) -> list[Any]:
-    # As torch's own loader does: a dataset may know a faster way to read many.
-    several = getattr(source, "__getitems__", None)
-    return [source[row] for row in rows] if several is None else several(rows)
 
 
 def _identity(function: Callable[..., Any]) -> str:

@@ -1,13 +1,15 @@
 """The experiments that ``normkit reproduce`` and ``normkit claim`` know, one file per line."""
 
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
-from normkit.core.errors import OptionError, RecordError
-from normkit.lab import record
+from rich.console import Console
+
+from normkit.core.errors import OptionError, RecordError, closest
+from normkit.lab import comparison, record
 from normkit.lab.experiment import Bench, Experiment
-from normkit.lab.perform import BEGUN, CONFIG, FOUND, RESULT, command, show
+from normkit.lab.perform import BEGUN, CONFIG, CURE, FOUND, RESULT, command, show
 from normkit.lab.say import Terminal
 
 # An experiment is called like its file, with dashes.
@@ -60,18 +62,18 @@ def find_experiment(kind: str, name: str) -> Experiment:
     if name not in known:
         if other := _kind(name):
             raise OptionError(f"{name} is no experiment of {kind}; give normkit {other} {name}")
-        close = get_close_matches(name, known, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise OptionError(f"{kind} knows no experiment {name!r}{hint}; there are {', '.join(known) or 'none'}")
+        there = f"there are {', '.join(known) or 'none'}"
+        raise OptionError(f"{kind} knows no experiment {name!r}; {there}{closest(name, known)}")
     module = import_module(f"normkit.lab.experiments.{name.replace('-', '_')}")
     return module.EXPERIMENT
 
 
-def reshow(output: Path) -> bool:
-    """Prints an experiment's tables and redraws its report from its records; False where they are of something else.
+def reshow(output: Path, console: Console | None = None) -> None:
+    """Prints an experiment's tables and redraws its report from its records.
 
     Args:
         output: the folder.
+        console: where to print. Default: None, standard output.
 
     Raises:
         RecordError: there is no record, or one that is damaged or of an experiment that is not finished.
@@ -82,24 +84,26 @@ def reshow(output: Path) -> bool:
         )
     if not (output / RESULT).exists():
         _refuse(output)
-        return False
     if "experiment" not in record.read_json(output / RESULT):
-        return False
+        raise RecordError(f"{output} holds a comparison by an earlier normkit; make it again: {CURE}")
     found = record.read_json(output / RESULT, FOUND)
     about = found["experiment"]
-    show(find_experiment(about["kind"], about["name"]), found, output, Terminal())
-    return True
+    of_user = about["kind"] == "compare"
+    experiment = comparison.reread(found) if of_user else find_experiment(about["kind"], about["name"])
+    show(experiment, found, output, console or Terminal())
 
 
-def _refuse(output: Path) -> None:
+def _refuse(output: Path) -> NoReturn:
     if not (output / CONFIG).exists():
         raise RecordError(f"{output} holds neither {RESULT} nor {CONFIG}, so it is no record of normkit")
     name = str(record.read_json(output / CONFIG).get("experiment"))
+    cure = "give the `normkit compare` command of this folder again to finish it"
     if kind := _kind(name):
         config = record.read_json(output / CONFIG, BEGUN)
         size = {key: config[key] for key in ("scale", "epochs", "threads")}
-        again = command(find_experiment(kind, name), Bench(**size, output=output, seeds=tuple(config["seeds"])))
-        raise RecordError(f"{output / RESULT} is missing; to finish it:  {again}")
+        bench = Bench(**size, output=output, seeds=tuple(config["seeds"]))
+        cure = f"to finish it:  {command(find_experiment(kind, name), bench)}"
+    raise RecordError(f"{output / RESULT} is missing; {cure}")
 
 
 def _kind(name: str) -> str | None:

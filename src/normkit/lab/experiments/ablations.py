@@ -4,7 +4,7 @@ The paper's ablations are in a supplement that is not public; this list is ours.
 CIFAR-10; Jacobi scaling, which needs square matrices, on a perceptron with three square layers on handwritten digits.
 Learning rates are swept in Table 1; other losses than cross-entropy are not run.
 
-At full scale: 40 epochs at rate 0.1. At small scale: images of 16x16, half the channels, 1,024 images, 8 epochs, 64 steps.
+At full scale: 40 epochs at rate 0.1. At small scale: images of 16x16, half the channels, 1,024 images, 8 epochs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import nn
 
 from normkit.lab.experiment import Bench, Experiment
 from normkit.lab.experiments import classification
-from normkit.lab.experiments.classification import PAPER, Plan, Row, verdicts
+from normkit.lab.experiments.classification import PAPER, Plan, Row, length_of, verdicts
 from normkit.lab.experiments.classification_drawing import figures
+from normkit.lab.say import counted
 from normkit.lab.train.learning import Training
 
 BASE, E = "BN", "BN + E"
@@ -72,7 +73,7 @@ def square(classes: int = 10) -> nn.Module:
 
 def plans(scale: str) -> list[Plan]:
     """The plans at a scale."""
-    small = scale == "small"
+    small = scale != "full"
     base = Training("cifar10", "inception8", "", "bn", 0.0, 0, 40, condition=not small)
     base = replace(base, **SMALL) if small else base
     rows = [row for part in PARTS.values() for row in part if not (small and row.name in LARGE)]
@@ -100,7 +101,10 @@ def remarks(result: dict[str, Any]) -> list[str]:
         "so a difference can be one of the rate that suits a row; Table 1 has the sweep."
     )
     if result["scale"] == "small":
-        said.append("Small scale: 64 steps; differences are those of early training, and six rows are left out.")
+        left = counted(len(LARGE), "row")
+        said.append(
+            f"Small scale: {length_of(result)}; differences are those of early training, and {left} are left out."
+        )
     return said
 
 
@@ -114,4 +118,5 @@ EXPERIMENT = Experiment(
     classification.tables,
     figures,
     remarks,
+    ("tiny", "small", "full"),
 )

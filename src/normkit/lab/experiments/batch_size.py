@@ -19,9 +19,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 from torch import nn
 
 from normkit.activations.batch_channel_norm import BatchChannelNorm
@@ -30,14 +28,15 @@ from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule
 from normkit.activations.ghost_batch_norm import GhostBatchNorm
 from normkit.activations.group_norm import GroupNorm
 from normkit.core.card import Paper
-from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiments.runs import CHANCE, diverged, labelled, notes, points, side, size_of, source_of
 from normkit.lab.models.small_cnn import SmallCNN
+from normkit.lab.report.bands import across, marked
 from normkit.lab.report.canvas import FULL, panels
-from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, SHAPES, band, name_ends
+from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, SHAPES, name_ends
 from normkit.lab.seeding import reseed
-from normkit.lab.stats import Interval, differences, known, mean, spread, where
-from normkit.lab.train.images import TINY, Images, Size, Stream, accuracy, fit
+from normkit.lab.stats import differences, known, spread, where
+from normkit.lab.train.images import Images, Size, Stream, accuracy, fit
 from normkit.lab.train.walk import OK, device, forget
 from normkit.surgery.recalibrate import recalibrate
 from normkit.surgery.recipe import apply_recipe
@@ -54,14 +53,8 @@ METHODS = {
 WAYS = {"running": "running statistics", "precise": "precise statistics", "batch": "test batch's statistics"}
 HUES = dict(zip(METHODS, (GREY, *COLOURS), strict=True))
 
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": TINY,
-    "small": {"data": "cifar10", "train": 1500, "test": 2000, "halve": True, "width": 16, "epochs": 3},
-    "full": {"data": "cifar10", "train": None, "test": None, "halve": False, "width": 32, "epochs": 10},
-}
 BATCHES = {"tiny": (2, 32), "small": (1, 2, 4, 8, 32, 128), "full": (1, 2, 4, 8, 16, 32, 64, 128)}
 BASE, RATE, GHOST, GROUPS = 128, 0.2, 16, 4
-CHANCE = 0.1  # of ten classes
 JUDGED = 512  # training images on which statistics are re-estimated
 
 
@@ -140,28 +133,26 @@ def judge(model: nn.Module, job: Training, seen: Images, test: Images) -> dict[s
 
 def run(bench: Bench) -> dict[str, Any]:
     """Trains every method at every batch size with every seed."""
-    size = dict(SIZES[bench.scale])
-    size["epochs"] = bench.epochs or size["epochs"]
-    if bench.download:
-        download_missing(size["data"])
+    size, batches = size_of(bench, 3), BATCHES[bench.scale]
     jobs = [
         Training(method, batch, seed, **size)
         for seed in bench.seeds
         for method in METHODS
-        for batch in BATCHES[bench.scale]
+        for batch in batches
         if method != "ghost" or batch > GHOST
     ]
-    done = bench.sweep(train, jobs)
-    runs = [
-        {"method": job.method, "batch": job.batch, "seed": job.seed, **result}
-        for job, result in zip(jobs, done, strict=True)
-    ]
-    return {"runs": runs, "batches": list(BATCHES[bench.scale]), **size}
+    runs = labelled(bench, train, jobs, "method", "batch", "seed")
+    return {"runs": runs, "batches": list(batches), **size, **source_of(size, bench)}
 
 
 def scores(result: dict[str, Any], method: str, batch: int, way: str = "running") -> list[float | None]:
     """Accuracies over seeds, in the order of the seeds."""
-    return [run["accuracy"][way] for run in where(result["runs"], method=method, batch=batch)]
+    return [run["accuracy"].get(way) for run in where(result["runs"], method=method, batch=batch)]
+
+
+def counted(result: dict[str, Any], method: str, batch: int) -> list[float]:
+    """Accuracies over seeds, where a run that diverged counts as guessing: else only the luckier seeds would be compared."""
+    return [CHANCE if score is None else score for score in scores(result, method, batch)]
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -169,10 +160,11 @@ def tables(result: dict[str, Any]) -> list[Table]:
     sizes = result["batches"]
     rows: list[list[Any]] = []
     for method, name in METHODS.items():
-        cells = [spread(scores(result, method, batch), ".1f", 100) for batch in sizes]
-        rows.append(
-            [name, *("as BN" if method == "ghost" and b <= GHOST else c for b, c in zip(sizes, cells, strict=True))]
-        )
+        cells = [
+            "as BN" if method == "ghost" and b <= GHOST else spread(scores(result, method, b), ".1f", 100)
+            for b in sizes
+        ]
+        rows.append([name, *cells])
     about = (
         f"{result['data']}: {result['train'] or 'all'} training images, {result['epochs']} epochs, rate {RATE:g} at batch {BASE} "
         "and in proportion; mean ± standard deviation over seeds."
@@ -180,13 +172,13 @@ def tables(result: dict[str, Any]) -> list[Table]:
     columns = ("norm", *(f"batch {batch}" for batch in sizes))
     ways = [[name, *(spread(scores(result, "bn", b, way), ".1f", 100) for b in sizes)] for way, name in WAYS.items()]
     return [
-        Table("Test accuracy, %", columns, rows, [about]),
+        Table("Test accuracy, %", columns, rows, notes(result, about)),
         Table("Batch normalization, test accuracy by what it normalizes with in evaluation, %", columns, ways),
     ]
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What was seen of each part of the claim."""
+    """What each part of the claim comes to."""
     sizes = result["batches"]
     smallest, usual = sizes[0], 32 if 32 in sizes else sizes[-1]
     said = []
@@ -195,58 +187,25 @@ def remarks(result: dict[str, Any]) -> list[str]:
         if low and high:
             said.append(
                 f"{METHODS[method]}: {100 * fmean(high):.1f} % at batch {usual}, {100 * fmean(low):.1f} % at batch {smallest}, a "
-                f"change of {interval(differences(low, high))}."
+                f"change of {points(differences(low, high))}."
             )
-    for batch in (size for size in sizes if size <= 4):
-        gaps = paired(result, "gn", "bn", batch)
+    pairs = [("gn", batch) for batch in sizes if batch <= 4]
+    pairs += [(method, smallest) for method in ("gn+ws", "bcn+ws", "brn")]
+    for method, batch in pairs:
+        gaps = differences(counted(result, method, batch), counted(result, "bn", batch))
         if gaps.mean is not None:
-            said.append(f"Batch {batch}: GroupNorm is {side(gaps)} BatchNorm, by {interval(gaps)}.")
-    for method in ("gn+ws", "bcn+ws", "brn"):
-        gaps = paired(result, method, "bn", smallest)
-        if gaps.mean is not None:
-            said.append(f"Batch {smallest}: {METHODS[method]} minus BatchNorm, {interval(gaps)}.")
+            word = side(gaps, "below", "above", "not told apart from")
+            said.append(f"Batch {batch}: {METHODS[method]} is {word} BatchNorm, by {points(gaps)}.")
     ways = {way: scores(result, "bn", smallest, way) for way in WAYS}
     parts = [f"{WAYS[way]} {spread(found, '.1f', 100)}" for way, found in ways.items() if known(found)]
     said.append(
         f"BatchNorm at batch {smallest}, test accuracy in %, the same networks: {', '.join(parts) or 'all diverged'}."
     )
-    lost = [run for run in result["runs"] if run["status"] != OK]
-    said.append(f"{len(lost)} of {len(result['runs'])} runs diverged, and count as guessing in these differences.")
-    return said
-
-
-def counted(result: dict[str, Any], method: str, batch: int) -> list[float]:
-    """Accuracies over seeds, where a run that diverged counts as guessing: else only the luckier seeds would be compared."""
-    return [CHANCE if score is None else score for score in scores(result, method, batch)]
-
-
-def paired(result: dict[str, Any], method: str, against: str, batch: int) -> Interval:
-    """The interval of differences between two methods with the same seed."""
-    return differences(counted(result, method, batch), counted(result, against, batch))
-
-
-def side(gaps: Interval) -> str:
-    """Where the interval puts the first of two.
-
-    >>> side(differences([1.0, 1.1], [0.0, 0.0])), side(differences([1.0, -1.0], [0.0, 0.0])), side(differences([1.0], [0.0]))
-    ('above', 'not told apart from', 'not told apart from')
-    """
-    if gaps.low is not None and gaps.low > 0:
-        return "above"
-    return "below" if gaps.high is not None and gaps.high < 0 else "not told apart from"
-
-
-def interval(gaps: Interval) -> str:
-    """A mean difference in points, with its interval if there is one."""
-    assert gaps.mean is not None
-    text = f"{100 * gaps.mean:+.1f} points"
-    if gaps.low is None or gaps.high is None:
-        return text
-    return f"{text} ({100 * gaps.level:.0f} % interval {100 * gaps.low:+.1f} to {100 * gaps.high:+.1f})"
+    return [*said, diverged(result["runs"], ", and count as guessing in these differences")]
 
 
 def figures(result: dict[str, Any]) -> list[Drawing]:
-    """The figures of the claim, from what its ``run`` returned."""
+    """Accuracies against the batch size."""
     return [
         Drawing(
             "accuracy",
@@ -261,41 +220,23 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
 def accuracies(result: dict[str, Any]) -> Figure:
     """Test accuracy of every method, and of batch normalization by what it normalizes with."""
     figure, axes = panels(2, FULL, 3.0, sharey=True)
-    ends = []
-    for (method, name), shape in zip(METHODS.items(), (*SHAPES, "X"), strict=True):
-        value = line(axes[0], result, method, "running", {"color": HUES[method], "marker": shape})
-        ends += [] if value is None else [(value, name, HUES[method])]
-    ways = []
-    for (way, name), colour, shape in zip(WAYS.items(), (GREY, COLOURS[0], COLOURS[1]), SHAPES, strict=False):
-        value = line(axes[1], result, "bn", way, {"color": colour, "marker": shape})
-        ways += [] if value is None else [(value, name, colour)]
-    sizes = result["batches"]
-    for axis, title in zip(axes, ("all norms", "BatchNorm, by what evaluation normalizes with"), strict=True):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sizes, [str(size) for size in sizes])
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.tick_params(axis="x", which="minor", bottom=False)
+    norms = [(method, "running", name, HUES[method]) for method, name in METHODS.items()]
+    ways = [("bn", way, name, hue) for (way, name), hue in zip(WAYS.items(), (GREY, *COLOURS), strict=False)]
+    titles = ("all norms", "BatchNorm, by what evaluation normalizes with")
+    for axis, title, lines in zip(axes, titles, (norms, ways), strict=True):
+        ends = []
+        for (method, way, name, hue), shape in zip(lines, (*SHAPES, "X"), strict=False):
+            percent = {
+                batch: [100 * score for score in known(scores(result, method, batch, way))]
+                for batch in result["batches"]
+            }
+            ends += across(axis, name, hue, percent, marker=shape, markersize=3.5, linewidth=1.2)
+        marked(axis, result["batches"], 2)
         axis.set_xlabel("images in a training batch")
         axis.set_title(title, loc="left")
+        name_ends(axis, ends)
     axes[0].set_ylabel("test accuracy, %")
-    name_ends(axes[0], ends)
-    name_ends(axes[1], ways)
     return figure
-
-
-def line(axis: Axes, result: dict[str, Any], method: str, way: str, style: dict[str, Any]) -> float | None:
-    """Means over seeds in a band from the lowest to the highest; gives the last mean."""
-    found = []
-    for batch in result["batches"]:
-        values = known(run["accuracy"].get(way) for run in where(result["runs"], method=method, batch=batch))
-        if values:
-            found.append((batch, mean(values) or 0.0, min(values), max(values)))
-    if not found:
-        return None
-    sizes, middle, low, high = zip(*found, strict=True)
-    scaled = ([100 * value for value in values] for values in (middle, low, high))
-    band(axis, sizes, *scaled, markersize=3.5, linewidth=1.2, **style)
-    return 100 * middle[-1]
 
 
 EXPERIMENT = Experiment(

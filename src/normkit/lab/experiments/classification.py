@@ -8,7 +8,9 @@ from typing import Any
 
 from normkit.catalogue.methods import method
 from normkit.lab.data.cifar import download_missing
+from normkit.lab.data.provenance import source
 from normkit.lab.experiment import Bench, Table
+from normkit.lab.experiments.runs import SEEDS_ALONE
 from normkit.lab.report.tables import edges, rates_table, time_table
 from normkit.lab.say import counted
 from normkit.lab.stats import BETTER, WORSE, gain, judge_runs, mean, spread, tell, tune, where
@@ -81,19 +83,31 @@ def study(bench: Bench, plans: Sequence[Plan]) -> dict[str, Any]:
     Returns:
         What tables, remarks and figures are made of.
     """
-    if bench.download:
-        for name in {plan.base.data for plan in plans}:
-            download_missing(name)
+    if bench.scale == "tiny":
+        plans = [tiny(plan) for plan in plans]
+    names = dict.fromkeys(plan.base.data for plan in plans)
+    for name in names if bench.download else ():
+        download_missing(name)
     parts: dict[str, dict[str, Any]] = {}
     for plan in plans:
         epochs = bench.epochs or plan.base.epochs
         warmup = plan.base.warmup * epochs / plan.base.epochs
         plan = replace(plan, base=replace(plan.base, epochs=epochs, warmup=warmup))
-        length = f"{counted(epochs, 'epoch')} a run"
+        length = f"{counted(epochs, 'epoch')} per run"
         bench.watch(f"{plan.label}: {len(plan.rows)} rows, {len(plan.controls)} controls, {length}")
         parts[plan.label] = _part(bench, plan, parts)
     device = ", ".join(sorted(bench.devices))
-    return {"scale": bench.scale, "device": device, "threads": bench.threads, "parts": parts}
+    where_from = source(names, bench.data_root)
+    return {"scale": bench.scale, "device": device, "threads": bench.threads, "source": where_from, "parts": parts}
+
+
+def tiny(plan: Plan) -> Plan:
+    """The same rows on digits for an epoch, one of their two rates far too large: for tests."""
+    base = plan.base
+    if base.data != "digits":
+        base = Training("digits", "inception", "", "", 0.0, 0, 1, optimizer=base.optimizer, condition=base.condition)
+    some: dict[str, Any] = {"rates": (0.1, 1e30) if plan.rates else (), "rate": 0.1 if plan.rate else None}
+    return replace(plan, base=replace(base, epochs=1, batch_size=64), costs=min(plan.costs, 0.1), **some)
 
 
 def _part(bench: Bench, plan: Plan, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -181,55 +195,40 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
 def _scores(result: Mapping[str, Any], label: str, part: Mapping[str, Any], kind: str) -> list[Table]:
     rows = part["sets"][kind]
     base = rows[0]
-    columns = [
-        "method",
-        "paper: Top-1",
-        f"minus {base['name']}",
-        "Top-5",
-        "ours: Top-1",
-        f"minus {base['name']} [95 %]",
-    ]
-    columns += ["Top-5", "rate", "κ last layer", "seeds"]
-    how = "each at the best of its rates" if kind == TUNED else f"rate {base['rate']:g}"
-    if not part["rates"] and not part["borrowed"]:
-        how = f"rate {base['rate']:g}"
-    title = f"{label}: test accuracy in %, {result['scale']} scale, {how}"
-    shown = [_score_row(row, base) for row in rows if not row["control"]]
+    best = kind == TUNED and (part["rates"] or part["borrowed"])
+    how = "each at the best of its rates" if best else f"rate {base['rate']:g}"
+    printed = ["paper: Top-1", f"minus {base['name']}", "Top-5"]
+    ours = ["ours: Top-1", f"minus {base['name']} [95 %]", "Top-5", "rate", "κ last layer", "seeds"]
+    lines = {row["name"]: _score_row(row, base) for row in rows}
+    main = [row["name"] for row in rows if not row["control"]]
+    controls = [row["name"] for row in rows if row["control"]]
     if not any(row["printed"] for row in rows):
-        columns = [columns[0], *columns[4:]]
-        shown = [[line[0], *line[4:]] for line in shown]
-    notes = [describe(result, part)]
+        printed = []
+    notes = [describe(result, part), SEEDS_ALONE, *filter(None, [result.get("source")])]
     if part["borrowed"]:
         notes.append(f"Rates are those chosen on {part['borrowed']}.")
-    notes += edges(rows)
-    found = [Table(title, columns, shown, notes)]
-    controls = [row for row in rows if row["control"]]
+    title = f"{label}: test accuracy in %, {result['scale']} scale, {how}"
+    shown = [[name, *(_printed(rows, base, name) if printed else ()), *lines[name]] for name in main]
+    found = [Table(title, ["method", *printed, *ours], shown, [*notes, *edges(rows)])]
     if controls:
-        lines = [[line[0], *line[4:]] for line in (_score_row(row, base) for row in controls)]
-        found.append(
-            Table(
-                f"{label}: controls, {how}", ["control", *_ours(columns)], lines, ["As in the table above, same seeds."]
-            )
-        )
+        about = ["As in the table above, same seeds."]
+        rest = [[name, *lines[name]] for name in controls]
+        found.append(Table(f"{label}: controls, {how}", ["control", *ours], rest, about))
     return found
 
 
-def _ours(columns: Sequence[str]) -> list[str]:
-    return list(columns[columns.index("ours: Top-1") :])
+def _printed(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any], name: str) -> list[Any]:
+    (row,) = where(rows, name=name)
+    first, five = row["printed"] or (None, None)
+    known = row is not base and first is not None and base["printed"]
+    return [first, f"{first - base['printed'][0]:+.1f}" if known else None, five]
 
 
 def _score_row(row: Mapping[str, Any], base: Mapping[str, Any]) -> list[Any]:
-    first, five = row["printed"] or (None, None)
-    printed = base["printed"]
     runs = row["runs"]
-    gap = None if row is base else tell(gain(runs, base["runs"], "test_score"), scale=100)
     return [
-        row["name"],
-        first,
-        None if row is base or first is None or printed is None else f"{first - printed[0]:+.1f}",
-        five,
         spread([run["test_score"] for run in runs], ".1f", 100),
-        gap,
+        None if row is base else tell(gain(runs, base["runs"], "test_score"), scale=100),
         spread([run["test_top5"] for run in runs], ".1f", 100),
         row["rate"],
         mean(run["condition"]["last"][1] for run in runs if run["condition"]),
@@ -268,32 +267,42 @@ def describe(result: Mapping[str, Any], part: Mapping[str, Any]) -> str:
     """The protocol in a sentence."""
     base, samples = part["base"], part["samples"]
     size = f" at {base['size']}x{base['size']} pixels" if base["size"] else ""
-    width = f", width x{base['width']:g}" if base["width"] != 1 else ""
-    how = {"sgd": f"SGD, momentum {base['momentum']:g}"}.get(base["optimizer"], base["optimizer"])
-    more = (
-        _schedule(base),
+    warm = f"{base['warmup']:g} epochs of warm-up" if base["warmup"] else ""
+    schedule = "" if base["schedule"] == "constant" else f"{base['schedule']} schedule"
+    how = (
+        base["model"].rpartition(":")[2] + (f", width x{base['width']:g}" if base["width"] != 1 else ""),
+        f"SGD, momentum {base['momentum']:g}" if base["optimizer"] == "sgd" else base["optimizer"],
+        f"weight decay {base['weight_decay']:g}",
+        *([warm, schedule] if warm or schedule else ["constant rate"]),
         base["clip"] and f"clip {base['clip']:g}",
         base["label_smoothing"] and f"label smoothing {base['label_smoothing']:g}",
         base["precision"] != "32-true" and base["precision"],
+        f"batch {base['batch_size']}, {counted(base['epochs'], 'epoch')}",
     )
-    extra = "".join(f", {text}" for text in more if text)
     return (
-        f"Mean ± standard deviation over seeds; differences are paired by seed, with their 95 % interval. "
+        "Mean ± standard deviation over seeds; differences are paired by seed, with their 95 % interval. "
         f"{samples['train']:,} images{size} to learn from, {samples['val']:,} to choose rates, {samples['test']:,} to judge; "
-        f"{base['model'].rpartition(':')[2]}{width}; {how}, weight decay {base['weight_decay']:g}{extra}; batch "
-        f"{base['batch_size']}, {base['epochs']} epochs. On {result['device']}, "
-        f"{counted(result['threads'], 'thread')} a run."
+        f"{', '.join(text for text in how if text)}. On {result['device']}, {counted(result['threads'], 'thread')} per run."
     )
 
 
-def _schedule(base: Mapping[str, Any]) -> str:
-    warm = f"{base['warmup']:g} epochs of warm-up" if base["warmup"] else ""
-    words = [warm, "" if base["schedule"] == "constant" else f"{base['schedule']} schedule"]
-    return ", ".join(word for word in words if word) or "constant rate"
+def steps_of(result: Mapping[str, Any]) -> int:
+    """Steps of training of a run of the first part."""
+    part = next(iter(result["parts"].values()))
+    return part["samples"]["train"] // part["base"]["batch_size"] * part["base"]["epochs"]
+
+
+def length_of(result: Mapping[str, Any]) -> str:
+    """What was trained, for remarks: epochs, steps and seeds as they were configured."""
+    parts = list(result["parts"].values())
+    seeds = max(len(row["runs"]) for part in parts for rows in part["sets"].values() for row in rows)
+    return (
+        f"{counted(parts[0]['base']['epochs'], 'epoch')}, {counted(steps_of(result), 'step')}, {counted(seeds, 'seed')}"
+    )
 
 
 def verdicts(result: Mapping[str, Any]) -> list[str]:
-    """What our runs show of each difference that the paper prints, and what the controls show."""
+    """What our runs show of each difference that the paper prints, and whether E and frozen weight norm are the same training."""
     said = []
     for label, part in result["parts"].items():
         for kind, rows in part["sets"].items():

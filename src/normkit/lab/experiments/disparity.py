@@ -18,20 +18,20 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from torch import Tensor
 
 from normkit.core.card import Paper
-from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments.batch_size import BASE, CHANCE, RATE, interval, norm
+from normkit.lab.experiments.batch_size import BASE, RATE, norm
+from normkit.lab.experiments.runs import CHANCE, diverged, labelled, notes, points, size_of, source_of
 from normkit.lab.jobs.ranges import ranges, responses
 from normkit.lab.models.small_cnn import SmallCNN
+from normkit.lab.report.bands import across, dots, key, rows_of
 from normkit.lab.report.canvas import DOTTED, FAINT, FULL, INK, log, panels
-from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, band, name_ends
+from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
 from normkit.lab.seeding import reseed
-from normkit.lab.stats import Interval, differences, known, mean, spread, where
-from normkit.lab.train.images import TINY, Images, Size, Stream, accuracy, fit
+from normkit.lab.stats import Row, differences, known, spread, where
+from normkit.lab.train.images import Images, Size, Stream, accuracy, fit
 from normkit.lab.train.walk import OK, device, forget
 from normkit.surgery.example_weighing import choose_alpha, weigh_examples
 from normkit.surgery.recalibrate import recalibrate
@@ -60,11 +60,6 @@ KINDS = {
     "renorm": ("renorm", COLOURS[0]),
 }
 
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": TINY,
-    "small": {"data": "cifar10", "train": 1500, "test": 2000, "halve": True, "width": 16, "epochs": 3},
-    "full": {"data": "cifar10", "train": None, "test": None, "halve": False, "width": 32, "epochs": 10},
-}
 BATCHES = {"tiny": (4, 8), "small": (4, 32), "full": (4, 32)}
 HIDDEN = 64
 JUDGED = 1024  # training images on which statistics are re-estimated
@@ -144,26 +139,27 @@ def judge(model: SmallCNN, job: Training, seen: Images, chosen: Images, test: Im
 
 def run(bench: Bench) -> dict[str, Any]:
     """Trains both methods in both orders and batch sizes with every seed."""
-    size = dict(SIZES[bench.scale])
-    size["epochs"] = bench.epochs or size["epochs"]
-    if bench.download:
-        download_missing(size["data"])
+    size, batches = size_of(bench, 3), BATCHES[bench.scale]
     jobs = [
         Training(method, order, batch, seed, **size)
         for seed in bench.seeds
         for method in METHODS
         for order in ORDERS
-        for batch in BATCHES[bench.scale]
+        for batch in batches
     ]
-    done = bench.sweep(train, jobs)
-    keys = ("method", "order", "batch", "seed")
-    runs = [{**{key: getattr(job, key) for key in keys}, **result} for job, result in zip(jobs, done, strict=True)]
-    return {"runs": runs, "responses": responses(), "batches": list(BATCHES[bench.scale]), **size}
+    runs = labelled(bench, train, jobs, "method", "order", "batch", "seed")
+    return {"runs": runs, "responses": responses(), "batches": list(batches), **size, **source_of(size, bench)}
 
 
 def scores(result: dict[str, Any], method: str, way: str, order: str, batch: int) -> list[float | None]:
     """Accuracies over seeds."""
     return [run["accuracy"].get(way) for run in where(result["runs"], method=method, order=order, batch=batch)]
+
+
+def measured(result: dict[str, Any], batch: int) -> list[Row]:
+    """The runs of which the ranges of normalized values are shown."""
+    runs = where(result["runs"], method="bn", order="shuffled", batch=batch)
+    return [run for run in runs if run.get("ranges")]
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -174,41 +170,42 @@ def tables(result: dict[str, Any]) -> list[Table]:
     for method, name in METHODS.items():
         for way, title in WAYS.items():
             cells = [scores(result, method, way, *place) for place in places]
-            if any(value is not None for cell in cells for value in cell):
+            if any(map(known, cells)):
                 rows.append([f"{name}: {title}", *(spread(cell, ".1f", 100) for cell in cells)])
-    about = [
+    about = (
         f"{result['data']}: {result['train'] or 'all'} training images, {result['epochs']} epochs; mean ± standard deviation "
         "over seeds; half of the test images, the other half chose alpha. A test batch is as large as a training batch; two "
-        "classes: each test batch is of two classes, as in sorted training.",
-    ]
-    found = [Table("Test accuracy, %, by training batches", ("evaluated with", *columns), rows, about)]
+        "classes: each test batch is of two classes, as in sorted training."
+    )
+    found = [Table("Test accuracy, %, by training batches", ("evaluated with", *columns), rows, notes(result, about))]
     for batch in result["batches"]:
-        runs = [run for run in where(result["runs"], method="bn", order="shuffled", batch=batch) if run.get("ranges")]
-        if runs:
-            rows = []
-            for place in range(len(runs[0]["ranges"])):
-                layers = [run["ranges"][place] for run in runs]
-                cells = [max(layer[key] for layer in layers) for key in RANGES]
-                rows.append([f"norm {place + 1}", *cells])
-            notes = [
-                "Largest absolute value over test images and seeds; strong: one image a batch ten times as strong."
+        layers = list(zip(*(run["ranges"] for run in measured(result, batch)), strict=True))
+        rows = [
+            [f"norm {number}", *(max(layer[key] for layer in seeds) for key in RANGES)]
+            for number, seeds in enumerate(layers, 1)
+        ]
+        if rows:
+            said = [
+                "Largest absolute value over test images and seeds; strong: one image per batch ten times as strong."
             ]
             title = f"Normalized values before weight and bias, training batches of {batch}, shuffled"
-            found.append(Table(title, ("layer", *RANGES.values()), rows, notes))
+            found.append(Table(title, ("layer", *RANGES.values()), rows, said))
     return found
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What was seen of each part of the claim."""
+    """What each part of the claim comes to."""
     said = []
     names = {"batch": "those of shuffled test batches", "precise": "precise statistics", "weighed": "example weighing"}
     for order, words in ORDERS.items():
         for batch in result["batches"]:
             running = scores(result, "bn", "running", order, batch)
             # Of one network, which diverged for every way or for none.
-            parts = {name: less(scores(result, "bn", way, order, batch), running, None) for way, name in names.items()}
-            parts["BatchRenorm"] = less(scores(result, "brn", "running", order, batch), running, CHANCE)
-            there = [f"{name} {interval(gaps)}" for name, gaps in parts.items() if gaps.mean is not None]
+            gaps = {name: differences(scores(result, "bn", way, order, batch), running) for way, name in names.items()}
+            renorm = scores(result, "brn", "running", order, batch)
+            counted = ([CHANCE if score is None else score for score in some] for some in (renorm, running))
+            gaps["BatchRenorm"] = differences(*counted)
+            there = [f"{name} {points(gap)}" for name, gap in gaps.items() if gap.mean is not None]
             if there:
                 said.append(
                     f"{words}, batch {batch}: test accuracy of BatchNorm with running statistics in %: "
@@ -216,36 +213,18 @@ def remarks(result: dict[str, Any]) -> list[str]:
                 )
     layers = [layer for run in result["runs"] for layer in run.get("ranges") or []]
     if layers:
-        over = sum(
-            layer["train"] > layer["bound"] * 1.0001 or layer["train strong"] > layer["bound"] * 1.0001
-            for layer in layers
-        )
+        # Rounding in single precision may pass the bound by a little.
+        over = sum(max(layer["train"], layer["train strong"]) > layer["bound"] * 1.0001 for layer in layers)
         beyond = sum(layer["eval strong"] > layer["bound"] for layer in layers)
         said.append(
-            f"The bound sqrt(n - 1) of training was exceeded in {over} of {len(layers)} layers; in evaluation, with one strong "
-            f"image a batch, values beyond it were met in {beyond}."
+            f"The bound sqrt(n - 1) of training was exceeded in training in {over} of {len(layers)} layers; in evaluation, with "
+            f"one image per batch ten times as strong, in {beyond}."
         )
-    lost = [run for run in result["runs"] if run["status"] != OK]
-    said.append(
-        f"{len(lost)} of {len(result['runs'])} runs diverged, and count as guessing where BatchRenorm is compared with BatchNorm."
-    )
-    return said
-
-
-def less(these: list[float | None], those: list[float | None], lost: float | None) -> Interval:
-    """The interval of differences seed by seed.
-
-    Args:
-        these: accuracies over seeds.
-        those: which are taken off them.
-        lost: what a run that diverged counts as; None leaves its seed out.
-    """
-    ours, theirs = ([lost if score is None else score for score in scores] for scores in (these, those))
-    return differences(ours, theirs)
+    return [*said, diverged(result["runs"], ", and count as guessing where BatchRenorm is compared with BatchNorm")]
 
 
 def figures(result: dict[str, Any]) -> list[Drawing]:
-    """The figures of the claim, from what its ``run`` returned."""
+    """Accuracies, the weight of the example, and ranges."""
     sizes = " or ".join(map(str, result["batches"]))
     return [
         Drawing(
@@ -260,7 +239,7 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
             lambda: alphas(result),
             "Test accuracy of batch normalization that mixes a part α of the test example's own statistics into the running "
             f"ones, by how training batches were put together; {SEEDS}. Look for a maximum to the right of α = 0, where running "
-            "statistics stand alone; marks at the bottom are the α chosen on held-out images, one a seed.",
+            "statistics stand alone; marks at the bottom are the α chosen on held-out images, one per seed.",
         ),
         Drawing(
             "ranges",
@@ -280,22 +259,13 @@ def accuracies(result: dict[str, Any]) -> Figure:
     figure, axes = panels(len(places), FULL, 2.3, sharey=True, sharex=True)
     for axis, (order, batch) in zip(axes, places, strict=True):
         for y, way in enumerate(WAYS):
-            for method, hue in HUES.items():
-                runs = where(result["runs"], method=method, order=order, batch=batch)
-                values = [100 * value for value in known(run["accuracy"].get(way) for run in runs)]
-                at = y + (0.15 if method == "brn" else -0.15)
-                axis.plot(values, [at] * len(values), "o", color=hue, markersize=3, alpha=0.5, markeredgewidth=0)
-                if (middle := mean(values)) is not None:
-                    axis.plot([middle], [at], "|", color=hue, markersize=9, markeredgewidth=1.8)
+            for shift, (method, hue) in zip((-0.15, 0.15), HUES.items(), strict=True):
+                dots(axis, y + shift, [100 * score for score in known(scores(result, method, way, order, batch))], hue)
         axis.set_title(f"{ORDERS[order]}, {batch}", loc="left")
-        axis.grid(axis="y", visible=False)
-        axis.grid(axis="x", visible=True)
-        axis.tick_params(axis="y", length=0)
         axis.set_xlabel("test accuracy, %")
-    axes[0].set_yticks(range(len(WAYS)), list(WAYS.values()))
-    axes[0].set_ylim(len(WAYS) - 0.5, -0.5)
-    handles = [Line2D([], [], color=HUES[m], marker="|", markersize=9, markeredgewidth=1.8, linestyle="") for m in HUES]
-    figure.legend(handles, [METHODS[m] for m in METHODS], loc="outside upper left", ncols=2)
+        rows_of(axis, list(WAYS.values()))
+    handles = [key(hue, marker="|", markersize=9, markeredgewidth=1.8, linestyle="") for hue in HUES.values()]
+    figure.legend(handles, list(METHODS.values()), loc="outside upper left", ncols=2)
     return figure
 
 
@@ -306,16 +276,12 @@ def alphas(result: dict[str, Any]) -> Figure:
         ends = []
         for batch, hue in zip(result["batches"], (COLOURS[1], COLOURS[0]), strict=False):
             runs = [run for run in where(result["runs"], method="bn", order=order, batch=batch) if run["alphas"]]
-            if not runs:
-                continue
-            places = [alpha for alpha, _ in runs[0]["alphas"]["test"]]
-            columns = list(zip(*([100 * score for _, score in run["alphas"]["test"]] for run in runs), strict=True))
-            middle = [sum(column) / len(column) for column in columns]
-            style: dict[str, Any] = {"color": hue, "marker": "o", "markersize": 3}
-            band(axis, places, middle, list(map(min, columns)), list(map(max, columns)), **style)
-            ends.append((middle[-1], f"batch {batch}", hue))
+            found: dict[float, list[float]] = {}
             for run in runs:
                 axis.axvline(run["alphas"]["chosen"], ymax=0.04, color=hue, linewidth=1.4)
+                for alpha, score in run["alphas"]["test"]:
+                    found.setdefault(alpha, []).append(100 * score)
+            ends += across(axis, f"batch {batch}", hue, found)
         axis.set_xscale("symlog", linthresh=1e-3, linscale=0.5)
         ticks = (0, 1e-3, 1e-2, 1e-1, 1)
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -326,11 +292,8 @@ def alphas(result: dict[str, Any]) -> Figure:
         axis.set_xlabel("α, weight of the example's own statistics")
         name_ends(axis, ends)
     axes[0].set_ylabel("test accuracy, %")
-    figure.legend(
-        [Line2D([], [], color=FAINT, linewidth=1.4, marker="|", linestyle="", markersize=7)],
-        ["chosen on held-out images, a mark a seed"],
-        loc="outside upper left",
-    )
+    mark = key(FAINT, linewidth=1.4, marker="|", linestyle="", markersize=7)
+    figure.legend([mark], ["chosen on held-out images, a mark per seed"], loc="outside upper left")
     return figure
 
 
@@ -338,42 +301,30 @@ def draw_ranges(result: dict[str, Any]) -> Figure:
     """What one value of eight becomes as it grows, and the largest normalized values met in each layer."""
     figure, axes = panels(1 + len(result["batches"]), FULL, 2.7)
     found, ends = result["responses"], []
-    for key, (name, hue) in KINDS.items():
-        axes[0].plot(found["input"], found[key], color=hue)
-        ends.append((found[key][-1], name, hue))
-    bound = math.sqrt(7)
-    axes[0].axhline(bound, color=INK, linestyle=DOTTED, linewidth=0.9)
+    for kind, (name, hue) in KINDS.items():
+        axes[0].plot(found["input"], found[kind], color=hue)
+        ends.append((found[kind][-1], name, hue))
+    limit: dict[str, Any] = {"color": INK, "linestyle": DOTTED, "linewidth": 0.9}
+    axes[0].axhline(math.sqrt(7), **limit)
     axes[0].set(xscale="log", yscale="log", xlabel="one value of eight", ylabel="what it becomes")
     axes[0].set_title("a value that grows", loc="left")
-    styles = {
-        "train": (GREY, "o"),
-        "train strong": (GREY, "^"),
-        "eval": (COLOURS[1], "o"),
-        "eval strong": (COLOURS[1], "^"),
-    }
+    axes[0].set_xlim(found["input"][0], found["input"][-1])
+    name_ends(axes[0], ends)
+    looks = {way: (GREY if "train" in way else COLOURS[1], "^" if "strong" in way else "o") for way in [*RANGES][1:]}
     for axis, batch in zip(axes[1:], result["batches"], strict=True):
-        runs = [r for r in where(result["runs"], method="bn", order="shuffled", batch=batch) if r.get("ranges")]
-        if not runs:
-            continue
-        layers = range(1, len(runs[0]["ranges"]) + 1)
-        for key, (hue, shape) in styles.items():
-            largest = [max(run["ranges"][k - 1][key] for run in runs) for k in layers]
+        seeds = list(zip(*(run["ranges"] for run in measured(result, batch)), strict=True))
+        layers = range(1, len(seeds) + 1)
+        for way, (hue, shape) in looks.items():
+            largest = [max(layer[way] for layer in some) for some in seeds]
             axis.plot(layers, largest, color=hue, marker=shape, markersize=3.5, linestyle="" if shape == "^" else "-")
-        axis.plot(
-            layers, [runs[0]["ranges"][k - 1]["bound"] for k in layers], color=INK, linestyle=DOTTED, linewidth=0.9
-        )
+        axis.plot(layers, [some[0]["bound"] for some in seeds], **limit)
         log(axis)
         axis.set_title(f"largest in each layer, batch {batch}", loc="left")
         axis.set_xlabel("norm")
         axis.set_xticks(layers)
-    axes[0].set_xlim(found["input"][0], found["input"][-1])
-    name_ends(axes[0], ends)
-    handles = [
-        *(Line2D([], [], color=hue, marker=shape, markersize=3.5, linestyle="") for hue, shape in styles.values()),
-        Line2D([], [], color=INK, linestyle=DOTTED),
-    ]
+    handles = [key(hue, marker=shape, markersize=3.5, linestyle="") for hue, shape in looks.values()]
     labels = ["training", "training, one image ten times as strong", "evaluation", "evaluation, strong", "√(n − 1)"]
-    figure.legend(handles, labels, loc="outside upper left", ncols=5, columnspacing=1.0)
+    figure.legend([*handles, key(INK, linestyle=DOTTED)], labels, loc="outside upper left", ncols=5, columnspacing=1.0)
     return figure
 
 

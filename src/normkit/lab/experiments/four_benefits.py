@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 from torch import nn
 
 from normkit.activations.batch_norm import BatchNorm
 from normkit.activations.group_norm import GroupNorm
 from normkit.activations.instance_norm import InstanceNorm
 from normkit.core.card import Paper
-from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiments.runs import CHANCE, diverged, labelled, notes, side, size_of, source_of
 from normkit.lab.models.noisy_norm import Shift
 from normkit.lab.models.small_cnn import SmallCNN
+from normkit.lab.report.bands import marked, rows_of
 from normkit.lab.report.canvas import FAINT, FULL, panels
 from normkit.lab.report.drawing import COLOURS, GREY, SHAPES, name_ends
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import Interval, differences, known, mean, spread, tell, where
-from normkit.lab.train.images import TINY, Size, Stream, accuracy, fit
+from normkit.lab.train.images import Size, Stream, accuracy, fit
 from normkit.lab.train.walk import OK, device, forget
 from normkit.surgery.recipe import apply_recipe
 
@@ -47,13 +47,7 @@ METHODS = {
 HUES = dict(zip(METHODS, (GREY, *COLOURS, "#8c6d5a"), strict=True))
 MARKS = dict(zip(METHODS, (*SHAPES, "X", "p"), strict=True))
 
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": TINY,
-    "small": {"data": "cifar10", "train": 1500, "test": 2000, "halve": True, "width": 16, "epochs": 4},
-    "full": {"data": "cifar10", "train": None, "test": None, "halve": False, "width": 32, "epochs": 10},
-}
 BATCH, TARGET, EVERY = 64, 1.8, 5
-CHANCE = 0.1  # of ten classes
 RATES = (0.001, 0.01, 0.1, 0.5)
 SCALES = (0.1, 1.0, 10.0)
 MAKERS: dict[str, Callable[[int], nn.Module]] = {
@@ -105,16 +99,11 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
 
 def run(bench: Bench) -> dict[str, Any]:
     """Finds each norm's rate with the first seed, then trains with it at every scale of inputs and with every seed."""
-    size = dict(SIZES[bench.scale])
-    size["epochs"] = bench.epochs or size["epochs"]
-    if bench.download:
-        download_missing(size["data"])
+    size = size_of(bench, 4)
     rates = RATES if bench.scale != "tiny" else (0.1, 1e30)  # one that learns and one that diverges
     tried = [Training(method, rate, 1.0, bench.seeds[0], **size) for method in METHODS for rate in rates]
-    sweeps = [
-        {"method": job.method, "rate": job.rate, "val": done["val"]}
-        for job, done in zip(tried, bench.sweep(train, tried), strict=True)
-    ]
+    keys = ("method", "rate", "val")
+    sweeps = [{key: run[key] for key in keys} for run in labelled(bench, train, tried, "method", "rate")]
     chosen = {method: best(where(sweeps, method=method)) for method in METHODS}
     jobs = [
         Training(method, chosen[method], scale, seed, **size)
@@ -122,11 +111,8 @@ def run(bench: Bench) -> dict[str, Any]:
         for method in METHODS
         for scale in SCALES
     ]
-    runs = [
-        {"method": job.method, "scale": job.scale, "seed": job.seed, **done}
-        for job, done in zip(jobs, bench.sweep(train, jobs), strict=True)
-    ]
-    return {"runs": runs, "sweeps": sweeps, "rates": chosen, **size}
+    runs = labelled(bench, train, jobs, "method", "scale", "seed")
+    return {"runs": runs, "sweeps": sweeps, "rates": chosen, **size, **source_of(size, bench)}
 
 
 def best(sweep: Sequence[Mapping[str, Any]]) -> float:
@@ -183,18 +169,18 @@ def tables(result: dict[str, Any]) -> list[Table]:
             ]
         )
     columns = ("norm", "rate", "steps", *(f"test, inputs x {scale:g}" for scale in SCALES), "range", "gap")
-    notes = [
+    about = (
         f"Steps to a training loss of {TARGET:g}; test accuracy in %; range: the highest minus the lowest over the scales of "
         "inputs, in points, where a run that diverged counts as guessing; gap: training minus test accuracy at the usual scale, "
         "in points. Mean ± standard deviation over seeds."
-    ]
+    )
     rates: list[list[Any]] = []
     for method, name in METHODS.items():
         found = {run["rate"]: run["val"] for run in where(result["sweeps"], method=method)}
         rates.append([name, *(None if found[rate] is None else 100 * found[rate] for rate in found)])
     columns_of_rates = ("norm", *(f"rate {rate:g}" for rate in sorted({run["rate"] for run in result["sweeps"]})))
     return [
-        Table("The four benefits", columns, rows, notes),
+        Table("The four benefits", columns, rows, notes(result, about)),
         Table("Accuracy on held-out images by rate, first seed, %", columns_of_rates, rates),
     ]
 
@@ -212,7 +198,6 @@ def remarks(result: dict[str, Any]) -> list[str]:
     def trained(method: str) -> str:
         return spread(values(result, method, "train"), ".1f", 100)
 
-    lost = [run for run in result["runs"] if run["status"] != OK]
     return [
         f"Faster convergence, steps to a training loss of {TARGET:g} minus those without a norm: "
         f"{verdict(result, 'steps', 1, 'fewer', 'more')}.",
@@ -224,7 +209,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
         f"A smaller gap at a lower training accuracy is not less overfitting; training accuracy, %: {each(trained)}.",
         "Generalization, test accuracy minus that without a norm, in points: "
         f"{verdict(result, 'test', 100, 'better', 'worse', higher_first=True)}.",
-        f"{len(lost)} of {len(result['runs'])} runs diverged; they count as guessing, and have no gap.",
+        diverged(result["runs"], "; they count as guessing, and have no gap"),
     ]
 
 
@@ -248,9 +233,7 @@ def verdict(
         gap = against(result, method, key)
         if method == "none" or gap.mean is None:
             continue
-        group = alone
-        if gap.low is not None and gap.high is not None:
-            group = below if gap.high < 0 else above if gap.low > 0 else unsure
+        group = alone if gap.low is None else side(gap, below, above, unsure)
         groups[group].append(f"{name} {tell(gap, '+.1f', times)}")
     return "; ".join(
         f"{group}: {', '.join(found) or 'none'}" for group, found in groups.items() if found or group in (first, second)
@@ -263,10 +246,10 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
         Drawing(
             "benefits",
             lambda: benefits(result),
-            "Steps of training to a loss of 1.8 nats, a mark a seed (left); test accuracy, mean over seeds, where inputs are "
-            "multiplied by a number while the learning rate stays as it is, with guessing as the grey line (middle); and test "
-            "accuracy against training minus test accuracy, a mark a seed with the colours and shapes of the left panel (right). "
-            "Better is further left on the left, flat and high in the middle, and towards the upper left corner on the right.",
+            f"Steps of training to a loss of {TARGET:g} nats, a mark per seed (left); test accuracy, mean over seeds, of inputs "
+            "multiplied by a number at the same learning rate, with guessing as the grey line (middle); and test accuracy "
+            "against training minus test accuracy, a mark per seed in the look of the left panel (right). Better is further "
+            "left on the left, flat and high in the middle, and towards the upper left corner on the right.",
         )
     ]
 
@@ -285,26 +268,16 @@ def benefits(result: dict[str, Any]) -> Figure:
             # Below the marks of the seeds that got there, if any did.
             place, words = (y + 0.33, f"{missed} of {len(usual)} not reached") if steps else (y, "not reached")
             axes[0].text(0.03, place, words, fontsize=6.5, va="center", transform=axes[0].get_yaxis_transform())
-        scales = sorted({run["scale"] for run in runs})
-        curve = [
-            100 * (mean(0.1 if run["test"] is None else run["test"] for run in where(runs, scale=scale)) or 0.0)
-            for scale in scales
-        ]
-        axes[1].plot(scales, curve, linewidth=1.1, **style)
+        curve = [100 * (mean(counted(result, method, "test", scale)) or 0.0) for scale in SCALES]
+        axes[1].plot(SCALES, curve, linewidth=1.1, **style)
         ends.append((curve[-1], name, HUES[method]))
         for run in usual:
             if run["test"] is not None:
                 axes[2].plot([100 * (run["train"] - run["test"])], [100 * run["test"]], linestyle="", **style)
-    axes[0].set_yticks(range(len(METHODS)), list(METHODS.values()))
-    axes[0].set_ylim(len(METHODS) - 0.5, -0.5)
-    axes[0].tick_params(axis="y", length=0)
+    rows_of(axes[0], list(METHODS.values()))
     axes[0].set_xlim(left=0)
-    axes[0].grid(axis="x", visible=True)
-    axes[0].set(xlabel="steps to a training loss of 1.8")
-    axes[1].set_xscale("log")
-    axes[1].set_xticks((0.1, 1, 10), ("0.1", "1", "10"))
-    axes[1].xaxis.set_minor_formatter(NullFormatter())
-    axes[1].tick_params(axis="x", which="minor", bottom=False)
+    axes[0].set(xlabel=f"steps to a training loss of {TARGET:g}")
+    marked(axes[1], SCALES)
     axes[1].axhline(10, color=FAINT, linewidth=0.8)
     axes[1].set(xlabel="inputs multiplied by", ylabel="test accuracy, %")
     name_ends(axes[1], ends)

@@ -12,53 +12,42 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
 
 from normkit.catalogue.methods import method
 from normkit.lab.data import mesh, shapes
 from normkit.lab.data.root import VARIABLE, data_root
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiments.trials import Trial, curves, ends, first_seed, gained, grid, lost, settings_of
 from normkit.lab.fields.occupancy import OccupancyJob, learn_solid, measure_solid
 from normkit.lab.fields.radiance import decode
 from normkit.lab.models.occupancy import Kind
-from normkit.lab.models.rows import Scale
+from normkit.lab.report.bands import along
 from normkit.lab.report.canvas import FAINT, FULL, plain
-from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, SHAPES, band, name_ends
+from normkit.lab.report.drawing import SEEDS, name_ends
 from normkit.lab.report.tables import edges, lowered, rates_table, time_table
-from normkit.lab.stats import Interval, by_step, gain, judge_runs, mean, spread, tell, tune, where
+from normkit.lab.stats import Row, mean, spread, tell, tune, where
 from normkit.lab.train.cost import Costs
 
 PAPER = method("weight_conditioning").paper
 MESHES = ("bunny", "armadillo", "dragon", "happy", "lucy", "spot")
 PLAIN, CONDITIONED, KEPT = "plain", "E", "E, kept scale"
-# Of a row: its name, its folder, its recipe, and how its trunk's rows are scaled.
-ROWS: dict[str, tuple[str, str, Scale]] = {
-    PLAIN: ("plain", "none", ""),
-    CONDITIONED: ("e", "none+e@re:trunk", ""),
-    KEPT: ("e-kept", "none", "kept"),
+ROWS = {
+    PLAIN: Trial("plain", "none"),
+    CONDITIONED: Trial("e", "none+e@re:trunk"),
+    KEPT: Trial("e-kept", "none", "kept"),
 }
 KINDS: dict[Kind, str] = {"gaussian": "Gaussian", "sine": "sine", "relu": "ReLU + PE"}
-_NOTES_NEAR = (
-    "Mean ± standard deviation over seeds, of 100,000 points about the surface (standard deviation 0.01). Minus plain: the mean "
-    "of paired differences, same seed, with its 95 % interval where there are two seeds or more.",
-    "The paper's numbers stand in a supplement that is not at hand.",
-)
-_NOTES_WHOLE = (
-    "IoU: of 100,000 points anywhere in the cube. Volume: of the extracted surface minus the solid's. κ: condition number of "
-    "the weights that are trained and of those that the trunk multiplies with, geometric mean over its layers, at the end.",
-)
-_ACROSS = 4  # panels a row
-SMALL: dict[str, Any] = {
-    **{"width": 96, "points": 100_000, "batch": 5_000, "epochs": 12},
-    **{"every": 1, "grid": 96},
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"width": 8, "depth": 2, "points": 400, "batch": 100, "epochs": 1, "every": 1, "grid": 8},
+    "small": {"width": 96, "points": 100_000, "batch": 5_000, "epochs": 12, "every": 1, "grid": 96},
+    "full": {},
 }
-RATES = {"small": (1e-4, 3e-4, 1e-3, 3e-3), "full": (1e-5, 1e-4, 1e-3)}
+RATES = {"tiny": (1e-3, 1e30), "small": (1e-4, 3e-4, 1e-3, 3e-3), "full": (1e-5, 1e-4, 1e-3)}
 
 
 def solids(bench: Bench) -> tuple[str, ...]:
@@ -70,7 +59,9 @@ def solids(bench: Bench) -> tuple[str, ...]:
     Raises:
         ProtocolError: the folder of data that is given is not there.
     """
-    if bench.data_root is None and not os.environ.get(VARIABLE):
+    if bench.scale == "tiny":
+        found = tuple(shapes.SHAPES)
+    elif bench.data_root is None and not os.environ.get(VARIABLE):
         bench.watch(f"neither --data-root nor {VARIABLE} is given: analytic shapes are learnt in place of meshes")
         found = tuple(shapes.SHAPES)
     else:
@@ -78,7 +69,7 @@ def solids(bench: Bench) -> tuple[str, ...]:
         there = {path.stem for path in folder.glob("*") if path.suffix in mesh.ENDINGS}
         # Where none of them is there, reading the first says what to do.
         found = tuple(name for name in MESHES if name in there) or MESHES[:1]
-    return found[:2] if bench.scale == "small" else found
+    return found if bench.scale == "full" else found[:2]
 
 
 def sweeps(bench: Bench, solid: str) -> dict[tuple[Kind, str], list[OccupancyJob]]:
@@ -88,9 +79,7 @@ def sweeps(bench: Bench, solid: str) -> dict[tuple[Kind, str], list[OccupancyJob
         bench: where and at what size.
         solid: on which.
     """
-    size = dict(SMALL) if bench.scale == "small" else {}
-    if bench.epochs is not None:
-        size["epochs"] = bench.epochs
+    size = SIZES[bench.scale] | ({} if bench.epochs is None else {"epochs": bench.epochs})
     return {
         (kind, name): [
             OccupancyJob(solid, folder, recipe, kind, bench.seeds[0], scale, rate=rate, **size)
@@ -109,7 +98,7 @@ def jobs(bench: Bench, solids: Sequence[str], chosen: Mapping[tuple[Kind, str], 
         solids: what is learnt.
         chosen: by activation and row, its job at the rate that it takes.
     """
-    small = bench.scale == "small"
+    small = bench.scale != "full"
     return [
         replace(chosen[kind, name], solid=solid, seed=seed)
         for kind in KINDS
@@ -126,23 +115,19 @@ def run(bench: Bench) -> dict[str, Any]:
     rates = tune(bench, learn_solid, {" ".join(key): jobs for key, jobs in tried.items()}, _seen)
     chosen = {key: replace(job, rate=rates[" ".join(key)]["rate"]) for key, (job, *_) in tried.items()}
     wanted = jobs(bench, learnt, chosen)
-    names = {folder: name for name, (folder, _, _) in ROWS.items()}
-    runs, pictures = [], {}
+    names = {row.folder: name for name, row in ROWS.items()}
+    runs, pictures, costs = [], {}, {}
     for job, found in zip(wanted, bench.sweep(learn_solid, wanted), strict=True):
-        shown = found.pop("pictures")
-        row = names[job.row]
+        shown, row = found.pop("pictures"), names[job.row]
         if job.seed == bench.seeds[0]:
             pictures.setdefault(f"{job.solid} {job.kind}", {})[row] = shown
         runs.append({"solid": job.solid, "kind": job.kind, "row": row, "seed": job.seed, **found})
-    costs = {}
     for kind in KINDS:
         (found,) = bench.sweep(measure_solid, [Costs(tuple(chosen[kind, name] for name in ROWS))])
         costs[kind] = {names[folder]: cost for folder, cost in found.items()}
-    hidden = ("solid", "row", "recipe", "kind", "seed", "scale", "rate")
-    settings = {key: value for key, value in asdict(wanted[0]).items() if key not in hidden}
     return {
         "scale": bench.scale,
-        "settings": settings,
+        "settings": settings_of(wanted[0]),
         "rates": {kind: {name: rates[f"{kind} {name}"] for name in ROWS} for kind in KINDS},
         "costs": costs,
         "runs": runs,
@@ -155,56 +140,59 @@ def _seen(found: Mapping[str, Any]) -> dict[str, Any]:
     return {"status": found["status"], "score": end.get("iou_held"), "loss": end.get("loss"), "reached": end["epoch"]}
 
 
+def _subjects(result: Mapping[str, Any]) -> dict[tuple[str, Kind], list[Row]]:
+    pairs = dict.fromkeys((run["solid"], run["kind"]) for run in result["runs"])
+    return {(solid, kind): where(result["runs"], solid=solid, kind=kind) for solid, kind in pairs}
+
+
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """Ours; the paper's numbers are not known."""
     scores, more = [], []
-    for solid, kind in _pairs(result):
+    for (solid, kind), all_runs in _subjects(result).items():
         for name in ROWS:
-            runs = where(result["runs"], solid=solid, kind=kind, row=name)
-            if not runs:
+            if not (runs := where(all_runs, row=name)):
                 continue
             head = (f"{solid}, {KINDS[kind]}", name)
-            told = None if name == PLAIN else tell(_gain(result, solid, kind, name), "+.3f")
+            told = None if name == PLAIN else tell(gained(all_runs, ROWS, name, "iou_near")[0], "+.3f")
             rate = result["rates"][kind][name]["rate"]
             scores.append([*head, spread([run["iou_near"] for run in runs], ".3f"), told, rate, len(runs)])
             excess = mean(run["volume"] / run["true_volume"] - 1 for run in runs)
-            ends = [run["curve"][-1] for run in runs if run["curve"]]
-            inner = [mean(end[key] for end in ends) for key in ("raw_condition", "condition")]
-            ious = spread([run["iou"] for run in runs], ".3f")
-            more.append([*head, ious, None if excess is None else f"{100 * excess:+.1f} %", *inner])
+            inner = [mean(end[key] for end in ends(runs)) for key in ("raw_condition", "condition")]
+            volume = None if excess is None else f"{100 * excess:+.1f} %"
+            more.append([*head, spread([run["iou"] for run in runs], ".3f"), volume, *inner])
     size = f"{result['scale']} scale"
     swept = [
-        {"name": f"{KINDS[kind]}, {name}", **row}
-        for kind, rows in result["rates"].items()
-        for name, row in rows.items()
+        {"name": f"{KINDS[k]}, {name}", **row} for k, rows in result["rates"].items() for name, row in rows.items()
     ]
+    near = (
+        "Mean ± standard deviation over seeds, of 100,000 points about the surface (standard deviation 0.01), which all seeds "
+        "share. Minus plain: the mean of differences paired by seed, with its 95 % interval where there are two seeds or more.",
+        "The paper's numbers stand in a supplement that could not be had.",
+    )
+    whole = (
+        "IoU: of 100,000 points anywhere in the cube. Volume: of the extracted surface minus the solid's. κ: condition number "
+        "of the weights that are trained and of those that the trunk multiplies with, geometric mean over its layers, at the "
+        "end.",
+    )
+    columns = ("solid", "network", "IoU near", "minus plain", "rate", "seeds")
+    wide = ("solid", "network", "IoU", "volume", "κ trained", "κ effective")
     note = "IoU near the surface at the end, first solid and seed, of the points that choose the rate."
     return [
-        Table(
-            f"IoU near the surface, {size}",
-            ("solid", "network", "IoU near", "minus plain", "rate", "seeds"),
-            scores,
-            [*_NOTES_NEAR, *edges(swept)],
-        ),
-        Table(
-            f"The whole body, {size}",
-            ("solid", "network", "IoU", "volume", "κ trained", "κ effective"),
-            more,
-            _NOTES_WHOLE,
-        ),
+        Table(f"IoU near the surface, {size}", columns, scores, [*near, *edges(swept)]),
+        Table(f"The whole body, {size}", wide, more, whole),
         *rates_table("Learning rates", swept, note, form=".3f", scale=1.0),
         *(_time(result, kind) for kind in result["costs"]),
     ]
 
 
 def _time(result: Mapping[str, Any], kind: Kind) -> Table:
-    solid = _pairs(result)[0][0]
+    solid = next(iter(_subjects(result)))[0]
+    settings = result["settings"]
 
     def score(name: str, epoch: int) -> list[float | None]:
-        curves = [run["curve"] for run in where(result["runs"], solid=solid, kind=kind, row=name)]
-        return [mean(point["iou_near"] for point in curve if point["epoch"] == epoch) for curve in curves]
+        found = [run["curve"] for run in where(result["runs"], solid=solid, kind=kind, row=name)]
+        return [mean(point["iou_near"] for point in curve if point["epoch"] == epoch) for curve in found]
 
-    settings = result["settings"]
     return time_table(
         f"Equal time and equal epochs, {solid}, {KINDS[kind]}", result["costs"][kind], settings["epochs"], score,
         what="IoU near", every=settings["every"], form=".3f", scale=1.0,
@@ -212,16 +200,18 @@ def _time(result: Mapping[str, Any], kind: Kind) -> Table:
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
-    """What is seen, and what was chosen here."""
-    said = [_verdict(result, solid, kind) for solid, kind in _pairs(result)]
+    """What E changes, and what was chosen here."""
+    said = []
+    for (solid, kind), runs in _subjects(result).items():
+        found = {name: gained(runs, ROWS, name, "iou_near") for name in (CONDITIONED, KEPT)}
+        parts = [f"{name} {told}, {word}" for name, (gap, word) in found.items() if (told := tell(gap, "+.3f"))]
+        said.append(
+            f"{solid}, {KINDS[kind]}: IoU near the surface minus plain: {'; '.join(parts) or 'nothing to compare'}."
+        )
     said += lowered([run for run in result["runs"] if run["row"] in (CONDITIONED, KEPT)])
-    lost = [
-        f"{run['row']} of {run['solid']} with {KINDS[run['kind']]}, seed {run['seed']}"
-        for run in result["runs"]
-        if run["status"] != "ok"
-    ]
-    if lost:
-        said.append(f"Diverged: {'; '.join(lost)}.")
+    said += lost(
+        [{**run, "kind": KINDS[run["kind"]]} for run in result["runs"]], "{row} of {solid} with {kind}, seed {seed}"
+    )
     if analytic := [solid for solid in dict.fromkeys(run["solid"] for run in result["runs"]) if solid in shapes.SHAPES]:
         said.append(f"No meshes were given: the solids are analytic shapes ({', '.join(analytic)}).")
     said.append(f"{result['scale'].capitalize()} scale: {_size(result['settings'])}.")
@@ -240,16 +230,23 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _size(settings: Mapping[str, Any]) -> str:
+    return (
+        f"width {settings['width']}, {settings['points']:,} points, {settings['batch']:,} per step, {settings['epochs']} epochs "
+        f"of Adam, marching cubes at {settings['grid']}^3"
+    )
+
+
 def figures(result: Mapping[str, Any]) -> list[Drawing]:
     """The learned surfaces next to the solids, one figure per activation, and IoU along training."""
-    there = {kind for _, kind in _pairs(result)}
+    there = {kind for _, kind in _subjects(result)}
     return [
         *(
             Drawing(
                 f"surfaces-{kind}",
                 partial(_surfaces, result, kind),
                 f"The solid, and the surfaces that {words.replace('PE', 'positional encoding')} networks of the first seed "
-                "learnt: plain, with conditioned weights (E), and with E at the scale of the start (kept scale). IoU, "
+                "learned: plain, with conditioned weights (E), and with E at the scale of the start (kept scale). IoU, "
                 "intersection over union, is 1 where a surface encloses just what the solid does; it is taken over the whole "
                 "cube and near the surface, where details count.",
             )
@@ -267,95 +264,41 @@ def figures(result: Mapping[str, Any]) -> list[Drawing]:
 
 
 def _surfaces(result: Mapping[str, Any], kind: Kind) -> Figure:
-    pairs = [pair for pair in _pairs(result) if pair[1] == kind]
-    side = FULL / (1 + len(ROWS))
-    layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.05, wspace=0.01, hspace=0.01)
-    figure = Figure(figsize=(FULL, (side + 0.45) * len(pairs)), layout=layout)
-    axes = figure.subplots(len(pairs), 1 + len(ROWS), squeeze=False)
-    for axis in axes.ravel():
-        axis.set_axis_off()
-    for row, (solid, kind) in zip(axes, pairs, strict=True):
+    subjects = {solid: runs for (solid, of), runs in _subjects(result).items() if of == kind}
+    columns = 1 + len(ROWS)
+    figure, axes = grid(len(subjects), columns, (FULL / columns + 0.45) * len(subjects))
+    for row, (solid, runs) in zip(axes, subjects.items(), strict=True):
         shown = result["pictures"][f"{solid} {kind}"]
         row[0].imshow(decode(next(iter(shown.values()))["truth"]))
         row[0].set_title(plain(solid))
         for axis, name in zip(row[1:], ROWS, strict=True):
             if name not in shown:
                 continue
+            run = first_seed(runs, name)
             axis.imshow(decode(shown[name]["learnt"]))
-            first = min(where(result["runs"], solid=solid, kind=kind, row=name), key=lambda run: run["seed"])
-            score = "diverged" if first["iou"] is None else f"IoU {first['iou']:.3f}, near {first['iou_near']:.3f}"
+            score = "diverged" if run["iou"] is None else f"IoU {run['iou']:.3f}, near {run['iou_near']:.3f}"
             axis.set_title(plain(f"{KINDS[kind]}, {name}\n{score}"))
-            if first["volume"] < 1e-3 * first["true_volume"]:
+            if run["volume"] < 1e-3 * run["true_volume"]:
                 axis.text(0.5, 0.5, "no surface", transform=axis.transAxes, ha="center", va="center", color=FAINT)
     return figure
 
 
 def _curves(result: Mapping[str, Any]) -> Figure:
-    pairs = _pairs(result)
-    across = min(_ACROSS, len(pairs))
-    down = -(-len(pairs) // across)
+    subjects = _subjects(result)
+    across = min(4, len(subjects))
+    down = -(-len(subjects) // across)
     figure = Figure(figsize=(FULL, 0.4 + 2.2 * down), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False, sharey=True)
-    for axis in axes.ravel()[len(pairs) :]:
+    for axis in axes.ravel()[len(subjects) :]:
         axis.set_axis_off()
-    for axis, (solid, kind) in zip(axes.ravel(), pairs, strict=False):
-        ends = []
-        for index, name in enumerate(ROWS):
-            curves = [run["curve"] for run in where(result["runs"], solid=solid, kind=kind, row=name) if run["curve"]]
-            if not curves:
-                continue
-            colour = GREY if name == PLAIN else COLOURS[index - 1]
-            x, middle, low, high = by_step(curves, lambda row: row["iou_near"])
-            epochs = {row["step"]: row["epoch"] for row in curves[0]}
-            band(
-                axis,
-                [epochs[step] for step in x],
-                middle,
-                low,
-                high,
-                color=colour,
-                marker=SHAPES[index % len(SHAPES)],
-                markersize=3,
-            )
-            ends.append((middle[-1], name, colour))
+    for axis, ((solid, kind), runs) in zip(axes.ravel(), subjects.items(), strict=False):
+        found = along(axis, curves(runs, ROWS, "epoch"), lambda row: row["iou_near"], "epoch")
         axis.set_title(plain(f"{solid}, {KINDS[kind]}"), loc="left")
-        axis.set_xlabel("epoch")
         axis.set_ylim(0, 1)
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        name_ends(axis, ends)
+        name_ends(axis, found)
     for axis in axes[:, 0]:
         axis.set_ylabel("IoU near the surface")
     return figure
-
-
-def _size(settings: Mapping[str, Any]) -> str:
-    return (
-        f"width {settings['width']}, {settings['points']:,} points, {settings['batch']:,} a step, {settings['epochs']} epochs of "
-        f"Adam, marching cubes at {settings['grid']}^3"
-    )
-
-
-def _verdict(result: Mapping[str, Any], solid: str, kind: Kind) -> str:
-    parts = []
-    for name in (CONDITIONED, KEPT):
-        if (told := tell(_gain(result, solid, kind, name), "+.3f")) is not None:
-            parts.append(f"{name} {told}, {judge_runs(*_pair(result, solid, kind, name), 'iou_near')}")
-    return f"{solid}, {KINDS[kind]}: IoU near the surface over plain: {'; '.join(parts) or 'nothing to compare'}."
-
-
-def _gain(result: Mapping[str, Any], solid: str, kind: Kind, name: str) -> Interval:
-    return gain(*_pair(result, solid, kind, name), "iou_near")
-
-
-def _pair(
-    result: Mapping[str, Any], solid: str, kind: Kind, name: str
-) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    ours = where(result["runs"], solid=solid, kind=kind)
-    return where(ours, row=name), where(ours, row=PLAIN)
-
-
-def _pairs(result: Mapping[str, Any]) -> Sequence[tuple[str, Kind]]:
-    return list(dict.fromkeys((run["solid"], run["kind"]) for run in result["runs"]))
 
 
 EXPERIMENT = Experiment(
@@ -368,4 +311,5 @@ EXPERIMENT = Experiment(
     tables=tables,
     figures=figures,
     remarks=remarks,
+    scales=("tiny", "small", "full"),
 )

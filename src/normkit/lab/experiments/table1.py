@@ -2,10 +2,10 @@
 
 The paper gives SGD at 1e-3, batches of 128, 200 epochs, eight inception blocks, and E on the first convolution and the last
 linear layer. Ours: the Inception of eight blocks of a well-known tutorial, momentum 0.9, weight decay 1e-4, a constant rate,
-flips and crops, 5,000 training images held out, BN + W as weight norm on every layer, seeds 0 to 2.
+flips and crops, 5,000 training images held out, BN + W as weight norm on every layer.
 
-At small scale images are 16x16 and channels half as many; 2,048 images are learned for 8 epochs, in about 130 steps. At 1e-3
-that is too few to learn anything, so each row takes the best of three rates, chosen with the first seed on CIFAR-10.
+At small scale images are 16x16 and channels half as many; 2,048 images are learned, for 8 epochs where nothing else is said. At
+1e-3 so few steps learn nothing, so each row takes the best of three rates, chosen with the first seed on CIFAR-10.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from dataclasses import replace
 from typing import Any
 
 from normkit.lab.experiment import Bench, Experiment
-from normkit.lab.experiments.classification import PAPER, Plan, Row, difference, study, tables, verdicts
+from normkit.lab.experiments.classification import (
+    PAPER,
+    Plan,
+    Row,
+    difference,
+    length_of,
+    study,
+    tables,
+    verdicts,
+)
 from normkit.lab.experiments.classification_drawing import figures
 from normkit.lab.train.learning import Training
 
@@ -43,19 +52,22 @@ def plans(scale: str, model: str = "inception8", printed: Mapping[str, Mapping[s
     """The plans of both data sets at a scale.
 
     Args:
-        scale: ``"small"`` or ``"full"``.
+        scale: ``"tiny"``, ``"small"`` or ``"full"``.
         model: of the table. Default: ``"inception8"``.
         printed: its numbers. Default: those of Table 1.
     """
-    size: dict[str, Any] = SMALL if scale == "small" else {"epochs": 200}
+    small = scale != "full"
+    size: dict[str, Any] = SMALL if small else {"epochs": 200}
     base = Training("cifar10", model, "", "bn", 0.0, 0, **size)
     found = []
     for data, label in (("cifar10", "CIFAR-10"), ("cifar100", "CIFAR-100")):
         rows = tuple(Row(name, recipe, printed=printed[label][name]) for name, recipe in RECIPES.items())
-        plan = Plan(label, replace(base, data=data), rows, CONTROLS, RATES[scale], 1e-3, same=True)
-        if scale == "small":
+        plan = Plan(
+            label, replace(base, data=data), rows, CONTROLS, RATES["small" if small else "full"], 1e-3, same=True
+        )
+        if small:
             plan = replace(plan, rate=None)
-        if scale == "small" and found:
+        if small and found:
             plan = replace(plan, rates=(), borrow=found[0].label, controls=(), same=False, costs=0.0)
         found.append(plan)
     return found
@@ -92,16 +104,14 @@ def caution(result: Mapping[str, Any]) -> list[str]:
     """What the small scale can't show."""
     what = (
         "With BN behind the first convolution its row scale does not reach the function, so two-layer E changes the function in "
-        "the last layer alone: class vectors of unit length, and logits of at most the length of the features. The rest is a "
-        "change of effective learning rates."
+        "the last layer alone: class vectors of unit length, and logits that differ from their bias by at most the norm of the "
+        "features. The rest is a change of effective learning rates."
     )
     if result["scale"] != "small":
         return [what]
-    steps = next(iter(result["parts"].values()))
-    count = steps["samples"]["train"] // steps["base"]["batch_size"] * steps["base"]["epochs"]
     return [
         what,
-        f"Small scale: {count} steps of training, where the paper has about 78,000. Levels can't be compared with the printed "
+        f"Small scale: {length_of(result)}, where the paper has about 78,000 steps. Levels can't be compared with the printed "
         "ones; differences between rows are those of early training.",
     ]
 
@@ -121,4 +131,5 @@ EXPERIMENT = Experiment(
     tables,
     figures,
     remarks,
+    ("tiny", "small", "full"),
 )

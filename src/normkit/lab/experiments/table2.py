@@ -48,4 +48,5 @@ EXPERIMENT = Experiment(
     tables,
     figures,
     remarks,
+    ("tiny", "small", "full"),
 )

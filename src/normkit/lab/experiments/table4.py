@@ -12,25 +12,26 @@ none of which is tuned; controls are run with the first seed alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from normkit.catalogue.methods import method
 from normkit.lab.data.llff import FOLDER, SCENES
 from normkit.lab.data.root import data_root
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiments.trials import Trial, curves, ends, first_seed, gained, grid, lost, settings_of
 from normkit.lab.fields.radiance import RadianceJob, decode, learn_scene, measure_scene
-from normkit.lab.models.rows import Scale
+from normkit.lab.report.bands import along
 from normkit.lab.report.canvas import FULL, log, panels, plain
-from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, SHAPES, band, name_ends
+from normkit.lab.report.drawing import SEEDS, name_ends
 from normkit.lab.report.tables import edges, lowered, rates_table, time_table
-from normkit.lab.stats import Interval, by_step, gain, judge_runs, mean, spread, tell, tune, where
+from normkit.lab.say import counted
+from normkit.lab.stats import Row, mean, spread, tell, tune, where
 from normkit.lab.train.cost import Costs
 
 PAPER = method("weight_conditioning").paper
@@ -40,34 +41,26 @@ PRINTED = {
 }
 PRINTED_MEAN = {"E-NeRF": 30.20, "NeRF": 29.6}
 PLAIN, CONDITIONED = "NeRF", "E-NeRF"
-# Of a row: its name, its folder, its recipe, and how its trunks' rows are scaled.
-ROWS: dict[str, tuple[str, str, Scale]] = {
-    PLAIN: ("nerf", "none", ""),
-    CONDITIONED: ("e-nerf", "none+e@re:trunk", ""),
-    "NeRF, unit start": ("nerf-unit", "none", "unit"),
-    "E-NeRF, kept scale": ("e-nerf-kept", "none", "kept"),
-    "NeRF + WN": ("nerf-wn", "none+wn@re:trunk", ""),
-    "NeRF + LN": ("nerf-ln", "ln", ""),
-    "NeRF + BN": ("nerf-bn", "bn", ""),
+ROWS = {
+    PLAIN: Trial("nerf", "none"),
+    CONDITIONED: Trial("e-nerf", "none+e@re:trunk"),
+    "NeRF, unit start": Trial("nerf-unit", "none", "unit"),
+    "E-NeRF, kept scale": Trial("e-nerf-kept", "none", "kept"),
+    "NeRF + WN": Trial("nerf-wn", "none+wn@re:trunk"),
+    "NeRF + LN": Trial("nerf-ln", "ln"),
+    "NeRF + BN": Trial("nerf-bn", "bn"),
 }
 NORMS = ("NeRF + WN", "NeRF + LN", "NeRF + BN")
-_NOTES_SCORES = (
-    "Ours: mean ± standard deviation over seeds of the mean over the views that judge. Minus NeRF: the mean of paired "
-    "differences, same seed, with its 95 % interval where there are two seeds or more.",
-)
-_COLUMNS_MORE = ("network", "training PSNR", "κ trained", "κ effective", "parameters")
-_NOTES_MORE = (
-    "Training PSNR: of 2,048 pixels of the training views. κ: condition number of the weights that are trained and of those "
-    "that the trunks multiply with, geometric mean over their layers.",
-)
-SMALL: dict[str, Any] = {
-    **{"width": 64, "rays": 256, "coarse": 24, "fine": 24, "steps": 1000, "every": 100},
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"width": 8, "depth": 3, "reduce": 12, "rays": 16, "coarse": 6, "fine": 6, "steps": 2, "every": 1},
+    "small": {"width": 64, "rays": 256, "coarse": 24, "fine": 24, "steps": 1000, "every": 100},
+    "full": {},
 }
-RATES = {"small": (2e-3,), "full": (1e-4, 5e-4, 2e-3)}
+RATES = {"tiny": (1e-3, 1e30), "small": (2e-3,), "full": (1e-4, 5e-4, 2e-3)}
 
 
 def scenes(bench: Bench) -> list[str]:
-    """Names the scenes: fern at small scale, else those of the paper that are there.
+    """Names the scenes: fern at small scale, balls at tiny, else those of the paper that are there.
 
     Args:
         bench: where and at what size.
@@ -75,8 +68,8 @@ def scenes(bench: Bench) -> list[str]:
     Raises:
         ProtocolError: there is no folder of data sets.
     """
-    if bench.scale == "small":
-        return ["fern"]
+    if bench.scale != "full":
+        return ["fern" if bench.scale == "small" else "spheres"]
     folder = data_root(bench.data_root) / FOLDER
     return [scene for scene in SCENES if (folder / scene).is_dir()] or list(SCENES)
 
@@ -88,10 +81,11 @@ def sweeps(bench: Bench, scene: str) -> dict[str, list[RadianceJob]]:
         bench: where and at what size.
         scene: on which.
     """
-    size = SMALL if bench.scale == "small" else {}
     return {
         name: [
-            RadianceJob(scene, folder, recipe, bench.seeds[0], scale, epochs=bench.epochs, rate=rate, **size)
+            RadianceJob(
+                scene, folder, recipe, bench.seeds[0], scale, epochs=bench.epochs, rate=rate, **SIZES[bench.scale]
+            )
             for rate in RATES[bench.scale]
         ]
         for name, (folder, recipe, scale) in ROWS.items()
@@ -105,7 +99,7 @@ def jobs(bench: Bench, chosen: Mapping[str, RadianceJob]) -> list[RadianceJob]:
         bench: where and at what size.
         chosen: by row, its job at the rate that it takes.
     """
-    repeated = (PLAIN, CONDITIONED) if bench.scale == "small" else tuple(ROWS)
+    repeated = tuple(ROWS) if bench.scale == "full" else (PLAIN, CONDITIONED)
     return [
         replace(job, scene=scene, seed=seed)
         for scene in scenes(bench)
@@ -120,24 +114,18 @@ def run(bench: Bench) -> dict[str, Any]:
     rates = tune(bench, learn_scene, tried, _seen)
     chosen = {name: replace(job, rate=rates[name]["rate"]) for name, (job, *_) in tried.items()}
     wanted = jobs(bench, chosen)
-    names = {folder: name for name, (folder, _, _) in ROWS.items()}
+    names = {row.folder: name for name, row in ROWS.items()}
     runs, pictures = [], {}
     for job, found in zip(wanted, bench.sweep(learn_scene, wanted), strict=True):
-        shown = found.pop("pictures")
+        shown, row = found.pop("pictures"), names[job.row]
         if job.seed == bench.seeds[0]:
-            pictures.setdefault(job.scene, {})[names[job.row]] = shown
-        score = mean(found["psnr"] or [])
-        row = {"scene": job.scene, "row": names[job.row], "seed": job.seed, "rate": job.rate}
-        runs.append({**row, "score": score, **found})
+            pictures.setdefault(job.scene, {})[row] = shown
+        about = {"scene": job.scene, "row": row, "seed": job.seed, "rate": job.rate}
+        runs.append({**about, "score": mean(found["psnr"] or []), **found})
     (costs,) = bench.sweep(measure_scene, [Costs(tuple(chosen.values()))])
-    settings = {
-        key: value
-        for key, value in asdict(wanted[0]).items()
-        if key not in ("scene", "row", "recipe", "seed", "scale", "rate")
-    }
     return {
         "scale": bench.scale,
-        "settings": settings,
+        "settings": settings_of(wanted[0]),
         "rates": rates,
         "costs": {names[folder]: cost for folder, cost in costs.items()},
         "runs": runs,
@@ -150,86 +138,98 @@ def _seen(found: Mapping[str, Any]) -> dict[str, Any]:
     return {"status": found["status"], "score": score, "loss": 0.0, "reached": found["steps"]}
 
 
+def _by_scene(result: Mapping[str, Any]) -> dict[str, list[Row]]:
+    return {
+        scene: where(result["runs"], scene=scene) for scene in dict.fromkeys(run["scene"] for run in result["runs"])
+    }
+
+
+def _names(runs: list[Row]) -> list[str]:
+    return [name for name in ROWS if where(runs, row=name)]
+
+
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """Ours, two a scene, and the paper's."""
-    made = []
-    for scene in _scenes(result):
+    """Ours, two per scene, and the paper's."""
+    made, swept = [], [{"name": name, **row} for name, row in result["rates"].items()]
+    for scene, all_runs in _by_scene(result).items():
         scores, more = [], []
-        for name in _names(result, scene):
-            runs = where(result["runs"], scene=scene, row=name)
-            ends = [run["curve"][-1] for run in runs if run["curve"]]
+        for name in _names(all_runs):
+            runs = where(all_runs, row=name)
+            told = None if name == PLAIN else tell(gained(all_runs, ROWS, name, "score")[0])
             ours = spread([run["score"] for run in runs], ".2f")
-            told = None if name == PLAIN else tell(_gain(result, scene, name))
             scores.append([name, _printed(name, scene), ours, told, result["rates"][name]["rate"], len(runs)])
-            inner = [mean(end[key] for end in ends) for key in ("train_psnr", "raw_condition", "condition")]
+            inner = [mean(end[key] for end in ends(runs)) for key in ("train_psnr", "raw_condition", "condition")]
             more.append([name, *inner, runs[0]["parameters"]])
         title = f"{scene}, {result['scale']} scale"
-        notes = [*_NOTES_SCORES, *edges({"name": name, **row} for name, row in result["rates"].items())]
+        about = (
+            "Ours: mean ± standard deviation over seeds of the mean over the views that judge, which all seeds share. Minus "
+            "NeRF: the mean of paired differences, same seed, with its 95 % interval where there are two seeds or more."
+        )
         columns = ("network", "paper", "ours", "minus NeRF", "rate", "seeds")
-        made += [
-            Table(f"Test PSNR in dB, {title}", columns, scores, notes),
-            Table(f"At the end of training, {title}", _COLUMNS_MORE, more, _NOTES_MORE),
-        ]
-    swept = [{"name": name, "sweep": row["sweep"]} for name, row in result["rates"].items()]
+        made.append(Table(f"Test PSNR in dB, {title}", columns, scores, [about, *edges(swept)]))
+        about = (
+            "Training PSNR: of 2,048 pixels of the training views. κ: condition number of the weights that are trained and of "
+            "those that the trunks multiply with, geometric mean over their layers."
+        )
+        columns = ("network", "training PSNR", "κ trained", "κ effective", "parameters")
+        made.append(Table(f"At the end of training, {title}", columns, more, [about]))
     note = "PSNR of 2,048 pixels of training views in dB after the last step, first seed; it chooses the rate."
     made += rates_table("Learning rates", swept, note, form=".2f", scale=1.0, unit="step")
     return [*made, _time(result), _paper_table()]
 
 
 def _time(result: Mapping[str, Any]) -> Table:
-    scene = _scenes(result)[0]
-    steps = max(run["steps"] for run in where(result["runs"], scene=scene))
+    scene, runs = next(iter(_by_scene(result).items()))
 
     def score(name: str, step: int) -> list[float | None]:
-        curves = [run["curve"] for run in where(result["runs"], scene=scene, row=name)]
-        return [mean(point["test_psnr"] for point in curve if point["step"] == step) for curve in curves]
+        found = [run["curve"] for run in where(runs, row=name)]
+        return [mean(point["test_psnr"] for point in curve if point["step"] == step) for curve in found]
 
     notes = [
         "PSNR in dB of 2,048 pixels of the views that judge.",
         "A run that is read before its end has not yet the low rate of the end, to its disadvantage.",
     ]
     return time_table(
-        f"Equal time and equal steps, {scene}", result["costs"], steps, score,
+        f"Equal time and equal steps, {scene}", result["costs"], max(run["steps"] for run in runs), score,
         what="PSNR", unit="steps", every=result["settings"]["every"], form=".2f", scale=1.0, notes=notes,
     )  # fmt: skip
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
-    """What is seen, and what is odd in the paper's table."""
-    said = [_verdict(result, scene) for scene in _scenes(result)]
-    said += [sentence for scene in _scenes(result) if (sentence := _controls(result, scene))]
-    said += lowered([run for run in result["runs"] if run["row"] == CONDITIONED])
-    lost = [f"{run['row']} on {run['scene']}, seed {run['seed']}" for run in result["runs"] if run["status"] != "ok"]
-    if lost:
-        said.append(f"Diverged: {'; '.join(lost)}.")
+    """What E and the controls change, and what is odd in the paper's table."""
+    said = [_verdict(result, scene) for scene in _by_scene(result)]
+    said += [sentence for scene in _by_scene(result) if (sentence := _controls(result, scene))]
+    said += lowered(where(result["runs"], row=CONDITIONED))
+    said += lost(result["runs"], "{row} on {scene}, seed {seed}")
     settings = result["settings"]
-    steps = result["runs"][0]["steps"]
     said.append(
         f"Photographs at 1/{8 * settings['reduce']}, width {settings['width']}, {settings['coarse']} + {settings['fine']} "
-        f"samples a ray, {settings['rays']:,} rays a step, {steps:,} steps of Adam (published: 1/8, 256, 64 + 64, 1,024, 200,000 "
-        "steps at 0.0005)."
+        f"samples per ray, {settings['rays']:,} rays per step, {result['runs'][0]['steps']:,} steps of Adam (published: 1/8, "
+        "256, 64 + 64, 1,024, 200,000 steps at 0.0005)."
     )
     if result["scale"] == "small":
         said.append(
             "Small scale: levels can't be compared with the printed ones; differences between rows are those of early training."
         )
-    said += [
-        "The printed NeRF row averages to 29.70 dB, not 29.6, so the printed mean gain of 0.60 is 0.505.",
-        "In the printed table E-NeRF loses on Fortress by 0.02 dB; the text's gain of 0.5 to 1 dB holds for Fern (1.02) and Room "
-        "(0.74), and for Flower, Leaves and Trex; it is less for Horns and Orchids.",
-        "The paper says of no layer that it is conditioned, and of no step count or resolution; ours: rows of the eight trunk "
-        "layers of both networks, differentiated through; every 8th view held out, three of them judge.",
-        "Row equilibration changes the scale of the first signals too: rows of PyTorch's default start have norm 0.58, "
-        "so signals through eight layers are much larger from the first step on. Two rows part the effects: unit start has "
-        "that scale alone, kept scale (rows of one norm, that of the start) has the conditioning alone.",
-    ]
-    return said
+    return [*said, *REMARKS]
+
+
+REMARKS = (
+    "The printed NeRF row averages to 29.70 dB, not 29.6, so the printed mean gain of 0.60 is 0.505.",
+    "In the printed table E-NeRF loses on Fortress by 0.02 dB; the text's gain of 0.5 to 1 dB holds for Fern (1.02) and Room "
+    "(0.74), and for Flower, Leaves and Trex; it is less for Horns and Orchids.",
+    "The paper does not say which layers are conditioned, nor how many steps or pixels there are; ours: rows of the eight trunk "
+    "layers of both networks, differentiated through; every 8th view held out, three of them judge.",
+    "Row equilibration changes the scale of the first signals too: rows of PyTorch's default start have norm 0.58, "
+    "so signals through eight layers are much larger from the first step on. Two rows separate the effects: unit start has "
+    "that scale alone, kept scale (rows of one norm, that of the start) has the conditioning alone.",
+)
 
 
 def figures(result: Mapping[str, Any]) -> list[Drawing]:
     """Curves along training, and a view that judges with its depth for each network."""
     drawn = []
-    for scene in _scenes(result):
+    for scene in _by_scene(result):
         drawn += [
             Drawing(
                 f"{scene}-psnr",
@@ -250,57 +250,29 @@ def figures(result: Mapping[str, Any]) -> list[Drawing]:
 
 def _curves(result: Mapping[str, Any], scene: str) -> Figure:
     figure, axes = panels(2, FULL, 3.0)
-    fields = ("test_psnr", "condition")
-    for axis, field in zip(axes, fields, strict=True):
-        ends = []
-        for index, name in enumerate(_names(result, scene)):
-            curves = [run["curve"] for run in where(result["runs"], scene=scene, row=name)]
-            x, middle, low, high = by_step(curves, lambda row, field=field: row[field])
-            if not x:
-                continue
-            colour = _colour(name)
-            band(
-                axis,
-                x,
-                middle,
-                low,
-                high,
-                color=colour,
-                marker=SHAPES[index % len(SHAPES)],
-                markevery=max(1, len(x) // 5),
-                markersize=3,
-            )
-            ends.append((middle[-1], name, colour))
-        axis.set_xlabel("step")
-        axis.margins(x=0.02)
+    for axis, field in zip(axes, ("test_psnr", "condition"), strict=True):
+        found = along(axis, curves(_by_scene(result)[scene], ROWS), lambda row, field=field: row[field])
         if field == "condition":
             log(axis)
-        name_ends(axis, ends)
+        name_ends(axis, found)
     axes[0].set_title(plain(f"PSNR of held-out views in dB, {scene}"), loc="left")
     axes[1].set_title("condition number of the trunks' effective weights", loc="left")
     return figure
 
 
 def _views(result: Mapping[str, Any], scene: str) -> Figure:
-    shown = result["pictures"][scene]
-    names = [name for name in _names(result, scene) if shown.get(name)]
-    columns = ["photograph", *names]
+    shown, runs = result["pictures"][scene], _by_scene(result)[scene]
+    names = [name for name in _names(runs) if shown.get(name)]
     truth = decode(shown[names[0]]["truth"])
-    width = FULL / len(columns)
-    shape = truth.shape[0] / truth.shape[1]
-    layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.05, wspace=0.01, hspace=0.01)
-    figure = Figure(figsize=(FULL, 2 * width * shape + 0.7), layout=layout)
-    axes = figure.subplots(2, len(columns), squeeze=False)
-    for axis in axes.ravel():
-        axis.set_axis_off()
+    height = 2 * FULL / (1 + len(names)) * truth.shape[0] / truth.shape[1] + 0.7
+    figure, axes = grid(2, 1 + len(names), height)
     axes[0, 0].imshow(truth)
     axes[0, 0].set_title("photograph" if scene in SCENES else "truth")
     for place, name in enumerate(names, 1):
-        run = min(where(result["runs"], scene=scene, row=name), key=lambda run: run["seed"])
+        scores = first_seed(runs, name)["psnr"]
+        score = f"{scores[len(scores) // 2]:.1f} dB" if scores else "diverged"
         axes[0, place].imshow(decode(shown[name]["colour"]))
-        score = run["psnr"][len(run["psnr"]) // 2] if run["psnr"] else None
-        label = name.replace(", ", ",\n")
-        axes[0, place].set_title(plain(f"{label}\n{score:.1f} dB" if score is not None else f"{label}\ndiverged"))
+        axes[0, place].set_title(plain(f"{name}\n{score}".replace(", ", ",\n")))
         axes[1, place].imshow(decode(shown[name]["depth"]), cmap="magma", vmin=0, vmax=1)
     axes[1, 0].text(0.95, 0.5, "near is bright,\nfar is dark", transform=axes[1, 0].transAxes, ha="right", va="center")
     return figure
@@ -317,56 +289,32 @@ def _paper_table() -> Table:
 
 
 def _verdict(result: Mapping[str, Any], scene: str) -> str:
-    found = _gain(result, scene, CONDITIONED)
+    found, word = gained(_by_scene(result)[scene], ROWS, CONDITIONED, "score")
     if found.mean is None:
         return f"{scene}: E-NeRF and NeRF can't be compared, as one of them diverged in every seed."
     first = f"{scene}: E-NeRF is {abs(found.mean):.2f} dB {'above' if found.mean >= 0 else 'below'} NeRF"
-    ends = "" if found.low is None else f"95 % interval {found.low:+.2f} to {found.high:+.2f}, "
-    word = judge_runs(*_pair(result, scene, CONDITIONED), "score")
-    return f"{first} ({ends}{word}); the paper prints {_printed_gain(scene)}."
+    interval = "" if found.low is None else f"95 % interval {found.low:+.2f} to {found.high:+.2f}, "
+    one, other = _printed(CONDITIONED, scene), _printed(PLAIN, scene)
+    printed = "nothing of this scene" if one is None or other is None else f"{one - other:+.2f}"
+    return f"{first} ({interval}{word}); the paper prints {printed}."
 
 
 def _controls(result: Mapping[str, Any], scene: str) -> str:
-    gains = {name: _gain(result, scene, name).mean for name in ROWS if name != PLAIN}
-    parts = [f"{name} {gain:+.2f} dB" for name, gain in gains.items() if gain is not None and name != CONDITIONED]
-    if not parts:
+    runs = _by_scene(result)[scene]
+    means = {name: gained(runs, ROWS, name, "score")[0].mean for name in ROWS if name not in (PLAIN, CONDITIONED)}
+    gains = {name: found for name, found in means.items() if found is not None}
+    if not gains:
         return ""
-    norms = [gains[name] for name in NORMS if gains.get(name) is not None]
-    below = sum(gain < 0 for gain in norms if gain is not None)
-    seeds = len({run["seed"] for run in where(result["runs"], scene=scene) if run["row"] not in (PLAIN, CONDITIONED)})
+    norms = [gains[name] for name in NORMS if name in gains]
+    below = sum(found < 0 for found in norms)
+    seeds = counted(len({run["seed"] for run in runs if run["row"] not in (PLAIN, CONDITIONED)}), "seed")
+    told = ", ".join(f"{name} {found:+.2f} dB" for name, found in gains.items())
     claim = f"of the {len(norms)} common normalizations, said to hinder NeRF, {below} {'is' if below == 1 else 'are'} below it"
-    return f"{scene}: against NeRF of the same seed, {', '.join(parts)}, of {seeds} {'seed' if seeds == 1 else 'seeds'}; {claim}."
-
-
-def _gain(result: Mapping[str, Any], scene: str, name: str) -> Interval:
-    return gain(*_pair(result, scene, name), "score")
-
-
-def _pair(result: Mapping[str, Any], scene: str, name: str) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    return where(result["runs"], scene=scene, row=name), where(result["runs"], scene=scene, row=PLAIN)
+    return f"{scene}: compared with NeRF of the same seed, {told}, of {seeds}; {claim}."
 
 
 def _printed(name: str, scene: str) -> float | None:
     return PRINTED[name][SCENES.index(scene)] if name in PRINTED and scene in SCENES else None
-
-
-def _printed_gain(scene: str) -> str:
-    one, other = _printed(CONDITIONED, scene), _printed(PLAIN, scene)
-    return "nothing of this scene" if one is None or other is None else f"{one - other:+.2f}"
-
-
-def _scenes(result: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(run["scene"] for run in result["runs"]))
-
-
-def _names(result: Mapping[str, Any], scene: str) -> Sequence[str]:
-    there = {run["row"] for run in where(result["runs"], scene=scene)}
-    return [name for name in ROWS if name in there]
-
-
-def _colour(name: str) -> str:
-    others = [one for one in ROWS if one != PLAIN]
-    return GREY if name == PLAIN else COLOURS[others.index(name)]
 
 
 EXPERIMENT = Experiment(
@@ -381,4 +329,5 @@ EXPERIMENT = Experiment(
     tables=tables,
     figures=figures,
     remarks=remarks,
+    scales=("tiny", "small", "full"),
 )

@@ -24,9 +24,9 @@ from torch import nn
 from normkit.lab import task
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments import classification
-from normkit.lab.experiments.classification import PAPER, Plan, Row, difference, study, verdicts
+from normkit.lab.experiments.classification import PAPER, Plan, Row, difference, length_of, study, verdicts
 from normkit.lab.experiments.classification_drawing import figures as curves_of
-from normkit.lab.models.vit import VisionTransformer
+from normkit.lab.models.vit import Patches, VisionTransformer
 from normkit.lab.report.canvas import FULL, log, panels
 from normkit.lab.report.drawing import name_ends
 from normkit.lab.report.palette import styles
@@ -43,13 +43,13 @@ CONTROLS = (
     Row(ONLY, "none+e@all", once=True),
     Row(BN, "bn", once=True),
 )
-HOW: dict[str, Any] = {
-    **{"optimizer": "adamw", "weight_decay": 0.05, "schedule": "cosine", "clip": 1.0},
+HOW: dict[str, Any] = {"optimizer": "adamw", "weight_decay": 0.05, "schedule": "cosine", "clip": 1.0}
+# The model and the rest of a training, by scale.
+SIZES: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny": ("tiny_vit", {"epochs": 1}),
+    "small": ("small_vit", {"size": 16, "train": 2048, "val": 1000, "test": 1000, "epochs": 5, "warmup": 1.0}),
+    "full": ("vit_s", {"epochs": 200, "warmup": 10.0, "batch_size": 512}),
 }
-SMALL: dict[str, Any] = {
-    **{"size": 16, "train": 2048, "val": 1000, "test": 1000, "epochs": 5, "warmup": 1.0},
-}
-FULL_SIZE: dict[str, Any] = {"epochs": 200, "warmup": 10.0, "batch_size": 512}
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,13 @@ def small_vit(classes: int = 100) -> nn.Module:
     return VisionTransformer(size=16, patch=4, features=192, depth=6, heads=3, classes=classes)
 
 
+def tiny_vit(classes: int = 10) -> nn.Module:
+    """Makes a transformer for digits: patches of 4, 12 features, 2 blocks, 3 heads."""
+    model = VisionTransformer(size=8, patch=4, features=12, depth=2, heads=3, classes=classes)
+    model.patch_embed = Patches(8, 4, 12, channels=1)
+    return model
+
+
 def gradients(job: Gradients, folder: Path) -> dict[str, Any]:
     """Measures, for each row, the norm of the loss's gradient by the weights of each block, on the first batch."""
     first = job.rows[0]
@@ -86,10 +93,10 @@ def gradients(job: Gradients, folder: Path) -> dict[str, Any]:
 
 def plan(scale: str) -> Plan:
     """The plan at a scale."""
-    model = "normkit.lab.experiments.vit_s:small_vit" if scale == "small" else "vit_s"
-    base = Training("cifar100", model, "", "keep", 0.0, 0, **{**HOW, **(SMALL if scale == "small" else FULL_SIZE)})
-    rates = (5e-4, 2e-3) if scale == "small" else (1e-4, 5e-4, 2e-3)
-    return Plan("ViT on CIFAR-100", base, ROWS, CONTROLS, rates)
+    model, size = SIZES[scale]
+    model = model if scale == "full" else f"{__name__}:{model}"
+    base = Training("digits" if scale == "tiny" else "cifar100", model, "", "keep", 0.0, 0, **HOW, **size)
+    return Plan("ViT on CIFAR-100", base, ROWS, CONTROLS, (1e-4, 5e-4, 2e-3) if scale == "full" else (5e-4, 2e-3))
 
 
 def run(bench: Bench) -> dict[str, Any]:
@@ -131,7 +138,9 @@ def remarks(result: dict[str, Any]) -> list[str]:
         "as its raw rows are shorter, so each has a rate of its own."
     )
     if result["scale"] == "small":
-        said.append("Small scale: under 100 steps of a small transformer; differences are those of early training.")
+        said.append(
+            f"Small scale: {length_of(result)} of a small transformer; differences are those of early training."
+        )
     return said
 
 
@@ -188,4 +197,5 @@ EXPERIMENT = Experiment(
     tables,
     figures,
     remarks,
+    ("tiny", "small", "full"),
 )

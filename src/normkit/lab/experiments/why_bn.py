@@ -18,35 +18,31 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch.nn import functional as F
 
 from normkit.core.card import Paper
-from normkit.lab.data.cifar import download_missing
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiments import rates
+from normkit.lab.experiments.runs import labelled, notes, side, size_of, source_of
 from normkit.lab.jobs.landscape import moments, moved, smoothness, turns
 from normkit.lab.models.noisy_norm import MAKERS
 from normkit.lab.models.small_cnn import SmallCNN
+from normkit.lab.report.bands import Curve, along
 from normkit.lab.report.canvas import FAINT, FULL, log, panels
-from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, band, name_ends
+from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
 from normkit.lab.seeding import reseed
-from normkit.lab.stats import ABSENT, by_step, differences, known, mean, spread, tell, where
+from normkit.lab.stats import ABSENT, Row, by_step, differences, mean, spread, tell, where
 from normkit.lab.train.images import Stream, load
 from normkit.lab.train.walk import OK, Diverged, device, forget, walk
 
 METHODS = {"none": "no norm", "bn": "BatchNorm", "noisy": "BatchNorm + noise"}
 HUES = {"none": GREY, "bn": COLOURS[0], "noisy": COLOURS[1]}
+SEARCHED = ("none", "bn")
 
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"data": "digits", "train": 128, "halve": False, "width": 4, "steps": 4},
-    "small": {"data": "cifar10", "train": 1500, "halve": True, "width": 16, "steps": 120},
-    "full": {"data": "cifar10", "train": None, "halve": False, "width": 32, "steps": 2000},
-}
+STEPS = {"tiny": 4, "small": 120, "full": 2000}
 BATCH, RATE, LOOKS, SHORT = 64, 0.05, 20, 50
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-GUESS = math.log(10)  # the loss of guessing one of ten classes
 
 
 @dataclass(frozen=True)
@@ -108,144 +104,104 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
 
 def run(bench: Bench) -> dict[str, Any]:
     """Trains every method measured, and with and without normalization at every rate."""
-    size = dict(SIZES[bench.scale])
-    if bench.epochs:
-        size["steps"] = bench.epochs * (size["train"] or 45000) // BATCH
-    if bench.download:
-        download_missing(size["data"])
-    jobs = [Training(method, RATE, True, seed, **size) for seed in bench.seeds for method in METHODS]
-    rates = RATES if bench.scale != "tiny" else (0.1, 1e30)  # one that learns and one that diverges
+    size = size_of(bench, 0)
+    del size["test"], size["epochs"]
+    size["steps"] = bench.epochs * (size["train"] or 45000) // BATCH if bench.epochs else STEPS[bench.scale]
+    tried = RATES if bench.scale != "tiny" else (0.1, 1e30)  # one that learns and one that diverges
     short = {**size, "steps": min(SHORT, size["steps"])}
+    jobs = [Training(method, RATE, True, seed, **size) for seed in bench.seeds for method in METHODS]
     jobs += [
-        Training(method, rate, False, seed, **short)
-        for seed in bench.seeds
-        for method in ("none", "bn")
-        for rate in rates
+        Training(method, rate, False, seed, **short) for seed in bench.seeds for method in SEARCHED for rate in tried
     ]
-    done = bench.sweep(train, jobs)
-    keys = ("method", "rate", "measured", "seed")
-    runs = [{**{key: getattr(job, key) for key in keys}, **one} for job, one in zip(jobs, done, strict=True)]
-    return {"runs": runs, "rates": list(rates), "short": short["steps"], **size}
+    runs = labelled(bench, train, jobs, "method", "rate", "measured", "seed")
+    return {"runs": runs, "rates": list(tried), "short": short["steps"], **size, **source_of(size, bench)}
 
 
-def along(result: dict[str, Any], method: str, key: str) -> list[float | None]:
+def measured(result: dict[str, Any], method: str) -> list[Row]:
+    """The runs that were measured along the way."""
+    return where(result["runs"], method=method, measured=True)
+
+
+def searched(result: dict[str, Any], method: str) -> list[Row]:
+    """The short runs at many rates."""
+    return where(result["runs"], method=method, measured=False)
+
+
+def over_training(result: dict[str, Any], method: str, key: str) -> list[float | None]:
     """The mean of a measure over training, for each seed."""
-    runs = where(result["runs"], method=method, measured=True)
-    return [mean(row.get(key) for row in run["rows"]) for run in runs]
-
-
-def largest(result: dict[str, Any], method: str) -> list[float]:
-    """For each seed the largest rate that ends below nine tenths of the loss of guessing."""
-    seeds = sorted({run["seed"] for run in result["runs"]})
-    found = []
-    for seed in seeds:
-        runs = where(result["runs"], method=method, measured=False, seed=seed)
-        found.append(max([run["rate"] for run in runs if (run["end"] or math.inf) < 0.9 * math.log(10)], default=0.0))
-    return found
+    return [mean(row.get(key) for row in run["rows"]) for run in measured(result, method)]
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Measures along training, and losses at every rate."""
-    rows: list[list[Any]] = []
+    lines: list[list[Any]] = []
     for method, name in METHODS.items():
-        runs = where(result["runs"], method=method, measured=True)
-        turns, deviations, betas = (along(result, method, key) for key in ("turn", "mean", "beta"))
+        runs = measured(result, method)
         swings = [mean(row["high"] - row["low"] for row in run["rows"]) for run in runs]
-        ends = spread([run["end"] for run in runs])
-        cells = (
-            spread(values, ".3g") for values in (turns, deviations, swings, along(result, method, "predictive"), betas)
+        turns, shifts, changes, betas = (
+            over_training(result, method, k) for k in ("turn", "mean", "predictive", "beta")
         )
-        rows.append([name, ends, *cells])
-    columns = (
-        "norm",
-        "loss at the end",
-        "cosine",
-        "shift of means",
-        "range of loss",
-        "change of gradient",
-        "per distance",
-    )
-    notes = [
+        cells = (spread(values, ".3g") for values in (turns, shifts, swings, changes, betas))
+        lines.append([name, spread([run["end"] for run in runs]), *cells])
+    columns = ("norm", "loss at the end", "cosine", "shift of means")
+    columns += ("range of loss", "change of gradient", "per distance")
+    said = notes(
+        result,
         "Means over training; mean ± standard deviation over seeds. Cosine: of a layer's gradient before and after the layers "
-        "before it took their step. Shift: of the means of a layer's inputs in one step, in deviations.",
+        "in front of it take their step. Shift: of the means of a layer's inputs in one step, in standard deviations.",
         "Range of loss, change of gradient and its ratio to the distance: along the gradient, up to four times the rate.",
+    )
+    rows = [[METHODS[method], *rates.losses(searched(result, method))] for method in SEARCHED]
+    return [
+        Table(f"Along training at rate {RATE:g}", columns, lines, said),
+        Table(
+            f"Training loss after {result['short']} steps",
+            ("norm", *(f"rate {rate:g}" for rate in result["rates"])),
+            rows,
+            ["Without: the loss was no number."],
+        ),
     ]
-    found = [Table(f"Along training at rate {RATE:g}", columns, rows, notes)]
-    ends = {
-        (method, rate): spread(
-            [run["end"] for run in where(result["runs"], method=method, measured=False, rate=rate)], ".2f"
-        )
-        for method in ("none", "bn")
-        for rate in result["rates"]
-    }
-    rows = [[f"{rate:g}", ends["none", rate], ends["bn", rate]] for rate in result["rates"]]
-    title = f"Training loss after {result['short']} steps"
-    return [*found, Table(title, ("rate", METHODS["none"], METHODS["bn"]), rows, ["Without: the loss was no number."])]
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What was seen of each explanation."""
-    said = []
-    values = {
-        key: {method: mean(along(result, method, key)) for method in METHODS}
-        for key in ("turn", "mean", "predictive", "beta")
-    }
+    """What each explanation predicts, and what was measured."""
+
+    def each(key: str, form: str) -> str:
+        found = {name: mean(over_training(result, method, key)) for method, name in METHODS.items()}
+        return ", ".join(f"{name} {ABSENT if value is None else format(value, form)}" for name, value in found.items())
+
     # A run that diverged counts as guessing, so that the loss of the others is not taken for that of all.
     ends = {
-        method: [
-            GUESS if run["end"] is None else run["end"] for run in where(result["runs"], method=method, measured=True)
-        ]
+        method: [rates.GUESS if run["end"] is None else run["end"] for run in measured(result, method)]
         for method in METHODS
     }
-
-    def three(key: str, form: str) -> str:
-        found = values[key]
-        parts = (f"{name} {ABSENT if found[m] is None else format(found[m], form)}" for m, name in METHODS.items())
-        return ", ".join(parts)
-
-    said.append(f"Covariate shift as cosine of a layer's gradients (1 is no shift): {three('turn', '.3f')}.")
-    said.append(f"Covariate shift as movement of means in one step, in deviations: {three('mean', '.3f')}.")
+    said = [
+        f"Covariate shift as the cosine of a layer's gradients (1 is no shift): {each('turn', '.3f')}.",
+        f"Covariate shift as movement of means per step, in standard deviations: {each('mean', '.3f')}.",
+    ]
     gaps = differences(ends["noisy"], ends["none"])
     if gaps.mean is not None:
-        text = (
+        word = "of one seed" if gaps.low is None else side(gaps, "lower", "higher")
+        said.append(
             f"Training loss at the end, all at rate {RATE:g}: BatchNorm with noise behind it {fmean(ends['noisy']):.2f}, "
-            f"BatchNorm {fmean(ends['bn']):.2f}, no norm {fmean(ends['none']):.2f}; with noise minus no norm {tell(gaps)}"
+            f"BatchNorm {fmean(ends['bn']):.2f}, no norm {fmean(ends['none']):.2f}; with noise minus no norm {tell(gaps)}, "
+            f"{word}."
         )
-        if gaps.low is None or gaps.high is None:
-            said.append(f"{text}, of one seed.")
-        else:
-            word = "lower" if gaps.high < 0 else "higher" if gaps.low > 0 else "not told apart"
-            said.append(f"{text}, {word}.")
-    said.append(f"Change of the gradient for each unit of distance along it: {three('beta', '.3g')}.")
-    rates = {method: largest(result, method) for method in ("none", "bn")}
-    said.append(
-        "Largest rate that learned, for each seed: "
-        + "; ".join(f"{METHODS[m]} {', '.join(f'{rate:g}' for rate in found)}" for m, found in rates.items())
-        + "."
-    )
+    said.append(f"Change of the gradient per unit of distance along it: {each('beta', '.3g')}.")
+    large = [f"{METHODS[m]} {rates.tell_rates(rates.largest(searched(result, m)))}" for m in SEARCHED]
+    said.append(f"Largest rate that learned, for each seed: {'; '.join(large)}.")
     # A larger rate is worth something only where it leads to a lower loss.
-    best = {method: lowest(result, method) for method in ("none", "bn")}
-    parts = [f"{METHODS[m]} {ABSENT if b is None else f'{b[0]:.2f} (rate {b[1]:g})'}" for m, b in best.items()]
-    said.append(f"Lowest mean training loss at any rate after {result['short']} steps: {'; '.join(parts)}.")
+    low = [f"{METHODS[m]} {rates.tell_lowest(rates.lowest(searched(result, m)))}" for m in SEARCHED]
+    said.append(f"Lowest mean training loss at any rate after {result['short']} steps: {'; '.join(low)}.")
     return said
 
 
-def lowest(result: dict[str, Any], method: str) -> tuple[float, float] | None:
-    """The lowest mean loss at any rate, and that rate; a rate at which a seed diverged is passed over."""
-    found = []
-    for rate in result["rates"]:
-        losses = [run["end"] for run in where(result["runs"], method=method, measured=False, rate=rate)]
-        if losses and None not in losses:
-            found.append((fmean(losses), rate))
-    return min(found, default=None)
-
-
 def figures(result: dict[str, Any]) -> list[Drawing]:
-    """The figures of the claim, from what its ``run`` returned."""
+    """Covariate shift, smoothness, and the loss at every rate."""
     return [
         Drawing(
             "shift",
-            lambda: shift(result),
+            lambda: draw_shift(result),
             "Training loss (left) and two measures of covariate shift: the cosine between a layer's gradient before and "
             "after the layers in front of it take their step, 1 where that changes nothing (middle), and how far one step moves "
             f"the channel means of a layer's input, in standard deviations (right); {SEEDS}. More shift is lower in the middle "
@@ -260,22 +216,24 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
         ),
         Drawing(
             "rates",
-            lambda: rates(result),
-            f"Training loss after {result['short']} steps at each learning rate; {SEEDS}, and lines that leave the top go beyond "
-            "4. A cross is a rate at which the loss of a seed was no number; look for the largest rate at which each line is "
-            "still low.",
+            lambda: draw_rates(result),
+            f"Training loss after {result['short']} steps at each learning rate; {SEEDS}. Guessing is the grey line; lines "
+            "that leave the top go beyond 4. A cross is a rate at which the loss of a seed was no number; look for the largest "
+            "rate at which each line is still low.",
         ),
     ]
 
 
-def shift(result: dict[str, Any]) -> Figure:
+def draw_shift(result: dict[str, Any]) -> Figure:
     """The training loss, and covariate shift in two definitions."""
     figure, axes = panels(3, FULL, 2.4)
     titles = ("training loss", "cosine of a layer's gradients", "movement of means, in deviations")
     for axis, key, title in zip(axes, ("loss", "turn", "mean"), titles, strict=True):
-        curves(axis, result, key, scaled=axis is axes[2], last=axis is axes[2])
+        ends = along(axis, curves(result), lambda row, key=key: row[key])
         axis.set_title(title, loc="left")
     axes[1].set_ylim(top=1.02)
+    log(axes[2])
+    name_ends(axes[2], ends)
     return figure
 
 
@@ -283,66 +241,39 @@ def draw_smoothness(result: dict[str, Any]) -> Figure:
     """Range of the loss along the gradient, change of the gradient, and its ratio to the distance."""
     figure, axes = panels(3, FULL, 2.4)
     titles = ("loss along the gradient", "largest change of the gradient", "… per unit of distance")
-    for method in METHODS:
-        rows = [run["rows"] for run in where(result["runs"], method=method, measured=True)]
+    for _, hue, rows, _ in curves(result):
         steps, low, *_ = by_step(rows, lambda row: row["low"])
-        _, high, *_ = by_step(rows, lambda row: row["high"])
-        axes[0].fill_between(steps, low, high, color=HUES[method], alpha=0.2, linewidth=0)
+        high = by_step(rows, lambda row: row["high"])[1]
+        axes[0].fill_between(steps, low, high, color=hue, alpha=0.2, linewidth=0)
         for edge in (low, high):
-            axes[0].plot(steps, edge, color=HUES[method], linewidth=1)
+            axes[0].plot(steps, edge, color=hue, linewidth=1)
+    along(axes[0], [], lambda row: None)
     for axis, key in zip(axes[1:], ("predictive", "beta"), strict=True):
-        curves(axis, result, key, scaled=True, last=axis is axes[2])
+        ends = along(axis, curves(result), lambda row, key=key: row[key])
+        log(axis)
+    name_ends(axes[2], ends)
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, loc="left")
-        axis.set_xlabel("step")
-        axis.margins(x=0)
-        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     return figure
 
 
-def curves(axis: Axes, result: dict[str, Any], key: str, scaled: bool, last: bool) -> None:
-    """A value along training for each method, means in a band over seeds."""
-    ends = []
-    for method, name in METHODS.items():
-        rows = [run["rows"] for run in where(result["runs"], method=method, measured=True)]
-        steps, middle, low, high = by_step(rows, lambda row: row[key])
-        if steps:
-            band(axis, steps, middle, low, high, color=HUES[method])
-            ends.append((middle[-1], name, HUES[method]))
-    axis.set_xlabel("step")
-    axis.margins(x=0)
-    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    if scaled:
-        log(axis)
-    if last:
-        name_ends(axis, ends)
+def curves(result: dict[str, Any]) -> list[Curve]:
+    """The measured runs of each method."""
+    return [Curve(name, HUES[m], [run["rows"] for run in measured(result, m)]) for m, name in METHODS.items()]
 
 
-def rates(result: dict[str, Any]) -> Figure:
+def draw_rates(result: dict[str, Any]) -> Figure:
     """The loss after a few steps at every rate; a cross is a run whose loss was no number."""
     figure, (axis,) = panels(1, 3.6, 2.5)
-    ends = []
-    for method in ("none", "bn"):
-        places, columns = [], []
-        for rate in result["rates"]:
-            runs = where(result["runs"], method=method, measured=False, rate=rate)
-            values = known(run["end"] for run in runs)
-            if values:
-                places.append(rate)
-                columns.append(values)
-            if len(values) < len(runs):
-                y = 0.04 if method == "none" else 0.09
-                axis.plot([rate], [y], "x", color=HUES[method], transform=axis.get_xaxis_transform(), markersize=4)
-        if places:
-            middle = [mean(values) or 0.0 for values in columns]
-            style: dict[str, Any] = {"color": HUES[method], "marker": "o", "markersize": 3}
-            band(axis, places, middle, list(map(min, columns)), list(map(max, columns)), **style)
-            ends.append((min(middle[-1], 4.0), METHODS[method], HUES[method]))
-    axis.set_xscale("log")
+    ends = rates.draw(axis, {METHODS[m]: (HUES[m], searched(result, m)) for m in SEARCHED})
+    for y, method in zip((0.04, 0.09), SEARCHED, strict=True):
+        lost = [rate for rate, found in rates.by_rate(searched(result, method)).items() if None in found]
+        style: dict[str, Any] = {"color": HUES[method], "transform": axis.get_xaxis_transform(), "markersize": 4}
+        axis.plot(lost, [y] * len(lost), "x", **style)
     axis.set_ylim(0, 4)
     axis.text(0.02, 0.04, "× loss was no number", transform=axis.transAxes, fontsize=6.5, color=FAINT)
-    axis.set(xlabel="learning rate", ylabel=f"training loss after {result['short']} steps")
-    name_ends(axis, ends)
+    axis.set_ylabel(f"training loss after {result['short']} steps")
+    name_ends(axis, [(min(value, 4.0), name, hue) for value, name, hue in ends])
     return figure
 
 

@@ -29,8 +29,8 @@ from normkit.lab.train.walk import OK, Diverged, device, forget, walk
 _JUDGES = 100_000  # points that judge, the same for every run
 _JUDGE_SEED, _CHOOSER_SEED = 2**31, 2**31 + 1
 _CHUNK = 2**16
-_PICTURE = 256  # pixels a side
-_SHOWN = 160  # cells a side of the surface of an analytic shape, for its picture
+_PICTURE = 256  # pixels per side
+_SHOWN = 160  # cells per side of the surface of an analytic shape, for its picture
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,13 @@ def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
     solid, here = find_solid(job.solid), device()
     model = _begin(job, here)
     points, inside = (part.to(here) for part in draw_points(solid, job.points, job.seed))
+    judging = min(_JUDGES, 5 * job.points)  # of a tiny job, no more than it deserves
     judges = {
         name: [part.to(here) for part in draw_points(solid, count, seed, near)]
         for name, count, seed, near in (
-            ("iou", _JUDGES, _JUDGE_SEED, 0.0),
-            ("iou_near", _JUDGES, _JUDGE_SEED, 1.0),
-            ("iou_held", _JUDGES // 5, _CHOOSER_SEED, 1.0),
+            ("iou", judging, _JUDGE_SEED, 0.0),
+            ("iou_near", judging, _JUDGE_SEED, 1.0),
+            ("iou_held", judging // 5, _CHOOSER_SEED, 1.0),
         )
     }
     optimizer = torch.optim.Adam(model.parameters(), lr=job.rate)
@@ -128,7 +129,8 @@ def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
 
     done = walk(folder, steps, {"model": model, "optimizer": optimizer}, step, job.seed)
     vertices, faces = extract(lambda where: _logits(model, where.to(here)).cpu(), job.grid)
-    true_vertices, true_faces = surface_of(solid)
+    true_vertices, true_faces = surface_of(solid, min(_SHOWN, 2 * job.grid))
+    size = min(_PICTURE, 4 * job.grid)
     write_mesh(vertices, faces, folder)
     fine = done.status == OK and bool(done.rows)
     forget(folder)
@@ -142,8 +144,8 @@ def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
         "volume": volume(vertices, faces),
         "true_volume": volume(true_vertices, true_faces),
         "pictures": {
-            "learnt": encode(picture(vertices, faces, size=_PICTURE)),
-            "truth": encode(picture(true_vertices, true_faces, size=_PICTURE)),
+            "learnt": encode(picture(vertices, faces, size=size)),
+            "truth": encode(picture(true_vertices, true_faces, size=size)),
         },
     }
 
@@ -197,16 +199,17 @@ def extract(logits: Callable[[Tensor], Tensor], grid: int) -> tuple[np.ndarray, 
     return (vertices - 1) * (2 / grid) - 1, faces.astype(np.int64)
 
 
-def surface_of(solid: Solid) -> tuple[np.ndarray, np.ndarray]:
+def surface_of(solid: Solid, grid: int = _SHOWN) -> tuple[np.ndarray, np.ndarray]:
     """Gives the surface of a solid as triangles: a mesh's own, or by marching cubes.
 
     Args:
         solid: a mesh or an analytic shape.
+        grid: cells per side for an analytic shape. Default: 160.
     """
     if isinstance(solid, MeshSolid):
         return solid.vertices, solid.faces
     value = getattr(solid, "value", None)
-    return extract((lambda p: -value(p)) if value else (lambda p: solid.inside(p).float() - 0.5), _SHOWN)
+    return extract((lambda p: -value(p)) if value else (lambda p: solid.inside(p).float() - 0.5), grid)
 
 
 def write_mesh(vertices: np.ndarray, faces: np.ndarray, folder: Path) -> None:

@@ -83,10 +83,10 @@ def label(axis: Axes, y: float, text: str) -> None:
     axis.annotate(text, (0, y), (3, -3), ha="left", va="top", fontsize=6.5, color="#666666", **place)
 
 
-def log(*axes: Axes, limit: float = math.inf) -> None:
+def log(*axes: Axes, limit: float | None = None) -> None:
     """One log scale for panels that share it, with plain numbers where the range is short; beyond `limit` is cut off."""
     lines = [line for axis in axes for line in axis.get_lines()]
-    drawn = [float(y) for line in lines for y in np.asarray(line.get_ydata(), float) if 0 < y <= limit]
+    drawn = [float(y) for line in lines for y in np.asarray(line.get_ydata(), float) if 0 < y <= (limit or math.inf)]
     if not drawn:
         return
     low, high = min(drawn), max(drawn)

@@ -1,13 +1,8 @@
-"""One comparison read back from its folder of records."""
+"""The result of a comparison, and the curves of its runs."""
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from normkit.lab.record import read_json
-from normkit.lab.result import RESULT
-from normkit.lab.train.trainer import read_run as read_records
 
 
 @dataclass(frozen=True)
@@ -26,9 +21,17 @@ class Log:
 class Comparison:
     """The result of a comparison and the curves of its runs, recipe by recipe in the order of the result."""
 
-    out: Path
     result: dict[str, Any]
     runs: tuple[tuple[Log, ...], ...]
+
+    @classmethod
+    def of(cls, result: dict[str, Any]) -> "Comparison":
+        """Gathers the curves of a result.
+
+        Args:
+            result: of a comparison, within what ``result.json`` holds.
+        """
+        return cls(result, tuple(tuple(map(_log, recipe["runs"])) for recipe in result["recipes"]))
 
     @property
     def names(self) -> list[str]:
@@ -36,30 +39,15 @@ class Comparison:
         return [recipe["recipe"] for recipe in self.result["recipes"]]
 
 
-def read_comparison(out: Path) -> Comparison:
-    """Reads OUT/result.json and the metrics of every run it names.
-
-    Args:
-        out: the folder that `normkit compare --output` wrote.
-
-    Raises:
-        RecordError: a record is missing or damaged; the message names the file and the cure.
-    """
-    result = read_json(out / "result.json", RESULT)
-    runs = tuple(tuple(read_log(out, run) for run in recipe["runs"]) for recipe in result["recipes"])
-    return Comparison(out, result, runs)
-
-
-def read_log(out: Path, entry: dict[str, Any]) -> Log:
-    """Reads the curves of one run."""
-    _, metrics, timing = read_records(out / entry["run"])
+def _log(run: dict[str, Any]) -> Log:
+    curve = run["curve"]
     return Log(
-        seed=entry["seed"],
-        status=entry["status"],
-        epochs=tuple(line["epoch"] for line in metrics),
-        seconds=tuple(line["seconds"] for line in timing),
-        val_score=tuple(finite(line["val_score"]) for line in metrics),
-        train_loss=tuple(finite(line["train_loss"]) for line in metrics),
+        seed=run["seed"],
+        status=run["status"],
+        epochs=tuple(range(1, len(curve["val_score"]) + 1)),
+        seconds=tuple(curve["seconds"]),
+        val_score=tuple(map(finite, curve["val_score"])),
+        train_loss=tuple(map(finite, curve["train_loss"])),
     )
 
 

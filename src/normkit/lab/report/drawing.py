@@ -16,7 +16,7 @@ from normkit.lab.report.palette import BASELINE, HUES, MARKERS
 DPI = 200
 GREY = BASELINE[0]
 COLOURS = [light for light, _ in HUES]
-SHAPES = [marker for marker, _ in MARKERS]
+SHAPES = list(MARKERS)
 SEEDS = "lines are means over seeds, in bands from the lowest seed to the highest"  # in captions
 
 

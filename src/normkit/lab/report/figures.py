@@ -1,15 +1,12 @@
-"""Figures of a comparison in files, fit for a paper: one concept each, as PNG at 300 dpi and as SVG."""
+"""Figures of a comparison in files, fit for a paper: one concept each."""
 
 import math
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from normkit.lab.experiment import Drawing
 from normkit.lab.report.canvas import (
     COLUMN,
     DOTTED,
@@ -24,32 +21,10 @@ from normkit.lab.report.canvas import (
     plain,
     trace,
 )
-from normkit.lab.report.comparison import Comparison, read_comparison
-from normkit.lab.report.drawing import save
+from normkit.lab.report.comparison import Comparison
 from normkit.lab.report.palette import Style, styles
-from normkit.lab.report.series import Line, Panel, Picture, pictures
+from normkit.lab.report.series import Line, Panel, Picture
 from normkit.lab.report.wording import number
-
-DPI = 300
-
-
-def draw(out: Path) -> list[Path]:
-    """Draws the figures of a comparison into OUT/figures.
-
-    Args:
-        out: the folder that `normkit compare --output` wrote.
-
-    Returns:
-        The files written: for each figure its PNG and its SVG. The same records and the same matplotlib give the same
-        bytes.
-
-    Raises:
-        RecordError: a record is missing or corrupt, or the folder cannot be written.
-    """
-    comparison = read_comparison(out)
-    named = [picture for picture in pictures(comparison) if picture.name]
-    drawn = [Drawing(picture.name, partial(figure, picture, comparison), "") for picture in named]
-    return save(drawn, out / "figures", DPI)
 
 
 def figure(picture: Picture, comparison: Comparison) -> Figure:
@@ -77,7 +52,7 @@ def figure(picture: Picture, comparison: Comparison) -> Figure:
             axis.set_xlim(*panel.close[0])
             axis.set_ylim(*panel.close[1])
         if len(views) > 1:
-            axis.set_title(plain("second half, enlarged" if enlarged else panel.title), loc="left")
+            axis.set_title(plain("end of training" if enlarged else panel.title), loc="left")
         axis.set_xlabel(panel.x)
     if first.log:
         log(*axes, limit=first.limit)
@@ -147,7 +122,9 @@ def _rows(axis: Axes, panel: Panel, looks: list[Style], names: list[str]) -> Non
             nothing: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 6.5}
             axis.annotate("no score", (0, y), (4, 0), color=FAINT, **nothing)
     if panel.bars:
-        axis.set_xlim(0, 1.18 * max([row.value or 0 for row in panel.rows] + [1e-9]))
+        # Room to the right of the longest bar or whisker for the widest number.
+        ends = [end for row in panel.rows for end in (row.value, row.high) if end is not None]
+        axis.set_xlim(0, (1.08 + 0.05 * max(len(row.text) for row in panel.rows)) * max([*ends, 1e-9]))
     else:
         axis.axvline(0, color=INK, linewidth=0.8, zorder=1)
         axis.spines["left"].set_visible(False)

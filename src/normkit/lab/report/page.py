@@ -1,108 +1,179 @@
-"""The report of a comparison as one self-contained page that works offline."""
+"""The page of a report: one self-contained file that works offline, from sections of text, tables and figures."""
 
+import base64
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from normkit.lab.experiment import Drawing, Table
+from normkit.lab.folder import FIGURES
 from normkit.lab.record import write_bytes
-from normkit.lab.report import wording
-from normkit.lab.report.charts import charts
-from normkit.lab.report.comparison import Comparison, at, finite, read_comparison
-from normkit.lab.report.palette import styles
+from normkit.lab.report.palette import Style
+from normkit.lab.report.series import Picture
+from normkit.lab.report.terminal import COLOURS, cell, is_text
 
 
-def write_page(out: Path) -> Path:
-    """Writes OUT/report.html from the records of OUT.
-
-    The page holds all it needs, plotly.js included, and asks nothing of the network.
+@dataclass(frozen=True)
+class Text:
+    """A paragraph.
 
     Args:
-        out: the folder that `normkit compare --output` wrote.
+        text: plain, or markup of ours.
+        look: ``"lead"`` or ``"note"``. Default: as prose.
+    """
+
+    text: str
+    look: str = ""
+
+
+@dataclass(frozen=True)
+class Points:
+    """A list.
+
+    Args:
+        items: plain text.
+        look: ``"cautions"``, small; ``"code"``. Default: as prose.
+        summary: of a list that is folded up. Default: none, it lies open.
+    """
+
+    items: Sequence[str]
+    look: str = "said"
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure to point at and to zoom into.
+
+    Args:
+        picture: what it shows; its panels stand side by side.
+        captions: of each panel.
+    """
+
+    picture: Picture
+    captions: Sequence[str]
+
+
+Block = Text | Points | Chart | Table | Drawing
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section.
+
+    Args:
+        title: above it.
+        blocks: from top to bottom.
+    """
+
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Account:
+    """What the page of an experiment says of its result.
+
+    Args:
+        sections: from top to bottom.
+        looks: of recipes, by name. Default: nothing has a colour.
+    """
+
+    sections: Sequence[Section]
+    looks: Mapping[str, Style] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page.
+
+    Args:
+        kind: the command, above the title.
+        title: of the page.
+        facts: below the title, a sentence or two.
+        account: what it says.
+        command: that makes the records again.
+        records: settings and environment, by title.
+    """
+
+    kind: str
+    title: str
+    facts: str
+    account: Account
+    command: str
+    records: Mapping[str, Mapping[str, Any]]
+
+
+def write(page: Page, output: Path) -> Path:
+    """Writes ``report.html``, which holds all it needs and asks nothing of the network.
+
+    Args:
+        page: what it says.
+        output: the folder of the records, with the figures that the page shows.
 
     Returns:
-        The file written. The same records and the same plotly give the same bytes.
+        The file written. The same records give the same bytes.
 
     Raises:
-        RecordError: a record is missing or corrupt, or the folder cannot be written.
+        RecordError: the folder is not writable.
     """
-    path = out / "report.html"
-    write_bytes(path, render(read_comparison(out)).encode())
+    path = output / "report.html"
+    write_bytes(path, render(page, output).encode())
     return path
 
 
-def render(comparison: Comparison) -> str:
-    """The page's HTML."""
-    from plotly.offline import get_plotlyjs
-
-    result = comparison.result
-
-    def number(path: str, kind: str) -> Markup:
-        """A number with its full value and its place in result.json behind it."""
-        value = finite(at(result, path))
-        text = wording.number(value, kind)
-        if value is None:
-            return Markup('<span class="absent" title="not recorded">{}</span>').format(text)
-        return Markup('<data value="{}" title="{} = {}">{}</data>').format(repr(value), path, repr(value), text)
-
-    return template("page.html").render(
-        result=result,
-        recipes=list(enumerate(result["recipes"])),
-        seeds=sorted({str(run.get("seed")) for recipe in result["recipes"] for run in recipe["runs"]}, key=natural),
-        swept=sorted({str(entry.get("seed")) for r in result["recipes"] for entry in r["sweep"]}, key=natural),
-        styles=styles(comparison.names, result["baseline"]),
-        findings=wording.findings(result),
-        cautions=wording.cautions(result),
-        level=wording.level(at(result["recipes"][-1], "paired")),
-        score=wording.score_name(result),
-        number=number,
-        at=lambda path: at(result, path),
-        judge=wording.judge,
-        verdict=wording.verdict,
-        listing=wording.listing,
-        setting=setting,
-        link=link,
-        moment=moment,
-        over_seeds=wording.over_seeds,
-        plain=wording.number,
-        data=embedded(charts(comparison)),
-        css=Markup(resource("page.css")),
-        script=Markup(resource("page.js")),
-        plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
-    )
-
-
-def template(name: str) -> Template:
-    """A page of this package to be filled in; what it asks for and is not given is an error."""
+def render(page: Page, output: Path) -> str:
+    """The page's HTML; static figures are read from `output`."""
     pages = Environment(
         autoescape=True,
-        loader=FunctionLoader(resource),
-        undefined=StrictUndefined,
+        loader=FunctionLoader(_resource),
+        undefined=StrictUndefined,  # what the page asks for and is not given is an error
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return pages.get_template(name)
+    pages.filters["kind"] = lambda block: type(block).__name__
+    charts = [block for section in page.account.sections for block in section.blocks if isinstance(block, Chart)]
+    return pages.get_template("page.html").render(
+        page=page,
+        account=page.account,
+        names=list(page.account.looks),
+        data=_embedded(page, charts) if charts else None,
+        colours=COLOURS,
+        cell=cell,
+        is_text=is_text,
+        image=lambda drawing: _image(output / FIGURES / f"{drawing.name}.png"),
+        setting=setting,
+        css=Markup(_resource("page.css")),
+        script=Markup(_resource("page.js")),
+    )
 
 
-def resource(name: str) -> str:
-    """A file of this package."""
+def _resource(name: str) -> str:
     return files("normkit.lab.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def embedded(value: Any) -> Markup:
-    """JSON that cannot end the script element that holds it."""
-    text = json.dumps(value, separators=(",", ":"))
+def _image(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _embedded(page: Page, charts: Sequence[Chart]) -> Markup:
+    recipes = [{"name": name, "marker": look.marker, "line": look.line} for name, look in page.account.looks.items()]
+    panels = {panel.place: panel for chart in charts for panel in chart.picture.panels}
+    groups = [[panel.place for panel in chart.picture.panels] for chart in charts]
+    text = json.dumps(
+        {"recipes": recipes, "groups": groups, "panels": panels},
+        separators=(",", ":"),
+        default=lambda value: list(value) if isinstance(value, range) else vars(value),
+    )
+    # JSON that cannot end the script element that holds it.
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
-
-
-def link(folder: str) -> str:
-    """The address of a run's folder relative to the page."""
-    return "./" + quote(folder, safe="/+@:,=")
 
 
 def moment(text: Any) -> str:
@@ -120,8 +191,3 @@ def setting(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {setting(entry)}" for key, entry in value.items())
     return "none" if value is None else str(value)
-
-
-def natural(text: str) -> tuple[int, str]:
-    """The order of seeds: as numbers."""
-    return len(text), text

@@ -21,28 +21,18 @@ HUES = (
     ("#b07900", "#e6a92b"),
     ("#2f8fc4", "#8fd0f5"),
 )
-# matplotlib's name and plotly's of the same marker and the same dash.
-MARKERS = (
-    ("o", "circle"),
-    ("s", "square"),
-    ("^", "triangle-up"),
-    ("D", "diamond"),
-    ("v", "triangle-down"),
-    ("P", "cross"),
-)
-DASHES: tuple[tuple[Line, str], ...] = (("-", "solid"), ("--", "dash"), ("-.", "dashdot"), (":", "dot"))
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES: tuple[Line, ...] = ("-", "--", "-.", ":")
 
 
 @dataclass(frozen=True)
 class Style:
-    """How one recipe is drawn: colours on a light and a dark ground, marker and dash for matplotlib and plotly."""
+    """How one recipe is drawn: colours on a light and a dark ground, marker and dash by matplotlib's letters."""
 
     light: str
     dark: str
     marker: str
-    symbol: str
     line: Line
-    dash: str
 
 
 def styles(names: list[str], baseline: str) -> list[Style]:
@@ -56,7 +46,5 @@ def styles(names: list[str], baseline: str) -> list[Style]:
         light, dark = BASELINE if name == baseline else HUES[others % len(HUES)]
         turn = 0 if name == baseline else others // len(HUES)
         others += name != baseline
-        marker, symbol = MARKERS[(index + turn) % len(MARKERS)]
-        line, dash = DASHES[turn % len(DASHES)]
-        chosen.append(Style(light, dark, marker, symbol, line, dash))
+        chosen.append(Style(light, dark, MARKERS[(index + turn) % len(MARKERS)], DASHES[turn % len(DASHES)]))
     return chosen

@@ -1,16 +1,19 @@
-"""The figures of a comparison as data: what each shows, drawn in files by one module and on the page by another."""
+"""The figures of a comparison as data: drawn in files by ``figures.py`` and on the page by ``page.js``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
+from math import exp, inf, log
+from statistics import median
 from typing import Any
 
 from normkit.lab.report.comparison import Comparison, Log, at, finite
-from normkit.lab.report.wording import RESOLVED, number, score_name
+from normkit.lab.report.wording import RESOLVED, layer_names, ms_per_step, number, score_name
 
+Range = tuple[float, float]
 ENLARGED = 6  # epochs from which the end is worth a second look
+LAST = 0.75  # of training, from which on lines say how high the enlarged view reaches
+FAR = 10.0  # times the median distance from the median, beyond which a line does not stretch the enlarged view
 ROOM = 0.06  # of a panel's height, above and below what is enlarged
-PLACES = {"first": "first layer", "last": "last layer", "mean": "mean over layers"}
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,10 @@ class Panel:
         bars: see `rows`.
         title: above it, where there are several.
         log: of the y axis.
-        limit: values beyond it are cut off. Default: none are.
+        limit: values beyond it are cut off. Default: None, none are.
         target: a value to be reached, a dotted line.
         note: in the corner.
-        close: the x range and the y range of what is worth a second look, enlarged.
+        close: the x range and the y range of the end of training, where lines lie close; the page opens with it.
         ticks: of the x axis, which is logarithmic then.
     """
 
@@ -89,10 +92,10 @@ class Panel:
     bars: bool = False
     title: str = ""
     log: bool = False
-    limit: float = inf
+    limit: float | None = None
     target: float | None = None
     note: str = ""
-    close: tuple[tuple[float, float], tuple[float, float]] | None = None
+    close: tuple[Range, Range] | None = None
     ticks: Sequence[float] = ()
 
 
@@ -114,18 +117,27 @@ def pictures(comparison: Comparison) -> list[Picture]:
     result = comparison.result
     score, goal = f"validation {score_name(result)}", finite(at(result, "target.score"))
     curves, losses = [along(comparison, field) for field in ("val_score", "train_loss")]
-    costs = {"ms_per_step": ("milliseconds", "ms per step", "ms"), "mb_per_step": ("megabytes", "MB per step", "mb")}
+    times, half = against_time(comparison, curves), "whole training"
+    by_time: dict[str, Any] = {"target": goal, "close": close(times, goal), "title": half}
+    costs = {"milliseconds": ("ms per step", "ms"), "megabytes": ("MB per step", "mb")}
     return [
         Picture(
             "validation_score",
-            (Panel("validation", "epoch", score, curves, target=goal, close=close(curves, goal), title="all epochs"),),
+            (Panel("validation", "epoch", score, curves, target=goal, close=close(curves, goal), title=half),),
         ),
-        Picture("", (Panel("time", "training time, s", score, against_time(comparison, curves), target=goal),)),
-        Picture("training_loss", (Panel("loss", "epoch", "training loss", losses, log=True),)),
+        Picture("", (Panel("time", "training time, s", score, times, **by_time),)),
+        Picture(
+            "training_loss",
+            (
+                Panel(
+                    "loss", "epoch", "training loss", losses, log=True, close=close(losses, log_scale=True), title=half
+                ),
+            ),
+        ),
         Picture("paired_differences", (differences(comparison),)),
         Picture("learning_rates", (rates(comparison),)),
-        Picture("condition_numbers", tuple(condition(comparison, place) for place in PLACES)),
-        Picture("cost", tuple(cost(comparison, key, *said) for key, said in costs.items())),
+        Picture("condition_numbers", tuple(condition(comparison, *place) for place in layer_names(result).items())),
+        Picture("cost", tuple(cost(comparison, *said) for said in ((key, *said) for key, said in costs.items()))),
     ]
 
 
@@ -165,22 +177,37 @@ def against_time(comparison: Comparison, curves: Sequence[Line]) -> list[Line]:
     return lines
 
 
-def close(lines: Sequence[Line], goal: float | None) -> tuple[tuple[float, float], tuple[float, float]] | None:
-    """The second half of training, where curves lie close; None where training is short."""
-    means = [line for line in lines if line.kind == "mean"]
-    last = max((x for line in means for x in line.x), default=0)
-    late = [
-        end
-        for line in means
-        for x, *ends in zip(line.x, line.low, line.high, strict=True)
-        if x >= last / 2
-        for end in ends
-    ]
-    if last < ENLARGED or not late:
+def close(lines: Sequence[Line], goal: float | None = None, log_scale: bool = False) -> tuple[Range, Range] | None:
+    """The second half of training, as high as its last quarter, where curves lie close; None where training is short.
+
+    Of four recipes or more, one that lies far from the others does not stretch the view.
+
+    Args:
+        lines: their means and bands count.
+        goal: a value that stays in view if lines come near it. Default: none.
+        log_scale: of y. Default: False.
+    """
+    means = [line for line in lines if line.kind == "mean" and len(line.x) >= ENLARGED]
+    if not means:
         return None
-    late += [goal] if goal is not None else []
-    room = ROOM * (max(late) - min(late)) or 0.01
-    return (last / 2, last * 1.01), (min(late) - room, max(late) + room)
+    ends = [line.x[-1] for line in means]
+    late: list[list[float]] = []
+    for line in means:
+        band = zip(line.x, line.low or line.y, line.high or line.y, strict=True)
+        kept = [float(y) for x, *both in band if x >= LAST * min(ends) for y in both if y is not None]
+        late.append([log(end) for end in kept if end > 0] if log_scale else kept)
+    middles = [median(values) for values in late if values]
+    if not middles:
+        return None
+    middle = median(middles)
+    reach = FAR * median(abs(value - middle) for value in middles) if len(middles) > 3 else inf
+    shown = [value for values in late if values and abs(median(values) - middle) <= reach for value in values]
+    low, high = min(shown), max(shown)
+    if goal is not None and abs(goal - (low + high) / 2) < high - low:
+        low, high = min(low, goal), max(high, goal)
+    room = ROOM * (high - low) or 0.01
+    low, high = low - room, high + room
+    return (0.49 * min(ends), 1.01 * max(ends)), (exp(low), exp(high)) if log_scale else (low, high)
 
 
 def differences(comparison: Comparison) -> Panel:
@@ -210,30 +237,28 @@ def rates(comparison: Comparison) -> Panel:
     return Panel("rates", "learning rate", score, lines, ticks=sorted(tried))
 
 
-def condition(comparison: Comparison, place: str) -> Panel:
+def condition(comparison: Comparison, place: str, title: str) -> Panel:
     """Condition numbers along training of one layer or of the mean over layers."""
-    lines, beyond, names = [], [], set()
+    lines, beyond = [], []
     for index, recipe in enumerate(comparison.result["recipes"]):
         found = at(recipe, f"condition.{place}") or {}
-        names.add(str(found.get("name") or ""))
         raw, effective = ([finite(value) for value in found.get(key) or []] for key in ("raw", "effective"))
         beyond += [recipe["recipe"]] if any(value and value > RESOLVED for value in effective) else []
         if raw != effective:
             lines.append(Line(index, range(1, len(raw) + 1), raw, kind="raw"))
         lines.append(Line(index, range(1, len(effective) + 1), effective))
-    name = names.pop() if len(names) == 1 else ""
     note = f"beyond {RESOLVED:.0e}: {', '.join(beyond)}" if beyond else ""
-    title = f"{PLACES[place]}, {name}" if name else PLACES[place]
     about: dict[str, Any] = {"title": title, "log": True, "limit": RESOLVED, "note": note}
     return Panel(f"condition-{place}", "epoch", "condition number", lines, **about)
 
 
-def cost(comparison: Comparison, key: str, place: str, label: str, kind: str) -> Panel:
-    """What a step costs, with the quartiles of the time."""
-    rows = []
-    for index, recipe in enumerate(comparison.result["recipes"]):
-        value = finite(at(recipe, f"cost.{key}"))
-        quartiles = at(recipe, "cost.ms_quartiles") if kind == "ms" and value is not None else None
-        low, high = quartiles or (None, None)
+def cost(comparison: Comparison, place: str, label: str, kind: str) -> Panel:
+    """What a step costs, with the interval of its time relative to the baseline's."""
+    rows, result = [], comparison.result
+    for index, recipe in enumerate(result["recipes"]):
+        if kind == "ms":
+            value, low, high = ms_per_step(recipe, result)
+        else:
+            value, low, high = finite(at(recipe, "cost.mb_per_step")), None, None
         rows.append(Row(index, value, low, high, text=number(value, kind)))
     return Panel(place, label, rows=rows, bars=True)

@@ -1,6 +1,5 @@
-"""The report of an experiment: in the terminal, as Markdown and as one self-contained page."""
+"""The report of an experiment: in the terminal, as Markdown and as a page."""
 
-import base64
 import inspect
 import re
 import sys
@@ -11,32 +10,29 @@ from typing import Any
 from markupsafe import Markup
 from rich.console import Console
 
-from normkit.lab.experiment import Drawing, Experiment, Table
+from normkit.core.card import Paper
+from normkit.lab.experiment import Drawing, Experiment
 from normkit.lab.folder import FIGURES
 from normkit.lab.record import write_bytes
-from normkit.lab.report.page import moment, resource, setting, template
-from normkit.lab.report.terminal import cell, is_text, print_table, print_text
+from normkit.lab.report.page import Account, Page, Points, Section, Text, moment, write
+from normkit.lab.report.terminal import markdown, print_report, print_text
 from normkit.lab.say import counted
 
 
 def print_sheet(experiment: Experiment, found: Mapping[str, Any], console: Console) -> None:
     """Prints the tables and remarks of a result."""
     print_text(f"\n{experiment.title}", console, "bold")
-    print_text(f"{experiment.claim} ({experiment.paper.cite()})", console)
-    for table in experiment.tables(found["result"]):
-        print_table(table, console)
-    console.print()
-    for remark in experiment.remarks(found["result"]):
-        print_text(f"- {remark}", console)
+    print_text(experiment.sentence, console)
+    print_report(experiment.tables(found["result"]), experiment.remarks(found["result"]), console)
 
 
 def write_markdown(experiment: Experiment, found: Mapping[str, Any], figures: Sequence[Drawing], output: Path) -> Path:
     """Writes ``result.md``."""
-    parts = [f"# {experiment.title}", f"{experiment.claim} ({experiment.paper.cite()})", facts(experiment, found)]
+    parts = [f"# {experiment.title}", experiment.sentence, facts(experiment, found)]
     if paragraphs := setup(experiment):
         parts += ["## What was run", *paragraphs]
     for table in experiment.tables(found["result"]):
-        parts += [f"## {table.title}", _markdown(table), *table.notes]
+        parts += [f"## {table.title}", markdown(table), *table.notes]
     parts += ["## Remarks", "\n".join(f"- {remark}" for remark in experiment.remarks(found["result"]))]
     for drawing in figures:
         parts += [f"![{drawing.title}]({FIGURES}/{drawing.name}.png)", f"*{drawing.caption}*"]
@@ -48,7 +44,7 @@ def write_markdown(experiment: Experiment, found: Mapping[str, Any], figures: Se
 def facts(experiment: Experiment, found: Mapping[str, Any]) -> str:
     """What was run, on what and when, in Markdown."""
     config, here = found["config"], found["environment"]
-    words = experiment.words(config["scale"], config["seeds"], config["epochs"])
+    words = experiment.words(config.get("scale", ""), config["seeds"], config["epochs"])
     threads = f"{counted(config['threads'], 'thread')} a run"
     return f"`{' '.join(words)}` on {hardware_of(here)}, {threads}, torch {here['torch']}, finished {moment(found['finished'])}."
 
@@ -72,33 +68,33 @@ def hardware_of(here: Mapping[str, Any]) -> str:
 
 def write_sheet(experiment: Experiment, found: Mapping[str, Any], figures: Sequence[Drawing], output: Path) -> Path:
     """Writes ``report.html``, which needs nothing else and asks nothing of the network."""
-    text = template("sheet.html").render(
-        experiment=experiment,
-        found=found,
-        setup=setup(experiment),
-        tables=experiment.tables(found["result"]),
-        remarks=experiment.remarks(found["result"]),
-        figures=[_figure(drawing, output) for drawing in figures],
-        cell=cell,
-        is_text=is_text,
-        hardware_of=hardware_of,
-        setting=setting,
-        moment=moment,
-        css=Markup(resource("page.css")),
+    config = found["config"]
+    size = f"{config['scale'].capitalize()} scale" if config.get("scale") else f"{config['epochs']} epochs"
+    page = Page(
+        kind=" ".join(["normkit", experiment.kind, *([] if experiment.name == experiment.kind else [experiment.name])]),
+        title=experiment.title,
+        facts=f"{size}, {counted(len(config['seeds']), 'seed')}, on {hardware_of(found['environment'])}. "
+        f"Finished {moment(found['finished'])}.",
+        account=experiment.interactive(found["result"])
+        if experiment.interactive
+        else _account(experiment, found, figures),
+        command=found.get("command") or "",
+        records={"Settings": config, "Environment": found["environment"]},
     )
-    page = output / "report.html"
-    write_bytes(page, text.encode())
-    return page
+    return write(page, output)
 
 
-def _figure(drawing: Drawing, output: Path) -> dict[str, str]:
-    path = f"{FIGURES}/{drawing.name}"
-    data = base64.b64encode((output / f"{path}.png").read_bytes()).decode()
-    return {"name": drawing.title, "caption": drawing.caption, "path": path, "data": f"data:image/png;base64,{data}"}
+def _account(experiment: Experiment, found: Mapping[str, Any], figures: Sequence[Drawing]) -> Account:
+    sections = [Section("What the source says", [Text(experiment.claim, "lead"), *_source(experiment.paper)])]
+    if paragraphs := setup(experiment):
+        sections.append(Section("What was run", [Text(paragraph.replace("`", "")) for paragraph in paragraphs]))
+    sections.append(Section("What was seen", [Points(experiment.remarks(found["result"]))]))
+    sections.append(Section("Numbers", experiment.tables(found["result"])))
+    return Account([*sections, *([Section("Figures", figures)] if figures else [])])
 
 
-def _markdown(table: Table) -> str:
-    head, *rows = [[cell(value).replace("|", "\\|") for value in row] for row in (table.columns, *table.rows)]
-    rule = ["---" if not place or is_text(table, place) else "---:" for place in range(len(head))]
-    lines = [head, rule, *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _source(paper: Paper | None) -> list[Text]:
+    if paper is None:
+        return []
+    said = Markup('{} ({}), <cite>{}</cite>, <a href="{}">{}</a>')
+    return [Text(said.format(paper.authors, paper.year, paper.title, paper.url, paper.url), "note")]

@@ -1,56 +1,46 @@
-"""The result of a comparison as a table in the terminal."""
+"""The tables of a comparison: scores, costs, and what each recipe changed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-
-from normkit.lab.experiment import Table
+from normkit.lab.experiment import Cell, Table
 from normkit.lab.report.comparison import at
-from normkit.lab.report.terminal import print_table, print_text
 from normkit.lab.report.wording import (
     ABSENT,
-    cautions,
-    findings,
+    changed,
     interval,
     kept,
+    layer_names,
     level,
+    ms_per_step,
     number,
     over_seeds,
+    ratio,
     score_name,
+    seeds,
     verdict,
+    words,
 )
 
 
-def print_result(result: dict[str, Any], console: Console) -> None:
-    """Prints the scores and the costs of each recipe, and what was found.
-
-    Args:
-        result: the content of result.json.
-        console: where to print.
-    """
-    for table in tables_of(result):
-        print_table(table, console)
-    console.print()
-    for text in findings(result):
-        print_text(text, console)
-    for note in cautions(result):
-        print_text(note, console, "dim")
-
-
-def tables_of(result: dict[str, Any]) -> list[Table]:
-    """Scores and costs of each recipe."""
-    notes = []
-    if at(result, "target.score") is not None:
-        reach = f"{number(result['target']['score'], 'score')} is {result['target'].get('rule', 'the target')}"
-        notes.append(f"Target: {reach}; steps and time to it are medians over seeds.")
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Scores, costs, condition numbers and changes of each recipe."""
     names = [recipe["recipe"] for recipe in result["recipes"]]
 
-    def table(title: str, columns: dict[str, list[str]], notes: Sequence[str] = ()) -> Table:
+    def table(title: str, columns: Mapping[str, Sequence[Cell]], notes: Sequence[str] = ()) -> Table:
         return Table(title, ["recipe", *columns], list(zip(names, *columns.values(), strict=True)), notes)
 
-    title = str(result.get("title") or "Scores")
-    return [table(title, score_columns(result)), table("Costs", cost_columns(result), notes)]
+    said = [f"{'; '.join(words(names))}."] if words(names) else []
+    count = max(len(recipe["runs"]) for recipe in result["recipes"])
+    found = [
+        table(f"Scores, mean ± standard deviation over {seeds(count)}", score_columns(result), said),
+        table("Costs", cost_columns(result), cost_notes(result)),
+        table("What each recipe changed", change_columns(result)),
+    ]
+    if any(at(recipe, "condition") for recipe in result["recipes"]):
+        note = "Of the weight that the layer computes with: its largest singular value over its smallest."
+        found.insert(2, table("Condition numbers after the last epoch", condition_columns(result), [note]))
+    return found
 
 
 def score_columns(result: dict[str, Any]) -> dict[str, list[str]]:
@@ -58,10 +48,10 @@ def score_columns(result: dict[str, Any]) -> dict[str, list[str]]:
     recipes, baseline, name = result["recipes"], result["baseline"], score_name(result)
     count = max(len(recipe["runs"]) for recipe in recipes)
     return {
-        "rate": [number(r.get("rate"), "rate") + ("†" if r.get("rate_at_edge") else "") for r in recipes],
-        f"test {name}\nmean ± std, n = {count}": [mean_score(r, count) for r in recipes],
+        "learning\nrate": [number(r.get("rate"), "rate") + ("†" if r.get("rate_at_edge") else "") for r in recipes],
+        f"test\n{name}": [mean_score(r, count) for r in recipes],
         f"minus {baseline}\n{level(at(recipes[-1], 'paired'))} interval": [difference(r, baseline) for r in recipes],
-        "verdict": [verdict(r, baseline) for r in recipes],
+        "verdict": [verdict(r, result) for r in recipes],
     }
 
 
@@ -72,18 +62,52 @@ def cost_columns(result: dict[str, Any]) -> dict[str, list[str]]:
     return {
         f"steps\nto {target}": [reached(r, "steps_to_target", "count") for r in recipes],
         f"time\nto {target}": [reached(r, "seconds_to_target", "seconds") for r in recipes],
-        "ms\nper step": [number(at(r, "cost.ms_per_step"), "ms") for r in recipes],
-        "ratio": [number(at(r, "cost.ratio"), "ratio") for r in recipes],
+        "ms\nper step": [number(ms_per_step(r, result)[0], "ms") for r in recipes],
+        f"time per step\nover {result['baseline']}'s": [ratio(r) for r in recipes],
         "MB\nper step": [number(at(r, "cost.mb_per_step"), "mb") for r in recipes],
-        "condition, end\nfirst / last": [condition(r) for r in recipes],
     }
+
+
+def condition_columns(result: dict[str, Any]) -> dict[str, list[str]]:
+    """How conditioned the weights end."""
+    return {
+        name: [number((at(r, f"condition.{place}.effective") or [None])[-1], "condition") for r in result["recipes"]]
+        for place, name in layer_names(result).items()
+    }
+
+
+def cost_notes(result: dict[str, Any]) -> list[str]:
+    """How to read the costs."""
+    notes = []
+    if at(result, "target.score") is not None:
+        reach = f"{number(result['target']['score'], 'score')} is {result['target'].get('rule', 'the target')}"
+        notes.append(f"Target: {reach}; steps and time to it are medians over seeds.")
+    if at(result["recipes"][0], "cost") is not None:
+        notes.append(
+            f"Time per step over {result['baseline']}'s: median over rounds in which all recipes take a step in turn, with its "
+            f"95% interval. ms per step is {result['baseline']}'s median times it: medians of each recipe's own steps, which "
+            "result.json also holds, shift with how busy the machine was."
+        )
+    return notes
+
+
+def change_columns(result: dict[str, Any]) -> dict[str, list[Cell]]:
+    """Parameters, and which layers a recipe changed and which it passed over."""
+    recipes = result["recipes"]
+    columns: dict[str, list[Cell]] = {
+        "parameters": [number(recipe.get("parameters"), "count") for recipe in recipes],
+        "changed": [changed(recipe.get("changes") or []) or "nothing" for recipe in recipes],
+    }
+    if any(recipe.get("passed_over") for recipe in recipes):
+        columns["passed over"] = ["\n".join(recipe.get("passed_over") or []) or None for recipe in recipes]
+    return columns
 
 
 def mean_score(recipe: dict[str, Any], count: int) -> str:
     """Mean and spread, with the number of seeds where some were lost."""
     text = number(at(recipe, "test_score.mean"), "score")
     if at(recipe, "test_score.std") is not None:
-        text += f" ± {number(at(recipe, 'test_score.std'), 'score')}"
+        text += f"\n± {number(at(recipe, 'test_score.std'), 'score')}"
     if 0 < kept(recipe) < count:
         text += f" ({kept(recipe)}/{count})"
     return text
@@ -104,9 +128,3 @@ def reached(recipe: dict[str, Any], key: str, kind: str) -> str:
     middle, count = over_seeds(recipe, key)
     short = "" if count in (0, len(recipe["runs"])) else f" ({count}/{len(recipe['runs'])})"
     return number(middle, kind) + short
-
-
-def condition(recipe: dict[str, Any]) -> str:
-    """The effective condition numbers of the first and the last layer after the last epoch."""
-    ends = [(at(recipe, f"condition.{place}.effective") or [None])[-1] for place in ("first", "last")]
-    return " / ".join(number(end, "condition") for end in ends)

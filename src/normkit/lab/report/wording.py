@@ -1,9 +1,12 @@
 """How the report says numbers and what it concludes from them, the same in the terminal and on the page."""
 
-from collections.abc import Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
+from normkit.catalogue.entry import entries
 from normkit.lab import stats as judging
 from normkit.lab.report.comparison import at, finite
 from normkit.lab.say import counted
@@ -14,6 +17,19 @@ MINUS = "\u2212"
 TIMES = "\u00d7"
 # One over the unit of single precision: a larger condition number is rounding, and the weight as good as singular.
 RESOLVED = 2.0**23
+
+
+class Number(str):
+    """A number as it is shown, with the value behind it, which the page tells where one points at it."""
+
+    __slots__ = ("value",)
+    value: float
+
+    def __new__(cls, text: str, value: float) -> "Number":
+        """Text and value."""
+        made = super().__new__(cls, text)
+        made.value = value
+        return made
 
 
 def number(value: Any, kind: str) -> str:
@@ -43,7 +59,7 @@ def number(value: Any, kind: str) -> str:
         text = f"{known:g}"
     else:
         text = significant(known)
-    return text.replace("-", MINUS, 1) if text.startswith("-") else text
+    return Number(text.replace("-", MINUS, 1) if text.startswith("-") else text, known)
 
 
 def significant(value: float) -> str:
@@ -119,17 +135,98 @@ def alike(recipe: dict[str, Any]) -> bool:
     return low is not None and low == high
 
 
-def verdict(recipe: dict[str, Any], baseline: str) -> str:
+def at_edge(recipe: dict[str, Any], result: dict[str, Any]) -> str:
+    """The recipe whose learning rate, at the edge of its sweep, may be why this one was judged better or worse; or nothing."""
+    word = judge(recipe, result["baseline"])
+    which = {"better": baseline_of(result), "worse": recipe}.get(word)
+    return which["recipe"] if which and which.get("rate_at_edge") else ""
+
+
+def verdict(recipe: dict[str, Any], result: dict[str, Any]) -> str:
     """The judgement in plain words."""
-    pairs = int(at(recipe, "paired.n") or 0)
+    pairs, word = int(at(recipe, "paired.n") or 0), judge(recipe, result["baseline"])
+    if edge := at_edge(recipe, result):
+        return f"{word}, but {edge}'s\nlearning rate is\nat the edge†"
     return {
         "baseline": "the baseline",
         "better": "better",
         "worse": "worse",
-        "even": f"no difference shown at {seeds(pairs)}",
+        "even": f"no difference shown\nat {seeds(pairs)}",
         "single": "one seed: no interval",
         "failed": "diverged" if kept(recipe) == 0 else "nothing to pair with",
-    }[judge(recipe, baseline)]
+    }[word]
+
+
+def baseline_of(result: dict[str, Any]) -> dict[str, Any]:
+    """The baseline's entry."""
+    return next(recipe for recipe in result["recipes"] if recipe["recipe"] == result["baseline"])
+
+
+def ms_per_step(recipe: dict[str, Any], result: dict[str, Any]) -> tuple[float | None, float | None, float | None]:
+    """Milliseconds per step and their interval: the baseline's median times the recipe's ratio, so that both say the same.
+
+    >>> cost = {"ms_per_step": 10.0, "ratio": 1.0}, {"ms_per_step": 9.8, "ratio": 1.1, "ratio_interval": [1.0, 1.25]}
+    >>> result = {"baseline": "bn", "recipes": [{"recipe": "bn", "cost": cost[0]}, {"recipe": "gn", "cost": cost[1]}]}
+    >>> ms_per_step(result["recipes"][1], result)
+    (11.0, 10.0, 12.5)
+    """
+    base = finite(at(baseline_of(result), "cost.ms_per_step"))
+    ratio, ends = finite(at(recipe, "cost.ratio")), at(recipe, "cost.ratio_interval") or (None, None)
+    if base is None or ratio is None:
+        return finite(at(recipe, "cost.ms_per_step")), None, None
+    low, high = (None if end is None else base * end for end in ends)
+    return base * ratio, low, high
+
+
+def ratio(recipe: dict[str, Any]) -> str:
+    """Time per step relative to the baseline's, with its interval."""
+    text, ends = number(at(recipe, "cost.ratio"), "ratio"), at(recipe, "cost.ratio_interval")
+    return f"{text} [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else text
+
+
+def words(recipes: Iterable[str]) -> list[str]:
+    """Every word of these recipes in full, with its paper.
+
+    >>> words(["bn+wn", "keep"])[1:]
+    ['wn: weight normalization (Salimans and Kingma 2016)', 'keep: the norms stay as they are']
+    """
+    known = {
+        entry.word: f"{entry.title[0].lower()}{entry.title[1:]} ({entry.citation.partition(',')[0]})"
+        for entry in entries()
+    }
+    known |= {"keep": "the norms stay as they are", "none": "the norms are removed"}
+    terms = [re.split(r"[:@]", term)[0].strip() for recipe in recipes for term in recipe.split("+")]
+    return [f"{term}: {known[term]}" for term in dict.fromkeys(terms) if term and term in known]
+
+
+def changed(rows: Iterable[str]) -> str:
+    """What was changed, kind by kind.
+
+    >>> changed(["stem: Conv2d 8x3x3x3 -> weight_norm", "head: Linear 2x8 -> weight_norm (over WeightNorm)"])
+    'weight norm on 2 layers: stem, head'
+    >>> changed(["head: Linear 2x8 -> weight_conditioning:row"])
+    'weight conditioning (row) on 1 layer: head'
+    """
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        name, _, rest = row.partition(": ")
+        kind, _, mode = rest.rpartition(" -> ")[2].partition("(")[0].strip().replace("_", " ").partition(":")
+        kinds[f"{kind} ({mode})" if mode else kind].append(name)
+    return "\n".join(f"{kind} on {_layers(names)}" for kind, names in kinds.items())
+
+
+def _layers(names: Sequence[str]) -> str:
+    shown = names if len(names) < 4 else (names[0], "...", names[-1])
+    return f"{counted(len(names), 'layer')}: {', '.join(shown)}"
+
+
+def layer_names(result: dict[str, Any]) -> dict[str, str]:
+    """What condition numbers are of, by their key: the layer's own name where all recipes have the same."""
+    said = {}
+    for place in ("first", "last"):
+        names = {str(at(recipe, f"condition.{place}.name") or "") for recipe in result["recipes"]} - {""}
+        said[place] = f"{names.pop()} ({place})" if len(names) == 1 else f"{place} layer"
+    return {**said, "mean": "mean over layers"}
 
 
 def interval(paired: Any) -> str:
@@ -142,7 +239,7 @@ def findings(result: dict[str, Any]) -> list[str]:
     baseline, name = result["baseline"], score_name(result)
     scored = [recipe for recipe in result["recipes"] if finite(at(recipe, "test_score.mean")) is not None]
     if not scored:
-        return ["No recipe gave a test score: every run diverged. Try smaller rates."]
+        return ["No recipe gave a test score: every run diverged. Try smaller learning rates."]
     top = max(scored, key=lambda recipe: recipe["test_score"]["mean"])
     lead = f"{top['recipe']} has the highest mean test {name}, {number(top['test_score']['mean'], 'score')}"
     tied = [r["recipe"] for r in scored if r["test_score"]["mean"] == top["test_score"]["mean"]]
@@ -150,7 +247,8 @@ def findings(result: dict[str, Any]) -> list[str]:
         lead = f"{listing(tied)} share the highest mean test {name}, {number(top['test_score']['mean'], 'score')}"
     lead += f" ({seeds(kept(top))})"
     judged = {recipe["recipe"]: judge(recipe, baseline) for recipe in result["recipes"]}
-    sentences = [lead_sentence(lead, top, judged, baseline, tied)]
+    edges = {recipe["recipe"]: at_edge(recipe, result) for recipe in result["recipes"]}
+    sentences = [lead_sentence(lead, top, judged, baseline, tied, edges[top["recipe"]])]
     others = {recipe: word for recipe, word in judged.items() if recipe not in (top["recipe"], baseline)}
     for word, phrase in {
         "better": f"better than {baseline}",
@@ -159,11 +257,15 @@ def findings(result: dict[str, Any]) -> list[str]:
     }.items():
         names = [recipe for recipe, got in others.items() if got == word]
         if names:
-            sentences.append(f"{listing(names)} {'is' if len(names) == 1 else 'are'} {phrase}.")
+            doubt = [name for name in names if edges[name]]
+            tail = f", but see † for {listing(doubt)}" if doubt else ""
+            sentences.append(f"{listing(names)} {'is' if len(names) == 1 else 'are'} {phrase}{tail}.")
     return sentences
 
 
-def lead_sentence(lead: str, top: dict[str, Any], judged: dict[str, str], baseline: str, tied: list[str]) -> str:
+def lead_sentence(
+    lead: str, top: dict[str, Any], judged: dict[str, str], baseline: str, tied: list[str], edge: str
+) -> str:
     """Who is best, and what the interval allows to say about it."""
     word = judged[top["recipe"]]
     if "single" in judged.values() and word in ("baseline", "single"):
@@ -176,6 +278,8 @@ def lead_sentence(lead: str, top: dict[str, Any], judged: dict[str, str], baseli
     side = "above" if top["paired"]["mean"] > 0 else "below"
     by = f"{number(abs(top['paired']['mean']), 'score')} {side} the baseline {baseline}"
     bounds = f"{level(top['paired'])} interval {interval(top['paired'])}"
+    if edge:
+        return f"{lead}, {by} ({bounds}): {word}, but {edge}'s learning rate is at the edge of its sweep (†): it may do better."
     if word == "better":
         return f"{lead}, {by} ({bounds}): better, as far as these seeds tell."
     if word == "worse":
@@ -192,7 +296,7 @@ def conditions_at_end(recipe: dict[str, Any]) -> list[float]:
 
 
 def cautions(result: dict[str, Any]) -> list[str]:
-    """What a reader must know before trusting the table: lost runs, rates at the edge, many intervals."""
+    """What a reader must know before trusting the table: lost runs, learning rates at the edge, many intervals."""
     notes = []
     for recipe in result["recipes"]:
         lost = sum(run["status"] != "ok" for run in recipe["runs"])
@@ -208,7 +312,7 @@ def cautions(result: dict[str, Any]) -> list[str]:
     edge = [r["recipe"] for r in result["recipes"] if r.get("rate_at_edge")]
     if edge:
         notes.append(
-            f"† {listing(edge)}: the chosen rate is at the edge of the sweep, a better one may lie beyond; "
+            f"† {listing(edge)}: the chosen learning rate is at the edge of the sweep, a better one may lie beyond; "
             "widen it with --rates."
         )
     beyond = [r["recipe"] for r in result["recipes"] if any(end > RESOLVED for end in conditions_at_end(r))]

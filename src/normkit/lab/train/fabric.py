@@ -1,7 +1,8 @@
 """Lightning Fabric, started on the devices and processes that settings ask for."""
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
@@ -9,7 +10,27 @@ from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 from normkit.core.errors import OptionError
 from normkit.lab.memory import keep_memory
 from normkit.lab.settings import Settings
+from normkit.lab.sweep import Group
 from normkit.lab.train.parallel import shard
+
+T = TypeVar("T")
+
+
+class Processes(Group):
+    """The processes of a Fabric, which do each job together.
+
+    Args:
+        fabric: started.
+    """
+
+    def __init__(self, fabric: Fabric) -> None:
+        self.fabric, self.first = fabric, fabric.is_global_zero
+
+    def share(self, make: Callable[[], T]) -> T:
+        """Gives to all what `make` gives to the first process, which alone calls it."""
+        if self.fabric.world_size == 1:
+            return make()
+        return self.fabric.broadcast(make() if self.first else None)  # pyright: ignore[reportReturnType]
 
 
 def start_fabric(settings: Settings) -> Fabric:

@@ -20,12 +20,14 @@ from normkit.lab.data.split import Data, Split
 from normkit.lab.data.standardize import Standardize
 from normkit.lab.models.rows import unit_rows
 from normkit.lab.models.variants import scale_by_norm
+from normkit.lab.progress import tell
 from normkit.lab.protocol import DATA, MODELS, load_factory, make_data, make_model
 from normkit.lab.seeding import init_sha256, order_sha256, reseed
 from normkit.lab.settings import Settings
+from normkit.lab.sweep import CURE
 from normkit.lab.train.cost import Costs, measure_costs
 from normkit.lab.train.fabric import start_fabric
-from normkit.lab.train.trainer import METRICS, Run, Trainer, finished
+from normkit.lab.train.trainer import METRICS, METRICS_FILE, Trainer
 from normkit.surgery.condition import condition
 from normkit.surgery.recipe import apply_recipe
 from normkit.surgery.select import select
@@ -195,19 +197,14 @@ def learn(job: Training, folder: Path) -> dict[str, Any]:
     reseed(job.seed, "init")
     model = initial(job, data)
     hashes = {"init_sha256": init_sha256(model), "order_sha256": order_sha256(job.seed, job.epochs, len(data.train))}
-    model = changed(job, model)
-    out = folder / "training"
-    config = {**settings.record(fabric.device.type), **hashes, "data_sha256": data.sha256()}
-    found = finished(out, config)
-    if found is None:
-        found = Trainer(
-            Run(settings.recipes[0], job.rate, job.seed), settings, model, data, fabric, out, hashes
-        ).train()
-    rows = record.read_lines(out / "metrics.jsonl", METRICS)
+    record.check_config(folder / "origin.json", {**hashes, "data_sha256": data.sha256()}, CURE)
+    trainer = Trainer(job.rate, job.seed, settings, changed(job, model), data, fabric, folder)
+    found, rows = trainer.train(lambda epoch, score: tell(epoch, job.epochs, score)), trainer.metrics
     curve = {key: [row[key] for row in rows] for key in ("train_loss", "val_loss", "val_score")}
     ends = list(rows[-1]["condition"].items()) if rows else []
     return {
         **found,
+        **hashes,
         "curve": curve,
         "condition": {"first": ends[0][1], "last": ends[-1][1]} if ends else None,
         "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
@@ -237,10 +234,10 @@ def compare_same(job: Same, folder: Path) -> dict[str, Any]:
         if name == "wn":
             set_lengths(model, 1.0, frozen=True)
         before = layer_weights(model)
-        Trainer(Run(recipe, base.rate, base.seed), settings, model, data, fabric, folder / name, {}).train()
+        Trainer(base.rate, base.seed, settings, model, data, fabric, folder / name).train()
         after = layer_weights(model)
         assert any((after[layer] != before[layer]).any() for layer in after), "nothing was learned"
-        found[name] = record.read_lines(folder / name / "metrics.jsonl", METRICS), after
+        found[name] = record.read_lines(folder / name / METRICS_FILE, METRICS), after
     (lines, ours), (others, theirs) = found.values()
     apart = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
     return {

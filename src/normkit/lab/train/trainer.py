@@ -4,10 +4,8 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 import torch
 from lightning_fabric import Fabric
@@ -17,7 +15,7 @@ from normkit.core.errors import RecordError
 from normkit.lab import record, task
 from normkit.lab.data.split import Data, Inputs, Split, take
 from normkit.lab.folder import make, remove
-from normkit.lab.schema import COUNT, NUMBER, POSITIVE, each, fields, maybe, named, one_of
+from normkit.lab.schema import COUNT, NUMBER, POSITIVE, each, fields, maybe, named
 from normkit.lab.seeding import epoch_order, generator, reseed
 from normkit.lab.settings import Settings
 from normkit.lab.stats import DIVERGED, OK
@@ -33,8 +31,7 @@ METRICS = fields(
     epoch=COUNT, step=COUNT, rate=NUMBER, train_loss=NUMBER, val_loss=NUMBER, val_score=NUMBER, condition=CONDITIONS
 )
 TIMING = fields(epoch=COUNT, seconds=NUMBER)
-SCORES = ("best_val_score", "val_score", "val_loss", "test_score", "test_loss")
-FINISHED = fields(status=one_of(OK, DIVERGED), epochs=COUNT, steps=COUNT, **dict.fromkeys(SCORES, maybe(NUMBER)))
+METRICS_FILE, TIMING_FILE = "metrics.jsonl", "timing.jsonl"
 CHECKPOINT = ("epoch", "model", "optimizer", "precision", "metrics", "timing")
 
 
@@ -46,72 +43,24 @@ class Judged(NamedTuple):
     top5: float | None
 
 
-@dataclass(frozen=True)
-class Run:
-    """What tells a run from the others of its comparison.
-
-    Args:
-        recipe: canonical.
-        rate: the learning rate at the start.
-        seed: of the initial weights, the order of the data and all else that is random.
-
-    >>> Run("bn+e@first_last", 0.1, 0).path
-    'runs/bn+e@first_last/rate=0.1/seed=0'
-    """
-
-    recipe: str
-    rate: float
-    seed: int
-
-    @property
-    def path(self) -> str:
-        """The folder of the run within that of its comparison."""
-        return f"runs/{quote(self.recipe, safe='+@:,')}/rate={self.rate}/seed={self.seed}"
-
-
-def finished(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Reads the result of a finished run; None where there is work left.
-
-    A run is finished where its configuration, result, metrics and timing are all there.
+def read_run(folder: Path, epochs: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Reads the metrics and the timing of a finished run.
 
     Args:
         folder: of the run.
-        config: what the run must have been made with.
-
-    Raises:
-        UnlikeError: the record is of another configuration.
-        RecordError: the record is damaged.
-    """
-    whole = all((folder / name).exists() for name in ("config.json", "result.json", "metrics.jsonl", "timing.jsonl"))
-    cure = "choose another --output, or --overwrite to train again (the code or data changed)"
-    record.check_config(folder / "config.json", config, cure)
-    if not whole:
-        return None
-    remove(folder / "checkpoint.pt")
-    return read_run(folder)[0]
-
-
-def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Reads the result, the metrics and the timing of a finished run.
-
-    Args:
-        folder: of the run.
+        epochs: how many its result is of.
 
     Raises:
         RecordError: one is missing or damaged, or they are not of one run.
     """
-    result = record.read_json(folder / "result.json", FINISHED)
-    metrics = record.read_lines(folder / "metrics.jsonl", METRICS, "epoch")
-    timing = record.read_lines(folder / "timing.jsonl", TIMING, "epoch")
-    again = f"remove the folder {folder} and give the same command: only this run is trained again"
-    if not len(metrics) == len(timing) == result["epochs"]:
+    metrics = record.read_lines(folder / METRICS_FILE, METRICS, "epoch")
+    timing = record.read_lines(folder / TIMING_FILE, TIMING, "epoch")
+    if not len(metrics) == len(timing) == epochs:
         raise RecordError(
-            f"{folder} is damaged: its result is of {result['epochs']} epochs, metrics of {len(metrics)}, timing of "
-            f"{len(timing)}; {again}"
+            f"{folder} is damaged: its result is of {epochs} epochs, metrics of {len(metrics)}, timing of "
+            f"{len(timing)}; remove the folder {folder} and give the same command: only this run is trained again"
         )
-    if result["status"] == OK and (not metrics or None in [result[key] for key in SCORES]):
-        raise RecordError(f"{folder} is damaged: its result is finished and lacks a score; {again}")
-    return result, metrics, timing
+    return metrics, timing
 
 
 def validation(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,31 +73,31 @@ class Trainer:
     """Trains one run from its beginning or from its last checkpoint.
 
     Args:
-        run: which.
-        settings: of the comparison.
+        rate: the learning rate at its height.
+        seed: of the order of the data and all else that is random.
+        settings: how.
         model: with its recipe applied; trained in place.
         data: checked.
         fabric: started.
         folder: of the run; rank zero alone writes there.
-        hashes: of the initial weights and of the order of the data; they go into the result as they are.
         curves: a folder for TensorBoard. Default: None, no curves.
     """
 
     def __init__(
         self,
-        run: Run,
+        rate: float,
+        seed: int,
         settings: Settings,
         model: nn.Module,
         data: Data,
         fabric: Fabric,
         folder: Path,
-        hashes: Mapping[str, str],
         curves: Path | None = None,
     ) -> None:
-        self.run, self.settings, self.data, self.fabric = run, settings, data, fabric
-        self.folder, self.hashes = folder, dict(hashes)
+        self.rate, self.seed, self.settings, self.data, self.fabric = rate, seed, settings, data, fabric
+        self.folder = folder
         self.unsharded = keep_whole(model, settings, fabric)
-        self.placed = place(model, settings, run.rate, fabric)
+        self.placed = place(model, settings, rate, fabric)
         self.average = Average(model, settings.ema) if settings.ema else None
         # A split smaller than a batch is one batch; each process gets as many samples as the others.
         self.batch = min(settings.batch_size, len(data.train) // fabric.world_size * fabric.world_size)
@@ -158,7 +107,7 @@ class Trainer:
         self.curves = Curves(curves) if curves is not None and fabric.is_global_zero else None
 
     def train(self, on_epoch: Callable[[int, float | None], None] = lambda epoch, score: None) -> dict[str, Any]:
-        """Trains to the end and writes the records.
+        """Trains to the end; the first process writes metrics and timing.
 
         Args:
             on_epoch: called after each epoch, and once for those found done, with the epoch and its validation score.
@@ -197,7 +146,7 @@ class Trainer:
             {
                 "epoch": epoch,
                 "step": last + 1,
-                "rate": rate_at(self.settings, self.run.rate, last, self.steps * self.settings.epochs),
+                "rate": rate_at(self.settings, self.rate, last, self.steps * self.settings.epochs),
                 "train_loss": train_loss,
                 "val_loss": val_loss,
                 "val_score": val_score,
@@ -214,14 +163,14 @@ class Trainer:
 
     def _pass(self, epoch: int) -> float:
         fabric, settings = self.fabric, self.settings
-        reseed(self.run.seed, "epoch", epoch, fabric.global_rank)
-        order = epoch_order(self.run.seed, epoch, len(self.data.train))
+        reseed(self.seed, "epoch", epoch, fabric.global_rank)
+        order = epoch_order(self.seed, epoch, len(self.data.train))
         self.placed.wrapped.train()
         total = torch.zeros((), device=fabric.device)
         for count in range(self.steps):
             step = (epoch - 1) * self.steps + count
             for group in self.placed.optimizer.param_groups:
-                group["lr"] = rate_at(settings, self.run.rate, step, self.steps * settings.epochs)
+                group["lr"] = rate_at(settings, self.rate, step, self.steps * settings.epochs)
             rows = order[count * self.batch : (count + 1) * self.batch]
             inputs, targets = self.data.train.batch(rows[fabric.global_rank :: fabric.world_size], fabric.device)
             if self.data.augment is not None:
@@ -239,7 +188,7 @@ class Trainer:
         fabric = self.fabric
         assert self.data.augment is not None
         assert isinstance(inputs, Tensor)
-        drawn = generator(self.run.seed, "augment", epoch, count, fabric.global_rank, fabric.device)
+        drawn = generator(self.seed, "augment", epoch, count, fabric.global_rank, fabric.device)
         return self.data.augment(inputs, drawn)
 
     def evaluate(self, split: Split) -> Judged:
@@ -299,8 +248,8 @@ class Trainer:
             self._write_lines()
 
     def _write_lines(self) -> None:
-        record.write_lines(self.folder / "metrics.jsonl", self.metrics)
-        record.write_lines(self.folder / "timing.jsonl", self.timing)
+        record.write_lines(self.folder / METRICS_FILE, self.metrics)
+        record.write_lines(self.folder / TIMING_FILE, self.timing)
 
     def _resume(self) -> None:
         path, state = self.folder / "checkpoint.pt", None
@@ -336,11 +285,9 @@ class Trainer:
             "test_top5": top5,
             "epochs": len(scores),
             "steps": len(scores) * self.steps,
-            **self.hashes,
         }
         if self.fabric.is_global_zero:
             self._write_lines()
-            record.write_json(self.folder / "result.json", result)
             remove(self.folder / "checkpoint.pt")
         if self.curves:
             self.curves.close()

@@ -1,0 +1,152 @@
+"""Gated RMS normalization: multiplied by the SiLU of a second input, as in Mamba-2 and Qwen3-Next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.compensation import Affine
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.module import Module
+from normkit.core.moments import accumulation_dtype
+from normkit.core.rule import Rule, remembered
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support, check_shape, divisors, show
+from normkit.engine.dispatch import Backend, run
+
+
+@remembered
+def gated_rms_norm_rule(eps: float = 1e-5, groups: int = 1) -> Rule:
+    """The normalization inside, over groups of features, as data.
+
+    >>> gated_rms_norm_rule(groups=2).formula()
+    'y = weight * x / sqrt(E[x^2] + eps) + bias'
+    """
+    if groups == 1:
+        return Rule(Support("* d", over="d"), Statistic(None, "rms", eps), Affine("d"))
+    return Rule(Support("* (g d)", over="d", g=groups), Statistic(None, "rms", eps), Affine("(g d)"))
+
+
+class GatedRMSNorm(Module):
+    """RMS normalization of an input that is gated by the SiLU of another, before or after it is normalized.
+
+    ``norm_before_gate=True`` (Qwen3-Next): y = weight * x / sqrt(E[x^2] + eps) * silu(gate).
+    ``norm_before_gate=False`` (Mamba-2's default in transformers): the same norm of x * silu(gate).
+    Without a gate it is RMS normalization. The same in training and evaluation. Checkpoints of both load: the key is ``weight``.
+
+    Args:
+        features: D.
+        eps: added to the mean square. Default: 1e-5.
+        norm_before_gate: which of the two. Default: True.
+        groups: into how many groups the features are split, each with a root mean square of its own. Default: 1.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Shape:
+        input (*, D) and gate of the same shape, to the same.
+
+    Raises:
+        ShapeError: the input has other features, or the gate another shape.
+        OptionError: the features do not split into the groups.
+
+    Reference:
+        Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality"
+        (2024), https://arxiv.org/abs/2405.21060.
+
+    >>> norm = GatedRMSNorm(2)
+    >>> norm(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]])).detach()
+    tensor([[0.6203, 0.0000]])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        eps: float = 1e-5,
+        *,
+        norm_before_gate: bool = True,
+        groups: int = 1,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if groups < 1 or features % groups:
+            raise OptionError(
+                f"GatedRMSNorm: {features} features do not split into groups={groups}; wanted one of {divisors(features)}"
+            )
+        self.features, self.eps, self.groups, self.norm_before_gate = features, eps, groups, norm_before_gate
+        self.weight = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight to 1."""
+        self.fill(weight=1)
+
+    def forward(self, input: Tensor, gate: Tensor | None = None) -> Tensor:
+        options = {"norm_before_gate": self.norm_before_gate, "groups": self.groups}
+        return gated_rms_norm(input, gate, self.weight, self.eps, **options)
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, eps={self.eps}, norm_before_gate={self.norm_before_gate}, groups={self.groups}"
+
+
+def gated_rms_norm(
+    input: Tensor,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    norm_before_gate: bool = True,
+    groups: int = 1,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Gated RMS normalization over the last axis as a function; see GatedRMSNorm.
+
+    >>> gated_rms_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]]), norm_before_gate=False)
+    tensor([[1.4142, 0.0000]])
+    """
+    if gate is not None and gate.shape != input.shape:
+        raise ShapeError(f"gated_rms_norm: got a gate of {show(gate.shape)}, wanted the input's {show(input.shape)}")
+    if input.dim() < 1:
+        raise ShapeError("gated_rms_norm: got an input without axes; wanted (*, D)")
+    check_shape("gated_rms_norm", "weight", weight, input.shape[-1])
+    rule = gated_rms_norm_rule(eps, groups)
+    if gate is None:
+        return run(rule, input, weight, backend=backend)
+    # Both products are taken in at least float32 and rounded once, as the authors' kernels do.
+    wide = accumulation_dtype(input.dtype)
+    x, open_ = input.to(wide), F.silu(gate.to(wide))
+    if norm_before_gate:
+        return (run(rule, x, weight, backend=backend) * open_).to(input.dtype)
+    return run(rule, x * open_, weight, backend=backend).to(input.dtype)
+
+
+CARD = Card(
+    name="gated_rms_norm",
+    title="Gated root mean square normalization",
+    kind="activation",
+    word="",
+    wordless="it takes a second input, the gate, which a norm's place does not have",
+    normalized_over="each sample or token, over its features or groups of them, without centring",
+    formula="y = weight * x / sqrt(E[x^2] + eps) * silu(gate)",
+    paper=Paper(
+        "Dao, Tri and Gu, Albert",
+        "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality",
+        2024,
+        "https://arxiv.org/abs/2405.21060",
+    ),
+    use_cases="the end of a state space or linear attention block: Mamba-2, Qwen3-Next",
+    strengths="norm and gate in one layer; groups let it be split over devices",
+    weaknesses="needs a gate of the input's size",
+    module=GatedRMSNorm,
+    functional=gated_rms_norm,
+    make=GatedRMSNorm,
+    # The same gate for every sample, so that one sample's output is its own alone.
+    extra=lambda x: (torch.linspace(-2, 2, x.shape[1:].numel(), dtype=x.dtype).reshape(x.shape[1:]).expand(x.shape),),
+    rule=gated_rms_norm_rule(),
+    layout="* d",
+    invariances=frozenset({"weight scale", "data scale", "sample scale"}),
+)

@@ -1,0 +1,96 @@
+"""HoloNorm: each token pulled into the unit ball, its direction and order of lengths kept."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from normkit.core.card import Card, Paper
+from normkit.core.errors import ShapeError
+from normkit.core.rule import Rule, remembered
+from normkit.core.statistic import Statistic
+from normkit.core.support import Support, show
+from normkit.engine.dispatch import Backend, run
+from normkit.engine.layer import Layer
+
+
+@remembered
+def holo_norm_rule() -> Rule:
+    """HoloNorm as data: the Euclidean norm plus 1.
+
+    >>> holo_norm_rule().formula()
+    'y = x / (|x| + eps)'
+    """
+    return Rule(Support("* d", over="d"), Statistic(None, "norm", 1.0, "outside"))
+
+
+class HoloNorm(Layer):
+    """Divide each token by 1 plus its Euclidean norm.
+
+    y = x / (1 + |x|), without parameters, the same in training and evaluation. The result lies inside the unit ball and has the
+    token's direction; the token can be recovered as y / (1 - |y|). The paper also allows
+    other norms than the Euclidean one.
+
+    Args:
+        features: D.
+
+    Shape:
+        (*, D) to the same.
+
+    Raises:
+        ShapeError: the input has other features.
+
+    Reference:
+        Yongueng and Tembine, "Holonorm" (2025), https://arxiv.org/abs/2511.10504.
+
+    >>> HoloNorm(2)(torch.tensor([[3.0, 4.0]]))
+    tensor([[0.5000, 0.6667]])
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+        _ = self.rule  # made now, so that a compiler finds it ready
+
+    def make_rule(self) -> Rule:
+        return holo_norm_rule()
+
+    def check(self, input: Tensor) -> None:
+        if input.dim() < 1 or input.shape[-1] != self.features:
+            raise ShapeError(
+                f"HoloNorm: got an input of {show(input.shape)}, wanted one that ends in features={self.features}"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.features}"
+
+
+def holo_norm(input: Tensor, *, mask: Tensor | None = None, backend: Backend = "auto") -> Tensor:
+    """HoloNorm over the last axis as a function; see HoloNorm.
+
+    >>> holo_norm(torch.tensor([[3.0, 4.0]]))
+    tensor([[0.5000, 0.6667]])
+    """
+    return run(holo_norm_rule(), input, mask=mask, backend=backend)
+
+
+CARD = Card(
+    name="holo_norm",
+    title="HoloNorm",
+    kind="activation",
+    word="holo",
+    normalized_over="each sample or token, over its features, to a length below 1",
+    formula="y = x / (1 + |x|)",
+    paper=Paper("Yongueng, Daryl Noupa and Tembine, Hamidou", "Holonorm", 2025, "https://arxiv.org/abs/2511.10504"),
+    use_cases="transformers, instead of dynamic tanh or layer normalization",
+    strengths="invertible and without parameters; bounded; keeps directions",
+    weaknesses="long tokens all end near length 1; no gain of its own",
+    module=HoloNorm,
+    functional=holo_norm,
+    make=HoloNorm,
+    build=lambda at: HoloNorm(at.channels),
+    takes=(),
+    rule=holo_norm_rule(),
+    layout="* d",
+)

@@ -1,0 +1,224 @@
+"""Muon and its relatives: a matrix steps along its momentum made orthogonal, equilibrated before or normalized after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from normkit.core.card import Card, Paper
+from normkit.core.errors import OptionError
+from normkit.gradients.adaptive_clipping import last_linear
+from normkit.weights.layout import raw_parameters
+from normkit.weights.weight_conditioning import equilibrate
+
+Sides = Literal["row", "col", "rowcol"]
+
+# Of the quintic iteration, chosen by Muon's author for the steepest slope at 0; five steps leave singular values in 0.7 to 1.2.
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+class Muon(Optimizer):
+    """Step each matrix along its orthogonalized momentum; all other parameters step by AdamW.
+
+    Of a weight of shape m x n (a convolution as out x rest) with gradient g::
+
+        b <- momentum * b + g,   u = g + momentum * b
+        u <- D_r^(-1/2) u D_c^(-1/2)     equilibrate: "row" has D_r alone, "col" D_c alone, of the squares of u
+        o = U V'  of  u = U S V'         by five Newton-Schulz steps
+        o_i <- o_i / (sqrt(v_i) + eps),  v_i <- beta v_i + (1 - beta) mean(o_i^2)      second_moment=beta (NorMuon)
+        o_i <- o_i / norm(o_i)           renormalize="row" (Muon+), likewise "col"
+        W <- (1 - lr * weight_decay) W - lr * 0.2 * sqrt(max(m, n)) * o
+
+    With ``second_moment`` the length of o is set to the root of min(m, n) again, as orthogonalizing leaves it.
+    ``equilibrate="row"`` is MuonEq, the twin of weight conditioning: the same diagonal on the update instead of the weight.
+
+    Args:
+        params: a model, whose hidden weights are then the matrices and whose embeddings, last Linear, gains and biases step by
+            AdamW; or parameter groups, where ``"matrices": True`` marks those of two axes and more.
+        lr: of all groups. Default: 1e-3.
+        momentum: Default: 0.95.
+        weight_decay: decoupled. Default: 0.1.
+        equilibrate: ``"row"``, ``"col"``, ``"rowcol"``, or None for plain Muon. Default: None.
+        second_moment: beta of NorMuon's second moment of each row (its authors take 0.95), or None. Default: None.
+        renormalize: ``"row"`` or ``"col"``, or None. Default: None.
+        betas: of AdamW. Default: (0.9, 0.95).
+        eps: of AdamW and of the second moment. Default: 1e-8.
+
+    Raises:
+        OptionError: an argument outside its range, or a parameter with fewer than two axes among the matrices.
+
+    Reference:
+        Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), https://kellerjordan.github.io/posts/muon;
+        Chang, Shi, Zhang et al., "MuonEq: Balancing Before Orthogonalization with Lightweight Equilibration" (2026),
+        https://arxiv.org/abs/2603.28254; Li, Liu, Liang, Chen, Zhao, "NorMuon" (2025), https://arxiv.org/abs/2510.05491; Zhang et
+        al., "Muon+" (2026), https://arxiv.org/abs/2602.21545. The formulas as abstracts and restatements have them.
+
+    >>> layer = nn.Linear(2, 2, bias=False)
+    >>> _ = nn.init.zeros_(layer.weight)
+    >>> layer.weight.grad = torch.tensor([[3.0, 0.0], [0.0, 0.0]])
+    >>> Muon([{"params": [layer.weight], "matrices": True}], lr=1.0, equilibrate="row").step()
+    >>> layer.weight.detach()
+    tensor([[-0.1970,  0.0000],
+            [ 0.0000,  0.0000]])
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        equilibrate: Sides | None = None,
+        second_moment: float | None = None,
+        renormalize: Literal["row", "col"] | None = None,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        if not (lr >= 0 and weight_decay >= 0 and eps > 0):
+            raise OptionError(
+                f"Muon: lr={lr}, weight_decay={weight_decay}, eps={eps}; wanted lr and decay from 0, eps above 0"
+            )
+        for name, value in (("momentum", momentum), ("second_moment", second_moment or 0.0), ("betas", max(betas))):
+            if not 0 <= value < 1:
+                raise OptionError(f"Muon: {name}={value}; wanted a number from 0 to below 1")
+        if equilibrate not in (None, *get_args(Sides)) or renormalize not in (None, "row", "col"):
+            raise OptionError(
+                f"Muon: equilibrate={equilibrate!r}, renormalize={renormalize!r}; wanted None, 'row', 'col', or for the first "
+                "'rowcol'"
+            )
+        options = {
+            "momentum": momentum,
+            "equilibrate": equilibrate,
+            "second_moment": second_moment,
+            "renormalize": renormalize,
+        }
+        groups = matrix_groups(params) if isinstance(params, nn.Module) else params
+        shared = {"lr": lr, "weight_decay": weight_decay, "matrices": False, "betas": betas, "eps": eps}
+        super().__init__(groups, {**shared, **options})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; see ``params``."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        thin = [tuple(p.shape) for p in group["params"] if p.dim() < 2]
+        if group["matrices"] and thin:
+            raise OptionError(
+                f"Muon: a parameter of shape {thin[0]} among the matrices; put it into a group without 'matrices'"
+            )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Step every parameter that has a gradient; return the closure's loss, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    direction = (_along_matrix if group["matrices"] else _along_adam)(parameter, state, group)
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
+        return loss
+
+
+def matrix_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Split a model's parameters into matrices and others: embeddings, the last Linear, and what has fewer than two axes.
+
+    >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 9))
+    >>> [(len(group["params"]), group["matrices"]) for group in matrix_groups(model)]
+    [(1, True), (6, False)]
+    """
+    skip = last_linear(model)
+    chosen: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, layer, parameter, rows in raw_parameters(model):
+        hidden = rows is not None and not isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and not skip(name, layer)
+        chosen[hidden].append(parameter)
+    return [{"params": parameters, "matrices": kind} for kind, parameters in chosen.items() if parameters]
+
+
+def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Bring a matrix near U V' of its U S V', by Newton-Schulz steps in float32, or in bfloat16 on a GPU.
+
+    >>> orthogonalize(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+    tensor([[0.6888, 0.0000],
+            [0.0000, 1.1142]])
+    """
+    a, b, c = _NEWTON_SCHULZ
+    x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.promote_types(matrix.dtype, torch.float32))
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp_min(1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if tall else x).to(matrix.dtype)
+
+
+def muon_eq(momentum: Tensor, sides: Sides = "row") -> Tensor:
+    """Equilibrate a matrix of momentum, then bring it near its orthogonal factor: MuonEq's direction; see Muon.
+
+    >>> muon_eq(torch.tensor([[200.0, 0.0], [0.0, 1.0]]))
+    tensor([[1.1081, 0.0000],
+            [0.0000, 1.1081]])
+    """
+    return orthogonalize(equilibrate(momentum, sides, order="simultaneous"))
+
+
+def _along_matrix(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    assert parameter.grad is not None
+    if "momentum_buffer" not in state:
+        state["momentum_buffer"] = torch.zeros_like(parameter)
+    buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(parameter.grad)
+    update = (parameter.grad + group["momentum"] * buffer).flatten(1)
+    sides = group["equilibrate"]
+    update = orthogonalize(update) if sides is None else muon_eq(update, sides)
+    if group["second_moment"] is not None:
+        beta = group["second_moment"]
+        if "second_moment" not in state:
+            state["second_moment"] = torch.zeros_like(update[:, :1])
+        seen = state["second_moment"].lerp_(update.square().mean(1, keepdim=True), 1 - beta)
+        update = update / (seen.sqrt() + group["eps"])
+        update = update * (min(update.shape) ** 0.5 / update.norm().clamp_min(group["eps"]))
+    if group["renormalize"] is not None:
+        update = equilibrate(update, group["renormalize"])
+    return update.mul_(0.2 * max(update.shape) ** 0.5).view_as(parameter)
+
+
+def _along_adam(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    assert parameter.grad is not None
+    if "step" not in state:
+        state |= {"step": 0, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    state["step"] += 1
+    first, second = group["betas"]
+    mean = state["exp_avg"].lerp_(parameter.grad, 1 - first)
+    square = state["exp_avg_sq"].lerp_(parameter.grad.square(), 1 - second)
+    scale = (square / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
+    return mean / (1 - first ** state["step"]) / scale
+
+
+CARD = Card(
+    name="muon_eq",
+    title="Equilibrated Muon (MuonEq)",
+    kind="gradient",
+    word="",
+    normalized_over="the rows, columns or both of each matrix's momentum, before it is made orthogonal",
+    formula="W <- W - lr * 0.2 sqrt(max(m, n)) * UV',  U S V' = D_r^(-1/2) b D_c^(-1/2)",
+    paper=Paper(
+        "Chang, Da and Shi, Qiankun and Zhang, Lvgang",
+        "MuonEq: Balancing Before Orthogonalization with Lightweight Equilibration",
+        2026,
+        "https://arxiv.org/abs/2603.28254",
+    ),
+    use_cases="hidden weights of transformers, instead of AdamW",
+    strengths="the diagonal of weight conditioning on the update: a better start for the Newton-Schulz steps",
+    weaknesses="matrix products at every step; embeddings, head, gains and biases still need AdamW",
+    module=Muon,
+    functional=muon_eq,
+    make=lambda model: Muon(model, equilibrate="row"),
+)

@@ -1,0 +1,308 @@
+"""The comparison of recipes, as an experiment on a user's model and data.
+
+Each recipe tries every learning rate with the first seed; its rate is the one with the best validation score at the end. At that
+rate it trains with every seed.
+
+All recipes start from the same weights and see the same data in the same order. The test split is looked at once per run, when
+its training is over, and chooses nothing.
+"""
+
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from normkit.core.errors import OptionError
+from normkit.lab import folder as folders
+from normkit.lab import option, record
+from normkit.lab.cluster import joined
+from normkit.lab.data.root import set_root
+from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.perform import CONFIG, check, configuration, kept, perform
+from normkit.lab.result import Trained, find_target, summarize
+from normkit.lab.say import Terminal, counted
+from normkit.lab.seeding import borrowed_randomness
+from normkit.lab.settings import RATES, Reports, Settings, Site
+from normkit.lab.stats import tune
+from normkit.lab.stop import stoppable
+from normkit.lab.study import Made, Run, Steps, Study, forget, made
+from normkit.lab.sweep import finished
+from normkit.lab.train.fabric import Processes, start_fabric
+from normkit.lab.train.trainer import read_run, validation
+
+__all__ = ["EXPERIMENT", "command", "compare", "default_output", "kept"]
+
+# Threads of so small a model wait for each other longer than they work, and for ever where other programs take the cores.
+FEW_PARAMETERS = 100_000
+CAPTIONS = {
+    "validation_score": "Validation score against epochs: mean over seeds, in a band from the lowest seed to the highest.",
+    "training_loss": "Training loss against epochs: mean over seeds, in a band from the lowest seed to the highest.",
+    "paired_differences": "Test score less the baseline's of the same seed: mean, interval, and each seed as a dot.",
+    "learning_rates": "Validation score after the last epoch at each learning rate tried; the filled mark is the one chosen.",
+    "condition_numbers": "Condition number of the weights after each epoch, geometric mean over seeds.",
+    "cost": "Milliseconds per step, with the interval of their ratio to the baseline's, and megabytes per step.",
+}
+
+
+def compare(
+    settings: Settings,
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    report: bool = True,
+    threads: int | None = None,
+    console: Console | None = None,
+    model: Callable[..., Any] | None = None,
+    data: Callable[[], Any] | None = None,
+    ray: str | None = None,
+    tensorboard: bool = False,
+    data_root: Path | None = None,
+) -> dict[str, Any]:
+    """Compares recipes on a model and data, and writes a folder of records.
+
+    A stopped comparison goes on where it was when it is started again with the same settings and folder; a finished one is read
+    back. Several processes given the same folder share the runs.
+
+    Args:
+        settings: what to train and how.
+        output: the folder of the records. Default: None, ``runs/<data>-<model>``.
+        overwrite: replace the records in the folder. Default: False.
+        report: draw figures and ``report.html`` as well. Default: True.
+        threads: of torch on the CPU. Default: None, as many as the record was begun with, else one for a model of fewer than
+            100,000 parameters and torch's own number for larger ones.
+        console: where progress and the table go. Default: None, standard output.
+        model: a model factory in place of the one that `settings` names. Default: None.
+        data: a data factory in place of the one that `settings` names. Default: None.
+        ray: None to train in this process; ``"local"`` for a Ray cluster on this machine, else the address of one, whose
+            machines all see `output`. Threads are then one a run, if not said. Default: None.
+        tensorboard: write curves for TensorBoard into ``OUT/tensorboard``. Default: False.
+        data_root: where data sets lie; the environment variable ``NORMKIT_DATA`` is set to it. Default: None, as it is set.
+
+    Returns:
+        What ``result.json`` holds.
+
+    Raises:
+        OptionError: Ray or TensorBoard is asked for and is not there.
+        ProtocolError: the model or data breaks the protocol.
+        RecordError: the folder holds something else, is damaged or not writable.
+    """
+    set_root(data_root)
+    settings = replace(settings, model=_named(model, settings.model), data=_named(data, settings.data)).canonical()
+    folder = Path(output) if output is not None else default_output(settings)
+    curves = folder.absolute() / folders.CURVES if tensorboard else None
+    study, fabric = Study(settings, model, data, curves), start_fabric(settings)
+    group = Processes(fabric)
+    forget()
+    why = (note,) if (note := getattr(model, "note", "")) else ()
+    if not settings.recipes:
+        with borrowed_randomness():
+            recipes, reason = made(study).recipes()
+        why = (*why, f"recipes {','.join(recipes)}: {reason}")
+        settings = replace(settings, recipes=recipes).canonical()
+        study = replace(study, settings=settings)
+    site = Site(folder, data_root, ray=ray, threads=threads, tensorboard=tensorboard)
+    again = command(settings, site, Reports(report=report))
+    begun = group.share(lambda: _begun_with(folder, overwrite))
+    with ExitStack() as stack:
+        stack.enter_context(stoppable())
+        device = study.device()
+        if ray is not None:
+            if fabric.world_size > 1:
+                raise OptionError("--ray does not go with torchrun; wanted one of them")
+            threads = threads or begun or 1
+            device = stack.enter_context(joined(ray, threads)).call(Study.device, study)
+        console = (console or Terminal()) if group.first else Console(quiet=True)
+        bench = Bench("full", folder, data_root, seeds=settings.seeds, console=console, ray=ray, group=group)
+        bench.threads = threads or begun or 1
+        experiment = _experiment(study, device, again)
+        if begun and not overwrite:
+            # Before the model is made, which may be another.
+            group.share(lambda: check(folder, configuration(experiment, bench)))
+        stack.enter_context(borrowed_randomness())
+        stack.callback(forget)
+        if max(made(study).parameters.values()) >= FEW_PARAMETERS:
+            bench.threads = threads or begun or torch.get_num_threads()
+        for note in (*why, *made(study).data.notes):
+            bench.watch(note)
+        return perform(experiment, bench, overwrite=overwrite, report=report, command=again)
+
+
+def default_output(settings: Settings) -> Path:
+    """Names the folder of a comparison after its data and model.
+
+    >>> default_output(Settings()).as_posix()
+    'runs/digits-inception'
+    """
+    names = [re.sub(r"[^\w.-]+", ".", name).strip(".") for name in (settings.data, settings.model)]
+    return Path("runs") / "-".join(names)
+
+
+def command(settings: Settings, *site: Any) -> str:
+    """Writes the command line that makes this comparison.
+
+    Args:
+        settings: canonical or as they were given.
+        *site: further options, such as :class:`~normkit.lab.settings.Site` and :class:`~normkit.lab.settings.Reports`.
+
+    >>> command(Settings(seeds=(0, 1)), Site(threads=2))
+    'normkit compare --seeds 2 --threads 2'
+    """
+    rest = {"output": default_output(settings), "rates": RATES[settings.optimizer]}
+    return shlex.join(option.command("normkit", "compare", of=(settings, *site), **rest))
+
+
+def reread(found: Mapping[str, Any]) -> Experiment:
+    """Gives the experiment of a comparison's record, to show it again.
+
+    Args:
+        found: what ``result.json`` holds.
+    """
+    return replace(EXPERIMENT, title=found["experiment"]["title"], command=shlex.split(found["command"]))
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Scores and costs of each recipe."""
+    from normkit.lab.report import table
+
+    return table.tables(result)
+
+
+def figures(result: dict[str, Any]) -> list[Drawing]:
+    """Curves, differences, rates, condition numbers and costs."""
+    from normkit.lab.report.comparison import Comparison
+    from normkit.lab.report.figures import figure
+    from normkit.lab.report.series import pictures
+
+    comparison = Comparison.of(result)
+    named = [picture for picture in pictures(comparison) if picture.name]
+    return [Drawing(each.name, partial(figure, each, comparison), CAPTIONS[each.name]) for each in named]
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """What was found, and what a reader must know before trusting it."""
+    from normkit.lab.report.wording import cautions, findings
+
+    return [*findings(result), *cautions(result), *result["task"].get("notes", ())]
+
+
+def interactive(result: dict[str, Any]) -> Any:
+    """What the page says, with curves to point at and to zoom into."""
+    from normkit.lab.report.account import account
+
+    return account(result)
+
+
+def _experiment(study: Study, device: str, again: str) -> Experiment:
+    settings = study.settings
+
+    def run(bench: Bench) -> dict[str, Any]:
+        return _run(study, made(study), bench, device)
+
+    def whole(bench: Bench, result: dict[str, Any]) -> bool:
+        return _whole(study, made(study), bench, device, result)
+
+    return replace(
+        EXPERIMENT,
+        title=f"{', '.join(settings.recipes)} on {settings.data}",
+        settings=settings.record(device),
+        command=shlex.split(again),
+        run=run,
+        whole=whole,
+    )
+
+
+def _run(study: Study, made: Made, bench: Bench, device: str) -> dict[str, Any]:
+    settings = study.settings
+    recipes, seeds, rates = settings.recipes, settings.seeds, settings.rates
+    counts = ", ".join(counted(len(getattr(settings, f"{noun}s")), noun) for noun in ("recipe", "rate", "seed"))
+    length = f"{counted(settings.epochs, 'epoch')} per run"
+    bench.watch(f"{settings.model} on {settings.data}: {counts}, {length}; records in {bench.output}")
+    sweeps = {recipe: [made.run(recipe, rate, seeds[0], device) for rate in rates] for recipe in recipes}
+    tuned = tune(bench, study.learn, sweeps, validation)
+    for recipe, row in tuned.items():
+        bench.watch(f"{recipe}: rate {row['rate']:g} is the best of {', '.join(f'{rate:g}' for rate in rates)}")
+    jobs = [made.run(recipe, tuned[recipe]["rate"], seed, device) for seed in seeds for recipe in recipes]
+    results = bench.sweep(study.learn, jobs)
+    (costs,) = bench.sweep(study.measure, [Steps(recipes, made.origin(seeds[0], device))])
+
+    def summary() -> dict[str, Any]:
+        runs: dict[str, list[Trained]] = {recipe: [] for recipe in recipes}
+        for job, result in zip(jobs, results, strict=True):
+            place = bench.output / folders.RUNS / job.path
+            logs = read_run(place, result["epochs"])
+            runs[job.recipe].append(Trained(job.seed, f"{folders.RUNS}/{job.path}", result, *logs))
+        target = find_target((run for of in runs.values() for run in of), settings.target)
+        rows = []
+        for recipe in recipes:
+            tried = [_tried(job, row) for job, row in zip(sweeps[recipe], tuned[recipe]["sweep"], strict=True)]
+            how = (recipes[0], tuned[recipe]["rate"], tried, target["score"], settings.level)
+            known = {"parameters": made.parameters[recipe], "changes": made.changes[recipe], "cost": costs[recipe]}
+            rows.append({"recipe": recipe, **known, **summarize(runs[recipe], runs[recipes[0]], *how)})
+        sizes = {name: len(split) for name, split in made.data.splits.items()}
+        task = {"kind": made.data.kind, "score": made.data.score, **sizes, "notes": list(made.data.notes)}
+        return {"task": task, "baseline": recipes[0], "target": target, "recipes": rows}
+
+    return bench.group.share(summary)
+
+
+def _tried(job: Run, row: Mapping[str, Any]) -> dict[str, Any]:
+    place = {"seed": job.seed, "run": f"{folders.RUNS}/{job.path}"}
+    return {**place, "rate": job.rate, "status": row["status"], "val_score": row["score"], "val_loss": row["loss"]}
+
+
+def _whole(study: Study, made: Made, bench: Bench, device: str, result: Mapping[str, Any]) -> bool:
+    """Whether the runs of a result are all there, of these data and this code."""
+    for recipe in result["recipes"]:
+        for row in (*recipe["sweep"], *({**run, "rate": recipe["rate"]} for run in recipe["runs"])):
+            job = made.run(recipe["recipe"], row["rate"], row["seed"], device)
+            place = bench.output / folders.RUNS / job.path
+            if (found := finished(study.learn, job, place)) is None:
+                return False
+            read_run(place, found["epochs"])
+    return True
+
+
+def _begun_with(folder: Path, overwrite: bool) -> int | None:
+    # Sums depend on how many threads share them, so a comparison goes on with as many as it was begun with.
+    try:
+        if (folder / folders.REPLACING).exists():
+            found = record.read_json(folder / folders.REPLACING)["wanted"]
+        elif overwrite or not (folder / CONFIG).exists():
+            return None
+        else:
+            found = record.read_json(folder / CONFIG)
+        return found["threads"]
+    except (record.RecordError, LookupError, TypeError):
+        return None  # it is looked at more closely later
+
+
+def _named(factory: Callable[..., Any] | None, name: str) -> str:
+    if factory is None:
+        return name
+    return f"{getattr(factory, '__module__', '?')}:{getattr(factory, '__qualname__', type(factory).__name__)}"
+
+
+def _unbound(bench: Bench) -> dict[str, Any]:
+    raise OptionError("a comparison is of a model and data; call normkit.lab.comparison.compare")
+
+
+EXPERIMENT = Experiment(
+    "compare",
+    "compare",
+    "A comparison of recipes",
+    "Each recipe at its own best learning rate: from the same weights, on the same data in the same order.",
+    None,
+    _unbound,
+    tables,
+    figures,
+    remarks,
+    together=True,
+    interactive=interactive,
+)

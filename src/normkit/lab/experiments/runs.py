@@ -1,0 +1,86 @@
+"""What experiments with many runs share: sizes of the small network's, runs labelled by their job, and how they are told."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from normkit.lab.data.cifar import download_missing
+from normkit.lab.data.provenance import source
+from normkit.lab.experiment import Bench
+from normkit.lab.stats import BETTER, WORSE, Interval, Row, judge
+from normkit.lab.sweep import Job
+from normkit.lab.train.walk import OK
+
+CHANCE = 0.1  # the accuracy of guessing one of ten classes
+TINY: dict[str, Any] = {"data": "digits", "train": 128, "test": 64, "halve": False, "width": 4}  # seconds
+SMALL: dict[str, Any] = {"data": "cifar10", "train": 1500, "test": 2000, "halve": True, "width": 16}
+FULL: dict[str, Any] = {"data": "cifar10", "train": None, "test": None, "halve": False, "width": 32}
+SEEDS_ALONE = "Intervals and deviations cover seeds alone: all seeds share the images to learn from and to judge."
+
+
+def size_of(bench: Bench, epochs: int) -> dict[str, Any]:
+    """How many images the small network learns, and for how long: that of :class:`normkit.lab.train.images.Size`.
+
+    Args:
+        bench: its scale and epochs count; it fetches what is missing, if it may.
+        epochs: at small scale; at full scale 10.
+    """
+    size = {"tiny": TINY, "small": SMALL, "full": FULL}[bench.scale]
+    if bench.download:
+        download_missing(size["data"])
+    return {**size, "epochs": bench.epochs or {"tiny": 1, "small": epochs, "full": 10}[bench.scale]}
+
+
+def source_of(size: Row, bench: Bench) -> dict[str, str]:
+    """Where the images are from, to be kept with a result."""
+    return {"source": source([size["data"]], bench.data_root)}
+
+
+def labelled(
+    bench: Bench, function: Callable[[Any, Path], Row], jobs: Sequence[Job], *keys: str
+) -> list[dict[str, Any]]:
+    """Does jobs, and puts what tells a job apart before each result.
+
+    Args:
+        bench: where.
+        function: does one.
+        jobs: with what.
+        *keys: fields of the jobs.
+    """
+    done = zip(jobs, bench.sweep(function, jobs), strict=True)
+    return [{**{key: getattr(job, key) for key in keys}, **found} for job, found in done]
+
+
+def notes(result: Row, *said: str) -> list[str]:
+    """Notes below a table, with where its images are from and what its intervals cover."""
+    return [*said, SEEDS_ALONE, *filter(None, [result.get("source")])]
+
+
+def diverged(runs: Iterable[Row], rest: str = "") -> str:
+    """Says how many runs diverged, and what that means for the numbers."""
+    runs = list(runs)
+    return f"{sum(run['status'] != OK for run in runs)} of {len(runs)} runs diverged{rest}."
+
+
+def points(gaps: Interval) -> str:
+    """A mean difference of accuracies in points, with its interval if there is one.
+
+    >>> from normkit.lab.stats import paired_interval
+    >>> points(paired_interval([0.01, 0.02, 0.03]))
+    '+2.0 points (95 % interval -0.5 to +4.5)'
+    """
+    assert gaps.mean is not None
+    text = f"{100 * gaps.mean:+.1f} points"
+    if gaps.low is None or gaps.high is None:
+        return text
+    return f"{text} ({100 * gaps.level:.0f} % interval {100 * gaps.low:+.1f} to {100 * gaps.high:+.1f})"
+
+
+def side(gaps: Interval, below: str, above: str, unsure: str = "not told apart") -> str:
+    """Where the interval puts the first of two values.
+
+    >>> from normkit.lab.stats import paired_interval
+    >>> [side(paired_interval(d), "less", "more") for d in ([1.0, 1.1], [1.0, -1.0], [1.0])]
+    ['more', 'not told apart', 'not told apart']
+    """
+    return {BETTER: above, WORSE: below}.get(judge(gaps.low, gaps.high), unsure)

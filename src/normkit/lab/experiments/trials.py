@@ -1,0 +1,91 @@
+"""What experiments on fields share: rows that differ by recipe, paired gains over the first, curves, and grids of pictures."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from normkit.lab.models.rows import Scale
+from normkit.lab.report.bands import Curve
+from normkit.lab.report.canvas import FULL
+from normkit.lab.report.drawing import COLOURS, GREY, SHAPES
+from normkit.lab.stats import OK, Interval, Row, gain, judge_runs, where
+
+
+class Trial(NamedTuple):
+    """A row of a table: its folder, its recipe, and how its trunk's rows are scaled."""
+
+    folder: str
+    recipe: str
+    scale: Scale = ""
+
+
+def settings_of(job: Any) -> dict[str, Any]:
+    """The settings of a job that all rows share."""
+    hidden = ("scene", "solid", "kind", "row", "recipe", "seed", "scale", "rate")
+    return {key: value for key, value in asdict(job).items() if key not in hidden}
+
+
+def gained(runs: Sequence[Row], rows: Iterable[str], name: str, field: str) -> tuple[Interval, str]:
+    """The gain of a row over the first of `rows`, paired by seed, and what it shows."""
+    ours, base = where(runs, row=name), where(runs, row=next(iter(rows)))
+    return gain(ours, base, field), judge_runs(ours, base, field)
+
+
+def ends(runs: Iterable[Row]) -> list[Row]:
+    """The last row of each curve."""
+    return [run["curve"][-1] for run in runs if run["curve"]]
+
+
+def lost(runs: Iterable[Row], of: str) -> list[str]:
+    """Names the runs that diverged, in a sentence, or nothing.
+
+    Args:
+        runs: all.
+        of: a format of a run's keys.
+    """
+    names = [of.format(**run) for run in runs if run["status"] != OK]
+    return [f"Diverged: {'; '.join(names)}."] if names else []
+
+
+def curves(runs: Sequence[Row], rows: Iterable[str], x: str = "step") -> list[Curve]:
+    """The curves of each row that was run, the first in grey.
+
+    Args:
+        runs: of one subject.
+        rows: their names.
+        x: the key along which they are drawn.
+    """
+    found = []
+    for place, name in enumerate(rows):
+        lines = [[{**row, "step": row[x]} for row in run["curve"]] for run in where(runs, row=name)]
+        hue = (GREY, *COLOURS)[place % (1 + len(COLOURS))]
+        every = max(1, max(map(len, lines), default=0) // 5)
+        style = {"marker": SHAPES[place % len(SHAPES)], "markevery": every, "markersize": 3}
+        found.append(Curve(name, hue, lines, style))
+    return found
+
+
+def grid(down: int, across: int, height: float) -> tuple[Figure, Any]:
+    """A figure for pictures, without axes and with little room between them.
+
+    Args:
+        down: rows.
+        across: columns.
+        height: of the figure, in inches.
+    """
+    layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.05, wspace=0.01, hspace=0.01)
+    figure = Figure(figsize=(FULL, height), layout=layout)
+    axes = figure.subplots(down, across, squeeze=False)
+    axis: Axes
+    for axis in axes.ravel():
+        axis.set_axis_off()
+    return figure, axes
+
+
+def first_seed(runs: Iterable[Row], name: str) -> Row:
+    """The run of a row whose pictures are shown."""
+    return min(where(runs, row=name), key=lambda run: run["seed"])

@@ -1,0 +1,308 @@
+"""What the kin of batch normalization equal, and what they remember."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from normkit.activations.batch_channel_norm import BatchChannelNorm, EstBatchNorm, batch_channel_norm, est_batch_norm
+from normkit.activations.batch_group_norm import BatchGroupNorm, batch_group_norm, example_weighing
+from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule
+from normkit.activations.mean_only_batch_norm import MeanOnlyBatchNorm
+from normkit.core.errors import OptionError, ShapeError
+
+# Mean-only batch normalization
+
+
+def test_it_is_batch_norm_times_the_deviation() -> None:
+    x, like = torch.randn(4, 3, 5).double() * 2 + 7, nn.BatchNorm1d(3, eps=1e-30, affine=False).double()
+    norm = MeanOnlyBatchNorm(3).double()
+    assert_close(norm(x).detach(), like(x) * x.std((0, 2), correction=0).view(-1, 1))
+    assert_close(norm.running_mean, like.running_mean)
+    assert list(norm.state_dict()) == ["bias", "running_mean", "num_batches_tracked"]
+    assert_close(norm.eval()(x), x - norm.running_mean.view(-1, 1))
+
+
+def test_refusals() -> None:
+    without = MeanOnlyBatchNorm(3, bias=False, track_running_stats=False).eval()
+    assert not without.state_dict()
+    assert_close(without(torch.ones(2, 3)), torch.zeros(2, 3))
+
+
+# Batch renormalization
+
+
+UNBOUNDED = RenormSchedule.constant(math.inf, math.inf)
+
+
+def _x() -> Tensor:
+    return torch.randn(6, 3, 5, dtype=torch.float64) * 2 + 3
+
+
+def _norm(schedule: RenormSchedule, **options) -> BatchRenorm:
+    norm = BatchRenorm(3, schedule=schedule, **options).double()
+    with torch.no_grad():
+        norm.weight.normal_(1)
+        norm.bias.normal_()
+        norm.running_mean.normal_()
+        norm.running_std.uniform_(0.5, 2)
+    return norm
+
+
+def test_without_bounds_training_is_evaluation_while_gradients_see_the_batch() -> None:
+    x, norm = _x().requires_grad_(), _norm(UNBOUNDED)
+    wanted = copy.deepcopy(norm).eval()(x)
+    assert_close(norm(x), wanted)
+    (gradient,) = torch.autograd.grad((norm(x) * torch.randn_like(x)).sum(), x)
+    assert_close(gradient.sum((0, 2)), torch.zeros(3, dtype=x.dtype), rtol=0, atol=1e-12)
+
+
+def test_the_correction_is_held_constant_in_the_gradient() -> None:
+    x, norm, direction = _x().requires_grad_(), _norm(RenormSchedule.constant(1.2, 0.5)), torch.randn(6, 3, 5).double()
+    std, mean = torch.std_mean(x, (0, 2), correction=0, keepdim=True)
+    std = (std.square() + norm.eps).sqrt()
+    old_mean, old_std = norm.running_mean.clone().view(-1, 1), norm.running_std.clone().view(-1, 1)
+    r = (std / old_std).clamp(1 / 1.2, 1.2).detach()
+    d = ((mean - old_mean) / old_std).clamp(-0.5, 0.5).detach()
+    wanted = norm.weight.view(-1, 1) * ((x - mean) / std * r + d) + norm.bias.view(-1, 1)
+    found = norm(x)
+    assert_close(found, wanted)
+    inputs = (x, norm.weight, norm.bias)
+    assert_close(
+        torch.autograd.grad((found * direction).sum(), inputs), torch.autograd.grad((wanted * direction).sum(), inputs)
+    )
+
+
+def test_running_statistics_are_the_mean_and_the_deviation() -> None:
+    x, norm = _x(), _norm(UNBOUNDED, momentum=0.3)
+    mean, std = norm.running_mean.clone(), norm.running_std.clone()
+    norm(x)
+    assert_close(norm.running_mean, 0.7 * mean + 0.3 * x.mean((0, 2)))
+    assert_close(norm.running_std, 0.7 * std + 0.3 * (x.var((0, 2), correction=0) + norm.eps).sqrt())
+    assert norm.num_batches_tracked == 1
+    norm.reset_parameters()
+    assert_close(norm.state_dict(), BatchRenorm(3).double().state_dict())
+
+
+def test_the_schedule_opens_the_bounds_with_the_steps() -> None:
+    schedule = RenormSchedule.over(100)
+    assert (schedule.start, schedule.r_end, schedule.d_end) == (10, 80, 50)
+    for step, r_max, d_max in ((0, 1, 0), (10, 1, 0), (30, 1 + 2 * 20 / 70, 2.5), (50, 1 + 2 * 40 / 70, 5), (99, 3, 5)):
+        assert schedule(step) == pytest.approx((r_max, d_max))
+        assert_close(schedule(torch.tensor(step)), tuple(map(torch.tensor, (float(r_max), float(d_max)))))
+    x, norm, like = (
+        _x() + 20,
+        _norm(RenormSchedule(start=1, r_end=2, d_end=2)),
+        nn.BatchNorm1d(3, affine=False).double(),
+    )
+    like.weight, like.bias = norm.weight, norm.bias
+    assert_close(norm(x), like(x))
+    assert_close(norm(x), like(x))
+    norm.num_batches_tracked.fill_(100)
+    assert (norm(x) - like(x)).abs().max() > 1
+
+
+def test_batch_norms_checkpoint_loads() -> None:
+    x, like = _x(), nn.BatchNorm1d(3).double()
+    like(x)
+    norm = nn.Sequential(BatchRenorm(3)).double()
+    norm.load_state_dict(nn.Sequential(like).state_dict())
+    assert_close(norm.eval()(x), like.eval()(x))
+
+
+def test_explain_names_no_kernel_in_evaluation() -> None:
+    norm = BatchRenorm(3)
+    assert "* r + d" in str(norm.explain(torch.randn(4, 3)))
+    text = str(norm.eval().explain(torch.randn(4, 3)))
+    assert "(x - running_mean) / running_std" in text
+    assert "back end: reference" in text
+
+
+# Batch-channel normalization is batch then group normalization; estimated statistics move with the batch
+
+
+def _x_batch(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (6, 4, 5, 3)), dtype=torch.float64) * 2 + 3
+
+
+def _random(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, 1.0)
+    return module.double()
+
+
+def _estimating(channels: int) -> BatchChannelNorm:
+    return BatchChannelNorm(channels, 2, estimate=True)
+
+
+def _group(z: Tensor, norm: BatchChannelNorm) -> Tensor:
+    weight, bias = (value.repeat_interleave(2).view(-1, 1, 1) for value in (norm.group_weight, norm.group_bias))
+    return F.group_norm(z, 2) * weight + bias
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_is_batch_norm_then_group_norm_with_an_affine_per_group(training: bool) -> None:
+    x, norm, like = _x_batch().requires_grad_(), _random(BatchChannelNorm(4, 2)), nn.BatchNorm2d(4).double()
+    norm(_x_batch())
+    like.load_state_dict(norm.state_dict(), strict=False)
+    norm.train(training)
+    like.train(training)
+    y, wanted = norm(x), _group(like(x), norm)
+    assert_close(y, wanted)
+    direction = torch.randn_like(x)
+    gradients = [torch.autograd.grad((value * direction).sum(), x)[0] for value in (y, wanted)]
+    assert_close(*gradients)
+    assert_close(norm.running_var, like.running_var)
+    assert norm.group_weight.shape == (2,)
+
+
+def test_estimated_statistics_by_hand() -> None:
+    norm = _random(EstBatchNorm(4, momentum=0.3))
+    mean, var = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    for _ in range(3):
+        x = _x_batch()
+        fresh = (x - mean.view(-1, 1, 1)).square().mean((0, 2, 3))
+        mean, var = 0.7 * mean + 0.3 * x.mean((0, 2, 3)), 0.7 * var + 0.3 * fresh
+        wanted = F.batch_norm(x, mean, var, norm.weight, norm.bias)
+        assert_close(norm(x), wanted)
+        assert_close(copy.deepcopy(norm).eval()(x), wanted)
+    assert_close((norm.running_mean, norm.running_var), (mean, var))
+
+
+def test_gradients_do_not_see_the_estimates_and_survive_another_forward() -> None:
+    x, norm = _x_batch().requires_grad_(), _random(EstBatchNorm(4))
+    y = norm(x)
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    norm(_x_batch())  # moves the statistics in place
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert_close(gradient, scale.detach().view(-1, 1, 1).expand_as(x))
+
+
+def test_micro_batches_of_one_image() -> None:
+    x, norm = _x_batch(), _random(BatchChannelNorm(4, 2, estimate=True))
+    like = EstBatchNorm(4).double()
+    like.load_state_dict({k: v for k, v in norm.state_dict().items() if "group" not in k})
+    for image in x.split(1):
+        assert_close(norm(image), _group(like(image), norm))
+    assert EstBatchNorm(4)(torch.randn(1, 4)).isfinite().all()
+
+
+def test_functions_and_reset() -> None:
+    x, norm, est = _x_batch(), _random(BatchChannelNorm(4, 2)), _random(EstBatchNorm(4))
+    mean, var = torch.zeros(4, dtype=x.dtype), torch.ones(4, dtype=x.dtype)
+    found = batch_channel_norm(x, 2, mean, var, norm.weight, norm.bias, norm.group_weight, norm.group_bias, True)
+    assert_close(found, norm(x))
+    assert_close((mean, var), (norm.running_mean, norm.running_var))
+    mean, var = torch.zeros(4, dtype=x.dtype), torch.ones(4, dtype=x.dtype)
+    assert_close(est_batch_norm(x, mean, var, est.weight, est.bias, True), est(x))
+    assert_close((mean, var), (est.running_mean, est.running_var))
+    norm.reset_parameters()
+    assert_close(norm.state_dict(), BatchChannelNorm(4, 2).double().state_dict())
+    bare = BatchChannelNorm(4, 2, affine=False).double()
+    assert not list(bare.parameters())
+    bare(x)
+
+
+@pytest.mark.parametrize(
+    "make", [EstBatchNorm, lambda c: BatchChannelNorm(c, 2), _estimating], ids=["estimated", "batch", "both"]
+)
+def test_update_bn_gives_the_statistics_of_all_batches(make) -> None:
+    norm, batches = make(4).double(), [_x_batch() + step for step in range(3)]
+    norm.running_mean.fill_(7.0)
+    torch.optim.swa_utils.update_bn(batches, norm)
+    assert norm.momentum == 0.1
+    whole = torch.cat(batches)
+    assert_close(norm.running_mean, whole.mean((0, 2, 3)))
+    if isinstance(norm, BatchChannelNorm) and not norm.estimate:  # as batch normalization
+        assert_close(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in batches]).mean(0))
+    else:
+        assert_close(norm.running_var, whole.var((0, 2, 3), correction=0))
+
+
+# Batch/group normalization
+
+
+CORNERS = {
+    "batch norm": (None, None, lambda x: nn.BatchNorm2d(4).double()(x)),
+    "ghost batch norm": (None, 2, lambda x: torch.cat([nn.BatchNorm2d(4).double()(part) for part in x.split(2)])),
+    "uneven ghost batch norm": (None, 4, lambda x: torch.cat([nn.BatchNorm2d(4).double()(p) for p in x.split(4)])),
+    "group norm": (2, 1, lambda x: nn.GroupNorm(2, 4).double()(x)),
+    "layer norm": (1, 1, lambda x: nn.LayerNorm(x.shape[1:], elementwise_affine=False)(x)),
+    "instance norm": (None, 1, lambda x: nn.InstanceNorm2d(4)(x)),
+    "batch and layer": (1, None, lambda x: (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt()),
+}
+
+
+@pytest.mark.parametrize("corner", CORNERS)
+def test_corners(corner: str) -> None:
+    groups, examples, like = CORNERS[corner]
+    x = _x_batch().requires_grad_()
+    direction = torch.randn_like(x)
+    norm = BatchGroupNorm(4, groups, examples).double()
+    y, wanted = norm(x), like(x)
+    assert_close(y, wanted)
+    assert_close(batch_group_norm(x, groups, examples), wanted)
+    gradients = [torch.autograd.grad((out * direction).sum(), x)[0] for out in (y, wanted)]
+    assert_close(*gradients)
+
+
+@pytest.mark.parametrize(("groups", "examples"), [(None, None), (None, 4), (None, 1), (2, 2), (2, 1), (1, None)])
+def test_memory_averages_raw_moments_of_each_channel(groups: int | None, examples: int | None) -> None:
+    x, norm = _x_batch(), BatchGroupNorm(4, groups, examples, momentum=0.3).double()
+    first, second = torch.zeros(4, dtype=x.dtype), torch.ones(4, dtype=x.dtype)
+    for step in range(1, 4):
+        norm(x * step)
+        first = 0.7 * first + 0.3 * (x * step).mean((0, 2, 3))
+        second = 0.7 * second + 0.3 * (x * step).square().mean((0, 2, 3))
+    assert_close(norm.running_mean, first)
+    assert_close(norm.running_var, second - first.square())
+    assert norm.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 0.7, 1.0])
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("shape", [(6, 4, 5, 3), (6, 4)])
+def test_equation_three(alpha: float, groups: int | None, shape: tuple[int, ...]) -> None:
+    x, norm = _x_batch(*shape), BatchGroupNorm(4, groups, 2, alpha=alpha).double()
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    norm(x)
+    first, var = norm.state_dict()["running_mean"], norm.state_dict()["running_var"]
+    second = var + first.square()
+    y = torch.empty_like(x)
+    for n in range(6):
+        for c in range(4):
+            group = [c] if groups is None else range(c // 2 * 2, c // 2 * 2 + 2)
+            mean = sum(alpha * x[n, k].mean() + (1 - alpha) * first[k] for k in group) / len(group)
+            square = sum(alpha * x[n, k].square().mean() + (1 - alpha) * second[k] for k in group) / len(group)
+            deviation = (square - mean.square() + norm.eps).sqrt()
+            y[n, c] = norm.weight[c] * (x[n, c] - mean) / deviation + norm.bias[c]
+    norm.eval()
+    assert_close(norm(x), y)
+    assert_close(norm(x[2:3]), y[2:3])
+
+
+def test_evaluation_keeps_accuracy_beside_a_large_mean() -> None:
+    x = torch.randn(8, 4, 64) + 1e4
+    norm = BatchGroupNorm(4, alpha=0.5, momentum=1.0)
+    norm(x)
+    exact = example_weighing(x.double(), norm.running_mean.double(), norm.running_var.double(), alpha=0.5)
+    # A mean of 1e4 is known to half a unit in its last place, 5e-4 deviations.
+    assert_close(norm.eval()(x).double(), exact, rtol=0, atol=2e-3)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    for options, match in (
+        ({"num_groups": 3}, "must divide 4: 1, 2, 4"),
+        ({"examples_per_group": 0}, "examples_per_group=0"),
+        ({"alpha": 1.5}, "alpha=1.5"),
+        ({"layout": "c n"}, "layout"),
+    ):
+        with pytest.raises(OptionError, match=match):
+            BatchGroupNorm(4, **options)
+    with pytest.raises(ShapeError, match="more than 1 value"):
+        BatchGroupNorm(4)(torch.randn(1, 4))

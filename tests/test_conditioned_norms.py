@@ -1,0 +1,326 @@
+"""Scales, shifts and statistics that come from a condition: what they start as, and over what they broadcast."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import normkit as nk
+from normkit.activations.adaptive_instance_norm import AdaptiveInstanceNorm, adaptive_instance_norm
+from normkit.activations.adaptive_layer_norm import (
+    AdaLayerNorm,
+    AdaLayerNormOutput,
+    AdaLayerNormZeroBlock,
+    adaptive_layer_norm,
+    modulate,
+)
+from normkit.activations.batch_norm import BatchNorm
+from normkit.activations.conditional_norm import ConditionalNorm, SpatiallyAdaptiveNorm, conditional_norm
+from normkit.activations.film import FiLM, film
+from normkit.activations.instance_norm import instance_norm
+from normkit.core.errors import OptionError, ShapeError
+
+# FiLM
+
+
+def test_the_linear_layer_gives_scale_then_shift() -> None:
+    layer, x, condition = FiLM(4, 6), torch.randn(3, 4, 5), torch.randn(3, 6)
+    scale, shift = layer.linear(condition)[:, :4, None], layer.linear(condition)[:, 4:, None]
+    assert_close(layer(x, condition), (1 + scale) * x + shift)
+    assert torch.equal(FiLM(4, 6, zero=True)(x, condition), x)
+
+
+# Adaptive instance normalization
+
+
+def _pair() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, 3, 8, 9, dtype=torch.float64) * 3 + 5, torch.randn(2, 3, 4, 7, dtype=torch.float64) * 2 - 1
+
+
+def test_a_content_is_its_own_style() -> None:
+    x, _ = _pair()
+    assert_close(adaptive_instance_norm(x, x), x, rtol=1e-9, atol=1e-9)
+
+
+def test_strength_goes_from_the_content_to_the_style() -> None:
+    x, style = _pair()
+    full = adaptive_instance_norm(x, style)
+    assert torch.equal(AdaptiveInstanceNorm(0.0)(x, style), x)
+    assert_close(AdaptiveInstanceNorm(0.3)(x, style), 0.7 * x + 0.3 * full)
+    each = adaptive_instance_norm(x, style, torch.tensor([0.0, 1.0]))
+    assert_close(each, torch.stack([x[0], full[1]]))
+
+
+def test_refusals() -> None:
+    x, style = _pair()
+    for wrong in (style[:, :2], torch.cat([style, style]), style[0, 0]):
+        with pytest.raises(ShapeError, match="wanted n c \\*"):
+            adaptive_instance_norm(x, wrong)
+    with pytest.raises(ShapeError, match="one value for each statistic"):
+        adaptive_instance_norm(x[..., :1, :1], style)
+    with pytest.raises(OptionError, match="strength of shape 3"):
+        adaptive_instance_norm(x, style, torch.ones(3))
+
+
+# Adaptive layer normalization
+
+
+def _block(features: int = 8, condition: int = 6) -> AdaLayerNormZeroBlock:
+    mlp = nn.Sequential(nn.Linear(features, 4 * features), nn.GELU("tanh"), nn.Linear(4 * features, features))
+    return AdaLayerNormZeroBlock(features, condition, attn=nn.Linear(features, features), mlp=mlp).double()
+
+
+def _random(module: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter) / 2)
+
+
+def test_starts_as_plain_layer_norm_and_otherwise_where_asked() -> None:
+    x, condition = torch.randn(3, 5, 8) * 4 + 2, torch.randn(3, 6)
+    assert_close(AdaLayerNorm(8, 6)(x, condition), F.layer_norm(x, (8,), eps=1e-6))
+    assert AdaLayerNorm(8, 6, zero=False).adaLN_modulation[1].weight.any()
+
+
+def test_the_zero_block_starts_as_the_identity_and_its_gates_learn_first() -> None:
+    block, x, condition = _block(), torch.randn(3, 5, 8).double(), torch.randn(3, 6).double()
+    assert torch.equal(block(x, condition), x)
+    block(x, condition).square().sum().backward()
+    bias = block.adaLN_modulation[1].bias.grad.view(6, 8)
+    assert (bias[[2, 5]] != 0).any(1).all()
+    assert (bias[[0, 1, 3, 4]] == 0).all()
+
+
+def test_keys_are_those_of_the_diffusion_transformer() -> None:
+    block = AdaLayerNormZeroBlock(8, 6, attn=nn.Identity(), mlp=nn.Identity())
+    assert set(block.state_dict()) == {
+        "adaLN_modulation.1.weight", "adaLN_modulation.1.bias",
+    }  # fmt: skip
+    assert set(AdaLayerNormOutput(8, 6, 4).state_dict()) == {
+        "linear.weight", "linear.bias", "adaLN_modulation.1.weight", "adaLN_modulation.1.bias",
+    }  # fmt: skip
+
+
+def test_the_output_layer_starts_at_zero_and_is_the_published_formula() -> None:
+    final, x, condition = (
+        AdaLayerNormOutput(8, 6, 4).double(),
+        torch.randn(3, 5, 8).double(),
+        torch.randn(3, 6).double(),
+    )
+    assert torch.equal(final(x, condition), torch.zeros(3, 5, 4).double())
+    _random(final)
+    linear = final.adaLN_modulation[1]
+    shift, scale = F.linear(F.silu(condition), linear.weight, linear.bias)[:, None].chunk(2, dim=2)
+    assert_close(final(x, condition), final.linear(F.layer_norm(x, (8,), eps=1e-6) * (1 + scale) + shift))
+
+
+def test_refusals_name_sizes() -> None:
+    layer = AdaLayerNorm(8, 6)
+    with pytest.raises(ShapeError, match="features=8"):
+        layer(torch.randn(2, 5, 7), torch.randn(2, 6))
+    for wrong in ((2, 5), (3, 6), (2, 4, 6), (5,)):
+        with pytest.raises(ShapeError, match="wanted 2x6"):
+            layer(torch.randn(2, 5, 8), torch.randn(wrong))
+    with pytest.raises(ShapeError, match="does not broadcast"):
+        adaptive_layer_norm(torch.randn(2, 5, 8), torch.zeros(2, 7), torch.zeros(2, 7))
+
+
+def test_explains_which_back_end() -> None:
+    text = str(AdaLayerNorm(8, 6).explain(torch.randn(2, 5, 8), torch.randn(2, 6)))
+    assert "(1 + weight)" in text
+    assert "2 samples" in text
+
+
+# Conditional normalization
+
+
+def _image() -> torch.Tensor:
+    return torch.randn(3, 4, 5, 6, dtype=torch.float64) * 2 + 1
+
+
+def _random_conditional(**options: object) -> ConditionalNorm:
+    norm = ConditionalNorm(4, **options).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+def test_starts_as_the_plain_norm() -> None:
+    x, classes, vectors = _image(), torch.tensor([0, 2, 1]), torch.randn(3, 7, dtype=torch.float64)
+    for over, wanted in (("*", instance_norm(x)), ("n *", BatchNorm(4).double()(x))):
+        assert_close(ConditionalNorm(4, classes=3, over=over).double()(x, classes), wanted)
+        assert_close(ConditionalNorm(4, features=7, over=over).double()(x, vectors), wanted)
+
+
+def test_shares_mix_classes() -> None:
+    x, norm = _image(), _random_conditional(classes=2)
+    shares = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.25, 0.75]], dtype=torch.float64)
+    found = norm(x, shares)
+    assert_close(found[:2], norm(x, torch.tensor([0, 1, 0]))[:2])
+    whole = [norm(x, torch.full((3,), k))[2] for k in range(2)]
+    assert_close(found[2], 0.25 * whole[0] + 0.75 * whole[1])
+
+
+def test_running_averages_are_batch_norms() -> None:
+    norm, batch_norm = _random_conditional(features=2, over="n *", momentum=None), BatchNorm(4, momentum=None).double()
+    condition = torch.randn(3, 2, dtype=torch.float64)
+    x = _image()
+    for _ in range(2):
+        x = x + 1
+        norm(x, condition)
+        batch_norm(x)
+    for key in ("running_mean", "running_var", "num_batches_tracked"):
+        assert_close(getattr(norm, key), getattr(batch_norm, key))
+    gain, shift = (1 + condition @ norm.weight)[..., None, None], (condition @ norm.bias)[..., None, None]
+    assert_close(norm.eval()(x, condition), gain * batch_norm.eval()(x) + shift)
+
+
+def test_a_map_gives_each_position_its_weight_and_bias() -> None:
+    x, norm = _image(), SpatiallyAdaptiveNorm(4, 2, hidden=3).double()
+    small = torch.rand(3, 2, 2, 3, dtype=torch.float64)
+    labels = F.interpolate(small, (5, 6), mode="nearest")
+    hidden = F.conv2d(labels, norm.shared.weight, norm.shared.bias, padding=1).relu()
+    gain = F.conv2d(hidden, norm.gain.weight, norm.gain.bias, padding=1)
+    shift = F.conv2d(hidden, norm.shift.weight, norm.shift.bias, padding=1)
+    wanted = F.batch_norm(x, None, None, training=True) * (1 + gain) + shift
+    assert_close(norm(x, labels), wanted)
+    assert_close(norm(x, small), wanted)
+
+
+def test_over_the_sample_a_map_layer_keeps_no_state() -> None:
+    x, norm = _image(), SpatiallyAdaptiveNorm(4, 2, hidden=3, over="*").double()
+    labels = torch.rand(3, 2, 5, 6, dtype=torch.float64)
+    assert not dict(norm.named_buffers())
+    assert_close(norm.eval()(x, labels), norm.train()(x, labels))
+    assert_close(norm(x, labels)[:1], norm(x[:1], labels[:1]))
+
+
+def test_the_function_takes_both() -> None:
+    x, weight, bias = _image(), torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    maps = [p[..., None, None].expand(3, 4, 5, 6) for p in (weight, bias)]
+    assert_close(conditional_norm(x, weight, bias), conditional_norm(x, *maps))
+    mean, var = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    found = conditional_norm(x, weight, bias, mean, var, training=False, over="n *")
+    assert_close(found, maps[0] * x / (1 + 1e-5) ** 0.5 + maps[1])
+
+
+def test_refusals_conditional_norm() -> None:
+    with pytest.raises(ShapeError, match="wanted 7 features for each sample"):
+        _random_conditional(features=7)(_image(), torch.ones(3, 6))
+    with pytest.raises(ShapeError, match="one class, or one share"):
+        _random_conditional(classes=2)(_image(), torch.tensor([0, 1]))
+    with pytest.raises(ShapeError, match="one value for each statistic"):
+        _random_conditional(classes=2)(torch.ones(3, 4, 1), torch.tensor([0, 1, 1]))
+    with pytest.raises(ShapeError, match="3 samples and 2 channels of the map"):
+        SpatiallyAdaptiveNorm(4, 2).double()(_image(), torch.ones(3, 3, 5, 6))
+    with pytest.raises(OptionError, match="keeps no running statistics"):
+        conditional_norm(_image(), torch.ones(3, 4), torch.ones(3, 4), torch.zeros(4), torch.ones(4))
+
+
+# Scales, shifts and conditions of every shape that broadcasts, in every layer that takes them
+
+
+LAST = st.sampled_from([(3, 5, 4), (3, 2, 5, 4), (3, 4), (1, 5, 4), (4, 4, 4)])
+
+
+def broadcast(part: Tensor, rank: int, channel: int) -> Tensor:
+    """What the shapes mean: one axis is the channels, two are samples and channels."""
+    sizes = [1] * rank
+    for d, size in zip({1: [channel], 2: [0, channel]}.get(part.dim(), range(rank)), part.shape, strict=True):
+        sizes[d] = size
+    return part.view(sizes)
+
+
+def part(data: st.DataObject, shape: tuple[int, ...], channel: int) -> Tensor:
+    forms = [
+        (shape[channel],),
+        (shape[0], shape[channel]),
+        (1, shape[channel]),
+        tuple(data.draw(st.sampled_from([1, size])) for size in shape),
+    ]
+    return torch.randn(data.draw(st.sampled_from(forms)), dtype=torch.float64)
+
+
+@given(data=st.data())
+def test_scales_and_shifts_broadcast(data: st.DataObject) -> None:
+    shape = data.draw(LAST)
+    x, rank = torch.randn(shape, dtype=torch.float64), len(shape)
+    shift, scale = (part(data, shape, rank - 1).requires_grad_() for _ in range(2))
+    a, b = (broadcast(each, rank, rank - 1) for each in (shift, scale))
+    y = F.layer_norm(x, shape[-1:], eps=1e-6)
+    cases: list[tuple[Callable[[], Tensor], Tensor]] = [
+        (lambda: modulate(x, shift, scale), (1 + b) * x + a),
+        (lambda: nk.functional.adaptive_layer_norm(x, shift, scale), (1 + b) * y + a),
+        (lambda: film(x, scale, shift, layout="n * c"), (1 + b) * x + a),
+    ]
+    direction = torch.randn(shape, dtype=torch.float64)
+    for found, wanted in cases:
+        assert_close(found(), wanted)
+        gradients = [
+            torch.autograd.grad((each * direction).sum(), (shift, scale), retain_graph=True)
+            for each in (found(), wanted)
+        ]
+        assert_close(*gradients)
+
+
+@given(data=st.data())
+def test_weights_of_channels_first_inputs_broadcast(data: st.DataObject) -> None:
+    shape = data.draw(st.sampled_from([(3, 4, 5), (3, 4, 2, 5), (4, 4, 4)]))
+    x = torch.randn(shape, dtype=torch.float64)
+    weight, bias = (part(data, shape, 1) for _ in range(2))
+    w, b = (broadcast(each, len(shape), 1) for each in (weight, bias))
+    assert_close(nk.functional.conditional_norm(x, weight, bias), w * F.instance_norm(x) + b)
+    assert_close(film(x, weight, bias), (1 + w) * x + b)
+
+
+@pytest.mark.parametrize(
+    ("made", "size"),
+    [
+        (nk.AdaLayerNorm(4, 3, zero=False), 3),
+        (nk.AdaLayerNormZeroBlock(4, 3, torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)), 3),
+        (nk.AdaLayerNormOutput(4, 3, 5), 3),
+        (nk.FiLM(4, 3, layout="n * c"), 3),
+        (nk.ConditionalNorm(5, features=3), 3),
+        (nk.ConditionalNorm(5, classes=3), 3),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_conditions_broadcast(made: Any, size: int) -> None:
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    x, one = torch.randn(2, 5, 4), torch.randn(1, size)
+    each = torch.randn(2, size)
+    assert_close(made(x, each.unsqueeze(1)), made(x, each))
+    for form in (one, one[0], one.unsqueeze(1)):
+        assert_close(made(x, form), made(x, one.expand(2, -1)))
+    if type(made).__name__.startswith("AdaLayerNorm"):
+        token = torch.randn(1, 5, size)
+        assert_close(made(x, token), made(x, token.expand(2, -1, -1)))
+    with pytest.raises(nk.errors.ShapeError, match="got a condition of"):
+        made(x, torch.randn(2, 3, size))
+
+
+def test_a_class_or_a_strength_for_all_samples() -> None:
+    norm, x = nk.ConditionalNorm(4, classes=3), torch.randn(2, 4, 5)
+    torch.nn.init.normal_(norm.weight)  # pyright: ignore[reportArgumentType]
+    wanted = norm(x, torch.tensor([1, 1]))
+    assert_close(norm(x, torch.tensor(1)), wanted)
+    assert_close(norm(x, torch.tensor([1])), wanted)
+    half = nk.functional.adaptive_instance_norm(x, x.flip(0), 0.5)
+    for strength in (torch.tensor(0.5), torch.tensor([0.5]), torch.full((2,), 0.5), torch.full((2, 1, 1), 0.5)):
+        assert_close(nk.functional.adaptive_instance_norm(x, x.flip(0), strength), half)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (5,), (2, 5, 1, 4)])
+def test_what_does_not_broadcast_is_refused(shape: tuple[int, ...]) -> None:
+    x, wrong = torch.randn(2, 5, 4), torch.randn(shape)
+    for function in (modulate, nk.functional.adaptive_layer_norm, lambda *a: film(*a, layout="n * c")):
+        with pytest.raises(nk.errors.ShapeError, match="does not broadcast over an input of 2x5x4"):
+            function(x, wrong, wrong)

@@ -1,0 +1,258 @@
+"""What normalizations over windows, channels and fields equal, and where they start."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+from normkit.activations.divisive_norm import (
+    DivisiveNorm,
+    Field,
+    HeegerNorm,
+    LyuSimoncelliNorm,
+    divisive_norm,
+    heeger_norm,
+    lyu_simoncelli_norm,
+)
+from normkit.activations.gdn import GDN
+from normkit.activations.global_response_norm import GlobalResponseNorm
+from normkit.activations.group_norm import group_norm
+from normkit.activations.local_context_norm import LocalContextNorm, local_context_norm
+from normkit.activations.local_contrast_norm import LocalContrastNorm, local_contrast_norm
+from normkit.activations.local_response_norm import LocalResponseNorm, local_response_norm
+from normkit.core.errors import OptionError, ShapeError
+
+# Local context normalization
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (2, 6, 7), (2, 6, 5, 4), (2, 6, 3, 4, 2)])
+def test_a_window_over_everything_is_group_norm(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    norm = LocalContextNorm(6, 3).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    assert_close(norm(x), group_norm(x, 2, norm.weight, norm.bias), rtol=1e-9, atol=1e-9)
+
+
+def test_each_axis_may_have_a_window_of_its_own() -> None:
+    x = torch.randn(1, 2, 6, 7, dtype=torch.float64)
+    found = local_context_norm(x, 2, (3, 5))[0, :, 2, 3]
+    inside = x[0, :, 1:4, 1:6]
+    assert_close(found, (x[0, :, 2, 3] - inside.mean()) / (inside.var(correction=0) + 1e-5).sqrt())
+
+
+def test_accurate_beside_a_step_of_light() -> None:
+    x = torch.randn(1, 2, 8, 32)
+    x[..., 16:] += 1e4
+    found, exact = (local_context_norm(z, 2, 5) for z in (x, x.double()))
+    # Means of 1e4 are known to half a unit in the last place, 1e4 * 2^-24 deviations.
+    assert_close(found.double(), exact, rtol=0, atol=1e-2)
+
+
+# Local contrast normalization
+
+
+def test_a_window_of_one_position_leaves_the_constant_alone() -> None:
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    assert_close(local_contrast_norm(x, 3, 1, alpha=0.7), x / 2**0.75)
+
+
+def test_a_flat_image_has_no_energy() -> None:
+    x = torch.randn(2, 6, 1, 1, dtype=torch.float64).expand(2, 6, 4, 5)
+    assert_close(local_contrast_norm(x, 3, 3, alpha=0.7), x / 2**0.75)
+    assert_close(local_contrast_norm(x[:, :1], form="jarrett"), torch.zeros(2, 1, 4, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 40), (2, 3, 12, 13), (1, 2, 5, 6, 7)])
+def test_jarretts_form_is_invariant_to_light(shape: tuple[int, ...]) -> None:
+    x, norm = torch.randn(shape, dtype=torch.float64), LocalContrastNorm(form="jarrett")
+    assert_close(norm(3 * x + 7), norm(x))
+
+
+def test_jarretts_weights_are_gaussian_over_channels_and_positions() -> None:
+    x = torch.zeros(1, 2, 31, 31, dtype=torch.float64)
+    x[0, 0, 15, 15] = 1.0
+    norm = LocalContrastNorm(form="jarrett", eps=1e9)  # the divisor is then eps, and v is seen by itself
+    taken = (x - 1e9 * norm(x))[0]
+    at = torch.arange(-4.0, 5.0, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * (at / 1.5) ** 2)
+    kernel = kernel / kernel.sum()
+    for channel in taken:
+        # Sums of numbers of 1e9 times 1e-16.
+        assert_close(channel[11:20, 11:20], kernel[:, None] * kernel / 2, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "article"}, "wanted 'response' or 'jarrett'"),
+        ({"form": "jarrett", "window": 4}, "an odd one, e.g. 5"),
+        ({"window": 0}, "from 1"),
+        ({"size": 0}, "from 1"),
+        ({"k": -1.0}, "from 0"),
+        ({"form": "jarrett", "sigma": 0.0}, "above 0"),
+    ],
+)
+def test_options_are_refused_at_once(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        LocalContrastNorm(**options)
+
+
+# Local response normalization
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 9, 20])
+@pytest.mark.parametrize("shape", [(2, 7, 4), (2, 7, 3, 4), (2, 7, 2, 3, 2)])
+def test_by_itself_it_is_torchs(size: int, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64) * 10
+    assert_close(LocalResponseNorm(size)(x), nn.LocalResponseNorm(size)(x), rtol=1e-9, atol=0)
+    arguments = (size, 0.5, 0.6, 1.5)
+    assert_close(LocalResponseNorm(*arguments)(x), nn.LocalResponseNorm(*arguments)(x), rtol=1e-9, atol=0)
+
+
+def test_an_even_window_has_the_published_limits() -> None:
+    x = torch.ones(1, 7, 1, dtype=torch.float64)
+    # Channels i - 2 to i + 2: five terms inside, three at the borders.
+    wanted = 1 / (2 + torch.tensor([3.0, 4, 5, 5, 5, 4, 3], dtype=torch.float64))
+    assert_close(local_response_norm(x, 4, alpha=1.0, beta=1.0, torch_compat=False)[0, :, 0], wanted)
+    assert not torch.allclose(wanted, nn.LocalResponseNorm(4, 4.0, 1.0, 2.0)(x)[0, :, 0])
+
+
+def test_defaults_are_torchs_or_the_papers() -> None:
+    norm, published, torchs = LocalResponseNorm(), LocalResponseNorm(torch_compat=False), nn.LocalResponseNorm(5)
+    assert (norm.size, norm.alpha, norm.beta, norm.k) == (5, torchs.alpha, torchs.beta, torchs.k)
+    assert (published.size, published.alpha, published.beta, published.k) == (5, 1e-4, 0.75, 2.0)
+    assert isinstance(norm, nn.LocalResponseNorm)
+    assert "torch_compat=False" in repr(published)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("torch_compat", [False, True])
+def test_half_types_lose_only_the_last_rounding(dtype: torch.dtype, torch_compat: bool) -> None:
+    x = (torch.randn(2, 16, 8) * 200).to(dtype)  # squares overflow float16
+    found = local_response_norm(x, 5, 1e-2, torch_compat=torch_compat)
+    exact = local_response_norm(x.double(), 5, 1e-2, torch_compat=torch_compat)
+    assert found.dtype == dtype
+    assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("k", [-1.0, float("nan")])
+def test_what_has_no_real_root_is_refused(k: float) -> None:
+    with pytest.raises(OptionError, match="wanted a number from 0"):
+        LocalResponseNorm(5, k=k)
+
+
+# Divisive normalization
+
+
+def _image() -> torch.Tensor:
+    return torch.randn(3, 4, 5, 6, dtype=torch.float64) * 2 + 1
+
+
+def test_layer_instance_and_batch_normalization_are_members() -> None:
+    x, eps = _image(), 1e-5
+    whole, position = Field(), Field(None, 1)
+    assert_close(divisive_norm(x, whole, whole, eps**0.5), F.layer_norm(x, x.shape[1:], eps=eps))
+    instance, batch = Field(1, None), Field(1, None, samples=True)
+    assert_close(divisive_norm(x, instance, instance, eps**0.5), F.instance_norm(x, eps=eps))
+    assert_close(divisive_norm(x, batch, batch, eps**0.5), F.batch_norm(x, None, None, training=True, eps=eps))
+    over_channels = F.layer_norm(x.movedim(1, -1), (4,), eps=eps).movedim(-1, 1)
+    assert_close(divisive_norm(x, position, position, eps**0.5), over_channels)
+
+
+def test_what_the_penalty_is_on() -> None:
+    x, norm = _image(), DivisiveNorm(4, Field(1, 3), Field(1, 3)).double()
+    assert_close(norm.centered(x), x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
+
+
+def test_lyu_simoncelli_on_images_is_a_convolution_of_the_energy() -> None:
+    x, norm = _image(), LyuSimoncelliNorm(4, 3).double()
+    torch.nn.init.normal_(norm.weight)
+    profile = norm.weight.detach() ** 2
+    kernel = (profile[:, :, None] * profile[:, None, :]).unsqueeze(1)
+    energy = F.conv2d(x**2, kernel, padding=1, groups=4)
+    assert_close(norm(x), x / (energy + 1 + 1e-6).sqrt())
+
+
+def test_lyu_simoncelli_on_vectors_is_elementwise() -> None:
+    x = torch.randn(3, 4, dtype=torch.float64)
+    weight, bias = torch.ones(4, 3, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    assert_close(lyu_simoncelli_norm(x, weight, bias), x / (1 + x**2).sqrt())
+
+
+@pytest.mark.parametrize("exponent", [1.0, 1.5, 2.0, 3.0])
+def test_heegers_response_saturates_at_the_gain(exponent: float) -> None:
+    weight = torch.eye(2, dtype=torch.float64)
+    x = torch.tensor([[1e-4, 3.0], [1e6, 1e6]], dtype=torch.float64)
+    found = heeger_norm(x, weight, exponent, sigma=3.0, gain=5.0)
+    assert_close(found[0, 1].item(), 2.5)  # sigma is the activity of half the response
+    assert_close(found[1], torch.full((2,), 5.0, dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+def test_refusals() -> None:
+    for norm in (DivisiveNorm(4), LyuSimoncelliNorm(4), HeegerNorm(4)):
+        with pytest.raises(ShapeError, match="got 3 channels"):
+            norm(torch.ones(2, 3, 5))
+
+
+# Generalized divisive normalization
+
+
+def test_starts_at_beta_one_and_a_tenth_of_the_identity() -> None:
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    # Beside the diagonal stands 2^-36 in place of 0.
+    assert_close(GDN(3).double()(x), x / (1 + 0.1 * x**2).sqrt(), rtol=1e-7, atol=0)
+    assert_close(GDN(3, inverse=True).double()(x), x * (1 + 0.1 * x**2).sqrt(), rtol=1e-7, atol=0)
+
+
+def test_every_weight_can_leave_its_start() -> None:
+    norm = GDN(3)
+    norm(torch.randn(4, 3, 5)).square().sum().backward()
+    assert (norm.gamma.grad != 0).all()
+    assert (norm.beta.grad != 0).all()
+
+
+def test_stays_real_whatever_the_parameters() -> None:
+    norm = GDN(3)
+    nn.init.zeros_(norm.beta)
+    nn.init.constant_(norm.gamma, -1e-12)
+    assert norm(torch.randn(4, 3, 5) * 1e3).isfinite().all()
+    assert norm(torch.zeros(4, 3, 5)).isfinite().all()
+
+
+# Global response normalization
+
+
+def _random(**options: object) -> GlobalResponseNorm:
+    norm = GlobalResponseNorm(6, **options).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+@pytest.mark.parametrize("layout", ["n * c", "n c *"])
+def test_starts_as_the_identity(layout: str) -> None:
+    x = torch.randn(2, 6, 5, 6)
+    assert torch.equal(GlobalResponseNorm(6, layout=layout)(x), x)
+
+
+@pytest.mark.parametrize("keys", [("weight", "bias"), ("gamma", "beta")])
+@pytest.mark.parametrize("shape", [(6,), (1, 1, 1, 6), (1, 6, 1, 1)])
+def test_foreign_checkpoints_load(keys: tuple[str, str], shape: tuple[int, ...]) -> None:
+    wanted = _random().state_dict()
+    block = nn.Sequential(GlobalResponseNorm(6)).double()
+    foreign = {f"0.{key}": value.view(shape) for key, value in zip(keys, wanted.values(), strict=True)}
+    kept = dict(foreign)
+    block.load_state_dict(foreign)
+    assert_close(block[0].state_dict(), wanted)
+    assert foreign == kept  # the caller's dictionary is as it was
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        block.load_state_dict({"0.weight": torch.ones(1, 1, 1, 5), "0.bias": torch.ones(6)})
+
+
+def test_an_image_of_zeros_is_left_alone() -> None:
+    x = torch.zeros(1, 3, 3, 6, dtype=torch.float64, requires_grad=True)
+    norm = _random()
+    assert_close(norm(x), norm.bias.expand_as(x))
+    assert torch.autograd.grad(norm(x).sum(), x)[0].isfinite().all()

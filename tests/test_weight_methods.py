@@ -1,0 +1,254 @@
+"""Weight normalization, standardization and spectral normalization beside torch, and what torch lacks."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations as theirs
+from torch.testing import assert_close
+
+from normkit.core.errors import OptionError
+from normkit.weights.layout import WeightLayout
+from normkit.weights.power_iteration import power_iteration, power_iteration_square
+from normkit.weights.spectral_norm import SpectralNorm, divide_by_sigma, spectral_norm
+from normkit.weights.weight_norm import WeightNorm, rescale, weight_norm
+from normkit.weights.weight_standardization import PUBLISHED, WeightStandardization, standardize, weight_standardization
+
+# Weight normalization beside torch's, and what torch's lacks
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 4), (3, 5)),
+    "conv 1d": (lambda: nn.Conv1d(4, 6, 3), (2, 4, 7)),
+    "conv 2d": (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 7, 6)),
+    "conv 3d": (lambda: nn.Conv3d(2, 3, 2), (2, 2, 4, 4, 4)),
+    "transposed conv": (lambda: nn.ConvTranspose2d(4, 6, 3), (2, 4, 5, 5)),
+}
+# The orders of summation differ by a few units in the last place.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dim", [0, 1, -1, -2, None])
+@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+def test_equals_torch(make, shape, dim, dtype, train) -> None:
+    ours = make().to(dtype).train(train)
+    other = copy.deepcopy(ours)
+    weight_norm(ours, dim=dim)
+    theirs.weight_norm(other, dim=dim)
+    assert list(ours.state_dict()) == list(other.state_dict())
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    ours.load_state_dict(other.state_dict())
+    other.load_state_dict(ours.state_dict())
+    x = torch.randn(shape, dtype=dtype)
+    y, wanted = ours(x), other(x)
+    exact = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    assert_close(y, wanted, **exact)
+    g = torch.randn_like(y)
+    got = torch.autograd.grad((y * g).sum(), list(ours.parameters()))
+    assert_close(got, torch.autograd.grad((wanted * g).sum(), list(other.parameters())), **exact)
+
+
+def test_the_function_is_unchanged_at_first() -> None:
+    layer, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
+    before = layer(x)
+    assert_close(weight_norm(layer)(x), before)
+
+
+def test_older_checkpoints_load() -> None:
+    layer = weight_norm(nn.Linear(3, 2))
+    state = {"weight_g": torch.full((2, 1), 5.0), "weight_v": torch.eye(2, 3), "bias": torch.zeros(2)}
+    nn.Sequential(layer).load_state_dict({f"0.{key}": value for key, value in state.items()})
+    assert_close(layer.weight.detach(), 5 * torch.eye(2, 3))
+
+
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.integers(-4, 3))
+def test_slices_have_the_lengths(shape, dim) -> None:
+    if not -len(shape) <= dim < len(shape) or dim == -1:
+        return
+    v = torch.randn(shape, dtype=torch.float64) + 0.1
+    g = torch.rand([n if d == dim % len(shape) else 1 for d, n in enumerate(shape)], dtype=torch.float64)
+    others = [d for d in range(len(shape)) if d != dim % len(shape)]
+    assert_close(torch.linalg.vector_norm(rescale(g, v, dim), dim=others, keepdim=True), g)
+
+
+def test_one_axis() -> None:
+    v = torch.tensor([3.0, -4.0])
+    assert_close(rescale(torch.tensor(10.0), v, None), torch.tensor([6.0, -8.0]))
+    assert_close(rescale(torch.tensor([2.0, 3.0]), v, 0), torch.tensor([2.0, -3.0]))
+
+
+def test_refusals() -> None:
+    with pytest.raises(OptionError, match="dim=2 of a weight of 2 axes"):
+        weight_norm(nn.Linear(3, 2), dim=2)
+    with pytest.raises(OptionError, match="must come first"):
+        weight_norm(weight_norm(nn.Linear(3, 2)))
+    assert "dim=0" in repr(WeightNorm())
+
+
+# Weight standardization, by its definition and in its published forms
+
+
+def test_the_published_forms() -> None:
+    w = torch.randn(4, 3, 2, 2).double()
+    rest = w - w.mean((1, 2, 3), keepdim=True)
+    var = rest.square().mean((1, 2, 3), keepdim=True)
+    unbiased = var * 12 / 11
+    wanted = {
+        "paper": rest / (var + 1e-5).sqrt(),
+        "authors": rest / (unbiased.sqrt() + 1e-5),
+        "batch_channel": rest / (unbiased + 1e-5).sqrt(),
+        "timm": rest / (var + 1e-6).sqrt(),
+    }
+    assert wanted.keys() == PUBLISHED.keys()
+    for name, options in PUBLISHED.items():
+        assert_close(standardize(w, **options), wanted[name], rtol=1e-12, atol=1e-12)
+        layer = weight_standardization(nn.Conv2d(3, 4, 2).double(), **options)
+        layer.weight = w
+        assert_close(layer.weight.detach(), wanted[name], rtol=1e-12, atol=1e-12)
+        assert f"{name}``" in (WeightStandardization.__doc__ or "")
+    assert_close(standardize(w), wanted["paper"])
+    timm = F.batch_norm(w.reshape(1, 4, -1), None, None, training=True, momentum=0.0, eps=1e-6).view_as(w)
+    assert_close(wanted["timm"], timm)
+
+
+def test_a_constant_row_becomes_zero() -> None:
+    assert_close(standardize(torch.full((1, 4), 7.0)), torch.zeros(1, 4))
+
+
+def test_one_weight_for_each_unit_is_refused() -> None:
+    with pytest.raises(OptionError, match="one element for each output unit"):
+        weight_standardization(nn.Conv2d(3, 3, 1, groups=3))
+    with pytest.raises(OptionError, match="correction=2"):
+        weight_standardization(nn.Linear(3, 2), correction=2)
+    assert standardize(torch.randn(2, 6, 1), layout=WeightLayout(output_axis=1)).shape == (2, 6, 1)
+
+
+# Spectral normalization beside torch's, and against the singular value decomposition
+
+
+# The orders of summation differ by a few units in the last place.
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("options", [{}, {"n_power_iterations": 3}, {"dim": 1}, {"dim": -1}], ids=str)
+@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+def test_equals_torch_spectral_norm(make, shape, options, dtype) -> None:
+    ours = make().to(dtype)
+    other = copy.deepcopy(ours)
+    torch.manual_seed(1)
+    spectral_norm(ours, **options)
+    torch.manual_seed(1)
+    theirs.spectral_norm(other, **options)
+    exact = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    assert list(ours.state_dict()) == list(other.state_dict())
+    assert_close(ours.state_dict(), other.state_dict(), **exact)
+    other.load_state_dict(ours.state_dict())
+    ours.load_state_dict(other.state_dict())
+    x = torch.randn(shape, dtype=dtype)
+    for train in (True, True, False, True):
+        ours.train(train)
+        other.train(train)
+        y, wanted = ours(x), other(x)
+        assert_close(y, wanted, **exact)
+        g = torch.randn_like(y)
+        got = torch.autograd.grad((y * g).sum(), list(ours.parameters()))
+        assert_close(got, torch.autograd.grad((wanted * g).sum(), list(other.parameters())), **exact)
+        assert_close(ours.state_dict(), other.state_dict(), **exact)
+
+
+def test_two_uses_before_one_backward() -> None:
+    layer = spectral_norm(nn.Linear(5, 4))
+    (layer(torch.randn(3, 5)).sum() - layer(torch.randn(3, 5)).sum()).backward()
+    assert layer.parametrizations.weight.original.grad is not None  # pyright: ignore
+
+
+def test_the_largest_singular_value_becomes_one() -> None:
+    layer = spectral_norm(nn.Conv2d(3, 4, 3).double(), n_power_iterations=200)
+    values = torch.linalg.svdvals(layer.weight.detach().flatten(1))
+    raw = torch.linalg.svdvals(layer.parametrizations.weight.original.detach().flatten(1))  # pyright: ignore
+    assert_close(values, raw / raw[0])
+
+
+def test_a_vector_is_divided_by_its_norm() -> None:
+    part = SpectralNorm(torch.ones(2))
+    assert_close(part(torch.tensor([3.0, 4.0])), torch.tensor([0.6, 0.8]))
+    assert not list(part.buffers())
+
+
+@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+def test_exact_holds_the_largest_singular_value_at_one_at_each_use(make, shape) -> None:
+    layer = spectral_norm(make().double(), exact=True)
+    raw = layer.parametrizations.weight.original
+    dim = int("Transpose" in repr(layer))
+    assert list(layer.state_dict()) == list(spectral_norm(make()).state_dict())
+    for train in (True, False):
+        raw.data.copy_(torch.randn_like(raw) * 5)
+        layer.train(train)
+        found = layer.weight.movedim(dim, 0).flatten(1)
+        assert_close(torch.linalg.svdvals(found.detach())[0], torch.tensor(1.0).double())
+    assert layer(torch.randn(shape).double()).isfinite().all()
+
+
+def test_exact_is_differentiable_to_second_order() -> None:
+    part, w = SpectralNorm(torch.randn(3, 4).double(), exact=True), torch.randn(3, 4).double().requires_grad_()
+    assert torch.autograd.gradcheck(part, w)
+    assert torch.autograd.gradgradcheck(part, w)
+    u, _, vh = torch.linalg.svd(w.detach())
+    g = torch.randn(3, 4).double()
+    (found,) = torch.autograd.grad((part(w) * g).sum(), w)
+    (wanted,) = torch.autograd.grad((divide_by_sigma(w, u[:, 0], vh[0]) * g).sum(), w)
+    assert_close(found, wanted)
+    zero = torch.zeros(2, 2, requires_grad=True)
+    assert torch.autograd.grad(SpectralNorm(zero, exact=True)(zero).sum(), zero)[0].isfinite().all()
+    assert SpectralNorm(torch.ones(2, 2), exact=True)(torch.ones(2, 2).bfloat16()).dtype == torch.bfloat16
+
+
+# Power iteration
+
+
+NOT_NORMAL = torch.tensor([[1.0, 5.0], [0.0, 0.5]], dtype=torch.float64)
+
+
+def test_the_printed_loop_finds_the_radius_and_two_vectors_the_norm() -> None:
+    radius, x = power_iteration_square(NOT_NORMAL, 1e-12)
+    u, v = power_iteration(NOT_NORMAL, iterations=50)
+    assert_close(radius, torch.tensor(1.0).double())
+    assert_close(NOT_NORMAL @ x, x, rtol=0, atol=1e-9)
+    assert_close(u @ NOT_NORMAL @ v, torch.linalg.matrix_norm(NOT_NORMAL, 2))
+    assert round((u @ NOT_NORMAL @ v).item(), 4) == 5.1225
+
+
+def test_of_a_symmetric_matrix_both_agree_and_a_sign_that_alternates_is_convergence() -> None:
+    q = torch.linalg.qr(torch.randn(4, 4).double())[0]
+    w = q @ torch.diag(torch.tensor([-3.0, 2.0, 1.0, 0.5]).double()) @ q.T
+    assert_close(power_iteration_square(w, 1e-10)[0], torch.tensor(3.0).double())
+    u, v = power_iteration(w, iterations=60)
+    assert_close(u @ w @ v, torch.tensor(3.0).double())
+
+
+def test_what_is_kept_saves_iterations() -> None:
+    w = torch.diag(torch.tensor([3.0, 2.9, 1.0])).double()
+    _, x = power_iteration_square(w, 1e-8)
+    changed = w + 1e-6 * torch.eye(3)
+    assert_close(power_iteration_square(changed, 1e-6, x, limit=1)[0], torch.tensor(3.0 + 1e-6).double())
+    with pytest.raises(OptionError, match="still moves"):
+        power_iteration_square(changed, 1e-6, torch.ones(3), limit=1)
+
+
+def test_zero_and_complex_eigenvalues() -> None:
+    assert power_iteration_square(torch.zeros(2, 2))[0] == 0
+    assert all(vector.isfinite().all() for vector in power_iteration(torch.zeros(2, 3)))
+    turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+    with pytest.raises(OptionError, match="no dominant real eigenvalue"):
+        power_iteration_square(turn, limit=100)
+    u, v = power_iteration(turn)
+    assert math.isclose(u @ turn @ v, 1.0, rel_tol=1e-6)
