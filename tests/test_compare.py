@@ -234,7 +234,7 @@ def test_killed_at_any_instant_it_ends_alike(tmp_path: Path, unkilled: Path, see
     assert lasting(found(killed)) == lasting(found(unkilled))
 
 
-class Interrupt(Exception):
+class Interrupt(BaseException):
     """Stands for an interruption in the middle of a comparison."""
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,7 @@ def test_further_rates_are_said_and_recorded(tmp_path: Path) -> None:
         tried = [run["rate"] for run in recipe["sweep"]]
         assert recipe["extended"]
         assert tried == sorted([0.01, 0.02, *recipe["extended"]])
-        assert [two / one for one, two in zip(tried, tried[1:], strict=False)] == pytest.approx(
-            [2.0] * (len(tried) - 1)
-        )
+        assert [two / one for one, two in pairwise(tried)] == pytest.approx([2.0] * (len(tried) - 1))
         assert f"{recipe['recipe']}: the best rate lies at the edge of the sweep; " in text.getvalue()
     assert "beyond the rates given" in text.getvalue()
     plain = ran(tmp_path / "plain", replace(SMALL, rates=(0.01, 0.02), extend=False))

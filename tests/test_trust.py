@@ -124,7 +124,7 @@ def test_a_finished_comparison_whose_run_is_gone_gets_it_back(copied: Path, comp
             assert (gone / path).read_bytes() == (comparison / gone.relative_to(copied) / path).read_bytes()
 
 
-class Stop(Exception):
+class Stop(BaseException):
     """Stands for a kill."""
 
 
