@@ -34,7 +34,8 @@ def test_report_of_an_unfinished_comparison(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     done = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert done.exit_code == 2
-    assert "result.json is missing; give the `normkit compare` command" in done.stderr
+    assert "result.json is missing; " in done.stderr
+    assert "give the `normkit compare` command" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["", *(command.name for command in app.registered_commands)])
@@ -126,6 +127,16 @@ def test_an_answer_from_text_alone_loads_no_torch(words: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environ())
     assert done.stdout.endswith("[]\n"), done.stderr
     assert done.returncode == (2 if "nosuch" in words else 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+@pytest.mark.parametrize("words", ["--help", "list", "cite bn"])
+def test_standard_output_that_takes_no_more(words: str) -> None:
+    run = [sys.executable, "-m", "normkit", *words.split()]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environ())
+    said = "error: cannot write to standard output: No space left on device; lead it elsewhere\n"
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 def test_citations() -> None:

@@ -1,5 +1,6 @@
 """Wrong inputs of every kind: what each message must say, and that it is one message, with the cure, and no traceback."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -74,6 +75,7 @@ CODE = [
     ("--model lab_samples:one_output", "returned 1 logits, but the highest label is 2"),
     ("--data wrong_inputs:data_raises", "raised FileNotFoundError", "here: data"),
     ("--data wrong_inputs:broken_rows", "IndexError", "here: sample"),
+    ("--data wrong_inputs:collates_wrong", "TypeError", "here: collate"),
     ("--data wrong_inputs:no_test", "a dict with train, tset; wanted a dict with ", "leave 'tset' out"),
     ("--data wrong_inputs:endless", "train is a generator; wanted "),
     ("--data wrong_inputs:empty", "train is empty"),
@@ -152,6 +154,12 @@ def test_outputs_that_are_nan_from_the_first_step() -> None:
     done = CliRunner().invoke(app, [*COMPARE, "--model", "wrong_inputs:returns_nan"])
     assert "diverged" in done.output
     assert "Traceback" not in done.output
+
+
+def test_a_norm_that_a_recipe_cannot_replace_may_be_left() -> None:
+    done = CliRunner().invoke(app, [*COMPARE, "--recipes", "keep,gn:3", "--on-refusal", "leave"])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(Path("out/config.json").read_text())["on_refusal"] == "leave"
 
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:

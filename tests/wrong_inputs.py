@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lab_samples import data
 
@@ -133,3 +133,12 @@ def endless() -> dict[str, Any]:
             yield torch.ones(8), 0
 
     return {"train": rows(), "test": data()["test"]}
+
+
+def collates_wrong() -> dict[str, Any]:
+    def collate(samples: list[Any]) -> Any:
+        return torch.stack([sample["image"] for sample in samples])  # here: collate
+
+    x, y = data()["train"]
+    rows = TensorDataset(torch.from_numpy(x), torch.from_numpy(y))
+    return {**data(), "train": DataLoader(rows, batch_size=4, collate_fn=collate)}

@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from normkit.core.errors import NormkitError, closest
 from normkit.lab.option import Option, check, options
-from normkit.lab.say import theirs, told, visible
+from normkit.lab.say import let_go, theirs, told, visible
 from normkit.lab.settings import Site
 from normkit.lab.stop import stoppable
 
@@ -50,6 +50,15 @@ class Group(TyperGroup):
             raise SystemExit(_say(self._usage(error))) from None
         except typer.Abort:
             raise SystemExit(130) from None
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            let_go()
+            # Whoever reads a pipe may have enough, as `head` has.
+            broken = isinstance(error, BrokenPipeError)
+            raise SystemExit(
+                1 if broken else _say(f"cannot write to standard output: {error.strerror}; lead it elsewhere")
+            ) from None
         raise SystemExit(code)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -188,6 +197,8 @@ def faults(all_of_it: bool) -> Iterator[None]:
     except typer.Exit:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise
         said = _fault(error)
         if said is None:
             raise

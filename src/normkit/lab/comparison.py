@@ -9,6 +9,7 @@ its training is over, and chooses nothing.
 
 import re
 import shlex
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -118,6 +119,8 @@ def compare(
         study = replace(study, settings=settings)
     site = Site(folder, data_root, ray=ray, threads=threads, tensorboard=tensorboard)
     again = command(given, site, Reports(report=report))
+    if not (_importable(model) and _importable(data)):
+        again = f"from Python: {again}"
     begun = group.share(lambda: _begun_with(folder, overwrite))
     with ExitStack() as stack:
         stack.enter_context(stoppable())
@@ -374,6 +377,15 @@ def _named(factory: Callable[..., Any] | None, name: str) -> str:
     if factory is None:
         return name
     return f"{getattr(factory, '__module__', '?')}:{getattr(factory, '__qualname__', type(factory).__name__)}"
+
+
+def _importable(factory: Callable[..., Any] | None) -> bool:
+    # What was defined in a notebook or inside a function is not found again by its name.
+    module = getattr(factory, "__module__", "?")
+    found: Any = sys.modules.get(module)
+    for part in getattr(factory, "__qualname__", "?").split("."):
+        found = getattr(found, part, None)
+    return factory is None or (found is factory and module != "__main__")
 
 
 def _unbound(bench: Bench) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def compare(
     threads: int | None = None,
     ray: str | None = None,
     tensorboard: bool = False,
-    data_root: Path | None = None,
+    data_root: str | Path | None = None,
     **settings: Any,
 ) -> Outcome:
     """Compares recipes on a model and data; the same as ``normkit compare``, with objects.
@@ -175,7 +175,8 @@ def compare(
         "data": None if isinstance(data, str) else data if _is_factory(data) else Given(data),
     }
     options = {"overwrite": overwrite, "report": report, "threads": threads, "ray": ray, "tensorboard": tensorboard}
-    record = lab.compare(made, output, console=console, data_root=data_root, **options, **factories)  # pyright: ignore[reportArgumentType]
+    root = None if data_root is None else Path(data_root)
+    record = lab.compare(made, output, console=console, data_root=root, **options, **factories)  # pyright: ignore[reportArgumentType]
     named = {key: record["config"][key] for key in ("model", "data")}
     return Outcome(record, Path(output) if output is not None else lab.default_output(Settings(**named)))
 

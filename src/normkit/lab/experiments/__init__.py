@@ -14,17 +14,7 @@ from normkit.lab.say import Terminal
 
 # An experiment is called like its file, with dashes.
 FILES = {
-    "reproduce": (
-        "table1",
-        "table2",
-        "table3",
-        "table4",
-        "fig1",
-        "vit_s",
-        "shape",
-        "cost",
-        "ablations",
-    ),
+    "reproduce": ("table1", "table2", "table3", "table4", "fig1", "vit_s", "shape", "cost", "ablations"),
     "claim": (
         "batch_size",
         "disparity",
