@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from normkit.core.errors import OptionError
+from normkit.lab.say import counted
 from normkit.lab.settings import Settings
 from normkit.lab.study import Made
 from normkit.lab.train.cost import RATE, measure_costs
@@ -64,6 +65,16 @@ def fit(settings: Settings, seconds: Mapping[str, float]) -> Settings:
         rates=settings.rates[start : start + rates],
         seeds=tuple(range(seeds)),
     )
+
+
+def fitted(settings: Settings) -> str:
+    """Says what a budget chose."""
+    counts = [
+        counted(settings.epochs, "epoch"),
+        counted(len(settings.rates), "rate"),
+        counted(len(settings.seeds), "seed"),
+    ]
+    return f"a budget of {settings.budget:g} s fits {counts[0]} per run, {counts[1]} and {counts[2]} of each recipe"
 
 
 def measure(made: Made) -> dict[str, float]:
