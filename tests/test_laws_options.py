@@ -95,7 +95,9 @@ def test_reset_layers_are_new_ones(card: Card) -> None:
     made, fresh = trained(card, torch.float32), card.make(4)
     for each in (made, fresh):
         torch.manual_seed(1)
-        each.reset_parameters()
+        for module in reversed([*each.modules()]):  # a layer sets its parts last
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
     assert_close(made.state_dict(), fresh.state_dict(), rtol=0, atol=0)
 
 
@@ -131,7 +133,7 @@ def test_another_number_of_channels_is_refused(card: Card) -> None:
     made, x = layer(card), sample_input(card, 8)
     if not [p for p in made.parameters() if p.numel() > 1]:
         return  # it takes any
-    with pytest.raises(ShapeError, match=r"8.*4"):
+    with pytest.raises(ShapeError, match=r"8.*4|4.*8"):
         call(card, made, x)
 
 
