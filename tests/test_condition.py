@@ -233,6 +233,29 @@ def test_frozen_norms_in_residual_networks():
     assert_close(model(x), wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell])
+def test_every_matrix_of_a_recurrent_layer_is_conditioned(kind) -> None:
+    model = nn.ModuleList([kind(3, 4), nn.Linear(4, 2)]).double()
+    matrices = {name for name, p in model[0].named_parameters() if p.dim() > 1}
+    changes = condition(model, where="all")
+    assert {row.layer for row in changes} == {f"0.{name}" for name in matrices} | {"1"}
+    for name in matrices:
+        assert_close(getattr(model[0], name).norm(dim=1), torch.ones(getattr(model[0], name).shape[0]).double())
+    x = torch.randn(5, 3).double()
+    out = model[0](x)
+    y = out[0] if isinstance(out, tuple) else out
+    y.square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model[0].parameters() if p.grad is not None)
+    twin = copy.deepcopy(model)
+    changes.undo()
+    assert {name for name, p in model[0].named_parameters() if p.dim() > 1} == matrices
+    again, kept = model[0](x), twin[0](x)
+    nk.fold(twin)
+    found = twin[0](x)
+    assert_close(*((part[0] if isinstance(part, tuple) else part) for part in (found, kept)))
+    assert not torch.allclose(again[0] if isinstance(again, tuple) else again, y)
+
+
 HOOKED: dict[str, Callable[[nn.Module], object]] = {
     "prune": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
     "weight_norm": nn.utils.weight_norm,

@@ -44,6 +44,33 @@ def test_every_parameter_is_in_one_group() -> None:
     }
 
 
+class _Patches(nn.Module):
+    """What a vision or state space model has besides layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls_token, self.pos_embed = nn.Parameter(torch.zeros(1, 1, 4)), nn.Parameter(torch.zeros(1, 5, 4))
+        self.scale, self.D = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+        self.A_log, self.table = nn.Parameter(torch.ones(4, 2)), nn.Parameter(torch.ones(4, 2))
+        self.A_log._no_weight_decay = True
+        self.position_embeddings, self.matrix = nn.Embedding(5, 4), nn.Parameter(torch.ones(4, 4))
+
+    def no_weight_decay(self) -> set[str]:
+        return {"table"}
+
+
+def test_what_is_no_weight_is_a_group_of_its_own() -> None:
+    model = nn.ModuleDict({"body": _Patches(), "head": nn.Linear(4, 2), "norm": nn.LayerNorm(4)})
+    groups = param_groups(model, 0.1)
+    names = {group["name"]: [name.removeprefix("body.") for name in group["param_names"]] for group in groups}
+    assert names["weights"] == ["matrix", "head.weight"]
+    others = {"cls_token", "pos_embed", "scale", "D", "A_log", "table", "position_embeddings.weight"}
+    assert set(names["others"]) == others
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0, 0.0]
+    nk.convert(model, "rms", optimizer=torch.optim.AdamW(groups))
+    assert [len(group["params"]) for group in groups] == [2, 1, 1, 7]  # the bias is dropped
+
+
 @pytest.mark.parametrize("target", [0, 1])
 def test_groups_and_penalty_take_the_same_step(target) -> None:
     by_groups, by_penalty = (model := _model()), copy.deepcopy(model)

@@ -118,7 +118,7 @@ class BatchRenorm(Layer):
 
     Raises:
         ShapeError: a number of channels other than ``num_features``, or one value per channel in training.
-        OptionError: another layout, or a momentum outside 0 to 1.
+        OptionError: an unknown layout, or a momentum outside 0 to 1.
 
     Reference:
         Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models" (2017),

@@ -78,7 +78,7 @@ def normalize(
     """Normalize by the input's own statistics and compensate.
 
     Args:
-        rule: what to compute.
+        rule: the rule to run.
         x: the input, viewed as ``split.shape``.
         split: split of the rule's support.
         weight: weight of the rule's compensation, or None.

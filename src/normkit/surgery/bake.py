@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from normkit.core.errors import SurgeryError
 from normkit.surgery.changes import Change, label
+from normkit.surgery.transaction import transaction
 from normkit.weights.attachment import own_class
 
 _HOOKED = ("torch.nn.utils.parametrizations", "normkit.weights.weight_norm")
@@ -64,6 +68,38 @@ def bake(model: nn.Module) -> list[Change]:
             layer.register_parameter(weight, parameter)
         rows.append(Change(_full(name, weight), f"{plain} with {stack}", plain))
     return rows
+
+
+@contextmanager
+def plain(model: nn.Module) -> Iterator[nn.Module]:
+    """A model whose weights are plain parameters while the block runs: what other libraries save, and read, is whole.
+
+    ``save_pretrained`` of Hugging Face models and whatever else knows weights by their plain names leaves parametrized ones out
+    without a word. The values are those of evaluation; afterwards the model is as it was, bit for bit.
+
+    Args:
+        model: any module.
+
+    Yields:
+        The model.
+
+    Raises:
+        SurgeryError: a tied weight would be untied.
+
+    >>> from normkit import condition
+    >>> model = condition(nn.Sequential(nn.Linear(2, 3))).model
+    >>> with plain(model):
+    ...     list(model.state_dict())
+    ['0.bias', '0.weight']
+    >>> list(model.state_dict())
+    ['0.bias', '0.parametrizations.weight.original']
+    """
+    with transaction(model) as opened:
+        changes = opened.close(model, bake(model))
+    try:
+        yield model
+    finally:
+        changes.undo()
 
 
 def _bake_hooked(model: nn.Module) -> list[Change]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -28,6 +29,10 @@ Target = Literal[0, 1]
 _BIAS_NAMES = ("bias", "beta", "shift", "b")
 _GAIN_NAMES = ("weight", "group_weight")
 
+# Class, mask and register tokens, and embeddings of positions, as vision and language models name them.
+_ROLES = re.compile(
+    r"(cls|class|dist|mask|register|reg|storage)_?tokens?$|pos(ition)?(al)?_?emb(ed(ding)?s?)?(\.weight)?$"
+)
 _OURS = (Layer, LearnedScale, *(card.module for card in METHODS if card.kind == "activation"))
 # Their own matrices are those of linear layers, and decay as such; their norms are children, or one number.
 _LINEAR = (FixNorm, LayerNormRNNCell, LayerNormLSTMCell, LayerNormGRUCell)
@@ -41,9 +46,10 @@ def param_groups(
     *,
     norm_decay: float = 0.0,
     bias_decay: float = 0.0,
+    other_decay: float = 0.0,
     gamma_target: Target = 0,
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer, with decays of their own for weights, for norms, and for the biases of other layers.
+    """Groups for an optimizer, with decays of their own for weights, norms, biases of other layers, and what is none of these.
 
     A parameter is a norm's if its class is one of normkit's or torch's norms, or looks like one; a layer inside a norm, as one
     that computes the gain, is a layer like others. Parameters that need no gradients are left out; one that several layers
@@ -52,15 +58,21 @@ def param_groups(
     ``parametrizations.weight.original``; ``normkit.fold`` gives the plain one back. Norms that keep their gain as a difference
     already are not known as such: use 0 for them.
 
+    None of these is, by dimension, a vector or a number such as a LayerScale or the D of Mamba; by mark, a parameter with a true
+    attribute ``_no_weight_decay``, or one that ``no_weight_decay()`` of the module that holds it, or of one around that, names;
+    by role, a class, mask or register token or an embedding of positions, known by its name.
+
     Args:
         model: any module.
         weight_decay: of every parameter that is in no norm and no bias.
         norm_decay: of the gains and biases of norms. Default: 0.
         bias_decay: of other biases. Default: 0.
+        other_decay: of what is none of these. Default: 0.
         gamma_target: what the gain decays to: 0, as optimizers do, or 1. Default: 0.
 
     Returns:
-        A dict each for ``"weights"``, ``"norms"`` and ``"biases"``, by ``"name"``, where there are any.
+        A dict each for ``"weights"``, ``"norms"``, ``"biases"`` and ``"others"``, by ``"name"``, where there are any; with the
+        names of its parameters as ``"param_names"``, as optimizers of named parameters have them: the table of what went where.
 
     Raises:
         OptionError: a negative decay, or another target.
@@ -73,7 +85,13 @@ def param_groups(
     >>> [(group["name"], group["weight_decay"], len(group["params"])) for group in groups]
     [('weights', 0.0001, 1), ('norms', 1e-05, 2), ('biases', 0.0, 1)]
     """
-    for name, value in (("weight_decay", weight_decay), ("norm_decay", norm_decay), ("bias_decay", bias_decay)):
+    given = {
+        "weight_decay": weight_decay,
+        "norm_decay": norm_decay,
+        "bias_decay": bias_decay,
+        "other_decay": other_decay,
+    }
+    for name, value in given.items():
         if not value >= 0:
             raise OptionError(f"param_groups: {name}={value}; wanted a number from 0")
     _check_target("param_groups", gamma_target)
@@ -82,17 +100,22 @@ def param_groups(
             if not parametrize.is_parametrized(module, name):
                 attach(module, name, FromOne())
     in_norms = {id(parameter) for module in _norms(model) for parameter in _parameters(module)}
-    groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms": [], "biases": []}
+    marked = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "no_weight_decay", tuple)()
+    }
+    groups: dict[str, dict[str, nn.Parameter]] = {"weights": {}, "norms": {}, "biases": {}, "others": {}}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         last = name.removesuffix(".original").rsplit(".", 1)[-1]
+        other = name in marked or getattr(parameter, "_no_weight_decay", False) or _ROLES.search(name)
         kind = "norms" if id(parameter) in in_norms else "biases" if _is_bias(last) else "weights"
-        groups[kind].append(parameter)
-    decays = {"weights": weight_decay, "norms": norm_decay, "biases": bias_decay}
+        groups["others" if other or (kind == "weights" and parameter.dim() < 2) else kind][name] = parameter
     return [
-        {"params": parameters, "weight_decay": decays[name], "name": name}
-        for name, parameters in groups.items()
+        {"params": [*parameters.values()], "weight_decay": decay, "name": name, "param_names": [*parameters]}
+        for (name, parameters), decay in zip(groups.items(), given.values(), strict=True)
         if parameters
     ]
 

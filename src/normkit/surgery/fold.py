@@ -16,6 +16,7 @@ from normkit.surgery.absorb import absorb_before, absorb_behind, scale_and_shift
 from normkit.surgery.attach import tied_parameters
 from normkit.surgery.bake import bake
 from normkit.surgery.changes import Change, Changes, Refusals, label
+from normkit.surgery.freeze import is_frozen
 from normkit.surgery.norms import Norm, describe, is_norm, read_norm
 from normkit.surgery.substitute import inherit, put
 from normkit.surgery.target import activation_module
@@ -261,7 +262,12 @@ def _without_parameters(norm: Norm) -> nn.Module:
 def _check(module: nn.Module, norm: Norm, layers: list[nn.Module], ties: dict[int, list[str]]) -> None:
     if (norm.kind in _BATCH or type(module) in _FOLDABLE) and not norm.tracks:
         raise _Refused("it keeps no running statistics, and so depends on the batch")
-    if any(getattr(part, hooks) for part in (*layers, module) for hooks in ("_forward_hooks", "_forward_pre_hooks")):
+    held = [
+        hook
+        for part in (*layers, module)
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    ]
+    if len(held) > is_frozen(module):  # of a frozen one there is a hook that only says so
         raise _Refused("it or a layer next to it has hooks")
     if any(id(parameter) in ties for layer in layers for parameter in layer.parameters(recurse=False)):
         raise _Refused("the weight of a layer next to it is tied to another")

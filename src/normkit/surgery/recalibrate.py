@@ -21,6 +21,7 @@ from normkit.activations.switchable_norm import SwitchableNorm
 from normkit.core.errors import OptionError, SurgeryError
 from normkit.core.moments import Moments, moments
 from normkit.surgery.changes import Change, Changes, PassedOver, label
+from normkit.surgery.freeze import is_frozen
 from normkit.surgery.transaction import transaction
 
 Estimator = Literal["population", "mean"]
@@ -164,6 +165,8 @@ def _keeps_statistics(module: nn.Module) -> bool:
 
 
 def _refusal(module: nn.Module) -> str:
+    if is_frozen(module):
+        return "it is frozen; unfreeze it first"
     if isinstance(module, RecurrentBatchNorm) and module.max_length is not None:
         return "it keeps statistics of each step"
     return (

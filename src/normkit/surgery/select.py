@@ -33,10 +33,10 @@ _ADAPTER = re.compile(r"(^|\.)lora_", re.IGNORECASE)
 def select(model: nn.Module, where: Where = "all") -> dict[str, nn.Module]:
     """Choose the layers of a model whose weight is a matrix or a convolution kernel.
 
-    The words count Linear, Conv, ConvTranspose, MultiheadAttention (its input projection; its output projection is a Linear)
-    and the Conv1D of Hugging Face's GPT-2, in the order in which they were registered. Embeddings and other modules with a
-    weight of two or more axes are not counted, nor are the matrices of low-rank adapters (``lora_A``, ``lora_B``), of which one
-    starts at zero: only a pattern or a predicate reaches them.
+    The words count Linear, Conv, ConvTranspose, MultiheadAttention (its input projection; its output projection is a Linear),
+    LSTM, GRU, RNN and their cells (all their matrices) and the Conv1D of Hugging Face's GPT-2, in the order in which they were
+    registered. Embeddings and other modules with a weight of two or more axes are not counted, nor are the matrices of low-rank
+    adapters (``lora_A``, ``lora_B``), of which one starts at zero: only a pattern or a predicate reaches them.
 
     ================  ======================================================================================
     ``first_last``    the first and the last
@@ -56,7 +56,7 @@ def select(model: nn.Module, where: Where = "all") -> dict[str, nn.Module]:
 
     Raises:
         NotationError: there is no such word, or the pattern can't be read.
-        SurgeryError: no layer is chosen, or one that can't be: a recurrent layer, or one without its weight yet.
+        SurgeryError: no layer is chosen, or one without its weight yet.
 
     >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     >>> list(select(model, "first_last")), list(select(model, "hidden")), list(select(model, "re:^0"))
@@ -67,16 +67,9 @@ def select(model: nn.Module, where: Where = "all") -> dict[str, nn.Module]:
     if named:
         layers = {name: module for name, module in found.items() if _is_layer(module) and not _ADAPTER.search(name)}
     else:
-        layers = {
-            name: module for name, module in found.items() if weight_names(module) or isinstance(module, nn.RNNBase)
-        }
+        layers = {name: module for name, module in found.items() if weight_names(module)}
     chosen = choose(layers, where, "layers with a weight")
     for name, layer in chosen.items():
-        if isinstance(layer, nn.RNNBase):
-            raise SurgeryError(
-                f"{label(name)}: {type(layer).__name__} keeps its weights in a list of its own, which a parametrization "
-                "would not reach; leave it out of the selection"
-            )
         for weight in weight_names(layer):
             raw = layer._parameters.get(weight)
             if raw is not None and is_lazy(raw):
@@ -130,6 +123,10 @@ def weight_names(layer: nn.Module) -> tuple[str, ...]:
             else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         )
         return names
+    if isinstance(layer, nn.RNNBase):
+        return tuple(name for name in layer._flat_weights_names if name.startswith("weight"))
+    if isinstance(layer, nn.RNNCellBase):
+        return "weight_ih", "weight_hh"
     if isinstance(layer, _NORMS):
         return ()
     raw = layer._parameters.get("weight")
@@ -142,4 +139,5 @@ def weight_names(layer: nn.Module) -> tuple[str, ...]:
 
 def _is_layer(module: nn.Module) -> bool:
     is_gpt2_linear = type(module).__name__.removeprefix("Parametrized") == "Conv1D" and hasattr(module, "nf")
-    return isinstance(module, nn.Linear | _ConvNd | nn.MultiheadAttention) or is_gpt2_linear
+    kinds = nn.Linear | _ConvNd | nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase
+    return isinstance(module, kinds) or is_gpt2_linear

@@ -36,6 +36,7 @@ class Transaction:
         self._names = {name: parameter for name, parameter in model.named_parameters()}
         self._state = None if optimizer is None else OptimizerState(optimizer, self._names)
         self._values = [(tensor, tensor.detach().clone()) for tensor in written]
+        self._trained = [(parameter, parameter.requires_grad) for parameter in self._names.values()]
         self._data = [(parameter, parameter.data, _memory(parameter)) for parameter in self._names.values()]
         self._modules = {name: module for name, module in model.named_modules()}
         self._before = [_picture(module) for module in self._modules.values()]
@@ -62,6 +63,7 @@ class Transaction:
         """
         self._after = [_picture(module) for module in self._modules.values()]
         self._data = [kept for kept in self._moved() if not torch.equal(kept[0].data, kept[1])]
+        self._trained = [kept for kept in self._trained if kept[0].requires_grad != kept[1]]
         known = {id(parameter) for parameter in self._names.values()}
         now = dict(root.named_parameters())
         if self._state is not None:
@@ -101,6 +103,8 @@ class Transaction:
     def _put_back(self) -> None:
         for parameter, data, _ in self._data:
             parameter.data = data
+        for parameter, trained in self._trained:
+            parameter.requires_grad_(trained)
         with torch.no_grad():
             for tensor, value in self._values:
                 tensor.copy_(value)
@@ -124,7 +128,7 @@ def transaction(
 def _memory(parameter: Tensor) -> object:
     try:
         return parameter.data_ptr()
-    except RuntimeError:  # of a tensor without memory of its own, as a fake one's
+    except (RuntimeError, ValueError):  # of a tensor without memory of its own, as a fake one, or without a size yet
         return None
 
 
