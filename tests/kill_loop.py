@@ -29,6 +29,7 @@ SETTINGS = Settings(
     rates=(0.05, 0.2),
     epochs=6,
     batch_size=32,
+    extend=False,
     accelerator="cpu",
 )
 FILE_OPERATIONS = ("fsync", "replace")

@@ -135,8 +135,9 @@ def _filter_response_norm(made, x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     for n, c in product(*map(range, x.shape[:2])):
         square = math.fsum(v * v for v in x[n, c].tolist()) / x.shape[2]
-        y[n, c] = made.weight[c] * x[n, c] / math.sqrt(square + abs(made.eps_weight.item())) + made.bias[c]
-    return y.maximum(made.tau[:, None])
+        eps = made.eps if made.eps_weight is None else abs(made.eps_weight.item())
+        y[n, c] = made.weight[c] * x[n, c] / math.sqrt(square + eps) + made.bias[c]
+    return y if made.tau is None else y.maximum(made.tau[:, None])
 
 
 def _dynamic_tanh(made, x: Tensor) -> Tensor:

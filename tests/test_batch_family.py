@@ -27,6 +27,13 @@ def test_it_is_batch_norm_times_the_deviation() -> None:
     assert_close(norm.eval()(x), x - norm.running_mean.view(-1, 1))
 
 
+def test_without_a_momentum_the_mean_is_cumulative() -> None:
+    x, norm = torch.randn(4, 3, 5).double(), MeanOnlyBatchNorm(3, momentum=None).double()
+    norm(x)
+    norm(x + 2)
+    assert_close(norm.running_mean, x.mean((0, 2)) + 1)
+
+
 def test_refusals() -> None:
     without = MeanOnlyBatchNorm(3, bias=False, track_running_stats=False).eval()
     assert not without.state_dict()

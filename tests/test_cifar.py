@@ -24,7 +24,7 @@ from normkit.lab.data.download import Archive, download
 from normkit.lab.data.pickled import read_pickle
 from normkit.lab.data.split import Data, Split, subset
 from normkit.lab.data.standardize import Standardize
-from normkit.lab.models.inception8 import inception8
+from normkit.lab.models.inception import inception8
 from normkit.lab.protocol import DATA, check_fit, load_factory, make_data
 from published import FOLDERS, batch, write_cifar, write_pickle
 

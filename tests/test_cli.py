@@ -1,21 +1,27 @@
 """The command line: help, exit codes, and messages a person can act on."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from normkit import __version__
 from normkit.cli import app
+from normkit.cli import command as cli
+from normkit.lab.option import Option, command, options
+from normkit.lab.settings import Place, Reports, Settings, Site, Size, Speed, with_options
 
 TESTS = Path(__file__).parent
-TINY = "--recipes keep --seeds 1 --rates 0.1 --epochs 1 --batch-size 32 --accelerator cpu --no-report".split()
-SAMPLES = ["--model", "lab_samples:model", "--data", "lab_samples:data"]
+EXPERIMENT = (Size, Place, Reports)
+DECLARED = {"compare": (Settings, Site, Reports), "reproduce": EXPERIMENT, "claim": EXPERIMENT, "bench": (Speed,)}
 
 
 def environ() -> dict[str, str]:
@@ -24,90 +30,79 @@ def environ() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--recipes", "keep,banana"], "banana"),
-        (["--recipes", "keep,,keep+e"], "separated by commas"),
-        (["--recipes", "keep,keep"], "are the same"),
-        (["--seeds", "0"], "seeds is '0'; wanted at least one seed"),
-        (["--seeds", "-2"], "seeds is '-2'; wanted at least one seed"),
-        (["--rates", "0.1,-1"], "rates is (0.1, -1.0); wanted different learning rates above 0"),
-        (["--rates", "0.1,fast"], "rates is '0.1,fast'; wanted different learning rates above 0"),
-        (["--epochs", "0"], "epochs is 0"),
-        (["--threads", "0"], "threads is 0"),
-        (["--model", "lab_samples:no_module"], "returned a str; wanted a torch.nn.Module"),
-        (["--model", "lab_samples:modle"], "lab_samples has no 'modle'"),
-        (["--data", "lab_samples:nan_labels"], r"targets hold NaN at [7]"),
-        (["--model", "lab_samples:one_output"], "returned 1 logits, but the highest label is 2"),
-        (["--recipes", "keep,keep+ws,keep+e"], "choose other recipes with --recipes, such as keep,keep+e"),
-        (["--recipes", "gn:3"], "gn:3: 1: 16 channels do not split into 3 groups"),
-        (["--accelerator", "abacus"], "accelerator=abacus"),
-    ],
-)
-def test_bad_input_ends_with_2(tmp_path: Path, words: list[str], said: str) -> None:
-    done = CliRunner().invoke(app, ["compare", *TINY, *SAMPLES, "--output", str(tmp_path / "out"), *words])
-    assert done.exit_code == 2
-    assert done.stderr.startswith("error: ")
-    assert said in done.stderr
-    assert "Traceback" not in done.output
-    assert not (tmp_path / "out").exists()
-
-
-def test_folder_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NORMKIT_DATA", "elsewhere")
-    done = CliRunner().invoke(app, ["compare", *TINY, "--data", "cifar10", "--data-root", "sets", "--output", "out"])
-    assert done.exit_code == 2
-    assert f"{tmp_path / 'sets'} is no folder" in done.stderr
-
-
-def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    done = CliRunner().invoke(app, ["compare", *TINY, *SAMPLES, "--output", str(tmp_path / "file" / "out")])
-    assert done.exit_code == 2
-    assert "cannot write" in done.stderr
-
-
-def test_report_of_nothing(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    for path, said in (
-        (tmp_path, "holds neither result.json nor config.json, so it is no record of normkit"),
-        (tmp_path / "none", "none is not there; give a folder of records"),
-        (file, "file is a file, not a folder; give a folder of records"),
-    ):
-        done = CliRunner().invoke(app, ["report", str(path)])
-        assert done.exit_code == 2
-        assert said in done.stderr
-
-
 def test_report_of_an_unfinished_comparison(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     done = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert done.exit_code == 2
-    assert "result.json is missing; to finish it:  give the `normkit compare` command" in done.stderr
+    assert "result.json is missing; " in done.stderr
+    assert "give the `normkit compare` command" in done.stderr
 
 
-def test_help_names_the_commands() -> None:
-    done = CliRunner().invoke(app, ["--help"])
+@pytest.mark.parametrize("name", ["", *(command.name for command in app.registered_commands)])
+def test_help_fits_a_narrow_terminal_and_has_every_option(name: str) -> None:
+    done = CliRunner().invoke(app, [*filter(None, [name]), "--help"])
     assert done.exit_code == 0
-    for name in ("compare", "report", "list", "show", "info"):
-        assert name in done.output
-    options = CliRunner().invoke(app, ["compare", "--help"], env={"COLUMNS": "160"}).output
-    for name in (
-        "recipes",
-        "seeds",
-        "rates",
-        "epochs",
-        "batch-size",
-        "optimizer",
-        "schedule",
-        "target",
-        "output",
-        "precision",
-    ):
-        assert f"--{name}" in options
+    assert max(map(len, done.output.splitlines())) <= 80
+    declared = DECLARED.get(name, ())
+    for about in options(*declared).values():
+        assert about.help, about.name
+        assert f"{about.spelling.partition('/')[0]} " in done.output
+        assert f"\n{about.panel}:\n" in done.output
+
+
+def test_the_page_of_options_is_current() -> None:
+    text = (TESTS.parent / "docs/compare.md").read_text()
+    assert with_options(text) == text, "run: python -m normkit.lab.settings docs/compare.md"
+
+
+# Of each option a value that is not the one at rest; the rest of a class is of one kind.
+UNUSUAL = {
+    "recipes": ("keep", "gn:8+e@re:a b"),
+    "seeds": (4,),
+    "rates": (1e-05, 0.5),
+    "optimizer": "adamw",
+    "momentum": 0.3,
+    "schedule": "step",
+    "strategy": "fsdp",
+    "on_refusal": "leave",
+    "target": -0.25,
+    "clip": 1.5,
+    "threads": 3,
+    "data_root": Path("a 'folder'"),
+    "ray": "10.0.0.1:6379",
+    "scale": "full",
+    "epochs": 7,
+    "methods": ("layer_norm", "layer_norm over channels"),
+    "rounds": 2,
+    "results": Path("page.md"),
+}
+
+
+def unusual(about: Option) -> Any:
+    """A value other than at rest."""
+    if about.name in UNUSUAL:
+        return UNUSUAL[about.name]
+    plain = {bool: not about.default, int: 3, float: 0.5, str: "other", Path: Path("else where")}
+    return plain[about.type]
+
+
+@pytest.mark.parametrize("name", ["compare", "claim", "bench"])
+@pytest.mark.parametrize("one", [True, False])
+def test_the_command_to_go_on_gives_every_option_again(name: str, one: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option that is added is tried by itself: the words that a command is given back with are read as they were."""
+    monkeypatch.delenv("NORMKIT_DATA", raising=False)
+    classes = DECLARED[name]
+    known, read = {key: about for key, about in options(*classes).items() if not about.once}, list[Any]()
+    for chosen in [[key] for key in known] if one else [list(known)]:
+        values = {key: unusual(known[key]) for key in chosen}
+        made = [each(**{key: values[key] for key in options(each) if key in values}) for each in classes]
+        words = shlex.split(shlex.join(command(of=tuple(made))))
+        read.clear()
+        alone = typer.Typer()
+        again = cli.command(alone, "again", *classes)
+        again(lambda *given: read.extend(given))
+        assert CliRunner().invoke(alone, words).exit_code == 0
+        assert read == made
 
 
 def test_version() -> None:
@@ -134,18 +129,21 @@ def test_an_answer_from_text_alone_loads_no_torch(words: str) -> None:
     assert done.returncode == (2 if "nosuch" in words else 0)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+@pytest.mark.parametrize("words", ["--help", "list", "cite bn"])
+def test_standard_output_that_takes_no_more(words: str) -> None:
+    run = [sys.executable, "-m", "normkit", *words.split()]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environ())
+    said = "error: cannot write to standard output: No space left on device; lead it elsewhere\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
 def test_citations() -> None:
     done = CliRunner().invoke(app, ["cite", "gn", "lab_samples:model"])
     assert done.exit_code == 0, done.output
     assert done.output.startswith("@misc{wu2018group,")
     assert "@misc{ioffe2015batch," in done.output
-
-
-def test_a_name_that_is_no_method() -> None:
-    for command in ("show", "cite"):
-        done = CliRunner().invoke(app, [command, "groupnrom"])
-        assert done.exit_code == 2
-        assert done.stderr.startswith("error: no method 'groupnrom'; did you mean group_norm")
 
 
 def test_a_users_own_model_and_an_interrupt(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_an_address_where_nobody_listens_is_told_at_once(
 def test_a_comparison_on_ray_has_the_same_records(tmp_path: Path) -> None:
     settings = Settings(
         model="lab_samples:model", data="lab_samples:data", recipes=("keep", "keep+e"), seeds=(0, 1),
-        rates=(0.05, 0.2), epochs=2, batch_size=32, accelerator="cpu",
+        rates=(0.05, 0.2), epochs=2, batch_size=32, extend=False, accelerator="cpu",
     )  # fmt: skip
     options: dict[str, Any] = {"console": Console(quiet=True), "report": False, "threads": 1}
     compare(settings, tmp_path / "alone", **options)

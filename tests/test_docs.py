@@ -27,8 +27,9 @@ def blocks(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_every_block_of_python_runs(page: Path) -> None:
+def test_every_block_of_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)  # where comparisons leave their records
     names: dict[str, object] = {}
     for block in blocks(page.read_text()):
         exec(compile(block, str(page), "exec"), names)

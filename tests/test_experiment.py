@@ -55,8 +55,8 @@ def test_records_and_reports(tmp_path: Path) -> None:
     assert "![far ends](figures/far_ends.png)\n\n*Where each walk ended, 0 < t & after.*\n" in text
     page = (tmp_path / "report.html").read_text()
     assert "Ends of &lt;walks&gt;." in page
-    assert "<figcaption>Where each walk ended, 0 &lt; t &amp; after. " in page
-    assert all(f'href="{name}"' in page for name in figures)
+    assert "<figcaption>Where each walk ended, 0 &lt; t &amp; after.</figcaption>" in page
+    assert not any(name in page for name in figures)  # the page may be mailed without them
     assert "data:image/png;base64," in page
     assert "://" not in page.replace("https://example.org", "")
 
@@ -368,8 +368,8 @@ def test_command_line(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--scale", "huge"], "scale is 'huge'; wanted small or full"),
-        (["--seeds", "0"], "seeds is 0"),
+        (["--scale", "huge"], "scale is 'huge'; wanted tiny or small or full"),
+        (["--seeds", "0"], "seeds is '0'"),
         (["--epochs", "0"], "epochs is 0"),
     ],
 )

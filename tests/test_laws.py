@@ -257,6 +257,43 @@ def test_a_parameter_of_another_size_is_refused(card: Card, mode: bool) -> None:
     call(card, made, x)
 
 
+# Of the tensors besides the input that functions take for 4 channels or features: by name, and of a function where it differs.
+_SHAPES: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("weight", "bias", "running_mean", "running_var", "running_std", "tau", "alpha", "beta"), (4,)),
+    **dict.fromkeys(("mean_weight", "var_weight"), (3,)),
+    **dict.fromkeys(("group_weight", "group_bias"), (2,)),
+    **dict.fromkeys(
+        ("gain", "shift", "query_weight", "scale_norm weight", "dynamic_tanh alpha", "dynamic_erf alpha"), ()
+    ),
+    **{"gamma": (4, 4), "embeddings": (6, 4), "fix_norm bias": (6,)},
+    **{"heeger_norm weight": (4, 4), "lyu_simoncelli_norm weight": (4, 1)},
+}
+_OPTIONS = {"training": True, "num_groups": 2, "normalized_shape": 4, "channels_per_group": 2, "fraction": 0.5}
+
+
+def _arguments(card: Card) -> dict[str, Any]:
+    """Arguments besides the input with which the card's function runs on its sample input."""
+    function = card.functional.__name__
+    names = {key: str(of.annotation) for key, of in inspect.signature(card.functional).parameters.items()}
+    tensors = [key for key, kind in names.items() if "Tensor" in kind]
+    shapes = {key: _SHAPES.get(f"{function} {key}", _SHAPES.get(key)) for key in tensors}
+    parameters = {key: torch.ones(shape, dtype=torch.float64) for key, shape in shapes.items() if shape is not None}
+    options = {**_OPTIONS, "layout": card.layout if card.layout == "n c *" or card.name.startswith("dyn") else "n * c"}
+    return parameters | {key: value for key, value in options.items() if key in names}
+
+
+# A conditioned function's scale broadcasts over its input by design; a mixture takes moments, and cells hold their weights.
+@each(lambda card: card.extra is None and card.name != "exemplar_norm" and not card.name.startswith("layer_norm_"))
+def test_a_function_refuses_a_parameter_of_another_size(card: Card) -> None:
+    x = sample_input(card)
+    given = _arguments(card)
+    card.functional(x, **given)
+    for key, right in given.items():
+        for shape in _sizes(right) if isinstance(right, Tensor) else ():
+            with pytest.raises(ShapeError, match="wanted"):
+                card.functional(x, **{**given, key: right.new_ones(shape)})
+
+
 @each_form
 def test_state_dict_copy_and_pickle_round_trip(card: Card) -> None:
     made, x = layer(card), sample_input(card)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from laws import call, channels_first, layer, name, roundings, sample_input
@@ -50,7 +50,8 @@ def test_a_mask_equals_leaving_the_padding_out(card: Card, training: bool) -> No
     assert_close(found.narrow(axis, 0, 3), wanted, rtol=1e-9, atol=1e-9)
     assert (found.narrow(axis, 3, 2) == 0).all()
     assert_close(made.state_dict(), fresh.state_dict(), rtol=1e-9, atol=1e-9)
-    assert torch.autograd.grad(found.square().sum(), padded)[0].isfinite().all()
+    slopes = torch.autograd.grad(found.square().sum(), [padded, *made.parameters()], allow_unused=True)
+    assert all(slope is None or slope.isfinite().all() for slope in slopes)
 
 
 @pytest.mark.parametrize("card", [card for card in EVERY if takes(card, "layout")], ids=name)
@@ -107,6 +108,24 @@ def test_tracking_turned_off_later_remembers_nothing(card: Card) -> None:
     assert_close(made.state_dict(), before, rtol=0, atol=0)
 
 
+# The estimates are of deviations from the old mean.
+@pytest.mark.parametrize(
+    "card",
+    [
+        card
+        for card in EVERY
+        if takes(card, "momentum") and not card.name.endswith("_estimate") and card.name != "est_batch_norm"
+    ],
+    ids=name,
+)
+def test_a_momentum_of_one_set_later_keeps_the_last_batch_alone(card: Card) -> None:
+    made, fresh, x = trained(card), layer(card), sample_input(card)
+    for each in (made, fresh):
+        each.momentum = 1.0
+        call(card, each, x)
+    assert_close(statistics(made), statistics(fresh))
+
+
 @pytest.mark.parametrize("card", EVERY, ids=name)
 def test_another_number_of_channels_is_refused(card: Card) -> None:
     made, x = layer(card), sample_input(card, 8)
@@ -114,3 +133,34 @@ def test_another_number_of_channels_is_refused(card: Card) -> None:
         return  # it takes any
     with pytest.raises(ShapeError, match=r"8.*4"):
         call(card, made, x)
+
+
+def _sizes(t: Tensor) -> list[list[int]]:
+    """Shapes that a parameter must not have: with one more along an axis, with one alone, and with an axis of its own."""
+    changed = [
+        [n if d != axis else size for d, n in enumerate(t.shape)]
+        for axis in range(t.dim())
+        for size in (1, t.shape[axis] + 1)
+    ]
+    return [shape for shape in [[2], *changed] if shape != list(t.shape)]
+
+
+@pytest.mark.parametrize("card", EVERY, ids=name)
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_parameter_of_another_size_is_refused(card: Card, mode: bool) -> None:
+    x = sample_input(card)
+    made = layer(card).train(mode)
+    call(card, made, x)  # what is decided for sizes that fit holds for no others
+    for owner in [module for module in made.modules() if type(module).__module__.startswith("normkit.")]:
+        for held in (owner._parameters, owner._buffers):
+            for key, right in list(held.items()):
+                if right is None or not right.is_floating_point():
+                    continue
+                for shape in _sizes(right):
+                    held[key] = (
+                        nn.Parameter(right.new_ones(shape)) if held is owner._parameters else right.new_ones(shape)
+                    )
+                    with pytest.raises(ShapeError, match="wanted"):
+                        call(card, made, x)
+                held[key] = right
+    call(card, made, x)

@@ -11,8 +11,7 @@ from torch.testing import assert_close
 from normkit.core.errors import OptionError, ShapeError
 from normkit.lab.models.densenet import DenseLayer, DenseNet, densenet
 from normkit.lab.models.dit import DiT, dit_block, grid_positions
-from normkit.lab.models.googlenet import googlenet
-from normkit.lab.models.inception8 import Inception8, inception8
+from normkit.lab.models.inception import googlenet, inception8
 from normkit.lab.models.resnet import ResidualBlock, resnet18, resnet50
 from normkit.lab.models.vit import Block, VisionTransformer, vit_b16, vit_s, vit_tiny
 from normkit.lab.models.width import scaled
@@ -105,7 +104,7 @@ def test_first_and_last_layer_are_those_that_see_the_image_and_the_logits(name: 
 
 
 def test_inception8_blocks_see_32_16_and_8() -> None:
-    model, sizes = Inception8(width=0.25), []
+    model, sizes = inception8(width=0.25), []
     for block in model.blocks:
         block.register_forward_hook(lambda m, i, o: sizes.append(tuple(o.shape[1:])))
     model(torch.zeros(1, 3, 32, 32))

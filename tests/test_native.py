@@ -1,6 +1,5 @@
 """Rules on the native kernels: any layout, any number of threads, the numerics contract, operators for compilers."""
 
-import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -141,27 +140,3 @@ def test_running_statistics_keep_what_fits(dtype: torch.dtype, deviation: float,
     wanted = torch.where(fits, exact, 1.0)
     assert_close(running.var.double(), wanted, rtol=4 * torch.finfo(kept).eps, atol=0)
     assert fits.tolist() == [True, kept != torch.float16 or deviation < 1000]
-
-
-@needs_kernels
-@pytest.mark.parametrize("channels", [1, 4, 7, 9, 16])
-@pytest.mark.parametrize("training", [True, False])
-def test_sizes_that_do_not_fit_never_reach_a_kernel(training: bool, channels: int) -> None:
-    for made, shape in (
-        (nk.LayerNorm(8), (5, 8)),
-        (nk.RMSNorm(8), (5, 8)),
-        (nk.GroupNorm(2, 8), (5, 8, 3, 3)),
-        (nk.LayerNorm(8, over="c"), (5, 8, 3, 3)),
-        (nk.BatchNorm(8), (5, 8)),
-        (nk.BatchNorm(8), (5, 8, 3, 3)),
-        (nk.InstanceNorm(8, affine=True, track_running_stats=True), (5, 8, 3, 3)),
-    ):
-        x = torch.randn(shape)
-        held = {**dict(made.named_parameters()), **dict(made.named_buffers())}
-        for name in (name for name, tensor in held.items() if tensor.numel() == 8):
-            layer = copy.deepcopy(made).train(training)
-            layer.backend = "native"
-            layer(x)  # what is decided for sizes that fit holds for no others
-            getattr(layer, name).data = torch.ones([channels if size == 8 else size for size in held[name].shape])
-            with pytest.raises(nk.errors.ShapeError):
-                layer(x)

@@ -216,7 +216,7 @@ def test_the_power_step_from_nothing() -> None:
 @pytest.mark.parametrize("native", [True, False])
 def test_sigma_below_its_floor_is_a_constant(eps: float, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not native:
-        monkeypatch.setattr(kernels, "_functions", lambda: None)
+        monkeypatch.setattr(kernels, "library", lambda: None)
     w = (1e-3 * torch.randn(4, 5)).requires_grad_()
     d = torch.randn(4, 5)
     part = SpectralNorm(w.detach(), eps=eps)
@@ -471,7 +471,7 @@ def test_saved_tensors_that_came_back_otherwise_are_refused() -> None:
 def test_without_the_library_all_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     wanted = gradients(copy.deepcopy(model))
-    monkeypatch.setattr(kernels, "_functions", lambda: None)
+    monkeypatch.setattr(kernels, "library", lambda: None)
     with together(model):
         y = model(X)
     got = torch.autograd.grad(y.square().sum(), list(model.parameters()))
@@ -489,6 +489,6 @@ def test_what_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(WeightNorm()(torch.ones(4, 1).double(), w), w / w.norm(dim=1, keepdim=True))
     assert kernels.plan_for((1, 0, 3, 1), torch.float32) is None
     assert Equilibrate()(torch.randn(0, 3)).shape == (0, 3)
-    monkeypatch.setattr(kernels, "_functions", lambda: kernels._Functions(*[lambda *_: 1] * 3))
+    monkeypatch.setattr(kernels, "entry", lambda name: lambda *_: 1)
     with pytest.raises(MemoryError):
         Equilibrate()(w)

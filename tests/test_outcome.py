@@ -97,9 +97,12 @@ def test_an_outcome(outcome: Outcome) -> None:
     assert outcome.best.recipe == max(outcome.table, key=lambda row: row["test_mean"])["recipe"]
     assert "mean test accuracy" in outcome.best.verdict
     assert outcome.record["config"]["model"] == "lab_samples:model"
+    assert outcome.record["command"].startswith(
+        "from Python: normkit compare --model lab_samples:model --data builtins:dict"
+    )
     assert outcome.report() == outcome.folder / "report.html"
     assert {outcome.plot(name).axes[0].get_ylabel() for name in outcome.figures} >= {"validation accuracy"}
-    for text in ("<td>keep+e</td>", "test accuracy<br>mean", "each DataLoader"):
+    for text in ("<td>keep+e</td>", "2 seeds", "each DataLoader"):
         assert text in outcome._repr_html_()
     assert "keep+e" in repr(outcome)
     with pytest.raises(OptionError, match="figure 'loss' is not there; wanted one of validation_score"):

@@ -111,7 +111,7 @@ def test_refusals() -> None:
     layer = LayerNormRecurrent(3, 5)
     with pytest.raises(ShapeError, match="input_size=3"):
         layer(torch.randn(7, 2, 4))
-    with pytest.raises(ShapeError, match="at least one time step"):
+    with pytest.raises(ShapeError, match="at least one step"):
         layer(torch.randn(0, 2, 3))
     with pytest.raises(ShapeError, match=r"\(h, c\)"):
         layer(torch.randn(7, 2, 3), torch.zeros(1, 2, 5))

@@ -105,7 +105,7 @@ REFUSALS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         lambda: nk.RecurrentBatchNorm(3)(torch.randn(5, 4, 3), lengths=torch.tensor([1, 2])),
         ShapeError,
-        "wanted one length for each sample",
+        "wanted one length per sample",
     ),
     (lambda: nk.RecurrentBatchNorm(3, "frame", 5)(torch.randn(4, 3)), ShapeError, r"\(T, N, C\) frame-wise"),
     (lambda: nk.RecurrentBatchNorm(3, "frame", 5)(torch.randn(4, 1, 3)), ShapeError, "more than 1 value"),

@@ -54,7 +54,7 @@ def test_gated_rms_norm_in_both_orders_and_in_groups(before: bool, groups: int) 
         (nk.DynamicTanh(6, form="erf"), lambda x: torch.erf(0.5 * x)),
         (nk.DynamicTanh(6, 0.8, form="erf", elementwise_affine=False), lambda x: torch.erf(0.8 * x)),
     ],
-    ids=str,
+    ids=["seed_norm", "derf", "derf without weight"],
 )
 def test_starts_as(made: nn.Module, plain: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(4, 6)

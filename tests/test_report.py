@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the report needs the extra [lab]")
 
+import matplotlib
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -21,6 +22,7 @@ from normkit.core.errors import RecordError
 from normkit.lab import comparison
 from normkit.lab.perform import show
 from normkit.lab.report import drawing, figures
+from normkit.lab.report.canvas import LOOK
 from normkit.lab.report.comparison import Comparison
 from normkit.lab.report.drawing import save
 from normkit.lab.report.palette import styles
@@ -392,6 +394,28 @@ def test_figures_are_named_and_of_both_kinds(out: Path, result: dict[str, Any]) 
         start = path.read_bytes()[:8]
         assert start == b"\x89PNG\r\n\x1a\n" if path.suffix == ".png" else start.startswith(b"<?xml")
     assert {path.name for path in (out / "figures").iterdir()} == {path.name for path in written}
+
+
+def test_figures_cut_nothing_and_leave_room_beside_long_names(tmp_path: Path) -> None:
+    long = "gn:gcd4+e:rowcol@re:^blocks\\.[0-9]+\\.branch[0-9]+\\.conv$"
+    result = write_comparison(
+        tmp_path, recipes=("bn", "bn+wn", long), diverged=tuple((long, seed) for seed in range(3))
+    )
+    result["recipes"][1]["cost"].update(ratio=1.2, ratio_interval=[0.4, 3.0])
+    for each in comparison.figures(result):
+        with matplotlib.rc_context({**matplotlib.rcParamsDefault, **LOOK}):
+            figure = each.make()
+            figure.draw_without_rendering()
+        drawn = figure.get_tightbbox()
+        # 0.02 inches for how letters are rounded to pixels.
+        assert min(drawn.x0, drawn.y0) > -0.02, each.name
+        assert drawn.x1 < figure.get_figwidth() + 0.02, each.name
+        assert drawn.y1 < figure.get_figheight() + 0.02, each.name
+        for axis in figure.axes:
+            assert axis.get_window_extent().width > 0.2 * figure.bbox.width
+            if each.name == "cost":
+                ends = [float(x) for line in axis.get_lines() for x in line.get_xdata()]
+                assert max(ends, default=0) < axis.get_xlim()[1]
 
 
 def test_many_recipes_are_told_apart() -> None:

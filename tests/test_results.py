@@ -15,7 +15,7 @@ PAGES = sorted(page.parent.name for page in RESULTS.glob("*/result.md"))
 # Pages of runs from before records were published with them; docs/results/index.md says so.
 PREDATE = {
     "ablations", "batch-size", "cost", "disparity", "fig1", "four-benefits",
-    "shape", "table1", "table2", "table4", "vit-s", "why-bn",
+    "shape", "table1", "table2", "table4", "vit-s",
 }  # fmt: skip
 
 
@@ -31,7 +31,8 @@ def test_a_page_is_drawn_from_its_record(name: str, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(drawing, "DPI", 20)  # figures are compared by name alone
     page, text = RESULTS / name, (RESULTS / name / "result.json").read_text()
     shutil.copy(page / "result.json", tmp_path)
-    assert reshow(tmp_path)
+    reshow(tmp_path)
+    # Words of the experiment or the catalogue have changed: `normkit report docs/results/NAME` draws the page again.
     assert (tmp_path / "result.md").read_text() == (page / "result.md").read_text()
     pictures = {path.name for path in (tmp_path / "figures").glob("*.png")}
     assert pictures == {path.name for path in (page / "figures").glob("*.png")}

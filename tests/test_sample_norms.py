@@ -159,6 +159,14 @@ def test_a_learned_eps_lets_a_single_position_through() -> None:
 # Positional normalization
 
 
+def test_correction_is_that_of_the_variance_over_channels() -> None:
+    x = _image()
+    for correction in (0, 1):
+        var, mean = torch.var_mean(x, 1, correction=correction, keepdim=True)
+        wanted = (x - mean) / (var + 1e-5).sqrt()
+        assert_close(PositionalNorm(correction=correction)(x), wanted, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("correction", [0, 1])
 def test_the_shortcut_restores_the_moments(correction: int) -> None:
     x, norm = _image(), PositionalNorm(correction=correction)

@@ -1,13 +1,14 @@
 """Models and data as people get them wrong; `here` marks the line that a message must name."""
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lab_samples import data
 
@@ -31,8 +32,8 @@ def no_parameters() -> nn.Module:
     return nn.ReLU()
 
 
-def missing_part(classes: int) -> nn.Module:
-    from nosuchpackage import layers  # here: missing
+def missing_part(classes: int) -> Any:
+    layers = import_module("nosuchpackage")  # here: missing
 
     return layers
 
@@ -132,3 +133,12 @@ def endless() -> dict[str, Any]:
             yield torch.ones(8), 0
 
     return {"train": rows(), "test": data()["test"]}
+
+
+def collates_wrong() -> dict[str, Any]:
+    def collate(samples: list[Any]) -> Any:
+        return torch.stack([sample["image"] for sample in samples])  # here: collate
+
+    x, y = data()["train"]
+    rows = TensorDataset(torch.from_numpy(x), torch.from_numpy(y))
+    return {**data(), "train": DataLoader(rows, batch_size=4, collate_fn=collate)}

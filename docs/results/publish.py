@@ -1,4 +1,6 @@
-"""Publishes finished records of experiments as pages of the documentation: ``python docs/results/publish.py runs/table1 ...``
+"""Publishes finished records of experiments as pages of the documentation.
+
+``python docs/results/publish.py runs/table1 ...``
 
 A page is a folder with a small ``result.json``, what ``normkit report`` makes of it (``result.md``) and its figures. Paths of the
 machine are left out, numbers are rounded to five digits and pictures reduced to the size at which they are printed.
@@ -28,8 +30,8 @@ def publish(folder: Path, source: str) -> Path:
     config, about = found["config"], found["experiment"]
     experiment = find_experiment(about["kind"], about["name"])
     result = small(found["result"])
-    if "source" in result or "cifar" in json.dumps(config | {"data": str(result)[:2000]}):
-        result["source"] = source or result.get("source", "")
+    if source and '"cifar' in json.dumps(result):
+        result["source"] = source
     found["command"] = " ".join(experiment.words(config["scale"], config["seeds"], config["epochs"]))
     # Words of the experiment's file, which may have been mended since.
     about |= {"title": experiment.title, "claim": experiment.claim}
@@ -66,7 +68,7 @@ def reduced(picture: str) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path, help="finished records")
     parser.add_argument("--source", default="", help="where the data is from, if it is CIFAR")
     options = parser.parse_args()

@@ -44,7 +44,7 @@ class Residual(nn.Module):
         That of the sublayer.
 
     Raises:
-        OptionError: another placement.
+        OptionError: an unknown placement.
 
     Reference:
         Xiong et al., "On Layer Normalization in the Transformer Architecture" (2020), https://arxiv.org/abs/2002.04745;

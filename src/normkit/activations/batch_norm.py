@@ -63,7 +63,7 @@ class BatchNorm(Layer, TorchBatchNorm):
     Raises:
         ShapeError: a number of channels other than ``num_features``, a rank that ``spatial`` excludes, or one value per
             channel in training.
-        OptionError: another layout.
+        OptionError: an unknown layout.
         SurgeryError: one of torch's tools would replace the layer and lose its activation or layout.
 
     Reference:

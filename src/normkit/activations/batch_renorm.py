@@ -118,7 +118,7 @@ class BatchRenorm(Layer):
 
     Raises:
         ShapeError: a number of channels other than ``num_features``, or one value per channel in training.
-        OptionError: another layout, or a momentum outside 0 to 1.
+        OptionError: an unknown layout, or a momentum outside 0 to 1.
 
     Reference:
         Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models" (2017),
@@ -252,7 +252,7 @@ def _renormalize(
     wide = x.to(accumulation_dtype(x.dtype))
     mean, std = (place(statistic.detach(), "c", split).to(wide.dtype) for statistic in running[:2])
     if bounds is None:
-        y = (wide - mean) / std
+        y = ((wide if mask is None else torch.where(mask, wide, 0.0)) - mean) / std
     else:
         y, found = run_measured(rule, wide, mask=mask, backend=backend)
         deviation = rule.statistic.guarded(found.var, power=2)

@@ -88,7 +88,7 @@ class ConditionalNorm(_Normalizer):
 
     Raises:
         ShapeError: another number of channels, a condition of another shape, or one value per statistic.
-        OptionError: not exactly one of ``classes`` and ``features``; another ``over``.
+        OptionError: not exactly one of ``classes`` and ``features``; an unknown ``over``.
 
     Reference:
         Dumoulin, Shlens, Kudlur, "A Learned Representation for Artistic Style" (2017), https://arxiv.org/abs/1610.07629;
@@ -181,7 +181,7 @@ class SpatiallyAdaptiveNorm(_Normalizer):
 
     Raises:
         ShapeError: another number of channels, a map that does not fit, or one value per statistic.
-        OptionError: another ``over``, or an even kernel size.
+        OptionError: an unknown ``over``, or an even kernel size.
 
     Reference:
         Park, Liu, Wang, Zhu, "Semantic Image Synthesis with Spatially-Adaptive Normalization" (2019),

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.place import whole_number
 from normkit.core.precision import full_precision
-from normkit.core.support import Support, check_shape, show
-from normkit.engine.layer import check_channels
+from normkit.core.support import Support, check_shape
+from normkit.engine.layer import check_channels, check_channels_first
 from normkit.engine.window import sliding_mean
 
 _SUPPORT = Support("n c *", over="*")
@@ -201,7 +201,8 @@ def lyu_simoncelli_norm(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     tensor([[[0.0000, 0.9045, 0.3015]]])
     """
     wide = _wide("lyu_simoncelli_norm", input)
-    check_shape("lyu_simoncelli_norm", "weight", weight, input.shape[1], weight.shape[-1] if weight.dim() else 0)
+    taps = weight.shape[-1] if weight.dim() and weight.shape[-1] % 2 else 3  # an even profile has no centre
+    check_shape("lyu_simoncelli_norm", "weight", weight, input.shape[1], taps)
     check_shape("lyu_simoncelli_norm", "bias", bias, input.shape[1])
     energy, window = wide.square(), weight.shape[1]
     for dim in range(2, input.dim()):
@@ -287,8 +288,7 @@ def heeger_norm(input: Tensor, weight: Tensor, exponent: float = 2.0, sigma: flo
 
 def _wide(who: str, x: Tensor) -> Tensor:
     wide = x.to(accumulation_dtype(x.dtype))
-    if x.dim() < 2:
-        raise ShapeError(f"{who}: got an input of {x.dim()} axes ({show(x.shape)}), wanted at least 2: n c *")
+    check_channels_first(who, x)
     return wide
 
 

@@ -43,7 +43,7 @@ class DynamicTanh(Module):
 
     Raises:
         ShapeError: the input does not end in ``normalized_shape``, or has another number of channels.
-        OptionError: another form or layout, or several axes of channels.
+        OptionError: an unknown form or layout, or several axes of channels.
 
     Reference:
         Zhu, Chen, He, LeCun, Liu, "Transformers without Normalization" (2025), https://arxiv.org/abs/2503.10622;

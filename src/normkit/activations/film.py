@@ -39,7 +39,7 @@ class FiLM(Module):
 
     Raises:
         ShapeError: the input has another number of channels, or the condition another size.
-        OptionError: another layout, or the input is not floating.
+        OptionError: an unknown layout, or the input is not floating.
 
     Reference:
         Perez, Strub, de Vries, Dumoulin, Courville, "FiLM: Visual Reasoning with a General Conditioning Layer" (2018),

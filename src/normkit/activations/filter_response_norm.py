@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
+from normkit.core.errors import ShapeError
 from normkit.core.moments import accumulation_dtype
 from normkit.core.place import one_of
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, place
+from normkit.core.support import Support, place, show
 from normkit.engine.dispatch import Backend, run
 from normkit.engine.layer import Layer, check_channels
 
@@ -124,6 +125,8 @@ def filter_response_norm(
     tensor([[[ 0.8485, -1.1314]]])
     """
     if isinstance(eps, Tensor):
+        if eps.numel() != 1:
+            raise ShapeError(f"filter_response_norm: eps of shape {show(eps.shape)}; wanted one element")
         y = _with_learned_eps(input, weight, bias, eps, mask)
     else:
         y = run(filter_response_norm_rule(eps), input, weight, bias, mask=mask, backend=backend)

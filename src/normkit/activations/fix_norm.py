@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import ShapeError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, check_shape, show
+from normkit.core.support import Support, check_shape
 from normkit.engine.dispatch import run
+from normkit.engine.layer import check_last
 
 
 class FixNorm(Module):
@@ -104,10 +104,7 @@ class FixNorm(Module):
         Returns:
             (*, V), in the input's dtype.
         """
-        if input.dim() < 1 or input.shape[-1] != self.features:
-            raise ShapeError(
-                f"FixNorm: got an input of {show(input.shape)}, wanted one that ends in features={self.features}"
-            )
+        check_last("FixNorm", input, self.features)
         check_shape("FixNorm", "weight", self.weight, self.vocabulary, self.features)
         return fix_norm(input, self.weight, self.bias, self.gain, self.eps, fix_embeddings=self.fix_embeddings)
 

@@ -1,4 +1,4 @@
-"""Gated RMS normalization: multiplied by the SiLU of a second input, as in Mamba-2 and Qwen3-Next."""
+"""Gated RMS normalization, multiplied by the SiLU of a second input, as in Mamba-2 and Qwen3-Next."""
 
 from __future__ import annotations
 
@@ -32,25 +32,26 @@ def gated_rms_norm_rule(eps: float = 1e-5, groups: int = 1) -> Rule:
 
 
 class GatedRMSNorm(Module):
-    """RMS normalization of an input that is gated by the SiLU of another, before or after it is normalized.
+    """RMS normalization of an input that is gated by the SiLU of another, before or after normalizing.
 
     ``norm_before_gate=True`` (Qwen3-Next): y = weight * x / sqrt(E[x^2] + eps) * silu(gate).
     ``norm_before_gate=False`` (Mamba-2's default in transformers): the same norm of x * silu(gate).
-    Without a gate it is RMS normalization. The same in training and evaluation. Checkpoints of both load: the key is ``weight``.
+    Without a gate it is RMS normalization. Training and evaluation compute the same. Checkpoints of both load: the key is
+    ``weight``.
 
     Args:
-        features: D.
+        features: features D.
         eps: added to the mean square. Default: 1e-5.
-        norm_before_gate: which of the two. Default: True.
-        groups: into how many groups the features are split, each with a root mean square of its own. Default: 1.
+        norm_before_gate: which of the two forms. Default: True.
+        groups: number of groups of features, each with its own root mean square. Default: 1.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
     Shape:
-        input (*, D) and gate of the same shape, to the same.
+        input (*, D) and gate of the same shape; the output has this shape too.
 
     Raises:
-        ShapeError: the input has other features, or the gate another shape.
+        ShapeError: the input does not end in ``features``, or the gate has another shape.
         OptionError: the features do not split into the groups.
 
     Reference:
@@ -144,7 +145,7 @@ CARD = Card(
     module=GatedRMSNorm,
     functional=gated_rms_norm,
     make=GatedRMSNorm,
-    # The same gate for every sample, so that one sample's output is its own alone.
+    # The same gate for every sample, so that a sample's output depends on no other.
     extra=lambda x: (torch.linspace(-2, 2, x.shape[1:].numel(), dtype=x.dtype).reshape(x.shape[1:]).expand(x.shape),),
     rule=gated_rms_norm_rule(),
     layout="* d",

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.precision import full_precision
-from normkit.core.support import check_shape, show
-from normkit.engine.layer import check_channels
+from normkit.core.support import check_shape
+from normkit.engine.layer import check_channels, check_channels_first
 
 # Entries of gamma that should be 0 start here instead: a square has no slope at 0, and would never leave it.
 _START = 2.0**-18
@@ -93,8 +93,7 @@ def gdn(input: Tensor, beta: Tensor, gamma: Tensor, *, inverse: bool = False) ->
     tensor([[1.5000, 0.0000]])
     """
     wide = input.to(accumulation_dtype(input.dtype))
-    if input.dim() < 2:
-        raise ShapeError(f"gdn: got an input of {input.dim()} axes ({show(input.shape)}), wanted at least 2: n c *")
+    check_channels_first("gdn", input)
     channels = input.shape[1]
     check_shape("gdn", "beta", beta, channels)
     check_shape("gdn", "gamma", gamma, channels, channels)

@@ -41,7 +41,7 @@ class GlobalResponseNorm(Module):
 
     Raises:
         ShapeError: a number of channels other than ``num_channels``.
-        OptionError: another layout or ``over``.
+        OptionError: an unknown layout or ``over``.
 
     Reference:
         Woo, Debnath, Hu, Chen, Liu, Kweon, Xie, "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders"

@@ -51,7 +51,7 @@ class GroupNorm(Layer, nn.GroupNorm):
         (N, C, *) or, with channels last, (N, *, C); the output has the same shape.
 
     Raises:
-        OptionError: the channels do not split into the groups; another layout.
+        OptionError: the channels do not split into the groups; an unknown layout.
         ShapeError: a number of channels other than ``num_channels``; a single sample with one value per group, as in torch.
 
     Reference:

@@ -1,16 +1,15 @@
-"""HoloNorm: each token pulled into the unit ball, its direction and order of lengths kept."""
+"""HoloNorm: map each token into the unit ball, keeping its direction and the order of lengths."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import ShapeError
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, show
+from normkit.core.support import Support
 from normkit.engine.dispatch import Backend, run
-from normkit.engine.layer import Layer
+from normkit.engine.layer import Layer, check_last
 
 
 @remembered
@@ -27,17 +26,16 @@ class HoloNorm(Layer):
     """Divide each token by 1 plus its Euclidean norm.
 
     y = x / (1 + |x|), without parameters, the same in training and evaluation. The result lies inside the unit ball and has the
-    token's direction; the token can be recovered as y / (1 - |y|). The paper also allows
-    other norms than the Euclidean one.
+    token's direction; the token can be recovered as y / (1 - |y|). The paper also allows norms other than the Euclidean one.
 
     Args:
-        features: D.
+        features: features D.
 
     Shape:
-        (*, D) to the same.
+        (*, D); the output has the same shape.
 
     Raises:
-        ShapeError: the input has other features.
+        ShapeError: the input does not end in ``features``.
 
     Reference:
         Yongueng and Tembine, "Holonorm" (2025), https://arxiv.org/abs/2511.10504.
@@ -49,18 +47,14 @@ class HoloNorm(Layer):
     def __init__(self, features: int) -> None:
         super().__init__()
         self.features = features
-        self.register_parameter("weight", None)
-        self.register_parameter("bias", None)
-        _ = self.rule  # made now, so that a compiler finds it ready
+        self.register_affine((), False, False)
+        self.complete()
 
     def make_rule(self) -> Rule:
         return holo_norm_rule()
 
     def check(self, input: Tensor) -> None:
-        if input.dim() < 1 or input.shape[-1] != self.features:
-            raise ShapeError(
-                f"HoloNorm: got an input of {show(input.shape)}, wanted one that ends in features={self.features}"
-            )
+        check_last("HoloNorm", input, self.features)
 
     def extra_repr(self) -> str:
         return f"{self.features}"
@@ -85,7 +79,7 @@ CARD = Card(
     paper=Paper("Yongueng, Daryl Noupa and Tembine, Hamidou", "Holonorm", 2025, "https://arxiv.org/abs/2511.10504"),
     use_cases="transformers, instead of dynamic tanh or layer normalization",
     strengths="invertible and without parameters; bounded; keeps directions",
-    weaknesses="long tokens all end near length 1; no gain of its own",
+    weaknesses="all long tokens end near length 1; no gain",
     module=HoloNorm,
     functional=holo_norm,
     make=HoloNorm,

@@ -59,7 +59,7 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
 
     Raises:
         ShapeError: a number of channels other than ``num_features``, a rank that ``spatial`` excludes, or a single position.
-        OptionError: another layout.
+        OptionError: an unknown layout.
 
     Reference:
         Ulyanov, Vedaldi, Lempitsky, "Instance Normalization: The Missing Ingredient for Fast Stylization" (2016),

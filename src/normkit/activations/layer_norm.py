@@ -62,7 +62,7 @@ class LayerNorm(Layer, nn.LayerNorm):
 
     Raises:
         ShapeError: the input does not end in ``normalized_shape``, or has another number of channels.
-        OptionError: another ``over`` or ``per``.
+        OptionError: an unknown ``over`` or ``per``.
 
     Reference:
         Ba, Kiros, Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450.

@@ -15,7 +15,7 @@ from normkit.core.module import Module, whole
 from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.place import whole_number
 from normkit.core.support import Support, divisors, show
-from normkit.engine.layer import check_channels
+from normkit.engine.layer import check_channels, check_channels_first
 from normkit.engine.window import sliding_moments
 
 _SUPPORT = Support("n c *", over="*")
@@ -94,10 +94,7 @@ def local_context_norm(
     tensor([[[-1.0000,  0.7071,  0.0000]]])
     """
     wide = input.to(accumulation_dtype(input.dtype))
-    if input.dim() < 2:
-        raise ShapeError(
-            f"local_context_norm: got an input of {input.dim()} axes ({show(input.shape)}), wanted at least 2: n c *"
-        )
+    check_channels_first("local_context_norm", input)
     _check(input.shape[1], channels_per_group, window)
     axes = input.dim() - 2
     windows = list(window) if isinstance(window, Sequence) else [window] * axes

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.place import whole_number
 from normkit.core.precision import full_precision
-from normkit.core.support import show
+from normkit.engine.layer import check_channels_first
 from normkit.engine.window import sliding_mean, sliding_sum
 
 
@@ -43,7 +43,7 @@ class LocalContrastNorm(Module):
         (N, C, *); the output has the same shape.
 
     Raises:
-        OptionError: another form, a size or window below 1, an even window in Jarrett's form, a negative k.
+        OptionError: an unknown form, a size or window below 1, an even window in Jarrett's form, a negative k.
         ShapeError: an input without a channel axis.
 
     Reference:
@@ -109,10 +109,7 @@ def local_contrast_norm(
     """
     window = _check(size, window, k, form, sigma)
     wide = input.to(accumulation_dtype(input.dtype))
-    if input.dim() < 2:
-        raise ShapeError(
-            f"local_contrast_norm: got an input of {input.dim()} axes ({show(input.shape)}), wanted at least 2: n c *"
-        )
+    check_channels_first("local_contrast_norm", input)
     space = tuple(range(2, input.dim()))
     if form == "jarrett":
         with full_precision(input):

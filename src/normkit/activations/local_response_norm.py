@@ -7,12 +7,12 @@ from functools import partial
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.place import whole_number
-from normkit.core.support import show
 from normkit.engine import native_window
+from normkit.engine.layer import check_channels_first
 from normkit.engine.native_window import Window
 from normkit.engine.window import sliding_sum
 
@@ -89,10 +89,7 @@ def local_response_norm(
     k = _offset(k, torch_compat)
     _check(size, k)
     accumulation_dtype(input.dtype)  # refuses integers
-    if input.dim() < 2:
-        raise ShapeError(
-            f"local_response_norm: got an input of {input.dim()} axes ({show(input.shape)}), wanted at least 2: n c *"
-        )
+    check_channels_first("local_response_norm", input)
     after = (size - 1) // 2 if torch_compat else size // 2
     window = Window(size // 2, after, k, alpha / size if torch_compat else alpha, beta)
     definition = partial(_define, window=window)

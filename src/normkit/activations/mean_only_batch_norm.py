@@ -50,7 +50,7 @@ class MeanOnlyBatchNorm(Layer):
 
     Raises:
         ShapeError: a number of channels other than ``num_features``.
-        OptionError: another layout.
+        OptionError: an unknown layout.
 
     Reference:
         Salimans and Kingma, "Weight Normalization" (2016), https://arxiv.org/abs/1602.07868, section 4.

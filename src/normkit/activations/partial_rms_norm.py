@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError
 from normkit.core.module import Module
 from normkit.core.place import positive_number
 from normkit.core.statistic import Guard, Statistic
-from normkit.core.support import Support, show
+from normkit.core.support import Support
+from normkit.engine.layer import check_last
 
 _SUPPORT = Support("* d", over="d")
 
@@ -38,7 +39,7 @@ class PartialRMSNorm(Module):
         (*, D); the output has the same shape.
 
     Raises:
-        OptionError: the fraction leaves no feature, or is above 1; another guard.
+        OptionError: the fraction leaves no feature, or is above 1; an unknown guard.
         ShapeError: the input does not end in ``features``.
 
     Reference:
@@ -79,10 +80,7 @@ class PartialRMSNorm(Module):
         Returns:
             A tensor of the input's shape and dtype.
         """
-        if input.dim() < 1 or input.shape[-1] != self.features:
-            raise ShapeError(
-                f"PartialRMSNorm: got an input of {show(input.shape)}, wanted one that ends in features={self.features}"
-            )
+        check_last("PartialRMSNorm", input, self.features)
         return _normalize(input, self.measured, self.weight, self.bias, Statistic(None, "rms", self.eps, self.guard))
 
     def extra_repr(self) -> str:

@@ -62,8 +62,7 @@ class PositionalNorm(Layer):
     def __init__(self, eps: float = 1e-5, correction: int = 1) -> None:
         super().__init__()
         self.eps, self.correction = eps, correction
-        self.register_parameter("weight", None)
-        self.register_parameter("bias", None)
+        self.register_affine((), False, False)
         self.complete()
 
     def make_rule(self) -> Rule:

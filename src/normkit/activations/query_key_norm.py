@@ -62,7 +62,7 @@ class QueryKeyNorm(Module):
         queries (*, L, D), keys (*, S, D), values (*, S, E); output (*, L, E).
 
     Raises:
-        OptionError: another form, or the cosine form without a length of at least 2.
+        OptionError: an unknown form, or the cosine form without a length of at least 2.
         ShapeError: queries or keys do not end in ``features``.
 
     Reference:

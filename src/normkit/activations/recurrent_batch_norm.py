@@ -66,7 +66,7 @@ class RecurrentBatchNorm(Layer):
         (T, N, C), or (N, T, C) with ``batch_first``; the output has the same shape. Sequence-wise without lengths any (*, C).
 
     Raises:
-        OptionError: frame-wise without ``max_length``; other statistics.
+        OptionError: frame-wise without ``max_length``; unknown statistics.
         ShapeError: an input or lengths that do not fit, or one value per statistic in training.
 
     Reference:
@@ -227,7 +227,7 @@ class BatchNormRNN(Module):
         (T, N, input_size) to (T, N, hidden_size), and the last real state (N, hidden_size).
 
     Raises:
-        OptionError: another nonlinearity; otherwise as RecurrentBatchNorm.
+        OptionError: an unknown nonlinearity; otherwise as RecurrentBatchNorm.
 
     Reference:
         Laurent et al., "Batch Normalized Recurrent Neural Networks" (2015), https://arxiv.org/abs/1510.01378.

@@ -16,7 +16,7 @@ from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, check_shape, show
-from normkit.engine.layer import Layer
+from normkit.engine.layer import Layer, check_last
 
 State = tuple[Tensor, ...]
 
@@ -95,7 +95,7 @@ class LayerNormRNNCell(_Cell):
         input (*, input_size) and h (*, hidden_size), to h'.
 
     Raises:
-        OptionError: another nonlinearity.
+        OptionError: an unknown nonlinearity.
         ShapeError: the size of the input or of the state does not fit.
 
     Reference:
@@ -249,9 +249,7 @@ def unroll(input: Tensor, cell: _Cell, state: Any = None, *, mask: Tensor | None
     """
     _check(cell, input)
     if input.dim() < 2 or len(input) == 0:
-        raise ShapeError(
-            f"unroll: got a sequence of {show(input.shape)}, wanted at least one time step: (T, *, features)"
-        )
+        raise ShapeError(f"unroll: got a sequence of {show(input.shape)}, wanted at least one step: (T, *, features)")
     if mask is not None and (mask.shape != input.shape[:-1] or mask.dtype != torch.bool):
         raise ShapeError(
             f"unroll: got a {mask.dtype} mask of {show(mask.shape)}, wanted torch.bool of {show(input.shape[:-1])}"
@@ -283,7 +281,7 @@ class LayerNormRecurrent(Module):
         (T, *, input_size) to (T, *, hidden_size) and the last state: h (layers, *, hidden_size), or (h, c) of an LSTM.
 
     Raises:
-        OptionError: another cell, or no layers.
+        OptionError: an unknown cell, or no layers.
         ShapeError: the size of the input, state or mask does not fit, or there is no time step.
 
     Reference:
@@ -346,14 +344,10 @@ _CELLS: dict[str, type[Any]] = {"lstm": LayerNormLSTMCell, "gru": LayerNormGRUCe
 
 def _check(cell: _Cell, x: Tensor) -> None:
     accumulation_dtype(x.dtype)  # refuses integers
-    who, rows = type(cell).__name__, cell.gates * cell.hidden_size
-    check_shape(who, "weight_ih", cell.weight_ih, rows, cell.input_size)
-    check_shape(who, "weight_hh", cell.weight_hh, rows, cell.hidden_size)
-    check_shape(who, "bias", getattr(cell, "bias", None), rows)
-    if x.dim() < 1 or x.shape[-1] != cell.input_size:
-        raise ShapeError(
-            f"{type(cell).__name__}: got an input of {show(x.shape)}, wanted one that ends in input_size={cell.input_size}"
-        )
+    rows = cell.gates * cell.hidden_size
+    for name, *sizes in (("weight_ih", cell.input_size), ("weight_hh", cell.hidden_size), ("bias",)):
+        check_shape(type(cell).__name__, name, getattr(cell, name, None), rows, *sizes)
+    check_last(type(cell).__name__, x, cell.input_size, "input_size")
 
 
 def _first(cell: _Cell, x: Tensor, given: Any) -> State:
@@ -398,7 +392,5 @@ _GRU = "(r, z) = LN(W_ih x) + LN(W_hh h); n = tanh(LN(W_in x) + sigmoid(r) LN(W_
 _INPUTS: tuple[Invariance, ...] = ("weight scale", "data scale", "sample scale")
 
 CARD_RNN = _card("rnn", "a simple recurrent network", "the summed inputs", "h' = tanh(LN(W_ih x + W_hh h))")
-CARD_LSTM = _card(
-    "lstm", "an LSTM", "all gates together, separately for input and state, and over the cell", _LSTM, *_INPUTS
-)
-CARD_GRU = _card("gru", "a GRU", "both gates and the candidate, separately for input and state", _GRU, *_INPUTS)
+CARD_LSTM = _card("lstm", "an LSTM", "the gates of the input and of the state, and over the cell", _LSTM, *_INPUTS)
+CARD_GRU = _card("gru", "a GRU", "the gates and the candidate, of the input and of the state", _GRU, *_INPUTS)

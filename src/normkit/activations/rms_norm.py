@@ -75,7 +75,7 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
 
     Raises:
         ShapeError: the input does not end in ``normalized_shape``, or has another number of channels.
-        OptionError: another ``over``, ``guard`` or ``cast``.
+        OptionError: an unknown ``over``, ``guard`` or ``cast``.
 
     Reference:
         Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), https://arxiv.org/abs/1910.07467.

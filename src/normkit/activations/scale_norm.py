@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.engine.dispatch import Backend, run
-from normkit.engine.layer import Layer
+from normkit.engine.layer import Layer, check_last
 
 
 @remembered
@@ -86,10 +86,7 @@ class ScaleNorm(Layer):
         return scale_norm_rule(self.eps)
 
     def check(self, input: Tensor) -> None:
-        if input.dim() < 1 or input.shape[-1] != self.features:
-            raise ShapeError(
-                f"ScaleNorm: got an input of {show(input.shape)}, wanted one that ends in features={self.features}"
-            )
+        check_last("ScaleNorm", input, self.features)
 
     def extra_repr(self) -> str:
         return f"{self.features}, eps={self.eps}"

@@ -18,22 +18,22 @@ from normkit.engine.dispatch import Backend, run
 
 
 class SeeDNorm(Module):
-    """Divide each token by its root mean square and scale it by a gain that is computed from the token.
+    """Divide each token by its root mean square and scale it by a gain computed from the token.
 
     y = (weight + tanh(<x, beta>) * alpha) * x / sqrt(E[x^2] + eps), with <x, beta> one number per token and weight, alpha, beta
     vectors of D. It starts as RMS normalization, as beta starts at 0. With several heads the features are split into as many
-    parts, and each part's gain comes from its own <x, beta>, whose variance is smaller. The same in training and evaluation.
-    Initial values are as restated by others; the authors have published no code.
+    parts, and the gain of each part comes from its own <x, beta>, whose variance is smaller. Training and evaluation compute
+    the same. The initial values follow restatements by others, as the authors have published no code.
 
     Args:
-        features: D.
+        features: features D.
         eps: added to the mean square. Default: 1e-6.
-        heads: into how many parts the features are split for <x, beta>. Default: 1.
+        heads: number of parts into which the features are split for <x, beta>. Default: 1.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
     Shape:
-        (*, D) to the same.
+        (*, D); the output has the same shape.
 
     Raises:
         ShapeError: the input has another number of features.
@@ -124,7 +124,7 @@ CARD = Card(
         "https://arxiv.org/abs/2510.22777",
     ),
     use_cases="language models and vision transformers, instead of root mean square normalization",
-    strengths="keeps what the token's length says; starts as root mean square normalization",
+    strengths="keeps the information in the token's length; starts as root mean square normalization",
     weaknesses="a second reduction per token and three parameters per feature; not invariant to the token's scale",
     module=SeeDNorm,
     functional=seed_norm,

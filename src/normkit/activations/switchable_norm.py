@@ -45,7 +45,7 @@ class SwitchableNorm(Module):
 
     Raises:
         ShapeError: a number of channels other than ``num_features``, or a single position.
-        OptionError: another correction.
+        OptionError: an unknown correction.
 
     Reference:
         Luo, Ren, Peng, Zhang, Li, "Differentiable Learning-to-Normalize via Switchable Normalization" (2018),

@@ -65,7 +65,7 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
     Raises:
         ShapeError: a number of channels other than ``num_features``, or one value per channel in all processes
             together in training.
-        OptionError: another layout.
+        OptionError: an unknown layout.
 
     Reference:
         Merging follows Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983),

@@ -105,7 +105,7 @@ def small_shape(support: Support) -> tuple[list[int], list[str]]:
 
 
 def _star(groups: Sequence[tuple[str, ...]]) -> str:
-    """What a star that does not lead holds, which its neighbours tell."""
+    """Label a star that is not the first axis, according to its neighbours."""
     if len(groups) == 2:
         return {"o": "weights of the unit", "n": "features"}.get(groups[0][0], word("*"))
     return "tokens" if groups[-1] == ("d",) else word("*")

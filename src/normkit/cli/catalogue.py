@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from normkit.cli.command import command
+from normkit.cli.command import app, command
 from normkit.core.errors import NotationError
 from normkit.lab.say import visible
 
 
-@command("list")
+@command(app, "list")
 def list_methods(
     of: Annotated[str | None, typer.Option(metavar="KIND", help="input, activation, weight or gradient")] = None,
     batch_dependent: Annotated[
@@ -29,7 +29,7 @@ def list_methods(
     list_table(Console(), of, batch_dependent=batch_dependent, running_state=running, foldable=foldable)
 
 
-@command("show")
+@command(app, "show")
 def show(name: Annotated[str, typer.Argument(metavar="METHOD", help="as in the list, such as group_norm")]) -> None:
     """Shows one method: formula, support set, paper, uses."""
     from rich.console import Console
@@ -39,7 +39,7 @@ def show(name: Annotated[str, typer.Argument(metavar="METHOD", help="as in the l
     show_page(name, Console())
 
 
-@command("draw")
+@command(app, "draw")
 def draw(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="METHOD", help="methods; default: all that have a support set")
@@ -55,7 +55,7 @@ def draw(
         typer.echo(visible(str(path)))
 
 
-@command("cite")
+@command(app, "cite")
 def cite(
     names: Annotated[list[str], typer.Argument(metavar="NAME", help="methods, or package.module:factory of a model")],
 ) -> None:

@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from normkit.core.errors import NormkitError, closest
 from normkit.lab.option import Option, check, options
-from normkit.lab.say import theirs, told, visible
+from normkit.lab.say import let_go, theirs, told, visible
 from normkit.lab.settings import Site
 from normkit.lab.stop import stoppable
 
@@ -50,6 +50,15 @@ class Group(TyperGroup):
             raise SystemExit(_say(self._usage(error))) from None
         except typer.Abort:
             raise SystemExit(130) from None
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            let_go()
+            # Whoever reads a pipe may have enough, as `head` has.
+            broken = isinstance(error, BrokenPipeError)
+            raise SystemExit(
+                1 if broken else _say(f"cannot write to standard output: {error.strerror}; lead it elsewhere")
+            ) from None
         raise SystemExit(code)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -115,13 +124,14 @@ class Words(TyperCommand):
             raise
 
 
-def command(name: str, *declared: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(app: typer.Typer, name: str, *declared: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Adds a function to the command line.
 
     It is called with an instance of each dataclass, made of the options that were given, and with its other arguments as typer
     reads them.
 
     Args:
+        app: the command line.
         name: of the command.
         *declared: dataclasses whose fields are options.
     """
@@ -147,7 +157,7 @@ def command(name: str, *declared: type) -> Callable[[Callable[..., None]], Calla
         run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
         run.__annotations__ = {each.name: each.annotation for each in parameters}
         # Of click's help: lines after a backspace are not filled.
-        run.__doc__ = (function.__doc__ or "").replace("Such as:\n", "\b\nSuch as:\n")
+        run.__doc__ = (inspect.getdoc(function) or "").replace("Such as:\n", "\b\nSuch as:\n")
         app.command(name, cls=Words)(run)
         return function
 
@@ -181,11 +191,14 @@ def faults(all_of_it: bool) -> Iterator[None]:
         with stoppable():
             yield
     except KeyboardInterrupt as error:
-        typer.echo(visible(f"\nstopped{f'; {error}' if str(error) else ''}"), err=True)
+        said = str(error) or "give the same command to go on"
+        typer.echo(visible(f"\nstopped; {said}"), err=True)
         raise typer.Exit(130) from None
     except typer.Exit:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise
         said = _fault(error)
         if said is None:
             raise

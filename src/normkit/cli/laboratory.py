@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from normkit.cli.command import StoppedError, command
+from normkit.cli.command import StoppedError, app, command
 from normkit.lab.settings import UNSAID, Place, Reports, Settings, Site, Size, Speed
 
 NAME = typer.Argument(metavar="NAME", help="of the experiment; without it they are listed", show_default=False)
@@ -24,7 +24,7 @@ def going_on(said: Callable[[], tuple[str, str]]) -> Iterator[None]:
         raise StoppedError(f"{kept}\nto go on:  {again}") from None
 
 
-@command("compare", Settings, Site, Reports)
+@command(app, "compare", Settings, Site, Reports)
 def compare(settings: Settings, site: Site, reports: Reports) -> None:
     """Compares recipes of normalization on a model and data.
 
@@ -51,7 +51,7 @@ def compare(settings: Settings, site: Site, reports: Reports) -> None:
         part()
 
 
-@command("reproduce", Size, Place, Reports)
+@command(app, "reproduce", Size, Place, Reports)
 def reproduce(size: Size, place: Place, reports: Reports, name: Annotated[str | None, NAME] = None) -> None:
     """Reproduces a table or figure of a paper, next to its numbers.
 
@@ -63,7 +63,7 @@ def reproduce(size: Size, place: Place, reports: Reports, name: Annotated[str | 
     _experiment("reproduce", name, size, place, reports)
 
 
-@command("claim", Size, Place, Reports)
+@command(app, "claim", Size, Place, Reports)
 def claim(size: Size, place: Place, reports: Reports, name: Annotated[str | None, NAME] = None) -> None:
     """Puts a claim of the literature to the test.
 
@@ -93,7 +93,7 @@ def _experiment(kind: str, name: str | None, size: Size, place: Place, reports: 
         perform(experiment, bench, overwrite=reports.overwrite, report=reports.report, command=again)
 
 
-@command("report")
+@command(app, "report")
 def report(
     output: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a finished comparison or experiment")],
 ) -> None:
@@ -103,7 +103,7 @@ def report(
     reshow(output)
 
 
-@command("bench", Speed)
+@command(app, "bench", Speed)
 def bench(speed: Speed) -> None:
     """Compares the layers' speed with torch's own.
 
@@ -115,7 +115,7 @@ def bench(speed: Speed) -> None:
         bench(speed)
 
 
-@command("info")
+@command(app, "info")
 def info() -> None:
     """Says what runs here: versions, device, threads, back ends."""
     import torch

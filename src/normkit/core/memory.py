@@ -98,14 +98,18 @@ class Running:
         wide, batches = accumulation_dtype(running.mean.dtype), running.batches
         if self.momentum is None:
             assert batches is not None
-            weight: float | Tensor = 1.0 / (batches + 1).to(wide)
+            weight: float | Tensor = 1.0 / (batches + 1).to(
+                wide
+            )  # a tensor, as reading the count would wait for the device
         else:
             weight = self.momentum
         mixed = self._mixed(running.mean.to(wide), running.var.to(wide), mean.to(wide), var.to(wide), weight)
         rounded = [value.to(buffer.dtype) for value, buffer in zip(mixed, running[:2], strict=False)]
+        # Mean and variance of a channel are replaced together or not at all; where the buffers' dtype overflows counts too.
         fits = torch.stack([value.isfinite() for value in rounded]).all(0)
         if self.momentum is None:
             fits = fits.all()
+        # By torch.where, not by an index: no value is read on the host, and a compiler sees fixed shapes.
         for value, buffer in zip(rounded, running[:2], strict=False):
             buffer.copy_(torch.where(fits, value, buffer))
         if batches is not None:

@@ -68,7 +68,7 @@ class Moments(NamedTuple):
         Moments(mean=tensor(3.), var=tensor(2.6667), n=3)
         """
         if not isinstance(self.n, Tensor) and not isinstance(other.n, Tensor):
-            if self.n == 0 or other.n == 0:
+            if self.n == 0 or other.n == 0:  # the share would be 0 / 0 where both are empty
                 return other if self.n == 0 else self
         total = self.n + other.n
         share = other.n / total
@@ -112,7 +112,7 @@ def moments(x: Tensor, dims: Sequence[int], mask: Tensor | None = None) -> Momen
         return Moments(first + shift, (rest - shift).square().mean(dims, keepdim=True), count)
     mask = mask.expand(x.shape)
     count = mask.sum(dims, keepdim=True).to(x.dtype)
-    divisor = count.clamp_min(1)
+    divisor = count.clamp_min(1)  # a set that the mask empties gets the mean 0: NaN would reach gradients through where
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     first = torch.where(mask, x, zero).sum(dims, keepdim=True) / divisor
     rest = torch.where(mask, x - first, zero)

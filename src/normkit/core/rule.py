@@ -70,6 +70,7 @@ class Rule:
 
     def keep(self, key: Any, prepare: Callable[[], Any]) -> Any:
         """Return what was prepared under a key, and prepare it first where it is missing."""
+        # Without a lock: two threads may both prepare, and either result serves.
         found = self.prepared.get(key)
         if found is None:
             found = prepare()

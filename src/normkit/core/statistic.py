@@ -95,6 +95,7 @@ class Statistic:
         x = x.to(accumulation_dtype(x.dtype))
         dims = split.dims
         found = moments(x, dims, mask) if self.center == "mean" or self.scale == "std" else None
+        # Masked elements must not win a minimum or maximum, so they become infinities there.
         least = x if mask is None else torch.where(mask, x, math.inf)
         if self.center == "mean":
             assert found is not None

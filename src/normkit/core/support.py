@@ -40,6 +40,7 @@ class Split:
     """Shape of the statistics, with reduced axes of size 1."""
 
     def __post_init__(self) -> None:
+        # Computed once, as a split is kept for its shape and read at every call.
         sizes = self.shape
         object.__setattr__(self, "count", math.prod([sizes[d] for d in self.dims]))
         object.__setattr__(self, "statistics_shape", tuple(1 if d in self.dims else n for d, n in enumerate(sizes)))
@@ -297,6 +298,7 @@ def place(parameter: torch.Tensor, per: str, split: Split) -> torch.Tensor:
             f"to meet an input that splits as {show(split.shape)}"
         )
     names = {name for group in parse_axes(per) for name in group}
+    # Axes come in the order of the support, which Rule ensures: so sizes of 1 between them suffice, without a permutation.
     return parameter.reshape(
         [size if name in names else 1 for name, size in zip(split.names, split.shape, strict=True)]
     )

@@ -65,14 +65,17 @@ def refusal(call: Call, split: Split) -> str | None:
 def perform(call: Call, split: Split) -> Output:
     """Run a call on torch's kernel; only where ``refusal`` returned None."""
     x, total = summed(call)
+    # torch's batch norm does not return its statistics, but it can be made to write them to running ones.
     found = call.running if not call.own else _room(call, x) if call.wants_moments else None
     ready = _ready(call, x, split, found)
+    # A compiler or jit.trace would not see into the node; it traces the kernel's own backward, which is right once.
     if torch.is_grad_enabled() and not recorded():
         y: Any = _RightTwice.apply(x, call.weight, call.bias, ready, partial(_define, call, split))
     else:
         y = ready(x, call.weight, call.bias)
     moments = None
     if call.own and found is not None:
+        # torch writes the unbiased variance, moments hold the population's.
         shape, biased = split.statistics_shape, (split.count - 1) / split.count
         moments = Moments(found.mean.view(shape), (found.var * biased).view(shape), split.count)
     return Output(finish(activate(y, call.activation), call), total, moments)
@@ -146,6 +149,7 @@ def _kernel(rule: Rule) -> Kernel | None:
         return None
     kind = (statistic.center, statistic.scale)
     trailing = " ".join(name for group in rule.support.groups[1:] for name in group)
+    # By axes and statistic, not by method: a user's own rule with the same ones gets the kernel too.
     plain = all(len(group) == 1 for group in rule.support.groups)
     if plain and rule.support.names[0] == "*" and rule.support.reduced == frozenset(rule.support.names[1:]):
         if compensation is None or compensation.per == trailing:

@@ -83,7 +83,7 @@ def choose(call: Call) -> Choice:
         BackendError: the back end asked for can't run this, with the reason.
     """
     x = call.x
-    if nested.applies(call):
+    if nested.applies(call):  # first, as a nested tensor has no shape to split
         return Choice(
             "nested",
             "each tensor inside it is normalized separately",
@@ -91,6 +91,7 @@ def choose(call: Call) -> Choice:
             partial(nested.perform, each=_each),
         )
     split = _checked(call)
+    # All four are asked, as the reason for one names what the others lack. Asking computes nothing.
     found: dict[str, Callable[[Call], Output] | str] = {
         "native": _native(call, split),
         "aten": aten.refusal(call, split) or partial(aten.perform, split=split),
@@ -119,6 +120,7 @@ def choose(call: Call) -> Choice:
 
 def kept(call: Call, key: tuple[Any, ...] | None) -> Choice:
     """The choice for a call, cached in its rule under this key; None caches nothing."""
+    # In the rule rather than in a global cache: layers with equal settings share it, and it is freed with the rule.
     return choose(call) if key is None else call.rule.keep(key, partial(choose, call))
 
 
@@ -130,6 +132,7 @@ def _native(call: Call, split: Split) -> Callable[[Call], Output] | str:
     if call.mask is not None:
         return "the kernels take no mask"
     if not watched():
+        # Preparing is the test: whatever it refuses has no kernel, and whatever it returns is what runs.
         ready = prepare(call.rule, call.x, split, call.weight, call.bias, call.activation, call.running, not call.own)
         if isinstance(ready, str):
             return ready

@@ -42,7 +42,7 @@ def run(
     """Run a rule: statistics over its support, normalize, compensate, remember.
 
     Args:
-        rule: what to compute.
+        rule: the rule to run.
         x: the input, of the rule's axes.
         weight: one value per element of the compensation's axes, or None.
         bias: likewise.
@@ -85,7 +85,7 @@ def run_after_sum(
     """Run a rule on x + residual and return that sum too: the step between two blocks of a residual network, in one pass.
 
     Args:
-        rule: what to compute.
+        rule: the rule to run.
         x: a branch's output.
         residual: of x's shape and dtype.
         weight: as for ``run``.
@@ -124,7 +124,7 @@ def run_measured(
     """Run a centred rule by the input's own statistics, and return them too.
 
     Args:
-        rule: what to compute.
+        rule: the rule to run.
         x: the input.
         weight: as for ``run``.
         bias: as for ``run``.
@@ -163,7 +163,7 @@ def explain(
     """Say which back end ``run`` would use for these arguments, and why.
 
     Args:
-        rule: what would be computed.
+        rule: the rule that would run.
         x: the input.
         weight: as for ``run``.
         bias: as for ``run``.
@@ -205,6 +205,7 @@ def perform(call: Call) -> Output:
 def perform_by(choice: Choice, call: Call) -> Output:
     """Run a call by the choice made for it, or for another call with the same key."""
     output = choice.perform(call)
+    # The native kernels may have updated the statistics already; all other back ends leave that to here.
     memory, running, found = call.rule.memory, call.running, output.moments
     if running is not None and memory is not None and call.own and not output.remembered and found is not None:
         memory.update(running, found, choice.split)

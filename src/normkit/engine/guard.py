@@ -33,6 +33,7 @@ def guard(*tensors: Tensor) -> Check:
     """
     if _Guards is None:
         return _never
+    # All sizes and strides are given, so all are compared; a None among them would match any.
     sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
     return _Guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 

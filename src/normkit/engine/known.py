@@ -36,6 +36,7 @@ class Known(NamedTuple):
 
     def fits(self, *tensors: Tensor | None) -> bool:
         """Whether the choice holds for these: input, weight, bias and, where they are given, running statistics."""
+        # The count first: the comparison takes exactly as many tensors as it was made for.
         there = [t for t in tensors if t is not None]
         return len(there) == self.parts and self.check(*there)
 

@@ -105,7 +105,7 @@ class Layer(Module):
         for known in last:
             if known.agrees(call):
                 return perform_by(known.choice, call)
-        self._fits(call.x)
+        self._fits(call.x)  # after the comparison, as an input like an earlier one has passed it already
         choice = kept(call, call.key())
         if keeps and choice.backend == "native":
             # Four, as a layer may alternate between a few shapes; every one more is compared at each miss.
@@ -148,6 +148,7 @@ class Layer(Module):
         return {name: value for name, value in self.__dict__.items() if name not in _MADE}
 
     def _forget(self) -> None:
+        # After any change of an attribute, as each may be one that the rule or the choice was made from.
         for name in _MADE:
             self.__dict__.pop(name, None)
 
@@ -225,6 +226,18 @@ def check_channels(who: str, input: Tensor, wanted: int, argument: str, layout: 
             f"{who}: got {input.shape[axis]} channels (axis {axis} of {show(input.shape)}), wanted {argument}={wanted}; "
             f"make the layer with {argument}={input.shape[axis]}, or check that the input is laid out as {layout!r}"
         )
+
+
+def check_channels_first(who: str, input: Tensor) -> None:
+    """Refuse an input that is too small for samples and channels."""
+    if input.dim() < 2:
+        raise ShapeError(f"{who}: got an input of {input.dim()} axes ({show(input.shape)}), wanted at least 2: n c *")
+
+
+def check_last(who: str, input: Tensor, wanted: int, argument: str = "features") -> None:
+    """Refuse an input whose last axis has another size."""
+    if input.dim() < 1 or input.shape[-1] != wanted:
+        raise ShapeError(f"{who}: got an input of {show(input.shape)}, wanted one that ends in {argument}={wanted}")
 
 
 def check_several(who: str, input: Tensor, support: Support) -> None:

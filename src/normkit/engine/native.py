@@ -29,13 +29,14 @@ from normkit.engine.reference import activate
 def perform(ready: Prepared, call: Call) -> Output:
     """Run a call by the input's own statistics, with what was prepared for it."""
     x, residual = _dense(call.x, ready), call.residual
-    if residual is not None:
+    if residual is not None:  # the kernel walks both with the strides of x
         residual = like(residual, x)
     measured = call.measured or call.running is not None
     y, total, values = normalize(ready, x, call.weight, call.bias, residual, measured)
     if not measured:
         return Output(y, total)
     memory, running = call.rule.memory, call.running
+    # One more call into the library, where the update by operators would take a dozen.
     if ready.arrays is not None and running is not None and memory is not None and _updates(memory):
         _remember(ready, memory, values, running)
         return Output(y, total, remembered=True)
@@ -48,6 +49,7 @@ def quick(perform: Any, call: Call) -> Callable[..., Tensor] | None:
     None where calls update running statistics, or tensors must be copied first.
     """
     (ready,) = perform.args
+    # A parameter that is not contiguous needs a copy at each call, which the full path makes.
     packed = all(p is None or p.is_contiguous() for p in (call.weight, call.bias))
     if ready.source is not None or not packed or (call.own and call.running is not None):
         return None
@@ -106,7 +108,7 @@ def perform_by(ready: Prepared, call: Call) -> Output:
 def _by_arrays(
     ready: Prepared, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor
 ) -> Tensor:
-    values = x.new_empty(2 * ready.nest.statistics, dtype=ready.wide)
+    values = x.new_empty(2 * ready.nest.statistics, dtype=ready.wide)  # a row of 1 / scale, then a row of centres
     start = values.data_ptr()
     variance = var.data_ptr() if ready.scaled else None
     center = start + ready.statistic_bytes
@@ -145,6 +147,7 @@ def _remember(ready: Prepared, memory: Running, values: Tensor, running: Running
         running.batches.add_(1)
     count, start, step = ready.split.count, values.data_ptr(), ready.statistic_bytes
     raw = type(memory) is RunningMoments
+    # n / (n - 1) makes the variance unbiased. Infinity marks it as undefined: the library skips what is not finite.
     factor = 1.0 if raw else count / (count - 1) if count > 1 else float("inf")
     pointers = start + step, start + 2 * step, mean.data_ptr(), var.data_ptr()
     checked(ready.remember(mean.numel(), TYPES[ready.wide], ready.arrays, memory.momentum, factor, raw, *pointers))
@@ -183,6 +186,7 @@ def _forward(
 
     The kernel writes them, unless ``values`` holds them and ``ready`` was prepared for given ones.
     """
+    # empty_like keeps the strides of x, with which the kernel writes.
     y = torch.empty_like(x)
     total = None if residual is None else torch.empty_like(x)
     inverse = center = variance = None
@@ -219,8 +223,9 @@ def _backward(
     values: Tensor,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if dy is None:
+    if dy is None:  # only the sum was used
         return dsum, None, None
+    # The kernel normalizes x again from the kept statistics: nothing else of the input's size is kept for it.
     dx = torch.empty_like(x) if wanted[0] else None
     dweight = torch.empty_like(weight) if wanted[1] and weight is not None else None
     dbias = torch.empty_like(bias) if wanted[2] and bias is not None else None
@@ -290,7 +295,7 @@ def _differentiable(
     if dy is None:
         return [dsum, None, None]
     dx, dweight, dbias = gradients(functools.partial(_definition, ready, values), inputs, wanted, dy)
-    if dsum is not None:
+    if dsum is not None:  # the sum is an output too, and its gradient adds to the one through the norm
         dx = dsum if dx is None else dx + dsum
     return [dx, dweight, dbias]
 
@@ -320,17 +325,19 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *arrived: Tensor | None) -> tuple[Tensor | None, ...]:
         ready, (x, weight, bias), needs = ctx.ready, ctx.saved_tensors, ctx.needs_input_grad
+        # Nearly every pass is the usual one: a single comparison, and no conversion.
         if len(arrived) == 1 and _is_usual(ready, arrived[0], x, weight, bias):
             found = _backward(ready, arrived[0], None, x, weight, bias, ctx.values, needs)
             return found + (None,) * (len(needs) - 3)
         dy, dsum = (*arrived, None)[:2]
-        summed = len(needs) == 6 and needs[5]
+        summed = len(needs) == 6 and needs[5]  # as many entries as forward got arguments; the residual is the sixth
         wanted = (needs[0] or summed, needs[1], needs[2])
         if torch.is_grad_enabled() or not _arrives_plainly(dy, dsum):
             found = _differentiable(ready, dy, dsum, (x, weight, bias), None, wanted)
         else:
             x, weight, bias = _restored(ready, x, weight, bias)
-            found = _backward(ready, _like(dy, x), _like(dsum, x), x, weight, bias, ctx.values, wanted)
+            dy, dsum = (None if g is None else like(g, x) for g in (dy, dsum))
+            found = _backward(ready, dy, dsum, x, weight, bias, ctx.values, wanted)
         dx = found[0]
         gradients = (dx if needs[0] else None, found[1], found[2], None, None, dx if summed else None)
         return gradients[: len(needs)]
@@ -353,13 +360,9 @@ class _NormalizeBy(torch.autograd.Function):
             found = _differentiable(ctx.ready, arrived[0], None, (x, weight, bias), ctx.values, wanted)
         else:
             x, weight, bias = _restored(ctx.ready, x, weight, bias)
-            dy = _like(arrived[0], x)
+            dy = None if arrived[0] is None else like(arrived[0], x)
             found = _backward(ctx.ready, dy, None, x, weight, bias, ctx.values, wanted)
         return *found, None, None
-
-
-def _like(gradient: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if gradient is None else like(gradient, x)
 
 
 def _is_usual(ready: Prepared, dy: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -372,7 +375,7 @@ def _is_usual(ready: Prepared, dy: Tensor | None, x: Tensor, weight: Tensor | No
     parameters = all(p is None or (ready.parameter is not None and ready.parameter.holds(p)) for p in (weight, bias))
     if watched() or not parameters or not ready.form.holds(x) or not ready.form.holds(dy):
         return False
-    ready.arrives = guard(*tensors)
+    ready.arrives = guard(*tensors)  # kept only once all checks have passed, so that it implies them
     return True
 
 

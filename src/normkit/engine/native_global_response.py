@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from normkit.core.moments import accumulation_dtype
 from normkit.engine.abi import TYPES, Form, checked, entry, gradients, lanes, like, plain, pointer
+from normkit.engine.library import library
 
 Definition = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
@@ -24,12 +24,6 @@ class _Plan(ctypes.Structure):
         ("eps", ctypes.c_double),
         *((name, ctypes.c_int32) for name in ("type", "last", "shared", "parts")),
     )
-
-
-@functools.cache
-def _functions() -> tuple[Any, Any] | None:
-    forward, backward = entry("nk_response_forward"), entry("nk_response_backward")
-    return None if forward is None or backward is None else (forward, backward)
 
 
 def weigh(
@@ -49,7 +43,7 @@ def weigh(
     Returns:
         A tensor of the shape, strides and dtype of x, differentiable to any order; None for what the kernels do not take.
     """
-    if not plain(x, weight, bias) or _functions() is None:
+    if not plain(x, weight, bias) or library() is None:
         return None
     found = lanes(x, axis)
     if found is None or any(p is not None and p.numel() != found.channels for p in (weight, bias)):
@@ -66,16 +60,11 @@ def _wide(parameter: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor]:
-    functions = _functions()
-    assert functions is not None
     weight, bias = _wide(weight, x), _wide(bias, x)
     y = torch.empty_like(x)
     energy = x.new_empty(1 if plan.shared else plan.samples, plan.channels, dtype=torch.float64)
-    checked(
-        functions[0](
-            ctypes.addressof(plan), x.data_ptr(), pointer(weight), pointer(bias), y.data_ptr(), energy.data_ptr()
-        )
-    )
+    pointers = x.data_ptr(), pointer(weight), pointer(bias), y.data_ptr(), energy.data_ptr()
+    checked(entry("nk_response_forward")(ctypes.addressof(plan), *pointers))
     return y, energy
 
 
@@ -95,8 +84,6 @@ class _Weigh(torch.autograd.Function):
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() or not plain(dy):
             return *gradients(ctx.definition, (x, weight, bias), needed, dy), None, None
-        functions = _functions()
-        assert functions is not None
         x = ctx.form.restore(x)
         dx = torch.empty_like(x) if needed[0] else None
         wide = _wide(weight, x)
@@ -105,16 +92,7 @@ class _Weigh(torch.autograd.Function):
             for p, wanted in ((weight, needed[1]), (bias, needed[2]))
         ]
         dy = like(dy, x)
-        checked(
-            functions[1](
-                ctypes.addressof(ctx.plan),
-                dy.data_ptr(),
-                x.data_ptr(),
-                pointer(wide),
-                energy.data_ptr(),
-                pointer(dx),
-                *(pointer(gradient) for gradient in found),
-            )
-        )
+        pointers = dy.data_ptr(), x.data_ptr(), pointer(wide), energy.data_ptr(), pointer(dx), *map(pointer, found)
+        checked(entry("nk_response_backward")(ctypes.addressof(ctx.plan), *pointers))
         dweight, dbias = (None if g is None else g.to(p.dtype) for g, p in zip(found, (weight, bias), strict=True))
         return dx, dweight, dbias, None, None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from normkit.engine.abi import TYPES, Form, Lanes, checked, entry, gradients, lanes, like, plain
+from normkit.engine.library import library
 from normkit.engine.plan import is_dense
 
 
@@ -34,13 +34,6 @@ class _Plan(ctypes.Structure):
     )
 
 
-@functools.cache
-def _functions() -> tuple[Any, Any, Any] | None:
-    forward, backward = entry("nk_window_forward"), entry("nk_window_backward")
-    total = entry("nk_window_sum")
-    return None if forward is None or backward is None or total is None else (forward, backward, total)
-
-
 def total(
     x: Tensor, dim: int, before: int, after: int, definition: Callable[[Tensor, int, int, int], Tensor]
 ) -> Tensor | None:
@@ -56,7 +49,7 @@ def total(
     Returns:
         A tensor of the shape, strides and dtype of x, differentiable to any order; None for what the kernels do not take.
     """
-    if x.numel() == 0 or not plain(x) or _functions() is None or not is_dense(x.shape, x.stride()):
+    if x.numel() == 0 or not plain(x) or library() is None or not is_dense(x.shape, x.stride()):
         return None
     if torch.is_grad_enabled() and x.requires_grad:
         return _Total.apply(x, dim, before, after, definition)
@@ -64,12 +57,10 @@ def total(
 
 
 def _total(x: Tensor, dim: int, before: int, after: int) -> Tensor:
-    functions = _functions()
-    assert functions is not None
     size, inner = x.shape[dim], x.stride(dim)
     plan = _Plan(x.numel() // (size * inner), size, inner, before, after, 0.0, 0.0, 0.0, TYPES[x.dtype], 0)
     y = torch.empty_like(x)
-    checked(functions[2](ctypes.addressof(plan), x.data_ptr(), y.data_ptr()))
+    checked(entry("nk_window_sum")(ctypes.addressof(plan), x.data_ptr(), y.data_ptr()))
     return y
 
 
@@ -84,7 +75,7 @@ def divide(x: Tensor, window: Window, definition: Callable[[Tensor], Tensor]) ->
     Returns:
         A tensor of the shape, strides and dtype of x, differentiable to any order; None for what the kernels do not take.
     """
-    if not plain(x) or _functions() is None:
+    if not plain(x) or library() is None:
         return None
     found = lanes(x)
     if found is None:
@@ -104,10 +95,8 @@ def _plan(x: Tensor, window: Window, found: Lanes) -> _Plan:
 
 
 def _forward(x: Tensor, plan: _Plan) -> Tensor:
-    functions = _functions()
-    assert functions is not None
     y = torch.empty_like(x)
-    checked(functions[0](ctypes.addressof(plan), x.data_ptr(), y.data_ptr()))
+    checked(entry("nk_window_forward")(ctypes.addressof(plan), x.data_ptr(), y.data_ptr()))
     return y
 
 
@@ -144,10 +133,8 @@ class _Divide(torch.autograd.Function):
         (x,), (dy,) = ctx.saved_tensors, dys
         if torch.is_grad_enabled() or not plain(dy):
             return gradients(ctx.definition, (x,), (True,), dy)[0], None, None
-        functions = _functions()
-        assert functions is not None
         x = ctx.form.restore(x)
         dx = torch.empty_like(x)
         dy = like(dy, x)
-        checked(functions[1](ctypes.addressof(ctx.plan), dy.data_ptr(), x.data_ptr(), dx.data_ptr()))
+        checked(entry("nk_window_backward")(ctypes.addressof(ctx.plan), dy.data_ptr(), x.data_ptr(), dx.data_ptr()))
         return dx, None, None

@@ -32,7 +32,7 @@ _LIBRARY.define(
     tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
 )
 
-_RULES: dict[str, Rule] = {}
+_RULES: dict[str, Rule] = {}  # one rule per text, so that what was prepared for it is found again at the next call
 
 
 def write(rule: Rule) -> str:
@@ -91,7 +91,9 @@ def _normalize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: str, activation: str
 ) -> tuple[Tensor, Tensor]:
     ready = _prepared(x, weight, bias, rule, activation)
-    if isinstance(ready, str):
+    if isinstance(
+        ready, str
+    ):  # a cached graph may run where there is no library, or with parameters that no kernel takes
         known = read(rule)
         y = native.define(known, known.support.split(x.shape), x, weight, bias, activation or None)
         return _empty(known, x).copy_(y), x.new_empty(_measured(rule, x), dtype=accumulation_dtype(x.dtype))
@@ -120,10 +122,12 @@ def _normalize_backward(
     return dx, _or_empty(dweight, x), _or_empty(dbias, x)
 
 
+# The real output and the fake one alike: a compiled graph reads the output with the strides that the fake one had.
 def _empty(rule: Rule, x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(rule.support, x))
 
 
+# An operator can't return None: a tensor without elements stands for it.
 def _or_empty(gradient: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0) if gradient is None else gradient
 

@@ -91,6 +91,7 @@ def plan(split: Split, strides: Sequence[int], compensation: Affine | None) -> N
     'block'
     """
     steps, parameters = _steps(split, compensation)
+    # Axes of size 1 have no place in memory, whatever their stride says.
     order = sorted((d for d, size in enumerate(split.shape) if size != 1), key=lambda d: -strides[d])
     if not order:
         return "there is one element only"
@@ -99,6 +100,7 @@ def plan(split: Split, strides: Sequence[int], compensation: Affine | None) -> N
         runs: list[Loop] = []
         for d in dims:
             size, step = split.shape[d], steps[d]
+            # Two axes are one loop if the parameter, too, steps through both as through one.
             if runs and runs[-1].step == size * step:
                 runs[-1] = Loop(runs[-1].size * size, step)
             else:
@@ -111,7 +113,7 @@ def plan(split: Split, strides: Sequence[int], compensation: Affine | None) -> N
     outer = _take(levels, reduced=False)
     if levels:
         return "kept and reduced axes alternate too often in memory"
-    if not far:
+    if not far:  # nothing is reduced outside the kept axes: they are the outer loop, and each row stands alone
         kept, outer = [], kept
     if len(near) > 2 or len(far) > 1 or len(kept) > 1 or sum(run.step != 0 for run in outer) > 1:
         return "its parameters vary along axes that are not adjacent in memory"

@@ -22,6 +22,7 @@ from normkit.engine.plan import Nest, is_dense, plan
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
 _SCALES = {("mean", "std"): 1, ("mean", None): 0, (None, "rms"): 1, (None, "norm"): 2}
 _GUARDS = {"inside": 0, "outside": 1, "floor": 2}
+# The codes above are those of native/plan.h, and change with it and with the library's ABI number.
 # Above this size the output is written past the cache, which it would only evict.
 _STREAM_BYTES = 1 << 25
 _WEIGHT, _BIAS = 1, 2  # bits of NkPlan.parts: which parameters a call passes
@@ -95,7 +96,7 @@ def prepare(
     """Prepare the kernels for such arguments, or return the reason they can't run them.
 
     Args:
-        rule: what to compute.
+        rule: the rule to run.
         x: the input, or one of the same shape, strides and dtype.
         split: split of the rule's support.
         weight: weight of the shape that the rule's compensation wants, or None.
@@ -113,6 +114,7 @@ def prepare(
     scale = _SCALES.get((statistic.center, statistic.scale))
     if scale is None:
         return f"the kernels do not know {statistic.formula()}"
+    # A kernel reads a first element without asking, and divides by count - correction.
     if x.numel() == 0 or not split.dims or (not given and split.count <= statistic.correction):
         return "there is nothing to reduce"
     found = _nest(rule, x, split)
@@ -121,6 +123,7 @@ def prepare(
     nest, source, format = found
     parameter = weight if weight is not None else bias
     wide = accumulation_dtype(x.dtype)
+    # Without a weight there is no gain, and so nothing to offset.
     offset = rule.compensation.offset if rule.compensation is not None and weight is not None else 0.0
     struct = NkPlan(
         *(nest.outer, nest.far.size, nest.kept.size, nest.mid.size, nest.inner.size),
@@ -161,6 +164,7 @@ def _arrays(nest: Nest, running: RunningStatistics, scaled: bool) -> int | None:
     channels = 1 in (nest.outer, nest.kept.size)  # the channels of a single sample are the outer loop
     if not channels or mean.numel() != nest.statistics or var.numel() != mean.numel() or var.dtype != mean.dtype:
         return None
+    # The library sees pointers and one type, no strides.
     fit = readable(mean) and readable(var) and mean.is_contiguous() and var.is_contiguous()
     return TYPES[mean.dtype] if fit else None
 
@@ -177,7 +181,7 @@ def _nest(
         found = plan(split, x.view(split.shape).stride(), rule.compensation)
         if not isinstance(found, str):
             return found, None, None if x.is_contiguous(memory_format=format) else format
-    copy = _stand_in(x, format)
+    copy = _stand_in(x, format)  # planning needs only its strides; the copy itself is made at each call
     found = plan(split, copy.view(split.shape).stride(), rule.compensation)
     return found if isinstance(found, str) else (found, format, None)
 
@@ -195,6 +199,7 @@ def _unfit(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
     for t in (x, weight, bias):
         if t is not None and not readable(t):
             return f"the kernels do not take a {type(t).__name__} of {t.dtype} on {t.device.type}"
+    # NkPlan has one type for both, and the kernels widen parameters to the statistics' type but never narrow them.
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         return "weight and bias have two dtypes"
     if TYPES[accumulation_dtype(x.dtype)] == 0 and any(

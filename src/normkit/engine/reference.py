@@ -50,7 +50,10 @@ def perform(call: Call, split: Split) -> Output:
         assert rule.memory is not None
         mean = place(running.mean, rule.memory.per, split)
         var = None if rule.statistic.scale is None else place(running.var, rule.memory.per, split)
-        y = normalize_by(rule, parts, split, mean, var, call.weight, call.bias)
+        real = (
+            parts if mask is None else torch.where(mask, parts, 0.0)
+        )  # NaN in padding would reach the weight's gradient
+        y = normalize_by(rule, real, split, mean, var, call.weight, call.bias)
         y = y if mask is None else torch.where(mask, y, 0.0)
     return Output(finish(activate(y, call.activation), call), total, moments)
 
@@ -75,7 +78,7 @@ def normalize(
     """Normalize by the input's own statistics and compensate.
 
     Args:
-        rule: what to compute.
+        rule: the rule to run.
         x: the input, viewed as ``split.shape``.
         split: split of the rule's support.
         weight: weight of the rule's compensation, or None.

@@ -80,6 +80,7 @@ def _body(whole: Rule, size: int, x: Tensor) -> int:
     """How many samples are in sub-batches of the full size."""
     batch = x.shape[0]
     body = batch // size * size if batch > size else 0
+    # A remainder of one sample has one value per statistic where there are no positions.
     alone = body and batch - body == 1 and whole.support.split((1, *x.shape[1:])).count == 1
     return body - size if alone else body
 

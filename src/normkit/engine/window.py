@@ -34,6 +34,7 @@ def sliding_sum(x: Tensor, dim: int, before: int, after: int) -> Tensor:
     """
     dim = dim % x.dim()
     size = x.shape[dim]
+    # A wider window reaches nothing more, and would only cost additions of padding.
     before, after = min(before, max(size - 1, 0)), min(after, max(size - 1, 0))
     window = before + 1 + after
     if window == 1:

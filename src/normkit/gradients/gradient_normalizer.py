@@ -39,7 +39,7 @@ class GradientNormalizer:
         centralize: whether to subtract the mean over each unit's fan-in. Default: False.
 
     Raises:
-        OptionError: another mode, nothing to do, no parameters, or unknown layers.
+        OptionError: an unknown mode, nothing to do, no parameters, or unknown layers.
 
     Reference:
         Unit length: Hazan, Levy, Shalev-Shwartz, "Beyond Convexity: Stochastic Quasi-Convex Optimization" (2015),

@@ -1,4 +1,4 @@
-"""Muon and its relatives: a matrix steps along its momentum made orthogonal, equilibrated before or normalized after it."""
+"""Muon and its relatives: step a matrix along its orthogonalized momentum, equilibrated before or normalized after."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from normkit.weights.weight_conditioning import equilibrate
 
 Sides = Literal["row", "col", "rowcol"]
 
-# Of the quintic iteration, chosen by Muon's author for the steepest slope at 0; five steps leave singular values in 0.7 to 1.2.
+# Of the quintic iteration, chosen by Muon's author for the steepest slope at 0; five steps bring singular values to 0.7 to 1.2.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(Optimizer):
     """Step each matrix along its orthogonalized momentum; all other parameters step by AdamW.
 
-    Of a weight of shape m x n (a convolution as out x rest) with gradient g::
+    For a weight of shape m x n (a convolution as out x rest) with gradient g::
 
         b <- momentum * b + g,   u = g + momentum * b
         u <- D_r^(-1/2) u D_c^(-1/2)     equilibrate: "row" has D_r alone, "col" D_c alone, of the squares of u
@@ -33,20 +33,20 @@ class Muon(Optimizer):
         o_i <- o_i / norm(o_i)           renormalize="row" (Muon+), likewise "col"
         W <- (1 - lr * weight_decay) W - lr * 0.2 * sqrt(max(m, n)) * o
 
-    With ``second_moment`` the length of o is set to the root of min(m, n) again, as orthogonalizing leaves it.
+    With ``second_moment``, o is rescaled to the length that orthogonalizing gives, the root of min(m, n).
     ``equilibrate="row"`` is MuonEq, the twin of weight conditioning: the same diagonal on the update instead of the weight.
 
     Args:
         params: a model, whose hidden weights are then the matrices and whose embeddings, last Linear, gains and biases step by
-            AdamW; or parameter groups, where ``"matrices": True`` marks those of two axes and more.
-        lr: of all groups. Default: 1e-3.
-        momentum: Default: 0.95.
-        weight_decay: decoupled. Default: 0.1.
+            AdamW; or parameter groups, where ``"matrices": True`` marks those of two or more axes.
+        lr: learning rate of all groups. Default: 1e-3.
+        momentum: momentum of the matrices. Default: 0.95.
+        weight_decay: decoupled weight decay. Default: 0.1.
         equilibrate: ``"row"``, ``"col"``, ``"rowcol"``, or None for plain Muon. Default: None.
         second_moment: beta of NorMuon's second moment of each row (its authors take 0.95), or None. Default: None.
         renormalize: ``"row"`` or ``"col"``, or None. Default: None.
-        betas: of AdamW. Default: (0.9, 0.95).
-        eps: of AdamW and of the second moment. Default: 1e-8.
+        betas: betas of AdamW. Default: (0.9, 0.95).
+        eps: eps of AdamW and of the second moment. Default: 1e-8.
 
     Raises:
         OptionError: an argument outside its range, or a parameter with fewer than two axes among the matrices.
@@ -55,7 +55,7 @@ class Muon(Optimizer):
         Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), https://kellerjordan.github.io/posts/muon;
         Chang, Shi, Zhang et al., "MuonEq: Balancing Before Orthogonalization with Lightweight Equilibration" (2026),
         https://arxiv.org/abs/2603.28254; Li, Liu, Liang, Chen, Zhao, "NorMuon" (2025), https://arxiv.org/abs/2510.05491; Zhang et
-        al., "Muon+" (2026), https://arxiv.org/abs/2602.21545. The formulas as abstracts and restatements have them.
+        al., "Muon+" (2026), https://arxiv.org/abs/2602.21545. The formulas follow abstracts and restatements.
 
     >>> layer = nn.Linear(2, 2, bias=False)
     >>> _ = nn.init.zeros_(layer.weight)
@@ -128,7 +128,7 @@ class Muon(Optimizer):
 
 
 def matrix_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Split a model's parameters into matrices and others: embeddings, the last Linear, and what has fewer than two axes.
+    """Split a model's parameters into matrices and others: embeddings, the last Linear, and parameters of fewer than two axes.
 
     >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 9))
     >>> [(len(group["params"]), group["matrices"]) for group in matrix_groups(model)]
@@ -143,7 +143,7 @@ def matrix_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Bring a matrix near U V' of its U S V', by Newton-Schulz steps in float32, or in bfloat16 on a GPU.
+    """Approximate U V' of a matrix U S V' by Newton-Schulz steps in float32, or in bfloat16 on a GPU.
 
     >>> orthogonalize(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
     tensor([[0.6888, 0.0000],
@@ -161,7 +161,7 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 def muon_eq(momentum: Tensor, sides: Sides = "row") -> Tensor:
-    """Equilibrate a matrix of momentum, then bring it near its orthogonal factor: MuonEq's direction; see Muon.
+    """Equilibrate a matrix of momentum, then orthogonalize it: MuonEq's direction; see Muon.
 
     >>> muon_eq(torch.tensor([[200.0, 0.0], [0.0, 1.0]]))
     tensor([[1.1081, 0.0000],
@@ -207,7 +207,7 @@ CARD = Card(
     title="Equilibrated Muon (MuonEq)",
     kind="gradient",
     word="",
-    normalized_over="the rows, columns or both of each matrix's momentum, before it is made orthogonal",
+    normalized_over="the rows, columns or both of each matrix's momentum, before it is orthogonalized",
     formula="W <- W - lr * 0.2 sqrt(max(m, n)) * UV',  U S V' = D_r^(-1/2) b D_c^(-1/2)",
     paper=Paper(
         "Chang, Da and Shi, Qiankun and Zhang, Lvgang",

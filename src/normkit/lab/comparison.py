@@ -9,6 +9,7 @@ its training is over, and chooses nothing.
 
 import re
 import shlex
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,14 +26,14 @@ from normkit.lab import option, record
 from normkit.lab.cluster import joined
 from normkit.lab.data.root import set_root
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.perform import CONFIG, check, configuration, kept, perform
+from normkit.lab.perform import CONFIG, check, kept, perform
 from normkit.lab.result import Trained, find_target, summarize
 from normkit.lab.say import Terminal, counted
 from normkit.lab.seeding import borrowed_randomness
 from normkit.lab.settings import RATES, Reports, Settings, Site
 from normkit.lab.stats import tune
 from normkit.lab.stop import stoppable
-from normkit.lab.study import Made, Run, Steps, Study, forget, made
+from normkit.lab.study import FREE, Made, Run, Steps, Study, forget, made
 from normkit.lab.sweep import finished
 from normkit.lab.train.fabric import Processes, start_fabric
 from normkit.lab.train.trainer import read_run, validation
@@ -109,6 +110,8 @@ def compare(
         study = replace(study, settings=settings)
     site = Site(folder, data_root, ray=ray, threads=threads, tensorboard=tensorboard)
     again = command(settings, site, Reports(report=report))
+    if not (_importable(model) and _importable(data)):
+        again = f"from Python: {again}"
     begun = group.share(lambda: _begun_with(folder, overwrite))
     with ExitStack() as stack:
         stack.enter_context(stoppable())
@@ -124,7 +127,7 @@ def compare(
         experiment = _experiment(study, device, again)
         if begun and not overwrite:
             # Before the model is made, which may be another.
-            group.share(lambda: check(folder, configuration(experiment, bench)))
+            group.share(lambda: check(experiment, bench))
         stack.enter_context(borrowed_randomness())
         stack.callback(forget)
         if max(made(study).parameters.values()) >= FEW_PARAMETERS:
@@ -169,9 +172,9 @@ def reread(found: Mapping[str, Any]) -> Experiment:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Scores and costs of each recipe."""
-    from normkit.lab.report import table
+    from normkit.lab.report import further, table
 
-    return table.tables(result)
+    return [*table.tables(result), *further.tables(result)]
 
 
 def figures(result: dict[str, Any]) -> list[Drawing]:
@@ -187,9 +190,10 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
 
 def remarks(result: dict[str, Any]) -> list[str]:
     """What was found, and what a reader must know before trusting it."""
+    from normkit.lab.report.further import remarks
     from normkit.lab.report.wording import cautions, findings
 
-    return [*findings(result), *cautions(result), *result["task"].get("notes", ())]
+    return [*findings(result), *cautions(result), *remarks(result), *result["task"].get("notes", ())]
 
 
 def interactive(result: dict[str, Any]) -> Any:
@@ -212,6 +216,7 @@ def _experiment(study: Study, device: str, again: str) -> Experiment:
         EXPERIMENT,
         title=f"{', '.join(settings.recipes)} on {settings.data}",
         settings=settings.record(device),
+        free=FREE,
         command=shlex.split(again),
         run=run,
         whole=whole,
@@ -225,9 +230,15 @@ def _run(study: Study, made: Made, bench: Bench, device: str) -> dict[str, Any]:
     length = f"{counted(settings.epochs, 'epoch')} per run"
     bench.watch(f"{settings.model} on {settings.data}: {counts}, {length}; records in {bench.output}")
     sweeps = {recipe: [made.run(recipe, rate, seeds[0], device) for rate in rates] for recipe in recipes}
-    tuned = tune(bench, study.learn, sweeps, validation)
+
+    def beyond(recipe: str, rate: float) -> Run:
+        bench.watch(f"{recipe}: the best rate lies at the edge of the sweep; {rate:g} is tried as well")
+        return made.run(recipe, rate, seeds[0], device)
+
+    tuned = tune(bench, study.learn, sweeps, validation, beyond if settings.extend else None)
     for recipe, row in tuned.items():
-        bench.watch(f"{recipe}: rate {row['rate']:g} is the best of {', '.join(f'{rate:g}' for rate in rates)}")
+        tried = ", ".join(f"{run['rate']:g}" for run in row["sweep"])
+        bench.watch(f"{recipe}: rate {row['rate']:g} is the best of {tried}")
     jobs = [made.run(recipe, tuned[recipe]["rate"], seed, device) for seed in seeds for recipe in recipes]
     results = bench.sweep(study.learn, jobs)
     (costs,) = bench.sweep(study.measure, [Steps(recipes, made.origin(seeds[0], device))])
@@ -241,9 +252,10 @@ def _run(study: Study, made: Made, bench: Bench, device: str) -> dict[str, Any]:
         target = find_target((run for of in runs.values() for run in of), settings.target)
         rows = []
         for recipe in recipes:
-            tried = [_tried(job, row) for job, row in zip(sweeps[recipe], tuned[recipe]["sweep"], strict=True)]
+            tried = [_tried(made.run(recipe, row["rate"], seeds[0], device), row) for row in tuned[recipe]["sweep"]]
             how = (recipes[0], tuned[recipe]["rate"], tried, target["score"], settings.level)
             known = {"parameters": made.parameters[recipe], "changes": made.changes[recipe], "cost": costs[recipe]}
+            known["extended"] = [row["rate"] for row in tried if row["rate"] not in rates]
             rows.append({"recipe": recipe, **known, **summarize(runs[recipe], runs[recipes[0]], *how)})
         sizes = {name: len(split) for name, split in made.data.splits.items()}
         task = {"kind": made.data.kind, "score": made.data.score, **sizes, "notes": list(made.data.notes)}
@@ -287,6 +299,15 @@ def _named(factory: Callable[..., Any] | None, name: str) -> str:
     if factory is None:
         return name
     return f"{getattr(factory, '__module__', '?')}:{getattr(factory, '__qualname__', type(factory).__name__)}"
+
+
+def _importable(factory: Callable[..., Any] | None) -> bool:
+    # What was defined in a notebook or inside a function is not found again by its name.
+    module = getattr(factory, "__module__", "?")
+    found: Any = sys.modules.get(module)
+    for part in getattr(factory, "__qualname__", "?").split("."):
+        found = getattr(found, part, None)
+    return factory is None or (found is factory and module != "__main__")
 
 
 def _unbound(bench: Bench) -> dict[str, Any]:

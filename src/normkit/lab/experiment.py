@@ -134,6 +134,8 @@ class Experiment:
         remarks: observations on a result in sentences, with oddities of the source.
         scales: at which it can be run. Default: small and full.
         settings: what is recorded of how it is run, in place of scale and epochs. Default: these.
+        free: what of the configuration can change over the runs that are there: they stay, and the result is made again.
+            Default: the seeds.
         command: the words that give it again, in place of those of a scale. Default: these.
         whole: whether all runs of a result are there, of these data and this code. Default: it is not looked at.
         together: processes that torchrun started can do its runs. Default: False.
@@ -152,6 +154,7 @@ class Experiment:
     remarks: Callable[[dict[str, Any]], list[str]]
     scales: tuple[Scale, ...] = ("small", "full")
     settings: Mapping[str, Any] | None = None
+    free: tuple[str, ...] = ("seeds",)
     command: Sequence[str] | None = None
     whole: Callable[[Bench, dict[str, Any]], bool] = lambda bench, result: True
     together: bool = False

@@ -38,8 +38,8 @@ class Outcome:
     @property
     def table(self) -> list[dict[str, Any]]:
         """A row per recipe: plain numbers, None where there is none. ``pandas.DataFrame(outcome.table)`` takes it."""
-        baseline, rows = self.record["result"]["baseline"], []
-        for found in self.record["result"]["recipes"]:
+        result, rows = self.record["result"], []
+        for found in result["recipes"]:
             paired, score, cost = (found.get(key) or {} for key in ("paired", "test_score", "cost"))
             rows.append(
                 {
@@ -50,7 +50,7 @@ class Outcome:
                     "difference": paired.get("mean"),
                     "low": paired.get("low"),
                     "high": paired.get("high"),
-                    "verdict": verdict(found, baseline),
+                    "verdict": " ".join(verdict(found, result).split()),
                     **{key: cost.get(key) for key in ("ms_per_step", "ratio", "ratio_interval", "mb_per_step")},
                     "parameters": found["parameters"],
                     "changes": len(found["changes"]),
@@ -131,7 +131,7 @@ def compare(
     threads: int | None = None,
     ray: str | None = None,
     tensorboard: bool = False,
-    data_root: Path | None = None,
+    data_root: str | Path | None = None,
     **settings: Any,
 ) -> Outcome:
     """Compares recipes on a model and data; the same as ``normkit compare``, with objects.
@@ -175,7 +175,8 @@ def compare(
         "data": None if isinstance(data, str) else data if _is_factory(data) else Given(data),
     }
     options = {"overwrite": overwrite, "report": report, "threads": threads, "ray": ray, "tensorboard": tensorboard}
-    record = lab.compare(made, output, console=console, data_root=data_root, **options, **factories)  # pyright: ignore[reportArgumentType]
+    root = None if data_root is None else Path(data_root)
+    record = lab.compare(made, output, console=console, data_root=root, **options, **factories)  # pyright: ignore[reportArgumentType]
     named = {key: record["config"][key] for key in ("model", "data")}
     return Outcome(record, Path(output) if output is not None else lab.default_output(Settings(**named)))
 

@@ -78,7 +78,7 @@ def perform(
     found = None if overwrite else share(lambda: _read_back(experiment, bench, config))
     finished = found is not None
     if found is None:
-        here = share(lambda: _begin(bench, config, overwrite))
+        here = share(lambda: _begin(experiment, bench, config, overwrite))
         bench.replaces = bench.replaces or overwrite
         with stoppable():
             result = _run(experiment, bench)
@@ -171,29 +171,36 @@ def _run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
         return experiment.run(bench)
 
 
-def check(output: Path, config: Mapping[str, Any]) -> None:
+def check(experiment: Experiment, bench: Bench) -> None:
     """Refuses a folder of something else, or of another configuration; writes nothing.
 
     Args:
-        output: the folder.
-        config: what is wanted, as of :func:`configuration`.
+        experiment: which.
+        bench: where.
 
     Raises:
         RecordError: it holds something else.
     """
-    folder.check_ours(output)
-    if (output / CONFIG).exists() and not (output / folder.REPLACING).exists():
-        # More seeds are more runs next to those that are there; anything else would make the runs unlike.
-        record.check_config(output / CONFIG, {**config, "seeds": record.read_json(output / CONFIG).get("seeds")}, CURE)
+    folder.check_ours(bench.output)
+    path = bench.output / CONFIG
+    if path.exists() and not (bench.output / folder.REPLACING).exists():
+        wanted = _over(experiment, configuration(experiment, bench), record.read_json(path))
+        record.check_config(path, wanted, CURE)
 
 
-def _begin(bench: Bench, config: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
+def _over(experiment: Experiment, config: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
+    # More seeds, as all that is free, are more runs next to those that are there; anything else would make the runs unlike.
+    kept = {key: there[key] for key in experiment.free if key in there}
+    return {**{key: value for key, value in config.items() if key not in experiment.free}, **kept}
+
+
+def _begin(experiment: Experiment, bench: Bench, config: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
     output = bench.output
     with folder.waited_for(output):
         folder.replace(output, config, overwrite)
         if (output / CONFIG).exists():
             there = record.read_json(output / CONFIG)
-            wanted = {**config, "seeds": there.get("seeds")}
+            wanted = _over(experiment, config, there)
             if there != wanted and not _begun(output):
                 folder.empty(output)
             record.check_config(output / CONFIG, wanted, CURE)
@@ -248,7 +255,7 @@ def _read_back(experiment: Experiment, bench: Bench, config: Mapping[str, Any]) 
     output = bench.output
     if (output / folder.REPLACING).exists() or not (output / RESULT).exists():
         return None
-    check(output, config)
+    check(experiment, bench)
     found = record.read_json(output / RESULT, FOUND)
     return found if found["config"] == config and experiment.whole(bench, found["result"]) else None
 

@@ -42,7 +42,8 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -53,14 +54,14 @@ from normkit.core.errors import NormkitError, ProtocolError, closest
 from normkit.lab.data.batch import Inputs, kept, kind, named
 from normkit.lab.data.reader import check_agreement, interpret, read_splits
 from normkit.lab.data.split import Data, Split, hold_out
-from normkit.lab.say import told
+from normkit.lab.say import theirs, told
 from normkit.lab.task import call, predictions
 
 MODELS = {
     "inception": "normkit.lab.models.inception:digits_inception",
-    "inception8": "normkit.lab.models.inception8:inception8",
+    "inception8": "normkit.lab.models.inception:inception8",
     "densenet": "normkit.lab.models.densenet:densenet",
-    "googlenet": "normkit.lab.models.googlenet:googlenet",
+    "googlenet": "normkit.lab.models.inception:googlenet",
     "resnet18": "normkit.lab.models.resnet:resnet18",
     "resnet50": "normkit.lab.models.resnet:resnet50",
     "vit_tiny": "normkit.lab.models.vit:vit_tiny",
@@ -75,6 +76,23 @@ DATA = {
     "imagefolder": "normkit.lab.data.image_folder:imagefolder",
 }
 HELD_OUT = 0.2
+
+
+@contextmanager
+def user_code(doing: str) -> Iterator[None]:
+    """Says an error that comes from the user's code with its line there, on a worker of Ray too.
+
+    Raises:
+        ProtocolError: the user's code raised.
+    """
+    try:
+        yield
+    except NormkitError:
+        raise
+    except Exception as error:
+        if not theirs(error):
+            raise
+        raise ProtocolError(f"{doing} raised {told(error)}") from error
 
 
 def load_factory(name: str, builtin: Mapping[str, str]) -> Callable[..., Any]:

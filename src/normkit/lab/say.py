@@ -28,13 +28,17 @@ class Terminal(Console):
         try:
             super().print(*objects, **options)
         except OSError as error:
-            # What is still held back would fail again when the process ends.
             if self.file is sys.stdout:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                let_go()
             raise RecordError(
                 f"cannot write to standard output: {error.strerror or error}; what was done is kept. Free space, or lead the "
                 "output elsewhere, and give the same command to go on"
             ) from error
+
+
+def let_go() -> None:
+    """Leads standard output nowhere: what is held back for one that can't be written to would fail again at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(console: Console, text: str, style: str = "") -> None:

@@ -34,7 +34,7 @@ def first_seeds(count: int) -> tuple[int, ...]:
 
 
 def _seeds_of(text: str) -> tuple[int, ...]:
-    return tuple(map(int, words(text))) if "," in text else first_seeds(int(text))
+    return tuple(map(int, words(text.removesuffix(",")))) if "," in text else first_seeds(int(text))
 
 
 def _seeds_in_words(seeds: tuple[int, ...]) -> str:
@@ -46,6 +46,11 @@ def _seeds_in_words(seeds: tuple[int, ...]) -> str:
 def _letters(text: str | tuple[str, ...]) -> bool:
     # Names are printed and written; a letter that is not printable may steer a terminal.
     return bool(text) and "".join(text).isprintable()
+
+
+def _seconds(text: str) -> float:
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    return float(text[:-1]) * unit if unit else float(text)
 
 
 _SEEDS: dict[str, Any] = {
@@ -188,6 +193,28 @@ class Settings:
         "processes of torchrun: a copy of the model in each (ddp, which auto is), or a shard (fsdp)",
         WHERE,
         choices=("auto", "ddp", "fsdp"),
+        later=True,
+    )
+
+    extend: bool = option(
+        True, "try further rates, 3 per side at most, where the best lies at the edge of the sweep", WHAT, later=True
+    )
+    equal_time: bool = option(
+        False, "judge each recipe also by a training that takes no longer than the baseline's", WHAT, later=True
+    )
+    resample: bool = option(
+        False, "intervals that cover the draw of the test samples as well as that of the seeds", WHAT, later=True
+    )
+    full_epochs: int = option(100, "epochs of a full training, whose hours are estimated", WHAT, later=True, **_COUNT)
+    budget: float | None = option(
+        None,
+        "time for all trainings, such as 90s, 10m or 2h: chooses how many epochs, rates and seeds",
+        HOW,
+        metavar="TIME",
+        check=lambda seconds: 0 < seconds < math.inf,
+        wanted="a time above 0 such as 90s, 10m or 2h",
+        parse=_seconds,
+        write=lambda seconds: f"{seconds:g}s",
         later=True,
     )
 

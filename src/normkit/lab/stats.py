@@ -13,6 +13,7 @@ from normkit.lab.sweep import Job
 OK, DIVERGED = "ok", "diverged"
 BETTER, WORSE, EVEN, SINGLE = "better", "worse", "no difference shown", "one seed, no interval"
 ABSENT = "–"
+FURTHER = 3  # rates beyond an end of a sweep
 Row = Mapping[str, Any]
 Tried = Mapping[str, Any]  # a run: "rate", "status", "score", "loss", and "reached", which is how far it came
 
@@ -279,6 +280,7 @@ def tune(
     learn: Callable[[Any, Path], Row],
     rows: Mapping[str, Sequence[Rated]],
     look: Callable[[Row], Tried],
+    beyond: Callable[[str, float], Rated] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Tries the rates of each row, and chooses the best.
 
@@ -287,19 +289,51 @@ def tune(
         learn: does one.
         rows: by name, a job for each rate.
         look: what a job's result says on images or points that test nothing: "status", "score", "loss" and "reached".
+        beyond: ``beyond(name, rate)`` gives a row's job at a further rate, see :func:`further`. Default: None, the rates are as
+            given.
 
     Returns:
-        By name: ``sweep``, all that was tried, ``rate``, the chosen one, and ``edge``, whether a better one may lie beyond.
+        By name: ``sweep``, all that was tried, by rate, ``rate``, the chosen one, and ``edge``, whether a better one may lie
+        beyond.
     """
-    jobs = [(name, job) for name, tried in rows.items() for job in tried]
-    sweeps: dict[str, list[Tried]] = {}
-    for (name, job), found in zip(jobs, bench.sweep(learn, [job for _, job in jobs]), strict=True):
-        sweeps.setdefault(name, []).append({"rate": job.rate, **look(found)})
+    given = {name: [job.rate for job in tried] for name, tried in rows.items()}
+    sweeps: dict[str, list[Tried]] = {name: [] for name in rows}
+    waiting = [(name, job) for name, tried in rows.items() for job in tried]
+    while waiting:
+        for (name, job), found in zip(waiting, bench.sweep(learn, [job for _, job in waiting]), strict=True):
+            sweeps[name] = sorted([*sweeps[name], {"rate": job.rate, **look(found)}], key=lambda run: run["rate"])
+        rates = {name: further(sweep, given[name]) for name, sweep in sweeps.items() if beyond is not None}
+        waiting = [
+            (name, beyond(name, rate)) for name, rate in rates.items() if rate is not None and beyond is not None
+        ]
     chosen = {name: best(sweep)["rate"] for name, sweep in sweeps.items()}
     return {
         name: {"sweep": sweep, "rate": chosen[name], "edge": at_edge(chosen[name], sweep)}
         for name, sweep in sweeps.items()
     }
+
+
+def further(sweep: Sequence[Tried], given: Sequence[float]) -> float | None:
+    """The next rate to try where the best lies at an edge of a sweep: as far from it as its neighbour is, as a ratio.
+
+    Args:
+        sweep: what was tried, by rate.
+        given: the rates it began with; beyond each of their ends :data:`FURTHER` are tried at most.
+
+    Returns:
+        The rate, to three digits; None where the best lies inside, or as many were tried beyond that end.
+
+    >>> runs = [{"rate": r, "status": "ok", "score": r, "loss": None, "reached": 1} for r in (0.25, 1.0)]
+    >>> further(runs, (0.25, 1.0)), further(runs, (0.25,)), further(runs[:1], (0.25,))
+    (4.0, 4.0, None)
+    """
+    rates, rate = [run["rate"] for run in sweep], best(sweep)["rate"]
+    if not at_edge(rate, sweep):
+        return None
+    low = rate == rates[0]
+    step = rates[0] / rates[1] if low else rates[-1] / rates[-2]
+    tried = sum(each < min(given) if low else each > max(given) for each in rates)
+    return float(f"{rate * step:.3g}") if tried < FURTHER else None
 
 
 def best(sweep: Iterable[Tried]) -> Tried:

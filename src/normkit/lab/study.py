@@ -1,6 +1,7 @@
 """The runs of a comparison: the same initial weights and the same data in the same order for every recipe."""
 
 import copy
+import hashlib
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import nn
 from normkit.core.errors import RecordError, SurgeryError
 from normkit.lab.devices import device_name
 from normkit.lab.progress import tell
-from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model, suited, two
+from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model, suited, two, user_code
 from normkit.lab.recipes import default_recipes
 from normkit.lab.seeding import init_sha256, order_sha256, reseed
 from normkit.lab.settings import Settings
@@ -22,8 +23,9 @@ from normkit.lab.train.cost import measure_costs
 from normkit.lab.train.fabric import start_fabric
 from normkit.lab.train.trainer import METRICS_FILE, TIMING_FILE, Trainer
 
-# What settings say of all runs together, not of one.
-OF_ALL = ("recipes", "rates", "seeds", "target", "level", "accelerator", "devices")
+# Settings of which others can be given to the runs that are there, and what settings say of all runs together.
+FREE = ("recipes", "rates", "seeds", "target", "level", "extend", "equal_time", "resample", "full_epochs")
+OF_ALL = (*FREE, "budget", "accelerator", "devices")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Steps:
     @property
     def path(self) -> str:
         """The folder."""
-        return "costs"
+        return f"costs/{hashlib.sha256(','.join(self.recipes).encode()).hexdigest()[:8]}"
 
     @property
     def label(self) -> str:
@@ -97,7 +99,8 @@ class Study:
         curves = self.curves and self.curves / run.path
         model, _ = made.apply(run.seed, run.recipe)
         trainer = Trainer(run.rate, run.seed, self.settings, model, made.data, made.fabric, folder, curves)
-        return trainer.train(lambda epoch, score: tell(epoch, self.settings.epochs, score))
+        with user_code(f"{self.settings.model} with {run.recipe}"):
+            return trainer.train(lambda epoch, score: tell(epoch, self.settings.epochs, score))
 
     def measure(self, job: Steps, folder: Path) -> dict[str, Any]:
         """Measures every recipe's step."""

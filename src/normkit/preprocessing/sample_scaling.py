@@ -76,7 +76,7 @@ class UnitLength(_PerSample):
         The support's axes; the output has the same shape.
 
     Raises:
-        OptionError: another order.
+        OptionError: an unknown order.
 
     Reference:
         Salton, Wong, Yang, "A Vector Space Model for Automatic Indexing" (1975), https://doi.org/10.1145/361219.361220.

@@ -63,9 +63,9 @@ def attach(
     if directed:
         _warn_of_zeros(layer, name, type(parametrization).__name__)
     if parametrize.is_parametrized(layer):
-        own_class(layer)
+        own_class(layer)  # registering adds a property to the class, which a copy made before may share
     parametrize.register_parametrization(layer, name, parametrization, unsafe=splits)
-    layer.get_submodule("parametrizations").train(layer.training)
+    layer.get_submodule("parametrizations").train(layer.training)  # new modules are in training, whatever the layer is
     _equip(layer, forward)
     _shorten(type(layer), name)
     return layer
@@ -120,6 +120,7 @@ def _shorten(cls: type[nn.Module], name: str) -> None:
         (part,) = found._modules.values()
         return part(*originals(found))  # pyright: ignore[reportOptionalCall]
 
+    # Marked, so that the class of a copy is shortened likewise, and this one not twice.
     get.shortened = True  # pyright: ignore[reportFunctionMemberAccess]
     setattr(cls, name, property(get, whole.fset))
 

@@ -9,7 +9,6 @@ backward pass that is itself differentiated goes through the definition in PyTor
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 import struct
 from collections.abc import Callable, Sequence
@@ -62,19 +61,6 @@ class Plan(NamedTuple):
     def sets(self) -> int:
         """Number of gains."""
         return self.counts[1]
-
-
-class _Functions(NamedTuple):
-    forward: Any
-    backward: Any
-    many: Any
-
-
-@functools.cache
-def _functions() -> _Functions | None:
-    if library() is None:
-        return None
-    return _Functions(entry("nk_weight_forward"), entry("nk_weight_backward"), entry("nk_weights"))
 
 
 def plan_for(
@@ -165,7 +151,7 @@ def takes(weight: Tensor, *others: Tensor, rows: bool = False) -> bool:
         others: a gain or vectors, which must have its dtype.
         rows: whether it is enough that axis 0 is outermost in memory, as in channels-last weights.
     """
-    if not plain(weight, *others) or _functions() is None:
+    if not plain(weight, *others) or library() is None:
         return False
     if not (weight.is_contiguous() or (rows and _channels_last(weight))):
         return False
@@ -228,10 +214,8 @@ def normalize(
 
 def _forward(weight: Tensor, gain: Tensor | None, plan: Plan, spare: Spare | None) -> Tensor:
     result = torch.empty_like(weight) if spare is None else spare.take(weight)
-    functions = _functions()
-    assert functions is not None
     at = _address(plan, 0, weight), _address(plan, 1, gain), _address(plan, 3, result)
-    checked(functions.forward(plan.raw(gain), *at))
+    checked(entry("nk_weight_forward")(plan.raw(gain), *at))
     return result
 
 
@@ -249,14 +233,13 @@ class _Normalize(torch.autograd.Function):
         weight, gain = ctx.saved_tensors
         if torch.is_grad_enabled() or not plain(gradient):
             return *gradients_by(ctx.definition, (weight, gain), ctx.needs_input_grad, gradient), None, None, None
+        # The weight may come back changed from hooks on saved tensors; _address then refuses it.
         gradient, result = like(gradient, weight), torch.empty_like(weight)
         dgain = None if gain is None else torch.empty_like(gain)
-        functions = _functions()
-        assert functions is not None
         plan = ctx.plan
         ends = _address(plan, 3, result), _address(plan, 4, dgain)
         at = _address(plan, 2, gradient), _address(plan, 0, weight), _address(plan, 1, gain), *ends
-        checked(functions.backward(plan.raw(gain), *at))
+        checked(entry("nk_weight_backward")(plan.raw(gain), *at))
         return result, dgain, None, None, None
 
 
@@ -289,11 +272,9 @@ def run(plans: Sequence[Plan], calls: Sequence[Sequence[Tensor | None]], backwar
             the left and right vector and what is kept for backward. See native/weights.h.
         backward: whether gradients are wanted.
     """
-    functions = _functions()
-    assert functions is not None
     pointers = (ctypes.c_void_p * (len(_POINTERS) * len(plans)))()
     for place, (plan, tensors) in enumerate(zip(plans, calls, strict=True)):
         for which, tensor in enumerate(tensors):
             pointers[len(_POINTERS) * place + which] = _address(plan, which, tensor)
     raw = (ctypes.c_char_p * len(plans))(*(plan.raw(tensors[1]) for plan, tensors in zip(plans, calls, strict=True)))
-    checked(functions.many(len(plans), raw, pointers, backward))
+    checked(entry("nk_weights")(len(plans), raw, pointers, backward))

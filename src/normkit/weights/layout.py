@@ -54,7 +54,7 @@ class WeightLayout:
                 circular convolution; ``"unfold"`` has one column per input channel and tap, as in the unfolded matrix.
 
         Raises:
-            OptionError: another view.
+            OptionError: an unknown view.
         """
         if view not in ("operator", "unfold"):
             raise OptionError(f"columns: view={view!r}; wanted 'operator' or 'unfold'")

@@ -76,6 +76,7 @@ def together(model: nn.Module) -> Iterator[None]:
     ...     model[0].weight is model[0].weight
     True
     """
+    # torch's own cache, an internal dictionary: layers look up their weights there, and so need not know of this.
     with parametrize.cached():
         places: list[tuple[int, str]] = []
         shares: list[Share] = []
@@ -114,7 +115,7 @@ class _Together(torch.autograd.Function):
         kernels.run([share.plan for share in shares], calls, backward=False)
         for share in shares:
             if share.vectors is not None:
-                increment_version(share.vectors)
+                increment_version(share.vectors)  # the library wrote to them without autograd's knowledge
         ctx.plans = [share.plan for share in shares]
         ctx.definitions = [_definition(share, room) for share, room in zip(shares, kept, strict=True)]
         ctx.kept = kept

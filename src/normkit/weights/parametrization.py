@@ -65,6 +65,7 @@ class Parametrization(nn.Module):
     def _plan_here(self, weight: Tensor, *gain: Tensor) -> kernels.Plan | None:
         if not kernels.takes(weight, *gain, rows=self.by_rows):
             return None
+        # Not the strides: takes() accepted them, and the kernels walk rows the same way in both layouts.
         key = (weight.shape, weight.dtype, *self.options())
         if key not in self._plans:
             self._plans[key] = self.plan(weight)

@@ -257,7 +257,7 @@ class Equilibrate(RowScaling):
 class Temperature(nn.Module):
     """The parametrization that multiplies a weight by one learned scalar, which starts at 1.
 
-    Behind ``Equilibrate`` it gives back the one length that unit rows take from a last layer: how peaked its logits can be.
+    After ``Equilibrate`` it restores the length that unit rows remove from a last layer: how peaked its logits can be.
 
     >>> Temperature()(torch.ones(2)).detach()
     tensor([1., 1.])
@@ -272,7 +272,7 @@ class Temperature(nn.Module):
         return (weight * self.scale).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The weight that is scaled to this one; itself where the scale is 0."""
+        """The weight that the scale maps to this one; this one itself if the scale is 0."""
         return weight / torch.where(self.scale == 0, 1.0, self.scale).to(weight.dtype)
 
 

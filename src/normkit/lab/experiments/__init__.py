@@ -14,17 +14,7 @@ from normkit.lab.say import Terminal
 
 # An experiment is called like its file, with dashes.
 FILES = {
-    "reproduce": (
-        "table1",
-        "table2",
-        "table3",
-        "table4",
-        "fig1",
-        "vit_s",
-        "shape",
-        "cost",
-        "ablations",
-    ),
+    "reproduce": ("table1", "table2", "table3", "table4", "fig1", "vit_s", "shape", "cost", "ablations"),
     "claim": (
         "batch_size",
         "disparity",
@@ -97,13 +87,13 @@ def _refuse(output: Path) -> NoReturn:
     if not (output / CONFIG).exists():
         raise RecordError(f"{output} holds neither {RESULT} nor {CONFIG}, so it is no record of normkit")
     name = str(record.read_json(output / CONFIG).get("experiment"))
-    cure = "give the `normkit compare` command of this folder again to finish it"
+    again = "give the `normkit compare` command of this folder again"
     if kind := _kind(name):
         config = record.read_json(output / CONFIG, BEGUN)
         size = {key: config[key] for key in ("scale", "epochs", "threads")}
         bench = Bench(**size, output=output, seeds=tuple(config["seeds"]))
-        cure = f"to finish it:  {command(find_experiment(kind, name), bench)}"
-    raise RecordError(f"{output / RESULT} is missing; {cure}")
+        again = command(find_experiment(kind, name), bench)
+    raise RecordError(f"{output / RESULT} is missing; to finish it:  {again}")
 
 
 def _kind(name: str) -> str | None:

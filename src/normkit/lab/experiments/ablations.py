@@ -85,7 +85,8 @@ def plans(scale: str) -> list[Plan]:
     layers = "re:^(1|4|7)$"
     jacobi = (Row(BASE, "bn"), _e("rows", mode="row", where=layers), _e("Jacobi", mode="jacobi", where=layers))
     digits = Training("digits", "normkit.lab.experiments.ablations:square", "", "bn", 0.0, 0, 12, batch_size=64)
-    return [*found, plan("Square layers, digits", digits, jacobi, rate=0.1)]
+    found.append(plan("Square layers, digits", digits, jacobi, rate=0.1))
+    return found[-2:] if scale == "tiny" else found
 
 
 def run(bench: Bench) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
     said = verdicts(result)
     said.append(
         "Each interval stands alone: of twenty, one is expected to miss by chance. Rates are the same for all rows of a table, "
-        "so a difference can be one of the rate that suits a row; Table 1 has the sweep."
+        "so a difference can be one of the rate that suits a row; Table 1 sweeps rates."
     )
     if result["scale"] == "small":
         left = counted(len(LARGE), "row")
@@ -109,14 +110,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 
 EXPERIMENT = Experiment(
-    "ablations",
-    "reproduce",
-    "Ablations of weight conditioning",
+    "ablations", "reproduce", "Ablations of weight conditioning",
     "Row equilibration of the first and the last layer is the form of conditioning to use.",
-    PAPER,
-    run,
-    classification.tables,
-    figures,
-    remarks,
-    ("tiny", "small", "full"),
-)
+    PAPER, run, classification.tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

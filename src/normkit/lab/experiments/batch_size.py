@@ -240,18 +240,10 @@ def accuracies(result: dict[str, Any]) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    name="batch-size",
-    kind="claim",
-    title="Normalization against the size of training batches",
-    claim=(
-        "Batch normalization loses accuracy as batches become small, while group normalization keeps its own. What was proposed "
+    "batch-size", "claim", "Normalization against the size of training batches",
+    "Batch normalization loses accuracy as batches become small, while group normalization keeps its own. What was proposed "
         "since then, or for the same end, stands next to it: weight standardization, batch-channel normalization, batch "
-        "renormalization, ghost batches."
-    ),
-    paper=Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
-    run=run,
-    tables=tables,
-    figures=figures,
-    remarks=remarks,
-    scales=("tiny", "small", "full"),
-)
+        "renormalization, ghost batches.",
+    Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
+    run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

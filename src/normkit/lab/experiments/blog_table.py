@@ -3,7 +3,7 @@
 Introductions compare batch, layer, instance, group, RMS, weight and spectral normalization by what they normalize over, what
 they are for, and strengths and weaknesses. The words come from the catalogue's cards; the properties are measured on small
 layers in double precision: whether a sample depends on its batch, whether training and evaluation agree, whether the layer can
-be baked into the weights, whether a stream can be worked off place by place, what low precision costs, what contrast is left,
+be folded into the weights, whether a stream can be computed place by place, what low precision costs, what contrast is left,
 which singular values are held, and how the length of a weight grows.
 
 Ours: images (8, 16, 6, 6) of noise about 1. Layer and RMS normalization are over channels and positions, except in a stream,
@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from torch import Tensor, nn
 
 from normkit.activations.batch_norm import BatchNorm
@@ -32,6 +31,7 @@ from normkit.catalogue.methods import method
 from normkit.core.card import Paper
 from normkit.core.errors import NormkitError
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.report.bands import key, rows_of
 from normkit.lab.report.canvas import FAINT, FULL, panels
 from normkit.lab.report.drawing import COLOURS, GREY
 from normkit.lab.stats import ABSENT
@@ -120,7 +120,7 @@ def difference(one: Tensor, other: Tensor) -> float:
 
 
 def stream(name: str) -> float | None:
-    """How far a row of positions worked off one by one, in evaluation, is from the whole; None if one position is refused.
+    """How far a row of positions computed one by one, in evaluation, is from the whole; None if one position is refused.
 
     >>> stream("rms_norm") < 1e-12  # rounding
     True
@@ -162,7 +162,7 @@ def contrast(name: str, kind: str) -> float:
 
 
 def folded(name: str, x: Tensor) -> float | None:
-    """The error of a convolution with the method baked in, in evaluation; None if it can't be baked in."""
+    """The error of a convolution into which the method is folded, in evaluation; None if it can't be."""
     convolution = nn.Conv2d(CHANNELS, CHANNELS, 1).double()
     model = nn.Sequential(convolution, make(name)) if name in ACTIVATIONS else nn.Sequential(make(name))
     model.train()(x)
@@ -179,7 +179,7 @@ def spectrum(name: str) -> list[list[float]]:
     layer = nn.Linear(64, 64).double()
     first = torch.linalg.svdvals(layer.weight.detach())
     WEIGHTS[name](layer)
-    for _ in range(200):  # steps of power iteration, one a call in training
+    for _ in range(200):  # steps of power iteration, one per call in training
         layer(torch.zeros(1, 64, dtype=torch.float64))
     layer.eval()
     return [first.tolist(), torch.linalg.svdvals(layer.weight.detach()).tolist()]
@@ -207,56 +207,46 @@ def run(bench: Bench) -> dict[str, Any]:
     return {"rows": dict(zip(METHODS, bench.sweep(measure, jobs), strict=True))}
 
 
-def yes(value: float | None, limit: float = SAME) -> str:
-    """Whether a difference is more than rounding, and how large it is."""
-    if value is None:
-        return "no"
-    return "equal" if value <= limit else f"differs, {value:.2g}"
+def tell(value: float | None, missing: str = ABSENT) -> str:
+    """Says whether a difference is more than rounding, and how large it is.
+
+    >>> tell(1e-12), tell(0.345), tell(None, "refused")
+    ('equal', 'differs, 0.34', 'refused')
+    """
+    return missing if value is None else "equal" if value <= SAME else f"differs, {value:.2g}"
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """The table in words, and what was measured."""
-    cards = {name: method(name) for name in METHODS}
-    words = [
-        (c.title, c.normalized_over, c.paper.cite().split(",")[0], c.use_cases, c.strengths, c.weaknesses)
-        for c in cards.values()
-    ]
-    rows: list[list[Any]] = []
-    lows: list[list[Any]] = []
+    words, rows, outputs = [], [], []
     for name, found in result["rows"].items():
-        rows.append(
-            [
-                cards[name].title,
-                found["parameters"],
-                "yes" if found["running"] else "no",
-                yes(found["batch"]),
-                yes(found["evaluation"]),
-                ABSENT if found["fold"] is None else yes(found["fold"]),
-                yes(found["stream"]) if found["stream"] is not None else "refused",
-            ]
-        )
-        low = [found["precision"][key] for key in LOW]
-        lows.append([cards[name].title, found["mean"], *low, *(found["contrast"][k] for k in found["contrast"])])
+        c = method(name)
+        author = c.paper.cite().split(",")[0]
+        words.append((c.title, c.normalized_over, author, c.use_cases, c.strengths, c.weaknesses))
+        told = (tell(found["batch"]), tell(found["evaluation"]), tell(found["fold"]), tell(found["stream"], "refused"))
+        rows.append((c.title, found["parameters"], "yes" if found["running"] else "no", *told))
+        low = (found["precision"][dtype] for dtype in LOW)
+        outputs.append((c.title, found["mean"], *low, *found["contrast"].values()))
     about = [
         "In double precision; a difference is relative to the largest value. With others: the other samples of the batch are "
-        "redrawn, three times as large.",
-        "Evaluation: against training, from the same state. Stream: a row of positions one by one, in evaluation.",
+        "drawn again, three times as large.",
+        "Evaluation: compared with training, from the same state. Stream: a row of positions one by one, in evaluation.",
     ]
-    columns = ("method", "parameters", "running", "with others", "evaluation", "baked in", "stream")
-    low_columns = ("method", "mean", *(f"error {name}" for name in LOW), "AUC, contrast of all", "AUC, of one channel")
     below = [
-        "Mean: the largest mean of a sample's output. AUC: how well a doubled contrast shows in the output; 0.5 is not at all."
+        "Mean: the largest mean of a sample's output. AUC: how well a doubled contrast shows in the output; 0.5: not at all."
     ]
+    columns = ("method", "parameters", "running", "with others", "evaluation", "folded", "stream")
+    outs = ("method", "mean", *(f"error {name}" for name in LOW), "AUC, contrast of all", "AUC, of one channel")
     return [
         Table("In words", ("name", "normalized over", "paper", "use", "strength", "weakness"), words),
         Table("Properties, measured", columns, rows, about),
-        Table("Outputs, measured", low_columns, lows, below),
+        Table("Outputs, measured", outs, outputs, below),
     ]
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
     """Where cards and measurements agree, and the weaknesses in numbers."""
-    rows, said, disputes = result["rows"], [], []
+    rows, disputes = result["rows"], []
     for name, found in rows.items():
         card = method(name)
         measured = {
@@ -266,52 +256,40 @@ def remarks(result: dict[str, Any]) -> list[str]:
             "foldable": found["fold"] is not None,
         }
         disputes += [f"{card.title}: {key}" for key, value in measured.items() if value != getattr(card, key)]
-    said.append(
+    count, otherwise = 4 * len(rows), f"; otherwise: {', '.join(disputes)}" if disputes else ""
+    said = [
         "Batch dependence, running state, agreement of training and evaluation, and folding: "
-        f"{4 * len(rows) - len(disputes)} of {4 * len(rows)} measurements are as the catalogue says"
-        + (f"; otherwise: {', '.join(disputes)}." if disputes else ".")
-    )
-    # One score of many that there could be; chance alone has a deviation of 0.03.
-    hidden = "hardly shows in the deviation of the output (AUC from 0.4 to 0.6) behind"
-    blind = [method(name).title for name, found in rows.items() if abs(found["contrast"]["all channels"] - 0.5) < 0.1]
-    said.append(f"A doubled contrast of the whole image {hidden} {', '.join(blind) or 'none'}.")
-    blind = [method(name).title for name, found in rows.items() if abs(found["contrast"]["one channel"] - 0.5) < 0.1]
-    said.append(f"A doubled contrast of one channel {hidden} {', '.join(blind) or 'none'}.")
-    if "rms_norm" in rows:
-        said.append(f"RMS normalization leaves a mean of up to {rows['rms_norm']['mean']:.2f} in a sample.")
-    if "spectral_norm" in rows:
-        after = rows["spectral_norm"]["spectrum"][1]
+        f"{count - len(disputes)} of {count} measurements are as the catalogue says{otherwise}."
+    ]
+    for kind, words in (("all channels", "the whole image"), ("one channel", "one channel")):
+        # One score of many that there could be; chance alone has a deviation of 0.03.
+        blind = [method(name).title for name, found in rows.items() if abs(found["contrast"][kind] - 0.5) < 0.1]
         said.append(
-            f"Spectral normalization holds {after[0]:.4f}; the 63 other singular values go down to {after[-1]:.2g}."
+            f"Doubling the contrast of {words} hardly shows in the deviation of the output (AUC from 0.4 to 0.6) behind "
+            f"{', '.join(blind) or 'none'}."
         )
-    if "weight_norm" in rows:
-        lengths = rows["weight_norm"]["drift"]
-        fell = "fell at times, which theory excludes" if any(b < a for a, b in pairwise(lengths)) else "never fell"
-        said.append(
-            f"Weight normalization: after {DRIFT} steps of SGD the length behind the weight is {lengths[-1]:.2f} times that at "
-            f"the start; it {fell}."
-        )
-    return said
+    after, lengths = rows["spectral_norm"]["spectrum"][1], rows["weight_norm"]["drift"]
+    fell = "fell at times, which theory excludes" if any(b < a for a, b in pairwise(lengths)) else "never fell"
+    return [
+        *said,
+        f"RMS normalization leaves a mean of up to {rows['rms_norm']['mean']:.2f} in a sample.",
+        f"Spectral normalization holds the largest singular value at {after[0]:.4f}; the other {len(after) - 1} go down to "
+        f"{after[-1]:.2g}.",
+        f"Weight normalization: after {DRIFT} steps of SGD the length behind the weight is {lengths[-1]:.2f} times that at the "
+        f"start; it {fell}.",
+    ]
 
 
 def figures(result: dict[str, Any]) -> list[Drawing]:
-    """Draws the weaknesses that can be seen.
-
-    Args:
-        result: what :func:`run` returned.
-        folder: where to.
-    """
-    return [
-        Drawing(
-            "weaknesses",
-            lambda: weaknesses(result),
-            "How well images of doubled contrast are told from others behind each layer, as the area under the ROC curve, where "
-            "1 is always and 0.5, the grey line, is guessing (left); the singular values of a random weight as it is (plain) "
-            "and under the two methods for weights, the largest first, with a grey line at 1 (middle); and the mean row length "
-            "of the parameter behind weight normalization along SGD on noise, relative to that at the start (right). Dots at "
-            "the grey line on the left are contrasts that a layer erases.",
-        )
-    ]
+    """The weaknesses that can be seen."""
+    caption = (
+        "How well images of doubled contrast are told from others behind each layer, as the area under the ROC curve, where "
+        "1 is always and 0.5, the grey line, is guessing (left); the singular values of a random weight as it is (plain) "
+        "and under the two methods for weights, the largest first, with a grey line at 1 (middle); and the mean row length "
+        "of the parameter behind weight normalization along SGD on noise, relative to that at the start (right). Dots at "
+        "the grey line on the left are contrasts that a layer erases."
+    )
+    return [Drawing("weaknesses", lambda: weaknesses(result), caption)]
 
 
 def weaknesses(result: dict[str, Any]) -> Figure:
@@ -322,11 +300,9 @@ def weaknesses(result: dict[str, Any]) -> Figure:
         for shift, kind, hue in ((-0.15, "all channels", COLOURS[0]), (0.15, "one channel", COLOURS[1])):
             axes[0].plot([found["contrast"][kind]], [y + shift], "o", color=hue, markersize=4)
     axes[0].axvline(0.5, color=FAINT, linewidth=0.8)
-    axes[0].set_yticks(range(len(rows)), [method(name).title.removesuffix(" normalization") for name in rows])
-    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    rows_of(axes[0], [method(name).title.removesuffix(" normalization") for name in rows])
     axes[0].set_xlim(0.3, 1.04)
     axes[0].set_xlabel("AUC of a doubled contrast")
-    axes[0].tick_params(axis="y", length=0)
     hues = {"plain": GREY, "weight_norm": COLOURS[3], "spectral_norm": COLOURS[0]}
     before = {"plain": rows["weight_norm"]["spectrum"][0]}
     for name, values in {**before, **{name: rows[name]["spectrum"][1] for name in WEIGHTS}}.items():
@@ -344,23 +320,15 @@ def weaknesses(result: dict[str, Any]) -> Figure:
     axes[2].set_title("parameter behind weight norm", loc="left")
     axes[2].margins(x=0)
     axes[0].set_title("contrast behind the layer", loc="left")
-    handles = [Line2D([], [], color=hue, marker="o", markersize=4, linestyle="") for hue in COLOURS[:2]]
+    handles = [key(hue, marker="o", markersize=4, linestyle="") for hue in COLOURS[:2]]
     figure.legend(handles, ["contrast of all channels", "contrast of one channel"], loc="outside upper left", ncols=2)
     return figure
 
 
 EXPERIMENT = Experiment(
-    name="blog-table",
-    kind="claim",
-    title="Seven normalizations side by side, measured",
-    claim=(
-        "Batch normalization depends on the batch and on running statistics; layer, instance and group normalization do not. "
-        "RMS, weight and spectral normalization, which are of other papers, are measured as well."
-    ),
-    paper=Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
-    run=run,
-    tables=tables,
-    figures=figures,
-    remarks=remarks,
-    scales=("tiny", "small", "full"),
-)
+    "blog-table", "claim", "Seven normalizations side by side, measured",
+    "Batch normalization depends on the batch and on running statistics; layer, instance and group normalization do not. "
+        "RMS, weight and spectral normalization, which are of other papers, are measured as well.",
+    Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
+    run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

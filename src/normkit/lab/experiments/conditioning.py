@@ -59,13 +59,7 @@ LOOKS = 4  # a Hessian of 500 parameters takes half a second
 RATE, SHORT = 0.3, 60
 RATES = (0.1, 0.3, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 SAMPLES, HIDDEN = 256, 12
-COLUMNS = {
-    "raw": "κ raw",
-    "used": "κ effective",
-    "rows": "row norms",
-    "largest": "λ max",
-    "smallest": "λ min",
-}
+COLUMNS = {"raw": "κ raw", "used": "κ effective", "rows": "row norms", "largest": "λ max", "smallest": "λ min"}
 
 
 @dataclass(frozen=True)
@@ -323,14 +317,7 @@ def figure_of(result: dict[str, Any]) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    name="conditioning",
-    kind="claim",
-    title="Conditioned weights: condition numbers, curvature and stable rates",
-    claim="Conditioning the weights lowers their condition numbers, smooths the loss, and so allows larger learning rates.",
-    paper=method("weight_conditioning").paper,
-    run=run,
-    tables=tables,
-    figures=figures,
-    remarks=remarks,
-    scales=("tiny", "small", "full"),
-)
+    "conditioning", "claim", "Conditioned weights: condition numbers, curvature and stable rates",
+    "Conditioning the weights lowers their condition numbers, smooths the loss, and so allows larger learning rates.",
+    method("weight_conditioning").paper, run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

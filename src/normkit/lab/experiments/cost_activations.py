@@ -5,8 +5,8 @@ turns in one process; so does torch's own layer where there is one, and a copy o
 batch normalization for images and to layer normalization for tokens. Memory is the peak of a step beyond its input: the output,
 what is kept for the backward pass, and the gradients.
 
-Ours: a repetition for each seed, one thread; recurrent cells, which see one time step, and layers that are another by
-other settings are left out. An epoch of ``--epochs`` is one round.
+Ours: a repetition for each seed, one thread; left out are recurrent cells, which see one time step, and layers that are
+another one with other settings. An epoch of ``--epochs`` is one round.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,9 @@ from normkit.catalogue.methods import METHODS, method
 from normkit.core.card import Paper
 from normkit.lab.bench.race import race
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiments.runs import labelled, side
 from normkit.lab.memory import peak_bytes
+from normkit.lab.report.bands import marked, rows_of
 from normkit.lab.report.canvas import FAINT, FULL, INK
 from normkit.lab.report.drawing import COLOURS, GREY
 from normkit.lab.say import counted
@@ -116,12 +118,11 @@ def measure(job: Measurement, folder: Path) -> dict[str, Any]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Measures both kinds, once a seed; one job after the other, as two at once would slow one another."""
+    """Measures both kinds, once per seed; one job after the other, as two at once would slow one another."""
     rounds = bench.epochs or ROUNDS[bench.scale]
     taken = TINY if bench.scale == "tiny" else SHAPES
     jobs = [Measurement(kind, shape, rounds, seed) for seed in bench.seeds for kind, shape in taken.items()]
-    found = [bench.sweep(measure, [job])[0] for job in jobs]
-    runs = [{"kind": job.kind, "seed": job.seed, **one} for job, one in zip(jobs, found, strict=True)]
+    runs = [labelled(bench, measure, [job], "kind", "seed")[0] for job in jobs]
     shapes = {kind: list(shape) for kind, shape in taken.items()}
     return {"runs": runs, "shapes": shapes, "rounds": rounds, "threads": bench.threads}
 
@@ -141,34 +142,34 @@ def ordered(result: dict[str, Any], kind: str) -> list[str]:
 def tables(result: dict[str, Any]) -> list[Table]:
     """Costs of every layer, the cheapest first."""
     found = []
+    threads = counted(result["threads"], "thread")
+    note = (
+        f"Forward and backward, float32, {threads}, first quartile of {counted(result['rounds'], 'round')}; mean ± standard "
+        "deviation over repetitions."
+    )
     for kind, shape in result["shapes"].items():
-        base = BASES[kind]
-        rows = []
+        base, rows = BASES[kind], []
+        own = [run for run in result["runs"] if run["kind"] == kind]
         for name in [COPY, *ordered(result, kind)]:
-            beside = ratios(result, kind, name, f"torch {name}") if name in TORCH[kind] else []
-            own = [run for run in result["runs"] if run["kind"] == kind]
+            torchs = ratios(result, kind, name, f"torch {name}") if name in TORCH[kind] else []
             rows.append(
                 [
                     name if name == COPY else method(name).title,
                     mean(run["ms"][name] for run in own),
                     spread(ratios(result, kind, name, base), ".2f"),
-                    spread(beside, ".2f") if beside else None,
+                    spread(torchs, ".2f") if torchs else None,
                     mean(run["mb"][name] for run in own),
                     mean(ratios(result, kind, name, base, "mb")),
                 ]
             )
-        size = "x".join(map(str, shape))
-        columns = ("layer", "ms", f"of {method(base).title.split()[0].lower()}", "of torch's", "MB", "of MB")
-        threads = counted(result["threads"], "thread")
-        note = f"Forward and backward, float32, {threads}, first quartile of {result['rounds']} rounds; "
-        found.append(
-            Table(f"{kind.capitalize()}, {size}", columns, rows, [f"{note}mean ± deviation over repetitions."])
-        )
+        first = method(base).title.lower()
+        columns = ("layer", "ms", f"ratio to {first}", "ratio to torch's", "MB", "ratio of MB")
+        found.append(Table(f"{kind.capitalize()}, {'x'.join(map(str, shape))}", columns, rows, [note]))
     return found
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What the sources say of costs, and what was seen."""
+    """What the sources say of costs, and what was measured."""
     said = []
     for kind, cheap, dear in (("tokens", "rms_norm", "layer_norm"), ("images", "group_norm", "batch_norm")):
         found = paired_interval(known(ratios(result, kind, cheap, dear)))
@@ -178,40 +179,27 @@ def remarks(result: dict[str, Any]) -> list[str]:
         if found.low is None or found.high is None:
             said.append(f"{text} in one repetition, which has no interval.")
             continue
-        verdict = "less" if found.high < 1 else "more" if found.low > 1 else "not told apart"
-        said.append(f"{text}, 95 % interval over repetitions {found.low:.2f} to {found.high:.2f}: {verdict}.")
+        word = side(paired_interval([ratio - 1 for ratio in found.differences]), "less", "more")
+        said.append(f"{text}, 95 % interval over repetitions {found.low:.2f} to {found.high:.2f}: {word}.")
     for kind, layers in TORCH.items():
-        slow = [
-            f"{method(name).title} {ratio:.2f}"
-            for name in layers
-            if (ratio := mean(ratios(result, kind, name, f"torch {name}"))) is not None
-        ]
-        said.append(f"{kind.capitalize()}, our time by that of torch's own layer: {', '.join(slow)}.")
-        dear = ordered(result, kind)[-1:]
-        for name in dear:
-            said.append(
-                f"{kind.capitalize()}: the dearest is {method(name).title}, "
-                f"{mean(ratios(result, kind, name, BASES[kind])):.1f} times {method(BASES[kind]).title.lower()}."
-            )
+        means = {name: mean(ratios(result, kind, name, f"torch {name}")) for name in layers}
+        listed = ", ".join(f"{method(name).title} {ratio:.2f}" for name, ratio in means.items() if ratio is not None)
+        said.append(f"{kind.capitalize()}, our time divided by that of torch's own layer: {listed}.")
+        for name in ordered(result, kind)[-1:]:
+            times = mean(ratios(result, kind, name, BASES[kind]))
+            base = method(BASES[kind]).title.lower()
+            said.append(f"{kind.capitalize()}: {method(name).title} takes longest, {times:.1f} times {base}.")
     return said
 
 
 def figures(result: dict[str, Any]) -> list[Drawing]:
-    """Draws the costs.
-
-    Args:
-        result: what :func:`run` returned.
-        folder: where to.
-    """
-    return [
-        Drawing(
-            "costs",
-            lambda: costs(result),
-            "Time (bars) and peak memory (diamonds) of a forward and backward pass through each layer, relative to the layer "
-            "with the grey bar; a black mark is the time of torch's own layer. The scale is logarithmic, so read where bars "
-            "end: left of 1 is faster than the grey one, left of the black mark faster than torch's.",
-        )
-    ]
+    """One figure of all costs."""
+    caption = (
+        "Time (bars) and peak memory (diamonds) of a forward and backward pass through each layer, relative to the layer "
+        "with the grey bar; a black mark is the time of torch's own layer. The scale is logarithmic, so read where bars "
+        "end: left of 1 is faster than the grey one, left of the black mark faster than torch's."
+    )
+    return [Drawing("costs", lambda: costs(result), caption)]
 
 
 def costs(result: dict[str, Any]) -> Figure:
@@ -230,15 +218,11 @@ def costs(result: dict[str, Any]) -> Figure:
                 torchs = mean(ratios(result, kind, f"torch {name}", base)) or 0.0
                 axis.plot([torchs, torchs], [y - 0.4, y + 0.4], color=INK, linewidth=1.6)
         axis.axvline(1, color=FAINT, linewidth=0.8, zorder=0)
-        axis.set_yticks(range(len(layers)), [method(name).title.replace("normalization", "norm") for name in layers])
-        axis.set_ylim(len(layers) - 0.4, -0.6)
+        rows_of(axis, [method(name).title.replace("normalization", "norm") for name in layers])
         axis.set_xscale("log")
         ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if axis.get_xlim()[0] < tick < axis.get_xlim()[1]]
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.minorticks_off()
-        axis.grid(axis="y", visible=False)
-        axis.grid(axis="x", visible=True)
-        axis.tick_params(axis="y", length=0, labelsize=6.5)
+        marked(axis, ticks)
+        axis.tick_params(axis="y", labelsize=6.5)
         size = " × ".join(map(str, result["shapes"][kind]))
         axis.set_title(f"{kind}, {size}", loc="left")
         axis.set_xlabel(f"relative to {method(base).title.lower()}")
@@ -252,19 +236,13 @@ def costs(result: dict[str, Any]) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    name="cost-activations",
-    kind="claim",
-    title="What activation norms cost",
-    claim="Root mean square normalization costs less than layer normalization, as it needs no mean.",
-    paper=Paper(
+    "cost-activations", "claim", "What activation norms cost",
+    "Root mean square normalization costs less than layer normalization, as it needs no mean.",
+    Paper(
         "Zhang, Biao and Sennrich, Rico",
         "Root Mean Square Layer Normalization",
         2019,
         "https://arxiv.org/abs/1910.07467",
     ),
-    run=run,
-    tables=tables,
-    figures=figures,
-    remarks=remarks,
-    scales=("tiny", "small", "full"),
-)
+    run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

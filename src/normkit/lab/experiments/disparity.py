@@ -203,8 +203,8 @@ def remarks(result: dict[str, Any]) -> list[str]:
             # Of one network, which diverged for every way or for none.
             gaps = {name: differences(scores(result, "bn", way, order, batch), running) for way, name in names.items()}
             renorm = scores(result, "brn", "running", order, batch)
-            counted = ([CHANCE if score is None else score for score in some] for some in (renorm, running))
-            gaps["BatchRenorm"] = differences(*counted)
+            ours, base = ([CHANCE if score is None else score for score in some] for some in (renorm, running))
+            gaps["BatchRenorm"] = differences(ours, base)
             there = [f"{name} {points(gap)}" for name, gap in gaps.items() if gap.mean is not None]
             if there:
                 said.append(
@@ -329,22 +329,14 @@ def draw_ranges(result: dict[str, Any]) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    name="disparity",
-    kind="claim",
-    title="Batch normalization in training and in evaluation",
-    claim=(
-        "Batch normalization computes another function in evaluation than in training, with another range of outputs; weighing "
-        "in the example's own statistics at inference, better estimates, or batch renormalization narrow the gap."
-    ),
-    paper=Paper(
+    "disparity", "claim", "Batch normalization in training and in evaluation",
+    "Batch normalization computes another function in evaluation than in training, with another range of outputs; weighing "
+        "in the example's own statistics at inference, better estimates, or batch renormalization narrow the gap.",
+    Paper(
         "Summers, Cecilia and Dinneen, Michael J.",
         "Four Things Everyone Should Know to Improve Batch Normalization",
         2020,
         "https://arxiv.org/abs/1906.03548",
     ),
-    run=run,
-    tables=tables,
-    figures=figures,
-    remarks=remarks,
-    scales=("tiny", "small", "full"),
-)
+    run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

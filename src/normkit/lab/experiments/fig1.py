@@ -36,7 +36,7 @@ REMARKS = (
     "at rate 2, and above both in the ResNets.",
     "At rate 2 without momentum BN makes the scale of the weights in front of it an inverse learning rate: large first steps "
     "lengthen the weights, after which steps are small. Only the last layer, which no BN follows, feels the rate itself, and "
-    "there E bounds the logits.",
+    "there E bounds the logits but for their bias.",
 )
 
 
@@ -65,23 +65,17 @@ def remarks(result: dict[str, Any]) -> list[str]:
     said = [*verdicts(result), *REMARKS]
     if result["scale"] == "small":
         said.append(f"Small scale: {length_of(result)} of narrow networks; differences are those of early training.")
-        rows = [row for part in result["parts"].values() for rows in part["sets"].values() for row in rows]
-        best = max(known(run["test_score"] for row in rows for run in row["runs"]), default=0.0)
-        said.append(
-            f"The best run has a test Top-1 of {100 * best:.1f} %; at rate 2 no gain of 15 points could appear."
-        )
+        runs = [run for rows in result["parts"][FAST]["sets"].values() for row in rows for run in row["runs"]]
+        best = max(known(run["test_score"] for run in runs), default=0.0)
+        if best < 0.15:
+            said.append(
+                f"{FAST}'s best run reaches a test Top-1 of {100 * best:.1f} %, where no gain of 15 points could appear."
+            )
     return said
 
 
 EXPERIMENT = Experiment(
-    "fig1",
-    "reproduce",
-    "Figure 1: GoogLeNet at a large learning rate, and ResNets, on CIFAR-100",
+    "fig1", "reproduce", "Figure 1: GoogLeNet at a large learning rate, and ResNets, on CIFAR-100",
     "BN with weight conditioning trains better than BN and BN + WS: by about 15 points in GoogLeNet at learning rate 2.",
-    PAPER,
-    run,
-    tables,
-    figures,
-    remarks,
-    ("tiny", "small", "full"),
-)
+    PAPER, run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

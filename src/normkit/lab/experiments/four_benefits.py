@@ -288,22 +288,14 @@ def benefits(result: dict[str, Any]) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    name="four-benefits",
-    kind="claim",
-    title="Four benefits of normalization",
-    claim=(
-        "Normalization speeds up convergence, makes training less sensitive to the scale of inputs, reduces overfitting and "
-        "generalizes better."
-    ),
-    paper=Paper(
+    "four-benefits", "claim", "Four benefits of normalization",
+    "Normalization speeds up convergence, makes training less sensitive to the scale of inputs, reduces overfitting and "
+        "generalizes better.",
+    Paper(
         "Ioffe, Sergey and Szegedy, Christian",
         "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
         2015,
         "https://arxiv.org/abs/1502.03167",
     ),
-    run=run,
-    tables=tables,
-    figures=figures,
-    remarks=remarks,
-    scales=("tiny", "small", "full"),
-)
+    run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

@@ -4,40 +4,32 @@ A generator learns eight Gaussians on a ring. The discriminator's weights are le
 normalized, spectrally normalized with a gradient through sigma, or divided by their largest singular value after each step.
 
 Ours: networks of two hidden layers of 64 units; Adam with beta (0, 0.9), at 5e-4 for the discriminator and 1e-3 for the
-generator, the same for every kind; two steps of the discriminator for each of the generator's; weights clipped at 0.1, as at the
-0.01 of Wasserstein GAN so small a network passes nothing on. An iteration of power is counted on the weights before
+generator, the same for every kind; two steps of the discriminator for each of the generator's; weights clipped at 0.1, as
+so small a network passes nothing on at the 0.01 of Wasserstein GAN. Power iterations are counted on the weights before
 normalization, whose vectors u and v are kept and get one iteration after each of the discriminator's steps.
 An epoch of ``--epochs`` is 100 steps of the generator.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from normkit.core.card import Paper
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiments.runs import diverged, labelled
 from normkit.lab.jobs.adversarial import FOLLOWED, Game, play
-from normkit.lab.jobs.spectra import (
-    TOLERANCE,
-    stable_rank,
-)
+from normkit.lab.jobs.spectra import TOLERANCE, stable_rank
 from normkit.lab.models.gan import centres
+from normkit.lab.report.bands import Curve, along, key
 from normkit.lab.report.canvas import DOTTED, FAINT, FULL, INK, panels
-from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, band, name_ends
-from normkit.lab.stats import by_step, known, mean, spread, where
+from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
+from normkit.lab.say import counted
+from normkit.lab.stats import Row, by_step, known, mean, spread, where
 from normkit.lab.train.walk import OK
 
-KINDS = {
-    "none": "nothing",
-    "clip": "clipping",
-    "wn": "weight norm",
-    "sn": "spectral norm",
-    "hard": "reassignment",
-}
+KINDS = {"none": "nothing", "clip": "clipping", "wn": "weight norm", "sn": "spectral norm", "hard": "reassignment"}
 HUES = dict(zip(KINDS, (GREY, COLOURS[4], COLOURS[3], COLOURS[0], COLOURS[1]), strict=True))
 LOSSES = {"hinge": "Hinge loss", "wasserstein": "Wasserstein loss"}
 
@@ -48,11 +40,7 @@ def run(bench: Bench) -> dict[str, Any]:
     """Trains every kind with every loss and seed."""
     steps = 100 * bench.epochs if bench.epochs else STEPS[bench.scale]
     jobs = [Game(loss, kind, seed, steps) for seed in bench.seeds for loss in LOSSES for kind in KINDS]
-    played = bench.sweep(play, jobs)
-    runs = [
-        {"loss": job.loss, "kind": job.kind, "seed": job.seed, **result}
-        for job, result in zip(jobs, played, strict=True)
-    ]
+    runs = labelled(bench, play, jobs, "loss", "kind", "seed")
     for run in runs:
         if run["seed"] != bench.seeds[0]:  # the pictures show one seed
             del run["points"], run["field"]
@@ -62,29 +50,27 @@ def run(bench: Bench) -> dict[str, Any]:
 def tables(result: dict[str, Any]) -> list[Table]:
     """What each constraint bounds, and what comes of it."""
     columns = ("weights", "modes of 8", "near, %", "sigma", "product", "steepest", "stable rank")
+    notes = [
+        f"After {result['steps']} steps of the generator; mean ± standard deviation over {counted(result['seeds'], 'seed')}.",
+        "Near: points within three deviations of a mode. Sigma: the largest of all layers. Product: of all layers' sigma, "
+        "which bounds the steepest gradient found. Stable rank: of the second layer, its squared singular values' sum by "
+        "the largest of them.",
+    ]
     found = []
     for loss in LOSSES:
         rows: list[list[Any]] = []
         for kind, name in KINDS.items():
             runs = where(result["runs"], loss=loss, kind=kind)
             last = [run["rows"][-1] if run["status"] == OK else {} for run in runs]
-            rows.append(
-                [
-                    name,
-                    spread([run["modes"] for run in runs], ".1f"),
-                    spread([run["near"] for run in runs], ".1f", 100),
-                    spread([max(row["sigmas"]) if row else None for row in last], ".3g"),
-                    spread([row.get("bound") for row in last], ".3g"),
-                    spread([row.get("steepest") for row in last], ".3g"),
-                    spread(ranks(runs, "last"), ".1f"),
-                ]
+            ends = (
+                [max(row["sigmas"]) if row else None for row in last],
+                *([row.get(what) for row in last] for what in ("bound", "steepest")),
             )
-        notes = [
-            f"After {result['steps']} steps of the generator; mean ± standard deviation over {result['seeds']} seeds.",
-            "Near: points within three deviations of a mode. Sigma: the largest of all layers. Product: of all layers' sigma, "
-            "which bounds the steepest gradient found. Stable rank: of the second layer, its squared singular values' sum by "
-            "the largest of them.",
-        ]
+            modes, near = (
+                spread([run["modes"] for run in runs], ".1f"),
+                spread([run["near"] for run in runs], ".1f", 100),
+            )
+            rows.append([name, modes, near, *(spread(end, ".3g") for end in ends), spread(ranks(runs, "last"), ".1f")])
         found.append(Table(LOSSES[loss], columns, rows, notes))
     rows = []
     for kind in FOLLOWED:
@@ -97,7 +83,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     return [*found, Table("Power iteration from the vectors kept and from random ones", columns, rows, [note])]
 
 
-def ranks(runs: Sequence[Mapping[str, Any]], when: str) -> list[float | None]:
+def ranks(runs: Sequence[Row], when: str) -> list[float | None]:
     """The second layer's stable rank before (``"first"``) or after training (``"last"``); a run that diverged has none."""
     return [stable_rank(run["spectra"][when][1]) if run["spectra"] else None for run in runs]
 
@@ -115,35 +101,35 @@ def memory_of(result: dict[str, Any], kind: str, layer: int) -> list[tuple[float
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What was seen of each claim."""
+    """What each part of the claim comes to."""
     said = []
-    for loss in LOSSES:
+    for loss, title in LOSSES.items():
         for kind, why in (("sn", " (one power iteration lags behind the weights)"), ("hard", "")):
             rows = [row for run in where(result["runs"], loss=loss, kind=kind) for row in run["rows"]]
             sigmas = [sigma for row in rows for sigma in known(row["sigmas"])]
-            bounds, slopes = (known(row[key] for row in rows) for key in ("bound", "steepest"))
+            bounds, slopes = (known(row[what] for row in rows) for what in ("bound", "steepest"))
             if sigmas and bounds and slopes:
                 # The product is what holds for certain; a slope that was found says only how steep the network is at least.
                 said.append(
-                    f"{loss}, {KINDS[kind]}: a layer's sigma was up to {max(sigmas):.4f} when looked at along training{why}, so "
-                    f"the guaranteed bound, their product, is up to {max(bounds):.4f}; the steepest gradient found, a "
-                    f"lower estimate, was {max(slopes):.3f}, {'below' if max(slopes) < 1 else 'not below'} 1."
+                    f"{title}, {KINDS[kind]}: a layer's sigma was up to {max(sigmas):.4f} along training{why}, so the guaranteed "
+                    f"bound, their product, is up to {max(bounds):.4f}; the steepest gradient found, a lower estimate, was "
+                    f"{max(slopes):.3f}, {'below' if max(slopes) < 1 else 'not below'} 1."
                 )
         free = [run["rows"][-1]["bound"] for run in where(result["runs"], loss=loss, kind="none", status=OK)]
         if known(free):
             said.append(
-                f"{loss}, nothing: the product of sigmas ends at up to {max(known(free)):.3g}; nothing holds it."
+                f"{title}, nothing: the product of sigmas, which nothing holds, ends at up to {max(known(free)):.3g}."
             )
         # A generator that diverged covers nothing.
-        best = {kind: mean(run["modes"] or 0 for run in where(result["runs"], loss=loss, kind=kind)) for kind in KINDS}
-        names = ", ".join(f"{KINDS[kind]} {modes:.1f}" for kind, modes in best.items() if modes is not None)
-        said.append(f"{loss}: modes covered of 8, mean over seeds: {names}.")
+        modes = {kind: mean(run["modes"] or 0 for run in where(result["runs"], loss=loss, kind=kind)) for kind in KINDS}
+        names = ", ".join(f"{KINDS[kind]} {count:.1f}" for kind, count in modes.items() if count is not None)
+        said.append(f"{title}: modes covered of 8, mean over seeds: {names}.")
     for kind in ("sn", "hard"):
         first, last = (mean(ranks(where(result["runs"], kind=kind), when)) for when in ("first", "last"))
         if first is not None and last is not None:
             said.append(
-                f"{KINDS[kind]}: only the largest singular value is held; the others go where they like, and the stable rank of "
-                f"the second layer goes from {first:.1f} to {last:.1f}."
+                f"{KINDS[kind]}: only the largest singular value is held; the stable rank of the second layer, which the others "
+                f"make, goes from {first:.1f} to {last:.1f}."
             )
     flat = [value for run in where(result["runs"], kind="sn") for row in run.get("field") or () for value in row]
     if flat and all(value is not None and abs(value) < 1 for value in flat):
@@ -155,12 +141,10 @@ def remarks(result: dict[str, Any]) -> list[str]:
         (kept, lag), (fresh, far) = memory_of(result, kind, 1)
         if None not in (kept, lag, fresh, far):
             said.append(
-                f"Keeping u and v, second layer, {KINDS[kind]}: one iteration a step errs by {lag:.2g} % in sigma, one from "
+                f"Keeping u and v, second layer, {KINDS[kind]}: one iteration per step errs by {lag:.2g} % in sigma, one from "
                 f"random vectors by {far:.2g} %; a thousandth takes {kept:.1f} iterations against {fresh:.1f}."
             )
-    lost = [run for run in result["runs"] if run["status"] != OK]
-    said.append(f"{len(lost)} of {len(result['runs'])} runs diverged.")
-    return said
+    return [*said, diverged(result["runs"])]
 
 
 def figures(result: dict[str, Any]) -> list[Drawing]:
@@ -236,27 +220,19 @@ def lipschitz(result: dict[str, Any]) -> Figure:
     """The product of the layers' sigma, which bounds the Lipschitz constant, and the steepest gradient found."""
     figure, axes = panels(2, FULL, 2.8, sharey=True)
     for axis, (loss, title) in zip(axes, LOSSES.items(), strict=True):
-        ends = []
-        for kind, name in KINDS.items():
-            rows = [run["rows"] for run in where(result["runs"], loss=loss, kind=kind)]
-            steps, middle, low, high = by_step(rows, lambda row: row["bound"])
-            if not steps:
-                continue
-            band(axis, steps, middle, low, high, color=HUES[kind])
-            steps, steepest, *_ = by_step(rows, lambda row: row["steepest"])
+        rows = {kind: [run["rows"] for run in where(result["runs"], loss=loss, kind=kind)] for kind in KINDS}
+        curves = [Curve(name, HUES[kind], rows[kind]) for kind, name in KINDS.items()]
+        ends = along(axis, curves, lambda row: row["bound"], "steps of the generator")
+        for kind, some in rows.items():
+            steps, steepest, *_ = by_step(some, lambda row: row["steepest"])
             axis.plot(steps, steepest, color=HUES[kind], linestyle=DOTTED, linewidth=1.1)
-            ends.append((middle[-1], name, HUES[kind]))
         axis.axhline(1, color=INK, linewidth=0.6, zorder=1)
         axis.set_yscale("log")
         axis.set_title(title, loc="left")
-        axis.set_xlabel("steps of the generator")
-        axis.margins(x=0)
-        axis.xaxis.set_major_locator(MaxNLocator(4))
         name_ends(axis, ends)
     axes[0].set_ylabel("change of D per unit of distance")
-    handles = [Line2D([], [], color=FAINT), Line2D([], [], color=FAINT, linestyle=DOTTED)]
     labels = ["product of the layers' largest singular values", "steepest gradient found"]
-    figure.legend(handles, labels, loc="outside upper left", ncols=2)
+    figure.legend([key(FAINT), key(FAINT, linestyle=DOTTED)], labels, loc="outside upper left", ncols=2)
     return figure
 
 
@@ -284,48 +260,33 @@ def singular_values(result: dict[str, Any]) -> Figure:
 def memory(result: dict[str, Any]) -> Figure:
     """Error of sigma after one power iteration, and iterations to a thousandth, from kept and from random vectors."""
     figure, axes = panels(2, FULL, 2.5)
-    ways = {"kept": "kept", "fresh": "random"}
-    for axis, key, label in zip(
-        axes,
-        ("error", "iterations"),
-        ("error of sigma after one iteration", "iterations to an error of 0.001"),
-        strict=True,
-    ):
+    labels = {"error": "error of sigma after one iteration", "iterations": "iterations to an error of 0.001"}
+    for axis, (what, label) in zip(axes, labels.items(), strict=True):
         ends = []
-        for kind in ("none", "sn"):
+        for kind in FOLLOWED:
             rows = [run["rows"] for run in where(result["runs"], kind=kind)]
-            for way, word in ways.items():
-                steps, middle, *_ = by_step(rows, lambda row, way=way, key=key: row[way][1][key])
-                if steps:
-                    style = "-" if way == "kept" else "--"
-                    # In single precision an error below the unit of rounding is none.
-                    axis.plot(steps, [max(value, 1e-7) for value in middle], color=HUES[kind], linestyle=style)
-                    ends.append((max(middle[-1], 1e-7), f"{KINDS[kind]}, {word}", HUES[kind]))
+            for way, word, style in (("kept", "kept", "-"), ("fresh", "random", "--")):
+                steps, middle, *_ = by_step(rows, lambda row, way=way, what=what: row[way][1][what])
+                # In single precision an error below the unit of rounding is none.
+                middle = [max(value, 1e-7) for value in middle]
+                axis.plot(steps, middle, color=HUES[kind], linestyle=style)
+                ends += [(value, f"{KINDS[kind]}, {word}", HUES[kind]) for value in middle[-1:]]
+        along(axis, [], lambda row: None, "steps of the generator")
         axis.set_yscale("log")
         axis.set_title(label, loc="left")
-        axis.set_xlabel("steps of the generator")
-        axis.margins(x=0)
         name_ends(axis, ends)
     return figure
 
 
 EXPERIMENT = Experiment(
-    name="gan",
-    kind="claim",
-    title="Spectral normalization of a discriminator, on eight Gaussians",
-    claim=(
-        "Dividing each weight of a discriminator by its largest singular value makes it Lipschitz with constant 1, leaves the "
-        "other singular values free, and costs one power iteration a step if u and v are kept."
-    ),
-    paper=Paper(
+    "gan", "claim", "Spectral normalization of a discriminator, on eight Gaussians",
+    "Dividing each weight of a discriminator by its largest singular value makes it Lipschitz with constant 1, leaves the "
+        "other singular values free, and costs one power iteration per step if u and v are kept.",
+    Paper(
         "Miyato, Takeru and Kataoka, Toshiki and Koyama, Masanori and Yoshida, Yuichi",
         "Spectral Normalization for Generative Adversarial Networks",
         2018,
         "https://arxiv.org/abs/1802.05957",
     ),
-    run=run,
-    tables=tables,
-    figures=figures,
-    remarks=remarks,
-    scales=("tiny", "small", "full"),
-)
+    run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 
 from normkit.core.card import Paper
 from normkit.lab.data import sequences
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiments.runs import labelled
 from normkit.lab.jobs.encoders import VOCABULARY, Start, Training, look, train
+from normkit.lab.report.bands import Curve, End, across, along, dots, key, marked, rows_of
 from normkit.lab.report.canvas import DOTTED, FAINT, FULL, log, panels
-from normkit.lab.report.drawing import COLOURS, SEEDS, band, name_ends
-from normkit.lab.stats import ABSENT, by_step, differences, known, mean, spread, tell, where
+from normkit.lab.report.drawing import COLOURS, SEEDS, name_ends
+from normkit.lab.stats import ABSENT, differences, mean, spread, tell, where
 from normkit.lab.train.walk import OK
 from normkit.residual import Placement
 
@@ -82,15 +82,10 @@ def run(bench: Bench) -> dict[str, Any]:
         for depth in (DEPTHS if bench.scale != "tiny" else (1, 2))
         for placement in PLACEMENTS
     ]
-    looks = bench.sweep(look, starts)
-    runs = bench.sweep(train, jobs)
-    keys = ("task", "placement", "norm", "optimizer", "warmup", "seed")
+    looks = labelled(bench, look, starts, "placement", "depth", "seed")
     return {
-        "runs": [{**{key: getattr(job, key) for key in keys}, **done} for job, done in zip(jobs, runs, strict=True)],
-        "starts": [
-            {"placement": job.placement, "depth": job.depth, "seed": job.seed, **done}
-            for job, done in zip(starts, looks, strict=True)
-        ],
+        "runs": labelled(bench, train, jobs, "task", "placement", "norm", "optimizer", "warmup", "seed"),
+        "starts": looks,
         "guess": {
             task: sequences.guess(task, VOCABULARY) for task in sequences.TASKS if any(job.task == task for job in jobs)
         },
@@ -121,7 +116,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
                 if any(cells):
                     rows.append([f"{title}, {'10 %' if warmup else 'none'}", *(state(runs, guess) for runs in cells)])
         notes = [
-            f"Nats a token after {result['steps']} steps, mean ± standard deviation over seeds; {guess:.3f} is had by "
+            f"Nats per token after {result['steps']} steps, mean ± standard deviation over seeds; {guess:.3f} is reached by "
             f"knowing frequencies alone, and more than {LEARNT:g} of it counts as flat. {result['depth']} layers of width "
             f"{result['features']}."
         ]
@@ -143,7 +138,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     title = "Gradient of the last layer's second feed-forward weight before training"
     notes = [
         "Euclidean norm, of the loss at one token, as in the theory, and of the mean loss of a batch; mean over 8 initial "
-        "weights a seed. The exponent p of depth^p is fitted for each seed."
+        "weights per seed. The exponent p of depth^p is fitted for each seed."
     ]
     return [*found, Table(title, ("depth", *columns), rows, notes)]
 
@@ -236,127 +231,89 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
 
 
 def losses(result: dict[str, Any], task: str) -> Figure:
-    """The training loss on one task, a panel an optimizer."""
+    """The training loss on one task, a panel per optimizer."""
     used = [optimizer for optimizer in OPTIMIZERS if where(result["runs"], task=task, norm="ln", optimizer=optimizer)]
     figure, axes = panels(len(used), FULL if len(used) > 1 else 4.2, 2.7, sharey=True)
+    ends: list[End] = []
     for axis, optimizer in zip(axes, used, strict=True):
-        ends = []
+        curves = []
         for placement, name in PLACEMENTS.items():
-            for warmup in (False, True):
+            for warmup, word, style in ((False, "no warm-up", "--"), (True, "warm-up", "-")):
                 which = {"task": task, "norm": "ln", "optimizer": optimizer, "placement": placement, "warmup": warmup}
                 rows = [run["rows"] for run in where(result["runs"], **which)]
-                steps, middle, low, high = by_step(rows, lambda row: row["loss"])
-                if steps:
-                    band(axis, steps, middle, low, high, color=HUES[placement], linestyle="-" if warmup else "--")
-                    ends.append((middle[-1], f"{name}, {'warm-up' if warmup else 'no warm-up'}", HUES[placement]))
+                curves.append(Curve(f"{name}, {word}", HUES[placement], rows, {"linestyle": style}))
+        ends = along(axis, curves, lambda row: row["loss"])
         axis.axhline(result["guess"][task], color=FAINT, linestyle=DOTTED, linewidth=0.9)
         axis.set_title(OPTIMIZERS[optimizer], loc="left")
-        axis.set_xlabel("step")
-        axis.margins(x=0)
         axis.set_ylim(bottom=0)
-        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        if axis is axes[-1]:
-            name_ends(axis, ends)
-    axes[0].set_ylabel(f"training loss on {task}, nats a token")
+    name_ends(axes[-1], ends)
+    axes[0].set_ylabel(f"training loss on {task}, nats per token")
     styles = {"no warm-up": "--", "warm-up over 10 % of the steps": "-", "frequencies alone": DOTTED}
-    handles = [Line2D([], [], color=FAINT, linestyle=style) for style in styles.values()]
+    handles = [key(FAINT, linestyle=style) for style in styles.values()]
     columns = 3 if len(used) > 1 else 2  # what fits the figure's width
     figure.legend(handles, list(styles), loc="outside upper left", ncols=columns, columnspacing=1.2)
     return figure
 
 
 def gradients(result: dict[str, Any]) -> Figure:
-    """Gradients before training: the last layer's against the depth, and each layer's of the deepest encoders."""
+    """Gradients before training: the last layer's against the depth, and each layer's of every encoder."""
     figure, axes = panels(3, FULL, 2.6)
     depths = sorted({start["depth"] for start in result["starts"]})
-    titles = (
-        "last layer, loss at one token",
-        "last layer, mean loss of a batch",
-        f"every layer, depths {_list(depths)}",
-    )
-    for axis, what, title in zip(axes, ("token", "batch", "token"), titles, strict=True):
-        ends = []
-        for placement, name in PLACEMENTS.items():
-            starts = where(result["starts"], placement=placement)
-            lasts = [known(s[what][-1] for s in starts if s["depth"] == depth) for depth in depths]
-            middle = [mean(values) or 0.0 for values in lasts]
-            ends.append((middle[-1], name, HUES[placement]))
-            if axis is axes[2]:
-                for depth in depths:
-                    each = np.mean([s[what] for s in starts if s["depth"] == depth], axis=0)
-                    axis.plot(range(1, depth + 1), each, color=HUES[placement], linewidth=0.4 + 0.25 * np.log2(depth))
-                continue
-            style: dict[str, Any] = {"color": HUES[placement], "marker": "o", "markersize": 3.5}
-            band(axis, depths, middle, [min(values) for values in lasts], [max(values) for values in lasts], **style)
-            if what == "token":
-                theory = [middle[0] * (depth / depths[0]) ** (-0.5 if placement == "pre" else 0.0) for depth in depths]
-                axis.plot(depths, theory, color=HUES[placement], linestyle=DOTTED, linewidth=0.9)
+    names: list[list[End]] = [[], [], []]
+    for placement, name in PLACEMENTS.items():
+        starts, hue = where(result["starts"], placement=placement), HUES[placement]
+        for place, what in enumerate(("token", "batch")):
+            lasts = {depth: [start[what][-1] for start in where(starts, depth=depth)] for depth in depths}
+            names[place] += across(axes[place], name, hue, lasts, markersize=3.5)
+        first = mean(start["token"][-1] for start in where(starts, depth=depths[0])) or 0.0
+        theory = [first * (depth / depths[0]) ** (-0.5 if placement == "pre" else 0.0) for depth in depths]
+        axes[0].plot(depths, theory, color=hue, linestyle=DOTTED, linewidth=0.9)
+        for depth in depths:
+            each = np.mean([start["token"] for start in where(starts, depth=depth)], axis=0)
+            axes[2].plot(range(1, depth + 1), each, color=hue, linewidth=0.4 + 0.25 * np.log2(depth))
+        names[2].append((names[0][-1][0], name, hue))
+    listed = f"{', '.join(map(str, depths[:-1]))} and {depths[-1]}"
+    titles = ("last layer, loss at one token", "last layer, mean loss of a batch", f"every layer, depths {listed}")
+    for axis, title, found in zip(axes, titles, names, strict=True):
         axis.set_title(title, loc="left")
         axis.set_xlabel("layer" if axis is axes[2] else "depth of the encoder")
         if axis is not axes[2]:
-            axis.set_xscale("log")
-            axis.xaxis.set_major_locator(FixedLocator(depths))
-            axis.set_xticks(depths, [str(depth) for depth in depths])
-            axis.xaxis.set_minor_formatter(NullFormatter())
-            axis.tick_params(axis="x", which="minor", bottom=False)
+            marked(axis, depths)
         log(axis)
-        name_ends(axis, ends)
+        name_ends(axis, found)
     axes[0].set_ylabel("gradient norm of the second\nfeed-forward weight, before training")
-    handles = [Line2D([], [], color=FAINT, linestyle=DOTTED)]
-    figure.legend(
-        handles, ["theory for one token: constant with Post-LN, 1 / √depth with Pre-LN"], loc="outside upper left"
-    )
+    label = "theory for one token: constant with Post-LN, 1 / √depth with Pre-LN"
+    figure.legend([key(FAINT, linestyle=DOTTED)], [label], loc="outside upper left")
     return figure
-
-
-def _list(depths: list[int]) -> str:
-    return f"{', '.join(map(str, depths[:-1]))} and {depths[-1]}"
 
 
 def norms(result: dict[str, Any]) -> Figure:
     """The loss at the end with each norm, on sort by Adam 1e-3 without warm-up; a dot is a seed."""
     figure, (axis,) = panels(1, 4.2, 1.9)
     for y, norm in enumerate(NORMS):
-        for placement in PLACEMENTS:
+        for placement, shift in zip(PLACEMENTS, (-0.14, 0.14), strict=True):
             which = {"task": "sort", "optimizer": "adam 1e-3", "warmup": False, "norm": norm, "placement": placement}
-            values = known(run["loss"] for run in where(result["runs"], **which))
-            at = [y + (0.14 if placement == "pre" else -0.14)] * len(values)
-            axis.plot(values, at, "o", color=HUES[placement], markersize=3.5, alpha=0.6, markeredgewidth=0)
-            if (middle := mean(values)) is not None:
-                axis.plot([middle], at[:1], "|", color=HUES[placement], markersize=9, markeredgewidth=1.6)
+            dots(axis, y + shift, [run["loss"] for run in where(result["runs"], **which)], HUES[placement])
     axis.axvline(result["guess"]["sort"], color=FAINT, linestyle=DOTTED, linewidth=0.9)
-    axis.set_yticks(range(len(NORMS)), list(NORMS.values()))
-    axis.set_ylim(len(NORMS) - 0.5, -0.5)
+    rows_of(axis, list(NORMS.values()))
     axis.set_xlim(left=0)
-    axis.grid(axis="y", visible=False)
-    axis.grid(axis="x", visible=True)
-    axis.tick_params(axis="y", length=0)
-    axis.set_xlabel("loss on sort at the end, nats a token")
-    handles = [Line2D([], [], color=HUES[p], marker="o", markersize=3.5, linestyle="") for p in PLACEMENTS]
-    handles.append(Line2D([], [], color=FAINT, linestyle=DOTTED))
-    figure.legend(
-        handles, ["after the branch", "before the branch", "frequencies alone"], loc="outside upper left", ncols=3
-    )
+    axis.set_xlabel("loss on sort at the end, nats per token")
+    handles = [key(HUES[placement], marker="o", markersize=3.5, linestyle="") for placement in PLACEMENTS]
+    handles.append(key(FAINT, linestyle=DOTTED))
+    labels = ["after the branch", "before the branch", "frequencies alone"]
+    figure.legend(handles, labels, loc="outside upper left", ncols=3)
     return figure
 
 
 EXPERIMENT = Experiment(
-    name="pre-post-ln",
-    kind="claim",
-    title="Layer normalization before or after each branch of a transformer",
-    claim=(
-        "With layer normalization after each residual branch the gradients of the last layers are large at the start and a "
-        "warm-up is needed; before each branch they shrink with the root of the depth, and it is not."
-    ),
-    paper=Paper(
+    "pre-post-ln", "claim", "Layer normalization before or after each branch of a transformer",
+    "With layer normalization after each residual branch the gradients of the last layers are large at the start and a "
+        "warm-up is needed; before each branch they shrink with the root of the depth, and it is not.",
+    Paper(
         "Xiong, Ruibin and Yang, Yunchang and He, Di and Zheng, Kai and Zheng, Shuxin and Xing, Chen and others",
         "On Layer Normalization in the Transformer Architecture",
         2020,
         "https://arxiv.org/abs/2002.04745",
     ),
-    run=run,
-    tables=tables,
-    figures=figures,
-    remarks=remarks,
-    scales=("tiny", "small", "full"),
-)
+    run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

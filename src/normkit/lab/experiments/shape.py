@@ -2,9 +2,9 @@
 
 A perceptron of four layers of 256 tells whether a point is inside: with Gaussian activations, sines, or ReLU behind a
 positional encoding. Half of the training points are uniform in the cube, half lie about the surface; binary cross-entropy,
-Adam, 200 epochs of 1,000,000 points, 50,000 a step. E changes the scale of what the activation sees and the effective rate, so
+Adam, 200 epochs of 1,000,000 points, 50,000 per step. E changes the scale of what the activation sees and the effective rate, so
 each row and activation takes the best of some rates, chosen with the first seed on the first solid by 20,000 points near the
-surface that neither teach nor judge; 1e-4 is the published one. At small scale: 96 wide, 100,000 points, 5,000 a step, 12
+surface that neither train nor test; 1e-4 is the published one. At small scale: 96 wide, 100,000 points, 5,000 per step, 12
 epochs; sine and ReLU with the first solid and seed alone.
 """
 
@@ -51,7 +51,7 @@ RATES = {"tiny": (1e-3, 1e30), "small": (1e-4, 3e-4, 1e-3, 3e-3), "full": (1e-5,
 
 
 def solids(bench: Bench) -> tuple[str, ...]:
-    """Names what is learnt: at small scale two solids, else all; analytic shapes where no folder of data is given at all.
+    """Names what is learned: at small scale two solids, else all; analytic shapes where no folder of data is given at all.
 
     Args:
         bench: where and at what size.
@@ -62,7 +62,7 @@ def solids(bench: Bench) -> tuple[str, ...]:
     if bench.scale == "tiny":
         found = tuple(shapes.SHAPES)
     elif bench.data_root is None and not os.environ.get(VARIABLE):
-        bench.watch(f"neither --data-root nor {VARIABLE} is given: analytic shapes are learnt in place of meshes")
+        bench.watch(f"neither --data-root nor {VARIABLE} is given: analytic shapes are learned in place of meshes")
         found = tuple(shapes.SHAPES)
     else:
         folder = data_root(bench.data_root) / mesh.FOLDER
@@ -95,7 +95,7 @@ def jobs(bench: Bench, solids: Sequence[str], chosen: Mapping[tuple[Kind, str], 
 
     Args:
         bench: where and at what size.
-        solids: what is learnt.
+        solids: what is learned.
         chosen: by activation and row, its job at the rate that it takes.
     """
     small = bench.scale != "full"
@@ -167,7 +167,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     near = (
         "Mean ± standard deviation over seeds, of 100,000 points about the surface (standard deviation 0.01), which all seeds "
         "share. Minus plain: the mean of differences paired by seed, with its 95 % interval where there are two seeds or more.",
-        "The paper's numbers stand in a supplement that could not be had.",
+        "The paper's numbers are in a supplement that is not public.",
     )
     whole = (
         "IoU: of 100,000 points anywhere in the cube. Volume: of the extracted surface minus the solid's. κ: condition number "
@@ -302,14 +302,7 @@ def _curves(result: Mapping[str, Any]) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    name="shape",
-    kind="reproduce",
-    title="Weight conditioning of occupancy fields (3D shape modelling)",
-    claim="Conditioning the weights of a network that models a 3D shape improves it; the figures stand in the supplement.",
-    paper=PAPER,
-    run=run,
-    tables=tables,
-    figures=figures,
-    remarks=remarks,
-    scales=("tiny", "small", "full"),
-)
+    "shape", "reproduce", "Weight conditioning of occupancy fields (3D shape modelling)",
+    "Conditioning the weights of a network that models a 3D shape improves it; the figures stand in the supplement.",
+    PAPER, run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

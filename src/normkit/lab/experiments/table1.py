@@ -15,16 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from normkit.lab.experiment import Bench, Experiment
-from normkit.lab.experiments.classification import (
-    PAPER,
-    Plan,
-    Row,
-    difference,
-    length_of,
-    study,
-    tables,
-    verdicts,
-)
+from normkit.lab.experiments.classification import PAPER, Plan, Row, difference, length_of, study, tables, verdicts
 from normkit.lab.experiments.classification_drawing import figures
 from normkit.lab.train.learning import Training
 
@@ -122,14 +113,7 @@ ODDITIES = (
     "Printed: the differences on CIFAR-10 are 0.2 points, less than what seeds usually spread; the paper gives no spread.",
 )
 EXPERIMENT = Experiment(
-    "table1",
-    "reproduce",
-    "Table 1: Inception on CIFAR-10 and CIFAR-100",
+    "table1", "reproduce", "Table 1: Inception on CIFAR-10 and CIFAR-100",
     "BN with weight conditioning of the first and last layer beats BN, BN + WS and BN + W on an Inception network.",
-    PAPER,
-    run,
-    tables,
-    figures,
-    remarks,
-    ("tiny", "small", "full"),
-)
+    PAPER, run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

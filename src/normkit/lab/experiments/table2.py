@@ -39,14 +39,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 
 EXPERIMENT = Experiment(
-    "table2",
-    "reproduce",
-    "Table 2: DenseNet on CIFAR-10 and CIFAR-100",
+    "table2", "reproduce", "Table 2: DenseNet on CIFAR-10 and CIFAR-100",
     "BN with weight conditioning of the first and last layer beats BN, BN + WS and BN + W on a DenseNet, by up to 9.5 points.",
-    PAPER,
-    run,
-    tables,
-    figures,
-    remarks,
-    ("tiny", "small", "full"),
-)
+    PAPER, run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

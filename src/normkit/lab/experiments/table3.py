@@ -135,14 +135,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 
 EXPERIMENT = Experiment(
-    "table3",
-    "reproduce",
-    "Table 3: ViT-B/16 on ImageNet",
+    "table3", "reproduce", "Table 3: ViT-B/16 on ImageNet",
     "LN with weight conditioning beats LN and LN + W in a ViT-B on ImageNet.",
-    PAPER,
-    run,
-    tables,
-    figures,
-    remarks,
-    ("tiny", "small", "full"),
-)
+    PAPER, run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

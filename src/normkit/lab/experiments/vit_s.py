@@ -188,14 +188,7 @@ def _length(block: nn.Module) -> float:
 
 
 EXPERIMENT = Experiment(
-    "vit-s",
-    "reproduce",
-    "ViT-S on CIFAR-100",
+    "vit-s", "reproduce", "ViT-S on CIFAR-100",
     "Weight conditioning on top of LN improves a vision transformer, and without LN its gradients vanish.",
-    PAPER,
-    run,
-    tables,
-    figures,
-    remarks,
-    ("tiny", "small", "full"),
-)
+    PAPER, run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

@@ -28,7 +28,7 @@ from normkit.lab.experiments.runs import labelled, notes, side, size_of, source_
 from normkit.lab.jobs.landscape import moments, moved, smoothness, turns
 from normkit.lab.models.noisy_norm import MAKERS
 from normkit.lab.models.small_cnn import SmallCNN
-from normkit.lab.report.bands import Curve, along
+from normkit.lab.report.bands import Curve, End, along
 from normkit.lab.report.canvas import FAINT, FULL, log, panels
 from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
 from normkit.lab.seeding import reseed
@@ -227,6 +227,7 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
 def draw_shift(result: dict[str, Any]) -> Figure:
     """The training loss, and covariate shift in two definitions."""
     figure, axes = panels(3, FULL, 2.4)
+    ends: list[End] = []
     titles = ("training loss", "cosine of a layer's gradients", "movement of means, in deviations")
     for axis, key, title in zip(axes, ("loss", "turn", "mean"), titles, strict=True):
         ends = along(axis, curves(result), lambda row, key=key: row[key])
@@ -247,7 +248,7 @@ def draw_smoothness(result: dict[str, Any]) -> Figure:
         axes[0].fill_between(steps, low, high, color=hue, alpha=0.2, linewidth=0)
         for edge in (low, high):
             axes[0].plot(steps, edge, color=hue, linewidth=1)
-    along(axes[0], [], lambda row: None)
+    ends = along(axes[0], [], lambda row: None)
     for axis, key in zip(axes[1:], ("predictive", "beta"), strict=True):
         ends = along(axis, curves(result), lambda row, key=key: row[key])
         log(axis)
@@ -278,22 +279,14 @@ def draw_rates(result: dict[str, Any]) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    name="why-bn",
-    kind="claim",
-    title="Why batch normalization helps",
-    claim=(
-        "Batch normalization does not reduce internal covariate shift, and trains fast even where noise adds to it; it makes the "
-        "loss smoother along the gradient, so that larger steps can be taken."
-    ),
-    paper=Paper(
+    "why-bn", "claim", "Why batch normalization helps",
+    "Batch normalization does not reduce internal covariate shift, and trains fast even where noise adds to it; it makes the "
+        "loss smoother along the gradient, so that larger steps can be taken.",
+    Paper(
         "Santurkar, Shibani and Tsipras, Dimitris and Ilyas, Andrew and Madry, Aleksander",
         "How Does Batch Normalization Help Optimization?",
         2018,
         "https://arxiv.org/abs/1805.11604",
     ),
-    run=run,
-    tables=tables,
-    figures=figures,
-    remarks=remarks,
-    scales=("tiny", "small", "full"),
-)
+    run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

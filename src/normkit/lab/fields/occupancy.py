@@ -1,4 +1,4 @@
-"""One run of an occupancy field on one solid: training, the surface it has learnt, and how well its inside is known."""
+"""One run of an occupancy field on one solid: training, the learned surface, and how well the inside is predicted."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class OccupancyJob:
         width: of a layer. Default: 256.
         depth: layers before the last. Default: 4.
         points: to learn from, half of them near the surface. Default: 1,000,000.
-        batch: points a step. Default: 50,000.
+        batch: points per step. Default: 50,000.
         epochs: of training. Default: 200.
         rate: of Adam. Default: 1e-4.
         every: epochs between measurements. Default: 5.
-        grid: cells a side when the surface is extracted. Default: 512.
+        grid: cells per side when the surface is extracted. Default: 512.
     """
 
     solid: str
@@ -81,13 +81,13 @@ class OccupancyJob:
 
 
 def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
-    """Trains an occupancy field, extracts its surface to ``mesh.ply`` and ``mesh.obj``, and goes on from a checkpoint.
+    """Trains an occupancy field, extracts its surface to ``mesh.ply`` and ``mesh.obj``, and resumes from a checkpoint.
 
     The loss is binary cross-entropy of the logits; a point counts as inside at a probability above 1/2.
 
     Args:
         job: what to train.
-        folder: for checkpoint and meshes.
+        folder: of the checkpoint and meshes.
 
     Returns:
         ``status``, ``iou`` of 100,000 points anywhere and ``iou_near`` of as many near the surface (None where it diverged),
@@ -175,7 +175,7 @@ def extract(logits: Callable[[Tensor], Tensor], grid: int) -> tuple[np.ndarray, 
 
     Args:
         logits: ``(n, 3)`` to ``(n,)``, above 0 inside.
-        grid: cells a side.
+        grid: cells per side.
 
     Returns:
         Vertices ``(v, 3)`` and faces ``(f, 3)``, counter-clockwise from outside; empty where there is no surface. What leaves

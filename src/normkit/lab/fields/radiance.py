@@ -47,8 +47,8 @@ class RadianceJob:
         width: of a layer. Default: 256.
         depth: layers of a trunk. Default: 8.
         reduce: averages squares of that many pixels per side. Default: 1.
-        rays: a step. Default: 1024.
-        coarse: samples a ray. Default: 64.
+        rays: per step. Default: 1024.
+        coarse: samples per ray. Default: 64.
         fine: samples on top. Default: 64.
         steps: of training. Default: 200,000.
         epochs: passes over the training pixels, in place of `steps`. Default: None.
@@ -99,7 +99,7 @@ def find_scene(name: str, reduce: int = 1) -> Scene:
 
 
 def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
-    """Trains a NeRF, renders the held-out views into ``folder/views``, and goes on from a checkpoint if there is one.
+    """Trains a NeRF, renders the held-out views into ``folder/views``, and resumes from a checkpoint if there is one.
 
     The loss is the mean squared error of the colours of the coarse and of the fine field, summed.
 
@@ -122,10 +122,7 @@ def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
     sampling = Sampling(job.coarse, job.fine)
     optimizer = torch.optim.Adam(model.parameters(), lr=job.rate)
     views = _spread(scene.test, VIEWS)
-    probes = {
-        "train_psnr": _probe(scene, scene.train, here),
-        "test_psnr": _probe(scene, views, here),
-    }
+    probes = {"train_psnr": _probe(scene, scene.train, here), "test_psnr": _probe(scene, views, here)}
 
     def step(number: int) -> dict[str, Any] | None:
         for group in optimizer.param_groups:

@@ -9,15 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normkit.lab.jobs.spectra import (
-    Memory,
-    constrain,
-    demand_numbers,
-    raw_weights,
-    spectra,
-    steepness,
-    weights,
-)
+from normkit.lab.jobs.spectra import Memory, constrain, demand_numbers, raw_weights, spectra, steepness, weights
 from normkit.lab.models.gan import PointDiscriminator, PointGenerator, centres, ring
 from normkit.lab.seeding import reseed
 from normkit.lab.train.walk import OK, Diverged, forget, walk
@@ -28,18 +20,9 @@ FOLLOWED = ("none", "sn")
 
 
 STD, BATCH, CRITIC = 0.05, 128, 2
-
-
 RATES = 1e-3, 5e-4
-
-
 LOOKS = 20
-
-
-GRID = 41
-
-
-WIDE = 3.0
+GRID, WIDE = 41, 3.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +57,7 @@ def play(job: Game, folder: Path) -> dict[str, Any]:
     def judge() -> float:
         real, fake = ring(BATCH, std=STD), invent(generator, BATCH).detach()
         optimizers[1].zero_grad()
-        # One call for both, so that power iteration steps once a step and both see the same weight.
+        # One call for both, so that power iteration steps once per step and both see the same weight.
         judged, faked = critic(torch.cat([real, fake])).chunk(2)
         loss = critic_loss(job.loss, judged, faked)
         loss.backward()
@@ -95,12 +78,7 @@ def play(job: Game, folder: Path) -> dict[str, Any]:
             raise Diverged
         if number % max(1, job.steps // LOOKS):
             return None
-        return {
-            "critic": losses[-1],
-            "generator": aim.item(),
-            **look(generator, critic),
-            **memory.look(follow()),
-        }
+        return {"critic": losses[-1], "generator": aim.item(), **look(generator, critic), **memory.look(follow())}
 
     parts = {
         "generator": generator,

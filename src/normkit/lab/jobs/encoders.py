@@ -1,4 +1,4 @@
-"""Encoders that learn to sort or to write on, with the norm before or after each branch, and their gradients at the start."""
+"""Encoders that learn to sort or to continue a text, normalized before or after each branch, and their gradients at the start."""
 
 import math
 from collections.abc import Sequence
@@ -19,11 +19,7 @@ from normkit.residual import Placement
 from normkit.schedules import linear_rate
 
 VOCABULARY, BATCH, HEADS = 16, 32, 4
-
-
 WARMUP = 0.1
-
-
 POINTS = 40  # of a loss curve
 
 
@@ -75,7 +71,7 @@ def make(task: str, placement: Placement, norm: str, depth: int, features: int, 
 
 
 def loss_of(model: Encoder, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats a token."""
+    """Cross-entropy in nats per token."""
     return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def turns(model: SmallCNN, batch: Images, rate: float) -> dict[str, float]:
         one, other = first[place].flatten(), gradients(mixed, batch, 1)[1][place].flatten()
         cosines.append(F.cosine_similarity(one, other, dim=0).item())
         lengths.append(((one - other).norm() / one.norm().clamp_min(1e-30)).item())
-    return {"turn": sum(cosines) / len(cosines), "change": sum(lengths) / len(lengths)}
+    return {"turn": fmean(cosines), "change": fmean(lengths)}
 
 
 def smoothness(model: SmallCNN, batch: Images, rate: float) -> dict[str, float]:
@@ -86,8 +87,9 @@ def moments(model: SmallCNN, probe: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 def moved(before: Sequence[tuple[Tensor, Tensor]], after: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
     """How far means and deviations of layers' inputs have moved, in parts of the deviation; means over layers and channels."""
-    means = [((b[0] - a[0]).abs() / a[1].clamp_min(1e-12)).mean().item() for a, b in zip(before, after, strict=True)]
-    deviations = [
-        ((b[1] - a[1]).abs() / a[1].clamp_min(1e-12)).mean().item() for a, b in zip(before, after, strict=True)
-    ]
-    return {"mean": sum(means) / len(means), "deviation": sum(deviations) / len(deviations)}
+
+    def part(which: int) -> float:
+        pairs = zip(before, after, strict=True)
+        return fmean(((b[which] - a[which]).abs() / a[1].clamp_min(1e-12)).mean().item() for a, b in pairs)
+
+    return {"mean": part(0), "deviation": part(1)}

@@ -1,4 +1,6 @@
-"""A small Inception-style network for 8x8 images."""
+"""Inception networks: a small one for images of 8x8, one of eight blocks and GoogLeNet for images of 32x32."""
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -91,45 +93,133 @@ def inception_blocks(
     return nn.Sequential(*blocks), inputs
 
 
-class DigitsInception(nn.Module):
-    """Stem, one inception block at 8x8, two at 4x4, global average pool and a linear classifier.
+class Inception(nn.Module):
+    """A stem, inception blocks, global average pool, dropout and a linear classifier.
 
     Args:
-        classes: outputs of the classifier. Default: 10.
+        stem: gives the channels that the blocks begin with.
+        table: of the blocks, see :func:`inception_blocks`.
+        classes: outputs of the classifier.
+        width: factor of every number of channels of the blocks. Default: 1.
+        factorized: of each block. Default: False.
+        dropout: of the pooled features. Default: 0.
 
     Shape:
-        ``(n, 1, 8, 8)`` to ``(n, classes)``.
-
-    >>> model = DigitsInception()
-    >>> model(torch.zeros(2, 1, 8, 8)).shape
-    torch.Size([2, 10])
-    >>> sum(p.numel() for p in model.parameters())
-    7390
+        ``(n, channels, h, w)`` to ``(n, classes)``.
     """
 
-    def __init__(self, classes: int = 10) -> None:
+    def __init__(
+        self,
+        stem: tuple[ConvUnit, ...],
+        table: tuple[Block | None, ...],
+        classes: int,
+        width: float = 1.0,
+        *,
+        factorized: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.stem = ConvUnit(1, 16, 3)
-        self.blocks = nn.Sequential(
-            InceptionBlock(16, (8, 4), (8, 12, 6, 6)),
-            nn.MaxPool2d(3, stride=2, padding=1),
-            InceptionBlock(32, (8, 4), (8, 12, 6, 6)),
-            InceptionBlock(32, (8, 4), (8, 12, 6, 6)),
-        )
-        self.classifier = nn.Linear(32, classes)
+        outputs = stem[-1][0].out_channels
+        assert isinstance(outputs, int)
+        pool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.stem = stem[0] if len(stem) == 1 else nn.Sequential(*stem, pool)
+        self.blocks, channels = inception_blocks(outputs, table, width, factorized=factorized)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps images to logits."""
-        return self.classifier(self.blocks(self.stem(x)).mean(dim=(2, 3)))
+        return self.classifier(self.dropout(self.blocks(self.stem(x)).mean(dim=(2, 3))))
 
 
-def digits_inception(classes: int = 10) -> nn.Module:
-    """Makes the network that ``normkit compare`` trains by default.
+DIGITS: tuple[Block | None, ...] = (
+    ((8, 4), (8, 12, 6, 6)),
+    None,
+    ((8, 4), (8, 12, 6, 6)),
+    ((8, 4), (8, 12, 6, 6)),
+)
+NARROW: tuple[Block | None, ...] = (
+    ((32, 16), (16, 32, 8, 8)),
+    ((32, 16), (24, 48, 12, 12)),
+    None,
+    ((32, 16), (24, 48, 12, 12)),
+    ((32, 16), (16, 48, 16, 16)),
+    ((32, 16), (16, 48, 16, 16)),
+    ((32, 16), (32, 48, 24, 24)),
+    None,
+    ((48, 16), (32, 64, 16, 16)),
+    ((48, 16), (32, 64, 16, 16)),
+)
+# Blocks 3a to 5b of the paper's table 1.
+FULL: tuple[Block | None, ...] = (
+    ((96, 16), (64, 128, 32, 32)),
+    ((128, 32), (128, 192, 96, 64)),
+    None,
+    ((96, 16), (192, 208, 48, 64)),
+    ((112, 24), (160, 224, 64, 64)),
+    ((128, 24), (128, 256, 64, 64)),
+    ((144, 32), (112, 288, 64, 64)),
+    ((160, 32), (256, 320, 128, 128)),
+    None,
+    ((160, 32), (256, 320, 128, 128)),
+    ((192, 48), (384, 384, 128, 128)),
+)
+
+
+def digits_inception(classes: int = 10) -> Inception:
+    """Makes the network that ``normkit compare`` trains by default, of three blocks, for images ``(n, 1, 8, 8)``.
 
     Args:
         classes: outputs of the classifier. Default: 10.
 
     Reference:
         Szegedy et al. 2015, Going deeper with convolutions, https://arxiv.org/abs/1409.4842
+
+    >>> sum(p.numel() for p in digits_inception().parameters())
+    7390
     """
-    return DigitsInception(classes)
+    return Inception((ConvUnit(1, 16, 3),), DIGITS, classes)
+
+
+def inception8(classes: int = 10, width: float = 1.0) -> Inception:
+    """Makes an Inception network of eight blocks for images of 32x32, of which the last blocks see 8x8.
+
+    Args:
+        classes: outputs of the classifier. Default: 10.
+        width: factor of every number of channels. Default: 1.
+
+    Raises:
+        OptionError: `width` is not above 0.
+
+    Reference:
+        Szegedy et al. 2015, Going deeper with convolutions, https://arxiv.org/abs/1409.4842; this narrow form for 32x32:
+        Lippe 2024, UvA Deep Learning Tutorials, https://uvadlc-notebooks.readthedocs.io, tutorial 5.
+
+    >>> [sum(p.numel() for p in inception8(classes).parameters()) for classes in (10, 100)]
+    [260650, 272260]
+    """
+    return Inception((ConvUnit(3, scaled(64, width), 3),), NARROW, classes, width)
+
+
+def googlenet(classes: int = 10, width: float = 1.0) -> Inception:
+    """Makes GoogLeNet for images of 32x32: three convolutions and nine blocks, of which the last see 4x4.
+
+    The 5x5 convolutions are two 3x3 ones, and there are no auxiliary classifiers.
+
+    Args:
+        classes: outputs of the classifier. Default: 10.
+        width: factor of every number of channels. Default: 1.
+
+    Raises:
+        OptionError: `width` is not above 0.
+
+    Reference:
+        Szegedy et al. 2015, Going deeper with convolutions, https://arxiv.org/abs/1409.4842; this form for 32x32:
+        https://github.com/weiaicunzai/pytorch-cifar100
+
+    >>> [sum(p.numel() for p in googlenet(classes).parameters()) for classes in (10, 100)]
+    [6310314, 6402564]
+    """
+    sizes = (3, scaled(64, width), scaled(64, width), scaled(192, width))
+    stem = tuple(ConvUnit(wide, wider, 3, bias=False) for wide, wider in pairwise(sizes))
+    return Inception(stem, FULL, classes, width, factorized=True, dropout=0.4)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from normkit.lab.experiment import Table
+from normkit.lab.report import further
 from normkit.lab.report.comparison import Comparison, at
 from normkit.lab.report.page import Account, Chart, Points, Section, Text
 from normkit.lab.report.palette import styles
@@ -68,6 +69,7 @@ def _sections(comparison: Comparison) -> list[Section]:
                 ),
             ],
         ),
+        *_further(result),
         Section(
             "Training",
             [
@@ -135,6 +137,11 @@ def _sections(comparison: Comparison) -> list[Section]:
         ),
         Section("Every run", [_runs(result)]),
     ]
+
+
+def _further(result: dict[str, Any]) -> list[Section]:
+    blocks = [*([Points(said)] if (said := further.remarks(result)) else []), *further.tables(result)]
+    return [Section("How far this goes", blocks)] if blocks else []
 
 
 def _test_note(test: str, score: str) -> str:

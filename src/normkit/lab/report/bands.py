@@ -1,6 +1,7 @@
 """What figures over seeds are made of: lines in bands along training or across a setting, and dots with a bar at their mean."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -8,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from normkit.lab.report.drawing import band
-from normkit.lab.stats import Row, by_step, known, mean
+from normkit.lab.stats import Row, by_step, known
 
 End = tuple[float, str, str]
 
@@ -70,7 +71,7 @@ def across(axis: Axes, name: str, hue: str, values: Mapping[float, Iterable[floa
     found = {place: some for place, some in found.items() if some}
     if not found:
         return []
-    middle = [mean(some) or 0.0 for some in found.values()]
+    middle = [fmean(some) for some in found.values()]
     low, high = ([pick(some) for some in found.values()] for pick in (min, max))
     band(axis, list(found), middle, low, high, **{"color": hue, "marker": "o", "markersize": 3, **style})
     return [(middle[-1], name, hue)]
@@ -81,7 +82,7 @@ def dots(axis: Axes, y: float, values: Iterable[float | None], hue: str) -> None
     there = known(values)
     axis.plot(there, [y] * len(there), "o", color=hue, markersize=3, alpha=0.5, markeredgewidth=0)
     if there:
-        axis.plot([mean(there)], [y], "|", color=hue, markersize=9, markeredgewidth=1.8)
+        axis.plot([fmean(there)], [y], "|", color=hue, markersize=9, markeredgewidth=1.8)
 
 
 def rows_of(axis: Axes, names: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from normkit.lab.report.palette import Style
 COLUMN = 3.4  # inches: one column of a two-column page
 FULL = 7.0
 DOTTED: Any = (0, (1, 1.2))
+NAME = 24  # letters per line of a name
 INK, FAINT, GRID = "#222222", "#8a8a8a", "#e3e3e3"
 LOOK: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -111,14 +113,19 @@ def legend(figure: Figure, looks: Sequence[Style], names: Sequence[str], note: s
         handles.append(Line2D([], [], color=FAINT, linestyle=DOTTED, linewidth=0.9))
         labels.append(note)
     # Names in one row where they fit, else in as many columns as the longest allows; 0.06 inch a letter of 7 points.
-    widths = [0.5 + 0.06 * len(text) for text in labels]
+    widths = [0.5 + 0.06 * max(map(len, text.split("\n"))) for text in labels]
     room = figure.get_figwidth()
     columns = len(labels) if sum(widths) < room else max(1, int(room / max(widths)))
     rows = -(-len(labels) // columns)
-    figure.set_figheight(figure.get_figheight() + 0.16 * (rows - 1))
+    figure.set_figheight(figure.get_figheight() + 0.16 * (rows - 1 + sum(text.count("\n") for text in labels)))
     figure.legend(handles, labels, loc="outside upper left", ncols=columns, columnspacing=1.4, borderaxespad=0.2)
 
 
 def plain(text: str) -> str:
     """Text that matplotlib must not read as mathematics."""
     return text.replace("$", r"\$")
+
+
+def folded(name: str) -> str:
+    """A recipe's name as a label of a figure, in lines that leave room for what is drawn."""
+    return plain("\n".join(wrap(name, NAME)))

@@ -14,6 +14,7 @@ from normkit.lab.report.canvas import (
     FULL,
     INK,
     blank,
+    folded,
     label,
     legend,
     log,
@@ -36,7 +37,7 @@ def figure(picture: Picture, comparison: Comparison) -> Figure:
     """
     first = picture.panels[0]
     looks = styles(comparison.names, comparison.result["baseline"])
-    names = [plain(name) for name in comparison.names]
+    names = [folded(name) for name in comparison.names]
     if not first.lines:
         height = 0.75 + (0.27 if first.bars else 0.34) * max(1, len(first.rows))
         made, axes = panels(len(picture.panels), FULL if first.bars else COLUMN, height, sharey=True)
@@ -74,7 +75,9 @@ def _lines(axis: Axes, panel: Panel, looks: list[Style]) -> None:
             axis.plot(line.x, y, color=style.light, linestyle=DOTTED, linewidth=0.9)
         else:
             if line.low:
-                axis.fill_between(line.x, line.low, line.high, color=style.light, alpha=0.16, linewidth=0)
+                axis.fill_between(
+                    line.x, line.low, line.high, color=style.light, alpha=0.16 if len(looks) <= 6 else 0.07, linewidth=0
+                )
             trace(axis, line.x, y, style, line.recipe)
     if not axis.get_lines():
         blank(axis)

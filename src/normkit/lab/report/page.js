@@ -244,7 +244,7 @@
       if (line.low.length) {
         const over = line.x.map((x, k) => [at(x), up(line.high[k])]);
         const under = line.x.map((x, k) => [at(x), up(line.low[k])]).reverse();
-        svg(root, "path", { d: `M${[...over, ...under].join("L")}Z`, fill: colour(line.recipe), class: "band" });
+        svg(root, "path", { d: `M${[...over, ...under].join("L")}Z`, fill: colour(line.recipe), opacity: recipes.length > 6 ? 0.07 : 0.16 });
       }
       let path = "";
       let pen = "M";
