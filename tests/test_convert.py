@@ -691,7 +691,7 @@ def test_calibration_fits_new_norms_to_what_the_old_ones_gave(to):
 
 def test_calibration_finds_what_a_gain_and_a_bias_can_give():
     norm = random_(nn.GroupNorm(8, 8)).double()
-    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), norm).double(), torch.randn(4, 3, 5, 5).double()
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), norm).double(), torch.randn(4, 3, 5, 8).double()
     wanted, weight = model(x), norm.weight
     changes = convert(model, "in", calibrate=[(x, "targets are not read")])
     assert model[1].weight is weight

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from normkit.core.errors import SurgeryError
 from normkit.surgery.changes import Change, label
+from normkit.surgery.norms import read_norm
 from normkit.surgery.recalibrate import forward_batch
 from normkit.surgery.watch import tensors_in
 
@@ -74,11 +75,12 @@ class Calibration:
         norm = copy.copy(self._new[name])
         size = norm.get_parameter("weight").numel()
         norm._parameters = {"weight": nn.Parameter(torch.ones(size)), "bias": nn.Parameter(torch.zeros(size))}
+        last = read_norm(name, norm).axes == "n * c"
         norm.to(self._new[name].get_parameter("weight")).eval()
 
         def hook(old: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
             z = norm.forward(args[0])
-            channels = 1 if z.shape[-1] != size or _first(norm) else z.dim() - 1
+            channels = z.dim() - 1 if last else 1
             z, y = (part.double().movedim(channels, 0).flatten(1) for part in (z, y))
             new = torch.stack(
                 [
@@ -129,12 +131,6 @@ class Calibration:
             for parts in ([a - b for a, b in pairs], [b for _, b in pairs])
         )
         return (rest / whole) ** 0.5 if whole else 0.0
-
-
-def _first(norm: nn.Module) -> bool:
-    return getattr(norm, "over", None) is not None or (
-        hasattr(norm, "num_channels") and getattr(norm, "layout", "n c *") == "n c *"
-    )
 
 
 def _can_be_fitted(norm: nn.Module) -> bool:
