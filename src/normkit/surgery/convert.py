@@ -15,7 +15,7 @@ from normkit.surgery.changes import Change, Changes, Refusal, Refusals, label
 from normkit.surgery.norms import describe, is_norm, reach, read_norm
 from normkit.surgery.select import Where, choose
 from normkit.surgery.sequence import may_be_causal, time_first
-from normkit.surgery.substitute import inherit, put, refuse, unheard
+from normkit.surgery.substitute import inherit, put_heard, refuse
 from normkit.surgery.target import Target, any_tensor
 from normkit.surgery.transaction import transaction
 from normkit.surgery.watch import try_on
@@ -98,7 +98,7 @@ def convert(
     lazy = any(is_lazy(tensor) for tensor in model.parameters())  # a run would give them their size
     sight = None if example is None or lazy else try_on(model, example, chosen.values(), "model")
     like, causal, by_time = any_tensor(model), may_be_causal(model, example), time_first(model)
-    new: dict[int, nn.Module] = {}
+    pairs: dict[str, tuple[nn.Module, nn.Module]] = {}
     rows: dict[str, Change] = {}
     for name, module in chosen.items():
         try:
@@ -115,17 +115,13 @@ def convert(
         except SurgeryError as error:
             refusals.take(name, error)
             continue
-        new[id(module)] = inherit(made, module)
+        pairs[name] = module, inherit(made, module)
         rows[name] = Change(label(name), describe(module), describe(made), note)
     fitted = None
     if calibrate is not None:
-        fitted = Calibration(model, {name: (chosen[name], new[id(chosen[name])]) for name in rows}, calibrate)
+        fitted = Calibration(model, pairs, calibrate)
     with transaction(model, optimizer, () if fitted is None else fitted.written) as opened:
-        root = put(model, new)
-        if example is not None:
-            for name in unheard(root, {name: new[id(chosen[name])] for name in rows}, example, refusals):
-                root = put(root, {id(new[id(chosen[name])]): chosen[name]})
-                del rows[name]
+        root = put_heard(model, pairs, rows, example, refusals)
         done = [*rows.values()] if fitted is None else fitted.fit(root, rows)
         return opened.close(root, done, refusals)
 
