@@ -63,7 +63,7 @@ def run(study: Study, made: Made, bench: Bench, device: str) -> dict[str, Any]:
         rows = []
         for recipe in recipes:
             tried = [_tried(made.run(recipe, row["rate"], seeds[0], device), row) for row in tuned[recipe]["sweep"]]
-            known = {"parameters": made.parameters[recipe], "changes": made.changes[recipe], "cost": costs[recipe]}
+            known = {"parameters": made.parameters[recipe], **made.changes[recipe], "cost": costs[recipe]}
             known["extended"] = [row["rate"] for row in tried if row["rate"] not in rates]
             ms = costs[recipes[0]]["ms_per_step"] * costs[recipe]["ratio"]
             known["full_hours"] = steps and ms * steps * settings.full_epochs / 3.6e6

@@ -105,7 +105,7 @@ class Study:
         """Trains, or goes on where it was."""
         made = _made_of(self, run.origin, run.seed)
         curves = self.curves and self.curves / run.path
-        model, _ = made.apply(run.seed, run.recipe)
+        model, *_ = made.apply(run.seed, run.recipe)
         settings = self.settings
         if run.epochs:
             # The whole schedule in less time.
@@ -148,15 +148,15 @@ class Made:
         self.data = _data(study.data or load_factory(settings.data, DATA), settings.data)
         self._base: tuple[int, nn.Module, str] | None = None
         self._orders: dict[int, str] = {}
-        self.changes: dict[str, list[str]] = {}
+        self.changes: dict[str, dict[str, list[str]]] = {}
         self.parameters: dict[str, int] = {}
         seed = settings.seeds[0]
         self.data = suited(self.data, self._initial(seed)[0], settings.model)
         self._data_sha256 = self.data.sha256()
         check_fit(self._initial(seed)[0], self.data, settings.model)
-        for recipe, (model, rows) in self._applied(seed).items():
+        for recipe, (model, rows, left) in self._applied(seed).items():
             check_fit(model, self.data, f"{settings.model} with {recipe}")
-            self.changes[recipe] = rows
+            self.changes[recipe] = {"changes": rows, "passed_over": left}
             self.parameters[recipe] = sum(parameter.numel() for parameter in model.parameters())
 
     def recipes(self) -> tuple[tuple[str, ...], str]:
@@ -192,14 +192,14 @@ class Made:
         known = {"data_sha256": self._data_sha256, "order_sha256": self._orders[seed]}
         return {**known, "init_sha256": self._initial(seed)[1]}
 
-    def apply(self, seed: int, recipe: str) -> tuple[nn.Module, list[str]]:
-        """Makes a recipe's model of a seed, and says what was changed."""
+    def apply(self, seed: int, recipe: str) -> tuple[nn.Module, list[str], list[str]]:
+        """Makes a recipe's model of a seed, and says what was changed and what was passed over."""
         from normkit.surgery.recipe import apply_recipe
 
         model = copy.deepcopy(self._initial(seed)[0])
         reseed(seed, "recipe")
         changes = apply_recipe(model, recipe, on_refusal=self.settings.on_refusal)
-        return changes.model, [str(row) for row in changes.rows]
+        return changes.model, [str(row) for row in changes.rows], [str(left) for left in changes.passed_over]
 
     def _initial(self, seed: int) -> tuple[nn.Module, str]:
         if self._base is None or self._base[0] != seed:
@@ -208,7 +208,7 @@ class Made:
             self._base = seed, model, init_sha256(model)
         return self._base[1:]
 
-    def _applied(self, seed: int) -> dict[str, tuple[nn.Module, list[str]]]:
+    def _applied(self, seed: int) -> dict[str, tuple[nn.Module, list[str], list[str]]]:
         # All are tried where one is refused, to say which are possible.
         applied, refused = {}, []
         for recipe in self.settings.recipes:

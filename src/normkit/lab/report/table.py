@@ -99,8 +99,12 @@ def change_columns(result: dict[str, Any]) -> dict[str, list[Cell]]:
         "changed": [changed(recipe.get("changes") or []) or "nothing" for recipe in recipes],
     }
     if any(recipe.get("passed_over") for recipe in recipes):
-        columns["passed over"] = ["\n".join(recipe.get("passed_over") or []) or None for recipe in recipes]
+        columns["passed over"] = ["\n".join(_first(recipe.get("passed_over") or [])) or None for recipe in recipes]
     return columns
+
+
+def _first(lines: list[str], most: int = 3) -> list[str]:
+    return lines if len(lines) <= most else [*lines[: most - 1], f"and {len(lines) - most + 1} more"]
 
 
 def mean_score(recipe: dict[str, Any], count: int) -> str:
