@@ -7,7 +7,6 @@
 
 import json
 from collections.abc import Callable, Mapping
-from pathlib import PurePosixPath
 from typing import Any
 
 # Says what is wrong with a value at a place, or None where it is as it must be.
@@ -37,13 +36,6 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _is_inside(value: Any) -> bool:
-    if not (_is_text(value) and value):
-        return False
-    path = PurePosixPath(value)
-    return not path.is_absolute() and ".." not in path.parts
-
-
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value.isprintable()
 
@@ -55,7 +47,6 @@ COUNT: Kind = kind("a whole number from 0", _is_count)
 TEXT: Kind = kind("printable text", _is_text)
 FLAG: Kind = kind("true or false", lambda value: isinstance(value, bool))
 OBJECT: Kind = kind("an object", lambda value: isinstance(value, dict))
-FOLDER: Kind = kind("a folder inside that of the record", _is_inside)
 
 
 def maybe(of: Kind) -> Kind:
