@@ -8,7 +8,8 @@ from normkit.weights.scaled_weight_standardization import (
     scaled_weight_standardization,
 )
 from normkit.weights.spectral_norm import SpectralNorm, spectral_norm
-from normkit.weights.weight_conditioning import Equilibrate, Temperature, weight_conditioning
+from normkit.weights.temperature import Temperature
+from normkit.weights.weight_conditioning import Equilibrate, weight_conditioning
 from normkit.weights.weight_norm import WeightNorm, weight_norm
 from normkit.weights.weight_standardization import WeightStandardization, weight_standardization
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import BackendError, OptionError
@@ -19,6 +19,7 @@ from normkit.weights.attachment import ModuleT, attach
 from normkit.weights.inverse_norm import inverse_norm
 from normkit.weights.layout import View, WeightLayout, weight_layout, weight_of
 from normkit.weights.output_scaling import Path, RowScaling, refusal, scaled_forward
+from normkit.weights.temperature import Temperature
 
 Mode = Literal["row", "col", "rowcol", "jacobi"]
 Order = Literal["sequential", "simultaneous", "ruiz"]
@@ -252,28 +253,6 @@ class Equilibrate(RowScaling):
         floor = torch.copysign(torch.full_like(diagonal, self.eps), diagonal)
         factors = torch.where(diagonal.abs() > self.eps, diagonal, floor).reciprocal()
         return factors.detach() if self.gradient == "detach" else factors
-
-
-class Temperature(nn.Module):
-    """The parametrization that multiplies a weight by one learned scalar, which starts at 1.
-
-    After ``Equilibrate`` it restores the length that unit rows remove from a last layer: how peaked its logits can be.
-
-    >>> Temperature()(torch.ones(2)).detach()
-    tensor([1., 1.])
-    """
-
-    def __init__(self, *, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones((), device=device, dtype=dtype))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The scaled weight, of the weight's dtype."""
-        return (weight * self.scale).to(weight.dtype)
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """The weight that the scale maps to this one; this one itself if the scale is 0."""
-        return weight / torch.where(self.scale == 0, 1.0, self.scale).to(weight.dtype)
 
 
 def weight_conditioning(
