@@ -33,7 +33,7 @@ def default_recipes(model: nn.Module, example: Any = None) -> tuple[tuple[str, .
     >>> default_recipes(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)))
     (('keep', 'rms', 'keep+wn', 'keep+e'), 'the model has 1 layer norm and 2 linear layers')
     >>> default_recipes(nn.LSTM(4, 8))[0]
-    ('keep',)
+    ('keep', 'keep+wn', 'keep+e')
     """
     kinds = Counter(_kind(name, module) for name, module in model.named_modules() if is_norm(module))
     convolutions = sum(isinstance(module, _ConvNd) for module in model.modules())
