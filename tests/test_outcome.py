@@ -138,7 +138,7 @@ def test_models_and_data_of_others(
         (load_factory("vit_tiny", MODELS), ("keep", "rms", "keep+wn", "keep+e")),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), ("keep", "keep+ws", "keep+wn", "keep+e")),
         (lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.GroupNorm(2, 4)), ("keep", "keep+wn", "keep+e")),
-        (lambda: nn.GRU(3, 4), ("keep",)),
+        (lambda: nn.GRU(3, 4), ("keep", "keep+wn", "keep+e")),
     ],
 )
 def test_recipes_that_suit_a_model(model: Callable[[], nn.Module], recipes: tuple[str, ...]) -> None:
