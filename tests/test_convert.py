@@ -391,7 +391,12 @@ ERRORS = [
         SurgeryError,
         r"0: 48 channels do not split into 32 groups; .*divide 48: 1, 2, 3, .*48",
     ),
-    (nn.LayerNorm((4, 5, 5)), "bn", SurgeryError, r"0: it normalizes over the axes 4x5x5.*only ln, rms, dyt.* and none"),
+    (
+        nn.LayerNorm((4, 5, 5)),
+        "bn",
+        SurgeryError,
+        r"0: it normalizes over the axes 4x5x5.*only ln, rms, dyt.* and none",
+    ),
     (GatedRMSNorm(4), "ln", SurgeryError, r"0 \(GatedRMSNorm\).*takes hidden_states, gate"),
     (SquaredNorm(4), "ln", SurgeryError, r"0 \(SquaredNorm\).*fits neither"),
     (FixedScaleNorm2d(), "ln", SurgeryError, r"0 \(FixedScaleNorm2d\).*parameters \(none\)"),

@@ -40,7 +40,7 @@ class Stop(Exception):
     """Stands for an interruption."""
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon", "muoneq"])
 def test_a_run_resumed_after_any_epoch_ends_alike(tmp_path: Path, optimizer: str) -> None:
     settings = replace(SETTINGS, optimizer=optimizer)
     whole = trainer(tmp_path / "whole", settings).train()

@@ -15,7 +15,12 @@ from typing import Any, Literal
 from normkit.core.errors import OptionError
 from normkit.lab.option import HOW, RECORDS, WHAT, WHERE, check, option, options, table, words
 
-RATES = {"sgd": (0.06, 0.25, 1.0, 4.0), "adam": (3e-4, 1e-3, 3e-3, 1e-2), "adamw": (3e-4, 1e-3, 3e-3, 1e-2)}
+RATES = {
+    "sgd": (0.06, 0.25, 1.0, 4.0),
+    **dict.fromkeys(("adam", "adamw"), (3e-4, 1e-3, 3e-3, 1e-2)),
+    # Updates of a matrix have root mean square 0.2, where those of Adam have about 1.
+    **dict.fromkeys(("muon", "muoneq"), (1e-3, 3e-3, 1e-2, 3e-2)),
+}
 Scale = Literal["tiny", "small", "full"]
 
 
@@ -226,6 +231,8 @@ class Settings:
         object.__setattr__(self, "rates", tuple(sorted(self.rates or RATES[self.optimizer])))
         if self.warmup >= self.epochs:
             raise OptionError(f"warmup is {self.warmup}; wanted from 0 to below the {self.epochs} epochs")
+        if self.optimizer.startswith("muon") and self.strategy == "fsdp":
+            raise OptionError(f"optimizer {self.optimizer} needs whole matrices; wanted strategy auto or ddp, not fsdp")
         if self.accumulate > self.batch_size:
             raise OptionError(
                 f"accumulate is {self.accumulate}; wanted at most the {self.batch_size} samples of a batch"

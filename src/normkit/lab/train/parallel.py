@@ -8,6 +8,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
+from normkit.gradients.muon import Muon
 from normkit.lab.settings import Settings
 
 BLOCKS = (nn.Sequential, nn.ModuleList)
@@ -97,6 +98,8 @@ def make_optimizer(model: nn.Module, settings: Settings, rate: float) -> torch.o
     parameters, decay = [p for p in model.parameters() if p.requires_grad], settings.weight_decay
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, rate, momentum=settings.momentum, weight_decay=decay)
+    if settings.optimizer.startswith("muon"):
+        return Muon(model, rate, weight_decay=decay, equilibrate="row" if settings.optimizer == "muoneq" else None)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
     return kind(parameters, rate, weight_decay=decay)
 
