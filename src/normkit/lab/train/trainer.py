@@ -194,22 +194,21 @@ class Trainer:
     def evaluate(self, split: Split) -> Judged:
         """Judges the model on a split, over all processes."""
         fabric = self.fabric
+        # What samples or model draw is the same whatever the recipe, and whether or not the run was stopped before.
+        reseed(self.seed, "judge", rank=fabric.global_rank)
         sums = torch.zeros(4, dtype=torch.float64)
         self.placed.wrapped.eval()
         with torch.no_grad():
             for chunk in torch.arange(len(split)).split(4 * self.settings.batch_size):
                 mine = chunk[fabric.global_rank :: fabric.world_size]
                 # Every process calls the model as often as the others, or the others would wait for it for ever.
-                output, targets = self._output(split, mine if len(mine) else chunk[:1])
+                inputs, targets = split.batch(mine if len(mine) else chunk[:1], fabric.device)
+                output = task.call(self.placed.wrapped, arranged(inputs, self.settings))
                 if len(mine):
                     sums += task.tally(output, targets).cpu()
         if fabric.world_size > 1:
             sums = torch.as_tensor(fabric.all_reduce(sums.to(fabric.device), reduce_op="sum")).cpu()
         return Judged(*task.score(sums, split.targets), task.among_five(sums))
-
-    def _output(self, split: Split, index: Tensor) -> tuple[Any, Tensor]:
-        inputs, targets = split.batch(index, self.fabric.device)
-        return task.call(self.placed.wrapped, arranged(inputs, self.settings)), targets
 
     def _mean(self, value: Tensor) -> float:
         if self.fabric.world_size > 1:
