@@ -7,7 +7,7 @@ from typing import Any
 
 from normkit.lab import record
 from normkit.lab.comparison import EXPERIMENT
-from normkit.lab.result import Trained, find_target, summarize
+from normkit.lab.result import Judge, Trained, adjust, find_target, summarize
 from normkit.lab.settings import Settings
 from normkit.lab.sweep import plain
 
@@ -57,9 +57,10 @@ def write_comparison(
     target = find_target((run for of in runs.values() for run in of), None)
     rows = []
     for order, recipe in enumerate(recipes):
-        how = (recipes[0], best_rate(order), sweeps[recipe], target["score"], 0.95)
+        how = (Judge(recipes[0], runs[recipes[0]], 0.95), best_rate(order), sweeps[recipe], target["score"])
         known = {"parameters": 20_746, "changes": changes_of(recipe), "cost": cost_of(recipe, recipes[0])}
-        rows.append({"recipe": recipe, **known, **summarize(runs[recipe], runs[recipes[0]], *how)})
+        rows.append({"recipe": recipe, **known, **summarize(runs[recipe], *how)})
+    adjust(rows)
     task = {"kind": "classification", "score": "accuracy", "train": 1077, "val": 360, "test": 360}
     return plain({"task": task, "baseline": recipes[0], "target": target, "recipes": rows})
 

@@ -7,15 +7,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 import lab_samples
-from normkit.lab.comparison import compare
+from comparison_records import write_comparison
+from normkit.core.errors import OptionError, RecordError
+from normkit.lab import record, task
+from normkit.lab.budget import fit, measure
+from normkit.lab.comparison import compare, remarks, tables
+from normkit.lab.inference import detectable, holm, over_seeds, over_seeds_and_samples, seeds_for
 from normkit.lab.settings import Settings
 from normkit.lab.stats import FURTHER, tune
+from normkit.lab.study import Made, Study
 
 SMALL = Settings(
     recipes=("keep", "keep+e"), seeds=(0, 1), rates=(0.05, 0.2), epochs=3, batch_size=32, accelerator="cpu"
@@ -78,6 +85,170 @@ def test_further_rates_are_said_and_recorded(tmp_path: Path) -> None:
     assert "beyond the rates given" in text.getvalue()
     plain = ran(tmp_path / "plain", replace(SMALL, rates=(0.01, 0.02), extend=False))
     assert [recipe["extended"] for recipe in plain["recipes"]] == [[], []]
+
+
+COSTS = {
+    "keep": {"ratio": 1.0, "ratio_interval": None},
+    "keep+e": {"ratio": 1.5, "ratio_interval": (1.4, 1.6)},
+}
+
+
+@pytest.fixture
+def slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of the second recipe takes half as long again."""
+    shared = {"ms_per_step": 2.0, "ms_quartiles": [1.0, 3.0], "mb_per_step": 1.0, "rounds": 6}
+    monkeypatch.setattr(
+        "normkit.lab.study.measure_costs", lambda *given: {name: {**shared, **cost} for name, cost in COSTS.items()}
+    )
+
+
+@pytest.mark.usefixtures("slower")
+def test_equal_time_is_a_training_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(SMALL, rates=(0.2,), equal_time=True)
+    base, slow = ran(tmp_path / "out", settings)["recipes"]
+    assert (base["equal_time"]["epochs"], slow["equal_time"]["epochs"]) == (3, 2)
+    assert base["equal_time"]["test_score"] == base["test_score"]
+    short = ran(tmp_path / "short", replace(settings, epochs=2, equal_time=False))["recipes"][1]
+    assert slow["equal_time"]["test_score"] == short["test_score"]
+    pairs = zip(short["runs"], base["runs"], strict=True)
+    assert slow["equal_time"]["paired"]["differences"] == [
+        one["test_score"] - other["test_score"] for one, other in pairs
+    ]
+    monkeypatch.setattr("normkit.lab.study.Trainer.train", lambda *given: pytest.fail("trained again"))
+    text = StringIO()
+    ran(tmp_path / "out", settings, text)  # read back
+    assert "At keep's training time" in text.getvalue()
+
+
+@pytest.mark.usefixtures("slower")
+def test_hours_of_a_full_training(tmp_path: Path) -> None:
+    base, slow = ran(tmp_path, replace(SMALL, rates=(0.2,), full_epochs=90))["recipes"]
+    assert base["full_hours"] == pytest.approx(4 * 90 * 2e-3 / 3600)  # 128 samples are 4 steps of 32
+    assert slow["full_hours"] == pytest.approx(1.5 * base["full_hours"])
+
+
+@given(
+    st.floats(11, 1e6),
+    st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=4),
+    st.integers(1, 100),
+    st.booleans(),
+    st.booleans(),
+)
+def test_a_budget_is_kept(budget: float, seconds: list[float], epochs: int, extend: bool, equal: bool) -> None:
+    settings = Settings(budget=budget, epochs=epochs, extend=extend, equal_time=equal)
+    times = {str(place): each for place, each in enumerate(seconds)}
+    try:
+        found = fit(settings, times)
+    except OptionError:
+        return
+    runs = len(found.rates) + extend + len(found.seeds) - 1 + equal * len(found.seeds)
+    assert sum(seconds) * runs * found.epochs <= budget
+    assert 1 <= found.epochs <= epochs
+    assert len(found.seeds) >= 3
+    assert set(found.rates) <= set(settings.rates)
+    # Epochs are given up only where seeds and rates are.
+    assert found.epochs == epochs or (len(found.rates), len(found.seeds)) == (3, 3)
+
+
+def test_a_budget_too_small_for_an_epoch() -> None:
+    with pytest.raises(OptionError, match=r"budget is 12 s; 3 rates and 3 seeds .* about 89 s; wanted at least that"):
+        fit(Settings(budget=12.0), {"bn": 10.5})
+
+
+def test_a_budget_is_planned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, text = replace(SMALL, rates=(), seeds=(0,), budget=60.0), StringIO()
+    monkeypatch.setattr("normkit.lab.comparison.measure", lambda made: {"keep": 0.5, "keep+e": 0.7})
+    first = ran(tmp_path, settings, text)
+    assert "a budget of 60 s fits 3 epochs per run, 4 rates and 5 seeds of each recipe" in text.getvalue()
+    assert {len(recipe["runs"]) for recipe in first["recipes"]} == {5}
+    monkeypatch.setattr("normkit.lab.comparison.measure", lambda made: pytest.fail("measured again"))
+    assert ran(tmp_path, settings) == first
+    monkeypatch.setattr("normkit.lab.comparison.measure", lambda made: {"keep": 0.5, "keep+e": 0.7})
+    with pytest.raises(RecordError, match=r"budget is 60\.0 there, 70\.0 now"):
+        ran(tmp_path, replace(settings, budget=70.0))
+
+
+def test_what_an_epoch_takes_is_measured() -> None:
+    found = measure(Made(Study(SMALL, lab_samples.model, lab_samples.data)))
+    assert list(found) == ["keep", "keep+e"]
+    assert min(found.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "data"), [(lab_samples.model, lab_samples.data), (lab_samples.one_output, lab_samples.regression),
+                        (lab_samples.Tagger, lab_samples.tokens)]
+)  # fmt: skip
+def test_what_samples_add_up_to_is_the_score(tmp_path: Path, model: Any, data: Any) -> None:
+    settings = replace(SMALL, recipes=("keep",), seeds=(0,), rates=(0.05,), epochs=1)
+    run = ran(tmp_path, settings, model=model, data=data)["recipes"][0]["runs"][0]
+    marks = record.read_numbers(tmp_path / run["run"] / "test.npz")
+    targets = Made(Study(settings, model, data)).data.test.targets
+    part = marks.sum() / float(task.sizes(targets).sum())
+    # Squared errors are kept in single precision.
+    assert (1 - part if targets.is_floating_point() else part) == pytest.approx(run["test_score"], rel=1e-5)
+
+
+def test_resampled_intervals(tmp_path: Path) -> None:
+    settings = replace(SMALL, seeds=(0, 1, 2), rates=(0.2,), epochs=2)
+    plain = ran(tmp_path, settings)["recipes"][1]["paired"]
+    found = ran(tmp_path, replace(settings, resample=True))["recipes"][1]["paired"]
+    assert (plain["covers"], found["covers"]) == (["seeds"], ["seeds", "test samples"])
+    assert found["mean"] == plain["mean"]
+    assert (found["low"] + found["high"]) / 2 == pytest.approx(found["mean"])
+    assert found["high"] - found["low"] > 0
+
+
+def test_without_a_spread_of_samples_the_bootstrap_is_students_t() -> None:
+    seeds = np.array([0.1, 0.3, 0.2, -0.1])
+    found = over_seeds_and_samples(np.repeat(seeds[:, None], 500, 1), np.ones(500))
+    wanted = over_seeds(list(seeds))
+    assert found
+    assert wanted
+    assert (found.mean, found.freedom) == (pytest.approx(wanted.mean), wanted.freedom)
+    # 2,000 draws give a standard deviation to 1 / sqrt(2 * 2000) = 1.6 %; four times that.
+    assert found.error == pytest.approx(wanted.error, rel=0.064)
+
+
+def test_resampled_intervals_cover_what_both_draw() -> None:
+    drawn, held = np.random.default_rng(1), 0
+    for _ in range(200):
+        gains = 0.02 + drawn.normal(0, 0.02, (4, 1)) + drawn.normal(0, 0.3, (1, 200)) + drawn.normal(0, 0.2, (4, 200))
+        found = over_seeds_and_samples(gains, np.ones(200))
+        assert found
+        low, high = found.ends(0.95)
+        held += low <= 0.02 <= high
+    assert held >= 184  # of a true coverage of 0.95 this fails once in ten thousand times
+
+
+@given(st.dictionaries(st.text("abcdef", min_size=1), st.floats(0, 1), max_size=6))
+def test_holm_is_its_definition(chances: dict[str, float]) -> None:
+    found = holm(chances)
+    ranked = sorted(chances.values())
+    for name, p in chances.items():
+        before = [min(1.0, (len(ranked) - place) * each) for place, each in enumerate(ranked) if each <= p]
+        assert found[name] == max(before) >= p
+
+
+@pytest.mark.parametrize(("seeds", "level"), [(2, 0.9), (3, 0.95), (5, 0.99), (12, 0.95)])
+def test_a_detectable_difference_is_found_in_four_of_five(seeds: int, level: float) -> None:
+    least = detectable(1.0, seeds, level)
+    drawn = np.random.default_rng(0).normal(least, 1.0, (4000, seeds))
+    found = (over_seeds(list(row)) for row in drawn)
+    shown = sum(each is not None and each.ends(level)[0] > 0 for each in found)
+    # A share of 0.8 among 4,000 has the standard deviation 0.0063; four of these.
+    assert shown / 4000 == pytest.approx(0.8, abs=0.026)
+    assert seeds_for(detectable(0.7, seeds, level) * (1 + 1e-9), 0.7, level) == seeds
+
+
+def test_verdicts_on_all_recipes_together(tmp_path: Path) -> None:
+    result = write_comparison(tmp_path)
+    (table,) = (each for each in tables(result) if each.title == "All recipes judged together")
+    for row, recipe in zip(table.rows, result["recipes"][1:], strict=True):
+        assert row[0] == recipe["recipe"]
+        assert recipe["paired"]["holm"] >= recipe["paired"]["p"]
+        better = recipe["paired"]["holm"] <= 0.05
+        assert (row[3] != "no difference shown") == better
+    assert any("true difference of" in remark and "four of five" in remark for remark in remarks(result))
 
 
 def test_what_is_free_changes_over_the_runs_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

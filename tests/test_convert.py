@@ -391,7 +391,7 @@ ERRORS = [
         SurgeryError,
         r"0: 48 channels do not split into 32 groups; .*divide 48: 1, 2, 3, .*48",
     ),
-    (nn.LayerNorm((4, 5, 5)), "bn", SurgeryError, r"0: it normalizes over the axes 4x5x5.*only ln, rms, dyt and none"),
+    (nn.LayerNorm((4, 5, 5)), "bn", SurgeryError, r"0: it normalizes over the axes 4x5x5.*only ln, rms, dyt.* and none"),
     (GatedRMSNorm(4), "ln", SurgeryError, r"0 \(GatedRMSNorm\).*takes hidden_states, gate"),
     (SquaredNorm(4), "ln", SurgeryError, r"0 \(SquaredNorm\).*fits neither"),
     (FixedScaleNorm2d(), "ln", SurgeryError, r"0 \(FixedScaleNorm2d\).*parameters \(none\)"),
@@ -654,3 +654,48 @@ def test_a_change_without_effect_is_refused():
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 1, enable_nested_tensor=False)
     rows = convert(encoder, "rms", example=torch.randn(2, 3, 8)).rows  # torch's fused kernel would call no norm
     assert [row.note for row in rows] == ["bias dropped"] * 2
+
+
+def trained_batch_norms() -> nn.Sequential:
+    body = [layer for _ in range(3) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())]
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).double()
+    for layer in body[1::3]:
+        nn.init.normal_(layer.weight, 1.0, 0.3)
+        nn.init.normal_(layer.bias)
+    for _ in range(30):
+        model(torch.randn(16, 3, 6, 6).double() + 1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("to", ["gn:4", "ln", "in"])
+def test_calibration_fits_new_norms_to_what_the_old_ones_gave(to):
+    model, batches = trained_batch_norms(), [torch.randn(16, 3, 6, 6).double() + 1 for _ in range(4)]
+    swapped, state = convert(deepcopy(model), to).model, deepcopy(model.state_dict())
+    wanted = torch.cat([model(x) for x in batches])
+
+    def error(other):
+        return ((torch.cat([other(x) for x in batches]) - wanted).norm() / wanted.norm()).item()
+
+    before = error(swapped)
+    changes = convert(model, to, calibrate=iter(batches))
+    assert [row.layer for row in changes] == ["2", "5", "8", "(model)"]
+    assert changes.rows[-1].before == f"error {before:.2g}"
+    assert changes.rows[-1].error == pytest.approx(error(model))
+    assert error(model) < 0.8 * before
+    for row in list(changes)[:-1]:
+        assert row.error is not None
+        assert "before calibration" in row.note
+    assert changes.undo() is model
+    torch.testing.assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
+
+
+def test_calibration_finds_what_a_gain_and_a_bias_can_give():
+    norm = random_(nn.GroupNorm(8, 8)).double()
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), norm).double(), torch.randn(4, 3, 5, 8).double()
+    wanted, weight = model(x), norm.weight
+    changes = convert(model, "in", calibrate=[(x, "targets are not read")])
+    assert model[1].weight is weight
+    assert changes.rows[0].error == pytest.approx(0.0, abs=1e-6)
+    torch.testing.assert_close(model(x), wanted)
+    with pytest.raises(SurgeryError, match="calibrate has no batches"):
+        convert(model, "ln", calibrate=[])

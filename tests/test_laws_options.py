@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from laws import call, channels_first, layer, name, roundings, sample_input
+from laws import ACTIVATIONS, call, channels_first, layer, name, roundings, sample_input
 from normkit.core.card import Card
 from normkit.core.errors import ShapeError
 from variants import EVERY
@@ -95,7 +95,9 @@ def test_reset_layers_are_new_ones(card: Card) -> None:
     made, fresh = trained(card, torch.float32), card.make(4)
     for each in (made, fresh):
         torch.manual_seed(1)
-        each.reset_parameters()
+        for module in reversed([*each.modules()]):  # a layer sets its parts last
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
     assert_close(made.state_dict(), fresh.state_dict(), rtol=0, atol=0)
 
 
@@ -131,7 +133,7 @@ def test_another_number_of_channels_is_refused(card: Card) -> None:
     made, x = layer(card), sample_input(card, 8)
     if not [p for p in made.parameters() if p.numel() > 1]:
         return  # it takes any
-    with pytest.raises(ShapeError, match=r"8.*4"):
+    with pytest.raises(ShapeError, match=r"8.*4|4.*8"):
         call(card, made, x)
 
 
@@ -164,3 +166,44 @@ def test_a_parameter_of_another_size_is_refused(card: Card, mode: bool) -> None:
                         call(card, made, x)
                 held[key] = right
     call(card, made, x)
+
+
+# Of the tensors besides the input that functions take for 4 channels or features: by name, and of a function where it differs.
+_SHAPES: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("weight", "bias", "running_mean", "running_var", "running_std", "tau", "alpha", "beta"), (4,)),
+    **dict.fromkeys(("mean_weight", "var_weight"), (3,)),
+    **dict.fromkeys(("group_weight", "group_bias"), (2,)),
+    **dict.fromkeys(
+        ("gain", "shift", "query_weight", "scale_norm weight", "dynamic_tanh alpha", "dynamic_erf alpha"), ()
+    ),
+    **{"gamma": (4, 4), "embeddings": (6, 4), "fix_norm bias": (6,)},
+    **{"heeger_norm weight": (4, 4), "lyu_simoncelli_norm weight": (4, 1)},
+}
+_OPTIONS = {"training": True, "num_groups": 2, "normalized_shape": 4, "channels_per_group": 2, "fraction": 0.5}
+
+
+def _arguments(card: Card) -> dict[str, Any]:
+    """Arguments besides the input with which the card's function runs on its sample input."""
+    function = card.functional.__name__
+    names = {key: str(of.annotation) for key, of in inspect.signature(card.functional).parameters.items()}
+    tensors = [key for key, kind in names.items() if "Tensor" in kind]
+    shapes = {key: _SHAPES.get(f"{function} {key}", _SHAPES.get(key)) for key in tensors}
+    parameters = {key: torch.ones(shape, dtype=torch.float64) for key, shape in shapes.items() if shape is not None}
+    options = {**_OPTIONS, "layout": card.layout if card.layout == "n c *" or card.name.startswith("dyn") else "n * c"}
+    return parameters | {key: value for key, value in options.items() if key in names}
+
+
+# A conditioned function's scale broadcasts over its input by design; a mixture takes moments, and cells hold their weights.
+@pytest.mark.parametrize(
+    "card",
+    [card for card in ACTIVATIONS if not (card.extra or card.name.startswith(("exemplar_norm", "layer_norm_")))],
+    ids=name,
+)
+def test_a_function_refuses_a_parameter_of_another_size(card: Card) -> None:
+    x = sample_input(card)
+    given = _arguments(card)
+    card.functional(x, **given)
+    for key, right in given.items():
+        for shape in _sizes(right) if isinstance(right, Tensor) else ():
+            with pytest.raises(ShapeError, match="wanted"):
+                card.functional(x, **{**given, key: right.new_ones(shape)})

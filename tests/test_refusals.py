@@ -51,6 +51,14 @@ REFUSALS: list[tuple[Callable[[], object], type[Exception], str]] = [
         ValueError,
         r"8 channels do not split .*input 6x8x5x7",
     ),
+    *(
+        (lambda make=make, shape=shape: make(4)(torch.zeros(shape)), error, said)
+        for make in (nk.BatchNorm, nk.InstanceNorm, lambda channels: nk.GroupNorm(2, channels))
+        for shape, error, said in (
+            ((2, 5, 3), RuntimeError, r"got 5 channels .*2x5x3.* wanted num_\w+=4"),
+            ((4,), ValueError, "wanted at least 2"),
+        )
+    ),
     (lambda: nk.BatchNorm(4)(torch.zeros(1, 4)), ValueError, "Expected more than 1 value per channel when training"),
     (lambda: nk.InstanceNorm(4)(torch.zeros(2, 4, 1)), ValueError, "one value for each statistic"),
     (lambda: nk.DynamicTanh(4)(torch.ones(2, 3)), ShapeError, "wanted one that ends in 4"),

@@ -101,3 +101,12 @@ def test_options_that_do_not_exist_are_refused() -> None:
             make()
     with pytest.raises(ShapeError, match="wanted 2"):
         Whitening().fit(torch.randn(3, 4, 5))
+
+
+def test_mixed_precision_leaves_the_products_exact() -> None:
+    x = correlated().float()
+    white = Whitening(eps=0.0, dtype=torch.float32).fit(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = white(x)
+        back = white.inverse_transform(z)
+    assert_close((z, back), (white(x), white.inverse_transform(z)), rtol=0, atol=0)

@@ -22,21 +22,18 @@ from rich.console import Console
 
 from normkit.core.errors import OptionError
 from normkit.lab import folder as folders
-from normkit.lab import option, record
+from normkit.lab import option, record, rounds
+from normkit.lab.budget import fit, fitted, measure
 from normkit.lab.cluster import joined
 from normkit.lab.data.root import set_root
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.perform import CONFIG, check, kept, perform
-from normkit.lab.result import Trained, find_target, summarize
-from normkit.lab.say import Terminal, counted
+from normkit.lab.say import Terminal
 from normkit.lab.seeding import borrowed_randomness
 from normkit.lab.settings import RATES, Reports, Settings, Site
-from normkit.lab.stats import tune
 from normkit.lab.stop import stoppable
-from normkit.lab.study import FREE, Made, Run, Steps, Study, forget, made
-from normkit.lab.sweep import finished
+from normkit.lab.study import FREE, Study, forget, made
 from normkit.lab.train.fabric import Processes, start_fabric
-from normkit.lab.train.trainer import read_run, validation
 
 __all__ = ["EXPERIMENT", "command", "compare", "default_output", "kept"]
 
@@ -108,8 +105,18 @@ def compare(
         why = (*why, f"recipes {','.join(recipes)}: {reason}")
         settings = replace(settings, recipes=recipes).canonical()
         study = replace(study, settings=settings)
+    given = settings
+    if settings.budget is not None:
+        if ray is not None:
+            raise OptionError("budget is of runs one after the other, so it does not go with --ray; wanted one of them")
+        with borrowed_randomness(threads):
+            if threads is None and _is_small(study):
+                torch.set_num_threads(1)  # as the runs will be done
+            settings = _planned(study, folder, overwrite, group)
+        why = (*why, fitted(settings))
+        study = replace(study, settings=settings)
     site = Site(folder, data_root, ray=ray, threads=threads, tensorboard=tensorboard)
-    again = command(settings, site, Reports(report=report))
+    again = command(given, site, Reports(report=report))
     if not (_importable(model) and _importable(data)):
         again = f"from Python: {again}"
     begun = group.share(lambda: _begun_with(folder, overwrite))
@@ -130,7 +137,7 @@ def compare(
             group.share(lambda: check(experiment, bench))
         stack.enter_context(borrowed_randomness())
         stack.callback(forget)
-        if max(made(study).parameters.values()) >= FEW_PARAMETERS:
+        if not _is_small(study):
             bench.threads = threads or begun or torch.get_num_threads()
         for note in (*why, *made(study).data.notes):
             bench.watch(note)
@@ -207,10 +214,10 @@ def _experiment(study: Study, device: str, again: str) -> Experiment:
     settings = study.settings
 
     def run(bench: Bench) -> dict[str, Any]:
-        return _run(study, made(study), bench, device)
+        return rounds.run(study, made(study), bench, device)
 
     def whole(bench: Bench, result: dict[str, Any]) -> bool:
-        return _whole(study, made(study), bench, device, result)
+        return rounds.whole(study, made(study), bench, device, result)
 
     return replace(
         EXPERIMENT,
@@ -223,62 +230,25 @@ def _experiment(study: Study, device: str, again: str) -> Experiment:
     )
 
 
-def _run(study: Study, made: Made, bench: Bench, device: str) -> dict[str, Any]:
+def _planned(study: Study, folder: Path, overwrite: bool, group: Processes) -> Settings:
+    """Settings that fit the budget: those that the record was begun with, as times differ each time they are measured."""
     settings = study.settings
-    recipes, seeds, rates = settings.recipes, settings.seeds, settings.rates
-    counts = ", ".join(counted(len(getattr(settings, f"{noun}s")), noun) for noun in ("recipe", "rate", "seed"))
-    length = f"{counted(settings.epochs, 'epoch')} per run"
-    bench.watch(f"{settings.model} on {settings.data}: {counts}, {length}; records in {bench.output}")
-    sweeps = {recipe: [made.run(recipe, rate, seeds[0], device) for rate in rates] for recipe in recipes}
 
-    def beyond(recipe: str, rate: float) -> Run:
-        bench.watch(f"{recipe}: the best rate lies at the edge of the sweep; {rate:g} is tried as well")
-        return made.run(recipe, rate, seeds[0], device)
+    def begun() -> dict[str, Any] | None:
+        if overwrite or not (folder / CONFIG).exists():
+            return None
+        found = record.read_json(folder / CONFIG)
+        return found if found.get("budget") == settings.budget else None
 
-    tuned = tune(bench, study.learn, sweeps, validation, beyond if settings.extend else None)
-    for recipe, row in tuned.items():
-        tried = ", ".join(f"{run['rate']:g}" for run in row["sweep"])
-        bench.watch(f"{recipe}: rate {row['rate']:g} is the best of {tried}")
-    jobs = [made.run(recipe, tuned[recipe]["rate"], seed, device) for seed in seeds for recipe in recipes]
-    results = bench.sweep(study.learn, jobs)
-    (costs,) = bench.sweep(study.measure, [Steps(recipes, made.origin(seeds[0], device))])
-
-    def summary() -> dict[str, Any]:
-        runs: dict[str, list[Trained]] = {recipe: [] for recipe in recipes}
-        for job, result in zip(jobs, results, strict=True):
-            place = bench.output / folders.RUNS / job.path
-            logs = read_run(place, result["epochs"])
-            runs[job.recipe].append(Trained(job.seed, f"{folders.RUNS}/{job.path}", result, *logs))
-        target = find_target((run for of in runs.values() for run in of), settings.target)
-        rows = []
-        for recipe in recipes:
-            tried = [_tried(made.run(recipe, row["rate"], seeds[0], device), row) for row in tuned[recipe]["sweep"]]
-            how = (recipes[0], tuned[recipe]["rate"], tried, target["score"], settings.level)
-            known = {"parameters": made.parameters[recipe], "changes": made.changes[recipe], "cost": costs[recipe]}
-            known["extended"] = [row["rate"] for row in tried if row["rate"] not in rates]
-            rows.append({"recipe": recipe, **known, **summarize(runs[recipe], runs[recipes[0]], *how)})
-        sizes = {name: len(split) for name, split in made.data.splits.items()}
-        task = {"kind": made.data.kind, "score": made.data.score, **sizes, "notes": list(made.data.notes)}
-        return {"task": task, "baseline": recipes[0], "target": target, "recipes": rows}
-
-    return bench.group.share(summary)
+    if (there := group.share(begun)) is not None:
+        kept = {key: there[key] for key in ("epochs", "warmup", "rates", "seeds") if key in there}
+        return replace(settings, **kept)
+    seconds = measure(made(study))
+    return group.share(lambda: fit(settings, seconds))
 
 
-def _tried(job: Run, row: Mapping[str, Any]) -> dict[str, Any]:
-    place = {"seed": job.seed, "run": f"{folders.RUNS}/{job.path}"}
-    return {**place, "rate": job.rate, "status": row["status"], "val_score": row["score"], "val_loss": row["loss"]}
-
-
-def _whole(study: Study, made: Made, bench: Bench, device: str, result: Mapping[str, Any]) -> bool:
-    """Whether the runs of a result are all there, of these data and this code."""
-    for recipe in result["recipes"]:
-        for row in (*recipe["sweep"], *({**run, "rate": recipe["rate"]} for run in recipe["runs"])):
-            job = made.run(recipe["recipe"], row["rate"], row["seed"], device)
-            place = bench.output / folders.RUNS / job.path
-            if (found := finished(study.learn, job, place)) is None:
-                return False
-            read_run(place, found["epochs"])
-    return True
+def _is_small(study: Study) -> bool:
+    return max(made(study).parameters.values()) < FEW_PARAMETERS
 
 
 def _begun_with(folder: Path, overwrite: bool) -> int | None:

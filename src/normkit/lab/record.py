@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from normkit.core.errors import RecordError
 from normkit.lab.schema import ANY, OBJECT, Kind, fields, parse
 
@@ -78,6 +80,24 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     write_bytes(path, buffer.getvalue())
+
+
+def write_numbers(path: Path, values: np.ndarray) -> None:
+    """Writes an array, compressed: whole numbers up to 255 as a byte each, others in single precision; atomically."""
+    small = ((values >= 0) & (values <= 255) & (values == values.round())).all()
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, values=values.astype(np.uint8 if small else np.float32))
+    write_bytes(path, buffer.getvalue())
+
+
+def read_numbers(path: Path) -> np.ndarray:
+    """Reads what :func:`write_numbers` wrote, in double precision.
+
+    Raises:
+        RecordError: the file can't be read or is damaged.
+    """
+    with _reading(path):
+        return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)["values"].astype(float)
 
 
 def read_json(path: Path, of: Kind = OBJECT) -> dict[str, Any]:

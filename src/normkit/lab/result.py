@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
+
+from normkit.lab.inference import holm, over_seeds, over_seeds_and_samples
 from normkit.lab.stats import OK, Tried, at_edge, differences
 
 OWN_RULE = "the highest validation score that every recipe reached in every seed"
@@ -22,6 +25,7 @@ class Trained:
         result: its scores.
         metrics: a row per epoch.
         timing: likewise.
+        marks: what each test sample adds to the score. Default: None, not looked at.
     """
 
     seed: int
@@ -29,6 +33,7 @@ class Trained:
     result: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
     timing: Sequence[Mapping[str, Any]]
+    marks: np.ndarray | None = None
 
     def row(self, target: float | None) -> dict[str, Any]:
         """What a result says of it.
@@ -64,42 +69,89 @@ def find_target(runs: Iterable[Trained], given: float | None) -> dict[str, Any]:
     return {"score": min(reached, default=None), "rule": rule}
 
 
+@dataclass(frozen=True)
+class Judge:
+    """How recipes are compared with the baseline.
+
+    Args:
+        against: the baseline's name.
+        baseline: its runs, one a seed.
+        level: coverage of the intervals.
+        sizes: ``(samples,)`` of the test split, see :func:`normkit.lab.task.sizes`, so that intervals cover the draw of its
+            samples too. Default: None, they cover the seeds alone.
+        sign: 1 where marks count for a recipe, -1 where against it. Default: 1.
+    """
+
+    against: str
+    baseline: Sequence[Trained]
+    level: float
+    sizes: np.ndarray | None = None
+    sign: int = 1
+
+    def scores(self, runs: Sequence[Trained]) -> dict[str, Any]:
+        """Mean and spread of the test scores, and the paired difference from the baseline.
+
+        Args:
+            runs: one a seed, in the order of the baseline's.
+        """
+        ours, theirs = ([run.result["test_score"] for run in of] for of in (runs, self.baseline))
+        tests = [score for score in ours if score is not None]
+        found = differences(ours, theirs, self.level)
+        paired = {"against": self.against, "n": len(found.differences), **asdict(found), "covers": ["seeds"]}
+        spread = over_seeds(found.differences)
+        if self.sizes is not None and spread is not None:
+            pairs = zip(runs, self.baseline, ours, theirs, strict=True)
+            gains = [self._gains(one, other) for one, other, *scored in pairs if None not in scored]
+            spread = over_seeds_and_samples(np.stack(gains), self.sizes)
+            assert spread is not None
+            low, high = spread.ends(self.level)
+            paired |= {"low": low, "high": high, "covers": ["seeds", "test samples"]}
+        return {
+            "test_score": {
+                "mean": fmean(tests) if tests else None,
+                "std": stdev(tests) if len(tests) > 1 else None,
+                "n": len(tests),
+            },
+            "paired": {**paired, "p": spread and spread.p},
+        }
+
+    def _gains(self, one: Trained, other: Trained) -> np.ndarray:
+        assert one.marks is not None
+        assert other.marks is not None
+        return self.sign * (one.marks - other.marks)
+
+
 def summarize(
-    runs: Sequence[Trained],
-    baseline: Sequence[Trained],
-    against: str,
-    rate: float,
-    sweep: Sequence[Tried],
-    target: float | None,
-    level: float,
+    runs: Sequence[Trained], judge: Judge, rate: float, sweep: Sequence[Tried], target: float | None
 ) -> dict[str, Any]:
     """Gathers what the runs say of one recipe.
 
     Args:
         runs: at the chosen rate, one a seed.
-        baseline: the baseline's runs, in the same order of seeds.
-        against: the baseline.
+        judge: compares them with the baseline's.
         rate: the chosen one.
         sweep: all rates that were tried.
         target: the score whose time is taken; None when no run has one.
-        level: coverage of the interval.
     """
-    ours, theirs = ([run.result["test_score"] for run in of] for of in (runs, baseline))
-    paired = differences(ours, theirs, level)
-    tests = [score for score in ours if score is not None]
     return {
         "sweep": sweep,
         "rate": rate,
         "rate_at_edge": at_edge(rate, sweep),
         "runs": [run.row(target) for run in runs],
-        "test_score": {
-            "mean": fmean(tests) if tests else None,
-            "std": stdev(tests) if len(tests) > 1 else None,
-            "n": len(tests),
-        },
-        "paired": {"against": against, "n": len(paired.differences), **asdict(paired)},
+        **judge.scores(runs),
         "condition": _condition([run.metrics for run in runs if run.result["status"] == OK]),
     }
+
+
+def adjust(rows: Sequence[dict[str, Any]]) -> None:
+    """Adds to the paired difference of each recipe its p-value among all that are compared, by Holm's procedure.
+
+    Args:
+        rows: of the recipes, the baseline first; changed in place.
+    """
+    adjusted = holm({row["recipe"]: row["paired"]["p"] for row in rows[1:]})
+    for row in rows:
+        row["paired"]["holm"] = adjusted.get(row["recipe"])
 
 
 def _condition(runs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any] | None:

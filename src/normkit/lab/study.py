@@ -4,7 +4,7 @@ import copy
 import hashlib
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,15 +13,19 @@ from urllib.parse import quote
 from torch import nn
 
 from normkit.core.errors import RecordError, SurgeryError
+from normkit.lab import record
 from normkit.lab.devices import device_name
 from normkit.lab.progress import tell
 from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model, suited, two, user_code
 from normkit.lab.recipes import default_recipes
+from normkit.lab.say import counted
 from normkit.lab.seeding import init_sha256, order_sha256, reseed
 from normkit.lab.settings import Settings
 from normkit.lab.train.cost import measure_costs
 from normkit.lab.train.fabric import start_fabric
 from normkit.lab.train.trainer import METRICS_FILE, TIMING_FILE, Trainer
+
+MARKS_FILE = "test.npz"  # what each test sample adds to the score
 
 # Settings of which others can be given to the runs that are there, and what settings say of all runs together.
 FREE = ("recipes", "rates", "seeds", "target", "level", "extend", "equal_time", "resample", "full_epochs")
@@ -36,6 +40,7 @@ class Run:
         recipe: canonical.
         rate: the learning rate at its height.
         seed: of the initial weights, the order of the data and all else that is random.
+        epochs: passes over the train split. Default: 0, those of the settings.
         origin: settings, and hashes of the data and of the initial weights.
 
     >>> Run("bn+e@first_last", 0.1, 0).path
@@ -45,18 +50,21 @@ class Run:
     recipe: str
     rate: float
     seed: int
+    epochs: int = 0
     origin: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    files: ClassVar = (METRICS_FILE, TIMING_FILE)
+    files: ClassVar = (METRICS_FILE, TIMING_FILE, MARKS_FILE)
 
     @property
     def path(self) -> str:
         """The folder."""
-        return f"{quote(self.recipe, safe='+@:,')}/rate={self.rate}/seed={self.seed}"
+        length = f"/epochs={self.epochs}" if self.epochs else ""
+        return f"{quote(self.recipe, safe='+@:,')}/rate={self.rate}{length}/seed={self.seed}"
 
     @property
     def label(self) -> str:
         """What progress calls it."""
-        return f"{self.recipe}  rate {self.rate:g}  seed {self.seed}"
+        length = f"  {counted(self.epochs, 'epoch')}" if self.epochs else ""
+        return f"{self.recipe}  rate {self.rate:g}{length}  seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -98,9 +106,17 @@ class Study:
         made = _made_of(self, run.origin, run.seed)
         curves = self.curves and self.curves / run.path
         model, _ = made.apply(run.seed, run.recipe)
-        trainer = Trainer(run.rate, run.seed, self.settings, model, made.data, made.fabric, folder, curves)
-        with user_code(f"{self.settings.model} with {run.recipe}"):
-            return trainer.train(lambda epoch, score: tell(epoch, self.settings.epochs, score))
+        settings = self.settings
+        if run.epochs:
+            # The whole schedule in less time.
+            warmup = settings.warmup * run.epochs / settings.epochs
+            settings = replace(settings, epochs=run.epochs, warmup=warmup)
+        trainer = Trainer(run.rate, run.seed, settings, model, made.data, made.fabric, folder, curves)
+        with user_code(f"{settings.model} with {run.recipe}"):
+            result = trainer.train(lambda epoch, score: tell(epoch, settings.epochs, score))
+        if made.fabric.is_global_zero:
+            record.write_numbers(folder / MARKS_FILE, trainer.marks.numpy())
+        return result
 
     def measure(self, job: Steps, folder: Path) -> dict[str, Any]:
         """Measures every recipe's step."""
@@ -147,7 +163,7 @@ class Made:
         """Chooses recipes that suit the model, and says why these."""
         return default_recipes(self._initial(self.settings.seeds[0])[0], two(self.data.train)[0])
 
-    def run(self, recipe: str, rate: float, seed: int, device: str) -> Run:
+    def run(self, recipe: str, rate: float, seed: int, device: str, epochs: int = 0) -> Run:
         """Gives a run as a job.
 
         Args:
@@ -155,8 +171,9 @@ class Made:
             rate: of the run.
             seed: likewise.
             device: that it is done on.
+            epochs: Default: 0, those of the settings.
         """
-        return Run(recipe, rate, seed, self.origin(seed, device))
+        return Run(recipe, rate, seed, epochs, self.origin(seed, device))
 
     def origin(self, seed: int, device: str) -> dict[str, Any]:
         """Everything that a run depends on, but its recipe, rate and seed.

@@ -92,22 +92,50 @@ def tally(output: Any, targets: Tensor) -> Tensor:
     >>> tally(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1]))[1:]
     tensor([1., 2., 0.], dtype=torch.float64)
     """
+    total = marks(output, targets).sum()
     if targets.is_floating_point():
-        predicted = predictions(output).double().reshape(targets.shape)
-        wrong = (predicted - targets.double()).square().sum()
-        return torch.stack([wrong, wrong, torch.full_like(wrong, targets.numel()), torch.zeros_like(wrong)])
+        return torch.stack([total, total, torch.full_like(total, targets.numel()), torch.zeros_like(total)])
+    count, five = weight(targets).double(), torch.zeros_like(total)
     logits = predictions(output)
-    if targets.dtype == torch.bool:
-        right = ((logits.reshape(targets.shape) > 0) == targets).sum().double()
-        count = torch.full_like(right, targets.numel())
-        return torch.stack([loss(output, targets).double() * count, right, count, torch.zeros_like(right)])
-    counted = targets != IGNORED
-    count = counted.sum().double()
-    right = ((logits.argmax(-1) == targets) & counted).sum().double()
-    five = torch.zeros_like(right)
     if targets.ndim == 1 and logits.shape[-1] > AMONG:
         five = (logits.topk(AMONG).indices == targets[:, None]).any(1).sum().double()
-    return torch.stack([loss(output, targets).double() * count, right, count, five])
+    return torch.stack([loss(output, targets).double() * count, total, count, five])
+
+
+def marks(output: Any, targets: Tensor) -> Tensor:
+    """Gives what each sample of a batch adds to the score: its right answers, or its squared error; ``(n,)``, float64.
+
+    Args:
+        output: what the model returned.
+        targets: of the batch.
+
+    >>> marks(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1]))
+    tensor([1., 0.], dtype=torch.float64)
+    """
+    predicted = predictions(output)
+    if targets.is_floating_point():
+        found = (predicted.double().reshape(targets.shape) - targets.double()).square()
+    elif targets.dtype == torch.bool:
+        found = (predicted.reshape(targets.shape) > 0) == targets
+    else:
+        found = (predicted.argmax(-1) == targets) & (targets != IGNORED)
+    return found.double().flatten(1).sum(1) if found.ndim > 1 else found.double()
+
+
+def sizes(targets: Tensor) -> Tensor:
+    """Gives what each sample adds to that by which a score divides: its targets, or their squared distance from the mean.
+
+    Args:
+        targets: of the whole split.
+
+    >>> sizes(torch.tensor([[1, -100], [2, 3]])), sizes(torch.tensor([1.0, 3.0]))
+    (tensor([1., 2.], dtype=torch.float64), tensor([1., 1.], dtype=torch.float64))
+    """
+    if targets.is_floating_point():
+        found = (targets.double() - targets.double().mean(0)).square()
+    else:
+        found = torch.ones_like(targets) if targets.dtype == torch.bool else targets != IGNORED
+    return found.double().flatten(1).sum(1) if found.ndim > 1 else found.double()
 
 
 def score(sums: Tensor, targets: Tensor) -> tuple[float, float]:
@@ -122,8 +150,7 @@ def score(sums: Tensor, targets: Tensor) -> tuple[float, float]:
     """
     total, second, count, _ = sums.tolist()
     if targets.is_floating_point():
-        values = targets.double()
-        return total / count, 1.0 - second / float((values - values.mean(0)).square().sum())
+        return total / count, 1.0 - second / float(sizes(targets).sum())
     return total / count, second / count
 
 

@@ -14,7 +14,7 @@ from normkit.engine.layer import Layer
 from normkit.surgery.changes import Change, Changes, Refusal, Refusals, label
 from normkit.surgery.norms import Norm, describe, is_norm, read_norm
 from normkit.surgery.select import Where, choose
-from normkit.surgery.substitute import inherit, put, refuse, unheard
+from normkit.surgery.substitute import inherit, put_heard, refuse
 from normkit.surgery.target import Target, any_tensor, norm_cards
 from normkit.surgery.transaction import transaction
 from normkit.surgery.watch import try_on
@@ -73,7 +73,7 @@ def accelerate(
     found = {name: module for name, module in model.named_modules() if _is_candidate(name, module)}
     chosen = found if where is None else choose(found, where, "norms")
     sight = None if example is None else try_on(model, example, chosen.values(), "model")
-    like, new, rows = any_tensor(model), {}, {}
+    like, pairs, rows = any_tensor(model), {}, {}
     for name, module in chosen.items():
         try:
             made = _build(name, module, read_norm(name, module), like)
@@ -82,18 +82,14 @@ def accelerate(
         except SurgeryError as error:
             refusals.take(name, error)
             continue
-        new[id(module)] = inherit(made, module)
+        pairs[name] = module, inherit(made, module)
         kind = next(
             (kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules.")), nn.Module
         )
         note = "" if isinstance(made, kind) else f"isinstance(_, nn.{kind.__name__}) no longer holds"
         rows[name] = Change(label(name), describe(module), describe(made), note)
     with transaction(model, optimizer) as opened:
-        root = put(model, new)
-        if example is not None:
-            for name in unheard(root, {name: new[id(chosen[name])] for name in rows}, example, refusals):
-                root = put(root, {id(new[id(chosen[name])]): chosen[name]})
-                del rows[name]
+        root = put_heard(model, pairs, rows, example, refusals)
         return opened.close(root, rows.values(), refusals)
 
 

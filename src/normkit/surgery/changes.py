@@ -115,7 +115,8 @@ class Changes:
         """Put the model back as it was: layers, parameters, buffers, hooks and modes, and the state of ``optimizer=``.
 
         Only what the verb changed is taken back. If nothing else happened in between, the model is the old one bit for bit; a
-        parameter that the verb kept and that was trained since keeps its present value.
+        parameter that the verb kept and that was trained since keeps its present value. What was taken out is where it was, and
+        of the dtype: a model that was moved or cast in the meantime is to be moved or cast again.
 
         Returns:
             The model as it was given to the verb.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from normkit.core.errors import SurgeryError
+from normkit.surgery.calibrate import Calibration
 from normkit.surgery.changes import Change, Changes, Refusal, Refusals, label
 from normkit.surgery.norms import describe, is_norm, reach, read_norm
 from normkit.surgery.select import Where, choose
 from normkit.surgery.sequence import may_be_causal, time_first
-from normkit.surgery.substitute import inherit, put, refuse, unheard
+from normkit.surgery.substitute import inherit, put_heard, refuse
 from normkit.surgery.target import Target, any_tensor
 from normkit.surgery.transaction import transaction
 from normkit.surgery.watch import try_on
@@ -28,6 +30,7 @@ def convert(
     example: Any = None,
     on_refusal: Refusal = "raise",
     optimizer: torch.optim.Optimizer | None = None,
+    calibrate: Iterable[Any] | None = None,
 ) -> Changes:
     """Convert every activation norm of a model to another kind, in place.
 
@@ -58,6 +61,9 @@ def convert(
         on_refusal: ``"raise"``, or ``"leave"`` to leave a norm that can't be read or replaced as it is. Default: ``"raise"``.
         optimizer: of the model's parameters; it follows: parameters that are created join the group of their layer's, those
             that are dropped leave it. Default: None; make it afterwards then.
+        calibrate: batches of inputs, as for ``recalibrate``, on which the new norms are fitted to what the old ones gave: gain
+            and bias of each channel by least squares. A row has its layer's error, relative to what the old norm gave, and the
+            last row that of the model's output. Default: None, gain and bias as they were.
 
     Returns:
         The model (a new one only where the model itself is a norm), a row per norm that was changed, the norms that were passed
@@ -92,7 +98,7 @@ def convert(
     lazy = any(is_lazy(tensor) for tensor in model.parameters())  # a run would give them their size
     sight = None if example is None or lazy else try_on(model, example, chosen.values(), "model")
     like, causal, by_time = any_tensor(model), may_be_causal(model, example), time_first(model)
-    new: dict[int, nn.Module] = {}
+    pairs: dict[str, tuple[nn.Module, nn.Module]] = {}
     rows: dict[str, Change] = {}
     for name, module in chosen.items():
         try:
@@ -109,15 +115,15 @@ def convert(
         except SurgeryError as error:
             refusals.take(name, error)
             continue
-        new[id(module)] = inherit(made, module)
+        pairs[name] = module, inherit(made, module)
         rows[name] = Change(label(name), describe(module), describe(made), note)
-    with transaction(model, optimizer) as opened:
-        root = put(model, new)
-        if example is not None:
-            for name in unheard(root, {name: new[id(chosen[name])] for name in rows}, example, refusals):
-                root = put(root, {id(new[id(chosen[name])]): chosen[name]})
-                del rows[name]
-        return opened.close(root, rows.values(), refusals)
+    fitted = None
+    if calibrate is not None:
+        fitted = Calibration(model, pairs, calibrate)
+    with transaction(model, optimizer, () if fitted is None else fitted.written) as opened:
+        root = put_heard(model, pairs, rows, example, refusals)
+        done = [*rows.values()] if fitted is None else fitted.fit(root, rows)
+        return opened.close(root, done, refusals)
 
 
 def _check_time_first(name: str, target: Target, made: nn.Module) -> None:

@@ -105,7 +105,7 @@ def recalibrate(
             stack.callback(norm.register_forward_pre_hook(sums[name].see, with_kwargs=True).remove)
         for batch in islice(batches, limit):
             seen += 1
-            (forward or _forward)(model, batch)
+            (forward or forward_batch)(model, batch)
     if not seen:
         raise SurgeryError("recalibrate: there are no batches; a generator can be walked only once, give a fresh one")
     missing = [label(name) for name in norms if sums[name].found is None]
@@ -218,7 +218,8 @@ def _write(name: str, norm: nn.Module, seen: _Inputs) -> Change:
     return Change(name, what, what, note)
 
 
-def _forward(model: nn.Module, batch: Any) -> Any:
+def forward_batch(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch: a dict by name, of a tuple or list the first item."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, list | tuple) else batch)

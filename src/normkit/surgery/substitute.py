@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from normkit.core.errors import SurgeryError
-from normkit.surgery.changes import Refusals, label
+from normkit.surgery.changes import Change, Refusals, label
 from normkit.surgery.watch import try_on
 
 # Shared with the old layer, not copied: handles that remove a hook point at these very dictionaries.
@@ -33,23 +33,40 @@ def put(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
     return root
 
 
-def unheard(model: nn.Module, new: Mapping[str, nn.Module], example: Any, refusals: Refusals) -> list[str]:
-    """Run the changed model on an example; refuse new modules that are not called, as where the old ones are in a plain list too.
+def put_heard(
+    model: nn.Module,
+    pairs: Mapping[str, tuple[nn.Module, nn.Module]],
+    rows: dict[str, Change],
+    example: Any,
+    refusals: Refusals,
+) -> nn.Module:
+    """Put new modules in the place of old ones and run the model on an example, if there is one.
+
+    Args:
+        model: any module.
+        pairs: old and new by name.
+        rows: of these; that of a module which is not called, as where the old one is in a plain list too, is taken out.
+        example: an input, or None.
+        refusals: takes those.
 
     Returns:
-        The names of those that are left.
+        The root.
 
     Raises:
-        SurgeryError: it does not run, or a module is refused.
+        SurgeryError: the changed model does not run, or a module is refused. Call this in a transaction.
     """
-    sight, left = try_on(model, example, new.values()), []
-    for name, module in new.items():
+    root = put(model, {id(old): new for old, new in pairs.values()})
+    if example is None:
+        return root
+    sight = try_on(root, example, (new for _, new in pairs.values()))
+    for name, (old, new) in pairs.items():
         try:
-            refuse(name, sight.why_without_effect(module))
+            refuse(name, sight.why_without_effect(new))
         except SurgeryError as error:
             refusals.take(name, error)
-            left.append(name)
-    return left
+            root = put(root, {id(new): old})
+            del rows[name]
+    return root
 
 
 def refuse(name: str, reason: str) -> None:

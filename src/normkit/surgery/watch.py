@@ -62,7 +62,7 @@ class Sight(TorchDispatchMode):
         """Why another module in the place of this one would not be heard, or only in part; empty where it would."""
         if id(module) not in self.shapes:
             return "it is not called on the example, so that the change would have no effect there"
-        if any(self._readers.get(id(p), set()) - {id(module)} for p in module.parameters(recurse=False)):
+        if any(self._readers.get(id(p), set()) - self._modules.keys() for p in module.parameters(recurse=False)):
             return "its parameters are read from outside it too, where the change would have no effect"
         return ""
 

@@ -62,10 +62,8 @@ def _sections(comparison: Comparison) -> list[Section]:
                     "Student's t on these differences; one seed alone has none."
                 ),
                 Text(
-                    "It covers what another choice of seeds, that is of initial weights and of data order, would change. It "
-                    "does not cover the sampling of the test set: every run is judged on the same "
-                    f"{samples['test']} test samples, and another set of them could shift the scores of all recipes. With few "
-                    "seeds it also leans on the differences being roughly normal."
+                    "It covers what another choice of seeds, that is of initial weights and of data order, would change. "
+                    f"{_samples(result, samples['test'])} With few seeds it also leans on the differences being roughly normal."
                 ),
             ],
         ),
@@ -137,6 +135,15 @@ def _sections(comparison: Comparison) -> list[Section]:
         ),
         Section("Every run", [_runs(result)]),
     ]
+
+
+def _samples(result: dict[str, Any], count: str) -> str:
+    if "test samples" in (at(result["recipes"][-1], "paired.covers") or ()):
+        return f"It also covers what another draw of the {count} test samples would change."
+    return (
+        f"It does not cover the sampling of the test set: every run is judged on the same {count} test samples, and another set "
+        "of them could shift the scores of all recipes; --resample covers it."
+    )
 
 
 def _further(result: dict[str, Any]) -> list[Section]:

@@ -36,11 +36,19 @@ CHECKPOINT = ("epoch", "model", "optimizer", "precision", "metrics", "timing")
 
 
 class Judged(NamedTuple):
-    """What a split says of a model: mean loss, score, and the part of targets among its first five classes, where that is one."""
+    """What a split says of a model.
+
+    Args:
+        loss: the mean.
+        score: accuracy or R².
+        top5: the part of targets among its first five classes; None where that says nothing.
+        marks: ``(n,)``, what each sample adds to the score, see :func:`normkit.lab.task.marks`.
+    """
 
     loss: float
     score: float
     top5: float | None
+    marks: Tensor
 
 
 def read_run(folder: Path, epochs: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -81,6 +89,11 @@ class Trainer:
         fabric: started.
         folder: of the run; rank zero alone writes there.
         curves: a folder for TensorBoard. Default: None, no curves.
+
+    Attributes:
+        metrics: a row per epoch.
+        timing: likewise.
+        marks: what each test sample adds to the score, when training is over; empty where it diverged.
     """
 
     def __init__(
@@ -104,6 +117,7 @@ class Trainer:
         self.steps = len(data.train) // self.batch
         self.metrics: list[dict[str, Any]] = []
         self.timing: list[dict[str, Any]] = []
+        self.marks = torch.zeros(0)
         self.curves = Curves(curves) if curves is not None and fabric.is_global_zero else None
 
     def train(self, on_epoch: Callable[[int, float | None], None] = lambda epoch, score: None) -> dict[str, Any]:
@@ -138,7 +152,7 @@ class Trainer:
         if not math.isfinite(train_loss):
             return False
         with self._judged():
-            val_loss, val_score, _ = self.evaluate(self.data.val)
+            val_loss, val_score, *_ = self.evaluate(self.data.val)
         if not (math.isfinite(val_loss) and math.isfinite(val_score)):
             return False
         last = epoch * self.steps - 1
@@ -150,7 +164,7 @@ class Trainer:
                 "train_loss": train_loss,
                 "val_loss": val_loss,
                 "val_score": val_score,
-                "condition": self._conditions(),
+                "condition": self.conditions(),
             }
         )
         self.timing.append(
@@ -196,7 +210,8 @@ class Trainer:
         fabric = self.fabric
         # What samples or model draw is the same whatever the recipe, and whether or not the run was stopped before.
         reseed(self.seed, "judge", rank=fabric.global_rank)
-        sums = torch.zeros(4, dtype=torch.float64)
+        # Four sums, and what each sample adds to the score.
+        found = torch.zeros(4 + len(split), dtype=torch.float64)
         self.placed.wrapped.eval()
         with torch.no_grad():
             for chunk in torch.arange(len(split)).split(4 * self.settings.batch_size):
@@ -205,17 +220,20 @@ class Trainer:
                 inputs, targets = split.batch(mine if len(mine) else chunk[:1], fabric.device)
                 output = task.call(self.placed.wrapped, arranged(inputs, self.settings))
                 if len(mine):
-                    sums += task.tally(output, targets).cpu()
+                    found[:4] += task.tally(output, targets).cpu()
+                    found[4 + mine] = task.marks(output, targets).cpu()
         if fabric.world_size > 1:
-            sums = torch.as_tensor(fabric.all_reduce(sums.to(fabric.device), reduce_op="sum")).cpu()
-        return Judged(*task.score(sums, split.targets), task.among_five(sums))
+            found = torch.as_tensor(fabric.all_reduce(found.to(fabric.device), reduce_op="sum")).cpu()
+        sums = found[:4]
+        return Judged(*task.score(sums, split.targets), task.among_five(sums), found[4:])
 
     def _mean(self, value: Tensor) -> float:
         if self.fabric.world_size > 1:
             value = torch.as_tensor(self.fabric.all_reduce(value.clone(), reduce_op="mean"))
         return float(value)
 
-    def _conditions(self) -> dict[str, list[float | None]]:
+    def conditions(self) -> dict[str, list[float | None]]:
+        """Takes the condition numbers of every layer's raw and effective weight, where they are asked for."""
         if not self.settings.condition:
             return {}
         from normkit.diagnostics.conditioning import weight_conditions
@@ -270,7 +288,7 @@ class Trainer:
         test_loss = test_score = top5 = None
         if status == OK:
             with self._judged():
-                test_loss, test_score, top5 = self.evaluate(self.data.test)
+                test_loss, test_score, top5, self.marks = self.evaluate(self.data.test)
             if not (math.isfinite(test_loss) and math.isfinite(test_score)):
                 status, test_loss, test_score, top5 = DIVERGED, None, None, None
         scores = [row["val_score"] for row in self.metrics]
