@@ -27,9 +27,6 @@ def bench(speed: Speed) -> dict[str, Any]:
 
     Cells found in the folder that were measured alike are not measured again.
 
-    Args:
-        speed: how.
-
     Returns:
         What speed.json holds.
 

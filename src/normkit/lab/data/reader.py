@@ -47,11 +47,6 @@ WANTED = (
 def read_splits(name: str, made: Any, notes: list[str]) -> dict[str, Split]:
     """Reads the splits that are there.
 
-    Args:
-        name: how messages call the data.
-        made: what a data factory returned.
-        notes: filled with what was decided, a sentence each.
-
     Raises:
         ProtocolError: the data breaks the protocol.
     """
@@ -254,11 +249,6 @@ def _say_doubles(inputs: Any, targets: Any, notes: list[str]) -> None:
 def interpret(name: str, splits: Mapping[str, Split], notes: list[str]) -> dict[str, Split]:
     """Finds targets that mean more than their type says: yes or no, the next token, one-hot.
 
-    Args:
-        name: how messages call the data.
-        splits: checked.
-        notes: filled with what was decided.
-
     Raises:
         ProtocolError: targets are one-hot.
     """
@@ -303,10 +293,6 @@ def _per_token(split: Split) -> bool:
 def check_split(name: str, split: Split) -> None:
     """Checks the lengths and values of a split.
 
-    Args:
-        name: how messages call it.
-        split: read.
-
     Raises:
         ProtocolError: it is empty, or something in it can't be learned.
     """
@@ -335,10 +321,6 @@ def check_split(name: str, split: Split) -> None:
 
 def check_agreement(name: str, splits: Mapping[str, Split]) -> None:
     """Checks that all splits pose one task, at which something can be learned.
-
-    Args:
-        name: how messages call the data.
-        splits: checked.
 
     Raises:
         ProtocolError: they don't.

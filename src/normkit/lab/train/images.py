@@ -192,13 +192,7 @@ class Tally:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images, batch: int = CHUNK) -> float:
-    """The share of images whose class a model finds, in the mode it is in, in batches of that size, in their order.
-
-    Args:
-        model: as it is.
-        images: and labels.
-        batch: images a call. Default: 500.
-    """
+    """The share of images whose class a model finds, in the mode it is in, in batches of that size, in their order."""
     pairs = zip(*(part.split(batch) for part in images), strict=True)
     return sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs) / len(images[0])
 

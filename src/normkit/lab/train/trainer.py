@@ -54,10 +54,6 @@ class Judged(NamedTuple):
 def read_run(folder: Path, epochs: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Reads the metrics and the timing of a finished run.
 
-    Args:
-        folder: of the run.
-        epochs: how many its result is of.
-
     Raises:
         RecordError: one is missing or damaged, or they are not of one run.
     """
