@@ -120,7 +120,7 @@ def compare(
     if not (_importable(model) and _importable(data)):
         again = f"from Python: {again}"
     # Sums depend on how many threads share them, so a comparison goes on with as many as it was begun with.
-    begun = group.share(lambda: _begun_with(folder, overwrite)).get("threads")
+    begun: int | None = group.share(lambda: _begun_with(folder, overwrite)).get("threads")
     with ExitStack() as stack:
         stack.enter_context(stoppable())
         device = study.device()
