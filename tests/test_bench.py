@@ -51,6 +51,14 @@ def test_what_is_printed_again_is_said(tmp_path: Path, measured: list[Case]) -> 
     assert record.read_json(tmp_path / "speed.json")["date"] == "2001-02-03"
     assert f"{count} {said}" in run("layer_norm,rms_norm")
     assert record.read_json(tmp_path / "speed.json")["date"] == found["date"]
+    # A few cells asked for again leave the others in the record.
+    run("layer_norm")
+    assert {row["method"] for row in record.read_json(tmp_path / "speed.json")["rows"]} == {"layer_norm", "rms_norm"}
+    assert "rms_norm" not in (tmp_path / "speed.md").read_text()
+    words = ["bench", "--quick", "--rounds", "2", "--methods", "rms_norm", "--output", str(tmp_path)]
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 2
+    assert "measured otherwise: rounds is 5 there, 2 now" in refused.output
     before = len(measured)
     assert "printed again" not in run("layer_norm", "--overwrite")
     assert len(measured) == before + count

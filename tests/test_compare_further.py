@@ -18,11 +18,12 @@ from comparison_records import write_comparison
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record, task
 from normkit.lab.budget import fit, measure
-from normkit.lab.comparison import compare, remarks, tables
+from normkit.lab.comparison import _planned, compare, remarks, tables
 from normkit.lab.inference import detectable, holm, over_seeds, over_seeds_and_samples, seeds_for
 from normkit.lab.settings import Settings
 from normkit.lab.stats import FURTHER, tune
 from normkit.lab.study import Made, Study
+from normkit.lab.train.fabric import Processes, start_fabric
 
 SMALL = Settings(
     recipes=("keep", "keep+e"), seeds=(0, 1), rates=(0.05, 0.2), epochs=3, batch_size=32, accelerator="cpu"
@@ -166,6 +167,11 @@ def test_a_budget_is_planned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("normkit.lab.comparison.measure", lambda made: {"keep": 0.5, "keep+e": 0.7})
     with pytest.raises(RecordError, match=r"budget is 60\.0 there, 70\.0 now"):
         ran(tmp_path, replace(settings, budget=70.0))
+    # Replacing records that is stopped goes on as it was planned, though times differ each time they are measured.
+    plan = {**record.read_json(tmp_path / "config.json"), "epochs": 2}
+    record.write_json(tmp_path / "overwrite.json", {"wanted": plan, "removed": True})
+    planned = _planned(Study(settings), tmp_path, True, Processes(start_fabric(settings)))
+    assert planned.epochs == 2
 
 
 def test_what_an_epoch_takes_is_measured() -> None:

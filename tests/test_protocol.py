@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import lab_samples
 from normkit.core.errors import ProtocolError
@@ -221,6 +229,8 @@ def test_classes_are_given_where_they_are_taken() -> None:
         ({"train": [(X[0], 0), (X[0, :7], 1), (X[0], 2)], "test": (X, Y)}, "train has inputs of unequal shapes"),
         ({"train": [(replaced(X, 0, float("nan"))[0], 1)], "test": (X, Y)}, "hold NaN"),
         (Data(Split(Y, X), Split(Y, X), Split(Y[:0], X[:0])), "test is empty"),
+        ({"train": Subset(TensorDataset(X, Y), []), "test": (X, Y)}, "train is empty"),
+        ({"train": (X, X > 0), "test": (X, (X > 0).long())}, "targets of test are torch.int64"),
     ],
 )
 def test_data_that_is_refused(made: Any, words: str) -> None:
@@ -333,8 +343,16 @@ DRAWN = "no test split was given: 6 of 30 samples are drawn from train"
             LINE,
             "classification",
             (19, 5, 6),
-            "list repeats samples",
+            "list draws by weight or repeats samples",
         ),
+        (
+            DataLoader(TensorDataset(X, Y), sampler=WeightedRandomSampler([1.0] * 30, 30)),
+            LINE,
+            "classification",
+            (19, 5, 6),
+            "WeightedRandomSampler draws by weight or repeats samples, which is not done here",
+        ),
+        (Data(*[Split(BITS[:, 0], X)] * 3), nn.Linear(8, 1), "regression", (30, 30, 30), ""),
         (
             DataLoader(Ragged(), 4, collate_fn=padded),
             Pooled(),
@@ -401,6 +419,12 @@ def test_scores_of_labels_that_are_yes_or_no() -> None:
     torch.testing.assert_close(task.loss(logits, targets), expected)
     assert task.score(task.tally(logits, targets), targets) == (pytest.approx(expected.item()), 0.75)
     assert task.weight(targets) == 4
+
+
+def test_arrays_that_are_only_read_are_taken() -> None:
+    pixels = np.ones((30, 2), np.float32)
+    pixels.flags.writeable = False  # as pandas and memory maps give them; torch would warn
+    assert tensor(make_data(lambda: (pixels, Y), "data").train).shape == (19, 2)
 
 
 def test_doubles_of_numpy_become_floats() -> None:

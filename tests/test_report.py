@@ -251,10 +251,13 @@ def test_a_singular_weight_does_not_flatten_the_others(tmp_path: Path) -> None:
     assert "bn+ws" in axis.texts[0].get_text()
 
 
-def test_a_difference_against_the_means_is_not_called_a_gain(result: dict[str, Any]) -> None:
-    changed = with_interval(result, 3, -0.02, -0.001)
-    changed["recipes"][3]["paired"]["mean"] = -0.01
-    assert "below the baseline bn" in findings(changed)[0]
+def test_what_lost_a_seed_is_not_judged(tmp_path: Path) -> None:
+    # The seeds that are left were chosen by how they fared, on either side.
+    for lost, others in (("bn+e", ["bn+e"]), ("bn", ["bn+ws", "bn+wn", "bn+e"])):
+        result = write_comparison(tmp_path / lost, diverged=((lost, 0),))
+        for recipe in result["recipes"]:
+            assert ("2 of 3 seeds,\nnot judged" == verdict(recipe, result)) == (recipe["recipe"] in others)
+    assert "not judged" in findings(result)[0]
 
 
 @pytest.mark.usefixtures("coarse")

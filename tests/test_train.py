@@ -57,6 +57,30 @@ def test_a_run_resumed_after_any_epoch_ends_alike(tmp_path: Path, optimizer: str
     assert not (tmp_path / "parts" / "checkpoint.pt").exists()
 
 
+class Noisy:
+    """A dataset whose samples are drawn when they are read."""
+
+    def __len__(self) -> int:
+        return 80
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        return torch.randn(8) + row % 3, row % 3
+
+
+def test_a_run_stopped_before_it_is_judged_ends_alike(tmp_path: Path) -> None:
+    data = make_data(Noisy, "data")
+    whole = trainer(tmp_path / "whole", data=data).train()
+
+    def stop(epoch: int, score: float | None) -> None:
+        if epoch == SETTINGS.epochs:
+            raise Stop
+
+    with pytest.raises(Stop):
+        trainer(tmp_path / "parts", data=data).train(stop)
+    torch.manual_seed(99)
+    assert trainer(tmp_path / "parts", data=data).train() == whole
+
+
 def test_lines_follow_the_checkpoint(tmp_path: Path) -> None:
     def stop(epoch: int, score: float | None) -> None:
         if epoch == 2:

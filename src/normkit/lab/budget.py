@@ -78,11 +78,7 @@ def fitted(settings: Settings) -> str:
 
 
 def measure(made: Made) -> dict[str, float]:
-    """Measures what an epoch of each recipe takes, with validation and condition numbers, by a few steps.
-
-    Args:
-        made: models and data.
-    """
+    """Measures what an epoch of each recipe takes, with validation and condition numbers, by a few steps."""
     settings, data, fabric = made.settings, made.data, made.fabric
     seed = settings.seeds[0]
     models = {recipe: made.apply(seed, recipe)[0] for recipe in settings.recipes}

@@ -119,7 +119,8 @@ def compare(
     again = command(given, site, Reports(report=report))
     if not (_importable(model) and _importable(data)):
         again = f"from Python: {again}"
-    begun = group.share(lambda: _begun_with(folder, overwrite))
+    # Sums depend on how many threads share them, so a comparison goes on with as many as it was begun with.
+    begun: int | None = group.share(lambda: _begun_with(folder, overwrite)).get("threads")
     with ExitStack() as stack:
         stack.enter_context(stoppable())
         device = study.device()
@@ -233,14 +234,8 @@ def _experiment(study: Study, device: str, again: str) -> Experiment:
 def _planned(study: Study, folder: Path, overwrite: bool, group: Processes) -> Settings:
     """Settings that fit the budget: those that the record was begun with, as times differ each time they are measured."""
     settings = study.settings
-
-    def begun() -> dict[str, Any] | None:
-        if overwrite or not (folder / CONFIG).exists():
-            return None
-        found = record.read_json(folder / CONFIG)
-        return found if found.get("budget") == settings.budget else None
-
-    if (there := group.share(begun)) is not None:
+    there = group.share(lambda: _begun_with(folder, overwrite))
+    if there.get("budget") == settings.budget:
         kept = {key: there[key] for key in ("epochs", "warmup", "rates", "seeds") if key in there}
         return replace(settings, **kept)
     seconds = measure(made(study))
@@ -251,18 +246,14 @@ def _is_small(study: Study) -> bool:
     return max(made(study).parameters.values()) < FEW_PARAMETERS
 
 
-def _begun_with(folder: Path, overwrite: bool) -> int | None:
-    # Sums depend on how many threads share them, so a comparison goes on with as many as it was begun with.
+def _begun_with(folder: Path, overwrite: bool) -> dict[str, Any]:
+    """The configuration that a record was begun with, or that replaces it; empty where there is none to go on with."""
     try:
         if (folder / folders.REPLACING).exists():
-            found = record.read_json(folder / folders.REPLACING)["wanted"]
-        elif overwrite or not (folder / CONFIG).exists():
-            return None
-        else:
-            found = record.read_json(folder / CONFIG)
-        return found["threads"]
+            return dict(record.read_json(folder / folders.REPLACING)["wanted"])
+        return record.read_json(folder / CONFIG) if (folder / CONFIG).exists() and not overwrite else {}
     except (record.RecordError, LookupError, TypeError):
-        return None  # it is looked at more closely later
+        return {}  # it is looked at more closely later
 
 
 def _named(factory: Callable[..., Any] | None, name: str) -> str:

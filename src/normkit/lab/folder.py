@@ -51,9 +51,6 @@ def make(folder: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Holds a folder against a second process; the system lets go of it when this process ends, however it ends.
 
-    Args:
-        folder: what to hold; made when missing.
-
     Raises:
         InUseError: another process holds it.
         RecordError: it is not writable.
@@ -83,9 +80,6 @@ def locked(folder: Path) -> Iterator[None]:
 @contextmanager
 def waited_for(folder: Path) -> Iterator[None]:
     """Holds a folder as :func:`locked` does, but waits while another process holds it.
-
-    Args:
-        folder: what to hold; made when missing.
 
     Raises:
         RecordError: it is not writable.
@@ -130,11 +124,6 @@ def replace(folder: Path, wanted: Mapping[str, Any], overwrite: bool) -> bool:
 
     What was begun with the same configuration goes on: a command that replaces records can be stopped and given again.
 
-    Args:
-        folder: of ours, as :func:`check_ours` says.
-        wanted: the configuration that comes in its place.
-        overwrite: remove what is there.
-
     Returns:
         Whether the records that are there now were begun to replace others.
 
@@ -168,9 +157,6 @@ def settle(folder: Path) -> None:
 def empty(folder: Path) -> None:
     """Removes the records of a folder that is held, and nothing else.
 
-    Args:
-        folder: of ours.
-
     Raises:
         InUseError: another process works on a run.
         RecordError: the folder is not writable.
@@ -196,10 +182,6 @@ def empty(folder: Path) -> None:
 
 def discard(folder: Path, run: Path) -> None:
     """Removes the folder of a run: it leaves its place whole, and is deleted then.
-
-    Args:
-        folder: of all records.
-        run: within it.
 
     Raises:
         RecordError: the folder is not writable.

@@ -141,13 +141,7 @@ def show(
 
 
 def command(experiment: Experiment, bench: Bench, *more: Any) -> str:
-    """Writes the command line that makes this record.
-
-    Args:
-        experiment: which.
-        bench: where.
-        *more: further options, such as :class:`~normkit.lab.settings.Reports`.
-    """
+    """Writes the command line that makes this record."""
     rest = default_output(experiment, bench.scale)
     return shlex.join(option.command("normkit", experiment.kind, experiment.name, of=(bench, *more), output=rest))
 
@@ -173,10 +167,6 @@ def _run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
 
 def check(experiment: Experiment, bench: Bench) -> None:
     """Refuses a folder of something else, or of another configuration; writes nothing.
-
-    Args:
-        experiment: which.
-        bench: where.
 
     Raises:
         RecordError: it holds something else.

@@ -14,13 +14,7 @@ _watching: list["Watch"] = []  # in this process, the innermost last
 
 
 def tell(done: int, total: int, score: float | None = None) -> None:
-    """Shows how far the current job of this process has come; does nothing where nobody watches, as on a worker of Ray.
-
-    Args:
-        done: epochs done.
-        total: epochs of the job.
-        score: on validation data. Default: None, not known.
-    """
+    """Shows how far the current job of this process has come; does nothing where nobody watches, as on a worker of Ray."""
     if _watching:
         _watching[-1].part(done, total, score)
 

@@ -16,7 +16,7 @@ What is missing is drawn from train: a fifth, stratified. Each split is one of
 * a DataLoader: its dataset, its collate function and the rows of its sampler are used, its batch size and order are not;
 * an iterable with a length, which is held in memory.
 
-A :class:`~normkit.lab.data.split.Data` is taken as it is.
+A :class:`~normkit.lab.data.split.Data` is taken as it is: its floats 0 and 1 are numbers.
 
 * Inputs: a tensor ``(n, ...)``, given to the model as ``model(inputs)``; a tuple of them, as ``model(*inputs)``; or a dict, as
   ``model(**inputs)`` (such as ``input_ids`` and ``attention_mask``), without those that its ``forward`` does not name.
@@ -179,7 +179,9 @@ def make_data(factory: Callable[[], Any], name: str) -> Data:
     except Exception as error:
         raise ProtocolError(f"data factory {name} raised {told(error)}") from error
     notes: list[str] = []
-    splits = interpret(name, read_splits(name, made, notes), notes)
+    splits = read_splits(name, made, notes)
+    if not isinstance(made, Data):
+        splits = interpret(name, splits, notes)
     for key in ("test", "val"):
         if key not in splits:
             train, drawn = hold_out(splits["train"], HELD_OUT)

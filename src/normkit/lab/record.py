@@ -30,10 +30,6 @@ class UnlikeError(RecordError):
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all.
 
-    Args:
-        path: where; the folder is made when missing.
-        content: what.
-
     Raises:
         RecordError: the disk is full or the place not writable; an earlier version of the file is kept.
     """
@@ -103,10 +99,6 @@ def read_numbers(path: Path) -> np.ndarray:
 def read_json(path: Path, of: Kind = OBJECT) -> dict[str, Any]:
     """Reads a JSON object.
 
-    Args:
-        path: what to read.
-        of: what must be in it. Default: anything.
-
     Raises:
         RecordError: the file can't be read, is no JSON object, or is not as it must be.
     """
@@ -140,10 +132,6 @@ def read_lines(path: Path, of: Kind = OBJECT, numbered: str = "") -> list[dict[s
 def read_checkpoint(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
     """Reads what :func:`write_checkpoint` wrote; runs no code that the file may hold.
 
-    Args:
-        path: what to read.
-        keys: that must be there.
-
     Raises:
         RecordError: the file can't be read, is truncated or damaged, or lacks a key.
     """
@@ -162,11 +150,6 @@ def read_checkpoint(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
 
 def check_config(path: Path, config: Mapping[str, Any], cure: str) -> None:
     """Writes a configuration, or checks that the one already there is the same.
-
-    Args:
-        path: of the configuration's file.
-        config: what is wanted.
-        cure: ends the message.
 
     Raises:
         UnlikeError: it is of something else, or a key differs.

@@ -55,12 +55,7 @@ class Trained:
 
 
 def find_target(runs: Iterable[Trained], given: float | None) -> dict[str, Any]:
-    """Finds the score whose time is taken: the lowest of the runs' best scores, or the one given.
-
-    Args:
-        runs: all recipes at their rates, all seeds.
-        given: by the user; None to find it.
-    """
+    """Finds the score whose time is taken: the lowest of the runs' best scores, or the one given."""
     if given is not None:
         return {"score": given, "rule": "the score given with --target"}
     found = [run.result for run in runs]

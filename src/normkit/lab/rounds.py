@@ -17,14 +17,7 @@ from normkit.lab.train.trainer import read_run, validation
 
 
 def run(study: Study, made: Made, bench: Bench, device: str) -> dict[str, Any]:
-    """Does what is missing, and gives the result.
-
-    Args:
-        study: what is compared.
-        made: its models and data.
-        bench: where.
-        device: that the runs are done on.
-    """
+    """Does what is missing, and gives the result."""
     settings = study.settings
     recipes, seeds, rates = settings.recipes, settings.seeds, settings.rates
     counts = ", ".join(counted(len(getattr(settings, f"{noun}s")), noun) for noun in ("recipe", "rate", "seed"))
@@ -109,15 +102,7 @@ def _tried(job: Run, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def whole(study: Study, made: Made, bench: Bench, device: str, result: Mapping[str, Any]) -> bool:
-    """Whether the runs of a result are all there, of these data and this code.
-
-    Args:
-        study: what is compared.
-        made: its models and data.
-        bench: where.
-        device: that the runs were done on.
-        result: that names them.
-    """
+    """Whether the runs of a result are all there, of these data and this code."""
     for recipe in result["recipes"]:
         equal = recipe.get("equal_time") or {"runs": [], "epochs": 0}
         short = equal["epochs"] if equal["epochs"] < study.settings.epochs else 0

@@ -44,11 +44,6 @@ def let_go() -> None:
 def say(console: Console, text: str, style: str = "") -> None:
     """Prints text letter by letter, without breaking its lines.
 
-    Args:
-        console: where.
-        text: what.
-        style: of all of it. Default: plain.
-
     >>> say(Console(width=8), "runs/a[red]b:cancer:c")
     runs/a[red]b:cancer:c
     """
@@ -66,10 +61,6 @@ def visible(text: str) -> str:
 
 def counted(count: int, noun: str) -> str:
     """A number of things.
-
-    Args:
-        count: how many.
-        noun: what one of them is called.
 
     >>> counted(1, "rate"), counted(2, "rate")
     ('1 rate', '2 rates')
@@ -92,9 +83,6 @@ def theirs(error: BaseException) -> str:
 
     It is the innermost line that is neither normkit's nor an installed package's; where there is none, that of a package which
     normkit called, other than torch.
-
-    Args:
-        error: as it was caught.
     """
     chain: list[BaseException] = []
     each: BaseException | None = error

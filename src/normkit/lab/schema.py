@@ -15,12 +15,7 @@ LARGEST = 1e300  # finite, and so are the sums of many
 
 
 def kind(name: str, good: Callable[[Any], bool]) -> Kind:
-    """A kind of values.
-
-    Args:
-        name: ends the message.
-        good: whether a value is of it.
-    """
+    """A kind of values."""
 
     def look(value: Any, place: str) -> str | None:
         return None if good(value) else f"{place or 'it'} is {_shown(value)}; wanted {name}"
@@ -73,13 +68,7 @@ def one_of(*words: str) -> Kind:
 
 
 def each(of: Kind, least: int = 0, count: int | None = None) -> Kind:
-    """A list.
-
-    Args:
-        of: its entries.
-        least: how many there must be. Default: 0.
-        count: how many there are. Default: None, any.
-    """
+    """A list."""
 
     def look(value: Any, place: str) -> str | None:
         if not isinstance(value, list) or len(value) < least or count not in (None, len(value)):

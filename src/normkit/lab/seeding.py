@@ -28,11 +28,6 @@ def reseed(seed: int, purpose: str, epoch: int = 0, rank: int = 0) -> None:
 def epoch_order(seed: int, epoch: int, samples: int) -> Tensor:
     """Permutes the samples of an epoch; the same for every recipe.
 
-    Args:
-        seed: of the run.
-        epoch: counted from 1.
-        samples: how many.
-
     >>> sorted(epoch_order(0, 1, 4).tolist())
     [0, 1, 2, 3]
     """
@@ -58,26 +53,13 @@ def init_sha256(model: nn.Module) -> str:
 
 
 def generator(seed: int, purpose: str, epoch: int, step: int, rank: int, device: torch.device) -> torch.Generator:
-    """Makes a generator for one step's draws, the same whatever came before.
-
-    Args:
-        seed: of the run.
-        purpose: what is drawn, such as ``"augment"``.
-        epoch: counted from 1.
-        step: of the epoch, counted from 0.
-        rank: of the process.
-        device: where the draws are wanted.
-    """
+    """Makes a generator for one step's draws, the same whatever came before."""
     return torch.Generator(device).manual_seed(_mix(seed, f"{purpose} {step}", epoch, rank))
 
 
 @contextmanager
 def borrowed_randomness(threads: int | None = None) -> Iterator[None]:
-    """Gives the caller's random states and number of threads back at the end.
-
-    Args:
-        threads: of torch meanwhile. Default: None, as it is.
-    """
+    """Gives the caller's random states and number of threads back at the end."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     before = torch.get_num_threads()
     try:

@@ -103,10 +103,6 @@ def gain(runs: Iterable[Row], base: Iterable[Row], field: str) -> Interval:
 def judge(low: float | None, high: float | None) -> str:
     """Says what the interval of a paired gain shows, where more is better.
 
-    Args:
-        low: its lower end; None where there is none.
-        high: its upper end.
-
     >>> judge(0.1, 0.3), judge(-0.3, -0.1), judge(-0.1, 0.2), judge(0.2, 0.2), judge(None, None)
     ('better', 'worse', 'no difference shown', 'no difference shown', 'one seed, no interval')
     """
@@ -164,10 +160,6 @@ def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float
     """Bounds the median of what values are drawn from, whatever its shape: two of the values in order.
 
         [x_(k), x_(n+1-k)],   k the largest with 2 P(Binomial(n, 1/2) < k) <= 1 - level
-
-    Args:
-        values: independent draws.
-        level: the coverage, at least. Default: 0.95.
 
     Returns:
         The ends, or None where there are too few values for the level: fewer than 6 for 0.95.
@@ -238,10 +230,6 @@ def where(rows: Iterable[Row], **wanted: Any) -> list[Row]:
 
 def by_step(rows: Sequence[Sequence[Row]], value: Callable[[Row], float | None]) -> Any:
     """Steps, and at each the mean, lowest and highest value over runs that came so far.
-
-    Args:
-        rows: of each run, with a key ``"step"``.
-        value: of a row.
 
     Returns:
         Four lists of one length.

@@ -164,15 +164,7 @@ class Made:
         return default_recipes(self._initial(self.settings.seeds[0])[0], two(self.data.train)[0])
 
     def run(self, recipe: str, rate: float, seed: int, device: str, epochs: int = 0) -> Run:
-        """Gives a run as a job.
-
-        Args:
-            recipe: canonical.
-            rate: of the run.
-            seed: likewise.
-            device: that it is done on.
-            epochs: Default: 0, those of the settings.
-        """
+        """Gives a run as a job."""
         return Run(recipe, rate, seed, epochs, self.origin(seed, device))
 
     def origin(self, seed: int, device: str) -> dict[str, Any]:

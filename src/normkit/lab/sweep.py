@@ -105,13 +105,6 @@ def sweep(
 def attend(function: Function, job: Job, place: Path, threads: int, group: Group) -> dict[str, Any]:
     """Does one job in its folder, unless it is done.
 
-    Args:
-        function: what to do.
-        job: with what.
-        place: its folder.
-        threads: of torch.
-        group: of processes that do it together.
-
     Raises:
         InUseError: another process is at it.
     """
@@ -173,12 +166,7 @@ def _spend(place: Path, seconds: float) -> None:
 
 
 def spent_on(job: Job, folder: Path) -> tuple[float, set[str]]:
-    """Gives the seconds that a job took, and what it was done on: not this process's devices, its own.
-
-    Args:
-        job: done.
-        folder: of the experiment.
-    """
+    """Gives the seconds that a job took, and what it was done on: not this process's devices, its own."""
     timing = _places([job], folder)[job.path] / TIMING
     found = record.read_json(timing, SPENT) if timing.exists() else {}
     return found.get("seconds", 0.0), set(found.get("devices", ()))

@@ -85,10 +85,6 @@ def tally(output: Any, targets: Tensor) -> Tensor:
 
     The last is 0 where there are no more than five classes, or a class per token.
 
-    Args:
-        output: what the model returned.
-        targets: of the batch.
-
     >>> tally(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1]))[1:]
     tensor([1., 2., 0.], dtype=torch.float64)
     """
@@ -105,10 +101,6 @@ def tally(output: Any, targets: Tensor) -> Tensor:
 def marks(output: Any, targets: Tensor) -> Tensor:
     """Gives what each sample of a batch adds to the score: its right answers, or its squared error; ``(n,)``, float64.
 
-    Args:
-        output: what the model returned.
-        targets: of the batch.
-
     >>> marks(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1]))
     tensor([1., 0.], dtype=torch.float64)
     """
@@ -124,9 +116,6 @@ def marks(output: Any, targets: Tensor) -> Tensor:
 
 def sizes(targets: Tensor) -> Tensor:
     """Gives what each sample adds to that by which a score divides: its targets, or their squared distance from the mean.
-
-    Args:
-        targets: of the whole split.
 
     >>> sizes(torch.tensor([[1, -100], [2, 3]])), sizes(torch.tensor([1.0, 3.0]))
     (tensor([1., 2.], dtype=torch.float64), tensor([1., 1.], dtype=torch.float64))

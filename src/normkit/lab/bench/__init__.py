@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from rich.text import Text
 
+from normkit.core.errors import RecordError
 from normkit.engine.library import description
 from normkit.lab import record
 from normkit.lab.bench.report import draw, markdown, replace_section, show
@@ -26,14 +27,12 @@ def bench(speed: Speed) -> dict[str, Any]:
 
     Cells found in the folder that were measured alike are not measured again.
 
-    Args:
-        speed: how.
-
     Returns:
         What speed.json holds.
 
     Raises:
         OptionError: a method that can't be measured, or an option out of its range.
+        RecordError: the folder holds cells that were measured otherwise, or is not writable.
     """
     check(speed)
     console = Terminal()
@@ -53,18 +52,20 @@ def bench(speed: Speed) -> dict[str, Any]:
     known, when = ({}, "") if speed.overwrite else _known(path, how)
     found = [case for case in chosen if str(case) in known]
     day = when if len(found) == len(chosen) else str(date.today())
-    rows: list[dict[str, Any]] = []
-    result: dict[str, Any] = {}
+    about = {"command": again(speed), "date": day, **how}
     say(console, f"{counted(len(chosen), 'cell')}; records in {speed.output}")
     if found:
         say(console, f"{len(found)} of them measured {when}, printed again; --overwrite measures them again")
     with console.status("") as status:
         for number, case in enumerate(chosen, 1):
             status.update(Text(f"[{number}/{len(chosen)}] {case}"))
-            row = known.get(str(case)) or measure(case, rounds, speed.compile) | {"case": str(case)}
-            rows.append(row)
-            result = {"command": again(speed), "date": day, **how, "summary": summary(rows), "rows": rows}
-            record.write_json(path, result)
+            if str(case) not in known:
+                known[str(case)] = measure(case, rounds, speed.compile) | {"case": str(case)}
+            # What was measured before stays, whether or not it is asked for now.
+            rows = list(known.values())
+            record.write_json(path, {**about, "summary": summary(rows), "rows": rows})
+    rows = [known[str(case)] for case in chosen]
+    result = {**about, "summary": summary(rows), "rows": rows}
     text = markdown(result)
     record.write_bytes(speed.output / "speed.md", text.encode())
     if speed.results is not None:
@@ -89,6 +90,10 @@ def _known(path: Path, how: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], 
     if not path.exists():
         return {}, ""
     found = record.read_json(path, fields(rows=each(OBJECT), date=TEXT, **dict.fromkeys(how, ANY)))
-    if any(found[key] != value for key, value in how.items()):
-        return {}, ""
+    for key, value in how.items():
+        if found[key] != value:
+            raise RecordError(
+                f"{path} holds cells measured otherwise: {key} is {found[key]} there, {value} now; choose another --output, or "
+                "--overwrite to replace them"
+            )
     return {row["case"]: row for row in found["rows"]}, found["date"]

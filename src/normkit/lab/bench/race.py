@@ -14,10 +14,6 @@ def race(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
 
     What slows a machine for a while slows all of them alike, and noise only adds, hence the quartile.
 
-    Args:
-        variants: by name.
-        rounds: how many samples of each.
-
     Returns:
         Seconds of one call of each.
 

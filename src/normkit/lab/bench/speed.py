@@ -149,11 +149,6 @@ def cases(names: Sequence[str] = (), quick: bool = False) -> Iterator[Case]:
 def measure(case: Case, rounds: int = 15, compiled: bool = True) -> dict[str, Any]:
     """Times one cell.
 
-    Args:
-        case: which.
-        rounds: samples of each variant. Default: 15.
-        compiled: whether torch.compile is a peer. Default: True.
-
     Returns:
         ``seconds`` by variant (ours, eager, compile, copy), ``ratio`` of each peer's time to ours, ``roofline`` by variant,
         ``error`` against float64 of ours and of torch's layer, the back end that ran, and the case.

@@ -72,12 +72,6 @@ class FlipAndCrop:
     def draw(self, count: int, high: int, wide: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Draws rectangles and flips.
 
-        Args:
-            count: how many.
-            high: height of the images.
-            wide: width of the images.
-            generator: what is drawn from.
-
         Returns:
             Top, left, height and width in pixels, and whether to flip; each ``(count,)`` on the generator's device.
         """

@@ -78,7 +78,9 @@ def as_tensor(name: str, value: Any) -> Tensor:
             array = np.asarray(value)
             if array.dtype.kind in "USO" and any(isinstance(item, str) for item in array.flat[:1]):
                 raise ProtocolError(f"{name} are text, such as {str(array.flat[0])[:40]!r}; {_cure(name)}")
-            tensor = torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape)
+            # An array that is only read, such as a column of pandas, is copied: torch would warn.
+            array = np.require(array, requirements=("C", "W"))
+            tensor = torch.from_numpy(array)
         except (TypeError, ValueError) as error:
             if isinstance(error, ProtocolError):
                 raise

@@ -39,10 +39,6 @@ class Archive:
 def download(archive: Archive, root: Path) -> None:
     """Fetches an archive and unpacks its folder under `root`; an archive that lies there already is used.
 
-    Args:
-        archive: which.
-        root: where; made when missing.
-
     Raises:
         ProtocolError: it can't be fetched, is not what was published, or there is no place to write.
     """

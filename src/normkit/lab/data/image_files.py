@@ -61,10 +61,6 @@ class ImageFiles:
 def read_square(path: Path, size: int) -> Tensor:
     """Reads the central square of an image, 7/8 of its shorter side, resized with antialiasing.
 
-    Args:
-        path: of the file.
-        size: height and width to give.
-
     Shape:
         ``(3, size, size)`` uint8.
 

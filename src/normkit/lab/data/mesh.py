@@ -96,9 +96,6 @@ def mesh(name: str, root: Path | None = None) -> MeshSolid:
 def read_mesh(path: Path) -> MeshSolid:
     """Reads a mesh; vertices that differ in texture or normal alone are one.
 
-    Args:
-        path: of an .obj, .off, .ply or .stl file.
-
     Raises:
         ProtocolError: the file can't be read, holds no triangles or is not closed.
 

@@ -18,10 +18,6 @@ _PLAIN = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"
 def read_pickle(path: Path, cure: str) -> dict[str, Any]:
     """Reads a pickled dict of plain values, byte strings and numpy arrays; its keys become strings.
 
-    Args:
-        path: what to read.
-        cure: ends the message.
-
     Raises:
         ProtocolError: the file is missing, can't be read, is damaged, holds anything else, or is no dict.
     """

@@ -35,8 +35,8 @@ from normkit.lab.data.batch import (
 from normkit.lab.data.split import Data, Split
 
 NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev"), "test": ("test", "testing")}
-# What reorders or repeats the samples of a whole dataset, which the comparison does by itself.
-WHOLE = (SequentialSampler, RandomSampler, WeightedRandomSampler, DistributedSampler)
+# What orders the samples of a whole dataset, or parts them among processes, which the comparison does by itself.
+WHOLE = (SequentialSampler, RandomSampler, DistributedSampler)
 CHUNK = 64
 WANTED = (
     'wanted a dict with "train" and, if there are, "val" and "test"; each a pair (inputs, targets), a dataset of pairs or dicts, '
@@ -46,11 +46,6 @@ WANTED = (
 
 def read_splits(name: str, made: Any, notes: list[str]) -> dict[str, Split]:
     """Reads the splits that are there.
-
-    Args:
-        name: how messages call the data.
-        made: what a data factory returned.
-        notes: filled with what was decided, a sentence each.
 
     Raises:
         ProtocolError: the data breaks the protocol.
@@ -147,12 +142,17 @@ def _unloaded(name: str, loader: DataLoader[Any], notes: list[str]) -> tuple[Col
     if isinstance(loader.dataset, torch.utils.data.IterableDataset):
         return collate, None
     own = loader.batch_size is None
-    if not own and isinstance(loader.sampler, WHOLE):
-        return collate, None
-    drawn = list(chain.from_iterable(loader.batch_sampler)) if own else list(loader.sampler)
-    if len(set(drawn)) < len(drawn):
-        sampler = type(loader.batch_sampler if own else loader.sampler).__name__
-        notes.append(f"{name}: {sampler} repeats samples, which is not done here; each is used once per epoch")
+    sampler = loader.batch_sampler if own else loader.sampler
+    drawn: list[int] = []
+    if not (uneven := isinstance(sampler, WeightedRandomSampler) or getattr(sampler, "replacement", False)):
+        if isinstance(sampler, WHOLE):
+            return collate, None
+        drawn = [int(row) for row in (chain.from_iterable(loader.batch_sampler) if own else loader.sampler)]
+    if uneven or len(set(drawn)) < len(drawn):
+        notes.append(
+            f"{name}: {type(sampler).__name__} draws by weight or repeats samples, which is not done here; each is used once per "
+            "epoch"
+        )
         return collate, None
     return collate, torch.tensor(sorted(drawn), dtype=torch.long)
 
@@ -185,7 +185,7 @@ def _samples(name: str, source: Any, rows: Tensor, collate: Collate, notes: list
     found: list[Tensor] = []
     split = Split(rows, source=source, rows=rows, collate=collate)
     shapes: set[Any] = set()
-    for index in torch.arange(len(rows)).split(CHUNK):
+    for index in torch.arange(len(rows)).split(CHUNK) if len(rows) else ():
         samples = split.samples(index)
         if not int(index[0]):
             _say_left_out(samples[0], notes)
@@ -249,11 +249,6 @@ def _say_doubles(inputs: Any, targets: Any, notes: list[str]) -> None:
 def interpret(name: str, splits: Mapping[str, Split], notes: list[str]) -> dict[str, Split]:
     """Finds targets that mean more than their type says: yes or no, the next token, one-hot.
 
-    Args:
-        name: how messages call the data.
-        splits: checked.
-        notes: filled with what was decided.
-
     Raises:
         ProtocolError: targets are one-hot.
     """
@@ -298,10 +293,6 @@ def _per_token(split: Split) -> bool:
 def check_split(name: str, split: Split) -> None:
     """Checks the lengths and values of a split.
 
-    Args:
-        name: how messages call it.
-        split: read.
-
     Raises:
         ProtocolError: it is empty, or something in it can't be learned.
     """
@@ -331,17 +322,13 @@ def check_split(name: str, split: Split) -> None:
 def check_agreement(name: str, splits: Mapping[str, Split]) -> None:
     """Checks that all splits pose one task, at which something can be learned.
 
-    Args:
-        name: how messages call the data.
-        splits: checked.
-
     Raises:
         ProtocolError: they don't.
     """
     train = splits["train"].targets
     for key, split in splits.items():
         targets = split.targets
-        if targets.is_floating_point() != train.is_floating_point() or targets.ndim != train.ndim:
+        if _sort(targets) != _sort(train) or targets.ndim != train.ndim:
             raise ProtocolError(
                 f"{name}: targets of {key} are {targets.dtype} {tuple(targets.shape)}, those of train {train.dtype} "
                 f"{tuple(train.shape)}; wanted the same kind"
@@ -356,6 +343,10 @@ def check_agreement(name: str, splits: Mapping[str, Split]) -> None:
             f"{name}: all targets of train are {known[0].item()}, a single class, which leaves nothing to learn; "
             "give samples of two or more classes"
         )
+
+
+def _sort(targets: Tensor) -> tuple[bool, bool]:
+    return targets.is_floating_point(), targets.dtype == torch.bool
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -21,12 +21,6 @@ def draw(task: str, samples: int, length: int, vocabulary: int = 16) -> tuple[Te
     ``text``  at each place, the character that follows, in a passage of :func:`text`; the vocabulary is the text's own
     ========  =========================================================================================================
 
-    Args:
-        task: as in the table.
-        samples: how many.
-        length: of each.
-        vocabulary: how many tokens there are. Default: 16.
-
     Returns:
         Tokens and targets, both (samples, length).
 

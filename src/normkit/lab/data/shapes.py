@@ -82,13 +82,7 @@ def gyroid(waves: float = 7.0, thickness: float = 0.35, radius: float = 0.9) -> 
 
 
 def csg(box: float = 0.65, ball: float = 0.85, bore: float = 0.35) -> Shape:
-    """A cube rounded by a ball, with a bore along each axis: constructive solid geometry by minimum and maximum.
-
-    Args:
-        box: half a side of the cube. Default: 0.65.
-        ball: radius of the ball. Default: 0.85.
-        bore: radius of the bores. Default: 0.35.
-    """
+    """A cube rounded by a ball, with a bore along each axis: constructive solid geometry by minimum and maximum."""
 
     def value(p: Tensor) -> Tensor:
         x, y, z = p.unbind(1)

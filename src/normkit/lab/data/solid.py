@@ -51,13 +51,6 @@ def draw_points(
 
         near the surface: p = s + n,   s on the surface, n ~ N(0, spread^2) in each coordinate
 
-    Args:
-        solid: of what.
-        count: how many points.
-        seed: of the drawing.
-        near: the part drawn about the surface. Default: 0.5.
-        spread: about the surface. Default: 0.01.
-
     Returns:
         Points ``(count, 3)`` and whether each is inside.
     """

@@ -135,11 +135,6 @@ class Data:
 def hold_out(split: Split, fraction: float, seed: int = 0) -> tuple[Split, Split]:
     """Parts a split in two, the same way each time, with each class in proportion where there are classes.
 
-    Args:
-        split: what to part.
-        fraction: the part of the samples to hold out.
-        seed: of the drawing. Default: 0.
-
     Returns:
         What is left, and what was held out.
 

@@ -30,20 +30,12 @@ FILES = {
 
 
 def names(kind: str) -> tuple[str, ...]:
-    """Names the experiments of a kind.
-
-    Args:
-        kind: ``"reproduce"`` or ``"claim"``.
-    """
+    """Names the experiments of a kind."""
     return tuple(file.replace("_", "-") for file in FILES[kind])
 
 
 def find_experiment(kind: str, name: str) -> Experiment:
     """Imports an experiment.
-
-    Args:
-        kind: ``"reproduce"`` or ``"claim"``.
-        name: of the experiment, such as ``"table1"``.
 
     Raises:
         OptionError: there is none of that name.
@@ -60,10 +52,6 @@ def find_experiment(kind: str, name: str) -> Experiment:
 
 def reshow(output: Path, console: Console | None = None) -> None:
     """Prints an experiment's tables and redraws its report from its records.
-
-    Args:
-        output: the folder.
-        console: where to print. Default: None, standard output.
 
     Raises:
         RecordError: there is no record, or one that is damaged or of an experiment that is not finished.

@@ -63,11 +63,6 @@ def losses(runs: Iterable[Row]) -> list[str]:
 def draw(axis: Axes, runs: Mapping[str, tuple[str, Sequence[Row]]], marks: Mapping[str, Any] = {}) -> list[End]:
     """Draws the loss at every rate, with that of guessing as a grey line.
 
-    Args:
-        axis: where.
-        runs: by name, the colour and the runs.
-        marks: of the lines.
-
     Returns:
         The lines' ends.
     """

@@ -39,14 +39,7 @@ def source_of(size: Row, bench: Bench) -> dict[str, str]:
 def labelled(
     bench: Bench, function: Callable[[Any, Path], Row], jobs: Sequence[Job], *keys: str
 ) -> list[dict[str, Any]]:
-    """Does jobs, and puts what tells a job apart before each result.
-
-    Args:
-        bench: where.
-        function: does one.
-        jobs: with what.
-        *keys: fields of the jobs.
-    """
+    """Does jobs, and puts what tells a job apart before each result."""
     done = zip(jobs, bench.sweep(function, jobs), strict=True)
     return [{**{key: getattr(job, key) for key in keys}, **found} for job, found in done]
 

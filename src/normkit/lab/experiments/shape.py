@@ -53,9 +53,6 @@ RATES = {"tiny": (1e-3, 1e30), "small": (1e-4, 3e-4, 1e-3, 3e-3), "full": (1e-5,
 def solids(bench: Bench) -> tuple[str, ...]:
     """Names what is learned: at small scale two solids, else all; analytic shapes where no folder of data is given at all.
 
-    Args:
-        bench: where and at what size.
-
     Raises:
         ProtocolError: the folder of data that is given is not there.
     """
@@ -73,12 +70,7 @@ def solids(bench: Bench) -> tuple[str, ...]:
 
 
 def sweeps(bench: Bench, solid: str) -> dict[tuple[Kind, str], list[OccupancyJob]]:
-    """Lists what each activation and row tries: all rates, with the first seed.
-
-    Args:
-        bench: where and at what size.
-        solid: on which.
-    """
+    """Lists what each activation and row tries: all rates, with the first seed."""
     size = SIZES[bench.scale] | ({} if bench.epochs is None else {"epochs": bench.epochs})
     return {
         (kind, name): [

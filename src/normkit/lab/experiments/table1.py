@@ -40,13 +40,7 @@ RATES = {"small": (0.02, 0.1, 0.5), "full": (1e-3, 1e-2, 0.1, 0.5, 2.0)}
 
 
 def plans(scale: str, model: str = "inception8", printed: Mapping[str, Mapping[str, Any]] = PRINTED) -> list[Plan]:
-    """The plans of both data sets at a scale.
-
-    Args:
-        scale: ``"tiny"``, ``"small"`` or ``"full"``.
-        model: of the table. Default: ``"inception8"``.
-        printed: its numbers. Default: those of Table 1.
-    """
+    """The plans of both data sets at a scale."""
     small = scale != "full"
     size: dict[str, Any] = SMALL if small else {"epochs": 200}
     base = Training("cifar10", model, "", "bn", 0.0, 0, **size)

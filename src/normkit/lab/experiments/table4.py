@@ -62,9 +62,6 @@ RATES = {"tiny": (1e-3, 1e30), "small": (2e-3,), "full": (1e-4, 5e-4, 2e-3)}
 def scenes(bench: Bench) -> list[str]:
     """Names the scenes: fern at small scale, balls at tiny, else those of the paper that are there.
 
-    Args:
-        bench: where and at what size.
-
     Raises:
         ProtocolError: there is no folder of data sets.
     """
@@ -75,12 +72,7 @@ def scenes(bench: Bench) -> list[str]:
 
 
 def sweeps(bench: Bench, scene: str) -> dict[str, list[RadianceJob]]:
-    """Lists what each row tries: all rates, with the first seed.
-
-    Args:
-        bench: where and at what size.
-        scene: on which.
-    """
+    """Lists what each row tries: all rates, with the first seed."""
     return {
         name: [
             RadianceJob(

@@ -41,24 +41,13 @@ def ends(runs: Iterable[Row]) -> list[Row]:
 
 
 def lost(runs: Iterable[Row], of: str) -> list[str]:
-    """Names the runs that diverged, in a sentence, or nothing.
-
-    Args:
-        runs: all.
-        of: a format of a run's keys.
-    """
+    """Names the runs that diverged, in a sentence, or nothing."""
     names = [of.format(**run) for run in runs if run["status"] != OK]
     return [f"Diverged: {'; '.join(names)}."] if names else []
 
 
 def curves(runs: Sequence[Row], rows: Iterable[str], x: str = "step") -> list[Curve]:
-    """The curves of each row that was run, the first in grey.
-
-    Args:
-        runs: of one subject.
-        rows: their names.
-        x: the key along which they are drawn.
-    """
+    """The curves of each row that was run, the first in grey."""
     found = []
     for place, name in enumerate(rows):
         lines = [[{**row, "step": row[x]} for row in run["curve"]] for run in where(runs, row=name)]
@@ -70,13 +59,7 @@ def curves(runs: Sequence[Row], rows: Iterable[str], x: str = "step") -> list[Cu
 
 
 def grid(down: int, across: int, height: float) -> tuple[Figure, Any]:
-    """A figure for pictures, without axes and with little room between them.
-
-    Args:
-        down: rows.
-        across: columns.
-        height: of the figure, in inches.
-    """
+    """A figure for pictures, without axes and with little room between them."""
     layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.05, wspace=0.01, hspace=0.01)
     figure = Figure(figsize=(FULL, height), layout=layout)
     axes = figure.subplots(down, across, squeeze=False)

@@ -85,10 +85,6 @@ def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
 
     The loss is binary cross-entropy of the logits; a point counts as inside at a probability above 1/2.
 
-    Args:
-        job: what to train.
-        folder: of the checkpoint and meshes.
-
     Returns:
         ``status``, ``iou`` of 100,000 points anywhere and ``iou_near`` of as many near the surface (None where it diverged),
         ``curve`` along training, with ``iou_held`` of 20,000 points near the surface by which a rate can be chosen,
@@ -152,10 +148,6 @@ def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
 
 def measure_solid(job: Costs[OccupancyJob], folder: Path) -> dict[str, Any]:
     """Measures milliseconds and megabytes of a training step of every row, side by side, on one batch of points.
-
-    Args:
-        job: what to measure.
-        folder: of the job; nothing is kept there.
 
     Returns:
         By row, as :func:`~normkit.lab.train.cost.measure_steps`.

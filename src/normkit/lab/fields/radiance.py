@@ -103,10 +103,6 @@ def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
 
     The loss is the mean squared error of the colours of the coarse and of the fine field, summed.
 
-    Args:
-        job: what to train.
-        folder: for checkpoint and pictures.
-
     Returns:
         ``status``, ``psnr`` of each whole view in dB (None where it diverged), ``curve`` along training on 2,048 pixels of the
         training views and of those that judge, ``parameters``, and ``pictures`` of the middle view.
@@ -155,10 +151,6 @@ def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
 def measure_scene(job: Costs[RadianceJob], folder: Path) -> dict[str, Any]:
     """Measures milliseconds and megabytes of a training step of every row, side by side, on rays of one training view.
 
-    Args:
-        job: what to measure.
-        folder: of the job; nothing is kept there.
-
     Returns:
         By row, as :func:`~normkit.lab.train.cost.measure_steps`.
     """
@@ -178,9 +170,6 @@ def measure_scene(job: Costs[RadianceJob], folder: Path) -> dict[str, Any]:
 
 def trunk_conditions(model: nn.Module) -> dict[str, float]:
     """Averages the condition numbers of the trunks' weights, raw and effective, geometrically.
-
-    Args:
-        model: whose layers named ``trunk`` are measured.
 
     >>> from normkit.lab.models.nerf import nerf
     >>> found = trunk_conditions(nerf("none+e@re:trunk", width=8, depth=2))

@@ -14,11 +14,7 @@ from normkit.lab.say import counted
 
 
 def account(result: dict[str, Any]) -> Account:
-    """What the page of a comparison says.
-
-    Args:
-        result: of the comparison, within what ``result.json`` holds.
-    """
+    """What the page of a comparison says."""
     comparison = Comparison.of(result)
     looks = styles(comparison.names, result["baseline"])
     return Account(_sections(comparison), dict(zip(comparison.names, looks, strict=True)))

@@ -51,16 +51,7 @@ def save(figures: Iterable[Drawing], folder: Path, dpi: int | None = None) -> li
 def band(
     axis: Axes, x: Sequence[float], middle: Sequence[float], low: Sequence[float], high: Sequence[float], **style: Any
 ):
-    """A line of means in a band from the lowest to the highest.
-
-    Args:
-        axis: where.
-        x: places.
-        middle: means.
-        low: lowest.
-        high: highest.
-        **style: of the line; ``color`` is the band's too.
-    """
+    """A line of means in a band from the lowest to the highest."""
     axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
     axis.plot(x, middle, **style)
 

@@ -29,12 +29,7 @@ from normkit.lab.report.wording import number
 
 
 def figure(picture: Picture, comparison: Comparison) -> Figure:
-    """Draws one figure.
-
-    Args:
-        picture: what it shows.
-        comparison: gives names and styles.
-    """
+    """Draws one figure."""
     first = picture.panels[0]
     looks = styles(comparison.names, comparison.result["baseline"])
     names = [folded(name) for name in comparison.names]

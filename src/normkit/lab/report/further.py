@@ -92,7 +92,8 @@ def _full(result: dict[str, Any]) -> list[Table]:
 
 def _together(result: dict[str, Any]) -> list[Table]:
     """Verdicts by Holm's procedure, where several recipes are judged."""
-    judged = [recipe for recipe in result["recipes"] if at(recipe, "paired.holm") is not None]
+    known = [recipe for recipe in result["recipes"] if at(recipe, "paired.holm") is not None]
+    judged = [recipe for recipe in known if judge(recipe, result["baseline"]) != "part"]
     if len(judged) < 2:
         return []
     level = finite(result.get("level")) or 0.95

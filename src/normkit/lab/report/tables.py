@@ -76,9 +76,6 @@ def time_table(
 def tell_ratio(cost: Mapping[str, Any]) -> str:
     """Writes a step's time relative to the baseline's, with its interval where there is one.
 
-    Args:
-        cost: of one row, of what :func:`normkit.lab.train.cost.measure_steps` gave.
-
     >>> tell_ratio({"ratio": 1.06, "ratio_interval": (1.0204, 1.09)}), tell_ratio({"ratio": 1.0, "ratio_interval": None})
     ('1.060 [1.020, 1.090]', '1.000')
     """
@@ -113,16 +110,7 @@ def rates_table(
     scale: float = 100.0,
     unit: str = "epoch",
 ) -> list[Table]:
-    """The table of what each row reached at each rate; none where there was nothing to choose from.
-
-    Args:
-        title: of the table.
-        rows: each with ``"name"`` and ``"sweep"``.
-        note: what the numbers are.
-        form: of the scores. Default: ``".1f"``.
-        scale: by which they are multiplied. Default: 100.
-        unit: of "reached". Default: ``"epoch"``.
-    """
+    """The table of what each row reached at each rate; none where there was nothing to choose from."""
     rows = [row for row in rows if row["sweep"]]
     rates = sorted({run["rate"] for row in rows for run in row["sweep"]})
     if len(rates) < 2:
@@ -136,9 +124,6 @@ def rates_table(
 
 def edges(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Says of which rows the chosen rate is the smallest or the largest that was tried.
-
-    Args:
-        rows: each with ``"name"`` and ``"edge"``.
 
     >>> edges([{"name": "BN", "edge": True}, {"name": "LN", "edge": False}])
     ['The chosen rate is at the edge of those tried, a better one may lie beyond: BN.']

@@ -80,12 +80,7 @@ def print_table(table: Table, console: Console) -> None:
 
 
 def side_by_side(table: Table, console: Console) -> list[list[int]]:
-    """Parts the columns of a table so that each part fits a console, with the first column in each.
-
-    Args:
-        table: to print.
-        console: on which.
-    """
+    """Parts the columns of a table so that each part fits a console, with the first column in each."""
     parts: list[list[int]] = [[0]]
     for place in range(1, len(table.columns)):
         if len(parts[-1]) > 1 and not _fits(table, [*parts[-1], place], console):
@@ -95,12 +90,7 @@ def side_by_side(table: Table, console: Console) -> list[list[int]]:
 
 
 def is_text(table: Table, place: int) -> bool:
-    """Tells whether a column holds words rather than numbers: most of its cells are long or have letters and no digit.
-
-    Args:
-        table: which.
-        place: of the column.
-    """
+    """Tells whether a column holds words rather than numbers: most of its cells are long or have letters and no digit."""
     cells = [row[place] for row in table.rows if row[place] is not None]
     return 2 * sum(isinstance(value, str) and _wordy(value) for value in cells) > len(cells)
 

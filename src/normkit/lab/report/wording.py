@@ -114,12 +114,14 @@ def kept(recipe: dict[str, Any]) -> int:
 
 
 def judge(recipe: dict[str, Any], baseline: str) -> str:
-    """baseline, better, worse, even (nothing shown), single (no interval) or failed (nothing to compare)."""
+    """baseline, better, worse, even (nothing shown), single (no interval), part (seeds were lost) or failed (all were)."""
     low, high = finite(at(recipe, "paired.low")), finite(at(recipe, "paired.high"))
     if kept(recipe) == 0:
         return "failed"
     if recipe["recipe"] == baseline:
         return "baseline"
+    if 0 < int(at(recipe, "paired.n") or 0) < len(recipe["runs"]):
+        return "part"  # the seeds that are left were chosen by how they fared
     if low is None or high is None:
         return "single" if at(recipe, "paired.mean") is not None else "failed"
     shown = judging.judge(low, high)
@@ -153,6 +155,7 @@ def verdict(recipe: dict[str, Any], result: dict[str, Any]) -> str:
         "worse": "worse",
         "even": f"no difference shown\nat {seeds(pairs)}",
         "single": "one seed: no interval",
+        "part": f"{pairs} of {seeds(len(recipe['runs']))},\nnot judged",
         "failed": "diverged" if kept(recipe) == 0 else "nothing to pair with",
     }[word]
 
@@ -272,18 +275,16 @@ def lead_sentence(
         return f"{lead}. With one seed there is no interval, so this may be chance: take 3 seeds or more."
     if word == "baseline" or (baseline in tied and word == "even"):
         return f"{lead}: no recipe was shown to be better than the baseline {baseline}."
-    if word not in ("better", "even", "worse"):
+    if word == "part":
+        return f"{lead}; other seeds diverged, of it or of the baseline {baseline}: not judged."
+    if word not in ("better", "even"):
         return f"{lead}; there is no baseline score to compare it with."
-    # A seed lost on one side can put the paired difference on the other side of zero from that of the means.
-    side = "above" if top["paired"]["mean"] > 0 else "below"
-    by = f"{number(abs(top['paired']['mean']), 'score')} {side} the baseline {baseline}"
+    by = f"{number(top['paired']['mean'], 'score')} above the baseline {baseline}"
     bounds = f"{level(top['paired'])} interval {interval(top['paired'])}"
     if edge:
         return f"{lead}, {by} ({bounds}): {word}, but {edge}'s learning rate is at the edge of its sweep (†): it may do better."
     if word == "better":
         return f"{lead}, {by} ({bounds}): better, as far as these seeds tell."
-    if word == "worse":
-        return f"{lead}, but on the seeds that both finished it is {by} ({bounds})."
     if alike(top):
         return f"{lead}, {by}, but all seeds agree, which leaves no spread to judge by: no difference shown."
     return f"{lead}, {by}, but the {bounds} includes zero: no difference shown."

@@ -52,11 +52,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Moves the average towards the model's values.
-
-        Args:
-            step: of the run, counted from 1.
-        """
+        """Moves the average towards the model's values."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, tensor in self.live.items():
             value = self.values[name]

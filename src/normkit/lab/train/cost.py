@@ -85,15 +85,6 @@ def measure_costs(
 ) -> dict[str, dict[str, Any]]:
     """Times forward, backward and update of each model on one batch of the train split, as :func:`measure_steps` does.
 
-    Args:
-        models: by recipe, the baseline first; trained in place.
-        settings: of the comparison.
-        data: the train split gives the batch.
-        fabric: started.
-        budget: seconds to aim at in all. Default: 8.
-        rounds: the fewest and the most. Default: (6, 60).
-        warm_up: steps of each model before. Default: 3.
-
     Returns:
         By recipe, as :func:`measure_steps`.
     """

@@ -33,11 +33,7 @@ class Curves:
         self.writer = SummaryWriter(str(folder))
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds epochs.
-
-        Args:
-            rows: lines of ``metrics.jsonl``.
-        """
+        """Adds epochs."""
         for row in rows:
             for name in SHOWN:
                 self.writer.add_scalar(name, row[name], row["epoch"])

@@ -145,7 +145,7 @@ def fit(
         The status, and as rows the mean loss over that many steps.
     """
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
-    steps, losses = epochs * stream.per_epoch, Tally()
+    steps, losses = epochs * stream.per_epoch, Tally(stream.images[0].device)
     every = every or stream.per_epoch
     model.train()
 
@@ -172,12 +172,13 @@ def fit(
 class Tally:
     """A sum that is part of a checkpoint."""
 
-    def __init__(self) -> None:
-        self.total = torch.zeros((), dtype=torch.float64)
+    def __init__(self, where: torch.device) -> None:
+        self.total = torch.zeros((), dtype=torch.float64, device=where)
 
     def empty(self) -> float:
         """Returns the sum and resets it."""
-        total, self.total = self.total.item(), torch.zeros((), dtype=torch.float64)
+        total = self.total.item()
+        self.total.zero_()
         return total
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -186,18 +187,12 @@ class Tally:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes a sum."""
-        self.total = state["total"]
+        self.total.copy_(state["total"])
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images, batch: int = CHUNK) -> float:
-    """The share of images whose class a model finds, in the mode it is in, in batches of that size, in their order.
-
-    Args:
-        model: as it is.
-        images: and labels.
-        batch: images a call. Default: 500.
-    """
+    """The share of images whose class a model finds, in the mode it is in, in batches of that size, in their order."""
     pairs = zip(*(part.split(batch) for part in images), strict=True)
     return sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs) / len(images[0])
 

@@ -253,13 +253,7 @@ def compare_same(job: Same, folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def set_lengths(model: nn.Module, lengths: float, frozen: bool = False) -> None:
-    """Sets the lengths of all rows under weight norm; what they are multiplied with stays as it is.
-
-    Args:
-        model: changed in place.
-        lengths: at the start.
-        frozen: leave them out of training. Default: False.
-    """
+    """Sets the lengths of all rows under weight norm; what they are multiplied with stays as it is."""
     for name, parameter in model.named_parameters():
         if name.endswith("parametrizations.weight.original0"):
             parameter.fill_(lengths).requires_grad_(not frozen)

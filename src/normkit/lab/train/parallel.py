@@ -71,14 +71,7 @@ class Placed:
 
 
 def place(model: nn.Module, settings: Settings, rate: float, fabric: Fabric) -> Placed:
-    """Compiles a model if asked to, sets it up on its devices and makes its optimizer.
-
-    Args:
-        model: trained in place.
-        settings: of the comparison.
-        rate: of the optimizer.
-        fabric: started.
-    """
+    """Compiles a model if asked to, sets it up on its devices and makes its optimizer."""
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     # The optimizer comes second, as sharding puts new parameters in the place of the old.

@@ -54,10 +54,6 @@ class Judged(NamedTuple):
 def read_run(folder: Path, epochs: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Reads the metrics and the timing of a finished run.
 
-    Args:
-        folder: of the run.
-        epochs: how many its result is of.
-
     Raises:
         RecordError: one is missing or damaged, or they are not of one run.
     """
@@ -208,6 +204,8 @@ class Trainer:
     def evaluate(self, split: Split) -> Judged:
         """Judges the model on a split, over all processes."""
         fabric = self.fabric
+        # What samples or model draw is the same whatever the recipe, and whether or not the run was stopped before.
+        reseed(self.seed, "judge", rank=fabric.global_rank)
         # Four sums, and what each sample adds to the score.
         found = torch.zeros(4 + len(split), dtype=torch.float64)
         self.placed.wrapped.eval()
@@ -215,7 +213,8 @@ class Trainer:
             for chunk in torch.arange(len(split)).split(4 * self.settings.batch_size):
                 mine = chunk[fabric.global_rank :: fabric.world_size]
                 # Every process calls the model as often as the others, or the others would wait for it for ever.
-                output, targets = self._output(split, mine if len(mine) else chunk[:1])
+                inputs, targets = split.batch(mine if len(mine) else chunk[:1], fabric.device)
+                output = task.call(self.placed.wrapped, arranged(inputs, self.settings))
                 if len(mine):
                     found[:4] += task.tally(output, targets).cpu()
                     found[4 + mine] = task.marks(output, targets).cpu()
@@ -223,10 +222,6 @@ class Trainer:
             found = torch.as_tensor(fabric.all_reduce(found.to(fabric.device), reduce_op="sum")).cpu()
         sums = found[:4]
         return Judged(*task.score(sums, split.targets), task.among_five(sums), found[4:])
-
-    def _output(self, split: Split, index: Tensor) -> tuple[Any, Tensor]:
-        inputs, targets = split.batch(index, self.fabric.device)
-        return task.call(self.placed.wrapped, arranged(inputs, self.settings)), targets
 
     def _mean(self, value: Tensor) -> float:
         if self.fabric.world_size > 1:

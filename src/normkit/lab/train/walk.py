@@ -96,11 +96,7 @@ def walk(
 
 
 def forget(folder: Path) -> None:
-    """Removes the checkpoint of a job whose result is about to be written.
-
-    Args:
-        folder: of the job.
-    """
+    """Removes the checkpoint of a job whose result is about to be written."""
     remove(folder / CHECKPOINT)
 
 
