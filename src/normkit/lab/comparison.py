@@ -214,7 +214,7 @@ def _experiment(study: Study, device: str, again: str) -> Experiment:
 
     return replace(
         EXPERIMENT,
-        title=f"{', '.join(settings.recipes)} on {settings.data}",
+        title=f"{', '.join(settings.recipes)} on {_said(settings.data)}",
         settings=settings.record(device),
         free=FREE,
         command=shlex.split(again),
@@ -228,7 +228,7 @@ def _run(study: Study, made: Made, bench: Bench, device: str) -> dict[str, Any]:
     recipes, seeds, rates = settings.recipes, settings.seeds, settings.rates
     counts = ", ".join(counted(len(getattr(settings, f"{noun}s")), noun) for noun in ("recipe", "rate", "seed"))
     length = f"{counted(settings.epochs, 'epoch')} per run"
-    bench.watch(f"{settings.model} on {settings.data}: {counts}, {length}; records in {bench.output}")
+    bench.watch(f"{_said(settings.model)} on {_said(settings.data)}: {counts}, {length}; records in {bench.output}")
     sweeps = {recipe: [made.run(recipe, rate, seeds[0], device) for rate in rates] for recipe in recipes}
 
     def beyond(recipe: str, rate: float) -> Run:
@@ -299,6 +299,12 @@ def _named(factory: Callable[..., Any] | None, name: str) -> str:
     if factory is None:
         return name
     return f"{getattr(factory, '__module__', '?')}:{getattr(factory, '__qualname__', type(factory).__name__)}"
+
+
+def _said(name: str) -> str:
+    # What was given from Python without a name of its own is called by its type.
+    kind = name.removeprefix("builtins:")
+    return name if kind == name else f"a {kind}"
 
 
 def _importable(factory: Callable[..., Any] | None) -> bool:
