@@ -105,6 +105,11 @@ def test_the_command_to_go_on_gives_every_option_again(name: str, one: bool, mon
         assert read == made
 
 
+def test_no_words_ask_for_help() -> None:
+    done, asked = CliRunner().invoke(app, []), CliRunner().invoke(app, ["--help"])
+    assert (done.exit_code, done.output) == (0, asked.output)
+
+
 def test_version() -> None:
     done = CliRunner().invoke(app, ["--version"])
     assert (done.exit_code, done.output) == (0, f"normkit {__version__}\n")

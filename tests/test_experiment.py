@@ -115,10 +115,10 @@ def test_a_terminal_of_80_columns_shows_all_cells_and_headings(drawn: tuple[list
 
 def test_columns_of_words_stand_on_the_left(tmp_path: Path) -> None:
     rows = [["a", "yes", 1.5, "50 %", None], ["b", None, 2, "two of the four layers, of 8", None]]
-    table = Table("T", ["name", "folds", "time", "share", "none"], [*rows, ["c", "no", 3, "none", None]])
-    assert [is_text(table, place) for place in range(5)] == [True, True, False, True, False]
+    table = Table("T", ["name", "folds", "time", "share", "on"], [*rows, ["c", "no", 3, "none", "norm on 1 layer: 1"]])
+    assert [is_text(table, place) for place in range(5)] == [True, True, False, True, True]
     perform(replace(EXPERIMENT, tables=lambda result: [table]), bench(tmp_path))
-    assert "| --- | --- | ---: | --- | ---: |" in (tmp_path / "result.md").read_text()
+    assert "| --- | --- | ---: | --- | --- |" in (tmp_path / "result.md").read_text()
     page = (tmp_path / "report.html").read_text()
     assert "<td>yes</td>" in page
     assert '<td class="n">1.5</td>' in page

@@ -406,3 +406,9 @@ def test_weights_that_are_made_in_other_ways_become_plain(put) -> None:
     assert set(model.state_dict()) == {"0.weight", "0.bias"}
     torch.testing.assert_close(model(x), wanted, **CLOSE)
     torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), wanted, **CLOSE)
+
+
+def test_without_an_example_batch_norms_are_named_as_passed_over() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), BatchNorm(8), nn.LayerNorm(4)).eval()
+    passed = fold(model).passed_over
+    assert [each.reason for each in passed] == ["a norm is folded only with an example="] * 2

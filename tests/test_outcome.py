@@ -100,11 +100,14 @@ def test_an_outcome(outcome: Outcome) -> None:
     assert outcome.record["command"].startswith(
         "from Python: normkit compare --model lab_samples:model --data builtins:dict"
     )
+    assert outcome.record["experiment"]["title"] == "keep, keep+e on a dict"
+    assert first["ms_per_step"] * second["ratio"] == pytest.approx(second["ms_per_step"])
+    assert outcome._repr_html_().count("each DataLoader") == 1
     assert outcome.report() == outcome.folder / "report.html"
     assert {outcome.plot(name).axes[0].get_ylabel() for name in outcome.figures} >= {"validation accuracy"}
     for text in ("<td>keep+e</td>", "2 seeds", "each DataLoader"):
         assert text in outcome._repr_html_()
-    assert "keep+e" in repr(outcome)
+    assert repr(outcome).startswith(f"Outcome(keep, keep+e in {outcome.folder}: ")
     with pytest.raises(OptionError, match="figure 'loss' is not there; wanted one of validation_score"):
         outcome.plot("loss")
 

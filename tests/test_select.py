@@ -90,3 +90,8 @@ def test_an_empty_choice_says_which_layers_exist():
 def test_layers_without_a_size_are_refused_when_asked_for():
     with pytest.raises(SurgeryError, match="0: its weight has no size yet; run the model once"):
         select(nn.Sequential(nn.LazyLinear(3)))
+
+
+def test_a_list_of_names_is_refused_with_the_cure() -> None:
+    with pytest.raises(NotationError, match="where is a list; wanted a word, 're:PATTERN' or a function"):
+        select(nn.Linear(2, 2), ["head"])  # pyright: ignore[reportArgumentType]

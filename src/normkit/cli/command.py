@@ -66,6 +66,10 @@ class Group(TyperGroup):
         self.format_commands(ctx, formatter)
         format_options(self, ctx, formatter)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads the options before the command; no words at all ask for help."""
+        return super().parse_args(ctx, args or ["--help"])
+
     def _usage(self, error: Any) -> str:
         context, said = error.ctx, error.format_message()
         path = context.command_path if context else "normkit"
@@ -92,7 +96,6 @@ app = typer.Typer(
     name="normkit",
     cls=Group,
     help="Normalization for PyTorch: every method, and a fair comparison of them on your own model and data.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

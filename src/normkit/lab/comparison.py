@@ -222,7 +222,7 @@ def _experiment(study: Study, device: str, again: str) -> Experiment:
 
     return replace(
         EXPERIMENT,
-        title=f"{', '.join(settings.recipes)} on {settings.data}",
+        title=f"{', '.join(settings.recipes)} on {rounds.said(settings.data)}",
         settings=settings.record(device),
         free=FREE,
         command=shlex.split(again),

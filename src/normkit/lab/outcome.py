@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from normkit.core.errors import OptionError, ProtocolError
-from normkit.lab.report.wording import findings, verdict
+from normkit.lab.report.wording import findings, ms_per_step, verdict
 from normkit.lab.settings import Settings, first_seeds
 from normkit.surgery.select import closest
 
@@ -51,7 +51,8 @@ class Outcome:
                     "low": paired.get("low"),
                     "high": paired.get("high"),
                     "verdict": " ".join(verdict(found, result).split()),
-                    **{key: cost.get(key) for key in ("ms_per_step", "ratio", "ratio_interval", "mb_per_step")},
+                    "ms_per_step": ms_per_step(found, result)[0],
+                    **{key: cost.get(key) for key in ("ratio", "ratio_interval", "mb_per_step")},
                     "parameters": found["parameters"],
                     "changes": len(found["changes"]),
                 }
@@ -115,8 +116,7 @@ class Outcome:
         return "".join(shown) + "".join(f"<p>{escape(text)}</p>" for text in remarks(self.record["result"]))
 
     def __repr__(self) -> str:
-        best = self.best
-        return f"Outcome({best.recipe!r} of {', '.join(row['recipe'] for row in self.table)}; {best.verdict} {self.folder})"
+        return f"Outcome({', '.join(row['recipe'] for row in self.table)} in {self.folder}: {self.best.verdict})"
 
 
 def compare(

@@ -16,13 +16,19 @@ from normkit.lab.sweep import finished
 from normkit.lab.train.trainer import read_run, validation
 
 
+def said(name: str) -> str:
+    """Names a model or data; what was given from Python without a name of its own, by its type."""
+    kind = name.removeprefix("builtins:")
+    return name if kind == name else f"a {kind}"
+
+
 def run(study: Study, made: Made, bench: Bench, device: str) -> dict[str, Any]:
     """Does what is missing, and gives the result."""
     settings = study.settings
     recipes, seeds, rates = settings.recipes, settings.seeds, settings.rates
     counts = ", ".join(counted(len(getattr(settings, f"{noun}s")), noun) for noun in ("recipe", "rate", "seed"))
     length = f"{counted(settings.epochs, 'epoch')} per run"
-    bench.watch(f"{settings.model} on {settings.data}: {counts}, {length}; records in {bench.output}")
+    bench.watch(f"{said(settings.model)} on {said(settings.data)}: {counts}, {length}; records in {bench.output}")
     sweeps = {recipe: [made.run(recipe, rate, seeds[0], device) for rate in rates] for recipe in recipes}
 
     def beyond(recipe: str, rate: float) -> Run:

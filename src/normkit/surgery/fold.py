@@ -79,7 +79,11 @@ def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = Non
     """
     with transaction(model) as opened:
         if example is None:
-            return opened.close(model, bake(model))
+            refusals = Refusals("fold", "leave")
+            for name, module in model.named_modules():
+                if type(module) in _FOLDABLE or isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    refusals.leave(name, "a norm is folded only with an example=")
+            return opened.close(model, bake(model), refusals)
         for name, module in model.named_modules():
             if module.training:
                 raise SurgeryError(

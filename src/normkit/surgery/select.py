@@ -55,7 +55,7 @@ def select(model: nn.Module, where: Where = "all") -> dict[str, nn.Module]:
         Names and layers, each module once, under its first name.
 
     Raises:
-        NotationError: there is no such word, or the pattern can't be read.
+        NotationError: there is no such word, the pattern can't be read, or it is neither text nor a function.
         SurgeryError: no layer is chosen, or one without its weight yet.
 
     >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
@@ -83,6 +83,10 @@ def choose(candidates: Mapping[str, nn.Module], where: Where, what: str) -> dict
     """Choose among candidates by a word, a pattern or a predicate; an empty choice is refused."""
     names = list(candidates)
     if not isinstance(where, str):
+        if not callable(where):
+            raise NotationError(
+                f"where is a {type(where).__name__}; wanted a word, 're:PATTERN' or a function of name and module"
+            )
         chosen = [name for name in names if where(name, candidates[name])]
     else:
         check_place(where)

@@ -134,10 +134,9 @@ def _unloaded(name: str, loader: DataLoader[Any], notes: list[str]) -> tuple[Col
         raise ProtocolError(
             f"{name} is a DataLoader with batch_size=None, whose dataset makes batches by itself; give one of single samples"
         )
-    notes.append(
-        "of each DataLoader its dataset and collate function are used; batch size and order are those of the comparison, "
-        f"not its own{f' ({loader.batch_size})' if loader.batch_size else ''}"
-    )
+    said = "of each DataLoader its dataset and collate function are used; batch size and order are those of the comparison, "
+    if not any(note.startswith(said) for note in notes):
+        notes.append(f"{said}not its own{f' ({loader.batch_size})' if loader.batch_size else ''}")
     collate = Collate(None if loader.collate_fn in (default_collate, default_convert) else loader.collate_fn)
     if isinstance(loader.dataset, torch.utils.data.IterableDataset):
         return collate, None

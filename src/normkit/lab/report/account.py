@@ -75,7 +75,7 @@ def _sections(comparison: Comparison) -> list[Section]:
                         "to hide it."
                     ],
                 ),
-                Chart(by_time, ["The same means against the training time that they took: dear steps show."]),
+                Chart(by_time, ["The same means against training time, in which the cost of a step shows."]),
                 Chart(
                     loss,
                     [f"Training loss ({samples['train']} samples), mean and range over seeds, on a logarithmic scale."],

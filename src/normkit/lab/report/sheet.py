@@ -45,7 +45,7 @@ def facts(experiment: Experiment, found: Mapping[str, Any]) -> str:
     """What was run, on what and when, in Markdown."""
     config, here = found["config"], found["environment"]
     words = experiment.words(config.get("scale", ""), config["seeds"], config["epochs"])
-    threads = f"{counted(config['threads'], 'thread')} a run"
+    threads = f"{counted(config['threads'], 'thread')} per run"
     return f"`{' '.join(words)}` on {hardware_of(here)}, {threads}, torch {here['torch']}, finished {moment(found['finished'])}."
 
 

@@ -90,13 +90,14 @@ def side_by_side(table: Table, console: Console) -> list[list[int]]:
 
 
 def is_text(table: Table, place: int) -> bool:
-    """Tells whether a column holds words rather than numbers: most of its cells are long or have letters and no digit."""
+    """Tells whether a column holds words: most cells are long, have three words or more, or have letters and no digit."""
     cells = [row[place] for row in table.rows if row[place] is not None]
     return 2 * sum(isinstance(value, str) and _wordy(value) for value in cells) > len(cells)
 
 
 def _wordy(text: str) -> bool:
-    return len(text) > LONG or (any(map(str.isalpha, text)) and not any(map(str.isdigit, text)))
+    letters = any(map(str.isalpha, text)) and not any(map(str.isdigit, text))
+    return letters or len(text) > LONG or sum(word.strip(",:").isalpha() for word in text.split()) > 2
 
 
 def _fits(table: Table, places: Sequence[int], console: Console, room: int = 0) -> bool:
