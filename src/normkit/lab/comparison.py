@@ -258,7 +258,13 @@ def _run(study: Study, made: Made, bench: Bench, device: str) -> dict[str, Any]:
             known["extended"] = [row["rate"] for row in tried if row["rate"] not in rates]
             rows.append({"recipe": recipe, **known, **summarize(runs[recipe], runs[recipes[0]], *how)})
         sizes = {name: len(split) for name, split in made.data.splits.items()}
-        task = {"kind": made.data.kind, "score": made.data.score, **sizes, "notes": list(made.data.notes)}
+        notes = list(made.data.notes)
+        if len(seeds) > 1 and len({job.origin["init_sha256"] for job in jobs}) == 1:
+            notes.append(
+                "every seed begins with the same weights, as the model's are pretrained, made once or seeded by its factory: "
+                "intervals cover the order of the data and what training draws, not the initial weights"
+            )
+        task = {"kind": made.data.kind, "score": made.data.score, **sizes, "notes": notes}
         return {"task": task, "baseline": recipes[0], "target": target, "recipes": rows}
 
     return bench.group.share(summary)

@@ -78,7 +78,9 @@ def as_tensor(name: str, value: Any) -> Tensor:
             array = np.asarray(value)
             if array.dtype.kind in "USO" and any(isinstance(item, str) for item in array.flat[:1]):
                 raise ProtocolError(f"{name} are text, such as {str(array.flat[0])[:40]!r}; {_cure(name)}")
-            tensor = torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape)
+            # torch has no numbers in another machine's byte order, as files of IDX and FITS hold them.
+            native = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+            tensor = torch.from_numpy(native).reshape(array.shape)
         except (TypeError, ValueError) as error:
             if isinstance(error, ProtocolError):
                 raise

@@ -146,6 +146,8 @@ def _unloaded(name: str, loader: DataLoader[Any], notes: list[str]) -> tuple[Col
     collate = Collate(None if loader.collate_fn in (default_collate, default_convert) else loader.collate_fn)
     if isinstance(loader.dataset, torch.utils.data.IterableDataset):
         return collate, None
+    if isinstance(loader.sampler, WeightedRandomSampler):
+        notes.append(f"{name}: the weights of WeightedRandomSampler are not used; each sample is used once per epoch")
     own = loader.batch_size is None
     if not own and isinstance(loader.sampler, WHOLE):
         return collate, None
@@ -328,12 +330,13 @@ def check_split(name: str, split: Split) -> None:
         raise ProtocolError(f"{name} targets are all -100 (ignored); nothing is left to learn or judge")
 
 
-def check_agreement(name: str, splits: Mapping[str, Split]) -> None:
+def check_agreement(name: str, splits: Mapping[str, Split], notes: list[str]) -> None:
     """Checks that all splits pose one task, at which something can be learned.
 
     Args:
         name: how messages call the data.
         splits: checked.
+        notes: filled with what is not learned.
 
     Raises:
         ProtocolError: they don't.
@@ -356,6 +359,15 @@ def check_agreement(name: str, splits: Mapping[str, Split]) -> None:
             f"{name}: all targets of train are {known[0].item()}, a single class, which leaves nothing to learn; "
             "give samples of two or more classes"
         )
+    if train.is_floating_point() or train.dtype == torch.bool or train.ndim > 1:
+        return
+    for key, split in splits.items():
+        strange = ~torch.isin(split.targets, known)
+        if strange.any():
+            classes = ", ".join(map(str, split.targets[strange].unique()[:5].tolist()))
+            notes.append(
+                f"{int(strange.sum())} of {len(split)} samples of {key} are of classes that train lacks: {classes}"
+            )
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
