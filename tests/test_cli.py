@@ -30,6 +30,13 @@ def environ() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.parametrize("of", [Place, Site, Speed])
+def test_a_path_may_begin_at_home(of: type) -> None:
+    paths = [about for about in options(of).values() if about.type is Path]
+    assert paths
+    assert {about.read("~/my runs") for about in paths} == {Path.home() / "my runs"}
+
+
 def test_report_of_an_unfinished_comparison(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     done = CliRunner().invoke(app, ["report", str(tmp_path)])

@@ -306,6 +306,31 @@ def test_overwrite_begins_anew(tmp_path: Path) -> None:
     assert not (tmp_path / "runs" / "keep" / "rate=0.05").exists()
 
 
+def same_each_time() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return lab_samples.model()
+
+
+@pytest.mark.parametrize("model", [same_each_time, lab_samples.model])
+def test_seeds_that_begin_with_the_same_weights_are_told(tmp_path: Path, model: Any) -> None:
+    result = ran(tmp_path, replace(SMALL, recipes=("keep",), rates=(0.1,), epochs=1), model=model)["result"]
+    told = any("every seed begins with the same weights" in note for note in result["task"]["notes"])
+    assert told == (model is same_each_time)
+
+
+def sizes_unknown() -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.LazyLinear(8), torch.nn.LazyBatchNorm1d(), torch.nn.ReLU(), torch.nn.LazyLinear(3)
+    )
+
+
+def test_layers_that_learn_their_sizes_from_the_data(tmp_path: Path) -> None:
+    settings = replace(SMALL, recipes=("bn", "ln"), seeds=(0,), rates=(0.1,), epochs=1)
+    recipes = ran(tmp_path, settings, model=sizes_unknown)["result"]["recipes"]
+    assert [row["runs"][0]["status"] for row in recipes] == ["ok", "ok"]
+    assert recipes[1]["changes"]
+
+
 def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     result = ran(tmp_path, replace(SMALL, seeds=(0,), rates=(0.1,)))["result"]
     for recipe in result["recipes"]:

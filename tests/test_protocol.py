@@ -29,6 +29,7 @@ from normkit.lab.data.split import Data, Split, hold_out
 from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model, suited
 
 X, Y = torch.randn(30, 8), torch.arange(30) % 3
+LINE = nn.Linear(8, 3)
 
 
 def replaced(values: torch.Tensor, row: int, value: float) -> torch.Tensor:
@@ -169,6 +170,7 @@ def broken() -> nn.Module:
         (lambda: nn.ReLU(), "no parameter to train"),
         (lambda width: nn.Linear(width, 1), "raised TypeError"),
         (broken, "raised RuntimeError: no weights"),
+        (lambda: nn.Linear(8, 3, device="meta"), "weight is on the meta device, without values; .*to_empty"),
     ],
 )
 def test_models_that_are_refused(factory: Any, words: str) -> None:
@@ -238,6 +240,25 @@ def test_data_that_is_refused(made: Any, words: str) -> None:
         make_data(lambda: made, "data")
 
 
+class Unreadable(Dataset):
+    """A dataset one of whose files is damaged."""
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        if row == 20:
+            raise OSError("image file is truncated")
+        return X[row], int(Y[row])
+
+
+def test_a_sample_that_cannot_be_read() -> None:
+    with pytest.raises(
+        ProtocolError, match=r"reading the samples of data raised OSError: .*truncated \(at .*test_protocol.py"
+    ):
+        make_data(Unreadable, "data")
+
+
 def test_data_factory_that_fails() -> None:
     with pytest.raises(
         ProtocolError, match=r"raised RuntimeError: no weights \(at .*test_protocol.py:\d+, in \w+: raise"
@@ -258,6 +279,17 @@ def test_data_factory_that_fails() -> None:
         (nn.GRU(8, 4), lab_samples.data, "returned a tuple; wanted a tensor of logits"),
         (nn.Linear(8, 2), lab_samples.regression, r"returned \(2, 2\) for float targets \(2,\) of train"),
         (nn.Linear(8, 3), lab_samples.tokens, "on two samples of train .*input_ids.* raised TypeError"),
+        (
+            nn.Linear(8, 3).double(),
+            lab_samples.data,
+            r"its weights are torch.float64; return model.float\(\), and .*precision",
+        ),
+        (LINE, lambda: (X.half(), Y), r"make the inputs torch.float32 too, such as inputs.float\(\)"),
+        (
+            LINE,
+            lambda: (X, Y[:, None]),
+            r"wanted \(2, 1, classes\); for one class per sample give targets.squeeze\(1\)",
+        ),
     ],
 )
 def test_models_that_do_not_fit(model: nn.Module, data: Any, words: str) -> None:
@@ -308,7 +340,7 @@ def test_what_is_taken(model: nn.Module, data: Any, kind: str) -> None:
     assert torch.isfinite(loss)
 
 
-LINE, IDS = nn.Linear(8, 3), torch.arange(60).view(30, 2) % 9
+IDS = torch.arange(60).view(30, 2) % 9
 BITS = (X[:, :3] > 0).float()
 DRAWN = "no test split was given: 6 of 30 samples are drawn from train"
 
@@ -353,6 +385,14 @@ DRAWN = "no test split was given: 6 of 30 samples are drawn from train"
             "WeightedRandomSampler draws by weight or repeats samples, which is not done here",
         ),
         (Data(*[Split(BITS[:, 0], X)] * 3), nn.Linear(8, 1), "regression", (30, 30, 30), ""),
+        (
+            {"train": (X, Y % 2), "test": (X, Y)},
+            LINE,
+            "classification",
+            (24, 6, 30),
+            "10 of 30 .*test.* classes that train lacks: 2",
+        ),
+        ((X.numpy().astype(">f4"), Y.numpy().astype(">i8")), LINE, "classification", (19, 5, 6), DRAWN),
         (
             DataLoader(Ragged(), 4, collate_fn=padded),
             Pooled(),

@@ -16,7 +16,7 @@ from normkit.lab.schema import ANY, COUNT, NUMBER, each, fields, maybe, named, o
 
 
 def test_round_trips(tmp_path: Path) -> None:
-    value = {"a": 0.1 + 0.2, "b": [1, None, "é"]}
+    value = {"a": 0.1 + 0.2, "b": [1, None, "é", os.fsdecode(b"caf\xe9")]}  # the last is a folder named in Latin-1
     record.write_json(tmp_path / "deep" / "value.json", value)
     assert record.read_json(tmp_path / "deep" / "value.json", fields(a=NUMBER, b=each(ANY))) == value
     rows = [{"epoch": 1, "loss": 1 / 3}, {"epoch": 2, "loss": 1e-30}]

@@ -51,7 +51,8 @@ class Group(TyperGroup):
         except typer.Abort:
             raise SystemExit(130) from None
         except OSError as error:
-            if error.filename is not None:
+            # Standard output's errors come from the system and name no file; others are code's own.
+            if error.filename is not None or error.errno is None:
                 raise
             let_go()
             # Whoever reads a pipe may have enough, as `head` has.

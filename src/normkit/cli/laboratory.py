@@ -99,8 +99,9 @@ def report(
 ) -> None:
     """Redraws tables, figures and report.html from the records."""
     from normkit.lab.experiments import reshow
+    from normkit.lab.option import at_home
 
-    reshow(output)
+    reshow(at_home(str(output)))
 
 
 @command(app, "bench", Speed)

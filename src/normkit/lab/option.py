@@ -3,6 +3,7 @@
 The command line, the check of a value, the words that give it again, the record and the table of the pages come from there.
 """
 
+import os
 import types
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -21,6 +22,15 @@ _TYPES: dict[type, tuple[Any, str, str]] = {
     tuple: (tuple, "words separated by commas", "A,B,..."),
     Path: (Path, "a path", "PATH"),
 }
+
+
+def at_home(text: str) -> Path:
+    """Reads a path; ``~`` is the home folder, which a shell puts only where a word begins, not in ``--output=~/runs``.
+
+    >>> at_home("~/runs") == Path.home() / "runs", at_home("a~").as_posix()
+    (True, 'a~')
+    """
+    return Path(os.path.expanduser(text))
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ class Option:
         Raises:
             OptionError: it can't be read.
         """
-        by_type = {int: int, float: float, tuple: words, Path: Path}
+        by_type = {int: int, float: float, tuple: words, Path: at_home}
         try:
             return (self.parse or by_type.get(self.type, str))(text)
         except ValueError:

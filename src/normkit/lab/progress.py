@@ -98,4 +98,4 @@ def outcome(result: Mapping[str, Any]) -> str:
     if result.get("status", "ok") != "ok":
         return f"  {result['status']}"
     score = result.get("val_score")
-    return f"  val {score:.4f}" if isinstance(score, float) else ""
+    return f"  val {score:{'.4f' if abs(score) < 1e5 else '.2e'}}" if isinstance(score, float) else ""

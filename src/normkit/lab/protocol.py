@@ -45,10 +45,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from normkit.core.errors import NormkitError, ProtocolError, closest
 from normkit.lab.data.batch import Inputs, kept, kind, named
@@ -159,6 +161,38 @@ def make_model(factory: Callable[..., Any], name: str, classes: int | None) -> n
         raise ProtocolError(f"model factory {name} returned {kind(model)}; wanted a torch.nn.Module{cure}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ProtocolError(f"model factory {name} returned {kind(model)} with no parameter to train")
+    for key, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise ProtocolError(
+                f"model factory {name}: {key} is on the meta device, without values; make the model on the CPU, or give it "
+                'values by model.to_empty(device="cpu") and its layers\' reset_parameters'
+            )
+    return model
+
+
+def sized(model: nn.Module, data: Data, name: str) -> nn.Module:
+    """Gives a model's lazy layers their sizes and weights, by two samples of train in eval mode.
+
+    Args:
+        model: fresh; without lazy layers it is left alone.
+        data: checked.
+        name: how messages call the model.
+
+    Raises:
+        ProtocolError: the model raised, or a lazy layer was not called.
+    """
+
+    def lazy() -> list[str]:
+        return [key for key, each in chain(model.named_parameters(), model.named_buffers()) if is_lazy(each)]
+
+    if lazy():
+        training = model.training
+        _called(model.eval(), suited(data, model, name), "train", name)
+        model.train(training)
+    if left := lazy():
+        raise ProtocolError(
+            f"model {name}: its forward gives {left[0]} no size; call all lazy layers, or say their sizes"
+        )
     return model
 
 
@@ -179,9 +213,10 @@ def make_data(factory: Callable[[], Any], name: str) -> Data:
     except Exception as error:
         raise ProtocolError(f"data factory {name} raised {told(error)}") from error
     notes: list[str] = []
-    splits = read_splits(name, made, notes)
-    if not isinstance(made, Data):
-        splits = interpret(name, splits, notes)
+    with user_code(f"reading the samples of {name}"):
+        splits = read_splits(name, made, notes)
+        if not isinstance(made, Data):
+            splits = interpret(name, splits, notes)
     for key in ("test", "val"):
         if key not in splits:
             train, drawn = hold_out(splits["train"], HELD_OUT)
@@ -193,7 +228,7 @@ def make_data(factory: Callable[[], Any], name: str) -> Data:
             notes.append(
                 f"no {key} split was given: {len(drawn)} of {len(train) + len(drawn)} samples are drawn from train"
             )
-    check_agreement(name, splits)
+    check_agreement(name, splits, notes)
     augment = made.augment if isinstance(made, Data) else None
     return Data(splits["train"], splits["val"], splits["test"], augment, tuple(dict.fromkeys(notes)))
 
@@ -272,16 +307,7 @@ def _imported(module_name: str, here: str) -> Any:
 
 
 def _check_output(model: nn.Module, data: Data, split: str, name: str) -> None:
-    inputs, targets = two(data.splits[split])
-    try:
-        with torch.no_grad():
-            output = call(model, inputs)
-    except Exception as error:
-        # Training samples come first, so that those of another split are at fault where the model took these.
-        cure = f"; it took {_shown(two(data.train)[0])} of train: make {split} alike" if split != "train" else ""
-        raise ProtocolError(
-            f"model {name} on two samples of {split} ({_shown(inputs)}) raised {told(error)}{cure}"
-        ) from error
+    output, targets = _called(model, data, split, name)
     logits = predictions(output, name)
     got, rows = tuple(logits.shape), tuple(targets.shape)
     said = f"model {name} returned {got} for {'class' if data.classes else 'float'} targets {rows} of {split}"
@@ -292,6 +318,8 @@ def _check_output(model: nn.Module, data: Data, split: str, name: str) -> None:
     elif len(got) != len(rows) + 1 or got[:-1] != rows:
         wanted = f"({', '.join(map(str, rows))}, classes)"
         cure = "; for labels that are yes or no, or numbers, give float targets" if got in (rows, (*rows, 1)) else ""
+        if len(got) == 2 and rows == (got[0], 1):
+            cure = "; for one class per sample give targets.squeeze(1)"
         raise ProtocolError(f"{said}; wanted {wanted}{cure}")
     elif data.classes > got[-1]:
         cure = "; for numbers, or one logit for yes or no, give float targets" if got[-1] == 1 else ""
@@ -299,6 +327,31 @@ def _check_output(model: nn.Module, data: Data, split: str, name: str) -> None:
             f"model {name} returned {got[-1]} logits, but the highest label is {data.classes - 1}; "
             f"wanted at least {data.classes} logits, labels count from 0{cure}"
         )
+
+
+def _called(model: nn.Module, data: Data, split: str, name: str) -> tuple[Any, Tensor]:
+    inputs, targets = two(data.splits[split])
+    try:
+        with torch.no_grad():
+            return call(model, inputs), targets
+    except Exception as error:
+        # Training samples come first, so that those of another split are at fault where the model took these.
+        alike = f"; it took {_shown(two(data.train)[0])} of train: make {split} alike" if split != "train" else ""
+        raise ProtocolError(
+            f"model {name} on two samples of {split} ({_shown(inputs)}) raised {told(error)}{alike or _of_types(model, inputs)}"
+        ) from error
+
+
+def _of_types(model: nn.Module, inputs: Inputs) -> str:
+    """The cure where weights and inputs are of different types, as layers never convert them."""
+    weights = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
+    if torch.float32 not in weights and weights:
+        return (
+            f"; its weights are {weights.pop()}; return model.float(), and choose another --precision if one is wanted"
+        )
+    if any(tensor.dtype in (torch.float16, torch.bfloat16, torch.uint8) for _, tensor in named(inputs)):
+        return "; if its layers want them so, make the inputs torch.float32 too, such as inputs.float()"
+    return ""
 
 
 def two(split: Split) -> tuple[Inputs, Tensor]:

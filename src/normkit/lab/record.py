@@ -52,14 +52,22 @@ def write_bytes(path: Path, content: bytes) -> None:
         ) from error
 
 
+def write_text(path: Path, text: str) -> None:
+    r"""Writes text as UTF-8, atomically; what of a path is none, such as of a folder named in Latin-1, as ``\udce9``.
+
+    JSON reads that escape back as what it was.
+    """
+    write_bytes(path, text.encode(errors="backslashreplace"))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as indented JSON, atomically."""
-    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line, atomically."""
-    write_bytes(path, "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows).encode())
+    write_text(path, "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

@@ -75,6 +75,11 @@ def run(study: Study, made: Made, bench: Bench, device: str) -> dict[str, Any]:
         sizes = {name: len(split) for name, split in data.splits.items()}
         about = {"kind": data.kind, "score": data.score, **sizes, "notes": list(data.notes)}
         asked: dict[str, Any] = {"level": settings.level, "full_epochs": settings.full_epochs}
+        if len(seeds) > 1 and len({job.origin["init_sha256"] for job in jobs}) == 1:
+            about["notes"].append(
+                "every seed begins with the same weights, as the model's are pretrained, made once or seeded by its factory: "
+                "intervals cover the order of the data and what training draws, not the initial weights"
+            )
         about["notes"] += [fitted(settings)] if settings.budget is not None else []
         return {"task": about, "baseline": recipes[0], "target": target, **asked, "recipes": rows}
 

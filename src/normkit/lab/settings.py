@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from normkit.core.errors import OptionError
-from normkit.lab.option import HOW, RECORDS, WHAT, WHERE, check, option, options, table, words
+from normkit.lab.option import HOW, RECORDS, WHAT, WHERE, at_home, check, option, options, table, words
 
 RATES = {
     "sgd": (0.06, 0.25, 1.0, 4.0),
@@ -74,7 +74,7 @@ _FOLDER: dict[str, Any] = {
     "panel": RECORDS,
     "short": "-o",
     "metavar": "FOLDER",
-    "parse": lambda text: Path(text) if Path(text) != UNSAID else Path.cwd(),
+    "parse": lambda text: at_home(text) if Path(text) != UNSAID else Path.cwd(),
 }
 _NAME: dict[str, Any] = {"check": _letters, "wanted": "printable letters"}
 

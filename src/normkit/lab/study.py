@@ -16,7 +16,18 @@ from normkit.core.errors import RecordError, SurgeryError
 from normkit.lab import record
 from normkit.lab.devices import device_name
 from normkit.lab.progress import tell
-from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model, suited, two, user_code
+from normkit.lab.protocol import (
+    DATA,
+    MODELS,
+    check_fit,
+    load_factory,
+    make_data,
+    make_model,
+    sized,
+    suited,
+    two,
+    user_code,
+)
 from normkit.lab.recipes import default_recipes
 from normkit.lab.say import counted
 from normkit.lab.seeding import init_sha256, order_sha256, reseed
@@ -197,6 +208,7 @@ class Made:
         if self._base is None or self._base[0] != seed:
             reseed(seed, "init")
             model = make_model(self._factory, self.settings.model, self.data.classes)
+            model = sized(model, self.data, self.settings.model)
             self._base = seed, model, init_sha256(model)
         return self._base[1:]
 

@@ -78,9 +78,10 @@ def as_tensor(name: str, value: Any) -> Tensor:
             array = np.asarray(value)
             if array.dtype.kind in "USO" and any(isinstance(item, str) for item in array.flat[:1]):
                 raise ProtocolError(f"{name} are text, such as {str(array.flat[0])[:40]!r}; {_cure(name)}")
-            # An array that is only read, such as a column of pandas, is copied: torch would warn.
-            array = np.require(array, requirements=("C", "W"))
-            tensor = torch.from_numpy(array)
+            # torch has no numbers in another machine's byte order, as files of IDX and FITS hold them, and warns of an array that is
+            # only read, such as a column of pandas.
+            native = np.require(array, array.dtype.newbyteorder("="), ("C", "W"))
+            tensor = torch.from_numpy(native).reshape(array.shape)
         except (TypeError, ValueError) as error:
             if isinstance(error, ProtocolError):
                 raise

@@ -318,7 +318,7 @@ def check_split(name: str, split: Split) -> None:
         raise ProtocolError(f"{name} targets are all -100 (ignored); nothing is left to learn or judge")
 
 
-def check_agreement(name: str, splits: Mapping[str, Split]) -> None:
+def check_agreement(name: str, splits: Mapping[str, Split], notes: list[str]) -> None:
     """Checks that all splits pose one task, at which something can be learned.
 
     Raises:
@@ -342,6 +342,15 @@ def check_agreement(name: str, splits: Mapping[str, Split]) -> None:
             f"{name}: all targets of train are {known[0].item()}, a single class, which leaves nothing to learn; "
             "give samples of two or more classes"
         )
+    if train.is_floating_point() or train.dtype == torch.bool or train.ndim > 1:
+        return
+    for key, split in splits.items():
+        strange = ~torch.isin(split.targets, known)
+        if strange.any():
+            classes = ", ".join(map(str, split.targets[strange].unique()[:5].tolist()))
+            notes.append(
+                f"{int(strange.sum())} of {len(split)} samples of {key} are of classes that train lacks: {classes}"
+            )
 
 
 def _sort(targets: Tensor) -> tuple[bool, bool]:

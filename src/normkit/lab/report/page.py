@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from normkit.lab.experiment import Drawing, Table
 from normkit.lab.folder import FIGURES
-from normkit.lab.record import write_bytes
+from normkit.lab.record import write_text
 from normkit.lab.report.palette import Style
 from normkit.lab.report.series import Picture
 from normkit.lab.report.terminal import COLOURS, cell, is_text
@@ -125,7 +125,7 @@ def write(page: Page, output: Path) -> Path:
         RecordError: the folder is not writable.
     """
     path = output / "report.html"
-    write_bytes(path, render(page, output).encode())
+    write_text(path, render(page, output))
     return path
 
 

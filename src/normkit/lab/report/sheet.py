@@ -13,7 +13,7 @@ from rich.console import Console
 from normkit.core.card import Paper
 from normkit.lab.experiment import Drawing, Experiment
 from normkit.lab.folder import FIGURES
-from normkit.lab.record import write_bytes
+from normkit.lab.record import write_text
 from normkit.lab.report.page import Account, Page, Points, Section, Text, moment, write
 from normkit.lab.report.terminal import markdown, print_report, print_text
 from normkit.lab.say import counted
@@ -37,7 +37,7 @@ def write_markdown(experiment: Experiment, found: Mapping[str, Any], figures: Se
     for drawing in figures:
         parts += [f"![{drawing.title}]({FIGURES}/{drawing.name}.png)", f"*{drawing.caption}*"]
     path = output / "result.md"
-    write_bytes(path, ("\n\n".join(parts) + "\n").encode())
+    write_text(path, "\n\n".join(parts) + "\n")
     return path
 
 

@@ -15,6 +15,7 @@ from normkit.surgery.target import OVER_POSITIONS
 ABSENT = judging.ABSENT
 MINUS = "\u2212"
 TIMES = "\u00d7"
+LARGE = 1e5  # R² of a training that nearly diverged has no lower end
 # One over the unit of single precision: a larger condition number is rounding, and the weight as good as singular.
 RESOLVED = 2.0**23
 
@@ -37,6 +38,8 @@ def number(value: Any, kind: str) -> str:
 
     >>> number(0.98333, "score"), number(0.0042, "difference"), number(None, "score") == ABSENT
     ('0.9833', '+0.0042', True)
+    >>> number(-6.2e34, "score"), number(1e6, "difference")
+    ('−6.20e+34', '+1.00e+06')
     >>> number(12.345, "ms"), number(83.4, "seconds"), number(12345.6, "condition")
     ('12.3', '1 min 23 s', '1.2e+04')
     """
@@ -44,9 +47,9 @@ def number(value: Any, kind: str) -> str:
     if known is None:
         return ABSENT
     if kind == "score":
-        text = f"{known:.4f}"
+        text = f"{known:.4f}" if abs(known) < LARGE else f"{known:.2e}"
     elif kind == "difference":
-        text = f"{known:+.4f}" if round(known, 4) else "0.0000"
+        text = (f"{known:+.4f}" if abs(known) < LARGE else f"{known:+.2e}") if round(known, 4) else "0.0000"
     elif kind == "count":
         text = f"{known:,.0f}"
     elif kind == "ratio":
