@@ -78,8 +78,8 @@ def as_tensor(name: str, value: Any) -> Tensor:
             array = np.asarray(value)
             if array.dtype.kind in "USO" and any(isinstance(item, str) for item in array.flat[:1]):
                 raise ProtocolError(f"{name} are text, such as {str(array.flat[0])[:40]!r}; {_cure(name)}")
-            # torch has no numbers in another machine's byte order, as files of IDX and FITS hold them, and warns of an array that is
-            # only read, such as a column of pandas.
+            # torch has no numbers in another machine's byte order, as files of IDX and FITS hold them, and warns of a read-only
+            # array, such as a column of pandas.
             native = np.require(array, array.dtype.newbyteorder("="), ("C", "W"))
             tensor = torch.from_numpy(native).reshape(array.shape)
         except (TypeError, ValueError) as error:
