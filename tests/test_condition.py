@@ -276,3 +276,11 @@ def test_a_layer_whose_weight_a_hook_makes_is_left_and_the_row_says_so(name, put
     assert list(model[0].state_dict()) == keys
     with pytest.raises(SurgeryError, match=f"made by torch.nn.utils.{name}; remove that first"):
         nk.surgery.reassign_spectral_(model[0])
+
+
+def test_a_misspelt_mode_or_place_names_what_was_meant() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(nk.NormkitError, match="wanted one of 'row', .*did you mean 'row'"):
+        nk.condition(model, "rows")
+    with pytest.raises(nk.NormkitError, match="place 'head' is not known.*layers by name: 're:head'"):
+        nk.condition(model, where="head")

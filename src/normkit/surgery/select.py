@@ -114,7 +114,8 @@ def check_place(where: str) -> None:
             raise NotationError(f"place {where!r}: the pattern can't be read: {error}") from None
     elif where not in PLACES[:-1]:
         raise NotationError(
-            f"place {where!r} is not known{closest(where, PLACES)}; places that exist: {', '.join(PLACES)}"
+            f"place {where!r} is not known{closest(where, PLACES)}; places that exist: {', '.join(PLACES)}; layers by name: "
+            f"{'re:' + where!r}"
         )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import BackendError, OptionError
+from normkit.core.errors import BackendError, OptionError, closest
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
@@ -358,7 +358,8 @@ def equilibrate(
 def _check(**options: tuple[str, Any]) -> None:
     for option, (got, known) in options.items():
         if got not in get_args(known):
-            raise OptionError(f"Equilibrate: {option}={got!r}; wanted one of {', '.join(map(repr, get_args(known)))}")
+            meant = f"; wanted one of {', '.join(map(repr, get_args(known)))}{closest(str(got), get_args(known))}"
+            raise OptionError(f"Equilibrate: {option}={got!r}{meant}")
 
 
 CARD = Card(
