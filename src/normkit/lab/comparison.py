@@ -37,6 +37,8 @@ from normkit.lab.train.fabric import Processes, start_fabric
 
 __all__ = ["EXPERIMENT", "command", "compare", "default_output", "kept"]
 
+# More names than a title holds.
+MANY = 8
 # Threads of so small a model wait for each other longer than they work, and for ever where other programs take the cores.
 FEW_PARAMETERS = 100_000
 CAPTIONS = {
@@ -213,6 +215,8 @@ def interactive(result: dict[str, Any]) -> Any:
 
 def _experiment(study: Study, device: str, again: str) -> Experiment:
     settings = study.settings
+    count = len(settings.recipes)
+    names = ", ".join(settings.recipes) if count <= MANY else f"{count} recipes"
 
     def run(bench: Bench) -> dict[str, Any]:
         return rounds.run(study, made(study), bench, device)
@@ -222,7 +226,7 @@ def _experiment(study: Study, device: str, again: str) -> Experiment:
 
     return replace(
         EXPERIMENT,
-        title=f"{', '.join(settings.recipes)} on {rounds.said(settings.data)}",
+        title=f"{names} on {rounds.said(settings.data)}",
         settings=settings.record(device),
         free=FREE,
         command=shlex.split(again),
