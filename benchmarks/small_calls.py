@@ -24,7 +24,7 @@ import normkit as nk
 from normkit.engine import library
 
 ROWS, IMAGES = ((1, 64), (8, 64), (64, 64), (1, 256), (64, 256)), ((8, 32, 8, 8),)
-# normkit's layer and torch's of so many channels, and the shapes that both take.
+# normkit's layer and torch's for a number of channels, and the shapes that both take.
 LAYERS = {
     "BatchNorm 1d": (nk.BatchNorm, nn.BatchNorm1d, ROWS[1:3] + ROWS[4:]),  # one row has no variance
     "BatchNorm 2d": (nk.BatchNorm, nn.BatchNorm2d, IMAGES),

@@ -1,4 +1,4 @@
-// Elements side by side, a vector at a time, with what is left of them at the end.
+// Elements side by side, a vector at a time, then the tail.
 #pragma once
 #include "vector.h"
 

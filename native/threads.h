@@ -12,7 +12,7 @@ struct ThreadsFailed {};
 
 // Elements that are worth waking a thread for: below, a thread's start takes longer than the work.
 constexpr int64_t WORTH_A_THREAD = 1 << 14;
-// As many tasks as that, for tasks of so many elements.
+// The tasks that make up that many elements.
 inline int64_t grain_of(int64_t elements_a_task) {
     return elements_a_task <= 0 || elements_a_task >= WORTH_A_THREAD ? 1 : WORTH_A_THREAD / elements_a_task;
 }

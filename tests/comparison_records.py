@@ -14,14 +14,14 @@ from normkit.lab.sweep import plain
 RECIPES = ("bn", "bn+ws", "bn+wn", "bn+e")
 RATES = (0.03, 0.1, 0.3)
 LAYERS = ("stem.conv", "inception1.branch3.conv", "inception2.branch3.conv", "head.linear")
-# What each recipe is given to start from: best score reachable, epochs to get near it, conditioning, ms and MB a step.
+# What each recipe is given to start from: best score reachable, epochs to get near it, conditioning, ms and MB per step.
 TRAITS = {
     "bn": (0.9790, 2.6, 1.0, 11.84, 9.13),
     "bn+ws": (0.9768, 3.1, 0.8, 12.91, 9.82),
     "bn+wn": (0.9783, 2.4, 0.9, 12.37, 9.55),
     "bn+e": (0.9868, 1.9, 0.25, 12.02, 9.31),
 }
-# What each recipe is given to start from: best score reachable, epochs to get near it, conditioning, ms and MB a step.
+# What each recipe is given to start from: best score reachable, epochs to get near it, conditioning, ms and MB per step.
 TRAITS = {
     "bn": (0.9790, 2.6, 1.0, 11.84, 9.13),
     "bn+ws": (0.9768, 3.1, 0.8, 12.91, 9.82),

@@ -13,7 +13,7 @@ from subjects import SUBJECTS, Subject
 PAGE = Path(__file__).parent.parent / "docs/compatibility.md"
 KINDS = {"layer": "layers", "weight": "weights", "input": "preprocessing"}
 _BLOCK = re.compile(r"(<!-- seams -->\n).*?(<!-- end -->)", re.DOTALL)
-_NAMED = 5  # so many names still fit into a cell
+_NAMED = 5  # the most names that fit into a cell
 
 
 def cell(tested: Sequence[Subject], every: Sequence[Subject]) -> str:

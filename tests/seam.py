@@ -61,7 +61,7 @@ def is_exact(subject: Subject) -> bool:
 
 
 def near(found: Any, wanted: Any, dtype: torch.dtype = torch.float64, roundings: int = 16) -> None:
-    """Equal but for so many roundings of the largest; in float64 but for what sums in another order leave."""
+    """Equal up to a number of roundings of the largest value; in float64, up to the order of sums."""
     eps = 1e-10 if dtype == torch.float64 else roundings * torch.finfo(dtype).eps
     if isinstance(wanted, Tensor):
         largest = wanted.abs().max().item() if wanted.numel() else 0.0

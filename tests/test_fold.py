@@ -311,7 +311,7 @@ class PlainRMSNorm(nn.Module):
 
 
 IMAGES, TOKENS = (2, 3, 6, 6), (2, 5, 6)
-# What stands there, and what is left of it.
+# What stands there, and what remains of it.
 WAYS = {
     "norm and activation": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4)), IMAGES, nn.Hardswish, None),
     "ours with an activation": (

@@ -247,7 +247,7 @@ def check(call: Call, chance: random.Random) -> None:
     found = call.backward(dy, dsum, wanted)
     kept = {n: t for n, t in exact.items() if t is not None}
     expected = dict(zip(kept, torch.autograd.grad(y, list(kept.values()), dy.double()), strict=True))
-    # dx is what is left of terms of this size.
+    # dx is the difference of terms of this size.
     gain = 1 if call.weight is None else float((plan.offset + call.weight.double()).abs().max())
     near(
         found["x"],

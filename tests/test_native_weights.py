@@ -42,7 +42,7 @@ PARTS: dict[str, Make] = {
     "standardization, floor": lambda layout: WeightStandardization(layout, eps=0.9, guard="floor"),
     "scaled standardization": ScaledWeightStandardization,
 }
-# Vectors and what is left of them, one row and one column, short and long pieces, pieces too long for one task, several tasks.
+# Vectors and their tails, one row and one column, short and long pieces, pieces too long for one task, several tasks.
 SHAPES: dict[str, tuple[tuple[int, ...], WeightLayout]] = {
     "matrix": ((6, 11), WeightLayout()),
     "one row": ((1, 35), WeightLayout()),

@@ -75,7 +75,7 @@ def test_a_model_is_plain_for_a_while_and_reads_plain_checkpoints(recipe: str) -
     assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
     other = nk.apply_recipe(_model("plain"), recipe).model
     other.load_state_dict(translate(state, other))
-    if recipe != "keep+sn":  # whose vectors start anew
+    if recipe != "keep+sn":  # whose vectors start over
         assert_close(other(x), wanted)
     with pytest.raises(KeyError), plain(model):
         raise KeyError

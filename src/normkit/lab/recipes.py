@@ -49,7 +49,7 @@ def default_recipes(model: nn.Module, example: Any = None) -> tuple[tuple[str, .
         if count := sum(isinstance(module, of) for module in model.modules()):
             has.append(counted(count, what))
     listed = has[0] if len(has) == 1 else f"{', '.join(has[:-1])} and {has[-1]}"
-    reason = f"the model has {listed}" + (f"; left out, as they can't be had: {left}" if left else "")
+    reason = f"the model has {listed}" + (f"; left out, as they don't apply: {left}" if left else "")
     return (base, *(text for text, why in reasons.items() if not why)), reason
 
 

@@ -127,7 +127,7 @@ def _factors(before: Tensor, after: Tensor, layer: nn.Module, name: str) -> Tens
 
 
 def _fits(layer: nn.Module, norm: nn.Module, factors: Tensor, rank: int | None) -> bool:
-    """Whether a norm, of an input of so many axes if that is known, keeps the statistics of each output unit of the layer."""
+    """Whether a norm, for an input of that rank if it is known, keeps the statistics of each output unit of the layer."""
     if not isinstance(layer, nn.Linear | nn.Bilinear | _ConvNd) or layer._forward_hooks or norm._forward_pre_hooks:
         return False
     known = isinstance(norm, _KINDS) or type(norm).__name__.endswith("FrozenBatchNorm2d")  # torchvision's, detectors'
