@@ -1,0 +1,223 @@
+"""How the signal lives through a model's depth: moments of every module's output and gradient, over streamed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.errors import OptionError
+from normkit.surgery.recalibrate import forward_batch
+from normkit.surgery.watch import tensors_in
+
+_CHUNK = 1 << 20  # elements that are in float64 at a time
+# The bounds of activations that saturate, and the share of the way between them that counts as at a bound.
+_BOUNDS: dict[type[nn.Module], tuple[float, float]] = {
+    nn.Tanh: (-1.0, 1.0),
+    nn.Softsign: (-1.0, 1.0),
+    nn.Sigmoid: (0.0, 1.0),
+    nn.Hardsigmoid: (0.0, 1.0),
+}
+_NEAR = 0.01
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What a module gave, over all batches.
+
+    Attributes:
+        name: of the module.
+        kind: its class.
+        mean: of all elements.
+        std: of all elements.
+        kurtosis: fourth central moment over squared variance: 3 of a normal distribution.
+        dead: share of units that were zero at every place of every batch; a unit is a channel (axis 1 from four axes on, else the
+            last axis).
+        saturated: share of elements within 1 % of a bound of tanh, sigmoid, softsign or their hard forms; None for other modules.
+        gradient_std: standard deviation of the gradient of the loss by the output; None without a loss.
+        elements: that were seen.
+    """
+
+    name: str
+    kind: str
+    mean: float
+    std: float
+    kurtosis: float
+    dead: float
+    saturated: float | None
+    gradient_std: float | None
+    elements: int
+
+
+class Stream:
+    """The first four central moments of all elements that are added, in float64, merged part by part.
+
+    Reference:
+        Pebay, "Formulas for Robust, One-Pass Parallel Computation of Covariances and Arbitrary-Order Statistical Moments" (2008),
+        https://doi.org/10.2172/1028931.
+
+    >>> stream = Stream()
+    >>> for part in (torch.tensor([0.0, 0.0, 1.0]), torch.tensor([1.0])):
+    ...     stream.add(part)
+    >>> stream.mean, stream.std, round(stream.kurtosis, 6)
+    (0.5, 0.5, 1.0)
+    """
+
+    def __init__(self) -> None:
+        self.count, self.mean, self._m2, self._m3, self._m4 = 0, 0.0, 0.0, 0.0, 0.0
+
+    def add(self, x: Tensor) -> None:
+        """Take elements in."""
+        for part in x.detach().flatten().split(_CHUNK):
+            part = part.double() if part.device.type != "mps" else part.cpu().double()
+            if part.numel():
+                mean = part.mean()
+                apart = part - mean
+                square = apart.square()
+                sums = torch.stack([mean, square.sum(), (square * apart).sum(), square.square().sum()])
+                self._merge(part.numel(), *sums.tolist())
+
+    def _merge(self, n: int, mean: float, m2: float, m3: float, m4: float) -> None:
+        a, b = self.count, n
+        total, d = a + b, mean - self.mean
+        self._m4 += (
+            m4
+            + d**4 * a * b * (a * a - a * b + b * b) / total**3
+            + 6 * d**2 * (a * a * m2 + b * b * self._m2) / total**2
+            + 4 * d * (a * m3 - b * self._m3) / total
+        )
+        self._m3 += m3 + d**3 * a * b * (a - b) / total**2 + 3 * d * (a * m2 - b * self._m2) / total
+        self._m2 += m2 + d**2 * a * b / total
+        self.mean += d * b / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """Standard deviation, by all elements."""
+        return (self._m2 / self.count) ** 0.5 if self.count else float("nan")
+
+    @property
+    def kurtosis(self) -> float:
+        """Fourth central moment over squared variance; NaN of a constant."""
+        return self.count * self._m4 / self._m2**2 if self._m2 else float("nan")
+
+
+def activations(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    *,
+    where: Callable[[str, nn.Module], bool] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> list[Signal]:
+    """Measure mean, deviation, kurtosis, dead and saturated parts of every module's output, and the deviation of its gradient.
+
+    Hooks stream each output into moments and keep nothing; a batch costs its forward pass (with a loss its backward pass) and a
+    few passes over each output in float64, a million elements at a time. The model stays in the mode that it is in; running
+    statistics, gradients and random generators are as before afterwards. Functions, such as ``F.relu``, are not seen, as they are
+    no modules; a module that is called several times is measured over all calls.
+
+    Args:
+        model: any module.
+        batches: of inputs, as ``recalibrate`` takes them; with a loss, pairs of input and target.
+        loss: ``loss(output, target)``; gradients scale with it, a mean over the batch having them smaller by the batch's size.
+            Default: None, no backward pass.
+        where: which modules, by name and module. Default: those without modules in them.
+        forward: ``forward(model, batch)``, in place of giving the model the batch's input. Default: None.
+
+    Returns:
+        A row per module whose output is, or begins with, a floating tensor, in the order of the first call.
+
+    Raises:
+        OptionError: there are no batches.
+
+    >>> model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU())
+    >>> model[0].weight.data = torch.tensor([[1.0], [-1.0]])
+    >>> for row in activations(model, [torch.tensor([[1.0], [3.0]])]):
+    ...     print(row.name, row.kind, row.mean, round(row.std, 3), row.dead)
+    0 Linear 0.0 2.236 0.0
+    1 ReLU 1.0 1.225 0.5
+    """
+    seen = dict[nn.Module, _Seen]()
+
+    def see(module: nn.Module, args: Any, output: Any) -> None:
+        found = next(tensors_in(output), None)
+        if found is not None and found.is_floating_point():
+            seen.setdefault(module, _Seen(module)).see(found, loss is not None)
+
+    names = dict[nn.Module, str]()
+    for name, module in model.named_modules():
+        if where(name, module) if where is not None else not any(True for _ in module.children()):
+            names.setdefault(module, name)
+    count = 0
+    with kept(model), ExitStack() as stack, torch.set_grad_enabled(loss is not None):
+        for module in names:
+            stack.callback(module.register_forward_hook(see).remove)
+        for batch in batches:
+            count += 1
+            output = (forward or forward_batch)(model, batch)
+            if loss is not None:
+                trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+                torch.autograd.grad(loss(output, _target(batch)), trained, allow_unused=True)
+    if not count:
+        raise OptionError("activations: there are no batches; a generator can be walked only once, give a fresh one")
+    return [found.row(names[module], loss is not None) for module, found in seen.items()]
+
+
+class _Seen:
+    """What a module gave so far."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.kind, self.outputs, self.gradients = type(module).__name__, Stream(), Stream()
+        self.bounds = next((bounds for kind, bounds in _BOUNDS.items() if type(module) is kind), None)
+        if isinstance(module, nn.Hardtanh):
+            # ReLU6 saturates at 6 alone: at 0 it rectifies.
+            self.bounds = -6.0 if isinstance(module, nn.ReLU6) else float(module.min_val), float(module.max_val)
+        self.alive: Tensor | None = None
+        self.saturated = 0
+
+    def see(self, output: Tensor, backward: bool) -> None:
+        """Take one call's output in."""
+        x = output.detach()
+        self.outputs.add(x)
+        axis = 1 if x.dim() > 3 else x.dim() - 1
+        alive = (x != 0).movedim(axis, 0).flatten(1).any(1) if x.dim() else x != 0
+        same = self.alive is not None and self.alive.shape == alive.shape
+        self.alive = self.alive | alive if same and self.alive is not None else alive
+        if self.bounds is not None:
+            low, high = self.bounds
+            near = _NEAR * (high - low)
+            self.saturated += int(((x < low + near) | (x > high - near)).sum())
+        if backward and output.requires_grad:
+            output.register_hook(self.gradients.add)
+
+    def row(self, name: str, backward: bool) -> Signal:
+        """All of it."""
+        assert self.alive is not None
+        of = self.outputs
+        saturated = None if self.bounds is None else self.saturated / max(of.count, 1)
+        gradient = self.gradients.std if backward and self.gradients.count else None
+        dead = 1 - self.alive.double().mean().item()
+        return Signal(name, self.kind, of.mean, of.std, of.kurtosis, dead, saturated, gradient, of.count)
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """Put a model's buffers and torch's generators back afterwards."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _target(batch: Any) -> Any:
+    return batch["labels"] if isinstance(batch, Mapping) and "labels" in batch else batch[1]
