@@ -59,6 +59,7 @@ from normkit.core.moments import Moments
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
+from normkit.diagnostics.monitor import Monitor
 from normkit.engine.dispatch import explain, normalize
 from normkit.engine.layer import Layer
 from normkit.residual import Residual
@@ -112,6 +113,7 @@ __all__ = [
     "LyuSimoncelliNorm",
     "MeanOnlyBatchNorm",
     "Moments",
+    "Monitor",
     "NormalizerFreeBlock",
     "NormkitError",
     "PartialRMSNorm",

@@ -90,9 +90,9 @@ def gap(
 ) -> Gap:
     """Measure how far running statistics are from those of the layers' inputs, and what each layer's gap costs.
 
-    The statistics of the inputs are those of ``recalibrate``, on a copy, every batch normalization normalizing by its batch. The
-    cost is measured in evaluation: with a loss, one pass over the batches as the model is, and one per layer with that layer alone
-    recalibrated. The model is not changed; ``.recalibrate(beyond)`` of the result does so.
+    The statistics of the inputs are those of ``recalibrate``, on a copy, every batch normalization normalizing by its batch. With
+    a loss, what a gap costs is measured in evaluation: one pass over the batches with the model as it is, and one per layer with
+    that layer alone recalibrated. The model is not changed; ``.recalibrate(beyond)`` of the result does so.
 
     Args:
         model: with batch normalizations that keep running statistics.

@@ -78,7 +78,7 @@ def depth_figure(models: dict[str, Sequence[Signal]]) -> Figure:
     figure, axes = panels(2, FULL, 2.4)
     for (name, found), hue, shape in zip(models.items(), COLOURS, SHAPES, strict=False):
         for axis, value in zip(axes, ("std", "gradient_std"), strict=True):
-            heights = [getattr(row, value) or math.nan for row in found]
+            heights = [float(getattr(row, value) or math.nan) for row in found]
             axis.plot(range(len(found)), heights, marker=shape, color=hue, markersize=3, label=plain(name))
     for axis, title in zip(axes, ("std of outputs", "std of their gradients"), strict=True):
         log(axis)
