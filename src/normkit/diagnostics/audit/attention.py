@@ -14,7 +14,9 @@ from normkit.engine.onlooker import Onlooker
 
 _ATTENDS = re.compile("att(e)?n|mha", re.IGNORECASE)
 _SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
-_MASKED = -9e3  # what models add to a masked logit is -1e4 or below
+_MASKED = (
+    -9e3
+)  # what most models add to a masked logit is -1e4 or below; where it is -100, the largest is not among those
 _QUERIES = (
     256  # of each head, evenly spaced: a largest logit needs no more, and all of them would be a second attention
 )
@@ -65,7 +67,7 @@ class Logits(Onlooker):
         name = name if name is not None else self._scope[-1][0] if self._scope else ""
         weights = wide.masked_fill(~seen, -math.inf).softmax(-1)
         entropy = torch.special.entr(weights).sum(-1) / math.log(keys)
-        self._largest[name] = max(self._largest.get(name, 0.0), float(wide[seen].abs().max()))
+        self._largest[name] = max(self._largest.get(name, 0.0), float(wide[seen].max()))
         self._entropy.setdefault(name, []).append(float(entropy.nanmean()))
 
 

@@ -127,18 +127,16 @@ class _Trial:
         return _relative(output[:, which], clean[:, which])
 
     def _changed(self, which: slice) -> Any:
-        """The batch with other tokens at some positions: those of the same sample, in reverse, and numbers negated."""
+        """The batch with other tokens, or numbers, at some positions."""
 
         def change(tensor: Tensor) -> Tensor:
             if not _has(tensor, self.axis, self.length) or tensor.dtype == torch.bool or _is_mask(tensor):
                 return tensor
             other = tensor.clone()
             part = _part(other, self.axis, which, self.length)
-            if tensor.is_floating_point():
-                part.copy_(part.flip(self.axis) * -2 + 1)
-            else:
-                same = (part.flip(self.axis) == part) & (part >= 0)  # what is below is no token, as -100 of labels
-                part.copy_(torch.where(same, tensor.max() - part, part.flip(self.axis)))
+            # One token of the other half everywhere: another order of the same tokens would leave statistics as they are.
+            token = tensor.narrow(self.axis, 0 if which.start else self.length - 1, 1)
+            part.copy_(1 - 2 * part if tensor.is_floating_point() else token.expand_as(part))
             return other
 
         return _mapped(self.seen.example, change)

@@ -145,17 +145,21 @@ def _part(model: nn.Module, optimizer: torch.optim.Optimizer, group: dict[str, A
     optimizer.add_param_group({**options, "params": own, "weight_decay": 0.0})
     added = groups[-1]
     if not group["params"]:
-        groups.remove(group)
+        _without(groups, group)
 
     def undo() -> nn.Module:
-        groups.remove(added)
-        group.update(before)
-        if not any(each is group for each in groups):
+        _without(groups, added)
+        if not group["params"]:
             groups.append(group)
+        group.update(before)
         return model
 
     row = Change("(optimizer)", f"weight decay {before['weight_decay']:g}", "0", f"{len(mine)} parameters of norms")
     return Changes(model, (row,), (), {}, undo)
+
+
+def _without(groups: list[dict[str, Any]], group: dict[str, Any]) -> None:
+    groups[:] = [each for each in groups if each is not group]  # equality of groups would compare their tensors
 
 
 def _raise_eps(model: nn.Module, norm: Seen, key: str, dtype: torch.dtype) -> Changes:
