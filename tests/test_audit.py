@@ -67,6 +67,15 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(self.gain * q, k, v, is_causal=self.causal)
 
 
+class Few(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x[:4])
+
+
 class HalfEps(nn.Module):
     """RMS normalization that adds eps in the dtype of its input."""
 
@@ -356,15 +365,6 @@ PLANTED = [
 ]
 
 
-class Few(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x[:4])
-
-
 def _outputs(model: nn.Module, batch: Any, mode: str) -> Tensor:
     model = copy.deepcopy(model).train(mode == "training")
     with torch.no_grad():
@@ -401,3 +401,210 @@ def test_a_planted_mistake_is_found_and_mended(case: Plant) -> None:
 
 def test_every_kind_is_planted() -> None:
     assert {case.kind for case in PLANTED} == {check.kind for check in CHECKS}
+
+
+def _tiny(name: str, **sizes: Any) -> nn.Module:
+    config = getattr(transformers, f"{name.split('For')[0].removesuffix('Model').removesuffix('LMHead')}Config")
+    return getattr(transformers, name)(config(**sizes))
+
+
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+_WORDS, _PICTURES = {"input_ids": IDS}, torch.randn(32, 3, 32, 32)
+CLEAN: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "vit": (lambda: _tiny("ViTModel", **_SIZES, image_size=32, patch_size=8), _PICTURES),
+    "bert": (lambda: _tiny("BertModel", **_SIZES, vocab_size=30), _WORDS | {"attention_mask": (IDS > 3).long()}),
+    "llama": (lambda: _tiny("LlamaForCausalLM", **_SIZES, vocab_size=30), _WORDS | {"labels": IDS}),
+    "gpt2": (lambda: _tiny("GPT2LMHeadModel", n_embd=32, n_layer=2, n_head=4, vocab_size=30), (IDS,)),
+    "gemma": (lambda: _tiny("GemmaForCausalLM", **_SIZES, vocab_size=30, head_dim=8, num_key_value_heads=2), _WORDS),
+    "convnext": (
+        lambda: _tiny("ConvNextModel", num_stages=2, hidden_sizes=[16, 32], depths=[2, 2], patch_size=2),
+        {"pixel_values": _PICTURES},
+    ),
+    "resnet": (
+        lambda: _tiny("ResNetForImageClassification", embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1]),
+        _PICTURES,
+    ),
+    "swin": (
+        lambda: _tiny(
+            "SwinModel", image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4
+        ),
+        _PICTURES,
+    ),
+    "encoder": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2),
+        torch.randn(16, 12, 32),
+    ),
+    "cnn": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten(2), nn.LazyLinear(4)
+        ),
+        (_PICTURES, torch.zeros(32)),
+    ),
+    "zero-init residual": (lambda: _into_block(), IMAGES),
+    "points, each by itself": (
+        lambda: nn.Sequential(nn.Conv1d(3, 16, 1, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Conv1d(16, 4, 1)),
+        torch.randn(16, 3, 20),
+    ),
+    "convolution over time, both ways": (
+        lambda: nn.Sequential(
+            nn.Conv1d(3, 16, 3, padding=1, bias=False), nn.BatchNorm1d(16), nn.Conv1d(16, 4, 3, padding=1)
+        ),
+        torch.randn(16, 3, 20),
+    ),
+    "attention to all behind a batch norm": (lambda: Tokens(nk.BatchNorm(16, layout="n * c"), causal=False), IDS),
+}
+
+
+def _into_block() -> nn.Module:
+    model = Convolutions()
+    nn.init.zeros_(model.other.weight)
+    return model
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_nothing_is_found_in_clean_models(name: str) -> None:
+    torch.manual_seed(0)
+    make, batch = CLEAN[name]
+    model = make()
+    if name == "cnn":
+        with pytest.raises(nk.errors.OptionError, match="run the model once"):
+            nk.audit(model, batch)
+        model(batch[0])
+    found = nk.audit(model, batch, loss=None)
+    assert str(found) == "nothing found"
+    assert (len(found), found.notes) == (0, ())
+
+
+class Everything(Convolutions):
+    """Dropout, power iteration, and random numbers of three kinds in the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        nn.utils.parametrizations.spectral_norm(self.head)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = self.count + 1
+        return self.drop(super().forward(x + random.random() + torch.randn(1)))
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """Tensors, and all else."""
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    tensors = [{**model.state_dict()}, {k: g for k, g in gradients.items() if g is not None}, optimizer.state_dict()]
+    rest = (
+        [
+            (type(m), m.training, {k: [*v] if isinstance(v, dict) else None for k, v in vars(m).items()})
+            for m in model.modules()
+        ],
+        [(id(p), p.requires_grad, id(p.grad)) for p in model.parameters()],
+        [id(buffer) for buffer in model.buffers()],
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+    )
+    return copy.deepcopy(tensors), rest
+
+
+@pytest.mark.parametrize("again", ["", "free", "reentrant"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_all_is_left_as_it_was(again: str, fails: bool) -> None:
+    model = Everything()
+    model.again = again
+    model.second.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    model(IMAGES).sum().backward()
+    optimizer.step()
+    model.first.weight.grad, model.norm.training = None, False
+    model.norm.register_forward_hook(lambda *_: None)
+    before = _state(model, optimizer)
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            nk.audit(model, IMAGES, optimizer=optimizer, loss=lambda y, x: 1 // 0)
+    else:
+        nk.audit(model, IMAGES, optimizer=optimizer)
+    after = _state(model, optimizer)
+    assert_close(after[0], before[0], rtol=0, atol=0)
+    assert after[1] == before[1]
+
+
+def test_a_step_in_the_backward_pass_does_not_happen() -> None:
+    model = Convolutions()
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: p.data.zero_())
+    nk.audit(model, IMAGES)
+    assert model.head.weight.any()
+
+
+def test_a_norm_that_refuses_one_element_is_found_too() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    found = nk.audit(model, torch.randn(1, 4))
+    assert [(each.kind, each.module) for each in found] == [("one_element", "2")]
+    assert "Expected more than 1 value per channel" in found.notes[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16), HalfEps(1e-8), nn.Linear(16, 2)).to(dtype)
+    kinds = [each.kind for each in nk.audit(model, torch.randn(16, 4, dtype=dtype))]
+    assert kinds == ["vanishing_eps"] * (dtype == torch.float16)
+
+
+def test_findings_are_data() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(5)))
+    found = nk.audit(model, IMAGES)
+    assert len(found) == len(found.at_least("info")) == 5
+    assert found[:2] == found.findings[:2]
+    assert found.at_least("warning") == ()
+    assert "cancelled_bias: 2 more modules" in str(found)
+    read = json.loads(found.json())
+    assert read["findings"][0]["module"] == "0.0"
+    assert read["findings"][0]["evidence"]["biases"] == 3
+    with pytest.raises(nk.errors.OptionError, match="did you mean 'error'"):
+        found.at_least("eror")
+
+
+MINE = """
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, wrong=False):
+        super().__init__()
+        self.layers, self.wrong = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)), wrong
+    def forward(self, x):
+        return self.layers(x) if not self.wrong else x @ x
+def good(): return Net()
+def wrong(): return Net(True)
+def data(): return torch.randn(90, 8), torch.arange(90) % 3
+def decays(model): return torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("good", 0, "cancelled_bias"),
+        ("good --json", 0, '{"findings": [{"kind": "cancelled_bias", "module": "layers.0"'),
+        ("good --fail-on warning", 0, "info"),
+        ("good --fail-on info", 1, "bias=False"),
+        ("good --optimizer audited:decays --fail-on warning", 1, "decayed_norm"),
+        ("good --samples 1", 0, "one_element"),
+        ("good --fail-on warn", 2, "did you mean 'warning'"),
+        ("good --optimizer decays", 2, "names no factory"),
+        ("wrong", 2, "audited.py:9"),
+    ],
+)
+def test_the_command(words: str, code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "audited.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(
+        app, ["audit", f"audited:{words.split()[0]}", "--data", "audited:data", *words.split()[1:]]
+    )
+    assert done.exit_code == code, done.output
+    assert said in done.output + done.stderr
+
+
+def test_the_page_lists_every_kind() -> None:
+    assert checks.table() in (ROOT / "docs/audit.md").read_text(), (
+        "put in what normkit.diagnostics.audit.checks.table gives"
+    )

@@ -235,6 +235,8 @@ def _backward(seen: Observed, output: Any, loss: Callable[[Any, Any], Tensor] | 
             raise
         # Reentrant checkpointing knows backward() alone; gradients and, as a hook may step, parameters are put back.
         kept = [(parameter, parameter.detach().clone()) for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None  # what is there would be added to in place
         value.backward()
         with torch.no_grad():
             for parameter, was in kept:

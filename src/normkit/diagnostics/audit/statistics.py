@@ -37,7 +37,8 @@ def small_batch(seen: Observed) -> Iterator[Row]:
     """Batch statistics whose mean is off by more than a quarter of a standard deviation."""
     for norm in seen.norms:
         calls = [call for call in norm.calls if call.training and call.elements != 1 and call.samples]
-        if not calls or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        synchronized = norm.norm is not None and norm.norm.kind == "sync_batch_norm"
+        if not calls or (synchronized and torch.distributed.is_available() and torch.distributed.is_initialized()):
             continue
         least = min(calls, key=lambda call: call.effective)
         total = math.prod(least.shape) // least.shape[norm.channel]
