@@ -1,7 +1,7 @@
 """Which layers of three small models are badly conditioned, random and trained, and what equilibration changes.
 
-An Inception network on handwritten digits, a convolutional network and a vision transformer on CIFAR-10 (``NORMKIT_DATA`` says where
-it lies). Trained weights are kept in the folder; the table is printed as Markdown, and the figure written there.
+An Inception network on handwritten digits, a convolutional network and a vision transformer on CIFAR-10, which lies where
+``NORMKIT_DATA`` says. Trained weights are kept in the folder; the table is printed as Markdown, and the figure written there.
 
     python benchmarks/conditions.py --output runs/conditions
 """
@@ -34,11 +34,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, int | None], int, in
         digits_inception, ("digits", None), 600, 64, lambda model: torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),
     ),
     "CNN, CIFAR-10": (
-        lambda: SmallCNN(nn.BatchNorm2d), ("cifar10", 20000), 1200, 64,
+        lambda: SmallCNN(nn.BatchNorm2d), ("cifar10", 10000), 500, 64,
         lambda model: torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4),
     ),
     "ViT, CIFAR-10": (
-        lambda: VisionTransformer(size=32, patch=4, features=96, depth=4, heads=3), ("cifar10", 20000), 1500, 64,
+        lambda: VisionTransformer(size=32, patch=4, features=64, depth=4, heads=4), ("cifar10", 10000), 700, 64,
         lambda model: torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05),
     ),
 }  # fmt: skip

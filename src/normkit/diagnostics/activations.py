@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normkit.core.errors import OptionError
 from normkit.surgery.recalibrate import forward_batch
-from normkit.surgery.watch import tensors_in
+from normkit.surgery.watch import forked, tensors_in
 
 _CHUNK = 1 << 20  # elements that are in float64 at a time
 # The bounds of activations that saturate, and the share of the way between them that counts as at a bound.
@@ -154,7 +154,7 @@ def activations(
         if where(name, module) if where is not None else not any(True for _ in module.children()):
             names.setdefault(module, name)
     count = 0
-    with kept(model), ExitStack() as stack, torch.set_grad_enabled(loss is not None):
+    with _kept(model), ExitStack() as stack, torch.set_grad_enabled(loss is not None):
         for module in names:
             stack.callback(module.register_forward_hook(see).remove)
         for batch in batches:
@@ -173,7 +173,7 @@ class _Seen:
 
     def __init__(self, module: nn.Module) -> None:
         self.kind, self.outputs, self.gradients = type(module).__name__, Stream(), Stream()
-        self.bounds = next((bounds for kind, bounds in _BOUNDS.items() if type(module) is kind), None)
+        self.bounds = _BOUNDS.get(type(module))
         if isinstance(module, nn.Hardtanh):
             # ReLU6 saturates at 6 alone: at 0 it rectifies.
             self.bounds = -6.0 if isinstance(module, nn.ReLU6) else float(module.min_val), float(module.max_val)
@@ -206,17 +206,16 @@ class _Seen:
 
 
 @contextmanager
-def kept(model: nn.Module) -> Iterator[None]:
+def _kept(model: nn.Module) -> Iterator[None]:
     """Put a model's buffers and torch's generators back afterwards."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices):
+    with forked():
+        try:
             yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
 
 
 def _target(batch: Any) -> Any:

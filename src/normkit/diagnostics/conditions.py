@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -134,25 +134,15 @@ class WeightCondition:
 
     def json(self) -> dict[str, Any]:
         """All of it as JSON writes it; null for infinity, which it does not have."""
+        values, largest, smallest, error = self.spectrum
+        ends = {"condition": self.condition, "largest": largest, "smallest": smallest, "error": error}
+        found = {**vars(self), **ends, "spectrum": None if values is None else values.tolist()}
+        after = {mode: _known(value) for mode, value in self.after.items()}
+        return {key: _known(value) for key, value in found.items()} | {"after": after}
 
-        def plain(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: plain(part) for key, part in value.items()}
-            if isinstance(value, list | tuple):
-                return [plain(part) for part in value]
-            return value if not isinstance(value, float) or math.isfinite(value) else None
 
-        values = None if self.spectrum.values is None else self.spectrum.values.tolist()
-        return plain(
-            {
-                **{key: value for key, value in vars(self).items() if key != "spectrum"},
-                "condition": self.condition,
-                "largest": self.spectrum.largest,
-                "smallest": self.spectrum.smallest,
-                "error": self.spectrum.error,
-                "singular_values": values,
-            }
-        )
+def _known(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @torch.no_grad()
@@ -162,7 +152,6 @@ def conditions(
     *,
     modes: Sequence[Mode] = MODES,
     example: Any = None,
-    exact: int = _EXACT,
     progress: Callable[[int, int, str], object] | None = None,
 ) -> list[WeightCondition]:
     """Report how every weight of a model is conditioned, now and under each kind of conditioning.
@@ -178,8 +167,6 @@ def conditions(
         modes: of conditioning to try, as in ``weight_conditioning``. Default: row, col and rowcol.
         example: an input, on which the model is run once to see the sizes of images at its convolutions, whose operators are
             then computed too. Default: None.
-        exact: smaller side of a matrix up to which all singular values are computed; beyond, Lanczos finds their ends. Default:
-            1024.
         progress: called as ``progress(done, total, name)`` before each weight.
 
     Returns:
@@ -187,7 +174,7 @@ def conditions(
 
     Raises:
         OptionError: an unknown mode.
-        BackendError: scipy is missing, and a matrix is larger than ``exact``.
+        BackendError: scipy is missing, and the smaller side of a matrix is above 1024.
         SurgeryError: the model does not run on the example.
 
     >>> layer = nn.Linear(2, 2)
@@ -196,60 +183,40 @@ def conditions(
     >>> row.name, row.condition, row.rows, {mode: round(value, 4) for mode, value in row.after.items()}
     ('0', 3.0, 3.0, {'row': 1.0, 'col': 1.0, 'rowcol': 1.0})
     """
-    found = list(weights_of(model, where))
-    sizes = {}
+    found, sizes, rows = list(weights_of(model, where)), {}, []
     if example is not None:
         layers = [layer for _, layer, *_ in found if isinstance(layer, _ConvNd)]
         sizes = {key: tuple(shape[2:]) for key, shape in try_on(model, example, layers).shapes.items()}
-    rows = []
     for done, (label, layer, key, raw, used) in enumerate(found):
         if progress is not None:
             progress(done, len(found), label)
-        rows += _rows(label, layer, key, raw, used, modes, sizes.get(id(layer)), exact)
+        layout = weight_layout(layer, key)
+        whole = layout.matrix(used)
+        name = key if isinstance(layer, nn.MultiheadAttention) else label.rpartition(".")[2]
+        packed = name in _PACKED and whole.shape[0] == 3 * whole.shape[1]
+        parts = ("query", "key", "value") if packed else ("",)
+        # A layer is conditioned as a whole, and then split.
+        scaled = {mode: layout.matrix(equilibrate(used.detach().double(), mode, layout=layout)) for mode in modes}
+        operator = _operator(layer, used, sizes.get(id(layer)))
+        for place, part in enumerate(parts):
+            matrix, before, *after = (m.chunk(len(parts))[place] for m in (whole, layout.matrix(raw), *scaled.values()))
+            now = spectrum(matrix)
+            lengths = [torch.linalg.vector_norm(matrix, dim=d, dtype=torch.float64) for d in (1, 0)]
+            rows.append(
+                WeightCondition(
+                    name=f"{label}[{part}]" if part else label,
+                    kind=part or parametrize.type_before_parametrizations(layer).__name__,
+                    shape=(matrix.shape[0], matrix.shape[1]),
+                    spectrum=now,
+                    stable_rank=_ratio(lengths[0].square().sum().item(), now.largest**2),
+                    rows=_ratio(lengths[0].max().item(), lengths[0].min().item()),
+                    columns=_ratio(lengths[1].max().item(), lengths[1].min().item()),
+                    raw=now.condition if used is raw else spectrum(before).condition,
+                    after={mode: spectrum(m).condition for mode, m in zip(modes, after, strict=True)},
+                    operator=operator,
+                )
+            )
     return rows
-
-
-def _rows(
-    label: str,
-    layer: nn.Module,
-    key: str,
-    raw: Tensor,
-    used: Tensor,
-    modes: Sequence[Mode],
-    size: tuple[int, ...] | None,
-    exact: int,
-) -> Iterator[WeightCondition]:
-    layout = weight_layout(layer, key)
-    parts = _parts(label, layer, key, layout.matrix(used).shape)
-
-    def split(weight: Tensor) -> list[Tensor]:
-        return list(layout.matrix(weight).chunk(len(parts)))
-
-    after: dict[str, list[float]] = {}
-    for mode in modes:
-        scaled = split(equilibrate(used.detach().double(), mode, layout=layout))
-        after[mode] = [spectrum(matrix, exact=exact).condition for matrix in scaled]
-    operator = _operator(layer, used, size)
-    for place, (part, matrix, before) in enumerate(zip(parts, split(used), split(raw), strict=True)):
-        now = spectrum(matrix, exact=exact)
-        lengths = [torch.linalg.vector_norm(matrix, dim=d, dtype=torch.float64) for d in (1, 0)]
-        yield WeightCondition(
-            name=f"{label}[{part}]" if part else label,
-            kind=part or parametrize.type_before_parametrizations(layer).__name__,
-            shape=(matrix.shape[0], matrix.shape[1]),
-            spectrum=now,
-            stable_rank=_ratio(lengths[0].square().sum().item(), now.largest**2),
-            rows=_ratio(lengths[0].max().item(), lengths[0].min().item()),
-            columns=_ratio(lengths[1].max().item(), lengths[1].min().item()),
-            raw=now.condition if used is raw else spectrum(before, exact=exact).condition,
-            after={mode: values[place] for mode, values in after.items()},
-            operator=operator,
-        )
-
-
-def _parts(label: str, layer: nn.Module, key: str, shape: torch.Size) -> tuple[str, ...]:
-    name = key if isinstance(layer, nn.MultiheadAttention) else label.rpartition(".")[2]
-    return ("query", "key", "value") if name in _PACKED and shape[0] == 3 * shape[1] else ("",)
 
 
 def _operator(layer: nn.Module, used: Tensor, size: tuple[int, ...] | None) -> tuple[float, float] | None:

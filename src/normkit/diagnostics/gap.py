@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,40 +36,18 @@ class LayerGap:
     accuracy: float | None = None
 
 
-class Gap(Sequence[LayerGap]):
-    """The gap of every layer, and those statistics to put in.
+class Gap(list[LayerGap]):
+    """The gap of every layer; in evaluation the model has loss ``loss`` and accuracy ``accuracy``, where they were measured."""
 
-    Args:
-        model: measured.
-        rows: a row per layer.
-        found: running statistics of the inputs, by layer.
-        loss: in evaluation, with the running statistics as they are; None without a loss.
-        accuracy: the same.
-    """
+    loss: float | None = None
+    accuracy: float | None = None
 
-    def __init__(
-        self,
-        model: nn.Module,
-        rows: Sequence[LayerGap],
-        found: dict[str, dict[str, Tensor]],
-        loss: float | None = None,
-        accuracy: float | None = None,
-    ) -> None:
-        self.rows, self.loss, self.accuracy = tuple(rows), loss, accuracy
+    def __init__(self, model: nn.Module, found: dict[str, dict[str, Tensor]]) -> None:
+        super().__init__()
         self._model, self._found = model, found
 
-    def __getitem__(self, place: Any) -> Any:
-        return self.rows[place]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[LayerGap]:
-        return iter(self.rows)
-
     def __str__(self) -> str:
-        lines = [f"{row.name or '(model)'}: {row.distance:.3g} (worst channel {row.worst:.3g})" for row in self]
-        return "\n".join(lines)
+        return "\n".join(f"{row.name or '(model)'}: {row.distance:.3g} (worst channel {row.worst:.3g})" for row in self)
 
     def recalibrate(self, beyond: float = 0.1) -> list[str]:
         """Put the statistics of their inputs into the layers whose distance is beyond a threshold; return their names."""
@@ -119,20 +97,20 @@ def gap(
     changes = recalibrate(twin, batches, limit=limit, forward=forward)
     names = ["" if row.layer == "(model)" else row.layer for row in changes.rows]
     found = {name: _statistics(twin.get_submodule(name)) for name in names}
-    twin, rows = copy.deepcopy(model).eval(), []
-    now = (None, None) if loss is None else _scores(twin, batches, loss, forward)
+    twin, rows = copy.deepcopy(model).eval(), Gap(model, found)
+    if loss is not None:
+        rows.loss, rows.accuracy = _scores(twin, batches, loss, forward)
     for name in names:
         layer = twin.get_submodule(name)
-        before, costs = _statistics(layer), (None, None)
+        before, cost, gain = _statistics(layer), None, None
         distance = _distance(before, found[name], getattr(layer, "eps", 0.0))
-        if loss is not None:
+        if loss is not None and rows.loss is not None:
             _write(layer, found[name])
-            then = _scores(twin, batches, loss, forward)
+            then, right = _scores(twin, batches, loss, forward)
             _write(layer, before)
-            costs = tuple(None if a is None or b is None else a - b for a, b in zip(now, then, strict=True))
-        gain = None if costs[1] is None else -costs[1]
-        rows.append(LayerGap(name, distance.square().mean().sqrt().item(), distance.max().item(), costs[0], gain))
-    return Gap(model, rows, found, *now)
+            cost, gain = rows.loss - then, None if rows.accuracy is None or right is None else right - rows.accuracy
+        rows.append(LayerGap(name, distance.square().mean().sqrt().item(), distance.max().item(), cost, gain))
+    return rows
 
 
 def distance_of(mean: Tensor, deviation: Tensor, real_mean: Tensor, real_deviation: Tensor) -> Tensor:

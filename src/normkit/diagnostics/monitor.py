@@ -40,10 +40,10 @@ class Monitor:
     ``monitor/share``            share of the time since the start that the monitor took
     ===========================  ==================================================================================
 
-    Cost: a step is sampled if ``every`` steps have passed since the last, and if all that was spent is within ``share`` of the
-    time of training; so the share holds on average, and where steps are short samples are rarer. Hooks are there in a sampled
-    step alone. In such a step compiled models run eagerly, as compiled code calls no hooks. Under DistributedDataParallel each
-    process records its own; log one. Sharded weights are not gathered.
+    Cost: a step is sampled if ``every`` steps have passed since the last, and if with it all that was spent is within ``share``
+    of the time of training; so the share holds on average, and samples are rarer where steps are short. Hooks are there in a
+    sampled step alone. In such a step compiled models run eagerly, as compiled code calls no hooks. Under
+    DistributedDataParallel each process records its own; log one. Sharded weights are not gathered.
 
     Args:
         model: in training; wrapped by DistributedDataParallel or ``torch.compile`` or not.
@@ -86,6 +86,8 @@ class Monitor:
         ]
         self._weights = [(label, layer, key, raw) for label, layer, key, raw, _ in weights_of(inner)]
         self._turn, self._since = 0, 0
+        # Of the last sample, without condition numbers, and of them per element and singular value.
+        self._sample_cost, self._pace = 0.0, 0.0
         self._handles: list[Any] = []
         self._stance: Any = None
         self._found: dict[str, Tensor] = {}
@@ -97,7 +99,7 @@ class Monitor:
         self.elapsed += time.perf_counter() - self._clock
         self._since += 1
         record = self._record() if self._handles else None
-        if self._since + 1 >= self.every and self.spent <= self.share * self.elapsed:
+        if self._since + 1 >= self.every and self._affords(self._sample_cost):
             self._attach()
         self._clock = time.perf_counter()
         return record
@@ -111,8 +113,12 @@ class Monitor:
             self._stance.__exit__(None, None, None)
             self._stance = None
 
+    def _affords(self, cost: float) -> bool:
+        return self.spent + cost <= self.share * self.elapsed
+
     def _attach(self) -> None:
         start = time.perf_counter()
+        self._sample_cost = -self.spent
         self._found = {}
         for name, module in self._modules:
             self._handles.append(module.register_forward_hook(self._timed(self._see, name)))
@@ -176,6 +182,7 @@ class Monitor:
             here = {key: value for key, value in self._found.items() if value.device == device}
             record |= zip(here, torch.stack([value.float() for value in here.values()]).tolist(), strict=True)
         self.spent += time.perf_counter() - start
+        self._sample_cost += self.spent
         self._conditions(record)
         self._found, self._since = {}, 0
         record["monitor/share"] = self.spent / max(self.elapsed, 1e-9)
@@ -184,15 +191,17 @@ class Monitor:
     def _conditions(self, record: dict[str, float]) -> None:
         """Condition numbers of the next weights, while there is time."""
         for _ in range(len(self._weights)):
-            if self.spent > self.share * self.elapsed:
+            label, layer, key, raw = self._weights[self._turn]
+            work = raw.numel() * min(raw.shape[0], raw[0].numel())
+            if not self._affords(self._pace * work):
                 return
             start = time.perf_counter()
-            label, layer, key, _ = self._weights[self._turn]
             self._turn = (self._turn + 1) % len(self._weights)
             for _, _, found, _, used in weights_of(layer, lambda _, module, layer=layer: module is layer):
                 matrix = weight_layout(layer, key).matrix(used)
                 if found == key and min(matrix.shape) <= _LARGE:
                     record[f"condition/{label}"] = spectrum(matrix).condition
+                    self._pace = (time.perf_counter() - start) / work
             self.spent += time.perf_counter() - start
 
 

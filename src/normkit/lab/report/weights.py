@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from normkit.diagnostics.activations import Signal
 from normkit.diagnostics.conditions import WeightCondition
@@ -28,7 +29,7 @@ def conditions_table(title: str, found: Sequence[WeightCondition]) -> Table:
     rows = []
     for row in found:
         kappas = [*([row.raw] if parametrized else []), row.condition, *(row.after[mode] for mode in tried)]
-        cells = [number(kappa, "condition") if kappa != float("inf") else "∞" for kappa in kappas]
+        cells = [number(kappa, "condition") if kappa != math.inf else "∞" for kappa in kappas]
         cells += [f"{value:.3g}" for value in (row.spectrum.largest, row.stable_rank, row.rows, row.columns)]
         if operators:
             most, least = row.operator or (None, None)
@@ -55,7 +56,7 @@ def conditions_figure(models: dict[str, Sequence[WeightCondition]]) -> Figure:
     figure, axes = panels(len(models), FULL, 1.0 + 0.14 * longest)
     for axis, (name, found) in zip(axes, models.items(), strict=True):
         draw_conditions(axis, found)
-        axis.set_title(plain(name), loc="left")
+        axis.set_title(plain(name), loc="right")
         axis.set_xlabel("condition number κ")
     looks = zip(("as it is", *MODES.values()), (GREY, *COLOURS), SHAPES, strict=False)
     handles = [key(hue, linestyle="", marker=shape, markersize=4) for _, hue, shape in looks]
@@ -66,11 +67,16 @@ def conditions_figure(models: dict[str, Sequence[WeightCondition]]) -> Figure:
 def draw_conditions(axis: Axes, found: Sequence[WeightCondition]) -> None:
     """Four marks per weight on a row of its own."""
     for hue, shape, mode in zip((GREY, *COLOURS), SHAPES, ("", *MODES), strict=False):
-        kappas = [row.after.get(mode) if mode else row.condition for row in found]
-        places = [place for place, kappa in enumerate(kappas) if kappa is not None and kappa < float("inf")]
-        axis.plot([kappas[place] for place in places], places, shape, color=hue, markersize=3.4, alpha=0.85)
+        kappas = [row.after.get(mode, math.inf) if mode else row.condition for row in found]
+        shown = [kappa if math.isfinite(kappa) else math.nan for kappa in kappas]
+        axis.plot(shown, range(len(found)), shape, color=hue, markersize=3.4, alpha=0.85)
     rows_of(axis, [plain(row.name or "(model)") for row in found])
     axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    near = high < 100 * low
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 3) if near else (1,)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def depth_figure(models: dict[str, Sequence[Signal]]) -> Figure:
