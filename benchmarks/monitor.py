@@ -9,6 +9,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -56,17 +57,17 @@ def main() -> None:
         twin, blocks = copy.deepcopy(model), max(1, options.steps // BLOCK)
         train(model, x, 5, lambda: None)
         train(twin, x, 5, lambda: None)
-        without, watched, records = 0.0, 0.0, list[dict[str, float] | None]()
+        times, records = list[tuple[float, float]](), list[dict[str, float] | None]()
         monitor = nk.Monitor(twin)
         for _ in range(blocks):
-            without += train(model, x, BLOCK, lambda: None)
+            without = train(model, x, BLOCK, lambda: None)
             monitor._clock = time.perf_counter()  # the other model's steps are not of its time
-            watched += train(twin, x, BLOCK, lambda: records.append(monitor.step()))  # noqa: B023
+            times.append((without, train(twin, x, BLOCK, lambda: records.append(monitor.step()))))  # noqa: B023
         monitor.close()
         taken = [record for record in records if record]
         kappas = sum(key.startswith("condition/") for record in taken for key in record)
         print(
-            f"| {name} | {1000 * without / (BLOCK * blocks):.1f} | {watched / without:.3f} | "
+            f"| {name} | {1000 * median(a for a, _ in times) / BLOCK:.1f} | {median(b / a for a, b in times):.3f} | "
             f"{monitor.spent / monitor.elapsed:.1%} | {len(taken)} | {kappas} |",
             flush=True,
         )

@@ -42,7 +42,7 @@ def test_a_record_is_what_was_in_the_step() -> None:
     inputs = model[0](X).detach()
     wanted = gap(model.eval(), [X])[0].distance
     model.train()
-    record = train(model, nk.Monitor(model, share=0.9), 1, X, Y)[0]
+    record = train(model, nk.Monitor(model, share=math.inf), 1, X, Y)[0]
     assert record is not None
     for name, output in seen.items():
         assert_close(record[f"activation/{name}/std"], output.std(correction=0).item())
@@ -63,7 +63,7 @@ def test_a_record_is_what_was_in_the_step() -> None:
 
 def test_steps_between_samples_are_free_of_hooks_and_training_is_the_same() -> None:
     model, twin = net(), net()
-    monitor = nk.Monitor(model, every=3, share=0.9)
+    monitor = nk.Monitor(model, every=3, share=math.inf)
     records = train(model, monitor, 7, X, Y)
     assert [record is not None for record in records] == [True, False, False, True, False, False, True]
     monitor.close()
@@ -89,7 +89,7 @@ def test_channels_are_sampled_evenly() -> None:
 
 def test_validation_is_not_looked_at() -> None:
     model = net()
-    monitor = nk.Monitor(model, share=0.9)
+    monitor = nk.Monitor(model, share=math.inf)
     with torch.no_grad():
         model.eval()(X * 100)
     model.train()
@@ -102,7 +102,7 @@ def test_compiled_and_wrapped_models() -> None:
     model = net()
     compiled: Any = torch.compile(model, backend="eager")
     compiled(X)
-    monitor = nk.Monitor(compiled, every=2, share=0.9)
+    monitor = nk.Monitor(compiled, every=2, share=math.inf)
     records = train(compiled, monitor, 3, X, Y)
     assert [record is not None for record in records] == [True, False, True]
     assert "activation/0/std" in records[0]
@@ -142,7 +142,7 @@ def test_in_the_trainer_of_transformers(tmp_path: Path) -> None:
         disable_tqdm=True,
     )  # fmt: skip
     trainer = transformers.Trainer(WithLoss(), arguments, train_dataset=Rows())
-    trainer.add_callback(MonitorCallback(trainer.log, every=2, share=0.9))
+    trainer.add_callback(MonitorCallback(trainer.log, every=2, share=math.inf))
     trainer.train()
     logged = [row for row in trainer.state.log_history if "monitor/share" in row]
     assert [row["step"] for row in logged] == [0, 2]
@@ -169,7 +169,7 @@ def test_in_lightning(tmp_path: Path) -> None:
 
     logger = CSVLogger(tmp_path)
     trainer = lightning.Trainer(
-        max_steps=4, accelerator="cpu", logger=logger, callbacks=[MonitorCallback(every=2, share=0.9)],
+        max_steps=4, accelerator="cpu", logger=logger, callbacks=[MonitorCallback(every=2, share=math.inf)],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(Module(), torch.utils.data.DataLoader(Rows(), batch_size=8))

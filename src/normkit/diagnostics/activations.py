@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,15 @@ from normkit.surgery.recalibrate import forward_batch
 from normkit.surgery.watch import forked, tensors_in
 
 _CHUNK = 1 << 20  # elements that are in float64 at a time
-# The bounds of activations that saturate, and the share of the way between them that counts as at a bound.
+_NEAR = 0.01  # of the way between two bounds that counts as at a bound
 _BOUNDS: dict[type[nn.Module], tuple[float, float]] = {
     nn.Tanh: (-1.0, 1.0),
     nn.Softsign: (-1.0, 1.0),
+    nn.Hardtanh: (-1.0, 1.0),
     nn.Sigmoid: (0.0, 1.0),
     nn.Hardsigmoid: (0.0, 1.0),
+    nn.ReLU6: (-6.0, 6.0),  # at 0 it rectifies, and at 6 alone it saturates
 }
-_NEAR = 0.01
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,11 @@ class Signal:
     Attributes:
         name: of the module.
         kind: its class.
-        mean: of all elements.
-        std: of all elements.
-        kurtosis: fourth central moment over squared variance: 3 of a normal distribution.
-        dead: share of units that were zero at every place of every batch; a unit is a channel (axis 1 from four axes on, else the
-            last axis).
-        saturated: share of elements within 1 % of a bound of tanh, sigmoid, softsign or their hard forms; None for other modules.
+        mean: of all elements, as are ``std`` and ``kurtosis``, the fourth central moment over squared variance: 3 if normal.
+        std: standard deviation.
+        kurtosis: see above.
+        dead: share of units that were always zero; a unit is a channel, axis 1 from four axes on, else the last axis.
+        saturated: share of elements within 1 % of a bound of Tanh, Sigmoid and their like; None for other modules.
         gradient_std: standard deviation of the gradient of the loss by the output; None without a loss.
         elements: that were seen.
     """
@@ -73,27 +73,22 @@ class Stream:
     def add(self, x: Tensor) -> None:
         """Take elements in."""
         for part in x.detach().flatten().split(_CHUNK):
-            part = part.double() if part.device.type != "mps" else part.cpu().double()
+            part = part.cpu().double() if part.device.type == "mps" else part.double()
             if part.numel():
-                mean = part.mean()
-                apart = part - mean
+                apart = part - part.mean()
                 square = apart.square()
-                sums = torch.stack([mean, square.sum(), (square * apart).sum(), square.square().sum()])
+                sums = torch.stack([part.mean(), square.sum(), (square * apart).sum(), square.square().sum()])
                 self._merge(part.numel(), *sums.tolist())
 
-    def _merge(self, n: int, mean: float, m2: float, m3: float, m4: float) -> None:
-        a, b = self.count, n
-        total, d = a + b, mean - self.mean
-        self._m4 += (
-            m4
-            + d**4 * a * b * (a * a - a * b + b * b) / total**3
-            + 6 * d**2 * (a * a * m2 + b * b * self._m2) / total**2
-            + 4 * d * (a * m3 - b * self._m3) / total
-        )
-        self._m3 += m3 + d**3 * a * b * (a - b) / total**2 + 3 * d * (a * m2 - b * self._m2) / total
-        self._m2 += m2 + d**2 * a * b / total
-        self.mean += d * b / total
-        self.count = total
+    def _merge(self, b: int, mean: float, m2: float, m3: float, m4: float) -> None:
+        a, d = self.count, mean - self.mean
+        n = a + b
+        self._m4 += m4 + d**4 * a * b * (a * a - a * b + b * b) / n**3 + 4 * d * (a * m3 - b * self._m3) / n
+        self._m4 += 6 * d**2 * (a * a * m2 + b * b * self._m2) / n**2
+        self._m3 += m3 + d**3 * a * b * (a - b) / n**2 + 3 * d * (a * m2 - b * self._m2) / n
+        self._m2 += m2 + d**2 * a * b / n
+        self.mean += d * b / n
+        self.count = n
 
     @property
     def std(self) -> float:
@@ -142,30 +137,34 @@ def activations(
     0 Linear 0.0 2.236 0.0
     1 ReLU 1.0 1.225 0.5
     """
-    seen = dict[nn.Module, _Seen]()
+    seen, count = dict[nn.Module, _Seen](), 0
 
     def see(module: nn.Module, args: Any, output: Any) -> None:
         found = next(tensors_in(output), None)
         if found is not None and found.is_floating_point():
             seen.setdefault(module, _Seen(module)).see(found, loss is not None)
 
-    names = dict[nn.Module, str]()
-    for name, module in model.named_modules():
-        if where(name, module) if where is not None else not any(True for _ in module.children()):
-            names.setdefault(module, name)
-    count = 0
-    with _kept(model), ExitStack() as stack, torch.set_grad_enabled(loss is not None):
+    names = {
+        module: name
+        for name, module in model.named_modules()
+        if (where(name, module) if where is not None else not any(True for _ in module.children()))
+    }
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with ExitStack() as stack, forked(), torch.set_grad_enabled(loss is not None):
         for module in names:
             stack.callback(module.register_forward_hook(see).remove)
+        for buffer, value in buffers:
+            stack.callback(buffer.data.copy_, value)
         for batch in batches:
             count += 1
             output = (forward or forward_batch)(model, batch)
             if loss is not None:
+                target = batch["labels"] if isinstance(batch, Mapping) else batch[1]
                 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-                torch.autograd.grad(loss(output, _target(batch)), trained, allow_unused=True)
+                torch.autograd.grad(loss(output, target), trained, allow_unused=True)
     if not count:
         raise OptionError("activations: there are no batches; a generator can be walked only once, give a fresh one")
-    return [found.row(names[module], loss is not None) for module, found in seen.items()]
+    return [found.row(names[module]) for module, found in seen.items()]
 
 
 class _Seen:
@@ -173,21 +172,17 @@ class _Seen:
 
     def __init__(self, module: nn.Module) -> None:
         self.kind, self.outputs, self.gradients = type(module).__name__, Stream(), Stream()
-        self.bounds = _BOUNDS.get(type(module))
-        if isinstance(module, nn.Hardtanh):
-            # ReLU6 saturates at 6 alone: at 0 it rectifies.
-            self.bounds = -6.0 if isinstance(module, nn.ReLU6) else float(module.min_val), float(module.max_val)
+        self.bounds, self.saturated = _BOUNDS.get(type(module)), 0
         self.alive: Tensor | None = None
-        self.saturated = 0
 
     def see(self, output: Tensor, backward: bool) -> None:
         """Take one call's output in."""
         x = output.detach()
         self.outputs.add(x)
         axis = 1 if x.dim() > 3 else x.dim() - 1
-        alive = (x != 0).movedim(axis, 0).flatten(1).any(1) if x.dim() else x != 0
-        same = self.alive is not None and self.alive.shape == alive.shape
-        self.alive = self.alive | alive if same and self.alive is not None else alive
+        alive = (x != 0).movedim(axis, 0).flatten(1).any(1) if x.dim() > 1 else x != 0
+        known = self.alive is not None and self.alive.shape == alive.shape
+        self.alive = self.alive | alive if known and self.alive is not None else alive
         if self.bounds is not None:
             low, high = self.bounds
             near = _NEAR * (high - low)
@@ -195,28 +190,10 @@ class _Seen:
         if backward and output.requires_grad:
             output.register_hook(self.gradients.add)
 
-    def row(self, name: str, backward: bool) -> Signal:
+    def row(self, name: str) -> Signal:
         """All of it."""
         assert self.alive is not None
-        of = self.outputs
+        of, dead = self.outputs, 1 - self.alive.double().mean().item()
         saturated = None if self.bounds is None else self.saturated / max(of.count, 1)
-        gradient = self.gradients.std if backward and self.gradients.count else None
-        dead = 1 - self.alive.double().mean().item()
+        gradient = self.gradients.std if self.gradients.count else None
         return Signal(name, self.kind, of.mean, of.std, of.kurtosis, dead, saturated, gradient, of.count)
-
-
-@contextmanager
-def _kept(model: nn.Module) -> Iterator[None]:
-    """Put a model's buffers and torch's generators back afterwards."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with forked():
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-
-
-def _target(batch: Any) -> Any:
-    return batch["labels"] if isinstance(batch, Mapping) and "labels" in batch else batch[1]

@@ -128,11 +128,7 @@ def extremes_of(matrix: Tensor) -> Extremes:
 def hessian(model: nn.Module, loss: Loss, batches: Batches, **options: Unpack[Options]) -> Tensor:
     """Compute a loss's whole Hessian or Gauss-Newton matrix in float64, made symmetric against rounding.
 
-    Args:
-        model: with few parameters: the matrix has the square of their number of elements.
-        loss: see ``hessian_extremes``, as are batches, options and errors.
-        batches: pairs of an input and a target.
-        **options: see ``Options``.
+    The matrix has the square of the number of parameters in elements; arguments and errors are those of ``hessian_extremes``.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> hessian(model, nn.functional.mse_loss, [(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 1))])
@@ -180,14 +176,8 @@ def spectral_density(
     eigenvalues, for f a polynomial of degree below 2 steps, is estimated with a standard deviation of about
     sqrt(2 / (probes n)) times the root mean square of f, n the number of parameters.
 
-    Args:
-        model: see ``hessian_extremes``, as are loss, batches, options and errors.
-        loss: ``loss(output, target)``, a mean over the batch.
-        batches: pairs of an input and a target.
-        steps: of Lanczos. Default: 60.
-        probes: random vectors. Default: 4.
-        seed: of the vectors. Default: 0.
-        **options: see ``Options``.
+    ``probes`` random vectors, drawn by ``seed``, take ``steps`` each; other arguments and errors are those of
+    ``hessian_extremes``.
 
     Reference:
         Ubaru, Chen, Saad, "Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature" (2017),
@@ -235,13 +225,7 @@ def smoothness(
 ) -> Smoothness:
     """Measure how smooth a loss is along its gradient, at steps of several times a learning rate.
 
-    Args:
-        model: see ``hessian_extremes``, as are loss, batches, options and errors.
-        loss: ``loss(output, target)``, a mean over the batch.
-        batches: pairs of an input and a target.
-        rate: learning rate.
-        along: multiples of the rate. Default: 0.5, 1, 2, 3 and 4.
-        **options: see ``Options``.
+    The steps are ``rate`` times the multiples in ``along``; other arguments and errors are those of ``hessian_extremes``.
 
     Reference:
         Santurkar, Tsipras, Ilyas, Madry, "How Does Batch Normalization Help Optimization?" (2018),

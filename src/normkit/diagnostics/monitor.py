@@ -48,11 +48,11 @@ class Monitor:
     Args:
         model: in training; wrapped by DistributedDataParallel or ``torch.compile`` or not.
         every: least number of steps from sample to sample; the first step is sampled too. Default: 100.
-        share: of the time of training that the monitor may take. Default: 0.02.
+        share: of the time of training that the monitor may take; ``math.inf`` for no limit. Default: 0.02.
         where: which modules to look at, by name and module. Default: those without modules in them.
 
     Raises:
-        OptionError: every below 1, or a share that is not between 0 and 1.
+        OptionError: every below 1, or a share that is not above 0.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     >>> monitor = Monitor(model)
@@ -70,10 +70,8 @@ class Monitor:
         share: float = 0.02,
         where: Callable[[str, nn.Module], bool] | None = None,
     ) -> None:
-        if every < 1 or not 0 < share < 1:
-            raise OptionError(
-                f"Monitor: every={every}, share={share}; wanted steps from 1, and a share between 0 and 1"
-            )
+        if every < 1 or not share > 0:
+            raise OptionError(f"Monitor: every={every}, share={share}; wanted steps from 1, and a share above 0")
         inner: Any = model
         while isinstance(inner, DistributedDataParallel) or hasattr(inner, "_orig_mod"):
             inner = inner.module if isinstance(inner, DistributedDataParallel) else inner._orig_mod
