@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
+from typer.testing import CliRunner
 
 import normkit as nk
+from normkit.cli import app
 from normkit.core.errors import OptionError, SurgeryError
 from normkit.diagnostics.activations import Stream, activations
 from normkit.diagnostics.conditioning import condition_number
 from normkit.diagnostics.conditions import conditions, spectrum
 from normkit.diagnostics.gap import gap
+from normkit.lab.report.weights import depth_figure
 from normkit.weights.weight_conditioning import equilibrate, weight_conditioning
 
 # Conditions
@@ -196,3 +200,32 @@ def test_gaps_that_can_not_be_measured() -> None:
         gap(model, iter(batches), F.cross_entropy)
     with pytest.raises(SurgeryError, match="no batch normalization"):
         gap(nn.Linear(2, 2), batches)
+
+
+# The command and the figures
+
+MINE = """
+from torch import nn
+def conv(): return nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Flatten(), nn.Linear(192, 10))
+def wide(): return nn.Linear(1100, 1030)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [("conv --data digits --output out", "conditions.png"), ("conv --json", '"kind": "Conv2d"'), ("wide", "Lanczos")],
+)
+def test_the_command(words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "measured.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["conditions", *f"measured:{words}".split()])
+    assert done.exit_code == 0, done.output
+    assert said in done.output
+    if "--output" in words:
+        (row, _) = json.loads((tmp_path / "out/conditions.json").read_text())
+        assert row["operator"][0] > row["operator"][1] > 0
+
+
+def test_the_figure_of_depth() -> None:
+    figure = depth_figure({"mine": activations(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), [torch.randn(4, 2)])})
+    assert [len(axis.get_lines()) for axis in figure.axes] == [1, 1]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from normkit.diagnostics.activations import Signal
 from normkit.diagnostics.conditions import WeightCondition
@@ -90,5 +90,6 @@ def depth_figure(models: dict[str, Sequence[Signal]]) -> Figure:
         log(axis)
         axis.set_title(title, loc="left")
         axis.set_xlabel("module, in the order of the first call")
-    axes[0].legend()
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
     return figure
