@@ -54,8 +54,8 @@ def spectrum(matrix: Tensor, *, exact: int = _EXACT) -> Spectrum:
         exact: smaller side up to which all singular values are computed. Default: 1024.
 
     Returns:
-        All values in descending order if they were computed; the largest and the smallest; a bound of their relative error: by
-        Lanczos half the relative residual, which is how near an eigenvalue is to each that was found; else that of rounding.
+        All values in descending order if they were computed; the largest and the smallest; a bound of their relative error: that
+        of rounding, times κ, and by Lanczos half the relative residual, as so near to each that was found is an eigenvalue.
 
     Raises:
         BackendError: scipy is missing, and the matrix is large.
@@ -73,22 +73,27 @@ def spectrum(matrix: Tensor, *, exact: int = _EXACT) -> Spectrum:
     rounding = side * torch.finfo(torch.float64).eps
     if side <= exact:
         values = torch.linalg.svdvals(_triangle(tall) if rows > 2 * side else tall.double())
-        return Spectrum(values, values[0].item(), values[-1].item(), rounding)
+        return _ends(values, values[0].item(), values[-1].item(), rounding)
     r = _triangle(tall)
     start = torch.randn(side, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(r.device)
     options: dict[str, Any] = {"tolerance": 1e-9, "limit": 5000, "who": "spectrum"}
     one = dominant(lambda x: r.T @ (r @ x), start, **options)
     largest = math.sqrt(one.value)
     if r.diagonal().abs().min() <= _RANK * largest:
-        return Spectrum(None, largest, 0.0, max(rounding, one.error / one.value / 2))
+        return _ends(None, largest, 0.0, rounding)
 
     def inverse(x: Tensor) -> Tensor:
         y = torch.linalg.solve_triangular(r.T, x.unsqueeze(1), upper=False)
         return torch.linalg.solve_triangular(r, y, upper=True).squeeze(1)
 
     other = dominant(inverse, start, **options)
-    errors = (found.error / found.value / 2 for found in (one, other))
-    return Spectrum(None, largest, 1 / math.sqrt(other.value), max(rounding, *errors))
+    residual = max(found.error / found.value / 2 for found in (one, other))
+    return _ends(None, largest, 1 / math.sqrt(other.value), rounding, residual)
+
+
+def _ends(values: Tensor | None, largest: float, smallest: float, rounding: float, residual: float = 0.0) -> Spectrum:
+    """With the error: that of rounding is a part of the largest, and so of the smallest times the condition number."""
+    return Spectrum(values, largest, smallest, max(residual, rounding * _ratio(largest, smallest)))
 
 
 def _triangle(tall: Tensor) -> Tensor:

@@ -35,11 +35,9 @@ _ROWS = 256  # rows of a dense Hessian at a time: more are faster, and each hold
 
 @dataclass(frozen=True)
 class Extremes:
-    """The ends of a symmetric matrix's spectrum.
+    """The largest and the smallest eigenvalue of a symmetric matrix, negative where the loss curves downwards.
 
     Attributes:
-        largest: largest eigenvalue.
-        smallest: smallest eigenvalue, negative where the loss curves downwards.
         condition: largest |eigenvalue| over the smallest; infinity if the matrix is singular. NaN where only the ends of
             the spectrum are known and 0 lies between them.
         error: so near to each of the two is an eigenvalue.
@@ -144,12 +142,7 @@ def hessian(model: nn.Module, loss: Loss, batches: Batches, **options: Unpack[Op
 
 @dataclass(frozen=True)
 class Density:
-    """The spectrum of a matrix as a quadrature: weights at nodes, averaged over random vectors.
-
-    Attributes:
-        nodes: places, float64; those at the ends are near to extreme eigenvalues.
-        weights: share of the eigenvalues near each node; they sum to 1.
-    """
+    """The spectrum of a matrix as a quadrature: shares of the eigenvalues, which sum to 1, at nodes in ascending order."""
 
     nodes: Tensor
     weights: Tensor
@@ -199,11 +192,9 @@ def spectral_density(
 
 @dataclass(frozen=True)
 class Smoothness:
-    """How a loss and its gradient change along the gradient.
+    """Lowest and highest loss along the gradient, the start included, and how the gradient changes.
 
     Attributes:
-        low: lowest loss on the way, its start included.
-        high: highest loss.
         predictive: largest distance of the gradient from the first one.
         beta: largest such distance over the length of the way, an effective Lipschitz constant of the gradient.
     """
