@@ -116,9 +116,7 @@ def adaptive_instance_norm(
 
 
 CARD = Card(
-    name="adaptive_instance_norm",
     title="Adaptive instance normalization",
-    kind="activation",
     wordless="it takes a style as well as its input",
     normalized_over="each sample and channel, over all positions; scaled and shifted to the statistics of a style",
     formula="y = sd[s] * (x - E[x]) / sqrt(Var[x] + eps) + E[s]",

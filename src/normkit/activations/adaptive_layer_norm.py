@@ -329,9 +329,7 @@ _DIT = Paper(
 )
 
 CARD = Card(
-    name="adaptive_layer_norm",
     title="Adaptive layer normalization (adaLN)",
-    kind="activation",
     wordless="it takes a condition as well as its input",
     normalized_over="each sample or token, over its features; scaled and shifted by a function of a condition",
     formula="y = (1 + scale(condition)) * (x - E[x]) / sqrt(Var[x] + eps) + shift(condition)",
@@ -351,7 +349,6 @@ CARD = Card(
 CARD_ZERO = Card(
     name="adaptive_layer_norm_zero",
     title="Adaptive layer normalization with zero-initialized gates (adaLN-Zero)",
-    kind="activation",
     wordless="it takes a condition as well as its input, and the branches of a block",
     normalized_over="each token, over its features, before each branch of a residual block; the branch is gated",
     formula="x + gate(condition) * branch((1 + scale(condition)) * LN(x) + shift(condition))",

@@ -301,14 +301,8 @@ def _check_groups(who: str, groups: int, channels: int) -> None:
         )
 
 
-def _example(channels: int) -> BatchChannelNorm:
-    return BatchChannelNorm(channels, math.gcd(2, channels))
-
-
 CARD = Card(
-    name="batch_channel_norm",
     title="Batch-channel normalization",
-    kind="activation",
     word="bcn",
     normalized_over="each channel over the batch and all positions, then each sample's groups of channels",
     formula="y = group_weight * GroupNorm(weight * (x - E[x]) / sqrt(Var[x] + eps) + bias) + group_bias",
@@ -323,7 +317,7 @@ CARD = Card(
     weaknesses="two normalizations per layer, of which the second can't be folded",
     module=BatchChannelNorm,
     functional=batch_channel_norm,
-    make=_example,
+    make=lambda channels: BatchChannelNorm(channels, math.gcd(2, channels)),
     build=lambda at: BatchChannelNorm(at.channels, at.groups, at.eps, at.momentum, at.affine, **at.factory),
     option=groups(of=lambda norm: norm.num_groups),
     over="n c *",
@@ -334,9 +328,7 @@ CARD = Card(
 )
 
 CARD_ESTIMATED = Card(
-    name="est_batch_norm",
     title="Batch normalization by estimated statistics",
-    kind="activation",
     word="ebn",
     normalized_over="each channel, by running statistics that the batch first moves a little",
     formula="y = weight * (x - mean) / sqrt(var + eps) + bias, mean and var running",

@@ -269,7 +269,6 @@ def conditional_norm(
 CARD_INSTANCE = Card(
     name="conditional_instance_norm",
     title="Conditional instance normalization",
-    kind="activation",
     wordless="it takes a condition as well as its input",
     normalized_over="each sample and channel, over all positions; weight and bias by class or vector",
     formula="y = weight(k) * (x - E[x]) / sqrt(Var[x] + eps) + bias(k)",
@@ -293,7 +292,6 @@ CARD_INSTANCE = Card(
 CARD_BATCH = Card(
     name="conditional_batch_norm",
     title="Conditional batch normalization",
-    kind="activation",
     wordless="it takes a condition as well as its input",
     normalized_over="each channel, over the batch and all positions; weight and bias by class or vector",
     formula="y = weight(k) * (x - E[x]) / sqrt(Var[x] + eps) + bias(k)",
@@ -321,7 +319,6 @@ CARD_BATCH = Card(
 CARD_SPATIAL = Card(
     name="spatially_adaptive_norm",
     title="Spatially adaptive normalization (SPADE)",
-    kind="activation",
     wordless="it takes a map as well as its input",
     normalized_over="each channel, over the batch and all positions; weight and bias of each position by a map",
     formula="y = (1 + g(map)) * (x - E[x]) / sqrt(Var[x] + eps) + b(map)",

@@ -298,9 +298,7 @@ def _per_channel(parameter: Tensor, x: Tensor) -> Tensor:
 
 
 CARD = Card(
-    name="divisive_norm",
     title="Divisive normalization",
-    kind="activation",
     word="dn",
     normalized_over="each element, over a field of channels and positions around it",
     formula="y = weight * v / sqrt(sigma^2 + E_B[v^2]) + bias,  v = x - E_A[x]",
@@ -325,9 +323,7 @@ CARD = Card(
 )
 
 CARD_LYU_SIMONCELLI = Card(
-    name="lyu_simoncelli_norm",
     title="Divisive normalization of Lyu and Simoncelli",
-    kind="activation",
     word="lyu",
     normalized_over="each element, over a weighted window of positions in its channel, without centring",
     formula="y = x / sqrt(b + sum_j w_j x_j^2)",
@@ -351,9 +347,7 @@ CARD_LYU_SIMONCELLI = Card(
 )
 
 CARD_HEEGER = Card(
-    name="heeger_norm",
     title="Divisive normalization of Heeger",
-    kind="activation",
     word="heeger",
     normalized_over="each position, over a weighted pool of its channels, without centring",
     formula="y_i = gain * d_i^p / (sigma^p + sum_k w_ik d_k^p),  d = max(x, 0)",

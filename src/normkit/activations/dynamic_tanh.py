@@ -181,9 +181,7 @@ def _build(at: Place, form: Form) -> DynamicTanh:
 
 
 CARD = Card(
-    name="dynamic_tanh",
     title="Dynamic tanh",
-    kind="activation",
     word="dyt",
     normalized_over="nothing: each element separately, without a statistic",
     formula="y = weight * tanh(alpha * x) + bias",
@@ -205,9 +203,7 @@ CARD = Card(
     layout="* d",
 )
 DERF = Card(
-    name="dynamic_erf",
     title="Dynamic erf (Derf)",
-    kind="activation",
     word="derf",
     normalized_over="nothing: each element by itself, without a statistic",
     formula="y = weight * erf(alpha * x + shift) + bias",

@@ -163,9 +163,7 @@ def exemplar_norm(
 
 
 CARD = Card(
-    name="exemplar_norm",
     title="Exemplar normalization",
-    kind="activation",
     word="en",
     normalized_over="each sample's own mixture of: each sample and channel, each sample, each channel",
     formula="y_n = sum_k s_nk (weight_k * (x_n - m_k) / sqrt(v_k + eps) + bias_k),  k in {IN, LN, BN}",

@@ -116,9 +116,7 @@ def _example_condition(x: Tensor) -> tuple[Tensor]:
 
 
 CARD = Card(
-    name="film",
     title="Feature-wise linear modulation (FiLM)",
-    kind="activation",
     wordless="it takes a condition as well as its input",
     normalized_over="nothing; each sample's channels are scaled and shifted by a function of a condition",
     formula="y = (1 + scale(condition)) * x + shift(condition)",

@@ -126,9 +126,7 @@ def gated_rms_norm(
 
 
 CARD = Card(
-    name="gated_rms_norm",
     title="Gated root mean square normalization",
-    kind="activation",
     word="",
     wordless="it takes a second input, the gate, which a norm's place does not have",
     normalized_over="each sample or token, over its features or groups of them, without centring",

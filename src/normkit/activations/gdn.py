@@ -106,7 +106,6 @@ def _card(inverse: bool) -> Card:
     return Card(
         name="igdn" if inverse else "gdn",
         title=f"{'Inverse generalized' if inverse else 'Generalized'} divisive normalization",
-        kind="activation",
         word="" if inverse else "gdn",
         wordless="it undoes gdn, and amplifies where a norm divides" if inverse else "",
         normalized_over="each position, over a learned pool of its channels, without centring",

@@ -231,17 +231,10 @@ def _check_size(who: str, size: int) -> None:
         raise OptionError(f"{who}: ghost_batch_size={size!r}; wanted a whole number from 1")
 
 
-def _example(channels: int) -> GhostBatchNorm:
-    return GhostBatchNorm(channels, ghost_batch_size=2)
-
-
 CARD = Card(
-    name="ghost_batch_norm",
     title="Ghost batch normalization",
-    kind="activation",
     word="ghost",
     normalized_over="each sub-batch and channel, over the sub-batch's samples and all positions",
-    formula=ghost_batch_norm_rule().formula(),
     paper=Paper(
         "Hoffer, Elad and Hubara, Itay and Soudry, Daniel",
         "Train longer, generalize better: closing the generalization gap in large batch training of neural networks",
@@ -253,7 +246,7 @@ CARD = Card(
     weaknesses="the size of the sub-batch is one more choice; training and inference compute different functions",
     module=GhostBatchNorm,
     functional=ghost_batch_norm,
-    make=_example,
+    make=lambda channels: GhostBatchNorm(channels, ghost_batch_size=2),
     build=lambda at: GhostBatchNorm(
         at.channels, int(at.option), at.eps, at.momentum, at.affine, bias=at.bias, layout=at.axes, **at.factory
     ),

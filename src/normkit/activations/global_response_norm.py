@@ -153,9 +153,7 @@ def _support(layout: str, over: str) -> Support:
 
 
 CARD = Card(
-    name="global_response_norm",
     title="Global response normalization",
-    kind="activation",
     word="grn",
     normalized_over="each sample's channels against one another, by their energy over all positions",
     formula="y = weight * (x * N) + bias + x,  N = |x_c| / (mean over c of |x_c| + eps)",

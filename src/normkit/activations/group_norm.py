@@ -135,24 +135,17 @@ def _check_several(who: str, groups: int, input: Tensor) -> None:
         )
 
 
-def _example(channels: int) -> GroupNorm:
-    return GroupNorm(math.gcd(2, channels), channels)
-
-
 CARD = Card(
-    name="group_norm",
     title="Group normalization",
-    kind="activation",
     word="gn",
     normalized_over="each sample and group of channels, over the group's channels and all positions",
-    formula=group_norm_rule(32).formula(),
     paper=Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
     use_cases="detection, segmentation, video, diffusion: convolutional networks with few samples per batch",
     strengths="independent of the batch size; the same in training and at inference",
     weaknesses="behind batch normalization at large batches; the number of groups is one more choice; can't be folded",
     module=GroupNorm,
     functional=group_norm,
-    make=_example,
+    make=lambda channels: GroupNorm(math.gcd(2, channels), channels),
     build=lambda at: GroupNorm(at.groups, at.channels, at.eps, at.affine, bias=at.bias, layout=at.axes, **at.factory),
     option=groups(of=lambda norm: norm.num_groups),
     axes=("n c *", "n * c"),

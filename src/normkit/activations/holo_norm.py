@@ -70,9 +70,7 @@ def holo_norm(input: Tensor, *, mask: Tensor | None = None, backend: Backend = "
 
 
 CARD = Card(
-    name="holo_norm",
     title="HoloNorm",
-    kind="activation",
     word="holo",
     normalized_over="each sample or token, over its features, to a length below 1",
     formula="y = x / (1 + |x|)",

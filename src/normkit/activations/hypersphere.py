@@ -213,9 +213,7 @@ def _example_branch(x: Tensor) -> tuple[Tensor]:
 
 
 CARD = Card(
-    name="hypersphere_residual",
     title="Residual step on the unit sphere (nGPT)",
-    kind="activation",
     wordless="it replaces a residual sum of two inputs",
     normalized_over="each token, over its features, to length 1: the branch, and the state after its step",
     formula="h' = N(h + a * (N(branch) - h)), N(x) = x / |x|",

@@ -157,12 +157,9 @@ def instance_norm(
 
 
 CARD = Card(
-    name="instance_norm",
     title="Instance normalization",
-    kind="activation",
     word="in",
     normalized_over="each sample and channel, over all positions",
-    formula=instance_norm_rule().formula(),
     paper=Paper(
         "Ulyanov, Dmitry and Vedaldi, Andrea and Lempitsky, Victor",
         "Instance Normalization: The Missing Ingredient for Fast Stylization",

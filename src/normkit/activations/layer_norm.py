@@ -129,12 +129,9 @@ def layer_norm(
 
 
 CARD = Card(
-    name="layer_norm",
     title="Layer normalization",
-    kind="activation",
     word="ln",
     normalized_over="each sample or token, over its features",
-    formula=layer_norm_rule().formula(),
     paper=Paper(
         "Ba, Jimmy Lei and Kiros, Jamie Ryan and Hinton, Geoffrey E.",
         "Layer Normalization",

@@ -120,9 +120,7 @@ def _check(channels: int, per_group: int, window: int | Sequence[int]) -> None:
 
 
 CARD = Card(
-    name="local_context_norm",
     title="Local context normalization",
-    kind="activation",
     word="context",
     normalized_over="each element, over its group of channels in a window of positions around it",
     formula="y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias",

@@ -117,9 +117,7 @@ def _check(size: int, k: float) -> None:
 
 
 CARD = Card(
-    name="local_response_norm",
     title="Local response normalization",
-    kind="activation",
     word="lrn",
     normalized_over="each position, over a window of neighbouring channels, without centring",
     formula="y = x / (k + alpha * sum over the window of x^2)^beta",

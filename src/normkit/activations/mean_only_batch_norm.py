@@ -121,9 +121,7 @@ def mean_only_batch_norm(
 
 
 CARD = Card(
-    name="mean_only_batch_norm",
     title="Mean-only batch normalization",
-    kind="activation",
     word="mean_only",
     normalized_over="each channel, over the batch and all positions; only its mean",
     formula="y = x - E[x] + bias",

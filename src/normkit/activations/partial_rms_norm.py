@@ -123,9 +123,7 @@ def _normalize(x: Tensor, measured: int, weight: Tensor | None, bias: Tensor | N
 
 
 CARD = Card(
-    name="partial_rms_norm",
     title="Partial root mean square normalization (pRMSNorm)",
-    kind="activation",
     word="prms",
     normalized_over="each sample or token, over the first of its features",
     formula="y = weight * x / (sqrt(E[x_1^2 .. x_k^2]) + eps)",

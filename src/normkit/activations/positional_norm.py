@@ -125,12 +125,9 @@ def moment_shortcut(input: Tensor, moments: PositionalMoments) -> Tensor:
 
 
 CARD = Card(
-    name="positional_norm",
     title="Positional normalization",
-    kind="activation",
     word="pono",
     normalized_over="each sample and position, over its channels",
-    formula=positional_norm_rule().formula(),
     paper=Paper(
         "Li, Boyi and Wu, Felix and Weinberger, Kilian Q. and Belongie, Serge",
         "Positional Normalization",

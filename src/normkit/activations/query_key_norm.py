@@ -201,9 +201,7 @@ def _example_key_and_value(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 CARD = Card(
-    name="query_key_norm",
     title="Query-key normalization",
-    kind="activation",
     wordless="it replaces attention's product of queries and keys, not a norm of one input",
     normalized_over="each query and key of a head, over its features",
     formula="softmax(g * q / |q| . k / |k|) v",

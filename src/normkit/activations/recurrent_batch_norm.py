@@ -354,17 +354,10 @@ class BatchNormLSTM(Module):
         return (y.transpose(0, 1) if self.batch_first else y), (h, c)
 
 
-def _example(channels: int) -> RecurrentBatchNorm:
-    return RecurrentBatchNorm(channels, batch_first=True)
-
-
 CARD = Card(
-    name="recurrent_batch_norm",
     title="Recurrent batch normalization",
-    kind="activation",
     word="rbn",
     normalized_over="each feature, over the batch and all real steps, or over the batch at each step",
-    formula=recurrent_batch_norm_rule().formula(),
     paper=Paper(
         "Cooijmans, Tim and Ballas, Nicolas and Laurent, César and Gülçehre, Çağlar and Courville, Aaron",
         "Recurrent Batch Normalization",
@@ -376,7 +369,7 @@ CARD = Card(
     weaknesses="statistics to keep for each step; layer normalization needs neither them nor a batch",
     module=RecurrentBatchNorm,
     functional=recurrent_batch_norm,
-    make=_example,
+    make=lambda channels: RecurrentBatchNorm(channels, batch_first=True),
     build=lambda at: RecurrentBatchNorm(
         at.channels, eps=at.eps, momentum=at.momentum_or(0.1), bias=at.bias, batch_first=True, **at.factory
     ),

@@ -186,9 +186,7 @@ def _rounded_first(
 
 
 CARD = Card(
-    name="rms_norm",
     title="Root mean square normalization",
-    kind="activation",
     word="rms",
     normalized_over="each sample or token, over its features, without centring",
     formula="y = weight * x / sqrt(E[x^2] + eps)",

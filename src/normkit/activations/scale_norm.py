@@ -109,9 +109,7 @@ def scale_norm(
 
 
 CARD = Card(
-    name="scale_norm",
     title="ScaleNorm",
-    kind="activation",
     word="scale",
     normalized_over="each sample or token, over its features, to one learned length",
     formula="y = g * x / max(|x|, eps)",

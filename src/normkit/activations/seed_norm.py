@@ -111,9 +111,7 @@ def _check_heads(who: str, features: int, heads: int) -> None:
 
 
 CARD = Card(
-    name="seed_norm",
     title="SeeDNorm",
-    kind="activation",
     word="seed",
     normalized_over="each sample or token, over its features, without centring",
     formula="y = (weight + tanh(<x, beta>) * alpha) * x / sqrt(E[x^2] + eps)",

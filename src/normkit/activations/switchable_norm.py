@@ -174,9 +174,7 @@ def _mixed(parts: list[Tensor], logits: Tensor) -> Tensor:
 
 
 CARD = Card(
-    name="switchable_norm",
     title="Switchable normalization",
-    kind="activation",
     word="switch",
     normalized_over="a learned mixture of: each sample and channel, each sample, each channel",
     formula="y = weight * (x - m) / sqrt(v + eps) + bias,  m = sum_k a_k m_k,  v = sum_k b_k v_k,  k in {IN, LN, BN}",

@@ -250,12 +250,9 @@ class _Sum(torch.autograd.Function):
 
 
 CARD = Card(
-    name="sync_batch_norm",
     title="Synchronized batch normalization",
-    kind="activation",
     word="sync",
     normalized_over="each channel, over the batches of all processes and all positions",
-    formula=sync_batch_norm_rule().formula(),
     paper=Paper(
         "Ioffe, Sergey and Szegedy, Christian",
         "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",

@@ -94,7 +94,6 @@ def adaptive_gradient_clipping(model: nn.Module, clip: float = 0.01, eps: float 
 
 
 CARD = Card(
-    name="adaptive_gradient_clipping",
     title="Adaptive gradient clipping",
     kind="gradient",
     normalized_over="each output unit's gradient, against the unit's weights",

@@ -163,7 +163,6 @@ def _wide(gradient: Tensor) -> Tensor:
 
 
 CARD = Card(
-    name="normalize_gradients",
     title="Gradient normalization and centralization",
     kind="gradient",
     normalized_over="each parameter's, each layer's or the whole gradient; or each output unit's fan-in",

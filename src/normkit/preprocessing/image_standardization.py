@@ -169,7 +169,6 @@ def _constants(statistics: str | Constants) -> tuple[list[float], list[float]]:
 
 
 CARD = Card(
-    name="image_standardization",
     title="Image standardization",
     kind="input",
     normalized_over="each channel, over the images and positions of a data set",

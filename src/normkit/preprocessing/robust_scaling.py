@@ -118,7 +118,6 @@ def _quantile(rising: Tensor, q: float) -> Tensor:
 
 
 CARD = Card(
-    name="robust_scaling",
     title="Robust scaling",
     kind="input",
     normalized_over="each feature, over the training data",

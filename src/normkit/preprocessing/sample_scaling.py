@@ -201,7 +201,6 @@ def global_contrast(
 
 
 CARD_UNIT_LENGTH = Card(
-    name="unit_length",
     title="Unit length",
     kind="input",
     normalized_over="each sample, over its features",
@@ -223,7 +222,6 @@ CARD_UNIT_LENGTH = Card(
 )
 
 CARD_GLOBAL_CONTRAST = Card(
-    name="global_contrast",
     title="Global contrast normalization",
     kind="input",
     normalized_over="each image, over its channels and positions",

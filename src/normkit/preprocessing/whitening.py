@@ -174,7 +174,6 @@ def whitening(input: Tensor, method: Method = "zca", *, eps: float = 1e-5, suppo
 
 
 CARD = Card(
-    name="whitening",
     title="Whitening (PCA, ZCA)",
     kind="input",
     normalized_over="all features together, over the training data",
