@@ -56,6 +56,8 @@ class AdaptiveInstanceNorm(Module):
     tensor([[[13.8197, 36.1803]]])
     """
 
+    shown = "strength={0.strength}, eps={0.eps}"
+
     def __init__(self, strength: float = 1.0, eps: float = 1e-5) -> None:
         super().__init__()
         self.strength, self.eps = strength, eps
@@ -64,9 +66,6 @@ class AdaptiveInstanceNorm(Module):
         self, input: Tensor, style: Tensor, mask: Tensor | None = None, style_mask: Tensor | None = None
     ) -> Tensor:
         return adaptive_instance_norm(input, style, self.strength, self.eps, mask=mask, style_mask=style_mask)
-
-    def extra_repr(self) -> str:
-        return f"strength={self.strength}, eps={self.eps}"
 
 
 def adaptive_instance_norm(

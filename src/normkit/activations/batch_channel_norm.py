@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +120,8 @@ class BatchChannelNorm(Module, TorchBatchNorm):
             [ 1.0000, -1.0000]])
     """
 
+    shown = "{0.num_features}, num_groups={0.num_groups}, eps={0.eps}, momentum={0.momentum}, affine={0.affine}"
+    unusual: ClassVar = {"estimate": False}
     always = "its second step, over groups of channels; leave the layer out"
 
     def __init__(
@@ -159,11 +161,6 @@ class BatchChannelNorm(Module, TorchBatchNorm):
         """Set weights to 1 and biases to 0, and forget the running statistics."""
         super().reset_parameters()
         self.fill(group_weight=1, group_bias=0)
-
-    def extra_repr(self) -> str:
-        """The arguments."""
-        text = f"{self.num_features}, num_groups={self.num_groups}, eps={self.eps}, momentum={self.momentum}"
-        return text + f", affine={self.affine}" + self.repr_options(estimate=False)
 
 
 def est_batch_norm(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -101,6 +101,12 @@ class BatchGroupNorm(Layer):
             [-1.0000,  1.0000]])
     """
 
+    shown = (
+        "{0.num_channels}, num_groups={0.num_groups}, examples_per_group={0.examples_per_group}, eps={0.eps}, "
+        "momentum={0.momentum}, affine={0.affine}, alpha={0.alpha}"
+    )
+    unusual: ClassVar = {"layout": "n c *"}
+
     def __init__(
         self,
         num_channels: int,
@@ -183,11 +189,6 @@ class BatchGroupNorm(Layer):
     def _rows(self, value: Tensor | int, like: Tensor) -> Tensor:
         rows = torch.as_tensor(value, dtype=like.dtype, device=like.device).expand(like.shape)
         return rows.reshape(-1, self.num_channels)
-
-    def extra_repr(self) -> str:
-        text = f"{self.num_channels}, num_groups={self.num_groups}, examples_per_group={self.examples_per_group}"
-        text += f", eps={self.eps}, momentum={self.momentum}, affine={self.affine}, alpha={self.alpha}"
-        return text + self.repr_options(layout="n c *")
 
 
 def batch_group_norm(

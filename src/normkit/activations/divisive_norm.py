@@ -88,6 +88,7 @@ class DivisiveNorm(Module):
     tensor([[[-0.3422, -0.8520,  1.2271]]])
     """
 
+    shown = "{0.num_channels}, summation={0.summation}, suppression={0.suppression}, sigma={0.sigma}"
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
@@ -116,9 +117,6 @@ class DivisiveNorm(Module):
     def forward(self, input: Tensor) -> Tensor:
         check_channels("DivisiveNorm", input, self.num_channels, "num_channels", "n c *")
         return divisive_norm(input, self.summation, self.suppression, self.sigma, self.weight, self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_channels}, summation={self.summation}, suppression={self.suppression}, sigma={self.sigma}"
 
 
 def divisive_norm(
@@ -169,6 +167,8 @@ class LyuSimoncelliNorm(Module):
     tensor([[[0.0000, 1.5000, 0.0000]]])
     """
 
+    shown = "{0.num_channels}, window={0.window}, eps={0.eps}"
+
     def __init__(
         self, num_channels: int, window: int = 3, eps: float = 1e-6, *, device: Any = None, dtype: Any = None
     ) -> None:
@@ -189,9 +189,6 @@ class LyuSimoncelliNorm(Module):
         check_shape("LyuSimoncelliNorm", "weight", self.weight, self.num_channels, self.window)
         wide = accumulation_dtype(input.dtype)
         return lyu_simoncelli_norm(input, self.weight.to(wide).square(), self.bias.to(wide).square() + self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_channels}, window={self.window}, eps={self.eps}"
 
 
 def lyu_simoncelli_norm(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -240,6 +237,8 @@ class HeegerNorm(Module):
     tensor([[1.3333, 0.0000]])
     """
 
+    shown = "{0.num_channels}, exponent={0.exponent}, sigma={0.sigma}, gain={0.gain}"
+
     def __init__(
         self,
         num_channels: int,
@@ -265,9 +264,6 @@ class HeegerNorm(Module):
         check_channels("HeegerNorm", input, self.num_channels, "num_channels", "n c *")
         weight = self.weight.to(accumulation_dtype(input.dtype)).square()
         return heeger_norm(input, weight, self.exponent, self.sigma, self.gain)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_channels}, exponent={self.exponent}, sigma={self.sigma}, gain={self.gain}"
 
 
 def heeger_norm(input: Tensor, weight: Tensor, exponent: float = 2.0, sigma: float = 1.0, gain: float = 1.0) -> Tensor:

@@ -55,6 +55,7 @@ class ExemplarNorm(Module):
     tensor([-1.1139,  0.5176, -0.5176,  1.1139])
     """
 
+    shown = "{0.num_features}, eps={0.eps}, momentum={0.momentum}"
     weight: nn.Parameter
     bias: nn.Parameter
     running_mean: Tensor
@@ -126,9 +127,6 @@ class ExemplarNorm(Module):
     def forward(self, input: Tensor) -> Tensor:
         found = self.moments(input)
         return exemplar_norm(input, found, self.shares(found), self.weight, self.bias, self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,9 @@ class FiLM(Module):
     tensor([[1., 3.]])
     """
 
+    shown = "{0.channels}, condition={0.condition}"
+    unusual: ClassVar = {"layout": "n c *"}
+
     def __init__(
         self,
         channels: int,
@@ -91,9 +94,6 @@ class FiLM(Module):
             )
         scale, shift = self.linear(condition.to(self.linear.weight.dtype)).chunk(2, -1)
         return film(input, scale, shift, layout=self.layout)
-
-    def extra_repr(self) -> str:
-        return f"{self.channels}, condition={self.condition}" + self.repr_options(layout="n c *")
 
 
 def film(input: Tensor, scale: Tensor, shift: Tensor, *, layout: str = "n c *") -> Tensor:

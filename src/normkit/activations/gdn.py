@@ -50,6 +50,8 @@ class GDN(Module):
     tensor([[2.1764, 0.0000]])
     """
 
+    shown = "{0.num_channels}, inverse={0.inverse}, beta_min={0.beta_min}"
+
     def __init__(
         self,
         num_channels: int,
@@ -81,9 +83,6 @@ class GDN(Module):
         wide = accumulation_dtype(input.dtype)
         beta = self.beta.to(wide).square() + self.beta_min
         return gdn(input, beta, self.gamma.to(wide).square(), inverse=self.inverse)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_channels}, inverse={self.inverse}, beta_min={self.beta_min}"
 
 
 def gdn(input: Tensor, beta: Tensor, gamma: Tensor, *, inverse: bool = False) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -94,6 +94,11 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
     tensor([1.1000])
     """
 
+    shown = (
+        "{0.num_features}, ghost_batch_size={0.ghost_batch_size}, eps={0.eps}, momentum={0.momentum}, affine={0.affine}, "
+        "track_running_stats={0.track_running_stats}, memory={0.memory!r}"
+    )
+    unusual: ClassVar = {"permute": False, "layout": "n c *"}
     in_training = "its sub-batches; leave the layer out, or replace it by BatchNorm first"
 
     def __init__(
@@ -162,13 +167,6 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
         if not self.training and self.running() is not None:
             return explain(self._whole, input, *affine, backend=self.backend)
         return explain_in_sub_batches(rule, self._whole, size, input, *affine, self.backend)
-
-    def extra_repr(self) -> str:
-        text = (
-            f"{self.num_features}, ghost_batch_size={self.ghost_batch_size}, eps={self.eps}, momentum={self.momentum}"
-        )
-        text += f", affine={self.affine}, track_running_stats={self.track_running_stats}, memory={self.memory!r}"
-        return text + self.repr_options(permute=False, layout="n c *")
 
 
 def ghost_batch_norm(

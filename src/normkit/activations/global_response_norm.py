@@ -54,6 +54,7 @@ class GlobalResponseNorm(Module):
              [10.6667,  0.0000]]])
     """
 
+    shown = "{0.num_channels}, eps={0.eps}, layout={0.layout!r}, over={0.over!r}"
     weight: nn.Parameter
     bias: nn.Parameter
 
@@ -91,9 +92,6 @@ class GlobalResponseNorm(Module):
         return global_response_norm(
             input, self.weight, self.bias, self.eps, layout=self.layout, over=self.over, mask=mask
         )
-
-    def extra_repr(self) -> str:
-        return f"{self.num_channels}, eps={self.eps}, layout={self.layout!r}, over={self.over!r}"
 
 
 def global_response_norm(

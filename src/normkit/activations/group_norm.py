@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -61,6 +61,8 @@ class GroupNorm(Layer, nn.GroupNorm):
     tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
     """
 
+    unusual: ClassVar = {"layout": "n c *", "activation": None}
+
     def __init__(
         self,
         num_groups: int,
@@ -85,9 +87,6 @@ class GroupNorm(Layer, nn.GroupNorm):
     def check(self, input: Tensor) -> None:
         check_channels("GroupNorm", input, self.num_channels, "num_channels", self.layout)
         _check_several("GroupNorm", self.num_groups, input)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + self.repr_options(layout="n c *", activation=None)
 
 
 def group_norm(

@@ -44,6 +44,8 @@ class HoloNorm(Layer):
     tensor([[0.5000, 0.6667]])
     """
 
+    shown = "{0.features}"
+
     def __init__(self, features: int) -> None:
         super().__init__()
         self.features = features
@@ -55,9 +57,6 @@ class HoloNorm(Layer):
 
     def check(self, input: Tensor) -> None:
         check_last("HoloNorm", input, self.features)
-
-    def extra_repr(self) -> str:
-        return f"{self.features}"
 
 
 def holo_norm(input: Tensor, *, mask: Tensor | None = None, backend: Backend = "auto") -> Tensor:

@@ -56,6 +56,8 @@ class LearnedScale(Module):
     ([0.5, 0.5], tensor([[3., 3.]]))
     """
 
+    shown = "{0.features}, start={0.start}, unit={0.unit:.4g}"
+
     def __init__(
         self, features: int, start: float = 1.0, unit: float = 1.0, *, device: Any = None, dtype: Any = None
     ) -> None:
@@ -87,9 +89,6 @@ class LearnedScale(Module):
         """
         return (input * self.scale).to(input.dtype)
 
-    def extra_repr(self) -> str:
-        return f"{self.features}, start={self.start}, unit={self.unit:.4g}"
-
 
 class HypersphereResidual(Module):
     """Move a state on the unit sphere toward the output of a branch, by a learned step per feature.
@@ -118,6 +117,8 @@ class HypersphereResidual(Module):
     tensor([[0.7071, 0.7071]])
     """
 
+    shown = "{0.features}, eps={0.eps}"
+
     def __init__(
         self, features: int, rate: float = 0.05, eps: float = 1e-12, *, device: Any = None, dtype: Any = None
     ) -> None:
@@ -141,9 +142,6 @@ class HypersphereResidual(Module):
                 f"features={self.features}"
             )
         return hypersphere_residual(input, branch, self.rate.scale, self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{self.features}, eps={self.eps}"
 
 
 def hypersphere(input: Tensor, eps: float = 1e-12) -> Tensor:

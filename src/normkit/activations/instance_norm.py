@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -70,6 +70,8 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
              [-1.0000,  1.0000]]])
     """
 
+    unusual: ClassVar = {"layout": "n c *", "spatial": None, "activation": None}
+
     def __init__(
         self,
         num_features: int,
@@ -123,9 +125,6 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
         running = super().running()
         # torch counts no batches here; only the cumulative average, which is ours, needs the count.
         return running if running is None or self.momentum is None else running._replace(batches=None)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + self.repr_options(layout="n c *", spatial=None, activation=None)
 
 
 def instance_norm(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -72,6 +72,8 @@ class LayerNorm(Layer, nn.LayerNorm):
             [-1.0000,  1.0000]])
     """
 
+    unusual: ClassVar = {"over": None, "per": None, "activation": None}
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -101,9 +103,6 @@ class LayerNorm(Layer, nn.LayerNorm):
 
     def check(self, input: Tensor) -> None:
         check_features("LayerNorm", self.normalized_shape, self.over, self.per, input)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + self.repr_options(over=None, per=None, activation=None)
 
 
 def layer_norm(

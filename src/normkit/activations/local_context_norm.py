@@ -52,6 +52,7 @@ class LocalContextNorm(Module):
     tensor([[[-1.0000,  0.7071,  0.0000]]])
     """
 
+    shown = "{0.num_features}, {0.channels_per_group}, window={0.window}, eps={0.eps}"
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
@@ -75,9 +76,6 @@ class LocalContextNorm(Module):
     def forward(self, input: Tensor) -> Tensor:
         check_channels("LocalContextNorm", input, self.num_features, "num_features", "n c *")
         return local_context_norm(input, self.channels_per_group, self.window, self.weight, self.bias, self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, {self.channels_per_group}, window={self.window}, eps={self.eps}"
 
 
 def local_context_norm(

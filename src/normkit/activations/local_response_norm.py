@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -49,6 +50,8 @@ class LocalResponseNorm(Module, nn.LocalResponseNorm):
     tensor([[0.1667, 0.1333, 0.2143]])
     """
 
+    unusual: ClassVar = {"torch_compat": True}
+
     def __init__(
         self,
         size: int = 5,
@@ -65,9 +68,6 @@ class LocalResponseNorm(Module, nn.LocalResponseNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return local_response_norm(input, self.size, self.alpha, self.beta, self.k, torch_compat=self.torch_compat)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + self.repr_options(torch_compat=True)
 
 
 def local_response_norm(

@@ -49,6 +49,7 @@ class PartialRMSNorm(Module):
     tensor([[1., 1., 2., 3.]])
     """
 
+    shown = "{0.features}, fraction={0.fraction}, eps={0.eps}, guard={0.guard!r}"
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
@@ -82,9 +83,6 @@ class PartialRMSNorm(Module):
         """
         check_last("PartialRMSNorm", input, self.features)
         return _normalize(input, self.measured, self.weight, self.bias, Statistic(None, "rms", self.eps, self.guard))
-
-    def extra_repr(self) -> str:
-        return f"{self.features}, fraction={self.fraction}, eps={self.eps}, guard={self.guard!r}"
 
 
 def partial_rms_norm(

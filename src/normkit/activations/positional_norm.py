@@ -59,6 +59,8 @@ class PositionalNorm(Layer):
     tensor([-1.0000,  0.0000,  1.0000])
     """
 
+    shown = "eps={0.eps}, correction={0.correction}"
+
     def __init__(self, eps: float = 1e-5, correction: int = 1) -> None:
         super().__init__()
         self.eps, self.correction = eps, correction
@@ -81,9 +83,6 @@ class PositionalNorm(Layer):
             Both of shape (N, 1, *), differentiable.
         """
         return positional_moments(input, self.eps, self.correction)
-
-    def extra_repr(self) -> str:
-        return f"eps={self.eps}, correction={self.correction}"
 
 
 def positional_norm(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,9 @@ class QueryKeyNorm(Module):
     >>> attention(q, k, torch.eye(2)).detach()  # softmax of 1 * (1, 0)
     tensor([[0.7311, 0.2689]])
     """
+
+    shown = "{0.features}, form={0.form!r}"
+    unusual: ClassVar = {"length": None}
 
     def __init__(
         self,
@@ -149,9 +152,6 @@ class QueryKeyNorm(Module):
         return F.scaled_dot_product_attention(
             query, key, value, mask, dropout if self.training else 0.0, is_causal, scale=self.scale
         )
-
-    def extra_repr(self) -> str:
-        return f"{self.features}, form={self.form!r}" + ("" if self.length is None else f", length={self.length}")
 
 
 class _HeadNorm(Layer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,12 @@ class RecurrentBatchNorm(Layer):
     tensor([[-1.4142,  0.7071],
             [ 0.7071,  0.0000]])
     """
+
+    shown = (
+        "{0.num_features}, statistics={0.statistics!r}, max_length={0.max_length}, eps={0.eps}, momentum={0.momentum}, "
+        "gain={0.gain}"
+    )
+    unusual: ClassVar = {"batch_first": False}
 
     def __init__(
         self,
@@ -161,13 +167,6 @@ class RecurrentBatchNorm(Layer):
             here = RunningStatistics(running.mean[start:][:known], running.var[start:][:known], batches)
             memory.blend(here, mean, var)
         return y
-
-    def extra_repr(self) -> str:
-        """The arguments."""
-        text = f"{self.num_features}, statistics={self.statistics!r}, max_length={self.max_length}, eps={self.eps}"
-        return (
-            text + f", momentum={self.momentum}, gain={self.gain}" + (", batch_first=True" if self.batch_first else "")
-        )
 
 
 def padding_mask(lengths: Tensor, input: Tensor, batch_first: bool = False, start: int = 0) -> Tensor:

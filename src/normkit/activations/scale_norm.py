@@ -55,6 +55,8 @@ class ScaleNorm(Layer):
     tensor([[0.0000, 1.2000, 0.0000, 1.6000]])
     """
 
+    shown = "{0.features}, eps={0.eps}"
+
     def __init__(
         self,
         features: int,
@@ -87,9 +89,6 @@ class ScaleNorm(Layer):
 
     def check(self, input: Tensor) -> None:
         check_last("ScaleNorm", input, self.features)
-
-    def extra_repr(self) -> str:
-        return f"{self.features}, eps={self.eps}"
 
 
 def scale_norm(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class SeeDNorm(Module):
             [1.6971, 2.2627]])
     """
 
+    shown = "{0.features}, eps={0.eps}"
+    unusual: ClassVar = {"heads": 1}
     weight: nn.Parameter
     alpha: nn.Parameter
     beta: nn.Parameter
@@ -69,9 +71,6 @@ class SeeDNorm(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return seed_norm(input, self.weight, self.alpha, self.beta, self.eps, heads=self.heads)
-
-    def extra_repr(self) -> str:
-        return f"{self.features}, eps={self.eps}" + (f", heads={self.heads}" if self.heads > 1 else "")
 
 
 def seed_norm(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,8 @@ class SwitchableNorm(Module):
     tensor([-1.0911,  0.2182, -0.2182,  1.0911])
     """
 
+    shown = "{0.num_features}, eps={0.eps}, momentum={0.momentum}"
+    unusual: ClassVar = {"correction": 0}
     weight: nn.Parameter
     bias: nn.Parameter
     running_mean: Tensor
@@ -93,9 +95,6 @@ class SwitchableNorm(Module):
         return _normalize(
             input, logits, running, affine, self.training, Running(self.momentum), self.eps, self.correction, mask
         )
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}" + self.repr_options(correction=0)
 
 
 def switchable_norm(

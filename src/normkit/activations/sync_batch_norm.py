@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -76,6 +76,8 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
     tensor([[-1.0000,  1.0000]])
     """
 
+    unusual: ClassVar = {"layout": "n c *"}
+
     def __init__(
         self,
         num_features: int,
@@ -115,9 +117,6 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
         if not (self.training or self.running_mean is None) or not _several(self.process_group):
             return found
         return replace(found, backend="closed", why="the statistics are of all processes together")
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + self.repr_options(layout="n c *")
 
 
 def sync_batch_norm(

@@ -59,6 +59,7 @@ class ImageStandardization(Scaling):
     tensor([[[[2.8215]]]])
     """
 
+    shown = "layout={0.layout!r}, maximum={0.maximum}"
     statistics = ("mean", "var")
     mean: Tensor
     var: Tensor
@@ -124,9 +125,6 @@ class ImageStandardization(Scaling):
             ProtocolError, ShapeError, OptionError: as for ``transform``.
         """
         return super().inverse_transform(y) * (self.maximum or 1.0)
-
-    def extra_repr(self) -> str:
-        return f"layout={self.layout!r}, maximum={self.maximum}"
 
 
 def image_standardization(

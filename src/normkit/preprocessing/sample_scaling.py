@@ -86,6 +86,7 @@ class UnitLength(_PerSample):
             [0.0000, 0.0000]])
     """
 
+    shown = "order={0.order:g}, support={0.support}"
     lost = "the length of a sample"
 
     def __init__(self, order: float = 2, *, support: Support = PER_SAMPLE) -> None:
@@ -114,9 +115,6 @@ class UnitLength(_PerSample):
         length = torch.linalg.vector_norm(z, self.order, dim=split.dims, keepdim=True)
         return (z / torch.where(length > 0, length, 1.0)).reshape(x.shape).to(x.dtype)
 
-    def extra_repr(self) -> str:
-        return f"order={self.order:g}, support={self.support}"
-
 
 class GlobalContrast(_PerSample):
     """Give each image mean 0 and the same contrast, over all channels and positions.
@@ -143,6 +141,7 @@ class GlobalContrast(_PerSample):
             [ 0.,  0.]])
     """
 
+    shown = "scale={0.scale}, regularizer={0.regularizer}, eps={0.eps}, support={0.support}"
     lost = "the mean and contrast of an image"
 
     def __init__(
@@ -175,9 +174,6 @@ class GlobalContrast(_PerSample):
         contrast = torch.where(enough, torch.where(enough, power, 1.0).sqrt(), self.eps)
         y = self.scale * (z.to(found.mean.dtype) - found.mean) / contrast
         return y.reshape(x.shape).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}, regularizer={self.regularizer}, eps={self.eps}, support={self.support}"
 
 
 def unit_length(input: Tensor, order: float = 2, *, support: Support = PER_SAMPLE) -> Tensor:
