@@ -227,6 +227,11 @@ class SpatiallyAdaptiveNorm(_Normalizer):
                 f"SpatiallyAdaptiveNorm: got an input of {show(input.shape)} and a map of {show(map.shape)}; wanted "
                 f"n c h w or n c l of both, {wanted[0]} samples and {wanted[1]} channels of the map"
             )
+        if 0 in (*input.shape[2:], *map.shape[2:]):
+            raise ShapeError(
+                f"SpatiallyAdaptiveNorm: got an input of {show(input.shape)} and a map of {show(map.shape)}; "
+                "wanted at least one position in each"
+            )
         map = F.interpolate(map.to(self.shared.weight.dtype), input.shape[2:], mode="nearest")
         hidden = self.shared(map if map.dim() == 4 else map.unsqueeze(-1)).relu()
         gain, shift = (layer(hidden).reshape(input.shape) for layer in (self.gain, self.shift))

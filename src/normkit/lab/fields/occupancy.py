@@ -24,7 +24,7 @@ from normkit.lab.record import write_bytes
 from normkit.lab.seeding import reseed
 from normkit.lab.train.cost import RATE, Costs, Step, measure_steps
 from normkit.lab.train.images import Stream
-from normkit.lab.train.walk import OK, Diverged, device, forget, walk
+from normkit.lab.train.walk import OK, Diverged, device, walk
 
 _JUDGES = 100_000  # points that judge, the same for every run
 _JUDGE_SEED, _CHOOSER_SEED = 2**31, 2**31 + 1
@@ -129,7 +129,6 @@ def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
     size = min(_PICTURE, 4 * job.grid)
     write_mesh(vertices, faces, folder)
     fine = done.status == OK and bool(done.rows)
-    forget(folder)
     return {
         "status": done.status,
         "steps": done.steps,

@@ -27,7 +27,7 @@ from normkit.lab.models.rows import Scale, scale_rows
 from normkit.lab.record import write_bytes
 from normkit.lab.seeding import reseed
 from normkit.lab.train.cost import RATE, Costs, Step, measure_steps
-from normkit.lab.train.walk import OK, Diverged, device, forget, walk
+from normkit.lab.train.walk import OK, Diverged, device, walk
 
 VIEWS = 3  # held-out views that judge, as in the paper
 _PROBE = 2048  # pixels, of training views and of those that judge, that are measured along training
@@ -135,7 +135,6 @@ def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
 
     done = walk(folder, steps, {"model": model, "optimizer": optimizer}, step, job.seed)
     scores, pictures = _judge(model, scene, views, sampling, folder / "views")
-    forget(folder)
     return {
         "status": done.status,
         "steps": done.steps,

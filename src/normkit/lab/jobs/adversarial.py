@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from normkit.lab.jobs.spectra import Memory, constrain, demand_numbers, raw_weights, spectra, steepness, weights
 from normkit.lab.models.gan import PointDiscriminator, PointGenerator, centres, ring
 from normkit.lab.seeding import reseed
-from normkit.lab.train.walk import OK, Diverged, forget, walk
+from normkit.lab.train.walk import OK, Diverged, walk
 from normkit.surgery.reassign_spectral import reassign_spectral_
 from normkit.surgery.recipe import apply_recipe
 
@@ -100,7 +100,6 @@ def play(job: Game, folder: Path) -> dict[str, Any]:
             "points": [[round(value, 3) for value in point] for point in points[:600].tolist()],
             "field": [[round(value, 4) for value in row] for row in field(critic).tolist()],
         }
-    forget(folder)
     return {"status": walked.status, "rows": walked.rows, **found}
 
 

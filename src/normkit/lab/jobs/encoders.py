@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from normkit.lab.data import sequences
 from normkit.lab.models.encoder import Encoder
 from normkit.lab.seeding import reseed
-from normkit.lab.train.walk import Diverged, device, forget, walk
+from normkit.lab.train.walk import Diverged, device, walk
 from normkit.residual import Placement
 from normkit.schedules import linear_rate
 
@@ -108,7 +108,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
     tokens, targets = (part.to(device()) for part in sequences.draw(job.task, 16 * BATCH, job.length, VOCABULARY))
     with torch.no_grad():
         final = loss_of(model, tokens, targets).item()
-    forget(folder)
     return {"status": walked.status, "rows": walked.rows, "loss": final if math.isfinite(final) else None}
 
 

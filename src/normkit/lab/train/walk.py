@@ -9,12 +9,11 @@ from typing import Any, Protocol
 import torch
 
 from normkit.lab import record
-from normkit.lab.folder import make, remove
+from normkit.lab.folder import CHECKPOINT, make
 from normkit.lab.memory import keep_memory
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import DIVERGED, OK
 
-CHECKPOINT = "checkpoint.pt"
 PAUSE = 20.0  # seconds between checkpoints
 
 
@@ -58,6 +57,8 @@ def walk(
 ) -> Walk:
     """Does steps 1 to `steps`, from the last checkpoint in `folder` on.
 
+    The last checkpoint stays: whoever writes the job's result removes it (:func:`normkit.lab.sweep.attend`).
+
     Before each step the global generators are seeded by `seed` and the step's number, so that what a step draws does not depend
     on where the walk was interrupted.
 
@@ -93,11 +94,6 @@ def walk(
             record.write_checkpoint(path, {"step": number, "rows": rows, **states})
             kept = time.monotonic()
     return Walk(OK, max(steps, done), rows)
-
-
-def forget(folder: Path) -> None:
-    """Removes the checkpoint of a job whose result is about to be written."""
-    remove(folder / CHECKPOINT)
 
 
 def device() -> torch.device:
