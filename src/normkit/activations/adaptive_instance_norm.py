@@ -1,7 +1,5 @@
 """Adaptive instance normalization: gives one image's channels the statistics of another's."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

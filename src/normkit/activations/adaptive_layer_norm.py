@@ -1,7 +1,5 @@
 """Adaptive layer normalization: a scale and a shift computed from a condition, as in diffusion transformers."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

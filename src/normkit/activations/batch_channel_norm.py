@@ -1,7 +1,5 @@
 """Batch-channel normalization, and batch normalization by estimated statistics for micro-batches."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Batch/group normalization: groups of channels over groups of examples, and inference that weights the example itself."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Conditional normalization: weight and bias looked up by class, or computed from a vector or a map."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

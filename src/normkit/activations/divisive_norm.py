@@ -1,7 +1,5 @@
 """Divisive normalization: each response is divided by the pooled activity around it; the published forms."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Dynamic tanh and Derf: squashing functions with a learned slope that replace a norm, without any statistic."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 

@@ -1,7 +1,5 @@
 """Exemplar normalization: each sample chooses its own mixture of instance, layer and batch normalization."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Feature-wise linear modulation (FiLM): a scale and a shift per channel, computed from a condition."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

@@ -1,7 +1,5 @@
 """Filter response normalization: divide each channel of each sample by its root mean square, then apply a learned threshold."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """FixNorm: word embeddings of unit length, for lookup and logits."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Gated RMS normalization, multiplied by the SiLU of a second input, as in Mamba-2 and Qwen3-Next."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Generalized divisive normalization: divide each channel by a learned pool of all channels' energies; and its inverse."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

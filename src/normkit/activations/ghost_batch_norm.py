@@ -1,7 +1,5 @@
 """Ghost batch normalization: normalize each channel over sub-batches of the batch."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar, Literal
 

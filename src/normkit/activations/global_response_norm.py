@@ -1,7 +1,5 @@
 """Global response normalization: weight each channel by its energy relative to that of the others."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Group normalization: normalize each sample over groups of channels and all positions."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar
 

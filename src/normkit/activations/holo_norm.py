@@ -1,7 +1,5 @@
 """HoloNorm: map each token into the unit ball, keeping its direction and the order of lengths."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from normkit.core.card import Card, Paper

@@ -1,7 +1,5 @@
 """The normalized transformer's parts: states on the unit sphere, learned scales, and weights renormalized after each step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Instance normalization: normalize each channel of each sample over all positions."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from torch import Tensor, nn

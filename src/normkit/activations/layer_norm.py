@@ -1,7 +1,5 @@
 """Layer normalization: normalize each sample or token over its features."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Local context normalization: normalize each element over a window of positions and its group of channels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Local contrast normalization: normalize each position by its neighbourhood in space and across channels."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

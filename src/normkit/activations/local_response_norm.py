@@ -1,7 +1,5 @@
 """Local response normalization: divide each element by the energy of neighbouring channels at the same position."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Mean-only batch normalization: subtract each channel's mean over the batch and all positions."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Residual blocks without a normalization: the signal's variance is predicted, not measured."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

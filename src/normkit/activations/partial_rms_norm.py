@@ -1,7 +1,5 @@
 """Partial RMS normalization: the root mean square of the first features replaces that of all."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Positional normalization: normalize each position over its channels, and pass the moments to a later layer."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Query-key normalization: attention with bounded logits, as queries and keys are normalized."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar, Literal
 

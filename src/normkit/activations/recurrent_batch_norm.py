@@ -1,7 +1,5 @@
 """Recurrent batch normalization: statistics of whole padded sequences or of each time step, and networks built on them."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, Literal
 
 import torch

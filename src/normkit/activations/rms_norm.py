@@ -1,7 +1,5 @@
 """Root mean square normalization: layer normalization without centring."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """ScaleNorm: scale each token to one learned length."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

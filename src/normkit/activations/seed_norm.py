@@ -1,7 +1,5 @@
 """SeeDNorm: root mean square normalization whose gain depends on the token itself, so that its length is not lost."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

@@ -1,7 +1,5 @@
 """Switchable normalization: learned mixtures of the moments of instance, layer and batch normalization."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

@@ -1,7 +1,5 @@
 """Synchronized batch normalization: normalize each channel over the batches of all processes and all positions."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any, ClassVar
 

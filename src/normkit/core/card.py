@@ -1,7 +1,5 @@
 """A method's card: what it normalizes over, where it was published, when to use it, and the claims that the tests check."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass

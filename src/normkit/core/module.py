@@ -1,7 +1,5 @@
 """The base of all layers: its statistics stay in at least float32, its sizes are plain integers, TorchScript is refused."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral

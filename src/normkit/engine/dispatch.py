@@ -1,7 +1,5 @@
 """Run a rule on the requested back end, or on the best one that can."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from normkit.core.compensation import Affine

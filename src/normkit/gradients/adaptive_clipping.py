@@ -1,7 +1,5 @@
 """Adaptive gradient clipping: limit each unit's gradient to a fraction of its weights' norm."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

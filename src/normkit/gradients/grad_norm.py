@@ -1,7 +1,5 @@
 """GradNorm: weights for a sum of losses with which all tasks train at a similar pace."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 

@@ -1,7 +1,5 @@
 """Gradient normalization to unit length, or to mean zero over each unit's fan-in, before the optimizer's step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Literal, Self

@@ -1,7 +1,5 @@
 """Feature scaling by each feature's range, largest value or deviation over the training data."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

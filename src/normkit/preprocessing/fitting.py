@@ -1,7 +1,5 @@
 """The base of data normalizations: statistics of the training data, streamed or all at once, kept as buffers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 

@@ -1,7 +1,5 @@
 """Image standardization by the mean and deviation of each channel over a data set, published or measured."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Self
 

@@ -1,7 +1,5 @@
 """Scaling of each sample separately, to unit length, or to zero mean and equal contrast; there is nothing to fit."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any, NoReturn, Self

@@ -1,7 +1,5 @@
 """Whitening: centre, decorrelate and equalize, so that the training data's covariance is the identity."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal
 

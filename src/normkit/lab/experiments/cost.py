@@ -11,8 +11,6 @@ In transformers LN stands where BN does elsewhere. The field is a NeRF's fine ne
 their ReLU. W and E are on all layers of it ("all") or on the first and last.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

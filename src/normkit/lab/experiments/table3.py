@@ -9,8 +9,6 @@ At small scale nothing is trained that could be compared: each form of the netwo
 that it runs and learns it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

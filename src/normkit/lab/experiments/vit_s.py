@@ -9,8 +9,6 @@ At small scale images are 16x16, features 192, blocks 6, heads 3; 2,048 images a
 them warm-up, and each row takes the better of two rates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path

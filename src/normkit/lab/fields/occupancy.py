@@ -1,7 +1,5 @@
 """One run of an occupancy field on one solid: training, the learned surface, and how well the inside is predicted."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """One run of a NeRF on one scene: training, pictures of the held-out views, and what was measured on the way."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math

@@ -1,7 +1,5 @@
 """Classifiers of images trained for a paper's table: one training as a job, what its step costs, and E against frozen WN."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import shutil
