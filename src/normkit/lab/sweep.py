@@ -45,6 +45,30 @@ class Job(Protocol):
         ...
 
 
+class Work:
+    """The base of jobs whose path is a format of their fields.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class Training(Work, path="{0.method}/rate={0.rate:g}"):
+    ...     method: str
+    ...     rate: float
+    >>> Training("bn", 0.1).path
+    'bn/rate=0.1'
+    """
+
+    _path: ClassVar[str] = ""
+
+    def __init_subclass__(cls, path: str = "") -> None:
+        super().__init_subclass__()
+        cls._path = path or cls._path
+
+    @property
+    def path(self) -> str:
+        """The folder."""
+        return self._path.format(self)
+
+
 Function = Callable[[Any, Path], Mapping[str, Any]]
 T = TypeVar("T")
 

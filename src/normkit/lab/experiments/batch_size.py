@@ -59,17 +59,12 @@ JUDGED = 512  # training images on which statistics are re-estimated
 
 
 @dataclass(frozen=True)
-class Training(Size):
+class Training(Size, path="{0.method}/batch={0.batch}/seed={0.seed}"):
     """One training."""
 
     method: str
     batch: int
     seed: int
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"{self.method}/batch={self.batch}/seed={self.seed}"
 
 
 def norm(method: str, steps: int) -> Callable[[int], nn.Module]:

@@ -66,18 +66,13 @@ JUDGED = 1024  # training images on which statistics are re-estimated
 
 
 @dataclass(frozen=True)
-class Training(Size):
+class Training(Size, path="{0.method}/{0.order}/batch={0.batch}/seed={0.seed}"):
     """One training."""
 
     method: str
     order: str
     batch: int
     seed: int
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"{self.method}/{self.order}/batch={self.batch}/seed={self.seed}"
 
 
 def train(job: Training, folder: Path) -> dict[str, Any]:

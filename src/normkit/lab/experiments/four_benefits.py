@@ -64,18 +64,13 @@ RECIPES = {"gn+ws": "keep+ws", "wn": "keep+wn", "e": "keep+e@all"}
 
 
 @dataclass(frozen=True)
-class Training(Size):
+class Training(Size, path="{0.method}/scale={0.scale:g}/rate={0.rate:g}/seed={0.seed}"):
     """One training."""
 
     method: str
     rate: float
     scale: float
     seed: int
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"{self.method}/scale={self.scale:g}/rate={self.rate:g}/seed={self.seed}"
 
 
 def train(job: Training, folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from normkit.lab import record
 from normkit.lab.folder import CHECKPOINT, make
@@ -94,6 +95,13 @@ def walk(
             record.write_checkpoint(path, {"step": number, "rows": rows, **states})
             kept = time.monotonic()
     return Walk(OK, max(steps, done), rows)
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Takes a step of an optimizer down a loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 def device() -> torch.device:
