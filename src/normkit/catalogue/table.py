@@ -6,6 +6,8 @@ writes it between the lines ``<!-- methods -->`` (short) or ``<!-- comparison --
 and ``<!-- end -->`` of each file, and entries.json with them.
 """
 
+from __future__ import annotations
+
 import re
 import sys
 from pathlib import Path
