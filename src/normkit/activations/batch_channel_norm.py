@@ -15,7 +15,7 @@ from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.place import groups
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, check_shape, divisors, place
+from normkit.core.support import Support, check_groups, check_shape, place
 from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import run
 from normkit.engine.layer import check_channels, check_several
@@ -136,7 +136,7 @@ class BatchChannelNorm(Module, TorchBatchNorm):
     ) -> None:
         if momentum is not None:
             _check_momentum("BatchChannelNorm", momentum)
-        _check_groups("BatchChannelNorm", num_groups, num_features)
+        check_groups("BatchChannelNorm", num_features, num_groups)
         super().__init__(num_features, eps, momentum, affine, True, device=device, dtype=dtype)
         self.num_groups, self.estimate = num_groups, estimate
         factory = {"device": device, "dtype": dtype}
@@ -207,7 +207,7 @@ def batch_channel_norm(
             [ 1.0000, -1.0000]])
     """
     _check_momentum("batch_channel_norm", momentum)
-    _check_groups("batch_channel_norm", num_groups, input.shape[1])
+    check_groups("batch_channel_norm", input.shape[1], num_groups)
     if training and not estimate:
         check_several("batch_channel_norm", input, _SUPPORT)
     running, affines = RunningStatistics(running_mean, running_var), ((weight, bias), (group_weight, group_bias))
@@ -286,14 +286,6 @@ def _batch_channel(
 def _check_momentum(who: str, momentum: float | None) -> None:
     if momentum is None or not 0 <= momentum <= 1:
         raise OptionError(f"{who}: momentum={momentum}; wanted a number from 0 to 1")
-
-
-def _check_groups(who: str, groups: int, channels: int) -> None:
-    if groups < 1 or channels % groups:
-        raise OptionError(
-            f"{who}: {channels} channels do not split into num_groups={groups}; "
-            f"num_groups must divide {channels}: {divisors(channels)}"
-        )
 
 
 CARD = Card(
