@@ -49,8 +49,10 @@ def table() -> str:
     lines = [f"| normkit | {' | '.join(_LIBRARIES.values())} |", "|" + "---|" * (len(_LIBRARIES) + 1)]
     for names in elsewhere().values():
         if any(library in names for library in _LIBRARIES):
-            cells = (f"`{names[library]}`" if library in names else "" for library in _LIBRARIES)
-            lines.append(f"| `{names['line']}` | {' | '.join(cells)} |")
+            cells = (
+                names.get(name, "").replace(".", ".<wbr>").replace("(", "(<wbr>") for name in ("line", *_LIBRARIES)
+            )
+            lines.append(f"| {' | '.join(f'<code>{cell}</code>' if cell else '' for cell in cells)} |")
     return "\n".join(lines)
 
 
