@@ -6,8 +6,6 @@ writes it between the lines ``<!-- methods -->`` (short) or ``<!-- comparison --
 and ``<!-- end -->`` of each file, and entries.json with them.
 """
 
-from __future__ import annotations
-
 import html
 import re
 import sys

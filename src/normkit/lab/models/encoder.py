@@ -5,60 +5,16 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from normkit.activations.fix_norm import FixNorm
 from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm
 from normkit.activations.scale_norm import ScaleNorm
 from normkit.core.errors import OptionError
+from normkit.lab.models.vit import Attention
 from normkit.residual import Placement, Residual
 
 NORMS = {"ln": LayerNorm, "rms": RMSNorm, "scale": ScaleNorm}
-
-
-class Attention(nn.Module):
-    """Self-attention of several heads.
-
-    softmax(Q K^T / sqrt(features / heads)) V, then a linear layer. Queries, keys and values are three blocks of rows of one
-    weight, each Xavier-uniform by itself; biases start at 0.
-
-    Args:
-        features: width.
-        heads: which divide it.
-        causal: a place sees itself and those before it. Default: False.
-
-    Shape:
-        (N, L, features) to the same.
-
-    Raises:
-        OptionError: the heads do not divide the features.
-
-    Reference:
-        Vaswani et al. 2017, Attention Is All You Need, https://arxiv.org/abs/1706.03762
-
-    >>> Attention(8, 2)(torch.zeros(1, 3, 8)).shape
-    torch.Size([1, 3, 8])
-    """
-
-    def __init__(self, features: int, heads: int, causal: bool = False) -> None:
-        super().__init__()
-        if features % heads:
-            raise OptionError(
-                f"Attention: {features} features do not split into {heads} heads; take heads that divide it"
-            )
-        self.heads, self.causal = heads, causal
-        self.qkv, self.out = nn.Linear(features, 3 * features), nn.Linear(features, features)
-        for block in self.qkv.weight.data.chunk(3):
-            nn.init.xavier_uniform_(block)
-        _start(self.out)
-        nn.init.zeros_(self.qkv.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Lets every place look at the others."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Sequential):
@@ -135,7 +91,7 @@ class Encoder(nn.Module):
         self.places = nn.Parameter(torch.randn(length, features))
         self.layers = nn.Sequential()
         for _ in range(depth):
-            for branch in (Attention(features, heads, causal), FeedForward(features, hidden or 4 * features)):
+            for branch in (attention(features, heads, causal), FeedForward(features, hidden or 4 * features)):
                 self.layers.append(Residual(branch, make, placement))
         self.norm = nn.Identity() if placement == "post" else make()
         self.head = None if fix else _start(nn.Linear(features, vocabulary))
@@ -150,6 +106,16 @@ class Encoder(nn.Module):
     def feed_forwards(self) -> list[FeedForward]:
         """The feed-forward branches, the first layer's first."""
         return [module for module in self.modules() if isinstance(module, FeedForward)]
+
+
+def attention(features: int, heads: int, causal: bool = False) -> Attention:
+    """Makes self-attention whose queries, keys and values are each Xavier-uniform by themselves; biases start at 0."""
+    made = Attention(features, heads, causal)
+    for block in made.qkv.weight.data.chunk(3):
+        nn.init.xavier_uniform_(block)
+    _start(made.proj)
+    nn.init.zeros_(made.qkv.bias)
+    return made
 
 
 def _start(layer: nn.Linear) -> nn.Linear:

@@ -15,26 +15,33 @@ class Attention(nn.Module):
     Args:
         features: D.
         heads: which divides D.
+        causal: a token sees itself and those before it. Default: False.
 
     Shape:
         ``(n, l, D)`` to the same.
 
     Raises:
         OptionError: `heads` does not divide `features`.
+
+    Reference:
+        Vaswani et al. 2017, Attention Is All You Need, https://arxiv.org/abs/1706.03762
+
+    >>> Attention(8, 2)(torch.zeros(1, 3, 8)).shape
+    torch.Size([1, 3, 8])
     """
 
-    def __init__(self, features: int, heads: int) -> None:
+    def __init__(self, features: int, heads: int, causal: bool = False) -> None:
         super().__init__()
         if features % heads:
             raise OptionError(f"heads is {heads}, which does not divide {features} features; wanted a divisor")
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(features, 3 * features)
         self.proj = nn.Linear(features, features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attends from every token to every token."""
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(query, key, value)
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
