@@ -34,14 +34,26 @@ def audit(
 
     from normkit.diagnostics.audit.checks import audit
     from normkit.diagnostics.audit.finding import Audit
-    from normkit.lab.protocol import DATA, MODELS, load_factory, make_data, make_model, sized, suited, user_code
+    from normkit.lab.protocol import (
+        DATA,
+        MODELS,
+        check_fit,
+        load_factory,
+        make_data,
+        make_model,
+        sized,
+        suited,
+        user_code,
+    )
     from normkit.lab.say import visible
     from normkit.lab.task import call, loss
 
     Audit().at_least(fail_on or "info")  # pyright: ignore[reportArgumentType]  # refuses a word before the work
     read = make_data(load_factory(data, DATA), data)
     made = sized(make_model(load_factory(model, MODELS), model, read.classes), read, model)
-    train = suited(read, made, model).train
+    read = suited(read, made, model)
+    check_fit(made, read, model)
+    train = read.train
     batch = train.batch(torch.arange(min(samples, len(train))), torch.device("cpu"))
     with user_code(f"auditing {model}"):
         steps = load_factory(optimizer, {})(made) if optimizer else None

@@ -144,8 +144,10 @@ def prepare(
             raise OptionError(f"audit: {name} has no size yet; run the model once on an example first")
     example = batch
     if isinstance(batch, list | tuple):
+        wrapped = getattr(model, "_orig_mod", model)  # compiled
+        wrapped = getattr(wrapped, "module", wrapped)  # parallel
         try:
-            inspect.signature(model.forward).bind(*batch)
+            inspect.signature(wrapped.forward).bind(*batch)
         except TypeError:  # (inputs, targets), as a loader gives them
             example = batch[0]
     run = partial(forward, model, batch) if forward is not None else partial(run_on, model, example)
@@ -168,10 +170,10 @@ def observe(seen: Observed, loss: Callable[[Any, Any], Tensor] | None) -> None:
     """
     set_training(seen.model)
     hooks = _Hooks(seen)
-    with ExitStack() as stack:
+    with ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
         hooks.put(stack)
         try:
-            with torch.enable_grad(), Logits(seen.model, stack) as logits:
+            with Logits(seen.model, stack) as logits:
                 output = seen.run()
         except Exception as error:
             refused = [norm for norm in seen.norms if any(call.elements == 1 for call in norm.calls)]

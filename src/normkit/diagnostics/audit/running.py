@@ -108,9 +108,7 @@ def _gaps(seen: Observed) -> Iterator[tuple[Seen, float, float, float]]:
         if len(norm.calls) != 1 or not calls or mean is None or var is None or not (_finite(mean) and _finite(var)):
             continue
         call = calls[0]
-        count = getattr(norm.module, "num_batches_tracked", None)
-        fresh = not mean.any() and bool((var == 1).all())
-        if call.mean is None or call.var is None or call.mean.shape != mean.shape or fresh or count == 0:
+        if call.mean is None or call.var is None or call.mean.shape != mean.shape or _is_young(norm.module, mean, var):
             continue
         shift, ratio = _gap(mean, var, call.mean, call.var)
         if shift > _SHIFT or not 1 / _RATIO < ratio < _RATIO:
@@ -121,6 +119,13 @@ def _gaps(seen: Observed) -> Iterator[tuple[Seen, float, float, float]]:
                 good = moved <= _SHIFT and 1 / _RATIO < rescaled < _RATIO
                 rescaled = rescaled if good else 0.0
             yield norm, shift, ratio, rescaled
+
+
+def _is_young(module: nn.Module, mean: Tensor, var: Tensor) -> bool:
+    """Whether more than a twentieth of running statistics is what they were initialized with."""
+    count, momentum = getattr(module, "num_batches_tracked", None), getattr(module, "momentum", None)
+    left = 0.0 if count is None or not momentum else (1 - momentum) ** int(count)
+    return left > 0.05 or count == 0 or (not mean.any() and bool((var == 1).all()))
 
 
 def _gap(mean: Tensor, var: Tensor, other: Tensor, other_var: Tensor) -> tuple[float, float]:

@@ -95,7 +95,8 @@ def checkpointed(seen: Observed) -> Iterator[Row]:
 def dead(seen: Observed) -> Iterator[Row]:
     """Channels of a norm through which no gradient comes back, or next to none, while it does through others."""
     for norm in seen.norms:
-        if norm.gradient is None or norm.rows < _ROWS or any(call.dtype == torch.float16 for call in norm.calls):
+        halves = any(call.dtype == torch.float16 for call in norm.calls)  # in which small gradients are 0
+        if norm.gradient is None or norm.rows < _ROWS or halves or _is_untrained_mixture(norm):
             continue
         lively = norm.gradient[norm.gradient > 0]
         if not lively.numel():  # a gain of zero further on, as residual branches start with
@@ -112,6 +113,13 @@ def attention_logits(seen: Observed) -> Iterator[Row]:
         inside = any(norm.name.startswith(f"{name}.") and norm.calls for norm in seen.norms)
         if largest > _LARGE and not inside:
             yield label(name), {"largest_logit": largest, "relative_entropy": entropy}, None
+
+
+def _is_untrained_mixture(norm: Seen) -> bool:
+    """Whether a norm leaves the mean of a channel as random weights made it: its sets hold several, and its gains are all one."""
+    own = [] if norm.norm is None else [norm.norm.weight, norm.norm.bias]
+    same = all(value is None or bool((value == value.flatten()[0]).all()) for value in own)
+    return same and not (norm.support is not None and norm.support.reduced <= {"n", "b", "*"})
 
 
 def _keeps_running(norm: Seen) -> bool:
