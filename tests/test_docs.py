@@ -65,8 +65,8 @@ def test_the_reference_has_every_name_once() -> None:
     # What a package loads late stands in its api.
     modules = {f"normkit.{name}" + ".api" * (name == "catalogue") for name in spaces}
     assert shown == {"normkit.api", "normkit.lab.outcome", *modules}
-    # The verbs stand with surgery, the list with the catalogue, the base of all errors with the errors.
-    elsewhere = {*nk.surgery.__all__, "METHODS", "NormkitError"}
+    # The verbs stand with surgery and diagnostics, the list with the catalogue, the base of all errors with the errors.
+    elsewhere = {*nk.surgery.__all__, *nk.diagnostics.__all__, "METHODS", "NormkitError"}
     top = [name for name in re.findall(r"^ +- (\w+)$", text, flags=re.MULTILINE) if name in nk.__all__]
     assert sorted(top) == sorted(set(nk.__all__) - spaces - elsewhere)
 
