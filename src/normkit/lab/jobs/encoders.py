@@ -15,7 +15,7 @@ from normkit.lab.data import sequences
 from normkit.lab.models.encoder import Encoder
 from normkit.lab.seeding import reseed
 from normkit.lab.train.walk import Diverged, device, forget, walk
-from normkit.residual import Placement
+from normkit.residual import Scheme
 from normkit.schedules import linear_rate
 
 VOCABULARY, BATCH, HEADS = 16, 32, 4
@@ -28,7 +28,7 @@ class Training:
     """One encoder, task and optimizer."""
 
     task: str
-    placement: Placement
+    placement: Scheme
     norm: str
     optimizer: str
     warmup: bool
@@ -49,7 +49,7 @@ class Training:
 class Start:
     """One encoder before training."""
 
-    placement: Placement
+    placement: Scheme
     depth: int
     features: int
     length: int
@@ -62,7 +62,7 @@ class Start:
         return f"start/{self.placement}/depth={self.depth}/seed={self.seed}"
 
 
-def make(task: str, placement: Placement, norm: str, depth: int, features: int, length: int) -> Encoder:
+def make(task: str, placement: Scheme, norm: str, depth: int, features: int, length: int) -> Encoder:
     """An encoder for a task; the norm ``"scale+fix"`` is ScaleNorm with FixNorm at the embedding and the head."""
     kind, _, fix = norm.partition("+")
     words = len(sequences.text()[1]) if task == "text" else VOCABULARY
