@@ -167,7 +167,9 @@ def test_pre_and_post_are_torchs_with_masks(kind: str, norm_first: bool, batch_f
         found, wanted = (one(x, mask=mask, src_key_padding_mask=padding) for one in (made, theirs))
     else:
         memory, floats = torch.randn(x.shape, dtype=torch.float64), padding.double() * -1e9
-        found, wanted = (one(x, memory, tgt_mask=mask.double() * -1e9, tgt_key_padding_mask=floats) for one in (made, theirs))
+        found, wanted = (
+            one(x, memory, tgt_mask=mask.double() * -1e9, tgt_key_padding_mask=floats) for one in (made, theirs)
+        )
     assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 

@@ -53,7 +53,9 @@ from normkit.preprocessing.image_standardization import image_standardization
 from normkit.preprocessing.robust_scaling import robust_scaling
 from normkit.preprocessing.sample_scaling import global_contrast, unit_length
 from normkit.preprocessing.whitening import whitening
+from normkit.weights.preconditioning import preconditioned
 from normkit.weights.scaled_weight_standardization import standardize_scaled
+from normkit.weights.spectral_conditioning import add_identity
 from normkit.weights.spectral_norm import divide_by_sigma
 from normkit.weights.weight_conditioning import equilibrate
 from normkit.weights.weight_norm import rescale
@@ -69,6 +71,7 @@ __all__ = [
     "adaptive_gradient_clipping",
     "adaptive_instance_norm",
     "adaptive_layer_norm",
+    "add_identity",
     "batch_channel_norm",
     "batch_group_norm",
     "batch_norm",
@@ -115,6 +118,7 @@ __all__ = [
     "partial_rms_norm",
     "positional_moments",
     "positional_norm",
+    "preconditioned",
     "query_key_norm",
     "recurrent_batch_norm",
     "renormalize_",

@@ -121,8 +121,8 @@ def places(scheme: Scheme, layer: int, depth: int) -> tuple[Place, Place]:
     """Find the places of the norms in one layer of a transformer: of its attention and of its feed-forward.
 
     Every placement but ``"none"`` is the scheme that has it in both branches. In ``"hybrid"`` the attention also normalizes its
-    queries, keys and values over the features of each head; Post-LN goes around it and no norm around the feed-forward. As
-    the paper draws it the norm belongs to the feed-forward, whose input and skip connection both start behind it: the same network.
+    queries, keys and values over the features of each head; Post-LN goes around it and no norm around the feed-forward. The
+    paper draws that norm as the feed-forward's, whose input and skip connection both start behind it: the same network.
 
     Args:
         scheme: a placement, or ``"hybrid"``.
@@ -141,7 +141,9 @@ def places(scheme: Scheme, layer: int, depth: int) -> tuple[Place, Place]:
     """
     if scheme not in get_args(Scheme):
         known = get_args(Scheme)
-        raise OptionError(f"scheme={scheme!r}; wanted one of {', '.join(map(repr, known))}{closest(str(scheme), known)}")
+        raise OptionError(
+            f"scheme={scheme!r}; wanted one of {', '.join(map(repr, known))}{closest(str(scheme), known)}"
+        )
     if scheme == "hybrid":
         return Place("post"), Place("none")
     found = place(scheme, layer, depth)

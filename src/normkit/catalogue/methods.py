@@ -55,6 +55,8 @@ _FILES = (
     "weights.weight_standardization",
     "weights.scaled_weight_standardization",
     "weights.weight_conditioning",
+    "weights.preconditioning",
+    "weights.spectral_conditioning",
     "gradients.grad_norm",
     "gradients.gradient_normalizer",
     "gradients.adaptive_clipping",

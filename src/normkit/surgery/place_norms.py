@@ -230,9 +230,7 @@ def place_norms(model: nn.Module, scheme: Scheme, *, optimizer: torch.optim.Opti
             last = stack.layers[-1]
             if isinstance(last, PlacedLayer) and last.places[-1].formula != "post" and stack.norm is None:
                 stack.norm = another(last.get_submodule("norm1"))
-                rows.append(
-                    Change(label(f"{name}.norm".lstrip(".")), "none", type(stack.norm).__name__, "final norm")
-                )
+                rows.append(Change(label(f"{name}.norm".lstrip(".")), "none", type(stack.norm).__name__, "final norm"))
         return opened.close(model, rows)
 
 
@@ -245,9 +243,7 @@ def _places(scheme: Scheme, layer: int, stack: _Stack, stacks: Sequence[_Stack])
         root = (n**4 * m) ** (1 / 16)
         encoder, decoder = Place("post", 0.81 * root, start=0.87 / root), (3 * m) ** 0.25
         attention = feed_forward = (
-            encoder
-            if isinstance(stack, nn.TransformerEncoder)
-            else Place("post", decoder, start=(12 * m) ** -0.25)
+            encoder if isinstance(stack, nn.TransformerEncoder) else Place("post", decoder, start=(12 * m) ** -0.25)
         )
     return [attention] * (1 if isinstance(stack, nn.TransformerEncoder) else 2) + [feed_forward]
 

@@ -152,8 +152,7 @@ class Encoder(nn.Module):
             for weight in started:
                 weight.data.mul_(pair[0].start)
             self.layers.extend(
-                Residual(branch, make, place)
-                for branch, place in zip((attention, feed_forward), pair, strict=True)
+                Residual(branch, make, place) for branch, place in zip((attention, feed_forward), pair, strict=True)
             )
             last = pair[1].formula
         self.norm = nn.Identity() if last == "post" else make()
