@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -296,5 +298,54 @@ def test_spectral_conditioning_of_language_models(kind: str, config: str, names:
     ],
 )
 def test_refusals_of_preconditioners(call: Callable[[], Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        call()
+
+
+# Preconditioned attention and tokens
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 10**6))
+def test_conditioned_tokens_bound_the_condition_number(length: int, features: int, seed: int) -> None:
+    x = torch.randn(2, length, features, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    y, least = nk.ConditionedTokens()(x), min(length, features)
+    before, after = torch.linalg.svdvals(x), torch.linalg.svdvals(y)
+    assert_close(after, before + before[:, :1], rtol=1e-12, atol=1e-12)
+    assert (after[:, 0] <= 2 * after[:, least - 1] * (1 + 1e-12)).all()
+
+
+def test_gradients_of_conditioned_tokens() -> None:
+    x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    g = torch.randn_like(x)
+    assert_close(torch.autograd.grad(nk.ConditionedTokens()(x), x, g)[0], g, rtol=0, atol=0)
+    torch.autograd.gradcheck(nk.ConditionedTokens("full"), x)
+
+
+def test_gradients_and_masks_of_preconditioned_attention() -> None:
+    q, k, v = torch.randn(3, 2, 4, 6, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(4, 4, dtype=torch.bool).tril()
+    rows = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+    norms = rows.square().sum(-1, keepdim=True).sqrt()
+    for gradient, wanted in (("full", rows / norms), ("detach", rows / norms.detach())):
+        made = nk.PreconditionedAttention(gradient=gradient)
+        assert_close(made(q, k, v, mask), wanted, rtol=1e-12, atol=1e-12)
+        assert_close(made(q, k, v, is_causal=True), wanted, rtol=1e-12, atol=1e-12)
+        found, other = (
+            torch.autograd.grad(y.sin().sum(), (q, k, v), retain_graph=True) for y in (made(q, k, v, mask), wanted)
+        )
+        assert_close(found, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: nk.ConditionedTokens("none"), OptionError, "gradient='none'; wanted 'detach' or 'full'"),
+        (lambda: nk.ConditionedTokens()(torch.ones(3)), ShapeError, "wanted .*, L, D"),
+        (lambda: nk.PreconditionedAttention(gradient="none"), OptionError, "wanted 'full' or 'detach'"),
+        (lambda: nk.PreconditionedAttention(0.0), OptionError, "eps"),
+    ],
+)
+def test_refusals_of_preconditioned_attention(call: Callable[[], Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         call()

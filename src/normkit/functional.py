@@ -11,6 +11,7 @@ from normkit.activations.batch_group_norm import batch_group_norm, example_weigh
 from normkit.activations.batch_norm import batch_norm
 from normkit.activations.batch_renorm import RenormSchedule, batch_renorm
 from normkit.activations.conditional_norm import conditional_norm
+from normkit.activations.conditioned_tokens import conditioned_tokens
 from normkit.activations.divisive_norm import Field, divisive_norm, heeger_norm, lyu_simoncelli_norm
 from normkit.activations.dynamic_tanh import dynamic_erf, dynamic_tanh
 from normkit.activations.exemplar_norm import exemplar_norm
@@ -33,6 +34,7 @@ from normkit.activations.mean_only_batch_norm import mean_only_batch_norm
 from normkit.activations.normalizer_free import scaled_activation
 from normkit.activations.partial_rms_norm import partial_rms_norm
 from normkit.activations.positional_norm import PositionalMoments, positional_moments, positional_norm
+from normkit.activations.preconditioned_attention import preconditioned_attention
 from normkit.activations.query_key_norm import query_key_norm
 from normkit.activations.recurrent_batch_norm import padding_mask, recurrent_batch_norm
 from normkit.activations.recurrent_layer_norm import unroll
@@ -77,6 +79,7 @@ __all__ = [
     "batch_norm",
     "batch_renorm",
     "conditional_norm",
+    "conditioned_tokens",
     "divide_by_sigma",
     "divisive_norm",
     "dynamic_erf",
@@ -119,6 +122,7 @@ __all__ = [
     "positional_moments",
     "positional_norm",
     "preconditioned",
+    "preconditioned_attention",
     "query_key_norm",
     "recurrent_batch_norm",
     "renormalize_",

@@ -28,6 +28,8 @@ _FILES = (
     "activations.scale_norm",
     "activations.fix_norm",
     "activations.query_key_norm",
+    "activations.preconditioned_attention",
+    "activations.conditioned_tokens",
     "activations.hypersphere",
     "activations.film",
     "activations.adaptive_layer_norm",
