@@ -16,7 +16,7 @@ from normkit.lab.models.encoder import Encoder
 from normkit.lab.seeding import reseed
 from normkit.lab.sweep import Work
 from normkit.lab.train.walk import Diverged, descend, device, walk
-from normkit.residual import Placement
+from normkit.residual import Scheme
 from normkit.schedules import linear_rate
 
 VOCABULARY, BATCH, HEADS = 16, 32, 4
@@ -29,7 +29,7 @@ class Training:
     """One encoder, task and optimizer."""
 
     task: str
-    placement: Placement
+    placement: Scheme
     norm: str
     optimizer: str
     warmup: bool
@@ -50,7 +50,7 @@ class Training:
 class Start(Work, path="start/{0.placement}/depth={0.depth}/seed={0.seed}"):
     """One encoder before training."""
 
-    placement: Placement
+    placement: Scheme
     depth: int
     features: int
     length: int
@@ -58,7 +58,7 @@ class Start(Work, path="start/{0.placement}/depth={0.depth}/seed={0.seed}"):
     draws: int = 8
 
 
-def make(task: str, placement: Placement, norm: str, depth: int, features: int, length: int) -> Encoder:
+def make(task: str, placement: Scheme, norm: str, depth: int, features: int, length: int) -> Encoder:
     """An encoder for a task; the norm ``"scale+fix"`` is ScaleNorm with FixNorm at the embedding and the head."""
     kind, _, fix = norm.partition("+")
     words = len(sequences.text()[1]) if task == "text" else VOCABULARY
