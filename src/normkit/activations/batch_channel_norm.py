@@ -330,7 +330,6 @@ CARD_ESTIMATED = Card(
     weaknesses="gradients ignore the statistics; the momentum has to fall with the learning rate",
     module=EstBatchNorm,
     functional=est_batch_norm,
-    make=EstBatchNorm,
     build=lambda at: EstBatchNorm(at.channels, at.eps, at.momentum, at.affine, **at.factory),
     over="n *",
     batch_dependent=True,
