@@ -143,6 +143,7 @@ CARD = Card(
     module=PreconditionedAttention,
     functional=preconditioned_attention,
     make=lambda features: PreconditionedAttention(),
+    rule=preconditioned_attention_rule(),
     layout="* d",
     extra=_example_key_and_value,
 )
