@@ -61,6 +61,7 @@ from normkit.core.moments import Moments
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
+from normkit.diagnostics.audit.checks import audit
 from normkit.engine.dispatch import explain, normalize
 from normkit.engine.layer import Layer
 from normkit.residual import Residual
@@ -135,6 +136,7 @@ __all__ = [
     "SyncBatchNorm",
     "accelerate",
     "apply_recipe",
+    "audit",
     "catalogue",
     "condition",
     "convert",

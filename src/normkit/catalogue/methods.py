@@ -1,7 +1,5 @@
 """METHODS: every method, one line per file. Tests, pages, recipes and benchmarks go through it."""
 
-from __future__ import annotations
-
 from importlib import import_module
 
 from normkit.catalogue.entry import find, spellings

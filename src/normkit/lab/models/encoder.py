@@ -6,66 +6,16 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from normkit.activations.fix_norm import FixNorm
 from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm
 from normkit.activations.scale_norm import ScaleNorm
 from normkit.core.errors import OptionError
+from normkit.lab.models.vit import Attention
 from normkit.residual import Residual, Scheme, places
 
 NORMS = {"ln": LayerNorm, "rms": RMSNorm, "scale": ScaleNorm}
-
-
-class Attention(nn.Module):
-    """Self-attention of several heads.
-
-    softmax(Q K^T / sqrt(features / heads)) V, then a linear layer. Queries, keys and values are three blocks of rows of one
-    weight, each Xavier-uniform by itself; biases start at 0.
-
-    Args:
-        features: width.
-        heads: which divide it.
-        causal: a place sees itself and those before it. Default: False.
-        norm: makes a norm of a head's features, which queries, keys and values each get. Default: None, no norm.
-
-    Shape:
-        (N, L, features) to the same.
-
-    Raises:
-        OptionError: the heads do not divide the features.
-
-    Reference:
-        Vaswani et al. 2017, Attention Is All You Need, https://arxiv.org/abs/1706.03762
-
-    >>> Attention(8, 2)(torch.zeros(1, 3, 8)).shape
-    torch.Size([1, 3, 8])
-    """
-
-    def __init__(
-        self, features: int, heads: int, causal: bool = False, norm: Callable[[int], nn.Module] | None = None
-    ) -> None:
-        super().__init__()
-        if features % heads:
-            raise OptionError(
-                f"Attention: {features} features do not split into {heads} heads; take heads that divide it"
-            )
-        self.heads, self.causal = heads, causal
-        self.qkv, self.out = nn.Linear(features, 3 * features), nn.Linear(features, features)
-        for block in self.qkv.weight.data.chunk(3):
-            nn.init.xavier_uniform_(block)
-        _start(self.out)
-        nn.init.zeros_(self.qkv.bias)
-        self.norms = nn.ModuleList(norm(features // heads) for _ in range(3) if norm is not None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Lets every place look at the others."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if self.norms:
-            q, k, v = (one(part) for one, part in zip(self.norms, (q, k, v), strict=True))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Sequential):
@@ -144,15 +94,15 @@ class Encoder(nn.Module):
         self.layers = nn.Sequential()
         last = ""
         for layer in range(1, depth + 1):
-            attention = Attention(features, heads, causal, qkv)
+            looks = attention(features, heads, causal, qkv)
             feed_forward = FeedForward(features, hidden or 4 * features)
-            started = (attention.qkv.weight[2 * features :], attention.out.weight)
+            started = (looks.qkv.weight[2 * features :], looks.proj.weight)
             started += (feed_forward[0].get_parameter("weight"), feed_forward[2].get_parameter("weight"))
             pair = places(placement, layer, depth)
             for weight in started:
                 weight.data.mul_(pair[0].start)
             self.layers.extend(
-                Residual(branch, make, place) for branch, place in zip((attention, feed_forward), pair, strict=True)
+                Residual(branch, make, place) for branch, place in zip((looks, feed_forward), pair, strict=True)
             )
             last = pair[1].formula
         self.norm = nn.Identity() if last == "post" else make()
@@ -168,6 +118,18 @@ class Encoder(nn.Module):
     def feed_forwards(self) -> list[FeedForward]:
         """The feed-forward branches, the first layer's first."""
         return [module for module in self.modules() if isinstance(module, FeedForward)]
+
+
+def attention(
+    features: int, heads: int, causal: bool = False, norm: Callable[[int], nn.Module] | None = None
+) -> Attention:
+    """Makes self-attention whose queries, keys and values are each Xavier-uniform by themselves; biases start at 0."""
+    made = Attention(features, heads, causal, norm)
+    for block in made.qkv.weight.data.chunk(3):
+        nn.init.xavier_uniform_(block)
+    _start(made.proj)
+    nn.init.zeros_(made.qkv.bias)
+    return made
 
 
 def _start(layer: nn.Linear) -> nn.Linear:
