@@ -25,6 +25,7 @@ FILES = {
         "cost_activations",
         "conditioning",
         "four_benefits",
+        "equilibrate",
     ),
 }
 
