@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class Plan:
         borrow: the label of the plan whose chosen rates are taken over in place of a sweep. Default: none.
         same: show that E is weight norm with its lengths frozen at 1. Default: False.
         costs: seconds for measuring what a step of each row costs; 0 for not. Default: 20.
+        beyond: where the best rate is the smallest or largest that was tried, try further ones. Default: False.
     """
 
     label: str
@@ -77,6 +78,7 @@ class Plan:
     borrow: str = ""
     same: bool = False
     costs: float = 20.0
+    beyond: bool = False
 
 
 def study(bench: Bench, plans: Sequence[Plan], learn: Learn = learn) -> dict[str, Any]:
@@ -115,7 +117,7 @@ def tiny(plan: Plan) -> Plan:
         base = Training("digits", "inception", "", "", 0.0, 0, 1, optimizer=base.optimizer, condition=base.condition)
     some: dict[str, Any] = {"rates": (0.1, 1e30) if plan.rates else (), "rate": 0.1 if plan.rate else None}
     some |= {key: tuple(replace(row, rates=()) for row in getattr(plan, key)) for key in ("rows", "controls")}
-    return replace(plan, base=replace(base, epochs=1, batch_size=64), costs=min(plan.costs, 0.1), **some)
+    return replace(plan, base=replace(base, epochs=1, batch_size=64), costs=min(plan.costs, 0.1), beyond=False, **some)
 
 
 def _part(bench: Bench, plan: Plan, parts: Mapping[str, Mapping[str, Any]], learn: Learn) -> dict[str, Any]:
@@ -149,11 +151,16 @@ def _part(bench: Bench, plan: Plan, parts: Mapping[str, Mapping[str, Any]], lear
     return found
 
 
-def _sweep(bench: Bench, learn: Learn, plan: Plan, rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+def _sweep(bench: Bench, learn: Learn, plan: Plan, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     if not plan.rates:
         return {}
     jobs = {row.name: [_job(plan, row, rate, bench.seeds[0]) for rate in row.rates or plan.rates] for row in rows}
-    return tune(bench, learn, jobs, validation)
+    named = {row.name: row for row in rows}
+
+    def beyond(name: str, rate: float) -> Training:
+        return _job(plan, named[name], rate, bench.seeds[0])
+
+    return tune(bench, learn, jobs, validation, beyond if plan.beyond else None)
 
 
 def _repeat(
