@@ -1,18 +1,19 @@
 """Whether to equilibrate the weight or the update: E, weight norm, Muon and MuonEq on a convolutional network and a transformer.
 
-Weight conditioning (E) divides each row of a weight by its norm; MuonEq-R divides each row of Muon's momentum by its norm, before
-it is orthogonalized. The same diagonal, on the weight or on its update: so each is run alone, with the other, and neither, and
-plain Muon tells what orthogonalizing does alone. E and weight norm (WN) are on all layers; Muon steps hidden weights, AdamW the
-last layer, gains and biases. Each row takes the best of its rates, chosen with the first seed on held-out images; where that is
-the smallest or the largest, further ones are tried.
+Weight conditioning (E) divides each row of a weight by its norm; MuonEq-R divides each row of Muon's momentum by its norm,
+before it is orthogonalized. The same diagonal, on the weight or on its update: so each is run alone, with the other, and
+neither, and plain Muon tells what orthogonalizing does alone. E and weight norm (WN) are on all layers; Muon steps hidden
+weights, AdamW the last layer, gains and biases. Each row takes the best of its rates, chosen with the first seed on held-out
+images; where that is the smallest or the largest, further ones are tried.
 
 Controls of E: on the last layer alone; on all layers with one learned temperature per layer; weight norm with its lengths frozen
-at 1, which is E. Condition numbers are those of the weights that layers compute with, at the end of each epoch, and of the change
-that the step in its middle makes in them; a row's is the median over layers.
+at 1, which is E. Condition numbers are those of the weights that layers compute with, at the end of each epoch, and of the
+change that the step in its middle makes in them; a row's is the median over layers.
 
 Ours: Inception of eight blocks with BN, by SGD with momentum 0.9 and weight decay 1e-4; a transformer with LN, by AdamW with
-decay 0.05; cosine decay. At small scale images are 16x16, and 1,024 are learned in batches of 64 for 5 epochs: Inception has half
-its channels, the transformer patches of 4, 96 features and 4 blocks. At full scale it is ViT-S, in batches of 128, 100 epochs.
+decay 0.05; cosine decay. At small scale images are 16x16, and 1,024 are learned in batches of 64 for 5 epochs: Inception has
+half its channels, the transformer patches of 4, 64 features and 3 blocks. At full scale it is ViT-S, in batches of 128, 100
+epochs.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ def follow(job: Training, folder: Path) -> dict[str, Any]:
 
 
 def small_vit(classes: int = 10) -> nn.Module:
-    """Makes the small scale's transformer: images of 16x16, patches of 4, 96 features, 4 blocks, 3 heads."""
-    return VisionTransformer(size=16, patch=4, features=96, depth=4, heads=3, classes=classes)
+    """Makes the small scale's transformer: images of 16x16, patches of 4, 64 features, 3 blocks, 4 heads."""
+    return VisionTransformer(size=16, patch=4, features=64, depth=3, heads=4, classes=classes)
 
 
 def rows(first: str, words: str, last: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
