@@ -28,9 +28,11 @@ from normkit.lab.experiments import (
     equilibrate,
     find_experiment,
     four_benefits,
+    four_improvements,
     gan,
     names,
     pre_post_ln,
+    small_table,
     why_bn,
 )
 from normkit.lab.jobs import adversarial, encoders, landscape, ranges, spectra
@@ -120,6 +122,11 @@ CASES = {
     "conditioning": Case(conditioning.descend, conditioning.Descent("bn", "e-temperature", 0.3, True, 0, 4), 3),
     "four_benefits": Case(
         four_benefits.train, four_benefits.Training("wn", 0.1, 10.0, 0, **{**DIGITS, "epochs": 4}), 3
+    ),
+    "small_table": Case(
+        four_improvements.train,
+        small_table.Training(row="ghost+decay+weighing", batch=32, rate=0.1, seed=0, **{**DIGITS, "epochs": 2}),
+        3,
     ),
 }
 

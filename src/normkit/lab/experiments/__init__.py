@@ -26,6 +26,9 @@ FILES = {
         "conditioning",
         "four_benefits",
         "equilibrate",
+        "four_improvements",
+        "local_norms",
+        "bn_order",
     ),
 }
 
