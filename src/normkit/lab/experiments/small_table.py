@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -11,15 +12,15 @@ from torch import nn
 
 from normkit.core.card import Paper
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments.four_benefits import best
 from normkit.lab.experiments.runs import diverged, labelled, notes, size_of, source_of
 from normkit.lab.models.noisy_norm import Shift
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.report.bands import dots, rows_of
 from normkit.lab.report.canvas import FAINT, FULL, panels
 from normkit.lab.report.drawing import COLOURS, GREY
+from normkit.lab.report.tables import edges, rates_table
 from normkit.lab.seeding import reseed
-from normkit.lab.stats import gain, judge_runs, known, mean, spread, tell, where
+from normkit.lab.stats import gain, judge_runs, known, spread, tell, tune, where
 from normkit.lab.train.images import Images, Size, Stream, accuracy, fit
 from normkit.lab.train.walk import OK, device, forget
 
@@ -94,7 +95,7 @@ class Plan:
     Args:
         train: does a job: :func:`learn` with the rows of the experiment.
         rows: by batch size, the rows' titles by name; the first is the one that others are compared with.
-        rates: by batch size, those that each row tries.
+        rates: by batch size, those that each row tries; further ones follow where the best is the smallest or largest.
         epochs: at small scale.
         pairs: rows that remarks compare, the first minus the second, where both are there.
         about: a note below the tables. Default: none.
@@ -118,25 +119,31 @@ class Plan:
 
 def run(plan: Plan, bench: Bench) -> dict[str, Any]:
     """Finds the rate of each row with the first seed, on held-out images, then trains with it and every seed."""
-    size, rates = size_of(bench, plan.epochs), plan.rates
-    if bench.scale == "tiny":
-        rates = dict.fromkeys(rates, (0.1, 1e30))  # one that learns and one that diverges
-    each = [(row, batch) for batch, some in plan.rows.items() for row in some]
-    tried = [
-        Training(row=row, batch=batch, rate=rate, seed=bench.seeds[0], **size)
-        for row, batch in each
-        for rate in rates[batch]
-    ]
-    keys = ("row", "batch", "rate", "status", "val")
-    sweeps = [{key: run[key] for key in keys} for run in labelled(bench, plan.train, tried, "row", "batch", "rate")]
-    chosen = {(row, batch): best(where(sweeps, row=row, batch=batch)) for row, batch in each}
-    jobs = [
-        Training(row=row, batch=batch, rate=chosen[row, batch], seed=seed, **size)
-        for seed in bench.seeds
-        for row, batch in each
-    ]
+    size, first = size_of(bench, plan.epochs), bench.seeds[0]
+    tiny = bench.scale == "tiny"
+    makers = {
+        f"{row}, {batch}": partial(Training, row=row, batch=batch, **size)
+        for batch, some in plan.rows.items()
+        for row in some
+    }
+    tried = {
+        name: [make(rate=rate, seed=first) for rate in ((0.1, 1e30) if tiny else plan.rates[make.keywords["batch"]])]
+        for name, make in makers.items()
+    }
+
+    def beyond(name: str, rate: float) -> Training:
+        return makers[name](rate=rate, seed=first)
+
+    swept = tune(bench, plan.train, tried, look, None if tiny else beyond)
+    jobs = [make(rate=swept[name]["rate"], seed=seed) for seed in bench.seeds for name, make in makers.items()]
     runs = labelled(bench, plan.train, jobs, "row", "batch", "rate", "seed")
-    return {"runs": runs, "sweeps": sweeps, **size, **source_of(size, bench)}
+    return {"runs": runs, "swept": swept, **size, **source_of(size, bench)}
+
+
+def look(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run says on held-out images."""
+    loss = found["loss"][-1] if found["loss"] else None
+    return {"status": found["status"], "score": found["val"], "loss": loss, "reached": len(found["loss"])}
 
 
 def tables(plan: Plan, result: Mapping[str, Any]) -> list[Table]:
@@ -144,28 +151,22 @@ def tables(plan: Plan, result: Mapping[str, Any]) -> list[Table]:
     found = []
     for batch, titles in plan.rows.items():
         base = where(result["runs"], row=next(iter(titles)), batch=batch)
+        swept = [{"name": title, **result["swept"][f"{row}, {batch}"]} for row, title in titles.items()]
         lines: list[list[Any]] = []
-        swept: list[list[Any]] = []
         for row, title in titles.items():
             runs = where(result["runs"], row=row, batch=batch)
             scores, losses = [run["test"] for run in runs], [run["loss"][-1] for run in runs if run["status"] == OK]
             change = [None, None] if runs == base else [difference(runs, base), judge_runs(runs, base, "test")]
             lines.append([title, runs[0]["rate"], spread(scores, ".1f", 100), *change, spread(losses, ".2f")])
-            tried = where(result["sweeps"], row=row, batch=batch)
-            swept.append([title, *(run["val"] and 100 * run["val"] for run in tried)])
-        first = next(iter(titles.values()))
         said = (
             f"{result['data']}: {result['train'] or 'all'} training images, {result['epochs']} epochs of SGD with momentum 0.9, "
             "cosine decay; mean ± standard deviation over seeds, differences in points, paired by seed, with their 95 % interval."
         )
-        columns = ("row", "rate", "test, %", f"minus {first}", "it is", "training loss")
-        found.append(Table(f"Batch {batch}", columns, lines, notes(result, said, *filter(None, [plan.about]))))
-        columns = (
-            "row",
-            *(f"rate {run['rate']:g}" for run in where(result["sweeps"], row=next(iter(titles)), batch=batch)),
-        )
-        title = f"Batch {batch}: accuracy on held-out images by rate, first seed, %"
-        found.append(Table(title, columns, swept, ["It chooses the rate. Blank: the run diverged."]))
+        columns = ("row", "rate", "test, %", f"minus {swept[0]['name']}", "it is", "training loss")
+        said = notes(result, said, *filter(None, [plan.about]), *edges(swept))
+        found.append(Table(f"Batch {batch}", columns, lines, said))
+        note = "Accuracy on held-out images in %, first seed; it chooses the rate."
+        found += rates_table(f"Batch {batch}: learning rates", swept, note)
     return found
 
 
@@ -199,16 +200,15 @@ def figures(plan: Plan, result: Mapping[str, Any]) -> list[Drawing]:
 
 def accuracies(plan: Plan, result: Mapping[str, Any]) -> Figure:
     """Test accuracies, a dot per seed."""
-    longest, count = max(map(len, plan.rows.values())), len(plan.rows)
-    figure, axes = panels(count, FULL if count > 1 else FULL * 0.7, 0.6 + 0.2 * longest)
+    count = len(plan.rows)
+    figure, axes = panels(count, FULL if count > 1 else FULL * 0.7, 2.0)
     for axis, (batch, titles) in zip(axes, plan.rows.items(), strict=True):
         for y, row in enumerate(titles):
-            scores = [
-                100 * score for score in known(run["test"] for run in where(result["runs"], row=row, batch=batch))
-            ]
+            runs = where(result["runs"], row=row, batch=batch)
+            scores = [100 * score for score in known(run["test"] for run in runs)]
             dots(axis, y, scores, COLOURS[0] if y else GREY)
             if scores and not y:
-                axis.axvline(mean(scores) or 0.0, color=FAINT, linewidth=0.8)
+                axis.axvline(fmean(scores), color=FAINT, linewidth=0.8)
         axis.set_xlabel("test accuracy, %")
         axis.set_title(f"batch {batch}", loc="left")
         rows_of(axis, list(titles.values()))
