@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from normkit.activations.batch_group_norm import CARD, BatchGroupNorm
-from normkit.lab.experiments.small_table import Plan, Training, learn, network
+from normkit.lab.experiments.small_table import Plan, Training, learn
+from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.train.images import Images, accuracy
 from normkit.surgery.example_weighing import choose_alpha
 
@@ -38,7 +39,7 @@ ABOUT = "Example weighing changes evaluation alone: at the same rate its differe
 RATES = {MEDIUM: (0.03, 0.1, 0.3), SMALL: (0.003, 0.01, 0.03)}
 
 
-def make(row: str, channels: int, width: int) -> nn.Module:
+def make(row: str, **size: int) -> nn.Module:
     """Makes a row's network; its norms take statistics over the groups of the row."""
     kinds: dict[str, tuple[int | None, int | None]] = {
         "bn": (None, None),
@@ -46,7 +47,7 @@ def make(row: str, channels: int, width: int) -> nn.Module:
         "group": (GROUPS, EXAMPLES),
     }
     groups, examples = kinds[row.partition("+")[0]]
-    return network(lambda width: BatchGroupNorm(width, groups, examples, momentum=0.1), channels, width)
+    return SmallCNN(lambda channels: BatchGroupNorm(channels, groups, examples, momentum=0.1), **size)
 
 
 @torch.no_grad()

@@ -18,8 +18,9 @@ from torch import nn
 from normkit.activations.batch_norm import BatchNorm
 from normkit.activations.local_contrast_norm import LocalContrastNorm
 from normkit.activations.local_response_norm import CARD, LocalResponseNorm
-from normkit.lab.experiments.small_table import Plan, Training, learn, network, turned
+from normkit.lab.experiments.small_table import Plan, Training, learn, turned
 from normkit.lab.models.noisy_norm import Shift
+from normkit.lab.models.small_cnn import SmallCNN
 
 BATCH = 64
 ROWS = {
@@ -41,16 +42,16 @@ LOCAL = {
 PAIRS = (*((row, "none") for row in ROWS[BATCH] if row != "none"), ("lrn-strong", "bn"), ("jarrett", "bn"))
 
 
-def make(row: str, channels: int, width: int) -> nn.Module:
+def make(row: str, **size: int) -> nn.Module:
     """Makes a row's network.
 
-    >>> [type(layer).__name__ for layer in make("lrn-strong", 3, 4).features[:4]]
+    >>> [type(layer).__name__ for layer in make("lrn-strong", width=4).features[:4]]
     ['Conv2d', 'Shift', 'ReLU', 'LocalResponseNorm']
     """
     kind, _, strong = row.partition("-")
     if kind in LOCAL:
-        return turned(network(lambda width: LOCAL[kind](1.0 if strong else 1e-4), channels, width))
-    return network({"bn": BatchNorm, "none": Shift}[kind], channels, width)
+        return turned(SmallCNN(lambda channels: LOCAL[kind](1.0 if strong else 1e-4), **size))
+    return SmallCNN({"bn": BatchNorm, "none": Shift}[kind], **size)
 
 
 def train(job: Training, folder: Path) -> dict[str, Any]:

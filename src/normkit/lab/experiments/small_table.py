@@ -43,25 +43,20 @@ class Training(Size):
 def learn(
     job: Training,
     folder: Path,
-    make: Callable[[str, int, int], nn.Module],
+    make: Callable[..., nn.Module],
     before: Callable[[nn.Module, Training, float], None] = lambda model, job, part: None,
     settle: Callable[[nn.Module, Training, Images], None] = lambda model, job, held_out: None,
 ) -> dict[str, Any]:
-    """Trains a row and evaluates it.
+    """Trains what ``make(row, channels=, width=)`` gives, and evaluates it.
 
-    Args:
-        job: which.
-        folder: of the job.
-        make: ``make(row, channels, width)`` gives the network.
-        before: is told the model, the job and the part of the rate that is left, before each step. Default: does nothing.
-        settle: chooses what evaluation needs on held-out images. Default: does nothing.
+    ``before(model, job, part)`` is called before each step with the part of the rate that is left; ``settle(model, job, images)``
+    chooses on held-out images what evaluation needs.
     """
     images = job.images()
     stream = Stream(images["train"], job.batch, job.seed)
     reseed(job.seed, "init")
-    model = make(job.row, images["train"][0].shape[1], job.width).to(device())
-    how = job.epochs, job.rate, job.seed, folder, lambda part: before(model, job, part)
-    walked = fit(model, stream, *how)
+    model = make(job.row, channels=images["train"][0].shape[1], width=job.width).to(device())
+    walked = fit(model, stream, job.epochs, job.rate, job.seed, folder, lambda part: before(model, job, part))
     scores: dict[str, float | None] = dict.fromkeys(("val", "test"))
     if walked.status == OK:
         settle(model.eval(), job, images["val"])
@@ -70,15 +65,10 @@ def learn(
     return {"status": walked.status, "loss": [row["loss"] for row in walked.rows], **scores}
 
 
-def network(norm: Callable[[int], nn.Module], channels: int, width: int) -> SmallCNN:
-    """Makes the small network with a norm between each convolution and its ReLU."""
-    return SmallCNN(norm, channels=channels, width=width)
-
-
 def turned(model: SmallCNN, activation: Callable[[], nn.Module] = nn.ReLU) -> SmallCNN:
     """Puts each norm behind its activation, and a bias before that.
 
-    >>> [type(layer).__name__ for layer in turned(network(nn.BatchNorm2d, 3, 4)).features[:4]]
+    >>> [type(layer).__name__ for layer in turned(SmallCNN(nn.BatchNorm2d, width=4)).features[:4]]
     ['Conv2d', 'Shift', 'ReLU', 'BatchNorm2d']
     """
     old, layers = list(model.features.children()), list[nn.Module]()
@@ -131,10 +121,9 @@ def run(plan: Plan, bench: Bench) -> dict[str, Any]:
         for name, make in makers.items()
     }
 
-    def beyond(name: str, rate: float) -> Training:
-        return makers[name](rate=rate, seed=first)
-
-    swept = tune(bench, plan.train, tried, look, None if tiny else beyond)
+    swept = tune(
+        bench, plan.train, tried, look, None if tiny else lambda name, rate: makers[name](rate=rate, seed=first)
+    )
     jobs = [make(rate=swept[name]["rate"], seed=seed) for seed in bench.seeds for name, make in makers.items()]
     runs = labelled(bench, plan.train, jobs, "row", "batch", "rate", "seed")
     return {"runs": runs, "swept": swept, **size, **source_of(size, bench)}
