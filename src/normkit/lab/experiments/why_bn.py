@@ -22,10 +22,11 @@ from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 from normkit.core.card import Paper
+from normkit.diagnostics.curvature import smoothness
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments import rates
 from normkit.lab.experiments.runs import labelled, notes, side, size_of, source_of
-from normkit.lab.jobs.landscape import moments, moved, smoothness, turns
+from normkit.lab.jobs.landscape import moments, moved, turns
 from normkit.lab.models.noisy_norm import MAKERS
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.report.bands import Curve, End, along
@@ -77,7 +78,8 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
     def step(number: int) -> dict[str, Any] | None:
         x, y = stream(number)
         looking = job.measured and number % max(1, job.steps // LOOKS) == 0
-        found = {**turns(model, (x, y), job.rate), **smoothness(model, (x, y), job.rate)} if looking else {}
+        found = turns(model, (x, y), job.rate) if looking else {}
+        found |= vars(smoothness(model, F.cross_entropy, [(x, y)], job.rate)) if looking else {}
         before = moments(model, probe) if looking else []
         if job.measured:
             for group in optimizer.param_groups:
