@@ -84,7 +84,9 @@ def logistic_steps(x: Tensor, y: Tensor, limit: int) -> int | None:
         return F.binary_cross_entropy_with_logits(x @ w, y) + 1e-3 * (x @ w).square().mean()
 
     best = torch.zeros(2, dtype=x.dtype, requires_grad=True)
-    optimizer = torch.optim.LBFGS([best], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [best], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -169,14 +171,21 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
 
 def draw(result: dict[str, Any]) -> Motion:
     """Descent at every stage."""
-    figure = Figure(figsize=(FULL, 2.1), layout="constrained")
+    figure = Figure(figsize=(FULL, 1.25), layout="constrained")
     paths = []
-    u, v = torch.meshgrid(torch.linspace(-3, 3, 61), torch.linspace(-1.5, 1.5, 31), indexing="xy")
+    u, v = torch.meshgrid(torch.linspace(-3, 3, 121), torch.linspace(-1.5, 1.5, 61), indexing="xy")
     for axis, row, hue in zip(figure.subplots(1, 4, sharey=True), result["stages"], COLOURS, strict=False):
         values, vectors = torch.linalg.eigh(torch.tensor(row["hessian"], dtype=torch.float64))
         # In widths of the steep direction; the start is within sight along it, and the flat one is shown as far as it fits.
         steep = values[1].sqrt()
-        axis.contour(u, v, (values[0] / values[1]) * u**2 + v**2, levels=[0.02, 0.2, 0.6, 1.2, 2.2], colors="#c9d1d9", linewidths=0.6)
+        axis.contour(
+            u,
+            v,
+            (values[0] / values[1]) * u**2 + v**2,
+            levels=[0.02, 0.2, 0.6, 1.2, 2.2],
+            colors="#c9d1d9",
+            linewidths=0.6,
+        )
         flat, across = (torch.tensor(row["path"], dtype=torch.float64) @ vectors * steep).T
         place = (flat / flat[0] * min(flat[0].item(), 2.5)).tolist(), across.tolist()
         axis.plot([0], [0], "+", color="black", markersize=6)

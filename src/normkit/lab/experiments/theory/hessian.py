@@ -161,7 +161,12 @@ def draw(result: dict[str, Any]) -> Figure:
     for mode, hue in hues.items():
         ratios = sorted(row[mode] for row in result["random"])
         left.plot([100 * k / max(1, len(ratios) - 1) for k in range(len(ratios))], ratios, color=hue)
-    curves = [Curve(name, hues[mode], [[{"step": row["step"], "y": row[mode]} for row in run["rows"]] for run in result["runs"]]) for mode, name in READINGS.items()]
+    curves = [
+        Curve(
+            name, hues[mode], [[{"step": row["step"], "y": row[mode]} for row in run["rows"]] for run in result["runs"]]
+        )
+        for mode, name in READINGS.items()
+    ]
     ends = along(right, curves, lambda row: row["y"])
     left.set(xlabel="percent of networks")
     left.set_title("random networks: κ(H) with E by without", loc="left")

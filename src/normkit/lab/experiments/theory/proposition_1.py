@@ -41,8 +41,22 @@ def run(bench: Bench) -> dict[str, Any]:
             before = conditions(drawn)
             ratio = conditions(torch.nn.functional.normalize(drawn, dim=2)) / before
             low, middle, high = ratio.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
-            found = {"before": before.median().item(), "low": low, "middle": middle, "high": high, "worst": ratio.max().item()}
-            rows.append({"shape": name, "rows": shape[0], "spread": spread, "better": (ratio < 1).double().mean().item(), **found})
+            found = {
+                "before": before.median().item(),
+                "low": low,
+                "middle": middle,
+                "high": high,
+                "worst": ratio.max().item(),
+            }
+            rows.append(
+                {
+                    "shape": name,
+                    "rows": shape[0],
+                    "spread": spread,
+                    "better": (ratio < 1).double().mean().item(),
+                    **found,
+                }
+            )
     return {"rows": rows, "drawn": DRAWS[bench.scale]}
 
 
@@ -84,7 +98,14 @@ def draw(result: dict[str, Any]) -> Figure:
     figure, axes = panels(len(SHAPES), FULL, 2.3, sharey=True)
     for axis, hue, name in zip(axes, COLOURS, SHAPES, strict=False):
         rows = [row for row in result["rows"] if row["shape"] == name]
-        band(axis, range(len(SPREADS)), *([row[key] for row in rows] for key in ("middle", "low", "high")), color=hue, marker="o", markersize=3)
+        band(
+            axis,
+            range(len(SPREADS)),
+            *([row[key] for row in rows] for key in ("middle", "low", "high")),
+            color=hue,
+            marker="o",
+            markersize=3,
+        )
         axis.axhline(1, color=FAINT, linewidth=0.8)
         axis.set_xticks(range(len(SPREADS)), [f"{spread:g}" for spread in SPREADS])
         axis.set(yscale="log", xlabel="spread of row norms")

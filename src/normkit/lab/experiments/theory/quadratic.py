@@ -136,7 +136,14 @@ def tables(result: dict[str, Any]) -> list[Table]:
         + [f"{form['printed']:.2g}"]
         for form in result["forms"]
     ]
-    columns = ("P", "κ, singular values of PA", "ratio of its eigenvalues", "factor predicted", "factor measured", "(13) off by")
+    columns = (
+        "P",
+        "κ, singular values of PA",
+        "ratio of its eigenvalues",
+        "factor predicted",
+        "factor measured",
+        "(13) off by",
+    )
     note = "Off by: distance of the stationary point of (13) as printed from the solution of Ax = b, in parts of the solution."
     return [
         Table("One step along each eigenvector, at rate 1.9 / σ₁", ("i", "σᵢ", "1 - ησᵢ", "measured"), lines),
