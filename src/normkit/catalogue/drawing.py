@@ -5,7 +5,7 @@ It is drawn from the support alone, or, for the five pictures of a lecture (``"s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ class Cube(NamedTuple):
     Args:
         name: of its file.
         title: above it.
-        reached: boolean, of two or three axes: depth, rows, columns. The element in question is the last of the first row, in front.
+        reached: boolean, of two or three axes: depth, rows, columns. The element in question ends the first row.
         labels: names of the axes.
     """
 

@@ -1,7 +1,7 @@
 """The five support sets that lectures show, found by differentiating the layers themselves.
 
-An output of a normalization depends on the elements that share its statistic and on no others, so the non-zeros of its gradient by the
-input are the support set. LayerNorm stands here twice: in a ConvNet it normalizes a sample, in a transformer a token.
+An output of a normalization depends on the elements that share its statistic and on no others, so the non-zeros of its gradient
+by the input are the support set. LayerNorm stands here twice: in a ConvNet it normalizes a sample, in a transformer a token.
 """
 
 from __future__ import annotations

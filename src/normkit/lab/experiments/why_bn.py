@@ -4,7 +4,8 @@ A small network learns CIFAR-10 without normalization, with batch normalization,
 whose mean and deviation change at every step, so that the inputs of every layer shift more than without any; and with E, row
 equilibration of the first and the last layer, whose paper claims a smoother loss too. Along training three things are measured:
 how much a layer's gradient turns when the layers before it take their step, which is one definition of covariate shift; how far
-means and deviations of a layer's inputs move; and how the loss and its gradient change along the gradient. Apart from that, runs at many rates show the largest that still learns.
+means and deviations of a layer's inputs move; and how the loss and its gradient change along the gradient. Apart from that,
+runs at many rates show the largest that still learns.
 
 Ours: batches of 64, a bias in the place of the norm that is left out, rate 0.05 with momentum 0.9 and cosine decay for what is
 measured along training, gradients compared on the training batch itself, steps of a half to four times the rate along the

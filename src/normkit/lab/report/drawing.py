@@ -38,8 +38,9 @@ class Motion(NamedTuple):
 
 
 def save(figures: Iterable[Drawing], folder: Path, dpi: int | None = None) -> list[Path]:
-    """Draws figures in the look of the reports, and writes each as PNG and SVG, by which they are known to be ours; what moves
-    as GIF too, at half the resolution.
+    """Draws figures in the look of the reports, and writes each as PNG and SVG, by which they are known to be ours.
+
+    What moves is written as GIF too, at half the resolution.
 
     Args:
         figures: what to draw.

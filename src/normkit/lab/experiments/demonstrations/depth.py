@@ -1,12 +1,13 @@
 """Scale through depth, with normalization inside the network, and what happens if statistics are not differentiated.
 
-A perceptron of equal layers starts with weights of s times He's standard deviation. Without a norm the scale of activations and of
-gradients goes as s^depth; with one it is constant, whatever s is. Row equilibration has the gain sqrt(2), which keeps the second moment
-through ReLU; weight norm is initialized on the data. Each norm is after the linear layer, and scales are taken after the activation.
+A perceptron of equal layers starts with weights of s times He's standard deviation. Without a norm the scale of activations and
+of gradients goes as s^depth; with one it is constant, whatever s is. Row equilibration has the gain sqrt(2), which keeps the
+second moment through ReLU; weight norm is initialized on the data. Each norm is after the linear layer, and scales are taken
+after the activation.
 
-The second part is the failure named by Ioffe and Szegedy: a norm's statistics are part of the network, and gradients must go through them.
-On x = a u + b, normalized to mean 0 and deviation 1 and fitted to targets of mean 1 and deviation 2, no a and b change the loss. With the
-statistics held constant in backpropagation both drift all the same.
+The second part is the failure named by Ioffe and Szegedy: a norm's statistics are part of the network, and gradients must go
+through them. On x = a u + b, normalized to mean 0 and deviation 1 and fitted to targets of mean 1 and deviation 2, no a and b
+change the loss. With the statistics held constant in backpropagation both drift all the same.
 """
 
 import math
@@ -22,6 +23,7 @@ from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm
 from normkit.core.card import Paper
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.report.bands import End
 from normkit.lab.report.canvas import FULL, panels
 from normkit.lab.report.drawing import COLOURS, GREY, name_ends
 from normkit.lab.seeding import reseed
@@ -142,8 +144,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
             )
     columns = ("norm", *(f"{what}, s = {scale:g}" for what in ("activations", "gradients") for scale in SCALES))
     notes = [
-        f"Slope of the logarithm of the standard deviation per layer, over {result['depth']} layers; log 2 is 0.693. Gradients are of a loss "
-        "after the last layer: their slope is against the direction in which they travel."
+        f"Slope of the logarithm of the standard deviation per layer, over {result['depth']} layers; log 2 is 0.693. "
+        "Gradients are of a loss after the last layer: their slope is against the direction in which they travel."
     ]  # fmt: skip
     drifts = [
         [name, step, *(f"{value:.4g}" for value in rows[step])]
@@ -165,12 +167,13 @@ def remarks(result: dict[str, Any]) -> list[str]:
     (batch,) = where(result["rows"], activation="ReLU", norm="BatchNorm", scale=1.0)
     first, last = result["drift"]["detached"][0], result["drift"]["detached"][-1]
     return [
-        f"Without a norm, ReLU: the slope per layer is {told}; log s is {-math.log(2):+.3f}, 0 and {math.log(2):+.3f}. Normalizing the input "
-        "alone changes nothing of it.",
-        f"With a norm inside, or weights of fixed length, the steepest slope of activations is {flat:.3f}. Gradients at the start are another "
-        f"matter: with BatchNorm and ReLU they grow by a factor of {math.exp(-slope(batch['gradients'])):.2f} per layer towards the input.",
-        f"With detached statistics {STEPS} steps take b from {first[1]:g} to {last[1]:.1f} and a from {first[0]:g} to {last[0]:.1f}, while the loss "
-        f"stays at {last[2]:.3f}; through the statistics neither moves.",
+        f"Without a norm, ReLU: the slope per layer is {told}; log s is {-math.log(2):+.3f}, 0 and {math.log(2):+.3f}. "
+        "Normalizing the input alone changes nothing of it.",
+        f"With a norm inside, or weights of fixed length, the steepest slope of activations is {flat:.3f}. Gradients at the "
+        "start are another matter: with BatchNorm and ReLU they grow by a factor of "
+        f"{math.exp(-slope(batch['gradients'])):.2f} per layer towards the input.",
+        f"With detached statistics {STEPS} steps take b from {first[1]:g} to {last[1]:.1f} and a from {first[0]:g} to "
+        f"{last[0]:.1f}, while the loss stays at {last[2]:.3f}; through the statistics neither moves.",
     ]
 
 
@@ -180,15 +183,17 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
         Drawing(
             "depth",
             lambda: draw(result),
-            "Standard deviation of activations (above) and of gradients (below) along the depth of a ReLU network, weights starting at a half "
-            "(left), one (middle) and two times He's (right). Activations fall or rise by decades in networks without a norm inside alone, and stay "
-            "level at every start in the others; gradients of BatchNorm, and less so of weight norm, grow towards the input, whatever the start.",
+            "Standard deviation of activations (above) and of gradients (below) along the depth of a ReLU network, weights "
+            "starting at a half (left), one (middle) and two times He's (right). Activations fall or rise by decades in "
+            "networks without a norm inside alone, and stay level at every start in the others; gradients of BatchNorm, "
+            "and less so of weight norm, grow towards the input, whatever the start.",
         ),
         Drawing(
             "drift",
             lambda: draw_drift(result),
-            "Shift b and scale a of a layer whose output is normalized next, and the loss, along descent. With the gradient through the "
-            "statistics nothing moves (grey); with the statistics held constant both grow (colour) while the loss does not change.",
+            "Shift b and scale a of a layer whose output is normalized next, and the loss, along descent. With the "
+            "gradient through the statistics nothing moves (grey); with the statistics held constant both grow (colour) "
+            "while the loss does not change.",
         ),
     ]
 
@@ -197,6 +202,7 @@ def draw(result: dict[str, Any]) -> Figure:
     """Scales along depth."""
     figure = Figure(figsize=(FULL, 3.6), layout="constrained")
     grid = figure.subplots(2, len(SCALES), sharex=True, sharey="row")
+    ends: list[End] = []
     for line, key in zip(grid, ("activations", "gradients"), strict=True):
         for axis, scale in zip(line, SCALES, strict=True):
             ends = []
@@ -217,6 +223,7 @@ def draw(result: dict[str, Any]) -> Figure:
 def draw_drift(result: dict[str, Any]) -> Figure:
     """Shift, scale and loss along descent."""
     figure, axes = panels(3, FULL, 1.9)
+    ends: list[End] = []
     for axis, place, title in zip(axes, (1, 0, 2), ("shift b", "scale a", "loss"), strict=True):
         ends = []
         for (name, rows), hue in zip(result["drift"].items(), (GREY, COLOURS[1]), strict=True):

@@ -1,13 +1,13 @@
 """Input normalization in three steps, after LeCun and others 1998: centre, decorrelate, equalize.
 
-For a linear unit with squared error the Hessian is the second moment of its inputs, H = E[xx']. Descent is stable at rates below
-2 / lambda_max(H), and its slowest direction takes about lambda_max / lambda_min steps. A mean adds the rank-one term mm' with a large
-eigenvalue; unequal scales and correlation spread the rest. Each step need not lower the condition number: centring alone can raise it, as
-it lowers the middle of the spectrum too. The last one gives H = I.
+For a linear unit with squared error the Hessian is the second moment of its inputs, H = E[xx']. Descent is stable at rates
+below 2 / lambda_max(H), and its slowest direction takes about lambda_max / lambda_min steps. A mean adds the rank-one term mm'
+with a large eigenvalue; unequal scales and correlation spread the rest. Each step need not lower the condition number: centring
+alone can raise it, as it lowers the middle of the spectrum too. The last one gives H = I.
 
-Ours: 500 points in two dimensions with means (3, -2), scales (10, 0.1) and correlation 0.9; a linear unit without bias that learns
-targets linear in the inputs with noise, and a logistic unit that learns their sign. The largest stable rate is found by bisection, on
-descent itself.
+Ours: 500 points in two dimensions with means (3, -2), scales (10, 0.1) and correlation 0.9; a linear unit without bias that
+learns targets linear in the inputs with noise, and a logistic unit that learns their sign. The largest stable rate is found by
+bisection, on descent itself.
 """
 
 import math
@@ -142,8 +142,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
     ]
     columns = ("inputs", "κ(H)", "2 / λ max", "largest stable rate", "steps, linear unit", "steps, logistic unit")
     notes = [
-        "Steps at rate 1 / λ max: of the linear unit to a millionth of the first excess loss, of the logistic unit to a thousandth "
-        f"(at most {result['limit']:,})."
+        "Steps at rate 1 / λ max: of the linear unit to a millionth of the first excess loss, of the logistic unit to a "
+        f"thousandth (at most {result['limit']:,})."
     ]
     return [Table("Inputs step by step", columns, lines, notes)]
 
@@ -161,10 +161,10 @@ def remarks(result: dict[str, Any]) -> list[str]:
 def figures(result: dict[str, Any]) -> list[Drawing]:
     """One animation."""
     caption = (
-        f"Descent of a linear unit at rate 1 / lambda_max in {FRAMES} steps, on inputs raw and after each step of normalization. Level lines are of "
-        "the loss, about the best weights (cross); axes are the eigenvectors of the Hessian, both in units of the steep direction's width, "
-        "and the flat one is cut off: on raw inputs the path falls across the valley and then stands still. Equalized inputs give circles, "
-        "and one step suffices."
+        f"Descent of a linear unit at rate 1 / lambda_max in {FRAMES} steps, on inputs raw and after each step of "
+        "normalization. Level lines are of the loss, about the best weights (cross); axes are the eigenvectors of the "
+        "Hessian, both in units of the steep direction's width, and the flat one is cut off: on raw inputs the path falls "
+        "across the valley and then stands still. Equalized inputs give circles, and one step suffices."
     )
     return [Drawing("stages", lambda: draw(result), caption, moves=True)]
 

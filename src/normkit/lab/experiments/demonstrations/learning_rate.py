@@ -1,8 +1,9 @@
 """One learning rate for all weights: gradient descent on a quadratic of two weights.
 
-On E = (a w1² + b w2²) / 2 a step at rate r multiplies w1 by 1 - ra and w2 by 1 - rb. Descent converges if and only if r < 2/max(a, b): the
-direction of large curvature sets the rate, and the other one crawls. With equal curvatures, as after normalization, both weights move
-at one pace. Every iterate here is computed by descent and compared with (1 - ra)^t w1, (1 - rb)^t w2.
+On E = (a w1² + b w2²) / 2 a step at rate r multiplies w1 by 1 - ra and w2 by 1 - rb. Descent converges if and only if r <
+2/max(a, b): the direction of large curvature sets the rate, and the other one crawls. With equal curvatures, as after
+normalization, both weights move at one pace. Every iterate here is computed by descent and compared with (1 - ra)^t w1, (1 -
+rb)^t w2.
 """
 
 from typing import Any
@@ -55,8 +56,12 @@ def run(bench: Bench) -> dict[str, Any]:
 def tables(result: dict[str, Any]) -> list[Table]:
     """Factors, and what came of them."""
     lines = [
-        [*(f"{v:g}" for v in row["curvatures"]), f"{row['rate']:g}", *(f"{v:.3f}" for v in row["factors"])]
-        + [f"{row['end']:.2g}", "converges" if row["converges"] else "diverges"]
+        [
+            *(f"{v:g}" for v in (*row["curvatures"], row["rate"])),
+            *(f"{v:.3f}" for v in row["factors"]),
+            f"{row['end']:.2g}",
+            "converges" if row["converges"] else "diverges",
+        ]
         for row in result["rows"]
     ]
     columns = ("λ₁", "λ₂", "rate", "factor of w₁", "factor of w₂", f"distance after {STEPS} steps", "descent")
@@ -77,9 +82,10 @@ def remarks(result: dict[str, Any]) -> list[str]:
 def figures(result: dict[str, Any]) -> list[Drawing]:
     """One animation."""
     caption = (
-        f"Gradient descent on a quadratic from the same start, step by step to step {FRAMES}, at three rates (columns). Above, curvatures 1 and "
-        "25: at 0.02 the flat direction crawls, at 0.075 the steep one oscillates, at 0.081 it diverges, as 2/25 = 0.08. Below, both "
-        "curvatures 1, as after normalization: the path is straight at any of these rates. Level lines are of the loss."
+        f"Gradient descent on a quadratic from the same start, step by step to step {FRAMES}, at three rates (columns). "
+        "Above, curvatures 1 and 25: at 0.02 the flat direction crawls, at 0.075 the steep one oscillates, at 0.081 it "
+        "diverges, as 2/25 = 0.08. Below, both curvatures 1, as after normalization: the path is straight at any of these "
+        "rates. Level lines are of the loss."
     )
     return [Drawing("descent", lambda: draw(result), caption, moves=True)]
 

@@ -1,7 +1,7 @@
 """Which elements share statistics, found by differentiating layers: the five pictures of a lecture.
 
-The elements on which one output depends are the non-zeros of its gradient by the input, here of three samples with six channels and four
-positions (in a transformer, four tokens of six features). ``normkit draw slides`` writes the same pictures as files.
+The elements on which one output depends are the non-zeros of its gradient by the input, here of three samples with six channels
+and four positions (in a transformer, four tokens of six features). ``normkit draw slides`` writes the same pictures as files.
 """
 
 from typing import Any
@@ -43,16 +43,16 @@ def remarks(result: dict[str, Any]) -> list[str]:
     """The two LayerNorms."""
     found = {cube.name: int(cube.reached.sum()) for cube in cubes(result)}
     return [
-        f"LayerNorm in a ConvNet has one statistic per sample ({found['slide_layer_norm_convnet']} elements), in a transformer one per token "
-        f"({found['slide_layer_norm_transformer']} elements); they are different layers."
+        f"LayerNorm in a ConvNet has one statistic per sample ({found['slide_layer_norm_convnet']} elements), in a "
+        f"transformer one per token ({found['slide_layer_norm_transformer']} elements); they are different layers."
     ]
 
 
 def figures(result: dict[str, Any]) -> list[Drawing]:
     """The pictures."""
     caption = (
-        "A tensor of three samples as a cube for five layers. The output at the orange element depends on the elements in blue and on itself "
-        "alone, as automatic differentiation finds; they are its support set."
+        "A tensor of three samples as a cube for five layers. The output at the orange element depends on the elements in "
+        "blue and on itself alone, as automatic differentiation finds; they are its support set."
     )
     return [Drawing("support-sets", lambda: together(cubes(result), 3, FULL / 3), caption)]
 

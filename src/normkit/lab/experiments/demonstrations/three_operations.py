@@ -1,8 +1,9 @@
 """The three operations of a normalization on a tensor so small that every number can be followed.
 
-Compute mean and variance over the support set, normalize by them, compensate by a linear transform. The tensor has two samples, two
-channels and three positions; each channel is a support set, as in batch normalization. The compensation here has the channel's own
-deviation as its weight and its mean as its bias, which gives the input back: a network can undo the normalization if that is best.
+Compute mean and variance over the support set, normalize by them, compensate by a linear transform. The tensor has two samples,
+two channels and three positions; each channel is a support set, as in batch normalization. The compensation here has the
+channel's own deviation as its weight and its mean as its bias, which gives the input back: a network can undo the normalization
+if that is best.
 """
 
 from typing import Any
@@ -68,9 +69,9 @@ def remarks(result: dict[str, Any]) -> list[str]:
 def figures(result: dict[str, Any]) -> list[Drawing]:
     """One animation."""
     caption = (
-        "The six values of each channel (rows) on a line: as they are, centred, divided by their deviation, and compensated by weight and "
-        "bias, which brings them back. Filled dots are of the first sample, hollow ones of the second; grey lines mark 0 and one deviation on either "
-        "side after normalization."
+        "The six values of each channel (rows) on a line: as they are, centred, divided by their deviation, and "
+        "compensated by weight and bias, which brings them back. Filled dots are of the first sample, hollow ones of the "
+        "second; grey lines mark 0 and one deviation on either side after normalization."
     )
     return [Drawing("operations", lambda: draw(result), caption, moves=True)]
 

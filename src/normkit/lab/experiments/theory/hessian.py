@@ -1,13 +1,14 @@
 """Condition numbers of the loss's Hessian with and without conditioned weights: Theorem 5.2 of their paper, in three readings.
 
-The theorem says that conditioning makes the condition number of the Hessian no larger where it has full rank. It can be read as of the
-loss L(EW) by W, with E held constant (``constant``) or differentiated (``differentiated``), or as of L itself at the weights EW
-(``plain``). All three are measured and nothing is asserted. With E held constant a linear layer under squared error has the
-Hessian E² (x) E[xx'], whose condition number is larger by (longest / shortest row)², so the theorem fails there exactly.
+The theorem says that conditioning makes the condition number of the Hessian no larger where it has full rank. It can be read as
+of the loss L(EW) by W, with E held constant (``constant``) or differentiated (``differentiated``), or as of L itself at the
+weights EW (``plain``). All three are measured and nothing is asserted. With E held constant a linear layer under squared error
+has the Hessian E² (x) E[xx'], whose condition number is larger by (longest / shortest row)², so the theorem fails there
+exactly.
 
-Ours: networks with one hidden layer of tanh under squared error, so that Hessians can be computed whole and have full rank; random ones on
-random data whose rows are multiplied by exp(z), z standard normal, and one per seed that learns digits averaged to 2x2 by gradient descent.
-A condition number is the largest absolute eigenvalue by the smallest.
+Ours: networks with one hidden layer of tanh under squared error, so that Hessians can be computed whole and have full rank;
+random ones on random data whose rows are multiplied by exp(z), z standard normal, and one per seed that learns digits averaged
+to 2x2 by gradient descent. A condition number is the largest absolute eigenvalue by the smallest.
 """
 
 from dataclasses import dataclass
@@ -20,17 +21,20 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normkit.diagnostics.curvature import hessian_condition
+from normkit.diagnostics.curvature import Reading, hessian_condition
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.classification import PAPER
 from normkit.lab.report.bands import Curve, along
 from normkit.lab.report.canvas import FAINT, FULL, log, panels
-from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
+from normkit.lab.report.drawing import COLOURS, SEEDS, name_ends
 from normkit.lab.seeding import reseed
-from normkit.lab.stats import where
 from normkit.lab.train.images import load
 
-READINGS = {"constant": "E held constant", "differentiated": "E differentiated", "plain": "plain loss at EW"}
+READINGS: dict[Reading, str] = {
+    "constant": "E held constant",
+    "differentiated": "E differentiated",
+    "plain": "plain loss at EW",
+}
 SIZES: dict[str, tuple[int, int]] = {"tiny": (3, 4), "small": (200, 400)}  # random networks, and steps of descent
 LOOKS, RATE = 8, 0.2
 
@@ -125,8 +129,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
         lines.append([name, f"{before:.2f} to {before * ratio:.4g}", cells[0], middles[0], cells[1], middles[1]])
     columns = ("reading", "κ(H), linear layer", "random: smaller", "ratio", "training: smaller", "ratio")
     notes = [
-        "Smaller: in how many the condition number of the Hessian is smaller with E. Ratio: with E by without, median. Training: all looks "
-        "of all seeds along the descent of a network without E."
+        "Smaller: in how many the condition number of the Hessian is smaller with E. Ratio: with E by without, median. "
+        "Training: all looks of all seeds along the descent of a network without E."
     ]  # fmt: skip
     return [Table("The Hessian with and without E", columns, lines, notes)]
 
@@ -139,17 +143,17 @@ def remarks(result: dict[str, Any]) -> list[str]:
         f"The theorem fails exactly for one linear layer with E held constant: κ(H) goes from {before:.2f} to "
         f"{before * result['example']['constant']:.1f}.",
         f"Of {len(drawn)} random networks with rows of unequal scale, E lowers κ(H) in {told}.",
-        "With E differentiated every stationary point has a singular Hessian, as nothing changes along a row: the theorem's condition of full "
-        "rank fails at every minimum.",
+        "With E differentiated every stationary point has a singular Hessian, as nothing changes along a row: the "
+        "theorem's condition of full rank fails at every minimum.",
     ]
 
 
 def figures(result: dict[str, Any]) -> list[Drawing]:
     """One figure."""
     caption = (
-        "The condition number of the loss's Hessian with conditioned weights by that without, in three readings of the theorem that it is at "
-        "most 1 (line): for random networks, sorted (left), and along the descent of a network on digits that has no E (right); there "
-        f"{SEEDS}."
+        "The condition number of the loss's Hessian with conditioned weights by that without, in three readings of the "
+        "theorem that it is at most 1 (line): for random networks, sorted (left), and along the descent of a network on "
+        f"digits that has no E (right); there {SEEDS}."
     )
     return [Drawing("readings", lambda: draw(result), caption)]
 

@@ -4,7 +4,8 @@ The proposition says kappa(EW) <= kappa(W) for every weight W, kappa the ratio o
 follows from a theorem that fails (``normkit theory van-der-sluis``); what holds is kappa(EW) <= sqrt(m) kappa(W) for m rows of
 full rank. How often E helps depends on how much the norms of W's rows differ.
 
-Ours: weights of linear layers as torch starts them, rows multiplied by exp(s z) with z standard normal, for spreads s from 0 to 2.
+Ours: weights of linear layers as torch starts them, rows multiplied by exp(s z) with z standard normal, for spreads s from 0 to
+2.
 """
 
 import math
@@ -62,11 +63,9 @@ def run(bench: Bench) -> dict[str, Any]:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Every shape and spread."""
-    lines = [
-        [row["shape"], f"{row['spread']:g}", f"{row['before']:.3g}", f"{row['middle']:.3g}", f"{row['worst']:.3g}", f"{100 * row['better']:.0f}"]
-        for row in result["rows"]
-    ]  # fmt: skip
-    columns = ("weight", "spread of rows", "κ(W)", "κ(EW)/κ(W)", "at worst", "better in %")
+    forms = {"spread": "g", "before": ".3g", "middle": ".3g", "worst": ".3g", "better": ".0%"}
+    lines = [[row["shape"], *(format(row[key], form) for key, form in forms.items())] for row in result["rows"]]
+    columns = ("weight", "spread of rows", "κ(W)", "κ(EW)/κ(W)", "at worst", "better")
     return [Table("Row equilibration of weights", columns, lines, [f"Medians of {result['drawn']} draws."])]
 
 
@@ -86,9 +85,10 @@ def remarks(result: dict[str, Any]) -> list[str]:
 def figures(result: dict[str, Any]) -> list[Drawing]:
     """One figure."""
     caption = (
-        "What row equilibration does to the condition number of a weight, as the ratio of after to before, against the spread of "
-        "its row norms (standard deviation of their logarithms); medians, in bands from the 5th to the 95th percentile of draws. Above 1 "
-        "it makes the condition number worse. Look at the left end, which is a standard initialization."
+        "What row equilibration does to the condition number of a weight, as the ratio of after to before, against the "
+        "spread of its row norms (standard deviation of their logarithms); medians, in bands from the 5th to the 95th "
+        "percentile of draws. Above 1 it makes the condition number worse. Look at the left end, which is a standard "
+        "initialization."
     )
     return [Drawing("rows", lambda: draw(result), caption)]
 

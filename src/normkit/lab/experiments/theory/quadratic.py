@@ -1,13 +1,13 @@
 """Gradient descent on a quadratic: equations (2) to (13) of the paper on weight conditioning, with predicted and measured rates.
 
 On f(x) = x'Ax/2 - b'x with A symmetric and positive definite, descent x <- x - rate (Ax - b) multiplies the error along
-eigenvector i by 1 - rate s_i at each step (7). It converges where rate < 2/s_1 (10), the best fixed rate is 2 / (s_1 + s_n), and the
-error then falls by (kappa - 1) / (kappa + 1) per step, kappa = s_1 / s_n (12).
+eigenvector i by 1 - rate s_i at each step (7). It converges where rate < 2/s_1 (10), the best fixed rate is 2 / (s_1 + s_n),
+and the error then falls by (kappa - 1) / (kappa + 1) per step, kappa = s_1 / s_n (12).
 
 Preconditioned, x <- x - rate P(Ax - b) has the same with the eigenvalues of PA, which are real and positive for P symmetric and
-positive definite, and those of P^(1/2) A P^(1/2). They are not its singular values: for PA that is not symmetric, kappa as a ratio of
-singular values predicts nothing here. Nor is descent on (13) as printed, x'PAx/2 - b'Px, this iteration: its gradient is
-(PA + A'P')x/2 - P'b, which is 0 elsewhere than at the solution of Ax = b.
+positive definite, and those of P^(1/2) A P^(1/2). They are not its singular values: for PA that is not symmetric, kappa as a
+ratio of singular values predicts nothing here. Nor is descent on (13) as printed, x'PAx/2 - b'Px, this iteration: its gradient
+is (PA + A'P')x/2 - P'b, which is 0 elsewhere than at the solution of Ax = b.
 
 Ours: A is a matrix near the identity with its rows and columns scaled, drawn by a seed, six by six, in double precision.
 """
@@ -168,10 +168,10 @@ def remarks(result: dict[str, Any]) -> list[str]:
 def figures(result: dict[str, Any]) -> list[Drawing]:
     """One figure."""
     caption = (
-        "Left: the error along each eigenvector of A under plain descent at rate 1.9 / s_1, in parts of the first (dots), and what "
-        "equation (7) predicts (lines); the flattest line is the smallest eigenvalue. Right: the whole error under preconditioned "
-        "descent, each form at its best rate; the inverse of A is done after one step. The order at the right is that of the "
-        "eigenvalue ratios of PA, not of its singular values."
+        "Left: the error along each eigenvector of A under plain descent at rate 1.9 / s_1, in parts of the first (dots), "
+        "and what equation (7) predicts (lines); the flattest line is the smallest eigenvalue. Right: the whole error "
+        "under preconditioned descent, each form at its best rate; the inverse of A is done after one step. The order at "
+        "the right is that of the eigenvalue ratios of PA, not of its singular values."
     )
     return [Drawing("descent", lambda: draw(result), caption)]
 

@@ -1,12 +1,12 @@
-"""Row equilibration against all diagonal scalings: Theorem 5.1 of the paper on weight conditioning, a counterexample, what is true.
+"""Row equilibration against all diagonal scalings: Theorem 5.1 of the paper on weight conditioning.
 
-The paper states, after van der Sluis, that E, which gives A unit rows, has the least condition number kappa(DA) among all diagonal D.
-True are: E minimizes chi(A) = max row norm / smallest singular value; hence kappa(EA) <= sqrt(m) min_D kappa(DA) for m rows; and E is the
-best D where m = 2. The best D itself is found by optimisation: L-BFGS on the logarithms of its entries, of log kappa(DA), from E
-and from D = 1.
+The paper states, after van der Sluis, that E, which gives A unit rows, has the least condition number kappa(DA) among all
+diagonal D. True are: E minimizes chi(A) = max row norm / smallest singular value; hence kappa(EA) <= sqrt(m) min_D kappa(DA)
+for m rows; and E is the best D where m = 2. The best D itself is found by optimisation: L-BFGS on the logarithms of its
+entries, of log kappa(DA), from E and from D = 1.
 
-Ours: matrices with entries drawn from the whole numbers -3 to 3, those of full rank; the optimisation is run on the first few of each
-size.
+Ours: matrices with entries drawn from the whole numbers -3 to 3, those of full rank; the optimisation is run on the first few
+of each size.
 """
 
 import math
@@ -117,7 +117,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
     ]
     columns = ("rows m", "of full rank", "E makes κ worse", "worst κ(EA)/κ(A)", "worst κ(EA)/κ(best DA)", "bound √m")
     notes = [
-        f"{result['drawn']} matrices of each size; the best D of {len(result['sizes'][0]['over best'])} of each is found by L-BFGS."
+        f"{result['drawn']} matrices of each size; the best D of {len(result['sizes'][0]['over best'])} of each is found by "
+        "L-BFGS."
     ]
     said = [
         "A has the rows (1, 2, 3), (0, 0, 2) and (2, 1, 3); χ is the largest row norm by the smallest singular value."
@@ -140,9 +141,10 @@ def remarks(result: dict[str, Any]) -> list[str]:
 def figures(result: dict[str, Any]) -> list[Drawing]:
     """One figure."""
     caption = (
-        "Left: what row equilibration E does to the condition number of random matrices, as quantiles of the ratio of after to before, "
-        "for m rows; right of the point where a line crosses 1, E has made it worse, which the printed theorem excludes. Right: how far "
-        "E is from the best diagonal scaling that is found, a dot for each matrix, below the bound, the root of m (bars)."
+        "Left: what row equilibration E does to the condition number of random matrices, as quantiles of the ratio of "
+        "after to before, for m rows; right of the point where a line crosses 1, E has made it worse, which the printed "
+        "theorem excludes. Right: how far E is from the best diagonal scaling that is found, a dot for each matrix, below "
+        "the bound, the root of m (bars)."
     )
     return [Drawing("search", lambda: draw(result), caption)]
 
