@@ -94,7 +94,9 @@ def test_an_experiment_runs_and_reports(kind: str, name: str, tmp_path: Path) ->
         assert path.with_suffix(".svg").stat().st_size > 1000
     text = (tmp_path / "result.md").read_text()
     captions = re.findall(r"^!\[[^]]+\]\(figures/(.+)\)\n\n\*([^*]+\.)\*$", text, flags=re.MULTILINE)
-    assert sorted(name for name, _ in captions) == [path.name for path in pictures]
+    assert sorted(Path(name).stem for name, _ in captions) == [path.stem for path in pictures]
+    for name, _ in captions:
+        assert (tmp_path / "figures" / name).stat().st_size > 2000
     assert not list(tmp_path.glob("runs/**/checkpoint.pt"))
     assert (tmp_path / "report.html").exists()
     for words in (experiment.title, *SAID.get(name, ())):

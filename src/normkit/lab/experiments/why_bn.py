@@ -43,8 +43,8 @@ METHODS = {
     "none": "no norm",
     "bn": "BatchNorm",
     "noisy": "BatchNorm + noise",
-    "none+e": "no norm, E",
-    "bn+e": "BatchNorm, E",
+    "none+e": "no norm + E",
+    "bn+e": "BatchNorm + E",
 }
 HUES = dict(zip(METHODS, (GREY, *COLOURS), strict=False))
 SEARCHED = ("none", "bn")

@@ -136,8 +136,12 @@ def run(bench: Bench) -> dict[str, Any]:
 def tables(result: dict[str, Any]) -> list[Table]:
     """Every stage."""
     lines = [
-        [row["stage"], *(f"{row[key]:.4g}" for key in ("condition", "predicted", "stable")), row["steps"]]
-        + [ABSENT if row["logistic"] is None else row["logistic"]]
+        [
+            row["stage"],
+            *(f"{row[key]:.4g}" for key in ("condition", "predicted", "stable")),
+            row["steps"],
+            ABSENT if row["logistic"] is None else row["logistic"],
+        ]
         for row in result["stages"]
     ]
     columns = ("inputs", "κ(H)", "2 / λ max", "largest stable rate", "steps, linear unit", "steps, logistic unit")
