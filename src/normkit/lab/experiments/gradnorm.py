@@ -11,6 +11,7 @@ of 100.
 
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -86,9 +87,8 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
     walked = walk(folder, job.steps, {"model": model, "optimizer": optimizer, "balance": balance}, step, job.seed)
     forget(folder)
     first = walked.rows[0]["losses"]
-    return {
-        "rows": [{**row, "pace": [a / b for a, b in zip(row["losses"], first, strict=True)]} for row in walked.rows]
-    }
+    paces = [[a / b for a, b in zip(row["losses"], first, strict=True)] for row in walked.rows]
+    return {"rows": [{**row, "pace": pace} for row, pace in zip(walked.rows, paces, strict=True)]}
 
 
 def run(bench: Bench) -> dict[str, Any]:
@@ -105,32 +105,20 @@ def ends(result: dict[str, Any], way: str, key: str, task: int) -> list[float]:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Progress and weights at the end."""
-    lines = [
-        [
-            name,
-            *(spread(ends(result, way, "pace", k)) for k in (0, 1)),
-            *(spread(ends(result, way, "weights", k), ".4f") for k in (0, 1)),
-        ]
-        for way, name in WAYS.items()
-    ]
+    forms = [("pace", 0, ".3f"), ("pace", 1, ".3f"), ("weights", 0, ".4f"), ("weights", 1, ".4f")]
+    lines = [[name, *(spread(ends(result, way, key, k), form) for key, k, form in forms)] for way, name in WAYS.items()]
     columns = ("weights", "loss by the first, s = 1", "s = 100", "weight, s = 1", "s = 100")
-    return [
-        Table(
-            f"After {result['steps']} steps",
-            columns,
-            lines,
-            ["Mean ± standard deviation over seeds; a lower loss is further."],
-        )
-    ]
+    notes = ["Mean ± standard deviation over seeds; a lower loss is further."]
+    return [Table(f"After {result['steps']} steps", columns, lines, notes)]
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
     """How far apart the tasks end."""
     told = [
-        f"{name} {spread([abs(a - b) for a, b in zip(*(ends(result, way, 'pace', k) for k in (0, 1)), strict=True)])}"
+        f"{name} {fmean(ends(result, way, 'pace', 0)):.2f} and {fmean(ends(result, way, 'pace', 1)):.2f}"
         for way, name in WAYS.items()
     ]
-    return [f"Distance of the two tasks' progress at the end: {'; '.join(told)}."]
+    return [f"Losses by those at the start, task of scale 1 and of scale 100: {'; '.join(told)}."]
 
 
 def figures(result: dict[str, Any]) -> list[Drawing]:
@@ -143,16 +131,13 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
 
     def draw() -> Figure:
         figure, axes = panels(3, FULL, 2.3)
+        rows = {way: [run["rows"] for run in where(result["runs"], way=way)] for way in WAYS}
+        hues = zip(WAYS.items(), (GREY, *COLOURS), strict=False)
+        curves = [Curve(name, hue, rows[way]) for (way, name), hue in hues]
         found = []
-        for axis, key, task, title in zip(
-            axes, ("pace", "pace", "weights"), (0, 1, 0), ("loss, s = 1", "loss, s = 100", "weight, s = 1"), strict=True
-        ):
-            curves = [
-                Curve(name, hue, [run["rows"] for run in where(result["runs"], way=way)])
-                for (way, name), hue in zip(WAYS.items(), (GREY, *COLOURS), strict=False)
-            ]
+        for axis, (key, task) in zip(axes, (("pace", 0), ("pace", 1), ("weights", 0)), strict=True):
             found = along(axis, curves, lambda row, key=key, task=task: row[key][task])
-            axis.set_title(title, loc="left")
+            axis.set_title(f"{'loss' if key == 'pace' else 'weight'}, s = {SCALES[task]:g}", loc="left")
         log(*axes[:2])
         name_ends(axes[2], found)
         return figure

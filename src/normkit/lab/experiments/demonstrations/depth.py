@@ -10,6 +10,7 @@ through them. On x = a u + b, normalized to mean 0 and deviation 1 and fitted to
 change the loss. With the statistics held constant in backpropagation both drift all the same.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,7 @@ NORMS: dict[str, Callable[[int], nn.Module] | None] = {
     "E, gain √2": None,
 }
 ACTIVATIONS: dict[str, type[nn.Module]] = {"ReLU": nn.ReLU, "tanh": nn.Tanh}
-SCALES = (0.5, 1.0, 2.0)
+SCALES, MEASURED = (0.5, 1.0, 2.0), ("activations", "gradients")
 SIZES = {"tiny": (6, 64, 64), "small": (30, 256, 256)}  # depth, width, samples
 RATE, STEPS = 0.1, 200
 
@@ -115,14 +116,12 @@ def run(bench: Bench) -> dict[str, Any]:
     """Measures every network once, and the drift."""
     depth, width, samples = SIZES[bench.scale]
     rows = []
-    for activation in ACTIVATIONS:
-        for norm in NORMS:
-            for scale in SCALES:
-                reseed(bench.seeds[0], "depth")
-                x = torch.randn(samples, width)
-                x = x if norm != "input alone" else (x - x.mean(0)) / x.std(0, correction=0)
-                about = {"activation": activation, "norm": norm, "scale": scale}
-                rows.append({**about, **scales(network(norm, activation, scale, x, depth), x)})
+    for activation, norm, scale in itertools.product(ACTIVATIONS, NORMS, SCALES):
+        reseed(bench.seeds[0], "depth")
+        x = torch.randn(samples, width)
+        x = x if norm != "input alone" else (x - x.mean(0)) / x.std(0, correction=0)
+        about = {"activation": activation, "norm": norm, "scale": scale}
+        rows.append({**about, **scales(network(norm, activation, scale, x, depth), x)})
     return {
         "rows": rows,
         "drift": {name: drift(name == "detached") for name in ("through", "detached")},
@@ -132,17 +131,10 @@ def run(bench: Bench) -> dict[str, Any]:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Slopes, and the drift."""
-    lines = []
-    for activation in ACTIVATIONS:
-        for norm in NORMS:
-            rows = where(result["rows"], activation=activation, norm=norm)
-            lines.append(
-                [
-                    f"{norm}, {activation}",
-                    *(f"{slope(row[key]):+.3f}" for key in ("activations", "gradients") for row in rows),
-                ]
-            )
-    columns = ("norm", *(f"{what}, s = {scale:g}" for what in ("activations", "gradients") for scale in SCALES))
+    lines, columns = [], ["norm", *(f"{what}, s = {scale:g}" for what in MEASURED for scale in SCALES)]
+    for norm, activation in itertools.product(NORMS, ACTIVATIONS):
+        rows = where(result["rows"], activation=activation, norm=norm)
+        lines.append([f"{norm}, {activation}", *(f"{slope(row[key]):+.3f}" for key in MEASURED for row in rows)])
     notes = [
         f"Slope of the logarithm of the standard deviation per layer, over {result['depth']} layers; log 2 is 0.693. "
         "Gradients are of a loss after the last layer: their slope is against the direction in which they travel."
@@ -203,7 +195,7 @@ def draw(result: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(FULL, 3.6), layout="constrained")
     grid = figure.subplots(2, len(SCALES), sharex=True, sharey="row")
     ends: list[End] = []
-    for line, key in zip(grid, ("activations", "gradients"), strict=True):
+    for line, key in zip(grid, MEASURED, strict=True):
         for axis, scale in zip(line, SCALES, strict=True):
             ends = []
             for (norm, hue), style in zip(

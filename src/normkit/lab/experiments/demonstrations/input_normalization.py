@@ -11,6 +11,7 @@ bisection, on descent itself.
 """
 
 import math
+from bisect import bisect_left
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from normkit.core.card import Paper
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiments.theory.quadratic import largest_stable
 from normkit.lab.report.canvas import FULL
 from normkit.lab.report.drawing import COLOURS, Motion
 from normkit.lab.report.wording import ABSENT
@@ -27,7 +29,7 @@ from normkit.preprocessing.feature_scaling import ZScore
 from normkit.preprocessing.whitening import Whitening
 
 STAGES = ("raw", "centred", "decorrelated", "equalized")
-POINTS, EXCESS, FRAMES = 500, 1e-6, 32
+POINTS, FRAMES = 500, 32
 LIMIT = {"tiny": 50, "small": 3000}  # steps of the logistic unit
 
 
@@ -50,58 +52,39 @@ def stages(x: Tensor) -> dict[str, Tensor]:
     return dict(zip(STAGES, (x, x - x.mean(0), *(form.fit(x)(x) for form in forms)), strict=True))
 
 
-def largest_stable(h: Tensor, steps: int = 300) -> float:
-    """The largest rate at which descent with this Hessian does not grow, by bisection."""
-    low, high, start = 0.0, 8 / h.trace().item(), torch.linalg.eigh(h).eigenvectors.sum(1)
-    for _ in range(40):
-        rate = 0.5 * (low + high)
-        w = torch.linalg.matrix_power(torch.eye(2, dtype=h.dtype) - rate * h, steps) @ start
-        low, high = (rate, high) if (h @ w).norm() <= (h @ start).norm() else (low, rate)
-    return low
-
-
 def steps_to(h: Tensor, start: Tensor, rate: float) -> int:
     """The steps until the excess loss w'Hw/2 is below a millionth of the first, exactly: iterates are powers of I - rate H."""
     values, vectors = torch.linalg.eigh(h)
     parts = values * (start @ vectors) ** 2
-    low, high = 0, 1
-    while (parts * (1 - rate * values) ** (2 * high)).sum() > EXCESS * parts.sum():
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        inside = (parts * (1 - rate * values) ** (2 * middle)).sum() > EXCESS * parts.sum()
-        low, high = (middle, high) if inside else (low, middle)
-    return high
+
+    def done(steps: int) -> bool:
+        return bool((parts * (1 - rate * values) ** (2 * steps)).sum() <= 1e-6 * parts.sum())
+
+    return bisect_left(range(2**30), True, key=done)
 
 
 def logistic_steps(x: Tensor, y: Tensor, limit: int) -> int | None:
     """The steps of a logistic unit until its excess loss is below a thousandth of the first; None beyond the limit.
 
-    The rate is 1 / lambda_max of the bound H/4 of its Hessian. The least loss is found by L-BFGS.
+    The rate is 1 / lambda_max of the bound H/4 on its Hessian, and a little for the penalty. Newton's method finds the
+    least loss.
     """
+    w = torch.zeros(2, dtype=x.dtype)
 
     def loss(w: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(x @ w, y) + 1e-3 * (x @ w).square().mean()
 
-    best = torch.zeros(2, dtype=x.dtype, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [best], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
+    def slope(w: Tensor) -> Tensor:
+        return x.T @ (torch.sigmoid(x @ w) - y + 2e-3 * (x @ w)) / len(x)
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss(best)
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    least, w = loss(best).item(), torch.zeros(2, dtype=x.dtype)
-    rate = 1 / torch.linalg.eigvalsh(x.T @ x / len(x))[-1].item() / (0.25 + 2e-3)
+    best = w
+    for _ in range(50):
+        best = best - 0.5 * torch.linalg.solve(torch.func.jacfwd(slope)(best), slope(best))
+    h, least = (0.25 + 2e-3) * x.T @ x / len(x), loss(best)
     for number in range(limit):
-        value = loss(w)
-        if value.item() - least <= 1e-3 * (math.log(2) - least):
+        if loss(w) - least <= 1e-3 * (math.log(2) - least):
             return number
-        w = w - rate * (x.T @ (torch.sigmoid(x @ w) - y + 2e-3 * (x @ w)) / len(x))
+        w = w - slope(w) / torch.linalg.eigvalsh(h)[-1]
     return None
 
 

@@ -14,7 +14,7 @@ to 2x2 by gradient descent. A condition number is the largest absolute eigenvalu
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from matplotlib.figure import Figure
@@ -30,11 +30,8 @@ from normkit.lab.report.drawing import COLOURS, SEEDS, name_ends
 from normkit.lab.seeding import reseed
 from normkit.lab.train.images import load
 
-READINGS: dict[Reading, str] = {
-    "constant": "E held constant",
-    "differentiated": "E differentiated",
-    "plain": "plain loss at EW",
-}
+NAMES = ("E held constant", "E differentiated", "plain loss at EW")
+READINGS: dict[Reading, str] = dict(zip(get_args(Reading), NAMES, strict=True))
 SIZES: dict[str, tuple[int, int]] = {"tiny": (3, 4), "small": (200, 400)}  # random networks, and steps of descent
 LOOKS, RATE = 8, 0.2
 
@@ -118,15 +115,13 @@ def improved(rows: list[dict[str, float]], mode: str) -> int:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """The example, random networks, and along training."""
-    drawn, ends = result["random"], [run["rows"] for run in result["runs"]]
-    before = result["example"]["before"]
+    before, looks = result["example"]["before"], [row for run in result["runs"] for row in run["rows"]]
     lines = []
     for mode, name in READINGS.items():
-        ratio = result["example"][mode]
-        looks = [row for rows in ends for row in rows]
-        cells = [f"{improved(rows, mode)} of {len(rows)}" for rows in (drawn, looks)]
-        middles = [f"{median(row[mode] for row in rows):.3g}" for rows in (drawn, looks)]
-        lines.append([name, f"{before:.2f} to {before * ratio:.4g}", cells[0], middles[0], cells[1], middles[1]])
+        cells = [f"{before:.2f} to {before * result['example'][mode]:.4g}"]
+        for rows in (result["random"], looks):
+            cells += [f"{improved(rows, mode)} of {len(rows)}", f"{median(row[mode] for row in rows):.3g}"]
+        lines.append([name, *cells])
     columns = ("reading", "κ(H), linear layer", "random: smaller", "ratio", "training: smaller", "ratio")
     notes = [
         "Smaller: in how many the condition number of the Hessian is smaller with E. Ratio: with E by without, median. "
@@ -161,17 +156,11 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
 def draw(result: dict[str, Any]) -> Figure:
     """Ratios of random networks and along training."""
     figure, (left, right) = panels(2, FULL, 2.6)
-    hues = dict(zip(READINGS, COLOURS, strict=False))
-    for mode, hue in hues.items():
+    ends, runs = [], [run["rows"] for run in result["runs"]]
+    for (mode, name), hue in zip(READINGS.items(), COLOURS, strict=False):
         ratios = sorted(row[mode] for row in result["random"])
         left.plot([100 * k / max(1, len(ratios) - 1) for k in range(len(ratios))], ratios, color=hue)
-    curves = [
-        Curve(
-            name, hues[mode], [[{"step": row["step"], "y": row[mode]} for row in run["rows"]] for run in result["runs"]]
-        )
-        for mode, name in READINGS.items()
-    ]
-    ends = along(right, curves, lambda row: row["y"])
+        ends += along(right, [Curve(name, hue, runs)], lambda row, mode=mode: row[mode])
     left.set(xlabel="percent of networks")
     left.set_title("random networks: κ(H) with E by without", loc="left")
     right.set_title("along descent", loc="left")

@@ -105,24 +105,15 @@ def tables(result: dict[str, Any]) -> list[Table]:
     names = {"A": "A", "EA": "EA, unit rows", "DA": "DA, the best D that is found"}
     example = [[names[name], *(f"{value:.3f}" for value in pair)] for name, pair in result["example"].items()]
     lines = [
-        [
-            row["rows"],
-            row["full rank"],
-            row["worse"],
-            f"{row['worst']:.3f}",
-            f"{row['over best'][-1]:.3f}",
-            f"{row['rows'] ** 0.5:.3f}",
-        ]
+        [row["rows"], row["full rank"], row["worse"]]
+        + [f"{value:.3f}" for value in (row["worst"], row["over best"][-1], row["rows"] ** 0.5)]
         for row in result["sizes"]
     ]
     columns = ("rows m", "of full rank", "E makes κ worse", "worst κ(EA)/κ(A)", "worst κ(EA)/κ(best DA)", "bound √m")
     notes = [
-        f"{result['drawn']} matrices of each size; the best D of {len(result['sizes'][0]['over best'])} of each is found by "
-        "L-BFGS."
+        f"{result['drawn']} matrices of each size; the best D by L-BFGS, of {len(result['sizes'][0]['over best'])} of each."
     ]
-    said = [
-        "A has the rows (1, 2, 3), (0, 0, 2) and (2, 1, 3); χ is the largest row norm by the smallest singular value."
-    ]
+    said = ["A has the rows (1, 2, 3), (0, 0, 2), (2, 1, 3); χ is the largest row norm by the smallest singular value."]
     return [Table("A counterexample", ("matrix", "κ", "χ"), example, said), Table("A search", columns, lines, notes)]
 
 
