@@ -131,6 +131,41 @@ class GroupNormAct(nn.GroupNorm):
         return self.act(nn.functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps))
 
 
+class HeadsNorm(CenteredNorm):
+    """Over the features of each head, with a gain for each."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__(8)
+        self.weight = nn.Parameter(torch.randn(size))
+
+
+class GatedNorm(LateNorm):
+    """With a gate, before or after normalizing, over groups."""
+
+    def __init__(self, size: int, before: bool, groups: int = 1) -> None:
+        super().__init__(size)
+        self.before, self.groups = before, groups
+
+    def forward(self, hidden_states: Tensor, gate: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, opened = hidden_states.float(), nn.functional.silu(gate.float())
+        x = x if self.before else x * opened
+        x = self.normalized(x.unflatten(-1, (self.groups, -1))).flatten(-2)
+        y = self.weight * x.to(hidden_states.dtype)
+        return (y * opened).to(hidden_states.dtype) if self.before else y
+
+
+class OptionalGateNorm(GatedNorm):
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        if gate is None:
+            return self.weight * self.normalized(hidden_states).to(hidden_states.dtype)
+        return super().forward(hidden_states, gate)
+
+
+class SigmoidGateNorm(GatedNorm):
+    def forward(self, hidden_states: Tensor, gate: Tensor) -> Tensor:
+        return self.weight * self.normalized(hidden_states) * gate.sigmoid()
+
+
 LAST, FIRST = (4, 5, 8), (4, 8, 5, 6)
 FAMILIES = {
     "Llama": (LlamaRMSNorm(8), LAST, "RMSNorm((8,), eps=1e-06, elementwise_affine=True, cast='before weight')"),
@@ -141,6 +176,18 @@ FAMILIES = {
     "channels": (ChannelsNorm(8), FIRST, "LayerNorm((8,), eps=1e-05, elementwise_affine=True, bias=True, over='c')"),
     "bn relu": (BatchNormAct(8, nn.ReLU()), FIRST, "BatchNorm("),
     "bn": (BatchNormAct(8, nn.Identity()), FIRST, "BatchNorm("),
+    "per head": (
+        HeadsNorm((4, 8)),
+        (2, 3, 4, 8),
+        "LayerNorm((4, 8), eps=1e-06, elementwise_affine=True, bias=False, over='d')",
+    ),
+    "gate last": (
+        GatedNorm(8, True),
+        LAST,
+        "GatedRMSNorm(8, eps=1e-06, norm_before_gate=True, groups=1, cast='before weight')",
+    ),
+    "gate first": (OptionalGateNorm(8, False), LAST, "GatedRMSNorm(8, eps=1e-06, norm_before_gate=False, groups=1"),
+    "gate and groups": (GatedNorm(8, False, 2), LAST, "GatedRMSNorm(8, eps=1e-06, norm_before_gate=False, groups=2"),
     "gn silu": (GroupNormAct(8), FIRST, "GroupNorm("),
 }
 
@@ -156,10 +203,11 @@ def test_norms_of_any_make_are_known_by_what_they_compute(family: str, dtype: to
     assert str(model["norm"]).startswith(wanted)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert list(model.state_dict()) == state
+    given = (x, torch.randn(shape).to(dtype)) if "gate" in family else (x,)
     for training in (True, False):
-        y, z = model["norm"].train(training)(x), theirs.train(training)(x)
+        y, z = model["norm"].train(training)(*given), theirs.train(training)(*given)
         assert y.dtype == z.dtype
-        if dtype == torch.bfloat16 and isinstance(model["norm"], nk.RMSNorm):
+        if dtype == torch.bfloat16 and isinstance(model["norm"], nk.RMSNorm | nk.GatedRMSNorm):
             assert (y == z).float().mean() > 0.98  # the same order of rounding
         # Classes that compute in float32 whatever comes in; bfloat16 keeps 8 bits.
         tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
@@ -178,13 +226,21 @@ def test_what_it_can_not_take_over_is_said() -> None:
         nn.InstanceNorm1d(4, track_running_stats=True),
         nn.SyncBatchNorm(4),
         nn.LayerNorm(4),
+        SigmoidGateNorm(4, True),
     )
     changes = nk.accelerate(model)
     assert [row.layer for row in changes] == ["5"]
     reasons = [left.reason for left in changes.passed_over]
     for reason, wanted in zip(
         reasons,
-        ["applies Hardswish too", "applies Sequential too", "fits neither", "keeps running", "no faster kernel"],
+        [
+            "applies Hardswish too",
+            "applies Sequential too",
+            "fits neither",
+            "keeps running",
+            "no faster kernel",
+            "takes",
+        ],
         strict=True,
     ):
         assert wanted in reason

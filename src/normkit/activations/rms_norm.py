@@ -60,7 +60,8 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         eps: added to the mean square; None for the machine epsilon of the statistics' dtype, at least float32. Default: None.
         elementwise_affine: whether there is a weight. Default: True.
         bias: True adds a bias (starts at 0). Default: False.
-        over: ``"c"`` or ``"c *"`` of an input ``"n c *"``; None for the trailing axes. Default: None.
+        over: ``"c"`` or ``"c *"`` of an input ``"n c *"``; ``"d"`` for the last trailing axis alone, with a weight per element of
+            all, as for queries whose heads have gains of their own; None for the trailing axes. Default: None.
         guard: where eps enters: ``"inside"`` the root, ``"outside"`` it (added), or as its ``"floor"``. Default: "inside".
         offset: added to the weight, which starts at 1 - offset. With 1, weight decay pulls the gain toward 1. Default: 0.
         cast: when a half type is rounded: ``"after weight"`` rounds once at the end, ``"before weight"`` rounds the
@@ -105,7 +106,7 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
     ) -> None:
         shape = trailing_sizes("RMSNorm", normalized_shape)
         check_features("RMSNorm", shape, over, None)
-        _check_cast("RMSNorm", cast)
+        check_cast("RMSNorm", cast)
         super().__init__(shape, eps, elementwise_affine, device=device, dtype=dtype)
         self.activation = activation
         self.over, self.offset, self.cast = over, offset, cast
@@ -156,14 +157,15 @@ def rms_norm(
     """
     shape = trailing_sizes("rms_norm", normalized_shape)
     check_features("rms_norm", shape, over, None, input)
-    _check_cast("rms_norm", cast)
+    check_cast("rms_norm", cast)
     rule = rms_norm_rule(len(shape), eps, over, guard, offset)
     if cast == "before weight":
         return _rounded_first(rule, input, weight, bias, mask, backend)
     return run(rule, input, weight, bias, mask=mask, backend=backend)
 
 
-def _check_cast(who: str, cast: str) -> None:
+def check_cast(who: str, cast: str) -> None:
+    """Refuse another word for when a half type is rounded."""
     if cast not in ("after weight", "before weight"):
         raise OptionError(f"{who}: cast={cast!r}; wanted 'after weight' or 'before weight'")
 

@@ -66,7 +66,7 @@ class Calibration:
                 now: _Sums = {}
                 calls, rest = divmod(len(sums), len(self._batches))
                 self._run(model, {name: self._new[name]}, now, 0 if rest else calls)
-                told[name] = self._fit_one(self._new[name], sum(sums), sum(now[name]), rows[name])
+                told[name] = self._fit_one(self._new[name], sums, now[name], rows[name])
         whole = Change(
             label(""), f"error {before:.2g}", f"error {(after := self._error(model)):.2g}", "of the output", after
         )
@@ -92,22 +92,22 @@ class Calibration:
         return hook
 
     @torch.no_grad()
-    def _fit_one(self, norm: nn.Module, sums: Tensor, now: Tensor, row: Change) -> Change:
-        n, z, y, zz, zy, yy = sums
+    def _fit_one(self, norm: nn.Module, old: list[Tensor], new: list[Tensor], row: Change) -> Change:
+        (n, z, y, zz, zy, yy), now = torch.stack(old).sum(0), torch.stack(new).sum(0)
         mean, var = now[1] / now[0], (now[3] / now[0] - (now[1] / now[0]).square()).clamp_min(0)
         spread, cov = (yy / n - (y / n).square()).clamp_min(0), zy / n - z * y / n.square()
         varies = var > 1e-10 * now[3] / now[0]  # else what varies is float32's rounding
         gain = torch.where(varies, cov.sign() * (spread / var).sqrt(), 0.0)
         bias = y / n - gain * mean
-        weight, old = norm.get_parameter("weight"), norm.get_parameter("bias")
+        own = norm.get_parameter("weight"), norm.get_parameter("bias")
 
         def error(a: Tensor, b: Tensor) -> float:
             rest = yy - 2 * a * zy - 2 * b * y + a.square() * zz + 2 * a * b * z + n * b.square()
             return float((rest.clamp_min(0).sum() / yy.sum()).sqrt())
 
-        before = error(weight.double(), old.double())
-        weight.copy_(gain)
-        old.copy_(bias)
+        before = error(own[0].double(), own[1].double())
+        for parameter, value in zip(own, (gain, bias), strict=True):
+            parameter.copy_(value)
         return replace(row.with_note(f"error of the layer {before:.2g} before calibration"), error=error(gain, bias))
 
     def _run(

@@ -260,7 +260,7 @@ def _fold_centring(trial: _Trial, refusals: Refusals) -> list[Change]:
             if norm is not None and norm.kind == "layer_norm" and norm.axes == "n * c":
                 norms[name] = module, norm
     names, ties = {id(module): name for name, (module, _) in norms.items()}, tied_parameters(trial.model)
-    held = {
+    held: dict[int, tuple[dict[str, Any], str, str]] = {
         id(tensor): (kind, key, label(name) if key in ("weight", "bias") else f"{name}.{key}".lstrip("."))
         for name, module in trial.model.named_modules()
         for kind in (module._parameters, module._buffers)

@@ -43,7 +43,8 @@ class Norm:
         weight: the gain, one value per channel, or None.
         bias: likewise.
         has_bias: whether its class has a bias unless told otherwise.
-        option: as its method's word has it: the groups of a group norm, the axes of a layer norm on channels first, or "".
+        option: as its method's word has it: the groups of a group norm, the axes of a layer norm on channels first, ``"d"`` for
+            the last of several trailing ones, or "".
         momentum: of running statistics.
         tracks: whether it keeps running statistics.
         running: those that run over the batch, by name: mean, variance, count.
@@ -203,13 +204,13 @@ def _by_behaviour(module: nn.Module, who: str, card: Card | None) -> Norm:
     frozen = found.kind == "batch_norm"
     return Norm(
         "frozen_batch_norm" if frozen else found.kind,
-        "n c *" if found.over or frozen else "n * c",
+        "trailing" if len(found.shape) > 1 else "n c *" if found.over or frozen else "n * c",
         found.shape,
         found.eps,
         weight,
         bias,
         bias is not None,
-        option=found.over,
+        option="d" if len(found.shape) > 1 else found.over,
         tracks=frozen,
         running={key: tensors.get(key) for key in ("running_mean", "running_var")} if frozen else {},
         affine=weight is not None,
