@@ -140,6 +140,19 @@ class Standardizing(nn.Conv2d):
         return self._conv_forward(input, weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5), self.bias)
 
 
+class ScaledStandardizing(nn.Conv2d):
+    """Standardizes it by a function, and has a gain for each output."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.gain = nn.Parameter(torch.randn(self.out_channels))
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = self.weight.flatten(1)[None]
+        weight = nn.functional.batch_norm(rows, None, None, weight=self.gain, training=True, momentum=0.0, eps=1e-6)
+        return nn.functional.conv2d(input, weight.view_as(self.weight), self.bias)
+
+
 class DetectorsFrozenBatchNorm2d(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()

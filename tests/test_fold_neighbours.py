@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from foreign_norms import BatchNormAct, Standardizing
+import normkit as nk
+from foreign_norms import BatchNormAct, ChannelsNorm, LlamaRMSNorm, ScaledStandardizing, Standardizing
 from normkit.activations.batch_norm import BatchNorm
 from normkit.surgery.convert import convert
 from normkit.surgery.fold import fold
@@ -93,6 +94,37 @@ WAYS = {
         nn.Identity,
         None,
     ),
+    "group norm": (lambda: nn.Sequential(nn.GroupNorm(3, 3), nn.Conv2d(3, 4, 3)), IMAGES, nn.GroupNorm, None),
+    "instance norm": (
+        lambda: nn.Sequential(nn.InstanceNorm2d(3, affine=True), nn.Conv2d(3, 3, 3, groups=3)),
+        IMAGES,
+        nn.GroupNorm,
+        None,
+    ),
+    "layer norm over positions": (
+        lambda: nn.Sequential(nk.LayerNorm(3, over="c *"), nn.Conv2d(3, 4, 2, 2)),
+        IMAGES,
+        nn.GroupNorm,
+        None,
+    ),
+    "layer norm over channels": (
+        lambda: nn.Sequential(ChannelsNorm(3), nn.Conv2d(3, 4, 2, 2)),
+        IMAGES,
+        nk.LayerNorm,
+        None,
+    ),
+    "gain before zeros": (
+        lambda: nn.Sequential(nk.RMSNorm(3, over="c"), nn.Conv2d(3, 4, 3, padding=1)),
+        IMAGES,
+        nk.RMSNorm,
+        None,
+    ),
+    "group norm before zeros": (
+        lambda: nn.Sequential(nn.GroupNorm(3, 3), nn.Conv2d(3, 4, 3, padding=1)),
+        IMAGES,
+        nn.GroupNorm,
+        "pads with zeros",
+    ),
     "layer norm": (lambda: Gain(nn.LayerNorm(6)), TOKENS, nn.LayerNorm, None),
     "rms norm": (lambda: Gain(nn.RMSNorm(6, eps=1e-5)), TOKENS, nn.RMSNorm, None),
     "1 + weight": (lambda: Gain(PlainRMSNorm(6)), TOKENS, nn.RMSNorm, None),
@@ -136,9 +168,9 @@ def test_gains_stay_where_a_reader_is_tied_or_no_layer() -> None:
 
 # torch calls its older weight norm deprecated.
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-@pytest.mark.parametrize("put", [nn.utils.weight_norm, nn.utils.spectral_norm, Standardizing])
+@pytest.mark.parametrize("put", [nn.utils.weight_norm, nn.utils.spectral_norm, Standardizing, ScaledStandardizing])
 def test_weights_that_are_made_in_other_ways_become_plain(put) -> None:
-    first = put(3, 4, 3) if put is Standardizing else put(nn.Conv2d(3, 4, 3))
+    first = put(3, 4, 3) if isinstance(put, type) else put(nn.Conv2d(3, 4, 3))
     model, x = lived_in(nn.Sequential(first, nn.BatchNorm2d(4))), torch.randn(IMAGES).double()
     wanted, changes = model(x), fold(model, x)
     assert len(changes.rows) == 2
@@ -147,3 +179,41 @@ def test_weights_that_are_made_in_other_ways_become_plain(put) -> None:
     assert set(model.state_dict()) == {"0.weight", "0.bias"}
     torch.testing.assert_close(model(x), wanted, **CLOSE)
     torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), wanted, **CLOSE)
+
+
+class Parts(nn.Module):
+    """A convolutional part and a linear one that are folded, the latter with its centring, and norms that are accelerated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(2, 4), nn.Conv2d(4, 6, 1)
+        )
+        self.lead, self.norm = nn.Linear(6, 6), Gain(nn.LayerNorm(6))
+        self.last = nn.Sequential(nn.LayerNorm(6), nn.ReLU(), nn.RMSNorm(6), nn.ReLU(), LlamaRMSNorm(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.lead(self.images(x).flatten(2).transpose(1, 2))
+        return self.last(self.norm(y).relu())
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch's exporter
+def test_folded_and_accelerated_models_export_to_onnx() -> None:
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package, reason="torch.onnx.export writes with it")
+    runtime = pytest.importorskip("onnxruntime", reason="it runs what was exported")
+    model, x = lived_in(Parts()).float(), torch.randn(IMAGES)
+    wanted = model(x)
+    assert [row.after.partition("(")[0] for row in fold(model, x, centring=True)] == [
+        "Identity",
+        "GroupNorm",
+        "LayerNorm",
+        "RMSNorm",
+    ]
+    assert len(nk.accelerate(model, where="re:last").rows) == 3
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+    session = runtime.InferenceSession(program.model_proto.SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    # Sums in another order, through eight layers in float32.
+    torch.testing.assert_close(torch.tensor(found), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), wanted, rtol=1e-4, atol=1e-5)
