@@ -14,6 +14,17 @@ def random_(module: nn.Module) -> nn.Module:
     return module
 
 
+def lived_in(model: nn.Module) -> nn.Module:
+    """In float64 and evaluation, with parameters and statistics that are not those of the start."""
+    model = model.double().eval()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point():
+            tensor.data.copy_(
+                torch.rand_like(tensor) + 0.5 if name.endswith(("var", "std")) else torch.randn_like(tensor)
+            )
+    return model
+
+
 class LateNorm(nn.Module):
     """Root mean square normalization as language models write it: with statistics in float32."""
 

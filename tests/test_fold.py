@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations as torchs
 from torch.nn.utils import parametrize
 
+from foreign_norms import lived_in
 from normkit.activations.batch_norm import BatchNorm
 from normkit.activations.batch_renorm import BatchRenorm
 from normkit.activations.ghost_batch_norm import GhostBatchNorm
@@ -19,17 +20,6 @@ from normkit.weights.weight_norm import weight_norm
 
 # What a chain of three layers may lose to rounding when its factors are multiplied in another order.
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
-
-
-def lived_in(model: nn.Module) -> nn.Module:
-    """In float64 and evaluation, with parameters and statistics that are not those of the start."""
-    model = model.double().eval()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point():
-            tensor.data.copy_(
-                torch.rand_like(tensor) + 0.5 if name.endswith(("var", "std")) else torch.randn_like(tensor)
-            )
-    return model
 
 
 CASES = {

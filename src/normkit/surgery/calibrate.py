@@ -113,14 +113,7 @@ class Calibration:
     def _run(
         self, model: nn.Module, norms: Mapping[str, nn.Module] | None = None, into: _Sums | None = None, enough: int = 0
     ) -> list[Tensor]:
-        """The outputs of a model, in evaluation; sums of what some norms read and give are added on the way.
-
-        Args:
-            model: to be run.
-            norms: to be seen, by name. Default: none.
-            into: takes their sums.
-            enough: after how many calls of a norm per batch to stop; 0 for never. Default: 0.
-        """
+        """The outputs in evaluation; sums of norms are taken on the way, and ``enough`` calls of one in a batch end its run."""
         modes = [(module, module.training) for module in model.modules()]
         seen = {} if into is None else into
         handles = [norm.register_forward_hook(self._see(name, seen, enough)) for name, norm in (norms or {}).items()]

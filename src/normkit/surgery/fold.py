@@ -260,8 +260,8 @@ def _fold_centring(trial: _Trial, refusals: Refusals) -> list[Change]:
             if norm is not None and norm.kind == "layer_norm" and norm.axes == "n * c":
                 norms[name] = module, norm
     names, ties = {id(module): name for name, (module, _) in norms.items()}, tied_parameters(trial.model)
-    held: dict[int, tuple[dict[str, Any], str, str]] = {
-        id(tensor): (kind, key, label(name) if key in ("weight", "bias") else f"{name}.{key}".lstrip("."))
+    held: dict[int, tuple[nn.Module, dict[str, Any], str, str]] = {
+        id(tensor): (module, kind, key, label(name) if key in ("weight", "bias") else f"{name}.{key}".lstrip("."))
         for name, module in trial.model.named_modules()
         for kind in (module._parameters, module._buffers)
         for key, tensor in kind.items()
@@ -277,15 +277,15 @@ def _fold_centring(trial: _Trial, refusals: Refusals) -> list[Change]:
             if isinstance(found, str):
                 raise _Refused(found)
             leaves, heard = found
-            if any(id(tensor) in ties for tensor, _ in leaves):
-                raise _Refused("a weight that writes its stream is tied to another")
+            for one in heard:
+                _check(one, norms[names[id(one)]][1], [held[id(tensor)][0] for tensor, _ in leaves], ties)
             made = {id(one): _without_mean(norms[names[id(one)]][1]) for one in heard}
 
             def change(
                 leaves: list[tuple[Tensor, int]] = leaves, made: dict[int, nn.Module] = made
             ) -> dict[int, nn.Module]:
                 for tensor, axis in leaves:
-                    kind, key, _ = held[id(tensor)]
+                    _, kind, key, _ = held[id(tensor)]
                     kind[key] = centred(tensor, axis)
                 return made
 
@@ -313,19 +313,15 @@ def _without_mean(norm: Norm) -> nn.Module:
 
 
 def _without_parameters(norm: Norm) -> nn.Module:
-    eps, over = norm.eps or 0.0, norm.option if norm.axes == "n c *" else ""
-    if norm.kind in ("group_norm", "instance_norm") or (norm.kind, over) == ("layer_norm", "c *"):
-        groups = {"group_norm": norm.option, "instance_norm": norm.shape[0]}.get(norm.kind, 1)
-        return nn.GroupNorm(int(groups), norm.shape[0], eps, affine=False)
-    if over:  # torch has none over channels alone
-        return (
-            LayerNorm(norm.shape, eps, False, over=over)
-            if norm.kind == "layer_norm"
-            else RMSNorm(norm.shape, norm.eps, False, over=over)
-        )
-    if norm.kind == "layer_norm":
-        return nn.LayerNorm([*norm.shape], eps, elementwise_affine=False)
-    return nn.RMSNorm([*norm.shape], norm.eps, elementwise_affine=False) if norm.kind == "rms_norm" else nn.Identity()
+    over, eps = norm.option if norm.axes == "n c *" else "", norm.eps or 0.0
+    if norm.kind not in _GAINS:
+        return nn.Identity()
+    if norm.kind == "rms_norm":  # torch has none over channels on axis 1; and None is its own eps
+        return RMSNorm(norm.shape, norm.eps, False, over=over) if over else nn.RMSNorm([*norm.shape], norm.eps, False)
+    if norm.kind == "layer_norm" and over != "c *":
+        return LayerNorm(norm.shape, eps, False, over=over) if over else nn.LayerNorm([*norm.shape], eps, False)
+    groups = {"group_norm": norm.option, "instance_norm": norm.shape[0]}.get(norm.kind, 1)
+    return nn.GroupNorm(int(groups), norm.shape[0], eps, affine=False)
 
 
 def _check(module: nn.Module, norm: Norm, layers: list[nn.Module], ties: dict[int, list[str]]) -> None:

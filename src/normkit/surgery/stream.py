@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit.surgery.changes import label
-from normkit.surgery.watch import Sight, tensors_in
+from normkit.surgery.watch import Watch, tensors_in
 
 _OPS = torch.ops.aten
 _SUMS = {_OPS.add, _OPS.add_, _OPS.sub, _OPS.sub_}
@@ -23,6 +23,8 @@ _MOVES = {
         "index_select embedding split split_with_sizes unbind roll flip"
     ).split()
 }
+_SHAPED = {getattr(_OPS, f"{name}_like") for name in ("zeros", "ones", "full", "empty")}
+_SHAPED |= {getattr(_OPS, f"new_{name}") for name in ("zeros", "ones", "full", "empty")}
 _PERIOD = 251  # of coordinates, so that a half type holds them
 
 Axis = tuple[Tensor, int]
@@ -37,7 +39,7 @@ class _Step:
     made: list[Tensor]
 
 
-class Stream(Sight):
+class Stream(Watch):
     """Sees every operation of a run but those inside some norms.
 
     Args:
@@ -46,12 +48,9 @@ class Stream(Sight):
     """
 
     def __init__(self, norms: Mapping[str, nn.Module], held: Collection[int]) -> None:
-        super().__init__(norms.values())
-        self._names = {id(module): name for name, module in norms.items()}
-        self._held = held
+        super().__init__([], norms.values())
+        self._names, self._held = {id(module): name for name, module in norms.items()}, held
         self._steps: dict[int, list[_Step]] = {}
-        self._read: dict[int, list[Tensor]] = {key: [] for key in self._modules}
-        self._given: dict[int, tuple[nn.Module, Tensor]] = {}
         self._shown: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -67,15 +66,6 @@ class Stream(Sight):
         self._shown = {id(tensor) for tensor in tensors_in(result)}
         return result
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super()._enter(module, args, kwargs)
-        self._read[id(module)] += [x for x in [*args, *kwargs.values()][:1] if isinstance(x, Tensor)]
-
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        super()._leave(module, args, output)
-        if isinstance(output, Tensor):
-            self._given[id(output)] = module, output
-
     def of(self, norm: nn.Module) -> tuple[list[Axis], list[nn.Module]] | str:
         """The stream that a norm reads, if taking the mean off what writes it is heard nowhere else.
 
@@ -88,7 +78,7 @@ class Stream(Sight):
 
         def hear(one: nn.Module) -> None:
             norms.append(one)
-            left.extend((x, x.dim() - 1) for x in self._read[id(one)])
+            left.extend((x, x.dim() - 1) for x in self._inputs[id(one)])
 
         hear(norm)
         if not left:
@@ -97,20 +87,20 @@ class Stream(Sight):
             value, axis = left.pop()
             if seen.get(id(value)) == axis:
                 continue
-            if seen.setdefault(id(value), axis) != axis:
+            readers = [one for one in self._norms if any(x is value for x in self._inputs[id(one)])]
+            if seen.setdefault(id(value), axis) != axis or (readers and axis != value.dim() - 1):
                 return "its stream is read along two axes"
-            readers = [one for one in self._modules.values() if any(x is value for x in self._read[id(one)])]
-            if id(value) in self._shown or (readers and axis != value.dim() - 1):
-                return (
-                    "its stream is an output of the model" if id(value) in self._shown else "it is read along two axes"
-                )
+            if id(value) in self._shown:
+                return "its stream is an output of the model"
             for one in readers:
                 if one not in norms:
                     hear(one)
             steps = self._steps.get(id(value), [])
             if all(value is not made for step in steps for made in step.made):
                 if id(value) not in self._held:
-                    return f"its stream has a writer that is no linear layer: {self._writer(value)}"
+                    call = self._calls.get(id(value))
+                    writer = "the model's input" if call is None else label(self._names[id(call.layer)])
+                    return f"its stream has a writer that is no linear layer: {writer}"
                 leaves.append((value, axis))
             for step in steps:
                 linked = _linked(step, value, axis)
@@ -120,16 +110,14 @@ class Stream(Sight):
                 left += linked
         return leaves, norms
 
-    def _writer(self, value: Tensor) -> str:
-        given = self._given.get(id(value))
-        return "the model's input" if given is None else label(self._names[id(given[0])])
-
 
 def _linked(step: _Step, value: Tensor, axis: int) -> list[Axis] | None:
     """The values of a step that lose their mean with one of them, itself included; None where it does more than carry that on."""
     linked = list[Axis]()
     if any(value is made for made in step.made):
         return _parts(step, value, axis)
+    if step.func.overloadpacket in _SHAPED:
+        return linked  # it reads the shape alone
     for made in step.made:
         ways = ((a, _parts(step, made, a)) for a in range(made.dim()))
         way = next(((a, ps) for a, ps in ways if ps and any(p is value and b == axis for p, b in ps)), None)

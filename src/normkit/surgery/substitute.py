@@ -46,19 +46,16 @@ def build_all(
     make: Callable[[str, nn.Module, Sequence[int] | None], tuple[nn.Module, str] | None],
     refusals: Refusals,
 ) -> tuple[Pairs, dict[str, Change]]:
-    """Make what is to stand in the place of a model's norms.
+    """Make what is to stand in the place of a model's norms: old and new, and a row of each, by name.
 
     Args:
         model: any module; on an example it is run in evaluation.
         found: its norms by name.
         where: which of them, as in ``select``; None for all.
         example: an input, or None.
-        make: of a norm, given its name and the shape of its input on the example if that is known: the new layer, with its hooks,
-            mode and user's attributes still to come, and what was dropped or created; None leaves the norm.
+        make: a norm's successor and what was dropped or created, of its name, itself and the shape of its input if that is known;
+            None leaves the norm.
         refusals: takes a norm that ``make`` refuses, and one whose change would not be heard on the example.
-
-    Returns:
-        The old and the new norms, and a row of each, by name.
     """
     chosen = found if where is None else choose(found, where, "norms")
     lazy = any(is_lazy(tensor) for tensor in model.parameters())  # a run would give them their size
