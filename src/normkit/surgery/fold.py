@@ -22,7 +22,7 @@ from normkit.surgery.bake import bake
 from normkit.surgery.changes import Change, Changes, Refusals, label
 from normkit.surgery.freeze import is_frozen
 from normkit.surgery.norms import Norm, describe, is_norm, read_norm
-from normkit.surgery.stream import Stream
+from normkit.surgery.stream import Axis, Stream
 from normkit.surgery.substitute import inherit, put
 from normkit.surgery.target import activation_module
 from normkit.surgery.transaction import transaction
@@ -197,7 +197,7 @@ def _fold_norms(trial: _Trial, refusals: Refusals) -> list[Change]:
     names = {id(module): name for name, module in trial.model.named_modules()}
     for name, module in norms.items():
         try:
-            norm = _read(name, module)
+            norm = read_norm(name, module)
         except SurgeryError as error:
             refusals.leave(name, str(error))
             continue
@@ -253,13 +253,13 @@ def _fold_into(
 
 def _fold_centring(trial: _Trial, refusals: Refusals) -> list[Change]:
     """Layer normalizations that can read what has no mean become RMS normalizations."""
-    norms, rows, done = dict[str, tuple[nn.Module, Norm]](), list[Change](), set[int]()
+    norms, rows, done = dict[str, tuple[nn.Module, Norm]](), list[Change](), set[str]()
     for name, module in trial.model.named_modules():
         with suppress(SurgeryError):  # passed over already
             norm = read_norm(name, module) if is_norm(module) else None
             if norm is not None and norm.kind == "layer_norm" and norm.axes == "n * c":
                 norms[name] = module, norm
-    names, ties = {id(module): name for name, (module, _) in norms.items()}, tied_parameters(trial.model)
+    ties = tied_parameters(trial.model)
     held: dict[int, tuple[nn.Module, dict[str, Any], str, str]] = {
         id(tensor): (module, kind, key, label(name) if key in ("weight", "bias") else f"{name}.{key}".lstrip("."))
         for name, module in trial.model.named_modules()
@@ -270,7 +270,7 @@ def _fold_centring(trial: _Trial, refusals: Refusals) -> list[Change]:
     stream = Stream({name: module for name, (module, _) in norms.items()}, held)
     trial.show(stream)
     for name, (module, _) in norms.items():
-        if id(module) in done:
+        if name in done:
             continue
         try:
             found = stream.of(module)
@@ -278,25 +278,20 @@ def _fold_centring(trial: _Trial, refusals: Refusals) -> list[Change]:
                 raise _Refused(found)
             leaves, heard = found
             for one in heard:
-                _check(one, norms[names[id(one)]][1], [held[id(tensor)][0] for tensor, _ in leaves], ties)
-            made = {id(one): _without_mean(norms[names[id(one)]][1]) for one in heard}
+                _check(*norms[one], [held[id(tensor)][0] for tensor, _ in leaves], ties)
+            made = {one: _without_mean(norms[one][1]) for one in heard}
 
-            def change(
-                leaves: list[tuple[Tensor, int]] = leaves, made: dict[int, nn.Module] = made
-            ) -> dict[int, nn.Module]:
+            def change(leaves: list[Axis] = leaves, made: dict[str, nn.Module] = made) -> dict[int, nn.Module]:
                 for tensor, axis in leaves:
                     _, kind, key, _ = held[id(tensor)]
                     kind[key] = centred(tensor, axis)
-                return made
+                return {id(norms[one][0]): after for one, after in made.items()}
 
             error = trial.do("centring what writes its stream", change)
             done |= made.keys()
-            where = ", ".join(dict.fromkeys(held[id(tensor)][-1] for tensor, _ in leaves))
-            for key, after in made.items():
-                old = norms[names[key]][0]
-                rows.append(
-                    Change(label(names[key]), describe(old), describe(after), f"centring folded into {where}", error)
-                )
+            note = "centring folded into " + ", ".join(dict.fromkeys(held[id(tensor)][-1] for tensor, _ in leaves))
+            for one, after in made.items():
+                rows.append(Change(label(one), describe(norms[one][0]), describe(after), note, error))
         except _Refused as reason:
             refusals.leave(name, str(reason))
     return rows
@@ -336,21 +331,6 @@ def _check(module: nn.Module, norm: Norm, layers: list[nn.Module], ties: dict[in
         raise _Refused("it or a layer next to it has hooks")
     if any(id(parameter) in ties for layer in layers for parameter in layer.parameters(recurse=False)):
         raise _Refused("the weight of a layer next to it is tied to another")
-
-
-def _read(name: str, module: nn.Module) -> Norm:
-    """As ``read_norm``, and members of the batch family that are no subclass of torch's."""
-    if type(module) not in _FOLDABLE or isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return read_norm(name, module)
-    if "forward" in vars(module):
-        raise SurgeryError(f"{label(name)}: its forward was replaced on the object; undo that first")
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    count = module.num_features
-    assert isinstance(count, int)
-    axes = "n * c" if getattr(module, "layout", "n c *") == "n * c" else "n c *"
-    eps = getattr(module, "eps", 0.0)
-    tracks = module._buffers["running_mean"] is not None
-    return Norm(type(module).__name__, axes, (count,), eps, weight, bias, tracks=tracks)
 
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:

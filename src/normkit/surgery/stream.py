@@ -66,35 +66,29 @@ class Stream(Watch):
         self._shown = {id(tensor) for tensor in tensors_in(result)}
         return result
 
-    def of(self, norm: nn.Module) -> tuple[list[Axis], list[nn.Module]] | str:
+    def of(self, norm: nn.Module) -> tuple[list[Axis], list[str]] | str:
         """The stream that a norm reads, if taking the mean off what writes it is heard nowhere else.
 
         Returns:
             The parameters and buffers that are summed up in it, with the axis along which the mean is to be taken off, and the
-            norms that read nothing but such streams; or the reason why it can't be.
+            names of the norms that read nothing but such streams; or the reason why it can't be.
         """
         left, seen = list[Axis](), dict[int, int]()
-        leaves, norms = list[Axis](), list[nn.Module]()
-
-        def hear(one: nn.Module) -> None:
-            norms.append(one)
-            left.extend((x, x.dim() - 1) for x in self._inputs[id(one)])
-
-        hear(norm)
+        leaves, heard = list[Axis](), {id(norm)}
+        left += [(x, x.dim() - 1) for x in self._inputs[id(norm)]]
         if not left:
             return "the example does not reach it"
         while left:
             value, axis = left.pop()
             if seen.get(id(value)) == axis:
                 continue
-            readers = [one for one in self._norms if any(x is value for x in self._inputs[id(one)])]
+            readers = {key for key, inputs in self._inputs.items() if any(x is value for x in inputs)}
             if seen.setdefault(id(value), axis) != axis or (readers and axis != value.dim() - 1):
                 return "its stream is read along two axes"
             if id(value) in self._shown:
                 return "its stream is an output of the model"
-            for one in readers:
-                if one not in norms:
-                    hear(one)
+            left += [(x, x.dim() - 1) for key in readers - heard for x in self._inputs[key]]
+            heard |= readers
             steps = self._steps.get(id(value), [])
             if all(value is not made for step in steps for made in step.made):
                 if id(value) not in self._held:
@@ -108,7 +102,7 @@ class Stream(Watch):
                     does = "written" if any(value is made for made in step.made) else "read"
                     return f"its stream is {does} by another operation ({step.func.overloadpacket.__name__})"
                 left += linked
-        return leaves, norms
+        return leaves, [name for key, name in self._names.items() if key in heard]
 
 
 def _linked(step: _Step, value: Tensor, axis: int) -> list[Axis] | None:
