@@ -7,21 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import foreign_norms as foreign
 import normkit as nk
-from foreign_norms import (
-    BareNorm,
-    BatchNormAct,
-    CenteredNorm,
-    ChannelsNorm,
-    GatedNorm,
-    GemmaRMSNorm,
-    GroupNormAct,
-    HeadsNorm,
-    LateNorm,
-    LlamaRMSNorm,
-    OptionalGateNorm,
-    SigmoidGateNorm,
-)
 from normkit.engine.layer import Layer
 
 
@@ -64,27 +51,39 @@ def test_it_computes_the_same_with_the_same_parameters() -> None:
 
 LAST, FIRST = (4, 5, 8), (4, 8, 5, 6)
 FAMILIES = {
-    "Llama": (LlamaRMSNorm(8), LAST, "RMSNorm((8,), eps=1e-06, elementwise_affine=True, cast='before weight')"),
-    "late": (LateNorm(8, early=False), LAST, "RMSNorm((8,), eps=1e-06, elementwise_affine=True)"),
-    "Gemma": (GemmaRMSNorm(8), LAST, "RMSNorm((8,), eps=1e-06, elementwise_affine=True, offset=1.0)"),
-    "no bias": (CenteredNorm(8), LAST, "LayerNorm((8,), eps=1e-06, elementwise_affine=True, bias=False)"),
-    "bare": (BareNorm(8), LAST, "LayerNorm((8,), eps=1e-05, elementwise_affine=False, bias=False)"),
-    "channels": (ChannelsNorm(8), FIRST, "LayerNorm((8,), eps=1e-05, elementwise_affine=True, bias=True, over='c')"),
-    "bn relu": (BatchNormAct(8, nn.ReLU()), FIRST, "BatchNorm("),
-    "bn": (BatchNormAct(8, nn.Identity()), FIRST, "BatchNorm("),
+    "Llama": (foreign.LlamaRMSNorm(8), LAST, "RMSNorm((8,), eps=1e-06, elementwise_affine=True, cast='before weight')"),
+    "late": (foreign.LateNorm(8, early=False), LAST, "RMSNorm((8,), eps=1e-06, elementwise_affine=True)"),
+    "Gemma": (foreign.GemmaRMSNorm(8), LAST, "RMSNorm((8,), eps=1e-06, elementwise_affine=True, offset=1.0)"),
+    "no bias": (foreign.CenteredNorm(8), LAST, "LayerNorm((8,), eps=1e-06, elementwise_affine=True, bias=False)"),
+    "bare": (foreign.BareNorm(8), LAST, "LayerNorm((8,), eps=1e-05, elementwise_affine=False, bias=False)"),
+    "channels": (
+        foreign.ChannelsNorm(8),
+        FIRST,
+        "LayerNorm((8,), eps=1e-05, elementwise_affine=True, bias=True, over='c')",
+    ),
+    "bn relu": (foreign.BatchNormAct(8, nn.ReLU()), FIRST, "BatchNorm("),
+    "bn": (foreign.BatchNormAct(8, nn.Identity()), FIRST, "BatchNorm("),
     "per head": (
-        HeadsNorm((4, 8)),
+        foreign.HeadsNorm((4, 8)),
         (2, 3, 4, 8),
         "LayerNorm((4, 8), eps=1e-06, elementwise_affine=True, bias=False, over='d')",
     ),
     "gate last": (
-        GatedNorm(8, True),
+        foreign.GatedNorm(8, True),
         LAST,
         "GatedRMSNorm(8, eps=1e-06, norm_before_gate=True, groups=1, cast='before weight')",
     ),
-    "gate first": (OptionalGateNorm(8, False), LAST, "GatedRMSNorm(8, eps=1e-06, norm_before_gate=False, groups=1"),
-    "gate and groups": (GatedNorm(8, False, 2), LAST, "GatedRMSNorm(8, eps=1e-06, norm_before_gate=False, groups=2"),
-    "gn silu": (GroupNormAct(8), FIRST, "GroupNorm("),
+    "gate first": (
+        foreign.OptionalGateNorm(8, False),
+        LAST,
+        "GatedRMSNorm(8, eps=1e-06, norm_before_gate=False, groups=1",
+    ),
+    "gate and groups": (
+        foreign.GatedNorm(8, False, 2),
+        LAST,
+        "GatedRMSNorm(8, eps=1e-06, norm_before_gate=False, groups=2",
+    ),
+    "gn silu": (foreign.GroupNormAct(8), FIRST, "GroupNorm("),
 }
 
 
@@ -111,18 +110,18 @@ def test_norms_of_any_make_are_known_by_what_they_compute(family: str, dtype: to
 
 
 def test_what_it_can_not_take_over_is_said() -> None:
-    class TwiceNorm(LlamaRMSNorm):
+    class TwiceNorm(foreign.LlamaRMSNorm):
         def forward(self, hidden_states: Tensor) -> Tensor:
             return 2 * super().forward(hidden_states)
 
     model = nn.Sequential(
-        BatchNormAct(4, nn.Hardswish()),
-        BatchNormAct(4, nn.ReLU(), p=0.5),
+        foreign.BatchNormAct(4, nn.Hardswish()),
+        foreign.BatchNormAct(4, nn.ReLU(), p=0.5),
         TwiceNorm(4),
         nn.InstanceNorm1d(4, track_running_stats=True),
         nn.SyncBatchNorm(4),
         nn.LayerNorm(4),
-        SigmoidGateNorm(4, True),
+        foreign.SigmoidGateNorm(4, True),
     )
     changes = nk.accelerate(model)
     assert [row.layer for row in changes] == ["5"]

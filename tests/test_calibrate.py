@@ -56,32 +56,17 @@ def test_calibration_finds_what_a_gain_and_a_bias_can_give():
         convert(model, "ln", calibrate=[])
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_every_channel_keeps_its_mean_and_deviation_in_the_changed_model(shared):
+def test_every_channel_keeps_its_mean_and_deviation_in_the_changed_model():
     model, batches = trained_batch_norms(), [torch.randn(n, 3, 6, 6).double() + 1 for n in (16, 7)]
-    if shared:
-        model[8] = model[5]
-    seen: dict[int, list[torch.Tensor]] = {}
 
-    def moments(norms):
-        handles = [
-            norm.register_forward_hook(
-                lambda _, args, y, k=k: seen.setdefault(k, []).append(y.movedim(1, 0).flatten(1))
-            )
-            for k, norm in enumerate(dict.fromkeys(norms))
-        ]
-        with torch.no_grad():
-            for x in batches:
-                model(x)
-        for handle in handles:
-            handle.remove()
-        found = {k: torch.cat(values, 1) for k, values in seen.items()}
-        seen.clear()
-        return [torch.stack([y.mean(1), y.std(1)]) for y in found.values()]
+    def moments(layer):
+        seen = []
+        handle = layer.register_forward_hook(lambda _, args, y: seen.append(y.movedim(1, 0).flatten(1)))
+        for x in batches:
+            model(x)
+        handle.remove()
+        return torch.stack(torch.std_mean(torch.cat(seen, 1), 1))
 
-    wanted = moments([model[2], model[5], model[8]])
+    wanted = [moments(model[k]) for k in (2, 5, 8)]
     convert(model, "gn:4", calibrate=batches)
-    found = moments([model[2], model[5], model[8]])
-    # The second call of a shared norm reads what the first one gave before it was fitted.
-    for one, other in list(zip(found, wanted, strict=True))[: 1 if shared else 3]:
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close([moments(model[k]) for k in (2, 5, 8)], wanted, rtol=1e-9, atol=1e-9)  # float64

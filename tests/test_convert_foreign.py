@@ -4,16 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from foreign_norms import (
-    BareNorm,
-    BatchNormAct,
-    ChannelsNorm,
-    DetectorsFrozenBatchNorm2d,
-    GemmaRMSNorm,
-    LlamaRMSNorm,
-    OptionalGateNorm,
-    random_,
-)
+import foreign_norms as foreign
 from normkit.activations.group_norm import GroupNorm
 from normkit.activations.rms_norm import RMSNorm
 from normkit.activations.sync_batch_norm import SyncBatchNorm
@@ -35,16 +26,16 @@ class LayerNorm2d(nn.Module):
 @pytest.mark.parametrize(
     ("norm", "to", "back", "shape"),
     [
-        (LlamaRMSNorm(8), "gn:1", "rms", (3, 8)),
-        (GemmaRMSNorm(8, 3e-5), "gn:1", "rms", (3, 8)),
-        (LlamaRMSNorm(3), "gn:1", "rms", (3, 3)),
+        (foreign.LlamaRMSNorm(8), "gn:1", "rms", (3, 8)),
+        (foreign.GemmaRMSNorm(8, 3e-5), "gn:1", "rms", (3, 8)),
+        (foreign.LlamaRMSNorm(3), "gn:1", "rms", (3, 3)),
         (LayerNorm2d(8), "gn:8", "ln:c", (2, 8, 3, 5)),
-        (ChannelsNorm(8), "gn:8", "ln:c", (2, 8, 3, 5)),
+        (foreign.ChannelsNorm(8), "gn:8", "ln:c", (2, 8, 3, 5)),
     ],
 )
 def test_foreign_norms_are_known_by_what_they_do(norm, to, back, shape):
     # To another kind and back: what was read (gain, bias, eps, axes) is all there.
-    model, x = nn.Sequential(random_(deepcopy(norm))), torch.randn(shape) * 1e-2
+    model, x = nn.Sequential(foreign.random_(deepcopy(norm))), torch.randn(shape) * 1e-2
     state, wanted = torch.get_rng_state(), model(x)
     convert(model, to)
     convert(model, back)
@@ -54,10 +45,10 @@ def test_foreign_norms_are_known_by_what_they_do(norm, to, back, shape):
     )  # probing draws nothing from the global generator
 
 
-@pytest.mark.parametrize("norm", [GemmaRMSNorm(8, 3e-5), RMSNorm(8, eps=3e-5, offset=1.0)])
+@pytest.mark.parametrize("norm", [foreign.GemmaRMSNorm(8, 3e-5), RMSNorm(8, eps=3e-5, offset=1.0)])
 @pytest.mark.parametrize("to", ["ln", "gn:2", "rms:c"])
 def test_one_plus_weight_keeps_its_parameter(norm, to):
-    model = nn.Sequential(random_(deepcopy(norm)))
+    model = nn.Sequential(foreign.random_(deepcopy(norm)))
     weight, value, checkpoint = model[0].weight, model[0].weight.detach().clone(), model.state_dict()
     x = torch.randn(3, 8)
     wanted, changes = model(x), convert(model, to)
@@ -73,7 +64,7 @@ def test_one_plus_weight_keeps_its_parameter(norm, to):
     assert next(iter(model.parameters())) is weight
 
 
-class SquaredNorm(LlamaRMSNorm):
+class SquaredNorm(foreign.LlamaRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         return super().forward(hidden_states) ** 2
 
@@ -94,7 +85,7 @@ class NormAndSine(nn.BatchNorm2d):
 
 def test_frozen_batch_normalization_both_ways():
     model, x = (
-        nn.Sequential(DetectorsFrozenBatchNorm2d(4), nn.BatchNorm2d(4)).double(),
+        nn.Sequential(foreign.DetectorsFrozenBatchNorm2d(4), nn.BatchNorm2d(4)).double(),
         torch.randn(3, 4, 5, 5).double(),
     )
     model(x)
@@ -133,12 +124,12 @@ ERRORS = [
         SurgeryError,
         r"0: it normalizes over the axes 4x5x5.*only ln, rms, dyt.* and none",
     ),
-    (OptionalGateNorm(4, True), "ln", SurgeryError, r"0 \(OptionalGateNorm\).*takes hidden_states, gate"),
+    (foreign.OptionalGateNorm(4, True), "ln", SurgeryError, r"0 \(OptionalGateNorm\).*takes hidden_states, gate"),
     (SquaredNorm(4), "ln", SurgeryError, r"0 \(SquaredNorm\).*fits neither"),
     (FixedScaleNorm2d(), "ln", SurgeryError, r"0 \(FixedScaleNorm2d\).*parameters \(none\)"),
     (NormAndSine(4), "ln", SurgeryError, r"0 \(NormAndSine\).*it is not BatchNorm2d, with or without an act"),
     (
-        BatchNormAct(4, nn.Hardswish()),
+        foreign.BatchNormAct(4, nn.Hardswish()),
         "ln",
         SurgeryError,
         r"0: it applies Hardswish\(\) too, which ln has no place for",
@@ -183,7 +174,7 @@ class UnitNorm(nn.Module):
 
 
 def test_norms_without_parameters_are_norms():
-    model, x = nn.Sequential(nn.Linear(8, 8), BareNorm(8), UnitNorm()), torch.randn(3, 8)
+    model, x = nn.Sequential(nn.Linear(8, 8), foreign.BareNorm(8), UnitNorm()), torch.randn(3, 8)
     wanted = model(x)
     for to in ("gn:1", "ln"):  # of one sample without positions the same
         assert [row.layer for row in convert(model, to)] == ["1"]
