@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normkit.activations.rms_norm import Cast, check_cast
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
@@ -18,6 +17,7 @@ from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, check_shape, divisors, show
 from normkit.engine.dispatch import Backend, run
+from normkit.engine.layer import Cast, check_cast
 
 
 @remembered

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError
 from normkit.core.module import trailing_sizes
 from normkit.core.place import one_of
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Guard, Statistic
 from normkit.engine.dispatch import Activation, Backend, run
-from normkit.engine.layer import Layer, check_features, features_support
+from normkit.engine.layer import Cast, Layer, check_cast, check_features, features_support
 from normkit.engine.reference import activate
-
-Cast = Literal["after weight", "before weight"]
 
 
 @remembered
@@ -162,12 +159,6 @@ def rms_norm(
     if cast == "before weight":
         return _rounded_first(rule, input, weight, bias, mask, backend)
     return run(rule, input, weight, bias, mask=mask, backend=backend)
-
-
-def check_cast(who: str, cast: str) -> None:
-    """Refuse another word for when a half type is rounded."""
-    if cast not in ("after weight", "before weight"):
-        raise OptionError(f"{who}: cast={cast!r}; wanted 'after weight' or 'before weight'")
 
 
 @remembered

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -19,6 +19,8 @@ from normkit.engine.dispatch import explained, perform_by
 from normkit.engine.guard import calm
 from normkit.engine.known import Known
 from normkit.engine.reference import check_activation
+
+Cast = Literal["after weight", "before weight"]  # when a half type is rounded
 
 _MADE = ("_rule", "_known")  # made from a layer's other attributes when needed, so never copied or pickled
 
@@ -284,6 +286,12 @@ def check_features(
         )
     if input is not None:
         check_channels(who, input, shape[0], "normalized_shape", "n c *")
+
+
+def check_cast(who: str, cast: str) -> None:
+    """Refuse another word for when a half type is rounded."""
+    if cast not in ("after weight", "before weight"):
+        raise OptionError(f"{who}: cast={cast!r}; wanted 'after weight' or 'before weight'")
 
 
 def given_statistics(

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from normkit.activations.rms_norm import Cast
 from normkit.catalogue.citation import card_of
 from normkit.core.card import Card
 from normkit.core.errors import SurgeryError
 from normkit.core.moments import accumulation_dtype
 from normkit.core.place import Axes
 from normkit.core.support import show
-from normkit.engine.layer import Layer
+from normkit.engine.layer import Cast, Layer
 from normkit.surgery.changes import label
 from normkit.surgery.from_one import FromOne
 from normkit.surgery.frozen_batch_norm import FrozenBatchNorm

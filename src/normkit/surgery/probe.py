@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit.activations.gated_rms_norm import GatedRMSNorm
-from normkit.activations.rms_norm import Cast
+from normkit.engine.layer import Cast
 from normkit.engine.reference import ACTIVATIONS
 
 _BIAS_NAMES = ("bias", "beta", "shift", "b")
