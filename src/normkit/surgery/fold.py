@@ -261,7 +261,7 @@ def _fold_centring(trial: _Trial, refusals: Refusals) -> list[Change]:
                 norms[name] = module, norm
     ties = tied_parameters(trial.model)
     held: dict[int, tuple[nn.Module, dict[str, Any], str, str]] = {
-        id(tensor): (module, kind, key, label(name) if key in ("weight", "bias") else f"{name}.{key}".lstrip("."))
+        id(tensor): (module, kind, key, label(name if key in ("weight", "bias") else f"{name}.{key}".lstrip(".")))
         for name, module in trial.model.named_modules()
         for kind in (module._parameters, module._buffers)
         for key, tensor in kind.items()
