@@ -1,5 +1,6 @@
-"""What diagnostics measure on a model: audit."""
+"""What diagnostics measure on a model: audit and conditions."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -63,3 +64,57 @@ def audit(
     typer.echo(visible(found.json() if as_json else str(found)))
     if fail_on and found.at_least(fail_on):  # pyright: ignore[reportArgumentType]
         raise typer.Exit(1)
+
+
+@command(app, "conditions")
+def conditions(
+    model: Annotated[str, MODEL],
+    data: Annotated[str | None, DATA] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="for conditions.json and a figure")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+) -> None:
+    """Reports how every weight of a model is conditioned, and what equilibration changes.
+
+    Singular values, condition number, stable rank and the spread of row and column norms of each weight, and the
+    condition number with its rows, its columns or both equilibrated. With --data also those of convolutions as
+    operators, on images of that size.
+
+    Such as:
+    normkit conditions mine.models:trained --output conditions
+    """
+    import json
+
+    import torch
+
+    from normkit.diagnostics.conditions import conditions
+    from normkit.lab.experiment import Drawing
+    from normkit.lab.protocol import MODELS, load_factory, make_model, user_code
+    from normkit.lab.record import write_bytes
+    from normkit.lab.report.drawing import save
+    from normkit.lab.report.terminal import print_table
+    from normkit.lab.report.weights import conditions_figure, conditions_table
+    from normkit.lab.say import Terminal
+
+    made, example = make_model(load_factory(model, MODELS), model, None), None
+    if data is not None:
+        from normkit.lab.protocol import DATA, make_data, sized, suited
+
+        read = make_data(load_factory(data, DATA), data)
+        made = sized(make_model(load_factory(model, MODELS), model, read.classes), read, model)
+        example = suited(read, made, model).train.batch(torch.arange(1), torch.device("cpu"))[0]
+    console = Terminal(stderr=True)
+    with user_code(f"measuring {model}"), console.status("") as status:
+        found = conditions(
+            made, example=example, progress=lambda done, total, name: status.update(f"{done} of {total}: {name}")
+        )
+    rows = json.dumps([row.json() for row in found], indent=1, allow_nan=False)
+    if as_json:
+        typer.echo(rows)
+    else:
+        print_table(conditions_table(f"Conditions of {model}", found), Terminal())
+    if output is not None:
+        write_bytes(output / "conditions.json", rows.encode())
+        for path in save([Drawing("conditions", lambda: conditions_figure({model: found}), "")], output):
+            typer.echo(path, err=as_json)
