@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normkit.engine.onlooker import Onlooker
 
 _ATTENDS = re.compile("att(e)?n|mha", re.IGNORECASE)
-_SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
+_SOFTMAX = ("aten._softmax.default", "aten._safe_softmax.default")
 _MASKED = (
     -9e3
 )  # what most models add to a masked logit is -1e4 or below; where it is -100, the largest is not among those
@@ -48,11 +48,12 @@ class Logits(Onlooker):
         return {name: (max(a for a, _ in got), sum(b for _, b in got) / len(got)) for name, got in self._seen.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _SOFTMAX:
+        name = str(func)
+        if name in _SOFTMAX:
             if args[0].dim() > 2 and any(attends for _, attends in self._scope):
                 rows = args[0].detach().flatten(0, -2)
                 self._take(rows[:: max(1, len(rows) // 4096)])
-        elif "scaled_dot_product" in str(func) and "backward" not in str(func):
+        elif "scaled_dot_product" in name and "backward" not in name:
             query, key, scale = args[0].detach(), args[1].detach().float(), (kwargs or {}).get("scale")
             if query.shape[-3] != key.shape[-3]:  # grouped queries
                 key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)

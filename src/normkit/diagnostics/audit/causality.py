@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normkit.diagnostics.audit.check import Row, check
+from normkit.diagnostics.audit.finding import Row, check
 from normkit.diagnostics.audit.observe import Observed, Seen, as_it_was, set_training
 from normkit.surgery.watch import forked, run_on, tensors_in
 

@@ -1,18 +1,22 @@
-"""Findings of an audit: one mistake with its evidence in numbers, and the sequence that prints as a table or as JSON."""
+"""A kind of mistake, what is found of it with its evidence in numbers, and the sequence that prints as a table or as JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from normkit.core.errors import OptionError, SurgeryError, closest
+from normkit.diagnostics.audit.observe import Observed
 from normkit.surgery.changes import Changes
 
 Severity = Literal["info", "warning", "error"]
 Evidence = dict[str, int | float]
+Keeps = Literal["", "training", "evaluation", "both"]
+Row = tuple[str, Evidence, Callable[[], Changes] | None]
+Find = Callable[[Observed], Iterator[Row]]
 
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "error")
 _SHOWN = 3  # rows of one kind in the table; a deep network repeats its mistake in every block
@@ -126,3 +130,30 @@ class Audit(tuple[Finding, ...]):
         lines = ["  ".join([*map(str.ljust, row, widths), row[-1]]) for row in table] if self else ["nothing found"]
         lines += [f"{kind}: {number} more modules" for kind, number in more.items() if number > 0]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+@dataclass(frozen=True)
+class Check:
+    """One kind of mistake, named and described by the function that finds it.
+
+    Args:
+        find: yields module, evidence and fix of each.
+        severity: of its findings.
+        cure: what to do, on one line.
+        keeps: which function of the model ``fix`` keeps to rounding: in training, in evaluation, or both; "" for no fix.
+    """
+
+    find: Find
+    severity: Severity
+    cure: str
+    keeps: Keeps
+
+    @property
+    def kind(self) -> str:
+        """The name in findings."""
+        return self.find.__name__
+
+
+def check(severity: Severity, cure: str, keeps: Keeps = "") -> Callable[[Find], Check]:
+    """Make a function a check."""
+    return lambda find: Check(find, severity, cure, keeps)

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from normkit.catalogue.citation import card_of
 from normkit.core.moments import accumulation_dtype
-from normkit.diagnostics.audit.check import Row, check
+from normkit.diagnostics.audit.finding import Row, check
 from normkit.diagnostics.audit.observe import Observed, Seen, as_it_was
 from normkit.surgery.changes import Change, Changes, label
 from normkit.surgery.decay import param_groups

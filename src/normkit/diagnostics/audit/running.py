@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normkit.catalogue.citation import card_of
-from normkit.diagnostics.audit.check import Row, check
+from normkit.diagnostics.audit.finding import Row, check
 from normkit.diagnostics.audit.observe import Observed, Seen
 from normkit.surgery.changes import Changes
 from normkit.surgery.freeze import freeze, is_frozen

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from normkit.diagnostics.audit.check import Row, check
+from normkit.diagnostics.audit.finding import Row, check
 from normkit.diagnostics.audit.observe import Observed, Seen
 from normkit.surgery.accelerate import accelerate
 from normkit.surgery.changes import label
