@@ -65,7 +65,8 @@ class Finding:
     @property
     def told(self) -> str:
         """The evidence on one line."""
-        return ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in self.evidence.items())
+        numbers = {name: n if isinstance(n, int) else f"{n:.3g}" for name, n in self.evidence.items()}
+        return ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in numbers.items())
 
     def __str__(self) -> str:
         return f"{self.severity}: {self.module}: {self.kind} ({self.told}): {self.cure}"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normkit.diagnostics.audit.finding import Row, check
 from normkit.diagnostics.audit.observe import Observed, Seen
@@ -110,7 +111,7 @@ def layout_copy(seen: Observed) -> Iterator[Row]:
         moved = max((call.moved for call in norm.calls), default=0)
         if moved >= _BYTES:
             fix = partial(accelerate, seen.model, where=norm.is_named)
-            yield norm.label, {"bytes_per_call": moved}, fix if type(norm.module).__module__[:6] == "torch." else None
+            yield norm.label, {"bytes_per_call": moved}, fix if isinstance(norm.module, _InstanceNorm) else None
 
 
 def _is_untrained_mixture(norm: Seen) -> bool:
