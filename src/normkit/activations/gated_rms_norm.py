@@ -1,7 +1,5 @@
 """Gated RMS normalization, multiplied by the SiLU of a second input, as in Mamba-2 and Qwen3-Next."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -126,9 +124,7 @@ def gated_rms_norm(
 
 
 CARD = Card(
-    name="gated_rms_norm",
     title="Gated root mean square normalization",
-    kind="activation",
     word="",
     wordless="it takes a second input, the gate, which a norm's place does not have",
     normalized_over="each sample or token, over its features or groups of them, without centring",

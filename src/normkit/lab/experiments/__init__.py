@@ -19,12 +19,17 @@ FILES = {
         "batch_size",
         "disparity",
         "pre_post_ln",
+        "placements",
         "gan",
         "why_bn",
         "blog_table",
         "cost_activations",
         "conditioning",
         "four_benefits",
+        "equilibrate",
+        "four_improvements",
+        "local_norms",
+        "bn_order",
     ),
 }
 
