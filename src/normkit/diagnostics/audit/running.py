@@ -105,10 +105,10 @@ def _gap(mean: Tensor, var: Tensor, other: Tensor, other_var: Tensor, eps: float
 
 
 def _is_young(module: nn.Module, mean: Tensor, var: Tensor) -> bool:
-    """Whether more than a twentieth of running statistics is what they were initialized with."""
+    """Whether a twentieth of running statistics, or half of a small variance, is what they were initialized with."""
     count, momentum = getattr(module, "num_batches_tracked", None), getattr(module, "momentum", None)
     left = 0.0 if count is None or not momentum else (1 - momentum) ** int(count)
-    return left > 0.05 or count == 0 or (not mean.any() and bool((var == 1).all()))
+    return left > min(0.05, 0.5 * float(var.median())) or count == 0 or (not mean.any() and bool((var == 1).all()))
 
 
 def _scale(norm: Seen) -> Tensor | None:
