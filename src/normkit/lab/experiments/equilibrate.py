@@ -201,8 +201,8 @@ def remarks(result: dict[str, Any]) -> list[str]:
         said.append(f"{label}: {_same(e, runs[FROZEN][0])}")
     said.append(
         "With BN behind a layer, E on it leaves the network's function as it is and changes the size of its steps; on the last "
-        "layer it bounds the logits, which is why E there alone and a learned temperature are controls. In the transformer E also "
-        "changes what is computed at the start, as do rows that merely begin with norm 1."
+        "layer it bounds the logits, which is why E there alone and a learned temperature are controls. In the transformer E "
+        "also changes what is computed at the start, as do rows that merely begin with norm 1."
     )
     if result["scale"] == "small":
         said.append(f"Small scale: {length_of(result)}; differences are those of early training.")
