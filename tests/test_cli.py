@@ -21,7 +21,8 @@ from normkit.lab.settings import Place, Reports, Settings, Site, Size, Speed, wi
 
 TESTS = Path(__file__).parent
 EXPERIMENT = (Size, Place, Reports)
-DECLARED = {"compare": (Settings, Site, Reports), "reproduce": EXPERIMENT, "claim": EXPERIMENT, "theory": EXPERIMENT, "demo": EXPERIMENT, "bench": (Speed,)}
+KINDS = dict.fromkeys(("reproduce", "claim", "theory", "demo"), EXPERIMENT)
+DECLARED = {"compare": (Settings, Site, Reports), **KINDS, "bench": (Speed,)}
 
 
 def environ() -> dict[str, str]:
