@@ -21,8 +21,14 @@ from normkit.lab.settings import Place, Reports, Settings, Site, Size, Speed, wi
 
 TESTS = Path(__file__).parent
 EXPERIMENT = (Size, Place, Reports)
-KINDS = dict.fromkeys(("reproduce", "claim", "theory", "demo"), EXPERIMENT)
-DECLARED = {"compare": (Settings, Site, Reports), **KINDS, "bench": (Speed,)}
+DECLARED = {
+    "compare": (Settings, Site, Reports),
+    "reproduce": EXPERIMENT,
+    "claim": EXPERIMENT,
+    "theory": EXPERIMENT,
+    "demo": EXPERIMENT,
+    "bench": (Speed,),
+}
 
 
 def environ() -> dict[str, str]:

@@ -3,8 +3,6 @@
 It is drawn from the support alone, or, for the five pictures of a lecture (``"slides"``), found by differentiating the layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple

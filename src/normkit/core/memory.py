@@ -1,7 +1,5 @@
 """Memory: running averages of statistics, used where the batch's own statistics must not be."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple

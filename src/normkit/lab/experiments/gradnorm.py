@@ -28,7 +28,7 @@ from normkit.lab.report.canvas import FULL, log, panels
 from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import spread, where
-from normkit.lab.train.walk import forget, walk
+from normkit.lab.train.walk import walk
 
 WAYS = {
     "equal": "equal weights",
@@ -85,7 +85,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
         return {"losses": losses.tolist(), "weights": weights.tolist()} if looking else None
 
     walked = walk(folder, job.steps, {"model": model, "optimizer": optimizer, "balance": balance}, step, job.seed)
-    forget(folder)
     first = walked.rows[0]["losses"]
     paces = [[a / b for a, b in zip(row["losses"], first, strict=True)] for row in walked.rows]
     return {"rows": [{**row, "pace": pace} for row, pace in zip(walked.rows, paces, strict=True)]}

@@ -26,7 +26,7 @@ from normkit.lab.report.canvas import FULL, panels
 from normkit.lab.report.drawing import COLOURS
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import mean, spread, where
-from normkit.lab.train.walk import forget, walk
+from normkit.lab.train.walk import walk
 
 KINDS = [
     (act, norm, bypass) for act in ("linear", "ReLU") for norm in ("no norm", "BatchNorm") for bypass in (False, True)
@@ -85,7 +85,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
         return {"loss": loss.item()} if number == job.steps else None
 
     walked = walk(folder, job.steps, {"model": model, "optimizer": optimizer}, step, job.seed)
-    forget(folder)
     with torch.no_grad():
         return {
             "loss": walked.rows[-1]["loss"],

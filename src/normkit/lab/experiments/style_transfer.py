@@ -28,7 +28,7 @@ from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import spread
 from normkit.lab.train.images import Size, Stream, fit
-from normkit.lab.train.walk import device, forget, walk
+from normkit.lab.train.walk import device, walk
 
 STEPS, BATCH, SHOWN = {"tiny": 3, "small": 500, "full": 5000}, 16, 4
 
@@ -93,8 +93,6 @@ def transfer(job: Transfer, folder: Path) -> dict[str, Any]:
         return {"content": kept.item(), "style": apart.item()} if number in (1, job.steps) else None
 
     walk(folder, job.steps, {"decoder": decoder, "optimizer": optimizer}, step, job.seed)
-    forget(folder)
-    forget(folder / "encoder")
     with torch.no_grad():
         content, style = data["test"][0][:32], data["test"][0][32:64]
         _, kept, apart = losses(content, style)
