@@ -54,6 +54,7 @@ def conditions_figure(models: dict[str, Sequence[WeightCondition]]) -> Figure:
     """Condition numbers of each weight, as it is and equilibrated; a panel per model."""
     longest = max(map(len, models.values()))
     figure, axes = panels(len(models), FULL, 1.0 + 0.14 * longest)
+    figure.set_layout_engine("constrained", w_pad=0.08)
     for axis, (name, found) in zip(axes, models.items(), strict=True):
         draw_conditions(axis, found)
         axis.set_title(plain(name), loc="right")
@@ -73,10 +74,10 @@ def draw_conditions(axis: Axes, found: Sequence[WeightCondition]) -> None:
     rows_of(axis, [plain(row.name or "(model)") for row in found])
     axis.set_xscale("log")
     low, high = axis.get_xlim()
-    near = high < 100 * low
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 3) if near else (1,)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    if high < 100 * low:
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 3)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def depth_figure(models: dict[str, Sequence[Signal]]) -> Figure:
