@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,16 @@ from normkit.lab.experiments import (
     conditioning,
     cost_activations,
     disparity,
+    equilibrate,
     find_experiment,
     four_benefits,
+    four_improvements,
     gan,
+    gradnorm,
+    linear_part,
     names,
     pre_post_ln,
+    small_table,
     why_bn,
 )
 from normkit.lab.jobs import adversarial, encoders, landscape, ranges, spectra
@@ -39,7 +44,7 @@ from normkit.lab.models.gan import PointDiscriminator, PointGenerator, centres
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.perform import perform
 from normkit.lab.report import drawing
-from normkit.lab.train import images, walk
+from normkit.lab.train import images, learning, walk
 from normkit.surgery.recipe import apply_recipe
 from normkit.weights.power_iteration import power_iteration
 
@@ -68,6 +73,7 @@ SAID = {
     "cost": ("2 % of BN", "folded, inference takes within"),
     "conditioning": ("with E on all layers (plain): lower condition numbers at the end in", "E, temperature"),
     "vit-s": ("So without LN they are",),
+    "equilibrate": ("frozen at 1 is E: of the training losses of each epoch, they are equal to the last bit",),
 }
 SLOW = ("table2",)  # at the tiny scale what table1 is
 
@@ -94,7 +100,9 @@ def test_an_experiment_runs_and_reports(kind: str, name: str, tmp_path: Path) ->
         assert path.with_suffix(".svg").stat().st_size > 1000
     text = (tmp_path / "result.md").read_text()
     captions = re.findall(r"^!\[[^]]+\]\(figures/(.+)\)\n\n\*([^*]+\.)\*$", text, flags=re.MULTILINE)
-    assert sorted(name for name, _ in captions) == [path.name for path in pictures]
+    assert sorted(Path(name).stem for name, _ in captions) == [path.stem for path in pictures]
+    for name, _ in captions:
+        assert (tmp_path / "figures" / name).stat().st_size > 2000
     assert not list(tmp_path.glob("runs/**/checkpoint.pt"))
     assert (tmp_path / "report.html").exists()
     for words in (experiment.title, *SAID.get(name, ())):
@@ -116,11 +124,35 @@ CASES = {
     "pre_post_ln": Case(encoders.train, encoders.Training("text", "post", "ln", "adam 1e-3", True, 0, **ENCODER), 4),
     "gan": Case(adversarial.play, adversarial.Game("hinge", "sn", 0, 4), 3),
     "why_bn": Case(why_bn.train, why_bn.Training("noisy", 0.05, True, 0, **{**IMAGES, "train": 128}, steps=4), 3),
+    "gradnorm": Case(gradnorm.train, gradnorm.Training("additive", 0, 5), 3),
+    "linear_part": Case(linear_part.train, linear_part.Training("ReLU", "BatchNorm", True, 0, 5), 3),
     "conditioning": Case(conditioning.descend, conditioning.Descent("bn", "e-temperature", 0.3, True, 0, 4), 3),
     "four_benefits": Case(
         four_benefits.train, four_benefits.Training("wn", 0.1, 10.0, 0, **{**DIGITS, "epochs": 4}), 3
     ),
+    "small_table": Case(
+        four_improvements.train,
+        small_table.Training(row="ghost+decay+weighing", batch=32, rate=0.1, seed=0, **{**DIGITS, "epochs": 2}),
+        3,
+    ),
 }
+
+
+def test_condition_numbers_of_updates_survive_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (plan,) = equilibrate.plans("tiny")
+    job = replace(plan.base, name="MuonEq-R + E", recipe="keep+e@all", optimizer="muoneq", rate=0.01, epochs=3)
+    whole = equilibrate.follow(job, tmp_path / "whole")
+
+    def stop(epoch: int, *rest: object) -> None:
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, "tell", stop)
+        with pytest.raises(KeyboardInterrupt):
+            equilibrate.follow(job, tmp_path / "parts")
+    assert equilibrate.follow(job, tmp_path / "parts") == whole
+    assert [1 < k < 1e3 for kind in equilibrate.KINDS for k in whole["curve"][kind]] == [True] * 6
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,9 +1,7 @@
 """Batch-channel normalization, and batch normalization by estimated statistics for micro-batches."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +15,7 @@ from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.place import groups
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, check_shape, divisors, place
+from normkit.core.support import Support, check_groups, check_shape, place
 from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import run
 from normkit.engine.layer import check_channels, check_several
@@ -120,6 +118,8 @@ class BatchChannelNorm(Module, TorchBatchNorm):
             [ 1.0000, -1.0000]])
     """
 
+    shown = "{0.num_features}, num_groups={0.num_groups}, eps={0.eps}, momentum={0.momentum}, affine={0.affine}"
+    unusual: ClassVar = {"estimate": False}
     always = "its second step, over groups of channels; leave the layer out"
 
     def __init__(
@@ -136,7 +136,7 @@ class BatchChannelNorm(Module, TorchBatchNorm):
     ) -> None:
         if momentum is not None:
             _check_momentum("BatchChannelNorm", momentum)
-        _check_groups("BatchChannelNorm", num_groups, num_features)
+        check_groups("BatchChannelNorm", num_features, num_groups)
         super().__init__(num_features, eps, momentum, affine, True, device=device, dtype=dtype)
         self.num_groups, self.estimate = num_groups, estimate
         factory = {"device": device, "dtype": dtype}
@@ -159,11 +159,6 @@ class BatchChannelNorm(Module, TorchBatchNorm):
         """Set weights to 1 and biases to 0, and forget the running statistics."""
         super().reset_parameters()
         self.fill(group_weight=1, group_bias=0)
-
-    def extra_repr(self) -> str:
-        """The arguments."""
-        text = f"{self.num_features}, num_groups={self.num_groups}, eps={self.eps}, momentum={self.momentum}"
-        return text + f", affine={self.affine}" + self.repr_options(estimate=False)
 
 
 def est_batch_norm(
@@ -212,7 +207,7 @@ def batch_channel_norm(
             [ 1.0000, -1.0000]])
     """
     _check_momentum("batch_channel_norm", momentum)
-    _check_groups("batch_channel_norm", num_groups, input.shape[1])
+    check_groups("batch_channel_norm", input.shape[1], num_groups)
     if training and not estimate:
         check_several("batch_channel_norm", input, _SUPPORT)
     running, affines = RunningStatistics(running_mean, running_var), ((weight, bias), (group_weight, group_bias))
@@ -293,22 +288,8 @@ def _check_momentum(who: str, momentum: float | None) -> None:
         raise OptionError(f"{who}: momentum={momentum}; wanted a number from 0 to 1")
 
 
-def _check_groups(who: str, groups: int, channels: int) -> None:
-    if groups < 1 or channels % groups:
-        raise OptionError(
-            f"{who}: {channels} channels do not split into num_groups={groups}; "
-            f"num_groups must divide {channels}: {divisors(channels)}"
-        )
-
-
-def _example(channels: int) -> BatchChannelNorm:
-    return BatchChannelNorm(channels, math.gcd(2, channels))
-
-
 CARD = Card(
-    name="batch_channel_norm",
     title="Batch-channel normalization",
-    kind="activation",
     word="bcn",
     normalized_over="each channel over the batch and all positions, then each sample's groups of channels",
     formula="y = group_weight * GroupNorm(weight * (x - E[x]) / sqrt(Var[x] + eps) + bias) + group_bias",
@@ -323,7 +304,7 @@ CARD = Card(
     weaknesses="two normalizations per layer, of which the second can't be folded",
     module=BatchChannelNorm,
     functional=batch_channel_norm,
-    make=_example,
+    make=lambda channels: BatchChannelNorm(channels, math.gcd(2, channels)),
     build=lambda at: BatchChannelNorm(at.channels, at.groups, at.eps, at.momentum, at.affine, **at.factory),
     option=groups(of=lambda norm: norm.num_groups),
     over="n c *",
@@ -334,9 +315,7 @@ CARD = Card(
 )
 
 CARD_ESTIMATED = Card(
-    name="est_batch_norm",
     title="Batch normalization by estimated statistics",
-    kind="activation",
     word="ebn",
     normalized_over="each channel, by running statistics that the batch first moves a little",
     formula="y = weight * (x - mean) / sqrt(var + eps) + bias, mean and var running",
@@ -351,7 +330,6 @@ CARD_ESTIMATED = Card(
     weaknesses="gradients ignore the statistics; the momentum has to fall with the learning rate",
     module=EstBatchNorm,
     functional=est_batch_norm,
-    make=EstBatchNorm,
     build=lambda at: EstBatchNorm(at.channels, at.eps, at.momentum, at.affine, **at.factory),
     over="n *",
     batch_dependent=True,

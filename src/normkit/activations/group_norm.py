@@ -1,19 +1,17 @@
 """Group normalization: normalize each sample over groups of channels and all positions."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import ShapeError
 from normkit.core.place import groups
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, divisors, show
+from normkit.core.support import Support, check_groups, show
 from normkit.engine.dispatch import Activation, Backend, run
 from normkit.engine.layer import Layer, check_channels, check_layout
 
@@ -61,6 +59,8 @@ class GroupNorm(Layer, nn.GroupNorm):
     tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
     """
 
+    unusual: ClassVar = {"layout": "n c *", "activation": None}
+
     def __init__(
         self,
         num_groups: int,
@@ -74,7 +74,7 @@ class GroupNorm(Layer, nn.GroupNorm):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        _check_groups("GroupNorm", num_groups, num_channels)
+        check_groups("GroupNorm", num_channels, num_groups)
         super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
         self.activation, self.layout = activation, layout
         self.complete(bias)
@@ -85,9 +85,6 @@ class GroupNorm(Layer, nn.GroupNorm):
     def check(self, input: Tensor) -> None:
         check_channels("GroupNorm", input, self.num_channels, "num_channels", self.layout)
         _check_several("GroupNorm", self.num_groups, input)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + self.repr_options(layout="n c *", activation=None)
 
 
 def group_norm(
@@ -110,20 +107,10 @@ def group_norm(
     """
     rule = group_norm_rule(num_groups, eps, layout)
     if input.dim() >= 2:
-        _check_groups(
-            "group_norm", num_groups, input.shape[-1 if layout == "n * c" else 1], f" (input {show(input.shape)})"
-        )
+        channels = input.shape[-1 if layout == "n * c" else 1]
+        check_groups("group_norm", channels, num_groups, f" (input {show(input.shape)})")
         _check_several("group_norm", num_groups, input)
     return run(rule, input, weight, bias, mask=mask, backend=backend)
-
-
-def _check_groups(who: str, groups: int, channels: int, where: str = "") -> None:
-    """Refuse groups that do not fit: for a layer an argument is wrong, for a call (``where``) the input does not fit."""
-    if groups < 1 or channels % groups:
-        raise (ShapeError if where else OptionError)(
-            f"{who}: {channels} channels do not split into num_groups={groups}{where}; "
-            f"num_groups must divide {channels}: {divisors(channels)}"
-        )
 
 
 def _check_several(who: str, groups: int, input: Tensor) -> None:
@@ -135,24 +122,17 @@ def _check_several(who: str, groups: int, input: Tensor) -> None:
         )
 
 
-def _example(channels: int) -> GroupNorm:
-    return GroupNorm(math.gcd(2, channels), channels)
-
-
 CARD = Card(
-    name="group_norm",
     title="Group normalization",
-    kind="activation",
     word="gn",
     normalized_over="each sample and group of channels, over the group's channels and all positions",
-    formula=group_norm_rule(32).formula(),
     paper=Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
     use_cases="detection, segmentation, video, diffusion: convolutional networks with few samples per batch",
     strengths="independent of the batch size; the same in training and at inference",
     weaknesses="behind batch normalization at large batches; the number of groups is one more choice; can't be folded",
     module=GroupNorm,
     functional=group_norm,
-    make=_example,
+    make=lambda channels: GroupNorm(math.gcd(2, channels), channels),
     build=lambda at: GroupNorm(at.groups, at.channels, at.eps, at.affine, bias=at.bias, layout=at.axes, **at.factory),
     option=groups(of=lambda norm: norm.num_groups),
     axes=("n c *", "n * c"),

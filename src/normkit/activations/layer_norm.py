@@ -1,9 +1,7 @@
 """Layer normalization: normalize each sample or token over its features."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -51,7 +49,8 @@ class LayerNorm(Layer, nn.LayerNorm):
         eps: added to the variance. Default: 1e-5 (ConvNeXt and ViT use 1e-6).
         elementwise_affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
         bias: False omits the bias. Default: True.
-        over: ``"c"`` or ``"c *"`` of an input ``"n c *"``; None for the trailing axes. Default: None.
+        over: ``"c"`` or ``"c *"`` of an input ``"n c *"``; ``"d"`` for the last trailing axis alone, with a weight per element of
+            all, as for queries whose heads have gains of their own; None for the trailing axes. Default: None.
         per: with ``over``, ``""`` for one scalar weight and bias; None for one per channel. Default: None.
         activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
         device: device of the parameters.
@@ -71,6 +70,8 @@ class LayerNorm(Layer, nn.LayerNorm):
     tensor([[-1.0000,  1.0000],
             [-1.0000,  1.0000]])
     """
+
+    unusual: ClassVar = {"over": None, "per": None, "activation": None}
 
     def __init__(
         self,
@@ -102,9 +103,6 @@ class LayerNorm(Layer, nn.LayerNorm):
     def check(self, input: Tensor) -> None:
         check_features("LayerNorm", self.normalized_shape, self.over, self.per, input)
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + self.repr_options(over=None, per=None, activation=None)
-
 
 def layer_norm(
     input: Tensor,
@@ -129,12 +127,9 @@ def layer_norm(
 
 
 CARD = Card(
-    name="layer_norm",
     title="Layer normalization",
-    kind="activation",
     word="ln",
     normalized_over="each sample or token, over its features",
-    formula=layer_norm_rule().formula(),
     paper=Paper(
         "Ba, Jimmy Lei and Kiros, Jamie Ryan and Hinton, Geoffrey E.",
         "Layer Normalization",

@@ -1,11 +1,9 @@
 """A method's card: what it normalizes over, where it was published, when to use it, and the claims that the tests check."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from torch import Tensor
 
@@ -41,17 +39,22 @@ class Paper:
         return f"@misc{{{key},\n" + "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items()) + "}"
 
 
+def _made(*given: Any) -> NoReturn:
+    """Stands for what a card makes where it says nothing of it."""
+    raise NotImplementedError
+
+
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """One method of the catalogue. The laws in the tests check every claim on it that a machine can check.
 
     Args:
-        name: the name in snake case, the same as the function's.
+        name: the name in snake case. Default: the function's, of which it differs only where several methods share one.
         title: the name in words.
-        kind: what is normalized.
+        kind: what is normalized. Default: activations.
         word: the word for the method in recipes; "" for none.
         normalized_over: the support set in words.
-        formula: as the literature writes it.
+        formula: as the literature writes it. Default: the rule's.
         paper: where it was published.
         use_cases: where it is the usual choice.
         strengths: arguments for it.
@@ -60,7 +63,8 @@ class Card:
         functional: the stateless function.
         make: ``make(channels)`` returns a small module for an input of the rule's layout (activations); ``make(layer)``
             parametrizes a layer and returns it (weights); ``make(features)`` returns an unfitted module (inputs);
-            ``make(model)`` returns the processor of a model's gradients (gradients).
+            ``make(model)`` returns the processor of a model's gradients (gradients). Default: the module, without arguments
+            for inputs.
         rule: the method as data, or None where it is not one rule.
         layout: the input layout of an activation layer: ``"n c *"`` channels first, or ``"* d"`` features last.
         extra: for conditioned layers, maps an example of the first input of forward to the others.
@@ -84,19 +88,19 @@ class Card:
         accompanies: whether networks use it in addition to a norm, so that converting norms leaves it alone.
     """
 
-    name: str
+    name: str = ""
     title: str
-    kind: Kind
+    kind: Kind = "activation"
     word: str = ""
     normalized_over: str
-    formula: str
+    formula: str = ""
     paper: Paper
     use_cases: str
     strengths: str
     weaknesses: str
     module: type[Any]
     functional: Callable[..., Any]
-    make: Callable[..., Any]
+    make: Callable[..., Any] = _made
     rule: Rule | None = None
     layout: Literal["n c *", "* d"] = "n c *"
     extra: Callable[[Tensor], tuple[Any, ...]] | None = None
@@ -119,6 +123,11 @@ class Card:
     accompanies: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.functional.__name__)
+        if self.make is _made:
+            object.__setattr__(self, "make", self.module if self.kind != "input" else lambda _: self.module())
+        if not self.formula and self.rule is not None:
+            object.__setattr__(self, "formula", self.rule.formula())
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
             raise NotationError(f"Card: name {self.name!r}; wanted snake case, as the function is named")
         if self.kind != "activation":

@@ -5,8 +5,6 @@ subclasses, active modes and transforms), dtype, sizes and strides. It is intern
 answer as expected, every call takes the slower path through :meth:`Call.key`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +42,7 @@ def calm() -> bool:
     >>> calm()
     True
     """
+    # An internal count, as torch has no public question for it; a level from 0 says that tangents may be about.
     return not is_compiling() and forward_ad._current_level < 0
 
 

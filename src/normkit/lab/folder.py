@@ -19,7 +19,7 @@ from normkit.lab.schema import FLAG, OBJECT, fields, parse
 
 CONFIG, RUNS, FIGURES, CURVES = "config.json", "runs", "figures", "tensorboard"
 TOP = ("result.json", "result.md", "report.html", "cost.json", "sessions.json", "environment.json", CONFIG)
-REPLACING, DISCARDED, LOCK = "overwrite.json", ".discarded", ".lock"
+REPLACING, DISCARDED, LOCK, CHECKPOINT = "overwrite.json", ".discarded", ".lock", "checkpoint.pt"
 OURS = {*TOP, RUNS, FIGURES, CURVES, REPLACING, DISCARDED}
 # What a configuration of ours says, and no one else's of the same name; an earlier normkit kept comparisons and their runs apart.
 COMPARISON = {"model", "data", "recipes", "seeds", "rates", "epochs", "batch_size", "optimizer", "device"}
@@ -172,7 +172,7 @@ def empty(folder: Path) -> None:
                 remove(path)
             discard(folder, run)
     for path in (folder / FIGURES).glob("*.*"):
-        if path.suffix in (".png", ".svg") and not path.is_symlink() and MARK in _head(path):
+        if path.suffix in (".png", ".svg", ".gif") and not path.is_symlink() and MARK in _head(path):
             remove(path)
     for name in (RUNS, CURVES, FIGURES):
         _prune(folder / name)

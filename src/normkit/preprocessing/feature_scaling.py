@@ -1,7 +1,5 @@
 """Feature scaling by each feature's range, largest value or deviation over the training data."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any
@@ -226,7 +224,6 @@ _card = partial(
 )
 
 CARD_MIN_MAX = _card(
-    name="min_max_scaling",
     title="Min-max scaling",
     formula="y = low + (x - min[x]) / (max[x] - min[x]) * (high - low)",
     paper=Paper(
@@ -240,12 +237,10 @@ CARD_MIN_MAX = _card(
     weaknesses="one outlier compresses all else; data outside the training range exceeds the bounds unless clipped",
     module=MinMaxScaling,
     functional=min_max_scaling,
-    make=lambda features: MinMaxScaling(),
     rule=Rule(PER_FEATURE, Statistic("min", "range", 0.0, "floor")),
 )
 
 CARD_Z_SCORE = _card(
-    name="z_score",
     title="Standardization (z-score)",
     formula="y = (x - E[x]) / sqrt(Var[x])",
     paper=Paper(
@@ -259,12 +254,10 @@ CARD_Z_SCORE = _card(
     weaknesses="outliers affect both statistics; correlation between features remains",
     module=ZScore,
     functional=z_score,
-    make=lambda features: ZScore(),
     rule=Rule(PER_FEATURE, Statistic("mean", "std", 0.0)),
 )
 
 CARD_MEAN = _card(
-    name="mean_normalization",
     title="Mean normalization",
     formula="y = (x - E[x]) / (max[x] - min[x])",
     paper=Paper("Ng, Andrew", "Machine Learning", 2011, "https://www.coursera.org/learn/machine-learning"),
@@ -273,12 +266,10 @@ CARD_MEAN = _card(
     weaknesses="one outlier compresses all else; deviations still differ between features",
     module=MeanNormalization,
     functional=mean_normalization,
-    make=lambda features: MeanNormalization(),
     rule=Rule(PER_FEATURE, Statistic("mean", "range", 0.0, "floor")),
 )
 
 CARD_MAX_ABS = _card(
-    name="max_abs_scaling",
     title="Max-abs scaling",
     formula="y = x / max|x|",
     paper=Paper(
@@ -292,6 +283,5 @@ CARD_MAX_ABS = _card(
     weaknesses="does not centre; one outlier compresses all else",
     module=MaxAbsScaling,
     functional=max_abs_scaling,
-    make=lambda features: MaxAbsScaling(),
     rule=Rule(PER_FEATURE, Statistic(None, "max", 0.0, "floor")),
 )

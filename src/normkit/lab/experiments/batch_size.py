@@ -26,8 +26,7 @@ from normkit.activations.batch_channel_norm import BatchChannelNorm
 from normkit.activations.batch_norm import BatchNorm
 from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule
 from normkit.activations.ghost_batch_norm import GhostBatchNorm
-from normkit.activations.group_norm import GroupNorm
-from normkit.core.card import Paper
+from normkit.activations.group_norm import CARD, GroupNorm
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.runs import CHANCE, diverged, labelled, notes, points, side, size_of, source_of
 from normkit.lab.models.small_cnn import SmallCNN
@@ -37,7 +36,7 @@ from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, SHAPES, name_ends
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import differences, known, spread, where
 from normkit.lab.train.images import Images, Size, Stream, accuracy, fit
-from normkit.lab.train.walk import OK, device, forget
+from normkit.lab.train.walk import OK, device
 from normkit.surgery.recalibrate import recalibrate
 from normkit.surgery.recipe import apply_recipe
 
@@ -59,17 +58,12 @@ JUDGED = 512  # training images on which statistics are re-estimated
 
 
 @dataclass(frozen=True)
-class Training(Size):
+class Training(Size, path="{0.method}/batch={0.batch}/seed={0.seed}"):
     """One training."""
 
     method: str
     batch: int
     seed: int
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"{self.method}/batch={self.batch}/seed={self.seed}"
 
 
 def norm(method: str, steps: int) -> Callable[[int], nn.Module]:
@@ -114,7 +108,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
     found: dict[str, float | None] = dict.fromkeys(WAYS)
     if walked.status == OK:
         found |= judge(model, job, images["train"], images["test"])
-    forget(folder)
     return {"status": walked.status, "loss": [row["loss"] for row in walked.rows], "accuracy": found}
 
 
@@ -244,6 +237,5 @@ EXPERIMENT = Experiment(
     "Batch normalization loses accuracy as batches become small, while group normalization keeps its own. What was proposed "
         "since then, or for the same end, stands next to it: weight standardization, batch-channel normalization, batch "
         "renormalization, ghost batches.",
-    Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
-    run, tables, figures, remarks, ("tiny", "small", "full"),
+    CARD.paper, run, tables, figures, remarks, ("tiny", "small", "full"),
 )  # fmt: skip

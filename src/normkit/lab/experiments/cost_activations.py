@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from normkit.catalogue.methods import METHODS, method
-from normkit.core.card import Paper
 from normkit.lab.bench.race import race
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.runs import labelled, side
@@ -29,6 +28,7 @@ from normkit.lab.report.canvas import FAINT, FULL, INK
 from normkit.lab.report.drawing import COLOURS, GREY
 from normkit.lab.say import counted
 from normkit.lab.stats import known, mean, paired_interval, spread
+from normkit.lab.sweep import Work
 
 SHAPES: dict[str, tuple[int, ...]] = {"images": (32, 64, 32, 32), "tokens": (8, 512, 768)}
 BASES = {"images": "batch_norm", "tokens": "layer_norm"}
@@ -51,18 +51,13 @@ TORCH: dict[str, dict[str, Callable[[int], nn.Module]]] = {
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(Work, path="{0.kind}/seed={0.seed}"):
     """One repetition of all layers of a kind."""
 
     kind: str
     shape: tuple[int, ...]
     rounds: int
     seed: int
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"{self.kind}/seed={self.seed}"
 
 
 def names(kind: str) -> list[str]:
@@ -238,11 +233,5 @@ def costs(result: dict[str, Any]) -> Figure:
 EXPERIMENT = Experiment(
     "cost-activations", "claim", "What activation norms cost",
     "Root mean square normalization costs less than layer normalization, as it needs no mean.",
-    Paper(
-        "Zhang, Biao and Sennrich, Rico",
-        "Root Mean Square Layer Normalization",
-        2019,
-        "https://arxiv.org/abs/1910.07467",
-    ),
-    run, tables, figures, remarks, ("tiny", "small", "full"),
+    method("rms_norm").paper, run, tables, figures, remarks, ("tiny", "small", "full"),
 )  # fmt: skip

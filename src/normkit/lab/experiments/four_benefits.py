@@ -17,10 +17,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import nn
 
-from normkit.activations.batch_norm import BatchNorm
+from normkit.activations.batch_norm import CARD, BatchNorm
 from normkit.activations.group_norm import GroupNorm
 from normkit.activations.instance_norm import InstanceNorm
-from normkit.core.card import Paper
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.runs import CHANCE, diverged, labelled, notes, side, size_of, source_of
 from normkit.lab.models.noisy_norm import Shift
@@ -31,7 +30,7 @@ from normkit.lab.report.drawing import COLOURS, GREY, SHAPES, name_ends
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import Interval, differences, known, mean, spread, tell, where
 from normkit.lab.train.images import Size, Stream, accuracy, fit
-from normkit.lab.train.walk import OK, device, forget
+from normkit.lab.train.walk import OK, device
 from normkit.surgery.recipe import apply_recipe
 
 METHODS = {
@@ -64,18 +63,13 @@ RECIPES = {"gn+ws": "keep+ws", "wn": "keep+wn", "e": "keep+e@all"}
 
 
 @dataclass(frozen=True)
-class Training(Size):
+class Training(Size, path="{0.method}/scale={0.scale:g}/rate={0.rate:g}/seed={0.seed}"):
     """One training."""
 
     method: str
     rate: float
     scale: float
     seed: int
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"{self.method}/scale={self.scale:g}/rate={self.rate:g}/seed={self.seed}"
 
 
 def train(job: Training, folder: Path) -> dict[str, Any]:
@@ -93,7 +87,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
         model.eval()
         scores = {part: accuracy(model, images[part]) for part in scores}
         reached = next((row["step"] for row in walked.rows if row["loss"] <= TARGET), None)
-    forget(folder)
     return {"status": walked.status, "steps": reached, "planned": job.epochs * stream.per_epoch, **scores}
 
 
@@ -291,11 +284,5 @@ EXPERIMENT = Experiment(
     "four-benefits", "claim", "Four benefits of normalization",
     "Normalization speeds up convergence, makes training less sensitive to the scale of inputs, reduces overfitting and "
         "generalizes better.",
-    Paper(
-        "Ioffe, Sergey and Szegedy, Christian",
-        "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
-        2015,
-        "https://arxiv.org/abs/1502.03167",
-    ),
-    run, tables, figures, remarks, ("tiny", "small", "full"),
+    CARD.paper, run, tables, figures, remarks, ("tiny", "small", "full"),
 )  # fmt: skip

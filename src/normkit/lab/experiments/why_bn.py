@@ -1,10 +1,11 @@
 """Why batch normalization helps: internal covariate shift, smoothness of the loss, and the largest learning rate.
 
 A small network learns CIFAR-10 without normalization, with batch normalization, and with batch normalization followed by noise
-whose mean and deviation change at every step, so that the inputs of every layer shift more than without any. Along training
-three things are measured: how much a layer's gradient turns when the layers before it take their step, which is one
-definition of covariate shift; how far means and deviations of a layer's inputs move; and how the loss and its gradient
-change along the gradient. Apart from that, runs at many rates show the largest that still learns.
+whose mean and deviation change at every step, so that the inputs of every layer shift more than without any; and with E, row
+equilibration of the first and the last layer, whose paper claims a smoother loss too. Along training three things are measured:
+how much a layer's gradient turns when the layers before it take their step, which is one definition of covariate shift; how far
+means and deviations of a layer's inputs move; and how the loss and its gradient change along the gradient. Apart from that,
+runs at many rates show the largest that still learns.
 
 Ours: batches of 64, a bias in the place of the norm that is left out, rate 0.05 with momentum 0.9 and cosine decay for what is
 measured along training, gradients compared on the training batch itself, steps of a half to four times the rate along the
@@ -35,10 +36,17 @@ from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import ABSENT, Row, by_step, differences, mean, spread, tell, where
 from normkit.lab.train.images import Stream, load
-from normkit.lab.train.walk import OK, Diverged, device, forget, walk
+from normkit.lab.train.walk import OK, Diverged, device, walk
+from normkit.surgery.recipe import apply_recipe
 
-METHODS = {"none": "no norm", "bn": "BatchNorm", "noisy": "BatchNorm + noise"}
-HUES = {"none": GREY, "bn": COLOURS[0], "noisy": COLOURS[1]}
+METHODS = {
+    "none": "no norm",
+    "bn": "BatchNorm",
+    "noisy": "BatchNorm + noise",
+    "none+e": "no norm + E",
+    "bn+e": "BatchNorm + E",
+}
+HUES = dict(zip(METHODS, (GREY, *COLOURS), strict=False))
 SEARCHED = ("none", "bn")
 
 STEPS = {"tiny": 4, "small": 120, "full": 2000}
@@ -71,7 +79,10 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
     images = load(job.data, job.train, 500, job.halve)["train"]
     stream = Stream(images, BATCH, job.seed)
     reseed(job.seed, "init")
-    model = SmallCNN(MAKERS[job.method], channels=images[0].shape[1], width=job.width).to(device())
+    norm, _, conditioned = job.method.partition("+")
+    model = SmallCNN(MAKERS[norm], channels=images[0].shape[1], width=job.width).to(device())
+    if conditioned:
+        apply_recipe(model, "keep+e")
     optimizer = torch.optim.SGD(model.parameters(), job.rate, momentum=0.9)
     probe = images[0][: 2 * BATCH]
 
@@ -93,7 +104,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
         return {"loss": loss.item(), **found, **(moved(before, moments(model, probe)) if looking else {})}
 
     walked = walk(folder, job.steps, {"model": model, "optimizer": optimizer}, step, job.seed)
-    forget(folder)
     losses = [row["loss"] for row in walked.rows]
     rows = [row for row in walked.rows if "turn" in row]
     return {

@@ -13,7 +13,7 @@ from normkit.lab.train.images import Images
 
 
 def groups(model: SmallCNN) -> list[list[nn.Parameter]]:
-    """The parameters of each layer, a convolution with its norm, first layer first; a weight is first in each."""
+    """The parameters of each layer, a convolution with its norm, first layer first."""
     blocks = [model.features[k : k + 3] for k in range(0, len(model.features), 3)]
     return [list(block.parameters()) for block in [*blocks, model.classifier]]
 
@@ -45,7 +45,7 @@ def turns(model: SmallCNN, batch: Images, rate: float) -> dict[str, float]:
             for target, source in zip(groups(mixed)[:k], changed[:k], strict=True):
                 for parameter, value in zip(target, source, strict=True):
                     parameter.copy_(value)
-        place = places[id(layers[k][0])]
+        place = places[id(max(layers[k], key=Tensor.dim))]  # the weight, which a parametrization puts behind the bias
         one, other = first[place].flatten(), gradients(mixed, batch, 1)[1][place].flatten()
         cosines.append(F.cosine_similarity(one, other, dim=0).item())
         lengths.append(((one - other).norm() / one.norm().clamp_min(1e-30)).item())

@@ -1,7 +1,5 @@
 """Classifiers of images trained for a paper's table: one training as a job, what its step costs, and E against frozen WN."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import shutil
@@ -24,7 +22,7 @@ from normkit.lab.progress import tell
 from normkit.lab.protocol import DATA, MODELS, load_factory, make_data, make_model
 from normkit.lab.seeding import init_sha256, order_sha256, reseed
 from normkit.lab.settings import Settings
-from normkit.lab.sweep import CURE
+from normkit.lab.sweep import CURE, Work
 from normkit.lab.train.cost import Costs, measure_costs
 from normkit.lab.train.fabric import start_fabric
 from normkit.lab.train.trainer import METRICS, METRICS_FILE, Trainer
@@ -111,15 +109,10 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Same:
+class Same(Work, path="{0.base.subject}/same"):
     """Trains with E, and with weight norm on the same layers whose lengths are frozen at 1."""
 
     base: Training
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"{self.base.subject}/same"
 
 
 def folder_name(name: str) -> str:
@@ -189,7 +182,7 @@ def changed(job: Training, model: nn.Module) -> nn.Module:
     return model
 
 
-def learn(job: Training, folder: Path) -> dict[str, Any]:
+def learn(job: Training, folder: Path, trainer: type[Trainer] = Trainer) -> dict[str, Any]:
     """Trains, or goes on where it was; gives the result with its curve over epochs."""
     settings = job.settings()
     fabric = start_fabric(settings)
@@ -198,8 +191,8 @@ def learn(job: Training, folder: Path) -> dict[str, Any]:
     model = initial(job, data)
     hashes = {"init_sha256": init_sha256(model), "order_sha256": order_sha256(job.seed, job.epochs, len(data.train))}
     record.check_config(folder / "origin.json", {**hashes, "data_sha256": data.sha256()}, CURE)
-    trainer = Trainer(job.rate, job.seed, settings, changed(job, model), data, fabric, folder)
-    found, rows = trainer.train(lambda epoch, score: tell(epoch, job.epochs, score)), trainer.metrics
+    run = trainer(job.rate, job.seed, settings, changed(job, model), data, fabric, folder)
+    found, rows = run.train(lambda epoch, score: tell(epoch, job.epochs, score)), run.metrics
     curve = {key: [row[key] for row in rows] for key in ("train_loss", "val_loss", "val_score")}
     ends = list(rows[-1]["condition"].items()) if rows else []
     return {
