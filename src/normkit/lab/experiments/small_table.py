@@ -22,7 +22,7 @@ from normkit.lab.report.tables import edges, rates_table
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import gain, judge_runs, known, spread, tell, tune, where
 from normkit.lab.train.images import Images, Size, Stream, accuracy, fit
-from normkit.lab.train.walk import OK, device, forget
+from normkit.lab.train.walk import OK, device
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,6 @@ def learn(
     if walked.status == OK:
         settle(model.eval(), job, images["val"])
         scores = {part: accuracy(model, images[part]) for part in scores}
-    forget(folder)
     return {"status": walked.status, "loss": [row["loss"] for row in walked.rows], **scores}
 
 
