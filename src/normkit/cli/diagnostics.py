@@ -9,13 +9,14 @@ from normkit.cli.command import app, command
 
 NAME = "package.module:factory, or a name as in compare"
 MODEL = typer.Argument(metavar="MODEL", help=NAME, show_default=False)
+SOURCE = typer.Option(metavar="NAME", help=NAME)
 FAIL_ON = typer.Option(metavar="info|warning|error", help="end with code 1 on such a finding or a worse one")
 
 
 @command(app, "audit")
 def audit(
     model: Annotated[str, MODEL],
-    data: Annotated[str, typer.Option(metavar="NAME", help=NAME)] = "digits",
+    data: Annotated[str, SOURCE] = "digits",
     samples: Annotated[int, typer.Option(metavar="N", min=1, help="batch size, as in training")] = 64,
     optimizer: Annotated[str, typer.Option(metavar="NAME", help="package.module:factory, called with the model")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
@@ -63,7 +64,7 @@ def audit(
 @command(app, "conditions")
 def conditions(
     model: Annotated[str, MODEL],
-    data: Annotated[str | None, DATA] = None,
+    data: Annotated[str | None, SOURCE] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="for conditions.json and a figure")
     ] = None,
