@@ -7,12 +7,10 @@ from normkit.diagnostics.conditioning import condition_number, operator_norm, op
 from normkit.diagnostics.conditions import conditions
 from normkit.diagnostics.curvature import hessian, hessian_condition, hessian_extremes, smoothness, spectral_density
 from normkit.diagnostics.gap import gap
-from normkit.diagnostics.monitor import Monitor
 
 __all__ = [
     "Audit",
     "Finding",
-    "Monitor",
     "activations",
     "audit",
     "condition_number",
