@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import ShapeError
-from normkit.core.memory import Running
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.memory import Running, RunningStatistics, recomputed
+from normkit.core.moments import Moments
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.core.torch_batch_norm import TorchBatchNorm
+from normkit.engine.call import Call, Output
 from normkit.engine.dispatch import Activation, Backend, run
 from normkit.engine.layer import Layer, check_channels, check_layout, check_several, given_statistics
 
@@ -39,7 +43,10 @@ class BatchNorm(Layer, TorchBatchNorm):
     variance. A bias of the previous layer cancels. In training |y| <= sqrt(elements - 1) before compensation.
 
     A ``torch.nn.BatchNorm1d``, ``2d`` and ``3d`` in one: same arguments, defaults and state_dict. A batch whose statistics are
-    not finite leaves the running statistics unchanged.
+    not finite leaves the running statistics unchanged, and so does what activation checkpointing computes again.
+
+    Under gradient accumulation each micro-batch is normalized by its own statistics. ``accumulate=k`` merges those of k of them,
+    and updates the running statistics once, by the mean and the variance of all their elements, as one large batch would.
 
     Args:
         num_features: channels C.
@@ -54,6 +61,7 @@ class BatchNorm(Layer, TorchBatchNorm):
             activation. Default: None.
         spatial: axes of positions: 1, 2 or 3 refuses inputs of another rank, as torch's BatchNorm1d (which takes (N, C) too), 2d
             and 3d do; None takes any. Default: None.
+        accumulate: training passes whose batches count as one in the running statistics. Default: 1.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -63,7 +71,7 @@ class BatchNorm(Layer, TorchBatchNorm):
     Raises:
         ShapeError: a number of channels other than ``num_features``, a rank that ``spatial`` excludes, or one value per
             channel in training.
-        OptionError: an unknown layout.
+        OptionError: an unknown layout, or ``accumulate`` below 1.
         SurgeryError: one of torch's tools would replace the layer and lose its activation or layout.
 
     Reference:
@@ -89,11 +97,15 @@ class BatchNorm(Layer, TorchBatchNorm):
         layout: str = "n c *",
         activation: Activation | None = None,
         spatial: int | None = None,
+        accumulate: int = 1,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        if accumulate < 1:
+            raise OptionError(f"BatchNorm: accumulate={accumulate}; wanted a whole number of passes, from 1")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self.activation, self.spatial, self.layout = activation, spatial, layout
+        self.activation, self.spatial, self.layout, self.accumulate = activation, spatial, layout, accumulate
+        self._parts: list[Tensor] = []  # counts, means and variances of the passes since the last update
         self.complete(bias)
 
     def make_rule(self) -> Rule:
@@ -107,8 +119,43 @@ class BatchNorm(Layer, TorchBatchNorm):
         if self.training or self.running_mean is None:
             check_several("BatchNorm", input, self.rule.support)
 
+    def reset_running_stats(self) -> None:
+        """Forget the running statistics, and the passes that wait to enter them."""
+        self.__dict__["_parts"] = []
+        super().reset_running_stats()
+
+    def lost(self, converting: bool) -> str:
+        waits = f"accumulate={self.accumulate}; set it to 1 first" if converting and self.accumulate > 1 else ""
+        return super().lost(converting) or waits
+
+    def _perform(self, call: Call) -> Output:
+        if self.accumulate == 1 or not call.own or call.running is None:
+            return super()._perform(call)
+        output = super()._perform(call._replace(running=None, measured=True))
+        if not recomputed():
+            self._gather(output.moments, call.running, call.rule)
+        return output
+
+    def _gather(self, found: Moments | None, running: RunningStatistics, rule: Rule) -> None:
+        """Keep the moments of one pass; after the last of ``accumulate`` passes, update the running statistics by all."""
+        assert found is not None
+        assert rule.memory is not None
+        mean, var = found.mean.detach().reshape(-1), found.var.detach().reshape(-1)
+        count = torch.as_tensor(found.n, dtype=mean.dtype, device=mean.device).expand(found.mean.shape).reshape(-1)
+        self._parts.append(torch.stack([count, mean, var]))
+        if len(self._parts) < self.accumulate:
+            return
+        counts, means, variances = torch.stack(self._parts, 1)
+        self._parts.clear()
+        total = counts.sum(0)
+        share = torch.where(counts > 0, counts / total, 0.0)
+        mean = torch.where(counts > 0, share * means, 0.0).sum(0)
+        var = torch.where(counts > 0, share * (variances + (means - mean).square()), 0.0).sum(0)
+        mean = torch.where(total > 0, mean, math.nan)  # without elements nothing changes
+        rule.memory.blend(running, mean, Moments(mean, var, total).unbiased())
+
     def extra_repr(self) -> str:
-        return super().extra_repr() + self.repr_options(layout="n c *", spatial=None, activation=None)
+        return super().extra_repr() + self.repr_options(layout="n c *", spatial=None, activation=None, accumulate=1)
 
 
 def batch_norm(
