@@ -13,6 +13,7 @@ from normkit.core.errors import SurgeryError
 from normkit.surgery.calibrate import Calibration
 from normkit.surgery.changes import Change, Changes, Refusal, Refusals, label
 from normkit.surgery.norms import describe, is_norm, reach, read_norm
+from normkit.surgery.recurrent import RECURRENT, convert_recurrent
 from normkit.surgery.select import Where, choose
 from normkit.surgery.sequence import may_be_causal, time_first
 from normkit.surgery.substitute import inherit, put_heard, refuse
@@ -48,6 +49,10 @@ def convert(
     ``ln:c`` and ``ln:c *`` ask for one of them. A norm over the last axis, ``(N, *, C)``, becomes
     ``BatchNorm(C, layout="n * c")`` and the like.
 
+    ``layer_norm_lstm``, ``layer_norm_gru`` and ``layer_norm_rnn`` ask for the layer-normalized form of torch's recurrent layers
+    and cells of that kind: weights and biases go over, the norms begin fresh, and the network is to be trained on. It takes no
+    packed sequences; layers that run both ways, project their state or drop between layers are refused.
+
     Args:
         model: any module.
         to: a word such as ``bn``, ``gn:32``, ``ln``, ``ghost:16`` or ``none``, or the method's name, e.g. ``group_norm:32``. With
@@ -82,6 +87,8 @@ def convert(
     layer  before          after            note
     1      BatchNorm2d(8)  GroupNorm(4, 8)  running statistics dropped
     """
+    if to in RECURRENT:
+        return convert_recurrent(model, to, where, example, Refusals("convert", on_refusal), optimizer)
     target = Target.parse(to)
     kind = None if source is None else Target.parse(source).name
     refusals = Refusals("convert", on_refusal)
