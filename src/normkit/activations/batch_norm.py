@@ -21,6 +21,8 @@ from normkit.engine.call import Call, Output
 from normkit.engine.dispatch import Activation, Backend, run
 from normkit.engine.layer import Layer, check_channels, check_layout, check_several, given_statistics
 
+_NONE: tuple[int, Moments | None] = 0, None  # passes since the last update, and their moments
+
 
 @remembered
 def batch_norm_rule(
@@ -105,7 +107,7 @@ class BatchNorm(Layer, TorchBatchNorm):
             raise OptionError(f"BatchNorm: accumulate={accumulate}; wanted a whole number of passes, from 1")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.activation, self.spatial, self.layout, self.accumulate = activation, spatial, layout, accumulate
-        self._parts: list[Tensor] = []  # counts, means and variances of the passes since the last update
+        self._waiting = _NONE
         self.complete(bias)
 
     def make_rule(self) -> Rule:
@@ -121,7 +123,7 @@ class BatchNorm(Layer, TorchBatchNorm):
 
     def reset_running_stats(self) -> None:
         """Forget the running statistics, and the passes that wait to enter them."""
-        self.__dict__["_parts"] = []
+        self.__dict__["_waiting"] = _NONE
         super().reset_running_stats()
 
     def lost(self, converting: bool) -> str:
@@ -137,22 +139,19 @@ class BatchNorm(Layer, TorchBatchNorm):
         return output
 
     def _gather(self, found: Moments | None, running: RunningStatistics, rule: Rule) -> None:
-        """Keep the moments of one pass; after the last of ``accumulate`` passes, update the running statistics by all."""
+        """Merge the moments of one pass; after the last of ``accumulate`` passes, update the running statistics by all."""
         assert found is not None
         assert rule.memory is not None
-        mean, var = found.mean.detach().reshape(-1), found.var.detach().reshape(-1)
-        count = torch.as_tensor(found.n, dtype=mean.dtype, device=mean.device).expand(found.mean.shape).reshape(-1)
-        self._parts.append(torch.stack([count, mean, var]))
-        if len(self._parts) < self.accumulate:
+        passes, before = self._waiting
+        found = Moments(found.mean.detach(), found.var.detach(), found.n)
+        merged = found if before is None else before.merge(found)
+        if passes + 1 < self.accumulate:
+            self.__dict__["_waiting"] = passes + 1, merged
             return
-        counts, means, variances = torch.stack(self._parts, 1)
-        self._parts.clear()
-        total = counts.sum(0)
-        share = torch.where(counts > 0, counts / total, 0.0)
-        mean = torch.where(counts > 0, share * means, 0.0).sum(0)
-        var = torch.where(counts > 0, share * (variances + (means - mean).square()), 0.0).sum(0)
-        mean = torch.where(total > 0, mean, math.nan)  # without elements nothing changes
-        rule.memory.blend(running, mean, Moments(mean, var, total).unbiased())
+        self.__dict__["_waiting"] = _NONE
+        empty = torch.as_tensor(merged.n, device=merged.mean.device) == 0  # without elements nothing changes
+        mean = torch.where(empty, math.nan, merged.mean)
+        rule.memory.blend(running, mean.reshape(-1), merged.unbiased().reshape(-1))
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self.repr_options(layout="n c *", spatial=None, activation=None, accumulate=1)

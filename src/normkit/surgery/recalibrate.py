@@ -176,13 +176,11 @@ class _Inputs:
                 self.found = new if self.found is None else self._merged(self.found, new)
 
     def _merged(self, old: Moments, new: Moments) -> Moments:
-        total = old.n + new.n
-        share = new.n / torch.as_tensor(total).clamp_min(1)
-        if self.estimator == "mean":
-            return Moments(old.mean + share * (new.mean - old.mean), old.var + share * (new.var - old.var), total)
-        apart = new.mean - old.mean
-        var = old.var + share * (new.var - old.var) + share * (1 - share) * apart.square()
-        return Moments(old.mean + share * apart, var, total)
+        if self.estimator == "population":
+            return old.merge(new)
+        total = torch.as_tensor(old.n + new.n)
+        share = new.n / total.clamp_min(1)
+        return Moments(old.mean + share * (new.mean - old.mean), old.var + share * (new.var - old.var), total)
 
 
 def _keeps_statistics(module: nn.Module) -> bool:
