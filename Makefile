@@ -39,7 +39,8 @@ wheel: $(VENV)/.made          ## in dist/: one for every Python and torch on thi
 	NORMKIT_NEEDS_KERNELS=1 $(PIP) wheel --no-deps --wheel-dir dist .
 
 docs: $(VENV)/.docs           ## the documentation in site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo 'open site/index.html in a browser'
 
 clean:                        ## remove what the targets made, but never runs/
 	rm -rf $(VENV) build site dist src/normkit/lib .pytest_cache .ruff_cache .hypothesis

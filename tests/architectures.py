@@ -3,8 +3,6 @@
 ``python tests/architectures.py`` writes the table between the lines ``<!-- verbs -->`` and ``<!-- end -->``.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable

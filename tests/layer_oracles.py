@@ -178,6 +178,26 @@ def layer_norm_gru(made: Any, x: Tensor) -> Tensor:
     return _steps(made, x, step)
 
 
+def preconditioned_attention(made: Any, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def token(n: int, token: Tensor) -> Tensor:
+        weights = ((token * key[n]).sum(-1) / math.sqrt(len(token))).exp()
+        row = (weights[:, None] * value[n]).sum(0) / weights.sum()
+        return row / row.square().sum().sqrt()
+
+    return _tokens(x, token)
+
+
+def conditioned_tokens(made: Any, x: Tensor) -> Tensor:
+    """By the polar factor U V^T = X (X^T X)^(-1/2), from eigenvalues of X^T X."""
+
+    def sample(x: Tensor) -> Tensor:
+        squares, vectors = torch.linalg.eigh(x.T @ x)
+        polar = x @ vectors @ torch.diag(squares.clamp_min(0).rsqrt()) @ vectors.T
+        return x.to(torch.float64) + squares.max().sqrt() * polar
+
+    return torch.stack([sample(one) for one in x])
+
+
 def hypersphere_residual(made: Any, x: Tensor, branch: Tensor) -> Tensor:
     rate = made.rate.weight * 0.05 * math.sqrt(made.features)
 
@@ -203,5 +223,7 @@ LAYER_ORACLES: dict[str, Callable[..., Tensor]] = {
     "layer_norm_rnn": layer_norm_rnn,
     "partial_rms_norm": partial_rms_norm,
     "query_key_norm": query_key_norm,
+    "preconditioned_attention": preconditioned_attention,
+    "conditioned_tokens": conditioned_tokens,
     "seed_norm": seed_norm,
 }

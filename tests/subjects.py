@@ -118,6 +118,21 @@ def _weight_conditioning(layer: Any, part: Any, v: Tensor) -> Tensor:
     return _from_units(layer, rows / rows.square().sum(1, keepdim=True).sqrt(), v)
 
 
+def _spectral_conditioning(layer: Any, part: Any, v: Tensor) -> Tensor:
+    rows, _, _ = _per_unit(layer, v)
+    groups = getattr(layer, "groups", 1)
+    shift = torch.zeros_like(rows)
+    for k in range(len(rows)):
+        if k % (len(rows) // groups) < rows.shape[1]:
+            shift[k, k % (len(rows) // groups)] = part.shift
+    return _from_units(layer, rows + shift, v)
+
+
+def _preconditioning(layer: Any, part: Any, v: Tensor) -> Tensor:
+    rows, _, _ = _per_unit(layer, v)
+    return _from_units(layer, rows / rows.square().sum(1, keepdim=True) ** 0.25, v)
+
+
 PLAIN_WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "weight_norm": _weight_norm,
     "weight_norm_one_length": _weight_norm,
@@ -126,6 +141,8 @@ PLAIN_WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "weight_standardization": _weight_standardization,
     "scaled_weight_standardization": _scaled_weight_standardization,
     "weight_conditioning": _weight_conditioning,
+    "preconditioning": _preconditioning,
+    "spectral_conditioning": _spectral_conditioning,
 }
 _ON: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Linear": (lambda: nn.Linear(5, 4), (3, 5)),

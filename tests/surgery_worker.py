@@ -1,7 +1,5 @@
 """One of three processes whose models surgery changes: python surgery_worker.py RANK RENDEZVOUS GIVEN FOUND."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from typing import Any

@@ -1,7 +1,5 @@
 """Every verb on models that no one here wrote: what is changed, how far the output moves, and that it is undone bit for bit."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 

@@ -66,7 +66,7 @@ def test_the_entries_are_those_of_the_cards() -> None:
     [
         ("groupnorm2", "did you mean group_norm or batch_group_norm? "),
         ("layernrom", "did you mean layer_norm or layer_norm_rnn? "),
-        ("spectral", "did you mean spectral_norm? "),
+        ("spectral", "did you mean spectral_norm or spectral_conditioning? "),
         ("weight", "did you mean weight_norm, weight_standardization or scaled_weight_standardization? "),
         ("nosuch", ""),
         ("", ""),

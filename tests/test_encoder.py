@@ -23,8 +23,8 @@ def test_it_equals_the_layers_of_torch(placement: str) -> None:
             {
                 "in_proj_weight": attention.sublayer.qkv.weight,
                 "in_proj_bias": attention.sublayer.qkv.bias,
-                "out_proj.weight": attention.sublayer.out.weight,
-                "out_proj.bias": attention.sublayer.out.bias,
+                "out_proj.weight": attention.sublayer.proj.weight,
+                "out_proj.bias": attention.sublayer.proj.bias,
             }
         )
         layer.linear1.load_state_dict(feed.sublayer[0].state_dict())

@@ -248,6 +248,7 @@ def test_a_failed_attempt_leaves_the_folder_free(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("left", ["result.json", "runs/left/seed=0/result.json", "runs/left/seed=0/checkpoint.pt"])
 def test_whatever_was_begun_is_kept(tmp_path: Path, left: str) -> None:
     perform(EXPERIMENT, bench(tmp_path, seeds=(0,)), report=False)
+    (tmp_path / "runs/left/seed=0/checkpoint.pt").touch()
     for path in tmp_path.rglob("*"):
         if path.name in ("result.json", "checkpoint.pt") and path != tmp_path / left:
             path.unlink()

@@ -19,7 +19,7 @@ from normkit.core.card import Card
 
 ROOT = Path(__file__).parent.parent
 SPACES = [nk, *(each for name in api.__all__ if isinstance(each := getattr(api, name), ModuleType))]
-VERBS = {"accelerate", "apply_recipe", "condition", "convert", "fold", "recalibrate"}
+VERBS = {"accelerate", "apply_recipe", "audit", "condition", "convert", "fold", "recalibrate"}
 
 
 def fresh(code: str) -> list[str]:

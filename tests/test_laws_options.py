@@ -20,9 +20,10 @@ def takes(card: Card, option: str) -> bool:
 
 
 def masked(card: Card) -> bool:
-    """Query-key norm's mask is attention's; a convolution looks from the map's kept part at the rest."""
+    """The mask of attention is on its logits; a convolution looks from the map's kept part at the rest."""
     return "mask" in inspect.signature(card.module.forward).parameters and card.name not in (
         "query_key_norm",
+        "preconditioned_attention",
         "spatially_adaptive_norm",
     )
 
@@ -69,7 +70,8 @@ def test_channels_last_layout_is_a_transposition(card: Card) -> None:
     assert_close(last.state_dict(), first.state_dict())
 
 
-@pytest.mark.parametrize("card", EVERY, ids=name)
+# A nearly singular matrix, as tokens of a large mean make, has singular vectors that are known to few digits.
+@pytest.mark.parametrize("card", [card for card in EVERY if card.name != "conditioned_tokens"], ids=name)
 def test_a_large_mean_costs_no_accuracy(card: Card) -> None:
     made = card.make(4)
     x = sample_input(card, dtype=torch.float32) + 1e4

@@ -22,6 +22,7 @@ _WHY = {
     ),
     "spatially_adaptive_norm": "gain and shift are the output of convolutions on the map",
     "query_key_norm": "its output is that of attention, whose products autocast is meant for; the norms before it stay",
+    "preconditioned_attention": "its products are attention's, which autocast is meant for",
     "fix_norm": "its output is that of a linear layer, the logits",
 }
 

@@ -31,6 +31,14 @@ REFUSALS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: nk.ConditionalNorm(4, classes=2, features=2), OptionError, "give one of them"),
     (lambda: nk.ConditionalNorm(4, classes=2, over="c"), OptionError, "over='c'"),
     (lambda: nk.SpatiallyAdaptiveNorm(4, 2, kernel_size=2), OptionError, "an odd number"),
+    *(
+        (
+            lambda shapes=shapes: nk.SpatiallyAdaptiveNorm(4, 2, over="*")(*map(torch.zeros, shapes)),
+            ShapeError,
+            "at least one position",
+        )
+        for shapes in (((3, 4, 5, 6), (3, 2, 0, 6)), ((3, 4, 0), (3, 2, 5)))
+    ),
     (lambda: Field(1, 0), OptionError, "positions=0"),
     (lambda: nk.DivisiveNorm(4, sigma=0.0), OptionError, "sigma=0"),
     (lambda: nk.LyuSimoncelliNorm(4, 2), OptionError, "odd number"),

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 import normkit as nk
 from layer_oracles import gated_rms_norm, seed_norm
 from normkit import functional as F
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError, ShapeError, SurgeryError
 
 
 def _drawn(made: Any) -> Any:
@@ -137,3 +139,213 @@ def test_a_recipe_with_a_learned_gain() -> None:
     assert [key for key in model.state_dict() if key.endswith("scale")] == [
         f"{k}.parametrizations.weight.1.scale" for k in (0, 2)
     ]
+
+
+# Preconditioners of weights
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 4), 1),
+    "conv, groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), 2),
+    "transposed conv": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), 2),
+}
+
+
+def _matrices(layer: Any, weight: Tensor, groups: int) -> list[Tensor]:
+    """One matrix per group, output units in rows."""
+    axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+    parts = weight.chunk(groups)
+    return [part.movedim(axis, 0).flatten(1) for part in parts]
+
+
+@pytest.mark.parametrize("make", LAYERS, ids=str)
+@pytest.mark.parametrize("gradient", ["full", "detach"])
+def test_preconditioners_from_both_sides(make: str, gradient: Any) -> None:
+    build, groups = LAYERS[make]
+    layer = build().double()
+    raw = layer.weight.detach().clone()
+    whole = _matrices(layer, raw, groups)
+    m = len(whole[0])
+    fixed = torch.randn(m, m, dtype=torch.float64)
+
+    def columns(a: Tensor) -> Tensor:
+        return 1 / a.square().sum(-2).sqrt()
+
+    made = nk.weights.precondition(layer, fixed, columns, gradient=gradient)
+    wanted = [fixed @ a @ torch.diag(columns(a)) for a in whole]
+    for found, a in zip(_matrices(made, made.weight, groups), wanted, strict=True):
+        assert_close(found, a, rtol=1e-12, atol=1e-12)
+    assert "parametrizations.weight.0.left" in made.state_dict()
+    g = torch.randn_like(raw)
+    (found,) = torch.autograd.grad(made.weight, made.parametrizations.weight.original, g)
+    leaves = [a.clone().requires_grad_() for a in whole]
+    frozen = [columns(a.detach() if gradient == "detach" else a) for a in leaves]
+    total = sum(
+        (fixed @ a @ torch.diag(p) * b).sum()
+        for a, p, b in zip(leaves, frozen, _matrices(layer, g, groups), strict=True)
+    )
+    for one, other in zip(_matrices(made, found, groups), torch.autograd.grad(total, leaves), strict=True):
+        assert_close(one, other, rtol=1e-12, atol=1e-12)
+    value = made.weight.detach().clone()
+    nk.fold(nn.Sequential(made))
+    assert type(made) is type(build())
+    assert_close(made.weight, value, rtol=0, atol=0)
+
+
+def test_symmetric_jacobi_of_a_positive_matrix() -> None:
+    # The bound of van der Sluis: at most n times the best condition number of all symmetric scalings.
+    scale = torch.logspace(-2, 2, 6, dtype=torch.float64)
+    root = torch.randn(6, 6, dtype=torch.float64)
+    good = root @ root.T + 6 * torch.eye(6, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(6, 6)).double()
+    model[0].weight.data = scale[:, None] * good * scale
+    changes = nk.condition(model, "symmetric_jacobi", "all")
+    assert [row.after for row in changes] == ["preconditioning:jacobi"]
+    assert_close(model[0].weight.diagonal(), torch.ones(6, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    assert torch.linalg.cond(model[0].weight) <= 6 * torch.linalg.cond(good)
+    changes.undo()
+    other = nk.apply_recipe(nn.Sequential(nn.Linear(6, 6)), "keep+preconditioning:jacobi")
+    assert [row.after for row in other] == ["preconditioning:jacobi"]
+
+
+def test_conditioning_by_preconditioners_of_ones_own() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    wanted = [2 * model[k].weight.detach().clone() for k in (0, 2)]
+    nk.condition(model, left=lambda a: 2 * torch.ones(a.shape[:-1], dtype=a.dtype))
+    assert_close([model[0].weight.detach(), model[2].weight.detach()], wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_spectral_conditioning_of_torchs_attention(separate: bool) -> None:
+    attention = nn.MultiheadAttention(
+        6, 2, kdim=4 if separate else None, vdim=5 if separate else None, batch_first=True
+    )
+    model, x = nn.ModuleDict({"attention": attention}).double(), torch.randn(2, 3, 6, dtype=torch.float64)
+    inputs = (
+        (x, torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64))
+        if separate
+        else (x, x, x)
+    )
+    plain = copy.deepcopy(attention)
+    with torch.no_grad():
+        if separate:
+            for weight in (plain.q_proj_weight, plain.k_proj_weight, plain.v_proj_weight):
+                weight.add_(3.0 * torch.eye(*weight.shape))
+        else:
+            plain.in_proj_weight.add_(3.0 * torch.eye(6).repeat(3, 1))
+    changes = nk.condition(model, "spectral", shift=3.0)
+    assert {row.after for row in changes} == {"spectral_conditioning"}
+    assert len(changes) == (3 if separate else 1)
+    assert_close(attention(*inputs)[0], plain(*inputs)[0], rtol=1e-12, atol=1e-12)
+    nk.fold(model)
+    assert_close(attention(*inputs)[0], plain(*inputs)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "names"),
+    [
+        ("BertModel", "BertConfig", ["self.query", "self.key", "self.value"]),
+        ("GPT2Model", "GPT2Config", ["c_attn"]),
+        ("LlamaModel", "LlamaConfig", ["q_proj", "k_proj", "v_proj"]),
+    ],
+)
+def test_spectral_conditioning_of_language_models(kind: str, config: str, names: list[str]) -> None:
+    library = pytest.importorskip("transformers", reason="its models are what is conditioned")
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 11,
+    }
+    extra = {"num_key_value_heads": 1} if kind == "LlamaModel" else {}
+    model = getattr(library, kind)(getattr(library, config)(**sizes, **extra)).eval()
+    before = {
+        name: module.weight.detach().clone() for name, module in model.named_modules() if name.endswith(tuple(names))
+    }
+    changes = nk.apply_recipe(model, "keep+sc")
+    assert sorted(row.layer for row in changes) == sorted(before)
+    assert len(before) == len(names)
+    for name, old in before.items():
+        eye = torch.eye(8, 8).repeat(1, 3) if kind == "GPT2Model" else torch.eye(*old.shape)
+        assert_close(model.get_submodule(name).weight, old + 10 * eye)
+    tokens = torch.arange(6)[None]
+    wanted = model(tokens).last_hidden_state
+    nk.fold(model)
+    assert_close(model(tokens).last_hidden_state, wanted)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: nk.weights.precondition(nn.Linear(3, 2)), OptionError, "neither left= nor right="),
+        (
+            lambda: nk.weights.precondition(nn.Linear(3, 2), torch.ones(3)),
+            ShapeError,
+            "of 3; wanted 2, a diagonal, or 2x2",
+        ),
+        (lambda: nk.weights.precondition(nn.Linear(3, 2), 2.0), OptionError, "left is a float"),
+        (lambda: nk.weights.precondition(nn.LayerNorm(3), torch.ones(3)), OptionError, "two axes or more"),
+        (lambda: nk.weights.precondition(nn.Linear(3, 2), nk.weights.inverse_root_diagonal), OptionError, "square"),
+        (lambda: nk.weights.spectral_conditioning(nn.Linear(3, 2), shift=float("nan")), OptionError, "finite"),
+        (
+            lambda: nk.weights.spectral_conditioning(nn.Linear(3, 4), blocks=3),
+            OptionError,
+            "4 output units .* blocks=3",
+        ),
+        (lambda: nk.weights.spectral_conditioning(nn.LayerNorm(3)), OptionError, "two axes or more"),
+        (lambda: nk.condition(nn.Linear(3, 2), "col", left=torch.ones(2)), OptionError, "wanted one of them"),
+        (lambda: nk.condition(nn.Linear(3, 2), "spectral"), SurgeryError, "'attention' chooses nothing"),
+    ],
+)
+def test_refusals_of_preconditioners(call: Callable[[], Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        call()
+
+
+# Preconditioned attention and tokens
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 10**6))
+def test_conditioned_tokens_bound_the_condition_number(length: int, features: int, seed: int) -> None:
+    x = torch.randn(2, length, features, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    y, least = nk.ConditionedTokens()(x), min(length, features)
+    before, after = torch.linalg.svdvals(x), torch.linalg.svdvals(y)
+    assert_close(after, before + before[:, :1], rtol=1e-12, atol=1e-12)
+    assert (after[:, 0] <= 2 * after[:, least - 1] * (1 + 1e-12)).all()
+
+
+def test_gradients_of_conditioned_tokens() -> None:
+    x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    g = torch.randn_like(x)
+    assert_close(torch.autograd.grad(nk.ConditionedTokens()(x), x, g)[0], g, rtol=0, atol=0)
+    torch.autograd.gradcheck(nk.ConditionedTokens("full"), x)
+
+
+def test_gradients_and_masks_of_preconditioned_attention() -> None:
+    q, k, v = torch.randn(3, 2, 4, 6, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(4, 4, dtype=torch.bool).tril()
+    rows = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+    norms = rows.square().sum(-1, keepdim=True).sqrt()
+    for gradient, wanted in (("full", rows / norms), ("detach", rows / norms.detach())):
+        made = nk.PreconditionedAttention(gradient=gradient)
+        assert_close(made(q, k, v, mask), wanted, rtol=1e-12, atol=1e-12)
+        assert_close(made(q, k, v, is_causal=True), wanted, rtol=1e-12, atol=1e-12)
+        found, other = (
+            torch.autograd.grad(y.sin().sum(), (q, k, v), retain_graph=True) for y in (made(q, k, v, mask), wanted)
+        )
+        assert_close(found, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: nk.ConditionedTokens("none"), OptionError, "gradient='none'; wanted 'detach' or 'full'"),
+        (lambda: nk.ConditionedTokens()(torch.ones(3)), ShapeError, "wanted .*, L, D"),
+        (lambda: nk.PreconditionedAttention(gradient="none"), OptionError, "wanted 'full' or 'detach'"),
+        (lambda: nk.PreconditionedAttention(0.0), OptionError, "eps"),
+    ],
+)
+def test_refusals_of_preconditioned_attention(call: Callable[[], Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        call()

@@ -25,7 +25,7 @@ FUNCTIONS = {
     "local_response_norm": (nk.functional.local_response_norm, F.local_response_norm),
 }
 # Attention's arguments are torch's too: query, key, value.
-FIRST = {"query_key_norm": "query"}
+FIRST = {"query_key_norm": "query", "preconditioned_attention": "query"}
 
 
 @pytest.mark.parametrize("card", [card for card in METHODS if card.kind in ("activation", "input")], ids=name)

@@ -1,7 +1,5 @@
 """Surgery in three processes: what each ends with is what one process with all the data ends with."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

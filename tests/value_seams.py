@@ -378,8 +378,12 @@ def _(subject: Subject) -> None:
         near(torch.autograd.grad(flat, leaves, weights), [dx for _, (dx, *_) in wanted])
 
 
+_BY_TORCH = ("preconditioning", "spectral_conditioning")  # weights that no kernel makes
+
+
 def own_kernels(subject: Subject) -> bool:
-    return library() is not None and (subject.is_rule or subject.kind == "weight") and has_parameters(subject)
+    weight = subject.kind == "weight" and subject.card.name not in _BY_TORCH
+    return library() is not None and (subject.is_rule or weight) and has_parameters(subject)
 
 
 def own_parameters(subject: Subject) -> list[str]:

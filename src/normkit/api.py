@@ -16,6 +16,7 @@ from normkit.activations.batch_group_norm import BatchGroupNorm
 from normkit.activations.batch_norm import BatchNorm
 from normkit.activations.batch_renorm import BatchRenorm
 from normkit.activations.conditional_norm import ConditionalNorm, SpatiallyAdaptiveNorm
+from normkit.activations.conditioned_tokens import ConditionedTokens
 from normkit.activations.divisive_norm import DivisiveNorm, HeegerNorm, LyuSimoncelliNorm
 from normkit.activations.dynamic_tanh import DynamicTanh
 from normkit.activations.exemplar_norm import ExemplarNorm
@@ -38,6 +39,7 @@ from normkit.activations.mean_only_batch_norm import MeanOnlyBatchNorm
 from normkit.activations.normalizer_free import NormalizerFreeBlock
 from normkit.activations.partial_rms_norm import PartialRMSNorm
 from normkit.activations.positional_norm import PositionalNorm
+from normkit.activations.preconditioned_attention import PreconditionedAttention
 from normkit.activations.query_key_norm import QueryKeyNorm
 from normkit.activations.recurrent_batch_norm import BatchNormLSTM, BatchNormRNN, RecurrentBatchNorm
 from normkit.activations.recurrent_layer_norm import (
@@ -59,6 +61,7 @@ from normkit.core.moments import Moments
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
+from normkit.diagnostics.audit.checks import audit
 from normkit.engine.dispatch import explain, normalize
 from normkit.engine.layer import Layer
 from normkit.residual import Residual
@@ -84,6 +87,7 @@ __all__ = [
     "BatchNormRNN",
     "BatchRenorm",
     "ConditionalNorm",
+    "ConditionedTokens",
     "DivisiveNorm",
     "DynamicTanh",
     "EstBatchNorm",
@@ -116,6 +120,7 @@ __all__ = [
     "NormkitError",
     "PartialRMSNorm",
     "PositionalNorm",
+    "PreconditionedAttention",
     "QueryKeyNorm",
     "RMSNorm",
     "RecurrentBatchNorm",
@@ -131,6 +136,7 @@ __all__ = [
     "SyncBatchNorm",
     "accelerate",
     "apply_recipe",
+    "audit",
     "catalogue",
     "condition",
     "convert",

@@ -11,6 +11,7 @@ from normkit.activations.batch_group_norm import batch_group_norm, example_weigh
 from normkit.activations.batch_norm import batch_norm
 from normkit.activations.batch_renorm import RenormSchedule, batch_renorm
 from normkit.activations.conditional_norm import conditional_norm
+from normkit.activations.conditioned_tokens import conditioned_tokens
 from normkit.activations.divisive_norm import Field, divisive_norm, heeger_norm, lyu_simoncelli_norm
 from normkit.activations.dynamic_tanh import dynamic_erf, dynamic_tanh
 from normkit.activations.exemplar_norm import exemplar_norm
@@ -33,6 +34,7 @@ from normkit.activations.mean_only_batch_norm import mean_only_batch_norm
 from normkit.activations.normalizer_free import scaled_activation
 from normkit.activations.partial_rms_norm import partial_rms_norm
 from normkit.activations.positional_norm import PositionalMoments, positional_moments, positional_norm
+from normkit.activations.preconditioned_attention import preconditioned_attention
 from normkit.activations.query_key_norm import query_key_norm
 from normkit.activations.recurrent_batch_norm import padding_mask, recurrent_batch_norm
 from normkit.activations.recurrent_layer_norm import unroll
@@ -53,7 +55,9 @@ from normkit.preprocessing.image_standardization import image_standardization
 from normkit.preprocessing.robust_scaling import robust_scaling
 from normkit.preprocessing.sample_scaling import global_contrast, unit_length
 from normkit.preprocessing.whitening import whitening
+from normkit.weights.preconditioning import preconditioned
 from normkit.weights.scaled_weight_standardization import standardize_scaled
+from normkit.weights.spectral_conditioning import add_identity
 from normkit.weights.spectral_norm import divide_by_sigma
 from normkit.weights.weight_conditioning import equilibrate
 from normkit.weights.weight_norm import rescale
@@ -69,11 +73,13 @@ __all__ = [
     "adaptive_gradient_clipping",
     "adaptive_instance_norm",
     "adaptive_layer_norm",
+    "add_identity",
     "batch_channel_norm",
     "batch_group_norm",
     "batch_norm",
     "batch_renorm",
     "conditional_norm",
+    "conditioned_tokens",
     "divide_by_sigma",
     "divisive_norm",
     "dynamic_erf",
@@ -115,6 +121,8 @@ __all__ = [
     "partial_rms_norm",
     "positional_moments",
     "positional_norm",
+    "preconditioned",
+    "preconditioned_attention",
     "query_key_norm",
     "recurrent_batch_norm",
     "renormalize_",

@@ -1,7 +1,5 @@
 """Packages that load their names when the first is requested, so that importing them does not import torch."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from importlib import import_module

@@ -1,55 +1,198 @@
-"""The placement of the norm in a residual branch: before, after, on both sides, or on the branch only."""
+"""The placement of the norms around the branches of a transformer, for one branch and for a whole stack of layers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
 
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, closest
 
-Placement = Literal["pre", "post", "sandwich", "branch"]
+Placement = Literal["pre", "post", "sandwich", "branch", "none", "deep", "mix", "scaled"]
+Scheme = Literal["pre", "post", "sandwich", "branch", "deep", "mix", "scaled", "hybrid"]
 
 _FORMULAS = {
     "pre": "x + f(norm(x))",
     "post": "norm(x + f(x))",
     "sandwich": "x + norm_after(f(norm(x)))",
     "branch": "x + norm(f(x))",
+    "none": "x + f(x)",
 }
+_POST_SHARE = 0.25  # of the layers, in Mix-LN
+
+
+class Place(NamedTuple):
+    """Where one branch has its norm: a formula of the table in ``Residual``, and its constants.
+
+    Args:
+        formula: ``"pre"``, ``"post"``, ``"sandwich"``, ``"branch"`` or ``"none"``.
+        skip: factor of x in the sum.
+        gain: factor of the norm's output before f.
+        start: factor of the initial weights of the branch: the values', the output's and both of the feed-forward.
+    """
+
+    formula: str
+    skip: float = 1.0
+    gain: float = 1.0
+    start: float = 1.0
+
+    def join(
+        self,
+        input: Tensor,
+        branch: Callable[[Tensor], Tensor],
+        norm: Callable[[Tensor], Tensor] | None,
+        after: Callable[[Tensor], Tensor] | None = None,
+        dropout: Callable[[Tensor], Tensor] = lambda y: y,
+    ) -> Tensor:
+        """Compute the branch and add it to the input.
+
+        Args:
+            input: x.
+            branch: f.
+            norm: the norm; None for ``"none"``.
+            after: the second norm of ``"sandwich"``.
+            dropout: of what the branch gives.
+        """
+        x = input
+        if self.formula in ("pre", "sandwich"):
+            assert norm is not None
+            x = norm(x) if self.gain == 1.0 else norm(x) * self.gain
+        y = branch(x)
+        if self.formula == "branch":
+            assert norm is not None
+            y = norm(y)
+        if after is not None:
+            y = after(y)
+        y = (input if self.skip == 1.0 else input * self.skip) + dropout(y)
+        if self.formula == "post":
+            assert norm is not None
+            y = norm(y)
+        return y
+
+    def __str__(self) -> str:
+        formula = _FORMULAS[self.formula]
+        if self.skip != 1.0:
+            formula = formula.replace("x +", f"{self.skip:.3g} x +")
+        return formula if self.gain == 1.0 else formula.replace("norm(x)", f"{self.gain:.3g} norm(x)")
+
+
+def place(placement: Placement, layer: int | None = None, depth: int | None = None) -> Place:
+    """Find the place of the norm of one branch.
+
+    Args:
+        placement: a word of the table in ``Residual``.
+        layer: number of the branch's layer, from 1; ``"scaled"`` and ``"mix"`` need it. Default: None.
+        depth: number of layers; ``"deep"`` and ``"mix"`` need it. Default: None.
+
+    Returns:
+        The formula and its constants.
+
+    Raises:
+        OptionError: an unknown placement, or a number that it needs is missing.
+
+    >>> str(place("scaled", layer=4)), str(place("deep", depth=8))
+    ('x + f(0.5 norm(x))', 'norm(2 x + f(x))')
+    """
+    if placement not in get_args(Placement):
+        known = get_args(Placement)
+        raise OptionError(
+            f"placement={placement!r}; wanted one of {', '.join(map(repr, known))}{closest(str(placement), known)}"
+        )
+    needed = {"deep": {"depth": depth}, "mix": {"layer": layer, "depth": depth}, "scaled": {"layer": layer}}
+    for name, number in needed.get(placement, {}).items():
+        if number is None or number < 1:
+            raise OptionError(f"placement={placement!r} with {name}={number}; wanted {name}= a whole number from 1")
+    if placement == "deep":
+        assert depth is not None
+        return Place("post", skip=(2 * depth) ** 0.25, start=(8 * depth) ** -0.25)
+    if placement == "mix":
+        assert layer is not None
+        assert depth is not None
+        return Place("post" if layer <= math.floor(_POST_SHARE * depth) else "pre")
+    if placement == "scaled":
+        assert layer is not None
+        return Place("pre", gain=layer**-0.5)
+    return Place(placement)
+
+
+def places(scheme: Scheme, layer: int, depth: int) -> tuple[Place, Place]:
+    """Find the places of the norms in one layer of a transformer: of its attention and of its feed-forward.
+
+    Every placement but ``"none"`` is the scheme that has it in both branches. In ``"hybrid"`` the attention also normalizes its
+    queries, keys and values over the features of each head; Post-LN goes around it and no norm around the feed-forward. The
+    paper draws that norm as the feed-forward's, whose input and skip connection both start behind it: the same network.
+
+    Args:
+        scheme: a placement, or ``"hybrid"``.
+        layer: number of the layer, from 1.
+        depth: number of layers.
+
+    Raises:
+        OptionError: an unknown scheme.
+
+    Reference:
+        hybrid, Zhuo et al., "HybridNorm: Towards Stable and Efficient Transformer Training via Hybrid Normalization" (2025),
+        https://arxiv.org/abs/2503.04598; the others as in ``Residual``.
+
+    >>> [place.formula for place in places("hybrid", 1, 12)]
+    ['post', 'none']
+    """
+    if scheme not in get_args(Scheme):
+        known = get_args(Scheme)
+        raise OptionError(
+            f"scheme={scheme!r}; wanted one of {', '.join(map(repr, known))}{closest(str(scheme), known)}"
+        )
+    if scheme == "hybrid":
+        return Place("post"), Place("none")
+    found = place(scheme, layer, depth)
+    return found, found
 
 
 class Residual(nn.Module):
     """A residual branch around any sublayer, with the norm in one of the published places.
 
-    ============  ==============================  ======================================
-    placement     computes                        known as
-    ============  ==============================  ======================================
-    ``post``      norm(x + f(x))                  Post-LN, original transformer
-    ``pre``       x + f(norm(x))                  Pre-LN; needs one more norm at the end
-    ``sandwich``  x + norm_after(f(norm(x)))      sandwich norm, peri-LN
-    ``branch``    x + norm(f(x))                  residual post-norm
-    ============  ==============================  ======================================
+    ============  ======================================  =======================================================
+    placement     computes                                known as
+    ============  ======================================  =======================================================
+    ``post``      norm(x + f(x))                          Post-LN, original transformer
+    ``pre``       x + f(norm(x))                          Pre-LN; needs one more norm at the end
+    ``sandwich``  x + norm_after(f(norm(x)))              sandwich norm, Peri-LN; one more norm at the end
+    ``branch``    x + norm(f(x))                          residual post-norm
+    ``deep``      norm((2 depth)^(1/4) x + f(x))          DeepNorm of an encoder or decoder alone
+    ``mix``       post if layer <= depth / 4, else pre    Mix-LN; one more norm at the end
+    ``scaled``    x + f(norm(x) / sqrt(layer))            LayerNorm scaling; one more norm at the end
+    ``none``      x + f(x)                                no norm; feed-forward of HybridNorm, see ``places``
+    ============  ======================================  =======================================================
 
     With ``post``, gradients of the last layers stay large at any depth, and the learning rate needs a warm-up; with ``pre`` they
-    shrink with the root of the depth, and it needs none (see ``normkit.schedules``).
+    shrink with the root of the depth, and it needs none (see ``normkit.schedules``). DeepNorm also divides the initial weights of
+    the branch (of attention: values and output) by (8 depth)^(1/4): ``place.start`` is that factor, and
+    ``normkit.surgery.place_norms`` applies it.
 
     Args:
         sublayer: f, which keeps the shape of x.
         norm: makes a norm, e.g. ``functools.partial(normkit.LayerNorm, 512)``; called once, or twice for a sandwich.
         placement: one of those in the table. Default: "pre".
+        layer: number of the branch's layer, from 1; for ``mix`` and ``scaled``. Default: None.
+        depth: number of layers; for ``deep`` and ``mix``. Default: None.
         dropout: dropout probability of the branch's output, in training. Default: 0.
 
     Shape:
         That of the sublayer.
 
     Raises:
-        OptionError: an unknown placement.
+        OptionError: an unknown placement, or one without the number that it needs.
 
     Reference:
         Xiong et al., "On Layer Normalization in the Transformer Architecture" (2020), https://arxiv.org/abs/2002.04745;
-        sandwich, Ding et al., "CogView" (2021), https://arxiv.org/abs/2105.13290;
-        branch, Liu et al., "Swin Transformer V2" (2022), https://arxiv.org/abs/2111.09883.
+        sandwich, Ding et al., "CogView" (2021), https://arxiv.org/abs/2105.13290, and Kim et al., "Peri-LN" (2025),
+        https://arxiv.org/abs/2502.02732;
+        branch, Liu et al., "Swin Transformer V2" (2022), https://arxiv.org/abs/2111.09883;
+        deep, Wang et al., "DeepNet: Scaling Transformers to 1,000 Layers" (2022), https://arxiv.org/abs/2203.00555;
+        mix, Li, Yin, Liu, "Mix-LN" (2024), https://arxiv.org/abs/2412.13795;
+        scaled, Sun et al., "The Curse of Depth in Large Language Models" (2025), https://arxiv.org/abs/2502.05795.
 
     >>> block = Residual(nn.Identity(), lambda: nn.LayerNorm(2, eps=0.0), placement="pre")
     >>> block(torch.tensor([[1.0, 3.0]])).detach()
@@ -60,15 +203,17 @@ class Residual(nn.Module):
         self,
         sublayer: nn.Module,
         norm: Callable[[], nn.Module],
-        placement: Placement = "pre",
+        placement: Placement | Place = "pre",
         *,
+        layer: int | None = None,
+        depth: int | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if placement not in _FORMULAS:
-            raise OptionError(f"Residual: placement={placement!r}; wanted one of {', '.join(map(repr, _FORMULAS))}")
-        self.sublayer, self.norm, self.placement = sublayer, norm(), placement
-        self.norm_after = norm() if placement == "sandwich" else None
+        self.place = placement if isinstance(placement, Place) else place(placement, layer, depth)
+        self.sublayer = sublayer
+        self.norm = norm() if self.place.formula != "none" else None
+        self.norm_after = norm() if self.place.formula == "sandwich" else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -82,13 +227,9 @@ class Residual(nn.Module):
         Returns:
             A tensor of the input's shape.
         """
-        branch = self.sublayer(self.norm(input) if self.placement in ("pre", "sandwich") else input, *args, **kwargs)
-        if self.placement == "branch":
-            branch = self.norm(branch)
-        if self.norm_after is not None:
-            branch = self.norm_after(branch)
-        y = input + self.dropout(branch)
-        return self.norm(y) if self.placement == "post" else y
+        return self.place.join(
+            input, lambda x: self.sublayer(x, *args, **kwargs), self.norm, self.norm_after, self.dropout
+        )
 
     def extra_repr(self) -> str:
-        return f"{self.placement!r}: {_FORMULAS[self.placement]}"
+        return f"{self.place.formula!r}: {self.place}"

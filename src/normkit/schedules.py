@@ -1,7 +1,5 @@
 """Learning-rate warm-up, inverse square root and linear, which networks with a norm after each branch need."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch.optim import Optimizer

@@ -1,7 +1,5 @@
 """Adaptive instance normalization: gives one image's channels the statistics of another's."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
@@ -56,6 +54,8 @@ class AdaptiveInstanceNorm(Module):
     tensor([[[13.8197, 36.1803]]])
     """
 
+    shown = "strength={0.strength}, eps={0.eps}"
+
     def __init__(self, strength: float = 1.0, eps: float = 1e-5) -> None:
         super().__init__()
         self.strength, self.eps = strength, eps
@@ -64,9 +64,6 @@ class AdaptiveInstanceNorm(Module):
         self, input: Tensor, style: Tensor, mask: Tensor | None = None, style_mask: Tensor | None = None
     ) -> Tensor:
         return adaptive_instance_norm(input, style, self.strength, self.eps, mask=mask, style_mask=style_mask)
-
-    def extra_repr(self) -> str:
-        return f"strength={self.strength}, eps={self.eps}"
 
 
 def adaptive_instance_norm(
@@ -116,9 +113,7 @@ def adaptive_instance_norm(
 
 
 CARD = Card(
-    name="adaptive_instance_norm",
     title="Adaptive instance normalization",
-    kind="activation",
     wordless="it takes a style as well as its input",
     normalized_over="each sample and channel, over all positions; scaled and shifted to the statistics of a style",
     formula="y = sd[s] * (x - E[x]) / sqrt(Var[x] + eps) + E[s]",

@@ -1,8 +1,6 @@
 """Adaptive layer normalization: a scale and a shift computed from a condition, as in diffusion transformers."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +85,9 @@ class AdaLayerNorm(Layer):
     tensor([[[-1.0000,  1.0000]]])
     """
 
+    shown = "{0.features}, condition={0.condition}, eps={0.eps}"
+    unusual: ClassVar = {"zero": True}
+
     def __init__(
         self,
         features: int,
@@ -140,9 +141,6 @@ class AdaLayerNorm(Layer):
         condition = _checked("AdaLayerNorm", x, condition, self.features, self.condition)
         return _predict(self.adaLN_modulation, condition).chunk(2, -1)
 
-    def extra_repr(self) -> str:
-        return f"{self.features}, condition={self.condition}, eps={self.eps}" + self.repr_options(zero=True)
-
 
 class AdaLayerNormZeroBlock(Module):
     """A transformer block with adaLN-Zero: each branch is modulated before and gated after, and gates start at zero.
@@ -174,6 +172,8 @@ class AdaLayerNormZeroBlock(Module):
     >>> block(torch.tensor([[[1.0, 3.0]]]), torch.ones(1, 3)).detach()
     tensor([[[1., 3.]]])
     """
+
+    shown = "{0.features}, condition={0.condition}, eps={0.eps}"
 
     def __init__(
         self,
@@ -209,9 +209,6 @@ class AdaLayerNormZeroBlock(Module):
             input = (input + align("n * d", input.shape, gate) * change).to(input.dtype)
         return input
 
-    def extra_repr(self) -> str:
-        return f"{self.features}, condition={self.condition}, eps={self.eps}"
-
 
 class AdaLayerNormOutput(Module):
     """The last layer of a diffusion transformer: adaptive layer normalization and a linear map, both initialized to zero.
@@ -240,6 +237,8 @@ class AdaLayerNormOutput(Module):
     tensor([[[0., 0., 0., 0.]]])
     """
 
+    shown = "{0.features}, condition={0.condition}, eps={0.eps}"
+
     def __init__(
         self, features: int, condition: int, outputs: int, eps: float = 1e-6, *, device: Any = None, dtype: Any = None
     ) -> None:
@@ -263,9 +262,6 @@ class AdaLayerNormOutput(Module):
         condition = _checked("AdaLayerNormOutput", input, condition, self.features, self.condition)
         shift, scale = _predict(self.adaLN_modulation, condition).chunk(2, -1)
         return self.linear(adaptive_layer_norm(input, shift, scale, self.eps))
-
-    def extra_repr(self) -> str:
-        return f"{self.features}, condition={self.condition}, eps={self.eps}"
 
 
 def adaptive_layer_norm(
@@ -329,9 +325,7 @@ _DIT = Paper(
 )
 
 CARD = Card(
-    name="adaptive_layer_norm",
     title="Adaptive layer normalization (adaLN)",
-    kind="activation",
     wordless="it takes a condition as well as its input",
     normalized_over="each sample or token, over its features; scaled and shifted by a function of a condition",
     formula="y = (1 + scale(condition)) * (x - E[x]) / sqrt(Var[x] + eps) + shift(condition)",
@@ -351,7 +345,6 @@ CARD = Card(
 CARD_ZERO = Card(
     name="adaptive_layer_norm_zero",
     title="Adaptive layer normalization with zero-initialized gates (adaLN-Zero)",
-    kind="activation",
     wordless="it takes a condition as well as its input, and the branches of a block",
     normalized_over="each token, over its features, before each branch of a residual block; the branch is gated",
     formula="x + gate(condition) * branch((1 + scale(condition)) * LN(x) + shift(condition))",

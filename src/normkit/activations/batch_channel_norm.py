@@ -1,9 +1,7 @@
 """Batch-channel normalization, and batch normalization by estimated statistics for micro-batches."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +119,8 @@ class BatchChannelNorm(Module, TorchBatchNorm):
             [ 1.0000, -1.0000]])
     """
 
+    shown = "{0.num_features}, num_groups={0.num_groups}, eps={0.eps}, momentum={0.momentum}, affine={0.affine}"
+    unusual: ClassVar = {"estimate": False}
     always = "its second step, over groups of channels; leave the layer out"
 
     def __init__(
@@ -162,11 +162,6 @@ class BatchChannelNorm(Module, TorchBatchNorm):
         """Set weights to 1 and biases to 0, and forget the running statistics."""
         super().reset_parameters()
         self.fill(group_weight=1, group_bias=0)
-
-    def extra_repr(self) -> str:
-        """The arguments."""
-        text = f"{self.num_features}, num_groups={self.num_groups}, eps={self.eps}, momentum={self.momentum}"
-        return text + f", affine={self.affine}" + self.repr_options(estimate=False)
 
 
 def est_batch_norm(
@@ -309,14 +304,8 @@ def _check_groups(who: str, groups: int, channels: int) -> None:
         )
 
 
-def _example(channels: int) -> BatchChannelNorm:
-    return BatchChannelNorm(channels, math.gcd(2, channels))
-
-
 CARD = Card(
-    name="batch_channel_norm",
     title="Batch-channel normalization",
-    kind="activation",
     word="bcn",
     normalized_over="each channel over the batch and all positions, then each sample's groups of channels",
     formula="y = group_weight * GroupNorm(weight * (x - E[x]) / sqrt(Var[x] + eps) + bias) + group_bias",
@@ -331,7 +320,7 @@ CARD = Card(
     weaknesses="two normalizations per layer, of which the second can't be folded",
     module=BatchChannelNorm,
     functional=batch_channel_norm,
-    make=_example,
+    make=lambda channels: BatchChannelNorm(channels, math.gcd(2, channels)),
     build=lambda at: BatchChannelNorm(at.channels, at.groups, at.eps, at.momentum, at.affine, **at.factory),
     option=groups(of=lambda norm: norm.num_groups),
     over="n c *",
@@ -342,9 +331,7 @@ CARD = Card(
 )
 
 CARD_ESTIMATED = Card(
-    name="est_batch_norm",
     title="Batch normalization by estimated statistics",
-    kind="activation",
     word="ebn",
     normalized_over="each channel, by running statistics that the batch first moves a little",
     formula="y = weight * (x - mean) / sqrt(var + eps) + bias, mean and var running",

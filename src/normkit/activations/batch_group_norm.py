@@ -1,10 +1,8 @@
 """Batch/group normalization: groups of channels over groups of examples, and inference that weights the example itself."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -101,6 +99,12 @@ class BatchGroupNorm(Layer):
             [-1.0000,  1.0000]])
     """
 
+    shown = (
+        "{0.num_channels}, num_groups={0.num_groups}, examples_per_group={0.examples_per_group}, eps={0.eps}, "
+        "momentum={0.momentum}, affine={0.affine}, alpha={0.alpha}"
+    )
+    unusual: ClassVar = {"layout": "n c *"}
+
     def __init__(
         self,
         num_channels: int,
@@ -183,11 +187,6 @@ class BatchGroupNorm(Layer):
     def _rows(self, value: Tensor | int, like: Tensor) -> Tensor:
         rows = torch.as_tensor(value, dtype=like.dtype, device=like.device).expand(like.shape)
         return rows.reshape(-1, self.num_channels)
-
-    def extra_repr(self) -> str:
-        text = f"{self.num_channels}, num_groups={self.num_groups}, examples_per_group={self.examples_per_group}"
-        text += f", eps={self.eps}, momentum={self.momentum}, affine={self.affine}, alpha={self.alpha}"
-        return text + self.repr_options(layout="n c *")
 
 
 def batch_group_norm(
@@ -317,10 +316,6 @@ def _check(channels: int, groups: int | None, examples: int | None) -> None:
         raise OptionError(f"BatchGroupNorm: examples_per_group={examples}; wanted a whole number from 1, or None")
 
 
-def _example(channels: int) -> BatchGroupNorm:
-    return BatchGroupNorm(channels, math.gcd(2, channels), 2)
-
-
 def _build(at: Place) -> BatchGroupNorm:
     # Both words build this layer: 32x2 means groups of channels and examples per group, a single number means alpha.
     groups, examples, alpha = (at.groups, at.examples, None) if "x" in at.option else (None, None, float(at.option))
@@ -336,19 +331,16 @@ _PAPER = Paper(
 )
 
 CARD = Card(
-    name="batch_group_norm",
     title="Batch/group normalization",
-    kind="activation",
     word="bgn",
     normalized_over="each group of examples and group of channels, over both and all positions",
-    formula=batch_group_norm_rule().formula(),
     paper=_PAPER,
     use_cases="few samples per batch, where group normalization is stable but batch normalization would be better",
     strengths="includes batch, ghost, group, layer and instance normalization as special cases, and all between them",
     weaknesses="two sizes to choose; training and inference compute different functions",
     module=BatchGroupNorm,
     functional=batch_group_norm,
-    make=_example,
+    make=lambda channels: BatchGroupNorm(channels, math.gcd(2, channels), 2),
     build=_build,
     option=groups(
         lambda norm: f"{norm.num_groups or norm.num_channels}x{norm.examples_per_group or 'all'}", examples="2"
@@ -363,9 +355,7 @@ CARD = Card(
 )
 
 CARD_WEIGHING = Card(
-    name="example_weighing",
     title="Inference example weighing",
-    kind="activation",
     word="weigh",
     normalized_over="each channel: in training over the batch, at inference by running moments mixed with the example's own",
     formula="mean = alpha * E[x] + (1 - alpha) * m1, var = alpha * E[x^2] + (1 - alpha) * m2 - mean^2",

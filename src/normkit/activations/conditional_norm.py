@@ -1,7 +1,5 @@
 """Conditional normalization: weight and bias looked up by class, or computed from a vector or a map."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -227,6 +225,11 @@ class SpatiallyAdaptiveNorm(_Normalizer):
                 f"SpatiallyAdaptiveNorm: got an input of {show(input.shape)} and a map of {show(map.shape)}; wanted "
                 f"n c h w or n c l of both, {wanted[0]} samples and {wanted[1]} channels of the map"
             )
+        if 0 in (*input.shape[2:], *map.shape[2:]):
+            raise ShapeError(
+                f"SpatiallyAdaptiveNorm: got an input of {show(input.shape)} and a map of {show(map.shape)}; "
+                "wanted at least one position in each"
+            )
         map = F.interpolate(map.to(self.shared.weight.dtype), input.shape[2:], mode="nearest")
         hidden = self.shared(map if map.dim() == 4 else map.unsqueeze(-1)).relu()
         gain, shift = (layer(hidden).reshape(input.shape) for layer in (self.gain, self.shift))
@@ -269,7 +272,6 @@ def conditional_norm(
 CARD_INSTANCE = Card(
     name="conditional_instance_norm",
     title="Conditional instance normalization",
-    kind="activation",
     wordless="it takes a condition as well as its input",
     normalized_over="each sample and channel, over all positions; weight and bias by class or vector",
     formula="y = weight(k) * (x - E[x]) / sqrt(Var[x] + eps) + bias(k)",
@@ -293,7 +295,6 @@ CARD_INSTANCE = Card(
 CARD_BATCH = Card(
     name="conditional_batch_norm",
     title="Conditional batch normalization",
-    kind="activation",
     wordless="it takes a condition as well as its input",
     normalized_over="each channel, over the batch and all positions; weight and bias by class or vector",
     formula="y = weight(k) * (x - E[x]) / sqrt(Var[x] + eps) + bias(k)",
@@ -321,7 +322,6 @@ CARD_BATCH = Card(
 CARD_SPATIAL = Card(
     name="spatially_adaptive_norm",
     title="Spatially adaptive normalization (SPADE)",
-    kind="activation",
     wordless="it takes a map as well as its input",
     normalized_over="each channel, over the batch and all positions; weight and bias of each position by a map",
     formula="y = (1 + g(map)) * (x - E[x]) / sqrt(Var[x] + eps) + b(map)",

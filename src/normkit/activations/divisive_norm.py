@@ -1,7 +1,5 @@
 """Divisive normalization: each response is divided by the pooled activity around it; the published forms."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +86,7 @@ class DivisiveNorm(Module):
     tensor([[[-0.3422, -0.8520,  1.2271]]])
     """
 
+    shown = "{0.num_channels}, summation={0.summation}, suppression={0.suppression}, sigma={0.sigma}"
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
@@ -116,9 +115,6 @@ class DivisiveNorm(Module):
     def forward(self, input: Tensor) -> Tensor:
         check_channels("DivisiveNorm", input, self.num_channels, "num_channels", "n c *")
         return divisive_norm(input, self.summation, self.suppression, self.sigma, self.weight, self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_channels}, summation={self.summation}, suppression={self.suppression}, sigma={self.sigma}"
 
 
 def divisive_norm(
@@ -169,6 +165,8 @@ class LyuSimoncelliNorm(Module):
     tensor([[[0.0000, 1.5000, 0.0000]]])
     """
 
+    shown = "{0.num_channels}, window={0.window}, eps={0.eps}"
+
     def __init__(
         self, num_channels: int, window: int = 3, eps: float = 1e-6, *, device: Any = None, dtype: Any = None
     ) -> None:
@@ -189,9 +187,6 @@ class LyuSimoncelliNorm(Module):
         check_shape("LyuSimoncelliNorm", "weight", self.weight, self.num_channels, self.window)
         wide = accumulation_dtype(input.dtype)
         return lyu_simoncelli_norm(input, self.weight.to(wide).square(), self.bias.to(wide).square() + self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_channels}, window={self.window}, eps={self.eps}"
 
 
 def lyu_simoncelli_norm(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -240,6 +235,8 @@ class HeegerNorm(Module):
     tensor([[1.3333, 0.0000]])
     """
 
+    shown = "{0.num_channels}, exponent={0.exponent}, sigma={0.sigma}, gain={0.gain}"
+
     def __init__(
         self,
         num_channels: int,
@@ -265,9 +262,6 @@ class HeegerNorm(Module):
         check_channels("HeegerNorm", input, self.num_channels, "num_channels", "n c *")
         weight = self.weight.to(accumulation_dtype(input.dtype)).square()
         return heeger_norm(input, weight, self.exponent, self.sigma, self.gain)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_channels}, exponent={self.exponent}, sigma={self.sigma}, gain={self.gain}"
 
 
 def heeger_norm(input: Tensor, weight: Tensor, exponent: float = 2.0, sigma: float = 1.0, gain: float = 1.0) -> Tensor:
@@ -298,9 +292,7 @@ def _per_channel(parameter: Tensor, x: Tensor) -> Tensor:
 
 
 CARD = Card(
-    name="divisive_norm",
     title="Divisive normalization",
-    kind="activation",
     word="dn",
     normalized_over="each element, over a field of channels and positions around it",
     formula="y = weight * v / sqrt(sigma^2 + E_B[v^2]) + bias,  v = x - E_A[x]",
@@ -325,9 +317,7 @@ CARD = Card(
 )
 
 CARD_LYU_SIMONCELLI = Card(
-    name="lyu_simoncelli_norm",
     title="Divisive normalization of Lyu and Simoncelli",
-    kind="activation",
     word="lyu",
     normalized_over="each element, over a weighted window of positions in its channel, without centring",
     formula="y = x / sqrt(b + sum_j w_j x_j^2)",
@@ -351,9 +341,7 @@ CARD_LYU_SIMONCELLI = Card(
 )
 
 CARD_HEEGER = Card(
-    name="heeger_norm",
     title="Divisive normalization of Heeger",
-    kind="activation",
     word="heeger",
     normalized_over="each position, over a weighted pool of its channels, without centring",
     formula="y_i = gain * d_i^p / (sigma^p + sum_k w_ik d_k^p),  d = max(x, 0)",

@@ -1,7 +1,5 @@
 """Dynamic tanh and Derf: squashing functions with a learned slope that replace a norm, without any statistic."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -181,9 +179,7 @@ def _build(at: Place, form: Form) -> DynamicTanh:
 
 
 CARD = Card(
-    name="dynamic_tanh",
     title="Dynamic tanh",
-    kind="activation",
     word="dyt",
     normalized_over="nothing: each element separately, without a statistic",
     formula="y = weight * tanh(alpha * x) + bias",
@@ -205,9 +201,7 @@ CARD = Card(
     layout="* d",
 )
 DERF = Card(
-    name="dynamic_erf",
     title="Dynamic erf (Derf)",
-    kind="activation",
     word="derf",
     normalized_over="nothing: each element by itself, without a statistic",
     formula="y = weight * erf(alpha * x + shift) + bias",

@@ -1,7 +1,5 @@
 """Exemplar normalization: each sample chooses its own mixture of instance, layer and batch normalization."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -55,6 +53,7 @@ class ExemplarNorm(Module):
     tensor([-1.1139,  0.5176, -0.5176,  1.1139])
     """
 
+    shown = "{0.num_features}, eps={0.eps}, momentum={0.momentum}"
     weight: nn.Parameter
     bias: nn.Parameter
     running_mean: Tensor
@@ -127,9 +126,6 @@ class ExemplarNorm(Module):
         found = self.moments(input)
         return exemplar_norm(input, found, self.shares(found), self.weight, self.bias, self.eps)
 
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
-
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
@@ -163,9 +159,7 @@ def exemplar_norm(
 
 
 CARD = Card(
-    name="exemplar_norm",
     title="Exemplar normalization",
-    kind="activation",
     word="en",
     normalized_over="each sample's own mixture of: each sample and channel, each sample, each channel",
     formula="y_n = sum_k s_nk (weight_k * (x_n - m_k) / sqrt(v_k + eps) + bias_k),  k in {IN, LN, BN}",

@@ -1,8 +1,6 @@
 """Feature-wise linear modulation (FiLM): a scale and a shift per channel, computed from a condition."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +47,9 @@ class FiLM(Module):
     tensor([[1., 3.]])
     """
 
+    shown = "{0.channels}, condition={0.condition}"
+    unusual: ClassVar = {"layout": "n c *"}
+
     def __init__(
         self,
         channels: int,
@@ -92,9 +93,6 @@ class FiLM(Module):
         scale, shift = self.linear(condition.to(self.linear.weight.dtype)).chunk(2, -1)
         return film(input, scale, shift, layout=self.layout)
 
-    def extra_repr(self) -> str:
-        return f"{self.channels}, condition={self.condition}" + self.repr_options(layout="n c *")
-
 
 def film(input: Tensor, scale: Tensor, shift: Tensor, *, layout: str = "n c *") -> Tensor:
     """Feature-wise linear modulation as a function of a scale and a shift; see FiLM.
@@ -116,9 +114,7 @@ def _example_condition(x: Tensor) -> tuple[Tensor]:
 
 
 CARD = Card(
-    name="film",
     title="Feature-wise linear modulation (FiLM)",
-    kind="activation",
     wordless="it takes a condition as well as its input",
     normalized_over="nothing; each sample's channels are scaled and shifted by a function of a condition",
     formula="y = (1 + scale(condition)) * x + shift(condition)",

@@ -1,7 +1,5 @@
 """Filter response normalization: divide each channel of each sample by its root mean square, then apply a learned threshold."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -151,9 +149,7 @@ def _with_learned_eps(
 
 
 CARD = Card(
-    name="filter_response_norm",
     title="Filter response normalization",
-    kind="activation",
     word="frn",
     normalized_over="each sample and channel, over all positions, without centring; then a learned threshold",
     formula="y = max(weight * x / sqrt(E[x^2] + eps) + bias, tau)",

@@ -1,7 +1,5 @@
 """FixNorm: word embeddings of unit length, for lookup and logits."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -151,9 +149,7 @@ def _unit(x: Tensor, eps: float) -> Tensor:
 
 
 CARD = Card(
-    name="fix_norm",
     title="FixNorm",
-    kind="activation",
     wordless="it is a network's embeddings and last layer, not a norm between layers",
     normalized_over="each word's embedding, and each token before the logits, over its features",
     formula="logit = g * (h / |h|) . (e / |e|) + bias",

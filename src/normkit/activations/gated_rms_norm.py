@@ -1,7 +1,5 @@
 """Gated RMS normalization, multiplied by the SiLU of a second input, as in Mamba-2 and Qwen3-Next."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -63,6 +61,8 @@ class GatedRMSNorm(Module):
     tensor([[0.6203, 0.0000]])
     """
 
+    shown = "{0.features}, eps={0.eps}, norm_before_gate={0.norm_before_gate}, groups={0.groups}"
+
     def __init__(
         self,
         features: int,
@@ -89,9 +89,6 @@ class GatedRMSNorm(Module):
     def forward(self, input: Tensor, gate: Tensor | None = None) -> Tensor:
         options = {"norm_before_gate": self.norm_before_gate, "groups": self.groups}
         return gated_rms_norm(input, gate, self.weight, self.eps, **options)
-
-    def extra_repr(self) -> str:
-        return f"{self.features}, eps={self.eps}, norm_before_gate={self.norm_before_gate}, groups={self.groups}"
 
 
 def gated_rms_norm(
@@ -126,9 +123,7 @@ def gated_rms_norm(
 
 
 CARD = Card(
-    name="gated_rms_norm",
     title="Gated root mean square normalization",
-    kind="activation",
     word="",
     wordless="it takes a second input, the gate, which a norm's place does not have",
     normalized_over="each sample or token, over its features or groups of them, without centring",

@@ -1,7 +1,5 @@
 """Generalized divisive normalization: divide each channel by a learned pool of all channels' energies; and its inverse."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -50,6 +48,8 @@ class GDN(Module):
     tensor([[2.1764, 0.0000]])
     """
 
+    shown = "{0.num_channels}, inverse={0.inverse}, beta_min={0.beta_min}"
+
     def __init__(
         self,
         num_channels: int,
@@ -82,9 +82,6 @@ class GDN(Module):
         beta = self.beta.to(wide).square() + self.beta_min
         return gdn(input, beta, self.gamma.to(wide).square(), inverse=self.inverse)
 
-    def extra_repr(self) -> str:
-        return f"{self.num_channels}, inverse={self.inverse}, beta_min={self.beta_min}"
-
 
 def gdn(input: Tensor, beta: Tensor, gamma: Tensor, *, inverse: bool = False) -> Tensor:
     """Generalized divisive normalization with beta > 0 of shape (C,) and gamma >= 0 of shape (C, C); see GDN.
@@ -106,7 +103,6 @@ def _card(inverse: bool) -> Card:
     return Card(
         name="igdn" if inverse else "gdn",
         title=f"{'Inverse generalized' if inverse else 'Generalized'} divisive normalization",
-        kind="activation",
         word="" if inverse else "gdn",
         wordless="it undoes gdn, and amplifies where a norm divides" if inverse else "",
         normalized_over="each position, over a learned pool of its channels, without centring",

@@ -1,9 +1,7 @@
 """Ghost batch normalization: normalize each channel over sub-batches of the batch."""
 
-from __future__ import annotations
-
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -94,6 +92,11 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
     tensor([1.1000])
     """
 
+    shown = (
+        "{0.num_features}, ghost_batch_size={0.ghost_batch_size}, eps={0.eps}, momentum={0.momentum}, affine={0.affine}, "
+        "track_running_stats={0.track_running_stats}, memory={0.memory!r}"
+    )
+    unusual: ClassVar = {"permute": False, "layout": "n c *"}
     in_training = "its sub-batches; leave the layer out, or replace it by BatchNorm first"
 
     def __init__(
@@ -163,13 +166,6 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
             return explain(self._whole, input, *affine, backend=self.backend)
         return explain_in_sub_batches(rule, self._whole, size, input, *affine, self.backend)
 
-    def extra_repr(self) -> str:
-        text = (
-            f"{self.num_features}, ghost_batch_size={self.ghost_batch_size}, eps={self.eps}, momentum={self.momentum}"
-        )
-        text += f", affine={self.affine}, track_running_stats={self.track_running_stats}, memory={self.memory!r}"
-        return text + self.repr_options(permute=False, layout="n c *")
-
 
 def ghost_batch_norm(
     input: Tensor,
@@ -231,17 +227,10 @@ def _check_size(who: str, size: int) -> None:
         raise OptionError(f"{who}: ghost_batch_size={size!r}; wanted a whole number from 1")
 
 
-def _example(channels: int) -> GhostBatchNorm:
-    return GhostBatchNorm(channels, ghost_batch_size=2)
-
-
 CARD = Card(
-    name="ghost_batch_norm",
     title="Ghost batch normalization",
-    kind="activation",
     word="ghost",
     normalized_over="each sub-batch and channel, over the sub-batch's samples and all positions",
-    formula=ghost_batch_norm_rule().formula(),
     paper=Paper(
         "Hoffer, Elad and Hubara, Itay and Soudry, Daniel",
         "Train longer, generalize better: closing the generalization gap in large batch training of neural networks",
@@ -253,7 +242,7 @@ CARD = Card(
     weaknesses="the size of the sub-batch is one more choice; training and inference compute different functions",
     module=GhostBatchNorm,
     functional=ghost_batch_norm,
-    make=_example,
+    make=lambda channels: GhostBatchNorm(channels, ghost_batch_size=2),
     build=lambda at: GhostBatchNorm(
         at.channels, int(at.option), at.eps, at.momentum, at.affine, bias=at.bias, layout=at.axes, **at.factory
     ),

@@ -1,7 +1,5 @@
 """Global response normalization: weight each channel by its energy relative to that of the others."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
@@ -54,6 +52,7 @@ class GlobalResponseNorm(Module):
              [10.6667,  0.0000]]])
     """
 
+    shown = "{0.num_channels}, eps={0.eps}, layout={0.layout!r}, over={0.over!r}"
     weight: nn.Parameter
     bias: nn.Parameter
 
@@ -91,9 +90,6 @@ class GlobalResponseNorm(Module):
         return global_response_norm(
             input, self.weight, self.bias, self.eps, layout=self.layout, over=self.over, mask=mask
         )
-
-    def extra_repr(self) -> str:
-        return f"{self.num_channels}, eps={self.eps}, layout={self.layout!r}, over={self.over!r}"
 
 
 def global_response_norm(
@@ -153,9 +149,7 @@ def _support(layout: str, over: str) -> Support:
 
 
 CARD = Card(
-    name="global_response_norm",
     title="Global response normalization",
-    kind="activation",
     word="grn",
     normalized_over="each sample's channels against one another, by their energy over all positions",
     formula="y = weight * (x * N) + bias + x,  N = |x_c| / (mean over c of |x_c| + eps)",

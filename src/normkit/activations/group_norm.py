@@ -1,9 +1,7 @@
 """Group normalization: normalize each sample over groups of channels and all positions."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -61,6 +59,8 @@ class GroupNorm(Layer, nn.GroupNorm):
     tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
     """
 
+    unusual: ClassVar = {"layout": "n c *", "activation": None}
+
     def __init__(
         self,
         num_groups: int,
@@ -85,9 +85,6 @@ class GroupNorm(Layer, nn.GroupNorm):
     def check(self, input: Tensor) -> None:
         check_channels("GroupNorm", input, self.num_channels, "num_channels", self.layout)
         _check_several("GroupNorm", self.num_groups, input)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + self.repr_options(layout="n c *", activation=None)
 
 
 def group_norm(
@@ -135,24 +132,17 @@ def _check_several(who: str, groups: int, input: Tensor) -> None:
         )
 
 
-def _example(channels: int) -> GroupNorm:
-    return GroupNorm(math.gcd(2, channels), channels)
-
-
 CARD = Card(
-    name="group_norm",
     title="Group normalization",
-    kind="activation",
     word="gn",
     normalized_over="each sample and group of channels, over the group's channels and all positions",
-    formula=group_norm_rule(32).formula(),
     paper=Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
     use_cases="detection, segmentation, video, diffusion: convolutional networks with few samples per batch",
     strengths="independent of the batch size; the same in training and at inference",
     weaknesses="behind batch normalization at large batches; the number of groups is one more choice; can't be folded",
     module=GroupNorm,
     functional=group_norm,
-    make=_example,
+    make=lambda channels: GroupNorm(math.gcd(2, channels), channels),
     build=lambda at: GroupNorm(at.groups, at.channels, at.eps, at.affine, bias=at.bias, layout=at.axes, **at.factory),
     option=groups(of=lambda norm: norm.num_groups),
     axes=("n c *", "n * c"),

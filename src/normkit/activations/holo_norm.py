@@ -1,7 +1,5 @@
 """HoloNorm: map each token into the unit ball, keeping its direction and the order of lengths."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
@@ -44,6 +42,8 @@ class HoloNorm(Layer):
     tensor([[0.5000, 0.6667]])
     """
 
+    shown = "{0.features}"
+
     def __init__(self, features: int) -> None:
         super().__init__()
         self.features = features
@@ -56,9 +56,6 @@ class HoloNorm(Layer):
     def check(self, input: Tensor) -> None:
         check_last("HoloNorm", input, self.features)
 
-    def extra_repr(self) -> str:
-        return f"{self.features}"
-
 
 def holo_norm(input: Tensor, *, mask: Tensor | None = None, backend: Backend = "auto") -> Tensor:
     """HoloNorm over the last axis as a function; see HoloNorm.
@@ -70,9 +67,7 @@ def holo_norm(input: Tensor, *, mask: Tensor | None = None, backend: Backend = "
 
 
 CARD = Card(
-    name="holo_norm",
     title="HoloNorm",
-    kind="activation",
     word="holo",
     normalized_over="each sample or token, over its features, to a length below 1",
     formula="y = x / (1 + |x|)",

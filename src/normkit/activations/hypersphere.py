@@ -1,7 +1,5 @@
 """The normalized transformer's parts: states on the unit sphere, learned scales, and weights renormalized after each step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 
@@ -56,6 +54,8 @@ class LearnedScale(Module):
     ([0.5, 0.5], tensor([[3., 3.]]))
     """
 
+    shown = "{0.features}, start={0.start}, unit={0.unit:.4g}"
+
     def __init__(
         self, features: int, start: float = 1.0, unit: float = 1.0, *, device: Any = None, dtype: Any = None
     ) -> None:
@@ -87,9 +87,6 @@ class LearnedScale(Module):
         """
         return (input * self.scale).to(input.dtype)
 
-    def extra_repr(self) -> str:
-        return f"{self.features}, start={self.start}, unit={self.unit:.4g}"
-
 
 class HypersphereResidual(Module):
     """Move a state on the unit sphere toward the output of a branch, by a learned step per feature.
@@ -118,6 +115,8 @@ class HypersphereResidual(Module):
     tensor([[0.7071, 0.7071]])
     """
 
+    shown = "{0.features}, eps={0.eps}"
+
     def __init__(
         self, features: int, rate: float = 0.05, eps: float = 1e-12, *, device: Any = None, dtype: Any = None
     ) -> None:
@@ -141,9 +140,6 @@ class HypersphereResidual(Module):
                 f"features={self.features}"
             )
         return hypersphere_residual(input, branch, self.rate.scale, self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{self.features}, eps={self.eps}"
 
 
 def hypersphere(input: Tensor, eps: float = 1e-12) -> Tensor:
@@ -213,9 +209,7 @@ def _example_branch(x: Tensor) -> tuple[Tensor]:
 
 
 CARD = Card(
-    name="hypersphere_residual",
     title="Residual step on the unit sphere (nGPT)",
-    kind="activation",
     wordless="it replaces a residual sum of two inputs",
     normalized_over="each token, over its features, to length 1: the branch, and the state after its step",
     formula="h' = N(h + a * (N(branch) - h)), N(x) = x / |x|",

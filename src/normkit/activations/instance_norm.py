@@ -1,8 +1,6 @@
 """Instance normalization: normalize each channel of each sample over all positions."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -70,6 +68,8 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
              [-1.0000,  1.0000]]])
     """
 
+    unusual: ClassVar = {"layout": "n c *", "spatial": None, "activation": None}
+
     def __init__(
         self,
         num_features: int,
@@ -124,9 +124,6 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
         # torch counts no batches here; only the cumulative average, which is ours, needs the count.
         return running if running is None or self.momentum is None else running._replace(batches=None)
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + self.repr_options(layout="n c *", spatial=None, activation=None)
-
 
 def instance_norm(
     input: Tensor,
@@ -157,12 +154,9 @@ def instance_norm(
 
 
 CARD = Card(
-    name="instance_norm",
     title="Instance normalization",
-    kind="activation",
     word="in",
     normalized_over="each sample and channel, over all positions",
-    formula=instance_norm_rule().formula(),
     paper=Paper(
         "Ulyanov, Dmitry and Vedaldi, Andrea and Lempitsky, Victor",
         "Instance Normalization: The Missing Ingredient for Fast Stylization",

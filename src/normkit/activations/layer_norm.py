@@ -1,9 +1,7 @@
 """Layer normalization: normalize each sample or token over its features."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -72,6 +70,8 @@ class LayerNorm(Layer, nn.LayerNorm):
             [-1.0000,  1.0000]])
     """
 
+    unusual: ClassVar = {"over": None, "per": None, "activation": None}
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -102,9 +102,6 @@ class LayerNorm(Layer, nn.LayerNorm):
     def check(self, input: Tensor) -> None:
         check_features("LayerNorm", self.normalized_shape, self.over, self.per, input)
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + self.repr_options(over=None, per=None, activation=None)
-
 
 def layer_norm(
     input: Tensor,
@@ -129,12 +126,9 @@ def layer_norm(
 
 
 CARD = Card(
-    name="layer_norm",
     title="Layer normalization",
-    kind="activation",
     word="ln",
     normalized_over="each sample or token, over its features",
-    formula=layer_norm_rule().formula(),
     paper=Paper(
         "Ba, Jimmy Lei and Kiros, Jamie Ryan and Hinton, Geoffrey E.",
         "Layer Normalization",

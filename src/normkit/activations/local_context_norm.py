@@ -1,7 +1,5 @@
 """Local context normalization: normalize each element over a window of positions and its group of channels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -52,6 +50,7 @@ class LocalContextNorm(Module):
     tensor([[[-1.0000,  0.7071,  0.0000]]])
     """
 
+    shown = "{0.num_features}, {0.channels_per_group}, window={0.window}, eps={0.eps}"
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
@@ -75,9 +74,6 @@ class LocalContextNorm(Module):
     def forward(self, input: Tensor) -> Tensor:
         check_channels("LocalContextNorm", input, self.num_features, "num_features", "n c *")
         return local_context_norm(input, self.channels_per_group, self.window, self.weight, self.bias, self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, {self.channels_per_group}, window={self.window}, eps={self.eps}"
 
 
 def local_context_norm(
@@ -120,9 +116,7 @@ def _check(channels: int, per_group: int, window: int | Sequence[int]) -> None:
 
 
 CARD = Card(
-    name="local_context_norm",
     title="Local context normalization",
-    kind="activation",
     word="context",
     normalized_over="each element, over its group of channels in a window of positions around it",
     formula="y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias",

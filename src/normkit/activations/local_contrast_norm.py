@@ -1,7 +1,5 @@
 """Local contrast normalization: normalize each position by its neighbourhood in space and across channels."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -162,9 +160,7 @@ def _check(size: int, window: int | None, k: float, form: str, sigma: float | No
 
 
 CARD = Card(
-    name="local_contrast_norm",
     title="Local contrast normalization",
-    kind="activation",
     word="lcn",
     normalized_over="each position, over a window of positions and channels around it",
     formula="y = x / (k + alpha * sum over channels of (x - E[x])^2)^beta, or v / max(c, s) with v = x - E[x], s^2 = E[v^2]",
@@ -190,7 +186,6 @@ CARD = Card(
 CARD_JARRETT = Card(
     name="jarrett_contrast_norm",
     title="Local contrast normalization, subtractive and divisive",
-    kind="activation",
     word="jarrett",
     normalized_over="each position, over a Gaussian window of positions and all channels",
     formula="y = v / max(c, s),  v = x - E_w[x],  s^2 = E_w[v^2],  c = mean of s over positions",

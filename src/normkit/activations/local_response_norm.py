@@ -1,8 +1,7 @@
 """Local response normalization: divide each element by the energy of neighbouring channels at the same position."""
 
-from __future__ import annotations
-
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -49,6 +48,8 @@ class LocalResponseNorm(Module, nn.LocalResponseNorm):
     tensor([[0.1667, 0.1333, 0.2143]])
     """
 
+    unusual: ClassVar = {"torch_compat": True}
+
     def __init__(
         self,
         size: int = 5,
@@ -65,9 +66,6 @@ class LocalResponseNorm(Module, nn.LocalResponseNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return local_response_norm(input, self.size, self.alpha, self.beta, self.k, torch_compat=self.torch_compat)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + self.repr_options(torch_compat=True)
 
 
 def local_response_norm(
@@ -117,9 +115,7 @@ def _check(size: int, k: float) -> None:
 
 
 CARD = Card(
-    name="local_response_norm",
     title="Local response normalization",
-    kind="activation",
     word="lrn",
     normalized_over="each position, over a window of neighbouring channels, without centring",
     formula="y = x / (k + alpha * sum over the window of x^2)^beta",

@@ -1,7 +1,5 @@
 """Mean-only batch normalization: subtract each channel's mean over the batch and all positions."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor
@@ -121,9 +119,7 @@ def mean_only_batch_norm(
 
 
 CARD = Card(
-    name="mean_only_batch_norm",
     title="Mean-only batch normalization",
-    kind="activation",
     word="mean_only",
     normalized_over="each channel, over the batch and all positions; only its mean",
     formula="y = x - E[x] + bias",

@@ -1,7 +1,5 @@
 """Residual blocks without a normalization: the signal's variance is predicted, not measured."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 
@@ -38,6 +36,8 @@ class NormalizerFreeBlock(nn.Module):
     tensor([5.])
     """
 
+    shown = "beta={0.beta:.6g}, alpha={0.alpha:.6g}"
+
     def __init__(
         self, branch: nn.Module, beta: float = 1.0, alpha: float = 0.2, shortcut: nn.Module | None = None
     ) -> None:
@@ -50,10 +50,6 @@ class NormalizerFreeBlock(nn.Module):
         """Add the weighted branch to the input."""
         scaled = input / self.beta
         return (input if self.shortcut is None else self.shortcut(scaled)) + self.alpha * self.branch(scaled)
-
-    def extra_repr(self) -> str:
-        """The arguments."""
-        return f"beta={self.beta:.6g}, alpha={self.alpha:.6g}"
 
 
 def predicted_betas(transitions: Iterable[bool], alpha: float = 0.2) -> list[float]:
@@ -91,12 +87,11 @@ def scaled_activation(activation: nn.Module, gamma: float) -> nn.Sequential:
 
 
 class _Scale(nn.Module):
+    shown = "{0.factor:.6g}"
+
     def __init__(self, factor: float) -> None:
         super().__init__()
         self.factor = factor
 
     def forward(self, input: Tensor) -> Tensor:
         return torch.mul(input, self.factor)
-
-    def extra_repr(self) -> str:
-        return f"{self.factor:.6g}"

@@ -1,7 +1,5 @@
 """Partial RMS normalization: the root mean square of the first features replaces that of all."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,6 +47,7 @@ class PartialRMSNorm(Module):
     tensor([[1., 1., 2., 3.]])
     """
 
+    shown = "{0.features}, fraction={0.fraction}, eps={0.eps}, guard={0.guard!r}"
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
@@ -82,9 +81,6 @@ class PartialRMSNorm(Module):
         """
         check_last("PartialRMSNorm", input, self.features)
         return _normalize(input, self.measured, self.weight, self.bias, Statistic(None, "rms", self.eps, self.guard))
-
-    def extra_repr(self) -> str:
-        return f"{self.features}, fraction={self.fraction}, eps={self.eps}, guard={self.guard!r}"
 
 
 def partial_rms_norm(
@@ -123,9 +119,7 @@ def _normalize(x: Tensor, measured: int, weight: Tensor | None, bias: Tensor | N
 
 
 CARD = Card(
-    name="partial_rms_norm",
     title="Partial root mean square normalization (pRMSNorm)",
-    kind="activation",
     word="prms",
     normalized_over="each sample or token, over the first of its features",
     formula="y = weight * x / (sqrt(E[x_1^2 .. x_k^2]) + eps)",

@@ -1,7 +1,5 @@
 """Positional normalization: normalize each position over its channels, and pass the moments to a later layer."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -59,6 +57,8 @@ class PositionalNorm(Layer):
     tensor([-1.0000,  0.0000,  1.0000])
     """
 
+    shown = "eps={0.eps}, correction={0.correction}"
+
     def __init__(self, eps: float = 1e-5, correction: int = 1) -> None:
         super().__init__()
         self.eps, self.correction = eps, correction
@@ -81,9 +81,6 @@ class PositionalNorm(Layer):
             Both of shape (N, 1, *), differentiable.
         """
         return positional_moments(input, self.eps, self.correction)
-
-    def extra_repr(self) -> str:
-        return f"eps={self.eps}, correction={self.correction}"
 
 
 def positional_norm(
@@ -125,12 +122,9 @@ def moment_shortcut(input: Tensor, moments: PositionalMoments) -> Tensor:
 
 
 CARD = Card(
-    name="positional_norm",
     title="Positional normalization",
-    kind="activation",
     word="pono",
     normalized_over="each sample and position, over its channels",
-    formula=positional_norm_rule().formula(),
     paper=Paper(
         "Li, Boyi and Wu, Felix and Weinberger, Kilian Q. and Belongie, Serge",
         "Positional Normalization",

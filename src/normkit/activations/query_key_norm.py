@@ -1,9 +1,7 @@
 """Query-key normalization: attention with bounded logits, as queries and keys are normalized."""
 
-from __future__ import annotations
-
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +73,9 @@ class QueryKeyNorm(Module):
     >>> attention(q, k, torch.eye(2)).detach()  # softmax of 1 * (1, 0)
     tensor([[0.7311, 0.2689]])
     """
+
+    shown = "{0.features}, form={0.form!r}"
+    unusual: ClassVar = {"length": None}
 
     def __init__(
         self,
@@ -150,9 +151,6 @@ class QueryKeyNorm(Module):
             query, key, value, mask, dropout if self.training else 0.0, is_causal, scale=self.scale
         )
 
-    def extra_repr(self) -> str:
-        return f"{self.features}, form={self.form!r}" + ("" if self.length is None else f", length={self.length}")
-
 
 class _HeadNorm(Layer):
     def __init__(self, features: int, form: Form, eps: float, weighted: bool, device: Any, dtype: Any) -> None:
@@ -201,9 +199,7 @@ def _example_key_and_value(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 CARD = Card(
-    name="query_key_norm",
     title="Query-key normalization",
-    kind="activation",
     wordless="it replaces attention's product of queries and keys, not a norm of one input",
     normalized_over="each query and key of a head, over its features",
     formula="softmax(g * q / |q| . k / |k|) v",

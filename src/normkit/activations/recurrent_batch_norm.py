@@ -1,8 +1,6 @@
 """Recurrent batch normalization: statistics of whole padded sequences or of each time step, and networks built on them."""
 
-from __future__ import annotations
-
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +76,12 @@ class RecurrentBatchNorm(Layer):
     tensor([[-1.4142,  0.7071],
             [ 0.7071,  0.0000]])
     """
+
+    shown = (
+        "{0.num_features}, statistics={0.statistics!r}, max_length={0.max_length}, eps={0.eps}, momentum={0.momentum}, "
+        "gain={0.gain}"
+    )
+    unusual: ClassVar = {"batch_first": False}
 
     def __init__(
         self,
@@ -161,13 +165,6 @@ class RecurrentBatchNorm(Layer):
             here = RunningStatistics(running.mean[start:][:known], running.var[start:][:known], batches)
             memory.blend(here, mean, var)
         return y
-
-    def extra_repr(self) -> str:
-        """The arguments."""
-        text = f"{self.num_features}, statistics={self.statistics!r}, max_length={self.max_length}, eps={self.eps}"
-        return (
-            text + f", momentum={self.momentum}, gain={self.gain}" + (", batch_first=True" if self.batch_first else "")
-        )
 
 
 def padding_mask(lengths: Tensor, input: Tensor, batch_first: bool = False, start: int = 0) -> Tensor:
@@ -354,17 +351,10 @@ class BatchNormLSTM(Module):
         return (y.transpose(0, 1) if self.batch_first else y), (h, c)
 
 
-def _example(channels: int) -> RecurrentBatchNorm:
-    return RecurrentBatchNorm(channels, batch_first=True)
-
-
 CARD = Card(
-    name="recurrent_batch_norm",
     title="Recurrent batch normalization",
-    kind="activation",
     word="rbn",
     normalized_over="each feature, over the batch and all real steps, or over the batch at each step",
-    formula=recurrent_batch_norm_rule().formula(),
     paper=Paper(
         "Cooijmans, Tim and Ballas, Nicolas and Laurent, César and Gülçehre, Çağlar and Courville, Aaron",
         "Recurrent Batch Normalization",
@@ -376,7 +366,7 @@ CARD = Card(
     weaknesses="statistics to keep for each step; layer normalization needs neither them nor a batch",
     module=RecurrentBatchNorm,
     functional=recurrent_batch_norm,
-    make=_example,
+    make=lambda channels: RecurrentBatchNorm(channels, batch_first=True),
     build=lambda at: RecurrentBatchNorm(
         at.channels, eps=at.eps, momentum=at.momentum_or(0.1), bias=at.bias, batch_first=True, **at.factory
     ),

@@ -31,6 +31,7 @@ class _Norm(Layer, nn.LayerNorm):
 class _Cell(Module):
     """One step; ``project`` computes what does not depend on the state, so that a layer does so for all steps at once."""
 
+    shown = "{0.input_size}, {0.hidden_size}"
     gates: ClassVar[int]
     states: ClassVar[int] = 1
 
@@ -74,9 +75,6 @@ class _Cell(Module):
         after = self.step(self.project(input.to(self.weight_ih.dtype)), _first(self, input, state))
         after = tuple(each.to(input.dtype) for each in after)
         return after if self.states > 1 else after[0]
-
-    def extra_repr(self) -> str:
-        return f"{self.input_size}, {self.hidden_size}"
 
 
 class LayerNormRNNCell(_Cell):
@@ -292,6 +290,8 @@ class LayerNormRecurrent(Module):
     (torch.Size([5, 1, 2]), torch.Size([2, 1, 2]))
     """
 
+    shown = "{0.input_size}, {0.hidden_size}, cell={0.cell!r}, batch_first={0.batch_first}"
+
     def __init__(
         self,
         input_size: int,
@@ -338,9 +338,6 @@ class LayerNormRecurrent(Module):
         states = [torch.stack(each) for each in zip(*last, strict=True)]
         return (y.transpose(0, 1) if swap else y), (tuple(states) if len(states) > 1 else states[0])
 
-    def extra_repr(self) -> str:
-        return f"{self.input_size}, {self.hidden_size}, cell={self.cell!r}, batch_first={self.batch_first}"
-
 
 _CELLS: dict[str, type[Any]] = {"lstm": LayerNormLSTMCell, "gru": LayerNormGRUCell, "rnn": LayerNormRNNCell}
 
@@ -368,7 +365,6 @@ def _card(cell: str, title: str, over: str, formula: str, *invariances: Invarian
     return Card(
         name=f"layer_norm_{cell}",
         title=f"Layer normalization in {title}",
-        kind="activation",
         word="",
         wordless="it is a recurrent cell, with norms and weights",
         normalized_over=f"each time step of each sample, over {over}",

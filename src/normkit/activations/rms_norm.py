@@ -1,7 +1,5 @@
 """Root mean square normalization: layer normalization without centring."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -186,9 +184,7 @@ def _rounded_first(
 
 
 CARD = Card(
-    name="rms_norm",
     title="Root mean square normalization",
-    kind="activation",
     word="rms",
     normalized_over="each sample or token, over its features, without centring",
     formula="y = weight * x / sqrt(E[x^2] + eps)",

@@ -1,7 +1,5 @@
 """ScaleNorm: scale each token to one learned length."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -55,6 +53,8 @@ class ScaleNorm(Layer):
     tensor([[0.0000, 1.2000, 0.0000, 1.6000]])
     """
 
+    shown = "{0.features}, eps={0.eps}"
+
     def __init__(
         self,
         features: int,
@@ -88,9 +88,6 @@ class ScaleNorm(Layer):
     def check(self, input: Tensor) -> None:
         check_last("ScaleNorm", input, self.features)
 
-    def extra_repr(self) -> str:
-        return f"{self.features}, eps={self.eps}"
-
 
 def scale_norm(
     input: Tensor,
@@ -109,9 +106,7 @@ def scale_norm(
 
 
 CARD = Card(
-    name="scale_norm",
     title="ScaleNorm",
-    kind="activation",
     word="scale",
     normalized_over="each sample or token, over its features, to one learned length",
     formula="y = g * x / max(|x|, eps)",

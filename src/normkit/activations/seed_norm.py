@@ -1,8 +1,6 @@
 """SeeDNorm: root mean square normalization whose gain depends on the token itself, so that its length is not lost."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +47,8 @@ class SeeDNorm(Module):
             [1.6971, 2.2627]])
     """
 
+    shown = "{0.features}, eps={0.eps}"
+    unusual: ClassVar = {"heads": 1}
     weight: nn.Parameter
     alpha: nn.Parameter
     beta: nn.Parameter
@@ -69,9 +69,6 @@ class SeeDNorm(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return seed_norm(input, self.weight, self.alpha, self.beta, self.eps, heads=self.heads)
-
-    def extra_repr(self) -> str:
-        return f"{self.features}, eps={self.eps}" + (f", heads={self.heads}" if self.heads > 1 else "")
 
 
 def seed_norm(
@@ -111,9 +108,7 @@ def _check_heads(who: str, features: int, heads: int) -> None:
 
 
 CARD = Card(
-    name="seed_norm",
     title="SeeDNorm",
-    kind="activation",
     word="seed",
     normalized_over="each sample or token, over its features, without centring",
     formula="y = (weight + tanh(<x, beta>) * alpha) * x / sqrt(E[x^2] + eps)",

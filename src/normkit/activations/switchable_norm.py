@@ -1,8 +1,6 @@
 """Switchable normalization: learned mixtures of the moments of instance, layer and batch normalization."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +53,8 @@ class SwitchableNorm(Module):
     tensor([-1.0911,  0.2182, -0.2182,  1.0911])
     """
 
+    shown = "{0.num_features}, eps={0.eps}, momentum={0.momentum}"
+    unusual: ClassVar = {"correction": 0}
     weight: nn.Parameter
     bias: nn.Parameter
     running_mean: Tensor
@@ -93,9 +93,6 @@ class SwitchableNorm(Module):
         return _normalize(
             input, logits, running, affine, self.training, Running(self.momentum), self.eps, self.correction, mask
         )
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}" + self.repr_options(correction=0)
 
 
 def switchable_norm(
@@ -174,9 +171,7 @@ def _mixed(parts: list[Tensor], logits: Tensor) -> Tensor:
 
 
 CARD = Card(
-    name="switchable_norm",
     title="Switchable normalization",
-    kind="activation",
     word="switch",
     normalized_over="a learned mixture of: each sample and channel, each sample, each channel",
     formula="y = weight * (x - m) / sqrt(v + eps) + bias,  m = sum_k a_k m_k,  v = sum_k b_k v_k,  k in {IN, LN, BN}",

@@ -1,9 +1,7 @@
 """Synchronized batch normalization: normalize each channel over the batches of all processes and all positions."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -78,6 +76,8 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
     tensor([[-1.0000,  1.0000]])
     """
 
+    unusual: ClassVar = {"layout": "n c *", "activation": None}
+
     def __init__(
         self,
         num_features: int,
@@ -119,9 +119,6 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
         if not (self.training or self.running_mean is None) or not _several(self.process_group):
             return found
         return replace(found, backend="closed", why="the statistics are of all processes together")
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + self.repr_options(layout="n c *", activation=None)
 
 
 def sync_batch_norm(
@@ -254,12 +251,9 @@ class _Sum(torch.autograd.Function):
 
 
 CARD = Card(
-    name="sync_batch_norm",
     title="Synchronized batch normalization",
-    kind="activation",
     word="sync",
     normalized_over="each channel, over the batches of all processes and all positions",
-    formula=sync_batch_norm_rule().formula(),
     paper=Paper(
         "Ioffe, Sergey and Szegedy, Christian",
         "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",

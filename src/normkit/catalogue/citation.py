@@ -1,7 +1,5 @@
 """The papers behind a model's normalizations."""
 
-from __future__ import annotations
-
 from torch import nn
 from torch.nn.utils import parametrize
 

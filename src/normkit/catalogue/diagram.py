@@ -1,7 +1,5 @@
 """A text picture of a support set, drawn from the support only."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """A picture of a support set for a paper or a slide: a cube of elements with the set in colour, drawn from the support only."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 

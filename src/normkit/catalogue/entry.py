@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,30 +63,18 @@ def describe(card: Card) -> Entry:
     from normkit.catalogue.diagram import draw_text  # needs torch, and so only where an entry is made
 
     support = None if card.rule is None else card.rule.support
-    return Entry(
-        name=card.name,
-        title=card.title,
-        kind=card.kind,
-        word=card.word,
-        words=card.words,
-        normalized_over=card.normalized_over,
-        formula=card.formula,
-        use_cases=card.use_cases,
-        strengths=card.strengths,
-        weaknesses=card.weaknesses,
-        year=card.paper.year,
-        citation=card.paper.cite(),
-        bibtex=card.paper.bibtex(),
-        batch_dependent=card.batch_dependent,
-        running_state=card.running_state,
-        train_equals_eval=card.train_equals_eval,
-        foldable=card.foldable,
-        invariances=", ".join(sorted(card.invariances)),
-        module=card.module.__name__,
-        functional=card.functional.__name__,
-        support=None if support is None else str(support),
-        picture=None if support is None else draw_text(support),
-    )
+    shared = {field.name: getattr(card, field.name) for field in fields(Entry) if hasattr(card, field.name)}
+    told = {
+        "invariances": ", ".join(sorted(card.invariances)),
+        "module": card.module.__name__,
+        "functional": card.functional.__name__,
+        "year": card.paper.year,
+        "citation": card.paper.cite(),
+        "bibtex": card.paper.bibtex(),
+        "support": None if support is None else str(support),
+        "picture": None if support is None else draw_text(support),
+    }
+    return Entry(**shared | told)
 
 
 @functools.cache
@@ -96,7 +84,7 @@ def entries() -> tuple[Entry, ...]:
     >>> entries()[0].name
     'min_max_scaling'
     """
-    return tuple(Entry(**fields) for fields in json.loads(_FILE.read_text(encoding="utf-8")))
+    return tuple(Entry(**each) for each in json.loads(_FILE.read_text(encoding="utf-8")))
 
 
 def entry(name: str) -> Entry:

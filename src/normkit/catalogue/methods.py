@@ -1,7 +1,5 @@
 """METHODS: every method, one line per file. Tests, pages, recipes and benchmarks go through it."""
 
-from __future__ import annotations
-
 from importlib import import_module
 
 from normkit.catalogue.entry import find, spellings
@@ -28,6 +26,8 @@ _FILES = (
     "activations.scale_norm",
     "activations.fix_norm",
     "activations.query_key_norm",
+    "activations.preconditioned_attention",
+    "activations.conditioned_tokens",
     "activations.hypersphere",
     "activations.film",
     "activations.adaptive_layer_norm",
@@ -55,6 +55,8 @@ _FILES = (
     "weights.weight_standardization",
     "weights.scaled_weight_standardization",
     "weights.weight_conditioning",
+    "weights.preconditioning",
+    "weights.spectral_conditioning",
     "gradients.grad_norm",
     "gradients.gradient_normalizer",
     "gradients.adaptive_clipping",

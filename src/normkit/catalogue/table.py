@@ -6,8 +6,7 @@ writes it between the lines ``<!-- methods -->`` (short) or ``<!-- comparison --
 and ``<!-- end -->`` of each file, and entries.json with them.
 """
 
-from __future__ import annotations
-
+import html
 import re
 import sys
 from pathlib import Path
@@ -39,34 +38,34 @@ def methods_table() -> str:
 
 
 def comparison_table() -> str:
-    """Write every method with use cases, strengths, weaknesses, and the properties that the tests check."""
-    head = [
-        "method",
-        "formula",
-        "use cases",
-        "strengths",
-        "weaknesses",
-        "batch",
-        "running",
-        "train = eval",
-        "folds",
-        "invariant to",
-    ]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for card in METHODS:
-        flags = (card.batch_dependent, card.running_state, card.train_equals_eval, card.foldable)
-        formula = card.formula.replace("|", "\\|")
-        cells = [
-            f"**{card.title}** `{card.name}`",
-            f"`{formula}`",
-            card.use_cases,
-            card.strengths,
-            card.weaknesses,
-            *("yes" if flag else "no" for flag in flags),
-            ", ".join(sorted(card.invariances)),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    """Write every method with use cases, strengths, weaknesses, and the properties that the tests check, a table per kind."""
+    head = ["method", "formula", "use cases", "strengths", "weaknesses", "properties", "invariant to"]
+    lines = []
+    for kind, title in _KINDS.items():
+        lines += [f"### {title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        for card in METHODS:
+            if card.kind != kind:
+                continue
+            flags = {
+                "batch": card.batch_dependent,
+                "running": card.running_state,
+                "two modes": not card.train_equals_eval,
+                "folds": card.foldable,
+            }
+            # A bar would end the cell: GitHub unescapes \\| within code, other readers of Markdown do not.
+            formula = html.escape(card.formula, quote=False).replace("|", "&#124;")
+            cells = [
+                f"**{card.title}**<br>`{card.name}`",
+                f"<code>{formula}</code>",
+                card.use_cases,
+                card.strengths,
+                card.weaknesses,
+                ", ".join(name for name, flag in flags.items() if flag),
+                ", ".join(sorted(card.invariances)),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def with_tables(text: str) -> str:

@@ -8,10 +8,11 @@ except ModuleNotFoundError:
     raise SystemExit("error: the command line needs typer; pip install 'normkit[lab]'") from None
 
 from normkit.cli import laboratory  # isort: skip  # help lists commands in this order
+from normkit.cli import diagnostics  # isort: skip
 from normkit.cli import catalogue
 from normkit.cli.command import app
 
-__all__ = ["app", "catalogue", "laboratory", "main"]
+__all__ = ["app", "catalogue", "diagnostics", "laboratory", "main"]
 
 
 def _tell_version(asked: bool) -> None:

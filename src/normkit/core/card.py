@@ -1,7 +1,5 @@
 """A method's card: what it normalizes over, where it was published, when to use it, and the claims that the tests check."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,12 +44,12 @@ class Card:
     """One method of the catalogue. The laws in the tests check every claim on it that a machine can check.
 
     Args:
-        name: the name in snake case, the same as the function's.
+        name: the name in snake case. Default: the function's, of which it differs only where several methods share one.
         title: the name in words.
-        kind: what is normalized.
+        kind: what is normalized. Default: activations.
         word: the word for the method in recipes; "" for none.
         normalized_over: the support set in words.
-        formula: as the literature writes it.
+        formula: as the literature writes it. Default: the rule's.
         paper: where it was published.
         use_cases: where it is the usual choice.
         strengths: arguments for it.
@@ -84,12 +82,12 @@ class Card:
         accompanies: whether networks use it in addition to a norm, so that converting norms leaves it alone.
     """
 
-    name: str
+    name: str = ""
     title: str
-    kind: Kind
+    kind: Kind = "activation"
     word: str = ""
     normalized_over: str
-    formula: str
+    formula: str = ""
     paper: Paper
     use_cases: str
     strengths: str
@@ -119,6 +117,9 @@ class Card:
     accompanies: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.functional.__name__)
+        if not self.formula and self.rule is not None:
+            object.__setattr__(self, "formula", self.rule.formula())
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
             raise NotationError(f"Card: name {self.name!r}; wanted snake case, as the function is named")
         if self.kind != "activation":

@@ -1,7 +1,5 @@
 """Compensation: the weight and bias applied after normalizing, and the axes along which they vary."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

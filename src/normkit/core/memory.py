@@ -1,7 +1,5 @@
 """Memory: running averages of statistics, used where the batch's own statistics must not be."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -85,7 +83,7 @@ class Recall:
             return self._kept[int(apart.argmin())][1:]
         return statistics
 
-    def __reduce__(self) -> tuple[type[Recall], tuple[()]]:
+    def __reduce__(self) -> tuple[type, tuple[()]]:
         return Recall, ()
 
 

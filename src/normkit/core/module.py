@@ -1,11 +1,9 @@
 """The base of all layers: its statistics stay in at least float32, its sizes are plain integers, TorchScript is refused."""
 
-from __future__ import annotations
-
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +37,8 @@ class Module(nn.Module):
     tensor([100000.])
     """
 
+    shown: ClassVar[str] = ""  # of ``extra_repr``: a format of the module, such as "{0.features}, eps={0.eps}"
+    unusual: ClassVar[Mapping[str, Any]] = {}  # attributes that it shows where they differ from these values
     training: bool = True  # torch's own tests delete the attribute of instances that should not need it
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -99,6 +99,10 @@ class Module(nn.Module):
         for name, value in values.items():
             if isinstance(tensor := getattr(self, name, None), Tensor):
                 nn.init.constant_(tensor, value)
+
+    def extra_repr(self) -> str:
+        """The arguments: those of the template ``shown`` (torch's own without one), and those that are ``unusual``."""
+        return (self.shown.format(self) or super().extra_repr()) + self.repr_options(**self.unusual)
 
     def repr_options(self, **defaults: Any) -> str:
         """The named attributes that differ from their defaults, as ``extra_repr`` shows them."""

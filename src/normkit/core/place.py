@@ -1,7 +1,5 @@
 """A norm's place in a network, and the option that a method's word takes in a recipe."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field

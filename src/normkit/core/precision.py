@@ -1,7 +1,5 @@
 """Full precision for a method's own matrix products, under autocast too."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 
 import torch

@@ -1,7 +1,5 @@
 """The centre that is subtracted and the scale that is divided by: mean and deviation, root mean square, norm, range."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """The support set: which elements of a tensor share one statistic, written once in named axes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

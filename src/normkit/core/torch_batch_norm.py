@@ -1,7 +1,5 @@
 """A base that torch's converters and fusers take for its batch norm, and that refuses those that would lose something."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any, ClassVar
 

@@ -4,8 +4,6 @@ These kernels run where the native library is missing, and on other devices. No 
 compute wrongly: those calls are refused here and run by the definition, or wrapped in :class:`_RightTwice`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """One call of the engine: everything that decides how it runs and what it computes."""
 
-from __future__ import annotations
-
 from typing import Any, Literal, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Which back end runs a call, and why: one pure function of the call's key, which ``explain`` prints and ``run`` obeys."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

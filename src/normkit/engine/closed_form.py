@@ -11,8 +11,6 @@ without the mean where nothing is centred; di is the gradient that reaches i its
 added to the root, and 0 where the floor holds. Both y and i are outputs, so the formula is its own derivative to any order.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

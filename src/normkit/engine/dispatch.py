@@ -1,7 +1,5 @@
 """Run a rule on the requested back end, or on the best one that can."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from normkit.core.compensation import Affine
@@ -22,7 +20,6 @@ __all__ = [
     "explain",
     "normalize",
     "run",
-    "run_after_sum",
     "run_measured",
 ]
 
@@ -67,49 +64,6 @@ def run(
     """
     own = training or running is None
     return perform(Call(rule, x, weight, bias, None, running, own, mask, activation, False, backend)).y
-
-
-def run_after_sum(
-    rule: Rule,
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    running: RunningStatistics | None = None,
-    training: bool = True,
-    mask: Tensor | None = None,
-    activation: Activation | None = None,
-    backend: Backend = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Run a rule on x + residual and return that sum too: the step between two blocks of a residual network, in one pass.
-
-    Args:
-        rule: the rule to run.
-        x: a branch's output.
-        residual: of x's shape and dtype.
-        weight: as for ``run``.
-        bias: as for ``run``.
-        running: as for ``run``.
-        training: as for ``run``.
-        mask: as for ``run``.
-        activation: as for ``run``.
-        backend: as for ``run``.
-
-    Returns:
-        What ``run`` returns for the sum, and the sum.
-
-    Raises:
-        ShapeError: the two differ in shape or dtype; otherwise as for ``run``.
-
-    >>> rule = Rule(Support("* d", over="d"), Statistic(None, "rms", 0.0))
-    >>> run_after_sum(rule, torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 2.0]]))
-    (tensor([[0.8485, 1.1314]]), tensor([[3., 4.]]))
-    """
-    own = training or running is None
-    y, total, *_ = perform(Call(rule, x, weight, bias, residual, running, own, mask, activation, False, backend))
-    assert total is not None
-    return y, total
 
 
 def run_measured(

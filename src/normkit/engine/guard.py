@@ -5,8 +5,6 @@ subclasses, active modes and transforms), dtype, sizes and strides. It is intern
 answer as expected, every call takes the slower path through :meth:`Call.key`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A module that runs a rule."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The memory layout of outputs: code that may view the output of torch's layer may view that of ours."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Two environment variables override the choice: ``NORMKIT_ISA`` names the instruc
 ``NORMKIT_LIBRARIES`` names the folder to look in instead of the package's own.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os

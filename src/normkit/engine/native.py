@@ -4,8 +4,6 @@ A call is one allocation for the output, one for the statistics, and one call in
 the closed form in PyTorch, which is differentiable to any order.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

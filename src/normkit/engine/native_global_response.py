@@ -1,7 +1,5 @@
 """Global response normalization on the native kernels: each channel weighted by its relative energy."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Windows on the native kernels: sums over the neighbours along an axis, and local response normalization by such sums."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Rules on nested tensors, which have no single shape: each tensor inside is normalized separately."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

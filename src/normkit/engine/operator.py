@@ -4,8 +4,6 @@ A compiled graph calls them like torch's own kernels, with the strides of the tr
 cached on disk runs in another process too.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

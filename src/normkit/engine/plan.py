@@ -6,8 +6,6 @@ far, mid and inner. Three kinds cover every method and both memory formats: *row
 innermost kept) and *block* (reduced on both sides of a kept axis).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

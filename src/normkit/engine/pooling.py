@@ -1,7 +1,5 @@
 """Moments of a union of sets, from those of the sets."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """A rule prepared for inputs of one shape, layout and dtype, as the C++ kernels read it: the loop nest and the plan."""
 
-from __future__ import annotations
-
 import ctypes
 from dataclasses import dataclass
 from typing import Any

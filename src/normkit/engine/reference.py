@@ -3,8 +3,6 @@
 This file defines what a rule computes. Every faster form is tested against it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Run a rule on sub-batches of a batch, each by its own statistics."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,7 +1,5 @@
 """Sliding windows: sums, means and moments over the neighbours of each element along an axis, cut off at the borders."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import reduce
 

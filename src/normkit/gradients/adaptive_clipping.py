@@ -1,7 +1,5 @@
 """Adaptive gradient clipping: limit each unit's gradient to a fraction of its weights' norm."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -94,7 +92,6 @@ def adaptive_gradient_clipping(model: nn.Module, clip: float = 0.01, eps: float 
 
 
 CARD = Card(
-    name="adaptive_gradient_clipping",
     title="Adaptive gradient clipping",
     kind="gradient",
     normalized_over="each output unit's gradient, against the unit's weights",

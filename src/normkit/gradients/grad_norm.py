@@ -1,7 +1,5 @@
 """GradNorm: weights for a sum of losses with which all tasks train at a similar pace."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
@@ -226,12 +224,7 @@ def _pace(losses: Tensor, initial: Tensor) -> Tensor:
     return torch.where(known & (mean > 0), ratio / torch.where(mean > 0, mean, 1.0), 1.0)
 
 
-def _example(model: nn.Module) -> GradNorm:
-    return GradNorm(2)
-
-
 CARD = Card(
-    name="grad_norm",
     title="GradNorm",
     kind="gradient",
     normalized_over="each task's gradient at the last shared layer",
@@ -247,6 +240,6 @@ CARD = Card(
     weaknesses="one backward pass to the shared layer per task; noisy for few samples per batch",
     module=GradNorm,
     functional=grad_norm,
-    make=_example,
+    make=lambda model: GradNorm(2),
     running_state=True,
 )

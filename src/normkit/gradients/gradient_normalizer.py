@@ -1,7 +1,5 @@
 """Gradient normalization to unit length, or to mean zero over each unit's fan-in, before the optimizer's step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -163,7 +161,6 @@ def _wide(gradient: Tensor) -> Tensor:
 
 
 CARD = Card(
-    name="normalize_gradients",
     title="Gradient normalization and centralization",
     kind="gradient",
     normalized_over="each parameter's, each layer's or the whole gradient; or each output unit's fan-in",

@@ -19,7 +19,7 @@ from normkit.lab.schema import FLAG, OBJECT, fields, parse
 
 CONFIG, RUNS, FIGURES, CURVES = "config.json", "runs", "figures", "tensorboard"
 TOP = ("result.json", "result.md", "report.html", "cost.json", "sessions.json", "environment.json", CONFIG)
-REPLACING, DISCARDED, LOCK = "overwrite.json", ".discarded", ".lock"
+REPLACING, DISCARDED, LOCK, CHECKPOINT = "overwrite.json", ".discarded", ".lock", "checkpoint.pt"
 OURS = {*TOP, RUNS, FIGURES, CURVES, REPLACING, DISCARDED}
 # What a configuration of ours says, and no one else's of the same name; an earlier normkit kept comparisons and their runs apart.
 COMPARISON = {"model", "data", "recipes", "seeds", "rates", "epochs", "batch_size", "optimizer", "device"}

@@ -57,6 +57,7 @@ from normkit.lab.data.batch import Inputs, kept, kind, named
 from normkit.lab.data.reader import check_agreement, interpret, read_splits
 from normkit.lab.data.split import Data, Split, hold_out
 from normkit.lab.say import theirs, told
+from normkit.lab.seeding import borrowed_modes
 from normkit.lab.task import call, predictions
 
 MODELS = {
@@ -152,7 +153,8 @@ def make_model(factory: Callable[..., Any], name: str, classes: int | None) -> n
     """
     options = {"classes": classes} if classes is not None and _accepts(factory, "classes") else {}
     try:
-        model = factory(**options)
+        with borrowed_modes():
+            model = factory(**options)
     except Exception as error:
         given = "".join(f"{key}={value}" for key, value in options.items())
         raise ProtocolError(f"model factory {name}: {name}({given}) raised {told(error)}") from error
@@ -207,7 +209,8 @@ def make_data(factory: Callable[[], Any], name: str) -> Data:
         ProtocolError: the factory raised, or its return breaks the protocol.
     """
     try:
-        made = factory()
+        with borrowed_modes():
+            made = factory()
     except NormkitError:
         raise  # it says all by itself
     except Exception as error:

@@ -59,15 +59,45 @@ def generator(seed: int, purpose: str, epoch: int, step: int, rank: int, device:
 
 @contextmanager
 def borrowed_randomness(threads: int | None = None) -> Iterator[None]:
-    """Gives the caller's random states and number of threads back at the end."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    """Gives the caller's random states, number of threads and modes (:func:`borrowed_modes`) back at the end."""
     before = torch.get_num_threads()
+    with _states(), borrowed_modes():
+        try:
+            if threads is not None:
+                torch.set_num_threads(threads)
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+@contextmanager
+def borrowed_modes() -> Iterator[None]:
+    """Gives torch's default dtype and grad mode back at the end, which a user's code may set for itself."""
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
     try:
-        if threads is not None:
-            torch.set_num_threads(threads)
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+
+
+@contextmanager
+def apart(seed: int, purpose: str, count: int, rank: int = 0) -> Iterator[None]:
+    """Seeds what is drawn on the CPU inside, as :func:`reseed` does, and lets draws go on behind it as if there had been none."""
+    with _states():
+        drawn = _mix(seed, purpose, count, rank)
+        torch.default_generator.manual_seed(drawn)  # not torch.manual_seed, which would seed devices too
+        np.random.seed(drawn % 2**32)
+        random.seed(drawn)
+        yield
+
+
+@contextmanager
+def _states() -> Iterator[None]:
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])

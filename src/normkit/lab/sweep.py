@@ -18,7 +18,7 @@ from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
 from normkit.lab.cluster import joined
 from normkit.lab.devices import hardware
-from normkit.lab.folder import PAUSE, InUseError, discard, locked
+from normkit.lab.folder import CHECKPOINT, PAUSE, InUseError, discard, locked, remove
 from normkit.lab.progress import Watch
 from normkit.lab.say import counted
 from normkit.lab.schema import NUMBER, OBJECT, TEXT, each, fields, optional
@@ -43,6 +43,30 @@ class Job(Protocol):
     def path(self) -> str:
         """The job's folder, relative to that of all runs; unique, with slashes."""
         ...
+
+
+class Work:
+    """The base of jobs whose path is a format of their fields.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class Training(Work, path="{0.method}/rate={0.rate:g}"):
+    ...     method: str
+    ...     rate: float
+    >>> Training("bn", 0.1).path
+    'bn/rate=0.1'
+    """
+
+    _path: ClassVar[str] = ""
+
+    def __init_subclass__(cls, path: str = "") -> None:
+        super().__init_subclass__()
+        cls._path = path or cls._path
+
+    @property
+    def path(self) -> str:
+        """The folder."""
+        return self._path.format(self)
 
 
 Function = Callable[[Any, Path], Mapping[str, Any]]
@@ -86,6 +110,7 @@ def sweep(
 
     Raises:
         OptionError: two jobs have one path, or a path leads out of the folder; Ray is asked for but is not there.
+        InUseError: another process works on a job that would be replaced.
         RecordError: a folder holds another job's records, is damaged or not writable.
     """
     places, group = _places(jobs, folder), group or Group()
@@ -129,9 +154,16 @@ def attend(function: Function, job: Job, place: Path, threads: int, group: Group
 
         def keep() -> dict[str, Any]:
             record.write_json(place / RESULT, written)
+            _clear(place)
             return record.read_json(place / RESULT)["result"]
 
         return group.share(keep)
+
+
+def _clear(place: Path) -> None:
+    # Only once the result is there: a job stopped in between would be done again from its beginning.
+    for path in place.rglob(CHECKPOINT):
+        remove(path)
 
 
 def _hold(held: ExitStack, place: Path) -> bool:
@@ -152,10 +184,12 @@ def _found(
         except record.UnlikeError:
             if not replaces:
                 raise
-            discard(folder, places[job.path])
+            with locked(places[job.path]):
+                discard(folder, places[job.path])
             done = None
         if done is not None:
             results[job.path] = done
+            _clear(places[job.path])
     return results
 
 

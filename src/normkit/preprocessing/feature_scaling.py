@@ -1,7 +1,5 @@
 """Feature scaling by each feature's range, largest value or deviation over the training data."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any
@@ -226,7 +224,6 @@ _card = partial(
 )
 
 CARD_MIN_MAX = _card(
-    name="min_max_scaling",
     title="Min-max scaling",
     formula="y = low + (x - min[x]) / (max[x] - min[x]) * (high - low)",
     paper=Paper(
@@ -245,7 +242,6 @@ CARD_MIN_MAX = _card(
 )
 
 CARD_Z_SCORE = _card(
-    name="z_score",
     title="Standardization (z-score)",
     formula="y = (x - E[x]) / sqrt(Var[x])",
     paper=Paper(
@@ -264,7 +260,6 @@ CARD_Z_SCORE = _card(
 )
 
 CARD_MEAN = _card(
-    name="mean_normalization",
     title="Mean normalization",
     formula="y = (x - E[x]) / (max[x] - min[x])",
     paper=Paper("Ng, Andrew", "Machine Learning", 2011, "https://www.coursera.org/learn/machine-learning"),
@@ -278,7 +273,6 @@ CARD_MEAN = _card(
 )
 
 CARD_MAX_ABS = _card(
-    name="max_abs_scaling",
     title="Max-abs scaling",
     formula="y = x / max|x|",
     paper=Paper(

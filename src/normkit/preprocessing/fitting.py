@@ -1,7 +1,5 @@
 """The base of data normalizations: statistics of the training data, streamed or all at once, kept as buffers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
@@ -39,6 +37,7 @@ class Fitted(Module):
         OptionError: each sample would have its own statistics, or the dtype is not floating.
     """
 
+    shown = "support={0.support}"
     statistics: ClassVar[tuple[str, ...]] = ()
     count: Tensor
 
@@ -214,9 +213,6 @@ class Fitted(Module):
                 f"({self.support}); transform data of the kind that was fitted"
             )
         return split
-
-    def extra_repr(self) -> str:
-        return f"support={self.support}"
 
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any

@@ -1,7 +1,5 @@
 """Image standardization by the mean and deviation of each channel over a data set, published or measured."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -59,6 +57,7 @@ class ImageStandardization(Scaling):
     tensor([[[[2.8215]]]])
     """
 
+    shown = "layout={0.layout!r}, maximum={0.maximum}"
     statistics = ("mean", "var")
     mean: Tensor
     var: Tensor
@@ -125,9 +124,6 @@ class ImageStandardization(Scaling):
         """
         return super().inverse_transform(y) * (self.maximum or 1.0)
 
-    def extra_repr(self) -> str:
-        return f"layout={self.layout!r}, maximum={self.maximum}"
-
 
 def image_standardization(
     input: Tensor,
@@ -169,7 +165,6 @@ def _constants(statistics: str | Constants) -> tuple[list[float], list[float]]:
 
 
 CARD = Card(
-    name="image_standardization",
     title="Image standardization",
     kind="input",
     normalized_over="each channel, over the images and positions of a data set",

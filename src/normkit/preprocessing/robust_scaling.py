@@ -1,7 +1,5 @@
 """Robust scaling by each feature's median and the range between two quantiles of the training data."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, NoReturn, Self
 
@@ -118,7 +116,6 @@ def _quantile(rising: Tensor, q: float) -> Tensor:
 
 
 CARD = Card(
-    name="robust_scaling",
     title="Robust scaling",
     kind="input",
     normalized_over="each feature, over the training data",

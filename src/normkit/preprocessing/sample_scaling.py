@@ -1,7 +1,5 @@
 """Scaling of each sample separately, to unit length, or to zero mean and equal contrast; there is nothing to fit."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any, NoReturn, Self
@@ -86,6 +84,7 @@ class UnitLength(_PerSample):
             [0.0000, 0.0000]])
     """
 
+    shown = "order={0.order:g}, support={0.support}"
     lost = "the length of a sample"
 
     def __init__(self, order: float = 2, *, support: Support = PER_SAMPLE) -> None:
@@ -114,9 +113,6 @@ class UnitLength(_PerSample):
         length = torch.linalg.vector_norm(z, self.order, dim=split.dims, keepdim=True)
         return (z / torch.where(length > 0, length, 1.0)).reshape(x.shape).to(x.dtype)
 
-    def extra_repr(self) -> str:
-        return f"order={self.order:g}, support={self.support}"
-
 
 class GlobalContrast(_PerSample):
     """Give each image mean 0 and the same contrast, over all channels and positions.
@@ -143,6 +139,7 @@ class GlobalContrast(_PerSample):
             [ 0.,  0.]])
     """
 
+    shown = "scale={0.scale}, regularizer={0.regularizer}, eps={0.eps}, support={0.support}"
     lost = "the mean and contrast of an image"
 
     def __init__(
@@ -176,9 +173,6 @@ class GlobalContrast(_PerSample):
         y = self.scale * (z.to(found.mean.dtype) - found.mean) / contrast
         return y.reshape(x.shape).to(x.dtype)
 
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}, regularizer={self.regularizer}, eps={self.eps}, support={self.support}"
-
 
 def unit_length(input: Tensor, order: float = 2, *, support: Support = PER_SAMPLE) -> Tensor:
     """Divide each sample by its norm; see UnitLength.
@@ -201,7 +195,6 @@ def global_contrast(
 
 
 CARD_UNIT_LENGTH = Card(
-    name="unit_length",
     title="Unit length",
     kind="input",
     normalized_over="each sample, over its features",
@@ -223,7 +216,6 @@ CARD_UNIT_LENGTH = Card(
 )
 
 CARD_GLOBAL_CONTRAST = Card(
-    name="global_contrast",
     title="Global contrast normalization",
     kind="input",
     normalized_over="each image, over its channels and positions",

@@ -1,7 +1,5 @@
 """Whitening: centre, decorrelate and equalize, so that the training data's covariance is the identity."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -174,7 +172,6 @@ def whitening(input: Tensor, method: Method = "zca", *, eps: float = 1e-5, suppo
 
 
 CARD = Card(
-    name="whitening",
     title="Whitening (PCA, ZCA)",
     kind="input",
     normalized_over="all features together, over the training data",

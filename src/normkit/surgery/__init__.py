@@ -11,6 +11,7 @@ from normkit.surgery.example_weighing import choose_alpha, weigh_examples
 from normkit.surgery.fold import fold
 from normkit.surgery.framework import adopt
 from normkit.surgery.freeze import freeze, unfreeze
+from normkit.surgery.place_norms import place_norms
 from normkit.surgery.reassign_spectral import reassign_spectral_
 from normkit.surgery.recalibrate import recalibrate
 from normkit.surgery.recipe import Recipe, apply_recipe
@@ -36,6 +37,7 @@ __all__ = [
     "freeze",
     "norm_penalty",
     "param_groups",
+    "place_norms",
     "plain",
     "reassign_spectral_",
     "recalibrate",

@@ -1,7 +1,5 @@
 """Checkpoints in files: safetensors by the ending of the path, else torch's, of tensors alone."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Mapping
 from os import PathLike, fspath

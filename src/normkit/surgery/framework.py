@@ -1,7 +1,5 @@
 """How flax and keras name and lay out what they keep, and the constants with which frameworks make norms."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 

@@ -19,13 +19,25 @@ from normkit.surgery.select import check_place, select
 from normkit.surgery.target import Target, norm_cards, norm_list
 from normkit.surgery.transaction import transaction
 from normkit.surgery.watch import try_on
-from normkit.weights import spectral_norm, weight_conditioning, weight_norm, weight_standardization
+from normkit.weights import (
+    inverse_root_diagonal,
+    inverse_root_rows,
+    precondition,
+    spectral_conditioning,
+    spectral_norm,
+    weight_conditioning,
+    weight_norm,
+    weight_standardization,
+)
 from normkit.weights.layout import weight_layout
 
 # The paper conditions the first and the last layer; weight standardization is for convolutions that a norm follows, not for
-# the linear head. Every other method goes on all layers.
-_PLACES = {"e": "first_last", "ws": "convolutions"}
-_MODES = {"e": ("row", "col", "rowcol", "row:learned", "col:learned", "rowcol:learned")}
+# the linear head; spectral conditioning for queries, keys and values. Every other method goes on all layers.
+_PLACES = {"e": "first_last", "ws": "convolutions", "sc": "attention"}
+_MODES = {
+    "e": ("row", "col", "rowcol", "row:learned", "col:learned", "rowcol:learned"),
+    "preconditioning": ("rows", "jacobi"),
+}
 
 
 @dataclass(frozen=True)
@@ -60,10 +72,10 @@ class Recipe:
     ===========  ==========================================================================================
     ``norm``     ``keep`` (as it is), ``none`` (removed), or a word of the catalogue: ``bn``, ``gn:32``, ``ln``,
                  ``ghost:16``, ...; ``normkit list`` shows all
-    ``weight``   ``ws``, ``wn``, ``sn``, ``e`` (rows), ``e:col``, ``e:rowcol``, each with ``:learned`` behind
-                 it for one learned scalar per layer: ``e:row:learned``
-    ``where``    ``first_last`` (of ``e``, if not said), ``convolutions`` (of ``ws``), ``all`` (of the others),
-                 ``hidden``, ``re:PATTERN``
+    ``weight``   ``ws``, ``wn``, ``sn``, ``sc``, ``e`` (rows), ``e:col``, ``e:rowcol``, each with ``:learned``
+                 behind it for one learned scalar per layer: ``e:row:learned``
+    ``where``    ``first_last`` (of ``e``, if not said), ``convolutions`` (of ``ws``), ``attention`` (of ``sc``),
+                 ``all`` (of the others), ``hidden``, ``re:PATTERN``
     ===========  ==========================================================================================
 
     A method of the catalogue is known by the word on its card. In a pattern a ``+`` before what reads as a weight term begins
@@ -254,6 +266,11 @@ def _attachment(weight: Weight) -> Attach:
         mode, learned, _ = weight.mode.partition(":")
         return weight_conditioning(layer, mode, name=name, gain="learned" if learned else 1.0)  # pyright: ignore[reportArgumentType]
 
+    def preconditioned(layer: nn.Module, name: str) -> object:
+        if weight.mode == "jacobi":
+            return precondition(layer, inverse_root_diagonal, inverse_root_diagonal, name)
+        return precondition(layer, inverse_root_rows, name=name)
+
     def lengths(layer: nn.Module, name: str) -> object:
         return weight_norm(layer, name, weight_layout(layer, name).output_axis)
 
@@ -262,5 +279,7 @@ def _attachment(weight: Weight) -> Attach:
         "wn": lengths,
         "sn": spectral_norm,
         "e": conditioned,
+        "sc": spectral_conditioning,
+        "preconditioning": preconditioned,
     }
     return known.get(weight.word, by_card)

@@ -1,7 +1,5 @@
 """Recurrent layers of torch to layer-normalized ones: the weights go over, the norms begin fresh."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -16,7 +16,7 @@ from normkit.weights.layout import hooked_weight
 
 Where = str | Callable[[str, nn.Module], bool]
 
-PLACES = ("first_last", "all", "hidden", "convolutions", "re:PATTERN")
+PLACES = ("first_last", "all", "hidden", "convolutions", "attention", "re:PATTERN")
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
     nn.modules.instancenorm._InstanceNorm,
@@ -28,6 +28,8 @@ _NORMS = (
 
 # As peft and torchtune name the matrices of low-rank adapters.
 _ADAPTER = re.compile(r"(^|\.)lora_", re.IGNORECASE)
+# As torch, transformers and timm name the query's, key's and value's layers, apart or packed in this order.
+_ATTENTION = re.compile(r"(^|\.)(to_)?([qkv]|query|key|value|[qkv]_proj|[qkv]_lin|qkv|c_attn)$")
 
 
 def select(model: nn.Module, where: Where = "all") -> dict[str, nn.Module]:
@@ -43,6 +45,7 @@ def select(model: nn.Module, where: Where = "all") -> dict[str, nn.Module]:
     ``all``           every one
     ``hidden``        all but the first and the last
     ``convolutions``  every Conv and ConvTranspose
+    ``attention``     MultiheadAttention, and layers named as queries, keys and values are: ``q_proj``, ``query``, ``qkv``, ...
     ``re:PATTERN``    those in whose name the regular expression is found (``re.search``; ``^`` and ``$`` anchor it)
     a predicate       those for which ``predicate(name, module)`` is true
     ================  ======================================================================================
@@ -94,6 +97,8 @@ def choose(candidates: Mapping[str, nn.Module], where: Where, what: str) -> dict
             chosen = [name for name in names if re.search(where[3:], name)]
         elif where == "convolutions":
             chosen = [name for name in names if isinstance(candidates[name], _ConvNd)]
+        elif where == "attention":
+            chosen = [n for n in names if _ATTENTION.search(n) or isinstance(candidates[n], nn.MultiheadAttention)]
         else:
             chosen = {"first_last": [*names[:1], *names[1:][-1:]], "all": names, "hidden": names[1:-1]}[where]
     if not chosen:

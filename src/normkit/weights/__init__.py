@@ -2,11 +2,18 @@
 
 from normkit.weights.layout import WeightLayout, weight_layout
 from normkit.weights.power_iteration import power_iteration
+from normkit.weights.preconditioning import (
+    Precondition,
+    inverse_root_diagonal,
+    inverse_root_rows,
+    precondition,
+)
 from normkit.weights.scaled_weight_standardization import (
     ScaledWeightStandardization,
     nonlinearity_gain,
     scaled_weight_standardization,
 )
+from normkit.weights.spectral_conditioning import SpectralConditioning, spectral_conditioning
 from normkit.weights.spectral_norm import SpectralNorm, spectral_norm
 from normkit.weights.temperature import Temperature
 from normkit.weights.weight_conditioning import Equilibrate, weight_conditioning
@@ -15,15 +22,21 @@ from normkit.weights.weight_standardization import WeightStandardization, weight
 
 __all__ = [
     "Equilibrate",
+    "Precondition",
     "ScaledWeightStandardization",
+    "SpectralConditioning",
     "SpectralNorm",
     "Temperature",
     "WeightLayout",
     "WeightNorm",
     "WeightStandardization",
+    "inverse_root_diagonal",
+    "inverse_root_rows",
     "nonlinearity_gain",
     "power_iteration",
+    "precondition",
     "scaled_weight_standardization",
+    "spectral_conditioning",
     "spectral_norm",
     "weight_conditioning",
     "weight_layout",

@@ -108,6 +108,19 @@ class WeightLayout:
         apart = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
         return apart.transpose(1, 2).flatten(2).flatten(0, 1)
 
+    def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """The weight of a shape whose 2-D unfolding is this matrix.
+
+        >>> layout = WeightLayout(output_axis=1)
+        >>> layout.weight(layout.matrix(torch.arange(6).view(2, 3)), torch.Size([2, 3]))
+        tensor([[0, 1, 2],
+                [3, 4, 5]])
+        """
+        if self.output_axis == 0:
+            return matrix.reshape(shape)
+        inputs = shape[0] // self.groups
+        return matrix.reshape(self.groups, shape[1], inputs, *shape[2:]).transpose(1, 2).reshape(shape)
+
 
 def weight_layout(layer: nn.Module, name: str = "weight") -> WeightLayout:
     """Find the output units and input units of a layer's weight.

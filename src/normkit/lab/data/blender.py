@@ -1,7 +1,5 @@
 """Rendered scenes seen from all around, in the layout of the NeRF authors' Blender export."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Where vertical lines cross a triangle mesh: what is inside it, and what it looks like from above, follow from that."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Scenes photographed from the front by hand, in the layout of Local Light Field Fusion."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Solids given by a closed triangle mesh."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Solids given by a formula, for when there is no mesh at hand and for tests against closed forms."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

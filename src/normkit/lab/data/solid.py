@@ -1,7 +1,5 @@
 """Solids in [-1, 1]^3: points in them and about their surface, and how well a guess of their inside is."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """A scene of luminous balls whose pictures are known in closed form, so that no photographs are needed."""
 
-from __future__ import annotations
-
 import math
 
 import torch

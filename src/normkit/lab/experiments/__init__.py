@@ -19,6 +19,7 @@ FILES = {
         "batch_size",
         "disparity",
         "pre_post_ln",
+        "placements",
         "gan",
         "why_bn",
         "blog_table",

@@ -7,8 +7,6 @@ Learning rates are swept in Table 1; other losses than cross-entropy are not run
 At full scale: 40 epochs at rate 0.1. At small scale: images of 16x16, half the channels, 1,024 images, 8 epochs.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Any

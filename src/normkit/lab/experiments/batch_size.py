@@ -37,7 +37,7 @@ from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, SHAPES, name_ends
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import differences, known, spread, where
 from normkit.lab.train.images import Images, Size, Stream, accuracy, fit
-from normkit.lab.train.walk import OK, device, forget
+from normkit.lab.train.walk import OK, device
 from normkit.surgery.recalibrate import recalibrate
 from normkit.surgery.recipe import apply_recipe
 
@@ -59,17 +59,12 @@ JUDGED = 512  # training images on which statistics are re-estimated
 
 
 @dataclass(frozen=True)
-class Training(Size):
+class Training(Size, path="{0.method}/batch={0.batch}/seed={0.seed}"):
     """One training."""
 
     method: str
     batch: int
     seed: int
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"{self.method}/batch={self.batch}/seed={self.seed}"
 
 
 def norm(method: str, steps: int) -> Callable[[int], nn.Module]:
@@ -114,7 +109,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
     found: dict[str, float | None] = dict.fromkeys(WAYS)
     if walked.status == OK:
         found |= judge(model, job, images["train"], images["test"])
-    forget(folder)
     return {"status": walked.status, "loss": [row["loss"] for row in walked.rows], "accuracy": found}
 
 

@@ -35,6 +35,8 @@ from normkit.lab.report.bands import key, rows_of
 from normkit.lab.report.canvas import FAINT, FULL, panels
 from normkit.lab.report.drawing import COLOURS, GREY
 from normkit.lab.stats import ABSENT
+from normkit.lab.sweep import Work
+from normkit.lab.train.walk import descend
 from normkit.surgery.fold import fold
 from normkit.weights.spectral_norm import spectral_norm
 from normkit.weights.weight_norm import weight_norm
@@ -56,16 +58,11 @@ METHODS = (*ACTIVATIONS, *WEIGHTS)
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(Work, path="{0.method}/seed={0.seed}"):
     """One row."""
 
     method: str
     seed: int = 0
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"{self.method}/seed={self.seed}"
 
 
 def make(name: str) -> nn.Module:
@@ -194,9 +191,7 @@ def drift(name: str) -> list[float]:
     start, found = parameter.detach().norm(dim=1).mean(), []
     for _ in range(DRIFT):
         x = torch.randn(16, 64, dtype=torch.float64)
-        optimizer.zero_grad()
-        (layer(x) - x.roll(1, 1)).square().mean().mul(64).backward()
-        optimizer.step()
+        descend(optimizer, (layer(x) - x.roll(1, 1)).square().mean().mul(64))
         found.append((parameter.detach().norm(dim=1).mean() / start).item())
     return found
 

@@ -39,7 +39,7 @@ from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import Interval, Row, differences, known, mean, spread, tell, where
 from normkit.lab.train.images import load
-from normkit.lab.train.walk import OK, Diverged, forget, walk
+from normkit.lab.train.walk import OK, Diverged, walk
 from normkit.surgery.recipe import apply_recipe
 
 BASES = {"none": "plain", "bn": "BatchNorm"}
@@ -140,7 +140,6 @@ def descend(job: Descent, folder: Path) -> dict[str, Any]:
         return row if looking or number == job.steps else None
 
     walked = walk(folder, job.steps, {"model": model, "optimizer": optimizer}, step, job.seed)
-    forget(folder)
     rows = walked.rows if job.measured else []
     return {"status": walked.status, "rows": rows, "end": walked.rows[-1]["loss"] if walked.status == OK else None}
 

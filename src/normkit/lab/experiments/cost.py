@@ -11,8 +11,6 @@ In transformers LN stands where BN does elsewhere. The field is a NeRF's fine ne
 their ReLU. W and E are on all layers of it ("all") or on the first and last.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,6 +36,7 @@ from normkit.lab.report.tables import tell_ratio
 from normkit.lab.say import counted
 from normkit.lab.seeding import reseed
 from normkit.lab.settings import Settings
+from normkit.lab.sweep import Work
 from normkit.lab.train.cost import Step, measure_costs, measure_steps
 from normkit.lab.train.fabric import start_fabric
 from normkit.surgery.fold import fold
@@ -78,17 +77,12 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Measure:
+class Measure(Work, path="{0.network}"):
     """Measures a network's rows."""
 
     network: str
     scale: str
     batch: int
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return self.network
 
 
 class Field(nn.Module):

@@ -29,6 +29,7 @@ from normkit.lab.report.canvas import FAINT, FULL, INK
 from normkit.lab.report.drawing import COLOURS, GREY
 from normkit.lab.say import counted
 from normkit.lab.stats import known, mean, paired_interval, spread
+from normkit.lab.sweep import Work
 
 SHAPES: dict[str, tuple[int, ...]] = {"images": (32, 64, 32, 32), "tokens": (8, 512, 768)}
 BASES = {"images": "batch_norm", "tokens": "layer_norm"}
@@ -51,18 +52,13 @@ TORCH: dict[str, dict[str, Callable[[int], nn.Module]]] = {
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(Work, path="{0.kind}/seed={0.seed}"):
     """One repetition of all layers of a kind."""
 
     kind: str
     shape: tuple[int, ...]
     rounds: int
     seed: int
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"{self.kind}/seed={self.seed}"
 
 
 def names(kind: str) -> list[str]:

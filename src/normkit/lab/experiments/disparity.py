@@ -32,7 +32,7 @@ from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import Row, differences, known, spread, where
 from normkit.lab.train.images import Images, Size, Stream, accuracy, fit
-from normkit.lab.train.walk import OK, device, forget
+from normkit.lab.train.walk import OK, device
 from normkit.surgery.example_weighing import choose_alpha, weigh_examples
 from normkit.surgery.recalibrate import recalibrate
 
@@ -66,18 +66,13 @@ JUDGED = 1024  # training images on which statistics are re-estimated
 
 
 @dataclass(frozen=True)
-class Training(Size):
+class Training(Size, path="{0.method}/{0.order}/batch={0.batch}/seed={0.seed}"):
     """One training."""
 
     method: str
     order: str
     batch: int
     seed: int
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"{self.method}/{self.order}/batch={self.batch}/seed={self.seed}"
 
 
 def train(job: Training, folder: Path) -> dict[str, Any]:
@@ -94,7 +89,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
         half = len(images["test"][0]) // 2
         x, y = images["test"]
         result |= judge(model, job, images["train"], (x[:half], y[:half]), (x[half:], y[half:]))
-    forget(folder)
     return result
 
 

@@ -10,8 +10,6 @@ are learned for 8 epochs. The ResNets then take the rate 0.05 in place of 1e-3, 
 swept.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -31,7 +31,7 @@ from normkit.lab.report.drawing import COLOURS, GREY, SHAPES, name_ends
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import Interval, differences, known, mean, spread, tell, where
 from normkit.lab.train.images import Size, Stream, accuracy, fit
-from normkit.lab.train.walk import OK, device, forget
+from normkit.lab.train.walk import OK, device
 from normkit.surgery.recipe import apply_recipe
 
 METHODS = {
@@ -64,18 +64,13 @@ RECIPES = {"gn+ws": "keep+ws", "wn": "keep+wn", "e": "keep+e@all"}
 
 
 @dataclass(frozen=True)
-class Training(Size):
+class Training(Size, path="{0.method}/scale={0.scale:g}/rate={0.rate:g}/seed={0.seed}"):
     """One training."""
 
     method: str
     rate: float
     scale: float
     seed: int
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"{self.method}/scale={self.scale:g}/rate={self.rate:g}/seed={self.seed}"
 
 
 def train(job: Training, folder: Path) -> dict[str, Any]:
@@ -93,7 +88,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
         model.eval()
         scores = {part: accuracy(model, images[part]) for part in scores}
         reached = next((row["step"] for row in walked.rows if row["loss"] <= TARGET), None)
-    forget(folder)
     return {"status": walked.status, "steps": reached, "planned": job.epochs * stream.per_epoch, **scores}
 
 

@@ -28,12 +28,12 @@ from normkit.lab.report.canvas import DOTTED, FAINT, FULL, log, panels
 from normkit.lab.report.drawing import COLOURS, SEEDS, name_ends
 from normkit.lab.stats import ABSENT, differences, mean, spread, tell, where
 from normkit.lab.train.walk import OK
-from normkit.residual import Placement
+from normkit.residual import Scheme
 
-PLACEMENTS: dict[Placement, str] = {"post": "Post-LN", "pre": "Pre-LN"}
+PLACEMENTS: dict[Scheme, str] = {"post": "Post-LN", "pre": "Pre-LN"}
 OPTIMIZERS = {"adam 1e-3": "Adam 1e-3", "adam 3e-4": "Adam 3e-4", "sgd 0.1": "SGD 0.1"}
 NORMS = {"ln": "LayerNorm", "rms": "RMSNorm", "scale": "ScaleNorm", "scale+fix": "ScaleNorm and FixNorm"}
-HUES: dict[Placement, str] = {"post": COLOURS[1], "pre": COLOURS[0]}
+HUES: dict[Scheme, str] = {"post": COLOURS[1], "pre": COLOURS[0]}
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"depth": 1, "features": 8, "length": 6, "steps": 6},

@@ -8,8 +8,6 @@ surface that neither train nor test; 1e-4 is the published one. At small scale: 
 epochs; sine and ReLU with the first solid and seed alone.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

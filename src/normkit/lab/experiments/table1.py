@@ -8,8 +8,6 @@ At small scale images are 16x16 and channels half as many; 2,048 images are lear
 1e-3 so few steps learn nothing, so each row takes the best of three rates, chosen with the first seed on CIFAR-10.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

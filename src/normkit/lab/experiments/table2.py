@@ -5,8 +5,6 @@ DenseNet of a well-known tutorial, four blocks of six layers with growth 16 and 
 scales.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from normkit.lab.experiment import Bench, Experiment

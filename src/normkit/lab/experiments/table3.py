@@ -9,8 +9,6 @@ At small scale nothing is trained that could be compared: each form of the netwo
 that it runs and learns it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from normkit.lab.experiments.vit_s import LN, E, W
 from normkit.lab.models.vit import vit_b16, vit_tiny
 from normkit.lab.seeding import reseed
 from normkit.lab.settings import Settings
+from normkit.lab.sweep import Work
 from normkit.lab.train.fabric import start_fabric
 from normkit.lab.train.learning import Training
 from normkit.lab.train.parallel import place
@@ -46,17 +45,12 @@ REMARKS = (
 
 
 @dataclass(frozen=True)
-class Smoke:
+class Smoke(Work, path="smoke/{0.recipe}"):
     """Takes a few steps of one form of the network."""
 
     name: str
     recipe: str
     size: str = "vit_b16"
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"smoke/{self.recipe}"
 
 
 def smoke(job: Smoke, folder: Path) -> dict[str, Any]:

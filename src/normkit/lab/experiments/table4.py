@@ -10,8 +10,6 @@ At small scale the scene is fern, layers are 64 wide, samples 24 + 24, rays 256,
 none of which is tuned; controls are run with the first seed alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial

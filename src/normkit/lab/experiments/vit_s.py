@@ -9,8 +9,6 @@ At small scale images are 16x16, features 192, blocks 6, heads 3; 2,048 images a
 them warm-up, and each row takes the better of two rates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +28,7 @@ from normkit.lab.models.vit import Patches, VisionTransformer
 from normkit.lab.report.canvas import FULL, log, panels
 from normkit.lab.report.drawing import name_ends
 from normkit.lab.report.palette import styles
+from normkit.lab.sweep import Work
 from normkit.lab.train.fabric import start_fabric
 from normkit.lab.train.learning import Training, images, make
 
@@ -53,15 +52,10 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class Gradients:
+class Gradients(Work, path="{0.rows[0].data}/gradients"):
     """Takes the length of the gradient in each block, before the first step, for several rows."""
 
     rows: tuple[Training, ...]
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"{self.rows[0].data}/gradients"
 
 
 def small_vit(classes: int = 100) -> nn.Module:

@@ -34,7 +34,7 @@ from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import ABSENT, Row, by_step, differences, mean, spread, tell, where
 from normkit.lab.train.images import Stream, load
-from normkit.lab.train.walk import OK, Diverged, device, forget, walk
+from normkit.lab.train.walk import OK, Diverged, device, walk
 
 METHODS = {"none": "no norm", "bn": "BatchNorm", "noisy": "BatchNorm + noise"}
 HUES = {"none": GREY, "bn": COLOURS[0], "noisy": COLOURS[1]}
@@ -91,7 +91,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
         return {"loss": loss.item(), **found, **(moved(before, moments(model, probe)) if looking else {})}
 
     walked = walk(folder, job.steps, {"model": model, "optimizer": optimizer}, step, job.seed)
-    forget(folder)
     losses = [row["loss"] for row in walked.rows]
     rows = [row for row in walked.rows if "turn" in row]
     return {

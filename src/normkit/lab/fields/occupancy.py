@@ -1,7 +1,5 @@
 """One run of an occupancy field on one solid: training, the learned surface, and how well the inside is predicted."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,9 +20,10 @@ from normkit.lab.models.occupancy import Kind, occupancy
 from normkit.lab.models.rows import Scale, scale_rows
 from normkit.lab.record import write_bytes
 from normkit.lab.seeding import reseed
+from normkit.lab.sweep import Work
 from normkit.lab.train.cost import RATE, Costs, Step, measure_steps
 from normkit.lab.train.images import Stream
-from normkit.lab.train.walk import OK, Diverged, device, forget, walk
+from normkit.lab.train.walk import OK, Diverged, descend, device, walk
 
 _JUDGES = 100_000  # points that judge, the same for every run
 _JUDGE_SEED, _CHOOSER_SEED = 2**31, 2**31 + 1
@@ -34,7 +33,7 @@ _SHOWN = 160  # cells per side of the surface of an analytic shape, for its pict
 
 
 @dataclass(frozen=True)
-class OccupancyJob:
+class OccupancyJob(Work, path="{0.subject}/{0.row}/rate={0.rate:g}/seed={0.seed}"):
     """What to train, and how.
 
     Args:
@@ -73,11 +72,6 @@ class OccupancyJob:
     def subject(self) -> str:
         """What all rows learn, and with which activation."""
         return f"{self.solid}/{self.kind}"
-
-    @property
-    def path(self) -> str:
-        """The job's folder."""
-        return f"{self.subject}/{self.row}/rate={self.rate:g}/seed={self.seed}"
 
 
 def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
@@ -129,7 +123,6 @@ def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
     size = min(_PICTURE, 4 * job.grid)
     write_mesh(vertices, faces, folder)
     fine = done.status == OK and bool(done.rows)
-    forget(folder)
     return {
         "status": done.status,
         "steps": done.steps,
@@ -234,9 +227,7 @@ def _descend(model: nn.Module, optimizer: torch.optim.Optimizer, where: Tensor, 
     loss = functional.binary_cross_entropy_with_logits(model(where), truth.float())
     if not torch.isfinite(loss):
         raise Diverged
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    descend(optimizer, loss)
     return loss
 
 

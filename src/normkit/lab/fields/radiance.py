@@ -1,7 +1,5 @@
 """One run of a NeRF on one scene: training, pictures of the held-out views, and what was measured on the way."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math
@@ -26,8 +24,9 @@ from normkit.lab.models.nerf import NeRF, nerf
 from normkit.lab.models.rows import Scale, scale_rows
 from normkit.lab.record import write_bytes
 from normkit.lab.seeding import reseed
+from normkit.lab.sweep import Work
 from normkit.lab.train.cost import RATE, Costs, Step, measure_steps
-from normkit.lab.train.walk import OK, Diverged, device, forget, walk
+from normkit.lab.train.walk import OK, Diverged, descend, device, walk
 
 VIEWS = 3  # held-out views that judge, as in the paper
 _PROBE = 2048  # pixels, of training views and of those that judge, that are measured along training
@@ -35,7 +34,7 @@ _FALL = 0.1**0.8  # of the learning rate over a run: 0.1 each 250,000 steps, 200
 
 
 @dataclass(frozen=True)
-class RadianceJob:
+class RadianceJob(Work, path="{0.subject}/{0.row}/rate={0.rate:g}/seed={0.seed}"):
     """What to train, and how.
 
     Args:
@@ -76,11 +75,6 @@ class RadianceJob:
     def subject(self) -> str:
         """What all rows learn."""
         return self.scene
-
-    @property
-    def path(self) -> str:
-        """The job's folder."""
-        return f"{self.subject}/{self.row}/rate={self.rate:g}/seed={self.seed}"
 
 
 def find_scene(name: str, reduce: int = 1) -> Scene:
@@ -135,7 +129,6 @@ def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
 
     done = walk(folder, steps, {"model": model, "optimizer": optimizer}, step, job.seed)
     scores, pictures = _judge(model, scene, views, sampling, folder / "views")
-    forget(folder)
     return {
         "status": done.status,
         "steps": done.steps,
@@ -219,9 +212,7 @@ def _descend(
     assert isinstance(loss, Tensor)
     if not torch.isfinite(loss):
         raise Diverged
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    descend(optimizer, loss)
 
 
 def _probe(scene: Scene, views: tuple[int, ...], here: torch.device) -> tuple[Rays, Tensor]:

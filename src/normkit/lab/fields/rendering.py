@@ -1,7 +1,5 @@
 """Volume rendering: pictures from a field of colours and densities, along rays."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from normkit.lab.jobs.spectra import Memory, constrain, demand_numbers, raw_weights, spectra, steepness, weights
 from normkit.lab.models.gan import PointDiscriminator, PointGenerator, centres, ring
 from normkit.lab.seeding import reseed
-from normkit.lab.train.walk import OK, Diverged, forget, walk
+from normkit.lab.sweep import Work
+from normkit.lab.train.walk import OK, Diverged, descend, walk
 from normkit.surgery.reassign_spectral import reassign_spectral_
 from normkit.surgery.recipe import apply_recipe
 
@@ -26,18 +27,13 @@ GRID, WIDE = 41, 3.0
 
 
 @dataclass(frozen=True)
-class Game:
+class Game(Work, path="{0.loss}/{0.kind}/seed={0.seed}"):
     """One training."""
 
     loss: str
     kind: str
     seed: int
     steps: int
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"{self.loss}/{self.kind}/seed={self.seed}"
 
 
 def play(job: Game, folder: Path) -> dict[str, Any]:
@@ -56,12 +52,10 @@ def play(job: Game, folder: Path) -> dict[str, Any]:
 
     def judge() -> float:
         real, fake = ring(BATCH, std=STD), invent(generator, BATCH).detach()
-        optimizers[1].zero_grad()
         # One call for both, so that power iteration steps once per step and both see the same weight.
         judged, faked = critic(torch.cat([real, fake])).chunk(2)
         loss = critic_loss(job.loss, judged, faked)
-        loss.backward()
-        optimizers[1].step()
+        descend(optimizers[1], loss)
         demand_numbers(critic)
         constrain(critic, job.kind)
         memory.follow(follow())
@@ -69,10 +63,8 @@ def play(job: Game, folder: Path) -> dict[str, Any]:
 
     def step(number: int) -> dict[str, Any] | None:
         losses = [judge() for _ in range(CRITIC)]
-        optimizers[0].zero_grad()
         aim = -critic(invent(generator, BATCH)).mean()
-        aim.backward()
-        optimizers[0].step()
+        descend(optimizers[0], aim)
         demand_numbers(generator)
         if not torch.isfinite(aim):
             raise Diverged
@@ -100,7 +92,6 @@ def play(job: Game, folder: Path) -> dict[str, Any]:
             "points": [[round(value, 3) for value in point] for point in points[:600].tolist()],
             "field": [[round(value, 4) for value in row] for row in field(critic).tolist()],
         }
-    forget(folder)
     return {"status": walked.status, "rows": walked.rows, **found}
 
 

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from normkit.lab.data import sequences
 from normkit.lab.models.encoder import Encoder
 from normkit.lab.seeding import reseed
-from normkit.lab.train.walk import Diverged, device, forget, walk
-from normkit.residual import Placement
+from normkit.lab.sweep import Work
+from normkit.lab.train.walk import Diverged, descend, device, walk
+from normkit.residual import Scheme
 from normkit.schedules import linear_rate
 
 VOCABULARY, BATCH, HEADS = 16, 32, 4
@@ -28,7 +29,7 @@ class Training:
     """One encoder, task and optimizer."""
 
     task: str
-    placement: Placement
+    placement: Scheme
     norm: str
     optimizer: str
     warmup: bool
@@ -46,23 +47,18 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Start:
+class Start(Work, path="start/{0.placement}/depth={0.depth}/seed={0.seed}"):
     """One encoder before training."""
 
-    placement: Placement
+    placement: Scheme
     depth: int
     features: int
     length: int
     seed: int
     draws: int = 8
 
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"start/{self.placement}/depth={self.depth}/seed={self.seed}"
 
-
-def make(task: str, placement: Placement, norm: str, depth: int, features: int, length: int) -> Encoder:
+def make(task: str, placement: Scheme, norm: str, depth: int, features: int, length: int) -> Encoder:
     """An encoder for a task; the norm ``"scale+fix"`` is ScaleNorm with FixNorm at the embedding and the head."""
     kind, _, fix = norm.partition("+")
     words = len(sequences.text()[1]) if task == "text" else VOCABULARY
@@ -92,10 +88,8 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
         for group in optimizer.param_groups:
             group["lr"] = float(rate) * linear_rate(number, warmup)
         tokens, targets = (part.to(device()) for part in sequences.draw(job.task, BATCH, job.length, VOCABULARY))
-        optimizer.zero_grad()
         loss = loss_of(model, tokens, targets)
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, loss)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise Diverged
@@ -108,7 +102,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
     tokens, targets = (part.to(device()) for part in sequences.draw(job.task, 16 * BATCH, job.length, VOCABULARY))
     with torch.no_grad():
         final = loss_of(model, tokens, targets).item()
-    forget(folder)
     return {"status": walked.status, "rows": walked.rows, "loss": final if math.isfinite(final) else None}
 
 

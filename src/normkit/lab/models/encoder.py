@@ -1,64 +1,21 @@
-"""A transformer encoder for token sequences whose norms stand before or after each branch."""
+"""A transformer encoder for token sequences whose norms stand in any of the published places."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from normkit.activations.fix_norm import FixNorm
 from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm
 from normkit.activations.scale_norm import ScaleNorm
 from normkit.core.errors import OptionError
-from normkit.residual import Placement, Residual
+from normkit.lab.models.vit import Attention
+from normkit.residual import Residual, Scheme, places
 
 NORMS = {"ln": LayerNorm, "rms": RMSNorm, "scale": ScaleNorm}
-
-
-class Attention(nn.Module):
-    """Self-attention of several heads.
-
-    softmax(Q K^T / sqrt(features / heads)) V, then a linear layer. Queries, keys and values are three blocks of rows of one
-    weight, each Xavier-uniform by itself; biases start at 0.
-
-    Args:
-        features: width.
-        heads: which divide it.
-        causal: a place sees itself and those before it. Default: False.
-
-    Shape:
-        (N, L, features) to the same.
-
-    Raises:
-        OptionError: the heads do not divide the features.
-
-    Reference:
-        Vaswani et al. 2017, Attention Is All You Need, https://arxiv.org/abs/1706.03762
-
-    >>> Attention(8, 2)(torch.zeros(1, 3, 8)).shape
-    torch.Size([1, 3, 8])
-    """
-
-    def __init__(self, features: int, heads: int, causal: bool = False) -> None:
-        super().__init__()
-        if features % heads:
-            raise OptionError(
-                f"Attention: {features} features do not split into {heads} heads; take heads that divide it"
-            )
-        self.heads, self.causal = heads, causal
-        self.qkv, self.out = nn.Linear(features, 3 * features), nn.Linear(features, features)
-        for block in self.qkv.weight.data.chunk(3):
-            nn.init.xavier_uniform_(block)
-        _start(self.out)
-        nn.init.zeros_(self.qkv.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Lets every place look at the others."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Sequential):
@@ -79,9 +36,9 @@ class FeedForward(nn.Sequential):
 class Encoder(nn.Module):
     """Embedding and positions, layers of attention and feed-forward, and logits for each place.
 
-    With the norm after each branch (``"post"``) the last branch's norm is the last; with any other placement one more norm
-    stands before the head. Weights are Xavier-uniform, biases 0; tokens and places are embedded with unit variance, and their sum
-    is divided by sqrt(2), so that what enters the first layer has unit variance too.
+    Where the last branch ends with a norm, as in ``"post"`` and ``"deep"``, that is the last; else one more norm stands before
+    the head. Weights are Xavier-uniform, with DeepNorm's factor where it is placed so, and biases 0; tokens and places are
+    embedded with unit variance, and their sum is divided by sqrt(2), so that what enters the first layer has unit variance too.
 
     Args:
         vocabulary: tokens that come in and that logits are given for.
@@ -90,7 +47,7 @@ class Encoder(nn.Module):
         depth: layers. Default: 12.
         heads: of the attention. Default: 4.
         hidden: width between the linear layers; None for four times the features. Default: None.
-        placement: of the norms, as in :class:`~normkit.residual.Residual`. Default: "post".
+        placement: of the norms, as in :func:`~normkit.residual.places`. Default: "post".
         norm: ``"ln"``, ``"rms"`` or ``"scale"``. Default: "ln".
         fix: FixNorm is both the embedding and the head, tied. Default: False.
         causal: a place sees itself and those before it. Default: False.
@@ -122,7 +79,7 @@ class Encoder(nn.Module):
         heads: int = 4,
         hidden: int | None = None,
         *,
-        placement: Placement = "post",
+        placement: Scheme = "post",
         norm: str = "ln",
         fix: bool = False,
         causal: bool = False,
@@ -130,14 +87,25 @@ class Encoder(nn.Module):
         super().__init__()
         if norm not in NORMS:
             raise OptionError(f"Encoder: norm={norm!r}; wanted one of {', '.join(NORMS)}")
-        make = partial(NORMS[norm], features)
+        kind, qkv = NORMS[norm], NORMS[norm] if placement == "hybrid" else None
+        make = partial(kind, features)
         self.words = FixNorm(features, vocabulary) if fix else nn.Embedding(vocabulary, features)
         self.places = nn.Parameter(torch.randn(length, features))
         self.layers = nn.Sequential()
-        for _ in range(depth):
-            for branch in (Attention(features, heads, causal), FeedForward(features, hidden or 4 * features)):
-                self.layers.append(Residual(branch, make, placement))
-        self.norm = nn.Identity() if placement == "post" else make()
+        last = ""
+        for layer in range(1, depth + 1):
+            looks = attention(features, heads, causal, qkv)
+            feed_forward = FeedForward(features, hidden or 4 * features)
+            started = (looks.qkv.weight[2 * features :], looks.proj.weight)
+            started += (feed_forward[0].get_parameter("weight"), feed_forward[2].get_parameter("weight"))
+            pair = places(placement, layer, depth)
+            for weight in started:
+                weight.data.mul_(pair[0].start)
+            self.layers.extend(
+                Residual(branch, make, place) for branch, place in zip((looks, feed_forward), pair, strict=True)
+            )
+            last = pair[1].formula
+        self.norm = nn.Identity() if last == "post" else make()
         self.head = None if fix else _start(nn.Linear(features, vocabulary))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -150,6 +118,18 @@ class Encoder(nn.Module):
     def feed_forwards(self) -> list[FeedForward]:
         """The feed-forward branches, the first layer's first."""
         return [module for module in self.modules() if isinstance(module, FeedForward)]
+
+
+def attention(
+    features: int, heads: int, causal: bool = False, norm: Callable[[int], nn.Module] | None = None
+) -> Attention:
+    """Makes self-attention whose queries, keys and values are each Xavier-uniform by themselves; biases start at 0."""
+    made = Attention(features, heads, causal, norm)
+    for block in made.qkv.weight.data.chunk(3):
+        nn.init.xavier_uniform_(block)
+    _start(made.proj)
+    nn.init.zeros_(made.qkv.bias)
+    return made
 
 
 def _start(layer: nn.Linear) -> nn.Linear:

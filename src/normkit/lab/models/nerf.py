@@ -1,7 +1,5 @@
 """Neural radiance fields: what colour and density a scene has at a point, seen from a direction."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Occupancy fields: small networks that say whether a point lies inside a shape."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 from typing import Literal, get_args

@@ -1,7 +1,5 @@
 """Two controls of row equilibration: its scale without it, and it without its scale."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """Row scaling by other norms, and row factors that are kept for some steps: for ablations of weight conditioning."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize

@@ -1,5 +1,7 @@
 """Vision transformers: ViT-B/16 for images of 224x224, and smaller ones for 32x32."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,26 +17,39 @@ class Attention(nn.Module):
     Args:
         features: D.
         heads: which divides D.
+        causal: a token sees itself and those before it. Default: False.
+        norm: makes a norm of a head's features, which queries, keys and values each get. Default: None, no norm.
 
     Shape:
         ``(n, l, D)`` to the same.
 
     Raises:
         OptionError: `heads` does not divide `features`.
+
+    Reference:
+        Vaswani et al. 2017, Attention Is All You Need, https://arxiv.org/abs/1706.03762
+
+    >>> Attention(8, 2)(torch.zeros(1, 3, 8)).shape
+    torch.Size([1, 3, 8])
     """
 
-    def __init__(self, features: int, heads: int) -> None:
+    def __init__(
+        self, features: int, heads: int, causal: bool = False, norm: Callable[[int], nn.Module] | None = None
+    ) -> None:
         super().__init__()
         if features % heads:
             raise OptionError(f"heads is {heads}, which does not divide {features} features; wanted a divisor")
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(features, 3 * features)
         self.proj = nn.Linear(features, features)
+        self.norms = nn.ModuleList(norm(features // heads) for _ in range(3) if norm is not None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attends from every token to every token."""
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(query, key, value)
+        if self.norms:
+            query, key, value = (one(part) for one, part in zip(self.norms, (query, key, value), strict=True))
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 

@@ -5,8 +5,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
+from normkit.lab.report.bands import marked, rows_of
 from normkit.lab.report.canvas import (
     COLUMN,
     DOTTED,
@@ -94,11 +95,7 @@ def _tried(axis: Axes, panel: Panel, looks: list[Style]) -> None:
                 axis.plot([x], [0.03], "x", color=style.light, transform=axis.get_xaxis_transform(), clip_on=False)
             elif x == line.chosen:
                 axis.plot([x], [y], style.marker, color=style.light, markersize=6)
-    axis.set_xscale("log")
-    shown = panel.ticks[:: -(-len(panel.ticks) // 7)]
-    axis.set_xticks(shown, [f"{rate:g}" for rate in shown])
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.tick_params(axis="x", which="minor", bottom=False)
+    marked(axis, panel.ticks[:: -(-len(panel.ticks) // 7)])
     axis.set_xlim(panel.ticks[0] / 1.25, panel.ticks[-1] * 1.25)
 
 
@@ -127,11 +124,7 @@ def _rows(axis: Axes, panel: Panel, looks: list[Style], names: list[str]) -> Non
         axis.axvline(0, color=INK, linewidth=0.8, zorder=1)
         axis.spines["left"].set_visible(False)
     axis.set_xlabel(plain(panel.x))
-    axis.set_yticks(range(len(panel.rows)), [names[row.recipe] for row in panel.rows])
-    axis.set_ylim(len(panel.rows) - 0.45, -0.55)
-    axis.tick_params(axis="y", length=0)
-    axis.grid(axis="y", visible=False)
-    axis.grid(axis="x", visible=True)
+    rows_of(axis, [names[row.recipe] for row in panel.rows])
     axis.xaxis.set_major_locator(MaxNLocator(5))
 
 

@@ -1,7 +1,5 @@
 """Tables and sentences that experiments share: rates tried, scores at equal time, lowered condition numbers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean

@@ -17,6 +17,7 @@ from normkit.lab.memory import keep_memory, peak_bytes
 from normkit.lab.seeding import reseed
 from normkit.lab.settings import Settings
 from normkit.lab.stats import median_interval
+from normkit.lab.sweep import Work
 from normkit.lab.train.parallel import place
 from normkit.lab.train.trainer import train_step
 from normkit.weights.parametrization import release
@@ -57,7 +58,7 @@ R = TypeVar("R", bound=Row)
 
 
 @dataclass(frozen=True)
-class Costs(Generic[R]):
+class Costs(Work, Generic[R], path="{0.rows[0].subject}/costs"):
     """Measures what a step of several rows costs, side by side, in about `budget` seconds.
 
     Args:
@@ -67,11 +68,6 @@ class Costs(Generic[R]):
 
     rows: tuple[R, ...]
     budget: float = 20.0
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"{self.rows[0].subject}/costs"
 
 
 def measure_costs(

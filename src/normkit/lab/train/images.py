@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +13,17 @@ from torch.nn import functional as F
 from normkit.core.errors import OptionError
 from normkit.lab.data.split import Split
 from normkit.lab.seeding import epoch_order
-from normkit.lab.train.walk import Diverged, Walk, device, walk
+from normkit.lab.sweep import Work
+from normkit.lab.train.walk import Diverged, Walk, descend, device, walk
 
 Images = tuple[Tensor, Tensor]
 CHUNK = 500
-TINY: dict[str, Any] = {"data": "digits", "train": 64, "test": 64, "halve": False, "width": 4, "epochs": 1}  # seconds
 VALIDATED = 500
 LOOK_EVERY = 50  # steps between looks at the loss
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class Size(Work):
     """How much is learned, by how wide a network.
 
     Args:
@@ -155,10 +154,8 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = rate * part
         x, y = stream(number)
-        optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, loss)
         losses.total += loss.detach().double()
         if number % every and number % LOOK_EVERY:
             return None

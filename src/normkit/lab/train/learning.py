@@ -1,7 +1,5 @@
 """Classifiers of images trained for a paper's table: one training as a job, what its step costs, and E against frozen WN."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import shutil
@@ -24,7 +22,7 @@ from normkit.lab.progress import tell
 from normkit.lab.protocol import DATA, MODELS, load_factory, make_data, make_model
 from normkit.lab.seeding import init_sha256, order_sha256, reseed
 from normkit.lab.settings import Settings
-from normkit.lab.sweep import CURE
+from normkit.lab.sweep import CURE, Work
 from normkit.lab.train.cost import Costs, measure_costs
 from normkit.lab.train.fabric import start_fabric
 from normkit.lab.train.trainer import METRICS, METRICS_FILE, Trainer
@@ -111,15 +109,10 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Same:
+class Same(Work, path="{0.base.subject}/same"):
     """Trains with E, and with weight norm on the same layers whose lengths are frozen at 1."""
 
     base: Training
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"{self.base.subject}/same"
 
 
 def folder_name(name: str) -> str:

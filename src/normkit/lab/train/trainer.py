@@ -11,12 +11,12 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from normkit.core.errors import RecordError
+from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record, task
 from normkit.lab.data.split import Data, Inputs, Split, take
-from normkit.lab.folder import make, remove
+from normkit.lab.folder import CHECKPOINT, make
 from normkit.lab.schema import COUNT, NUMBER, POSITIVE, each, fields, maybe, named
-from normkit.lab.seeding import epoch_order, generator, reseed
+from normkit.lab.seeding import apart, epoch_order, generator, reseed
 from normkit.lab.settings import Settings
 from normkit.lab.stats import DIVERGED, OK
 from normkit.lab.train.average import Average
@@ -32,7 +32,7 @@ METRICS = fields(
 )
 TIMING = fields(epoch=COUNT, seconds=NUMBER)
 METRICS_FILE, TIMING_FILE = "metrics.jsonl", "timing.jsonl"
-CHECKPOINT = ("epoch", "model", "optimizer", "precision", "metrics", "timing")
+STATE = ("epoch", "model", "optimizer", "precision", "metrics", "timing")
 
 
 class Judged(NamedTuple):
@@ -86,6 +86,9 @@ class Trainer:
         folder: of the run; rank zero alone writes there.
         curves: a folder for TensorBoard. Default: None, no curves.
 
+    Raises:
+        OptionError: there are fewer training samples than processes.
+
     Attributes:
         metrics: a row per epoch.
         timing: likewise.
@@ -105,6 +108,11 @@ class Trainer:
     ) -> None:
         self.rate, self.seed, self.settings, self.data, self.fabric = rate, seed, settings, data, fabric
         self.folder = folder
+        if len(data.train) < fabric.world_size:
+            raise OptionError(
+                f"there are {len(data.train)} training samples for {fabric.world_size} processes; wanted at least one each: "
+                "start fewer processes, or give more samples"
+            )
         self.unsharded = keep_whole(model, settings, fabric)
         self.placed = place(model, settings, rate, fabric)
         self.average = Average(model, settings.ema) if settings.ema else None
@@ -182,7 +190,7 @@ class Trainer:
             for group in self.placed.optimizer.param_groups:
                 group["lr"] = rate_at(settings, self.rate, step, self.steps * settings.epochs)
             rows = order[count * self.batch : (count + 1) * self.batch]
-            inputs, targets = self.data.train.batch(rows[fabric.global_rank :: fabric.world_size], fabric.device)
+            inputs, targets = self._read(self.data.train, rows[fabric.global_rank :: fabric.world_size], "read", step)
             if self.data.augment is not None:
                 inputs = self._augmented(inputs, epoch, count)
             # Every process holds all targets, so that none has to ask the others how many of theirs are ignored.
@@ -194,6 +202,11 @@ class Trainer:
                 return math.nan
         return self._mean(total) / self.steps
 
+    def _read(self, split: Split, rows: Tensor, purpose: str, count: int) -> tuple[Inputs, Tensor]:
+        # Apart from the model's draws: one that draws more, as with dropout, is given the same samples.
+        with apart(self.seed, purpose, count, self.fabric.global_rank):
+            return split.batch(rows, self.fabric.device)
+
     def _augmented(self, inputs: Inputs, epoch: int, count: int) -> Tensor:
         fabric = self.fabric
         assert self.data.augment is not None
@@ -204,16 +217,16 @@ class Trainer:
     def evaluate(self, split: Split) -> Judged:
         """Judges the model on a split, over all processes."""
         fabric = self.fabric
-        # What samples or model draw is the same whatever the recipe, and whether or not the run was stopped before.
+        # What the model draws is the same whatever the recipe, and whether or not the run was stopped before.
         reseed(self.seed, "judge", rank=fabric.global_rank)
         # Four sums, and what each sample adds to the score.
         found = torch.zeros(4 + len(split), dtype=torch.float64)
         self.placed.wrapped.eval()
         with torch.no_grad():
-            for chunk in torch.arange(len(split)).split(4 * self.settings.batch_size):
+            for count, chunk in enumerate(torch.arange(len(split)).split(4 * self.settings.batch_size)):
                 mine = chunk[fabric.global_rank :: fabric.world_size]
                 # Every process calls the model as often as the others, or the others would wait for it for ever.
-                inputs, targets = split.batch(mine if len(mine) else chunk[:1], fabric.device)
+                inputs, targets = self._read(split, mine if len(mine) else chunk[:1], "read to judge", count)
                 output = task.call(self.placed.wrapped, arranged(inputs, self.settings))
                 if len(mine):
                     found[:4] += task.tally(output, targets).cpu()
@@ -257,7 +270,7 @@ class Trainer:
         if self.average is not None:
             state["average"] = self.average.state()
         if self.fabric.is_global_zero:
-            record.write_checkpoint(self.folder / "checkpoint.pt", state)
+            record.write_checkpoint(self.folder / CHECKPOINT, state)
             self._write_lines()
 
     def _write_lines(self) -> None:
@@ -265,9 +278,9 @@ class Trainer:
         record.write_lines(self.folder / TIMING_FILE, self.timing)
 
     def _resume(self) -> None:
-        path, state = self.folder / "checkpoint.pt", None
+        path, state = self.folder / CHECKPOINT, None
         if self.fabric.is_global_zero and path.exists():
-            state = record.read_checkpoint(path, CHECKPOINT)
+            state = record.read_checkpoint(path, STATE)
         if self.fabric.world_size > 1:
             state = self.fabric.broadcast(state)
         if state is None:
@@ -301,7 +314,6 @@ class Trainer:
         }
         if self.fabric.is_global_zero:
             self._write_lines()
-            remove(self.folder / "checkpoint.pt")
         if self.curves:
             self.curves.close()
         return result

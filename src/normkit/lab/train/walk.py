@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from normkit.lab import record
-from normkit.lab.folder import make, remove
+from normkit.lab.folder import CHECKPOINT, make
 from normkit.lab.memory import keep_memory
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import DIVERGED, OK
 
-CHECKPOINT = "checkpoint.pt"
 PAUSE = 20.0  # seconds between checkpoints
 
 
@@ -58,6 +58,8 @@ def walk(
 ) -> Walk:
     """Does steps 1 to `steps`, from the last checkpoint in `folder` on.
 
+    The last checkpoint stays: whoever writes the job's result removes it (:func:`normkit.lab.sweep.attend`).
+
     Before each step the global generators are seeded by `seed` and the step's number, so that what a step draws does not depend
     on where the walk was interrupted.
 
@@ -95,9 +97,11 @@ def walk(
     return Walk(OK, max(steps, done), rows)
 
 
-def forget(folder: Path) -> None:
-    """Removes the checkpoint of a job whose result is about to be written."""
-    remove(folder / CHECKPOINT)
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Takes a step of an optimizer down a loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 def device() -> torch.device:

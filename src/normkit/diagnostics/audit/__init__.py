@@ -1,0 +1,1 @@
+"""The audit: one forward and one backward pass that find normalization mistakes."""

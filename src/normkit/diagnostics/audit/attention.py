@@ -1,0 +1,78 @@
+"""The logits of attention as torch's operators get them, in eager and in fused attention alike."""
+
+from __future__ import annotations
+
+import math
+import re
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.engine.onlooker import Onlooker
+
+_ATTENDS = re.compile("att(e)?n|mha", re.IGNORECASE)
+_SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
+_MASKED = (
+    -9e3
+)  # what most models add to a masked logit is -1e4 or below; where it is -100, the largest is not among those
+_QUERIES = (
+    256  # of each head, evenly spaced: a largest logit needs no more, and all of them would be a second attention
+)
+
+
+class Logits(Onlooker):
+    """Sees the largest logit and the entropy of attention, by the module that attends.
+
+    Args:
+        model: whose modules are named.
+        stack: takes the handles of the hooks that follow which module runs.
+    """
+
+    def __init__(self, model: nn.Module, stack: ExitStack) -> None:
+        super().__init__()
+        self._scope: list[tuple[str, bool]] = []
+        self._largest: dict[str, float] = {}
+        self._entropy: dict[str, list[float]] = {}
+        for name, module in model.named_modules():
+            entry = name, bool(_ATTENDS.search(type(module).__name__))
+            stack.callback(module.register_forward_pre_hook(lambda *_, e=entry: self._scope.append(e)).remove)
+            stack.callback(module.register_forward_hook(lambda *_: self._leave(), always_call=True).remove)
+
+    def _leave(self) -> None:
+        if self._scope:
+            self._scope.pop()
+
+    def found(self) -> dict[str, tuple[float, float]]:
+        """The largest logit and the mean entropy, relative to that of uniform weights, by module."""
+        return {name: (top, sum(self._entropy[name]) / len(self._entropy[name])) for name, top in self._largest.items()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _SOFTMAX:
+            if args[0].dim() > 2 and any(attends for _, attends in self._scope):
+                rows = args[0].detach().flatten(0, -2)
+                self._take(rows[:: max(1, len(rows) // 4096)])
+        elif "scaled_dot_product" in (name := str(func)) and "backward" not in name:
+            self._take(_products(args[0].detach(), args[1].detach(), (kwargs or {}).get("scale")))
+        return func(*args, **(kwargs or {}))
+
+    def _take(self, logits: Tensor) -> None:
+        keys = logits.shape[-1]
+        wide = logits.float()
+        seen = wide > _MASKED
+        if keys < 2 or not seen.any():
+            return
+        name = next((name for name, attends in reversed(self._scope) if attends), None)
+        name = name if name is not None else self._scope[-1][0] if self._scope else ""
+        weights = wide.masked_fill(~seen, -math.inf).softmax(-1)
+        entropy = torch.special.entr(weights).sum(-1) / math.log(keys)
+        self._largest[name] = max(self._largest.get(name, 0.0), float(wide[seen].max()))
+        self._entropy.setdefault(name, []).append(float(entropy.nanmean()))
+
+
+def _products(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+    if query.dim() > 2 and query.shape[-3] != key.shape[-3]:  # grouped queries
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    chosen = query[..., :: max(1, query.shape[-2] // _QUERIES), :].float()
+    return chosen @ key.float().transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)

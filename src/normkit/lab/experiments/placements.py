@@ -1,0 +1,237 @@
+"""Eight placements of the norms in a deep encoder: gradients before training, and the loss with and without warm-up.
+
+Encoders of twelve layers sort sequences by Adam at 1e-3, with and without a linear warm-up over a tenth of the steps: the setting
+of ``pre-post-ln``, whose seeds and sequences these are. Before training, the gradient of each layer's second feed-forward weight
+is measured at depths 2 to 16.
+
+Ours: Adam with beta (0.9, 0.98); after warm-up the rate is constant; no clipping, dropout or decay. DeepNorm starts from Xavier
+weights times its factor; HybridNorm is the paper's plain form, without Pre-LN in its first layer. At small scale the width is 32
+and the length 16, in place of 128 and 32. An epoch of ``--epochs`` is 20 steps.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from normkit.core.card import Paper
+from normkit.lab.data import sequences
+from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiments.pre_post_ln import DEPTHS, LEARNT, SIZES, cell_of, exponents, state
+from normkit.lab.experiments.runs import labelled, side
+from normkit.lab.jobs.encoders import VOCABULARY, Start, Training, look, train
+from normkit.lab.report.bands import Curve, across, along, key, marked
+from normkit.lab.report.canvas import DOTTED, FAINT, FULL, log, panels
+from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
+from normkit.lab.stats import ABSENT, differences, mean, spread, tell, where
+from normkit.residual import Scheme
+
+NAMES: dict[Scheme, str] = {
+    "post": "Post-LN",
+    "deep": "DeepNorm",
+    "hybrid": "HybridNorm",
+    "mix": "Mix-LN",
+    "pre": "Pre-LN",
+    "scaled": "LN scaling",
+    "sandwich": "Peri-LN",
+    "branch": "residual post-norm",
+}
+WARMUPS = {False: "no warm-up", True: "10 % warm-up"}
+TASK, BASE = "sort", "pre"
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """Trains an encoder with each placement, and measures gradients at the start."""
+    size: dict[str, Any] = dict(SIZES[bench.scale])
+    size["steps"] = 20 * bench.epochs if bench.epochs else size["steps"]
+    jobs = [
+        Training(TASK, placement, "ln", "adam 1e-3", warmup, seed=seed, **size)
+        for seed in bench.seeds
+        for warmup in WARMUPS
+        for placement in NAMES
+    ]
+    starts = [
+        Start(placement, depth, size["features"], size["length"], seed)
+        for seed in bench.seeds
+        for depth in (DEPTHS if bench.scale != "tiny" else (1, 2))
+        for placement in NAMES
+    ]
+    return {
+        "runs": labelled(bench, train, jobs, "placement", "warmup", "seed"),
+        "starts": labelled(bench, look, starts, "placement", "depth", "seed"),
+        "guess": sequences.guess(TASK, VOCABULARY),
+        **size,
+    }
+
+
+def against(result: Mapping[str, Any], placement: str, warmup: bool) -> Any:
+    """The differences of a placement's losses from Pre-LN's, seed by seed."""
+    these, those = (
+        [run["loss"] for run in where(result["runs"], placement=name, warmup=warmup)] for name in (placement, BASE)
+    )
+    return differences(these, those)
+
+
+def ratio(result: Mapping[str, Any], placement: str) -> list[float]:
+    """The first layer's gradient over the last one's in the deepest encoder, of the mean loss of a batch; one per seed."""
+    deepest = max(start["depth"] for start in result["starts"])
+    return [
+        start["batch"][0] / start["batch"][-1] for start in where(result["starts"], placement=placement, depth=deepest)
+    ]
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Losses at the end, and gradients at the start."""
+    rows = [
+        [
+            name,
+            *(state(where(result["runs"], placement=p, warmup=warmup), result["guess"]) for warmup in WARMUPS),
+            *(None if p == BASE else tell(against(result, p, warmup)) for warmup in WARMUPS),
+        ]
+        for p, name in NAMES.items()
+    ]
+    columns = ("placement", *WARMUPS.values(), *(f"less {NAMES[BASE]}, {word}" for word in WARMUPS.values()))
+    note = (
+        f"Nats per token after {result['steps']} steps, mean ± standard deviation over seeds; {result['guess']:.3f} is reached "
+        f"by knowing frequencies alone, and more than {LEARNT:g} of it counts as flat. Differences are seed by seed, with 95 % "
+        f"intervals; below zero is better. {result['depth']} layers of width {result['features']}, Adam at 1e-3."
+    )
+    depths = sorted({start["depth"] for start in result["starts"]})
+    starts = [
+        [
+            name,
+            *(cell_of(result, p, "token", depth) for depth in (depths[0], depths[-1])),
+            spread(exponents(result, p, "token"), ".2f"),
+            spread(exponents(result, p, "batch"), ".2f"),
+            spread(ratio(result, p), ".2f"),
+        ]
+        for p, name in NAMES.items()
+    ]
+    heads = [f"depth {depth}, token" for depth in (depths[0], depths[-1])]
+    heads += ["exponent, token", "exponent, batch", f"first / last layer, batch, depth {depths[-1]}"]
+    about = (
+        "Euclidean norm of the gradient of the last layer's second feed-forward weight, of the loss at one token and of the mean "
+        "loss of a batch; mean over 8 initial weights per seed. The exponent p of depth^p is fitted for each seed."
+    )
+    return [
+        Table(f"Loss on {TASK}", columns, rows, [note]),
+        Table("Gradients before training", ("placement", *heads), starts, [about]),
+    ]
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """Which placements learned, which did better or worse than Pre-LN, and how gradients lie over the layers."""
+    said = []
+    for warmup, word in WARMUPS.items():
+        sides: dict[str, list[str]] = {"lower than": [], "higher than": [], "not told apart from": []}
+        for placement in NAMES:
+            if placement != BASE:
+                found = against(result, placement, warmup)
+                sides[side(found, "lower than", "higher than", "not told apart from")].append(NAMES[placement])
+        told = [f"{how} Pre-LN's: {', '.join(names)}" for how, names in sides.items() if names]
+        said.append(f"With {word} the loss at the end is {'; '.join(told)}.")
+    flat = [
+        f"{NAMES[placement]} with {word}"
+        for placement in NAMES
+        for warmup, word in WARMUPS.items()
+        if all(
+            (run["loss"] or np.inf) > LEARNT * result["guess"]
+            for run in where(result["runs"], placement=placement, warmup=warmup)
+        )
+    ]
+    said.append(f"Learned next to nothing in any seed: {', '.join(flat) or ABSENT}.")
+    steepest = sorted(NAMES, key=lambda placement: mean(exponents(result, placement, "token")) or 0.0)
+    fitted = ", ".join(f"{NAMES[p]} {mean(exponents(result, p, 'token')):.2f}" for p in steepest)
+    said.append(
+        f"Before training, the last layer's gradient of the loss at one token goes as depth^p with p: {fitted}."
+    )
+    return said
+
+
+def _lines() -> list[tuple[Scheme, str, str, str]]:
+    """Each placement with its name, hue and line."""
+    hues = [GREY, *COLOURS]
+    return [
+        (placement, name, hues[k % len(hues)], "-" if k < len(hues) else "--")
+        for k, (placement, name) in enumerate(NAMES.items())
+    ]
+
+
+def losses(result: dict[str, Any]) -> Figure:
+    """The training loss, without warm-up and with it."""
+    figure, axes = panels(2, FULL, 3.4, sharey=True)
+    for axis, (warmup, word) in zip(axes, WARMUPS.items(), strict=True):
+        curves = [
+            Curve(
+                name,
+                hue,
+                [run["rows"] for run in where(result["runs"], placement=placement, warmup=warmup)],
+                {"linestyle": line},
+            )
+            for placement, name, hue, line in _lines()
+        ]
+        ends = along(axis, curves, lambda row: row["loss"])
+        axis.axhline(result["guess"], color=FAINT, linestyle=DOTTED, linewidth=0.9)
+        axis.set_title(word, loc="left")
+        axis.set_ylim(bottom=0)
+        name_ends(axis, ends)
+    axes[0].set_ylabel(f"training loss on {TASK}, nats per token")
+    figure.legend([key(FAINT, linestyle=DOTTED)], ["frequencies alone"], loc="outside upper left")
+    return figure
+
+
+def gradients(result: dict[str, Any]) -> Figure:
+    """Gradients before training: the last layer's against the depth, and each layer's of the deepest encoder."""
+    figure, axes = panels(2, FULL, 3.4)
+    depths = sorted({start["depth"] for start in result["starts"]})
+    ends: list[Any] = [[], []]
+    for placement, name, hue, line in _lines():
+        starts = where(result["starts"], placement=placement)
+        lasts = {depth: [start["token"][-1] for start in where(starts, depth=depth)] for depth in depths}
+        ends[0] += across(axes[0], name, hue, lasts, linestyle=line)
+        layers = [start["batch"] for start in where(starts, depth=depths[-1])]
+        each = {float(k + 1): [norms[k] for norms in layers] for k in range(depths[-1])}
+        ends[1] += across(axes[1], name, hue, each, linestyle=line)
+    titles = ("last layer, loss at one token", f"every layer at depth {depths[-1]}, mean loss of a batch")
+    for axis, title, found, x in zip(axes, titles, ends, ("depth of the encoder", "layer"), strict=True):
+        axis.set_title(title, loc="left")
+        axis.set_xlabel(x)
+        if axis is axes[0]:
+            marked(axis, depths)
+        log(axis)
+        name_ends(axis, found)
+    axes[0].set_ylabel("gradient norm of the second\nfeed-forward weight, before training")
+    return figure
+
+
+def figures(result: dict[str, Any]) -> list[Drawing]:
+    """The figures of the claim, from what its ``run`` returned."""
+    return [
+        Drawing(
+            "losses",
+            lambda: losses(result),
+            f"Training loss on {TASK} with the norms in eight places, without warm-up and with one over a tenth of the steps; "
+            f"{SEEDS}. The dotted line is the loss of a guess that knows only how frequent each token is.",
+        ),
+        Drawing(
+            "gradients",
+            lambda: gradients(result),
+            f"Gradient norms before training: of the last layer of encoders of several depths (left), and of each layer of the "
+            f"deepest, the first layer's at the left (right); {SEEDS}. A flat line on the right trains every layer at one pace.",
+        ),
+    ]
+
+
+EXPERIMENT = Experiment(
+    "placements", "claim", "Eight places for the norms of a transformer",
+    "Norms in other places than Post-LN and Pre-LN train deep transformers as stably as Pre-LN, with gradients spread more "
+        "evenly over the layers, and end lower.",
+    Paper(
+        "Li, Pengxiang and Yin, Lu and Liu, Shiwei",
+        "Mix-LN: Unleashing the Power of Deeper Layers by Combining Pre-LN and Post-LN",
+        2024,
+        "https://arxiv.org/abs/2412.13795",
+    ),
+    run, tables, figures, remarks, ("tiny", "small", "full"),
+)  # fmt: skip

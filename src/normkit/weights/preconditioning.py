@@ -1,0 +1,247 @@
+"""Preconditioning of a weight by matrices of one's own, from the left, from the right or both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.card import Card, Paper
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.moments import accumulation_dtype
+from normkit.core.support import show
+from normkit.weights import kernels
+from normkit.weights.attachment import ModuleT, attach
+from normkit.weights.inverse_norm import inverse_norm
+from normkit.weights.layout import WeightLayout, weight_layout, weight_of
+from normkit.weights.parametrization import Parametrization
+
+Preconditioner = Tensor | Callable[[Tensor], Tensor]
+Gradient = Literal["full", "detach"]
+
+
+def inverse_root_rows(matrix: Tensor) -> Tensor:
+    """The diagonal 1 / sqrt(norm(a_i)) over rows, of one matrix or several.
+
+    >>> inverse_root_rows(torch.tensor([[0.0, 4.0], [16.0, 0.0]]))
+    tensor([0.5000, 0.2500])
+    """
+    return inverse_norm(matrix, (matrix.dim() - 1,), 1e-12).squeeze(-1).sqrt()
+
+
+def inverse_root_diagonal(matrix: Tensor) -> Tensor:
+    """The diagonal 1 / sqrt(abs(a_ii)) of a square matrix; from both sides it is the symmetric Jacobi preconditioner.
+
+    Raises:
+        OptionError: the matrix is not square.
+
+    >>> inverse_root_diagonal(torch.tensor([[4.0, 1.0], [1.0, 16.0]]))
+    tensor([0.5000, 0.2500])
+    """
+    if matrix.shape[-1] != matrix.shape[-2]:
+        raise OptionError(
+            f"inverse_root_diagonal: got a matrix of {show(matrix.shape[-2:])}; wanted a square one, which alone has a diagonal"
+        )
+    return matrix.diagonal(dim1=-2, dim2=-1).abs().clamp_min(1e-12).rsqrt()
+
+
+class Precondition(Parametrization):
+    """The parametrization W = P1 A P2, where A is the raw weight's matrix and P1 and P2 are given.
+
+    A preconditioner is a tensor, or a function of A that gives one. A vector is a diagonal, a matrix is taken whole. Tensors are
+    constants: they are buffers, go with the module to other devices and dtypes and are in its state_dict. Both functions see the
+    raw A. Where the weight has groups, A is (groups, rows, columns), each group has its own P, and a tensor serves all.
+
+    A module whose preconditioner is a function can be pickled if that function can: one of a module, not a lambda.
+
+    Args:
+        left: P1, of (rows,) or (rows, rows) of one group. Default: None, the identity.
+        right: P2, of (columns,) or (columns, columns). Default: None, the identity.
+        layout: layout of the weight. Default: axis 0 indexes output units.
+        gradient: of functions: ``"full"`` differentiates through them, ``"detach"`` takes what they give as a constant.
+            Default: "full".
+
+    Shape:
+        Any of two axes or more; the output has the same shape; products are taken in at least float32.
+
+    Raises:
+        OptionError: neither side is given, or an unknown ``gradient``.
+        ShapeError: in use, a preconditioner that does not fit the weight.
+
+    Reference:
+        Saratchandran, Wang, Lucey, "Weight Conditioning for Smooth Optimization of Neural Networks" (2024),
+        https://arxiv.org/abs/2409.03424: its definition of preconditioning, without its choice of the matrix.
+
+    >>> swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    >>> Precondition(torch.tensor([2.0, 1.0]), swap)(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    tensor([[4., 2.],
+            [4., 3.]])
+    """
+
+    left: Preconditioner | None
+    right: Preconditioner | None
+
+    def __init__(
+        self,
+        left: Preconditioner | None = None,
+        right: Preconditioner | None = None,
+        layout: WeightLayout | None = None,
+        *,
+        gradient: Gradient = "full",
+    ) -> None:
+        super().__init__()
+        if left is None and right is None:
+            raise OptionError(
+                "Precondition: neither left= nor right= is given; wanted a tensor or a function for one of them"
+            )
+        if gradient not in ("full", "detach"):
+            raise OptionError(f"Precondition: gradient={gradient!r}; wanted 'full' or 'detach'")
+        self.layout, self.gradient = layout or WeightLayout(), gradient
+        for side, given in (("left", left), ("right", right)):
+            if isinstance(given, Tensor):
+                self.register_buffer(side, given.detach().clone())
+            elif given is None or callable(given):
+                setattr(self, side, given)
+            else:
+                raise OptionError(f"Precondition: {side} is a {type(given).__name__}; wanted a tensor or a function")
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The preconditioned weight, of the weight's dtype."""
+        return self.made(weight)
+
+    def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
+        """The preconditioned weight by torch's operators."""
+        matrix = self.layout.matrix(weight.to(accumulation_dtype(weight.dtype)))
+        if self.layout.groups > 1:
+            matrix = matrix.unflatten(0, (self.layout.groups, -1))
+        y = matrix
+        for side in ("left", "right"):
+            found = self._at(matrix, side)
+            if found is None:
+                continue
+            if found.dim() == matrix.dim():
+                y = found @ y if side == "left" else y @ found
+            else:
+                y = y * found.unsqueeze(-1 if side == "left" else -2)
+        return self.layout.weight(y.reshape(-1, y.shape[-1]), weight.shape).to(weight.dtype)
+
+    def _at(self, matrix: Tensor, side: str) -> Tensor | None:
+        """A preconditioner for this matrix, checked."""
+        given = getattr(self, side)
+        if given is None:
+            return None
+        if isinstance(given, Tensor):
+            found = given.to(matrix.dtype).expand(*matrix.shape[:-2], *given.shape)
+        else:
+            found = given(matrix.detach() if self.gradient == "detach" else matrix)
+        size = matrix.shape[-2 if side == "left" else -1]
+        diagonal = torch.Size((*matrix.shape[:-2], size))
+        if found.shape not in (diagonal, torch.Size((*diagonal, size))):
+            raise ShapeError(
+                f"Precondition: {side} of a matrix of {show(matrix.shape)} is of {show(found.shape)}; wanted {show(diagonal)}, a "
+                f"diagonal, or {show((*diagonal, size))}"
+            )
+        return found
+
+    def plan(self, weight: Tensor) -> kernels.Plan | None:
+        """No kernel: the matrices are anyone's."""
+        return None
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The raw weight that assigning a weight stores: that weight itself."""
+        return weight
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        sides = []
+        for side in ("left", "right"):
+            given = getattr(self, side)
+            if given is not None:
+                told = show(given.shape) if isinstance(given, Tensor) else getattr(given, "__name__", repr(given))
+                sides.append(f"{side}={told}")
+        return f"{', '.join(sides)}, gradient={self.gradient!r}"
+
+
+def precondition(
+    layer: ModuleT,
+    left: Preconditioner | None = None,
+    right: Preconditioner | None = None,
+    name: str = "weight",
+    *,
+    gradient: Gradient = "full",
+) -> ModuleT:
+    """Precondition a layer's weight by matrices of one's own at every use, in place; the raw weight stays the trained parameter.
+
+    Args:
+        layer: the layer that holds the weight.
+        left: a tensor or a function of the weight's matrix, as for ``Precondition``. Default: None.
+        right: likewise. Default: None.
+        name: name of the weight. Default: "weight".
+        gradient: of functions: ``"full"`` or ``"detach"``. Default: "full".
+
+    Returns:
+        The layer.
+
+    Raises:
+        OptionError: no such weight, one with fewer than two axes, or neither side given.
+        ShapeError: a preconditioner that does not fit the weight.
+
+    >>> layer = precondition(nn.Linear(2, 2), left=inverse_root_diagonal, right=inverse_root_diagonal)
+    >>> layer.weight = torch.tensor([[4.0, 2.0], [2.0, 16.0]])
+    >>> layer.weight.detach()
+    tensor([[1.0000, 0.2500],
+            [0.2500, 1.0000]])
+    """
+    weight = weight_of(layer, name, "precondition")
+    if weight.dim() < 2:
+        raise OptionError(
+            f"precondition: the {name} of {type(layer).__name__} ({show(weight.shape)}) is no matrix; wanted two axes or more"
+        )
+    part = Precondition(left, right, weight_layout(layer, name), gradient=gradient).to(weight.device)
+    part(weight.detach())  # what does not fit is told now
+    return attach(layer, name, part)
+
+
+def preconditioned(
+    weight: Tensor,
+    left: Preconditioner | None = None,
+    right: Preconditioner | None = None,
+    *,
+    layout: WeightLayout | None = None,
+    gradient: Gradient = "full",
+) -> Tensor:
+    """A preconditioned weight as a function; see Precondition.
+
+    >>> preconditioned(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([2.0, 1.0]))
+    tensor([[2., 4.],
+            [3., 4.]])
+    """
+    return Precondition(left, right, layout, gradient=gradient)(weight)
+
+
+def _by_rows(layer: nn.Module, name: str = "weight") -> nn.Module:
+    return precondition(layer, inverse_root_rows, name=name)
+
+
+CARD = Card(
+    name="preconditioning",
+    title="Preconditioning by matrices of one's own",
+    kind="weight",
+    normalized_over="what the given matrices say; in recipes each row by the root of its norm",
+    formula="W = P1 A P2",
+    paper=Paper(
+        "Saratchandran, Hemanth and Wang, Thomas X. and Lucey, Simon",
+        "Weight Conditioning for Smooth Optimization of Neural Networks",
+        2024,
+        "https://arxiv.org/abs/2409.03424",
+    ),
+    use_cases="research on preconditioners of weights: fixed matrices, or functions of the weight, such as symmetric Jacobi",
+    strengths="any matrix, from the left, the right or both; no new parameters; free once folded",
+    weaknesses="a full matrix costs a product with the weight at each use; nothing is promised of the condition number",
+    module=Precondition,
+    functional=preconditioned,
+    make=_by_rows,
+    foldable=True,
+)
