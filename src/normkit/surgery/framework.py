@@ -123,7 +123,7 @@ def adopt(
             notes = []
             for key, value in wanted.items():
                 now = module.__dict__.get(key, value)  # one without it has nothing to change
-                if now != value:
+                if now != value and (value is not None or isinstance(module, nn.RMSNorm)):  # which alone knows None
                     setattr(module, key, value)
                     notes.append(f"{key} {now} -> {value}")
             if notes:
