@@ -137,26 +137,25 @@ class BatchNormAct2d(nn.BatchNorm2d):
         super().__init__(features)
         self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(super().forward(x)))
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))
 
 
 class LayerNorm2d(nn.LayerNorm):
     """Over the channels of images."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class StdConv2d(nn.Conv2d):
     """A convolution by its standardized weight."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         rows = self.weight.flatten(1)
-        weight = (
-            (rows - rows.mean(1, keepdim=True)) / (rows.var(1, keepdim=True, correction=0) + 1e-6).sqrt()
-        ).view_as(self.weight)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        deviation = (rows.var(1, keepdim=True, correction=0) + 1e-6).sqrt()
+        weight = ((rows - rows.mean(1, keepdim=True)) / deviation).view_as(self.weight)
+        return self._conv_forward(input, weight, self.bias)
 
 
 def norm_act() -> nn.Module:

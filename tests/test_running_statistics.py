@@ -153,7 +153,7 @@ def test_accumulated_passes_count_as_one_batch(momentum: float | None, masked: b
         nk.BatchNorm(3, accumulate=0)
     with pytest.raises(SurgeryError, match="would lose accumulate=4"):
         nn.SyncBatchNorm.convert_sync_batchnorm(nk.BatchNorm(3, accumulate=4))
-    norm(x)
+    norm(torch.randn(9, 3, 5).double())
     norm.reset_running_stats()
     assert norm._waiting == (0, None)
     assert "accumulate=4" in repr(norm)
