@@ -1,7 +1,9 @@
 """The records of an invented but plausible comparison; the same arguments write the same bytes."""
 
+import json
 import math
 import random
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,6 @@ from normkit.lab.sweep import plain
 RECIPES = ("bn", "bn+ws", "bn+wn", "bn+e")
 RATES = (0.03, 0.1, 0.3)
 LAYERS = ("stem.conv", "inception1.branch3.conv", "inception2.branch3.conv", "head.linear")
-# What each recipe is given to start from: best score reachable, epochs to get near it, conditioning, ms and MB per step.
-TRAITS = {
-    "bn": (0.9790, 2.6, 1.0, 11.84, 9.13),
-    "bn+ws": (0.9768, 3.1, 0.8, 12.91, 9.82),
-    "bn+wn": (0.9783, 2.4, 0.9, 12.37, 9.55),
-    "bn+e": (0.9868, 1.9, 0.25, 12.02, 9.31),
-}
 # What each recipe is given to start from: best score reachable, epochs to get near it, conditioning, ms and MB per step.
 TRAITS = {
     "bn": (0.9790, 2.6, 1.0, 11.84, 9.13),
@@ -162,3 +157,42 @@ def cost_of(recipe: str, baseline: str) -> dict[str, Any]:
         "ratio": milliseconds / TRAITS.get(baseline, TRAITS["bn"])[-2],
         "mb_per_step": megabytes,
     }
+
+
+def charts(page: str) -> dict[str, Any]:
+    """The data of the page's charts."""
+    return json.loads(page.partition('id="charts">')[2].partition("</script>")[0])
+
+
+class Page(HTMLParser):
+    """What a page fetches and links, the numbers that it marks, and its tags."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.fetches: list[str] = []
+        self.numbers: list[tuple[str, str, str]] = []
+        self.tags: list[str] = []
+        self.scripts: list[str] = []
+        self.words: list[str] = []
+        self._open: dict[str, str | None] | None = None
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name == "href" and tag == "a"]
+        self.fetches += [value or "" for name, value in attrs if name in ("src", "srcset", "poster", "data")]
+        self.fetches += [found.get("href") or ""] if tag in ("link", "base", "image", "use") else []
+        self._open = found if tag == "data" else None
+        self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._open is not None:
+            self.numbers.append((self._open["value"] or "", self._open["title"] or "", data))
+            self._open = None
+        (self.scripts if self._inside in ("script", "style") else self.words).append(data)

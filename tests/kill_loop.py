@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import replace
 
 import scipy.stats  # noqa: F401, imported here once, not in each child
 import torch
@@ -18,19 +19,14 @@ import lab_samples
 from normkit.diagnostics.conditioning import weight_conditions  # noqa: F401
 from normkit.lab.comparison import compare
 from normkit.lab.report import drawing, page, sheet, table, wording  # noqa: F401
-from normkit.lab.settings import Settings
 from normkit.surgery.recipe import apply_recipe  # noqa: F401
 
-SETTINGS = Settings(
+SETTINGS = replace(
+    lab_samples.SMALL,
     model="lab_samples:model",
     data="lab_samples:data",
     recipes=("keep", "keep+e@first_last"),
-    seeds=(0, 1),
-    rates=(0.05, 0.2),
     epochs=6,
-    batch_size=32,
-    extend=False,
-    accelerator="cpu",
 )
 FILE_OPERATIONS = ("fsync", "replace")
 

@@ -9,6 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from normkit.lab.settings import Settings
+
+# A comparison of seconds.
+SMALL = Settings(
+    recipes=("keep", "keep+e"),
+    seeds=(0, 1),
+    rates=(0.05, 0.2),
+    epochs=3,
+    batch_size=32,
+    extend=False,
+    accelerator="cpu",
+)
+
 
 def model(classes: int = 3) -> nn.Module:
     """A perceptron with dropout, so that the random state matters along training."""

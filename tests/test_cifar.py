@@ -22,7 +22,7 @@ from normkit.lab.data.augment import FlipAndCrop
 from normkit.lab.data.cifar import cifar10, cifar100, download_missing
 from normkit.lab.data.download import Archive, download
 from normkit.lab.data.pickled import read_pickle
-from normkit.lab.data.split import Data, Split, subset
+from normkit.lab.data.split import Data, Split
 from normkit.lab.data.standardize import Standardize
 from normkit.lab.models.inception import inception8
 from normkit.lab.protocol import DATA, check_fit, load_factory, make_data
@@ -107,20 +107,6 @@ def test_subsets_out_of_range(root: Path, options: dict[str, int]) -> None:
     ((key, count),) = options.items()
     with pytest.raises(OptionError, match=rf"{key} is {count}; wanted from 10 .* the {key} split of CIFAR-10"):
         cifar10(root, **options)
-
-
-def test_subset_of_any_split() -> None:
-    targets = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
-    split = Split(targets, torch.arange(100))
-    for count in (1, 10, 20, 50, 100):
-        drawn = subset(split, count)
-        assert len(drawn) == count
-        share = torch.bincount(drawn.targets, minlength=3) - torch.tensor([0.6, 0.3, 0.1]) * count
-        assert share.abs().max() <= 1
-        assert_close(drawn.targets, targets[pixels(drawn)], rtol=0, atol=0)
-    assert len(subset(Split(torch.randn(10), torch.randn(10)), 4)) == 4
-    with pytest.raises(OptionError, match="a subset of 101 is wanted of 100 samples"):
-        subset(split, 101)
 
 
 def test_root_may_be_the_environments_or_the_folder_itself(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

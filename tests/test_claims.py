@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,14 @@ from normkit.lab.experiments import (
     conditioning,
     cost_activations,
     disparity,
+    equilibrate,
     find_experiment,
     four_benefits,
+    four_improvements,
     gan,
     names,
     pre_post_ln,
+    small_table,
     why_bn,
 )
 from normkit.lab.jobs import adversarial, encoders, landscape, ranges, spectra
@@ -38,7 +41,7 @@ from normkit.lab.models.gan import PointDiscriminator, PointGenerator, centres
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.perform import perform
 from normkit.lab.report import drawing
-from normkit.lab.train import images, walk
+from normkit.lab.train import images, learning, walk
 from normkit.surgery.recipe import apply_recipe
 from normkit.weights.power_iteration import power_iteration
 
@@ -67,6 +70,7 @@ SAID = {
     "cost": ("2 % of BN", "folded, inference takes within"),
     "conditioning": ("with E on all layers (plain): lower condition numbers at the end in", "E, temperature"),
     "vit-s": ("So without LN they are",),
+    "equilibrate": ("frozen at 1 is E: of the training losses of each epoch, they are equal to the last bit",),
 }
 SLOW = ("table2",)  # at the tiny scale what table1 is
 
@@ -119,7 +123,29 @@ CASES = {
     "four_benefits": Case(
         four_benefits.train, four_benefits.Training("wn", 0.1, 10.0, 0, **{**DIGITS, "epochs": 4}), 3
     ),
+    "small_table": Case(
+        four_improvements.train,
+        small_table.Training(row="ghost+decay+weighing", batch=32, rate=0.1, seed=0, **{**DIGITS, "epochs": 2}),
+        3,
+    ),
 }
+
+
+def test_condition_numbers_of_updates_survive_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (plan,) = equilibrate.plans("tiny")
+    job = replace(plan.base, name="MuonEq-R + E", recipe="keep+e@all", optimizer="muoneq", rate=0.01, epochs=3)
+    whole = equilibrate.follow(job, tmp_path / "whole")
+
+    def stop(epoch: int, *rest: object) -> None:
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, "tell", stop)
+        with pytest.raises(KeyboardInterrupt):
+            equilibrate.follow(job, tmp_path / "parts")
+    assert equilibrate.follow(job, tmp_path / "parts") == whole
+    assert [1 < k < 1e3 for kind in equilibrate.KINDS for k in whole["curve"][kind]] == [True] * 6
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -14,30 +14,21 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor, nn
 
 import lab_samples
+from lab_samples import SMALL
 from normkit.core.errors import OptionError, ProtocolError, RecordError
 from normkit.lab import record
-from normkit.lab.comparison import command, compare, default_output, kept
+from normkit.lab.comparison import compare, kept
 from normkit.lab.experiments import reshow
 from normkit.lab.progress import Watch, tell
 from normkit.lab.say import Terminal
-from normkit.lab.settings import Reports, Settings, Site, first_seeds
+from normkit.lab.settings import Settings
 from normkit.lab.study import Run
 from normkit.lab.train.trainer import Trainer
 from seam import forked
 
 TESTS = Path(__file__).parent
-SMALL = Settings(
-    recipes=("keep", "keep+e"),
-    seeds=(0, 1),
-    rates=(0.05, 0.2),
-    epochs=3,
-    batch_size=32,
-    extend=False,
-    accelerator="cpu",
-)
 
 
 def ran(folder: Path, settings: Settings = SMALL, **options: Any) -> dict[str, Any]:
@@ -360,43 +351,6 @@ def test_a_rate_that_diverges_is_not_chosen(tmp_path: Path) -> None:
     assert result["task"]["score"] == "r2"
 
 
-@pytest.mark.parametrize(
-    ("model", "data"), [(lab_samples.Tagger, lab_samples.tokens), (lab_samples.model, lab_samples.dataset)]
-)
-def test_other_kinds_of_data(tmp_path: Path, model: Any, data: Any) -> None:
-    settings = replace(SMALL, recipes=("keep",), seeds=(0,), rates=(0.1,))
-    assert ran(tmp_path, settings, model=model, data=data)["result"]["recipes"][0]["runs"][0]["status"] == "ok"
-
-
-def test_a_transformer(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
-    def model(classes: int) -> nn.Module:
-        config = transformers.BertConfig(
-            vocab_size=32,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            num_labels=classes,
-        )
-        return transformers.BertForSequenceClassification(config)
-
-    def data() -> dict[str, Any]:
-        ids = torch.randint(0, 32, (72, 6))
-        labels = (ids[:, 0] > 15).long()
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-        def part(rows: slice) -> tuple[dict[str, Tensor], Tensor]:
-            return {name: value[rows] for name, value in inputs.items()}, labels[rows]
-
-        return {"train": part(slice(0, 48)), "val": part(slice(48, 60)), "test": part(slice(60, 72))}
-
-    settings = replace(SMALL, recipes=("keep", "keep+wn", "keep+e"), optimizer="adamw", rates=(1e-3,), epochs=2)
-    result = ran(tmp_path, settings, model=model, data=data)["result"]
-    assert [run["status"] for recipe in result["recipes"] for run in recipe["runs"]] == ["ok"] * 6
-
-
 def test_two_processes_under_torchrun(tmp_path: Path) -> None:
     words = "--recipes keep,keep+e --seeds 1 --rates 0.1 --epochs 2 --batch-size 32 --no-report --accelerator cpu"
     factories = ["--model", "lab_samples:model", "--data", "lab_samples:data", "--output", str(tmp_path / "out")]
@@ -413,41 +367,6 @@ def test_two_processes_under_torchrun(tmp_path: Path) -> None:
     assert done.stdout.count("best of") == 2
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"seeds": ()}, "wanted at least one seed"),
-        ({"seeds": (0, 0)}, "different seeds"),
-        ({"rates": (0.1, 0.0)}, "rates is .*above 0"),
-        ({"rates": (float("nan"),)}, "above 0"),
-        ({"rates": (0.1, 0.1)}, "different learning rates"),
-        ({"epochs": 0}, "epochs is 0; wanted a whole number from 1"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"optimizer": "lion"}, "optimizer is 'lion'; wanted sgd or adam or adamw or muon or muoneq"),
-        ({"optimizer": "muoneq", "strategy": "fsdp"}, "muoneq needs whole matrices"),
-        ({"schedule": "linear"}, "schedule is 'linear'; wanted cosine or constant or step"),
-        ({"strategy": "pipeline"}, "strategy is 'pipeline'; wanted auto or ddp or fsdp"),
-        ({"warmup": 12.0}, "warmup is 12.0; wanted from 0 to below the 12 epochs"),
-        ({"accumulate": 65}, "accumulate is 65; wanted at most the 64 samples"),
-        ({"clip": 0.0}, "clip is 0.0; wanted a length above 0"),
-        ({"ema": 1.0}, "ema is 1.0"),
-        ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
-        ({"momentum": 1.0}, "momentum is 1.0"),
-        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
-        ({"level": 95.0}, "level is 95.0"),
-        ({"target": float("nan")}, "target is nan"),
-    ],
-)
-def test_settings_outside_their_range(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(OptionError, match=words):
-        Settings(**options)
-
-
-def test_the_same_recipe_twice() -> None:
-    with pytest.raises(OptionError, match="are the same"):
-        Settings(recipes=("bn", "bn+e", "bn+e@first_last")).canonical()
-
-
 def test_processes_that_fabric_cannot_start(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="precision=3-bit"):
         ran(tmp_path, replace(SMALL, precision="3-bit"))
@@ -457,14 +376,3 @@ def test_bad_input_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ProtocolError, match="returned a str"):
         ran(tmp_path / "out", model=lab_samples.no_module)
     assert not (tmp_path / "out").exists()
-
-
-def test_the_command_says_what_differs() -> None:
-    settings = Settings(model="a.b:c", seeds=first_seeds(5), rates=(0.5, 0.1), condition=False, target=0.9)
-    words = "normkit compare --model a.b:c --seeds 5 --rates 0.1,0.5 --target 0.9 --no-condition"
-    assert command(settings, Site(default_output(settings))) == words
-    assert command(Settings(), Site(Path("else where"))) == "normkit compare --output 'else where'"
-    assert command(Settings(), Site(Path("runs/digits-inception"), Path("sets"))) == "normkit compare --data-root sets"
-    site = Site(Path("out"), Path("sets"), ray="local", threads=2, tensorboard=True)
-    words = "normkit compare --output out --data-root sets --ray --threads 2 --tensorboard --no-report"
-    assert command(Settings(), site, Reports(report=False, overwrite=True)) == words

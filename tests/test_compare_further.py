@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from torch import Tensor, nn
 
 import lab_samples
 from comparison_records import write_comparison
@@ -25,9 +27,7 @@ from normkit.lab.stats import FURTHER, tune
 from normkit.lab.study import Made, Study
 from normkit.lab.train.fabric import Processes, start_fabric
 
-SMALL = Settings(
-    recipes=("keep", "keep+e"), seeds=(0, 1), rates=(0.05, 0.2), epochs=3, batch_size=32, accelerator="cpu"
-)
+SMALL = replace(lab_samples.SMALL, extend=True)
 
 
 def ran(folder: Path, settings: Settings = SMALL, text: StringIO | None = None, **options: Any) -> dict[str, Any]:
@@ -264,3 +264,40 @@ def test_what_is_free_changes_over_the_runs_that_are_there(tmp_path: Path, monke
     assert [len(recipe["sweep"]) for recipe in narrow["recipes"]] == [1, 1]
     assert narrow["target"]["score"] == 0.1
     assert narrow["recipes"][1]["paired"]["level"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("model", "data"), [(lab_samples.Tagger, lab_samples.tokens), (lab_samples.model, lab_samples.dataset)]
+)
+def test_other_kinds_of_data(tmp_path: Path, model: Any, data: Any) -> None:
+    settings = replace(SMALL, recipes=("keep",), seeds=(0,), rates=(0.1,))
+    assert ran(tmp_path, settings, model=model, data=data)["recipes"][0]["runs"][0]["status"] == "ok"
+
+
+def test_a_transformer(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+    def model(classes: int) -> nn.Module:
+        config = transformers.BertConfig(
+            vocab_size=32,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            num_labels=classes,
+        )
+        return transformers.BertForSequenceClassification(config)
+
+    def data() -> dict[str, Any]:
+        ids = torch.randint(0, 32, (72, 6))
+        labels = (ids[:, 0] > 15).long()
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+        def part(rows: slice) -> tuple[dict[str, Tensor], Tensor]:
+            return {name: value[rows] for name, value in inputs.items()}, labels[rows]
+
+        return {"train": part(slice(0, 48)), "val": part(slice(48, 60)), "test": part(slice(60, 72))}
+
+    settings = replace(SMALL, recipes=("keep", "keep+wn", "keep+e"), optimizer="adamw", rates=(1e-3,), epochs=2)
+    result = ran(tmp_path, settings, model=model, data=data)
+    assert [run["status"] for recipe in result["recipes"] for run in recipe["runs"]] == ["ok"] * 6

@@ -1,6 +1,5 @@
 """An experiment as a whole: records, resume, sharing among processes, reports."""
 
-import io
 import multiprocessing
 import os
 from dataclasses import replace
@@ -8,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -23,8 +20,8 @@ from normkit.lab.devices import hardware
 from normkit.lab.experiment import Bench, Scale, Table
 from normkit.lab.experiments import FILES, find_experiment, names
 from normkit.lab.perform import command, perform
-from normkit.lab.report.sheet import facts, print_sheet, setup
-from normkit.lab.report.terminal import cell, is_text, side_by_side
+from normkit.lab.report.sheet import facts, setup
+from normkit.lab.report.terminal import is_text
 from normkit.lab.sweep import spent_on, sweep
 
 
@@ -78,39 +75,6 @@ def test_nothing_is_said_where_a_title_says_all(tmp_path: Path) -> None:
     perform(EXPERIMENT, bench(tmp_path))
     for name in ("result.md", "report.html"):
         assert "What was run" not in (tmp_path / name).read_text()
-
-
-def printed(table: Table, width: int) -> str:
-    console = Console(width=width, record=True, file=io.StringIO())
-    print_sheet(replace(EXPERIMENT, tables=lambda result: [table]), {"result": {"walks": []}}, console)
-    return console.export_text()
-
-
-def test_a_wide_table_is_parted_for_a_narrow_terminal() -> None:
-    table = Table("T", ["name", "one two three", "b", "c"], [["row", "1", "2" * 12, "3"]])
-    assert side_by_side(table, Console(width=80)) == [[0, 1, 2, 3]]
-    assert side_by_side(table, Console(width=30)) == [[0, 1, 2], [0, 3]]
-    assert side_by_side(table, Console(width=5)) == [[0, 1], [0, 2], [0, 3]]
-    assert "one two three" in printed(table, 80)
-    assert "2" * 12 in printed(table, 30)
-
-
-WORDS = st.lists(st.text("abcdef", min_size=1, max_size=14), min_size=1, max_size=5).map(" ".join)
-CELLS = st.one_of(st.none(), st.floats(allow_nan=False), st.integers(), WORDS, st.just("[bold]"))
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    st.integers(1, 12).flatmap(
-        lambda n: st.tuples(*[st.lists(each, min_size=n, max_size=n) for each in (WORDS, CELLS)])
-    )
-)
-def test_a_terminal_of_80_columns_shows_all_cells_and_headings(drawn: tuple[list[str], list[Any]]) -> None:
-    columns, row = drawn
-    shown = printed(Table("T", columns, [row, row[::-1]]), 80)
-    for text in (*columns, *map(cell, row)):
-        for word in text.split():
-            assert word in shown
 
 
 def test_columns_of_words_stand_on_the_left(tmp_path: Path) -> None:

@@ -39,3 +39,12 @@ def test_equal_differences_have_no_width() -> None:
 def test_level_outside_its_range(level: float) -> None:
     with pytest.raises(OptionError, match="between 0 and 1"):
         paired_interval([0.1, 0.2], level)
+
+
+def test_differences_that_agree_to_the_last_digit_decide_nothing() -> None:
+    from normkit.lab.report.wording import judge
+
+    paired = {"mean": 0.01, "low": 0.01, "high": 0.01, "n": 3}
+    recipe = {"recipe": "bn+e", "test_score": {"mean": 0.9, "n": 3}, "runs": [{"status": "ok"}], "paired": paired}
+    assert judge(recipe, "bn") == "even"
+    assert judge({**recipe, "paired": {**paired, "low": 0.005}}, "bn") == "better"

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from normkit.core.errors import OptionError
 from normkit.gradients import Muon, matrix_groups, orthogonalize
+from normkit.weights.layout import weight_layout
 
 
 def _plain(
@@ -88,16 +89,32 @@ def test_all_but_hidden_weights_step_as_adamw() -> None:
         for mine, torchs in zip(model[k].parameters(), twin[k].parameters(), strict=True):
             # The hidden weight, and so the gradients, differ after the first step; one step's difference is of that order.
             assert_close(mine, torchs, rtol=0.2, atol=0.02)
-    first = nn.Parameter(torch.randn(4))
-    second = nn.Parameter(first.detach().clone())
-    for parameter, made in (
-        (first, Muon([first], 0.01)),
-        (second, torch.optim.AdamW([second], 0.01, (0.9, 0.95), weight_decay=0.1)),
-    ):
-        for k in range(5):
+    vector = torch.randn(4)
+    first, second = (nn.Parameter(vector.clone()) for _ in range(2))
+    mine, torchs = Muon([first], 0.01), torch.optim.AdamW([second], 0.01, (0.9, 0.95), weight_decay=0.1)
+    for k in range(5):
+        for parameter, made in ((first, mine), (second, torchs)):
             parameter.grad = torch.linspace(-1, 1, 4) * (k + 1)
             made.step()
-    assert_close(first, second, rtol=1e-5, atol=1e-6)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    "options", [{}, {"equilibrate": "row"}, {"equilibrate": "col"}, {"second_moment": 0.9}], ids=str
+)
+def test_rows_are_output_units_of_a_transposed_convolution(options: dict[str, Any], groups: int) -> None:
+    layer = nn.ConvTranspose1d(4, 6, 3, groups=groups, bias=False, dtype=torch.float64)
+    weight, layout = layer.weight, weight_layout(layer)
+    matrix = nn.Parameter(layout.matrix(weight.detach()).clone())
+    made = Muon(nn.ModuleList([layer, nn.Linear(2, 2)]), 0.1, **options)
+    flat = Muon([{"params": [matrix], "matrices": True}], 0.1, **options)
+    for _ in range(2):
+        weight.grad = torch.randn_like(weight)
+        matrix.grad = layout.matrix(weight.grad).clone()
+        made.step()
+        flat.step()
+    assert_close(layout.matrix(weight.detach()), matrix.detach(), rtol=1e-12, atol=1e-12)
 
 
 def test_a_convolution_is_a_matrix_and_the_state_is_kept() -> None:

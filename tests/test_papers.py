@@ -13,7 +13,7 @@ from normkit.lab import record, task
 from normkit.lab.data.split import Data, Split
 from normkit.lab.experiment import Bench, Experiment
 from normkit.lab.experiments import ablations, cost, fig1, table2
-from normkit.lab.experiments.classification import PAPER, Plan, Row, _job, difference, study, tables, verdicts
+from normkit.lab.experiments.classification import PAPER, Plan, Row, _job, _sweep, difference, study, tables, verdicts
 from normkit.lab.experiments.classification_drawing import figures
 from normkit.lab.experiments.table1 import PRINTED, plans
 from normkit.lab.models.variants import scale_by_norm
@@ -42,6 +42,24 @@ def ran(bench: Bench) -> dict[str, Any]:
 
 
 EXPERIMENT = Experiment("digits", "reproduce", "Digits", "A claim.", PAPER, ran, tables, figures, verdicts)
+
+
+def test_a_row_has_an_optimizer_and_rates_of_its_own_and_goes_beyond_them() -> None:
+    class Fake:
+        def sweep(self, learn: Any, jobs: Any) -> list[dict[str, Any]]:
+            assert all((job.name == "Muon") == (job.optimizer == "muon") for job in jobs)
+            return [{"status": "ok", "val_score": job.rate, "val_loss": 1.0, "epochs": 1} for job in jobs]
+
+    rows = Row("SGD", "bn"), Row("Muon", "bn", optimizer="muon", rates=(1e-3, 1e-2))
+    bench: Any = Fake()
+    bench.seeds = (0,)
+    for beyond, rates in (
+        (True, ([0.1, 0.2, 0.4, 0.8, 1.6], [1e-3, 1e-2, 0.1, 1.0, 10.0])),
+        (False, ([0.1, 0.2], [1e-3, 1e-2])),
+    ):
+        found = _sweep(bench, lambda job, folder: {}, Plan("", BASE, rows, rates=(0.1, 0.2), beyond=beyond), rows)
+        assert tuple([run["rate"] for run in found[row.name]["sweep"]] for row in rows) == rates
+        assert found["Muon"]["edge"]
 
 
 @pytest.fixture(scope="module")

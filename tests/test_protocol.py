@@ -1,9 +1,7 @@
 """What a user's factory may return, and how the rest is refused."""
 
 import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +22,8 @@ import lab_samples
 from normkit.core.errors import ProtocolError
 from normkit.lab import task
 from normkit.lab.data import reader
-from normkit.lab.data.digits import digits
-from normkit.lab.data.split import Data, Split, hold_out
-from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model, suited
+from normkit.lab.data.split import Data, Split
+from normkit.lab.protocol import check_fit, make_data, make_model, suited
 
 X, Y = torch.randn(30, 8), torch.arange(30) % 3
 LINE = nn.Linear(8, 3)
@@ -36,51 +33,6 @@ def replaced(values: torch.Tensor, row: int, value: float) -> torch.Tensor:
     values = values.clone()
     values[row] = value
     return values
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("nonsense", "names no factory; wanted one of inception, .*, or package.module:factory"),
-        ("a:", "names no factory"),
-        ("not_there:model", "there is no module 'not_there'"),
-        ("json.not_there:model", r"there is no module 'json.not_there'"),
-        ("lab_samples:modle", "lab_samples has no 'modle'; it has .*model"),
-        ("math:pi", "a float; wanted a factory"),
-        ("normkit.core:model", "has no 'model'"),
-    ],
-)
-def test_import_paths(name: str, words: str) -> None:
-    with pytest.raises(ProtocolError, match=words):
-        load_factory(name, MODELS)
-
-
-def test_module_that_fails_on_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "broken_on_import.py").write_text("1 / 0\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(ProtocolError, match="raised ZeroDivisionError"):
-        load_factory("broken_on_import:model", MODELS)
-
-
-def test_current_folder_is_importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "only_here.py").write_text("class Made:\n    def model():\n        return 5\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    assert load_factory("only_here:Made.model", MODELS)() == 5
-
-
-def test_the_current_folder_is_behind_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine_alone.py").write_text("import late_alone\n\ndef model():\n    import later_alone\n    return 5\n")
-    for name in ("late_alone", "later_alone"):
-        (tmp_path / f"{name}.py").write_text("")
-    monkeypatch.chdir(tmp_path)
-    before = [path for path in sys.path if path not in ("", str(tmp_path))]
-    monkeypatch.setattr(sys, "path", list(before))
-    assert load_factory("digits", DATA)
-    assert sys.path == before
-    assert load_factory("mine_alone:model", MODELS)() == 5  # which imports more when it is called
-    assert sys.path == [*before, str(tmp_path)]
 
 
 def tensor(split: Split) -> torch.Tensor:
@@ -176,11 +128,6 @@ def broken() -> nn.Module:
 def test_models_that_are_refused(factory: Any, words: str) -> None:
     with pytest.raises(ProtocolError, match=words):
         make_model(factory, "model", 3)
-
-
-def test_classes_are_given_where_they_are_taken() -> None:
-    assert make_model(lambda classes: nn.Linear(2, classes), "model", 7).out_features == 7
-    assert make_model(lambda: nn.Linear(2, 4), "model", 7).out_features == 4
 
 
 @pytest.mark.parametrize(
@@ -345,82 +292,51 @@ BITS = (X[:, :3] > 0).float()
 DRAWN = "no test split was given: 6 of 30 samples are drawn from train"
 
 
-@pytest.mark.parametrize(
-    ("made", "model", "kind", "sizes", "words"),
-    [
-        ((X, Y), LINE, "classification", (19, 5, 6), DRAWN),
-        ({"train": (X, Y), "validation": (X[:9], Y[:9])}, LINE, "classification", (24, 9, 6), DRAWN),
-        ((TensorDataset(X, Y), TensorDataset(X[:9], Y[:9])), LINE, "classification", (24, 6, 9), "no val split"),
-        (TensorDataset(X, X, Y), Both(), "classification", (19, 5, 6), DRAWN),
-        ([(x, y) for x, y in zip(X, Y, strict=True)], LINE, "classification", (19, 5, 6), DRAWN),
-        ({"data": X.numpy(), "target": Y.numpy(), "DESCR": "words"}, LINE, "classification", (19, 5, 6), DRAWN),
-        ({"pixels": X, "labels": Y}, LINE, "classification", (19, 5, 6), DRAWN),
-        (
-            {"pixels": X.double(), "labels": X[:, 0].double()},
-            nn.Linear(8, 1),
-            "regression",
-            (19, 5, 6),
-            "become float32",
-        ),
-        (DataLoader(TensorDataset(X, Y), 7), LINE, "classification", (19, 5, 6), r"not its own \(7\)"),
-        (
-            DataLoader(TensorDataset(X, Y), 7, sampler=SubsetRandomSampler(range(20))),
-            LINE,
-            "classification",
-            (13, 3, 4),
-            "",
-        ),
-        (
-            DataLoader(TensorDataset(X, Y), sampler=[1, 1, 2]),
-            LINE,
-            "classification",
-            (19, 5, 6),
-            "list draws by weight or repeats samples",
-        ),
-        (
-            DataLoader(TensorDataset(X, Y), sampler=WeightedRandomSampler([1.0] * 30, 30)),
-            LINE,
-            "classification",
-            (19, 5, 6),
-            "WeightedRandomSampler draws by weight or repeats samples, which is not done here",
-        ),
-        (Data(*[Split(BITS[:, 0], X)] * 3), nn.Linear(8, 1), "regression", (30, 30, 30), ""),
-        (
-            {"train": (X, Y % 2), "test": (X, Y)},
-            LINE,
-            "classification",
-            (24, 6, 30),
-            "10 of 30 .*test.* classes that train lacks: 2",
-        ),
-        ((X.numpy().astype(">f4"), Y.numpy().astype(">i8")), LINE, "classification", (19, 5, 6), DRAWN),
-        (
-            DataLoader(Ragged(), 4, collate_fn=padded),
-            Pooled(),
-            "classification",
-            (19, 5, 6),
-            "text and empty columns.* text",
-        ),
-        (
-            DataLoader(Ragged(), 4, collate_fn=language),
-            Pooled(True),
-            "classification",
-            (19, 5, 6),
-            "target is the next one",
-        ),
-        (DataLoader(Stream()), LINE, "classification", (19, 5, 6), "held in memory: 30 samples, 0.0 MB"),
-        (
-            {"input_ids": IDS, "speaker": Y, "labels": IDS},
-            Pooled(True),
-            "classification",
-            (19, 5, 6),
-            "no argument called speaker",
-        ),
-        ((X, BITS), LINE, "multi-label", (19, 5, 6), "binary cross-entropy"),
-        ((X, BITS.bool().numpy()), LINE, "multi-label", (19, 5, 6), DRAWN),
-        ((X, BITS[:, 0]), nn.Linear(8, 1), "binary", (19, 5, 6), "binary cross-entropy"),
-        ((X, Y > 1), LINE, "classification", (19, 5, 6), DRAWN),
-    ],
-)
+def case(
+    made: Any, *, model: nn.Module = LINE, kind: str = "classification", sizes: Any = (19, 5, 6), words: str = DRAWN
+) -> tuple[Any, ...]:
+    """Data, the model that they suit, the task that they pose, sizes of the splits, and what is noted."""
+    return made, model, kind, sizes, words
+
+
+CASES = [
+    case((X, Y)),
+    case({"train": (X, Y), "validation": (X[:9], Y[:9])}, sizes=(24, 9, 6)),
+    case((TensorDataset(X, Y), TensorDataset(X[:9], Y[:9])), sizes=(24, 6, 9), words="no val split"),
+    case(TensorDataset(X, X, Y), model=Both()),
+    case([(x, y) for x, y in zip(X, Y, strict=True)]),
+    case({"data": X.numpy(), "target": Y.numpy(), "DESCR": "words"}),
+    case({"pixels": X, "labels": Y}),
+    case(
+        {"pixels": X.double(), "labels": X[:, 0].double()},
+        model=nn.Linear(8, 1),
+        kind="regression",
+        words="become float32",
+    ),
+    case(DataLoader(TensorDataset(X, Y), 7), words=r"not its own \(7\)"),
+    case(DataLoader(TensorDataset(X, Y), 7, sampler=SubsetRandomSampler(range(20))), sizes=(13, 3, 4), words=""),
+    case(DataLoader(TensorDataset(X, Y), sampler=[1, 1, 2]), words="list draws by weight or repeats samples"),
+    case(
+        DataLoader(TensorDataset(X, Y), sampler=WeightedRandomSampler([1.0] * 30, 30)),
+        words="WeightedRandomSampler draws by weight or repeats samples, which is not done here",
+    ),
+    case(Data(*[Split(BITS[:, 0], X)] * 3), model=nn.Linear(8, 1), kind="regression", sizes=(30, 30, 30), words=""),
+    case(
+        {"train": (X, Y % 2), "test": (X, Y)}, sizes=(24, 6, 30), words="10 of 30 .*test.* classes that train lacks: 2"
+    ),
+    case((X.numpy().astype(">f4"), Y.numpy().astype(">i8"))),
+    case(DataLoader(Ragged(), 4, collate_fn=padded), model=Pooled(), words="text and empty columns.* text"),
+    case(DataLoader(Ragged(), 4, collate_fn=language), model=Pooled(True), words="target is the next one"),
+    case(DataLoader(Stream()), words="held in memory: 30 samples, 0.0 MB"),
+    case({"input_ids": IDS, "speaker": Y, "labels": IDS}, model=Pooled(True), words="no argument called speaker"),
+    case((X, BITS), kind="multi-label", words="binary cross-entropy"),
+    case((X, BITS.bool().numpy()), kind="multi-label"),
+    case((X, BITS[:, 0]), model=nn.Linear(8, 1), kind="binary", words="binary cross-entropy"),
+    case((X, Y > 1)),
+]
+
+
+@pytest.mark.parametrize(("made", "model", "kind", "sizes", "words"), CASES)
 def test_data_as_people_have_them(made: Any, model: nn.Module, kind: str, sizes: tuple[int, ...], words: str) -> None:
     data = suited(make_data(lambda: made, "data"), model, "model")
     check_fit(model, data, "model")
@@ -453,14 +369,6 @@ def test_inputs_that_a_model_does_not_name() -> None:
         suited(data, LINE, "model")
 
 
-def test_scores_of_labels_that_are_yes_or_no() -> None:
-    logits, targets = torch.tensor([[2.0, -2.0], [2.0, 2.0]]), torch.tensor([[True, False], [False, True]])
-    expected = nn.functional.binary_cross_entropy_with_logits(logits, targets.float())
-    torch.testing.assert_close(task.loss(logits, targets), expected)
-    assert task.score(task.tally(logits, targets), targets) == (pytest.approx(expected.item()), 0.75)
-    assert task.weight(targets) == 4
-
-
 def test_arrays_that_are_only_read_are_taken() -> None:
     pixels = np.ones((30, 2), np.float32)
     pixels.flags.writeable = False  # as pandas and memory maps give them; torch would warn
@@ -473,45 +381,3 @@ def test_doubles_of_numpy_become_floats() -> None:
     )
     assert tensor(made.train).dtype == torch.float32
     assert made.test.targets.dtype == torch.int64
-
-
-def test_held_out_is_stratified_and_repeats() -> None:
-    split = Split(torch.tensor([0] * 70 + [1] * 20 + [2] * 10), torch.arange(100))
-    rest, held = hold_out(split, 0.2, seed=1)
-    assert torch.bincount(held.targets).tolist() == [14, 4, 2]
-    assert sorted([*tensor(rest).tolist(), *tensor(held).tolist()]) == list(range(100))
-    torch.testing.assert_close(tensor(hold_out(split, 0.2, seed=1)[1]), tensor(held))
-
-
-def test_digits_are_whole_and_apart() -> None:
-    data = digits()
-    assert sum(map(len, data.splits.values())) == 1797
-    assert data.classes == 10
-    seen = [row.numpy().tobytes() for split in data.splits.values() for row in tensor(split)]
-    assert len(set(seen)) == 1797
-    std, mean = torch.std_mean(tensor(data.train))
-    torch.testing.assert_close(torch.stack([mean, std]), torch.tensor([0.0, 1.0]), atol=1e-5, rtol=0)  # float32 sums
-    for split in data.splits.values():
-        counts = torch.bincount(split.targets)
-        # The whole has 174 to 183 samples a class; rounding adds one at either end.
-        assert counts.max() - counts.min() <= (183 - 174) * len(split) / 1797 + 2
-
-
-def test_scores_of_regression() -> None:
-    targets = torch.tensor([1.0, 2.0, 4.0])
-    mean = targets.mean().expand(3)
-    assert task.score(task.tally(mean, targets), targets)[1] == pytest.approx(0.0, abs=1e-6)
-    assert task.score(task.tally(targets, targets), targets) == (0.0, 1.0)
-
-
-def test_ignored_tokens_count_for_nothing() -> None:
-    logits, targets = torch.zeros(1, 3, 2), torch.tensor([[0, 1, -100]])
-    assert task.tally(logits, targets)[2] == 2
-    padded = task.loss(logits, torch.full((1, 3), -100))
-    assert padded == 0
-
-
-def test_built_in_names() -> None:
-    for builtin in (MODELS, DATA):
-        for name in builtin:
-            assert callable(load_factory(name, builtin))

@@ -5,7 +5,6 @@ import io
 import json
 import re
 import shlex
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import matplotlib
 from rich.cells import cell_len
 from rich.console import Console
 
-from comparison_records import record_of, write_comparison
+from comparison_records import Page, charts, record_of, write_comparison
 from normkit.core.errors import RecordError
 from normkit.lab import comparison
 from normkit.lab.perform import show
@@ -25,7 +24,6 @@ from normkit.lab.report import drawing, figures
 from normkit.lab.report.canvas import LOOK
 from normkit.lab.report.comparison import Comparison
 from normkit.lab.report.drawing import save
-from normkit.lab.report.palette import styles
 from normkit.lab.report.series import pictures
 from normkit.lab.report.sheet import print_sheet, write_sheet
 from normkit.lab.report.wording import cautions, findings, ms_per_step, number, verdict
@@ -51,11 +49,6 @@ def paged(result: dict[str, Any], folder: Path, title: str | None = None) -> str
     return write_sheet(comparison.reread(found), found, [], folder).read_text(encoding="utf-8")
 
 
-def charts(page: str) -> dict[str, Any]:
-    """The data of the page's charts."""
-    return json.loads(page.partition('id="charts">')[2].partition("</script>")[0])
-
-
 def with_interval(result: dict[str, Any], index: int, low: float | None, high: float | None) -> dict[str, Any]:
     changed = copy.deepcopy(result)
     changed["recipes"][index]["paired"].update(low=low, high=high)
@@ -72,40 +65,6 @@ NAMES = (
     *("validation_score", "training_loss", "paired_differences"),
     *("learning_rates", "condition_numbers", "cost"),
 )
-
-
-class Page(HTMLParser):
-    """What a page fetches and links, the numbers that it marks, and its tags."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.links: list[str] = []
-        self.fetches: list[str] = []
-        self.numbers: list[tuple[str, str, str]] = []
-        self.tags: list[str] = []
-        self.scripts: list[str] = []
-        self.words: list[str] = []
-        self._open: dict[str, str | None] | None = None
-        self._inside = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.tags.append(tag)
-        self.links += [value or "" for name, value in attrs if name == "href" and tag == "a"]
-        self.fetches += [value or "" for name, value in attrs if name in ("src", "srcset", "poster", "data")]
-        self.fetches += [found.get("href") or ""] if tag in ("link", "base", "image", "use") else []
-        self._open = found if tag == "data" else None
-        self._inside = tag
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._open is not None:
-            self.numbers.append((self._open["value"] or "", self._open["title"] or "", data))
-            self._open = None
-        (self.scripts if self._inside in ("script", "style") else self.words).append(data)
 
 
 @pytest.fixture(scope="module")
@@ -421,11 +380,6 @@ def test_figures_cut_nothing_and_leave_room_beside_long_names(tmp_path: Path) ->
                 assert max(ends, default=0) < axis.get_xlim()[1]
 
 
-def test_many_recipes_are_told_apart() -> None:
-    looks = styles([str(index) for index in range(20)], "0")
-    assert len({(look.light, look.marker, look.line) for look in looks}) == 20
-
-
 def test_unwritable_folder_is_named(tmp_path: Path, result: dict[str, Any]) -> None:
     (tmp_path / "figures").write_text("a file where the folder should be", encoding="utf-8")
     with pytest.raises(RecordError, match="figures"):
@@ -440,12 +394,3 @@ def test_all_of_a_comparison_is_shown_as_of_any_experiment(tmp_path: Path, resul
     text = (tmp_path / "result.md").read_text()
     for words in ("`normkit compare --data digits", "Each recipe tries every learning rate", *findings(result)):
         assert words in text
-
-
-def test_differences_that_agree_to_the_last_digit_decide_nothing() -> None:
-    from normkit.lab.report.wording import judge
-
-    paired = {"mean": 0.01, "low": 0.01, "high": 0.01, "n": 3}
-    recipe = {"recipe": "bn+e", "test_score": {"mean": 0.9, "n": 3}, "runs": [{"status": "ok"}], "paired": paired}
-    assert judge(recipe, "bn") == "even"
-    assert judge({**recipe, "paired": {**paired, "low": 0.005}}, "bn") == "better"

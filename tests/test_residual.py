@@ -194,7 +194,8 @@ def test_deep_norms_constants_and_initial_weights() -> None:
     changes = place_norms(pair, "deep")
     root = (3**4 * 2) ** (1 / 16)
     for stack, skip, start in ((pair.encoder, 0.81 * root, 0.87 / root), (pair.decoder, 6**0.25, 24**-0.25)):
-        assert [p.skip for p in stack.layers[0].places] == pytest.approx([skip] * len(stack.layers[0].places))
+        places: Any = stack.layers[0].places
+        assert [p.skip for p in places] == pytest.approx([skip] * len(places))
         name = "encoder" if stack is pair.encoder else "decoder"
         for key, value in stack.layers[1].state_dict().items():
             old = before[f"{name}.layers.1.{key}"]

@@ -1,7 +1,5 @@
 """The placement of the norms around the branches of a transformer, for one branch and for a whole stack of layers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args

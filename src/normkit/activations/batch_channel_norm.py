@@ -15,7 +15,7 @@ from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.place import groups
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, check_shape, divisors, place
+from normkit.core.support import Support, check_groups, check_shape, place
 from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import run
 from normkit.engine.layer import check_channels, check_several
@@ -137,7 +137,7 @@ class BatchChannelNorm(Module, TorchBatchNorm):
     ) -> None:
         if momentum is not None:
             _check_momentum("BatchChannelNorm", momentum)
-        _check_groups("BatchChannelNorm", num_groups, num_features)
+        check_groups("BatchChannelNorm", num_features, num_groups)
         super().__init__(num_features, eps, momentum, affine, True, device=device, dtype=dtype)
         self.num_groups, self.estimate = num_groups, estimate
         factory = {"device": device, "dtype": dtype}
@@ -210,7 +210,7 @@ def batch_channel_norm(
             [ 1.0000, -1.0000]])
     """
     _check_momentum("batch_channel_norm", momentum)
-    _check_groups("batch_channel_norm", num_groups, input.shape[1])
+    check_groups("batch_channel_norm", input.shape[1], num_groups)
     if training and not estimate:
         check_several("batch_channel_norm", input, _SUPPORT)
     running, affines = RunningStatistics(running_mean, running_var), ((weight, bias), (group_weight, group_bias))
@@ -296,14 +296,6 @@ def _check_momentum(who: str, momentum: float | None) -> None:
         raise OptionError(f"{who}: momentum={momentum}; wanted a number from 0 to 1")
 
 
-def _check_groups(who: str, groups: int, channels: int) -> None:
-    if groups < 1 or channels % groups:
-        raise OptionError(
-            f"{who}: {channels} channels do not split into num_groups={groups}; "
-            f"num_groups must divide {channels}: {divisors(channels)}"
-        )
-
-
 CARD = Card(
     title="Batch-channel normalization",
     word="bcn",
@@ -346,7 +338,6 @@ CARD_ESTIMATED = Card(
     weaknesses="gradients ignore the statistics; the momentum has to fall with the learning rate",
     module=EstBatchNorm,
     functional=est_batch_norm,
-    make=EstBatchNorm,
     build=lambda at: EstBatchNorm(at.channels, at.eps, at.momentum, at.affine, **at.factory),
     over="n *",
     batch_dependent=True,

@@ -15,7 +15,7 @@ from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.place import Place, groups, positive_number
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, divisors, place
+from normkit.core.support import Support, check_groups, place
 from normkit.engine.dispatch import Backend, Explanation, explain, run, run_measured
 from normkit.engine.layer import Layer, check_channels, check_layout, check_several
 from normkit.engine.sub_batches import explain_in_sub_batches, run_in_sub_batches
@@ -307,11 +307,8 @@ def _pooled(rows: Moments) -> Moments:
 
 
 def _check(channels: int, groups: int | None, examples: int | None) -> None:
-    if groups is not None and (groups < 1 or channels % groups):
-        raise OptionError(
-            f"BatchGroupNorm: {channels} channels do not split into num_groups={groups}; "
-            f"num_groups must divide {channels}: {divisors(channels)}"
-        )
+    if groups is not None:
+        check_groups("BatchGroupNorm", channels, groups)
     if examples is not None and examples < 1:
         raise OptionError(f"BatchGroupNorm: examples_per_group={examples}; wanted a whole number from 1, or None")
 

@@ -1,7 +1,5 @@
 """Conditioned embedded tokens: a correction of the token matrix that bounds its condition number by 2."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
@@ -47,6 +45,8 @@ class ConditionedTokens(Module):
             [0., 5.]])
     """
 
+    shown = "gradient={0.gradient!r}"
+
     def __init__(self, gradient: Gradient = "detach") -> None:
         super().__init__()
         if gradient not in ("detach", "full"):
@@ -55,9 +55,6 @@ class ConditionedTokens(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return conditioned_tokens(input, gradient=self.gradient)
-
-    def extra_repr(self) -> str:
-        return f"gradient={self.gradient!r}"
 
 
 def conditioned_tokens(input: Tensor, *, gradient: Gradient = "detach") -> Tensor:
@@ -77,9 +74,7 @@ def conditioned_tokens(input: Tensor, *, gradient: Gradient = "detach") -> Tenso
 
 
 CARD = Card(
-    name="conditioned_tokens",
     title="Conditioned embedded tokens",
-    kind="activation",
     wordless="it stands behind the embedding, not in a norm's place",
     normalized_over="each sample's token matrix",
     formula="Y = X + s_1 U V^T, X = U S V^T",

@@ -194,7 +194,6 @@ CARD = Card(
     weaknesses="invariant to nothing: the scale of the input matters; alpha needs tuning in large language models",
     module=DynamicTanh,
     functional=dynamic_tanh,
-    make=DynamicTanh,
     build=lambda at: _build(at, "tanh"),
     option=_ALPHA,
     axes=("n c *", "n * c", "trailing"),

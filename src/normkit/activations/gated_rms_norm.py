@@ -61,8 +61,6 @@ class GatedRMSNorm(Module):
     tensor([[0.6203, 0.0000]])
     """
 
-    shown = "{0.features}, eps={0.eps}, norm_before_gate={0.norm_before_gate}, groups={0.groups}"
-
     def __init__(
         self,
         features: int,
@@ -89,6 +87,9 @@ class GatedRMSNorm(Module):
     def forward(self, input: Tensor, gate: Tensor | None = None) -> Tensor:
         options = {"norm_before_gate": self.norm_before_gate, "groups": self.groups}
         return gated_rms_norm(input, gate, self.weight, self.eps, **options)
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, eps={self.eps}, norm_before_gate={self.norm_before_gate}, groups={self.groups}"
 
 
 def gated_rms_norm(

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import ShapeError
 from normkit.core.place import groups
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, divisors, show
+from normkit.core.support import Support, check_groups, show
 from normkit.engine.dispatch import Activation, Backend, run
 from normkit.engine.layer import Layer, check_channels, check_layout
 
@@ -74,7 +74,7 @@ class GroupNorm(Layer, nn.GroupNorm):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        _check_groups("GroupNorm", num_groups, num_channels)
+        check_groups("GroupNorm", num_channels, num_groups)
         super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
         self.activation, self.layout = activation, layout
         self.complete(bias)
@@ -107,20 +107,10 @@ def group_norm(
     """
     rule = group_norm_rule(num_groups, eps, layout)
     if input.dim() >= 2:
-        _check_groups(
-            "group_norm", num_groups, input.shape[-1 if layout == "n * c" else 1], f" (input {show(input.shape)})"
-        )
+        channels = input.shape[-1 if layout == "n * c" else 1]
+        check_groups("group_norm", channels, num_groups, f" (input {show(input.shape)})")
         _check_several("group_norm", num_groups, input)
     return run(rule, input, weight, bias, mask=mask, backend=backend)
-
-
-def _check_groups(who: str, groups: int, channels: int, where: str = "") -> None:
-    """Refuse groups that do not fit: for a layer an argument is wrong, for a call (``where``) the input does not fit."""
-    if groups < 1 or channels % groups:
-        raise (ShapeError if where else OptionError)(
-            f"{who}: {channels} channels do not split into num_groups={groups}{where}; "
-            f"num_groups must divide {channels}: {divisors(channels)}"
-        )
 
 
 def _check_several(who: str, groups: int, input: Tensor) -> None:

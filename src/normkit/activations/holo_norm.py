@@ -77,7 +77,6 @@ CARD = Card(
     weaknesses="all long tokens end near length 1; no gain",
     module=HoloNorm,
     functional=holo_norm,
-    make=HoloNorm,
     build=lambda at: HoloNorm(at.channels),
     takes=(),
     rule=holo_norm_rule(),

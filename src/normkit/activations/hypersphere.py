@@ -224,7 +224,6 @@ CARD = Card(
     weaknesses="weights must be renormalized after each step; more scales to learn; each step costs more",
     module=HypersphereResidual,
     functional=hypersphere_residual,
-    make=HypersphereResidual,
     layout="* d",
     extra=_example_branch,
 )

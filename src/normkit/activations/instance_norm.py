@@ -168,7 +168,6 @@ CARD = Card(
     weaknesses="removes contrast even where it is the cue; undefined for a single position",
     module=InstanceNorm,
     functional=instance_norm,
-    make=InstanceNorm,
     build=lambda at: InstanceNorm(
         at.channels,
         at.eps,

@@ -134,7 +134,6 @@ CARD = Card(
     weaknesses="depends on the batch; leaves the scale of activations to the weights",
     module=MeanOnlyBatchNorm,
     functional=mean_only_batch_norm,
-    make=MeanOnlyBatchNorm,
     build=lambda at: MeanOnlyBatchNorm(at.channels, at.momentum, at.affine and at.bias, layout=at.axes, **at.factory),
     axes=("n c *", "n * c"),
     takes=("bias",),

@@ -1,7 +1,5 @@
 """Preconditioned attention: each row of what a head gives is divided by its norm."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
@@ -56,6 +54,8 @@ class PreconditionedAttention(Module):
     tensor([[0.6000, 0.8000]])
     """
 
+    shown = "eps={0.eps}, gradient={0.gradient!r}"
+
     def __init__(self, eps: float = 1e-12, *, gradient: Gradient = "full") -> None:
         super().__init__()
         if gradient not in ("full", "detach"):
@@ -91,9 +91,6 @@ class PreconditionedAttention(Module):
         options = {"dropout": dropout if self.training else 0.0, "is_causal": is_causal, "gradient": self.gradient}
         return preconditioned_attention(query, key, value, mask, self.eps, **options)
 
-    def extra_repr(self) -> str:
-        return f"eps={self.eps}, gradient={self.gradient!r}"
-
 
 def preconditioned_attention(
     query: Tensor,
@@ -125,9 +122,7 @@ def _example_key_and_value(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 CARD = Card(
-    name="preconditioned_attention",
     title="Preconditioned attention",
-    kind="activation",
     wordless="it replaces attention's product, not a norm of one input",
     normalized_over="what each query gets of a head, over its features",
     formula="y_i = a_i / max(|a_i|, eps), A = softmax(q k^T / sqrt(D)) v",
@@ -143,6 +138,7 @@ CARD = Card(
     module=PreconditionedAttention,
     functional=preconditioned_attention,
     make=lambda features: PreconditionedAttention(),
+    rule=preconditioned_attention_rule(),
     layout="* d",
     extra=_example_key_and_value,
 )

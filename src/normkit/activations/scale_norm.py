@@ -121,7 +121,6 @@ CARD = Card(
     weaknesses="no gain per feature; keeps the mean",
     module=ScaleNorm,
     functional=scale_norm,
-    make=ScaleNorm,
     build=lambda at: ScaleNorm(at.channels, **at.factory),
     takes=(),
     rule=scale_norm_rule(),

@@ -123,7 +123,6 @@ CARD = Card(
     weaknesses="a second reduction per token and three parameters per feature; not invariant to the token's scale",
     module=SeeDNorm,
     functional=seed_norm,
-    make=SeeDNorm,
     build=lambda at: SeeDNorm(at.channels, at.eps, **at.factory),
     takes=("weight",),
     over="d",

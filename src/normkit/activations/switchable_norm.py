@@ -186,7 +186,6 @@ CARD = Card(
     weaknesses="depends on the batch unless it learns not to; can't be folded; more passes",
     module=SwitchableNorm,
     functional=switchable_norm,
-    make=SwitchableNorm,
     build=lambda at: SwitchableNorm(at.channels, at.eps, at.momentum_or(0.1), **at.factory),
     over="n c *",
     batch_dependent=True,

@@ -265,7 +265,6 @@ CARD = Card(
     weaknesses="each layer waits for all processes, once forward and once backward",
     module=SyncBatchNorm,
     functional=sync_batch_norm,
-    make=SyncBatchNorm,
     build=lambda at: SyncBatchNorm(
         at.channels, at.eps, at.momentum, at.affine, bias=at.bias, layout=at.axes, **at.factory
     ),

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from torch import Tensor
 
@@ -39,6 +39,11 @@ class Paper:
         return f"@misc{{{key},\n" + "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items()) + "}"
 
 
+def _made(*given: Any) -> NoReturn:
+    """Stands for what a card makes where it says nothing of it."""
+    raise NotImplementedError
+
+
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """One method of the catalogue. The laws in the tests check every claim on it that a machine can check.
@@ -58,7 +63,8 @@ class Card:
         functional: the stateless function.
         make: ``make(channels)`` returns a small module for an input of the rule's layout (activations); ``make(layer)``
             parametrizes a layer and returns it (weights); ``make(features)`` returns an unfitted module (inputs);
-            ``make(model)`` returns the processor of a model's gradients (gradients).
+            ``make(model)`` returns the processor of a model's gradients (gradients). Default: the module, without arguments
+            for inputs.
         rule: the method as data, or None where it is not one rule.
         layout: the input layout of an activation layer: ``"n c *"`` channels first, or ``"* d"`` features last.
         extra: for conditioned layers, maps an example of the first input of forward to the others.
@@ -94,7 +100,7 @@ class Card:
     weaknesses: str
     module: type[Any]
     functional: Callable[..., Any]
-    make: Callable[..., Any]
+    make: Callable[..., Any] = _made
     rule: Rule | None = None
     layout: Literal["n c *", "* d"] = "n c *"
     extra: Callable[[Tensor], tuple[Any, ...]] | None = None
@@ -118,6 +124,8 @@ class Card:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or self.functional.__name__)
+        if self.make is _made:
+            object.__setattr__(self, "make", self.module if self.kind != "input" else lambda _: self.module())
         if not self.formula and self.rule is not None:
             object.__setattr__(self, "formula", self.rule.formula())
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):

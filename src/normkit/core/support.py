@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from normkit.core.errors import NotationError, ShapeError
+from normkit.core.errors import NotationError, OptionError, ShapeError
 from normkit.core.module import whole
 
 # What an axis name means in words, by the literature's letters.
@@ -349,6 +349,15 @@ def divisors(number: int) -> str:
     '1, 2, 4, 8'
     """
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0) or "none"
+
+
+def check_groups(who: str, channels: int, groups: int, where: str = "") -> None:
+    """Refuse groups that do not divide the channels: an argument of a layer is wrong, of a call (``where``) the input's shape."""
+    if groups < 1 or channels % groups:
+        raise (ShapeError if where else OptionError)(
+            f"{who}: {channels} channels do not split into num_groups={groups}{where}; "
+            f"num_groups must divide {channels}: {divisors(channels)}"
+        )
 
 
 def word(name: str) -> str:

@@ -107,5 +107,4 @@ CARD = Card(
     weaknesses="two norms per unit and step; the last layer must be left out",
     module=AdaptiveClipping,
     functional=adaptive_gradient_clipping,
-    make=AdaptiveClipping,
 )

@@ -176,5 +176,4 @@ CARD = Card(
     weaknesses="gradients no longer shrink near a minimum, so the rate must; noise steps as far as signal",
     module=GradientNormalizer,
     functional=normalize_gradients,
-    make=GradientNormalizer,
 )

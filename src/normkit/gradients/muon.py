@@ -8,11 +8,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError
 from normkit.gradients.adaptive_clipping import last_linear
-from normkit.weights.layout import raw_parameters
+from normkit.weights.layout import WeightLayout, raw_parameters
 from normkit.weights.weight_conditioning import equilibrate
 
 Sides = Literal["row", "col", "rowcol"]
@@ -24,7 +25,7 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 class Muon(Optimizer):
     """Step each matrix along its orthogonalized momentum; all other parameters step by AdamW.
 
-    For a weight of shape m x n (a convolution as out x rest) with gradient g::
+    For a weight of shape m x n (any layer's as output units x the rest) with gradient g::
 
         b <- momentum * b + g,   u = g + momentum * b
         u <- D_r^(-1/2) u D_c^(-1/2)     equilibrate: "row" has D_r alone, "col" D_c alone, of the squares of u
@@ -38,7 +39,8 @@ class Muon(Optimizer):
 
     Args:
         params: a model, whose hidden weights are then the matrices and whose embeddings, last Linear, gains and biases step by
-            AdamW; or parameter groups, where ``"matrices": True`` marks those of two or more axes.
+            AdamW; or parameter groups, where ``"matrices": True`` marks those of two or more axes, and ``"output_axis": 1`` those
+            whose second axis indexes output units, as of a transposed convolution, with its ``"groups"``.
         lr: learning rate of all groups. Default: 1e-3.
         momentum: momentum of the matrices. Default: 0.95.
         weight_decay: decoupled weight decay. Default: 0.1.
@@ -98,8 +100,8 @@ class Muon(Optimizer):
             "renormalize": renormalize,
         }
         groups = matrix_groups(params) if isinstance(params, nn.Module) else params
-        shared = {"lr": lr, "weight_decay": weight_decay, "matrices": False, "betas": betas, "eps": eps}
-        super().__init__(groups, {**shared, **options})
+        shared = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        super().__init__(groups, {"matrices": False, "output_axis": 0, "groups": 1, **shared, **options})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; see ``params``."""
@@ -119,12 +121,31 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    state = self.state[parameter]
-                    direction = (_along_matrix if group["matrices"] else _along_adam)(parameter, state, group)
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not group["matrices"]:
+                self._by_adamw(moving, group)
+                continue
+            for parameter in moving:
+                direction = _along_matrix(parameter, self.state[parameter], group)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
         return loss
+
+    def _by_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                self.state[parameter].update(step=torch.tensor(0.0), **zeros)
+        averages, squares, steps = (
+            [self.state[parameter][key] for parameter in parameters] for key in ("exp_avg", "exp_avg_sq", "step")
+        )
+        options = {key: group[key] for key in ("lr", "weight_decay", "eps")}
+        beta1, beta2 = group["betas"]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        adamw(
+            parameters, gradients, averages, squares, [], steps,
+            has_complex=any(map(torch.is_complex, parameters)), amsgrad=False, maximize=False,
+            beta1=beta1, beta2=beta2, **options,
+        )  # fmt: skip
 
 
 def matrix_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -135,11 +156,17 @@ def matrix_groups(model: nn.Module) -> list[dict[str, Any]]:
     [(1, True), (6, False)]
     """
     skip = last_linear(model)
-    chosen: dict[bool, list[Tensor]] = {True: [], False: []}
+    chosen: dict[tuple[bool, int, int], list[Tensor]] = {}
     for name, layer, parameter, rows in raw_parameters(model):
-        hidden = rows is not None and not isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and not skip(name, layer)
-        chosen[hidden].append(parameter)
-    return [{"params": parameters, "matrices": kind} for kind, parameters in chosen.items() if parameters]
+        key = False, 0, 1
+        if rows is not None and not isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and not skip(name, layer):
+            key = True, rows.names.index("o") and 1, dict(rows.sizes).get("g", 1)
+        chosen.setdefault(key, []).append(parameter)
+    # State dicts number parameters in this order, so it does not depend on which kind comes first in the model.
+    return [
+        {"params": chosen[key], **dict(zip(("matrices", "output_axis", "groups"), key, strict=True))}
+        for key in sorted(chosen, key=lambda key: (not key[0], *key[1:]))
+    ]
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -175,7 +202,8 @@ def _along_matrix(parameter: Tensor, state: dict[str, Any], group: dict[str, Any
     if "momentum_buffer" not in state:
         state["momentum_buffer"] = torch.zeros_like(parameter)
     buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(parameter.grad)
-    update = (parameter.grad + group["momentum"] * buffer).flatten(1)
+    layout = WeightLayout(group["output_axis"], group["groups"])
+    update = layout.matrix(parameter.grad + group["momentum"] * buffer)
     sides = group["equilibrate"]
     update = orthogonalize(update) if sides is None else muon_eq(update, sides)
     if group["second_moment"] is not None:
@@ -187,19 +215,11 @@ def _along_matrix(parameter: Tensor, state: dict[str, Any], group: dict[str, Any
         update = update * (min(update.shape) ** 0.5 / update.norm().clamp_min(group["eps"]))
     if group["renormalize"] is not None:
         update = equilibrate(update, group["renormalize"])
-    return update.mul_(0.2 * max(update.shape) ** 0.5).view_as(parameter)
-
-
-def _along_adam(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    assert parameter.grad is not None
-    if "step" not in state:
-        state |= {"step": 0, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-    state["step"] += 1
-    first, second = group["betas"]
-    mean = state["exp_avg"].lerp_(parameter.grad, 1 - first)
-    square = state["exp_avg_sq"].lerp_(parameter.grad.square(), 1 - second)
-    scale = (square / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
-    return mean / (1 - first ** state["step"]) / scale
+    update = update * (0.2 * max(update.shape) ** 0.5)
+    if not layout.output_axis:
+        return update.view_as(parameter)
+    inputs, outputs, *taps = parameter.shape
+    return update.view(layout.groups, outputs, inputs // layout.groups, *taps).transpose(1, 2).reshape(parameter.shape)
 
 
 CARD = Card(

@@ -237,7 +237,6 @@ CARD_MIN_MAX = _card(
     weaknesses="one outlier compresses all else; data outside the training range exceeds the bounds unless clipped",
     module=MinMaxScaling,
     functional=min_max_scaling,
-    make=lambda features: MinMaxScaling(),
     rule=Rule(PER_FEATURE, Statistic("min", "range", 0.0, "floor")),
 )
 
@@ -255,7 +254,6 @@ CARD_Z_SCORE = _card(
     weaknesses="outliers affect both statistics; correlation between features remains",
     module=ZScore,
     functional=z_score,
-    make=lambda features: ZScore(),
     rule=Rule(PER_FEATURE, Statistic("mean", "std", 0.0)),
 )
 
@@ -268,7 +266,6 @@ CARD_MEAN = _card(
     weaknesses="one outlier compresses all else; deviations still differ between features",
     module=MeanNormalization,
     functional=mean_normalization,
-    make=lambda features: MeanNormalization(),
     rule=Rule(PER_FEATURE, Statistic("mean", "range", 0.0, "floor")),
 )
 
@@ -286,6 +283,5 @@ CARD_MAX_ABS = _card(
     weaknesses="does not centre; one outlier compresses all else",
     module=MaxAbsScaling,
     functional=max_abs_scaling,
-    make=lambda features: MaxAbsScaling(),
     rule=Rule(PER_FEATURE, Statistic(None, "max", 0.0, "floor")),
 )

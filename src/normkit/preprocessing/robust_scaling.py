@@ -131,7 +131,6 @@ CARD = Card(
     weaknesses="does not stream: fitting holds all data in memory; outliers stay as large as they are",
     module=RobustScaling,
     functional=robust_scaling,
-    make=lambda features: RobustScaling(),
     running_state=True,
     invertible=True,
 )

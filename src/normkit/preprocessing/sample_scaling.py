@@ -210,7 +210,6 @@ CARD_UNIT_LENGTH = Card(
     weaknesses="the length is lost; the scales of features remain",
     module=UnitLength,
     functional=unit_length,
-    make=lambda features: UnitLength(),
     rule=Rule(PER_SAMPLE, Statistic(None, "norm", 0.0, "floor")),
     streams=True,
 )
@@ -231,7 +230,6 @@ CARD_GLOBAL_CONTRAST = Card(
     weaknesses="amplifies noise in nearly constant images unless regularized; brightness and contrast are lost",
     module=GlobalContrast,
     functional=global_contrast,
-    make=lambda features: GlobalContrast(),
     rule=Rule(PER_SAMPLE, Statistic("mean", "std", 0.0)),
     streams=True,
 )

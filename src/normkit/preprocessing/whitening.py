@@ -187,7 +187,6 @@ CARD = Card(
     weaknesses="cubic in the features; needs more samples than features; amplifies noise in directions of little variance",
     module=Whitening,
     functional=whitening,
-    make=lambda features: Whitening(),
     running_state=True,
     invertible=True,
     streams=True,

@@ -1,7 +1,5 @@
 """Other placements of the norms in torch's transformers."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any

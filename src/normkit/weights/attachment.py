@@ -5,8 +5,6 @@ removes the property from the original too, and ``parametrize.cached`` returns o
 pickle. A layer that normkit parametrizes or folds gets its own class, and so does each copy of it, pickled or not.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """The reciprocal of a norm with a floor, differentiable to any order even where the floor holds."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -6,8 +6,6 @@ against the plan. One call takes any number of weights. Backward measures the we
 backward pass that is itself differentiated goes through the definition in PyTorch.
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 import struct

@@ -1,7 +1,5 @@
 """Many weights in one call: each is traversed once, all work is split across threads, and autograd gets one node."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence

@@ -4,8 +4,6 @@ Scaling the output costs a pass over the output, rebuilding the weight one over 
 the same gradients. The layer's ``forward`` chooses at each call.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Literal

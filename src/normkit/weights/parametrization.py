@@ -1,7 +1,5 @@
 """The base of weight parametrizations that run on the kernels where these take the weight."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Power iteration for the leading singular vectors of a matrix, and the loop for square matrices that finds something else."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Preconditioning of a weight by matrices of one's own, from the left, from the right or both."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal
 

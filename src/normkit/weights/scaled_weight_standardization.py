@@ -1,7 +1,5 @@
 """Scaled weight standardization: standardized weights that preserve a signal's variance through a nonlinearity."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

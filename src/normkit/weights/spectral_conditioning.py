@@ -1,7 +1,5 @@
 """Spectral conditioning of attention: a fixed multiple of the identity is added to the query's, key's and value's weights."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """One learned scalar per weight."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

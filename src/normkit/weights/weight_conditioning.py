@@ -1,7 +1,5 @@
 """Weight conditioning: a diagonal preconditioner, computed from the weight, that equalizes its rows or columns."""
 
-from __future__ import annotations
-
 from typing import Any, Literal, get_args
 
 import torch

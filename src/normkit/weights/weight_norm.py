@@ -1,7 +1,5 @@
 """Weight normalization: the length and the direction of each row are separate parameters."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

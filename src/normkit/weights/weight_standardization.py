@@ -1,7 +1,5 @@
 """Weight standardization: each output unit's weights have mean 0 and variance 1."""
 
-from __future__ import annotations
-
 from typing import TypedDict
 
 from torch import Tensor

@@ -26,6 +26,10 @@ FILES = {
         "cost_activations",
         "conditioning",
         "four_benefits",
+        "equilibrate",
+        "four_improvements",
+        "local_norms",
+        "bn_order",
     ),
 }
 

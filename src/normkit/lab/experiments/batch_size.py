@@ -26,8 +26,7 @@ from normkit.activations.batch_channel_norm import BatchChannelNorm
 from normkit.activations.batch_norm import BatchNorm
 from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule
 from normkit.activations.ghost_batch_norm import GhostBatchNorm
-from normkit.activations.group_norm import GroupNorm
-from normkit.core.card import Paper
+from normkit.activations.group_norm import CARD, GroupNorm
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.runs import CHANCE, diverged, labelled, notes, points, side, size_of, source_of
 from normkit.lab.models.small_cnn import SmallCNN
@@ -238,6 +237,5 @@ EXPERIMENT = Experiment(
     "Batch normalization loses accuracy as batches become small, while group normalization keeps its own. What was proposed "
         "since then, or for the same end, stands next to it: weight standardization, batch-channel normalization, batch "
         "renormalization, ghost batches.",
-    Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
-    run, tables, figures, remarks, ("tiny", "small", "full"),
+    CARD.paper, run, tables, figures, remarks, ("tiny", "small", "full"),
 )  # fmt: skip

@@ -28,7 +28,6 @@ from normkit.activations.instance_norm import InstanceNorm
 from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm
 from normkit.catalogue.methods import method
-from normkit.core.card import Paper
 from normkit.core.errors import NormkitError
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.report.bands import key, rows_of
@@ -324,6 +323,5 @@ EXPERIMENT = Experiment(
     "blog-table", "claim", "Seven normalizations side by side, measured",
     "Batch normalization depends on the batch and on running statistics; layer, instance and group normalization do not. "
         "RMS, weight and spectral normalization, which are of other papers, are measured as well.",
-    Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
-    run, tables, figures, remarks, ("tiny", "small", "full"),
+    method("group_norm").paper, run, tables, figures, remarks, ("tiny", "small", "full"),
 )  # fmt: skip

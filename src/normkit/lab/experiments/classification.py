@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from normkit.catalogue.methods import method
@@ -21,6 +22,7 @@ from normkit.lab.train.trainer import OK, validation
 PAPER = method("weight_conditioning").paper
 # What is looked at: each row at the one rate that the paper gives, or each at the best of its own sweep.
 GIVEN, TUNED = "given", "tuned"
+Learn = Callable[[Training, Path], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Row:
         like: the row whose learning rate it takes, for a control. Default: none, it has a sweep of its own.
         conditioning: options of a conditioning that is put on after the recipe. Default: none.
         once: it is run with the first seed alone. Default: False.
+        optimizer: in place of the plan's. Default: the plan's.
+        rates: that it tries, in place of the plan's. Default: the plan's.
         printed: Top-1 and Top-5 in percent. Default: none.
     """
 
@@ -43,6 +47,8 @@ class Row:
     like: str = ""
     conditioning: tuple[tuple[str, Any], ...] = ()
     once: bool = False
+    optimizer: str = ""
+    rates: tuple[float, ...] = ()
     printed: tuple[float, float] | None = None
 
 
@@ -60,6 +66,7 @@ class Plan:
         borrow: the label of the plan whose chosen rates are taken over in place of a sweep. Default: none.
         same: show that E is weight norm with its lengths frozen at 1. Default: False.
         costs: seconds for measuring what a step of each row costs; 0 for not. Default: 20.
+        beyond: where the best rate is the smallest or largest that was tried, try further ones. Default: False.
     """
 
     label: str
@@ -71,14 +78,16 @@ class Plan:
     borrow: str = ""
     same: bool = False
     costs: float = 20.0
+    beyond: bool = False
 
 
-def study(bench: Bench, plans: Sequence[Plan]) -> dict[str, Any]:
+def study(bench: Bench, plans: Sequence[Plan], learn: Learn = learn) -> dict[str, Any]:
     """Does what is missing of some plans.
 
     Args:
         bench: where.
         plans: those that borrow rates come after those that they borrow from.
+        learn: does one training. Default: :func:`normkit.lab.train.learning.learn`.
 
     Returns:
         What tables, remarks and figures are made of.
@@ -95,7 +104,7 @@ def study(bench: Bench, plans: Sequence[Plan]) -> dict[str, Any]:
         plan = replace(plan, base=replace(plan.base, epochs=epochs, warmup=warmup))
         length = f"{counted(epochs, 'epoch')} per run"
         bench.watch(f"{plan.label}: {len(plan.rows)} rows, {len(plan.controls)} controls, {length}")
-        parts[plan.label] = _part(bench, plan, parts)
+        parts[plan.label] = _part(bench, plan, parts, learn)
     device = ", ".join(sorted(bench.devices))
     where_from = source(names, bench.data_root)
     return {"scale": bench.scale, "device": device, "threads": bench.threads, "source": where_from, "parts": parts}
@@ -107,12 +116,13 @@ def tiny(plan: Plan) -> Plan:
     if base.data != "digits":
         base = Training("digits", "inception", "", "", 0.0, 0, 1, optimizer=base.optimizer, condition=base.condition)
     some: dict[str, Any] = {"rates": (0.1, 1e30) if plan.rates else (), "rate": 0.1 if plan.rate else None}
-    return replace(plan, base=replace(base, epochs=1, batch_size=64), costs=min(plan.costs, 0.1), **some)
+    some |= {key: tuple(replace(row, rates=()) for row in getattr(plan, key)) for key in ("rows", "controls")}
+    return replace(plan, base=replace(base, epochs=1, batch_size=64), costs=min(plan.costs, 0.1), beyond=False, **some)
 
 
-def _part(bench: Bench, plan: Plan, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _part(bench: Bench, plan: Plan, parts: Mapping[str, Mapping[str, Any]], learn: Learn) -> dict[str, Any]:
     rows = (*plan.rows, *plan.controls)
-    swept = _sweep(bench, plan, [row for row in rows if not row.like])
+    swept = _sweep(bench, learn, plan, [row for row in rows if not row.like])
     rates = {name: row["rate"] for name, row in swept.items()}
     if plan.borrow:
         rates = {row["name"]: row["rate"] for row in parts[plan.borrow]["sets"][TUNED]}
@@ -124,9 +134,9 @@ def _part(bench: Bench, plan: Plan, parts: Mapping[str, Mapping[str, Any]]) -> d
             rates[row.name] = rates[row.like]
     sets = {}
     if plan.rates or plan.borrow:
-        sets[TUNED] = _repeat(bench, plan, rates, swept)
+        sets[TUNED] = _repeat(bench, learn, plan, rates, swept)
     if plan.rate is not None:
-        sets[GIVEN] = _repeat(bench, plan, {row.name: plan.rate for row in rows}, swept)
+        sets[GIVEN] = _repeat(bench, learn, plan, {row.name: plan.rate for row in rows}, swept)
     found: dict[str, Any] = {"base": asdict(plan.base), "rates": list(plan.rates), "sets": sets}
     data = images(plan.base.data, plan.base.size, plan.base.train, plan.base.val, plan.base.test)
     found["samples"] = {name: len(split) for name, split in data.splits.items()}
@@ -141,15 +151,20 @@ def _part(bench: Bench, plan: Plan, parts: Mapping[str, Mapping[str, Any]]) -> d
     return found
 
 
-def _sweep(bench: Bench, plan: Plan, rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+def _sweep(bench: Bench, learn: Learn, plan: Plan, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     if not plan.rates:
         return {}
-    jobs = {row.name: [_job(plan, row, rate, bench.seeds[0]) for rate in plan.rates] for row in rows}
-    return tune(bench, learn, jobs, validation)
+    jobs = {row.name: [_job(plan, row, rate, bench.seeds[0]) for rate in row.rates or plan.rates] for row in rows}
+    named = {row.name: row for row in rows}
+
+    def beyond(name: str, rate: float) -> Training:
+        return _job(plan, named[name], rate, bench.seeds[0])
+
+    return tune(bench, learn, jobs, validation, beyond if plan.beyond else None)
 
 
 def _repeat(
-    bench: Bench, plan: Plan, rates: Mapping[str, float], swept: Mapping[str, Mapping[str, Any]]
+    bench: Bench, learn: Learn, plan: Plan, rates: Mapping[str, float], swept: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     rows = (*plan.rows, *plan.controls)
     pairs = [(row, seed) for seed in bench.seeds for row in rows if seed == bench.seeds[0] or not row.once]
@@ -177,7 +192,8 @@ def _repeat(
 
 
 def _job(plan: Plan, row: Row, rate: float, seed: int) -> Training:
-    how = {"recipe": row.recipe, "unit": row.unit, "conditioning": row.conditioning}
+    how: dict[str, Any] = {"recipe": row.recipe, "unit": row.unit, "conditioning": row.conditioning}
+    how["optimizer"] = row.optimizer or plan.base.optimizer
     return replace(plan.base, name=row.name, rate=rate, seed=seed, **how)
 
 

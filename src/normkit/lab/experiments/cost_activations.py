@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from normkit.catalogue.methods import METHODS, method
-from normkit.core.card import Paper
 from normkit.lab.bench.race import race
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.runs import labelled, side
@@ -234,11 +233,5 @@ def costs(result: dict[str, Any]) -> Figure:
 EXPERIMENT = Experiment(
     "cost-activations", "claim", "What activation norms cost",
     "Root mean square normalization costs less than layer normalization, as it needs no mean.",
-    Paper(
-        "Zhang, Biao and Sennrich, Rico",
-        "Root Mean Square Layer Normalization",
-        2019,
-        "https://arxiv.org/abs/1910.07467",
-    ),
-    run, tables, figures, remarks, ("tiny", "small", "full"),
+    method("rms_norm").paper, run, tables, figures, remarks, ("tiny", "small", "full"),
 )  # fmt: skip

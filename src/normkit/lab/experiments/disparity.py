@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from normkit.core.card import Paper
+from normkit.activations.batch_group_norm import CARD
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.batch_size import BASE, RATE, norm
 from normkit.lab.experiments.runs import CHANCE, diverged, labelled, notes, points, size_of, source_of
@@ -326,11 +326,5 @@ EXPERIMENT = Experiment(
     "disparity", "claim", "Batch normalization in training and in evaluation",
     "Batch normalization computes another function in evaluation than in training, with another range of outputs; weighing "
         "in the example's own statistics at inference, better estimates, or batch renormalization narrow the gap.",
-    Paper(
-        "Summers, Cecilia and Dinneen, Michael J.",
-        "Four Things Everyone Should Know to Improve Batch Normalization",
-        2020,
-        "https://arxiv.org/abs/1906.03548",
-    ),
-    run, tables, figures, remarks, ("tiny", "small", "full"),
+    CARD.paper, run, tables, figures, remarks, ("tiny", "small", "full"),
 )  # fmt: skip

@@ -17,10 +17,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import nn
 
-from normkit.activations.batch_norm import BatchNorm
+from normkit.activations.batch_norm import CARD, BatchNorm
 from normkit.activations.group_norm import GroupNorm
 from normkit.activations.instance_norm import InstanceNorm
-from normkit.core.card import Paper
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.runs import CHANCE, diverged, labelled, notes, side, size_of, source_of
 from normkit.lab.models.noisy_norm import Shift
@@ -285,11 +284,5 @@ EXPERIMENT = Experiment(
     "four-benefits", "claim", "Four benefits of normalization",
     "Normalization speeds up convergence, makes training less sensitive to the scale of inputs, reduces overfitting and "
         "generalizes better.",
-    Paper(
-        "Ioffe, Sergey and Szegedy, Christian",
-        "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
-        2015,
-        "https://arxiv.org/abs/1502.03167",
-    ),
-    run, tables, figures, remarks, ("tiny", "small", "full"),
+    CARD.paper, run, tables, figures, remarks, ("tiny", "small", "full"),
 )  # fmt: skip

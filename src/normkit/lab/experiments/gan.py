@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from normkit.core.card import Paper
+from normkit.catalogue.methods import method
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.runs import diverged, labelled
 from normkit.lab.jobs.adversarial import FOLLOWED, Game, play
@@ -282,11 +282,5 @@ EXPERIMENT = Experiment(
     "gan", "claim", "Spectral normalization of a discriminator, on eight Gaussians",
     "Dividing each weight of a discriminator by its largest singular value makes it Lipschitz with constant 1, leaves the "
         "other singular values free, and costs one power iteration per step if u and v are kept.",
-    Paper(
-        "Miyato, Takeru and Kataoka, Toshiki and Koyama, Masanori and Yoshida, Yuichi",
-        "Spectral Normalization for Generative Adversarial Networks",
-        2018,
-        "https://arxiv.org/abs/1802.05957",
-    ),
-    run, tables, figures, remarks, ("tiny", "small", "full"),
+    method("spectral_norm").paper, run, tables, figures, remarks, ("tiny", "small", "full"),
 )  # fmt: skip

@@ -182,7 +182,7 @@ def changed(job: Training, model: nn.Module) -> nn.Module:
     return model
 
 
-def learn(job: Training, folder: Path) -> dict[str, Any]:
+def learn(job: Training, folder: Path, trainer: type[Trainer] = Trainer) -> dict[str, Any]:
     """Trains, or goes on where it was; gives the result with its curve over epochs."""
     settings = job.settings()
     fabric = start_fabric(settings)
@@ -191,8 +191,8 @@ def learn(job: Training, folder: Path) -> dict[str, Any]:
     model = initial(job, data)
     hashes = {"init_sha256": init_sha256(model), "order_sha256": order_sha256(job.seed, job.epochs, len(data.train))}
     record.check_config(folder / "origin.json", {**hashes, "data_sha256": data.sha256()}, CURE)
-    trainer = Trainer(job.rate, job.seed, settings, changed(job, model), data, fabric, folder)
-    found, rows = trainer.train(lambda epoch, score: tell(epoch, job.epochs, score)), trainer.metrics
+    run = trainer(job.rate, job.seed, settings, changed(job, model), data, fabric, folder)
+    found, rows = run.train(lambda epoch, score: tell(epoch, job.epochs, score)), run.metrics
     curve = {key: [row[key] for row in rows] for key in ("train_loss", "val_loss", "val_score")}
     ends = list(rows[-1]["condition"].items()) if rows else []
     return {

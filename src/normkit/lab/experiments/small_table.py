@@ -1,0 +1,204 @@
+"""A table of rows that the small network learns with: each at the best of its rates, with its difference from the first."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import nn
+
+from normkit.core.card import Paper
+from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiments.runs import diverged, labelled, notes, size_of, source_of
+from normkit.lab.models.noisy_norm import Shift
+from normkit.lab.models.small_cnn import SmallCNN
+from normkit.lab.report.bands import dots, rows_of
+from normkit.lab.report.canvas import FAINT, FULL, panels
+from normkit.lab.report.drawing import COLOURS, GREY
+from normkit.lab.report.tables import edges, rates_table
+from normkit.lab.seeding import reseed
+from normkit.lab.stats import gain, judge_runs, known, spread, tell, tune, where
+from normkit.lab.train.images import Images, Size, Stream, accuracy, fit
+from normkit.lab.train.walk import OK, device, forget
+
+
+@dataclass(frozen=True)
+class Training(Size):
+    """One training."""
+
+    row: str
+    batch: int
+    rate: float
+    seed: int
+
+    @property
+    def path(self) -> str:
+        """The folder."""
+        return f"batch={self.batch}/{self.row}/rate={self.rate:g}/seed={self.seed}"
+
+
+def learn(
+    job: Training,
+    folder: Path,
+    make: Callable[..., nn.Module],
+    before: Callable[[nn.Module, Training, float], None] = lambda model, job, part: None,
+    settle: Callable[[nn.Module, Training, Images], None] = lambda model, job, held_out: None,
+) -> dict[str, Any]:
+    """Trains what ``make(row, channels=, width=)`` gives, and evaluates it.
+
+    ``before(model, job, part)`` is called before each step with the part of the rate that is left; ``settle(model, job, images)``
+    chooses on held-out images what evaluation needs.
+    """
+    images = job.images()
+    stream = Stream(images["train"], job.batch, job.seed)
+    reseed(job.seed, "init")
+    model = make(job.row, channels=images["train"][0].shape[1], width=job.width).to(device())
+    walked = fit(model, stream, job.epochs, job.rate, job.seed, folder, lambda part: before(model, job, part))
+    scores: dict[str, float | None] = dict.fromkeys(("val", "test"))
+    if walked.status == OK:
+        settle(model.eval(), job, images["val"])
+        scores = {part: accuracy(model, images[part]) for part in scores}
+    forget(folder)
+    return {"status": walked.status, "loss": [row["loss"] for row in walked.rows], **scores}
+
+
+def turned(model: SmallCNN, activation: Callable[[], nn.Module] = nn.ReLU) -> SmallCNN:
+    """Puts each norm behind its activation, and a bias before that.
+
+    >>> [type(layer).__name__ for layer in turned(SmallCNN(nn.BatchNorm2d, width=4)).features[:4]]
+    ['Conv2d', 'Shift', 'ReLU', 'BatchNorm2d']
+    """
+    old, layers = list(model.features.children()), list[nn.Module]()
+    for layer, norm in zip(old[::3], old[1::3], strict=True):
+        layers += [layer, Shift(layer.get_parameter("weight").shape[0]), activation(), norm]
+    model.features = nn.Sequential(*layers)
+    return model
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared.
+
+    Args:
+        train: does a job: :func:`learn` with the rows of the experiment.
+        rows: by batch size, the rows' titles by name; the first is the one that others are compared with.
+        rates: by batch size, those that each row tries; further ones follow where the best is the smallest or largest.
+        epochs: at small scale.
+        pairs: rows that remarks compare, the first minus the second, where both are there.
+        about: a note below the tables. Default: none.
+    """
+
+    train: Callable[[Training, Path], dict[str, Any]]
+    rows: Mapping[int, Mapping[str, str]]
+    rates: Mapping[int, Sequence[float]]
+    epochs: int
+    pairs: Sequence[tuple[str, str]]
+    about: str = ""
+
+    def experiment(self, name: str, title: str, claim: str, paper: Paper) -> Experiment:
+        """The experiment, of a claim."""
+        parts = [partial(part, self) for part in (run, tables, figures, remarks)]
+        # The report's account of what was run is the docstring of this module.
+        parts[0].__module__ = self.train.__module__  # pyright: ignore[reportAttributeAccessIssue]
+        scales = "tiny", "small", "full"
+        return Experiment(name, "claim", title, claim, paper, *parts, scales=scales)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def run(plan: Plan, bench: Bench) -> dict[str, Any]:
+    """Finds the rate of each row with the first seed, on held-out images, then trains with it and every seed."""
+    size, first = size_of(bench, plan.epochs), bench.seeds[0]
+    tiny = bench.scale == "tiny"
+    makers = {
+        f"{row}, {batch}": partial(Training, row=row, batch=batch, **size)
+        for batch, some in plan.rows.items()
+        for row in some
+    }
+    tried = {
+        name: [make(rate=rate, seed=first) for rate in ((0.1, 1e30) if tiny else plan.rates[make.keywords["batch"]])]
+        for name, make in makers.items()
+    }
+
+    swept = tune(
+        bench, plan.train, tried, look, None if tiny else lambda name, rate: makers[name](rate=rate, seed=first)
+    )
+    jobs = [make(rate=swept[name]["rate"], seed=seed) for seed in bench.seeds for name, make in makers.items()]
+    runs = labelled(bench, plan.train, jobs, "row", "batch", "rate", "seed")
+    return {"runs": runs, "swept": swept, **size, **source_of(size, bench)}
+
+
+def look(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run says on held-out images."""
+    loss = found["loss"][-1] if found["loss"] else None
+    return {"status": found["status"], "score": found["val"], "loss": loss, "reached": len(found["loss"])}
+
+
+def tables(plan: Plan, result: Mapping[str, Any]) -> list[Table]:
+    """For each batch size, the scores of rows and their differences from the first, and the rates that were tried."""
+    found = []
+    for batch, titles in plan.rows.items():
+        base = where(result["runs"], row=next(iter(titles)), batch=batch)
+        swept = [{"name": title, **result["swept"][f"{row}, {batch}"]} for row, title in titles.items()]
+        lines: list[list[Any]] = []
+        for row, title in titles.items():
+            runs = where(result["runs"], row=row, batch=batch)
+            scores, losses = [run["test"] for run in runs], [run["loss"][-1] for run in runs if run["status"] == OK]
+            change = [None, None] if runs == base else [difference(runs, base), judge_runs(runs, base, "test")]
+            lines.append([title, runs[0]["rate"], spread(scores, ".1f", 100), *change, spread(losses, ".2f")])
+        said = (
+            f"{result['data']}: {result['train'] or 'all'} training images, {result['epochs']} epochs of SGD with momentum 0.9, "
+            "cosine decay; mean ± standard deviation over seeds, differences in points, paired by seed, with their 95 % interval."
+        )
+        columns = ("row", "rate", "test, %", f"minus {swept[0]['name']}", "it is", "training loss")
+        said = notes(result, said, *filter(None, [plan.about]), *edges(swept))
+        found.append(Table(f"Batch {batch}", columns, lines, said))
+        note = "Accuracy on held-out images in %, first seed; it chooses the rate."
+        found += rates_table(f"Batch {batch}: learning rates", swept, note)
+    return found
+
+
+def difference(runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> str | None:
+    """The difference in test accuracy, in points."""
+    return tell(gain(runs, base, "test"), "+.1f", 100)
+
+
+def remarks(plan: Plan, result: Mapping[str, Any]) -> list[str]:
+    """What pairs of rows show, by batch size, and how many runs diverged."""
+    said = []
+    for batch, titles in plan.rows.items():
+        told = []
+        for one, other in plan.pairs:
+            if one in titles and other in titles:
+                runs, base = (where(result["runs"], row=row, batch=batch) for row in (one, other))
+                change = f"{difference(runs, base)}, {judge_runs(runs, base, 'test')}"
+                told.append(f"{titles[one]} minus {titles[other]} {change}")
+        said.append(f"Batch {batch}, test accuracy in points: {'; '.join(told)}.")
+    return [*said, diverged(result["runs"])]
+
+
+def figures(plan: Plan, result: Mapping[str, Any]) -> list[Drawing]:
+    """Test accuracies, a panel for each batch size."""
+    caption = (
+        "Test accuracy of each row at its chosen rate; a dot is a seed, a bar the mean over seeds, and the vertical line that of "
+        "the first row. Look for rows whose dots are all on one side of the line; a seed that diverged has no dot."
+    )
+    return [Drawing("accuracy", lambda: accuracies(plan, result), caption)]
+
+
+def accuracies(plan: Plan, result: Mapping[str, Any]) -> Figure:
+    """Test accuracies, a dot per seed."""
+    count = len(plan.rows)
+    figure, axes = panels(count, FULL if count > 1 else FULL * 0.7, 2.0)
+    for axis, (batch, titles) in zip(axes, plan.rows.items(), strict=True):
+        for y, row in enumerate(titles):
+            runs = where(result["runs"], row=row, batch=batch)
+            scores = [100 * score for score in known(run["test"] for run in runs)]
+            dots(axis, y, scores, COLOURS[0] if y else GREY)
+            if scores and not y:
+                axis.axvline(fmean(scores), color=FAINT, linewidth=0.8)
+        axis.set_xlabel("test accuracy, %")
+        axis.set_title(f"batch {batch}", loc="left")
+        rows_of(axis, list(titles.values()))
+    return figure
