@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import foreign_norms as foreign
 import normkit as nk
 from normkit.engine.layer import Layer
 
@@ -48,100 +49,41 @@ def test_it_computes_the_same_with_the_same_parameters() -> None:
     assert_close(model.state_dict(), theirs.state_dict(), rtol=1e-9, atol=1e-9)
 
 
-class LateNorm(nn.Module):
-    """Root mean square normalization as language models write it: with statistics in float32."""
-
-    def __init__(self, size: int, offset: float = 0.0, early: bool = True) -> None:
-        super().__init__()
-        self.weight, self.variance_epsilon = nn.Parameter(torch.randn(size)), 1e-6
-        self.offset, self.early = offset, early
-
-    def normalized(self, x: Tensor) -> Tensor:
-        x = x.float()
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        y, gain = self.normalized(hidden_states), self.offset + self.weight
-        return gain * y.to(hidden_states.dtype) if self.early else (y * gain.float()).to(hidden_states.dtype)
-
-
-class LlamaRMSNorm(LateNorm):
-    """Rounds before the weight."""
-
-
-class GemmaRMSNorm(LateNorm):
-    def __init__(self, size: int) -> None:
-        super().__init__(size, offset=1.0, early=False)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return (self.normalized(hidden_states) * (1.0 + self.weight.float())).type_as(hidden_states)
-
-
-class CenteredNorm(LateNorm):
-    """Layer normalization without a bias, in float32."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.float()
-        x = x - x.mean(-1, keepdim=True)
-        return (self.weight.float() * self.normalized(x)).to(hidden_states.dtype)
-
-
-class BareNorm(nn.Module):
-    """Layer normalization without parameters."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.normalized_shape = (size,)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.float()
-        return nn.functional.layer_norm(x, self.normalized_shape, None, None, eps=1e-5).to(hidden_states.dtype)
-
-
-class ChannelsNorm(nn.LayerNorm):
-    """Over the channels of images."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        x = nn.functional.layer_norm(input.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)
-
-
-class BatchNormAct(nn.BatchNorm2d):
-    """Norm, dropout and activation in one layer."""
-
-    def __init__(self, size: int, act: nn.Module, p: float = 0.0) -> None:
-        super().__init__(size)
-        self.drop, self.act = nn.Dropout(p) if p else nn.Identity(), act
-
-    def forward(self, input: Tensor) -> Tensor:
-        y = nn.functional.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
-        )
-        if self.training:
-            self.num_batches_tracked.add_(1)
-        return self.act(self.drop(y))
-
-
-class GroupNormAct(nn.GroupNorm):
-    def __init__(self, size: int) -> None:
-        super().__init__(2, size)
-        self.act = nn.SiLU(inplace=True)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.act(nn.functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps))
-
-
 LAST, FIRST = (4, 5, 8), (4, 8, 5, 6)
 FAMILIES = {
-    "Llama": (LlamaRMSNorm(8), LAST, "RMSNorm((8,), eps=1e-06, elementwise_affine=True, cast='before weight')"),
-    "late": (LateNorm(8, early=False), LAST, "RMSNorm((8,), eps=1e-06, elementwise_affine=True)"),
-    "Gemma": (GemmaRMSNorm(8), LAST, "RMSNorm((8,), eps=1e-06, elementwise_affine=True, offset=1.0)"),
-    "no bias": (CenteredNorm(8), LAST, "LayerNorm((8,), eps=1e-06, elementwise_affine=True, bias=False)"),
-    "bare": (BareNorm(8), LAST, "LayerNorm((8,), eps=1e-05, elementwise_affine=False, bias=False)"),
-    "channels": (ChannelsNorm(8), FIRST, "LayerNorm((8,), eps=1e-05, elementwise_affine=True, bias=True, over='c')"),
-    "bn relu": (BatchNormAct(8, nn.ReLU()), FIRST, "BatchNorm("),
-    "bn": (BatchNormAct(8, nn.Identity()), FIRST, "BatchNorm("),
-    "gn silu": (GroupNormAct(8), FIRST, "GroupNorm("),
+    "Llama": (foreign.LlamaRMSNorm(8), LAST, "RMSNorm((8,), eps=1e-06, elementwise_affine=True, cast='before weight')"),
+    "late": (foreign.LateNorm(8, early=False), LAST, "RMSNorm((8,), eps=1e-06, elementwise_affine=True)"),
+    "Gemma": (foreign.GemmaRMSNorm(8), LAST, "RMSNorm((8,), eps=1e-06, elementwise_affine=True, offset=1.0)"),
+    "no bias": (foreign.CenteredNorm(8), LAST, "LayerNorm((8,), eps=1e-06, elementwise_affine=True, bias=False)"),
+    "bare": (foreign.BareNorm(8), LAST, "LayerNorm((8,), eps=1e-05, elementwise_affine=False, bias=False)"),
+    "channels": (
+        foreign.ChannelsNorm(8),
+        FIRST,
+        "LayerNorm((8,), eps=1e-05, elementwise_affine=True, bias=True, over='c')",
+    ),
+    "bn relu": (foreign.BatchNormAct(8, nn.ReLU()), FIRST, "BatchNorm("),
+    "bn": (foreign.BatchNormAct(8, nn.Identity()), FIRST, "BatchNorm("),
+    "per head": (
+        foreign.HeadsNorm((4, 8)),
+        (2, 3, 4, 8),
+        "LayerNorm((4, 8), eps=1e-06, elementwise_affine=True, bias=False, over='d')",
+    ),
+    "gate last": (
+        foreign.GatedNorm(8, True),
+        LAST,
+        "GatedRMSNorm(8, eps=1e-06, norm_before_gate=True, groups=1, cast='before weight')",
+    ),
+    "gate first": (
+        foreign.OptionalGateNorm(8, False),
+        LAST,
+        "GatedRMSNorm(8, eps=1e-06, norm_before_gate=False, groups=1",
+    ),
+    "gate and groups": (
+        foreign.GatedNorm(8, False, 2),
+        LAST,
+        "GatedRMSNorm(8, eps=1e-06, norm_before_gate=False, groups=2",
+    ),
+    "gn silu": (foreign.GroupNormAct(8), FIRST, "GroupNorm("),
 }
 
 
@@ -156,10 +98,11 @@ def test_norms_of_any_make_are_known_by_what_they_compute(family: str, dtype: to
     assert str(model["norm"]).startswith(wanted)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert list(model.state_dict()) == state
+    given = (x, torch.randn(shape).to(dtype)) if "gate" in family else (x,)
     for training in (True, False):
-        y, z = model["norm"].train(training)(x), theirs.train(training)(x)
+        y, z = model["norm"].train(training)(*given), theirs.train(training)(*given)
         assert y.dtype == z.dtype
-        if dtype == torch.bfloat16 and isinstance(model["norm"], nk.RMSNorm):
+        if dtype == torch.bfloat16 and isinstance(model["norm"], nk.RMSNorm | nk.GatedRMSNorm):
             assert (y == z).float().mean() > 0.98  # the same order of rounding
         # Classes that compute in float32 whatever comes in; bfloat16 keeps 8 bits.
         tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
@@ -167,24 +110,32 @@ def test_norms_of_any_make_are_known_by_what_they_compute(family: str, dtype: to
 
 
 def test_what_it_can_not_take_over_is_said() -> None:
-    class TwiceNorm(LlamaRMSNorm):
+    class TwiceNorm(foreign.LlamaRMSNorm):
         def forward(self, hidden_states: Tensor) -> Tensor:
             return 2 * super().forward(hidden_states)
 
     model = nn.Sequential(
-        BatchNormAct(4, nn.Hardswish()),
-        BatchNormAct(4, nn.ReLU(), p=0.5),
+        foreign.BatchNormAct(4, nn.Hardswish()),
+        foreign.BatchNormAct(4, nn.ReLU(), p=0.5),
         TwiceNorm(4),
         nn.InstanceNorm1d(4, track_running_stats=True),
         nn.SyncBatchNorm(4),
         nn.LayerNorm(4),
+        foreign.SigmoidGateNorm(4, True),
     )
     changes = nk.accelerate(model)
     assert [row.layer for row in changes] == ["5"]
     reasons = [left.reason for left in changes.passed_over]
     for reason, wanted in zip(
         reasons,
-        ["applies Hardswish too", "applies Sequential too", "fits neither", "keeps running", "no faster kernel"],
+        [
+            "applies Hardswish too",
+            "applies Sequential too",
+            "fits neither",
+            "keeps running",
+            "no faster kernel",
+            "takes",
+        ],
         strict=True,
     ):
         assert wanted in reason

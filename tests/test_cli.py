@@ -21,7 +21,14 @@ from normkit.lab.settings import Place, Reports, Settings, Site, Size, Speed, wi
 
 TESTS = Path(__file__).parent
 EXPERIMENT = (Size, Place, Reports)
-DECLARED = {"compare": (Settings, Site, Reports), "reproduce": EXPERIMENT, "claim": EXPERIMENT, "bench": (Speed,)}
+DECLARED = {
+    "compare": (Settings, Site, Reports),
+    "reproduce": EXPERIMENT,
+    "claim": EXPERIMENT,
+    "theory": EXPERIMENT,
+    "demo": EXPERIMENT,
+    "bench": (Speed,),
+}
 
 
 def environ() -> dict[str, str]:

@@ -7,31 +7,19 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations as torchs
 from torch.nn.utils import parametrize
 
+from foreign_norms import lived_in
 from normkit.activations.batch_norm import BatchNorm
 from normkit.activations.batch_renorm import BatchRenorm
 from normkit.activations.ghost_batch_norm import GhostBatchNorm
 from normkit.activations.mean_only_batch_norm import MeanOnlyBatchNorm
 from normkit.core.errors import SurgeryError
-from normkit.surgery.convert import convert
 from normkit.surgery.fold import fold
-from normkit.surgery.norms import is_norm
 from normkit.surgery.recipe import apply_recipe
 from normkit.weights.weight_conditioning import weight_conditioning
 from normkit.weights.weight_norm import weight_norm
 
 # What a chain of three layers may lose to rounding when its factors are multiplied in another order.
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
-
-
-def lived_in(model: nn.Module) -> nn.Module:
-    """In float64 and evaluation, with parameters and statistics that are not those of the start."""
-    model = model.double().eval()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point():
-            tensor.data.copy_(
-                torch.rand_like(tensor) + 0.5 if name.endswith(("var", "std")) else torch.randn_like(tensor)
-            )
-    return model
 
 
 CASES = {
@@ -270,142 +258,6 @@ def test_a_model_in_training_is_refused_with_the_cure():
 class Noise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.randn_like(x)
-
-
-class Standardizing(nn.Conv2d):
-    """Standardizes its weight in forward."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        return self._conv_forward(input, weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5), self.bias)
-
-
-class NormAct(nn.BatchNorm2d):
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self.act = nn.Hardswish()
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.act(super().forward(input))
-
-
-class Gain(nn.Module):
-    """A norm that several linear layers read, as attention does."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.q, self.k = norm, nn.Linear(6, 6, bias=False), nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
-        return self.q(y) * self.k(y)
-
-
-class PlainRMSNorm(nn.Module):
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
-
-
-IMAGES, TOKENS = (2, 3, 6, 6), (2, 5, 6)
-# What stands there, and what remains of it.
-WAYS = {
-    "norm and activation": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4)), IMAGES, nn.Hardswish, None),
-    "ours with an activation": (
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), BatchNorm(4, activation="gelu")),
-        IMAGES,
-        nn.GELU,
-        None,
-    ),
-    "frozen": (
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), convert(nn.Sequential(nn.BatchNorm2d(4)), "frozen_bn").model[0]),
-        IMAGES,
-        nn.Identity,
-        None,
-    ),
-    "before a convolution": (
-        lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)),
-        IMAGES,
-        nn.Identity,
-        None,
-    ),
-    "before groups": (
-        lambda: nn.Sequential(
-            nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect", groups=3)
-        ),
-        IMAGES,
-        nn.Identity,
-        None,
-    ),
-    "before zeros": (
-        lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)),
-        IMAGES,
-        nn.BatchNorm2d,
-        "pads with zeros",
-    ),
-    "before a linear layer": (
-        lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm1d(6), nn.Linear(6, 4, bias=False)),
-        (5, 6),
-        nn.Identity,
-        None,
-    ),
-    "layer norm": (lambda: Gain(nn.LayerNorm(6)), TOKENS, nn.LayerNorm, None),
-    "rms norm": (lambda: Gain(nn.RMSNorm(6, eps=1e-5)), TOKENS, nn.RMSNorm, None),
-    "1 + weight": (lambda: Gain(PlainRMSNorm(6)), TOKENS, nn.RMSNorm, None),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("way", WAYS)
-def test_a_norm_goes_into_its_neighbours(way: str, dtype: torch.dtype) -> None:
-    make, shape, left, reason = WAYS[way]
-    model, x = lived_in(make()).to(dtype), torch.randn(shape, dtype=dtype)
-    name, norm = next((n, m) for n, m in model.named_modules() if is_norm(m))
-    wanted, changes = model(x), fold(model, x)
-    after = model.get_submodule(name)
-    assert type(after) is left
-    if reason is not None:
-        assert reason in changes.passed_over[0].reason
-        assert after is norm
-        return
-    assert (changes.rows[0].error or 0.0) < (1e-5 if dtype == torch.float32 else 1e-13)
-    assert not changes.passed_over
-    assert not any(True for _ in (*after.parameters(), *after.buffers()))
-    other = torch.randn(shape, dtype=dtype)
-    assert type(pickle.loads(pickle.dumps(model))) is type(model)
-    exported = torch.export.export(model, (x,)).module()
-    torch.testing.assert_close(exported(x), model(x))
-    torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
-    folded = model(other)
-    changes.undo()
-    torch.testing.assert_close(model(x), wanted, rtol=0, atol=0)
-    torch.testing.assert_close(model(other), folded, rtol=1e-5, atol=1e-5)
-
-
-def test_gains_stay_where_a_reader_is_tied_or_no_layer() -> None:
-    tied = lived_in(Gain(nn.LayerNorm(6)))
-    tied.k.weight = tied.q.weight
-    assert "read elsewhere" in fold(tied, torch.randn(TOKENS).double()).passed_over[0].reason
-    residual = lived_in(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True))
-    assert all("something else" in left.reason for left in fold(residual, torch.randn(TOKENS).double()).passed_over)
-
-
-# torch calls its older weight norm deprecated.
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-@pytest.mark.parametrize("put", [nn.utils.weight_norm, nn.utils.spectral_norm, Standardizing])
-def test_weights_that_are_made_in_other_ways_become_plain(put) -> None:
-    first = put(3, 4, 3) if put is Standardizing else put(nn.Conv2d(3, 4, 3))
-    model, x = lived_in(nn.Sequential(first, nn.BatchNorm2d(4))), torch.randn(IMAGES).double()
-    wanted, changes = model(x), fold(model, x)
-    assert len(changes.rows) == 2
-    assert type(model[0]) is nn.Conv2d
-    assert isinstance(model[1], nn.Identity)
-    assert set(model.state_dict()) == {"0.weight", "0.bias"}
-    torch.testing.assert_close(model(x), wanted, **CLOSE)
-    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), wanted, **CLOSE)
 
 
 def test_without_an_example_batch_norms_are_named_as_passed_over() -> None:

@@ -15,6 +15,7 @@ from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, check_shape, divisors, show
 from normkit.engine.dispatch import Backend, run
+from normkit.engine.layer import Cast, check_cast
 
 
 @remembered
@@ -42,6 +43,8 @@ class GatedRMSNorm(Module):
         eps: added to the mean square. Default: 1e-5.
         norm_before_gate: which of the two forms. Default: True.
         groups: number of groups of features, each with its own root mean square. Default: 1.
+        cast: when a half type is rounded: ``"after weight"`` once at the end, ``"before weight"`` (transformers) also after
+            normalizing and after the weight. In float32 and float64 both are the same. Default: "after weight".
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -50,7 +53,7 @@ class GatedRMSNorm(Module):
 
     Raises:
         ShapeError: the input does not end in ``features``, or the gate has another shape.
-        OptionError: the features do not split into the groups.
+        OptionError: the features do not split into the groups, or an unknown ``cast``.
 
     Reference:
         Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality"
@@ -68,6 +71,7 @@ class GatedRMSNorm(Module):
         *,
         norm_before_gate: bool = True,
         groups: int = 1,
+        cast: Cast = "after weight",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -76,7 +80,9 @@ class GatedRMSNorm(Module):
             raise OptionError(
                 f"GatedRMSNorm: {features} features do not split into groups={groups}; wanted one of {divisors(features)}"
             )
+        check_cast("GatedRMSNorm", cast)
         self.features, self.eps, self.groups, self.norm_before_gate = features, eps, groups, norm_before_gate
+        self.cast: Cast = cast
         self.weight = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -86,10 +92,11 @@ class GatedRMSNorm(Module):
 
     def forward(self, input: Tensor, gate: Tensor | None = None) -> Tensor:
         options = {"norm_before_gate": self.norm_before_gate, "groups": self.groups}
-        return gated_rms_norm(input, gate, self.weight, self.eps, **options)
+        return gated_rms_norm(input, gate, self.weight, self.eps, cast=self.cast, **options)
 
     def extra_repr(self) -> str:
-        return f"{self.features}, eps={self.eps}, norm_before_gate={self.norm_before_gate}, groups={self.groups}"
+        shown = f"{self.features}, eps={self.eps}, norm_before_gate={self.norm_before_gate}, groups={self.groups}"
+        return shown + f", cast={self.cast!r}" * (self.cast != "after weight")
 
 
 def gated_rms_norm(
@@ -100,6 +107,7 @@ def gated_rms_norm(
     *,
     norm_before_gate: bool = True,
     groups: int = 1,
+    cast: Cast = "after weight",
     backend: Backend = "auto",
 ) -> Tensor:
     """Gated RMS normalization over the last axis as a function; see GatedRMSNorm.
@@ -112,15 +120,20 @@ def gated_rms_norm(
     if input.dim() < 1:
         raise ShapeError("gated_rms_norm: got an input without axes; wanted (*, D)")
     check_shape("gated_rms_norm", "weight", weight, input.shape[-1])
+    check_cast("gated_rms_norm", cast)
     rule = gated_rms_norm_rule(eps, groups)
-    if gate is None:
+    if gate is None and cast == "after weight":
         return run(rule, input, weight, backend=backend)
-    # Both products are taken in at least float32 and rounded once, as the authors' kernels do.
+    # Both products are taken in at least float32, and rounded once unless asked otherwise, as the authors' kernels do.
     wide = accumulation_dtype(input.dtype)
-    x, open_ = input.to(wide), F.silu(gate.to(wide))
-    if norm_before_gate:
-        return (run(rule, x, weight, backend=backend) * open_).to(input.dtype)
-    return run(rule, x * open_, weight, backend=backend).to(input.dtype)
+    x, open_ = input.to(wide), None if gate is None else F.silu(gate.to(wide))
+    x = x if open_ is None or norm_before_gate else x * open_
+    if cast == "after weight":
+        y = run(rule, x, weight, backend=backend)
+    else:
+        y = run(rule, x, backend=backend).to(input.dtype)
+        y = y if weight is None else weight * y
+    return (y if open_ is None or not norm_before_gate else y * open_).to(input.dtype)
 
 
 CARD = Card(

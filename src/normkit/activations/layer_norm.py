@@ -49,7 +49,8 @@ class LayerNorm(Layer, nn.LayerNorm):
         eps: added to the variance. Default: 1e-5 (ConvNeXt and ViT use 1e-6).
         elementwise_affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
         bias: False omits the bias. Default: True.
-        over: ``"c"`` or ``"c *"`` of an input ``"n c *"``; None for the trailing axes. Default: None.
+        over: ``"c"`` or ``"c *"`` of an input ``"n c *"``; ``"d"`` for the last trailing axis alone, with a weight per element of
+            all, as for queries whose heads have gains of their own; None for the trailing axes. Default: None.
         per: with ``over``, ``""`` for one scalar weight and bias; None for one per channel. Default: None.
         activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
         device: device of the parameters.

@@ -1,23 +1,20 @@
 """Root mean square normalization: layer normalization without centring."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError
 from normkit.core.module import trailing_sizes
 from normkit.core.place import one_of
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Guard, Statistic
 from normkit.engine.dispatch import Activation, Backend, run
-from normkit.engine.layer import Layer, check_features, features_support
+from normkit.engine.layer import Cast, Layer, check_cast, check_features, features_support
 from normkit.engine.reference import activate
-
-Cast = Literal["after weight", "before weight"]
 
 
 @remembered
@@ -58,7 +55,8 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         eps: added to the mean square; None for the machine epsilon of the statistics' dtype, at least float32. Default: None.
         elementwise_affine: whether there is a weight. Default: True.
         bias: True adds a bias (starts at 0). Default: False.
-        over: ``"c"`` or ``"c *"`` of an input ``"n c *"``; None for the trailing axes. Default: None.
+        over: ``"c"`` or ``"c *"`` of an input ``"n c *"``; ``"d"`` for the last trailing axis alone, with a weight per element of
+            all, as for queries whose heads have gains of their own; None for the trailing axes. Default: None.
         guard: where eps enters: ``"inside"`` the root, ``"outside"`` it (added), or as its ``"floor"``. Default: "inside".
         offset: added to the weight, which starts at 1 - offset. With 1, weight decay pulls the gain toward 1. Default: 0.
         cast: when a half type is rounded: ``"after weight"`` rounds once at the end, ``"before weight"`` rounds the
@@ -103,7 +101,7 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
     ) -> None:
         shape = trailing_sizes("RMSNorm", normalized_shape)
         check_features("RMSNorm", shape, over, None)
-        _check_cast("RMSNorm", cast)
+        check_cast("RMSNorm", cast)
         super().__init__(shape, eps, elementwise_affine, device=device, dtype=dtype)
         self.activation = activation
         self.over, self.offset, self.cast = over, offset, cast
@@ -154,16 +152,11 @@ def rms_norm(
     """
     shape = trailing_sizes("rms_norm", normalized_shape)
     check_features("rms_norm", shape, over, None, input)
-    _check_cast("rms_norm", cast)
+    check_cast("rms_norm", cast)
     rule = rms_norm_rule(len(shape), eps, over, guard, offset)
     if cast == "before weight":
         return _rounded_first(rule, input, weight, bias, mask, backend)
     return run(rule, input, weight, bias, mask=mask, backend=backend)
-
-
-def _check_cast(who: str, cast: str) -> None:
-    if cast not in ("after weight", "before weight"):
-        raise OptionError(f"{who}: cast={cast!r}; wanted 'after weight' or 'before weight'")
 
 
 @remembered

@@ -1,15 +1,21 @@
-"""A picture of a support set for a paper or a slide: a cube of elements with the set in colour, drawn from the support only."""
+"""A picture of a support set for a paper or a slide: a cube of elements with the set in colour.
+
+It is drawn from the support alone, or, for the five pictures of a lecture (``"slides"``), found by differentiating the layer.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
+from torch import Tensor
 
 from normkit.catalogue.diagram import members, small_shape
 from normkit.catalogue.methods import METHODS, method
+from normkit.catalogue.slides import SLIDES, reached
 from normkit.core.card import Card
 from normkit.core.errors import OptionError
 from normkit.core.support import Support
@@ -18,6 +24,22 @@ _SET, _REST, _EDGE, _MARKED = "#3b6fb6", "#f2f2ef", "#55554f", "#e69f00"
 # One step along the depth axis in the picture, in steps along the other two.
 _DEPTH = (0.42, 0.34)
 _WIDTH, _HEIGHT, _ACROSS = 3.2, 2.7, 4  # size of a picture in inches, and pictures per row
+
+
+class Cube(NamedTuple):
+    """What a picture shows.
+
+    Args:
+        name: of its file.
+        title: above it.
+        reached: boolean, of two or three axes: depth, rows, columns. The element in question ends the first row.
+        labels: names of the axes.
+    """
+
+    name: str
+    title: str
+    reached: Tensor
+    labels: Sequence[str]
 
 
 def draw(support: Support, path: Path | str, title: str | None = None) -> Path:
@@ -38,17 +60,15 @@ def draw(support: Support, path: Path | str, title: str | None = None) -> Path:
         OptionError: the support has one axis, or more than three.
         OSError: the file can't be written.
     """
-    figure = Figure(figsize=(_WIDTH, _HEIGHT))
-    _cube(figure.add_axes((0.04, 0.04, 0.92, 0.84)), support)
-    figure.suptitle(title or f"{support.axes}   over   {support.over}", fontsize=10)
-    return _save(figure, path)
+    return _draw(_of_support("", title or f"{support.axes}   over   {support.over}", support), path)
 
 
-def draw_together(cards: Sequence[Card], path: Path | str) -> Path:
-    """Draw the support sets of methods side by side, four per row.
+def draw_together(cubes: Sequence[Cube], path: Path | str, across: int = _ACROSS) -> Path:
+    """Draw pictures side by side, four per row.
 
     Args:
-        cards: cards of methods with a support set.
+        cubes: what to draw.
+        across: pictures per row. Default: 4.
         path: file to write; its suffix sets the format: .svg, .png or .pdf.
 
     Returns:
@@ -57,24 +77,36 @@ def draw_together(cards: Sequence[Card], path: Path | str) -> Path:
     Raises:
         OSError: the file can't be written.
     """
-    across = min(len(cards), _ACROSS)
-    down = -(-len(cards) // across)
-    figure = Figure(figsize=(across * _WIDTH, down * _HEIGHT))
-    for place, card in enumerate(cards):
+    return _save(together(cubes, across), path)
+
+
+def together(cubes: Sequence[Cube], across: int = _ACROSS, width: float = _WIDTH) -> Figure:
+    """Make the figure of pictures side by side, each `width` inches wide."""
+    across = min(len(cubes), across)
+    down = -(-len(cubes) // across)
+    figure = Figure(figsize=(across * width, down * width * _HEIGHT / _WIDTH))
+    for place, cube in enumerate(cubes):
         row, column = divmod(place, across)
         left, bottom = (column + 0.04) / across, 1 - (row + 0.96) / down
         axes = figure.add_axes((left, bottom, 0.92 / across, 0.84 / down))
-        assert card.rule is not None
-        _cube(axes, card.rule.support)
-        axes.set_title(card.title, fontsize=10)
-    return _save(figure, path)
+        _cube(axes, cube)
+        axes.set_title(cube.title, fontsize=10)
+    return figure
+
+
+def slides() -> list[Cube]:
+    """Find the five pictures of the lecture by differentiating layers."""
+    return [
+        Cube(name, slide.title, reached(slide).permute(slide.order), [slide.labels[axis] for axis in slide.order])
+        for name, slide in SLIDES.items()
+    ]
 
 
 def draw_methods(names: Sequence[str], folder: Path, ending: str = "svg", *, together: bool = False) -> Iterator[Path]:
     """Draw the support sets of methods, one file each or all in one.
 
     Args:
-        names: names of methods; empty for all that have a support set.
+        names: names of methods, or ``"slides"`` for the five pictures of a lecture; empty for all that have a support set.
         folder: folder to write to; created if it is missing.
         ending: ``"svg"``, ``"png"`` or ``"pdf"``.
         together: whether to write one file ``support-sets`` with all of them. Default: False.
@@ -88,25 +120,26 @@ def draw_methods(names: Sequence[str], folder: Path, ending: str = "svg", *, tog
     """
     if ending not in ("svg", "png", "pdf"):
         raise OptionError(f"pictures are svg, png or pdf, not {ending!r}")
-    cards = [method(name) for name in names] or [card for card in METHODS if card.rule is not None]
-    for card in cards:
-        if card.rule is None:
-            raise OptionError(
-                f"{card.name} has no single support set to draw; normkit show {card.name} says what it does"
-            )
+    cubes = [cube for name in names for cube in (slides() if name == "slides" else [_of_card(method(name))])]
+    cubes = cubes or [_of_card(card) for card in METHODS if card.rule is not None]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if together:
-            yield draw_together(cards, folder / f"support-sets.{ending}")
+            yield draw_together(cubes, folder / f"support-sets.{ending}")
             return
-        for card in cards:
-            assert card.rule is not None
-            yield draw(card.rule.support, folder / f"{card.name}.{ending}", card.title)
+        for cube in cubes:
+            yield _draw(cube, folder / f"{cube.name}.{ending}")
     except OSError as error:
         raise OptionError(f"can't write to {folder}: {error.strerror}; choose another folder") from None
 
 
-def _cube(axes: Axes, support: Support) -> None:
+def _of_card(card: Card) -> Cube:
+    if card.rule is None:
+        raise OptionError(f"{card.name} has no single support set to draw; normkit show {card.name} says what it does")
+    return _of_support(card.name, card.title, card.rule.support)
+
+
+def _of_support(name: str, title: str, support: Support) -> Cube:
     shape, labels = small_shape(support)
     if len(shape) not in (2, 3):
         raise OptionError(
@@ -116,14 +149,22 @@ def _cube(axes: Axes, support: Support) -> None:
         order = (0, 2, 1) if labels[-1] in ("positions", "weights of the unit") else (0, 1, 2)
     else:
         order = (0, 1)
-    sizes = [shape[axis] for axis in order]
-    names = [labels[axis] for axis in order]
     element = [0] * len(shape)
     element[order[-1]] = shape[order[-1]] - 1  # where all three visible faces meet
-    reached = members(support, shape, element).permute(order)
-    if reached.dim() == 2:
-        reached, sizes = reached[None], [1, *sizes]
-    depth, rows, columns = sizes
+    return Cube(name, title, members(support, shape, element).permute(order), [labels[axis] for axis in order])
+
+
+def _draw(cube: Cube, path: Path | str) -> Path:
+    figure = Figure(figsize=(_WIDTH, _HEIGHT))
+    _cube(figure.add_axes((0.04, 0.04, 0.92, 0.84)), cube)
+    figure.suptitle(cube.title, fontsize=10)
+    return _save(figure, path)
+
+
+def _cube(axes: Axes, cube: Cube) -> None:
+    deep, names = cube.reached.dim() == 3, cube.labels
+    reached = cube.reached if deep else cube.reached[None]
+    depth, rows, columns = reached.shape
     marked = (0, 0, columns - 1)
 
     axes.set_aspect("equal")
@@ -142,7 +183,7 @@ def _cube(axes: Axes, support: Support) -> None:
     for r in range(rows):
         for c in range(columns):
             face((0, r, c), [(0, r, c), (0, r, c + 1), (0, r + 1, c + 1), (0, r + 1, c)], 0.0)
-    if len(shape) == 3:
+    if deep:
         for d in range(depth):
             for c in range(columns):
                 face((d, 0, c), [(d, 0, c), (d, 0, c + 1), (d + 1, 0, c + 1), (d + 1, 0, c)], 0.06)

@@ -42,7 +42,8 @@ def show(name: Annotated[str, typer.Argument(metavar="METHOD", help="as in the l
 @command(app, "draw")
 def draw(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="METHOD", help="methods; default: all that have a support set")
+        list[str] | None,
+        typer.Argument(metavar="METHOD", help="methods, or slides; default: all that have a support set"),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="where to")] = Path("figures"),
     ending: Annotated[str, typer.Option("--format", metavar="svg|png|pdf", help="of the files")] = "svg",

@@ -1,4 +1,4 @@
-"""What the laboratory does: compare, reproduce, claim, report, bench, and info on the machine that does it."""
+"""What the laboratory does: compare, reproduce, claim, theory, demo, report, bench, and info on the machine that does it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,6 +73,26 @@ def claim(size: Size, place: Place, reports: Reports, name: Annotated[str | None
     normkit claim batch-size --data-root data --scale small
     """
     _experiment("claim", name, size, place, reports)
+
+
+@command(app, "theory", Size, Place, Reports)
+def theory(size: Size, place: Place, reports: Reports, name: Annotated[str | None, NAME] = None) -> None:
+    """Measures what theorems on conditioning predict, and where they fail.
+
+    Such as:
+    normkit theory van-der-sluis
+    """
+    _experiment("theory", name, size, place, reports)
+
+
+@command(app, "demo", Size, Place, Reports)
+def demo(size: Size, place: Place, reports: Reports, name: Annotated[str | None, NAME] = None) -> None:
+    """Demonstrates what normalization does, by a table, a figure or an animation.
+
+    Such as:
+    normkit demo learning-rate
+    """
+    _experiment("demo", name, size, place, reports)
 
 
 def _experiment(kind: str, name: str | None, size: Size, place: Place, reports: Reports) -> None:

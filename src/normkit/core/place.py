@@ -74,8 +74,10 @@ class Place:
 
     @property
     def over(self) -> str | None:
-        """The axes ``c`` or ``c *`` of a channels-first input: those of the option, else those of the old norm."""
-        return (self.option or ("c" if self.alone else "c *")) if self.axes == "n c *" else None
+        """The axes ``c`` or ``c *`` of a channels-first input: by the option, else by the old norm; ``d`` of heads."""
+        if self.axes == "n c *":
+            return self.option or ("c" if self.alone else "c *")
+        return "d" if self.axes == "trailing" and self.option == "d" else None
 
     def momentum_or(self, default: float) -> float:
         """The momentum of the old norm, or a default where it had none."""

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -17,6 +17,8 @@ from normkit.engine.dispatch import explained, perform_by
 from normkit.engine.guard import calm
 from normkit.engine.known import Known
 from normkit.engine.reference import check_activation
+
+Cast = Literal["after weight", "before weight"]  # when a half type is rounded
 
 MADE = ("_rule", "_known")  # made from a layer's other attributes when needed, so never copied or pickled
 
@@ -250,12 +252,13 @@ def check_several(who: str, input: Tensor, support: Support) -> None:
 
 def features_support(who: str, rank: int, over: str | None) -> tuple[Support, str]:
     """The support of a norm over features, and the axes of its weight: the last ``rank`` axes, or ``over`` of ``"n c *"``."""
-    if over is None:
-        names = " ".join(f"d{k}" for k in range(rank)) if rank > 1 else "d"
-        return Support(f"* {names}", over=names), names
+    if over is None or (over == "d" and rank > 1):
+        names = [f"d{k}" for k in range(rank)] if rank > 1 else ["d"]
+        return Support(f"* {' '.join(names)}", over=" ".join(names[-1:] if over else names)), " ".join(names)
     if over not in ("c", "c *"):
         raise OptionError(
-            f"{who}: over={over!r}; wanted 'c' or 'c *' of a channels-first input, or None for the trailing axes"
+            f"{who}: over={over!r}; wanted 'c' or 'c *' of a channels-first input, 'd' for the last of several trailing axes, or "
+            "None for all of them"
         )
     return Support("n c *", over=over), "c"
 
@@ -264,7 +267,7 @@ def check_features(
     who: str, shape: Sequence[int], over: str | None, per: str | None, input: Tensor | None = None
 ) -> None:
     """Refuse axes that do not go together, and an input that does not fit them."""
-    if over is None:
+    if over is None or (over == "d" and len(shape) > 1):
         if per is not None:
             raise OptionError(f"{who}: per={per!r} goes with over=; give over='c' or over='c *', or leave per out")
         if input is not None and (
@@ -281,6 +284,12 @@ def check_features(
         )
     if input is not None:
         check_channels(who, input, shape[0], "normalized_shape", "n c *")
+
+
+def check_cast(who: str, cast: str) -> None:
+    """Refuse another word for when a half type is rounded."""
+    if cast not in ("after weight", "before weight"):
+        raise OptionError(f"{who}: cast={cast!r}; wanted 'after weight' or 'before weight'")
 
 
 def given_statistics(

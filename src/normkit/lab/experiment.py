@@ -44,13 +44,20 @@ class Drawing:
 
     Args:
         name: of its files, without ending.
-        make: draws it, as a figure of matplotlib.
+        make: draws it, as a figure of matplotlib, or a :class:`normkit.lab.report.drawing.Motion` if it moves.
         caption: below it: what is drawn and how to read it, in plain sentences without markup.
+        moves: it is written as GIF too; the still is the last frame. Default: False.
     """
 
     name: str
     make: Callable[[], Any]
     caption: str
+    moves: bool = False
+
+    @property
+    def file(self) -> str:
+        """Name of the file that a page shows."""
+        return f"{self.name}.{'gif' if self.moves else 'png'}"
 
     @property
     def title(self) -> str:
@@ -124,7 +131,8 @@ class Experiment:
 
     Args:
         name: as it is called on the command line, like its file.
-        kind: ``"reproduce"`` for a table or figure of a paper, ``"claim"`` for a sentence, ``"compare"`` for a comparison.
+        kind: ``"reproduce"`` for a table or figure of a paper, ``"claim"`` for a sentence, ``"theory"`` for theorems, ``"demo"``
+            for a demonstration, ``"compare"`` for a comparison.
         title: what it is.
         claim: what the source says, or what is asked, in one sentence.
         paper: the source; None where there is none.
@@ -144,7 +152,7 @@ class Experiment:
     """
 
     name: str
-    kind: Literal["reproduce", "claim", "compare"]
+    kind: Literal["reproduce", "claim", "theory", "demo", "compare"]
     title: str
     claim: str
     paper: Paper | None

@@ -172,7 +172,7 @@ def empty(folder: Path) -> None:
                 remove(path)
             discard(folder, run)
     for path in (folder / FIGURES).glob("*.*"):
-        if path.suffix in (".png", ".svg") and not path.is_symlink() and MARK in _head(path):
+        if path.suffix in (".png", ".svg", ".gif") and not path.is_symlink() and MARK in _head(path):
             remove(path)
     for name in (RUNS, CURVES, FIGURES):
         _prune(folder / name)

@@ -25,7 +25,7 @@ from normkit.lab.sweep import TIMING
 SCHEMA = 1
 FIGURES = folder.FIGURES
 CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
-ABOUT = fields(name=TEXT, kind=one_of("reproduce", "claim", "compare"), title=TEXT)
+ABOUT = fields(name=TEXT, kind=one_of("reproduce", "claim", "theory", "demo", "compare"), title=TEXT)
 BEGUN = fields(scale=optional(TEXT), seeds=each(COUNT, least=1), epochs=maybe(COUNT), threads=COUNT)
 BUILT = fields(torch=TEXT, started=TEXT)
 # What a record of an experiment holds; its result is checked by its hash.

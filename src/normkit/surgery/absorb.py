@@ -76,3 +76,10 @@ def _set(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     if bias is not None:
         trained = old.requires_grad if before is None else before.requires_grad
         layer.register_parameter("bias", nn.Parameter(bias.to(old.dtype), requires_grad=trained))
+
+
+def centred(tensor: Tensor, axis: int) -> Tensor:
+    """A tensor less its mean along an axis; a parameter where it was one."""
+    wide = tensor.detach().double()
+    value = (wide - wide.mean(axis, keepdim=True)).to(tensor.dtype)
+    return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +12,13 @@ from torch import nn
 from normkit.activations.rms_norm import RMSNorm
 from normkit.core.errors import SurgeryError
 from normkit.engine.layer import Layer
-from normkit.surgery.changes import Change, Changes, Refusal, Refusals, label
-from normkit.surgery.norms import Norm, describe, is_norm, read_norm
-from normkit.surgery.select import Where, choose
-from normkit.surgery.substitute import inherit, put_heard, refuse
+from normkit.surgery.changes import Changes, Refusal, Refusals, label
+from normkit.surgery.norms import Norm, is_norm, read_norm
+from normkit.surgery.probe import probe_gated
+from normkit.surgery.select import Where
+from normkit.surgery.substitute import build_all, put_heard
 from normkit.surgery.target import Target, any_tensor, norm_cards
 from normkit.surgery.transaction import transaction
-from normkit.surgery.watch import try_on
 
 # Of which normkit has kernels; the others are left to whoever made them.
 _KINDS = ("batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm")
@@ -36,8 +37,8 @@ def accelerate(
     A norm of torch.nn is known by its class. Any other - a subclass, with an activation behind the norm or not, or a class of its
     own with "norm" in its name - is known by what it computes: with random parameters, on random inputs, in float64 and, for the
     order in which it rounds, in bfloat16. So the RMSNorms and LayerNorms of language models are taken over with their 1 + weight
-    and their rounding, norms over the channels of images with their axis, and classes of a norm with an activation behind
-    it with a fused ReLU, SiLU or GELU.
+    and their rounding, norms over the channels of images with their axis, classes of a norm with an activation behind
+    it with a fused ReLU, SiLU or GELU, Cohere's with a weight per head, and gated ones, as in Mamba-2, with their order.
 
     Parameters and buffers are the very same objects (but for running statistics of a half type, which become float32), so an
     optimizer goes on, and the state_dict has the same keys. What is kept too: dtype, device, training flag, hooks, public
@@ -71,23 +72,15 @@ def accelerate(
     """
     refusals = Refusals("accelerate", on_refusal)
     found = {name: module for name, module in model.named_modules() if _is_candidate(name, module)}
-    chosen = found if where is None else choose(found, where, "norms")
-    sight = None if example is None else try_on(model, example, chosen.values(), "model")
-    like, pairs, rows = any_tensor(model), {}, {}
-    for name, module in chosen.items():
-        try:
-            made = _build(name, module, read_norm(name, module), like)
-            if sight is not None:
-                refuse(name, sight.why_without_effect(module))
-        except SurgeryError as error:
-            refusals.take(name, error)
-            continue
-        pairs[name] = module, inherit(made, module)
-        kind = next(
-            (kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules.")), nn.Module
-        )
-        note = "" if isinstance(made, kind) else f"isinstance(_, nn.{kind.__name__}) no longer holds"
-        rows[name] = Change(label(name), describe(module), describe(made), note)
+    like = any_tensor(model)
+
+    def make(name: str, module: nn.Module, seen: Sequence[int] | None) -> tuple[nn.Module, str]:
+        made = probe_gated(module) or _build(name, module, read_norm(name, module), like)
+        kinds = (kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules."))
+        kind = next(kinds, nn.Module)
+        return made, "" if isinstance(made, kind) else f"isinstance(_, nn.{kind.__name__}) no longer holds"
+
+    pairs, rows = build_all(model, found, where, example, make, refusals)
     with transaction(model, optimizer) as opened:
         root = put_heard(model, pairs, rows, example, refusals)
         return opened.close(root, rows.values(), refusals)

@@ -1,9 +1,10 @@
-"""Gain and bias of new norms fitted to what the old ones gave, by least squares."""
+"""Gain and bias of new norms fitted to the mean and deviation of what the old ones gave, one norm after another."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -16,15 +17,23 @@ from normkit.surgery.norms import read_norm
 from normkit.surgery.recalibrate import forward_batch
 from normkit.surgery.watch import tensors_in
 
+_Sums = dict[str, list[Tensor]]  # of each call of a norm, by name in the order of first calls
+
+
+class _Enough(Exception):
+    """Ends a run when all that is wanted of it is seen."""
+
 
 class Calibration:
     """Sums over batches, of a model as it was, by which new norms are fitted.
 
-    For each channel, with z what a new norm gives for the old one's input without gain and bias, and y what the old one gave,
+    For each channel, with z what a new norm gives without gain and bias, and y what the old one gave,
 
-        gain = cov(z, y) / var(z),  bias = mean(y) - gain mean(z)
+        gain = sign(cov(z, y)) std(y) / std(z),  bias = mean(y) - gain mean(z)
 
-    which is the least error that a gain and a bias can leave on these batches.
+    so that mean and deviation stay. (The gain of least squares, cov(z, y) / var(z), is the smaller the less z is like y, and what
+    one layer loses so the next ones lose again.) Norms are fitted in the order of their first calls, with z that of the changed
+    model in which those before are fitted already; y and the covariance are those of the model as it was.
 
     Args:
         model: as it was; it is run in evaluation.
@@ -41,13 +50,8 @@ class Calibration:
                 "convert: calibrate has no batches; a generator can be walked only once, give a fresh one"
             )
         self._new = {name: new for name, (_, new) in pairs.items() if _can_be_fitted(new)}
-        self._sums: dict[str, Tensor] = {}
-        handles = [old.register_forward_hook(self._see(name)) for name, (old, _) in pairs.items() if name in self._new]
-        try:
-            self._wanted = self._outputs(model)
-        finally:
-            for handle in handles:
-                handle.remove()
+        self._seen: _Sums = {}
+        self._wanted = self._run(model, {name: pairs[name][0] for name in self._new}, self._seen)
 
     @property
     def written(self) -> list[Tensor]:
@@ -56,21 +60,20 @@ class Calibration:
 
     def fit(self, model: nn.Module, rows: Mapping[str, Change]) -> list[Change]:
         """Fit the norms of a changed model; its rows with each layer's error, and one with the error of the whole."""
-        before, notes = self._error(model), dict[str, tuple[str, float]]()
-        for name, norm in self._new.items():
-            if name in self._sums and name in rows:
-                notes[name] = self._fit_one(norm, self._sums[name])
-        told = {
-            name: replace(row.with_note(notes[name][0]), error=notes[name][1])
-            for name, row in rows.items()
-            if name in notes
-        }
+        before, told = self._error(model), dict(rows)
+        for name, sums in self._seen.items():
+            if name in rows:
+                now: _Sums = {}
+                calls, rest = divmod(len(sums), len(self._batches))
+                self._run(model, {name: self._new[name]}, now, 0 if rest else calls)
+                if name in now:  # a model may choose by what it reads
+                    told[name] = self._fit_one(self._new[name], sums, now[name], rows[name])
         whole = Change(
             label(""), f"error {before:.2g}", f"error {(after := self._error(model)):.2g}", "of the output", after
         )
-        return [*(told.get(name, row) for name, row in rows.items()), whole]
+        return [*told.values(), whole]
 
-    def _see(self, name: str) -> Any:
+    def _see(self, name: str, into: _Sums, enough: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         # Itself, without hooks: those of the old norm are its own.
         norm = copy.copy(self._new[name])
         size = norm.get_parameter("weight").numel()
@@ -82,50 +85,54 @@ class Calibration:
             z = norm.forward(args[0])
             channels = z.dim() - 1 if last else 1
             z, y = (part.double().movedim(channels, 0).flatten(1) for part in (z, y))
-            new = torch.stack(
-                [
-                    torch.full_like(z[:, 0], z.shape[1]),
-                    z.sum(1),
-                    y.sum(1),
-                    (z * z).sum(1),
-                    (z * y).sum(1),
-                    (y * y).sum(1),
-                ]
-            )
-            self._sums[name] = self._sums.get(name, torch.zeros_like(new)) + new
+            parts = torch.ones_like(z), z, y, z * z, z * y, y * y
+            into.setdefault(name, []).append(torch.stack([part.sum(1) for part in parts]))
+            if enough and len(into[name]) % enough == 0:
+                raise _Enough
 
         return hook
 
     @torch.no_grad()
-    def _fit_one(self, norm: nn.Module, sums: Tensor) -> tuple[str, float]:
-        n, z, y, zz, zy, yy = sums
-        var, cov = zz / n - (z / n).square(), zy / n - z * y / n.square()
-        gain = torch.where(var > 0, cov / var, 0.0)
-        bias = y / n - gain * z / n
-        weight, old = norm.get_parameter("weight"), norm.get_parameter("bias")
+    def _fit_one(self, norm: nn.Module, old: list[Tensor], new: list[Tensor], row: Change) -> Change:
+        (n, z, y, zz, zy, yy), now = torch.stack(old).sum(0), torch.stack(new).sum(0)
+        mean, var = now[1] / now[0], (now[3] / now[0] - (now[1] / now[0]).square()).clamp_min(0)
+        spread, cov = (yy / n - (y / n).square()).clamp_min(0), zy / n - z * y / n.square()
+        varies = var > 1e-10 * now[3] / now[0]  # else what varies is float32's rounding
+        gain = torch.where(varies, cov.sign() * (spread / var).sqrt(), 0.0)
+        bias = y / n - gain * mean
+        own = norm.get_parameter("weight"), norm.get_parameter("bias")
 
         def error(a: Tensor, b: Tensor) -> float:
             rest = yy - 2 * a * zy - 2 * b * y + a.square() * zz + 2 * a * b * z + n * b.square()
             return float((rest.clamp_min(0).sum() / yy.sum()).sqrt())
 
-        before = error(weight.double(), old.double())
-        weight.copy_(gain)
-        old.copy_(bias)
-        return f"error of the layer {before:.2g} before calibration", error(gain, bias)
+        before = error(own[0].double(), own[1].double())
+        for parameter, value in zip(own, (gain, bias), strict=True):
+            parameter.copy_(value)
+        return replace(row.with_note(f"error of the layer {before:.2g} before calibration"), error=error(gain, bias))
 
-    def _outputs(self, model: nn.Module) -> list[Tensor]:
+    def _run(
+        self, model: nn.Module, norms: Mapping[str, nn.Module] | None = None, into: _Sums | None = None, enough: int = 0
+    ) -> list[Tensor]:
+        """The outputs in evaluation; sums of norms are taken on the way, and ``enough`` calls of one in a batch end its run."""
         modes = [(module, module.training) for module in model.modules()]
+        seen = {} if into is None else into
+        handles = [norm.register_forward_hook(self._see(name, seen, enough)) for name, norm in (norms or {}).items()]
+        found = []
         try:
             model.eval()
-            with torch.no_grad():
-                found = [[*tensors_in(forward_batch(model, batch))] for batch in self._batches]
-            return [part.clone() for parts in found for part in parts if part.is_floating_point()]
+            for batch in self._batches:
+                with suppress(_Enough), torch.no_grad():
+                    found += [*tensors_in(forward_batch(model, batch))]
+            return [part.clone() for part in found if part.is_floating_point()]
         finally:
+            for handle in handles:
+                handle.remove()
             for module, mode in modes:
                 module.training = mode
 
     def _error(self, model: nn.Module) -> float:
-        pairs = list(zip(self._outputs(model), self._wanted, strict=True))
+        pairs = list(zip(self._run(model), self._wanted, strict=True))
         rest, whole = (
             sum(float(part.double().square().sum()) for part in parts)
             for parts in ([a - b for a, b in pairs], [b for _, b in pairs])

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from normkit.core.errors import SurgeryError
 from normkit.surgery.calibrate import Calibration
-from normkit.surgery.changes import Change, Changes, Refusal, Refusals, label
-from normkit.surgery.norms import describe, is_norm, reach, read_norm
+from normkit.surgery.changes import Changes, Refusal, Refusals, label
+from normkit.surgery.norms import is_norm, reach, read_norm
 from normkit.surgery.recurrent import RECURRENT, convert_recurrent
-from normkit.surgery.select import Where, choose
+from normkit.surgery.select import Where
 from normkit.surgery.sequence import may_be_causal, time_first
-from normkit.surgery.substitute import inherit, put_heard, refuse
+from normkit.surgery.substitute import build_all, put_heard
 from normkit.surgery.target import Target, any_tensor
 from normkit.surgery.transaction import transaction
-from normkit.surgery.watch import try_on
 
 
 def convert(
@@ -66,9 +64,10 @@ def convert(
         on_refusal: ``"raise"``, or ``"leave"`` to leave a norm that can't be read or replaced as it is. Default: ``"raise"``.
         optimizer: of the model's parameters; it follows: parameters that are created join the group of their layer's, those
             that are dropped leave it. Default: None; make it afterwards then.
-        calibrate: batches of inputs, as for ``recalibrate``, on which the new norms are fitted to what the old ones gave: gain
-            and bias of each channel by least squares. A row has its layer's error, relative to what the old norm gave, and the
-            last row that of the model's output. Default: None, gain and bias as they were.
+        calibrate: batches of inputs, as for ``recalibrate``, on which the new norms are fitted one after another, each in the
+            model with those before it fitted, so that the mean and deviation of every channel are those that the old norm gave.
+            A row has its layer's error on the old norm's input, relative to what that gave, and the last row that of the
+            model's output. Default: None, gain and bias as they were.
 
     Returns:
         The model (a new one only where the model itself is a norm), a row per norm that was changed, the norms that were passed
@@ -101,29 +100,20 @@ def convert(
         raise SurgeryError(
             f"the model has no activation norm to convert to {target}; begin the recipe with keep or none"
         )
-    chosen = found if where is None else choose(found, where, "norms")
-    lazy = any(is_lazy(tensor) for tensor in model.parameters())  # a run would give them their size
-    sight = None if example is None or lazy else try_on(model, example, chosen.values(), "model")
     like, causal, by_time = any_tensor(model), may_be_causal(model, example), time_first(model)
-    pairs: dict[str, tuple[nn.Module, nn.Module]] = {}
-    rows: dict[str, Change] = {}
-    for name, module in chosen.items():
-        try:
-            norm = read_norm(name, module, None if sight is None else sight.shapes.get(id(module)))
-            if kind not in (None, norm.kind) or (not norm.shape and norm.kind == target.name):
-                continue
-            made, note = target.build(name, norm, like, causal=causal)
-            if target.is_kept(norm, made):
-                continue
-            if id(module) in by_time:
-                _check_time_first(name, target, made)
-            if sight is not None:
-                refuse(name, sight.why_without_effect(module))
-        except SurgeryError as error:
-            refusals.take(name, error)
-            continue
-        pairs[name] = module, inherit(made, module)
-        rows[name] = Change(label(name), describe(module), describe(made), note)
+
+    def make(name: str, module: nn.Module, seen: Sequence[int] | None) -> tuple[nn.Module, str] | None:
+        norm = read_norm(name, module, seen)
+        if kind not in (None, norm.kind) or (not norm.shape and norm.kind == target.name):
+            return None
+        made, note = target.build(name, norm, like, causal=causal)
+        if target.is_kept(norm, made):
+            return None
+        if id(module) in by_time:
+            _check_time_first(name, target, made)
+        return made, note
+
+    pairs, rows = build_all(model, found, where, example, make, refusals)
     fitted = None
     if calibrate is not None:
         fitted = Calibration(model, pairs, calibrate)

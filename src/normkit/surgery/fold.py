@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from normkit.activations.layer_norm import LayerNorm
+from normkit.activations.rms_norm import RMSNorm
 from normkit.catalogue.methods import METHODS
-from normkit.core.errors import SurgeryError
-from normkit.surgery.absorb import absorb_before, absorb_behind, scale_and_shift
+from normkit.core.errors import OptionError, SurgeryError
+from normkit.surgery.absorb import absorb_before, absorb_behind, centred, scale_and_shift
 from normkit.surgery.attach import tied_parameters
 from normkit.surgery.bake import bake
 from normkit.surgery.changes import Change, Changes, Refusals, label
 from normkit.surgery.freeze import is_frozen
 from normkit.surgery.norms import Norm, describe, is_norm, read_norm
+from normkit.surgery.stream import Axis, Stream
 from normkit.surgery.substitute import inherit, put
 from normkit.surgery.target import activation_module
 from normkit.surgery.transaction import transaction
-from normkit.surgery.watch import Watch, run_on, tensors_in
+from normkit.surgery.watch import Sight, Watch, run_on, tensors_in
 
 # In evaluation one scale and shift for each channel, as their cards claim and the tests hold them to.
 _FOLDABLE = frozenset(card.module for card in METHODS if card.kind == "activation" and card.foldable)
 _BATCH = ("batch_norm", "sync_batch_norm", "frozen_batch_norm")
+_GAINS = ("layer_norm", "rms_norm", "group_norm", "instance_norm")
 # About a thousand roundings, by which a folded network may differ where later layers amplify the first one's rounding.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -34,7 +40,7 @@ class _Refused(Exception):
     """Why a fold is not done."""
 
 
-def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = None) -> Changes:
+def fold(model: nn.Module, example: Any = None, *, centring: bool = False, tolerance: float | None = None) -> Changes:
     """Bake normalizations into the weights of a model, in place, for inference.
 
     Every weight parametrization becomes its value, and so does a weight that a hook of ``torch.nn.utils`` makes. With an example,
@@ -46,8 +52,12 @@ def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = Non
       ConvTranspose or Linear before it, W' = (weight / s) W, b' = bias + (b - mean) weight / s, s = sqrt(var + eps) (the running
       deviation or 1 where that is what the norm keeps), or into the Conv or Linear layers behind it, if those don't
       pad with zeros; its activation, or an Identity, is left in its place;
-    * gain and bias of a layer or RMS normalization over the last axis go into the Linear layers behind it, and torch's norm
-      without parameters is left.
+    * gain and bias of a layer, RMS, group or instance normalization go into the Linear or Conv layers behind it, and one
+      without parameters is left: torch's, or one from here over channels on axis 1, which torch lacks;
+    * with ``centring``, a layer normalization over the last axis becomes an RMS normalization (torch's, or one from here where a
+      bias is left) if all that its input, such as a residual stream, is summed up from is linear layers, convolutions,
+      embeddings and parameters, and nothing but such norms reads it: their weights and biases lose their mean over outputs,
+      W' = W - mean(W), b' = b - mean(b), so that the stream has none. With another writer or reader it is left.
 
     A layer takes a norm in if what it reads or gives is read by nothing else, and its weight is not tied. After each fold the
     model's output is compared with the first one; beyond the tolerance the fold is undone. A branch that the example does not
@@ -56,6 +66,7 @@ def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = Non
     Args:
         model: any module; with an example, in evaluation mode.
         example: an input: a tensor, a tuple of arguments, or a dict of them. Default: None, weights only.
+        centring: whether layer normalizations become RMS normalizations so. Default: False.
         tolerance: largest difference of outputs that counts as none, relative to their largest value. Default: by the dtype of
             the output, 1e-4 in float32, 1e-10 in float64.
 
@@ -66,10 +77,11 @@ def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = Non
     Raises:
         SurgeryError: a tied weight would be untied; the model is not in evaluation mode, or does not give the same finite output
             twice. The model is left as it was.
+        OptionError: ``centring`` without an example.
 
     Reference:
         Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference" (2018),
-        https://arxiv.org/abs/1712.05877, section 3.2; gains of RMS normalization: Ashkboos et al., "SliceGPT" (2024),
+        https://arxiv.org/abs/1712.05877, section 3.2; gains and centring: Ashkboos et al., "SliceGPT" (2024),
         https://arxiv.org/abs/2401.15024, section 3.2.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).double().eval()
@@ -77,6 +89,8 @@ def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = Non
     >>> changes.rows[0].before, changes.rows[0].after, model[1]
     ('BatchNorm2d(8)', 'Identity()', Identity())
     """
+    if centring and example is None:
+        raise OptionError("fold: centring=True follows the streams of a run; give example=, an input of the model")
     with transaction(model) as opened:
         if example is None:
             refusals = Refusals("fold", "leave")
@@ -94,7 +108,7 @@ def fold(model: nn.Module, example: Any = None, *, tolerance: float | None = Non
         if rows:
             error = trial.error()[0]
             rows = [replace(row, note="all weights together", error=error) for row in rows]
-        for fold_next in (_fold_kernels, _fold_norms):
+        for fold_next in (_fold_kernels, _fold_norms, *[_fold_centring] * centring):
             rows += fold_next(trial, refusals)
         return opened.close(trial.model, rows, refusals)
 
@@ -116,11 +130,9 @@ class _Trial:
         error, allowed = _difference(self._first, _outputs(self.model, self.example))
         return error, allowed if self._tolerance is None else self._tolerance
 
-    def watch(self, layers: Iterable[nn.Module], norms: Iterable[nn.Module]) -> Watch:
-        """What reads what on the example."""
-        watch = Watch(layers, norms)
-        watch.run(lambda: run_on(self.model, self.example))
-        return watch
+    def show(self, sight: Sight) -> None:
+        """Let a sight see a run on the example."""
+        sight.run(lambda: run_on(self.model, self.example))
 
     def do(self, what: str, change: Callable[[], dict[int, nn.Module]]) -> float:
         """Make a change that gives new modules by the ids of old ones; its error. Undone and refused beyond the tolerance."""
@@ -149,9 +161,11 @@ def _fold_kernels(trial: _Trial, refusals: Refusals) -> list[Change]:
         and not type(module).forward.__module__.startswith("torch.")
         and type(module).__mro__[1].__module__ == "torch.nn.modules.conv"
     }
-    watch, rows = trial.watch(own.values(), []) if own else None, []
+    watch, rows = Watch(own.values(), []), []
+    if own:
+        trial.show(watch)
     for name, layer in own.items():
-        seen = watch.kernel(layer) if watch is not None else None
+        seen = watch.kernel(layer)
         if seen is None or seen[0].shape != layer.weight.shape:
             refusals.leave(name, "it does not convolve once with a weight of its own shape on the example")
             continue
@@ -178,28 +192,24 @@ def _plain_convolution(layer: _ConvNd, weight: Tensor, bias: Tensor | None) -> n
 def _fold_norms(trial: _Trial, refusals: Refusals) -> list[Change]:
     norms = {name: module for name, module in trial.model.named_modules() if is_norm(module)}
     layers = [module for module in trial.model.modules() if isinstance(module, nn.Linear | _ConvNd)]
-    watch, ties, rows = trial.watch(layers, norms.values()), tied_parameters(trial.model), []
+    watch, ties, rows = Watch(layers, norms.values()), tied_parameters(trial.model), []
+    trial.show(watch)
     names = {id(module): name for name, module in trial.model.named_modules()}
     for name, module in norms.items():
         try:
-            norm = _read(name, module)
-            if norm.kind in _BATCH or type(module) in _FOLDABLE:
-                ways = (_into_layer_before, _into_layers_behind)
-            elif (
-                norm.kind in ("layer_norm", "rms_norm")
-                and norm.axes == "n * c"
-                and (norm.weight is not None or norm.bias is not None)
-            ):
-                ways = (_into_layers_behind,)
-            else:
-                continue
+            norm = read_norm(name, module)
         except SurgeryError as error:
             refusals.leave(name, str(error))
             continue
+        batch = norm.kind in _BATCH or type(module) in _FOLDABLE
+        if not batch and (
+            norm.kind not in _GAINS or norm.axes == "trailing" or norm.weight is norm.bias is None or norm.tracks
+        ):
+            continue
         reasons = []
-        for way in ways:
+        for before in (True, False) if batch else (False,):
             try:
-                into, after, error = way(trial, watch, ties, module, norm)
+                into, after, error = _fold_into(trial, watch, ties, module, norm, before)
                 where = ", ".join(label(names[id(layer)]) for layer in into)
                 rows.append(Change(label(name), describe(module), describe(after), f"folded into {where}", error))
                 break
@@ -210,57 +220,103 @@ def _fold_norms(trial: _Trial, refusals: Refusals) -> list[Change]:
     return rows
 
 
-def _into_layer_before(
-    trial: _Trial, watch: Watch, ties: dict[int, list[str]], module: nn.Module, norm: Norm
+def _fold_into(
+    trial: _Trial, watch: Watch, ties: dict[int, list[str]], module: nn.Module, norm: Norm, before: bool
 ) -> tuple[list[nn.Module], nn.Module, float]:
-    found = watch.layer_before(module)
+    """Fold a norm into the layer before it or those behind it: these, what is left of it, and the error."""
+    found = watch.layer_before(module) if before else watch.layers_behind(module)
     if isinstance(found, str):
         raise _Refused(found)
-    layer, rank = found
-    _check(module, norm, [layer], ties)
-    if isinstance(layer, _ConvNd):
-        fits = norm.axes == "n c *" and rank == len(layer.kernel_size) + 2
-    else:
-        fits = norm.axes == "n * c" or rank == 2
-    if not fits:
-        raise _Refused("its channels are not the output channels of the layer before it")
-    after = activation_module(norm).eval()
-
-    def change() -> dict[int, nn.Module]:
-        absorb_behind(layer, *scale_and_shift(module, norm))
-        return {id(module): after}
-
-    return [layer], after, trial.do("folding it into the layer before it", change)
-
-
-def _into_layers_behind(
-    trial: _Trial, watch: Watch, ties: dict[int, list[str]], module: nn.Module, norm: Norm
-) -> tuple[list[nn.Module], nn.Module, float]:
-    layers = watch.layers_behind(module)
-    if isinstance(layers, str):
-        raise _Refused(layers)
+    layers, rank = ([found[0]] if isinstance(found[0], nn.Module) else found[0]), found[1]
     _check(module, norm, layers, ties)
-    if norm.activation is not None:
+    if norm.activation is not None and not before:
         raise _Refused("an activation stands between it and the layer behind it")
-    first = norm.axes == "n c *" and len(watch.shapes[id(module)]) > 2
-    if any(isinstance(layer, _ConvNd) != first for layer in layers):
-        raise _Refused("its channels are not the input channels of the layer behind it")
-    after = _without_parameters(norm).eval()
+    for layer in layers:
+        if isinstance(layer, _ConvNd):
+            fits = norm.axes == "n c *" and rank == len(layer.kernel_size) + 2
+        else:
+            fits = norm.axes == "n * c" or rank == 2
+        if not fits:
+            side, where = ("output", "before") if before else ("input", "behind")
+            raise _Refused(f"its channels are not the {side} channels of the layer {where} it")
+    after = (activation_module(norm) if before else _without_parameters(norm)).eval()
 
     def change() -> dict[int, nn.Module]:
         for layer in layers:
-            reason = absorb_before(layer, *scale_and_shift(module, norm))
+            reason = (absorb_behind if before else absorb_before)(layer, *scale_and_shift(module, norm))
             if reason:
                 raise _Refused(reason)
         return {id(module): after}
 
-    return layers, after, trial.do("folding it into what is behind it", change)
+    return layers, after, trial.do(f"folding it into what is {'before' if before else 'behind'} it", change)
+
+
+def _fold_centring(trial: _Trial, refusals: Refusals) -> list[Change]:
+    """Layer normalizations that can read what has no mean become RMS normalizations."""
+    norms, rows, done = dict[str, tuple[nn.Module, Norm]](), list[Change](), set[str]()
+    for name, module in trial.model.named_modules():
+        with suppress(SurgeryError):  # passed over already
+            norm = read_norm(name, module) if is_norm(module) else None
+            if norm is not None and norm.kind == "layer_norm" and norm.axes == "n * c":
+                norms[name] = module, norm
+    ties = tied_parameters(trial.model)
+    held: dict[int, tuple[nn.Module, dict[str, Any], str, str]] = {
+        id(tensor): (module, kind, key, label(name if key in ("weight", "bias") else f"{name}.{key}".lstrip(".")))
+        for name, module in trial.model.named_modules()
+        for kind in (module._parameters, module._buffers)
+        for key, tensor in kind.items()
+        if tensor is not None
+    }
+    stream = Stream({name: module for name, (module, _) in norms.items()}, held)
+    trial.show(stream)
+    for name, (module, _) in norms.items():
+        if name in done:
+            continue
+        try:
+            found = stream.of(module)
+            if isinstance(found, str):
+                raise _Refused(found)
+            leaves, heard = found
+            for one in heard:
+                _check(*norms[one], [held[id(tensor)][0] for tensor, _ in leaves], ties)
+            made = {one: _without_mean(norms[one][1]) for one in heard}
+
+            def change(leaves: list[Axis] = leaves, made: dict[str, nn.Module] = made) -> dict[int, nn.Module]:
+                for tensor, axis in leaves:
+                    _, kind, key, _ = held[id(tensor)]
+                    kind[key] = centred(tensor, axis)
+                return {id(norms[one][0]): after for one, after in made.items()}
+
+            error = trial.do("centring what writes its stream", change)
+            done |= made.keys()
+            note = "centring folded into " + ", ".join(dict.fromkeys(held[id(tensor)][-1] for tensor, _ in leaves))
+            for one, after in made.items():
+                rows.append(Change(label(one), describe(norms[one][0]), describe(after), note, error))
+        except _Refused as reason:
+            refusals.leave(name, str(reason))
+    return rows
+
+
+def _without_mean(norm: Norm) -> nn.Module:
+    weight, bias = norm.weight, norm.bias
+    if weight is not None and norm.offset:
+        weight = nn.Parameter(weight.detach() + norm.offset, weight.requires_grad)
+    kind = nn.RMSNorm if bias is None else partial(RMSNorm, bias=True)  # torch's takes no bias
+    made = kind([*norm.shape], norm.eps, weight is not None)
+    made._parameters.update(weight=weight, **({} if bias is None else {"bias": bias}))
+    return made.eval()
 
 
 def _without_parameters(norm: Norm) -> nn.Module:
-    if norm.kind == "layer_norm":
-        return nn.LayerNorm([*norm.shape], norm.eps or 0.0, elementwise_affine=False)
-    return nn.RMSNorm([*norm.shape], norm.eps, elementwise_affine=False) if norm.kind == "rms_norm" else nn.Identity()
+    over, eps = norm.option if norm.axes == "n c *" else "", norm.eps or 0.0
+    if norm.kind not in _GAINS:
+        return nn.Identity()
+    if norm.kind == "rms_norm":  # torch has none over channels on axis 1; and None is its own eps
+        return RMSNorm(norm.shape, norm.eps, False, over=over) if over else nn.RMSNorm([*norm.shape], norm.eps, False)
+    if norm.kind == "layer_norm" and over != "c *":
+        return LayerNorm(norm.shape, eps, False, over=over) if over else nn.LayerNorm([*norm.shape], eps, False)
+    groups = {"group_norm": norm.option, "instance_norm": norm.shape[0]}.get(norm.kind, 1)
+    return nn.GroupNorm(int(groups), norm.shape[0], eps, affine=False)
 
 
 def _check(module: nn.Module, norm: Norm, layers: list[nn.Module], ties: dict[int, list[str]]) -> None:
@@ -275,21 +331,6 @@ def _check(module: nn.Module, norm: Norm, layers: list[nn.Module], ties: dict[in
         raise _Refused("it or a layer next to it has hooks")
     if any(id(parameter) in ties for layer in layers for parameter in layer.parameters(recurse=False)):
         raise _Refused("the weight of a layer next to it is tied to another")
-
-
-def _read(name: str, module: nn.Module) -> Norm:
-    """As ``read_norm``, and members of the batch family that are no subclass of torch's."""
-    if type(module) not in _FOLDABLE or isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return read_norm(name, module)
-    if "forward" in vars(module):
-        raise SurgeryError(f"{label(name)}: its forward was replaced on the object; undo that first")
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    count = module.num_features
-    assert isinstance(count, int)
-    axes = "n * c" if getattr(module, "layout", "n c *") == "n * c" else "n c *"
-    eps = getattr(module, "eps", 0.0)
-    tracks = module._buffers["running_mean"] is not None
-    return Norm(type(module).__name__, axes, (count,), eps, weight, bias, tracks=tracks)
 
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from normkit.activations.rms_norm import Cast
 from normkit.catalogue.citation import card_of
 from normkit.core.card import Card
 from normkit.core.errors import SurgeryError
 from normkit.core.moments import accumulation_dtype
 from normkit.core.place import Axes
 from normkit.core.support import show
-from normkit.engine.layer import Layer
+from normkit.engine.layer import Cast, Layer
 from normkit.surgery.changes import label
 from normkit.surgery.from_one import FromOne
 from normkit.surgery.frozen_batch_norm import FrozenBatchNorm
@@ -43,7 +42,8 @@ class Norm:
         weight: the gain, one value per channel, or None.
         bias: likewise.
         has_bias: whether its class has a bias unless told otherwise.
-        option: as its method's word has it: the groups of a group norm, the axes of a layer norm on channels first, or "".
+        option: as its method's word has it: the groups of a group norm, the axes of a layer norm on channels first, ``"d"`` for
+            the last of several trailing ones, or "".
         momentum: of running statistics.
         tracks: whether it keeps running statistics.
         running: those that run over the batch, by name: mean, variance, count.
@@ -203,13 +203,13 @@ def _by_behaviour(module: nn.Module, who: str, card: Card | None) -> Norm:
     frozen = found.kind == "batch_norm"
     return Norm(
         "frozen_batch_norm" if frozen else found.kind,
-        "n c *" if found.over or frozen else "n * c",
+        "trailing" if len(found.shape) > 1 else "n c *" if found.over or frozen else "n * c",
         found.shape,
         found.eps,
         weight,
         bias,
         bias is not None,
-        option=found.over,
+        option="d" if len(found.shape) > 1 else found.over,
         tracks=frozen,
         running={key: tensors.get(key) for key in ("running_mean", "running_var")} if frozen else {},
         affine=weight is not None,

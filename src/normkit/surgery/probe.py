@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from normkit.activations.rms_norm import Cast
+from normkit.activations.gated_rms_norm import GatedRMSNorm
+from normkit.engine.layer import Cast
 from normkit.engine.reference import ACTIVATIONS
 
 _BIAS_NAMES = ("bias", "beta", "shift", "b")
@@ -22,6 +23,7 @@ _SIZES = (1.0, 1e-3, 1e-5)  # the small inputs tell eps apart
 _TOLERANCE = 1e-5
 # bfloat16 has few values: two ways to round differ in a fifth of them, one and the same way in next to none.
 _ROUNDED_ALIKE = 0.98
+_CASTS: tuple[Cast, ...] = ("after weight", "before weight")
 _FAMILIES = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm", "torch.nn.modules.normalization")
 _RUNNING = ("running_mean", "running_var")
 
@@ -38,7 +40,7 @@ class Found:
         eps: inside the root.
         weight: the name of its gain, or "".
         bias: the name of its bias, or "".
-        shape: how many features it has; empty if it takes any number.
+        shape: how many features it has, before them heads where each has a gain of its own; empty if it takes any number.
         cast: when a half type is rounded; None where it is otherwise, or that can't be seen.
         activation: what follows, by its name where normkit's layers know it, else as a module; None where nothing does.
     """
@@ -90,7 +92,7 @@ def _as_torch(module: nn.Module, base: type[nn.Module], own: dict[str, Tensor]) 
         fits, checked = _activations(module), 0
         for training in (False, True):
             both = [_stand_in(module, {k: v.clone() for k, v in given.items()}, training) for _ in range(2)]
-            y, z = _run(both[0], x), _run(both[1], x, base.forward)
+            y, z = _run(both[0], x), _run(both[1], x, forward=base.forward)
             if y is None or z is None or y.shape != z.shape:
                 break
             kept = zip(both[0]._buffers.values(), both[1]._buffers.values(), strict=True)
@@ -123,20 +125,57 @@ def _frozen(module: nn.Module, own: dict[str, Tensor]) -> Found | None:
     return None
 
 
+def probe_gated(module: nn.Module) -> GatedRMSNorm | None:
+    """Compare a module that takes an input and a gate with gated RMS normalization, as ``probe`` does.
+
+    Returns:
+        normkit's layer that computes the same, with the module's weight; None if there is none.
+    """
+    taken = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    own = dict((*module.named_parameters(), *module.named_buffers()))
+    if [len(taken), *(p.dim() for p in own.values())] != [2, 1] or taken[1].name != "gate":
+        return None
+    ((name, weight),) = own.items()
+    generator, size = torch.Generator().manual_seed(0), weight.numel()
+    gain, x, gate = _random(generator, size), _random(generator, 2, 3, size), _random(generator, 2, 3, size)
+    inputs = [(x * scale, gate) for scale in _SIZES] + [(x,)] * (taken[1].default is None)
+    seen = [(given, _run(_stand_in(module, {name: gain}, False), *given)) for given in inputs]
+    half = x.bfloat16(), gate.bfloat16()
+    rounded = _run(_stand_in(module, {name: gain.bfloat16()}, False), *half)
+    groups = [count for count in range(1, size + 1) if size % count == 0]
+    for early, count, eps in itertools.product((True, False), groups, _every_eps(module)):
+        made = GatedRMSNorm(size, eps, norm_before_gate=early, groups=count, device="meta")
+        made.weight = nn.Parameter(gain, requires_grad=False)
+        if all(y is not None and y.shape == x.shape and _close(y, made(*given)) for given, y in seen):
+            made.weight = nn.Parameter(gain.bfloat16(), requires_grad=False)
+            for cast in _CASTS:
+                made.cast = cast
+                if rounded is not None and (made(*half) == rounded).float().mean() >= _ROUNDED_ALIKE:
+                    break
+            else:
+                if weight.dtype not in (torch.float32, torch.float64):
+                    return None
+            made.register_parameter("weight", module._parameters[name])
+            return made
+    return None
+
+
 def _by_formula(module: nn.Module, own: dict[str, Tensor], everything: dict[str, Tensor]) -> Found | str:
     bias = next((name for name in own if name in _BIAS_NAMES), "") if len(own) == 2 else ""
     weight = next((name for name in own if name != bias), "")
     shapes = {tuple(parameter.shape) for parameter in own.values()} or {_declared(module)}
     other = (
-        len(own) > 1 + bool(bias) or len(shapes) > 1 or any(len(shape) > 1 or (own and not shape) for shape in shapes)
+        len(own) > 1 + bool(bias) or len(shapes) > 1 or any(len(shape) > 2 or (own and not shape) for shape in shapes)
     )
     if other or (not own and everything):
-        return f"its parameters ({', '.join(own) or 'none'}) are not one weight and at most one bias, of one axis"
+        return (
+            f"its parameters ({', '.join(own) or 'none'}) are not one weight and at most one bias, of one axis or two"
+        )
     (shape,) = shapes
     generator = torch.Generator().manual_seed(0)
     given = {name: _random(generator, *p.shape) for name, p in own.items()}
-    double, channels = _stand_in(module, given, False), shape[0] if shape else 8
-    for sizes, axis in _inputs(channels):
+    double = _stand_in(module, given, False)
+    for sizes, axis in [((2, 3, *shape), -1)] if len(shape) > 1 else _inputs(shape[0] if shape else 8):
         x = _random(generator, *sizes) + 0.5
         seen = [(x * size, _run(double, x * size)) for size in _SIZES]
         if any(y is None or y.shape != x.shape for _, y in seen):
@@ -162,9 +201,12 @@ def _formula(found: Found, x: Tensor, given: dict[str, Tensor], axis: int, cast:
     if cast == "before weight":
         y = y.to(x.dtype)
     view = [-1 if d == axis % x.dim() else 1 for d in range(x.dim())]
-    gain, shift = given.get(found.weight), given.get(found.bias)
-    y = y if gain is None else y * (found.offset + gain.to(y.dtype)).view(view)
-    return (y if shift is None else y + shift.to(y.dtype).view(view)).to(x.dtype)
+    gain, shift = (
+        None if p is None else p.to(y.dtype) if p.dim() > 1 else p.to(y.dtype).view(view)
+        for p in (given.get(found.weight), given.get(found.bias))
+    )
+    y = y if gain is None else y * (found.offset + gain)
+    return (y if shift is None else y + shift).to(x.dtype)
 
 
 def _cast(
@@ -176,9 +218,8 @@ def _cast(
     y = _run(_stand_in(module, half, False), x)
     if y is None or y.dtype != x.dtype:
         return None
-    ways: tuple[Cast, ...] = ("after weight", "before weight")
-    shares = {way: (y == act(_formula(found, x, half, axis, way))).float().mean().item() for way in ways}
-    best = max(ways, key=lambda way: shares[way])
+    shares = {way: (y == act(_formula(found, x, half, axis, way))).float().mean().item() for way in _CASTS}
+    best = max(_CASTS, key=lambda way: shares[way])
     return best if shares[best] >= _ROUNDED_ALIKE else None
 
 
@@ -250,10 +291,11 @@ def _stand_in(module: nn.Module, given: dict[str, Tensor], training: bool) -> nn
     return double
 
 
-def _run(double: nn.Module, x: Tensor, forward: Callable[..., Tensor] | None = None) -> Tensor | None:
+def _run(double: nn.Module, *given: Tensor, forward: Callable[..., Tensor] | None = None) -> Tensor | None:
+    given = tuple(x.clone() for x in given)
     try:
         with torch.no_grad():
-            y = double(x.clone()) if forward is None else forward(double, x.clone())
+            y = double(*given) if forward is None else forward(double, *given)
     except Exception:  # a shape that the class does not take: any error may say so
         return None
     return y if isinstance(y, Tensor) else None

@@ -1,5 +1,7 @@
 """Recurrent layers of torch to layer-normalized ones: the weights go over, the norms begin fresh."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +15,10 @@ from normkit.activations.recurrent_layer_norm import (
     LayerNormRNNCell,
 )
 from normkit.core.errors import SurgeryError
-from normkit.surgery.changes import Change, Changes, Refusals, label
-from normkit.surgery.select import Where, choose
-from normkit.surgery.substitute import inherit, put_heard, refuse
+from normkit.surgery.changes import Changes, Refusals, label
+from normkit.surgery.select import Where
+from normkit.surgery.substitute import build_all, put_heard
 from normkit.surgery.transaction import transaction
-from normkit.surgery.watch import try_on
 
 # The method: the cell's word, torch's layer and its cell, and ours.
 RECURRENT: dict[str, tuple[str, type[nn.RNNBase], type[nn.RNNCellBase], type[nn.Module]]] = {
@@ -40,29 +41,21 @@ def convert_recurrent(
     found = {name: module for name, module in model.named_modules() if isinstance(module, stack | cell)}
     if not found:
         raise SurgeryError(f"the model has no {stack.__name__} and no {cell.__name__} to convert to {to}")
-    chosen = found if where is None else choose(found, where, "recurrent layers")
-    sight = None if example is None else try_on(model, example, chosen.values(), "model")
-    pairs: dict[str, tuple[nn.Module, nn.Module]] = {}
-    rows: dict[str, Change] = {}
-    for name, module in chosen.items():
-        try:
-            if sight is not None:
-                refuse(name, sight.why_without_effect(module))
-            made = _build(label(name), module, to)
-        except SurgeryError as error:
-            refusals.take(name, error)
-            continue
-        pairs[name] = module, inherit(made, module)
-        note = "weights carried over, norms begin fresh: train before use"
-        note += "; rows of z negated" if isinstance(module, nn.GRU | nn.GRUCell) else ""
-        rows[name] = Change(label(name), _describe(module), _describe(made), note)
+    note = "weights carried over, norms begin fresh: train before use" + "; rows of z negated" * (stack is nn.GRU)
+
+    def make(name: str, module: nn.Module, seen: Sequence[int] | None) -> tuple[nn.Module, str]:
+        return _build(label(name), module, to), note
+
+    pairs, rows = build_all(model, found, where, example, make, refusals)
+    for name, (old, new) in pairs.items():
+        rows[name] = replace(rows[name], before=_sizes(old), after=_sizes(new))
     with transaction(model, optimizer) as opened:
         root = put_heard(model, pairs, rows, example, refusals)
         return opened.close(root, rows.values(), refusals)
 
 
-def _describe(module: Any) -> str:
-    return f"{type(module).__name__.removeprefix('Parametrized')}({module.input_size}, {module.hidden_size})"
+def _sizes(layer: Any) -> str:
+    return f"{type(layer).__name__}({layer.input_size}, {layer.hidden_size})"
 
 
 def _build(who: str, module: nn.Module, to: str) -> nn.Module:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from normkit.core.errors import SurgeryError
 from normkit.surgery.changes import Change, Refusals, label
+from normkit.surgery.norms import describe
+from normkit.surgery.select import Where, choose
 from normkit.surgery.watch import try_on
+
+Pairs = dict[str, tuple[nn.Module, nn.Module]]
 
 # Shared with the old layer, not copied: handles that remove a hook point at these very dictionaries.
 _HOOKS = (
@@ -33,9 +38,47 @@ def put(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
     return root
 
 
+def build_all(
+    model: nn.Module,
+    found: Mapping[str, nn.Module],
+    where: Where | None,
+    example: Any,
+    make: Callable[[str, nn.Module, Sequence[int] | None], tuple[nn.Module, str] | None],
+    refusals: Refusals,
+) -> tuple[Pairs, dict[str, Change]]:
+    """Make what is to stand in the place of a model's norms: old and new, and a row of each, by name.
+
+    Args:
+        model: any module; on an example it is run in evaluation.
+        found: its norms by name.
+        where: which of them, as in ``select``; None for all.
+        example: an input, or None.
+        make: a norm's successor and what was dropped or created, of its name, itself and the shape of its input if that is known;
+            None leaves the norm.
+        refusals: takes a norm that ``make`` refuses, and one whose change would not be heard on the example.
+    """
+    chosen = found if where is None else choose(found, where, "norms")
+    lazy = any(is_lazy(tensor) for tensor in model.parameters())  # a run would give them their size
+    sight = None if example is None or lazy else try_on(model, example, chosen.values(), "model")
+    pairs, rows = Pairs(), dict[str, Change]()
+    for name, module in chosen.items():
+        try:
+            made = make(name, module, None if sight is None else sight.shapes.get(id(module)))
+            if made is None:
+                continue
+            if sight is not None:
+                refuse(name, sight.why_without_effect(module))
+        except SurgeryError as error:
+            refusals.take(name, error)
+            continue
+        pairs[name] = module, inherit(made[0], module)
+        rows[name] = Change(label(name), describe(module), describe(made[0]), made[1])
+    return pairs, rows
+
+
 def put_heard(
     model: nn.Module,
-    pairs: Mapping[str, tuple[nn.Module, nn.Module]],
+    pairs: Pairs,
     rows: dict[str, Change],
     example: Any,
     refusals: Refusals,

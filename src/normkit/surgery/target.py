@@ -129,7 +129,7 @@ class Target:
         place = Place(
             norm.axes if norm.axes in card.axes or norm.rank != 2 else card.axes[0],  # of (N, C) both layouts are one
             norm.shape,
-            self.option,
+            self.option or (norm.option if norm.axes == "trailing" else ""),
             norm.guard(like.dtype),
             norm.momentum,
             norm.tracks,

@@ -145,8 +145,8 @@ class Watch(Sight):
         ranks = self._ranks[id(layer)]
         return (layer, min(ranks)) if len(ranks) == 1 else "the layer before it gives outputs of several ranks"
 
-    def layers_behind(self, norm: nn.Module) -> list[nn.Module] | str:
-        """The layers that read what a norm gives, if nothing else reads it and they read nothing else; or why that is not so."""
+    def layers_behind(self, norm: nn.Module) -> tuple[list[nn.Module], int] | str:
+        """The layers that read what a norm gives, if nothing else does and they read nothing else, with its rank; or why not."""
         outputs = {key for key, call in self._calls.items() if call.layer is norm}
         if not outputs:
             return "the example does not reach it"
@@ -159,7 +159,7 @@ class Watch(Sight):
                 return "a layer behind it reads something else too"
             if any(self._readers[id(parameter)] - {id(layer)} for parameter in layer.parameters(recurse=False)):
                 return "the weight of a layer behind it is read elsewhere too"
-        return behind
+        return behind, len(self.shapes[id(norm)])
 
 
 def run_on(model: nn.Module, example: Any) -> Any:

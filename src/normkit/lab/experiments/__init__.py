@@ -1,4 +1,4 @@
-"""The experiments that ``normkit reproduce`` and ``normkit claim`` know, one file per line."""
+"""The experiments that ``normkit reproduce``, ``claim``, ``theory`` and ``demo`` know, one file per line."""
 
 from importlib import import_module
 from pathlib import Path
@@ -30,8 +30,14 @@ FILES = {
         "four_improvements",
         "local_norms",
         "bn_order",
+        "linear_part",
+        "gradnorm",
+        "style_transfer",
     ),
+    "theory": ("quadratic", "van_der_sluis", "proposition_1", "hessian"),
+    "demo": ("learning_rate", "input_normalization", "depth", "three_operations", "support_sets"),
 }
+FOLDERS = {"theory": ".theory", "demo": ".demonstrations"}
 
 
 def names(kind: str) -> tuple[str, ...]:
@@ -51,7 +57,7 @@ def find_experiment(kind: str, name: str) -> Experiment:
             raise OptionError(f"{name} is no experiment of {kind}; give normkit {other} {name}")
         there = f"there are {', '.join(known) or 'none'}"
         raise OptionError(f"{kind} knows no experiment {name!r}; {there}{closest(name, known)}")
-    module = import_module(f"normkit.lab.experiments.{name.replace('-', '_')}")
+    module = import_module(f"normkit.lab.experiments{FOLDERS.get(kind, '')}.{name.replace('-', '_')}")
     return module.EXPERIMENT
 
 

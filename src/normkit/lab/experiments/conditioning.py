@@ -30,6 +30,7 @@ from torch.nn.utils import parametrize
 from normkit.activations.batch_norm import BatchNorm
 from normkit.catalogue.methods import method
 from normkit.diagnostics.conditioning import weight_conditions
+from normkit.diagnostics.curvature import hessian
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments import rates
 from normkit.lab.models.rows import unit_rows
@@ -149,7 +150,7 @@ def look(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     found = weight_conditions(model).values()
     lengths = [norms.max() / norms.min() for norms in (weight.norm(dim=1) for weight in weights(model))]
     # Row-equilibrated directions leave the loss as it is: eigenvalues of zero are among them.
-    values = torch.linalg.eigvalsh(hessian(model, x, y))
+    values = torch.linalg.eigvalsh(hessian(model, F.cross_entropy, [(x, y)]))
     raw, used = (geometric_mean([pair[k] for pair in found]) for k in (0, 1))
     extremes = {"largest": values[-1].item(), "smallest": values[0].item()}
     return {"raw": raw, "used": used, "rows": geometric_mean([length.item() for length in lengths]), **extremes}
@@ -158,18 +159,6 @@ def look(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
 def weights(model: nn.Module) -> Iterator[Tensor]:
     """The weights that the layers compute with."""
     return (layer.weight.detach() for layer in model.modules() if isinstance(layer, nn.Linear))
-
-
-def hessian(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The second derivatives of the loss by all raw parameters, made symmetric against rounding."""
-    parameters = list(model.parameters())
-    loss = F.cross_entropy(model(x), y)
-    gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters, create_graph=True)])
-    # All rows in one pass over the graph: a pass for each takes four times as long.
-    every = torch.eye(len(gradient), dtype=gradient.dtype)
-    parts = torch.autograd.grad(gradient, parameters, every, is_grads_batched=True, materialize_grads=True)
-    whole = torch.cat([part.reshape(len(gradient), -1) for part in parts], dim=1)
-    return 0.5 * (whole + whole.T)
 
 
 def run(bench: Bench) -> dict[str, Any]:

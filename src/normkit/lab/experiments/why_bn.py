@@ -1,10 +1,11 @@
 """Why batch normalization helps: internal covariate shift, smoothness of the loss, and the largest learning rate.
 
 A small network learns CIFAR-10 without normalization, with batch normalization, and with batch normalization followed by noise
-whose mean and deviation change at every step, so that the inputs of every layer shift more than without any. Along training
-three things are measured: how much a layer's gradient turns when the layers before it take their step, which is one
-definition of covariate shift; how far means and deviations of a layer's inputs move; and how the loss and its gradient
-change along the gradient. Apart from that, runs at many rates show the largest that still learns.
+whose mean and deviation change at every step, so that the inputs of every layer shift more than without any; and with E, row
+equilibration of the first and the last layer, whose paper claims a smoother loss too. Along training three things are measured:
+how much a layer's gradient turns when the layers before it take their step, which is one definition of covariate shift; how far
+means and deviations of a layer's inputs move; and how the loss and its gradient change along the gradient. Apart from that,
+runs at many rates show the largest that still learns.
 
 Ours: batches of 64, a bias in the place of the norm that is left out, rate 0.05 with momentum 0.9 and cosine decay for what is
 measured along training, gradients compared on the training batch itself, steps of a half to four times the rate along the
@@ -22,10 +23,11 @@ from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 from normkit.core.card import Paper
+from normkit.diagnostics.curvature import smoothness
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments import rates
 from normkit.lab.experiments.runs import labelled, notes, side, size_of, source_of
-from normkit.lab.jobs.landscape import moments, moved, smoothness, turns
+from normkit.lab.jobs.landscape import moments, moved, turns
 from normkit.lab.models.noisy_norm import MAKERS
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.report.bands import Curve, End, along
@@ -35,9 +37,16 @@ from normkit.lab.seeding import reseed
 from normkit.lab.stats import ABSENT, Row, by_step, differences, mean, spread, tell, where
 from normkit.lab.train.images import Stream, load
 from normkit.lab.train.walk import OK, Diverged, device, walk
+from normkit.surgery.recipe import apply_recipe
 
-METHODS = {"none": "no norm", "bn": "BatchNorm", "noisy": "BatchNorm + noise"}
-HUES = {"none": GREY, "bn": COLOURS[0], "noisy": COLOURS[1]}
+METHODS = {
+    "none": "no norm",
+    "bn": "BatchNorm",
+    "noisy": "BatchNorm + noise",
+    "none+e": "no norm + E",
+    "bn+e": "BatchNorm + E",
+}
+HUES = dict(zip(METHODS, (GREY, *COLOURS), strict=False))
 SEARCHED = ("none", "bn")
 
 STEPS = {"tiny": 4, "small": 120, "full": 2000}
@@ -70,14 +79,18 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
     images = load(job.data, job.train, 500, job.halve)["train"]
     stream = Stream(images, BATCH, job.seed)
     reseed(job.seed, "init")
-    model = SmallCNN(MAKERS[job.method], channels=images[0].shape[1], width=job.width).to(device())
+    norm, _, conditioned = job.method.partition("+")
+    model = SmallCNN(MAKERS[norm], channels=images[0].shape[1], width=job.width).to(device())
+    if conditioned:
+        apply_recipe(model, "keep+e")
     optimizer = torch.optim.SGD(model.parameters(), job.rate, momentum=0.9)
     probe = images[0][: 2 * BATCH]
 
     def step(number: int) -> dict[str, Any] | None:
         x, y = stream(number)
         looking = job.measured and number % max(1, job.steps // LOOKS) == 0
-        found = {**turns(model, (x, y), job.rate), **smoothness(model, (x, y), job.rate)} if looking else {}
+        found = turns(model, (x, y), job.rate) if looking else {}
+        found |= vars(smoothness(model, F.cross_entropy, [(x, y)], job.rate)) if looking else {}
         before = moments(model, probe) if looking else []
         if job.measured:
             for group in optimizer.param_groups:

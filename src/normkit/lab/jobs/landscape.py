@@ -1,4 +1,4 @@
-"""Covariate shift and smoothness of a loss, by gradients before and after a step."""
+"""Covariate shift: how gradients turn and moments move with a step."""
 
 import copy
 from collections.abc import Sequence
@@ -11,11 +11,9 @@ from torch.nn import functional as F
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.train.images import Images
 
-ALONG = (0.5, 1.0, 2.0, 3.0, 4.0)
-
 
 def groups(model: SmallCNN) -> list[list[nn.Parameter]]:
-    """The parameters of each layer, a convolution with its norm, first layer first; a weight is first in each."""
+    """The parameters of each layer, a convolution with its norm, first layer first."""
     blocks = [model.features[k : k + 3] for k in range(0, len(model.features), 3)]
     return [list(block.parameters()) for block in [*blocks, model.classifier]]
 
@@ -47,30 +45,11 @@ def turns(model: SmallCNN, batch: Images, rate: float) -> dict[str, float]:
             for target, source in zip(groups(mixed)[:k], changed[:k], strict=True):
                 for parameter, value in zip(target, source, strict=True):
                     parameter.copy_(value)
-        place = places[id(layers[k][0])]
+        place = places[id(max(layers[k], key=Tensor.dim))]  # the weight, which a parametrization puts behind the bias
         one, other = first[place].flatten(), gradients(mixed, batch, 1)[1][place].flatten()
         cosines.append(F.cosine_similarity(one, other, dim=0).item())
         lengths.append(((one - other).norm() / one.norm().clamp_min(1e-30)).item())
     return {"turn": fmean(cosines), "change": fmean(lengths)}
-
-
-def smoothness(model: SmallCNN, batch: Images, rate: float) -> dict[str, float]:
-    """Along the gradient at a few lengths: the range of the loss, the largest change of the gradient, and that by distance."""
-    here = copy.deepcopy(model)
-    loss, first = gradients(here, batch, 0)
-    length = torch.stack([gradient.norm() for gradient in first]).norm().item()
-    losses, changes, ratios = [loss], [], []
-    for part in ALONG:
-        there = copy.deepcopy(model)
-        with torch.no_grad():
-            for parameter, gradient in zip(there.parameters(), first, strict=True):
-                parameter -= part * rate * gradient
-        value, second = gradients(there, batch, 0)
-        change = torch.stack([(a - b).norm() for a, b in zip(first, second, strict=True)]).norm().item()
-        losses.append(value)
-        changes.append(change)
-        ratios.append(change / max(part * rate * length, 1e-30))
-    return {"low": min(losses), "high": max(losses), "predictive": max(changes), "beta": max(ratios)}
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 """What the figures of experiments share: how they are written, bands over seeds, and names at the ends of lines."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
 
 from normkit.lab.experiment import Drawing
 from normkit.lab.record import write_bytes
@@ -14,14 +16,31 @@ from normkit.lab.report.canvas import LOOK, plain
 from normkit.lab.report.palette import BASELINE, HUES, MARKERS
 
 DPI = 200
+FRAME, LAST = 80, 2500  # milliseconds for which a frame of what moves stays, and its last one
 GREY = BASELINE[0]
 COLOURS = [light for light, _ in HUES]
 SHAPES = list(MARKERS)
 SEEDS = "lines are means over seeds, in bands from the lowest seed to the highest"  # in captions
 
 
+class Motion(NamedTuple):
+    """A figure that moves.
+
+    Args:
+        figure: as its last frame shows it.
+        frames: how many.
+        show: makes the figure show the frame of a number, from 0.
+    """
+
+    figure: Figure
+    frames: int
+    show: Callable[[int], object]
+
+
 def save(figures: Iterable[Drawing], folder: Path, dpi: int | None = None) -> list[Path]:
     """Draws figures in the look of the reports, and writes each as PNG and SVG, by which they are known to be ours.
+
+    What moves is written as GIF too, at half the resolution.
 
     Args:
         figures: what to draw.
@@ -37,15 +56,33 @@ def save(figures: Iterable[Drawing], folder: Path, dpi: int | None = None) -> li
     written = []
     for figure in figures:
         with matplotlib.rc_context({**matplotlib.rcParamsDefault, **LOOK}):
-            drawn = figure.make()
+            made = figure.make()
+            drawn = made.figure if figure.moves else made
             drawn.draw_without_rendering()
             drawn.set_layout_engine("none")  # the places are found; each file would compute them again
+            if figure.moves:
+                written.append(folder / figure.file)
+                write_bytes(written[-1], _gif(made, (dpi or DPI) // 2))
             for kind, metadata in {"png": {"Software": "normkit"}, "svg": {"Date": None, "Creator": "normkit"}}.items():
                 buffer = io.BytesIO()
                 drawn.savefig(buffer, format=kind, dpi=dpi or DPI, metadata=metadata)
                 written.append(folder / f"{figure.name}.{kind}")
                 write_bytes(written[-1], buffer.getvalue())
     return written
+
+
+def _gif(motion: Motion, dpi: int) -> bytes:
+    # matplotlib's writer of GIFs would not hold the last frame, nor say whose file it is.
+    frames = []
+    for number in range(motion.frames):
+        motion.show(number)
+        buffer = io.BytesIO()
+        motion.figure.savefig(buffer, format="png", dpi=dpi)
+        with Image.open(buffer) as image:
+            frames.append(image.convert("RGB").quantize(64))
+    buffer, lasts = io.BytesIO(), [FRAME] * (motion.frames - 1) + [LAST]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=lasts, loop=0, comment=b"normkit")
+    return buffer.getvalue()
 
 
 def band(

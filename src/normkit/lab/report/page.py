@@ -148,7 +148,7 @@ def render(page: Page, output: Path) -> str:
         colours=COLOURS,
         cell=cell,
         is_text=is_text,
-        image=lambda drawing: _image(output / FIGURES / f"{drawing.name}.png"),
+        image=lambda name: _image(output / FIGURES / name),
         setting=setting,
         css=Markup(_resource("page.css")),
         script=Markup(_resource("page.js")),
@@ -160,7 +160,7 @@ def _resource(name: str) -> str:
 
 
 def _image(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return f"data:image/{path.suffix[1:]};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _embedded(page: Page, charts: Sequence[Chart]) -> Markup:

@@ -35,7 +35,7 @@ def write_markdown(experiment: Experiment, found: Mapping[str, Any], figures: Se
         parts += [f"## {table.title}", markdown(table), *table.notes]
     parts += ["## Remarks", "\n".join(f"- {remark}" for remark in experiment.remarks(found["result"]))]
     for drawing in figures:
-        parts += [f"![{drawing.title}]({FIGURES}/{drawing.name}.png)", f"*{drawing.caption}*"]
+        parts += [f"![{drawing.title}]({FIGURES}/{drawing.file})", f"*{drawing.caption}*"]
     path = output / "result.md"
     write_text(path, "\n\n".join(parts) + "\n")
     return path

@@ -1,0 +1,1 @@
+"""Demonstrations of a lecture on normalization as experiments, each with a table and a figure."""

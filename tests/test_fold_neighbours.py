@@ -1,0 +1,146 @@
+import pickle
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normkit as nk
+from foreign_norms import BatchNormAct, ChannelsNorm, LlamaRMSNorm, ScaledStandardizing, Standardizing, lived_in
+from normkit.activations.batch_norm import BatchNorm
+from normkit.surgery.convert import convert
+from normkit.surgery.fold import fold
+from normkit.surgery.norms import is_norm
+
+
+class Gain(nn.Module):
+    """A norm that several linear layers read, as attention does."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.q, self.k = norm, nn.Linear(6, 6, bias=False), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return self.q(y) * self.k(y)
+
+
+class PlainRMSNorm(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+IMAGES, TOKENS = (2, 3, 6, 6), (2, 5, 6)
+FROZEN = convert(nn.Sequential(nn.BatchNorm2d(4)), "frozen_bn").model[0]
+CIRCULAR = nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect", groups=3)
+# What stands there, what it reads, what remains of the norm, and why it is left.
+WAYS = {
+    "norm and activation": ([nn.Conv2d(3, 4, 3), BatchNormAct(4, nn.Hardswish())], IMAGES, nn.Hardswish, ""),
+    "ours with an activation": ([nn.Conv2d(3, 4, 3), BatchNorm(4, activation="gelu")], IMAGES, nn.GELU, ""),
+    "frozen": ([nn.Conv2d(3, 4, 3), FROZEN], IMAGES, nn.Identity, ""),
+    "before a convolution": ([nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)], IMAGES, nn.Identity, ""),
+    "before groups": ([nn.ReLU(), nn.BatchNorm2d(3), CIRCULAR], IMAGES, nn.Identity, ""),
+    "before zeros": ([nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)], IMAGES, nn.BatchNorm2d, "pads with zeros"),
+    "before a linear layer": ([nn.ReLU(), nn.BatchNorm1d(6), nn.Linear(6, 4, bias=False)], (5, 6), nn.Identity, ""),
+    "group norm": ([nn.GroupNorm(3, 3), nn.Conv2d(3, 4, 3)], IMAGES, nn.GroupNorm, ""),
+    "instance norm": ([nn.InstanceNorm2d(3, affine=True), CIRCULAR], IMAGES, nn.GroupNorm, ""),
+    "layer norm over positions": ([nk.LayerNorm(3, over="c *"), nn.Conv2d(3, 4, 2, 2)], IMAGES, nn.GroupNorm, ""),
+    "layer norm over channels": ([ChannelsNorm(3), nn.Conv2d(3, 4, 2, 2)], IMAGES, nk.LayerNorm, ""),
+    "gain before zeros": ([nk.RMSNorm(3, over="c"), nn.Conv2d(3, 4, 3, padding=1)], IMAGES, nk.RMSNorm, ""),
+    "bias before zeros": ([nn.GroupNorm(3, 3), nn.Conv2d(3, 4, 3, padding=1)], IMAGES, nn.GroupNorm, "pads with zeros"),
+    "layer norm": ([Gain(nn.LayerNorm(6))], TOKENS, nn.LayerNorm, ""),
+    "rms norm": ([Gain(nn.RMSNorm(6, eps=1e-5))], TOKENS, nn.RMSNorm, ""),
+    "1 + weight": ([Gain(PlainRMSNorm(6))], TOKENS, nn.RMSNorm, ""),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_norm_goes_into_its_neighbours(way: str, dtype: torch.dtype) -> None:
+    layers, shape, left, reason = WAYS[way]
+    model, x = lived_in(nn.Sequential(*deepcopy(layers))).to(dtype), torch.randn(shape, dtype=dtype)
+    name, norm = next((n, m) for n, m in model.named_modules() if is_norm(m))
+    wanted, changes = model(x), fold(model, x)
+    after = model.get_submodule(name)
+    assert type(after) is left
+    if reason:
+        assert reason in changes.passed_over[0].reason
+        assert after is norm
+        return
+    assert (changes.rows[0].error or 0.0) < (1e-5 if dtype == torch.float32 else 1e-13)
+    assert not changes.passed_over
+    assert not any(True for _ in (*after.parameters(), *after.buffers()))
+    other = torch.randn(shape, dtype=dtype)
+    assert type(pickle.loads(pickle.dumps(model))) is type(model)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), model(x))
+    torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+    folded = model(other)
+    changes.undo()
+    torch.testing.assert_close(model(x), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(model(other), folded, rtol=1e-5, atol=1e-5)
+
+
+def test_gains_stay_where_a_reader_is_tied_or_no_layer() -> None:
+    tied = lived_in(Gain(nn.LayerNorm(6)))
+    tied.k.weight = tied.q.weight
+    assert "read elsewhere" in fold(tied, torch.randn(TOKENS).double()).passed_over[0].reason
+    residual = lived_in(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True))
+    assert all("something else" in left.reason for left in fold(residual, torch.randn(TOKENS).double()).passed_over)
+
+
+# torch calls its older weight norm deprecated.
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("put", [nn.utils.weight_norm, nn.utils.spectral_norm, Standardizing, ScaledStandardizing])
+def test_weights_that_are_made_in_other_ways_become_plain(put) -> None:
+    first = put(3, 4, 3) if isinstance(put, type) else put(nn.Conv2d(3, 4, 3))
+    model, x = lived_in(nn.Sequential(first, nn.BatchNorm2d(4))), torch.randn(IMAGES).double()
+    wanted, changes = model(x), fold(model, x)
+    assert len(changes.rows) == 2
+    assert type(model[0]) is nn.Conv2d
+    assert isinstance(model[1], nn.Identity)
+    assert set(model.state_dict()) == {"0.weight", "0.bias"}
+    torch.testing.assert_close(model(x), wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), wanted, rtol=1e-10, atol=1e-10)
+
+
+class Parts(nn.Module):
+    """A convolutional part and a linear one that are folded, the latter with its centring, and norms that are accelerated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(2, 4), nn.Conv2d(4, 6, 1)
+        )
+        self.lead, self.norm = nn.Linear(6, 6), Gain(nn.LayerNorm(6))
+        self.last = nn.Sequential(nn.LayerNorm(6), nn.ReLU(), nn.RMSNorm(6), nn.ReLU(), LlamaRMSNorm(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.lead(self.images(x).flatten(2).transpose(1, 2))
+        return self.last(self.norm(y).relu())
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch's exporter
+def test_folded_and_accelerated_models_export_to_onnx() -> None:
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package, reason="torch.onnx.export writes with it")
+    runtime = pytest.importorskip("onnxruntime", reason="it runs what was exported")
+    model, x = lived_in(Parts()).float(), torch.randn(IMAGES)
+    wanted = model(x)
+    assert [row.after.partition("(")[0] for row in fold(model, x, centring=True)] == [
+        "Identity",
+        "GroupNorm",
+        "LayerNorm",
+        "RMSNorm",
+    ]
+    assert len(nk.accelerate(model, where="re:last").rows) == 3
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+    session = runtime.InferenceSession(program.model_proto.SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    # Sums in another order, through eight layers in float32.
+    torch.testing.assert_close(torch.tensor(found), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), wanted, rtol=1e-4, atol=1e-5)
