@@ -203,14 +203,21 @@ def _(subject: Subject) -> None:
     near(gradients(torch.compile(made, fullgraph=True), inputs), gradients(made, inputs))
 
 
+# ONNX has no singular value decomposition, and torch's exporter takes attention of four axes alone.
+_NO_ONNX = ("conditioned_tokens", "spectral_norm_exact-Linear", "query_key_norm", "preconditioned_attention")
+
+
 def has_onnx(subject: Subject) -> bool:
-    return is_input_of_networks(subject) and importlib.util.find_spec("onnxscript") is not None
+    there = importlib.util.find_spec("onnxscript") is not None
+    return is_input_of_networks(subject) and there and subject.name not in _NO_ONNX
 
 
-@seam("ONNX", has_onnx, "where onnxscript is installed, which the test extra does not bring")
+@seam("ONNX", has_onnx, "ONNX has no SVD; torch's exporter takes attention of four axes alone")
 def _(subject: Subject) -> None:
     made, inputs = subject.fresh().eval(), subject.inputs()
-    assert torch.onnx.export(made, inputs, dynamo=True) is not None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch's exporter uses what torch deprecates
+        assert torch.onnx.export(made, inputs, dynamo=True, verbose=False) is not None
 
 
 # Wrappers

@@ -31,6 +31,8 @@ from normkit.lab.experiments import (
     four_benefits,
     four_improvements,
     gan,
+    gradnorm,
+    linear_part,
     names,
     pre_post_ln,
     small_table,
@@ -122,6 +124,8 @@ CASES = {
     "pre_post_ln": Case(encoders.train, encoders.Training("text", "post", "ln", "adam 1e-3", True, 0, **ENCODER), 4),
     "gan": Case(adversarial.play, adversarial.Game("hinge", "sn", 0, 4), 3),
     "why_bn": Case(why_bn.train, why_bn.Training("noisy", 0.05, True, 0, **{**IMAGES, "train": 128}, steps=4), 3),
+    "gradnorm": Case(gradnorm.train, gradnorm.Training("additive", 0, 5), 3),
+    "linear_part": Case(linear_part.train, linear_part.Training("ReLU", "BatchNorm", True, 0, 5), 3),
     "conditioning": Case(conditioning.descend, conditioning.Descent("bn", "e-temperature", 0.3, True, 0, 4), 3),
     "four_benefits": Case(
         four_benefits.train, four_benefits.Training("wn", 0.1, 10.0, 0, **{**DIGITS, "epochs": 4}), 3

@@ -62,6 +62,7 @@ from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
 from normkit.diagnostics.audit.checks import audit
+from normkit.diagnostics.monitor import Monitor
 from normkit.engine.dispatch import explain, normalize
 from normkit.engine.layer import Layer
 from normkit.residual import Residual
@@ -116,6 +117,7 @@ __all__ = [
     "LyuSimoncelliNorm",
     "MeanOnlyBatchNorm",
     "Moments",
+    "Monitor",
     "NormalizerFreeBlock",
     "NormkitError",
     "PartialRMSNorm",

@@ -1,27 +1,26 @@
-"""What diagnostics measure on a model: audit."""
+"""What diagnostics measure on a model: audit and conditions."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from normkit.cli.command import app, command
 
-MODEL = typer.Argument(metavar="MODEL", help="package.module:factory, or a name as in compare", show_default=False)
-DATA = typer.Option(metavar="DATA", help="package.module:factory, or a name as in compare")
+NAME = "package.module:factory, or a name as in compare"
+MODEL = typer.Argument(metavar="MODEL", help=NAME, show_default=False)
+SOURCE = typer.Option(metavar="NAME", help=NAME)
+FAIL_ON = typer.Option(metavar="info|warning|error", help="end with code 1 on such a finding or a worse one")
 
 
 @command(app, "audit")
 def audit(
     model: Annotated[str, MODEL],
-    data: Annotated[str, DATA] = "digits",
+    data: Annotated[str, SOURCE] = "digits",
     samples: Annotated[int, typer.Option(metavar="N", min=1, help="batch size, as in training")] = 64,
-    optimizer: Annotated[
-        str | None, typer.Option(metavar="NAME", help="package.module:factory; is called with the model")
-    ] = None,
+    optimizer: Annotated[str, typer.Option(metavar="NAME", help="package.module:factory, called with the model")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
-    fail_on: Annotated[
-        str | None, typer.Option(metavar="info|warning|error", help="end with code 1 on such a finding or a worse one")
-    ] = None,
+    fail_on: Annotated[str, FAIL_ON] = "",
 ) -> None:
     """Finds normalization mistakes in a model by one forward and backward.
 
@@ -48,18 +47,69 @@ def audit(
     from normkit.lab.say import visible
     from normkit.lab.task import call, loss
 
-    Audit().at_least(fail_on or "info")  # pyright: ignore[reportArgumentType]  # refuses a word before the work
+    Audit().at_least(fail_on or "info")  # refuses a word before the work
     read = make_data(load_factory(data, DATA), data)
     made = sized(make_model(load_factory(model, MODELS), model, read.classes), read, model)
     read = suited(read, made, model)
     check_fit(made, read, model)
-    train = read.train
-    batch = train.batch(torch.arange(min(samples, len(train))), torch.device("cpu"))
+    batch = read.train.batch(torch.arange(min(samples, len(read.train))), torch.device("cpu"))
     with user_code(f"auditing {model}"):
         steps = load_factory(optimizer, {})(made) if optimizer else None
-        found = audit(
-            made, batch, optimizer=steps, loss=lambda y, of: loss(y, of[1]), forward=lambda net, of: call(net, of[0])
-        )
+        found = audit(made, batch, optimizer=steps, loss=lambda y, b: loss(y, b[1]), forward=lambda m, b: call(m, b[0]))
     typer.echo(visible(found.json() if as_json else str(found)))
-    if fail_on and found.at_least(fail_on):  # pyright: ignore[reportArgumentType]
+    if fail_on and found.at_least(fail_on):
         raise typer.Exit(1)
+
+
+@command(app, "conditions")
+def conditions(
+    model: Annotated[str, MODEL],
+    data: Annotated[str | None, SOURCE] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="for conditions.json and a figure")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+) -> None:
+    """Reports how every weight of a model is conditioned, and what equilibration changes.
+
+    Singular values, condition number, stable rank and the spread of row and column norms of each weight, and the
+    condition number with its rows, its columns or both equilibrated. With --data also those of convolutions as
+    operators, on images of that size.
+
+    Such as:
+    normkit conditions mine.models:trained --output conditions
+    """
+    import json
+
+    import torch
+
+    from normkit.diagnostics.conditions import conditions
+    from normkit.lab.experiment import Drawing
+    from normkit.lab.protocol import MODELS, load_factory, make_model, user_code
+    from normkit.lab.record import write_bytes
+    from normkit.lab.report.drawing import save
+    from normkit.lab.report.terminal import print_table
+    from normkit.lab.report.weights import conditions_figure, conditions_table
+    from normkit.lab.say import Terminal
+
+    made, example = make_model(load_factory(model, MODELS), model, None), None
+    if data is not None:
+        from normkit.lab.protocol import DATA, make_data, sized, suited
+
+        read = make_data(load_factory(data, DATA), data)
+        made = sized(make_model(load_factory(model, MODELS), model, read.classes), read, model)
+        example = suited(read, made, model).train.batch(torch.arange(1), torch.device("cpu"))[0]
+    console = Terminal(stderr=True)
+    with user_code(f"measuring {model}"), console.status("") as status:
+        found = conditions(
+            made, example=example, progress=lambda done, total, name: status.update(f"{done} of {total}: {name}")
+        )
+    rows = json.dumps([row.json() for row in found], indent=1, allow_nan=False)
+    if as_json:
+        typer.echo(rows)
+    else:
+        print_table(conditions_table(f"Conditions of {model}", found), Terminal())
+    if output is not None:
+        write_bytes(output / "conditions.json", rows.encode())
+        for path in save([Drawing("conditions", lambda: conditions_figure({model: found}), "")], output):
+            typer.echo(path, err=as_json)

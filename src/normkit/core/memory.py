@@ -145,6 +145,7 @@ class Running:
         else:
             weight = self.momentum
         mixed = self._mixed(running.mean.to(wide), running.var.to(wide), mean.to(wide), var.to(wide), weight)
+        # Not strict: a memory of the mean alone mixes one value, and its variance stays empty.
         rounded = [value.to(buffer.dtype) for value, buffer in zip(mixed, running[:2], strict=False)]
         # Mean and variance of a channel are replaced together or not at all; where the buffers' dtype overflows counts too.
         fits = torch.stack([value.isfinite() for value in rounded]).all(0)

@@ -102,7 +102,7 @@ def moments(x: Tensor, dims: Sequence[int], mask: Tensor | None = None) -> Momen
     x = x.to(accumulation_dtype(x.dtype))
     dims = tuple(dims)
     if not dims:
-        return Moments(x, torch.zeros_like(x), 1)
+        return Moments(x, torch.zeros_like(x), 1)  # torch would take no axes for all of them
     if mask is None:
         count: int | Tensor = math.prod([x.shape[d] for d in dims])
         first = x.mean(dims, keepdim=True)

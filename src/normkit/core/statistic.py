@@ -102,12 +102,12 @@ class Statistic:
             center = _least(least, dims) if self.center == "min" else None
         if self.scale is None:
             return center, None, found
+        # Inside a root eps keeps its derivative finite at zero, so squares do; elsewhere ``length``, whose derivative is 0 there.
         if self.scale == "std":
             assert found is not None
             if self.guard == "inside":
                 return center, self.guarded(found.unbiased() if self.correction else found.var, power=2), found
             rest = x - found.mean if mask is None else torch.where(mask, x - found.mean, 0.0)
-            # A norm has the derivative 0 at zero where the root of a variance has an infinite one.
             count = found.n - self.correction
             if isinstance(count, Tensor) and not self.correction:
                 count = count.clamp_min(1)  # a set that a mask empties has the deviation 0, not 0 / 0

@@ -23,6 +23,7 @@ class _Eps:
             reader = sys._getframe(1).f_code.co_name if lost else ""
             if (reader == "convert_sync_batchnorm") if converting else ("fuse" in reader):
                 raise SurgeryError(f"{reader}: {type(module).__name__} would lose {lost}")
+        # From the module's own dict, where a data descriptor of the class keeps it out of reach of plain attribute access.
         return module.__dict__["eps"]
 
     def __set__(self, module: Any, value: float) -> None:

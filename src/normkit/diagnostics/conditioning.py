@@ -29,7 +29,7 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -116,36 +116,44 @@ def weight_conditions(
     {'0': '3.00 -> 1.00'}
     """
     found = {}
+    for label, layer, key, raw, used in weights_of(model, where):
+        layout = weight_layout(layer, key)
+        before = condition_number(layout.matrix(raw))
+        found[label] = (before, before if used is raw else condition_number(layout.matrix(used)))
+    return found
+
+
+def weights_of(
+    model: nn.Module, where: Callable[[str, nn.Module], bool] | None = None
+) -> Iterator[tuple[str, nn.Module, str, Tensor, Tensor]]:
+    """Label, layer, name, raw and effective value of each weight of two axes or more, as ``weight_conditions`` names them."""
     for name, layer in model.named_modules():
         if isinstance(layer, parametrize.ParametrizationList) or (where is not None and not where(name, layer)):
             continue
         for key in _weight_names(layer):
             raw, used = _raw_and_used(layer, key)
-            if raw.dim() < 2 or 0 in raw.shape or not raw.is_floating_point():
-                continue
-            layout = weight_layout(layer, key)
-            label = name if key == "weight" else f"{name}.{key}" if name else key
-            before = condition_number(layout.matrix(raw))
-            found[label] = (before, before if used is raw else condition_number(layout.matrix(used)))
-    return found
+            if raw.dim() > 1 and 0 not in raw.shape and raw.is_floating_point():
+                yield name if key == "weight" else f"{name}.{key}" if name else key, layer, key, raw, used
 
 
-def operator_spectrum(kernel: Tensor, size: Sequence[int], groups: int = 1) -> Tensor:
-    """Compute all singular values of a convolution of stride 1 with circular padding, as a linear operator on inputs of a size.
+def operator_spectrum(kernel: Tensor, size: Sequence[int], groups: int = 1, stride: Sequence[int] = ()) -> Tensor:
+    """Compute all singular values of a convolution with circular padding, as a linear operator on inputs of a size.
 
     The Fourier transform makes the operator one small matrix for each frequency; their singular values together are the
-    operator's. Zero padding and strides are not considered.
+    operator's. A stride s adds the s frequencies that it cannot tell apart: their matrices stand side by side, times
+    1 / sqrt(s). Zero padding is not considered.
 
     Args:
         kernel: (out, in/groups, *taps), any number of spatial axes.
-        size: size of the input along each spatial axis, not below the taps.
+        size: size of the input along each spatial axis, not below the taps, and a multiple of the stride.
         groups: groups of the convolution. Default: 1.
+        stride: along each spatial axis. Default: 1.
 
     Returns:
-        In descending order, float64: min(out, in) for each position, in/groups and out/groups in each group.
+        In descending order, float64: as many as the smaller of the operator's two sizes, in each group.
 
     Raises:
-        ShapeError: the size does not fit the kernel.
+        ShapeError: the size does not fit the kernel or the stride.
 
     Reference:
         Sedghi, Gupta, Long (2019), https://arxiv.org/abs/1805.10408.
@@ -161,8 +169,16 @@ def operator_spectrum(kernel: Tensor, size: Sequence[int], groups: int = 1) -> T
         )
     if kernel.shape[0] % groups:
         raise ShapeError(f"operator_spectrum: {kernel.shape[0]} output channels do not split into groups={groups}")
+    steps = tuple(stride) or (1,) * len(taps)
+    if len(steps) != len(taps) or any(n % s for n, s in zip(size, steps, strict=True)):
+        raise ShapeError(
+            f"operator_spectrum: stride {show(steps)} on inputs of size {show(size)}; wanted a divisor per size"
+        )
     axes = tuple(range(2, kernel.dim()))
     response = torch.fft.fftn(kernel.detach().to(_device(kernel), torch.float64), s=tuple(size), dim=axes)
+    for axis, step in zip(axes, steps, strict=True):
+        alike = response.unflatten(axis, (step, -1)).movedim(axis, 1)
+        response = alike.flatten(1, 2) / math.sqrt(step)
     matrices = response.flatten(2).unflatten(0, (groups, -1)).permute(3, 0, 1, 2)
     return torch.linalg.svdvals(matrices).flatten().sort(descending=True).values
 
@@ -170,19 +186,20 @@ def operator_spectrum(kernel: Tensor, size: Sequence[int], groups: int = 1) -> T
 def operator_norm(layer: nn.Module | Tensor, size: Sequence[int] = (), *, groups: int = 1) -> float:
     """Compute the exact norm of a layer as a linear operator: its largest singular value, hence its Lipschitz constant.
 
-    A convolution is taken with circular padding, on inputs of the size; strides are refused. With W the 2-D unfolding whose norm
-    ``spectral_norm`` fixes to 1, sigma(W) <= norm <= sqrt(number of taps) sigma(W).
+    A convolution is taken with circular padding, on inputs of the size. With W the 2-D unfolding whose norm ``spectral_norm``
+    fixes to 1, norm <= sqrt(number of taps) sigma(W), and without strides sigma(W) <= norm.
 
     Args:
         layer: Linear, Conv or ConvTranspose, parametrized or not; or a kernel, (out, in/groups, *taps) or a matrix.
-        size: size of the input along each spatial axis, at least the extent of the taps. Default: (), for a matrix.
+        size: size of the input along each spatial axis, at least the extent of the taps; of a ConvTranspose that of the output.
+            Default: (), for a matrix.
         groups: groups of a convolution whose kernel is given; a layer has its own. Default: 1.
 
     Returns:
         A number; NaN if an element is not finite.
 
     Raises:
-        ShapeError: the size does not fit, or a convolution with strides.
+        ShapeError: the size does not fit the taps or the strides.
 
     Reference:
         Sedghi, Gupta, Long (2019), https://arxiv.org/abs/1805.10408.
@@ -190,28 +207,25 @@ def operator_norm(layer: nn.Module | Tensor, size: Sequence[int] = (), *, groups
     >>> round(operator_norm(torch.tensor([[[1.0, 1.0]]]), (4,)), 4)  # sqrt(2) times that of the unfolding
     2.0
     """
-    kernel, dilation = layer, ()
-    if isinstance(layer, nn.Module):
-        kernel = weight_of(layer, "weight", "operator_norm")
-        if isinstance(layer, _ConvNd):
-            groups, dilation = layer.groups, layer.dilation
-            if any(step != 1 for step in layer.stride):
-                raise ShapeError(
-                    f"operator_norm: the convolution has stride {show(layer.stride)}; wanted 1, whose operator includes this "
-                    "one's rows, so that its norm is a bound: give the kernel instead of the layer"
-                )
-    assert isinstance(kernel, Tensor)
+    kernel = weight_of(layer, "weight", "operator_norm") if isinstance(layer, nn.Module) else layer
     if not kernel.isfinite().all():
         return math.nan
     if kernel.dim() == 2 and not size:
         return _singular_values(kernel, "operator_norm")[0].item()
+    if isinstance(layer, _ConvNd):
+        return layer_spectrum(layer, kernel, size)[0].item()
+    return operator_spectrum(kernel, size, groups)[0].item()
+
+
+def layer_spectrum(layer: _ConvNd, kernel: Tensor, size: Sequence[int]) -> Tensor:
+    """The operator's spectrum of a convolution layer with some kernel, its groups, strides and dilation included."""
     # Transposing keeps singular values: a transposed convolution has those of the convolution with its kernel.
-    for axis, step in enumerate(dilation, 2):
+    for axis, step in enumerate(layer.dilation, 2):
         spread = kernel.new_zeros([(n - 1) * step + 1 if d == axis else n for d, n in enumerate(kernel.shape)])
         kernel = spread.index_copy(
             axis, torch.arange(0, spread.shape[axis], step, device=kernel.device), kernel.detach()
         )
-    return operator_spectrum(kernel, size, groups)[0].item()
+    return operator_spectrum(kernel, size, layer.groups, layer.stride)
 
 
 def _device(tensor: Tensor) -> torch.device:

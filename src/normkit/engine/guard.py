@@ -42,6 +42,7 @@ def calm() -> bool:
     >>> calm()
     True
     """
+    # An internal count, as torch has no public question for it; a level from 0 says that tangents may be about.
     return not is_compiling() and forward_ad._current_level < 0
 
 

@@ -362,7 +362,7 @@ class _NormalizeBy(torch.autograd.Function):
             x, weight, bias = _restored(ctx.ready, x, weight, bias)
             dy = None if arrived[0] is None else like(arrived[0], x)
             found = _backward(ctx.ready, dy, None, x, weight, bias, ctx.values, wanted)
-        return *found, None, None
+        return *found, None, None  # given statistics are constants: nothing flows back to them
 
 
 def _is_usual(ready: Prepared, dy: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:

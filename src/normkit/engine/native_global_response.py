@@ -80,6 +80,7 @@ class _Weigh(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight, bias, energy), (dy,) = ctx.saved_tensors, dys
         needed = ctx.needs_input_grad[:3]
+        # Gradients are recorded in a backward pass only for derivatives of derivatives, of which the kernels know nothing.
         if torch.is_grad_enabled() or not plain(dy):
             return *gradients(ctx.definition, (x, weight, bias), needed, dy), None, None
         x = ctx.form.restore(x)

@@ -105,6 +105,7 @@ def plan(split: Split, strides: Sequence[int], compensation: Affine | None) -> N
                 runs.append(Loop(size, step))
         levels.append((reduced, runs))
 
+    # From the innermost outwards; a level of the wrong kind is left for the next loop, so that each loop may be missing.
     near = _take(levels, reduced=True)
     kept = _take(levels, reduced=False)
     far = _take(levels, reduced=True)

@@ -74,6 +74,7 @@ def sliding_mean(x: Tensor, windows: Sequence[tuple[int, int | None]]) -> Tensor
         if dim in whole or size is None or size == 1:
             continue
         before, after = size // 2, size - 1 - size // 2
+        # The neighbours inside, counted from the borders in a few operators; a sliding sum of ones would take a dozen.
         at = torch.arange(x.shape[dim], device=x.device)
         inside = (at + after).clamp_max(x.shape[dim] - 1) - (at - before).clamp_min(0) + 1
         shape = [1] * x.dim()
@@ -123,6 +124,7 @@ def _slide(found: Moments, dim: int, window: int) -> Moments:
     padding = [0, 0] * (mean.dim() - 1 - dim) + [before, after]
     shape = [1] * mean.dim()
     shape[dim] = size
+    # Positions are counted along one axis only, in units of ``number``: every position holds equally many elements.
     there = F.pad(torch.ones(shape, dtype=mean.dtype, device=mean.device), padding)
     power = Moments(F.pad(mean, padding), F.pad(var, padding), there)
     parts: list[Moments] = []
@@ -149,6 +151,7 @@ def _merge(a: Moments, b: Moments) -> Moments:
     """Merge by Chan's formula, where both sides may lie outside the tensor and be empty."""
     total = a.n + b.n
     assert isinstance(total, Tensor)
+    # Two windows of padding hold nothing, and 0 / 0 would spread NaN from there through sums that multiply it by zero.
     share = b.n / total.clamp_min(1)
     rest = a.n / total.clamp_min(1)
     delta = b.mean - a.mean

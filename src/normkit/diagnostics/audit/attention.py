@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normkit.engine.onlooker import Onlooker
 
 _ATTENDS = re.compile("att(e)?n|mha", re.IGNORECASE)
-_SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
+_SOFTMAX = ("aten._softmax.default", "aten._safe_softmax.default")
 _MASKED = (
     -9e3
 )  # what most models add to a masked logit is -1e4 or below; where it is -100, the largest is not among those
@@ -33,8 +33,7 @@ class Logits(Onlooker):
     def __init__(self, model: nn.Module, stack: ExitStack) -> None:
         super().__init__()
         self._scope: list[tuple[str, bool]] = []
-        self._largest: dict[str, float] = {}
-        self._entropy: dict[str, list[float]] = {}
+        self._seen: dict[str, list[tuple[float, float]]] = {}
         for name, module in model.named_modules():
             entry = name, bool(_ATTENDS.search(type(module).__name__))
             stack.callback(module.register_forward_pre_hook(lambda *_, e=entry: self._scope.append(e)).remove)
@@ -46,33 +45,26 @@ class Logits(Onlooker):
 
     def found(self) -> dict[str, tuple[float, float]]:
         """The largest logit and the mean entropy, relative to that of uniform weights, by module."""
-        return {name: (top, sum(self._entropy[name]) / len(self._entropy[name])) for name, top in self._largest.items()}
+        return {name: (max(a for a, _ in got), sum(b for _, b in got) / len(got)) for name, got in self._seen.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _SOFTMAX:
+        name = str(func)
+        if name in _SOFTMAX:
             if args[0].dim() > 2 and any(attends for _, attends in self._scope):
                 rows = args[0].detach().flatten(0, -2)
                 self._take(rows[:: max(1, len(rows) // 4096)])
-        elif "scaled_dot_product" in (name := str(func)) and "backward" not in name:
-            self._take(_products(args[0].detach(), args[1].detach(), (kwargs or {}).get("scale")))
+        elif "scaled_dot_product" in name and "backward" not in name:
+            query, key, scale = args[0].detach(), args[1].detach().float(), (kwargs or {}).get("scale")
+            if query.shape[-3] != key.shape[-3]:  # grouped queries
+                key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+            query = query[..., :: max(1, query.shape[-2] // _QUERIES), :].float()
+            self._take(query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5))
         return func(*args, **(kwargs or {}))
 
     def _take(self, logits: Tensor) -> None:
-        keys = logits.shape[-1]
-        wide = logits.float()
+        wide, keys = logits.float(), logits.shape[-1]
         seen = wide > _MASKED
-        if keys < 2 or not seen.any():
-            return
-        name = next((name for name, attends in reversed(self._scope) if attends), None)
-        name = name if name is not None else self._scope[-1][0] if self._scope else ""
-        weights = wide.masked_fill(~seen, -math.inf).softmax(-1)
-        entropy = torch.special.entr(weights).sum(-1) / math.log(keys)
-        self._largest[name] = max(self._largest.get(name, 0.0), float(wide[seen].max()))
-        self._entropy.setdefault(name, []).append(float(entropy.nanmean()))
-
-
-def _products(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
-    if query.dim() > 2 and query.shape[-3] != key.shape[-3]:  # grouped queries
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-    chosen = query[..., :: max(1, query.shape[-2] // _QUERIES), :].float()
-    return chosen @ key.float().transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
+        if keys > 1 and seen.any():
+            inner = [name for name, attends in self._scope if attends] or [name for name, _ in self._scope] or [""]
+            entropy = torch.special.entr(wide.masked_fill(~seen, -math.inf).softmax(-1)).sum(-1) / math.log(keys)
+            self._seen.setdefault(inner[-1], []).append((float(wide[seen].max()), float(entropy.nanmean())))

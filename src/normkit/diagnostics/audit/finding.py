@@ -1,18 +1,22 @@
-"""Findings of an audit: one mistake with its evidence in numbers, and the sequence that prints as a table or as JSON."""
+"""A kind of mistake, what is found of it with its evidence in numbers, and the sequence that prints as a table or as JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, overload
+from typing import Literal
 
 from normkit.core.errors import OptionError, SurgeryError, closest
+from normkit.diagnostics.audit.observe import Observed
 from normkit.surgery.changes import Changes
 
 Severity = Literal["info", "warning", "error"]
-Number = int | float
+Evidence = dict[str, int | float]
+Keeps = Literal["", "training", "evaluation", "both"]
+Row = tuple[str, Evidence, Callable[[], Changes] | None]
+Find = Callable[[Observed], Iterator[Row]]
 
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "error")
 _SHOWN = 3  # rows of one kind in the table; a deep network repeats its mistake in every block
@@ -35,7 +39,7 @@ class Finding:
 
     kind: str
     module: str
-    evidence: dict[str, Number]
+    evidence: Evidence
     severity: Severity
     cure: str
     _fix: Callable[[], Changes] | None = field(default=None, repr=False, compare=False)
@@ -46,7 +50,7 @@ class Finding:
         return self._fix is not None
 
     def fix(self) -> Changes:
-        """Mend it in place, where that keeps the function: the page of findings says which function of each kind.
+        """Mend it in place, where that keeps the function; the page on the audit says which function, by kind.
 
         Returns:
             What was changed, with the way back.
@@ -61,42 +65,33 @@ class Finding:
     @property
     def told(self) -> str:
         """The evidence on one line."""
-        return ", ".join(f"{name.replace('_', ' ')} {_written(value)}" for name, value in self.evidence.items())
+        numbers = {name: n if isinstance(n, int) else f"{n:.3g}" for name, n in self.evidence.items()}
+        return ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in numbers.items())
 
     def __str__(self) -> str:
         return f"{self.severity}: {self.module}: {self.kind} ({self.told}): {self.cure}"
 
 
-@dataclass(frozen=True)
-class Audit(Sequence[Finding]):
+class Audit(tuple[Finding, ...]):
     """The findings of an audit, the most severe first; prints as a table.
 
     Args:
-        findings: in order.
-        notes: what could not be looked at, and why.
+        findings: in any order. Default: none.
+        notes: what could not be looked at, and why. Default: none.
 
-    >>> print(Audit((Finding("zero_rows", "head", {"rows": 2}, "error", "give them a direction"),)))
+    >>> print(Audit([Finding("zero_rows", "head", {"rows": 2}, "error", "give them a direction")]))
     severity  module  kind       evidence  cure
     error     head    zero_rows  rows 2    give them a direction
     """
 
-    findings: tuple[Finding, ...] = ()
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
-    @overload
-    def __getitem__(self, index: int) -> Finding: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Finding, ...]: ...
-    def __getitem__(self, index: int | slice) -> Finding | tuple[Finding, ...]:
-        return self.findings[index]
+    def __new__(cls, findings: Iterable[Finding] = (), notes: Iterable[str] = ()) -> Audit:
+        made = super().__new__(cls, sorted(findings, key=lambda each: -SEVERITIES.index(each.severity)))
+        made.notes = tuple(notes)
+        return made
 
-    def __len__(self) -> int:
-        return len(self.findings)
-
-    def __iter__(self) -> Iterator[Finding]:
-        return iter(self.findings)
-
-    def at_least(self, severity: Severity) -> tuple[Finding, ...]:
+    def at_least(self, severity: str) -> tuple[Finding, ...]:
         """The findings of a severity or above.
 
         Args:
@@ -105,7 +100,7 @@ class Audit(Sequence[Finding]):
         Raises:
             OptionError: another word.
 
-        >>> Audit((Finding("zero_rows", "head", {"rows": 2}, "error", ""),)).at_least("warning")[0].module
+        >>> Audit([Finding("zero_rows", "head", {"rows": 2}, "error", "")]).at_least("warning")[0].module
         'head'
         """
         if severity not in SEVERITIES:
@@ -116,37 +111,50 @@ class Audit(Sequence[Finding]):
     def json(self) -> str:
         """Everything as JSON; a number that is not finite is written as text.
 
-        >>> Audit(notes=("no backward pass",)).json()
+        >>> Audit(notes=["no backward pass"]).json()
         '{"findings": [], "notes": ["no backward pass"]}'
         """
-        rows = [
-            {
-                "kind": each.kind,
-                "module": each.module,
-                "severity": each.severity,
-                "evidence": {name: n if math.isfinite(n) else str(n) for name, n in each.evidence.items()},
-                "cure": each.cure,
-                "fixable": each.fixable,
-            }
-            for each in self
-        ]
-        return json.dumps({"findings": rows, "notes": list(self.notes)})
+        rows = []
+        for each in self:
+            numbers = {name: n if math.isfinite(n) else str(n) for name, n in each.evidence.items()}
+            told = {"kind": each.kind, "module": each.module, "severity": each.severity, "evidence": numbers}
+            rows.append(told | {"cure": each.cure, "fixable": each.fixable})
+        return json.dumps({"findings": rows, "notes": self.notes})
 
     def __str__(self) -> str:
-        table, shown = [("severity", "module", "kind", "evidence", "cure")], dict[str, int]()
+        table, more = [("severity", "module", "kind", "evidence", "cure")], dict[str, int]()
         for each in self:
-            shown[each.kind] = shown.get(each.kind, 0) + 1
-            if shown[each.kind] <= _SHOWN:
+            more[each.kind] = more.get(each.kind, -_SHOWN) + 1
+            if more[each.kind] <= 0:
                 table.append((each.severity, each.module, each.kind, each.told, each.cure))
-        lines = ["nothing found"]
-        if len(table) > 1:
-            widths = [max(len(row[k]) for row in table) for k in range(4)]
-            lines = [
-                "  ".join([*(f"{cell:<{n}}" for cell, n in zip(row, widths, strict=False)), row[4]]) for row in table
-            ]
-        more = [f"{kind}: {n - _SHOWN} more modules" for kind, n in shown.items() if n > _SHOWN]
-        return "\n".join([*lines, *more, *(f"note: {note}" for note in self.notes)])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)][:-1]
+        lines = ["  ".join([*map(str.ljust, row, widths), row[-1]]) for row in table] if self else ["nothing found"]
+        lines += [f"{kind}: {number} more modules" for kind, number in more.items() if number > 0]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def _written(value: Number) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.3g}"
+@dataclass(frozen=True)
+class Check:
+    """One kind of mistake, named and described by the function that finds it.
+
+    Args:
+        find: yields module, evidence and fix of each.
+        severity: of its findings.
+        cure: what to do, on one line.
+        keeps: which function of the model ``fix`` keeps to rounding: in training, in evaluation, or both; "" for no fix.
+    """
+
+    find: Find
+    severity: Severity
+    cure: str
+    keeps: Keeps
+
+    @property
+    def kind(self) -> str:
+        """The name in findings."""
+        return self.find.__name__
+
+
+def check(severity: Severity, cure: str, keeps: Keeps = "") -> Callable[[Find], Check]:
+    """Make a function a check."""
+    return lambda find: Check(find, severity, cure, keeps)

@@ -8,7 +8,7 @@ import random
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from normkit.catalogue.citation import card_of
-from normkit.core.errors import OptionError, SurgeryError
+from normkit.core.errors import OptionError, ShapeError, SurgeryError
 from normkit.core.support import Support
 from normkit.diagnostics.audit.attention import Logits
 from normkit.engine.layer import Layer
@@ -28,73 +28,42 @@ from normkit.surgery.norms import Norm, is_norm, reach, read_norm
 from normkit.surgery.transaction import Transaction
 from normkit.surgery.watch import forked, run_on, tensors_in
 
-Run = Callable[[], Any]
-_WITHOUT_CENTRING = ("rms", "scale", "response", "divisive", "frozen")
+Loss = Callable[[Any, Any], Tensor]
+_WITHOUT_CENTRING = ("rms", "scale", "response", "divisive")
 
 
 @dataclass
 class Call:
-    """What one call of a norm was given, in numbers.
-
-    Args:
-        shape: of its input.
-        dtype: likewise.
-        training: the mode in which it ran.
-        elements: that share one statistic; None where that is not known.
-        offset: the largest |mean| / std of a set that varies; 0 where the norm does not subtract a mean.
-        beyond: the share of sets whose offset is beyond what the dtype resolves.
-        mean: of each channel, where statistics reach over the batch; else None.
-        var: likewise.
-        samples: of the batch.
-        effective: independent samples that would estimate the mean of a channel as well, in the median over channels.
-        moved: bytes that were written in another memory layout than they came in.
-    """
+    """What one call of a norm was given, in numbers."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     training: bool
-    elements: int | None = None
-    offset: float = 0.0
-    beyond: float = 0.0
-    mean: Tensor | None = None
+    elements: int | None = None  # that share one statistic
+    offset: float = 0.0  # the largest |mean| / std of a set that varies
+    mean: Tensor | None = None  # of each channel, where statistics reach over the batch
     var: Tensor | None = None
     samples: int = 0
-    effective: float = math.inf
-    moved: int = 0
+    effective: float = math.inf  # independent samples that estimate a channel's mean as well, in the median
+    moved: int = 0  # bytes that were written in another memory layout than they came in
 
 
 @dataclass
 class Seen:
-    """A norm, and what was seen of it.
-
-    Args:
-        name: of the module.
-        module: recognized by class, or by what it computes.
-        norm: it as data; None where it can't be read.
-        support: which elements share a statistic; None where that is not one rule.
-        over_batch: whether statistics reach over samples in training.
-        training: its mode before the audit.
-        calls: of the forward pass.
-        again: calls during the backward pass, as checkpointing makes them.
-        layer: name and module of the Linear or convolution whose very output it read last.
-        cancelled: the largest |sum of the gradient| / sum of |gradient| of a channel of that output; 0 where a norm cancels
-            what is added to the channel. None where there is no gradient.
-        gradient: root mean square of the gradient of each channel of its output, or None.
-        rows: elements per channel behind ``gradient``.
-    """
+    """A norm, and what was seen of it."""
 
     name: str
     module: nn.Module
-    norm: Norm | None
-    support: Support | None
+    norm: Norm | None  # None where it can't be read
+    support: Support | None  # None where statistics are not one rule's
     over_batch: bool
-    training: bool
+    training: bool  # before the audit
     calls: list[Call] = field(default_factory=list)
-    again: int = 0
-    layer: tuple[str, nn.Module] | None = None
-    cancelled: float | None = None
-    gradient: Tensor | None = None
-    rows: int = 0
+    again: int = 0  # calls in the backward pass, as checkpointing makes them
+    layer: tuple[str, nn.Module] | None = None  # the Linear or convolution whose very output it read last
+    cancelled: float | None = None  # the largest |sum| / sum of || of the gradients of a channel of that output
+    gradient: Tensor | None = None  # mean size of each channel's gradient behind the norm
+    rows: int = 0  # elements per channel of that
 
     @property
     def label(self) -> str:
@@ -102,42 +71,40 @@ class Seen:
         return label(self.name)
 
     @property
+    def kind(self) -> str:
+        """The method's name; "" where it can't be read."""
+        return "" if self.norm is None else self.norm.kind
+
+    @property
     def channel(self) -> int:
         """The axis of channels."""
         return 1 if self.norm is not None and self.norm.axes == "n c *" else -1
 
+    @property
+    def keeps_running(self) -> bool:
+        """Whether it has running statistics."""
+        return any(key.startswith("running_") and kept is not None for key, kept in self.module._buffers.items())
+
+    def is_named(self, name: str, module: nn.Module) -> bool:
+        """Whether a name is its own: a predicate for verbs."""
+        return name == self.name
+
 
 @dataclass
 class Observed:
-    """A model, and all that checks look at.
-
-    Args:
-        model: put back as it was.
-        batch: as it was given.
-        optimizer: as it was given, or None.
-        run: runs the model on the batch.
-        example: the batch as surgery takes it; None where ``forward=`` reads it in a way of its own.
-        norms: in the order of ``named_modules``.
-        attention: by module, the largest logit and the entropy of its weights relative to uniform ones.
-        notes: what could not be looked at.
-    """
+    """A model, and all that checks look at."""
 
     model: nn.Module
     batch: Any
     optimizer: torch.optim.Optimizer | None
-    run: Run
-    example: Any
+    run: Callable[[], Any]
+    example: Any  # the batch as surgery takes it; None where ``forward=`` reads it in a way of its own
     norms: list[Seen]
-    attention: dict[str, tuple[float, float]] = field(default_factory=dict)
+    attention: dict[str, tuple[float, float]] = field(default_factory=dict)  # largest logit, relative entropy
     notes: list[str] = field(default_factory=list)
 
 
-def prepare(
-    model: nn.Module,
-    batch: Any,
-    optimizer: torch.optim.Optimizer | None,
-    forward: Callable[[nn.Module, Any], Any] | None,
-) -> Observed:
+def prepare(model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer | None, forward: Any) -> Observed:
     """Recognize the norms of a model, and how it takes a batch."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
@@ -150,40 +117,32 @@ def prepare(
             inspect.signature(wrapped.forward).bind(*batch)
         except TypeError:  # (inputs, targets), as a loader gives them
             example = batch[0]
-    run = partial(forward, model, batch) if forward is not None else partial(run_on, model, example)
-    norms = [
-        _recognized(name, module)
-        for name, module in model.named_modules()
-        if "parametrizations" not in name.split(".") and is_norm(module)
-    ]
-    return Observed(model, batch, optimizer, run, None if forward is not None else example, norms)
+    run = partial(run_on, model, example) if forward is None else partial(forward, model, batch)
+    named = [(name, each) for name, each in model.named_modules() if "parametrizations" not in name.split(".")]
+    norms = [_recognized(name, module) for name, module in named if is_norm(module)]
+    return Observed(model, batch, optimizer, run, example if forward is None else None, norms)
 
 
-def observe(seen: Observed, loss: Callable[[Any, Any], Tensor] | None) -> None:
+def observe(seen: Observed, loss: Loss | None) -> None:
     """Run a model forward and backward in training mode, without dropout, and note what its norms are given.
 
-    A norm may refuse a set of one element; then the forward pass is made in evaluation, and there is no backward pass.
-
-    Args:
-        seen: what ``prepare`` gave; filled in. The model is left changed: call this within ``as_it_was``.
-        loss: of output and batch. Default: the mean squared distance of the first floating tensor from random numbers.
+    Where a norm refuses a set of one element, the forward pass is made in evaluation, and there is no backward pass. The model is
+    left changed: call this within ``as_it_was``.
     """
     set_training(seen.model)
-    hooks = _Hooks(seen)
+    hooks = _Hooks()
     with ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
-        hooks.put(stack)
+        hooks.put(seen, stack)
         try:
             with Logits(seen.model, stack) as logits:
                 output = seen.run()
         except Exception as error:
-            refused = [norm for norm in seen.norms if any(call.elements == 1 for call in norm.calls)]
-            if not refused:
+            if not any(call.elements == 1 for norm in seen.norms for call in norm.calls):
                 raise
             seen.notes.append(f"no backward pass: the model does not run in training mode: {error}")
             seen.model.eval()
-            with torch.no_grad(), Logits(seen.model, stack) as logits:
+            with suppress(Exception), torch.no_grad():  # some norms refuse the set in evaluation too
                 seen.run()
-            seen.attention = logits.found()
             return
         seen.attention = logits.found()
         hooks.forward = False
@@ -194,7 +153,7 @@ def set_training(model: nn.Module) -> None:
     """Training mode, as the model's own ``train`` makes it, without dropout: what it drops is no dead channel."""
     model.train()
     for module in model.modules():
-        if "drop" in type(module).__name__.lower() and not isinstance(module, nn.RNNBase):
+        if "drop" in type(module).__name__.lower():
             module.training = False
 
 
@@ -203,8 +162,8 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     """Leave modes, parameters, buffers, gradients, hooks and random generators as they were, bit for bit."""
     opened = Transaction(model, written=list(model.buffers()))
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    numpy = sys.modules.get("numpy")
-    python, arrays = random.getstate(), None if numpy is None else numpy.random.get_state()
+    python, numpy = random.getstate(), sys.modules.get("numpy")
+    arrays = None if numpy is None else numpy.random.get_state()
     with forked() as seed:
         seed()
         try:
@@ -218,15 +177,12 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
                 numpy.random.set_state(arrays)
 
 
-def _backward(seen: Observed, output: Any, loss: Callable[[Any, Any], Tensor] | None) -> None:
-    if loss is not None:
-        value = loss(output, seen.batch)
-    else:
-        given = [part for part in tensors_in(output) if part.is_floating_point()]
-        # Not against zero: the squares of a normalized output are constant, and would have no gradient.
-        value = (given[0].float() - torch.randn_like(given[0].float())).square().mean() if given else None
+def _backward(seen: Observed, output: Any, loss: Loss | None) -> None:
+    given = next((part.float() for part in tensors_in(output) if part.is_floating_point()), torch.zeros(()))
+    # Not against zero: the squares of a normalized output are constant, and would have no gradient.
+    value = loss(output, seen.batch) if loss else (given - torch.randn_like(given)).square().mean()
     parameters = [parameter for parameter in seen.model.parameters() if parameter.requires_grad]
-    if value is None or not value.requires_grad or not parameters:
+    if not value.requires_grad or not parameters:
         seen.notes.append("no backward pass: the loss depends on no parameter that is trained")
         return
     try:
@@ -235,13 +191,13 @@ def _backward(seen: Observed, output: Any, loss: Callable[[Any, Any], Tensor] | 
     except RuntimeError as error:
         if "heckpoint" not in str(error):
             raise
-        # Reentrant checkpointing knows backward() alone; gradients and, as a hook may step, parameters are put back.
-        kept = [(parameter, parameter.detach().clone()) for parameter in parameters]
+        # Reentrant checkpointing knows backward() alone, which adds to gradients in place, and may step the parameters.
+        kept = [parameter.detach().clone() for parameter in parameters]
         for parameter in parameters:
-            parameter.grad = None  # what is there would be added to in place
+            parameter.grad = None
         value.backward()
         with torch.no_grad():
-            for parameter, was in kept:
+            for parameter, was in zip(parameters, kept, strict=True):
                 parameter.copy_(was)
 
 
@@ -251,105 +207,92 @@ def _recognized(name: str, module: nn.Module) -> Seen:
     except SurgeryError:
         norm = None
     card = card_of(module)
-    over_batch = card is not None and "n" in reach(card, module) and "frozen" not in card.name
-    return Seen(name, module, norm, _support(module, norm), over_batch, module.training)
+    over_batch = card is not None and "n" in reach(card, module)
+    support = module.rule.support if isinstance(module, Layer) else None if norm is None else _support(norm)
+    return Seen(name, module, norm, support, over_batch, module.training)
 
 
-def _support(module: nn.Module, norm: Norm | None) -> Support | None:
-    if isinstance(module, Layer):
-        return module.rule.support
-    if norm is None:
-        return None
-    if norm.kind in ("batch_norm", "sync_batch_norm"):
-        return Support(norm.axes, over="n *")
-    if norm.kind == "instance_norm":
-        return Support(norm.axes, over="*")
+def _support(norm: Norm) -> Support | None:
+    over = {"batch_norm": "n *", "sync_batch_norm": "n *", "instance_norm": "*"}.get(norm.kind)
     if norm.kind == "group_norm":
         return Support("n (g c) *", over="c *", g=int(norm.option))
-    if norm.kind in ("layer_norm", "rms_norm"):
+    if norm.kind in ("layer_norm", "rms_norm") and not norm.option:
         last = " ".join(f"d{k}" for k in range(max(1, len(norm.shape))))
-        return Support("n c *", over=norm.option) if norm.option else Support(f"* {last}", over=last)
-    return None
+        return Support(f"* {last}", over=last)
+    over = norm.option if norm.kind in ("layer_norm", "rms_norm") else over
+    return Support(norm.axes, over=over) if over else None
 
 
 class _Hooks:
-    def __init__(self, seen: Observed) -> None:
-        self.seen, self.forward = seen, True
-        self._outputs: dict[int, tuple[weakref.ref[Tensor], str, nn.Module]] = {}
-        self._given: dict[int, tuple[tuple[int, ...], bool, Call]] = {}
+    """Those of one audit: they note each call in the forward pass, and count calls afterwards."""
 
-    def put(self, stack: ExitStack) -> None:
-        for name, layer in self.seen.model.named_modules():
+    def __init__(self) -> None:
+        self.forward = True
+        self._outputs: dict[int, tuple[weakref.ref[Tensor], str, nn.Module]] = {}
+        self._strides: dict[int, tuple[int, ...]] = {}
+
+    def put(self, seen: Observed, stack: ExitStack) -> None:
+        for name, layer in seen.model.named_modules():
             if isinstance(layer, nn.Linear | _ConvNd):
                 stack.callback(layer.register_forward_hook(partial(self._fed, name)).remove)
-        for norm in self.seen.norms:
+        for norm in seen.norms:
             stack.callback(norm.module.register_forward_pre_hook(partial(self._enter, norm), with_kwargs=True).remove)
             stack.callback(norm.module.register_forward_hook(partial(self._leave, norm)).remove)
 
-    def _fed(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:
-        if self.forward and isinstance(output, Tensor):
+    def _fed(self, name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
+        if self.forward:
             self._outputs[id(output)] = weakref.ref(output), name, layer
 
     def _enter(self, norm: Seen, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next(iter([*args, *kwargs.values()]), None)
-        if not self.forward:
-            norm.again += 1
+        norm.again += not self.forward
+        self._strides.pop(id(norm), None)
+        if not self.forward or not isinstance(x, Tensor) or x.is_nested or not (x.is_floating_point() and x.numel()):
             return
-        if not isinstance(x, Tensor) or x.is_nested or not x.is_floating_point() or not x.numel():
-            return
-        held, name, layer = self._outputs.get(id(x), (None, "", None))
-        if held is not None and layer is not None and held() is x:
+        held, name, layer = self._outputs.get(id(x), (None, "", module))
+        if held is not None and held() is x:  # not another tensor in the place of one that is gone
             norm.layer = name, layer
             if x.requires_grad:
                 x.register_hook(partial(_take_sums, norm, x.dim() - 1 - len(getattr(layer, "kernel_size", ()))))
         with torch.no_grad():
-            call = _measured(norm, x.detach(), module.training)
-        norm.calls.append(call)
-        self._given[id(norm)] = x.stride(), _is_dense(x), call
+            norm.calls.append(_measured(norm, x.detach(), module.training))
+        if _is_dense(x):
+            self._strides[id(norm)] = x.stride()
 
     def _leave(self, norm: Seen, module: nn.Module, args: Any, output: Any) -> None:
-        if not self.forward or id(norm) not in self._given or not isinstance(output, Tensor):
+        if not self.forward or not norm.calls or not isinstance(output, Tensor):
             return
-        strides, dense, call = self._given.pop(id(norm))
+        call, strides = norm.calls[-1], self._strides.get(id(norm))
         call.training = module.training  # as a hook, or the module itself, may have set it
-        if dense and output.shape == call.shape and _is_dense(output):
-            sizes = zip(call.shape, strides, output.stride(), strict=True)
-            if any(size > 1 and before != after for size, before, after in sizes):
+        if strides is not None and output.shape == call.shape and _is_dense(output):
+            axes = zip(call.shape, strides, output.stride(), strict=True)
+            if any(size > 1 and before != after for size, before, after in axes):
                 call.moved = output.numel() * output.element_size()
         if output.requires_grad and output.dim() > 1:
             output.register_hook(partial(_take_gradient, norm, norm.channel))
 
 
 def _measured(norm: Seen, x: Tensor, training: bool) -> Call:
-    call = Call(tuple(x.shape), x.dtype, training)
-    kind = "" if norm.norm is None else norm.norm.kind
-    if norm.support is not None and (training or not norm.over_batch) and "frozen" not in kind:
+    call, wide, split = Call(tuple(x.shape), x.dtype, training), _wide(x), None
+    if norm.support is not None:
         try:
             split = norm.support.split(x.shape)
-        except ValueError:  # of another rank: the norm itself will say so
-            split = None
-        if split is not None:
-            call.elements = split.count
-            if split.count > 1 and not any(word in kind for word in _WITHOUT_CENTRING):
-                var, mean = torch.var_mean(_wide(x).reshape(split.shape), split.dims, correction=0)
-                eps = 0.0 if norm.norm is None else norm.norm.guard(x.dtype)
-                offset = (mean.abs() * (var + eps).rsqrt())[var > 0]
-                if offset.numel():
-                    # Half of the digits are gone: E[x^2] - E[x]^2 has none that are right.
-                    call.offset = float(offset.max())
-                    call.beyond = float((offset > torch.finfo(x.dtype).eps ** -0.5).float().mean())
+        except ShapeError:  # the norm itself will say so
+            return call
+        call.elements = split.count if training or not norm.over_batch else None
     if norm.over_batch and x.dim() > 1:
-        channel = norm.channel % x.dim()
-        wide = _wide(x).movedim(channel, 1).flatten(2) if x.dim() > 2 else _wide(x)[:, :, None]
-        call.var, call.mean = torch.var_mean(wide, (0, 2), correction=0)
+        wide = wide.movedim(norm.channel, 1).unsqueeze(-1).flatten(2)
+        call.var, call.mean = var, mean = torch.var_mean(wide, (0, 2), correction=0)
+        found = (var * len(x) / wide.mean(2).var(0, correction=0))[var > 0]
+        call.effective = 1.0 if len(x) == 1 else float(found.median()) if len(found) else math.inf
         call.samples = len(x)
-        between = wide.mean(2).var(0, correction=0) / len(x)
-        alive = call.var > 0
-        if len(x) == 1:
-            call.effective = 1.0
-        elif alive.any():
-            found = (call.var[alive] / between[alive]).median() if (between[alive] > 0).all() else None
-            call.effective = math.inf if found is None else float(found)
+    elif split is not None and split.count > 1:
+        var, mean = torch.var_mean(wide.reshape(split.shape), split.dims, correction=0)
+    else:
+        return call
+    if not any(word in norm.kind for word in _WITHOUT_CENTRING):
+        eps = 0.0 if norm.norm is None else norm.norm.guard(x.dtype)
+        call.offset = float((mean.abs() * (var + eps).rsqrt() * (var > 0)).nan_to_num(0.0).max())
     return call
 
 
@@ -368,14 +311,13 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def _take_sums(norm: Seen, channel: int, gradient: Tensor) -> None:
-    wide = _wide(gradient.detach()).movedim(channel, 0).flatten(1)
-    total, all_of_it = wide.sum(1).abs(), wide.abs().sum(1)
-    if (all_of_it > 0).any():
-        norm.cancelled = max(norm.cancelled or 0.0, float((total / all_of_it)[all_of_it > 0].max()))
+    rows = _wide(gradient.detach()).movedim(channel, 0).flatten(1)
+    share = (rows.sum(1) / rows.abs().sum(1)).abs().nan_to_num(0.0)
+    if rows.any():
+        norm.cancelled = max(norm.cancelled or 0.0, float(share.max()))
 
 
 def _take_gradient(norm: Seen, channel: int, gradient: Tensor) -> None:
-    squares = _wide(gradient.detach()).movedim(channel, 0).flatten(1).square().mean(1)
-    found = squares.sqrt()
+    found = _wide(gradient.detach()).movedim(channel, 0).flatten(1).abs().mean(1)
     norm.gradient = found if norm.gradient is None else torch.maximum(norm.gradient, found)
     norm.rows += gradient.numel() // len(found)

@@ -109,7 +109,12 @@ def rates(rows: Sequence[Mapping[str, Any]]) -> Figure:
         names += across(axis, row["name"], look.light, good, marker=look.marker, linestyle=look.line, markersize=4)
         lost = [run["rate"] for run in row["sweep"] if run["status"] != OK]
         axis.plot(lost, [0.03] * len(lost), "x", color=look.light, transform=axis.get_xaxis_transform())
-    marked(axis, sorted({run["rate"] for row in rows for run in row["sweep"]}))
+    tried = sorted({run["rate"] for row in rows for run in row["sweep"]})
+    ticks = tried[:1]
+    for rate in tried:
+        if rate > ticks[-1] * (tried[-1] / tried[0]) ** 0.12:  # as much room as a number needs
+            ticks.append(rate)
+    marked(axis, ticks)
     axis.set(xlabel="learning rate", ylabel=plain("validation Top-1 in %"))
     figure.canvas.draw()
     name_ends(axis, names)

@@ -6,9 +6,9 @@ neither, and plain Muon tells what orthogonalizing does alone. E and weight norm
 weights, AdamW the last layer, gains and biases. Each row takes the best of its rates, chosen with the first seed on held-out
 images; where that is the smallest or the largest, further ones are tried.
 
-Controls of E: on the last layer alone; on all layers with one learned temperature per layer; weight norm with its lengths frozen
-at 1, which is E. Condition numbers are those of the weights that layers compute with, at the end of each epoch, and of the
-change that the step in its middle makes in them; a row's is the median over layers.
+Controls of E: on the last layer alone; on all layers with one learned temperature per layer; rows that merely begin with norm 1;
+weight norm with its lengths frozen at 1, which is E. Condition numbers are those of the weights that layers compute with, at the
+end of each epoch, and of the change that the step in its middle makes in them; a row's is the median over layers.
 
 Ours: Inception of eight blocks with BN, by SGD with momentum 0.9 and weight decay 1e-4; a transformer with LN, by AdamW with
 decay 0.05; cosine decay. At small scale images are 16x16, and 1,024 are learned in batches of 64 for 5 epochs: Inception has
@@ -44,7 +44,7 @@ from normkit.lab.train.learning import Training, layer_weights, learn
 from normkit.lab.train.trainer import METRICS, METRICS_FILE, Trainer
 
 MUON, EQ = "Muon", "MuonEq-R"
-LAST, WARM, FROZEN = "E, last layer", "E, temperature", "WN, lengths 1"
+LAST, WARM, FROZEN, UNIT = "E, last layer", "E, temperature", "WN, lengths 1", "unit rows at the start"
 MUON_RATES = (1e-3, 3e-3, 1e-2)
 SMALL: dict[str, Any] = {"size": 16, "train": 1024, "val": 500, "test": 2000, "epochs": 5, "batch_size": 64}
 KINDS = {"weights": "κ of the weights", "updates": "κ of the updates"}
@@ -104,6 +104,7 @@ def rows(first: str, words: str, last: str) -> tuple[tuple[Row, ...], tuple[Row,
     controls = (
         Row(LAST, f"{words}+e@re:^{last}$"),
         Row(WARM, f"{words}+e:row:learned@all"),
+        Row(UNIT, words, unit="all"),
         Row(FROZEN, f"{words}+wn@all", like=f"{first} + E", conditioning=lengths, once=True),
     )
     return tuple(main), controls
@@ -138,6 +139,7 @@ def pairs(first: str) -> list[tuple[str, str]]:
     return [
         *((name, first) for name in (e, f"{first} + WN", MUON, EQ, both)),
         (EQ, MUON), (f"{MUON} + E", MUON), (both, EQ), (both, e), (EQ, e), (e, LAST), (LAST, first), (WARM, first),
+        (UNIT, first), (e, UNIT), (both, UNIT),
     ]  # fmt: skip
 
 
@@ -199,7 +201,8 @@ def remarks(result: dict[str, Any]) -> list[str]:
         said.append(f"{label}: {_same(e, runs[FROZEN][0])}")
     said.append(
         "With BN behind a layer, E on it leaves the network's function as it is and changes the size of its steps; on the last "
-        "layer it bounds the logits, which is why E there alone and a learned temperature are controls."
+        "layer it bounds the logits, which is why E there alone and a learned temperature are controls. In the transformer E "
+        "also changes what is computed at the start, as do rows that merely begin with norm 1."
     )
     if result["scale"] == "small":
         said.append(f"Small scale: {length_of(result)}; differences are those of early training.")

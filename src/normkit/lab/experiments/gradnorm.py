@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
-from normkit.core.card import Paper
+from normkit.catalogue.methods import method
 from normkit.gradients.grad_norm import GradNorm
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.runs import labelled
@@ -147,11 +147,5 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
 EXPERIMENT = Experiment(
     "gradnorm", "claim", "Two tasks of unequal scale, balanced by GradNorm",
     "Weights that balance the gradients of several losses let tasks of very different scale be learned together.",
-    Paper(
-        "Chen, Zhao and Badrinarayanan, Vijay and Lee, Chen-Yu and Rabinovich, Andrew",
-        "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask Networks",
-        2018,
-        "https://arxiv.org/abs/1711.02257",
-    ),
-    run, tables, figures, remarks, ("tiny", "small", "full"),
+    method("grad_norm").paper, run, tables, figures, remarks, ("tiny", "small", "full"),
 )  # fmt: skip

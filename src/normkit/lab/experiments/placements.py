@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from normkit.core.card import Paper
 from normkit.lab.data import sequences
@@ -161,6 +162,7 @@ def _lines() -> list[tuple[Scheme, str, str, str]]:
 def losses(result: dict[str, Any]) -> Figure:
     """The training loss, without warm-up and with it."""
     figure, axes = panels(2, FULL, 3.4, sharey=True)
+    named = []
     for axis, (warmup, word) in zip(axes, WARMUPS.items(), strict=True):
         curves = [
             Curve(
@@ -174,7 +176,9 @@ def losses(result: dict[str, Any]) -> Figure:
         ends = along(axis, curves, lambda row: row["loss"])
         axis.axhline(result["guess"], color=FAINT, linestyle=DOTTED, linewidth=0.9)
         axis.set_title(word, loc="left")
-        axis.set_ylim(bottom=0)
+        named.append((axis, ends))
+    axes[0].set_ylim(bottom=0)  # of both, once both are drawn
+    for axis, ends in named:
         name_ends(axis, ends)
     axes[0].set_ylabel(f"training loss on {TASK}, nats per token")
     figure.legend([key(FAINT, linestyle=DOTTED)], ["frequencies alone"], loc="outside upper left")
@@ -199,6 +203,8 @@ def gradients(result: dict[str, Any]) -> Figure:
         axis.set_xlabel(x)
         if axis is axes[0]:
             marked(axis, depths)
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         log(axis)
         name_ends(axis, found)
     axes[0].set_ylabel("gradient norm of the second\nfeed-forward weight, before training")

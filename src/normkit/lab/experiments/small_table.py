@@ -22,22 +22,17 @@ from normkit.lab.report.tables import edges, rates_table
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import gain, judge_runs, known, spread, tell, tune, where
 from normkit.lab.train.images import Images, Size, Stream, accuracy, fit
-from normkit.lab.train.walk import OK, device, forget
+from normkit.lab.train.walk import OK, device
 
 
 @dataclass(frozen=True)
-class Training(Size):
+class Training(Size, path="batch={0.batch}/{0.row}/rate={0.rate:g}/seed={0.seed}"):
     """One training."""
 
     row: str
     batch: int
     rate: float
     seed: int
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"batch={self.batch}/{self.row}/rate={self.rate:g}/seed={self.seed}"
 
 
 def learn(
@@ -61,7 +56,6 @@ def learn(
     if walked.status == OK:
         settle(model.eval(), job, images["val"])
         scores = {part: accuracy(model, images[part]) for part in scores}
-    forget(folder)
     return {"status": walked.status, "loss": [row["loss"] for row in walked.rows], **scores}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normkit.activations.adaptive_instance_norm import adaptive_instance_norm
-from normkit.core.card import Paper
+from normkit.catalogue.methods import method
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.runs import labelled, notes, size_of, source_of
 from normkit.lab.experiments.trials import grid
@@ -99,15 +99,9 @@ def transfer(job: Transfer, folder: Path) -> dict[str, Any]:
         before = distance(moments(encode(content)), moments(encode(style)))
         c, s = (part[:SHOWN] for part in (content, style))
         made, _, _ = losses(c.repeat_interleave(SHOWN, 0), s.repeat(SHOWN, 1, 1, 1))
-    pictures = {
-        name: part.tolist() for name, part in (("contents", pixels(c)), ("styles", pixels(s)), ("made", pixels(made)))
-    }
-    return {
-        "content": kept.item(),
-        "style": apart.item(),
-        "before": before.item(),
-        "pictures": pictures if job.seed == 0 else None,
-    }
+    found = {"content": kept.item(), "style": apart.item(), "before": before.item()}
+    pictures = {name: pixels(part).tolist() for name, part in {"contents": c, "styles": s, "made": made}.items()}
+    return {**found, "pictures": pictures if job.seed == 0 else None}
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -166,11 +160,5 @@ def draw(pictures: dict[str, Any]) -> Figure:
 EXPERIMENT = Experiment(
     "style-transfer", "claim", "Style transfer by adaptive instance normalization",
     "Giving features the means and deviations of a style image's features, and decoding them, transfers the style.",
-    Paper(
-        "Huang, Xun and Belongie, Serge",
-        "Arbitrary Style Transfer in Real-Time with Adaptive Instance Normalization",
-        2017,
-        "https://arxiv.org/abs/1703.06868",
-    ),
-    run, tables, figures, remarks, ("tiny", "small", "full"),
+    method("adaptive_instance_norm").paper, run, tables, figures, remarks, ("tiny", "small", "full"),
 )  # fmt: skip

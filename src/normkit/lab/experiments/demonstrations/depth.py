@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from normkit.activations.batch_norm import BatchNorm
 from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm
-from normkit.core.card import Paper
+from normkit.catalogue.methods import method
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.report.bands import End
 from normkit.lab.report.canvas import FULL, panels
@@ -231,11 +231,5 @@ def draw_drift(result: dict[str, Any]) -> Figure:
 EXPERIMENT = Experiment(
     "depth", "demo", "Scale through depth, and gradients through statistics",
     "Normalization inside a network keeps the scale of features through its depth, and is trained by backpropagation end to end.",
-    Paper(
-        "Ioffe, Sergey and Szegedy, Christian",
-        "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
-        2015,
-        "https://arxiv.org/abs/1502.03167",
-    ),
-    run, tables, figures, remarks, ("tiny", "small"),
+    method("batch_norm").paper, run, tables, figures, remarks, ("tiny", "small"),
 )  # fmt: skip

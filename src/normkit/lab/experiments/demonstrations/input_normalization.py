@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from normkit.core.card import Paper
+from normkit.catalogue.methods import method
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.theory.quadratic import largest_stable
 from normkit.lab.report.canvas import FULL
@@ -194,11 +194,5 @@ def draw(result: dict[str, Any]) -> Motion:
 EXPERIMENT = Experiment(
     "input-normalization", "demo", "Input normalization, step by step",
     "Inputs with mean 0, without correlation and of equal variance make gradient descent faster.",
-    Paper(
-        "LeCun, Yann and Bottou, Léon and Orr, Genevieve B. and Müller, Klaus-Robert",
-        "Efficient BackProp",
-        1998,
-        "https://doi.org/10.1007/3-540-49430-8_2",
-    ),
-    run, tables, figures, remarks, ("tiny", "small"),
+    method("whitening").paper, run, tables, figures, remarks, ("tiny", "small"),
 )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from normkit.catalogue.drawing import Cube, slides, together
-from normkit.core.card import Paper
+from normkit.catalogue.methods import method
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.report.canvas import FULL
 
@@ -60,6 +60,5 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
 EXPERIMENT = Experiment(
     "support-sets", "demo", "Five layers by their support sets",
     "Variants of normalization differ in the elements that share a mean and a variance.",
-    Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
-    run, tables, figures, remarks, ("tiny", "small"),
+    method("group_norm").paper, run, tables, figures, remarks, ("tiny", "small"),
 )  # fmt: skip
