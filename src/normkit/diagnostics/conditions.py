@@ -201,10 +201,13 @@ def conditions(
         packed = name in _PACKED and whole.shape[0] == 3 * whole.shape[1]
         parts = ("query", "key", "value") if packed else ("",)
         # A layer is conditioned as a whole, and then split.
-        scaled = {mode: layout.matrix(equilibrate(used.detach().double(), mode, layout=layout)) for mode in modes}
+        after: dict[Mode, list[float]] = {}
+        for mode in modes:
+            scaled = layout.matrix(equilibrate(used.detach().double(), mode, layout=layout))
+            after[mode] = [spectrum(m).condition for m in scaled.chunk(len(parts))]
         operator = _operator(layer, used, sizes.get(id(layer)))
         for place, part in enumerate(parts):
-            matrix, before, *after = (m.chunk(len(parts))[place] for m in (whole, layout.matrix(raw), *scaled.values()))
+            matrix, before = (m.chunk(len(parts))[place] for m in (whole, layout.matrix(raw)))
             now = spectrum(matrix)
             lengths = [torch.linalg.vector_norm(matrix, dim=d, dtype=torch.float64) for d in (1, 0)]
             rows.append(
@@ -217,7 +220,7 @@ def conditions(
                     rows=_ratio(lengths[0].max().item(), lengths[0].min().item()),
                     columns=_ratio(lengths[1].max().item(), lengths[1].min().item()),
                     raw=now.condition if used is raw else spectrum(before).condition,
-                    after={mode: spectrum(m).condition for mode, m in zip(modes, after, strict=True)},
+                    after={mode: values[place] for mode, values in after.items()},
                     operator=operator,
                 )
             )
