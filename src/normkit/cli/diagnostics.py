@@ -79,10 +79,12 @@ def conditions(
     Such as:
     normkit conditions mine.models:trained --output conditions
     """
+    import inspect
     import json
 
     import torch
 
+    from normkit.core.errors import OptionError
     from normkit.diagnostics.conditions import conditions
     from normkit.lab.experiment import Drawing
     from normkit.lab.protocol import MODELS, load_factory, make_model, user_code
@@ -92,12 +94,17 @@ def conditions(
     from normkit.lab.report.weights import conditions_figure, conditions_table
     from normkit.lab.say import Terminal
 
-    made, example = make_model(load_factory(model, MODELS), model, None), None
-    if data is not None:
+    factory, example = load_factory(model, MODELS), None
+    if data is None:
+        classes = inspect.signature(factory).parameters.get("classes")
+        if classes is not None and classes.default is classes.empty:
+            raise OptionError(f"{model} takes the number of classes; name the data that says it, as in --data digits")
+        made = make_model(factory, model, None)
+    else:
         from normkit.lab.protocol import DATA, make_data, sized, suited
 
         read = make_data(load_factory(data, DATA), data)
-        made = sized(make_model(load_factory(model, MODELS), model, read.classes), read, model)
+        made = sized(make_model(factory, model, read.classes), read, model)
         example = suited(read, made, model).train.batch(torch.arange(1), torch.device("cpu"))[0]
     console = Terminal(stderr=True)
     with user_code(f"measuring {model}"), console.status("") as status:
