@@ -1,5 +1,6 @@
 """A small experiment for the tests: each job counts up to a number, a step at a time, with a checkpoint after each."""
 
+import json
 import os
 import random
 import signal
@@ -43,6 +44,7 @@ def walk(job: Walk, folder: Path) -> dict[str, Any]:
         state = {"step": step + 1, "at": state["at"] + float(drawn), "pids": pids}
         record.write_checkpoint(path, state)
         time.sleep(job.rest)
+    (folder / "pids").write_text(json.dumps(state["pids"]))  # the checkpoint goes once the result is there
     return {"at": state["at"], "steps": job.steps, "free": random.random()}
 
 

@@ -203,14 +203,21 @@ def _(subject: Subject) -> None:
     near(gradients(torch.compile(made, fullgraph=True), inputs), gradients(made, inputs))
 
 
+# ONNX has no singular value decomposition, and torch's exporter takes attention of four axes alone.
+_NO_ONNX = ("conditioned_tokens", "spectral_norm_exact-Linear", "query_key_norm", "preconditioned_attention")
+
+
 def has_onnx(subject: Subject) -> bool:
-    return is_input_of_networks(subject) and importlib.util.find_spec("onnxscript") is not None
+    there = importlib.util.find_spec("onnxscript") is not None
+    return is_input_of_networks(subject) and there and subject.name not in _NO_ONNX
 
 
-@seam("ONNX", has_onnx, "where onnxscript is installed, which the test extra does not bring")
+@seam("ONNX", has_onnx, "ONNX has no SVD; torch's exporter takes attention of four axes alone")
 def _(subject: Subject) -> None:
     made, inputs = subject.fresh().eval(), subject.inputs()
-    assert torch.onnx.export(made, inputs, dynamo=True) is not None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch's exporter uses what torch deprecates
+        assert torch.onnx.export(made, inputs, dynamo=True, verbose=False) is not None
 
 
 # Wrappers
@@ -219,22 +226,18 @@ def _(subject: Subject) -> None:
 _STEADY = "in evaluation where a second pass would compute something else"
 
 
-def is_recomputed(subject: Subject) -> bool:
-    return is_input_of_networks(subject) and subject.name not in ("batch_renorm", "est_batch_norm")
-
-
-@seam("checkpointing", is_recomputed, "in training they compute with running statistics, which the first pass moves")
+@seam("checkpointing", is_input_of_networks)
 def _(subject: Subject) -> None:
-    made, inputs = subject.fresh(), subject.inputs()
-    wanted = gradients(copy.deepcopy(made), inputs)
+    once, inputs = subject.fresh().train(), subject.inputs()
+    wanted = gradients(once, inputs)
     for reentrant in (True, False):
+        made = subject.fresh().train()
         moving, leaves = leaves_of(made, inputs)
         y = checkpoint(partial(output, made), *moving, use_reentrant=reentrant)
-        for leaf in leaves:
-            leaf.grad = None
         direction = torch.linspace(0, 7, y.numel(), dtype=torch.float64).sin().reshape(y.shape)
         (y * direction).sum().backward()
         near((y.detach(), [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]), wanted)
+        near(list(made.buffers()), list(once.buffers()))  # statistics and vectors move once
 
 
 def replica(made: nn.Module) -> nn.Module:

@@ -143,18 +143,6 @@ def test_what_it_can_not_take_over_is_said() -> None:
         nk.accelerate(model, on_refusal="raise")
 
 
-def test_a_transformer_that_no_one_here_wrote() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50
-    )
-    model = transformers.BertModel(config).eval()
-    x = torch.arange(12).view(2, 6)
-    wanted = model(x).last_hidden_state
-    assert len(nk.accelerate(model).rows) == 5
-    assert_close(model(x).last_hidden_state, wanted, rtol=1e-5, atol=1e-5)  # float32 through two layers
-
-
 def test_what_it_leaves_and_refuses() -> None:
     model = nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True), nk.LayerNorm(3), nn.LayerNorm(3))
     kept = list(model)

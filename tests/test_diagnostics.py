@@ -206,20 +206,27 @@ def test_gaps_that_can_not_be_measured() -> None:
 
 MINE = """
 from torch import nn
-def conv(): return nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Flatten(), nn.Linear(192, 10))
+def conv(classes=10): return nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Flatten(), nn.Linear(192, classes))
+def head(classes): return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
 def wide(): return nn.Linear(1100, 1030)
 """
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [("conv --data digits --output out", "conditions.png"), ("conv --json", '"kind": "Conv2d"'), ("wide", "Lanczos")],
+    [
+        ("conv --data digits --output out", "conditions.png"),
+        ("conv --json", '"kind": "Conv2d"'),
+        ("wide", "Lanczos"),
+        ("head --data digits", "10x64"),
+        ("head", "--data digits"),
+    ],
 )
 def test_the_command(words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "measured.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["conditions", *f"measured:{words}".split()])
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == (2 if words == "head" else 0), done.output
     assert said in done.output
     if "--output" in words:
         (row, _) = json.loads((tmp_path / "out/conditions.json").read_text())

@@ -38,7 +38,6 @@ def numbers(out: Path) -> list[Any]:
 def test_two_processes_are_one(tmp_path: Path, two: Path, name: str) -> None:
     _, recipe, _, least = CASES[name]
     train(tmp_path, "auto", recipe, least)
-    assert not (two / name / "checkpoint.pt").exists()
     # Sums in another order: a few units in the last place of single precision, grown over the steps.
     assert numbers(two / name) == pytest.approx(numbers(tmp_path), rel=1e-4)
 

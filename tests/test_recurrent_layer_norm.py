@@ -5,13 +5,14 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+import normkit as nk
 from normkit.activations.recurrent_layer_norm import (
     LayerNormGRUCell,
     LayerNormLSTMCell,
     LayerNormRecurrent,
     LayerNormRNNCell,
 )
-from normkit.core.errors import ShapeError
+from normkit.core.errors import ShapeError, SurgeryError
 
 CELLS = ["lstm", "gru", "rnn"]
 
@@ -117,3 +118,70 @@ def test_refusals() -> None:
         layer(torch.randn(7, 2, 3), torch.zeros(1, 2, 5))
     with pytest.raises(ShapeError, match="mask"):
         layer(torch.randn(7, 2, 3), mask=torch.ones(2, 7, dtype=torch.bool))
+
+
+class _Biased(nn.Module):
+    """What a norm leaves of its input when it does not normalize."""
+
+    def __init__(self, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.bias = bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.bias
+
+
+class _Tagger(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.layer, nn.RNNBase | LayerNormRecurrent):
+            self.layer.flatten_parameters()
+            return self.head(self.layer(x)[0])
+        h = self.layer(x[0])
+        return self.head(h[0] if isinstance(h, tuple) else h)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["layer", "cell"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_torchs_layers_are_converted_with_their_weights(cell: str, kind: str, bias: bool) -> None:
+    word = cell.upper()
+    options = {"num_layers": 2, "batch_first": True} if kind == "layer" else {}
+    layer = getattr(nn, word + ("Cell" if kind == "cell" else ""))(3, 5, bias=bias, **options)
+    model, x = _Tagger(layer).double(), torch.randn(4, 7, 3, dtype=torch.float64)
+    wanted, held = model(x), dict(model.named_parameters())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    changes = nk.convert(model, f"layer_norm_{cell}", example=x, optimizer=optimizer)
+    assert [(row.layer, "weights carried over" in row.note) for row in changes] == [("layer", True)]
+    now = dict(model.named_parameters())
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in now.values()}
+    assert (cell == "gru") == all(
+        held[key] is not p for key in held for p in now.values() if "weight" in key and "head" not in key
+    )
+    assert (model(x) - wanted).abs().max() > 1e-3
+    for module in list(model.layer.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.LayerNorm):
+                setattr(module, name, _Biased(child.bias))
+    assert_close(model(x), wanted)
+    fresh = _Tagger(layer)
+    undone = nk.convert(fresh, f"layer_norm_{cell}").undo()
+    assert undone.layer is layer
+    assert list(dict(fresh.named_parameters())) == list(held)
+
+
+def test_recurrent_layers_that_have_no_counterpart_are_refused() -> None:
+    for option in ({"bidirectional": True}, {"proj_size": 2}, {"dropout": 0.5, "num_layers": 2}):
+        with pytest.raises(SurgeryError, match=f"{next(iter(option))}.*which layer_norm_lstm has no place for"):
+            nk.convert(nn.LSTM(3, 5, **option), "layer_norm_lstm")
+        left = nk.convert(nn.Sequential(nn.LSTM(3, 5, **option)), "layer_norm_lstm", on_refusal="leave")
+        assert len(left.passed_over) == 1
+    with pytest.raises(SurgeryError, match="no GRU and no GRUCell"):
+        nk.convert(nn.LSTM(3, 5), "layer_norm_gru")
+    assert isinstance(nk.convert(nn.LSTM(3, 5), "layer_norm_lstm").model, LayerNormRecurrent)
+    with pytest.raises(SurgeryError, match="bake them in"):
+        nk.convert(nk.condition(nn.LSTM(3, 5), where="all").model, "layer_norm_lstm")

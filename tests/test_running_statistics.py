@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
 from laws import ACTIVATIONS, call, layer, name, runs, sample_input
 from normkit.catalogue import METHODS
 from normkit.core.card import Card
-from normkit.core.errors import BackendError
+from normkit.core.errors import BackendError, OptionError, SurgeryError
 from normkit.core.memory import Running, RunningMean, RunningMoments
 from normkit.core.moments import Moments
 from normkit.core.rule import Rule
@@ -106,6 +107,56 @@ def test_checkpoints_of_half_models_load_both_ways(half: torch.dtype) -> None:
 
 
 # What enters the average, and what does not
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@each_kept
+def test_passes_that_are_checkpointed_together_are_as_without(card: Card, reentrant: bool) -> None:
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        made = layer(card)
+        inputs = [(sample_input(card) + k).requires_grad_() for k in range(3)]
+        extra = card.extra(inputs[0]) if card.extra else ()
+        ys = [checkpoint(made, x, *extra, use_reentrant=reentrant) if checkpointed else made(x, *extra) for x in inputs]
+        ys = [y[0] if isinstance(y, tuple) else y for y in ys]
+        loss = sum((y * torch.linspace(0, 5, y.numel()).sin().view(y.shape)).sum() for y in ys)
+        leaves = [*inputs, *made.parameters()]
+        loss.backward()
+        found.append((dict(made.state_dict()), [leaf.grad for leaf in leaves]))
+    assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_accumulated_passes_count_as_one_batch(momentum: float | None, masked: bool) -> None:
+    norm, like = (nk.BatchNorm(3, momentum=momentum, accumulate=k, activation="relu").double() for k in (4, 1))
+    for _ in range(2):
+        x = torch.randn(9, 3, 5).double() * torch.randn(9, 1, 1) + 7
+        mask = torch.rand(x.shape) > 0.3 if masked else None
+        sizes = [4, 1, 0, 4]
+        parts = zip(x.split(sizes), [None] * 4 if mask is None else mask.split(sizes), strict=True)
+        for number, (part, there) in enumerate(parts):
+            before = norm.running_mean.clone()
+            alone = nk.functional.batch_norm(part, training=True, mask=there).relu()
+            own = part.requires_grad_() if number == 3 else part
+            y = checkpoint(norm, own, there, use_reentrant=False)
+            assert_close(y, alone)
+            if number < 3:
+                assert torch.equal(norm.running_mean, before)
+            else:
+                y.sum().backward()  # recomputes
+        like(x.detach(), mask)
+    assert_close(dict(norm.state_dict()), dict(like.state_dict()))
+    assert list(copy.deepcopy(norm).state_dict()) == list(nn.BatchNorm1d(3).state_dict())
+    with pytest.raises(OptionError, match="accumulate=0"):
+        nk.BatchNorm(3, accumulate=0)
+    with pytest.raises(SurgeryError, match="would lose accumulate=4"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(nk.BatchNorm(3, accumulate=4))
+    norm(torch.randn(9, 3, 5).double())
+    norm.reset_running_stats()
+    assert norm._waiting == (0, None)
+    assert "accumulate=4" in repr(norm)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
-from normkit.core.memory import Running, RunningMoments, RunningStatistics
+from normkit.core.memory import Recall, Running, RunningMoments, RunningStatistics
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.place import groups
@@ -31,8 +31,7 @@ class EstBatchNorm(Module, TorchBatchNorm):
     y = weight * (x - mean) / sqrt(var + eps) + bias. Estimates from many micro-batches, even of a single image, are as good as
     those of a large batch; gradients do not flow through them. Lower ``momentum`` along with the learning rate.
 
-    Do not use it under activation checkpointing in training: the recomputation would move the running statistics again and
-    normalize by different ones, and the gradient would not belong to the first pass.
+    Under activation checkpointing the recomputation normalizes by the statistics of the first pass, of the last 32.
 
     Args:
         num_features: channels C.
@@ -74,11 +73,13 @@ class EstBatchNorm(Module, TorchBatchNorm):
         if momentum is not None:
             _check_momentum("EstBatchNorm", momentum)
         super().__init__(num_features, eps, momentum, affine, True, device=device, dtype=dtype)
+        self._recall = Recall()
         _ = self._rules  # made now, as a compiler would trace their making
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         check_channels("EstBatchNorm", input, self.num_features, "num_features", "n c *")
-        return _estimated(self._rules[0], input, _running(self), self.weight, self.bias, self.training, mask)
+        affine = self.weight, self.bias
+        return _estimated(self._rules[0], input, _running(self), *affine, self.training, mask, self._recall)
 
     @property
     def _rules(self) -> tuple[Rule, Rule]:
@@ -142,6 +143,7 @@ class BatchChannelNorm(Module, TorchBatchNorm):
         factory = {"device": device, "dtype": dtype}
         self.group_weight = nn.Parameter(torch.ones(num_groups, **factory)) if affine else None
         self.group_bias = nn.Parameter(torch.zeros(num_groups, **factory)) if affine else None
+        self._recall = Recall()
         _ = self._rules  # made now, as a compiler would trace their making
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -149,7 +151,8 @@ class BatchChannelNorm(Module, TorchBatchNorm):
         if self.training and not self.estimate:
             check_several("BatchChannelNorm", input, _SUPPORT)
         affines = (self.weight, self.bias), (self.group_weight, self.group_bias)
-        return _batch_channel(self._rules, input, _running(self), affines, self.training, self.estimate, mask)
+        how = self.training, self.estimate, mask, self._recall
+        return _batch_channel(self._rules, input, _running(self), affines, *how)
 
     @property
     def _rules(self) -> tuple[Rule, Rule]:
@@ -241,6 +244,7 @@ def _estimated(
     bias: Tensor | None,
     training: bool,
     mask: Tensor | None,
+    recall: Recall | None = None,
 ) -> Tensor:
     split = rule.support.split(x.shape)
     wide = x.to(accumulation_dtype(x.dtype))
@@ -249,6 +253,7 @@ def _estimated(
         wide = torch.where(mask, wide, 0.0)
     for name, statistic in (("running_mean", running.mean), ("running_var", running.var)):
         check_shape("est_batch_norm", name, statistic, x.shape[1])
+    kept = running[:2]
     if training:
         assert rule.memory is not None
         found = moments(wide.detach(), split.dims, mask)
@@ -261,7 +266,9 @@ def _estimated(
             RunningMoments(None).blend(running, mean, var)
         else:
             rule.memory.blend(running, mean, var + (mean - running.mean).square())
-    mean, var = (place(value, "c", split).to(wide.dtype) for value in (running.mean, running.var))
+        if recall is not None:
+            kept = recall.used(found.mean, *kept)
+    mean, var = (place(value, "c", split).to(wide.dtype) for value in kept)
     y = _AFFINE.apply((wide - mean) / rule.statistic.guarded(var, power=2), split, weight, bias)
     return (y if mask is None else torch.where(mask, y, 0.0)).to(x.dtype)
 
@@ -274,10 +281,11 @@ def _batch_channel(
     training: bool,
     estimate: bool,
     mask: Tensor | None,
+    recall: Recall | None = None,
 ) -> Tensor:
     z = x.to(accumulation_dtype(x.dtype))  # a half type must not round between the two steps
     if estimate:
-        z = _estimated(rules[0], z, running, *affines[0], training, mask)
+        z = _estimated(rules[0], z, running, *affines[0], training, mask, recall)
     else:
         z = run(rules[0], z, *affines[0], running=running, training=training, mask=mask)
     return run(rules[1], z, *affines[1], mask=mask).to(x.dtype)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import ShapeError
-from normkit.core.memory import Running
+from normkit.core.errors import OptionError, ShapeError
+from normkit.core.memory import Running, RunningStatistics, recomputed
+from normkit.core.moments import Moments
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, show
 from normkit.core.torch_batch_norm import TorchBatchNorm
+from normkit.engine.call import Call, Output
 from normkit.engine.dispatch import Activation, Backend, run
 from normkit.engine.layer import Layer, check_channels, check_layout, check_several, given_statistics
+
+_NONE: tuple[int, Moments | None] = 0, None  # passes since the last update, and their moments
 
 
 @remembered
@@ -39,7 +45,10 @@ class BatchNorm(Layer, TorchBatchNorm):
     variance. A bias of the previous layer cancels. In training |y| <= sqrt(elements - 1) before compensation.
 
     A ``torch.nn.BatchNorm1d``, ``2d`` and ``3d`` in one: same arguments, defaults and state_dict. A batch whose statistics are
-    not finite leaves the running statistics unchanged.
+    not finite leaves the running statistics unchanged, and so does what activation checkpointing computes again.
+
+    Under gradient accumulation each micro-batch is normalized by its own statistics. ``accumulate=k`` merges those of k of them,
+    and updates the running statistics once, by the mean and the variance of all their elements, as one large batch would.
 
     Args:
         num_features: channels C.
@@ -54,6 +63,7 @@ class BatchNorm(Layer, TorchBatchNorm):
             activation. Default: None.
         spatial: axes of positions: 1, 2 or 3 refuses inputs of another rank, as torch's BatchNorm1d (which takes (N, C) too), 2d
             and 3d do; None takes any. Default: None.
+        accumulate: training passes whose batches count as one in the running statistics. Default: 1.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -63,7 +73,7 @@ class BatchNorm(Layer, TorchBatchNorm):
     Raises:
         ShapeError: a number of channels other than ``num_features``, a rank that ``spatial`` excludes, or one value per
             channel in training.
-        OptionError: an unknown layout.
+        OptionError: an unknown layout, or ``accumulate`` below 1.
         SurgeryError: one of torch's tools would replace the layer and lose its activation or layout.
 
     Reference:
@@ -89,11 +99,15 @@ class BatchNorm(Layer, TorchBatchNorm):
         layout: str = "n c *",
         activation: Activation | None = None,
         spatial: int | None = None,
+        accumulate: int = 1,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        if accumulate < 1:
+            raise OptionError(f"BatchNorm: accumulate={accumulate}; wanted a whole number of passes, from 1")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self.activation, self.spatial, self.layout = activation, spatial, layout
+        self.activation, self.spatial, self.layout, self.accumulate = activation, spatial, layout, accumulate
+        self._waiting = _NONE
         self.complete(bias)
 
     def make_rule(self) -> Rule:
@@ -107,8 +121,40 @@ class BatchNorm(Layer, TorchBatchNorm):
         if self.training or self.running_mean is None:
             check_several("BatchNorm", input, self.rule.support)
 
+    def reset_running_stats(self) -> None:
+        """Forget the running statistics, and the passes that wait to enter them."""
+        self.__dict__["_waiting"] = _NONE
+        super().reset_running_stats()
+
+    def lost(self, converting: bool) -> str:
+        waits = f"accumulate={self.accumulate}; set it to 1 first" if converting and self.accumulate > 1 else ""
+        return super().lost(converting) or waits
+
+    def _perform(self, call: Call) -> Output:
+        if self.accumulate == 1 or not call.own or call.running is None:
+            return super()._perform(call)
+        output = super()._perform(call._replace(running=None, measured=True))
+        if not recomputed():
+            self._gather(output.moments, call.running, call.rule)
+        return output
+
+    def _gather(self, found: Moments | None, running: RunningStatistics, rule: Rule) -> None:
+        """Merge the moments of one pass; after the last of ``accumulate`` passes, update the running statistics by all."""
+        assert found is not None
+        assert rule.memory is not None
+        passes, before = self._waiting
+        found = Moments(found.mean.detach(), found.var.detach(), found.n)
+        merged = found if before is None else before.merge(found)
+        if passes + 1 < self.accumulate:
+            self.__dict__["_waiting"] = passes + 1, merged
+            return
+        self.__dict__["_waiting"] = _NONE
+        empty = torch.as_tensor(merged.n, device=merged.mean.device) == 0  # without elements nothing changes
+        mean = torch.where(empty, math.nan, merged.mean)
+        rule.memory.blend(running, mean.reshape(-1), merged.unbiased().reshape(-1))
+
     def extra_repr(self) -> str:
-        return super().extra_repr() + self.repr_options(layout="n c *", spatial=None, activation=None)
+        return super().extra_repr() + self.repr_options(layout="n c *", spatial=None, activation=None, accumulate=1)
 
 
 def batch_norm(

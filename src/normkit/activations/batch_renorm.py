@@ -12,7 +12,7 @@ from torch import Tensor
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
-from normkit.core.memory import Running, RunningStatistics
+from normkit.core.memory import Recall, Running, RunningStatistics
 from normkit.core.moments import accumulation_dtype
 from normkit.core.place import Place, whole_number
 from normkit.core.rule import Rule, remembered
@@ -99,8 +99,7 @@ class BatchRenorm(Layer):
     0 give batch normalization. M and S (the deviation, not the variance) are running averages. A state_dict of batch
     normalization loads too.
 
-    Do not use it under activation checkpointing in training: the recomputation would correct towards running statistics that the
-    first pass has moved, and the gradient would not belong to the first pass.
+    Under activation checkpointing the recomputation corrects towards the statistics that the first pass found, of the last 32.
 
     Args:
         num_features: channels C.
@@ -149,7 +148,7 @@ class BatchRenorm(Layer):
             raise OptionError(f"BatchRenorm: momentum={momentum}; wanted a number from 0 to 1")
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.affine, self.layout = affine, layout
-        self.schedule = schedule or RenormSchedule()
+        self.schedule, self._recall = schedule or RenormSchedule(), Recall()
         self.register_affine((num_features,), affine, affine and bias, device=device, dtype=dtype)
         self.register_running((num_features,), "running_mean", "running_std", device=device, dtype=dtype)
         self.complete()
@@ -173,7 +172,8 @@ class BatchRenorm(Layer):
         rule, running = self.rule, RunningStatistics(*self._running())
         steps = self._running()[2].to(accumulation_dtype(self.running_std.dtype))
         bounds = self.schedule(steps) if self.training else None
-        return _renormalize(rule, self._memory, input, running, self.weight, self.bias, bounds, mask, self.backend)
+        how = mask, self.backend, self._recall
+        return _renormalize(rule, self._memory, input, running, self.weight, self.bias, bounds, *how)
 
     def explain(self, input: Tensor) -> Explanation:
         """Say which back end would normalize this input, before the correction, and why; evaluation uses plain operators."""
@@ -246,17 +246,21 @@ def _renormalize(
     bounds: tuple[float | Tensor, float | Tensor] | None,
     mask: Tensor | None,
     backend: Backend,
+    recall: Recall | None = None,
 ) -> Tensor:
     """Renormalize by the bounds, or with None as in evaluation; the second running statistic is the deviation."""
     split = rule.support.split(x.shape)
     wide = x.to(accumulation_dtype(x.dtype))
-    mean, std = (place(statistic.detach(), "c", split).to(wide.dtype) for statistic in running[:2])
     if bounds is None:
+        mean, std = (place(statistic.detach(), "c", split).to(wide.dtype) for statistic in running[:2])
         y = ((wide if mask is None else torch.where(mask, wide, 0.0)) - mean) / std
     else:
         y, found = run_measured(rule, wide, mask=mask, backend=backend)
+        used = *running[:2], *(torch.as_tensor(bound, device=x.device) for bound in bounds)
+        *kept, r_max, d_max = used if recall is None else recall.used(found.mean, *used)
+        mean, std = (place(statistic.detach(), "c", split).to(wide.dtype) for statistic in kept)
         deviation = rule.statistic.guarded(found.var, power=2)
-        r_max, d_max = (torch.as_tensor(bound, dtype=std.dtype, device=std.device) for bound in bounds)
+        r_max, d_max = r_max.to(std.dtype), d_max.to(std.dtype)
         r = torch.clamp(deviation / std, 1 / r_max, r_max)
         d = torch.clamp((found.mean - mean) / std, -d_max, d_max)
         y = y * r + d

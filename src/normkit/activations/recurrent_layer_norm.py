@@ -310,7 +310,10 @@ class LayerNormRecurrent(Module):
             )
         self.input_size, self.hidden_size, self.cell, self.batch_first = input_size, hidden_size, cell, batch_first
         sizes = [input_size] + [hidden_size] * (num_layers - 1)
-        self.cells = nn.ModuleList(_CELLS[cell](size, hidden_size, **options) for size in sizes)
+        self.num_layers, self.cells = num_layers, nn.ModuleList(_CELLS[cell](s, hidden_size, **options) for s in sizes)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: code written for ``torch.nn.LSTM`` calls it."""
 
     def forward(self, input: Tensor, state: Any = None, mask: Tensor | None = None) -> tuple[Tensor, Any]:
         """Run over a sequence.

@@ -16,8 +16,9 @@ from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Split, Support, show
 from normkit.core.torch_batch_norm import TorchBatchNorm
-from normkit.engine.dispatch import Backend, Explanation, run
+from normkit.engine.dispatch import Activation, Backend, Explanation, run
 from normkit.engine.layer import Layer, check_channels, check_layout, check_several, given_statistics
+from normkit.engine.reference import activate
 
 
 @remembered
@@ -56,6 +57,7 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
         dtype: dtype of the parameters.
         bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
+        activation: what follows: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
 
     Shape:
         (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may differ between processes, and be 0.
@@ -74,7 +76,7 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
     tensor([[-1.0000,  1.0000]])
     """
 
-    unusual: ClassVar = {"layout": "n c *"}
+    unusual: ClassVar = {"layout": "n c *", "activation": None}
 
     def __init__(
         self,
@@ -89,9 +91,10 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
         *,
         bias: bool = True,
         layout: str = "n c *",
+        activation: Activation | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self.process_group, self.layout = process_group, layout
+        self.process_group, self.layout, self.activation = process_group, layout, activation
         self.complete(bias)
 
     def make_rule(self) -> Rule:
@@ -107,7 +110,8 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
             return super().forward(input, mask)
         self.check(input)
         running = self.running() if self.track_running_stats else None
-        return _synchronized(self.rule, input, self.weight, self.bias, running, mask, self.process_group)
+        y = _synchronized(self.rule, input, self.weight, self.bias, running, mask, self.process_group)
+        return activate(y, self.activation)
 
     def explain(self, input: Tensor) -> Explanation:
         """Say which back end would normalize this input, and why: batch normalization's, unless processes share statistics."""

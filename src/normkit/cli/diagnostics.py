@@ -9,13 +9,14 @@ from normkit.cli.command import app, command
 
 NAME = "package.module:factory, or a name as in compare"
 MODEL = typer.Argument(metavar="MODEL", help=NAME, show_default=False)
+SOURCE = typer.Option(metavar="NAME", help=NAME)
 FAIL_ON = typer.Option(metavar="info|warning|error", help="end with code 1 on such a finding or a worse one")
 
 
 @command(app, "audit")
 def audit(
     model: Annotated[str, MODEL],
-    data: Annotated[str, typer.Option(metavar="NAME", help=NAME)] = "digits",
+    data: Annotated[str, SOURCE] = "digits",
     samples: Annotated[int, typer.Option(metavar="N", min=1, help="batch size, as in training")] = 64,
     optimizer: Annotated[str, typer.Option(metavar="NAME", help="package.module:factory, called with the model")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
@@ -63,7 +64,7 @@ def audit(
 @command(app, "conditions")
 def conditions(
     model: Annotated[str, MODEL],
-    data: Annotated[str | None, DATA] = None,
+    data: Annotated[str | None, SOURCE] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="for conditions.json and a figure")
     ] = None,
@@ -78,10 +79,12 @@ def conditions(
     Such as:
     normkit conditions mine.models:trained --output conditions
     """
+    import inspect
     import json
 
     import torch
 
+    from normkit.core.errors import OptionError
     from normkit.diagnostics.conditions import conditions
     from normkit.lab.experiment import Drawing
     from normkit.lab.protocol import MODELS, load_factory, make_model, user_code
@@ -91,12 +94,17 @@ def conditions(
     from normkit.lab.report.weights import conditions_figure, conditions_table
     from normkit.lab.say import Terminal
 
-    made, example = make_model(load_factory(model, MODELS), model, None), None
-    if data is not None:
+    factory, example = load_factory(model, MODELS), None
+    if data is None:
+        classes = inspect.signature(factory).parameters.get("classes")
+        if classes is not None and classes.default is classes.empty:
+            raise OptionError(f"{model} takes the number of classes; name the data that says it, as in --data digits")
+        made = make_model(factory, model, None)
+    else:
         from normkit.lab.protocol import DATA, make_data, sized, suited
 
         read = make_data(load_factory(data, DATA), data)
-        made = sized(make_model(load_factory(model, MODELS), model, read.classes), read, model)
+        made = sized(make_model(factory, model, read.classes), read, model)
         example = suited(read, made, model).train.batch(torch.arange(1), torch.device("cpu"))[0]
     console = Terminal(stderr=True)
     with user_code(f"measuring {model}"), console.status("") as status:

@@ -1,6 +1,7 @@
 """Memory: running averages of statistics, used where the batch's own statistics must not be."""
 
 import math
+from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,6 +47,46 @@ def _mapped(tensor: Tensor) -> set[int]:
     return levels
 
 
+def recomputed() -> bool:
+    """Whether a backward pass is running: a layer is then called again by activation checkpointing, of either kind.
+
+    >>> recomputed()
+    False
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
+
+
+class Recall:
+    """The statistics by which recent training passes normalized, for activation checkpointing, which runs a pass again.
+
+    Running statistics have moved on by then, so copies are kept, found again by the mean of the pass's batch: the nearest, as
+    another back end may round it otherwise. Copies of a layer and pickles begin with none.
+
+    >>> recall = Recall()
+    >>> recall.used(torch.tensor([0.5]), torch.tensor([2.0]))
+    (tensor([2.]),)
+    """
+
+    def __init__(self) -> None:
+        # 32 passes before their backward passes, as in accumulation and pipelines; each is three numbers per channel.
+        self._kept: deque[tuple[Tensor, ...]] = deque(maxlen=32)
+
+    def used(self, batch: Tensor, *statistics: Tensor) -> tuple[Tensor, ...]:
+        """These statistics in a first pass over a batch with this mean; in a recomputation those of its first pass."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return statistics
+        batch = batch.detach()
+        if not recomputed():
+            self._kept.appendleft((batch, *(each.detach().clone() for each in statistics)))
+        elif self._kept:
+            apart = torch.stack([(kept[0] - batch).abs().amax() for kept in self._kept])
+            return self._kept[int(apart.argmin())][1:]
+        return statistics
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Recall, ()
+
+
 @dataclass(frozen=True)
 class Running:
     """running <- (1 - momentum) running + momentum * statistic, once per training batch, with the unbiased variance.
@@ -54,7 +95,7 @@ class Running:
     dtype of the running statistics. A channel whose result is not finite keeps its old value, and a batch without elements
     changes no channel: one broken batch does not poison the average. Such batches still count. The cumulative average, in
     contrast, skips a batch without elements or with a non-finite result in any channel and does not count it, so that it remains
-    the plain mean of the counted batches.
+    the plain mean of the counted batches. What activation checkpointing computes again in a backward pass does not enter twice.
 
     Args:
         momentum: weight of the new value, 0 to 1; None gives the cumulative average 1 / batches.
@@ -76,7 +117,7 @@ class Running:
     def update(self, running: RunningStatistics, new: Moments, split: Split) -> None:
         """Update the running statistics in place by one batch's moments, whose reduced axes have size 1."""
         if 0 in split.shape:
-            if running.batches is not None and self.momentum is not None:
+            if not recomputed() and running.batches is not None and self.momentum is not None:
                 running.batches.add_(1)
             return
         mean, var = new.mean.detach(), new.var.detach()
@@ -89,6 +130,8 @@ class Running:
 
     def blend(self, running: RunningStatistics, mean: Tensor, var: Tensor) -> None:
         """Blend one mean and one variance per channel, without gradients, into the running statistics, in place."""
+        if recomputed():
+            return
         _check_levels(running.mean, mean)
         check_shape("running statistics", "the mean", running.mean, *mean.shape)
         if not isinstance(self, RunningMean):

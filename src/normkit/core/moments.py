@@ -71,9 +71,9 @@ class Moments(NamedTuple):
             if self.n == 0 or other.n == 0:  # the share would be 0 / 0 where both are empty
                 return other if self.n == 0 else self
         total = self.n + other.n
-        share = other.n / total
+        share = other.n / (total.clamp_min(1) if isinstance(total, Tensor) else total)
         delta = other.mean - self.mean
-        var = self.var * (self.n / total) + other.var * share + delta.square() * (share * (self.n / total))
+        var = self.var + share * (other.var - self.var) + share * (1 - share) * delta.square()
         return Moments(self.mean + delta * share, var, total)
 
 

@@ -20,7 +20,7 @@ from normkit.engine.reference import check_activation
 
 Cast = Literal["after weight", "before weight"]  # when a half type is rounded
 
-_MADE = ("_rule", "_known")  # made from a layer's other attributes when needed, so never copied or pickled
+MADE = ("_rule", "_known")  # made from a layer's other attributes when needed, so never copied or pickled
 
 
 class Layer(Module):
@@ -145,11 +145,11 @@ class Layer(Module):
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in _MADE}
+        return {name: value for name, value in self.__dict__.items() if name not in MADE}
 
     def _forget(self) -> None:
         # After any change of an attribute, as each may be one that the rule or the choice was made from.
-        for name in _MADE:
+        for name in MADE:
             self.__dict__.pop(name, None)
 
     def after_sum(self, input: Tensor, residual: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

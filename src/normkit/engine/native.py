@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from normkit.core.memory import Running, RunningMoments, RunningStatistics
+from normkit.core.memory import Running, RunningMoments, RunningStatistics, recomputed
 from normkit.core.rule import Rule
 from normkit.core.support import Split, place
 from normkit.engine import closed_form
@@ -44,12 +44,12 @@ def perform(ready: Prepared, call: Call) -> Output:
 def quick(perform: Any, call: Call) -> Callable[..., Tensor] | None:
     """Return the shortest path for calls like this one: a function of input, weight, bias and any given mean and variance.
 
-    None where calls update running statistics, or tensors must be copied first.
+    None where the moments are wanted, as for running statistics, or tensors must be copied first.
     """
     (ready,) = perform.args
     # A parameter that is not contiguous needs a copy at each call, which the full path makes.
     packed = all(p is None or p.is_contiguous() for p in (call.weight, call.bias))
-    if ready.source is not None or not packed or (call.own and call.running is not None):
+    if ready.source is not None or not packed or call.wants_moments:
         return None
     if not call.own:
         return functools.partial(_by_arrays, ready) if ready.arrays is not None else None
@@ -140,6 +140,8 @@ def _updates(memory: Running) -> bool:
 
 def _remember(ready: Prepared, memory: Running, values: Tensor, running: RunningStatistics) -> None:
     """Update running statistics in place by what ``normalize`` measured, in one call; ``ready.arrays`` is their type."""
+    if recomputed():
+        return
     mean, var = running.mean, running.var
     if running.batches is not None:
         running.batches.add_(1)

@@ -9,6 +9,7 @@ from normkit.surgery.data_dependent_init import data_dependent_init
 from normkit.surgery.decay import FromOne, norm_penalty, param_groups
 from normkit.surgery.example_weighing import choose_alpha, weigh_examples
 from normkit.surgery.fold import fold
+from normkit.surgery.framework import adopt
 from normkit.surgery.freeze import freeze, unfreeze
 from normkit.surgery.place_norms import place_norms
 from normkit.surgery.reassign_spectral import reassign_spectral_
@@ -16,7 +17,7 @@ from normkit.surgery.recalibrate import recalibrate
 from normkit.surgery.recipe import Recipe, apply_recipe
 from normkit.surgery.redundant_bias import drop_redundant_bias
 from normkit.surgery.select import select
-from normkit.surgery.translate import translate
+from normkit.surgery.translate import accept, translate
 
 __all__ = [
     "Change",
@@ -24,6 +25,8 @@ __all__ = [
     "FromOne",
     "Recipe",
     "accelerate",
+    "accept",
+    "adopt",
     "apply_recipe",
     "choose_alpha",
     "condition",

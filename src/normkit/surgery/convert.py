@@ -12,6 +12,7 @@ from normkit.core.errors import SurgeryError
 from normkit.surgery.calibrate import Calibration
 from normkit.surgery.changes import Changes, Refusal, Refusals, label
 from normkit.surgery.norms import is_norm, reach, read_norm
+from normkit.surgery.recurrent import RECURRENT, convert_recurrent
 from normkit.surgery.select import Where
 from normkit.surgery.sequence import may_be_causal, time_first
 from normkit.surgery.substitute import build_all, put_heard
@@ -45,6 +46,10 @@ def convert(
     itself, as in ConvNeXt, and else ``LayerNorm(C, over="c *")``; ``rms`` likewise, so that the two differ in centring alone.
     ``ln:c`` and ``ln:c *`` ask for one of them. A norm over the last axis, ``(N, *, C)``, becomes
     ``BatchNorm(C, layout="n * c")`` and the like.
+
+    ``layer_norm_lstm``, ``layer_norm_gru`` and ``layer_norm_rnn`` ask for the layer-normalized form of torch's recurrent layers
+    and cells of that kind: weights and biases go over, the norms begin fresh, and the network is to be trained on. It takes no
+    packed sequences; layers that run both ways, project their state or drop between layers are refused.
 
     Args:
         model: any module.
@@ -81,6 +86,8 @@ def convert(
     layer  before          after            note
     1      BatchNorm2d(8)  GroupNorm(4, 8)  running statistics dropped
     """
+    if to in RECURRENT:
+        return convert_recurrent(model, to, where, example, Refusals("convert", on_refusal), optimizer)
     target = Target.parse(to)
     kind = None if source is None else Target.parse(source).name
     refusals = Refusals("convert", on_refusal)

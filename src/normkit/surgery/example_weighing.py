@@ -75,6 +75,8 @@ def choose_alpha(
 ) -> dict[float, float]:
     """Set every BatchGroupNorm of a model to the one alpha with the highest score on validation data.
 
+    It sets an option and changes no layer, so there is nothing to undo: ``weigh_examples`` gives the way back from the layers.
+
     Args:
         model: left in evaluation mode, or as it was if ``score`` raises.
         score: gives a model's score; more is better.

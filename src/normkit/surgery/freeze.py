@@ -100,7 +100,9 @@ def _stay(norm: nn.Module, args: Any) -> None:
 
 
 def _normalizations(model: nn.Module, where: Where) -> dict[str, nn.Module]:
-    found = {n: m for n, m in model.named_modules() if isinstance(m._buffers.get("running_mean"), Tensor)}
+    # What updates statistics has a momentum; a frozen class has none, and stays by itself.
+    kept = {name: module for name, module in model.named_modules() if hasattr(module, "momentum")}
+    found = {name: module for name, module in kept.items() if isinstance(module._buffers.get("running_mean"), Tensor)}
     if not found:
-        raise SurgeryError("freeze: no layer of the model keeps running statistics")
+        raise SurgeryError("freeze: no layer of the model keeps running statistics that move")
     return choose(found, where, "normalizations with running statistics")

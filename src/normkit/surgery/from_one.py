@@ -33,6 +33,12 @@ def count_from_one(norm: nn.Module, weight: nn.Parameter) -> None:
     norm.register_load_state_dict_pre_hook(_from_weight)
 
 
+def loads_difference(norm: nn.Module) -> bool:
+    """Whether plain checkpoints hold the difference as ``weight``, as ``count_from_one`` made the norm."""
+    hooks = norm._load_state_dict_pre_hooks.values()
+    return any(getattr(hook, "hook", hook) is _from_weight for hook in hooks)
+
+
 def _from_weight(norm: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
     if parametrize.is_parametrized(norm) and f"{prefix}weight" in state:
         state[f"{prefix}parametrizations.weight.original"] = state.pop(f"{prefix}weight")

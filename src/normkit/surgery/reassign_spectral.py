@@ -32,7 +32,8 @@ def reassign_spectral_(
 ) -> dict[str, Tensor]:
     """W <- W / sigma(W) for every chosen weight, in place; sigma is the largest singular value of its 2-D unfolding.
 
-    To be called after each step of a discriminator's optimizer: afterwards each layer is Lipschitz with constant 1, and so is a
+    To be called after each step of a discriminator's optimizer, of which it is a part: no change of the model, and not undone.
+    Afterwards each layer is Lipschitz with constant 1, and so is a
     network of them with activations such as ReLU. The gradient knows nothing of it, other than with ``spectral_norm``. Of a
     convolution it bounds the unfolding, not the operator (see ``operator_norm``).
 

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from normkit.activations.batch_group_norm import BatchGroupNorm
@@ -48,6 +49,7 @@ def recalibrate(
     limit: int | None = 200,
     estimator: Estimator = "population",
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    across_processes: bool = False,
 ) -> Changes:
     """Estimate every batch normalization's running statistics again, by its inputs over many batches, in place.
 
@@ -68,6 +70,8 @@ def recalibrate(
         limit: batches to take; None for all. Default: 200.
         estimator: ``"population"`` or ``"mean"``. Default: "population".
         forward: ``forward(model, batch)`` runs the model on a batch, in place of the above.
+        across_processes: whether the batches of all processes of ``torch.distributed`` count together, so that each gets the same
+            statistics; all must call it, and each may have batches of its own, or none. Default: False.
 
     Returns:
         A row for each layer, with the batches and the elements per channel that it saw; passed over are those whose running
@@ -106,6 +110,10 @@ def recalibrate(
         for batch in islice(batches, limit):
             seen += 1
             (forward or forward_batch)(model, batch)
+    if across_processes:
+        for name, norm in norms.items():
+            sums[name].gather(norm.get_buffer("running_mean"))
+        seen = max(each.batches for each in sums.values())
     if not seen:
         raise SurgeryError("recalibrate: there are no batches; a generator can be walked only once, give a fresh one")
     missing = [label(name) for name in norms if sums[name].found is None]
@@ -150,14 +158,29 @@ class _Inputs:
             new = Moments(new.mean, torch.where(defined, new.unbiased(), 0.0), defined.to(x.dtype))
         self.found = new if self.found is None else self._merged(self.found, new)
 
+    @torch.no_grad()
+    def gather(self, like: Tensor) -> None:
+        """Take in what the other processes saw; all in the same order, so that all end with the same numbers."""
+        wide = torch.float32 if like.device.type == "mps" else torch.float64
+        own = torch.zeros(5, like.numel(), dtype=wide, device=like.device)
+        if self.found is not None:
+            own = torch.stack([*self.found[:2], torch.as_tensor(self.found.n), *own[3:]])
+            own[3], own[4] = self.batches, self.elements
+        every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, own)
+        self.found, self.batches, self.elements = None, 0, 0
+        for mean, var, count, batches, elements in every:
+            self.batches, self.elements = self.batches + int(batches.max()), self.elements + int(elements.max())
+            if count.any():
+                new = Moments(mean, var, count)
+                self.found = new if self.found is None else self._merged(self.found, new)
+
     def _merged(self, old: Moments, new: Moments) -> Moments:
-        total = old.n + new.n
-        share = new.n / torch.as_tensor(total).clamp_min(1)
-        if self.estimator == "mean":
-            return Moments(old.mean + share * (new.mean - old.mean), old.var + share * (new.var - old.var), total)
-        apart = new.mean - old.mean
-        var = old.var + share * (new.var - old.var) + share * (1 - share) * apart.square()
-        return Moments(old.mean + share * apart, var, total)
+        if self.estimator == "population":
+            return old.merge(new)
+        total = torch.as_tensor(old.n + new.n)
+        share = new.n / total.clamp_min(1)
+        return Moments(old.mean + share * (new.mean - old.mean), old.var + share * (new.var - old.var), total)
 
 
 def _keeps_statistics(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit.core.errors import SurgeryError
+from normkit.engine.layer import MADE
 from normkit.surgery.changes import Change, Changes, PassedOver, label
 from normkit.surgery.optimizer_state import OptimizerState
 
@@ -133,7 +134,7 @@ def _memory(parameter: Tensor) -> object:
 
 
 def _picture(module: nn.Module) -> _Picture:
-    own = dict(vars(module))
+    own = {key: value for key, value in vars(module).items() if key not in MADE}
     return (
         type(module),
         own,

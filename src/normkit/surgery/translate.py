@@ -1,9 +1,10 @@
-"""Checkpoints from one form of a weight to another: plain, weight norm old and new, spectral norm old and new, parametrized."""
+"""Checkpoints from one form to another: plain, weight and spectral norm old and new, parametrized; those of flax and keras."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +12,31 @@ from torch.nn.utils import parametrize
 
 from normkit.core.errors import SurgeryError
 from normkit.core.support import show
-from normkit.surgery.changes import label
+from normkit.surgery.bake import bake
+from normkit.surgery.changes import Change, Changes, label
+from normkit.surgery.checkpoint_file import Path, read_checkpoint, write_checkpoint
+from normkit.surgery.framework import Framework, check_framework, from_framework, to_framework, to_torch
+from normkit.surgery.from_one import loads_difference
+from normkit.surgery.norms import is_norm, read_norm
+from normkit.surgery.select import Where, choose
+from normkit.surgery.transaction import transaction
 
 _Known = dict[str, Tensor]
+Rename = Callable[[str], str]
+To = Literal["model", "plain", "flax", "keras"]
 
 
 def translate(
-    state_dict: Mapping[str, Tensor], model: nn.Module, *, rename: Callable[[str], str] | None = None
+    state_dict: Mapping[Any, Any] | Path,
+    model: nn.Module,
+    *,
+    source: Framework = "torch",
+    to: To = "model",
+    rename: Rename | None = None,
+    from_one: Where | bool | None = None,
+    save: Path | None = None,
 ) -> dict[str, Tensor]:
-    """Give a checkpoint the keys that a model has, whatever form its weights were saved in.
+    """Give a checkpoint the keys that a model has, whatever form its weights were saved in; or give a model's to others.
 
     ==========================  ==============================================================================
     form                        keys of a layer's ``weight``
@@ -34,39 +51,60 @@ def translate(
 
     Each becomes each: a plain weight is given to a model's parametrizations by what they know as their inverse, and a normalized
     one becomes plain as g v / |v| or as W / (u W v). What a method has no room for, as the length of a spectrally normalized
-    weight, is lost. Another parametrization's raw weight fits the same parametrization alone.
+    weight, is lost. Another parametrization's raw weight fits the same parametrization alone. The ``gain`` of timm's scaled
+    standardized convolutions is that of ``scaled_weight_standardization``.
+
+    Of flax and keras, nested dicts or flat ones with ``/`` or ``.`` between the parts, names and layouts of norms and of the
+    weights that they sit on are known:
+
+    ================  =====================  ===============================
+    here              flax                   keras
+    ================  =====================  ===============================
+    ``weight``        ``scale``              ``gamma``; ``scale`` of RMS
+    ``bias``          ``bias``               ``beta``
+    ``running_mean``  ``mean``               ``moving_mean``
+    ``running_var``   ``var``                ``moving_variance``
+    ``weight``        ``kernel``, (in, out) and (*positions, in, out), as of Linear and Conv
+    ``weight``        ``embedding``          ``embeddings``
+    ================  =====================  ===============================
+
+    Their eps and momentum are in no checkpoint: see ``adopt``.
 
     Args:
-        state_dict: of tensors, as ``torch.load(path, weights_only=True)`` or safetensors gives it; it is not changed.
+        state_dict: of tensors or arrays; or the path of a file, of safetensors where it ends so, else one that ``torch.load``
+            reads with ``weights_only=True``. It is not changed.
         model: whose ``load_state_dict`` is to take the result; it is not changed.
-        rename: gives the model's name of each key, where the names differ too. Default: None.
+        source: who wrote the checkpoint: ``"torch"``, ``"timm"``, ``"flax"`` or ``"keras"``. Default: "torch".
+        to: ``"model"`` for the model's keys; ``"plain"`` for those that it had without parametrizations; ``"flax"`` or
+            ``"keras"``, flat with ``/``. Default: "model".
+        rename: gives the model's name of each key, with dots and torch's last part, where the names differ too; of what goes
+            out, the other's. Default: None.
+        from_one: norms whose gain the other side keeps as gain - 1, as Gemma does: as in ``select``, by the model's names, or
+            True for all, False for none. Default: None, those that do so in the model.
+        save: path to write the result to, likewise. Default: None.
 
     Returns:
-        A state_dict with the model's keys, every one of them, in the model's order.
+        A state_dict with the model's keys, every one of them, in the model's order; or with those asked for.
 
     Raises:
-        SurgeryError: a key that the model wants is not there in any form, one of the checkpoint is left over, or a shape differs.
+        SurgeryError: a key that the model wants is not there in any form, one of the checkpoint is left over, a shape differs,
+            a transposed convolution meets flax or keras, or safetensors is not installed.
+        OptionError: no such framework.
 
     >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 1, bias=False))
     >>> layer.weight = torch.tensor([[3.0, 4.0]])
     >>> translate(layer.state_dict(), nn.Linear(2, 1, bias=False))
     {'weight': tensor([[3., 4.]])}
+    >>> translate(nn.Linear(1, 2).state_dict(), nn.Linear(1, 2), to="flax")["params/kernel"].shape
+    torch.Size([1, 2])
     """
-    given = {(rename or str)(key): value for key, value in state_dict.items()}
-    if len(given) != len(state_dict):
-        raise SurgeryError("translate: rename gives several keys one name")
-    wanted, found, used = dict(model.state_dict()), dict[str, Tensor](), set[str]()
-    for key in wanted:
-        if key in given:
-            found[key] = given[key]
-            used.add(key)
-    for prefix, layer in model.named_modules():
-        prefix = f"{prefix}." if prefix else ""
-        for name in _weights(layer):
-            _translate_weight(layer, prefix, name, given, wanted, found, used)
-    for key, value in wanted.items():
-        if key.rpartition(".")[2] == "num_batches_tracked":
-            found.setdefault(key, value)  # converted checkpoints lack the count, which only momentum=None reads
+    check_framework("translate: source", source, get_args(Framework))
+    check_framework("translate: to", to, get_args(To))
+    state = state_dict if isinstance(state_dict, Mapping) else read_checkpoint(state_dict)
+    inward = to == "model"
+    given = _read(state, model, source, rename if inward else None, from_one if inward else None)
+    found, used = _translated(given, model)
+    wanted = model.state_dict()
     missing, left = [key for key in wanted if key not in found], [key for key in given if key not in used]
     if missing or left:
         raise SurgeryError(
@@ -78,7 +116,144 @@ def translate(
             raise SurgeryError(
                 f"translate: {label(key)}: got {show(value.shape)}, the model wants {show(wanted[key].shape)}"
             )
-    return {key: found[key] for key in wanted}
+    result = {key: found[key] for key in wanted}
+    if not inward:
+        result = _outward(result, model, to, rename, from_one)
+    if save is not None:
+        write_checkpoint(save, result)
+    return result
+
+
+def accept(
+    model: nn.Module,
+    *,
+    source: Framework = "torch",
+    rename: Rename | None = None,
+    from_one: Where | bool | None = None,
+) -> Changes:
+    """Let a model's ``load_state_dict`` take what ``translate`` takes, in place: a hook translates each checkpoint first.
+
+    So a conditioned, weight-normed or spectrally normed model loads plain checkpoints, and a plain one theirs; one that has the
+    model's keys loads as before. With ``strict``, torch names the keys that are missing or left over.
+
+    Args:
+        model: any module.
+        source: as for ``translate``.
+        rename: as for ``translate``; a function of a module's top level, where the model is to be pickled.
+        from_one: as for ``translate``.
+
+    Returns:
+        The model, one row, and the way back.
+
+    Raises:
+        OptionError: no such framework.
+
+    >>> from normkit import condition
+    >>> model = condition(nn.Sequential(nn.Linear(2, 3))).model
+    >>> changes = accept(model)
+    >>> model.load_state_dict(nn.Sequential(nn.Linear(2, 3)).state_dict())
+    <All keys matched successfully>
+    """
+    check_framework("accept", source, get_args(Framework))
+    with transaction(model) as opened:
+        model.register_load_state_dict_pre_hook(_Accept(source, rename, from_one))
+        what = type(model).__name__
+        return opened.close(model, [Change("(model)", what, what, f"loads {source} checkpoints of any form")])
+
+
+class _Accept:
+    """The hook of ``accept``; an object, so that the model can be pickled."""
+
+    def __init__(self, source: Framework, rename: Rename | None, from_one: Where | bool | None) -> None:
+        self.how = source, rename, from_one
+
+    def __call__(self, model: nn.Module, state: dict[Any, Any], prefix: str, *rest: object) -> None:
+        own = {key: state[key] for key in list(state) if not isinstance(key, str) or key.startswith(prefix)}
+        given = _read({key[len(prefix) :] if prefix else key: value for key, value in own.items()}, model, *self.how)
+        found, used = _translated(given, model)
+        for key in own:
+            del state[key]
+        state.update({prefix + key: value for key, value in given.items() if key not in used})
+        state.update({prefix + key: value for key, value in found.items()})
+
+
+def _read(
+    state: Mapping[Any, Any], model: nn.Module, source: Framework, rename: Rename | None, from_one: Where | bool | None
+) -> _Known:
+    """A checkpoint by the model's names, laid out as torch does."""
+    layers, given = dict(model.named_modules()), dict[str, Tensor]()
+    known = {key for key, _ in (*model.named_parameters(), *model.named_buffers())}
+    found = from_framework(state, source)
+    for key, (leaf, value) in found.items():
+        raw = f"{key.rpartition('.')[0]}.{leaf}".lstrip(".")
+        name = (rename or str)(key)
+        if rename is None and raw in known:
+            name, leaf = raw, ""  # a parameter of that very name, as ConvNeXt's gamma
+        given[name] = (
+            to_torch(layers.get(name.rpartition(".")[0]), leaf, value, key) if source in ("flax", "keras") else value
+        )
+    if len(given) != len(found):
+        raise SurgeryError("translate: rename gives several keys one name")
+    for prefix, offset in _offsets(model, from_one).items():
+        if prefix + "weight" in given:
+            given[prefix + "weight"] = given[prefix + "weight"] + offset
+    return given
+
+
+def _offsets(model: nn.Module, from_one: Where | bool | None) -> dict[str, float]:
+    """What to add to the other side's gain of each norm, by its prefix."""
+    if from_one is None:
+        return {}
+    norms = {n: m for n, m in model.named_modules() if "parametrizations" not in n.split(".") and is_norm(m)}
+    theirs = choose(norms, from_one, "norms") if not isinstance(from_one, bool) else norms if from_one else {}
+    found = {}
+    for name, norm in norms.items():
+        ours = loads_difference(norm) if parametrize.is_parametrized(norm) else read_norm(name, norm).offset
+        found[f"{name}." if name else ""] = (name in theirs) - ours
+    return {prefix: offset for prefix, offset in found.items() if offset}
+
+
+def _outward(state: _Known, model: nn.Module, to: To, rename: Rename | None, from_one: Where | bool | None) -> _Known:
+    """A model's own state_dict in plain keys, or in another framework's."""
+    offsets = _offsets(model, from_one)
+    other = copy.deepcopy(model)
+    other.load_state_dict(state)
+    original, counted = "parametrizations.weight.original", dict[str, Tensor]()
+    for name, layer in other.named_modules():
+        if loads_difference(layer):
+            counted[f"{name}.weight".lstrip(".")] = layer.get_parameter(original).detach()
+    bake(other)
+    found = {**other.state_dict(), **counted}
+    for prefix, offset in offsets.items():
+        if f"{prefix}weight" in found:
+            found[f"{prefix}weight"] = found[f"{prefix}weight"] - offset
+    if to in ("flax", "keras"):
+        found = to_framework(found, other, to)
+    renamed = {(rename or str)(key): value for key, value in found.items()}
+    if len(renamed) != len(found):
+        raise SurgeryError("translate: rename gives several keys one name")
+    return renamed
+
+
+def _translated(given: _Known, model: nn.Module) -> tuple[_Known, set[str]]:
+    """What a checkpoint has for a model, by the model's keys, and which of its keys that took."""
+    wanted, found, used = dict(model.state_dict()), dict[str, Tensor](), set[str]()
+    for key in wanted:
+        if key in given:
+            found[key] = given[key]
+            used.add(key)
+    for prefix, layer in model.named_modules():
+        prefix = f"{prefix}." if prefix else ""
+        for name in _weights(layer):
+            _translate_weight(layer, prefix, name, given, wanted, found, used)
+        count = f"{prefix}num_batches_tracked"
+        if count in wanted:
+            found.setdefault(
+                count, wanted[count]
+            )  # converted checkpoints lack the count, which only momentum=None reads
+        elif f"{prefix}running_mean" in wanted:
+            used.add(count)  # a frozen norm counts nothing
+    return found, used
 
 
 def _weights(layer: nn.Module) -> list[str]:
@@ -92,6 +267,15 @@ def _translate_weight(
     layer: nn.Module, prefix: str, name: str, given: _Known, wanted: _Known, found: _Known, used: set[str]
 ) -> None:
     # The same form under other keys, and nothing computed; then by way of the value.
+    gain, scaled = f"{prefix}gain", _keys(prefix, name, _FORMS[1])
+    if gain in wanted and scaled[0] in given:  # timm's scaled standardized convolution, from ours
+        found[gain], found[prefix + name] = given[scaled[0]].view(wanted[gain].shape), given[scaled[1]]
+        used.update(scaled)
+        return
+    if gain in given and gain not in wanted and scaled[0] in wanted and prefix + name in given:  # and the other way
+        found[scaled[0]], found[scaled[1]] = given[gain].view(wanted[scaled[0]].shape), given[prefix + name]
+        used.update((gain, prefix + name))
+        return
     own = [_keys(prefix, name, form) for form in _FORMS]
     mine = next((keys for keys in own if all(key in wanted for key in keys)), None)
     if mine is not None and all(key in found for key in mine):
@@ -103,11 +287,14 @@ def _translate_weight(
         found.update({key: given[other] for key, other in zip(mine, theirs, strict=True)})
     else:
         value = _value(*(given[key] for key in theirs))
-        if parametrize.is_parametrized(layer, name):
+        if loads_difference(layer):
+            found[f"{prefix}parametrizations.{name}.original"] = value
+        elif parametrize.is_parametrized(layer, name):
             held = copy.deepcopy(layer.get_submodule(f"parametrizations.{name}"))
             assert isinstance(held, parametrize.ParametrizationList)
             with torch.no_grad():
-                held.right_inverse(value.to(next(held.parameters()).dtype))
+                like = next(held.parameters())
+                held.right_inverse(value.to(like.device, like.dtype))
             found.update({f"{prefix}parametrizations.{name}.{key}": part for key, part in held.state_dict().items()})
         elif mine is None or len(mine) == 1:
             found[f"{prefix}{name}"] = value

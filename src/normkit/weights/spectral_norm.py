@@ -11,6 +11,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
+from normkit.core.memory import recomputed
 from normkit.core.moments import accumulation_dtype
 from normkit.core.precision import full_precision
 from normkit.core.statistic import Statistic
@@ -93,8 +94,8 @@ class SpectralNorm(Parametrization):
         if self.exact:
             sigma = torch.linalg.matrix_norm(matrix.to(accumulation_dtype(weight.dtype)), 2)
             return (weight / sigma.clamp_min(self.eps)).to(weight.dtype)
-        if self.training:
-            self._iterate(matrix.detach(), self.n_power_iterations)
+        if self._iterations:
+            self._iterate(matrix.detach(), self._iterations)
         # Copies, as the next use writes to the buffers while this one's graph still needs their values.
         wide = accumulation_dtype(weight.dtype)
         u, v = (buffer.to(wide, copy=True) for buffer in (self._u, self._v))
@@ -118,12 +119,17 @@ class SpectralNorm(Parametrization):
             weight.dtype,
             method="spectral",
             statistic=Statistic(None, "norm", self.eps, "floor"),
-            iterations=self.n_power_iterations if self.training else 0,
+            iterations=self._iterations,
         )
 
     def options(self) -> tuple[object, ...]:
         """The options that the plan depends on, besides the weight's shape and dtype."""
-        return self.training, self.n_power_iterations, self.eps
+        return self._iterations, self.eps
+
+    @property
+    def _iterations(self) -> int:
+        # Activation checkpointing runs a pass again, and wants the weight that the first one had.
+        return self.n_power_iterations if self.training and not recomputed() else 0
 
     def definition(self, weight: Tensor, *vectors: Tensor) -> Tensor:
         """The weight divided by the singular value of its left and right vector."""

@@ -75,9 +75,7 @@ class Finding:
 class Audit(tuple[Finding, ...]):
     """The findings of an audit, the most severe first; prints as a table.
 
-    Args:
-        findings: in any order. Default: none.
-        notes: what could not be looked at, and why. Default: none.
+    It is made of findings in any order, and of notes, which say what could not be looked at, and why.
 
     >>> print(Audit([Finding("zero_rows", "head", {"rows": 2}, "error", "give them a direction")]))
     severity  module  kind       evidence  cure
