@@ -126,12 +126,18 @@ class BatchNorm(Layer, TorchBatchNorm):
         self.__dict__["_waiting"] = _NONE
         super().reset_running_stats()
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__["_waiting"] = _NONE  # they would enter the statistics that are loaded
+        super()._load_from_state_dict(*args, **kwargs)
+
     def lost(self, converting: bool) -> str:
         waits = f"accumulate={self.accumulate}; set it to 1 first" if converting and self.accumulate > 1 else ""
         return super().lost(converting) or waits
 
     def _perform(self, call: Call) -> Output:
         if self.accumulate == 1 or not call.own or call.running is None:
+            if self.accumulate == 1 and self._waiting is not _NONE:
+                self.__dict__["_waiting"] = _NONE
             return super()._perform(call)
         output = super()._perform(call._replace(running=None, measured=True))
         if not recomputed():

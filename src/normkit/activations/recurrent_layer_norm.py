@@ -326,6 +326,10 @@ class LayerNormRecurrent(Module):
         Returns:
             The last layer's outputs, in the layout of the input, and the last state, as ``state``.
         """
+        if isinstance(input, nn.utils.rnn.PackedSequence):
+            raise ShapeError(
+                "LayerNormRecurrent takes no PackedSequence; give pad_packed_sequence's tensor, and mask= of the lengths"
+            )
         swap = self.batch_first and input.dim() > 2
         y = input.transpose(0, 1) if swap else input
         mask = mask.transpose(0, 1) if mask is not None and swap else mask

@@ -110,6 +110,8 @@ def adopt(
         for name, module in model.named_modules()
         if "parametrizations" not in name.split(".") and is_norm(module)
     }
+    if (momentum is not None and not 0 <= momentum <= 1) or (eps is not None and not eps >= 0):
+        raise OptionError(f"adopt: momentum={momentum}, eps={eps}; wanted a momentum from 0 to 1 and an eps from 0")
     rows, usual = [], CONSTANTS[framework]
     with transaction(model) as opened:
         for name, module in choose(found, where, "norms").items():
@@ -150,6 +152,10 @@ def to_torch(layer: nn.Module | None, leaf: str, value: Tensor, name: str) -> Te
     if leaf not in ("kernel", "depthwise_kernel"):
         return value
     if isinstance(layer, nn.Linear):
+        if value.dim() != 2:
+            raise SurgeryError(
+                f"translate: {name} has {value.dim()} axes, and a linear layer's kernel two; flatten it to (in, out)"
+            )
         return value.t()
     if isinstance(layer, _ConvTransposeNd):
         raise SurgeryError(

@@ -119,6 +119,8 @@ class NormalizedAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
         """As ``torch.nn.MultiheadAttention`` without attention weights; ``key`` and ``value`` are the query."""
+        if is_causal and attn_mask is None:  # a hint on a mask, as torch has it, not a mask
+            raise SurgeryError("is_causal=True says that a mask is causal, and there is none; give the mask too")
         x = query if self.batch_first or query.dim() == 2 else query.transpose(0, 1)
         packed = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
         q, k, v = (part.squeeze(-3).transpose(-2, -3) for part in packed.split(1, -3))
@@ -264,6 +266,8 @@ def _normalized(layer: _Layer) -> NormalizedAttention:
 
 def _started(layer: _Layer) -> list[Tensor]:
     """The weights that DeepNorm starts smaller: of values, of attention's output, and of the feed-forward."""
+    if any(parametrize.is_parametrized(part) for part in layer.modules()):
+        raise SurgeryError("deep starts weights smaller, and these have parametrizations; put those on afterwards")
     found = [layer.linear1.weight, layer.linear2.weight]
     for attention in (layer.self_attn, getattr(layer, "multihead_attn", None)):
         if attention is not None:
