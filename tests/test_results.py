@@ -14,7 +14,6 @@ RESULTS = Path(__file__).parents[1] / "docs/results"
 PAGES = sorted(page.parent.name for page in RESULTS.glob("*/result.md"))
 # Pages of runs from before records were published with them; docs/results/index.md says so.
 PREDATE = {
-    "cost", "fig1",
     "shape", "table2", "table4",
 }  # fmt: skip
 
