@@ -35,7 +35,7 @@ _FALL = 0.1**0.8  # of the learning rate over a run: 0.1 each 250,000 steps, 200
 
 @dataclass(frozen=True)
 class RadianceJob(Work, path="{0.subject}/{0.row}/rate={0.rate:g}/seed={0.seed}"):
-    """What to train, and how: a scene of LLFF or Blender or ``"spheres"``, a row's name and recipe, and the scale of the trunks' rows.
+    """What to train, and how: a scene by name, a row's name and recipe, and the scale of the trunks' rows.
 
     The rest are the published settings: `reduce` averages squares of that many pixels per side, `rays` are per step, `epochs`
     over the training pixels stand in the place of `steps`, `every` steps lie between measurements.
