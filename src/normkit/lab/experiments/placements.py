@@ -26,9 +26,8 @@ from normkit.lab.report.bands import Curve, across, along, key, marked
 from normkit.lab.report.canvas import DOTTED, FAINT, FULL, log, panels
 from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
 from normkit.lab.stats import ABSENT, differences, mean, spread, tell, where
-from normkit.residual import Scheme
 
-NAMES: dict[Scheme, str] = {
+NAMES = {
     "post": "Post-LN",
     "deep": "DeepNorm",
     "hybrid": "HybridNorm",
@@ -56,8 +55,9 @@ def run(bench: Bench) -> dict[str, Any]:
 
 def against(result: Mapping[str, Any], placement: str, warmup: bool) -> Any:
     """The differences of a placement's losses from Pre-LN's, seed by seed."""
-    both = (where(result["runs"], placement=name, warmup=warmup) for name in (placement, BASE))
-    return differences(*([run["loss"] for run in runs] for runs in both))
+    runs = where(result["runs"], warmup=warmup)
+    these, those = ([run["loss"] for run in where(runs, placement=name)] for name in (placement, BASE))
+    return differences(these, those)
 
 
 def ratio(result: Mapping[str, Any], placement: str) -> list[float]:
@@ -125,7 +125,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
     return said
 
 
-def _lines() -> list[tuple[Scheme, str, str, str]]:
+def _lines() -> list[tuple[str, str, str, str]]:
     """Each placement with its name, hue and line."""
     hues = [GREY, *COLOURS]
     looks = [(hue, line) for line in ("-", "--") for hue in hues]

@@ -27,12 +27,11 @@ from normkit.lab.report.canvas import DOTTED, FAINT, FULL, log, panels
 from normkit.lab.report.drawing import COLOURS, SEEDS, name_ends
 from normkit.lab.stats import ABSENT, differences, mean, spread, tell, where
 from normkit.lab.train.walk import OK
-from normkit.residual import Scheme
 
-PLACEMENTS: dict[Scheme, str] = {"post": "Post-LN", "pre": "Pre-LN"}
+PLACEMENTS = {"post": "Post-LN", "pre": "Pre-LN"}
 OPTIMIZERS = {"adam 1e-3": "Adam 1e-3", "adam 3e-4": "Adam 3e-4", "sgd 0.1": "SGD 0.1"}
 NORMS = {"ln": "LayerNorm", "rms": "RMSNorm", "scale": "ScaleNorm", "scale+fix": "ScaleNorm and FixNorm"}
-HUES: dict[Scheme, str] = {"post": COLOURS[1], "pre": COLOURS[0]}
+HUES = {"post": COLOURS[1], "pre": COLOURS[0]}
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"depth": 1, "features": 8, "length": 6, "steps": 6},
@@ -74,7 +73,7 @@ def size_of(bench: Bench) -> dict[str, Any]:
     return SIZES[bench.scale] | ({"steps": 20 * bench.epochs} if bench.epochs else {})
 
 
-def gradients_at_start(bench: Bench, placements: Iterable[Scheme]) -> list[dict[str, Any]]:
+def gradients_at_start(bench: Bench, placements: Iterable[str]) -> list[dict[str, Any]]:
     """Measures the gradients of encoders of several depths before training."""
     depths = DEPTHS if bench.scale != "tiny" else (1, 2)
     size = {key: SIZES[bench.scale][key] for key in ("features", "length")}

@@ -214,9 +214,15 @@ SURFACES = (
 
 def figures(result: Mapping[str, Any]) -> list[Drawing]:
     """The learned surfaces next to the solids, one figure per activation, and IoU along training."""
-    there = {kind: words for kind, words in KINDS.items() if where(result["runs"], kind=kind)}
-    captions = {kind: SURFACES.format(words.replace("PE", "positional encoding")) for kind, words in there.items()}
-    drawn = [Drawing(f"surfaces-{kind}", partial(_surfaces, result, kind), text) for kind, text in captions.items()]
+    drawn = [
+        Drawing(
+            f"surfaces-{kind}",
+            partial(_surfaces, result, kind),
+            SURFACES.format(words.replace("PE", "positional encoding")),
+        )
+        for kind, words in KINDS.items()
+        if where(result["runs"], kind=kind)
+    ]
     return [*drawn, _curves(result)]
 
 

@@ -62,7 +62,7 @@ class Study(NamedTuple):
         """The runs by subject: its name, or a tuple of those that make it."""
         keys = dict.fromkeys(tuple(run[key] for key in self.subject) for run in result["runs"])
         found = {key: where(result["runs"], **dict(zip(self.subject, key, strict=True))) for key in keys}
-        return {key if len(key) > 1 else key[0]: runs for key, runs in found.items()}
+        return {key[0] if len(key) == 1 else key: runs for key, runs in found.items()}
 
     @property
     def _names(self) -> dict[str, str]:
