@@ -140,7 +140,7 @@ class Experiment:
         tables: the source's numbers next to ours, from the result.
         figures: of a result.
         remarks: observations on a result in sentences, with oddities of the source.
-        scales: at which it can be run. Default: small and full.
+        scales: at which it can be run. Default: all.
         settings: what is recorded of how it is run, in place of scale and epochs. Default: these.
         free: what of the configuration can change over the runs that are there: they stay, and the result is made again.
             Default: the seeds.
@@ -160,7 +160,7 @@ class Experiment:
     tables: Callable[[dict[str, Any]], list[Table]]
     figures: Callable[[dict[str, Any]], list[Drawing]]
     remarks: Callable[[dict[str, Any]], list[str]]
-    scales: tuple[Scale, ...] = ("small", "full")
+    scales: tuple[Scale, ...] = ("tiny", "small", "full")
     settings: Mapping[str, Any] | None = None
     free: tuple[str, ...] = ("seeds",)
     command: Sequence[str] | None = None
