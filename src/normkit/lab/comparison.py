@@ -160,10 +160,6 @@ def default_output(settings: Settings) -> Path:
 def command(settings: Settings, *site: Any) -> str:
     """Writes the command line that makes this comparison.
 
-    Args:
-        settings: canonical or as they were given.
-        *site: further options, such as :class:`~normkit.lab.settings.Site` and :class:`~normkit.lab.settings.Reports`.
-
     >>> command(Settings(seeds=(0, 1)), Site(threads=2))
     'normkit compare --seeds 2 --threads 2'
     """
@@ -172,11 +168,7 @@ def command(settings: Settings, *site: Any) -> str:
 
 
 def reread(found: Mapping[str, Any]) -> Experiment:
-    """Gives the experiment of a comparison's record, to show it again.
-
-    Args:
-        found: what ``result.json`` holds.
-    """
+    """Gives the experiment of a comparison's record, to show it again."""
     return replace(EXPERIMENT, title=found["experiment"]["title"], command=shlex.split(found["command"]))
 
 

@@ -34,11 +34,7 @@ class InUseError(RecordError):
 
 
 def make(folder: Path) -> None:
-    """Makes a folder, if it is not there.
-
-    Raises:
-        RecordError: it is a file, or can't be made.
-    """
+    """Makes a folder, if it is not there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -49,12 +45,7 @@ def make(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a folder against a second process; the system lets go of it when this process ends, however it ends.
-
-    Raises:
-        InUseError: another process holds it.
-        RecordError: it is not writable.
-    """
+    """Holds a folder against a second process; the system lets go of it when this process ends, however it ends."""
     make(folder)
     try:
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
@@ -79,11 +70,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def waited_for(folder: Path) -> Iterator[None]:
-    """Holds a folder as :func:`locked` does, but waits while another process holds it.
-
-    Raises:
-        RecordError: it is not writable.
-    """
+    """Holds a folder as :func:`locked` does, but waits while another process holds it."""
     with ExitStack() as held:
         while True:
             try:
@@ -95,11 +82,7 @@ def waited_for(folder: Path) -> Iterator[None]:
 
 
 def check_ours(folder: Path) -> None:
-    """Refuses a folder that holds someone else's files and no record of ours; a new or empty one is as good as ours.
-
-    Raises:
-        RecordError: it holds something else, or can't be read.
-    """
+    """Refuses a folder that holds someone else's files and no record of ours; a new or empty one is as good as ours."""
     if folder.exists() and not folder.is_dir():
         raise RecordError(f"{folder} is a file, not a folder; choose another --output")
     try:
@@ -124,12 +107,7 @@ def replace(folder: Path, wanted: Mapping[str, Any], overwrite: bool) -> bool:
 
     What was begun with the same configuration goes on: a command that replaces records can be stopped and given again.
 
-    Returns:
-        Whether the records that are there now were begun to replace others.
-
-    Raises:
-        InUseError: another process works on a run.
-        RecordError: the folder is not writable.
+    Tells whether the records that are there now were begun to replace others.
     """
     path = folder / REPLACING
     note = record.read_json(path, fields(wanted=OBJECT, removed=FLAG)) if path.exists() else None
@@ -155,12 +133,7 @@ def settle(folder: Path) -> None:
 
 
 def empty(folder: Path) -> None:
-    """Removes the records of a folder that is held, and nothing else.
-
-    Raises:
-        InUseError: another process works on a run.
-        RecordError: the folder is not writable.
-    """
+    """Removes the records of a folder that is held, and nothing else."""
     runs = list(_runs(folder))
     with ExitStack() as held:
         for run in runs:
@@ -181,11 +154,7 @@ def empty(folder: Path) -> None:
 
 
 def discard(folder: Path, run: Path) -> None:
-    """Removes the folder of a run: it leaves its place whole, and is deleted then.
-
-    Raises:
-        RecordError: the folder is not writable.
-    """
+    """Removes the folder of a run: it leaves its place whole, and is deleted then."""
     grave = folder / DISCARDED
     try:
         if grave.exists():
@@ -199,11 +168,7 @@ def discard(folder: Path, run: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file that is no longer needed, if it is there.
-
-    Raises:
-        RecordError: the folder is not writable.
-    """
+    """Removes a file that is no longer needed, if it is there."""
     try:
         if path.exists() or path.is_symlink():
             path.unlink(missing_ok=True)

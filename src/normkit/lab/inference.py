@@ -16,17 +16,11 @@ POWER = 0.8
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean difference and the standard error that it is judged by.
-
-    Args:
-        mean: of the differences.
-        error: its standard error.
-        freedom: degrees of freedom of Student's t.
-    """
+    """A mean difference and the standard error that it is judged by."""
 
     mean: float
     error: float
-    freedom: int
+    freedom: int  # degrees of freedom of Student's t
 
     def ends(self, level: float) -> tuple[float, float]:
         """The interval: mean -+ t[(1 + level) / 2, freedom] * error."""
@@ -63,9 +57,8 @@ def over_seeds_and_samples(gains: np.ndarray, sizes: np.ndarray) -> Spread | Non
     up for; the error is then judged by Student's t with S - 1 degrees of freedom. It is conservative: what seed and sample do
     together is counted more than once.
 
-    Args:
-        gains: ``(seeds, samples)``, what each sample adds to the score of the recipe less what it adds to the baseline's.
-        sizes: ``(samples,)``; a score is a sum over samples divided by the sum of these.
+    `gains` ``(seeds, samples)`` are what each sample adds to the score of the recipe less what it adds to the
+    baseline's; a score is a sum over samples divided by the sum of `sizes` ``(samples,)``.
 
     Reference:
         Owen 2007, The pigeonhole bootstrap, https://doi.org/10.1214/07-AOAS122
@@ -87,9 +80,6 @@ def holm(chances: Mapping[str, float | None]) -> dict[str, float]:
 
         p'_(i) = max over j <= i of min(1, (m - j + 1) p_(j)),   p_(1) <= ... <= p_(m)
 
-    Args:
-        chances: by recipe; None is left out.
-
     Reference:
         Holm 1979, A simple sequentially rejective multiple test procedure, https://www.jstor.org/stable/4615733
 
@@ -109,11 +99,6 @@ def detectable(spread: float, seeds: int, level: float = 0.95) -> float:
 
         delta * s / sqrt(n),   P(T > t[(1 + level) / 2, n - 1]) = 0.8 for T of the noncentral t(n - 1, delta)
 
-    Args:
-        spread: standard deviation s of the paired differences.
-        seeds: how many, n, at least two.
-        level: of the interval. Default: 0.95.
-
     >>> round(detectable(0.01, 3), 4), round(detectable(0.01, 10), 4)
     (0.0326, 0.01)
     """
@@ -127,12 +112,6 @@ def detectable(spread: float, seeds: int, level: float = 0.95) -> float:
 
 def seeds_for(difference: float, spread: float, level: float = 0.95, most: int = 1000) -> int | None:
     """How many seeds find a true difference in four of five comparisons; None where more than `most` would be needed.
-
-    Args:
-        difference: to be found.
-        spread: standard deviation of the paired differences.
-        level: of the interval. Default: 0.95.
-        most: where to stop. Default: 1000.
 
     >>> seeds_for(0.01, 0.01), seeds_for(0.001, 1.0)
     (10, None)

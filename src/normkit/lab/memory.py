@@ -24,10 +24,8 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     the step's operators returned; it leaves out what an operator allocates and frees inside itself (such as the
     unfolded image of a convolution).
 
-    Args:
-        step: what to run, once. What it recreates of what an earlier one left, such as gradients, should be dropped
-            before, or it counts as held.
-        device: where it runs.
+    What the step recreates of what an earlier one left, such as gradients, should be dropped before, or it counts as
+    held.
 
     >>> x = torch.zeros(1000)
     >>> peak_bytes(lambda: (x + 1) * 2, x.device)
@@ -52,8 +50,7 @@ def keep_memory() -> bool:
     Otherwise large blocks go back to the system at the end of each step and are mapped again, page by page, in the next: a
     quarter of a step of a DenseNet on one core. The process stays as large as it ever was.
 
-    Returns:
-        Whether it does: it is glibc's to do; other C libraries are left as they are.
+    False where the C library is not glibc, which alone can do it.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -52,22 +52,7 @@ CURE = "choose another --output, or --overwrite to replace them"
 def perform(
     experiment: Experiment, bench: Bench, *, overwrite: bool = False, report: bool = True, command: str = ""
 ) -> dict[str, Any]:
-    """Runs or resumes an experiment, and writes its records and reports into ``bench.output``.
-
-    Args:
-        experiment: which.
-        bench: where.
-        overwrite: replace records of another configuration. Default: False.
-        report: draw the figures and write ``report.html`` as well. Default: True.
-        command: how to give it again; goes into the record. Default: none.
-
-    Returns:
-        What ``result.json`` holds.
-
-    Raises:
-        OptionError: it runs under torchrun, or Ray is asked for and is not there.
-        RecordError: the folder holds something else, is damaged or not writable.
-    """
+    """Runs or resumes an experiment, and writes its records and reports into ``bench.output``."""
     if "TORCHELASTIC_RUN_ID" in os.environ and not experiment.together:
         raise OptionError("an experiment's runs are of one process each, so it does not go with torchrun; use --ray")
     if bench.scale not in experiment.scales:
@@ -105,16 +90,7 @@ def show(
 ) -> None:
     """Prints the tables and remarks of a result, writes ``result.md`` and, if asked for, figures and ``report.html``.
 
-    Args:
-        experiment: which.
-        found: what ``result.json`` holds.
-        output: the folder.
-        console: where to print.
-        report: draw figures and the page as well. Default: True.
-        kept: go without what can't be written: the record is read back, and may lie on a disk that is only read. Default: False.
-
-    Raises:
-        RecordError: the result is not what the experiment wrote, or the folder is not writable.
+    A record that was `kept` is read back, and may lie on a disk that is only read: then nothing is written.
     """
     from normkit.lab.report.drawing import save
     from normkit.lab.report.sheet import print_sheet, write_markdown, write_sheet
@@ -166,11 +142,7 @@ def _run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
 
 
 def check(experiment: Experiment, bench: Bench) -> None:
-    """Refuses a folder of something else, or of another configuration; writes nothing.
-
-    Raises:
-        RecordError: it holds something else.
-    """
+    """Refuses a folder of something else, or of another configuration; writes nothing."""
     folder.check_ours(bench.output)
     path = bench.output / CONFIG
     if path.exists() and not (bench.output / folder.REPLACING).exists():

@@ -23,12 +23,7 @@ def default_recipes(model: nn.Module, example: Any = None) -> tuple[tuple[str, .
     where it has layer norms, or the reverse; weight standardization where it has convolutions; weight norm; and weight
     conditioning of its first and last layer. Each is tried on the model; one that it can't have is left out.
 
-    Args:
-        model: any module; it is left as it is.
-        example: an input of it, as for ``apply_recipe``. Default: None.
-
-    Returns:
-        The recipes, and in a sentence why these.
+    Gives the recipes, and in a sentence why these.
 
     >>> default_recipes(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)))
     (('keep', 'rms', 'keep+wn', 'keep+e'), 'the model has 1 layer norm and 2 linear layers')

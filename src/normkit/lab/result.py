@@ -17,30 +17,17 @@ KEPT = ("status", "val_score", "best_val_score", "test_score", "test_loss")
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run.
-
-    Args:
-        seed: of it.
-        path: of its folder, within that of the comparison.
-        result: its scores.
-        metrics: a row per epoch.
-        timing: likewise.
-        marks: what each test sample adds to the score. Default: None, not looked at.
-    """
+    """A finished run."""
 
     seed: int
-    path: str
+    path: str  # of its folder, within that of the comparison
     result: Mapping[str, Any]
-    metrics: Sequence[Mapping[str, Any]]
-    timing: Sequence[Mapping[str, Any]]
-    marks: np.ndarray | None = None
+    metrics: Sequence[Mapping[str, Any]]  # a row per epoch
+    timing: Sequence[Mapping[str, Any]]  # likewise
+    marks: np.ndarray | None = None  # what each test sample adds to the score
 
     def row(self, target: float | None) -> dict[str, Any]:
-        """What a result says of it.
-
-        Args:
-            target: the score whose time is taken; None where there is none.
-        """
+        """What a result says of it."""
         reached = next((line for line in self.metrics if target is not None and line["val_score"] >= target), None)
         seconds = [line["seconds"] for line in self.timing]
         return {
@@ -66,29 +53,17 @@ def find_target(runs: Iterable[Trained], given: float | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Judge:
-    """How recipes are compared with the baseline.
+    """How recipes are compared with the baseline."""
 
-    Args:
-        against: the baseline's name.
-        baseline: its runs, one a seed.
-        level: coverage of the intervals.
-        sizes: ``(samples,)`` of the test split, see :func:`normkit.lab.task.sizes`, so that intervals cover the draw of its
-            samples too. Default: None, they cover the seeds alone.
-        sign: 1 where marks count for a recipe, -1 where against it. Default: 1.
-    """
-
-    against: str
-    baseline: Sequence[Trained]
-    level: float
+    against: str  # the baseline's name
+    baseline: Sequence[Trained]  # its runs, one a seed
+    level: float  # coverage of the intervals
+    # (samples,) of the test split, see sizes, so that intervals cover the draw of its samples too
     sizes: np.ndarray | None = None
-    sign: int = 1
+    sign: int = 1  # 1 where marks count for a recipe, -1 where against it
 
     def scores(self, runs: Sequence[Trained]) -> dict[str, Any]:
-        """Mean and spread of the test scores, and the paired difference from the baseline.
-
-        Args:
-            runs: one a seed, in the order of the baseline's.
-        """
+        """Mean and spread of the test scores, and the paired difference from the baseline."""
         ours, theirs = ([run.result["test_score"] for run in of] for of in (runs, self.baseline))
         tests = [score for score in ours if score is not None]
         found = differences(ours, theirs, self.level)
@@ -119,15 +94,7 @@ class Judge:
 def summarize(
     runs: Sequence[Trained], judge: Judge, rate: float, sweep: Sequence[Tried], target: float | None
 ) -> dict[str, Any]:
-    """Gathers what the runs say of one recipe.
-
-    Args:
-        runs: at the chosen rate, one a seed.
-        judge: compares them with the baseline's.
-        rate: the chosen one.
-        sweep: all rates that were tried.
-        target: the score whose time is taken; None when no run has one.
-    """
+    """Gathers what the runs say of one recipe: those at the chosen rate, and the sweep of all rates that were tried."""
     return {
         "sweep": sweep,
         "rate": rate,
@@ -139,11 +106,7 @@ def summarize(
 
 
 def adjust(rows: Sequence[dict[str, Any]]) -> None:
-    """Adds to the paired difference of each recipe its p-value among all that are compared, by Holm's procedure.
-
-    Args:
-        rows: of the recipes, the baseline first; changed in place.
-    """
+    """Adds to the paired difference of each recipe its p-value among all that are compared, by Holm's procedure."""
     adjusted = holm({row["recipe"]: row["paired"]["p"] for row in rows[1:]})
     for row in rows:
         row["paired"]["holm"] = adjusted.get(row["recipe"])

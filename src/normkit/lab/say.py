@@ -20,11 +20,7 @@ class Terminal(Console):
     """Standard output; where it can't be written to, such as on a full disk, work stops in words and can go on later."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Prints as rich does.
-
-        Raises:
-            RecordError: standard output can't be written to.
-        """
+        """Prints as rich does."""
         try:
             super().print(*objects, **options)
         except OSError as error:

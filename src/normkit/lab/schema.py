@@ -115,11 +115,7 @@ def version(number: int, of: Kind) -> Kind:
 
 
 def parse(text: str | bytes) -> Any:
-    """Reads JSON that says each key once and holds no NaN.
-
-    Raises:
-        ValueError: it is no such JSON.
-    """
+    """Reads JSON that says each key once and holds no NaN."""
     return json.loads(text, parse_constant=_constant, object_pairs_hook=_object)
 
 

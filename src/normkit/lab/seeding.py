@@ -11,13 +11,9 @@ from torch import Tensor, nn
 
 
 def reseed(seed: int, purpose: str, epoch: int = 0, rank: int = 0) -> None:
-    """Seeds torch, numpy and Python's random for one purpose.
+    """Seeds torch, numpy and Python's random for one purpose; different ones, such as ``"init"``, draw independently.
 
-    Args:
-        seed: of the run.
-        purpose: what is drawn next, such as ``"init"`` or ``"epoch"``; different purposes draw independently.
-        epoch: counted from 1. Default: 0.
-        rank: of the process, so that dropout differs among processes. Default: 0.
+    Epochs count from 1; processes differ by their rank, so that dropout differs among them.
     """
     drawn = _mix(seed, purpose, epoch, rank)
     torch.manual_seed(drawn)

@@ -20,21 +20,13 @@ Tried = Mapping[str, Any]  # a run: "rate", "status", "score", "loss", and "reac
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean difference and how sure it is.
+    """A mean difference and how sure it is."""
 
-    Args:
-        mean: of the differences; None when there is none.
-        low: lower end of the interval; None with fewer than two differences.
-        high: upper end; None with fewer than two differences.
-        level: the coverage.
-        differences: what was averaged, in the order of the seeds.
-    """
-
-    mean: float | None
-    low: float | None
-    high: float | None
+    mean: float | None  # of the differences; None when there is none
+    low: float | None  # lower end of the interval; None with fewer than two differences
+    high: float | None  # upper end; None with fewer than two differences
     level: float
-    differences: tuple[float, ...]
+    differences: tuple[float, ...]  # what was averaged, in the order of the seeds
 
 
 def paired_interval(differences: Sequence[float], level: float = 0.95) -> Interval:
@@ -43,13 +35,6 @@ def paired_interval(differences: Sequence[float], level: float = 0.95) -> Interv
         mean d -+ t[(1 + level) / 2, n - 1] * s / sqrt(n),   s the standard deviation with n - 1
 
     It takes differences for normal and independent over seeds. One difference has no interval.
-
-    Args:
-        differences: one per seed: this method's score less the baseline's.
-        level: the coverage, between 0 and 1. Default: 0.95.
-
-    Raises:
-        OptionError: `level` is not between 0 and 1.
 
     Reference:
         Student 1908, The probable error of a mean, https://doi.org/10.1093/biomet/6.1.1
@@ -70,12 +55,7 @@ def paired_interval(differences: Sequence[float], level: float = 0.95) -> Interv
 
 
 def differences(these: Iterable[float | None], those: Iterable[float | None], level: float = 0.95) -> Interval:
-    """Interval of the seed-paired differences.
-
-    Args:
-        these: one per seed; a seed with None here or there is left out.
-        those: likewise.
-        level: the coverage, between 0 and 1. Default: 0.95.
+    """Interval of the seed-paired differences; a seed with None on either side is left out.
 
     >>> differences([3.0, 5.0, None], [1.0, 2.0, 2.0]).differences
     (2.0, 3.0)
@@ -85,12 +65,7 @@ def differences(these: Iterable[float | None], those: Iterable[float | None], le
 
 
 def gain(runs: Iterable[Row], base: Iterable[Row], field: str) -> Interval:
-    """Bounds the mean gain of some runs over a baseline's of the same seeds.
-
-    Args:
-        runs: each with ``"seed"`` and `field`; None there is left out.
-        base: the baseline's.
-        field: what is compared.
+    """Bounds the mean gain of some runs over a baseline's of the same seeds; runs with None in `field` are left out.
 
     >>> gain([{"seed": 0, "x": 3.0}, {"seed": 1, "x": 5.0}], [{"seed": 1, "x": 4.0}], "x").differences
     (1.0,)
@@ -115,16 +90,9 @@ def judge(low: float | None, high: float | None) -> str:
 
 
 def judge_runs(runs: Sequence[Row], base: Sequence[Row], field: str) -> str:
-    """Says what the gain of some runs over a baseline's of the same seeds shows.
+    """Says what the gain of some runs over a baseline's of the same seeds shows, as :func:`judge`.
 
-    Args:
-        runs: each with ``"seed"`` and `field`, of which more is better; None there for a run that diverged.
-        base: the baseline's.
-        field: what is compared.
-
-    Returns:
-        As :func:`judge`; or why it is not judged: a run diverged, on either side, and those that are left were chosen by how
-        they fared.
+    It is not judged where a run diverged, on either side: those that are left were chosen by how they fared.
 
     >>> base = [{"seed": seed, "x": x} for seed, x in enumerate((1.0, 2.0, 4.0))]
     >>> judge_runs([{**run, "x": 1.1 * run["x"] + 5} for run in base], base, "x"), judge_runs(base[:1], base, "x")
@@ -138,12 +106,7 @@ def judge_runs(runs: Sequence[Row], base: Sequence[Row], field: str) -> str:
 
 
 def tell(found: Interval, form: str = "+.2f", scale: float = 1.0) -> str | None:
-    """Writes a mean difference and its interval; None where there is none.
-
-    Args:
-        found: the difference.
-        form: of the numbers. Default: ``"+.2f"``.
-        scale: by which they are multiplied, such as 100 for percent. Default: 1.
+    """Writes a mean difference and its interval, times `scale`, such as 100 for percent; None where there is none.
 
     >>> tell(paired_interval([1.0, 2.0, 3.0])), tell(paired_interval([0.01]), "+.1f", 100)
     ('+2.00 [-0.48, +4.48]', '+1.0')
@@ -161,11 +124,7 @@ def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float
 
         [x_(k), x_(n+1-k)],   k the largest with 2 P(Binomial(n, 1/2) < k) <= 1 - level
 
-    Returns:
-        The ends, or None where there are too few values for the level: fewer than 6 for 0.95.
-
-    Raises:
-        OptionError: `level` is not between 0 and 1.
+    None where there are too few values for the level: fewer than 6 for 0.95.
 
     Reference:
         Thompson 1936, On confidence ranges for the median, https://doi.org/10.1214/aoms/1177732502
@@ -200,12 +159,7 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 
 def spread(values: Iterable[float | None], form: str = ".3f", scale: float = 1.0) -> str:
-    """Mean and standard deviation over seeds, with how many runs have no value.
-
-    Args:
-        values: one per seed.
-        form: of both numbers. Default: ".3f".
-        scale: by which both are multiplied, such as 100 for percent. Default: 1.
+    """Mean and standard deviation over seeds, times `scale`, with how many runs have no value.
 
     >>> spread([0.5, 0.7], ".1f", 100), spread([0.25, None], ".2f"), spread([None])
     ('60.0 ± 14.1', '0.25 (1 of 2 without)', '–')
@@ -229,10 +183,7 @@ def where(rows: Iterable[Row], **wanted: Any) -> list[Row]:
 
 
 def by_step(rows: Sequence[Sequence[Row]], value: Callable[[Row], float | None]) -> Any:
-    """Steps, and at each the mean, lowest and highest value over runs that came so far.
-
-    Returns:
-        Four lists of one length.
+    """Steps, and at each the mean, lowest and highest value over runs that came so far: four lists of one length.
 
     >>> by_step([[{"step": 1, "x": 2.0}], [{"step": 1, "x": 4.0}]], lambda row: row["x"])
     ([1], [3.0], [2.0], [4.0])
@@ -270,19 +221,11 @@ def tune(
     look: Callable[[Row], Tried],
     beyond: Callable[[str, float], Rated] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Tries the rates of each row, and chooses the best.
+    """Tries the rates of each row, a job for each, and chooses the best.
 
-    Args:
-        bench: does the jobs.
-        learn: does one.
-        rows: by name, a job for each rate.
-        look: what a job's result says on images or points that test nothing: "status", "score", "loss" and "reached".
-        beyond: ``beyond(name, rate)`` gives a row's job at a further rate, see :func:`further`. Default: None, the rates are as
-            given.
-
-    Returns:
-        By name: ``sweep``, all that was tried, by rate, ``rate``, the chosen one, and ``edge``, whether a better one may lie
-        beyond.
+    ``look`` says of a job's result on validation data "status", "score", "loss" and "reached"; ``beyond(name, rate)``
+    gives a row's job at a further rate (:func:`further`). By name the result has ``sweep``, all that was tried, by
+    rate, ``rate``, the chosen one, and ``edge``, whether a better one may lie beyond.
     """
     given = {name: [job.rate for job in tried] for name, tried in rows.items()}
     sweeps: dict[str, list[Tried]] = {name: [] for name in rows}
@@ -304,12 +247,7 @@ def tune(
 def further(sweep: Sequence[Tried], given: Sequence[float]) -> float | None:
     """The next rate to try where the best lies at an edge of a sweep: as far from it as its neighbour is, as a ratio.
 
-    Args:
-        sweep: what was tried, by rate.
-        given: the rates it began with; beyond each of their ends :data:`FURTHER` are tried at most.
-
-    Returns:
-        The rate, to three digits; None where the best lies inside, or as many were tried beyond that end.
+    None where the best lies inside, or :data:`FURTHER` were tried beyond that end of the `given` rates.
 
     >>> runs = [{"rate": r, "status": "ok", "score": r, "loss": None, "reached": 1} for r in (0.25, 1.0)]
     >>> further(runs, (0.25, 1.0)), further(runs, (0.25,)), further(runs[:1], (0.25,))

@@ -47,21 +47,15 @@ OF_ALL = (*FREE, "budget", "accelerator", "devices")
 class Run:
     """One training, with all that it depends on.
 
-    Args:
-        recipe: canonical.
-        rate: the learning rate at its height.
-        seed: of the initial weights, the order of the data and all else that is random.
-        epochs: passes over the train split. Default: 0, those of the settings.
-        origin: settings, and hashes of the data and of the initial weights.
-
     >>> Run("bn+e@first_last", 0.1, 0).path
     'bn+e@first_last/rate=0.1/seed=0'
     """
 
-    recipe: str
-    rate: float
-    seed: int
-    epochs: int = 0
+    recipe: str  # canonical
+    rate: float  # the learning rate at its height
+    seed: int  # of the initial weights, the order of the data and all else that is random
+    epochs: int = 0  # passes over the train split; 0: those of the settings
+    # settings, and hashes of the data and of the initial weights
     origin: Mapping[str, Any] = field(default_factory=dict, hash=False)
     files: ClassVar = (METRICS_FILE, TIMING_FILE, MARKS_FILE)
 
@@ -98,19 +92,12 @@ class Steps:
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared, as every process that does a run of it must know it.
+    """What is compared, as every process that does a run of it must know it."""
 
-    Args:
-        settings: canonical.
-        model: a factory in place of the one that the settings name. Default: None.
-        data: likewise. Default: None.
-        curves: an absolute folder for TensorBoard. Default: None, no curves.
-    """
-
-    settings: Settings
-    model: Callable[..., Any] | None = None
-    data: Callable[[], Any] | None = None
-    curves: Path | None = None
+    settings: Settings  # canonical
+    model: Callable[..., Any] | None = None  # a factory in place of the one that the settings name
+    data: Callable[[], Any] | None = None  # likewise
+    curves: Path | None = None  # an absolute folder for TensorBoard
 
     def learn(self, run: Run, folder: Path) -> dict[str, Any]:
         """Trains, or goes on where it was."""
@@ -141,15 +128,7 @@ class Study:
 
 
 class Made:
-    """Models by seed and recipe, and the data; made once, so that whatever is wrong shows before the first run.
-
-    Args:
-        study: what is compared.
-
-    Raises:
-        ProtocolError: the model or data breaks the protocol.
-        SurgeryError: a recipe can't be applied to the model.
-    """
+    """Models by seed and recipe, and the data; made once, so that whatever is wrong shows before the first run."""
 
     def __init__(self, study: Study) -> None:
         settings = self.settings = study.settings
@@ -179,12 +158,7 @@ class Made:
         return Run(recipe, rate, seed, epochs, self.origin(seed, device))
 
     def origin(self, seed: int, device: str) -> dict[str, Any]:
-        """Everything that a run depends on, but its recipe, rate and seed.
-
-        Args:
-            seed: of the run.
-            device: that it is done on, with the number of processes.
-        """
+        """Everything that a run depends on, but its recipe, rate and seed."""
         shared = {key: value for key, value in self.settings.record(device).items() if key not in OF_ALL}
         return {**shared, **self.hashes(seed)}
 

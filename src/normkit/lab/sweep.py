@@ -95,24 +95,7 @@ def sweep(
     group: Group | None = None,
     replaces: bool = False,
 ) -> list[dict[str, Any]]:
-    """Does the jobs that are not yet done, and gives the results of all in the order of `jobs`.
-
-    Args:
-        function: see :meth:`normkit.lab.experiment.Bench.sweep`.
-        jobs: what to do.
-        folder: of the experiment; a job's is ``folder/runs/<path>``.
-        threads: of torch, a job. Default: 1.
-        ray: None for this process, ``"local"``, or the address of a Ray cluster. Default: None.
-        say: is told how many jobs there are, and of every job done. Default: print.
-        console: where a live line goes, if it is a terminal. Default: None, nowhere.
-        group: of processes that do each job together. Default: this process does them alone.
-        replaces: do a job again whose record is of other data or code, in place of refusing it. Default: False.
-
-    Raises:
-        OptionError: two jobs have one path, or a path leads out of the folder; Ray is asked for but is not there.
-        InUseError: another process works on a job that would be replaced.
-        RecordError: a folder holds another job's records, is damaged or not writable.
-    """
+    """Does the jobs that are not yet done, and gives the results of all in the order of `jobs`."""
     places, group = _places(jobs, folder), group or Group()
     results = group.share(lambda: _found(function, jobs, places, folder, replaces))
     waiting = [job for job in jobs if job.path not in results]
@@ -128,11 +111,7 @@ def sweep(
 
 
 def attend(function: Function, job: Job, place: Path, threads: int, group: Group) -> dict[str, Any]:
-    """Does one job in its folder, unless it is done.
-
-    Raises:
-        InUseError: another process is at it.
-    """
+    """Does one job in its folder, unless it is done."""
     config = _config(function, job)
     with ExitStack() as held:
         # The first process alone holds the folder, reads and writes; what it finds, all know.
@@ -207,11 +186,7 @@ def spent_on(job: Job, folder: Path) -> tuple[float, set[str]]:
 
 
 def finished(function: Function, job: Job, place: Path) -> dict[str, Any] | None:
-    """Reads the result of a job that is done; None where there is work left.
-
-    Raises:
-        RecordError: the record is damaged, or of another job.
-    """
+    """Reads the result of a job that is done; None where there is work left."""
     if not (place / CONFIG).exists():
         return None
     config = _config(function, job)
@@ -299,12 +274,7 @@ def _on_ray(
     results: dict[str, dict[str, Any]],
     watch: Watch,
 ) -> None:
-    """Does jobs as Ray tasks; their folders must be the same on every machine of the cluster.
-
-    Raises:
-        OptionError: Ray is not installed, there is no cluster at the address, or none of its machines has that many cores.
-        BackendError: the worker of a job was lost again and again; what is done is kept.
-    """
+    """Does jobs as Ray tasks; their folders must be the same on every machine of the cluster."""
 
     def end(count: int, result: dict[str, Any]) -> None:
         results[jobs[count].path] = result

@@ -53,12 +53,7 @@ class FlipAndCrop:
             raise OptionError(f"flip is {self.flip}; wanted a probability")
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Augments a batch.
-
-        Args:
-            x: the images.
-            generator: what is drawn from, on the CPU or on the images' device.
-        """
+        """Augments a batch; the generator is on the CPU or on the images' device."""
         high, wide = x.shape[-2:]
         top, left, height, width, flipped = self.draw(len(x), high, wide, generator)
         rows = _places(top, height, high).to(x.device)
@@ -70,11 +65,7 @@ class FlipAndCrop:
         return functional.grid_sample(x, grid.to(x.dtype), padding_mode="border", align_corners=False)
 
     def draw(self, count: int, high: int, wide: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Draws rectangles and flips.
-
-        Returns:
-            Top, left, height and width in pixels, and whether to flip; each ``(count,)`` on the generator's device.
-        """
+        """Draws top, left, height, width in pixels, and whether to flip; each ``(count,)`` on the generator's device."""
         drawn = torch.rand(3, count, TRIES, generator=generator, device=generator.device)
         area = (self.scale[0] + drawn[0] * (self.scale[1] - self.scale[0])) * high * wide
         low, ends = math.log(self.ratio[0]), math.log(self.ratio[1] / self.ratio[0])

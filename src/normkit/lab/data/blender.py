@@ -21,14 +21,8 @@ _CURE = (
 def blender(root: Path | None = None, scene: str = "lego", reduce: int = 2, every: int = 8) -> Scene:
     """Reads a scene with cameras on a sphere: RGBA pictures laid on white, rays from 2 to 6 in world coordinates.
 
-    Args:
-        root: the folder that holds ``nerf_synthetic``. Default: None, the environment variable ``NORMKIT_DATA``.
-        scene: its name. Default: ``"lego"``.
-        reduce: averages squares of that many pixels per side. Default: 2, 800 pixels to 400 as published.
-        every: reads one of that many test views. Default: 8, as published.
-
-    Raises:
-        ProtocolError: a file is missing, damaged or does not fit the others.
+    `reduce` averages squares of that many pixels per side (2: 800 pixels to 400, as published); `every` reads one of
+    that many test views.
 
     Reference:
         Mildenhall et al. 2020, NeRF, https://arxiv.org/abs/2003.08934

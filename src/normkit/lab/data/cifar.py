@@ -23,23 +23,14 @@ HELD_OUT = 0.1
 
 @dataclass(frozen=True)
 class Published:
-    """One of the two data sets as it was published.
-
-    Args:
-        name: of the data set.
-        archive: where it comes from.
-        train: files of training images.
-        test: files of test images.
-        labels: the key of the labels in each.
-        classes: how many.
-    """
+    """One of the two data sets as it was published."""
 
     name: str
-    archive: Archive
-    train: tuple[str, ...]
-    test: tuple[str, ...]
-    labels: str
-    classes: int
+    archive: Archive  # where it comes from
+    train: tuple[str, ...]  # files of training images
+    test: tuple[str, ...]  # files of test images
+    labels: str  # the key of the labels in each
+    classes: int  # how many
 
 
 CIFAR10 = Published(
@@ -71,15 +62,7 @@ PUBLISHED = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 def download_missing(name: str, root: Path | str | None = None) -> None:
-    """Downloads a data set where its files are missing; nothing for one that comes with a package or must be fetched by hand.
-
-    Args:
-        name: a built-in name of the lab, such as ``"cifar10"``, or that of any other data set.
-        root: where; made when missing. Default: None, the environment variable ``NORMKIT_DATA``.
-
-    Raises:
-        ProtocolError: it can't be fetched, or there is no place to write.
-    """
+    """Downloads a data set where its files are missing; nothing for one that comes with a package or must be fetched by hand."""
     if name in PUBLISHED:
         _folder(PUBLISHED[name], root, wanted=True)
 
@@ -131,17 +114,7 @@ def cifar100(
 ) -> Data:
     """Reads CIFAR-100: as :func:`cifar10`, of 100 classes (the fine labels), from ``cifar-100-python``.
 
-    Args:
-        root: the folder that holds ``cifar-100-python``. Default: None, the environment variable ``NORMKIT_DATA``.
-        train: as many samples of train, stratified, always the same ones. Default: None, all.
-        val: the same of val. Default: None, a ninth of `train`, as in the whole.
-        test: the same of test. Default: None, all.
-        augment: flip and crop training batches. Default: True.
-        download: fetch the published archive (161 MB) into `root` where the files are missing. Default: False.
-
-    Raises:
-        OptionError: a subset is larger than its split, or smaller than the number of classes.
-        ProtocolError: a file is missing, truncated or damaged, or can't be fetched.
+    Its arguments are those of :func:`cifar10`; the archive has 161 MB.
 
     Reference:
         Krizhevsky 2009, Learning multiple layers of features from tiny images, https://www.cs.toronto.edu/~kriz/cifar.html

@@ -10,19 +10,12 @@ _PAIRS = 2_000_000  # of a line and a triangle near it, held at a time
 
 @dataclass(frozen=True)
 class Crossings:
-    """Points at which lines parallel to z go through triangles.
+    """Points at which lines parallel to z go through triangles."""
 
-    Args:
-        line: ``(k,)``, which line.
-        face: ``(k,)``, which triangle.
-        height: ``(k,)``, z of the point.
-        shares: ``(k, 3)``, barycentric coordinates of the point.
-    """
-
-    line: np.ndarray
-    face: np.ndarray
-    height: np.ndarray
-    shares: np.ndarray
+    line: np.ndarray  # (k,), which line
+    face: np.ndarray  # (k,), which triangle
+    height: np.ndarray  # (k,), z of the point
+    shares: np.ndarray  # (k, 3), barycentric coordinates of the point
 
 
 def crossings(vertices: np.ndarray, faces: np.ndarray, lines: np.ndarray) -> Iterator[Crossings]:
@@ -31,10 +24,7 @@ def crossings(vertices: np.ndarray, faces: np.ndarray, lines: np.ndarray) -> Ite
     A line that meets an edge or a corner exactly is moved by an infinitesimal step to the right and a still smaller one up,
     the same for all triangles; so a line crosses a closed surface an even number of times, whatever it meets.
 
-    Args:
-        vertices: ``(v, 3)``.
-        faces: ``(f, 3)``, rows of vertices.
-        lines: ``(n, 2)``, x and y of each.
+    Vertices ``(v, 3)``, faces ``(f, 3)`` as rows of vertices, lines ``(n, 2)`` as x and y of each.
 
     Reference:
         Edelsbrunner and Mücke 1990, Simulation of simplicity, https://doi.org/10.1145/77635.77639
@@ -70,13 +60,7 @@ def crossings(vertices: np.ndarray, faces: np.ndarray, lines: np.ndarray) -> Ite
 def inside_mesh(vertices: np.ndarray, faces: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Says which points a closed surface has around them: those with an odd number of crossings above.
 
-    Args:
-        vertices: ``(v, 3)``.
-        faces: ``(f, 3)``, rows of vertices; closed, in any order and orientation.
-        points: ``(n, 3)``.
-
-    Returns:
-        ``(n,)`` of bool.
+    Vertices ``(v, 3)``, faces ``(f, 3)`` in any order and orientation, points ``(n, 3)``.
     """
     odd = np.zeros(len(points), dtype=bool)
     for found in crossings(vertices, faces, points[:, :2]):
@@ -90,15 +74,8 @@ def picture(
 ) -> np.ndarray:
     """Draws a surface in parallel projection, lit from above the viewer's left shoulder, on white.
 
-    Args:
-        vertices: ``(v, 3)`` in [-1, 1]^3; y points up and z to the viewer.
-        faces: ``(f, 3)``, rows of vertices, counter-clockwise from outside.
-        turn: degrees about y. Default: 30.
-        tilt: degrees that the viewer looks down. Default: 20.
-        size: of the picture in pixels. Default: 256.
-
-    Returns:
-        ``(size, size, 3)``, from 0 to 1.
+    Vertices ``(v, 3)`` lie in [-1, 1]^3, y up and z to the viewer; faces ``(f, 3)`` are counter-clockwise from outside.
+    `turn` is about y, `tilt` how far the viewer looks down, in degrees. Gives ``(size, size, 3)`` from 0 to 1.
     """
     turned = vertices @ _rotation(turn, tilt).T
     normals = _vertex_normals(turned, faces)

@@ -20,13 +20,7 @@ class ImageFiles:
 
     Several are read by several threads: the decoders work outside Python's lock.
 
-    Args:
-        paths: of the files.
-        labels: of each.
-        size: height and width to give.
-
-    Shape:
-        A sample is ``(3, size, size)`` uint8 and an integer.
+    A sample is ``(3, size, size)`` uint8 and an integer.
     """
 
     def __init__(self, paths: Sequence[Path], labels: Tensor, size: int) -> None:
@@ -37,11 +31,7 @@ class ImageFiles:
         return len(self.paths)
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        """Reads one.
-
-        Raises:
-            ProtocolError: the file can't be read as an image.
-        """
+        """Reads one."""
         return read_square(self.paths[row], self.size), self.labels[row]
 
     def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, int]]:
@@ -61,11 +51,7 @@ class ImageFiles:
 def read_square(path: Path, size: int) -> Tensor:
     """Reads the central square of an image, 7/8 of its shorter side, resized with antialiasing.
 
-    Shape:
-        ``(3, size, size)`` uint8.
-
-    Raises:
-        ProtocolError: the file is missing, or can't be read as an image.
+    Gives ``(3, size, size)`` uint8.
     """
     from PIL import Image
 

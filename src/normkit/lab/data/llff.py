@@ -25,14 +25,8 @@ def llff(root: Path | None = None, scene: str = "fern", factor: int = 8, reduce:
 
     Poses are recentred on their mean and scaled so that the nearest bound lies at 4/3.
 
-    Args:
-        root: the folder that holds ``nerf_llff_data``. Default: None, the environment variable ``NORMKIT_DATA``.
-        scene: its name. Default: ``"fern"``.
-        factor: reads ``images_<factor>``, downscaled that many times by the publishers. Default: 8.
-        reduce: averages squares of that many pixels per side on top. Default: 1.
-
-    Raises:
-        ProtocolError: a file is missing, damaged or does not fit the others.
+    ``images_<factor>`` is read, downscaled that many times by the publishers; `reduce` averages squares of that many
+    pixels per side on top.
 
     Reference:
         Mildenhall et al. 2019, Local light field fusion, https://arxiv.org/abs/1905.00889
@@ -74,9 +68,6 @@ def recentre(poses: np.ndarray) -> np.ndarray:
     """Moves the world so that the mean camera sits at the origin, looks along -z and has y above it.
 
     The mean camera looks back along the sum of the backward axes; its up is the part of the summed up axes across that.
-
-    Args:
-        poses: ``(n, 3, 4)`` camera to world.
 
     >>> pose = np.array([[[1.0, 0, 0, 5], [0, 1, 0, 6], [0, 0, 1, 7]]])
     >>> recentre(pose)[0].tolist()

@@ -24,10 +24,6 @@ _CURE = (
 def volume(vertices: np.ndarray, faces: np.ndarray) -> float:
     """Measures what a closed surface encloses, sum of det(a, b, c) / 6 over its triangles; below 0 where it is inside out.
 
-    Args:
-        vertices: ``(v, 3)``.
-        faces: ``(f, 3)``, counter-clockwise from outside.
-
     >>> corners = np.array([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
     >>> round(volume(corners, np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])), 4)
     0.1667
@@ -39,14 +35,8 @@ def volume(vertices: np.ndarray, faces: np.ndarray) -> float:
 class MeshSolid:
     """A closed triangle mesh, moved and scaled into [-1, 1]^3.
 
-    Args:
-        name: what it is called.
-        vertices: ``(v, 3)``.
-        faces: ``(f, 3)``, rows of vertices, all counter-clockwise from outside or all clockwise.
-
-    Attributes:
-        vertices: moved and scaled.
-        faces: counter-clockwise from outside.
+    Faces ``(f, 3)`` are rows of vertices ``(v, 3)``, all counter-clockwise from outside or all clockwise; kept are
+    those of outside.
     """
 
     def __init__(self, name: str, vertices: np.ndarray, faces: np.ndarray) -> None:
@@ -73,15 +63,7 @@ class MeshSolid:
 
 
 def mesh(name: str, root: Path | None = None) -> MeshSolid:
-    """Reads a mesh by name from the folder ``meshes``.
-
-    Args:
-        name: of the file without its ending.
-        root: the folder that holds ``meshes``. Default: None, the environment variable ``NORMKIT_DATA``.
-
-    Raises:
-        ProtocolError: there is no such file, or it is damaged or not closed.
-    """
+    """Reads a mesh by name from the folder ``meshes``."""
     folder = data_root(root) / FOLDER
     for ending in ENDINGS:
         if (path := folder / f"{name}{ending}").is_file():
@@ -93,9 +75,6 @@ def mesh(name: str, root: Path | None = None) -> MeshSolid:
 
 def read_mesh(path: Path) -> MeshSolid:
     """Reads a mesh; vertices that differ in texture or normal alone are one.
-
-    Raises:
-        ProtocolError: the file can't be read, holds no triangles or is not closed.
 
     Reference:
         trimesh, https://trimesh.org

@@ -16,11 +16,7 @@ _PLAIN = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"
 
 
 def read_pickle(path: Path, cure: str) -> dict[str, Any]:
-    """Reads a pickled dict of plain values, byte strings and numpy arrays; its keys become strings.
-
-    Raises:
-        ProtocolError: the file is missing, can't be read, is damaged, holds anything else, or is no dict.
-    """
+    """Reads a pickled dict of plain values, byte strings and numpy arrays; its keys become strings."""
     try:
         with open(path, "rb") as file:
             value = _arrays(_Reader(file, encoding="bytes").load())

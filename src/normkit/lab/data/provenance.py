@@ -23,10 +23,6 @@ MD5 = {
 def source(names: Iterable[str], root: Path | str | None = None) -> str:
     """Says which data sets are not the published files; nothing where all are.
 
-    Args:
-        names: built-in names of the lab; those other than CIFAR's are passed over.
-        root: where they lie. Default: None, the environment variable ``NORMKIT_DATA``.
-
     >>> source(["digits"])
     ''
     """

@@ -45,11 +45,7 @@ WANTED = (
 
 
 def read_splits(name: str, made: Any, notes: list[str]) -> dict[str, Split]:
-    """Reads the splits that are there.
-
-    Raises:
-        ProtocolError: the data breaks the protocol.
-    """
+    """Reads the splits that are there."""
     if isinstance(made, Data):
         notes += made.notes
         splits = made.splits
@@ -246,11 +242,7 @@ def _say_doubles(inputs: Any, targets: Any, notes: list[str]) -> None:
 
 
 def interpret(name: str, splits: Mapping[str, Split], notes: list[str]) -> dict[str, Split]:
-    """Finds targets that mean more than their type says: yes or no, the next token, one-hot.
-
-    Raises:
-        ProtocolError: targets are one-hot.
-    """
+    """Finds targets that mean more than their type says: yes or no, the next token, one-hot."""
     train = splits["train"].targets
     wide = train.ndim == 2 and train.shape[1] > 1 and all(split.targets.ndim == 2 for split in splits.values())
     bits = train.dtype == torch.bool or all(((t := s.targets) == 0).logical_or(t == 1).all() for s in splits.values())
@@ -290,11 +282,7 @@ def _per_token(split: Split) -> bool:
 
 
 def check_split(name: str, split: Split) -> None:
-    """Checks the lengths and values of a split.
-
-    Raises:
-        ProtocolError: it is empty, or something in it can't be learned.
-    """
+    """Checks the lengths and values of a split."""
     if not len(split):
         raise ProtocolError(f"{name} is empty")
     for part, tensor in split.tensors():
@@ -319,11 +307,7 @@ def check_split(name: str, split: Split) -> None:
 
 
 def check_agreement(name: str, splits: Mapping[str, Split], notes: list[str]) -> None:
-    """Checks that all splits pose one task, at which something can be learned.
-
-    Raises:
-        ProtocolError: they don't.
-    """
+    """Checks that all splits pose one task, at which something can be learned."""
     train = splits["train"].targets
     for key, split in splits.items():
         targets = split.targets

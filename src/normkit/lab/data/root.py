@@ -9,26 +9,14 @@ VARIABLE = "NORMKIT_DATA"
 
 
 def set_root(root: Path | None) -> None:
-    """Sets the environment variable ``NORMKIT_DATA``, for factories of data called without a root, on other processes too.
-
-    Args:
-        root: where data sets lie; None leaves the variable as it is.
-    """
+    """Sets the environment variable ``NORMKIT_DATA``, for factories of data called without a root, on other processes too."""
     if root is not None:
         # A worker may have another working folder.
         os.environ[VARIABLE] = str(root.absolute())
 
 
 def data_root(root: Path | str | None = None, *, make: bool = False) -> Path:
-    """Finds the folder under which data sets lie in their published layouts.
-
-    Args:
-        root: the folder. Default: None, the environment variable ``NORMKIT_DATA``.
-        make: make the folder where it is missing, for what is downloaded. Default: False.
-
-    Raises:
-        ProtocolError: neither is given, or the folder is not there or can't be made.
-    """
+    """Finds the folder under which data sets lie in their published layouts."""
     given = root or os.environ.get(VARIABLE)
     if not given:
         raise ProtocolError(

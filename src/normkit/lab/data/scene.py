@@ -17,20 +17,13 @@ class Rays:
     """Half-lines ``origin + t direction`` with `t` from near to far, and the unit direction in which each one looks.
 
     In normalized device coordinates `origins` and `directions` are bent, `looks` is not.
-
-    Args:
-        origins: ``(n, 3)``.
-        directions: ``(n, 3)``, of any length.
-        looks: ``(n, 3)``, unit vectors of the world.
-        near: the first `t`.
-        far: the last `t`.
     """
 
-    origins: Tensor
-    directions: Tensor
-    looks: Tensor
-    near: float
-    far: float
+    origins: Tensor  # (n, 3)
+    directions: Tensor  # (n, 3), of any length
+    looks: Tensor  # (n, 3), unit vectors of the world
+    near: float  # the first `t`
+    far: float  # the last `t`
 
     def __len__(self) -> int:
         """Counts the rays."""
@@ -48,31 +41,18 @@ class Rays:
 
 @dataclass(frozen=True)
 class Scene:
-    """Views of one scene, some to learn from and some held out.
-
-    Args:
-        name: of the scene.
-        images: ``(n, height, width, 3)``, from 0 to 1.
-        poses: ``(n, 3, 4)`` camera to world; the columns are the camera's right, up, backward and position.
-        focal: in pixels, across and down.
-        train: the views to learn from.
-        test: the views held out.
-        near: where rays begin, in the units of `t`.
-        far: where rays end.
-        ndc: whether rays are given in normalized device coordinates, for scenes in front of the cameras. Default: False.
-        background: the grey behind everything: 0 black, 1 white. Default: 0.
-    """
+    """Views of one scene, some to learn from and some held out."""
 
     name: str
-    images: Tensor
-    poses: Tensor
-    focal: tuple[float, float]
-    train: tuple[int, ...]
-    test: tuple[int, ...]
-    near: float
-    far: float
-    ndc: bool = False
-    background: float = 0.0
+    images: Tensor  # (n, height, width, 3), from 0 to 1
+    poses: Tensor  # (n, 3, 4) camera to world; the columns are the camera's right, up, backward and position
+    focal: tuple[float, float]  # in pixels, across and down
+    train: tuple[int, ...]  # the views to learn from
+    test: tuple[int, ...]  # the views held out
+    near: float  # where rays begin, in the units of `t`
+    far: float  # where rays end
+    ndc: bool = False  # whether rays are given in normalized device coordinates, for scenes in front of the cameras
+    background: float = 0.0  # the grey behind everything: 0 black, 1 white
 
     @property
     def size(self) -> tuple[int, int]:
@@ -100,14 +80,8 @@ def camera_rays(pose: Tensor, height: int, width: int, focal: tuple[float, float
 
         direction = R [(i + 1/2 - width/2) / f_x, -(j + 1/2 - height/2) / f_y, -1],   origin = the camera's position
 
-    Args:
-        pose: ``(3, 4)``; the columns are the camera's right, up, backward and position.
-        height: in pixels.
-        width: in pixels.
-        focal: in pixels, across and down.
-
-    Returns:
-        Origins and directions, each ``(height * width, 3)``; directions reach the plane at distance 1.
+    The pose ``(3, 4)`` has the camera's right, up, backward and position as columns. Origins and directions are
+    ``(height * width, 3)``; directions reach the plane at distance 1.
 
     >>> pose = torch.eye(4)[:3]
     >>> origins, directions = camera_rays(pose, 1, 2, (1.0, 1.0))
@@ -132,13 +106,7 @@ def to_ndc(
     The point at `t'` of the new ray is the projection of the one at ``t = n t' / (-d_z (1 - t'))`` past that plane of the old
     one, so that `t'` is linear in disparity.
 
-    Args:
-        origins: ``(n, 3)``; the cameras look along -z.
-        directions: ``(n, 3)``, with ``d_z < 0``.
-        height: of the image in pixels.
-        width: of the image in pixels.
-        focal: in pixels, across and down.
-        near: distance of the near plane. Default: 1.
+    Origins and directions are ``(n, 3)``; the cameras look along -z, so that ``d_z < 0``.
 
     Reference:
         Mildenhall et al. 2020, NeRF, appendix C, https://arxiv.org/abs/2003.08934
@@ -157,18 +125,9 @@ def to_ndc(
 
 
 def read_image(path: Path, reduce: int = 1) -> np.ndarray:
-    """Reads a picture and averages squares of pixels.
+    """Reads a picture ``(height, width, 3 or 4)`` from 0 to 1, and averages squares of `reduce` pixels per side.
 
-    Args:
-        path: of a PNG or JPEG.
-        reduce: the side of a square in pixels; a rest at the right and lower edge that fills no square is spread over the
-            others. Default: 1.
-
-    Returns:
-        ``(height, width, 3 or 4)`` float32, from 0 to 1.
-
-    Raises:
-        ProtocolError: the file is missing or damaged, or smaller than one square.
+    A rest at the right and lower edge that fills no square is spread over the others.
     """
     from PIL import Image
 
@@ -188,11 +147,7 @@ def read_image(path: Path, reduce: int = 1) -> np.ndarray:
 
 
 def stack_images(paths: list[Path], reduce: int = 1) -> Tensor:
-    """Reads pictures of one size into ``(n, height, width, channels)``.
-
-    Raises:
-        ProtocolError: a file is missing or damaged, or of another size or kind than the first.
-    """
+    """Reads pictures of one size into ``(n, height, width, channels)``."""
     images = [read_image(path, reduce) for path in paths]
     for path, image in zip(paths, images, strict=True):
         if image.shape != images[0].shape:

@@ -13,16 +13,10 @@ _CLOSE = 1e-4
 
 @dataclass(frozen=True)
 class Shape:
-    """A solid within [-1, 1]^3 where a function is below zero.
-
-    Args:
-        name: what it is called.
-        value: ``(n, 3)`` to ``(n,)``.
-        volume: in closed form, or None.
-    """
+    """A solid within [-1, 1]^3 where a function is below zero."""
 
     name: str
-    value: Callable[[Tensor], Tensor]
+    value: Callable[[Tensor], Tensor]  # (n, 3) to (n,)
     volume: float | None = None
 
     def inside(self, points: Tensor) -> Tensor:
@@ -46,11 +40,7 @@ class Shape:
 
 
 def torus(ring: float = 0.6, tube: float = 0.25) -> Shape:
-    """A torus about z; its volume is 2 pi^2 R r^2.
-
-    Args:
-        ring: R, from the centre to the middle of the tube. Default: 0.6.
-        tube: r, of the tube. Default: 0.25.
+    """A torus about z of ring R and tube r; its volume is 2 pi^2 R r^2.
 
     >>> torus().inside(torch.tensor([[0.6, 0.0, 0.0], [0.0, 0.0, 0.0]])).tolist()
     [True, False]
@@ -63,13 +53,7 @@ def torus(ring: float = 0.6, tube: float = 0.25) -> Shape:
 
 
 def gyroid(waves: float = 7.0, thickness: float = 0.35, radius: float = 0.9) -> Shape:
-    """A sheet about the gyroid, sin x cos y + sin y cos z + sin z cos x = 0, cut out of a ball.
-
-    Args:
-        waves: by which coordinates are multiplied. Default: 7.
-        thickness: of the sheet, as the largest magnitude of the sum within. Default: 0.35.
-        radius: of the ball. Default: 0.9.
-    """
+    """A sheet about the gyroid, sin x cos y + sin y cos z + sin z cos x = 0, of `waves` times the coordinates, within a ball."""
 
     def value(p: Tensor) -> Tensor:
         x, y, z = (waves * p).unbind(1)

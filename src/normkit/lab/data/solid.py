@@ -27,15 +27,7 @@ class Solid(Protocol):
 
 
 def find_solid(name: str, root: Path | None = None) -> Solid:
-    """Finds a solid by name: an analytic shape, or a mesh of the folder ``meshes``.
-
-    Args:
-        name: ``"torus"``, ``"gyroid"``, ``"csg"``, or the name of a file without its ending.
-        root: the folder that holds ``meshes``. Default: None, the environment variable ``NORMKIT_DATA``.
-
-    Raises:
-        ProtocolError: there is no such mesh, or it is damaged or not closed.
-    """
+    """Finds a solid by name: an analytic shape, or a mesh of the folder ``meshes``, by its file without ending."""
     from normkit.lab.data.mesh import mesh
     from normkit.lab.data.shapes import SHAPES
 
@@ -49,8 +41,7 @@ def draw_points(
 
         near the surface: p = s + n,   s on the surface, n ~ N(0, spread^2) in each coordinate
 
-    Returns:
-        Points ``(count, 3)`` and whether each is inside.
+    Gives points ``(count, 3)`` and whether each is inside.
     """
     generator = torch.Generator().manual_seed(seed)
     close = round(near * count)
@@ -63,10 +54,6 @@ def draw_points(
 
 def iou(guess: Tensor, truth: Tensor) -> float:
     """Intersection over union of two sets of points; 1 when both are empty.
-
-    Args:
-        guess: ``(n,)`` of bool.
-        truth: ``(n,)`` of bool.
 
     >>> iou(torch.tensor([True, True, False]), torch.tensor([True, False, False]))
     0.5

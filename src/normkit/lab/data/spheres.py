@@ -21,13 +21,7 @@ _BALLS = torch.tensor(
 
 
 def spheres(size: int = 32, views: int = 24, hold: int = 8) -> Scene:
-    """Six balls of even density on white, seen from cameras on a spiral about them.
-
-    Args:
-        size: of a picture in pixels. Default: 32.
-        views: how many. Default: 24.
-        hold: holds out one of that many views. Default: 8.
-    """
+    """Six balls of even density on white, seen from cameras on a spiral about them; one of `hold` views is held out."""
     poses = torch.stack([_pose(view, views) for view in range(views)])
     test = tuple(range(0, views, hold))
     blank = Scene(
@@ -52,13 +46,8 @@ def see(rays: Rays, balls: Tensor = _BALLS, background: float = 1.0) -> Tensor:
 
     with l_k the length of the ray within ball k.
 
-    Args:
-        rays: not in NDC; they begin outside of all balls.
-        balls: ``(k, 8)``: centre, radius, density and colour. Default: six.
-        background: the grey behind everything. Default: 1.
-
-    Returns:
-        ``(n, 3)``.
+    with l_k the length of the ray within ball k. Balls ``(k, 8)`` have centre, radius, density and colour; rays, not in
+    NDC, begin outside of all.
     """
     centre, radius, density, colour = balls[:, :3], balls[:, 3], balls[:, 4], balls[:, 5:]
     away = centre - rays.origins[:, None]

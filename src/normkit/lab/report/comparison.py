@@ -26,11 +26,7 @@ class Comparison:
 
     @classmethod
     def of(cls, result: dict[str, Any]) -> "Comparison":
-        """Gathers the curves of a result.
-
-        Args:
-            result: of a comparison, within what ``result.json`` holds.
-        """
+        """Gathers the curves of a result."""
         return cls(result, tuple(tuple(map(_log, recipe["runs"])) for recipe in result["recipes"]))
 
     @property

@@ -24,17 +24,11 @@ SEEDS = "lines are means over seeds, in bands from the lowest seed to the highes
 
 
 class Motion(NamedTuple):
-    """A figure that moves.
+    """A figure that moves."""
 
-    Args:
-        figure: as its last frame shows it.
-        frames: how many.
-        show: makes the figure show the frame of a number, from 0.
-    """
-
-    figure: Figure
-    frames: int
-    show: Callable[[int], object]
+    figure: Figure  # as its last frame shows it
+    frames: int  # how many
+    show: Callable[[int], object]  # makes the figure show the frame of a number, from 0
 
 
 def save(figures: Iterable[Drawing], folder: Path, dpi: int | None = None) -> list[Path]:
@@ -42,16 +36,8 @@ def save(figures: Iterable[Drawing], folder: Path, dpi: int | None = None) -> li
 
     What moves is written as GIF too, at half the resolution.
 
-    Args:
-        figures: what to draw.
-        folder: where.
-        dpi: of the PNG. Default: None, as the module says.
-
-    Returns:
-        The files. The same records and the same matplotlib give the same bytes.
-
-    Raises:
-        RecordError: the folder is not writable.
+    What moves is written as GIF too, at half the resolution. The same records and the same matplotlib give the same
+    bytes.
     """
     written = []
     for figure in figures:
@@ -96,11 +82,8 @@ def band(
 def name_ends(axis: Axes, ends: Sequence[tuple[float, str, str]], x: float = 1.01, gap: float = 0.055) -> None:
     """Names lines at the right edge of a panel, moved apart where they would overlap.
 
-    Args:
-        axis: whose limits and scale are final.
-        ends: of each line: its value at the end, its name, its colour.
-        x: place of the names, in parts of the panel's width. Default: 1.01.
-        gap: least distance between names, in parts of the panel's height. Default: 0.055.
+    `ends` are value, name and colour of each line, on an axis whose limits and scale are final; `x` and `gap`, the
+    least distance between names, are parts of the panel.
     """
     low, high = axis.get_ylim()
     scale = axis.yaxis.get_transform()

@@ -18,97 +18,57 @@ ROOM = 0.06  # of a panel's height, above and below what is enlarged
 
 @dataclass(frozen=True)
 class Line:
-    """A line.
+    """A line."""
 
-    Args:
-        recipe: its place among the recipes, which gives colour, marker and dash.
-        x: where.
-        y: None leaves a gap.
-        low: of the band over seeds. Default: no band.
-        high: likewise.
-        kind: ``"mean"``, ``"lost"`` of a seed that diverged, or ``"raw"`` of a weight before its parametrization.
-        seed: of what diverged.
-        epochs: of the points, where x is not the epoch.
-        chosen: the x whose mark is filled, where the others are hollow.
-    """
-
-    recipe: int
+    recipe: int  # its place among the recipes, which gives colour, marker and dash
     x: Sequence[float]
-    y: Sequence[float | None]
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
+    y: Sequence[float | None]  # None leaves a gap
+    low: Sequence[float] = ()  # of the band over seeds
+    high: Sequence[float] = ()  # likewise
+    # "mean", "lost" of a seed that diverged, or "raw" of a weight before its parametrization
     kind: str = "mean"
-    seed: int | None = None
-    epochs: Sequence[int] = ()
-    chosen: float | None = None
+    seed: int | None = None  # of what diverged
+    epochs: Sequence[int] = ()  # of the points, where x is not the epoch
+    chosen: float | None = None  # the x whose mark is filled, where the others are hollow
 
 
 @dataclass(frozen=True)
 class Row:
-    """A value with its interval.
+    """A value with its interval."""
 
-    Args:
-        recipe: its place among the recipes.
-        value: None where there is none.
-        low: lower end of the interval.
-        high: upper end.
-        each: the values of single seeds.
-        text: the value as it is said.
-    """
-
-    recipe: int
-    value: float | None
+    recipe: int  # its place among the recipes
+    value: float | None  # None where there is none
     low: float | None = None
     high: float | None = None
-    each: Sequence[float] = ()
-    text: str = ""
+    each: Sequence[float] = ()  # the values of single seeds
+    text: str = ""  # the value as it is said
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines against one another, or rows below one another.
+    """Lines against one another, or rows below one another."""
 
-    Args:
-        place: its id on the page.
-        x: label of the axis.
-        y: label of the axis.
-        lines: what is drawn.
-        rows: likewise; bars from 0 if `bars`, else marks about 0.
-        bars: see `rows`.
-        title: above it, where there are several.
-        log: of the y axis.
-        limit: values beyond it are cut off. Default: None, none are.
-        target: a value to be reached, a dotted line.
-        note: in the corner.
-        close: the x range and the y range of the end of training, where lines lie close; the page opens with it.
-        ticks: of the x axis, which is logarithmic then.
-    """
-
-    place: str
-    x: str
+    place: str  # its id on the page
+    x: str  # label of the axis
     y: str = ""
     lines: Sequence[Line] = ()
     rows: Sequence[Row] = ()
-    bars: bool = False
-    title: str = ""
-    log: bool = False
-    limit: float | None = None
-    target: float | None = None
-    note: str = ""
+    bars: bool = False  # see `rows`
+    title: str = ""  # above it, where there are several
+    log: bool = False  # of the y axis
+    limit: float | None = None  # values beyond it are cut off
+    target: float | None = None  # a value to be reached, a dotted line
+    note: str = ""  # in the corner
+    # the x range and the y range of the end of training, where lines lie close; the page opens with it
     close: tuple[Range, Range] | None = None
-    ticks: Sequence[float] = ()
+    ticks: Sequence[float] = ()  # of the x axis, which is logarithmic then
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Panels that belong together.
+    """Panels that belong together."""
 
-    Args:
-        name: of its files; empty for what is on the page alone.
-        panels: from left to right.
-    """
-
-    name: str
+    name: str  # of its files; empty for what is on the page alone
     panels: tuple[Panel, ...]
 
 
@@ -182,10 +142,8 @@ def close(lines: Sequence[Line], goal: float | None = None, log_scale: bool = Fa
 
     Of four recipes or more, one that lies far from the others does not stretch the view.
 
-    Args:
-        lines: their means and bands count.
-        goal: a value that stays in view if lines come near it. Default: none.
-        log_scale: of y. Default: False.
+    Of four recipes or more, one that lies far from the others does not stretch the view; a `goal` stays in it if lines
+    come near.
     """
     means = [line for line in lines if line.kind == "mean" and len(line.x) >= ENLARGED]
     if not means:

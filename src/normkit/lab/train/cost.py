@@ -29,14 +29,9 @@ _BLOCK = 1 << 21  # numbers: blocks of up to 8 MiB, more than the caches of a co
 
 @dataclass(frozen=True)
 class Step:
-    """A training step.
+    """A training step."""
 
-    Args:
-        take: does it: forward, backward and update.
-        model: that takes it.
-    """
-
-    take: Callable[[], object]
+    take: Callable[[], object]  # does it: forward, backward and update
     model: nn.Module
 
     def clear(self) -> None:
@@ -59,14 +54,9 @@ R = TypeVar("R", bound=Row)
 
 @dataclass(frozen=True)
 class Costs(Work, Generic[R], path="{0.rows[0].subject}/costs"):
-    """Measures what a step of several rows costs, side by side, in about `budget` seconds.
+    """Measures what a step of several rows costs, side by side, in about `budget` seconds; the baseline comes first."""
 
-    Args:
-        rows: frozen dataclasses, the baseline first.
-        budget: Default: 20.
-    """
-
-    rows: tuple[R, ...]
+    rows: tuple[R, ...]  # frozen dataclasses, the baseline first
     budget: float = 20.0
 
 
@@ -79,11 +69,7 @@ def measure_costs(
     rounds: tuple[int, int] = (6, 60),
     warm_up: int = 3,
 ) -> dict[str, dict[str, Any]]:
-    """Times forward, backward and update of each model on one batch of the train split, as :func:`measure_steps` does.
-
-    Returns:
-        By recipe, as :func:`measure_steps`.
-    """
+    """Times a step of each recipe's model on one batch of the train split, as :func:`measure_steps` does."""
     size = min(settings.batch_size, len(data.train)) // fabric.world_size
     batch = data.train.batch(torch.arange(max(size, 1)), fabric.device)
     reseed(0, "cost", rank=fabric.global_rank)

@@ -13,12 +13,6 @@ class Curves:
     """Writes a run's epochs as TensorBoard reads them.
 
     What was there is replaced, so a run that was resumed has one curve.
-
-    Args:
-        folder: of the run's event file.
-
-    Raises:
-        OptionError: TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -16,11 +16,7 @@ def rate_at(settings: Settings, rate: float, step: int, steps: int) -> float:
     done, it then is ``rate`` (constant), ``rate * (1 + cos(pi t)) / 2`` (cosine), or ``rate`` times 0.1 for each half and
     three quarters of the whole run that are over (step).
 
-    Args:
-        settings: the schedule, the warm-up in epochs, and the epochs.
-        rate: the highest.
-        step: counted from 0.
-        steps: of the whole run.
+    Steps count from 0.
 
     >>> settings = Settings(epochs=4, schedule="step", warmup=1.0)
     >>> [round(rate_at(settings, 1.0, step, 8), 4) for step in range(8)]
