@@ -22,7 +22,6 @@ from normkit.lab import comparison
 from normkit.lab.perform import show
 from normkit.lab.report import drawing, figures
 from normkit.lab.report.canvas import LOOK
-from normkit.lab.report.comparison import Comparison
 from normkit.lab.report.drawing import save
 from normkit.lab.report.series import pictures
 from normkit.lab.report.sheet import print_sheet, write_sheet
@@ -272,7 +271,7 @@ def test_page_charts_equal_the_record(out: Path, result: dict[str, Any]) -> None
 
 
 def test_curves_open_at_the_end_of_training_where_they_lie_close(result: dict[str, Any]) -> None:
-    (panel,) = pictures(Comparison.of(result))[0].panels
+    (panel,) = pictures(result)[0].panels
     assert panel.close
     (start, stop), (low, high) = panel.close
     ends = [y for line in panel.lines for x, y in zip(line.x, line.y, strict=True) if x > 15 and y is not None]
@@ -283,7 +282,7 @@ def test_curves_open_at_the_end_of_training_where_they_lie_close(result: dict[st
     hopeless = copy.deepcopy(result)
     for run in hopeless["recipes"][1]["runs"]:
         run["curve"]["val_score"] = [0.1] * 20
-    (panel,) = pictures(Comparison.of(hopeless))[0].panels
+    (panel,) = pictures(hopeless)[0].panels
     assert panel.close
     assert panel.close[1][0] > 0.8
 

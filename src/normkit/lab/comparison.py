@@ -181,13 +181,11 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 def figures(result: dict[str, Any]) -> list[Drawing]:
     """Curves, differences, rates, condition numbers and costs."""
-    from normkit.lab.report.comparison import Comparison
     from normkit.lab.report.figures import figure
     from normkit.lab.report.series import pictures
 
-    comparison = Comparison.of(result)
-    named = [picture for picture in pictures(comparison) if picture.name]
-    return [Drawing(each.name, partial(figure, each, comparison), CAPTIONS[each.name]) for each in named]
+    named = [picture for picture in pictures(result) if picture.name]
+    return [Drawing(each.name, partial(figure, each, result), CAPTIONS[each.name]) for each in named]
 
 
 def remarks(result: dict[str, Any]) -> list[str]:

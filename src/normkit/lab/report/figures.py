@@ -23,17 +23,16 @@ from normkit.lab.report.canvas import (
     plain,
     trace,
 )
-from normkit.lab.report.comparison import Comparison
 from normkit.lab.report.palette import Style, styles
 from normkit.lab.report.series import Line, Panel, Picture
 from normkit.lab.report.wording import number
 
 
-def figure(picture: Picture, comparison: Comparison) -> Figure:
+def figure(picture: Picture, result: dict[str, Any]) -> Figure:
     """Draws one figure."""
     first = picture.panels[0]
-    looks = styles(comparison.names, comparison.result["baseline"])
-    names = [folded(name) for name in comparison.names]
+    recipes = [recipe["recipe"] for recipe in result["recipes"]]
+    looks, names = styles(recipes, result["baseline"]), [*map(folded, recipes)]
     if not first.lines:
         height = 0.75 + (0.27 if first.bars else 0.34) * max(1, len(first.rows))
         made, axes = panels(len(picture.panels), FULL if first.bars else COLUMN, height, sharey=True)

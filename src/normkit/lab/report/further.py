@@ -6,9 +6,8 @@ from typing import Any
 
 from normkit.lab.experiment import Table
 from normkit.lab.inference import detectable, seeds_for
-from normkit.lab.report.comparison import at, finite
 from normkit.lab.report.table import difference, mean_score
-from normkit.lab.report.wording import duration, judge, listing, number, score_name, verdict
+from normkit.lab.report.wording import at, duration, finite, judge, listing, number, score_name, verdict
 from normkit.lab.say import counted
 
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from normkit.lab.experiment import Cell, Table
-from normkit.lab.report.comparison import at
 from normkit.lab.report.wording import (
     ABSENT,
+    at,
     changed,
     interval,
     kept,
@@ -17,10 +17,10 @@ from normkit.lab.report.wording import (
     over_seeds,
     ratio,
     score_name,
-    seeds,
     verdict,
     words,
 )
+from normkit.lab.say import counted
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -33,7 +33,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     said = [f"{'; '.join(words(names))}."] if words(names) else []
     count = max(len(recipe["runs"]) for recipe in result["recipes"])
     found = [
-        table(f"Scores, mean ± standard deviation over {seeds(count)}", score_columns(result), said),
+        table(f"Scores, mean ± standard deviation over {counted(count, 'seed')}", score_columns(result), said),
         table("Costs", cost_columns(result), cost_notes(result)),
         table("What each recipe changed", change_columns(result)),
     ]

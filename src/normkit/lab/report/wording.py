@@ -1,5 +1,6 @@
 """How the report says numbers and what it concludes from them, the same in the terminal and on the page."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -8,7 +9,6 @@ from typing import Any
 
 from normkit.catalogue.entry import entries
 from normkit.lab import stats as judging
-from normkit.lab.report.comparison import at, finite
 from normkit.lab.say import counted
 from normkit.surgery.target import OVER_POSITIONS
 
@@ -18,6 +18,22 @@ TIMES = "\u00d7"
 LARGE = 1e5  # R² of a training that nearly diverged has no lower end
 # One over the unit of single precision: a larger condition number is rounding, and the weight as good as singular.
 RESOLVED = 2.0**23
+
+
+def finite(value: Any) -> float | None:
+    """A finite number, or None for null, NaN and infinity, which a diverged run may log."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def at(result: Any, path: str) -> Any:
+    """The value at a dotted path, or None where the record has null on the way or lacks the last step.
+
+    >>> at({"recipe": "bn", "paired": {"mean": 0.1}}, "paired.mean"), at({"paired": None}, "paired.mean")
+    (0.1, None)
+    """
+    for step in path.split("."):
+        result = result.get(step) if isinstance(result, dict) else None
+    return result
 
 
 class Number(str):
@@ -95,11 +111,6 @@ def level(paired: Any) -> str:
     return f"{100 * (finite(at(paired, 'level')) or 0.95):g}%"
 
 
-def seeds(count: int) -> str:
-    """A count of seeds."""
-    return counted(count, "seed")
-
-
 def listing(names: Sequence[str]) -> str:
     """Names as a sentence lists them."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
@@ -156,9 +167,9 @@ def verdict(recipe: dict[str, Any], result: dict[str, Any]) -> str:
         "baseline": "the baseline",
         "better": "better",
         "worse": "worse",
-        "even": f"no difference shown\nat {seeds(pairs)}",
+        "even": f"no difference shown\nat {counted(pairs, 'seed')}",
         "single": "one seed: no interval",
-        "part": f"{pairs} of {seeds(len(recipe['runs']))},\nnot judged",
+        "part": f"{pairs} of {counted(len(recipe['runs']), 'seed')},\nnot judged",
         "failed": "diverged" if kept(recipe) == 0 else "nothing to pair with",
     }[word]
 
@@ -251,7 +262,7 @@ def findings(result: dict[str, Any]) -> list[str]:
     tied = [r["recipe"] for r in scored if r["test_score"]["mean"] == top["test_score"]["mean"]]
     if len(tied) > 1:
         lead = f"{listing(tied)} share the highest mean test {name}, {number(top['test_score']['mean'], 'score')}"
-    lead += f" ({seeds(kept(top))})"
+    lead += f" ({counted(kept(top), 'seed')})"
     judged = {recipe["recipe"]: judge(recipe, baseline) for recipe in result["recipes"]}
     edges = {recipe["recipe"]: at_edge(recipe, result) for recipe in result["recipes"]}
     sentences = [lead_sentence(lead, top, judged, baseline, tied, edges[top["recipe"]])]
@@ -306,7 +317,7 @@ def cautions(result: dict[str, Any]) -> list[str]:
         lost = sum(run["status"] != "ok" for run in recipe["runs"])
         if lost:
             rest = f"its numbers are of the other {kept(recipe)}" if kept(recipe) else "it has no numbers"
-            notes.append(f"{recipe['recipe']} diverged in {lost} of {seeds(len(recipe['runs']))}; {rest}.")
+            notes.append(f"{recipe['recipe']} diverged in {lost} of {counted(len(recipe['runs']), 'seed')}; {rest}.")
     agreeing = [r["recipe"] for r in result["recipes"] if r["recipe"] != result["baseline"] and alike(r)]
     if agreeing:
         notes.append(
