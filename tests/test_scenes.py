@@ -169,8 +169,8 @@ def test_one_view_is_no_scene(llff_root: Path) -> None:
     ("file", "damage", "message"),
     [
         ("poses_bounds.npy", _remove, "poses_bounds.npy is missing; unpack nerf_llff_data.zip"),
-        ("poses_bounds.npy", _cut, "poses_bounds.npy is damaged"),
-        ("poses_bounds.npy", _garble, "poses_bounds.npy is damaged"),
+        ("poses_bounds.npy", _cut, "poses_bounds.npy is truncated or damaged"),
+        ("poses_bounds.npy", _garble, "poses_bounds.npy is truncated or damaged"),
         ("poses_bounds.npy", _fewer, "holds 9 pictures, poses_bounds.npy 8 poses"),
         ("poses_bounds.npy", _flat, r"holds an array \(9, 15\)"),
         ("poses_bounds.npy", _set(slice(None), 0.0), "holds a bound that is not above 0"),
@@ -189,8 +189,8 @@ def test_one_view_is_no_scene(llff_root: Path) -> None:
         ("poses_bounds.npy", _turn(0), "cameras that look different ways"),
         ("poses_bounds.npy", _text, r"holds an array \(9, 17\); wanted finite numbers"),
         ("images_8/image003.png", _remove, "holds 8 pictures, poses_bounds.npy 9 poses"),
-        ("images_8/image003.png", _cut, r"image003.png can't be read as a picture"),
-        ("images_8/image003.png", _garble, r"image003.png can't be read as a picture"),
+        ("images_8/image003.png", _cut, r"image003.png is truncated or damaged"),
+        ("images_8/image003.png", _garble, r"image003.png is truncated or damaged"),
         ("images_8/image003.png", _resize, r"image003.png has shape \(5, 5, 3\)"),
     ],
 )
@@ -215,8 +215,8 @@ def test_missing_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is damaged"),
-        ("{}", "lacks what a camera needs"),
+        ("{", "is truncated or damaged"),
+        ("{}", "damaged .KeyError: 'camera_angle_x'"),
         ('{"camera_angle_x": 4, "frames": []}', "wanted camera_angle_x between 0 and pi"),
         ('{"camera_angle_x": 1, "frames": [{"file_path": "a", "transform_matrix": [[1]]}]}', "a 4x4 transform_matrix"),
     ],

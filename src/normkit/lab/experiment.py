@@ -48,7 +48,6 @@ class Drawing:
 
     @property
     def title(self) -> str:
-        """Its name in words."""
         return self.name.replace("-", " ").replace("_", " ")
 
 
@@ -126,7 +125,6 @@ class Experiment:
 
     @property
     def sentence(self) -> str:
-        """The claim with its source."""
         return self.claim if self.paper is None else f"{self.claim} ({self.paper.cite()})"
 
     def words(self, scale: Any, seeds: Sequence[int], epochs: int | None) -> list[str]:

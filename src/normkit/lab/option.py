@@ -77,7 +77,6 @@ class Option:
         return self.rest or ("" if silent else self.text(self.default))
 
     def refuse(self, value: Any) -> None:
-        """Checks a value."""
         if value == self.default:
             return
         if self.choices:
@@ -91,7 +90,6 @@ class Option:
             raise OptionError(f"{self.name} is {repr(value) if isinstance(value, str) else value}; wanted {wanted}")
 
     def read(self, text: str) -> Any:
-        """Reads a value."""
         by_type = {int: int, float: float, tuple: words, Path: at_home}
         try:
             return (self.parse or by_type.get(self.type, str))(text)

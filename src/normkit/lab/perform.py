@@ -17,14 +17,12 @@ from normkit.lab.cluster import joined
 from normkit.lab.data.root import set_root
 from normkit.lab.devices import cores, hardware, processor, versions
 from normkit.lab.experiment import Bench, Experiment
+from normkit.lab.folder import CONFIG, ENVIRONMENT, FIGURES, RESULT, TIMING
 from normkit.lab.say import counted, say
 from normkit.lab.schema import COUNT, NUMBER, OBJECT, TEXT, each, fields, maybe, one_of, optional, version
 from normkit.lab.stop import stoppable
-from normkit.lab.sweep import TIMING
 
 SCHEMA = 1
-FIGURES = folder.FIGURES
-CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
 ABOUT = fields(name=TEXT, kind=one_of("reproduce", "claim", "theory", "demo", "compare"), title=TEXT)
 BEGUN = fields(scale=optional(TEXT), seeds=each(COUNT, least=1), epochs=maybe(COUNT), threads=COUNT)
 BUILT = fields(torch=TEXT, started=TEXT)
@@ -166,7 +164,14 @@ def _begin(experiment: Experiment, bench: Bench, config: Mapping[str, Any], over
             if there != wanted and not _begun(output):
                 folder.empty(output)
             record.check_config(output / CONFIG, wanted, CURE)
-        here = _environment(_now(), bench.threads)
+        here: dict[str, Any] = {
+            **versions(),
+            "platform": platform.platform(),
+            "processor": processor(),
+            "cores": cores(),
+            "threads": bench.threads,
+            "started": _now(),
+        }
         if (output / ENVIRONMENT).exists():
             there = record.read_json(output / ENVIRONMENT, BUILT)
             if there["torch"] != here["torch"]:
@@ -220,17 +225,6 @@ def _read_back(experiment: Experiment, bench: Bench, config: Mapping[str, Any]) 
     check(experiment, bench)
     found = record.read_json(output / RESULT, FOUND)
     return found if found["config"] == config and experiment.whole(bench, found["result"]) else None
-
-
-def _environment(started: str, threads: int) -> dict[str, Any]:
-    return {
-        **versions(),
-        "platform": platform.platform(),
-        "processor": processor(),
-        "cores": cores(),
-        "threads": threads,
-        "started": started,
-    }
 
 
 def _now() -> str:

@@ -47,14 +47,12 @@ class Watch:
             self.task = self.live.add_task("", total=total - found)
 
     def __enter__(self) -> "Watch":
-        """Starts the live line."""
         _watching.append(self)
         if self.live:
             self.live.start()
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """Takes the live line away."""
         _watching.remove(self)
         if self.live:
             self.live.stop()

@@ -97,7 +97,9 @@ def read_json(path: Path, of: Kind = OBJECT) -> dict[str, Any]:
     with _reading(path):
         value = parse(path.read_bytes())
         _check(value, of, "")
-        _check_digest(value)
+        # What an experiment found has no schema of its own; a record from before this was kept has none to check.
+        if "sha256" in value and value["sha256"] != digest(value.get("result")):
+            raise ValueError("its result is not the one that was written")
     return value
 
 
@@ -190,12 +192,6 @@ def _check(value: Any, of: Kind, place: str) -> None:
         raise TypeError(f"it holds a {type(value).__name__}, not an object")
     if fault := of(value, place):
         raise ValueError(fault)
-
-
-def _check_digest(value: Mapping[str, Any]) -> None:
-    # What an experiment found has no schema of its own; a record from before this was kept has none to check.
-    if "sha256" in value and value["sha256"] != digest(value.get("result")):
-        raise ValueError("its result is not the one that was written")
 
 
 def _subject(config: Mapping[str, Any]) -> str:

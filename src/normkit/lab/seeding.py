@@ -2,8 +2,9 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,8 +41,13 @@ def order_sha256(seed: int, epochs: int, samples: int) -> str:
 
 def init_sha256(model: nn.Module) -> str:
     """Hashes the names, types and values of a model's parameters and buffers."""
+    return tensors_sha256(model.state_dict())
+
+
+def tensors_sha256(tensors: Mapping[str, Any]) -> str:
+    """Hashes names, types and values of tensors; what is none is passed over."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -293,11 +293,7 @@ class Place:
     )
     _: KW_ONLY
     ray: str | None = option(
-        None,
-        "do the runs on a Ray cluster; alone: on one started here",
-        WHERE,
-        metavar="[ADDRESS]",
-        alone="local",
+        None, "do the runs on a Ray cluster; alone: on one started here", WHERE, metavar="[ADDRESS]", alone="local"
     )
 
 

@@ -61,13 +61,11 @@ class Run:
 
     @property
     def path(self) -> str:
-        """The folder."""
         length = f"/epochs={self.epochs}" if self.epochs else ""
         return f"{quote(self.recipe, safe='+@:,')}/rate={self.rate}{length}/seed={self.seed}"
 
     @property
     def label(self) -> str:
-        """What progress calls it."""
         length = f"  {counted(self.epochs, 'epoch')}" if self.epochs else ""
         return f"{self.recipe}  rate {self.rate:g}{length}  seed {self.seed}"
 
@@ -81,12 +79,10 @@ class Steps:
 
     @property
     def path(self) -> str:
-        """The folder."""
         return f"costs/{hashlib.sha256(','.join(self.recipes).encode()).hexdigest()[:8]}"
 
     @property
     def label(self) -> str:
-        """What progress calls it."""
         return "milliseconds and megabytes per step, all recipes side by side"
 
 
@@ -117,7 +113,6 @@ class Study:
         return result
 
     def measure(self, job: Steps, folder: Path) -> dict[str, Any]:
-        """Measures every recipe's step."""
         made, seed = _made_of(self, job.origin, self.settings.seeds[0]), self.settings.seeds[0]
         models = {recipe: made.apply(seed, recipe)[0] for recipe in job.recipes}
         return measure_costs(models, self.settings, made.data, made.fabric)
@@ -154,7 +149,6 @@ class Made:
         return default_recipes(self._initial(self.settings.seeds[0])[0], two(self.data.train)[0])
 
     def run(self, recipe: str, rate: float, seed: int, device: str, epochs: int = 0) -> Run:
-        """Gives a run as a job."""
         return Run(recipe, rate, seed, epochs, self.origin(seed, device))
 
     def origin(self, seed: int, device: str) -> dict[str, Any]:

@@ -16,19 +16,8 @@ TRIES = 10
 class FlipAndCrop:
     """Flips each image at random, cuts a random rectangle out of it and resizes that to the full size, bilinearly.
 
-    The rectangle's area is uniform in `scale` times the image's, its width / height log-uniform in `ratio` times the
-    image's, both rounded to whole pixels and redrawn until it fits; its place is uniform.
-
-    Args:
-        scale: least and greatest part of the area. Default: (0.8, 1).
-        ratio: least and greatest change of width / height. Default: (0.9, 1.1).
-        flip: probability that left and right change places. Default: 0.5.
-
-    Shape:
-        ``(n, c, h, w)`` floats to the same.
-
-    Raises:
-        OptionError: a value is outside its range.
+    The rectangle's area is uniform in `scale` times the image's, its width / height log-uniform in `ratio` times the image's,
+    both rounded to whole pixels and redrawn until it fits; its place is uniform. Images are ``(n, c, h, w)`` floats.
 
     Reference:
         Szegedy et al. 2015, Going deeper with convolutions, https://arxiv.org/abs/1409.4842, section 6
@@ -39,12 +28,11 @@ class FlipAndCrop:
               [4., 3.]]]])
     """
 
-    scale: tuple[float, float] = (0.8, 1.0)
-    ratio: tuple[float, float] = (0.9, 1.1)
-    flip: float = 0.5
+    scale: tuple[float, float] = (0.8, 1.0)  # least and greatest part of the area
+    ratio: tuple[float, float] = (0.9, 1.1)  # least and greatest change of width / height
+    flip: float = 0.5  # probability that left and right change places
 
     def __post_init__(self) -> None:
-        """Checks every field."""
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise OptionError(f"scale is {self.scale}; wanted two parts of the area, above 0 and up to 1")
         if not 0 < self.ratio[0] <= 1 <= self.ratio[1] < math.inf:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from normkit.core.errors import ProtocolError
 
@@ -166,12 +167,12 @@ class Collate:
     yes_or_no: bool = False  # floats 0 and 1 become booleans
 
     def __call__(self, samples: list[Any]) -> tuple[Inputs, Tensor]:
-        """Gives inputs and targets."""
         if self.function is not None:
             inputs, targets = parted("a batch of the collate function", self.function(samples))
         else:
             parts = [parted("a sample", sample) for sample in samples]
-            inputs, targets = _stacked([part[0] for part in parts]), torch.stack([part[1] for part in parts])
+            inputs, targets = default_collate([part[0] for part in parts]), torch.stack([part[1] for part in parts])
+            inputs = tuple(inputs) if isinstance(inputs, list) else inputs
         if self.names is not None:
             inputs = kept(inputs, self.names, self.alone)
         if self.shifted:
@@ -195,12 +196,3 @@ def shifted(targets: Tensor) -> Tensor:
     tensor([[   6,    7, -100]])
     """
     return torch.cat([targets[:, 1:], torch.full_like(targets[:, :1], IGNORED)], 1)
-
-
-def _stacked(inputs: Sequence[Inputs]) -> Inputs:
-    first = inputs[0]
-    if isinstance(first, Tensor):
-        return torch.stack(list(inputs))  # pyright: ignore[reportArgumentType]
-    if isinstance(first, dict):
-        return {name: torch.stack([each[name] for each in inputs]) for name in first}  # pyright: ignore[reportArgumentType, reportCallIssue]
-    return tuple(map(torch.stack, zip(*inputs, strict=True)))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normkit.core.errors import ProtocolError
 from normkit.lab.data.crossings import inside_mesh
-from normkit.lab.data.root import data_root
+from normkit.lab.data.root import data_root, reading
 
 FOLDER = "meshes"
 ENDINGS = (".ply", ".obj", ".off", ".stl")
@@ -81,17 +81,13 @@ def read_mesh(path: Path) -> MeshSolid:
     """
     import trimesh
 
-    try:
+    with reading(path, "copy it again"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a damaged file we say more ourselves
             found: Any = trimesh.load(path, force="mesh")
         found.merge_vertices(merge_tex=True, merge_norm=True)
         found.update_faces(found.nondegenerate_faces())
         vertices, faces = np.asarray(found.vertices, np.float64), np.asarray(found.faces)
-    except Exception as error:
-        # Its readers raise what they please: ValueError, IndexError, KeyError, AttributeError.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ProtocolError(f"{path} can't be read as a mesh ({reason}); copy it again") from None
     if not len(faces) or not np.isfinite(vertices).all():
         raise ProtocolError(f"{path} holds {len(faces)} triangles, or corners that are not finite; copy it again")
     edges = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)

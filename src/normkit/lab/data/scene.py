@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from normkit.core.errors import ProtocolError
+from normkit.lab.data.root import data_root, reading
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,12 @@ class Rays:
     far: float  # the last `t`
 
     def __len__(self) -> int:
-        """Counts the rays."""
         return len(self.origins)
 
     def take(self, index: Tensor | slice) -> Rays:
-        """Gives the rays `index`."""
         return Rays(self.origins[index], self.directions[index], self.looks[index], self.near, self.far)
 
     def to(self, device: torch.device) -> Rays:
-        """Gives the rays on a device."""
         parts = (self.origins.to(device), self.directions.to(device), self.looks.to(device))
         return Rays(*parts, self.near, self.far)
 
@@ -103,10 +101,9 @@ def to_ndc(
         o' = (-2 f_x/W o_x/o_z, -2 f_y/H o_y/o_z, 1 + 2 n/o_z)
         d' = (-2 f_x/W (d_x/d_z - o_x/o_z), -2 f_y/H (d_y/d_z - o_y/o_z), -2 n/o_z),   o moved to the plane z = -n first
 
-    The point at `t'` of the new ray is the projection of the one at ``t = n t' / (-d_z (1 - t'))`` past that plane of the old
-    one, so that `t'` is linear in disparity.
-
-    Origins and directions are ``(n, 3)``; the cameras look along -z, so that ``d_z < 0``.
+    The point at `t'` of the new ray is the projection of the one at ``t = n t' / (-d_z (1 - t'))`` past that plane of the
+    old one, so that `t'` is linear in disparity. Origins and directions are ``(n, 3)``; the cameras look along -z, so
+    that ``d_z < 0``.
 
     Reference:
         Mildenhall et al. 2020, NeRF, appendix C, https://arxiv.org/abs/2003.08934
@@ -124,6 +121,14 @@ def to_ndc(
     return start, along
 
 
+def scene_folder(root: Path | None, collection: str, scene: str, cure: str) -> Path:
+    """Finds the folder of a scene in a collection as it was published."""
+    folder = data_root(root) / collection / scene
+    if not folder.is_dir():
+        raise ProtocolError(f"{folder} is missing; {cure}")
+    return folder
+
+
 def read_image(path: Path, reduce: int = 1) -> np.ndarray:
     """Reads a picture ``(height, width, 3 or 4)`` from 0 to 1, and averages squares of `reduce` pixels per side.
 
@@ -131,13 +136,8 @@ def read_image(path: Path, reduce: int = 1) -> np.ndarray:
     """
     from PIL import Image
 
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGBA" if "A" in file.getbands() else "RGB")
-    except FileNotFoundError:
-        raise ProtocolError(f"{path} is missing; unpack the scene again") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ProtocolError(f"{path} can't be read as a picture ({error}); unpack the scene again") from None
+    with reading(path, "unpack the scene again"), Image.open(path) as file:
+        image = file.convert("RGBA" if "A" in file.getbands() else "RGB")
     if reduce > 1:
         size = image.width // reduce, image.height // reduce
         if min(size) < 1:

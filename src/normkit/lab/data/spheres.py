@@ -39,12 +39,10 @@ def spheres(size: int = 32, views: int = 24, hold: int = 8) -> Scene:
     return Scene(**{**vars(blank), "images": colours.reshape(views, size, size, 3)})
 
 
-def see(rays: Rays, balls: Tensor = _BALLS, background: float = 1.0) -> Tensor:
+def see(rays: Rays, balls: Tensor = _BALLS) -> Tensor:
     """Computes what rays see of balls that do not meet, exactly.
 
         colour = sum_k T_k (1 - exp(-s_k l_k)) c_k + T background,   T_k = exp(-sum_{j before k} s_j l_j)
-
-    with l_k the length of the ray within ball k.
 
     with l_k the length of the ray within ball k. Balls ``(k, 8)`` have centre, radius, density and colour; rays, not in
     NDC, begin outside of all.
@@ -58,7 +56,7 @@ def see(rays: Rays, balls: Tensor = _BALLS, background: float = 1.0) -> Tensor:
     thickness, colours = thickness.gather(1, order), colour[order]
     before = thickness.cumsum(-1) - thickness
     weights = torch.exp(-before) * -torch.expm1(-thickness)
-    return (weights[..., None] * colours).sum(1) + torch.exp(-thickness.sum(-1))[:, None] * background
+    return (weights[..., None] * colours).sum(1) + torch.exp(-thickness.sum(-1))[:, None]
 
 
 def _pose(view: int, views: int) -> Tensor:

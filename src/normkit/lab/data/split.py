@@ -28,7 +28,6 @@ class Split:
     prepare: Callable[[Any], Any] | None = None
 
     def __len__(self) -> int:
-        """Counts the samples."""
         return len(self.targets)
 
     def batch(self, index: Tensor, device: torch.device) -> tuple[Inputs, Tensor]:
@@ -75,12 +74,10 @@ class Data:
 
     @property
     def splits(self) -> dict[str, Split]:
-        """The splits by name."""
         return {"train": self.train, "val": self.val, "test": self.test}
 
     @property
     def kind(self) -> str:
-        """The task."""
         targets = self.train.targets
         if targets.dtype == torch.bool:
             return "binary" if targets[0].numel() == 1 else "multi-label"
@@ -88,7 +85,6 @@ class Data:
 
     @property
     def score(self) -> str:
-        """The name of the score."""
         return "r2" if self.kind == "regression" else "accuracy"
 
     @property
@@ -137,7 +133,7 @@ def hold_out(split: Split, fraction: float, seed: int = 0) -> tuple[Split, Split
     return split.take(torch.from_numpy(np.flatnonzero(~held))), split.take(torch.from_numpy(np.flatnonzero(held)))
 
 
-def subset(split: Split, count: int, seed: int = 0) -> Split:
+def subset(split: Split, count: int) -> Split:
     """Draws `count` samples, the same each time, with each class in proportion where there are classes.
 
     A smaller subset is part of a larger one.
@@ -148,7 +144,7 @@ def subset(split: Split, count: int, seed: int = 0) -> Split:
     """
     if not 1 <= count <= len(split):
         raise OptionError(f"a subset of {count} is wanted of {len(split)} samples; wanted from 1 to {len(split)}")
-    order = np.random.default_rng(seed).permutation(len(split))
+    order = np.random.default_rng(0).permutation(len(split))
     targets = split.targets.numpy()
     if targets.ndim == 1 and not split.targets.is_floating_point():
         # Each class is spread evenly over the line from 0 to 1, so that every beginning of the line is in proportion.

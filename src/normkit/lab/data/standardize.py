@@ -18,7 +18,6 @@ class Standardize:
     std: tuple[float, ...]  # of each channel
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Standardizes a batch."""
         mean = torch.tensor(self.mean, dtype=torch.float32, device=x.device).view(-1, 1, 1)
         std = torch.tensor(self.std, dtype=torch.float32, device=x.device).view(-1, 1, 1)
         return (x / 255.0 - mean) / std

@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from normkit.lab.data.cifar import download_missing
-from normkit.lab.data.provenance import source
+from normkit.lab.data.cifar import download_missing, source
 from normkit.lab.experiment import Bench
 from normkit.lab.stats import BETTER, WORSE, Interval, Row, judge
 from normkit.lab.sweep import Job

@@ -73,7 +73,6 @@ class Memory:
         self.vectors = [power_iteration(matrix, iterations=15) for matrix in matrices]
 
     def follow(self, matrices: list[Tensor]) -> None:
-        """Does one iteration on each."""
         self.vectors = [power_iteration(m, u, v) for m, (u, v) in zip(matrices, self.vectors, strict=True)]
 
     def look(self, matrices: list[Tensor]) -> dict[str, Any]:
@@ -88,11 +87,9 @@ class Memory:
         return {"kept": kept, "fresh": fresh}
 
     def state_dict(self) -> dict[str, Any]:
-        """The vectors."""
         return {"vectors": [list(pair) for pair in self.vectors]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the vectors."""
         self.vectors = [(u, v) for u, v in state["vectors"]]
 
 

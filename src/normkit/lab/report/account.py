@@ -5,7 +5,7 @@ from typing import Any
 
 from normkit.lab.experiment import Table
 from normkit.lab.report import further
-from normkit.lab.report.page import Account, Block, Chart, Points, Section, Text
+from normkit.lab.report.page import Account, Block, Chart, Points, Text
 from normkit.lab.report.palette import styles
 from normkit.lab.report.series import pictures
 from normkit.lab.report.table import tables
@@ -118,7 +118,7 @@ def account(result: dict[str, Any]) -> Account:
         "Every run": [_runs(result)],
     }
     looks = dict(zip(names, styles(names, base), strict=True))
-    return Account([Section(title, blocks) for title, blocks in sections.items() if blocks], looks)
+    return Account(sections, looks)
 
 
 def _listed(items: Sequence[str], look: str = "said") -> list[Points]:

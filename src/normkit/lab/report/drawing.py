@@ -34,10 +34,8 @@ class Motion(NamedTuple):
 def save(figures: Iterable[Drawing], folder: Path, dpi: int | None = None) -> list[Path]:
     """Draws figures in the look of the reports, and writes each as PNG and SVG, by which they are known to be ours.
 
-    What moves is written as GIF too, at half the resolution.
-
-    What moves is written as GIF too, at half the resolution. The same records and the same matplotlib give the same
-    bytes.
+    What moves is written as GIF too, at half the resolution. What moves is written as GIF too, at half the resolution.
+    The same records and the same matplotlib give the same bytes.
     """
     written = []
     for figure in figures:
@@ -79,11 +77,11 @@ def band(
     axis.plot(x, middle, **style)
 
 
-def name_ends(axis: Axes, ends: Sequence[tuple[float, str, str]], x: float = 1.01, gap: float = 0.055) -> None:
+def name_ends(axis: Axes, ends: Sequence[tuple[float, str, str]], gap: float = 0.055) -> None:
     """Names lines at the right edge of a panel, moved apart where they would overlap.
 
-    `ends` are value, name and colour of each line, on an axis whose limits and scale are final; `x` and `gap`, the
-    least distance between names, are parts of the panel.
+    `ends` are value, name and colour of each line, on an axis whose limits and scale are final; `gap` is the least
+    distance between names, in parts of the panel's height.
     """
     low, high = axis.get_ylim()
     scale = axis.yaxis.get_transform()
@@ -102,4 +100,4 @@ def name_ends(axis: Axes, ends: Sequence[tuple[float, str, str]], x: float = 1.0
     for k in range(len(at) - 2, -1, -1):
         at[k] = min(at[k], at[k + 1] - gap)
     for y, (_, name, colour) in zip(at, places, strict=True):
-        axis.text(x, y, plain(name), color=colour, transform=axis.transAxes, va="center", fontsize=7)
+        axis.text(1.01, y, plain(name), color=colour, transform=axis.transAxes, va="center", fontsize=7)

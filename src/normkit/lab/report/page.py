@@ -49,18 +49,10 @@ Block = Text | Points | Chart | Table | Drawing
 
 
 @dataclass(frozen=True)
-class Section:
-    """A section."""
-
-    title: str
-    blocks: Sequence[Block]
-
-
-@dataclass(frozen=True)
 class Account:
     """What the page of an experiment says of its result."""
 
-    sections: Sequence[Section]
+    sections: Mapping[str, Sequence[Block]]  # by title; one without blocks is left out
     looks: Mapping[str, Style] = field(default_factory=dict)  # of recipes, by name
 
 
@@ -93,7 +85,7 @@ def render(page: Page, output: Path) -> str:
         lstrip_blocks=True,
     )
     pages.filters["kind"] = lambda block: type(block).__name__
-    charts = [block for section in page.account.sections for block in section.blocks if isinstance(block, Chart)]
+    charts = [each for blocks in page.account.sections.values() for each in blocks if isinstance(each, Chart)]
     return pages.get_template("page.html").render(
         page=page,
         account=page.account,

@@ -135,10 +135,8 @@ def against_time(result: dict[str, Any], curves: Sequence[Line]) -> list[Line]:
 def close(lines: Sequence[Line], goal: float | None = None, log_scale: bool = False) -> tuple[Range, Range] | None:
     """The second half of training, as high as its last quarter, where curves lie close; None where training is short.
 
-    Of four recipes or more, one that lies far from the others does not stretch the view.
-
-    Of four recipes or more, one that lies far from the others does not stretch the view; a `goal` stays in it if lines
-    come near.
+    Of four recipes or more, one that lies far from the others does not stretch the view. Of four recipes or more, one
+    that lies far from the others does not stretch the view; a `goal` stays in it if lines come near.
     """
     means = [line for line in lines if line.kind == "mean" and len(line.x) >= ENLARGED]
     if not means:

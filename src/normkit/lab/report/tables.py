@@ -35,15 +35,7 @@ def time_table(
         reached = within(length, cost["ratio"], every, cost["ratio_interval"])
         ends, then = (spread(score(name, count), form, scale) for count in (length, reached))
         lines.append(
-            [
-                name,
-                f"{cost['ms_per_step']:.1f}",
-                tell_ratio(cost),
-                f"{cost['mb_per_step']:.1f}",
-                ends,
-                reached,
-                then,
-            ]
+            [name, f"{cost['ms_per_step']:.1f}", tell_ratio(cost), f"{cost['mb_per_step']:.1f}", ends, reached, then]
         )
     columns = [
         "method",

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
@@ -43,7 +43,6 @@ class Number(str):
     value: float
 
     def __new__(cls, text: str, value: float) -> "Number":
-        """Text and value."""
         made = super().__new__(cls, text)
         made.value = value
         return made
@@ -62,22 +61,7 @@ def number(value: Any, kind: str) -> str:
     known = finite(value)
     if known is None:
         return ABSENT
-    if kind == "score":
-        text = f"{known:.4f}" if abs(known) < LARGE else f"{known:.2e}"
-    elif kind == "difference":
-        text = (f"{known:+.4f}" if abs(known) < LARGE else f"{known:+.2e}") if round(known, 4) else "0.0000"
-    elif kind == "count":
-        text = f"{known:,.0f}"
-    elif kind == "ratio":
-        text = f"{known:.2f}{TIMES}"
-    elif kind == "seconds":
-        text = duration(known)
-    elif kind == "condition" and known > RESOLVED:
-        text = f">{RESOLVED:.0e}"
-    elif kind == "rate":
-        text = f"{known:g}"
-    else:
-        text = significant(known)
+    text = FORMS.get(kind, significant)(known)
     return Number(text.replace("-", MINUS, 1) if text.startswith("-") else text, known)
 
 
@@ -98,6 +82,19 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+FORMS: dict[str, Callable[[float], str]] = {
+    "score": lambda value: f"{value:.4f}" if abs(value) < LARGE else f"{value:.2e}",
+    "difference": lambda value: (
+        (f"{value:+.4f}" if abs(value) < LARGE else f"{value:+.2e}") if round(value, 4) else "0.0000"
+    ),
+    "count": "{:,.0f}".format,
+    "ratio": f"{{:.2f}}{TIMES}".format,
+    "seconds": duration,
+    "condition": lambda value: f">{RESOLVED:.0e}" if value > RESOLVED else significant(value),
+    "rate": "{:g}".format,
+}
 
 
 def score_name(result: dict[str, Any]) -> str:
@@ -304,12 +301,6 @@ def lead_sentence(
     return f"{lead}, {by}, but the {bounds} includes zero: no difference shown."
 
 
-def conditions_at_end(recipe: dict[str, Any]) -> list[float]:
-    """The effective condition numbers of the first and last layer after the last epoch, where known."""
-    ends = [(at(recipe, f"condition.{place}.effective") or [None])[-1] for place in ("first", "last")]
-    return [value for value in map(finite, ends) if value is not None]
-
-
 def cautions(result: dict[str, Any]) -> list[str]:
     """What a reader must know before trusting the table: lost runs, learning rates at the edge, many intervals."""
     notes = []
@@ -330,7 +321,11 @@ def cautions(result: dict[str, Any]) -> list[str]:
             f"† {listing(edge)}: the chosen learning rate is at the edge of the sweep, a better one may lie beyond; "
             "widen it with --rates."
         )
-    beyond = [r["recipe"] for r in result["recipes"] if any(end > RESOLVED for end in conditions_at_end(r))]
+    ends = {
+        r["recipe"]: [(at(r, f"condition.{place}.effective") or [None])[-1] for place in ("first", "last")]
+        for r in result["recipes"]
+    }
+    beyond = [recipe for recipe, values in ends.items() if any((finite(value) or 0) > RESOLVED for value in values)]
     if beyond:
         notes.append(
             f"{listing(beyond)}: a condition number above {RESOLVED:.0e} is more than single precision resolves; the weight "

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from statistics import median, quantiles
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -27,6 +27,9 @@ RATE = 1e-6
 _BLOCK = 1 << 21  # numbers: blocks of up to 8 MiB, more than the caches of a core
 
 
+R = TypeVar("R")
+
+
 @dataclass(frozen=True)
 class Step:
     """A training step."""
@@ -40,23 +43,11 @@ class Step:
         release(self.model)
 
 
-class Row(Protocol):
-    """A training of a row of a table."""
-
-    @property
-    def subject(self) -> str:
-        """What all rows are trained on; a folder."""
-        ...
-
-
-R = TypeVar("R", bound=Row)
-
-
 @dataclass(frozen=True)
 class Costs(Work, Generic[R], path="{0.rows[0].subject}/costs"):
     """Measures what a step of several rows costs, side by side, in about `budget` seconds; the baseline comes first."""
 
-    rows: tuple[R, ...]  # frozen dataclasses, the baseline first
+    rows: tuple[R, ...]  # frozen dataclasses with a subject, a folder; the baseline first
     budget: float = 20.0
 
 

@@ -27,7 +27,6 @@ class Curves:
         self.writer = SummaryWriter(str(folder))
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds epochs."""
         for row in rows:
             for name in SHOWN:
                 self.writer.add_scalar(name, row[name], row["epoch"])
@@ -38,5 +37,4 @@ class Curves:
         self.writer.flush()
 
     def close(self) -> None:
-        """Closes the file."""
         self.writer.close()

@@ -34,7 +34,6 @@ class Size(Work):
     epochs: int  # passes over the training images
 
     def images(self) -> dict[str, Images]:
-        """Reads them."""
         return load(self.data, self.train, self.test, self.halve)
 
 
@@ -84,7 +83,6 @@ class Stream:
         self.per_epoch = len(self._rows[1]) // batch
 
     def __call__(self, number: int) -> Images:
-        """Gives a batch of a run, counted from 1."""
         epoch, place = divmod(number - 1, self.per_epoch)
         if self._rows[0] != epoch + 1:
             self._rows = epoch + 1, self.order(epoch + 1)
@@ -130,25 +128,19 @@ def fit(
     return walk(folder, steps, {"model": model, "optimizer": optimizer, "losses": losses}, step, seed)
 
 
-class Tally:
+class Tally(nn.Module):
     """A sum that is part of a checkpoint."""
 
+    total: Tensor
+
     def __init__(self, where: torch.device) -> None:
-        self.total = torch.zeros((), dtype=torch.float64, device=where)
+        super().__init__()
+        self.register_buffer("total", torch.zeros((), dtype=torch.float64, device=where))
 
     def empty(self) -> float:
-        """Returns the sum and resets it."""
         total = self.total.item()
         self.total.zero_()
         return total
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The sum."""
-        return {"total": self.total}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes a sum."""
-        self.total.copy_(state["total"])
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Classifiers of images trained for a paper's table: one training as a job, what its step costs, and E against frozen WN."""
 
-import hashlib
 import inspect
 import shutil
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from normkit.lab.models.rows import unit_rows
 from normkit.lab.models.variants import scale_by_norm
 from normkit.lab.progress import tell
 from normkit.lab.protocol import DATA, MODELS, load_factory, make_data, make_model
-from normkit.lab.seeding import init_sha256, order_sha256, reseed
+from normkit.lab.seeding import init_sha256, order_sha256, reseed, tensors_sha256
 from normkit.lab.settings import Settings
 from normkit.lab.sweep import CURE, Work
 from normkit.lab.train.cost import Costs, measure_costs
@@ -64,7 +63,6 @@ class Training:
 
     @property
     def subject(self) -> str:
-        """Data and model."""
         return f"{self.data}/{self.model.rpartition(':')[2]}"
 
     @property
@@ -205,7 +203,7 @@ def compare_same(job: Same, folder: Path) -> dict[str, Any]:
         "others": [line["train_loss"] for line in others],
         "same_metrics": lines == others,
         "greatest_difference": apart,
-        "sha256": [digest(weights) for weights in (ours, theirs)],
+        "sha256": [tensors_sha256(weights) for weights in (ours, theirs)],
     }
 
 
@@ -227,15 +225,6 @@ def layer_weights(model: nn.Module) -> dict[str, torch.Tensor]:
             if isinstance(value, torch.Tensor) and "parametrizations" not in name.split("."):
                 found[f"{name}.{key}"] = value.detach().cpu().clone()
     return found
-
-
-def digest(weights: dict[str, torch.Tensor]) -> str:
-    """Hashes weights."""
-    found = hashlib.sha256()
-    for name, value in weights.items():
-        found.update(name.encode())
-        found.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def _shrunk(split: Split, times: int) -> Split:

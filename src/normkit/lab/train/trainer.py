@@ -121,7 +121,8 @@ class Trainer:
     def _epoch(self, epoch: int) -> bool:
         started = time.perf_counter()
         train_loss = self._pass(epoch)
-        self._wait()
+        if self.fabric.device.type == "cuda":
+            torch.cuda.synchronize(self.fabric.device)
         trained = time.perf_counter()
         if not math.isfinite(train_loss):
             return False
@@ -162,7 +163,9 @@ class Trainer:
             rows = order[count * self.batch : (count + 1) * self.batch]
             inputs, targets = self._read(self.data.train, rows[fabric.global_rank :: fabric.world_size], "read", step)
             if self.data.augment is not None:
-                inputs = self._augmented(inputs, epoch, count)
+                assert isinstance(inputs, Tensor)
+                drawn = generator(self.seed, "augment", epoch, count, fabric.global_rank, fabric.device)
+                inputs = self.data.augment(inputs, drawn)
             # Every process holds all targets, so that none has to ask the others how many of theirs are ignored.
             whole = task.weight(self.data.train.targets[rows])
             total += train_step(fabric, self.placed, settings, inputs, targets, whole)
@@ -176,13 +179,6 @@ class Trainer:
         # Apart from the model's draws: one that draws more, as with dropout, is given the same samples.
         with apart(self.seed, purpose, count, self.fabric.global_rank):
             return split.batch(rows, self.fabric.device)
-
-    def _augmented(self, inputs: Inputs, epoch: int, count: int) -> Tensor:
-        fabric = self.fabric
-        assert self.data.augment is not None
-        assert isinstance(inputs, Tensor)
-        drawn = generator(self.seed, "augment", epoch, count, fabric.global_rank, fabric.device)
-        return self.data.augment(inputs, drawn)
 
     def evaluate(self, split: Split) -> Judged:
         """Judges the model on a split, over all processes."""
@@ -221,10 +217,6 @@ class Trainer:
             found = weight_conditions(self.placed.whole(self.unsharded))
         # JSON has no infinity: a singular weight has null.
         return {name: [k if math.isfinite(k) else None for k in pair] for name, pair in found.items()}
-
-    def _wait(self) -> None:
-        if self.fabric.device.type == "cuda":
-            torch.cuda.synchronize(self.fabric.device)
 
     def _judged(self) -> Any:
         return nullcontext() if self.average is None else self.average.in_place()
@@ -294,11 +286,10 @@ def train_step(
 ) -> Tensor:
     """Runs forward, backward and update on one batch, in as many parts as asked for, and gives the loss on its device.
 
-    Processes average their gradients, so each scales its loss by ``world_size * weight(targets) / whole``: the average is then
-    over targets, as one process takes it, wherever the ignored ones lie.
-
-    Inputs and targets are this process's share; `whole` is the :func:`~normkit.lab.task.weight` of the batch over all
-    processes, by default as much in each as in this one.
+    Processes average their gradients, so each scales its loss by ``world_size * weight(targets) / whole``: the average is
+    then over targets, as one process takes it, wherever the ignored ones lie. Inputs and targets are this process's
+    share; `whole` is the :func:`~normkit.lab.task.weight` of the batch over all processes, by default as much in each as
+    in this one.
     """
     placed.stepper.zero_grad()
     inputs = arranged(inputs, settings)
