@@ -13,21 +13,9 @@ from urllib.parse import quote
 from torch import nn
 
 from normkit.core.errors import RecordError, SurgeryError
-from normkit.lab import record
+from normkit.lab import protocol, record
 from normkit.lab.devices import device_name
 from normkit.lab.progress import tell
-from normkit.lab.protocol import (
-    DATA,
-    MODELS,
-    check_fit,
-    load_factory,
-    make_data,
-    make_model,
-    sized,
-    suited,
-    two,
-    user_code,
-)
 from normkit.lab.recipes import default_recipes
 from normkit.lab.say import counted
 from normkit.lab.seeding import init_sha256, order_sha256, reseed
@@ -106,7 +94,7 @@ class Study:
             warmup = settings.warmup * run.epochs / settings.epochs
             settings = replace(settings, epochs=run.epochs, warmup=warmup)
         trainer = Trainer(run.rate, run.seed, settings, model, made.data, made.fabric, folder, curves)
-        with user_code(f"{settings.model} with {run.recipe}"):
+        with protocol.user_code(f"{settings.model} with {run.recipe}"):
             result = trainer.train(lambda epoch, score: tell(epoch, settings.epochs, score))
         if made.fabric.is_global_zero:
             record.write_numbers(folder / MARKS_FILE, trainer.marks.numpy())
@@ -128,25 +116,25 @@ class Made:
     def __init__(self, study: Study) -> None:
         settings = self.settings = study.settings
         self.fabric = start_fabric(settings)
-        self._factory = study.model or load_factory(settings.model, MODELS)
+        self._factory = study.model or protocol.load_factory(settings.model, protocol.MODELS)
         reseed(0, "data")
-        self.data = _data(study.data or load_factory(settings.data, DATA), settings.data)
+        self.data = _data(study.data or protocol.load_factory(settings.data, protocol.DATA), settings.data)
         self._base: tuple[int, nn.Module, str] | None = None
         self._orders: dict[int, str] = {}
         self.changes: dict[str, dict[str, list[str]]] = {}
         self.parameters: dict[str, int] = {}
         seed = settings.seeds[0]
-        self.data = suited(self.data, self._initial(seed)[0], settings.model)
+        self.data = protocol.suited(self.data, self._initial(seed)[0], settings.model)
         self._data_sha256 = self.data.sha256()
-        check_fit(self._initial(seed)[0], self.data, settings.model)
+        protocol.check_fit(self._initial(seed)[0], self.data, settings.model)
         for recipe, (model, rows, left) in self._applied(seed).items():
-            check_fit(model, self.data, f"{settings.model} with {recipe}")
+            protocol.check_fit(model, self.data, f"{settings.model} with {recipe}")
             self.changes[recipe] = {"changes": rows, "passed_over": left}
             self.parameters[recipe] = sum(parameter.numel() for parameter in model.parameters())
 
     def recipes(self) -> tuple[tuple[str, ...], str]:
         """Chooses recipes that suit the model, and says why these."""
-        return default_recipes(self._initial(self.settings.seeds[0])[0], two(self.data.train)[0])
+        return default_recipes(self._initial(self.settings.seeds[0])[0], protocol.two(self.data.train)[0])
 
     def run(self, recipe: str, rate: float, seed: int, device: str, epochs: int = 0) -> Run:
         return Run(recipe, rate, seed, epochs, self.origin(seed, device))
@@ -175,8 +163,8 @@ class Made:
     def _initial(self, seed: int) -> tuple[nn.Module, str]:
         if self._base is None or self._base[0] != seed:
             reseed(seed, "init")
-            model = make_model(self._factory, self.settings.model, self.data.classes)
-            model = sized(model, self.data, self.settings.model)
+            model = protocol.make_model(self._factory, self.settings.model, self.data.classes)
+            model = protocol.sized(model, self.data, self.settings.model)
             self._base = seed, model, init_sha256(model)
         return self._base[1:]
 
@@ -196,7 +184,7 @@ class Made:
 
 # A process does run after run of one comparison.
 made = lru_cache(maxsize=1)(Made)
-_data = lru_cache(maxsize=1)(make_data)
+_data = lru_cache(maxsize=1)(protocol.make_data)
 
 
 def forget() -> None:

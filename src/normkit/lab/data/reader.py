@@ -9,15 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    DistributedSampler,
-    RandomSampler,
-    SequentialSampler,
-    WeightedRandomSampler,
-    default_collate,
-    default_convert,
-)
+from torch.utils import data as loading
 
 from normkit.core.errors import ProtocolError
 from normkit.lab.data.batch import (
@@ -36,7 +28,7 @@ from normkit.lab.data.split import Data, Split
 
 NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev"), "test": ("test", "testing")}
 # What orders the samples of a whole dataset, or parts them among processes, which the comparison does by itself.
-WHOLE = (SequentialSampler, RandomSampler, DistributedSampler)
+WHOLE = (loading.SequentialSampler, loading.RandomSampler, loading.DistributedSampler)
 CHUNK = 64
 WANTED = (
     'wanted a dict with "train" and, if there are, "val" and "test"; each a pair (inputs, targets), a dataset of pairs or dicts, '
@@ -89,7 +81,7 @@ def _read(name: str, value: Any, notes: list[str]) -> Split:
     if isinstance(value, Split):
         return value
     collate, rows = Collate(), None
-    if isinstance(value, DataLoader):
+    if isinstance(value, loading.DataLoader):
         collate, rows = _unloaded(name, value, notes)
         value = value.dataset
     if isinstance(value, Mapping):
@@ -112,7 +104,7 @@ def _read(name: str, value: Any, notes: list[str]) -> Split:
         )
         raise ProtocolError(f"{name} is {kind(value)}; {WANTED}{cure}")
     # torch's iterable datasets inherit a __getitem__ that only raises.
-    if not hasattr(value, "__getitem__") or isinstance(value, torch.utils.data.IterableDataset):
+    if not hasattr(value, "__getitem__") or isinstance(value, loading.IterableDataset):
         value, rows = _held(name, value, notes), None
     return _samples(name, value, torch.arange(len(value)) if rows is None else rows, collate, notes)
 
@@ -124,7 +116,7 @@ def _arrays(value: Any) -> bool:
     return len(value) == 2 or (len(value) > 2 and all(hasattr(part, "__array__") for part in value))
 
 
-def _unloaded(name: str, loader: DataLoader[Any], notes: list[str]) -> tuple[Collate, Tensor | None]:
+def _unloaded(name: str, loader: loading.DataLoader[Any], notes: list[str]) -> tuple[Collate, Tensor | None]:
     """How a loader makes batches, and of which rows; None for all."""
     if loader.batch_sampler is None:
         raise ProtocolError(
@@ -133,13 +125,15 @@ def _unloaded(name: str, loader: DataLoader[Any], notes: list[str]) -> tuple[Col
     said = "of each DataLoader its dataset and collate function are used; batch size and order are those of the comparison, "
     if not any(note.startswith(said) for note in notes):
         notes.append(f"{said}not its own{f' ({loader.batch_size})' if loader.batch_size else ''}")
-    collate = Collate(None if loader.collate_fn in (default_collate, default_convert) else loader.collate_fn)
-    if isinstance(loader.dataset, torch.utils.data.IterableDataset):
+    collate = Collate(
+        None if loader.collate_fn in (loading.default_collate, loading.default_convert) else loader.collate_fn
+    )
+    if isinstance(loader.dataset, loading.IterableDataset):
         return collate, None
     own = loader.batch_size is None
     sampler = loader.batch_sampler if own else loader.sampler
     drawn: list[int] = []
-    if not (uneven := isinstance(sampler, WeightedRandomSampler) or getattr(sampler, "replacement", False)):
+    if not (uneven := isinstance(sampler, loading.WeightedRandomSampler) or getattr(sampler, "replacement", False)):
         if isinstance(sampler, WHOLE):
             return collate, None
         drawn = [int(row) for row in (chain.from_iterable(loader.batch_sampler) if own else loader.sampler)]
