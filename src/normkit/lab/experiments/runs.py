@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from normkit.lab.data.cifar import download_missing
-from normkit.lab.data.provenance import source
+from normkit.lab.data.cifar import download_missing, source
 from normkit.lab.experiment import Bench, Drawing
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.seeding import reseed
