@@ -19,11 +19,7 @@ from normkit.engine.layer import Layer
 
 @remembered
 def adaptive_layer_norm_rule(eps: float = 1e-6, per: str = "n d") -> Rule:
-    """Adaptive layer normalization as data; ``per="n * d"`` where each token has its own condition.
-
-    >>> adaptive_layer_norm_rule().formula()
-    'y = (1 + weight) * (x - E[x]) / sqrt(Var[x] + eps) + bias'
-    """
+    """Adaptive layer normalization as data; ``per="n * d"`` where each token has its own condition."""
     return Rule(Support("n * d", over="d"), Statistic("mean", "std", eps), Affine(per, offset=1.0))
 
 

@@ -25,13 +25,7 @@ from normkit.engine.sub_batches import explain_in_sub_batches, run_in_sub_batche
 def batch_group_norm_rule(
     num_groups: int | None = None, examples_per_group: int | None = None, eps: float = 1e-5, layout: str = "n c *"
 ) -> Rule:
-    """Batch/group normalization of a batch that divides into groups of examples, as data.
-
-    >>> print(batch_group_norm_rule(32, 2).support)
-    Support("(b n) (g c) *", over="n c *", g=32, n=2)
-    >>> print(batch_group_norm_rule(None, None).support)  # batch normalization
-    Support("n c *", over="n *")
-    """
+    """Batch/group normalization of a batch that divides into groups of examples, as data."""
     layout, sizes = check_layout("BatchGroupNorm", layout), {}
     if num_groups is not None:
         layout, sizes["g"] = layout.replace("c", "(g c)"), num_groups

@@ -28,11 +28,7 @@ _NONE: tuple[int, Moments | None] = 0, None  # passes since the last update, and
 def batch_norm_rule(
     eps: float = 1e-5, momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True
 ) -> Rule:
-    """Batch normalization as data.
-
-    >>> batch_norm_rule().formula()
-    'y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias'
-    """
+    """Batch normalization as data."""
     support = Support(check_layout("BatchNorm", layout), over="n *")
     return Rule(support, Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
 

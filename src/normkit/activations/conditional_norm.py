@@ -23,11 +23,7 @@ _SUPPORTS = {over: Support("n c *", over=over) for over in ("*", "n *")}
 
 @remembered
 def conditional_norm_rule(over: str = "*", eps: float = 1e-5, momentum: float | None = 0.1, per: str = "n c") -> Rule:
-    """Conditional normalization as data: over ``"*"`` instance, over ``"n *"`` batch normalization, with an affine per sample.
-
-    >>> conditional_norm_rule("n *").batch_dependent
-    True
-    """
+    """Conditional normalization as data: over ``"*"`` instance, over ``"n *"`` batch normalization, with an affine per sample."""
     if over not in _SUPPORTS:
         raise OptionError(f"conditional norm: over={over!r}; wanted '*' for instance or 'n *' for batch normalization")
     memory = Running(momentum) if over == "n *" else None

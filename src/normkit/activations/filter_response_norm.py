@@ -21,11 +21,7 @@ _SUPPORT = Support("n c *", over="*")
 
 @remembered
 def filter_response_norm_rule(eps: float = 1e-6) -> Rule:
-    """Filter response normalization, without its threshold, as data.
-
-    >>> filter_response_norm_rule().formula()
-    'y = weight * x / sqrt(E[x^2] + eps) + bias'
-    """
+    """Filter response normalization, without its threshold, as data."""
     return Rule(_SUPPORT, Statistic(None, "rms", eps), Affine("c"))
 
 

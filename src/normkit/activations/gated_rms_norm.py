@@ -20,11 +20,7 @@ from normkit.engine.layer import Cast, check_cast
 
 @remembered
 def gated_rms_norm_rule(eps: float = 1e-5, groups: int = 1) -> Rule:
-    """The normalization inside, over groups of features, as data.
-
-    >>> gated_rms_norm_rule(groups=2).formula()
-    'y = weight * x / sqrt(E[x^2] + eps) + bias'
-    """
+    """The normalization inside, over groups of features, as data."""
     if groups == 1:
         return Rule(Support("* d", over="d"), Statistic(None, "rms", eps), Affine("d"))
     return Rule(Support("* (g d)", over="d", g=groups), Statistic(None, "rms", eps), Affine("(g d)"))

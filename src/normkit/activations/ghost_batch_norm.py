@@ -32,11 +32,7 @@ def ghost_batch_norm_rule(
     layout: str = "n c *",
     memory: Memory = "mean",
 ) -> Rule:
-    """Ghost batch normalization of a batch that divides into sub-batches, as data.
-
-    >>> print(ghost_batch_norm_rule(16).support)
-    Support("(b n) c *", over="n *", n=16)
-    """
+    """Ghost batch normalization of a batch that divides into sub-batches, as data."""
     support = Support(check_layout("GhostBatchNorm", layout).replace("n", "(b n)"), over="n *", n=ghost_batch_size)
     if memory not in ("mean", "sequential", "moments"):
         raise OptionError(f"ghost_batch_norm: memory={memory!r}; wanted 'mean', 'sequential' or 'moments'")

@@ -12,11 +12,7 @@ from normkit.engine.layer import Layer, check_last
 
 @remembered
 def holo_norm_rule() -> Rule:
-    """HoloNorm as data: the Euclidean norm plus 1.
-
-    >>> holo_norm_rule().formula()
-    'y = x / (|x| + eps)'
-    """
+    """HoloNorm as data: the Euclidean norm plus 1."""
     return Rule(Support("* d", over="d"), Statistic(None, "norm", 1.0, "outside"))
 
 

@@ -17,11 +17,7 @@ from normkit.engine.dispatch import run
 
 @remembered
 def hypersphere_rule(eps: float = 1e-12) -> Rule:
-    """Projecting each token onto the unit sphere, as data.
-
-    >>> hypersphere_rule().formula()
-    'y = x / max(|x|, eps)'
-    """
+    """Projecting each token onto the unit sphere, as data."""
     return Rule(Support("* d", over="d"), Statistic(None, "norm", eps, "floor"))
 
 

@@ -19,11 +19,7 @@ from normkit.engine.layer import Layer, check_channels, check_layout, check_seve
 def instance_norm_rule(
     eps: float = 1e-5, momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True
 ) -> Rule:
-    """Instance normalization as data.
-
-    >>> print(instance_norm_rule().support)
-    Support("n c *", over="*")
-    """
+    """Instance normalization as data."""
     support = Support(check_layout("InstanceNorm", layout), over="*")
     return Rule(support, Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
 

@@ -17,11 +17,7 @@ from normkit.engine.layer import Layer, check_features, features_support
 
 @remembered
 def layer_norm_rule(rank: int = 1, eps: float = 1e-5, over: str | None = None, per: str | None = None) -> Rule:
-    """Layer normalization over the last ``rank`` axes, or over ``"c"`` or ``"c *"`` of a channels-first input, as data.
-
-    >>> print(layer_norm_rule(over="c *").support)
-    Support("n c *", over="c *")
-    """
+    """Layer normalization over the last ``rank`` axes, or over ``"c"`` or ``"c *"`` of a channels-first input, as data."""
     support, default = features_support("LayerNorm", rank, over)
     return Rule(support, Statistic("mean", "std", eps), Affine(default if per is None else per))
 

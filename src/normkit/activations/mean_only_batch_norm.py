@@ -17,11 +17,7 @@ from normkit.engine.layer import Layer, check_channels, check_layout
 
 @remembered
 def mean_only_batch_norm_rule(momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True) -> Rule:
-    """Mean-only batch normalization as data.
-
-    >>> mean_only_batch_norm_rule().formula()
-    'y = weight * (x - E[x]) + bias'
-    """
+    """Mean-only batch normalization as data."""
     support = Support(check_layout("MeanOnlyBatchNorm", layout), over="n *")
     return Rule(support, Statistic("mean", None), Affine("c"), RunningMean(momentum) if memory else None)
 

@@ -25,11 +25,7 @@ class PositionalMoments(NamedTuple):
 
 @remembered
 def positional_norm_rule(eps: float = 1e-5, correction: int = 1) -> Rule:
-    """Positional normalization as data.
-
-    >>> print(positional_norm_rule().support)
-    Support("n c *", over="c")
-    """
+    """Positional normalization as data."""
     return Rule(_SUPPORT, Statistic("mean", "std", eps, correction=correction))
 
 

@@ -20,11 +20,7 @@ Gradient = Literal["full", "detach"]
 
 @remembered
 def preconditioned_attention_rule(eps: float = 1e-12) -> Rule:
-    """The normalization of each row of the attention matrix, as data.
-
-    >>> preconditioned_attention_rule().formula()
-    'y = x / max(|x|, eps)'
-    """
+    """The normalization of each row of the attention matrix, as data."""
     return Rule(Support("* d", over="d"), Statistic(None, "norm", eps, "floor"))
 
 

@@ -22,13 +22,7 @@ Form = Literal["cosine", "rms", "layer"]
 
 @remembered
 def query_key_norm_rule(form: Form = "cosine", eps: float = 1e-6) -> Rule:
-    """The normalization of queries and keys, as data.
-
-    >>> query_key_norm_rule().formula()
-    'y = weight * x / max(|x|, eps) + bias'
-    >>> query_key_norm_rule("layer").formula()
-    'y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias'
-    """
+    """The normalization of queries and keys, as data."""
     if form not in ("cosine", "rms", "layer"):
         raise OptionError(f"QueryKeyNorm: form={form!r}; wanted 'cosine', 'rms' or 'layer'")
     statistic = {

@@ -24,13 +24,7 @@ Statistics = Literal["sequence", "frame"]
 def recurrent_batch_norm_rule(
     statistics: Statistics = "sequence", eps: float = 1e-5, momentum: float = 0.1, batch_first: bool = False
 ) -> Rule:
-    """Recurrent batch normalization as data.
-
-    >>> print(recurrent_batch_norm_rule("frame").support)
-    Support("t n c", over="n")
-    >>> print(recurrent_batch_norm_rule("sequence").support)
-    Support("n * c", over="n *")
-    """
+    """Recurrent batch normalization as data."""
     statistic = Statistic("mean", "std", eps)
     if statistics == "sequence":  # over samples and steps alike, so the order of the two axes does not matter
         return Rule(Support("n * c", over="n *"), statistic, Affine("c"), Running(momentum))

@@ -62,15 +62,7 @@ class _Cell(Module):
         return (self.weight_hh.new_zeros(*x.shape[:-1], self.hidden_size),) * self.states
 
     def forward(self, input: Tensor, state: Any = None) -> Any:
-        """Run one step.
-
-        Args:
-            input: (*, input_size).
-            state: the state that the previous step returned, or None for zeros.
-
-        Returns:
-            The next state: h (*, hidden_size), or (h, c) of an LSTM.
-        """
+        """Run one step from a state, or from zeros; returns the next: h (*, hidden_size), or (h, c) of an LSTM."""
         _check(self, input)
         after = self.step(self.project(input.to(self.weight_ih.dtype)), _first(self, input, state))
         after = tuple(each.to(input.dtype) for each in after)

@@ -21,13 +21,7 @@ from normkit.engine.reference import activate
 def rms_norm_rule(
     rank: int = 1, eps: float | None = None, over: str | None = None, guard: Guard = "inside", offset: float = 0.0
 ) -> Rule:
-    """RMS normalization over the last ``rank`` axes, or over ``"c"`` or ``"c *"`` of a channels-first input, as data.
-
-    >>> rms_norm_rule().formula()
-    'y = weight * x / sqrt(E[x^2] + eps) + bias'
-    >>> rms_norm_rule(guard="outside", offset=1.0).formula()
-    'y = (1 + weight) * x / (sqrt(E[x^2]) + eps) + bias'
-    """
+    """RMS normalization over the last ``rank`` axes, or over ``"c"`` or ``"c *"`` of a channels-first input, as data."""
     support, per = features_support("RMSNorm", rank, over)
     return Rule(support, Statistic(None, "rms", eps, guard), Affine(per, offset))
 

@@ -17,11 +17,7 @@ from normkit.engine.layer import Layer, check_last
 
 @remembered
 def scale_norm_rule(eps: float = 1e-5) -> Rule:
-    """ScaleNorm as data.
-
-    >>> scale_norm_rule().formula()
-    'y = weight * x / max(|x|, eps) + bias'
-    """
+    """ScaleNorm as data."""
     return Rule(Support("* d", over="d"), Statistic(None, "norm", eps, "floor"), Affine(""))
 
 

@@ -25,11 +25,7 @@ from normkit.engine.reference import activate
 def sync_batch_norm_rule(
     eps: float = 1e-5, momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True
 ) -> Rule:
-    """Synchronized batch normalization as data: n counts the samples of all processes.
-
-    >>> sync_batch_norm_rule().formula()
-    'y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias'
-    """
+    """Synchronized batch normalization as data: n counts the samples of all processes."""
     support = Support(check_layout("SyncBatchNorm", layout), over="n *")
     return Rule(support, Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
 

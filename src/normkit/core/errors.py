@@ -50,14 +50,6 @@ class RecordError(NormkitError, RuntimeError):
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """A hint at the name that was probably meant, or nothing.
-
-    Args:
-        word: as it was given.
-        known: the names that exist.
-
-    >>> closest("optimiser", ["optimizer", "momentum"])
-    "; did you mean 'optimizer'?"
-    """
+    """A hint at the name that was probably meant, such as "; did you mean 'optimizer'?", or nothing."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else ""

@@ -26,17 +26,7 @@ class _PerSample(Module):
     lost: str
 
     def fit(self, data: Tensor | Iterable[Any]) -> Self:
-        """Check the data; nothing is kept, as each sample is scaled separately.
-
-        Args:
-            data: a tensor, an (x, y) pair of which x is used, or an iterable of these.
-
-        Returns:
-            The module itself.
-
-        Raises:
-            OptionError: there is a NaN or infinity; the message names the samples.
-        """
+        """Check the data, OptionError for NaN or infinity; nothing is kept, as each sample is scaled separately."""
         who = type(self).__name__
         for x in batches(data, who):
             accumulation_dtype(x.dtype)
@@ -53,11 +43,7 @@ class _PerSample(Module):
         return self(x)
 
     def inverse_transform(self, y: Tensor) -> NoReturn:
-        """Refuse: the divisor is not kept.
-
-        Raises:
-            ProtocolError: always.
-        """
+        """Refuse, by ProtocolError: the divisor is not kept."""
         raise ProtocolError(f"{type(self).__name__}.inverse_transform: {self.lost} is not kept; keep the input")
 
 

@@ -74,11 +74,7 @@ class Parametrization(nn.Module):
 
 
 def laid_out(gain: Tensor, rule: Rule, weight: Tensor, who: str) -> Tensor:
-    """Bring the gains of a rule on a weight, one per set, to the shape in which they multiply it.
-
-    Raises:
-        ShapeError: the number of gains is wrong.
-    """
+    """Bring the gains of a rule on a weight, one per set, to the shape in which they multiply it."""
     assert rule.compensation is not None
     shape = per_shape(rule.compensation.per, rule.support.split(weight.shape))
     if gain.numel() != math.prod(shape):

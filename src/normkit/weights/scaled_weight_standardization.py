@@ -22,11 +22,7 @@ RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
 
 
 def scaled_weight_standardization_rule(support: Support | None = None, eps: float = 1e-6) -> Rule:
-    """Scaled weight standardization, by default of weights whose axis 0 indexes output units, as data.
-
-    >>> scaled_weight_standardization_rule().formula()
-    'y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias'
-    """
+    """Scaled weight standardization, by default of weights whose axis 0 indexes output units, as data."""
     support = support or Support("o *", over="*")
     return Rule(support, Statistic("mean", "std", eps), Affine(" ".join(support.kept)))
 

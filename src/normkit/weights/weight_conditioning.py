@@ -25,11 +25,7 @@ Gradient = Literal["full", "detach"]
 
 
 def weight_conditioning_rule(support: Support | None = None, eps: float = 1e-12) -> Rule:
-    """Equilibration over one support, by default of rows, as data.
-
-    >>> weight_conditioning_rule().formula()
-    'y = x / max(|x|, eps)'
-    """
+    """Equilibration over one support, by default of rows, as data."""
     return Rule(support or Support("o *", over="*"), Statistic(None, "norm", eps, "floor"))
 
 

@@ -20,11 +20,7 @@ from normkit.weights.parametrization import Parametrization, laid_out
 
 
 def weight_norm_rule(ndim: int = 2, dim: int | None = 0, eps: float = 1e-12) -> Rule:
-    """Weight normalization of a weight of ``ndim`` axes as data.
-
-    >>> weight_norm_rule().formula()
-    'y = weight * x / max(|x|, eps) + bias'
-    """
+    """Weight normalization of a weight of ``ndim`` axes as data."""
     if dim is None or dim == -1:  # as in torch, -1 means one length
         return Rule(Support("*", over="*"), Statistic(None, "norm", eps, "floor"), Affine(""))
     if not -ndim <= dim < ndim:

@@ -35,11 +35,7 @@ PUBLISHED: dict[str, Published] = {
 def weight_standardization_rule(
     support: Support | None = None, eps: float = 1e-5, correction: int = 0, guard: Guard = "inside"
 ) -> Rule:
-    """Weight standardization, by default of weights whose axis 0 indexes output units, as data.
-
-    >>> weight_standardization_rule().formula()
-    'y = (x - E[x]) / sqrt(Var[x] + eps)'
-    """
+    """Weight standardization, by default of weights whose axis 0 indexes output units, as data."""
     return Rule(support or Support("o *", over="*"), Statistic("mean", "std", eps, guard, correction))
 
 
