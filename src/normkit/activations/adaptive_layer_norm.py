@@ -111,19 +111,7 @@ class AdaLayerNorm(Layer):
         return adaptive_layer_norm_rule(self.eps)
 
     def forward(self, input: Tensor, condition: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Normalize, and modulate by the condition.
-
-        Args:
-            input: (N, *, D).
-            condition: (N, condition) or (N, *, condition).
-            mask: boolean, broadcasts over the input; elements where it is False enter no statistic and become zero.
-
-        Returns:
-            A tensor of the input's shape and dtype.
-
-        Raises:
-            ShapeError: the size of the input or of the condition does not fit.
-        """
+        """Normalize, and modulate by the condition; elements where the mask is False enter no statistic and become zero."""
         shift, scale = self._shift_and_scale(input, condition)
         return adaptive_layer_norm(input, shift, scale, self.eps, mask=mask, backend=self.backend)
 
@@ -189,15 +177,7 @@ class AdaLayerNormZeroBlock(Module):
         _fill_zero(self.adaLN_modulation[1])
 
     def forward(self, input: Tensor, condition: Tensor) -> Tensor:
-        """Run both branches, each normalized, modulated and gated.
-
-        Args:
-            input: (N, *, D).
-            condition: (N, condition) or (N, *, condition).
-
-        Returns:
-            A tensor of the input's shape and dtype.
-        """
+        """Run both branches, each normalized, modulated and gated."""
         condition = _checked("AdaLayerNormZeroBlock", input, condition, self.features, self.condition)
         six = _predict(self.adaLN_modulation, condition).chunk(6, -1)
         for branch, (shift, scale, gate) in ((self.attn, six[:3]), (self.mlp, six[3:])):
@@ -246,15 +226,7 @@ class AdaLayerNormOutput(Module):
         _fill_zero(self.adaLN_modulation[1])
 
     def forward(self, input: Tensor, condition: Tensor) -> Tensor:
-        """Normalize, modulate, map.
-
-        Args:
-            input: (N, *, D).
-            condition: (N, condition) or (N, *, condition).
-
-        Returns:
-            (N, *, outputs).
-        """
+        """Normalize, modulate, map."""
         condition = _checked("AdaLayerNormOutput", input, condition, self.features, self.condition)
         shift, scale = _predict(self.adaLN_modulation, condition).chunk(2, -1)
         return self.linear(adaptive_layer_norm(input, shift, scale, self.eps))

@@ -316,9 +316,7 @@ CARD = Card(
     build=lambda at: BatchChannelNorm(at.channels, at.groups, at.eps, at.momentum, at.affine, **at.factory),
     option=groups(of=lambda norm: norm.num_groups),
     over="n c *",
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
 )
 
@@ -340,8 +338,8 @@ CARD_ESTIMATED = Card(
     functional=est_batch_norm,
     build=lambda at: EstBatchNorm(at.channels, at.eps, at.momentum, at.affine, **at.factory),
     over="n *",
-    batch_dependent=True,
     running_state=True,
+    train_equals_eval=True,
     exact_gradient=False,
     foldable=True,
 )

@@ -338,10 +338,8 @@ CARD = Card(
     ),
     axes=("n c *", "n * c"),
     rule=batch_group_norm_rule(2, 2),
-    batch_dependent=True,
     order_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     invariances=frozenset({"weight scale", "data scale"}),
 )
 
@@ -363,8 +361,6 @@ CARD_WEIGHING = Card(
     axes=("n c *", "n * c"),
     over="*",  # at inference, of the example itself
     rule=batch_group_norm_rule(),
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
 )

@@ -188,12 +188,9 @@ def batch_norm(
 
 
 CARD = Card(
-    name="batch_norm",
     title="Batch normalization",
-    kind="activation",
     word="bn",
     normalized_over="each channel, over the batch and all positions",
-    formula=batch_norm_rule().formula(),
     paper=Paper(
         "Ioffe, Sergey and Szegedy, Christian",
         "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
@@ -205,15 +202,12 @@ CARD = Card(
     weaknesses="depends on the batch: weak for small or correlated batches; training and inference compute different functions",
     module=BatchNorm,
     functional=batch_norm,
-    make=BatchNorm,
     build=lambda at: BatchNorm(
         at.channels, at.eps, at.momentum, at.affine, bias=at.bias, layout=at.axes, spatial=at.spatial, **at.factory
     ),
     axes=("n c *", "n * c"),
     rule=batch_norm_rule(),
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     foldable=True,
     invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
 )

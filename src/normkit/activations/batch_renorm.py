@@ -286,9 +286,7 @@ def _steps(norm: BatchRenorm) -> str:
 
 
 CARD = Card(
-    name="batch_renorm",
     title="Batch renormalization",
-    kind="activation",
     word="renorm",
     normalized_over="each channel, over the batch and all positions, then moved towards running statistics",
     formula="y = weight * ((x - E[x]) / sqrt(Var[x] + eps) * r + d) + bias, r and d clipped",
@@ -308,9 +306,7 @@ CARD = Card(
     option=whole_number("STEPS", None, of=_steps),
     axes=("n c *", "n * c"),
     over="n *",
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     exact_gradient=False,
     foldable=True,
 )

@@ -309,9 +309,7 @@ CARD_BATCH = Card(
     fits=lambda module: module.over == "n *",
     rule=conditional_norm_rule("n *"),
     extra=lambda x: (x.new_ones(x.shape[0], 2),),
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
 )
 
@@ -335,8 +333,6 @@ CARD_SPATIAL = Card(
     make=lambda channels: SpatiallyAdaptiveNorm(channels, 1, hidden=2),
     rule=conditional_norm_rule("n *", per="n c *"),
     extra=lambda x: (torch.ones_like(x[:, :1]).cumsum(-1) - 2,),  # a slope, whatever x is
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
 )

@@ -178,8 +178,6 @@ CARD = Card(
     build=lambda at: ExemplarNorm(at.channels, eps=at.eps, momentum=at.momentum_or(0.1), **at.factory),
     takes=(),
     over="n c *",
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     invariances=frozenset({"weight scale", "data scale"}),
 )

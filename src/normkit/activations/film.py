@@ -74,15 +74,7 @@ class FiLM(Module):
             nn.init.zeros_(self.linear.bias)
 
     def forward(self, input: Tensor, condition: Tensor) -> Tensor:
-        """Modulate by the condition.
-
-        Args:
-            input: (N, C, *), or (N, *, C) with channels last.
-            condition: (N, condition), or one for all samples: (condition,) or (1, condition).
-
-        Returns:
-            A tensor of the input's shape and dtype.
-        """
+        """Modulate by the condition (N, condition), or one for all samples: (condition,) or (1, condition)."""
         check_channels("FiLM", input, self.channels, "channels", self.layout)
         given, condition = condition, per_sample(condition)
         if condition.shape[1:] != (self.condition,) or condition.shape[0] not in (1, input.shape[0]):

@@ -82,26 +82,12 @@ class FixNorm(Module):
         self.fill(bias=0, gain=self.features**0.5)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Look up the embeddings of words, scaled by sqrt(D).
-
-        Args:
-            tokens: word numbers, (*).
-
-        Returns:
-            (*, D), in the dtype of the weight.
-        """
+        """Look up the embeddings of words, scaled by sqrt(D), in the dtype of the weight."""
         found = F.embedding(tokens, self.weight)
         return (_unit(found, self.eps) if self.fix_embeddings else found) * self.features**0.5
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute the logits of all words.
-
-        Args:
-            input: (*, D).
-
-        Returns:
-            (*, V), in the input's dtype.
-        """
+        """Compute the logits of all words."""
         check_last("FixNorm", input, self.features)
         check_shape("FixNorm", "weight", self.weight, self.vocabulary, self.features)
         return fix_norm(input, self.weight, self.bias, self.gain, self.eps, fix_embeddings=self.fix_embeddings)

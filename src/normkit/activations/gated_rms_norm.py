@@ -134,7 +134,6 @@ def gated_rms_norm(
 
 CARD = Card(
     title="Gated root mean square normalization",
-    word="",
     wordless="it takes a second input, the gate, which a norm's place does not have",
     normalized_over="each sample or token, over its features or groups of them, without centring",
     formula="y = weight * x / sqrt(E[x^2] + eps) * silu(gate)",
@@ -149,7 +148,6 @@ CARD = Card(
     weaknesses="needs a gate of the input's size",
     module=GatedRMSNorm,
     functional=gated_rms_norm,
-    make=GatedRMSNorm,
     # The same gate for every sample, so that a sample's output depends on no other.
     extra=lambda x: (torch.linspace(-2, 2, x.shape[1:].numel(), dtype=x.dtype).reshape(x.shape[1:]).expand(x.shape),),
     rule=gated_rms_norm_rule(),

@@ -245,10 +245,8 @@ CARD = Card(
     option=whole_number("SIZE", 16, of=lambda norm: norm.ghost_batch_size),
     axes=("n c *", "n * c"),
     rule=ghost_batch_norm_rule(2),
-    batch_dependent=True,
     order_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     foldable=True,
     invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
 )

@@ -73,14 +73,7 @@ class LearnedScale(Module):
         return self.weight * (self.start / self.unit)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Multiply by the scale.
-
-        Args:
-            input: (*, features).
-
-        Returns:
-            A tensor of the input's shape and dtype.
-        """
+        """Multiply by the scale."""
         return (input * self.scale).to(input.dtype)
 
 
@@ -121,15 +114,7 @@ class HypersphereResidual(Module):
         self.rate = LearnedScale(features, rate, features**-0.5, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, branch: Tensor) -> Tensor:
-        """Move the state.
-
-        Args:
-            input: (*, D), of length 1.
-            branch: output of attention or the MLP, of any length.
-
-        Returns:
-            A tensor of the input's shape and dtype, of length 1.
-        """
+        """Move the state, of length 1, toward the output of attention or the MLP, of any length."""
         if input.dim() < 1 or input.shape[-1] != self.features or input.shape != branch.shape:
             raise ShapeError(
                 f"HypersphereResidual: got {show(input.shape)} and {show(branch.shape)}, wanted two alike that end in "

@@ -137,7 +137,6 @@ CARD = Card(
     weaknesses="in convolutional networks usually behind batch and group normalization; can't be folded",
     module=LayerNorm,
     functional=layer_norm,
-    make=LayerNorm,
     build=lambda at: LayerNorm(at.shape, at.eps, at.affine, at.bias, over=at.over, **at.factory),
     option=one_of("AXES", "c", "c *", of=lambda norm: getattr(norm, "over", None) or ""),
     axes=("n c *", "n * c", "trailing"),

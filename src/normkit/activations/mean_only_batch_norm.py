@@ -134,9 +134,7 @@ CARD = Card(
     axes=("n c *", "n * c"),
     takes=("bias",),
     rule=mean_only_batch_norm_rule(),
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     foldable=True,
     invariances=frozenset({"data shift"}),
 )

@@ -71,14 +71,6 @@ class PartialRMSNorm(Module):
         self.register_affine((features,), elementwise_affine, bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize.
-
-        Args:
-            input: (*, D).
-
-        Returns:
-            A tensor of the input's shape and dtype.
-        """
         check_last("PartialRMSNorm", input, self.features)
         return _normalize(input, self.measured, self.weight, self.bias, Statistic(None, "rms", self.eps, self.guard))
 

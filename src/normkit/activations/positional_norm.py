@@ -68,14 +68,7 @@ class PositionalNorm(Layer):
         check_several("PositionalNorm", input, _SUPPORT)
 
     def moments(self, input: Tensor) -> PositionalMoments:
-        """Measure the mean and deviation of each position, for ``moment_shortcut``.
-
-        Args:
-            input: (N, C, *).
-
-        Returns:
-            Both of shape (N, 1, *), differentiable.
-        """
+        """Measure the mean and deviation of each position, (N, 1, *), differentiable, for ``moment_shortcut``."""
         return positional_moments(input, self.eps, self.correction)
 
 

@@ -71,19 +71,7 @@ class PreconditionedAttention(Module):
         dropout: float = 0.0,
         is_causal: bool = False,
     ) -> Tensor:
-        """Attend.
-
-        Args:
-            query: (*, L, D).
-            key: (*, S, D).
-            value: (*, S, E).
-            mask: boolean, True where a key takes part, or floating, added to the logits; broadcasts to (*, L, S).
-            dropout: probability of dropping an attention weight, in training only. Default: 0.
-            is_causal: whether each query sees only the keys up to its own position. Default: False.
-
-        Returns:
-            (*, L, E).
-        """
+        """Attend, by ``torch.nn.functional.scaled_dot_product_attention``, whose mask it takes; dropout is in training only."""
         options = {"dropout": dropout if self.training else 0.0, "is_causal": is_causal, "gradient": self.gradient}
         return preconditioned_attention(query, key, value, mask, self.eps, **options)
 

@@ -106,15 +106,7 @@ class QueryKeyNorm(Module):
         return 1.0 if self.form == "cosine" else self.features**-0.5
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalize queries, including the gain, and keys, for attention with ``scale``.
-
-        Args:
-            query: (*, D).
-            key: (*, D).
-
-        Returns:
-            Both in their own shape and dtype.
-        """
+        """Normalize queries, including the gain, and keys, for attention with ``scale``."""
         return self.q_norm(query), self.k_norm(key)
 
     def forward(
@@ -127,19 +119,7 @@ class QueryKeyNorm(Module):
         dropout: float = 0.0,
         is_causal: bool = False,
     ) -> Tensor:
-        """Attend.
-
-        Args:
-            query: (*, L, D).
-            key: (*, S, D).
-            value: (*, S, E).
-            mask: boolean, True where a key takes part, or floating, added to the logits; broadcasts to (*, L, S).
-            dropout: probability of dropping an attention weight, in training only. Default: 0.
-            is_causal: whether each query sees only the keys up to its own position. Default: False.
-
-        Returns:
-            (*, L, E).
-        """
+        """Attend, by ``torch.nn.functional.scaled_dot_product_attention``, whose mask it takes; dropout is in training only."""
         query, key = self.normalize(query, key)
         return F.scaled_dot_product_attention(
             query, key, value, mask, dropout if self.training else 0.0, is_causal, scale=self.scale

@@ -366,8 +366,6 @@ CARD = Card(
     ),
     rule=recurrent_batch_norm_rule(),
     layout="* d",
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
 )

@@ -361,7 +361,6 @@ def _card(cell: str, title: str, over: str, formula: str, *invariances: Invarian
     return Card(
         name=f"layer_norm_{cell}",
         title=f"Layer normalization in {title}",
-        word="",
         wordless="it is a recurrent cell, with norms and weights",
         normalized_over=f"each time step of each sample, over {over}",
         formula=formula,

@@ -186,7 +186,6 @@ CARD = Card(
     weaknesses="keeps the mean: not invariant to a shift of the features",
     module=RMSNorm,
     functional=rms_norm,
-    make=RMSNorm,
     build=lambda at: RMSNorm(at.shape, at.eps, at.affine, over=at.over, **at.factory),
     option=one_of("AXES", "c", "c *", of=lambda norm: getattr(norm, "over", None) or ""),
     axes=("n c *", "n * c", "trailing"),

@@ -188,8 +188,6 @@ CARD = Card(
     functional=switchable_norm,
     build=lambda at: SwitchableNorm(at.channels, at.eps, at.momentum_or(0.1), **at.factory),
     over="n c *",
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     invariances=frozenset({"weight scale", "data scale"}),
 )

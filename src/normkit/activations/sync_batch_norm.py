@@ -266,9 +266,7 @@ CARD = Card(
     ),
     axes=("n c *", "n * c"),
     rule=sync_batch_norm_rule(),
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     foldable=True,
     invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
 )

@@ -226,7 +226,6 @@ CARD = Card(
     name="muon_eq",
     title="Equilibrated Muon (MuonEq)",
     kind="gradient",
-    word="",
     normalized_over="the rows, columns or both of each matrix's momentum, before it is orthogonalized",
     formula="W <- W - lr * 0.2 sqrt(max(m, n)) * UV',  U S V' = D_r^(-1/2) b D_c^(-1/2)",
     paper=Paper(

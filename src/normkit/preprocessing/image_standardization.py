@@ -81,13 +81,8 @@ class ImageStandardization(Scaling):
         self.layout, self.maximum = layout, maximum
         if statistics is not None:
             mean, std = _constants(statistics)
-            self._store(
-                0,
-                {
-                    "mean": torch.tensor(mean, dtype=torch.float64),
-                    "var": torch.tensor(std, dtype=torch.float64).square(),
-                },
-            )
+            mean, std = torch.tensor([mean, std], dtype=torch.float64)
+            self._store(0, {"mean": mean, "var": std.square()})
 
     def partial_fit(self, batch: Tensor | tuple[Any, ...] | list[Any]) -> Self:
         if self.fitted and not int(self.count):
@@ -111,17 +106,7 @@ class ImageStandardization(Scaling):
         return deviation(self.mean, self.var, self.count)
 
     def inverse_transform(self, y: Tensor) -> Tensor:
-        """Undo ``transform``: floating pixels from 0 to ``maximum``, or to 1 if none was given.
-
-        Args:
-            y: what ``transform`` gives.
-
-        Returns:
-            A tensor of the input's dtype.
-
-        Raises:
-            ProtocolError, ShapeError, OptionError: as for ``transform``.
-        """
+        """Undo ``transform``: floating pixels from 0 to ``maximum``, or to 1 if none was given."""
         return super().inverse_transform(y) * (self.maximum or 1.0)
 
 

@@ -80,14 +80,6 @@ class UnitLength(_PerSample):
         self.order, self.support = float(order), support
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale each sample.
-
-        Args:
-            x: a tensor of the support's axes.
-
-        Returns:
-            A tensor of the input's shape and dtype.
-        """
         dtype = accumulation_dtype(x.dtype)
         split = self.support.split(x.shape)
         z = x.reshape(split.shape).to(dtype)
@@ -139,14 +131,6 @@ class GlobalContrast(_PerSample):
         self.scale, self.regularizer, self.eps, self.support = scale, regularizer, eps, support
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale each image.
-
-        Args:
-            x: a tensor of the support's axes.
-
-        Returns:
-            A tensor of the input's shape and dtype.
-        """
         accumulation_dtype(x.dtype)
         split = self.support.split(x.shape)
         if 0 in split.shape:

@@ -151,6 +151,17 @@ def weight_layout(layer: nn.Module, name: str = "weight") -> WeightLayout:
     return WeightLayout()
 
 
+def layout_of_several(layer: nn.Module, name: str, who: str) -> WeightLayout:
+    """The layout of a layer's weight; OptionError where an output unit has one element, which minus its mean is zero."""
+    weight, layout = weight_of(layer, name, who), weight_layout(layer, name)
+    if weight.dim() < 2 or layout.rows.split(weight.shape).count == 1:
+        raise OptionError(
+            f"{who}: the {name} of {type(layer).__name__} ({show(weight.shape)}) has one element for each output unit, which "
+            "minus its mean is zero; leave this layer out"
+        )
+    return layout
+
+
 def hooked_weight(layer: nn.Module, name: str) -> tuple[str, Tensor] | None:
     """Find which of torch's hook-based utilities computes a weight before each pass, and from which parameter, or None.
 

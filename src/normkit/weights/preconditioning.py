@@ -105,10 +105,6 @@ class Precondition(Parametrization):
             else:
                 raise OptionError(f"Precondition: {side} is a {type(given).__name__}; wanted a tensor or a function")
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The preconditioned weight, of the weight's dtype."""
-        return self.made(weight)
-
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
         """The preconditioned weight by torch's operators."""
         matrix = self.layout.matrix(weight.to(accumulation_dtype(weight.dtype)))
@@ -147,12 +143,7 @@ class Precondition(Parametrization):
         """No kernel: the matrices are anyone's."""
         return None
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """The raw weight that assigning a weight stores: that weight itself."""
-        return weight
-
     def extra_repr(self) -> str:
-        """The arguments."""
         sides = []
         for side in ("left", "right"):
             given = getattr(self, side)
@@ -241,5 +232,4 @@ CARD = Card(
     module=Precondition,
     functional=preconditioned,
     make=_by_rows,
-    foldable=True,
 )

@@ -117,12 +117,7 @@ class Equilibrate(RowScaling):
         self._statistic = Statistic(None, "norm", eps, "floor")
         self.by_rows = mode == "row" and self.layout.output_axis == 0
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The conditioned weight, of the weight's dtype."""
-        return self.made(weight)
-
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
-        """The conditioned weight by PyTorch's operators."""
         x = weight.to(accumulation_dtype(weight.dtype))
         if self.mode == "jacobi":
             n, axis = x.shape[self.layout.output_axis], self.layout.output_axis
@@ -142,10 +137,6 @@ class Equilibrate(RowScaling):
                 y = self._times(self._times(y, self.rows, left), self.columns, right)
         return (y if self.gain == 1.0 else y * self.gain).to(weight.dtype)
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """The raw weight that assigning a weight stores: that weight itself."""
-        return weight
-
     def row_factors(self, weight: Tensor) -> Tensor | None:
         """The diagonal of the left preconditioner, times the gain; None if columns are scaled too."""
         if self.mode not in ("row", "jacobi") or self.layout.output_axis != 0:
@@ -155,7 +146,6 @@ class Equilibrate(RowScaling):
         return factors if self.gain == 1.0 else factors * self.gain
 
     def options(self) -> tuple[object, ...]:
-        """The options that the plan depends on, besides the weight's shape and dtype."""
         return self.mode, self.order, self.iterations, self.eps, self.gradient, self.gain
 
     def plan(self, weight: Tensor) -> kernels.Plan | None:
@@ -376,6 +366,5 @@ CARD = Card(
     functional=equilibrate,
     make=weight_conditioning,
     rule=weight_conditioning_rule(),
-    foldable=True,
     invariances=frozenset({"weight scale", "row scale"}),
 )
