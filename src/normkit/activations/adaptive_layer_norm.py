@@ -63,8 +63,6 @@ class AdaLayerNorm(Layer):
         eps: added to the variance. Default: 1e-6.
         zero: initialize the linear layer to zero, so that y is plain layer normalization; else as ``torch.nn.Linear`` does.
             Default: True.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         input (N, *, D) and condition (N, condition) or (N, *, condition), any axis but the last may be 1; the output has
@@ -139,8 +137,6 @@ class AdaLayerNormZeroBlock(Module):
         attn: the first branch, which keeps the shape (N, L, D).
         mlp: the second branch, likewise.
         eps: eps of both layer normalizations. Default: 1e-6.
-        device: device of the modulation's parameters.
-        dtype: dtype of the modulation's parameters.
 
     Shape:
         input (N, *, D) and condition (N, condition) or (N, *, condition), any axis but the last may be 1; the output has
@@ -196,8 +192,6 @@ class AdaLayerNormOutput(Module):
         condition: size of the condition.
         outputs: number of output features.
         eps: added to the variance. Default: 1e-6.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         input (N, *, D) and condition (N, condition) or (N, *, condition), any axis but the last may be 1; output

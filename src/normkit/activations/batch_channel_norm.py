@@ -39,8 +39,6 @@ class EstBatchNorm(Module, TorchBatchNorm):
         momentum: weight of the batch in the running statistics; None averages all batches so far with equal weight.
             Default: 0.1.
         affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *); the output has the same shape. N may be 0.
@@ -100,8 +98,6 @@ class BatchChannelNorm(Module, TorchBatchNorm):
         momentum: weight of the new value in the running averages; None for the cumulative average. Default: 0.1.
         affine: whether both steps have a weight (starts at 1) and a bias (at 0). Default: True.
         estimate: for micro-batches, use running statistics in the first step, as EstBatchNorm does. Default: False.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *); the output has the same shape. N may be 0.

@@ -71,8 +71,6 @@ class BatchGroupNorm(Layer):
         alpha: the example's weight in evaluation, 0 to 1. Default: 1 for one example per group, as in group norm, else 0.
         bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
-from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
-from normkit.core.memory import Running, RunningStatistics, recomputed
+from normkit.core.memory import RunningStatistics, recomputed
 from normkit.core.moments import Moments
-from normkit.core.rule import Rule, remembered
-from normkit.core.statistic import Statistic
-from normkit.core.support import Support, show
+from normkit.core.rule import Rule
+from normkit.core.support import show
 from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.call import Call, Output
 from normkit.engine.dispatch import Activation, Backend, run
-from normkit.engine.layer import Layer, check_channels, check_layout, check_several, given_statistics
+from normkit.engine.layer import Layer, channels_rule, check_channels, check_several, given_statistics
 
 _NONE: tuple[int, Moments | None] = 0, None  # passes since the last update, and their moments
 
 
-@remembered
-def batch_norm_rule(
-    eps: float = 1e-5, momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True
-) -> Rule:
-    """Batch normalization as data."""
-    support = Support(check_layout("BatchNorm", layout), over="n *")
-    return Rule(support, Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
+batch_norm_rule = partial(channels_rule, "BatchNorm", "n *")
 
 
 class BatchNorm(Layer, TorchBatchNorm):
@@ -60,8 +53,6 @@ class BatchNorm(Layer, TorchBatchNorm):
         spatial: axes of positions: 1, 2 or 3 refuses inputs of another rank, as torch's BatchNorm1d (which takes (N, C) too), 2d
             and 3d do; None takes any. Default: None.
         accumulate: training passes whose batches count as one in the running statistics. Default: 1.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.

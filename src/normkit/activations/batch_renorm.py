@@ -109,8 +109,6 @@ class BatchRenorm(Layer):
         schedule: the bounds by the number of training steps. Default: the paper's, RenormSchedule().
         bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.

@@ -74,8 +74,6 @@ class ConditionalNorm(_Normalizer):
         over: ``"*"`` for instance, ``"n *"`` for batch normalization. Default: ``"*"``.
         eps: added to the variance. Default: 1e-5.
         momentum: weight of the new value in batch normalization's running averages; None for cumulative. Default: 0.1.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         input (N, C, *); condition (N,) of integers, (N, classes) or (N, features); the output has the input's shape.
@@ -167,8 +165,6 @@ class SpatiallyAdaptiveNorm(_Normalizer):
         over: ``"n *"`` for batch, ``"*"`` for instance normalization. Default: ``"n *"``.
         eps: added to the variance. Default: 1e-5.
         momentum: weight of the new value in batch normalization's running averages; None for cumulative. Default: 0.1.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         input (N, C, L) or (N, C, H, W), map (N, M, *) of as many axes and any size; the output has the input's shape.

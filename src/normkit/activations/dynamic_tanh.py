@@ -33,8 +33,6 @@ class DynamicTanh(Module):
         layout: ``"* d"`` for features last, ``"n c *"`` for channels first. Default: ``"* d"``.
         elementwise_affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
         bias: False omits the bias. Default: True.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (*, *normalized_shape), or (N, C, *) with channels first; the output has the same shape.

@@ -35,8 +35,6 @@ class ExemplarNorm(Module):
         hidden: number of hidden units. Default: 6.
         eps: added to the variances. Default: 1e-5.
         momentum: weight of the new value in the running averages. Default: 0.1.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *); the output has the same shape.

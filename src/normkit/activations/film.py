@@ -28,8 +28,6 @@ class FiLM(Module):
         condition: size of the condition.
         zero: initialize the linear layer to zero, so that y = x; else as ``torch.nn.Linear`` does. Default: False.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         input (N, C, *), or (N, *, C) with channels last, and condition (N, condition); the output has the shape and dtype of

@@ -40,8 +40,6 @@ class FilterResponseNorm(Layer):
         tlu: whether there is a threshold; it starts at 0, as a rectifier. Default: True.
         learned_eps: whether eps is learned, as the absolute value of a parameter ``eps_weight`` that starts at ``eps``, for
             which the paper then uses 1e-4. Default: False.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *); the output has the same shape.

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
-from normkit.core.rule import Rule, remembered
-from normkit.core.statistic import Statistic
-from normkit.core.support import Support, check_shape
+from normkit.core.support import check_shape
 from normkit.engine.dispatch import run
-from normkit.engine.layer import check_last
+from normkit.engine.layer import check_last, tokens_rule
 
 
 class FixNorm(Module):
@@ -30,8 +28,6 @@ class FixNorm(Module):
         fix_output: divide h by its norm, and multiply it by a learned scalar that starts at sqrt(D). Default: True.
         bias: whether there is a bias per word (starts at 0). Default: True.
         eps: floor of the norms. Default: 1e-5.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (*, D) to logits (*, V), in the input's dtype; ``embed`` takes word numbers (*) to (*, D).
@@ -125,13 +121,8 @@ def fix_norm(
     return (logits if bias is None else logits + bias).to(input.dtype)
 
 
-@remembered
-def _rule(eps: float) -> Rule:
-    return Rule(Support("* d", over="d"), Statistic(None, "norm", eps, "floor"))
-
-
 def _unit(x: Tensor, eps: float) -> Tensor:
-    return run(_rule(eps), x)
+    return run(tokens_rule("norm", eps, "floor"), x)
 
 
 CARD = Card(

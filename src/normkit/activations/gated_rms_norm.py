@@ -41,8 +41,6 @@ class GatedRMSNorm(Module):
         groups: number of groups of features, each with its own root mean square. Default: 1.
         cast: when a half type is rounded: ``"after weight"`` once at the end, ``"before weight"`` (transformers) also after
             normalizing and after the weight. In float32 and float64 both are the same. Default: "after weight".
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         input (*, D) and gate of the same shape; the output has this shape too.

@@ -30,8 +30,6 @@ class GDN(Module):
         inverse: whether to multiply (IGDN). Default: False.
         beta_min: the least beta, above 0. Default: 1e-6.
         gamma_init: initial diagonal of gamma; beta starts at 1. Default: 0.1.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *); the output has the same shape.

@@ -68,8 +68,6 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
         permute: whether sub-batches are drawn at random. Default: False.
         bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.

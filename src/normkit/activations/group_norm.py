@@ -38,8 +38,6 @@ class GroupNorm(Layer, nn.GroupNorm):
         bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
         activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *) or, with channels last, (N, *, C); the output has the same shape.

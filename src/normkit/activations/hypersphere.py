@@ -9,16 +9,9 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module
-from normkit.core.rule import Rule, remembered
-from normkit.core.statistic import Statistic
-from normkit.core.support import Support, check_shape, show
+from normkit.core.support import check_shape, show
 from normkit.engine.dispatch import run
-
-
-@remembered
-def hypersphere_rule(eps: float = 1e-12) -> Rule:
-    """Projecting each token onto the unit sphere, as data."""
-    return Rule(Support("* d", over="d"), Statistic(None, "norm", eps, "floor"))
+from normkit.engine.layer import tokens_rule
 
 
 class LearnedScale(Module):
@@ -32,8 +25,6 @@ class LearnedScale(Module):
         features: number of scales; 1 for a common one.
         start: initial s. Default: 1.
         unit: initial weight. Default: 1.
-        device: device of the parameter.
-        dtype: dtype of the parameter.
 
     Shape:
         (*, features); the output has the same shape, in the input's dtype.
@@ -87,8 +78,6 @@ class HypersphereResidual(Module):
         features: features D.
         rate: initial step a. Default: 0.05, as published.
         eps: floor of the norms. Default: 1e-12.
-        device: device of the parameter.
-        dtype: dtype of the parameter.
 
     Shape:
         h (*, D), of length 1, and branch of the same shape; the output has this shape and length 1.
@@ -139,7 +128,7 @@ def hypersphere(input: Tensor, eps: float = 1e-12) -> Tensor:
     >>> hypersphere(torch.tensor([[3.0, 4.0]]))
     tensor([[0.6000, 0.8000]])
     """
-    return run(hypersphere_rule(eps), input)
+    return run(tokens_rule("norm", eps, "floor"), input)
 
 
 def hypersphere_residual(input: Tensor, branch: Tensor, rate: Tensor | float, eps: float = 1e-12) -> Tensor:

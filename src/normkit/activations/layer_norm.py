@@ -49,8 +49,6 @@ class LayerNorm(Layer, nn.LayerNorm):
             all, as for queries whose heads have gains of their own; None for the trailing axes. Default: None.
         per: with ``over``, ``""`` for one scalar weight and bias; None for one per channel. Default: None.
         activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (*, *normalized_shape), or (N, C, *) with ``over``; the output has the same shape.

@@ -36,8 +36,6 @@ class MeanOnlyBatchNorm(Layer):
         bias: whether there is a bias (starts at 0). Default: True.
         track_running_stats: whether there is a running mean; without, the batch's mean is always used. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        device: device of the parameter.
-        dtype: dtype of the parameter.
 
     Shape:
         (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.

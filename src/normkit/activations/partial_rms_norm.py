@@ -30,8 +30,6 @@ class PartialRMSNorm(Module):
             Default: "outside".
         elementwise_affine: whether there is a weight (starts at 1). Default: True.
         bias: True adds a bias (starts at 0). Default: False.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (*, D); the output has the same shape.

@@ -10,18 +10,10 @@ from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
-from normkit.core.rule import Rule, remembered
-from normkit.core.statistic import Statistic
-from normkit.core.support import Support
 from normkit.engine.dispatch import run
+from normkit.engine.layer import tokens_rule
 
 Gradient = Literal["full", "detach"]
-
-
-@remembered
-def preconditioned_attention_rule(eps: float = 1e-12) -> Rule:
-    """The normalization of each row of the attention matrix, as data."""
-    return Rule(Support("* d", over="d"), Statistic(None, "norm", eps, "floor"))
 
 
 class PreconditionedAttention(Module):
@@ -95,7 +87,7 @@ def preconditioned_attention(
     wide = accumulation_dtype(query.dtype)
     rows = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal)
     if gradient == "full":
-        return run(preconditioned_attention_rule(eps), rows)
+        return run(tokens_rule("norm", eps, "floor"), rows)
     x = rows.to(wide)
     return (x / torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True).clamp_min(eps)).to(rows.dtype)
 
@@ -122,7 +114,7 @@ CARD = Card(
     module=PreconditionedAttention,
     functional=preconditioned_attention,
     make=lambda features: PreconditionedAttention(),
-    rule=preconditioned_attention_rule(),
+    rule=tokens_rule("norm", 1e-12, "floor"),
     layout="* d",
     extra=_example_key_and_value,
 )

@@ -47,8 +47,6 @@ class QueryKeyNorm(Module):
         length: L, the 97.5th percentile of the training sequences' lengths: g starts at log2(L^2 - L). Needed by the cosine
             form, and by it alone.
         eps: floor of the norm (cosine), else added inside the root. Default: 1e-6.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         queries (*, L, D), keys (*, S, D), values (*, S, E); output (*, L, E).

@@ -51,8 +51,6 @@ class RecurrentBatchNorm(Layer):
         gain: initial weight; 0.1 keeps the gates that follow unsaturated. Default: 1.
         bias: False omits the bias (which starts at 0). Default: True.
         batch_first: whether inputs are (N, T, C) rather than (T, N, C). Default: False.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (T, N, C), or (N, T, C) with ``batch_first``; the output has the same shape. Sequence-wise without lengths any (*, C).
@@ -211,8 +209,6 @@ class BatchNormRNN(Module):
         statistics: as for RecurrentBatchNorm. Default: "sequence".
         max_length: as for RecurrentBatchNorm.
         batch_first: whether inputs are (N, T, C) rather than (T, N, C). Default: False.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (T, N, input_size) to (T, N, hidden_size), and the last real state (N, hidden_size).
@@ -280,8 +276,6 @@ class BatchNormLSTM(Module):
         eps: added to the variances. Default: 1e-5.
         momentum: weight of the new value in the running averages. Default: 0.1.
         batch_first: whether inputs are (N, T, C) rather than (T, N, C). Default: False.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (T, N, input_size) to (T, N, hidden_size), and the last real states (N, hidden_size) of output and cell.

@@ -57,8 +57,6 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
             normalized input to the input's dtype before multiplying. In float32 and float64 both are the same.
             Default: "after weight".
         activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (*, *normalized_shape), or (N, C, *) with ``over``; the output has the same shape, in the input's dtype.

@@ -35,8 +35,6 @@ class SwitchableNorm(Module):
         momentum: weight of the new value in the running averages. Default: 0.1 (0.9 in the authors' notation).
         correction: 1 divides the instance's variance, from which the others follow, by the number of positions minus 1, as
             the authors' code does; 0 by their number. Default: 0.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *); the output has the same shape.

@@ -26,7 +26,6 @@ class MinMaxScaling(Scaling):
         high: image of the largest training value. Default: 1.
         clip: whether to clip to low and high. Default: False.
         support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        device: device of the statistics.
         dtype: dtype of the statistics. Default: float64.
 
     Shape:
@@ -86,7 +85,6 @@ class ZScore(Scaling):
 
     Args:
         support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        device: device of the statistics.
         dtype: dtype of the statistics. Default: float64.
 
     Shape:
@@ -120,7 +118,6 @@ class MeanNormalization(Scaling):
 
     Args:
         support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        device: device of the statistics.
         dtype: dtype of the statistics. Default: float64.
 
     Shape:
@@ -152,7 +149,6 @@ class MaxAbsScaling(Scaling):
 
     Args:
         support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        device: device of the statistics.
         dtype: dtype of the statistics. Default: float64.
 
     Shape:

@@ -38,7 +38,6 @@ class ImageStandardization(Scaling):
             None to measure them. ``fit`` replaces them.
         layout: ``"n c *"``, ``"n * c"`` for channels last, or ``"c *"`` for one image. Default: ``"n c *"``.
         maximum: the largest pixel value. Default: 255 for uint8, else 1.
-        device: device of the statistics.
         dtype: dtype of the statistics. Default: float64.
 
     Shape:

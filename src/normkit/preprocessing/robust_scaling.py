@@ -24,7 +24,6 @@ class RobustScaling(Scaling):
     Args:
         quantiles: the two quantiles in percent. Default: (25, 75).
         support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        device: device of the statistics.
         dtype: dtype of the statistics. Default: float64.
 
     Shape:

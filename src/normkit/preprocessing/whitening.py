@@ -34,7 +34,6 @@ class Whitening(Fitted):
         rank_tolerance: directions whose variance is below this fraction of the largest are dropped. Default: 1e-10.
         support: its only kept axis holds the features. Default: ``Support("n d", over="n")``;
             ``Support("n c *", over="n *")`` whitens channels.
-        device: device of the statistics.
         dtype: dtype of the statistics. Default: float64.
 
     Shape:
