@@ -9,11 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from normkit.activations.batch_channel_norm import BatchChannelNorm, EstBatchNorm, batch_channel_norm, est_batch_norm
-from normkit.activations.batch_group_norm import BatchGroupNorm, batch_group_norm, example_weighing
-from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule
-from normkit.activations.mean_only_batch_norm import MeanOnlyBatchNorm
+from normkit import BatchChannelNorm, BatchGroupNorm, BatchRenorm, EstBatchNorm, MeanOnlyBatchNorm
 from normkit.core.errors import OptionError, ShapeError
+from normkit.functional import RenormSchedule, batch_channel_norm, batch_group_norm, est_batch_norm, example_weighing
 
 # Mean-only batch normalization
 

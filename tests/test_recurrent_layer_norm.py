@@ -6,12 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import normkit as nk
-from normkit.activations.recurrent_layer_norm import (
-    LayerNormGRUCell,
-    LayerNormLSTMCell,
-    LayerNormRecurrent,
-    LayerNormRNNCell,
-)
+from normkit import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRecurrent, LayerNormRNNCell
 from normkit.core.errors import ShapeError, SurgeryError
 
 CELLS = ["lstm", "gru", "rnn"]

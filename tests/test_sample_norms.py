@@ -5,19 +5,18 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from normkit.activations.batch_norm import BatchNorm
-from normkit.activations.exemplar_norm import ExemplarNorm, exemplar_norm
-from normkit.activations.filter_response_norm import FilterResponseNorm, filter_response_norm
-from normkit.activations.instance_norm import instance_norm
-from normkit.activations.layer_norm import layer_norm
-from normkit.activations.positional_norm import (
-    PositionalNorm,
-    moment_shortcut,
+from normkit import BatchNorm, ExemplarNorm, FilterResponseNorm, PositionalNorm, SwitchableNorm
+from normkit.activations.positional_norm import moment_shortcut
+from normkit.core.errors import OptionError, ShapeError
+from normkit.functional import (
+    exemplar_norm,
+    filter_response_norm,
+    instance_norm,
+    layer_norm,
     positional_moments,
     positional_norm,
+    switchable_norm,
 )
-from normkit.activations.switchable_norm import SwitchableNorm, switchable_norm
-from normkit.core.errors import OptionError, ShapeError
 
 # Exemplar normalization
 

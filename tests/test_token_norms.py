@@ -8,19 +8,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from normkit.activations.dynamic_tanh import DynamicTanh
-from normkit.activations.fix_norm import FixNorm, fix_norm
-from normkit.activations.hypersphere import (
-    LearnedScale,
+from normkit import DynamicTanh, FixNorm, LearnedScale, PartialRMSNorm, QueryKeyNorm, RMSNorm, ScaleNorm
+from normkit.core.errors import OptionError, ShapeError
+from normkit.functional import (
+    fix_norm,
     hypersphere,
     hypersphere_residual,
+    partial_rms_norm,
+    query_key_norm,
     renormalize_,
+    rms_norm,
+    scale_norm,
 )
-from normkit.activations.partial_rms_norm import PartialRMSNorm, partial_rms_norm
-from normkit.activations.query_key_norm import QueryKeyNorm, query_key_norm
-from normkit.activations.rms_norm import RMSNorm, rms_norm
-from normkit.activations.scale_norm import ScaleNorm, scale_norm
-from normkit.core.errors import OptionError, ShapeError
 
 # Partial RMS normalization
 

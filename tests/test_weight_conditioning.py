@@ -13,9 +13,8 @@ from torch.testing import assert_close
 
 from normkit.core.errors import BackendError, OptionError
 from normkit.engine.library import why_not
-from normkit.weights import output_scaling
-from normkit.weights.layout import WeightLayout, weight_layout
-from normkit.weights.weight_conditioning import Equilibrate, equilibrate, weight_conditioning
+from normkit.functional import equilibrate
+from normkit.weights import Equilibrate, WeightLayout, output_scaling, weight_conditioning, weight_layout
 
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 4), (3, 2, 5)),
