@@ -71,15 +71,7 @@ class LocalContrastNorm(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return local_contrast_norm(
-            input,
-            self.size,
-            self.window,
-            self.alpha,
-            self.beta,
-            self.k,
-            form=self.form,
-            sigma=self.sigma,
-            eps=self.eps,
+            input, self.size, self.window, self.alpha, self.beta, self.k, form=self.form, sigma=self.sigma, eps=self.eps
         )
 
     def extra_repr(self) -> str:

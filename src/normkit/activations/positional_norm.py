@@ -73,12 +73,7 @@ class PositionalNorm(Layer):
 
 
 def positional_norm(
-    input: Tensor,
-    eps: float = 1e-5,
-    correction: int = 1,
-    *,
-    mask: Tensor | None = None,
-    backend: Backend = "auto",
+    input: Tensor, eps: float = 1e-5, correction: int = 1, *, mask: Tensor | None = None, backend: Backend = "auto"
 ) -> Tensor:
     """Positional normalization as a function; see PositionalNorm.
 

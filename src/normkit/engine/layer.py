@@ -217,12 +217,7 @@ def check_layout(who: str, layout: str) -> str:
 
 @remembered
 def channels_rule(
-    who: str,
-    over: str,
-    eps: float = 1e-5,
-    momentum: float | None = 0.1,
-    layout: str = "n c *",
-    memory: bool = True,
+    who: str, over: str, eps: float = 1e-5, momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True
 ) -> Rule:
     """Centre and scale over ``"n *"`` or ``"*"``, with a weight and bias per channel and, if wanted, running averages."""
     support = Support(check_layout(who, layout), over=over)

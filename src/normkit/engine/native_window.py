@@ -81,12 +81,7 @@ def _forward(x: Tensor, plan: _Plan) -> Tensor:
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
-        x: Tensor,
-        dim: int,
-        before: int,
-        after: int,
-        definition: Callable[[Tensor, int, int, int], Tensor],
+        ctx: Any, x: Tensor, dim: int, before: int, after: int, definition: Callable[[Tensor, int, int, int], Tensor]
     ) -> Tensor:
         ctx.window, ctx.definition = (dim, before, after), definition
         return _total(x, dim, before, after)

@@ -158,11 +158,7 @@ def _channels_last(weight: Tensor) -> bool:
 
 
 def normalize(
-    weight: Tensor,
-    gain: Tensor | None,
-    plan: Plan,
-    definition: Callable[..., Tensor],
-    spare: Spare | None = None,
+    weight: Tensor, gain: Tensor | None, plan: Plan, definition: Callable[..., Tensor], spare: Spare | None = None
 ) -> Tensor:
     """Normalize one weight, for which ``takes`` holds, on the kernels; ``spare`` keeps its memory from step to step."""
     if torch.is_grad_enabled() and (weight.requires_grad or (gain is not None and gain.requires_grad)):
