@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+import normkit as nk
 from normkit import BatchNorm, ExemplarNorm, PositionalNorm, SwitchableNorm
 from normkit.activations.positional_norm import moment_shortcut
 from normkit.functional import instance_norm, layer_norm, positional_moments, positional_norm, switchable_norm
@@ -87,6 +88,15 @@ def test_a_sample_with_a_single_real_position_does_not_spoil_the_others() -> Non
     assert norm.running_var.isfinite().all()
     gradients = torch.autograd.grad(y.square().sum(), [x, *norm.parameters()])
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+# Filter response normalization
+
+
+def test_a_learned_eps_counts_by_its_absolute_value() -> None:
+    x, learned = torch.randn(2, 3, 4, 5, dtype=torch.float64), nk.FilterResponseNorm(3, 1e-4, learned_eps=True).double()
+    nn.init.constant_(learned.eps_weight, -1e-4)
+    assert_close(learned(x), nk.FilterResponseNorm(3, 1e-4).double()(x), rtol=1e-9, atol=0)
 
 
 # Positional normalization

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from normkit.core.errors import OptionError, closest
+from normkit.core.errors import OptionError, check_options
 
 Placement = Literal["pre", "post", "sandwich", "branch", "none", "deep", "mix", "scaled"]
 Scheme = Literal["pre", "post", "sandwich", "branch", "deep", "mix", "scaled", "hybrid"]
@@ -67,11 +67,7 @@ def place(placement: Placement, layer: int | None = None, depth: int | None = No
     >>> str(place("scaled", layer=4)), str(place("deep", depth=8))
     ('x + f(0.5 norm(x))', 'norm(2 x + f(x))')
     """
-    if placement not in get_args(Placement):
-        known = get_args(Placement)
-        raise OptionError(
-            f"placement={placement!r}; wanted one of {', '.join(map(repr, known))}{closest(str(placement), known)}"
-        )
+    check_options("Residual", placement=(placement, Placement))
     needed = {"deep": {"depth": depth}, "mix": {"layer": layer, "depth": depth}, "scaled": {"layer": layer}}
     for name, number in needed.get(placement, {}).items():
         if number is None or number < 1:
@@ -97,11 +93,7 @@ def places(scheme: Scheme, layer: int, depth: int) -> tuple[Place, Place]:
     paper draws that norm as the feed-forward's, whose input and skip connection both start behind it: the same network (Zhuo et
     al., "HybridNorm" (2025), https://arxiv.org/abs/2503.04598).
     """
-    if scheme not in get_args(Scheme):
-        known = get_args(Scheme)
-        raise OptionError(
-            f"scheme={scheme!r}; wanted one of {', '.join(map(repr, known))}{closest(str(scheme), known)}"
-        )
+    check_options("places", scheme=(scheme, Scheme))
     if scheme == "hybrid":
         return Place("post"), Place("none")
     found = place(scheme, layer, depth)

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, check_shape, divisors, show
 from normkit.engine.dispatch import Backend, run
-from normkit.engine.layer import Cast, check_cast
+from normkit.engine.layer import Cast
 
 
 @remembered
@@ -74,7 +74,7 @@ class GatedRMSNorm(Module):
             raise OptionError(
                 f"GatedRMSNorm: {features} features do not split into groups={groups}; wanted one of {divisors(features)}"
             )
-        check_cast("GatedRMSNorm", cast)
+        check_options("GatedRMSNorm", cast=(cast, Cast))
         self.features, self.eps, self.groups, self.norm_before_gate = features, eps, groups, norm_before_gate
         self.cast: Cast = cast
         self.weight = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
@@ -114,7 +114,7 @@ def gated_rms_norm(
     if input.dim() < 1:
         raise ShapeError("gated_rms_norm: got an input without axes; wanted (*, D)")
     check_shape("gated_rms_norm", "weight", weight, input.shape[-1])
-    check_cast("gated_rms_norm", cast)
+    check_options("gated_rms_norm", cast=(cast, Cast))
     rule = gated_rms_norm_rule(eps, groups)
     if gate is None and cast == "after weight":
         return run(rule, input, weight, backend=backend)

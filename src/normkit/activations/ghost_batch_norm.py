@@ -8,7 +8,7 @@ from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, check_options
 from normkit.core.memory import Running, RunningMoments, RunningStatistics
 from normkit.core.module import whole
 from normkit.core.moments import Moments
@@ -34,8 +34,7 @@ def ghost_batch_norm_rule(
 ) -> Rule:
     """Ghost batch normalization of a batch that divides into sub-batches, as data."""
     support = Support(check_layout("GhostBatchNorm", layout).replace("n", "(b n)"), over="n *", n=ghost_batch_size)
-    if memory not in ("mean", "sequential", "moments"):
-        raise OptionError(f"ghost_batch_norm: memory={memory!r}; wanted 'mean', 'sequential' or 'moments'")
+    check_options("ghost_batch_norm", memory=(memory, Memory))
     running = RunningMoments(momentum) if memory == "moments" else Running(momentum)
     return Rule(support, Statistic("mean", "std", eps), Affine("c"), running)
 

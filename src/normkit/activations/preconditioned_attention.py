@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, check_options
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.engine.dispatch import run
@@ -46,8 +46,7 @@ class PreconditionedAttention(Module):
 
     def __init__(self, eps: float = 1e-12, *, gradient: Gradient = "full") -> None:
         super().__init__()
-        if gradient not in ("full", "detach"):
-            raise OptionError(f"PreconditionedAttention: gradient={gradient!r}; wanted 'full' or 'detach'")
+        check_options("PreconditionedAttention", gradient=(gradient, Gradient))
         if not eps > 0:
             raise OptionError(f"PreconditionedAttention: eps={eps}; wanted a number above 0, the floor of a norm")
         self.eps = eps

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
@@ -23,8 +23,7 @@ Form = Literal["cosine", "rms", "layer"]
 @remembered
 def query_key_norm_rule(form: Form = "cosine", eps: float = 1e-6) -> Rule:
     """The normalization of queries and keys, as data."""
-    if form not in ("cosine", "rms", "layer"):
-        raise OptionError(f"QueryKeyNorm: form={form!r}; wanted 'cosine', 'rms' or 'layer'")
+    check_options("QueryKeyNorm", form=(form, Form))
     statistic = {
         "cosine": Statistic(None, "norm", eps, "floor"),
         "rms": Statistic(None, "rms", eps),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
@@ -25,13 +25,12 @@ def recurrent_batch_norm_rule(
     statistics: Statistics = "sequence", eps: float = 1e-5, momentum: float = 0.1, batch_first: bool = False
 ) -> Rule:
     """Recurrent batch normalization as data."""
+    check_options("RecurrentBatchNorm", statistics=(statistics, Statistics))
     statistic = Statistic("mean", "std", eps)
     if statistics == "sequence":  # over samples and steps alike, so the order of the two axes does not matter
         return Rule(Support("n * c", over="n *"), statistic, Affine("c"), Running(momentum))
-    if statistics == "frame":
-        support = Support("n t c" if batch_first else "t n c", over="n")
-        return Rule(support, statistic, Affine("c"), Running(momentum, per="t c"))
-    raise OptionError(f"RecurrentBatchNorm: statistics={statistics!r}; wanted 'sequence' or 'frame'")
+    support = Support("n t c" if batch_first else "t n c", over="n")
+    return Rule(support, statistic, Affine("c"), Running(momentum, per="t c"))
 
 
 class RecurrentBatchNorm(Layer):
@@ -236,8 +235,7 @@ class BatchNormRNN(Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if nonlinearity not in ("tanh", "relu"):
-            raise OptionError(f"BatchNormRNN: nonlinearity={nonlinearity!r}; wanted 'tanh' or 'relu'")
+        check_options("BatchNormRNN", nonlinearity=(nonlinearity, ("tanh", "relu")))
         factory = {"device": device, "dtype": dtype}
         self.nonlinearity, self.batch_first = nonlinearity, batch_first
         self.input = nn.Linear(input_size, hidden_size, bias=False, **factory)

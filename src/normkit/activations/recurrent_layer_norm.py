@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Invariance, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule
@@ -101,8 +101,7 @@ class LayerNormRNNCell(_Cell):
         self, input_size: int, hidden_size: int, *, nonlinearity: str = "tanh", eps: float = 1e-5, **factory: Any
     ) -> None:
         super().__init__(input_size, hidden_size, eps, **factory)
-        if nonlinearity not in ("tanh", "relu"):
-            raise OptionError(f"LayerNormRNNCell: nonlinearity={nonlinearity!r}; wanted 'tanh' or 'relu'")
+        check_options("LayerNormRNNCell", nonlinearity=(nonlinearity, ("tanh", "relu")))
         self.nonlinearity = nonlinearity
         self.norm = _Norm(hidden_size, eps, **factory)
         self.reset_parameters()

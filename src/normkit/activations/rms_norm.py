@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
+from normkit.core.errors import check_options
 from normkit.core.module import trailing_sizes
 from normkit.core.place import one_of
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Guard, Statistic
 from normkit.engine.dispatch import Activation, Backend, run
-from normkit.engine.layer import Cast, Layer, check_cast, check_features, features_support
+from normkit.engine.layer import Cast, Layer, check_features, features_support
 from normkit.engine.reference import activate
 
 
@@ -93,7 +94,7 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
     ) -> None:
         shape = trailing_sizes("RMSNorm", normalized_shape)
         check_features("RMSNorm", shape, over, None)
-        check_cast("RMSNorm", cast)
+        check_options("RMSNorm", cast=(cast, Cast))
         super().__init__(shape, eps, elementwise_affine, device=device, dtype=dtype)
         self.activation = activation
         self.over, self.offset, self.cast = over, offset, cast
@@ -144,7 +145,7 @@ def rms_norm(
     """
     shape = trailing_sizes("rms_norm", normalized_shape)
     check_features("rms_norm", shape, over, None, input)
-    check_cast("rms_norm", cast)
+    check_options("rms_norm", cast=(cast, Cast))
     rule = rms_norm_rule(len(shape), eps, over, guard, offset)
     if cast == "before weight":
         return _rounded_first(rule, input, weight, bias, mask, backend)

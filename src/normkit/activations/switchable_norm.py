@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError
+from normkit.core.errors import check_options
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.module import Module
 from normkit.core.moments import Moments, accumulation_dtype, moments
@@ -69,8 +69,7 @@ class SwitchableNorm(Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if correction not in (0, 1):
-            raise OptionError(f"SwitchableNorm: correction={correction}; wanted 0 or 1")
+        check_options("SwitchableNorm", correction=(correction, (0, 1)))
         self.num_features, self.eps, self.momentum, self.correction = num_features, eps, momentum, correction
         factory = {"device": device, "dtype": dtype}
         self.register_affine((num_features,), **factory)

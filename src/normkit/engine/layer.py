@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
@@ -210,8 +210,7 @@ def _activates(kind: type) -> bool:
 
 def check_layout(who: str, layout: str) -> str:
     """The layout of channels, unless it is neither first nor last."""
-    if layout not in ("n c *", "n * c"):
-        raise OptionError(f"{who}: layout={layout!r}; wanted one of 'n c *', 'n * c'")
+    check_options(who, layout=(layout, ("n c *", "n * c")))
     return layout
 
 
@@ -301,12 +300,6 @@ def check_features(
         )
     if input is not None:
         check_channels(who, input, shape[0], "normalized_shape", "n c *")
-
-
-def check_cast(who: str, cast: str) -> None:
-    """Refuse another word for when a half type is rounded."""
-    if cast not in ("after weight", "before weight"):
-        raise OptionError(f"{who}: cast={cast!r}; wanted 'after weight' or 'before weight'")
 
 
 def given_statistics(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import OptionError, ProtocolError
+from normkit.core.errors import OptionError, ProtocolError, check_options
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.rule import Rule
@@ -75,8 +75,7 @@ class UnitLength(_PerSample):
 
     def __init__(self, order: float = 2, *, support: Support = PER_SAMPLE) -> None:
         super().__init__()
-        if order not in (1, 2, math.inf):
-            raise OptionError(f"UnitLength: order={order!r}; wanted 1, 2 or math.inf")
+        check_options("UnitLength", order=(order, (1, 2, math.inf)))
         self.order, self.support = float(order), support
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.support import Support, show
 
 View = Literal["operator", "unfold"]
@@ -56,8 +56,7 @@ class WeightLayout:
         Raises:
             OptionError: an unknown view.
         """
-        if view not in ("operator", "unfold"):
-            raise OptionError(f"columns: view={view!r}; wanted 'operator' or 'unfold'")
+        check_options("columns", view=(view, View))
         over = "o *" if view == "operator" else "o"
         if self.output_axis == 1:
             return Support("i o *", over=over)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.moments import accumulation_dtype
 from normkit.core.support import show
 from normkit.weights import kernels
@@ -94,8 +94,7 @@ class Precondition(Parametrization):
             raise OptionError(
                 "Precondition: neither left= nor right= is given; wanted a tensor or a function for one of them"
             )
-        if gradient not in ("full", "detach"):
-            raise OptionError(f"Precondition: gradient={gradient!r}; wanted 'full' or 'detach'")
+        check_options("Precondition", gradient=(gradient, Gradient))
         self.layout, self.gradient = layout or WeightLayout(), gradient
         for side, given in (("left", left), ("right", right)):
             if isinstance(given, Tensor):

@@ -1,12 +1,12 @@
 """Weight conditioning: a diagonal preconditioner, computed from the weight, that equalizes its rows or columns."""
 
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import BackendError, OptionError, closest
+from normkit.core.errors import BackendError, OptionError, check_options
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
@@ -103,9 +103,8 @@ class Equilibrate(RowScaling):
         path: Path = "auto",
     ) -> None:
         super().__init__()
-        _check(
-            mode=(mode, Mode), order=(order, Order), gradient=(gradient, Gradient), view=(view, View), path=(path, Path)
-        )
+        check_options("Equilibrate", mode=(mode, Mode), order=(order, Order), gradient=(gradient, Gradient))
+        check_options("Equilibrate", view=(view, View), path=(path, Path))
         if not eps > 0:
             raise OptionError(f"Equilibrate: eps={eps}; wanted a number above 0, the floor of a norm")
         if iterations < 1:
@@ -337,13 +336,6 @@ def equilibrate(
     )
     part.check(weight)
     return part(weight)
-
-
-def _check(**options: tuple[str, Any]) -> None:
-    for option, (got, known) in options.items():
-        if got not in get_args(known):
-            meant = f"; wanted one of {', '.join(map(repr, get_args(known)))}{closest(str(got), get_args(known))}"
-            raise OptionError(f"Equilibrate: {option}={got!r}{meant}")
 
 
 CARD = Card(
