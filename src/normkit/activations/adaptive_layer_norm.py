@@ -99,7 +99,6 @@ class AdaLayerNorm(Layer):
         self.complete()
 
     def reset_parameters(self) -> None:
-        """Initialize the modulation."""
         linear: Any = self.adaLN_modulation[1]
         linear.reset_parameters()
         if self.zero:

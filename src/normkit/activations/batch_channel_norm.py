@@ -155,7 +155,6 @@ class BatchChannelNorm(Module, TorchBatchNorm):
         return _kept_rules(self, self.num_groups)
 
     def reset_parameters(self) -> None:
-        """Set weights to 1 and biases to 0, and forget the running statistics."""
         super().reset_parameters()
         self.fill(group_weight=1, group_bias=0)
 

@@ -192,7 +192,6 @@ class BatchRenorm(Layer):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        """The arguments."""
         text = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, {self.schedule}"
         return text + self.repr_options(layout="n c *")
 

@@ -84,7 +84,6 @@ class DynamicTanh(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set alpha to its initial value, the shift to 0, the weight to 1 and the bias to 0."""
         super().reset_parameters()
         self.fill(alpha=self.init_alpha, shift=0)
 

@@ -81,7 +81,6 @@ class ExemplarNorm(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the weights to 1, the biases to 0, all shares to 1/3, and forget the running averages."""
         self.reduce.reset_parameters()
         self.hidden.reset_parameters()
         super().reset_parameters()

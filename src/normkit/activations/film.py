@@ -65,7 +65,6 @@ class FiLM(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize the linear layer."""
         self.linear.reset_parameters()
         if self.zero:
             nn.init.zeros_(self.linear.weight)

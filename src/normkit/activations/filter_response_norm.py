@@ -78,7 +78,6 @@ class FilterResponseNorm(Layer):
         self.complete()
 
     def reset_parameters(self) -> None:
-        """Set the weight to 1, bias and threshold to 0, a learned eps to ``eps``."""
         super().reset_parameters()
         self.fill(tau=0, eps_weight=self.eps)
 

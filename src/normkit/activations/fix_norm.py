@@ -70,7 +70,6 @@ class FixNorm(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize the parameters."""
         if self.fix_embeddings:
             nn.init.uniform_(self.weight, -0.01, 0.01)
         else:

@@ -81,7 +81,6 @@ class GatedRMSNorm(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the weight to 1."""
         self.fill(weight=1)
 
     def forward(self, input: Tensor, gate: Tensor | None = None) -> Tensor:

@@ -68,7 +68,6 @@ class GDN(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set beta to 1 and gamma to ``gamma_init`` on its diagonal, nearly 0 elsewhere."""
         nn.init.constant_(self.beta, (1 - self.beta_min) ** 0.5)
         nn.init.constant_(self.gamma, _START)
         with torch.no_grad():

@@ -54,7 +54,6 @@ class LearnedScale(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize the weight."""
         nn.init.constant_(self.weight, self.unit)
 
     @property

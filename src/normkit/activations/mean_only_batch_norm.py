@@ -83,7 +83,6 @@ class MeanOnlyBatchNorm(Layer):
         return None if mean is None else RunningStatistics(mean, mean.new_empty(0), self.num_batches_tracked)
 
     def extra_repr(self) -> str:
-        """The arguments."""
         text = f"{self.num_features}, momentum={self.momentum}, bias={self.bias is not None}"
         text += f", track_running_stats={self.track_running_stats}"
         return text + self.repr_options(layout="n c *")

@@ -91,7 +91,6 @@ class QueryKeyNorm(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize the parameters."""
         self.q_norm.reset_parameters()
         self.k_norm.reset_parameters()
         if self.length is not None:

@@ -106,7 +106,6 @@ class RecurrentBatchNorm(Layer):
         return recurrent_batch_norm_rule(self.statistics, self.eps, self.momentum, self.batch_first)
 
     def reset_parameters(self) -> None:
-        """Set the weight to the gain and the bias to 0, and forget the running statistics."""
         super().reset_parameters()
         self.fill(weight=self.gain)
 

@@ -104,7 +104,6 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         self.complete()
 
     def reset_parameters(self) -> None:
-        """Set the weight to 1 - offset and the bias to 0."""
         self.fill(weight=1 - self.offset, bias=0)
 
     def make_rule(self) -> Rule:

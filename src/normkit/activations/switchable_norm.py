@@ -79,7 +79,6 @@ class SwitchableNorm(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the weight and all logits to 1, the bias to 0, and forget the running averages."""
         super().reset_parameters()
         self.fill(mean_weight=1, var_weight=1)
 

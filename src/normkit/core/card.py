@@ -70,12 +70,12 @@ class Card:
         extra: for conditioned layers, maps an example of the first input of forward to the others.
         batch_dependent: a sample's training output depends on other samples, as in every layer with running statistics.
         order_dependent: a sample's training output depends on its position in the batch.
-        running_state: it keeps running statistics.
+        running_state: it keeps running statistics, or (inputs) those that it was fitted on.
         train_equals_eval: training and inference compute the same function. Default: unless a layer has running statistics.
         exact_gradient: the backward pass is the derivative of the training output; False where the method deliberately treats
             something that depends on the input as a constant.
         foldable: it can be baked into the weights for inference, as every parametrization of weights.
-        invertible: the input can be recovered from the output (inputs).
+        invertible: the input can be recovered from the output (inputs): where statistics of the data are kept.
         streams: its statistics can be accumulated batch by batch without approximation (inputs).
         fits: for a class with several cards, whether an instance is this method; None on the default card.
         invariances: changes of a linear layer's weight or data that leave its normalized output unchanged.
@@ -124,12 +124,15 @@ class Card:
 
     def __post_init__(self) -> None:
         keeps = self.kind == "activation" and self.running_state
+        fitted = self.kind == "input" and bool(getattr(self.module, "statistics", ()))
         follows = {
             "name": self.name or self.functional.__name__,
             "make": self._plainly if self.make is _made else self.make,
             "formula": self.formula or (self.rule.formula() if self.rule is not None else ""),
             "batch_dependent": self.batch_dependent or keeps,
             "train_equals_eval": not keeps if self.train_equals_eval is None else self.train_equals_eval,
+            "running_state": self.running_state or fitted,
+            "invertible": self.invertible or fitted,
             "foldable": self.foldable or self.kind == "weight",
             "axes": self.axes or (("n c *",) if self.layout == "n c *" else ("n * c",)),
         }

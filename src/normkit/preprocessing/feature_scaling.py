@@ -210,14 +210,7 @@ def max_abs_scaling(input: Tensor, support: Support | None = None) -> Tensor:
     return MaxAbsScaling(support, **like(input)).fit(input)(input)
 
 
-_card = partial(
-    Card,
-    kind="input",
-    normalized_over="each feature, over the training data",
-    running_state=True,
-    invertible=True,
-    streams=True,
-)
+_card = partial(Card, kind="input", normalized_over="each feature, over the training data", streams=True)
 
 CARD_MIN_MAX = _card(
     title="Min-max scaling",

@@ -165,7 +165,5 @@ CARD = Card(
     module=ImageStandardization,
     functional=image_standardization,
     make=lambda features: ImageStandardization(None),
-    running_state=True,
-    invertible=True,
     streams=True,
 )

@@ -130,6 +130,4 @@ CARD = Card(
     weaknesses="does not stream: fitting holds all data in memory; outliers stay as large as they are",
     module=RobustScaling,
     functional=robust_scaling,
-    running_state=True,
-    invertible=True,
 )

@@ -185,7 +185,5 @@ CARD = Card(
     weaknesses="cubic in the features; needs more samples than features; amplifies noise in directions of little variance",
     module=Whitening,
     functional=whitening,
-    running_state=True,
-    invertible=True,
     streams=True,
 )

@@ -66,13 +66,7 @@ class WeightLayout:
         """The axes of a contiguous weight in the order of memory, merged to groups x far x kept x inner.
 
         Rows of axis-0 layouts and columns of axis-1 layouts belong to one (group, far); the others to one (group, kept).
-
-        Args:
-            shape: shape of a weight of two axes or more.
-            view: what a column is, as for ``columns``.
-
-        Returns:
-            The four sizes, or None where the sets are laid out otherwise.
+        None where the sets are laid out otherwise.
 
         >>> WeightLayout(groups=2).nest(torch.Size([4, 3, 5, 5])), WeightLayout(groups=2).nest(torch.Size([4, 3, 5, 5]), "unfold")
         ((2, 2, 3, 25), (2, 2, 75, 1))

@@ -206,7 +206,6 @@ class Equilibrate(RowScaling):
             )
 
     def extra_repr(self) -> str:
-        """The arguments that apply."""
         order = f", order={self.order!r}" + (f", iterations={self.iterations}" if self.order == "ruiz" else "")
         return (
             f"mode={self.mode!r}{order if self.mode == 'rowcol' else ''}, gradient={self.gradient!r}, gain={self.gain:g}, "
