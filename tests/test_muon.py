@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from normkit.core.errors import OptionError
 from normkit.gradients import Muon, matrix_groups, orthogonalize
 from normkit.weights.layout import weight_layout
 
@@ -139,19 +138,3 @@ def test_a_convolution_is_a_matrix_and_the_state_is_kept() -> None:
         optimizer.step()
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"lr": -1.0}, "lr=-1.0"),
-        ({"momentum": 1.0}, "momentum=1.0"),
-        ({"equilibrate": "rows"}, "equilibrate='rows'"),
-        ({"second_moment": 2.0}, "second_moment=2.0"),
-    ],
-)
-def test_refusals(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(OptionError, match=words):
-        Muon(_model(), **options)
-    with pytest.raises(OptionError, match=r"shape \(3,\) among the matrices"):
-        Muon([{"params": [nn.Parameter(torch.ones(3))], "matrices": True}])

@@ -112,10 +112,7 @@ def _by_hand(made: Any, scheme: str, k: int, x: Tensor, heads: int = 2) -> Tenso
     if scheme == "hybrid":
         x = norm(x + attend(x), layer.norm1)
         return x + feed(x)
-    for f, own, after in (
-        (attend, layer.norm1, layer.norm1_after),
-        (feed, layer.norm2, layer.norm2_after),
-    ):
+    for f, own, after in ((attend, layer.norm1, layer.norm1_after), (feed, layer.norm2, layer.norm2_after)):
         if scheme in ("post", "deep") or (scheme == "mix" and k < 1):
             x = norm((8**0.25 if scheme == "deep" else 1) * x + f(x), own)
         elif scheme == "branch":
