@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from normkit.core.errors import OptionError
+from normkit.diagnostics.second_derivative import refuse_reentrant
+from normkit.diagnostics.subject import Where, chosen, target_of
 from normkit.surgery.recalibrate import forward_batch
 from normkit.surgery.watch import forked, tensors_in
 
@@ -106,7 +108,7 @@ def activations(
     batches: Iterable[Any],
     loss: Callable[[Any, Any], Tensor] | None = None,
     *,
-    where: Callable[[str, nn.Module], bool] | None = None,
+    where: Where | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> list[Signal]:
     """Measure mean, deviation, kurtosis, dead and saturated parts of every module's output, and the deviation of its gradient.
@@ -128,7 +130,7 @@ def activations(
         A row per module whose output is, or begins with, a floating tensor, in the order of the first call.
 
     Raises:
-        OptionError: there are no batches.
+        OptionError: there are no batches, a loss and a batch without a target, or reentrant checkpointing with a loss.
 
     >>> model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU())
     >>> model[0].weight.data = torch.tensor([[1.0], [-1.0]])
@@ -137,31 +139,30 @@ def activations(
     0 Linear 0.0 2.236 0.0
     1 ReLU 1.0 1.225 0.5
     """
-    seen, count = dict[nn.Module, _Seen](), 0
+    seen, count, names, passing = dict[nn.Module, _Seen](), 0, chosen(model, where), True
 
     def see(module: nn.Module, args: Any, output: Any) -> None:
         found = next(tensors_in(output), None)
-        if found is not None and found.is_floating_point():
+        # Checkpointing calls modules again in the backward pass.
+        if passing and found is not None and found.is_floating_point():
             seen.setdefault(module, _Seen(module)).see(found, loss is not None)
 
-    names = {
-        module: name
-        for name, module in model.named_modules()
-        if (where(name, module) if where is not None else not any(True for _ in module.children()))
-    }
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with ExitStack() as stack, forked(), torch.set_grad_enabled(loss is not None):
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code calls no hooks
         for module in names:
             stack.callback(module.register_forward_hook(see).remove)
         for buffer, value in buffers:
             stack.callback(buffer.data.copy_, value)
         for batch in batches:
-            count += 1
+            count, passing = count + 1, True
             output = (forward or forward_batch)(model, batch)
+            passing = False
             if loss is not None:
-                target = batch["labels"] if isinstance(batch, Mapping) else batch[1]
+                value = loss(output, target_of(batch, "activations"))
+                refuse_reentrant(value, "activations")
                 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-                torch.autograd.grad(loss(output, target), trained, allow_unused=True)
+                torch.autograd.grad(value, trained, allow_unused=True)
     if not count:
         raise OptionError("activations: there are no batches; a generator can be walked only once, give a fresh one")
     return [found.row(names[module]) for module, found in seen.items()]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit.core.errors import OptionError
+from normkit.diagnostics.subject import target_of
 from normkit.surgery.recalibrate import forward_batch, recalibrate
 
 _BUFFERS = ("running_mean", "running_var", "running_std")
@@ -53,7 +54,7 @@ class Gap(list[LayerGap]):
         """Put the statistics of their inputs into the layers whose distance is beyond a threshold; return their names."""
         chosen = [row.name for row in self if row.distance > beyond]
         for name in chosen:
-            _write(self._model.get_submodule(name), self._found[name])
+            _write(_layer(self._model, name), self._found[name])
         return chosen
 
 
@@ -96,12 +97,12 @@ def gap(
     twin = copy.deepcopy(model)
     changes = recalibrate(twin, batches, limit=limit, forward=forward)
     names = ["" if row.layer == "(model)" else row.layer for row in changes.rows]
-    found = {name: _statistics(twin.get_submodule(name)) for name in names}
+    found = {name: _statistics(_layer(twin, name)) for name in names}
     twin, rows = copy.deepcopy(model).eval(), Gap(model, found)
     if loss is not None:
         rows.loss, rows.accuracy = _scores(twin, batches, loss, forward)
     for name in names:
-        layer = twin.get_submodule(name)
+        layer = _layer(twin, name)
         before, cost, gain = _statistics(layer), None, None
         distance = _distance(before, found[name], getattr(layer, "eps", 0.0))
         if loss is not None and rows.loss is not None:
@@ -129,6 +130,12 @@ def _distance(before: dict[str, Tensor], real: dict[str, Tensor], eps: float) ->
     return distance_of(means[0], deviation(before), means[1], deviation(real))
 
 
+def _layer(model: nn.Module, name: str) -> nn.Module:
+    """The layer of a name, out of its wrapper if it is compiled."""
+    layer = model.get_submodule(name)
+    return getattr(layer, "_orig_mod", layer)
+
+
 def _statistics(layer: nn.Module) -> dict[str, Tensor]:
     return {key: value.clone() for key in _BUFFERS if (value := layer._buffers.get(key)) is not None}
 
@@ -148,7 +155,7 @@ def _scores(
     """Mean loss and accuracy over all batches; no accuracy where outputs are not scores of classes."""
     total, right, count, classes = 0.0, 0, 0, True
     for batch in batches:
-        output, target = (forward or forward_batch)(model, batch), batch[1]
+        output, target = (forward or forward_batch)(model, batch), target_of(batch, "gap")
         total += loss(output, target).item() * len(target)
         count += len(target)
         classes = classes and output.dim() == 2 and target.dim() == 1 and not target.is_floating_point()

@@ -78,8 +78,9 @@ class Audit(tuple[Finding, ...]):
     It is made of findings in any order, and of notes, which say what could not be looked at, and why.
 
     >>> print(Audit([Finding("zero_rows", "head", {"rows": 2}, "error", "give them a direction")]))
-    severity  module  kind       evidence  cure
-    error     head    zero_rows  rows 2    give them a direction
+    severity  module  kind       evidence
+    error     head    zero_rows  rows 2
+    zero_rows: give them a direction
     """
 
     notes: tuple[str, ...]
@@ -120,14 +121,16 @@ class Audit(tuple[Finding, ...]):
         return json.dumps({"findings": rows, "notes": self.notes})
 
     def __str__(self) -> str:
-        table, more = [("severity", "module", "kind", "evidence", "cure")], dict[str, int]()
+        table, kinds = [("severity", "module", "kind", "evidence")], dict[str, list[Finding]]()
         for each in self:
-            more[each.kind] = more.get(each.kind, -_SHOWN) + 1
-            if more[each.kind] <= 0:
-                table.append((each.severity, each.module, each.kind, each.told, each.cure))
+            kinds.setdefault(each.kind, []).append(each)
+        for alike in kinds.values():
+            table += [(each.severity, each.module, each.kind, each.told) for each in alike[:_SHOWN]]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)][:-1]
         lines = ["  ".join([*map(str.ljust, row, widths), row[-1]]) for row in table] if self else ["nothing found"]
-        lines += [f"{kind}: {number} more modules" for kind, number in more.items() if number > 0]
+        for kind, alike in kinds.items():
+            more = f" ({len(alike) - _SHOWN} more modules)" if len(alike) > _SHOWN else ""
+            lines.append(f"{kind}{more}: {alike[0].cure}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import is_lazy
 
 from normkit.catalogue.citation import card_of
-from normkit.core.errors import OptionError, ShapeError, SurgeryError
+from normkit.core.errors import ShapeError, SurgeryError
 from normkit.core.support import Support
 from normkit.diagnostics.audit.attention import Logits
+from normkit.diagnostics.subject import refuse_lazy
 from normkit.engine.layer import Layer
+from normkit.engine.plan import is_dense
 from normkit.surgery.changes import label
 from normkit.surgery.norms import Norm, is_norm, reach, read_norm
 from normkit.surgery.transaction import Transaction
@@ -106,9 +107,7 @@ class Observed:
 
 def prepare(model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer | None, forward: Any) -> Observed:
     """Recognize the norms of a model, and how it takes a batch."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(tensor):
-            raise OptionError(f"audit: {name} has no size yet; run the model once on an example first")
+    refuse_lazy(model, "audit")
     example = batch
     if isinstance(batch, list | tuple):
         wrapped = getattr(model, "_orig_mod", model)  # compiled
@@ -132,6 +131,7 @@ def observe(seen: Observed, loss: Loss | None) -> None:
     set_training(seen.model)
     hooks = _Hooks()
     with ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code calls no hooks
         hooks.put(seen, stack)
         try:
             with Logits(seen.model, stack) as logits:
@@ -256,7 +256,7 @@ class _Hooks:
                 x.register_hook(partial(_take_sums, norm, x.dim() - 1 - len(getattr(layer, "kernel_size", ()))))
         with torch.no_grad():
             norm.calls.append(_measured(norm, x.detach(), module.training))
-        if _is_dense(x):
+        if is_dense(x.shape, x.stride()):
             self._strides[id(norm)] = x.stride()
 
     def _leave(self, norm: Seen, module: nn.Module, args: Any, output: Any) -> None:
@@ -264,7 +264,7 @@ class _Hooks:
             return
         call, strides = norm.calls[-1], self._strides.get(id(norm))
         call.training = module.training  # as a hook, or the module itself, may have set it
-        if strides is not None and output.shape == call.shape and _is_dense(output):
+        if strides is not None and output.shape == call.shape and is_dense(output.shape, output.stride()):
             axes = zip(call.shape, strides, output.stride(), strict=True)
             if any(size > 1 and before != after for size, before, after in axes):
                 call.moved = output.numel() * output.element_size()
@@ -298,16 +298,6 @@ def _measured(norm: Seen, x: Tensor, training: bool) -> Call:
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether elements fill their memory in some order of the axes, each once."""
-    expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _take_sums(norm: Seen, channel: int, gradient: Tensor) -> None:
