@@ -41,6 +41,8 @@ def test_a_condition_number_is_a_ratio_of_singular_values() -> None:
     assert condition_number(torch.diag(torch.tensor([1.0, 1e-11]))) < math.inf
     assert math.isnan(condition_number(torch.tensor([[math.nan, 1.0]])))
     assert math.isnan(chi(torch.tensor([[math.inf, 1.0]])))
+    turned = a.double() * torch.tensor([1, 1j, -1])[:, None]  # by a unitary matrix
+    assert math.isclose(condition_number(turned), condition_number(a), rel_tol=1e-12)
     assert chi(torch.ones(2, 2)) == math.inf
     for bad in (torch.randn(3), torch.randn(2, 2, 2), torch.zeros(0, 3)):
         with pytest.raises(ShapeError, match="wanted a matrix"):

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import normkit as nk
@@ -154,6 +155,31 @@ def test_the_gradient_is_that_of_the_output() -> None:
     assert_close(row.gradient_std, model[1].weight.detach().std(correction=0).item())
 
 
+class Twice(nn.Module):
+    """A checkpointed layer, a conditioned one, and attention, whose projection is not called by itself."""
+
+    def __init__(self, reentrant: bool = False) -> None:
+        super().__init__()
+        self.body, self.last, self.reentrant = nn.Linear(4, 4), weight_conditioning(nn.Linear(4, 3)), reentrant
+        self.mix = nn.MultiheadAttention(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.body, x.clone().requires_grad_(), use_reentrant=self.reentrant)
+        return self.last(self.mix(x, x, x)[0])
+
+
+def test_every_call_counts_once() -> None:
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    compiled = torch.compile(Twice(), backend="eager")
+    compiled(x)  # compiled code calls no hooks
+    for model in (Twice(), compiled):
+        found = {row.name.removeprefix("_orig_mod."): row for row in activations(model, [(x, y)], F.cross_entropy)}
+        assert {name: row.elements for name, row in found.items()} == {"body": 24, "mix": 24, "last": 18}
+        assert all(row.gradient_std for row in found.values())
+    with pytest.raises(OptionError, match="use_reentrant=False"):
+        activations(Twice(True), [(x, y)], F.cross_entropy)
+
+
 # The gap
 
 
@@ -200,6 +226,12 @@ def test_gaps_that_can_not_be_measured() -> None:
         gap(model, iter(batches), F.cross_entropy)
     with pytest.raises(SurgeryError, match="no batch normalization"):
         gap(nn.Linear(2, 2), batches)
+    for batch, got in ((batches[0][0], "a Tensor"), ({"input": batches[0][0]}, "a dict of input")):
+        for measure in (gap, activations):
+            with pytest.raises(OptionError, match=f"{measure.__name__}: a loss needs .* got {got}"):
+                measure(model, [batch], F.cross_entropy)
+    model[1] = torch.compile(model[1], backend="eager")
+    assert gap(model, batches)[0].name == "1"
 
 
 # The command and the figures

@@ -58,15 +58,8 @@ class Signal:
 class Stream:
     """The first four central moments of all elements that are added, in float64, merged part by part.
 
-    Reference:
-        Pebay, "Formulas for Robust, One-Pass Parallel Computation of Covariances and Arbitrary-Order Statistical Moments" (2008),
-        https://doi.org/10.2172/1028931.
-
-    >>> stream = Stream()
-    >>> for part in (torch.tensor([0.0, 0.0, 1.0]), torch.tensor([1.0])):
-    ...     stream.add(part)
-    >>> stream.mean, stream.std, round(stream.kurtosis, 6)
-    (0.5, 0.5, 1.0)
+    Reference: Pebay, "Formulas for Robust, One-Pass Parallel Computation of Covariances and Arbitrary-Order Statistical Moments"
+    (2008), https://doi.org/10.2172/1028931.
     """
 
     def __init__(self) -> None:

@@ -62,19 +62,7 @@ def condition_number(matrix: Tensor) -> float:
 
 
 def chi(matrix: Tensor) -> float:
-    """Compute the largest row norm over the smallest singular value, which row equilibration minimizes.
-
-    Args:
-        matrix: a tensor of two axes.
-
-    Returns:
-        As ``condition_number``; between kappa / sqrt(m) and kappa.
-
-    Raises:
-        ShapeError: another number of axes, or no elements.
-
-    Reference:
-        van der Sluis (1969), https://doi.org/10.1007/BF02165096.
+    """Compute the largest row norm over the smallest singular value: between kappa / sqrt(m) and kappa; E minimizes it.
 
     >>> round(chi(torch.tensor([[3.0, 4.0], [4.0, 3.0]])), 6)
     5.0

@@ -70,14 +70,7 @@ class Monitor:
     (['activation/0/mean', 'activation/0/std', 'activation/0/zero'], None)
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        every: int = 100,
-        *,
-        share: float = 0.02,
-        where: Where | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, every: int = 100, *, share: float = 0.02, where: Where | None = None) -> None:
         if every < 1 or not share > 0:
             raise OptionError(f"Monitor: every={every}, share={share}; wanted steps from 1, and a share above 0")
         inner: Any = model

@@ -13,7 +13,7 @@ from normkit.diagnostics.lanczos import dominant
 # Up to this smaller side all singular values are computed; those of larger matrices take minutes.
 EXACT = 1024
 # A singular value this far below the largest is rounding error, and the matrix is singular.
-RANK = 1e-12
+_RANK = 1e-12
 _CHUNK = 4096  # rows of a tall matrix that are in float64 at a time
 
 
@@ -28,7 +28,13 @@ class Spectrum(NamedTuple):
     @property
     def condition(self) -> float:
         """The largest over the smallest; infinity if the matrix is singular, NaN if an element is not finite."""
-        return math.inf if self.smallest <= RANK * self.largest else self.largest / self.smallest
+        return condition_of(torch.tensor([self.largest, self.smallest], dtype=torch.float64)).item()
+
+
+def condition_of(values: Tensor) -> Tensor:
+    """The ratio of the first to the last along the last axis of descending singular values; infinity where that is rounding."""
+    high, low = values[..., 0], values[..., -1]
+    return torch.where(low <= _RANK * high, math.inf, high / low)
 
 
 def spectrum(matrix: Tensor, *, exact: float = EXACT) -> Spectrum:
@@ -37,16 +43,8 @@ def spectrum(matrix: Tensor, *, exact: float = EXACT) -> Spectrum:
     A tall matrix is reduced to its triangular factor R, block by block, so that it is never in float64 as a whole. Where the
     smaller side is above ``exact``, Lanczos finds the largest eigenvalue of R'R and that of its inverse, by solving with R.
 
-    Args:
-        matrix: of two axes, not empty.
-        exact: smaller side up to which all singular values are computed. Default: 1024.
-
-    Returns:
-        All values in descending order if they were computed; the largest and the smallest; a bound of their relative error: that
-        of rounding, times κ, and by Lanczos half the relative residual, as so near to each that was found is an eigenvalue.
-
-    Raises:
-        BackendError: scipy is missing, and the matrix is large.
+    The bound of the relative error is that of rounding, times κ, and by Lanczos half the relative residual, as so near to each
+    that was found is an eigenvalue.
 
     >>> found = spectrum(torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]]))
     >>> found.largest, found.smallest, round(found.condition, 4)
@@ -66,7 +64,7 @@ def spectrum(matrix: Tensor, *, exact: float = EXACT) -> Spectrum:
     options: dict[str, Any] = {"tolerance": 1e-9, "limit": 5000, "who": "spectrum"}
     one = dominant(lambda x: r.mH @ (r @ x), start, **options)
     largest = math.sqrt(one.value)
-    if r.diagonal().abs().min() <= RANK * largest:
+    if r.diagonal().abs().min() <= _RANK * largest:
         return _ends(None, largest, 0.0, rounding)
 
     def inverse(x: Tensor) -> Tensor:

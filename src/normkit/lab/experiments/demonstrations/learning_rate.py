@@ -55,15 +55,10 @@ def run(bench: Bench) -> dict[str, Any]:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Factors, and what came of them."""
-    lines = [
-        [
-            *(f"{v:g}" for v in (*row["curvatures"], row["rate"])),
-            *(f"{v:.3f}" for v in row["factors"]),
-            f"{row['end']:.2g}",
-            "converges" if row["converges"] else "diverges",
-        ]
-        for row in result["rows"]
-    ]
+    lines = []
+    for row in result["rows"]:
+        given, factors = (f"{v:g}" for v in (*row["curvatures"], row["rate"])), (f"{v:.3f}" for v in row["factors"])
+        lines.append([*given, *factors, f"{row['end']:.2g}", "converges" if row["converges"] else "diverges"])
     columns = ("λ₁", "λ₂", "rate", "factor of w₁", "factor of w₂", f"distance after {STEPS} steps", "descent")
     return [Table("Factors per step", columns, lines)]
 
