@@ -271,6 +271,15 @@ def test_all_is_left_as_it_was(again: bool | None, fails: bool) -> None:
     assert after[1] == rest
 
 
+def test_reentrant_checkpointing_of_the_first_layer_is_seen() -> None:
+    class First(Images):
+        def forward(self, x: Tensor) -> Tensor:
+            x = checkpoint(lambda x: self.norm(self.first(x)), x.clone().requires_grad_(), use_reentrant=True)
+            return self.head(x.relu().mean((2, 3)))
+
+    assert [each.kind for each in nk.audit(First(), IMAGES)] == ["checkpointed_batch_norm"]
+
+
 def test_a_step_in_the_backward_pass_does_not_happen() -> None:
     model = Images()
     model.head.weight.register_post_accumulate_grad_hook(lambda p: p.data.zero_())

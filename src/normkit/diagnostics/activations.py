@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit.core.errors import OptionError
-from normkit.diagnostics.second_derivative import refuse_reentrant
-from normkit.diagnostics.subject import Where, chosen, target_of
+from normkit.diagnostics.subject import Where, chosen, refuse_reentrant, target_of
 from normkit.surgery.recalibrate import forward_batch
 from normkit.surgery.watch import forked, tensors_in
 

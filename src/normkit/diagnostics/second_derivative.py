@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from normkit.core.errors import OptionError
-from normkit.diagnostics.subject import refuse_lazy
+from normkit.diagnostics.subject import refuse_lazy, refuse_reentrant
 from normkit.surgery.bake import bake
 from normkit.surgery.watch import forked, run_on
 
@@ -133,21 +133,6 @@ class Curvature:
                 loss = self.loss(output, _placed(target, self.like))
             refuse_reentrant(loss, self.who)
             yield size / sum(self._sizes), output, loss
-
-
-def refuse_reentrant(loss: Tensor, who: str) -> None:
-    """Refuse a loss behind reentrant checkpointing: derivatives by given tensors silently lack what is checkpointed."""
-    seen, found = set[Any](), [loss.grad_fn]
-    while found:
-        node = found.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "CheckpointFunctionBackward":
-            raise OptionError(
-                f"{who}: reentrant activation checkpointing hides the parameters in it; checkpoint with use_reentrant=False"
-            )
-        seen.add(node)
-        found += [node for node, _ in node.next_functions]
 
 
 def _grad(of: Tensor, by: Sequence[Tensor], vectors: Tensor | None = None, create_graph: bool = False) -> list[Tensor]:

@@ -48,3 +48,24 @@ def target_of(batch: Any, who: str) -> Tensor:
     except (KeyError, IndexError, TypeError):
         got = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
         raise OptionError(f"{who}: a loss needs (input, target), or a dict with 'labels'; got {got}") from None
+
+
+def is_reentrant(loss: Tensor) -> bool:
+    """Whether reentrant checkpointing is behind a loss: derivatives by given tensors may lack what is checkpointed, silently."""
+    seen, found = set[Any](), [loss.grad_fn]
+    while found:
+        node = found.pop()
+        if node is not None and node not in seen:
+            if node.name() == "CheckpointFunctionBackward":
+                return True
+            seen.add(node)
+            found += [following for following, _ in node.next_functions]
+    return False
+
+
+def refuse_reentrant(loss: Tensor, who: str) -> None:
+    """Refuse a loss behind reentrant checkpointing."""
+    if is_reentrant(loss):
+        raise OptionError(
+            f"{who}: reentrant activation checkpointing hides the parameters in it; checkpoint with use_reentrant=False"
+        )

@@ -21,7 +21,7 @@ from normkit.catalogue.citation import card_of
 from normkit.core.errors import ShapeError, SurgeryError
 from normkit.core.support import Support
 from normkit.diagnostics.audit.attention import Logits
-from normkit.diagnostics.subject import refuse_lazy
+from normkit.diagnostics.subject import is_reentrant, refuse_lazy
 from normkit.engine.layer import Layer
 from normkit.engine.plan import is_dense
 from normkit.surgery.changes import label
@@ -185,20 +185,18 @@ def _backward(seen: Observed, output: Any, loss: Loss | None) -> None:
     if not value.requires_grad or not parameters:
         seen.notes.append("no backward pass: the loss depends on no parameter that is trained")
         return
-    try:
+    if not is_reentrant(value):
         # Not backward(): hooks that step an optimizer, or reduce over processes, wait for accumulated gradients.
         torch.autograd.grad(value, parameters, allow_unused=True, retain_graph=True)
-    except RuntimeError as error:
-        if "heckpoint" not in str(error):
-            raise
-        # Reentrant checkpointing knows backward() alone, which adds to gradients in place, and may step the parameters.
-        kept = [parameter.detach().clone() for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        value.backward()
-        with torch.no_grad():
-            for parameter, was in zip(parameters, kept, strict=True):
-                parameter.copy_(was)
+        return
+    # Reentrant checkpointing knows backward() alone, which adds to gradients in place, and may step the parameters.
+    kept = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    value.backward()
+    with torch.no_grad():
+        for parameter, was in zip(parameters, kept, strict=True):
+            parameter.copy_(was)
 
 
 def _recognized(name: str, module: nn.Module) -> Seen:
