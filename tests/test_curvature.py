@@ -194,8 +194,8 @@ def test_lanczos_of_a_multiple_of_the_identity(factor: float, dtype: torch.dtype
 
 
 class Checkpointed(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(super().forward, x.requires_grad_(), use_reentrant=True)
+    def forward(self, input: Tensor) -> Tensor:
+        return checkpoint(super().forward, input.requires_grad_(), use_reentrant=True)
 
 
 def test_refusals() -> None:

@@ -85,25 +85,6 @@ def test_every_weight_is_reported_before_and_after() -> None:
     assert len(read[0]["spectrum"]) == 8
 
 
-CONVOLUTIONS = {
-    "strides": (nn.Conv2d(2, 3, 3, stride=(2, 1), padding=1, padding_mode="circular"), (6, 5)),
-    "strides, groups": (nn.Conv1d(4, 6, 4, stride=4, groups=2), (8,)),
-    "transposed": (nn.ConvTranspose2d(4, 3, 2, stride=2), (3, 2)),
-}
-
-
-@pytest.mark.parametrize(("layer", "size"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_an_operator_is_that_of_the_whole_matrix(layer: nn.Module, size: tuple[int, ...]) -> None:
-    model = nn.Sequential(copy.deepcopy(layer)).double()
-    model[0].bias.data.zero_()
-    x = torch.zeros(1, layer.in_channels, *size).double()
-    # None of these overlaps an edge but by circular padding, so that each is the operator itself.
-    jacobian = torch.autograd.functional.jacobian(model, x).reshape(-1, x.numel())
-    values = torch.linalg.svdvals(jacobian)
-    (row,) = conditions(model, example=x)
-    assert_close(row.operator, (values[0].item(), values[-1].item()), rtol=1e-9, atol=1e-12)
-
-
 # Activations
 
 

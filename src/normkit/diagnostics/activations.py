@@ -17,14 +17,9 @@ from normkit.surgery.watch import forked, tensors_in
 
 _CHUNK = 1 << 20  # elements that are in float64 at a time
 _NEAR = 0.01  # of the way between two bounds that counts as at a bound
-_BOUNDS: dict[type[nn.Module], tuple[float, float]] = {
-    nn.Tanh: (-1.0, 1.0),
-    nn.Softsign: (-1.0, 1.0),
-    nn.Hardtanh: (-1.0, 1.0),
-    nn.Sigmoid: (0.0, 1.0),
-    nn.Hardsigmoid: (0.0, 1.0),
-    nn.ReLU6: (-6.0, 6.0),  # at 0 it rectifies, and at 6 alone it saturates
-}
+_BOUNDS = dict.fromkeys((nn.Tanh, nn.Softsign, nn.Hardtanh), (-1.0, 1.0))
+_BOUNDS |= dict.fromkeys((nn.Sigmoid, nn.Hardsigmoid), (0.0, 1.0))
+_BOUNDS[nn.ReLU6] = -6.0, 6.0  # at 0 it rectifies, and at 6 alone it saturates
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class Stream:
         self.count, self.mean, self._m2, self._m3, self._m4 = 0, 0.0, 0.0, 0.0, 0.0
 
     def add(self, x: Tensor) -> None:
-        """Take elements in."""
+        """Takes elements in."""
         for part in x.detach().flatten().split(_CHUNK):
             part = part.cpu().double() if part.device.type == "mps" else part.double()
             if part.numel():

@@ -1,24 +1,9 @@
 """Condition numbers of matrices, of a model's weights, and of convolutions as linear operators.
 
-What diagonal scaling can do for a condition number, with E the row equilibration of A (m rows, full rank),
-
-* chi(A) = max row norm / sigma_min is least for EA among all left diagonal scalings DA. With B = EA,
-  chi(DB) = max|d_i| / sigma_min(DB) >= 1 / sigma_min(B) = chi(B), as sigma_min(DB) <= max|d_i| sigma_min(B).
-* So kappa(EA) <= sqrt(m) min_D kappa(DA), as max row norm <= sigma_max <= sqrt(m) max row norm. With two rows E is
-  optimal.
-
-Stronger statements have been published: that E minimizes kappa itself, so that kappa(EA) <= kappa(A) always (Theorem 5.1 and
-Proposition 1 of Saratchandran, Wang and Lucey), and that conditioned weights make the Hessian of the loss no worse (their
-Theorem 5.2). They are false:
-
->>> A = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 2.0], [2.0, 1.0, 3.0]])
->>> EA = A / A.norm(dim=1, keepdim=True)
->>> f"kappa {condition_number(A):.3f} -> {condition_number(EA):.3f}, chi {chi(A):.3f} -> {chi(EA):.3f}"
-'kappa 5.458 -> 6.136, chi 3.742 -> 3.742'
-
-As for the Hessian: for one linear layer under squared error, with E constant, it is E^2 (x) E[x x^T], whose condition number is
-that of E[x x^T] times (max norm / min norm)^2 of the rows, which is never smaller than without E. Row equilibration usually
-lowers kappa where row norms differ much; measure it.
+Row equilibration E makes chi(A) = max row norm / sigma_min least among all left diagonal scalings DA of a matrix of m rows and
+full rank; so kappa(EA) <= sqrt(m) min_D kappa(DA), and with two rows E is the best D. That kappa(EA) <= kappa(A) always, or that
+conditioned weights make the loss's Hessian no worse, has been published and is false; docs/theory.md has proofs and
+counterexamples. E usually lowers kappa where row norms differ much: measure it.
 
 Reference:
     van der Sluis, "Condition Numbers and Equilibration of Matrices" (1969), https://doi.org/10.1007/BF02165096; Saratchandran,

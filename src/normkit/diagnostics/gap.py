@@ -104,7 +104,8 @@ def gap(
     for name in names:
         layer = _layer(twin, name)
         before, cost, gain = _statistics(layer), None, None
-        distance = _distance(before, found[name], getattr(layer, "eps", 0.0))
+        eps = getattr(layer, "eps", 0.0)
+        distance = distance_of(*_moments(before, eps), *_moments(found[name], eps))
         if loss is not None and rows.loss is not None:
             _write(layer, found[name])
             then, right = _scores(twin, batches, loss, forward)
@@ -119,15 +120,11 @@ def distance_of(mean: Tensor, deviation: Tensor, real_mean: Tensor, real_deviati
     return (((mean - real_mean) / deviation).square() + (real_deviation / deviation - 1).square()).sqrt()
 
 
-def _distance(before: dict[str, Tensor], real: dict[str, Tensor], eps: float) -> Tensor:
-    def deviation(of: dict[str, Tensor]) -> Tensor:
-        if "running_std" in of:
-            return of["running_std"].double()
-        var = of.get("running_var")
-        return torch.ones_like(of["running_mean"]).double() if var is None else (var.double() + eps).sqrt()
-
-    means = before["running_mean"].double(), real["running_mean"].double()
-    return distance_of(means[0], deviation(before), means[1], deviation(real))
+def _moments(of: dict[str, Tensor], eps: float) -> tuple[Tensor, Tensor]:
+    mean = of["running_mean"].double()
+    if "running_std" in of:
+        return mean, of["running_std"].double()
+    return mean, (of["running_var"].double() + eps).sqrt() if "running_var" in of else torch.ones_like(mean)
 
 
 def _layer(model: nn.Module, name: str) -> nn.Module:

@@ -52,11 +52,7 @@ class Finding:
     def fix(self) -> Changes:
         """Mend it in place, where that keeps the function; the page on the audit says which function, by kind.
 
-        Returns:
-            What was changed, with the way back.
-
-        Raises:
-            SurgeryError: mending it would change what the model computes, so that it is left to you.
+        Returns what was changed, with the way back; raises SurgeryError where mending it would change what the model computes.
         """
         if self._fix is None:
             raise SurgeryError(f"{self.module}: {self.kind} can't be mended without another function; {self.cure}")
@@ -91,13 +87,7 @@ class Audit(tuple[Finding, ...]):
         return made
 
     def at_least(self, severity: str) -> tuple[Finding, ...]:
-        """The findings of a severity or above.
-
-        Args:
-            severity: ``"info"``, ``"warning"`` or ``"error"``.
-
-        Raises:
-            OptionError: another word.
+        """The findings of a severity or above: ``"info"``, ``"warning"`` or ``"error"``; OptionError for another word.
 
         >>> Audit([Finding("zero_rows", "head", {"rows": 2}, "error", "")]).at_least("warning")[0].module
         'head'
@@ -136,19 +126,12 @@ class Audit(tuple[Finding, ...]):
 
 @dataclass(frozen=True)
 class Check:
-    """One kind of mistake, named and described by the function that finds it.
-
-    Args:
-        find: yields module, evidence and fix of each.
-        severity: of its findings.
-        cure: what to do, on one line.
-        keeps: which function of the model ``fix`` keeps to rounding: in training, in evaluation, or both; "" for no fix.
-    """
+    """One kind of mistake, named and described by the function that finds it: yields module, evidence and fix of each."""
 
     find: Find
     severity: Severity
     cure: str
-    keeps: Keeps
+    keeps: Keeps  # the function of the model that ``fix`` keeps to rounding: in training, in evaluation, or both
 
     @property
     def kind(self) -> str:

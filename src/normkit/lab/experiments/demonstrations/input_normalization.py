@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from normkit.catalogue.methods import method
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments.theory.quadratic import largest_stable
+from normkit.lab.experiments.theory.quadratic import descend, largest_stable
 from normkit.lab.report.canvas import FULL
 from normkit.lab.report.drawing import COLOURS, Motion
 from normkit.lab.report.wording import ABSENT
@@ -99,11 +99,8 @@ def run(bench: Bench) -> dict[str, Any]:
         h = z.T @ z / len(z)
         values, vectors = torch.linalg.eigh(h)
         start = vectors @ values.rsqrt()  # the same excess loss along both directions, and at every stage
-        path, w = [start.tolist()], start
-        for _ in range(FRAMES):
-            w = w - h @ w / values[-1]
-            path.append(w.tolist())
         low, high = values.tolist()
+        path = descend(h, 0 * start, torch.eye(2, dtype=h.dtype), 1 / high, FRAMES, start, 0.0).tolist()
         row = {"stage": name, "condition": high / low, "predicted": 2 / high, "stable": largest_stable(h)}
         row |= {"steps": steps_to(h, start, 1 / high), "logistic": logistic_steps(z, labels, LIMIT[bench.scale])}
         rows.append({**row, "hessian": h.tolist(), "path": path})

@@ -61,11 +61,18 @@ def eigenvalues(a: Tensor, p: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(c.T @ a @ c)
 
 
-def descend(a: Tensor, b: Tensor, p: Tensor, rate: float, steps: int) -> Tensor:
-    """The errors x_t - A^(-1)b of descent from 0, (steps + 1, n) or fewer where they fall to ENOUGH of the first."""
-    x, solution = torch.zeros_like(b), torch.linalg.solve(a, b)
+def descend(
+    a: Tensor, b: Tensor, p: Tensor, rate: float, steps: int, start: Tensor | None = None, enough: float = ENOUGH
+) -> Tensor:
+    """The errors x_t - A^(-1)b of descent, (steps + 1, n) or fewer where they fall to a part of the first; from 0 by default.
+
+    >>> eye = torch.eye(2).double()
+    >>> descend(torch.tensor([1.0, 25.0]).double().diag(), 0 * eye[0], eye, 0.02, 2, 2 * eye[1])[:, 1].tolist()
+    [2.0, 1.0, 0.5]
+    """
+    x, solution = torch.zeros_like(b) if start is None else start, torch.linalg.solve(a, b)
     found = [x - solution]
-    while len(found) <= steps and found[-1].norm() > ENOUGH * found[0].norm():
+    while len(found) <= steps and found[-1].norm() > enough * found[0].norm():
         x = x - rate * (p @ (a @ x - b))
         found.append(x - solution)
     return torch.stack(found)
