@@ -42,7 +42,7 @@ def packed() -> Any:
         (packed, "pad_packed_sequence"),
         (lambda: adopt(nn.Sequential(nn.BatchNorm1d(3)), "keras", momentum=5.0), "from 0 to 1"),
         (lambda: adopt(nn.Sequential(nn.LayerNorm(4)), "keras", eps=-1.0), "eps from 0"),
-        (lambda: translate({"params/kernel": torch.ones(2, 3, 3)}, nn.Linear(6, 3), source="flax"), "flatten it"),
+        (lambda: translate({"params/kernel": torch.ones(2, 2, 3)}, nn.Linear(6, 3), source="flax"), "flatten it"),
     ],
 )
 def test_what_would_go_wrong_is_refused(act: Callable[[], Any], said: str) -> None:
