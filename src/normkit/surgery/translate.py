@@ -294,20 +294,22 @@ def _translate_weight(
         used.update((gain, prefix + name))
         return
     own = [_keys(prefix, name, form) for form in _FORMS]
-    mine = next((keys for keys in own if all(key in wanted for key in keys)), None)
-    theirs = next((keys for keys in own if all(key in given for key in keys)), None)
-    alike = mine is not None and theirs is not None and own.index(mine) // 2 == own.index(theirs) // 2
+    mine: list[str] = next((keys for keys in own if all(key in wanted for key in keys)), [])
+    theirs: list[str] = next((keys for keys in own if all(key in given for key in keys)), [])
+    if not theirs:
+        return
+    alike = bool(mine) and own.index(mine) // 2 == own.index(theirs) // 2
     # Lengths along another axis are other lengths.
     if alike and len(theirs) == 2 and given[theirs[0]].shape != wanted[mine[0]].shape:
         alike = not _fit(given[theirs[0]], given[theirs[1]])
-    if theirs is None or (alike and all(key in found for key in mine)):
+    if alike and all(key in found for key in mine):
         return
     used.update(theirs)
     if alike and len(mine) > 1:
         found.update({key: given[other] for key, other in zip(mine, theirs, strict=True)})
         return
     value = _value(*(given[key] for key in theirs))
-    if mine is not None and len(mine) > 1 and not _known_here(layer, name) and not _has_lengths(value, wanted[mine[0]]):
+    if len(mine) > 1 and not _known_here(layer, name) and not _has_lengths(value, wanted[mine[0]]):
         raise SurgeryError(
             f"translate: {label(prefix + name)} is zero, or has a zero row, of which torch's weight or spectral "
             "norm makes NaN; put normkit's on, or leave this layer out"
@@ -317,7 +319,7 @@ def _translate_weight(
     elif parametrize.is_parametrized(layer, name):
         raw = _raw(layer, name, value, label(prefix + name))
         found.update({f"{prefix}parametrizations.{name}.{key}": part for key, part in raw.items()})
-    elif mine is None or len(mine) == 1:
+    elif len(mine) < 2:
         found[f"{prefix}{name}"] = value
     elif len(mine) == 2:
         found[mine[0]], found[mine[1]] = _length(value, wanted[mine[0]]), value
