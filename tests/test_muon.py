@@ -63,6 +63,18 @@ def test_a_step_is_the_formula(shape: tuple[int, int], options: dict[str, Any]) 
     assert_close(parameter.detach(), wanted, rtol=1e-6 if "second_moment" in options else 1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("sides", [None, "row", "col", "rowcol"])
+def test_large_gradients_step_as_small_ones_do(sides: Any) -> None:
+    steps, gradient = [], torch.randn(4, 6)
+    for scale in (1.0, 1e20, 1e37):
+        parameter = nn.Parameter(torch.zeros(4, 6))
+        parameter.grad = gradient * scale
+        Muon([{"params": [parameter], "matrices": True}], 1.0, equilibrate=sides).step()
+        steps.append(parameter.detach())
+    for step in steps[1:]:
+        assert_close(step, steps[0], rtol=1e-4, atol=1e-5)  # float32's rounding, which five steps multiply
+
+
 def test_singular_values_end_near_one() -> None:
     values = torch.linalg.svdvals(orthogonalize(torch.randn(16, 64)))
     assert 0.6 < values.min()

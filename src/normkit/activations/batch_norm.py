@@ -122,9 +122,9 @@ class BatchNorm(Layer, TorchBatchNorm):
         return super().lost(converting) or waits
 
     def _perform(self, call: Call) -> Output:
+        if self.accumulate == 1 and self._waiting is not _NONE:
+            self.__dict__["_waiting"] = _NONE
         if self.accumulate == 1 or not call.own or call.running is None:
-            if self.accumulate == 1 and self._waiting is not _NONE:
-                self.__dict__["_waiting"] = _NONE
             return super()._perform(call)
         output = super()._perform(call._replace(running=None, measured=True))
         if not recomputed():
@@ -137,6 +137,10 @@ class BatchNorm(Layer, TorchBatchNorm):
         assert rule.memory is not None
         passes, before = self._waiting
         found = Moments(found.mean.detach(), found.var.detach(), found.n)
+        if before is not None:  # the layer may have been moved since
+            mean, var, n = before
+            to = found.mean.device
+            before = Moments(mean.to(to), var.to(to), n.to(to) if isinstance(n, Tensor) else n)
         merged = found if before is None else before.merge(found)
         if passes + 1 < self.accumulate:
             self.__dict__["_waiting"] = passes + 1, merged

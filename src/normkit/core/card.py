@@ -152,8 +152,9 @@ class Card:
 
     @property
     def words(self) -> str:
-        """The word with its option in capitals: ``gn:GROUPS``; "" where there is no word."""
-        return f"{self.word}:{self.option.name}" if self.word and self.option else self.word
+        """The word with its option in capitals: ``gn:GROUPS``; the name of a weight method without word; else ""."""
+        word = self.word or (self.name if self.kind == "weight" else "")  # recipes take weight methods by name too
+        return f"{word}:{self.option.name}" if word and self.option else word
 
     @property
     def reach(self) -> frozenset[str]:

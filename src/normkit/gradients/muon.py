@@ -177,11 +177,17 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.promote_types(matrix.dtype, torch.float32))
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
+    x = _bounded(x)
     x = x / x.norm().clamp_min(1e-7)
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.T if tall else x).to(matrix.dtype)
+
+
+def _bounded(matrix: Tensor) -> Tensor:
+    """A matrix with entries up to 1, as the squares of larger ones may overflow; only its direction counts."""
+    return matrix / matrix.abs().amax().clamp_min(1.0) if matrix.numel() else matrix
 
 
 def muon_eq(momentum: Tensor, sides: Sides = "row") -> Tensor:
@@ -191,7 +197,7 @@ def muon_eq(momentum: Tensor, sides: Sides = "row") -> Tensor:
     tensor([[1.1081, 0.0000],
             [0.0000, 1.1081]])
     """
-    return orthogonalize(equilibrate(momentum, sides, order="simultaneous"))
+    return orthogonalize(equilibrate(_bounded(momentum), sides, order="simultaneous"))
 
 
 def _along_matrix(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:

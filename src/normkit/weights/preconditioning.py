@@ -132,9 +132,14 @@ class Precondition(Parametrization):
         size = matrix.shape[-2 if side == "left" else -1]
         diagonal = torch.Size((*matrix.shape[:-2], size))
         if found.shape not in (diagonal, torch.Size((*diagonal, size))):
+            one = isinstance(given, Tensor)  # for all groups
+            got, wanted = (given.shape, (size,)) if one else (found.shape, diagonal)
+            groups = (
+                "; one tensor serves all groups, and a function gives each its own" if one and matrix.dim() > 2 else ""
+            )
             raise ShapeError(
-                f"Precondition: {side} of a matrix of {show(matrix.shape)} is of {show(found.shape)}; wanted {show(diagonal)}, a "
-                f"diagonal, or {show((*diagonal, size))}"
+                f"Precondition: {side} of a matrix of {show(matrix.shape)} is of {show(got)}; wanted {show(wanted)}, a diagonal, "
+                f"or {show((*wanted, size))}{groups}"
             )
         return found
 
