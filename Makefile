@@ -40,7 +40,7 @@ wheel: $(VENV)/.made          ## in dist/: wheels with the kernels and without, 
 	NORMKIT_NEEDS_KERNELS=1 $(CROSS) $(PIP) wheel --no-deps --wheel-dir build/wheel --config-settings=build-dir=build/wheel/$(or $(HOST),native) .
 	$(PIP) wheel --no-deps --wheel-dir dist --config-settings=wheel.cmake=false .
 	$(BIN)/python -m build --sdist --outdir dist
-	if [ "$$(uname)" = Linux ]; then $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl; else cp build/wheel/*.whl dist; fi
+	if [ "$$(uname)" = Linux ]; then PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --wheel-dir dist build/wheel/*.whl; else cp build/wheel/*.whl dist; fi
 	rm build/wheel/*.whl
 
 docs: $(VENV)/.docs           ## the documentation in site/
