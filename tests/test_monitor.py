@@ -191,7 +191,7 @@ def test_what_is_done_in_a_sampled_step_ends_with_it() -> None:
     twin = copy.deepcopy(model)
     torch.save(model, io.BytesIO())
     twin(X).sum().backward()
-    assert not any(key.startswith("activation") for key in monitors[0].step())
+    assert not any(key.startswith("activation") for key in monitors[0].step() or ())
     compiled(model)
     monitors[0] = nk.Monitor(model)
     del monitors[1]  # without close()
@@ -213,7 +213,7 @@ def test_models_that_a_monitor_must_take_or_refuse() -> None:
         return torch.func.functional_call(plain, values, x).sum()
 
     torch.func.vmap(torch.func.grad(loss), (None, 0))(dict(plain.named_parameters()), X)
-    assert not any(key.startswith("activation") for key in monitor.step())
+    assert not any(key.startswith("activation") for key in monitor.step() or ())
     with pytest.raises(OptionError, match="run the model once"):
         nk.Monitor(nn.LazyLinear(3))
     with pytest.raises(OptionError, match="every=0"):

@@ -17,9 +17,11 @@ from normkit.surgery.watch import forked, tensors_in
 
 _CHUNK = 1 << 20  # elements that are in float64 at a time
 _NEAR = 0.01  # of the way between two bounds that counts as at a bound
-_BOUNDS = dict.fromkeys((nn.Tanh, nn.Softsign, nn.Hardtanh), (-1.0, 1.0))
-_BOUNDS |= dict.fromkeys((nn.Sigmoid, nn.Hardsigmoid), (0.0, 1.0))
-_BOUNDS[nn.ReLU6] = -6.0, 6.0  # at 0 it rectifies, and at 6 alone it saturates
+_BOUNDS: dict[type[nn.Module], tuple[float, float]] = {
+    **{kind: (-1.0, 1.0) for kind in (nn.Tanh, nn.Softsign, nn.Hardtanh)},
+    **{kind: (0.0, 1.0) for kind in (nn.Sigmoid, nn.Hardsigmoid)},
+    nn.ReLU6: (-6.0, 6.0),  # at 0 it rectifies, and at 6 alone it saturates
+}
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from normkit.activations.batch_norm import BatchNorm
 from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm
 from normkit.catalogue.methods import method
+from normkit.diagnostics.activations import activations
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.report.bands import End
 from normkit.lab.report.canvas import FULL, panels
@@ -65,16 +66,12 @@ def network(norm: str, activation: str, scale: float, x: Tensor, depth: int) -> 
     return model
 
 
-def scales(model: nn.Sequential, x: Tensor) -> dict[str, list[float]]:
+def scales(model: nn.Module, x: Tensor) -> dict[str, list[float]]:
     """The standard deviation of activations and of a loss's gradients after every layer."""
-    found = []
-    for module in model:
-        x = module(x)
-        if isinstance(module, tuple(ACTIVATIONS.values())):
-            x.retain_grad()
-            found.append(x)
-    (found[-1] * torch.randn_like(found[-1])).sum().backward()
-    return {"activations": [y.std().item() for y in found], "gradients": [y.grad.std().item() for y in found]}  # pyright: ignore[reportOptionalMemberAccess]
+    after = tuple(ACTIVATIONS.values())
+    how = {"where": lambda _, module: isinstance(module, after)}
+    found = activations(model, [(x, None)], lambda y, _: (y * torch.randn_like(y)).sum(), **how)
+    return {"activations": [row.std for row in found], "gradients": [row.gradient_std or 0.0 for row in found]}
 
 
 def slope(values: list[float]) -> float:
