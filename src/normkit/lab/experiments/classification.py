@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from normkit.catalogue.methods import method
-from normkit.lab.data.cifar import download_missing
-from normkit.lab.data.provenance import source
+from normkit.lab.data.cifar import download_missing, source
 from normkit.lab.experiment import Bench, Table
 from normkit.lab.experiments.runs import SEEDS_ALONE
 from normkit.lab.report.tables import edges, rates_table, time_table

@@ -9,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
-from normkit.lab.data.cifar import download_missing
-from normkit.lab.data.provenance import source
+from normkit.lab.data.cifar import download_missing, source
 from normkit.lab.experiment import Bench, Drawing
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.report.canvas import FULL, panels

@@ -17,7 +17,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from normkit.catalogue.methods import method
-from normkit.lab.data import mesh, shapes
+from normkit.lab.data import mesh
+from normkit.lab.data import solid as shapes
 from normkit.lab.data.root import VARIABLE, data_root
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.runs import drawn
