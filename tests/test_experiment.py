@@ -49,6 +49,7 @@ def test_records_and_reports(tmp_path: Path) -> None:
     text = (tmp_path / "result.md").read_text()
     assert "| name | seed | end \\| of it |" in text
     assert "| nowhere | 0 | – |" in text
+    assert "What was run" not in text  # its title says all
     assert "![far ends](figures/far_ends.png)\n\n*Where each walk ended, 0 < t & after.*\n" in text
     page = (tmp_path / "report.html").read_text()
     assert "Ends of &lt;walks&gt;." in page
@@ -71,12 +72,6 @@ def test_results_say_what_was_run(
     assert "<p>Two walks &amp; --epochs.</p>\n  <p>Ours: four steps.</p>" in page
 
 
-def test_nothing_is_said_where_a_title_says_all(tmp_path: Path) -> None:
-    perform(EXPERIMENT, bench(tmp_path))
-    for name in ("result.md", "report.html"):
-        assert "What was run" not in (tmp_path / name).read_text()
-
-
 def test_columns_of_words_stand_on_the_left(tmp_path: Path) -> None:
     rows = [["a", "yes", 1.5, "50 %", None], ["b", None, 2, "two of the four layers, of 8", None]]
     table = Table("T", ["name", "folds", "time", "share", "on"], [*rows, ["c", "no", 3, "none", "norm on 1 layer: 1"]])
@@ -88,21 +83,17 @@ def test_columns_of_words_stand_on_the_left(tmp_path: Path) -> None:
     assert '<td class="n">1.5</td>' in page
 
 
-def test_done_jobs_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = [Walk("left", seed) for seed in range(3)]
-    first = sweep(walk, jobs, tmp_path, say=lambda text: None)
+def test_done_jobs_are_not_done_again_and_the_number_of_runs_is_said_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, lines = [Walk("left", seed) for seed in range(3)], list[str]()
+    first = sweep(walk, jobs[:1], tmp_path, say=lines.append) + sweep(walk, jobs, tmp_path, say=lines.append)[1:]
+    heads = [line for line in lines if "records in" in line]
+    assert heads == [f"{said}; records in {tmp_path}" for said in ("1 run", "3 runs, 1 found finished")]
+    assert lines[-1] == "run 3/3  left/seed=2"
     monkeypatch.setattr(record, "write_checkpoint", lambda *given: pytest.fail("done again"))
-    assert sweep(walk, jobs, tmp_path, say=lambda text: None) == first
-    assert sweep(walk, jobs[::-1], tmp_path, say=lambda text: None) == first[::-1]
-
-
-def test_the_number_of_runs_is_said_first(tmp_path: Path) -> None:
-    jobs = [Walk("left", seed) for seed in range(3)]
-    for count, said in ((1, "1 run"), (3, "3 runs, 1 found finished")):
-        lines: list[str] = []
-        sweep(walk, jobs[:count], tmp_path, say=lines.append)
-        assert lines[0] == f"{said}; records in {tmp_path}"
-        assert lines[-1] == f"run {count}/{count}  left/seed={count - 1}"
+    assert sweep(walk, jobs, tmp_path, say=lines.append) == first
+    assert sweep(walk, jobs[::-1], tmp_path, say=lines.append) == first[::-1]
 
 
 def test_an_interrupted_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,17 +250,14 @@ def test_the_command_says_what_differs(tmp_path: Path) -> None:
     assert said == words
 
 
-def test_every_experiment_is_named_after_its_file() -> None:
-    for kind in FILES:
-        for name in names(kind):
-            experiment = find_experiment(kind, name)
-            assert (experiment.name, experiment.kind) == (name, kind)
-    with pytest.raises(OptionError, match="knows no experiment 'tabel1'"):
-        find_experiment("reproduce", "tabel1")
-    with pytest.raises(OptionError, match="gan is no experiment of reproduce; give normkit claim gan"):
-        find_experiment("reproduce", "gan")
-    with pytest.raises(OptionError, match="table1 is no experiment of claim; give normkit reproduce table1"):
-        find_experiment("claim", "table1")
+def test_an_experiment_that_is_not_there_is_told() -> None:
+    for kind, name, said in (
+        ("reproduce", "tabel1", "knows no experiment 'tabel1'"),
+        ("reproduce", "gan", "gan is no experiment of reproduce; give normkit claim gan"),
+        ("claim", "table1", "table1 is no experiment of claim; give normkit reproduce table1"),
+    ):
+        with pytest.raises(OptionError, match=said):
+            find_experiment(kind, name)
 
 
 def test_names_and_titles_stand_apart() -> None:
@@ -291,13 +279,10 @@ def test_an_experiment_is_a_short_file(tmp_path: Path) -> None:
     assert perform(written_experiment.EXPERIMENT, bench(tmp_path, scale="tiny", seeds=(0, 1)), report=False) == found
 
 
-def test_a_scale_that_an_experiment_does_not_have(tmp_path: Path) -> None:
+def test_what_is_no_scale_or_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="scale is 'small'; wanted tiny for norms"):
         perform(written_experiment.EXPERIMENT, bench(tmp_path))
     assert not list(tmp_path.iterdir())
-
-
-def test_a_file_is_no_folder_of_records(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     with pytest.raises(RecordError, match="file is a file, not a folder; choose another --output"):
         perform(EXPERIMENT, bench(tmp_path / "file"), overwrite=True)

@@ -1,5 +1,6 @@
 """The networks of the lab: sizes as published, shapes, independent forms of the same computation, and every recipe."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,8 @@ from normkit.core.errors import OptionError, ShapeError
 from normkit.lab.models.densenet import DenseLayer, DenseNet, densenet
 from normkit.lab.models.dit import DiT, dit_block, grid_positions
 from normkit.lab.models.inception import googlenet, inception8
+from normkit.lab.models.nerf import NeRF, PositionalEncoding, RadianceField, nerf
+from normkit.lab.models.occupancy import OccupancyField, occupancy
 from normkit.lab.models.resnet import ResidualBlock, resnet18, resnet50
 from normkit.lab.models.vit import Block, VisionTransformer, vit_b16, vit_s, vit_tiny
 from normkit.lab.models.width import scaled
@@ -79,6 +82,9 @@ def test_maps_images_to_logits(name: str) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     logits.square().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    first, *_, last = (layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear))
+    assert isinstance(first, nn.Conv2d)
+    assert (first.in_channels, last.out_features) == (3, 10)  # those that see the image and the logits
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -91,15 +97,6 @@ def test_takes_recipes(name: str, recipe: str) -> None:
     # Where a norm was taken out, an activation that writes in place would write into its input.
     assert_close(x, kept, rtol=0, atol=0)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_first_and_last_layer_are_those_that_see_the_image_and_the_logits(name: str) -> None:
-    layers = [m for m in SMALL[name]().modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    assert isinstance(layers[0], nn.Conv2d)
-    assert layers[0].in_channels == 3
-    assert isinstance(layers[-1], nn.Linear)
-    assert layers[-1].out_features == 10
 
 
 def test_inception8_blocks_see_32_16_and_8() -> None:
@@ -152,22 +149,16 @@ def test_vit_block_is_torchs_encoder_layer() -> None:
     theirs = nn.TransformerEncoderLayer(
         12, 3, 48, dropout=0.0, activation="gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=True
     ).double()
-    ours.load_state_dict(
-        {
-            "norm1.weight": theirs.norm1.weight,
-            "norm1.bias": theirs.norm1.bias,
-            "attn.qkv.weight": theirs.self_attn.in_proj_weight,
-            "attn.qkv.bias": theirs.self_attn.in_proj_bias,
-            "attn.proj.weight": theirs.self_attn.out_proj.weight,
-            "attn.proj.bias": theirs.self_attn.out_proj.bias,
-            "norm2.weight": theirs.norm2.weight,
-            "norm2.bias": theirs.norm2.bias,
-            "mlp.fc1.weight": theirs.linear1.weight,
-            "mlp.fc1.bias": theirs.linear1.bias,
-            "mlp.fc2.weight": theirs.linear2.weight,
-            "mlp.fc2.bias": theirs.linear2.bias,
-        }
-    )
+    names = {
+        "self_attn.in_proj_": "attn.qkv.",
+        "self_attn.out_proj": "attn.proj",
+        "linear1": "mlp.fc1",
+        "linear2": "mlp.fc2",
+    }
+    state = theirs.state_dict()
+    for old, new in names.items():
+        state = {name.replace(old, new): value for name, value in state.items()}
+    ours.load_state_dict(state)
     x = torch.randn(2, 5, 12, dtype=torch.double)
     assert_close(ours(x), theirs(x))
 
@@ -219,3 +210,96 @@ def test_grid_positions_differ_everywhere() -> None:
     positions = grid_positions(8, 16)
     distance = torch.cdist(positions, positions) + torch.eye(64)
     assert distance.min() > 0.1
+
+
+# Fields
+
+
+def equilibrated(model: nn.Module) -> nn.Module:
+    by_hand = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in by_hand.named_parameters():
+            if "trunk" in name and name.endswith("weight"):
+                parameter /= parameter.norm(dim=1, keepdim=True)
+    return by_hand
+
+
+def seeded_nerf(recipe: str) -> NeRF:
+    torch.manual_seed(0)
+    return nerf(recipe, width=16)
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted"),
+    [
+        (NeRF(), 2 * 595_844),
+        (nerf("none+e@re:trunk"), 2 * 595_844),
+        (nerf("none+wn@re:trunk"), 2 * (595_844 + 8 * 256)),
+        (nerf("bn"), 2 * (595_844 + 8 * 2 * 256)),
+        (nerf("ln"), 2 * (595_844 + 8 * 2 * 256)),
+        (RadianceField(width=64, depth=4, skip=2), 64 * 64 + 64 * 65 * 2 + 64 * 128 + 65 + 64 * 65 + 92 * 32 + 33 * 3),
+        (OccupancyField(), 198_657),
+        (OccupancyField("sine"), 198_657),
+        (OccupancyField("relu"), 210_945),
+    ],
+)
+def test_parameters_of_fields(model: nn.Module, wanted: int) -> None:
+    assert count(model) == wanted
+
+
+def test_encoding_is_the_sines_of_the_paper() -> None:
+    x = torch.rand(5, 3, dtype=torch.float64)
+    code = PositionalEncoding(4).double()(x)
+    wanted = [x, *(wave(2**k * x) for k in range(4) for wave in (torch.sin, torch.cos))]
+    assert_close(code, torch.cat(wanted, 1))
+
+
+def test_e_form_is_the_network_with_equilibrated_weights() -> None:
+    plain, conditioned = seeded_nerf("none"), seeded_nerf("none+e@re:trunk")
+    points = torch.rand(7, 3)
+    for part in ("coarse", "fine"):
+        colour, density = getattr(equilibrated(plain), part)(points, points)
+        got_colour, got_density = getattr(conditioned, part)(points, points)
+        # E may scale a layer's output instead of its weight, which rounds otherwise.
+        assert_close(got_colour, colour, rtol=1e-5, atol=1e-6)
+        assert_close(got_density, density, rtol=1e-4, atol=1e-6)
+
+
+def test_e_form_leaves_the_other_layers_alone() -> None:
+    plain, conditioned = seeded_nerf("none").fine, seeded_nerf("none+e@re:trunk").fine
+    for name in ("density", "features", "view", "colour"):
+        assert_close(getattr(conditioned, name).weight, getattr(plain, name).weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "sine", "relu"])
+def test_occupancy_e_form(kind: str) -> None:
+    torch.manual_seed(0)
+    plain = occupancy("none", kind, width=16)
+    torch.manual_seed(0)
+    conditioned = occupancy("none+e@re:trunk", kind, width=16)
+    points = torch.rand(9, 3)
+    # A sine of 30 u and a Gaussian of u / 0.09 enlarge how differently E rounds, layer after layer.
+    assert_close(conditioned(points), equilibrated(plain)(points), rtol=1e-3, atol=1e-3)
+
+
+def test_density_does_not_see_the_direction() -> None:
+    field = RadianceField(width=16, depth=4, skip=1)
+    points, one, other = torch.rand(5, 3), torch.rand(5, 3), torch.rand(5, 3)
+    (colour, density), (colour_too, density_too) = field(points, one), field(points, other)
+    assert_close(density, density_too, rtol=0, atol=0)
+    assert not torch.equal(colour, colour_too)
+
+
+def test_sines_start_with_the_spread_of_siren() -> None:
+    torch.manual_seed(0)
+    field = OccupancyField("sine")
+    h = 2 * torch.rand(4000, 3) - 1
+    for layer in field.trunk:
+        h = field.activation(layer(h))
+    # An arcsine distribution has variance 1/2; units are normal before the sine only roughly.
+    assert_close(h.var(), torch.tensor(0.5), rtol=0.1, atol=0)
+
+
+def test_unknown_kind() -> None:
+    with pytest.raises(OptionError, match=r"'gauss'.*'gaussian', 'sine', 'relu'"):
+        OccupancyField("gauss")

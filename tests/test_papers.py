@@ -118,15 +118,10 @@ def test_a_row_has_its_own_start_and_the_same_data(out: Path) -> None:
     assert len({config["order_sha256"] for config in configs}) == 1
 
 
-def test_unit_rows() -> None:
-    data = images("digits", None, None, None, None)
-    model = changed(replace(BASE, unit="first_last"), initial(BASE, data))
-    norms = model.classifier.weight.norm(dim=1)
+def test_unit_rows_and_averaged_images() -> None:
+    whole, small = (images("digits", size, None, None, None) for size in (None, 4))
+    norms = changed(replace(BASE, unit="first_last"), initial(BASE, whole)).classifier.weight.norm(dim=1)
     assert norms.tolist() == pytest.approx([1.0] * len(norms), rel=1e-5)
-
-
-def test_images_are_averaged() -> None:
-    whole, small = images("digits", None, None, None, None), images("digits", 4, None, None, None)
     assert small.train.inputs.shape == (719, 1, 4, 4)
     assert whole.train.inputs[0, 0, :2, :2].mean().item() == pytest.approx(small.train.inputs[0, 0, 0, 0].item())
 
@@ -162,13 +157,8 @@ def test_equal_time() -> None:
     intervals = [(1.02, 1.15), (0.99, 1.15), (1.005, 1.018)]
     assert [within(100, 1.1, interval=ends) for ends in intervals[:2]] == [92, 100]
     assert within(100, 1.01, interval=intervals[2]) == 100
-    costs = {
-        "BN": {"ms_per_step": 10.0, "mb_per_step": 1.0, "ratio": 1.0, "ratio_interval": None},
-        **{
-            str(ends): {"ms_per_step": 11.0, "mb_per_step": 1.0, "ratio": 1.1, "ratio_interval": ends}
-            for ends in intervals[:2]
-        },
-    }
+    base: dict[str, Any] = {"ms_per_step": 10.0, "mb_per_step": 1.0, "ratio": 1.0, "ratio_interval": None}
+    costs = {"BN": base, **{str(ends): {**base, "ratio": 1.1, "ratio_interval": ends} for ends in intervals[:2]}}
     table = time_table("Time", costs, 100, lambda name, epoch: [epoch / 100], what="val")
     assert [row[2] for row in table.rows] == ["1.000", "1.100 [1.020, 1.150]", "1.100 [0.990, 1.150]"]
     assert [row[5] for row in table.rows] == [100, 92, 100]

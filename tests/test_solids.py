@@ -152,15 +152,12 @@ def test_meshes_are_read(tmp_path: Path, ending: str) -> None:
     assert find_solid("ball", tmp_path).name == "ball"
 
 
-def test_missing_mesh(tmp_path: Path) -> None:
+def test_missing_and_open_meshes(tmp_path: Path) -> None:
     (tmp_path / "meshes").mkdir()
-    trimesh.creation.box().export(tmp_path / "meshes" / "box.ply")
+    body = trimesh.creation.box()
+    body.export(tmp_path / "meshes" / "box.ply")
     with pytest.raises(ProtocolError, match=r"bunny.* is missing; the folder holds box; put a closed mesh"):
         mesh("bunny", tmp_path)
-
-
-def test_open_mesh(tmp_path: Path) -> None:
-    body = trimesh.creation.box()
     body.update_faces(np.arange(len(body.faces)) > 0)
     body.export(tmp_path / "open.ply")
     with pytest.raises(ProtocolError, match=r"not watertight: 3 of its 18 edges end at a hole.*Fill the holes"):

@@ -22,15 +22,13 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from normkit.activations.batch_channel_norm import BatchChannelNorm
-from normkit.activations.batch_norm import BatchNorm
 from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule
-from normkit.activations.ghost_batch_norm import GhostBatchNorm
-from normkit.activations.group_norm import CARD, GroupNorm
+from normkit.activations.group_norm import CARD
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments import runs
 from normkit.lab.experiments.runs import CHANCE, drawn, points, side
+from normkit.lab.models.noisy_norm import GHOST, MAKERS
 from normkit.lab.report.bands import across, marked
-from normkit.lab.report.canvas import FULL, panels
 from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, SHAPES, name_ends
 from normkit.lab.stats import differences, known, spread, where
 from normkit.lab.train.images import Size, Stream, accuracy, fit
@@ -49,7 +47,7 @@ METHODS = {
 }
 WAYS = {"running": "running statistics", "precise": "precise statistics", "batch": "test batch's statistics"}
 BATCHES = {"tiny": (2, 32), "small": (1, 2, 4, 8, 32, 128), "full": (1, 2, 4, 8, 16, 32, 64, 128)}
-BASE, RATE, GHOST, GROUPS = 128, 0.2, 16, 4
+BASE, RATE = 128, 0.2
 JUDGED = 512  # training images on which statistics are re-estimated
 
 
@@ -68,14 +66,7 @@ def norm(method: str, steps: int) -> Callable[[int], nn.Module]:
         start, r_end, d_end = (max(1, round(part * steps)) for part in (0.1, 0.8, 0.5))
         schedule = RenormSchedule(3.0, 5.0, start, max(r_end, start + 1), max(d_end, start + 1))
         return lambda channels: BatchRenorm(channels, momentum=min(0.1, max(0.01, 10 / steps)), schedule=schedule)
-    makers: dict[str, Callable[[int], nn.Module]] = {
-        "bn": BatchNorm,
-        "gn": lambda channels: GroupNorm(GROUPS, channels),
-        "ln": lambda channels: GroupNorm(1, channels),
-        "bcn": lambda channels: BatchChannelNorm(channels, GROUPS, estimate=True),
-        "ghost": lambda channels: GhostBatchNorm(channels, GHOST),
-    }
-    return makers[method.removesuffix("+ws")]
+    return MAKERS[method.removesuffix("+ws")]
 
 
 def train(job: Training, folder: Path) -> dict[str, Any]:
@@ -175,18 +166,17 @@ def remarks(result: dict[str, Any]) -> list[str]:
     f"and with those of the test batch; {SEEDS}. Look at how far each line falls towards a batch of one image.",
 )
 def _accuracies(result: dict[str, Any]) -> Figure:
-    figure, axes = panels(2, FULL, 3.0, sharey=True)
+    titles = ("all norms", "BatchNorm, by what evaluation normalizes with")
+    figure, axes = runs.titled(3.0, *titles, sharey=True)
     norms = [(method, "running", name) for method, name in METHODS.items()]
     ways = [("bn", way, name) for way, name in WAYS.items()]
-    titles = ("all norms", "BatchNorm, by what evaluation normalizes with")
-    for axis, title, lines in zip(axes, titles, (norms, ways), strict=True):
+    for axis, lines in zip(axes, (norms, ways), strict=True):
         ends = []
         for (method, way, name), hue, shape in zip(lines, (GREY, *COLOURS), (*SHAPES, "X"), strict=False):
             percent = {b: [100 * x for x in known(scores(result, method, b, way))] for b in result["batches"]}
             ends += across(axis, name, hue, percent, marker=shape, markersize=3.5, linewidth=1.2)
         marked(axis, result["batches"], 2)
         axis.set_xlabel("images in a training batch")
-        axis.set_title(title, loc="left")
         name_ends(axis, ends)
     axes[0].set_ylabel("test accuracy, %")
     return figure

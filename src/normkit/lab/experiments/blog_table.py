@@ -30,9 +30,9 @@ from normkit.activations.rms_norm import RMSNorm
 from normkit.catalogue.methods import method
 from normkit.core.errors import NormkitError
 from normkit.lab.experiment import Bench, Experiment, Table
-from normkit.lab.experiments.runs import drawings, drawn
+from normkit.lab.experiments.runs import drawings, drawn, titled
 from normkit.lab.report.bands import key, rows_of
-from normkit.lab.report.canvas import FAINT, FULL, panels
+from normkit.lab.report.canvas import FAINT
 from normkit.lab.report.drawing import COLOURS, GREY
 from normkit.lab.stats import ABSENT
 from normkit.lab.sweep import Work
@@ -278,7 +278,8 @@ def remarks(result: dict[str, Any]) -> list[str]:
     "the grey line on the left are contrasts that a layer erases.",
 )
 def _weaknesses(result: dict[str, Any]) -> Figure:
-    figure, axes = panels(3, FULL, 2.4)
+    titles = ("contrast behind the layer", "what the weight becomes", "parameter behind weight norm")
+    figure, axes = titled(2.4, *titles)
     rows = result["rows"]
     for y, found in enumerate(rows.values()):
         for shift, kind, hue in ((-0.15, "all channels", COLOURS[0]), (0.15, "one channel", COLOURS[1])):
@@ -298,9 +299,6 @@ def _weaknesses(result: dict[str, Any]) -> Figure:
     axes[2].plot(range(1, DRIFT + 1), rows["weight_norm"]["drift"], color=hues["weight_norm"])
     axes[2].set(xlabel="step of SGD", ylabel="length, relative to the start")
     axes[2].margins(x=0)
-    titles = ("contrast behind the layer", "what the weight becomes", "parameter behind weight norm")
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, loc="left")
     handles = [key(hue, marker="o", markersize=4, linestyle="") for hue in COLOURS[:2]]
     figure.legend(handles, ["contrast of all channels", "contrast of one channel"], loc="outside upper left", ncols=2)
     return figure

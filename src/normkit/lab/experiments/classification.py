@@ -56,10 +56,13 @@ class Plan:
 
     def job(self, row: Row, rate: float, seed: int) -> Training:
         """The training of a row."""
-        how: dict[str, Any] = {"recipe": row.recipe, "unit": row.unit, "conditioning": row.conditioning}
-        return replace(
-            self.base, name=row.name, rate=rate, seed=seed, optimizer=row.optimizer or self.base.optimizer, **how
-        )
+        how: dict[str, Any] = {
+            "name": row.name,
+            "recipe": row.recipe,
+            "unit": row.unit,
+            "conditioning": row.conditioning,
+        }
+        return replace(self.base, rate=rate, seed=seed, optimizer=row.optimizer or self.base.optimizer, **how)
 
 
 def study(bench: Bench, plans: Sequence[Plan], learn: Learn = learn) -> dict[str, Any]:

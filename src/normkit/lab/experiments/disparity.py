@@ -27,7 +27,7 @@ from normkit.lab.experiments.batch_size import BASE, RATE, norm
 from normkit.lab.experiments.runs import CHANCE, drawn, points
 from normkit.lab.jobs.ranges import ranges, responses
 from normkit.lab.report.bands import across, dots, key, rows_of
-from normkit.lab.report.canvas import DOTTED, FAINT, FULL, INK, log, panels
+from normkit.lab.report.canvas import DOTTED, FAINT, INK, log
 from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
 from normkit.lab.stats import Row, differences, known, spread, where
 from normkit.lab.train.images import Size, Stream, accuracy, fit
@@ -202,12 +202,12 @@ def remarks(result: dict[str, Any]) -> list[str]:
 )
 def _accuracies(result: dict[str, Any]) -> Figure:
     places = [(order, batch) for order in ORDERS for batch in result["batches"]]
-    figure, axes = panels(len(places), FULL, 2.3, sharey=True, sharex=True)
+    titles = [f"{ORDERS[order]}, {batch}" for order, batch in places]
+    figure, axes = runs.titled(2.3, *titles, sharey=True, sharex=True)
     for axis, (order, batch) in zip(axes, places, strict=True):
         for y, way in enumerate(WAYS):
             for shift, (method, hue) in zip((-0.15, 0.15), HUES.items(), strict=True):
                 dots(axis, y + shift, [100 * score for score in known(scores(result, method, way, order, batch))], hue)
-        axis.set_title(f"{ORDERS[order]}, {batch}", loc="left")
         axis.set_xlabel("test accuracy, %")
         rows_of(axis, list(WAYS.values()))
     handles = [key(hue, marker="|", markersize=9, markeredgewidth=1.8, linestyle="") for hue in HUES.values()]
@@ -222,13 +222,13 @@ def _accuracies(result: dict[str, Any]) -> Figure:
     "statistics stand alone; marks at the bottom are the α chosen on held-out images, one per seed.",
 )
 def _alphas(result: dict[str, Any]) -> Figure:
-    figure, axes = panels(len(ORDERS), FULL, 2.5, sharey=True)
-    for axis, (order, words) in zip(axes, ORDERS.items(), strict=True):
+    figure, axes = runs.titled(2.5, *(f"{words} in training" for words in ORDERS.values()), sharey=True)
+    for axis, order in zip(axes, ORDERS, strict=True):
         ends = []
         for batch, hue in zip(result["batches"], (COLOURS[1], COLOURS[0]), strict=False):
-            runs = [run for run in where(result["runs"], method="bn", order=order, batch=batch) if run["alphas"]]
+            own = [run for run in where(result["runs"], method="bn", order=order, batch=batch) if run["alphas"]]
             found: dict[float, list[float]] = {}
-            for run in runs:
+            for run in own:
                 axis.axvline(run["alphas"]["chosen"], ymax=0.04, color=hue, linewidth=1.4)
                 for alpha, score in run["alphas"]["test"]:
                     found.setdefault(alpha, []).append(100 * score)
@@ -239,7 +239,6 @@ def _alphas(result: dict[str, Any]) -> Figure:
         axis.minorticks_off()
         # Its own margin would be as wide below 0 as three decades.
         axis.set_xlim(-2e-4, 1.2)
-        axis.set_title(f"{words} in training", loc="left")
         axis.set_xlabel("α, weight of the example's own statistics")
         name_ends(axis, ends)
     axes[0].set_ylabel("test accuracy, %")
@@ -257,7 +256,8 @@ def _alphas(result: dict[str, Any]) -> Figure:
     "lie above it.",
 )
 def _ranges(result: dict[str, Any]) -> Figure:
-    figure, axes = panels(1 + len(result["batches"]), FULL, 2.7)
+    titles = (f"largest in each layer, batch {batch}" for batch in result["batches"])
+    figure, axes = runs.titled(2.7, "a value that grows", *titles)
     found, ends = result["responses"], []
     for kind, hue in KINDS.items():
         values = found["weighed" if kind == "weighing" else kind]
@@ -266,7 +266,6 @@ def _ranges(result: dict[str, Any]) -> Figure:
     limit: dict[str, Any] = {"color": INK, "linestyle": DOTTED, "linewidth": 0.9}
     axes[0].axhline(math.sqrt(7), **limit)
     axes[0].set(xscale="log", yscale="log", xlabel="one value of eight", ylabel="what it becomes")
-    axes[0].set_title("a value that grows", loc="left")
     axes[0].set_xlim(found["input"][0], found["input"][-1])
     name_ends(axes[0], ends)
     looks = {way: (GREY if "train" in way else COLOURS[1], "^" if "strong" in way else "o") for way in [*RANGES][1:]}
@@ -278,7 +277,6 @@ def _ranges(result: dict[str, Any]) -> Figure:
             axis.plot(layers, largest, color=hue, marker=shape, markersize=3.5, linestyle="" if shape == "^" else "-")
         axis.plot(layers, [some[0]["bound"] for some in seeds], **limit)
         log(axis)
-        axis.set_title(f"largest in each layer, batch {batch}", loc="left")
         axis.set_xlabel("norm")
         axis.set_xticks(layers)
     handles = [key(hue, marker=shape, markersize=3.5, linestyle="") for hue, shape in looks.values()]

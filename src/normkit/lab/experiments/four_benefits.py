@@ -9,25 +9,22 @@ Ours: SGD with momentum 0.9 and cosine decay, batches of 64; a bias stands where
 equilibrated weights, which are on all layers; the first layer's bias starts at 0, so that inputs scale what it gives.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from torch import nn
 
-from normkit.activations.batch_norm import CARD, BatchNorm
-from normkit.activations.group_norm import GroupNorm
-from normkit.activations.instance_norm import InstanceNorm
+from normkit.activations.batch_norm import CARD
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments import runs
 from normkit.lab.experiments.runs import CHANCE, drawn, side
-from normkit.lab.models.noisy_norm import Shift
+from normkit.lab.models.noisy_norm import MAKERS, Shift
 from normkit.lab.report.bands import marked, rows_of
-from normkit.lab.report.canvas import FAINT, FULL, panels
+from normkit.lab.report.canvas import FAINT
 from normkit.lab.report.drawing import COLOURS, GREY, SHAPES, name_ends
-from normkit.lab.stats import Interval, differences, known, mean, spread, tell, where
+from normkit.lab.stats import differences, known, mean, spread, tell, where
 from normkit.lab.train.images import Size, Stream, accuracy, fit
 from normkit.lab.train.walk import OK
 from normkit.surgery.recipe import apply_recipe
@@ -48,16 +45,6 @@ MARKS = dict(zip(METHODS, (*SHAPES, "X", "p"), strict=True))
 BATCH, TARGET, EVERY = 64, 1.8, 5
 RATES = (0.001, 0.01, 0.1, 0.5)
 SCALES = (0.1, 1.0, 10.0)
-MAKERS: dict[str, Callable[[int], nn.Module]] = {
-    "none": Shift,
-    "bn": BatchNorm,
-    "ln": lambda channels: GroupNorm(1, channels),
-    "in": lambda channels: InstanceNorm(channels, affine=True),
-    "gn": lambda channels: GroupNorm(4, channels),
-    "gn+ws": lambda channels: GroupNorm(4, channels),
-    "wn": Shift,
-    "e": Shift,
-}
 RECIPES = {"gn+ws": "keep+ws", "wn": "keep+wn", "e": "keep+e@all"}
 
 
@@ -75,7 +62,7 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
     """Trains a network on scaled inputs, and evaluates it on inputs of the same scale."""
     images = {part: (job.scale * x, y) for part, (x, y) in job.images().items()}
     stream = Stream(images["train"], BATCH, job.seed)
-    model = runs.network(job, images, MAKERS[job.method])
+    model = runs.network(job, images, MAKERS.get(job.method.removesuffix("+ws"), Shift))
     if job.method in RECIPES:
         apply_recipe(model, RECIPES[job.method])
     walked = fit(model, stream, job.epochs, job.rate, job.seed, folder, every=EVERY)
@@ -135,11 +122,6 @@ def counted(result: dict[str, Any], method: str, key: str, scale: float = 1.0) -
     return [CHANCE if run[key] is None else run[key] for run in runs]
 
 
-def against(result: dict[str, Any], method: str, key: str) -> Interval:
-    """A value minus that of the network without a norm, seed by seed."""
-    return differences(counted(result, method, key), counted(result, "none", key))
-
-
 def tables(result: dict[str, Any]) -> list[Table]:
     """The four benefits, norm by norm."""
     rows, rates = [], []
@@ -196,7 +178,7 @@ def verdict(
     groups: dict[str, list[str]] = {first: [], second: [], unsure: [], alone: []}
     below, above = (second, first) if higher_first else (first, second)
     for method, name in METHODS.items():
-        gap = against(result, method, key)
+        gap = differences(counted(result, method, key), counted(result, "none", key))
         if method == "none" or gap.mean is None:
             continue
         group = alone if gap.low is None else side(gap, below, above, unsure)
@@ -214,7 +196,7 @@ def verdict(
     "left on the left, flat and high in the middle, and towards the upper left corner on the right.",
 )
 def _benefits(result: dict[str, Any]) -> Figure:
-    figure, axes = panels(3, FULL, 2.7, width_ratios=(1.0, 1.0, 1.0))
+    figure, axes = runs.titled(2.7, "convergence", "scale of inputs", "overfitting and accuracy")
     ends = []
     for y, (method, name) in enumerate(METHODS.items()):
         usual = where(result["runs"], method=method, scale=1.0)
@@ -239,8 +221,6 @@ def _benefits(result: dict[str, Any]) -> Figure:
     axes[1].set(xlabel="inputs multiplied by", ylabel="test accuracy, %")
     name_ends(axes[1], ends)
     axes[2].set(xlabel="training minus test, points", ylabel="test accuracy, %")
-    for axis, title in zip(axes, ("convergence", "scale of inputs", "overfitting and accuracy"), strict=True):
-        axis.set_title(title, loc="left")
     return figure
 
 

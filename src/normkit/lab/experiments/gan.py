@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from normkit.catalogue.methods import method
 from normkit.lab.experiment import Bench, Experiment, Table
-from normkit.lab.experiments.runs import diverged, drawings, drawn, grid
+from normkit.lab.experiments.runs import diverged, drawings, drawn, grid, titled
 from normkit.lab.jobs.adversarial import FOLLOWED, Game, play
 from normkit.lab.jobs.spectra import TOLERANCE, stable_rank
 from normkit.lab.models.gan import centres
@@ -181,8 +181,8 @@ def _points(result: dict[str, Any]) -> Figure:
     "at which solid lines stay there, and how far below each its dotted line runs.",
 )
 def _lipschitz(result: dict[str, Any]) -> Figure:
-    figure, axes = panels(2, FULL, 2.8, sharey=True)
-    for axis, (loss, title) in zip(axes, LOSSES.items(), strict=True):
+    figure, axes = titled(2.8, *LOSSES.values(), sharey=True)
+    for axis, loss in zip(axes, LOSSES, strict=True):
         rows = {kind: [run["rows"] for run in where(result["runs"], loss=loss, kind=kind)] for kind in KINDS}
         curves = [Curve(name, HUES[kind], rows[kind]) for kind, name in KINDS.items()]
         ends = along(axis, curves, lambda row: row["bound"], "steps of the generator")
@@ -191,7 +191,6 @@ def _lipschitz(result: dict[str, Any]) -> Figure:
             axis.plot(steps, steepest, color=HUES[kind], linestyle=DOTTED, linewidth=1.1)
         axis.axhline(1, color=INK, linewidth=0.6, zorder=1)
         axis.set_yscale("log")
-        axis.set_title(title, loc="left")
         name_ends(axis, ends)
     axes[0].set_ylabel("change of D per unit of distance")
     labels = ["product of the layers' largest singular values", "steepest gradient found"]
@@ -233,9 +232,9 @@ def _singular_values(result: dict[str, Any]) -> Figure:
     "between the solid and the dashed line of a colour is what keeping the vectors is worth.",
 )
 def _memory(result: dict[str, Any]) -> Figure:
-    figure, axes = panels(2, FULL, 2.5)
     labels = {"error": "error of sigma after one iteration", "iterations": "iterations to an error of 0.001"}
-    for axis, (what, label) in zip(axes, labels.items(), strict=True):
+    figure, axes = titled(2.5, *labels.values())
+    for axis, what in zip(axes, labels, strict=True):
         ends = []
         for kind in FOLLOWED:
             rows = [run["rows"] for run in where(result["runs"], kind=kind)]
@@ -247,7 +246,6 @@ def _memory(result: dict[str, Any]) -> Figure:
                 ends += [(value, f"{KINDS[kind]}, {word}", HUES[kind]) for value in middle[-1:]]
         along(axis, [], lambda row: None, "steps of the generator")
         axis.set_yscale("log")
-        axis.set_title(label, loc="left")
         name_ends(axis, ends)
     return figure
 

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from normkit.catalogue.methods import method
 from normkit.gradients.grad_norm import GradNorm
 from normkit.lab.experiment import Bench, Experiment, Table
-from normkit.lab.experiments.runs import drawings, drawn, grid
+from normkit.lab.experiments.runs import drawings, drawn, grid, titled
 from normkit.lab.report.bands import Curve, along
-from normkit.lab.report.canvas import FULL, log, panels
+from normkit.lab.report.canvas import log
 from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import spread, where
@@ -119,14 +119,13 @@ def remarks(result: dict[str, Any]) -> list[str]:
     "the left.",
 )
 def _balance(result: dict[str, Any]) -> Figure:
-    figure, axes = panels(3, FULL, 2.3)
+    figure, axes = titled(2.3, "loss, s = 1", "loss, s = 100", "weight, s = 1")
     rows = {way: [run["rows"] for run in where(result["runs"], way=way)] for way in WAYS}
     hues = zip(WAYS.items(), (GREY, *COLOURS), strict=False)
     curves = [Curve(name, hue, rows[way]) for (way, name), hue in hues]
     found = []
     for axis, (key, task) in zip(axes, (("pace", 0), ("pace", 1), ("weights", 0)), strict=True):
         found = along(axis, curves, lambda row, key=key, task=task: row[key][task])
-        axis.set_title(f"{'loss' if key == 'pace' else 'weight'}, s = {SCALES[task]:g}", loc="left")
     log(*axes[:2])
     name_ends(axes[2], found)
     return figure

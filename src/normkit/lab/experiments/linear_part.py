@@ -20,9 +20,8 @@ from torch.nn import functional as F
 
 from normkit.activations.batch_norm import BatchNorm
 from normkit.lab.experiment import Bench, Experiment, Table
-from normkit.lab.experiments.runs import drawings, drawn, labelled
+from normkit.lab.experiments.runs import drawings, drawn, labelled, titled
 from normkit.lab.report.bands import dots, rows_of
-from normkit.lab.report.canvas import FULL, panels
 from normkit.lab.report.drawing import COLOURS
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import mean, spread, where
@@ -130,11 +129,10 @@ def remarks(result: dict[str, Any]) -> list[str]:
     "right side than those without it.",
 )
 def _parts(result: dict[str, Any]) -> Figure:
-    figure, axes = panels(2, FULL, 2.4, sharey=True)
-    for axis, key, title in zip(axes, ("loss", "share"), ("loss", "linear share of the branch"), strict=True):
+    figure, axes = titled(2.4, "loss", "linear share of the branch", sharey=True)
+    for axis, key in zip(axes, ("loss", "share"), strict=True):
         for place, (name, runs) in enumerate(rows(result).items()):
             dots(axis, place, [run[key] for run in runs], COLOURS["BatchNorm" in name])
-        axis.set_title(title, loc="left")
     rows_of(axes[0], list(rows(result)))
     return figure
 

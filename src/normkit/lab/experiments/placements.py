@@ -20,10 +20,10 @@ from normkit.core.card import Paper
 from normkit.lab.data import sequences
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.pre_post_ln import LEARNT, cell_of, exponents, gradients_at_start, size_of, state
-from normkit.lab.experiments.runs import drawings, drawn, grid, side
+from normkit.lab.experiments.runs import drawings, drawn, grid, side, titled
 from normkit.lab.jobs.encoders import VOCABULARY, Training, train
 from normkit.lab.report.bands import Curve, across, along, key, marked
-from normkit.lab.report.canvas import DOTTED, FAINT, FULL, log, panels
+from normkit.lab.report.canvas import DOTTED, FAINT, log
 from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
 from normkit.lab.stats import ABSENT, differences, mean, spread, tell, where
 
@@ -138,16 +138,15 @@ def _lines() -> list[tuple[str, str, str, str]]:
     f"{SEEDS}. The dotted line is the loss of a guess that knows only how frequent each token is.",
 )
 def _losses(result: dict[str, Any]) -> Figure:
-    figure, axes = panels(2, FULL, 3.4, sharey=True)
+    figure, axes = titled(3.4, *WARMUPS.values(), sharey=True)
     named = []
-    for axis, (warmup, word) in zip(axes, WARMUPS.items(), strict=True):
+    for axis, warmup in zip(axes, WARMUPS, strict=True):
         curves = []
         for placement, name, hue, line in _lines():
             runs = where(result["runs"], placement=placement, warmup=warmup)
             curves.append(Curve(name, hue, [run["rows"] for run in runs], {"linestyle": line}))
         ends = along(axis, curves, lambda row: row["loss"])
         axis.axhline(result["guess"], color=FAINT, linestyle=DOTTED, linewidth=0.9)
-        axis.set_title(word, loc="left")
         named.append((axis, ends))
     axes[0].set_ylim(bottom=0)  # of both, once both are drawn
     for axis, ends in named:
@@ -163,8 +162,10 @@ def _losses(result: dict[str, Any]) -> Figure:
     f"deepest, the first layer's at the left (right); {SEEDS}. A flat line on the right trains every layer at one pace.",
 )
 def _gradients(result: dict[str, Any]) -> Figure:
-    figure, axes = panels(2, FULL, 3.4)
     depths = sorted({start["depth"] for start in result["starts"]})
+    figure, axes = titled(
+        3.4, "last layer, loss at one token", f"every layer at depth {depths[-1]}, mean loss of a batch"
+    )
     ends: list[Any] = [[], []]
     for placement, name, hue, line in _lines():
         starts = where(result["starts"], placement=placement)
@@ -173,9 +174,7 @@ def _gradients(result: dict[str, Any]) -> Figure:
         layers = [start["batch"] for start in where(starts, depth=depths[-1])]
         each = {float(k + 1): [norms[k] for norms in layers] for k in range(depths[-1])}
         ends[1] += across(axes[1], name, hue, each, linestyle=line)
-    titles = ("last layer, loss at one token", f"every layer at depth {depths[-1]}, mean loss of a batch")
-    for axis, title, found, x in zip(axes, titles, ends, ("depth of the encoder", "layer"), strict=True):
-        axis.set_title(title, loc="left")
+    for axis, found, x in zip(axes, ends, ("depth of the encoder", "layer"), strict=True):
         axis.set_xlabel(x)
         if axis is axes[0]:
             marked(axis, depths)
@@ -191,11 +190,8 @@ EXPERIMENT = Experiment(
     "placements", "claim", "Eight places for the norms of a transformer",
     "Norms in other places than Post-LN and Pre-LN train deep transformers as stably as Pre-LN, with gradients spread more "
         "evenly over the layers, and end lower.",
-    Paper(
-        "Li, Pengxiang and Yin, Lu and Liu, Shiwei",
-        "Mix-LN: Unleashing the Power of Deeper Layers by Combining Pre-LN and Post-LN",
-        2024,
-        "https://arxiv.org/abs/2412.13795",
-    ),
+    Paper("Li, Pengxiang and Yin, Lu and Liu, Shiwei",
+          "Mix-LN: Unleashing the Power of Deeper Layers by Combining Pre-LN and Post-LN", 2024,
+          "https://arxiv.org/abs/2412.13795"),
     run, tables, drawings(_losses, _gradients), remarks,
 )  # fmt: skip

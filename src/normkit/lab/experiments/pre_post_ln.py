@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from normkit.core.card import Paper
 from normkit.lab.data import sequences
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments.runs import drawn, grid, labelled
+from normkit.lab.experiments.runs import drawn, grid, labelled, titled
 from normkit.lab.jobs.encoders import VOCABULARY, Start, Training, look, train
 from normkit.lab.report.bands import Curve, End, across, along, dots, key, marked, rows_of
 from normkit.lab.report.canvas import DOTTED, FAINT, FULL, log, panels
@@ -213,7 +213,8 @@ def losses(result: dict[str, Any], task: str) -> Drawing:
 def _losses(result: dict[str, Any], task: str) -> Figure:
     runs = where(result["runs"], task=task, norm="ln")
     used = [optimizer for optimizer in OPTIMIZERS if where(runs, optimizer=optimizer)]
-    figure, axes = panels(len(used), FULL if len(used) > 1 else 4.2, 2.7, sharey=True)
+    titles = [OPTIMIZERS[optimizer] for optimizer in used]
+    figure, axes = titled(2.7, *titles, width=FULL if len(used) > 1 else 4.2, sharey=True)
     ends: list[End] = []
     for axis, optimizer in zip(axes, used, strict=True):
         curves = []
@@ -224,7 +225,6 @@ def _losses(result: dict[str, Any], task: str) -> Figure:
                 curves.append(Curve(f"{name}, {word}", HUES[placement], rows, {"linestyle": style}))
         ends = along(axis, curves, lambda row: row["loss"])
         axis.axhline(result["guess"][task], color=FAINT, linestyle=DOTTED, linewidth=0.9)
-        axis.set_title(OPTIMIZERS[optimizer], loc="left")
         axis.set_ylim(bottom=0)
     name_ends(axes[-1], ends)
     axes[0].set_ylabel(f"training loss on {task}, nats per token")
@@ -243,8 +243,10 @@ def _losses(result: dict[str, Any], task: str) -> Figure:
     "theory, the dotted lines.",
 )
 def _gradients(result: dict[str, Any]) -> Figure:
-    figure, axes = panels(3, FULL, 2.6)
     depths = sorted({start["depth"] for start in result["starts"]})
+    listed = f"{', '.join(map(str, depths[:-1]))} and {depths[-1]}"
+    titles = ("last layer, loss at one token", "last layer, mean loss of a batch", f"every layer, depths {listed}")
+    figure, axes = titled(2.6, *titles)
     names: list[list[End]] = [[], [], []]
     for placement, name in PLACEMENTS.items():
         starts, hue = where(result["starts"], placement=placement), HUES[placement]
@@ -258,10 +260,7 @@ def _gradients(result: dict[str, Any]) -> Figure:
             each = np.mean([start["token"] for start in where(starts, depth=depth)], axis=0)
             axes[2].plot(range(1, depth + 1), each, color=hue, linewidth=0.4 + 0.25 * np.log2(depth))
         names[2].append((names[0][-1][0], name, hue))
-    listed = f"{', '.join(map(str, depths[:-1]))} and {depths[-1]}"
-    titles = ("last layer, loss at one token", "last layer, mean loss of a batch", f"every layer, depths {listed}")
-    for axis, title, found in zip(axes, titles, names, strict=True):
-        axis.set_title(title, loc="left")
+    for axis, found in zip(axes, names, strict=True):
         axis.set_xlabel("layer" if axis is axes[2] else "depth of the encoder")
         if axis is not axes[2]:
             marked(axis, depths)
@@ -300,11 +299,7 @@ EXPERIMENT = Experiment(
     "pre-post-ln", "claim", "Layer normalization before or after each branch of a transformer",
     "With layer normalization after each residual branch the gradients of the last layers are large at the start and a "
         "warm-up is needed; before each branch they shrink with the root of the depth, and it is not.",
-    Paper(
-        "Xiong, Ruibin and Yang, Yunchang and He, Di and Zheng, Kai and Zheng, Shuxin and Xing, Chen and others",
-        "On Layer Normalization in the Transformer Architecture",
-        2020,
-        "https://arxiv.org/abs/2002.04745",
-    ),
+    Paper("Xiong, Ruibin and Yang, Yunchang and He, Di and Zheng, Kai and Zheng, Shuxin and Xing, Chen and others",
+          "On Layer Normalization in the Transformer Architecture", 2020, "https://arxiv.org/abs/2002.04745"),
     run, tables, figures, remarks,
 )  # fmt: skip

@@ -5,11 +5,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import nn
 
 from normkit.lab.data.cifar import download_missing, source
 from normkit.lab.experiment import Bench, Drawing
 from normkit.lab.models.small_cnn import SmallCNN
+from normkit.lab.report.canvas import FULL, panels
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import BETTER, WORSE, Interval, Row, judge
 from normkit.lab.sweep import Job
@@ -17,15 +20,17 @@ from normkit.lab.train.images import Images
 from normkit.lab.train.walk import OK, device
 
 CHANCE = 0.1  # the accuracy of guessing one of ten classes
-TINY: dict[str, Any] = {"data": "digits", "train": 128, "test": 64, "halve": False, "width": 4}  # seconds
-SMALL: dict[str, Any] = {"data": "cifar10", "train": 1500, "test": 2000, "halve": True, "width": 16}
-FULL: dict[str, Any] = {"data": "cifar10", "train": None, "test": None, "halve": False, "width": 32}
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"data": "digits", "train": 128, "test": 64, "halve": False, "width": 4},  # seconds
+    "small": {"data": "cifar10", "train": 1500, "test": 2000, "halve": True, "width": 16},
+    "full": {"data": "cifar10", "train": None, "test": None, "halve": False, "width": 32},
+}
 SEEDS_ALONE = "Intervals and deviations cover seeds alone: all seeds share the images to learn from and to judge."
 
 
 def size_of(bench: Bench, epochs: int) -> dict[str, Any]:
     """Fields of :class:`normkit.lab.train.images.Size` at a scale; `epochs` at the small one. Fetches data that is missing."""
-    size = {"tiny": TINY, "small": SMALL, "full": FULL}[bench.scale]
+    size = SIZES[bench.scale]
     if bench.download:
         download_missing(size["data"])
     return {**size, "epochs": bench.epochs or {"tiny": 1, "small": epochs, "full": 10}[bench.scale]}
@@ -72,6 +77,14 @@ def drawn(name: str, caption: str) -> Callable[[Callable[[Any], Any]], Callable[
     'Losses after 3 steps.'
     """
     return lambda make: lambda result: Drawing(name, lambda: make(result), caption.format_map(result))
+
+
+def titled(height: float, *titles: str, width: float = FULL, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each title, side by side."""
+    figure, axes = panels(len(titles), width, height, **options)
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, loc="left")
+    return figure, axes
 
 
 def drawings(*figures: Callable[[Any], Drawing]) -> Callable[[Any], list[Drawing]]:

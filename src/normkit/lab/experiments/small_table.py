@@ -16,7 +16,7 @@ from normkit.lab.experiments import runs
 from normkit.lab.models.noisy_norm import Shift
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.report.bands import dots, rows_of
-from normkit.lab.report.canvas import FAINT, FULL, panels
+from normkit.lab.report.canvas import FAINT, FULL
 from normkit.lab.report.drawing import COLOURS, GREY
 from normkit.lab.report.tables import edges, rates_table
 from normkit.lab.seeding import reseed
@@ -168,8 +168,8 @@ def figures(plan: Plan, result: Mapping[str, Any]) -> list[Drawing]:
 
 
 def _accuracies(plan: Plan, result: Mapping[str, Any]) -> Figure:
-    count = len(plan.rows)
-    figure, axes = panels(count, FULL if count > 1 else FULL * 0.7, 2.0)
+    titles = [f"batch {batch}" for batch in plan.rows]
+    figure, axes = runs.titled(2.0, *titles, width=FULL if len(titles) > 1 else FULL * 0.7)
     for axis, (batch, titles) in zip(axes, plan.rows.items(), strict=True):
         for y, row in enumerate(titles):
             tests = (run["test"] for run in where(result["runs"], row=row, batch=batch))
@@ -178,6 +178,5 @@ def _accuracies(plan: Plan, result: Mapping[str, Any]) -> Figure:
             if scores and not y:
                 axis.axvline(fmean(scores), color=FAINT, linewidth=0.8)
         axis.set_xlabel("test accuracy, %")
-        axis.set_title(f"batch {batch}", loc="left")
         rows_of(axis, list(titles.values()))
     return figure

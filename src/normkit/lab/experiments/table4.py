@@ -22,10 +22,11 @@ from normkit.catalogue.methods import method
 from normkit.lab.data.llff import FOLDER, SCENES
 from normkit.lab.data.root import data_root
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiments.runs import titled
 from normkit.lab.experiments.trials import Study, Trial, curves, ends, first_seed, gained, grid, lost, settings_of
 from normkit.lab.fields.radiance import RadianceJob, decode, learn_scene, measure_scene
 from normkit.lab.report.bands import along
-from normkit.lab.report.canvas import FULL, log, panels, plain
+from normkit.lab.report.canvas import FULL, log, plain
 from normkit.lab.report.drawing import SEEDS, name_ends
 from normkit.lab.report.tables import edges, lowered, rates_table, time_table
 from normkit.lab.say import counted
@@ -215,14 +216,13 @@ VIEWS = (
 
 
 def _curves(result: Mapping[str, Any], scene: str) -> Figure:
-    figure, axes = panels(2, FULL, 3.0)
+    titles = (plain(f"PSNR of held-out views in dB, {scene}"), "condition number of the trunks' effective weights")
+    figure, axes = titled(3.0, *titles)
     for axis, field in zip(axes, ("test_psnr", "condition"), strict=True):
         found = along(axis, curves(STUDY.subjects(result)[scene], ROWS), lambda row, field=field: row[field])
         if field == "condition":
             log(axis)
         name_ends(axis, found)
-    axes[0].set_title(plain(f"PSNR of held-out views in dB, {scene}"), loc="left")
-    axes[1].set_title("condition number of the trunks' effective weights", loc="left")
     return figure
 
 

@@ -30,7 +30,7 @@ from normkit.lab.experiments.runs import drawn, side
 from normkit.lab.jobs.landscape import moments, moved, turns
 from normkit.lab.models.noisy_norm import MAKERS
 from normkit.lab.report.bands import Curve, End, along
-from normkit.lab.report.canvas import FAINT, FULL, log, panels
+from normkit.lab.report.canvas import FAINT, log, panels
 from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
 from normkit.lab.stats import ABSENT, Row, by_step, differences, mean, spread, tell, where
 from normkit.lab.train.images import Stream, load
@@ -196,12 +196,11 @@ def remarks(result: dict[str, Any]) -> list[str]:
     "and higher on the right: compare its order with that of the losses.",
 )
 def _shift(result: dict[str, Any]) -> Figure:
-    figure, axes = panels(3, FULL, 2.4)
-    ends: list[End] = []
     titles = ("training loss", "cosine of a layer's gradients", "movement of means, in deviations")
-    for axis, key, title in zip(axes, ("loss", "turn", "mean"), titles, strict=True):
+    figure, axes = runs.titled(2.4, *titles)
+    ends: list[End] = []
+    for axis, key in zip(axes, ("loss", "turn", "mean"), strict=True):
         ends = along(axis, curves(result), lambda row, key=key: row[key])
-        axis.set_title(title, loc="left")
     axes[1].set_ylim(top=1.02)
     log(axes[2])
     name_ends(axes[2], ends)
@@ -215,8 +214,8 @@ def _shift(result: dict[str, Any]) -> Figure:
     f"distance (right); in the last two, {SEEDS}. Narrower on the left and lower in the others is smoother.",
 )
 def _smoothness(result: dict[str, Any]) -> Figure:
-    figure, axes = panels(3, FULL, 2.4)
     titles = ("loss along the gradient", "largest change of the gradient", "… per unit of distance")
+    figure, axes = runs.titled(2.4, *titles)
     for _, hue, rows, _ in curves(result):
         steps, low, *_ = by_step(rows, lambda row: row["low"])
         high = by_step(rows, lambda row: row["high"])[1]
@@ -228,8 +227,6 @@ def _smoothness(result: dict[str, Any]) -> Figure:
         ends = along(axis, curves(result), lambda row, key=key: row[key])
         log(axis)
     name_ends(axes[2], ends)
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, loc="left")
     return figure
 
 
@@ -262,11 +259,7 @@ EXPERIMENT = Experiment(
     "why-bn", "claim", "Why batch normalization helps",
     "Batch normalization does not reduce internal covariate shift, and trains fast even where noise adds to it; it makes the "
         "loss smoother along the gradient, so that larger steps can be taken.",
-    Paper(
-        "Santurkar, Shibani and Tsipras, Dimitris and Ilyas, Andrew and Madry, Aleksander",
-        "How Does Batch Normalization Help Optimization?",
-        2018,
-        "https://arxiv.org/abs/1805.11604",
-    ),
+    Paper("Santurkar, Shibani and Tsipras, Dimitris and Ilyas, Andrew and Madry, Aleksander",
+          "How Does Batch Normalization Help Optimization?", 2018, "https://arxiv.org/abs/1805.11604"),
     run, tables, runs.drawings(_shift, _smoothness, _rates), remarks,
 )  # fmt: skip

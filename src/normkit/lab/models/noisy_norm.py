@@ -1,12 +1,17 @@
-"""Norms of a claim on covariate shift: none but a bias, batch normalization, and that with noise behind it."""
+"""Norms of the small network by name: none but a bias, batch normalization, that with noise behind it, and its rivals."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from normkit.activations.batch_channel_norm import BatchChannelNorm
 from normkit.activations.batch_norm import BatchNorm
+from normkit.activations.ghost_batch_norm import GhostBatchNorm
+from normkit.activations.group_norm import GroupNorm
+from normkit.activations.instance_norm import InstanceNorm
 
+GROUPS, GHOST = 4, 16
 MEAN, DEVIATION, JITTER = 0.5, 1.25, 0.1
 
 
@@ -48,4 +53,13 @@ class NoisyBatchNorm(nn.Module):
         return s.view(shape) * y + m.view(shape)
 
 
-MAKERS: dict[str, Callable[[int], nn.Module]] = {"none": Shift, "bn": BatchNorm, "noisy": NoisyBatchNorm}
+MAKERS: dict[str, Callable[[int], nn.Module]] = {
+    "none": Shift,
+    "bn": BatchNorm,
+    "noisy": NoisyBatchNorm,
+    "ln": lambda channels: GroupNorm(1, channels),
+    "in": lambda channels: InstanceNorm(channels, affine=True),
+    "gn": lambda channels: GroupNorm(GROUPS, channels),
+    "bcn": lambda channels: BatchChannelNorm(channels, GROUPS, estimate=True),
+    "ghost": lambda channels: GhostBatchNorm(channels, GHOST),
+}
