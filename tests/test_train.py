@@ -41,11 +41,14 @@ class Stop(Exception):
 
 
 def interrupt(run: Trainer, after: int = 0) -> None:
-    """Trains until an epoch is over, the next one by default."""
+    """Trains until an epoch is over, by default the first one that is not done yet."""
+    found = not after and (run.folder / "checkpoint.pt").exists()  # those found done are told once
 
     def stop(epoch: int, score: float | None) -> None:
-        if after in (0, epoch):
+        nonlocal found
+        if after in (0, epoch) and not found:
             raise Stop
+        found = False
 
     with pytest.raises(Stop):
         run.train(stop)

@@ -52,7 +52,7 @@ class Panel:
     y: str = ""
     lines: Sequence[Line] = ()
     rows: Sequence[Row] = ()
-    bars: bool = False  # see `rows`
+    bars: bool = False  # rows are bars from 0, else marks about 0
     title: str = ""  # above it, where there are several
     log: bool = False  # of the y axis
     limit: float | None = None  # values beyond it are cut off
@@ -173,17 +173,13 @@ def differences(result: dict[str, Any]) -> Panel:
 
 
 def rates(result: dict[str, Any]) -> Panel:
-    """The validation score after the last epoch at each rate tried; None where no run came through."""
+    """The validation score after the last epoch at each rate tried; None where the run did not come through."""
     lines, tried = [], set()
     for place, recipe in enumerate(result["recipes"]):
-        scores: dict[float, list[float]] = {}
-        for entry in recipe["sweep"]:
-            known = scores.setdefault(float(entry["rate"]), [])
-            if entry["status"] == "ok" and (score := finite(entry.get("val_score"))) is not None:
-                known.append(score)
-        means = [sum(known) / len(known) if known else None for _, known in sorted(scores.items())]
-        lines.append(Line(place, sorted(scores), means, chosen=finite(recipe.get("rate"))))
-        tried |= scores.keys()
+        swept = sorted(recipe["sweep"], key=lambda entry: entry["rate"])
+        scores = [finite(entry.get("val_score")) if entry["status"] == "ok" else None for entry in swept]
+        lines.append(Line(place, [entry["rate"] for entry in swept], scores, chosen=finite(recipe.get("rate"))))
+        tried |= {entry["rate"] for entry in swept}
     score = f"validation {score_name(result)}, last epoch"
     return Panel("rates", "learning rate", score, lines, ticks=sorted(tried))
 

@@ -26,8 +26,8 @@ def time_table(
 ) -> Table:
     """The table of what a step costs, and of scores after all of training and after the baseline's time.
 
-    `costs` by row, the baseline first, are of :func:`normkit.lab.train.cost.measure_steps`; ``score(row, count)`` are
-    those after that many epochs or steps, one per seed, of which there is one `every` so many.
+    `costs`, of :func:`normkit.lab.train.cost.measure_steps`, are by row, the baseline first; ``score(row, count)`` gives
+    the scores after `count` epochs or steps, one per seed, where `count` is a multiple of `every`.
     """
     base = next(iter(costs))
     lines = []
