@@ -88,8 +88,6 @@ def test_running_statistics_are_the_mean_and_the_deviation() -> None:
     assert_close(norm.running_mean, 0.7 * mean + 0.3 * x.mean((0, 2)))
     assert_close(norm.running_std, 0.7 * std + 0.3 * (x.var((0, 2), correction=0) + norm.eps).sqrt())
     assert norm.num_batches_tracked == 1
-    norm.reset_parameters()
-    assert_close(norm.state_dict(), BatchRenorm(3).double().state_dict())
 
 
 def test_the_schedule_opens_the_bounds_with_the_steps() -> None:
@@ -195,7 +193,7 @@ def test_micro_batches_of_one_image() -> None:
     assert EstBatchNorm(4)(torch.randn(1, 4)).isfinite().all()
 
 
-def test_functions_and_reset() -> None:
+def test_functions_update_what_they_are_given() -> None:
     x, norm, est = _x_batch(), _random(BatchChannelNorm(4, 2)), _random(EstBatchNorm(4))
     mean, var = torch.zeros(4, dtype=x.dtype), torch.ones(4, dtype=x.dtype)
     found = batch_channel_norm(x, 2, mean, var, norm.weight, norm.bias, norm.group_weight, norm.group_bias, True)
@@ -204,8 +202,6 @@ def test_functions_and_reset() -> None:
     mean, var = torch.zeros(4, dtype=x.dtype), torch.ones(4, dtype=x.dtype)
     assert_close(est_batch_norm(x, mean, var, est.weight, est.bias, True), est(x))
     assert_close((mean, var), (est.running_mean, est.running_var))
-    norm.reset_parameters()
-    assert_close(norm.state_dict(), BatchChannelNorm(4, 2).double().state_dict())
     bare = BatchChannelNorm(4, 2, affine=False).double()
     assert not list(bare.parameters())
     bare(x)
@@ -244,14 +240,9 @@ CORNERS = {
 @pytest.mark.parametrize("corner", CORNERS)
 def test_corners(corner: str) -> None:
     groups, examples, like = CORNERS[corner]
-    x = _x_batch().requires_grad_()
-    direction = torch.randn_like(x)
-    norm = BatchGroupNorm(4, groups, examples).double()
-    y, wanted = norm(x), like(x)
-    assert_close(y, wanted)
-    assert_close(batch_group_norm(x, groups, examples), wanted)
-    gradients = [torch.autograd.grad((out * direction).sum(), x)[0] for out in (y, wanted)]
-    assert_close(*gradients)
+    x = _x_batch()
+    assert_close(BatchGroupNorm(4, groups, examples).double()(x), like(x))
+    assert_close(batch_group_norm(x, groups, examples), like(x))
 
 
 @pytest.mark.parametrize(("groups", "examples"), [(None, None), (None, 4), (None, 1), (2, 2), (2, 1), (1, None)])

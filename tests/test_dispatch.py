@@ -25,13 +25,6 @@ def test_a_star_of_no_axes_reduces_nothing(scale: str) -> None:
         assert_close(flat, nk.normalize(x[..., None], support, statistic=statistic, backend=backend)[..., 0])
 
 
-def test_notation_with_other_spaces_runs_on_the_same_back_end() -> None:
-    x = torch.randn(2, 3, 4)
-    one, other = nk.Support("n c *", over="n *"), nk.Support(" n  c*", over="n*")
-    assert str(one) == str(other)
-    assert nk.explain(nk.Rule(one), x).backend == nk.explain(nk.Rule(other), x).backend != "closed"
-
-
 def test_composite_trailing_axes_are_one_axis_of_the_tensor() -> None:
     x = torch.randn(3, 8)
     found = nk.normalize(x, nk.Support("* (g d)", over="g d", g=2))
@@ -145,29 +138,6 @@ def test_many_gradients_at_once() -> None:
         found = torch.autograd.grad(y, z, directions, is_grads_batched=True, retain_graph=True)[0]
         wanted = torch.stack([torch.autograd.grad(y, z, d, retain_graph=True)[0] for d in directions])
         assert_close(found, wanted, rtol=1e-4, atol=1e-5)  # float32, sums over thousands of elements
-
-
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning"
-)  # it says that shapes are constants
-@pytest.mark.parametrize("gradients", [True, False])
-@pytest.mark.parametrize(
-    ("layer", "shape"),
-    [
-        (nk.RMSNorm(512), (64, 512)),
-        (nk.LayerNorm(512), (256, 512)),
-        (nk.BatchNorm(16), (4, 16, 32, 32)),
-        (nk.GroupNorm(4, 64), (8, 64, 56, 56)),
-    ],
-    ids=str,
-)
-def test_what_torch_traces_is_the_layer(layer: nn.Module, shape: tuple[int, ...], gradients: bool) -> None:
-    x, other = torch.randn(2, *shape)
-    layer(x)
-    with torch.set_grad_enabled(gradients):
-        traced = torch.jit.trace(layer, x)
-        # Float32 sums in another order.
-        assert_close(traced(other), layer(other), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

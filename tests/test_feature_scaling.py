@@ -53,21 +53,6 @@ def test_equals_scikit_learn(pair: tuple, shape: tuple[int, int], scale: float, 
         )
 
 
-@pytest.mark.parametrize("pair", [p for p in PAIRS if hasattr(p[1](), "partial_fit")], ids=lambda pair: repr(pair[1]()))
-@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), constant=st.booleans())
-def test_streams_as_scikit_learn_does(pair: tuple, sizes: list[int], constant: bool) -> None:
-    ours, theirs = pair[0](), pair[1]()
-    for k, size in enumerate(sizes):
-        x = sample((size, 3), 1.0 + k, False)
-        if constant:
-            x[:, 0] = 0.3
-        ours.partial_fit(x)
-        theirs.partial_fit(x.numpy())
-    z = sample((5, 3), 2.0, False)
-    assert_close(ours(z), torch.from_numpy(theirs.transform(z.numpy())), rtol=1e-9, atol=1e-9)
-    assert int(ours.count) == theirs.n_samples_seen_
-
-
 def test_unit_length_by_the_largest_element() -> None:
     x = torch.tensor([[1.0, -4.0, 2.0], [0.0, 0.0, 0.0]])
     assert_close(UnitLength(math.inf)(x), torch.tensor([[0.25, -1.0, 0.5], [0.0, 0.0, 0.0]]))

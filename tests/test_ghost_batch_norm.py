@@ -103,6 +103,16 @@ def test_a_wholly_padded_sub_batch_has_no_say_in_the_memory() -> None:
         assert_close((norm.running_mean, norm.running_var), (like.running_mean, like.running_var))
 
 
+def test_a_sub_batch_with_one_real_value_has_no_variance_to_remember() -> None:
+    x, mask = _x(4, 3, 5), torch.ones(4, 1, 5, dtype=torch.bool)
+    mask[2:] = False
+    mask[2, :, 0] = True
+    norm, like = GhostBatchNorm(3, 2).double(), GhostBatchNorm(3, 2).double()
+    norm(x, mask=mask)
+    like(x[:2])
+    assert_close((norm.running_mean, norm.running_var), (like.running_mean, like.running_var))
+
+
 def test_the_function_updates_what_it_is_given() -> None:
     x, norm = _x(7, 3, 5), GhostBatchNorm(3, 2).double()
     mean, var = torch.zeros(3, dtype=x.dtype), torch.ones(3, dtype=x.dtype)

@@ -63,6 +63,12 @@ def test_jarretts_form_is_invariant_to_light(shape: tuple[int, ...]) -> None:
     assert_close(norm(3 * x + 7), norm(x))
 
 
+def test_jarretts_eps_is_a_floor_of_the_divisor() -> None:
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    one, two = (LocalContrastNorm(form="jarrett", eps=eps)(x) for eps in (1e9, 2e9))
+    assert_close(one, 2 * two)
+
+
 # Local response normalization
 
 

@@ -11,7 +11,7 @@ from normkit import GlobalResponseNorm, LocalResponseNorm
 from normkit.engine import abi, native_global_response, native_window
 from normkit.engine.library import why_not
 from normkit.engine.window import sliding_sum
-from normkit.functional import Field, divisive_norm, global_response_norm, local_contrast_norm, local_response_norm
+from normkit.functional import global_response_norm, local_response_norm
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no native kernels: {why_not()}")
 
@@ -129,20 +129,6 @@ def test_sliding_sums_are_the_definition(dim: int, last: bool, count: dict[str, 
         for before, after in ((1, 0), (4, 4), (0, 30), (100, 100)):
             _compare(lambda x, b=before, a=after: sliding_sum(x, dim, b, a), x)
     assert count["native"] == 2 * 2 * 4
-
-
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: local_contrast_norm(x, 3, 5, alpha=0.3),
-        lambda x: divisive_norm(x, Field(None, 9), Field(3, 9)),
-        lambda x: divisive_norm(x, Field(2, 4), Field(None, None)),
-    ],
-)
-def test_methods_by_sliding_sums_are_their_definitions(function: Callable[[Tensor], Tensor], last: bool) -> None:
-    for dtype in (torch.float32, torch.float64):
-        _compare(function, _random((2, 5, 12, 13), dtype, last))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,12 +1,14 @@
 """Recurrent layer normalization: torch's cells where the norms are bypassed, layers as unrolled cells, padding."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
 import normkit as nk
-from normkit import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRecurrent, LayerNormRNNCell
+from normkit import LayerNormRecurrent
 from normkit.core.errors import SurgeryError
 
 CELLS = ["lstm", "gru", "rnn"]
@@ -24,38 +26,31 @@ def randomize(module: nn.Module) -> None:
             parameter.add_(torch.randn_like(parameter) / 2)
 
 
-def test_without_its_norms_the_lstm_is_torchs() -> None:
-    ours, theirs = LayerNormLSTMCell(3, 5).double(), nn.LSTMCell(3, 5).double()
+# torch's update gate opens to the old value, ours to the new one.
+TURNED = torch.ones(15, 1, dtype=torch.float64).index_fill(0, torch.arange(5, 10), -1)
+TWINS = {
+    "lstm": (nk.LayerNormLSTMCell(3, 5), nn.LSTMCell(3, 5), 1.0),
+    "gru": (nk.LayerNormGRUCell(3, 5), nn.GRUCell(3, 5, bias=False), TURNED),
+    "tanh": (nk.LayerNormRNNCell(3, 5), nn.RNNCell(3, 5, bias=False), 1.0),
+    "relu": (
+        nk.LayerNormRNNCell(3, 5, nonlinearity="relu"), nn.RNNCell(3, 5, bias=False, nonlinearity="relu"), 1.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("ours", "theirs", "turned"), TWINS.values(), ids=TWINS)
+def test_without_its_norms_a_cell_is_torchs(ours: Any, theirs: Any, turned: Any) -> None:
+    ours, theirs = ours.double(), theirs.double()
     bypass(ours)
     with torch.no_grad():
-        ours.weight_ih.copy_(theirs.weight_ih)
-        ours.weight_hh.copy_(theirs.weight_hh)
-        ours.bias.copy_(theirs.bias_ih + theirs.bias_hh)
-    x, state = torch.randn(4, 3, dtype=torch.float64), tuple(torch.randn(2, 4, 5, dtype=torch.float64))
-    assert_close(ours(x, state), theirs(x, state), rtol=1e-12, atol=1e-12)
+        ours.weight_ih.copy_(theirs.weight_ih * turned)
+        ours.weight_hh.copy_(theirs.weight_hh * turned)
+        if theirs.bias_ih is not None:
+            ours.bias.copy_(theirs.bias_ih + theirs.bias_hh)
+    x, state = torch.randn(4, 3, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
+    given = tuple(state) if isinstance(theirs, nn.LSTMCell) else state[0]
+    assert_close(ours(x, given), theirs(x, given), rtol=1e-12, atol=1e-12)
     assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
-
-
-def test_without_its_norms_the_gru_is_torchs_with_z_turned() -> None:
-    ours, theirs = LayerNormGRUCell(3, 5).double(), nn.GRUCell(3, 5, bias=False).double()
-    bypass(ours)
-    turn = torch.ones(15, 1, dtype=torch.float64)
-    turn[5:10] = -1
-    with torch.no_grad():
-        ours.weight_ih.copy_(theirs.weight_ih * turn)
-        ours.weight_hh.copy_(theirs.weight_hh * turn)
-    x, h = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
-    assert_close(ours(x, h), theirs(x, h), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
-def test_without_its_norm_the_rnn_is_torchs(nonlinearity: str) -> None:
-    ours = LayerNormRNNCell(3, 5, nonlinearity=nonlinearity).double()
-    theirs = nn.RNNCell(3, 5, bias=False, nonlinearity=nonlinearity).double()
-    bypass(ours)
-    ours.load_state_dict(theirs.state_dict())
-    x, h = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
-    assert_close(ours(x, h), theirs(x, h), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("cell", CELLS)

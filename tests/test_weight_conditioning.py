@@ -109,25 +109,6 @@ def test_ruiz_tends_to_rows_alike_and_columns_alike(rows, columns, seed) -> None
         assert_close(norms, norms.mean().expand_as(norms), rtol=1e-4, atol=0)
 
 
-@given(matrices, st.floats(0.01, 100))
-def test_scaling_the_matrix(drawn, scale) -> None:
-    a = matrix(drawn)
-    for mode, options in (*ALL, ("jacobi", {})):
-        if mode != "jacobi" or a.shape[0] == a.shape[1]:
-            assert_close(equilibrate(a * scale, mode, **options), equilibrate(a, mode, **options))
-    simultaneous = equilibrate(a, "rowcol", order="simultaneous")
-    assert_close(equilibrate(a * scale, "rowcol", order="simultaneous"), simultaneous / scale)
-
-
-@given(matrices)
-def test_scaling_one_row_or_column(drawn) -> None:
-    a = matrix(drawn)
-    rows, columns = (torch.rand(n).double() + 0.5 for n in a.shape)
-    for mode in ("row", "rowcol"):
-        assert_close(equilibrate(rows.unsqueeze(1) * a, mode), equilibrate(a, mode))
-    assert_close(equilibrate(a * columns, "col"), equilibrate(a, "col"))
-
-
 def test_a_zero_row_stays_zero_and_the_floor_holds_its_gradient() -> None:
     a = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
     w = equilibrate(a, eps=1e-3)

@@ -25,40 +25,11 @@ from variants import WEIGHT_FORMS
 METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     card.name: card.make for card in (*WEIGHTS, *WEIGHT_FORMS) if card.name != "spectral_norm_exact"
 }
-LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "linear": (lambda: nn.Linear(5, 4), (3, 2, 5)),
-    "conv 1d": (lambda: nn.Conv1d(4, 6, 3, padding="same"), (2, 4, 7)),
-    "conv 2d, groups": (
-        lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, padding_mode="circular"),
-        (2, 4, 7, 6),
-    ),
-    "conv 3d": (lambda: nn.Conv3d(2, 3, 2, dilation=2, bias=False), (2, 2, 4, 4, 4)),
-    "transposed conv": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 5, 5)),
-}
-EACH = [pytest.param(method, *layer, id=f"{m}-{n}") for m, method in METHODS.items() for n, layer in LAYERS.items()]
 ON_LINEAR = [pytest.param(method, id=name) for name, method in METHODS.items()]
 
 
 def raw(layer: nn.Module) -> list[Tensor]:
     return list(layer.get_submodule("parametrizations.weight").parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("method", "make", "shape"), EACH)
-def test_half_weights_keep_their_dtype_and_are_measured_in_float32(method, make, shape, dtype) -> None:
-    layer = make().to(dtype)
-    wide = copy.deepcopy(layer).double()
-    torch.manual_seed(1)
-    method(layer).eval()
-    torch.manual_seed(1)
-    method(wide).eval()
-    for buffer, other in zip(wide.buffers(), layer.buffers(), strict=True):
-        buffer.copy_(other)  # random vectors differ by dtype
-    # One rounding of each element to the half type, and float32's sums, which show where an element is nearly 0.
-    assert_close(layer.weight.double(), wide.weight, rtol=torch.finfo(dtype).eps, atol=1e-6)
-    assert layer.weight.dtype == dtype
-    layer.weight.float().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.dtype == dtype for parameter in raw(layer))
 
 
 @pytest.mark.parametrize("method", ON_LINEAR)

@@ -6,8 +6,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations as theirs
 from torch.testing import assert_close
@@ -68,16 +66,6 @@ def test_older_checkpoints_load() -> None:
     state = {"weight_g": torch.full((2, 1), 5.0), "weight_v": torch.eye(2, 3), "bias": torch.zeros(2)}
     nn.Sequential(layer).load_state_dict({f"0.{key}": value for key, value in state.items()})
     assert_close(layer.weight.detach(), 5 * torch.eye(2, 3))
-
-
-@given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.integers(-4, 3))
-def test_slices_have_the_lengths(shape, dim) -> None:
-    if not -len(shape) <= dim < len(shape) or dim == -1:
-        return
-    v = torch.randn(shape, dtype=torch.float64) + 0.1
-    g = torch.rand([n if d == dim % len(shape) else 1 for d, n in enumerate(shape)], dtype=torch.float64)
-    others = [d for d in range(len(shape)) if d != dim % len(shape)]
-    assert_close(torch.linalg.vector_norm(rescale(g, v, dim), dim=others, keepdim=True), g)
 
 
 def test_one_axis() -> None:

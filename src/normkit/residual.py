@@ -173,9 +173,6 @@ class Residual(nn.Module):
             input: input of the sublayer.
             *args: passed to the sublayer.
             **kwargs: likewise, e.g. a mask.
-
-        Returns:
-            A tensor of the input's shape.
         """
         return self.place.join(
             input, lambda x: self.sublayer(x, *args, **kwargs), self.norm, self.norm_after, self.dropout

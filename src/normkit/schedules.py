@@ -21,9 +21,6 @@ def inverse_sqrt_rate(step: int, features: int, warmup: int = 4000) -> float:
         features: width of the model.
         warmup: steps of warm-up. Default: 4000.
 
-    Returns:
-        The rate.
-
     Raises:
         OptionError: a step, width or warm-up below 1.
 
@@ -46,9 +43,6 @@ def linear_rate(step: int, warmup: int, after: Callable[[int], float] | None = N
         step: t, from 1.
         warmup: steps of warm-up; 0 for none.
         after: the factor as a function of the steps since then; None for 1. Default: None.
-
-    Returns:
-        The factor.
 
     Raises:
         OptionError: a step below 1, or a negative warm-up.

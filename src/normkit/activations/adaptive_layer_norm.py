@@ -31,9 +31,6 @@ def modulate(input: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         shift: (N, D), (D,), or a shape of as many axes as the input that broadcasts over it, such as (N, 1, D) or (1, T, D).
         scale: as shift.
 
-    Returns:
-        A tensor of the input's shape and dtype.
-
     Raises:
         ShapeError: shift or scale does not broadcast.
 

@@ -235,9 +235,6 @@ def example_weighing(
         layout: ``"n c *"`` or ``"n * c"``. Default: ``"n c *"``.
         mask: boolean, broadcasts over the input; elements where it is False enter no statistic and become zero.
 
-    Returns:
-        A tensor of the input's shape and dtype.
-
     Reference:
         Summers and Dinneen (2020), https://arxiv.org/abs/1906.03548, equation 3.
 

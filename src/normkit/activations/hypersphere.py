@@ -118,9 +118,6 @@ def hypersphere(input: Tensor, eps: float = 1e-12) -> Tensor:
         input: (*, D).
         eps: floor of the norm. Default: 1e-12.
 
-    Returns:
-        A tensor of the input's shape and dtype, each token of length 1.
-
     Reference:
         Loshchilov et al., "nGPT" (2024), https://arxiv.org/abs/2410.01131.
 

@@ -127,9 +127,6 @@ class RecurrentBatchNorm(Layer):
             mask: boolean, broadcasts over the input; False for padding.
             lengths: number of real steps of each sample, instead of a mask.
             start: the first step of the input, if it is part of a longer sequence.
-
-        Returns:
-            A tensor of the input's shape and dtype.
         """
         self.check(input)
         rule, memory, running = self.rule, self.rule.memory, self.running()

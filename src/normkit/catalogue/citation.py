@@ -16,9 +16,6 @@ def methods_in(model: nn.Module) -> list[Card]:
     Args:
         model: any module.
 
-    Returns:
-        One card per method.
-
     >>> [card.name for card in methods_in(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.LayerNorm(2)))]
     ['batch_norm', 'layer_norm']
     """
@@ -54,9 +51,6 @@ def cite(model: nn.Module) -> str:
 
     Args:
         model: any module.
-
-    Returns:
-        One entry per paper.
 
     >>> print(cite(nn.GroupNorm(2, 4)))
     @misc{wu2018group,

@@ -74,9 +74,6 @@ def method(name: str) -> Card:
     Args:
         name: e.g. ``"group_norm"`` or ``"gn"``; case, spaces and hyphens do not matter.
 
-    Returns:
-        The card.
-
     Raises:
         NotationError: no such method; the message names similar ones, and all.
 

@@ -189,9 +189,6 @@ class Support:
 
         Args:
             shape: the shape of a tensor; None omits the numbers.
-
-        Returns:
-            One line of text.
         """
         if shape is None:
             each = " and ".join(word(name) for name in self.kept) or "the whole tensor"

@@ -12,7 +12,16 @@ from normkit.core.support import Support
 from normkit.engine.call import Activation, Backend, Call, Output
 from normkit.engine.choose import Choice, Explanation, backends, choose, kept
 
-__all__ = ["Activation", "Backend", "Explanation", "backends", "explain", "normalize", "run", "run_measured"]
+__all__ = [
+    "Activation",
+    "Backend",
+    "Explanation",
+    "backends",
+    "explain",
+    "normalize",
+    "run",
+    "run_measured",
+]
 
 
 def run(

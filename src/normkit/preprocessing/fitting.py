@@ -70,9 +70,6 @@ class Fitted(Module):
             data: a tensor, an (x, y) pair of which x is used, or any iterable of these, such as a DataLoader; batches may have
                 any size.
 
-        Returns:
-            The module itself.
-
         Raises:
             OptionError: there is no sample, or there is a NaN or infinity, whose columns are named; the statistics stay
                 unchanged.
@@ -89,9 +86,6 @@ class Fitted(Module):
         Args:
             batch: a tensor, or an (x, y) pair of which x is used; it may be empty.
 
-        Returns:
-            The module itself.
-
         Raises:
             OptionError, ShapeError, ProtocolError: as for ``fit``.
         """
@@ -105,9 +99,6 @@ class Fitted(Module):
         Args:
             x: a tensor of the support's axes. NaN stays NaN.
 
-        Returns:
-            A tensor of the input's dtype.
-
         Raises:
             ProtocolError: nothing was fitted or loaded.
             ShapeError: x has another number of features.
@@ -120,9 +111,6 @@ class Fitted(Module):
 
         Args:
             y: an output of ``transform``.
-
-        Returns:
-            A tensor of the input's dtype.
 
         Raises:
             ProtocolError, ShapeError, OptionError: as for ``transform``.

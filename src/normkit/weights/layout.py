@@ -126,9 +126,6 @@ def weight_layout(layer: nn.Module, name: str = "weight") -> WeightLayout:
         layer: the layer that holds the weight, parametrized or not.
         name: name of the weight.
 
-    Returns:
-        The layout.
-
     >>> weight_layout(nn.ConvTranspose2d(4, 6, 3, groups=2)).rows
     Support("(g i) o *", over="i *", g=2)
     """

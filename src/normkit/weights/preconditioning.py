@@ -174,9 +174,6 @@ def precondition(
         name: name of the weight. Default: "weight".
         gradient: of functions: ``"full"`` or ``"detach"``. Default: "full".
 
-    Returns:
-        The layer.
-
     Raises:
         OptionError: no such weight, one with fewer than two axes, or neither side given.
         ShapeError: a preconditioner that does not fit the weight.

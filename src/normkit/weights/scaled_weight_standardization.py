@@ -122,9 +122,6 @@ def scaled_weight_standardization(
         gamma: the factor of the activation before the layer; see ``nonlinearity_gain``. Default: ReLU's.
         eps: added to the variance. Default: 1e-6.
 
-    Returns:
-        The layer.
-
     Raises:
         OptionError: no such weight, one that is already parametrized, or one weight per output unit, which would become zero.
 

@@ -83,9 +83,6 @@ def spectral_conditioning(
             ``in_proj_weight``; 3 for a Linear (or GPT-2's Conv1D) with three times as many outputs as inputs, which packs
             queries, keys and values; else 1.
 
-    Returns:
-        The layer.
-
     Raises:
         OptionError: no such weight, one with fewer than two axes, a shift that is not finite, or rows that do not split into the
             blocks.

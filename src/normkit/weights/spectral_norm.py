@@ -182,9 +182,6 @@ def spectral_norm(
         dim: the axis that indexes output units; None for 1 in transposed convolutions and 0 in others. Default: None.
         exact: whether to use a singular value decomposition at each use instead of iterations. Default: False.
 
-    Returns:
-        The layer.
-
     Raises:
         OptionError: no such weight or axis, or no iteration.
 

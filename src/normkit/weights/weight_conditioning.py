@@ -270,9 +270,6 @@ def weight_conditioning(
         view: what a column of a convolution is.
         path: ``"auto"``, ``"weight"`` or ``"output"``. Default: "auto".
 
-    Returns:
-        The layer.
-
     Raises:
         OptionError: no such weight, an argument outside its range, a weight that does not fit the mode.
         BackendError: ``path="output"`` where the output can't be scaled.

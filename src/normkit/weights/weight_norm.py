@@ -96,9 +96,6 @@ def weight_norm(layer: ModuleT, name: str = "weight", dim: int | None = 0, *, ep
         dim: the axis with one length per index, 1 for transposed convolutions; None for one length. Default: 0.
         eps: floor of the norm. Default: 1e-12.
 
-    Returns:
-        The layer.
-
     Raises:
         OptionError: no such weight or axis, or the weight is already parametrized.
 

@@ -105,9 +105,6 @@ def weight_standardization(
         correction: 1 for the unbiased variance. Default: 0.
         guard: eps ``"inside"`` the root, ``"outside"`` it, or as its ``"floor"``. Default: "inside".
 
-    Returns:
-        The layer.
-
     Raises:
         OptionError: no such weight, an argument outside its range, or one weight per output unit, which would become zero.
 
