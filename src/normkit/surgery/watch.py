@@ -104,13 +104,13 @@ class Watch(Sight):
         # Kept alive, like outputs.
         self._inputs: dict[int, list[Any]] = {key: [] for key in self._modules}
         self._ranks: dict[int, set[int]] = {id(layer): set() for layer in self._layers}
-        self._kernels: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+        self._kernels: dict[int, list[tuple[Tensor, Tensor, Tensor | None]]] = {}
         self._inside: list[nn.Module] = []
         self._others: dict[int, nn.Module] = {}  # the module that reads a tensor where no watched one does
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.convolution.default and self._scope:
-            self._kernels.setdefault(id(self._scope[-1]), []).append(args[1:3])
+            self._kernels.setdefault(id(self._scope[-1]), []).append(args[:3])
         if self._inside and not self._scope:
             for tensor in tensors_in((args, kwargs or {})):
                 if id(tensor) in self._readers:
@@ -123,8 +123,8 @@ class Watch(Sight):
         with enter, leave:
             return super().run(forward)
 
-    def kernel(self, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-        """The weight and bias with which a layer convolved, if it did so once."""
+    def kernel(self, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """The input, weight and bias with which a layer convolved, if it did so once."""
         seen = self._kernels.get(id(layer), [])
         return seen[0] if len(seen) == 1 else None
 
