@@ -11,12 +11,7 @@ from normkit.surgery.select import is_gpt2_linear
 
 
 def scale_and_shift(module: nn.Module, norm: Norm) -> tuple[Tensor, Tensor]:
-    """What a norm applies last, per channel, in float64: its gain and bias, and its running statistics if it has such.
-
-    Args:
-        module: in evaluation; of the batch family, of running mean and running variance, deviation or neither; or another norm.
-        norm: the same as data.
-    """
+    """What a norm applies last, per channel, in float64: its gain and bias, and its running statistics if it has such."""
     count = norm.shape[0]
     given = [part for part in (norm.weight, norm.bias, module._buffers.get("running_mean")) if part is not None]
     scale = torch.ones(count, dtype=torch.float64, device=given[0].device)

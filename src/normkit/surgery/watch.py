@@ -16,11 +16,7 @@ from normkit.core.errors import SurgeryError
 
 
 class Sight(TorchDispatchMode):
-    """Sees which modules a run calls, on inputs of which shape, and who reads their parameters.
-
-    Args:
-        modules: to be seen.
-    """
+    """Sees which modules a run calls, on inputs of which shape, and who reads their parameters."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -90,12 +86,7 @@ class _Call:
 
 
 class Watch(Sight):
-    """Sees also which layer's output each norm reads, and who else reads it.
-
-    Args:
-        layers: whose outputs are watched.
-        norms: whose inputs are.
-    """
+    """Sees also which layer's output each norm reads, and who else reads it."""
 
     def __init__(self, layers: Iterable[nn.Module], norms: Iterable[nn.Module]) -> None:
         self._layers, self._norms = list(layers), list(norms)
@@ -186,25 +177,11 @@ def run_on(model: nn.Module, example: Any) -> Any:
 
 
 def try_on(model: nn.Module, example: Any, norms: Iterable[nn.Module] = (), what: str = "changed model") -> Sight:
-    """Run a model once on an example, in evaluation and without gradients.
-
-    Args:
-        model: left in the mode it was in.
-        example: its input.
-        norms: modules to watch.
-        what: the model, in messages.
-
-    Returns:
-        What was seen of the watched modules.
-
-    Raises:
-        SurgeryError: it does not run.
-    """
-    flags = [(module, module.training) for module in model.modules()]
+    """Run a model once on an example, in evaluation and without gradients."""
     watched = list(norms)
     sight = Sight(watched)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), modes_kept(model):
             model.eval()
             if watched:
                 sight.run(lambda: run_on(model, example))
@@ -213,9 +190,17 @@ def try_on(model: nn.Module, example: Any, norms: Iterable[nn.Module] = (), what
             return sight
     except Exception as error:
         raise SurgeryError(f"the {what} does not run on the example: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put every module's training flag back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
     finally:
-        for module, training in flags:
-            module.training = training
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextmanager
