@@ -25,6 +25,22 @@ class Gain(nn.Module):
         return self.q(y) * self.k(y)
 
 
+class Conv1D(nn.Module):
+    """The linear layer of Hugging Face's GPT-2."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.weight, self.bias = nf, nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).view(*x.shape[:-1], self.nf)
+
+
+class SamePadding(Standardizing):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
 class PlainRMSNorm(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -52,6 +68,7 @@ WAYS = {
     "layer norm over channels": ([ChannelsNorm(3), nn.Conv2d(3, 4, 2, 2)], IMAGES, nk.LayerNorm, ""),
     "gain before zeros": ([nk.RMSNorm(3, over="c"), nn.Conv2d(3, 4, 3, padding=1)], IMAGES, nk.RMSNorm, ""),
     "bias before zeros": ([nn.GroupNorm(3, 3), nn.Conv2d(3, 4, 3, padding=1)], IMAGES, nn.GroupNorm, "pads with zeros"),
+    "GPT-2's linear layer": ([nn.LayerNorm(6), Conv1D(4, 6)], TOKENS, nn.LayerNorm, ""),
     "layer norm": ([Gain(nn.LayerNorm(6))], TOKENS, nn.LayerNorm, ""),
     "rms norm": ([Gain(nn.RMSNorm(6, eps=1e-5))], TOKENS, nn.RMSNorm, ""),
     "1 + weight": ([Gain(PlainRMSNorm(6))], TOKENS, nn.RMSNorm, ""),
@@ -109,6 +126,7 @@ def test_weights_that_are_made_in_other_ways_become_plain(put) -> None:
     assert type(model[0]) is nn.Conv2d
     assert isinstance(model[1], nn.Identity)
     assert set(model.state_dict()) == {"0.weight", "0.bias"}
+    assert "SAME padding" in fold(lived_in(nn.Sequential(SamePadding(3, 4, 3))), x).passed_over[0].reason
     torch.testing.assert_close(model(x), wanted, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), wanted, rtol=1e-10, atol=1e-10)
 

@@ -109,6 +109,16 @@ def test_a_weight_goes_by_its_value(case: str) -> None:
     assert_close(ours.weight, theirs.weight)
 
 
+def test_a_model_without_memory_is_given_values() -> None:
+    theirs = nn.Linear(3, 3)
+    ours = weight_norm(nn.Linear(3, 3, device="meta"))
+    ours.load_state_dict(translate(theirs.state_dict(), ours), assign=True)
+    assert_close(ours.weight, theirs.weight)
+    for put in (nk.weights.spectral_norm, parametrizations.spectral_norm):
+        with pytest.raises(nk.errors.SurgeryError, match="meta device"):
+            translate(theirs.state_dict(), put(nn.Linear(3, 3, device="meta")))
+
+
 class Twice(nn.Module):
     """A layer, a norm and a head under two names each, by being the same module or by the same parameter."""
 

@@ -7,15 +7,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from normkit.surgery.norms import Norm
+from normkit.surgery.select import is_gpt2_linear
 
 
 def scale_and_shift(module: nn.Module, norm: Norm) -> tuple[Tensor, Tensor]:
-    """What a norm applies last, per channel, in float64: its gain and bias, and its running statistics if it has such.
-
-    Args:
-        module: in evaluation; of the batch family, of running mean and running variance, deviation or neither; or another norm.
-        norm: the same as data.
-    """
+    """What a norm applies last, per channel, in float64: its gain and bias, and its running statistics if it has such."""
     count = norm.shape[0]
     given = [part for part in (norm.weight, norm.bias, module._buffers.get("running_mean")) if part is not None]
     scale = torch.ones(count, dtype=torch.float64, device=given[0].device)
@@ -33,9 +29,7 @@ def scale_and_shift(module: nn.Module, norm: Norm) -> tuple[Tensor, Tensor]:
 
 def absorb_behind(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
     """Let a Linear, Conv or ConvTranspose, in groups or not, compute scale * layer(x) + shift, with new parameters."""
-    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
-    assert weight is not None
-    kernel = weight.detach().double()
+    kernel, bias = _kernel(layer), layer._parameters.get("bias")
     if isinstance(
         layer, _ConvTransposeNd
     ):  # (in, out / groups, *): groups lie in the first axis, output channels in the second
@@ -48,9 +42,7 @@ def absorb_behind(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
 
 def absorb_before(layer: nn.Module, scale: Tensor, shift: Tensor) -> str:
     """Let a Linear or Conv compute layer(scale * x + shift), with new parameters; or give the reason why it can't."""
-    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
-    assert weight is not None
-    kernel, moved = weight.detach().double(), bool(shift.any())
+    kernel, bias, moved = _kernel(layer), layer._parameters.get("bias"), bool(shift.any())
     if isinstance(layer, _ConvTransposeNd):
         return "a transposed convolution behind it can't take it in"
     if isinstance(layer, _ConvNd) and moved and layer.padding_mode == "zeros" and _pads(layer):
@@ -69,10 +61,16 @@ def _pads(layer: _ConvNd) -> bool:
     return any(size > 1 for size in layer.kernel_size) if padding == "same" else padding != "valid" and any(padding)
 
 
-def _set(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    old, before = layer._parameters["weight"], layer._parameters.get("bias")
-    assert old is not None
-    layer.register_parameter("weight", nn.Parameter(weight.to(old.dtype), requires_grad=old.requires_grad))
+def _kernel(layer: nn.Module) -> Tensor:
+    """The weight in float64, output units first but for a transposed convolution."""
+    kernel = layer.get_parameter("weight").detach().double()
+    return kernel.t() if is_gpt2_linear(layer) else kernel
+
+
+def _set(layer: nn.Module, kernel: Tensor, bias: Tensor | None) -> None:
+    old, before = layer.get_parameter("weight"), layer._parameters.get("bias")
+    weight = (kernel.t() if is_gpt2_linear(layer) else kernel).to(old.dtype).contiguous()
+    layer.register_parameter("weight", nn.Parameter(weight, requires_grad=old.requires_grad))
     if bias is not None:
         trained = old.requires_grad if before is None else before.requires_grad
         layer.register_parameter("bias", nn.Parameter(bias.to(old.dtype), requires_grad=trained))

@@ -26,24 +26,7 @@ Attach = Callable[[nn.Module, str], object]
 def attach_all(
     model: nn.Module, layers: Mapping[str, nn.Module], put: Attach, what: str, example: Any, refusals: Refusals
 ) -> list[Change]:
-    """Put a weight method on every weight of some layers, and carry running statistics behind them along.
-
-    Args:
-        model: that the layers belong to.
-        layers: chosen ones by name.
-        put: called with a layer and the name of its weight.
-        what: the method, for rows and messages.
-        example: an input of the model, which shows whether statistics behind a Linear are those of its features, and which
-            weights are read at all; or None.
-        refusals: takes a layer where the method is already, that it refuses, or whose weight it would untie from another's; one
-            whose weight a hook of ``torch.nn.utils`` makes is always left.
-
-    Returns:
-        A row per weight.
-
-    Raises:
-        SurgeryError: by ``refusals``. Call this in a transaction.
-    """
+    """Put a weight method on every weight of some layers, and carry running statistics along; a row each. In a transaction."""
     ties, statistics = tied_parameters(model), Statistics(model, example)
     sight = None if example is None else try_on(model, example, layers.values(), "model")
     rows = []

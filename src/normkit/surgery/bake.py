@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize, prune
 from normkit.core.errors import SurgeryError
 from normkit.surgery.changes import Change, label
 from normkit.surgery.transaction import transaction
+from normkit.surgery.watch import modes_kept
 from normkit.weights.attachment import own_class
 
 _HOOKED = ("torch.nn.utils.parametrizations", "normkit.weights.weight_norm")
@@ -22,15 +23,6 @@ def bake(model: nn.Module) -> list[Change]:
 
     The raw parameter keeps its identity where there is one; where there are several, as in weight normalization, a new one
     takes their place. Values are those of evaluation: a spectral norm is not iterated.
-
-    Args:
-        model: any module.
-
-    Returns:
-        A row per tensor.
-
-    Raises:
-        SurgeryError: a raw weight is tied to one whose value is another, so that baking would untie them; nothing is changed.
 
     >>> from normkit.weights.weight_norm import weight_norm
     >>> layer = weight_norm(nn.Linear(2, 3))
@@ -153,16 +145,10 @@ def _full(name: str, weight: str) -> str:
 
 def value_of(layer: nn.Module, weight: str) -> Tensor:
     """A copy of a layer's tensor as it is used in evaluation, parametrized or not."""
-    held = _lists(layer)[weight].modules() if parametrize.is_parametrized(layer, weight) else ()
-    parts = [(part, part.training) for part in held]
-    try:
-        for part, _ in parts:
-            part.training = False
-        with torch.no_grad():
-            return getattr(layer, weight).detach().clone()
-    finally:
-        for part, training in parts:
-            part.training = training
+    held = _lists(layer)[weight] if parametrize.is_parametrized(layer, weight) else nn.Identity()
+    with torch.no_grad(), modes_kept(held):
+        held.eval()
+        return getattr(layer, weight).detach().clone()
 
 
 def _refuse_ties(model: nn.Module, found: list[tuple[str, nn.Module]], values: dict[int, Tensor]) -> None:

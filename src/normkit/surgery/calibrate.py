@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from normkit.core.errors import SurgeryError
 from normkit.surgery.changes import Change, label
 from normkit.surgery.norms import read_norm
 from normkit.surgery.recalibrate import forward_batch
-from normkit.surgery.watch import tensors_in
+from normkit.surgery.watch import modes_kept, tensors_in
 
 _Sums = dict[str, list[Tensor]]  # of each call of a norm, by name in the order of first calls
 
@@ -34,11 +34,6 @@ class Calibration:
     so that mean and deviation stay. (The gain of least squares, cov(z, y) / var(z), is the smaller the less z is like y, and what
     one layer loses so the next ones lose again.) Norms are fitted in the order of their first calls, with z that of the changed
     model in which those before are fitted already; y and the covariance are those of the model as it was.
-
-    Args:
-        model: as it was; it is run in evaluation.
-        pairs: the old and the new norm by name; those of which it is not known how to fit are left as they are.
-        batches: of inputs, as for ``recalibrate``.
     """
 
     def __init__(
@@ -119,21 +114,16 @@ class Calibration:
         self, model: nn.Module, norms: Mapping[str, nn.Module] | None = None, into: _Sums | None = None, enough: int = 0
     ) -> list[Tensor]:
         """The outputs in evaluation; sums of norms are taken on the way, and ``enough`` calls of one in a batch end its run."""
-        modes = [(module, module.training) for module in model.modules()]
         seen = {} if into is None else into
-        handles = [norm.register_forward_hook(self._see(name, seen, enough)) for name, norm in (norms or {}).items()]
         found = []
-        try:
+        with modes_kept(model), ExitStack() as stack:
+            for name, norm in (norms or {}).items():
+                stack.callback(norm.register_forward_hook(self._see(name, seen, enough)).remove)
             model.eval()
             for batch in self._batches:
                 with suppress(_Enough), torch.no_grad():
                     found += [*tensors_in(forward_batch(model, batch))]
             return [part.clone() for part in found if part.is_floating_point()]
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module, mode in modes:
-                module.training = mode
 
     def _error(self, model: nn.Module) -> float:
         pairs = list(zip(self._run(model), self._wanted, strict=True))

@@ -25,13 +25,7 @@ _CURE = "call recalibrate(model, batches) before evaluation"
 
 
 class Statistics:
-    """The trained running statistics of a model, and which layers they lie behind; false where there are none.
-
-    Args:
-        model: as it is before weight methods are put on.
-        example: an input that shows the axes of what norms read; without, they are taken for known only where they follow from
-            the layer. Default: None.
-    """
+    """The trained running statistics of a model, and which layers they lie behind; false where there are none."""
 
     def __init__(self, model: nn.Module, example: Any = None) -> None:
         self._names = {module: name for name, module in model.named_modules() if _is_trained(module)}
@@ -44,14 +38,7 @@ class Statistics:
         return bool(self._names)
 
     def carry(self, layer: nn.Module, name: str, before: Tensor, after: Tensor) -> str:
-        """Carry the statistics behind a layer along with its weight; return what there is to know, or nothing.
-
-        Args:
-            layer: in the model.
-            name: of its weight.
-            before: the weight's value before.
-            after: now.
-        """
+        """Carry the statistics behind a layer along with its weight; return what there is to know, or nothing."""
         factors = _factors(before, after, layer, name)
         if factors is not None and bool(((factors - 1).abs() <= 4 * torch.finfo(before.dtype).eps).all()):
             return ""

@@ -62,15 +62,7 @@ class PassedOver:
 
 
 class Refusals(list[PassedOver]):
-    """What was passed over, by a verb that raises at the first refusal or leaves such layers.
-
-    Args:
-        who: the verb, for messages.
-        on_refusal: ``"raise"`` or ``"leave"``.
-
-    Raises:
-        OptionError: another ``on_refusal``.
-    """
+    """What was passed over, by a verb that raises at the first refusal or leaves such layers."""
 
     def __init__(self, who: str, on_refusal: Refusal) -> None:
         super().__init__()

@@ -22,6 +22,7 @@ from normkit.surgery.bake import bake
 from normkit.surgery.changes import Change, Changes, Refusals, label
 from normkit.surgery.freeze import is_frozen
 from normkit.surgery.norms import Norm, describe, is_norm, norms_in, read_norm
+from normkit.surgery.select import is_gpt2_linear
 from normkit.surgery.stream import Axis, Stream
 from normkit.surgery.substitute import inherit, put
 from normkit.surgery.target import activation_module
@@ -157,20 +158,21 @@ def _fold_kernels(trial: _Trial, refusals: Refusals) -> list[Change]:
     own = {
         name: module
         for name, module in trial.model.named_modules()
-        if isinstance(module, _ConvNd)
-        and not type(module).forward.__module__.startswith("torch.")
-        and type(module).__mro__[1].__module__ == "torch.nn.modules.conv"
+        if isinstance(module, _ConvNd) and not type(module).forward.__module__.startswith("torch.")
     }
     watch, rows = Watch(own.values(), []), []
     if own:
         trial.show(watch)
     for name, layer in own.items():
         seen = watch.kernel(layer)
-        if seen is None or seen[0].shape != layer.weight.shape:
+        if seen is None or seen[1].shape != layer.weight.shape:
             refusals.leave(name, "it does not convolve once with a weight of its own shape on the example")
             continue
+        if seen[0].shape != watch.shapes.get(id(layer)):
+            refusals.leave(name, "it pads its input itself, as SAME padding does, by as much as each size asks for")
+            continue
         try:
-            plain = _plain_convolution(layer, *seen)
+            plain = _plain_convolution(layer, *seen[1:])
             error = trial.do("torch's convolution with its weight", lambda: {id(layer): inherit(plain, layer)})  # noqa: B023
             rows.append(Change(label(name), type(layer).__name__, type(plain).__name__, "weight as computed", error))
         except _Refused as reason:
@@ -179,7 +181,7 @@ def _fold_kernels(trial: _Trial, refusals: Refusals) -> list[Change]:
 
 
 def _plain_convolution(layer: _ConvNd, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    kind = type(layer).__mro__[1]
+    kind = next(kind for kind in type(layer).__mro__ if kind.__module__ == "torch.nn.modules.conv")
     sizes = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding
     like = {"device": "meta", "bias": bias is not None, "padding_mode": layer.padding_mode}
     made = kind(*sizes, dilation=layer.dilation, groups=layer.groups, **like)
@@ -191,7 +193,8 @@ def _plain_convolution(layer: _ConvNd, weight: Tensor, bias: Tensor | None) -> n
 
 def _fold_norms(trial: _Trial, refusals: Refusals) -> list[Change]:
     norms = {name: module for name, module in trial.model.named_modules() if is_norm(module)}
-    layers = [module for module in trial.model.modules() if isinstance(module, nn.Linear | _ConvNd)]
+    every = trial.model.modules()
+    layers = [module for module in every if isinstance(module, nn.Linear | _ConvNd) or is_gpt2_linear(module)]
     watch, ties, rows = Watch(layers, norms.values()), tied_parameters(trial.model), []
     trial.show(watch)
     names = {id(module): name for name, module in trial.model.named_modules()}

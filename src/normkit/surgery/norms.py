@@ -110,19 +110,7 @@ def norms_in(model: nn.Module, every_name: bool = False) -> dict[str, nn.Module]
 
 
 def read_norm(name: str, module: nn.Module, seen: Sequence[int] | None = None) -> Norm:
-    """Read an activation norm.
-
-    Args:
-        name: of the module, for messages.
-        module: for which ``is_norm`` holds.
-        seen: the shape of an input of it, where one is known. Default: None.
-
-    Returns:
-        The norm as data; its parameters are those of the module.
-
-    Raises:
-        SurgeryError: what the module computes is not known, or is more than a norm.
-    """
+    """Read an activation norm."""
     who = f"{label(name)} ({type(module).__name__})"
     if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
         raise SurgeryError(f"{who}: its parameters have no size yet; run the model once on an example first")

@@ -15,15 +15,7 @@ _RAW = re.compile(r"\.original\d*$")
 
 
 class OptimizerState:
-    """An optimizer's groups and state as they were before a model was changed.
-
-    Args:
-        optimizer: any.
-        names: the model's parameters before, by name.
-
-    Raises:
-        SurgeryError: it holds none of them.
-    """
+    """An optimizer's groups and state as they were before a model was changed."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter]) -> None:
         self._optimizer, self._names = optimizer, dict(names)
@@ -42,9 +34,6 @@ class OptimizerState:
         One that took the place of one other of its shape inherits its state. Of any other change, as where several replace
         one, the new ones start without state, in the group of what they replace, else of the parameter before them in their
         layer, else of the one before them in the model. Those that are gone are taken out.
-
-        Args:
-            now: the model's parameters, by name.
         """
         before, after = ({id(p) for p in names.values()} for names in (self._names, now))
         gone = {name: p for name, p in self._names.items() if id(p) not in after}

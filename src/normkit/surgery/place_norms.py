@@ -20,12 +20,7 @@ _Stack = nn.TransformerEncoder | nn.TransformerDecoder
 
 
 class PlacedLayer(nn.Module):
-    """What a layer of torch's transformers becomes: the same children under the same names, the norms elsewhere.
-
-    Args:
-        layer: a ``TransformerEncoderLayer`` or ``TransformerDecoderLayer``, whose children it takes.
-        places: of each branch's norm, in order.
-    """
+    """What a layer of torch's transformers becomes: the same children under the same names, the norms elsewhere."""
 
     def __init__(self, layer: nn.Module, places: Sequence[Place]) -> None:
         super().__init__()
@@ -94,12 +89,7 @@ class PlacedDecoderLayer(PlacedLayer):
 
 
 class NormalizedAttention(nn.Module):
-    """Self-attention that normalizes queries, keys and values over the features of each head.
-
-    Args:
-        attention: packed self-attention, whose parameters it takes, under the same names.
-        norm: a norm of its width, after whose kind, eps, device and dtype the three are made.
-    """
+    """Self-attention that normalizes queries, keys and values over the features of each head."""
 
     def __init__(self, attention: nn.MultiheadAttention, norm: nn.Module) -> None:
         super().__init__()

@@ -61,12 +61,6 @@ def probe(module: nn.Module) -> Found | str:
 
     Each may be followed by an activation. The module is not changed and its hooks don't run: a stand-in of the same class with
     random parameters in float64 is run in its place, and one in bfloat16 for the order in which it rounds.
-
-    Args:
-        module: whose children, if there are any, have no parameters.
-
-    Returns:
-        The formula that fits, or the reason why none does.
     """
     arguments = list(inspect.signature(type(module).forward).parameters)[1:]
     if len(arguments) != 1:
@@ -126,11 +120,7 @@ def _frozen(module: nn.Module, own: dict[str, Tensor]) -> Found | None:
 
 
 def probe_gated(module: nn.Module) -> GatedRMSNorm | None:
-    """Compare a module that takes an input and a gate with gated RMS normalization, as ``probe`` does.
-
-    Returns:
-        normkit's layer that computes the same, with the module's weight; None if there is none.
-    """
+    """Compare a module that takes an input and a gate with gated RMS normalization, as ``probe`` does."""
     taken = list(inspect.signature(type(module).forward).parameters.values())[1:]
     own = dict((*module.named_parameters(), *module.named_buffers()))
     if [len(taken), *(p.dim() for p in own.values())] != [2, 1] or taken[1].name != "gate":

@@ -24,6 +24,7 @@ from normkit.core.moments import Moments, moments
 from normkit.surgery.changes import Change, Changes, PassedOver, label
 from normkit.surgery.freeze import is_frozen
 from normkit.surgery.transaction import transaction
+from normkit.surgery.watch import modes_kept
 
 Estimator = Literal["population", "mean"]
 # Each keeps one mean per channel, over the batch and all positions.
@@ -201,20 +202,18 @@ def _refusal(module: nn.Module) -> str:
 @contextmanager
 def _as_when_training(model: nn.Module, norms: Iterable[nn.Module]) -> Iterator[None]:
     """Everything in evaluation but the norms, which normalize by their batch's statistics; all is put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
     norms = list({id(norm): norm for norm in norms}.values())
     buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
     schedules = [(norm, norm.schedule) for norm in norms if isinstance(norm, BatchRenorm)]
-    model.eval()
-    for norm in norms:
-        norm.training = True
-    for norm, _ in schedules:
-        norm.schedule = RenormSchedule.constant(1, 0)
     try:
-        yield
+        with modes_kept(model):
+            model.eval()
+            for norm in norms:
+                norm.training = True
+            for norm, _ in schedules:
+                norm.schedule = RenormSchedule.constant(1, 0)
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for norm, schedule in schedules:
             norm.schedule = schedule
         for buffer, value in buffers:

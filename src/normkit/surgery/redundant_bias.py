@@ -16,7 +16,7 @@ from normkit.surgery.attach import tied_parameters
 from normkit.surgery.changes import Change, Changes, PassedOver, label
 from normkit.surgery.norms import describe, is_norm
 from normkit.surgery.transaction import Transaction
-from normkit.surgery.watch import Watch, forked, run_on, tensors_in
+from normkit.surgery.watch import Watch, forked, modes_kept, run_on, tensors_in
 
 # About a thousand roundings, by which outputs may differ where later layers amplify the first one's rounding.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -96,10 +96,9 @@ def _keep(seen: dict[int, Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], Non
 def _outputs(model: nn.Module, example: Any, training: bool, watch: Watch | None = None) -> list[Tensor]:
     """What the model gives in a mode; it is left as it was, and dropout draws the same each time."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
     try:
-        with torch.no_grad(), forked() as seed:
+        with torch.no_grad(), modes_kept(model), forked() as seed:
+            model.train(training)
             seed()
             result = run_on(model, example) if watch is None else watch.run(lambda: run_on(model, example))
             return [part.clone() for part in tensors_in(result)]
@@ -109,8 +108,6 @@ def _outputs(model: nn.Module, example: Any, training: bool, watch: Watch | None
             f"drop_redundant_bias: the model does not run on the example in {mode}: {type(error).__name__}: {error}"
         ) from error
     finally:
-        for module, mode in modes:
-            module.training = mode
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -147,7 +147,11 @@ def weight_names(layer: nn.Module) -> tuple[str, ...]:
     return ("weight",) if any(is_lazy(tensor) or tensor.dim() >= 2 for tensor in held) else ()
 
 
+def is_gpt2_linear(module: nn.Module) -> bool:
+    """Whether it is the linear layer of Hugging Face's GPT-2, whose weight is (in, out)."""
+    return type(module).__name__.removeprefix("Parametrized") == "Conv1D" and hasattr(module, "nf")
+
+
 def _is_layer(module: nn.Module) -> bool:
-    is_gpt2_linear = type(module).__name__.removeprefix("Parametrized") == "Conv1D" and hasattr(module, "nf")
     kinds = nn.Linear | _ConvNd | nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase
-    return isinstance(module, kinds) or is_gpt2_linear
+    return isinstance(module, kinds) or is_gpt2_linear(module)

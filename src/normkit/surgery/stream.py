@@ -40,12 +40,7 @@ class _Step:
 
 
 class Stream(Watch):
-    """Sees every operation of a run but those inside some norms.
-
-    Args:
-        norms: layer normalizations over the last axis by name: what they give does not depend on the mean of what they read.
-        held: the ids of the model's parameters and buffers.
-    """
+    """Sees every operation of a run but those inside some norms."""
 
     def __init__(self, norms: Mapping[str, nn.Module], held: Collection[int]) -> None:
         super().__init__([], norms.values())
@@ -67,12 +62,7 @@ class Stream(Watch):
         return result
 
     def of(self, norm: nn.Module) -> tuple[list[Axis], list[str]] | str:
-        """The stream that a norm reads, if taking the mean off what writes it is heard nowhere else.
-
-        Returns:
-            The parameters and buffers that are summed up in it, with the axis along which the mean is to be taken off, and the
-            names of the norms that read nothing but such streams; or the reason why it can't be.
-        """
+        """What is summed up in a norm's stream, and the norms that read such alone; or why its mean can't be taken off."""
         left, seen = list[Axis](), dict[int, int]()
         leaves, heard = list[Axis](), {id(norm)}
         left += [(x, x.dim() - 1) for x in self._inputs[id(norm)]]

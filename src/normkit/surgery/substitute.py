@@ -46,17 +46,7 @@ def build_all(
     make: Callable[[str, nn.Module, Sequence[int] | None], tuple[nn.Module, str] | None],
     refusals: Refusals,
 ) -> tuple[Pairs, dict[str, Change]]:
-    """Make what is to stand in the place of a model's norms: old and new, and a row of each, by name.
-
-    Args:
-        model: any module; on an example it is run in evaluation.
-        found: its norms by name.
-        where: which of them, as in ``select``; None for all.
-        example: an input, or None.
-        make: a norm's successor and what was dropped or created, of its name, itself and the shape of its input if that is known;
-            None leaves the norm.
-        refusals: takes a norm that ``make`` refuses, and one whose change would not be heard on the example.
-    """
+    """Make what is to stand in the place of a model's norms: old and new, and a row of each, by name; ``make`` may leave one."""
     chosen = found if where is None else choose(found, where, "norms")
     lazy = any(is_lazy(tensor) for tensor in model.parameters())  # a run would give them their size
     sight = None if example is None or lazy else try_on(model, example, chosen.values(), "model")
@@ -83,21 +73,7 @@ def put_heard(
     example: Any,
     refusals: Refusals,
 ) -> nn.Module:
-    """Put new modules in the place of old ones and run the model on an example, if there is one.
-
-    Args:
-        model: any module.
-        pairs: old and new by name.
-        rows: of these; that of a module which is not called, as where the old one is in a plain list too, is taken out.
-        example: an input, or None.
-        refusals: takes those.
-
-    Returns:
-        The root.
-
-    Raises:
-        SurgeryError: the changed model does not run, or a module is refused. Call this in a transaction.
-    """
+    """Put new modules in the place of old ones and run the model on an example, if there is one; in a transaction."""
     root = put(model, {id(old): new for old, new in pairs.values()})
     if example is None:
         return root

@@ -35,13 +35,7 @@ _READS = {
 
 @dataclass(frozen=True)
 class Target:
-    """A norm to convert to, as its word says it: ``"bn"``, ``"gn:8"``, ``"ln"``, ``"ghost:16"``, ``"none"``.
-
-    Args:
-        word: as in recipes.
-        name: of the method in the catalogue, or ``"none"``.
-        option: what follows the word, in the one way to write it; "" where that depends on the norm it replaces, or is unknown.
-    """
+    """A norm to convert to, as its word says it: ``"bn"``, ``"gn:8"``, ``"ln"``, ``"ghost:16"``, ``"none"``."""
 
     word: str
     name: str
@@ -58,14 +52,6 @@ class Target:
     @classmethod
     def parse(cls, text: str) -> Target:
         """Read a word or a long name.
-
-        Args:
-            text: a word of the catalogue or ``none``, or a long name; then ``:`` and an option for those that take one: ``gn:8``,
-                ``group_norm:8``, ``gn:gcd32``, ``ghost:16``, ``lrn:5``. ``gn`` alone is ``gn:32``. ``ln:c`` and ``rms:c``
-                normalize each position of a channels-first input by itself, ``ln:c *`` all together.
-
-        Raises:
-            NotationError: there is no such norm, or it takes no such option.
 
         >>> [str(Target.parse(text)) for text in ("group_norm:8", "gn", "ln:c", "ghost")]
         ['gn:8', 'gn:32', 'ln:c', 'ghost:16']
@@ -101,20 +87,7 @@ class Target:
         return norm.kind == self.name and (option is None or option.of(made) == norm.option)
 
     def build(self, name: str, norm: Norm, like: Tensor, *, causal: bool = True) -> tuple[nn.Module, str]:
-        """Make this norm for the place of another, with its parameters.
-
-        Args:
-            name: of the layer, for messages.
-            norm: what stands there.
-            like: gives dtype and device where the norm has no parameters.
-            causal: whether the model may be causal, so that a norm which begins to reach over positions says so. Default: True.
-
-        Returns:
-            The new layer, and what was dropped or created.
-
-        Raises:
-            SurgeryError: it can't stand there.
-        """
+        """Make this norm for the place of another, with its parameters."""
         card = self.card
         if self.word == _FROZEN:
             return self._frozen(name, norm)

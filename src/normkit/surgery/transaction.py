@@ -23,11 +23,6 @@ class Transaction:
 
     Tensors are kept by reference: a verb must make new ones in place of writing into those that it found, or name in ``written``
     those that it writes into. Containers stay the same objects, as handles of hooks point at them.
-
-    Args:
-        model: any module.
-        optimizer: of its parameters, or None.
-        written: tensors into which the verb writes.
     """
 
     def __init__(
@@ -55,13 +50,7 @@ class Transaction:
         self._put_back()
 
     def close(self, root: nn.Module, rows: Iterable[Change], passed_over: Iterable[PassedOver] = ()) -> Changes:
-        """What the verb did, with the way back; the optimizer follows.
-
-        Args:
-            root: the model now.
-            rows: what was changed.
-            passed_over: what was left.
-        """
+        """What the verb did, with the way back; the optimizer follows."""
         self._after = [_picture(module) for module in self._modules.values()]
         self._data = [kept for kept in self._moved() if not torch.equal(kept[0].data, kept[1])]
         self._trained = [kept for kept in self._trained if kept[0].requires_grad != kept[1]]

@@ -332,6 +332,13 @@ def _raw(layer: nn.Module, name: str, value: Tensor, full: str) -> _Known:
     """What a layer's parametrizations keep of a plain weight, so that they give it back, or all of it that they have room for."""
     held = copy.deepcopy(layer.get_submodule(f"parametrizations.{name}")).eval()
     assert isinstance(held, parametrize.ParametrizationList)
+    like = next(held.parameters())
+    if like.is_meta and any(True for _ in held.buffers()):
+        raise SurgeryError(
+            f"translate: {full}: its parametrization keeps tensors on the meta device; give the model memory first"
+        )
+    if like.is_meta:  # it is to be loaded with assign=True
+        held = held.to_empty(device=value.device)
     value = value.to(next(held.parameters()))
 
     def gives(weight: Tensor) -> Tensor:

@@ -16,11 +16,7 @@ from normkit.core.errors import SurgeryError
 
 
 class Sight(TorchDispatchMode):
-    """Sees which modules a run calls, on inputs of which shape, and who reads their parameters.
-
-    Args:
-        modules: to be seen.
-    """
+    """Sees which modules a run calls, on inputs of which shape, and who reads their parameters."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -90,12 +86,7 @@ class _Call:
 
 
 class Watch(Sight):
-    """Sees also which layer's output each norm reads, and who else reads it.
-
-    Args:
-        layers: whose outputs are watched.
-        norms: whose inputs are.
-    """
+    """Sees also which layer's output each norm reads, and who else reads it."""
 
     def __init__(self, layers: Iterable[nn.Module], norms: Iterable[nn.Module]) -> None:
         self._layers, self._norms = list(layers), list(norms)
@@ -104,13 +95,13 @@ class Watch(Sight):
         # Kept alive, like outputs.
         self._inputs: dict[int, list[Any]] = {key: [] for key in self._modules}
         self._ranks: dict[int, set[int]] = {id(layer): set() for layer in self._layers}
-        self._kernels: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+        self._kernels: dict[int, list[tuple[Tensor, Tensor, Tensor | None]]] = {}
         self._inside: list[nn.Module] = []
         self._others: dict[int, nn.Module] = {}  # the module that reads a tensor where no watched one does
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.convolution.default and self._scope:
-            self._kernels.setdefault(id(self._scope[-1]), []).append(args[1:3])
+            self._kernels.setdefault(id(self._scope[-1]), []).append(args[:3])
         if self._inside and not self._scope:
             for tensor in tensors_in((args, kwargs or {})):
                 if id(tensor) in self._readers:
@@ -123,8 +114,8 @@ class Watch(Sight):
         with enter, leave:
             return super().run(forward)
 
-    def kernel(self, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-        """The weight and bias with which a layer convolved, if it did so once."""
+    def kernel(self, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """The input, weight and bias with which a layer convolved, if it did so once."""
         seen = self._kernels.get(id(layer), [])
         return seen[0] if len(seen) == 1 else None
 
@@ -186,25 +177,11 @@ def run_on(model: nn.Module, example: Any) -> Any:
 
 
 def try_on(model: nn.Module, example: Any, norms: Iterable[nn.Module] = (), what: str = "changed model") -> Sight:
-    """Run a model once on an example, in evaluation and without gradients.
-
-    Args:
-        model: left in the mode it was in.
-        example: its input.
-        norms: modules to watch.
-        what: the model, in messages.
-
-    Returns:
-        What was seen of the watched modules.
-
-    Raises:
-        SurgeryError: it does not run.
-    """
-    flags = [(module, module.training) for module in model.modules()]
+    """Run a model once on an example, in evaluation and without gradients."""
     watched = list(norms)
     sight = Sight(watched)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), modes_kept(model):
             model.eval()
             if watched:
                 sight.run(lambda: run_on(model, example))
@@ -213,9 +190,17 @@ def try_on(model: nn.Module, example: Any, norms: Iterable[nn.Module] = (), what
             return sight
     except Exception as error:
         raise SurgeryError(f"the {what} does not run on the example: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put every module's training flag back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
     finally:
-        for module, training in flags:
-            module.training = training
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextmanager
