@@ -40,7 +40,7 @@ def methods_table() -> str:
 def names_table() -> str:
     """Write the names of all methods, a row per kind.
 
-    >>> names_table().splitlines()[3][:31]
+    >>> names_table().splitlines()[3][:32]
     '| activations | 50: `batch_norm`'
     """
     lines = ["| methods for | |", "|---|---|"]
