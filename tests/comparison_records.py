@@ -9,7 +9,7 @@ from typing import Any
 
 from normkit.lab import record
 from normkit.lab.comparison import EXPERIMENT
-from normkit.lab.result import Judge, Trained, adjust, find_target, summarize
+from normkit.lab.rounds import Judge, Trained, adjust, find_target, summarize
 from normkit.lab.settings import Settings
 from normkit.lab.sweep import plain
 
@@ -23,7 +23,6 @@ TRAITS = {
     "bn+wn": (0.9783, 2.4, 0.9, 12.37, 9.55),
     "bn+e": (0.9868, 1.9, 0.25, 12.02, 9.31),
 }
-STUDENT_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 
 def write_comparison(
@@ -101,8 +100,7 @@ def write_run(out: Path, recipe: str, rate: float, seed: int, order: int, epochs
     folder = out / run_folder(recipe, rate, seed)
     folder.mkdir(parents=True, exist_ok=True)
     metrics, timing = [], []
-    last = epochs // 2 if failed else epochs
-    for epoch in range(1, last + 1):
+    for epoch in range(1, epochs // 2 if failed else epochs + 1):
         done = epoch / epochs
         score = ceiling - 0.75 * math.exp(-epoch / pace) + noise.gauss(0, 0.004 * (1.1 - done))
         score = round(score * 360) / 360
@@ -113,22 +111,18 @@ def write_run(out: Path, recipe: str, rate: float, seed: int, order: int, epochs
             raw = (6 + 9 * depth) * (1 + 1.5 * shape * done) * math.exp(0.03 * noise.gauss(0, 1))
             tamed = depth in (0, len(LAYERS) - 1) if recipe.endswith("+e") else False
             condition[layer] = [raw, raw**0.55 if tamed else raw]
-        lost = failed and epoch == last
         metrics.append(
             {
                 "epoch": epoch,
                 "step": 17 * epoch,
                 "rate": rate * 0.5 * (1 + math.cos(math.pi * done)),
-                "train_loss": None if lost else loss,
-                "val_loss": None if lost else loss * 1.3 + 0.05,
-                "val_score": None if lost else score,
+                "train_loss": loss,
+                "val_loss": loss * 1.3 + 0.05,
+                "val_score": score,
                 "condition": condition,
             }
         )
         timing.append({"epoch": epoch, "seconds": round(17 * milliseconds / 1000 * noise.uniform(0.97, 1.06), 4)})
-        if lost:
-            metrics.pop()
-            timing.pop()
     record.write_lines(folder / "metrics.jsonl", metrics)
     scores = [line["val_score"] for line in metrics]
     test = None if failed else round((scores[-1] - 0.004 + noise.gauss(0, 0.0015)) * 360) / 360

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normkit import Layer, Rule
 from normkit.catalogue import METHODS
 from normkit.core.card import Card
 from normkit.core.errors import BackendError
-from normkit.core.rule import Rule
-from normkit.engine.layer import Layer
 
 ACTIVATIONS = [card for card in METHODS if card.kind == "activation"]
 # A conditioned layer's weight comes from its other input: the oracle of all rules does not know it.

@@ -19,16 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from normkit.core.errors import NormkitError, OptionError
-from seam import (
-    forked,
-    is_first,
-    is_input_of_networks,
-    is_layer,
-    near,
-    same,
-    seam,
-    steady,
-)
+from seam import forked, is_first, is_input_of_networks, is_layer, near, same, seam, steady
 from subjects import Subject, Values, gradients, leaves_of, output, pulled
 
 # Copies and files

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from batch_oracles import BATCH_ORACLES
 from layer_oracles import LAYER_ORACLES
-from normkit.core.rule import Rule
-from normkit.core.support import Support
+from normkit import Rule, Support
 
 
 def coordinates(support: Support, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]:

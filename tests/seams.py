@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import module_seams
 import value_seams
+import view_seams
 from seam import SEAMS
 from subjects import SUBJECTS
 
-PARTS = (value_seams, module_seams)  # which enter their contexts into the table
+PARTS = (module_seams, value_seams, view_seams)  # which enter their contexts into the table
 CASES = [(one, subject) for one in SEAMS.values() for subject in SUBJECTS if one.applies(subject)]
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def trained_batch_norms() -> nn.Sequential:
     return model.eval()
 
 
-@pytest.mark.parametrize("to", ["gn:4", "ln", "in"])
+@pytest.mark.parametrize("to", ["gn:4", "ln", "in", "dyt"])
 def test_calibration_fits_new_norms_to_what_the_old_ones_gave(to):
     model, batches = trained_batch_norms(), [torch.randn(16, 3, 6, 6).double() + 1 for _ in range(4)]
     swapped, state = convert(deepcopy(model), to).model, deepcopy(model.state_dict())
@@ -52,6 +52,9 @@ def test_calibration_finds_what_a_gain_and_a_bias_can_give():
     assert model[1].weight is weight
     assert changes.rows[0].error == pytest.approx(0.0, abs=1e-6)
     torch.testing.assert_close(model(x), wanted)
+    for to, why in (("bn", "it normalizes by running"), ("rms", "it has no gain and bias"), ("none", "it has no gain")):
+        note = convert(nn.Sequential(nn.GroupNorm(2, 4)), to, calibrate=[torch.randn(3, 4, 2)]).rows[0].note
+        assert f"not calibrated: {why}" in note
     with pytest.raises(SurgeryError, match="calibrate has no batches"):
         convert(model, "ln", calibrate=[])
 

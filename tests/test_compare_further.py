@@ -9,21 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from torch import Tensor, nn
 
 import lab_samples
 from comparison_records import write_comparison
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record, task
 from normkit.lab.budget import fit, measure
-from normkit.lab.comparison import _planned, compare, remarks, tables
-from normkit.lab.inference import detectable, holm, over_seeds, over_seeds_and_samples, seeds_for
+from normkit.lab.comparison import _begun_with, _planned, compare, remarks, tables
 from normkit.lab.settings import Settings
-from normkit.lab.stats import FURTHER, tune
+from normkit.lab.stats import FURTHER, detectable, holm, over_seeds, over_seeds_and_samples, seeds_for, tune
 from normkit.lab.study import Made, Study
 from normkit.lab.train.fabric import Processes, start_fabric
 
@@ -170,7 +167,7 @@ def test_a_budget_is_planned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     # Replacing records that is stopped goes on as it was planned, though times differ each time they are measured.
     plan = {**record.read_json(tmp_path / "config.json"), "epochs": 2}
     record.write_json(tmp_path / "overwrite.json", {"wanted": plan, "removed": True})
-    planned = _planned(Study(settings), tmp_path, True, Processes(start_fabric(settings)))
+    planned = _planned(Study(settings), _begun_with(tmp_path, True), Processes(start_fabric(settings)))
     assert planned.epochs == 2
 
 
@@ -182,7 +179,7 @@ def test_what_an_epoch_takes_is_measured() -> None:
 
 @pytest.mark.parametrize(
     ("model", "data"), [(lab_samples.model, lab_samples.data), (lab_samples.one_output, lab_samples.regression),
-                        (lab_samples.Tagger, lab_samples.tokens)]
+                        (lab_samples.Tagger, lab_samples.tokens), (lab_samples.model, lab_samples.dataset)]
 )  # fmt: skip
 def test_what_samples_add_up_to_is_the_score(tmp_path: Path, model: Any, data: Any) -> None:
     settings = replace(SMALL, recipes=("keep",), seeds=(0,), rates=(0.05,), epochs=1)
@@ -264,40 +261,3 @@ def test_what_is_free_changes_over_the_runs_that_are_there(tmp_path: Path, monke
     assert [len(recipe["sweep"]) for recipe in narrow["recipes"]] == [1, 1]
     assert narrow["target"]["score"] == 0.1
     assert narrow["recipes"][1]["paired"]["level"] == 0.5
-
-
-@pytest.mark.parametrize(
-    ("model", "data"), [(lab_samples.Tagger, lab_samples.tokens), (lab_samples.model, lab_samples.dataset)]
-)
-def test_other_kinds_of_data(tmp_path: Path, model: Any, data: Any) -> None:
-    settings = replace(SMALL, recipes=("keep",), seeds=(0,), rates=(0.1,))
-    assert ran(tmp_path, settings, model=model, data=data)["recipes"][0]["runs"][0]["status"] == "ok"
-
-
-def test_a_transformer(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
-    def model(classes: int) -> nn.Module:
-        config = transformers.BertConfig(
-            vocab_size=32,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            num_labels=classes,
-        )
-        return transformers.BertForSequenceClassification(config)
-
-    def data() -> dict[str, Any]:
-        ids = torch.randint(0, 32, (72, 6))
-        labels = (ids[:, 0] > 15).long()
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-        def part(rows: slice) -> tuple[dict[str, Tensor], Tensor]:
-            return {name: value[rows] for name, value in inputs.items()}, labels[rows]
-
-        return {"train": part(slice(0, 48)), "val": part(slice(48, 60)), "test": part(slice(60, 72))}
-
-    settings = replace(SMALL, recipes=("keep", "keep+wn", "keep+e"), optimizer="adamw", rates=(1e-3,), epochs=2)
-    result = ran(tmp_path, settings, model=model, data=data)
-    assert [run["status"] for recipe in result["recipes"] for run in recipe["runs"]] == ["ok"] * 6

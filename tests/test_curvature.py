@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
 from normkit.core.errors import OptionError
@@ -24,11 +25,8 @@ from normkit.weights.weight_norm import weight_norm
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.mix, self.last = (
-            nn.Embedding(5, 4),
-            nn.MultiheadAttention(4, 2, batch_first=True),
-            nn.Linear(4, 3),
-        )
+        self.words, self.last = nn.Embedding(5, 4), nn.Linear(4, 3)
+        self.mix = nn.MultiheadAttention(4, 2, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.words(x)
@@ -96,15 +94,8 @@ def test_lanczos_over_chunks_finds_the_ends_of_the_dense_matrix(name: str, matri
     dense = hessian_extremes(model, F.cross_entropy, [(x, y)], matrix=matrix)
     told: list[int] = []
     chunks = [(x[:5], y[:5]), (x[5:], y[5:])]
-    found = hessian_extremes(
-        model,
-        F.cross_entropy,
-        chunks,
-        matrix=matrix,
-        dense=0,
-        tolerance=1e-9,
-        progress=lambda done, _: told.append(done),
-    )
+    options = {"dense": 0, "tolerance": 1e-9, "progress": lambda done, _: told.append(done)}
+    found = hessian_extremes(model, F.cross_entropy, chunks, matrix=matrix, **options)
     # The tolerance is relative to the largest, of size 1 here.
     assert_close(found.largest, dense.largest, rtol=1e-6, atol=0)
     assert_close(found.smallest, dense.smallest, rtol=1e-6, atol=1e-8)
@@ -194,8 +185,28 @@ def test_three_readings_of_conditioned_weights() -> None:
     assert_close(hessian_condition(model, F.cross_entropy, batches, "plain").after.largest, wanted.largest)
 
 
+@pytest.mark.parametrize("factor", [2.0, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lanczos_of_a_multiple_of_the_identity(factor: float, dtype: torch.dtype) -> None:
+    model, batches = nn.Linear(40, 1, bias=False).to(dtype), [(torch.eye(40).to(dtype), torch.zeros(40, 1))]
+    found = hessian_extremes(model, lambda y, _: factor / 2 * y.square().sum() + y.sum(), batches, dense=0)
+    assert_close((found.largest, found.smallest), (factor, factor), rtol=1e-6, atol=1e-6)
+
+
+class Checkpointed(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return checkpoint(super().forward, input.requires_grad_(), use_reentrant=True)
+
+
 def test_refusals() -> None:
     model, batches = case("tanh")
+    with pytest.raises(OptionError, match="use_reentrant=False"):
+        hessian(
+            nn.Sequential(Checkpointed(4, 3), nn.Linear(3, 3)), F.cross_entropy, [(torch.randn(2, 4), torch.arange(2))]
+        )
+    for whole in (0, 1000):
+        with pytest.raises(OptionError, match="not finite"):
+            hessian_extremes(model, lambda y, _: math.nan * y.square().sum(), batches, dense=whole)
     with pytest.raises(OptionError, match="walked only once"):
         hessian(model, F.cross_entropy, iter(batches))
     with pytest.raises(OptionError, match="no batches"):

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import normkit as nk
@@ -84,25 +85,6 @@ def test_every_weight_is_reported_before_and_after() -> None:
     assert len(read[0]["spectrum"]) == 8
 
 
-CONVOLUTIONS = {
-    "strides": (nn.Conv2d(2, 3, 3, stride=(2, 1), padding=1, padding_mode="circular"), (6, 5)),
-    "strides, groups": (nn.Conv1d(4, 6, 4, stride=4, groups=2), (8,)),
-    "transposed": (nn.ConvTranspose2d(4, 3, 2, stride=2), (3, 2)),
-}
-
-
-@pytest.mark.parametrize(("layer", "size"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_an_operator_is_that_of_the_whole_matrix(layer: nn.Module, size: tuple[int, ...]) -> None:
-    model = nn.Sequential(copy.deepcopy(layer)).double()
-    model[0].bias.data.zero_()
-    x = torch.zeros(1, layer.in_channels, *size).double()
-    # None of these overlaps an edge but by circular padding, so that each is the operator itself.
-    jacobian = torch.autograd.functional.jacobian(model, x).reshape(-1, x.numel())
-    values = torch.linalg.svdvals(jacobian)
-    (row,) = conditions(model, example=x)
-    assert_close(row.operator, (values[0].item(), values[-1].item()), rtol=1e-9, atol=1e-12)
-
-
 # Activations
 
 
@@ -154,6 +136,31 @@ def test_the_gradient_is_that_of_the_output() -> None:
     assert_close(row.gradient_std, model[1].weight.detach().std(correction=0).item())
 
 
+class Twice(nn.Module):
+    """A checkpointed layer, a conditioned one, and attention, whose projection is not called by itself."""
+
+    def __init__(self, reentrant: bool = False) -> None:
+        super().__init__()
+        self.body, self.last, self.reentrant = nn.Linear(4, 4), weight_conditioning(nn.Linear(4, 3)), reentrant
+        self.mix = nn.MultiheadAttention(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.body, x.clone().requires_grad_(), use_reentrant=self.reentrant)
+        return self.last(self.mix(x, x, x)[0])
+
+
+def test_every_call_counts_once() -> None:
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    compiled = torch.compile(Twice(), backend="eager")
+    compiled(x)  # compiled code calls no hooks
+    for model in (Twice(), compiled):
+        found = {row.name.removeprefix("_orig_mod."): row for row in activations(model, [(x, y)], F.cross_entropy)}
+        assert {name: row.elements for name, row in found.items()} == {"body": 24, "mix": 24, "last": 18}
+        assert all(row.gradient_std for row in found.values())
+    with pytest.raises(OptionError, match="use_reentrant=False"):
+        activations(Twice(True), [(x, y)], F.cross_entropy)
+
+
 # The gap
 
 
@@ -200,6 +207,12 @@ def test_gaps_that_can_not_be_measured() -> None:
         gap(model, iter(batches), F.cross_entropy)
     with pytest.raises(SurgeryError, match="no batch normalization"):
         gap(nn.Linear(2, 2), batches)
+    for batch, got in ((batches[0][0], "a Tensor"), ({"input": batches[0][0]}, "a dict of input")):
+        for measure in (gap, activations):
+            with pytest.raises(OptionError, match=f"{measure.__name__}: a loss needs .* got {got}"):
+                measure(model, [batch], F.cross_entropy)
+    model[1] = torch.compile(model[1], backend="eager")
+    assert gap(model, batches)[0].name == "1"
 
 
 # The command and the figures

@@ -89,8 +89,13 @@ def test_gains_stay_where_a_reader_is_tied_or_no_layer() -> None:
     tied = lived_in(Gain(nn.LayerNorm(6)))
     tied.k.weight = tied.q.weight
     assert "read elsewhere" in fold(tied, torch.randn(TOKENS).double()).passed_over[0].reason
-    residual = lived_in(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True))
-    assert all("something else" in left.reason for left in fold(residual, torch.randn(TOKENS).double()).passed_over)
+    for first, readers in ((False, ["TransformerEncoderLayer", "the caller"]), (True, ["MultiheadAttention"])):
+        layer = lived_in(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, norm_first=first))
+        changes = fold(layer, torch.randn(TOKENS).double())
+        assert [left.reason.split(",")[0] for left in changes.passed_over] == [
+            f"its output is read by {r}" for r in readers
+        ]
+        assert [row.layer for row in changes] == ["norm2"] * first
 
 
 # torch calls its older weight norm deprecated.

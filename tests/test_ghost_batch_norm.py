@@ -29,11 +29,6 @@ def test_a_ghost_as_large_as_the_batch_is_batch_norm(size: int, momentum: float 
     assert_close(norm.eval()(x), like.eval()(x))
 
 
-def test_a_ghost_of_one_sample_is_instance_norm_in_training() -> None:
-    x = _x(4, 3, 5, 2)
-    assert_close(GhostBatchNorm(3, 1).double()(x), nn.InstanceNorm2d(3)(x))
-
-
 @pytest.mark.parametrize(
     ("batch", "sizes"), [(6, [2, 2, 2]), (7, [2, 2, 3]), (3, [3]), (2, [2]), (8, [2, 2, 2, 2]), (9, [2, 2, 2, 3])]
 )
@@ -108,14 +103,11 @@ def test_a_wholly_padded_sub_batch_has_no_say_in_the_memory() -> None:
         assert_close((norm.running_mean, norm.running_var), (like.running_mean, like.running_var))
 
 
-def test_channels_last_layout_and_function_agree() -> None:
-    x = _x(7, 3, 5)
-    norm, last = GhostBatchNorm(3, 2).double(), GhostBatchNorm(3, 2, layout="n * c").double()
-    assert_close(last(x.transpose(1, 2)).transpose(1, 2), norm(x))
-    assert_close(last.state_dict(), norm.state_dict())
+def test_the_function_updates_what_it_is_given() -> None:
+    x, norm = _x(7, 3, 5), GhostBatchNorm(3, 2).double()
     mean, var = torch.zeros(3, dtype=x.dtype), torch.ones(3, dtype=x.dtype)
     assert_close(ghost_batch_norm(x, 2, running_mean=mean, running_var=var), norm(x))
-    assert_close((mean, var), (last.running_mean, last.running_var))
+    assert_close((mean, var), (norm.running_mean, norm.running_var))
 
 
 def test_explain_tells_of_the_samples_left_over() -> None:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from normkit.core.errors import OptionError
 from normkit.lab.stats import paired_interval
 
 
@@ -20,25 +19,12 @@ def test_equals_scipy(count: int, level: float) -> None:
     assert found.mean == pytest.approx(np.mean(ours - theirs))
 
 
-def test_one_difference_has_no_interval() -> None:
-    found = paired_interval([0.25])
-    assert (found.mean, found.low, found.high) == (0.25, None, None)
-
-
-def test_no_difference_has_no_mean() -> None:
-    found = paired_interval([])
-    assert (found.mean, found.low, found.high) == (None, None, None)
-
-
-def test_equal_differences_have_no_width() -> None:
-    found = paired_interval([0.5, 0.5, 0.5])
-    assert (found.low, found.high) == (0.5, 0.5)
-
-
-@pytest.mark.parametrize("level", [0.0, 1.0, -1.0, 95.0, float("nan")])
-def test_level_outside_its_range(level: float) -> None:
-    with pytest.raises(OptionError, match="between 0 and 1"):
-        paired_interval([0.1, 0.2], level)
+@pytest.mark.parametrize(
+    ("differences", "mean", "end"), [([], None, None), ([0.25], 0.25, None), ([0.5, 0.5, 0.5], 0.5, 0.5)]
+)
+def test_few_and_equal_differences(differences: list[float], mean: float | None, end: float | None) -> None:
+    found = paired_interval(differences)
+    assert (found.mean, found.low, found.high) == (mean, end, end)
 
 
 def test_differences_that_agree_to_the_last_digit_decide_nothing() -> None:

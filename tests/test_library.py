@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from normkit.core.compensation import Affine
+from normkit import Affine, Rule, Support
 from normkit.core.errors import BackendError
-from normkit.core.rule import Rule
-from normkit.core.support import Support
 from normkit.engine import library
-from normkit.engine.dispatch import backends, run
+from normkit.engine.dispatch import backends
+from normkit.functional import run
 
 ROOT = Path(__file__).parent.parent
 FORCED = {name: os.environ[name] for name in ("NORMKIT_ISA", "NORMKIT_LIBRARIES") if os.environ.get(name)}

@@ -30,7 +30,7 @@ MODULES = [info for info in module_db if info.name in OURS]
 
 # What is unlike torch's on purpose, with the reason. Nothing else may be.
 DIFFERENCES = {
-    "eps of 0": "taken by every norm, as torch's LayerNorm, RMSNorm, GroupNorm and InstanceNorm take it; its BatchNorm does not",
+    "eps of 0": "taken by every norm, as torch's LayerNorm, RMSNorm, GroupNorm and InstanceNorm take it; its BatchNorm does not"
 }
 
 

@@ -1,6 +1,10 @@
-"""The monitor in plain loops, under wrappers, and in the trainers of others."""
+"""The monitor in plain loops, under wrappers, and in the trainers and loggers of others."""
 
+import copy
+import io
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
 from normkit.core.errors import OptionError
 from normkit.diagnostics.conditioning import condition_number
 from normkit.diagnostics.gap import gap
 from normkit.weights.weight_conditioning import weight_conditioning
+from processes import run_together
 
 
 def net() -> nn.Sequential:
@@ -22,11 +28,11 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 8), nk.BatchNorm(8), nn.ReLU(), weight_conditioning(nn.Linear(8, 3)))
 
 
-def train(model: Any, monitor: nk.Monitor, steps: int, x: Tensor, y: Tensor) -> list[dict[str, float] | None]:
+def train(model: Any, monitor: nk.Monitor, steps: int, run: Callable[..., Any] | None = None) -> list[Any]:
     optimizer, records = torch.optim.SGD(model.parameters(), 0.1), []
     for _ in range(steps):
         optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
+        (run or (lambda model: F.cross_entropy(model(X), Y).backward()))(model)
         optimizer.step()
         records.append(monitor.step())
     return records
@@ -42,8 +48,7 @@ def test_a_record_is_what_was_in_the_step() -> None:
     inputs = model[0](X).detach()
     wanted = gap(model.eval(), [X])[0].distance
     model.train()
-    record = train(model, nk.Monitor(model, share=math.inf), 1, X, Y)[0]
-    assert record is not None
+    record = train(model, nk.Monitor(model, share=math.inf), 1)[0]
     for name, output in seen.items():
         assert_close(record[f"activation/{name}/std"], output.std(correction=0).item())
         assert_close(record[f"activation/{name}/mean"], output.mean().item())
@@ -64,10 +69,10 @@ def test_a_record_is_what_was_in_the_step() -> None:
 def test_steps_between_samples_are_free_of_hooks_and_training_is_the_same() -> None:
     model, twin = net(), net()
     monitor = nk.Monitor(model, every=3, share=math.inf)
-    records = train(model, monitor, 7, X, Y)
+    records = train(model, monitor, 7)
     assert [record is not None for record in records] == [True, False, False, True, False, False, True]
     monitor.close()
-    train(twin, nk.Monitor(nn.Identity()), 7, X, Y)
+    train(twin, nk.Monitor(nn.Identity()), 7)
     assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -75,7 +80,7 @@ def test_steps_between_samples_are_free_of_hooks_and_training_is_the_same() -> N
 def test_the_share_of_time_makes_samples_rare() -> None:
     model = net()
     monitor = nk.Monitor(model, every=1, share=1e-6)
-    assert sum(record is not None for record in train(model, monitor, 20, X, Y)) == 1
+    assert sum(record is not None for record in train(model, monitor, 20)) == 1
     assert monitor.spent > 1e-6 * monitor.elapsed
 
 
@@ -93,25 +98,158 @@ def test_validation_is_not_looked_at() -> None:
     with torch.no_grad():
         model.eval()(X * 100)
     model.train()
-    assert train(model, monitor, 1, X, Y)[0]["activation/0/std"] < 10
+    assert train(model, monitor, 1)[0]["activation/0/std"] < 10
+
+
+def compiled(model: nn.Module) -> Any:
+    model = torch.compile(model, backend="eager")  # pyright: ignore[reportAssignmentType]
+    model(X)
+    return model
+
+
+def compiled_within(model: nn.Sequential) -> Any:
+    model[0] = compiled(model[0])
+    model(X)
+    return model
+
+
+class Checkpointed(nn.Sequential):
+    reentrant = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        body, x = nn.Sequential(self[0], self[1], self[2]), input.clone().requires_grad_()
+        return self[3](checkpoint(body, x, use_reentrant=self.reentrant))
+
+
+class Reentrant(Checkpointed):
+    reentrant = True
 
 
 # torch's compiler calls functions that it deprecates.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_compiled_and_wrapped_models() -> None:
-    model = net()
-    compiled: Any = torch.compile(model, backend="eager")
-    compiled(X)
-    monitor = nk.Monitor(compiled, every=2, share=math.inf)
-    records = train(compiled, monitor, 3, X, Y)
-    assert [record is not None for record in records] == [True, False, True]
-    assert "activation/0/std" in records[0]
+@pytest.mark.parametrize(
+    "wrap",
+    [compiled, compiled_within, nn.DataParallel, lambda model: Checkpointed(*model), lambda model: Reentrant(*model)],
+    ids=["compiled", "compiled within", "DataParallel", "checkpointed", "reentrant"],
+)
+def test_a_wrapped_model_has_the_record_of_the_plain_one(wrap: Callable[[nn.Module], Any]) -> None:
+    # A wrapper may have called the model, which moves what its norm keeps.
+    model, wrapped = net(), wrap(net())
+    monitor = nk.Monitor(wrapped, every=2, share=math.inf)
+    wanted, found = train(model, nk.Monitor(model, share=math.inf), 1)[0], train(wrapped, monitor, 3)
+    assert [record is not None for record in found] == [True, False, True]
+    kept = ("monitor", "gap")
+    assert found[0].keys() == wanted.keys()
+    for key in wanted:
+        if not key.startswith(kept):
+            assert_close(found[0][key], wanted[key], rtol=1e-4, atol=1e-6)
     monitor.close()
 
 
-def test_refusals() -> None:
+def in_parts(model: nn.Module) -> None:
+    for x, y in zip(X.split(8), Y.split(8), strict=True):
+        (F.cross_entropy(model(x), y) / 2).backward()
+
+
+def scaled(model: nn.Module) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(model(X), Y)
+    (1024 * loss).backward()
+    for parameter in model.parameters():
+        parameter.grad /= 1024  # as a gradient scaler does before the optimizer's step
+
+
+def test_gradients_that_accumulate_and_that_are_scaled() -> None:
+    wanted, *others = (
+        train(model := net(), nk.Monitor(model, share=math.inf), 1, run)[0] for run in (None, in_parts, scaled)
+    )
+    assert wanted.keys() == others[0].keys() == others[1].keys()
+    model = net()
+    assert_close(others[0]["activation/0/mean"], model[0](X[:8]).mean().item())
+    # Of bfloat16, which has three digits.
+    assert_close(others[1]["weight_gradient/3"], wanted["weight_gradient/3"], rtol=0.05, atol=0)
+    assert_close(others[1]["gradient/3/std"], 1024 * wanted["gradient/3/std"], rtol=0.05, atol=0)
+
+
+def test_two_processes_record_their_own_and_wait_for_none(tmp_path: Path) -> None:
+    run_together("monitor_worker.py", 2, tmp_path, str(tmp_path / "found"))
+    first, second = (json.loads((tmp_path / f"found{rank}").read_text()) for rank in range(2))
+    assert {name.split(",")[0] for name in first} == {"DDP", "FSDP1", "FSDP2"}
+    for name, records in first.items():
+        assert len(records) == 2
+        assert len(second[name]) == (2 if "both" in name else 0)
+        assert {"activation/0/std", "gap/1", "gradient/0/std"} <= records[0].keys()
+        assert ("condition/0" in records[0]) == ("weight_gradient/3" in records[0]) == name.startswith("DDP")
+        assert records[0]["activation/2/mean"] == first["DDP, both"][0]["activation/2/mean"]
+    alike = {key for key, value in first["DDP, both"][1].items() if second["DDP, both"][1][key] == value}
+    assert {key for key in first["DDP, both"][1] if key.startswith(("condition", "weight_gradient"))} <= alike
+
+
+def test_what_is_done_in_a_sampled_step_ends_with_it() -> None:
+    model = net()
+    monitors = [nk.Monitor(model, share=math.inf) for _ in range(2)]  # as of a generator and a critic
+    twin = copy.deepcopy(model)
+    torch.save(model, io.BytesIO())
+    twin(X).sum().backward()
+    assert not any(key.startswith("activation") for key in monitors[0].step())
+    compiled(model)
+    monitors[0] = nk.Monitor(model)
+    del monitors[1]  # without close()
+    monitors.clear()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.compiler.set_stance("default").prev.stance == "default"
+
+
+def test_models_that_a_monitor_must_take_or_refuse() -> None:
+    sparse = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 3))
+    monitor = nk.Monitor(sparse, share=math.inf)
+    sparse(torch.arange(9)).sum().backward()
+    record = monitor.step()
+    assert_close(record["weight_gradient/0"], sparse[0].weight.grad.to_dense().norm().item())
+    plain = nn.Linear(4, 3)
+    monitor = nk.Monitor(plain)
+
+    def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(plain, values, x).sum()
+
+    torch.func.vmap(torch.func.grad(loss), (None, 0))(dict(plain.named_parameters()), X)
+    assert not any(key.startswith("activation") for key in monitor.step())
+    with pytest.raises(OptionError, match="run the model once"):
+        nk.Monitor(nn.LazyLinear(3))
     with pytest.raises(OptionError, match="every=0"):
         nk.Monitor(net(), every=0)
+
+
+class Wandb:
+    """With the signature of wandb's ``Run.log``, which takes a dict of numbers; the package is not among our tests'."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int | None, dict[str, Any]]] = []
+
+    def log(self, data: dict[str, Any], step: int | None = None, commit: bool | None = None) -> None:
+        json.dumps(data)  # as it is sent
+        self.logged.append((step, data))
+
+
+def test_records_are_for_any_logger(tmp_path: Path) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="a logger that is to take a record")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = net()
+    writer, run = tensorboard.SummaryWriter(str(tmp_path)), Wandb()
+    records = train(model, nk.Monitor(model, every=2, share=math.inf), 3)
+    for step, record in enumerate(records):
+        if record is not None:
+            run.log(record, step=step)
+            for name, value in record.items():
+                writer.add_scalar(name, value, step)
+    writer.close()
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert set(read.Tags()["scalars"]) == set(records[0])
+    for name, value in records[0].items():
+        assert [event.step for event in read.Scalars(name)] == [0, 2]
+        assert_close(read.Scalars(name)[0].value, value, rtol=1e-6, atol=1e-12)
+    assert [step for step, _ in run.logged] == [0, 2]
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):

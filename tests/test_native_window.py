@@ -7,13 +7,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from normkit.activations.divisive_norm import Field, divisive_norm
-from normkit.activations.global_response_norm import GlobalResponseNorm, global_response_norm
-from normkit.activations.local_contrast_norm import local_contrast_norm
-from normkit.activations.local_response_norm import LocalResponseNorm, local_response_norm
+from normkit import GlobalResponseNorm, LocalResponseNorm
 from normkit.engine import abi, native_global_response, native_window
 from normkit.engine.library import why_not
 from normkit.engine.window import sliding_sum
+from normkit.functional import Field, divisive_norm, global_response_norm, local_contrast_norm, local_response_norm
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no native kernels: {why_not()}")
 

@@ -7,17 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from normkit.activations.normalizer_free import NormalizerFreeBlock, predicted_betas, scaled_activation
+from normkit import NormalizerFreeBlock
+from normkit.activations.normalizer_free import predicted_betas
 from normkit.core.errors import OptionError
-from normkit.gradients.adaptive_clipping import AdaptiveClipping, adaptive_gradient_clipping
-from normkit.gradients.gradient_normalizer import GradientNormalizer
-from normkit.weights.scaled_weight_standardization import (
-    RELU_GAIN,
-    nonlinearity_gain,
-    scaled_weight_standardization,
-)
-from normkit.weights.weight_conditioning import weight_conditioning
-from normkit.weights.weight_norm import weight_norm
+from normkit.functional import adaptive_gradient_clipping, scaled_activation
+from normkit.gradients import AdaptiveClipping, GradientNormalizer
+from normkit.weights import nonlinearity_gain, scaled_weight_standardization, weight_conditioning, weight_norm
+from normkit.weights.scaled_weight_standardization import RELU_GAIN
 
 LAYERS = {
     "linear": lambda: nn.Linear(5, 4),

@@ -54,9 +54,7 @@ OPS = [op for op in op_db if op.name in OURS and not op.variant_test_name]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # What is unlike torch's on purpose, with the reason. Nothing else may be.
-DIFFERENCES = {
-    "a negative eps": "refused: it is added to a variance, and a root of a negative sum is NaN",
-}
+DIFFERENCES = {"a negative eps": "refused: it is added to a variance, and a root of a negative sum is NaN"}
 
 
 def difference(name: str, sample: Any) -> str | None:

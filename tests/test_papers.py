@@ -13,7 +13,7 @@ from normkit.lab import record, task
 from normkit.lab.data.split import Data, Split
 from normkit.lab.experiment import Bench, Experiment
 from normkit.lab.experiments import ablations, cost, fig1, table2
-from normkit.lab.experiments.classification import PAPER, Plan, Row, _job, _sweep, difference, study, tables, verdicts
+from normkit.lab.experiments.classification import PAPER, Plan, Row, difference, study, sweep, tables, verdicts
 from normkit.lab.experiments.classification_drawing import figures
 from normkit.lab.experiments.table1 import PRINTED, plans
 from normkit.lab.models.variants import scale_by_norm
@@ -57,7 +57,7 @@ def test_a_row_has_an_optimizer_and_rates_of_its_own_and_goes_beyond_them() -> N
         (True, ([0.1, 0.2, 0.4, 0.8, 1.6], [1e-3, 1e-2, 0.1, 1.0, 10.0])),
         (False, ([0.1, 0.2], [1e-3, 1e-2])),
     ):
-        found = _sweep(bench, lambda job, folder: {}, Plan("", BASE, rows, rates=(0.1, 0.2), beyond=beyond), rows)
+        found = sweep(bench, lambda job, folder: {}, Plan("", BASE, rows, rates=(0.1, 0.2), beyond=beyond), rows)
         assert tuple([run["rate"] for run in found[row.name]["sweep"]] for row in rows) == rates
         assert found["Muon"]["edge"]
 
@@ -194,11 +194,11 @@ def test_every_row_of_the_plans_can_be_made() -> None:
         for row in (*plan.rows, *plan.controls):
             if (plan.base.model, row) not in seen:
                 seen.add((plan.base.model, row))
-                job = _job(plan, row, 0.1, 0)
+                job = plan.job(row, 0.1, 0)
                 model = changed(job, initial(replace(job, width=0.125), ten_classes()))
                 assert any(parameter.requires_grad for parameter in model.parameters())
                 assert job.settings().recipes
-    paths = [_job(plan, row, 0.1, 0).path for plan in ablations.plans(scale) for row in plan.rows]
+    paths = [plan.job(row, 0.1, 0).path for plan in ablations.plans(scale) for row in plan.rows]
     assert len(set(paths)) == len(paths)
 
 

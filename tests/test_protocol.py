@@ -199,18 +199,16 @@ class Unreadable(Dataset):
         return X[row], int(Y[row])
 
 
-def test_a_sample_that_cannot_be_read() -> None:
-    with pytest.raises(
-        ProtocolError, match=r"reading the samples of data raised OSError: .*truncated \(at .*test_protocol.py"
-    ):
-        make_data(Unreadable, "data")
-
-
-def test_data_factory_that_fails() -> None:
-    with pytest.raises(
-        ProtocolError, match=r"raised RuntimeError: no weights \(at .*test_protocol.py:\d+, in \w+: raise"
-    ):
-        make_data(broken, "data")
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        (Unreadable, r"reading the samples of data raised OSError: .*truncated \(at .*test_protocol.py"),
+        (broken, r"raised RuntimeError: no weights \(at .*test_protocol.py:\d+, in \w+: raise"),
+    ],
+)
+def test_code_of_the_user_that_fails(factory: Any, words: str) -> None:
+    with pytest.raises(ProtocolError, match=words):
+        make_data(factory, "data")
 
 
 @pytest.mark.parametrize(
@@ -267,26 +265,6 @@ def test_a_split_of_longer_sequences_is_taken() -> None:
     check_fit(nn.Linear(8, 1), make_data(lambda: splits, "data"), "model")
 
 
-@pytest.mark.parametrize(
-    ("model", "data", "kind"),
-    [
-        (lab_samples.model(), lab_samples.data, "classification"),
-        (lab_samples.model(), lab_samples.dataset, "classification"),
-        (lab_samples.one_output(), lab_samples.regression, "regression"),
-        (lab_samples.Tagger(), lab_samples.tokens, "classification"),
-    ],
-)
-def test_what_is_taken(model: nn.Module, data: Any, kind: str) -> None:
-    made = make_data(data, "data")
-    check_fit(model, made, "model")
-    assert made.kind == kind
-    assert made.sha256() == made.sha256()
-    inputs, targets = made.val.batch(torch.arange(4), torch.device("cpu"))
-    loss = task.loss(task.call(model, inputs), targets)
-    loss.backward()
-    assert torch.isfinite(loss)
-
-
 IDS = torch.arange(60).view(30, 2) % 9
 BITS = (X[:, :3] > 0).float()
 DRAWN = "no test split was given: 6 of 30 samples are drawn from train"
@@ -300,6 +278,14 @@ def case(
 
 
 CASES = [
+    *(
+        case(make(), model=lab_samples.model(), sizes=(128, 32, 80), words="no val split")
+        for make in (lab_samples.data, lab_samples.dataset)
+    ),
+    case(
+        lab_samples.regression(), model=lab_samples.one_output(), kind="regression", sizes=(72, 18, 30), words="no val"
+    ),
+    case(lab_samples.tokens(), model=lab_samples.Tagger(), sizes=(32, 8, 20), words="no val split"),
     case((X, Y)),
     case({"train": (X, Y), "validation": (X[:9], Y[:9])}, sizes=(24, 9, 6)),
     case((TensorDataset(X, Y), TensorDataset(X[:9], Y[:9])), sizes=(24, 6, 9), words="no val split"),
@@ -343,6 +329,7 @@ def test_data_as_people_have_them(made: Any, model: nn.Module, kind: str, sizes:
     assert data.kind == kind
     assert data.score == ("r2" if kind == "regression" else "accuracy")
     assert tuple(map(len, data.splits.values())) == sizes
+    assert data.sha256() == data.sha256()
     assert re.search(words, "; ".join(data.notes))
     inputs, targets = data.train.batch(torch.tensor([3, 1]), torch.device("cpu"))
     task.loss(task.call(model, inputs), targets).backward()

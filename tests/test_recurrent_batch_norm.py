@@ -8,13 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from normkit.activations.recurrent_batch_norm import (
-    BatchNormLSTM,
-    BatchNormRNN,
-    RecurrentBatchNorm,
-    padding_mask,
-    recurrent_batch_norm,
-)
+from normkit import BatchNormLSTM, BatchNormRNN, RecurrentBatchNorm
+from normkit.functional import padding_mask, recurrent_batch_norm
 
 LENGTHS = torch.tensor([5, 2, 3, 4])
 

@@ -6,13 +6,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import normkit as nk
-from normkit.activations.recurrent_layer_norm import (
-    LayerNormGRUCell,
-    LayerNormLSTMCell,
-    LayerNormRecurrent,
-    LayerNormRNNCell,
-)
-from normkit.core.errors import ShapeError, SurgeryError
+from normkit import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRecurrent, LayerNormRNNCell
+from normkit.core.errors import SurgeryError
 
 CELLS = ["lstm", "gru", "rnn"]
 
@@ -106,18 +101,6 @@ def test_one_sequence_without_a_batch(cell: str) -> None:
     x = torch.randn(6, 3)
     y, _ = layer(x)
     assert_close(y, layer(x[None])[0][0])
-
-
-def test_refusals() -> None:
-    layer = LayerNormRecurrent(3, 5)
-    with pytest.raises(ShapeError, match="input_size=3"):
-        layer(torch.randn(7, 2, 4))
-    with pytest.raises(ShapeError, match="at least one step"):
-        layer(torch.randn(0, 2, 3))
-    with pytest.raises(ShapeError, match=r"\(h, c\)"):
-        layer(torch.randn(7, 2, 3), torch.zeros(1, 2, 5))
-    with pytest.raises(ShapeError, match="mask"):
-        layer(torch.randn(7, 2, 3), mask=torch.ones(2, 7, dtype=torch.bool))
 
 
 class _Biased(nn.Module):

@@ -22,7 +22,6 @@ from normkit.lab import comparison
 from normkit.lab.perform import show
 from normkit.lab.report import drawing, figures
 from normkit.lab.report.canvas import LOOK
-from normkit.lab.report.comparison import Comparison
 from normkit.lab.report.drawing import save
 from normkit.lab.report.series import pictures
 from normkit.lab.report.sheet import print_sheet, write_sheet
@@ -99,28 +98,15 @@ def test_table_fits_and_says_every_number(result: dict[str, Any], width: int) ->
             (recipe["condition"]["last"]["effective"][-1], "condition"),
         ):
             assert recipe is result["recipes"][0] or number(value, kind) in text
+    assert "+-" in printed(result, width, encoding="ascii")
     assert "0.3†" in text
     assert "widen it with --rates" in " ".join(text.split())
 
 
-def test_table_in_a_terminal_without_unicode(result: dict[str, Any]) -> None:
-    assert "+-" in printed(result, 80, encoding="ascii")
-
-
 def test_long_and_hostile_names_fold(tmp_path: Path) -> None:
-    names = (HOSTILE, "rms+e:rowcol@re:^blocks\\.[0-9]+\\.conv$")
-    result = write_comparison(tmp_path, recipes=names)
-    text = printed(result, 80)
+    text = printed(write_comparison(tmp_path, recipes=(HOSTILE, "rms+e:rowcol@re:^blocks\\.[0-9]+\\.conv$")), 80)
     assert max(cell_len(line) for line in text.splitlines()) <= 80
     assert "[red]" in text
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "word"), [(0.001, 0.02, "better"), (-0.02, -0.001, "worse"), (-0.001, 0.02, "no difference shown")]
-)
-def test_verdict_follows_the_interval(result: dict[str, Any], low: float, high: float, word: str) -> None:
-    changed = with_interval(result, 3, low, high)
-    assert verdict(changed["recipes"][3], changed).startswith(word)
 
 
 def test_better_than_a_baseline_whose_rate_is_at_the_edge_is_doubted(result: dict[str, Any]) -> None:
@@ -156,7 +142,10 @@ def test_words_layers_and_changes_are_named(result: dict[str, Any]) -> None:
     assert "pool: MaxPool2d has no weight" in " ".join(printed(changed, 160).split())
 
 
-def test_findings_name_the_best_and_how_sure(result: dict[str, Any]) -> None:
+def test_verdicts_and_findings_follow_the_interval(result: dict[str, Any]) -> None:
+    for low, high, word in ((0.001, 0.02, "better"), (-0.02, -0.001, "worse"), (-0.001, 0.02, "no difference shown")):
+        changed = with_interval(result, 3, low, high)
+        assert verdict(changed["recipes"][3], changed).startswith(word)
     assert "includes zero: no difference shown" in findings(result)[0]
     sure = findings(with_interval(result, 3, 0.001, 0.015))[0]
     assert "better, as far as these seeds tell" in sure
@@ -204,8 +193,7 @@ def test_a_singular_weight_does_not_flatten_the_others(tmp_path: Path) -> None:
     result["recipes"][1]["condition"]["first"]["effective"] = [5e7, None, 4e7, 5e7]
     assert ">8e+06" in printed(result, 80)
     assert any("as good as singular" in note for note in cautions(result))
-    comparison = Comparison.of(result)
-    axis = figures.figure(next(of for of in pictures(comparison) if of.name == "condition_numbers"), comparison).axes[0]
+    axis = figures.figure(next(of for of in pictures(result) if of.name == "condition_numbers"), result).axes[0]
     assert axis.get_ylim()[1] < 1e3
     assert "bn+ws" in axis.texts[0].get_text()
 
@@ -272,7 +260,7 @@ def test_page_charts_equal_the_record(out: Path, result: dict[str, Any]) -> None
 
 
 def test_curves_open_at_the_end_of_training_where_they_lie_close(result: dict[str, Any]) -> None:
-    (panel,) = pictures(Comparison.of(result))[0].panels
+    (panel,) = pictures(result)[0].panels
     assert panel.close
     (start, stop), (low, high) = panel.close
     ends = [y for line in panel.lines for x, y in zip(line.x, line.y, strict=True) if x > 15 and y is not None]
@@ -283,7 +271,7 @@ def test_curves_open_at_the_end_of_training_where_they_lie_close(result: dict[st
     hopeless = copy.deepcopy(result)
     for run in hopeless["recipes"][1]["runs"]:
         run["curve"]["val_score"] = [0.1] * 20
-    (panel,) = pictures(Comparison.of(hopeless))[0].panels
+    (panel,) = pictures(hopeless)[0].panels
     assert panel.close
     assert panel.close[1][0] > 0.8
 
@@ -299,27 +287,15 @@ def test_page_fetches_nothing(page: Page, out: Path) -> None:
     assert len(text) < 500_000
 
 
-def test_page_names_the_folder_of_every_run(page: Page, out: Path, result: dict[str, Any]) -> None:
-    words = " ".join(page.words)
-    for folder in [run["run"] for recipe in result["recipes"] for run in recipe["runs"] + recipe["sweep"]]:
-        assert folder in words
-        assert (out / folder).is_dir()
-
-
-def test_page_is_whole(page: Page, result: dict[str, Any]) -> None:
+def test_page_is_whole(page: Page, out: Path, result: dict[str, Any]) -> None:
     assert page.tags.count("h1") == 1
     assert {"main", "table", "caption", "figure", "figcaption", "noscript"} <= set(page.tags)
     words = " ".join(" ".join(page.words).split())
-    for text in (
-        record_of(result)["command"],
-        *result["recipes"][3]["changes"],
-        "It covers",
-        "It does not cover",
-        "2.13.0+cpu",
-    ):
+    folders = [run["run"] for recipe in result["recipes"] for run in recipe["runs"] + recipe["sweep"]]
+    assert all((out / folder).is_dir() for folder in folders)
+    changes, said = result["recipes"][3]["changes"], ("It covers", "It does not cover", "2.13.0+cpu")
+    for text in (record_of(result)["command"], *changes, *said, *findings(result), *folders):
         assert text in words
-    for sentence in findings(result):
-        assert sentence in words
 
 
 @pytest.mark.usefixtures("coarse")
@@ -341,20 +317,14 @@ def test_page_escapes_what_the_records_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("coarse")
-def test_same_records_give_the_same_bytes(out: Path, result: dict[str, Any]) -> None:
-    def drawn() -> list[str | bytes]:
-        return [*(path.read_bytes() for path in draw(result, out)), paged(result, out)]
-
-    assert drawn() == drawn()
-
-
-@pytest.mark.usefixtures("coarse")
-def test_figures_are_named_and_of_both_kinds(out: Path, result: dict[str, Any]) -> None:
+def test_same_records_give_the_same_figures_and_page(out: Path, result: dict[str, Any]) -> None:
     written = draw(result, out)
+    before, page = [path.read_bytes() for path in written], paged(result, out)
+    assert [path.read_bytes() for path in draw(result, out)] == before
+    assert paged(result, out) == page
     assert {path.name for path in written} == {f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")}
-    for path in written:
-        start = path.read_bytes()[:8]
-        assert start == b"\x89PNG\r\n\x1a\n" if path.suffix == ".png" else start.startswith(b"<?xml")
+    for path, content in zip(written, before, strict=True):
+        assert content.startswith(b"\x89PNG\r\n\x1a\n" if path.suffix == ".png" else b"<?xml")
     assert {path.name for path in (out / "figures").iterdir()} == {path.name for path in written}
 
 

@@ -112,10 +112,7 @@ def _by_hand(made: Any, scheme: str, k: int, x: Tensor, heads: int = 2) -> Tenso
     if scheme == "hybrid":
         x = norm(x + attend(x), layer.norm1)
         return x + feed(x)
-    for f, own, after in (
-        (attend, layer.norm1, layer.norm1_after),
-        (feed, layer.norm2, layer.norm2_after),
-    ):
+    for f, own, after in ((attend, layer.norm1, layer.norm1_after), (feed, layer.norm2, layer.norm2_after)):
         if scheme in ("post", "deep") or (scheme == "mix" and k < 1):
             x = norm((8**0.25 if scheme == "deep" else 1) * x + f(x), own)
         elif scheme == "branch":
@@ -188,6 +185,27 @@ def test_hybrid_attention_takes_the_masks_of_torch() -> None:
     assert_close(one(x, src_mask=many), one(x, src_mask=mask), rtol=1e-12, atol=1e-12)
 
 
+def _twice() -> Any:
+    """Its first layer stands at the third place again."""
+    made = _stack("encoder")
+    made.layers[2] = made.layers[0]
+    return made
+
+
+def test_a_layer_that_stands_twice_is_placed_once() -> None:
+    made, before = _twice(), {key: value.clone() for key, value in _twice().state_dict().items()}
+    made.load_state_dict(before)
+    changes = place_norms(made, "deep")
+    assert made.layers[0] is made.layers[2]
+    assert [row.layer for row in changes] == ["layers.0", "layers.1", "layers.3"]
+    start = place("deep", depth=4).start
+    for k in range(4):
+        key = f"layers.{k}.linear1.weight"
+        assert_close(made.state_dict()[key], before[key] * start)
+    changes.undo()
+    assert_close(made.state_dict(), before, rtol=0, atol=0)
+
+
 def test_deep_norms_constants_and_initial_weights() -> None:
     pair = nn.Transformer(8, 2, 3, 2, 16, batch_first=True)
     before = {key: value.clone() for key, value in pair.state_dict().items()}
@@ -212,6 +230,12 @@ def test_deep_norms_constants_and_initial_weights() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
+        (
+            lambda: place_norms(place_norms(_stack("encoder"), "pre").model, "deep"),
+            SurgeryError,
+            r"already; call undo\(\)",
+        ),
+        (lambda: place_norms(_twice(), "scaled"), SurgeryError, r"layers.2: it is a layer from above once more"),
         (lambda: place_norms(nn.Linear(2, 2), "pre"), SurgeryError, "no TransformerEncoder"),
         (lambda: place_norms(_stack("encoder"), "hybird"), OptionError, "did you mean 'hybrid'"),
         (lambda: place_norms(_stack("decoder"), "hybrid"), SurgeryError, "layers.0: hybrid was published"),

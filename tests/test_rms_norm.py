@@ -116,20 +116,6 @@ def test_where_eps_stands(guard: str) -> None:
             assert_close(made(x), wanted, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("cast", ["after weight", "before weight"])
-@pytest.mark.parametrize("over", ["c", "c *"])
-def test_channels_first_and_masked(cast: str, over: str) -> None:
-    made = RMSNorm(4, over=over, cast=cast, bias=True, dtype=torch.float64)
-    with torch.no_grad():
-        made.weight.copy_(torch.randn(4))
-        made.bias.copy_(torch.randn(4))
-    x = torch.randn(2, 4, 5, dtype=torch.float64)
-    mask = torch.arange(5) < 3
-    found = made(torch.where(mask, x, torch.nan), mask=mask.view(1, 1, 5))
-    assert_close(found[..., :3], made(x[..., :3].contiguous()))
-    assert (found[..., 3:] == 0).all()
-
-
 def test_large_values_overflow_only_where_their_squares_do() -> None:
     assert rms_norm(torch.full((1, 4), 1e18), 4).eq(1).all()
     assert rms_norm(torch.full((1, 4), 3e4, dtype=torch.float16), 4).eq(1).all()  # its square is beyond float16

@@ -11,16 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
 from laws import ACTIVATIONS, call, layer, name, runs, sample_input
+from normkit import Layer, Moments, Rule, Running, Statistic, Support
 from normkit.catalogue import METHODS
 from normkit.core.card import Card
 from normkit.core.errors import BackendError, OptionError, SurgeryError
-from normkit.core.memory import Running, RunningMean, RunningMoments
-from normkit.core.moments import Moments
-from normkit.core.rule import Rule
-from normkit.core.statistic import Statistic
-from normkit.core.support import Split, Support
-from normkit.engine.dispatch import run
-from normkit.engine.layer import Layer
+from normkit.core.memory import RunningMean
+from normkit.core.support import Split
+from normkit.functional import RunningMoments, run
 
 HALVES = (torch.float16, torch.bfloat16)
 KEPT = [card for card in ACTIVATIONS if card.running_state]

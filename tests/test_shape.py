@@ -12,8 +12,7 @@ from torch import Tensor
 
 from normkit.core.errors import ProtocolError
 from normkit.lab.data.mesh import volume
-from normkit.lab.data.shapes import SHAPES, torus
-from normkit.lab.data.solid import draw_points, iou
+from normkit.lab.data.solid import SHAPES, draw_points, iou, torus
 from normkit.lab.experiment import Bench
 from normkit.lab.experiments import shape
 from normkit.lab.fields.occupancy import OccupancyJob, extract, learn_solid, surface_of, write_mesh
@@ -144,7 +143,7 @@ def test_solids_and_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [len(tried) for tried in shape.sweeps(with_data, "bunny").values()] == [4] * 9
     jobs = shape.jobs(with_data, ("bunny", "armadillo"), first(shape.sweeps(with_data, "bunny")))
     assert len({job.path for job in jobs}) == len(jobs) == 2 * 3 * 3 + 2 * 3
-    tried = shape.sweeps(Bench("full", tmp_path, data_root=tmp_path), "bunny")["gaussian", shape.PLAIN]
+    tried = shape.sweeps(Bench("full", tmp_path, data_root=tmp_path), "bunny")[f"gaussian {shape.PLAIN}"]
     assert [job.rate for job in tried] == [1e-5, 1e-4, 1e-3]
     assert (tried[0].width, tried[0].batch, tried[0].epochs, tried[0].grid) == (256, 50_000, 200, 512)
 

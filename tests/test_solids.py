@@ -14,8 +14,7 @@ from torch.testing import assert_close
 from normkit.core.errors import ProtocolError
 from normkit.lab.data.crossings import _shelve, _side_of_grid, crossings, inside_mesh, picture
 from normkit.lab.data.mesh import MeshSolid, mesh, read_mesh, volume
-from normkit.lab.data.shapes import SHAPES, gyroid, torus
-from normkit.lab.data.solid import draw_points, find_solid, iou
+from normkit.lab.data.solid import SHAPES, draw_points, find_solid, gyroid, iou, torus
 
 
 def solid_of(body: trimesh.Trimesh) -> MeshSolid:
@@ -173,7 +172,9 @@ def test_open_mesh(tmp_path: Path) -> None:
 def test_damaged_mesh(tmp_path: Path, content: bytes, ending: str) -> None:
     path = tmp_path / f"bad.{ending}"
     path.write_bytes(content)
-    with pytest.raises(ProtocolError, match=rf"bad.{ending} (can't be read|holds 0 triangles).*copy it again"):
+    with pytest.raises(
+        ProtocolError, match=rf"bad.{ending} (is truncated or damaged|holds 0 triangles).*copy it again"
+    ):
         read_mesh(path)
 
 

@@ -17,7 +17,7 @@ from normkit.catalogue import slides
 from normkit.catalogue.diagram import members
 from normkit.catalogue.drawing import draw_methods
 from normkit.catalogue.methods import method
-from normkit.diagnostics.conditioning import condition_number
+from normkit.diagnostics.conditioning import chi, condition_number
 from normkit.lab import folder
 from normkit.lab.experiment import Bench, Drawing
 from normkit.lab.experiments.demonstrations import depth, input_normalization, learning_rate, three_operations
@@ -41,9 +41,10 @@ def matrices(draw: st.DrawFn, fewest: int = 1, most: int = 6) -> tuple[Tensor, T
 
 @settings(max_examples=100)
 @given(matrices())
-def test_unit_rows_are_within_the_root_of_m_of_any_scaling(drawn) -> None:
+def test_unit_rows_minimize_chi_and_are_within_the_root_of_m_of_any_scaling(drawn) -> None:
     a, d = drawn
     # Singular values are good to 1e-16 of the largest, and kappa stays below 1e8.
+    assert chi(equilibrate(a)) <= min(chi(a), chi(d * a)) * (1 + 1e-6)
     assert condition_number(equilibrate(a)) <= math.sqrt(len(a)) * condition_number(d * a) * (1 + 1e-6)
 
 

@@ -1,6 +1,7 @@
 """Checkpoints of every form of a weight load into every other, and conditioned models are plain when they are to be."""
 
 import copy
+import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -52,6 +53,110 @@ def test_every_form_loads_into_every_other(form: str, there: str) -> None:
         assert_close(found / found.norm(), wanted / wanted.norm())  # the direction; its length is one by definition
     else:
         assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def _zero_row(layer: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        layer.get_parameter("weight")[1] = 0
+    return layer
+
+
+def _square(put: Callable[[nn.Module], object] = lambda layer: layer) -> nn.Module:
+    layer = nn.Linear(3, 3)
+    put(layer)
+    return layer.eval()
+
+
+def _gained() -> nn.Module:
+    layer = scaled_weight_standardization(_square())
+    layer.get_parameter("parametrizations.weight.original0").data *= torch.tensor([2.0, 0.5, -1.0])
+    return nk.fold(layer).model
+
+
+def _lengths(dim: int | None) -> Callable[[nn.Module], object]:
+    return lambda layer: parametrizations.weight_norm(layer, dim=dim)
+
+
+def _recipe(word: str) -> Callable[[nn.Module], object]:
+    return lambda layer: nk.apply_recipe(layer, f"keep+{word}@all")
+
+
+# Where the same keys mean another weight, or the parametrization's own inverse does; the refusal where there is no way.
+VALUES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], str]] = {
+    "lengths of columns": (lambda: _square(_lengths(1)), _lengths(0), ""),
+    "one length": (lambda: _square(_lengths(None)), lambda layer: weight_norm(layer, dim=1), ""),
+    "lengths of rows": (lambda: _square(weight_norm), _lengths(None), ""),
+    "a zero row": (lambda: _zero_row(_square()), weight_norm, ""),
+    "a zero row, normalized": (lambda: weight_norm(_zero_row(_square())), lambda layer: layer, ""),
+    "a zero row for torch": (lambda: _zero_row(_square()), _lengths(0), "zero row, of which torch's weight"),
+    "a shift": (_square, _recipe("sc"), ""),
+    "gains": (_gained, scaled_weight_standardization, ""),
+    "roots of rows": (_square, _recipe("preconditioning"), "Precondition makes another weight .* no inverse"),
+    "rows, then columns": (_square, _recipe("e:rowcol"), "Equilibrate makes another weight"),
+}
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_a_weight_goes_by_its_value(case: str) -> None:
+    make, put, said = VALUES[case]
+    theirs, ours = make(), _square(put)
+    state = {f"0.{key}": value for key, value in theirs.state_dict().items()}
+    if said:
+        with pytest.raises(nk.errors.SurgeryError, match=f"0.weight.*{said}"):
+            translate(state, nn.Sequential(ours))
+        return
+    ours.load_state_dict(translate(theirs.state_dict(), ours))
+    assert_close(ours.weight, theirs.weight)
+
+
+class Twice(nn.Module):
+    """A layer, a norm and a head under two names each, by being the same module or by the same parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.embedding, self.head = (
+            nn.Linear(3, 3),
+            nn.RMSNorm(3),
+            nn.Embedding(4, 3),
+            nn.Linear(3, 4),
+        )
+        self.b, self.again, self.head.weight = self.a, self.norm, self.embedding.weight
+
+
+@pytest.mark.parametrize("how", ["kernels", "from one", "parametrized", "left out"])
+def test_what_stands_in_two_places_is_translated_in_both(how: str) -> None:
+    theirs, ours = Twice(), Twice()
+    wanted = {key: value.clone() for key, value in theirs.state_dict().items()}
+    if how == "kernels":
+        given = translate(wanted, theirs, to="flax")
+        found = translate(given, ours, source="flax")
+    elif how == "from one":
+        given = {key: value - 1 if key in ("norm.weight", "again.weight") else value for key, value in wanted.items()}
+        found = translate(given, ours, from_one=True)
+    elif how == "parametrized":
+        weight_norm(ours.a)
+        found = translate(translate(wanted, ours), Twice())
+    else:
+        given = {key: value for key, value in wanted.items() if key not in ("head.weight", "again.weight", "b.bias")}
+        accept(Twice()).model.load_state_dict(given)
+        found = translate(given, ours)
+    assert_close(found, wanted)
+
+
+def test_a_models_own_gains_are_not_moved_again(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.RMSNorm(3))
+    changes = accept(model, from_one=True)
+    model.load_state_dict({"0.weight": torch.tensor([0.5, 0.0, 1.0])})
+    wanted = torch.tensor([1.5, 1.0, 2.0])
+    torch.save(model.state_dict(), tmp_path / "own.pt")
+    for own in (model.state_dict(), copy.deepcopy(model.state_dict()), torch.load(tmp_path / "own.pt")):
+        model.load_state_dict(own)
+        assert_close(model[0].weight.detach(), wanted, rtol=0, atol=0)
+    whole = nn.ModuleList([model])
+    whole.load_state_dict(whole.state_dict())
+    assert_close(model[0].weight.detach(), wanted, rtol=0, atol=0)
+    changes.undo()
+    assert not model._state_dict_hooks
 
 
 def test_what_has_no_place_is_said() -> None:
@@ -188,8 +293,33 @@ def test_what_other_frameworks_keep(framework: str, recipe: str) -> None:
         translate(state, model, source=framework, rename=lambda key: _ours(key) if "extra" not in key else key)
     with pytest.raises(nk.errors.SurgeryError, match="transposed convolution"):
         translate({"kernel": torch.ones(2, 2, 3, 4)}, nn.ConvTranspose2d(3, 4, 2, bias=False), source=framework)
-    with pytest.raises(nk.errors.SurgeryError, match="transposed convolution"):
-        translate(nn.ConvTranspose2d(3, 4, 2).state_dict(), nn.ConvTranspose2d(3, 4, 2), to=framework)
+    for layer, said in (
+        (nn.ConvTranspose2d(3, 4, 2), "transposed convolution"),
+        (nn.LSTM(3, 3), "of LSTM, whose kernels"),
+    ):
+        with pytest.raises(nk.errors.SurgeryError, match=said):
+            translate(layer.state_dict(), layer, to=framework)
+    packed = nn.ModuleDict({"a": nn.MultiheadAttention(3, 1, bias=False)})
+    with pytest.raises(nk.errors.SurgeryError, match=r"a.weight is of MultiheadAttention"):
+        translate({"a/kernel": torch.ones(3, 9)}, packed, source=framework, rename=lambda key: "a.in_proj_weight")
+
+
+def test_heads_of_attention_and_half_types() -> None:
+    ml = pytest.importorskip("ml_dtypes", reason="numpy's bfloat16, which jax gives")
+    model, x = nn.ModuleDict({"query": nn.Linear(6, 8), "out": nn.Linear(8, 6)}), torch.randn(2, 6)
+    q, out = (model[key].weight.detach().t() for key in ("query", "out"))
+    bias = {"query": model["query"].bias.detach().view(2, 4), "out": model["out"].bias.detach()}
+    given = {"query": {"kernel": q.reshape(6, 2, 4)}, "out": {"kernel": out.reshape(2, 4, 6)}}
+    arrays = {key: {**given[key], "bias": bias[key]} for key in given}
+    assert_close(translate({"params": arrays}, model, source="flax"), dict(model.state_dict()), rtol=0, atol=0)
+    half = {name: {k: v.numpy().astype(ml.bfloat16) for k, v in parts.items()} for name, parts in arrays.items()}
+    model.load_state_dict(translate({"params": half}, model, source="flax"))
+    assert_close(
+        model["query"](x), nn.functional.linear(x, q.bfloat16().float().t(), bias["query"].flatten().bfloat16().float())
+    )
+    arrays["out"]["bias"] = bias["out"].numpy().astype(ml.float8_e5m2)
+    with pytest.raises(nk.errors.SurgeryError, match=r"params.out.bias is of float8_e5m2.*cast it"):
+        translate({"params": arrays}, model, source="flax")
 
 
 def test_gains_that_count_from_one() -> None:
@@ -240,6 +370,15 @@ def test_files(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> 
     wanted = translate(tied.state_dict(), tied, to="plain", save=path)
     assert_close(translate(path, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), save=str(other)), wanted)
     assert list(translate(str(other), tied)) == list(tied.state_dict())
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("the disk is full")))
+    with pytest.raises(OSError, match="full"):
+        translate(
+            {key: value + 1 for key, value in wanted.items()},
+            nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
+            save=other,
+        )
+    assert_close(translate(other, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))), wanted)  # as it was
+    assert {each.name for each in tmp_path.iterdir()} == {path.name, other.name}
     if ending == "safetensors":
         monkeypatch.setitem(sys.modules, "safetensors.torch", None)
         with pytest.raises(nk.errors.SurgeryError, match="pip install safetensors"):

@@ -17,11 +17,8 @@ from laws import WEIGHTS
 from laws import name as name_of
 from normkit.core.card import Invariance
 from normkit.core.errors import OptionError, ShapeError
+from normkit.weights import spectral_conditioning, spectral_norm, weight_conditioning, weight_norm
 from normkit.weights.multi_tensor import together
-from normkit.weights.spectral_conditioning import spectral_conditioning
-from normkit.weights.spectral_norm import spectral_norm
-from normkit.weights.weight_conditioning import weight_conditioning
-from normkit.weights.weight_norm import weight_norm
 from variants import WEIGHT_FORMS
 
 # The exact norm is not in here: where singular values meet, as zero rows make them, vectors have no derivative.

@@ -11,13 +11,9 @@ from torch import Tensor
 
 import normkit as nk
 from laws import ACTIVATIONS, WEIGHTS
-from normkit.activations.batch_renorm import RenormSchedule
-from normkit.activations.divisive_norm import Field
 from normkit.core.card import Card
-from normkit.weights.spectral_norm import spectral_norm
-from normkit.weights.weight_conditioning import weight_conditioning
-from normkit.weights.weight_norm import weight_norm
-from normkit.weights.weight_standardization import weight_standardization
+from normkit.functional import Field, RenormSchedule
+from normkit.weights import spectral_norm, weight_conditioning, weight_norm, weight_standardization
 
 _CARDS = {card.name: card for card in (*ACTIVATIONS, *WEIGHTS)}
 

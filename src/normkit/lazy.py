@@ -7,16 +7,7 @@ from typing import Any
 
 
 def lazily(package: str, source: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Give a package the public names of a module that is not imported yet.
-
-    Args:
-        package: full name of the package.
-        source: full name of the module. It is imported when the first name is requested; then the package has all names in
-            its ``__all__``.
-
-    Returns:
-        The package's ``__getattr__`` and ``__dir__`` (PEP 562).
-    """
+    """A package's ``__getattr__`` and ``__dir__`` (PEP 562), which import its names from ``source`` at the first of them."""
 
     def load() -> dict[str, Any]:
         names, module = vars(sys.modules[package]), import_module(source)

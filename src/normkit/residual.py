@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from normkit.core.errors import OptionError, closest
+from normkit.core.errors import OptionError, check_options
 
 Placement = Literal["pre", "post", "sandwich", "branch", "none", "deep", "mix", "scaled"]
 Scheme = Literal["pre", "post", "sandwich", "branch", "deep", "mix", "scaled", "hybrid"]
@@ -22,19 +22,12 @@ _POST_SHARE = 0.25  # of the layers, in Mix-LN
 
 
 class Place(NamedTuple):
-    """Where one branch has its norm: a formula of the table in ``Residual``, and its constants.
+    """Where one branch has its norm: a formula of the table in ``Residual``, and its constants."""
 
-    Args:
-        formula: ``"pre"``, ``"post"``, ``"sandwich"``, ``"branch"`` or ``"none"``.
-        skip: factor of x in the sum.
-        gain: factor of the norm's output before f.
-        start: factor of the initial weights of the branch: the values', the output's and both of the feed-forward.
-    """
-
-    formula: str
-    skip: float = 1.0
-    gain: float = 1.0
-    start: float = 1.0
+    formula: str  # a key of _FORMULAS
+    skip: float = 1.0  # factor of x in the sum
+    gain: float = 1.0  # factor of the norm's output before f
+    start: float = 1.0  # factor of the branch's initial weights: the values', the output's and both of the feed-forward
 
     def join(
         self,
@@ -44,15 +37,7 @@ class Place(NamedTuple):
         after: Callable[[Tensor], Tensor] | None = None,
         dropout: Callable[[Tensor], Tensor] = lambda y: y,
     ) -> Tensor:
-        """Compute the branch and add it to the input.
-
-        Args:
-            input: x.
-            branch: f.
-            norm: the norm; None for ``"none"``.
-            after: the second norm of ``"sandwich"``.
-            dropout: of what the branch gives.
-        """
+        """Compute the branch with its norm (and ``after``, the second of a sandwich) and add its dropout to the input."""
         x = input
         if self.formula in ("pre", "sandwich"):
             assert norm is not None
@@ -77,27 +62,12 @@ class Place(NamedTuple):
 
 
 def place(placement: Placement, layer: int | None = None, depth: int | None = None) -> Place:
-    """Find the place of the norm of one branch.
-
-    Args:
-        placement: a word of the table in ``Residual``.
-        layer: number of the branch's layer, from 1; ``"scaled"`` and ``"mix"`` need it. Default: None.
-        depth: number of layers; ``"deep"`` and ``"mix"`` need it. Default: None.
-
-    Returns:
-        The formula and its constants.
-
-    Raises:
-        OptionError: an unknown placement, or a number that it needs is missing.
+    """Find the place of the norm of one branch, in layer number ``layer`` (from 1) of ``depth``.
 
     >>> str(place("scaled", layer=4)), str(place("deep", depth=8))
     ('x + f(0.5 norm(x))', 'norm(2 x + f(x))')
     """
-    if placement not in get_args(Placement):
-        known = get_args(Placement)
-        raise OptionError(
-            f"placement={placement!r}; wanted one of {', '.join(map(repr, known))}{closest(str(placement), known)}"
-        )
+    check_options("Residual", placement=(placement, Placement))
     needed = {"deep": {"depth": depth}, "mix": {"layer": layer, "depth": depth}, "scaled": {"layer": layer}}
     for name, number in needed.get(placement, {}).items():
         if number is None or number < 1:
@@ -120,28 +90,10 @@ def places(scheme: Scheme, layer: int, depth: int) -> tuple[Place, Place]:
 
     Every placement but ``"none"`` is the scheme that has it in both branches. In ``"hybrid"`` the attention also normalizes its
     queries, keys and values over the features of each head; Post-LN goes around it and no norm around the feed-forward. The
-    paper draws that norm as the feed-forward's, whose input and skip connection both start behind it: the same network.
-
-    Args:
-        scheme: a placement, or ``"hybrid"``.
-        layer: number of the layer, from 1.
-        depth: number of layers.
-
-    Raises:
-        OptionError: an unknown scheme.
-
-    Reference:
-        hybrid, Zhuo et al., "HybridNorm: Towards Stable and Efficient Transformer Training via Hybrid Normalization" (2025),
-        https://arxiv.org/abs/2503.04598; the others as in ``Residual``.
-
-    >>> [place.formula for place in places("hybrid", 1, 12)]
-    ['post', 'none']
+    paper draws that norm as the feed-forward's, whose input and skip connection both start behind it: the same network (Zhuo et
+    al., "HybridNorm" (2025), https://arxiv.org/abs/2503.04598).
     """
-    if scheme not in get_args(Scheme):
-        known = get_args(Scheme)
-        raise OptionError(
-            f"scheme={scheme!r}; wanted one of {', '.join(map(repr, known))}{closest(str(scheme), known)}"
-        )
+    check_options("places", scheme=(scheme, Scheme))
     if scheme == "hybrid":
         return Place("post"), Place("none")
     found = place(scheme, layer, depth)

@@ -21,11 +21,7 @@ _RULE = Rule(Support("n c *", over="*"), Statistic("mean", "std", 1e-5), Affine(
 
 @remembered
 def adaptive_instance_norm_rule(eps: float = 1e-5) -> Rule:
-    """Adaptive instance normalization as data: weight and bias are the deviation and mean of the style, per sample and channel.
-
-    >>> adaptive_instance_norm_rule().formula()
-    'y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias'
-    """
+    """Adaptive instance normalization as data; weight and bias are a style's deviation and mean, per sample and channel."""
     return _RULE if eps == 1e-5 else replace(_RULE, statistic=Statistic("mean", "std", eps))
 
 

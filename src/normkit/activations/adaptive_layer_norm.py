@@ -19,11 +19,7 @@ from normkit.engine.layer import Layer
 
 @remembered
 def adaptive_layer_norm_rule(eps: float = 1e-6, per: str = "n d") -> Rule:
-    """Adaptive layer normalization as data; ``per="n * d"`` where each token has its own condition.
-
-    >>> adaptive_layer_norm_rule().formula()
-    'y = (1 + weight) * (x - E[x]) / sqrt(Var[x] + eps) + bias'
-    """
+    """Adaptive layer normalization as data; ``per="n * d"`` where each token has its own condition."""
     return Rule(Support("n * d", over="d"), Statistic("mean", "std", eps), Affine(per, offset=1.0))
 
 
@@ -67,8 +63,6 @@ class AdaLayerNorm(Layer):
         eps: added to the variance. Default: 1e-6.
         zero: initialize the linear layer to zero, so that y is plain layer normalization; else as ``torch.nn.Linear`` does.
             Default: True.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         input (N, *, D) and condition (N, condition) or (N, *, condition), any axis but the last may be 1; the output has
@@ -105,7 +99,6 @@ class AdaLayerNorm(Layer):
         self.complete()
 
     def reset_parameters(self) -> None:
-        """Initialize the modulation."""
         linear: Any = self.adaLN_modulation[1]
         linear.reset_parameters()
         if self.zero:
@@ -115,19 +108,7 @@ class AdaLayerNorm(Layer):
         return adaptive_layer_norm_rule(self.eps)
 
     def forward(self, input: Tensor, condition: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Normalize, and modulate by the condition.
-
-        Args:
-            input: (N, *, D).
-            condition: (N, condition) or (N, *, condition).
-            mask: boolean, broadcasts over the input; elements where it is False enter no statistic and become zero.
-
-        Returns:
-            A tensor of the input's shape and dtype.
-
-        Raises:
-            ShapeError: the size of the input or of the condition does not fit.
-        """
+        """Normalize, and modulate by the condition; elements where the mask is False enter no statistic and become zero."""
         shift, scale = self._shift_and_scale(input, condition)
         return adaptive_layer_norm(input, shift, scale, self.eps, mask=mask, backend=self.backend)
 
@@ -155,8 +136,6 @@ class AdaLayerNormZeroBlock(Module):
         attn: the first branch, which keeps the shape (N, L, D).
         mlp: the second branch, likewise.
         eps: eps of both layer normalizations. Default: 1e-6.
-        device: device of the modulation's parameters.
-        dtype: dtype of the modulation's parameters.
 
     Shape:
         input (N, *, D) and condition (N, condition) or (N, *, condition), any axis but the last may be 1; the output has
@@ -193,15 +172,7 @@ class AdaLayerNormZeroBlock(Module):
         _fill_zero(self.adaLN_modulation[1])
 
     def forward(self, input: Tensor, condition: Tensor) -> Tensor:
-        """Run both branches, each normalized, modulated and gated.
-
-        Args:
-            input: (N, *, D).
-            condition: (N, condition) or (N, *, condition).
-
-        Returns:
-            A tensor of the input's shape and dtype.
-        """
+        """Run both branches, each normalized, modulated and gated."""
         condition = _checked("AdaLayerNormZeroBlock", input, condition, self.features, self.condition)
         six = _predict(self.adaLN_modulation, condition).chunk(6, -1)
         for branch, (shift, scale, gate) in ((self.attn, six[:3]), (self.mlp, six[3:])):
@@ -220,8 +191,6 @@ class AdaLayerNormOutput(Module):
         condition: size of the condition.
         outputs: number of output features.
         eps: added to the variance. Default: 1e-6.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         input (N, *, D) and condition (N, condition) or (N, *, condition), any axis but the last may be 1; output
@@ -250,15 +219,7 @@ class AdaLayerNormOutput(Module):
         _fill_zero(self.adaLN_modulation[1])
 
     def forward(self, input: Tensor, condition: Tensor) -> Tensor:
-        """Normalize, modulate, map.
-
-        Args:
-            input: (N, *, D).
-            condition: (N, condition) or (N, *, condition).
-
-        Returns:
-            (N, *, outputs).
-        """
+        """Normalize, modulate, map."""
         condition = _checked("AdaLayerNormOutput", input, condition, self.features, self.condition)
         shift, scale = _predict(self.adaLN_modulation, condition).chunk(2, -1)
         return self.linear(adaptive_layer_norm(input, shift, scale, self.eps))

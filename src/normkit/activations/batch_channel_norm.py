@@ -39,8 +39,6 @@ class EstBatchNorm(Module, TorchBatchNorm):
         momentum: weight of the batch in the running statistics; None averages all batches so far with equal weight.
             Default: 0.1.
         affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *); the output has the same shape. N may be 0.
@@ -100,8 +98,6 @@ class BatchChannelNorm(Module, TorchBatchNorm):
         momentum: weight of the new value in the running averages; None for the cumulative average. Default: 0.1.
         affine: whether both steps have a weight (starts at 1) and a bias (at 0). Default: True.
         estimate: for micro-batches, use running statistics in the first step, as EstBatchNorm does. Default: False.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *); the output has the same shape. N may be 0.
@@ -159,7 +155,6 @@ class BatchChannelNorm(Module, TorchBatchNorm):
         return _kept_rules(self, self.num_groups)
 
     def reset_parameters(self) -> None:
-        """Set weights to 1 and biases to 0, and forget the running statistics."""
         super().reset_parameters()
         self.fill(group_weight=1, group_bias=0)
 
@@ -316,9 +311,7 @@ CARD = Card(
     build=lambda at: BatchChannelNorm(at.channels, at.groups, at.eps, at.momentum, at.affine, **at.factory),
     option=groups(of=lambda norm: norm.num_groups),
     over="n c *",
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
 )
 
@@ -340,8 +333,8 @@ CARD_ESTIMATED = Card(
     functional=est_batch_norm,
     build=lambda at: EstBatchNorm(at.channels, at.eps, at.momentum, at.affine, **at.factory),
     over="n *",
-    batch_dependent=True,
     running_state=True,
+    train_equals_eval=True,
     exact_gradient=False,
     foldable=True,
 )

@@ -25,13 +25,7 @@ from normkit.engine.sub_batches import explain_in_sub_batches, run_in_sub_batche
 def batch_group_norm_rule(
     num_groups: int | None = None, examples_per_group: int | None = None, eps: float = 1e-5, layout: str = "n c *"
 ) -> Rule:
-    """Batch/group normalization of a batch that divides into groups of examples, as data.
-
-    >>> print(batch_group_norm_rule(32, 2).support)
-    Support("(b n) (g c) *", over="n c *", g=32, n=2)
-    >>> print(batch_group_norm_rule(None, None).support)  # batch normalization
-    Support("n c *", over="n *")
-    """
+    """Batch/group normalization of a batch that divides into groups of examples, as data."""
     layout, sizes = check_layout("BatchGroupNorm", layout), {}
     if num_groups is not None:
         layout, sizes["g"] = layout.replace("c", "(g c)"), num_groups
@@ -77,8 +71,6 @@ class BatchGroupNorm(Layer):
         alpha: the example's weight in evaluation, 0 to 1. Default: 1 for one example per group, as in group norm, else 0.
         bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.
@@ -344,10 +336,8 @@ CARD = Card(
     ),
     axes=("n c *", "n * c"),
     rule=batch_group_norm_rule(2, 2),
-    batch_dependent=True,
     order_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     invariances=frozenset({"weight scale", "data scale"}),
 )
 
@@ -369,8 +359,6 @@ CARD_WEIGHING = Card(
     axes=("n c *", "n * c"),
     over="*",  # at inference, of the example itself
     rule=batch_group_norm_rule(),
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
 )

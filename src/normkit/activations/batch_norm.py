@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
-from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError
-from normkit.core.memory import Running, RunningStatistics, recomputed
+from normkit.core.memory import RunningStatistics, recomputed
 from normkit.core.moments import Moments
-from normkit.core.rule import Rule, remembered
-from normkit.core.statistic import Statistic
-from normkit.core.support import Support, show
+from normkit.core.rule import Rule
+from normkit.core.support import show
 from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.call import Call, Output
 from normkit.engine.dispatch import Activation, Backend, run
-from normkit.engine.layer import Layer, check_channels, check_layout, check_several, given_statistics
+from normkit.engine.layer import Layer, channels_rule, check_channels, check_several, given_statistics
 
 _NONE: tuple[int, Moments | None] = 0, None  # passes since the last update, and their moments
 
 
-@remembered
-def batch_norm_rule(
-    eps: float = 1e-5, momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True
-) -> Rule:
-    """Batch normalization as data.
-
-    >>> batch_norm_rule().formula()
-    'y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias'
-    """
-    support = Support(check_layout("BatchNorm", layout), over="n *")
-    return Rule(support, Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
+batch_norm_rule = partial(channels_rule, "BatchNorm", "n *")
 
 
 class BatchNorm(Layer, TorchBatchNorm):
@@ -64,8 +53,6 @@ class BatchNorm(Layer, TorchBatchNorm):
         spatial: axes of positions: 1, 2 or 3 refuses inputs of another rank, as torch's BatchNorm1d (which takes (N, C) too), 2d
             and 3d do; None takes any. Default: None.
         accumulate: training passes whose batches count as one in the running statistics. Default: 1.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.
@@ -135,9 +122,9 @@ class BatchNorm(Layer, TorchBatchNorm):
         return super().lost(converting) or waits
 
     def _perform(self, call: Call) -> Output:
+        if self.accumulate == 1 and self._waiting is not _NONE:
+            self.__dict__["_waiting"] = _NONE
         if self.accumulate == 1 or not call.own or call.running is None:
-            if self.accumulate == 1 and self._waiting is not _NONE:
-                self.__dict__["_waiting"] = _NONE
             return super()._perform(call)
         output = super()._perform(call._replace(running=None, measured=True))
         if not recomputed():
@@ -150,6 +137,10 @@ class BatchNorm(Layer, TorchBatchNorm):
         assert rule.memory is not None
         passes, before = self._waiting
         found = Moments(found.mean.detach(), found.var.detach(), found.n)
+        if before is not None:  # the layer may have been moved since
+            mean, var, n = before
+            to = found.mean.device
+            before = Moments(mean.to(to), var.to(to), n.to(to) if isinstance(n, Tensor) else n)
         merged = found if before is None else before.merge(found)
         if passes + 1 < self.accumulate:
             self.__dict__["_waiting"] = passes + 1, merged
@@ -192,12 +183,9 @@ def batch_norm(
 
 
 CARD = Card(
-    name="batch_norm",
     title="Batch normalization",
-    kind="activation",
     word="bn",
     normalized_over="each channel, over the batch and all positions",
-    formula=batch_norm_rule().formula(),
     paper=Paper(
         "Ioffe, Sergey and Szegedy, Christian",
         "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
@@ -209,15 +197,12 @@ CARD = Card(
     weaknesses="depends on the batch: weak for small or correlated batches; training and inference compute different functions",
     module=BatchNorm,
     functional=batch_norm,
-    make=BatchNorm,
     build=lambda at: BatchNorm(
         at.channels, at.eps, at.momentum, at.affine, bias=at.bias, layout=at.axes, spatial=at.spatial, **at.factory
     ),
     axes=("n c *", "n * c"),
     rule=batch_norm_rule(),
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     foldable=True,
     invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
 )

@@ -109,8 +109,6 @@ class BatchRenorm(Layer):
         schedule: the bounds by the number of training steps. Default: the paper's, RenormSchedule().
         bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.
@@ -194,7 +192,6 @@ class BatchRenorm(Layer):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        """The arguments."""
         text = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, {self.schedule}"
         return text + self.repr_options(layout="n c *")
 
@@ -286,9 +283,7 @@ def _steps(norm: BatchRenorm) -> str:
 
 
 CARD = Card(
-    name="batch_renorm",
     title="Batch renormalization",
-    kind="activation",
     word="renorm",
     normalized_over="each channel, over the batch and all positions, then moved towards running statistics",
     formula="y = weight * ((x - E[x]) / sqrt(Var[x] + eps) * r + d) + bias, r and d clipped",
@@ -308,9 +303,7 @@ CARD = Card(
     option=whole_number("STEPS", None, of=_steps),
     axes=("n c *", "n * c"),
     over="n *",
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     exact_gradient=False,
     foldable=True,
 )

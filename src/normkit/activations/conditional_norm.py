@@ -23,11 +23,7 @@ _SUPPORTS = {over: Support("n c *", over=over) for over in ("*", "n *")}
 
 @remembered
 def conditional_norm_rule(over: str = "*", eps: float = 1e-5, momentum: float | None = 0.1, per: str = "n c") -> Rule:
-    """Conditional normalization as data: over ``"*"`` instance, over ``"n *"`` batch normalization, with an affine per sample.
-
-    >>> conditional_norm_rule("n *").batch_dependent
-    True
-    """
+    """Conditional normalization as data: over ``"*"`` instance, over ``"n *"`` batch normalization, with an affine per sample."""
     if over not in _SUPPORTS:
         raise OptionError(f"conditional norm: over={over!r}; wanted '*' for instance or 'n *' for batch normalization")
     memory = Running(momentum) if over == "n *" else None
@@ -78,8 +74,6 @@ class ConditionalNorm(_Normalizer):
         over: ``"*"`` for instance, ``"n *"`` for batch normalization. Default: ``"*"``.
         eps: added to the variance. Default: 1e-5.
         momentum: weight of the new value in batch normalization's running averages; None for cumulative. Default: 0.1.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         input (N, C, *); condition (N,) of integers, (N, classes) or (N, features); the output has the input's shape.
@@ -171,8 +165,6 @@ class SpatiallyAdaptiveNorm(_Normalizer):
         over: ``"n *"`` for batch, ``"*"`` for instance normalization. Default: ``"n *"``.
         eps: added to the variance. Default: 1e-5.
         momentum: weight of the new value in batch normalization's running averages; None for cumulative. Default: 0.1.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         input (N, C, L) or (N, C, H, W), map (N, M, *) of as many axes and any size; the output has the input's shape.
@@ -313,9 +305,7 @@ CARD_BATCH = Card(
     fits=lambda module: module.over == "n *",
     rule=conditional_norm_rule("n *"),
     extra=lambda x: (x.new_ones(x.shape[0], 2),),
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
 )
 
@@ -339,8 +329,6 @@ CARD_SPATIAL = Card(
     make=lambda channels: SpatiallyAdaptiveNorm(channels, 1, hidden=2),
     rule=conditional_norm_rule("n *", per="n c *"),
     extra=lambda x: (torch.ones_like(x[:, :1]).cumsum(-1) - 2,),  # a slope, whatever x is
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
 )

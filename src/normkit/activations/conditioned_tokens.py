@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import ShapeError, check_options
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.precision import full_precision
@@ -49,8 +49,7 @@ class ConditionedTokens(Module):
 
     def __init__(self, gradient: Gradient = "detach") -> None:
         super().__init__()
-        if gradient not in ("detach", "full"):
-            raise OptionError(f"ConditionedTokens: gradient={gradient!r}; wanted 'detach' or 'full'")
+        check_options("ConditionedTokens", gradient=(gradient, Gradient))
         self.gradient: Gradient = gradient
 
     def forward(self, input: Tensor) -> Tensor:

@@ -68,8 +68,6 @@ class DivisiveNorm(Module):
         suppression: the field B. Default: as A.
         sigma: keeps the divisor above zero, in units of the input. Default: 1.
         affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *); the output has the same shape.
@@ -147,8 +145,6 @@ class LyuSimoncelliNorm(Module):
         num_channels: channels C.
         window: positions along each spatial axis, odd. Default: 3.
         eps: added to b. Default: 1e-6.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *); the output has the same shape.
@@ -218,8 +214,6 @@ class HeegerNorm(Module):
         exponent: the power p, from 1. Default: 2.
         sigma: the activity at which the response is half its maximum, above 0. Default: 1.
         gain: the largest response. Default: 1.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *); the output has the same shape.

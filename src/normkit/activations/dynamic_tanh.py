@@ -1,13 +1,13 @@
 """Dynamic tanh and Derf: squashing functions with a learned slope that replace a norm, without any statistic."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.module import Module, trailing_sizes
 from normkit.core.moments import accumulation_dtype
 from normkit.core.place import Place, positive_number
@@ -33,8 +33,6 @@ class DynamicTanh(Module):
         layout: ``"* d"`` for features last, ``"n c *"`` for channels first. Default: ``"* d"``.
         elementwise_affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
         bias: False omits the bias. Default: True.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (*, *normalized_shape), or (N, C, *) with channels first; the output has the same shape.
@@ -71,7 +69,7 @@ class DynamicTanh(Module):
     ) -> None:
         super().__init__()
         self.normalized_shape = tuple(trailing_sizes("DynamicTanh", normalized_shape))
-        _check_form("DynamicTanh", form)
+        check_options("DynamicTanh", form=(form, Form))
         self.init_alpha, self.layout = alpha, layout
         self.form: Form = form
         if layout not in ("* d", "n c *") or (layout == "n c *" and len(self.normalized_shape) != 1):
@@ -86,7 +84,6 @@ class DynamicTanh(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set alpha to its initial value, the shift to 0, the weight to 1 and the bias to 0."""
         super().reset_parameters()
         self.fill(alpha=self.init_alpha, shift=0)
 
@@ -136,11 +133,6 @@ def dynamic_erf(
     """
     y = torch.erf(_sloped(input, "dynamic_erf", alpha, shift) + shift)
     return _compensated(y, input, weight, bias, "dynamic_erf", layout)
-
-
-def _check_form(who: str, form: str) -> None:
-    if form not in get_args(Form):
-        raise OptionError(f"{who}: form={form!r}; wanted 'tanh' or 'erf'")
 
 
 def _sloped(x: Tensor, who: str, alpha: float | Tensor, *others: float | Tensor) -> Tensor:

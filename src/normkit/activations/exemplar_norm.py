@@ -35,8 +35,6 @@ class ExemplarNorm(Module):
         hidden: number of hidden units. Default: 6.
         eps: added to the variances. Default: 1e-5.
         momentum: weight of the new value in the running averages. Default: 0.1.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *); the output has the same shape.
@@ -83,7 +81,6 @@ class ExemplarNorm(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the weights to 1, the biases to 0, all shares to 1/3, and forget the running averages."""
         self.reduce.reset_parameters()
         self.hidden.reset_parameters()
         super().reset_parameters()
@@ -178,8 +175,6 @@ CARD = Card(
     build=lambda at: ExemplarNorm(at.channels, eps=at.eps, momentum=at.momentum_or(0.1), **at.factory),
     takes=(),
     over="n c *",
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     invariances=frozenset({"weight scale", "data scale"}),
 )

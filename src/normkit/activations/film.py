@@ -28,8 +28,6 @@ class FiLM(Module):
         condition: size of the condition.
         zero: initialize the linear layer to zero, so that y = x; else as ``torch.nn.Linear`` does. Default: False.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         input (N, C, *), or (N, *, C) with channels last, and condition (N, condition); the output has the shape and dtype of
@@ -67,22 +65,13 @@ class FiLM(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize the linear layer."""
         self.linear.reset_parameters()
         if self.zero:
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
 
     def forward(self, input: Tensor, condition: Tensor) -> Tensor:
-        """Modulate by the condition.
-
-        Args:
-            input: (N, C, *), or (N, *, C) with channels last.
-            condition: (N, condition), or one for all samples: (condition,) or (1, condition).
-
-        Returns:
-            A tensor of the input's shape and dtype.
-        """
+        """Modulate by the condition (N, condition), or one for all samples: (condition,) or (1, condition)."""
         check_channels("FiLM", input, self.channels, "channels", self.layout)
         given, condition = condition, per_sample(condition)
         if condition.shape[1:] != (self.condition,) or condition.shape[0] not in (1, input.shape[0]):

@@ -21,11 +21,7 @@ _SUPPORT = Support("n c *", over="*")
 
 @remembered
 def filter_response_norm_rule(eps: float = 1e-6) -> Rule:
-    """Filter response normalization, without its threshold, as data.
-
-    >>> filter_response_norm_rule().formula()
-    'y = weight * x / sqrt(E[x^2] + eps) + bias'
-    """
+    """Filter response normalization, without its threshold, as data."""
     return Rule(_SUPPORT, Statistic(None, "rms", eps), Affine("c"))
 
 
@@ -44,8 +40,6 @@ class FilterResponseNorm(Layer):
         tlu: whether there is a threshold; it starts at 0, as a rectifier. Default: True.
         learned_eps: whether eps is learned, as the absolute value of a parameter ``eps_weight`` that starts at ``eps``, for
             which the paper then uses 1e-4. Default: False.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *); the output has the same shape.
@@ -84,7 +78,6 @@ class FilterResponseNorm(Layer):
         self.complete()
 
     def reset_parameters(self) -> None:
-        """Set the weight to 1, bias and threshold to 0, a learned eps to ``eps``."""
         super().reset_parameters()
         self.fill(tau=0, eps_weight=self.eps)
 

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
-from normkit.core.rule import Rule, remembered
-from normkit.core.statistic import Statistic
-from normkit.core.support import Support, check_shape
+from normkit.core.support import check_shape
 from normkit.engine.dispatch import run
-from normkit.engine.layer import check_last
+from normkit.engine.layer import check_last, tokens_rule
 
 
 class FixNorm(Module):
@@ -30,8 +28,6 @@ class FixNorm(Module):
         fix_output: divide h by its norm, and multiply it by a learned scalar that starts at sqrt(D). Default: True.
         bias: whether there is a bias per word (starts at 0). Default: True.
         eps: floor of the norms. Default: 1e-5.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (*, D) to logits (*, V), in the input's dtype; ``embed`` takes word numbers (*) to (*, D).
@@ -74,7 +70,6 @@ class FixNorm(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize the parameters."""
         if self.fix_embeddings:
             nn.init.uniform_(self.weight, -0.01, 0.01)
         else:
@@ -82,26 +77,12 @@ class FixNorm(Module):
         self.fill(bias=0, gain=self.features**0.5)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Look up the embeddings of words, scaled by sqrt(D).
-
-        Args:
-            tokens: word numbers, (*).
-
-        Returns:
-            (*, D), in the dtype of the weight.
-        """
+        """Look up the embeddings of words, scaled by sqrt(D), in the dtype of the weight."""
         found = F.embedding(tokens, self.weight)
         return (_unit(found, self.eps) if self.fix_embeddings else found) * self.features**0.5
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute the logits of all words.
-
-        Args:
-            input: (*, D).
-
-        Returns:
-            (*, V), in the input's dtype.
-        """
+        """Compute the logits of all words."""
         check_last("FixNorm", input, self.features)
         check_shape("FixNorm", "weight", self.weight, self.vocabulary, self.features)
         return fix_norm(input, self.weight, self.bias, self.gain, self.eps, fix_embeddings=self.fix_embeddings)
@@ -139,13 +120,8 @@ def fix_norm(
     return (logits if bias is None else logits + bias).to(input.dtype)
 
 
-@remembered
-def _rule(eps: float) -> Rule:
-    return Rule(Support("* d", over="d"), Statistic(None, "norm", eps, "floor"))
-
-
 def _unit(x: Tensor, eps: float) -> Tensor:
-    return run(_rule(eps), x)
+    return run(tokens_rule("norm", eps, "floor"), x)
 
 
 CARD = Card(

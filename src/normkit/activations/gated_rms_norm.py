@@ -8,23 +8,19 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, check_shape, divisors, show
 from normkit.engine.dispatch import Backend, run
-from normkit.engine.layer import Cast, check_cast
+from normkit.engine.layer import Cast
 
 
 @remembered
 def gated_rms_norm_rule(eps: float = 1e-5, groups: int = 1) -> Rule:
-    """The normalization inside, over groups of features, as data.
-
-    >>> gated_rms_norm_rule(groups=2).formula()
-    'y = weight * x / sqrt(E[x^2] + eps) + bias'
-    """
+    """The normalization inside, over groups of features, as data."""
     if groups == 1:
         return Rule(Support("* d", over="d"), Statistic(None, "rms", eps), Affine("d"))
     return Rule(Support("* (g d)", over="d", g=groups), Statistic(None, "rms", eps), Affine("(g d)"))
@@ -45,8 +41,6 @@ class GatedRMSNorm(Module):
         groups: number of groups of features, each with its own root mean square. Default: 1.
         cast: when a half type is rounded: ``"after weight"`` once at the end, ``"before weight"`` (transformers) also after
             normalizing and after the weight. In float32 and float64 both are the same. Default: "after weight".
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         input (*, D) and gate of the same shape; the output has this shape too.
@@ -80,14 +74,13 @@ class GatedRMSNorm(Module):
             raise OptionError(
                 f"GatedRMSNorm: {features} features do not split into groups={groups}; wanted one of {divisors(features)}"
             )
-        check_cast("GatedRMSNorm", cast)
+        check_options("GatedRMSNorm", cast=(cast, Cast))
         self.features, self.eps, self.groups, self.norm_before_gate = features, eps, groups, norm_before_gate
         self.cast: Cast = cast
         self.weight = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the weight to 1."""
         self.fill(weight=1)
 
     def forward(self, input: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -120,7 +113,7 @@ def gated_rms_norm(
     if input.dim() < 1:
         raise ShapeError("gated_rms_norm: got an input without axes; wanted (*, D)")
     check_shape("gated_rms_norm", "weight", weight, input.shape[-1])
-    check_cast("gated_rms_norm", cast)
+    check_options("gated_rms_norm", cast=(cast, Cast))
     rule = gated_rms_norm_rule(eps, groups)
     if gate is None and cast == "after weight":
         return run(rule, input, weight, backend=backend)
@@ -138,7 +131,6 @@ def gated_rms_norm(
 
 CARD = Card(
     title="Gated root mean square normalization",
-    word="",
     wordless="it takes a second input, the gate, which a norm's place does not have",
     normalized_over="each sample or token, over its features or groups of them, without centring",
     formula="y = weight * x / sqrt(E[x^2] + eps) * silu(gate)",
@@ -153,7 +145,6 @@ CARD = Card(
     weaknesses="needs a gate of the input's size",
     module=GatedRMSNorm,
     functional=gated_rms_norm,
-    make=GatedRMSNorm,
     # The same gate for every sample, so that a sample's output depends on no other.
     extra=lambda x: (torch.linspace(-2, 2, x.shape[1:].numel(), dtype=x.dtype).reshape(x.shape[1:]).expand(x.shape),),
     rule=gated_rms_norm_rule(),

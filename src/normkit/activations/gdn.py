@@ -30,8 +30,6 @@ class GDN(Module):
         inverse: whether to multiply (IGDN). Default: False.
         beta_min: the least beta, above 0. Default: 1e-6.
         gamma_init: initial diagonal of gamma; beta starts at 1. Default: 0.1.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *); the output has the same shape.
@@ -70,7 +68,6 @@ class GDN(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set beta to 1 and gamma to ``gamma_init`` on its diagonal, nearly 0 elsewhere."""
         nn.init.constant_(self.beta, (1 - self.beta_min) ** 0.5)
         nn.init.constant_(self.gamma, _START)
         with torch.no_grad():

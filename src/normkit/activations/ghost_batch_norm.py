@@ -8,7 +8,7 @@ from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, check_options
 from normkit.core.memory import Running, RunningMoments, RunningStatistics
 from normkit.core.module import whole
 from normkit.core.moments import Moments
@@ -32,14 +32,9 @@ def ghost_batch_norm_rule(
     layout: str = "n c *",
     memory: Memory = "mean",
 ) -> Rule:
-    """Ghost batch normalization of a batch that divides into sub-batches, as data.
-
-    >>> print(ghost_batch_norm_rule(16).support)
-    Support("(b n) c *", over="n *", n=16)
-    """
+    """Ghost batch normalization of a batch that divides into sub-batches, as data."""
     support = Support(check_layout("GhostBatchNorm", layout).replace("n", "(b n)"), over="n *", n=ghost_batch_size)
-    if memory not in ("mean", "sequential", "moments"):
-        raise OptionError(f"ghost_batch_norm: memory={memory!r}; wanted 'mean', 'sequential' or 'moments'")
+    check_options("ghost_batch_norm", memory=(memory, Memory))
     running = RunningMoments(momentum) if memory == "moments" else Running(momentum)
     return Rule(support, Statistic("mean", "std", eps), Affine("c"), running)
 
@@ -72,8 +67,6 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
         permute: whether sub-batches are drawn at random. Default: False.
         bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.
@@ -249,10 +242,8 @@ CARD = Card(
     option=whole_number("SIZE", 16, of=lambda norm: norm.ghost_batch_size),
     axes=("n c *", "n * c"),
     rule=ghost_batch_norm_rule(2),
-    batch_dependent=True,
     order_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     foldable=True,
     invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
 )

@@ -31,8 +31,6 @@ class GlobalResponseNorm(Module):
         eps: added to the mean energy. Default: 1e-6.
         layout: ``"n * c"`` for channels last, ``"n c *"`` for channels first. Default: ``"n * c"``, as in ConvNeXt V2.
         over: ``"*"`` for the energy of each sample, ``"n *"`` for that of the batch. Default: ``"*"``.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, *, C) or, with channels first, (N, C, *); the output has the same shape.

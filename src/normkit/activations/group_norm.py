@@ -18,11 +18,7 @@ from normkit.engine.layer import Layer, check_channels, check_layout
 
 @remembered
 def group_norm_rule(num_groups: int, eps: float = 1e-5, layout: str = "n c *") -> Rule:
-    """Group normalization as data.
-
-    >>> print(group_norm_rule(32).support)
-    Support("n (g c) *", over="c *", g=32)
-    """
+    """Group normalization as data."""
     support = Support(check_layout("GroupNorm", layout).replace("c", "(g c)"), over="c *", g=num_groups)
     return Rule(support, Statistic("mean", "std", eps), Affine("(g c)"))
 
@@ -42,8 +38,6 @@ class GroupNorm(Layer, nn.GroupNorm):
         bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
         activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *) or, with channels last, (N, *, C); the output has the same shape.

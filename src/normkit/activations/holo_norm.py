@@ -3,21 +3,11 @@
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
-from normkit.core.rule import Rule, remembered
-from normkit.core.statistic import Statistic
-from normkit.core.support import Support
+from normkit.core.rule import Rule
 from normkit.engine.dispatch import Backend, run
-from normkit.engine.layer import Layer, check_last
+from normkit.engine.layer import Layer, check_last, tokens_rule
 
-
-@remembered
-def holo_norm_rule() -> Rule:
-    """HoloNorm as data: the Euclidean norm plus 1.
-
-    >>> holo_norm_rule().formula()
-    'y = x / (|x| + eps)'
-    """
-    return Rule(Support("* d", over="d"), Statistic(None, "norm", 1.0, "outside"))
+_RULE = tokens_rule("norm", 1.0, "outside")
 
 
 class HoloNorm(Layer):
@@ -51,7 +41,7 @@ class HoloNorm(Layer):
         self.complete()
 
     def make_rule(self) -> Rule:
-        return holo_norm_rule()
+        return _RULE
 
     def check(self, input: Tensor) -> None:
         check_last("HoloNorm", input, self.features)
@@ -63,7 +53,7 @@ def holo_norm(input: Tensor, *, mask: Tensor | None = None, backend: Backend = "
     >>> holo_norm(torch.tensor([[3.0, 4.0]]))
     tensor([[0.5000, 0.6667]])
     """
-    return run(holo_norm_rule(), input, mask=mask, backend=backend)
+    return run(_RULE, input, mask=mask, backend=backend)
 
 
 CARD = Card(
@@ -79,6 +69,6 @@ CARD = Card(
     functional=holo_norm,
     build=lambda at: HoloNorm(at.channels),
     takes=(),
-    rule=holo_norm_rule(),
+    rule=_RULE,
     layout="* d",
 )

@@ -9,20 +9,9 @@ from torch import Tensor, nn
 from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module
-from normkit.core.rule import Rule, remembered
-from normkit.core.statistic import Statistic
-from normkit.core.support import Support, check_shape, show
+from normkit.core.support import check_shape, show
 from normkit.engine.dispatch import run
-
-
-@remembered
-def hypersphere_rule(eps: float = 1e-12) -> Rule:
-    """Projecting each token onto the unit sphere, as data.
-
-    >>> hypersphere_rule().formula()
-    'y = x / max(|x|, eps)'
-    """
-    return Rule(Support("* d", over="d"), Statistic(None, "norm", eps, "floor"))
+from normkit.engine.layer import tokens_rule
 
 
 class LearnedScale(Module):
@@ -36,8 +25,6 @@ class LearnedScale(Module):
         features: number of scales; 1 for a common one.
         start: initial s. Default: 1.
         unit: initial weight. Default: 1.
-        device: device of the parameter.
-        dtype: dtype of the parameter.
 
     Shape:
         (*, features); the output has the same shape, in the input's dtype.
@@ -67,7 +54,6 @@ class LearnedScale(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize the weight."""
         nn.init.constant_(self.weight, self.unit)
 
     @property
@@ -77,14 +63,7 @@ class LearnedScale(Module):
         return self.weight * (self.start / self.unit)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Multiply by the scale.
-
-        Args:
-            input: (*, features).
-
-        Returns:
-            A tensor of the input's shape and dtype.
-        """
+        """Multiply by the scale."""
         return (input * self.scale).to(input.dtype)
 
 
@@ -98,8 +77,6 @@ class HypersphereResidual(Module):
         features: features D.
         rate: initial step a. Default: 0.05, as published.
         eps: floor of the norms. Default: 1e-12.
-        device: device of the parameter.
-        dtype: dtype of the parameter.
 
     Shape:
         h (*, D), of length 1, and branch of the same shape; the output has this shape and length 1.
@@ -125,15 +102,7 @@ class HypersphereResidual(Module):
         self.rate = LearnedScale(features, rate, features**-0.5, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, branch: Tensor) -> Tensor:
-        """Move the state.
-
-        Args:
-            input: (*, D), of length 1.
-            branch: output of attention or the MLP, of any length.
-
-        Returns:
-            A tensor of the input's shape and dtype, of length 1.
-        """
+        """Move the state, of length 1, toward the output of attention or the MLP, of any length."""
         if input.dim() < 1 or input.shape[-1] != self.features or input.shape != branch.shape:
             raise ShapeError(
                 f"HypersphereResidual: got {show(input.shape)} and {show(branch.shape)}, wanted two alike that end in "
@@ -158,7 +127,7 @@ def hypersphere(input: Tensor, eps: float = 1e-12) -> Tensor:
     >>> hypersphere(torch.tensor([[3.0, 4.0]]))
     tensor([[0.6000, 0.8000]])
     """
-    return run(hypersphere_rule(eps), input)
+    return run(tokens_rule("norm", eps, "floor"), input)
 
 
 def hypersphere_residual(input: Tensor, branch: Tensor, rate: Tensor | float, eps: float = 1e-12) -> Tensor:

@@ -1,31 +1,19 @@
 """Instance normalization: normalize each channel of each sample over all positions."""
 
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
-from normkit.core.compensation import Affine
 from normkit.core.errors import ShapeError
-from normkit.core.memory import Running, RunningStatistics
-from normkit.core.rule import Rule, remembered
-from normkit.core.statistic import Statistic
-from normkit.core.support import Support, show
+from normkit.core.memory import RunningStatistics
+from normkit.core.rule import Rule
+from normkit.core.support import show
 from normkit.engine.dispatch import Activation, Backend, Explanation, run
-from normkit.engine.layer import Layer, check_channels, check_layout, check_several, given_statistics
+from normkit.engine.layer import Layer, channels_rule, check_channels, check_several, given_statistics
 
-
-@remembered
-def instance_norm_rule(
-    eps: float = 1e-5, momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True
-) -> Rule:
-    """Instance normalization as data.
-
-    >>> print(instance_norm_rule().support)
-    Support("n c *", over="*")
-    """
-    support = Support(check_layout("InstanceNorm", layout), over="*")
-    return Rule(support, Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
+instance_norm_rule = partial(channels_rule, "InstanceNorm", "*")
 
 
 class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
@@ -49,8 +37,6 @@ class InstanceNorm(Layer, nn.modules.instancenorm._InstanceNorm):
         activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
         spatial: axes of positions: 1, 2 or 3 accepts inputs without a batch axis too, and refuses any other rank, as torch's
             InstanceNorm1d, 2d and 3d do; None accepts any rank, with a batch axis. Default: None.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *) or, with channels last, (N, *, C); the output has the same shape; with ``spatial`` also without N.

@@ -17,11 +17,7 @@ from normkit.engine.layer import Layer, check_features, features_support
 
 @remembered
 def layer_norm_rule(rank: int = 1, eps: float = 1e-5, over: str | None = None, per: str | None = None) -> Rule:
-    """Layer normalization over the last ``rank`` axes, or over ``"c"`` or ``"c *"`` of a channels-first input, as data.
-
-    >>> print(layer_norm_rule(over="c *").support)
-    Support("n c *", over="c *")
-    """
+    """Layer normalization over the last ``rank`` axes, or over ``"c"`` or ``"c *"`` of a channels-first input, as data."""
     support, default = features_support("LayerNorm", rank, over)
     return Rule(support, Statistic("mean", "std", eps), Affine(default if per is None else per))
 
@@ -53,8 +49,6 @@ class LayerNorm(Layer, nn.LayerNorm):
             all, as for queries whose heads have gains of their own; None for the trailing axes. Default: None.
         per: with ``over``, ``""`` for one scalar weight and bias; None for one per channel. Default: None.
         activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (*, *normalized_shape), or (N, C, *) with ``over``; the output has the same shape.
@@ -141,7 +135,6 @@ CARD = Card(
     weaknesses="in convolutional networks usually behind batch and group normalization; can't be folded",
     module=LayerNorm,
     functional=layer_norm,
-    make=LayerNorm,
     build=lambda at: LayerNorm(at.shape, at.eps, at.affine, at.bias, over=at.over, **at.factory),
     option=one_of("AXES", "c", "c *", of=lambda norm: getattr(norm, "over", None) or ""),
     axes=("n c *", "n * c", "trailing"),

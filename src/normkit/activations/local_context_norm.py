@@ -32,8 +32,6 @@ class LocalContextNorm(Module):
         window: positions along each spatial axis, one number for all axes or one per axis. Default: 227.
         eps: added to the variance. Default: 1e-5.
         affine: whether there are a weight (starts at 1) and a bias (at 0), per channel. Default: True.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *); the output has the same shape.

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, check_options
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.place import whole_number
@@ -71,15 +71,7 @@ class LocalContrastNorm(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return local_contrast_norm(
-            input,
-            self.size,
-            self.window,
-            self.alpha,
-            self.beta,
-            self.k,
-            form=self.form,
-            sigma=self.sigma,
-            eps=self.eps,
+            input, self.size, self.window, self.alpha, self.beta, self.k, form=self.form, sigma=self.sigma, eps=self.eps
         )
 
     def extra_repr(self) -> str:
@@ -145,8 +137,7 @@ def _blur(x: Tensor, window: int, sigma: float) -> Tensor:
 
 def _check(size: int, window: int | None, k: float, form: str, sigma: float | None) -> int:
     """Refuse options outside their range, and return the window."""
-    if form not in ("response", "jarrett"):
-        raise OptionError(f"LocalContrastNorm: form={form!r}; wanted 'response' or 'jarrett'")
+    check_options("LocalContrastNorm", form=(form, ("response", "jarrett")))
     window = (9 if form == "jarrett" else 5) if window is None else window
     if size < 1 or window < 1:
         raise OptionError(f"LocalContrastNorm: size={size}, window={window}; wanted whole numbers from 1")

@@ -17,11 +17,7 @@ from normkit.engine.layer import Layer, check_channels, check_layout
 
 @remembered
 def mean_only_batch_norm_rule(momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True) -> Rule:
-    """Mean-only batch normalization as data.
-
-    >>> mean_only_batch_norm_rule().formula()
-    'y = weight * (x - E[x]) + bias'
-    """
+    """Mean-only batch normalization as data."""
     support = Support(check_layout("MeanOnlyBatchNorm", layout), over="n *")
     return Rule(support, Statistic("mean", None), Affine("c"), RunningMean(momentum) if memory else None)
 
@@ -40,8 +36,6 @@ class MeanOnlyBatchNorm(Layer):
         bias: whether there is a bias (starts at 0). Default: True.
         track_running_stats: whether there is a running mean; without, the batch's mean is always used. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
-        device: device of the parameter.
-        dtype: dtype of the parameter.
 
     Shape:
         (N, C, *) or, with channels last, (N, *, C); the output has the same shape. N may be 0.
@@ -89,7 +83,6 @@ class MeanOnlyBatchNorm(Layer):
         return None if mean is None else RunningStatistics(mean, mean.new_empty(0), self.num_batches_tracked)
 
     def extra_repr(self) -> str:
-        """The arguments."""
         text = f"{self.num_features}, momentum={self.momentum}, bias={self.bias is not None}"
         text += f", track_running_stats={self.track_running_stats}"
         return text + self.repr_options(layout="n c *")
@@ -138,9 +131,7 @@ CARD = Card(
     axes=("n c *", "n * c"),
     takes=("bias",),
     rule=mean_only_batch_norm_rule(),
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     foldable=True,
     invariances=frozenset({"data shift"}),
 )

@@ -53,19 +53,10 @@ class NormalizerFreeBlock(nn.Module):
 
 
 def predicted_betas(transitions: Iterable[bool], alpha: float = 0.2) -> list[float]:
-    """Predict the standard deviation of each block's input at the start of training.
+    """Predict the standard deviation of each block's input at the start, where each block may be a transition.
 
-    The first input has variance 1. A block adds alpha^2; after a transition, whose shortcut has variance 1, it is 1 + alpha^2.
-
-    Args:
-        transitions: for each block in order, whether it is a transition.
-        alpha: weight of the branch. Default: 0.2.
-
-    Returns:
-        One beta per block.
-
-    Reference:
-        Brock, De, Smith (2021), https://arxiv.org/abs/2101.08692, section 3.
+    The first input has variance 1. A block adds alpha^2; after a transition, whose shortcut has variance 1, it is 1 + alpha^2
+    (Brock, De, Smith, 2021, https://arxiv.org/abs/2101.08692, section 3).
 
     >>> [round(beta**2, 2) for beta in predicted_betas([True, False, False, True, False])]
     [1.0, 1.04, 1.08, 1.12, 1.04]

@@ -30,8 +30,6 @@ class PartialRMSNorm(Module):
             Default: "outside".
         elementwise_affine: whether there is a weight (starts at 1). Default: True.
         bias: True adds a bias (starts at 0). Default: False.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (*, D); the output has the same shape.
@@ -71,14 +69,6 @@ class PartialRMSNorm(Module):
         self.register_affine((features,), elementwise_affine, bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize.
-
-        Args:
-            input: (*, D).
-
-        Returns:
-            A tensor of the input's shape and dtype.
-        """
         check_last("PartialRMSNorm", input, self.features)
         return _normalize(input, self.measured, self.weight, self.bias, Statistic(None, "rms", self.eps, self.guard))
 

@@ -25,11 +25,7 @@ class PositionalMoments(NamedTuple):
 
 @remembered
 def positional_norm_rule(eps: float = 1e-5, correction: int = 1) -> Rule:
-    """Positional normalization as data.
-
-    >>> print(positional_norm_rule().support)
-    Support("n c *", over="c")
-    """
+    """Positional normalization as data."""
     return Rule(_SUPPORT, Statistic("mean", "std", eps, correction=correction))
 
 
@@ -72,24 +68,12 @@ class PositionalNorm(Layer):
         check_several("PositionalNorm", input, _SUPPORT)
 
     def moments(self, input: Tensor) -> PositionalMoments:
-        """Measure the mean and deviation of each position, for ``moment_shortcut``.
-
-        Args:
-            input: (N, C, *).
-
-        Returns:
-            Both of shape (N, 1, *), differentiable.
-        """
+        """Measure the mean and deviation of each position, (N, 1, *), differentiable, for ``moment_shortcut``."""
         return positional_moments(input, self.eps, self.correction)
 
 
 def positional_norm(
-    input: Tensor,
-    eps: float = 1e-5,
-    correction: int = 1,
-    *,
-    mask: Tensor | None = None,
-    backend: Backend = "auto",
+    input: Tensor, eps: float = 1e-5, correction: int = 1, *, mask: Tensor | None = None, backend: Backend = "auto"
 ) -> Tensor:
     """Positional normalization as a function; see PositionalNorm.
 

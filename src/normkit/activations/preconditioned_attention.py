@@ -7,25 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, check_options
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
-from normkit.core.rule import Rule, remembered
-from normkit.core.statistic import Statistic
-from normkit.core.support import Support
 from normkit.engine.dispatch import run
+from normkit.engine.layer import tokens_rule
 
 Gradient = Literal["full", "detach"]
-
-
-@remembered
-def preconditioned_attention_rule(eps: float = 1e-12) -> Rule:
-    """The normalization of each row of the attention matrix, as data.
-
-    >>> preconditioned_attention_rule().formula()
-    'y = x / max(|x|, eps)'
-    """
-    return Rule(Support("* d", over="d"), Statistic(None, "norm", eps, "floor"))
 
 
 class PreconditionedAttention(Module):
@@ -58,8 +46,7 @@ class PreconditionedAttention(Module):
 
     def __init__(self, eps: float = 1e-12, *, gradient: Gradient = "full") -> None:
         super().__init__()
-        if gradient not in ("full", "detach"):
-            raise OptionError(f"PreconditionedAttention: gradient={gradient!r}; wanted 'full' or 'detach'")
+        check_options("PreconditionedAttention", gradient=(gradient, Gradient))
         if not eps > 0:
             raise OptionError(f"PreconditionedAttention: eps={eps}; wanted a number above 0, the floor of a norm")
         self.eps = eps
@@ -75,19 +62,7 @@ class PreconditionedAttention(Module):
         dropout: float = 0.0,
         is_causal: bool = False,
     ) -> Tensor:
-        """Attend.
-
-        Args:
-            query: (*, L, D).
-            key: (*, S, D).
-            value: (*, S, E).
-            mask: boolean, True where a key takes part, or floating, added to the logits; broadcasts to (*, L, S).
-            dropout: probability of dropping an attention weight, in training only. Default: 0.
-            is_causal: whether each query sees only the keys up to its own position. Default: False.
-
-        Returns:
-            (*, L, E).
-        """
+        """Attend, by ``torch.nn.functional.scaled_dot_product_attention``, whose mask it takes; dropout is in training only."""
         options = {"dropout": dropout if self.training else 0.0, "is_causal": is_causal, "gradient": self.gradient}
         return preconditioned_attention(query, key, value, mask, self.eps, **options)
 
@@ -111,7 +86,7 @@ def preconditioned_attention(
     wide = accumulation_dtype(query.dtype)
     rows = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal)
     if gradient == "full":
-        return run(preconditioned_attention_rule(eps), rows)
+        return run(tokens_rule("norm", eps, "floor"), rows)
     x = rows.to(wide)
     return (x / torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True).clamp_min(eps)).to(rows.dtype)
 
@@ -138,7 +113,7 @@ CARD = Card(
     module=PreconditionedAttention,
     functional=preconditioned_attention,
     make=lambda features: PreconditionedAttention(),
-    rule=preconditioned_attention_rule(),
+    rule=tokens_rule("norm", 1e-12, "floor"),
     layout="* d",
     extra=_example_key_and_value,
 )

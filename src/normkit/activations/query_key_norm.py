@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
@@ -22,15 +22,8 @@ Form = Literal["cosine", "rms", "layer"]
 
 @remembered
 def query_key_norm_rule(form: Form = "cosine", eps: float = 1e-6) -> Rule:
-    """The normalization of queries and keys, as data.
-
-    >>> query_key_norm_rule().formula()
-    'y = weight * x / max(|x|, eps) + bias'
-    >>> query_key_norm_rule("layer").formula()
-    'y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias'
-    """
-    if form not in ("cosine", "rms", "layer"):
-        raise OptionError(f"QueryKeyNorm: form={form!r}; wanted 'cosine', 'rms' or 'layer'")
+    """The normalization of queries and keys, as data."""
+    check_options("QueryKeyNorm", form=(form, Form))
     statistic = {
         "cosine": Statistic(None, "norm", eps, "floor"),
         "rms": Statistic(None, "rms", eps),
@@ -53,8 +46,6 @@ class QueryKeyNorm(Module):
         length: L, the 97.5th percentile of the training sequences' lengths: g starts at log2(L^2 - L). Needed by the cosine
             form, and by it alone.
         eps: floor of the norm (cosine), else added inside the root. Default: 1e-6.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         queries (*, L, D), keys (*, S, D), values (*, S, E); output (*, L, E).
@@ -100,7 +91,6 @@ class QueryKeyNorm(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize the parameters."""
         self.q_norm.reset_parameters()
         self.k_norm.reset_parameters()
         if self.length is not None:
@@ -112,15 +102,7 @@ class QueryKeyNorm(Module):
         return 1.0 if self.form == "cosine" else self.features**-0.5
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalize queries, including the gain, and keys, for attention with ``scale``.
-
-        Args:
-            query: (*, D).
-            key: (*, D).
-
-        Returns:
-            Both in their own shape and dtype.
-        """
+        """Normalize queries, including the gain, and keys, for attention with ``scale``."""
         return self.q_norm(query), self.k_norm(key)
 
     def forward(
@@ -133,19 +115,7 @@ class QueryKeyNorm(Module):
         dropout: float = 0.0,
         is_causal: bool = False,
     ) -> Tensor:
-        """Attend.
-
-        Args:
-            query: (*, L, D).
-            key: (*, S, D).
-            value: (*, S, E).
-            mask: boolean, True where a key takes part, or floating, added to the logits; broadcasts to (*, L, S).
-            dropout: probability of dropping an attention weight, in training only. Default: 0.
-            is_causal: whether each query sees only the keys up to its own position. Default: False.
-
-        Returns:
-            (*, L, E).
-        """
+        """Attend, by ``torch.nn.functional.scaled_dot_product_attention``, whose mask it takes; dropout is in training only."""
         query, key = self.normalize(query, key)
         return F.scaled_dot_product_attention(
             query, key, value, mask, dropout if self.training else 0.0, is_causal, scale=self.scale

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.module import Module
 from normkit.core.rule import Rule, remembered
@@ -24,20 +24,13 @@ Statistics = Literal["sequence", "frame"]
 def recurrent_batch_norm_rule(
     statistics: Statistics = "sequence", eps: float = 1e-5, momentum: float = 0.1, batch_first: bool = False
 ) -> Rule:
-    """Recurrent batch normalization as data.
-
-    >>> print(recurrent_batch_norm_rule("frame").support)
-    Support("t n c", over="n")
-    >>> print(recurrent_batch_norm_rule("sequence").support)
-    Support("n * c", over="n *")
-    """
+    """Recurrent batch normalization as data."""
+    check_options("RecurrentBatchNorm", statistics=(statistics, Statistics))
     statistic = Statistic("mean", "std", eps)
     if statistics == "sequence":  # over samples and steps alike, so the order of the two axes does not matter
         return Rule(Support("n * c", over="n *"), statistic, Affine("c"), Running(momentum))
-    if statistics == "frame":
-        support = Support("n t c" if batch_first else "t n c", over="n")
-        return Rule(support, statistic, Affine("c"), Running(momentum, per="t c"))
-    raise OptionError(f"RecurrentBatchNorm: statistics={statistics!r}; wanted 'sequence' or 'frame'")
+    support = Support("n t c" if batch_first else "t n c", over="n")
+    return Rule(support, statistic, Affine("c"), Running(momentum, per="t c"))
 
 
 class RecurrentBatchNorm(Layer):
@@ -57,8 +50,6 @@ class RecurrentBatchNorm(Layer):
         gain: initial weight; 0.1 keeps the gates that follow unsaturated. Default: 1.
         bias: False omits the bias (which starts at 0). Default: True.
         batch_first: whether inputs are (N, T, C) rather than (T, N, C). Default: False.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (T, N, C), or (N, T, C) with ``batch_first``; the output has the same shape. Sequence-wise without lengths any (*, C).
@@ -115,7 +106,6 @@ class RecurrentBatchNorm(Layer):
         return recurrent_batch_norm_rule(self.statistics, self.eps, self.momentum, self.batch_first)
 
     def reset_parameters(self) -> None:
-        """Set the weight to the gain and the bias to 0, and forget the running statistics."""
         super().reset_parameters()
         self.fill(weight=self.gain)
 
@@ -217,8 +207,6 @@ class BatchNormRNN(Module):
         statistics: as for RecurrentBatchNorm. Default: "sequence".
         max_length: as for RecurrentBatchNorm.
         batch_first: whether inputs are (N, T, C) rather than (T, N, C). Default: False.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (T, N, input_size) to (T, N, hidden_size), and the last real state (N, hidden_size).
@@ -246,8 +234,7 @@ class BatchNormRNN(Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if nonlinearity not in ("tanh", "relu"):
-            raise OptionError(f"BatchNormRNN: nonlinearity={nonlinearity!r}; wanted 'tanh' or 'relu'")
+        check_options("BatchNormRNN", nonlinearity=(nonlinearity, ("tanh", "relu")))
         factory = {"device": device, "dtype": dtype}
         self.nonlinearity, self.batch_first = nonlinearity, batch_first
         self.input = nn.Linear(input_size, hidden_size, bias=False, **factory)
@@ -286,8 +273,6 @@ class BatchNormLSTM(Module):
         eps: added to the variances. Default: 1e-5.
         momentum: weight of the new value in the running averages. Default: 0.1.
         batch_first: whether inputs are (N, T, C) rather than (T, N, C). Default: False.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (T, N, input_size) to (T, N, hidden_size), and the last real states (N, hidden_size) of output and cell.
@@ -372,8 +357,6 @@ CARD = Card(
     ),
     rule=recurrent_batch_norm_rule(),
     layout="* d",
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
 )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Invariance, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule
@@ -62,15 +62,7 @@ class _Cell(Module):
         return (self.weight_hh.new_zeros(*x.shape[:-1], self.hidden_size),) * self.states
 
     def forward(self, input: Tensor, state: Any = None) -> Any:
-        """Run one step.
-
-        Args:
-            input: (*, input_size).
-            state: the state that the previous step returned, or None for zeros.
-
-        Returns:
-            The next state: h (*, hidden_size), or (h, c) of an LSTM.
-        """
+        """Run one step from a state, or from zeros; returns the next: h (*, hidden_size), or (h, c) of an LSTM."""
         _check(self, input)
         after = self.step(self.project(input.to(self.weight_ih.dtype)), _first(self, input, state))
         after = tuple(each.to(input.dtype) for each in after)
@@ -109,8 +101,7 @@ class LayerNormRNNCell(_Cell):
         self, input_size: int, hidden_size: int, *, nonlinearity: str = "tanh", eps: float = 1e-5, **factory: Any
     ) -> None:
         super().__init__(input_size, hidden_size, eps, **factory)
-        if nonlinearity not in ("tanh", "relu"):
-            raise OptionError(f"LayerNormRNNCell: nonlinearity={nonlinearity!r}; wanted 'tanh' or 'relu'")
+        check_options("LayerNormRNNCell", nonlinearity=(nonlinearity, ("tanh", "relu")))
         self.nonlinearity = nonlinearity
         self.norm = _Norm(hidden_size, eps, **factory)
         self.reset_parameters()
@@ -369,7 +360,6 @@ def _card(cell: str, title: str, over: str, formula: str, *invariances: Invarian
     return Card(
         name=f"layer_norm_{cell}",
         title=f"Layer normalization in {title}",
-        word="",
         wordless="it is a recurrent cell, with norms and weights",
         normalized_over=f"each time step of each sample, over {over}",
         formula=formula,

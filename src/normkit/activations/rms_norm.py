@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
+from normkit.core.errors import check_options
 from normkit.core.module import trailing_sizes
 from normkit.core.place import one_of
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Guard, Statistic
 from normkit.engine.dispatch import Activation, Backend, run
-from normkit.engine.layer import Cast, Layer, check_cast, check_features, features_support
+from normkit.engine.layer import Cast, Layer, check_features, features_support
 from normkit.engine.reference import activate
 
 
@@ -21,13 +22,7 @@ from normkit.engine.reference import activate
 def rms_norm_rule(
     rank: int = 1, eps: float | None = None, over: str | None = None, guard: Guard = "inside", offset: float = 0.0
 ) -> Rule:
-    """RMS normalization over the last ``rank`` axes, or over ``"c"`` or ``"c *"`` of a channels-first input, as data.
-
-    >>> rms_norm_rule().formula()
-    'y = weight * x / sqrt(E[x^2] + eps) + bias'
-    >>> rms_norm_rule(guard="outside", offset=1.0).formula()
-    'y = (1 + weight) * x / (sqrt(E[x^2]) + eps) + bias'
-    """
+    """RMS normalization over the last ``rank`` axes, or over ``"c"`` or ``"c *"`` of a channels-first input, as data."""
     support, per = features_support("RMSNorm", rank, over)
     return Rule(support, Statistic(None, "rms", eps, guard), Affine(per, offset))
 
@@ -63,8 +58,6 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
             normalized input to the input's dtype before multiplying. In float32 and float64 both are the same.
             Default: "after weight".
         activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (*, *normalized_shape), or (N, C, *) with ``over``; the output has the same shape, in the input's dtype.
@@ -101,7 +94,7 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
     ) -> None:
         shape = trailing_sizes("RMSNorm", normalized_shape)
         check_features("RMSNorm", shape, over, None)
-        check_cast("RMSNorm", cast)
+        check_options("RMSNorm", cast=(cast, Cast))
         super().__init__(shape, eps, elementwise_affine, device=device, dtype=dtype)
         self.activation = activation
         self.over, self.offset, self.cast = over, offset, cast
@@ -111,7 +104,6 @@ class RMSNorm(Layer, nn.RMSNorm):  # pyright: ignore[reportIncompatibleMethodOve
         self.complete()
 
     def reset_parameters(self) -> None:
-        """Set the weight to 1 - offset and the bias to 0."""
         self.fill(weight=1 - self.offset, bias=0)
 
     def make_rule(self) -> Rule:
@@ -152,7 +144,7 @@ def rms_norm(
     """
     shape = trailing_sizes("rms_norm", normalized_shape)
     check_features("rms_norm", shape, over, None, input)
-    check_cast("rms_norm", cast)
+    check_options("rms_norm", cast=(cast, Cast))
     rule = rms_norm_rule(len(shape), eps, over, guard, offset)
     if cast == "before weight":
         return _rounded_first(rule, input, weight, bias, mask, backend)
@@ -192,7 +184,6 @@ CARD = Card(
     weaknesses="keeps the mean: not invariant to a shift of the features",
     module=RMSNorm,
     functional=rms_norm,
-    make=RMSNorm,
     build=lambda at: RMSNorm(at.shape, at.eps, at.affine, over=at.over, **at.factory),
     option=one_of("AXES", "c", "c *", of=lambda norm: getattr(norm, "over", None) or ""),
     axes=("n c *", "n * c", "trailing"),

@@ -6,23 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
-from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
-from normkit.core.rule import Rule, remembered
-from normkit.core.statistic import Statistic
-from normkit.core.support import Support, show
+from normkit.core.rule import Rule
+from normkit.core.support import show
 from normkit.engine.dispatch import Backend, run
-from normkit.engine.layer import Layer, check_last
-
-
-@remembered
-def scale_norm_rule(eps: float = 1e-5) -> Rule:
-    """ScaleNorm as data.
-
-    >>> scale_norm_rule().formula()
-    'y = weight * x / max(|x|, eps) + bias'
-    """
-    return Rule(Support("* d", over="d"), Statistic(None, "norm", eps, "floor"), Affine(""))
+from normkit.engine.layer import Layer, check_last, tokens_rule
 
 
 class ScaleNorm(Layer):
@@ -36,8 +24,6 @@ class ScaleNorm(Layer):
         features: features D.
         eps: floor of the norm. Default: 1e-5.
         weight: the scalar parameter of another ScaleNorm, to share; None for its own, which starts at sqrt(D). Default: None.
-        device: device of the parameter.
-        dtype: dtype of the parameter.
 
     Shape:
         (*, D); the output has the same shape.
@@ -83,7 +69,7 @@ class ScaleNorm(Layer):
         self.fill(weight=self.features**0.5)
 
     def make_rule(self) -> Rule:
-        return scale_norm_rule(self.eps)
+        return tokens_rule("norm", self.eps, "floor", per="")
 
     def check(self, input: Tensor) -> None:
         check_last("ScaleNorm", input, self.features)
@@ -102,7 +88,7 @@ def scale_norm(
     >>> scale_norm(torch.tensor([[3.0, 4.0]]))
     tensor([[0.6000, 0.8000]])
     """
-    return run(scale_norm_rule(eps), input, weight, mask=mask, backend=backend)
+    return run(tokens_rule("norm", eps, "floor", per=""), input, weight, mask=mask, backend=backend)
 
 
 CARD = Card(
@@ -123,7 +109,7 @@ CARD = Card(
     functional=scale_norm,
     build=lambda at: ScaleNorm(at.channels, **at.factory),
     takes=(),
-    rule=scale_norm_rule(),
+    rule=tokens_rule("norm", 1e-5, "floor", per=""),
     layout="* d",
     invariances=frozenset({"weight scale", "data scale", "sample scale"}),
 )

@@ -9,10 +9,9 @@ from normkit.core.card import Card, Paper
 from normkit.core.errors import OptionError, ShapeError
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
-from normkit.core.rule import Rule
-from normkit.core.statistic import Statistic
-from normkit.core.support import Support, check_shape, divisors
+from normkit.core.support import check_shape, divisors
 from normkit.engine.dispatch import Backend, run
+from normkit.engine.layer import tokens_rule
 
 
 class SeeDNorm(Module):
@@ -27,8 +26,6 @@ class SeeDNorm(Module):
         features: features D.
         eps: added to the mean square. Default: 1e-6.
         heads: number of parts into which the features are split for <x, beta>. Default: 1.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (*, D); the output has the same shape.
@@ -96,8 +93,7 @@ def seed_norm(
     x = input.to(wide)
     inner = (x * beta.to(wide)).unflatten(-1, (heads, -1)).sum(-1, keepdim=True)
     gain = (torch.tanh(inner) * alpha.to(wide).unflatten(-1, (heads, -1))).flatten(-2) + weight.to(wide)
-    rule = Rule(Support("* d", over="d"), Statistic(None, "rms", eps))
-    return (run(rule, x, backend=backend) * gain).to(input.dtype)
+    return (run(tokens_rule("rms", eps), x, backend=backend) * gain).to(input.dtype)
 
 
 def _check_heads(who: str, features: int, heads: int) -> None:

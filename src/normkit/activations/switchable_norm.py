@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError
+from normkit.core.errors import check_options
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.module import Module
 from normkit.core.moments import Moments, accumulation_dtype, moments
@@ -35,8 +35,6 @@ class SwitchableNorm(Module):
         momentum: weight of the new value in the running averages. Default: 0.1 (0.9 in the authors' notation).
         correction: 1 divides the instance's variance, from which the others follow, by the number of positions minus 1, as
             the authors' code does; 0 by their number. Default: 0.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         (N, C, *); the output has the same shape.
@@ -71,8 +69,7 @@ class SwitchableNorm(Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if correction not in (0, 1):
-            raise OptionError(f"SwitchableNorm: correction={correction}; wanted 0 or 1")
+        check_options("SwitchableNorm", correction=(correction, (0, 1)))
         self.num_features, self.eps, self.momentum, self.correction = num_features, eps, momentum, correction
         factory = {"device": device, "dtype": dtype}
         self.register_affine((num_features,), **factory)
@@ -82,7 +79,6 @@ class SwitchableNorm(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the weight and all logits to 1, the bias to 0, and forget the running averages."""
         super().reset_parameters()
         self.fill(mean_weight=1, var_weight=1)
 
@@ -188,8 +184,6 @@ CARD = Card(
     functional=switchable_norm,
     build=lambda at: SwitchableNorm(at.channels, at.eps, at.momentum_or(0.1), **at.factory),
     over="n c *",
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     invariances=frozenset({"weight scale", "data scale"}),
 )

@@ -1,6 +1,7 @@
 """Synchronized batch normalization: normalize each channel over the batches of all processes and all positions."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -8,30 +9,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
-from normkit.core.compensation import Affine
 from normkit.core.errors import ShapeError
-from normkit.core.memory import Running, RunningStatistics
+from normkit.core.memory import RunningStatistics
 from normkit.core.moments import Moments, accumulation_dtype, moments
-from normkit.core.rule import Rule, remembered
+from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
-from normkit.core.support import Split, Support, show
+from normkit.core.support import Split, show
 from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import Activation, Backend, Explanation, run
-from normkit.engine.layer import Layer, check_channels, check_layout, check_several, given_statistics
+from normkit.engine.layer import Layer, channels_rule, check_channels, check_several, given_statistics
 from normkit.engine.reference import activate
 
-
-@remembered
-def sync_batch_norm_rule(
-    eps: float = 1e-5, momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True
-) -> Rule:
-    """Synchronized batch normalization as data: n counts the samples of all processes.
-
-    >>> sync_batch_norm_rule().formula()
-    'y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias'
-    """
-    support = Support(check_layout("SyncBatchNorm", layout), over="n *")
-    return Rule(support, Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
+sync_batch_norm_rule = partial(channels_rule, "SyncBatchNorm", "n *")  # n counts the samples of all processes
 
 
 class SyncBatchNorm(Layer, TorchBatchNorm):
@@ -53,8 +42,6 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
         affine: whether there are a weight (starts at 1) and a bias (at 0). Default: True.
         track_running_stats: whether there are running averages; without, the batches' statistics are always used. Default: True.
         process_group: the processes that share statistics. Default: all.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
         bias: False omits the bias. Default: True.
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
         activation: what follows: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
@@ -270,9 +257,7 @@ CARD = Card(
     ),
     axes=("n c *", "n * c"),
     rule=sync_batch_norm_rule(),
-    batch_dependent=True,
     running_state=True,
-    train_equals_eval=False,
     foldable=True,
     invariances=frozenset({"weight scale", "row scale", "data scale", "data shift"}),
 )

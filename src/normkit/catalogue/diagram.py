@@ -15,18 +15,7 @@ _OTHER = 4
 
 
 def members(support: Support, shape: Sequence[int], element: Sequence[int] | None = None) -> Tensor:
-    """Find which elements of a tensor share the statistic of one element.
-
-    Args:
-        support: the support set.
-        shape: shape of the tensor.
-        element: index of the element. Default: the first.
-
-    Returns:
-        A boolean tensor of the shape.
-
-    Raises:
-        ShapeError: the shape does not fit the support.
+    """Which elements of a tensor share the statistic of one, by default the first: a boolean tensor.
 
     >>> members(Support("n c", over="c"), (2, 3), (1, 0)).int()
     tensor([[0, 0, 0],
@@ -42,16 +31,7 @@ def members(support: Support, shape: Sequence[int], element: Sequence[int] | Non
 
 
 def draw_text(support: Support) -> str:
-    """Draw the support set of one element for a terminal: one block per sample, ``■`` shares the statistic of ``◆``.
-
-    Args:
-        support: the support set.
-
-    Returns:
-        Lines of text.
-
-    Raises:
-        OptionError: the support has one axis.
+    """Draw a support set for a terminal: one block per sample, ``■`` shares the statistic of ``◆``.
 
     >>> print(draw_text(Support("o *", over="*")))
     ◆ ■ ■ ■ ■ ■
@@ -80,11 +60,7 @@ def draw_text(support: Support) -> str:
 
 
 def small_shape(support: Support) -> tuple[list[int], list[str]]:
-    """Choose a shape of two or three axes to draw, and label its axes.
-
-    >>> small_shape(Support("n *", over="n"))[1], small_shape(Support("n c *", over="n *"))[1]
-    (['samples', 'features'], ['samples', 'channels', 'positions'])
-    """
+    """Choose a shape of two or three axes to draw, and label its axes."""
     groups = parse_axes(support.axes)
     given = dict(support.sizes)
     shape, labels = [], []

@@ -27,14 +27,7 @@ _WIDTH, _HEIGHT, _ACROSS = 3.2, 2.7, 4  # size of a picture in inches, and pictu
 
 
 class Cube(NamedTuple):
-    """What a picture shows.
-
-    Args:
-        name: of its file.
-        title: above it.
-        reached: boolean, of two or three axes: depth, rows, columns. The element in question ends the first row.
-        labels: names of the axes.
-    """
+    """What a picture shows, of two or three axes: depth, rows, columns. The element in question ends the first row."""
 
     name: str
     title: str
@@ -43,40 +36,16 @@ class Cube(NamedTuple):
 
 
 def draw(support: Support, path: Path | str, title: str | None = None) -> Path:
-    """Draw which elements share the statistic of one, as a cube (three axes) or a grid (two).
+    """Draw which elements share the statistic of one, as a cube (three axes) or a grid (two), to .svg, .png or .pdf.
 
     The last axis runs to the right, the one before it down, the one before that into depth; for images and weights, positions
     run down and channels to the right. The element in orange shares its statistic with those in blue.
-
-    Args:
-        support: the support set.
-        path: file to write; its suffix sets the format: .svg, .png or .pdf.
-        title: title above the picture. Default: the notation.
-
-    Returns:
-        The path.
-
-    Raises:
-        OptionError: the support has one axis, or more than three.
-        OSError: the file can't be written.
     """
     return _draw(_of_support("", title or f"{support.axes}   over   {support.over}", support), path)
 
 
 def draw_together(cubes: Sequence[Cube], path: Path | str, across: int = _ACROSS) -> Path:
-    """Draw pictures side by side, four per row.
-
-    Args:
-        cubes: what to draw.
-        across: pictures per row. Default: 4.
-        path: file to write; its suffix sets the format: .svg, .png or .pdf.
-
-    Returns:
-        The path.
-
-    Raises:
-        OSError: the file can't be written.
-    """
+    """Draw pictures side by side, four per row, to .svg, .png or .pdf."""
     return _save(together(cubes, across), path)
 
 
@@ -103,20 +72,9 @@ def slides() -> list[Cube]:
 
 
 def draw_methods(names: Sequence[str], folder: Path, ending: str = "svg", *, together: bool = False) -> Iterator[Path]:
-    """Draw the support sets of methods, one file each or all in one.
+    """Draw the support sets of methods to a folder, one file each or all in one; yield the paths as they are written.
 
-    Args:
-        names: names of methods, or ``"slides"`` for the five pictures of a lecture; empty for all that have a support set.
-        folder: folder to write to; created if it is missing.
-        ending: ``"svg"``, ``"png"`` or ``"pdf"``.
-        together: whether to write one file ``support-sets`` with all of them. Default: False.
-
-    Returns:
-        The paths, as they are written.
-
-    Raises:
-        NotationError: no such method.
-        OptionError: another ending, a method without a support set, or a folder that can't be written.
+    ``names`` may be ``"slides"`` for the five pictures of a lecture, or empty for all that have a support set.
     """
     if ending not in ("svg", "png", "pdf"):
         raise OptionError(f"pictures are svg, png or pdf, not {ending!r}")

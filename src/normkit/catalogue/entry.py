@@ -79,20 +79,12 @@ def describe(card: Card) -> Entry:
 
 @functools.cache
 def entries() -> tuple[Entry, ...]:
-    """Every method, in the order of the catalogue.
-
-    >>> entries()[0].name
-    'min_max_scaling'
-    """
+    """Every method, in the order of the catalogue."""
     return tuple(Entry(**each) for each in json.loads(_FILE.read_text(encoding="utf-8")))
 
 
 def entry(name: str) -> Entry:
-    """The entry of a method, by its name, its word in recipes or its class.
-
-    Raises:
-        NotationError: no such method.
-    """
+    """The entry of a method, by its name, its word in recipes or its class."""
     found = find(name, {known.name: spellings(known.name, known.word, known.module) for known in entries()})
     return next(known for known in entries() if known.name == found)
 
@@ -114,18 +106,7 @@ def spellings(name: str, word: str, module: str) -> set[str]:
 
 
 def find(name: str, known: Mapping[str, set[str]]) -> str:
-    """Find the name of the method that is meant.
-
-    Args:
-        name: the name as a person wrote it; case, spaces and hyphens do not matter.
-        known: the names, each with its spellings.
-
-    Raises:
-        NotationError: no such method; the message names similar ones, and all.
-
-    >>> find("Group-Norm", {"group_norm": spellings("group_norm", "gn", "GroupNorm")})
-    'group_norm'
-    """
+    """Find the name of the method that is meant."""
     wanted = name.strip().lower().replace("-", "_").replace(" ", "_")
     for method, words in known.items():
         if wanted in words:

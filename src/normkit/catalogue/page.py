@@ -9,16 +9,7 @@ from normkit.core.errors import OptionError, closest
 
 
 def list_table(console: Console, kind: str | None = None, **claims: bool | None) -> None:
-    """Print methods, one line each.
-
-    Args:
-        console: the console to print on.
-        kind: ``"input"``, ``"activation"``, ``"weight"`` or ``"gradient"``; None for all.
-        **claims: values that fields of the entry must have, e.g. ``foldable=True``; None for any.
-
-    Raises:
-        OptionError: there is no such kind.
-    """
+    """Print methods, one line each, of one kind and with these claims (``foldable=True``), None for any."""
     kinds = list(dict.fromkeys(known.kind for known in entries()))
     if kind is not None and kind not in kinds:
         raise OptionError(f"no methods of {kind!r}; wanted one of {', '.join(kinds)}{closest(kind, kinds)}")
@@ -39,15 +30,7 @@ def list_table(console: Console, kind: str | None = None, **claims: bool | None)
 
 
 def show_page(name: str, console: Console) -> None:
-    """Print one method's entry and the picture of its support set.
-
-    Args:
-        name: the method's name or word.
-        console: the console to print on.
-
-    Raises:
-        NotationError: no such method.
-    """
+    """Print one method's entry and the picture of its support set."""
     method = entry(name)
     console.print(
         f"[bold]{escape(method.title)}[/bold]  ({method.name}"

@@ -21,14 +21,7 @@ _IMAGES, _TOKENS = ("samples", "channels", "positions"), ("samples", "tokens", "
 
 @dataclass(frozen=True)
 class Slide:
-    """A layer, and the axes of its input in the picture.
-
-    Args:
-        title: above the picture.
-        layer: in training mode.
-        labels: of the input's axes.
-        order: of the axes: depth, rows, columns.
-    """
+    """A layer in training mode, and the axes of its input in the picture."""
 
     title: str
     layer: nn.Module
@@ -46,13 +39,7 @@ SLIDES = {
 
 
 def reached(slide: Slide) -> Tensor:
-    """Find which elements of an input change the output of the last channel (or feature) of the first place of the first sample.
-
-    Args:
-        slide: the layer.
-
-    Returns:
-        A boolean tensor: three samples, six channels (or features), four positions (or tokens).
+    """Which elements of three samples, six channels and four positions change the first place of the last channel.
 
     >>> reached(SLIDES["slide_instance_norm"]).sum(2).tolist()
     [[0, 0, 0, 0, 0, 4], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]

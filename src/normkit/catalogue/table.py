@@ -20,11 +20,7 @@ _KINDS = {"input": "Data", "activation": "Activations", "weight": "Weights", "gr
 
 
 def methods_table() -> str:
-    """Write every method in one line: name, word in recipes, what it normalizes over, paper.
-
-    >>> methods_table().splitlines()[0]
-    '| method | word | normalized over | paper |'
-    """
+    """Write every method in one line: name, word in recipes, what it normalizes over, paper."""
     lines = ["| method | word | normalized over | paper |", "|---|---|---|---|"]
     for kind, title in _KINDS.items():
         cards = [card for card in METHODS if card.kind == kind]
@@ -82,11 +78,7 @@ def comparison_table() -> str:
 
 
 def with_tables(text: str) -> str:
-    """Update the tables in a page's text.
-
-    Raises:
-        NotationError: there is no place for a table in it.
-    """
+    """Update the tables in a page's text."""
     if not _BLOCK.search(text):
         raise NotationError(
             "no table here: wanted a line <!-- names -->, <!-- methods --> or <!-- comparison --> and after it <!-- end -->"

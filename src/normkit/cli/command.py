@@ -83,11 +83,7 @@ class Group(TyperGroup):
         return f"{said.rstrip('.')}; see {path} --help"
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Finds a command.
-
-        Raises:
-            UsageError: there is none of that name.
-        """
+        """Find a command; UsageError suggests a similar name."""
         if not args[0].startswith("-") and args[0] not in self.commands:
             raise UsageError(f"there is no command {args[0]!r}{closest(args[0], self.commands)}", ctx)
         return super().resolve_command(ctx, args)
@@ -129,15 +125,9 @@ class Words(TyperCommand):
 
 
 def command(app: typer.Typer, name: str, *declared: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Adds a function to the command line.
+    """Add a function to the command line.
 
-    It is called with an instance of each dataclass, made of the options that were given, and with its other arguments as typer
-    reads them.
-
-    Args:
-        app: the command line.
-        name: of the command.
-        *declared: dataclasses whose fields are options.
+    It is called with an instance of each dataclass ``declared``, made of the options given, and with its other arguments.
     """
     known = options(*declared)
 
@@ -186,11 +176,7 @@ def _parameter(about: Option) -> inspect.Parameter:
 
 @contextmanager
 def faults(all_of_it: bool) -> Iterator[None]:
-    """Says what went wrong in a line on standard error, and ends with a code: 2, or 130 where it was stopped.
-
-    Args:
-        all_of_it: whether the traceback is shown too.
-    """
+    """Report an error in one line on standard error, or with its traceback, and exit: 2, or 130 when stopped."""
     try:
         with stoppable():
             yield

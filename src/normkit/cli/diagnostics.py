@@ -1,11 +1,14 @@
 """What diagnostics measure on a model: audit and conditions."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from normkit.cli.command import app, command
+
+if TYPE_CHECKING:
+    from torch import nn
 
 NAME = "package.module:factory, or a name as in compare"
 MODEL = typer.Argument(metavar="MODEL", help=NAME, show_default=False)
@@ -13,10 +16,23 @@ SOURCE = typer.Option(metavar="NAME", help=NAME)
 FAIL_ON = typer.Option(metavar="info|warning|error", help="end with code 1 on such a finding or a worse one")
 
 
+def loaded(model: str, data: str, samples: int) -> "tuple[nn.Module, Any]":
+    """A model of a factory, sized and suited to its data, and a batch of them on the CPU."""
+    import torch
+
+    from normkit.lab.protocol import DATA, MODELS, check_fit, load_factory, make_data, make_model, sized, suited
+
+    read = make_data(load_factory(data, DATA), data)
+    made = sized(make_model(load_factory(model, MODELS), model, read.classes), read, model)
+    read = suited(read, made, model)
+    check_fit(made, read, model)
+    return made, read.train.batch(torch.arange(min(samples, len(read.train))), torch.device("cpu"))
+
+
 @command(app, "audit")
 def audit(
     model: Annotated[str, MODEL],
-    data: Annotated[str, SOURCE] = "digits",
+    data: Annotated[str | None, SOURCE] = None,
     samples: Annotated[int, typer.Option(metavar="N", min=1, help="batch size, as in training")] = 64,
     optimizer: Annotated[str, typer.Option(metavar="NAME", help="package.module:factory, called with the model")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
@@ -24,35 +40,22 @@ def audit(
 ) -> None:
     """Finds normalization mistakes in a model by one forward and backward.
 
-    Prints a table of what was found, with the evidence and the cure. The code it ends with is 0, or 1 by --fail-on.
+    Prints a table of what was found, with the evidence and the cures. The code it ends with is 0, or 1 by --fail-on.
+    Without --data the batch is of handwritten digits.
 
     Such as:
     normkit audit mine.models:make --data mine.data:load --fail-on warning
     """
-    import torch
-
     from normkit.diagnostics.audit.checks import audit
     from normkit.diagnostics.audit.finding import Audit
-    from normkit.lab.protocol import (
-        DATA,
-        MODELS,
-        check_fit,
-        load_factory,
-        make_data,
-        make_model,
-        sized,
-        suited,
-        user_code,
-    )
+    from normkit.lab.protocol import load_factory, user_code
     from normkit.lab.say import visible
     from normkit.lab.task import call, loss
 
     Audit().at_least(fail_on or "info")  # refuses a word before the work
-    read = make_data(load_factory(data, DATA), data)
-    made = sized(make_model(load_factory(model, MODELS), model, read.classes), read, model)
-    read = suited(read, made, model)
-    check_fit(made, read, model)
-    batch = read.train.batch(torch.arange(min(samples, len(read.train))), torch.device("cpu"))
+    if data is None:
+        typer.echo("audited on digits; --data names other data", err=True)
+    made, batch = loaded(model, data or "digits", samples)
     with user_code(f"auditing {model}"):
         steps = load_factory(optimizer, {})(made) if optimizer else None
         found = audit(made, batch, optimizer=steps, loss=lambda y, b: loss(y, b[1]), forward=lambda m, b: call(m, b[0]))
@@ -82,8 +85,6 @@ def conditions(
     import inspect
     import json
 
-    import torch
-
     from normkit.core.errors import OptionError
     from normkit.diagnostics.conditions import conditions
     from normkit.lab.experiment import Drawing
@@ -94,18 +95,14 @@ def conditions(
     from normkit.lab.report.weights import conditions_figure, conditions_table
     from normkit.lab.say import Terminal
 
-    factory, example = load_factory(model, MODELS), None
-    if data is None:
+    if data is not None:
+        made, (example, _) = loaded(model, data, 1)
+    else:
+        factory, example = load_factory(model, MODELS), None
         classes = inspect.signature(factory).parameters.get("classes")
         if classes is not None and classes.default is classes.empty:
             raise OptionError(f"{model} takes the number of classes; name the data that says it, as in --data digits")
         made = make_model(factory, model, None)
-    else:
-        from normkit.lab.protocol import DATA, make_data, sized, suited
-
-        read = make_data(load_factory(data, DATA), data)
-        made = sized(make_model(factory, model, read.classes), read, model)
-        example = suited(read, made, model).train.batch(torch.arange(1), torch.device("cpu"))[0]
     console = Terminal(stderr=True)
     with user_code(f"measuring {model}"), console.status("") as status:
         found = conditions(

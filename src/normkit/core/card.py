@@ -68,14 +68,14 @@ class Card:
         rule: the method as data, or None where it is not one rule.
         layout: the input layout of an activation layer: ``"n c *"`` channels first, or ``"* d"`` features last.
         extra: for conditioned layers, maps an example of the first input of forward to the others.
-        batch_dependent: a sample's training output depends on other samples.
+        batch_dependent: a sample's training output depends on other samples, as in every layer with running statistics.
         order_dependent: a sample's training output depends on its position in the batch.
-        running_state: it keeps running statistics.
-        train_equals_eval: training and inference compute the same function.
+        running_state: it keeps running statistics, or (inputs) those that it was fitted on.
+        train_equals_eval: training and inference compute the same function. Default: unless a layer has running statistics.
         exact_gradient: the backward pass is the derivative of the training output; False where the method deliberately treats
             something that depends on the input as a constant.
-        foldable: it can be baked into the weights for inference.
-        invertible: the input can be recovered from the output (inputs).
+        foldable: it can be baked into the weights for inference, as every parametrization of weights.
+        invertible: the input can be recovered from the output (inputs): where statistics of the data are kept.
         streams: its statistics can be accumulated batch by batch without approximation (inputs).
         fits: for a class with several cards, whether an instance is this method; None on the default card.
         invariances: changes of a linear layer's weight or data that leave its normalized output unchanged.
@@ -107,7 +107,7 @@ class Card:
     batch_dependent: bool = False
     order_dependent: bool = False
     running_state: bool = False
-    train_equals_eval: bool = True
+    train_equals_eval: bool | None = None
     exact_gradient: bool = True
     foldable: bool = False
     invertible: bool = False
@@ -123,11 +123,21 @@ class Card:
     accompanies: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", self.name or self.functional.__name__)
-        if self.make is _made:
-            object.__setattr__(self, "make", self.module if self.kind != "input" else lambda _: self.module())
-        if not self.formula and self.rule is not None:
-            object.__setattr__(self, "formula", self.rule.formula())
+        keeps = self.kind == "activation" and self.running_state
+        fitted = self.kind == "input" and bool(getattr(self.module, "statistics", ()))
+        follows = {
+            "name": self.name or self.functional.__name__,
+            "make": self._plainly if self.make is _made else self.make,
+            "formula": self.formula or (self.rule.formula() if self.rule is not None else ""),
+            "batch_dependent": self.batch_dependent or keeps,
+            "train_equals_eval": not keeps if self.train_equals_eval is None else self.train_equals_eval,
+            "running_state": self.running_state or fitted,
+            "invertible": self.invertible or fitted,
+            "foldable": self.foldable or self.kind == "weight",
+            "axes": self.axes or (("n c *",) if self.layout == "n c *" else ("n * c",)),
+        }
+        for field, value in follows.items():
+            object.__setattr__(self, field, value)
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
             raise NotationError(f"Card: name {self.name!r}; wanted snake case, as the function is named")
         if self.kind != "activation":
@@ -136,13 +146,15 @@ class Card:
             raise NotationError(
                 f"Card {self.name}: wanted a word for recipes with build=, or wordless= with the reason why it has none"
             )
-        if not self.axes:
-            object.__setattr__(self, "axes", ("n c *",) if self.layout == "n c *" else ("n * c",))
+
+    def _plainly(self, sizes: Any) -> Any:
+        return self.module() if self.kind == "input" else self.module(sizes)
 
     @property
     def words(self) -> str:
-        """The word with its option in capitals: ``gn:GROUPS``; "" where there is no word."""
-        return f"{self.word}:{self.option.name}" if self.word and self.option else self.word
+        """The word with its option in capitals: ``gn:GROUPS``; the name of a weight method without word; else ""."""
+        word = self.word or (self.name if self.kind == "weight" else "")  # recipes take weight methods by name too
+        return f"{word}:{self.option.name}" if word and self.option else word
 
     @property
     def reach(self) -> frozenset[str]:

@@ -46,18 +46,9 @@ class Affine:
 
 
 def modulation(layout: str, shape: Sequence[int], *parts: Tensor) -> tuple[str, list[Tensor]]:
-    """Reduce scales and shifts that were computed from another input to the fewest axes that hold them all.
+    """Reduce scales and shifts computed from another input to the fewest axes that hold them all: those, and the parts.
 
-    Args:
-        layout: layout of the input: ``"n c *"``, ``"n * c"`` or ``"n * d"``.
-        shape: shape of the input.
-        *parts: each of shape (C,) or (N or 1, C), or with as many axes as the input, over which it broadcasts.
-
-    Returns:
-        The axes for Affine's ``per``, and the parts, all with those axes.
-
-    Raises:
-        ShapeError: a part does not broadcast over the input.
+    A part is (C,), (N or 1, C), or has as many axes as the input, over which it broadcasts.
 
     >>> import torch
     >>> per, (scale, shift) = modulation("n * d", (2, 3, 4), torch.ones(2, 1, 4), torch.zeros(4))

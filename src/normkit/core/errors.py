@@ -15,6 +15,7 @@ A message says what failed, what it got, what it wanted and how to fix it; for a
 
 import difflib
 from collections.abc import Iterable
+from typing import Any, get_args
 
 
 class NormkitError(Exception):
@@ -50,14 +51,16 @@ class RecordError(NormkitError, RuntimeError):
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """A hint at the name that was probably meant, or nothing.
-
-    Args:
-        word: as it was given.
-        known: the names that exist.
-
-    >>> closest("optimiser", ["optimizer", "momentum"])
-    "; did you mean 'optimizer'?"
-    """
+    """A hint at the name that was probably meant, such as "; did you mean 'optimizer'?", or nothing."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def check_options(who: str, **options: tuple[Any, Any]) -> None:
+    """Refuse, by OptionError, values that are not among those of a Literal or a tuple: ``mode=(mode, Mode)``."""
+    for name, (given, allowed) in options.items():
+        known = get_args(allowed) or allowed
+        if given not in known:
+            *most, last = map(repr, known)
+            hint = closest(str(given), [str(value) for value in known])
+            raise OptionError(f"{who}: {name}={given!r}; wanted {', '.join(most)} or {last}{hint}")

@@ -48,11 +48,7 @@ def _mapped(tensor: Tensor) -> set[int]:
 
 
 def recomputed() -> bool:
-    """Whether a backward pass is running: a layer is then called again by activation checkpointing, of either kind.
-
-    >>> recomputed()
-    False
-    """
+    """Whether a backward pass is running: a layer is then called again by activation checkpointing, of either kind."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
 
 
@@ -61,10 +57,6 @@ class Recall:
 
     Running statistics have moved on by then, so copies are kept, found again by the mean of the pass's batch: the nearest, as
     another back end may round it otherwise. Copies of a layer and pickles begin with none.
-
-    >>> recall = Recall()
-    >>> recall.used(torch.tensor([0.5]), torch.tensor([2.0]))
-    (tensor([2.]),)
     """
 
     def __init__(self) -> None:

@@ -25,16 +25,8 @@ class Module(nn.Module):
 
     Buffers hold statistics, for which half types are too narrow: bfloat16 loses a step of momentum 0.001, float16 a variance
     beyond 65504. So ``half()``, ``bfloat16()`` and ``to(dtype)`` with a half type leave floating buffers in their dtype, and a
-    buffer registered in a half type becomes float32. Everything else is as in torch: moves, ``float()``, ``double()``,
-    ``to_empty``. As ``load_state_dict`` copies values into the existing dtype, checkpoints of half-precision models load into
-    these layers, and theirs into half-precision models.
-
-    >>> class Counter(Module):
-    ...     def __init__(self) -> None:
-    ...         super().__init__()
-    ...         self.register_buffer("mean", torch.full((1,), 1e5))
-    >>> Counter().half().mean
-    tensor([100000.])
+    buffer registered in a half type becomes float32. Everything else is as in torch. As ``load_state_dict`` copies values into
+    the existing dtype, checkpoints of half-precision models load into these layers, and theirs into half-precision models.
     """
 
     shown: ClassVar[str] = ""  # of ``extra_repr``: a format of the module, such as "{0.features}, eps={0.eps}"
@@ -73,16 +65,7 @@ class Module(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        """Register running statistics under torch's names, with their initial values.
-
-        Args:
-            shape: of each statistic.
-            *names: of the statistics, such as ``"running_mean"``, in the order of the state_dict.
-            tracked: False registers None for all of them.
-            counted: whether the batches are counted too, which the cumulative average needs.
-            device: device of the statistics.
-            dtype: dtype of the statistics.
-        """
+        """Register running statistics under torch's names, as None unless tracked; the cumulative average needs the count."""
         for name in names:
             initial = torch.full(tuple(shape), _INITIAL[name], device=device, dtype=dtype) if tracked else None
             self.register_buffer(name, initial)
@@ -122,11 +105,7 @@ def whole(value: Any) -> Any:
 
 
 def trailing_sizes(who: str, normalized_shape: int | Iterable[int]) -> list[int]:
-    """Return the sizes of trailing axes, given as one number or several; refuse an empty list, as torch does.
-
-    >>> trailing_sizes("LayerNorm", 4), trailing_sizes("LayerNorm", (3, 4))
-    ([4], [3, 4])
-    """
+    """The sizes of trailing axes, given as one number or several; refuse an empty list, as torch does."""
     given = normalized_shape if isinstance(normalized_shape, Iterable) else [normalized_shape]
     sizes = [whole(size) for size in given]
     if not sizes:

@@ -17,17 +17,7 @@ from normkit.core.errors import OptionError
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which statistics of a tensor are accumulated and kept: float64 for float64, else float32.
-
-    Args:
-        dtype: dtype of the input.
-
-    Returns:
-        torch.float64 or torch.float32.
-
-    Raises:
-        OptionError: the dtype is not floating.
-    """
+    """The dtype in which statistics are accumulated and kept: float64 for float64, else float32; integers raise OptionError."""
     if not dtype.is_floating_point:
         raise OptionError(f"statistics of a {dtype} tensor: wanted a floating dtype; convert it first, e.g. x.float()")
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -14,35 +14,20 @@ Axes = Literal["n c *", "n * c", "trailing"]
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a norm that is to be replaced: all that a card needs to build the new layer.
-
-    Args:
-        axes: layout of the input.
-        shape: sizes of the axes that hold channels or features; one number unless ``axes`` is ``"trailing"``.
-        option: the option of the method's word, as read.
-        eps: eps of the old norm. Default: 1e-5.
-        momentum: momentum of its running statistics; None for the cumulative average. Default: 0.1.
-        tracks: whether it kept running statistics. Default: False.
-        affine: whether it has a weight or a bias. Default: True.
-        bias: whether the new norm gets a bias. Default: True.
-        alone: whether it normalized each position separately. Default: True.
-        factory: device and dtype of the parameters, as keyword arguments.
-        spatial: the number of spatial axes, if it accepted no other, else None. Default: None.
-        kind: the name of its method, or "".
-    """
+    """The place of a norm that is to be replaced: all that a card needs to build the new layer."""
 
     axes: Axes
-    shape: tuple[int, ...]
-    option: str = ""
+    shape: tuple[int, ...]  # of the axes that hold channels or features; one number unless ``axes`` is "trailing"
+    option: str = ""  # of the method's word, as read
     eps: float = 1e-5
-    momentum: float | None = 0.1
-    tracks: bool = False
-    affine: bool = True
-    bias: bool = True
-    alone: bool = True
-    factory: dict[str, Any] = field(default_factory=dict)
-    spatial: int | None = None
-    kind: str = ""
+    momentum: float | None = 0.1  # of the old norm's running statistics; None for the cumulative average
+    tracks: bool = False  # whether it kept running statistics
+    affine: bool = True  # whether it has a weight or a bias
+    bias: bool = True  # whether the new norm gets a bias
+    alone: bool = True  # whether it normalized each position separately
+    factory: dict[str, Any] = field(default_factory=dict)  # device and dtype of the parameters
+    spatial: int | None = None  # number of spatial axes, if it accepted no other
+    kind: str = ""  # name of its method
 
     @property
     def channels(self) -> int:
@@ -51,11 +36,7 @@ class Place:
 
     @property
     def groups(self) -> int:
-        """Number of channel groups in the option: ``"32"``, or ``"gcd32"`` for the greatest common divisor with the channels.
-
-        >>> Place("n c *", (48,), option="gcd32").groups
-        16
-        """
+        """Number of channel groups in the option: ``"32"``, or ``"gcd32"`` for the greatest common divisor with the channels."""
         text = self.option.partition("x")[0]  # as in 32x2, where examples come in groups too
         wanted = int(text.removeprefix("gcd"))
         if text.startswith("gcd"):
@@ -86,21 +67,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Option:
-    """The option that may follow a method's word in a recipe, such as the 32 of ``gn:32``.
+    """The option that may follow a method's word in a recipe, such as the 32 of ``gn:32``."""
 
-    Args:
-        name: name in capitals, for lists and messages: ``gn:GROUPS``.
-        default: the option that the word alone implies; "" where that depends on the place.
-        wanted: the valid options in words.
-        read: returns the canonical spelling of a text, or raises ValueError.
-        of: returns the option of a layer of this method, in the canonical spelling.
-    """
-
-    name: str
-    default: str
-    wanted: str
-    read: Callable[[str], str]
-    of: Callable[[Any], str]
+    name: str  # in capitals, for lists and messages: ``gn:GROUPS``
+    default: str  # what the word alone implies; "" where that depends on the place
+    wanted: str  # the valid options in words
+    read: Callable[[str], str]  # the canonical spelling of a text, or ValueError
+    of: Callable[[Any], str]  # the option of a layer of this method, in the canonical spelling
 
 
 def whole_number(name: str, default: int | None, of: Callable[[Any], int | str]) -> Option:
@@ -110,12 +83,7 @@ def whole_number(name: str, default: int | None, of: Callable[[Any], int | str])
 
 
 def groups(of: Callable[[Any], Any], examples: str = "") -> Option:
-    """Make an option that is a number of channel groups, by default 32; ``gcd32`` adapts it to the channels.
-
-    Args:
-        of: returns the groups of a layer.
-        examples: the default number of examples per group, for a method that groups examples too.
-    """
+    """Make an option that is a number of channel groups, and of examples per group where ``examples`` gives a default."""
     wanted = "a whole number from 1, or gcd32 for the greatest common divisor of 32 and the channels"
     if not examples:
         return Option("GROUPS", "32", wanted, _groups, lambda layer: str(of(layer)))

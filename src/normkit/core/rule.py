@@ -95,12 +95,7 @@ R = TypeVar("R")
 
 
 def remembered(make: Callable[P, R]) -> Callable[P, R]:
-    """Cache a function that makes a rule from a few settings: equal settings share one rule, and all that was prepared for it.
-
-    >>> make = remembered(lambda eps: Rule(Support("* d", over="d"), Statistic("mean", "std", eps)))
-    >>> make(1e-5) is make(1e-5)
-    True
-    """
+    """Cache a function that makes a rule from a few settings: equal settings share it, and all that was prepared for it."""
     kept: Callable[..., Any] = lru_cache(256)(make)
 
     @wraps(make)

@@ -213,16 +213,7 @@ class Support:
 
 
 def parse_axes(text: str) -> tuple[tuple[str, ...], ...]:
-    """Read ``"n (g c) *"`` as ``(("n",), ("g", "c"), ("*",))``.
-
-    Args:
-        text: axis names, parentheses and at most one star.
-
-    Returns:
-        One tuple of names for each axis of the tensor.
-
-    Raises:
-        NotationError: a character, parenthesis or star out of place; the message points at it.
+    """Read axis names, parentheses and at most one star; NotationError points at what is out of place.
 
     >>> parse_axes("n (g c) *")
     (('n',), ('g', 'c'), ('*',))
@@ -276,19 +267,7 @@ def _text(group: tuple[str, ...]) -> str:
 
 
 def place(parameter: torch.Tensor, per: str, split: Split) -> torch.Tensor:
-    """View a parameter that has one value per element of the axes ``per`` so that it broadcasts over a split tensor.
-
-    Args:
-        parameter: a tensor of the shape ``per_shape(per, split)``.
-        per: axes in the notation of Support, e.g. ``"(g c)"``; empty for a scalar.
-        split: split of the tensor that it is applied to.
-
-    Returns:
-        A view with one axis for each axis of the split.
-
-    Raises:
-        ShapeError: the parameter has another shape.
-    """
+    """View a parameter with one value per element of the axes ``per`` so that it broadcasts over a split tensor."""
     wanted = per_shape(per, split)
     if tuple(parameter.shape) != wanted:
         raise ShapeError(
@@ -303,15 +282,7 @@ def place(parameter: torch.Tensor, per: str, split: Split) -> torch.Tensor:
 
 
 def per_shape(per: str, split: Split) -> tuple[int, ...]:
-    """The shape of a parameter with one value per element of the axes ``per``.
-
-    Args:
-        per: axes in the notation of Support; empty for a scalar.
-        split: split of the tensor that the parameter is applied to.
-
-    Returns:
-        The parameter's shape, in which a composite axis is one axis.
-    """
+    """The shape of a parameter with one value per element of the axes ``per``, where a composite axis is one axis."""
     shape: list[int] = []
     for group in parse_axes(per):
         if group == ("*",):
@@ -322,10 +293,7 @@ def per_shape(per: str, split: Split) -> tuple[int, ...]:
 
 
 def check_shape(who: str, name: str, parameter: torch.Tensor | None, *wanted: int) -> None:
-    """Refuse a parameter or statistic of another shape, by ShapeError; None passes.
-
-    >>> check_shape("GDN", "beta", torch.ones(4), 4)
-    """
+    """Refuse a parameter or statistic of another shape, by ShapeError; None passes."""
     if parameter is not None and tuple(parameter.shape) != wanted:
         raise ShapeError(
             f"{who}: {name} has shape {show(parameter.shape)}, wanted {show(wanted)}; give a tensor of that shape, or make the "
@@ -334,20 +302,12 @@ def check_shape(who: str, name: str, parameter: torch.Tensor | None, *wanted: in
 
 
 def show(shape: Sequence[int]) -> str:
-    """Write a shape for a message.
-
-    >>> show((6, 8, 5, 7))
-    '6x8x5x7'
-    """
+    """Write a shape for a message: 6x8x5x7."""
     return "x".join(str(size) for size in shape) or "scalar"
 
 
 def divisors(number: int) -> str:
-    """List the divisors of a number, for the cure in an error.
-
-    >>> divisors(8)
-    '1, 2, 4, 8'
-    """
+    """List the divisors of a number, for the cure in an error: 1, 2, 4, 8."""
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0) or "none"
 
 
@@ -361,9 +321,5 @@ def check_groups(who: str, channels: int, groups: int, where: str = "") -> None:
 
 
 def word(name: str) -> str:
-    """Say what an axis holds, in words where its letter is one that the literature uses.
-
-    >>> word("c"), word("k")
-    ('channels', 'k')
-    """
+    """Say what an axis holds, in words where its letter is one that the literature uses."""
     return _WORDS.get(name, name)

@@ -42,11 +42,7 @@ class TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
     eps: float = _Eps()  # pyright: ignore[reportAssignmentType]
 
     def lost(self, converting: bool) -> str:
-        """Say what torch's layer in this one's place would lose, with the cure; "" for nothing.
-
-        Args:
-            converting: whether it is converted to torch's synchronized batch norm, rather than fused into the previous layer.
-        """
+        """What torch's synchronized batch norm (``converting``) or a fused layer would lose in its place, with the cure."""
         activation, layout = getattr(self, "activation", None), getattr(self, "layout", "n c *")
         if activation is not None:
             return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from normkit.core.errors import OptionError
+from normkit.diagnostics.subject import Where, chosen, refuse_reentrant, target_of
 from normkit.surgery.recalibrate import forward_batch
 from normkit.surgery.watch import forked, tensors_in
 
 _CHUNK = 1 << 20  # elements that are in float64 at a time
 _NEAR = 0.01  # of the way between two bounds that counts as at a bound
-_BOUNDS: dict[type[nn.Module], tuple[float, float]] = {
-    nn.Tanh: (-1.0, 1.0),
-    nn.Softsign: (-1.0, 1.0),
-    nn.Hardtanh: (-1.0, 1.0),
-    nn.Sigmoid: (0.0, 1.0),
-    nn.Hardsigmoid: (0.0, 1.0),
-    nn.ReLU6: (-6.0, 6.0),  # at 0 it rectifies, and at 6 alone it saturates
-}
+_BOUNDS = dict.fromkeys((nn.Tanh, nn.Softsign, nn.Hardtanh), (-1.0, 1.0))
+_BOUNDS |= dict.fromkeys((nn.Sigmoid, nn.Hardsigmoid), (0.0, 1.0))
+_BOUNDS[nn.ReLU6] = -6.0, 6.0  # at 0 it rectifies, and at 6 alone it saturates
 
 
 @dataclass(frozen=True)
@@ -56,22 +52,15 @@ class Signal:
 class Stream:
     """The first four central moments of all elements that are added, in float64, merged part by part.
 
-    Reference:
-        Pebay, "Formulas for Robust, One-Pass Parallel Computation of Covariances and Arbitrary-Order Statistical Moments" (2008),
-        https://doi.org/10.2172/1028931.
-
-    >>> stream = Stream()
-    >>> for part in (torch.tensor([0.0, 0.0, 1.0]), torch.tensor([1.0])):
-    ...     stream.add(part)
-    >>> stream.mean, stream.std, round(stream.kurtosis, 6)
-    (0.5, 0.5, 1.0)
+    Reference: Pebay, "Formulas for Robust, One-Pass Parallel Computation of Covariances and Arbitrary-Order Statistical Moments"
+    (2008), https://doi.org/10.2172/1028931.
     """
 
     def __init__(self) -> None:
         self.count, self.mean, self._m2, self._m3, self._m4 = 0, 0.0, 0.0, 0.0, 0.0
 
     def add(self, x: Tensor) -> None:
-        """Take elements in."""
+        """Takes elements in."""
         for part in x.detach().flatten().split(_CHUNK):
             part = part.cpu().double() if part.device.type == "mps" else part.double()
             if part.numel():
@@ -106,7 +95,7 @@ def activations(
     batches: Iterable[Any],
     loss: Callable[[Any, Any], Tensor] | None = None,
     *,
-    where: Callable[[str, nn.Module], bool] | None = None,
+    where: Where | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> list[Signal]:
     """Measure mean, deviation, kurtosis, dead and saturated parts of every module's output, and the deviation of its gradient.
@@ -128,7 +117,7 @@ def activations(
         A row per module whose output is, or begins with, a floating tensor, in the order of the first call.
 
     Raises:
-        OptionError: there are no batches.
+        OptionError: there are no batches, a loss and a batch without a target, or reentrant checkpointing with a loss.
 
     >>> model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU())
     >>> model[0].weight.data = torch.tensor([[1.0], [-1.0]])
@@ -137,31 +126,30 @@ def activations(
     0 Linear 0.0 2.236 0.0
     1 ReLU 1.0 1.225 0.5
     """
-    seen, count = dict[nn.Module, _Seen](), 0
+    seen, count, names, passing = dict[nn.Module, _Seen](), 0, chosen(model, where), True
 
     def see(module: nn.Module, args: Any, output: Any) -> None:
         found = next(tensors_in(output), None)
-        if found is not None and found.is_floating_point():
+        # Checkpointing calls modules again in the backward pass.
+        if passing and found is not None and found.is_floating_point():
             seen.setdefault(module, _Seen(module)).see(found, loss is not None)
 
-    names = {
-        module: name
-        for name, module in model.named_modules()
-        if (where(name, module) if where is not None else not any(True for _ in module.children()))
-    }
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with ExitStack() as stack, forked(), torch.set_grad_enabled(loss is not None):
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code calls no hooks
         for module in names:
             stack.callback(module.register_forward_hook(see).remove)
         for buffer, value in buffers:
             stack.callback(buffer.data.copy_, value)
         for batch in batches:
-            count += 1
+            count, passing = count + 1, True
             output = (forward or forward_batch)(model, batch)
+            passing = False
             if loss is not None:
-                target = batch["labels"] if isinstance(batch, Mapping) else batch[1]
+                value = loss(output, target_of(batch, "activations"))
+                refuse_reentrant(value, "activations")
                 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-                torch.autograd.grad(loss(output, target), trained, allow_unused=True)
+                torch.autograd.grad(value, trained, allow_unused=True)
     if not count:
         raise OptionError("activations: there are no batches; a generator can be walked only once, give a fresh one")
     return [found.row(names[module]) for module, found in seen.items()]

@@ -1,24 +1,9 @@
 """Condition numbers of matrices, of a model's weights, and of convolutions as linear operators.
 
-What diagonal scaling can do for a condition number, with E the row equilibration of A (m rows, full rank),
-
-* chi(A) = max row norm / sigma_min is least for EA among all left diagonal scalings DA. With B = EA,
-  chi(DB) = max|d_i| / sigma_min(DB) >= 1 / sigma_min(B) = chi(B), as sigma_min(DB) <= max|d_i| sigma_min(B).
-* So kappa(EA) <= sqrt(m) min_D kappa(DA), as max row norm <= sigma_max <= sqrt(m) max row norm. With two rows E is
-  optimal.
-
-Stronger statements have been published: that E minimizes kappa itself, so that kappa(EA) <= kappa(A) always (Theorem 5.1 and
-Proposition 1 of Saratchandran, Wang and Lucey), and that conditioned weights make the Hessian of the loss no worse (their
-Theorem 5.2). They are false:
-
->>> A = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 2.0], [2.0, 1.0, 3.0]])
->>> EA = A / A.norm(dim=1, keepdim=True)
->>> f"kappa {condition_number(A):.3f} -> {condition_number(EA):.3f}, chi {chi(A):.3f} -> {chi(EA):.3f}"
-'kappa 5.458 -> 6.136, chi 3.742 -> 3.742'
-
-As for the Hessian: for one linear layer under squared error, with E constant, it is E^2 (x) E[x x^T], whose condition number is
-that of E[x x^T] times (max norm / min norm)^2 of the rows, which is never smaller than without E. Row equilibration usually
-lowers kappa where row norms differ much; measure it.
+Row equilibration E makes chi(A) = max row norm / sigma_min least among all left diagonal scalings DA of a matrix of m rows and
+full rank; so kappa(EA) <= sqrt(m) min_D kappa(DA), and with two rows E is the best D. That kappa(EA) <= kappa(A) always, or that
+conditioned weights make the loss's Hessian no worse, has been published and is false; docs/theory.md has proofs and
+counterexamples. E usually lowers kappa where row norms differ much: measure it.
 
 Reference:
     van der Sluis, "Condition Numbers and Equilibration of Matrices" (1969), https://doi.org/10.1007/BF02165096; Saratchandran,
@@ -29,7 +14,7 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +23,9 @@ from torch.nn.utils import parametrize
 
 from normkit.core.errors import ShapeError
 from normkit.core.support import show
+from normkit.diagnostics.spectrum import Spectrum, spectrum, wide
+from normkit.diagnostics.subject import Where, chosen, refuse_lazy
 from normkit.weights.layout import hooked_weight, weight_layout, weight_of
-
-# A singular value this far below the largest is rounding error, and the matrix is singular.
-_RANK_TOLERANCE = 1e-12
 
 
 def condition_number(matrix: Tensor) -> float:
@@ -59,42 +43,21 @@ def condition_number(matrix: Tensor) -> float:
     >>> round(condition_number(torch.tensor([[3.0, 0.0, 0.0], [0.0, 2.0, 0.0]])), 6)
     1.5
     """
-    values = _singular_values(matrix, "condition_number")
-    if not values.isfinite().all():
-        return math.nan
-    largest, smallest = values[0].item(), values[-1].item()
-    return math.inf if smallest <= _RANK_TOLERANCE * largest else largest / smallest
+    return _spectrum(matrix, "condition_number").condition
 
 
 def chi(matrix: Tensor) -> float:
-    """Compute the largest row norm over the smallest singular value, which row equilibration minimizes.
-
-    Args:
-        matrix: a tensor of two axes.
-
-    Returns:
-        As ``condition_number``; between kappa / sqrt(m) and kappa.
-
-    Raises:
-        ShapeError: another number of axes, or no elements.
-
-    Reference:
-        van der Sluis (1969), https://doi.org/10.1007/BF02165096.
+    """Compute the largest row norm over the smallest singular value: between kappa / sqrt(m) and kappa; E minimizes it.
 
     >>> round(chi(torch.tensor([[3.0, 4.0], [4.0, 3.0]])), 6)
     5.0
     """
-    values = _singular_values(matrix, "chi")
-    if not values.isfinite().all():
-        return math.nan
-    smallest = values[-1].item()
-    longest = torch.linalg.vector_norm(matrix.detach().to(_device(matrix), torch.float64), dim=1).max().item()
-    return math.inf if smallest <= _RANK_TOLERANCE * values[0].item() else longest / smallest
+    found = _spectrum(matrix, "chi")
+    longest = torch.linalg.vector_norm(wide(matrix), dim=1).max().item()
+    return found.condition if math.isinf(found.condition) else longest / found.smallest
 
 
-def weight_conditions(
-    model: nn.Module, where: Callable[[str, nn.Module], bool] | None = None
-) -> dict[str, tuple[float, float]]:
+def weight_conditions(model: nn.Module, where: Where | None = None) -> dict[str, tuple[float, float]]:
     """Compute the condition numbers of every layer's weight: of the raw parameter, and of the effective weight.
 
     Weights of more than two axes are unfolded to output units x the rest. Both numbers are equal where a weight has no
@@ -109,6 +72,9 @@ def weight_conditions(
     Returns:
         A dictionary from layer name to (raw, effective). The name of a weight other than ``weight`` follows the layer's.
 
+    Raises:
+        OptionError: a lazy layer has no size yet.
+
     >>> from normkit.weights.weight_conditioning import weight_conditioning
     >>> layer = weight_conditioning(nn.Linear(2, 2))
     >>> layer.weight = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
@@ -116,22 +82,21 @@ def weight_conditions(
     {'0': '3.00 -> 1.00'}
     """
     found = {}
-    for label, layer, key, raw, used in weights_of(model, where):
+    for label, layer, key, raw, used in weights_of(model, where, "weight_conditions"):
         layout = weight_layout(layer, key)
         before = condition_number(layout.matrix(raw))
         found[label] = (before, before if used is raw else condition_number(layout.matrix(used)))
     return found
 
 
-def weights_of(
-    model: nn.Module, where: Callable[[str, nn.Module], bool] | None = None
-) -> Iterator[tuple[str, nn.Module, str, Tensor, Tensor]]:
+def weights_of(model: nn.Module, where: Where | None, who: str) -> Iterator[tuple[str, nn.Module, str, Tensor, Tensor]]:
     """Label, layer, name, raw and effective value of each weight of two axes or more, as ``weight_conditions`` names them."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, parametrize.ParametrizationList) or (where is not None and not where(name, layer)):
+    refuse_lazy(model, who)
+    for layer, name in chosen(model, where or (lambda *_: True)).items():
+        if isinstance(layer, parametrize.ParametrizationList):
             continue
         for key in _weight_names(layer):
-            raw, used = _raw_and_used(layer, key)
+            raw, used = raw_and_used(layer, key)
             if raw.dim() > 1 and 0 not in raw.shape and raw.is_floating_point():
                 yield name if key == "weight" else f"{name}.{key}" if name else key, layer, key, raw, used
 
@@ -175,7 +140,7 @@ def operator_spectrum(kernel: Tensor, size: Sequence[int], groups: int = 1, stri
             f"operator_spectrum: stride {show(steps)} on inputs of size {show(size)}; wanted a divisor per size"
         )
     axes = tuple(range(2, kernel.dim()))
-    response = torch.fft.fftn(kernel.detach().to(_device(kernel), torch.float64), s=tuple(size), dim=axes)
+    response = torch.fft.fftn(wide(kernel), s=tuple(size), dim=axes)
     for axis, step in zip(axes, steps, strict=True):
         alike = response.unflatten(axis, (step, -1)).movedim(axis, 1)
         response = alike.flatten(1, 2) / math.sqrt(step)
@@ -211,7 +176,7 @@ def operator_norm(layer: nn.Module | Tensor, size: Sequence[int] = (), *, groups
     if not kernel.isfinite().all():
         return math.nan
     if kernel.dim() == 2 and not size:
-        return _singular_values(kernel, "operator_norm")[0].item()
+        return _spectrum(kernel, "operator_norm").largest
     if isinstance(layer, _ConvNd):
         return layer_spectrum(layer, kernel, size)[0].item()
     return operator_spectrum(kernel, size, groups)[0].item()
@@ -228,22 +193,13 @@ def layer_spectrum(layer: _ConvNd, kernel: Tensor, size: Sequence[int]) -> Tenso
     return operator_spectrum(kernel, size, layer.groups, layer.stride)
 
 
-def _device(tensor: Tensor) -> torch.device:
-    return (
-        tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")
-    )  # other devices may lack float64
-
-
-def _singular_values(matrix: Tensor, who: str) -> Tensor:
+def _spectrum(matrix: Tensor, who: str) -> Spectrum:
     if matrix.dim() != 2 or matrix.numel() == 0:
         raise ShapeError(
             f"{who}: got a tensor of shape {show(matrix.shape)}, wanted a matrix that is not empty; unfold it first, "
             "e.g. weight.flatten(1)"
         )
-    wide = matrix.detach().to(_device(matrix), torch.float64)
-    if not wide.isfinite().all():
-        return wide.new_full((1,), math.nan)
-    return torch.linalg.svdvals(wide)
+    return spectrum(matrix, exact=math.inf)
 
 
 def _weight_names(layer: nn.Module) -> list[str]:
@@ -263,7 +219,8 @@ def _used_name(layer: nn.Module, key: str) -> str:
 
 
 @torch.no_grad()
-def _raw_and_used(layer: nn.Module, key: str) -> tuple[Tensor, Tensor]:
+def raw_and_used(layer: nn.Module, key: str) -> tuple[Tensor, Tensor]:
+    """A weight as it is stored and as the layer uses it; power iteration stands still meanwhile."""
     if not parametrize.is_parametrized(layer, key):
         used = getattr(layer, key)
         hooked = hooked_weight(layer, key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,94 +13,15 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from normkit.diagnostics.conditioning import layer_spectrum, weights_of
-from normkit.diagnostics.lanczos import dominant
+from normkit.diagnostics.spectrum import Spectrum, ratio, spectrum
+from normkit.diagnostics.subject import Where
 from normkit.surgery.watch import try_on
 from normkit.weights.layout import weight_layout
 from normkit.weights.weight_conditioning import Mode, equilibrate
 
 MODES: tuple[Mode, ...] = ("row", "col", "rowcol")
-# Up to this smaller side all singular values are computed; that of larger ones takes minutes.
-_EXACT = 1024
-_CHUNK = 4096  # rows of a tall matrix that are in float64 at a time
-# A singular value this far below the largest is rounding error, and the matrix is singular.
-_RANK = 1e-12
 # As attention's packed projections are named where query, key and value lie one after the other.
 _PACKED = ("in_proj_weight", "qkv", "c_attn", "in_proj", "Wqkv")
-
-
-class Spectrum(NamedTuple):
-    """The singular values of a matrix: all of them, or None where only the ends were found, each to a relative error."""
-
-    values: Tensor | None
-    largest: float
-    smallest: float
-    error: float
-
-    @property
-    def condition(self) -> float:
-        """The largest over the smallest; infinity if the matrix is singular, NaN if an element is not finite."""
-        singular = self.smallest <= _RANK * self.largest
-        return math.inf if singular else self.largest / self.smallest
-
-
-def spectrum(matrix: Tensor, *, exact: int = _EXACT) -> Spectrum:
-    """Compute the singular values of a matrix in float64, or their ends by Lanczos if its smaller side is large.
-
-    A tall matrix is reduced to its triangular factor R, block by block, so that it is never in float64 as a whole. Where the
-    smaller side is above ``exact``, Lanczos finds the largest eigenvalue of R'R and that of its inverse, by solving with R.
-
-    Args:
-        matrix: of two axes, not empty.
-        exact: smaller side up to which all singular values are computed. Default: 1024.
-
-    Returns:
-        All values in descending order if they were computed; the largest and the smallest; a bound of their relative error: that
-        of rounding, times κ, and by Lanczos half the relative residual, as so near to each that was found is an eigenvalue.
-
-    Raises:
-        BackendError: scipy is missing, and the matrix is large.
-
-    >>> found = spectrum(torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]]))
-    >>> found.largest, found.smallest, round(found.condition, 4)
-    (4.0, 3.0, 1.3333)
-    """
-    tall = matrix.detach()
-    tall = tall if tall.device.type in ("cpu", "cuda") else tall.cpu()  # other devices may lack float64
-    tall = tall.T if tall.shape[0] < tall.shape[1] else tall
-    rows, side = tall.shape
-    if not tall.isfinite().all():
-        return Spectrum(None, math.nan, math.nan, math.nan)
-    rounding = side * torch.finfo(torch.float64).eps
-    if side <= exact:
-        values = torch.linalg.svdvals(_triangle(tall) if rows > 2 * side else tall.double())
-        return _ends(values, values[0].item(), values[-1].item(), rounding)
-    r = _triangle(tall)
-    start = torch.randn(side, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(r.device)
-    options: dict[str, Any] = {"tolerance": 1e-9, "limit": 5000, "who": "spectrum"}
-    one = dominant(lambda x: r.T @ (r @ x), start, **options)
-    largest = math.sqrt(one.value)
-    if r.diagonal().abs().min() <= _RANK * largest:
-        return _ends(None, largest, 0.0, rounding)
-
-    def inverse(x: Tensor) -> Tensor:
-        y = torch.linalg.solve_triangular(r.T, x.unsqueeze(1), upper=False)
-        return torch.linalg.solve_triangular(r, y, upper=True).squeeze(1)
-
-    other = dominant(inverse, start, **options)
-    residual = max(found.error / found.value / 2 for found in (one, other))
-    return _ends(None, largest, 1 / math.sqrt(other.value), rounding, residual)
-
-
-def _ends(values: Tensor | None, largest: float, smallest: float, rounding: float, residual: float = 0.0) -> Spectrum:
-    """With the error: that of rounding is a part of the largest, and so of the smallest times the condition number."""
-    return Spectrum(values, largest, smallest, max(residual, rounding * _ratio(largest, smallest)))
-
-
-def _triangle(tall: Tensor) -> Tensor:
-    r = tall.new_zeros(0, tall.shape[1], dtype=torch.float64)
-    for block in tall.split(_CHUNK):
-        r = torch.linalg.qr(torch.cat([r, block.double()]), mode="r").R
-    return r
 
 
 @dataclass(frozen=True)
@@ -153,7 +74,7 @@ def _known(value: Any) -> Any:
 @torch.no_grad()
 def conditions(
     model: nn.Module,
-    where: Callable[[str, nn.Module], bool] | None = None,
+    where: Where | None = None,
     *,
     modes: Sequence[Mode] = MODES,
     example: Any = None,
@@ -178,7 +99,7 @@ def conditions(
         A row per weight, in the order of the modules.
 
     Raises:
-        OptionError: an unknown mode.
+        OptionError: an unknown mode, or a lazy layer without a size yet.
         BackendError: scipy is missing, and the smaller side of a matrix is above 1024.
         SurgeryError: the model does not run on the example.
 
@@ -188,7 +109,7 @@ def conditions(
     >>> row.name, row.condition, row.rows, {mode: round(value, 4) for mode, value in row.after.items()}
     ('0', 3.0, 3.0, {'row': 1.0, 'col': 1.0, 'rowcol': 1.0})
     """
-    found, sizes, rows = list(weights_of(model, where)), {}, []
+    found, sizes, rows = list(weights_of(model, where, "conditions")), {}, []
     if example is not None:
         layers = [layer for _, layer, *_ in found if isinstance(layer, _ConvNd)]
         sizes = {key: tuple(shape[2:]) for key, shape in try_on(model, example, layers).shapes.items()}
@@ -216,9 +137,9 @@ def conditions(
                     kind=part or parametrize.type_before_parametrizations(layer).__name__,
                     shape=(matrix.shape[0], matrix.shape[1]),
                     spectrum=now,
-                    stable_rank=_ratio(lengths[0].square().sum().item(), now.largest**2),
-                    rows=_ratio(lengths[0].max().item(), lengths[0].min().item()),
-                    columns=_ratio(lengths[1].max().item(), lengths[1].min().item()),
+                    stable_rank=ratio(lengths[0].square().sum().item(), now.largest**2),
+                    rows=ratio(lengths[0].max().item(), lengths[0].min().item()),
+                    columns=ratio(lengths[1].max().item(), lengths[1].min().item()),
                     raw=now.condition if used is raw else spectrum(before).condition,
                     after={mode: values[place] for mode, values in after.items()},
                     operator=operator,
@@ -237,7 +158,3 @@ def _operator(layer: nn.Module, used: Tensor, size: tuple[int, ...] | None) -> t
         return None
     values = layer_spectrum(layer, used, size)
     return values[0].item(), values[-1].item()
-
-
-def _ratio(above: float, below: float) -> float:
-    return above / below if below else math.inf if above else math.nan

@@ -85,7 +85,8 @@ def hessian_extremes(
         ``.largest``, ``.smallest``, ``.condition``, ``.stable_rate``, and how good they are.
 
     Raises:
-        OptionError: nothing is trained; no batches; batches that can be walked only once; no convergence.
+        OptionError: nothing is trained; no batches; batches that can be walked only once; reentrant checkpointing; derivatives
+            that are not finite; no convergence.
         BackendError: scipy is missing, which finds eigenvalues by products.
 
     >>> model = nn.Linear(2, 1, bias=False)
@@ -102,7 +103,8 @@ def hessian_extremes(
     one = dominant(known.times, start, tolerance=tolerance, limit=limit, who=who)
     # Shifted by one end, the other is the largest; its error is measured by the size of the whole, and 0 is found too.
     left = limit - one.products
-    other = dominant(lambda v: known.times(v) - one.value * v, start, tolerance=tolerance, limit=left, who=who)
+    how = {"tolerance": tolerance, "limit": left, "who": who, "scale": abs(one.value)}
+    other = dominant(lambda v: known.times(v) - one.value * v, start, **how)
     smallest, largest = sorted((one.value, one.value + other.value))
     least, error = min(abs(smallest), abs(largest)), max(one.error, other.error)
     condition = math.nan if smallest * largest < 0 else abs(one.value) / least if least else math.inf
@@ -111,11 +113,7 @@ def hessian_extremes(
 
 
 def extremes_of(matrix: Tensor) -> Extremes:
-    """Take the extremes of a symmetric matrix from all of its eigenvalues.
-
-    >>> extremes_of(torch.diag(torch.tensor([-4.0, 2.0, 1.0]))).condition
-    4.0
-    """
+    """Take the extremes of a symmetric matrix from all of its eigenvalues."""
     values = torch.linalg.eigvalsh(matrix.double())
     largest, least = values.abs().max().item(), values.abs().min().item()
     error = len(values) * torch.finfo(values.dtype).eps * largest  # of a symmetric solver

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit.core.errors import OptionError
+from normkit.diagnostics.subject import target_of
 from normkit.surgery.recalibrate import forward_batch, recalibrate
 
 _BUFFERS = ("running_mean", "running_var", "running_std")
@@ -53,7 +54,7 @@ class Gap(list[LayerGap]):
         """Put the statistics of their inputs into the layers whose distance is beyond a threshold; return their names."""
         chosen = [row.name for row in self if row.distance > beyond]
         for name in chosen:
-            _write(self._model.get_submodule(name), self._found[name])
+            _write(_layer(self._model, name), self._found[name])
         return chosen
 
 
@@ -96,14 +97,15 @@ def gap(
     twin = copy.deepcopy(model)
     changes = recalibrate(twin, batches, limit=limit, forward=forward)
     names = ["" if row.layer == "(model)" else row.layer for row in changes.rows]
-    found = {name: _statistics(twin.get_submodule(name)) for name in names}
+    found = {name: _statistics(_layer(twin, name)) for name in names}
     twin, rows = copy.deepcopy(model).eval(), Gap(model, found)
     if loss is not None:
         rows.loss, rows.accuracy = _scores(twin, batches, loss, forward)
     for name in names:
-        layer = twin.get_submodule(name)
+        layer = _layer(twin, name)
         before, cost, gain = _statistics(layer), None, None
-        distance = _distance(before, found[name], getattr(layer, "eps", 0.0))
+        eps = getattr(layer, "eps", 0.0)
+        distance = distance_of(*_moments(before, eps), *_moments(found[name], eps))
         if loss is not None and rows.loss is not None:
             _write(layer, found[name])
             then, right = _scores(twin, batches, loss, forward)
@@ -118,15 +120,17 @@ def distance_of(mean: Tensor, deviation: Tensor, real_mean: Tensor, real_deviati
     return (((mean - real_mean) / deviation).square() + (real_deviation / deviation - 1).square()).sqrt()
 
 
-def _distance(before: dict[str, Tensor], real: dict[str, Tensor], eps: float) -> Tensor:
-    def deviation(of: dict[str, Tensor]) -> Tensor:
-        if "running_std" in of:
-            return of["running_std"].double()
-        var = of.get("running_var")
-        return torch.ones_like(of["running_mean"]).double() if var is None else (var.double() + eps).sqrt()
+def _moments(of: dict[str, Tensor], eps: float) -> tuple[Tensor, Tensor]:
+    mean = of["running_mean"].double()
+    if "running_std" in of:
+        return mean, of["running_std"].double()
+    return mean, (of["running_var"].double() + eps).sqrt() if "running_var" in of else torch.ones_like(mean)
 
-    means = before["running_mean"].double(), real["running_mean"].double()
-    return distance_of(means[0], deviation(before), means[1], deviation(real))
+
+def _layer(model: nn.Module, name: str) -> nn.Module:
+    """The layer of a name, out of its wrapper if it is compiled."""
+    layer = model.get_submodule(name)
+    return getattr(layer, "_orig_mod", layer)
 
 
 def _statistics(layer: nn.Module) -> dict[str, Tensor]:
@@ -148,7 +152,7 @@ def _scores(
     """Mean loss and accuracy over all batches; no accuracy where outputs are not scores of classes."""
     total, right, count, classes = 0.0, 0, 0, True
     for batch in batches:
-        output, target = (forward or forward_batch)(model, batch), batch[1]
+        output, target = (forward or forward_batch)(model, batch), target_of(batch, "gap")
         total += loss(output, target).item() * len(target)
         count += len(target)
         classes = classes and output.dim() == 2 and target.dim() == 1 and not target.is_floating_point()

@@ -24,22 +24,14 @@ class Dominant(NamedTuple):
     products: int
 
 
-def dominant(product: Product, start: Tensor, *, tolerance: float, limit: int, who: str) -> Dominant:
+def dominant(
+    product: Product, start: Tensor, *, tolerance: float, limit: int, who: str, scale: float = 0.0
+) -> Dominant:
     """Find a symmetric operator's eigenvalue of largest magnitude by ARPACK, implicitly restarted Lanczos.
 
-    The error is the residual norm |A v - value v|, v the unit vector found: so near to the value is an eigenvalue. Memory: about
-    24 vectors, on the CPU.
-
-    Args:
-        product: the operator times a vector.
-        start: the first vector, not zero; its dtype and device are those of all.
-        tolerance: relative error at which to stop.
-        limit: products after which to give up.
-        who: asked for it, in messages.
-
-    Raises:
-        BackendError: scipy is not installed.
-        OptionError: not converged within the limit.
+    It stops at a relative error, or gives up after a limit of products. The error is the residual norm |A v - value v|, v the
+    unit vector found: so near to the value is an eigenvalue. What is rounding of numbers of a scale counts as the zero matrix,
+    from which ARPACK cannot start. Memory: about 24 vectors, on the CPU.
 
     >>> scale = torch.arange(1.0, 101.0, dtype=torch.float64)
     >>> found = dominant(lambda x: scale * x, torch.ones_like(scale), tolerance=1e-9, limit=1000, who="example")
@@ -51,20 +43,23 @@ def dominant(product: Product, start: Tensor, *, tolerance: float, limit: int, w
         from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
     except ModuleNotFoundError:
         raise BackendError(f"{who}: scipy finds the eigenvalues, and is not installed; pip install scipy") from None
+    first, length = product(start), start.norm().item()
     if len(start) == 1:
-        return Dominant((product(start) @ start / (start @ start)).item(), 0.0, 1)
-    size, made = len(start), 0
+        return Dominant((first @ start / (start @ start)).item(), 0.0, 1)
+    size, made, rest = len(start), 1, first.norm().item() / length
+    if rest <= 10 * torch.finfo(start.dtype).eps * scale:
+        return Dominant(0.0, rest, made)
 
     def multiply(x: Any) -> Any:
         nonlocal made
         made += 1
         return product(torch.from_numpy(x.reshape(-1)).to(start)).cpu().numpy()
 
-    vectors, first = min(size, VECTORS), start.cpu().numpy()
-    operator: Any = LinearOperator((size, size), matvec=multiply, dtype=first.dtype)  # pyright: ignore[reportCallIssue]
+    vectors, begin = min(size, VECTORS), start.cpu().numpy()
+    operator: Any = LinearOperator((size, size), matvec=multiply, dtype=begin.dtype)  # pyright: ignore[reportCallIssue]
     options: dict[str, Any] = {"tol": tolerance, "ncv": vectors, "maxiter": max(1, limit // vectors)}
     try:
-        values, found = eigsh(operator, k=1, which="LM", v0=first, **options)
+        values, found = eigsh(operator, k=1, which="LM", v0=begin, **options)
     except ArpackNoConvergence:
         raise OptionError(
             f"{who}: {made} products did not bring an eigenvalue to a relative error of {tolerance:g}; give a larger limit= or "
@@ -77,17 +72,9 @@ def dominant(product: Product, start: Tensor, *, tolerance: float, limit: int, w
 def quadrature(product: Product, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Take steps of Lanczos from a vector: Gauss quadrature of the operator's spectrum, weighted by the vector.
 
-    With the nodes x_k and the weights w_k, the sum of w_k f(x_k) is v' f(A) v for every polynomial f of degree below
+    With nodes x_k in ascending order and weights w_k, the sum of w_k f(x_k) is v' f(A) v for every polynomial f of degree below
     2 steps, v the start scaled to norm 1. Every vector is kept and made orthogonal to all, as rounding would else bring back
     eigenvalues that have been found.
-
-    Args:
-        product: the operator times a vector.
-        start: a vector, not zero.
-        steps: at most; fewer where the vectors span an invariant space.
-
-    Returns:
-        Nodes in ascending order and weights, which sum to 1, in float64.
 
     >>> nodes, weights = quadrature(lambda x: torch.tensor([1.0, 3.0]) * x, torch.tensor([1.0, 1.0]), 5)
     >>> nodes.float(), weights.float()

@@ -30,6 +30,9 @@ class MonitorCallback(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(record, trainer.global_step)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "")
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if hasattr(self, "monitor"):
             self.monitor.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from normkit.core.errors import OptionError
+from normkit.diagnostics.subject import refuse_lazy, refuse_reentrant
 from normkit.surgery.bake import bake
 from normkit.surgery.watch import forked, run_on
 
@@ -29,7 +31,7 @@ class Options(TypedDict, total=False):
     Attributes:
         matrix: ``"hessian"`` or ``"ggn"``. Default: "hessian".
         by: ``"raw"`` or ``"effective"`` parameters. Default: "raw".
-        dtype: of the computation. Default: the parameters'; of whole matrices float64.
+        dtype: of the computation. Default: the parameters', float32 for half types; of whole matrices float64.
         progress: called as ``progress(done, total)`` after each product with a vector. Default: None.
     """
 
@@ -50,12 +52,14 @@ class Curvature:
             raise OptionError(
                 f"{who}: matrix={matrix!r}, by={by!r}; wanted 'hessian' or 'ggn', and 'raw' or 'effective'"
             )
+        refuse_lazy(model, who)
         if isinstance(batches, Iterator):
             raise OptionError(f"{who}: the batches can be walked only once; give a list of them, or a loader")
         self.model, self.loss, self.batches, self.who = copy.deepcopy(model), loss, batches, who
         if by == "effective":
             bake(self.model)
-        self.model.to(options.get("dtype"))
+        narrow = any(parameter.dtype.itemsize < 4 for parameter in self.model.parameters())
+        self.model.to(options.get("dtype") or (torch.float32 if narrow else None))
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not self.parameters:
             raise OptionError(f"{who}: no parameter of the model is trained, so that the loss has no curvature")
@@ -84,6 +88,10 @@ class Curvature:
         whole = torch.zeros_like(vectors)
         for share, output, loss in self._passes():
             whole += share * self._second(output, loss, vectors)
+        if not whole.isfinite().all():
+            raise OptionError(
+                f"{self.who}: the loss or a derivative of it is not finite; look at the loss on each batch"
+            )
         self._done += 1
         if self.progress is not None:
             self.progress(self._done, self.total)
@@ -108,17 +116,22 @@ class Curvature:
         lead = parts[0].shape[: parts[0].dim() - self.like.dim()]
         return torch.cat([part.reshape(*lead, -1) for part in parts], dim=-1)
 
+    def _without_cudnn(self) -> AbstractContextManager[Any]:
+        recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
+        return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+
     def _passes(self) -> Iterator[tuple[float, Tensor, Tensor]]:
         """Share of each batch in the mean, the output and the loss."""
         for size, (given, target) in zip(self._sizes, self.batches, strict=True):
             with torch.no_grad():  # before a pass, as the graph of the last one holds what it read
                 for buffer, value in self._kept:
                     buffer.copy_(value)
-            # Fused attention has no second derivative.
-            with forked() as seed, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            # Fused attention and cuDNN's recurrent layers have no second derivative.
+            with forked() as seed, sdpa_kernel(SDPBackend.MATH), self._without_cudnn(), torch.enable_grad():
                 seed()
                 output = run_on(self.model, _placed(given, self.like))
                 loss = self.loss(output, _placed(target, self.like))
+            refuse_reentrant(loss, self.who)
             yield size / sum(self._sizes), output, loss
 
 

@@ -124,20 +124,7 @@ def _strength(statistic: Statistic, inverse: Tensor, count: int) -> Tensor | flo
 
 
 def normalize(x: Tensor, split: Split, statistic: Statistic) -> tuple[Tensor, Tensor, Moments | None]:
-    """Normalize a split tensor by its own statistics, with the closed backward.
-
-    Args:
-        x: viewed as ``split.shape``.
-        split: of the support set.
-        statistic: one for which ``has_closed_form`` holds.
-
-    Returns:
-        The normalized tensor and 1 / scale in the accumulation dtype, and the moments if the statistic is centred.
-
-    >>> x = torch.tensor([[3.0, 4.0]])
-    >>> normalize(x, Split((1, 2), ("o", "*"), (1,)), Statistic(None, "norm", 1e-12, "floor"))[:2]
-    (tensor([[0.6000, 0.8000]]), tensor([[0.2000]]))
-    """
+    """Normalize a split tensor with the closed backward; returns y and 1 / scale in the accumulation dtype, and any moments."""
     if statistic.scale is None:
         return _centred(x, split)
     y, inverse, mean, var = _ClosedForm.apply(x, split.dims, split.count, statistic)

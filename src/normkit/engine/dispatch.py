@@ -12,16 +12,7 @@ from normkit.core.support import Support
 from normkit.engine.call import Activation, Backend, Call, Output
 from normkit.engine.choose import Choice, Explanation, backends, choose, kept
 
-__all__ = [
-    "Activation",
-    "Backend",
-    "Explanation",
-    "backends",
-    "explain",
-    "normalize",
-    "run",
-    "run_measured",
-]
+__all__ = ["Activation", "Backend", "Explanation", "backends", "explain", "normalize", "run", "run_measured"]
 
 
 def run(
@@ -75,21 +66,7 @@ def run_measured(
     mask: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Moments]:
-    """Run a centred rule by the input's own statistics, and return them too.
-
-    Args:
-        rule: the rule to run.
-        x: the input.
-        weight: as for ``run``.
-        bias: as for ``run``.
-        mask: as for ``run``.
-        backend: as for ``run``.
-
-    Returns:
-        The output, and the moments without gradients, with reduced axes of the rule's split of size 1.
-
-    Raises:
-        ShapeError, BackendError, OptionError: as for ``run``; OptionError also where the rule has no moments.
+    """Run a centred rule by the input's own statistics, and return its moments too, of size 1 along reduced axes.
 
     >>> y, found = run_measured(Rule(Support("n c", over="n")), torch.tensor([[1.0], [3.0]]))
     >>> found.mean, found.var.round(decimals=4), found.n

@@ -6,10 +6,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from normkit.core.errors import OptionError, ShapeError
-from normkit.core.memory import RunningStatistics
+from normkit.core.compensation import Affine
+from normkit.core.errors import OptionError, ShapeError, check_options
+from normkit.core.memory import Running, RunningStatistics
 from normkit.core.module import Module
-from normkit.core.rule import Rule
+from normkit.core.rule import Rule, remembered
+from normkit.core.statistic import Guard, Scale, Statistic
 from normkit.core.support import Support, show
 from normkit.engine.call import Activation, Backend, Call, Output
 from normkit.engine.choose import Explanation, kept
@@ -208,9 +210,23 @@ def _activates(kind: type) -> bool:
 
 def check_layout(who: str, layout: str) -> str:
     """The layout of channels, unless it is neither first nor last."""
-    if layout not in ("n c *", "n * c"):
-        raise OptionError(f"{who}: layout={layout!r}; wanted one of 'n c *', 'n * c'")
+    check_options(who, layout=(layout, ("n c *", "n * c")))
     return layout
+
+
+@remembered
+def channels_rule(
+    who: str, over: str, eps: float = 1e-5, momentum: float | None = 0.1, layout: str = "n c *", memory: bool = True
+) -> Rule:
+    """Centre and scale over ``"n *"`` or ``"*"``, with a weight and bias per channel and, if wanted, running averages."""
+    support = Support(check_layout(who, layout), over=over)
+    return Rule(support, Statistic("mean", "std", eps), Affine("c"), Running(momentum) if memory else None)
+
+
+@remembered
+def tokens_rule(scale: Scale, eps: float, guard: Guard = "inside", per: str | None = None) -> Rule:
+    """Divide the last axis by one scale of it, with a weight and bias per element of the axes ``per``."""
+    return Rule(Support("* d", over="d"), Statistic(None, scale, eps, guard), None if per is None else Affine(per))
 
 
 def check_channels(who: str, input: Tensor, wanted: int, argument: str, layout: str) -> None:
@@ -284,12 +300,6 @@ def check_features(
         )
     if input is not None:
         check_channels(who, input, shape[0], "normalized_shape", "n c *")
-
-
-def check_cast(who: str, cast: str) -> None:
-    """Refuse another word for when a half type is rounded."""
-    if cast not in ("after weight", "before weight"):
-        raise OptionError(f"{who}: cast={cast!r}; wanted 'after weight' or 'before weight'")
 
 
 def given_statistics(

@@ -10,14 +10,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def memory_format(support: Support, x: Tensor) -> torch.memory_format:
-    """The memory format of the output for this input: channels last where the input's is, otherwise contiguous.
-
-    A norm over trailing axes returns contiguous outputs, as torch's layer norm does.
-
-    >>> image = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    >>> memory_format(Support("n c *", over="n *"), image), memory_format(Support("* d", over="d"), image)
-    (torch.channels_last, torch.contiguous_format)
-    """
+    """Channels last where the input is, otherwise contiguous, as always after a norm over trailing axes in torch."""
     like = _CHANNELS_LAST.get(x.dim())
     if like is None or support.names[0] == "*" or x.is_contiguous():
         return torch.contiguous_format

@@ -42,36 +42,18 @@ class _Loaded:
 
 
 def library() -> ctypes.CDLL | None:
-    """The library of kernels for this processor, loaded at the first call; None if there is none.
-
-    Raises:
-        BackendError: ``NORMKIT_ISA`` asks for kernels that are not there.
-
-    >>> (library() is None) == (why_not() is not None)
-    True
-    """
+    """The library of kernels for this processor, or None; BackendError where ``NORMKIT_ISA`` asks for what is not there."""
     return _loaded().library
 
 
 def why_not() -> str | None:
-    """Reason there is no library, with the cure, or None if there is one.
-
-    Raises:
-        BackendError: as ``library`` would.
-    """
+    """Reason there is no library, with the cure, or None if there is one."""
     loaded = _loaded()
     return None if loaded.library is not None else loaded.what
 
 
 def description() -> str:
-    """The instruction set and whose threads run it, or why there is no library.
-
-    Raises:
-        BackendError: as ``library`` would.
-
-    >>> "thread" in description() or description() == why_not()
-    True
-    """
+    """The instruction set and whose threads run it, or why there is no library."""
     return _loaded().what
 
 
@@ -146,11 +128,7 @@ def _open(folder: Path, isa: str) -> tuple[ctypes.CDLL, str]:
 
 
 def _open_file(path: Path) -> ctypes.CDLL:
-    """Open a library after checking that it is complete, normkit's, and has this version's interface.
-
-    Raises:
-        OSError: it is not.
-    """
+    """Open a library after checking that it is complete, normkit's, and has this version's interface; else OSError."""
     size, needed = path.stat().st_size, _needed(path)
     if size < needed:
         raise OSError(f"{path} is cut short: {size} of {needed} bytes")

@@ -29,17 +29,7 @@ def weigh(
 ) -> Tensor | None:
     """Weight channels by their energy relative to the mean energy: x * (1 + weight * share) + bias.
 
-    Args:
-        x: the input, with samples on axis 0.
-        weight: one number per channel, or None for 1.
-        bias: likewise, or None for 0.
-        axis: the axis of the channels.
-        eps: added to the mean energy.
-        shared: whether energies are measured over all samples together.
-        definition: the same function of x, weight and bias in PyTorch, for derivatives of derivatives.
-
-    Returns:
-        A tensor of the shape, strides and dtype of x, differentiable to any order; None for what the kernels do not take.
+    ``shared`` measures energies over all samples together. None for what the kernels do not take.
     """
     if not plain(x, weight, bias) or library() is None:
         return None

@@ -35,18 +35,7 @@ class _Plan(ctypes.Structure):
 def total(
     x: Tensor, dim: int, before: int, after: int, definition: Callable[[Tensor, int, int, int], Tensor]
 ) -> Tensor | None:
-    """Sum over a window along one axis; elements outside the axis count as zero.
-
-    Args:
-        x: a dense tensor, whose axes may be in any order in memory.
-        dim: the axis, from 0.
-        before: elements before each one, fewer than the axis has.
-        after: elements after each one, likewise.
-        definition: the same function in PyTorch, for the gradients.
-
-    Returns:
-        A tensor of the shape, strides and dtype of x, differentiable to any order; None for what the kernels do not take.
-    """
+    """Sum over a window along one axis of a dense x, differentiable by the definition; None for what the kernels do not take."""
     if x.numel() == 0 or not plain(x) or library() is None or not is_dense(x.shape, x.stride()):
         return None
     if torch.is_grad_enabled() and x.requires_grad:
@@ -63,16 +52,7 @@ def _total(x: Tensor, dim: int, before: int, after: int) -> Tensor:
 
 
 def divide(x: Tensor, window: Window, definition: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """Divide each element of (N, C, *) by the power of the energy in its window.
-
-    Args:
-        x: the input.
-        window: the window of channels, and the function of its energy.
-        definition: the same function in PyTorch, for derivatives of derivatives.
-
-    Returns:
-        A tensor of the shape, strides and dtype of x, differentiable to any order; None for what the kernels do not take.
-    """
+    """Divide each element of (N, C, *) by the power of the energy in its window; None for what the kernels do not take."""
     if not plain(x) or library() is None:
         return None
     found = lanes(x)
@@ -101,12 +81,7 @@ def _forward(x: Tensor, plan: _Plan) -> Tensor:
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
-        x: Tensor,
-        dim: int,
-        before: int,
-        after: int,
-        definition: Callable[[Tensor, int, int, int], Tensor],
+        ctx: Any, x: Tensor, dim: int, before: int, after: int, definition: Callable[[Tensor, int, int, int], Tensor]
     ) -> Tensor:
         ctx.window, ctx.definition = (dim, before, after), definition
         return _total(x, dim, before, after)

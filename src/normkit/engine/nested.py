@@ -27,11 +27,7 @@ def _ragged(x: Tensor) -> int:
 
 
 def split(call: Call) -> Split:
-    """The split of the first tensor inside, or an empty one if there is none.
-
-    Raises:
-        ShapeError: tensors inside share a statistic, or a residual, mask or running statistics are given.
-    """
+    """The split of the first tensor inside, or an empty one; ShapeError where tensors inside would share a statistic."""
     support = call.rule.support
     if support.names[0] != "*" and support.groups[0][-1] in support.reduced:
         raise ShapeError(

@@ -34,11 +34,7 @@ _RULES: dict[str, Rule] = {}  # one rule per text, so that what was prepared for
 
 
 def write(rule: Rule) -> str:
-    """Write a rule, without its memory, as text.
-
-    >>> write(Rule(Support("n (g c)", over="c", g=2), Statistic(None, "rms"), Affine("(g c)", 1.0)))
-    'n (g c)|c|g=2|None|rms|1e-05|inside|0|(g c)|1.0'
-    """
+    """Write a rule, without its memory, as text."""
     support, statistic, compensation = rule.support, rule.statistic, rule.compensation
     sizes = ",".join(f"{name}={size}" for name, size in support.sizes)
     after = "-|0.0" if compensation is None else f"{compensation.per}|{compensation.offset}"
@@ -49,11 +45,7 @@ def write(rule: Rule) -> str:
 
 
 def read(text: str) -> Rule:
-    """Read the rule that was written; the same text gives the same rule.
-
-    >>> read("* d|d||mean|std|1e-05|inside|0|-|0.0") == Rule(Support("* d", over="d"))
-    True
-    """
+    """Read the rule that was written; the same text gives the same rule."""
     if text not in _RULES:
         axes, over, sizes, center, scale, eps, guard, correction, per, offset = text.split("|")
         given = {name: int(size) for name, size in (pair.split("=") for pair in sizes.split(",") if pair)}

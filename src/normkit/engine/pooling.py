@@ -12,17 +12,6 @@ def pool(found: Moments, dims: Sequence[int]) -> Moments:
     """Mean and variance over some axes, from the moments of the sets along them, without reading the elements again.
 
     mean = sum_k n_k mean_k / n,  var = sum_k n_k (var_k + (mean_k - mean)^2) / n,  n = sum_k n_k.
-
-    Args:
-        found: moments of disjoint sets, reduced axes kept with size 1.
-        dims: the axes along which to unite the sets.
-
-    Returns:
-        Moments with these axes of size 1; differentiable any number of times.
-
-    >>> import torch
-    >>> pool(Moments(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0]), 5), (0,))
-    Moments(mean=tensor([2.]), var=tensor([2.]), n=10)
     """
     dims = tuple(dims)
     if isinstance(found.n, Tensor):

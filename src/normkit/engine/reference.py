@@ -73,19 +73,7 @@ def _split_mask(mask: Tensor | None, x: Tensor, split: Split) -> Tensor | None:
 def normalize(
     rule: Rule, x: Tensor, split: Split, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None = None
 ) -> tuple[Tensor, Moments | None]:
-    """Normalize by the input's own statistics and compensate.
-
-    Args:
-        rule: the rule to run.
-        x: the input, viewed as ``split.shape``.
-        split: split of the rule's support.
-        weight: weight of the rule's compensation, or None.
-        bias: likewise.
-        mask: boolean, broadcasts over x; elements where it is False enter no statistic and become zero.
-
-    Returns:
-        The output in the accumulation dtype, and the moments where the statistic has them.
-    """
+    """Normalize by the input's own statistics and compensate, in the accumulation dtype; moments where the statistic has them."""
     if mask is not None:
         x = torch.where(mask, x, 0.0)  # so that a NaN in the padding reaches neither the output nor a gradient
     center, scale, moments = rule.statistic.measure(x, split, mask)

@@ -21,28 +21,10 @@ def run_in_sub_batches(
     mask: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Moments]:
-    """Run a rule on consecutive sub-batches, the last of which may be smaller.
+    """Run a rule on consecutive sub-batches of ``size``, the last of which may be smaller; the moments have a row for each.
 
-    A last sub-batch with one value per statistic, whose variance would be undefined, joins the one before it.
-
-    Args:
-        rule: centred, with the batch axis split as ``(b n)`` and n of the size given.
-        whole: the same rule with the batch axis as ``n``.
-        size: samples per sub-batch.
-        x: the input, its first axis the batch.
-        weight: as for ``run``.
-        bias: as for ``run``.
-        mask: as for ``run``.
-        backend: as for ``run``.
-
-    Returns:
-        The output, and the moments with one row per sub-batch and one column per other kept element.
-
-    >>> from normkit.core.support import Support
-    >>> rules = [Rule(Support(axes, over="n", **sizes)) for axes, sizes in (("(b n) c", {"n": 2}), ("n c", {}))]
-    >>> y, found = run_in_sub_batches(*rules, 2, torch.tensor([[1.0], [3.0], [4.0], [8.0], [0.0]]))
-    >>> found.mean.T, found.n.T
-    (tensor([[2., 4.]]), tensor([[2., 3.]]))
+    A last sub-batch with one value per statistic, whose variance would be undefined, joins the one before it. The rule splits the
+    batch axis as ``(b n)``; ``whole`` is the same with ``n``.
     """
     batch, body = x.shape[0], _body(whole, size, x)
     if mask is not None:

@@ -18,15 +18,6 @@ def sliding_sum(x: Tensor, dim: int, before: int, after: int) -> Tensor:
     A window of p elements takes about log2(p) additions of whole tensors, by sums of 1, 2, 4, ... neighbours. It is as accurate
     as pairwise summation, whereas differences of a running sum would lose a small window that follows large elements.
 
-    Args:
-        x: any floating tensor; half types should be widened first.
-        dim: the axis.
-        before: elements before each one, from 0.
-        after: elements after each one, from 0.
-
-    Returns:
-        A tensor of the shape of x, differentiable any number of times.
-
     >>> sliding_sum(torch.tensor([1.0, 10.0, 100.0, 1000.0]), 0, before=1, after=1)
     tensor([  11.,  111., 1110., 1100.])
     """
@@ -54,15 +45,9 @@ def sliding_sum(x: Tensor, dim: int, before: int, after: int) -> Tensor:
 
 
 def sliding_mean(x: Tensor, windows: Sequence[tuple[int, int | None]]) -> Tensor:
-    """Mean over a window centred at each element, of the elements that lie inside the tensor.
+    """Mean over windows centred at each element, of the elements inside the tensor; ``windows`` are pairs of an axis and a size.
 
-    Args:
-        x: any floating tensor; half types should be widened first.
-        windows: pairs of an axis and the window's size along it; an even size reaches one further back than forward. None is
-            the whole axis. An axis that every window covers has size 1 in the result.
-
-    Returns:
-        Broadcasts over x; differentiable any number of times.
+    An even size reaches one further back than forward. None is the whole axis, which has size 1 in the result.
 
     >>> sliding_mean(torch.tensor([1.0, 2.0, 6.0]), [(0, 3)])
     tensor([1.5000, 3.0000, 4.0000])
@@ -88,17 +73,6 @@ def sliding_moments(found: Moments, windows: Sequence[tuple[int, int | None]]) -
 
     Windows are merged from windows of 1, 2, 4, ... neighbours by Chan's formula: a variance that is small next to the mean keeps
     its digits, which the difference of two box filters would lose.
-
-    Args:
-        found: moments at each position, of equally many elements.
-        windows: as for ``sliding_mean``.
-
-    Returns:
-        Moments whose n is the number of positions inside each window times the elements at each.
-
-    >>> one = Moments(torch.tensor([1.0, 3.0, 3.0]), torch.zeros(3), 1)
-    >>> sliding_moments(one, [(0, 3)])
-    Moments(mean=tensor([2.0000, 2.3333, 3.0000]), var=tensor([1.0000, 0.8889, 0.0000]), n=tensor([2., 3., 2.]))
     """
     whole = [dim for dim, size in windows if _covers(size, found.mean.shape[dim])]
     if whole:

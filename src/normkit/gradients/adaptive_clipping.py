@@ -13,12 +13,7 @@ Skip = Callable[[str, nn.Module], bool] | None
 
 
 def last_linear(model: nn.Module) -> Callable[[str, nn.Module], bool]:
-    """Return a predicate that holds for the Linear layer registered last, usually the classifier.
-
-    >>> model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    >>> [last_linear(model)(name, module) for name, module in model.named_children()]
-    [False, True]
-    """
+    """A predicate that holds for the Linear layer registered last, usually the classifier."""
     found = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return lambda name, module: bool(found) and module is found[-1]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.moments import accumulation_dtype
 
 Path = Literal["exact", "autograd"]
@@ -87,10 +87,7 @@ class GradNorm(nn.Module):
                 f"GradNorm: tasks={tasks}, alpha={alpha}, rate={rate}, minimum={minimum}; wanted tasks from 1, alpha and rate "
                 "from 0, a minimum between 0 and 1"
             )
-        if path not in ("exact", "autograd"):
-            raise OptionError(f"GradNorm: path={path!r}; wanted 'exact' or 'autograd'")
-        if step not in ("multiplicative", "additive"):
-            raise OptionError(f"GradNorm: step={step!r}; wanted 'multiplicative' or 'additive'")
+        check_options("GradNorm", path=(path, Path), step=(step, Step))
         self.alpha, self.rate, self.minimum = alpha, rate, minimum
         self.path: Path = path
         self.step: Step = step

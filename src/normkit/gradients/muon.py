@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, check_options
 from normkit.gradients.adaptive_clipping import last_linear
 from normkit.weights.layout import WeightLayout, raw_parameters
 from normkit.weights.weight_conditioning import equilibrate
@@ -88,11 +88,8 @@ class Muon(Optimizer):
         for name, value in (("momentum", momentum), ("second_moment", second_moment or 0.0), ("betas", max(betas))):
             if not 0 <= value < 1:
                 raise OptionError(f"Muon: {name}={value}; wanted a number from 0 to below 1")
-        if equilibrate not in (None, *get_args(Sides)) or renormalize not in (None, "row", "col"):
-            raise OptionError(
-                f"Muon: equilibrate={equilibrate!r}, renormalize={renormalize!r}; wanted None, 'row', 'col', or for the first "
-                "'rowcol'"
-            )
+        check_options("Muon", equilibrate=(equilibrate, (None, *get_args(Sides))))
+        check_options("Muon", renormalize=(renormalize, (None, "row", "col")))
         options = {
             "momentum": momentum,
             "equilibrate": equilibrate,
@@ -180,11 +177,17 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.promote_types(matrix.dtype, torch.float32))
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
+    x = _bounded(x)
     x = x / x.norm().clamp_min(1e-7)
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.T if tall else x).to(matrix.dtype)
+
+
+def _bounded(matrix: Tensor) -> Tensor:
+    """A matrix with entries up to 1, as the squares of larger ones may overflow; only its direction counts."""
+    return matrix / matrix.abs().amax().clamp_min(1.0) if matrix.numel() else matrix
 
 
 def muon_eq(momentum: Tensor, sides: Sides = "row") -> Tensor:
@@ -194,7 +197,7 @@ def muon_eq(momentum: Tensor, sides: Sides = "row") -> Tensor:
     tensor([[1.1081, 0.0000],
             [0.0000, 1.1081]])
     """
-    return orthogonalize(equilibrate(momentum, sides, order="simultaneous"))
+    return orthogonalize(equilibrate(_bounded(momentum), sides, order="simultaneous"))
 
 
 def _along_matrix(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
@@ -226,7 +229,6 @@ CARD = Card(
     name="muon_eq",
     title="Equilibrated Muon (MuonEq)",
     kind="gradient",
-    word="",
     normalized_over="the rows, columns or both of each matrix's momentum, before it is orthogonalized",
     formula="W <- W - lr * 0.2 sqrt(max(m, n)) * UV',  U S V' = D_r^(-1/2) b D_c^(-1/2)",
     paper=Paper(

@@ -24,15 +24,8 @@ LOOKED = 4  # batches of validation data that are timed
 def fit(settings: Settings, seconds: Mapping[str, float]) -> Settings:
     """Chooses epochs, rates and seeds so that all trainings take no longer than the budget.
 
-    Of rates as many of those given as the plan has, from the middle; epochs as given, and fewer where even the smallest plan
-    does not fit with them.
-
-    Args:
-        settings: with a budget.
-        seconds: of an epoch of each recipe, with its validation.
-
-    Raises:
-        OptionError: not even one epoch fits.
+    Of rates as many of those given as the plan has, from the middle; epochs as given, and fewer where even the smallest
+    plan does not fit with them. `seconds` are of an epoch of each recipe, its validation included.
 
     >>> found = fit(Settings(budget=1000.0, epochs=20), {"bn": 0.5, "ln": 0.7})
     >>> len(found.seeds), len(found.rates), found.epochs

@@ -20,13 +20,6 @@ class Cluster:
 
     A task takes `threads` cores, and a GPU where the cluster has some. A task whose worker process or machine is lost is
     given to another.
-
-    Args:
-        ray: the module.
-        threads: of torch, a task.
-
-    Raises:
-        OptionError: no machine of the cluster has that many cores (of those with a GPU, where there are some).
     """
 
     def __init__(self, ray: Any, threads: int) -> None:
@@ -54,20 +47,10 @@ class Cluster:
         names: Sequence[str],
         done: Callable[[int, Any], object] = lambda *_: None,
     ) -> list[Any]:
-        """Calls a function many times, as many at once as there is room for.
+        """Calls a module-level function many times, as many at once as there is room for.
 
-        Args:
-            function: module-level.
-            given: the arguments of each call.
-            names: what errors call each.
-            done: is told of every call that ends, with its place among `given` and its result. Default: nobody.
-
-        Returns:
-            The results in the order of `given`.
-
-        Raises:
-            NormkitError: as the function raised it.
-            BackendError: the worker of a call was lost again and again.
+        The results are in the order of `given`. `done` is told of every call that ends, by its place there and its result;
+        errors call each by its name.
         """
         task = self.ray.remote(**self.needs, max_retries=RETRIES)(function)
         pending = {task.remote(*each): place for place, each in enumerate(given)}
@@ -103,12 +86,7 @@ class Cluster:
 def joined(address: str, threads: int) -> Iterator[Cluster]:
     """Joins a Ray cluster, or the one that this process has joined already, and leaves it at the end.
 
-    Args:
-        address: ``"local"`` to start a cluster on this machine, else of a running one, such as ``"auto"``.
-        threads: of torch, a task.
-
-    Raises:
-        OptionError: Ray is not installed, there is no cluster at the address, or none of its machines has that many cores.
+    `address` is ``"local"`` to start a cluster on this machine, else that of a running one, such as ``"auto"``.
     """
     try:
         import ray

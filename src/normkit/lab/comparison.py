@@ -65,33 +65,9 @@ def compare(
     tensorboard: bool = False,
     data_root: Path | None = None,
 ) -> dict[str, Any]:
-    """Compares recipes on a model and data, and writes a folder of records.
+    """Compares recipes on a model and data, and writes a folder of records; see :func:`normkit.lab.outcome.compare`.
 
-    A stopped comparison goes on where it was when it is started again with the same settings and folder; a finished one is read
-    back. Several processes given the same folder share the runs.
-
-    Args:
-        settings: what to train and how.
-        output: the folder of the records. Default: None, ``runs/<data>-<model>``.
-        overwrite: replace the records in the folder. Default: False.
-        report: draw figures and ``report.html`` as well. Default: True.
-        threads: of torch on the CPU. Default: None, as many as the record was begun with, else one for a model of fewer than
-            100,000 parameters and torch's own number for larger ones.
-        console: where progress and the table go. Default: None, standard output.
-        model: a model factory in place of the one that `settings` names. Default: None.
-        data: a data factory in place of the one that `settings` names. Default: None.
-        ray: None to train in this process; ``"local"`` for a Ray cluster on this machine, else the address of one, whose
-            machines all see `output`. Threads are then one a run, if not said. Default: None.
-        tensorboard: write curves for TensorBoard into ``OUT/tensorboard``. Default: False.
-        data_root: where data sets lie; the environment variable ``NORMKIT_DATA`` is set to it. Default: None, as it is set.
-
-    Returns:
-        What ``result.json`` holds.
-
-    Raises:
-        OptionError: Ray or TensorBoard is asked for and is not there.
-        ProtocolError: the model or data breaks the protocol.
-        RecordError: the folder holds something else, is damaged or not writable.
+    `model` and `data` are factories in place of those that `settings` name. Gives what ``result.json`` holds.
     """
     set_root(data_root)
     settings = replace(settings, model=_named(model, settings.model), data=_named(data, settings.data)).canonical()
@@ -100,6 +76,7 @@ def compare(
     study, fabric = Study(settings, model, data, curves), start_fabric(settings)
     group = Processes(fabric)
     forget()
+    there = group.share(lambda: _begun_with(folder, overwrite))
     why = (note,) if (note := getattr(model, "note", "")) else ()
     if not settings.recipes:
         with borrowed_randomness():
@@ -114,7 +91,7 @@ def compare(
         with borrowed_randomness(threads):
             if threads is None and _is_small(study):
                 torch.set_num_threads(1)  # as the runs will be done
-            settings = _planned(study, folder, overwrite, group)
+            settings = _planned(study, there, group)
         why = (*why, fitted(settings))
         study = replace(study, settings=settings)
     site = Site(folder, data_root, ray=ray, threads=threads, tensorboard=tensorboard)
@@ -122,7 +99,7 @@ def compare(
     if not (_importable(model) and _importable(data)):
         again = f"from Python: {again}"
     # Sums depend on how many threads share them, so a comparison goes on with as many as it was begun with.
-    begun: int | None = group.share(lambda: _begun_with(folder, overwrite)).get("threads")
+    begun: int | None = there.get("threads")
     with ExitStack() as stack:
         stack.enter_context(stoppable())
         device = study.device()
@@ -160,10 +137,6 @@ def default_output(settings: Settings) -> Path:
 def command(settings: Settings, *site: Any) -> str:
     """Writes the command line that makes this comparison.
 
-    Args:
-        settings: canonical or as they were given.
-        *site: further options, such as :class:`~normkit.lab.settings.Site` and :class:`~normkit.lab.settings.Reports`.
-
     >>> command(Settings(seeds=(0, 1)), Site(threads=2))
     'normkit compare --seeds 2 --threads 2'
     """
@@ -172,11 +145,7 @@ def command(settings: Settings, *site: Any) -> str:
 
 
 def reread(found: Mapping[str, Any]) -> Experiment:
-    """Gives the experiment of a comparison's record, to show it again.
-
-    Args:
-        found: what ``result.json`` holds.
-    """
+    """Gives the experiment of a comparison's record, to show it again."""
     return replace(EXPERIMENT, title=found["experiment"]["title"], command=shlex.split(found["command"]))
 
 
@@ -189,13 +158,11 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 def figures(result: dict[str, Any]) -> list[Drawing]:
     """Curves, differences, rates, condition numbers and costs."""
-    from normkit.lab.report.comparison import Comparison
     from normkit.lab.report.figures import figure
     from normkit.lab.report.series import pictures
 
-    comparison = Comparison.of(result)
-    named = [picture for picture in pictures(comparison) if picture.name]
-    return [Drawing(each.name, partial(figure, each, comparison), CAPTIONS[each.name]) for each in named]
+    named = [picture for picture in pictures(result) if picture.name]
+    return [Drawing(each.name, partial(figure, each, result), CAPTIONS[each.name]) for each in named]
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
@@ -235,10 +202,9 @@ def _experiment(study: Study, device: str, again: str) -> Experiment:
     )
 
 
-def _planned(study: Study, folder: Path, overwrite: bool, group: Processes) -> Settings:
+def _planned(study: Study, there: Mapping[str, Any], group: Processes) -> Settings:
     """Settings that fit the budget: those that the record was begun with, as times differ each time they are measured."""
     settings = study.settings
-    there = group.share(lambda: _begun_with(folder, overwrite))
     if there.get("budget") == settings.budget:
         kept = {key: there[key] for key in ("epochs", "warmup", "rates", "seeds") if key in there}
         return replace(settings, **kept)

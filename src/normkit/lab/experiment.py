@@ -23,36 +23,23 @@ Cell = str | int | float | None
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a report.
-
-    Args:
-        title: above it.
-        columns: their names.
-        rows: strings and numbers; None for what is not known.
-        notes: below it, a sentence each. Default: none.
-    """
+    """A table of a report."""
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    notes: Sequence[str] = ()
+    rows: Sequence[Sequence[Cell]]  # strings and numbers; None for what is not known
+    notes: Sequence[str] = ()  # below it, a sentence each
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure of a report.
+    """A figure of a report."""
 
-    Args:
-        name: of its files, without ending.
-        make: draws it, as a figure of matplotlib, or a :class:`normkit.lab.report.drawing.Motion` if it moves.
-        caption: below it: what is drawn and how to read it, in plain sentences without markup.
-        moves: it is written as GIF too; the still is the last frame. Default: False.
-    """
-
-    name: str
+    name: str  # of its files, without ending
+    # draws it, as a figure of matplotlib, or a Motion if it moves
     make: Callable[[], Any]
-    caption: str
-    moves: bool = False
+    caption: str  # below it: what is drawn and how to read it, in plain sentences without markup
+    moves: bool = False  # it is written as GIF too; the still is the last frame
 
     @property
     def file(self) -> str:
@@ -61,7 +48,6 @@ class Drawing:
 
     @property
     def title(self) -> str:
-        """Its name in words."""
         return self.name.replace("-", " ").replace("_", " ")
 
 
@@ -71,28 +57,14 @@ class Bench(Place, Size):
 
     While an experiment runs, the environment variable ``NORMKIT_DATA`` holds `data_root`, on Ray's workers too: factories
     of data called without a root find it there, and jobs hold no paths.
-
-    Args:
-        scale: ``"small"`` (two cores, minutes), ``"full"``, or ``"tiny"`` (seconds), at which nothing is learned: for tests.
-        output: the folder of the records.
-        data_root: where data sets lie. Default: None, the environment variable ``NORMKIT_DATA``.
-        seeds: Default: ``(0, 1, 2)``.
-        epochs: in place of the experiment's own number. Default: None.
-        download: fetch what is missing. Default: False.
-        threads: of torch on the CPU, per run; sums depend on how many threads share them. Default: 1.
-        ray: None to run in this process; ``"local"`` for a Ray cluster on this machine, else the address of one. Default: None.
-        console: where progress is written. Default: standard output.
-        group: of processes that do each run together, as torchrun starts them. Default: this process is alone.
-        replaces: do a run again whose record is of other data or code, in place of refusing it. Default: False.
-
-    Attributes:
-        devices: those on which the runs that were swept so far were done, whichever process did them.
-        seconds: that these runs took, all together.
     """
 
-    console: Console = field(default_factory=Terminal, kw_only=True)
+    console: Console = field(default_factory=Terminal, kw_only=True)  # where progress is written
+    # of processes that do each run together, as torchrun starts them
     group: Group = field(default_factory=Group, kw_only=True)
+    # do a run again whose record is of other data or code, in place of refusing it
     replaces: bool = field(default=False, kw_only=True, metadata={"option": None})
+    # those on which the runs that were swept so far were done, whichever process did them
     devices: set[str] = field(init=False, default_factory=set)
     _spent: dict[str, float] = field(init=False, default_factory=dict)
 
@@ -127,50 +99,32 @@ class Bench(Place, Size):
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment of a source.
+    """An experiment of a source."""
 
-    Args:
-        name: as it is called on the command line, like its file.
-        kind: ``"reproduce"`` for a table or figure of a paper, ``"claim"`` for a sentence, ``"theory"`` for theorems, ``"demo"``
-            for a demonstration, ``"compare"`` for a comparison.
-        title: what it is.
-        claim: what the source says, or what is asked, in one sentence.
-        paper: the source; None where there is none.
-        run: does what is missing and returns the result, which JSON can hold.
-        tables: the source's numbers next to ours, from the result.
-        figures: of a result.
-        remarks: observations on a result in sentences, with oddities of the source.
-        scales: at which it can be run. Default: small and full.
-        settings: what is recorded of how it is run, in place of scale and epochs. Default: these.
-        free: what of the configuration can change over the runs that are there: they stay, and the result is made again.
-            Default: the seeds.
-        command: the words that give it again, in place of those of a scale. Default: these.
-        whole: whether all runs of a result are there, of these data and this code. Default: it is not looked at.
-        together: processes that torchrun started can do its runs. Default: False.
-        interactive: what the page says of a result, see :class:`normkit.lab.report.page.Account`, with charts to point at and to
-            zoom into. Default: claim, setup, remarks, tables and figures.
-    """
-
-    name: str
+    name: str  # as it is called on the command line, like its file
+    # "reproduce" for a table or figure of a paper, "claim" for a sentence, "theory" for theorems,
+    # "demo" for a demonstration, "compare" for a comparison
     kind: Literal["reproduce", "claim", "theory", "demo", "compare"]
     title: str
-    claim: str
-    paper: Paper | None
-    run: Callable[[Bench], dict[str, Any]]
-    tables: Callable[[dict[str, Any]], list[Table]]
+    claim: str  # what the source says, or what is asked, in one sentence
+    paper: Paper | None  # the source; None where there is none
+    run: Callable[[Bench], dict[str, Any]]  # does what is missing and returns the result, which JSON can hold
+    tables: Callable[[dict[str, Any]], list[Table]]  # the source's numbers next to ours, from the result
     figures: Callable[[dict[str, Any]], list[Drawing]]
-    remarks: Callable[[dict[str, Any]], list[str]]
-    scales: tuple[Scale, ...] = ("small", "full")
-    settings: Mapping[str, Any] | None = None
+    remarks: Callable[[dict[str, Any]], list[str]]  # observations on a result in sentences, with oddities of the source
+    scales: tuple[Scale, ...] = ("tiny", "small", "full")  # at which it can be run
+    settings: Mapping[str, Any] | None = None  # what is recorded of how it is run, in place of scale and epochs
+    # what of the configuration can change over the runs that are there: they stay, and the result is made again
     free: tuple[str, ...] = ("seeds",)
-    command: Sequence[str] | None = None
+    command: Sequence[str] | None = None  # the words that give it again, in place of those of a scale
+    # whether all runs of a result are there, of these data and this code
     whole: Callable[[Bench, dict[str, Any]], bool] = lambda bench, result: True
-    together: bool = False
+    together: bool = False  # processes that torchrun started can do its runs
+    # what the page says of a result, see Account, with charts to point at and to zoom into
     interactive: Callable[[dict[str, Any]], Any] | None = None
 
     @property
     def sentence(self) -> str:
-        """The claim with its source."""
         return self.claim if self.paper is None else f"{self.claim} ({self.paper.cite()})"
 
     def words(self, scale: Any, seeds: Sequence[int], epochs: int | None) -> list[str]:

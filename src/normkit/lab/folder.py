@@ -17,8 +17,9 @@ from normkit.core.errors import RecordError
 from normkit.lab import record
 from normkit.lab.schema import FLAG, OBJECT, fields, parse
 
-CONFIG, RUNS, FIGURES, CURVES = "config.json", "runs", "figures", "tensorboard"
-TOP = ("result.json", "result.md", "report.html", "cost.json", "sessions.json", "environment.json", CONFIG)
+CONFIG, RESULT, ENVIRONMENT, TIMING = "config.json", "result.json", "environment.json", "timing.json"
+RUNS, FIGURES, CURVES = "runs", "figures", "tensorboard"
+TOP = (RESULT, "result.md", "report.html", "cost.json", "sessions.json", ENVIRONMENT, CONFIG)
 REPLACING, DISCARDED, LOCK, CHECKPOINT = "overwrite.json", ".discarded", ".lock", "checkpoint.pt"
 OURS = {*TOP, RUNS, FIGURES, CURVES, REPLACING, DISCARDED}
 # What a configuration of ours says, and no one else's of the same name; an earlier normkit kept comparisons and their runs apart.
@@ -26,6 +27,7 @@ COMPARISON = {"model", "data", "recipes", "seeds", "rates", "epochs", "batch_siz
 EXPERIMENT = {"experiment", "epochs", "threads", "seeds"}
 RUN = {"recipe", "rate", "seed", "data_sha256", "init_sha256", "order_sha256"}
 MARK = b"normkit"  # in the head of a figure
+WRITABLE = "make it writable, or choose another --output"
 PAUSE = 1.0  # seconds between two looks at a folder that is in use
 
 
@@ -34,32 +36,18 @@ class InUseError(RecordError):
 
 
 def make(folder: Path) -> None:
-    """Makes a folder, if it is not there.
-
-    Raises:
-        RecordError: it is a file, or can't be made.
-    """
-    try:
+    """Makes a folder, if it is not there."""
+    with _told(f"write {folder}", WRITABLE):
+        _check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise RecordError(f"{folder} is a file, not a folder; choose another --output") from None
-    except OSError as error:
-        raise _unwritable(folder, error) from error
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a folder against a second process; the system lets go of it when this process ends, however it ends.
-
-    Raises:
-        InUseError: another process holds it.
-        RecordError: it is not writable.
-    """
+    """Holds a folder against a second process; the system lets go of it when this process ends, however it ends."""
     make(folder)
-    try:
+    with _told(f"write {folder}", WRITABLE):
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
     try:
         try:
             import fcntl
@@ -79,11 +67,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def waited_for(folder: Path) -> Iterator[None]:
-    """Holds a folder as :func:`locked` does, but waits while another process holds it.
-
-    Raises:
-        RecordError: it is not writable.
-    """
+    """Holds a folder as :func:`locked` does, but waits while another process holds it."""
     with ExitStack() as held:
         while True:
             try:
@@ -95,17 +79,10 @@ def waited_for(folder: Path) -> Iterator[None]:
 
 
 def check_ours(folder: Path) -> None:
-    """Refuses a folder that holds someone else's files and no record of ours; a new or empty one is as good as ours.
-
-    Raises:
-        RecordError: it holds something else, or can't be read.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise RecordError(f"{folder} is a file, not a folder; choose another --output")
-    try:
+    """Refuses a folder that holds someone else's files and no record of ours; a new or empty one is as good as ours."""
+    _check_folder(folder)
+    with _told(f"read {folder}", "choose another --output"):
         names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
-    except OSError as error:
-        raise RecordError(f"cannot read {folder}: {error.strerror or error}; choose another --output") from error
     names = {name for name in names if not name.endswith(record.TEMPORARY)} - {LOCK}
     alone = "so it is no record of normkit and is left alone; choose another --output"
     if CONFIG in names:
@@ -123,13 +100,7 @@ def replace(folder: Path, wanted: Mapping[str, Any], overwrite: bool) -> bool:
     """Removes the records of a folder that is held, where that is asked for or was begun and stopped.
 
     What was begun with the same configuration goes on: a command that replaces records can be stopped and given again.
-
-    Returns:
-        Whether the records that are there now were begun to replace others.
-
-    Raises:
-        InUseError: another process works on a run.
-        RecordError: the folder is not writable.
+    Tells whether the records that are there now were begun to replace others.
     """
     path = folder / REPLACING
     note = record.read_json(path, fields(wanted=OBJECT, removed=FLAG)) if path.exists() else None
@@ -155,12 +126,7 @@ def settle(folder: Path) -> None:
 
 
 def empty(folder: Path) -> None:
-    """Removes the records of a folder that is held, and nothing else.
-
-    Raises:
-        InUseError: another process works on a run.
-        RecordError: the folder is not writable.
-    """
+    """Removes the records of a folder that is held, and nothing else."""
     runs = list(_runs(folder))
     with ExitStack() as held:
         for run in runs:
@@ -181,34 +147,22 @@ def empty(folder: Path) -> None:
 
 
 def discard(folder: Path, run: Path) -> None:
-    """Removes the folder of a run: it leaves its place whole, and is deleted then.
-
-    Raises:
-        RecordError: the folder is not writable.
-    """
+    """Removes the folder of a run: it leaves its place whole, and is deleted then."""
     grave = folder / DISCARDED
-    try:
+    with _told(f"remove {run}", "make the folder writable"):
         if grave.exists():
             shutil.rmtree(grave)  # of one who was stopped here
         if run.exists():
             grave.mkdir()
             os.rename(run, grave / "run")
             shutil.rmtree(grave)
-    except OSError as error:
-        raise RecordError(f"cannot remove {run}: {error.strerror or error}; make the folder writable") from error
 
 
 def remove(path: Path) -> None:
-    """Removes a file that is no longer needed, if it is there.
-
-    Raises:
-        RecordError: the folder is not writable.
-    """
-    try:
-        if path.exists() or path.is_symlink():
+    """Removes a file that is no longer needed, if it is there."""
+    with _told(f"remove {path}", "make the folder writable"):
+        if path.exists() or path.is_symlink():  # or a disk that is only read would refuse
             path.unlink(missing_ok=True)
-    except OSError as error:
-        raise RecordError(f"cannot remove {path}: {error.strerror or error}; make the folder writable") from error
 
 
 def _runs(folder: Path) -> Iterator[Path]:
@@ -244,7 +198,14 @@ def _prune(folder: Path) -> None:
             os.rmdir(place)
 
 
-def _unwritable(folder: Path, error: OSError) -> RecordError:
-    return RecordError(
-        f"cannot write {folder}: {error.strerror or error}; make it writable, or choose another --output"
-    )
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise RecordError(f"{folder} is a file, not a folder; choose another --output")
+
+
+@contextmanager
+def _told(what: str, cure: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(f"cannot {what}: {error.strerror or error}; {cure}") from error

@@ -19,15 +19,11 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """Measures the most memory that a step holds at once, beyond what was held when it began.
 
     Weights, buffers, optimizer state and the batch are held before a step and don't count; activations, gradients,
-    effective weights of parametrizations and temporary results do. On CUDA it is the allocator's
-    ``max_memory_allocated`` less what was allocated. Elsewhere it is the peak of the live storages of all tensors that
-    the step's operators returned; it leaves out what an operator allocates and frees inside itself (such as the
-    unfolded image of a convolution).
-
-    Args:
-        step: what to run, once. What it recreates of what an earlier one left, such as gradients, should be dropped
-            before, or it counts as held.
-        device: where it runs.
+    effective weights of parametrizations and temporary results do. On CUDA it is the allocator's ``max_memory_allocated``
+    less what was allocated. Elsewhere it is the peak of the live storages of all tensors that the step's operators
+    returned; it leaves out what an operator allocates and frees inside itself (such as the unfolded image of a
+    convolution). What the step recreates of what an earlier one left, such as gradients, should be dropped before, or it
+    counts as held.
 
     >>> x = torch.zeros(1000)
     >>> peak_bytes(lambda: (x + 1) * 2, x.device)
@@ -49,11 +45,9 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 def keep_memory() -> bool:
     """Makes the C library keep memory that tensors on the CPU gave up, for those of the next step.
 
-    Otherwise large blocks go back to the system at the end of each step and are mapped again, page by page, in the next: a
-    quarter of a step of a DenseNet on one core. The process stays as large as it ever was.
-
-    Returns:
-        Whether it does: it is glibc's to do; other C libraries are left as they are.
+    Otherwise large blocks go back to the system at the end of each step and are mapped again, page by page, in the next:
+    a quarter of a step of a DenseNet on one core. The process stays as large as it ever was. False where the C library is
+    not glibc, which alone can do it.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

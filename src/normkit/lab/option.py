@@ -35,46 +35,26 @@ def at_home(text: str) -> Path:
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option.
+    """What is known of an option."""
 
-    Args:
-        help: what it does.
-        panel: the group in which help shows it.
-        metavar: what stands for a value in help. Default: the choices, or a word for the type.
-        choices: the words it takes. Default: any.
-        check: whether a value is in range. Default: always.
-        wanted: the range in words.
-        rest: what is said of the default where that depends on other options.
-        short: a letter, such as ``"-o"``.
-        variable: the environment variable that gives it where the command line does not.
-        alone: the value it has where none follows it. Default: one must follow.
-        parse: reads a value, or raises ValueError. Default: by the type.
-        write: writes a value as `parse` reads it. Default: by the type.
-        later: a record made before the option existed lacks it, and is of the same configuration where it is at rest.
-        once: it has done its work when a command is given again.
-        always: a command names it at rest too.
-        name: of the field.
-        type: of the field's value; ``tuple`` of any tuple.
-        default: of the field.
-    """
-
-    help: str = ""
-    panel: str = HOW
-    metavar: str = ""
-    choices: tuple[str, ...] = ()
-    check: Callable[[Any], bool] = lambda value: True
-    wanted: str = ""
-    rest: str = ""
-    short: str = ""
-    variable: str | None = None
-    alone: str = ""
-    parse: Callable[[str], Any] | None = None
-    write: Callable[[Any], str] | None = None
+    help: str = ""  # what it does
+    panel: str = HOW  # the group in which help shows it
+    metavar: str = ""  # what stands for a value in help
+    choices: tuple[str, ...] = ()  # the words it takes
+    check: Callable[[Any], bool] = lambda value: True  # whether a value is in range
+    wanted: str = ""  # the range in words
+    rest: str = ""  # what is said of the default where that depends on other options
+    short: str = ""  # a letter, such as "-o"
+    variable: str | None = None  # the environment variable that gives it where the command line does not
+    alone: str = ""  # the value it has where none follows it
+    parse: Callable[[str], Any] | None = None  # reads a value, or raises ValueError
+    write: Callable[[Any], str] | None = None  # writes a value as `parse` reads it
+    # a record made before the option existed lacks it, and is of the same configuration where it is at rest
     later: bool = False
-    once: bool = False
-    always: bool = False
+    once: bool = False  # it has done its work when a command is given again
+    always: bool = False  # a command names it at rest too
     name: str = ""
-    type: Any = str
+    type: Any = str  # of the field's value; tuple of any tuple
     default: Any = None
 
     @property
@@ -97,11 +77,6 @@ class Option:
         return self.rest or ("" if silent else self.text(self.default))
 
     def refuse(self, value: Any) -> None:
-        """Checks a value.
-
-        Raises:
-            OptionError: it is none of the choices, of another type, or out of range.
-        """
         if value == self.default:
             return
         if self.choices:
@@ -115,11 +90,6 @@ class Option:
             raise OptionError(f"{self.name} is {repr(value) if isinstance(value, str) else value}; wanted {wanted}")
 
     def read(self, text: str) -> Any:
-        """Reads a value.
-
-        Raises:
-            OptionError: it can't be read.
-        """
         by_type = {int: int, float: float, tuple: words, Path: at_home}
         try:
             return (self.parse or by_type.get(self.type, str))(text)
@@ -141,14 +111,7 @@ class Option:
 
 
 def option(default: T, help: str, panel: str, **more: Any) -> T:
-    """Declares a dataclass field that is an option.
-
-    Args:
-        default: of the field.
-        help: what it does.
-        panel: the group in which help shows it.
-        **more: what else is known, see :class:`Option`.
-    """
+    """Declares a dataclass field that is an option."""
     return field(default=default, metadata={"option": Option(help, panel, **more)})
 
 
@@ -169,23 +132,13 @@ def options(*classes: Any) -> dict[str, Option]:
 
 
 def check(instance: Any) -> None:
-    """Checks every option of a dataclass instance.
-
-    Raises:
-        OptionError: a value is none of its choices, of another type, or out of range.
-    """
+    """Checks every option of a dataclass instance."""
     for name, about in options(instance).items():
         about.refuse(getattr(instance, name))
 
 
 def command(*start: str, of: tuple[Any, ...], **rest: Any) -> list[str]:
-    """Writes the words of the command line that gives dataclass instances again.
-
-    Args:
-        *start: the first words.
-        of: the instances; what is at rest is left out.
-        **rest: the defaults that depend on other options.
-    """
+    """Writes the words of the command line that gives dataclass instances again."""
     found = [*start]
     for instance in of:
         for name, about in options(instance).items():
@@ -198,9 +151,6 @@ def command(*start: str, of: tuple[Any, ...], **rest: Any) -> list[str]:
 
 def words(text: str) -> tuple[str, ...]:
     """Reads words separated by commas.
-
-    Raises:
-        ValueError: one is missing.
 
     >>> words("bn, gn:8")
     ('bn', 'gn:8')

@@ -136,20 +136,25 @@ def compare(
 ) -> Outcome:
     """Compares recipes on a model and data; the same as ``normkit compare``, with objects.
 
+    A stopped comparison goes on where it was when it is started again with the same settings and folder; a finished one is read
+    back. Several processes given the same folder share the runs.
+
     Args:
         model: a factory, called with no arguments or with ``classes=`` when it accepts that name; a module, of which each seed
             gets a copy with weights drawn afresh by the ``reset_parameters`` of its layers; or a name, as on the command line.
         data: whatever a data factory may return (see :mod:`normkit.lab.protocol`), such as a DataLoader, a Dataset, a pair of
             arrays or a dict of splits; a factory; or a name.
         recipes: a sequence, or one text with commas; the first is the baseline. Default: None, those that suit the model.
-        output: see :func:`normkit.lab.comparison.compare`, as for all options up to `data_root`.
+        output: the folder of the records. Default: None, ``runs/<data>-<model>``.
         overwrite: replace the records in the folder. Default: False.
         report: draw figures and ``report.html`` as well. Default: True.
         console: where progress and the table go. Default: None, standard output, or the notebook.
-        threads: of torch on the CPU. Default: None.
-        ray: None to train in this process. Default: None.
-        tensorboard: write curves for TensorBoard. Default: False.
-        data_root: where data sets lie. Default: None.
+        threads: of torch on the CPU. Default: None, as many as the record was begun with, else one for a model of fewer than
+            100,000 parameters and torch's own number for larger ones.
+        ray: None to train in this process; ``"local"`` for a Ray cluster on this machine, else the address of one, whose
+            machines all see `output`. Threads are then one a run, if not said. Default: None.
+        tensorboard: write curves for TensorBoard into ``OUTPUT/tensorboard``. Default: False.
+        data_root: where data sets lie; the environment variable ``NORMKIT_DATA`` is set to it. Default: None, as it is set.
         **settings: fields of :class:`~normkit.lab.settings.Settings`, such as ``epochs=5``; ``seeds`` may say how many.
 
     Raises:
@@ -193,7 +198,6 @@ class Given:
         self.__module__, self.__qualname__ = type(value).__module__, type(value).__qualname__
 
     def __call__(self) -> Any:
-        """Gives it."""
         return self.value
 
 
@@ -230,7 +234,6 @@ class Template(Given):
                 )
 
     def __call__(self) -> nn.Module:
-        """Gives a copy."""
         model = copy.deepcopy(self.value)
         # Outer layers last: what they draw, such as a transformer's matrices, replaces what inner ones drew.
         for layer in reversed(list(model.modules())):

@@ -17,14 +17,12 @@ from normkit.lab.cluster import joined
 from normkit.lab.data.root import set_root
 from normkit.lab.devices import cores, hardware, processor, versions
 from normkit.lab.experiment import Bench, Experiment
+from normkit.lab.folder import CONFIG, ENVIRONMENT, FIGURES, RESULT, TIMING
 from normkit.lab.say import counted, say
 from normkit.lab.schema import COUNT, NUMBER, OBJECT, TEXT, each, fields, maybe, one_of, optional, version
 from normkit.lab.stop import stoppable
-from normkit.lab.sweep import TIMING
 
 SCHEMA = 1
-FIGURES = folder.FIGURES
-CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
 ABOUT = fields(name=TEXT, kind=one_of("reproduce", "claim", "theory", "demo", "compare"), title=TEXT)
 BEGUN = fields(scale=optional(TEXT), seeds=each(COUNT, least=1), epochs=maybe(COUNT), threads=COUNT)
 BUILT = fields(torch=TEXT, started=TEXT)
@@ -52,22 +50,7 @@ CURE = "choose another --output, or --overwrite to replace them"
 def perform(
     experiment: Experiment, bench: Bench, *, overwrite: bool = False, report: bool = True, command: str = ""
 ) -> dict[str, Any]:
-    """Runs or resumes an experiment, and writes its records and reports into ``bench.output``.
-
-    Args:
-        experiment: which.
-        bench: where.
-        overwrite: replace records of another configuration. Default: False.
-        report: draw the figures and write ``report.html`` as well. Default: True.
-        command: how to give it again; goes into the record. Default: none.
-
-    Returns:
-        What ``result.json`` holds.
-
-    Raises:
-        OptionError: it runs under torchrun, or Ray is asked for and is not there.
-        RecordError: the folder holds something else, is damaged or not writable.
-    """
+    """Runs or resumes an experiment, and writes its records and reports into ``bench.output``."""
     if "TORCHELASTIC_RUN_ID" in os.environ and not experiment.together:
         raise OptionError("an experiment's runs are of one process each, so it does not go with torchrun; use --ray")
     if bench.scale not in experiment.scales:
@@ -105,16 +88,7 @@ def show(
 ) -> None:
     """Prints the tables and remarks of a result, writes ``result.md`` and, if asked for, figures and ``report.html``.
 
-    Args:
-        experiment: which.
-        found: what ``result.json`` holds.
-        output: the folder.
-        console: where to print.
-        report: draw figures and the page as well. Default: True.
-        kept: go without what can't be written: the record is read back, and may lie on a disk that is only read. Default: False.
-
-    Raises:
-        RecordError: the result is not what the experiment wrote, or the folder is not writable.
+    A record that was `kept` is read back, and may lie on a disk that is only read: then nothing is written.
     """
     from normkit.lab.report.drawing import save
     from normkit.lab.report.sheet import print_sheet, write_markdown, write_sheet
@@ -166,11 +140,7 @@ def _run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
 
 
 def check(experiment: Experiment, bench: Bench) -> None:
-    """Refuses a folder of something else, or of another configuration; writes nothing.
-
-    Raises:
-        RecordError: it holds something else.
-    """
+    """Refuses a folder of something else, or of another configuration; writes nothing."""
     folder.check_ours(bench.output)
     path = bench.output / CONFIG
     if path.exists() and not (bench.output / folder.REPLACING).exists():
@@ -194,7 +164,14 @@ def _begin(experiment: Experiment, bench: Bench, config: Mapping[str, Any], over
             if there != wanted and not _begun(output):
                 folder.empty(output)
             record.check_config(output / CONFIG, wanted, CURE)
-        here = _environment(_now(), bench.threads)
+        here: dict[str, Any] = {
+            **versions(),
+            "platform": platform.platform(),
+            "processor": processor(),
+            "cores": cores(),
+            "threads": bench.threads,
+            "started": _now(),
+        }
         if (output / ENVIRONMENT).exists():
             there = record.read_json(output / ENVIRONMENT, BUILT)
             if there["torch"] != here["torch"]:
@@ -248,17 +225,6 @@ def _read_back(experiment: Experiment, bench: Bench, config: Mapping[str, Any]) 
     check(experiment, bench)
     found = record.read_json(output / RESULT, FOUND)
     return found if found["config"] == config and experiment.whole(bench, found["result"]) else None
-
-
-def _environment(started: str, threads: int) -> dict[str, Any]:
-    return {
-        **versions(),
-        "platform": platform.platform(),
-        "processor": processor(),
-        "cores": cores(),
-        "threads": threads,
-        "started": started,
-    }
 
 
 def _now() -> str:

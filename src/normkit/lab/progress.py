@@ -32,11 +32,7 @@ class _Lines(Progress):
 class Watch:
     """Shows jobs done of all, the current job with its epoch and score, and the time left.
 
-    Args:
-        total: how many jobs there are.
-        found: how many of them were found finished.
-        say: takes a line that stays.
-        console: where the live line goes, if it is a terminal. Default: None, nowhere.
+    `say` takes a line that stays; the live line goes to `console`, if it is a terminal.
     """
 
     def __init__(self, total: int, found: int, say: Callable[[str], object], console: Console | None = None) -> None:
@@ -51,14 +47,12 @@ class Watch:
             self.task = self.live.add_task("", total=total - found)
 
     def __enter__(self) -> "Watch":
-        """Starts the live line."""
         _watching.append(self)
         if self.live:
             self.live.start()
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """Takes the live line away."""
         _watching.remove(self)
         if self.live:
             self.live.stop()

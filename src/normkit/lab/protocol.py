@@ -83,11 +83,7 @@ HELD_OUT = 0.2
 
 @contextmanager
 def user_code(doing: str) -> Iterator[None]:
-    """Says an error that comes from the user's code with its line there, on a worker of Ray too.
-
-    Raises:
-        ProtocolError: the user's code raised.
-    """
+    """Says an error that comes from the user's code with its line there, on a worker of Ray too."""
     try:
         yield
     except NormkitError:
@@ -100,13 +96,6 @@ def user_code(doing: str) -> Iterator[None]:
 
 def load_factory(name: str, builtin: Mapping[str, str]) -> Callable[..., Any]:
     """Imports the factory called `name`.
-
-    Args:
-        name: a key of `builtin`, or ``package.module:name``.
-        builtin: the lab's own factories.
-
-    Raises:
-        ProtocolError: the name cannot be read or imported, or is not callable.
 
     >>> load_factory("digits", DATA).__name__
     'digits'
@@ -141,16 +130,7 @@ def load_factory(name: str, builtin: Mapping[str, str]) -> Callable[..., Any]:
 
 
 def make_model(factory: Callable[..., Any], name: str, classes: int | None) -> nn.Module:
-    """Calls a model factory.
-
-    Args:
-        factory: what :func:`load_factory` gave.
-        name: how messages call it.
-        classes: given as ``classes=`` where the factory accepts it; None in regression.
-
-    Raises:
-        ProtocolError: the factory raised, or returned no module.
-    """
+    """Calls a model factory."""
     options = {"classes": classes} if classes is not None and _accepts(factory, "classes") else {}
     try:
         with borrowed_modes():
@@ -173,16 +153,7 @@ def make_model(factory: Callable[..., Any], name: str, classes: int | None) -> n
 
 
 def sized(model: nn.Module, data: Data, name: str) -> nn.Module:
-    """Gives a model's lazy layers their sizes and weights, by two samples of train in eval mode.
-
-    Args:
-        model: fresh; without lazy layers it is left alone.
-        data: checked.
-        name: how messages call the model.
-
-    Raises:
-        ProtocolError: the model raised, or a lazy layer was not called.
-    """
+    """Gives a model's lazy layers their sizes and weights, by two samples of train in eval mode."""
 
     def lazy() -> list[str]:
         return [key for key, each in chain(model.named_parameters(), model.named_buffers()) if is_lazy(each)]
@@ -199,15 +170,7 @@ def sized(model: nn.Module, data: Data, name: str) -> nn.Module:
 
 
 def make_data(factory: Callable[[], Any], name: str) -> Data:
-    """Calls a data factory and checks all that it returned.
-
-    Args:
-        factory: what :func:`load_factory` gave.
-        name: how messages call it.
-
-    Raises:
-        ProtocolError: the factory raised, or its return breaks the protocol.
-    """
+    """Calls a data factory and checks all that it returned."""
     try:
         with borrowed_modes():
             made = factory()
@@ -237,16 +200,7 @@ def make_data(factory: Callable[[], Any], name: str) -> Data:
 
 
 def suited(data: Data, model: nn.Module, name: str) -> Data:
-    """Keeps those inputs in dicts that a model's ``forward`` names; a single one that it doesn't is given by itself.
-
-    Args:
-        data: checked.
-        model: that will be trained on it.
-        name: how messages call the model.
-
-    Raises:
-        ProtocolError: it names none of several.
-    """
+    """Keeps those inputs in dicts that a model's ``forward`` names; a single one that it doesn't is given by itself."""
     inputs, _ = two(data.train)
     parameters = inspect.signature(model.forward).parameters
     if not isinstance(inputs, dict) or any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
@@ -277,14 +231,6 @@ def check_fit(model: nn.Module, data: Data, name: str) -> None:
     """Runs two samples of each split through a model in eval mode and checks what comes out.
 
     The model itself judges whether inputs of the splits are alike enough: one may take images or sequences of any size.
-
-    Args:
-        model: a model on the CPU; its training flag is left as it was.
-        data: checked data.
-        name: how messages call the model.
-
-    Raises:
-        ProtocolError: the model raised, or its output does not fit the targets.
     """
     training = model.training
     model.eval()

@@ -28,11 +28,7 @@ class UnlikeError(RecordError):
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all.
-
-    Raises:
-        RecordError: the disk is full or the place not writable; an earlier version of the file is kept.
-    """
+    """Writes a file whole or not at all."""
     part = path.with_name(path.name + TEMPORARY)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,11 +67,7 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes tensors and plain values as torch saves them, atomically, into a folder that is there.
-
-    Raises:
-        RecordError: the folder is gone, the disk is full or the place not writable.
-    """
+    """Writes tensors and plain values as torch saves them, atomically, into a folder that is there."""
     import torch
 
     if not path.parent.is_dir():
@@ -95,39 +87,24 @@ def write_numbers(path: Path, values: np.ndarray) -> None:
 
 
 def read_numbers(path: Path) -> np.ndarray:
-    """Reads what :func:`write_numbers` wrote, in double precision.
-
-    Raises:
-        RecordError: the file can't be read or is damaged.
-    """
+    """Reads what :func:`write_numbers` wrote, in double precision."""
     with _reading(path):
         return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)["values"].astype(float)
 
 
 def read_json(path: Path, of: Kind = OBJECT) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        RecordError: the file can't be read, is no JSON object, or is not as it must be.
-    """
+    """Reads a JSON object."""
     with _reading(path):
         value = parse(path.read_bytes())
         _check(value, of, "")
-        _check_digest(value)
+        # What an experiment found has no schema of its own; a record from before this was kept has none to check.
+        if "sha256" in value and value["sha256"] != digest(value.get("result")):
+            raise ValueError("its result is not the one that was written")
     return value
 
 
 def read_lines(path: Path, of: Kind = OBJECT, numbered: str = "") -> list[dict[str, Any]]:
-    """Reads one JSON object a line.
-
-    Args:
-        path: what to read.
-        of: what must be in each.
-        numbered: a key that counts the lines from 1. Default: none does.
-
-    Raises:
-        RecordError: the file can't be read, or a line is no JSON object or not as it must be.
-    """
+    """Reads one JSON object a line; the key `numbered`, if any, counts the lines from 1."""
     with _reading(path):
         rows = [parse(line) for line in path.read_text("utf-8").splitlines()]
         for number, row in enumerate(rows, 1):
@@ -138,11 +115,7 @@ def read_lines(path: Path, of: Kind = OBJECT, numbered: str = "") -> list[dict[s
 
 
 def read_checkpoint(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
-    """Reads what :func:`write_checkpoint` wrote; runs no code that the file may hold.
-
-    Raises:
-        RecordError: the file can't be read, is truncated or damaged, or lacks a key.
-    """
+    """Reads what :func:`write_checkpoint` wrote; runs no code that the file may hold."""
     import torch
 
     with _reading(path):
@@ -157,12 +130,7 @@ def read_checkpoint(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def check_config(path: Path, config: Mapping[str, Any], cure: str) -> None:
-    """Writes a configuration, or checks that the one already there is the same.
-
-    Raises:
-        UnlikeError: it is of something else, or a key differs.
-        RecordError: it is damaged, or not writable.
-    """
+    """Writes a configuration, or checks that the one already there is the same."""
     wanted = json.loads(json.dumps(config))
     if not path.exists():
         write_json(path, wanted)
@@ -224,12 +192,6 @@ def _check(value: Any, of: Kind, place: str) -> None:
         raise TypeError(f"it holds a {type(value).__name__}, not an object")
     if fault := of(value, place):
         raise ValueError(fault)
-
-
-def _check_digest(value: Mapping[str, Any]) -> None:
-    # What an experiment found has no schema of its own; a record from before this was kept has none to check.
-    if "sha256" in value and value["sha256"] != digest(value.get("result")):
-        raise ValueError("its result is not the one that was written")
 
 
 def _subject(config: Mapping[str, Any]) -> str:

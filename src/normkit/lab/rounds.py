@@ -1,19 +1,142 @@
-"""The rounds of a comparison: every rate with the first seed, costs, every seed at the chosen rates, and runs of equal time."""
+"""The rounds of a comparison: rates, costs, every seed at the chosen rates, runs of equal time; and the result of its runs."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean, stdev
 from typing import Any
+
+import numpy as np
 
 from normkit.lab import folder as folders
 from normkit.lab import record, task
 from normkit.lab.budget import fitted
 from normkit.lab.experiment import Bench
-from normkit.lab.result import Judge, Trained, adjust, find_target, summarize
 from normkit.lab.say import counted
 from normkit.lab.settings import Settings
-from normkit.lab.stats import tune
+from normkit.lab.stats import OK, Tried, at_edge, differences, holm, over_seeds, over_seeds_and_samples, tune
 from normkit.lab.study import MARKS_FILE, Made, Run, Steps, Study
 from normkit.lab.sweep import finished
 from normkit.lab.train.trainer import read_run, validation
+
+OWN_RULE = "the highest validation score that every recipe reached in every seed"
+KEPT = ("status", "val_score", "best_val_score", "test_score", "test_loss")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run."""
+
+    seed: int
+    path: str  # of its folder, within that of the comparison
+    result: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]  # a row per epoch
+    timing: Sequence[Mapping[str, Any]]  # likewise
+    marks: np.ndarray = field(default_factory=lambda: np.zeros(0))  # what each test sample adds to the score
+
+    def row(self, target: float | None) -> dict[str, Any]:
+        """What a result says of it."""
+        reached = next((line for line in self.metrics if target is not None and line["val_score"] >= target), None)
+        seconds = [line["seconds"] for line in self.timing]
+        return {
+            "seed": self.seed,
+            "run": self.path,
+            **{key: self.result[key] for key in KEPT},
+            "steps_to_target": reached["step"] if reached else None,
+            "seconds_to_target": sum(seconds[: reached["epoch"]]) if reached else None,
+            "curve": {key: [line[key] for line in self.metrics] for key in ("train_loss", "val_score")}
+            | {"seconds": seconds},
+        }
+
+
+def find_target(runs: Iterable[Trained], given: float | None) -> dict[str, Any]:
+    """Finds the score whose time is taken: the lowest of the runs' best scores, or the one given."""
+    if given is not None:
+        return {"score": given, "rule": "the score given with --target"}
+    found = [run.result for run in runs]
+    reached = [result["best_val_score"] for result in found if result["status"] == OK]
+    rule = OWN_RULE if len(reached) == len(found) else f"{OWN_RULE}, runs that diverged left out"
+    return {"score": min(reached, default=None), "rule": rule}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How recipes are compared with the baseline."""
+
+    against: str  # the baseline's name
+    baseline: Sequence[Trained]  # its runs, one a seed
+    level: float  # coverage of the intervals
+    # (samples,) of the test split, see sizes, so that intervals cover the draw of its samples too
+    sizes: np.ndarray | None = None
+    sign: int = 1  # 1 where marks count for a recipe, -1 where against it
+
+    def scores(self, runs: Sequence[Trained]) -> dict[str, Any]:
+        """Mean and spread of the test scores, and the paired difference from the baseline."""
+        ours, theirs = ([run.result["test_score"] for run in of] for of in (runs, self.baseline))
+        tests = [score for score in ours if score is not None]
+        found = differences(ours, theirs, self.level)
+        paired = {"against": self.against, "n": len(found.differences), **asdict(found), "covers": ["seeds"]}
+        spread = over_seeds(found.differences)
+        if self.sizes is not None and spread is not None:
+            pairs = zip(runs, self.baseline, ours, theirs, strict=True)
+            gains = [self.sign * (one.marks - other.marks) for one, other, *scored in pairs if None not in scored]
+            spread = over_seeds_and_samples(np.stack(gains), self.sizes)
+            assert spread is not None
+            low, high = spread.ends(self.level)
+            paired |= {"low": low, "high": high, "covers": ["seeds", "test samples"]}
+        return {
+            "test_score": {
+                "mean": fmean(tests) if tests else None,
+                "std": stdev(tests) if len(tests) > 1 else None,
+                "n": len(tests),
+            },
+            "paired": {**paired, "p": spread and spread.p},
+        }
+
+
+def summarize(
+    runs: Sequence[Trained], judge: Judge, rate: float, sweep: Sequence[Tried], target: float | None
+) -> dict[str, Any]:
+    """Gathers what the runs say of one recipe: those at the chosen rate, and the sweep of all rates that were tried."""
+    return {
+        "sweep": sweep,
+        "rate": rate,
+        "rate_at_edge": at_edge(rate, sweep),
+        "runs": [run.row(target) for run in runs],
+        **judge.scores(runs),
+        "condition": _condition([run.metrics for run in runs if run.result["status"] == OK]),
+    }
+
+
+def adjust(rows: Sequence[dict[str, Any]]) -> None:
+    """Adds to the paired difference of each recipe its p-value among all that are compared, by Holm's procedure."""
+    adjusted = holm({row["recipe"]: row["paired"]["p"] for row in rows[1:]})
+    for row in rows:
+        row["paired"]["holm"] = adjusted.get(row["recipe"])
+
+
+def _condition(runs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any] | None:
+    if not runs or not all(run and run[0]["condition"] for run in runs):
+        return None
+    names = list(runs[0][0]["condition"])
+    epochs = range(len(runs[0]))
+
+    def curve(layers: Sequence[str], side: int) -> list[float | None]:
+        return [_geometric(run[epoch]["condition"][name][side] for run in runs for name in layers) for epoch in epochs]
+
+    def both(layers: Sequence[str]) -> dict[str, Any]:
+        return {"raw": curve(layers, 0), "effective": curve(layers, 1)}
+
+    return {
+        "first": {"name": names[0], **both(names[:1])},
+        "last": {"name": names[-1], **both(names[-1:])},
+        "mean": {"layers": len(names), **both(names)},
+    }
+
+
+def _geometric(values: Iterable[float | None]) -> float | None:
+    logs = [math.log(value) for value in values if value]
+    return math.exp(fmean(logs)) if logs else None
 
 
 def said(name: str) -> str:
@@ -50,9 +173,8 @@ def run(study: Study, made: Made, bench: Bench, device: str) -> dict[str, Any]:
         runs: dict[tuple[str, int], list[Trained]] = {}
         for job, result in zip([*jobs, *short], results, strict=True):
             place = bench.output / folders.RUNS / job.path
-            marks = record.read_numbers(place / MARKS_FILE) if settings.resample else None
-            logs = read_run(place, result["epochs"])
-            run = Trained(job.seed, f"{folders.RUNS}/{job.path}", result, *logs, marks)
+            marks = [record.read_numbers(place / MARKS_FILE)] if settings.resample else []
+            run = Trained(job.seed, f"{folders.RUNS}/{job.path}", result, *read_run(place, result["epochs"]), *marks)
             runs.setdefault((job.recipe, job.epochs), []).append(run)
         full = [run for recipe in recipes for run in runs[recipe, 0]]
         target, base, data = find_target(full, settings.target), runs[recipes[0], 0], made.data
@@ -61,7 +183,17 @@ def run(study: Study, made: Made, bench: Bench, device: str) -> dict[str, Any]:
         steps = next((run.result["steps"] / run.result["epochs"] for run in full if run.result["epochs"]), None)
         rows = []
         for recipe in recipes:
-            tried = [_tried(made.run(recipe, row["rate"], seeds[0], device), row) for row in tuned[recipe]["sweep"]]
+            tried = [
+                {
+                    "seed": seeds[0],
+                    "run": f"{folders.RUNS}/{made.run(recipe, row['rate'], seeds[0], device).path}",
+                    "rate": row["rate"],
+                    "status": row["status"],
+                    "val_score": row["score"],
+                    "val_loss": row["loss"],
+                }
+                for row in tuned[recipe]["sweep"]
+            ]
             known = {"parameters": made.parameters[recipe], **made.changes[recipe], "cost": costs[recipe]}
             known["extended"] = [row["rate"] for row in tried if row["rate"] not in rates]
             ms = costs[recipes[0]]["ms_per_step"] * costs[recipe]["ratio"]
@@ -105,11 +237,6 @@ def _equal_time(
         return {"epochs": 0, "runs": [], "test_score": None, "paired": None}
     done = runs[recipe, length or 0]
     return {"epochs": epochs, "runs": [{"seed": run.seed, "run": run.path} for run in done], **judge.scores(done)}
-
-
-def _tried(job: Run, row: Mapping[str, Any]) -> dict[str, Any]:
-    place = {"seed": job.seed, "run": f"{folders.RUNS}/{job.path}"}
-    return {**place, "rate": job.rate, "status": row["status"], "val_score": row["score"], "val_loss": row["loss"]}
 
 
 def whole(study: Study, made: Made, bench: Bench, device: str, result: Mapping[str, Any]) -> bool:

@@ -20,11 +20,6 @@ class Terminal(Console):
     """Standard output; where it can't be written to, such as on a full disk, work stops in words and can go on later."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Prints as rich does.
-
-        Raises:
-            RecordError: standard output can't be written to.
-        """
         try:
             super().print(*objects, **options)
         except OSError as error:
@@ -41,13 +36,13 @@ def let_go() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def say(console: Console, text: str, style: str = "") -> None:
+def say(console: Console, text: str) -> None:
     """Prints text letter by letter, without breaking its lines.
 
     >>> say(Console(width=8), "runs/a[red]b:cancer:c")
     runs/a[red]b:cancer:c
     """
-    console.print(Text(visible(text), style=style), soft_wrap=True)
+    console.print(Text(visible(text)), soft_wrap=True)
 
 
 def visible(text: str) -> str:

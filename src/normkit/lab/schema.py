@@ -27,19 +27,11 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and -LARGEST < value < LARGEST
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable()
-
-
 ANY: Kind = kind("any value", lambda value: True)
 NUMBER: Kind = kind("a finite number", _is_number)
 POSITIVE: Kind = kind("a number above 0", lambda value: _is_number(value) and value > 0)
-COUNT: Kind = kind("a whole number from 0", _is_count)
-TEXT: Kind = kind("printable text", _is_text)
+COUNT: Kind = kind("a whole number from 0", lambda value: type(value) is int and 0 <= value < 2**63)
+TEXT: Kind = kind("printable text", lambda value: isinstance(value, str) and value.isprintable())
 FLAG: Kind = kind("true or false", lambda value: isinstance(value, bool))
 OBJECT: Kind = kind("an object", lambda value: isinstance(value, dict))
 
@@ -115,11 +107,7 @@ def version(number: int, of: Kind) -> Kind:
 
 
 def parse(text: str | bytes) -> Any:
-    """Reads JSON that says each key once and holds no NaN.
-
-    Raises:
-        ValueError: it is no such JSON.
-    """
+    """Reads JSON that says each key once and holds no NaN."""
     return json.loads(text, parse_constant=_constant, object_pairs_hook=_object)
 
 

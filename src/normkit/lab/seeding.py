@@ -2,8 +2,9 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +12,9 @@ from torch import Tensor, nn
 
 
 def reseed(seed: int, purpose: str, epoch: int = 0, rank: int = 0) -> None:
-    """Seeds torch, numpy and Python's random for one purpose.
+    """Seeds torch, numpy and Python's random for one purpose; different ones, such as ``"init"``, draw independently.
 
-    Args:
-        seed: of the run.
-        purpose: what is drawn next, such as ``"init"`` or ``"epoch"``; different purposes draw independently.
-        epoch: counted from 1. Default: 0.
-        rank: of the process, so that dropout differs among processes. Default: 0.
+    Epochs count from 1; processes differ by their rank, so that dropout differs among them.
     """
     drawn = _mix(seed, purpose, epoch, rank)
     torch.manual_seed(drawn)
@@ -44,8 +41,13 @@ def order_sha256(seed: int, epochs: int, samples: int) -> str:
 
 def init_sha256(model: nn.Module) -> str:
     """Hashes the names, types and values of a model's parameters and buffers."""
+    return tensors_sha256(model.state_dict())
+
+
+def tensors_sha256(tensors: Mapping[str, Any]) -> str:
+    """Hashes names, types and values of tensors; what is none is passed over."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

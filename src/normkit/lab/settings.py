@@ -27,9 +27,6 @@ Scale = Literal["tiny", "small", "full"]
 def first_seeds(count: int) -> tuple[int, ...]:
     """Gives the seeds 0 to `count` - 1.
 
-    Raises:
-        OptionError: `count` is below 1.
-
     >>> first_seeds(3)
     (0, 1, 2)
     """
@@ -239,12 +236,7 @@ class Settings:
             )
 
     def canonical(self) -> "Settings":
-        """Writes each recipe in its canonical form.
-
-        Raises:
-            NotationError: a recipe has an unknown word.
-            OptionError: two recipes are the same.
-        """
+        """Writes each recipe in its canonical form."""
         from normkit.surgery.recipe import Recipe
 
         recipes = tuple(str(Recipe.parse(text)) for text in self.recipes)
@@ -301,11 +293,7 @@ class Place:
     )
     _: KW_ONLY
     ray: str | None = option(
-        None,
-        "do the runs on a Ray cluster; alone: on one started here",
-        WHERE,
-        metavar="[ADDRESS]",
-        alone="local",
+        None, "do the runs on a Ray cluster; alone: on one started here", WHERE, metavar="[ADDRESS]", alone="local"
     )
 
 

@@ -13,21 +13,9 @@ from urllib.parse import quote
 from torch import nn
 
 from normkit.core.errors import RecordError, SurgeryError
-from normkit.lab import record
+from normkit.lab import protocol, record
 from normkit.lab.devices import device_name
 from normkit.lab.progress import tell
-from normkit.lab.protocol import (
-    DATA,
-    MODELS,
-    check_fit,
-    load_factory,
-    make_data,
-    make_model,
-    sized,
-    suited,
-    two,
-    user_code,
-)
 from normkit.lab.recipes import default_recipes
 from normkit.lab.say import counted
 from normkit.lab.seeding import init_sha256, order_sha256, reseed
@@ -47,33 +35,25 @@ OF_ALL = (*FREE, "budget", "accelerator", "devices")
 class Run:
     """One training, with all that it depends on.
 
-    Args:
-        recipe: canonical.
-        rate: the learning rate at its height.
-        seed: of the initial weights, the order of the data and all else that is random.
-        epochs: passes over the train split. Default: 0, those of the settings.
-        origin: settings, and hashes of the data and of the initial weights.
-
     >>> Run("bn+e@first_last", 0.1, 0).path
     'bn+e@first_last/rate=0.1/seed=0'
     """
 
-    recipe: str
-    rate: float
-    seed: int
-    epochs: int = 0
+    recipe: str  # canonical
+    rate: float  # the learning rate at its height
+    seed: int  # of the initial weights, the order of the data and all else that is random
+    epochs: int = 0  # passes over the train split; 0: those of the settings
+    # settings, and hashes of the data and of the initial weights
     origin: Mapping[str, Any] = field(default_factory=dict, hash=False)
     files: ClassVar = (METRICS_FILE, TIMING_FILE, MARKS_FILE)
 
     @property
     def path(self) -> str:
-        """The folder."""
         length = f"/epochs={self.epochs}" if self.epochs else ""
         return f"{quote(self.recipe, safe='+@:,')}/rate={self.rate}{length}/seed={self.seed}"
 
     @property
     def label(self) -> str:
-        """What progress calls it."""
         length = f"  {counted(self.epochs, 'epoch')}" if self.epochs else ""
         return f"{self.recipe}  rate {self.rate:g}{length}  seed {self.seed}"
 
@@ -87,30 +67,21 @@ class Steps:
 
     @property
     def path(self) -> str:
-        """The folder."""
         return f"costs/{hashlib.sha256(','.join(self.recipes).encode()).hexdigest()[:8]}"
 
     @property
     def label(self) -> str:
-        """What progress calls it."""
         return "milliseconds and megabytes per step, all recipes side by side"
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared, as every process that does a run of it must know it.
+    """What is compared, as every process that does a run of it must know it."""
 
-    Args:
-        settings: canonical.
-        model: a factory in place of the one that the settings name. Default: None.
-        data: likewise. Default: None.
-        curves: an absolute folder for TensorBoard. Default: None, no curves.
-    """
-
-    settings: Settings
-    model: Callable[..., Any] | None = None
-    data: Callable[[], Any] | None = None
-    curves: Path | None = None
+    settings: Settings  # canonical
+    model: Callable[..., Any] | None = None  # a factory in place of the one that the settings name
+    data: Callable[[], Any] | None = None  # likewise
+    curves: Path | None = None  # an absolute folder for TensorBoard
 
     def learn(self, run: Run, folder: Path) -> dict[str, Any]:
         """Trains, or goes on where it was."""
@@ -123,14 +94,13 @@ class Study:
             warmup = settings.warmup * run.epochs / settings.epochs
             settings = replace(settings, epochs=run.epochs, warmup=warmup)
         trainer = Trainer(run.rate, run.seed, settings, model, made.data, made.fabric, folder, curves)
-        with user_code(f"{settings.model} with {run.recipe}"):
+        with protocol.user_code(f"{settings.model} with {run.recipe}"):
             result = trainer.train(lambda epoch, score: tell(epoch, settings.epochs, score))
         if made.fabric.is_global_zero:
             record.write_numbers(folder / MARKS_FILE, trainer.marks.numpy())
         return result
 
     def measure(self, job: Steps, folder: Path) -> dict[str, Any]:
-        """Measures every recipe's step."""
         made, seed = _made_of(self, job.origin, self.settings.seeds[0]), self.settings.seeds[0]
         models = {recipe: made.apply(seed, recipe)[0] for recipe in job.recipes}
         return measure_costs(models, self.settings, made.data, made.fabric)
@@ -141,50 +111,36 @@ class Study:
 
 
 class Made:
-    """Models by seed and recipe, and the data; made once, so that whatever is wrong shows before the first run.
-
-    Args:
-        study: what is compared.
-
-    Raises:
-        ProtocolError: the model or data breaks the protocol.
-        SurgeryError: a recipe can't be applied to the model.
-    """
+    """Models by seed and recipe, and the data; made once, so that whatever is wrong shows before the first run."""
 
     def __init__(self, study: Study) -> None:
         settings = self.settings = study.settings
         self.fabric = start_fabric(settings)
-        self._factory = study.model or load_factory(settings.model, MODELS)
+        self._factory = study.model or protocol.load_factory(settings.model, protocol.MODELS)
         reseed(0, "data")
-        self.data = _data(study.data or load_factory(settings.data, DATA), settings.data)
+        self.data = _data(study.data or protocol.load_factory(settings.data, protocol.DATA), settings.data)
         self._base: tuple[int, nn.Module, str] | None = None
         self._orders: dict[int, str] = {}
         self.changes: dict[str, dict[str, list[str]]] = {}
         self.parameters: dict[str, int] = {}
         seed = settings.seeds[0]
-        self.data = suited(self.data, self._initial(seed)[0], settings.model)
+        self.data = protocol.suited(self.data, self._initial(seed)[0], settings.model)
         self._data_sha256 = self.data.sha256()
-        check_fit(self._initial(seed)[0], self.data, settings.model)
+        protocol.check_fit(self._initial(seed)[0], self.data, settings.model)
         for recipe, (model, rows, left) in self._applied(seed).items():
-            check_fit(model, self.data, f"{settings.model} with {recipe}")
+            protocol.check_fit(model, self.data, f"{settings.model} with {recipe}")
             self.changes[recipe] = {"changes": rows, "passed_over": left}
             self.parameters[recipe] = sum(parameter.numel() for parameter in model.parameters())
 
     def recipes(self) -> tuple[tuple[str, ...], str]:
         """Chooses recipes that suit the model, and says why these."""
-        return default_recipes(self._initial(self.settings.seeds[0])[0], two(self.data.train)[0])
+        return default_recipes(self._initial(self.settings.seeds[0])[0], protocol.two(self.data.train)[0])
 
     def run(self, recipe: str, rate: float, seed: int, device: str, epochs: int = 0) -> Run:
-        """Gives a run as a job."""
         return Run(recipe, rate, seed, epochs, self.origin(seed, device))
 
     def origin(self, seed: int, device: str) -> dict[str, Any]:
-        """Everything that a run depends on, but its recipe, rate and seed.
-
-        Args:
-            seed: of the run.
-            device: that it is done on, with the number of processes.
-        """
+        """Everything that a run depends on, but its recipe, rate and seed."""
         shared = {key: value for key, value in self.settings.record(device).items() if key not in OF_ALL}
         return {**shared, **self.hashes(seed)}
 
@@ -207,8 +163,8 @@ class Made:
     def _initial(self, seed: int) -> tuple[nn.Module, str]:
         if self._base is None or self._base[0] != seed:
             reseed(seed, "init")
-            model = make_model(self._factory, self.settings.model, self.data.classes)
-            model = sized(model, self.data, self.settings.model)
+            model = protocol.make_model(self._factory, self.settings.model, self.data.classes)
+            model = protocol.sized(model, self.data, self.settings.model)
             self._base = seed, model, init_sha256(model)
         return self._base[1:]
 
@@ -228,7 +184,7 @@ class Made:
 
 # A process does run after run of one comparison.
 made = lru_cache(maxsize=1)(Made)
-_data = lru_cache(maxsize=1)(make_data)
+_data = lru_cache(maxsize=1)(protocol.make_data)
 
 
 def forget() -> None:

@@ -18,13 +18,24 @@ from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record
 from normkit.lab.cluster import joined
 from normkit.lab.devices import hardware
-from normkit.lab.folder import CHECKPOINT, PAUSE, InUseError, discard, locked, remove
+from normkit.lab.folder import (
+    CHECKPOINT,
+    CONFIG,
+    PAUSE,
+    RESULT,
+    RUNS,
+    TIMING,
+    InUseError,
+    discard,
+    locked,
+    remove,
+    waited_for,
+)
 from normkit.lab.progress import Watch
 from normkit.lab.say import counted
 from normkit.lab.schema import NUMBER, OBJECT, TEXT, each, fields, optional
 from normkit.lab.seeding import borrowed_randomness, reseed
 
-CONFIG, RESULT, TIMING = "config.json", "result.json", "timing.json"
 SPENT = fields(seconds=NUMBER, devices=optional(each(TEXT)))
 DONE = fields(config=OBJECT, result=OBJECT)
 CURE = "choose another --output, or --overwrite to do it again (the code or data changed)"
@@ -65,7 +76,6 @@ class Work:
 
     @property
     def path(self) -> str:
-        """The folder."""
         return self._path.format(self)
 
 
@@ -95,48 +105,40 @@ def sweep(
     group: Group | None = None,
     replaces: bool = False,
 ) -> list[dict[str, Any]]:
-    """Does the jobs that are not yet done, and gives the results of all in the order of `jobs`.
-
-    Args:
-        function: see :meth:`normkit.lab.experiment.Bench.sweep`.
-        jobs: what to do.
-        folder: of the experiment; a job's is ``folder/runs/<path>``.
-        threads: of torch, a job. Default: 1.
-        ray: None for this process, ``"local"``, or the address of a Ray cluster. Default: None.
-        say: is told how many jobs there are, and of every job done. Default: print.
-        console: where a live line goes, if it is a terminal. Default: None, nowhere.
-        group: of processes that do each job together. Default: this process does them alone.
-        replaces: do a job again whose record is of other data or code, in place of refusing it. Default: False.
-
-    Raises:
-        OptionError: two jobs have one path, or a path leads out of the folder; Ray is asked for but is not there.
-        InUseError: another process works on a job that would be replaced.
-        RecordError: a folder holds another job's records, is damaged or not writable.
-    """
+    """Does the jobs that are not yet done, and gives the results of all in the order of `jobs`."""
     places, group = _places(jobs, folder), group or Group()
     results = group.share(lambda: _found(function, jobs, places, folder, replaces))
     waiting = [job for job in jobs if job.path not in results]
-    if waiting:
-        found = f", {len(results)} found finished" if results else ""
-        say(f"{counted(len(jobs), 'run')}{found}; records in {folder}")
-        with Watch(len(jobs), len(results), say, console) as watch:
-            if ray is None:
-                _in_turn(function, waiting, places, threads, results, watch, group)
-            else:
-                _on_ray(function, waiting, places, threads, ray, results, watch)
+    if not waiting:
+        return [results[job.path] for job in jobs]
+    found = f", {len(results)} found finished" if results else ""
+    say(f"{counted(len(jobs), 'run')}{found}; records in {folder}")
+    with Watch(len(jobs), len(results), say, console) as watch:
+
+        def end(job: Job, result: dict[str, Any]) -> None:
+            results[job.path] = result
+            watch.begin(label(job))
+            watch.end(label(job), result)
+
+        if ray is None:
+            _in_turn(function, waiting, places, threads, group, watch, end)
+        else:
+            # Folders of jobs must be the same on every machine of the cluster.
+            with joined(ray, threads) as cluster:
+                given = [(function, job, places[job.path].absolute(), threads) for job in waiting]
+                cluster.spread(attend, given, [job.path for job in waiting], lambda n, result: end(waiting[n], result))
     return [results[job.path] for job in jobs]
 
 
-def attend(function: Function, job: Job, place: Path, threads: int, group: Group) -> dict[str, Any]:
-    """Does one job in its folder, unless it is done.
-
-    Raises:
-        InUseError: another process is at it.
-    """
+def attend(function: Function, job: Job, place: Path, threads: int, group: Group | None = None) -> dict[str, Any]:
+    """Does one job in its folder, unless it is done; without a group, as on Ray, waits for a process that is at it."""
     config = _config(function, job)
     with ExitStack() as held:
+        if group is None:
+            group = Group()
+            held.enter_context(waited_for(place))
         # The first process alone holds the folder, reads and writes; what it finds, all know.
-        if not group.share(lambda: _hold(held, place)):
+        elif not group.share(lambda: _hold(held, place)):
             raise InUseError(f"{place} is in use by another process")
         if (done := group.share(lambda: finished(function, job, place))) is not None:
             return done
@@ -193,25 +195,24 @@ def _found(
     return results
 
 
+def _spent(timing: Path) -> dict[str, Any]:
+    return record.read_json(timing, SPENT) if timing.exists() else {}
+
+
 def _spend(place: Path, seconds: float) -> None:
-    before = record.read_json(place / TIMING, SPENT) if (place / TIMING).exists() else {}
+    before = _spent(place / TIMING)
     devices = sorted({*before.get("devices", ()), hardware()})
     record.write_json(place / TIMING, {"seconds": round(before.get("seconds", 0.0) + seconds, 3), "devices": devices})
 
 
 def spent_on(job: Job, folder: Path) -> tuple[float, set[str]]:
     """Gives the seconds that a job took, and what it was done on: not this process's devices, its own."""
-    timing = _places([job], folder)[job.path] / TIMING
-    found = record.read_json(timing, SPENT) if timing.exists() else {}
+    found = _spent(_places([job], folder)[job.path] / TIMING)
     return found.get("seconds", 0.0), set(found.get("devices", ()))
 
 
 def finished(function: Function, job: Job, place: Path) -> dict[str, Any] | None:
-    """Reads the result of a job that is done; None where there is work left.
-
-    Raises:
-        RecordError: the record is damaged, or of another job.
-    """
+    """Reads the result of a job that is done; None where there is work left."""
     if not (place / CONFIG).exists():
         return None
     config = _config(function, job)
@@ -249,20 +250,18 @@ def _in_turn(
     waiting: Sequence[Job],
     places: Mapping[str, Path],
     threads: int,
-    results: dict[str, dict[str, Any]],
-    watch: Watch,
     group: Group,
+    watch: Watch,
+    end: Callable[[Job, dict[str, Any]], None],
 ) -> None:
     while waiting:
         busy = []
         for job in waiting:
             watch.begin(label(job))
             try:
-                results[job.path] = attend(function, job, places[job.path], threads, group)
+                end(job, attend(function, job, places[job.path], threads, group))
             except InUseError:
                 busy.append(job)
-            else:
-                watch.end(label(job), results[job.path])
         if busy and len(busy) == len(waiting):
             time.sleep(PAUSE)
         waiting = busy
@@ -281,44 +280,10 @@ def _places(jobs: Sequence[Job], folder: Path) -> dict[str, Path]:
             raise OptionError(f"job path is {job.path!r}; wanted one within the folder of the runs")
         if job.path in places:
             raise OptionError(f"two jobs have the path {job.path!r}; wanted a path for each")
-        places[job.path] = folder / "runs" / path
+        places[job.path] = folder / RUNS / path
     return places
 
 
 def _config(function: Function, job: Job) -> dict[str, Any]:
     name = f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', '?')}"
     return {"function": name, **plain(asdict(job))}
-
-
-def _on_ray(
-    function: Function,
-    jobs: Sequence[Job],
-    places: Mapping[str, Path],
-    threads: int,
-    address: str,
-    results: dict[str, dict[str, Any]],
-    watch: Watch,
-) -> None:
-    """Does jobs as Ray tasks; their folders must be the same on every machine of the cluster.
-
-    Raises:
-        OptionError: Ray is not installed, there is no cluster at the address, or none of its machines has that many cores.
-        BackendError: the worker of a job was lost again and again; what is done is kept.
-    """
-
-    def end(count: int, result: dict[str, Any]) -> None:
-        results[jobs[count].path] = result
-        watch.begin(label(jobs[count]))
-        watch.end(label(jobs[count]), result)
-
-    with joined(address, threads) as cluster:
-        given = [(function, job, places[job.path].absolute(), threads) for job in jobs]
-        cluster.spread(_attend, given, [job.path for job in jobs], end)
-
-
-def _attend(function: Function, job: Job, place: Path, threads: int) -> dict[str, Any]:
-    while True:
-        try:
-            return attend(function, job, place, threads, Group())
-        except InUseError:
-            time.sleep(PAUSE)

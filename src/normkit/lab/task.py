@@ -21,14 +21,7 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def predictions(output: Any, name: str = "model") -> Tensor:
-    """Finds the tensor of predictions in what a model returned.
-
-    Args:
-        output: a tensor, an object with ``.logits`` or a mapping with ``"logits"``.
-        name: how the message calls the model. Default: ``"model"``.
-
-    Raises:
-        ProtocolError: there is no such tensor.
+    """Finds the predictions in what a model returned: a tensor, an object with ``.logits`` or a mapping with ``"logits"``.
 
     >>> predictions({"logits": torch.ones(2)})
     tensor([1., 1.])
@@ -46,11 +39,6 @@ def predictions(output: Any, name: str = "model") -> Tensor:
 
 def loss(output: Any, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """Averages the cross-entropy over targets that are not ignored, the binary one over booleans, the squared error over floats.
-
-    Args:
-        output: what the model returned.
-        targets: of the batch.
-        smoothing: the part of a target that is spread over all classes. Default: 0.
 
     >>> loss(torch.zeros(2, 4), torch.tensor([1, 3]))
     tensor(1.3863)
@@ -128,14 +116,9 @@ def sizes(targets: Tensor) -> Tensor:
 
 
 def score(sums: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Turns the sums of :func:`tally` over a whole split into a mean loss and a score.
+    """Turns the sums of :func:`tally` over a whole split into a mean loss and a score: accuracy or R².
 
-    Args:
-        sums: the four sums.
-        targets: of the whole split; its spread is what R² compares with.
-
-    Returns:
-        The mean loss, and accuracy or R² = 1 - sum (y - p)^2 / sum (y - mean y)^2, the mean taken per column.
+    R² = 1 - sum (y - p)^2 / sum (y - mean y)^2, the mean taken per column.
     """
     total, second, count, _ = sums.tolist()
     if targets.is_floating_point():
@@ -144,9 +127,5 @@ def score(sums: Tensor, targets: Tensor) -> tuple[float, float]:
 
 
 def among_five(sums: Tensor) -> float | None:
-    """Gives the part of targets that are among a model's first five classes; None where that says nothing.
-
-    Args:
-        sums: the four sums of :func:`tally` over a whole split.
-    """
+    """The part of targets among a model's first five classes, by the sums of :func:`tally`; None where that says nothing."""
     return float(sums[3] / sums[2]) if sums[3] > 0 else None

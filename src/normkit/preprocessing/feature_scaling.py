@@ -26,7 +26,6 @@ class MinMaxScaling(Scaling):
         high: image of the largest training value. Default: 1.
         clip: whether to clip to low and high. Default: False.
         support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        device: device of the statistics.
         dtype: dtype of the statistics. Default: float64.
 
     Shape:
@@ -86,7 +85,6 @@ class ZScore(Scaling):
 
     Args:
         support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        device: device of the statistics.
         dtype: dtype of the statistics. Default: float64.
 
     Shape:
@@ -120,7 +118,6 @@ class MeanNormalization(Scaling):
 
     Args:
         support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        device: device of the statistics.
         dtype: dtype of the statistics. Default: float64.
 
     Shape:
@@ -152,7 +149,6 @@ class MaxAbsScaling(Scaling):
 
     Args:
         support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        device: device of the statistics.
         dtype: dtype of the statistics. Default: float64.
 
     Shape:
@@ -214,14 +210,7 @@ def max_abs_scaling(input: Tensor, support: Support | None = None) -> Tensor:
     return MaxAbsScaling(support, **like(input)).fit(input)(input)
 
 
-_card = partial(
-    Card,
-    kind="input",
-    normalized_over="each feature, over the training data",
-    running_state=True,
-    invertible=True,
-    streams=True,
-)
+_card = partial(Card, kind="input", normalized_over="each feature, over the training data", streams=True)
 
 CARD_MIN_MAX = _card(
     title="Min-max scaling",

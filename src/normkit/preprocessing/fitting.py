@@ -30,7 +30,6 @@ class Fitted(Module):
 
     Args:
         support: which elements share a statistic; the axes it keeps have the same size in every batch.
-        device: device of the statistics.
         dtype: floating dtype of the statistics.
 
     Raises:

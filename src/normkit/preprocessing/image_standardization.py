@@ -38,7 +38,6 @@ class ImageStandardization(Scaling):
             None to measure them. ``fit`` replaces them.
         layout: ``"n c *"``, ``"n * c"`` for channels last, or ``"c *"`` for one image. Default: ``"n c *"``.
         maximum: the largest pixel value. Default: 255 for uint8, else 1.
-        device: device of the statistics.
         dtype: dtype of the statistics. Default: float64.
 
     Shape:
@@ -81,13 +80,8 @@ class ImageStandardization(Scaling):
         self.layout, self.maximum = layout, maximum
         if statistics is not None:
             mean, std = _constants(statistics)
-            self._store(
-                0,
-                {
-                    "mean": torch.tensor(mean, dtype=torch.float64),
-                    "var": torch.tensor(std, dtype=torch.float64).square(),
-                },
-            )
+            mean, std = torch.tensor([mean, std], dtype=torch.float64)
+            self._store(0, {"mean": mean, "var": std.square()})
 
     def partial_fit(self, batch: Tensor | tuple[Any, ...] | list[Any]) -> Self:
         if self.fitted and not int(self.count):
@@ -111,17 +105,7 @@ class ImageStandardization(Scaling):
         return deviation(self.mean, self.var, self.count)
 
     def inverse_transform(self, y: Tensor) -> Tensor:
-        """Undo ``transform``: floating pixels from 0 to ``maximum``, or to 1 if none was given.
-
-        Args:
-            y: what ``transform`` gives.
-
-        Returns:
-            A tensor of the input's dtype.
-
-        Raises:
-            ProtocolError, ShapeError, OptionError: as for ``transform``.
-        """
+        """Undo ``transform``: floating pixels from 0 to ``maximum``, or to 1 if none was given."""
         return super().inverse_transform(y) * (self.maximum or 1.0)
 
 
@@ -181,7 +165,5 @@ CARD = Card(
     module=ImageStandardization,
     functional=image_standardization,
     make=lambda features: ImageStandardization(None),
-    running_state=True,
-    invertible=True,
     streams=True,
 )

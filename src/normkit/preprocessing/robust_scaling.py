@@ -24,7 +24,6 @@ class RobustScaling(Scaling):
     Args:
         quantiles: the two quantiles in percent. Default: (25, 75).
         support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        device: device of the statistics.
         dtype: dtype of the statistics. Default: float64.
 
     Shape:
@@ -131,6 +130,4 @@ CARD = Card(
     weaknesses="does not stream: fitting holds all data in memory; outliers stay as large as they are",
     module=RobustScaling,
     functional=robust_scaling,
-    running_state=True,
-    invertible=True,
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import OptionError, ProtocolError
+from normkit.core.errors import OptionError, ProtocolError, check_options
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.rule import Rule
@@ -26,17 +26,7 @@ class _PerSample(Module):
     lost: str
 
     def fit(self, data: Tensor | Iterable[Any]) -> Self:
-        """Check the data; nothing is kept, as each sample is scaled separately.
-
-        Args:
-            data: a tensor, an (x, y) pair of which x is used, or an iterable of these.
-
-        Returns:
-            The module itself.
-
-        Raises:
-            OptionError: there is a NaN or infinity; the message names the samples.
-        """
+        """Check the data, OptionError for NaN or infinity; nothing is kept, as each sample is scaled separately."""
         who = type(self).__name__
         for x in batches(data, who):
             accumulation_dtype(x.dtype)
@@ -53,11 +43,7 @@ class _PerSample(Module):
         return self(x)
 
     def inverse_transform(self, y: Tensor) -> NoReturn:
-        """Refuse: the divisor is not kept.
-
-        Raises:
-            ProtocolError: always.
-        """
+        """Refuse, by ProtocolError: the divisor is not kept."""
         raise ProtocolError(f"{type(self).__name__}.inverse_transform: {self.lost} is not kept; keep the input")
 
 
@@ -89,19 +75,10 @@ class UnitLength(_PerSample):
 
     def __init__(self, order: float = 2, *, support: Support = PER_SAMPLE) -> None:
         super().__init__()
-        if order not in (1, 2, math.inf):
-            raise OptionError(f"UnitLength: order={order!r}; wanted 1, 2 or math.inf")
+        check_options("UnitLength", order=(order, (1, 2, math.inf)))
         self.order, self.support = float(order), support
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale each sample.
-
-        Args:
-            x: a tensor of the support's axes.
-
-        Returns:
-            A tensor of the input's shape and dtype.
-        """
         dtype = accumulation_dtype(x.dtype)
         split = self.support.split(x.shape)
         z = x.reshape(split.shape).to(dtype)
@@ -153,14 +130,6 @@ class GlobalContrast(_PerSample):
         self.scale, self.regularizer, self.eps, self.support = scale, regularizer, eps, support
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale each image.
-
-        Args:
-            x: a tensor of the support's axes.
-
-        Returns:
-            A tensor of the input's shape and dtype.
-        """
         accumulation_dtype(x.dtype)
         split = self.support.split(x.shape)
         if 0 in split.shape:

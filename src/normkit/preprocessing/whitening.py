@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, check_options
 from normkit.core.moments import accumulation_dtype, moments
 from normkit.core.precision import full_precision
 from normkit.core.support import Split, Support
@@ -34,7 +34,6 @@ class Whitening(Fitted):
         rank_tolerance: directions whose variance is below this fraction of the largest are dropped. Default: 1e-10.
         support: its only kept axis holds the features. Default: ``Support("n d", over="n")``;
             ``Support("n c *", over="n *")`` whitens channels.
-        device: device of the statistics.
         dtype: dtype of the statistics. Default: float64.
 
     Shape:
@@ -75,8 +74,7 @@ class Whitening(Fitted):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(support or Support("n d", over="n"), device=device, dtype=dtype)
-        if method not in ("pca", "zca"):
-            raise OptionError(f"Whitening: method={method!r}; wanted 'pca' or 'zca'")
+        check_options("Whitening", method=(method, Method))
         if method == "zca" and not equalize:
             raise OptionError("Whitening: zca without equalize rotates back and changes nothing; use method='pca'")
         if not eps >= 0 or not 0 <= rank_tolerance < 1:
@@ -187,7 +185,5 @@ CARD = Card(
     weaknesses="cubic in the features; needs more samples than features; amplifies noise in directions of little variance",
     module=Whitening,
     functional=whitening,
-    running_state=True,
-    invertible=True,
     streams=True,
 )

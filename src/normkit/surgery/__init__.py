@@ -1,6 +1,7 @@
 """Surgery: change the norms and weights of an existing model, in place, and say what was changed."""
 
 from normkit.surgery.accelerate import accelerate
+from normkit.surgery.applicable import applicable_words, why_not
 from normkit.surgery.bake import plain
 from normkit.surgery.changes import Change, Changes
 from normkit.surgery.condition import condition
@@ -27,6 +28,7 @@ __all__ = [
     "accelerate",
     "accept",
     "adopt",
+    "applicable_words",
     "apply_recipe",
     "choose_alpha",
     "condition",
@@ -45,4 +47,5 @@ __all__ = [
     "translate",
     "unfreeze",
     "weigh_examples",
+    "why_not",
 ]

@@ -49,7 +49,8 @@ class Calibration:
             raise SurgeryError(
                 "convert: calibrate has no batches; a generator can be walked only once, give a fresh one"
             )
-        self._new = {name: new for name, (_, new) in pairs.items() if _can_be_fitted(new)}
+        self._left = {name: reason for name, (_, new) in pairs.items() if (reason := _why_not(new))}
+        self._new = {name: new for name, (_, new) in pairs.items() if name not in self._left}
         self._seen: _Sums = {}
         self._wanted = self._run(model, {name: pairs[name][0] for name in self._new}, self._seen)
 
@@ -60,7 +61,9 @@ class Calibration:
 
     def fit(self, model: nn.Module, rows: Mapping[str, Change]) -> list[Change]:
         """Fit the norms of a changed model; its rows with each layer's error, and one with the error of the whole."""
-        before, told = self._error(model), dict(rows)
+        before = self._error(model)
+        left = {name: f"not calibrated: {reason}" for name, reason in self._left.items()}
+        told = {name: row.with_note(left[name]) if name in left else row for name, row in rows.items()}
         for name, sums in self._seen.items():
             if name in rows:
                 now: _Sums = {}
@@ -77,7 +80,8 @@ class Calibration:
         # Itself, without hooks: those of the old norm are its own.
         norm = copy.copy(self._new[name])
         size = norm.get_parameter("weight").numel()
-        norm._parameters = {"weight": nn.Parameter(torch.ones(size)), "bias": nn.Parameter(torch.zeros(size))}
+        own = {"weight": nn.Parameter(torch.ones(size)), "bias": nn.Parameter(torch.zeros(size))}
+        norm._parameters = {**norm._parameters, **own}
         last = read_norm(name, norm).axes == "n * c"
         norm.to(self._new[name].get_parameter("weight")).eval()
 
@@ -140,7 +144,11 @@ class Calibration:
         return (rest / whole) ** 0.5 if whole else 0.0
 
 
-def _can_be_fitted(norm: nn.Module) -> bool:
+def _why_not(norm: nn.Module) -> str:
+    """Why a norm can't be fitted; empty where it can."""
     own = [norm._parameters.get(key) for key in ("weight", "bias")]
-    simple = getattr(norm, "activation", None) is None and norm._buffers.get("running_mean") is None
-    return simple and all(p is not None and p.dim() == 1 for p in own)
+    if norm._buffers.get("running_mean") is not None:
+        return "it normalizes by running statistics, which recalibrate estimates"
+    if getattr(norm, "activation", None) is not None:
+        return "an activation follows in it"
+    return "" if all(p is not None and p.dim() == 1 for p in own) else "it has no gain and bias for each channel"

@@ -1,7 +1,9 @@
 """Checkpoints in files: safetensors by the ending of the path, else torch's, of tensors alone."""
 
 import importlib
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from os import PathLike, fspath
 from typing import Any
 
@@ -26,12 +28,18 @@ def read_checkpoint(path: Path) -> Mapping[Any, Any]:
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write tensors by name; those that share memory are written each for itself."""
-    if not fspath(path).endswith(_ENDING):
-        torch.save(dict(state), path)
-        return
-    written = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
-    _safetensors().save_file(written, path, metadata={"format": "pt"})
+    """Write tensors by name, each for itself where they share memory; a file that was there is whole until the new one is."""
+    part = f"{fspath(path)}.part"
+    try:
+        if fspath(path).endswith(_ENDING):
+            written = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+            _safetensors().save_file(written, part, metadata={"format": "pt"})
+        else:
+            torch.save(dict(state), part)
+        os.replace(part, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(part)
 
 
 def _safetensors() -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 from normkit.core.errors import SurgeryError
 from normkit.surgery.calibrate import Calibration
 from normkit.surgery.changes import Changes, Refusal, Refusals, label
-from normkit.surgery.norms import is_norm, reach, read_norm
+from normkit.surgery.norms import norms_in, reach, read_norm
 from normkit.surgery.recurrent import RECURRENT, convert_recurrent
 from normkit.surgery.select import Where
 from normkit.surgery.sequence import may_be_causal, time_first
@@ -91,11 +91,7 @@ def convert(
     target = Target.parse(to)
     kind = None if source is None else Target.parse(source).name
     refusals = Refusals("convert", on_refusal)
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if "parametrizations" not in name.split(".") and is_norm(module)
-    }
+    found = norms_in(model)
     if not found and target.name != "none":
         raise SurgeryError(
             f"the model has no activation norm to convert to {target}; begin the recipe with keep or none"

@@ -21,7 +21,7 @@ from normkit.surgery.attach import tied_parameters
 from normkit.surgery.bake import bake
 from normkit.surgery.changes import Change, Changes, Refusals, label
 from normkit.surgery.freeze import is_frozen
-from normkit.surgery.norms import Norm, describe, is_norm, read_norm
+from normkit.surgery.norms import Norm, describe, is_norm, norms_in, read_norm
 from normkit.surgery.stream import Axis, Stream
 from normkit.surgery.substitute import inherit, put
 from normkit.surgery.target import activation_module
@@ -94,8 +94,8 @@ def fold(model: nn.Module, example: Any = None, *, centring: bool = False, toler
     with transaction(model) as opened:
         if example is None:
             refusals = Refusals("fold", "leave")
-            for name, module in model.named_modules():
-                if type(module) in _FOLDABLE or isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for name, module in norms_in(model).items():
+                if isinstance(getattr(module, "weight", None), Tensor) or module._buffers:
                     refusals.leave(name, "a norm is folded only with an example=")
             return opened.close(model, bake(model), refusals)
         for name, module in model.named_modules():

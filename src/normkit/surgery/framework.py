@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from normkit.core.errors import OptionError, SurgeryError
+from normkit.core.support import show
 from normkit.surgery.changes import Change, Changes, label
-from normkit.surgery.norms import describe, is_norm, read_norm
+from normkit.surgery.norms import describe, is_norm, norms_in, read_norm
 from normkit.surgery.select import Where, choose
 from normkit.surgery.transaction import transaction
 
@@ -35,6 +36,7 @@ _LEAVES: dict[str, dict[str, str]] = {
         "moving_variance": "running_var",
     },
 }
+_PACKED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 _COLLECTIONS = ("params", "batch_stats")
 _EPS: tuple[str, ...] = ("eps", "variance_epsilon", "epsilon")
 
@@ -105,16 +107,11 @@ def adopt(
     1      LayerNorm(8)    LayerNorm(8)    eps 1e-05 -> 0.001
     """
     check_framework("adopt", framework, get_args(Framework))
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if "parametrizations" not in name.split(".") and is_norm(module)
-    }
     if (momentum is not None and not 0 <= momentum <= 1) or (eps is not None and not eps >= 0):
         raise OptionError(f"adopt: momentum={momentum}, eps={eps}; wanted a momentum from 0 to 1 and an eps from 0")
     rows, usual = [], CONSTANTS[framework]
     with transaction(model) as opened:
-        for name, module in choose(found, where, "norms").items():
+        for name, module in choose(norms_in(model), where, "norms").items():
             kind = read_norm(name, module).kind
             family = "batch" if "batch" in kind else kind.partition("_")[0]
             wanted: dict[str, float | None] = dict.fromkeys(
@@ -148,15 +145,23 @@ def from_framework(state: Mapping[Any, Any], framework: Framework) -> dict[str, 
 
 
 def to_torch(layer: nn.Module | None, leaf: str, value: Tensor, name: str) -> Tensor:
-    """A kernel as torch lays it out, (out, in, *positions), for the layer that it goes to."""
+    """A kernel as torch lays it out, (out, in, *positions), for the layer that it goes to; of attention, heads are joined."""
+    if isinstance(layer, nn.Linear) and name.rpartition(".")[2] == "bias":
+        return value.flatten()
     if leaf not in ("kernel", "depthwise_kernel"):
         return value
     if isinstance(layer, nn.Linear):
-        if value.dim() != 2:
+        heads = value
+        if (
+            value.dim() == 3
+        ):  # (in, heads, size) of queries, keys and values, (heads, size, out) of what attention gives
+            heads = value.flatten(1) if value.shape[0] == layer.in_features else value.flatten(0, 1)
+        if heads.shape != (layer.in_features, layer.out_features):
             raise SurgeryError(
-                f"translate: {name} has {value.dim()} axes, and a linear layer's kernel two; flatten it to (in, out)"
+                f"translate: {name} has {show(value.shape)}, and the linear layer takes (in, out) = "
+                f"({layer.in_features}, {layer.out_features}); flatten it to that"
             )
-        return value.t()
+        return heads.t()
     if isinstance(layer, _ConvTransposeNd):
         raise SurgeryError(
             f"translate: {name} is of a transposed convolution, whose kernels frameworks lay out and flip in several ways; "
@@ -165,6 +170,11 @@ def to_torch(layer: nn.Module | None, leaf: str, value: Tensor, name: str) -> Te
     if isinstance(layer, _ConvNd):
         value = value.movedim((-1, -2), (0, 1))  # (*positions, in, out)
         return value.transpose(0, 1).flatten(0, 1).unsqueeze(1) if leaf == "depthwise_kernel" else value
+    if isinstance(layer, _PACKED):
+        raise SurgeryError(
+            f"translate: {name} is of {type(layer).__name__}, whose kernels frameworks pack in other orders; bring it to torch's "
+            "(out, in), and call it as torch does"
+        )
     return value
 
 
@@ -194,6 +204,10 @@ def _to_leaf(layer: nn.Module, name: str, value: Tensor, framework: str, key: st
         raise SurgeryError(
             f"translate: {key} is of a transposed convolution, whose kernels {framework} lays out in two ways"
         )
+    if isinstance(layer, _PACKED):
+        raise SurgeryError(
+            f"translate: {key} is of {type(layer).__name__}, whose kernels {framework} packs in another order"
+        )
     if isinstance(layer, nn.Linear) and name == "weight":
         return "kernel", value.t()
     if isinstance(layer, _ConvNd) and name == "weight":
@@ -213,4 +227,15 @@ def _flat(state: Mapping[Any, Any], *before: str) -> Iterator[tuple[list[str], T
             yield from _flat(value, *parts)
         else:
             # By way of numpy, which flax and keras give; a copy, as jax's memory is not to be written.
-            yield parts, value if isinstance(value, Tensor) else torch.as_tensor(value.__array__().copy())
+            yield parts, value if isinstance(value, Tensor) else _tensor(value.__array__().copy(), ".".join(parts))
+
+
+def _tensor(array: Any, name: str) -> Tensor:
+    try:
+        if array.dtype.name == "bfloat16":  # which numpy knows by another package, and torch not from numpy
+            return torch.as_tensor(array.view("int16")).view(torch.bfloat16)
+        return torch.as_tensor(array)
+    except TypeError:
+        raise SurgeryError(
+            f"translate: {name} is of {array.dtype}, which torch has no tensor for; cast it first"
+        ) from None

@@ -26,7 +26,8 @@ def freeze(model: nn.Module, where: Where = "all", *, statistics: bool = True, a
         affine: whether weight and bias stay. Default: True.
 
     Returns:
-        The model, a row per layer, and the way back.
+        The model, a row per layer, and the way back, which restores each ``requires_grad`` as it was; ``unfreeze`` sets all of
+        them to True.
 
     Raises:
         NotationError: ``where`` can't be read.
@@ -104,5 +105,5 @@ def _normalizations(model: nn.Module, where: Where) -> dict[str, nn.Module]:
     kept = {name: module for name, module in model.named_modules() if hasattr(module, "momentum")}
     found = {name: module for name, module in kept.items() if isinstance(module._buffers.get("running_mean"), Tensor)}
     if not found:
-        raise SurgeryError("freeze: no layer of the model keeps running statistics that move")
+        raise SurgeryError("no layer of the model keeps running statistics that move")
     return choose(found, where, "normalizations with running statistics")

@@ -103,6 +103,12 @@ def is_norm(module: nn.Module) -> bool:
     return max((tensor.dim() for tensor in own if not is_lazy(tensor)), default=0) == 1
 
 
+def norms_in(model: nn.Module, every_name: bool = False) -> dict[str, nn.Module]:
+    """The activation norms of a model by name; one that stands in several places under its first alone, or under every name."""
+    found = model.named_modules(remove_duplicate=not every_name)
+    return {name: module for name, module in found if "parametrizations" not in name.split(".") and is_norm(module)}
+
+
 def read_norm(name: str, module: nn.Module, seen: Sequence[int] | None = None) -> Norm:
     """Read an activation norm.
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -202,6 +202,8 @@ def place_norms(model: nn.Module, scheme: Scheme, *, optimizer: torch.optim.Opti
         for k, layer in enumerate(stack.layers)
         if isinstance(layer, _Layer)
     }
+    if not found and any(isinstance(module, PlacedLayer) for module in model.modules()):
+        raise SurgeryError("place_norms: the model's norms are placed already; call undo() of those changes first")
     if not found:
         raise SurgeryError(
             "place_norms: the model has no TransformerEncoder or TransformerDecoder of torch.nn with layers of torch's; build "
@@ -213,8 +215,15 @@ def place_norms(model: nn.Module, scheme: Scheme, *, optimizer: torch.optim.Opti
         new: dict[int, nn.Module] = {}
         for (name, k), layer in found.items():
             full = label(f"{name}.layers.{k}".lstrip("."))
+            place = _places(scheme, k + 1, stacks[name], list(stacks.values()))
+            if id(layer) in new:  # it stands here too
+                if list(cast(PlacedLayer, new[id(layer)]).places) != place:
+                    raise SurgeryError(
+                        f"{full}: it is a layer from above once more, and {scheme} places the two differently"
+                    )
+                continue
             try:
-                made = _placed(layer, _places(scheme, k + 1, stacks[name], list(stacks.values())))
+                made = _placed(layer, place)
                 if scheme == "hybrid":
                     made.add_module("self_attn", _normalized(layer))
             except SurgeryError as error:

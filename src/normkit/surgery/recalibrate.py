@@ -99,8 +99,7 @@ def recalibrate(
     if not norms:
         others = "; ".join(f"{label(name)}: {reason}" for name, reason in left.items())
         raise SurgeryError(
-            "recalibrate: the model has no batch normalization with running statistics"
-            + (f" ({others})" if left else "")
+            "the model has no batch normalization with running statistics" + (f" ({others})" if left else "")
         )
     sums = {name: _Inputs(estimator) for name in norms}
     seen = 0
@@ -115,10 +114,10 @@ def recalibrate(
             sums[name].gather(norm.get_buffer("running_mean"))
         seen = max(each.batches for each in sums.values())
     if not seen:
-        raise SurgeryError("recalibrate: there are no batches; a generator can be walked only once, give a fresh one")
+        raise SurgeryError("there are no batches; a generator can be walked only once, give a fresh one")
     missing = [label(name) for name in norms if sums[name].found is None]
     if missing:
-        raise SurgeryError(f"recalibrate: no element reached {', '.join(missing)}; no layer was changed")
+        raise SurgeryError(f"no element reached {', '.join(missing)}; no layer was changed")
     written = [
         norm.get_buffer(key) for norm in norms.values() for key in _KEPT if isinstance(norm._buffers.get(key), Tensor)
     ]

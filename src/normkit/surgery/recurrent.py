@@ -41,7 +41,10 @@ def convert_recurrent(
     found = {name: module for name, module in model.named_modules() if isinstance(module, stack | cell)}
     if not found:
         raise SurgeryError(f"the model has no {stack.__name__} and no {cell.__name__} to convert to {to}")
-    note = "weights carried over, norms begin fresh: train before use" + "; rows of z negated" * (stack is nn.GRU)
+    note = (
+        "weights carried over, norms begin fresh: train before use"
+        + "; rows of z negated, an optimizer's state of these weights restarts" * (stack is nn.GRU)
+    )
 
     def make(name: str, module: nn.Module, seen: Sequence[int] | None) -> tuple[nn.Module, str]:
         return _build(label(name), module, to), note

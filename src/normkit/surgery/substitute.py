@@ -149,7 +149,7 @@ def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module
 
 
 def leave_fast_path(model: nn.Module) -> None:
-    """Make encoder layers whose norms are no longer layer norms run their modules.
+    """Make encoder layers whose norms are no longer layer norms with weight and bias run their modules.
 
     In evaluation without gradients ``nn.TransformerEncoderLayer`` hands the weight, bias and eps of norm1 and norm2 to a fused
     kernel that computes layer normalization whatever modules stand there. It does so only for an activation that the kernel
@@ -168,4 +168,5 @@ def leave_fast_path(model: nn.Module) -> None:
 
 
 def _is_layer_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.LayerNorm) and getattr(module, "over", None) is None
+    whole = isinstance(module, nn.LayerNorm) and module.weight is not None and module.bias is not None
+    return whole and getattr(module, "over", None) is None

@@ -265,6 +265,13 @@ def norm_list() -> str:
 
 def _why_not(name: str) -> str:
     """The reason why a method that exists has no word."""
+    weights = {
+        key: card.word or card.name for card in METHODS if card.kind == "weight" for key in (card.word, card.name)
+    }
+    if weights.get(name):
+        return (
+            f"; {name} is a weight method: apply_recipe(model, 'keep+{weights[name]}') puts it on, or condition(model)"
+        )
     why = next((card.wordless for card in METHODS if name in (card.name, card.name.replace("_", ""))), "")
     return f"; {name} can't stand in a norm's place: {why}" if why else ""
 

@@ -17,9 +17,11 @@ from normkit.surgery.changes import Change, Changes, label
 from normkit.surgery.checkpoint_file import Path, read_checkpoint, write_checkpoint
 from normkit.surgery.framework import Framework, check_framework, from_framework, to_framework, to_torch
 from normkit.surgery.from_one import loads_difference
-from normkit.surgery.norms import is_norm, read_norm
+from normkit.surgery.norms import norms_in, read_norm
 from normkit.surgery.select import Where, choose
 from normkit.surgery.transaction import transaction
+from normkit.weights.layout import weight_layout
+from normkit.weights.parametrization import Parametrization
 
 _Known = dict[str, Tensor]
 Rename = Callable[[str], str]
@@ -136,6 +138,9 @@ def accept(
     So a conditioned, weight-normed or spectrally normed model loads plain checkpoints, and a plain one theirs; one that has the
     model's keys loads as before. With ``strict``, torch names the keys that are missing or left over.
 
+    With ``from_one`` a state_dict of the model itself, whose gains are not to be moved again, is known by the metadata that
+    torch keeps with it, also in files of ``torch.save``. Safetensors and plain dicts don't have it: ``undo()`` before those.
+
     Args:
         model: any module.
         source: as for ``translate``.
@@ -157,8 +162,17 @@ def accept(
     check_framework("accept", source, get_args(Framework))
     with transaction(model) as opened:
         model.register_load_state_dict_pre_hook(_Accept(source, rename, from_one))
+        if from_one:
+            model.register_state_dict_post_hook(_mark_own)
         what = type(model).__name__
         return opened.close(model, [Change("(model)", what, what, f"loads {source} checkpoints of any form")])
+
+
+_OWN = "normkit: gains as the model has them"  # among what torch notes beside a state_dict
+
+
+def _mark_own(model: nn.Module, state: Any, prefix: str, about: dict[str, Any]) -> None:
+    about[_OWN] = True
 
 
 class _Accept:
@@ -167,9 +181,11 @@ class _Accept:
     def __init__(self, source: Framework, rename: Rename | None, from_one: Where | bool | None) -> None:
         self.how = source, rename, from_one
 
-    def __call__(self, model: nn.Module, state: dict[Any, Any], prefix: str, *rest: object) -> None:
+    def __call__(self, model: nn.Module, state: dict[Any, Any], prefix: str, about: Any, *rest: object) -> None:
+        source, rename, from_one = self.how
+        how = source, rename, None if about.get(_OWN) else from_one
         own = {key: state[key] for key in list(state) if not isinstance(key, str) or key.startswith(prefix)}
-        given = _read({key[len(prefix) :] if prefix else key: value for key, value in own.items()}, model, *self.how)
+        given = _read({key[len(prefix) :] if prefix else key: value for key, value in own.items()}, model, *how)
         found, used = _translated(given, model)
         for key in own:
             del state[key]
@@ -181,8 +197,7 @@ def _read(
     state: Mapping[Any, Any], model: nn.Module, source: Framework, rename: Rename | None, from_one: Where | bool | None
 ) -> _Known:
     """A checkpoint by the model's names, laid out as torch does."""
-    layers, given = dict(model.named_modules()), dict[str, Tensor]()
-    known = {key for key, _ in (*model.named_parameters(), *model.named_buffers())}
+    layers, given, known = dict(model.named_modules(remove_duplicate=False)), dict[str, Tensor](), model.state_dict()
     found = from_framework(state, source)
     for key, (leaf, value) in found.items():
         raw = f"{key.rpartition('.')[0]}.{leaf}".lstrip(".")
@@ -204,7 +219,7 @@ def _offsets(model: nn.Module, from_one: Where | bool | None) -> dict[str, float
     """What to add to the other side's gain of each norm, by its prefix."""
     if from_one is None:
         return {}
-    norms = {n: m for n, m in model.named_modules() if "parametrizations" not in n.split(".") and is_norm(m)}
+    norms = norms_in(model, every_name=True)
     theirs = choose(norms, from_one, "norms") if not isinstance(from_one, bool) else norms if from_one else {}
     found = {}
     for name, norm in norms.items():
@@ -219,7 +234,7 @@ def _outward(state: _Known, model: nn.Module, to: To, rename: Rename | None, fro
     other = copy.deepcopy(model)
     other.load_state_dict(state)
     original, counted = "parametrizations.weight.original", dict[str, Tensor]()
-    for name, layer in other.named_modules():
+    for name, layer in other.named_modules(remove_duplicate=False):
         if loads_difference(layer):
             counted[f"{name}.weight".lstrip(".")] = layer.get_parameter(original).detach()
     bake(other)
@@ -237,22 +252,24 @@ def _outward(state: _Known, model: nn.Module, to: To, rename: Rename | None, fro
 
 def _translated(given: _Known, model: nn.Module) -> tuple[_Known, set[str]]:
     """What a checkpoint has for a model, by the model's keys, and which of its keys that took."""
-    wanted, found, used = dict(model.state_dict()), dict[str, Tensor](), set[str]()
-    for key in wanted:
-        if key in given:
-            found[key] = given[key]
-            used.add(key)
-    for prefix, layer in model.named_modules():
+    held: _Known = model.state_dict(keep_vars=True)
+    wanted = {key: value.detach() if isinstance(value, Tensor) else value for key, value in held.items()}
+    found = {key: given[key] for key in wanted if key in given}
+    used = set(found)
+    for prefix, layer in model.named_modules(remove_duplicate=False):
         prefix = f"{prefix}." if prefix else ""
         for name in _weights(layer):
             _translate_weight(layer, prefix, name, given, wanted, found, used)
         count = f"{prefix}num_batches_tracked"
         if count in wanted:
-            found.setdefault(
-                count, wanted[count]
-            )  # converted checkpoints lack the count, which only momentum=None reads
+            # Converted checkpoints lack the count, which only momentum=None reads.
+            found.setdefault(count, wanted[count])
         elif f"{prefix}running_mean" in wanted:
             used.add(count)  # a frozen norm counts nothing
+    by_tensor = {id(held[key]): value for key, value in found.items()}
+    for key, value in held.items():  # of tied weights a file may hold one alone
+        if key not in found and id(value) in by_tensor:
+            found[key] = by_tensor[id(value)]
     return found, used
 
 
@@ -277,35 +294,98 @@ def _translate_weight(
         used.update((gain, prefix + name))
         return
     own = [_keys(prefix, name, form) for form in _FORMS]
-    mine = next((keys for keys in own if all(key in wanted for key in keys)), None)
-    if mine is not None and all(key in found for key in mine):
+    mine: list[str] = next((keys for keys in own if all(key in wanted for key in keys)), [])
+    theirs: list[str] = next((keys for keys in own if all(key in given for key in keys)), [])
+    if not theirs:
         return
-    theirs = next((keys for keys in own if all(key in given for key in keys)), None)
-    if theirs is None:
+    alike = bool(mine) and own.index(mine) // 2 == own.index(theirs) // 2
+    # Lengths along another axis are other lengths.
+    if alike and len(theirs) == 2 and given[theirs[0]].shape != wanted[mine[0]].shape:
+        alike = not _fit(given[theirs[0]], given[theirs[1]])
+    if alike and all(key in found for key in mine):
         return
-    if mine is not None and own.index(mine) // 2 == own.index(theirs) // 2 and len(mine) > 1:
-        found.update({key: given[other] for key, other in zip(mine, theirs, strict=True)})
-    else:
-        value = _value(*(given[key] for key in theirs))
-        if loads_difference(layer):
-            found[f"{prefix}parametrizations.{name}.original"] = value
-        elif parametrize.is_parametrized(layer, name):
-            held = copy.deepcopy(layer.get_submodule(f"parametrizations.{name}"))
-            assert isinstance(held, parametrize.ParametrizationList)
-            with torch.no_grad():
-                like = next(held.parameters())
-                held.right_inverse(value.to(like.device, like.dtype))
-            found.update({f"{prefix}parametrizations.{name}.{key}": part for key, part in held.state_dict().items()})
-        elif mine is None or len(mine) == 1:
-            found[f"{prefix}{name}"] = value
-        elif len(mine) == 2:
-            found[mine[0]], found[mine[1]] = _length(value, wanted[mine[0]]), value
-        else:
-            found[mine[0]] = value
-            found.update({key: wanted[key] for key in mine[1:]})  # its own vectors, which iteration improves
     used.update(theirs)
+    if alike and len(mine) > 1:
+        found.update({key: given[other] for key, other in zip(mine, theirs, strict=True)})
+        return
+    value = _value(*(given[key] for key in theirs))
+    if len(mine) > 1 and not _known_here(layer, name) and not _has_lengths(value, wanted[mine[0]]):
+        raise SurgeryError(
+            f"translate: {label(prefix + name)} is zero, or has a zero row, of which torch's weight or spectral "
+            "norm makes NaN; put normkit's on, or leave this layer out"
+        )
+    if loads_difference(layer):
+        found[f"{prefix}parametrizations.{name}.original"] = value
+    elif parametrize.is_parametrized(layer, name):
+        raw = _raw(layer, name, value, label(prefix + name))
+        found.update({f"{prefix}parametrizations.{name}.{key}": part for key, part in raw.items()})
+    elif len(mine) < 2:
+        found[f"{prefix}{name}"] = value
+    elif len(mine) == 2:
+        found[mine[0]], found[mine[1]] = _length(value, wanted[mine[0]]), value
+    else:
+        found[mine[0]] = value
+        found.update({key: wanted[key] for key in mine[1:]})  # its own vectors, which iteration improves
 
 
+def _raw(layer: nn.Module, name: str, value: Tensor, full: str) -> _Known:
+    """What a layer's parametrizations keep of a plain weight, so that they give it back, or all of it that they have room for."""
+    held = copy.deepcopy(layer.get_submodule(f"parametrizations.{name}")).eval()
+    assert isinstance(held, parametrize.ParametrizationList)
+    value = value.to(next(held.parameters()))
+
+    def gives(weight: Tensor) -> Tensor:
+        try:
+            held.right_inverse(weight)
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            raise SurgeryError(f"translate: {full}: its parametrization takes no plain weight: {error}") from error
+        return held()
+
+    with torch.no_grad():
+        made = gives(value)
+        # A spectral norm divides by what its vectors see, now and after they have moved.
+        if value.is_meta or any(hasattr(part, "_u") for part in held.children()) or _close(made, value):
+            return held.state_dict()
+        lengths = held._parameters.get("original0")
+        if lengths is not None and lengths.dim() == 1:  # a gain per unit, which begins at 1
+            rows, wanted = (weight_layout(layer, name).matrix(weight) for weight in (made, value))
+            lengths.mul_((rows * wanted).sum(1) / rows.square().sum(1).clamp_min(_TINY))
+            if _close(held(), value):
+                return held.state_dict()
+            made = gives(value)
+        shift = gives(torch.zeros_like(value))  # a constant that is added
+        if not _close(gives(value - shift), value) and not _close(gives(made), made):
+            parts = " and ".join(type(part).__name__ for part in held.children())
+            raise SurgeryError(
+                f"translate: {full}: {parts} makes another weight of a plain one, and has no inverse; load the "
+                "checkpoint before that is put on, or the model's own keys"
+            )
+        if not _close(held(), value):
+            gives(value)
+        return held.state_dict()
+
+
+def _close(weight: Tensor, wanted: Tensor) -> bool:
+    """Up to some roundings of a sum over a row."""
+    return torch.allclose(weight, wanted, rtol=0, atol=64 * torch.finfo(weight.dtype).eps * float(wanted.abs().max()))
+
+
+def _known_here(layer: nn.Module, name: str) -> bool:
+    """Whether what makes a weight is normkit's, which floors lengths."""
+    parts = layer.get_submodule(f"parametrizations.{name}") if parametrize.is_parametrized(layer, name) else ()
+    return any(isinstance(part, Parametrization) for part in parts)  # pyright: ignore
+
+
+def _has_lengths(value: Tensor, like: Tensor) -> bool:
+    return value.is_meta or bool((_length(value, like) > 0).all() if like.shape != value.shape else value.any())
+
+
+def _fit(length: Tensor, direction: Tensor) -> bool:
+    sizes = zip(length.shape, direction.shape, strict=False)
+    return not length.dim() or (length.dim() == direction.dim() and all(a in (1, b) for a, b in sizes))
+
+
+_TINY = 1e-12  # the floor of a length
 _FORMS = (
     ("{}_g", "{}_v"),
     ("parametrizations.{}.original0", "parametrizations.{}.original1"),
@@ -325,12 +405,13 @@ def _value(first: Tensor, *rest: Tensor) -> Tensor:
         return first
     if len(rest) == 1:
         wide = rest[0].double()
-        return (first.double() * wide / _length(wide, first)).to(first.dtype)
+        return (first.double() * wide / _length(wide, first).clamp_min(_TINY)).to(first.dtype)
     u, v = (part.double() for part in rest)
     matrix = first.double().flatten(1)
     if u.numel() != matrix.shape[0]:  # of a transposed convolution the output axis is the second
         matrix = first.double().transpose(0, 1).flatten(1)
-    return (first.double() / (u @ matrix @ v)).to(first.dtype)
+    sigma = u @ matrix @ v
+    return (first.double() / torch.where(sigma == 0, _TINY, sigma)).to(first.dtype)
 
 
 def _length(value: Tensor, like: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normkit.core.errors import SurgeryError
@@ -104,11 +105,23 @@ class Watch(Sight):
         self._inputs: dict[int, list[Any]] = {key: [] for key in self._modules}
         self._ranks: dict[int, set[int]] = {id(layer): set() for layer in self._layers}
         self._kernels: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+        self._inside: list[nn.Module] = []
+        self._others: dict[int, nn.Module] = {}  # the module that reads a tensor where no watched one does
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.convolution.default and self._scope:
             self._kernels.setdefault(id(self._scope[-1]), []).append(args[1:3])
+        if self._inside and not self._scope:
+            for tensor in tensors_in((args, kwargs or {})):
+                if id(tensor) in self._readers:
+                    self._others.setdefault(id(tensor), self._inside[-1])
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def run(self, forward: Callable[[], Any]) -> Any:
+        enter = register_module_forward_pre_hook(lambda module, args: self._inside.append(module))
+        leave = register_module_forward_hook(lambda module, args, output: self._inside.pop() and None, always_call=True)
+        with enter, leave:
+            return super().run(forward)
 
     def kernel(self, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         """The weight and bias with which a layer convolved, if it did so once."""
@@ -152,7 +165,9 @@ class Watch(Sight):
             return "the example does not reach it"
         readers = set[int]().union(*(self._readers[key] for key in outputs))
         if not readers or not readers <= self._ranks.keys():
-            return "its output is read by something else than a linear layer or a convolution"
+            others = {type(self._others[key]).__name__: 0 for key in outputs if key in self._others}
+            others |= {type(self._modules[key]).__name__: 0 for key in readers - self._ranks.keys() if key}
+            return f"its output is read by {' and '.join(others) or 'the caller'}, not by linear layers and convolutions alone"
         behind = [layer for layer in self._layers if id(layer) in readers]
         for layer in behind:
             if any(id(value) not in outputs for value in self._inputs[id(layer)]):

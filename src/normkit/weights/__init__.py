@@ -2,12 +2,7 @@
 
 from normkit.weights.layout import WeightLayout, weight_layout
 from normkit.weights.power_iteration import power_iteration
-from normkit.weights.preconditioning import (
-    Precondition,
-    inverse_root_diagonal,
-    inverse_root_rows,
-    precondition,
-)
+from normkit.weights.preconditioning import Precondition, inverse_root_diagonal, inverse_root_rows, precondition
 from normkit.weights.scaled_weight_standardization import (
     ScaledWeightStandardization,
     nonlinearity_gain,

@@ -36,22 +36,9 @@ def attach(
 ) -> ModuleT:
     """Register a parametrization on a layer's tensor, in place.
 
-    Args:
-        layer: the layer that holds the tensor.
-        name: name of the tensor.
-        parametrization: a module with ``forward`` and ``right_inverse``.
-        splits: whether ``right_inverse`` returns several tensors, so that no parametrization can come before it.
-        forward: makes the forward that replaces the layer's own until the last parametrization is removed.
-        directed: whether only the direction of the weight is trained, which zeros do not have.
-
-    Returns:
-        The layer.
-
-    Raises:
-        OptionError: ``splits``, and the tensor is already parametrized.
-
-    Warns:
-        UserWarning: ``directed``, and a weight that is trained is zero.
+    ``splits``: its ``right_inverse`` returns several tensors, so that no parametrization can come before it. ``forward``
+    makes the forward that replaces the layer's own until the last parametrization is removed. ``directed`` warns of a trained
+    weight of zero, which has no direction.
     """
     if splits and parametrize.is_parametrized(layer, name):
         who = type(parametrization).__name__

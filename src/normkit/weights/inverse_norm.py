@@ -13,17 +13,6 @@ def inverse_norm(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     """Compute 1 / max(norm, eps) over some axes, kept with size 1.
 
     Autograd through the definition gives NaN for the second derivative at a zero row; this gives zero.
-
-    Args:
-        x: a tensor of float32 or float64.
-        dims: the axes of the norm.
-        eps: floor of the norm, above 0.
-
-    Returns:
-        A tensor, differentiable any number of times.
-
-    >>> inverse_norm(torch.tensor([[3.0, 4.0]]), (1,), 1e-12)
-    tensor([[0.2000]])
     """
     if traced():
         return length(x, dims).clamp_min(eps).reciprocal()

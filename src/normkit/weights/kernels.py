@@ -72,21 +72,9 @@ def plan_for(
     constant: bool = False,
     iterations: int = 0,
 ) -> Plan | None:
-    """Make the plan of a weight.
+    """Make the plan of a weight whose axes merge, in the order of memory, to groups, far, kept, inner; None without a kernel.
 
-    Args:
-        nest: groups, far, kept and inner: the weight's axes in the order of memory, merged. A near set belongs to one
-            (group, far), an apart set to one (group, kept).
-        dtype: dtype of the weight.
-        method: what the kernel does.
-        sets: the sets of ``"normalize"``, or those that ``"sequential"`` takes first.
-        statistic: statistic of the sets; other methods use only its eps.
-        factor: factor of the result.
-        constant: whether the divisors have no gradient.
-        iterations: number of iterations of ``"ruiz"`` and ``"spectral"``.
-
-    Returns:
-        The plan, or None for what no kernel does.
+    A near set belongs to one (group, far), an apart set to one (group, kept); ``"sequential"`` takes ``sets`` first.
     """
     form = _SCALES.get((statistic.center, statistic.scale))
     if dtype not in TYPES or form is None or 0 in nest:
@@ -109,18 +97,7 @@ def plan_for(
 def plan_over(
     split: Split, dtype: torch.dtype, statistic: Statistic, factor: float = 1.0, constant: bool = False
 ) -> Plan | None:
-    """Make the plan for normalizing a contiguous weight over a support.
-
-    Args:
-        split: split of the weight's shape by the support.
-        dtype: dtype of the weight.
-        statistic: statistic of each set.
-        factor: factor of the result.
-        constant: whether the divisors have no gradient.
-
-    Returns:
-        The plan, or None for what no kernel does.
-    """
+    """Make the plan for normalizing a contiguous weight over a support; None for what no kernel does."""
     if split.count <= statistic.correction:
         return None
     axes = [d for d, size in enumerate(split.shape) if size != 1]
@@ -144,10 +121,7 @@ def plan_over(
 def takes(weight: Tensor, *others: Tensor, rows: bool = False) -> bool:
     """Whether the kernels take these tensors now: plain ones on a CPU, while nothing must see PyTorch's operators.
 
-    Args:
-        weight: the weight.
-        others: a gain or vectors, which must have its dtype.
-        rows: whether it is enough that axis 0 is outermost in memory, as in channels-last weights.
+    With ``rows`` it is enough that axis 0 is outermost in memory, as in channels-last weights.
     """
     if not plain(weight, *others) or library() is None:
         return False
@@ -162,10 +136,7 @@ def takes(weight: Tensor, *others: Tensor, rows: bool = False) -> bool:
 def _address(plan: Plan, which: int, tensor: Tensor | None) -> int | None:
     """The address of a tensor of a call, by its place in ``NkWeightCall``; every pointer into the library comes from here.
 
-    Raises:
-        ShapeError: it does not have the number of elements in the plan.
-        BackendError: it is not dense in CPU memory with the plan's dtype, for example because a hook on saved tensors
-            returned another tensor.
+    It is refused without the plan's elements, dtype or density, as where a hook on saved tensors returned another tensor.
     """
     if tensor is None:
         return None
@@ -187,24 +158,9 @@ def _channels_last(weight: Tensor) -> bool:
 
 
 def normalize(
-    weight: Tensor,
-    gain: Tensor | None,
-    plan: Plan,
-    definition: Callable[..., Tensor],
-    spare: Spare | None = None,
+    weight: Tensor, gain: Tensor | None, plan: Plan, definition: Callable[..., Tensor], spare: Spare | None = None
 ) -> Tensor:
-    """Normalize one weight on the kernels.
-
-    Args:
-        weight: one for which ``takes`` holds.
-        gain: one number per set, likewise, or None.
-        plan: the plan of the weight, with method ``"normalize"`` or one for both rows and columns.
-        definition: the same as a differentiable function of weight and gain, or of the weight if there is no gain.
-        spare: keeps the memory of the result from one training step to the next.
-
-    Returns:
-        A tensor of the weight's shape, strides and dtype; differentiable to any order.
-    """
+    """Normalize one weight, for which ``takes`` holds, on the kernels; ``spare`` keeps its memory from step to step."""
     if torch.is_grad_enabled() and (weight.requires_grad or (gain is not None and gain.requires_grad)):
         return _apply(weight, gain, plan, definition, spare)
     return _forward(weight, gain, plan, None)
@@ -248,14 +204,7 @@ _apply: Callable[..., Tensor] = super(torch.autograd.Function, _Normalize).apply
 def gradients_by(
     definition: Callable[..., Tensor], raw: tuple[Tensor, Tensor | None], needed: Sequence[bool], gradient: Tensor
 ) -> list[Tensor | None]:
-    """Compute the gradients of weight and gain by autograd through the definition, to be differentiated again.
-
-    Args:
-        definition: a function of weight and gain, or of the weight if there is no gain.
-        raw: weight and gain.
-        needed: whether each gradient is wanted; further entries are ignored.
-        gradient: gradient of the definition's output.
-    """
+    """Gradients of weight and gain by autograd through the definition, to be differentiated again."""
     if raw[1] is None:
         return [*gradients(definition, raw[:1], needed[:1], gradient), None]
     return gradients(definition, raw, needed[:2], gradient)
@@ -264,11 +213,8 @@ def gradients_by(
 def run(plans: Sequence[Plan], calls: Sequence[Sequence[Tensor | None]], backward: bool) -> None:
     """Run many weights in one call into the library.
 
-    Args:
-        plans: one per weight.
-        calls: the tensors of each weight, or None: weight, gain, gradient, result, gradient of the gain, and for ``"spectral"``
-            the left and right vector and what is kept for backward. See native/weights.h.
-        backward: whether gradients are wanted.
+    Each has a plan and its tensors, or None: weight, gain, gradient, result, gradient of the gain, and for ``"spectral"`` the
+    left and right vector and what is kept for backward. See native/weights.h.
     """
     pointers = (ctypes.c_void_p * (len(_POINTERS) * len(plans)))()
     for place, (plan, tensors) in enumerate(zip(plans, calls, strict=True)):

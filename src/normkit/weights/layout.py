@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.support import Support, show
 
 View = Literal["operator", "unfold"]
@@ -56,8 +56,7 @@ class WeightLayout:
         Raises:
             OptionError: an unknown view.
         """
-        if view not in ("operator", "unfold"):
-            raise OptionError(f"columns: view={view!r}; wanted 'operator' or 'unfold'")
+        check_options("columns", view=(view, View))
         over = "o *" if view == "operator" else "o"
         if self.output_axis == 1:
             return Support("i o *", over=over)
@@ -67,13 +66,7 @@ class WeightLayout:
         """The axes of a contiguous weight in the order of memory, merged to groups x far x kept x inner.
 
         Rows of axis-0 layouts and columns of axis-1 layouts belong to one (group, far); the others to one (group, kept).
-
-        Args:
-            shape: shape of a weight of two axes or more.
-            view: what a column is, as for ``columns``.
-
-        Returns:
-            The four sizes, or None where the sets are laid out otherwise.
+        None where the sets are laid out otherwise.
 
         >>> WeightLayout(groups=2).nest(torch.Size([4, 3, 5, 5])), WeightLayout(groups=2).nest(torch.Size([4, 3, 5, 5]), "unfold")
         ((2, 2, 3, 25), (2, 2, 75, 1))
@@ -151,21 +144,21 @@ def weight_layout(layer: nn.Module, name: str = "weight") -> WeightLayout:
     return WeightLayout()
 
 
+def layout_of_several(layer: nn.Module, name: str, who: str) -> WeightLayout:
+    """The layout of a layer's weight; OptionError where an output unit has one element, which minus its mean is zero."""
+    weight, layout = weight_of(layer, name, who), weight_layout(layer, name)
+    if weight.dim() < 2 or layout.rows.split(weight.shape).count == 1:
+        raise OptionError(
+            f"{who}: the {name} of {type(layer).__name__} ({show(weight.shape)}) has one element for each output unit, which "
+            "minus its mean is zero; leave this layer out"
+        )
+    return layout
+
+
 def hooked_weight(layer: nn.Module, name: str) -> tuple[str, Tensor] | None:
-    """Find which of torch's hook-based utilities computes a weight before each pass, and from which parameter.
+    """Find which of torch's hook-based utilities computes a weight before each pass, and from which parameter, or None.
 
     These utilities of ``torch.nn.utils`` leave the weight a plain attribute, which cannot be parametrized.
-
-    Args:
-        layer: any module.
-        name: name of the weight.
-
-    Returns:
-        The utility and the raw weight (for weight normalization, the direction); None for any other weight.
-
-    >>> from torch.nn.utils import prune
-    >>> hooked_weight(prune.identity(nn.Linear(2, 2), "weight"), "weight")[0]
-    'torch.nn.utils.prune'
     """
     if not isinstance(vars(layer).get(name), Tensor):
         return None
@@ -177,18 +170,9 @@ def hooked_weight(layer: nn.Module, name: str) -> tuple[str, Tensor] | None:
 
 
 def raw_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor, Support | None]]:
-    """Yield every parameter of a model once, parametrized or not, with the layer that it belongs to.
+    """Yield every parameter once, parametrized or not: its layer's name, the layer, itself, and the support of an output unit.
 
-    Args:
-        model: any module.
-
-    Returns:
-        The layer's name, the layer, the parameter, and the support of an output unit, for weights and raw weights of two axes
-        or more. It is None for biases, gains, lengths and all else that a parametrization learns.
-
-    >>> layer = nn.utils.parametrizations.weight_norm(nn.ConvTranspose2d(3, 5, 1, bias=False))
-    >>> [(tuple(parameter.shape), rows) for _, _, parameter, rows in raw_parameters(layer)]
-    [((3, 1, 1, 1), None), ((3, 5, 1, 1), Support("i o *", over="i *"))]
+    The support is None for biases, gains, lengths and all else that a parametrization learns.
     """
     seen: set[int] = set()
     for name, layer in model.named_modules():
@@ -208,11 +192,7 @@ def raw_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor, S
 
 
 def weight_of(layer: nn.Module, name: str, who: str) -> Tensor:
-    """Return the layer's current weight, or raise an error that names the layer's tensors.
-
-    Raises:
-        OptionError: there is no floating tensor of that name, or it has no shape yet.
-    """
+    """The layer's current weight; OptionError names the layer's tensors where it is none of them, or has no shape yet."""
     weight = getattr(layer, name, None)
     if not isinstance(weight, Tensor):
         held = [key for key, _ in layer.named_parameters(recurse=False)]

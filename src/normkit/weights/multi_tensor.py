@@ -17,10 +17,9 @@ from normkit.weights.attachment import hooked, originals
 
 
 class Share(NamedTuple):
-    """One weight's part of a call.
+    """One weight's part of a call; ``definition`` computes the same, of weight and gain or of weight, left and right vector.
 
-    ``definition`` computes the same in differentiable PyTorch, from weight and gain, or from weight, left and right vector. The
-    vectors are updated in place.
+    The vectors are updated in place.
     """
 
     plan: kernels.Plan
@@ -40,14 +39,7 @@ class Shares(Protocol):
 
 
 def normalize(shares: Sequence[Share]) -> list[Tensor]:
-    """Compute the weights of all shares in one call into the library.
-
-    Args:
-        shares: shares of weights for which ``kernels.takes`` holds.
-
-    Returns:
-        Tensors of their weights' shapes, strides and dtypes, differentiable to any order.
-    """
+    """Compute the weights of all shares, for which ``kernels.takes`` holds, in one call into the library."""
     if not shares:
         return []
     raw = [tensor for share in shares for tensor in (share.weight, share.gain)]
@@ -62,17 +54,7 @@ def together(model: nn.Module) -> Iterator[None]:
     the backward pass inside or after it, the optimizer's step after it. Weights that are used several times per step are computed
     once, and spectral normalization iterates once. The gradients of all raw weights arrive together at the end of the backward
     pass: do not use the context where something waits for them one by one, such as DistributedDataParallel, where weights are
-    not in memory until their layer runs, as with FSDP and offloading, or around checkpointed regions, which are recomputed
-    after it.
-
-    Args:
-        model: any module.
-
-    >>> from normkit.weights.weight_conditioning import weight_conditioning
-    >>> model = nn.Sequential(weight_conditioning(nn.Linear(2, 2)), weight_conditioning(nn.Linear(2, 1)))
-    >>> with together(model):
-    ...     model[0].weight is model[0].weight
-    True
+    not in memory until their layer runs, as with FSDP and offloading, or around checkpointed regions, which are recomputed after.
     """
     # torch's own cache, an internal dictionary: layers look up their weights there, and so need not know of this.
     with parametrize.cached():

@@ -1,7 +1,7 @@
 """The base of weight parametrizations that run on the kernels where these take the weight."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,11 @@ from normkit.weights.spare import Spare
 class Parametrization(nn.Module):
     """Map a raw weight (and, for some methods, one gain per set) to the effective weight.
 
-    A subclass defines ``definition``, in differentiable PyTorch, and ``plan``, for a kernel; its ``forward`` passes the raw
-    tensors to ``made``.
+    A subclass defines ``definition``, in differentiable PyTorch, and ``plan``, for a kernel. Its raw tensors are the weight, or
+    the gain and the weight. ``shown`` is a format of the module, for ``extra_repr``.
     """
+
+    shown: ClassVar[str]
 
     # Whether each set is a row of axis 0, so that channels-last weights need no copy.
     by_rows: bool = False
@@ -32,6 +34,19 @@ class Parametrization(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Plans are bytes of a C structure, which another version of the kernels may lay out differently.
         return {**vars(self), "_plans": {}}
+
+    def forward(self, *raw: Tensor) -> Tensor:
+        """The effective weight, of the raw weight's shape and dtype."""
+        *gain, weight = raw
+        return self.made(weight, *gain)
+
+    def right_inverse(self, weight: Tensor) -> Any:
+        """The raw tensors that assigning a weight stores: by default that weight itself."""
+        return weight
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return self.shown.format(self)
 
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
         """Compute the effective weight by PyTorch's operators."""
@@ -74,11 +89,7 @@ class Parametrization(nn.Module):
 
 
 def laid_out(gain: Tensor, rule: Rule, weight: Tensor, who: str) -> Tensor:
-    """Bring the gains of a rule on a weight, one per set, to the shape in which they multiply it.
-
-    Raises:
-        ShapeError: the number of gains is wrong.
-    """
+    """Bring the gains of a rule on a weight, one per set, to the shape in which they multiply it."""
     assert rule.compensation is not None
     shape = per_shape(rule.compensation.per, rule.support.split(weight.shape))
     if gain.numel() != math.prod(shape):

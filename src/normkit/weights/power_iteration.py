@@ -57,29 +57,13 @@ def power_iteration(
 def power_iteration_square(
     matrix: Tensor, tol: float = 1e-6, x: Tensor | None = None, limit: int = 10_000
 ) -> tuple[Tensor, Tensor]:
-    """Run x <- W x / |W x| until x moves by less than ``tol``, up to sign; |W x| is the spectral radius, not the norm.
+    """Run x <- W x / |W x| until x moves by less than ``tol``, up to sign: |W x| is the spectral radius, not the norm.
 
     Introductions to spectral normalization print this loop and take |W x| for the largest singular value. It is the largest
     absolute eigenvalue, which equals the spectral norm only for normal matrices, such as symmetric ones, and is smaller
     otherwise. Do not normalize by it; use ``power_iteration`` or ``spectral_norm``. It needs a square matrix with a dominant
-    real eigenvalue.
-
-    Args:
-        matrix: (n, n).
-        tol: the largest movement of x, of length 1, at which to stop. Default: 1e-6.
-        x: (n,) from the previous call, to start from. Default: None, random.
-        limit: largest number of iterations. Default: 10000.
-
-    Returns:
-        |W x| and x, in the accumulation dtype; 0 if W x vanishes.
-
-    Raises:
-        ShapeError: the matrix is not square, or x does not have its size.
-        OptionError: x still moves after ``limit`` iterations, as always where the dominant eigenvalues are complex.
-
-    Reference:
-        von Mises and Pollaczek-Geiringer, "Praktische Verfahren der Gleichungsauflösung" (1929),
-        https://doi.org/10.1002/zamm.19290090206.
+    real eigenvalue, else OptionError after ``limit`` iterations (von Mises and Pollaczek-Geiringer, 1929,
+    https://doi.org/10.1002/zamm.19290090206).
 
     >>> W = torch.tensor([[1.0, 5.0], [0.0, 0.5]])
     >>> radius, x = power_iteration_square(W, x=torch.tensor([1.0, 1.0]))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.moments import accumulation_dtype
 from normkit.core.support import show
 from normkit.weights import kernels
@@ -94,8 +94,7 @@ class Precondition(Parametrization):
             raise OptionError(
                 "Precondition: neither left= nor right= is given; wanted a tensor or a function for one of them"
             )
-        if gradient not in ("full", "detach"):
-            raise OptionError(f"Precondition: gradient={gradient!r}; wanted 'full' or 'detach'")
+        check_options("Precondition", gradient=(gradient, Gradient))
         self.layout, self.gradient = layout or WeightLayout(), gradient
         for side, given in (("left", left), ("right", right)):
             if isinstance(given, Tensor):
@@ -104,10 +103,6 @@ class Precondition(Parametrization):
                 setattr(self, side, given)
             else:
                 raise OptionError(f"Precondition: {side} is a {type(given).__name__}; wanted a tensor or a function")
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The preconditioned weight, of the weight's dtype."""
-        return self.made(weight)
 
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
         """The preconditioned weight by torch's operators."""
@@ -137,9 +132,14 @@ class Precondition(Parametrization):
         size = matrix.shape[-2 if side == "left" else -1]
         diagonal = torch.Size((*matrix.shape[:-2], size))
         if found.shape not in (diagonal, torch.Size((*diagonal, size))):
+            one = isinstance(given, Tensor)  # for all groups
+            got, wanted = (given.shape, (size,)) if one else (found.shape, diagonal)
+            groups = (
+                "; one tensor serves all groups, and a function gives each its own" if one and matrix.dim() > 2 else ""
+            )
             raise ShapeError(
-                f"Precondition: {side} of a matrix of {show(matrix.shape)} is of {show(found.shape)}; wanted {show(diagonal)}, a "
-                f"diagonal, or {show((*diagonal, size))}"
+                f"Precondition: {side} of a matrix of {show(matrix.shape)} is of {show(got)}; wanted {show(wanted)}, a diagonal, "
+                f"or {show((*wanted, size))}{groups}"
             )
         return found
 
@@ -147,12 +147,7 @@ class Precondition(Parametrization):
         """No kernel: the matrices are anyone's."""
         return None
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """The raw weight that assigning a weight stores: that weight itself."""
-        return weight
-
     def extra_repr(self) -> str:
-        """The arguments."""
         sides = []
         for side in ("left", "right"):
             given = getattr(self, side)
@@ -241,5 +236,4 @@ CARD = Card(
     module=Precondition,
     functional=preconditioned,
     make=_by_rows,
-    foldable=True,
 )

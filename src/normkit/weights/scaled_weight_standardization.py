@@ -11,22 +11,18 @@ from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
-from normkit.core.support import Support, show
+from normkit.core.support import Support
 from normkit.engine.dispatch import run
 from normkit.weights import kernels
 from normkit.weights.attachment import ModuleT, attach
-from normkit.weights.layout import WeightLayout, weight_layout, weight_of
+from normkit.weights.layout import WeightLayout, layout_of_several
 from normkit.weights.parametrization import Parametrization, laid_out
 
 RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
 
 
 def scaled_weight_standardization_rule(support: Support | None = None, eps: float = 1e-6) -> Rule:
-    """Scaled weight standardization, by default of weights whose axis 0 indexes output units, as data.
-
-    >>> scaled_weight_standardization_rule().formula()
-    'y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias'
-    """
+    """Scaled weight standardization, by default of weights whose axis 0 indexes output units, as data."""
     support = support or Support("o *", over="*")
     return Rule(support, Statistic("mean", "std", eps), Affine(" ".join(support.kept)))
 
@@ -83,6 +79,8 @@ class ScaledWeightStandardization(Parametrization):
     tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
     """
 
+    shown = "gamma={0.gamma:.6g}, eps={0.rule.statistic.eps:g}"
+
     def __init__(self, layout: WeightLayout | None = None, gamma: float = RELU_GAIN, eps: float = 1e-6) -> None:
         super().__init__()
         if not (math.isfinite(gamma) and gamma > 0):
@@ -92,21 +90,14 @@ class ScaledWeightStandardization(Parametrization):
         self.rule = scaled_weight_standardization_rule(layout.rows, eps)
         self.by_rows = layout.output_axis == 0
 
-    def forward(self, gain: Tensor, weight: Tensor) -> Tensor:
-        """The standardized weight, of the weight's shape and dtype."""
-        return self.made(weight, gain)
-
     def plan(self, weight: Tensor) -> kernels.Plan | None:
-        """Make the plan of a kernel for such a weight."""
         split = self.rule.support.split(weight.shape)
         return kernels.plan_over(split, weight.dtype, self.rule.statistic, self.gamma / split.count**0.5)
 
     def options(self) -> tuple[object, ...]:
-        """The options that the plan depends on, besides the weight's shape and dtype."""
         return (self.gamma,)
 
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
-        """The standardized weight by the engine's operators."""
         g = laid_out(gain[0], self.rule, weight, "ScaledWeightStandardization")
         factor = self.gamma / self.rule.support.split(weight.shape).count ** 0.5
         return run(self.rule, weight, g.to(torch.promote_types(g.dtype, torch.float32)) * factor)
@@ -115,10 +106,6 @@ class ScaledWeightStandardization(Parametrization):
         """Gains of 1, and the weight itself as the raw one."""
         split = self.rule.support.split(weight.shape)
         return weight.new_ones(weight.numel() // split.count), weight
-
-    def extra_repr(self) -> str:
-        """The arguments."""
-        return f"gamma={self.gamma:.6g}, eps={self.rule.statistic.eps:g}"
 
 
 def scaled_weight_standardization(
@@ -148,13 +135,7 @@ def scaled_weight_standardization(
     >>> round(layer.weight.norm().item(), 4)
     1.7129
     """
-    weight = weight_of(layer, name, "scaled_weight_standardization")
-    layout = weight_layout(layer, name)
-    if weight.dim() < 2 or layout.rows.split(weight.shape).count == 1:
-        raise OptionError(
-            f"scaled_weight_standardization: the {name} of {type(layer).__name__} ({show(weight.shape)}) has one element for "
-            "each output unit, which minus its mean is zero; leave this layer out"
-        )
+    layout = layout_of_several(layer, name, "scaled_weight_standardization")
     return attach(layer, name, ScaledWeightStandardization(layout, gamma, eps), splits=True)
 
 
@@ -194,6 +175,5 @@ CARD = Card(
     functional=standardize_scaled,
     make=scaled_weight_standardization,
     rule=scaled_weight_standardization_rule(),
-    foldable=True,
     invariances=frozenset({"row scale", "weight scale"}),
 )

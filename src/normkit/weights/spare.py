@@ -33,14 +33,7 @@ _UNSHARED = _unshared()
 
 
 class Spare:
-    """At most one block of memory; a copy or a pickle of it is empty.
-
-    >>> spare, like = Spare(), torch.zeros(2)
-    >>> first = spare.take(like)
-    >>> kept, again = first.data_ptr(), spare.take(like)  # first still holds its memory, so again has another block
-    >>> again.data_ptr() == kept
-    False
-    """
+    """At most one block of memory; a copy or a pickle of it is empty."""
 
     __slots__ = ("_free",)
 

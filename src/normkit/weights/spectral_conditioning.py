@@ -54,12 +54,7 @@ class SpectralConditioning(Parametrization):
             raise OptionError(f"SpectralConditioning: blocks={blocks}; wanted a whole number from 1")
         self.shift, self.layout, self.blocks = shift, layout or WeightLayout(), blocks
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The shifted weight, of the weight's dtype."""
-        return self.made(weight)
-
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
-        """The shifted weight by torch's operators."""
         rows, columns = self.layout.matrix(weight).shape
         eye = torch.eye(rows // self.blocks, columns, device=weight.device, dtype=weight.dtype) * self.shift
         return weight + self.layout.weight(eye.repeat(self.blocks, 1), weight.shape)
@@ -68,12 +63,7 @@ class SpectralConditioning(Parametrization):
         """No kernel: one addition is as fast."""
         return None
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """The raw weight that assigning a weight stores: that weight itself."""
-        return weight
-
     def extra_repr(self) -> str:
-        """The arguments."""
         return f"shift={self.shift:g}" + (f", blocks={self.blocks}" if self.blocks > 1 else "")
 
 
@@ -159,5 +149,4 @@ CARD = Card(
     module=SpectralConditioning,
     functional=add_identity,
     make=spectral_conditioning,
-    foldable=True,
 )

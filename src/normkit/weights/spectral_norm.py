@@ -78,8 +78,7 @@ class SpectralNorm(Parametrization):
                 self.register_buffer(name, F.normalize(start, dim=0, eps=eps))
             self._iterate(matrix, 15)  # as many as torch, so that both start alike
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The normalized weight, of the weight's dtype."""
+    def forward(self, weight: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if weight.dim() == 1:
             return F.normalize(weight, dim=0, eps=self.eps)
         share = self.share(weight)
@@ -112,7 +111,6 @@ class SpectralNorm(Parametrization):
         return Share(plan, self.definition, weight, vectors=(self._u, self._v))
 
     def plan(self, weight: Tensor) -> kernels.Plan | None:
-        """Make the plan of a kernel for such a weight."""
         rows = weight.shape[0]
         return kernels.plan_for(
             (1, rows, weight.numel() // max(rows, 1), 1),
@@ -123,7 +121,6 @@ class SpectralNorm(Parametrization):
         )
 
     def options(self) -> tuple[object, ...]:
-        """The options that the plan depends on, besides the weight's shape and dtype."""
         return self._iterations, self.eps
 
     @property
@@ -139,12 +136,7 @@ class SpectralNorm(Parametrization):
             .movedim(0, self.dim)
         )
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """The raw weight that assigning a weight stores: that weight itself."""
-        return weight
-
     def extra_repr(self) -> str:
-        """The arguments."""
         return f"n_power_iterations={self.n_power_iterations}, dim={self.dim}, eps={self.eps:g}" + (
             ", exact=True" if self.exact else ""
         )
@@ -244,6 +236,5 @@ CARD = Card(
     functional=divide_by_sigma,
     make=spectral_norm,
     train_equals_eval=False,
-    foldable=True,
     invariances=frozenset({"weight scale"}),
 )

@@ -1,12 +1,12 @@
 """Weight conditioning: a diagonal preconditioner, computed from the weight, that equalizes its rows or columns."""
 
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import BackendError, OptionError, closest
+from normkit.core.errors import BackendError, OptionError, check_options
 from normkit.core.moments import accumulation_dtype
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
@@ -25,11 +25,7 @@ Gradient = Literal["full", "detach"]
 
 
 def weight_conditioning_rule(support: Support | None = None, eps: float = 1e-12) -> Rule:
-    """Equilibration over one support, by default of rows, as data.
-
-    >>> weight_conditioning_rule().formula()
-    'y = x / max(|x|, eps)'
-    """
+    """Equilibration over one support, by default of rows, as data."""
     return Rule(support or Support("o *", over="*"), Statistic(None, "norm", eps, "floor"))
 
 
@@ -107,9 +103,8 @@ class Equilibrate(RowScaling):
         path: Path = "auto",
     ) -> None:
         super().__init__()
-        _check(
-            mode=(mode, Mode), order=(order, Order), gradient=(gradient, Gradient), view=(view, View), path=(path, Path)
-        )
+        check_options("Equilibrate", mode=(mode, Mode), order=(order, Order), gradient=(gradient, Gradient))
+        check_options("Equilibrate", view=(view, View), path=(path, Path))
         if not eps > 0:
             raise OptionError(f"Equilibrate: eps={eps}; wanted a number above 0, the floor of a norm")
         if iterations < 1:
@@ -121,12 +116,7 @@ class Equilibrate(RowScaling):
         self._statistic = Statistic(None, "norm", eps, "floor")
         self.by_rows = mode == "row" and self.layout.output_axis == 0
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The conditioned weight, of the weight's dtype."""
-        return self.made(weight)
-
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
-        """The conditioned weight by PyTorch's operators."""
         x = weight.to(accumulation_dtype(weight.dtype))
         if self.mode == "jacobi":
             n, axis = x.shape[self.layout.output_axis], self.layout.output_axis
@@ -146,10 +136,6 @@ class Equilibrate(RowScaling):
                 y = self._times(self._times(y, self.rows, left), self.columns, right)
         return (y if self.gain == 1.0 else y * self.gain).to(weight.dtype)
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """The raw weight that assigning a weight stores: that weight itself."""
-        return weight
-
     def row_factors(self, weight: Tensor) -> Tensor | None:
         """The diagonal of the left preconditioner, times the gain; None if columns are scaled too."""
         if self.mode not in ("row", "jacobi") or self.layout.output_axis != 0:
@@ -159,7 +145,6 @@ class Equilibrate(RowScaling):
         return factors if self.gain == 1.0 else factors * self.gain
 
     def options(self) -> tuple[object, ...]:
-        """The options that the plan depends on, besides the weight's shape and dtype."""
         return self.mode, self.order, self.iterations, self.eps, self.gradient, self.gain
 
     def plan(self, weight: Tensor) -> kernels.Plan | None:
@@ -221,7 +206,6 @@ class Equilibrate(RowScaling):
             )
 
     def extra_repr(self) -> str:
-        """The arguments that apply."""
         order = f", order={self.order!r}" + (f", iterations={self.iterations}" if self.order == "ruiz" else "")
         return (
             f"mode={self.mode!r}{order if self.mode == 'rowcol' else ''}, gradient={self.gradient!r}, gain={self.gain:g}, "
@@ -353,13 +337,6 @@ def equilibrate(
     return part(weight)
 
 
-def _check(**options: tuple[str, Any]) -> None:
-    for option, (got, known) in options.items():
-        if got not in get_args(known):
-            meant = f"; wanted one of {', '.join(map(repr, get_args(known)))}{closest(str(got), get_args(known))}"
-            raise OptionError(f"Equilibrate: {option}={got!r}{meant}")
-
-
 CARD = Card(
     name="weight_conditioning",
     title="Weight conditioning",
@@ -380,6 +357,5 @@ CARD = Card(
     functional=equilibrate,
     make=weight_conditioning,
     rule=weight_conditioning_rule(),
-    foldable=True,
     invariances=frozenset({"weight scale", "row scale"}),
 )

@@ -20,11 +20,7 @@ from normkit.weights.parametrization import Parametrization, laid_out
 
 
 def weight_norm_rule(ndim: int = 2, dim: int | None = 0, eps: float = 1e-12) -> Rule:
-    """Weight normalization of a weight of ``ndim`` axes as data.
-
-    >>> weight_norm_rule().formula()
-    'y = weight * x / max(|x|, eps) + bias'
-    """
+    """Weight normalization of a weight of ``ndim`` axes as data."""
     if dim is None or dim == -1:  # as in torch, -1 means one length
         return Rule(Support("*", over="*"), Statistic(None, "norm", eps, "floor"), Affine(""))
     if not -ndim <= dim < ndim:
@@ -56,6 +52,8 @@ class WeightNorm(Parametrization):
     tensor([[1.2000, 1.6000]])
     """
 
+    shown = "dim={0.dim}, eps={0.eps:g}"
+
     def __init__(self, dim: int | None = 0, eps: float = 1e-12) -> None:
         super().__init__()
         self.dim, self.eps = dim, eps
@@ -67,21 +65,14 @@ class WeightNorm(Parametrization):
             self._rules[ndim] = weight_norm_rule(ndim, self.dim, self.eps)
         return self._rules[ndim]
 
-    def forward(self, g: Tensor, v: Tensor) -> Tensor:
-        """The weight, of v's shape and dtype."""
-        return self.made(v, g)
-
     def plan(self, weight: Tensor) -> kernels.Plan | None:
-        """Make the plan of a kernel for such a weight."""
         rule = self._rule(weight.dim())
         return kernels.plan_over(rule.support.split(weight.shape), weight.dtype, rule.statistic)
 
     def options(self) -> tuple[object, ...]:
-        """The options that the plan depends on, besides the weight's shape and dtype."""
         return self.dim, self.eps
 
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
-        """The weight by PyTorch's operators."""
         rule = self._rule(weight.dim())
         return run(rule, weight, laid_out(gain[0], rule, weight, "WeightNorm"))
 
@@ -90,10 +81,6 @@ class WeightNorm(Parametrization):
         dims = self._rule(weight.dim()).support.split(weight.shape).dims
         g = length(weight, dims)
         return (g if self.dim not in (None, -1) else g.reshape(())), weight
-
-    def extra_repr(self) -> str:
-        """The arguments."""
-        return f"dim={self.dim}, eps={self.eps:g}"
 
 
 def weight_norm(layer: ModuleT, name: str = "weight", dim: int | None = 0, *, eps: float = 1e-12) -> ModuleT:
@@ -171,6 +158,5 @@ CARD = Card(
     functional=rescale,
     make=_on_outputs,
     rule=weight_norm_rule(),
-    foldable=True,
     invariances=frozenset({"weight scale", "row scale"}),
 )

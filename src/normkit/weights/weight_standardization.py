@@ -5,14 +5,13 @@ from typing import TypedDict
 from torch import Tensor
 
 from normkit.core.card import Card, Paper
-from normkit.core.errors import OptionError
 from normkit.core.rule import Rule
 from normkit.core.statistic import Guard, Statistic
-from normkit.core.support import Support, show
+from normkit.core.support import Support
 from normkit.engine.dispatch import run
 from normkit.weights import kernels
 from normkit.weights.attachment import ModuleT, attach
-from normkit.weights.layout import WeightLayout, weight_layout, weight_of
+from normkit.weights.layout import WeightLayout, layout_of_several
 from normkit.weights.parametrization import Parametrization
 
 
@@ -35,11 +34,7 @@ PUBLISHED: dict[str, Published] = {
 def weight_standardization_rule(
     support: Support | None = None, eps: float = 1e-5, correction: int = 0, guard: Guard = "inside"
 ) -> Rule:
-    """Weight standardization, by default of weights whose axis 0 indexes output units, as data.
-
-    >>> weight_standardization_rule().formula()
-    'y = (x - E[x]) / sqrt(Var[x] + eps)'
-    """
+    """Weight standardization, by default of weights whose axis 0 indexes output units, as data."""
     return Rule(support or Support("o *", over="*"), Statistic("mean", "std", eps, guard, correction))
 
 
@@ -81,6 +76,8 @@ class WeightStandardization(Parametrization):
             [ 0.0000,  0.0000]])
     """
 
+    shown = "eps={0.rule.statistic.eps:g}, correction={0.rule.statistic.correction}, guard={0.rule.statistic.guard!r}"
+
     def __init__(
         self, layout: WeightLayout | None = None, eps: float = 1e-5, correction: int = 0, guard: Guard = "inside"
     ) -> None:
@@ -89,26 +86,11 @@ class WeightStandardization(Parametrization):
         self.rule = weight_standardization_rule(layout.rows, eps, correction, guard)
         self.by_rows = layout.output_axis == 0
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The standardized weight, of the weight's dtype."""
-        return self.made(weight)
-
     def plan(self, weight: Tensor) -> kernels.Plan | None:
-        """Make the plan of a kernel for such a weight."""
         return kernels.plan_over(self.rule.support.split(weight.shape), weight.dtype, self.rule.statistic)
 
     def definition(self, weight: Tensor, *gain: Tensor) -> Tensor:
-        """The standardized weight by the engine's operators."""
         return run(self.rule, weight)
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """The raw weight that assigning a weight stores: that weight itself."""
-        return weight
-
-    def extra_repr(self) -> str:
-        """The arguments."""
-        statistic = self.rule.statistic
-        return f"eps={statistic.eps:g}, correction={statistic.correction}, guard={statistic.guard!r}"
 
 
 def weight_standardization(
@@ -138,13 +120,7 @@ def weight_standardization(
     >>> layer.weight.detach().flatten()
     tensor([-1.0000,  1.0000])
     """
-    weight = weight_of(layer, name, "weight_standardization")
-    layout = weight_layout(layer, name)
-    if weight.dim() < 2 or layout.rows.split(weight.shape).count == 1:
-        raise OptionError(
-            f"weight_standardization: the {name} of {type(layer).__name__} ({show(weight.shape)}) has one element for each "
-            "output unit, which minus its mean is zero; leave this layer out"
-        )
+    layout = layout_of_several(layer, name, "weight_standardization")
     return attach(layer, name, WeightStandardization(layout, eps, correction, guard))
 
 
@@ -185,6 +161,5 @@ CARD = Card(
     functional=standardize,
     make=weight_standardization,
     rule=weight_standardization_rule(),
-    foldable=True,
     invariances=frozenset({"row scale", "weight scale"}),
 )

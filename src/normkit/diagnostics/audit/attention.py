@@ -14,21 +14,12 @@ from normkit.engine.onlooker import Onlooker
 
 _ATTENDS = re.compile("att(e)?n|mha", re.IGNORECASE)
 _SOFTMAX = ("aten._softmax.default", "aten._safe_softmax.default")
-_MASKED = (
-    -9e3
-)  # what most models add to a masked logit is -1e4 or below; where it is -100, the largest is not among those
-_QUERIES = (
-    256  # of each head, evenly spaced: a largest logit needs no more, and all of them would be a second attention
-)
+_MASKED = -9e3  # most models add -1e4 or less to a masked logit; where it is -100, the largest is not among those
+_QUERIES = 256  # of each head, evenly spaced: a largest logit needs no more, and all would be a second attention
 
 
 class Logits(Onlooker):
-    """Sees the largest logit and the entropy of attention, by the module that attends.
-
-    Args:
-        model: whose modules are named.
-        stack: takes the handles of the hooks that follow which module runs.
-    """
+    """Sees the largest logit and the entropy of attention, by the module that attends."""
 
     def __init__(self, model: nn.Module, stack: ExitStack) -> None:
         super().__init__()

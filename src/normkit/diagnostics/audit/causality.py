@@ -33,11 +33,8 @@ def acausal_statistic(seen: Observed) -> Iterator[Row]:
         except Exception as error:  # a model may refuse other tokens than the batch's
             seen.notes.append(f"not seen whether tokens see later ones: {type(error).__name__}: {error}")
     for norm in found:
-        yield (
-            norm.label,
-            {"moved_by_later_tokens": next(t.moved[id(norm)] for t in trials if id(norm) in t.moved)},
-            None,
-        )
+        moved = next(trial.moved[id(norm)] for trial in trials if id(norm) in trial.moved)
+        yield norm.label, {"moved_by_later_tokens": moved}, None
 
 
 class _Trial:
@@ -106,9 +103,7 @@ class _Trial:
             if isinstance(value, list | tuple):
                 return [change(part) for part in value]
             fits = isinstance(value, Tensor) and value.dim() > self.axis and value.shape[self.axis] == self.length
-            if not fits or (
-                not value.is_floating_point() and 0 <= int(value.min()) and int(value.max()) <= 1
-            ):  # a mask
+            if not fits or (not value.is_floating_point() and {*map(int, value.aminmax())} <= {0, 1}):  # a mask
                 return value
             other, early = value.clone(), which.start == 0
             part = other.movedim(self.axis, 0)[which]

@@ -52,11 +52,7 @@ class Finding:
     def fix(self) -> Changes:
         """Mend it in place, where that keeps the function; the page on the audit says which function, by kind.
 
-        Returns:
-            What was changed, with the way back.
-
-        Raises:
-            SurgeryError: mending it would change what the model computes, so that it is left to you.
+        Returns what was changed, with the way back; raises SurgeryError where mending it would change what the model computes.
         """
         if self._fix is None:
             raise SurgeryError(f"{self.module}: {self.kind} can't be mended without another function; {self.cure}")
@@ -78,8 +74,9 @@ class Audit(tuple[Finding, ...]):
     It is made of findings in any order, and of notes, which say what could not be looked at, and why.
 
     >>> print(Audit([Finding("zero_rows", "head", {"rows": 2}, "error", "give them a direction")]))
-    severity  module  kind       evidence  cure
-    error     head    zero_rows  rows 2    give them a direction
+    severity  module  kind       evidence
+    error     head    zero_rows  rows 2
+    zero_rows: give them a direction
     """
 
     notes: tuple[str, ...]
@@ -90,13 +87,7 @@ class Audit(tuple[Finding, ...]):
         return made
 
     def at_least(self, severity: str) -> tuple[Finding, ...]:
-        """The findings of a severity or above.
-
-        Args:
-            severity: ``"info"``, ``"warning"`` or ``"error"``.
-
-        Raises:
-            OptionError: another word.
+        """The findings of a severity or above: ``"info"``, ``"warning"`` or ``"error"``; OptionError for another word.
 
         >>> Audit([Finding("zero_rows", "head", {"rows": 2}, "error", "")]).at_least("warning")[0].module
         'head'
@@ -120,32 +111,27 @@ class Audit(tuple[Finding, ...]):
         return json.dumps({"findings": rows, "notes": self.notes})
 
     def __str__(self) -> str:
-        table, more = [("severity", "module", "kind", "evidence", "cure")], dict[str, int]()
+        table, kinds = [("severity", "module", "kind", "evidence")], dict[str, list[Finding]]()
         for each in self:
-            more[each.kind] = more.get(each.kind, -_SHOWN) + 1
-            if more[each.kind] <= 0:
-                table.append((each.severity, each.module, each.kind, each.told, each.cure))
+            kinds.setdefault(each.kind, []).append(each)
+        for alike in kinds.values():
+            table += [(each.severity, each.module, each.kind, each.told) for each in alike[:_SHOWN]]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)][:-1]
         lines = ["  ".join([*map(str.ljust, row, widths), row[-1]]) for row in table] if self else ["nothing found"]
-        lines += [f"{kind}: {number} more modules" for kind, number in more.items() if number > 0]
+        for kind, alike in kinds.items():
+            more = f" ({len(alike) - _SHOWN} more modules)" if len(alike) > _SHOWN else ""
+            lines.append(f"{kind}{more}: {alike[0].cure}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 @dataclass(frozen=True)
 class Check:
-    """One kind of mistake, named and described by the function that finds it.
-
-    Args:
-        find: yields module, evidence and fix of each.
-        severity: of its findings.
-        cure: what to do, on one line.
-        keeps: which function of the model ``fix`` keeps to rounding: in training, in evaluation, or both; "" for no fix.
-    """
+    """One kind of mistake, named and described by the function that finds it: yields module, evidence and fix of each."""
 
     find: Find
     severity: Severity
     cure: str
-    keeps: Keeps
+    keeps: Keeps  # the function of the model that ``fix`` keeps to rounding: in training, in evaluation, or both
 
     @property
     def kind(self) -> str:

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import is_lazy
 
 from normkit.catalogue.citation import card_of
-from normkit.core.errors import OptionError, ShapeError, SurgeryError
+from normkit.core.errors import ShapeError, SurgeryError
 from normkit.core.support import Support
 from normkit.diagnostics.audit.attention import Logits
+from normkit.diagnostics.subject import is_reentrant, refuse_lazy
 from normkit.engine.layer import Layer
+from normkit.engine.plan import is_dense
 from normkit.surgery.changes import label
 from normkit.surgery.norms import Norm, is_norm, reach, read_norm
 from normkit.surgery.transaction import Transaction
@@ -106,9 +107,7 @@ class Observed:
 
 def prepare(model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer | None, forward: Any) -> Observed:
     """Recognize the norms of a model, and how it takes a batch."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(tensor):
-            raise OptionError(f"audit: {name} has no size yet; run the model once on an example first")
+    refuse_lazy(model, "audit")
     example = batch
     if isinstance(batch, list | tuple):
         wrapped = getattr(model, "_orig_mod", model)  # compiled
@@ -132,6 +131,7 @@ def observe(seen: Observed, loss: Loss | None) -> None:
     set_training(seen.model)
     hooks = _Hooks()
     with ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code calls no hooks
         hooks.put(seen, stack)
         try:
             with Logits(seen.model, stack) as logits:
@@ -185,20 +185,18 @@ def _backward(seen: Observed, output: Any, loss: Loss | None) -> None:
     if not value.requires_grad or not parameters:
         seen.notes.append("no backward pass: the loss depends on no parameter that is trained")
         return
-    try:
+    if not is_reentrant(value):
         # Not backward(): hooks that step an optimizer, or reduce over processes, wait for accumulated gradients.
         torch.autograd.grad(value, parameters, allow_unused=True, retain_graph=True)
-    except RuntimeError as error:
-        if "heckpoint" not in str(error):
-            raise
-        # Reentrant checkpointing knows backward() alone, which adds to gradients in place, and may step the parameters.
-        kept = [parameter.detach().clone() for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        value.backward()
-        with torch.no_grad():
-            for parameter, was in zip(parameters, kept, strict=True):
-                parameter.copy_(was)
+        return
+    # Reentrant checkpointing knows backward() alone, which adds to gradients in place, and may step the parameters.
+    kept = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    value.backward()
+    with torch.no_grad():
+        for parameter, was in zip(parameters, kept, strict=True):
+            parameter.copy_(was)
 
 
 def _recognized(name: str, module: nn.Module) -> Seen:
@@ -256,7 +254,7 @@ class _Hooks:
                 x.register_hook(partial(_take_sums, norm, x.dim() - 1 - len(getattr(layer, "kernel_size", ()))))
         with torch.no_grad():
             norm.calls.append(_measured(norm, x.detach(), module.training))
-        if _is_dense(x):
+        if is_dense(x.shape, x.stride()):
             self._strides[id(norm)] = x.stride()
 
     def _leave(self, norm: Seen, module: nn.Module, args: Any, output: Any) -> None:
@@ -264,7 +262,7 @@ class _Hooks:
             return
         call, strides = norm.calls[-1], self._strides.get(id(norm))
         call.training = module.training  # as a hook, or the module itself, may have set it
-        if strides is not None and output.shape == call.shape and _is_dense(output):
+        if strides is not None and output.shape == call.shape and is_dense(output.shape, output.stride()):
             axes = zip(call.shape, strides, output.stride(), strict=True)
             if any(size > 1 and before != after for size, before, after in axes):
                 call.moved = output.numel() * output.element_size()
@@ -298,16 +296,6 @@ def _measured(norm: Seen, x: Tensor, training: bool) -> Call:
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether elements fill their memory in some order of the axes, each once."""
-    expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _take_sums(norm: Seen, channel: int, gradient: Tensor) -> None:

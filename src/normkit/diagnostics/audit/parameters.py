@@ -122,8 +122,8 @@ def _divided(layer: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 def _spare(seen: Observed, group: dict[str, Any], mine: set[int]) -> Changes:
     """Give parameters a group of their own without weight decay; their state stays theirs."""
     assert seen.optimizer is not None
-    groups, before = seen.optimizer.param_groups, dict(group)
-    count, keys = len(groups), [key for key in ("params", "param_names") if key in group]
+    groups, before, added = seen.optimizer.param_groups, dict(group), []
+    keys = [key for key in ("params", "param_names") if key in group]
     rows = list(zip(*(group[key] for key in keys), strict=True))
     apart = [row for row in rows if id(row[0]) in mine]
     if len(apart) == len(rows):
@@ -134,9 +134,11 @@ def _spare(seen: Observed, group: dict[str, Any], mine: set[int]) -> Changes:
         options = {key: value for key, value in group.items() if key not in (*keys, "name")}
         own = [row[::-1] if len(keys) == 2 else row[0] for row in apart]
         seen.optimizer.add_param_group({**options, "params": own, "weight_decay": 0.0})
+        added.append(groups[-1])
 
     def undo() -> nn.Module:
-        del groups[count:]
+        # By identity: other fixes may have added groups since.
+        groups[:] = [each for each in groups if not any(each is one for one in added)]
         group.update(before)
         return seen.model
 

@@ -16,19 +16,8 @@ TRIES = 10
 class FlipAndCrop:
     """Flips each image at random, cuts a random rectangle out of it and resizes that to the full size, bilinearly.
 
-    The rectangle's area is uniform in `scale` times the image's, its width / height log-uniform in `ratio` times the
-    image's, both rounded to whole pixels and redrawn until it fits; its place is uniform.
-
-    Args:
-        scale: least and greatest part of the area. Default: (0.8, 1).
-        ratio: least and greatest change of width / height. Default: (0.9, 1.1).
-        flip: probability that left and right change places. Default: 0.5.
-
-    Shape:
-        ``(n, c, h, w)`` floats to the same.
-
-    Raises:
-        OptionError: a value is outside its range.
+    The rectangle's area is uniform in `scale` times the image's, its width / height log-uniform in `ratio` times the image's,
+    both rounded to whole pixels and redrawn until it fits; its place is uniform. Images are ``(n, c, h, w)`` floats.
 
     Reference:
         Szegedy et al. 2015, Going deeper with convolutions, https://arxiv.org/abs/1409.4842, section 6
@@ -39,12 +28,11 @@ class FlipAndCrop:
               [4., 3.]]]])
     """
 
-    scale: tuple[float, float] = (0.8, 1.0)
-    ratio: tuple[float, float] = (0.9, 1.1)
-    flip: float = 0.5
+    scale: tuple[float, float] = (0.8, 1.0)  # least and greatest part of the area
+    ratio: tuple[float, float] = (0.9, 1.1)  # least and greatest change of width / height
+    flip: float = 0.5  # probability that left and right change places
 
     def __post_init__(self) -> None:
-        """Checks every field."""
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise OptionError(f"scale is {self.scale}; wanted two parts of the area, above 0 and up to 1")
         if not 0 < self.ratio[0] <= 1 <= self.ratio[1] < math.inf:
@@ -53,12 +41,7 @@ class FlipAndCrop:
             raise OptionError(f"flip is {self.flip}; wanted a probability")
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Augments a batch.
-
-        Args:
-            x: the images.
-            generator: what is drawn from, on the CPU or on the images' device.
-        """
+        """Augments a batch; the generator is on the CPU or on the images' device."""
         high, wide = x.shape[-2:]
         top, left, height, width, flipped = self.draw(len(x), high, wide, generator)
         rows = _places(top, height, high).to(x.device)
@@ -70,11 +53,7 @@ class FlipAndCrop:
         return functional.grid_sample(x, grid.to(x.dtype), padding_mode="border", align_corners=False)
 
     def draw(self, count: int, high: int, wide: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Draws rectangles and flips.
-
-        Returns:
-            Top, left, height and width in pixels, and whether to flip; each ``(count,)`` on the generator's device.
-        """
+        """Draws top, left, height, width in pixels, and whether to flip; each ``(count,)`` on the generator's device."""
         drawn = torch.rand(3, count, TRIES, generator=generator, device=generator.device)
         area = (self.scale[0] + drawn[0] * (self.scale[1] - self.scale[0])) * high * wide
         low, ends = math.log(self.ratio[0]), math.log(self.ratio[1] / self.ratio[0])

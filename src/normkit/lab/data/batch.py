@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from normkit.core.errors import ProtocolError
 
@@ -56,13 +57,6 @@ def named(inputs: Inputs) -> list[tuple[str, Tensor]]:
 def as_tensor(name: str, value: Any) -> Tensor:
     """Makes a tensor on the CPU; double precision becomes single, which models have.
 
-    Args:
-        name: how messages call the value.
-        value: a tensor, an array, a number or lists of them.
-
-    Raises:
-        ProtocolError: it makes no tensor.
-
     >>> as_tensor("row", [0.5, 1.0]), as_tensor("label", 3)
     (tensor([0.5000, 1.0000]), tensor(3))
     """
@@ -96,15 +90,7 @@ def _cure(name: str) -> str:
 
 
 def as_inputs(name: str, value: Any) -> Inputs:
-    """Makes inputs of a tensor or array, a tuple of tensors, or a mapping.
-
-    Args:
-        name: how messages call them.
-        value: what is given to the model: alone, one after the other, or by name. In a mapping, text and None are left out.
-
-    Raises:
-        ProtocolError: they make no inputs.
-    """
+    """Makes inputs of a tensor or array, a tuple of tensors, or a mapping, of which text and None are left out."""
     if isinstance(value, Mapping):
         held = {str(key): item for key, item in value.items() if not _mute(item)}
         if not held:
@@ -134,15 +120,7 @@ def as_targets(value: Any) -> Tensor:
 
 
 def parted(name: str, sample: Any) -> tuple[Inputs, Tensor]:
-    """Parts a sample or a batch in inputs and targets.
-
-    Args:
-        name: how messages call it.
-        sample: a mapping with one of ``labels``, ``label``, ``targets``, ``target``, ``label_ids`` and ``y``, or a sequence whose
-            last element is the target.
-
-    Raises:
-        ProtocolError: it is neither, or what it holds makes no tensors.
+    """Parts a sample or a batch: a mapping with one of :data:`TARGETS`, or a sequence that ends with the target.
 
     >>> parted("row", {"x": [1.0, 2.0], "label": 3})
     ({'x': tensor([1., 2.])}, tensor(3))
@@ -177,31 +155,24 @@ def target_key(sample: Mapping[Any, Any]) -> str | None:
 class Collate:
     """Makes a batch of samples.
 
-    Args:
-        function: of a data loader; what it gives is parted like a sample. Default: None, which stacks.
-        names: of inputs in a dict, those that are kept. Default: None, all.
-        alone: the one that is kept is given to the model by itself, not by its name. Default: False.
-        shifted: the target of each token is the next one. Default: False.
-        yes_or_no: floats 0 and 1 become booleans. Default: False.
-
     >>> Collate()([([1.0, 2.0], 0), ([3.0, 4.0], 1)])
     (tensor([[1., 2.],
             [3., 4.]]), tensor([0, 1]))
     """
 
-    function: Callable[[list[Any]], Any] | None = None
-    names: tuple[str, ...] | None = None
-    alone: bool = False
-    shifted: bool = False
-    yes_or_no: bool = False
+    function: Callable[[list[Any]], Any] | None = None  # of a data loader; what it gives is parted like a sample
+    names: tuple[str, ...] | None = None  # of inputs in a dict, those that are kept
+    alone: bool = False  # the one that is kept is given to the model by itself, not by its name
+    shifted: bool = False  # the target of each token is the next one
+    yes_or_no: bool = False  # floats 0 and 1 become booleans
 
     def __call__(self, samples: list[Any]) -> tuple[Inputs, Tensor]:
-        """Gives inputs and targets."""
         if self.function is not None:
             inputs, targets = parted("a batch of the collate function", self.function(samples))
         else:
             parts = [parted("a sample", sample) for sample in samples]
-            inputs, targets = _stacked([part[0] for part in parts]), torch.stack([part[1] for part in parts])
+            inputs, targets = default_collate([part[0] for part in parts]), torch.stack([part[1] for part in parts])
+            inputs = tuple(inputs) if isinstance(inputs, list) else inputs
         if self.names is not None:
             inputs = kept(inputs, self.names, self.alone)
         if self.shifted:
@@ -225,12 +196,3 @@ def shifted(targets: Tensor) -> Tensor:
     tensor([[   6,    7, -100]])
     """
     return torch.cat([targets[:, 1:], torch.full_like(targets[:, :1], IGNORED)], 1)
-
-
-def _stacked(inputs: Sequence[Inputs]) -> Inputs:
-    first = inputs[0]
-    if isinstance(first, Tensor):
-        return torch.stack(list(inputs))  # pyright: ignore[reportArgumentType]
-    if isinstance(first, dict):
-        return {name: torch.stack([each[name] for each in inputs]) for name in first}  # pyright: ignore[reportArgumentType, reportCallIssue]
-    return tuple(map(torch.stack, zip(*inputs, strict=True)))

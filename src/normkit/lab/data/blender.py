@@ -8,36 +8,28 @@ from typing import Any
 import torch
 
 from normkit.core.errors import ProtocolError
-from normkit.lab.data.root import data_root
-from normkit.lab.data.scene import Scene, stack_images
+from normkit.lab.data.root import reading
+from normkit.lab.data.scene import Scene, scene_folder, stack_images
 
 FOLDER = "nerf_synthetic"
+EVERY = 8  # of as many test views one is read, as published
 _CURE = (
     f"unpack nerf_synthetic.zip of the NeRF authors (https://www.matthewtancik.com/nerf) so that DATA_ROOT/{FOLDER}/<scene> "
     "holds transforms_train.json and its pictures, and give --data-root DATA_ROOT"
 )
 
 
-def blender(root: Path | None = None, scene: str = "lego", reduce: int = 2, every: int = 8) -> Scene:
+def blender(root: Path | None = None, scene: str = "lego", reduce: int = 2) -> Scene:
     """Reads a scene with cameras on a sphere: RGBA pictures laid on white, rays from 2 to 6 in world coordinates.
 
-    Args:
-        root: the folder that holds ``nerf_synthetic``. Default: None, the environment variable ``NORMKIT_DATA``.
-        scene: its name. Default: ``"lego"``.
-        reduce: averages squares of that many pixels per side. Default: 2, 800 pixels to 400 as published.
-        every: reads one of that many test views. Default: 8, as published.
-
-    Raises:
-        ProtocolError: a file is missing, damaged or does not fit the others.
+    `reduce` averages squares of that many pixels per side: 800 pixels to 400, as published.
 
     Reference:
         Mildenhall et al. 2020, NeRF, https://arxiv.org/abs/2003.08934
     """
-    folder = data_root(root) / FOLDER / scene
-    if not folder.is_dir():
-        raise ProtocolError(f"{folder} is missing; {_CURE}")
+    folder = scene_folder(root, FOLDER, scene, _CURE)
     learn, judge = (_read_cameras(folder / f"transforms_{part}.json") for part in ("train", "test"))
-    frames = [*learn["frames"], *judge["frames"][::every]]
+    frames = [*learn["frames"], *judge["frames"][::EVERY]]
     images = stack_images([folder / f"{frame['file_path']}.png" for frame in frames], reduce)
     if images.shape[-1] == 4:
         images = images[..., :3] * images[..., 3:] + (1 - images[..., 3:])
@@ -58,25 +50,12 @@ def blender(root: Path | None = None, scene: str = "lego", reduce: int = 2, ever
 
 
 def _read_cameras(path: Path) -> dict[str, Any]:
-    try:
+    with reading(path, _CURE):
         cameras = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ProtocolError(f"{path} is missing; {_CURE}") from None
-    except (OSError, ValueError) as error:
-        raise ProtocolError(f"{path} is damaged ({error}); {_CURE}") from None
-    try:
-        angle, frames = float(cameras["camera_angle_x"]), cameras["frames"]
-        fits = 0 < angle < math.pi and len(frames) > 0
-        for frame in frames:
+        fits = 0 < float(cameras["camera_angle_x"]) < math.pi and len(cameras["frames"]) > 0
+        for frame in cameras["frames"]:
             matrix = torch.tensor(frame["transform_matrix"])
-            fits = (
-                fits
-                and isinstance(frame["file_path"], str)
-                and matrix.shape == (4, 4)
-                and bool(matrix.isfinite().all())
-            )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ProtocolError(f"{path} lacks what a camera needs ({error}); {_CURE}") from None
+            fits &= isinstance(frame["file_path"], str) and matrix.shape == (4, 4) and bool(matrix.isfinite().all())
     if not fits:
         raise ProtocolError(
             f"{path}: wanted camera_angle_x between 0 and pi and frames, each with file_path and a 4x4 transform_matrix; {_CURE}"

@@ -1,5 +1,7 @@
 """CIFAR-10 and CIFAR-100 in their published Python layout."""
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,23 +25,14 @@ HELD_OUT = 0.1
 
 @dataclass(frozen=True)
 class Published:
-    """One of the two data sets as it was published.
-
-    Args:
-        name: of the data set.
-        archive: where it comes from.
-        train: files of training images.
-        test: files of test images.
-        labels: the key of the labels in each.
-        classes: how many.
-    """
+    """One of the two data sets as it was published."""
 
     name: str
-    archive: Archive
-    train: tuple[str, ...]
-    test: tuple[str, ...]
-    labels: str
-    classes: int
+    archive: Archive  # where it comes from
+    train: dict[str, str]  # files of training images, with their MD5 sums
+    test: dict[str, str]  # files of test images, likewise
+    labels: str  # the key of the labels in each
+    classes: int  # how many
 
 
 CIFAR10 = Published(
@@ -49,8 +42,14 @@ CIFAR10 = Published(
         "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
         "cifar-10-batches-py",
     ),
-    train=tuple(f"data_batch_{number}" for number in range(1, 6)),
-    test=("test_batch",),
+    train={
+        "data_batch_1": "c99cafc152244af753f735de768cd75f",
+        "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+        "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+        "data_batch_4": "634d18415352ddfa80567beed471001a",
+        "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    },
+    test={"test_batch": "40351d587109b95175f43aff81a1287e"},
     labels="labels",
     classes=10,
 )
@@ -61,8 +60,8 @@ CIFAR100 = Published(
         "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
         "cifar-100-python",
     ),
-    train=("train",),
-    test=("test",),
+    train={"train": "16019d7e3df5f24257cddd939b257f8d"},
+    test={"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
     labels="fine_labels",
     classes=100,
 )
@@ -71,17 +70,22 @@ PUBLISHED = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 def download_missing(name: str, root: Path | str | None = None) -> None:
-    """Downloads a data set where its files are missing; nothing for one that comes with a package or must be fetched by hand.
-
-    Args:
-        name: a built-in name of the lab, such as ``"cifar10"``, or that of any other data set.
-        root: where; made when missing. Default: None, the environment variable ``NORMKIT_DATA``.
-
-    Raises:
-        ProtocolError: it can't be fetched, or there is no place to write.
-    """
+    """Downloads a data set where its files are missing; nothing for one that comes with a package or must be fetched by hand."""
     if name in PUBLISHED:
         _folder(PUBLISHED[name], root, wanted=True)
+
+
+def source(names: Iterable[str], root: Path | str | None = None) -> str:
+    """Says which data sets are not the published files; nothing where all are, or for another set than CIFAR.
+
+    >>> source(["digits"])
+    ''
+    """
+    known = [PUBLISHED[name] for name in dict.fromkeys(names) if name in PUBLISHED]
+    changed = [
+        published.name for published in known if not _as_published(published, _place(published, data_root(root)))
+    ]
+    return f"Not the published files of {' and '.join(changed)}: their MD5 sums differ." if changed else ""
 
 
 def cifar10(
@@ -117,11 +121,17 @@ def cifar10(
     Reference:
         Krizhevsky 2009, Learning multiple layers of features from tiny images, https://www.cs.toronto.edu/~kriz/cifar.html
     """
-    return _load(CIFAR10, root, {"train": train, "val": val, "test": test}, augment, download)
+    return _load(CIFAR10, root, train=train, val=val, test=test, augment=augment, download=download)
 
 
-def cifar100(
-    root: Path | str | None = None,
+def cifar100(root: Path | str | None = None, **options: Any) -> Data:
+    """Reads CIFAR-100: as :func:`cifar10`, with its options, of 100 classes (the fine labels), from ``cifar-100-python``."""
+    return _load(CIFAR100, root, **options)
+
+
+def _load(
+    published: Published,
+    root: Path | str | None,
     *,
     train: int | None = None,
     val: int | None = None,
@@ -129,37 +139,15 @@ def cifar100(
     augment: bool = True,
     download: bool = False,
 ) -> Data:
-    """Reads CIFAR-100: as :func:`cifar10`, of 100 classes (the fine labels), from ``cifar-100-python``.
-
-    Args:
-        root: the folder that holds ``cifar-100-python``. Default: None, the environment variable ``NORMKIT_DATA``.
-        train: as many samples of train, stratified, always the same ones. Default: None, all.
-        val: the same of val. Default: None, a ninth of `train`, as in the whole.
-        test: the same of test. Default: None, all.
-        augment: flip and crop training batches. Default: True.
-        download: fetch the published archive (161 MB) into `root` where the files are missing. Default: False.
-
-    Raises:
-        OptionError: a subset is larger than its split, or smaller than the number of classes.
-        ProtocolError: a file is missing, truncated or damaged, or can't be fetched.
-
-    Reference:
-        Krizhevsky 2009, Learning multiple layers of features from tiny images, https://www.cs.toronto.edu/~kriz/cifar.html
-    """
-    return _load(CIFAR100, root, {"train": train, "val": val, "test": test}, augment, download)
-
-
-def _load(
-    published: Published, root: Path | str | None, counts: dict[str, int | None], augment: bool, wanted: bool
-) -> Data:
-    folder = _folder(published, root, wanted)
+    folder = _folder(published, root, download)
     images, labels = _read(published, folder, published.train)
     tested, test_labels = _read(published, folder, published.test)
     # What is parted are row numbers: images are copied once, when it is known which.
     rest, held = hold_out(Split(labels, torch.arange(len(labels))), HELD_OUT)
     whole = {"train": rest, "val": held, "test": Split(test_labels, torch.arange(len(test_labels)))}
-    if counts["train"] is not None and counts["val"] is None:
-        counts = {**counts, "val": max(published.classes, round(counts["train"] * len(held) / len(rest)))}
+    if train is not None and val is None:
+        val = max(published.classes, round(train * len(held) / len(rest)))
+    counts = {"train": train, "val": val, "test": test}
     rows = {key: _some(published, key, split, counts[key]) for key, split in whole.items()}
     pixels = {key: (tested if key == "test" else images)[torch.as_tensor(rows[key].inputs)] for key in rows}
     prepare = Standardize.of(pixels["train"])
@@ -178,11 +166,20 @@ def _some(published: Published, key: str, split: Split, count: int | None) -> Sp
     return subset(split, count)
 
 
-def _folder(published: Published, root: Path | str | None, wanted: bool) -> Path:
-    name = published.archive.folder
-    base = data_root(root, make=wanted)
+def _place(published: Published, base: Path) -> Path:
     # The folder itself is as good as the one that holds it.
-    folder = base if base.name == name else base / name
+    return base if base.name == published.archive.folder else base / published.archive.folder
+
+
+def _as_published(published: Published, folder: Path) -> bool:
+    files = {**published.train, **published.test}
+    return all(
+        hashlib.md5((folder / file).read_bytes(), usedforsecurity=False).hexdigest() == files[file] for file in files
+    )
+
+
+def _folder(published: Published, root: Path | str | None, wanted: bool) -> Path:
+    folder = _place(published, data_root(root, make=wanted))
     missing = [file for file in (*published.train, *published.test) if not (folder / file).is_file()]
     if missing and wanted:
         fetch(published.archive, folder.parent)
@@ -194,7 +191,7 @@ def _folder(published: Published, root: Path | str | None, wanted: bool) -> Path
     return folder
 
 
-def _read(published: Published, folder: Path, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+def _read(published: Published, folder: Path, names: Iterable[str]) -> tuple[Tensor, Tensor]:
     cure = f"delete {folder} and download {published.name} again (--download), or unpack {published.archive.name} again"
     images, labels = [], []
     for name in names:

@@ -5,36 +5,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
+VIEW = 30.0, 20.0  # degrees about y, and downwards
 _PAIRS = 2_000_000  # of a line and a triangle near it, held at a time
 
 
 @dataclass(frozen=True)
 class Crossings:
-    """Points at which lines parallel to z go through triangles.
+    """Points at which lines parallel to z go through triangles."""
 
-    Args:
-        line: ``(k,)``, which line.
-        face: ``(k,)``, which triangle.
-        height: ``(k,)``, z of the point.
-        shares: ``(k, 3)``, barycentric coordinates of the point.
-    """
-
-    line: np.ndarray
-    face: np.ndarray
-    height: np.ndarray
-    shares: np.ndarray
+    line: np.ndarray  # (k,), which line
+    face: np.ndarray  # (k,), which triangle
+    height: np.ndarray  # (k,), z of the point
+    shares: np.ndarray  # (k, 3), barycentric coordinates of the point
 
 
 def crossings(vertices: np.ndarray, faces: np.ndarray, lines: np.ndarray) -> Iterator[Crossings]:
     """Finds all crossings, some lines at a time.
 
-    A line that meets an edge or a corner exactly is moved by an infinitesimal step to the right and a still smaller one up,
-    the same for all triangles; so a line crosses a closed surface an even number of times, whatever it meets.
-
-    Args:
-        vertices: ``(v, 3)``.
-        faces: ``(f, 3)``, rows of vertices.
-        lines: ``(n, 2)``, x and y of each.
+    A line that meets an edge or a corner exactly is moved by an infinitesimal step to the right and a still smaller one
+    up, the same for all triangles; so a line crosses a closed surface an even number of times, whatever it meets.
+    Vertices ``(v, 3)``, faces ``(f, 3)`` as rows of vertices, lines ``(n, 2)`` as x and y of each.
 
     Reference:
         Edelsbrunner and Mücke 1990, Simulation of simplicity, https://doi.org/10.1145/77635.77639
@@ -70,13 +60,7 @@ def crossings(vertices: np.ndarray, faces: np.ndarray, lines: np.ndarray) -> Ite
 def inside_mesh(vertices: np.ndarray, faces: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Says which points a closed surface has around them: those with an odd number of crossings above.
 
-    Args:
-        vertices: ``(v, 3)``.
-        faces: ``(f, 3)``, rows of vertices; closed, in any order and orientation.
-        points: ``(n, 3)``.
-
-    Returns:
-        ``(n,)`` of bool.
+    Vertices ``(v, 3)``, faces ``(f, 3)`` in any order and orientation, points ``(n, 3)``.
     """
     odd = np.zeros(len(points), dtype=bool)
     for found in crossings(vertices, faces, points[:, :2]):
@@ -85,22 +69,15 @@ def inside_mesh(vertices: np.ndarray, faces: np.ndarray, points: np.ndarray) -> 
     return odd
 
 
-def picture(
-    vertices: np.ndarray, faces: np.ndarray, *, turn: float = 30.0, tilt: float = 20.0, size: int = 256
-) -> np.ndarray:
+def picture(vertices: np.ndarray, faces: np.ndarray, *, size: int = 256) -> np.ndarray:
     """Draws a surface in parallel projection, lit from above the viewer's left shoulder, on white.
 
-    Args:
-        vertices: ``(v, 3)`` in [-1, 1]^3; y points up and z to the viewer.
-        faces: ``(f, 3)``, rows of vertices, counter-clockwise from outside.
-        turn: degrees about y. Default: 30.
-        tilt: degrees that the viewer looks down. Default: 20.
-        size: of the picture in pixels. Default: 256.
-
-    Returns:
-        ``(size, size, 3)``, from 0 to 1.
+    Vertices ``(v, 3)`` lie in [-1, 1]^3, y up and z to the viewer; faces ``(f, 3)`` are counter-clockwise from outside.
+    The viewer looks down on it, turned about y. Gives ``(size, size, 3)`` from 0 to 1.
     """
-    turned = vertices @ _rotation(turn, tilt).T
+    from scipy.spatial.transform import Rotation
+
+    turned = vertices @ Rotation.from_euler("yx", VIEW, degrees=True).as_matrix().T
     normals = _vertex_normals(turned, faces)
     fine = 2 * size  # four lines a pixel smooth the outline
     across = (np.arange(fine) + 0.5) / fine * 2.4 - 1.2
@@ -162,13 +139,6 @@ def _side(a: np.ndarray, b: np.ndarray, point: np.ndarray) -> tuple[np.ndarray, 
     area = dx * (point[:, 1] - start[:, 1]) - dy * (point[:, 0] - start[:, 0])
     left = (area > 0) | ((area == 0) & ((dy < 0) | ((dy == 0) & (dx > 0))))
     return left ^ swap, np.where(swap, -area, area)
-
-
-def _rotation(turn: float, tilt: float) -> np.ndarray:
-    a, b = np.radians([turn, tilt])
-    about_y = np.array([[np.cos(a), 0, np.sin(a)], [0, 1, 0], [-np.sin(a), 0, np.cos(a)]])
-    about_x = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
-    return about_x @ about_y
 
 
 def _vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:

@@ -18,30 +18,19 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Archive:
-    """A compressed tar file on the network.
-
-    Args:
-        url: where it is.
-        sha256: of the whole file.
-        folder: the one folder that it holds.
-    """
+    """A compressed tar file on the network."""
 
     url: str
-    sha256: str
-    folder: str
+    sha256: str  # of the whole file
+    folder: str  # the one folder that it holds
 
     @property
     def name(self) -> str:
-        """The file's name."""
         return self.url.rsplit("/", 1)[-1]
 
 
 def download(archive: Archive, root: Path) -> None:
-    """Fetches an archive and unpacks its folder under `root`; an archive that lies there already is used.
-
-    Raises:
-        ProtocolError: it can't be fetched, is not what was published, or there is no place to write.
-    """
+    """Fetches an archive and unpacks its folder under `root`; an archive that lies there already is used."""
     path, by_hand = root / archive.name, f"or fetch {archive.url} by hand and unpack it in {root}"
     try:
         root.mkdir(parents=True, exist_ok=True)

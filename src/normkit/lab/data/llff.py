@@ -6,11 +6,12 @@ import numpy as np
 import torch
 
 from normkit.core.errors import ProtocolError
-from normkit.lab.data.root import data_root
-from normkit.lab.data.scene import Scene, stack_images
+from normkit.lab.data.root import reading
+from normkit.lab.data.scene import Scene, scene_folder, stack_images
 
 SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
 FOLDER = "nerf_llff_data"
+FACTOR = 8  # times that the publishers downscaled the pictures which are read
 HOLD = 8  # every 8th view is held out
 _ROOM = 0.75  # the nearest point lies at 1 / 0.75 before the mean camera, safely behind the near plane at 1
 _ROUNDING = 1e-2  # of axes, which are of length 1
@@ -20,28 +21,18 @@ _CURE = (
 )
 
 
-def llff(root: Path | None = None, scene: str = "fern", factor: int = 8, reduce: int = 1) -> Scene:
+def llff(root: Path | None = None, scene: str = "fern", reduce: int = 1) -> Scene:
     """Reads a forward-facing scene: photographs, poses and bounds; every 8th view is held out; rays are in NDC.
 
-    Poses are recentred on their mean and scaled so that the nearest bound lies at 4/3.
-
-    Args:
-        root: the folder that holds ``nerf_llff_data``. Default: None, the environment variable ``NORMKIT_DATA``.
-        scene: its name. Default: ``"fern"``.
-        factor: reads ``images_<factor>``, downscaled that many times by the publishers. Default: 8.
-        reduce: averages squares of that many pixels per side on top. Default: 1.
-
-    Raises:
-        ProtocolError: a file is missing, damaged or does not fit the others.
+    Poses are recentred on their mean and scaled so that the nearest bound lies at 4/3. `reduce` averages squares of that
+    many pixels per side.
 
     Reference:
         Mildenhall et al. 2019, Local light field fusion, https://arxiv.org/abs/1905.00889
     """
-    folder = data_root(root) / FOLDER / scene
-    if not folder.is_dir():
-        raise ProtocolError(f"{folder} is missing; {_CURE}")
+    folder = scene_folder(root, FOLDER, scene, _CURE)
     rows = _read_poses(folder / "poses_bounds.npy")
-    pictures = folder / f"images_{factor}"
+    pictures = folder / f"images_{FACTOR}"
     paths = sorted(path for path in pictures.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
     if not paths:
         raise ProtocolError(f"{pictures} holds no pictures; {_CURE}")
@@ -75,9 +66,6 @@ def recentre(poses: np.ndarray) -> np.ndarray:
 
     The mean camera looks back along the sum of the backward axes; its up is the part of the summed up axes across that.
 
-    Args:
-        poses: ``(n, 3, 4)`` camera to world.
-
     >>> pose = np.array([[[1.0, 0, 0, 5], [0, 1, 0, 6], [0, 0, 1, 7]]])
     >>> recentre(pose)[0].tolist()
     [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]
@@ -91,12 +79,8 @@ def recentre(poses: np.ndarray) -> np.ndarray:
 
 
 def _read_poses(path: Path) -> np.ndarray:
-    try:
+    with reading(path, _CURE):
         rows = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise ProtocolError(f"{path} is missing; {_CURE}") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise ProtocolError(f"{path} is damaged ({error}); {_CURE}") from None
     if fault := _fault(rows):
         raise ProtocolError(f"{path} holds {fault}; {_CURE}")
     return rows.astype(np.float64)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normkit.core.errors import ProtocolError
 from normkit.lab.data.crossings import inside_mesh
-from normkit.lab.data.root import data_root
+from normkit.lab.data.root import data_root, reading
 
 FOLDER = "meshes"
 ENDINGS = (".ply", ".obj", ".off", ".stl")
@@ -24,10 +24,6 @@ _CURE = (
 def volume(vertices: np.ndarray, faces: np.ndarray) -> float:
     """Measures what a closed surface encloses, sum of det(a, b, c) / 6 over its triangles; below 0 where it is inside out.
 
-    Args:
-        vertices: ``(v, 3)``.
-        faces: ``(f, 3)``, counter-clockwise from outside.
-
     >>> corners = np.array([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
     >>> round(volume(corners, np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])), 4)
     0.1667
@@ -39,14 +35,8 @@ def volume(vertices: np.ndarray, faces: np.ndarray) -> float:
 class MeshSolid:
     """A closed triangle mesh, moved and scaled into [-1, 1]^3.
 
-    Args:
-        name: what it is called.
-        vertices: ``(v, 3)``.
-        faces: ``(f, 3)``, rows of vertices, all counter-clockwise from outside or all clockwise.
-
-    Attributes:
-        vertices: moved and scaled.
-        faces: counter-clockwise from outside.
+    Faces ``(f, 3)`` are rows of vertices ``(v, 3)``, all counter-clockwise from outside or all clockwise; kept are
+    those of outside.
     """
 
     def __init__(self, name: str, vertices: np.ndarray, faces: np.ndarray) -> None:
@@ -73,15 +63,7 @@ class MeshSolid:
 
 
 def mesh(name: str, root: Path | None = None) -> MeshSolid:
-    """Reads a mesh by name from the folder ``meshes``.
-
-    Args:
-        name: of the file without its ending.
-        root: the folder that holds ``meshes``. Default: None, the environment variable ``NORMKIT_DATA``.
-
-    Raises:
-        ProtocolError: there is no such file, or it is damaged or not closed.
-    """
+    """Reads a mesh by name from the folder ``meshes``."""
     folder = data_root(root) / FOLDER
     for ending in ENDINGS:
         if (path := folder / f"{name}{ending}").is_file():
@@ -94,25 +76,18 @@ def mesh(name: str, root: Path | None = None) -> MeshSolid:
 def read_mesh(path: Path) -> MeshSolid:
     """Reads a mesh; vertices that differ in texture or normal alone are one.
 
-    Raises:
-        ProtocolError: the file can't be read, holds no triangles or is not closed.
-
     Reference:
         trimesh, https://trimesh.org
     """
     import trimesh
 
-    try:
+    with reading(path, "copy it again"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a damaged file we say more ourselves
             found: Any = trimesh.load(path, force="mesh")
         found.merge_vertices(merge_tex=True, merge_norm=True)
         found.update_faces(found.nondegenerate_faces())
         vertices, faces = np.asarray(found.vertices, np.float64), np.asarray(found.faces)
-    except Exception as error:
-        # Its readers raise what they please: ValueError, IndexError, KeyError, AttributeError.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ProtocolError(f"{path} can't be read as a mesh ({reason}); copy it again") from None
     if not len(faces) or not np.isfinite(vertices).all():
         raise ProtocolError(f"{path} holds {len(faces)} triangles, or corners that are not finite; copy it again")
     edges = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)

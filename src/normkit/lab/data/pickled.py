@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from normkit.core.errors import ProtocolError
+from normkit.lab.data.root import reading
 
 # numpy 1 and 2 name it differently.
 _RECONSTRUCT = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}
@@ -16,24 +17,12 @@ _PLAIN = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"
 
 
 def read_pickle(path: Path, cure: str) -> dict[str, Any]:
-    """Reads a pickled dict of plain values, byte strings and numpy arrays; its keys become strings.
-
-    Raises:
-        ProtocolError: the file is missing, can't be read, is damaged, holds anything else, or is no dict.
-    """
-    try:
-        with open(path, "rb") as file:
+    """Reads a pickled dict of plain values, byte strings and numpy arrays; its keys become strings."""
+    with reading(path, cure), open(path, "rb") as file:
+        try:
             value = _arrays(_Reader(file, encoding="bytes").load())
-    except FileNotFoundError:
-        raise ProtocolError(f"{path} is missing; {cure}") from None
-    except OSError as error:
-        raise ProtocolError(f"cannot read {path}: {error.strerror or error}; make it readable") from error
-    except _Forbidden as error:
-        raise ProtocolError(f"{path} asks for {error}, which no data set needs; it is not loaded; {cure}") from None
-    except Exception as error:  # a damaged pickle may raise anything
-        raise ProtocolError(
-            f"{path} is truncated or damaged ({type(error).__name__}: {str(error)[:80]}); {cure}"
-        ) from error
+        except _Forbidden as error:
+            raise ProtocolError(f"{path} asks for {error}, which no data set needs; it is not loaded; {cure}") from None
     if not isinstance(value, dict):
         raise ProtocolError(f"{path} holds a {type(value).__name__}; wanted a dict; {cure}")
     return {key.decode("latin1") if isinstance(key, bytes) else str(key): item for key, item in value.items()}

@@ -9,15 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    DistributedSampler,
-    RandomSampler,
-    SequentialSampler,
-    WeightedRandomSampler,
-    default_collate,
-    default_convert,
-)
+from torch.utils import data as loading
 
 from normkit.core.errors import ProtocolError
 from normkit.lab.data.batch import (
@@ -36,7 +28,7 @@ from normkit.lab.data.split import Data, Split
 
 NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev"), "test": ("test", "testing")}
 # What orders the samples of a whole dataset, or parts them among processes, which the comparison does by itself.
-WHOLE = (SequentialSampler, RandomSampler, DistributedSampler)
+WHOLE = (loading.SequentialSampler, loading.RandomSampler, loading.DistributedSampler)
 CHUNK = 64
 WANTED = (
     'wanted a dict with "train" and, if there are, "val" and "test"; each a pair (inputs, targets), a dataset of pairs or dicts, '
@@ -45,11 +37,7 @@ WANTED = (
 
 
 def read_splits(name: str, made: Any, notes: list[str]) -> dict[str, Split]:
-    """Reads the splits that are there.
-
-    Raises:
-        ProtocolError: the data breaks the protocol.
-    """
+    """Reads the splits that are there."""
     if isinstance(made, Data):
         notes += made.notes
         splits = made.splits
@@ -93,7 +81,7 @@ def _read(name: str, value: Any, notes: list[str]) -> Split:
     if isinstance(value, Split):
         return value
     collate, rows = Collate(), None
-    if isinstance(value, DataLoader):
+    if isinstance(value, loading.DataLoader):
         collate, rows = _unloaded(name, value, notes)
         value = value.dataset
     if isinstance(value, Mapping):
@@ -116,7 +104,7 @@ def _read(name: str, value: Any, notes: list[str]) -> Split:
         )
         raise ProtocolError(f"{name} is {kind(value)}; {WANTED}{cure}")
     # torch's iterable datasets inherit a __getitem__ that only raises.
-    if not hasattr(value, "__getitem__") or isinstance(value, torch.utils.data.IterableDataset):
+    if not hasattr(value, "__getitem__") or isinstance(value, loading.IterableDataset):
         value, rows = _held(name, value, notes), None
     return _samples(name, value, torch.arange(len(value)) if rows is None else rows, collate, notes)
 
@@ -128,7 +116,7 @@ def _arrays(value: Any) -> bool:
     return len(value) == 2 or (len(value) > 2 and all(hasattr(part, "__array__") for part in value))
 
 
-def _unloaded(name: str, loader: DataLoader[Any], notes: list[str]) -> tuple[Collate, Tensor | None]:
+def _unloaded(name: str, loader: loading.DataLoader[Any], notes: list[str]) -> tuple[Collate, Tensor | None]:
     """How a loader makes batches, and of which rows; None for all."""
     if loader.batch_sampler is None:
         raise ProtocolError(
@@ -137,13 +125,15 @@ def _unloaded(name: str, loader: DataLoader[Any], notes: list[str]) -> tuple[Col
     said = "of each DataLoader its dataset and collate function are used; batch size and order are those of the comparison, "
     if not any(note.startswith(said) for note in notes):
         notes.append(f"{said}not its own{f' ({loader.batch_size})' if loader.batch_size else ''}")
-    collate = Collate(None if loader.collate_fn in (default_collate, default_convert) else loader.collate_fn)
-    if isinstance(loader.dataset, torch.utils.data.IterableDataset):
+    collate = Collate(
+        None if loader.collate_fn in (loading.default_collate, loading.default_convert) else loader.collate_fn
+    )
+    if isinstance(loader.dataset, loading.IterableDataset):
         return collate, None
     own = loader.batch_size is None
     sampler = loader.batch_sampler if own else loader.sampler
     drawn: list[int] = []
-    if not (uneven := isinstance(sampler, WeightedRandomSampler) or getattr(sampler, "replacement", False)):
+    if not (uneven := isinstance(sampler, loading.WeightedRandomSampler) or getattr(sampler, "replacement", False)):
         if isinstance(sampler, WHOLE):
             return collate, None
         drawn = [int(row) for row in (chain.from_iterable(loader.batch_sampler) if own else loader.sampler)]
@@ -246,11 +236,7 @@ def _say_doubles(inputs: Any, targets: Any, notes: list[str]) -> None:
 
 
 def interpret(name: str, splits: Mapping[str, Split], notes: list[str]) -> dict[str, Split]:
-    """Finds targets that mean more than their type says: yes or no, the next token, one-hot.
-
-    Raises:
-        ProtocolError: targets are one-hot.
-    """
+    """Finds targets that mean more than their type says: yes or no, the next token, one-hot."""
     train = splits["train"].targets
     wide = train.ndim == 2 and train.shape[1] > 1 and all(split.targets.ndim == 2 for split in splits.values())
     bits = train.dtype == torch.bool or all(((t := s.targets) == 0).logical_or(t == 1).all() for s in splits.values())
@@ -290,11 +276,7 @@ def _per_token(split: Split) -> bool:
 
 
 def check_split(name: str, split: Split) -> None:
-    """Checks the lengths and values of a split.
-
-    Raises:
-        ProtocolError: it is empty, or something in it can't be learned.
-    """
+    """Checks the lengths and values of a split."""
     if not len(split):
         raise ProtocolError(f"{name} is empty")
     for part, tensor in split.tensors():
@@ -319,11 +301,7 @@ def check_split(name: str, split: Split) -> None:
 
 
 def check_agreement(name: str, splits: Mapping[str, Split], notes: list[str]) -> None:
-    """Checks that all splits pose one task, at which something can be learned.
-
-    Raises:
-        ProtocolError: they don't.
-    """
+    """Checks that all splits pose one task, at which something can be learned."""
     train = splits["train"].targets
     for key, split in splits.items():
         targets = split.targets

@@ -1,6 +1,8 @@
-"""Where data sets lie."""
+"""Where data sets lie, and what is said of their files."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from normkit.core.errors import ProtocolError
@@ -9,26 +11,31 @@ VARIABLE = "NORMKIT_DATA"
 
 
 def set_root(root: Path | None) -> None:
-    """Sets the environment variable ``NORMKIT_DATA``, for factories of data called without a root, on other processes too.
-
-    Args:
-        root: where data sets lie; None leaves the variable as it is.
-    """
+    """Sets the environment variable ``NORMKIT_DATA``, for factories of data called without a root, on other processes too."""
     if root is not None:
         # A worker may have another working folder.
         os.environ[VARIABLE] = str(root.absolute())
 
 
+@contextmanager
+def reading(path: Path, cure: str) -> Iterator[None]:
+    """Says that a file of a data set is missing, can't be read or is damaged, and what to do."""
+    try:
+        yield
+    except ProtocolError:
+        raise
+    except FileNotFoundError:
+        raise ProtocolError(f"{path} is missing; {cure}") from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise ProtocolError(f"cannot read {path}: {error.strerror}; make it readable") from error
+        # Readers raise what they please at a damaged file: ValueError, IndexError, SyntaxError, AttributeError.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise ProtocolError(f"{path} is truncated or damaged ({reason}); {cure}") from error
+
+
 def data_root(root: Path | str | None = None, *, make: bool = False) -> Path:
-    """Finds the folder under which data sets lie in their published layouts.
-
-    Args:
-        root: the folder. Default: None, the environment variable ``NORMKIT_DATA``.
-        make: make the folder where it is missing, for what is downloaded. Default: False.
-
-    Raises:
-        ProtocolError: neither is given, or the folder is not there or can't be made.
-    """
+    """Finds the folder under which data sets lie in their published layouts."""
     given = root or os.environ.get(VARIABLE)
     if not given:
         raise ProtocolError(

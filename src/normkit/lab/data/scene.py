@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from normkit.core.errors import ProtocolError
+from normkit.lab.data.root import data_root, reading
 
 
 @dataclass(frozen=True)
@@ -17,62 +18,39 @@ class Rays:
     """Half-lines ``origin + t direction`` with `t` from near to far, and the unit direction in which each one looks.
 
     In normalized device coordinates `origins` and `directions` are bent, `looks` is not.
-
-    Args:
-        origins: ``(n, 3)``.
-        directions: ``(n, 3)``, of any length.
-        looks: ``(n, 3)``, unit vectors of the world.
-        near: the first `t`.
-        far: the last `t`.
     """
 
-    origins: Tensor
-    directions: Tensor
-    looks: Tensor
-    near: float
-    far: float
+    origins: Tensor  # (n, 3)
+    directions: Tensor  # (n, 3), of any length
+    looks: Tensor  # (n, 3), unit vectors of the world
+    near: float  # the first `t`
+    far: float  # the last `t`
 
     def __len__(self) -> int:
-        """Counts the rays."""
         return len(self.origins)
 
     def take(self, index: Tensor | slice) -> Rays:
-        """Gives the rays `index`."""
         return Rays(self.origins[index], self.directions[index], self.looks[index], self.near, self.far)
 
     def to(self, device: torch.device) -> Rays:
-        """Gives the rays on a device."""
         parts = (self.origins.to(device), self.directions.to(device), self.looks.to(device))
         return Rays(*parts, self.near, self.far)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Views of one scene, some to learn from and some held out.
-
-    Args:
-        name: of the scene.
-        images: ``(n, height, width, 3)``, from 0 to 1.
-        poses: ``(n, 3, 4)`` camera to world; the columns are the camera's right, up, backward and position.
-        focal: in pixels, across and down.
-        train: the views to learn from.
-        test: the views held out.
-        near: where rays begin, in the units of `t`.
-        far: where rays end.
-        ndc: whether rays are given in normalized device coordinates, for scenes in front of the cameras. Default: False.
-        background: the grey behind everything: 0 black, 1 white. Default: 0.
-    """
+    """Views of one scene, some to learn from and some held out."""
 
     name: str
-    images: Tensor
-    poses: Tensor
-    focal: tuple[float, float]
-    train: tuple[int, ...]
-    test: tuple[int, ...]
-    near: float
-    far: float
-    ndc: bool = False
-    background: float = 0.0
+    images: Tensor  # (n, height, width, 3), from 0 to 1
+    poses: Tensor  # (n, 3, 4) camera to world; the columns are the camera's right, up, backward and position
+    focal: tuple[float, float]  # in pixels, across and down
+    train: tuple[int, ...]  # the views to learn from
+    test: tuple[int, ...]  # the views held out
+    near: float  # where rays begin, in the units of `t`
+    far: float  # where rays end
+    ndc: bool = False  # whether rays are given in normalized device coordinates, for scenes in front of the cameras
+    background: float = 0.0  # the grey behind everything: 0 black, 1 white
 
     @property
     def size(self) -> tuple[int, int]:
@@ -100,14 +78,8 @@ def camera_rays(pose: Tensor, height: int, width: int, focal: tuple[float, float
 
         direction = R [(i + 1/2 - width/2) / f_x, -(j + 1/2 - height/2) / f_y, -1],   origin = the camera's position
 
-    Args:
-        pose: ``(3, 4)``; the columns are the camera's right, up, backward and position.
-        height: in pixels.
-        width: in pixels.
-        focal: in pixels, across and down.
-
-    Returns:
-        Origins and directions, each ``(height * width, 3)``; directions reach the plane at distance 1.
+    The pose ``(3, 4)`` has the camera's right, up, backward and position as columns. Origins and directions are
+    ``(height * width, 3)``; directions reach the plane at distance 1.
 
     >>> pose = torch.eye(4)[:3]
     >>> origins, directions = camera_rays(pose, 1, 2, (1.0, 1.0))
@@ -129,16 +101,9 @@ def to_ndc(
         o' = (-2 f_x/W o_x/o_z, -2 f_y/H o_y/o_z, 1 + 2 n/o_z)
         d' = (-2 f_x/W (d_x/d_z - o_x/o_z), -2 f_y/H (d_y/d_z - o_y/o_z), -2 n/o_z),   o moved to the plane z = -n first
 
-    The point at `t'` of the new ray is the projection of the one at ``t = n t' / (-d_z (1 - t'))`` past that plane of the old
-    one, so that `t'` is linear in disparity.
-
-    Args:
-        origins: ``(n, 3)``; the cameras look along -z.
-        directions: ``(n, 3)``, with ``d_z < 0``.
-        height: of the image in pixels.
-        width: of the image in pixels.
-        focal: in pixels, across and down.
-        near: distance of the near plane. Default: 1.
+    The point at `t'` of the new ray is the projection of the one at ``t = n t' / (-d_z (1 - t'))`` past that plane of the
+    old one, so that `t'` is linear in disparity. Origins and directions are ``(n, 3)``; the cameras look along -z, so
+    that ``d_z < 0``.
 
     Reference:
         Mildenhall et al. 2020, NeRF, appendix C, https://arxiv.org/abs/2003.08934
@@ -156,29 +121,23 @@ def to_ndc(
     return start, along
 
 
+def scene_folder(root: Path | None, collection: str, scene: str, cure: str) -> Path:
+    """Finds the folder of a scene in a collection as it was published."""
+    folder = data_root(root) / collection / scene
+    if not folder.is_dir():
+        raise ProtocolError(f"{folder} is missing; {cure}")
+    return folder
+
+
 def read_image(path: Path, reduce: int = 1) -> np.ndarray:
-    """Reads a picture and averages squares of pixels.
+    """Reads a picture ``(height, width, 3 or 4)`` from 0 to 1, and averages squares of `reduce` pixels per side.
 
-    Args:
-        path: of a PNG or JPEG.
-        reduce: the side of a square in pixels; a rest at the right and lower edge that fills no square is spread over the
-            others. Default: 1.
-
-    Returns:
-        ``(height, width, 3 or 4)`` float32, from 0 to 1.
-
-    Raises:
-        ProtocolError: the file is missing or damaged, or smaller than one square.
+    A rest at the right and lower edge that fills no square is spread over the others.
     """
     from PIL import Image
 
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGBA" if "A" in file.getbands() else "RGB")
-    except FileNotFoundError:
-        raise ProtocolError(f"{path} is missing; unpack the scene again") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ProtocolError(f"{path} can't be read as a picture ({error}); unpack the scene again") from None
+    with reading(path, "unpack the scene again"), Image.open(path) as file:
+        image = file.convert("RGBA" if "A" in file.getbands() else "RGB")
     if reduce > 1:
         size = image.width // reduce, image.height // reduce
         if min(size) < 1:
@@ -188,11 +147,7 @@ def read_image(path: Path, reduce: int = 1) -> np.ndarray:
 
 
 def stack_images(paths: list[Path], reduce: int = 1) -> Tensor:
-    """Reads pictures of one size into ``(n, height, width, channels)``.
-
-    Raises:
-        ProtocolError: a file is missing or damaged, or of another size or kind than the first.
-    """
+    """Reads pictures of one size into ``(n, height, width, channels)``."""
     images = [read_image(path, reduce) for path in paths]
     for path, image in zip(paths, images, strict=True):
         if image.shape != images[0].shape:

@@ -21,11 +21,7 @@ def draw(task: str, samples: int, length: int, vocabulary: int = 16) -> tuple[Te
     ``text``  at each place, the character that follows, in a passage of :func:`text`; the vocabulary is the text's own
     ========  =========================================================================================================
 
-    Returns:
-        Tokens and targets, both (samples, length).
-
-    Raises:
-        OptionError: another task.
+    Tokens and targets are both (samples, length).
 
     >>> _ = torch.manual_seed(0)
     >>> draw("sort", 1, 6)
@@ -48,10 +44,7 @@ def draw(task: str, samples: int, length: int, vocabulary: int = 16) -> tuple[Te
 
 @lru_cache
 def text() -> tuple[Tensor, str]:
-    """Gives the first two chapters of "Alice's Adventures in Wonderland" by Lewis Carroll (1865), which nobody owns.
-
-    Returns:
-        The characters as numbers, and the characters that there are, in order.
+    """Gives two chapters of "Alice's Adventures in Wonderland" (Lewis Carroll, 1865) as numbers, and what characters there are.
 
     >>> codes, characters = text()
     >>> len(codes), len(characters), "".join(characters[code] for code in codes[11:31])
@@ -64,10 +57,6 @@ def text() -> tuple[Tensor, str]:
 
 def guess(task: str, vocabulary: int = 16) -> float:
     """The loss, in nats a token, of one who knows how often each token is asked for but looks at nothing.
-
-    Args:
-        task: as in :func:`draw`.
-        vocabulary: how many tokens there are; the text has its own. Default: 16.
 
     >>> round(guess("copy"), 4), round(guess("text"), 4)
     (2.7726, 3.105)

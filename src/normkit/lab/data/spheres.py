@@ -21,13 +21,7 @@ _BALLS = torch.tensor(
 
 
 def spheres(size: int = 32, views: int = 24, hold: int = 8) -> Scene:
-    """Six balls of even density on white, seen from cameras on a spiral about them.
-
-    Args:
-        size: of a picture in pixels. Default: 32.
-        views: how many. Default: 24.
-        hold: holds out one of that many views. Default: 8.
-    """
+    """Six balls of even density on white, seen from cameras on a spiral about them; one of `hold` views is held out."""
     poses = torch.stack([_pose(view, views) for view in range(views)])
     test = tuple(range(0, views, hold))
     blank = Scene(
@@ -45,20 +39,13 @@ def spheres(size: int = 32, views: int = 24, hold: int = 8) -> Scene:
     return Scene(**{**vars(blank), "images": colours.reshape(views, size, size, 3)})
 
 
-def see(rays: Rays, balls: Tensor = _BALLS, background: float = 1.0) -> Tensor:
+def see(rays: Rays, balls: Tensor = _BALLS) -> Tensor:
     """Computes what rays see of balls that do not meet, exactly.
 
         colour = sum_k T_k (1 - exp(-s_k l_k)) c_k + T background,   T_k = exp(-sum_{j before k} s_j l_j)
 
-    with l_k the length of the ray within ball k.
-
-    Args:
-        rays: not in NDC; they begin outside of all balls.
-        balls: ``(k, 8)``: centre, radius, density and colour. Default: six.
-        background: the grey behind everything. Default: 1.
-
-    Returns:
-        ``(n, 3)``.
+    with l_k the length of the ray within ball k. Balls ``(k, 8)`` have centre, radius, density and colour; rays, not in
+    NDC, begin outside of all.
     """
     centre, radius, density, colour = balls[:, :3], balls[:, 3], balls[:, 4], balls[:, 5:]
     away = centre - rays.origins[:, None]
@@ -69,7 +56,7 @@ def see(rays: Rays, balls: Tensor = _BALLS, background: float = 1.0) -> Tensor:
     thickness, colours = thickness.gather(1, order), colour[order]
     before = thickness.cumsum(-1) - thickness
     weights = torch.exp(-before) * -torch.expm1(-thickness)
-    return (weights[..., None] * colours).sum(1) + torch.exp(-thickness.sum(-1))[:, None] * background
+    return (weights[..., None] * colours).sum(1) + torch.exp(-thickness.sum(-1))[:, None]
 
 
 def _pose(view: int, views: int) -> Tensor:

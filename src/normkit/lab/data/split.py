@@ -15,27 +15,19 @@ from normkit.lab.data.batch import STACKED, Collate, Inputs, each, named, take
 
 @dataclass(frozen=True)
 class Split:
-    """Samples of one split, held as tensors or read from a map-style dataset when they are asked for.
+    """Samples of one split, held as tensors or read from a map-style dataset when they are asked for."""
 
-    Args:
-        targets: ``(n,)`` class indices, ``(n, l)`` a class index per token with -100 ignored, floats, or booleans of any shape.
-        inputs: a tensor ``(n, ...)``, or a tuple or dict of such tensors; None when `source` is given.
-        source: a map-style dataset of samples; None when `inputs` is given.
-        rows: the rows of `source` that belong to this split; None when `inputs` is given.
-        collate: makes inputs and targets of a list of samples of `source`. Default: stacks them.
-        prepare: applied to the inputs of a batch on their device, such as what makes floats of pixels held as bytes.
-            Default: None.
-    """
-
+    # (n,) class indices, (n, l) a class index per token with -100 ignored, floats, or booleans of any shape
     targets: Tensor
+    # a tensor (n, ...), or a tuple or dict of such tensors; None when `source` is given
     inputs: Inputs | None = None
-    source: Any = None
-    rows: Tensor | None = None
-    collate: Collate = STACKED
+    source: Any = None  # a map-style dataset of samples; None when `inputs` is given
+    rows: Tensor | None = None  # the rows of `source` that belong to this split; None when `inputs` is given
+    collate: Collate = STACKED  # makes inputs and targets of a list of samples of `source`
+    # applied to the inputs of a batch on their device, such as what makes floats of pixels held as bytes
     prepare: Callable[[Any], Any] | None = None
 
     def __len__(self) -> int:
-        """Counts the samples."""
         return len(self.targets)
 
     def batch(self, index: Tensor, device: torch.device) -> tuple[Inputs, Tensor]:
@@ -71,36 +63,21 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """Three splits and the kind of task they pose.
+    """Three splits and the kind of task they pose."""
 
-    Args:
-        train: samples to learn from.
-        val: samples that choose learning rates.
-        test: samples that judge; touched once, at the end of a run.
-        augment: changes the inputs of a training batch, given them and a generator on their device. Default: None.
-        notes: what was decided on reading, a sentence each. Default: none.
-
-    Attributes:
-        kind: ``"classification"`` for integer targets, ``"regression"`` for floats, ``"multi-label"`` for booleans, or
-            ``"binary"`` where there is one per sample.
-        score: ``"accuracy"`` or ``"r2"``; higher is better.
-        classes: one more than the highest class index; None where targets are no class indices.
-    """
-
-    train: Split
-    val: Split
-    test: Split
+    train: Split  # samples to learn from
+    val: Split  # samples that choose learning rates
+    test: Split  # samples that judge; touched once, at the end of a run
+    # changes the inputs of a training batch, given them and a generator on their device
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what was decided on reading, a sentence each
 
     @property
     def splits(self) -> dict[str, Split]:
-        """The splits by name."""
         return {"train": self.train, "val": self.val, "test": self.test}
 
     @property
     def kind(self) -> str:
-        """The task."""
         targets = self.train.targets
         if targets.dtype == torch.bool:
             return "binary" if targets[0].numel() == 1 else "multi-label"
@@ -108,7 +85,6 @@ class Data:
 
     @property
     def score(self) -> str:
-        """The name of the score."""
         return "r2" if self.kind == "regression" else "accuracy"
 
     @property
@@ -135,8 +111,7 @@ class Data:
 def hold_out(split: Split, fraction: float, seed: int = 0) -> tuple[Split, Split]:
     """Parts a split in two, the same way each time, with each class in proportion where there are classes.
 
-    Returns:
-        What is left, and what was held out.
+    Gives what is left, and what was held out.
 
     >>> rest, held = hold_out(Split(torch.arange(20) % 2, torch.zeros(20, 3)), 0.2)
     >>> len(rest), len(held), held.targets.sum().item()
@@ -158,18 +133,10 @@ def hold_out(split: Split, fraction: float, seed: int = 0) -> tuple[Split, Split
     return split.take(torch.from_numpy(np.flatnonzero(~held))), split.take(torch.from_numpy(np.flatnonzero(held)))
 
 
-def subset(split: Split, count: int, seed: int = 0) -> Split:
+def subset(split: Split, count: int) -> Split:
     """Draws `count` samples, the same each time, with each class in proportion where there are classes.
 
     A smaller subset is part of a larger one.
-
-    Args:
-        split: what to draw from.
-        count: how many; all of them where it is the size of the split.
-        seed: of the drawing. Default: 0.
-
-    Raises:
-        OptionError: there are fewer samples.
 
     >>> drawn = subset(Split(torch.arange(20) % 2, torch.arange(20)), 6)
     >>> len(drawn), drawn.targets.sum().item()
@@ -177,7 +144,7 @@ def subset(split: Split, count: int, seed: int = 0) -> Split:
     """
     if not 1 <= count <= len(split):
         raise OptionError(f"a subset of {count} is wanted of {len(split)} samples; wanted from 1 to {len(split)}")
-    order = np.random.default_rng(seed).permutation(len(split))
+    order = np.random.default_rng(0).permutation(len(split))
     targets = split.targets.numpy()
     if targets.ndim == 1 and not split.targets.is_floating_point():
         # Each class is spread evenly over the line from 0 to 1, so that every beginning of the line is in proportion.

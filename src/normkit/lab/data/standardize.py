@@ -10,22 +10,14 @@ from torch import Tensor
 class Standardize:
     """y = (x / 255 - mean_c) / std_c, from bytes to float32.
 
-    Args:
-        mean: of each channel, of pixels from 0 to 1.
-        std: of each channel.
-
-    Shape:
-        ``(n, c, h, w)`` uint8 to the same in float32.
-
     >>> Standardize((0.5,), (0.25,))(torch.tensor([[[[255, 0]]]], dtype=torch.uint8))
     tensor([[[[ 2., -2.]]]])
     """
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...]  # of each channel, of pixels from 0 to 1
+    std: tuple[float, ...]  # of each channel
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Standardizes a batch."""
         mean = torch.tensor(self.mean, dtype=torch.float32, device=x.device).view(-1, 1, 1)
         std = torch.tensor(self.std, dtype=torch.float32, device=x.device).view(-1, 1, 1)
         return (x / 255.0 - mean) / std
@@ -33,9 +25,6 @@ class Standardize:
     @classmethod
     def of(cls, images: Tensor) -> "Standardize":
         """Measures mean and standard deviation over images.
-
-        Args:
-            images: ``(n, c, h, w)`` uint8.
 
         >>> Standardize.of(torch.tensor([[[[255, 0]], [[0, 0]]]], dtype=torch.uint8))
         Standardize(mean=(0.5, 0.0), std=(0.5, 1.0))

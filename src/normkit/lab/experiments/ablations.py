@@ -8,14 +8,12 @@ At full scale: 40 epochs at rate 0.1. At small scale: images of 16x16, half the 
 """
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch import nn
 
-from normkit.lab.experiment import Bench, Experiment
-from normkit.lab.experiments import classification
-from normkit.lab.experiments.classification import PAPER, Plan, Row, length_of, verdicts
+from normkit.lab.experiment import Experiment
+from normkit.lab.experiments.classification import PAPER, Plan, Row, early, study, tables, verdicts
 from normkit.lab.experiments.classification_drawing import figures
 from normkit.lab.say import counted
 from normkit.lab.train.learning import Training
@@ -75,40 +73,30 @@ def plans(scale: str) -> list[Plan]:
     base = Training("cifar10", "inception8", "", "bn", 0.0, 0, 40, condition=not small)
     base = replace(base, **SMALL) if small else base
     rows = [row for part in PARTS.values() for row in part if not (small and row.name in LARGE)]
-    plan = partial(Plan, costs=0.0)
     found = [Plan("SGD", base, (Row(BASE, "bn"), *rows), rate=0.1, costs=60.0)]
     for optimizer, rate in OPTIMIZERS.items():
         other = replace(base, optimizer=optimizer.lower())
-        found.append(plan(optimizer, other, (Row(BASE, "bn"), Row(E, "bn+e")), rate=rate))
+        found.append(Plan(optimizer, other, (Row(BASE, "bn"), Row(E, "bn+e")), rate=rate, costs=0.0))
     layers = "re:^(1|4|7)$"
     jacobi = (Row(BASE, "bn"), _e("rows", mode="row", where=layers), _e("Jacobi", mode="jacobi", where=layers))
     digits = Training("digits", "normkit.lab.experiments.ablations:square", "", "bn", 0.0, 0, 12, batch_size=64)
-    found.append(plan("Square layers, digits", digits, jacobi, rate=0.1))
+    found.append(Plan("Square layers, digits", digits, jacobi, rate=0.1, costs=0.0))
     return found[-2:] if scale == "tiny" else found
-
-
-def run(bench: Bench) -> dict[str, Any]:
-    """Does what is missing."""
-    return classification.study(bench, plans(bench.scale))
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
     """What is seen."""
-    said = verdicts(result)
-    said.append(
+    left = counted(len(LARGE), "row")
+    return [
+        *verdicts(result),
         "Each interval stands alone: of twenty, one is expected to miss by chance. Rates are the same for all rows of a table, "
-        "so a difference can be one of the rate that suits a row; Table 1 sweeps rates."
-    )
-    if result["scale"] == "small":
-        left = counted(len(LARGE), "row")
-        said.append(
-            f"Small scale: {length_of(result)}; differences are those of early training, and {left} are left out."
-        )
-    return said
+        "so a difference can be one of the rate that suits a row; Table 1 sweeps rates.",
+        *early(result, f"; differences are those of early training, and {left} are left out."),
+    ]
 
 
 EXPERIMENT = Experiment(
     "ablations", "reproduce", "Ablations of weight conditioning",
     "Row equilibration of the first and the last layer is the form of conditioning to use.",
-    PAPER, run, classification.tables, figures, remarks, ("tiny", "small", "full"),
+    PAPER, lambda bench: study(bench, plans(bench.scale)), tables, figures, remarks,
 )  # fmt: skip

@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -27,16 +26,15 @@ from normkit.activations.batch_norm import BatchNorm
 from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule
 from normkit.activations.ghost_batch_norm import GhostBatchNorm
 from normkit.activations.group_norm import CARD, GroupNorm
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments.runs import CHANCE, diverged, labelled, notes, points, side, size_of, source_of
-from normkit.lab.models.small_cnn import SmallCNN
+from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiments import runs
+from normkit.lab.experiments.runs import CHANCE, drawn, points, side
 from normkit.lab.report.bands import across, marked
 from normkit.lab.report.canvas import FULL, panels
 from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, SHAPES, name_ends
-from normkit.lab.seeding import reseed
 from normkit.lab.stats import differences, known, spread, where
-from normkit.lab.train.images import Images, Size, Stream, accuracy, fit
-from normkit.lab.train.walk import OK, device
+from normkit.lab.train.images import Size, Stream, accuracy, fit
+from normkit.lab.train.walk import OK
 from normkit.surgery.recalibrate import recalibrate
 from normkit.surgery.recipe import apply_recipe
 
@@ -50,8 +48,6 @@ METHODS = {
     "ghost": "GhostBatchNorm",
 }
 WAYS = {"running": "running statistics", "precise": "precise statistics", "batch": "test batch's statistics"}
-HUES = dict(zip(METHODS, (GREY, *COLOURS), strict=True))
-
 BATCHES = {"tiny": (2, 32), "small": (1, 2, 4, 8, 32, 128), "full": (1, 2, 4, 8, 16, 32, 64, 128)}
 BASE, RATE, GHOST, GROUPS = 128, 0.2, 16, 4
 JUDGED = 512  # training images on which statistics are re-estimated
@@ -67,12 +63,7 @@ class Training(Size, path="{0.method}/batch={0.batch}/seed={0.seed}"):
 
 
 def norm(method: str, steps: int) -> Callable[[int], nn.Module]:
-    """Builder of a method's norm from a number of channels.
-
-    Args:
-        method: a key of METHODS.
-        steps: of the training, which batch renormalization's schedule is scaled to.
-    """
+    """Builder of a method's norm from channels; batch renormalization's schedule is scaled to the steps of the training."""
     if method == "brn":
         start, r_end, d_end = (max(1, round(part * steps)) for part in (0.1, 0.8, 0.5))
         schedule = RenormSchedule(3.0, 5.0, start, max(r_end, start + 1), max(d_end, start + 1))
@@ -88,12 +79,10 @@ def norm(method: str, steps: int) -> Callable[[int], nn.Module]:
 
 
 def train(job: Training, folder: Path) -> dict[str, Any]:
-    """Trains a network and evaluates it."""
+    """Trains a network and evaluates it as it is; batch normalization also with other statistics."""
     images = job.images()
     stream = Stream(images["train"], job.batch, job.seed)
-    reseed(job.seed, "init")
-    make = norm(job.method, job.epochs * stream.per_epoch)
-    model = SmallCNN(make, channels=images["train"][0].shape[1], width=job.width)
+    model = runs.network(job, images, norm(job.method, job.epochs * stream.per_epoch))
     if job.method.endswith("+ws"):
         apply_recipe(model, "keep+ws")
     estimating = [module for module in model.modules() if isinstance(module, BatchChannelNorm)]
@@ -103,39 +92,25 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
             # By tenths, as a layer recomputes its rule for a new momentum.
             module.momentum = 0.1 * job.batch / BASE * math.ceil(10 * part) / 10
 
-    rate = RATE * job.batch / BASE
-    walked = fit(model.to(device()), stream, job.epochs, rate, job.seed, folder, follow)
+    walked = fit(model, stream, job.epochs, RATE * job.batch / BASE, job.seed, folder, follow)
     found: dict[str, float | None] = dict.fromkeys(WAYS)
     if walked.status == OK:
-        found |= judge(model, job, images["train"], images["test"])
-    return {"status": walked.status, "loss": [row["loss"] for row in walked.rows], "accuracy": found}
-
-
-def judge(model: nn.Module, job: Training, seen: Images, test: Images) -> dict[str, float | None]:
-    """Test accuracy as the model is; of batch normalization also with precise statistics and with those of test batches."""
-    found: dict[str, float | None] = {"running": accuracy(model.eval(), test)}
-    if job.method == "bn":
-        with torch.no_grad():
-            model.train()
+        found["running"] = accuracy(model.eval(), images["test"])
+        if job.method == "bn":
             # Evaluation moves the running averages, which are overwritten next.
-            found["batch"] = accuracy(model, test, job.batch)
-        recalibrate(model, seen[0][:JUDGED].split(job.batch), limit=None)
-        found["precise"] = accuracy(model.eval(), test)
-    return found
+            found["batch"] = accuracy(model.train(), images["test"], job.batch)
+            recalibrate(model, images["train"][0][:JUDGED].split(job.batch), limit=None)
+            found["precise"] = accuracy(model.eval(), images["test"])
+    return {"status": walked.status, "loss": [row["loss"] for row in walked.rows], "accuracy": found}
 
 
 def run(bench: Bench) -> dict[str, Any]:
     """Trains every method at every batch size with every seed."""
-    size, batches = size_of(bench, 3), BATCHES[bench.scale]
-    jobs = [
-        Training(method, batch, seed, **size)
-        for seed in bench.seeds
-        for method in METHODS
-        for batch in batches
-        if method != "ghost" or batch > GHOST
-    ]
-    runs = labelled(bench, train, jobs, "method", "batch", "seed")
-    return {"runs": runs, "batches": list(batches), **size, **source_of(size, bench)}
+    size, batches = runs.size_of(bench, 3), BATCHES[bench.scale]
+    each = [(method, batch) for method in METHODS for batch in batches if method != "ghost" or batch > GHOST]
+    jobs = [Training(method, batch, seed, **size) for seed in bench.seeds for method, batch in each]
+    done = runs.labelled(bench, train, jobs, "method", "batch", "seed")
+    return {"runs": done, "batches": list(batches), **size, **runs.source_of(size, bench)}
 
 
 def scores(result: dict[str, Any], method: str, batch: int, way: str = "running") -> list[float | None]:
@@ -151,21 +126,20 @@ def counted(result: dict[str, Any], method: str, batch: int) -> list[float]:
 def tables(result: dict[str, Any]) -> list[Table]:
     """Accuracies of every method, and of batch normalization with other statistics."""
     sizes = result["batches"]
-    rows: list[list[Any]] = []
-    for method, name in METHODS.items():
-        cells = [
-            "as BN" if method == "ghost" and b <= GHOST else spread(scores(result, method, b), ".1f", 100)
-            for b in sizes
-        ]
-        rows.append([name, *cells])
+
+    def cell(method: str, batch: int, way: str = "running") -> str:
+        same = method == "ghost" and batch <= GHOST
+        return "as BN" if same else spread(scores(result, method, batch, way), ".1f", 100)
+
     about = (
         f"{result['data']}: {result['train'] or 'all'} training images, {result['epochs']} epochs, rate {RATE:g} at batch {BASE} "
         "and in proportion; mean ± standard deviation over seeds."
     )
     columns = ("norm", *(f"batch {batch}" for batch in sizes))
-    ways = [[name, *(spread(scores(result, "bn", b, way), ".1f", 100) for b in sizes)] for way, name in WAYS.items()]
+    rows = [[name, *(cell(method, batch) for batch in sizes)] for method, name in METHODS.items()]
+    ways = [[name, *(cell("bn", batch, way) for batch in sizes)] for way, name in WAYS.items()]
     return [
-        Table("Test accuracy, %", columns, rows, notes(result, about)),
+        Table("Test accuracy, %", columns, rows, runs.notes(result, about)),
         Table("Batch normalization, test accuracy by what it normalizes with in evaluation, %", columns, ways),
     ]
 
@@ -183,46 +157,32 @@ def remarks(result: dict[str, Any]) -> list[str]:
                 f"change of {points(differences(low, high))}."
             )
     pairs = [("gn", batch) for batch in sizes if batch <= 4]
-    pairs += [(method, smallest) for method in ("gn+ws", "bcn+ws", "brn")]
-    for method, batch in pairs:
+    for method, batch in [*pairs, *((method, smallest) for method in ("gn+ws", "bcn+ws", "brn"))]:
         gaps = differences(counted(result, method, batch), counted(result, "bn", batch))
         if gaps.mean is not None:
             word = side(gaps, "below", "above", "not told apart from")
             said.append(f"Batch {batch}: {METHODS[method]} is {word} BatchNorm, by {points(gaps)}.")
-    ways = {way: scores(result, "bn", smallest, way) for way in WAYS}
-    parts = [f"{WAYS[way]} {spread(found, '.1f', 100)}" for way, found in ways.items() if known(found)]
-    said.append(
-        f"BatchNorm at batch {smallest}, test accuracy in %, the same networks: {', '.join(parts) or 'all diverged'}."
-    )
-    return [*said, diverged(result["runs"], ", and count as guessing in these differences")]
+    ways = {name: scores(result, "bn", smallest, way) for way, name in WAYS.items()}
+    parts = ", ".join(f"{name} {spread(found, '.1f', 100)}" for name, found in ways.items() if known(found))
+    said.append(f"BatchNorm at batch {smallest}, test accuracy in %, the same networks: {parts or 'all diverged'}.")
+    return [*said, runs.diverged(result["runs"], ", and count as guessing in these differences")]
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """Accuracies against the batch size."""
-    return [
-        Drawing(
-            "accuracy",
-            lambda: accuracies(result),
-            "Test accuracy against the number of images in a training batch: every norm on the left, and on the right batch "
-            "normalization evaluated with its running statistics, with statistics re-estimated on training images (precise) "
-            f"and with those of the test batch; {SEEDS}. Look at how far each line falls towards a batch of one image.",
-        )
-    ]
-
-
-def accuracies(result: dict[str, Any]) -> Figure:
-    """Test accuracy of every method, and of batch normalization by what it normalizes with."""
+@drawn(
+    "accuracy",
+    "Test accuracy against the number of images in a training batch: every norm on the left, and on the right batch "
+    "normalization evaluated with its running statistics, with statistics re-estimated on training images (precise) "
+    f"and with those of the test batch; {SEEDS}. Look at how far each line falls towards a batch of one image.",
+)
+def _accuracies(result: dict[str, Any]) -> Figure:
     figure, axes = panels(2, FULL, 3.0, sharey=True)
-    norms = [(method, "running", name, HUES[method]) for method, name in METHODS.items()]
-    ways = [("bn", way, name, hue) for (way, name), hue in zip(WAYS.items(), (GREY, *COLOURS), strict=False)]
+    norms = [(method, "running", name) for method, name in METHODS.items()]
+    ways = [("bn", way, name) for way, name in WAYS.items()]
     titles = ("all norms", "BatchNorm, by what evaluation normalizes with")
     for axis, title, lines in zip(axes, titles, (norms, ways), strict=True):
         ends = []
-        for (method, way, name, hue), shape in zip(lines, (*SHAPES, "X"), strict=False):
-            percent = {
-                batch: [100 * score for score in known(scores(result, method, batch, way))]
-                for batch in result["batches"]
-            }
+        for (method, way, name), hue, shape in zip(lines, (GREY, *COLOURS), (*SHAPES, "X"), strict=False):
+            percent = {b: [100 * x for x in known(scores(result, method, b, way))] for b in result["batches"]}
             ends += across(axis, name, hue, percent, marker=shape, markersize=3.5, linewidth=1.2)
         marked(axis, result["batches"], 2)
         axis.set_xlabel("images in a training batch")
@@ -237,5 +197,5 @@ EXPERIMENT = Experiment(
     "Batch normalization loses accuracy as batches become small, while group normalization keeps its own. What was proposed "
         "since then, or for the same end, stands next to it: weight standardization, batch-channel normalization, batch "
         "renormalization, ghost batches.",
-    CARD.paper, run, tables, figures, remarks, ("tiny", "small", "full"),
+    CARD.paper, run, tables, runs.drawings(_accuracies), remarks,
 )  # fmt: skip

@@ -29,7 +29,8 @@ from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm
 from normkit.catalogue.methods import method
 from normkit.core.errors import NormkitError
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiments.runs import drawings, drawn
 from normkit.lab.report.bands import key, rows_of
 from normkit.lab.report.canvas import FAINT, FULL, panels
 from normkit.lab.report.drawing import COLOURS, GREY
@@ -82,16 +83,17 @@ def measure(job: Measurement, folder: Path) -> dict[str, Any]:
     """Measures one method."""
     torch.manual_seed(job.seed)
     layer, x = make(job.method), draw_images()
-    found: dict[str, Any] = {"parameters": extra_parameters(job.method)}
+    plain = CHANNELS**2 if job.method in WEIGHTS else 0
+    # Of another layer, as records have it: making it draws numbers.
+    found: dict[str, Any] = {"parameters": sum(part.numel() for part in make(job.method).parameters()) - plain}
     others = torch.cat([x[:1], 3 * draw_images(SAMPLES - 1)])
     with torch.no_grad():
         # Each on a copy, so that nothing is carried over from one to the next.
         first, second, third = (copy.deepcopy(layer) for _ in range(3))
         y = first(x)
         found["batch"] = difference(second(others)[:1], y[:1])
-        found["running"] = any(
-            not torch.equal(one, other) for one, other in zip(first.buffers(), second.buffers(), strict=True)
-        )
+        buffers = zip(first.buffers(), second.buffers(), strict=True)
+        found["running"] = any(not torch.equal(one, other) for one, other in buffers)
         found["evaluation"] = difference(third.eval()(x), y)
         found["mean"] = y.mean(dim=(1, 2, 3)).abs().max().item()
         found["stream"] = stream(job.method)
@@ -102,12 +104,6 @@ def measure(job: Measurement, folder: Path) -> dict[str, Any]:
         found["spectrum"] = spectrum(job.method)
         found["drift"] = drift(job.method)
     return found
-
-
-def extra_parameters(name: str) -> int:
-    """Parameters that the method adds."""
-    plain = CHANNELS * CHANNELS if name in WEIGHTS else 0
-    return sum(parameter.numel() for parameter in make(name).parameters()) - plain
 
 
 def difference(one: Tensor, other: Tensor) -> float:
@@ -197,8 +193,7 @@ def drift(name: str) -> list[float]:
 
 def run(bench: Bench) -> dict[str, Any]:
     """Measures every row, once: nothing here depends on training."""
-    jobs = [Measurement(name) for name in METHODS]
-    return {"rows": dict(zip(METHODS, bench.sweep(measure, jobs), strict=True))}
+    return {"rows": dict(zip(METHODS, bench.sweep(measure, [Measurement(name) for name in METHODS]), strict=True))}
 
 
 def tell(value: float | None, missing: str = ABSENT) -> str:
@@ -274,20 +269,15 @@ def remarks(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """The weaknesses that can be seen."""
-    caption = (
-        "How well images of doubled contrast are told from others behind each layer, as the area under the ROC curve, where "
-        "1 is always and 0.5, the grey line, is guessing (left); the singular values of a random weight as it is (plain) "
-        "and under the two methods for weights, the largest first, with a grey line at 1 (middle); and the mean row length "
-        "of the parameter behind weight normalization along SGD on noise, relative to that at the start (right). Dots at "
-        "the grey line on the left are contrasts that a layer erases."
-    )
-    return [Drawing("weaknesses", lambda: weaknesses(result), caption)]
-
-
-def weaknesses(result: dict[str, Any]) -> Figure:
-    """Contrast behind each method, singular values under the weights' methods, and the growth of the parameter."""
+@drawn(
+    "weaknesses",
+    "How well images of doubled contrast are told from others behind each layer, as the area under the ROC curve, where "
+    "1 is always and 0.5, the grey line, is guessing (left); the singular values of a random weight as it is (plain) "
+    "and under the two methods for weights, the largest first, with a grey line at 1 (middle); and the mean row length "
+    "of the parameter behind weight normalization along SGD on noise, relative to that at the start (right). Dots at "
+    "the grey line on the left are contrasts that a layer erases.",
+)
+def _weaknesses(result: dict[str, Any]) -> Figure:
     figure, axes = panels(3, FULL, 2.4)
     rows = result["rows"]
     for y, found in enumerate(rows.values()):
@@ -298,22 +288,19 @@ def weaknesses(result: dict[str, Any]) -> Figure:
     axes[0].set_xlim(0.3, 1.04)
     axes[0].set_xlabel("AUC of a doubled contrast")
     hues = {"plain": GREY, "weight_norm": COLOURS[3], "spectral_norm": COLOURS[0]}
-    before = {"plain": rows["weight_norm"]["spectrum"][0]}
-    for name, values in {**before, **{name: rows[name]["spectrum"][1] for name in WEIGHTS}}.items():
-        axes[1].plot(
-            range(1, len(values) + 1), values, color=hues[name], linestyle="--" if name == "weight_norm" else "-"
-        )
     for y, (name, hue) in enumerate(hues.items()):
+        values = rows["weight_norm"]["spectrum"][0] if name == "plain" else rows[name]["spectrum"][1]
+        axes[1].plot(range(1, len(values) + 1), values, color=hue, linestyle="--" if name == "weight_norm" else "-")
         title = name.removesuffix("_norm")
         axes[1].text(0.05, 0.06 + 0.09 * y, title, color=hue, transform=axes[1].transAxes, fontsize=7)
     axes[1].axhline(1, color=FAINT, linewidth=0.8)
     axes[1].set(xlabel="rank", ylabel="singular value")
-    axes[1].set_title("what the weight becomes", loc="left")
     axes[2].plot(range(1, DRIFT + 1), rows["weight_norm"]["drift"], color=hues["weight_norm"])
     axes[2].set(xlabel="step of SGD", ylabel="length, relative to the start")
-    axes[2].set_title("parameter behind weight norm", loc="left")
     axes[2].margins(x=0)
-    axes[0].set_title("contrast behind the layer", loc="left")
+    titles = ("contrast behind the layer", "what the weight becomes", "parameter behind weight norm")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, loc="left")
     handles = [key(hue, marker="o", markersize=4, linestyle="") for hue in COLOURS[:2]]
     figure.legend(handles, ["contrast of all channels", "contrast of one channel"], loc="outside upper left", ncols=2)
     return figure
@@ -323,5 +310,5 @@ EXPERIMENT = Experiment(
     "blog-table", "claim", "Seven normalizations side by side, measured",
     "Batch normalization depends on the batch and on running statistics; layer, instance and group normalization do not. "
         "RMS, weight and spectral normalization, which are of other papers, are measured as well.",
-    method("group_norm").paper, run, tables, figures, remarks, ("tiny", "small", "full"),
+    method("group_norm").paper, run, tables, drawings(_weaknesses), remarks,
 )  # fmt: skip

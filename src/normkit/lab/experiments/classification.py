@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from normkit.catalogue.methods import method
-from normkit.lab.data.cifar import download_missing
-from normkit.lab.data.provenance import source
+from normkit.lab.data.cifar import download_missing, source
 from normkit.lab.experiment import Bench, Table
 from normkit.lab.experiments.runs import SEEDS_ALONE
 from normkit.lab.report.tables import edges, rates_table, time_table
@@ -27,71 +26,44 @@ Learn = Callable[[Training, Path], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Row:
-    """A method in a table.
-
-    Args:
-        name: as the paper writes it; the first row is the baseline.
-        recipe: its recipe.
-        unit: where the rows of layers begin with norm 1: ``"first_last"`` or ``"all"``. Default: nowhere.
-        like: the row whose learning rate it takes, for a control. Default: none, it has a sweep of its own.
-        conditioning: options of a conditioning that is put on after the recipe. Default: none.
-        once: it is run with the first seed alone. Default: False.
-        optimizer: in place of the plan's. Default: the plan's.
-        rates: that it tries, in place of the plan's. Default: the plan's.
-        printed: Top-1 and Top-5 in percent. Default: none.
-    """
+    """A method in a table, named as the paper writes it; the first row is the baseline."""
 
     name: str
     recipe: str
-    unit: str = ""
-    like: str = ""
-    conditioning: tuple[tuple[str, Any], ...] = ()
-    once: bool = False
-    optimizer: str = ""
-    rates: tuple[float, ...] = ()
-    printed: tuple[float, float] | None = None
+    unit: str = ""  # where the rows of layers begin with norm 1: "first_last" or "all"
+    like: str = ""  # the row whose learning rate it takes, for a control; it has no sweep of its own
+    conditioning: tuple[tuple[str, Any], ...] = ()  # options of one that is put on after the recipe
+    once: bool = False  # it is run with the first seed alone
+    optimizer: str = ""  # in the place of the plan's
+    rates: tuple[float, ...] = ()  # likewise
+    printed: tuple[float, float] | None = None  # Top-1 and Top-5 in percent
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One data set and model of a table.
-
-    Args:
-        label: of the data set and model, for headings.
-        base: all but row, rate and seed.
-        rows: of the paper.
-        controls: rows that tell where an effect comes from.
-        rates: that each row tries with the first seed.
-        rate: that the paper gives; None where the small scale has too few steps for it.
-        borrow: the label of the plan whose chosen rates are taken over in place of a sweep. Default: none.
-        same: show that E is weight norm with its lengths frozen at 1. Default: False.
-        costs: seconds for measuring what a step of each row costs; 0 for not. Default: 20.
-        beyond: where the best rate is the smallest or largest that was tried, try further ones. Default: False.
-    """
+    """One data set and model of a table."""
 
     label: str
-    base: Training
+    base: Training  # all but row, rate and seed
     rows: tuple[Row, ...]
-    controls: tuple[Row, ...] = ()
-    rates: tuple[float, ...] = ()
-    rate: float | None = None
-    borrow: str = ""
-    same: bool = False
-    costs: float = 20.0
-    beyond: bool = False
+    controls: tuple[Row, ...] = ()  # that tell where an effect comes from
+    rates: tuple[float, ...] = ()  # that each row tries with the first seed
+    rate: float | None = None  # that the paper gives; None where the small scale has too few steps for it
+    borrow: str = ""  # the label of the plan whose chosen rates are taken over in the place of a sweep
+    same: bool = False  # show that E is weight norm with its lengths frozen at 1
+    costs: float = 20.0  # seconds for measuring what a step of each row costs; 0 for not
+    beyond: bool = False  # where the best rate is the smallest or largest that was tried, try further ones
+
+    def job(self, row: Row, rate: float, seed: int) -> Training:
+        """The training of a row."""
+        how: dict[str, Any] = {"recipe": row.recipe, "unit": row.unit, "conditioning": row.conditioning}
+        return replace(
+            self.base, name=row.name, rate=rate, seed=seed, optimizer=row.optimizer or self.base.optimizer, **how
+        )
 
 
 def study(bench: Bench, plans: Sequence[Plan], learn: Learn = learn) -> dict[str, Any]:
-    """Does what is missing of some plans.
-
-    Args:
-        bench: where.
-        plans: those that borrow rates come after those that they borrow from.
-        learn: does one training. Default: :func:`normkit.lab.train.learning.learn`.
-
-    Returns:
-        What tables, remarks and figures are made of.
-    """
+    """Does what is missing of some plans; those that borrow rates come after those that they borrow from."""
     if bench.scale == "tiny":
         plans = [tiny(plan) for plan in plans]
     names = dict.fromkeys(plan.base.data for plan in plans)
@@ -122,7 +94,7 @@ def tiny(plan: Plan) -> Plan:
 
 def _part(bench: Bench, plan: Plan, parts: Mapping[str, Mapping[str, Any]], learn: Learn) -> dict[str, Any]:
     rows = (*plan.rows, *plan.controls)
-    swept = _sweep(bench, learn, plan, [row for row in rows if not row.like])
+    swept = sweep(bench, learn, plan, [row for row in rows if not row.like])
     rates = {name: row["rate"] for name, row in swept.items()}
     if plan.borrow:
         rates = {row["name"]: row["rate"] for row in parts[plan.borrow]["sets"][TUNED]}
@@ -141,39 +113,33 @@ def _part(bench: Bench, plan: Plan, parts: Mapping[str, Mapping[str, Any]], lear
     data = images(plan.base.data, plan.base.size, plan.base.train, plan.base.val, plan.base.test)
     found["samples"] = {name: len(split) for name, split in data.splits.items()}
     found["borrowed"] = plan.borrow
+    jobs = tuple(plan.job(row, rates[row.name], bench.seeds[0]) for row in plan.rows)
     if plan.costs:
-        jobs = tuple(_job(plan, row, rates[row.name], bench.seeds[0]) for row in plan.rows)
         (found["costs"],) = bench.sweep(measure, [Costs(jobs, plan.costs)])
     if plan.same:
-        first = plan.rows[0]
-        job = Same(replace(_job(plan, first, rates[first.name], bench.seeds[0]), epochs=1))
-        (found["same"],) = bench.sweep(compare_same, [job])
+        (found["same"],) = bench.sweep(compare_same, [Same(replace(jobs[0], epochs=1))])
     return found
 
 
-def _sweep(bench: Bench, learn: Learn, plan: Plan, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    if not plan.rates:
-        return {}
-    jobs = {row.name: [_job(plan, row, rate, bench.seeds[0]) for rate in row.rates or plan.rates] for row in rows}
-    named = {row.name: row for row in rows}
-
-    def beyond(name: str, rate: float) -> Training:
-        return _job(plan, named[name], rate, bench.seeds[0])
-
-    return tune(bench, learn, jobs, validation, beyond if plan.beyond else None)
+def sweep(bench: Bench, learn: Learn, plan: Plan, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Tries the rates of each row with the first seed."""
+    first, named = bench.seeds[0], {row.name: row for row in rows}
+    jobs = {row.name: [plan.job(row, rate, first) for rate in row.rates or plan.rates] for row in rows}
+    beyond = (lambda name, rate: plan.job(named[name], rate, first)) if plan.beyond else None
+    return tune(bench, learn, jobs, validation, beyond) if plan.rates else {}
 
 
 def _repeat(
     bench: Bench, learn: Learn, plan: Plan, rates: Mapping[str, float], swept: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    rows = (*plan.rows, *plan.controls)
+    rows, keys = (*plan.rows, *plan.controls), ("status", "val_score", "test_score", "test_top5", "test_loss")
     pairs = [(row, seed) for seed in bench.seeds for row in rows if seed == bench.seeds[0] or not row.once]
-    jobs = [_job(plan, row, rates[row.name], seed) for row, seed in pairs]
+    jobs = [plan.job(row, rates[row.name], seed) for row, seed in pairs]
     runs: dict[str, list[dict[str, Any]]] = {}
-    keys = ("status", "val_score", "test_score", "test_top5", "test_loss", "condition", "curve")
     parameters = {}
     for job, found in zip(jobs, bench.sweep(learn, jobs), strict=True):
-        runs.setdefault(job.name, []).append({"seed": job.seed, **{key: found[key] for key in keys}})
+        kept = {key: found[key] for key in (*keys, "condition", "curve")}
+        runs.setdefault(job.name, []).append({"seed": job.seed, **kept})
         parameters[job.name] = found["parameters"]
     return [
         {
@@ -191,20 +157,17 @@ def _repeat(
     ]
 
 
-def _job(plan: Plan, row: Row, rate: float, seed: int) -> Training:
-    how: dict[str, Any] = {"recipe": row.recipe, "unit": row.unit, "conditioning": row.conditioning}
-    how["optimizer"] = row.optimizer or plan.base.optimizer
-    return replace(plan.base, name=row.name, rate=rate, seed=seed, **how)
-
-
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """For each data set: our numbers next to the printed ones, controls, learning rates, and equal time and equal epochs."""
     found = []
+    note = "Validation accuracy in % after the last epoch, first seed; it chooses the rate. Test images choose nothing."
     for label, part in result["parts"].items():
         for kind in (GIVEN, TUNED):
             if kind in part["sets"]:
                 found += _scores(result, label, part, kind)
-        found += [*_rates(label, part), *_time(label, part)]
+        found += rates_table(f"{label}: learning rates", next(iter(part["sets"].values())), note)
+        if part.get("costs"):
+            found.append(_time(label, part))
     return found
 
 
@@ -213,28 +176,23 @@ def _scores(result: Mapping[str, Any], label: str, part: Mapping[str, Any], kind
     base = rows[0]
     best = kind == TUNED and (part["rates"] or part["borrowed"])
     how = "each at the best of its rates" if best else f"rate {base['rate']:g}"
-    printed = ["paper: Top-1", f"minus {base['name']}", "Top-5"]
     ours = ["ours: Top-1", f"minus {base['name']} [95 %]", "Top-5", "rate", "κ last layer", "seeds"]
-    lines = {row["name"]: _score_row(row, base) for row in rows}
-    main = [row["name"] for row in rows if not row["control"]]
-    controls = [row["name"] for row in rows if row["control"]]
-    if not any(row["printed"] for row in rows):
-        printed = []
+    printed = ["paper: Top-1", f"minus {base['name']}", "Top-5"] if any(row["printed"] for row in rows) else []
     notes = [describe(result, part), SEEDS_ALONE, *filter(None, [result.get("source")])]
     if part["borrowed"]:
         notes.append(f"Rates are those chosen on {part['borrowed']}.")
     title = f"{label}: test accuracy in %, {result['scale']} scale, {how}"
-    shown = [[name, *(_printed(rows, base, name) if printed else ()), *lines[name]] for name in main]
+    main, controls = (where(rows, control=control) for control in (False, True))
+    shown = [[row["name"], *(_printed(row, base) if printed else ()), *_score_row(row, base)] for row in main]
     found = [Table(title, ["method", *printed, *ours], shown, [*notes, *edges(rows)])]
     if controls:
-        about = ["As in the table above, same seeds."]
-        rest = [[name, *lines[name]] for name in controls]
-        found.append(Table(f"{label}: controls, {how}", ["control", *ours], rest, about))
+        rest = [[row["name"], *_score_row(row, base)] for row in controls]
+        title = f"{label}: controls, {how}"
+        found.append(Table(title, ["control", *ours], rest, ["As in the table above, same seeds."]))
     return found
 
 
-def _printed(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any], name: str) -> list[Any]:
-    (row,) = where(rows, name=name)
+def _printed(row: Mapping[str, Any], base: Mapping[str, Any]) -> list[Any]:
     first, five = row["printed"] or (None, None)
     known = row is not base and first is not None and base["printed"]
     return [first, f"{first - base['printed'][0]:+.1f}" if known else None, five]
@@ -252,25 +210,17 @@ def _score_row(row: Mapping[str, Any], base: Mapping[str, Any]) -> list[Any]:
     ]
 
 
-def _rates(label: str, part: Mapping[str, Any]) -> list[Table]:
-    note = "Validation accuracy in % after the last epoch, first seed; it chooses the rate. Test images choose nothing."
-    return rates_table(f"{label}: learning rates", next(iter(part["sets"].values())), note)
-
-
-def _time(label: str, part: Mapping[str, Any]) -> list[Table]:
-    costs = part.get("costs")
-    if not costs:
-        return []
-    rows = {row["name"]: row for row in part["sets"].get(TUNED, part["sets"].get(GIVEN))}
+def _time(label: str, part: Mapping[str, Any]) -> Table:
+    rows = part["sets"].get(TUNED, part["sets"].get(GIVEN))
     notes = ["Validation accuracy in %."]
     if part["base"]["schedule"] != "constant":
         notes.append("A run that is read before its end is read in the middle of its schedule, to its disadvantage.")
 
     def score(name: str, epoch: int) -> list[float | None]:
-        return [at(run, epoch) for run in rows[name]["runs"]]
+        return [at(run, epoch) for run in where(rows, name=name)[0]["runs"]]
 
     title = f"{label}: equal time and equal epochs"
-    return [time_table(title, costs, part["base"]["epochs"], score, what="val", notes=notes)]
+    return time_table(title, part["costs"], part["base"]["epochs"], score, what="val", notes=notes)
 
 
 def at(run: Mapping[str, Any], epoch: int) -> float | None:
@@ -302,19 +252,15 @@ def describe(result: Mapping[str, Any], part: Mapping[str, Any]) -> str:
     )
 
 
-def steps_of(result: Mapping[str, Any]) -> int:
-    """Steps of training of a run of the first part."""
-    part = next(iter(result["parts"].values()))
-    return part["samples"]["train"] // part["base"]["batch_size"] * part["base"]["epochs"]
-
-
-def length_of(result: Mapping[str, Any]) -> str:
-    """What was trained, for remarks: epochs, steps and seeds as they were configured."""
+def early(result: Mapping[str, Any], words: str) -> list[str]:
+    """At small scale a remark on what was trained, `words` after the epochs, steps and seeds as they were configured."""
+    if result["scale"] != "small":
+        return []
     parts = list(result["parts"].values())
+    epochs, batch = parts[0]["base"]["epochs"], parts[0]["base"]["batch_size"]
+    steps = parts[0]["samples"]["train"] // batch * epochs
     seeds = max(len(row["runs"]) for part in parts for rows in part["sets"].values() for row in rows)
-    return (
-        f"{counted(parts[0]['base']['epochs'], 'epoch')}, {counted(steps_of(result), 'step')}, {counted(seeds, 'seed')}"
-    )
+    return [f"Small scale: {counted(epochs, 'epoch')}, {counted(steps, 'step')}, {counted(seeds, 'seed')}{words}"]
 
 
 def verdicts(result: Mapping[str, Any]) -> list[str]:
@@ -326,26 +272,20 @@ def verdicts(result: Mapping[str, Any]) -> list[str]:
             where = f"{label}{', at the rate of the paper' if kind == GIVEN and TUNED in part['sets'] else ''}"
             judged = [_verdict(row, base) for row in rows if not row["control"] and row is not base]
             said.append(f"{where}, test Top-1 minus {base['name']}'s: {'; '.join(judged)}.")
-            lost = [f"{row['name']} ({n} of {len(row['runs'])})" for row in rows if (n := _lost(row))]
-            if lost:
-                said.append(f"{where}: runs that diverged: {', '.join(lost)}.")
+            lost = {row["name"]: [run["status"] != OK for run in row["runs"]] for row in rows}
+            if told := [f"{name} ({sum(runs)} of {len(runs)})" for name, runs in lost.items() if any(runs)]:
+                said.append(f"{where}: runs that diverged: {', '.join(told)}.")
         if same := part.get("same"):
             said.append(_same(label, same))
     return said
 
 
-def _lost(row: Mapping[str, Any]) -> int:
-    return sum(run["status"] != OK for run in row["runs"])
-
-
 def _verdict(row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     compared = row["runs"], base["runs"], "test_score"
-    text = tell(gain(*compared), scale=100)
+    text, both = tell(gain(*compared), scale=100), row["printed"] and base["printed"]
     if text is None:
         return f"{row['name']} has no score to compare"
-    printed = ""
-    if row["printed"] and base["printed"]:
-        printed = f" (printed {row['printed'][0] - base['printed'][0]:+.1f})"
+    printed = f" (printed {row['printed'][0] - base['printed'][0]:+.1f})" if both else ""
     return f"{row['name']} {text}, {judge_runs(*compared)}{printed}"
 
 

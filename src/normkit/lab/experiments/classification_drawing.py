@@ -13,8 +13,8 @@ from normkit.lab.experiments.classification import GIVEN, TUNED
 from normkit.lab.report.bands import Curve, across, along, dots, marked, rows_of
 from normkit.lab.report.canvas import FAINT, FULL, log, panels, plain
 from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
-from normkit.lab.report.palette import HUES, styles
-from normkit.lab.stats import mean, scored
+from normkit.lab.report.palette import HUES, Style, styles
+from normkit.lab.stats import mean, scored, where
 from normkit.lab.train.learning import folder_name
 from normkit.lab.train.trainer import OK
 
@@ -26,6 +26,9 @@ CAPTIONS = {
     "with the width of their bands.",
     "ends": "training loss and validation Top-1 of the last epoch; a dot is a seed, a bar the mean over seeds, and the vertical "
     "line that of the first row. Look for methods whose dots are all on one side of the line; a seed that diverged has no dot.",
+    "rates": "validation Top-1 at the end of training against the learning rate, a point per run of the first "
+    "seed; a cross at the bottom is a run that diverged. The highest point of a line is the rate chosen for "
+    "that method; where it is the last on either side, a better rate may lie beyond.",
 }
 
 
@@ -35,46 +38,31 @@ def figures(result: Mapping[str, Any]) -> list[Drawing]:
     for label, part in result["parts"].items():
         for kind in (TUNED, GIVEN):
             if kind in part["sets"]:
-                rows = [row for row in part["sets"][kind] if not row["control"]]
+                rows = where(part["sets"][kind], control=False)
                 end = "" if kind == TUNED or TUNED not in part["sets"] else "-given-rate"
                 rate = "each method at its chosen rate" if kind == TUNED else f"all methods at rate {rows[0]['rate']:g}"
-                form = "ends" if len(rows) > CROWD else "curves"
-                drawn.append(
-                    Drawing(
-                        f"{folder_name(label)}{end}-{form}",
-                        partial(ends if form == "ends" else curves, rows),
-                        f"{label}, {rate}: {CAPTIONS[form]}",
-                    )
-                )
+                form, draw = ("ends", _ends) if len(rows) > CROWD else ("curves", _curves)
+                caption = f"{label}, {rate}: {CAPTIONS[form]}"
+                drawn.append(Drawing(f"{folder_name(label)}{end}-{form}", partial(draw, rows), caption))
         rows = next(iter(part["sets"].values()))
         if any(row["sweep"] for row in rows):
-            drawn.append(
-                Drawing(
-                    f"{folder_name(label)}-rates",
-                    partial(rates, rows),
-                    f"{label}: validation Top-1 at the end of training against the learning rate, a point per run of the first "
-                    "seed; a cross at the bottom is a run that diverged. The highest point of a line is the rate chosen for "
-                    "that method; where it is the last on either side, a better rate may lie beyond.",
-                )
-            )
+            name = f"{folder_name(label)}-rates"
+            drawn.append(Drawing(name, partial(_rates, rows), f"{label}: {CAPTIONS['rates']}"))
     return drawn
 
 
-def curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training loss and validation Top-1: means over seeds, bands from the lowest seed to the highest."""
+def curve(row: Mapping[str, Any], look: Style, key: str, times: float = 1.0) -> Curve:
+    """The line of a row: a measure of its runs after each epoch."""
+    lines = [[{"step": n, "x": x and times * x} for n, x in enumerate(run["curve"][key], 1)] for run in row["runs"]]
+    return Curve(row["name"], look.light, lines, {"linestyle": look.line})
+
+
+def _curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure, axes = panels(2, FULL, 2.6)
     looks = styles([row["name"] for row in rows], rows[0]["name"])
     found = []
     for axis, (key, times, words) in zip(axes, PANELS, strict=True):
-        lines = [
-            Curve(
-                row["name"],
-                look.light,
-                [[{"step": n, "x": times * x} for n, x in enumerate(run["curve"][key], 1)] for run in row["runs"]],
-                {"linestyle": look.line},
-            )
-            for row, look in zip(rows, looks, strict=True)
-        ]
+        lines = [curve(row, look, key, times) for row, look in zip(rows, looks, strict=True)]
         found.append(along(axis, lines, lambda point: point["x"], "epoch"))
         axis.set_ylabel(words)
     log(axes[0])
@@ -85,8 +73,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def ends(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training loss and validation Top-1 of the last epoch: a dot is a seed that did not diverge, a bar their mean."""
+def _ends(rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure, axes = panels(2, FULL, 0.6 + 0.17 * len(rows), sharey=True)
     for axis, (key, times, words) in zip(axes, PANELS, strict=True):
         for y, row in enumerate(rows):
@@ -99,8 +86,7 @@ def ends(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def rates(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Validation Top-1 at the end against the learning rate; a cross at the bottom where training diverged."""
+def _rates(rows: Sequence[Mapping[str, Any]]) -> Figure:
     rows = [row for row in rows if row["sweep"]]
     figure, (axis,) = panels(1, FULL * 0.62, 2.6)
     names = []

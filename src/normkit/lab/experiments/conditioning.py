@@ -31,8 +31,8 @@ from normkit.activations.batch_norm import BatchNorm
 from normkit.catalogue.methods import method
 from normkit.diagnostics.conditioning import weight_conditions
 from normkit.diagnostics.curvature import hessian
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments import rates
+from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiments import rates, runs
 from normkit.lab.models.rows import unit_rows
 from normkit.lab.report.bands import Curve, along
 from normkit.lab.report.canvas import FULL, log
@@ -90,7 +90,6 @@ class Temperature(nn.Module):
         self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Multiplies."""
         return self.scale * weight
 
 
@@ -169,10 +168,8 @@ def run(bench: Bench) -> dict[str, Any]:
     each = [(base, form, seed) for seed in bench.seeds for base in BASES for form in FORMS]
     jobs = [Descent(base, form, RATE, True, seed, steps, hidden) for base, form, seed in each]
     jobs += [Descent(base, form, rate, False, seed, short, hidden) for base, form, seed in each for rate in tried]
-    keys = ("base", "form", "rate", "measured", "seed")
-    done = zip(jobs, bench.sweep(descend, jobs), strict=True)
-    runs = [{**{key: getattr(job, key) for key in keys}, **one} for job, one in done]
-    return {"runs": runs, "rates": list(tried), "steps": steps, "short": short}
+    done = runs.labelled(bench, descend, jobs, "base", "form", "rate", "measured", "seed")
+    return {"runs": done, "rates": list(tried), "steps": steps, "short": short}
 
 
 def short_runs(result: dict[str, Any], base: str, form: str) -> list[Row]:
@@ -182,11 +179,9 @@ def short_runs(result: dict[str, Any], base: str, form: str) -> list[Row]:
 
 def best(result: dict[str, Any], base: str, form: str) -> list[float | None]:
     """For each seed the lowest loss at any rate."""
-    runs = short_runs(result, base, form)
-    return [
-        min(known(run["end"] for run in where(runs, seed=seed)), default=None)
-        for seed in sorted({run["seed"] for run in runs})
-    ]
+    short = short_runs(result, base, form)
+    by_seed = [where(short, seed=seed) for seed in sorted({run["seed"] for run in short})]
+    return [min(known(run["end"] for run in some), default=None) for some in by_seed]
 
 
 def against(result: dict[str, Any], base: str, form: str) -> Interval:
@@ -196,8 +191,8 @@ def against(result: dict[str, Any], base: str, form: str) -> Interval:
 
 def at(result: dict[str, Any], base: str, form: str, key: str, place: int = -1) -> list[float | None]:
     """A measure at the end of training, or at another place, for each seed."""
-    runs = where(result["runs"], base=base, form=form, measured=True)
-    found = [[row for row in run["rows"] if key in row] for run in runs]
+    measured = where(result["runs"], base=base, form=form, measured=True)
+    found = [[row for row in run["rows"] if key in row] for run in measured]
     return [rows[place][key] if rows else None for rows in found]
 
 
@@ -208,11 +203,11 @@ def tables(result: dict[str, Any]) -> list[Table]:
         rows: list[list[Any]] = []
         losses = []
         for form, title in FORMS.items():
-            runs, values = short_runs(result, base, form), best(result, base, form)
+            large = rates.largest(short_runs(result, base, form))
             change = tell(against(result, base, form)) if form else None
-            large = rates.largest(runs)
-            rows.append([title, f"{min(large):g} to {max(large):g}", spread(values, ".2f"), change])
-            losses.append([title, *rates.losses(runs)])
+            lowest = spread(best(result, base, form), ".2f")
+            rows.append([title, f"{min(large):g} to {max(large):g}", lowest, change])
+            losses.append([title, *rates.losses(short_runs(result, base, form))])
         columns = ("form", "largest rates", "lowest loss", "minus no E [95 %]")
         notes = [
             f"Largest: the largest rate that learned in {short} steps, from the lowest seed to the highest. Lowest loss: "
@@ -266,34 +261,25 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 
 def larger(these: list[float], those: list[float]) -> str:
-    """In how many seeds a rate is larger than another.
-
-    >>> larger([1.0, 4.0], [1.0, 2.0])
-    '1 of 2'
-    """
+    """In how many seeds a rate is larger than another."""
     return f"{sum(a > b for a, b in zip(these, those, strict=True))} of {len(these)}"
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """One figure: condition numbers, curvature and rates, with and without batch normalization."""
-    caption = (
-        "Without a norm (above) and with BatchNorm (below): the condition number κ of the weights that layers compute with, "
-        f"geometric mean over layers (left), the largest eigenvalue λ of the loss's Hessian (middle), both along descent at rate "
-        f"{RATE:g}, and the loss after {result['short']} steps at each rate (right), with that of guessing as the grey line; "
-        f"{SEEDS}. Look at which lines on the right stay low at large rates, and which reach as low as the grey one."
-    )
-    return [Drawing("conditioning", lambda: figure_of(result), caption)]
-
-
-def figure_of(result: dict[str, Any]) -> Figure:
-    """Condition numbers, the largest eigenvalue, and the loss at every rate; a row for each base."""
+@runs.drawn(
+    "conditioning",
+    "Without a norm (above) and with BatchNorm (below): the condition number κ of the weights that layers compute with, "
+    f"geometric mean over layers (left), the largest eigenvalue λ of the loss's Hessian (middle), both along descent at rate "
+    f"{RATE:g}, and the loss after {{short}} steps at each rate (right), with that of guessing as the grey line; "
+    f"{SEEDS}. Look at which lines on the right stay low at large rates, and which reach as low as the grey one.",
+)
+def _figure(result: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(FULL, 5.0), layout="constrained")
     grid = figure.subplots(len(BASES), 3, squeeze=False)
     titles = ("κ of the weights", "λ max of the Hessian", f"loss after {result['short']} steps")
     for axes, (base, name) in zip(grid, BASES.items(), strict=True):
         for axis, key in zip(axes, ("used", "largest"), strict=False):
-            runs = {form: where(result["runs"], base=base, form=form, measured=True) for form in FORMS}
-            curves = [Curve(FORMS[form], HUES[form], [run["rows"] for run in some]) for form, some in runs.items()]
+            found = {form: where(result["runs"], base=base, form=form, measured=True) for form in FORMS}
+            curves = [Curve(FORMS[form], HUES[form], [run["rows"] for run in some]) for form, some in found.items()]
             along(axis, curves, lambda row, key=key: row.get(key))
             log(axis)
         ends = rates.draw(axes[2], {FORMS[f]: (HUES[f], short_runs(result, base, f)) for f in FORMS})
@@ -307,5 +293,5 @@ def figure_of(result: dict[str, Any]) -> Figure:
 EXPERIMENT = Experiment(
     "conditioning", "claim", "Conditioned weights: condition numbers, curvature and stable rates",
     "Conditioning the weights lowers their condition numbers, smooths the loss, and so allows larger learning rates.",
-    method("weight_conditioning").paper, run, tables, figures, remarks, ("tiny", "small", "full"),
+    method("weight_conditioning").paper, run, tables, runs.drawings(_figure), remarks,
 )  # fmt: skip

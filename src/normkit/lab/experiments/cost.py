@@ -23,8 +23,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from normkit.lab.data.split import Data, Split
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.classification import PAPER
+from normkit.lab.experiments.runs import drawings, drawn
 from normkit.lab.models.densenet import densenet
 from normkit.lab.models.inception import inception8
 from normkit.lab.models.nerf import RadianceField
@@ -59,15 +60,7 @@ LN = {name.replace("BN", "LN"): recipe.replace("bn", "keep") for name, recipe in
 
 @dataclass(frozen=True)
 class Network:
-    """A network of the table.
-
-    Args:
-        make: gives it with its own norms.
-        inputs: gives a batch's inputs.
-        targets: gives a batch's targets.
-        batch: at small and at full scale.
-        recipes: by row; the first is what the others are compared with.
-    """
+    """A network of the table, with its own norms; its batches' size at small and full scale, and its recipes by row."""
 
     make: Callable[[], nn.Module]
     inputs: Callable[[int], Any]
@@ -93,7 +86,6 @@ class Field(nn.Module):
         self.field = RadianceField(norm=nn.BatchNorm1d)
 
     def forward(self, points: Tensor, directions: Tensor) -> Tensor:
-        """Gives colour and density."""
         colour, density = self.field(points, directions)
         return torch.cat([colour, density[:, None]], dim=1)
 
@@ -131,15 +123,8 @@ def time_network(job: Measure, folder: Path) -> dict[str, Any]:
     models = {name: _made(job, recipe) for name, recipe in network.recipes.items()}
     rounds, budget, seconds = EFFORTS[job.scale]
     warm_up = 20 if fabric.device.type == "cuda" else 3
-    costs = measure_costs(
-        {name: copy.deepcopy(model) for name, model in models.items()},
-        settings,
-        Data(split, split, split),
-        fabric,
-        budget,
-        rounds,
-        warm_up,
-    )
+    copies, data = {name: copy.deepcopy(model) for name, model in models.items()}, Data(split, split, split)
+    costs = measure_costs(copies, settings, data, fabric, budget, rounds, warm_up)
     inputs, _ = split.batch(torch.arange(job.batch // 4), fabric.device)
     found = _inference(models, inputs, fabric.device, warm_up, seconds)
     return {name: {**cost, **found[name]} for name, cost in costs.items()}
@@ -162,13 +147,10 @@ def _inference(
     with torch.no_grad():
         # The first is what the others are compared with.
         costs = measure_steps({**folded, **whole}, device, seconds, (6, 120), warm_up)
+    each = {name: (costs[f"{name}, whole"], costs[f"{name}, folded"]) for name in models}
     return {
-        name: {
-            "eval_ms": costs[f"{name}, whole"]["ms_per_step"],
-            "folded_ms": costs[f"{name}, folded"]["ms_per_step"],
-            "folded_ratio": costs[f"{name}, folded"]["ratio"],
-        }
-        for name in models
+        name: {"eval_ms": one["ms_per_step"], "folded_ms": other["ms_per_step"], "folded_ratio": other["ratio"]}
+        for name, (one, other) in each.items()
     }
 
 
@@ -184,14 +166,9 @@ def run(bench: Bench) -> dict[str, Any]:
     for job in jobs:
         bench.watch(f"{job.network}: batches of {job.batch}")
         (found[job.network],) = bench.sweep(time_network, [job])
-    device = ", ".join(sorted(bench.devices))
-    return {
-        "scale": bench.scale,
-        "device": device,
-        "threads": bench.threads,
-        "batches": {job.network: job.batch for job in jobs},
-        "networks": found,
-    }
+    batches = {job.network: job.batch for job in jobs}
+    here = {"device": ", ".join(sorted(bench.devices)), "threads": bench.threads}
+    return {"scale": bench.scale, **here, "batches": batches, "networks": found}
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -199,27 +176,12 @@ def tables(result: dict[str, Any]) -> list[Table]:
     found = []
     for name, rows in result["networks"].items():
         base = next(iter(rows))
-        columns = [
-            "method",
-            "ms per step",
-            "quartiles",
-            f"ratio to {base} [95 %]",
-            "MB per step",
-            "inference ms",
-            "folded ms",
-        ]
-        lines = [
-            [
-                row,
-                f"{cost['ms_per_step']:.2f}",
-                "–".join(f"{end:.2f}" for end in cost["ms_quartiles"]),
-                tell_ratio(cost),
-                f"{cost['mb_per_step']:.1f}",
-                f"{cost['eval_ms']:.2f}",
-                f"{cost['folded_ms']:.2f}",
-            ]
-            for row, cost in rows.items()
-        ]
+        columns = ["method", "ms per step", "quartiles", f"ratio to {base} [95 %]", "MB per step"]
+        lines = []
+        for row, cost in rows.items():
+            quartiles = "–".join(f"{end:.2f}" for end in cost["ms_quartiles"])
+            cells = [f"{cost['ms_per_step']:.2f}", quartiles, tell_ratio(cost), f"{cost['mb_per_step']:.1f}"]
+            lines.append([row, *cells, *(f"{cost[key]:.2f}" for key in ("eval_ms", "folded_ms"))])
         model = "vit_tiny" if name == "vit" and result["scale"] == "small" else {"vit": "vit_s"}.get(name, name)
         notes = [
             f"Medians over {rows[base]['rounds']} rounds of all methods side by side, batches of {result['batches'][name]}, on "
@@ -227,7 +189,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
             "median over rounds of both times of a round, with its interval. MB: the most that a step holds beyond weights and "
             "optimizer."
         ]
-        found.append(Table(f"{model}, {result['scale']} scale", columns, lines, notes))
+        found.append(Table(f"{model}, {result['scale']} scale", [*columns, "inference ms", "folded ms"], lines, notes))
     return found
 
 
@@ -242,13 +204,13 @@ def remarks(result: dict[str, Any]) -> list[str]:
             f"{name}: a step of {base} takes {rows[base]['ms_per_step']:.1f} ms; relative to it {ratios}. E on all layers, "
             f"{tell_ratio(everywhere)}: {_against_goal(everywhere)} 2 % of {base}."
         )
-        folded = max(abs(rows[row]["folded_ratio"] - 1) for row in rows if row not in ("none",))
+        folded = max(abs(cost["folded_ratio"] - 1) for row, cost in rows.items() if row != "none")
         said.append(f"{name}: folded, inference takes within {100 * folded:.1f} % of folded {base}'s.")
-    said.append(
+    return [
+        *said,
         "The paper says that conditioning makes an iteration longer than other normalizations do, and prints no numbers where "
-        "they can be read. A folded network has no trace of the method, so its time is that of the network without it."
-    )
-    return said
+        "they can be read. A folded network has no trace of the method, so its time is that of the network without it.",
+    ]
 
 
 def _against_goal(cost: Mapping[str, Any]) -> str:
@@ -258,20 +220,17 @@ def _against_goal(cost: Mapping[str, Any]) -> str:
     return "not within" if low > 1 + GOAL else "these rounds do not tell whether within"
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """Ratios of a step's time to that with BN (LN), a network per panel."""
-    caption = (
-        "Time of a training step relative to that of the first row (the vertical line), a panel for each network; thin "
-        "lines are 95 % intervals of the median over rounds. A method whose interval holds 1 is not told apart from the "
-        "first row; again is that row measured a second time, and shows how far such ratios can be trusted."
-    )
-    return [Drawing("cost", lambda: _bars(result), caption)]
-
-
+@drawn(
+    "cost",
+    "Time of a training step relative to that of the first row (the vertical line), a panel for each network; thin "
+    "lines are 95 % intervals of the median over rounds. A method whose interval holds 1 is not told apart from the "
+    "first row; again is that row measured a second time, and shows how far such ratios can be trusted.",
+)
 def _bars(result: Mapping[str, Any]) -> Figure:
     networks = result["networks"]
-    figure = Figure(figsize=(FULL, 2.3 * -(-len(networks) // 2)), layout="constrained")
-    axes = figure.subplots(-(-len(networks) // 2), 2, squeeze=False).flatten()
+    down = -(-len(networks) // 2)
+    figure = Figure(figsize=(FULL, 2.3 * down), layout="constrained")
+    axes = figure.subplots(down, 2, squeeze=False).flatten()
     for axis, (name, rows) in zip(axes, networks.items(), strict=False):
         names = list(rows)
         right = 1.0
@@ -293,5 +252,5 @@ def _bars(result: Mapping[str, Any]) -> Figure:
 EXPERIMENT = Experiment(
     "cost", "reproduce", "What weight conditioning costs",
     "Conditioning lengthens each training iteration compared with other normalizations, and costs nothing once folded.",
-    PAPER, run, tables, figures, remarks, ("tiny", "small", "full"),
+    PAPER, run, tables, drawings(_bars), remarks,
 )  # fmt: skip

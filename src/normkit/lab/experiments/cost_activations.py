@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from normkit.catalogue.methods import METHODS, method
 from normkit.lab.bench.race import race
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments.runs import labelled, side
+from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiments.runs import drawings, drawn, labelled, side
 from normkit.lab.memory import peak_bytes
 from normkit.lab.report.bands import marked, rows_of
 from normkit.lab.report.canvas import FAINT, FULL, INK
@@ -146,17 +146,10 @@ def tables(result: dict[str, Any]) -> list[Table]:
         base, rows = BASES[kind], []
         own = [run for run in result["runs"] if run["kind"] == kind]
         for name in [COPY, *ordered(result, kind)]:
-            torchs = ratios(result, kind, name, f"torch {name}") if name in TORCH[kind] else []
-            rows.append(
-                [
-                    name if name == COPY else method(name).title,
-                    mean(run["ms"][name] for run in own),
-                    spread(ratios(result, kind, name, base), ".2f"),
-                    spread(torchs, ".2f") if torchs else None,
-                    mean(run["mb"][name] for run in own),
-                    mean(ratios(result, kind, name, base, "mb")),
-                ]
-            )
+            torchs = spread(ratios(result, kind, name, f"torch {name}"), ".2f") if name in TORCH[kind] else None
+            title, ms = name if name == COPY else method(name).title, mean(run["ms"][name] for run in own)
+            room = mean(run["mb"][name] for run in own), mean(ratios(result, kind, name, base, "mb"))
+            rows.append([title, ms, spread(ratios(result, kind, name, base), ".2f"), torchs, *room])
         first = method(base).title.lower()
         columns = ("layer", "ms", f"ratio to {first}", "ratio to torch's", "MB", "ratio of MB")
         found.append(Table(f"{kind.capitalize()}, {'x'.join(map(str, shape))}", columns, rows, [note]))
@@ -187,18 +180,13 @@ def remarks(result: dict[str, Any]) -> list[str]:
     return said
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """One figure of all costs."""
-    caption = (
-        "Time (bars) and peak memory (diamonds) of a forward and backward pass through each layer, relative to the layer "
-        "with the grey bar; a black mark is the time of torch's own layer. The scale is logarithmic, so read where bars "
-        "end: left of 1 is faster than the grey one, left of the black mark faster than torch's."
-    )
-    return [Drawing("costs", lambda: costs(result), caption)]
-
-
-def costs(result: dict[str, Any]) -> Figure:
-    """Time and memory of every layer relative to the usual one, and time of torch's own."""
+@drawn(
+    "costs",
+    "Time (bars) and peak memory (diamonds) of a forward and backward pass through each layer, relative to the layer "
+    "with the grey bar; a black mark is the time of torch's own layer. The scale is logarithmic, so read where bars "
+    "end: left of 1 is faster than the grey one, left of the black mark faster than torch's.",
+)
+def _costs(result: dict[str, Any]) -> Figure:
     counts = [len(ordered(result, kind)) for kind in SHAPES]
     figure = Figure(figsize=(0.8 * FULL, 1.6 + 0.155 * sum(counts)), layout="constrained")
     axes = figure.subplots(len(counts), 1, height_ratios=counts)
@@ -233,5 +221,5 @@ def costs(result: dict[str, Any]) -> Figure:
 EXPERIMENT = Experiment(
     "cost-activations", "claim", "What activation norms cost",
     "Root mean square normalization costs less than layer normalization, as it needs no mean.",
-    method("rms_norm").paper, run, tables, figures, remarks, ("tiny", "small", "full"),
+    method("rms_norm").paper, run, tables, drawings(_costs), remarks,
 )  # fmt: skip

@@ -21,18 +21,17 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from normkit.activations.batch_group_norm import CARD
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiments import runs
 from normkit.lab.experiments.batch_size import BASE, RATE, norm
-from normkit.lab.experiments.runs import CHANCE, diverged, labelled, notes, points, size_of, source_of
+from normkit.lab.experiments.runs import CHANCE, drawn, points
 from normkit.lab.jobs.ranges import ranges, responses
-from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.report.bands import across, dots, key, rows_of
 from normkit.lab.report.canvas import DOTTED, FAINT, FULL, INK, log, panels
 from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
-from normkit.lab.seeding import reseed
 from normkit.lab.stats import Row, differences, known, spread, where
-from normkit.lab.train.images import Images, Size, Stream, accuracy, fit
-from normkit.lab.train.walk import OK, device
+from normkit.lab.train.images import Size, Stream, accuracy, fit
+from normkit.lab.train.walk import OK
 from normkit.surgery.example_weighing import choose_alpha, weigh_examples
 from normkit.surgery.recalibrate import recalibrate
 
@@ -53,13 +52,7 @@ RANGES = {
     "eval strong": "evaluation, strong",
 }
 HUES = {"bn": GREY, "brn": COLOURS[0]}
-KINDS = {
-    "batch": ("batch", GREY),
-    "running": ("running", COLOURS[1]),
-    "weighed": ("weighing", COLOURS[2]),
-    "renorm": ("renorm", COLOURS[0]),
-}
-
+KINDS = {"batch": GREY, "running": COLOURS[1], "weighing": COLOURS[2], "renorm": COLOURS[0]}
 BATCHES = {"tiny": (4, 8), "small": (4, 32), "full": (4, 32)}
 HIDDEN = 64
 JUDGED = 1024  # training images on which statistics are re-estimated
@@ -76,19 +69,35 @@ class Training(Size, path="{0.method}/{0.order}/batch={0.batch}/seed={0.seed}"):
 
 
 def train(job: Training, folder: Path) -> dict[str, Any]:
-    """Trains a network, and evaluates it in every way."""
+    """Trains a network, and evaluates it in every way; of batch normalization also the alpha curve and ranges by layer."""
     images = job.images()
     order = partial(sorted_order, images["train"][1], job.batch, job.seed) if job.order == "sorted" else None
     stream = Stream(images["train"], job.batch, job.seed, order)
-    reseed(job.seed, "init")
-    make = norm(job.method, job.epochs * stream.per_epoch)
-    model = SmallCNN(make, channels=images["train"][0].shape[1], width=job.width, hidden=HIDDEN).to(device())
+    model = runs.network(job, images, norm(job.method, job.epochs * stream.per_epoch), HIDDEN)
     walked = fit(model, stream, job.epochs, RATE * job.batch / BASE, job.seed, folder)
-    result: dict[str, Any] = {"status": walked.status, "accuracy": dict.fromkeys(WAYS), "alphas": None, "ranges": None}
-    if walked.status == OK:
-        half = len(images["test"][0]) // 2
-        x, y = images["test"]
-        result |= judge(model, job, images["train"], (x[:half], y[:half]), (x[half:], y[half:]))
+    scores: dict[str, float | None] = dict.fromkeys(WAYS)
+    result: dict[str, Any] = {"status": walked.status, "accuracy": scores, "alphas": None, "ranges": None}
+    if walked.status != OK:
+        return result
+    x, y = images["test"]
+    half = len(x) // 2
+    chosen, test = (x[:half], y[:half]), (x[half:], y[half:])
+    result["accuracy"] = scores = {"running": accuracy(model.eval(), test)}
+    keep = {name: value.clone() for name, value in model.state_dict().items()}
+    rows = sorted_order(test[1], job.batch, job.seed, 0)
+    for way, (x, y) in (("batch", test), ("sorted", (test[0][rows], test[1][rows]))):
+        scores[way] = accuracy(model.train(), (x, y), job.batch)
+        model.load_state_dict(keep)  # training mode has moved the running averages
+    if job.method == "bn":
+        result["ranges"] = ranges(model, test[0], job.batch)
+        model.load_state_dict(keep)
+        weighed = weigh_examples(copy.deepcopy(model)).model
+        curve = choose_alpha(weighed, lambda model: accuracy(model, chosen))
+        scores["weighed"] = accuracy(weighed, test)
+        tested = choose_alpha(weighed, lambda model: accuracy(model, test))
+        result["alphas"] = {"chosen": max(curve, key=lambda alpha: curve[alpha]), "test": list(tested.items())}
+        recalibrate(model, images["train"][0][:JUDGED].split(job.batch), limit=None)
+        scores["precise"] = accuracy(model.eval(), test)
     return result
 
 
@@ -108,41 +117,11 @@ def sorted_order(labels: Tensor, batch: int, seed: int, epoch: int) -> Tensor:
     return torch.cat([blocks[place] for place in torch.randperm(len(blocks), generator=generator)])
 
 
-def judge(model: SmallCNN, job: Training, seen: Images, chosen: Images, test: Images) -> dict[str, Any]:
-    """Accuracies by what is normalized with; of batch normalization also the alpha curve and the range of each layer."""
-    found: dict[str, Any] = {}
-    scores: dict[str, float | None] = {"running": accuracy(model.eval(), test)}
-    keep = {name: value.clone() for name, value in model.state_dict().items()}
-    rows = sorted_order(test[1], job.batch, job.seed, 0)
-    for way, (x, y) in (("batch", test), ("sorted", (test[0][rows], test[1][rows]))):
-        scores[way] = accuracy(model.train(), (x, y), job.batch)
-        model.load_state_dict(keep)  # training mode has moved the running averages
-    if job.method == "bn":
-        found["ranges"] = ranges(model, test[0], job.batch)
-        model.load_state_dict(keep)
-        weighed = weigh_examples(copy.deepcopy(model)).model
-        curve = choose_alpha(weighed, lambda model: accuracy(model, chosen))
-        scores["weighed"] = accuracy(weighed, test)
-        best = max(curve, key=lambda alpha: curve[alpha])
-        tested = choose_alpha(weighed, lambda model: accuracy(model, test))
-        found["alphas"] = {"chosen": best, "test": list(tested.items())}
-        recalibrate(model, seen[0][:JUDGED].split(job.batch), limit=None)
-        scores["precise"] = accuracy(model.eval(), test)
-    return {**found, "accuracy": scores}
-
-
 def run(bench: Bench) -> dict[str, Any]:
     """Trains both methods in both orders and batch sizes with every seed."""
-    size, batches = size_of(bench, 3), BATCHES[bench.scale]
-    jobs = [
-        Training(method, order, batch, seed, **size)
-        for seed in bench.seeds
-        for method in METHODS
-        for order in ORDERS
-        for batch in batches
-    ]
-    runs = labelled(bench, train, jobs, "method", "order", "batch", "seed")
-    return {"runs": runs, "responses": responses(), "batches": list(batches), **size, **source_of(size, bench)}
+    size, batches = runs.size_of(bench, 3), BATCHES[bench.scale]
+    done = runs.grid(bench, train, Training, {"method": METHODS, "order": ORDERS, "batch": batches}, **size)
+    return {"runs": done, "responses": responses(), "batches": list(batches), **size, **runs.source_of(size, bench)}
 
 
 def scores(result: dict[str, Any], method: str, way: str, order: str, batch: int) -> list[float | None]:
@@ -150,16 +129,16 @@ def scores(result: dict[str, Any], method: str, way: str, order: str, batch: int
     return [run["accuracy"].get(way) for run in where(result["runs"], method=method, order=order, batch=batch)]
 
 
-def measured(result: dict[str, Any], batch: int) -> list[Row]:
-    """The runs of which the ranges of normalized values are shown."""
-    runs = where(result["runs"], method="bn", order="shuffled", batch=batch)
-    return [run for run in runs if run.get("ranges")]
+def layers_of(result: dict[str, Any], batch: int) -> list[tuple[Row, ...]]:
+    """For each layer its ranges of normalized values over seeds."""
+    measured = where(result["runs"], method="bn", order="shuffled", batch=batch)
+    return list(zip(*(run["ranges"] for run in measured if run.get("ranges")), strict=True))
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Accuracies by what is normalized with, and ranges of normalized values."""
     places = [(order, batch) for order in ORDERS for batch in result["batches"]]
-    columns = [f"{ORDERS[order]}, batch {batch}" for order, batch in places]
+    columns = ("evaluated with", *(f"{ORDERS[order]}, batch {batch}" for order, batch in places))
     rows: list[list[Any]] = []
     for method, name in METHODS.items():
         for way, title in WAYS.items():
@@ -171,19 +150,14 @@ def tables(result: dict[str, Any]) -> list[Table]:
         "over seeds; half of the test images, the other half chose alpha. A test batch is as large as a training batch; two "
         "classes: each test batch is of two classes, as in sorted training."
     )
-    found = [Table("Test accuracy, %, by training batches", ("evaluated with", *columns), rows, notes(result, about))]
+    found = [Table("Test accuracy, %, by training batches", columns, rows, runs.notes(result, about))]
+    note = "Largest absolute value over test images and seeds; strong: one image per batch ten times as strong."
     for batch in result["batches"]:
-        layers = list(zip(*(run["ranges"] for run in measured(result, batch)), strict=True))
-        rows = [
-            [f"norm {number}", *(max(layer[key] for layer in seeds) for key in RANGES)]
-            for number, seeds in enumerate(layers, 1)
-        ]
+        title = f"Normalized values before weight and bias, training batches of {batch}, shuffled"
+        largest = [[max(layer[key] for layer in seeds) for key in RANGES] for seeds in layers_of(result, batch)]
+        rows = [[f"norm {number}", *row] for number, row in enumerate(largest, 1)]
         if rows:
-            said = [
-                "Largest absolute value over test images and seeds; strong: one image per batch ten times as strong."
-            ]
-            title = f"Normalized values before weight and bias, training batches of {batch}, shuffled"
-            found.append(Table(title, ("layer", *RANGES.values()), rows, said))
+            found.append(Table(title, ("layer", *RANGES.values()), rows, [note]))
     return found
 
 
@@ -214,41 +188,19 @@ def remarks(result: dict[str, Any]) -> list[str]:
             f"The bound sqrt(n - 1) of training was exceeded in training in {over} of {len(layers)} layers; in evaluation, with "
             f"one image per batch ten times as strong, in {beyond}."
         )
-    return [*said, diverged(result["runs"], ", and count as guessing where BatchRenorm is compared with BatchNorm")]
-
-
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """Accuracies, the weight of the example, and ranges."""
-    sizes = " or ".join(map(str, result["batches"]))
     return [
-        Drawing(
-            "accuracy",
-            lambda: accuracies(result),
-            "Test accuracy by the statistics that evaluation normalizes with; a dot is a seed and a bar the mean over seeds. "
-            f"Each panel is a way to put together training batches of {sizes} images; where its rows lie apart, the choice of "
-            "statistics matters.",
-        ),
-        Drawing(
-            "alpha",
-            lambda: alphas(result),
-            "Test accuracy of batch normalization that mixes a part α of the test example's own statistics into the running "
-            f"ones, by how training batches were put together; {SEEDS}. Look for a maximum to the right of α = 0, where running "
-            "statistics stand alone; marks at the bottom are the α chosen on held-out images, one per seed.",
-        ),
-        Drawing(
-            "ranges",
-            lambda: draw_ranges(result),
-            "On the left, what one value of eight becomes as it grows, normalized by its batch, by running statistics, by "
-            "running statistics with a tenth of its own (weighing) and by batch renormalization (renorm). On the right, the "
-            "largest normalized value in each layer over test images and seeds, as triangles where one image of each batch is "
-            "ten times as strong; √(n − 1) is the most that n values can reach by their own statistics, so only evaluation can "
-            "lie above it.",
-        ),
+        *said,
+        runs.diverged(result["runs"], ", and count as guessing where BatchRenorm is compared with BatchNorm"),
     ]
 
 
-def accuracies(result: dict[str, Any]) -> Figure:
-    """Test accuracy by what is normalized with; a dot is a seed, a bar their mean."""
+@drawn(
+    "accuracy",
+    "Test accuracy by the statistics that evaluation normalizes with; a dot is a seed and a bar the mean over seeds. "
+    "Each panel is a way to put together training batches of {batches[0]} or {batches[1]} images; where its rows lie apart, "
+    "the choice of statistics matters.",
+)
+def _accuracies(result: dict[str, Any]) -> Figure:
     places = [(order, batch) for order in ORDERS for batch in result["batches"]]
     figure, axes = panels(len(places), FULL, 2.3, sharey=True, sharex=True)
     for axis, (order, batch) in zip(axes, places, strict=True):
@@ -263,8 +215,13 @@ def accuracies(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def alphas(result: dict[str, Any]) -> Figure:
-    """Test accuracy against the weight of the example's own statistics."""
+@drawn(
+    "alpha",
+    "Test accuracy of batch normalization that mixes a part α of the test example's own statistics into the running "
+    f"ones, by how training batches were put together; {SEEDS}. Look for a maximum to the right of α = 0, where running "
+    "statistics stand alone; marks at the bottom are the α chosen on held-out images, one per seed.",
+)
+def _alphas(result: dict[str, Any]) -> Figure:
     figure, axes = panels(len(ORDERS), FULL, 2.5, sharey=True)
     for axis, (order, words) in zip(axes, ORDERS.items(), strict=True):
         ends = []
@@ -291,13 +248,21 @@ def alphas(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def draw_ranges(result: dict[str, Any]) -> Figure:
-    """What one value of eight becomes as it grows, and the largest normalized values met in each layer."""
+@drawn(
+    "ranges",
+    "On the left, what one value of eight becomes as it grows, normalized by its batch, by running statistics, by "
+    "running statistics with a tenth of its own (weighing) and by batch renormalization (renorm). On the right, the "
+    "largest normalized value in each layer over test images and seeds, as triangles where one image of each batch is "
+    "ten times as strong; √(n − 1) is the most that n values can reach by their own statistics, so only evaluation can "
+    "lie above it.",
+)
+def _ranges(result: dict[str, Any]) -> Figure:
     figure, axes = panels(1 + len(result["batches"]), FULL, 2.7)
     found, ends = result["responses"], []
-    for kind, (name, hue) in KINDS.items():
-        axes[0].plot(found["input"], found[kind], color=hue)
-        ends.append((found[kind][-1], name, hue))
+    for kind, hue in KINDS.items():
+        values = found["weighed" if kind == "weighing" else kind]
+        axes[0].plot(found["input"], values, color=hue)
+        ends.append((values[-1], kind, hue))
     limit: dict[str, Any] = {"color": INK, "linestyle": DOTTED, "linewidth": 0.9}
     axes[0].axhline(math.sqrt(7), **limit)
     axes[0].set(xscale="log", yscale="log", xlabel="one value of eight", ylabel="what it becomes")
@@ -306,7 +271,7 @@ def draw_ranges(result: dict[str, Any]) -> Figure:
     name_ends(axes[0], ends)
     looks = {way: (GREY if "train" in way else COLOURS[1], "^" if "strong" in way else "o") for way in [*RANGES][1:]}
     for axis, batch in zip(axes[1:], result["batches"], strict=True):
-        seeds = list(zip(*(run["ranges"] for run in measured(result, batch)), strict=True))
+        seeds = layers_of(result, batch)
         layers = range(1, len(seeds) + 1)
         for way, (hue, shape) in looks.items():
             largest = [max(layer[way] for layer in some) for some in seeds]
@@ -326,5 +291,5 @@ EXPERIMENT = Experiment(
     "disparity", "claim", "Batch normalization in training and in evaluation",
     "Batch normalization computes another function in evaluation than in training, with another range of outputs; weighing "
         "in the example's own statistics at inference, better estimates, or batch renormalization narrow the gap.",
-    CARD.paper, run, tables, figures, remarks, ("tiny", "small", "full"),
+    CARD.paper, run, tables, runs.drawings(_accuracies, _alphas, _ranges), remarks,
 )  # fmt: skip

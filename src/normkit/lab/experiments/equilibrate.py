@@ -30,12 +30,14 @@ from torch import Tensor, nn
 from normkit.diagnostics.conditioning import condition_number, weight_conditions
 from normkit.gradients.muon import CARD
 from normkit.lab import record
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiment import Experiment, Table
 from normkit.lab.experiments import classification, vit_s
-from normkit.lab.experiments.classification import TUNED, Plan, Row, length_of, study
+from normkit.lab.experiments.classification import TUNED, Plan, Row, early, study
+from normkit.lab.experiments.classification_drawing import curve
 from normkit.lab.experiments.classification_drawing import figures as curves_of
+from normkit.lab.experiments.runs import drawn
 from normkit.lab.models.vit import VisionTransformer
-from normkit.lab.report.bands import Curve, along
+from normkit.lab.report.bands import along
 from normkit.lab.report.canvas import FULL, log
 from normkit.lab.report.drawing import SEEDS, name_ends
 from normkit.lab.report.palette import styles
@@ -128,11 +130,6 @@ def plans(scale: str) -> list[Plan]:
     return found[1:] if scale == "tiny" else found
 
 
-def run(bench: Bench) -> dict[str, Any]:
-    """Does what is missing."""
-    return study(bench, plans(bench.scale), follow)
-
-
 def pairs(first: str) -> list[tuple[str, str]]:
     """The rows that are compared."""
     e, both = f"{first} + E", f"{EQ} + E"
@@ -148,11 +145,14 @@ def tables(result: dict[str, Any]) -> list[Table]:
     found = classification.tables(result)
     for label, part in result["parts"].items():
         runs = {row["name"]: row["runs"] for row in part["sets"][TUNED]}
-        lines = []
-        for one, other in pairs(next(iter(runs))):
-            both = runs[one], runs[other]
-            score, loss = tell(gain(*both, "test_score"), "+.1f", 100), tell(gain(*both, "test_loss"))
-            lines.append([f"{one}, minus {other}", score, judge_runs(*both, "test_score"), loss])
+        compared = [(one, other, (runs[one], runs[other])) for one, other in pairs(next(iter(runs)))]
+        lines = [
+            [
+                *(f"{one}, minus {other}", tell(gain(*both, "test_score"), "+.1f", 100)),
+                *(judge_runs(*both, "test_score"), tell(gain(*both, "test_loss"))),
+            ]
+            for one, other, both in compared
+        ]
         notes = [
             "Points of Top-1, paired by seed. Each interval stands alone: of twenty, one is expected to miss by chance."
         ]
@@ -189,8 +189,9 @@ def remarks(result: dict[str, Any]) -> list[str]:
             for one, other, word in judged
             if word in (BETTER, WORSE)
         ]
-        shown = "; ".join(told) or "none"
-        said.append(f"{label}, test Top-1: of {len(judged)} comparisons {len(told)} show a difference: {shown}.")
+        said.append(
+            f"{label}, test Top-1: of {len(judged)} comparisons {len(told)} show a difference: {'; '.join(told) or 'none'}."
+        )
         lower = [
             f"{one} has lower ones of {kind} than {other} in {_lower(runs[one], runs[other], kind)} seeds"
             for one, other in ((f"{first} + E", first), (MUON, first), (EQ, MUON), (f"{EQ} + E", EQ))
@@ -199,14 +200,13 @@ def remarks(result: dict[str, Any]) -> list[str]:
         said.append(f"{label}, condition numbers in the last epoch: {'; '.join(lower)}.")
         (e,) = where(runs[f"{first} + E"], seed=runs[FROZEN][0]["seed"])
         said.append(f"{label}: {_same(e, runs[FROZEN][0])}")
-    said.append(
+    return [
+        *said,
         "With BN behind a layer, E on it leaves the network's function as it is and changes the size of its steps; on the last "
         "layer it bounds the logits, which is why E there alone and a learned temperature are controls. In the transformer E "
-        "also changes what is computed at the start, as do rows that merely begin with norm 1."
-    )
-    if result["scale"] == "small":
-        said.append(f"Small scale: {length_of(result)}; differences are those of early training.")
-    return said
+        "also changes what is computed at the start, as do rows that merely begin with norm 1.",
+        *early(result, "; differences are those of early training."),
+    ]
 
 
 def _lower(these: list[Any], those: list[Any], kind: str) -> str:
@@ -221,27 +221,19 @@ def _same(e: Mapping[str, Any], frozen: Mapping[str, Any]) -> str:
     return f"weight norm with its lengths frozen at 1 is E: of the training losses of each epoch, {told}."
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """Training curves, rates, and condition numbers along training."""
-    caption = (
-        "Condition numbers, medians over layers, of the weights that layers compute with, at the end of an epoch (left), and of "
-        f"the change that the step in its middle makes (right); {SEEDS}. Look whether E lowers the left ones, MuonEq the right."
-    )
-    return [*curves_of(result), Drawing("conditions", lambda: conditions(result), caption)]
-
-
-def conditions(result: Mapping[str, Any]) -> Figure:
-    """Condition numbers of weights and updates along training; a row for each network."""
+@drawn(
+    "conditions",
+    "Condition numbers, medians over layers, of the weights that layers compute with, at the end of an epoch (left), and of "
+    f"the change that the step in its middle makes (right); {SEEDS}. Look whether E lowers the left ones, MuonEq the right.",
+)
+def _conditions(result: Mapping[str, Any]) -> Figure:
     parts = result["parts"]
     figure = Figure(figsize=(FULL, 2.7 * len(parts)), layout="constrained")
     for axes, (label, part) in zip(figure.subplots(len(parts), 2, squeeze=False), parts.items(), strict=True):
         main = where(part["sets"][TUNED], control=False)
         looks = styles([row["name"] for row in main], main[0]["name"])
         for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
-            curves = []
-            for row, look in zip(main, looks, strict=True):
-                lines = [[{"step": n, "x": k} for n, k in enumerate(run["curve"][kind], 1)] for run in row["runs"]]
-                curves.append(Curve(row["name"], look.light, lines, {"linestyle": look.line}))
+            curves = [curve(row, look, kind) for row, look in zip(main, looks, strict=True)]
             ends = along(axis, curves, lambda point: point["x"], "epoch")
             log(axis)
             figure.canvas.draw()
@@ -253,5 +245,6 @@ def conditions(result: Mapping[str, Any]) -> Figure:
 EXPERIMENT = Experiment(
     "equilibrate", "claim", "Equilibrate the weight or the update?",
     "Rows of a weight or rows of its update can be equilibrated: which of them helps, do both, and is it the equilibration?",
-    CARD.paper, run, tables, figures, remarks, ("tiny", "small", "full"),
+    CARD.paper, lambda bench: study(bench, plans(bench.scale), follow), tables,
+    lambda result: [*curves_of(result), _conditions(result)], remarks,
 )  # fmt: skip

@@ -13,8 +13,8 @@ swept.
 from dataclasses import replace
 from typing import Any
 
-from normkit.lab.experiment import Bench, Experiment
-from normkit.lab.experiments.classification import PAPER, Plan, Row, length_of, study, tables, verdicts
+from normkit.lab.experiment import Experiment
+from normkit.lab.experiments.classification import PAPER, Plan, Row, early, study, tables, verdicts
 from normkit.lab.experiments.classification_drawing import figures
 from normkit.lab.stats import known
 from normkit.lab.train.learning import Training
@@ -23,11 +23,7 @@ ROWS = (Row("BN", "bn"), Row("BN + WS", "bn+ws"), Row("BN + E", "bn+e"))
 FAST = "GoogLeNet"
 LABELS = {FAST: ("googlenet", 0.125), "ResNet-18": ("resnet18", 0.25), "ResNet-50": ("resnet50", 0.125)}
 SMALL: dict[str, Any] = {"size": 16, "train": 2048, "val": 1000, "test": 1000}
-GIVEN = {
-    FAST: {"small": 2.0, "full": 2.0},
-    "ResNet-18": {"small": 0.05, "full": 1e-3},
-    "ResNet-50": {"small": 0.05, "full": 1e-3},
-}
+GIVEN = {FAST: (2.0, 2.0), "ResNet-18": (0.05, 1e-3), "ResNet-50": (0.05, 1e-3)}  # at small and at full scale
 RATES = {FAST: (0.1, 0.5, 2.0), "ResNet-18": (0.01, 0.05, 0.25), "ResNet-50": (0.01, 0.05, 0.25)}
 REMARKS = (
     "The figure prints no numbers; the text says that BN with conditioning is about 15 points above BN and BN + WS in GoogLeNet "
@@ -45,24 +41,16 @@ def plans(scale: str) -> list[Plan]:
         fast, small = label == FAST, scale != "full"
         base = Training("cifar100", model, "", "bn", 0.0, 0, 8, momentum=0.0 if fast else 0.9, condition=False)
         base = replace(base, **SMALL, width=width) if small else replace(base, epochs=40 if fast else 200)
-        found.append(
-            Plan(
-                label, base, ROWS, rates=() if small else RATES[label], rate=GIVEN[label]["small" if small else "full"]
-            )
-        )
+        rates, rate = () if small else RATES[label], GIVEN[label][not small]
+        found.append(Plan(label, base, ROWS, rates=rates, rate=rate))
     return found
-
-
-def run(bench: Bench) -> dict[str, Any]:
-    """Does what is missing."""
-    return study(bench, plans(bench.scale))
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
     """What is seen, and what the text says."""
-    said = [*verdicts(result), *REMARKS]
-    if result["scale"] == "small":
-        said.append(f"Small scale: {length_of(result)} of narrow networks; differences are those of early training.")
+    narrow = early(result, " of narrow networks; differences are those of early training.")
+    said = [*verdicts(result), *REMARKS, *narrow]
+    if narrow:
         runs = [run for rows in result["parts"][FAST]["sets"].values() for row in rows for run in row["runs"]]
         best = max(known(run["test_score"] for run in runs), default=0.0)
         if best < 0.15:
@@ -75,5 +63,5 @@ def remarks(result: dict[str, Any]) -> list[str]:
 EXPERIMENT = Experiment(
     "fig1", "reproduce", "Figure 1: GoogLeNet at a large learning rate, and ResNets, on CIFAR-100",
     "BN with weight conditioning trains better than BN and BN + WS: by about 15 points in GoogLeNet at learning rate 2.",
-    PAPER, run, tables, figures, remarks, ("tiny", "small", "full"),
+    PAPER, lambda bench: study(bench, plans(bench.scale)), tables, figures, remarks,
 )  # fmt: skip

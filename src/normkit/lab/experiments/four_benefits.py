@@ -20,17 +20,16 @@ from torch import nn
 from normkit.activations.batch_norm import CARD, BatchNorm
 from normkit.activations.group_norm import GroupNorm
 from normkit.activations.instance_norm import InstanceNorm
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments.runs import CHANCE, diverged, labelled, notes, side, size_of, source_of
+from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiments import runs
+from normkit.lab.experiments.runs import CHANCE, drawn, side
 from normkit.lab.models.noisy_norm import Shift
-from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.report.bands import marked, rows_of
 from normkit.lab.report.canvas import FAINT, FULL, panels
 from normkit.lab.report.drawing import COLOURS, GREY, SHAPES, name_ends
-from normkit.lab.seeding import reseed
 from normkit.lab.stats import Interval, differences, known, mean, spread, tell, where
 from normkit.lab.train.images import Size, Stream, accuracy, fit
-from normkit.lab.train.walk import OK, device
+from normkit.lab.train.walk import OK
 from normkit.surgery.recipe import apply_recipe
 
 METHODS = {
@@ -76,11 +75,10 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
     """Trains a network on scaled inputs, and evaluates it on inputs of the same scale."""
     images = {part: (job.scale * x, y) for part, (x, y) in job.images().items()}
     stream = Stream(images["train"], BATCH, job.seed)
-    reseed(job.seed, "init")
-    model = SmallCNN(MAKERS[job.method], channels=images["train"][0].shape[1], width=job.width)
+    model = runs.network(job, images, MAKERS[job.method])
     if job.method in RECIPES:
         apply_recipe(model, RECIPES[job.method])
-    walked = fit(model.to(device()), stream, job.epochs, job.rate, job.seed, folder, every=EVERY)
+    walked = fit(model, stream, job.epochs, job.rate, job.seed, folder, every=EVERY)
     scores: dict[str, float | None] = dict.fromkeys(("train", "val", "test"))
     reached = None
     if walked.status == OK:
@@ -92,20 +90,15 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
 
 def run(bench: Bench) -> dict[str, Any]:
     """Finds each norm's rate with the first seed, then trains with it at every scale of inputs and with every seed."""
-    size = size_of(bench, 4)
+    size = runs.size_of(bench, 4)
     rates = RATES if bench.scale != "tiny" else (0.1, 1e30)  # one that learns and one that diverges
     tried = [Training(method, rate, 1.0, bench.seeds[0], **size) for method in METHODS for rate in rates]
-    keys = ("method", "rate", "val")
-    sweeps = [{key: run[key] for key in keys} for run in labelled(bench, train, tried, "method", "rate")]
+    found = runs.labelled(bench, train, tried, "method", "rate")
+    sweeps = [{key: run[key] for key in ("method", "rate", "val")} for run in found]
     chosen = {method: best(where(sweeps, method=method)) for method in METHODS}
-    jobs = [
-        Training(method, chosen[method], scale, seed, **size)
-        for seed in bench.seeds
-        for method in METHODS
-        for scale in SCALES
-    ]
-    runs = labelled(bench, train, jobs, "method", "scale", "seed")
-    return {"runs": runs, "sweeps": sweeps, "rates": chosen, **size, **source_of(size, bench)}
+    each = [(method, chosen[method], scale, seed) for seed in bench.seeds for method in METHODS for scale in SCALES]
+    done = runs.labelled(bench, train, [Training(*one, **size) for one in each], "method", "scale", "seed")
+    return {"runs": done, "sweeps": sweeps, "rates": chosen, **size, **runs.source_of(size, bench)}
 
 
 def best(sweep: Sequence[Mapping[str, Any]]) -> float:
@@ -149,60 +142,46 @@ def against(result: dict[str, Any], method: str, key: str) -> Interval:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """The four benefits, norm by norm."""
-    rows: list[list[Any]] = []
+    rows, rates = [], []
     for method, name in METHODS.items():
-        rows.append(
-            [
-                name,
-                result["rates"][method],
-                spread(values(result, method, "steps"), ".0f"),
-                *(spread(values(result, method, "test", scale), ".1f", 100) for scale in SCALES),
-                spread(counted(result, method, "range"), ".1f", 100),
-                spread(values(result, method, "gap"), ".1f", 100),
-            ]
-        )
+        tests = (spread(values(result, method, "test", scale), ".1f", 100) for scale in SCALES)
+        steps, gap = spread(values(result, method, "steps"), ".0f"), spread(values(result, method, "gap"), ".1f", 100)
+        apart = spread(counted(result, method, "range"), ".1f", 100)
+        rows.append([name, result["rates"][method], steps, *tests, apart, gap])
+        found = [run["val"] for run in where(result["sweeps"], method=method)]
+        rates.append([name, *(None if score is None else 100 * score for score in found)])
     columns = ("norm", "rate", "steps", *(f"test, inputs x {scale:g}" for scale in SCALES), "range", "gap")
     about = (
         f"Steps to a training loss of {TARGET:g}; test accuracy in %; range: the highest minus the lowest over the scales of "
         "inputs, in points, where a run that diverged counts as guessing; gap: training minus test accuracy at the usual scale, "
         "in points. Mean ± standard deviation over seeds."
     )
-    rates: list[list[Any]] = []
-    for method, name in METHODS.items():
-        found = {run["rate"]: run["val"] for run in where(result["sweeps"], method=method)}
-        rates.append([name, *(None if found[rate] is None else 100 * found[rate] for rate in found)])
     columns_of_rates = ("norm", *(f"rate {rate:g}" for rate in sorted({run["rate"] for run in result["sweeps"]})))
     return [
-        Table("The four benefits", columns, rows, notes(result, about)),
+        Table("The four benefits", columns, rows, runs.notes(result, about)),
         Table("Accuracy on held-out images by rate, first seed, %", columns_of_rates, rates),
     ]
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
     """What was seen of each of the four claims, against the network without a norm."""
-
-    def each(of: Callable[[str], str]) -> str:
-        return ", ".join(f"{name} {of(method)}" for method, name in METHODS.items())
-
-    def reached(method: str) -> str:
+    reached, trained = [], []
+    for method, name in METHODS.items():
         found = values(result, method, "steps")
-        return f"{sum(value is not None for value in found)} of {len(found)}"
-
-    def trained(method: str) -> str:
-        return spread(values(result, method, "train"), ".1f", 100)
-
+        reached.append(f"{name} {len(known(found))} of {len(found)}")
+        trained.append(f"{name} {spread(values(result, method, 'train'), '.1f', 100)}")
     return [
         f"Faster convergence, steps to a training loss of {TARGET:g} minus those without a norm: "
         f"{verdict(result, 'steps', 1, 'fewer', 'more')}.",
-        f"Seeds that reached it, where those that did not count as {EVERY} steps more than were made: {each(reached)}.",
+        f"Seeds that reached it, where those that did not count as {EVERY} steps more than were made: {', '.join(reached)}.",
         "Sensitivity to the scale of inputs, range of test accuracy over x 0.1 to 10 minus that without a norm, in points: "
         f"{verdict(result, 'range', 100, 'less', 'more')}.",
         "Overfitting, training minus test accuracy, minus that without a norm, in points: "
         f"{verdict(result, 'gap', 100, 'smaller', 'larger')}.",
-        f"A smaller gap at a lower training accuracy is not less overfitting; training accuracy, %: {each(trained)}.",
+        f"A smaller gap at a lower training accuracy is not less overfitting; training accuracy, %: {', '.join(trained)}.",
         "Generalization, test accuracy minus that without a norm, in points: "
         f"{verdict(result, 'test', 100, 'better', 'worse', higher_first=True)}.",
-        diverged(result["runs"], "; they count as guessing, and have no gap"),
+        runs.diverged(result["runs"], "; they count as guessing, and have no gap"),
     ]
 
 
@@ -211,13 +190,7 @@ def verdict(
 ) -> str:
     """Norms in groups: those whose interval against no norm is on one side of 0, on the other, and those it does not tell apart.
 
-    Args:
-        result: what :func:`run` returned.
-        key: what is compared.
-        times: by which differences are multiplied, such as 100 for points.
-        first: name of the first group, of norms below none.
-        second: name of the second, of norms above none.
-        higher_first: the first group is of norms above none. Default: False.
+    The first group is of norms below none, or above where `higher_first`; differences are multiplied by `times`.
     """
     unsure, alone = "not told apart", "one seed alone, without an interval"
     groups: dict[str, list[str]] = {first: [], second: [], unsure: [], alone: []}
@@ -233,30 +206,21 @@ def verdict(
     )
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """The figures of the claim, from what its ``run`` returned."""
-    return [
-        Drawing(
-            "benefits",
-            lambda: benefits(result),
-            f"Steps of training to a loss of {TARGET:g} nats, a mark per seed (left); test accuracy, mean over seeds, of inputs "
-            "multiplied by a number at the same learning rate, with guessing as the grey line (middle); and test accuracy "
-            "against training minus test accuracy, a mark per seed in the look of the left panel (right). Better is further "
-            "left on the left, flat and high in the middle, and towards the upper left corner on the right.",
-        )
-    ]
-
-
-def benefits(result: dict[str, Any]) -> Figure:
-    """A panel for each benefit; the last has two, overfitting across and generalization up."""
+@drawn(
+    "benefits",
+    f"Steps of training to a loss of {TARGET:g} nats, a mark per seed (left); test accuracy, mean over seeds, of inputs "
+    "multiplied by a number at the same learning rate, with guessing as the grey line (middle); and test accuracy "
+    "against training minus test accuracy, a mark per seed in the look of the left panel (right). Better is further "
+    "left on the left, flat and high in the middle, and towards the upper left corner on the right.",
+)
+def _benefits(result: dict[str, Any]) -> Figure:
     figure, axes = panels(3, FULL, 2.7, width_ratios=(1.0, 1.0, 1.0))
     ends = []
     for y, (method, name) in enumerate(METHODS.items()):
-        runs = [run for run in result["runs"] if run["method"] == method]
-        steps = known(run["steps"] for run in runs if run["scale"] == 1)
+        usual = where(result["runs"], method=method, scale=1.0)
+        steps = known(run["steps"] for run in usual)
         style: dict[str, Any] = {"color": HUES[method], "marker": MARKS[method], "markersize": 3.5}
         axes[0].plot(steps, [y] * len(steps), linestyle="", alpha=0.6, **style)
-        usual = where(runs, scale=1.0)
         if missed := len(usual) - len(steps):
             # Below the marks of the seeds that got there, if any did.
             place, words = (y + 0.33, f"{missed} of {len(usual)} not reached") if steps else (y, "not reached")
@@ -284,5 +248,5 @@ EXPERIMENT = Experiment(
     "four-benefits", "claim", "Four benefits of normalization",
     "Normalization speeds up convergence, makes training less sensitive to the scale of inputs, reduces overfitting and "
         "generalizes better.",
-    CARD.paper, run, tables, figures, remarks, ("tiny", "small", "full"),
+    CARD.paper, run, tables, runs.drawings(_benefits), remarks,
 )  # fmt: skip

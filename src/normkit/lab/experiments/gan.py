@@ -17,8 +17,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from normkit.catalogue.methods import method
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments.runs import diverged, labelled
+from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiments.runs import diverged, drawings, drawn, grid
 from normkit.lab.jobs.adversarial import FOLLOWED, Game, play
 from normkit.lab.jobs.spectra import TOLERANCE, stable_rank
 from normkit.lab.models.gan import centres
@@ -39,8 +39,7 @@ STEPS = {"tiny": 3, "small": 1500, "full": 20000}
 def run(bench: Bench) -> dict[str, Any]:
     """Trains every kind with every loss and seed."""
     steps = 100 * bench.epochs if bench.epochs else STEPS[bench.scale]
-    jobs = [Game(loss, kind, seed, steps) for seed in bench.seeds for loss in LOSSES for kind in KINDS]
-    runs = labelled(bench, play, jobs, "loss", "kind", "seed")
+    runs = grid(bench, play, Game, {"loss": LOSSES, "kind": KINDS}, steps=steps)
     for run in runs:
         if run["seed"] != bench.seeds[0]:  # the pictures show one seed
             del run["points"], run["field"]
@@ -62,21 +61,15 @@ def tables(result: dict[str, Any]) -> list[Table]:
         for kind, name in KINDS.items():
             runs = where(result["runs"], loss=loss, kind=kind)
             last = [run["rows"][-1] if run["status"] == OK else {} for run in runs]
-            ends = (
-                [max(row["sigmas"]) if row else None for row in last],
-                *([row.get(what) for row in last] for what in ("bound", "steepest")),
+            sigmas = [max(row["sigmas"]) if row else None for row in last]
+            ends = [sigmas, *([row.get(what) for row in last] for what in ("bound", "steepest"))]
+            scores = (
+                spread([run[what] for run in runs], ".1f", times) for what, times in (("modes", 1), ("near", 100))
             )
-            modes, near = (
-                spread([run["modes"] for run in runs], ".1f"),
-                spread([run["near"] for run in runs], ".1f", 100),
-            )
-            rows.append([name, modes, near, *(spread(end, ".3g") for end in ends), spread(ranks(runs, "last"), ".1f")])
+            rows.append([name, *scores, *(spread(end, ".3g") for end in ends), spread(ranks(runs, "last"), ".1f")])
         found.append(Table(LOSSES[loss], columns, rows, notes))
-    rows = []
-    for kind in FOLLOWED:
-        for layer in range(2):
-            kept, fresh = memory_of(result, kind, layer)
-            rows.append([f"{KINDS[kind]}, layer {layer + 1}", *kept, *fresh])
+    both = [(kind, layer) for kind in FOLLOWED for layer in range(2)]
+    rows = [[f"{KINDS[k]}, layer {n + 1}", *(x for way in memory_of(result, k, n) for x in way)] for k, n in both]
     note = f"Iterations to an error of {TOLERANCE:g} of sigma, and the error after one; means over training, seeds and losses."
     ways = [f"{way}: {what}" for way in ("kept", "random") for what in ("iterations", "error, %")]
     columns = ("weight before normalization", *ways)
@@ -91,13 +84,9 @@ def ranks(runs: Sequence[Row], when: str) -> list[float | None]:
 def memory_of(result: dict[str, Any], kind: str, layer: int) -> list[tuple[float | None, float | None]]:
     """Mean iterations and mean error in percent, from kept and from fresh vectors."""
     rows = [row for run in where(result["runs"], kind=kind) for row in run["rows"]]
-    return [
-        (
-            mean(row[way][layer]["iterations"] for row in rows),
-            mean(100 * error for error in known(row[way][layer]["error"] for row in rows)),
-        )
-        for way in ("kept", "fresh")
-    ]
+    looks = [[row[way][layer] for row in rows] for way in ("kept", "fresh")]
+    errors = [mean(100 * error for error in known(look["error"] for look in some)) for some in looks]
+    return [(mean(look["iterations"] for look in some), error) for some, error in zip(looks, errors, strict=True)]
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
@@ -117,9 +106,8 @@ def remarks(result: dict[str, Any]) -> list[str]:
                 )
         free = [run["rows"][-1]["bound"] for run in where(result["runs"], loss=loss, kind="none", status=OK)]
         if known(free):
-            said.append(
-                f"{title}, nothing: the product of sigmas, which nothing holds, ends at up to {max(known(free)):.3g}."
-            )
+            most = max(known(free))
+            said.append(f"{title}, nothing: the product of sigmas, which nothing holds, ends at up to {most:.3g}.")
         # A generator that diverged covers nothing.
         modes = {kind: mean(run["modes"] or 0 for run in where(result["runs"], loss=loss, kind=kind)) for kind in KINDS}
         names = ", ".join(f"{KINDS[kind]} {count:.1f}" for kind, count in modes.items() if count is not None)
@@ -147,44 +135,14 @@ def remarks(result: dict[str, Any]) -> list[str]:
     return [*said, diverged(result["runs"])]
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """The figures of the claim, from what its ``run`` returned."""
-    return [
-        Drawing(
-            "points",
-            lambda: points(result),
-            "Points made by the generators of the first seed (dots), the centres of the eight Gaussians that they learn "
-            "(circles), and level lines of their discriminators. Columns say what is done to the discriminator's weights, where "
-            "reassignment divides them by their largest singular value after each step; the number counts the Gaussians that "
-            "were found, which have at least a fiftieth of the points within three standard deviations.",
-        ),
-        Drawing(
-            "lipschitz",
-            lambda: lipschitz(result),
-            "Bounds on how fast the discriminator D changes, along training: from above the product of its layers' largest "
-            f"singular values (solid), from below the steepest gradient found (dotted); {SEEDS}. The horizontal line is 1: look "
-            "at which solid lines stay there, and how far below each its dotted line runs.",
-        ),
-        Drawing(
-            "singular_values",
-            lambda: singular_values(result),
-            "All singular values of the discriminator's second layer under the hinge loss, the largest first, before training "
-            "(light grey) and after it (in colour), a line for each seed. The horizontal line is 1; the faster a line falls, "
-            "the fewer directions the layer still passes on.",
-        ),
-        Drawing(
-            "memory",
-            lambda: memory(result),
-            "Power iteration on the discriminator's second weight, before any normalization of it: the relative error of the "
-            "largest singular value sigma after one iteration (left) and the number of iterations to an error of 0.001 (right), "
-            "from vectors kept from step to step (solid) or from random ones (dashed), as means over seeds and losses. The gap "
-            "between the solid and the dashed line of a colour is what keeping the vectors is worth.",
-        ),
-    ]
-
-
-def points(result: dict[str, Any]) -> Figure:
-    """What the first seed's generators made, over the level lines of their discriminators."""
+@drawn(
+    "points",
+    "Points made by the generators of the first seed (dots), the centres of the eight Gaussians that they learn "
+    "(circles), and level lines of their discriminators. Columns say what is done to the discriminator's weights, where "
+    "reassignment divides them by their largest singular value after each step; the number counts the Gaussians that "
+    "were found, which have at least a fiftieth of the points within three standard deviations.",
+)
+def _points(result: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(FULL, 3.15), layout="constrained")
     grid = figure.subplots(len(LOSSES), len(KINDS), sharex=True, sharey=True, squeeze=False)
     for row, (loss, title) in enumerate(LOSSES.items()):
@@ -216,8 +174,13 @@ def points(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def lipschitz(result: dict[str, Any]) -> Figure:
-    """The product of the layers' sigma, which bounds the Lipschitz constant, and the steepest gradient found."""
+@drawn(
+    "lipschitz",
+    "Bounds on how fast the discriminator D changes, along training: from above the product of its layers' largest "
+    f"singular values (solid), from below the steepest gradient found (dotted); {SEEDS}. The horizontal line is 1: look "
+    "at which solid lines stay there, and how far below each its dotted line runs.",
+)
+def _lipschitz(result: dict[str, Any]) -> Figure:
     figure, axes = panels(2, FULL, 2.8, sharey=True)
     for axis, (loss, title) in zip(axes, LOSSES.items(), strict=True):
         rows = {kind: [run["rows"] for run in where(result["runs"], loss=loss, kind=kind)] for kind in KINDS}
@@ -236,8 +199,13 @@ def lipschitz(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def singular_values(result: dict[str, Any]) -> Figure:
-    """All singular values of the second layer, before and after training."""
+@drawn(
+    "singular_values",
+    "All singular values of the discriminator's second layer under the hinge loss, the largest first, before training "
+    "(light grey) and after it (in colour), a line for each seed. The horizontal line is 1; the faster a line falls, "
+    "the fewer directions the layer still passes on.",
+)
+def _singular_values(result: dict[str, Any]) -> Figure:
     figure, axes = panels(len(KINDS), FULL, 1.9, sharey=True)
     there = [run for run in result["runs"] if run["spectra"]]  # a run that diverged has none
     for axis, (kind, name) in zip(axes, KINDS.items(), strict=True):
@@ -257,8 +225,14 @@ def singular_values(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def memory(result: dict[str, Any]) -> Figure:
-    """Error of sigma after one power iteration, and iterations to a thousandth, from kept and from random vectors."""
+@drawn(
+    "memory",
+    "Power iteration on the discriminator's second weight, before any normalization of it: the relative error of the "
+    "largest singular value sigma after one iteration (left) and the number of iterations to an error of 0.001 (right), "
+    "from vectors kept from step to step (solid) or from random ones (dashed), as means over seeds and losses. The gap "
+    "between the solid and the dashed line of a colour is what keeping the vectors is worth.",
+)
+def _memory(result: dict[str, Any]) -> Figure:
     figure, axes = panels(2, FULL, 2.5)
     labels = {"error": "error of sigma after one iteration", "iterations": "iterations to an error of 0.001"}
     for axis, (what, label) in zip(axes, labels.items(), strict=True):
@@ -282,5 +256,6 @@ EXPERIMENT = Experiment(
     "gan", "claim", "Spectral normalization of a discriminator, on eight Gaussians",
     "Dividing each weight of a discriminator by its largest singular value makes it Lipschitz with constant 1, leaves the "
         "other singular values free, and costs one power iteration per step if u and v are kept.",
-    method("spectral_norm").paper, run, tables, figures, remarks, ("tiny", "small", "full"),
+    method("spectral_norm").paper, run, tables,
+    drawings(_points, _lipschitz, _singular_values, _memory), remarks,
 )  # fmt: skip

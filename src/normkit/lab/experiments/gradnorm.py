@@ -21,14 +21,15 @@ from torch.nn import functional as F
 
 from normkit.catalogue.methods import method
 from normkit.gradients.grad_norm import GradNorm
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments.runs import labelled
+from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiments.runs import drawings, drawn, grid
 from normkit.lab.report.bands import Curve, along
 from normkit.lab.report.canvas import FULL, log, panels
 from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import spread, where
-from normkit.lab.train.walk import walk
+from normkit.lab.sweep import Work
+from normkit.lab.train.walk import descend, walk
 
 WAYS = {
     "equal": "equal weights",
@@ -40,17 +41,12 @@ SCALES, STEPS = (1.0, 100.0), {"tiny": 6, "small": 400, "full": 20_000}
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Work, path="{0.way}/seed={0.seed}"):
     """One training."""
 
     way: str
     seed: int
     steps: int
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"{self.way}/seed={self.seed}"
 
 
 def train(job: Training, folder: Path) -> dict[str, Any]:
@@ -73,28 +69,24 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
     def step(number: int) -> dict[str, Any] | None:
         x = torch.randn(100, 250)
         hidden = trunk(x)
-        losses = torch.stack(
-            [F.mse_loss(head(hidden), s * torch.tanh(x @ m)) for head, s, m in zip(heads, SCALES, maps, strict=True)]
-        )
+        tasks = zip(heads, SCALES, maps, strict=True)
+        losses = torch.stack([F.mse_loss(head(hidden), s * torch.tanh(x @ m)) for head, s, m in tasks])
         weights = fixed if job.way in ("equal", "inverse") else balance.weights.clone()
         total = (fixed * losses).sum() if job.way in ("equal", "inverse") else balance(losses, last)
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
+        descend(optimizer, total)
         looking = number == 1 or number % max(1, job.steps // 20) == 0
         return {"losses": losses.tolist(), "weights": weights.tolist()} if looking else None
 
     walked = walk(folder, job.steps, {"model": model, "optimizer": optimizer, "balance": balance}, step, job.seed)
     first = walked.rows[0]["losses"]
-    paces = [[a / b for a, b in zip(row["losses"], first, strict=True)] for row in walked.rows]
+    paces = ([a / b for a, b in zip(row["losses"], first, strict=True)] for row in walked.rows)
     return {"rows": [{**row, "pace": pace} for row, pace in zip(walked.rows, paces, strict=True)]}
 
 
 def run(bench: Bench) -> dict[str, Any]:
     """Trains in every way."""
     steps = bench.epochs or STEPS[bench.scale]
-    jobs = [Training(way, seed, steps) for seed in bench.seeds for way in WAYS]
-    return {"runs": labelled(bench, train, jobs, "way", "seed"), "steps": steps}
+    return {"runs": grid(bench, train, Training, {"way": WAYS}, steps=steps), "steps": steps}
 
 
 def ends(result: dict[str, Any], way: str, key: str, task: int) -> list[float]:
@@ -113,39 +105,35 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 def remarks(result: dict[str, Any]) -> list[str]:
     """How far apart the tasks end."""
-    told = [
-        f"{name} {fmean(ends(result, way, 'pace', 0)):.2f} and {fmean(ends(result, way, 'pace', 1)):.2f}"
-        for way, name in WAYS.items()
-    ]
+    told = []
+    for way, name in WAYS.items():
+        one, other = (fmean(ends(result, way, "pace", task)) for task in (0, 1))
+        told.append(f"{name} {one:.2f} and {other:.2f}")
     return [f"Losses by those at the start, task of scale 1 and of scale 100: {'; '.join(told)}."]
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """One figure."""
-    caption = (
-        "The loss by that at the start of the task of scale 1 (left) and 100 (middle), and the weight of the first task, "
-        f"of 2 in all (right); {SEEDS}. A balanced training brings both losses down together; look at which lines fall on "
-        "the left."
-    )
-
-    def draw() -> Figure:
-        figure, axes = panels(3, FULL, 2.3)
-        rows = {way: [run["rows"] for run in where(result["runs"], way=way)] for way in WAYS}
-        hues = zip(WAYS.items(), (GREY, *COLOURS), strict=False)
-        curves = [Curve(name, hue, rows[way]) for (way, name), hue in hues]
-        found = []
-        for axis, (key, task) in zip(axes, (("pace", 0), ("pace", 1), ("weights", 0)), strict=True):
-            found = along(axis, curves, lambda row, key=key, task=task: row[key][task])
-            axis.set_title(f"{'loss' if key == 'pace' else 'weight'}, s = {SCALES[task]:g}", loc="left")
-        log(*axes[:2])
-        name_ends(axes[2], found)
-        return figure
-
-    return [Drawing("balance", draw, caption)]
+@drawn(
+    "balance",
+    "The loss by that at the start of the task of scale 1 (left) and 100 (middle), and the weight of the first task, "
+    f"of 2 in all (right); {SEEDS}. A balanced training brings both losses down together; look at which lines fall on "
+    "the left.",
+)
+def _balance(result: dict[str, Any]) -> Figure:
+    figure, axes = panels(3, FULL, 2.3)
+    rows = {way: [run["rows"] for run in where(result["runs"], way=way)] for way in WAYS}
+    hues = zip(WAYS.items(), (GREY, *COLOURS), strict=False)
+    curves = [Curve(name, hue, rows[way]) for (way, name), hue in hues]
+    found = []
+    for axis, (key, task) in zip(axes, (("pace", 0), ("pace", 1), ("weights", 0)), strict=True):
+        found = along(axis, curves, lambda row, key=key, task=task: row[key][task])
+        axis.set_title(f"{'loss' if key == 'pace' else 'weight'}, s = {SCALES[task]:g}", loc="left")
+    log(*axes[:2])
+    name_ends(axes[2], found)
+    return figure
 
 
 EXPERIMENT = Experiment(
     "gradnorm", "claim", "Two tasks of unequal scale, balanced by GradNorm",
     "Weights that balance the gradients of several losses let tasks of very different scale be learned together.",
-    method("grad_norm").paper, run, tables, figures, remarks, ("tiny", "small", "full"),
+    method("grad_norm").paper, run, tables, drawings(_balance), remarks,
 )  # fmt: skip

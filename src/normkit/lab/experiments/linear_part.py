@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normkit.activations.batch_norm import BatchNorm
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments.runs import labelled
+from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiments.runs import drawings, drawn, labelled
 from normkit.lab.report.bands import dots, rows_of
 from normkit.lab.report.canvas import FULL, panels
 from normkit.lab.report.drawing import COLOURS
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import mean, spread, where
-from normkit.lab.train.walk import walk
+from normkit.lab.train.walk import descend, walk
 
 KINDS = [
     (act, norm, bypass) for act in ("linear", "ReLU") for norm in ("no norm", "BatchNorm") for bypass in (False, True)
@@ -47,9 +47,8 @@ class Training:
     @property
     def path(self) -> str:
         """The folder."""
-        return f"{self.activation}/{self.norm}/{'bypass' if self.bypass else 'alone'}/seed={self.seed}".replace(
-            " ", "-"
-        )
+        kind = f"{self.activation}/{self.norm}".replace(" ", "-")
+        return f"{kind}/{'bypass' if self.bypass else 'alone'}/seed={self.seed}"
 
 
 def linear_share(x: Tensor, y: Tensor) -> float:
@@ -79,18 +78,13 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
 
     def step(number: int) -> dict[str, float] | None:
         loss = F.mse_loss(model["branch"](x) + job.bypass * model["bypass"](x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, loss)
         return {"loss": loss.item()} if number == job.steps else None
 
     walked = walk(folder, job.steps, {"model": model, "optimizer": optimizer}, step, job.seed)
     with torch.no_grad():
-        return {
-            "loss": walked.rows[-1]["loss"],
-            "share": linear_share(x, model["branch"](x)),
-            "target": linear_share(x, y),
-        }
+        shares = {"share": linear_share(x, model["branch"](x)), "target": linear_share(x, y)}
+    return {"loss": walked.rows[-1]["loss"], **shares}
 
 
 def run(bench: Bench) -> dict[str, Any]:
@@ -108,15 +102,10 @@ def rows(result: dict[str, Any]) -> dict[str, list[Any]]:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Losses and linear shares."""
-    lines = [
-        [name, *(spread([run[key] for run in runs]) for key in ("loss", "share"))]
-        for name, runs in rows(result).items()
-    ]
-    note = (
-        "Mean ± standard deviation over seeds. The linear share of the targets is "
-        + spread([r["target"] for r in result["runs"]])
-        + "."
-    )
+    found = rows(result).items()
+    lines = [[name, *(spread([run[key] for run in runs]) for key in ("loss", "share"))] for name, runs in found]
+    target = spread([run["target"] for run in result["runs"]])
+    note = f"Mean ± standard deviation over seeds. The linear share of the targets is {target}."
     return [Table(f"After {result['steps']} steps", ("branch", "loss", "linear share of the branch"), lines, [note])]
 
 
@@ -134,28 +123,24 @@ def remarks(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """One figure."""
-    caption = (
-        "The loss (left) and the part of the variance of a branch's output that a linear map of the input explains "
-        "(right); a dot is a seed. If batch normalization removed the linear part, its rows would lie further left on the "
-        "right side than those without it."
-    )
-
-    def draw() -> Figure:
-        figure, axes = panels(2, FULL, 2.4, sharey=True)
-        for axis, key, title in zip(axes, ("loss", "share"), ("loss", "linear share of the branch"), strict=True):
-            for place, (name, runs) in enumerate(rows(result).items()):
-                dots(axis, place, [run[key] for run in runs], COLOURS["BatchNorm" in name])
-            axis.set_title(title, loc="left")
-        rows_of(axes[0], list(rows(result)))
-        return figure
-
-    return [Drawing("linear-part", draw, caption)]
+@drawn(
+    "linear-part",
+    "The loss (left) and the part of the variance of a branch's output that a linear map of the input explains "
+    "(right); a dot is a seed. If batch normalization removed the linear part, its rows would lie further left on the "
+    "right side than those without it.",
+)
+def _parts(result: dict[str, Any]) -> Figure:
+    figure, axes = panels(2, FULL, 2.4, sharey=True)
+    for axis, key, title in zip(axes, ("loss", "share"), ("loss", "linear share of the branch"), strict=True):
+        for place, (name, runs) in enumerate(rows(result).items()):
+            dots(axis, place, [run[key] for run in runs], COLOURS["BatchNorm" in name])
+        axis.set_title(title, loc="left")
+    rows_of(axes[0], list(rows(result)))
+    return figure
 
 
 EXPERIMENT = Experiment(
     "linear-part", "claim", "Does batch normalization remove the linear part?",
     "Batch normalization removes purely linear effects, so that layers concentrate on the non-linear part of the data.",
-    None, run, tables, figures, remarks, ("tiny", "small", "full"),
+    None, run, tables, drawings(_parts), remarks,
 )  # fmt: skip

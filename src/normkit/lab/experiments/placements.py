@@ -18,17 +18,16 @@ from matplotlib.ticker import MaxNLocator
 
 from normkit.core.card import Paper
 from normkit.lab.data import sequences
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments.pre_post_ln import DEPTHS, LEARNT, SIZES, cell_of, exponents, state
-from normkit.lab.experiments.runs import labelled, side
-from normkit.lab.jobs.encoders import VOCABULARY, Start, Training, look, train
+from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiments.pre_post_ln import LEARNT, cell_of, exponents, gradients_at_start, size_of, state
+from normkit.lab.experiments.runs import drawings, drawn, grid, side
+from normkit.lab.jobs.encoders import VOCABULARY, Training, train
 from normkit.lab.report.bands import Curve, across, along, key, marked
 from normkit.lab.report.canvas import DOTTED, FAINT, FULL, log, panels
 from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
 from normkit.lab.stats import ABSENT, differences, mean, spread, tell, where
-from normkit.residual import Scheme
 
-NAMES: dict[Scheme, str] = {
+NAMES = {
     "post": "Post-LN",
     "deep": "DeepNorm",
     "hybrid": "HybridNorm",
@@ -44,23 +43,11 @@ TASK, BASE = "sort", "pre"
 
 def run(bench: Bench) -> dict[str, Any]:
     """Trains an encoder with each placement, and measures gradients at the start."""
-    size: dict[str, Any] = dict(SIZES[bench.scale])
-    size["steps"] = 20 * bench.epochs if bench.epochs else size["steps"]
-    jobs = [
-        Training(TASK, placement, "ln", "adam 1e-3", warmup, seed=seed, **size)
-        for seed in bench.seeds
-        for warmup in WARMUPS
-        for placement in NAMES
-    ]
-    starts = [
-        Start(placement, depth, size["features"], size["length"], seed)
-        for seed in bench.seeds
-        for depth in (DEPTHS if bench.scale != "tiny" else (1, 2))
-        for placement in NAMES
-    ]
+    size = size_of(bench)
+    fixed = {"task": TASK, "norm": "ln", "optimizer": "adam 1e-3", **size}
     return {
-        "runs": labelled(bench, train, jobs, "placement", "warmup", "seed"),
-        "starts": labelled(bench, look, starts, "placement", "depth", "seed"),
+        "runs": grid(bench, train, Training, {"warmup": WARMUPS, "placement": NAMES}, **fixed),
+        "starts": gradients_at_start(bench, NAMES),
         "guess": sequences.guess(TASK, VOCABULARY),
         **size,
     }
@@ -68,30 +55,25 @@ def run(bench: Bench) -> dict[str, Any]:
 
 def against(result: Mapping[str, Any], placement: str, warmup: bool) -> Any:
     """The differences of a placement's losses from Pre-LN's, seed by seed."""
-    these, those = (
-        [run["loss"] for run in where(result["runs"], placement=name, warmup=warmup)] for name in (placement, BASE)
-    )
+    runs = where(result["runs"], warmup=warmup)
+    these, those = ([run["loss"] for run in where(runs, placement=name)] for name in (placement, BASE))
     return differences(these, those)
 
 
 def ratio(result: Mapping[str, Any], placement: str) -> list[float]:
     """The first layer's gradient over the last one's in the deepest encoder, of the mean loss of a batch; one per seed."""
     deepest = max(start["depth"] for start in result["starts"])
-    return [
-        start["batch"][0] / start["batch"][-1] for start in where(result["starts"], placement=placement, depth=deepest)
-    ]
+    starts = where(result["starts"], placement=placement, depth=deepest)
+    return [start["batch"][0] / start["batch"][-1] for start in starts]
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Losses at the end, and gradients at the start."""
-    rows = [
-        [
-            name,
-            *(state(where(result["runs"], placement=p, warmup=warmup), result["guess"]) for warmup in WARMUPS),
-            *(None if p == BASE else tell(against(result, p, warmup)) for warmup in WARMUPS),
-        ]
-        for p, name in NAMES.items()
-    ]
+    rows = []
+    for p, name in NAMES.items():
+        runs = (where(result["runs"], placement=p, warmup=warmup) for warmup in WARMUPS)
+        less = (None if p == BASE else tell(against(result, p, warmup)) for warmup in WARMUPS)
+        rows.append([name, *(state(own, result["guess"]) for own in runs), *less])
     columns = ("placement", *WARMUPS.values(), *(f"less {NAMES[BASE]}, {word}" for word in WARMUPS.values()))
     note = (
         f"Nats per token after {result['steps']} steps, mean ± standard deviation over seeds; {result['guess']:.3f} is reached "
@@ -99,16 +81,11 @@ def tables(result: dict[str, Any]) -> list[Table]:
         f"intervals; below zero is better. {result['depth']} layers of width {result['features']}, Adam at 1e-3."
     )
     depths = sorted({start["depth"] for start in result["starts"]})
-    starts = [
-        [
-            name,
-            *(cell_of(result, p, "token", depth) for depth in (depths[0], depths[-1])),
-            spread(exponents(result, p, "token"), ".2f"),
-            spread(exponents(result, p, "batch"), ".2f"),
-            spread(ratio(result, p), ".2f"),
-        ]
-        for p, name in NAMES.items()
-    ]
+    starts = []
+    for p, name in NAMES.items():
+        ends = (cell_of(result, p, "token", depth) for depth in (depths[0], depths[-1]))
+        powers = (exponents(result, p, what) for what in ("token", "batch"))
+        starts.append([name, *ends, *(spread(values, ".2f") for values in (*powers, ratio(result, p)))])
     heads = [f"depth {depth}, token" for depth in (depths[0], depths[-1])]
     heads += ["exponent, token", "exponent, batch", f"first / last layer, batch, depth {depths[-1]}"]
     about = (
@@ -132,14 +109,12 @@ def remarks(result: dict[str, Any]) -> list[str]:
                 sides[side(found, "lower than", "higher than", "not told apart from")].append(NAMES[placement])
         told = [f"{how} Pre-LN's: {', '.join(names)}" for how, names in sides.items() if names]
         said.append(f"With {word} the loss at the end is {'; '.join(told)}.")
+    places = [(placement, warmup) for placement in NAMES for warmup in WARMUPS]
+    losses = [[run["loss"] for run in where(result["runs"], placement=p, warmup=w)] for p, w in places]
     flat = [
-        f"{NAMES[placement]} with {word}"
-        for placement in NAMES
-        for warmup, word in WARMUPS.items()
-        if all(
-            (run["loss"] or np.inf) > LEARNT * result["guess"]
-            for run in where(result["runs"], placement=placement, warmup=warmup)
-        )
+        f"{NAMES[placement]} with {WARMUPS[warmup]}"
+        for (placement, warmup), some in zip(places, losses, strict=True)
+        if all((loss or np.inf) > LEARNT * result["guess"] for loss in some)
     ]
     said.append(f"Learned next to nothing in any seed: {', '.join(flat) or ABSENT}.")
     steepest = sorted(NAMES, key=lambda placement: mean(exponents(result, placement, "token")) or 0.0)
@@ -150,29 +125,26 @@ def remarks(result: dict[str, Any]) -> list[str]:
     return said
 
 
-def _lines() -> list[tuple[Scheme, str, str, str]]:
+def _lines() -> list[tuple[str, str, str, str]]:
     """Each placement with its name, hue and line."""
     hues = [GREY, *COLOURS]
-    return [
-        (placement, name, hues[k % len(hues)], "-" if k < len(hues) else "--")
-        for k, (placement, name) in enumerate(NAMES.items())
-    ]
+    looks = [(hue, line) for line in ("-", "--") for hue in hues]
+    return [(*pair, *look) for pair, look in zip(NAMES.items(), looks, strict=False)]
 
 
-def losses(result: dict[str, Any]) -> Figure:
-    """The training loss, without warm-up and with it."""
+@drawn(
+    "losses",
+    f"Training loss on {TASK} with the norms in eight places, without warm-up and with one over a tenth of the steps; "
+    f"{SEEDS}. The dotted line is the loss of a guess that knows only how frequent each token is.",
+)
+def _losses(result: dict[str, Any]) -> Figure:
     figure, axes = panels(2, FULL, 3.4, sharey=True)
     named = []
     for axis, (warmup, word) in zip(axes, WARMUPS.items(), strict=True):
-        curves = [
-            Curve(
-                name,
-                hue,
-                [run["rows"] for run in where(result["runs"], placement=placement, warmup=warmup)],
-                {"linestyle": line},
-            )
-            for placement, name, hue, line in _lines()
-        ]
+        curves = []
+        for placement, name, hue, line in _lines():
+            runs = where(result["runs"], placement=placement, warmup=warmup)
+            curves.append(Curve(name, hue, [run["rows"] for run in runs], {"linestyle": line}))
         ends = along(axis, curves, lambda row: row["loss"])
         axis.axhline(result["guess"], color=FAINT, linestyle=DOTTED, linewidth=0.9)
         axis.set_title(word, loc="left")
@@ -185,8 +157,12 @@ def losses(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def gradients(result: dict[str, Any]) -> Figure:
-    """Gradients before training: the last layer's against the depth, and each layer's of the deepest encoder."""
+@drawn(
+    "gradients",
+    f"Gradient norms before training: of the last layer of encoders of several depths (left), and of each layer of the "
+    f"deepest, the first layer's at the left (right); {SEEDS}. A flat line on the right trains every layer at one pace.",
+)
+def _gradients(result: dict[str, Any]) -> Figure:
     figure, axes = panels(2, FULL, 3.4)
     depths = sorted({start["depth"] for start in result["starts"]})
     ends: list[Any] = [[], []]
@@ -211,24 +187,6 @@ def gradients(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """The figures of the claim, from what its ``run`` returned."""
-    return [
-        Drawing(
-            "losses",
-            lambda: losses(result),
-            f"Training loss on {TASK} with the norms in eight places, without warm-up and with one over a tenth of the steps; "
-            f"{SEEDS}. The dotted line is the loss of a guess that knows only how frequent each token is.",
-        ),
-        Drawing(
-            "gradients",
-            lambda: gradients(result),
-            f"Gradient norms before training: of the last layer of encoders of several depths (left), and of each layer of the "
-            f"deepest, the first layer's at the left (right); {SEEDS}. A flat line on the right trains every layer at one pace.",
-        ),
-    ]
-
-
 EXPERIMENT = Experiment(
     "placements", "claim", "Eight places for the norms of a transformer",
     "Norms in other places than Post-LN and Pre-LN train deep transformers as stably as Pre-LN, with gradients spread more "
@@ -239,5 +197,5 @@ EXPERIMENT = Experiment(
         2024,
         "https://arxiv.org/abs/2412.13795",
     ),
-    run, tables, figures, remarks, ("tiny", "small", "full"),
+    run, tables, drawings(_losses, _gradients), remarks,
 )  # fmt: skip

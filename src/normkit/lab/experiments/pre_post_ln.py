@@ -11,8 +11,7 @@ length 16, in place of 128 and 32. An epoch of ``--epochs`` is 20 steps.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,19 +20,18 @@ from matplotlib.figure import Figure
 from normkit.core.card import Paper
 from normkit.lab.data import sequences
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments.runs import labelled
+from normkit.lab.experiments.runs import drawn, grid, labelled
 from normkit.lab.jobs.encoders import VOCABULARY, Start, Training, look, train
 from normkit.lab.report.bands import Curve, End, across, along, dots, key, marked, rows_of
 from normkit.lab.report.canvas import DOTTED, FAINT, FULL, log, panels
 from normkit.lab.report.drawing import COLOURS, SEEDS, name_ends
 from normkit.lab.stats import ABSENT, differences, mean, spread, tell, where
 from normkit.lab.train.walk import OK
-from normkit.residual import Scheme
 
-PLACEMENTS: dict[Scheme, str] = {"post": "Post-LN", "pre": "Pre-LN"}
+PLACEMENTS = {"post": "Post-LN", "pre": "Pre-LN"}
 OPTIMIZERS = {"adam 1e-3": "Adam 1e-3", "adam 3e-4": "Adam 3e-4", "sgd 0.1": "SGD 0.1"}
 NORMS = {"ln": "LayerNorm", "rms": "RMSNorm", "scale": "ScaleNorm", "scale+fix": "ScaleNorm and FixNorm"}
-HUES: dict[Scheme, str] = {"post": COLOURS[1], "pre": COLOURS[0]}
+HUES = {"post": COLOURS[1], "pre": COLOURS[0]}
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"depth": 1, "features": 8, "length": 6, "steps": 6},
@@ -70,25 +68,28 @@ def plan(small: bool) -> list[dict[str, Any]]:
     ]
 
 
+def size_of(bench: Bench) -> dict[str, Any]:
+    """Depth, width, length and steps at a scale; an epoch is 20 steps."""
+    return SIZES[bench.scale] | ({"steps": 20 * bench.epochs} if bench.epochs else {})
+
+
+def gradients_at_start(bench: Bench, placements: Iterable[str]) -> list[dict[str, Any]]:
+    """Measures the gradients of encoders of several depths before training."""
+    depths = DEPTHS if bench.scale != "tiny" else (1, 2)
+    size = {key: SIZES[bench.scale][key] for key in ("features", "length")}
+    return grid(bench, look, Start, {"depth": depths, "placement": placements}, **size)
+
+
 def run(bench: Bench) -> dict[str, Any]:
     """Trains what the scale asks for, and measures gradients at the start."""
-    size: dict[str, Any] = dict(SIZES[bench.scale])
-    size["steps"] = 20 * bench.epochs if bench.epochs else size["steps"]
-    plans = plan(bench.scale != "full")
+    size, plans = size_of(bench), plan(bench.scale != "full")
     jobs = [Training(**one, seed=seed, **size) for seed in bench.seeds for one in plans]
-    starts = [
-        Start(placement, depth, size["features"], size["length"], seed)
-        for seed in bench.seeds
-        for depth in (DEPTHS if bench.scale != "tiny" else (1, 2))
-        for placement in PLACEMENTS
-    ]
-    looks = labelled(bench, look, starts, "placement", "depth", "seed")
+    tasks = [task for task in sequences.TASKS if any(job.task == task for job in jobs)]
+    starts = gradients_at_start(bench, PLACEMENTS)
     return {
         "runs": labelled(bench, train, jobs, "task", "placement", "norm", "optimizer", "warmup", "seed"),
-        "starts": looks,
-        "guess": {
-            task: sequences.guess(task, VOCABULARY) for task in sequences.TASKS if any(job.task == task for job in jobs)
-        },
+        "starts": starts,
+        "guess": {task: sequences.guess(task, VOCABULARY) for task in tasks},
         **size,
     }
 
@@ -109,28 +110,23 @@ def tables(result: dict[str, Any]) -> list[Table]:
         rows: list[list[Any]] = []
         for optimizer, title in OPTIMIZERS.items():
             for warmup in (False, True):
-                cells = [
-                    where(result["runs"], task=task, norm="ln", placement=p, optimizer=optimizer, warmup=warmup)
-                    for p in PLACEMENTS
-                ]
-                if any(cells):
-                    rows.append([f"{title}, {'10 %' if warmup else 'none'}", *(state(runs, guess) for runs in cells)])
+                own = where(result["runs"], task=task, norm="ln", optimizer=optimizer, warmup=warmup)
+                if own:
+                    cells = (state(where(own, placement=placement), guess) for placement in PLACEMENTS)
+                    rows.append([f"{title}, {'10 %' if warmup else 'none'}", *cells])
         notes = [
             f"Nats per token after {result['steps']} steps, mean ± standard deviation over seeds; {guess:.3f} is reached by "
             f"knowing frequencies alone, and more than {LEARNT:g} of it counts as flat. {result['depth']} layers of width "
             f"{result['features']}."
         ]
         found.append(Table(f"Loss on {task}", ("optimizer, warm-up", *PLACEMENTS.values()), rows, notes))
-    rows = []
+    rows, own = [], where(result["runs"], task="sort", optimizer="adam 1e-3", warmup=False)
     for norm, title in NORMS.items():
-        cells = [
-            where(result["runs"], task="sort", norm=norm, placement=p, optimizer="adam 1e-3", warmup=False)
-            for p in PLACEMENTS
-        ]
+        cells = (where(own, norm=norm, placement=placement) for placement in PLACEMENTS)
         rows.append([title, *(state(runs, result["guess"]["sort"]) for runs in cells)])
     found.append(Table("Other norms, on sort, Adam 1e-3 without warm-up", ("norm", *PLACEMENTS.values()), rows))
-    columns = [f"{name}, {what}" for what in ("token", "batch") for name in PLACEMENTS.values()]
     which = [(placement, what) for what in ("token", "batch") for placement in PLACEMENTS]
+    columns = [f"{PLACEMENTS[placement]}, {what}" for placement, what in which]
     depths = sorted({start["depth"] for start in result["starts"]})
     rows = [[depth, *(cell_of(result, *key, depth) for key in which)] for depth in depths]
     rows.append(["exponent", *(spread(exponents(result, *key), ".2f") for key in which)])
@@ -152,7 +148,7 @@ def cell_of(result: dict[str, Any], placement: str, what: str, depth: int) -> st
 def exponents(result: dict[str, Any], placement: str, what: str) -> list[float]:
     """With what power of the depth the last layer's gradient goes, for each seed."""
     starts = where(result["starts"], placement=placement)
-    by_seed = [[s for s in starts if s["seed"] == seed] for seed in sorted({s["seed"] for s in starts})]
+    by_seed = [where(starts, seed=seed) for seed in sorted({start["seed"] for start in starts})]
     return [slope([s["depth"] for s in some], [s[what][-1] for s in some]) for some in by_seed]
 
 
@@ -200,47 +196,31 @@ def warming(without: Sequence[Mapping[str, Any]], with_it: Sequence[Mapping[str,
 
 
 def figures(result: dict[str, Any]) -> list[Drawing]:
-    """The figures of the claim, from what its ``run`` returned."""
-    return [
-        Drawing(
-            "gradients",
-            lambda: gradients(result),
-            "Gradient norms before training, with the norm after each branch (Post-LN) or before it (Pre-LN): of the last layer "
-            f"of encoders of several depths (left and middle; {SEEDS}), and of every layer of each encoder for the loss at one "
-            "token (right; the thicker a line, the deeper the encoder). Compare the slopes on the left with those of the "
-            "theory, the dotted lines.",
-        ),
-        Drawing(
-            "norms",
-            lambda: norms(result),
-            "Loss on sort at the end of training with Adam at 1e-3 and no warm-up, for each norm, placed after the branches or "
-            "before them; a dot is a seed and a bar the mean over seeds. The dotted line is the loss of a guess that knows only "
-            "how frequent each token is: a dot near it has learned nothing more.",
-        ),
-        *(
-            Drawing(
-                f"loss_{task}",
-                partial(losses, result, task),
-                f"Training loss on {task}, a panel for each optimizer and learning rate, with the norm after each branch "
-                f"(Post-LN) or before it (Pre-LN); {SEEDS}. The dotted line is the loss of a guess that knows only how frequent "
-                "each token is: look at whether, and how soon, each line falls below it.",
-            )
-            for task in result["guess"]
-        ),
-    ]
+    """Gradients at the start, losses at the end, and along training for each task."""
+    return [_gradients(result), _norms(result), *(losses(result, task) for task in result["guess"])]
 
 
-def losses(result: dict[str, Any], task: str) -> Figure:
-    """The training loss on one task, a panel per optimizer."""
-    used = [optimizer for optimizer in OPTIMIZERS if where(result["runs"], task=task, norm="ln", optimizer=optimizer)]
+def losses(result: dict[str, Any], task: str) -> Drawing:
+    """The training loss on one task."""
+    caption = (
+        f"Training loss on {task}, a panel for each optimizer and learning rate, with the norm after each branch "
+        f"(Post-LN) or before it (Pre-LN); {SEEDS}. The dotted line is the loss of a guess that knows only how frequent "
+        "each token is: look at whether, and how soon, each line falls below it."
+    )
+    return Drawing(f"loss_{task}", lambda: _losses(result, task), caption)
+
+
+def _losses(result: dict[str, Any], task: str) -> Figure:
+    runs = where(result["runs"], task=task, norm="ln")
+    used = [optimizer for optimizer in OPTIMIZERS if where(runs, optimizer=optimizer)]
     figure, axes = panels(len(used), FULL if len(used) > 1 else 4.2, 2.7, sharey=True)
     ends: list[End] = []
     for axis, optimizer in zip(axes, used, strict=True):
         curves = []
         for placement, name in PLACEMENTS.items():
             for warmup, word, style in ((False, "no warm-up", "--"), (True, "warm-up", "-")):
-                which = {"task": task, "norm": "ln", "optimizer": optimizer, "placement": placement, "warmup": warmup}
-                rows = [run["rows"] for run in where(result["runs"], **which)]
+                own = where(runs, optimizer=optimizer, placement=placement, warmup=warmup)
+                rows = [run["rows"] for run in own]
                 curves.append(Curve(f"{name}, {word}", HUES[placement], rows, {"linestyle": style}))
         ends = along(axis, curves, lambda row: row["loss"])
         axis.axhline(result["guess"][task], color=FAINT, linestyle=DOTTED, linewidth=0.9)
@@ -255,8 +235,14 @@ def losses(result: dict[str, Any], task: str) -> Figure:
     return figure
 
 
-def gradients(result: dict[str, Any]) -> Figure:
-    """Gradients before training: the last layer's against the depth, and each layer's of every encoder."""
+@drawn(
+    "gradients",
+    "Gradient norms before training, with the norm after each branch (Post-LN) or before it (Pre-LN): of the last layer "
+    f"of encoders of several depths (left and middle; {SEEDS}), and of every layer of each encoder for the loss at one "
+    "token (right; the thicker a line, the deeper the encoder). Compare the slopes on the left with those of the "
+    "theory, the dotted lines.",
+)
+def _gradients(result: dict[str, Any]) -> Figure:
     figure, axes = panels(3, FULL, 2.6)
     depths = sorted({start["depth"] for start in result["starts"]})
     names: list[list[End]] = [[], [], []]
@@ -287,8 +273,13 @@ def gradients(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def norms(result: dict[str, Any]) -> Figure:
-    """The loss at the end with each norm, on sort by Adam 1e-3 without warm-up; a dot is a seed."""
+@drawn(
+    "norms",
+    "Loss on sort at the end of training with Adam at 1e-3 and no warm-up, for each norm, placed after the branches or "
+    "before them; a dot is a seed and a bar the mean over seeds. The dotted line is the loss of a guess that knows only "
+    "how frequent each token is: a dot near it has learned nothing more.",
+)
+def _norms(result: dict[str, Any]) -> Figure:
     figure, (axis,) = panels(1, 4.2, 1.9)
     for y, norm in enumerate(NORMS):
         for placement, shift in zip(PLACEMENTS, (-0.14, 0.14), strict=True):
@@ -315,5 +306,5 @@ EXPERIMENT = Experiment(
         2020,
         "https://arxiv.org/abs/2002.04745",
     ),
-    run, tables, figures, remarks, ("tiny", "small", "full"),
+    run, tables, figures, remarks,
 )  # fmt: skip

@@ -1,15 +1,20 @@
-"""What experiments with many runs share: sizes of the small network's, runs labelled by their job, and how they are told."""
+"""What experiments share: grids of jobs, the small network and its sizes, captioned figures, and how runs are told."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from normkit.lab.data.cifar import download_missing
-from normkit.lab.data.provenance import source
-from normkit.lab.experiment import Bench
+from torch import nn
+
+from normkit.lab.data.cifar import download_missing, source
+from normkit.lab.experiment import Bench, Drawing
+from normkit.lab.models.small_cnn import SmallCNN
+from normkit.lab.seeding import reseed
 from normkit.lab.stats import BETTER, WORSE, Interval, Row, judge
 from normkit.lab.sweep import Job
-from normkit.lab.train.walk import OK
+from normkit.lab.train.images import Images
+from normkit.lab.train.walk import OK, device
 
 CHANCE = 0.1  # the accuracy of guessing one of ten classes
 TINY: dict[str, Any] = {"data": "digits", "train": 128, "test": 64, "halve": False, "width": 4}  # seconds
@@ -19,12 +24,7 @@ SEEDS_ALONE = "Intervals and deviations cover seeds alone: all seeds share the i
 
 
 def size_of(bench: Bench, epochs: int) -> dict[str, Any]:
-    """How many images the small network learns, and for how long: that of :class:`normkit.lab.train.images.Size`.
-
-    Args:
-        bench: its scale and epochs count; it fetches what is missing, if it may.
-        epochs: at small scale; at full scale 10.
-    """
+    """Fields of :class:`normkit.lab.train.images.Size` at a scale; `epochs` at the small one. Fetches data that is missing."""
     size = {"tiny": TINY, "small": SMALL, "full": FULL}[bench.scale]
     if bench.download:
         download_missing(size["data"])
@@ -42,6 +42,41 @@ def labelled(
     """Does jobs, and puts what tells a job apart before each result."""
     done = zip(jobs, bench.sweep(function, jobs), strict=True)
     return [{**{key: getattr(job, key) for key in keys}, **found} for job, found in done]
+
+
+def grid(
+    bench: Bench,
+    function: Callable[[Any, Path], Row],
+    make: Callable[..., Job],
+    factors: Mapping[str, Iterable[Any]],
+    **fixed: Any,
+) -> list[dict[str, Any]]:
+    """Does a job for each seed and combination of the factors' values, and labels each result by them."""
+    each = [dict(zip(factors, values, strict=True)) for values in product(*factors.values())]
+    jobs = [make(**one, seed=seed, **fixed) for seed in bench.seeds for one in each]
+    return labelled(bench, function, jobs, *factors, "seed")
+
+
+def network(job: Any, images: Mapping[str, Images], norm: Callable[[int], nn.Module], hidden: int = 0) -> SmallCNN:
+    """The small network of a job's width and seed, for its images."""
+    reseed(job.seed, "init")
+    return SmallCNN(norm, channels=images["train"][0].shape[1], width=job.width, hidden=hidden).to(device())
+
+
+def drawn(name: str, caption: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Drawing]]:
+    """Makes a function that draws a result a figure of the report; fields of the caption are the result's.
+
+    >>> @drawn("loss", "Losses after {steps} steps.")
+    ... def loss(result): ...
+    >>> loss({"steps": 3}).caption
+    'Losses after 3 steps.'
+    """
+    return lambda make: lambda result: Drawing(name, lambda: make(result), caption.format_map(result))
+
+
+def drawings(*figures: Callable[[Any], Drawing]) -> Callable[[Any], list[Drawing]]:
+    """The figures of an experiment, in their order."""
+    return lambda result: [figure(result) for figure in figures]
 
 
 def notes(result: Row, *said: str) -> list[str]:

@@ -17,10 +17,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from normkit.catalogue.methods import method
-from normkit.lab.data import mesh, shapes
+from normkit.lab.data import mesh
+from normkit.lab.data import solid as shapes
 from normkit.lab.data.root import VARIABLE, data_root
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments.trials import Trial, curves, ends, first_seed, gained, grid, lost, settings_of
+from normkit.lab.experiments.runs import drawn
+from normkit.lab.experiments.trials import Study, Trial, curves, ends, first_seed, gained, grid, lost, settings_of
 from normkit.lab.fields.occupancy import OccupancyJob, learn_solid, measure_solid
 from normkit.lab.fields.radiance import decode
 from normkit.lab.models.occupancy import Kind
@@ -28,8 +30,7 @@ from normkit.lab.report.bands import along
 from normkit.lab.report.canvas import FAINT, FULL, plain
 from normkit.lab.report.drawing import SEEDS, name_ends
 from normkit.lab.report.tables import edges, lowered, rates_table, time_table
-from normkit.lab.stats import Row, mean, spread, tell, tune, where
-from normkit.lab.train.cost import Costs
+from normkit.lab.stats import mean, spread, tell, where
 
 PAPER = method("weight_conditioning").paper
 MESHES = ("bunny", "armadillo", "dragon", "happy", "lucy", "spot")
@@ -39,6 +40,7 @@ ROWS = {
     CONDITIONED: Trial("e", "none+e@re:trunk"),
     KEPT: Trial("e-kept", "none", "kept"),
 }
+STUDY = Study(ROWS, learn_solid, measure_solid, ("solid", "kind"))
 KINDS: dict[Kind, str] = {"gaussian": "Gaussian", "sine": "sine", "relu": "ReLU + PE"}
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"width": 8, "depth": 2, "points": 400, "batch": 100, "epochs": 1, "every": 1, "grid": 8},
@@ -67,59 +69,42 @@ def solids(bench: Bench) -> tuple[str, ...]:
     return found if bench.scale == "full" else found[:2]
 
 
-def sweeps(bench: Bench, solid: str) -> dict[tuple[Kind, str], list[OccupancyJob]]:
+def sweeps(bench: Bench, solid: str) -> dict[str, list[OccupancyJob]]:
     """Lists what each activation and row tries: all rates, with the first seed."""
+    first, rates = bench.seeds[0], RATES[bench.scale]
     size = SIZES[bench.scale] | ({} if bench.epochs is None else {"epochs": bench.epochs})
     return {
-        (kind, name): [
-            OccupancyJob(solid, folder, recipe, kind, bench.seeds[0], scale, rate=rate, **size)
-            for rate in RATES[bench.scale]
+        f"{kind} {name}": [
+            OccupancyJob(solid, row[0], row[1], kind, first, row[2], rate=rate, **size) for rate in rates
         ]
         for kind in KINDS
-        for name, (folder, recipe, scale) in ROWS.items()
+        for name, row in ROWS.items()
     }
 
 
-def jobs(bench: Bench, solids: Sequence[str], chosen: Mapping[tuple[Kind, str], OccupancyJob]) -> list[OccupancyJob]:
-    """Lists the runs; at small scale other activations than the Gaussian have the first solid and seed alone.
-
-    Args:
-        bench: where and at what size.
-        solids: what is learned.
-        chosen: by activation and row, its job at the rate that it takes.
-    """
-    small = bench.scale != "full"
+def jobs(bench: Bench, solids: Sequence[str], chosen: Mapping[str, OccupancyJob]) -> list[OccupancyJob]:
+    """Lists the runs; at small scale other activations than the Gaussian have the first solid and seed alone."""
+    few = {kind: bench.scale != "full" and kind != "gaussian" for kind in KINDS}
     return [
-        replace(chosen[kind, name], solid=solid, seed=seed)
+        replace(chosen[f"{kind} {name}"], solid=solid, seed=seed)
         for kind in KINDS
-        for solid in (solids[:1] if small and kind != "gaussian" else solids)
+        for solid in (solids[:1] if few[kind] else solids)
         for name in ROWS
-        for seed in (bench.seeds[:1] if small and kind != "gaussian" else bench.seeds)
+        for seed in (bench.seeds[:1] if few[kind] else bench.seeds)
     ]
 
 
 def run(bench: Bench) -> dict[str, Any]:
     """Trains what is missing."""
     learnt = solids(bench)
-    tried = sweeps(bench, learnt[0])
-    rates = tune(bench, learn_solid, {" ".join(key): jobs for key, jobs in tried.items()}, _seen)
-    chosen = {key: replace(job, rate=rates[" ".join(key)]["rate"]) for key, (job, *_) in tried.items()}
+    rates, chosen = STUDY.choose(bench, sweeps(bench, learnt[0]), _seen)
     wanted = jobs(bench, learnt, chosen)
-    names = {row.folder: name for name, row in ROWS.items()}
-    runs, pictures, costs = [], {}, {}
-    for job, found in zip(wanted, bench.sweep(learn_solid, wanted), strict=True):
-        shown, row = found.pop("pictures"), names[job.row]
-        if job.seed == bench.seeds[0]:
-            pictures.setdefault(f"{job.solid} {job.kind}", {})[row] = shown
-        runs.append({"solid": job.solid, "kind": job.kind, "row": row, "seed": job.seed, **found})
-    for kind in KINDS:
-        (found,) = bench.sweep(measure_solid, [Costs(tuple(chosen[kind, name] for name in ROWS))])
-        costs[kind] = {names[folder]: cost for folder, cost in found.items()}
+    runs, pictures = STUDY.train(bench, wanted)
     return {
         "scale": bench.scale,
         "settings": settings_of(wanted[0]),
         "rates": {kind: {name: rates[f"{kind} {name}"] for name in ROWS} for kind in KINDS},
-        "costs": costs,
+        "costs": {kind: STUDY.cost(bench, (chosen[f"{kind} {name}"] for name in ROWS)) for kind in KINDS},
         "runs": runs,
         "pictures": pictures,
     }
@@ -130,18 +115,24 @@ def _seen(found: Mapping[str, Any]) -> dict[str, Any]:
     return {"status": found["status"], "score": end.get("iou_held"), "loss": end.get("loss"), "reached": end["epoch"]}
 
 
-def _subjects(result: Mapping[str, Any]) -> dict[tuple[str, Kind], list[Row]]:
-    pairs = dict.fromkeys((run["solid"], run["kind"]) for run in result["runs"])
-    return {(solid, kind): where(result["runs"], solid=solid, kind=kind) for solid, kind in pairs}
+NEAR = (
+    "Mean ± standard deviation over seeds, of 100,000 points about the surface (standard deviation 0.01), which all seeds "
+    "share. Minus plain: the mean of differences paired by seed, with its 95 % interval where there are two seeds or more.",
+    "The paper's numbers are in a supplement that is not public.",
+)
+WHOLE = (
+    "IoU: of 100,000 points anywhere in the cube. Volume: of the extracted surface minus the solid's. κ: condition number "
+    "of the weights that are trained and of those that the trunk multiplies with, geometric mean over its layers, at the "
+    "end.",
+)
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """Ours; the paper's numbers are not known."""
     scores, more = [], []
-    for (solid, kind), all_runs in _subjects(result).items():
+    for (solid, kind), all_runs in STUDY.subjects(result).items():
         for name in ROWS:
-            if not (runs := where(all_runs, row=name)):
-                continue
+            runs = where(all_runs, row=name)
             head = (f"{solid}, {KINDS[kind]}", name)
             told = None if name == PLAIN else tell(gained(all_runs, ROWS, name, "iou_near")[0], "+.3f")
             rate = result["rates"][kind][name]["rate"]
@@ -151,32 +142,21 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
             volume = None if excess is None else f"{100 * excess:+.1f} %"
             more.append([*head, spread([run["iou"] for run in runs], ".3f"), volume, *inner])
     size = f"{result['scale']} scale"
-    swept = [
-        {"name": f"{KINDS[k]}, {name}", **row} for k, rows in result["rates"].items() for name, row in rows.items()
-    ]
-    near = (
-        "Mean ± standard deviation over seeds, of 100,000 points about the surface (standard deviation 0.01), which all seeds "
-        "share. Minus plain: the mean of differences paired by seed, with its 95 % interval where there are two seeds or more.",
-        "The paper's numbers are in a supplement that is not public.",
-    )
-    whole = (
-        "IoU: of 100,000 points anywhere in the cube. Volume: of the extracted surface minus the solid's. κ: condition number "
-        "of the weights that are trained and of those that the trunk multiplies with, geometric mean over its layers, at the "
-        "end.",
-    )
+    each = [(f"{KINDS[k]}, {name}", row) for k, rows in result["rates"].items() for name, row in rows.items()]
+    swept = [{"name": name, **row} for name, row in each]
     columns = ("solid", "network", "IoU near", "minus plain", "rate", "seeds")
     wide = ("solid", "network", "IoU", "volume", "κ trained", "κ effective")
     note = "IoU near the surface at the end, first solid and seed, of the points that choose the rate."
     return [
-        Table(f"IoU near the surface, {size}", columns, scores, [*near, *edges(swept)]),
-        Table(f"The whole body, {size}", wide, more, whole),
+        Table(f"IoU near the surface, {size}", columns, scores, [*NEAR, *edges(swept)]),
+        Table(f"The whole body, {size}", wide, more, WHOLE),
         *rates_table("Learning rates", swept, note, form=".3f", scale=1.0),
         *(_time(result, kind) for kind in result["costs"]),
     ]
 
 
 def _time(result: Mapping[str, Any], kind: Kind) -> Table:
-    solid = next(iter(_subjects(result)))[0]
+    solid = next(iter(STUDY.subjects(result)))[0]
     settings = result["settings"]
 
     def score(name: str, epoch: int) -> list[float | None]:
@@ -192,16 +172,14 @@ def _time(result: Mapping[str, Any], kind: Kind) -> Table:
 def remarks(result: Mapping[str, Any]) -> list[str]:
     """What E changes, and what was chosen here."""
     said = []
-    for (solid, kind), runs in _subjects(result).items():
+    for (solid, kind), runs in STUDY.subjects(result).items():
         found = {name: gained(runs, ROWS, name, "iou_near") for name in (CONDITIONED, KEPT)}
         parts = [f"{name} {told}, {word}" for name, (gap, word) in found.items() if (told := tell(gap, "+.3f"))]
-        said.append(
-            f"{solid}, {KINDS[kind]}: IoU near the surface minus plain: {'; '.join(parts) or 'nothing to compare'}."
-        )
+        told = "; ".join(parts) or "nothing to compare"
+        said.append(f"{solid}, {KINDS[kind]}: IoU near the surface minus plain: {told}.")
     said += lowered([run for run in result["runs"] if run["row"] in (CONDITIONED, KEPT)])
-    said += lost(
-        [{**run, "kind": KINDS[run["kind"]]} for run in result["runs"]], "{row} of {solid} with {kind}, seed {seed}"
-    )
+    named = [{**run, "kind": KINDS[run["kind"]]} for run in result["runs"]]
+    said += lost(named, "{row} of {solid} with {kind}, seed {seed}")
     if analytic := [solid for solid in dict.fromkeys(run["solid"] for run in result["runs"]) if solid in shapes.SHAPES]:
         said.append(f"No meshes were given: the solids are analytic shapes ({', '.join(analytic)}).")
     said.append(f"{result['scale'].capitalize()} scale: {_size(result['settings'])}.")
@@ -227,34 +205,30 @@ def _size(settings: Mapping[str, Any]) -> str:
     )
 
 
+SURFACES = (
+    "The solid, and the surfaces that {} networks of the first seed "
+    "learned: plain, with conditioned weights (E), and with E at the scale of the start (kept scale). IoU, "
+    "intersection over union, is 1 where a surface encloses just what the solid does; it is taken over the whole "
+    "cube and near the surface, where details count."
+)
+
+
 def figures(result: Mapping[str, Any]) -> list[Drawing]:
     """The learned surfaces next to the solids, one figure per activation, and IoU along training."""
-    there = {kind for _, kind in _subjects(result)}
-    return [
-        *(
-            Drawing(
-                f"surfaces-{kind}",
-                partial(_surfaces, result, kind),
-                f"The solid, and the surfaces that {words.replace('PE', 'positional encoding')} networks of the first seed "
-                "learned: plain, with conditioned weights (E), and with E at the scale of the start (kept scale). IoU, "
-                "intersection over union, is 1 where a surface encloses just what the solid does; it is taken over the whole "
-                "cube and near the surface, where details count.",
-            )
-            for kind, words in KINDS.items()
-            if kind in there
-        ),
+    drawn = [
         Drawing(
-            "iou",
-            lambda: _curves(result),
-            f"IoU, intersection over union with the solid, near its surface along training (PE: positional encoding); {SEEDS}, "
-            "and a line without a band is one seed. Look at how far E is from plain, and whether it still is when E keeps the "
-            "scale of the start.",
-        ),
+            f"surfaces-{kind}",
+            partial(_surfaces, result, kind),
+            SURFACES.format(words.replace("PE", "positional encoding")),
+        )
+        for kind, words in KINDS.items()
+        if where(result["runs"], kind=kind)
     ]
+    return [*drawn, _curves(result)]
 
 
 def _surfaces(result: Mapping[str, Any], kind: Kind) -> Figure:
-    subjects = {solid: runs for (solid, of), runs in _subjects(result).items() if of == kind}
+    subjects = {solid: runs for (solid, of), runs in STUDY.subjects(result).items() if of == kind}
     columns = 1 + len(ROWS)
     figure, axes = grid(len(subjects), columns, (FULL / columns + 0.45) * len(subjects))
     for row, (solid, runs) in zip(axes, subjects.items(), strict=True):
@@ -273,8 +247,14 @@ def _surfaces(result: Mapping[str, Any], kind: Kind) -> Figure:
     return figure
 
 
+@drawn(
+    "iou",
+    f"IoU, intersection over union with the solid, near its surface along training (PE: positional encoding); {SEEDS}, "
+    "and a line without a band is one seed. Look at how far E is from plain, and whether it still is when E keeps the "
+    "scale of the start.",
+)
 def _curves(result: Mapping[str, Any]) -> Figure:
-    subjects = _subjects(result)
+    subjects = STUDY.subjects(result)
     across = min(4, len(subjects))
     down = -(-len(subjects) // across)
     figure = Figure(figsize=(FULL, 0.4 + 2.2 * down), layout="constrained")
@@ -294,5 +274,5 @@ def _curves(result: Mapping[str, Any]) -> Figure:
 EXPERIMENT = Experiment(
     "shape", "reproduce", "Weight conditioning of occupancy fields (3D shape modelling)",
     "Conditioning the weights of a network that models a 3D shape improves it; the figures stand in the supplement.",
-    PAPER, run, tables, figures, remarks, ("tiny", "small", "full"),
+    PAPER, run, tables, figures, remarks,
 )  # fmt: skip

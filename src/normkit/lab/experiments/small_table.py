@@ -12,7 +12,7 @@ from torch import nn
 
 from normkit.core.card import Paper
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments.runs import diverged, labelled, notes, size_of, source_of
+from normkit.lab.experiments import runs
 from normkit.lab.models.noisy_norm import Shift
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.report.bands import dots, rows_of
@@ -74,15 +74,10 @@ def turned(model: SmallCNN, activation: Callable[[], nn.Module] = nn.ReLU) -> Sm
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared.
+    """What is compared: `train` is :func:`learn` with the experiment's rows.
 
-    Args:
-        train: does a job: :func:`learn` with the rows of the experiment.
-        rows: by batch size, the rows' titles by name; the first is the one that others are compared with.
-        rates: by batch size, those that each row tries; further ones follow where the best is the smallest or largest.
-        epochs: at small scale.
-        pairs: rows that remarks compare, the first minus the second, where both are there.
-        about: a note below the tables. Default: none.
+    By batch size: the rows' titles by name, the first of which the others are compared with, and the rates that each tries, with
+    further ones where the best is the smallest or largest. `epochs` are of the small scale, `pairs` of rows are for remarks.
     """
 
     train: Callable[[Training, Path], dict[str, Any]]
@@ -97,30 +92,21 @@ class Plan:
         parts = [partial(part, self) for part in (run, tables, figures, remarks)]
         # The report's account of what was run is the docstring of this module.
         parts[0].__module__ = self.train.__module__  # pyright: ignore[reportAttributeAccessIssue]
-        scales = "tiny", "small", "full"
-        return Experiment(name, "claim", title, claim, paper, *parts, scales=scales)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return Experiment(name, "claim", title, claim, paper, *parts)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def run(plan: Plan, bench: Bench) -> dict[str, Any]:
     """Finds the rate of each row with the first seed, on held-out images, then trains with it and every seed."""
-    size, first = size_of(bench, plan.epochs), bench.seeds[0]
-    tiny = bench.scale == "tiny"
-    makers = {
-        f"{row}, {batch}": partial(Training, row=row, batch=batch, **size)
-        for batch, some in plan.rows.items()
-        for row in some
-    }
-    tried = {
-        name: [make(rate=rate, seed=first) for rate in ((0.1, 1e30) if tiny else plan.rates[make.keywords["batch"]])]
-        for name, make in makers.items()
-    }
-
-    swept = tune(
-        bench, plan.train, tried, look, None if tiny else lambda name, rate: makers[name](rate=rate, seed=first)
-    )
+    size, first, tiny = runs.size_of(bench, plan.epochs), bench.seeds[0], bench.scale == "tiny"
+    names = [(f"{row}, {batch}", row, batch) for batch, some in plan.rows.items() for row in some]
+    makers = {name: partial(Training, row=row, batch=batch, **size) for name, row, batch in names}
+    rates = {batch: (0.1, 1e30) if tiny else plan.rates[batch] for batch in plan.rows}
+    tried = {name: [makers[name](rate=rate, seed=first) for rate in rates[batch]] for name, _, batch in names}
+    beyond = None if tiny else lambda name, rate: makers[name](rate=rate, seed=first)
+    swept = tune(bench, plan.train, tried, look, beyond)
     jobs = [make(rate=swept[name]["rate"], seed=seed) for seed in bench.seeds for name, make in makers.items()]
-    runs = labelled(bench, plan.train, jobs, "row", "batch", "rate", "seed")
-    return {"runs": runs, "swept": swept, **size, **source_of(size, bench)}
+    done = runs.labelled(bench, plan.train, jobs, "row", "batch", "rate", "seed")
+    return {"runs": done, "swept": swept, **size, **runs.source_of(size, bench)}
 
 
 def look(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,16 +123,16 @@ def tables(plan: Plan, result: Mapping[str, Any]) -> list[Table]:
         swept = [{"name": title, **result["swept"][f"{row}, {batch}"]} for row, title in titles.items()]
         lines: list[list[Any]] = []
         for row, title in titles.items():
-            runs = where(result["runs"], row=row, batch=batch)
-            scores, losses = [run["test"] for run in runs], [run["loss"][-1] for run in runs if run["status"] == OK]
-            change = [None, None] if runs == base else [difference(runs, base), judge_runs(runs, base, "test")]
-            lines.append([title, runs[0]["rate"], spread(scores, ".1f", 100), *change, spread(losses, ".2f")])
+            own = where(result["runs"], row=row, batch=batch)
+            scores, losses = [run["test"] for run in own], [run["loss"][-1] for run in own if run["status"] == OK]
+            change = [None, None] if own == base else [difference(own, base), judge_runs(own, base, "test")]
+            lines.append([title, own[0]["rate"], spread(scores, ".1f", 100), *change, spread(losses, ".2f")])
         said = (
             f"{result['data']}: {result['train'] or 'all'} training images, {result['epochs']} epochs of SGD with momentum 0.9, "
             "cosine decay; mean ± standard deviation over seeds, differences in points, paired by seed, with their 95 % interval."
         )
         columns = ("row", "rate", "test, %", f"minus {swept[0]['name']}", "it is", "training loss")
-        said = notes(result, said, *filter(None, [plan.about]), *edges(swept))
+        said = runs.notes(result, said, *filter(None, [plan.about]), *edges(swept))
         found.append(Table(f"Batch {batch}", columns, lines, said))
         note = "Accuracy on held-out images in %, first seed; it chooses the rate."
         found += rates_table(f"Batch {batch}: learning rates", swept, note)
@@ -165,11 +151,11 @@ def remarks(plan: Plan, result: Mapping[str, Any]) -> list[str]:
         told = []
         for one, other in plan.pairs:
             if one in titles and other in titles:
-                runs, base = (where(result["runs"], row=row, batch=batch) for row in (one, other))
-                change = f"{difference(runs, base)}, {judge_runs(runs, base, 'test')}"
+                own, base = (where(result["runs"], row=row, batch=batch) for row in (one, other))
+                change = f"{difference(own, base)}, {judge_runs(own, base, 'test')}"
                 told.append(f"{titles[one]} minus {titles[other]} {change}")
         said.append(f"Batch {batch}, test accuracy in points: {'; '.join(told)}.")
-    return [*said, diverged(result["runs"])]
+    return [*said, runs.diverged(result["runs"])]
 
 
 def figures(plan: Plan, result: Mapping[str, Any]) -> list[Drawing]:
@@ -178,17 +164,16 @@ def figures(plan: Plan, result: Mapping[str, Any]) -> list[Drawing]:
         "Test accuracy of each row at its chosen rate; a dot is a seed, a bar the mean over seeds, and the vertical line that of "
         "the first row. Look for rows whose dots are all on one side of the line; a seed that diverged has no dot."
     )
-    return [Drawing("accuracy", lambda: accuracies(plan, result), caption)]
+    return [Drawing("accuracy", lambda: _accuracies(plan, result), caption)]
 
 
-def accuracies(plan: Plan, result: Mapping[str, Any]) -> Figure:
-    """Test accuracies, a dot per seed."""
+def _accuracies(plan: Plan, result: Mapping[str, Any]) -> Figure:
     count = len(plan.rows)
     figure, axes = panels(count, FULL if count > 1 else FULL * 0.7, 2.0)
     for axis, (batch, titles) in zip(axes, plan.rows.items(), strict=True):
         for y, row in enumerate(titles):
-            runs = where(result["runs"], row=row, batch=batch)
-            scores = [100 * score for score in known(run["test"] for run in runs)]
+            tests = (run["test"] for run in where(result["runs"], row=row, batch=batch))
+            scores = [100 * score for score in known(tests)]
             dots(axis, y, scores, COLOURS[0] if y else GREY)
             if scores and not y:
                 axis.axvline(fmean(scores), color=FAINT, linewidth=0.8)

@@ -21,29 +21,22 @@ from torch.nn import functional as F
 from normkit.activations.adaptive_instance_norm import adaptive_instance_norm
 from normkit.catalogue.methods import method
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments.runs import labelled, notes, size_of, source_of
+from normkit.lab.experiments import runs
 from normkit.lab.experiments.trials import grid
 from normkit.lab.models.noisy_norm import Shift
-from normkit.lab.models.small_cnn import SmallCNN
-from normkit.lab.seeding import reseed
 from normkit.lab.stats import spread
 from normkit.lab.train.images import Size, Stream, fit
-from normkit.lab.train.walk import device, walk
+from normkit.lab.train.walk import descend, device, walk
 
 STEPS, BATCH, SHOWN = {"tiny": 3, "small": 500, "full": 5000}, 16, 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transfer(Size):
+class Transfer(Size, path="seed={0.seed}"):
     """One encoder and decoder."""
 
     seed: int
     steps: int
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return f"seed={self.seed}"
 
 
 def moments(features: list[Tensor]) -> list[Tensor]:
@@ -59,8 +52,7 @@ def distance(these: list[Tensor], those: list[Tensor]) -> Tensor:
 def transfer(job: Transfer, folder: Path) -> dict[str, Any]:
     """Trains the encoder, then the decoder, and measures it on test images."""
     data = job.images()
-    reseed(job.seed, "init")
-    classifier = SmallCNN(Shift, channels=data["train"][0].shape[1], width=job.width).to(device())
+    classifier = runs.network(job, data, Shift)
     fit(classifier, Stream(data["train"], BATCH, job.seed), job.epochs, 0.02, job.seed, folder / "encoder")
     layers = classifier.features.requires_grad_(False)
     wide, channels = 2 * job.width, data["train"][0].shape[1]
@@ -87,9 +79,7 @@ def transfer(job: Transfer, folder: Path) -> dict[str, Any]:
     def step(number: int) -> dict[str, float] | None:
         content, style = stream(number)[0].split(BATCH)
         _, kept, apart = losses(content, style)
-        optimizer.zero_grad()
-        (kept + 10 * apart).backward()
-        optimizer.step()
+        descend(optimizer, kept + 10 * apart)
         return {"content": kept.item(), "style": apart.item()} if number in (1, job.steps) else None
 
     walk(folder, job.steps, {"decoder": decoder, "optimizer": optimizer}, step, job.seed)
@@ -111,21 +101,19 @@ def pixels(images: Tensor) -> Tensor:
 
 def run(bench: Bench) -> dict[str, Any]:
     """Trains with every seed."""
-    size = {**size_of(bench, 6), "halve": False}
+    size = {**runs.size_of(bench, 6), "halve": False}
     jobs = [Transfer(seed=seed, steps=STEPS[bench.scale], **size) for seed in bench.seeds]
-    return {"runs": labelled(bench, transfer, jobs, "seed"), "job": asdict(jobs[0]), **source_of(size, bench)}
+    done = runs.labelled(bench, transfer, jobs, "seed")
+    return {"runs": done, "job": asdict(jobs[0]), **runs.source_of(size, bench)}
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Distances on test images."""
-    runs = result["runs"]
-    cells = [spread([run[key] for run in runs], ".3g") for key in ("before", "style", "content")]
+    cells = [spread([run[key] for run in result["runs"]], ".3g") for key in ("before", "style", "content")]
     columns = ("distance of moments, content to style", "output to style", "output's features to their target")
-    said = notes(
-        result,
-        f"Squared, on 32 test images; {result['job']['steps']} steps of the decoder. Mean ± standard deviation over seeds.",
-    )
-    return [Table("Style and content", columns, [cells], said)]
+    steps = result["job"]["steps"]
+    about = f"Squared, on 32 test images; {steps} steps of the decoder. Mean ± standard deviation over seeds."
+    return [Table("Style and content", columns, [cells], runs.notes(result, about))]
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
@@ -160,5 +148,5 @@ def draw(pictures: dict[str, Any]) -> Figure:
 EXPERIMENT = Experiment(
     "style-transfer", "claim", "Style transfer by adaptive instance normalization",
     "Giving features the means and deviations of a style image's features, and decoding them, transfers the style.",
-    method("adaptive_instance_norm").paper, run, tables, figures, remarks, ("tiny", "small", "full"),
+    method("adaptive_instance_norm").paper, run, tables, figures, remarks,
 )  # fmt: skip

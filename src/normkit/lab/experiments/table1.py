@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from normkit.lab.experiment import Bench, Experiment
-from normkit.lab.experiments.classification import PAPER, Plan, Row, difference, length_of, study, tables, verdicts
+from normkit.lab.experiment import Experiment
+from normkit.lab.experiments.classification import PAPER, Plan, Row, difference, early, study, tables, verdicts
 from normkit.lab.experiments.classification_drawing import figures
 from normkit.lab.train.learning import Training
 
@@ -45,20 +45,12 @@ def plans(scale: str, model: str = "inception8", printed: Mapping[str, Mapping[s
     found = []
     for data, label in (("cifar10", "CIFAR-10"), ("cifar100", "CIFAR-100")):
         rows = tuple(Row(name, recipe, printed=printed[label][name]) for name, recipe in RECIPES.items())
-        plan = Plan(
-            label, replace(base, data=data), rows, CONTROLS, RATES["small" if small else "full"], 1e-3, same=True
-        )
-        if small:
-            plan = replace(plan, rate=None)
+        rates, rate = RATES["small" if small else "full"], None if small else 1e-3
+        plan = Plan(label, replace(base, data=data), rows, CONTROLS, rates, rate, same=True)
         if small and found:
             plan = replace(plan, rates=(), borrow=found[0].label, controls=(), same=False, costs=0.0)
         found.append(plan)
     return found
-
-
-def run(bench: Bench) -> dict[str, Any]:
-    """Does what is missing."""
-    return study(bench, plans(bench.scale))
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
@@ -85,17 +77,15 @@ def where_from(result: Mapping[str, Any]) -> list[str]:
 
 def caution(result: Mapping[str, Any]) -> list[str]:
     """What the small scale can't show."""
-    what = (
+    return [
         "With BN behind the first convolution its row scale does not reach the function, so two-layer E changes the function in "
         "the last layer alone: class vectors of unit length, and logits that differ from their bias by at most the norm of the "
-        "features. The rest is a change of effective learning rates."
-    )
-    if result["scale"] != "small":
-        return [what]
-    return [
-        what,
-        f"Small scale: {length_of(result)}, where the paper has about 78,000 steps. Levels can't be compared with the printed "
-        "ones; differences between rows are those of early training.",
+        "features. The rest is a change of effective learning rates.",
+        *early(
+            result,
+            ", where the paper has about 78,000 steps. Levels can't be compared with the printed ones; differences between "
+            "rows are those of early training.",
+        ),
     ]
 
 
@@ -107,5 +97,5 @@ ODDITIES = (
 EXPERIMENT = Experiment(
     "table1", "reproduce", "Table 1: Inception on CIFAR-10 and CIFAR-100",
     "BN with weight conditioning of the first and last layer beats BN, BN + WS and BN + W on an Inception network.",
-    PAPER, run, tables, figures, remarks, ("tiny", "small", "full"),
+    PAPER, lambda bench: study(bench, plans(bench.scale)), tables, figures, remarks,
 )  # fmt: skip

@@ -7,7 +7,7 @@ scales.
 
 from typing import Any
 
-from normkit.lab.experiment import Bench, Experiment
+from normkit.lab.experiment import Experiment
 from normkit.lab.experiments import table1
 from normkit.lab.experiments.classification import PAPER, study, tables, verdicts
 from normkit.lab.experiments.classification_drawing import figures
@@ -26,11 +26,6 @@ ODDITIES = (
 )
 
 
-def run(bench: Bench) -> dict[str, Any]:
-    """Does what is missing."""
-    return study(bench, table1.plans(bench.scale, "densenet", PRINTED))
-
-
 def remarks(result: dict[str, Any]) -> list[str]:
     """What is seen, and what is odd in the printed table."""
     return [*verdicts(result), *table1.where_from(result), *table1.caution(result), *ODDITIES]
@@ -39,5 +34,5 @@ def remarks(result: dict[str, Any]) -> list[str]:
 EXPERIMENT = Experiment(
     "table2", "reproduce", "Table 2: DenseNet on CIFAR-10 and CIFAR-100",
     "BN with weight conditioning of the first and last layer beats BN, BN + WS and BN + W on a DenseNet, by up to 9.5 points.",
-    PAPER, run, tables, figures, remarks, ("tiny", "small", "full"),
+    PAPER, lambda bench: study(bench, table1.plans(bench.scale, "densenet", PRINTED)), tables, figures, remarks,
 )  # fmt: skip

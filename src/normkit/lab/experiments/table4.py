@@ -22,15 +22,14 @@ from normkit.catalogue.methods import method
 from normkit.lab.data.llff import FOLDER, SCENES
 from normkit.lab.data.root import data_root
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments.trials import Trial, curves, ends, first_seed, gained, grid, lost, settings_of
+from normkit.lab.experiments.trials import Study, Trial, curves, ends, first_seed, gained, grid, lost, settings_of
 from normkit.lab.fields.radiance import RadianceJob, decode, learn_scene, measure_scene
 from normkit.lab.report.bands import along
 from normkit.lab.report.canvas import FULL, log, panels, plain
 from normkit.lab.report.drawing import SEEDS, name_ends
 from normkit.lab.report.tables import edges, lowered, rates_table, time_table
 from normkit.lab.say import counted
-from normkit.lab.stats import Row, mean, spread, tell, tune, where
-from normkit.lab.train.cost import Costs
+from normkit.lab.stats import Row, mean, spread, tell, where
 
 PAPER = method("weight_conditioning").paper
 PRINTED = {
@@ -49,6 +48,7 @@ ROWS = {
     "NeRF + BN": Trial("nerf-bn", "bn"),
 }
 NORMS = ("NeRF + WN", "NeRF + LN", "NeRF + BN")
+STUDY = Study(ROWS, learn_scene, measure_scene, ("scene",))
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"width": 8, "depth": 3, "reduce": 12, "rays": 16, "coarse": 6, "fine": 6, "steps": 2, "every": 1},
     "small": {"width": 64, "rays": 256, "coarse": 24, "fine": 24, "steps": 1000, "every": 100},
@@ -71,24 +71,15 @@ def scenes(bench: Bench) -> list[str]:
 
 def sweeps(bench: Bench, scene: str) -> dict[str, list[RadianceJob]]:
     """Lists what each row tries: all rates, with the first seed."""
+    first, rates, size = bench.seeds[0], RATES[bench.scale], {"epochs": bench.epochs, **SIZES[bench.scale]}
     return {
-        name: [
-            RadianceJob(
-                scene, folder, recipe, bench.seeds[0], scale, epochs=bench.epochs, rate=rate, **SIZES[bench.scale]
-            )
-            for rate in RATES[bench.scale]
-        ]
-        for name, (folder, recipe, scale) in ROWS.items()
+        name: [RadianceJob(scene, row.folder, row.recipe, first, row.scale, rate=rate, **size) for rate in rates]
+        for name, row in ROWS.items()
     }
 
 
 def jobs(bench: Bench, chosen: Mapping[str, RadianceJob]) -> list[RadianceJob]:
-    """Lists the runs: at full scale every row with every seed, at small scale the controls with the first seed alone.
-
-    Args:
-        bench: where and at what size.
-        chosen: by row, its job at the rate that it takes.
-    """
+    """Lists the runs: at full scale every row with every seed, at small scale the controls with the first seed alone."""
     repeated = tuple(ROWS) if bench.scale == "full" else (PLAIN, CONDITIONED)
     return [
         replace(job, scene=scene, seed=seed)
@@ -100,25 +91,15 @@ def jobs(bench: Bench, chosen: Mapping[str, RadianceJob]) -> list[RadianceJob]:
 
 def run(bench: Bench) -> dict[str, Any]:
     """Trains what is missing."""
-    tried = sweeps(bench, scenes(bench)[0])
-    rates = tune(bench, learn_scene, tried, _seen)
-    chosen = {name: replace(job, rate=rates[name]["rate"]) for name, (job, *_) in tried.items()}
+    rates, chosen = STUDY.choose(bench, sweeps(bench, scenes(bench)[0]), _seen)
     wanted = jobs(bench, chosen)
-    names = {row.folder: name for name, row in ROWS.items()}
-    runs, pictures = [], {}
-    for job, found in zip(wanted, bench.sweep(learn_scene, wanted), strict=True):
-        shown, row = found.pop("pictures"), names[job.row]
-        if job.seed == bench.seeds[0]:
-            pictures.setdefault(job.scene, {})[row] = shown
-        about = {"scene": job.scene, "row": row, "seed": job.seed, "rate": job.rate}
-        runs.append({**about, "score": mean(found["psnr"] or []), **found})
-    (costs,) = bench.sweep(measure_scene, [Costs(tuple(chosen.values()))])
+    runs, pictures = STUDY.train(bench, wanted)
     return {
         "scale": bench.scale,
         "settings": settings_of(wanted[0]),
         "rates": rates,
-        "costs": {names[folder]: cost for folder, cost in costs.items()},
-        "runs": runs,
+        "costs": STUDY.cost(bench, chosen.values()),
+        "runs": [{**run, "rate": rates[run["row"]]["rate"], "score": mean(run["psnr"] or [])} for run in runs],
         "pictures": pictures,
     }
 
@@ -128,20 +109,24 @@ def _seen(found: Mapping[str, Any]) -> dict[str, Any]:
     return {"status": found["status"], "score": score, "loss": 0.0, "reached": found["steps"]}
 
 
-def _by_scene(result: Mapping[str, Any]) -> dict[str, list[Row]]:
-    return {
-        scene: where(result["runs"], scene=scene) for scene in dict.fromkeys(run["scene"] for run in result["runs"])
-    }
-
-
 def _names(runs: list[Row]) -> list[str]:
     return [name for name in ROWS if where(runs, row=name)]
+
+
+OURS = (
+    "Ours: mean ± standard deviation over seeds of the mean over the views that judge, which all seeds share. Minus "
+    "NeRF: the mean of paired differences, same seed, with its 95 % interval where there are two seeds or more."
+)
+INNER = (
+    "Training PSNR: of 2,048 pixels of the training views. κ: condition number of the weights that are trained and of "
+    "those that the trunks multiply with, geometric mean over their layers."
+)
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """Ours, two per scene, and the paper's."""
     made, swept = [], [{"name": name, **row} for name, row in result["rates"].items()]
-    for scene, all_runs in _by_scene(result).items():
+    for scene, all_runs in STUDY.subjects(result).items():
         scores, more = [], []
         for name in _names(all_runs):
             runs = where(all_runs, row=name)
@@ -151,25 +136,17 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
             inner = [mean(end[key] for end in ends(runs)) for key in ("train_psnr", "raw_condition", "condition")]
             more.append([name, *inner, runs[0]["parameters"]])
         title = f"{scene}, {result['scale']} scale"
-        about = (
-            "Ours: mean ± standard deviation over seeds of the mean over the views that judge, which all seeds share. Minus "
-            "NeRF: the mean of paired differences, same seed, with its 95 % interval where there are two seeds or more."
-        )
         columns = ("network", "paper", "ours", "minus NeRF", "rate", "seeds")
-        made.append(Table(f"Test PSNR in dB, {title}", columns, scores, [about, *edges(swept)]))
-        about = (
-            "Training PSNR: of 2,048 pixels of the training views. κ: condition number of the weights that are trained and of "
-            "those that the trunks multiply with, geometric mean over their layers."
-        )
+        made.append(Table(f"Test PSNR in dB, {title}", columns, scores, [OURS, *edges(swept)]))
         columns = ("network", "training PSNR", "κ trained", "κ effective", "parameters")
-        made.append(Table(f"At the end of training, {title}", columns, more, [about]))
+        made.append(Table(f"At the end of training, {title}", columns, more, [INNER]))
     note = "PSNR of 2,048 pixels of training views in dB after the last step, first seed; it chooses the rate."
     made += rates_table("Learning rates", swept, note, form=".2f", scale=1.0, unit="step")
     return [*made, _time(result), _paper_table()]
 
 
 def _time(result: Mapping[str, Any]) -> Table:
-    scene, runs = next(iter(_by_scene(result).items()))
+    scene, runs = next(iter(STUDY.subjects(result).items()))
 
     def score(name: str, step: int) -> list[float | None]:
         found = [run["curve"] for run in where(runs, row=name)]
@@ -187,8 +164,8 @@ def _time(result: Mapping[str, Any]) -> Table:
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
     """What E and the controls change, and what is odd in the paper's table."""
-    said = [_verdict(result, scene) for scene in _by_scene(result)]
-    said += [sentence for scene in _by_scene(result) if (sentence := _controls(result, scene))]
+    said = [_verdict(result, scene) for scene in STUDY.subjects(result)]
+    said += [sentence for scene in STUDY.subjects(result) if (sentence := _controls(result, scene))]
     said += lowered(where(result["runs"], row=CONDITIONED))
     said += lost(result["runs"], "{row} on {scene}, seed {seed}")
     settings = result["settings"]
@@ -218,30 +195,29 @@ REMARKS = (
 
 def figures(result: Mapping[str, Any]) -> list[Drawing]:
     """Curves along training, and a view that judges with its depth for each network."""
-    drawn = []
-    for scene in _by_scene(result):
-        drawn += [
-            Drawing(
-                f"{scene}-psnr",
-                partial(_curves, result, scene),
-                "PSNR of held-out views, where higher is better (left), and condition number of the weights that the trunks "
-                f"multiply with, geometric mean over layers (right), along training on {scene}; {SEEDS}, and a line without a "
-                "band is one seed. Look at whether a lower condition number goes with a higher PSNR.",
-            ),
-            Drawing(
-                f"{scene}-views",
-                partial(_views, result, scene),
-                f"A held-out view of {scene} and what the first seed of each network makes of it, with the PSNR of this view, "
-                "above the depth that it found. Look for sharp edges, and for depths that follow the objects.",
-            ),
-        ]
-    return drawn
+    both = (("psnr", _curves, CURVES), ("views", _views, VIEWS))
+    return [
+        Drawing(f"{scene}-{name}", partial(draw, result, scene), caption.format(scene))
+        for scene in STUDY.subjects(result)
+        for name, draw, caption in both
+    ]
+
+
+CURVES = (
+    "PSNR of held-out views, where higher is better (left), and condition number of the weights that the trunks "
+    f"multiply with, geometric mean over layers (right), along training on {{}}; {SEEDS}, and a line without a "
+    "band is one seed. Look at whether a lower condition number goes with a higher PSNR."
+)
+VIEWS = (
+    "A held-out view of {} and what the first seed of each network makes of it, with the PSNR of this view, "
+    "above the depth that it found. Look for sharp edges, and for depths that follow the objects."
+)
 
 
 def _curves(result: Mapping[str, Any], scene: str) -> Figure:
     figure, axes = panels(2, FULL, 3.0)
     for axis, field in zip(axes, ("test_psnr", "condition"), strict=True):
-        found = along(axis, curves(_by_scene(result)[scene], ROWS), lambda row, field=field: row[field])
+        found = along(axis, curves(STUDY.subjects(result)[scene], ROWS), lambda row, field=field: row[field])
         if field == "condition":
             log(axis)
         name_ends(axis, found)
@@ -251,7 +227,7 @@ def _curves(result: Mapping[str, Any], scene: str) -> Figure:
 
 
 def _views(result: Mapping[str, Any], scene: str) -> Figure:
-    shown, runs = result["pictures"][scene], _by_scene(result)[scene]
+    shown, runs = result["pictures"][scene], STUDY.subjects(result)[scene]
     names = [name for name in _names(runs) if shown.get(name)]
     truth = decode(shown[names[0]]["truth"])
     height = 2 * FULL / (1 + len(names)) * truth.shape[0] / truth.shape[1] + 0.7
@@ -271,15 +247,14 @@ def _views(result: Mapping[str, Any], scene: str) -> Figure:
 def _paper_table() -> Table:
     one, other = PRINTED[CONDITIONED], PRINTED[PLAIN]
     rows = [[scene, a, b, round(a - b, 2)] for scene, a, b in zip(SCENES, one, other, strict=True)]
+    means = [fmean(one), fmean(other)]
     rows.append(["mean, printed", *(PRINTED_MEAN[name] for name in (CONDITIONED, PLAIN)), 0.6])
-    rows.append(
-        ["mean of the above", round(fmean(one), 2), round(fmean(other), 2), round(fmean(one) - fmean(other), 3)]
-    )
+    rows.append(["mean of the above", *(round(mean, 2) for mean in means), round(means[0] - means[1], 3)])
     return Table("Table 4 of the paper: test PSNR in dB", ("scene", CONDITIONED, PLAIN, "difference"), rows)
 
 
 def _verdict(result: Mapping[str, Any], scene: str) -> str:
-    found, word = gained(_by_scene(result)[scene], ROWS, CONDITIONED, "score")
+    found, word = gained(STUDY.subjects(result)[scene], ROWS, CONDITIONED, "score")
     if found.mean is None:
         return f"{scene}: E-NeRF and NeRF can't be compared, as one of them diverged in every seed."
     first = f"{scene}: E-NeRF is {abs(found.mean):.2f} dB {'above' if found.mean >= 0 else 'below'} NeRF"
@@ -290,7 +265,7 @@ def _verdict(result: Mapping[str, Any], scene: str) -> str:
 
 
 def _controls(result: Mapping[str, Any], scene: str) -> str:
-    runs = _by_scene(result)[scene]
+    runs = STUDY.subjects(result)[scene]
     means = {name: gained(runs, ROWS, name, "score")[0].mean for name in ROWS if name not in (PLAIN, CONDITIONED)}
     gains = {name: found for name, found in means.items() if found is not None}
     if not gains:
@@ -310,5 +285,5 @@ def _printed(name: str, scene: str) -> float | None:
 EXPERIMENT = Experiment(
     "table4", "reproduce", "Weight conditioning of neural radiance fields (Table 4)",
     "On eight forward-facing scenes E-NeRF reaches 30.20 dB on average and NeRF 29.6; other normalizations hinder NeRF.",
-    PAPER, run, tables, figures, remarks, ("tiny", "small", "full"),
+    PAPER, run, tables, figures, remarks,
 )  # fmt: skip

@@ -1,18 +1,23 @@
-"""What experiments on fields share: rows that differ by recipe, paired gains over the first, curves, and grids of pictures."""
+"""What experiments on fields share: rows that differ by recipe, their rates, runs and costs, paired gains, curves, pictures."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from normkit.lab.experiment import Bench
 from normkit.lab.models.rows import Scale
 from normkit.lab.report.bands import Curve
 from normkit.lab.report.canvas import FULL
 from normkit.lab.report.drawing import COLOURS, GREY, SHAPES
-from normkit.lab.stats import OK, Interval, Row, gain, judge_runs, where
+from normkit.lab.stats import OK, Interval, Row, Tried, gain, judge_runs, tune, where
+from normkit.lab.train.cost import Costs
+
+Function = Callable[[Any, Path], Row]
 
 
 class Trial(NamedTuple):
@@ -21,6 +26,47 @@ class Trial(NamedTuple):
     folder: str
     recipe: str
     scale: Scale = ""
+
+
+class Study(NamedTuple):
+    """The rows of a table on fields, what trains and what measures one of their jobs, and what tells a run's subject."""
+
+    rows: Mapping[str, Trial]
+    learn: Function
+    measure: Function
+    subject: tuple[str, ...]
+
+    def choose(
+        self, bench: Bench, tried: Mapping[str, Sequence[Any]], look: Callable[[Row], Tried]
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        """By name what was found of the rates that are tried, and the job at the best."""
+        rates = tune(bench, self.learn, tried, look)
+        return rates, {name: replace(job, rate=rates[name]["rate"]) for name, (job, *_) in tried.items()}
+
+    def train(self, bench: Bench, jobs: Sequence[Any]) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+        """The runs, labelled, and the pictures of the first seed by subject and row."""
+        names, runs, pictures = self._names, [], dict[str, dict[str, Any]]()
+        for job, found in zip(jobs, bench.sweep(self.learn, jobs), strict=True):
+            shown, about = found.pop("pictures"), {key: getattr(job, key) for key in self.subject}
+            if job.seed == bench.seeds[0]:
+                pictures.setdefault(" ".join(about.values()), {})[names[job.row]] = shown
+            runs.append({**about, "row": names[job.row], "seed": job.seed, **found})
+        return runs, pictures
+
+    def cost(self, bench: Bench, jobs: Iterable[Any]) -> dict[str, Any]:
+        """What a step of each row costs."""
+        (found,) = bench.sweep(self.measure, [Costs(tuple(jobs))])
+        return {self._names[folder]: cost for folder, cost in found.items()}
+
+    def subjects(self, result: Mapping[str, Any]) -> dict[Any, list[Row]]:
+        """The runs by subject: its name, or a tuple of those that make it."""
+        keys = dict.fromkeys(tuple(run[key] for key in self.subject) for run in result["runs"])
+        found = {key: where(result["runs"], **dict(zip(self.subject, key, strict=True))) for key in keys}
+        return {key[0] if len(key) == 1 else key: runs for key, runs in found.items()}
+
+    @property
+    def _names(self) -> dict[str, str]:
+        return {row.folder: name for name, row in self.rows.items()}
 
 
 def settings_of(job: Any) -> dict[str, Any]:

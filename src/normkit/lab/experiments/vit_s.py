@@ -20,10 +20,11 @@ from matplotlib.ticker import MaxNLocator
 from torch import nn
 
 from normkit.lab import task
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments import classification
-from normkit.lab.experiments.classification import PAPER, Plan, Row, difference, length_of, study, verdicts
+from normkit.lab.experiments.classification import PAPER, Plan, Row, difference, early, study, verdicts
 from normkit.lab.experiments.classification_drawing import figures as curves_of
+from normkit.lab.experiments.runs import drawn
 from normkit.lab.models.vit import Patches, VisionTransformer
 from normkit.lab.report.canvas import FULL, log, panels
 from normkit.lab.report.drawing import name_ends
@@ -105,10 +106,8 @@ def run(bench: Bench) -> dict[str, Any]:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Scores, controls, rates, time, and gradients at the start."""
-    lines = [
-        [name, lengths[0], lengths[-1], lengths[0] / lengths[-1] if lengths[-1] else None]
-        for name, lengths in result["gradients"].items()
-    ]
+    found = result["gradients"].items()
+    lines = [[name, some[0], some[-1], some[0] / some[-1] if some[-1] else None] for name, some in found]
     notes = ["Norm of the loss's gradient by all parameters of a block, before the first step, first seed."]
     more = Table("Gradients at the start", ["method", "first block", "last block", "ratio"], lines, notes)
     return [*classification.tables(result), more]
@@ -122,20 +121,15 @@ def remarks(result: dict[str, Any]) -> list[str]:
         if text := difference(result, label, one, other):
             said.append(f"Test Top-1 of {one} minus {other}: {text}.")
     without, with_ln = result["gradients"][NONE], result["gradients"][LN]
-    said.append(
+    return [
+        *said,
         f"Gradients at the start: with LN {with_ln[0]:.3g} in the first block and {with_ln[-1]:.3g} in the last; without "
-        f"{without[0]:.3g} and {without[-1]:.3g}. {_vanish(without, with_ln)}"
-    )
-    said.append(
+        f"{without[0]:.3g} and {without[-1]:.3g}. {_vanish(without, with_ln)}",
         "E on every layer makes its rows unit, 1.3 to 3.6 times as long as at the start of such a transformer, by the layer; the "
         "row that begins with unit rows and is free afterwards computes the same at the start. E's effective steps are longer, "
-        "as its raw rows are shorter, so each has a rate of its own."
-    )
-    if result["scale"] == "small":
-        said.append(
-            f"Small scale: {length_of(result)} of a small transformer; differences are those of early training."
-        )
-    return said
+        "as its raw rows are shorter, so each has a rate of its own.",
+        *early(result, " of a small transformer; differences are those of early training."),
+    ]
 
 
 def _vanish(without: list[float], with_ln: list[float]) -> str:
@@ -145,28 +139,19 @@ def _vanish(without: list[float], with_ln: list[float]) -> str:
     return f"So without LN they are {size} in the first block, and {depth} (first over last {falls:.2f})."
 
 
-def figures(result: Mapping[str, Any]) -> list[Drawing]:
-    """Training curves, rates, and gradients by block."""
-    return [
-        *curves_of(result),
-        Drawing(
-            "gradients",
-            lambda: _blocks(result),
-            "Norm of the loss's gradient by all parameters of each block before the first step, with the first seed; methods "
-            "that start alike lie on one another. Gradients that vanish on their way back are a line that falls from the last "
-            "block to the first.",
-        ),
-    ]
-
-
+@drawn(
+    "gradients",
+    "Norm of the loss's gradient by all parameters of each block before the first step, with the first seed; methods "
+    "that start alike lie on one another. Gradients that vanish on their way back are a line that falls from the last "
+    "block to the first.",
+)
 def _blocks(result: Mapping[str, Any]) -> Figure:
     figure, (axis,) = panels(1, FULL * 0.62, 2.6)
     found = result["gradients"]
     ends = []
     for (name, lengths), look in zip(found.items(), styles(list(found), LN), strict=True):
-        axis.plot(
-            range(1, len(lengths) + 1), lengths, look.marker, linestyle=look.line, color=look.light, markersize=3.4
-        )
+        places = range(1, len(lengths) + 1)
+        axis.plot(places, lengths, look.marker, linestyle=look.line, color=look.light, markersize=3.4)
         ends.append((lengths[-1], name, look.light))
     axis.set(xlabel="block", ylabel="norm of the gradient at the start")
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -184,5 +169,5 @@ def _length(block: nn.Module) -> float:
 EXPERIMENT = Experiment(
     "vit-s", "reproduce", "ViT-S on CIFAR-100",
     "Weight conditioning on top of LN improves a vision transformer, and without LN its gradients vanish.",
-    PAPER, run, tables, figures, remarks, ("tiny", "small", "full"),
+    PAPER, run, tables, lambda result: [*curves_of(result), _blocks(result)], remarks,
 )  # fmt: skip

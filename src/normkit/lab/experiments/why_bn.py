@@ -24,19 +24,17 @@ from torch.nn import functional as F
 
 from normkit.core.card import Paper
 from normkit.diagnostics.curvature import smoothness
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments import rates
-from normkit.lab.experiments.runs import labelled, notes, side, size_of, source_of
+from normkit.lab.experiment import Bench, Experiment, Table
+from normkit.lab.experiments import rates, runs
+from normkit.lab.experiments.runs import drawn, side
 from normkit.lab.jobs.landscape import moments, moved, turns
 from normkit.lab.models.noisy_norm import MAKERS
-from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.report.bands import Curve, End, along
 from normkit.lab.report.canvas import FAINT, FULL, log, panels
 from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
-from normkit.lab.seeding import reseed
 from normkit.lab.stats import ABSENT, Row, by_step, differences, mean, spread, tell, where
 from normkit.lab.train.images import Stream, load
-from normkit.lab.train.walk import OK, Diverged, device, walk
+from normkit.lab.train.walk import OK, Diverged, descend, walk
 from normkit.surgery.recipe import apply_recipe
 
 METHODS = {
@@ -76,15 +74,13 @@ class Training:
 
 def train(job: Training, folder: Path) -> dict[str, Any]:
     """Trains a network, and measures it twenty times meanwhile if the job says so."""
-    images = load(job.data, job.train, 500, job.halve)["train"]
-    stream = Stream(images, BATCH, job.seed)
-    reseed(job.seed, "init")
+    images = load(job.data, job.train, 500, job.halve)
+    stream, probe = Stream(images["train"], BATCH, job.seed), images["train"][0][: 2 * BATCH]
     norm, _, conditioned = job.method.partition("+")
-    model = SmallCNN(MAKERS[norm], channels=images[0].shape[1], width=job.width).to(device())
+    model = runs.network(job, images, MAKERS[norm])
     if conditioned:
         apply_recipe(model, "keep+e")
     optimizer = torch.optim.SGD(model.parameters(), job.rate, momentum=0.9)
-    probe = images[0][: 2 * BATCH]
 
     def step(number: int) -> dict[str, Any] | None:
         x, y = stream(number)
@@ -95,38 +91,30 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
         if job.measured:
             for group in optimizer.param_groups:
                 group["lr"] = 0.5 * job.rate * (1 + math.cos(math.pi * (number - 1) / job.steps))
-        optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, loss)
         if not math.isfinite(loss.item()):
             raise Diverged
         return {"loss": loss.item(), **found, **(moved(before, moments(model, probe)) if looking else {})}
 
     walked = walk(folder, job.steps, {"model": model, "optimizer": optimizer}, step, job.seed)
     losses = [row["loss"] for row in walked.rows]
-    rows = [row for row in walked.rows if "turn" in row]
-    return {
-        "status": walked.status,
-        "rows": rows,
-        "loss": losses,
-        "end": mean(losses[-10:]) if walked.status == OK else None,
-    }
+    end = mean(losses[-10:]) if walked.status == OK else None
+    return {"status": walked.status, "rows": [row for row in walked.rows if "turn" in row], "loss": losses, "end": end}
 
 
 def run(bench: Bench) -> dict[str, Any]:
     """Trains every method measured, and with and without normalization at every rate."""
-    size = size_of(bench, 0)
+    size = runs.size_of(bench, 0)
     del size["test"], size["epochs"]
     size["steps"] = bench.epochs * (size["train"] or 45000) // BATCH if bench.epochs else STEPS[bench.scale]
     tried = RATES if bench.scale != "tiny" else (0.1, 1e30)  # one that learns and one that diverges
     short = {**size, "steps": min(SHORT, size["steps"])}
+    searched = [(method, rate) for method in SEARCHED for rate in tried]
     jobs = [Training(method, RATE, True, seed, **size) for seed in bench.seeds for method in METHODS]
-    jobs += [
-        Training(method, rate, False, seed, **short) for seed in bench.seeds for method in SEARCHED for rate in tried
-    ]
-    runs = labelled(bench, train, jobs, "method", "rate", "measured", "seed")
-    return {"runs": runs, "rates": list(tried), "short": short["steps"], **size, **source_of(size, bench)}
+    jobs += [Training(method, rate, False, seed, **short) for seed in bench.seeds for method, rate in searched]
+    done = runs.labelled(bench, train, jobs, "method", "rate", "measured", "seed")
+    return {"runs": done, "rates": list(tried), "short": short["steps"], **size, **runs.source_of(size, bench)}
 
 
 def measured(result: dict[str, Any], method: str) -> list[Row]:
@@ -148,30 +136,24 @@ def tables(result: dict[str, Any]) -> list[Table]:
     """Measures along training, and losses at every rate."""
     lines: list[list[Any]] = []
     for method, name in METHODS.items():
-        runs = measured(result, method)
-        swings = [mean(row["high"] - row["low"] for row in run["rows"]) for run in runs]
-        turns, shifts, changes, betas = (
-            over_training(result, method, k) for k in ("turn", "mean", "predictive", "beta")
-        )
-        cells = (spread(values, ".3g") for values in (turns, shifts, swings, changes, betas))
-        lines.append([name, spread([run["end"] for run in runs]), *cells])
+        own = measured(result, method)
+        turns, shifts, *more = (over_training(result, method, k) for k in ("turn", "mean", "predictive", "beta"))
+        swings = [mean(row["high"] - row["low"] for row in run["rows"]) for run in own]
+        cells = (spread(values, ".3g") for values in (turns, shifts, swings, *more))
+        lines.append([name, spread([run["end"] for run in own]), *cells])
     columns = ("norm", "loss at the end", "cosine", "shift of means")
     columns += ("range of loss", "change of gradient", "per distance")
-    said = notes(
+    said = runs.notes(
         result,
         "Means over training; mean ± standard deviation over seeds. Cosine: of a layer's gradient before and after the layers "
         "in front of it take their step. Shift: of the means of a layer's inputs in one step, in standard deviations.",
         "Range of loss, change of gradient and its ratio to the distance: along the gradient, up to four times the rate.",
     )
     rows = [[METHODS[method], *rates.losses(searched(result, method))] for method in SEARCHED]
+    heads = ("norm", *(f"rate {rate:g}" for rate in result["rates"]))
     return [
         Table(f"Along training at rate {RATE:g}", columns, lines, said),
-        Table(
-            f"Training loss after {result['short']} steps",
-            ("norm", *(f"rate {rate:g}" for rate in result["rates"])),
-            rows,
-            ["Without: the loss was no number."],
-        ),
+        Table(f"Training loss after {result['short']} steps", heads, rows, ["Without: the loss was no number."]),
     ]
 
 
@@ -183,10 +165,8 @@ def remarks(result: dict[str, Any]) -> list[str]:
         return ", ".join(f"{name} {ABSENT if value is None else format(value, form)}" for name, value in found.items())
 
     # A run that diverged counts as guessing, so that the loss of the others is not taken for that of all.
-    ends = {
-        method: [rates.GUESS if run["end"] is None else run["end"] for run in measured(result, method)]
-        for method in METHODS
-    }
+    found = {method: [run["end"] for run in measured(result, method)] for method in METHODS}
+    ends = {method: [rates.GUESS if end is None else end for end in some] for method, some in found.items()}
     said = [
         f"Covariate shift as the cosine of a layer's gradients (1 is no shift): {each('turn', '.3f')}.",
         f"Covariate shift as movement of means per step, in standard deviations: {each('mean', '.3f')}.",
@@ -208,36 +188,14 @@ def remarks(result: dict[str, Any]) -> list[str]:
     return said
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """Covariate shift, smoothness, and the loss at every rate."""
-    return [
-        Drawing(
-            "shift",
-            lambda: draw_shift(result),
-            "Training loss (left) and two measures of covariate shift: the cosine between a layer's gradient before and "
-            "after the layers in front of it take their step, 1 where that changes nothing (middle), and how far one step moves "
-            f"the channel means of a layer's input, in standard deviations (right); {SEEDS}. More shift is lower in the middle "
-            "and higher on the right: compare its order with that of the losses.",
-        ),
-        Drawing(
-            "smoothness",
-            lambda: draw_smoothness(result),
-            "Along the gradient, at steps of training: the range of the loss, from the mean over seeds of its lowest value to "
-            "that of its highest (left), the largest change of the gradient (middle) and the largest change per unit of "
-            f"distance (right); in the last two, {SEEDS}. Narrower on the left and lower in the others is smoother.",
-        ),
-        Drawing(
-            "rates",
-            lambda: draw_rates(result),
-            f"Training loss after {result['short']} steps at each learning rate; {SEEDS}. Guessing is the grey line; lines "
-            "that leave the top go beyond 4. A cross is a rate at which the loss of a seed was no number; look for the largest "
-            "rate at which each line is still low.",
-        ),
-    ]
-
-
-def draw_shift(result: dict[str, Any]) -> Figure:
-    """The training loss, and covariate shift in two definitions."""
+@drawn(
+    "shift",
+    "Training loss (left) and two measures of covariate shift: the cosine between a layer's gradient before and "
+    "after the layers in front of it take their step, 1 where that changes nothing (middle), and how far one step moves "
+    f"the channel means of a layer's input, in standard deviations (right); {SEEDS}. More shift is lower in the middle "
+    "and higher on the right: compare its order with that of the losses.",
+)
+def _shift(result: dict[str, Any]) -> Figure:
     figure, axes = panels(3, FULL, 2.4)
     ends: list[End] = []
     titles = ("training loss", "cosine of a layer's gradients", "movement of means, in deviations")
@@ -250,8 +208,13 @@ def draw_shift(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def draw_smoothness(result: dict[str, Any]) -> Figure:
-    """Range of the loss along the gradient, change of the gradient, and its ratio to the distance."""
+@drawn(
+    "smoothness",
+    "Along the gradient, at steps of training: the range of the loss, from the mean over seeds of its lowest value to "
+    "that of its highest (left), the largest change of the gradient (middle) and the largest change per unit of "
+    f"distance (right); in the last two, {SEEDS}. Narrower on the left and lower in the others is smoother.",
+)
+def _smoothness(result: dict[str, Any]) -> Figure:
     figure, axes = panels(3, FULL, 2.4)
     titles = ("loss along the gradient", "largest change of the gradient", "… per unit of distance")
     for _, hue, rows, _ in curves(result):
@@ -275,8 +238,13 @@ def curves(result: dict[str, Any]) -> list[Curve]:
     return [Curve(name, HUES[m], [run["rows"] for run in measured(result, m)]) for m, name in METHODS.items()]
 
 
-def draw_rates(result: dict[str, Any]) -> Figure:
-    """The loss after a few steps at every rate; a cross is a run whose loss was no number."""
+@drawn(
+    "rates",
+    f"Training loss after {{short}} steps at each learning rate; {SEEDS}. Guessing is the grey line; lines "
+    "that leave the top go beyond 4. A cross is a rate at which the loss of a seed was no number; look for the largest "
+    "rate at which each line is still low.",
+)
+def _rates(result: dict[str, Any]) -> Figure:
     figure, (axis,) = panels(1, 3.6, 2.5)
     ends = rates.draw(axis, {METHODS[m]: (HUES[m], searched(result, m)) for m in SEARCHED})
     for y, method in zip((0.04, 0.09), SEARCHED, strict=True):
@@ -300,5 +268,5 @@ EXPERIMENT = Experiment(
         2018,
         "https://arxiv.org/abs/1805.11604",
     ),
-    run, tables, figures, remarks, ("tiny", "small", "full"),
+    run, tables, runs.drawings(_shift, _smoothness, _rates), remarks,
 )  # fmt: skip

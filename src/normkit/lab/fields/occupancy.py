@@ -34,23 +34,10 @@ _SHOWN = 160  # cells per side of the surface of an analytic shape, for its pict
 
 @dataclass(frozen=True)
 class OccupancyJob(Work, path="{0.subject}/{0.row}/rate={0.rate:g}/seed={0.seed}"):
-    """What to train, and how.
+    """What to train, and how: a solid, a row's name, recipe and activation, and the scale of the trunk's rows.
 
-    Args:
-        solid: a mesh of the folder ``meshes`` or an analytic shape.
-        row: what the run is called.
-        recipe: of the trunk; see ``normkit.lab.models.occupancy.occupancy``.
-        kind: of activation.
-        seed: of the weights, the training points and their order.
-        scale: of the trunk's rows; see ``normkit.lab.models.rows.scale_rows``. Default: ``""``.
-        width: of a layer. Default: 256.
-        depth: layers before the last. Default: 4.
-        points: to learn from, half of them near the surface. Default: 1,000,000.
-        batch: points per step. Default: 50,000.
-        epochs: of training. Default: 200.
-        rate: of Adam. Default: 1e-4.
-        every: epochs between measurements. Default: 5.
-        grid: cells per side when the surface is extracted. Default: 512.
+    The rest are the published settings: half of the `points` lie near the surface, `batch` of them are a step, `every` epochs lie
+    between measurements, and the surface is extracted on a `grid` of so many cells per side.
     """
 
     solid: str
@@ -70,23 +57,14 @@ class OccupancyJob(Work, path="{0.subject}/{0.row}/rate={0.rate:g}/seed={0.seed}
 
     @property
     def subject(self) -> str:
-        """What all rows learn, and with which activation."""
         return f"{self.solid}/{self.kind}"
 
 
 def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
     """Trains an occupancy field, extracts its surface to ``mesh.ply`` and ``mesh.obj``, and resumes from a checkpoint.
 
-    The loss is binary cross-entropy of the logits; a point counts as inside at a probability above 1/2.
-
-    Returns:
-        ``status``, ``iou`` of 100,000 points anywhere and ``iou_near`` of as many near the surface (None where it diverged),
-        ``curve`` along training, with ``iou_held`` of 20,000 points near the surface by which a rate can be chosen,
-        ``volume`` of the extracted surface and of the solid, ``parameters``, and ``pictures``.
-
-    Raises:
-        ProtocolError: the mesh is missing, damaged or not closed.
-        RecordError: the folder is damaged or not writable.
+    The loss is binary cross-entropy of the logits; a point counts as inside at a probability above 1/2. ``iou`` is of 100,000
+    points anywhere, ``iou_near`` of as many near the surface; by ``iou_held``, of 20,000 others, a rate can be chosen.
     """
     solid, here = find_solid(job.solid), device()
     model = _begin(job, here)
@@ -140,11 +118,7 @@ def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
 
 
 def measure_solid(job: Costs[OccupancyJob], folder: Path) -> dict[str, Any]:
-    """Measures milliseconds and megabytes of a training step of every row, side by side, on one batch of points.
-
-    Returns:
-        By row, as :func:`~normkit.lab.train.cost.measure_steps`.
-    """
+    """Measures a training step of every row, side by side, on one batch of points."""
     here, first = device(), job.rows[0]
     where, truth = (part.to(here) for part in draw_points(find_solid(first.solid), first.batch, first.seed))
     steps = {}
@@ -156,15 +130,10 @@ def measure_solid(job: Costs[OccupancyJob], folder: Path) -> dict[str, Any]:
 
 
 def extract(logits: Callable[[Tensor], Tensor], grid: int) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the surface on which logits are 0, by marching cubes in [-1, 1]^3.
+    """Finds the surface on which logits, above 0 inside, are 0: by marching cubes in [-1, 1]^3, `grid` cells per side.
 
-    Args:
-        logits: ``(n, 3)`` to ``(n,)``, above 0 inside.
-        grid: cells per side.
-
-    Returns:
-        Vertices ``(v, 3)`` and faces ``(f, 3)``, counter-clockwise from outside; empty where there is no surface. What leaves
-        the cube is closed at its wall.
+    Gives vertices ``(v, 3)`` and faces ``(f, 3)``, counter-clockwise from outside; empty where there is no surface. What leaves
+    the cube is closed at its wall.
 
     Reference:
         Lorensen and Cline 1987, Marching cubes, https://doi.org/10.1145/37402.37422
@@ -185,12 +154,7 @@ def extract(logits: Callable[[Tensor], Tensor], grid: int) -> tuple[np.ndarray, 
 
 
 def surface_of(solid: Solid, grid: int = _SHOWN) -> tuple[np.ndarray, np.ndarray]:
-    """Gives the surface of a solid as triangles: a mesh's own, or by marching cubes.
-
-    Args:
-        solid: a mesh or an analytic shape.
-        grid: cells per side for an analytic shape. Default: 160.
-    """
+    """Gives the surface of a solid as triangles: a mesh's own, or by marching cubes with `grid` cells per side."""
     if isinstance(solid, MeshSolid):
         return solid.vertices, solid.faces
     value = getattr(solid, "value", None)
@@ -198,13 +162,7 @@ def surface_of(solid: Solid, grid: int = _SHOWN) -> tuple[np.ndarray, np.ndarray
 
 
 def write_mesh(vertices: np.ndarray, faces: np.ndarray, folder: Path) -> None:
-    """Writes ``mesh.ply`` and ``mesh.obj``; nothing where there is no surface.
-
-    Args:
-        vertices: ``(v, 3)``.
-        faces: ``(f, 3)``.
-        folder: where.
-    """
+    """Writes ``mesh.ply`` and ``mesh.obj``; nothing where there is no surface."""
     import trimesh
 
     if not len(faces):

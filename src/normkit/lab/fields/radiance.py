@@ -35,24 +35,10 @@ _FALL = 0.1**0.8  # of the learning rate over a run: 0.1 each 250,000 steps, 200
 
 @dataclass(frozen=True)
 class RadianceJob(Work, path="{0.subject}/{0.row}/rate={0.rate:g}/seed={0.seed}"):
-    """What to train, and how.
+    """What to train, and how: a scene by name, a row's name and recipe, and the scale of the trunks' rows.
 
-    Args:
-        scene: one of the LLFF scenes, ``"spheres"``, or a Blender scene.
-        row: what the run is called.
-        recipe: of the trunks; see ``normkit.lab.models.nerf.nerf``.
-        seed: of the weights and of what is drawn in training.
-        scale: of the trunks' rows; see ``normkit.lab.models.rows.scale_rows``. Default: ``""``.
-        width: of a layer. Default: 256.
-        depth: layers of a trunk. Default: 8.
-        reduce: averages squares of that many pixels per side. Default: 1.
-        rays: per step. Default: 1024.
-        coarse: samples per ray. Default: 64.
-        fine: samples on top. Default: 64.
-        steps: of training. Default: 200,000.
-        epochs: passes over the training pixels, in place of `steps`. Default: None.
-        rate: of Adam at the start; it falls by 0.1^0.8 over the run. Default: 5e-4.
-        every: steps between measurements. Default: 10,000.
+    The rest are the published settings: `reduce` averages squares of that many pixels per side, `rays` are per step, `epochs`
+    over the training pixels stand in the place of `steps`, `every` steps lie between measurements.
     """
 
     scene: str
@@ -73,20 +59,11 @@ class RadianceJob(Work, path="{0.subject}/{0.row}/rate={0.rate:g}/seed={0.seed}"
 
     @property
     def subject(self) -> str:
-        """What all rows learn."""
         return self.scene
 
 
 def find_scene(name: str, reduce: int = 1) -> Scene:
-    """Reads a scene by name from the folder in the environment variable ``NORMKIT_DATA``.
-
-    Args:
-        name: one of the LLFF scenes, ``"spheres"``, which needs no data, or a Blender scene.
-        reduce: averages squares of that many pixels per side. Default: 1.
-
-    Raises:
-        ProtocolError: its data is missing or damaged.
-    """
+    """Reads a scene from the folder in ``NORMKIT_DATA``; balls need no data, and `reduce` averages squares of so many pixels."""
     if name == "spheres":
         return spheres(max(8, 96 // reduce))
     return llff(scene=name, reduce=reduce) if name in SCENES else blender(scene=name, reduce=2 * reduce)
@@ -95,15 +72,8 @@ def find_scene(name: str, reduce: int = 1) -> Scene:
 def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
     """Trains a NeRF, renders the held-out views into ``folder/views``, and resumes from a checkpoint if there is one.
 
-    The loss is the mean squared error of the colours of the coarse and of the fine field, summed.
-
-    Returns:
-        ``status``, ``psnr`` of each whole view in dB (None where it diverged), ``curve`` along training on 2,048 pixels of the
-        training views and of those that judge, ``parameters``, and ``pictures`` of the middle view.
-
-    Raises:
-        ProtocolError: the scene's data is missing or damaged.
-        RecordError: the folder is damaged or not writable.
+    The loss is the mean squared error of the colours of the coarse and of the fine field, summed. ``psnr`` is of each whole view
+    in dB, None where it diverged; the curve is of 2,048 pixels of the training views and of those that judge.
     """
     scene, here = find_scene(job.scene, job.reduce), device()
     model = _begin(job, here)
@@ -142,11 +112,7 @@ def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
 
 
 def measure_scene(job: Costs[RadianceJob], folder: Path) -> dict[str, Any]:
-    """Measures milliseconds and megabytes of a training step of every row, side by side, on rays of one training view.
-
-    Returns:
-        By row, as :func:`~normkit.lab.train.cost.measure_steps`.
-    """
+    """Measures a training step of every row, side by side, on rays of one training view."""
     here, first = device(), job.rows[0]
     scene = find_scene(first.scene, first.reduce)
     chosen = torch.arange(first.rays) % math.prod(scene.size)

@@ -15,13 +15,7 @@ _FLOOR = 1e-5  # added to every weight, so that no part of a ray is never looked
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a ray is sampled.
-
-    Args:
-        coarse: samples evenly spread along the ray. Default: 64.
-        fine: samples on top where the coarse field found matter. Default: 64.
-        noise: standard deviation of what is added to raw densities in training. Default: 1.
-    """
+    """How many samples a ray has, evenly spread and on top where there is matter, and the noise of densities in training."""
 
     coarse: int = 64
     fine: int = 64
@@ -30,14 +24,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Shade:
-    """What is seen along rays.
-
-    Args:
-        colour: ``(n, 3)``.
-        depth: ``(n,)``, the mean of `t`, each sample by its weight.
-        opacity: ``(n,)``, the sum of the weights.
-        weights: ``(n, samples)``, the part of the light that each sample sends.
-    """
+    """What is seen along n rays: colours, means of `t` by the samples' weights, sums of the weights, and the weights."""
 
     colour: Tensor
     depth: Tensor
@@ -46,15 +33,7 @@ class Shade:
 
 
 def even_depths(rays: Rays, samples: int, *, jitter: bool = False) -> Tensor:
-    """Cuts every ray into intervals of one length, and takes the middle or a random point of each.
-
-    Args:
-        rays: where.
-        samples: how many.
-        jitter: a random point, uniformly, so that all depths are seen in training. Default: False.
-
-    Returns:
-        ``(n, samples)``, ascending.
+    """Cuts every ray into intervals of one length, and takes the middle, or with `jitter` a random point, of each.
 
     >>> rays = Rays(torch.zeros(1, 3), torch.ones(1, 3), torch.ones(1, 3), 0.0, 4.0)
     >>> even_depths(rays, 4).tolist()
@@ -66,18 +45,11 @@ def even_depths(rays: Rays, samples: int, *, jitter: bool = False) -> Tensor:
 
 
 def weighted_depths(depths: Tensor, weights: Tensor, samples: int, *, jitter: bool = False) -> Tensor:
-    """Draws depths from the density that is constant between the middles of samples, in proportion to their weights.
+    """Draws depths ``(n, samples)`` from the density that is constant between the middles of `depths`, by their weights (n, m).
 
         t = F^-1(u),   F the running sum of w_i + 1e-5 for all but the first and the last sample, over their total
 
-    Args:
-        depths: ``(n, m)``, ascending.
-        weights: ``(n, m)``.
-        samples: how many to draw.
-        jitter: `u` random and uniform, else at the middles of equal parts. Default: False.
-
-    Returns:
-        ``(n, samples)``; ascending without `jitter`.
+    u is at the middles of equal parts, or with `jitter` random and uniform, which leaves what is drawn unordered.
 
     Reference:
         Mildenhall et al. 2020, NeRF, section 5.2, https://arxiv.org/abs/2003.08934
@@ -109,15 +81,7 @@ def composite(
         w_i = exp(-sum_{j<i} s_j d_j) (1 - exp(-s_i d_i)),   colour = sum_i w_i c_i + (1 - sum_i w_i) background
 
     with s_i the positive part of the raw density and d_i the distance to the next sample; beyond the last one lies nothing
-    but itself.
-
-    Args:
-        colour: ``(n, m, 3)``.
-        density: ``(n, m)``, raw.
-        depths: ``(n, m)``, ascending.
-        lengths: ``(n,)`` of the rays' directions, which make distances of depths.
-        background: the grey behind everything. Default: 0.
-        noise: standard deviation of what is added to raw densities. Default: 0.
+    but itself. `lengths` of the rays' directions make distances of ascending depths; `noise` is added to raw densities.
 
     Reference:
         Max 1995, Optical models for direct volume rendering, https://doi.org/10.1109/2945.468400
@@ -139,15 +103,7 @@ def composite(
 
 
 def look_along(field: nn.Module, rays: Rays, depths: Tensor, background: float = 0.0, noise: float = 0.0) -> Shade:
-    """Renders rays with a field asked at given depths.
-
-    Args:
-        field: ``field(points, directions) -> (colours, raw densities)``.
-        rays: to render.
-        depths: ``(n, m)``, ascending.
-        background: the grey behind everything. Default: 0.
-        noise: standard deviation of what is added to raw densities. Default: 0.
-    """
+    """Renders rays with ``field(points, directions) -> (colours, raw densities)`` asked at given depths."""
     points = rays.origins[:, None] + depths[..., None] * rays.directions[:, None]
     looks = rays.looks[:, None].expand_as(points)
     colour, density = field(points.reshape(-1, 3), looks.reshape(-1, 3))
@@ -159,18 +115,7 @@ def look_along(field: nn.Module, rays: Rays, depths: Tensor, background: float =
 def render(
     model: NeRF, rays: Rays, sampling: Sampling, background: float = 0.0, *, training: bool = False
 ) -> tuple[Shade, Shade]:
-    """Renders rays twice: evenly sampled by the coarse field, and by the fine field at those depths and more.
-
-    Args:
-        model: the two fields.
-        rays: to render.
-        sampling: how many samples.
-        background: the grey behind everything. Default: 0.
-        training: samples at random depths and with noise in the densities. Default: False.
-
-    Returns:
-        What the coarse field and what the fine field see.
-    """
+    """Renders rays twice: evenly sampled by the coarse field, and by the fine field at those depths and more."""
     noise = sampling.noise if training else 0.0
     depths = even_depths(rays, sampling.coarse, jitter=training)
     coarse = look_along(model.coarse, rays, depths, background, noise)
@@ -184,18 +129,7 @@ def render(
 def render_view(
     model: NeRF, rays: Rays, sampling: Sampling, background: float = 0.0, chunk: int = 4096
 ) -> tuple[Tensor, Tensor]:
-    """Renders all rays of a picture in pieces, in eval mode; the training flags are given back.
-
-    Args:
-        model: the two fields.
-        rays: of the pixels.
-        sampling: how many samples.
-        background: the grey behind everything. Default: 0.
-        chunk: rays at a time; bounds the memory. Default: 4096.
-
-    Returns:
-        Colours ``(n, 3)`` and depths ``(n,)`` of the fine field.
-    """
+    """Renders all rays of a picture, `chunk` at a time, in eval mode: colours (n, 3) and depths (n,) of the fine field."""
     training = model.training
     model.eval()
     try:

@@ -41,7 +41,6 @@ class Training:
 
     @property
     def path(self) -> str:
-        """The folder."""
         how = f"{self.optimizer},{'warmup' if self.warmup else 'none'}"
         return f"{self.task}/{self.placement}-{self.norm}/{how}/seed={self.seed}"
 

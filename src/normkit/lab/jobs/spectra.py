@@ -67,17 +67,12 @@ def steepness(model: nn.Module, points: Tensor) -> Tensor:
 
 
 class Memory:
-    """u and v of each matrix, kept while the matrices change, with one power iteration each time.
-
-    Args:
-        matrices: as they start.
-    """
+    """u and v of each matrix, kept while the matrices change, with one power iteration each time."""
 
     def __init__(self, matrices: list[Tensor]) -> None:
         self.vectors = [power_iteration(matrix, iterations=15) for matrix in matrices]
 
     def follow(self, matrices: list[Tensor]) -> None:
-        """Does one iteration on each."""
         self.vectors = [power_iteration(m, u, v) for m, (u, v) in zip(matrices, self.vectors, strict=True)]
 
     def look(self, matrices: list[Tensor]) -> dict[str, Any]:
@@ -92,11 +87,9 @@ class Memory:
         return {"kept": kept, "fresh": fresh}
 
     def state_dict(self) -> dict[str, Any]:
-        """The vectors."""
         return {"vectors": [list(pair) for pair in self.vectors]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the vectors."""
         self.vectors = [(u, v) for u, v in state["vectors"]]
 
 
@@ -107,14 +100,7 @@ def error(matrix: Tensor, u: Tensor, v: Tensor) -> float:
 
 
 def needed(matrix: Tensor, u: Tensor | None = None, v: Tensor | None = None, done: int = 0, limit: int = 200) -> int:
-    """Power iterations up to a relative error of sigma of a thousandth.
-
-    Args:
-        matrix: whose largest singular value is sought.
-        u: left vector to start with. Default: None, random.
-        v: right vector to start with. Default: None, random.
-        done: iterations that the vectors had already. Default: 0.
-        limit: where it gives up. Default: 200.
+    """Power iterations up to an error of sigma of a thousandth, from given vectors, which had `done` already, or random ones.
 
     >>> needed(torch.diag(torch.tensor([2.0, 1.0])), v=torch.tensor([1.0, 0.0]))
     1

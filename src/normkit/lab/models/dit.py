@@ -12,15 +12,7 @@ from normkit.lab.models.vit import Attention, Mlp, Patches
 def dit_block(features: int, heads: int) -> AdaLayerNormZeroBlock:
     """Makes a DiT block: attention and MLP, each after layer normalization modulated by a condition, gated from zero.
 
-    Args:
-        features: of a token and of the condition.
-        heads: of the attention.
-
-    Shape:
-        Tokens ``(n, l, features)`` and condition ``(n, features)`` to ``(n, l, features)``.
-
-    Reference:
-        Peebles and Xie 2023, Scalable diffusion models with transformers, https://arxiv.org/abs/2212.09748
+    Shape: tokens ``(n, l, features)`` and condition ``(n, features)`` to ``(n, l, features)``.
 
     >>> block, tokens = dit_block(8, 2), torch.randn(1, 5, 8)
     >>> bool((block(tokens, torch.randn(1, 8)) == tokens).all())  # at the start the block is the identity
@@ -30,15 +22,7 @@ def dit_block(features: int, heads: int) -> AdaLayerNormZeroBlock:
 
 
 class TimeEmbedding(nn.Module):
-    """MLP(cos(t w), sin(t w)) with frequencies w from 1 down to 1/10000.
-
-    Args:
-        features: that go out.
-        waves: frequencies, twice as many features of the wave. Default: 128.
-
-    Shape:
-        ``(n,)`` to ``(n, features)``.
-    """
+    """MLP(cos(t w), sin(t w)) of times ``(n,)``, with frequencies w from 1 down to 1/10000, to ``(n, features)``."""
 
     def __init__(self, features: int, waves: int = 128) -> None:
         super().__init__()
@@ -46,7 +30,6 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * waves, features), nn.SiLU(), nn.Linear(features, features))
 
     def forward(self, t: Tensor) -> Tensor:
-        """Embeds times."""
         exponent = torch.arange(self.waves, device=t.device, dtype=torch.float32) / self.waves
         angle = t.float()[:, None] * torch.exp(-math.log(10_000.0) * exponent)
         first: nn.Module = self.mlp[0]
@@ -57,17 +40,8 @@ class TimeEmbedding(nn.Module):
 class DiT(nn.Module):
     """Patches, fixed positions, DiT blocks conditioned by time and class, and a linear map back to pixels.
 
-    Args:
-        size: height and width of the images. Default: 32.
-        patch: height and width of a patch. Default: 4.
-        features: of a token. Default: 192.
-        depth: number of blocks. Default: 6.
-        heads: of each attention. Default: 3.
-        classes: of the condition; one more stands for none. Default: 10.
-        channels: of the images. Default: 3.
-
-    Shape:
-        ``x (n, channels, size, size)``, ``t (n,)`` and ``y (n,)`` class indices, to x's shape.
+    Shape: ``x (n, channels, size, size)``, ``t (n,)`` and ``y (n,)`` class indices, of which one more than `classes` stands for
+    none, to x's shape.
 
     Raises:
         OptionError: `patch` does not divide `size`, or `heads` does not divide `features`.
@@ -110,7 +84,6 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Predicts what is to be predicted of a noised image at a time, such as the noise."""
         tokens = self.patch_embed(x) + self.positions
         condition = self.time(t) + self.label(y)
         for block in self.blocks:
@@ -121,11 +94,7 @@ class DiT(nn.Module):
 
 
 def grid_positions(side: int, features: int) -> Tensor:
-    """Gives each place of a grid cosines and sines of its row and column: a quarter of `features` of each.
-
-    Args:
-        side: of the grid.
-        features: a multiple of 4.
+    """Gives each place of a grid cosines and sines of its row and column: a quarter of `features`, a multiple of 4, of each.
 
     >>> grid_positions(2, 4)[3]  # row 1, column 1: sin, cos of the column, then of the row
     tensor([0.8415, 0.5403, 0.8415, 0.5403])
@@ -138,9 +107,5 @@ def grid_positions(side: int, features: int) -> Tensor:
 
 
 def dit_small(classes: int = 10) -> nn.Module:
-    """Makes a small DiT for 32x32 images: patches of 4, 192 features, 6 blocks, 3 heads.
-
-    Args:
-        classes: of the condition. Default: 10.
-    """
+    """Makes a small DiT for 32x32 images: patches of 4, 192 features, 6 blocks, 3 heads."""
     return DiT(classes=classes)

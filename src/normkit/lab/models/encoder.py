@@ -19,15 +19,7 @@ NORMS = {"ln": LayerNorm, "rms": RMSNorm, "scale": ScaleNorm}
 
 
 class FeedForward(nn.Sequential):
-    """Two linear layers with a ReLU between; ``self[2]`` is the second, whose gradient theory speaks of.
-
-    Args:
-        features: width.
-        hidden: between the layers.
-
-    Shape:
-        (*, features) to the same.
-    """
+    """Two linear layers with a ReLU between; ``self[2]`` is the second, whose gradient theory speaks of."""
 
     def __init__(self, features: int, hidden: int) -> None:
         super().__init__(_start(nn.Linear(features, hidden)), nn.ReLU(), _start(nn.Linear(hidden, features)))
@@ -64,10 +56,8 @@ class Encoder(nn.Module):
         On Layer Normalization in the Transformer Architecture, https://arxiv.org/abs/2002.04745
 
     >>> model = Encoder(16, 24)
-    >>> model(torch.zeros(2, 24, dtype=torch.long)).shape
-    torch.Size([2, 24, 16])
-    >>> sum(p.numel() for p in model.layers.parameters())
-    2379264
+    >>> model(torch.zeros(2, 24, dtype=torch.long)).shape, sum(p.numel() for p in model.layers.parameters())
+    (torch.Size([2, 24, 16]), 2379264)
     """
 
     def __init__(
@@ -109,7 +99,6 @@ class Encoder(nn.Module):
         self.head = None if fix else _start(nn.Linear(features, vocabulary))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Gives the logits of each place."""
         x = self.words.embed(tokens) if isinstance(self.words, FixNorm) else self.words(tokens)
         x = (x + self.places[: tokens.shape[1]]) * math.sqrt(0.5)
         x = self.norm(self.layers(x))

@@ -11,20 +11,9 @@ SLOPE = 0.1
 def ring(
     samples: int, generator: torch.Generator | None = None, modes: int = 8, radius: float = 2.0, std: float = 0.05
 ) -> Tensor:
-    """Draws from a mixture of Gaussians whose means lie on a circle.
+    """Draws `samples` points (samples, 2) from a mixture of equal Gaussians whose means lie on a circle.
 
-    Args:
-        samples: how many.
-        generator: that draws. Default: None, the global one.
-        modes: Gaussians, of equal weight. Default: 8.
-        radius: of the circle. Default: 2.
-        std: of each Gaussian. Default: 0.05.
-
-    Returns:
-        Points (samples, 2).
-
-    >>> points = ring(1000, torch.Generator().manual_seed(0))
-    >>> points.norm(dim=1).mean().round(decimals=2)
+    >>> ring(1000, torch.Generator().manual_seed(0)).norm(dim=1).mean().round(decimals=2)
     tensor(2.)
     """
     which = torch.randint(modes, (samples,), generator=generator)
@@ -38,14 +27,7 @@ def centres(modes: int = 8, radius: float = 2.0) -> Tensor:
 
 
 class PointGenerator(nn.Sequential):
-    """A perceptron from noise to points in the plane.
-
-    Args:
-        noise: inputs. Default: 8.
-        hidden: width of both hidden layers. Default: 64.
-
-    Shape:
-        (N, noise) to (N, 2).
+    """A perceptron with two hidden layers from noise (N, noise) to points (N, 2).
 
     >>> sum(p.numel() for p in PointGenerator().parameters())
     4866
@@ -59,13 +41,7 @@ class PointGenerator(nn.Sequential):
 
 
 class PointDiscriminator(nn.Sequential):
-    """A perceptron from points in the plane to one number; its activations are Lipschitz with constant 1.
-
-    Args:
-        hidden: width of both hidden layers. Default: 64.
-
-    Shape:
-        (N, 2) to (N, 1).
+    """A perceptron from points (N, 2) to one number (N, 1); its activations are Lipschitz with constant 1.
 
     >>> sum(p.numel() for p in PointDiscriminator().parameters())
     4417
@@ -84,16 +60,10 @@ class ImageGenerator(nn.Sequential):
 
     Batch normalization follows each transposed convolution, which has no bias for that reason (our choice).
 
-    Args:
-        noise: inputs. Default: 128.
-        channels: after the linear layer, halved by each step. Default: 512.
-
-    Shape:
-        (N, noise) to (N, 3, 32, 32), within -1 and 1.
+    Shape: (N, noise) to (N, 3, 32, 32), within -1 and 1; `channels` after the linear layer are halved by each step.
 
     Reference:
-        Miyato et al. 2018, Spectral Normalization for Generative Adversarial Networks, https://arxiv.org/abs/1802.05957,
-        table 3
+        Miyato et al. 2018, Spectral Normalization for Generative Adversarial Networks, https://arxiv.org/abs/1802.05957, table 3
 
     >>> sum(p.numel() for p in ImageGenerator().parameters())
     3811907
@@ -111,17 +81,9 @@ class ImageGenerator(nn.Sequential):
 class ImageDiscriminator(nn.Sequential):
     """SN-GAN's standard discriminator without its normalization: seven convolutions down to 4x4, and a linear layer.
 
-    Spectral normalization comes on by ``normkit.apply_recipe(model, "keep+sn")``.
+    Spectral normalization comes on by ``normkit.apply_recipe(model, "keep+sn")``. Source: as :class:`ImageGenerator`.
 
-    Args:
-        channels: of the first two convolutions, doubled by each step. Default: 64.
-
-    Shape:
-        (N, 3, 32, 32) to (N, 1).
-
-    Reference:
-        Miyato et al. 2018, Spectral Normalization for Generative Adversarial Networks, https://arxiv.org/abs/1802.05957,
-        table 3
+    Shape: (N, 3, 32, 32) to (N, 1); `channels` of the first two convolutions are doubled by each step.
 
     >>> sum(p.numel() for p in ImageDiscriminator().parameters())
     2935873

@@ -8,18 +8,11 @@ from torch import Tensor, nn
 from normkit.lab.models.width import scaled
 
 # A block: channels after the 1x1 convolutions in front of 3x3 and 5x5, then those of the branches 1x1, 3x3, 5x5 and pooled.
-Block = tuple[tuple[int, int], tuple[int, int, int, int]]
+Block = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class ConvUnit(nn.Sequential):
-    """Convolution, batch normalization and ReLU, keeping height and width.
-
-    Args:
-        inputs: channels that come in.
-        outputs: channels that go out.
-        kernel: height and width of the kernel, odd.
-        bias: of the convolution. Default: True, although the normalization takes it away, as networks of this kind have it.
-    """
+    """Convolution, batch normalization and ReLU, keeping height and width; the bias that BN takes away is usual here."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, bias: bool = True) -> None:
         convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=bias)
@@ -28,53 +21,34 @@ class ConvUnit(nn.Sequential):
 
 
 class InceptionBlock(nn.Module):
-    """Four branches side by side, concatenated over channels: 1x1, 1x1 to 3x3, 1x1 to 5x5, and max-pool to 1x1.
+    """Four branches, concatenated over channels: 1x1, 1x1 to 3x3, 1x1 to 5x5, and max-pool to 1x1.
 
-    Args:
-        inputs: channels that come in.
-        reduce: channels after the 1x1 convolutions in front of the 3x3 and the 5x5 one.
-        outputs: channels of the branches, in the order above.
-        factorized: two 3x3 convolutions in place of the 5x5 one. Default: False.
+    `reduce` are channels after the 1x1 convolutions in front of 3x3 and 5x5, `outputs` those of the branches; `factorized` puts
+    two 3x3 convolutions in the place of 5x5.
 
-    Shape:
-        ``(n, inputs, h, w)`` to ``(n, sum(outputs), h, w)``.
-
-    Reference:
-        Szegedy et al. 2015, Going deeper with convolutions, https://arxiv.org/abs/1409.4842
+    Shape: ``(n, inputs, h, w)`` to ``(n, sum(outputs), h, w)``.
     """
 
     def __init__(
-        self, inputs: int, reduce: tuple[int, int], outputs: tuple[int, int, int, int], *, factorized: bool = False
+        self, inputs: int, reduce: tuple[int, ...], outputs: tuple[int, ...], *, factorized: bool = False
     ) -> None:
         super().__init__()
         one, three, five, pooled = outputs
         self.one = ConvUnit(inputs, one, 1)
         self.three = nn.Sequential(ConvUnit(inputs, reduce[0], 1), ConvUnit(reduce[0], three, 3))
-        first = ConvUnit(inputs, reduce[1], 1)
-        wide = (
-            (ConvUnit(reduce[1], five, 3), ConvUnit(five, five, 3)) if factorized else (ConvUnit(reduce[1], five, 5),)
-        )
-        self.five = nn.Sequential(first, *wide)
+        self.five = nn.Sequential(ConvUnit(inputs, reduce[1], 1), ConvUnit(reduce[1], five, 3 if factorized else 5))
+        if factorized:
+            self.five.append(ConvUnit(five, five, 3))
         self.pooled = nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), ConvUnit(inputs, pooled, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Runs the branches and concatenates them."""
         return torch.cat([self.one(x), self.three(x), self.five(x), self.pooled(x)], dim=1)
 
 
 def inception_blocks(
     inputs: int, table: tuple[Block | None, ...], width: float = 1.0, *, factorized: bool = False
 ) -> tuple[nn.Sequential, int]:
-    """Stacks inception blocks.
-
-    Args:
-        inputs: channels that come in, as they are.
-        table: a block each; None is a max-pool that halves height and width.
-        width: factor of the channels of `table`. Default: 1.
-        factorized: of each block. Default: False.
-
-    Returns:
-        The blocks, and the channels that go out.
+    """Stacks the blocks of `table`, channels times `width`; None there is a max-pool. Gives the channels that go out, too.
 
     >>> blocks, outputs = inception_blocks(4, (((8, 4), (8, 12, 6, 6)), None, ((8, 4), (8, 12, 6, 6))), width=0.5)
     >>> len(blocks), outputs
@@ -85,9 +59,7 @@ def inception_blocks(
         if block is None:
             blocks.append(nn.MaxPool2d(3, stride=2, padding=1))
             continue
-        reduce, (one, three, five, pooled) = block
-        outputs = scaled(one, width), scaled(three, width), scaled(five, width), scaled(pooled, width)
-        before = scaled(reduce[0], width), scaled(reduce[1], width)
+        before, outputs = (tuple(scaled(channels, width) for channels in some) for some in block)
         blocks.append(InceptionBlock(inputs, before, outputs, factorized=factorized))
         inputs = sum(outputs)
     return nn.Sequential(*blocks), inputs
@@ -96,16 +68,10 @@ def inception_blocks(
 class Inception(nn.Module):
     """A stem, inception blocks, global average pool, dropout and a linear classifier.
 
-    Args:
-        stem: gives the channels that the blocks begin with.
-        table: of the blocks, see :func:`inception_blocks`.
-        classes: outputs of the classifier.
-        width: factor of every number of channels of the blocks. Default: 1.
-        factorized: of each block. Default: False.
-        dropout: of the pooled features. Default: 0.
+    Shape: ``(n, channels, h, w)`` to ``(n, classes)``; the blocks begin with the stem's channels.
 
-    Shape:
-        ``(n, channels, h, w)`` to ``(n, classes)``.
+    Reference:
+        Szegedy et al. 2015, Going deeper with convolutions, https://arxiv.org/abs/1409.4842
     """
 
     def __init__(
@@ -128,16 +94,11 @@ class Inception(nn.Module):
         self.classifier = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images to logits."""
         return self.classifier(self.dropout(self.blocks(self.stem(x)).mean(dim=(2, 3))))
 
 
-DIGITS: tuple[Block | None, ...] = (
-    ((8, 4), (8, 12, 6, 6)),
-    None,
-    ((8, 4), (8, 12, 6, 6)),
-    ((8, 4), (8, 12, 6, 6)),
-)
+SMALL: Block = ((8, 4), (8, 12, 6, 6))
+DIGITS = (SMALL, None, SMALL, SMALL)
 NARROW: tuple[Block | None, ...] = (
     ((32, 16), (16, 32, 8, 8)),
     ((32, 16), (24, 48, 12, 12)),
@@ -169,12 +130,6 @@ FULL: tuple[Block | None, ...] = (
 def digits_inception(classes: int = 10) -> Inception:
     """Makes the network that ``normkit compare`` trains by default, of three blocks, for images ``(n, 1, 8, 8)``.
 
-    Args:
-        classes: outputs of the classifier. Default: 10.
-
-    Reference:
-        Szegedy et al. 2015, Going deeper with convolutions, https://arxiv.org/abs/1409.4842
-
     >>> sum(p.numel() for p in digits_inception().parameters())
     7390
     """
@@ -184,16 +139,11 @@ def digits_inception(classes: int = 10) -> Inception:
 def inception8(classes: int = 10, width: float = 1.0) -> Inception:
     """Makes an Inception network of eight blocks for images of 32x32, of which the last blocks see 8x8.
 
-    Args:
-        classes: outputs of the classifier. Default: 10.
-        width: factor of every number of channels. Default: 1.
-
-    Raises:
-        OptionError: `width` is not above 0.
+    Every number of channels is times `width`, which must be above 0.
 
     Reference:
-        Szegedy et al. 2015, Going deeper with convolutions, https://arxiv.org/abs/1409.4842; this narrow form for 32x32:
-        Lippe 2024, UvA Deep Learning Tutorials, https://uvadlc-notebooks.readthedocs.io, tutorial 5.
+        Szegedy et al. 2015, as :class:`Inception`; this narrow form for 32x32: Lippe 2024, UvA Deep Learning Tutorials,
+        https://uvadlc-notebooks.readthedocs.io, tutorial 5.
 
     >>> [sum(p.numel() for p in inception8(classes).parameters()) for classes in (10, 100)]
     [260650, 272260]
@@ -204,18 +154,10 @@ def inception8(classes: int = 10, width: float = 1.0) -> Inception:
 def googlenet(classes: int = 10, width: float = 1.0) -> Inception:
     """Makes GoogLeNet for images of 32x32: three convolutions and nine blocks, of which the last see 4x4.
 
-    The 5x5 convolutions are two 3x3 ones, and there are no auxiliary classifiers.
-
-    Args:
-        classes: outputs of the classifier. Default: 10.
-        width: factor of every number of channels. Default: 1.
-
-    Raises:
-        OptionError: `width` is not above 0.
+    The 5x5 convolutions are two 3x3 ones, and there are no auxiliary classifiers. Every number of channels is times `width`.
 
     Reference:
-        Szegedy et al. 2015, Going deeper with convolutions, https://arxiv.org/abs/1409.4842; this form for 32x32:
-        https://github.com/weiaicunzai/pytorch-cifar100
+        Szegedy et al. 2015, as :class:`Inception`; this form for 32x32: https://github.com/weiaicunzai/pytorch-cifar100
 
     >>> [sum(p.numel() for p in googlenet(classes).parameters()) for classes in (10, 100)]
     [6310314, 6402564]

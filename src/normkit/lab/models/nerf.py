@@ -8,18 +8,16 @@ from torch.nn import functional
 
 from normkit.surgery.recipe import Recipe, apply_recipe
 
+Norm = Callable[[int], nn.Module]
+BANDS = 10, 4  # frequencies of points and of directions
+
 
 class PositionalEncoding(nn.Module):
     """Coordinates and their sines and cosines at doubling frequencies.
 
-        x -> (x, sin x, cos x, sin 2x, cos 2x, ..., sin 2^(L-1) x, cos 2^(L-1) x)
+        x -> (x, sin x, cos x, sin 2x, cos 2x, ..., sin 2^(L-1) x, cos 2^(L-1) x),   L = bands; 0 gives x alone
 
-    Args:
-        bands: L; 0 gives x alone.
-        inputs: coordinates. Default: 3.
-
-    Shape:
-        ``(*, inputs)`` to ``(*, inputs (1 + 2 bands))``.
+    Shape: ``(*, inputs)`` to ``(*, inputs (1 + 2 bands))``.
 
     Reference:
         Mildenhall et al. 2020, NeRF, https://arxiv.org/abs/2003.08934; the input itself and frequencies without pi as in
@@ -37,32 +35,20 @@ class PositionalEncoding(nn.Module):
         self.register_buffer("frequencies", 2.0 ** torch.arange(bands), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Encodes coordinates."""
         angles = x[..., None, :] * self.frequencies[:, None]
         waves = torch.stack([angles.sin(), angles.cos()], dim=-2)
         return torch.cat([x, waves.flatten(-3)], dim=-1)
 
 
 class RadianceField(nn.Module):
-    """A multilayer perceptron from a point and a direction to colour and density.
+    """A multilayer perceptron from a point and a direction to colour and density, as in NeRF.
 
-    The point's encoding goes through the trunk and comes in again after layer `skip`; density is read from the trunk, colour
-    from its features joined with the direction's encoding.
+    The point's encoding goes through the trunk and comes in again after layer `skip`, counted from 0 (one past the trunk's end
+    leaves it out); density is read from the trunk, colour from its features joined with the direction's encoding. `norm`
+    builds what stands between each trunk layer and its ReLU.
 
-    Args:
-        width: of a layer. Default: 256.
-        depth: layers of the trunk. Default: 8.
-        skip: the layer, counted from 0, to whose output the encoding is joined; one past the trunk's end leaves it out.
-            Default: 4.
-        bands: frequencies of points and of directions. Default: ``(10, 4)``.
-        norm: builds a normalization from a number of features, put between each trunk layer and its ReLU. Default: None.
-
-    Shape:
-        points ``(n, 3)`` and unit directions ``(n, 3)`` to colours ``(n, 3)`` from 0 to 1 and raw densities ``(n,)``, of
-        which the positive part counts.
-
-    Reference:
-        Mildenhall et al. 2020, NeRF, https://arxiv.org/abs/2003.08934
+    Shape: points ``(n, 3)`` and unit directions ``(n, 3)`` to colours ``(n, 3)`` from 0 to 1 and raw densities ``(n,)``, of
+    which the positive part counts.
 
     >>> field = RadianceField()
     >>> colour, density = field(torch.zeros(5, 3), torch.tensor([[0.0, 0.0, 1.0]]).expand(5, 3))
@@ -70,17 +56,10 @@ class RadianceField(nn.Module):
     ((5, 3), (5,), 595844)
     """
 
-    def __init__(
-        self,
-        width: int = 256,
-        depth: int = 8,
-        skip: int = 4,
-        bands: tuple[int, int] = (10, 4),
-        norm: Callable[[int], nn.Module] | None = None,
-    ) -> None:
+    def __init__(self, width: int = 256, depth: int = 8, skip: int = 4, norm: Norm | None = None) -> None:
         super().__init__()
         self.skip = skip
-        self.place, self.look = PositionalEncoding(bands[0]), PositionalEncoding(bands[1])
+        self.place, self.look = (PositionalEncoding(bands) for bands in BANDS)
         joined = {0: self.place.features, skip + 1: width + self.place.features}
         self.trunk = nn.ModuleList(nn.Linear(joined.get(layer, width), width) for layer in range(depth))
         self.norms = nn.ModuleList(norm(width) if norm else nn.Identity() for _ in range(depth))
@@ -91,7 +70,6 @@ class RadianceField(nn.Module):
         self.colour = nn.Linear(width // 2, 3)
 
     def forward(self, points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """Gives colours and raw densities."""
         place = self.place(points)
         h = place
         for number, (layer, norm) in enumerate(zip(self.trunk, self.norms, strict=True)):
@@ -103,45 +81,21 @@ class RadianceField(nn.Module):
 
 
 class NeRF(nn.Module):
-    """Two radiance fields: a coarse one that finds where matter is, and a fine one that is sampled there.
+    """Two radiance fields: a coarse one that finds where matter is, and a fine one that is sampled there."""
 
-    Args:
-        width: of a layer. Default: 256.
-        depth: layers of each trunk. Default: 8.
-        skip: the layer after which the encoding comes in again. Default: 4.
-        bands: frequencies of points and of directions. Default: ``(10, 4)``.
-        norm: builds a normalization from a number of features for the trunks. Default: None.
-    """
-
-    def __init__(
-        self,
-        width: int = 256,
-        depth: int = 8,
-        skip: int = 4,
-        bands: tuple[int, int] = (10, 4),
-        norm: Callable[[int], nn.Module] | None = None,
-    ) -> None:
+    def __init__(self, width: int = 256, depth: int = 8, skip: int = 4, norm: Norm | None = None) -> None:
         super().__init__()
-        self.coarse = RadianceField(width, depth, skip, bands, norm)
-        self.fine = RadianceField(width, depth, skip, bands, norm)
+        self.coarse, self.fine = (RadianceField(width, depth, skip, norm) for _ in range(2))
 
 
 def nerf(recipe: str = "none", *, width: int = 256, depth: int = 8, skip: int = 4) -> NeRF:
     """Makes a NeRF and gives its trunks the normalizations of a recipe.
 
-    Args:
-        recipe: ``"none"`` is the published network, ``"none+e@re:trunk"`` its E form, ``"none+wn@re:trunk"`` has weight
-            normalization; ``"bn"`` and ``"ln"`` normalize between each trunk layer and its ReLU. Default: ``"none"``.
-        width: of a layer. Default: 256.
-        depth: layers of each trunk. Default: 8.
-        skip: the layer after which the encoding comes in again. Default: 4.
-
-    Raises:
-        NotationError: the recipe can't be read.
+    ``"none"`` is the published network, ``"none+e@re:trunk"`` its E form, ``"none+wn@re:trunk"`` has weight normalization;
+    ``"bn"`` and ``"ln"`` normalize between each trunk layer and its ReLU.
 
     Reference:
-        Mildenhall et al. 2020, NeRF, https://arxiv.org/abs/2003.08934; Saratchandran, Wang, Lucey 2024, Weight
-        conditioning, https://arxiv.org/abs/2409.03424
+        Saratchandran, Wang, Lucey 2024, Weight conditioning, https://arxiv.org/abs/2409.03424
 
     >>> sum(p.numel() for p in nerf("none+e@re:trunk").parameters())
     1191688

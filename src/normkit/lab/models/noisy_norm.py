@@ -11,21 +11,13 @@ MEAN, DEVIATION, JITTER = 0.5, 1.25, 0.1
 
 
 class Shift(nn.Module):
-    """A bias for each channel, which stands in for a norm that is left out.
-
-    Args:
-        channels: C.
-
-    Shape:
-        (N, C, *) to the same.
-    """
+    """A bias for each channel of (N, C, *), which stands in for a norm that is left out."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Adds the bias."""
         return x + self.bias.view(-1, *[1] * (x.dim() - 2))
 
 
@@ -34,12 +26,6 @@ class NoisyBatchNorm(nn.Module):
 
     y = s * BN(x) + m. A channel's mean is within 0.5 of 0 and its deviation from 1 to 1.25; m is within 0.1 of the mean, and s
     normal about the deviation with deviation 0.1, both for each sample and channel.
-
-    Args:
-        channels: C.
-
-    Shape:
-        (N, C, *) to the same.
 
     Reference:
         Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, https://arxiv.org/abs/1805.11604, appendix A
@@ -50,7 +36,6 @@ class NoisyBatchNorm(nn.Module):
         self.norm = BatchNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalizes, and adds the noise."""
         y = self.norm(x)
         if not self.training:
             return y

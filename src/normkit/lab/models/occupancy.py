@@ -12,16 +12,11 @@ from normkit.lab.models.nerf import PositionalEncoding
 from normkit.surgery.recipe import apply_recipe
 
 Kind = Literal["gaussian", "sine", "relu"]
+BANDS = 8  # of the positional encoding
 
 
 class Gaussian(nn.Module):
-    """A bump, exp(-u^2 / (2 s^2)).
-
-    Args:
-        spread: s. Default: 0.09.
-
-    Reference:
-        Ramasinghe and Lucey 2022, Beyond periodicity, https://arxiv.org/abs/2111.15135
+    """A bump, exp(-u^2 / (2 s^2)), s = spread; Ramasinghe and Lucey 2022, https://arxiv.org/abs/2111.15135.
 
     >>> Gaussian(1.0)(torch.tensor([0.0, 1.0]))
     tensor([1.0000, 0.6065])
@@ -32,18 +27,11 @@ class Gaussian(nn.Module):
         self.spread = spread
 
     def forward(self, u: Tensor) -> Tensor:
-        """Applies the bump to each element."""
         return torch.exp(u.square() * (-0.5 / self.spread**2))
 
 
 class Sine(nn.Module):
-    """A wave, sin(w u).
-
-    Args:
-        frequency: w. Default: 30.
-
-    Reference:
-        Sitzmann et al. 2020, SIREN, https://arxiv.org/abs/2006.09661
+    """A wave, sin(w u), w = frequency; Sitzmann et al. 2020, SIREN, https://arxiv.org/abs/2006.09661.
 
     >>> Sine(math.pi)(torch.tensor([0.0, 0.5]))
     tensor([0., 1.])
@@ -54,56 +42,32 @@ class Sine(nn.Module):
         self.frequency = frequency
 
     def forward(self, u: Tensor) -> Tensor:
-        """Applies the wave to each element."""
         return torch.sin(self.frequency * u)
 
 
 class OccupancyField(nn.Module):
-    """A multilayer perceptron from a point to the logit of its being inside.
+    """A multilayer perceptron from a point ``(n, 3)`` to the logit ``(n,)`` of its being inside.
 
-    Args:
-        kind: of activation: ``"gaussian"``, ``"sine"``, or ``"relu"`` behind a positional encoding. Default:
-            ``"gaussian"``.
-        width: of a layer. Default: 256.
-        depth: layers before the last. Default: 4.
-        spread: of the Gaussian. Default: 0.09.
-        frequency: of the sine. Default: 30.
-        bands: of the positional encoding. Default: 8.
-
-    Shape:
-        ``(n, 3)`` to ``(n,)``.
-
-    Raises:
-        OptionError: there is no such kind.
+    Its activation is ``"gaussian"``, ``"sine"``, or ``"relu"`` behind a positional encoding; `depth` layers precede the last.
 
     >>> field = OccupancyField()
     >>> field(torch.zeros(5, 3)).shape, sum(p.numel() for p in field.parameters())
     (torch.Size([5]), 198657)
     """
 
-    def __init__(
-        self,
-        kind: Kind = "gaussian",
-        width: int = 256,
-        depth: int = 4,
-        *,
-        spread: float = 0.09,
-        frequency: float = 30.0,
-        bands: int = 8,
-    ) -> None:
+    def __init__(self, kind: Kind = "gaussian", width: int = 256, depth: int = 4) -> None:
         super().__init__()
         if kind not in get_args(Kind):
             raise OptionError(f"OccupancyField: kind={kind!r}; wanted one of {', '.join(map(repr, get_args(Kind)))}")
-        self.encoding = PositionalEncoding(bands if kind == "relu" else 0)
+        self.encoding = PositionalEncoding(BANDS if kind == "relu" else 0)
         sizes = [self.encoding.features, *[width] * depth]
         self.trunk = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.last = nn.Linear(width, 1)
-        self.activation = {"gaussian": Gaussian(spread), "sine": Sine(frequency), "relu": nn.ReLU()}[kind]
+        self.activation = {"gaussian": Gaussian, "sine": Sine, "relu": nn.ReLU}[kind]()
         if kind == "sine":
-            self._start_waves(frequency)
+            self._start_waves(self.activation.frequency)
 
     def forward(self, points: Tensor) -> Tensor:
-        """Gives logits."""
         h = self.encoding(points)
         for layer in self.trunk:
             h = self.activation(layer(h))
@@ -120,17 +84,7 @@ class OccupancyField(nn.Module):
 
 
 def occupancy(recipe: str = "none", kind: Kind = "gaussian", *, width: int = 256, depth: int = 4) -> OccupancyField:
-    """Makes an occupancy field and gives its layers the weight methods of a recipe.
-
-    Args:
-        recipe: ``"none"`` is the plain network, ``"none+e@re:trunk"`` its E form. Default: ``"none"``.
-        kind: of activation. Default: ``"gaussian"``.
-        width: of a layer. Default: 256.
-        depth: layers before the last. Default: 4.
-
-    Raises:
-        NotationError: the recipe can't be read.
-        OptionError: there is no such kind.
+    """Makes an occupancy field and gives its layers the weight methods of a recipe, such as ``"none+e@re:trunk"``.
 
     >>> layer = occupancy("none+e@re:trunk").trunk[0]
     >>> torch.allclose(layer.weight.norm(dim=1), torch.ones(256))

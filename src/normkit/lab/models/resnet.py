@@ -10,14 +10,10 @@ CHANNELS, STRIDES = (64, 128, 256, 512), (1, 2, 2, 2)
 class ResidualBlock(nn.Module):
     """relu(f(x) + shortcut(x)), f two 3x3 convolutions, or 1x1, 3x3 and 1x1; each with BN, and ReLU between them.
 
-    Args:
-        inputs: channels that come in.
-        channels: of the 3x3 convolutions.
-        stride: of the first 3x3 convolution; the shortcut is a 1x1 convolution with BN where shapes differ.
-        expansion: channels that go out, in units of `channels`; above 1 the block is a bottleneck. Default: 1.
+    `stride` is of the first 3x3 convolution; the shortcut is a 1x1 convolution with BN where shapes differ. An `expansion` above
+    1 makes a bottleneck.
 
-    Shape:
-        ``(n, inputs, h, w)`` to ``(n, expansion * channels, h / stride, w / stride)``.
+    Shape: ``(n, inputs, h, w)`` to ``(n, expansion * channels, h / stride, w / stride)``.
     """
 
     def __init__(self, inputs: int, channels: int, stride: int, expansion: int = 1) -> None:
@@ -36,24 +32,15 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Sequential(*_unit(inputs, outputs, 1, stride))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Adds the branch to the shortcut."""
         return (self.branch(x) + self.shortcut(x)).relu()
 
 
 class ResNet(nn.Module):
     """Stem of one 3x3 convolution, four stages of residual blocks, global average pool and a linear classifier.
 
-    Args:
-        blocks: of each stage: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) with bottlenecks is ResNet-50.
-        expansion: of each block; 1, or 4 for bottlenecks.
-        classes: outputs of the classifier. Default: 10.
-        width: factor of every number of channels. Default: 1.
+    (2, 2, 2, 2) blocks are ResNet-18; (3, 4, 6, 3) with expansion 4, for bottlenecks, are ResNet-50.
 
-    Shape:
-        ``(n, 3, h, w)`` to ``(n, classes)``; 32x32 images are meant, of which the last stage sees 4x4.
-
-    Raises:
-        OptionError: `width` is not above 0.
+    Shape: ``(n, 3, h, w)`` to ``(n, classes)``; 32x32 images are meant, of which the last stage sees 4x4.
 
     Reference:
         He et al. 2016, Deep residual learning for image recognition, https://arxiv.org/abs/1512.03385
@@ -81,27 +68,16 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images to logits."""
         return self.classifier(self.stages(self.stem(x)).mean(dim=(2, 3)))
 
 
 def resnet18(classes: int = 10, width: float = 1.0) -> nn.Module:
-    """Makes ResNet-18 for images of 32x32; see :class:`ResNet`.
-
-    Args:
-        classes: outputs of the classifier. Default: 10.
-        width: factor of every number of channels. Default: 1.
-    """
+    """Makes ResNet-18 for images of 32x32, every number of channels times `width`; see :class:`ResNet`."""
     return ResNet((2, 2, 2, 2), 1, classes, width)
 
 
 def resnet50(classes: int = 10, width: float = 1.0) -> nn.Module:
-    """Makes ResNet-50 for images of 32x32; see :class:`ResNet`.
-
-    Args:
-        classes: outputs of the classifier. Default: 10.
-        width: factor of every number of channels. Default: 1.
-    """
+    """Makes ResNet-50 for images of 32x32, every number of channels times `width`; see :class:`ResNet`."""
     return ResNet((3, 4, 6, 3), 4, classes, width)
 
 

@@ -22,10 +22,6 @@ def scale_rows(model: nn.Module, scale: Scale) -> None:
                 that leaves the first signals about as large as they were
     ==========  ==================================================================================================
 
-    Args:
-        model: whose layers named ``trunk`` are changed.
-        scale: how.
-
     >>> model = nn.Sequential()
     >>> model.trunk = nn.Linear(9, 2)
     >>> scale_rows(model, "unit")

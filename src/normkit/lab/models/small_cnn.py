@@ -11,24 +11,15 @@ from torch.nn import functional as F
 class SmallCNN(nn.Module):
     """Four 3x3 convolutions, each with a norm and ReLU, average pool down to 2x2 and a linear classifier.
 
-    The second and the fourth halve height and width. Weights of convolutions are Kaiming-normal; they have no bias, as the norm
-    has one. The pool leaves four places: after a norm over each sample, means over all places hardly tell samples apart.
+    The second and the fourth halve height and width; they have 1, 2, 2 and 4 times `width` channels. Weights of convolutions are
+    Kaiming-normal; they have no bias, as the norm has one. The pool leaves four places: after a norm over each sample, means over
+    all places hardly tell samples apart. `hidden` is the units of a linear layer with a norm and ReLU before the classifier.
 
-    Args:
-        norm: builds a norm from a number of channels.
-        classes: outputs. Default: 10.
-        channels: of the images. Default: 3.
-        width: channels after the first convolution; 2, 2 and 4 times as many after the others. Default: 16.
-        hidden: units of a linear layer with a norm and ReLU before the classifier; 0 for none. Default: 0.
-
-    Shape:
-        (N, channels, H, W) to (N, classes).
+    Shape: (N, channels, H, W) to (N, classes).
 
     >>> model = SmallCNN(nn.BatchNorm2d)
-    >>> model(torch.zeros(2, 3, 16, 16)).shape
-    torch.Size([2, 10])
-    >>> sum(p.numel() for p in model.parameters())
-    35546
+    >>> model(torch.zeros(2, 3, 16, 16)).shape, sum(p.numel() for p in model.parameters())
+    (torch.Size([2, 10]), 35546)
     """
 
     def __init__(
@@ -53,6 +44,5 @@ class SmallCNN(nn.Module):
         self.classifier = nn.Linear(hidden or 16 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images to logits."""
         pooled = F.adaptive_avg_pool2d(self.features(x), 2)
         return self.classifier(self.hidden(torch.flatten(pooled, 1)))

@@ -10,10 +10,7 @@ EPS = 1e-12
 
 
 class ByNorm(nn.Module):
-    """Divides each row by its p-norm: w_i = v_i / max(|v_i|_p, eps).
-
-    Args:
-        order: p, from 1; infinity for the greatest element.
+    """Divides each row by its p-norm: w_i = v_i / max(|v_i|_p, eps); p is from 1, infinity for the greatest element.
 
     >>> ByNorm(1.0)(torch.tensor([[1.0, -3.0]]))
     tensor([[ 0.2500, -0.7500]])
@@ -24,11 +21,9 @@ class ByNorm(nn.Module):
         self.order = order
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Gives the scaled weight."""
         return weight / _norms(weight, self.order).clamp(min=EPS)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The raw weight that assigning this one stores: itself."""
         return weight
 
 
@@ -37,10 +32,6 @@ class Kept(nn.Module):
 
     The factors are constants: the gradient does not go through them. They are looked at when the weight is asked for with
     gradients, so that evaluation does not count.
-
-    Args:
-        every: steps between two looks, from 1.
-        weight: whose factors are the first.
     """
 
     factors: Tensor
@@ -53,7 +44,6 @@ class Kept(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Gives the scaled weight."""
         if self.training and torch.is_grad_enabled():
             if int(self.count) % self.every == 0:
                 self.factors.copy_(self._measured(weight))
@@ -62,7 +52,6 @@ class Kept(nn.Module):
         return weight * self.factors.clone()
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The raw weight that assigning this one stores: itself."""
         return weight
 
     @staticmethod
@@ -71,14 +60,7 @@ class Kept(nn.Module):
 
 
 def scale_by_norm(model: nn.Module, where: str = "first_last", *, norm: float | str = 2.0, every: int = 0) -> None:
-    """Scales rows of layers by another norm, or by norms that are kept for some steps.
-
-    Args:
-        model: changed in place.
-        where: as in ``select``. Default: ``"first_last"``.
-        norm: the order; ``"inf"`` for the greatest element. Default: 2.
-        every: steps for which the norms are kept; 0 to recompute them each time, differentiated. Default: 0.
-    """
+    """Scales rows by their norm of order `norm`; or, where `every` is not 0, by 2-norms kept for so many steps."""
     for layer in select(model, where).values():
         assert isinstance(layer.weight, Tensor)
         scaling = Kept(every, layer.weight) if every else ByNorm(float(norm))

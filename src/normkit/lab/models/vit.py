@@ -10,21 +10,12 @@ from normkit.core.errors import OptionError, ShapeError
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, its queries, keys and values one matrix.
+    """Multi-head self-attention, its queries, keys and values one matrix; `causal`: a token sees no later one.
 
-    softmax(Q K^T / sqrt(d)) V for each head of size d = D / heads, then a linear map.
+    softmax(Q K^T / sqrt(d)) V for each head of size d = D / heads, then a linear map. `norm` makes a norm of a head's features,
+    which queries, keys and values each get.
 
-    Args:
-        features: D.
-        heads: which divides D.
-        causal: a token sees itself and those before it. Default: False.
-        norm: makes a norm of a head's features, which queries, keys and values each get. Default: None, no norm.
-
-    Shape:
-        ``(n, l, D)`` to the same.
-
-    Raises:
-        OptionError: `heads` does not divide `features`.
+    Shape: ``(n, l, D)`` to the same.
 
     Reference:
         Vaswani et al. 2017, Attention Is All You Need, https://arxiv.org/abs/1706.03762
@@ -45,7 +36,6 @@ class Attention(nn.Module):
         self.norms = nn.ModuleList(norm(features // heads) for _ in range(3) if norm is not None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attends from every token to every token."""
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if self.norms:
             query, key, value = (one(part) for one, part in zip(self.norms, (query, key, value), strict=True))
@@ -54,12 +44,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Sequential):
-    """Two linear maps with GELU between them.
-
-    Args:
-        features: that come in and go out.
-        hidden: features between.
-    """
+    """Two linear maps with GELU between them."""
 
     def __init__(self, features: int, hidden: int) -> None:
         super().__init__()
@@ -69,15 +54,7 @@ class Mlp(nn.Sequential):
 
 
 class Block(nn.Module):
-    """x + attn(LN(x)), then x + mlp(LN(x)).
-
-    Args:
-        features: D.
-        heads: of the attention.
-
-    Shape:
-        ``(n, l, D)`` to the same.
-    """
+    """x + attn(LN(x)), then x + mlp(LN(x)), of tokens ``(n, l, D)``."""
 
     def __init__(self, features: int, heads: int) -> None:
         super().__init__()
@@ -87,7 +64,6 @@ class Block(nn.Module):
         self.mlp = Mlp(features, 4 * features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Runs both branches."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -95,18 +71,7 @@ class Block(nn.Module):
 class Patches(nn.Module):
     """Cuts an image into square patches and maps each to a token.
 
-    Args:
-        size: height and width of the image.
-        patch: height and width of a patch; divides `size`.
-        features: of a token.
-        channels: of the image. Default: 3.
-
-    Shape:
-        ``(n, channels, size, size)`` to ``(n, (size / patch)^2, features)``.
-
-    Raises:
-        OptionError: `patch` does not divide `size`.
-        ShapeError: the image has another size.
+    Shape: ``(n, channels, size, size)`` to ``(n, (size / patch)^2, features)``.
     """
 
     def __init__(self, size: int, patch: int, features: int, channels: int = 3) -> None:
@@ -117,7 +82,6 @@ class Patches(nn.Module):
         self.proj = nn.Conv2d(channels, features, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Makes tokens."""
         if x.shape[-2:] != (self.size, self.size):
             raise ShapeError(f"Patches: got images {tuple(x.shape)}; wanted (n, c, {self.size}, {self.size})")
         return self.proj(x).flatten(2).transpose(1, 2)
@@ -128,16 +92,7 @@ class VisionTransformer(nn.Module):
 
     The names of parameters are those of timm, so that its weights load.
 
-    Args:
-        size: height and width of the images.
-        patch: height and width of a patch.
-        features: of a token.
-        depth: number of blocks.
-        heads: of each attention.
-        classes: outputs of the classifier. Default: 10.
-
-    Shape:
-        ``(n, 3, size, size)`` to ``(n, classes)``.
+    Shape: ``(n, 3, size, size)`` to ``(n, classes)``.
 
     Raises:
         OptionError: `patch` does not divide `size`, or `heads` does not divide `features`.
@@ -169,7 +124,6 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images to logits."""
         tokens = self.patch_embed(x)
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], dim=1) + self.pos_embed
         return self.head(self.norm(self.blocks(tokens))[:, 0])
@@ -178,9 +132,6 @@ class VisionTransformer(nn.Module):
 def vit_tiny(classes: int = 10) -> nn.Module:
     """Makes a ViT for 32x32 images: patches of 4, 192 features, 6 blocks, 3 heads; 2.7 million parameters.
 
-    Args:
-        classes: outputs of the classifier. Default: 10.
-
     >>> sum(p.numel() for p in vit_tiny(classes=100).parameters())
     2710948
     """
@@ -188,18 +139,10 @@ def vit_tiny(classes: int = 10) -> nn.Module:
 
 
 def vit_s(classes: int = 10) -> nn.Module:
-    """Makes ViT-S for 32x32 images: patches of 4, 384 features, 12 blocks, 6 heads; 21 million parameters.
-
-    Args:
-        classes: outputs of the classifier. Default: 10.
-    """
+    """Makes ViT-S for 32x32 images: patches of 4, 384 features, 12 blocks, 6 heads; 21 million parameters."""
     return VisionTransformer(size=32, patch=4, features=384, depth=12, heads=6, classes=classes)
 
 
 def vit_b16(classes: int = 1000) -> nn.Module:
-    """Makes ViT-B/16 for 224x224 images: 768 features, 12 blocks, 12 heads; 86.6 million parameters.
-
-    Args:
-        classes: outputs of the classifier. Default: 1000.
-    """
+    """Makes ViT-B/16 for 224x224 images: 768 features, 12 blocks, 12 heads; 86.6 million parameters."""
     return VisionTransformer(size=224, patch=16, features=768, depth=12, heads=12, classes=classes)

@@ -4,14 +4,7 @@ from normkit.core.errors import OptionError
 
 
 def scaled(channels: int, width: float) -> int:
-    """Gives a number of channels times `width`, rounded, at least 1.
-
-    Args:
-        channels: of the full network.
-        width: the factor, above 0.
-
-    Raises:
-        OptionError: `width` is not above 0.
+    """Gives a number of channels times `width`, a factor above 0; rounded, at least 1.
 
     >>> scaled(24, 0.5), scaled(1, 0.25)
     (12, 1)

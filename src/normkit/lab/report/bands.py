@@ -15,32 +15,18 @@ End = tuple[float, str, str]
 
 
 class Curve(NamedTuple):
-    """Runs that make one line.
+    """Runs that make one line."""
 
-    Args:
-        name: at the line's end.
-        hue: its colour.
-        rows: of each run, with a key ``"step"``.
-        style: of the line. Default: solid.
-    """
-
-    name: str
-    hue: str
-    rows: Sequence[Sequence[Row]]
-    style: Mapping[str, Any] = {}
+    name: str  # at the line's end
+    hue: str  # its colour
+    rows: Sequence[Sequence[Row]]  # of each run, with a key "step"
+    style: Mapping[str, Any] = {}  # of the line
 
 
 def along(axis: Axes, curves: Iterable[Curve], value: Callable[[Row], float | None], x: str = "step") -> list[End]:
-    """Draws means over seeds along training, in bands from the lowest seed to the highest.
+    """Draws means over seeds along training, in bands from the lowest seed to the highest; a row of None is left out.
 
-    Args:
-        axis: where.
-        curves: what.
-        value: of a row; None leaves the run out at that step.
-        x: label of the axis. Default: ``"step"``.
-
-    Returns:
-        The lines' ends, for :func:`normkit.lab.report.drawing.name_ends` once the axis is final.
+    Gives the lines' ends, for :func:`normkit.lab.report.drawing.name_ends` once the axis is final.
     """
     ends = []
     for name, hue, rows, style in curves:
@@ -55,18 +41,7 @@ def along(axis: Axes, curves: Iterable[Curve], value: Callable[[Row], float | No
 
 
 def across(axis: Axes, name: str, hue: str, values: Mapping[float, Iterable[float | None]], **style: Any) -> list[End]:
-    """Draws means over seeds at each value of a setting, in a band from the lowest seed to the highest.
-
-    Args:
-        axis: where.
-        name: at the line's end.
-        hue: its colour.
-        values: over seeds, by the setting; None for a run without one.
-        **style: of the line. Default: small round markers.
-
-    Returns:
-        The line's end, if there is a line.
-    """
+    """Draws means over seeds at each value of a setting, in a band from lowest to highest; gives the line's end, if any."""
     found = {place: known(some) for place, some in values.items()}
     found = {place: some for place, some in found.items() if some}
     if not found:

@@ -1,17 +1,13 @@
-"""What the figures share: the look of a paper, panels, lines, scales and the legend."""
+"""What the figures share: the look of a paper, panels, scales and names."""
 
 import math
-from collections.abc import Sequence
 from textwrap import wrap
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-from normkit.lab.report.palette import Style
 
 COLUMN = 3.4  # inches: one column of a two-column page
 FULL = 7.0
@@ -62,29 +58,6 @@ def panels(count: int, width: float, height: float, **options: Any) -> tuple[Fig
     return figure, list(axes[0])
 
 
-def trace(axis: Axes, x: Sequence[float], y: Sequence[float], style: Style, index: int) -> None:
-    """A line with a few markers, at other places for each recipe so that they do not hide one another."""
-    every = max(1, len(x) // 5)
-    marks: dict[str, Any] = {
-        "marker": style.marker,
-        "markersize": 3.2,
-        "markevery": (min(index * every // 4, len(x)) % every, every),
-    }
-    if len(x):
-        axis.plot(x, y, color=style.light, linestyle=style.line, **marks)
-
-
-def blank(axis: Axes) -> None:
-    """Says that there is nothing to draw."""
-    axis.text(0.5, 0.5, "nothing recorded", transform=axis.transAxes, ha="center", va="center", color=FAINT)
-
-
-def label(axis: Axes, y: float, text: str) -> None:
-    """Names a horizontal line, just below its left end, where scores have yet to rise."""
-    place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-    axis.annotate(text, (0, y), (3, -3), ha="left", va="top", fontsize=6.5, color="#666666", **place)
-
-
 def log(*axes: Axes, limit: float | None = None) -> None:
     """One log scale for panels that share it, with plain numbers where the range is short; beyond `limit` is cut off."""
     lines = [line for axis in axes for line in axis.get_lines()]
@@ -101,24 +74,6 @@ def log(*axes: Axes, limit: float | None = None) -> None:
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_ylim(low / room, high * room)
-
-
-def legend(figure: Figure, looks: Sequence[Style], names: Sequence[str], note: str = "") -> None:
-    """Names above the panels, where no curve can run into them; `note` names the fine dotted lines."""
-    handles = [
-        Line2D([], [], color=style.light, linestyle=style.line, marker=style.marker, markersize=3.6) for style in looks
-    ]
-    labels = list(names)
-    if note:
-        handles.append(Line2D([], [], color=FAINT, linestyle=DOTTED, linewidth=0.9))
-        labels.append(note)
-    # Names in one row where they fit, else in as many columns as the longest allows; 0.06 inch a letter of 7 points.
-    widths = [0.5 + 0.06 * max(map(len, text.split("\n"))) for text in labels]
-    room = figure.get_figwidth()
-    columns = len(labels) if sum(widths) < room else max(1, int(room / max(widths)))
-    rows = -(-len(labels) // columns)
-    figure.set_figheight(figure.get_figheight() + 0.16 * (rows - 1 + sum(text.count("\n") for text in labels)))
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns, columnspacing=1.4, borderaxespad=0.2)
 
 
 def plain(text: str) -> str:

@@ -24,34 +24,18 @@ SEEDS = "lines are means over seeds, in bands from the lowest seed to the highes
 
 
 class Motion(NamedTuple):
-    """A figure that moves.
+    """A figure that moves."""
 
-    Args:
-        figure: as its last frame shows it.
-        frames: how many.
-        show: makes the figure show the frame of a number, from 0.
-    """
-
-    figure: Figure
-    frames: int
-    show: Callable[[int], object]
+    figure: Figure  # as its last frame shows it
+    frames: int  # how many
+    show: Callable[[int], object]  # makes the figure show the frame of a number, from 0
 
 
 def save(figures: Iterable[Drawing], folder: Path, dpi: int | None = None) -> list[Path]:
     """Draws figures in the look of the reports, and writes each as PNG and SVG, by which they are known to be ours.
 
-    What moves is written as GIF too, at half the resolution.
-
-    Args:
-        figures: what to draw.
-        folder: where.
-        dpi: of the PNG. Default: None, as the module says.
-
-    Returns:
-        The files. The same records and the same matplotlib give the same bytes.
-
-    Raises:
-        RecordError: the folder is not writable.
+    What moves is written as GIF too, at half the resolution. What moves is written as GIF too, at half the resolution.
+    The same records and the same matplotlib give the same bytes.
     """
     written = []
     for figure in figures:
@@ -93,14 +77,11 @@ def band(
     axis.plot(x, middle, **style)
 
 
-def name_ends(axis: Axes, ends: Sequence[tuple[float, str, str]], x: float = 1.01, gap: float = 0.055) -> None:
+def name_ends(axis: Axes, ends: Sequence[tuple[float, str, str]], gap: float = 0.055) -> None:
     """Names lines at the right edge of a panel, moved apart where they would overlap.
 
-    Args:
-        axis: whose limits and scale are final.
-        ends: of each line: its value at the end, its name, its colour.
-        x: place of the names, in parts of the panel's width. Default: 1.01.
-        gap: least distance between names, in parts of the panel's height. Default: 0.055.
+    `ends` are value, name and colour of each line, on an axis whose limits and scale are final; `gap` is the least
+    distance between names, in parts of the panel's height.
     """
     low, high = axis.get_ylim()
     scale = axis.yaxis.get_transform()
@@ -119,4 +100,4 @@ def name_ends(axis: Axes, ends: Sequence[tuple[float, str, str]], x: float = 1.0
     for k in range(len(at) - 2, -1, -1):
         at[k] = min(at[k], at[k + 1] - gap)
     for y, (_, name, colour) in zip(at, places, strict=True):
-        axis.text(x, y, plain(name), color=colour, transform=axis.transAxes, va="center", fontsize=7)
+        axis.text(1.01, y, plain(name), color=colour, transform=axis.transAxes, va="center", fontsize=7)

@@ -5,35 +5,21 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from normkit.lab.report.bands import marked, rows_of
-from normkit.lab.report.canvas import (
-    COLUMN,
-    DOTTED,
-    FAINT,
-    FULL,
-    INK,
-    blank,
-    folded,
-    label,
-    legend,
-    log,
-    panels,
-    plain,
-    trace,
-)
-from normkit.lab.report.comparison import Comparison
+from normkit.lab.report.canvas import COLUMN, DOTTED, FAINT, FULL, INK, folded, log, panels, plain
 from normkit.lab.report.palette import Style, styles
 from normkit.lab.report.series import Line, Panel, Picture
 from normkit.lab.report.wording import number
 
 
-def figure(picture: Picture, comparison: Comparison) -> Figure:
+def figure(picture: Picture, result: dict[str, Any]) -> Figure:
     """Draws one figure."""
     first = picture.panels[0]
-    looks = styles(comparison.names, comparison.result["baseline"])
-    names = [folded(name) for name in comparison.names]
+    recipes = [recipe["recipe"] for recipe in result["recipes"]]
+    looks, names = styles(recipes, result["baseline"]), [*map(folded, recipes)]
     if not first.lines:
         height = 0.75 + (0.27 if first.bars else 0.34) * max(1, len(first.rows))
         made, axes = panels(len(picture.panels), FULL if first.bars else COLUMN, height, sharey=True)
@@ -55,9 +41,12 @@ def figure(picture: Picture, comparison: Comparison) -> Figure:
         log(*axes, limit=first.limit)
     axes[0].set_ylabel(plain(first.y))
     if first.target is not None:
-        label(axes[0], first.target, f"target {number(first.target, 'score')}")
+        # Just below the line's left end, where scores have yet to rise.
+        place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "top"}
+        text = f"target {number(first.target, 'score')}"
+        axes[0].annotate(text, (0, first.target), (3, -3), fontsize=6.5, color="#666666", **place)
     raw = any(line.kind == "raw" for panel in picture.panels for line in panel.lines)
-    legend(made, looks, names, "raw weight (solid: effective)" if raw else "")
+    _legend(made, looks, names, "raw weight (solid: effective)" if raw else "")
     return made
 
 
@@ -74,9 +63,14 @@ def _lines(axis: Axes, panel: Panel, looks: list[Style]) -> None:
                 axis.fill_between(
                     line.x, line.low, line.high, color=style.light, alpha=0.16 if len(looks) <= 6 else 0.07, linewidth=0
                 )
-            trace(axis, line.x, y, style, line.recipe)
+            # A few markers, at other places for each recipe so that they do not hide one another.
+            every = max(1, len(y) // 5)
+            marks = (min(line.recipe * every // 4, len(y)) % every, every)
+            how: dict[str, Any] = {"color": style.light, "linestyle": style.line, "marker": style.marker}
+            if y:
+                axis.plot(line.x, y, markersize=3.2, markevery=marks, **how)
     if not axis.get_lines():
-        blank(axis)
+        axis.text(0.5, 0.5, "nothing recorded", transform=axis.transAxes, ha="center", va="center", color=FAINT)
     if panel.target is not None:
         axis.axhline(panel.target, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)
     if panel.note:
@@ -126,6 +120,24 @@ def _rows(axis: Axes, panel: Panel, looks: list[Style], names: list[str]) -> Non
     axis.set_xlabel(plain(panel.x))
     rows_of(axis, [names[row.recipe] for row in panel.rows])
     axis.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def _legend(figure: Figure, looks: list[Style], names: list[str], note: str = "") -> None:
+    """Names above the panels, where no curve can run into them; `note` names the fine dotted lines."""
+    handles = [
+        Line2D([], [], color=style.light, linestyle=style.line, marker=style.marker, markersize=3.6) for style in looks
+    ]
+    labels = list(names)
+    if note:
+        handles.append(Line2D([], [], color=FAINT, linestyle=DOTTED, linewidth=0.9))
+        labels.append(note)
+    # Names in one row where they fit, else in as many columns as the longest allows; 0.06 inch a letter of 7 points.
+    widths = [0.5 + 0.06 * max(map(len, text.split("\n"))) for text in labels]
+    room = figure.get_figwidth()
+    columns = len(labels) if sum(widths) < room else max(1, int(room / max(widths)))
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.16 * (rows - 1 + sum(text.count("\n") for text in labels)))
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, columnspacing=1.4, borderaxespad=0.2)
 
 
 def _gapped(line: Line) -> list[float]:

@@ -5,11 +5,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 from normkit.lab.experiment import Table
-from normkit.lab.inference import detectable, seeds_for
-from normkit.lab.report.comparison import at, finite
 from normkit.lab.report.table import difference, mean_score
-from normkit.lab.report.wording import duration, judge, listing, number, score_name, verdict
+from normkit.lab.report.wording import at, duration, finite, judge, listing, number, score_name, verdict
 from normkit.lab.say import counted
+from normkit.lab.stats import detectable, seeds_for
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -19,24 +18,16 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 def remarks(result: dict[str, Any]) -> list[str]:
     """How to read them, and what this many seeds can and can't show."""
-    return [*_extended(result), *_covered(result), *_power(result)]
-
-
-def _extended(result: dict[str, Any]) -> list[str]:
-    more = {recipe["recipe"]: recipe["extended"] for recipe in result["recipes"] if recipe.get("extended")}
-    if not more:
-        return []
-    said = listing([f"{name} ({', '.join(f'{rate:g}' for rate in rates)})" for name, rates in more.items()])
-    return [f"The sweep went on beyond the rates given, where the best lay at its edge: {said}."]
-
-
-def _covered(result: dict[str, Any]) -> list[str]:
-    if not any("test samples" in (at(recipe, "paired.covers") or ()) for recipe in result["recipes"]):
-        return []
-    return [
-        "Intervals cover the draw of the test samples as well as that of the seeds: the standard error is from a bootstrap of "
-        "both, judged by Student's t."
-    ]
+    said, more = [], {recipe["recipe"]: recipe["extended"] for recipe in result["recipes"] if recipe.get("extended")}
+    if more:
+        tried = listing([f"{name} ({', '.join(f'{rate:g}' for rate in rates)})" for name, rates in more.items()])
+        said.append(f"The sweep went on beyond the rates given, where the best lay at its edge: {tried}.")
+    if any("test samples" in (at(recipe, "paired.covers") or ()) for recipe in result["recipes"]):
+        said.append(
+            "Intervals cover the draw of the test samples as well as that of the seeds: the standard error is from a bootstrap "
+            "of both, judged by Student's t."
+        )
+    return [*said, *_power(result)]
 
 
 def _power(result: dict[str, Any]) -> list[str]:

@@ -22,108 +22,54 @@ from normkit.lab.report.terminal import COLOURS, cell, is_text
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph.
+    """A paragraph."""
 
-    Args:
-        text: plain, or markup of ours.
-        look: ``"lead"`` or ``"note"``. Default: as prose.
-    """
-
-    text: str
-    look: str = ""
+    text: str  # plain, or markup of ours
+    look: str = ""  # "lead" or "note"
 
 
 @dataclass(frozen=True)
 class Points:
-    """A list.
+    """A list."""
 
-    Args:
-        items: plain text.
-        look: ``"cautions"``, small; ``"code"``. Default: as prose.
-        summary: of a list that is folded up. Default: none, it lies open.
-    """
-
-    items: Sequence[str]
-    look: str = "said"
-    summary: str = ""
+    items: Sequence[str]  # plain text
+    look: str = "said"  # "cautions", small; "code"
+    summary: str = ""  # of a list that is folded up
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure to point at and to zoom into.
+    """A figure to point at and to zoom into."""
 
-    Args:
-        picture: what it shows; its panels stand side by side.
-        captions: of each panel.
-    """
-
-    picture: Picture
-    captions: Sequence[str]
+    picture: Picture  # what it shows; its panels stand side by side
+    captions: Sequence[str]  # of each panel
 
 
 Block = Text | Points | Chart | Table | Drawing
 
 
 @dataclass(frozen=True)
-class Section:
-    """A section.
-
-    Args:
-        title: above it.
-        blocks: from top to bottom.
-    """
-
-    title: str
-    blocks: Sequence[Block]
-
-
-@dataclass(frozen=True)
 class Account:
-    """What the page of an experiment says of its result.
+    """What the page of an experiment says of its result."""
 
-    Args:
-        sections: from top to bottom.
-        looks: of recipes, by name. Default: nothing has a colour.
-    """
-
-    sections: Sequence[Section]
-    looks: Mapping[str, Style] = field(default_factory=dict)
+    sections: Mapping[str, Sequence[Block]]  # by title; one without blocks is left out
+    looks: Mapping[str, Style] = field(default_factory=dict)  # of recipes, by name
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page.
+    """A page."""
 
-    Args:
-        kind: the command, above the title.
-        title: of the page.
-        facts: below the title, a sentence or two.
-        account: what it says.
-        command: that makes the records again.
-        records: settings and environment, by title.
-    """
-
-    kind: str
+    kind: str  # the command, above the title
     title: str
-    facts: str
+    facts: str  # below the title, a sentence or two
     account: Account
-    command: str
-    records: Mapping[str, Mapping[str, Any]]
+    command: str  # that makes the records again
+    records: Mapping[str, Mapping[str, Any]]  # settings and environment, by title
 
 
 def write(page: Page, output: Path) -> Path:
-    """Writes ``report.html``, which holds all it needs and asks nothing of the network.
-
-    Args:
-        page: what it says.
-        output: the folder of the records, with the figures that the page shows.
-
-    Returns:
-        The file written. The same records give the same bytes.
-
-    Raises:
-        RecordError: the folder is not writable.
-    """
+    """Writes ``report.html``, which holds all it needs; the same records give the same bytes."""
     path = output / "report.html"
     write_text(path, render(page, output))
     return path
@@ -139,7 +85,7 @@ def render(page: Page, output: Path) -> str:
         lstrip_blocks=True,
     )
     pages.filters["kind"] = lambda block: type(block).__name__
-    charts = [block for section in page.account.sections for block in section.blocks if isinstance(block, Chart)]
+    charts = [each for blocks in page.account.sections.values() for each in blocks if isinstance(each, Chart)]
     return pages.get_template("page.html").render(
         page=page,
         account=page.account,

@@ -6,8 +6,7 @@ from math import exp, inf, log
 from statistics import median
 from typing import Any
 
-from normkit.lab.report.comparison import Comparison, Log, at, finite
-from normkit.lab.report.wording import RESOLVED, layer_names, ms_per_step, number, score_name
+from normkit.lab.report.wording import RESOLVED, at, finite, layer_names, ms_per_step, number, score_name
 
 Range = tuple[float, float]
 ENLARGED = 6  # epochs from which the end is worth a second look
@@ -18,106 +17,65 @@ ROOM = 0.06  # of a panel's height, above and below what is enlarged
 
 @dataclass(frozen=True)
 class Line:
-    """A line.
+    """A line."""
 
-    Args:
-        recipe: its place among the recipes, which gives colour, marker and dash.
-        x: where.
-        y: None leaves a gap.
-        low: of the band over seeds. Default: no band.
-        high: likewise.
-        kind: ``"mean"``, ``"lost"`` of a seed that diverged, or ``"raw"`` of a weight before its parametrization.
-        seed: of what diverged.
-        epochs: of the points, where x is not the epoch.
-        chosen: the x whose mark is filled, where the others are hollow.
-    """
-
-    recipe: int
+    recipe: int  # its place among the recipes, which gives colour, marker and dash
     x: Sequence[float]
-    y: Sequence[float | None]
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
+    y: Sequence[float | None]  # None leaves a gap
+    low: Sequence[float] = ()  # of the band over seeds
+    high: Sequence[float] = ()  # likewise
+    # "mean", "lost" of a seed that diverged, or "raw" of a weight before its parametrization
     kind: str = "mean"
-    seed: int | None = None
-    epochs: Sequence[int] = ()
-    chosen: float | None = None
+    seed: int | None = None  # of what diverged
+    epochs: Sequence[int] = ()  # of the points, where x is not the epoch
+    chosen: float | None = None  # the x whose mark is filled, where the others are hollow
 
 
 @dataclass(frozen=True)
 class Row:
-    """A value with its interval.
+    """A value with its interval."""
 
-    Args:
-        recipe: its place among the recipes.
-        value: None where there is none.
-        low: lower end of the interval.
-        high: upper end.
-        each: the values of single seeds.
-        text: the value as it is said.
-    """
-
-    recipe: int
-    value: float | None
+    recipe: int  # its place among the recipes
+    value: float | None  # None where there is none
     low: float | None = None
     high: float | None = None
-    each: Sequence[float] = ()
-    text: str = ""
+    each: Sequence[float] = ()  # the values of single seeds
+    text: str = ""  # the value as it is said
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines against one another, or rows below one another.
+    """Lines against one another, or rows below one another."""
 
-    Args:
-        place: its id on the page.
-        x: label of the axis.
-        y: label of the axis.
-        lines: what is drawn.
-        rows: likewise; bars from 0 if `bars`, else marks about 0.
-        bars: see `rows`.
-        title: above it, where there are several.
-        log: of the y axis.
-        limit: values beyond it are cut off. Default: None, none are.
-        target: a value to be reached, a dotted line.
-        note: in the corner.
-        close: the x range and the y range of the end of training, where lines lie close; the page opens with it.
-        ticks: of the x axis, which is logarithmic then.
-    """
-
-    place: str
-    x: str
+    place: str  # its id on the page
+    x: str  # label of the axis
     y: str = ""
     lines: Sequence[Line] = ()
     rows: Sequence[Row] = ()
-    bars: bool = False
-    title: str = ""
-    log: bool = False
-    limit: float | None = None
-    target: float | None = None
-    note: str = ""
+    bars: bool = False  # see `rows`
+    title: str = ""  # above it, where there are several
+    log: bool = False  # of the y axis
+    limit: float | None = None  # values beyond it are cut off
+    target: float | None = None  # a value to be reached, a dotted line
+    note: str = ""  # in the corner
+    # the x range and the y range of the end of training, where lines lie close; the page opens with it
     close: tuple[Range, Range] | None = None
-    ticks: Sequence[float] = ()
+    ticks: Sequence[float] = ()  # of the x axis, which is logarithmic then
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Panels that belong together.
+    """Panels that belong together."""
 
-    Args:
-        name: of its files; empty for what is on the page alone.
-        panels: from left to right.
-    """
-
-    name: str
+    name: str  # of its files; empty for what is on the page alone
     panels: tuple[Panel, ...]
 
 
-def pictures(comparison: Comparison) -> list[Picture]:
+def pictures(result: dict[str, Any]) -> list[Picture]:
     """Every figure of a comparison."""
-    result = comparison.result
     score, goal = f"validation {score_name(result)}", finite(at(result, "target.score"))
-    curves, losses = [along(comparison, field) for field in ("val_score", "train_loss")]
-    times, half = against_time(comparison, curves), "whole training"
+    curves, losses = [along(result, field) for field in ("val_score", "train_loss")]
+    times, half = against_time(result, curves), "whole training"
     by_time: dict[str, Any] = {"target": goal, "close": close(times, goal), "title": half}
     costs = {"milliseconds": ("ms per step", "ms"), "megabytes": ("MB per step", "mb")}
     return [
@@ -134,58 +92,51 @@ def pictures(comparison: Comparison) -> list[Picture]:
                 ),
             ),
         ),
-        Picture("paired_differences", (differences(comparison),)),
-        Picture("learning_rates", (rates(comparison),)),
-        Picture("condition_numbers", tuple(condition(comparison, *place) for place in layer_names(result).items())),
-        Picture("cost", tuple(cost(comparison, *said) for said in ((key, *said) for key, said in costs.items()))),
+        Picture("paired_differences", (differences(result),)),
+        Picture("learning_rates", (rates(result),)),
+        Picture("condition_numbers", tuple(condition(result, *place) for place in layer_names(result).items())),
+        Picture("cost", tuple(cost(result, *said) for said in ((key, *said) for key, said in costs.items()))),
     ]
 
 
-def along(comparison: Comparison, field: str) -> list[Line]:
+def along(result: dict[str, Any], field: str) -> list[Line]:
     """A logged value ("val_score" or "train_loss") by epoch: mean and range over the seeds, and apart what diverged.
 
     An epoch counts only where every complete run has the value, so that the mean never jumps because a run left it.
     """
     lines = []
-    for place, runs in enumerate(comparison.runs):
-        whole = [dict(zip(run.epochs, getattr(run, field), strict=True)) for run in runs if run.status == "ok"]
-        shared = sorted(set.intersection(*map(set, whole))) if whole else []
-        found = [(epoch, [run[epoch] for run in whole]) for epoch in shared]
-        known = [(epoch, values) for epoch, values in found if None not in values]
+    for place, recipe in enumerate(result["recipes"]):
+        curves = [(run, [finite(value) for value in run["curve"][field]]) for run in recipe["runs"]]
+        whole = [values for run, values in curves if run["status"] == "ok"]
+        known = [(epoch, [*values]) for epoch, values in enumerate(zip(*whole, strict=False), 1) if None not in values]
         if known:
             means = [sum(values) / len(values) for _, values in known]
             ends = [min(values) for _, values in known], [max(values) for _, values in known]
             lines.append(Line(place, [epoch for epoch, _ in known], means, *ends))
-        lines += [_lost(place, run, field) for run in runs if run.status != "ok"]
+        for run, values in curves:
+            if run["status"] != "ok":
+                there = {epoch: value for epoch, value in enumerate(values, 1) if value is not None}
+                lines.append(Line(place, [*there], [*there.values()], kind="lost", seed=run["seed"]))
     return lines
 
 
-def _lost(place: int, run: Log, field: str) -> Line:
-    pairs = [(e, v) for e, v in zip(run.epochs, getattr(run, field), strict=True) if v is not None]
-    return Line(place, [epoch for epoch, _ in pairs], [value for _, value in pairs], kind="lost", seed=run.seed)
-
-
-def against_time(comparison: Comparison, curves: Sequence[Line]) -> list[Line]:
+def against_time(result: dict[str, Any], curves: Sequence[Line]) -> list[Line]:
     """The mean validation score against the mean time spent in training up to that epoch."""
     lines = []
-    for line in curves:
-        whole = [run for run in comparison.runs[line.recipe] if run.status == "ok"]
-        if line.kind == "mean":
-            count = min([len(run.seconds) for run in whole] + [len(line.x)])
-            passed = [sum(sum(run.seconds[: last + 1]) for run in whole) / len(whole) for last in range(count)]
-            lines.append(Line(line.recipe, passed, line.y[:count], epochs=[int(x) for x in line.x[:count]]))
+    for line in (line for line in curves if line.kind == "mean"):
+        runs = result["recipes"][line.recipe]["runs"]
+        whole = [run["curve"]["seconds"] for run in runs if run["status"] == "ok"]
+        count = min([*map(len, whole), len(line.x)])
+        passed = [sum(sum(seconds[: last + 1]) for seconds in whole) / len(whole) for last in range(count)]
+        lines.append(Line(line.recipe, passed, line.y[:count], epochs=[int(x) for x in line.x[:count]]))
     return lines
 
 
 def close(lines: Sequence[Line], goal: float | None = None, log_scale: bool = False) -> tuple[Range, Range] | None:
     """The second half of training, as high as its last quarter, where curves lie close; None where training is short.
 
-    Of four recipes or more, one that lies far from the others does not stretch the view.
-
-    Args:
-        lines: their means and bands count.
-        goal: a value that stays in view if lines come near it. Default: none.
-        log_scale: of y. Default: False.
+    Of four recipes or more, one that lies far from the others does not stretch the view. Of four recipes or more, one
+    that lies far from the others does not stretch the view; a `goal` stays in it if lines come near.
     """
     means = [line for line in lines if line.kind == "mean" and len(line.x) >= ENLARGED]
     if not means:
@@ -210,9 +161,9 @@ def close(lines: Sequence[Line], goal: float | None = None, log_scale: bool = Fa
     return (0.49 * min(ends), 1.01 * max(ends)), (exp(low), exp(high)) if log_scale else (low, high)
 
 
-def differences(comparison: Comparison) -> Panel:
+def differences(result: dict[str, Any]) -> Panel:
     """Paired differences from the baseline: mean, interval and each seed."""
-    result, rows = comparison.result, []
+    rows = []
     for place, recipe in enumerate(result["recipes"]):
         if recipe["recipe"] != result["baseline"]:
             mean, low, high = (finite(at(recipe, f"paired.{key}")) for key in ("mean", "low", "high"))
@@ -221,10 +172,10 @@ def differences(comparison: Comparison) -> Panel:
     return Panel("differences", f"test {score_name(result)} minus {result['baseline']}'s, same seed", rows=rows)
 
 
-def rates(comparison: Comparison) -> Panel:
+def rates(result: dict[str, Any]) -> Panel:
     """The validation score after the last epoch at each rate tried; None where no run came through."""
     lines, tried = [], set()
-    for place, recipe in enumerate(comparison.result["recipes"]):
+    for place, recipe in enumerate(result["recipes"]):
         scores: dict[float, list[float]] = {}
         for entry in recipe["sweep"]:
             known = scores.setdefault(float(entry["rate"]), [])
@@ -233,14 +184,14 @@ def rates(comparison: Comparison) -> Panel:
         means = [sum(known) / len(known) if known else None for _, known in sorted(scores.items())]
         lines.append(Line(place, sorted(scores), means, chosen=finite(recipe.get("rate"))))
         tried |= scores.keys()
-    score = f"validation {score_name(comparison.result)}, last epoch"
+    score = f"validation {score_name(result)}, last epoch"
     return Panel("rates", "learning rate", score, lines, ticks=sorted(tried))
 
 
-def condition(comparison: Comparison, place: str, title: str) -> Panel:
+def condition(result: dict[str, Any], place: str, title: str) -> Panel:
     """Condition numbers along training of one layer or of the mean over layers."""
     lines, beyond = [], []
-    for index, recipe in enumerate(comparison.result["recipes"]):
+    for index, recipe in enumerate(result["recipes"]):
         found = at(recipe, f"condition.{place}") or {}
         raw, effective = ([finite(value) for value in found.get(key) or []] for key in ("raw", "effective"))
         beyond += [recipe["recipe"]] if any(value and value > RESOLVED for value in effective) else []
@@ -252,9 +203,9 @@ def condition(comparison: Comparison, place: str, title: str) -> Panel:
     return Panel(f"condition-{place}", "epoch", "condition number", lines, **about)
 
 
-def cost(comparison: Comparison, place: str, label: str, kind: str) -> Panel:
+def cost(result: dict[str, Any], place: str, label: str, kind: str) -> Panel:
     """What a step costs, with the interval of its time relative to the baseline's."""
-    rows, result = [], comparison.result
+    rows = []
     for index, recipe in enumerate(result["recipes"]):
         if kind == "ms":
             value, low, high = ms_per_step(recipe, result)

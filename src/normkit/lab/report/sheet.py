@@ -10,12 +10,11 @@ from typing import Any
 from markupsafe import Markup
 from rich.console import Console
 
-from normkit.core.card import Paper
 from normkit.lab.experiment import Drawing, Experiment
 from normkit.lab.folder import FIGURES
 from normkit.lab.record import write_text
-from normkit.lab.report.page import Account, Page, Points, Section, Text, moment, write
-from normkit.lab.report.terminal import markdown, print_report, print_text
+from normkit.lab.report.page import Account, Page, Points, Text, moment, write
+from normkit.lab.report.terminal import markdown, print_table, print_text
 from normkit.lab.say import counted
 
 
@@ -23,7 +22,11 @@ def print_sheet(experiment: Experiment, found: Mapping[str, Any], console: Conso
     """Prints the tables and remarks of a result."""
     print_text(f"\n{experiment.title}", console, "bold")
     print_text(experiment.sentence, console)
-    print_report(experiment.tables(found["result"]), experiment.remarks(found["result"]), console)
+    for table in experiment.tables(found["result"]):
+        print_table(table, console)
+    console.print()
+    for remark in experiment.remarks(found["result"]):
+        print_text(f"- {remark}", console)
 
 
 def write_markdown(experiment: Experiment, found: Mapping[str, Any], figures: Sequence[Drawing], output: Path) -> Path:
@@ -85,16 +88,15 @@ def write_sheet(experiment: Experiment, found: Mapping[str, Any], figures: Seque
 
 
 def _account(experiment: Experiment, found: Mapping[str, Any], figures: Sequence[Drawing]) -> Account:
-    sections = [Section("What the source says", [Text(experiment.claim, "lead"), *_source(experiment.paper)])]
-    if paragraphs := setup(experiment):
-        sections.append(Section("What was run", [Text(paragraph.replace("`", "")) for paragraph in paragraphs]))
-    sections.append(Section("What was seen", [Points(experiment.remarks(found["result"]))]))
-    sections.append(Section("Numbers", experiment.tables(found["result"])))
-    return Account([*sections, *([Section("Figures", figures)] if figures else [])])
-
-
-def _source(paper: Paper | None) -> list[Text]:
-    if paper is None:
-        return []
-    said = Markup('{} ({}), <cite>{}</cite>, <a href="{}">{}</a>')
-    return [Text(said.format(paper.authors, paper.year, paper.title, paper.url, paper.url), "note")]
+    said, paper, source = Markup('{} ({}), <cite>{}</cite>, <a href="{}">{}</a>'), experiment.paper, []
+    if paper is not None:
+        source = [Text(said.format(paper.authors, paper.year, paper.title, paper.url, paper.url), "note")]
+    return Account(
+        {
+            "What the source says": [Text(experiment.claim, "lead"), *source],
+            "What was run": [Text(paragraph.replace("`", "")) for paragraph in setup(experiment)],
+            "What was seen": [Points(experiment.remarks(found["result"]))],
+            "Numbers": experiment.tables(found["result"]),
+            "Figures": figures,
+        }
+    )

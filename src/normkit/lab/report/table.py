@@ -1,12 +1,12 @@
 """The tables of a comparison: scores, costs, and what each recipe changed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from normkit.lab.experiment import Cell, Table
-from normkit.lab.report.comparison import at
 from normkit.lab.report.wording import (
     ABSENT,
+    at,
     changed,
     interval,
     kept,
@@ -17,63 +17,55 @@ from normkit.lab.report.wording import (
     over_seeds,
     ratio,
     score_name,
-    seeds,
     verdict,
     words,
 )
+from normkit.lab.say import counted
+
+Columns = dict[str, Callable[[dict[str, Any]], Cell]]  # what stands in each, of a recipe
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Scores, costs, condition numbers and changes of each recipe."""
-    names = [recipe["recipe"] for recipe in result["recipes"]]
+    recipes, base, target = result["recipes"], result["baseline"], number(at(result, "target.score"), "score")
+    names, count = [recipe["recipe"] for recipe in recipes], max(len(recipe["runs"]) for recipe in recipes)
+    passed = any(recipe.get("passed_over") for recipe in recipes)
 
-    def table(title: str, columns: Mapping[str, Sequence[Cell]], notes: Sequence[str] = ()) -> Table:
-        return Table(title, ["recipe", *columns], list(zip(names, *columns.values(), strict=True)), notes)
+    def table(title: str, notes: Sequence[str], columns: Columns) -> Table:
+        rows = [[recipe["recipe"], *(column(recipe) for column in columns.values())] for recipe in recipes]
+        return Table(title, ["recipe", *columns], rows, notes)
 
-    said = [f"{'; '.join(words(names))}."] if words(names) else []
-    count = max(len(recipe["runs"]) for recipe in result["recipes"])
-    found = [
-        table(f"Scores, mean ± standard deviation over {seeds(count)}", score_columns(result), said),
-        table("Costs", cost_columns(result), cost_notes(result)),
-        table("What each recipe changed", change_columns(result)),
-    ]
-    if any(at(recipe, "condition") for recipe in result["recipes"]):
-        note = "Of the weight that the layer computes with: its largest singular value over its smallest."
-        found.insert(2, table("Condition numbers after the last epoch", condition_columns(result), [note]))
-    return found
-
-
-def score_columns(result: dict[str, Any]) -> dict[str, list[str]]:
-    """Chosen rate, test score, paired difference and verdict."""
-    recipes, baseline, name = result["recipes"], result["baseline"], score_name(result)
-    count = max(len(recipe["runs"]) for recipe in recipes)
-    return {
-        "learning\nrate": [number(r.get("rate"), "rate") + ("†" if r.get("rate_at_edge") else "") for r in recipes],
-        f"test\n{name}": [mean_score(r, count) for r in recipes],
-        f"minus {baseline}\n{level(at(recipes[-1], 'paired'))} interval": [difference(r, baseline) for r in recipes],
-        "verdict": [verdict(r, result) for r in recipes],
+    scores: Columns = {
+        "learning\nrate": lambda r: number(r.get("rate"), "rate") + ("†" if r.get("rate_at_edge") else ""),
+        f"test\n{score_name(result)}": lambda r: mean_score(r, count),
+        f"minus {base}\n{level(at(recipes[-1], 'paired'))} interval": lambda r: difference(r, base),
+        "verdict": lambda r: verdict(r, result),
     }
-
-
-def cost_columns(result: dict[str, Any]) -> dict[str, list[str]]:
-    """What a step takes, how soon the target is reached, and how conditioned the weights end."""
-    recipes = result["recipes"]
-    target = number(at(result, "target.score"), "score")
-    return {
-        f"steps\nto {target}": [reached(r, "steps_to_target", "count") for r in recipes],
-        f"time\nto {target}": [reached(r, "seconds_to_target", "seconds") for r in recipes],
-        "ms\nper step": [number(ms_per_step(r, result)[0], "ms") for r in recipes],
-        f"time per step\nover {result['baseline']}'s": [ratio(r) for r in recipes],
-        "MB\nper step": [number(at(r, "cost.mb_per_step"), "mb") for r in recipes],
+    costs: Columns = {
+        f"steps\nto {target}": lambda r: reached(r, "steps_to_target", "count"),
+        f"time\nto {target}": lambda r: reached(r, "seconds_to_target", "seconds"),
+        "ms\nper step": lambda r: number(ms_per_step(r, result)[0], "ms"),
+        f"time per step\nover {base}'s": ratio,
+        "MB\nper step": lambda r: number(at(r, "cost.mb_per_step"), "mb"),
     }
-
-
-def condition_columns(result: dict[str, Any]) -> dict[str, list[str]]:
-    """How conditioned the weights end."""
-    return {
-        name: [number((at(r, f"condition.{place}.effective") or [None])[-1], "condition") for r in result["recipes"]]
+    conditions: Columns = {
+        name: lambda r, place=place: number((at(r, f"condition.{place}.effective") or [None])[-1], "condition")
         for place, name in layer_names(result).items()
     }
+    changes: Columns = {
+        "parameters": lambda r: number(r.get("parameters"), "count"),
+        "changed": lambda r: changed(r.get("changes") or []) or "nothing",
+        **({"passed over": lambda r: "\n".join(_first(r.get("passed_over") or [])) or None} if passed else {}),
+    }
+    said = [f"{'; '.join(words(names))}."] if words(names) else []
+    found = [
+        table(f"Scores, mean ± standard deviation over {counted(count, 'seed')}", said, scores),
+        table("Costs", cost_notes(result), costs),
+    ]
+    if any(at(recipe, "condition") for recipe in recipes):
+        note = "Of the weight that the layer computes with: its largest singular value over its smallest."
+        found.append(table("Condition numbers after the last epoch", [note], conditions))
+    return [*found, table("What each recipe changed", (), changes)]
 
 
 def cost_notes(result: dict[str, Any]) -> list[str]:
@@ -89,18 +81,6 @@ def cost_notes(result: dict[str, Any]) -> list[str]:
             "result.json also holds, shift with how busy the machine was."
         )
     return notes
-
-
-def change_columns(result: dict[str, Any]) -> dict[str, list[Cell]]:
-    """Parameters, and which layers a recipe changed and which it passed over."""
-    recipes = result["recipes"]
-    columns: dict[str, list[Cell]] = {
-        "parameters": [number(recipe.get("parameters"), "count") for recipe in recipes],
-        "changed": [changed(recipe.get("changes") or []) or "nothing" for recipe in recipes],
-    }
-    if any(recipe.get("passed_over") for recipe in recipes):
-        columns["passed over"] = ["\n".join(_first(recipe.get("passed_over") or [])) or None for recipe in recipes]
-    return columns
 
 
 def _first(lines: list[str], most: int = 3) -> list[str]:

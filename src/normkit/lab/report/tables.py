@@ -26,17 +26,8 @@ def time_table(
 ) -> Table:
     """The table of what a step costs, and of scores after all of training and after the baseline's time.
 
-    Args:
-        title: of the table.
-        costs: by row, the baseline first, what :func:`normkit.lab.train.cost.measure_steps` gave.
-        length: of a run, in `unit`.
-        score: of a row after that many, one per seed; None for a run that did not come so far.
-        what: the score is, as a heading.
-        unit: ``"epochs"`` or ``"steps"``. Default: ``"epochs"``.
-        every: how many lie between two scores. Default: 1.
-        form: of the scores. Default: ``".1f"``.
-        scale: by which they are multiplied. Default: 100.
-        notes: below it, after what all such tables say. Default: none.
+    `costs` by row, the baseline first, are of :func:`normkit.lab.train.cost.measure_steps`; ``score(row, count)`` are
+    those after that many epochs or steps, one per seed, of which there is one `every` so many.
     """
     base = next(iter(costs))
     lines = []
@@ -44,15 +35,7 @@ def time_table(
         reached = within(length, cost["ratio"], every, cost["ratio_interval"])
         ends, then = (spread(score(name, count), form, scale) for count in (length, reached))
         lines.append(
-            [
-                name,
-                f"{cost['ms_per_step']:.1f}",
-                tell_ratio(cost),
-                f"{cost['mb_per_step']:.1f}",
-                ends,
-                reached,
-                then,
-            ]
+            [name, f"{cost['ms_per_step']:.1f}", tell_ratio(cost), f"{cost['mb_per_step']:.1f}", ends, reached, then]
         )
     columns = [
         "method",
@@ -84,11 +67,7 @@ def tell_ratio(cost: Mapping[str, Any]) -> str:
 def within(length: int, ratio: float, every: int = 1, interval: Sequence[float] | None = None) -> int:
     """Counts the epochs, or steps, that a method comes through in the baseline's time.
 
-    Args:
-        length: of a run.
-        ratio: of its time to the baseline's.
-        every: what the count is a multiple of, unless it is the whole run. Default: 1.
-        interval: of the ratio; where it holds 1 the times are not told apart, and the count is the whole run. Default: none.
+    The count is a multiple of `every`, unless it is the whole run, as it is where the interval of the ratio holds 1.
 
     >>> within(10, 1.25), within(10, 1.015), within(10, 0.8), within(1000, 1.1, 50), within(10, 1.25, interval=(0.98, 1.3))
     (8, 10, 10, 900, 10)
@@ -139,14 +118,10 @@ def _tried(run: Tried | None, form: str, scale: float, unit: str) -> str | None:
 
 
 def lowered(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Says by how much conditioning lowered condition numbers at the end of training.
+    """Says by how much conditioning lowered condition numbers at the end of training, if any run is left.
 
-    Args:
-        runs: of conditioned networks, each with a ``"curve"`` whose rows hold ``"raw_condition"`` and ``"condition"``; a run
-            with None at its end, as of a singular weight, is left out.
-
-    Returns:
-        A sentence, or nothing where no run is left.
+    The runs' ``"curve"`` has rows with ``"raw_condition"`` and ``"condition"``; one with None at its end, as of a
+    singular weight, is left out.
 
     >>> lowered([{"curve": [{"raw_condition": 100.0, "condition": 98.0}]}])[0][:70]
     'At the end the conditioned weights have a condition number 2.0 % below'

@@ -1,7 +1,7 @@
 """Tables in the terminal, as wide as it is and in the letters that it can write, and in Markdown."""
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -42,17 +42,6 @@ def spelled(text: str, console: Console, style: str = "") -> Text:
 def print_text(text: str, console: Console, style: str = "") -> None:
     """Prints a paragraph, broken between words."""
     console.print(spelled(text, console, style))
-
-
-def print_report(tables: Iterable[Table], remarks: Iterable[str], console: Console, notes: Iterable[str] = ()) -> None:
-    """Prints the tables of a result, then what is to be said of it; `notes` are dim."""
-    for table in tables:
-        print_table(table, console)
-    console.print()
-    for remark in remarks:
-        print_text(f"- {remark}", console)
-    for note in notes:
-        print_text(f"- {note}", console, "dim")
 
 
 def markdown(table: Table) -> str:

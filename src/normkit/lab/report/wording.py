@@ -1,14 +1,14 @@
 """How the report says numbers and what it concludes from them, the same in the terminal and on the page."""
 
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
 from normkit.catalogue.entry import entries
 from normkit.lab import stats as judging
-from normkit.lab.report.comparison import at, finite
 from normkit.lab.say import counted
 from normkit.surgery.target import OVER_POSITIONS
 
@@ -20,6 +20,22 @@ LARGE = 1e5  # R² of a training that nearly diverged has no lower end
 RESOLVED = 2.0**23
 
 
+def finite(value: Any) -> float | None:
+    """A finite number, or None for null, NaN and infinity, which a diverged run may log."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def at(result: Any, path: str) -> Any:
+    """The value at a dotted path, or None where the record has null on the way or lacks the last step.
+
+    >>> at({"recipe": "bn", "paired": {"mean": 0.1}}, "paired.mean"), at({"paired": None}, "paired.mean")
+    (0.1, None)
+    """
+    for step in path.split("."):
+        result = result.get(step) if isinstance(result, dict) else None
+    return result
+
+
 class Number(str):
     """A number as it is shown, with the value behind it, which the page tells where one points at it."""
 
@@ -27,7 +43,6 @@ class Number(str):
     value: float
 
     def __new__(cls, text: str, value: float) -> "Number":
-        """Text and value."""
         made = super().__new__(cls, text)
         made.value = value
         return made
@@ -46,22 +61,7 @@ def number(value: Any, kind: str) -> str:
     known = finite(value)
     if known is None:
         return ABSENT
-    if kind == "score":
-        text = f"{known:.4f}" if abs(known) < LARGE else f"{known:.2e}"
-    elif kind == "difference":
-        text = (f"{known:+.4f}" if abs(known) < LARGE else f"{known:+.2e}") if round(known, 4) else "0.0000"
-    elif kind == "count":
-        text = f"{known:,.0f}"
-    elif kind == "ratio":
-        text = f"{known:.2f}{TIMES}"
-    elif kind == "seconds":
-        text = duration(known)
-    elif kind == "condition" and known > RESOLVED:
-        text = f">{RESOLVED:.0e}"
-    elif kind == "rate":
-        text = f"{known:g}"
-    else:
-        text = significant(known)
+    text = FORMS.get(kind, significant)(known)
     return Number(text.replace("-", MINUS, 1) if text.startswith("-") else text, known)
 
 
@@ -84,6 +84,19 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+FORMS: dict[str, Callable[[float], str]] = {
+    "score": lambda value: f"{value:.4f}" if abs(value) < LARGE else f"{value:.2e}",
+    "difference": lambda value: (
+        (f"{value:+.4f}" if abs(value) < LARGE else f"{value:+.2e}") if round(value, 4) else "0.0000"
+    ),
+    "count": "{:,.0f}".format,
+    "ratio": f"{{:.2f}}{TIMES}".format,
+    "seconds": duration,
+    "condition": lambda value: f">{RESOLVED:.0e}" if value > RESOLVED else significant(value),
+    "rate": "{:g}".format,
+}
+
+
 def score_name(result: dict[str, Any]) -> str:
     """The name of the score as read in a sentence."""
     name = str(at(result, "task.score") or "score")
@@ -93,11 +106,6 @@ def score_name(result: dict[str, Any]) -> str:
 def level(paired: Any) -> str:
     """The level of an interval in percent."""
     return f"{100 * (finite(at(paired, 'level')) or 0.95):g}%"
-
-
-def seeds(count: int) -> str:
-    """A count of seeds."""
-    return counted(count, "seed")
 
 
 def listing(names: Sequence[str]) -> str:
@@ -156,9 +164,9 @@ def verdict(recipe: dict[str, Any], result: dict[str, Any]) -> str:
         "baseline": "the baseline",
         "better": "better",
         "worse": "worse",
-        "even": f"no difference shown\nat {seeds(pairs)}",
+        "even": f"no difference shown\nat {counted(pairs, 'seed')}",
         "single": "one seed: no interval",
-        "part": f"{pairs} of {seeds(len(recipe['runs']))},\nnot judged",
+        "part": f"{pairs} of {counted(len(recipe['runs']), 'seed')},\nnot judged",
         "failed": "diverged" if kept(recipe) == 0 else "nothing to pair with",
     }[word]
 
@@ -251,7 +259,7 @@ def findings(result: dict[str, Any]) -> list[str]:
     tied = [r["recipe"] for r in scored if r["test_score"]["mean"] == top["test_score"]["mean"]]
     if len(tied) > 1:
         lead = f"{listing(tied)} share the highest mean test {name}, {number(top['test_score']['mean'], 'score')}"
-    lead += f" ({seeds(kept(top))})"
+    lead += f" ({counted(kept(top), 'seed')})"
     judged = {recipe["recipe"]: judge(recipe, baseline) for recipe in result["recipes"]}
     edges = {recipe["recipe"]: at_edge(recipe, result) for recipe in result["recipes"]}
     sentences = [lead_sentence(lead, top, judged, baseline, tied, edges[top["recipe"]])]
@@ -293,12 +301,6 @@ def lead_sentence(
     return f"{lead}, {by}, but the {bounds} includes zero: no difference shown."
 
 
-def conditions_at_end(recipe: dict[str, Any]) -> list[float]:
-    """The effective condition numbers of the first and last layer after the last epoch, where known."""
-    ends = [(at(recipe, f"condition.{place}.effective") or [None])[-1] for place in ("first", "last")]
-    return [value for value in map(finite, ends) if value is not None]
-
-
 def cautions(result: dict[str, Any]) -> list[str]:
     """What a reader must know before trusting the table: lost runs, learning rates at the edge, many intervals."""
     notes = []
@@ -306,7 +308,7 @@ def cautions(result: dict[str, Any]) -> list[str]:
         lost = sum(run["status"] != "ok" for run in recipe["runs"])
         if lost:
             rest = f"its numbers are of the other {kept(recipe)}" if kept(recipe) else "it has no numbers"
-            notes.append(f"{recipe['recipe']} diverged in {lost} of {seeds(len(recipe['runs']))}; {rest}.")
+            notes.append(f"{recipe['recipe']} diverged in {lost} of {counted(len(recipe['runs']), 'seed')}; {rest}.")
     agreeing = [r["recipe"] for r in result["recipes"] if r["recipe"] != result["baseline"] and alike(r)]
     if agreeing:
         notes.append(
@@ -319,7 +321,11 @@ def cautions(result: dict[str, Any]) -> list[str]:
             f"† {listing(edge)}: the chosen learning rate is at the edge of the sweep, a better one may lie beyond; "
             "widen it with --rates."
         )
-    beyond = [r["recipe"] for r in result["recipes"] if any(end > RESOLVED for end in conditions_at_end(r))]
+    ends = {
+        r["recipe"]: [(at(r, f"condition.{place}.effective") or [None])[-1] for place in ("first", "last")]
+        for r in result["recipes"]
+    }
+    beyond = [recipe for recipe, values in ends.items() if any((finite(value) or 0) > RESOLVED for value in values)]
     if beyond:
         notes.append(
             f"{listing(beyond)}: a condition number above {RESOLVED:.0e} is more than single precision resolves; the weight "

@@ -18,10 +18,6 @@ class Average:
 
     What a weight parametrization keeps for itself, such as the vectors of spectral norm, and counters are not averaged.
 
-    Args:
-        model: the first average is its values.
-        decay: a step, from 0 to below 1.
-
     Reference:
         Polyak and Juditsky 1992, Acceleration of stochastic approximation by averaging, https://doi.org/10.1137/0330046;
         the decay of the first steps is that of TensorFlow's ExponentialMovingAverage.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from statistics import median, quantiles
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -27,16 +27,14 @@ RATE = 1e-6
 _BLOCK = 1 << 21  # numbers: blocks of up to 8 MiB, more than the caches of a core
 
 
+R = TypeVar("R")
+
+
 @dataclass(frozen=True)
 class Step:
-    """A training step.
+    """A training step."""
 
-    Args:
-        take: does it: forward, backward and update.
-        model: that takes it.
-    """
-
-    take: Callable[[], object]
+    take: Callable[[], object]  # does it: forward, backward and update
     model: nn.Module
 
     def clear(self) -> None:
@@ -45,28 +43,11 @@ class Step:
         release(self.model)
 
 
-class Row(Protocol):
-    """A training of a row of a table."""
-
-    @property
-    def subject(self) -> str:
-        """What all rows are trained on; a folder."""
-        ...
-
-
-R = TypeVar("R", bound=Row)
-
-
 @dataclass(frozen=True)
 class Costs(Work, Generic[R], path="{0.rows[0].subject}/costs"):
-    """Measures what a step of several rows costs, side by side, in about `budget` seconds.
+    """Measures what a step of several rows costs, side by side, in about `budget` seconds; the baseline comes first."""
 
-    Args:
-        rows: frozen dataclasses, the baseline first.
-        budget: Default: 20.
-    """
-
-    rows: tuple[R, ...]
+    rows: tuple[R, ...]  # frozen dataclasses with a subject, a folder; the baseline first
     budget: float = 20.0
 
 
@@ -79,11 +60,7 @@ def measure_costs(
     rounds: tuple[int, int] = (6, 60),
     warm_up: int = 3,
 ) -> dict[str, dict[str, Any]]:
-    """Times forward, backward and update of each model on one batch of the train split, as :func:`measure_steps` does.
-
-    Returns:
-        By recipe, as :func:`measure_steps`.
-    """
+    """Times a step of each recipe's model on one batch of the train split, as :func:`measure_steps` does."""
     size = min(settings.batch_size, len(data.train)) // fabric.world_size
     batch = data.train.batch(torch.arange(max(size, 1)), fabric.device)
     reseed(0, "cost", rank=fabric.global_rank)

@@ -13,12 +13,6 @@ class Curves:
     """Writes a run's epochs as TensorBoard reads them.
 
     What was there is replaced, so a run that was resumed has one curve.
-
-    Args:
-        folder: of the run's event file.
-
-    Raises:
-        OptionError: TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,7 +27,6 @@ class Curves:
         self.writer = SummaryWriter(str(folder))
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds epochs."""
         for row in rows:
             for name in SHOWN:
                 self.writer.add_scalar(name, row[name], row["epoch"])
@@ -44,5 +37,4 @@ class Curves:
         self.writer.flush()
 
     def close(self) -> None:
-        """Closes the file."""
         self.writer.close()

@@ -17,11 +17,7 @@ T = TypeVar("T")
 
 
 class Processes(Group):
-    """The processes of a Fabric, which do each job together.
-
-    Args:
-        fabric: started.
-    """
+    """The processes of a Fabric, which do each job together."""
 
     def __init__(self, fabric: Fabric) -> None:
         self.fabric, self.first = fabric, fabric.is_global_zero
@@ -37,12 +33,6 @@ def start_fabric(settings: Settings) -> Fabric:
     """Starts Fabric on the devices asked for; under torchrun it joins the processes that torchrun made.
 
     On a CPU the process keeps the memory that it takes, see :func:`~normkit.lab.memory.keep_memory`.
-
-    Args:
-        settings: accelerator, devices, precision, and a batch size that the processes must share evenly.
-
-    Raises:
-        OptionError: Fabric refuses them, or the batch does not split among the processes.
     """
     keep_memory()
     devices: str | int = int(settings.devices) if settings.devices.lstrip("-").isdigit() else settings.devices

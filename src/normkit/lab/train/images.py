@@ -24,26 +24,16 @@ LOOK_EVERY = 50  # steps between looks at the loss
 
 @dataclass(frozen=True, kw_only=True)
 class Size(Work):
-    """How much is learned, by how wide a network.
+    """How much is learned, by how wide a network."""
 
-    Args:
-        data: as of :func:`load`, which `train`, `test` and `halve` are for too.
-        train: as many images.
-        test: likewise.
-        halve: average 2x2 pixels.
-        width: channels of the network's first layer.
-        epochs: passes over the training images.
-    """
-
-    data: str
-    train: int | None
-    test: int | None
-    halve: bool
-    width: int
-    epochs: int
+    data: str  # as of load, which `train`, `test` and `halve` are for too
+    train: int | None  # as many images
+    test: int | None  # likewise
+    halve: bool  # average 2x2 pixels
+    width: int  # channels of the network's first layer
+    epochs: int  # passes over the training images
 
     def images(self) -> dict[str, Images]:
-        """Reads them."""
         return load(self.data, self.train, self.test, self.halve)
 
 
@@ -51,19 +41,9 @@ class Size(Work):
 def load(name: str, train: int | None = None, test: int | None = None, halve: bool = False) -> dict[str, Images]:
     """Reads images and labels into memory, standardized, without augmentation.
 
-    Args:
-        name: ``"cifar10"``, read from where the environment variable ``NORMKIT_DATA`` says, or ``"digits"``.
-        train: as many training images. Default: None, all.
-        test: as many test images. Default: None, all.
-        halve: average 2x2 pixels. Default: False.
-
-    Returns:
-        Images (n, channels, height, width) and labels (n,), of ``"train"``, ``"val"`` (500 of CIFAR-10 where train is subsampled)
-        and ``"test"``, on the accelerator if there is one.
-
-    Raises:
-        OptionError: another name.
-        ProtocolError: the data are missing or damaged.
+    CIFAR-10 is read from where ``NORMKIT_DATA`` says. Gives images (n, channels, height, width) and labels (n,) of
+    ``"train"``, ``"val"`` (500 of CIFAR-10 where train is subsampled) and ``"test"``, on the accelerator if there is
+    one; `halve` averages 2x2 pixels.
 
     >>> {name: tuple(x.shape) for name, (x, _) in load("digits").items()}
     {'train': (719, 1, 8, 8), 'val': (359, 1, 8, 8), 'test': (719, 1, 8, 8)}
@@ -88,15 +68,8 @@ def load(name: str, train: int | None = None, test: int | None = None, halve: bo
 class Stream:
     """Training batches by their number, reshuffled for each epoch; what does not fill a batch is left out.
 
-    Args:
-        images: and labels.
-        batch: images a batch.
-        seed: of the run.
-        order: ``order(epoch)`` gives the rows of an epoch, counted from 1, as many each time. Default: None, a permutation
-            drawn by the seed.
-
-    Attributes:
-        per_epoch: batches an epoch.
+    ``order(epoch)`` gives the rows of an epoch, counted from 1, as many each time; by default a permutation drawn by
+    the seed.
 
     >>> stream = Stream((torch.arange(5.0), torch.arange(5)), 2, seed=0, order=lambda epoch: torch.arange(5).flip(0))
     >>> stream.per_epoch, stream(2)
@@ -110,7 +83,6 @@ class Stream:
         self.per_epoch = len(self._rows[1]) // batch
 
     def __call__(self, number: int) -> Images:
-        """Gives a batch of a run, counted from 1."""
         epoch, place = divmod(number - 1, self.per_epoch)
         if self._rows[0] != epoch + 1:
             self._rows = epoch + 1, self.order(epoch + 1)
@@ -130,18 +102,8 @@ def fit(
 ) -> Walk:
     """Trains a classifier by SGD with momentum 0.9 and cosine decay of the rate, from its last checkpoint on.
 
-    Args:
-        model: trained in place, and left in training mode.
-        stream: of batches.
-        epochs: how many.
-        rate: at the start.
-        seed: of what the model draws, such as dropout.
-        folder: of the job.
-        before: called before each step with the part of the rate that is left. Default: does nothing.
-        every: steps a row. Default: None, an epoch's.
-
-    Returns:
-        The status, and as rows the mean loss over that many steps.
+    ``before(part)`` is called before each step with the part of the rate that is left. Rows are the mean loss over
+    `every` steps, by default an epoch's.
     """
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
     steps, losses = epochs * stream.per_epoch, Tally(stream.images[0].device)
@@ -166,25 +128,19 @@ def fit(
     return walk(folder, steps, {"model": model, "optimizer": optimizer, "losses": losses}, step, seed)
 
 
-class Tally:
+class Tally(nn.Module):
     """A sum that is part of a checkpoint."""
 
+    total: Tensor
+
     def __init__(self, where: torch.device) -> None:
-        self.total = torch.zeros((), dtype=torch.float64, device=where)
+        super().__init__()
+        self.register_buffer("total", torch.zeros((), dtype=torch.float64, device=where))
 
     def empty(self) -> float:
-        """Returns the sum and resets it."""
         total = self.total.item()
         self.total.zero_()
         return total
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The sum."""
-        return {"total": self.total}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes a sum."""
-        self.total.copy_(state["total"])
 
 
 @torch.no_grad()

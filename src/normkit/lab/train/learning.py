@@ -1,6 +1,5 @@
 """Classifiers of images trained for a paper's table: one training as a job, what its step costs, and E against frozen WN."""
 
-import hashlib
 import inspect
 import shutil
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from normkit.lab.models.rows import unit_rows
 from normkit.lab.models.variants import scale_by_norm
 from normkit.lab.progress import tell
 from normkit.lab.protocol import DATA, MODELS, load_factory, make_data, make_model
-from normkit.lab.seeding import init_sha256, order_sha256, reseed
+from normkit.lab.seeding import init_sha256, order_sha256, reseed, tensors_sha256
 from normkit.lab.settings import Settings
 from normkit.lab.sweep import CURE, Work
 from normkit.lab.train.cost import Costs, measure_costs
@@ -33,65 +32,37 @@ from normkit.surgery.select import select
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a classifier of images.
+    """One training of a classifier of images."""
 
-    Args:
-        data: a built-in name of the lab, or ``package.module:factory``.
-        model: likewise.
-        name: of the row of the table; a folder.
-        recipe: of :func:`normkit.surgery.recipe.apply_recipe`.
-        rate: the learning rate.
-        seed: of the initial weights, the order of the data and the augmentation.
-        epochs: passes over the training data.
-        size: height and width that images are averaged down to. Default: None, as they are.
-        train: as many training images. Default: None, all.
-        val: the same of validation.
-        test: the same of test.
-        width: factor of every number of channels. Default: 1.
-        unit: where the rows of layers are divided by their norms once, before training: ``"first_last"``, ``"all"`` or
-            nowhere. Default: nowhere.
-        conditioning: options of :func:`normkit.surgery.condition.condition`, of
-            :func:`normkit.lab.models.variants.scale_by_norm` or of :func:`set_lengths`, put on after the recipe. Default: none.
-        batch_size: Default: 128.
-        optimizer: Default: ``"sgd"``.
-        momentum: Default: 0.9.
-        weight_decay: Default: 1e-4.
-        schedule: Default: ``"constant"``.
-        warmup: in epochs. Default: 0.
-        clip: Default: None.
-        label_smoothing: Default: 0.
-        precision: of Lightning Fabric. Default: ``"32-true"``.
-        condition: take condition numbers of the weights along training. Default: True.
-    """
-
-    data: str
-    model: str
-    name: str
-    recipe: str
+    data: str  # a built-in name of the lab, or package.module:factory
+    model: str  # likewise
+    name: str  # of the row of the table; a folder
+    recipe: str  # of apply_recipe
     rate: float
     seed: int
-    epochs: int
-    size: int | None = None
-    train: int | None = None
-    val: int | None = None
-    test: int | None = None
-    width: float = 1.0
+    epochs: int  # passes over the training data
+    size: int | None = None  # height and width that images are averaged down to
+    train: int | None = None  # as many training images
+    val: int | None = None  # the same of validation
+    test: int | None = None  # the same of test
+    width: float = 1.0  # factor of every number of channels
+    # where the rows of layers are divided by their norms once, before training: "first_last", "all" or nowhere
     unit: str = ""
+    # options of condition, of scale_by_norm or of set_lengths, put on after the recipe
     conditioning: tuple[tuple[str, Any], ...] = ()
     batch_size: int = 128
     optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 1e-4
     schedule: str = "constant"
-    warmup: float = 0.0
+    warmup: float = 0.0  # in epochs
     clip: float | None = None
     label_smoothing: float = 0.0
     precision: str = "32-true"
-    condition: bool = True
+    condition: bool = True  # take condition numbers of the weights along training
 
     @property
     def subject(self) -> str:
-        """Data and model."""
         return f"{self.data}/{self.model.rpartition(':')[2]}"
 
     @property
@@ -128,15 +99,7 @@ def folder_name(name: str) -> str:
 
 @lru_cache(maxsize=2)
 def images(name: str, size: int | None, train: int | None, val: int | None, test: int | None) -> Data:
-    """Loads a data set, optionally subsampled and with downscaled images.
-
-    Args:
-        name: a built-in name of the lab, or ``package.module:factory``.
-        size: height and width that images are averaged down to; None to leave them.
-        train: as many images; None for all.
-        val: likewise.
-        test: likewise.
-    """
+    """Loads a data set, optionally subsampled and with images averaged down to `size` pixels per side."""
     factory = load_factory(name, DATA)
     counts = {key: count for key, count in {"train": train, "val": val, "test": test}.items() if count is not None}
     data = make_data(partial(factory, **counts), name)
@@ -240,7 +203,7 @@ def compare_same(job: Same, folder: Path) -> dict[str, Any]:
         "others": [line["train_loss"] for line in others],
         "same_metrics": lines == others,
         "greatest_difference": apart,
-        "sha256": [digest(weights) for weights in (ours, theirs)],
+        "sha256": [tensors_sha256(weights) for weights in (ours, theirs)],
     }
 
 
@@ -262,15 +225,6 @@ def layer_weights(model: nn.Module) -> dict[str, torch.Tensor]:
             if isinstance(value, torch.Tensor) and "parametrizations" not in name.split("."):
                 found[f"{name}.{key}"] = value.detach().cpu().clone()
     return found
-
-
-def digest(weights: dict[str, torch.Tensor]) -> str:
-    """Hashes weights."""
-    found = hashlib.sha256()
-    for name, value in weights.items():
-        found.update(name.encode())
-        found.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def _shrunk(split: Split, times: int) -> Split:

@@ -16,21 +16,13 @@ BLOCKS = (nn.Sequential, nn.ModuleList)
 
 @dataclass
 class Placed:
-    """A model and its optimizer, set up by Fabric.
+    """A model and its optimizer, set up by Fabric."""
 
-    Args:
-        model: as it was given; its tensors are those that are trained.
-        wrapped: what to call.
-        optimizer: torch's own.
-        stepper: Fabric's, whose ``step`` is to be called.
-        sharded: each process holds a part of every weight.
-    """
-
-    model: nn.Module
-    wrapped: Any
-    optimizer: torch.optim.Optimizer
-    stepper: Any
-    sharded: bool
+    model: nn.Module  # as it was given; its tensors are those that are trained
+    wrapped: Any  # what to call
+    optimizer: torch.optim.Optimizer  # torch's own
+    stepper: Any  # Fabric's, whose step is to be called
+    sharded: bool  # each process holds a part of every weight
 
     def state(self) -> dict[str, Any]:
         """Gives the state of model and optimizer; where it is sharded: whole, on the CPU, to the first process, {} to others.
@@ -58,11 +50,7 @@ class Placed:
         set_state_dict(self.model, self.optimizer, **whole, options=options)
 
     def whole(self, unsharded: nn.Module | None) -> nn.Module:
-        """Gives the model with whole weights, to the first process alone where it is sharded. Every process must ask for it.
-
-        Args:
-            unsharded: a copy from before it was sharded, which is filled; None where it is not.
-        """
+        """Gives the model with whole weights, to the first process alone where it is sharded. Every process must ask for it."""
         if unsharded is None:
             return self.model
         if weights := self.state()["model"]:
@@ -100,9 +88,7 @@ def make_optimizer(model: nn.Module, settings: Settings, rate: float) -> torch.o
 def shard(model: nn.Module, mesh: Any) -> nn.Module:
     """Shards a model among processes: each block of its sequences, and what is left as a whole.
 
-    Args:
-        model: its own children that are an ``nn.Sequential`` or ``nn.ModuleList`` hold its blocks.
-        mesh: of the processes.
+    Its own children that are an ``nn.Sequential`` or ``nn.ModuleList`` hold its blocks.
 
     Reference:
         Zhao et al. 2023, PyTorch FSDP, https://arxiv.org/abs/2304.11277

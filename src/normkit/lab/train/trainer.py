@@ -36,27 +36,16 @@ STATE = ("epoch", "model", "optimizer", "precision", "metrics", "timing")
 
 
 class Judged(NamedTuple):
-    """What a split says of a model.
+    """What a split says of a model."""
 
-    Args:
-        loss: the mean.
-        score: accuracy or R².
-        top5: the part of targets among its first five classes; None where that says nothing.
-        marks: ``(n,)``, what each sample adds to the score, see :func:`normkit.lab.task.marks`.
-    """
-
-    loss: float
-    score: float
-    top5: float | None
-    marks: Tensor
+    loss: float  # the mean
+    score: float  # accuracy or R²
+    top5: float | None  # the part of targets among its first five classes; None where that says nothing
+    marks: Tensor  # (n,), what each sample adds to the score, see marks
 
 
 def read_run(folder: Path, epochs: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Reads the metrics and the timing of a finished run.
-
-    Raises:
-        RecordError: one is missing or damaged, or they are not of one run.
-    """
+    """Reads the metrics and the timing of a finished run."""
     metrics = record.read_lines(folder / METRICS_FILE, METRICS, "epoch")
     timing = record.read_lines(folder / TIMING_FILE, TIMING, "epoch")
     if not len(metrics) == len(timing) == epochs:
@@ -76,23 +65,8 @@ def validation(found: Mapping[str, Any]) -> dict[str, Any]:
 class Trainer:
     """Trains one run from its beginning or from its last checkpoint.
 
-    Args:
-        rate: the learning rate at its height.
-        seed: of the order of the data and all else that is random.
-        settings: how.
-        model: with its recipe applied; trained in place.
-        data: checked.
-        fabric: started.
-        folder: of the run; rank zero alone writes there.
-        curves: a folder for TensorBoard. Default: None, no curves.
-
-    Raises:
-        OptionError: there are fewer training samples than processes.
-
-    Attributes:
-        metrics: a row per epoch.
-        timing: likewise.
-        marks: what each test sample adds to the score, when training is over; empty where it diverged.
+    ``metrics`` and ``timing`` have a row per epoch; ``marks`` are what each test sample adds to the score, when
+    training is over. Rank zero alone writes into the folder.
     """
 
     def __init__(
@@ -125,13 +99,9 @@ class Trainer:
         self.curves = Curves(curves) if curves is not None and fabric.is_global_zero else None
 
     def train(self, on_epoch: Callable[[int, float | None], None] = lambda epoch, score: None) -> dict[str, Any]:
-        """Trains to the end; the first process writes metrics and timing.
+        """Trains to the end and gives the run's result; the first process writes metrics and timing.
 
-        Args:
-            on_epoch: called after each epoch, and once for those found done, with the epoch and its validation score.
-
-        Returns:
-            The run's result.
+        `on_epoch` is called after each epoch, and once for those found done, with the epoch and its validation score.
         """
         if self.fabric.is_global_zero:
             make(self.folder)
@@ -151,7 +121,8 @@ class Trainer:
     def _epoch(self, epoch: int) -> bool:
         started = time.perf_counter()
         train_loss = self._pass(epoch)
-        self._wait()
+        if self.fabric.device.type == "cuda":
+            torch.cuda.synchronize(self.fabric.device)
         trained = time.perf_counter()
         if not math.isfinite(train_loss):
             return False
@@ -192,7 +163,9 @@ class Trainer:
             rows = order[count * self.batch : (count + 1) * self.batch]
             inputs, targets = self._read(self.data.train, rows[fabric.global_rank :: fabric.world_size], "read", step)
             if self.data.augment is not None:
-                inputs = self._augmented(inputs, epoch, count)
+                assert isinstance(inputs, Tensor)
+                drawn = generator(self.seed, "augment", epoch, count, fabric.global_rank, fabric.device)
+                inputs = self.data.augment(inputs, drawn)
             # Every process holds all targets, so that none has to ask the others how many of theirs are ignored.
             whole = task.weight(self.data.train.targets[rows])
             total += train_step(fabric, self.placed, settings, inputs, targets, whole)
@@ -206,13 +179,6 @@ class Trainer:
         # Apart from the model's draws: one that draws more, as with dropout, is given the same samples.
         with apart(self.seed, purpose, count, self.fabric.global_rank):
             return split.batch(rows, self.fabric.device)
-
-    def _augmented(self, inputs: Inputs, epoch: int, count: int) -> Tensor:
-        fabric = self.fabric
-        assert self.data.augment is not None
-        assert isinstance(inputs, Tensor)
-        drawn = generator(self.seed, "augment", epoch, count, fabric.global_rank, fabric.device)
-        return self.data.augment(inputs, drawn)
 
     def evaluate(self, split: Split) -> Judged:
         """Judges the model on a split, over all processes."""
@@ -251,10 +217,6 @@ class Trainer:
             found = weight_conditions(self.placed.whole(self.unsharded))
         # JSON has no infinity: a singular weight has null.
         return {name: [k if math.isfinite(k) else None for k in pair] for name, pair in found.items()}
-
-    def _wait(self) -> None:
-        if self.fabric.device.type == "cuda":
-            torch.cuda.synchronize(self.fabric.device)
 
     def _judged(self) -> Any:
         return nullcontext() if self.average is None else self.average.in_place()
@@ -324,19 +286,10 @@ def train_step(
 ) -> Tensor:
     """Runs forward, backward and update on one batch, in as many parts as asked for, and gives the loss on its device.
 
-    Processes average their gradients, so each scales its loss by ``world_size * weight(targets) / whole``: the average is then
-    over targets, as one process takes it, wherever the ignored ones lie.
-
-    Args:
-        fabric: started.
-        placed: model and optimizer.
-        settings: how many parts, label smoothing, clipping.
-        inputs: of the batch, this process's share.
-        targets: of the batch, this process's share.
-        whole: :func:`~normkit.lab.task.weight` of the batch over all processes. Default: None, as much in each as in this one.
-
-    Returns:
-        The loss; its mean over processes is that of the batch.
+    Processes average their gradients, so each scales its loss by ``world_size * weight(targets) / whole``: the average is
+    then over targets, as one process takes it, wherever the ignored ones lie. Inputs and targets are this process's
+    share; `whole` is the :func:`~normkit.lab.task.weight` of the batch over all processes, by default as much in each as
+    in this one.
     """
     placed.stepper.zero_grad()
     inputs = arranged(inputs, settings)

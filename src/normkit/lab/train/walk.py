@@ -36,42 +36,22 @@ class Diverged(Exception):
 
 @dataclass(frozen=True)
 class Walk:
-    """What came of some steps.
+    """What came of some steps."""
 
-    Attributes:
-        status: ``"ok"``, or ``"diverged"`` where a step found no finite loss.
-        steps: done.
-        rows: what steps gave, in order.
-    """
-
-    status: str
+    status: str  # "ok", or "diverged" where a step found no finite loss
     steps: int
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, Any]]  # what steps gave, in order
 
 
 def walk(
-    folder: Path,
-    steps: int,
-    parts: Mapping[str, Part],
-    step: Callable[[int], Mapping[str, Any] | None],
-    seed: int,
+    folder: Path, steps: int, parts: Mapping[str, Part], step: Callable[[int], Mapping[str, Any] | None], seed: int
 ) -> Walk:
     """Does steps 1 to `steps`, from the last checkpoint in `folder` on.
 
-    The last checkpoint stays: whoever writes the job's result removes it (:func:`normkit.lab.sweep.attend`).
-
-    Before each step the global generators are seeded by `seed` and the step's number, so that what a step draws does not depend
-    on where the walk was interrupted.
-
-    Args:
-        folder: of the job.
-        steps: how many.
-        parts: what changes from step to step, by name.
-        step: does one; what it gives, if not None, is kept as a row. It may raise :class:`Diverged`.
-        seed: of what the steps draw.
-
-    Raises:
-        RecordError: the checkpoint is damaged, or the folder not writable.
+    The last checkpoint stays: whoever writes the job's result removes it (:func:`normkit.lab.sweep.attend`). Before each
+    step the global generators are seeded by `seed` and the step's number, so that what a step draws does not depend on
+    where the walk was interrupted. `parts` are what changes from step to step, by name; what `step` gives, if not None,
+    is kept as a row, and it may raise :class:`Diverged`.
     """
     keep_memory()
     make(folder)

@@ -122,11 +122,8 @@ def run(bench: Bench) -> dict[str, Any]:
         x = x if norm != "input alone" else (x - x.mean(0)) / x.std(0, correction=0)
         about = {"activation": activation, "norm": norm, "scale": scale}
         rows.append({**about, **scales(network(norm, activation, scale, x, depth), x)})
-    return {
-        "rows": rows,
-        "drift": {name: drift(name == "detached") for name in ("through", "detached")},
-        "depth": depth,
-    }
+    drifts = {name: drift(name == "detached") for name in ("through", "detached")}
+    return {"rows": rows, "drift": drifts, "depth": depth}
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -139,11 +136,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
         f"Slope of the logarithm of the standard deviation per layer, over {result['depth']} layers; log 2 is 0.693. "
         "Gradients are of a loss after the last layer: their slope is against the direction in which they travel."
     ]  # fmt: skip
-    drifts = [
-        [name, step, *(f"{value:.4g}" for value in rows[step])]
-        for name, rows in result["drift"].items()
-        for step in (0, STEPS // 2, STEPS)
-    ]
+    drifts = []
+    for (name, rows), step in itertools.product(result["drift"].items(), (0, STEPS // 2, STEPS)):
+        drifts.append([name, step, *(f"{value:.4g}" for value in rows[step])])
     return [
         Table("Scale through depth", columns, lines, notes),
         Table("Gradients through the statistics, or not", ("statistics", "step", "a", "b", "loss"), drifts),
@@ -198,9 +193,7 @@ def draw(result: dict[str, Any]) -> Figure:
     for line, key in zip(grid, MEASURED, strict=True):
         for axis, scale in zip(line, SCALES, strict=True):
             ends = []
-            for (norm, hue), style in zip(
-                zip(NORMS, (GREY, GREY, *COLOURS), strict=False), ("-", ":", *["-"] * 5), strict=True
-            ):
+            for norm, hue, style in zip(NORMS, (GREY, GREY, *COLOURS), ("-", ":", *["-"] * 5), strict=False):
                 (row,) = where(result["rows"], activation="ReLU", norm=norm, scale=scale)
                 axis.plot(range(1, len(row[key]) + 1), row[key], color=hue, linestyle=style)
                 ends.append((row[key][-1], norm, hue))

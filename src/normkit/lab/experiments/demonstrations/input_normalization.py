@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from normkit.catalogue.methods import method
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.experiments.theory.quadratic import largest_stable
+from normkit.lab.experiments.theory.quadratic import descend, largest_stable
 from normkit.lab.report.canvas import FULL
 from normkit.lab.report.drawing import COLOURS, Motion
 from normkit.lab.report.wording import ABSENT
@@ -99,37 +99,21 @@ def run(bench: Bench) -> dict[str, Any]:
         h = z.T @ z / len(z)
         values, vectors = torch.linalg.eigh(h)
         start = vectors @ values.rsqrt()  # the same excess loss along both directions, and at every stage
-        path, w = [start.tolist()], start
-        for _ in range(FRAMES):
-            w = w - h @ w / values[-1]
-            path.append(w.tolist())
-        rows.append(
-            {
-                "stage": name,
-                "hessian": h.tolist(),
-                "condition": (values[-1] / values[0]).item(),
-                "predicted": 2 / values[-1].item(),
-                "stable": largest_stable(h),
-                "steps": steps_to(h, start, 1 / values[-1].item()),
-                "logistic": logistic_steps(z, labels, LIMIT[bench.scale]),
-                "path": path,
-            }
-        )
+        low, high = values.tolist()
+        path = descend(h, 0 * start, torch.eye(2, dtype=h.dtype), 1 / high, FRAMES, start, 0.0).tolist()
+        row = {"stage": name, "condition": high / low, "predicted": 2 / high, "stable": largest_stable(h)}
+        row |= {"steps": steps_to(h, start, 1 / high), "logistic": logistic_steps(z, labels, LIMIT[bench.scale])}
+        rows.append({**row, "hessian": h.tolist(), "path": path})
     off = max(abs(row["stable"] / row["predicted"] - 1) for row in rows)
     return {"stages": rows, "off": off, "limit": LIMIT[bench.scale]}
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Every stage."""
-    lines = [
-        [
-            row["stage"],
-            *(f"{row[key]:.4g}" for key in ("condition", "predicted", "stable")),
-            row["steps"],
-            ABSENT if row["logistic"] is None else row["logistic"],
-        ]
-        for row in result["stages"]
-    ]
+    lines = []
+    for row in result["stages"]:
+        measured = (f"{row[key]:.4g}" for key in ("condition", "predicted", "stable"))
+        lines.append([row["stage"], *measured, row["steps"], ABSENT if row["logistic"] is None else row["logistic"]])
     columns = ("inputs", "κ(H)", "2 / λ max", "largest stable rate", "steps, linear unit", "steps, logistic unit")
     notes = [
         "Steps at rate 1 / λ max: of the linear unit to a millionth of the first excess loss, of the logistic unit to a "
@@ -167,14 +151,8 @@ def draw(result: dict[str, Any]) -> Motion:
         values, vectors = torch.linalg.eigh(torch.tensor(row["hessian"], dtype=torch.float64))
         # In widths of the steep direction; the start is within sight along it, and the flat one is shown as far as it fits.
         steep = values[1].sqrt()
-        axis.contour(
-            u,
-            v,
-            (values[0] / values[1]) * u**2 + v**2,
-            levels=[0.02, 0.2, 0.6, 1.2, 2.2],
-            colors="#c9d1d9",
-            linewidths=0.6,
-        )
+        heights, levels = (values[0] / values[1]) * u**2 + v**2, [0.02, 0.2, 0.6, 1.2, 2.2]
+        axis.contour(u, v, heights, levels=levels, colors="#c9d1d9", linewidths=0.6)
         flat, across = (torch.tensor(row["path"], dtype=torch.float64) @ vectors * steep).T
         place = (flat / flat[0] * min(flat[0].item(), 2.5)).tolist(), across.tolist()
         axis.plot([0], [0], "+", color="black", markersize=6)

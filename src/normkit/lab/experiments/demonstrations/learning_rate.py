@@ -6,13 +6,14 @@ normalization, both weights move at one pace. Every iterate here is computed by 
 rb)^t w2.
 """
 
+import itertools
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiments.theory.quadratic import descend
 from normkit.lab.report.canvas import FULL
 from normkit.lab.report.drawing import COLOURS, Motion
 
@@ -22,48 +23,26 @@ SHOWN = (0.02, 0.075, 0.081)
 START, STEPS, FRAMES = (10.0, 2.0), 400, 40
 
 
-def descend(curvatures: tuple[float, float], rate: float, steps: int) -> Tensor:
-    """The iterates of gradient descent, (steps + 1, 2).
-
-    >>> descend((1.0, 25.0), 0.02, 2)[:, 1].tolist()
-    [2.0, 1.0, 0.5]
-    """
-    w = torch.tensor(START, dtype=torch.float64, requires_grad=True)
-    found = [w.detach().clone()]
-    for _ in range(steps):
-        loss = 0.5 * (torch.tensor(curvatures, dtype=torch.float64) * w**2).sum()
-        (gradient,) = torch.autograd.grad(loss, w)
-        w = (w - rate * gradient).detach().requires_grad_()
-        found.append(w.detach().clone())
-    return torch.stack(found)
-
-
 def run(bench: Bench) -> dict[str, Any]:
     """Descends with every pair of curvatures at every rate."""
-    rows = []
-    for curvatures in CURVATURES:
-        for rate in RATES:
-            path = descend(curvatures, rate, STEPS)
-            factors = 1 - rate * torch.tensor(curvatures, dtype=torch.float64)
-            predicted = factors ** torch.arange(STEPS + 1)[:, None] * path[0]
-            error = ((path - predicted).abs() / predicted.abs().clamp_min(1e-300)).max().item()
-            ends = path[-1].abs() < path[0].abs()
-            row = {"curvatures": curvatures, "rate": rate, "factors": factors.tolist(), "converges": bool(ends.all())}
-            rows.append({**row, "path": path[: FRAMES + 1].tolist(), "end": path[-1].norm().item(), "error": error})
+    rows, one = [], torch.eye(2, dtype=torch.float64)
+    for curvatures, rate in itertools.product(CURVATURES, RATES):
+        a, start = torch.tensor(curvatures, dtype=torch.float64), torch.tensor(START, dtype=torch.float64)
+        path, factors = descend(a.diag(), 0 * a, one, rate, STEPS, start, 0.0), 1 - rate * a
+        predicted = factors ** torch.arange(STEPS + 1)[:, None] * start
+        error = ((path - predicted).abs() / predicted.abs().clamp_min(1e-300)).max().item()
+        ends = path[-1].abs() < start.abs()
+        row = {"curvatures": curvatures, "rate": rate, "factors": factors.tolist(), "converges": bool(ends.all())}
+        rows.append({**row, "path": path[: FRAMES + 1].tolist(), "end": path[-1].norm().item(), "error": error})
     return {"rows": rows}
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Factors, and what came of them."""
-    lines = [
-        [
-            *(f"{v:g}" for v in (*row["curvatures"], row["rate"])),
-            *(f"{v:.3f}" for v in row["factors"]),
-            f"{row['end']:.2g}",
-            "converges" if row["converges"] else "diverges",
-        ]
-        for row in result["rows"]
-    ]
+    lines = []
+    for row in result["rows"]:
+        given, factors = (f"{v:g}" for v in (*row["curvatures"], row["rate"])), (f"{v:.3f}" for v in row["factors"])
+        lines.append([*given, *factors, f"{row['end']:.2g}", "converges" if row["converges"] else "diverges"])
     columns = ("λ₁", "λ₂", "rate", "factor of w₁", "factor of w₂", f"distance after {STEPS} steps", "descent")
     return [Table("Factors per step", columns, lines)]
 

@@ -8,6 +8,7 @@ Ours: weights of linear layers as torch starts them, rows multiplied by exp(s z)
 2.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -36,28 +37,14 @@ def weights(shape: tuple[int, int], spread: float, count: int, seed: int) -> Ten
 def run(bench: Bench) -> dict[str, Any]:
     """Equilibrates weights of every shape and spread."""
     rows = []
-    for name, shape in SHAPES.items():
-        for spread in SPREADS:
-            drawn = weights(shape, spread, DRAWS[bench.scale], bench.seeds[0])
-            before = conditions(drawn)
-            ratio = conditions(torch.nn.functional.normalize(drawn, dim=2)) / before
-            low, middle, high = ratio.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
-            found = {
-                "before": before.median().item(),
-                "low": low,
-                "middle": middle,
-                "high": high,
-                "worst": ratio.max().item(),
-            }
-            rows.append(
-                {
-                    "shape": name,
-                    "rows": shape[0],
-                    "spread": spread,
-                    "better": (ratio < 1).double().mean().item(),
-                    **found,
-                }
-            )
+    for (name, shape), spread in itertools.product(SHAPES.items(), SPREADS):
+        drawn = weights(shape, spread, DRAWS[bench.scale], bench.seeds[0])
+        before = conditions(drawn)
+        ratio = conditions(torch.nn.functional.normalize(drawn, dim=2)) / before
+        found = ratio.quantile(torch.tensor([0.05, 0.5, 0.95, 1], dtype=torch.float64)).tolist()
+        row = dict(zip(("low", "middle", "high", "worst"), found, strict=True))
+        row |= {"before": before.median().item(), "better": (ratio < 1).double().mean().item()}
+        rows.append({"shape": name, "spread": spread, **row})
     return {"rows": rows, "drawn": DRAWS[bench.scale]}
 
 
@@ -98,14 +85,8 @@ def draw(result: dict[str, Any]) -> Figure:
     figure, axes = panels(len(SHAPES), FULL, 2.3, sharey=True)
     for axis, hue, name in zip(axes, COLOURS, SHAPES, strict=False):
         rows = [row for row in result["rows"] if row["shape"] == name]
-        band(
-            axis,
-            range(len(SPREADS)),
-            *([row[key] for row in rows] for key in ("middle", "low", "high")),
-            color=hue,
-            marker="o",
-            markersize=3,
-        )
+        lines = ([row[key] for row in rows] for key in ("middle", "low", "high"))
+        band(axis, range(len(SPREADS)), *lines, color=hue, marker="o", markersize=3)
         axis.axhline(1, color=FAINT, linewidth=0.8)
         axis.set_xticks(range(len(SPREADS)), [f"{spread:g}" for spread in SPREADS])
         axis.set(yscale="log", xlabel="spread of row norms")

@@ -61,11 +61,18 @@ def eigenvalues(a: Tensor, p: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(c.T @ a @ c)
 
 
-def descend(a: Tensor, b: Tensor, p: Tensor, rate: float, steps: int) -> Tensor:
-    """The errors x_t - A^(-1)b of descent from 0, (steps + 1, n) or fewer where they fall to ENOUGH of the first."""
-    x, solution = torch.zeros_like(b), torch.linalg.solve(a, b)
+def descend(
+    a: Tensor, b: Tensor, p: Tensor, rate: float, steps: int, start: Tensor | None = None, enough: float = ENOUGH
+) -> Tensor:
+    """The errors x_t - A^(-1)b of descent, (steps + 1, n) or fewer where they fall to a part of the first; from 0 by default.
+
+    >>> eye = torch.eye(2).double()
+    >>> descend(torch.tensor([1.0, 25.0]).double().diag(), 0 * eye[0], eye, 0.02, 2, 2 * eye[1])[:, 1].tolist()
+    [2.0, 1.0, 0.5]
+    """
+    x, solution = torch.zeros_like(b) if start is None else start, torch.linalg.solve(a, b)
     found = [x - solution]
-    while len(found) <= steps and found[-1].norm() > ENOUGH * found[0].norm():
+    while len(found) <= steps and found[-1].norm() > enough * found[0].norm():
         x = x - rate * (p @ (a @ x - b))
         found.append(x - solution)
     return torch.stack(found)
@@ -101,19 +108,11 @@ def run(bench: Bench) -> dict[str, Any]:
     measured, factors = (y[2] / y[0]).abs().sqrt() * (y[1] / y[0]).sign(), 1 - rate * values
     rows = []
     for name, p in preconditioners(a, bench.seeds[0]).items():
-        found = eigenvalues(a, p)
-        low, high = found[0].item(), found[-1].item()
-        rows.append(
-            {
-                "name": name,
-                "singular": condition_number(p @ a),
-                "ratio": high / low,
-                "predicted": (high - low) / (high + low),
-                "measured": contraction(a, b, p, 2 / (high + low), STEPS[bench.scale]),
-                "errors": descend(a, b, p, 2 / (high + low), FOLLOWED).norm(dim=1).tolist(),
-                "printed": _printed(a, b, p),
-            }
-        )
+        low, *_, high = eigenvalues(a, p).tolist()
+        best, predicted = 2 / (high + low), (high - low) / (high + low)
+        row = {"name": name, "singular": condition_number(p @ a), "ratio": high / low, "predicted": predicted}
+        row |= {"measured": contraction(a, b, p, best, STEPS[bench.scale]), "printed": _printed(a, b, p)}
+        rows.append({**row, "errors": descend(a, b, p, best, FOLLOWED).norm(dim=1).tolist()})
     return {
         "directions": [values.tolist(), factors.tolist(), measured.tolist()],
         "apart": (measured - factors).abs().max().item(),
@@ -134,10 +133,8 @@ def _printed(a: Tensor, b: Tensor, p: Tensor) -> float:
 def tables(result: dict[str, Any]) -> list[Table]:
     """Directions, and forms."""
     lines = [[k, *(f"{v:.6g}" for v in row)] for k, row in enumerate(zip(*result["directions"], strict=True), 1)]
-    forms = [
-        [form["name"], *(f"{form[key]:.6g}" for key in ("singular", "ratio", "predicted", "measured", "printed"))]
-        for form in result["forms"]
-    ]
+    keys = ("singular", "ratio", "predicted", "measured", "printed")
+    forms = [[form["name"], *(f"{form[key]:.6g}" for key in keys)] for form in result["forms"]]
     columns = ("P", "κ of PA by singular values", "by eigenvalues", "factor predicted", "measured", "(13) off by")
     note = "Off by: distance of the stationary point of (13) as printed from the solution of Ax = b, in parts of the solution."
     return [

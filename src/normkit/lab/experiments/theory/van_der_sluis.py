@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from normkit.diagnostics.conditioning import chi, condition_number
+from normkit.diagnostics.spectrum import condition_of
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.classification import PAPER
 from normkit.lab.report.bands import marked
@@ -65,9 +66,7 @@ def draws(rows: int, count: int, seed: int) -> Tensor:
 
 def conditions(batch: Tensor) -> Tensor:
     """Condition numbers, infinite for a singular matrix."""
-    values = torch.linalg.svdvals(batch)
-    low = values[:, -1]
-    return torch.where(low <= 1e-12 * values[:, 0], math.inf, values[:, 0] / low)
+    return condition_of(torch.linalg.svdvals(batch))
 
 
 def run(bench: Bench) -> dict[str, Any]:
@@ -75,9 +74,8 @@ def run(bench: Bench) -> dict[str, Any]:
     count, optimised = SIZES[bench.scale]
     a = torch.tensor(COUNTEREXAMPLE, dtype=torch.float64)
     least, d = best_scaling(a)
-    example = {
-        name: [condition_number(m), chi(m)] for name, m in {"A": a, "EA": equilibrate(a), "DA": d[:, None] * a}.items()
-    }
+    forms = {"A": a, "EA": equilibrate(a), "DA": d[:, None] * a}
+    example = {name: [condition_number(matrix), chi(matrix)] for name, matrix in forms.items()}
     rows = []
     for m in ROWS:
         drawn = draws(m, count, bench.seeds[0])
@@ -86,17 +84,10 @@ def run(bench: Bench) -> dict[str, Any]:
         after = conditions(torch.nn.functional.normalize(drawn, dim=2))
         ratios = (after / before).sort().values
         few = [(k.item(), best_scaling(one)[0]) for k, one in zip(after[:optimised], drawn[:optimised], strict=True)]
-        rows.append(
-            {
-                "rows": m,
-                "full rank": len(drawn),
-                # Rounding alone may change a condition number where E changes nothing.
-                "worse": int((ratios > 1 + 1e-9).sum()),
-                "worst": ratios[-1].item(),
-                "quantiles": ratios[torch.linspace(0, len(ratios) - 1, 101).long()].tolist(),
-                "over best": sorted(e / best for e, best in few),
-            }
-        )
+        # Rounding alone may change a condition number where E changes nothing.
+        row = {"rows": m, "full rank": len(drawn), "worse": int((ratios > 1 + 1e-9).sum()), "worst": ratios[-1].item()}
+        quantiles = ratios[torch.linspace(0, len(ratios) - 1, 101).long()].tolist()
+        rows.append({**row, "quantiles": quantiles, "over best": sorted(e / best for e, best in few)})
     return {"example": example, "best": (d / d[0]).tolist(), "least": least, "drawn": count, "sizes": rows}
 
 
@@ -104,15 +95,13 @@ def tables(result: dict[str, Any]) -> list[Table]:
     """The counterexample, and the search."""
     names = {"A": "A", "EA": "EA, unit rows", "DA": "DA, the best D that is found"}
     example = [[names[name], *(f"{value:.3f}" for value in pair)] for name, pair in result["example"].items()]
-    lines = [
-        [row["rows"], row["full rank"], row["worse"]]
-        + [f"{value:.3f}" for value in (row["worst"], row["over best"][-1], row["rows"] ** 0.5)]
-        for row in result["sizes"]
-    ]
+    lines = []
+    for row in result["sizes"]:
+        ratios = (f"{value:.3f}" for value in (row["worst"], row["over best"][-1], row["rows"] ** 0.5))
+        lines.append([row["rows"], row["full rank"], row["worse"], *ratios])
     columns = ("rows m", "of full rank", "E makes κ worse", "worst κ(EA)/κ(A)", "worst κ(EA)/κ(best DA)", "bound √m")
-    notes = [
-        f"{result['drawn']} matrices of each size; the best D by L-BFGS, of {len(result['sizes'][0]['over best'])} of each."
-    ]
+    few = len(result["sizes"][0]["over best"])
+    notes = [f"{result['drawn']} matrices of each size; the best D by L-BFGS, of {few} of each."]
     said = ["A has the rows (1, 2, 3), (0, 0, 2), (2, 1, 3); χ is the largest row norm by the smallest singular value."]
     return [Table("A counterexample", ("matrix", "κ", "χ"), example, said), Table("A search", columns, lines, notes)]
 
