@@ -1,5 +1,6 @@
 // Forward over sets whose elements lie next to one another: measure a set, then map it while it is in the cache.
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "activation.h"
@@ -11,7 +12,7 @@ namespace nk {
 namespace {
 
 constexpr int64_t FIRST_CACHE = 1 << 15;  // bytes
-constexpr int64_t STRETCH = 1024;         // of values before a curved activation
+constexpr int64_t PIECE = 1024;           // of values before a curved activation
 
 // Sums of up to BLOCK elements about a shift: of x - shift, and of its square.
 template <class A> struct Block {
@@ -19,29 +20,12 @@ template <class A> struct Block {
     double first, second;
 };
 
-template <class A, bool CENTRED> struct Sums {
-    Vec<A> first[4] = {}, second[4] = {};
-
-    NK_INLINE void add(int u, Vec<A> apart) {
-        if constexpr (CENTRED) first[u] += apart;
-        second[u] += apart * apart;
-    }
-    template <class T> NK_INLINE void add_run(const T *x, int64_t n, Vec<A> shift) {
-        auto add_twin = [&](int u, const Twin<A> &v) {
-            add(u, v.a - shift);
-            add(u + 1, v.b - shift);
-        };
-        int64_t i = 0;
-        for (; i + 4 * LANES <= n; i += 4 * LANES) {
-            add_twin(0, load_twin<T>(x + i));
-            add_twin(2, load_twin<T>(x + i + 2 * LANES));
-        }
-        for (; i + LANES <= n; i += LANES) add(0, load(x + i) - shift);
-        if (End<A> end{n}; end.of(n)) add(1, select<A>(end.counts(), end.load(x) - shift, Vec<A>{}));
-    }
-    Block<A> about(A shift) const {
-        auto total = [](const Vec<A>(&v)[4]) { return double(sum_lanes<A>((v[0] + v[1]) + (v[2] + v[3]))); };
-        return {shift, CENTRED ? total(first) : 0, total(second)};
+template <class A> struct Sums : PairSums<A> {
+    template <class T> NK_INLINE void add(const T *x, int64_t n, Vec<A> shift) {
+        add_run<T>(*this, n, [&](auto &&at) {
+            auto apart = at(x) - shift;
+            return std::pair(apart, apart);
+        });
     }
 };
 
@@ -49,7 +33,7 @@ template <class A, bool CENTRED> struct Sums {
 struct WideSums {
     double first = 0, second = 0;
 
-    template <class T, class A> void add_run(const T *x, int64_t n, A shift) {
+    template <class T, class A> void add(const T *x, int64_t n, A shift) {
         for (int64_t i = 0; i < n; ++i) {
             double apart = double(widen(x[i])) - double(shift);
             first += apart;
@@ -78,9 +62,10 @@ template <class A, bool CENTRED, class Read> NK_INLINE Block<A> block_of(int64_t
     const double share = 1 / double(n);
     Block<A> block;
     for (int attempt = 1;; ++attempt) {
-        Sums<A, CENTRED> sums;
+        Sums<A> sums;
         read(sums, splat<A>(shift));
-        block = sums.about(shift);
+        auto [first, second] = sums.total();
+        block = {shift, CENTRED ? first : 0, second};
         double apart = block.first * share, lost = block.first * apart;
         if (attempt == 2 || !(4 * lost > block.second - lost)) break;
         shift += A(apart);
@@ -192,7 +177,7 @@ template <class T> class SegmentsForward {
         int64_t size = whole.size();
         Place at = place_of(plan, whole, set);
         if (whole.far > 1) return block_about<CENTRED>(at, 0, size, shift);
-        return block_of<A, CENTRED>(size, shift, range, [&](auto &sums, auto about) { sums.add_run(x + at.x, size, about); });
+        return block_of<A, CENTRED>(size, shift, range, [&](auto &sums, auto about) { sums.add(x + at.x, size, about); });
     }
 
     template <bool CENTRED> void settle(int64_t set, int64_t n, Found &found) const {
@@ -264,7 +249,7 @@ template <class T> class SegmentsForward {
 
     template <bool CENTRED> Block<A> block_about(Place at, int64_t from, int64_t to, A shift) const {
         return block_of<A, CENTRED>(to - from, shift, range, [&](auto &sums, auto about) {
-            walk(whole, at, from, to, [&](const Stretch &s) { sums.add_run(x + s.x, s.n, about); });
+            walk(whole, at, from, to, [&](const Stretch &s) { sums.add(x + s.x, s.n, about); });
         });
     }
 
@@ -283,6 +268,7 @@ template <class T> class SegmentsForward {
     }
 
     void apply(int64_t set, Map<A> map, int64_t begin, int64_t end) const {
+        if (call.y == nullptr) return;
         // Inlined by force: sets may be so small that a call for each counts.
         walk(runs, place_of(plan, runs, set), begin, end, [&](const Stretch &s) __attribute__((always_inline)) {
             const A *gain = along(call.weight, s.parameter), *bias = along(call.bias, s.parameter);
@@ -297,9 +283,9 @@ template <class T> class SegmentsForward {
     }
 
     void curve(const T *from, T *y, int64_t n, Map<A> map, const A *gain, const A *bias) const {
-        alignas(64) A mapped[STRETCH];
-        for (int64_t i = 0; i < n; i += STRETCH) {
-            int64_t m = std::min(STRETCH, n - i), step = runs.vector ? i : 0;
+        alignas(64) A mapped[PIECE];
+        for (int64_t i = 0; i < n; i += PIECE) {
+            int64_t m = std::min(PIECE, n - i), step = runs.vector ? i : 0;
             before_curve(from + i, mapped, m, map.high, map.inverse, map.low, least, along(gain, step), along(bias, step), ahead);
             activate_run<A>(plan.activation, mapped, m);
             auto value = [&](auto &&at) { return at(static_cast<const A *>(mapped)); };
