@@ -97,6 +97,18 @@ NK_EXPORT int32_t nk_forward(const NkPlan *plan, const void *x, const void *resi
     });
 }
 
+// The statistics alone.
+NK_EXPORT int32_t nk_measure(const NkPlan *plan, const void *x, void *center, void *inverse, void *variance) {
+    using namespace nk;
+    return guarded([&]() -> NkStatus {
+        if (elements(*plan) == 0) return NK_OK;
+        if (any_null(x, center, inverse, variance) || plan->given) return NK_NULL;
+        return by_type(plan->type, [&](auto t) {
+            return forward<decltype(t)>(*plan, x, nullptr, nullptr, nullptr, nullptr, nullptr, center, inverse, variance);
+        });
+    });
+}
+
 NK_EXPORT int32_t nk_backward(const NkPlan *plan, const void *dy, const void *dsum, const void *x, const void *weight, const void *bias,
                               const void *center, const void *inverse, void *dx, void *dweight, void *dbias) {
     using namespace nk;

@@ -67,8 +67,8 @@ public:
         } else {
             for (int64_t begin = 0; begin < sheet.outer; begin += cut.batch) in_chunks(begin, std::min(sheet.outer, begin + cut.batch));
         }
-        deliver(call.dweight, totals);
-        deliver(call.dbias, totals + plan.parameters);
+        if (call.dweight) std::copy_n(totals, plan.parameters, call.dweight);
+        if (call.dbias) std::copy_n(totals + plan.parameters, plan.parameters, call.dbias);
     }
 
 private:
@@ -256,9 +256,6 @@ private:
             parameters.add_up(found, o, totals);
             parameters.add_up(found + parameters.area(), o, totals + plan.parameters);
         }
-    }
-    void deliver(A *to, const double *from) {
-        if (to) std::copy(from, from + plan.parameters, to);
     }
 };
 

@@ -78,11 +78,6 @@ template <class A, bool CENTRED, class Read> NK_INLINE Block<A> block_of(int64_t
     return block;
 }
 
-// sum = x + residual, rounded to T.
-template <class T> void add_residual(const T *x, const T *residual, T *sum, int64_t n) {
-    fill<T>(sum, n, [&](auto &&at) { return at(x) + at(residual); }, [](int64_t) {});
-}
-
 // What becomes of x without gain and bias: (x - high) * inverse - low.
 template <class A> struct Map {
     A high, inverse, low;
@@ -217,7 +212,10 @@ template <class T> class SegmentsForward {
     }
 
     void add_residuals(Place at, int64_t begin, int64_t end) const {
-        walk(whole, at, begin, end, [&](const Stretch &s) { add_residual(call.x + s.x, call.residual + s.x, call.sum + s.x, s.n); });
+        walk(whole, at, begin, end, [&](const Stretch &s) {
+            const T *a = call.x + s.x, *b = call.residual + s.x;
+            fill<T>(call.sum + s.x, s.n, [&](auto &&at) { return at(a) + at(b); }, [](int64_t) {});
+        });
     }
 
     Moments<double> measure(int64_t set, int64_t chunk) const {

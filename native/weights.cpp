@@ -72,15 +72,6 @@ template <class T> NewJob job_of(const NkWeightPlan &plan, const NkWeightCall &c
     return plan.method == NK_SPECTRAL ? spectral_job<T>(plan, call, backward) : both_job<T>(plan, call, backward);
 }
 
-void run_phase(const std::vector<NewJob> &jobs, int phase, std::vector<int64_t> &ends) {
-    int64_t total = 0;
-    for (std::size_t j = 0; j < jobs.size(); ++j) ends[j] = total += jobs[j]->tasks(phase);
-    for_each(total, [&](int64_t task) {
-        auto j = std::size_t(std::upper_bound(ends.begin(), ends.end(), task) - ends.begin());
-        jobs[j]->run(phase, j == 0 ? task : task - ends[j - 1]);
-    });
-}
-
 bool complete(const NkWeightPlan &plan, const NkWeightCall &call, bool backward) {
     if (!agrees(plan.parts, NK_GAIN, call.gain)) return false;
     if (size_of(plan) == 0) return true;
@@ -109,7 +100,14 @@ NkStatus run(int64_t count, const NkWeightPlan *const *plans, const NkWeightCall
         while (!whole && jobs.back()->tasks(phases) > 0) ++phases;
     }
     std::vector<int64_t> ends(jobs.size());
-    for (int phase = 0; phase < phases; ++phase) run_phase(jobs, phase, ends);
+    for (int phase = 0; phase < phases; ++phase) {
+        int64_t total = 0;
+        for (std::size_t j = 0; j < jobs.size(); ++j) ends[j] = total += jobs[j]->tasks(phase);
+        for_each(total, [&](int64_t task) {
+            auto j = std::size_t(std::upper_bound(ends.begin(), ends.end(), task) - ends.begin());
+            jobs[j]->run(phase, j == 0 ? task : task - ends[j - 1]);
+        });
+    }
     return NK_OK;
 }
 

@@ -21,12 +21,8 @@ inline NkPlan statistic_of(const NkWeightPlan &p, int64_t n) {
     NkPlan s{};
     s.outer = s.far = s.kept = s.mid = 1;
     s.inner = n;
-    s.type = p.type;
-    s.eps = p.eps;
-    s.centred = p.centred;
-    s.scale = p.scale;
-    s.guard = p.guard;
-    s.correction = p.correction;
+    s.type = p.type, s.eps = p.eps;
+    s.centred = p.centred, s.scale = p.scale, s.guard = p.guard, s.correction = p.correction;
     return s;
 }
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from normkit.core.memory import Running, RunningMoments, RunningStatistics, recomputed
+from normkit.core.moments import Moments
 from normkit.core.rule import Rule
 from normkit.core.support import Split, place
 from normkit.engine import closed_form
-from normkit.engine.abi import TYPES, checked, gradients, like
+from normkit.engine.abi import TYPES, checked, entry, gradients, like
 from normkit.engine.call import Call, Output
 from normkit.engine.eager import watched
 from normkit.engine.guard import calm, guard
@@ -39,6 +40,15 @@ def perform(ready: Prepared, call: Call) -> Output:
         _remember(ready, memory, values, running)
         return Output(y, total, remembered=True)
     return Output(y, total, ready.moments(values))
+
+
+def measure(ready: Prepared, x: Tensor) -> Moments:
+    """The moments alone, without gradients, by what was prepared for a centred rule without parameters."""
+    x = _dense(x, ready)
+    values = x.new_empty(3 * ready.nest.statistics, dtype=ready.wide)
+    start, step = values.data_ptr(), ready.statistic_bytes
+    checked(entry("nk_measure")(ready.address, x.data_ptr(), start + step, start, start + 2 * step))
+    return ready.moments(values)
 
 
 def quick(perform: Any, call: Call) -> Callable[..., Tensor] | None:
