@@ -12,7 +12,6 @@ namespace nk {
 namespace {
 
 constexpr int64_t BLOCK = 64;  // rows that are summed before they are added up in double precision
-constexpr int64_t LONG = 512;  // bytes of a row from which on rows are read one by one: side by side they come in late
 
 template <class T> class Pass {
     using A = accumulator<T>;
@@ -73,7 +72,6 @@ public:
 
 private:
     int64_t place(int64_t o, Span span, Tile tile) const { return o * sheet.size + span.first * sheet.lanes + tile.first; }
-    bool one_by_one(Tile tile) const { return cut.tiles == 1 && tile.width * int64_t(sizeof(T)) >= LONG; }
     bool by_lane() const { return parameters.variation == PER_LANE; }
     // A share's sums for the parameters: of g * normalized; those of g follow after an area.
     double *own_of(int64_t share, int64_t tile) const {
@@ -111,9 +109,7 @@ private:
                 Span span(sheet, cut, chunk);
                 draw(line, o, span, tile);
                 if (pulled || wanted) {
-                    double sums[ROOM], products[ROOM];
-                    std::fill_n(sums, tile.width, 0.0);
-                    std::fill_n(products, tile.width, 0.0);
+                    double sums[ROOM] = {}, products[ROOM] = {};
                     collect_rows(o, span, tile, line, sums, products, own_of(o - begin, index), true);
                     A *to = partial + ((o - begin) * cut.chunks + chunk) * 2 * lanes + tile.first;
                     std::copy(sums, sums + tile.width, to);
@@ -201,7 +197,7 @@ private:
                 std::fill_n(some_sums, in_vectors(tile.width), A(0));
                 std::fill_n(some_products, in_vectors(tile.width), A(0));
                 int64_t end = std::min(row + BLOCK, span.rows);
-                for (; !one_by_one(tile) && row + MANY <= end; row += MANY) rows_at(std::integral_constant<int, MANY>{}, row, tile.width);
+                for (; !cut.one_by_one<T>() && row + MANY <= end; row += MANY) rows_at(std::integral_constant<int, MANY>{}, row, tile.width);
                 for (; row < end; ++row) rows_at(std::integral_constant<int, 1>{}, row, tile.width);
                 if (row == span.rows && span.last) rows_at(std::integral_constant<int, 1>{}, row++, span.last);
                 for (int64_t l = 0; l < tile.width; ++l) sums[l] += double(some_sums[l]), products[l] += double(some_products[l]);
@@ -243,7 +239,7 @@ private:
                 pulled ? spread<true>(rows, dsum, call.dx + at, far) : spread<false>(rows, dsum, call.dx + at, far);
             };
             int64_t row = 0;
-            for (; !far && !one_by_one(tile) && row + MANY <= span.rows; row += MANY) rows_at(std::integral_constant<int, MANY>{}, row, tile.width);
+            for (; !far && !cut.one_by_one<T>() && row + MANY <= span.rows; row += MANY) rows_at(std::integral_constant<int, MANY>{}, row, tile.width);
             for (; row < span.rows; ++row) rows_at(std::integral_constant<int, 1>{}, row, tile.width);
             if (span.last) rows_at(std::integral_constant<int, 1>{}, row, span.last);
         });

@@ -10,11 +10,6 @@ namespace {
 constexpr int64_t BLOCK = 64;      // rows that are summed before they are merged
 constexpr int64_t DEEP = 8;        // rows that are summed side by side: each takes the sums from memory and back once
 
-template <class T> void add_rows(const T *x, const T *residual, T *sum, int64_t pitch, int64_t rows, int64_t width) {
-    for (int64_t row = 0; row < rows; ++row, x += pitch, residual += pitch, sum += pitch)
-        for_vectors(width, [&](auto at) { at.put(sum, at(x) + at(residual)); });
-}
-
 // Sums of x - pivot, where CENTRED, and of its square.
 template <bool CENTRED, int ROWS, class T, class A = accumulator<T>>
 void accumulate(const T *x, int64_t pitch, int64_t width, const A *pivot, A *sums, A *squares) {
@@ -245,7 +240,8 @@ private:
         Span span(sheet, cut, chunk);
         int64_t at = place(o, span, tile), n = 0;
         auto take = [&](int64_t rows, int64_t width) {
-            if (call.residual) add_rows(call.x + at, call.residual + at, call.sum + at, sheet.lanes, rows, width);
+            for (int64_t row = 0, from = at; call.residual && row < rows; ++row, from += sheet.lanes)
+                for_vectors(width, [&](auto v) { v.put(call.sum + from, v(call.x + from) + v(call.residual + from)); });
             if (n == 0 && plan.centred) start(x + at, std::min(rows, DEEP), width, found.pivot);
             alignas(64) A sums[ROOM], squares[ROOM];
             for (int attempt = 1;; ++attempt) {
@@ -384,8 +380,10 @@ private:
                 int64_t at = place + row * sheet.lanes;
                 nk::write<VARIATION, KIND, ROWS>(x + at, call.y + at, sheet.lanes, width, line, row, plan.activation, far);
             };
+            // In the cache, as what was just measured is, two go faster.
+            const bool near = cut.at_once && !plan.given, singly = far || (cut.one_by_one<T>() && !near);
             int64_t row = 0;
-            for (; !far && row + MANY <= span.rows; row += MANY) some(std::integral_constant<int, MANY>{}, row, tile.width);
+            for (; !singly && row + MANY <= span.rows; row += MANY) some(std::integral_constant<int, MANY>{}, row, tile.width);
             for (; row < span.rows; ++row) some(std::integral_constant<int, 1>{}, row, tile.width);
             if (span.last) some(std::integral_constant<int, 1>{}, row, span.last);
         });

@@ -83,9 +83,16 @@ template <class A> struct Map {
     A high, inverse, low;
 };
 
+// By given statistics sets need not be whole: in the order of memory, pieces of one are sets with the same statistic.
+NkPlan in_order(NkPlan plan) {
+    if (plan.given && plan.outer == 1 && plan.per_far == 0) std::swap(plan.outer, plan.far);
+    return plan;
+}
+
 template <class T> class SegmentsForward {
     using A = accumulator<T>;
-    const NkPlan &plan;
+    const int64_t statistics;
+    const NkPlan plan;
     Forward<T> call;
     std::vector<A> own_weight, own_bias;
     const Runs whole, runs;  // for reading alone, and with the parameters
@@ -100,10 +107,11 @@ template <class T> class SegmentsForward {
 
   public:
     SegmentsForward(const NkPlan &plan, const Forward<T> &call)
-        : plan(plan),
+        : statistics(plan.outer * plan.kept),
+          plan(in_order(plan)),
           call(call),
-          whole(runs_of(plan, false)),
-          runs(runs_of(plan, call.weight || call.bias)),
+          whole(runs_of(this->plan, false)),
+          runs(runs_of(this->plan, call.weight || call.bias)),
           x(call.residual ? call.sum : call.x),
           few(whole.size() * int64_t(sizeof(T)) <= FIRST_CACHE / LANES ? LANES : 2),
           ahead(step_ahead<T>(whole, whole.size() <= BLOCK ? few : 1)),
@@ -252,6 +260,7 @@ template <class T> class SegmentsForward {
     }
 
     Map<A> given(int64_t set) const {
+        set %= statistics;
         return {call.center ? calm(call.center[set]) : A(0), call.inverse ? calm(call.inverse[set]) : A(1), 0};
     }
 

@@ -105,6 +105,8 @@ struct Cut {
         batch = alone ? sheet.outer : std::clamp<int64_t>(shared / (bytes * sheet.size), 1, sheet.outer);
     }
 
+    // Whether rows are so long that they are read one by one: side by side they come in late.
+    template <class T> bool one_by_one() const { return tiles == 1 && width * int64_t(sizeof(T)) >= 512; }
     // Whether rows of an output can be written past the cache: each piece of them has its lines to itself.
     template <class T> bool streams(const NkPlan &plan, const Sheet &sheet, const T *out) const {
         auto whole = [](int64_t lanes) { return lanes * int64_t(sizeof(T)) % LINE == 0; };
@@ -129,17 +131,14 @@ struct Span {
 // there is one for each thread.
 template <class Line, bool BACKWARDS = false, class Each>
 void for_pieces(const Cut &cut, int64_t begin, int64_t end, int64_t grain, Each &&each) {
-    for_ranges(
-        (end - begin) * cut.tiles * cut.chunks,
-        [&](int64_t first, int64_t last) {
-            Line line;
-            for (int64_t i = first; i < last; ++i) {
-                int64_t piece = BACKWARDS ? first + last - 1 - i : i, chunk = piece / cut.tiles;
-                each(line, begin + chunk / cut.chunks, chunk % cut.chunks, piece % cut.tiles);
-            }
-            end_of_stream();
-        },
-        grain);
+    for_ranges((end - begin) * cut.tiles * cut.chunks, [&](int64_t first, int64_t last) {
+        Line line;
+        for (int64_t i = first; i < last; ++i) {
+            int64_t piece = BACKWARDS ? first + last - 1 - i : i, chunk = piece / cut.tiles;
+            each(line, begin + chunk / cut.chunks, chunk % cut.chunks, piece % cut.tiles);
+        }
+        end_of_stream();
+    }, grain);
 }
 
 // All pieces of some sheets are summed, sums(line, o, chunk, tile), what a sheet's sums say is settled, settle(o), and all pieces are

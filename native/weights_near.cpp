@@ -113,8 +113,7 @@ private:
 template <class T> void near_rows(const NkWeightPlan &plan, const NkWeightCall &call, bool backward, int64_t begin, int64_t end) {
     const int64_t n = plan.kept * plan.inner;
     const Rows<T> rows(plan, n);
-    auto x = static_cast<const T *>(call.weight), gains = static_cast<const T *>(call.gain);
-    auto g = static_cast<const T *>(call.gradient);
+    auto x = static_cast<const T *>(call.weight), gains = static_cast<const T *>(call.gain), g = static_cast<const T *>(call.gradient);
     auto y = static_cast<T *>(call.result), dgain = static_cast<T *>(call.dgain);
     // From a row's sums to its factor it is a long way of short steps: those of a few short rows overlap.
     constexpr int64_t most = 4;
