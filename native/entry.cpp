@@ -8,18 +8,6 @@
 namespace nk {
 namespace {
 
-// Pieces shorter than this are read as lanes, many at a time: per piece the segments' kernels pay a sum over a vector's lanes and a tail.
-// The first holds where parameters lie as the lanes do, and need no table; the second where none vary.
-constexpr int64_t SHORT = 64 * LANES, SHORT_PLAIN = 16 * LANES;
-
-bool in_lanes(const NkPlan &plan) {
-    int64_t piece = plan.mid * plan.inner;
-    if (plan.far == 1) return false;
-    bool alike = plan.per_inner == 1 || piece == 1;
-    bool constant = plan.per_kept == 0 && plan.per_mid == 0 && plan.per_inner == 0;
-    return (alike && piece < SHORT) || (constant && piece < SHORT_PLAIN);
-}
-
 int64_t elements(const NkPlan &plan) { return plan.outer * plan.kept * set_size(plan); }
 
 bool agree(const NkPlan &plan, const void *weight, const void *bias) {
@@ -66,7 +54,7 @@ NkStatus forward(const NkPlan &plan, const void *x, const void *residual, const 
     NkStatus status = widen_into(weight_room, plan, weight, plan.offset, call.weight);
     if (status == NK_OK) status = widen_into(bias_room, plan, bias, 0, call.bias);
     if (status != NK_OK) return status;
-    in_lanes(plan) ? lanes_forward<T>(plan, call) : segments_forward<T>(plan, call);
+    run_forward<T>(plan, call);
     return NK_OK;
 }
 
@@ -86,7 +74,7 @@ NkStatus backward(const NkPlan &plan, const void *dy, const void *dsum, const vo
         for (A *sums : {call.dweight, call.dbias})
             if (sums != nullptr) std::fill_n(sums, plan.parameters, A(0));
     } else {
-        in_lanes(plan) ? lanes_backward<T>(plan, call) : segments_backward<T>(plan, call);
+        run_backward<T>(plan, call);
     }
     status = narrow_into(dweight, plan, call.dweight);
     return status == NK_OK ? narrow_into(dbias, plan, call.dbias) : status;
@@ -105,6 +93,18 @@ NK_EXPORT int32_t nk_forward(const NkPlan *plan, const void *x, const void *resi
         if (plan->given && (inverse == nullptr || residual != nullptr)) return NK_NULL;
         return by_type(plan->type, [&](auto t) {
             return forward<decltype(t)>(*plan, x, residual, weight, bias, y, sum, center, inverse, variance);
+        });
+    });
+}
+
+// The statistics alone.
+NK_EXPORT int32_t nk_measure(const NkPlan *plan, const void *x, void *center, void *inverse, void *variance) {
+    using namespace nk;
+    return guarded([&]() -> NkStatus {
+        if (elements(*plan) == 0) return NK_OK;
+        if (any_null(x, center, inverse, variance) || plan->given) return NK_NULL;
+        return by_type(plan->type, [&](auto t) {
+            return forward<decltype(t)>(*plan, x, nullptr, nullptr, nullptr, nullptr, nullptr, center, inverse, variance);
         });
     });
 }

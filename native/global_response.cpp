@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "row.h"
@@ -163,11 +164,7 @@ template <class Sums, class Settle, class Apply> void in_steps(const Cut &cut, S
 int64_t sets(const NkResponse &plan) { return plan.shared ? 1 : plan.samples; }
 int64_t set_of(const NkResponse &plan, const Chunk &chunk) { return plan.shared ? 0 : chunk.sample; }
 
-double mean_of(const double *values, int64_t n) {
-    double sum = 0;
-    for (int64_t i = 0; i < n; ++i) sum += values[i];
-    return sum / double(n);
-}
+double mean_of(const double *values, int64_t n) { return std::accumulate(values, values + n, 0.0) / double(n); }
 
 template <class T>
 void forward(const NkResponse &plan, const T *x, const accumulator<T> *weight, const accumulator<T> *bias, T *y, double *energy) {

@@ -1,7 +1,7 @@
 // The gradient of normalizing by statistics per lane, and of gain and bias.
 //
-// With g the gradient behind gain and bias, and d = x - center, lanes are summed over g and g * d (times the gain, where it varies along rows).
-// From these come the gradients of the parameters, and what the statistic's own derivative takes from dx.
+// With g the gradient behind gain and bias, and d = x - center, lanes are summed over g and g * d (times the gain, where it varies along
+// rows). From these come the gradients of the parameters, and what the statistic's own derivative takes from dx.
 #include <utility>
 
 #include "kernels.h"
@@ -12,7 +12,6 @@ namespace nk {
 namespace {
 
 constexpr int64_t BLOCK = 64;  // rows that are summed before they are added up in double precision
-constexpr int64_t LONG = 512;  // bytes of a row from which on rows are read one by one: side by side they come in late
 
 template <class T> class Pass {
     using A = accumulator<T>;
@@ -23,6 +22,7 @@ template <class T> class Pass {
     Cut cut;
     Parameters<A> parameters;
     bool pulled, wanted;  // the statistic depends on x; a parameter's gradient is asked for
+    bool far;             // dx is written past the cache
     int64_t shares;       // at once: of the sheets, each share by one task a tile; otherwise sheets of a batch
     int64_t parts;        // of a share's own sums
     Room<A, 2048> room;
@@ -35,10 +35,12 @@ template <class T> class Pass {
 
 public:
     Pass(const NkPlan &plan, const Backward<T> &call)
-        : plan(plan), call(call), sheet(plan, Parameters<A>::bound_to_rows(plan)), cut(sheet, 2 * sizeof(T)), parameters(plan, sheet) {
+        : plan(plan), call(call), sheet(plan), cut(sheet, 2 * sizeof(T)), parameters(plan, sheet),
+          far(call.dx && call.dx != call.x && call.dx != call.dy && cut.streams(plan, sheet, call.dx)) {
         wanted = call.dweight || call.dbias;
         pulled = !plan.given && (plan.centred || plan.scale != NK_UNSCALED);
-        shares = !cut.at_once ? cut.batch : parameters.places() > 1 ? sheet.outer : std::clamp<int64_t>(128 / cut.tiles, 1, sheet.outer);
+        shares = cut.batch;
+        if (cut.at_once) shares = parameters.places() > 1 ? sheet.outer : std::clamp<int64_t>(128 / cut.tiles, 1, sheet.outer);
         parts = parameters.variation == PER_ROW ? cut.tiles : 1;
         int64_t lanes = cut.at_once ? 0 : cut.batch * 2 * sheet.lanes, table = parameters.room();
         int64_t own_size = wanted ? shares * parts * 2 * parameters.area() : 0;
@@ -64,13 +66,12 @@ public:
         } else {
             for (int64_t begin = 0; begin < sheet.outer; begin += cut.batch) in_chunks(begin, std::min(sheet.outer, begin + cut.batch));
         }
-        deliver(call.dweight, totals);
-        deliver(call.dbias, totals + plan.parameters);
+        if (call.dweight) std::copy_n(totals, plan.parameters, call.dweight);
+        if (call.dbias) std::copy_n(totals + plan.parameters, plan.parameters, call.dbias);
     }
 
 private:
     int64_t place(int64_t o, Span span, Tile tile) const { return o * sheet.size + span.first * sheet.lanes + tile.first; }
-    bool one_by_one(Tile tile) const { return cut.tiles == 1 && tile.width * int64_t(sizeof(T)) >= LONG; }
     bool by_lane() const { return parameters.variation == PER_LANE; }
     // A share's sums for the parameters: of g * normalized; those of g follow after an area.
     double *own_of(int64_t share, int64_t tile) const {
@@ -99,47 +100,41 @@ private:
     }
 
     void in_chunks(int64_t begin, int64_t end) {
-        int64_t pieces = cut.chunks * cut.tiles, lanes = sheet.lanes;
-        auto each_piece = [&](bool backwards, auto &&each) {
-            for_ranges((end - begin) * pieces, [&](int64_t first, int64_t last) {
-                for (int64_t i = first; i < last; ++i) {
-                    int64_t task = backwards ? first + last - 1 - i : i, chunk = task % pieces / cut.tiles;
-                    each(task / pieces, chunk, Span(sheet, cut, chunk), task % cut.tiles);
-                }
-            }, grain_of(sheet.size / pieces));
-        };
-        if (pulled || wanted)
-            each_piece(false, [&](int64_t b, int64_t chunk, Span span, int64_t index) {
+        int64_t lanes = sheet.lanes;
+        bool early = call.dx && !pulled;  // dx does not wait for the sums: it is written while what it takes is near
+        in_steps<BackwardLine<A>>(
+            sheet, cut, begin, end,
+            [&](auto &line, int64_t o, int64_t chunk, int64_t index) {
                 Tile tile = cut.tile(sheet, index);
-                BackwardLine<A> line;
-                draw(line, begin + b, span, tile);
-                double sums[ROOM], products[ROOM];
-                std::fill_n(sums, tile.width, 0.0);
-                std::fill_n(products, tile.width, 0.0);
-                collect_rows(begin + b, span, tile, line, sums, products, own_of(b, index), true);
-                A *to = partial + (b * cut.chunks + chunk) * 2 * lanes + tile.first;
-                std::copy(sums, sums + tile.width, to);
-                std::copy(products, products + tile.width, to + lanes);
-                if (!pulled && call.dx) spread_rows(begin + b, span, tile, line);  // while it is near
-            });
-        if (pulled || wanted)
-            for_each(end - begin, [&](int64_t b) {
+                Span span(sheet, cut, chunk);
+                draw(line, o, span, tile);
+                if (pulled || wanted) {
+                    double sums[ROOM] = {}, products[ROOM] = {};
+                    collect_rows(o, span, tile, line, sums, products, own_of(o - begin, index), true);
+                    A *to = partial + ((o - begin) * cut.chunks + chunk) * 2 * lanes + tile.first;
+                    std::copy(sums, sums + tile.width, to);
+                    std::copy(products, products + tile.width, to + lanes);
+                }
+                if (early) spread_rows(o, span, tile, line);
+            },
+            [&](int64_t o) {
+                int64_t b = o - begin;
                 double *sums = lane_sums + b * 2 * lanes, *products = sums + lanes;
-                merge_chunks(begin + b, partial + b * cut.chunks * 2 * lanes, sums, own_of(b, 0));
-                if (pulled) settle(begin + b, {0, lanes}, sums, products, pulls + b * 2 * lanes, pulls + (b * 2 + 1) * lanes);
+                if (pulled || wanted) merge_chunks(o, partial + b * cut.chunks * 2 * lanes, sums, own_of(b, 0));
+                if (pulled) settle(o, {0, lanes}, sums, products, pulls + b * 2 * lanes, pulls + (b * 2 + 1) * lanes);
+            },
+            [&](auto &line, int64_t o, int64_t chunk, int64_t index) {
+                if (early || !call.dx) return;
+                Tile tile = cut.tile(sheet, index);
+                Span span(sheet, cut, chunk);
+                if (draw(line, o, span, tile)) {
+                    const A *pull = pulls + (o - begin) * 2 * lanes + tile.first;
+                    std::copy(pull, pull + tile.width, line.along);
+                    std::copy(pull + lanes, pull + lanes + tile.width, line.offset);
+                }
+                spread_rows(o, span, tile, line);
             });
         for (int64_t b = 0; b < end - begin; ++b) add_up(b, begin + b);
-        if (!call.dx || (!pulled && wanted)) return;
-        // Backwards: what was read last is still near.
-        each_piece(true, [&](int64_t b, int64_t, Span span, int64_t index) {
-            Tile tile = cut.tile(sheet, index);
-            BackwardLine<A> line;
-            draw(line, begin + b, span, tile);
-            const A *pull = pulls + b * 2 * lanes + tile.first;
-            std::copy(pull, pull + tile.width, line.along);
-            std::copy(pull + lanes, pull + lanes + tile.width, line.offset);
-            spread_rows(begin + b, span, tile, line);
-        });
     }
 
     void merge_chunks(int64_t o, const A *chunks, double *sums, double *own) {
@@ -152,12 +147,19 @@ private:
         std::copy(sums, sums + lanes, own + lanes);
     }
 
-    void draw(BackwardLine<A> &line, int64_t o, Span span, Tile tile) const {
+    // Makes the line that of a tile, and says whether it was another's.
+    bool draw(BackwardLine<A> &line, int64_t o, Span span, Tile tile) const {
         int64_t parameter = parameters.place(o) + span.first * parameters.row_step + tile.first * parameters.lane_step;
         line.weight = weight ? weight + parameter : nullptr;
         line.bias = bias ? bias + parameter : nullptr;
         line.weight_step = line.bias_step = parameters.row_step;
         line.kind = plan.activation;
+        bool other = line.sheet != o || line.tile != tile.first;
+        line.sheet = o, line.tile = tile.first;
+        // But for PER_LANE, gain and shift are free to stand for a missing parameter.
+        if (!by_lane() && !weight) line.weight = line.gain, line.weight_step = 0;
+        if (!by_lane() && !bias) line.bias = line.shift, line.bias_step = 0;
+        if (!other) return false;
         const A *centers = plan.centred && call.center ? call.center + o * plan.kept : nullptr, *inverses = call.inverse + o * plan.kept;
         sheet.each_statistic(tile, [&](int64_t l, int64_t k) {
             line.center[l] = centers ? centers[k] : A(0);
@@ -167,11 +169,9 @@ private:
             line.gain[l] = by_lane() && weight ? line.inverse[l] * line.weight[l * parameters.lane_step] : line.inverse[l];
             line.shift[l] = by_lane() && bias ? line.bias[l * parameters.lane_step] : A(0);
         }
-        if (parameters.variation == PER_ELEMENT) {
-            // shift and gain are free to stand for a missing one
-            if (!weight) std::fill(line.gain, line.gain + ROOM, A(1)), line.weight = line.gain, line.weight_step = 0;
-            if (!bias) std::fill(line.shift, line.shift + ROOM, A(0)), line.bias = line.shift, line.bias_step = 0;
-        }
+        if (!by_lane() && !weight) std::fill(line.gain, line.gain + ROOM, A(1));
+        if (!by_lane() && !bias) std::fill(line.shift, line.shift + ROOM, A(0));
+        return true;
     }
 
     // Sums over the span's rows, for each lane; and the rows' own, from the span's first row and the tile's first lane on.
@@ -197,7 +197,7 @@ private:
                 std::fill_n(some_sums, in_vectors(tile.width), A(0));
                 std::fill_n(some_products, in_vectors(tile.width), A(0));
                 int64_t end = std::min(row + BLOCK, span.rows);
-                for (; !one_by_one(tile) && row + MANY <= end; row += MANY) rows_at(std::integral_constant<int, MANY>{}, row, tile.width);
+                for (; !cut.one_by_one<T>() && row + MANY <= end; row += MANY) rows_at(std::integral_constant<int, MANY>{}, row, tile.width);
                 for (; row < end; ++row) rows_at(std::integral_constant<int, 1>{}, row, tile.width);
                 if (row == span.rows && span.last) rows_at(std::integral_constant<int, 1>{}, row++, span.last);
                 for (int64_t l = 0; l < tile.width; ++l) sums[l] += double(some_sums[l]), products[l] += double(some_products[l]);
@@ -236,10 +236,10 @@ private:
                 int64_t at = place(o, span, tile) + row * sheet.lanes;
                 Rows<VARIATION, KIND, ROWS, T> rows(call.dy + at, call.x + at, sheet.lanes, width, row, line);
                 const T *dsum = call.dsum ? call.dsum + at : nullptr;
-                pulled ? spread<true>(rows, dsum, call.dx + at) : spread<false>(rows, dsum, call.dx + at);
+                pulled ? spread<true>(rows, dsum, call.dx + at, far) : spread<false>(rows, dsum, call.dx + at, far);
             };
             int64_t row = 0;
-            for (; !one_by_one(tile) && row + MANY <= span.rows; row += MANY) rows_at(std::integral_constant<int, MANY>{}, row, tile.width);
+            for (; !far && !cut.one_by_one<T>() && row + MANY <= span.rows; row += MANY) rows_at(std::integral_constant<int, MANY>{}, row, tile.width);
             for (; row < span.rows; ++row) rows_at(std::integral_constant<int, 1>{}, row, tile.width);
             if (span.last) rows_at(std::integral_constant<int, 1>{}, row, span.last);
         });
@@ -252,9 +252,6 @@ private:
             parameters.add_up(found, o, totals);
             parameters.add_up(found + parameters.area(), o, totals + plan.parameters);
         }
-    }
-    void deliver(A *to, const double *from) {
-        if (to) std::copy(from, from + plan.parameters, to);
     }
 };
 

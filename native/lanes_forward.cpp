@@ -10,23 +10,18 @@ namespace {
 constexpr int64_t BLOCK = 64;      // rows that are summed before they are merged
 constexpr int64_t DEEP = 8;        // rows that are summed side by side: each takes the sums from memory and back once
 
-template <class T> void add_rows(const T *x, const T *residual, T *sum, int64_t pitch, int64_t rows, int64_t width) {
-    for (int64_t row = 0; row < rows; ++row, x += pitch, residual += pitch, sum += pitch)
-        for_vectors(width, [&](auto at) { at.store(sum, at.load(x) + at.load(residual)); });
-}
-
 // Sums of x - pivot, where CENTRED, and of its square.
 template <bool CENTRED, int ROWS, class T, class A = accumulator<T>>
 void accumulate(const T *x, int64_t pitch, int64_t width, const A *pivot, A *sums, A *squares) {
     for_vectors(width, [&](auto at) {
-        Vec<A> from = CENTRED ? at.load(pivot) : Vec<A>{}, sum[2] = {}, square[2] = {};
+        Vec<A> from = CENTRED ? at(pivot) : Vec<A>{}, sum[2] = {}, square[2] = {};
         for (int r = 0; r < ROWS; ++r) {
-            Vec<A> apart = at.template fresh<A>(at.load(x + r * pitch) - from);
+            Vec<A> apart = at.template only<A>(at(x + r * pitch) - from);
             if (CENTRED) sum[r % 2] += apart;
             square[r % 2] += apart * apart;
         }
-        if (CENTRED) at.store(sums, at.load(sums) + (sum[0] + sum[1]));
-        at.store(squares, at.load(squares) + (square[0] + square[1]));
+        if (CENTRED) at.put(sums, at(sums) + (sum[0] + sum[1]));
+        at.put(squares, at(squares) + (square[0] + square[1]));
     });
 }
 
@@ -34,7 +29,7 @@ void accumulate(const T *x, int64_t pitch, int64_t width, const A *pivot, A *sum
 template <class A, class Asked> bool any_lane(const A *sums, const A *squares, int64_t width, Asked &&asked) {
     Vec<A> found{};
     for_vectors(width, [&](auto at) {
-        found += at.template fresh<A>(select<A>(asked(at.load(sums), at.load(squares)), splat<A>(1), Vec<A>{}));
+        found += at.template only<A>(select<A>(asked(at(sums), at(squares)), splat<A>(1), Vec<A>{}));
     });
     return sum_lanes<A>(found) > 0;
 }
@@ -119,39 +114,42 @@ template <class A> void merge_groups(const Sheet &sheet, Tile tile, A *pivot, A 
 
 // z = (x - pivot) * gain + shift; then, but PER_LANE, z * weight + bias.
 template <class A> struct Line {
+    int64_t sheet = -1, tile = -1;  // whose it is
     alignas(64) A pivot[ROOM], gain[ROOM], shift[ROOM];
-    const A *weight, *bias;  // of the first row, or null
+    A ones[ROOM], zeros[ROOM];
+    const A *weight, *bias;  // of the first row; PER_LANE in gain and shift already
     int64_t weight_step, bias_step;
 };
 
 template <int VARIATION, int KIND, int ROWS, class T, class A = accumulator<T>>
-void write(const T *x, T *y, int64_t pitch, int64_t width, const Line<A> &line, int64_t row, int32_t kind) {
+void write(const T *x, T *y, int64_t pitch, int64_t width, const Line<A> &line, int64_t row, int32_t kind, bool far) {
+    // Of each row. In variables of its own: what is stored might lie in the line, for all the compiler knows.
+    const A *weights[ROWS], *biases[ROWS];
     A weight[ROWS], bias[ROWS];
-    if constexpr (VARIATION == PER_ROW)
-        for (int r = 0; r < ROWS; ++r) {
-            weight[r] = line.weight ? line.weight[(row + r) * line.weight_step] : A(1);
-            bias[r] = line.bias ? line.bias[(row + r) * line.bias_step] : A(0);
-        }
+    for (int r = 0; r < ROWS; ++r) {
+        weights[r] = along(line.weight, (row + r) * line.weight_step), biases[r] = along(line.bias, (row + r) * line.bias_step);
+        if constexpr (VARIATION == PER_ROW) weight[r] = *weights[r], bias[r] = *biases[r];
+    }
     auto each_z = [&](auto &&take) {
         for_vectors(width, [&](auto at) {
-            Vec<A> pivot = at.load(line.pivot), gain = at.load(line.gain), shift = at.load(line.shift);
+            Vec<A> pivot = at(line.pivot), gain = at(line.gain), shift = at(line.shift);
+            if constexpr (ROWS == 1) __builtin_prefetch(x + 3 * pitch + at.i);
             for (int r = 0; r < ROWS; ++r) {
-                Vec<A> z = (at.load(x + r * pitch) - pivot) * gain + shift;
+                Vec<A> z = (at(x + r * pitch) - pivot) * gain + shift;
                 if constexpr (VARIATION == PER_ROW) z = z * weight[r] + bias[r];
-                if constexpr (VARIATION == PER_ELEMENT)
-                    z = z * at.load(line.weight + (row + r) * line.weight_step) + at.load(line.bias + (row + r) * line.bias_step);
+                if constexpr (VARIATION == PER_ELEMENT) z = z * at(weights[r]) + at(biases[r]);
                 take(at, r, z);
             }
         });
     };
     if constexpr (KIND != CURVED) {
-        each_z([&](auto at, int r, Vec<A> z) { at.store(y + r * pitch, activate<KIND, A>(z)); });
+        each_z([&](auto at, int r, Vec<A> z) { at.put(y + r * pitch, activate<KIND, A>(z), ROWS == 1 && far); });
     } else {
         alignas(64) A run[ROWS][ROOM];
-        each_z([&](auto at, int r, Vec<A> z) { nk::store(run[r] + at.lane, z); });
+        each_z([&](auto at, int r, Vec<A> z) { nk::store(run[r] + at.i, z); });
         for (int r = 0; r < ROWS; ++r) activate_run(kind, run[r], width);
         for_vectors(width, [&](auto at) {
-            for (int r = 0; r < ROWS; ++r) at.store(y + r * pitch, nk::load(run[r] + at.lane));
+            for (int r = 0; r < ROWS; ++r) at.put(y + r * pitch, nk::load(run[r] + at.i), ROWS == 1 && far);
         });
     }
 }
@@ -166,6 +164,7 @@ template <class T> class Pass {
     const Forward<T> &call;
     const Range range;  // of a block
     const T *x;         // what is normalized
+    const bool far;     // y is written past the cache
     Room<A, 2048> room;
     Room<double> square_room;
     const A *weight, *bias;
@@ -175,8 +174,9 @@ template <class T> class Pass {
 
 public:
     Pass(const NkPlan &plan, const Forward<T> &call)
-        : plan(plan), sheet(plan, Parameters<A>::bound_to_rows(plan)), cut(sheet, sizeof(T)), parameters(plan, sheet), call(call),
-          range(Range::of<A>(plan, std::min(sheet.rows, BLOCK))), x(call.residual ? call.sum : call.x) {
+        : plan(plan), sheet(plan), cut(sheet, sizeof(T)), parameters(plan, sheet), call(call),
+          range(Range::of<A>(plan, std::min(sheet.rows, BLOCK))), x(call.residual ? call.sum : call.x),
+          far(x != call.y && cut.streams(plan, sheet, call.y)) {
         int64_t table = parameters.room(), lanes = cut.at_once ? 0 : cut.batch * sheet.lanes;
         A *scratch = room.take(2 * table + lanes * (2 * cut.chunks + 3));
         weight = parameters.lay_out(call.weight, scratch);
@@ -189,52 +189,59 @@ public:
     }
 
     void run() {
-        if (plan.given) return each_piece(0, sheet.outer, [&](int64_t o, int64_t chunk, Tile tile) { normalize_given(o, chunk, tile); });
+        int64_t grain = grain_of(sheet.size / (cut.chunks * cut.tiles));
+        if (plan.given)
+            return for_pieces<Line<A>>(cut, 0, sheet.outer, grain, [&](Line<A> &line, int64_t o, int64_t chunk, int64_t index) {
+                write_piece(line, o, chunk, index, [&](Tile tile, auto &&use) {
+                    A pivot[WIDEST], rest[WIDEST] = {}, inverse[WIDEST];
+                    sheet.each_statistic(tile, [&](int64_t l, int64_t k) {
+                        pivot[l] = plan.centred && call.center ? call.center[o * plan.kept + k] : A(0);
+                        inverse[l] = call.inverse[o * plan.kept + k];
+                    });
+                    use(pivot, rest, inverse);
+                });
+            });
         if (cut.at_once)
-            return each_piece(0, sheet.outer, [&](int64_t o, int64_t chunk, Tile tile) {
-                Found<A> found(tile.width);
-                A inverse[ROOM];
-                gather(o, chunk, tile, found);
-                settle(o, tile, found.pivot, found.rest, found.square, inverse);
-                normalize(o, chunk, tile, found.pivot, found.rest, inverse);
+            return for_pieces<Line<A>>(cut, 0, sheet.outer, grain, [&](Line<A> &line, int64_t o, int64_t chunk, int64_t index) {
+                write_piece(line, o, chunk, index, [&](Tile tile, auto &&use) {
+                    Found<A> found(tile.width);
+                    A inverse[ROOM];
+                    gather(o, chunk, tile, found);
+                    settle(o, tile, found.pivot, found.rest, found.square, inverse);
+                    use(found.pivot, found.rest, inverse);
+                });
             });
-        for (int64_t begin = 0; begin < sheet.outer; begin += cut.batch) {
-            int64_t end = std::min(sheet.outer, begin + cut.batch);
-            each_piece(begin, end, [&](int64_t o, int64_t chunk, Tile tile) {
-                Found<A> found(tile.width);
-                gather(o, chunk, tile, found);
-                int64_t at = ((o - begin) * cut.chunks + chunk) * sheet.lanes;
-                A *to = partial + 2 * at + tile.first;
-                std::copy(found.pivot, found.pivot + tile.width, to);
-                std::copy(found.rest, found.rest + tile.width, to + sheet.lanes);
-                std::copy(found.square, found.square + tile.width, partial_square + at + tile.first);
-            });
-            merge_chunks(begin, end);
-            // Backwards: what was read last is still near.
-            each_piece<true>(begin, end, [&](int64_t o, int64_t chunk, Tile tile) {
-                const A *moments = whole + (o - begin) * 3 * sheet.lanes + tile.first;
-                normalize(o, chunk, tile, moments, moments + sheet.lanes, moments + 2 * sheet.lanes);
-            });
-        }
+        for (int64_t begin = 0; begin < sheet.outer; begin += cut.batch)
+            in_steps<Line<A>>(
+                sheet, cut, begin, std::min(sheet.outer, begin + cut.batch),
+                [&](auto &, int64_t o, int64_t chunk, int64_t index) {
+                    Tile tile = cut.tile(sheet, index);
+                    Found<A> found(tile.width);
+                    gather(o, chunk, tile, found);
+                    int64_t at = ((o - begin) * cut.chunks + chunk) * sheet.lanes;
+                    A *to = partial + 2 * at + tile.first;
+                    std::copy(found.pivot, found.pivot + tile.width, to);
+                    std::copy(found.rest, found.rest + tile.width, to + sheet.lanes);
+                    std::copy(found.square, found.square + tile.width, partial_square + at + tile.first);
+                },
+                [&](int64_t o) { merge_chunks(o, o - begin); },
+                [&](auto &line, int64_t o, int64_t chunk, int64_t index) {
+                    write_piece(line, o, chunk, index, [&](Tile tile, auto &&use) {
+                        const A *moments = whole + (o - begin) * 3 * sheet.lanes + tile.first;
+                        use(moments, moments + sheet.lanes, moments + 2 * sheet.lanes);
+                    });
+                });
     }
 
 private:
-    template <bool BACKWARDS = false, class Each> void each_piece(int64_t begin, int64_t end, Each &&each) {
-        int64_t pieces = cut.chunks * cut.tiles;
-        for_ranges((end - begin) * pieces, [&](int64_t first, int64_t last) {
-            for (int64_t i = first; i < last; ++i) {
-                int64_t task = BACKWARDS ? first + last - 1 - i : i;
-                each(begin + task / pieces, task % pieces / cut.tiles, cut.tile(sheet, task % cut.tiles));
-            }
-        }, grain_of(sheet.size / pieces));
-    }
     int64_t place(int64_t o, Span span, Tile tile) const { return o * sheet.size + span.first * sheet.lanes + tile.first; }
 
     void gather(int64_t o, int64_t chunk, Tile tile, Found<A> &found) {
         Span span(sheet, cut, chunk);
         int64_t at = place(o, span, tile), n = 0;
         auto take = [&](int64_t rows, int64_t width) {
-            if (call.residual) add_rows(call.x + at, call.residual + at, call.sum + at, sheet.lanes, rows, width);
+            for (int64_t row = 0, from = at; call.residual && row < rows; ++row, from += sheet.lanes)
+                for_vectors(width, [&](auto v) { v.put(call.sum + from, v(call.x + from) + v(call.residual + from)); });
             if (n == 0 && plan.centred) start(x + at, std::min(rows, DEEP), width, found.pivot);
             alignas(64) A sums[ROOM], squares[ROOM];
             for (int attempt = 1;; ++attempt) {
@@ -264,9 +271,9 @@ private:
     void start(const T *from, int64_t rows, int64_t width, A *pivot) const {
         const A each = 1 / A(rows);
         for_vectors(width, [&](auto at) {
-            Vec<A> first = at.load(from), sum{};
-            for (int64_t row = 1; row < rows; ++row) sum += at.load(from + row * sheet.lanes) - first;
-            at.store(pivot, first + sum * each);
+            Vec<A> first = at(from), sum{};
+            for (int64_t row = 1; row < rows; ++row) sum += at(from + row * sheet.lanes) - first;
+            at.put(pivot, first + sum * each);
         });
     }
 
@@ -308,76 +315,75 @@ private:
         put(call.inverse, inverse, 1);
     }
 
-    void merge_chunks(int64_t begin, int64_t end) {
-        for_each((end - begin) * cut.tiles, [&](int64_t task) {
-            Tile tile = cut.tile(sheet, task % cut.tiles);
-            double mean[WIDEST] = {}, *square = whole_square + task / cut.tiles * sheet.lanes + tile.first;
-            std::fill_n(square, tile.width, 0.0);
+    // From the moments of a sheet's chunks to those of its lanes and of their statistics.
+    void merge_chunks(int64_t o, int64_t at) {
+        A *moments = whole + at * 3 * sheet.lanes;
+        double *square = whole_square + at * sheet.lanes;
+        std::fill_n(square, sheet.lanes, 0.0);
+        for (int64_t index = 0; index < cut.tiles; ++index) {
+            Tile tile = cut.tile(sheet, index);
+            double mean[WIDEST] = {};
             auto each_chunk = [&](auto &&take) {
                 for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
                     Span span(sheet, cut, chunk);
-                    int64_t at = (task / cut.tiles * cut.chunks + chunk) * sheet.lanes;
-                    const A *p = partial + 2 * at + tile.first;
-                    const double *s = partial_square + at + tile.first;
-                    for (int64_t l = 0; l < tile.width; ++l)
-                        take(l, double(span.rows + (tile.first + l < span.last)), double(p[l]) + double(p[l + sheet.lanes]), s[l]);
+                    int64_t from = (at * cut.chunks + chunk) * sheet.lanes + tile.first;
+                    const A *p = partial + from + (at * cut.chunks + chunk) * sheet.lanes;
+                    for (int64_t l = 0; l < tile.width; ++l) {
+                        double n = double(span.rows + (tile.first + l < span.last));
+                        take(l, n, double(p[l]) + double(p[l + sheet.lanes]), partial_square[from + l]);
+                    }
                 }
             };
             each_chunk([&](int64_t l, double n, double m, double) { mean[l] += n * m; });
             for (int64_t l = 0; l < tile.width; ++l) mean[l] /= double(sheet.elements(tile.first + l));
-            each_chunk([&](int64_t l, double n, double m, double s) { square[l] += s + n * (m - mean[l]) * (m - mean[l]); });
-            A *to = whole + task / cut.tiles * 3 * sheet.lanes + tile.first;
+            double *to = square + tile.first;
+            each_chunk([&](int64_t l, double n, double m, double s) { to[l] += s + n * (m - mean[l]) * (m - mean[l]); });
             for (int64_t l = 0; l < tile.width; ++l) {
-                to[l] = A(mean[l]);
-                to[l + sheet.lanes] = A(mean[l] - double(to[l]));
+                A high = moments[tile.first + l] = A(mean[l]);
+                moments[tile.first + l + sheet.lanes] = A(mean[l] - double(high));
             }
-        });
-        for_each(end - begin, [&](int64_t i) {
-            A *moments = whole + i * 3 * sheet.lanes;
-            settle(begin + i, {0, sheet.lanes}, moments, moments + sheet.lanes, whole_square + i * sheet.lanes, moments + 2 * sheet.lanes);
-        });
+        }
+        settle(o, {0, sheet.lanes}, moments, moments + sheet.lanes, square, moments + 2 * sheet.lanes);
     }
 
-    void normalize_given(int64_t o, int64_t chunk, Tile tile) {
-        A pivot[WIDEST], rest[WIDEST] = {}, inverse[WIDEST];
-        sheet.each_statistic(tile, [&](int64_t l, int64_t k) {
-            pivot[l] = plan.centred && call.center ? call.center[o * plan.kept + k] : A(0);
-            inverse[l] = call.inverse[o * plan.kept + k];
-        });
-        normalize(o, chunk, tile, pivot, rest, inverse);
-    }
-
-    void normalize(int64_t o, int64_t chunk, Tile tile, const A *pivot, const A *rest, const A *inverse) {
+    // with_moments(tile, use) passes pivot, rest and 1 / scale of a tile's lanes to `use`; it is called where the line is of another tile.
+    template <class With> void write_piece(Line<A> &line, int64_t o, int64_t chunk, int64_t index, With &&with_moments) {
         Span span(sheet, cut, chunk);
-        Line<A> line;
-        A ones[ROOM], zeros[ROOM];
+        Tile tile = cut.tile(sheet, index);
         bool direct = parameters.variation == PER_LANE;
         int64_t parameter = parameters.place(o) + span.first * parameters.row_step + tile.first * parameters.lane_step;
         line.weight = weight ? weight + parameter : nullptr;
         line.bias = bias ? bias + parameter : nullptr;
-        for (int64_t l = 0; l < tile.width; ++l) {
-            line.pivot[l] = pivot[l];
-            line.gain[l] = direct && weight ? inverse[l] * line.weight[l * parameters.lane_step] : inverse[l];
-            line.shift[l] = (direct && bias ? line.bias[l * parameters.lane_step] : A(0)) - rest[l] * line.gain[l];
-        }
         line.weight_step = line.bias_step = parameters.row_step;
-        if (parameters.variation == PER_ELEMENT) {
-            if (!weight) std::fill(ones, ones + ROOM, A(1)), line.weight = ones, line.weight_step = 0;
-            if (!bias) std::fill(zeros, zeros + ROOM, A(0)), line.bias = zeros, line.bias_step = 0;
+        if (line.sheet != o || line.tile != tile.first) {
+            line.sheet = o, line.tile = tile.first;
+            with_moments(tile, [&](const A *pivot, const A *rest, const A *inverse) {
+                const A *w = direct ? line.weight : nullptr, *b = direct ? line.bias : nullptr;
+                A *__restrict gain = line.gain, *__restrict shift = line.shift;
+                std::copy_n(pivot, tile.width, line.pivot);
+                for (int64_t l = 0; l < tile.width; ++l) gain[l] = w ? inverse[l] * w[l * parameters.lane_step] : inverse[l];
+                for (int64_t l = 0; l < tile.width; ++l) shift[l] = (b ? b[l * parameters.lane_step] : A(0)) - rest[l] * gain[l];
+            });
+            if (!direct) std::fill(line.ones, line.ones + ROOM, A(1)), std::fill(line.zeros, line.zeros + ROOM, A(0));
         }
+        if (!direct && !weight) line.weight = line.ones, line.weight_step = 0;
+        if (!direct && !bias) line.bias = line.zeros, line.bias_step = 0;
         write_rows(place(o, span, tile), span, tile, line);
     }
 
     void write_rows(int64_t place, Span span, Tile tile, const Line<A> &line) {
+        if (call.y == nullptr) return;
         with_constants(parameters.variation, plan.activation, [&](auto variation, auto kind) {
             constexpr int VARIATION = decltype(variation)::value, KIND = decltype(kind)::value, MANY = KIND == CURVED ? 1 : 2;
             auto some = [&](auto count, int64_t row, int64_t width) {
                 constexpr int ROWS = decltype(count)::value;
                 int64_t at = place + row * sheet.lanes;
-                nk::write<VARIATION, KIND, ROWS>(x + at, call.y + at, sheet.lanes, width, line, row, plan.activation);
+                nk::write<VARIATION, KIND, ROWS>(x + at, call.y + at, sheet.lanes, width, line, row, plan.activation, far);
             };
+            // In the cache, as what was just measured is, two go faster.
+            const bool near = cut.at_once && !plan.given, singly = far || (cut.one_by_one<T>() && !near);
             int64_t row = 0;
-            for (; row + MANY <= span.rows; row += MANY) some(std::integral_constant<int, MANY>{}, row, tile.width);
+            for (; !singly && row + MANY <= span.rows; row += MANY) some(std::integral_constant<int, MANY>{}, row, tile.width);
             for (; row < span.rows; ++row) some(std::integral_constant<int, 1>{}, row, tile.width);
             if (span.last) some(std::integral_constant<int, 1>{}, row, span.last);
         });

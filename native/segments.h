@@ -3,10 +3,9 @@
 #include <algorithm>
 
 #include "plan.h"
+#include "row.h"
 #include "statistic.h"
-#include "stream.h"
 #include "twin.h"
-#include "vector.h"
 
 namespace nk {
 
@@ -64,9 +63,6 @@ NK_INLINE Place place_of(const NkPlan &plan, const Runs &runs, int64_t set) {
     return {o * runs.far * runs.stride() + k * runs.mid * runs.length, outer + k * runs.per_kept};
 }
 
-// Further along p, where there is one.
-template <class P> inline P *along(P *p, int64_t n) { return p == nullptr ? p : p + n; }
-
 // A stretch of n elements of the run (f, m): where it begins, in x, among the parameters, in the run, and in the set.
 struct Stretch {
     int64_t x, parameter, n, f, m, inside, index;
@@ -88,25 +84,56 @@ template <class Each> NK_INLINE void walk(const Runs &runs, Place at, int64_t be
     }
 }
 
-// The end of a run that is no whole number of vectors, in one vector: its last LANES elements, of which `counts` marks those that no whole
-// vector before it held. A run that is shorter than a vector is read with zeros behind it.
-template <class A> struct End {
-    int64_t n;
+// Two sums over a set: backward of g (times the gain, where that varies) and of that times x - center, forward of x - shift and its square.
+template <class S> struct Pair {
+    S g, gx;
 
-    static NK_INLINE bool of(int64_t n) { return (n & (LANES - 1)) != 0; }
-    NK_INLINE Mask<A> counts() const { return n < LANES ? first<A>(n) : ~first<A>(LANES - (n & (LANES - 1))); }
-    template <class T> NK_INLINE Vec<A> load(const T *p) const { return n < LANES ? load_some(p, n) : nk::load(p + n - LANES); }
-    template <class T> NK_INLINE void store(T *p, Vec<A> v) const { n < LANES ? store_some(p, v, n) : nk::store(p + n - LANES, v); }
+    Pair &operator+=(const Pair &other) { return *this = {g + other.g, gx + other.gx}; }
 };
+
+// Half-way: sums of a stretch of at most BLOCK elements.
+template <class A> struct PairSums {
+    Vec<A> g[4] = {}, gx[4] = {};
+
+    NK_INLINE void add(int u, Vec<A> v, Vec<A> apart) {
+        g[u] += v;
+        gx[u] += v * apart;
+    }
+    Pair<double> total() const {
+        return {sum_lanes<A>((g[0] + g[1]) + (g[2] + g[3])), sum_lanes<A>((gx[0] + gx[1]) + (gx[2] + gx[3]))};
+    }
+};
+
+// Adds a run: terms(at) gives what is summed and what it is weighted with, from elements that lie as those of at(p).
+template <class T, class A, class Terms> NK_INLINE void add_run(PairSums<A> &sums, int64_t n, Terms &&terms) {
+    auto add_twin = [&](int u, int64_t i) {
+        auto [g, apart] = terms([&](auto *p) { return load_twin<T>(p + i); });
+        sums.add(u, g.a, apart.a);
+        sums.add(u + 1, g.b, apart.b);
+    };
+    int64_t i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES) {
+        add_twin(0, i);
+        add_twin(2, i + 2 * LANES);
+    }
+    for (; i + LANES <= n; i += LANES) {
+        auto [g, apart] = terms(VectorAt{i});
+        sums.add(0, g, apart);
+    }
+    if (const OverlapAt end{n}; i < n) {
+        auto [g, apart] = terms(end);
+        sums.add(1, end.only<A>(g), end.only<A>(apart));
+    }
+}
 
 // Fills a run of y with value(at), where at(p) are the elements of p that lie as those of y: twins in the order of T, and vectors at the
 // end. Every few of them, ask(i) may fetch what is read soon.
 template <class T, class OUT, class Value, class Ask> NK_INLINE void fill(OUT *y, int64_t n, Value &&value, Ask &&ask) {
     using A = accumulator<T>;
     // The end is read before anything is written, so that y may be what is read.
-    End<A> end{n};
+    const OverlapAt end{n};
     Vec<A> last{};
-    if (end.of(n)) last = value([&](auto *p) { return end.load(p); });
+    if (n % LANES) last = value(end);
     auto put = [&](int64_t i) { store_twin<T>(y + i, value([&](auto *p) { return load_twin<T>(p + i); })); };
     int64_t i = 0;
     for (; i + 4 * LANES <= n; i += 4 * LANES) {
@@ -114,8 +141,8 @@ template <class T, class OUT, class Value, class Ask> NK_INLINE void fill(OUT *y
         put(i);
         put(i + 2 * LANES);
     }
-    for (; i + LANES <= n; i += LANES) store(y + i, value([&](auto *p) { return load(p + i); }));
-    if (end.of(n)) end.store(y, last);
+    for (; i + LANES <= n; i += LANES) VectorAt{i}.put(y, value(VectorAt{i}));
+    if (n % LANES) end.put(y, last);
 }
 
 // The same, past the cache. Lines that the run has to itself are streamed; those at its ends are written as ever, and not a byte of the
@@ -123,8 +150,8 @@ template <class T, class OUT, class Value, class Ask> NK_INLINE void fill(OUT *y
 template <class T, class OUT, class Value, class Ask> NK_INLINE void fill_far(OUT *y, int64_t n, Value &&value, Ask &&ask) {
     constexpr int64_t step = std::max<int64_t>(LINE / int64_t(sizeof(OUT)), 4 * LANES);
     auto plain = [&](int64_t i, int64_t to) {
-        for (; i + LANES <= to; i += LANES) store(y + i, value([&](auto *p) { return load(p + i); }));
-        if (i < to) store_some(y + i, value([&](auto *p) { return load_some(p + i, to - i); }), to - i);
+        for (; i + LANES <= to; i += LANES) VectorAt{i}.put(y, value(VectorAt{i}));
+        if (i < to) TailAt{i, to - i}.put(y, value(TailAt{i, to - i}));
     };
     int64_t i = std::min(until_line(y), n);
     plain(0, i);

@@ -1,7 +1,6 @@
 // Backward over sets whose elements lie next to one another: what the two ways share, by whether the gain varies along runs.
 #pragma once
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include "activation.h"
@@ -12,59 +11,13 @@
 
 namespace nk {
 
-constexpr int64_t STRETCH = 1024;  // of gradients behind an activation, in the first cache
+constexpr int64_t PIECE = 1024;   // of gradients behind an activation, in the first cache
 constexpr int64_t HELD = 16384;    // up to this size, a set keeps them from the first pass to the second
-
-// Of g (times the gain, where that varies), and of that times x - center.
-template <class S> struct Pair {
-    S g, gx;
-
-    Pair &operator+=(const Pair &other) {
-        g += other.g;
-        gx += other.gx;
-        return *this;
-    }
-};
-
-// Half-way: sums of a stretch of at most BLOCK elements.
-template <class A> struct PairSums {
-    Vec<A> g[4] = {}, gx[4] = {};
-
-    NK_INLINE void add(int u, Vec<A> v, Vec<A> apart) {
-        g[u] += v;
-        gx[u] += v * apart;
-    }
-    Pair<double> total() const {
-        return {sum_lanes<A>((g[0] + g[1]) + (g[2] + g[3])), sum_lanes<A>((gx[0] + gx[1]) + (gx[2] + gx[3]))};
-    }
-};
 
 // dx = g * gain * inverse + (x - center) * along + shift.
 template <class A> struct Pull {
     A center, inverse, along, shift;
 };
-
-// Adds a run: terms(at) gives what is summed and what it is weighted with, from elements that lie as those of at(p).
-template <class T, class A, class Terms> NK_INLINE void add_run(PairSums<A> &sums, int64_t n, Terms &&terms) {
-    auto add_twin = [&](int u, int64_t i) {
-        auto [g, apart] = terms([&](auto *p) { return load_twin<T>(p + i); });
-        sums.add(u, g.a, apart.a);
-        sums.add(u + 1, g.b, apart.b);
-    };
-    int64_t i = 0;
-    for (; i + 4 * LANES <= n; i += 4 * LANES) {
-        add_twin(0, i);
-        add_twin(2, i + 2 * LANES);
-    }
-    for (; i + LANES <= n; i += LANES) {
-        auto [g, apart] = terms([&](auto *p) { return load(p + i); });
-        sums.add(0, g, apart);
-    }
-    if (End<A> end{n}; end.of(n)) {
-        auto [g, apart] = terms([&](auto *p) { return end.load(p); });
-        sums.add(1, select<A>(end.counts(), g, Vec<A>{}), select<A>(end.counts(), apart, Vec<A>{}));
-    }
-}
 
 template <class F> inline void with_flag(bool flag, F &&f) { flag ? f(std::true_type{}) : f(std::false_type{}); }
 
@@ -123,9 +76,7 @@ template <class T> class SegmentsBackward {
         slope_run<A>(plan.activation, to, n);
         const T *dy = call.dy + s.x + offset;
         auto passed = [](Vec<A> slope, Vec<A> g) { return select<A>(slope == 0, Vec<A>{}, slope * g); };
-        int64_t i = 0;
-        for (; i + LANES <= n; i += LANES) store(to + i, passed(load(to + i), load(dy + i)));
-        if (i < n) store_some(to + i, passed(load_some(to + i, n - i), load_some(dy + i, n - i)), n - i);
+        over(n, [&](auto at) { at.put(to, passed(at(static_cast<const A *>(to)), at(dy))); });
     }
 
     // Where a set's prepared gradients are: all of them, or those of one stretch.
@@ -141,8 +92,8 @@ template <class T> class SegmentsBackward {
             if (!prepared.all) prepare(s, 0, s.n, set, prepared.values + s.index);
             return each(static_cast<const A *>(prepared.values + s.index), 0, s.n);
         }
-        for (int64_t i = 0; i < s.n; i += STRETCH) {
-            int64_t n = std::min(STRETCH, s.n - i);
+        for (int64_t i = 0; i < s.n; i += PIECE) {
+            int64_t n = std::min(PIECE, s.n - i);
             prepare(s, i, n, set, prepared.values);
             each(static_cast<const A *>(prepared.values), i, n);
         }

@@ -76,14 +76,12 @@ void pull_varying(Varying<G, T> to, const Row<A> *sets, int64_t n) {
         }
     for (; i + 2 * LANES <= n; i += 2 * LANES) twins(i, std::false_type{});
     for (; i < n; i += LANES) {
-        int64_t m = std::min<int64_t>(LANES, n - i);
-        Mask<A> counts = first<A>(m);
+        const TailAt at{i, std::min<int64_t>(LANES, n - i)};
         for (const Row<A> &row : rows) {
-            Element e = pulled(row, load_some(to.gain + i, m), [&](auto *p) { return load_some(p + i, m); });
-            auto gather = [&](A *sums, Vec<A> v) { store_some(sums + i, load_some(sums + i, m) + select<A>(counts, v, Vec<A>{}), m); };
-            if constexpr (DX) store_some(to.dx + row.x + i, e.dx, m);
-            if constexpr (PARAMETERS > 0) gather(to.dgain, e.dgain);
-            if constexpr (PARAMETERS > 1) gather(to.dbias, e.g);
+            Element e = pulled(row, at(to.gain), at);
+            if constexpr (DX) at.put(to.dx + row.x, e.dx);
+            if constexpr (PARAMETERS > 0) at.put(to.dgain, at(to.dgain) + at.only<A>(e.dgain));
+            if constexpr (PARAMETERS > 1) at.put(to.dbias, at(to.dbias) + at.only<A>(e.g));
         }
     }
 }
@@ -271,15 +269,15 @@ template <class T> class VaryingGain : SegmentsBackward<T> {
 
     // The batches' partial gradients, added in order.
     void gather_varying(const Groups &g, const Runs &print, const A *parts, int64_t batches, int64_t step, int64_t width) const {
-        int64_t stripes = (print.size() + STRETCH - 1) / STRETCH;
+        int64_t stripes = (print.size() + PIECE - 1) / PIECE;
         for_each(g.count * stripes, [&](int64_t task) {
-            int64_t group = task / stripes, begin = task % stripes * STRETCH, n = std::min(STRETCH, print.size() - begin);
+            int64_t group = task / stripes, begin = task % stripes * PIECE, n = std::min(PIECE, print.size() - begin);
             int64_t set = set_of(g, group, 0);
             if (set < 0) return;
             Place at = place_of(plan, runs, set);
             for (A *to : {call.dweight, call.dbias}) {
                 if (!to) continue;
-                double total[STRETCH] = {};
+                double total[PIECE] = {};
                 for (int64_t batch = 0; batch < batches; ++batch) {
                     const A *part = parts + (group * batches + batch) * step + (to == call.dbias ? width : 0) + begin;
                     for (int64_t i = 0; i < n; ++i) total[i] += double(part[i]);

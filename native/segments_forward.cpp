@@ -1,5 +1,6 @@
 // Forward over sets whose elements lie next to one another: measure a set, then map it while it is in the cache.
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "activation.h"
@@ -11,7 +12,7 @@ namespace nk {
 namespace {
 
 constexpr int64_t FIRST_CACHE = 1 << 15;  // bytes
-constexpr int64_t STRETCH = 1024;         // of values before a curved activation
+constexpr int64_t PIECE = 1024;           // of values before a curved activation
 
 // Sums of up to BLOCK elements about a shift: of x - shift, and of its square.
 template <class A> struct Block {
@@ -19,29 +20,12 @@ template <class A> struct Block {
     double first, second;
 };
 
-template <class A, bool CENTRED> struct Sums {
-    Vec<A> first[4] = {}, second[4] = {};
-
-    NK_INLINE void add(int u, Vec<A> apart) {
-        if constexpr (CENTRED) first[u] += apart;
-        second[u] += apart * apart;
-    }
-    template <class T> NK_INLINE void add_run(const T *x, int64_t n, Vec<A> shift) {
-        auto add_twin = [&](int u, const Twin<A> &v) {
-            add(u, v.a - shift);
-            add(u + 1, v.b - shift);
-        };
-        int64_t i = 0;
-        for (; i + 4 * LANES <= n; i += 4 * LANES) {
-            add_twin(0, load_twin<T>(x + i));
-            add_twin(2, load_twin<T>(x + i + 2 * LANES));
-        }
-        for (; i + LANES <= n; i += LANES) add(0, load(x + i) - shift);
-        if (End<A> end{n}; end.of(n)) add(1, select<A>(end.counts(), end.load(x) - shift, Vec<A>{}));
-    }
-    Block<A> about(A shift) const {
-        auto total = [](const Vec<A>(&v)[4]) { return double(sum_lanes<A>((v[0] + v[1]) + (v[2] + v[3]))); };
-        return {shift, CENTRED ? total(first) : 0, total(second)};
+template <class A> struct Sums : PairSums<A> {
+    template <class T> NK_INLINE void add(const T *x, int64_t n, Vec<A> shift) {
+        add_run<T>(*this, n, [&](auto &&at) {
+            auto apart = at(x) - shift;
+            return std::pair(apart, apart);
+        });
     }
 };
 
@@ -49,7 +33,7 @@ template <class A, bool CENTRED> struct Sums {
 struct WideSums {
     double first = 0, second = 0;
 
-    template <class T, class A> void add_run(const T *x, int64_t n, A shift) {
+    template <class T, class A> void add(const T *x, int64_t n, A shift) {
         for (int64_t i = 0; i < n; ++i) {
             double apart = double(widen(x[i])) - double(shift);
             first += apart;
@@ -78,9 +62,10 @@ template <class A, bool CENTRED, class Read> NK_INLINE Block<A> block_of(int64_t
     const double share = 1 / double(n);
     Block<A> block;
     for (int attempt = 1;; ++attempt) {
-        Sums<A, CENTRED> sums;
+        Sums<A> sums;
         read(sums, splat<A>(shift));
-        block = sums.about(shift);
+        auto [first, second] = sums.total();
+        block = {shift, CENTRED ? first : 0, second};
         double apart = block.first * share, lost = block.first * apart;
         if (attempt == 2 || !(4 * lost > block.second - lost)) break;
         shift += A(apart);
@@ -93,19 +78,21 @@ template <class A, bool CENTRED, class Read> NK_INLINE Block<A> block_of(int64_t
     return block;
 }
 
-// sum = x + residual, rounded to T.
-template <class T> void add_residual(const T *x, const T *residual, T *sum, int64_t n) {
-    fill<T>(sum, n, [&](auto &&at) { return at(x) + at(residual); }, [](int64_t) {});
-}
-
 // What becomes of x without gain and bias: (x - high) * inverse - low.
 template <class A> struct Map {
     A high, inverse, low;
 };
 
+// By given statistics sets need not be whole: in the order of memory, pieces of one are sets with the same statistic.
+NkPlan in_order(NkPlan plan) {
+    if (plan.given && plan.outer == 1 && plan.per_far == 0) std::swap(plan.outer, plan.far);
+    return plan;
+}
+
 template <class T> class SegmentsForward {
     using A = accumulator<T>;
-    const NkPlan &plan;
+    const int64_t statistics;
+    const NkPlan plan;
     Forward<T> call;
     std::vector<A> own_weight, own_bias;
     const Runs whole, runs;  // for reading alone, and with the parameters
@@ -120,10 +107,11 @@ template <class T> class SegmentsForward {
 
   public:
     SegmentsForward(const NkPlan &plan, const Forward<T> &call)
-        : plan(plan),
+        : statistics(plan.outer * plan.kept),
+          plan(in_order(plan)),
           call(call),
-          whole(runs_of(plan, false)),
-          runs(runs_of(plan, call.weight || call.bias)),
+          whole(runs_of(this->plan, false)),
+          runs(runs_of(this->plan, call.weight || call.bias)),
           x(call.residual ? call.sum : call.x),
           few(whole.size() * int64_t(sizeof(T)) <= FIRST_CACHE / LANES ? LANES : 2),
           ahead(step_ahead<T>(whole, whole.size() <= BLOCK ? few : 1)),
@@ -192,7 +180,7 @@ template <class T> class SegmentsForward {
         int64_t size = whole.size();
         Place at = place_of(plan, whole, set);
         if (whole.far > 1) return block_about<CENTRED>(at, 0, size, shift);
-        return block_of<A, CENTRED>(size, shift, range, [&](auto &sums, auto about) { sums.add_run(x + at.x, size, about); });
+        return block_of<A, CENTRED>(size, shift, range, [&](auto &sums, auto about) { sums.add(x + at.x, size, about); });
     }
 
     template <bool CENTRED> void settle(int64_t set, int64_t n, Found &found) const {
@@ -232,7 +220,10 @@ template <class T> class SegmentsForward {
     }
 
     void add_residuals(Place at, int64_t begin, int64_t end) const {
-        walk(whole, at, begin, end, [&](const Stretch &s) { add_residual(call.x + s.x, call.residual + s.x, call.sum + s.x, s.n); });
+        walk(whole, at, begin, end, [&](const Stretch &s) {
+            const T *a = call.x + s.x, *b = call.residual + s.x;
+            fill<T>(call.sum + s.x, s.n, [&](auto &&at) { return at(a) + at(b); }, [](int64_t) {});
+        });
     }
 
     Moments<double> measure(int64_t set, int64_t chunk) const {
@@ -264,11 +255,12 @@ template <class T> class SegmentsForward {
 
     template <bool CENTRED> Block<A> block_about(Place at, int64_t from, int64_t to, A shift) const {
         return block_of<A, CENTRED>(to - from, shift, range, [&](auto &sums, auto about) {
-            walk(whole, at, from, to, [&](const Stretch &s) { sums.add_run(x + s.x, s.n, about); });
+            walk(whole, at, from, to, [&](const Stretch &s) { sums.add(x + s.x, s.n, about); });
         });
     }
 
     Map<A> given(int64_t set) const {
+        set %= statistics;
         return {call.center ? calm(call.center[set]) : A(0), call.inverse ? calm(call.inverse[set]) : A(1), 0};
     }
 
@@ -283,6 +275,7 @@ template <class T> class SegmentsForward {
     }
 
     void apply(int64_t set, Map<A> map, int64_t begin, int64_t end) const {
+        if (call.y == nullptr) return;
         // Inlined by force: sets may be so small that a call for each counts.
         walk(runs, place_of(plan, runs, set), begin, end, [&](const Stretch &s) __attribute__((always_inline)) {
             const A *gain = along(call.weight, s.parameter), *bias = along(call.bias, s.parameter);
@@ -297,9 +290,9 @@ template <class T> class SegmentsForward {
     }
 
     void curve(const T *from, T *y, int64_t n, Map<A> map, const A *gain, const A *bias) const {
-        alignas(64) A mapped[STRETCH];
-        for (int64_t i = 0; i < n; i += STRETCH) {
-            int64_t m = std::min(STRETCH, n - i), step = runs.vector ? i : 0;
+        alignas(64) A mapped[PIECE];
+        for (int64_t i = 0; i < n; i += PIECE) {
+            int64_t m = std::min(PIECE, n - i), step = runs.vector ? i : 0;
             before_curve(from + i, mapped, m, map.high, map.inverse, map.low, least, along(gain, step), along(bias, step), ahead);
             activate_run<A>(plan.activation, mapped, m);
             auto value = [&](auto &&at) { return at(static_cast<const A *>(mapped)); };

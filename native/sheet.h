@@ -9,9 +9,9 @@
 #include <algorithm>
 #include <numeric>
 
+#include "row.h"
 #include "statistic.h"
 #include "threads.h"
-#include "vector.h"
 
 namespace nk {
 
@@ -28,12 +28,13 @@ struct Sheet {
     int64_t inner;
     int64_t fold, lanes, rows;  // rows are whole
     int64_t last;               // lanes of the short row behind them, or 0
+    bool bound;                 // gain or bias vary along far
 
-    // `bound`: gain or bias vary along far.
-    Sheet(const NkPlan &plan, bool bound) : outer(plan.outer), far(plan.far), group(plan.mid * plan.inner), inner(plan.inner) {
+    explicit Sheet(const NkPlan &plan)
+        : outer(plan.outer), far(plan.far), group(plan.mid * plan.inner), inner(plan.inner), bound(plan.per_far != 0 && plan.far > 1) {
         period = plan.kept * group;
         size = far * period;
-        fold = folded(bound);
+        fold = folded();
         lanes = fold * period;
         rows = far / fold;
         last = far % fold * period;
@@ -65,7 +66,7 @@ struct Sheet {
     }
 
 private:
-    int64_t folded(bool bound) const {
+    int64_t folded() const {
         // Where parameters vary along far too, a fold needs them as a table of the sheet's size.
         if ((bound && period >= LANES) || period > 128 || (period >= 64 && period % LANES == 0)) return 1;
         int64_t even = LANES / std::gcd<int64_t>(LANES, period);
@@ -81,12 +82,14 @@ struct Cut {
     int64_t width, tiles;    // lanes of a tile
     int64_t height, chunks;  // rows of a chunk
     int64_t batch;           // sheets whose two traversals follow each other, so that the second finds much in the cache
+    bool alone;              // a sheet of them is one task, and its second traversal finds all of it there
 
     Cut(const Sheet &sheet, int64_t bytes) {  // bytes that are read for each element
         constexpr int64_t own = 256 << 10, shared = 4 << 20;
         int64_t fits = std::min(WIDEST, own / (bytes * (sheet.rows + 1)) / 16 * 16);
         bool whole = sheet.group <= fits && (sheet.fold == 1 || sheet.lanes <= fits);
-        at_once = whole && fits * bytes >= std::min<int64_t>(256, sheet.lanes * bytes);
+        // Shorter pieces of rows are too many streams for the processor to foresee.
+        at_once = whole && fits * bytes >= std::min<int64_t>(512, sheet.lanes * bytes);
         int64_t most = at_once ? fits : WIDEST;
         tiles = (sheet.lanes + most - 1) / most;
         width = (sheet.lanes + tiles - 1) / tiles;
@@ -98,7 +101,16 @@ struct Cut {
         }
         height = at_once ? sheet.rows : std::max<int64_t>(64, own / (bytes * width) / 64 * 64);
         chunks = at_once ? 1 : (sheet.rows + height - 1) / height;
-        batch = std::clamp<int64_t>(shared / (bytes * sheet.size), 1, sheet.outer);
+        alone = !sheet.bound && shared >= 2 * bytes * sheet.size && sheet.outer >= 2 * threads();
+        batch = alone ? sheet.outer : std::clamp<int64_t>(shared / (bytes * sheet.size), 1, sheet.outer);
+    }
+
+    // Whether rows are so long that they are read one by one: side by side they come in late.
+    template <class T> bool one_by_one() const { return tiles == 1 && width * int64_t(sizeof(T)) >= 512; }
+    // Whether rows of an output can be written past the cache: each piece of them has its lines to itself.
+    template <class T> bool streams(const NkPlan &plan, const Sheet &sheet, const T *out) const {
+        auto whole = [](int64_t lanes) { return lanes * int64_t(sizeof(T)) % LINE == 0; };
+        return plan.stream && until_line(out) == 0 && on_element(out) && whole(sheet.lanes) && whole(width) && sheet.last == 0;
     }
 
     Tile tile(const Sheet &sheet, int64_t index) const { return {index * width, std::min(width, sheet.lanes - index * width)}; }
@@ -115,30 +127,35 @@ struct Span {
     }
 };
 
-// Vectors of a row: all of a vector's lanes,
-struct FullVector {
-    int64_t lane;
-    template <class T> Vec<accumulator<T>> load(const T *p) const { return nk::load(p + lane); }
-    template <class T> void store(T *p, Vec<accumulator<T>> v) const { nk::store(p + lane, v); }
-    template <class A> Vec<A> fresh(Vec<A> v) const { return v; }
-};
-// or the row's last lanes, of which those that are in a vector before it are not fresh. Rows narrower than a vector are padded.
-struct OverlappingTail {
-    int64_t lane, width;
-    template <class T> Vec<accumulator<T>> load(const T *p) const { return width < LANES ? load_some(p, width) : nk::load(p + lane); }
-    template <class T> void store(T *p, Vec<accumulator<T>> v) const {
-        width < LANES ? store_some(p, v, width) : nk::store(p + lane, v);
-    }
-    template <class A> Vec<A> fresh(Vec<A> v) const {
-        Mask<A> old = width < LANES ? ~first<A>(width) : first<A>(LANES - width % LANES);
-        return select<A>(old, Vec<A>{}, v);
-    }
-};
-inline int64_t in_vectors(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
-template <class Step> inline void for_vectors(int64_t width, Step &&step) {
-    int64_t whole = width / LANES * LANES;
-    for (int64_t lane = 0; lane < whole; lane += LANES) step(FullVector{lane});
-    if (whole < width) step(OverlappingTail{std::max<int64_t>(0, width - LANES), width});
+// each(line, o, chunk, tile) for the pieces of some sheets, in the order of memory. A line holds what is the same in all chunks of a tile;
+// there is one for each thread.
+template <class Line, bool BACKWARDS = false, class Each>
+void for_pieces(const Cut &cut, int64_t begin, int64_t end, int64_t grain, Each &&each) {
+    for_ranges((end - begin) * cut.tiles * cut.chunks, [&](int64_t first, int64_t last) {
+        Line line;
+        for (int64_t i = first; i < last; ++i) {
+            int64_t piece = BACKWARDS ? first + last - 1 - i : i, chunk = piece / cut.tiles;
+            each(line, begin + chunk / cut.chunks, chunk % cut.chunks, piece % cut.tiles);
+        }
+        end_of_stream();
+    }, grain);
+}
+
+// All pieces of some sheets are summed, sums(line, o, chunk, tile), what a sheet's sums say is settled, settle(o), and all pieces are
+// written. Backwards: what was read last is still near.
+template <class Line, class Sums, class Settle, class Write>
+void in_steps(const Sheet &sheet, const Cut &cut, int64_t begin, int64_t end, Sums &&sums, Settle &&settle, Write &&write) {
+    if (cut.alone)
+        return for_each(end - begin, [&](int64_t i) {
+            int64_t o = begin + i, all = cut.tiles * cut.chunks;
+            for_pieces<Line>(cut, o, o + 1, all, sums);
+            settle(o);
+            for_pieces<Line, true>(cut, o, o + 1, all, write);
+        });
+    int64_t grain = grain_of(sheet.size / (cut.tiles * cut.chunks));
+    for_pieces<Line>(cut, begin, end, grain, sums);
+    for_each(end - begin, [&](int64_t i) { settle(begin + i); });
+    for_pieces<Line, true>(cut, begin, end, grain, write);
 }
 
 constexpr int CURVED = -1;  // an activation that is applied to a run of numbers at a time
@@ -172,14 +189,11 @@ public:
         bool along_lanes = (plan.per_kept != 0 && plan.kept > 1) || (plan.per_mid != 0 && plan.mid > 1) || (plan.per_inner != 0 && plan.inner > 1);
         bool alike = (plan.per_inner == 1 || plan.inner == 1) && (plan.per_mid == plan.inner || plan.mid == 1) &&
                      (plan.per_kept == sheet.group || plan.kept == 1);
-        bool bound = bound_to_rows(plan);
-        tabled = (along_lanes && !alike) || (sheet.fold > 1 && (along_lanes || bound));
-        variation = !bound ? PER_LANE : along_lanes || sheet.fold > 1 ? PER_ELEMENT : PER_ROW;
-        row_step = !bound ? 0 : tabled ? sheet.lanes : plan.per_far;
+        tabled = (along_lanes && !alike) || (sheet.fold > 1 && (along_lanes || sheet.bound));
+        variation = !sheet.bound ? PER_LANE : along_lanes || sheet.fold > 1 ? PER_ELEMENT : PER_ROW;
+        row_step = !sheet.bound ? 0 : tabled ? sheet.lanes : plan.per_far;
         lane_step = along_lanes || tabled;
     }
-
-    static bool bound_to_rows(const NkPlan &plan) { return plan.per_far != 0 && plan.far > 1; }
 
     int64_t places() const { return plan.outer_step == 0 ? 1 : std::min(plan.outer_mod, (plan.outer - 1) / plan.outer_div + 1); }
     // Elements of a sheet's own table.

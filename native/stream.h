@@ -38,6 +38,12 @@ template <int SIZE> inline __attribute__((always_inline)) void stream_bytes(void
     std::memcpy(p, packed, SIZE);
 }
 
+template <class T> inline __attribute__((always_inline)) void stream(T *p, Vec<accumulator<T>> v) {
+    alignas(64) T packed[LANES];
+    store(packed, v);
+    stream_bytes<LANES * int(sizeof(T))>(p, packed);
+}
+
 constexpr int64_t LINE = 64;  // bytes
 
 // The elements from p to the next line.

@@ -2,7 +2,6 @@
 #pragma once
 #include <cstdint>
 #include <memory>
-#include <type_traits>
 
 #include "plan.h"
 #include "row.h"
@@ -15,20 +14,15 @@ namespace nk {
 constexpr int64_t GRAIN = 32768;
 inline int64_t size_of(const NkWeightPlan &p) { return p.groups * p.far * p.kept * p.inner; }
 inline int64_t at_least_one(int64_t n) { return n > 0 ? n : 1; }
-// What rounding made negative is zero; NaN stays.
-inline double positive(double v) { return v < 0 ? 0 : v; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The statistic of a set of n elements, in the terms of statistic.h.
+// The statistic of a set of n elements, as an ordinary rule's.
 inline NkPlan statistic_of(const NkWeightPlan &p, int64_t n) {
     NkPlan s{};
-    s.far = s.mid = 1;
+    s.outer = s.far = s.kept = s.mid = 1;
     s.inner = n;
-    s.eps = p.eps;
-    s.centred = p.centred;
-    s.scale = p.scale;
-    s.guard = p.guard;
-    s.correction = p.correction;
+    s.type = p.type, s.eps = p.eps;
+    s.centred = p.centred, s.scale = p.scale, s.guard = p.guard, s.correction = p.correction;
     return s;
 }
 
@@ -40,17 +34,10 @@ struct Job {
 };
 using NewJob = std::unique_ptr<Job>;
 
-template <class T> NewJob near_job(const NkWeightPlan &plan, const NkWeightCall &call, bool backward);
-template <class T> NewJob apart_job(const NkWeightPlan &plan, const NkWeightCall &call, bool backward);
 template <class T> NewJob both_job(const NkWeightPlan &plan, const NkWeightCall &call, bool backward);
 template <class T> NewJob spectral_job(const NkWeightPlan &plan, const NkWeightCall &call, bool backward);
 
-// A whole weight of NK_NORMALIZE over near sets that are short enough for one thread each.
-bool fits_rows(const NkWeightPlan &plan);
-int64_t rows_a_task(const NkWeightPlan &plan);
+// NK_NORMALIZE over near sets [begin, end).
 template <class T> void near_rows(const NkWeightPlan &plan, const NkWeightCall &call, bool backward, int64_t begin, int64_t end);
-
-// As many zeros, or none where there is nothing.
-template <class A> std::unique_ptr<A[]> zeros(int64_t n) { return std::unique_ptr<A[]>(n > 0 ? new A[std::size_t(n)]() : nullptr); }
 
 }  // namespace nk

@@ -1,7 +1,7 @@
 // Rows and columns of a weight brought to alike norms: y = factor * L x R, with L one number a near set and R one number an apart set.
 //
-// Steps sweep over the weight or merge what a sweep found; a sweep takes bands of rows, measures each row and then, while the band is in the
-// cache, adds to the sums of the lanes. R is kept once a lane, so that all inner loops run along lanes.
+// Steps sweep over the weight or merge what a sweep found; a sweep takes bands of rows, measures each row and then, while the band is in
+// the cache, adds to the sums of the lanes. R is kept once a lane, so that all inner loops run along lanes.
 #include <algorithm>
 #include <limits>
 #include <vector>
@@ -63,11 +63,8 @@ public:
         left.assign(std::size_t(backward && ruiz ? iterations + 1 : 1), Factors<A>(all_rows));
         right.assign(left.size(), Factors<A>(all_lanes));
         for (int k = 0; k < iterations; ++k) steps.insert(steps.end(), {{MEASURE, k}, {MERGE, k}});
-        if (!backward) {
-            steps.push_back({WRITE, 0});
-        } else if (plan.constant) {
-            if (lanes_first) steps.push_back({SLOPE, 0});  // which finds the factors of rows
-            steps.push_back({WRITE_GRADIENT, 0});
+        if (!backward || plan.constant) {
+            steps.push_back({backward ? WRITE_GRADIENT : WRITE, 0});
         } else {
             if (ruiz && sizeof(T) < sizeof(A)) working.resize(std::size_t(size_of(p)));
             for (int k = iterations - 1; k >= 0; --k) steps.insert(steps.end(), {{SLOPE, k}, {MERGE_SLOPE, k}, {WRITE_GRADIENT, k}});
@@ -85,10 +82,10 @@ public:
         switch (kind) {
             case MEASURE: return ruiz ? measure_ruiz(k, task) : measure(task);
             case MERGE: return ruiz ? merge_ruiz(k, task) : merge(task);
-            case WRITE: return write(task);
+            case WRITE: return write(task, x);
             case SLOPE: return ruiz ? slope_ruiz(k, task) : slope(task);
             case MERGE_SLOPE: return ruiz ? merge_slope_ruiz(k, task) : merge_slope(task);
-            case WRITE_GRADIENT: return plan.constant ? write_constant(task) : ruiz ? write_slope_ruiz(k, task) : write_slope(task);
+            case WRITE_GRADIENT: return plan.constant ? write(task, g) : ruiz ? write_slope_ruiz(k, task) : write_slope(task);
         }
     }
 
@@ -188,22 +185,14 @@ private:
         lefts().product[r] = A(inverse(square, lefts().free[r]));
     }
 
-    void write(int64_t task) {
-        auto y = static_cast<T *>(call.result);
+    // y from x; with constant divisors, which are the same, dx from g.
+    void write(int64_t task, const T *from) {
+        auto to = static_cast<T *>(call.result);
         const A *by = right_of(rights(), task);
         each_row(task, [&](int64_t place, int64_t r) {
             if (lanes_first) measure_scaled(place, r, by);
             A l = lefts().product[r], f = factor;
-            over(row, [=, this](auto at) { at.put(y + place, at(x + place) * l * at(by) * f); });
-        });
-    }
-
-    void write_constant(int64_t task) {
-        auto dx = static_cast<T *>(call.result);
-        const A *by = right_of(rights(), task);
-        each_row(task, [&](int64_t place, int64_t r) {
-            A l = lefts().product[r], f = factor;
-            over(row, [=, this](auto at) { at.put(dx + place, at(g + place) * l * at(by) * f); });
+            over(row, [=](auto at) { at.put(to + place, at(from + place) * l * at(by) * f); });
         });
     }
 

@@ -1,5 +1,5 @@
 // NK_NORMALIZE over sets whose elements lie next to one another: the rows of most layers. A row is measured and, while it is in the cache,
-// written; so memory is walked once.
+// written; so memory is walked once. Backward measures it again in the traversal that sums the gradient.
 #include <algorithm>
 
 #include "weights.h"
@@ -8,145 +8,133 @@ namespace nk {
 
 namespace {
 
-constexpr int64_t LONG = 4 * GRAIN;
-
 // What one row needs to be written. In double precision, as it is once a row.
 struct Row {
-    double center = 0, shift = 0;  // the mean in two parts: the second is what is left after subtracting the first
-    double inverse = 0, strength = 0;
+    double center = 0, shift = 0;    // the mean in two parts: the second is what is left after subtracting the first
+    double factor = 0;               // gain times 1 / scale
+    double mean = 0, back = 0;       // of the gradient; what of the row is taken from it
 };
 
-template <class T> double mean_of(const T *x, int64_t n) {
-    double total[1] = {};
-    sum_over<accumulator<T>>(n, total, [x](auto at, auto *sums) { sums[0] += at(x); });
-    return total[0] / double(n);
-}
-
-Row measured(const NkPlan &statistic, double center, double sum, double square) {
-    double n = double(set_size(statistic)), shift = sum / n;
-    Row row{center, shift, 0, 0};
-    row.inverse = inverse_scale<double>(statistic, statistic.centred ? positive(square - n * shift * shift) : square);
-    row.strength = strength<double>(statistic, row.inverse);
-    return row;
-}
-
-template <class T> void forward_row(const NkPlan &statistic, const T *x, double gain, T *y) {
+template <class T> class Rows {
     using A = accumulator<T>;
-    int64_t n = statistic.inner;
-    if (!statistic.centred) {
-        double sums[1] = {};
-        sum_over<A>(n, sums, [x](auto at, auto *s) {
-            auto v = at(x);
-            s[0] += v * v;
-        });
-        A factor = A(gain * inverse_scale<double>(statistic, sums[0]));
-        return over(n, [=](auto at) { at.put(y, at(x) * factor); });
-    }
-    A center = A(mean_of(x, n));
-    double sums[2] = {};
-    sum_over<A>(n, sums, [=](auto at, auto *s) {
-        auto v = at.template only<A>(at(x) - center);
-        s[0] += v;
-        s[1] += v * v;
-    });
-    Row row = measured(statistic, center, sums[0], sums[1]);
-    A factor = A(gain * row.inverse), shift = A(row.shift);
-    over(n, [=](auto at) { at.put(y, (at(x) - center - shift) * factor); });
-}
+    const NkPlan statistic;
+    const int64_t n;
+    const bool constant;
 
-// The gradient of the raw row, and that of its gain as the return value.
-template <class T> double backward_row(const NkPlan &statistic, const T *x, const T *g, double gain, bool constant, T *dx) {
-    using A = accumulator<T>;
-    int64_t n = statistic.inner;
-    double along;
-    if (!statistic.centred) {
+public:
+    Rows(const NkWeightPlan &plan, int64_t n) : statistic(statistic_of(plan, n)), n(n), constant(plan.constant) {}
+
+    Row measure(const T *x, double gain) const {
+        Row row;
         double sums[2] = {};
-        sum_over<A>(n, sums, [=](auto at, auto *s) {
-            auto v = at(x);
-            s[0] += v * v;
-            s[1] += v * at(g);
+        if (!statistic.centred) {
+            double square[1] = {};
+            sum_over<A>(n, square, [x](auto at, auto *s) {
+                auto v = at(x);
+                s[0] += v * v;
+            });
+            row.factor = gain * inverse_scale<double>(statistic, square[0]);
+            return row;
+        }
+        about_mean(x, row, sums, [=](auto, Vec<A> v, auto *s) {
+            s[0] += v;
+            s[1] += v * v;
         });
-        Row row = measured(statistic, 0, 0, sums[0]);
-        along = sums[1] * row.inverse;
-        A factor = A(gain * row.inverse), back = constant ? A(0) : A(gain * row.inverse * row.inverse * row.strength * along);
-        over(n, [=](auto at) { at.put(dx, at(g) * factor - at(x) * back); });
-        return along;
+        row.factor = gain * inverse_of(row, sums);
+        return row;
     }
-    A center = A(mean_of(x, n));
-    double sums[4] = {};
-    sum_over<A>(n, sums, [=](auto at, auto *s) {
-        auto v = at.template only<A>(at(x) - center);
-        auto d = at(g);
-        s[0] += v;
-        s[1] += v * v;
-        s[2] += d;
-        s[3] += v * d;
-    });
-    Row row = measured(statistic, center, sums[0], sums[1]);
-    along = (sums[3] - row.shift * sums[2]) * row.inverse;
-    double size = gain * row.inverse;
-    A factor = A(size), shift = A(row.shift), mean = A(sums[2] / double(n)), back = A(size * row.inverse * row.strength * along);
-    over(n, [=](auto at) { at.put(dx, (at(g) - mean) * factor - (at(x) - center - shift) * back); });
-    return along;
-}
+    void write(const T *x, const Row &row, T *y) const {
+        A factor = A(row.factor), center = A(row.center), shift = A(row.shift);
+        if (!statistic.centred) over(n, [=](auto at) { at.put(y, at(x) * factor); });
+        else over(n, [=](auto at) { at.put(y, (at(x) - center - shift) * factor); });
+    }
 
-// Sets too long, or too few, for one thread each: far pieces of them, merged. A set is far = 1, kept = 1 in the terms of apart_job.
-NkWeightPlan as_apart(const NkWeightPlan &plan) {
-    NkWeightPlan p = plan;
-    p.groups = plan.groups * plan.far;
-    p.inner = plan.kept * plan.inner;
-    p.far = p.kept = 1;
-    p.sets = NK_APART;
-    return p;
-}
+    // Also the gradient of the gain.
+    Row measure(const T *x, const T *g, double gain, double &dgain) const {
+        Row row;
+        double sums[4] = {}, inverse;
+        if (!statistic.centred) {
+            double two[2] = {};
+            sum_over<A>(n, two, [=](auto at, auto *s) {
+                auto v = at(x);
+                s[0] += v * v;
+                s[1] += v * at(g);
+            });
+            inverse = inverse_scale<double>(statistic, two[0]);
+            dgain = two[1] * inverse;
+        } else {
+            about_mean(x, row, sums, [=](auto at, Vec<A> v, auto *s) {
+                auto d = at(g);
+                s[0] += v;
+                s[1] += v * v;
+                s[2] += d;
+                s[3] += v * d;
+            });
+            inverse = inverse_of(row, sums);
+            dgain = (sums[3] - row.shift * sums[2]) * inverse;
+            row.mean = sums[2] / double(n);
+        }
+        row.factor = gain * inverse;
+        if (!constant) row.back = row.factor * inverse * strength<double>(statistic, inverse) * dgain;
+        return row;
+    }
+    void write(const T *x, const T *g, const Row &row, T *dx) const {
+        A factor = A(row.factor), center = A(row.center), shift = A(row.shift), mean = A(row.mean), back = A(row.back);
+        if (!statistic.centred) over(n, [=](auto at) { at.put(dx, at(g) * factor - at(x) * back); });
+        else over(n, [=](auto at) { at.put(dx, (at(g) - mean) * factor - (at(x) - center - shift) * back); });
+    }
 
-template <class T> struct NearJob final : Job {
-    NkWeightPlan plan;
-    NkWeightCall call;
-    bool backward;
-
-    NearJob(const NkWeightPlan &plan, const NkWeightCall &call, bool backward) : plan(plan), call(call), backward(backward) {}
-    int64_t tasks(int phase) const override { return phase > 0 ? 0 : ceil_div(plan.groups * plan.far, rows_a_task(plan)); }
-    void run(int, int64_t task) override {
-        int64_t many = rows_a_task(plan), begin = task * many;
-        near_rows<T>(plan, call, backward, begin, std::min(begin + many, plan.groups * plan.far));
+private:
+    // Sums of terms(at, x - center, sums), the first two of which are those of x - center and of its square. The center is the mean of the
+    // row's first elements, or, where that is over half a deviation from the mean of all, this one.
+    template <int K, class Terms> void about_mean(const T *x, Row &row, double (&sums)[K], Terms &&terms) const {
+        double first[1] = {};
+        int64_t some = std::min<int64_t>(n, 4 * LANES);
+        sum_over<A>(some, first, [x](auto at, auto *s) { s[0] += at(x); });
+        row.center = double(A(first[0] / double(some)));
+        for (int attempt = 1; attempt <= 2; ++attempt) {
+            A center = A(row.center);
+            std::fill_n(sums, K, 0.0);
+            sum_over<A>(n, sums, [=](auto at, auto *s) { terms(at, at.template only<A>(at(x) - center), s); });
+            double lost = sums[0] * sums[0] / double(n);
+            if (!(4 * lost > sums[1] - lost)) break;
+            if (attempt == 1) row.center = double(A(row.center + sums[0] / double(n)));
+        }
+        row.shift = sums[0] / double(n);
+    }
+    double inverse_of(const Row &row, const double *sums) const {
+        double square = sums[1] - double(n) * row.shift * row.shift;
+        return inverse_scale<double>(statistic, square < 0 ? 0 : square);
     }
 };
 
 }  // namespace
 
-bool fits_rows(const NkWeightPlan &plan) {
-    int64_t n = plan.kept * plan.inner;
-    return n <= LONG || (n <= 64 * GRAIN && plan.groups * plan.far >= 256);
-}
-
-int64_t rows_a_task(const NkWeightPlan &plan) { return at_least_one(GRAIN / at_least_one(plan.kept * plan.inner)); }
-
 template <class T> void near_rows(const NkWeightPlan &plan, const NkWeightCall &call, bool backward, int64_t begin, int64_t end) {
-    int64_t n = plan.kept * plan.inner;
-    NkPlan statistic = statistic_of(plan, n);
-    auto x = static_cast<const T *>(call.weight), gains = static_cast<const T *>(call.gain);
-    auto g = static_cast<const T *>(call.gradient);
+    const int64_t n = plan.kept * plan.inner;
+    const Rows<T> rows(plan, n);
+    auto x = static_cast<const T *>(call.weight), gains = static_cast<const T *>(call.gain), g = static_cast<const T *>(call.gradient);
     auto y = static_cast<T *>(call.result), dgain = static_cast<T *>(call.dgain);
-    for (int64_t row = begin; row < end; ++row) {
-        double gain = plan.factor * (gains ? double(widen(gains[row])) : 1.0);
-        if (!backward) {
-            forward_row(statistic, x + row * n, gain, y + row * n);
-            continue;
+    // From a row's sums to its factor it is a long way of short steps: those of a few short rows overlap.
+    constexpr int64_t most = 4;
+    const int64_t bytes = n * int64_t(sizeof(T)), few = bytes <= 1024 ? most : bytes <= 4096 ? 2 : 1;
+    for (; begin < end; begin += few) {
+        Row found[most];
+        const int64_t many = std::min(few, end - begin);
+        for (int64_t i = 0; i < many; ++i) {
+            int64_t row = begin + i, at = row * n;
+            double gain = plan.factor * (gains ? double(widen(gains[row])) : 1.0), along = 0;
+            found[i] = backward ? rows.measure(x + at, g + at, gain, along) : rows.measure(x + at, gain);
+            if (dgain) dgain[row] = narrow<T>(accumulator<T>(plan.factor * along));
         }
-        double along = backward_row(statistic, x + row * n, g + row * n, gain, plan.constant, y + row * n);
-        if (dgain) dgain[row] = narrow<T>(accumulator<T>(plan.factor * along));
+        for (int64_t i = 0; i < many; ++i) {
+            int64_t at = (begin + i) * n;
+            backward ? rows.write(x + at, g + at, found[i], y + at) : rows.write(x + at, found[i], y + at);
+        }
     }
 }
 
-template <class T> NewJob near_job(const NkWeightPlan &plan, const NkWeightCall &call, bool backward) {
-    if (!fits_rows(plan)) return apart_job<T>(as_apart(plan), call, backward);
-    return NewJob(new NearJob<T>(plan, call, backward));
-}
-
-#define MAKE(T)                                                                                     \
-    template void near_rows<T>(const NkWeightPlan &, const NkWeightCall &, bool, int64_t, int64_t); \
-    template NewJob near_job<T>(const NkWeightPlan &, const NkWeightCall &, bool);
+#define MAKE(T) template void near_rows<T>(const NkWeightPlan &, const NkWeightCall &, bool, int64_t, int64_t);
 NK_EACH_TYPE(MAKE)
 
 }  // namespace nk

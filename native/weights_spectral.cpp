@@ -3,6 +3,7 @@
 // u <- W v / |W v| and v <- W^T u / |W^T u| take one traversal: while a row is in the cache, its product with v is known and scales what it
 // adds to W^T u; the length of u comes out of the sum. And sigma = u^T W v is that sum's product with v.
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "weights.h"
@@ -74,11 +75,7 @@ public:
     }
 
 private:
-    double sum() const {
-        double all = 0;
-        for (double part : sums) all += part;
-        return all;
-    }
+    double sum() const { return std::accumulate(sums.begin(), sums.end(), 0.0); }
     template <class P> static double length(const P &values, int64_t n) {
         double square = 0;
         for (int64_t i = 0; i < n; ++i) square += double(values[i]) * double(values[i]);

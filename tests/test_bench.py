@@ -58,10 +58,32 @@ def test_what_is_printed_again_is_said(tmp_path: Path, measured: list[Case]) -> 
     words = ["bench", "--quick", "--rounds", "2", "--methods", "rms_norm", "--output", str(tmp_path)]
     refused = CliRunner().invoke(app, words)
     assert refused.exit_code == 2
-    assert "measured otherwise: rounds is 5 there, 2 now" in refused.output
+    assert "measured otherwise: rounds is 7 there, 2 now" in refused.output
     before = len(measured)
     assert "printed again" not in run("layer_norm", "--overwrite")
     assert len(measured) == before + count
+
+
+def test_an_earlier_record_says_what_got_slower(tmp_path: Path, measured: list[Case]) -> None:
+    def run(folder: str, *more: str) -> str:
+        words = ["bench", "--quick", "--methods", "rms_norm", "--output", str(tmp_path / folder), *more]
+        done = CliRunner().invoke(app, words, catch_exceptions=False, env={"COLUMNS": "80"})
+        assert done.exit_code == 0
+        return done.output
+
+    results = tmp_path / "RESULTS.md"
+    said = run("first", "--results", str(results))
+    assert max(len(line) for line in said.splitlines() if str(tmp_path) not in line) <= 80
+    assert said.count("rms_norm") >= 2  # in the table, and as the worst cell
+    earlier = record.read_json(results.with_suffix(".json"))
+    assert [row["case"] for row in earlier["rows"]] == list(map(str, measured))
+    assert len(results.read_text().splitlines()) < 20  # the cells are in the record
+    for row in earlier["rows"]:
+        row["interval"] = {"eager": [2.1, 2.2] if row["direction"] == "forward" else [1.9, 2.1]}
+    record.write_json(tmp_path / "earlier.json", earlier)
+    said = " ".join(run("second", "--against", str(tmp_path / "earlier.json")).split())
+    assert "2 ratios in both, 1 slower beyond noise, 0 faster" in said
+    assert "forward: 2.00 of eager, was 2.00 (2.10 to 2.20)" in said
 
 
 def test_the_error_of_a_layer_with_running_statistics_is_that_of_its_arithmetic() -> None:

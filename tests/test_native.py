@@ -8,16 +8,20 @@ import pytest
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import normkit as nk
+from normkit.catalogue.methods import method
 from normkit.core.compensation import Affine
+from normkit.core.moments import moments
 from normkit.core.support import Split, Support, per_shape
 from normkit.engine import operator
+from normkit.engine.dispatch import measure
 from normkit.engine.layout import memory_format
 from normkit.engine.library import library, why_not
 from normkit.engine.plan import Nest, plan
+from normkit.lab.bench.speed import beside, methods, pair
 
 needs_kernels = pytest.mark.skipif(library() is None, reason=f"no native kernels: {why_not()}")
 
@@ -140,3 +144,50 @@ def test_running_statistics_keep_what_fits(dtype: torch.dtype, deviation: float,
     wanted = torch.where(fits, exact, 1.0)
     assert_close(running.var.double(), wanted, rtol=4 * torch.finfo(kept).eps, atol=0)
     assert fits.tolist() == [True, kept != torch.float16 or deviation < 1000]
+
+
+@needs_kernels
+@settings(max_examples=40, deadline=None)
+@given(problem=problems())
+def test_statistics_alone_are_those_of_the_reference(problem: tuple[nk.Rule, Tensor, tuple[int, ...]]) -> None:
+    rule, x, _ = problem
+    rule = nk.Rule(rule.support, nk.Statistic())
+    split = rule.support.split(x.shape)
+    for found, wanted in zip(measure(rule, x), moments(x.reshape(split.shape), split.dims), strict=True):
+        assert_close(torch.as_tensor(found), torch.as_tensor(wanted))
+
+
+def kept(layer: nn.Module, x: Tensor, others: tuple[Any, ...]) -> tuple[int, int]:
+    """Bytes that a layer keeps for backward beyond its parameters: tensors, and statistics of our kernels."""
+    tensors: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        tensors[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        nodes = [layer(x.clone(memory_format=torch.preserve_format).requires_grad_(), *others).grad_fn]
+    statistics = 0
+    for node in nodes:  # grows on the way
+        values = getattr(node, "values", None)
+        statistics += values.untyped_storage().nbytes() if isinstance(values, Tensor) else 0
+        nodes += [each for each, _ in getattr(node, "next_functions", ()) if each is not None and each not in nodes]
+    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    return sum(size for at, size in tensors.items() if at not in own), statistics
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", methods())
+def test_no_more_is_kept_for_backward_than_by_torch(name: str, dtype: torch.dtype) -> None:
+    if name == "local_response_norm":
+        dtype = torch.float32  # torch has no other
+    images = name.endswith("over channels") or method(name).layout == "n c *"
+    x = torch.randn((4, 64, 6, 6) if images else (2, 8, 64)).to(dtype)
+    for memory in (torch.contiguous_format, torch.channels_last)[: 1 + images]:
+        x = x.to(memory_format=memory)
+        ours, (torchs, _) = (kept(layer.to(dtype), x, beside(name, x)) for layer in pair(name, 64))
+        tensors, statistics = ours
+        assert tensors <= torchs
+        # Float32 in every dtype: torch rounds those of some layers to the half type, and differentiates by them.
+        assert statistics <= 4 * x.numel() / 8

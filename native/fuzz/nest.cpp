@@ -166,6 +166,14 @@ Buffer check_forward(Random &random, Case &c) {
         if (!(alone == y)) throw Mismatch("y depends on whether statistics are kept");
     }
 
+    if (c.variance && !c.residual) {
+        Buffer center = c.center, inverse = c.inverse, variance = c.variance;
+        auto measure = function<int32_t(const NkPlan *, const void *, void *, void *, void *)>("nk_measure");
+        on_any_threads(random, [&] { return measure(&plan, c.x.data(), c.center.data(), c.inverse.data(), c.variance.data()); },
+                       {&c.center, &c.inverse, &c.variance});
+        if (!(center == c.center && inverse == c.inverse && variance == c.variance)) throw Mismatch("statistics depend on whether y is wanted");
+    }
+
     if (c.residual)
         for (int64_t e = 0; e < c.n; ++e) expect("sum", sum, e, c.x[e] + c.residual[e], 0, 0);
     const Buffer &v = c.residual ? sum : c.x;

@@ -16,7 +16,7 @@ from normkit.core.place import Place, groups, positive_number
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support, check_groups, place
-from normkit.engine.dispatch import Backend, Explanation, explain, run, run_measured
+from normkit.engine.dispatch import Backend, Explanation, explain, measure, run, run_measured
 from normkit.engine.layer import Layer, check_channels, check_layout, check_several
 from normkit.engine.sub_batches import explain_in_sub_batches, run_in_sub_batches
 
@@ -157,8 +157,7 @@ class BatchGroupNorm(Layer):
         if found is not None and self.num_groups is None:
             found = _pooled(Moments(*(self._rows(value, found.mean) for value in found)))
         else:
-            dims = tuple(d for d in range(input.dim()) if d != (1 if self.layout == "n c *" else input.dim() - 1))
-            found = moments(input.detach(), dims, mask)
+            found = measure(batch_group_norm_rule(layout=self.layout), input, mask=mask, backend=self.backend)
             if isinstance(found.n, Tensor):  # a channel without elements changes nothing
                 found = found._replace(mean=torch.where(found.n > 0, found.mean, math.nan))
         self._memory.blend(running, found.mean.reshape(-1), found.var.reshape(-1))

@@ -25,6 +25,7 @@ TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 # A letter per argument: p a pointer, i an integer of 64 bits, d a double. Each function returns a status.
 _SIGNATURES = {
     "nk_forward": "p" * 10,
+    "nk_measure": "p" * 5,
     "nk_backward": "p" * 11,
     "nk_remember": "iiiddipppp",
     "nk_given": "pipppp",

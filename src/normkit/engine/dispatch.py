@@ -1,14 +1,17 @@
 """Run a rule on the requested back end, or on the best one that can."""
 
+from functools import partial
+
 from torch import Tensor
 
 from normkit.core.compensation import Affine
 from normkit.core.errors import NotationError, OptionError
 from normkit.core.memory import RunningStatistics
-from normkit.core.moments import Moments, accumulation_dtype
+from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.rule import Rule, remembered
 from normkit.core.statistic import Statistic
 from normkit.core.support import Support
+from normkit.engine import native
 from normkit.engine.call import Activation, Backend, Call, Output
 from normkit.engine.choose import Choice, Explanation, backends, choose, kept
 
@@ -18,6 +21,7 @@ __all__ = [
     "Explanation",
     "backends",
     "explain",
+    "measure",
     "normalize",
     "run",
     "run_measured",
@@ -85,6 +89,20 @@ def run_measured(
     if found is None:
         raise OptionError(f"{rule.formula()} has no moments to return; use a centred statistic")
     return y, Moments(found.mean.detach(), found.var.detach(), found.n)
+
+
+def measure(rule: Rule, x: Tensor, *, mask: Tensor | None = None, backend: Backend = "auto") -> Moments:
+    """Return the moments of a centred rule's sets alone, without gradients, with reduced axes of the rule's split of size 1.
+
+    >>> measure(Rule(Support("n c", over="n")), torch.tensor([[1.0], [3.0]]))
+    Moments(mean=tensor([[2.]]), var=tensor([[1.]]), n=2)
+    """
+    call = Call(rule, x.detach(), mask=mask, measured=True, backend=backend)
+    choice = kept(call, call.key())
+    if choice.backend == "native" and isinstance(choice.perform, partial):
+        return native.measure(choice.perform.args[0], call.x)
+    shape, dims = choice.split.shape, choice.split.dims
+    return moments(call.x.reshape(shape), dims, None if mask is None else mask.expand(x.shape).reshape(shape))
 
 
 def explain(

@@ -5,7 +5,7 @@ the closed form in PyTorch, which is differentiable to any order.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from normkit.core.memory import Running, RunningMoments, RunningStatistics, recomputed
+from normkit.core.moments import Moments
 from normkit.core.rule import Rule
 from normkit.core.support import Split, place
 from normkit.engine import closed_form
-from normkit.engine.abi import TYPES, checked, gradients, like
+from normkit.engine.abi import TYPES, checked, entry, gradients, like
 from normkit.engine.call import Call, Output
 from normkit.engine.eager import watched
 from normkit.engine.guard import calm, guard
@@ -39,6 +40,15 @@ def perform(ready: Prepared, call: Call) -> Output:
         _remember(ready, memory, values, running)
         return Output(y, total, remembered=True)
     return Output(y, total, ready.moments(values))
+
+
+def measure(ready: Prepared, x: Tensor) -> Moments:
+    """The moments alone, without gradients, by what was prepared for a centred rule without parameters."""
+    x = _dense(x, ready)
+    values = x.new_empty(3 * ready.nest.statistics, dtype=ready.wide)
+    start, step = values.data_ptr(), ready.statistic_bytes
+    checked(entry("nk_measure")(ready.address, x.data_ptr(), start + step, start, start + 2 * step))
+    return ready.moments(values)
 
 
 def quick(perform: Any, call: Call) -> Callable[..., Tensor] | None:
@@ -264,11 +274,9 @@ def _compensated(
     return activate(y.reshape(x.shape), activation).to(x.dtype)
 
 
-def _definition(
-    ready: Prepared, values: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def _definition(ready: Prepared, values: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """``define``, or by given statistics."""
-    if values is None:
+    if not ready.struct.given:
         return define(ready.rule, ready.split, x, weight, bias, ready.activation)
     center = ready.statistic(values, 1) if ready.centred else 0.0
     y = (x.reshape(ready.split.shape).to(ready.wide) - center) * ready.statistic(values, 0)
@@ -283,15 +291,19 @@ def differentiate(
     return _backward(ready, like(dy, x), None, x, _packed(weight), _packed(bias), values, (True, True, True))
 
 
-def _differentiable(
+def _gradients(
     ready: Prepared,
     dy: Tensor | None,
     dsum: Tensor | None,
     inputs: tuple[Tensor, Tensor | None, Tensor | None],
-    values: Tensor | None,
+    values: Tensor,
     wanted: tuple[bool, bool, bool],
-) -> list[Tensor | None]:
-    """The gradients by autograd through the definition, for a pass that is itself differentiated or transformed."""
+) -> Sequence[Tensor | None]:
+    """The gradients: by the kernel, or through the definition for a pass that is itself differentiated."""
+    if not torch.is_grad_enabled() and _arrives_plainly(dy, dsum):
+        x, weight, bias = _restored(ready, *inputs)
+        dy, dsum = (None if g is None else like(g, x) for g in (dy, dsum))
+        return _backward(ready, dy, dsum, x, weight, bias, values, wanted)
     if dy is None:
         return [dsum, None, None]
     dx, dweight, dbias = gradients(functools.partial(_definition, ready, values), inputs, wanted, dy)
@@ -332,15 +344,8 @@ class _Normalize(torch.autograd.Function):
         dy, dsum = (*arrived, None)[:2]
         summed = len(needs) == 6 and needs[5]  # as many entries as forward got arguments; the residual is the sixth
         wanted = (needs[0] or summed, needs[1], needs[2])
-        if torch.is_grad_enabled() or not _arrives_plainly(dy, dsum):
-            found = _differentiable(ready, dy, dsum, (x, weight, bias), None, wanted)
-        else:
-            x, weight, bias = _restored(ready, x, weight, bias)
-            dy, dsum = (None if g is None else like(g, x) for g in (dy, dsum))
-            found = _backward(ready, dy, dsum, x, weight, bias, ctx.values, wanted)
-        dx = found[0]
-        gradients = (dx if needs[0] else None, found[1], found[2], None, None, dx if summed else None)
-        return gradients[: len(needs)]
+        dx, dweight, dbias = _gradients(ready, dy, dsum, (x, weight, bias), ctx.values, wanted)
+        return (dx if needs[0] else None, dweight, dbias, None, None, dx if summed else None)[: len(needs)]
 
 
 class _NormalizeBy(torch.autograd.Function):
@@ -354,14 +359,7 @@ class _NormalizeBy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *arrived: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() or not _arrives_plainly(arrived[0]):
-            found = _differentiable(ctx.ready, arrived[0], None, (x, weight, bias), ctx.values, wanted)
-        else:
-            x, weight, bias = _restored(ctx.ready, x, weight, bias)
-            dy = None if arrived[0] is None else like(arrived[0], x)
-            found = _backward(ctx.ready, dy, None, x, weight, bias, ctx.values, wanted)
+        found = _gradients(ctx.ready, arrived[0], None, ctx.saved_tensors, ctx.values, ctx.needs_input_grad[:3])
         return *found, None, None  # given statistics are constants: nothing flows back to them
 
 

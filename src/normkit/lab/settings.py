@@ -326,7 +326,15 @@ class Speed:
     rounds: int | None = option(None, "samples of each variant", WHAT, rest="15, or 5 if quick", **_COUNT)
     threads: int | None = option(None, "threads of torch", WHERE, **_COUNT)
     output: Path = option(Path("runs/bench"), **_FOLDER)
-    results: Path | None = option(None, "a Markdown file whose section Layers is replaced", RECORDS, metavar="FILE")
+    results: Path | None = option(
+        None,
+        "a Markdown file whose section Layers is replaced, with all cells in a .json beside it",
+        RECORDS,
+        metavar="FILE",
+    )
+    against: Path | None = option(
+        None, "an earlier record to compare with: what got slower beyond noise", RECORDS, metavar="FILE", once=True
+    )
     overwrite: bool = option(False, "measure again what is found there", RECORDS, once=True)
 
 

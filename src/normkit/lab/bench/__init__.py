@@ -11,15 +11,16 @@ from rich.text import Text
 from normkit.core.errors import RecordError
 from normkit.engine.library import description
 from normkit.lab import record
-from normkit.lab.bench.report import draw, markdown, replace_section, show
-from normkit.lab.bench.speed import cases, measure, summary
+from normkit.lab.bench.report import brief, draw, markdown, replace_section, show
+from normkit.lab.bench.speed import cases, changes, measure, summary
 from normkit.lab.devices import cores, processor
 from normkit.lab.option import check, command
 from normkit.lab.say import Terminal, counted, say
 from normkit.lab.schema import ANY, OBJECT, TEXT, each, fields
 from normkit.lab.settings import Speed
 
-QUICK_ROUNDS, ROUNDS = 5, 15
+QUICK_ROUNDS, ROUNDS = 7, 15
+EARLIER = fields(rows=each(OBJECT), date=TEXT)
 
 
 def bench(speed: Speed) -> dict[str, Any]:
@@ -32,9 +33,10 @@ def bench(speed: Speed) -> dict[str, Any]:
 
     Raises:
         OptionError: a method that can't be measured, or an option out of its range.
-        RecordError: the folder holds cells that were measured otherwise, or is not writable.
+        RecordError: the folder holds cells that were measured otherwise, or is not writable; ``against`` is no such record.
     """
     check(speed)
+    earlier = None if speed.against is None else record.read_json(speed.against, EARLIER)
     console = Terminal()
     if speed.threads is not None:
         torch.set_num_threads(speed.threads)
@@ -66,10 +68,14 @@ def bench(speed: Speed) -> dict[str, Any]:
             record.write_json(path, {**about, "summary": summary(rows), "rows": rows})
     rows = [known[str(case)] for case in chosen]
     result = {**about, "summary": summary(rows), "rows": rows}
-    text = markdown(result)
-    record.write_bytes(speed.output / "speed.md", text.encode())
+    if earlier is not None:
+        both, worse, better = changes(rows, earlier["rows"])
+        seen = {"file": str(speed.against), "date": earlier["date"]}
+        result["against"] = {**seen, "both": both, "worse": worse, "better": better}
+    record.write_bytes(speed.output / "speed.md", markdown(result).encode())
     if speed.results is not None:
-        replace_section(speed.results, "Layers", text)
+        replace_section(speed.results, "Layers", brief(result))
+        record.write_json(speed.results.with_suffix(".json"), result)
     show(result, console)
     for written in [path, speed.output / "speed.md", *draw(result, speed.output / "figures")]:
         say(console, f"written  {written}")

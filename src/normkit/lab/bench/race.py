@@ -12,10 +12,7 @@ WARM_UP = 3
 def race(
     variants: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
-    """Times each variant in every round, in a reshuffled order, and takes the first quartile of its times.
-
-    What slows a machine for a while slows all of them alike, and noise only adds, hence the quartile. On a machine that others
-    use, ``time.process_time`` as the clock counts what a single thread computes, without its waiting.
+    """Times variants by ``samples`` and takes the first quartile of each: noise only adds.
 
     Returns:
         Seconds of one call of each.
@@ -23,8 +20,26 @@ def race(
     >>> sorted(race({"a": lambda: None, "b": lambda: sum(range(1000))}, rounds=5))
     ['a', 'b']
     """
+    return {name: quartile(times) for name, times in samples(variants, rounds, clock).items()}
+
+
+def quartile(times: list[float]) -> float:
+    """The first quartile, one of the times."""
+    return sorted(times)[len(times) // 4]
+
+
+def samples(
+    variants: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Times each variant in every round, in a reshuffled order: what slows a machine for a while slows all of them alike.
+
+    On a machine that others use, ``time.process_time`` as the clock counts what a single thread computes, without its waiting.
+
+    Returns:
+        Seconds of one call of each, round by round.
+    """
     repeats = {name: _warm(run) for name, run in variants.items()}
-    samples: dict[str, list[float]] = {name: [] for name in variants}
+    found: dict[str, list[float]] = {name: [] for name in variants}
     order = random.Random(0)
     for _ in range(rounds):
         for name in order.sample(list(variants), len(variants)):
@@ -32,8 +47,8 @@ def race(
             start = clock()
             for _ in range(times):
                 run()
-            samples[name].append((clock() - start) / times)
-    return {name: sorted(times)[len(times) // 4] for name, times in samples.items()}
+            found[name].append((clock() - start) / times)
+    return found
 
 
 def _warm(run: Callable[[], object]) -> int:

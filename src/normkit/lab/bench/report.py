@@ -3,19 +3,21 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from normkit.lab.bench.speed import geometric_mean
+from normkit.lab.bench.speed import PEERS, TRAVERSALS, geometric_mean
 from normkit.lab.experiment import Drawing
 from normkit.lab.record import write_bytes
 from normkit.lab.report.canvas import FAINT, FULL, GRID, INK
 from normkit.lab.report.drawing import save
-from normkit.lab.say import counted, say
+from normkit.lab.say import counted
 
+LEGEND = "A peer's time over normkit's, mean and worst: above 1, normkit is faster; copy: of its bandwidth"
 COLUMNS = (
     "method",
     "input",
@@ -49,51 +51,78 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+GROUPS = ("method", "direction", "cells", "eager", "worst", "compile", "worst", "copy")
+
+
+def groups(result: dict[str, Any]) -> list[list[str]]:
+    """A line for each method and direction: the geometric mean and the worst ratio to each peer, and the median roofline."""
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        for direction in TRAVERSALS:
+            own = [row for row in result["rows"] if (row["method"], row["direction"]) == (method, direction)]
+            if not own:
+                continue
+            line = [method, "fwd" if direction == "forward" else "fwd+bwd", str(len(own))]
+            for peer in PEERS:
+                ratios = [row["ratio"][peer] for row in own if peer in row["ratio"]]
+                line += [f"{geometric_mean(ratios):.2f}", f"{min(ratios):.2f}"] if ratios else ["", ""]
+            lines.append([*line, f"{median(row['roofline']['ours'] for row in own):.2f}"])
+    return lines
+
+
 def show(result: dict[str, Any], console: Console) -> None:
-    """Prints a table per peer, a line per method, and a line per direction; a terminal of 80 columns holds it."""
-    for peer in dict.fromkeys(row["peer"] for row in result["summary"]):
-        title = f"torch's time over normkit's ({peer}): above 1, normkit is faster"
-        table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False, header_style="bold")
-        for column in ("method", "cells", "mean", "worst"):
-            table.add_column(column, justify="left" if column == "method" else "right")
-        table.add_column("the worst cell", overflow="fold")
-        rows = [row for row in result["rows"] if peer in row["ratio"]]
-        for method in dict.fromkeys(row["method"] for row in rows):
-            own = [row for row in rows if row["method"] == method]
-            ratios = [row["ratio"][peer] for row in own]
-            worst = own[ratios.index(min(ratios))]
-            last = " last" if worst["layout"] == "channels last" else ""
-            way = "fwd" if worst["direction"] == "forward" else "fwd+bwd"
-            where = f"{'x'.join(map(str, worst['shape']))} {worst['dtype']}{last} {way}"
-            table.add_row(method, str(len(own)), f"{geometric_mean(ratios):.2f}", f"{min(ratios):.2f}", where)
-        console.print(table, highlight=False)
+    """Prints one table, which a terminal of 80 columns holds, and a line per direction and peer with the worst cell."""
+    table = Table(title=LEGEND, title_justify="left", title_style="", box=None, pad_edge=False, header_style="bold")
+    for column in GROUPS:
+        table.add_column(column, justify="left" if column in GROUPS[:2] else "right", overflow="fold")
+    last = ""
+    for method, *rest in groups(result):
+        table.add_row("" if method == last else method, *rest)
+        last = method
+    console.print(table, highlight=False)
+    for line in conclusions(result):
+        console.print(line, markup=False, highlight=False)
+
+
+def conclusions(result: dict[str, Any]) -> list[str]:
+    """The worst cell and the mean of each direction and peer, and what changed since an earlier record."""
+    lines = []
     for row in result["summary"]:
-        say(
-            console,
-            f"{row['direction']} against {row['peer']}: {counted(row['cells'], 'cell')}, "
-            f"mean {row['geometric_mean']:.2f}, worst {row['worst']:.2f}, {row['below']} below 0.95",
+        between = row.get("worst_interval")
+        worst = f"{row['worst']:.2f}" + (f" ({between[0]:.2f} to {between[1]:.2f})" if between else "")
+        lines.append(
+            f"{row['direction']} against {row['peer']}: {counted(row['cells'], 'cell')}, mean {row['geometric_mean']:.2f}, "
+            f"{row['below']} below 0.95, worst {worst}: {row['worst_case']}"
         )
+    if "against" in result:
+        earlier = result["against"]
+        lines.append(
+            f"against {earlier['file']} of {earlier['date']}: {counted(earlier['both'], 'ratio')} in both, "
+            f"{len(earlier['worse'])} slower beyond noise, {len(earlier['better'])} faster"
+        )
+        lines += [f"slower  {said}" for said in earlier["worse"]]
+    return lines
+
+
+def brief(result: dict[str, Any]) -> str:
+    """How it was measured, the conclusions and the table of methods, as Markdown."""
+    lines = [_how(result), "", LEGEND + ".", "", *(f"* {line}" for line in conclusions(result)), ""]
+    lines += [f"| {' | '.join(GROUPS)} |", "|---|---|--:|--:|--:|--:|--:|--:|"]
+    return "\n".join([*lines, *(f"| {' | '.join(line)} |" for line in groups(result))]) + "\n"
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The whole result: how it was measured, the summary and every cell."""
-    lines = [
+    """The whole result: what ``brief`` says, and every cell."""
+    said = "The errors are the largest difference from float64 over the largest value, ours and that of torch's layer."
+    lines = [brief(result), said, "", f"| {' | '.join(COLUMNS)} |", "|---|---|---|---|---|---|--:|--:|--:|--:|--:|--:|"]
+    return "\n".join([*lines, *(f"| {' | '.join(cells(row))} |" for row in result["rows"])]) + "\n"
+
+
+def _how(result: dict[str, Any]) -> str:
+    return (
         f"`{result['command']}`, {result['date']}, {result['machine']}, torch {result['torch']}, "
-        f"{counted(result['threads'], 'thread')}, native kernels: {result['native']}. "
-        "Ratios are a peer's time over normkit's in the same run: above 1, normkit is faster. "
-        "The errors are the largest difference from float64 over the largest value, ours and that of torch's layer.",
-        "",
-        "| direction | peer | cells | geometric mean | worst | below 0.95 | the worst one |",
-        "|---|---|--:|--:|--:|--:|---|",
-    ]
-    for row in result["summary"]:
-        lines.append(
-            f"| {row['direction']} | {row['peer']} | {row['cells']} | {row['geometric_mean']:.2f} | {row['worst']:.2f} "
-            f"| {row['below']} | {row['worst_case']} |"
-        )
-    lines += ["", f"| {' | '.join(COLUMNS)} |", "|---|---|---|---|---|---|--:|--:|--:|--:|--:|--:|"]
-    lines += [f"| {' | '.join(cells(row))} |" for row in result["rows"]]
-    return "\n".join(lines) + "\n"
+        f"{counted(result['threads'], 'thread')}, native kernels: {result['native']}."
+    )
 
 
 def replace_section(path: Path, title: str, text: str) -> None:

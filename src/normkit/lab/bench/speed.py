@@ -20,7 +20,8 @@ from normkit.activations.local_response_norm import LocalResponseNorm
 from normkit.catalogue.methods import METHODS, method
 from normkit.core.errors import OptionError, closest
 from normkit.engine.layer import Layer
-from normkit.lab.bench.race import race
+from normkit.lab.bench.race import quartile, samples
+from normkit.lab.stats import median_interval
 
 TOKENS = ((4096, 1024), (8192, 4096), (64, 256), (1, 4096))
 SEQUENCES = ((8, 512, 1024), (8, 512, 768), (2, 16, 256))
@@ -150,15 +151,16 @@ def measure(case: Case, rounds: int = 15, compiled: bool = True) -> dict[str, An
     """Times one cell.
 
     Returns:
-        ``seconds`` by variant (ours, eager, compile, copy), ``ratio`` of each peer's time to ours, ``roofline`` by variant,
-        ``error`` against float64 of ours and of torch's layer, the back end that ran, and the case.
+        ``seconds`` by variant (ours, eager, compile, copy), ``ratio`` of each peer's time to ours, ``interval`` of 95% of the
+        median of that ratio over the rounds (None below 6 rounds), ``roofline`` by variant, ``error`` against float64 of ours
+        and of torch's layer, the back end that ran, and the case.
     """
     torch.manual_seed(0)
     ours, eager = (layer.to(case.dtype) for layer in pair(case.method, case.shape[1 if len(case.shape) == 4 else -1]))
     x = torch.randn(case.shape).to(case.dtype)
     if case.last:
         x = x.to(memory_format=torch.channels_last)
-    others = _others(case.method, x)
+    others = beside(case.method, x)
     layers: dict[str, Callable[..., Tensor]] = {"ours": ours, "eager": eager}
     if not _runs(eager, x, others):
         del layers["eager"]
@@ -175,7 +177,8 @@ def measure(case: Case, rounds: int = 15, compiled: bool = True) -> dict[str, An
     }
     out = torch.empty_like(x)
     runs["copy"] = lambda: out.copy_(x)
-    seconds = race(runs, rounds)
+    times = samples(runs, rounds)
+    seconds = {name: quartile(own) for name, own in times.items()}
     ideal = TRAVERSALS[case.direction] / 2 * seconds["copy"]
     checked = "eager" in layers and x.numel() <= LARGEST_CHECKED
     return {
@@ -188,6 +191,11 @@ def measure(case: Case, rounds: int = 15, compiled: bool = True) -> dict[str, An
         "backend": _backend(ours, x, others),
         "seconds": seconds,
         "ratio": {peer: seconds[peer] / seconds["ours"] for peer in PEERS if peer in seconds},
+        "interval": {
+            peer: median_interval([theirs / own for theirs, own in zip(times[peer], times["ours"], strict=True)])
+            for peer in PEERS
+            if peer in seconds
+        },
         "roofline": {name: ideal / took for name, took in seconds.items() if name != "copy"},
     }
 
@@ -217,9 +225,45 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 below = sum(ratio < 0.95 for ratio, _ in ratios)
                 found.append(
                     {"direction": direction, "peer": peer, "cells": len(ratios), "geometric_mean": mean, "worst": worst}
-                    | {"worst_case": where, "below": below}
+                    | {"worst_case": where, "worst_interval": row.get("interval", {}).get(peer), "below": below}
                 )
     return found
+
+
+def changes(rows: Sequence[dict[str, Any]], earlier: Sequence[dict[str, Any]]) -> tuple[int, list[str], list[str]]:
+    """Compares ratios to the same peers, which the machine's speed cancels out of, with those of an earlier record.
+
+    Returns:
+        How many ratios are in both, and which became worse and better: the intervals do not overlap.
+
+    >>> before = {"case": "a", "ratio": {"eager": 2.0}, "interval": {"eager": [1.9, 2.1]}}
+    >>> now = {"case": "a", "ratio": {"eager": 1.5}, "interval": {"eager": [1.4, 1.6]}}
+    >>> changes([now], [before])
+    (1, ['a: 1.50 (1.40 to 1.60) of eager, was 2.00 (1.90 to 2.10)'], [])
+    """
+    known = {row["case"]: row for row in earlier}
+    both, worse, better = 0, [], []
+    for row in rows:
+        before = known.get(row["case"], {"ratio": {}})
+        for peer in row["ratio"].keys() & before["ratio"].keys():
+            both += 1
+            (low, high), (least, most) = _interval(row, peer), _interval(before, peer)
+            if high < least or low > most:
+                said = f"{row['case']}: {with_interval(row, peer)} of {peer}, was {with_interval(before, peer)}"
+                (worse if high < least else better).append(said)
+    return both, worse, better
+
+
+def with_interval(row: dict[str, Any], peer: str) -> str:
+    """A ratio as text, and its interval where there is one."""
+    found = row.get("interval", {}).get(peer)
+    return f"{row['ratio'][peer]:.2f}" + (f" ({found[0]:.2f} to {found[1]:.2f})" if found else "")
+
+
+def _interval(row: dict[str, Any], peer: str) -> tuple[float, float]:
+    """The interval of a ratio; the ratio alone where it was measured too few times."""
+    low, high = row.get("interval", {}).get(peer) or (row["ratio"][peer],) * 2
+    return low, high
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:
@@ -243,7 +287,8 @@ def _ours(name: str, channels: int) -> nn.Module:
     return method(name).make(channels)
 
 
-def _others(name: str, x: Tensor) -> tuple[Any, ...]:
+def beside(name: str, x: Tensor) -> tuple[Any, ...]:
+    """What a method takes beside its input: conditions, labels, a style."""
     card = None if name.endswith("over channels") else method(name)
     if card is None or card.extra is None:
         return ()
