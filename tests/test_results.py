@@ -12,18 +12,14 @@ from normkit.lab.report import drawing
 
 RESULTS = Path(__file__).parents[1] / "docs/results"
 PAGES = sorted(page.parent.name for page in RESULTS.glob("*/result.md"))
-# Pages of runs from before records were published with them; docs/results/index.md says so.
-PREDATE = {"table4"}
 
 
 def test_every_page_has_its_record() -> None:
-    assert {name for name in PAGES if not (RESULTS / name / "result.json").exists()} == PREDATE
-    (said,) = re.findall(r"without a record: (.*?)\.\n", (RESULTS / "index.md").read_text(), re.DOTALL)
-    assert set(re.findall(r"`([\w-]+)`", said)) == PREDATE
+    assert all((RESULTS / name / "result.json").exists() for name in PAGES)
     assert set(PAGES) <= {name for kind in FILES for name in names(kind)}
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if name not in PREDATE])
+@pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_drawn_from_its_record(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "DPI", 20)  # figures are compared by name alone
     page, text = RESULTS / name, (RESULTS / name / "result.json").read_text()
