@@ -58,7 +58,7 @@ def test_gated_rms_norm_in_both_orders_and_in_groups(before: bool, groups: int) 
         (nk.DynamicTanh(6, form="erf"), lambda x: torch.erf(0.5 * x)),
         (nk.DynamicTanh(6, 0.8, form="erf", elementwise_affine=False), lambda x: torch.erf(0.8 * x)),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, nn.Module) else "plain",
 )
 def test_starts_as(made: nn.Module, plain: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(4, 6)
