@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -20,10 +19,8 @@ from normkit.surgery.from_one import loads_difference
 from normkit.surgery.norms import norms_in, read_norm
 from normkit.surgery.select import Where, choose
 from normkit.surgery.transaction import transaction
-from normkit.weights.layout import weight_layout
-from normkit.weights.parametrization import Parametrization
+from normkit.surgery.weight_forms import Known, translate_weight, weights_of
 
-_Known = dict[str, Tensor]
 Rename = Callable[[str], str]
 To = Literal["model", "plain", "flax", "keras"]
 
@@ -195,7 +192,7 @@ class _Accept:
 
 def _read(
     state: Mapping[Any, Any], model: nn.Module, source: Framework, rename: Rename | None, from_one: Where | bool | None
-) -> _Known:
+) -> Known:
     """A checkpoint by the model's names, laid out as torch does."""
     layers, given, known = dict(model.named_modules(remove_duplicate=False)), dict[str, Tensor](), model.state_dict()
     found = from_framework(state, source)
@@ -228,7 +225,7 @@ def _offsets(model: nn.Module, from_one: Where | bool | None) -> dict[str, float
     return {prefix: offset for prefix, offset in found.items() if offset}
 
 
-def _outward(state: _Known, model: nn.Module, to: To, rename: Rename | None, from_one: Where | bool | None) -> _Known:
+def _outward(state: Known, model: nn.Module, to: To, rename: Rename | None, from_one: Where | bool | None) -> Known:
     """A model's own state_dict in plain keys, or in another framework's."""
     offsets = _offsets(model, from_one)
     other = copy.deepcopy(model)
@@ -250,16 +247,16 @@ def _outward(state: _Known, model: nn.Module, to: To, rename: Rename | None, fro
     return renamed
 
 
-def _translated(given: _Known, model: nn.Module) -> tuple[_Known, set[str]]:
+def _translated(given: Known, model: nn.Module) -> tuple[Known, set[str]]:
     """What a checkpoint has for a model, by the model's keys, and which of its keys that took."""
-    held: _Known = model.state_dict(keep_vars=True)
+    held: Known = model.state_dict(keep_vars=True)
     wanted = {key: value.detach() if isinstance(value, Tensor) else value for key, value in held.items()}
     found = {key: given[key] for key in wanted if key in given}
     used = set(found)
     for prefix, layer in model.named_modules(remove_duplicate=False):
         prefix = f"{prefix}." if prefix else ""
-        for name in _weights(layer):
-            _translate_weight(layer, prefix, name, given, wanted, found, used)
+        for name in weights_of(layer):
+            translate_weight(layer, prefix, name, given, wanted, found, used)
         count = f"{prefix}num_batches_tracked"
         if count in wanted:
             # Converted checkpoints lack the count, which only momentum=None reads.
@@ -271,160 +268,6 @@ def _translated(given: _Known, model: nn.Module) -> tuple[_Known, set[str]]:
         if key not in found and id(value) in by_tensor:
             found[key] = by_tensor[id(value)]
     return found, used
-
-
-def _weights(layer: nn.Module) -> list[str]:
-    """The names of a layer's tensors, in whatever form it has them itself."""
-    names = [key.removesuffix(end) for key in layer._parameters for end in ("_g", "_orig") if key.endswith(end)]
-    lists = layer.parametrizations if parametrize.is_parametrized(layer) else ()
-    return [*names, *lists, *(key for key in layer._parameters if not key.endswith(("_g", "_v", "_orig")))]  # pyright: ignore
-
-
-def _translate_weight(
-    layer: nn.Module, prefix: str, name: str, given: _Known, wanted: _Known, found: _Known, used: set[str]
-) -> None:
-    # The same form under other keys, and nothing computed; then by way of the value.
-    gain, scaled = f"{prefix}gain", _keys(prefix, name, _FORMS[1])
-    if gain in wanted and scaled[0] in given:  # timm's scaled standardized convolution, from ours
-        found[gain], found[prefix + name] = given[scaled[0]].view(wanted[gain].shape), given[scaled[1]]
-        used.update(scaled)
-        return
-    if gain in given and gain not in wanted and scaled[0] in wanted and prefix + name in given:  # and the other way
-        found[scaled[0]], found[scaled[1]] = given[gain].view(wanted[scaled[0]].shape), given[prefix + name]
-        used.update((gain, prefix + name))
-        return
-    own = [_keys(prefix, name, form) for form in _FORMS]
-    mine: list[str] = next((keys for keys in own if all(key in wanted for key in keys)), [])
-    theirs: list[str] = next((keys for keys in own if all(key in given for key in keys)), [])
-    if not theirs:
-        return
-    alike = bool(mine) and own.index(mine) // 2 == own.index(theirs) // 2
-    # Lengths along another axis are other lengths.
-    if alike and len(theirs) == 2 and given[theirs[0]].shape != wanted[mine[0]].shape:
-        alike = not _fit(given[theirs[0]], given[theirs[1]])
-    if alike and all(key in found for key in mine):
-        return
-    used.update(theirs)
-    if alike and len(mine) > 1:
-        found.update({key: given[other] for key, other in zip(mine, theirs, strict=True)})
-        return
-    value = _value(*(given[key] for key in theirs))
-    if len(mine) > 1 and not _known_here(layer, name) and not _has_lengths(value, wanted[mine[0]]):
-        raise SurgeryError(
-            f"translate: {label(prefix + name)} is zero, or has a zero row, of which torch's weight or spectral "
-            "norm makes NaN; put normkit's on, or leave this layer out"
-        )
-    if loads_difference(layer):
-        found[f"{prefix}parametrizations.{name}.original"] = value
-    elif parametrize.is_parametrized(layer, name):
-        raw = _raw(layer, name, value, label(prefix + name))
-        found.update({f"{prefix}parametrizations.{name}.{key}": part for key, part in raw.items()})
-    elif len(mine) < 2:
-        found[f"{prefix}{name}"] = value
-    elif len(mine) == 2:
-        found[mine[0]], found[mine[1]] = _length(value, wanted[mine[0]]), value
-    else:
-        found[mine[0]] = value
-        found.update({key: wanted[key] for key in mine[1:]})  # its own vectors, which iteration improves
-
-
-def _raw(layer: nn.Module, name: str, value: Tensor, full: str) -> _Known:
-    """What a layer's parametrizations keep of a plain weight, so that they give it back, or all of it that they have room for."""
-    held = copy.deepcopy(layer.get_submodule(f"parametrizations.{name}")).eval()
-    assert isinstance(held, parametrize.ParametrizationList)
-    like = next(held.parameters())
-    if like.is_meta and any(True for _ in held.buffers()):
-        raise SurgeryError(
-            f"translate: {full}: its parametrization keeps tensors on the meta device; give the model memory first"
-        )
-    if like.is_meta:  # it is to be loaded with assign=True
-        held = held.to_empty(device=value.device)
-    value = value.to(next(held.parameters()))
-
-    def gives(weight: Tensor) -> Tensor:
-        try:
-            held.right_inverse(weight)
-        except (NotImplementedError, RuntimeError, ValueError) as error:
-            raise SurgeryError(f"translate: {full}: its parametrization takes no plain weight: {error}") from error
-        return held()
-
-    with torch.no_grad():
-        made = gives(value)
-        # A spectral norm divides by what its vectors see, now and after they have moved.
-        if value.is_meta or any(hasattr(part, "_u") for part in held.children()) or _close(made, value):
-            return held.state_dict()
-        lengths = held._parameters.get("original0")
-        if lengths is not None and lengths.dim() == 1:  # a gain per unit, which begins at 1
-            rows, wanted = (weight_layout(layer, name).matrix(weight) for weight in (made, value))
-            lengths.mul_((rows * wanted).sum(1) / rows.square().sum(1).clamp_min(_TINY))
-            if _close(held(), value):
-                return held.state_dict()
-            made = gives(value)
-        shift = gives(torch.zeros_like(value))  # a constant that is added
-        if not _close(gives(value - shift), value) and not _close(gives(made), made):
-            parts = " and ".join(type(part).__name__ for part in held.children())
-            raise SurgeryError(
-                f"translate: {full}: {parts} makes another weight of a plain one, and has no inverse; load the "
-                "checkpoint before that is put on, or the model's own keys"
-            )
-        if not _close(held(), value):
-            gives(value)
-        return held.state_dict()
-
-
-def _close(weight: Tensor, wanted: Tensor) -> bool:
-    """Up to some roundings of a sum over a row."""
-    return torch.allclose(weight, wanted, rtol=0, atol=64 * torch.finfo(weight.dtype).eps * float(wanted.abs().max()))
-
-
-def _known_here(layer: nn.Module, name: str) -> bool:
-    """Whether what makes a weight is normkit's, which floors lengths."""
-    parts = layer.get_submodule(f"parametrizations.{name}") if parametrize.is_parametrized(layer, name) else ()
-    return any(isinstance(part, Parametrization) for part in parts)  # pyright: ignore
-
-
-def _has_lengths(value: Tensor, like: Tensor) -> bool:
-    return value.is_meta or bool((_length(value, like) > 0).all() if like.shape != value.shape else value.any())
-
-
-def _fit(length: Tensor, direction: Tensor) -> bool:
-    sizes = zip(length.shape, direction.shape, strict=False)
-    return not length.dim() or (length.dim() == direction.dim() and all(a in (1, b) for a, b in sizes))
-
-
-_TINY = 1e-12  # the floor of a length
-_FORMS = (
-    ("{}_g", "{}_v"),
-    ("parametrizations.{}.original0", "parametrizations.{}.original1"),
-    ("{}_orig", "{}_u", "{}_v"),
-    ("parametrizations.{}.original", "parametrizations.{}.0._u", "parametrizations.{}.0._v"),
-    ("{}",),
-)
-
-
-def _keys(prefix: str, name: str, form: tuple[str, ...]) -> list[str]:
-    return [prefix + part.format(name) for part in form]
-
-
-def _value(first: Tensor, *rest: Tensor) -> Tensor:
-    """The weight that a form stands for, in its dtype; computed in float64."""
-    if not rest:
-        return first
-    if len(rest) == 1:
-        wide = rest[0].double()
-        return (first.double() * wide / _length(wide, first).clamp_min(_TINY)).to(first.dtype)
-    u, v = (part.double() for part in rest)
-    matrix = first.double().flatten(1)
-    if u.numel() != matrix.shape[0]:  # of a transposed convolution the output axis is the second
-        matrix = first.double().transpose(0, 1).flatten(1)
-    sigma = u @ matrix @ v
-    return (first.double() / torch.where(sigma == 0, _TINY, sigma)).to(first.dtype)
-
-
-def _length(value: Tensor, like: Tensor) -> Tensor:
-    """Norms over the axes that a gain has not."""
-    dims = [axis for axis in range(value.dim()) if like.dim() == 0 or like.shape[axis] == 1]
-    return torch.linalg.vector_norm(value, dim=dims, keepdim=like.dim() > 0) if dims else value.abs()
 
 
 def _some(keys: list[str]) -> str:
