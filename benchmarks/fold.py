@@ -2,6 +2,8 @@
 
     python benchmarks/fold.py [--rounds 9] [--output benchmarks/RESULTS.md]
 
+It needs transformers, for two of the networks.
+
 Both run in each round, in shuffled order, in one process of one thread; a time is the first quartile over rounds of the time that
 the thread computed.
 """
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import MobileNetV2Config, MobileNetV2Model, ResNetConfig, ResNetModel
 
 import normkit as nk
 from normkit.lab.bench.race import race
@@ -48,11 +51,13 @@ def transformer(width: int, depth: int) -> nn.Module:
 
 def networks() -> dict[str, tuple[nn.Module, Tensor, dict[str, bool]]]:
     standardized = nk.apply_recipe(resnet18(width=0.5), "keep+ws").model
-    tokens = torch.randint(512, (1, 64))
+    tokens, photograph = torch.randint(512, (1, 64)), torch.randn(1, 3, 224, 224)
     return {
         "ResNet-18, width 0.5, 1 image 32x32": (resnet18(width=0.5), torch.randn(1, 3, 32, 32), {}),
         "ResNet-18, width 0.5, 16 images 32x32": (resnet18(width=0.5), torch.randn(16, 3, 32, 32), {}),
         "the same with standardized weights, 1 image": (standardized, torch.randn(1, 3, 32, 32), {}),
+        "ResNet-50 of transformers, 1 image 224x224": (ResNetModel(ResNetConfig()), photograph, {}),
+        "MobileNetV2 of transformers, 1 image 224x224": (MobileNetV2Model(MobileNetV2Config()), photograph, {}),
         "transformer, 4 x 256, 64 tokens": (transformer(256, 4), tokens, {}),
         "the same, with centring": (transformer(256, 4), tokens, {"centring": True}),
     }

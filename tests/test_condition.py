@@ -280,7 +280,7 @@ def test_a_layer_whose_weight_a_hook_makes_is_left_and_the_row_says_so(name, put
 
 def test_a_misspelt_mode_or_place_names_what_was_meant() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(nk.NormkitError, match=r"wanted one of 'row', .*did you mean 'row'"):
+    with pytest.raises(nk.NormkitError, match=r"wanted 'row', .*did you mean 'row'"):
         nk.condition(model, "rows")
     with pytest.raises(nk.NormkitError, match=r"place 'head' is not known.*layers by name: 're:head'"):
         nk.condition(model, where="head")
