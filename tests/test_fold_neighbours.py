@@ -1,5 +1,6 @@
 import pickle
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -37,8 +38,8 @@ class Conv1D(nn.Module):
 
 
 class SamePadding(Standardizing):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(input, (0, 1, 0, 1)))
 
 
 class PlainRMSNorm(nn.Module):
@@ -129,6 +130,33 @@ def test_weights_that_are_made_in_other_ways_become_plain(put) -> None:
     assert "SAME padding" in fold(lived_in(nn.Sequential(SamePadding(3, 4, 3))), x).passed_over[0].reason
     torch.testing.assert_close(model(x), wanted, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), wanted, rtol=1e-10, atol=1e-10)
+
+
+# torch says that an even kernel may take a padded copy.
+@pytest.mark.filterwarnings("ignore:Using padding=.same.")
+@pytest.mark.parametrize("padding", [{"padding_mode": "reflect", "padding": 1}, {"padding": "same"}], ids=str)
+def test_what_torch_pads_is_folded(padding: dict[str, Any]) -> None:
+    changes = fold(lived_in(nn.Sequential(Standardizing(3, 4, (2, 3), **padding))), torch.randn(2, 3, 8, 8).double())
+    assert [row.after for row in changes] == ["Conv2d"]
+    unbatched = fold(lived_in(nn.Sequential(Standardizing(3, 4, 3, padding=1))), torch.randn(3, 8, 8).double())
+    assert [row.after for row in unbatched] == ["Conv2d"]
+
+
+class Shortcut(nn.Module):
+    """The block of many a ResNet: an empty Sequential is its identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.shortcut = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Sequential()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.bn(self.conv(x)) + self.shortcut(x)).relu()
+
+
+def test_an_empty_sequential_stays_an_identity() -> None:
+    x = torch.randn(2, 3, 6, 6).double()
+    assert len(nk.surgery.drop_redundant_bias(lived_in(Shortcut()), x).rows) == 1
+    assert len(fold(lived_in(Shortcut()), x).rows) == 1
 
 
 class Parts(nn.Module):

@@ -96,7 +96,7 @@ def fold(model: nn.Module, example: Any = None, *, centring: bool = False, toler
         if example is None:
             refusals = Refusals("fold", "leave")
             for name, module in norms_in(model).items():
-                if isinstance(getattr(module, "weight", None), Tensor) or module._buffers:
+                if any(isinstance(getattr(module, part, None), Tensor) for part in ("weight", "running_mean")):
                     refusals.leave(name, "a norm is folded only with an example=")
             return opened.close(model, bake(model), refusals)
         for name, module in model.named_modules():
@@ -168,7 +168,7 @@ def _fold_kernels(trial: _Trial, refusals: Refusals) -> list[Change]:
         if seen is None or seen[1].shape != layer.weight.shape:
             refusals.leave(name, "it does not convolve once with a weight of its own shape on the example")
             continue
-        if seen[0].shape != watch.shapes.get(id(layer)):
+        if _pads_itself(layer, seen[0], watch.shapes.get(id(layer), seen[0].shape)):
             refusals.leave(name, "it pads its input itself, as SAME padding does, by as much as each size asks for")
             continue
         try:
@@ -180,10 +180,19 @@ def _fold_kernels(trial: _Trial, refusals: Refusals) -> list[Change]:
     return rows
 
 
+def _pads_itself(layer: _ConvNd, convolved: Tensor, given: torch.Size) -> bool:
+    """Whether a layer convolves more positions than it is given, where torch's own padding does not add them before."""
+    torch_adds = layer.padding_mode != "zeros" or layer.padding == "same"
+    spatial = len(layer.kernel_size)
+    return not torch_adds and convolved.shape[-spatial:] != given[-spatial:]
+
+
 def _plain_convolution(layer: _ConvNd, weight: Tensor, bias: Tensor | None) -> nn.Module:
     kind = next(kind for kind in type(layer).__mro__ if kind.__module__ == "torch.nn.modules.conv")
     sizes = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding
-    like = {"device": "meta", "bias": bias is not None, "padding_mode": layer.padding_mode}
+    like: dict[str, Any] = {"device": "meta", "bias": bias is not None, "padding_mode": layer.padding_mode}
+    if layer.transposed:
+        like["output_padding"] = layer.output_padding
     made = kind(*sizes, dilation=layer.dilation, groups=layer.groups, **like)
     made.weight = nn.Parameter(weight.detach().clone(), requires_grad=layer.weight.requires_grad)
     if bias is not None:

@@ -109,9 +109,11 @@ class Watch(Sight):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def run(self, forward: Callable[[], Any]) -> Any:
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            self._inside.pop()  # not in a lambda: what a hook gives back replaces the output
+
         enter = register_module_forward_pre_hook(lambda module, args: self._inside.append(module))
-        leave = register_module_forward_hook(lambda module, args, output: self._inside.pop() and None, always_call=True)
-        with enter, leave:
+        with enter, register_module_forward_hook(leave, always_call=True):
             return super().run(forward)
 
     def kernel(self, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor | None] | None:
