@@ -2,12 +2,13 @@
 
 import os
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
+
+import normkit
 
 
 def part() -> None:
@@ -33,14 +34,14 @@ def hardware() -> str:
 
 def versions() -> dict[str, str | None]:
     """Gives the versions of normkit, Python and what it computes with; None where one is not installed."""
-    found: dict[str, str | None] = {"normkit": None, "python": platform.python_version()}
-    for package in ("normkit", "torch", "lightning-fabric", "numpy", "scipy", "scikit-learn"):
-        key = package.replace("-", "_")
+    # As imported: torch says which build it is (+cpu, +cu126), and the metadata of an editable normkit can be older than it.
+    own = {"normkit": normkit.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    found: dict[str, str | None] = {**own}
+    for package in ("lightning-fabric", "numpy", "scipy", "scikit-learn"):
         try:
-            # torch.__version__ says which build (+cpu, +cu126), which the package's metadata may not.
-            found[key] = torch.__version__ if package == "torch" else version(package)
+            found[package.replace("-", "_")] = version(package)
         except PackageNotFoundError:
-            found[key] = getattr(sys.modules.get("normkit"), "__version__", None) if package == "normkit" else None
+            found[package.replace("-", "_")] = None
     return found
 
 
