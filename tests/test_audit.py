@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
 import normkit as nk
@@ -308,6 +309,23 @@ def test_findings_are_data() -> None:
         nk.audit(nn.LazyLinear(3), IMAGES)
 
 
+def test_a_loader_and_an_optimizer_of_another_model_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    loader = DataLoader(TensorDataset(torch.randn(32, 4)), batch_size=16)
+    with pytest.raises(nk.errors.OptionError, match=r"give one batch: next\(iter\(loader\)\)"):
+        nk.audit(model, loader)
+    with pytest.raises(nk.errors.OptionError, match="optimizer has none of the model's parameters"):
+        nk.audit(model, torch.randn(16, 4), optimizer=sgd(copy.deepcopy(model)))
+    nk.audit(model, next(iter(loader)), optimizer=torch.optim.SGD(model[1].parameters(), 0.1))  # of a part
+
+
+def test_a_loss_gets_the_whole_batch() -> None:
+    model, batch, got = nn.Linear(4, 2), (torch.randn(16, 4), torch.randn(16, 2)), []
+    nk.audit(model, batch, loss=lambda y, b: got.append(b) or F.mse_loss(y, b[1]))
+    assert got
+    assert all(each is batch for each in got)
+
+
 MINE = """
 import torch
 from torch import nn
@@ -343,3 +361,17 @@ def test_the_command(words: str, code: int, said: str, tmp_path: Path, monkeypat
     done = CliRunner().invoke(app, f"audit audited:{words} --data audited:data".split())
     assert done.exit_code == code, done.output
     assert said in done.output + done.stderr
+
+
+@pytest.mark.parametrize("words", ["audited:wrong", "audited:good", "audited:late", "resnet18"])
+def test_an_error_on_the_default_data_says_so(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "audited.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["audit", words])
+    if words == "audited:late":  # no such factory: not of the data
+        assert "--data package.module" not in done.stderr
+    else:
+        assert done.stderr.strip().endswith(
+            "this is the default data, digits; name yours: --data package.module:factory"
+        )
+    assert done.exit_code == 2

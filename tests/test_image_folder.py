@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from normkit.core.errors import OptionError, ProtocolError
 from normkit.lab.data.image_folder import imagefolder, read_square
+from normkit.lab.data.root import reading
 from normkit.lab.data.split import Split
 from normkit.lab.protocol import DATA, load_factory, make_data
 from published import write_images
@@ -170,3 +171,18 @@ def test_real_photographs() -> None:
     x, y = batch(data.train)
     assert x.isfinite().all()
     assert y.max() < 100
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ProtocolError("wanted images"),
+        ModuleNotFoundError("No module named 'trimesh'", name="trimesh"),
+        MemoryError("not enough"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_says_nothing_of_a_file_is_not_called_damage(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, reading(tmp_path / "a.png", "copy it again"):
+        raise error
+    assert raised.value is error

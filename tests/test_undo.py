@@ -150,6 +150,23 @@ def test_undo_takes_back_what_the_verb_did_and_nothing_else() -> None:
         changes.undo()
 
 
+def test_changes_are_not_the_model() -> None:
+    changes = nk.accelerate(_cnn())
+    with pytest.raises(TypeError, match=r"Changes is not the model: use changes\.model"):
+        changes(torch.randn(2, 3, 6, 6))
+    assert changes.model(torch.randn(2, 3, 6, 6)).shape[0] == 2
+
+
+def test_changes_in_a_list_are_short() -> None:
+    changes = nk.convert(_cnn(), "gn:4")
+    said = str([changes])
+    assert (
+        said
+        == f"[Changes(Sequential: {len(changes)} changed, 0 passed over, {len(changes.new_parameters)} new parameters)]"
+    )
+    assert "GroupNorm" in str(changes)
+
+
 def test_models_on_meta_and_compiled_ones() -> None:
     with torch.device("meta"):
         model, tokens = _cnn(), _tokens()

@@ -1,5 +1,7 @@
 """What diagnostics measure on a model: audit and conditions."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +31,20 @@ def loaded(model: str, data: str, samples: int) -> "tuple[nn.Module, Any]":
     return made, read.train.batch(torch.arange(min(samples, len(read.train))), torch.device("cpu"))
 
 
+@contextmanager
+def on_digits(default: bool) -> Iterator[None]:
+    """Ends an error of a model on the default data with how to name other data."""
+    from normkit.core.errors import ProtocolError
+
+    try:
+        yield
+    except ProtocolError as error:
+        if not default:
+            raise
+        hint = "this is the default data, digits; name yours: --data package.module:factory"
+        raise ProtocolError(f"{error}; {hint}") from error
+
+
 @command(app, "audit")
 def audit(
     model: Annotated[str, MODEL],
@@ -48,16 +64,19 @@ def audit(
     """
     from normkit.diagnostics.audit.checks import audit
     from normkit.diagnostics.audit.finding import Audit
-    from normkit.lab.protocol import load_factory, user_code
+    from normkit.lab.protocol import MODELS, load_factory, user_code
     from normkit.lab.say import visible
     from normkit.lab.task import call, loss
 
     Audit().at_least(fail_on or "info")  # refuses a word before the work
     if data is None:
         typer.echo("audited on digits; --data names other data", err=True)
-    made, batch = loaded(model, data or "digits", samples)
-    with user_code(f"auditing {model}"):
+    load_factory(model, MODELS)  # an error of its name is none of the data
+    with on_digits(data is None):
+        made, batch = loaded(model, data or "digits", samples)
+    with user_code(f"making the optimizer of {model}"):
         steps = load_factory(optimizer, {})(made) if optimizer else None
+    with on_digits(data is None), user_code(f"auditing {model}"):
         found = audit(made, batch, optimizer=steps, loss=lambda y, b: loss(y, b[1]), forward=lambda m, b: call(m, b[0]))
     typer.echo(visible(found.json() if as_json else str(found)))
     if fail_on and found.at_least(fail_on):

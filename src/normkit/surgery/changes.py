@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 from torch import nn
 
@@ -126,6 +126,15 @@ class Changes:
         if self._undo is None:
             raise SurgeryError("undo: there is no way back from these changes")
         return self._undo()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse to be called, as in ``model = accelerate(model); model(x)``."""
+        raise TypeError("Changes is not the model: use changes.model")
+
+    def __repr__(self) -> str:
+        # Without the model's own repr, which is a page.
+        name, new = type(self.model).__name__, len(self.new_parameters)
+        return f"Changes({name}: {len(self.rows)} changed, {len(self.passed_over)} passed over, {new} new parameters)"
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -39,18 +39,18 @@ def audit(
 
     Args:
         model: any module, without lazy parameters.
-        batch: as in training: a tensor, a dict of arguments by name, or a tuple of arguments, of which the first alone is given
-            where ``model.forward`` does not take as many, as of (inputs, targets).
-        optimizer: whose weight decay is looked at. Default: None.
-        loss: ``loss(outputs, batch)``, a number. Default: the mean squared distance of the first floating tensor of the
-            outputs from random numbers.
+        batch: one, as in training: a tensor, a dict of arguments by name, or a tuple of arguments, of which the first alone is
+            given where ``model.forward`` does not take as many, as of (inputs, targets).
+        optimizer: of the model's parameters, whose weight decay is looked at. Default: None.
+        loss: ``loss(outputs, batch)``, a number, of the whole batch as it was given. Default: the mean squared distance of the
+            first floating tensor of the outputs from random numbers.
         forward: ``forward(model, batch)`` runs the model, in place of the above. Default: None.
 
     Returns:
         The findings, the most severe first; empty if nothing was found.
 
     Raises:
-        OptionError: a parameter has no size yet.
+        OptionError: a parameter has no size yet, the batch is a ``DataLoader``, or the optimizer has none of the parameters.
         Exception: whatever the model raises on the batch.
 
     Reference:

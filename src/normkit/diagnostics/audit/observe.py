@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils.data import DataLoader
 
 from normkit.catalogue.citation import card_of
-from normkit.core.errors import ShapeError, SurgeryError
+from normkit.core.errors import OptionError, ShapeError, SurgeryError
 from normkit.core.support import Support
 from normkit.diagnostics.audit.attention import Logits
 from normkit.diagnostics.subject import is_reentrant, refuse_lazy
@@ -108,6 +109,15 @@ class Observed:
 def prepare(model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer | None, forward: Any) -> Observed:
     """Recognize the norms of a model, and how it takes a batch."""
     refuse_lazy(model, "audit")
+    if isinstance(batch, DataLoader):
+        raise OptionError("audit: batch is a DataLoader; give one batch: next(iter(loader))")
+    if optimizer is not None:
+        mine = {id(parameter) for parameter in model.parameters()}
+        if not any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
+            raise OptionError(
+                "audit: optimizer has none of the model's parameters; give the one that trains this model, made after the "
+                "last change to it"
+            )
     example = batch
     if isinstance(batch, list | tuple):
         wrapped = getattr(model, "_orig_mod", model)  # compiled
