@@ -74,7 +74,7 @@ class Watch:
             return
         left = self.total - self.done
         spent = (time.monotonic() - self.started) / (self.done - self.found) * left
-        rest = f"  (about {spent:.0f} s left)" if left else ""
+        rest = f"  (about {spent:.0f} s left of this stage)" if left else ""
         self.say(f"run {self.done:>{len(str(self.total))}}/{self.total}  {name}{outcome(result)}{rest}")
 
     def _show(self, state: str = "", part: float = 0.0) -> None:
