@@ -159,7 +159,7 @@ def accept(
     check_framework("accept", source, get_args(Framework))
     with transaction(model) as opened:
         model.register_load_state_dict_pre_hook(_Accept(source, rename, from_one))
-        if from_one:
+        if from_one is not None:
             model.register_state_dict_post_hook(_mark_own)
         what = type(model).__name__
         return opened.close(model, [Change("(model)", what, what, f"loads {source} checkpoints of any form")])
