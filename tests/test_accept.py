@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.testing import assert_close
 
 import normkit as nk
@@ -84,3 +84,39 @@ def test_a_models_own_gains_are_not_moved_again(tmp_path: Path, from_one: bool) 
     assert_close(model[0].weight.detach(), wanted, rtol=0, atol=0)
     changes.undo()
     assert not model._state_dict_hooks
+
+
+def test_a_square_transposed_convolution_is_read_by_its_kind() -> None:
+    for put in (nn.utils.spectral_norm, parametrizations.spectral_norm, nk.weights.spectral_norm):
+        theirs, ours = put(nn.ConvTranspose2d(3, 3, 2)).eval(), nn.ConvTranspose2d(3, 3, 2)
+        x = torch.randn(2, 3, 4, 4)
+        wanted = theirs(x)
+        ours.load_state_dict(translate(theirs.state_dict(), ours))
+        assert_close(ours(x), wanted)
+
+
+class Product(nn.Module):
+    """Of two tensors that are not those of weight norm, with an inverse where there is a gain per unit."""
+
+    def __init__(self, gains: bool) -> None:
+        super().__init__()
+        self.gains = gains
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a[:, None] * b if self.gains else a @ b
+
+    def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ones(len(weight)) if self.gains else torch.eye(len(weight)), weight.clone()
+
+
+@pytest.mark.parametrize("gains", [False, True])
+def test_two_tensors_are_not_always_those_of_weight_norm(gains: bool) -> None:
+    product = parametrize.register_parametrization(_square(), "weight", Product(gains))
+    standardized = scaled_weight_standardization(_square() if gains else nn.Conv2d(3, 4, 3))
+    for theirs, ours in ((product, _square()), (standardized, _square() if gains else nn.Conv2d(3, 4, 3))):
+        state = {f"0.{key}": value for key, value in theirs.state_dict().items()}
+        with pytest.raises(nk.errors.SurgeryError, match=r"0.weight is kept as two tensors, .* no lengths"):
+            translate(state, nn.Sequential(ours))
+    theirs = _square()
+    product.load_state_dict(translate(theirs.state_dict(), product))
+    assert_close(product.weight, theirs.weight)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normkit.core.errors import SurgeryError
+from normkit.core.support import show
 from normkit.surgery.changes import label
 from normkit.surgery.from_one import loads_difference
 from normkit.weights.layout import weight_layout
@@ -46,15 +47,24 @@ def translate_weight(
     alike = bool(mine) and own.index(mine) // 2 == own.index(theirs) // 2
     # Lengths along another axis are other lengths.
     if alike and len(theirs) == 2 and given[theirs[0]].shape != wanted[mine[0]].shape:
-        alike = not _fit(given[theirs[0]], given[theirs[1]])
+        alike = not _are_lengths(given[theirs[0]], given[theirs[1]])
     if alike and all(key in found for key in mine):
         return
     used.update(theirs)
     if alike and len(mine) > 1:
         found.update({key: given[other] for key, other in zip(mine, theirs, strict=True)})
         return
-    value = _value(*(given[key] for key in theirs))
-    if len(mine) > 1 and not _known_here(layer, name) and not _has_lengths(value, wanted[mine[0]]):
+    value = _value(layer, label(prefix + name), *(given[key] for key in theirs))
+    listed = parametrize.is_parametrized(layer, name)
+    if len(mine) == 2 and not _are_lengths(wanted[mine[0]], wanted[mine[1]]):
+        torchs = False
+        if not listed:
+            raise SurgeryError(
+                f"translate: {label(mine[0])} and {label(mine[1])} are no lengths and directions of weight norm"
+            )
+    else:
+        torchs = len(mine) > 1 and not _known_here(layer, name)
+    if torchs and not _has_lengths(value, wanted[mine[0]]):
         raise SurgeryError(
             f"translate: {label(prefix + name)} is zero, or has a zero row, of which torch's weight or spectral "
             "norm makes NaN; put normkit's on, or leave this layer out"
@@ -132,9 +142,10 @@ def _has_lengths(value: Tensor, like: Tensor) -> bool:
     return value.is_meta or bool((_length(value, like) > 0).all() if like.shape != value.shape else value.any())
 
 
-def _fit(length: Tensor, direction: Tensor) -> bool:
-    sizes = zip(length.shape, direction.shape, strict=False)
-    return not length.dim() or (length.dim() == direction.dim() and all(a in (1, b) for a, b in sizes))
+def _are_lengths(g: Tensor, v: Tensor) -> bool:
+    """Whether two tensors can be those of weight norm: one length, or one for each place along some axes and not all."""
+    fits = g.dim() == v.dim() and all(a in (1, b) for a, b in zip(g.shape, v.shape, strict=True))
+    return not g.dim() or (fits and 1 in g.shape)
 
 
 _TINY = 1e-12  # the floor of a length
@@ -151,17 +162,28 @@ def _keys(prefix: str, name: str, form: tuple[str, ...]) -> list[str]:
     return [prefix + part.format(name) for part in form]
 
 
-def _value(first: Tensor, *rest: Tensor) -> Tensor:
-    """The weight that a form stands for, in its dtype; computed in float64."""
+def _value(layer: nn.Module, full: str, first: Tensor, *rest: Tensor) -> Tensor:
+    """The weight of a layer that a form stands for, in its dtype; computed in float64."""
     if not rest:
         return first
     if len(rest) == 1:
+        if not _are_lengths(first, rest[0]):
+            raise SurgeryError(
+                f"translate: {full} is kept as two tensors, {show(first.shape)} and {show(rest[0].shape)}, that are no lengths "
+                "and directions of weight norm; they fit the same parametrization alone: make that weight plain where it is"
+            )
         wide = rest[0].double()
         return (first.double() * wide / _length(wide, first).clamp_min(_TINY)).to(first.dtype)
     u, v = (part.double() for part in rest)
-    matrix = first.double().flatten(1)
-    if u.numel() != matrix.shape[0]:  # of a transposed convolution the output axis is the second
-        matrix = first.double().transpose(0, 1).flatten(1)
+    # The output axis: that of the layer's kind, or the one that was asked for.
+    axis = int(isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)))
+    axes = sorted(range(first.dim()), key=lambda each: each != axis)
+    matrices = (first.double().movedim(axis, 0).flatten(1) for axis in axes)
+    matrix = next((each for each in matrices if each.shape == (u.numel(), v.numel())), None)
+    if matrix is None:
+        raise SurgeryError(
+            f"translate: {full}: got {show(first.shape)}, with singular vectors of {u.numel()} and {v.numel()}"
+        )
     sigma = u @ matrix @ v
     return (first.double() / torch.where(sigma == 0, _TINY, sigma)).to(first.dtype)
 
