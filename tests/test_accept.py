@@ -120,3 +120,57 @@ def test_two_tensors_are_not_always_those_of_weight_norm(gains: bool) -> None:
     theirs = _square()
     product.load_state_dict(translate(theirs.state_dict(), product))
     assert_close(product.weight, theirs.weight)
+
+
+PUTS: dict[str, Callable[[nn.Module], object]] = {
+    "weight norm, hooks": nn.utils.weight_norm,
+    "weight norm": _lengths(0),
+    "our weight norm": weight_norm,
+    "spectral norm, hooks": nn.utils.spectral_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "gains": scaled_weight_standardization,
+    "e": _recipe("e"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("shape", [(7, 4), (3, 5), (3, 4, 1)], ids=str)
+@pytest.mark.parametrize("put", PUTS)
+def test_another_shape_is_said_by_name(put: str, shape: tuple[int, ...]) -> None:
+    model = nn.Linear(4, 3)
+    PUTS[put](model)
+    state = {"0.weight": torch.ones(shape), "0.bias": torch.ones(3)}
+    wanted = f"0.weight: got {'x'.join(map(str, shape))}, the model wants 3x4"
+    with pytest.raises(nk.errors.SurgeryError, match=wanted):
+        translate(state, nn.Sequential(model))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("put", PUTS)
+def test_a_weight_that_is_not_finite_is_handed_on(put: str, bad: float) -> None:
+    theirs, ours = nn.Linear(4, 3), nn.Linear(4, 3)
+    PUTS[put](ours)
+    with torch.no_grad():
+        theirs.weight[1, 1] = bad
+    ours.load_state_dict(translate(theirs.state_dict(), ours))
+    assert not all(value.isfinite().all() for value in ours.state_dict().values())
+
+
+class Double(nn.Module):
+    """A parametrization with an inverse."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    def right_inverse(self, x: torch.Tensor) -> torch.Tensor:
+        return x / 2
+
+
+def test_a_parametrized_buffer_is_given_its_value() -> None:
+    theirs, ours = nn.Module(), nn.Module()
+    for each in (theirs, ours):
+        each.register_buffer("scale", torch.randn(3))
+    parametrize.register_parametrization(ours, "scale", Double())
+    ours.load_state_dict(translate(theirs.state_dict(), ours))
+    assert_close(ours.scale, theirs.scale)

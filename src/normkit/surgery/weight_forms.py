@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,8 @@ def translate_weight(
             )
     else:
         torchs = len(mine) > 1 and not _known_here(layer, name)
+    if torchs:
+        _check_shape(value, wanted[mine[1 if len(mine) == 2 else 0]], label(prefix + name))
     if torchs and not _has_lengths(value, wanted[mine[0]]):
         raise SurgeryError(
             f"translate: {label(prefix + name)} is zero, or has a zero row, of which torch's weight or spectral "
@@ -87,14 +90,14 @@ def _raw(layer: nn.Module, name: str, value: Tensor, full: str) -> Known:
     """What a layer's parametrizations keep of a plain weight, so that they give it back, or all of it that they have room for."""
     held = copy.deepcopy(layer.get_submodule(f"parametrizations.{name}")).eval()
     assert isinstance(held, parametrize.ParametrizationList)
-    like = next(held.parameters())
+    like = next(chain(held.parameters(), held.buffers()))  # a buffer may be parametrized too
     if like.is_meta and any(True for _ in held.buffers()):
         raise SurgeryError(
             f"translate: {full}: its parametrization keeps tensors on the meta device; give the model memory first"
         )
     if like.is_meta:  # it is to be loaded with assign=True
         held = held.to_empty(device=value.device)
-    value = value.to(next(held.parameters()))
+    value = value.to(next(chain(held.parameters(), held.buffers())))
 
     def gives(weight: Tensor) -> Tensor:
         try:
@@ -104,9 +107,11 @@ def _raw(layer: nn.Module, name: str, value: Tensor, full: str) -> Known:
         return held()
 
     with torch.no_grad():
+        _check_shape(value, held(), full)
         made = gives(value)
         # A spectral norm divides by what its vectors see, now and after they have moved.
-        if value.is_meta or any(hasattr(part, "_u") for part in held.children()) or _close(made, value):
+        spectral = any(hasattr(part, "_u") for part in held.children())
+        if value.is_meta or spectral or not value.isfinite().all() or _close(made, value):
             return held.state_dict()
         lengths = held._parameters.get("original0")
         if lengths is not None and lengths.dim() == 1:  # a gain per unit, which begins at 1
@@ -129,7 +134,15 @@ def _raw(layer: nn.Module, name: str, value: Tensor, full: str) -> Known:
 
 def _close(weight: Tensor, wanted: Tensor) -> bool:
     """Up to some roundings of a sum over a row."""
-    return torch.allclose(weight, wanted, rtol=0, atol=64 * torch.finfo(weight.dtype).eps * float(wanted.abs().max()))
+    atol = (
+        64 * torch.finfo(weight.dtype).eps * float(torch.linalg.vector_norm(wanted, torch.inf)) if wanted.numel() else 0
+    )
+    return bool(wanted.isfinite().all()) and torch.allclose(weight, wanted, rtol=0, atol=atol)
+
+
+def _check_shape(value: Tensor, wanted: Tensor, full: str) -> None:
+    if value.shape != wanted.shape:
+        raise SurgeryError(f"translate: {full}: got {show(value.shape)}, the model wants {show(wanted.shape)}")
 
 
 def _known_here(layer: nn.Module, name: str) -> bool:
@@ -139,7 +152,7 @@ def _known_here(layer: nn.Module, name: str) -> bool:
 
 
 def _has_lengths(value: Tensor, like: Tensor) -> bool:
-    return value.is_meta or bool((_length(value, like) > 0).all() if like.shape != value.shape else value.any())
+    return value.is_meta or bool((_length(value, like) != 0).all() if like.shape != value.shape else value.any())
 
 
 def _are_lengths(g: Tensor, v: Tensor) -> bool:
