@@ -52,7 +52,6 @@ VALUES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], 
     "a shift": (_square, _recipe("sc"), ""),
     "gains": (_gained, scaled_weight_standardization, ""),
     "roots of rows": (_square, _recipe("preconditioning"), "Precondition makes another weight .* no inverse"),
-    "rows, then columns": (_square, _recipe("e:rowcol"), "Equilibrate makes another weight"),
 }
 
 
@@ -120,6 +119,18 @@ def test_two_tensors_are_not_always_those_of_weight_norm(gains: bool) -> None:
     theirs = _square()
     product.load_state_dict(translate(theirs.state_dict(), product))
     assert_close(product.weight, theirs.weight)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+@pytest.mark.parametrize("word", ["ws", "scaled_weight_standardization", "e:rowcol", "e"])
+def test_the_plain_weight_of_a_method_that_forgets_its_length_is_the_raw_one(word: str, size: float) -> None:
+    theirs, ours = _square(), _square(_recipe(word))
+    theirs.get_parameter("weight").data *= size
+    accept(ours)
+    ours.load_state_dict(theirs.state_dict())
+    _recipe(word)(theirs)
+    assert_close(ours.weight, theirs.weight, rtol=0, atol=0)
+    assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
 
 
 PUTS: dict[str, Callable[[nn.Module], object]] = {
