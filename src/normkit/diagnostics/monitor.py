@@ -87,9 +87,7 @@ class Monitor:
         self._found: dict[str, Tensor] = {}
         self._sampling, self._stack = False, ExitStack()
         weakref.finalize(self, self._stack.close)  # code must not stay eager when the monitor is dropped
-        import_module(
-            "torch._dynamo"
-        )  # where the stance is; about a second, once, which torch's optimizers take as well
+        import_module("torch._dynamo")  # which has the stance; a second, once, that torch's optimizers take as well
         self._clock = time.perf_counter()
         self._attach()
 

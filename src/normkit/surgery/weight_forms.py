@@ -56,15 +56,12 @@ def translate_weight(
         found.update({key: given[other] for key, other in zip(mine, theirs, strict=True)})
         return
     value = _value(layer, label(prefix + name), *(given[key] for key in theirs))
-    listed = parametrize.is_parametrized(layer, name)
-    if len(mine) == 2 and not _are_lengths(wanted[mine[0]], wanted[mine[1]]):
-        torchs = False
-        if not listed:
-            raise SurgeryError(
-                f"translate: {label(mine[0])} and {label(mine[1])} are no lengths and directions of weight norm"
-            )
-    else:
-        torchs = len(mine) > 1 and not _known_here(layer, name)
+    other = len(mine) == 2 and not _are_lengths(wanted[mine[0]], wanted[mine[1]])
+    if other and not parametrize.is_parametrized(layer, name):
+        raise SurgeryError(
+            f"translate: {label(mine[0])} and {label(mine[1])} are no lengths and directions of weight norm"
+        )
+    torchs = len(mine) > 1 and not other and not _known_here(layer, name)
     if torchs:
         _check_shape(value, wanted[mine[1 if len(mine) == 2 else 0]], label(prefix + name))
     if torchs and not _has_lengths(value, wanted[mine[0]]):
@@ -140,10 +137,9 @@ def _raw(layer: nn.Module, name: str, value: Tensor, full: str) -> Known:
 
 def _close(weight: Tensor, wanted: Tensor) -> bool:
     """Up to some roundings of a sum over a row."""
-    atol = (
-        64 * torch.finfo(weight.dtype).eps * float(torch.linalg.vector_norm(wanted, torch.inf)) if wanted.numel() else 0
-    )
-    return bool(wanted.isfinite().all()) and torch.allclose(weight, wanted, rtol=0, atol=atol)
+    if not wanted.numel() or not wanted.isfinite().all():
+        return not wanted.numel()
+    return torch.allclose(weight, wanted, rtol=0, atol=64 * torch.finfo(weight.dtype).eps * float(wanted.abs().max()))
 
 
 def _check_shape(value: Tensor, wanted: Tensor, full: str) -> None:
