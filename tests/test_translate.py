@@ -55,60 +55,6 @@ def test_every_form_loads_into_every_other(form: str, there: str) -> None:
         assert_close(ours.eval()(x), theirs.eval()(x))
 
 
-def _zero_row(layer: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        layer.get_parameter("weight")[1] = 0
-    return layer
-
-
-def _square(put: Callable[[nn.Module], object] = lambda layer: layer) -> nn.Module:
-    layer = nn.Linear(3, 3)
-    put(layer)
-    return layer.eval()
-
-
-def _gained() -> nn.Module:
-    layer = scaled_weight_standardization(_square())
-    layer.get_parameter("parametrizations.weight.original0").data *= torch.tensor([2.0, 0.5, -1.0])
-    return nk.fold(layer).model
-
-
-def _lengths(dim: int | None) -> Callable[[nn.Module], object]:
-    return lambda layer: parametrizations.weight_norm(layer, dim=dim)
-
-
-def _recipe(word: str) -> Callable[[nn.Module], object]:
-    return lambda layer: nk.apply_recipe(layer, f"keep+{word}@all")
-
-
-# Where the same keys mean another weight, or the parametrization's own inverse does; the refusal where there is no way.
-VALUES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], str]] = {
-    "lengths of columns": (lambda: _square(_lengths(1)), _lengths(0), ""),
-    "one length": (lambda: _square(_lengths(None)), lambda layer: weight_norm(layer, dim=1), ""),
-    "lengths of rows": (lambda: _square(weight_norm), _lengths(None), ""),
-    "a zero row": (lambda: _zero_row(_square()), weight_norm, ""),
-    "a zero row, normalized": (lambda: weight_norm(_zero_row(_square())), lambda layer: layer, ""),
-    "a zero row for torch": (lambda: _zero_row(_square()), _lengths(0), "zero row, of which torch's weight"),
-    "a shift": (_square, _recipe("sc"), ""),
-    "gains": (_gained, scaled_weight_standardization, ""),
-    "roots of rows": (_square, _recipe("preconditioning"), "Precondition makes another weight .* no inverse"),
-    "rows, then columns": (_square, _recipe("e:rowcol"), "Equilibrate makes another weight"),
-}
-
-
-@pytest.mark.parametrize("case", VALUES)
-def test_a_weight_goes_by_its_value(case: str) -> None:
-    make, put, said = VALUES[case]
-    theirs, ours = make(), _square(put)
-    state = {f"0.{key}": value for key, value in theirs.state_dict().items()}
-    if said:
-        with pytest.raises(nk.errors.SurgeryError, match=f"0.weight.*{said}"):
-            translate(state, nn.Sequential(ours))
-        return
-    ours.load_state_dict(translate(theirs.state_dict(), ours))
-    assert_close(ours.weight, theirs.weight)
-
-
 def test_a_model_without_memory_is_given_values() -> None:
     theirs = nn.Linear(3, 3)
     ours = weight_norm(nn.Linear(3, 3, device="meta"))
@@ -151,22 +97,6 @@ def test_what_stands_in_two_places_is_translated_in_both(how: str) -> None:
         accept(Twice()).model.load_state_dict(given)
         found = translate(given, ours)
     assert_close(found, wanted)
-
-
-def test_a_models_own_gains_are_not_moved_again(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.RMSNorm(3))
-    changes = accept(model, from_one=True)
-    model.load_state_dict({"0.weight": torch.tensor([0.5, 0.0, 1.0])})
-    wanted = torch.tensor([1.5, 1.0, 2.0])
-    torch.save(model.state_dict(), tmp_path / "own.pt")
-    for own in (model.state_dict(), copy.deepcopy(model.state_dict()), torch.load(tmp_path / "own.pt")):
-        model.load_state_dict(own)
-        assert_close(model[0].weight.detach(), wanted, rtol=0, atol=0)
-    whole = nn.ModuleList([model])
-    whole.load_state_dict(whole.state_dict())
-    assert_close(model[0].weight.detach(), wanted, rtol=0, atol=0)
-    changes.undo()
-    assert not model._state_dict_hooks
 
 
 def test_what_has_no_place_is_said() -> None:

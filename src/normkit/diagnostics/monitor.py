@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -87,6 +87,7 @@ class Monitor:
         self._found: dict[str, Tensor] = {}
         self._sampling, self._stack = False, ExitStack()
         weakref.finalize(self, self._stack.close)  # code must not stay eager when the monitor is dropped
+        import_module("torch._dynamo")  # which has the stance; a second, once, that torch's optimizers take as well
         self._clock = time.perf_counter()
         self._attach()
 
@@ -214,7 +215,7 @@ _samplers, _stance = 0, ExitStack()
 def _eager() -> Iterator[None]:
     """The compiler's stance is one for all models: it is eager from the first monitor's sample to the last one's end."""
     global _samplers
-    if not _samplers and "torch._dynamo" in sys.modules:
+    if not _samplers:
         _stance.enter_context(torch.compiler.set_stance("force_eager"))
     _samplers += 1
     try:

@@ -50,7 +50,8 @@ def translate(
 
     Each becomes each: a plain weight is given to a model's parametrizations by what they know as their inverse, and a normalized
     one becomes plain as g v / |v| or as W / (u W v). What a method has no room for, as the length of a spectrally normalized
-    weight, is lost. Another parametrization's raw weight fits the same parametrization alone. The ``gain`` of timm's scaled
+    weight, is lost. A method that forgets its raw weight's length, as weight standardization or equilibration, takes a plain
+    weight as its raw one. Another parametrization's raw weight fits the same parametrization alone. The ``gain`` of timm's scaled
     standardized convolutions is that of ``scaled_weight_standardization``.
 
     Of flax and keras, nested dicts or flat ones with ``/`` or ``.`` between the parts, names and layouts of norms and of the
@@ -87,7 +88,8 @@ def translate(
 
     Raises:
         SurgeryError: a key that the model wants is not there in any form, one of the checkpoint is left over, a shape differs,
-            a transposed convolution meets flax or keras, or safetensors is not installed.
+            a parametrization has no inverse, as ``Precondition``, two tensors are no lengths and directions, a transposed
+            convolution meets flax or keras, or safetensors is not installed.
         OptionError: no such framework.
 
     >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 1, bias=False))
@@ -148,7 +150,7 @@ def accept(
         The model, one row, and the way back.
 
     Raises:
-        OptionError: no such framework.
+        OptionError: no such framework. Then, at each load, SurgeryError as ``translate``, but not for missing or left over keys.
 
     >>> from normkit import condition
     >>> model = condition(nn.Sequential(nn.Linear(2, 3))).model
@@ -159,7 +161,7 @@ def accept(
     check_framework("accept", source, get_args(Framework))
     with transaction(model) as opened:
         model.register_load_state_dict_pre_hook(_Accept(source, rename, from_one))
-        if from_one:
+        if from_one is not None:
             model.register_state_dict_post_hook(_mark_own)
         what = type(model).__name__
         return opened.close(model, [Change("(model)", what, what, f"loads {source} checkpoints of any form")])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normkit.core.errors import SurgeryError
+from normkit.core.support import show
 from normkit.surgery.changes import label
 from normkit.surgery.from_one import loads_difference
 from normkit.weights.layout import weight_layout
@@ -46,15 +48,23 @@ def translate_weight(
     alike = bool(mine) and own.index(mine) // 2 == own.index(theirs) // 2
     # Lengths along another axis are other lengths.
     if alike and len(theirs) == 2 and given[theirs[0]].shape != wanted[mine[0]].shape:
-        alike = not _fit(given[theirs[0]], given[theirs[1]])
+        alike = not _are_lengths(given[theirs[0]], given[theirs[1]])
     if alike and all(key in found for key in mine):
         return
     used.update(theirs)
     if alike and len(mine) > 1:
         found.update({key: given[other] for key, other in zip(mine, theirs, strict=True)})
         return
-    value = _value(*(given[key] for key in theirs))
-    if len(mine) > 1 and not _known_here(layer, name) and not _has_lengths(value, wanted[mine[0]]):
+    value = _value(layer, label(prefix + name), *(given[key] for key in theirs))
+    other = len(mine) == 2 and not _are_lengths(wanted[mine[0]], wanted[mine[1]])
+    if other and not parametrize.is_parametrized(layer, name):
+        raise SurgeryError(
+            f"translate: {label(mine[0])} and {label(mine[1])} are no lengths and directions of weight norm"
+        )
+    torchs = len(mine) > 1 and not other and not _known_here(layer, name)
+    if torchs:
+        _check_shape(value, wanted[mine[1 if len(mine) == 2 else 0]], label(prefix + name))
+    if torchs and not _has_lengths(value, wanted[mine[0]]):
         raise SurgeryError(
             f"translate: {label(prefix + name)} is zero, or has a zero row, of which torch's weight or spectral "
             "norm makes NaN; put normkit's on, or leave this layer out"
@@ -77,14 +87,14 @@ def _raw(layer: nn.Module, name: str, value: Tensor, full: str) -> Known:
     """What a layer's parametrizations keep of a plain weight, so that they give it back, or all of it that they have room for."""
     held = copy.deepcopy(layer.get_submodule(f"parametrizations.{name}")).eval()
     assert isinstance(held, parametrize.ParametrizationList)
-    like = next(held.parameters())
+    like = next(chain(held.parameters(), held.buffers()))  # a buffer may be parametrized too
     if like.is_meta and any(True for _ in held.buffers()):
         raise SurgeryError(
             f"translate: {full}: its parametrization keeps tensors on the meta device; give the model memory first"
         )
     if like.is_meta:  # it is to be loaded with assign=True
         held = held.to_empty(device=value.device)
-    value = value.to(next(held.parameters()))
+    value = value.to(next(chain(held.parameters(), held.buffers())))
 
     def gives(weight: Tensor) -> Tensor:
         try:
@@ -94,9 +104,11 @@ def _raw(layer: nn.Module, name: str, value: Tensor, full: str) -> Known:
         return held()
 
     with torch.no_grad():
+        _check_shape(value, held(), full)
         made = gives(value)
         # A spectral norm divides by what its vectors see, now and after they have moved.
-        if value.is_meta or any(hasattr(part, "_u") for part in held.children()) or _close(made, value):
+        spectral = any(hasattr(part, "_u") for part in held.children())
+        if value.is_meta or spectral or not value.isfinite().all() or _close(made, value):
             return held.state_dict()
         lengths = held._parameters.get("original0")
         if lengths is not None and lengths.dim() == 1:  # a gain per unit, which begins at 1
@@ -106,20 +118,33 @@ def _raw(layer: nn.Module, name: str, value: Tensor, full: str) -> Known:
                 return held.state_dict()
             made = gives(value)
         shift = gives(torch.zeros_like(value))  # a constant that is added
-        if not _close(gives(value - shift), value) and not _close(gives(made), made):
-            parts = " and ".join(type(part).__name__ for part in held.children())
-            raise SurgeryError(
-                f"translate: {full}: {parts} makes another weight of a plain one, and has no inverse; load the "
-                "checkpoint before that is put on, or the model's own keys"
-            )
-        if not _close(held(), value):
+        if _close(gives(value - shift), value):
+            return held.state_dict()
+        if not _close(gives(made), made):
+            # A method that forgets the length of its raw weight, as standardization, has the plain one for that.
+            unit = value / value.abs().max()
+            forgets = _close(gives(unit * 2**10), gives(unit * 2**13))  # so large that eps is nothing
             gives(value)
+            if not forgets or not any(torch.equal(part, value) for part in held.state_dict().values()):
+                parts = " and ".join(type(part).__name__ for part in held.children())
+                raise SurgeryError(
+                    f"translate: {full}: {parts} makes another weight of a plain one, and has no inverse; load the "
+                    "checkpoint before that is put on, or the model's own keys"
+                )
+        gives(value)
         return held.state_dict()
 
 
 def _close(weight: Tensor, wanted: Tensor) -> bool:
     """Up to some roundings of a sum over a row."""
+    if not wanted.numel() or not wanted.isfinite().all():
+        return not wanted.numel()
     return torch.allclose(weight, wanted, rtol=0, atol=64 * torch.finfo(weight.dtype).eps * float(wanted.abs().max()))
+
+
+def _check_shape(value: Tensor, wanted: Tensor, full: str) -> None:
+    if value.shape != wanted.shape:
+        raise SurgeryError(f"translate: {full}: got {show(value.shape)}, the model wants {show(wanted.shape)}")
 
 
 def _known_here(layer: nn.Module, name: str) -> bool:
@@ -129,12 +154,13 @@ def _known_here(layer: nn.Module, name: str) -> bool:
 
 
 def _has_lengths(value: Tensor, like: Tensor) -> bool:
-    return value.is_meta or bool((_length(value, like) > 0).all() if like.shape != value.shape else value.any())
+    return value.is_meta or bool((_length(value, like) != 0).all() if like.shape != value.shape else value.any())
 
 
-def _fit(length: Tensor, direction: Tensor) -> bool:
-    sizes = zip(length.shape, direction.shape, strict=False)
-    return not length.dim() or (length.dim() == direction.dim() and all(a in (1, b) for a, b in sizes))
+def _are_lengths(g: Tensor, v: Tensor) -> bool:
+    """Whether two tensors can be those of weight norm: one length, or one for each place along some axes and not all."""
+    fits = g.dim() == v.dim() and all(a in (1, b) for a, b in zip(g.shape, v.shape, strict=True))
+    return not g.dim() or (fits and 1 in g.shape)
 
 
 _TINY = 1e-12  # the floor of a length
@@ -151,17 +177,28 @@ def _keys(prefix: str, name: str, form: tuple[str, ...]) -> list[str]:
     return [prefix + part.format(name) for part in form]
 
 
-def _value(first: Tensor, *rest: Tensor) -> Tensor:
-    """The weight that a form stands for, in its dtype; computed in float64."""
+def _value(layer: nn.Module, full: str, first: Tensor, *rest: Tensor) -> Tensor:
+    """The weight of a layer that a form stands for, in its dtype; computed in float64."""
     if not rest:
         return first
     if len(rest) == 1:
+        if not _are_lengths(first, rest[0]):
+            raise SurgeryError(
+                f"translate: {full} is kept as two tensors, {show(first.shape)} and {show(rest[0].shape)}, that are no lengths "
+                "and directions of weight norm; they fit the same parametrization alone: make that weight plain where it is"
+            )
         wide = rest[0].double()
         return (first.double() * wide / _length(wide, first).clamp_min(_TINY)).to(first.dtype)
     u, v = (part.double() for part in rest)
-    matrix = first.double().flatten(1)
-    if u.numel() != matrix.shape[0]:  # of a transposed convolution the output axis is the second
-        matrix = first.double().transpose(0, 1).flatten(1)
+    # The output axis: that of the layer's kind, or the one that was asked for.
+    axis = int(isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)))
+    axes = sorted(range(first.dim()), key=lambda each: each != axis)
+    matrices = (first.double().movedim(axis, 0).flatten(1) for axis in axes)
+    matrix = next((each for each in matrices if each.shape == (u.numel(), v.numel())), None)
+    if matrix is None:
+        raise SurgeryError(
+            f"translate: {full}: got {show(first.shape)}, with singular vectors of {u.numel()} and {v.numel()}"
+        )
     sigma = u @ matrix @ v
     return (first.double() / torch.where(sigma == 0, _TINY, sigma)).to(first.dtype)
 
