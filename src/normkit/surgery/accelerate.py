@@ -96,11 +96,10 @@ def _is_candidate(name: str, module: nn.Module) -> bool:
 def _build(name: str, module: nn.Module, norm: Norm, like: torch.Tensor) -> nn.Module:
     """The layer here that computes what a norm does; refused where none does."""
     who = f"{label(name)} ({type(module).__name__})"
-    usual = {"batch_norm": True, "instance_norm": False}.get(norm.kind, norm.tracks)
     if norm.kind not in _KINDS:
         raise SurgeryError(f"{who}: {norm.kind} has no faster kernel here")
-    if norm.tracks != usual:
-        raise SurgeryError(f"{who}: it keeps {'no ' * usual}running statistics, which normkit's {norm.kind} does not")
+    if norm.tracks and norm.kind != "batch_norm":
+        raise SurgeryError(f"{who}: it keeps running statistics, which normkit's {norm.kind} does not")
     if isinstance(norm.activation, nn.Module):
         raise SurgeryError(f"{who}: it applies {type(norm.activation).__name__} too, which no layer here fuses")
     if not norm.shape:
