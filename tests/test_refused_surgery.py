@@ -143,3 +143,19 @@ def test_the_same_parameters_in_a_wrapper_for_processes_pass(wrapped: Any) -> No
     freeze(wrapped, affine=False)
     wrapped(x).sum().backward()
     assert all(parameter.grad is not None for parameter in wrapped.parameters())
+
+
+@pytest.mark.parametrize("to", ["gn:gcd32", "in", "ln:c"])
+def test_a_norm_of_one_value_is_refused(to: str) -> None:
+    size = 1 if to == "ln:c" else 8
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, size, 1))
+    model.append(nn.BatchNorm2d(size))
+    norm, x = model[4], torch.randn(2, 3, 5, 5)
+    with pytest.raises(NormkitError, match=r"^4: .* has one value for each statistic .* constant"):
+        nk.convert(model, to, source="bn", example=x)
+    changes = nk.convert(model, to, source="bn", example=x, on_refusal="leave")
+    assert [row.layer for row in changes] == ["1"]
+    assert [left.layer for left in changes.passed_over] == ["4"]
+    assert model[4] is norm
+    assert len(nk.convert(model, "rms:c", source="bn", example=x)) == 1
+    assert len(nk.convert(model, "bn", example=x[:1])) == 2  # in training there may be more
