@@ -205,3 +205,14 @@ def test_the_flag_goes_to_and_fro_or_is_refused() -> None:
         nk.convert(model, "renorm")
     assert len(nk.convert(model, "renorm", on_refusal="leave").passed_over) == 1
     assert nk.convert(model, "gn:2").rows[0].note == "running statistics dropped"
+
+
+def test_attributes_that_are_gone_are_told() -> None:
+    model = nn.Sequential(
+        foreign.LlamaRMSNorm(4), nn.RMSNorm(4), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4)
+    )
+    model.append(nn.InstanceNorm1d(4))
+    notes = [row.note for row in nk.accelerate(model)]
+    assert not hasattr(model[0], "variance_epsilon")
+    assert notes[0] == "its variance_epsilon, early dropped"
+    assert not any("dropped" in note for note in notes[1:])
