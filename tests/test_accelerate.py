@@ -1,6 +1,8 @@
 """normkit's layers in the place of torch's: the same function, parameters and keys."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -33,10 +35,10 @@ def test_it_computes_the_same_with_the_same_parameters() -> None:
     theirs, keys = copy.deepcopy(model), list(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     changes = nk.accelerate(model, example=x)
-    assert len(changes.rows) == 6
+    assert len(changes.rows) == 7
     said = {row.before.partition("(")[0] for row in changes if "no longer holds" in row.note}
     assert said == {"BatchNorm2d", "InstanceNorm2d"}
-    assert sum(isinstance(module, Layer) for module in model.modules()) == 6
+    assert sum(isinstance(module, Layer) for module in model.modules()) == 7
     assert list(model.state_dict()) == keys
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}
     for training in (True, False):
@@ -165,3 +167,52 @@ def test_running_statistics_of_a_half_model_become_wide() -> None:
     assert model[1].running_var.dtype == torch.float32
     assert_close(model[1].running_var, before["running_var"].float(), rtol=0, atol=0)
     assert_close(model.eval()(x), wanted)
+
+
+def flagged(kept: bool) -> nn.Module:
+    """A batch norm without running statistics, or with such as stay, as the flag was set later."""
+    norm = nn.BatchNorm2d(4, track_running_stats=kept)
+    norm.track_running_stats = False
+    return norm
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [nk.accelerate, lambda m: nk.convert(m, "sync_bn", on_refusal="leave"), lambda m: nk.convert(m, "ghost:8")],
+    ids=["accelerate", "sync_bn", "ghost"],
+)
+def test_the_flag_of_running_statistics_goes_over(change: Callable[[nn.Module], Any], kept: bool) -> None:
+    model, x = nn.Sequential(flagged(kept)), torch.randn(8, 4, 3, 3) * 2 + 3
+    theirs = copy.deepcopy(model)
+    changes = change(model)
+    assert len(changes) + len(changes.passed_over) == 1
+    assert list(model.state_dict()) == list(theirs.state_dict())
+    for training in (True, False, True):
+        assert_close(model.train(training)(x), theirs.train(training)(x))
+    assert_close(model.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+
+def test_the_flag_goes_to_and_fro_or_is_refused() -> None:
+    for norm, to in (
+        (nk.BatchNorm(4, track_running_stats=False), "sync_bn"),
+        (nn.SyncBatchNorm(4, track_running_stats=False), "bn"),
+    ):
+        made: Any = nk.convert(norm, to).model
+        assert (made.running_mean, made.track_running_stats) == (None, False)
+    model = nn.Sequential(flagged(True))
+    with pytest.raises(nk.errors.SurgeryError, match="set it back to True, drop the buffers"):
+        nk.convert(model, "renorm")
+    assert len(nk.convert(model, "renorm", on_refusal="leave").passed_over) == 1
+    assert nk.convert(model, "gn:2").rows[0].note == "running statistics dropped"
+
+
+def test_attributes_that_are_gone_are_told() -> None:
+    model = nn.Sequential(
+        foreign.LlamaRMSNorm(4), nn.RMSNorm(4), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4)
+    )
+    model.append(nn.InstanceNorm1d(4))
+    notes = [row.note for row in nk.accelerate(model)]
+    assert not hasattr(model[0], "variance_epsilon")
+    assert notes[0] == "its variance_epsilon, early dropped"
+    assert not any("dropped" in note for note in notes[1:])

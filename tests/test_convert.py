@@ -235,7 +235,7 @@ def test_several_axes_go_where_they_can():
 
 def test_an_example_finds_a_norm_that_cannot_take_its_input():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    with pytest.raises(SurgeryError, match=r"does not run on the example.*InstanceNorm"):
+    with pytest.raises(SurgeryError, match="in has one value for each statistic on the example"):
         convert(model, "in", example=torch.randn(2, 4))
     assert type(model[1]) is nn.LayerNorm
     assert model.training

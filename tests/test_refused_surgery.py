@@ -1,15 +1,18 @@
 """What would go wrong silently in placed, adopted and converted models is refused, or forgotten where it is stale."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import normkit as nk
 from normkit.core.errors import NormkitError
-from normkit.surgery import adopt, place_norms, translate
+from normkit.surgery import adopt, drop_redundant_bias, freeze, place_norms, plain, translate
 
 
 def encoder() -> nn.TransformerEncoder:
@@ -80,3 +83,79 @@ def test_waiting_moments_do_not_outlive_their_group(how: str) -> None:
     norm(torch.randn(8, 2))
     assert norm.running_mean is not None
     assert norm.running_mean.abs().max() < 10
+
+
+@contextmanager
+def one_process(folder: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def wrapped(tmp_path: Path) -> Iterator[nn.Module]:
+    """A module that holds one wrapped for several processes, of which there is one."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.LayerNorm(5), nn.RMSNorm(5))
+    with one_process(tmp_path):
+        yield nn.Sequential(DistributedDataParallel(net))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: nk.condition(model, where="all"),
+        lambda model: nk.convert(model, "ln", source="rms"),
+        lambda model: nk.convert(model, "none", source="bn"),
+        lambda model: nk.apply_recipe(model, "keep+wn"),
+        freeze,
+        lambda model: drop_redundant_bias(model, torch.randn(2, 3, 4, 5)),
+    ],
+    ids=["condition", "created", "dropped", "recipe", "freeze", "bias"],
+)
+def test_other_parameters_in_a_wrapper_for_processes_are_refused(wrapped: Any, change: Callable[[Any], Any]) -> None:
+    state = {key: (id(value), value.requires_grad) for key, value in wrapped.named_parameters()}
+    kept = list(wrapped.modules())
+    for model in (wrapped, wrapped[0]):
+        with pytest.raises(NormkitError, match="before it is wrapped in DistributedDataParallel"):
+            change(model)
+        assert {key: (id(value), value.requires_grad) for key, value in wrapped.named_parameters()} == state
+        assert all(a is b for a, b in zip(wrapped.modules(), kept, strict=True))
+
+
+def test_a_wrapped_model_may_be_plain_for_a_time(tmp_path: Path) -> None:
+    with one_process(tmp_path):
+        net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nk.condition(nn.Linear(4, 2)).model)
+        model = nn.Sequential(DistributedDataParallel(net))
+        kept = list(model.parameters())
+        with plain(model):
+            assert "0.module.0.weight" in model.state_dict()
+        assert all(a is b for a, b in zip(model.parameters(), kept, strict=True))
+
+
+def test_the_same_parameters_in_a_wrapper_for_processes_pass(wrapped: Any) -> None:
+    x = torch.randn(2, 3, 4, 5)
+    assert len(nk.convert(wrapped[0], "sync_bn", source="bn")) == 1
+    nk.accelerate(wrapped)
+    nk.recalibrate(wrapped, [x])
+    freeze(wrapped, affine=False)
+    wrapped(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in wrapped.parameters())
+
+
+@pytest.mark.parametrize("to", ["gn:gcd32", "in", "ln:c"])
+def test_a_norm_of_one_value_is_refused(to: str) -> None:
+    size = 1 if to == "ln:c" else 8
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, size, 1))
+    model.append(nn.BatchNorm2d(size))
+    norm, x = model[4], torch.randn(2, 3, 5, 5)
+    with pytest.raises(NormkitError, match=r"^4: .* has one value for each statistic .* constant"):
+        nk.convert(model, to, source="bn", example=x)
+    changes = nk.convert(model, to, source="bn", example=x, on_refusal="leave")
+    assert [row.layer for row in changes] == ["1"]
+    assert [left.layer for left in changes.passed_over] == ["4"]
+    assert model[4] is norm
+    assert len(nk.convert(model, "rms:c", source="bn", example=x)) == 1
+    assert len(nk.convert(model, "bn", example=x[:1])) == 2  # in training there may be more

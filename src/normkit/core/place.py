@@ -25,7 +25,9 @@ class Place:
     affine: bool = True  # whether it has a weight or a bias
     bias: bool = True  # whether the new norm gets a bias
     alone: bool = True  # whether it normalized each position separately
-    factory: dict[str, Any] = field(default_factory=dict)  # device and dtype of the parameters
+    factory: dict[str, Any] = field(
+        default_factory=dict
+    )  # device and dtype of the parameters, track_running_stats if False
     spatial: int | None = None  # number of spatial axes, if it accepted no other
     kind: str = ""  # name of its method
 

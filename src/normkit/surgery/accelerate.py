@@ -16,7 +16,7 @@ from normkit.surgery.changes import Changes, Refusal, Refusals, label
 from normkit.surgery.norms import Norm, is_norm, read_norm
 from normkit.surgery.probe import probe_gated
 from normkit.surgery.select import Where
-from normkit.surgery.substitute import build_all, put_heard
+from normkit.surgery.substitute import build_all, lost, put_heard
 from normkit.surgery.target import Target, any_tensor, norm_cards
 from normkit.surgery.transaction import transaction
 
@@ -42,7 +42,8 @@ def accelerate(
 
     Parameters and buffers are the very same objects (but for running statistics of a half type, which become float32), so an
     optimizer goes on, and the state_dict has the same keys. What is kept too: dtype, device, training flag, hooks, public
-    attributes that the user set (``qconfig``), and that one module stands in several places.
+    attributes that the user set (``qconfig``), and that one module stands in several places. Attributes of a class of its own
+    that the layer here lacks (``variance_epsilon``) are gone, and the row says so.
 
     Code that looks for torch's classes, as to freeze batch norms, still finds ``nn.LayerNorm``, ``nn.GroupNorm``, ``nn.RMSNorm``;
     but not ``nn.BatchNorm2d``, ``nn.InstanceNorm2d`` and their like, whose place one class for every rank takes, and the row says
@@ -78,7 +79,9 @@ def accelerate(
         made = probe_gated(module) or _build(name, module, read_norm(name, module), like)
         kinds = (kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules."))
         kind = next(kinds, nn.Module)
-        return made, "" if isinstance(made, kind) else f"isinstance(_, nn.{kind.__name__}) no longer holds"
+        notes = [] if isinstance(made, kind) else [f"isinstance(_, nn.{kind.__name__}) no longer holds"]
+        gone = lost(made, module)
+        return made, "; ".join([*notes, f"its {', '.join(gone)} dropped"] if gone else notes)
 
     pairs, rows = build_all(model, found, where, example, make, refusals)
     with transaction(model, optimizer) as opened:
@@ -96,11 +99,10 @@ def _is_candidate(name: str, module: nn.Module) -> bool:
 def _build(name: str, module: nn.Module, norm: Norm, like: torch.Tensor) -> nn.Module:
     """The layer here that computes what a norm does; refused where none does."""
     who = f"{label(name)} ({type(module).__name__})"
-    usual = {"batch_norm": True, "instance_norm": False}.get(norm.kind, norm.tracks)
     if norm.kind not in _KINDS:
         raise SurgeryError(f"{who}: {norm.kind} has no faster kernel here")
-    if norm.tracks != usual:
-        raise SurgeryError(f"{who}: it keeps {'no ' * usual}running statistics, which normkit's {norm.kind} does not")
+    if norm.tracks and norm.kind != "batch_norm":
+        raise SurgeryError(f"{who}: it keeps running statistics, which normkit's {norm.kind} does not")
     if isinstance(norm.activation, nn.Module):
         raise SurgeryError(f"{who}: it applies {type(norm.activation).__name__} too, which no layer here fuses")
     if not norm.shape:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from normkit.core.errors import SurgeryError
+from normkit.core.errors import ShapeError, SurgeryError
+from normkit.core.support import show
+from normkit.engine.layer import Layer
 from normkit.surgery.calibrate import Calibration
 from normkit.surgery.changes import Changes, Refusal, Refusals, label
 from normkit.surgery.norms import norms_in, reach, read_norm
@@ -107,6 +109,8 @@ def convert(
             return None
         if id(module) in by_time:
             _check_time_first(name, target, made)
+        if seen is not None:
+            _check_several(name, target, made, seen)
         return made, note
 
     pairs, rows = build_all(model, found, where, example, make, refusals)
@@ -126,4 +130,19 @@ def _check_time_first(name: str, target: Target, made: nn.Module) -> None:
         raise SurgeryError(
             f"{label(name)}: {target} normalizes each sample, and reads axis 0 as samples; this transformer was made with "
             "batch_first=False, so axis 0 is time; make it with batch_first=True"
+        )
+
+
+def _check_several(name: str, target: Target, made: nn.Module, seen: Sequence[int]) -> None:
+    """Refuse a norm that would subtract from each value of the example itself."""
+    if not isinstance(made, Layer) or made.rule.statistic.center is None or "n" in made.rule.support.reduced:
+        return
+    try:
+        alone = made.rule.support.split(seen).count == 1
+    except ShapeError:  # the run on the example says it
+        return
+    if alone:
+        raise SurgeryError(
+            f"{label(name)}: {target} has one value for each statistic on the example (input {show(seen)}), so that its output "
+            "would be constant; choose another norm, or leave it with on_refusal='leave'"
         )

@@ -46,6 +46,7 @@ class Norm:
             the last of several trailing ones, or "".
         momentum: of running statistics.
         tracks: whether it keeps running statistics.
+        track: ``track_running_stats`` of a norm over the batch; if False, those that are there stay; None without such a flag.
         running: those that run over the batch, by name: mean, variance, count.
         note: what was found out about it that its class does not say.
         affine: whether it has parameters.
@@ -67,6 +68,7 @@ class Norm:
     option: str = ""
     momentum: float | None = 0.1
     tracks: bool = False
+    track: bool | None = None
     running: dict[str, Tensor | None] = field(default_factory=dict)
     note: str = ""
     affine: bool = True
@@ -137,6 +139,11 @@ def read_norm(name: str, module: nn.Module, seen: Sequence[int] | None = None) -
     return replace(norm, shape=shape, rank=len(seen))
 
 
+def has_flag(card: Card) -> bool:
+    """Whether a method's layer is a norm over the batch that obeys ``track_running_stats``."""
+    return "n" in card.reach and "track_running_stats" in inspect.signature(card.module).parameters
+
+
 def reach(card: Card, module: nn.Module) -> frozenset[str]:
     """The axes that the statistics of a method's layer reach over."""
     return frozenset(module.rule.support.reduced) if isinstance(module, Layer) and card.over is None else card.reach
@@ -171,6 +178,7 @@ def _known(card: Card, module: nn.Module) -> Norm:
         option="" if card.option is None else card.option.of(module),
         momentum=getattr(module, "momentum", 0.1),
         tracks=getattr(module, "running_mean", None) is not None,
+        track=getattr(module, "track_running_stats", None) if has_flag(card) else None,
         running=dict(module._buffers) if "n" in card.reach else {},
         note="; ".join(notes),
         affine=next(module.parameters(), None) is not None,

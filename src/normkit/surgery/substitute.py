@@ -109,6 +109,12 @@ def inherit(made: nn.Module, module: nn.Module) -> nn.Module:
     return made
 
 
+def lost(made: nn.Module, module: nn.Module) -> list[str]:
+    """The public attributes of a module's class, by its code, that one in its place lacks."""
+    own = _own_names(type(module))
+    return [name for name in vars(module) if name in own and not name.startswith("_") and not hasattr(made, name)]
+
+
 def _own_names(cls: type) -> set[str]:
     """Every name that a class's code speaks of: an attribute that is not among them is its user's."""
     functions = (value for base in cls.__mro__ for value in vars(base).values() if isinstance(value, FunctionType))

@@ -21,7 +21,7 @@ from normkit.engine.layer import Layer
 from normkit.surgery.changes import label
 from normkit.surgery.from_one import count_from_one
 from normkit.surgery.frozen_batch_norm import FrozenBatchNorm
-from normkit.surgery.norms import Norm, reach
+from normkit.surgery.norms import Norm, has_flag, reach
 
 OVER_POSITIONS = "statistics over positions: in a causal model tokens see later ones, and padding counts"
 _FROZEN = "frozen_bn"
@@ -99,6 +99,7 @@ class Target:
             )
         gain = norm.weight if norm.weight is not None else norm.bias
         like = like if gain is None else gain
+        unkept = {"track_running_stats": False} if norm.track is False and not norm.tracks and has_flag(card) else {}
         place = Place(
             norm.axes if norm.axes in card.axes or norm.rank != 2 else card.axes[0],  # of (N, C) both layouts are one
             norm.shape,
@@ -109,7 +110,7 @@ class Target:
             norm.affine,
             norm.bias is not None or not norm.has_bias,
             norm.alone,
-            {"dtype": like.dtype, "device": like.device},
+            {"dtype": like.dtype, "device": like.device, **unkept},
             norm.spatial,
             norm.kind,
         )
@@ -122,6 +123,8 @@ class Target:
         except OptionError as error:
             raise SurgeryError(f"{label(name)}: {error}, or leave the layer with {_LEAVE}") from error
         self._take_activation(name, norm, new)
+        if norm.track is False and norm.tracks:
+            self._hold(name, card, new)
         notes = [norm.note, *_carry(card, norm, new), *_memory(norm, new)]
         if causal and norm.alone and norm.rank != 2 and "*" in reach(card, new):
             notes.append(OVER_POSITIONS)
@@ -136,6 +139,18 @@ class Target:
                 f"of its own, or leave it with {_LEAVE}"
             )
         new.activation = norm.activation  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _hold(self, name: str, card: Card, new: nn.Module) -> None:
+        """Let a layer keep running statistics that training leaves as they are."""
+        if new._buffers.get("running_mean") is None:
+            return
+        if has_flag(card):
+            new.track_running_stats = False  # pyright: ignore[reportArgumentType]
+        if not has_flag(card) or not isinstance(new, Layer) or new.rule.memory is None:
+            raise SurgeryError(
+                f"{label(name)}: track_running_stats was set to False, so that training leaves its running statistics as they "
+                f"are, which {self} can't do; set it back to True, drop the buffers, or leave it with {_LEAVE}"
+            )
 
     def _frozen(self, name: str, norm: Norm) -> tuple[nn.Module, str]:
         mean, var = (norm.running.get(key) for key in ("running_mean", "running_var"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from normkit.core.errors import SurgeryError
 from normkit.engine.layer import MADE
@@ -56,10 +57,32 @@ class Transaction:
         self._trained = [kept for kept in self._trained if kept[0].requires_grad != kept[1]]
         known = {id(parameter) for parameter in self._names.values()}
         now = dict(root.named_parameters())
+        self._check_wrapped(now)
         if self._state is not None:
             self._state.follow(now)
         new = {name: parameter for name, parameter in now.items() if id(parameter) not in known}
         return Changes(root, tuple(rows), tuple(passed_over), new, self._undo)
+
+    def _check_wrapped(self, now: Mapping[str, nn.Parameter]) -> None:
+        """Put back and refuse other parameters, or others that are trained, in a wrapper that holds those it found.
+
+        What a parametrization gave in its place passes: for a time, as in ``plain``, or for good, as in ``fold``.
+        """
+        if not any(isinstance(module, DistributedDataParallel) for module in self._modules.values()):
+            return
+        given = {key: _parametrized(key) for key in self._names if key not in now}
+        same = all(now[key] is old for key, old in self._names.items() if key in now)
+        if same and all(name in now for name in given.values()) and now.keys() <= {*self._names, *given.values()}:
+            if not self._trained:
+                return
+            what = "others would be trained"
+        else:
+            what = "parameters would be others"
+        self.restore()
+        raise SurgeryError(
+            f"{what}: change model.module before it is wrapped in DistributedDataParallel, whose hooks sit on the parameters "
+            "that were there; wrap it again"
+        )
 
     def _undo(self) -> nn.Module:
         """Take back what the verb changed, and nothing else: what was set since on other things stays."""
@@ -113,6 +136,12 @@ def transaction(
     except BaseException:
         opened.restore()
         raise
+
+
+def _parametrized(name: str) -> str:
+    """The name of what a parametrization of this name gives; empty for other parameters."""
+    layer, found, rest = name.rpartition("parametrizations.")
+    return layer + rest.partition(".")[0] if found else ""
 
 
 def _memory(parameter: Tensor) -> object:
