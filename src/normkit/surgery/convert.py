@@ -135,7 +135,10 @@ def _check_time_first(name: str, target: Target, made: nn.Module) -> None:
 
 def _check_several(name: str, target: Target, made: nn.Module, seen: Sequence[int]) -> None:
     """Refuse a norm that would subtract from each value of the example itself."""
-    if not isinstance(made, Layer) or made.rule.statistic.center is None or "n" in made.rule.support.reduced:
+    if not isinstance(made, Layer) or made.rule.statistic.center is None:
+        return
+    reduced = made.rule.support.reduced
+    if "n" in reduced or "*" not in reduced:  # the batch, or the word, says of how many
         return
     try:
         alone = made.rule.support.split(seen).count == 1
