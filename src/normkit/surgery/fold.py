@@ -201,7 +201,7 @@ def _plain_convolution(layer: _ConvNd, weight: Tensor, bias: Tensor | None) -> n
 
 
 def _fold_norms(trial: _Trial, refusals: Refusals) -> list[Change]:
-    norms = {name: module for name, module in trial.model.named_modules() if is_norm(module)}
+    norms = norms_in(trial.model)
     every = trial.model.modules()
     layers = [module for module in every if isinstance(module, nn.Linear | _ConvNd) or is_gpt2_linear(module)]
     watch, ties, rows = Watch(layers, norms.values()), tied_parameters(trial.model), []

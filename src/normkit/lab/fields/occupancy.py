@@ -37,7 +37,7 @@ class OccupancyJob(Work, path="{0.subject}/{0.row}/rate={0.rate:g}/seed={0.seed}
     """What to train, and how: a solid, a row's name, recipe and activation, and the scale of the trunk's rows.
 
     The rest are the published settings: half of the `points` lie near the surface, `batch` of them are a step, `every` epochs lie
-    between measurements, and the surface is extracted on a `grid` of so many cells per side.
+    between measurements, and the surface is extracted on `grid` cells per side.
     """
 
     solid: str

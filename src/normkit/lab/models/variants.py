@@ -60,7 +60,7 @@ class Kept(nn.Module):
 
 
 def scale_by_norm(model: nn.Module, where: str = "first_last", *, norm: float | str = 2.0, every: int = 0) -> None:
-    """Scales rows by their norm of order `norm`; or, where `every` is not 0, by 2-norms kept for so many steps."""
+    """Scales rows by their norm of order `norm`; or, where `every` is not 0, by 2-norms kept for `every` steps."""
     for layer in select(model, where).values():
         assert isinstance(layer.weight, Tensor)
         scaling = Kept(every, layer.weight) if every else ByNorm(float(norm))
