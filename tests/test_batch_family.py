@@ -253,8 +253,7 @@ def test_memory_averages_raw_moments_of_each_channel(groups: int | None, example
         norm(x * step)
         first = 0.7 * first + 0.3 * (x * step).mean((0, 2, 3))
         second = 0.7 * second + 0.3 * (x * step).square().mean((0, 2, 3))
-    assert_close(norm.running_mean, first)
-    assert_close(norm.running_var, second - first.square())
+    assert_close((norm.running_mean, norm.running_var), (first, second - first.square()))
     assert norm.num_batches_tracked == 3
 
 
@@ -277,8 +276,7 @@ def test_equation_three(alpha: float, groups: int | None, shape: tuple[int, ...]
             deviation = (square - mean.square() + norm.eps).sqrt()
             y[n, c] = norm.weight[c] * (x[n, c] - mean) / deviation + norm.bias[c]
     norm.eval()
-    assert_close(norm(x), y)
-    assert_close(norm(x[2:3]), y[2:3])
+    assert_close((norm(x), norm(x[2:3])), (y, y[2:3]))
 
 
 def test_evaluation_keeps_accuracy_beside_a_large_mean() -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from scipy.stats import ttest_rel
 
 import lab_samples
 from comparison_records import write_comparison
@@ -20,7 +21,16 @@ from normkit.lab import record, task
 from normkit.lab.budget import fit, measure
 from normkit.lab.comparison import _begun_with, _planned, compare, remarks, tables
 from normkit.lab.settings import Settings
-from normkit.lab.stats import FURTHER, detectable, holm, over_seeds, over_seeds_and_samples, seeds_for, tune
+from normkit.lab.stats import (
+    FURTHER,
+    detectable,
+    holm,
+    over_seeds,
+    over_seeds_and_samples,
+    paired_interval,
+    seeds_for,
+    tune,
+)
 from normkit.lab.study import Made, Study
 from normkit.lab.train.fabric import Processes, start_fabric
 
@@ -196,8 +206,7 @@ def test_resampled_intervals(tmp_path: Path) -> None:
     plain = ran(tmp_path, settings)["recipes"][1]["paired"]
     found = ran(tmp_path, replace(settings, resample=True))["recipes"][1]["paired"]
     assert (plain["covers"], found["covers"]) == (["seeds"], ["seeds", "test samples"])
-    assert found["mean"] == plain["mean"]
-    assert (found["low"] + found["high"]) / 2 == pytest.approx(found["mean"])
+    assert (found["mean"], (found["low"] + found["high"]) / 2) == (plain["mean"], pytest.approx(found["mean"]))
     assert found["high"] - found["low"] > 0
 
 
@@ -259,5 +268,35 @@ def test_what_is_free_changes_over_the_runs_that_are_there(tmp_path: Path, monke
     monkeypatch.setattr("normkit.lab.study.Trainer.train", lambda *given: pytest.fail("trained again"))
     narrow = ran(tmp_path, replace(SMALL, extend=False, level=0.5, target=0.1, rates=(0.2,)))
     assert [len(recipe["sweep"]) for recipe in narrow["recipes"]] == [1, 1]
-    assert narrow["target"]["score"] == 0.1
-    assert narrow["recipes"][1]["paired"]["level"] == 0.5
+    assert (narrow["target"]["score"], narrow["recipes"][1]["paired"]["level"]) == (0.1, 0.5)
+
+
+# Paired intervals against scipy's own paired t test
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+@pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
+def test_equals_scipy(count: int, level: float) -> None:
+    rng = np.random.default_rng(count)
+    ours, theirs = rng.normal(0.9, 0.02, count), rng.normal(0.88, 0.02, count)
+    expected = ttest_rel(ours, theirs).confidence_interval(level)
+    found = paired_interval(list(ours - theirs), level)
+    assert found.low == pytest.approx(expected.low, rel=1e-9)  # two ways to sum a few doubles
+    assert (found.high, found.mean) == (pytest.approx(expected.high, rel=1e-9), pytest.approx(np.mean(ours - theirs)))
+
+
+@pytest.mark.parametrize(
+    ("differences", "mean", "end"), [([], None, None), ([0.25], 0.25, None), ([0.5, 0.5, 0.5], 0.5, 0.5)]
+)
+def test_few_and_equal_differences(differences: list[float], mean: float | None, end: float | None) -> None:
+    found = paired_interval(differences)
+    assert (found.mean, found.low, found.high) == (mean, end, end)
+
+
+def test_differences_that_agree_to_the_last_digit_decide_nothing() -> None:
+    from normkit.lab.report.wording import judge
+
+    paired = {"mean": 0.01, "low": 0.01, "high": 0.01, "n": 3}
+    recipe = {"recipe": "bn+e", "test_score": {"mean": 0.9, "n": 3}, "runs": [{"status": "ok"}], "paired": paired}
+    assert judge(recipe, "bn") == "even"
+    assert judge({**recipe, "paired": {**paired, "low": 0.005}}, "bn") == "better"

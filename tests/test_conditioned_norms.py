@@ -158,8 +158,7 @@ def test_a_map_gives_each_position_its_weight_and_bias() -> None:
     gain = F.conv2d(hidden, norm.gain.weight, norm.gain.bias, padding=1)
     shift = F.conv2d(hidden, norm.shift.weight, norm.shift.bias, padding=1)
     wanted = F.batch_norm(x, None, None, training=True) * (1 + gain) + shift
-    assert_close(norm(x, labels), wanted)
-    assert_close(norm(x, small), wanted)
+    assert_close((norm(x, labels), norm(x, small)), (wanted, wanted))
 
 
 def test_over_the_sample_a_map_layer_keeps_no_state() -> None:
@@ -267,8 +266,7 @@ def test_a_class_or_a_strength_for_all_samples() -> None:
     norm, x = nk.ConditionalNorm(4, classes=3), torch.randn(2, 4, 5)
     torch.nn.init.normal_(norm.weight)  # pyright: ignore[reportArgumentType]
     wanted = norm(x, torch.tensor([1, 1]))
-    assert_close(norm(x, torch.tensor(1)), wanted)
-    assert_close(norm(x, torch.tensor([1])), wanted)
+    assert_close((norm(x, torch.tensor(1)), norm(x, torch.tensor([1]))), (wanted, wanted))
     half = nk.functional.adaptive_instance_norm(x, x.flip(0), 0.5)
     for strength in (torch.tensor(0.5), torch.tensor([0.5]), torch.full((2,), 0.5), torch.full((2, 1, 1), 0.5)):
         assert_close(nk.functional.adaptive_instance_norm(x, x.flip(0), strength), half)

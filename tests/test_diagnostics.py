@@ -81,8 +81,7 @@ def test_every_weight_is_reported_before_and_after() -> None:
     assert_close(last.condition, condition_number(model.last.weight))
     assert_close(model.state_dict(), state, rtol=0, atol=0)
     read = json.loads(json.dumps([row.json() for row in found.values()], allow_nan=False))
-    assert read[0]["condition"] == found["words"].condition
-    assert len(read[0]["spectrum"]) == 8
+    assert (read[0]["condition"], len(read[0]["spectrum"])) == (found["words"].condition, 8)
 
 
 # Activations
@@ -121,8 +120,7 @@ def test_the_signal_of_every_module() -> None:
     assert_close((tanh.mean, tanh.std), (y.mean().item(), y.std(correction=0).item()), rtol=1e-5, atol=1e-6)
     assert_close(tanh.saturated, (y.abs() > 0.98).float().mean().item(), rtol=1e-6, atol=0)
     assert (tanh.saturated or 0) > 0.5
-    assert found[2].dead == 0.25
-    assert found[2].saturated == 0
+    assert (found[2].dead, found[2].saturated) == (0.25, 0)
     assert found[0].saturated is None
     assert (found[5].gradient_std or 0) > 0
     assert activations(model, [x for x, _ in batches])[0].gradient_std is None

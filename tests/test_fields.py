@@ -85,9 +85,7 @@ def test_a_run_without_a_number_ends(tmp_path: Path) -> None:
 def test_what_a_run_gives(tmp_path: Path) -> None:
     found = learn_scene(on_balls(epochs=1, every=42), tmp_path)
     pixels = 21 * 8 * 8
-    assert found["pixels"] == pixels
-    assert found["steps"] == pixels // 16
-    assert found["views"] == [0, 8, 16]
+    assert (found["pixels"], found["steps"], found["views"]) == (pixels, pixels // 16, [0, 8, 16])
     assert len(found["psnr"]) == 3
     assert [row["step"] for row in found["curve"]] == [42, 84]
     assert found["curve"][-1]["rate"] == pytest.approx(1e-3 * 0.1**0.8, rel=0.03)
@@ -150,8 +148,7 @@ def test_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_that_diverged_is_told_and_rates_are_the_best_tried(tmp_path: Path) -> None:
     found = perform(table4.EXPERIMENT, bench(tmp_path, "tiny", seeds=(0, 1)))["result"]
-    assert len(found["runs"]) == 2 + 2 + 5
-    assert set(found["pictures"]["spheres"]) == set(table4.ROWS)
+    assert (len(found["runs"]), set(found["pictures"]["spheres"])) == (2 + 2 + 5, set(table4.ROWS))
     assert {row["rate"] for row in found["rates"].values()} == {1e-3}
     ours, _, rates, time, _ = table4.tables(found)
     assert rates.columns == ["method", "0.001", "1e+30"]

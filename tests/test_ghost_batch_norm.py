@@ -65,8 +65,7 @@ def test_memory_of_moments_averages_raw_moments(batch: int) -> None:
     for step in range(3):
         first = 0.7 * first + 0.3 * (x * (1 + step)).mean((0, 2))
         second = 0.7 * second + 0.3 * (x * (1 + step)).square().mean((0, 2))
-    assert_close(norm.running_mean, first)
-    assert_close(norm.running_var, second - first.square())
+    assert_close((norm.running_mean, norm.running_var), (first, second - first.square()))
 
 
 def test_memory_of_moments_keeps_the_variance_beside_a_large_mean() -> None:

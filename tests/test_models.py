@@ -62,10 +62,8 @@ def test_vit_b16_is_timms() -> None:
         model = vit_b16()
     assert count(model) == 86_567_656
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert shapes["patch_embed.proj.weight"] == (768, 3, 16, 16)
-    assert shapes["pos_embed"] == (1, 197, 768)
-    assert shapes["blocks.11.attn.qkv.weight"] == (2304, 768)
-    assert shapes["blocks.11.mlp.fc1.weight"] == (3072, 768)
+    assert (shapes["patch_embed.proj.weight"], shapes["pos_embed"]) == ((768, 3, 16, 16), (1, 197, 768))
+    assert (shapes["blocks.11.attn.qkv.weight"], shapes["blocks.11.mlp.fc1.weight"]) == ((2304, 768), (3072, 768))
     assert shapes["head.weight"] == (1000, 768)
 
 

@@ -326,8 +326,7 @@ CASES = [
 def test_data_as_people_have_them(made: Any, model: nn.Module, kind: str, sizes: tuple[int, ...], words: str) -> None:
     data = suited(make_data(lambda: made, "data"), model, "model")
     check_fit(model, data, "model")
-    assert data.kind == kind
-    assert data.score == ("r2" if kind == "regression" else "accuracy")
+    assert (data.kind, data.score) == (kind, "r2" if kind == "regression" else "accuracy")
     assert tuple(map(len, data.splits.values())) == sizes
     assert data.sha256() == data.sha256()
     assert re.search(words, "; ".join(data.notes))
@@ -366,5 +365,4 @@ def test_doubles_of_numpy_become_floats() -> None:
     made = make_data(
         lambda: {"train": (np.ones((10, 2)), np.arange(10) % 2), "test": (np.ones((4, 2)), np.eye(4)[0] > 0)}, "d"
     )
-    assert tensor(made.train).dtype == torch.float32
-    assert made.test.targets.dtype == torch.int64
+    assert (tensor(made.train).dtype, made.test.targets.dtype) == (torch.float32, torch.int64)

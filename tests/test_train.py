@@ -214,8 +214,7 @@ def test_parts_weigh_tokens_not_samples(tmp_path: Path) -> None:
         inputs, targets = data.train.batch(torch.arange(7), torch.device("cpu"))
         losses.append(train_step(runner.fabric, runner.placed, some, inputs, targets))
         losses.append(runner.placed.model.out.weight.detach().clone())
-    assert_close(losses[0], losses[2])
-    assert_close(losses[1], losses[3])
+    assert_close((losses[0], losses[1]), (losses[2], losses[3]))
 
 
 def test_the_average_is_judged_and_the_weights_go_on(tmp_path: Path) -> None:
