@@ -19,7 +19,7 @@ from comparison_records import write_comparison
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record, task
 from normkit.lab.budget import fit, measure
-from normkit.lab.comparison import _begun_with, _planned, compare, remarks, tables
+from normkit.lab.comparison import _begun_with, _planned, remarks, tables
 from normkit.lab.settings import Settings
 from normkit.lab.stats import (
     FURTHER,
@@ -38,9 +38,8 @@ SMALL = replace(lab_samples.SMALL, extend=True)
 
 
 def ran(folder: Path, settings: Settings = SMALL, text: StringIO | None = None, **options: Any) -> dict[str, Any]:
-    console = Console(quiet=True) if text is None else Console(file=text, width=300)
-    options = {"model": lab_samples.model, "data": lab_samples.data, "report": False, **options}
-    return compare(settings, folder, console=console, **options)["result"]
+    console = {} if text is None else {"console": Console(file=text, width=300)}
+    return lab_samples.compared(folder, settings, **console, **options)["result"]
 
 
 @dataclass(frozen=True)

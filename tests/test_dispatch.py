@@ -66,21 +66,6 @@ def test_one_element_with_correction_has_no_variance_but_a_derivative() -> None:
     y.sum().backward()
 
 
-@pytest.mark.parametrize(
-    "layer", [nk.BatchNorm(3), nk.InstanceNorm(3, track_running_stats=True)], ids=["batch", "instance"]
-)
-def test_tracking_turned_off_later_is_as_in_torch(layer: nn.Module) -> None:
-    theirs = nn.BatchNorm1d(3) if isinstance(layer, nk.BatchNorm) else nn.InstanceNorm1d(3, track_running_stats=True)
-    x = torch.randn(4, 3, 5)
-    for norm in (layer, theirs):
-        norm(x + 2)
-        norm.track_running_stats = False
-    before = copy.deepcopy(layer.state_dict())
-    assert_close(layer(x), theirs(x), rtol=1e-5, atol=1e-5)
-    assert_close(layer.state_dict(), before)
-    assert_close(layer.eval()(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
-
-
 def test_a_wholly_masked_sample_leaves_the_others_their_say() -> None:
     norm = nk.InstanceNorm(2, track_running_stats=True, momentum=1.0)
     x = torch.randn(3, 2, 6) + 5
@@ -305,19 +290,6 @@ def test_a_saved_tensor_of_another_shape_is_refused(make: Callable[..., nn.Modul
         y = make(4)(x)
         with pytest.raises(RuntimeError):
             y.sum().backward()
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@pytest.mark.parametrize("make", [nk.LayerNorm, nk.RMSNorm, nk.ScaleNorm], ids=lambda make: make.__name__)
-def test_a_warm_layer_takes_a_nested_tensor(make: type) -> None:
-    made = make(4)
-    made(torch.randn(2, 4))
-    parts = [torch.randn(2, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)]
-    nested = torch.nested.nested_tensor(parts)
-    for part, found in zip(parts, made.double()(nested).unbind(), strict=True):
-        assert_close(found, made(part))
-    assert made.explain(nested).backend == "nested"
-    assert made(torch.nested.nested_tensor([], dtype=torch.float64)).dtype == torch.float64
 
 
 def test_a_default_device_is_not_where_a_kernel_works() -> None:

@@ -25,11 +25,8 @@ def tensor(split: Split) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nonsense", "names no factory; wanted one of inception, .*, or package.module:factory"),
         ("a:", "names no factory"),
-        ("not_there:model", "there is no module 'not_there'"),
         ("json.not_there:model", r"there is no module 'json.not_there'"),
-        ("lab_samples:modle", "lab_samples has no 'modle'; it has .*model"),
         ("math:pi", "a float; wanted a factory"),
         ("normkit.core:model", "has no 'model'"),
     ],
@@ -37,14 +34,6 @@ def tensor(split: Split) -> torch.Tensor:
 def test_import_paths(name: str, words: str) -> None:
     with pytest.raises(ProtocolError, match=words):
         load_factory(name, MODELS)
-
-
-def test_module_that_fails_on_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "broken_on_import.py").write_text("1 / 0\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(ProtocolError, match="raised ZeroDivisionError"):
-        load_factory("broken_on_import:model", MODELS)
 
 
 def test_current_folder_is_importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,12 +105,6 @@ def test_ignored_tokens_count_for_nothing() -> None:
     assert padded == 0
 
 
-def test_built_in_names() -> None:
-    for builtin in (MODELS, DATA):
-        for name in builtin:
-            assert callable(load_factory(name, builtin))
-
-
 def test_subset_of_any_split() -> None:
     targets = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
     split = Split(targets, torch.arange(100))
@@ -144,34 +127,19 @@ def test_subset_of_any_split() -> None:
     [
         ({"seeds": ()}, "wanted at least one seed"),
         ({"seeds": (0, 0)}, "different seeds"),
-        ({"rates": (0.1, 0.0)}, "rates is .*above 0"),
         ({"rates": (float("nan"),)}, "above 0"),
         ({"rates": (0.1, 0.1)}, "different learning rates"),
-        ({"epochs": 0}, "epochs is 0; wanted a whole number from 1"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"optimizer": "lion"}, "optimizer is 'lion'; wanted sgd or adam or adamw or muon or muoneq"),
         ({"optimizer": "muoneq", "strategy": "fsdp"}, "muoneq needs whole matrices"),
-        ({"schedule": "linear"}, "schedule is 'linear'; wanted cosine or constant or step"),
         ({"strategy": "pipeline"}, "strategy is 'pipeline'; wanted auto or ddp or fsdp"),
-        ({"warmup": 12.0}, "warmup is 12.0; wanted from 0 to below the 12 epochs"),
-        ({"accumulate": 65}, "accumulate is 65; wanted at most the 64 samples"),
         ({"clip": 0.0}, "clip is 0.0; wanted a length above 0"),
         ({"ema": 1.0}, "ema is 1.0"),
         ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
-        ({"momentum": 1.0}, "momentum is 1.0"),
-        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
-        ({"level": 95.0}, "level is 95.0"),
         ({"target": float("nan")}, "target is nan"),
     ],
 )
 def test_settings_outside_their_range(options: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         Settings(**options)
-
-
-def test_the_same_recipe_twice() -> None:
-    with pytest.raises(OptionError, match="are the same"):
-        Settings(recipes=("bn", "bn+e", "bn+e@first_last")).canonical()
 
 
 def test_the_command_says_what_differs() -> None:

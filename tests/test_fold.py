@@ -245,21 +245,6 @@ def test_weights_that_are_tied_and_parametrized_alike_stay_tied():
     torch.testing.assert_close(model(tokens), wanted)
 
 
-def test_a_model_in_training_is_refused_with_the_cure():
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    with pytest.raises(SurgeryError, match=r"training mode.*model\.eval\(\)"):
-        fold(model, torch.randn(2, 4))
-    with pytest.raises(SurgeryError, match="does not run on the example"):
-        fold(model.eval(), torch.randn(2, 5))
-    with pytest.raises(SurgeryError, match="same finite output twice"):
-        fold(nn.Sequential(nn.Linear(4, 4), Noise()).eval(), torch.randn(2, 4))
-
-
-class Noise(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.randn_like(x)
-
-
 def test_without_an_example_batch_norms_are_named_as_passed_over() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), BatchNorm(8), nn.LayerNorm(4)).eval()
     passed = fold(model).passed_over

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import normkit as nk
-from foreign_norms import BatchNormAct, ChannelsNorm, LlamaRMSNorm, ScaledStandardizing, Standardizing, lived_in
+from foreign_norms import BatchNormAct, ChannelsNorm, Conv1D, LlamaRMSNorm, ScaledStandardizing, Standardizing, lived_in
 from normkit.activations.batch_norm import BatchNorm
 from normkit.surgery.convert import convert
 from normkit.surgery.fold import fold
@@ -30,17 +30,6 @@ class Gain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
         return self.q(y) * self.k(y)
-
-
-class Conv1D(nn.Module):
-    """The linear layer of Hugging Face's GPT-2."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf, self.weight, self.bias = nf, nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).view(*x.shape[:-1], self.nf)
 
 
 class SamePadding(Standardizing):
@@ -314,8 +303,3 @@ def test_layer_norms_become_rms_norms_where_their_stream_can_be_centred(case: st
     assert_close(model(other), given, rtol=1e-4, atol=1e-4)  # float32 through two blocks, not on the example
     assert_close(model(x), wanted, rtol=0, atol=0)
     assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
-
-
-def test_centring_needs_an_example() -> None:
-    with pytest.raises(nk.errors.OptionError, match=r"centring=True.*give example="):
-        nk.fold(Transformer().eval(), centring=True)

@@ -14,7 +14,6 @@ from laws import ACTIVATIONS, name
 from normkit.activations.ghost_batch_norm import GhostBatchNorm
 from normkit.activations.recurrent_batch_norm import RecurrentBatchNorm
 from normkit.core.card import Card
-from normkit.core.errors import OptionError
 from normkit.gradients import Muon, matrix_groups, orthogonalize
 from normkit.schedules import inverse_sqrt_rate, inverse_sqrt_warmup, linear_rate, linear_warmup
 from normkit.surgery.decay import norm_penalty, param_groups
@@ -211,7 +210,7 @@ def test_optimizers_follow_them_from_the_first_step_and_resume() -> None:
 # Decay of gains and biases: by groups and by penalty alike
 
 
-def _model_decay() -> nn.Module:
+def _normed() -> nn.Module:
     model = nn.Sequential(
         nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.GroupNorm(2, 4), GhostBatchNorm(4, 2), nk.RMSNorm(5), nn.LSTM(5, 2)
     ).double()
@@ -226,7 +225,7 @@ def _loss(model: nn.Module) -> torch.Tensor:
 
 
 def test_every_parameter_is_in_one_group() -> None:
-    model = _model_decay()
+    model = _normed()
     model[0].bias.requires_grad_(False)
     groups = {group["name"]: group for group in param_groups(model, 0.1, norm_decay=0.2, bias_decay=0.3)}
     found = [id(parameter) for group in groups.values() for parameter in group["params"]]
@@ -267,7 +266,7 @@ def test_what_is_no_weight_is_a_group_of_its_own() -> None:
 
 @pytest.mark.parametrize("target", [0, 1])
 def test_groups_and_penalty_take_the_same_step(target) -> None:
-    by_groups, by_penalty = (model := _model_decay()), copy.deepcopy(model)
+    by_groups, by_penalty = (model := _normed()), copy.deepcopy(model)
     torch.optim.SGD(by_penalty.parameters(), lr=0.1)
     groups = param_groups(by_groups, 0.0, norm_decay=0.3, gamma_target=target)
     optimizers = torch.optim.SGD(groups, lr=0.1), torch.optim.SGD(by_penalty.parameters(), lr=0.1)
@@ -279,7 +278,7 @@ def test_groups_and_penalty_take_the_same_step(target) -> None:
 
 
 def test_gains_from_one_compute_the_same_and_decay_to_one() -> None:
-    model = _model_decay().eval()
+    model = _normed().eval()
     wanted = _loss(model)
     groups = param_groups(model, 0.0, norm_decay=1.0, gamma_target=1)
     assert_close(_loss(model), wanted)
@@ -295,20 +294,13 @@ def test_gains_from_one_compute_the_same_and_decay_to_one() -> None:
 
 
 def test_penalty_by_hand() -> None:
-    model = _model_decay()
+    model = _normed()
     gains = [model[layer].weight for layer in (1, 2, 3, 4)]
     biases = [model[layer].bias for layer in (1, 2, 3)]
     for target in (0, 1):
         wanted = 0.15 * (sum((g - target).square().sum() for g in gains) + sum(b.square().sum() for b in biases))
         assert_close(norm_penalty(model, 0.3, target), wanted)
     assert norm_penalty(nn.Linear(2, 2), 0.3) == 0
-
-
-def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(OptionError, match="norm_decay=-1"):
-        param_groups(nn.LayerNorm(2), 0.0, norm_decay=-1)
-    with pytest.raises(OptionError, match="gamma_target=2"):
-        norm_penalty(nn.LayerNorm(2), 0.1, 2)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lab_samples
+from architectures import published
 from normkit.core.errors import OptionError, ProtocolError
 from normkit.lab.outcome import Outcome, Template, compare
 from normkit.lab.protocol import MODELS, load_factory
@@ -60,10 +61,9 @@ def sequences() -> Any:
 
 
 def language() -> nn.Module:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = transformers.LlamaConfig(vocab_size=9, bos_token_id=0, eos_token_id=1, pad_token_id=0, **size)
-    return transformers.LlamaForCausalLM(config)
+    return published("LlamaForCausalLM", vocab_size=9, bos_token_id=0, eos_token_id=1, pad_token_id=0, **size)
 
 
 def words() -> Any:

@@ -118,11 +118,6 @@ def test_damaged_checkpoint_is_named(tmp_path: Path, damage: Any) -> None:
     assert path.exists()
 
 
-def test_missing_file_says_how_to_finish(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match=r"result\.json is missing.*normkit compare"):
-        record.read_json(tmp_path / "result.json")
-
-
 def test_another_configuration_is_named(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     record.check_config(path, {"epochs": 3, "rates": (0.1,)}, "cure")

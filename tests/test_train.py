@@ -251,12 +251,6 @@ def test_the_average_moves_in_any_precision(dtype: torch.dtype) -> None:
     assert all(torch.equal(model.state_dict()[name], value) for name, value in live.items())
 
 
-def test_an_average_of_halves_moves(tmp_path: Path) -> None:
-    runner = trainer(tmp_path, replace(SETTINGS, ema=0.999, precision="bf16-true"))
-    before = runner.evaluate(runner.data.val).loss
-    assert abs(runner.train()["val_loss"] - before) > 0.05
-
-
 def test_clipping_bounds_a_step(tmp_path: Path) -> None:
     settings = replace(SETTINGS, clip=0.01, momentum=0.0, weight_decay=0.0, schedule="constant")
     runner = trainer(tmp_path, settings)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import laws
+from foreign_norms import ChannelsNorm
 from laws import ACTIVATIONS
 from normkit.core.card import Card
 from normkit.core.errors import NotationError, SurgeryError
@@ -28,19 +29,12 @@ OWN_EPS = (
 )
 
 
-class PerPosition(nn.LayerNorm):
-    """The channels-first layer normalization of ConvNeXt."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
-
-
 class ConvNeXt(nn.Module):
     """A stem and a block: a norm with channels first, one with channels last."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 32, 2, stride=2), PerPosition(32))
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 2, stride=2), ChannelsNorm(32))
         self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32)
         self.norm = nn.LayerNorm(32, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
