@@ -10,12 +10,10 @@ from torch.nn.utils import parametrizations as theirs
 from torch.testing import assert_close
 
 from foreign_norms import random_
+from normkit import convert
 from normkit.core.errors import SurgeryError
-from normkit.surgery.convert import convert
-from normkit.surgery.data_dependent_init import data_dependent_init
-from normkit.surgery.reassign_spectral import reassign_spectral_
-from normkit.weights.spectral_norm import spectral_norm
-from normkit.weights.weight_norm import weight_norm
+from normkit.surgery import data_dependent_init, reassign_spectral_
+from normkit.weights import spectral_norm, weight_norm
 
 
 def trained_batch_norms() -> nn.Sequential:

@@ -9,9 +9,8 @@ from torch.testing import assert_close
 
 import normkit as nk
 from foreign_norms import DetectorsFrozenBatchNorm2d
+from normkit import apply_recipe, condition
 from normkit.core.errors import SurgeryError
-from normkit.surgery.condition import condition
-from normkit.surgery.recipe import apply_recipe
 
 
 def net() -> nn.Sequential:

@@ -12,17 +12,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import normkit as nk
-from normkit.activations.adaptive_instance_norm import AdaptiveInstanceNorm, adaptive_instance_norm
-from normkit.activations.adaptive_layer_norm import (
-    AdaLayerNorm,
-    AdaLayerNormOutput,
-    AdaLayerNormZeroBlock,
-    modulate,
-)
-from normkit.activations.batch_norm import BatchNorm
+from normkit import AdaLayerNorm, AdaLayerNormOutput, AdaLayerNormZeroBlock, AdaptiveInstanceNorm, BatchNorm, FiLM
 from normkit.activations.conditional_norm import ConditionalNorm, SpatiallyAdaptiveNorm, conditional_norm
-from normkit.activations.film import FiLM, film
-from normkit.activations.instance_norm import instance_norm
+from normkit.functional import adaptive_instance_norm, film, instance_norm, modulate
 
 # FiLM
 

@@ -15,16 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
 from normkit.core.errors import OptionError, ShapeError
-from normkit.diagnostics import curvature
-from normkit.diagnostics.conditioning import (
-    chi,
-    condition_number,
-    layer_spectrum,
-    operator_norm,
-    operator_spectrum,
-    weight_conditions,
-)
-from normkit.diagnostics.conditions import conditions
+from normkit.diagnostics import condition_number, conditions, curvature
+from normkit.diagnostics.conditioning import chi, layer_spectrum, operator_norm, operator_spectrum, weight_conditions
 from normkit.diagnostics.curvature import Extremes, hessian, hessian_condition, hessian_extremes, smoothness
 from normkit.diagnostics.lanczos import quadrature
 from normkit.surgery.bake import bake

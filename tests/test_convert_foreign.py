@@ -5,11 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import foreign_norms as foreign
-from normkit.activations.group_norm import GroupNorm
-from normkit.activations.rms_norm import RMSNorm
-from normkit.activations.sync_batch_norm import SyncBatchNorm
+from normkit import GroupNorm, RMSNorm, SyncBatchNorm, convert
 from normkit.core.errors import NotationError, OptionError, SurgeryError
-from normkit.surgery.convert import convert
 
 
 class LayerNorm2d(nn.Module):

@@ -18,10 +18,9 @@ from typer.testing import CliRunner
 import normkit as nk
 from normkit.cli import app
 from normkit.core.errors import OptionError, SurgeryError
-from normkit.diagnostics.activations import Stream, activations
-from normkit.diagnostics.conditioning import condition_number
-from normkit.diagnostics.conditions import conditions, spectrum
-from normkit.diagnostics.gap import gap
+from normkit.diagnostics import activations, condition_number, conditions, gap
+from normkit.diagnostics.activations import Stream
+from normkit.diagnostics.conditions import spectrum
 from normkit.lab.report.weights import depth_figure
 from normkit.weights.weight_conditioning import equilibrate, weight_conditioning
 

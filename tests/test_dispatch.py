@@ -16,12 +16,11 @@ from torch.testing import assert_close
 
 import normkit as nk
 from laws import ACTIVATIONS, call, layer, name, sample_input
+from normkit import Layer, Statistic
 from normkit.core.card import Card
 from normkit.core.errors import BackendError
-from normkit.core.statistic import Statistic
 from normkit.core.support import Split
 from normkit.engine import abi, closed_form
-from normkit.engine.layer import Layer
 from normkit.engine.library import library, why_not
 
 SCALES = ["rms", "norm", "max", "range", "std"]

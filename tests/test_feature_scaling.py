@@ -8,13 +8,11 @@ from sklearn import preprocessing
 from torch import Tensor
 from torch.testing import assert_close
 
+from normkit import Support
 from normkit.core.errors import OptionError, ProtocolError, ShapeError
-from normkit.core.support import Support
+from normkit.preprocessing import GlobalContrast, RobustScaling, UnitLength, Whitening
 from normkit.preprocessing.feature_scaling import MaxAbsScaling, MeanNormalization, MinMaxScaling, ZScore
 from normkit.preprocessing.image_standardization import PUBLISHED, ImageStandardization
-from normkit.preprocessing.robust_scaling import RobustScaling
-from normkit.preprocessing.sample_scaling import GlobalContrast, UnitLength
-from normkit.preprocessing.whitening import Whitening
 
 PAIRS = [
     (lambda: MinMaxScaling(), lambda: preprocessing.MinMaxScaler()),

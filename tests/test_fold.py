@@ -8,15 +8,9 @@ from torch.nn.utils import parametrizations as torchs
 from torch.nn.utils import parametrize
 
 from foreign_norms import lived_in
-from normkit.activations.batch_norm import BatchNorm
-from normkit.activations.batch_renorm import BatchRenorm
-from normkit.activations.ghost_batch_norm import GhostBatchNorm
-from normkit.activations.mean_only_batch_norm import MeanOnlyBatchNorm
+from normkit import BatchNorm, BatchRenorm, GhostBatchNorm, MeanOnlyBatchNorm, apply_recipe, fold
 from normkit.core.errors import SurgeryError
-from normkit.surgery.fold import fold
-from normkit.surgery.recipe import apply_recipe
-from normkit.weights.weight_conditioning import weight_conditioning
-from normkit.weights.weight_norm import weight_norm
+from normkit.weights import weight_conditioning, weight_norm
 
 # What a chain of three layers may lose to rounding when its factors are multiplied in another order.
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}

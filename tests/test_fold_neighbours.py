@@ -14,9 +14,7 @@ from torch.testing import assert_close
 
 import normkit as nk
 from foreign_norms import BatchNormAct, ChannelsNorm, Conv1D, LlamaRMSNorm, ScaledStandardizing, Standardizing, lived_in
-from normkit.activations.batch_norm import BatchNorm
-from normkit.surgery.convert import convert
-from normkit.surgery.fold import fold
+from normkit import BatchNorm, convert, fold
 from normkit.surgery.norms import is_norm
 
 

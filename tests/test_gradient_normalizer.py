@@ -12,9 +12,8 @@ from torch.testing import assert_close
 from normkit import NormalizerFreeBlock
 from normkit.activations.normalizer_free import predicted_betas
 from normkit.core.errors import OptionError
-from normkit.functional import adaptive_gradient_clipping, scaled_activation
-from normkit.gradients import AdaptiveClipping
-from normkit.gradients.gradient_normalizer import GradientNormalizer, normalize_gradients
+from normkit.functional import adaptive_gradient_clipping, normalize_gradients, scaled_activation
+from normkit.gradients import AdaptiveClipping, GradientNormalizer
 from normkit.weights import nonlinearity_gain, scaled_weight_standardization, weight_conditioning, weight_norm
 from normkit.weights.scaled_weight_standardization import RELU_GAIN
 

@@ -19,8 +19,7 @@ from torch.testing import assert_close
 
 import normkit as nk
 from laws import ACTIVATIONS, call, name, sample_input
-from normkit import api
-from normkit.catalogue import METHODS
+from normkit import METHODS, api
 from normkit.catalogue.entry import NAMESPACES
 from normkit.core.card import Card
 from normkit.core.errors import ShapeError

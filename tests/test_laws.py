@@ -27,16 +27,15 @@ from laws import (
     sample_input,
     sub_batch,
 )
+from normkit import Layer, NormkitError, fold
 from normkit.catalogue.diagram import members
 from normkit.core.card import Card
-from normkit.core.errors import NormkitError, OptionError, ShapeError
+from normkit.core.errors import OptionError, ShapeError
 from normkit.engine import dispatch
 from normkit.engine import layer as layers
 from normkit.engine.call import Call, Output
 from normkit.engine.choose import Choice
-from normkit.engine.dispatch import run
-from normkit.engine.layer import Layer
-from normkit.surgery.fold import fold
+from normkit.functional import run
 from oracles import ORACLES, normalized
 from variants import EVERY, WITH_ORACLES, of
 

@@ -20,9 +20,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
-from normkit.diagnostics.conditioning import condition_number
-from normkit.diagnostics.gap import gap
-from normkit.weights.weight_conditioning import weight_conditioning
+from normkit.diagnostics import condition_number, gap
+from normkit.weights import weight_conditioning
 from processes import run_together
 
 

@@ -11,14 +11,12 @@ from torch.testing import assert_close
 
 import normkit as nk
 from laws import ACTIVATIONS, name
-from normkit.activations.ghost_batch_norm import GhostBatchNorm
-from normkit.activations.recurrent_batch_norm import RecurrentBatchNorm
+from normkit import GhostBatchNorm, RecurrentBatchNorm, fold
 from normkit.core.card import Card
 from normkit.gradients import Muon, matrix_groups, orthogonalize
 from normkit.schedules import inverse_sqrt_rate, inverse_sqrt_warmup, linear_rate, linear_warmup
-from normkit.surgery.decay import norm_penalty, param_groups
-from normkit.surgery.fold import fold
-from normkit.weights.layout import weight_layout
+from normkit.surgery import norm_penalty, param_groups
+from normkit.weights import weight_layout
 
 
 def _plain(

@@ -9,12 +9,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from normkit.engine.library import why_not
-from normkit.weights import kernels, multi_tensor
-from normkit.weights.layout import WeightLayout
+from normkit.weights import Equilibrate, ScaledWeightStandardization, SpectralNorm, WeightLayout, kernels, multi_tensor
 from normkit.weights.multi_tensor import Share, Shares
-from normkit.weights.scaled_weight_standardization import ScaledWeightStandardization
-from normkit.weights.spectral_norm import SpectralNorm
-from normkit.weights.weight_conditioning import Equilibrate
 from normkit.weights.weight_norm import WeightNorm
 from normkit.weights.weight_standardization import WeightStandardization
 

@@ -9,14 +9,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import normkit as nk
-from normkit.activations.batch_group_norm import BatchGroupNorm
-from normkit.activations.batch_renorm import BatchRenorm
-from normkit.activations.ghost_batch_norm import GhostBatchNorm
-from normkit.activations.mean_only_batch_norm import MeanOnlyBatchNorm
+from normkit import BatchGroupNorm, BatchRenorm, GhostBatchNorm, MeanOnlyBatchNorm, recalibrate
 from normkit.core.errors import SurgeryError
-from normkit.surgery import freeze, unfreeze
-from normkit.surgery.example_weighing import ALPHAS, choose_alpha, weigh_examples
-from normkit.surgery.recalibrate import recalibrate
+from normkit.surgery import choose_alpha, freeze, unfreeze, weigh_examples
+from normkit.surgery.example_weighing import ALPHAS
 
 
 def _data() -> Tensor:

@@ -11,8 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
 from laws import ACTIVATIONS, call, layer, name, runs, sample_input
-from normkit import Layer, Moments, Rule, Running, Statistic, Support
-from normkit.catalogue import METHODS
+from normkit import METHODS, Layer, Moments, Rule, Running, Statistic, Support
 from normkit.core.card import Card
 from normkit.core.errors import BackendError, OptionError, SurgeryError
 from normkit.core.memory import RunningMean

@@ -7,17 +7,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import normkit as nk
-from normkit import BatchNorm, ExemplarNorm, PositionalNorm, SwitchableNorm
-from normkit.activations.divisive_norm import (
-    DivisiveNorm,
-    Field,
-    LyuSimoncelliNorm,
-    divisive_norm,
-    heeger_norm,
-    lyu_simoncelli_norm,
-)
-from normkit.activations.gdn import GDN
-from normkit.activations.global_response_norm import GlobalResponseNorm
+from normkit import GDN, BatchNorm, DivisiveNorm, ExemplarNorm, GlobalResponseNorm, PositionalNorm, SwitchableNorm
+from normkit.activations.divisive_norm import Field, LyuSimoncelliNorm, divisive_norm, heeger_norm, lyu_simoncelli_norm
 from normkit.activations.group_norm import group_norm
 from normkit.activations.local_context_norm import LocalContextNorm, local_context_norm
 from normkit.activations.local_contrast_norm import LocalContrastNorm, local_contrast_norm

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from normkit import FixNorm, LearnedScale, QueryKeyNorm, ScaleNorm
-from normkit.activations.rms_norm import RMSNorm
+from normkit import FixNorm, LearnedScale, QueryKeyNorm, RMSNorm, ScaleNorm
 from normkit.activations.rms_norm import rms_norm as rms_norm_rms_norm
 from normkit.engine.library import library
 from normkit.functional import (

@@ -14,10 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import normkit as nk
-from normkit.core.errors import NormkitError
-from normkit.surgery import drop_redundant_bias, freeze, plain
-from normkit.surgery.changes import Changes
-from normkit.weights.weight_norm import weight_norm
+from normkit import NormkitError
+from normkit.surgery import Changes, drop_redundant_bias, freeze, plain
+from normkit.weights import weight_norm
 
 
 def _cnn() -> nn.Module:
