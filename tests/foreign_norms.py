@@ -19,9 +19,8 @@ def lived_in(model: nn.Module) -> nn.Module:
     model = model.double().eval()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point():
-            tensor.data.copy_(
-                torch.rand_like(tensor) + 0.5 if name.endswith(("var", "std")) else torch.randn_like(tensor)
-            )
+            far = name.endswith(("var", "std"))
+            tensor.data.copy_(torch.rand_like(tensor) + 0.5 if far else torch.randn_like(tensor))
     return model
 
 

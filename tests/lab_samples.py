@@ -1,6 +1,7 @@
 """Factories for the tests of the lab: small, quick, and some that break the protocol."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,15 +16,8 @@ from normkit.lab.comparison import compare
 from normkit.lab.settings import Settings
 
 # A comparison of seconds.
-SMALL = Settings(
-    recipes=("keep", "keep+e"),
-    seeds=(0, 1),
-    rates=(0.05, 0.2),
-    epochs=3,
-    batch_size=32,
-    extend=False,
-    accelerator="cpu",
-)
+SMALL = Settings(recipes=("keep", "keep+e"), seeds=(0, 1), rates=(0.05, 0.2), epochs=3, batch_size=32)
+SMALL = replace(SMALL, extend=False, accelerator="cpu")
 
 
 def model(classes: int = 3) -> nn.Module:

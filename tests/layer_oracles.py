@@ -120,9 +120,7 @@ def gated_rms_norm(made: Any, x: Tensor, gate: Tensor) -> Tensor:
         before = values if made.norm_before_gate else [v * s for v, s in zip(values, silu, strict=True)]
         rms = math.sqrt(math.fsum(v * v for v in before) / size + made.eps)
         after = silu if made.norm_before_gate else [1.0] * size
-        y[n, t, part] = made.weight[part] * torch.tensor(
-            [v * s / rms for v, s in zip(before, after, strict=True)], dtype=x.dtype
-        )
+        y[n, t, part] = made.weight[part] * x.new_tensor([v * s / rms for v, s in zip(before, after, strict=True)])
     return y
 
 

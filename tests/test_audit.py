@@ -365,7 +365,5 @@ def test_an_error_on_the_default_data_says_so(words: str, tmp_path: Path, monkey
     if words == "audited:late":  # no such factory: not of the data
         assert "--data package.module" not in done.stderr
     else:
-        assert done.stderr.strip().endswith(
-            "this is the default data, digits; name yours: --data package.module:factory"
-        )
+        assert done.stderr.strip().endswith("the default data, digits; name yours: --data package.module:factory")
     assert done.exit_code == 2

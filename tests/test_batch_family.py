@@ -76,9 +76,7 @@ def test_the_correction_is_held_constant_in_the_gradient() -> None:
     found = norm(x)
     assert_close(found, wanted)
     inputs = (x, norm.weight, norm.bias)
-    assert_close(
-        torch.autograd.grad((found * direction).sum(), inputs), torch.autograd.grad((wanted * direction).sum(), inputs)
-    )
+    assert_close(*(torch.autograd.grad((y * direction).sum(), inputs) for y in (found, wanted)))
 
 
 def test_running_statistics_are_the_mean_and_the_deviation() -> None:
@@ -96,11 +94,8 @@ def test_the_schedule_opens_the_bounds_with_the_steps() -> None:
     for step, r_max, d_max in ((0, 1, 0), (10, 1, 0), (30, 1 + 2 * 20 / 70, 2.5), (50, 1 + 2 * 40 / 70, 5), (99, 3, 5)):
         assert schedule(step) == pytest.approx((r_max, d_max))
         assert_close(schedule(torch.tensor(step)), tuple(map(torch.tensor, (float(r_max), float(d_max)))))
-    x, norm, like = (
-        _x() + 20,
-        _norm(RenormSchedule(start=1, r_end=2, d_end=2)),
-        nn.BatchNorm1d(3, affine=False).double(),
-    )
+    x, norm = _x() + 20, _norm(RenormSchedule(start=1, r_end=2, d_end=2))
+    like = nn.BatchNorm1d(3, affine=False).double()
     like.weight, like.bias = norm.weight, norm.bias
     assert_close(norm(x), like(x))
     assert_close(norm(x), like(x))
@@ -208,7 +203,7 @@ def test_functions_update_what_they_are_given() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [EstBatchNorm, lambda c: BatchChannelNorm(c, 2), _estimating], ids=["estimated", "batch", "both"]
+    "make", [EstBatchNorm, lambda c: BatchChannelNorm(c, 2), _estimating], ids=["est", "batch", "both"]
 )
 def test_update_bn_gives_the_statistics_of_all_batches(make) -> None:
     norm, batches = make(4).double(), [_x_batch() + step for step in range(3)]

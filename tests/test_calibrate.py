@@ -188,9 +188,8 @@ def _perceptron() -> nn.Sequential:
 
 
 def _norms(model: nn.Module) -> Tensor:
-    return torch.stack(
-        [torch.linalg.matrix_norm(m.weight.detach(), 2) for m in model.modules() if isinstance(m, nn.Linear)]
-    )
+    weights = [m.weight.detach() for m in model.modules() if isinstance(m, nn.Linear)]
+    return torch.stack([torch.linalg.matrix_norm(weight, 2) for weight in weights])
 
 
 def test_every_layer_becomes_one_and_the_network_is_lipschitz() -> None:

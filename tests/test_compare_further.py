@@ -67,9 +67,8 @@ def test_a_sweep_extends_until_the_best_rate_is_inside(best: float, powers: list
     def look(found: Any) -> dict[str, Any]:
         return {"status": "ok", "score": found["score"], "loss": None, "reached": 1}
 
-    (row,) = tune(
-        Bowl(best), lambda *_: {}, {"a": [Try(rate) for rate in rates]}, look, lambda _, rate: Try(rate)
-    ).values()
+    jobs = {"a": [Try(rate) for rate in rates]}
+    (row,) = tune(Bowl(best), lambda *_: {}, jobs, look, lambda _, rate: Try(rate)).values()
     tried = [run["rate"] for run in row["sweep"]]
     below, above = sum(rate < rates[0] for rate in tried), sum(rate > rates[-1] for rate in tried)
     assert tried == sorted(set(tried))
@@ -104,9 +103,8 @@ COSTS = {
 def slower(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of the second recipe takes half as long again."""
     shared = {"ms_per_step": 2.0, "ms_quartiles": [1.0, 3.0], "mb_per_step": 1.0, "rounds": 6}
-    monkeypatch.setattr(
-        "normkit.lab.study.measure_costs", lambda *given: {name: {**shared, **cost} for name, cost in COSTS.items()}
-    )
+    costs = {name: {**shared, **cost} for name, cost in COSTS.items()}
+    monkeypatch.setattr("normkit.lab.study.measure_costs", lambda *given: costs)
 
 
 @pytest.mark.usefixtures("slower")
@@ -118,9 +116,8 @@ def test_equal_time_is_a_training_of_its_own(tmp_path: Path, monkeypatch: pytest
     short = ran(tmp_path / "short", replace(settings, epochs=2, equal_time=False))["recipes"][1]
     assert slow["equal_time"]["test_score"] == short["test_score"]
     pairs = zip(short["runs"], base["runs"], strict=True)
-    assert slow["equal_time"]["paired"]["differences"] == [
-        one["test_score"] - other["test_score"] for one, other in pairs
-    ]
+    differences = [one["test_score"] - other["test_score"] for one, other in pairs]
+    assert slow["equal_time"]["paired"]["differences"] == differences
     monkeypatch.setattr("normkit.lab.study.Trainer.train", lambda *given: pytest.fail("trained again"))
     text = StringIO()
     ran(tmp_path / "out", settings, text)  # read back
@@ -285,7 +282,7 @@ def test_equals_scipy(count: int, level: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("differences", "mean", "end"), [([], None, None), ([0.25], 0.25, None), ([0.5, 0.5, 0.5], 0.5, 0.5)]
+    ("differences", "mean", "end"), [([], None, None), ([0.25], 0.25, None), ([0.5] * 3, 0.5, 0.5)]
 )
 def test_few_and_equal_differences(differences: list[float], mean: float | None, end: float | None) -> None:
     found = paired_interval(differences)

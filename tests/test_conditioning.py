@@ -126,9 +126,8 @@ def test_an_operator_is_that_of_the_whole_matrix(layer, size) -> None:
 def test_operator_norms_of_other_layers() -> None:
     forward, back = nn.Conv2d(4, 6, 3, groups=2, bias=False), nn.ConvTranspose2d(6, 4, 3, groups=2, bias=False)
     back.weight = forward.weight
-    assert (
-        operator_norm(back, (5, 5)) == operator_norm(forward, (5, 5)) == operator_norm(forward.weight, (5, 5), groups=2)
-    )
+    found = {operator_norm(layer, (5, 5)) for layer in (back, forward)}
+    assert found == {operator_norm(forward.weight, (5, 5), groups=2)}
     linear = nn.Linear(3, 4)
     assert math.isclose(operator_norm(linear), torch.linalg.matrix_norm(linear.weight.double(), 2).item(), rel_tol=1e-9)
     assert math.isclose(operator_norm(spectral_norm(nn.Linear(3, 4), exact=True)), 1.0, rel_tol=1e-5)
@@ -219,9 +218,8 @@ def test_both_matrices_are_those_of_torch(name: str) -> None:
     first = by_torch(model, x, torch.flatten, derived.jacobian)
     output = model(x).detach()
     outer = derived.hessian(lambda z: F.cross_entropy(z.view_as(output), y), output.flatten())
-    assert_close(
-        hessian(model, F.cross_entropy, [(x, y)], matrix="ggn"), first.T @ outer @ first, rtol=1e-9, atol=1e-10
-    )
+    found = hessian(model, F.cross_entropy, [(x, y)], matrix="ggn")
+    assert_close(found, first.T @ outer @ first, rtol=1e-9, atol=1e-10)
     model.load_state_dict(state)
 
 
@@ -270,9 +268,8 @@ def test_quadrature_integrates_polynomials() -> None:
     nodes, weights = quadrature(lambda x: a @ x, v, 4)
     unit = v / v.norm()
     for power in range(8):
-        assert_close(
-            (weights * nodes**power).sum(), unit @ torch.linalg.matrix_power(a, power) @ unit, rtol=1e-9, atol=1e-9
-        )
+        wanted = unit @ torch.linalg.matrix_power(a, power) @ unit
+        assert_close((weights * nodes**power).sum(), wanted, rtol=1e-9, atol=1e-9)
     model, batches = case("tanh")
     found = curvature.spectral_density(model, F.cross_entropy, batches, steps=12, probes=3)
     ends = hessian_extremes(model, F.cross_entropy, batches)
@@ -339,9 +336,7 @@ class Checkpointed(nn.Linear):
 def test_refusals() -> None:
     model, batches = case("tanh")
     with pytest.raises(OptionError, match="use_reentrant=False"):
-        hessian(
-            nn.Sequential(Checkpointed(4, 3), nn.Linear(3, 3)), F.cross_entropy, [(torch.randn(2, 4), torch.arange(2))]
-        )
+        hessian(nn.Sequential(Checkpointed(4, 3)), F.cross_entropy, [(torch.randn(2, 4), torch.arange(2))])
     for whole in (0, 1000):
         with pytest.raises(OptionError, match="not finite"):
             hessian_extremes(model, lambda y, _: math.nan * y.square().sum(), batches, dense=whole)

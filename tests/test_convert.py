@@ -307,11 +307,7 @@ def test_only_norms_of_each_position_can_begin_to_leak(norm, to, told):
         (nn.Sequential(nn.Conv2d(3, 8, 3), LayerNorm(8, over="c")), torch.randn(2, 3, 6, 6), False),
         (nn.Sequential(nn.Conv1d(3, 8, 3), LayerNorm(8, over="c")), torch.randn(2, 3, 6), True),
         (nn.TransformerEncoderLayer(8, 2, batch_first=True), torch.randn(2, 6, 8), True),
-        (
-            nn.Sequential(nn.Conv2d(3, 8, 4), nn.Flatten(1), nn.TransformerEncoderLayer(8, 2, batch_first=True)),
-            None,
-            False,
-        ),
+        (nn.Sequential(nn.Conv2d(3, 8, 4), nn.Flatten(1), nn.TransformerEncoderLayer(8, 2)), None, False),
     ],
 )
 def test_only_what_may_be_causal_is_warned(model, example, told):

@@ -163,9 +163,8 @@ def test_every_call_counts_once() -> None:
 
 def shifted() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(4, 6), nk.BatchNorm(6), nn.ReLU(), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
-    )
+    norms = nk.BatchNorm(6), nn.BatchNorm1d(6)
+    model = nn.Sequential(nn.Linear(4, 6), norms[0], nn.ReLU(), nn.Linear(6, 6), norms[1], nn.Linear(6, 3))
     batches = [(torch.randn(32, 4), torch.randint(3, (32,))) for _ in range(3)]
     nk.recalibrate(model, batches)
     model[1].running_mean += 2.0

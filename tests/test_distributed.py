@@ -86,10 +86,8 @@ def alone(subject: Subject, broadcasts: bool) -> dict[str, Tensor]:
             whole = sum(loss(y) for y in ys) / WORLD
             mean = list(torch.autograd.grad(whole, list(nets[0].parameters())))
         else:
-            found = [
-                torch.autograd.grad(loss(net(*one)), list(net.parameters()))
-                for net, one in zip(nets, batches, strict=True)
-            ]
+            pairs = zip(nets, batches, strict=True)
+            found = [torch.autograd.grad(loss(net(*one)), list(net.parameters())) for net, one in pairs]
             mean = [torch.stack(parts).mean(0) for parts in zip(*found, strict=True)]
         for net in nets:
             step(list(net.parameters()), mean)
@@ -193,9 +191,8 @@ def make() -> nn.Module:
     """Two batch norms, one with an activation in it."""
     torch.manual_seed(0)
     norm = nk.BatchNorm(4, activation="relu")
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 2), norm, nn.Flatten(), nn.Linear(36, 2)
-    ).double()
+    body = nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 2), norm
+    return nn.Sequential(*body, nn.Flatten(), nn.Linear(36, 2)).double()
 
 
 def part(x: Tensor, rank: int) -> Tensor:

@@ -75,9 +75,7 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize(
-    "page", [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda one: one.stem)
 def test_every_link_leads_somewhere(page: Path) -> None:
     text = re.sub(r"`[^`]*`", "", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE))
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -136,9 +134,8 @@ def test_the_reference_has_every_name_once() -> None:
 
 def test_every_recipe_shown_for_the_built_in_model_applies_to_it() -> None:
     sources = [*PAGES, ROOT / "src/normkit/cli/laboratory.py", ROOT / "Makefile"]
-    lines = [
-        line for page in sources for line in page.read_text().splitlines() if "--recipes" in line and line[0] != "|"
-    ]
+    lines = [line for path in sources for line in path.read_text().splitlines() if "--recipes" in line]
+    lines = [line for line in lines if line[0] != "|"]
     shown = {recipe for line in lines if "--model" not in line for recipe in re.findall(r"--recipes ([\w:,+@]+)", line)}
     assert shown
     for recipes in shown:
@@ -223,9 +220,8 @@ def test_the_readme_shows_every_command() -> None:
 
 def test_the_first_page_links_every_other() -> None:
     text = (ROOT / "docs/index.md").read_text()
-    assert [
-        page.name for page in (ROOT / "docs").glob("*.md") if page.name != "index.md" and f"({page.name})" not in text
-    ] == []
+    others = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert [name for name in others if f"({name})" not in text] == []
 
 
 # The method that CONTRIBUTING adds in one file really gets everything

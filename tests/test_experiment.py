@@ -60,9 +60,7 @@ def test_records_and_reports(tmp_path: Path) -> None:
     assert "://" not in page.replace("https://example.org", "")
 
 
-def test_results_say_what_was_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_results_say_what_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(experiment_samples, "__doc__", "A title.\n\nTwo\nwalks & ``--epochs``.\n\nOurs: four\nsteps.\n")
     assert setup(EXPERIMENT) == ["Two walks & `--epochs`.", "Ours: four steps."]
     perform(EXPERIMENT, Bench("small", tmp_path))
@@ -84,9 +82,7 @@ def test_columns_of_words_stand_on_the_left(tmp_path: Path) -> None:
     assert '<td class="n">1.5</td>' in page
 
 
-def test_done_jobs_are_not_done_again_and_the_number_of_runs_is_said_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_done_jobs_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs, lines = [Walk("left", seed) for seed in range(3)], list[str]()
     first = sweep(walk, jobs[:1], tmp_path, say=lines.append) + sweep(walk, jobs, tmp_path, say=lines.append)[1:]
     heads = [line for line in lines if "records in" in line]
@@ -269,12 +265,7 @@ def test_command_line(tmp_path: Path, kind: str) -> None:
 @pytest.mark.usefixtures("listed")
 @pytest.mark.parametrize(
     ("words", "address"),
-    [
-        ([], None),
-        (["--ray"], "local"),
-        (["--ray", "--seeds", "1"], "local"),
-        (["--ray", "10.0.0.1:6379"], "10.0.0.1:6379"),
-    ],
+    [([], None), (["--ray"], "local"), (["--ray", "--seeds", "1"], "local"), (["--ray", "10.0.0.1:63"], "10.0.0.1:63")],
 )
 def test_ray_may_stand_alone(monkeypatch: pytest.MonkeyPatch, words: list[str], address: str | None) -> None:
     given: list[Bench] = []
@@ -296,10 +287,8 @@ def test_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "to go on:  normkit claim walks" in done.stderr
     report = CliRunner().invoke(app, ["report", str(tmp_path / "out")])
     assert report.exit_code == 2
-    assert (
-        "result.json is missing; to finish it:  normkit reproduce walks --scale small --seeds 3 --output"
-        in report.stderr
-    )
+    said = "result.json is missing; to finish it:  normkit reproduce walks --scale small --seeds 3 --output"
+    assert said in report.stderr
 
 
 def test_an_interrupted_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,9 +47,8 @@ def test_equals_scikit_learn(pair: tuple, shape: tuple[int, int], scale: float, 
         assert_close(ours(z), torch.from_numpy(theirs.transform(z.numpy())), rtol=1e-9, atol=1e-9)
     if hasattr(theirs, "inverse_transform"):
         y = ours(x)
-        assert_close(
-            ours.inverse_transform(y), torch.from_numpy(theirs.inverse_transform(y.numpy())), rtol=1e-9, atol=1e-9
-        )
+        wanted = torch.from_numpy(theirs.inverse_transform(y.numpy()))
+        assert_close(ours.inverse_transform(y), wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_unit_length_by_the_largest_element() -> None:
@@ -100,12 +99,8 @@ def test_statistics_of_the_training_set_over_any_support(make, low, high, mean, 
     assert y.shape == x.shape
     if dims is None:
         y, dims = y.view(5, 2, 3, 4), (0, 2, 3)
-    for wanted, found in (
-        (low, y.amin(dims)),
-        (high, y.amax(dims)),
-        (mean, y.mean(dims)),
-        (std, y.std(dims, correction=0)),
-    ):
+    measured = y.amin(dims), y.amax(dims), y.mean(dims), y.std(dims, correction=0)
+    for wanted, found in zip((low, high, mean, std), measured, strict=True):
         if wanted is not None:
             assert_close(found, torch.full_like(found, wanted), rtol=1e-9, atol=1e-9)
     if isinstance(make(support), MeanNormalization):
@@ -162,9 +157,8 @@ def test_published_constants_on_bytes_and_on_floats(dataset: str) -> None:
     assert_close(ImageStandardization(dataset, layout="n * c")(images.movedim(1, -1)).movedim(-1, 1), wanted)
     assert_close(ImageStandardization(dataset, layout="c *")(images[0]), wanted[0])
     assert_close(module.inverse_transform(wanted), images.float() / 255)
-    assert_close(
-        ImageStandardization(dataset, maximum=255).inverse_transform(wanted), images.float(), rtol=1e-5, atol=1e-4
-    )
+    back = ImageStandardization(dataset, maximum=255).inverse_transform(wanted)
+    assert_close(back, images.float(), rtol=1e-5, atol=1e-4)
     with pytest.raises(ShapeError):
         module(torch.ones(2, 5, 3, 5))
 

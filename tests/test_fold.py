@@ -83,9 +83,7 @@ def test_members_of_the_family_that_have_nothing_to_fold_by_are_left():
     norms = [MeanOnlyBatchNorm(4, track_running_stats=False), nn.BatchNorm1d(4, track_running_stats=False)]
     changed = BatchRenorm(4)
     changed.forward = lambda x: x * x  # pyright: ignore
-    for norm, note in zip(
-        [*norms, changed], ["no running statistics", "no running statistics", "replaced"], strict=True
-    ):
+    for norm, note in zip([*norms, changed], [*2 * ["no running statistics"], "replaced"], strict=True):
         model = lived_in(nn.Sequential(nn.Linear(3, 4), norm))
         assert note in fold(model, torch.randn(2, 3).double()).passed_over[0].reason
 
@@ -149,9 +147,8 @@ def test_layers_with_hooks_and_channels_elsewhere_are_left():
     "recipe", ["keep+ws", "keep+wn", "keep+sn", "keep+e@all", "keep+e:col", "keep+ws+e@all", "bn+wn+e:rowcol"]
 )
 def test_parametrizations_are_baked_in_exactly(recipe):
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 6, 3, groups=2), nn.Flatten(), nn.Linear(150, 4)
-    )
+    images = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 6, 3, groups=2)
+    net = nn.Sequential(*images, nn.Flatten(), nn.Linear(150, 4))
     model, x = lived_in(net), torch.randn(2, 3, 5, 5).double()
     plain = list(model.state_dict())
     model[0].weight.requires_grad_(False)

@@ -30,7 +30,7 @@ def test_a_ghost_as_large_as_the_batch_is_batch_norm(size: int, momentum: float 
 
 
 @pytest.mark.parametrize(
-    ("batch", "sizes"), [(6, [2, 2, 2]), (7, [2, 2, 3]), (3, [3]), (2, [2]), (8, [2, 2, 2, 2]), (9, [2, 2, 2, 3])]
+    ("batch", "sizes"), [(6, [2] * 3), (7, [2, 2, 3]), (3, [3]), (2, [2]), (8, [2] * 4), (9, [2, 2, 2, 3])]
 )
 def test_a_last_sub_batch_of_one_value_joins_the_one_before(batch: int, sizes: list[int]) -> None:
     x = _x(batch, 3)

@@ -96,10 +96,8 @@ class Tasks(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         h = self.shared(x).tanh()
-        return [
-            (head(h) - scale * x[:, :2].sin()).square().mean()
-            for head, scale in zip(self.heads, self.scales, strict=True)
-        ]
+        pairs = zip(self.heads, self.scales, strict=True)
+        return [(head(h) - scale * x[:, :2].sin()).square().mean() for head, scale in pairs]
 
 
 def x() -> Tensor:

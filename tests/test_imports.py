@@ -54,9 +54,8 @@ def test_the_layers_start_without_the_compiler() -> None:
 
 
 def test_the_catalogue_waits_for_its_names_too() -> None:
-    assert fresh(
-        "import sys, normkit.errors, normkit.catalogue.entry as e; e.entries(); print('torch' in sys.modules)"
-    ) == ["False"]
+    code = "import sys, normkit.errors, normkit.catalogue.entry as e; e.entries(); print('torch' in sys.modules)"
+    assert fresh(code) == ["False"]
 
 
 def test_the_face_is_small() -> None:
@@ -228,7 +227,7 @@ def test_a_batch_without_channels_passes_as_in_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "groups"), [((1, 4), 4), ((1, 4, 1), 4), ((1, 1), 1), ((2, 4), 4), ((1, 4, 2), 4), ((0, 4), 4)]
+    ("shape", "groups"), [((1, 1), 1), *((shape, 4) for shape in ((1, 4), (1, 4, 1), (2, 4), (1, 4, 2), (0, 4)))]
 )
 @pytest.mark.parametrize("mode", [True, False])
 def test_one_value_a_group_is_refused_where_torch_refuses_it(shape: tuple[int, ...], groups: int, mode: bool) -> None:

@@ -137,16 +137,14 @@ def test_gradients_of_parameters_keep_float32_sums(card: Card, size: tuple[int, 
         made.backend = backend
         for one, like in zip(found(made, x), wanted, strict=True):
             # Float32's roundings in thousands of summands, 2e-3 of one half-precision rounding.
-            assert_close(
-                one.double(), like, rtol=1e-4, atol=1e-4 * like.abs().max().item(), msg=lambda t, b=backend: f"{b}: {t}"
-            )
+            near = {"rtol": 1e-4, "atol": 1e-4 * like.abs().max().item()}
+            assert_close(one.double(), like, **near, msg=lambda text, b=backend: f"{b}: {text}")
 
 
 def memory(x: Tensor) -> list[bool]:
     """What may be viewed: as contiguous, or as channels last."""
-    last = x.dim() in (4, 5) and x.is_contiguous(
-        memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    )
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
     return [x.is_contiguous(), last]
 
 

@@ -147,12 +147,7 @@ def test_vit_block_is_torchs_encoder_layer() -> None:
     theirs = nn.TransformerEncoderLayer(
         12, 3, 48, dropout=0.0, activation="gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=True
     ).double()
-    names = {
-        "self_attn.in_proj_": "attn.qkv.",
-        "self_attn.out_proj": "attn.proj",
-        "linear1": "mlp.fc1",
-        "linear2": "mlp.fc2",
-    }
+    names = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_": "attn.", "linear1": "mlp.fc1", "linear2": "mlp.fc2"}
     state = theirs.state_dict()
     for old, new in names.items():
         state = {name.replace(old, new): value for name, value in state.items()}

@@ -162,9 +162,8 @@ def scaled(model: nn.Module) -> None:
 
 
 def test_gradients_that_accumulate_and_that_are_scaled() -> None:
-    wanted, *others = (
-        train(model := net(), nk.Monitor(model, share=math.inf), 1, run)[0] for run in (None, in_parts, scaled)
-    )
+    runs = (None, in_parts, scaled)
+    wanted, *others = (train(model := net(), nk.Monitor(model, share=math.inf), 1, run)[0] for run in runs)
     assert wanted.keys() == others[0].keys() == others[1].keys()
     model = net()
     assert_close(others[0]["activation/0/mean"], model[0](X[:8]).mean().item())

@@ -82,9 +82,7 @@ CELLS = st.one_of(st.none(), st.floats(allow_nan=False), st.integers(), WORDS, s
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 12).flatmap(
-        lambda n: st.tuples(*[st.lists(each, min_size=n, max_size=n) for each in (WORDS, CELLS)])
-    )
+    st.integers(1, 12).flatmap(lambda n: st.tuples(*(st.lists(of, min_size=n, max_size=n) for of in (WORDS, CELLS))))
 )
 def test_a_terminal_of_80_columns_shows_all_cells_and_headings(drawn: tuple[list[str], list[Any]]) -> None:
     columns, row = drawn
@@ -103,21 +101,12 @@ def test_many_recipes_are_told_apart() -> None:
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # A Chromium without a sandbox runs as root too; it asks nothing of the network, and keeps nothing.
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--hide-scrollbars",
-    "--enable-logging=stderr",
-    "--no-first-run",
-)
+FLAGS = "--headless --no-sandbox --disable-gpu --hide-scrollbars --enable-logging=stderr --no-first-run".split()
 DARK = "--blink-settings=preferredColorScheme=0"
 LONG = "gn:gcd4+e:rowcol@re:^blocks\\.[0-9]+\\.branch[0-9]+\\.conv$"
 RECIPES = ("bn", "bn+ws", "bn+wn", LONG)
 
-needs_browser = pytest.mark.skipif(
-    BROWSER is None, reason="there is no Chromium; apt-get install chromium, or .ci/run as root"
-)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium: apt-get install chromium")
 
 # Headless Chromium has no window below 500 pixels, so the page lies in a frame of the width of a phone.
 FRAME = """<!doctype html><body style="margin:0">
@@ -129,18 +118,16 @@ def browse(folder: Path, *arguments: str) -> tuple[str, list[str]]:
     """What Chromium prints, and what the page's console said."""
     assert BROWSER
     command = [BROWSER, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=2000", *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=True, env={**os.environ, "LANG": "C"}
-    )
+    environ = {**os.environ, "LANG": "C"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environ)
     return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
 
 
 def look(page: Path, width: int, *flags: str) -> dict[str, Any]:
     """The page at a width, as it looks and as it responds."""
     frame = page.with_name(f"frame-{width}.html")
-    frame.write_text(
-        FRAME.format(width=width, page=html.escape(page.read_text()), script=SCRIPT.read_text()), encoding="utf-8"
-    )
+    inside = FRAME.format(width=width, page=html.escape(page.read_text()), script=SCRIPT.read_text())
+    frame.write_text(inside, encoding="utf-8")
     text, said = browse(page.parent, *flags, f"--window-size={max(width, 500)},900", "--dump-dom", frame.as_uri())
     assert said == []
     found = re.search(r'<pre id="found">(.*?)</pre>', text, re.DOTALL)
@@ -232,13 +219,8 @@ def notations(number: int) -> Iterator[dict[str, Any]]:
         words = re.findall(r"[\w*]+", text) or ["n"]
         over = draw.sample(words, draw.randint(0, len(words)))
         given = {name: draw.choice((1, 2, 3)) for name in words if name != "*" and draw.random() < 0.6}
-        yield {
-            "axes": text,
-            "over": " ".join(over),
-            "given": given,
-            "size": draw.choice((1, 2, 4, 6)),
-            "last": draw.random() < 0.5,
-        }
+        size, last = draw.choice((1, 2, 4, 6)), draw.random() < 0.5
+        yield {"axes": text, "over": " ".join(over), "given": given, "size": size, "last": last}
 
 
 def in_python(row: dict[str, Any]) -> list[Any] | None:

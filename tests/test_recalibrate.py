@@ -19,9 +19,10 @@ def _data() -> Tensor:
     return torch.cumsum(torch.randn(23, 3, 4, dtype=torch.float64), 0)  # batches differ much
 
 
-@pytest.mark.parametrize(
-    "make", [nn.BatchNorm1d, nk.BatchNorm, GhostBatchNorm, BatchGroupNorm, BatchRenorm, MeanOnlyBatchNorm]
-)
+BATCH = [nn.BatchNorm1d, nk.BatchNorm, GhostBatchNorm, BatchGroupNorm, BatchRenorm, MeanOnlyBatchNorm]
+
+
+@pytest.mark.parametrize("make", BATCH)
 @pytest.mark.parametrize("sizes", [[23], [10, 10, 3], [1, 22], [2] * 11 + [1]])
 def test_exact_on_full_data_after_a_linear_layer(make, sizes: list[int]) -> None:
     model, x = nn.Sequential(nn.Conv1d(3, 5, 1), make(5)).double(), _data()
@@ -37,9 +38,10 @@ def test_exact_on_full_data_after_a_linear_layer(make, sizes: list[int]) -> None
     assert f"of {'1 batch' if len(sizes) == 1 else f'{len(sizes)} batches'}, 92 elements" in changes.rows[0].note
 
 
-@pytest.mark.parametrize(
-    "norm", [nk.SwitchableNorm(3), nk.ExemplarNorm(4), nk.ConditionalNorm(3, classes=2, over="n *")], ids=repr
-)
+MIXED = [nk.SwitchableNorm(3), nk.ExemplarNorm(4), nk.ConditionalNorm(3, classes=2, over="n *")]
+
+
+@pytest.mark.parametrize("norm", MIXED, ids=repr)
 def test_layers_with_a_batch_among_other_things_are_estimated_too(norm: nn.Module) -> None:
     channels = norm.running_mean.numel()
     x = torch.cumsum(torch.randn(23, channels, 4, dtype=torch.float64), 0)
@@ -65,9 +67,10 @@ def test_sequences_count_their_real_steps() -> None:
     assert_close((norm.running_mean, norm.running_var), (real.mean(0), real.var(0, correction=0)))
 
 
-@pytest.mark.parametrize(
-    "norm", [nn.InstanceNorm1d(3, track_running_stats=True), nk.RecurrentBatchNorm(4, "frame", 5)], ids=repr
-)
+OTHERS = [nn.InstanceNorm1d(3, track_running_stats=True), nk.RecurrentBatchNorm(4, "frame", 5)]
+
+
+@pytest.mark.parametrize("norm", OTHERS, ids=repr)
 def test_other_running_statistics_are_left_and_told(norm: nn.Module) -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), norm).double()
     before = copy.deepcopy(norm.state_dict())
@@ -112,9 +115,8 @@ def test_a_shared_layer_sees_all_its_inputs() -> None:
 
 
 def test_only_the_running_statistics_change() -> None:
-    model = nn.Sequential(
-        nn.Dropout(0.9), nn.BatchNorm1d(3, momentum=None), BatchRenorm(3), nn.InstanceNorm1d(3)
-    ).double()
+    norms = nn.BatchNorm1d(3, momentum=None), BatchRenorm(3), nn.InstanceNorm1d(3)
+    model = nn.Sequential(nn.Dropout(0.9), *norms).double()
     model[0].eval()
     model(_data())
     model[3].eval()
@@ -196,9 +198,8 @@ def test_a_norm_that_no_batch_reaches_is_told() -> None:
 
 
 def _model() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nk.BatchNorm(4), nn.InstanceNorm2d(4, track_running_stats=True)
-    )
+    norms = nn.BatchNorm2d(4), nk.BatchNorm(4), nn.InstanceNorm2d(4, track_running_stats=True)
+    return nn.Sequential(nn.Conv2d(3, 4, 1), *norms)
 
 
 @pytest.mark.parametrize(

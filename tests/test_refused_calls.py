@@ -71,7 +71,7 @@ REFUSED: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         lambda: select(nn.Sequential(nn.LazyLinear(3))),
         SurgeryError,
-        "0: its weight has no size yet; run the model once",
+        "0: its weight has no size yet; run",
     ),
     (lambda: select(LINEAR, ["head"]), NotationError, "where is a list; wanted a word, 're:PATTERN' or a function"),  # pyright: ignore[reportArgumentType]
     (lambda: nk.condition(LINEAR, where="head"), NotationError, r"'head' is not known.*layers by name: 're:head'"),

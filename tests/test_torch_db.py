@@ -203,9 +203,10 @@ def test_modules_are_torchs(info: Any, training: bool, dtype: torch.dtype) -> No
             assert_close(ours.state_dict(), theirs.state_dict(), **close)
 
 
-@pytest.mark.parametrize(
-    "info", [info for info in MODULES if info.module_error_inputs_func is not None], ids=lambda info: info.name
-)
+REFUSING = [info for info in MODULES if info.module_error_inputs_func is not None]
+
+
+@pytest.mark.parametrize("info", REFUSING, ids=lambda info: info.name)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_what_torch_refuses_is_refused_alike_module_db(info: Any, training: bool) -> None:
     for case in info.module_error_inputs_func(info, "cpu", torch.float32, False, training):

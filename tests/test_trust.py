@@ -31,9 +31,8 @@ compared = partial(lab_samples.compared, settings=SMALL)
 
 def performed(folder: Path, **options: Any) -> dict[str, Any]:
     more = {key: options.pop(key) for key in ("overwrite", "report") if key in options}
-    return perform(
-        EXPERIMENT, Bench("small", folder, seeds=(0, 1), console=QUIET, **options), **{"report": False, **more}
-    )
+    bench = Bench("small", folder, seeds=(0, 1), console=QUIET, **options)
+    return perform(EXPERIMENT, bench, **{"report": False, **more})
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -102,9 +101,7 @@ def test_records_of_something_else_are_refused(tmp_path: Path, begin: Callable[.
 @BOTH
 def test_overwriting_spares_what_is_not_ours(tmp_path: Path, begin: Callable[..., Any]) -> None:
     begin(tmp_path, report=True)
-    strange = {
-        f"{name}": b"years" for name in ("runs/exp1/best.pt", "figures/mine.png", "notes/a.txt", "tensorboard/b")
-    }
+    strange = dict.fromkeys(("runs/exp1/best.pt", "figures/mine.png", "notes/a.txt", "tensorboard/b"), b"years")
     for name, content in strange.items():
         record.write_bytes(tmp_path / name, content)
     ours = files(tmp_path).keys() - strange.keys()
@@ -215,12 +212,8 @@ def damaged(path: Path) -> Iterator[str]:
                     lines = map(json.dumps, made) if path.suffix == ".jsonl" else [json.dumps(made)]
                     path.write_text("\n".join(lines) + "\n")
                     yield f"{path.name} {place} {name}"
-        for name, text in {
-            "empty": "",
-            "half": whole[: len(whole) // 2],
-            "twice": whole + whole,
-            "deep": "[" * 10**5,
-        }.items():
+        ruins = {"empty": "", "half": whole[: len(whole) // 2], "twice": whole + whole, "deep": "[" * 10**5}
+        for name, text in ruins.items():
             path.write_text(text)
             yield f"{path.name} {name}"
     finally:

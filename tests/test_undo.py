@@ -51,9 +51,7 @@ VERBS: dict[str, tuple[Any, Callable[..., Changes]]] = {
         lambda model, x: nk.surgery.data_dependent_init(model, x),
     ),
 }
-FOLLOWS = [
-    verb for verb in VERBS if verb.partition(" ")[0] in ("convert", "condition", "recipe", "drop_redundant_bias")
-]
+FOLLOWS = [verb for verb in VERBS if verb.startswith(("convert", "condition", "recipe", "drop_redundant_bias"))]
 
 
 def _all_of(model: nn.Module) -> str:
@@ -68,10 +66,7 @@ def _all_of(model: nn.Module) -> str:
 
 def _trained(model: nn.Module, x: Tensor) -> torch.optim.Optimizer:
     optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.dim() > 1]},
-            {"params": [p for p in model.parameters() if p.dim() < 2]},
-        ]
+        [{"params": [p for p in model.parameters() if (p.dim() > 1) == wide]} for wide in (True, False)]
     )
     model(x).square().mean().backward()
     optimizer.step()
@@ -164,10 +159,8 @@ def test_changes_are_not_the_model() -> None:
 def test_changes_in_a_list_are_short() -> None:
     changes = nk.convert(_cnn(), "gn:4")
     said = str([changes])
-    assert (
-        said
-        == f"[Changes(Sequential: {len(changes)} changed, 0 passed over, {len(changes.new_parameters)} new parameters)]"
-    )
+    new = len(changes.new_parameters)
+    assert said == f"[Changes(Sequential: {len(changes)} changed, 0 passed over, {new} new parameters)]"
     assert "GroupNorm" in str(changes)
 
 
