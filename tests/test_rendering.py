@@ -1,7 +1,9 @@
 """Volume rendering against closed forms."""
 
+import copy
 import math
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -17,7 +19,8 @@ from normkit.lab.fields.rendering import (
     render_view,
     weighted_depths,
 )
-from normkit.lab.models.nerf import NeRF
+from normkit.lab.models.nerf import NeRF, PositionalEncoding, RadianceField, nerf
+from normkit.lab.models.occupancy import OccupancyField, occupancy
 
 ONE = torch.ones(1)
 
@@ -196,7 +199,7 @@ def seeded_nerf(recipe: str) -> NeRF:
     ],
 )
 def test_parameters_of_fields(model: nn.Module, wanted: int) -> None:
-    assert count(model) == wanted
+    assert sum(parameter.numel() for parameter in model.parameters()) == wanted
 
 
 def test_encoding_is_the_sines_of_the_paper() -> None:
