@@ -2,8 +2,8 @@
 
     python -m normkit.catalogue.table docs/methods.md
 
-writes it between the lines ``<!-- methods -->`` (a line each) or ``<!-- comparison -->`` (with use cases, strengths and weaknesses)
-and ``<!-- end -->`` of each file, and entries.json with them.
+writes it between the lines ``<!-- methods -->`` (a line each) or ``<!-- comparison -->`` (with use cases, strengths and
+weaknesses) and ``<!-- end -->`` of each file, and entries.json with them.
 """
 
 import html
