@@ -71,7 +71,7 @@ $(VENV)/.%: $(VENV)/.made pyproject.toml constraints.txt $(wildcard native/*.*)
 	touch $@
 
 EXTRAS_lab   := lab
-EXTRAS_test  := lab,ray,tensorboard,test
+EXTRAS_test  := lab,ray,tensorboard,test,docs
 EXTRAS_check := lab,ray,tensorboard,test,check
 EXTRAS_docs  := lab,docs
 EXTRAS_sanitize := lab,test,native
