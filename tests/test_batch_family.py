@@ -76,9 +76,7 @@ def test_the_correction_is_held_constant_in_the_gradient() -> None:
     found = norm(x)
     assert_close(found, wanted)
     inputs = (x, norm.weight, norm.bias)
-    assert_close(
-        torch.autograd.grad((found * direction).sum(), inputs), torch.autograd.grad((wanted * direction).sum(), inputs)
-    )
+    assert_close(*(torch.autograd.grad((y * direction).sum(), inputs) for y in (found, wanted)))
 
 
 def test_running_statistics_are_the_mean_and_the_deviation() -> None:
@@ -96,11 +94,8 @@ def test_the_schedule_opens_the_bounds_with_the_steps() -> None:
     for step, r_max, d_max in ((0, 1, 0), (10, 1, 0), (30, 1 + 2 * 20 / 70, 2.5), (50, 1 + 2 * 40 / 70, 5), (99, 3, 5)):
         assert schedule(step) == pytest.approx((r_max, d_max))
         assert_close(schedule(torch.tensor(step)), tuple(map(torch.tensor, (float(r_max), float(d_max)))))
-    x, norm, like = (
-        _x() + 20,
-        _norm(RenormSchedule(start=1, r_end=2, d_end=2)),
-        nn.BatchNorm1d(3, affine=False).double(),
-    )
+    x, norm = _x() + 20, _norm(RenormSchedule(start=1, r_end=2, d_end=2))
+    like = nn.BatchNorm1d(3, affine=False).double()
     like.weight, like.bias = norm.weight, norm.bias
     assert_close(norm(x), like(x))
     assert_close(norm(x), like(x))
@@ -208,7 +203,7 @@ def test_functions_update_what_they_are_given() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [EstBatchNorm, lambda c: BatchChannelNorm(c, 2), _estimating], ids=["estimated", "batch", "both"]
+    "make", [EstBatchNorm, lambda c: BatchChannelNorm(c, 2), _estimating], ids=["est", "batch", "both"]
 )
 def test_update_bn_gives_the_statistics_of_all_batches(make) -> None:
     norm, batches = make(4).double(), [_x_batch() + step for step in range(3)]
@@ -253,8 +248,7 @@ def test_memory_averages_raw_moments_of_each_channel(groups: int | None, example
         norm(x * step)
         first = 0.7 * first + 0.3 * (x * step).mean((0, 2, 3))
         second = 0.7 * second + 0.3 * (x * step).square().mean((0, 2, 3))
-    assert_close(norm.running_mean, first)
-    assert_close(norm.running_var, second - first.square())
+    assert_close((norm.running_mean, norm.running_var), (first, second - first.square()))
     assert norm.num_batches_tracked == 3
 
 
@@ -277,8 +271,7 @@ def test_equation_three(alpha: float, groups: int | None, shape: tuple[int, ...]
             deviation = (square - mean.square() + norm.eps).sqrt()
             y[n, c] = norm.weight[c] * (x[n, c] - mean) / deviation + norm.bias[c]
     norm.eval()
-    assert_close(norm(x), y)
-    assert_close(norm(x[2:3]), y[2:3])
+    assert_close((norm(x), norm(x[2:3])), (y, y[2:3]))
 
 
 def test_evaluation_keeps_accuracy_beside_a_large_mean() -> None:

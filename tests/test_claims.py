@@ -44,10 +44,7 @@ ENCODER = {"depth": 1, "features": 8, "length": 6, "steps": 6}
 
 # What each page must say at the tiny scale, besides tables, figures and remarks.
 SAID = {
-    "table1": (
-        "the same training: after 11 steps every loss and every weight is equal to the last bit",
-        "(printed -0.2)",
-    ),
+    "table1": ("the same training: after 11 steps every loss and every weight is equal", "(printed -0.2)"),
     "table3": ("is not reproduced", "All forms run"),
     "table4": ("| mean of the above | 30.2 | 29.7 | 0.505 |", "hinder", "paper prints nothing of this scene"),
     "shape": ("torus, Gaussian: IoU", "analytic shapes (torus, gyroid)", "width 8, 400 points, 100 per step"),
@@ -242,9 +239,7 @@ def test_a_discriminator_or_generator_that_diverges_is_recorded(
 def runs_of(values: Sequence[Any], key: str, **about: Any) -> list[dict[str, Any]]:
     """A run per seed with a value under a key; one that diverged has None."""
     status = {None: walk.DIVERGED}
-    return [
-        {**about, "seed": seed, key: value, "status": status.get(value, walk.OK)} for seed, value in enumerate(values)
-    ]
+    return [{**about, "seed": k, key: value, "status": status.get(value, walk.OK)} for k, value in enumerate(values)]
 
 
 def accuracies(values: Sequence[float | None], **about: Any) -> list[dict[str, Any]]:
@@ -320,11 +315,9 @@ def test_the_bound_that_is_told_is_the_product_of_sigmas() -> None:
 def test_why_bn_tells_what_paired_seeds_and_the_losses_say() -> None:
     ends = {"none": (1.5, 1.6, 1.7), "bn": (1.2, 1.3, 1.4), "noisy": (1.3, 1.7, 1.6)}
     short = {("none", 0.1): 1.5, ("none", 1.0): None, ("bn", 0.1): 1.4, ("bn", 1.0): 1.9}
-    runs = [
-        run
-        for (m, rate), end in short.items()
-        for run in runs_of([end] * 3, "end", method=m, rate=rate, measured=False)
-    ]
+    runs = []
+    for (name, rate), end in short.items():
+        runs += runs_of([end] * 3, "end", method=name, rate=rate, measured=False)
     for name, some in ends.items():
         runs += runs_of(some, "end", method=name, rate=why_bn.RATE, measured=True, rows=[])
     result = {"runs": runs, "rates": [0.1, 1.0], "short": 50}

@@ -84,15 +84,6 @@ def test_conversions_that_are_identities_keep_the_function(source, to, shape):
     torch.testing.assert_close(model(x), wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_there_and_back_again():
-    norm = random_(nn.GroupNorm(4, 8))
-    model, x = nn.Sequential(norm), torch.randn(2, 8, 3)
-    wanted = model(x)
-    for to in ("bn", "in", "ln:c", "gn:4"):
-        convert(model, to)
-    torch.testing.assert_close(model(x), wanted)
-
-
 def test_a_norm_that_is_one_already_is_left():
     model = nn.Sequential(nn.BatchNorm2d(4), BatchNorm(4))
     kept = list(model)
@@ -203,8 +194,7 @@ def test_without_parameters_there_is_nothing_to_carry():
     model = nn.Sequential(nn.Linear(2, 2), nn.InstanceNorm2d(4)).double()
     convert(model, "bn")
     assert model[1].weight is None
-    assert model[1].running_mean.dtype == torch.float64
-    assert model[1].momentum == 0.1
+    assert (model[1].running_mean.dtype, model[1].momentum) == (torch.float64, 0.1)
 
 
 def test_a_scalar_weight_is_spread():
@@ -274,16 +264,6 @@ def test_time_first_transformers_are_refused_what_reads_samples():
     assert len(convert(model, "rms")) == 3
 
 
-def test_copies_and_state_dicts():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    convert(model, "gn:2")
-    assert list(model.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
-    other = deepcopy(model)
-    other.load_state_dict(model.state_dict())
-    x = torch.randn(2, 3, 4, 4)
-    torch.testing.assert_close(other(x), model(x))
-
-
 @pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.RMSNorm(8), LlamaRMSNorm(8)])
 @pytest.mark.parametrize("to", ["keep", "ln", "rms", "none", "gn:4", "in", "bn"])
 def test_a_change_through_which_tokens_see_later_ones_says_so(norm, to):
@@ -327,11 +307,7 @@ def test_only_norms_of_each_position_can_begin_to_leak(norm, to, told):
         (nn.Sequential(nn.Conv2d(3, 8, 3), LayerNorm(8, over="c")), torch.randn(2, 3, 6, 6), False),
         (nn.Sequential(nn.Conv1d(3, 8, 3), LayerNorm(8, over="c")), torch.randn(2, 3, 6), True),
         (nn.TransformerEncoderLayer(8, 2, batch_first=True), torch.randn(2, 6, 8), True),
-        (
-            nn.Sequential(nn.Conv2d(3, 8, 4), nn.Flatten(1), nn.TransformerEncoderLayer(8, 2, batch_first=True)),
-            None,
-            False,
-        ),
+        (nn.Sequential(nn.Conv2d(3, 8, 4), nn.Flatten(1), nn.TransformerEncoderLayer(8, 2)), None, False),
     ],
 )
 def test_only_what_may_be_causal_is_warned(model, example, told):

@@ -5,6 +5,7 @@ import inspect
 import re
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -142,26 +143,19 @@ def test_torchs_tools_never_lose_an_activation() -> None:
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
 )
 def test_torchs_tools_refuse_what_they_would_change(norm: Any, loses: str, fuses: bool) -> None:
-    with pytest.raises(
-        nk.errors.SurgeryError, match=f"convert_sync_batchnorm: {type(norm).__name__} would lose {loses}"
-    ):
+    with pytest.raises(nk.errors.SurgeryError, match=f"sync_batchnorm: {type(norm).__name__} would lose {loses}"):
         nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(norm))
     layer, x = nn.Linear(3, 4).eval(), torch.randn(5, 3)
     if fuses:
         fused = torch.nn.utils.fusion.fuse_linear_bn_eval(layer, norm.eval())
         assert_close(fused(x), norm(layer(x)), rtol=1e-4, atol=1e-5)
     else:
-        with pytest.raises(
-            nk.errors.SurgeryError, match=f"fuse_linear_bn_eval: {type(norm).__name__} would lose {loses}"
-        ):
+        with pytest.raises(nk.errors.SurgeryError, match=f"linear_bn_eval: {type(norm).__name__} would lose {loses}"):
             torch.nn.utils.fusion.fuse_linear_bn_eval(layer, norm.eval())
 
 
-RANKED = [
-    (getattr(nn, f"{kind}{rank}d"), getattr(nk, kind), rank)
-    for kind in ("BatchNorm", "InstanceNorm")
-    for rank in (1, 2, 3)
-]
+KINDS = product(("BatchNorm", "InstanceNorm"), (1, 2, 3))
+RANKED = [(getattr(nn, f"{kind}{rank}d"), getattr(nk, kind), rank) for kind, rank in KINDS]
 
 
 @pytest.mark.parametrize(("theirs", "ours", "rank"), RANKED, ids=lambda value: getattr(value, "__name__", str(value)))
@@ -229,10 +223,9 @@ def test_tensors_and_parameters_that_do_not_fit_are_refused() -> None:
     rule = nk.Rule(nk.Support("n c", over="c"))
     with pytest.raises(ValueError, match="no compensation"):
         nk.functional.run(rule, torch.zeros(2, 3), torch.ones(3))
+    running = nk.functional.RunningStatistics(torch.zeros(2), torch.ones(2))
     with pytest.raises(ValueError, match="no memory"):
-        nk.functional.run(
-            rule, torch.zeros(2, 3), running=nk.functional.RunningStatistics(torch.zeros(2), torch.ones(2))
-        )
+        nk.functional.run(rule, torch.zeros(2, 3), running=running)
     with pytest.raises(ValueError, match=r"torch.bool.*mask.bool\(\)"):
         nk.normalize(torch.zeros(2, 3), rule.support, mask=torch.ones(2, 3))
     with pytest.raises(ValueError, match="does not broadcast"):

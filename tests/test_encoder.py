@@ -54,11 +54,7 @@ def test_every_norm_and_head_trains(norm: str, fix: bool) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_what_does_not_fit_is_told() -> None:
-    with pytest.raises(OptionError, match="heads"):
-        Encoder(11, 7, features=8, heads=3)
-    with pytest.raises(OptionError, match="norm"):
-        Encoder(11, 7, features=8, norm="bn")
+def test_a_task_that_is_none_is_told() -> None:
     with pytest.raises(OptionError, match="no task"):
         draw("reverse", 1, 4)
 

@@ -36,9 +36,8 @@ def on_balls(**options: Any) -> RadianceJob:
 
 
 def on_a_torus(**options: Any) -> OccupancyJob:
-    return OccupancyJob(
-        "torus", "plain", **{"recipe": "none", "kind": "gaussian", "seed": 0, "rate": 1e-2, **SOLID, **options}
-    )
+    rest = {"recipe": "none", "kind": "gaussian", "seed": 0, "rate": 1e-2}
+    return OccupancyJob("torus", "plain", **{**rest, **SOLID, **options})
 
 
 def bench(output: Path, scale: Any = "small", **options: Any) -> Bench:
@@ -85,9 +84,7 @@ def test_a_run_without_a_number_ends(tmp_path: Path) -> None:
 def test_what_a_run_gives(tmp_path: Path) -> None:
     found = learn_scene(on_balls(epochs=1, every=42), tmp_path)
     pixels = 21 * 8 * 8
-    assert found["pixels"] == pixels
-    assert found["steps"] == pixels // 16
-    assert found["views"] == [0, 8, 16]
+    assert (found["pixels"], found["steps"], found["views"]) == (pixels, pixels // 16, [0, 8, 16])
     assert len(found["psnr"]) == 3
     assert [row["step"] for row in found["curve"]] == [42, 84]
     assert found["curve"][-1]["rate"] == pytest.approx(1e-3 * 0.1**0.8, rel=0.03)
@@ -98,9 +95,8 @@ def test_what_a_run_gives(tmp_path: Path) -> None:
 
 
 def test_it_learns_a_scene(tmp_path: Path) -> None:
-    found = learn_scene(
-        on_balls(width=32, reduce=6, rays=64, coarse=24, fine=12, steps=200, every=200, rate=3e-3), tmp_path
-    )
+    job = on_balls(width=32, reduce=6, rays=64, coarse=24, fine=12, steps=200, every=200, rate=3e-3)
+    found = learn_scene(job, tmp_path)
     scene = spheres(16)
     white = psnr(float((scene.images[[0, 8, 16]] - 1).square().mean()))
     # An empty scene is white.
@@ -150,8 +146,7 @@ def test_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_that_diverged_is_told_and_rates_are_the_best_tried(tmp_path: Path) -> None:
     found = perform(table4.EXPERIMENT, bench(tmp_path, "tiny", seeds=(0, 1)))["result"]
-    assert len(found["runs"]) == 2 + 2 + 5
-    assert set(found["pictures"]["spheres"]) == set(table4.ROWS)
+    assert (len(found["runs"]), set(found["pictures"]["spheres"])) == (2 + 2 + 5, set(table4.ROWS))
     assert {row["rate"] for row in found["rates"].values()} == {1e-3}
     ours, _, rates, time, _ = table4.tables(found)
     assert rates.columns == ["method", "0.001", "1e+30"]
@@ -196,9 +191,8 @@ def test_what_leaves_the_cube_is_closed() -> None:
     vertices, faces = extract(lambda p: 1.2 - p.norm(dim=1), 24)
     assert trimesh.Trimesh(vertices, faces).is_watertight
     # The ball of radius 1.2 less six caps of height 0.2: 4/3 pi r^3 - 6 pi h^2 (r - h/3).
-    assert volume(vertices, faces) == pytest.approx(
-        4 / 3 * np.pi * 1.2**3 - 6 * np.pi * 0.04 * (1.2 - 0.2 / 3), rel=0.06
-    )
+    wanted = 4 / 3 * np.pi * 1.2**3 - 6 * np.pi * 0.04 * (1.2 - 0.2 / 3)
+    assert volume(vertices, faces) == pytest.approx(wanted, rel=0.06)
 
 
 def test_nothing_learnt_is_an_empty_surface(tmp_path: Path) -> None:
@@ -232,9 +226,8 @@ def test_points_are_permuted_once_an_epoch(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_it_learns_a_solid(tmp_path: Path) -> None:
-    found = learn_solid(
-        on_a_torus(width=32, depth=3, points=8000, batch=500, epochs=12, every=6, grid=24, rate=3e-3), tmp_path
-    )
+    job = on_a_torus(width=32, depth=3, points=8000, batch=500, epochs=12, every=6, grid=24, rate=3e-3)
+    found = learn_solid(job, tmp_path)
     assert found["iou"] > 0.75
     assert [row["epoch"] for row in found["curve"]] == [6, 12]
     assert found["true_volume"] == pytest.approx(torus().volume, rel=0.1)
@@ -258,9 +251,8 @@ def test_solids_and_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert shape.solids(with_data) == ("bunny", "armadillo")
     assert shape.solids(Bench("full", tmp_path, data_root=tmp_path)) == ("bunny", "armadillo", "spot")
     assert [len(tried) for tried in shape.sweeps(with_data, "bunny").values()] == [4] * 9
-    jobs = shape.jobs(
-        with_data, ("bunny", "armadillo"), {key: jobs[0] for key, jobs in shape.sweeps(with_data, "bunny").items()}
-    )
+    chosen = {key: jobs[0] for key, jobs in shape.sweeps(with_data, "bunny").items()}
+    jobs = shape.jobs(with_data, ("bunny", "armadillo"), chosen)
     assert len({job.path for job in jobs}) == len(jobs) == 2 * 3 * 3 + 2 * 3
     tried = shape.sweeps(Bench("full", tmp_path, data_root=tmp_path), "bunny")[f"gaussian {shape.PLAIN}"]
     assert [job.rate for job in tried] == [1e-5, 1e-4, 1e-3]

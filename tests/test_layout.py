@@ -5,22 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from foreign_norms import Conv1D
 from normkit.core.errors import OptionError
 from normkit.core.support import Support
 from normkit.weights.layout import WeightLayout, weight_layout, weight_of
-
-
-class Conv1D(nn.Module):
-    """As GPT-2 in transformers has it."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf = nf
-        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
 
 LAYERS = {
     "linear": (nn.Linear(5, 4), (5,)),

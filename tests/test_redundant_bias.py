@@ -9,10 +9,9 @@ from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 import normkit as nk
-from normkit.activations.batch_renorm import BatchRenorm
-from normkit.activations.ghost_batch_norm import GhostBatchNorm
+from normkit import BatchRenorm, GhostBatchNorm
 from normkit.core.errors import SurgeryError
-from normkit.surgery.redundant_bias import drop_redundant_bias
+from normkit.surgery import drop_redundant_bias
 
 
 def _trained(model: nn.Module, *shape: int) -> nn.Module:

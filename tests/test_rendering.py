@@ -64,9 +64,7 @@ def test_gradients_of_the_weights() -> None:
     density = torch.tensor([[0.3, 0.9, 0.2, -0.4]], dtype=torch.float64, requires_grad=True)
     colour = torch.rand(1, 4, 3, dtype=torch.float64, requires_grad=True)
     depths = torch.tensor([[0.0, 0.5, 1.5, 1.7]], dtype=torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda s, c: composite(c, s, depths, torch.ones(1, dtype=torch.float64)).colour, (density, colour)
-    )
+    assert torch.autograd.gradcheck(lambda s, c: composite(c, s, depths, ONE.double()).colour, (density, colour))
 
 
 def test_a_ball_is_seen_as_its_chord_says() -> None:

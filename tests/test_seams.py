@@ -16,16 +16,12 @@ from subjects import SUBJECTS, Subject, definition, gradients
 
 # torch's own forward mode scripts its decompositions, and its vmap runs some operators one by one; it warns of both.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning", "ignore:There is a performance drop")
-@pytest.mark.parametrize(
-    ("seam", "subject"), [pytest.param(*case, id=f"{case[0].name}-{case[1].name}") for case in CASES]
-)
+@pytest.mark.parametrize(("seam", "subject"), CASES, ids=lambda one: one.name)
 def test_at_every_seam(seam: Seam, subject: Subject) -> None:
     seam.run(subject)
 
 
-@pytest.mark.parametrize(
-    "subject", [subject for subject in SUBJECTS if subject.is_rule], ids=lambda subject: subject.name
-)
+@pytest.mark.parametrize("subject", [one for one in SUBJECTS if one.is_rule], ids=lambda one: one.name)
 @given(data=st.data())
 def test_views_of_any_shape(subject: Subject, data: st.DataObject) -> None:
     made = subject.fresh()

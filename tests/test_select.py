@@ -3,18 +3,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from normkit.core.errors import NotationError, SurgeryError
+from foreign_norms import Conv1D
 from normkit.surgery.select import select, weight_names
-
-
-class Conv1D(nn.Module):
-    """Shaped as the Conv1D of GPT-2 in transformers: a linear layer whose weight is (in, out)."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf = nf
-        self.weight = nn.Parameter(torch.randn(nx, nf))
-        self.bias = nn.Parameter(torch.zeros(nf))
 
 
 class Mixed(nn.Module):
@@ -67,31 +57,3 @@ def test_parametrized_layers_count_and_their_insides_do_not():
 
 def test_attention_with_other_sizes_has_three_weights():
     assert weight_names(nn.MultiheadAttention(8, 2, kdim=4)) == ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-
-
-def test_unknown_words_list_what_exists():
-    with pytest.raises(
-        NotationError, match=r"'frist_last' is not known; did you mean 'first_last'.*hidden.*re:PATTERN"
-    ):
-        select(Mixed(), "frist_last")
-    with pytest.raises(NotationError, match="can't be read"):
-        select(Mixed(), "re:(")
-
-
-def test_an_empty_choice_says_which_layers_exist():
-    with pytest.raises(SurgeryError, match=r"'re:fc' chooses nothing.*that exist: embedding, stem, .*head"):
-        select(Mixed(), "re:fc")
-    with pytest.raises(SurgeryError, match="exist: none"):
-        select(nn.Sequential(nn.ReLU()))
-    with pytest.raises(SurgeryError, match=r"'hidden' chooses nothing.*exist: 0, 1$"):
-        select(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "hidden")
-
-
-def test_layers_without_a_size_are_refused_when_asked_for():
-    with pytest.raises(SurgeryError, match="0: its weight has no size yet; run the model once"):
-        select(nn.Sequential(nn.LazyLinear(3)))
-
-
-def test_a_list_of_names_is_refused_with_the_cure() -> None:
-    with pytest.raises(NotationError, match="where is a list; wanted a word, 're:PATTERN' or a function"):
-        select(nn.Linear(2, 2), ["head"])  # pyright: ignore[reportArgumentType]

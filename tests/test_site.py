@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from test_browser import BROWSER, browse
 
 ROOT = Path(__file__).parent.parent

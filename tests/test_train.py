@@ -214,8 +214,7 @@ def test_parts_weigh_tokens_not_samples(tmp_path: Path) -> None:
         inputs, targets = data.train.batch(torch.arange(7), torch.device("cpu"))
         losses.append(train_step(runner.fabric, runner.placed, some, inputs, targets))
         losses.append(runner.placed.model.out.weight.detach().clone())
-    assert_close(losses[0], losses[2])
-    assert_close(losses[1], losses[3])
+    assert_close((losses[0], losses[1]), (losses[2], losses[3]))
 
 
 def test_the_average_is_judged_and_the_weights_go_on(tmp_path: Path) -> None:
@@ -250,12 +249,6 @@ def test_the_average_moves_in_any_precision(dtype: torch.dtype) -> None:
     with average.in_place():
         assert all(bool((model.state_dict()[name] == value.to(dtype)).all()) for name, value in average.values.items())
     assert all(torch.equal(model.state_dict()[name], value) for name, value in live.items())
-
-
-def test_an_average_of_halves_moves(tmp_path: Path) -> None:
-    runner = trainer(tmp_path, replace(SETTINGS, ema=0.999, precision="bf16-true"))
-    before = runner.evaluate(runner.data.val).loss
-    assert abs(runner.train()["val_loss"] - before) > 0.05
 
 
 def test_clipping_bounds_a_step(tmp_path: Path) -> None:
