@@ -14,8 +14,10 @@ from torch.testing import assert_close
 import normkit as nk
 from foreign_norms import random_
 from normkit import AdaLayerNorm, AdaLayerNormOutput, AdaLayerNormZeroBlock, AdaptiveInstanceNorm, BatchNorm
-from normkit.activations.conditional_norm import ConditionalNorm, SpatiallyAdaptiveNorm, conditional_norm
-from normkit.functional import adaptive_instance_norm, film, modulate
+from normkit.activations.conditional_norm import ConditionalNorm, SpatiallyAdaptiveNorm, conditional_norm_rule
+from normkit.core.memory import RunningStatistics
+from normkit.engine.dispatch import explain, run
+from normkit.functional import adaptive_instance_norm, conditional_norm, film, modulate
 
 # FiLM
 
@@ -82,6 +84,30 @@ def test_explains_which_back_end() -> None:
     text = str(AdaLayerNorm(8, 6).explain(torch.randn(2, 5, 8), torch.randn(2, 6)))
     assert "(1 + weight)" in text
     assert "2 samples" in text
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_is_normalized_by_the_kernels_with_weights_of_each_sample(
+    format: torch.memory_format, training: bool
+) -> None:
+    norm = BatchNorm(5, affine=False).train(training)
+    rule = conditional_norm_rule("n *")
+    x = torch.randn(3, 5, 4, 6).to(memory_format=format)
+    weight, bias, running = torch.randn(3, 5), torch.randn(3, 5), RunningStatistics(torch.rand(5), torch.rand(5) + 0.5)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.copy_(running.mean)
+    norm.running_var.copy_(running.var)
+    assert explain(rule, x, weight, bias, running=running, training=training).backend == "native"
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    y = run(rule, *inputs, running=running, training=training)
+    expected = norm(x) * weight[:, :, None, None] + bias[:, :, None, None]
+    assert_close(y, expected)
+    assert y.is_contiguous(memory_format=format)
+    dy = torch.randn_like(y)
+    assert_close(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy))
+    assert_close(running.mean, norm.running_mean)
 
 
 # Conditional normalization

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageColor
 from rich.console import Console
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -33,7 +33,7 @@ from normkit.lab.models import noisy_norm
 from normkit.lab.models.gan import PointDiscriminator, PointGenerator, centres
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.report import drawing
-from normkit.lab.report.drawing import Motion, save
+from normkit.lab.report.drawing import COLOURS, Motion, save
 from normkit.lab.train import images, walk
 from normkit.surgery.recipe import apply_recipe
 from normkit.weights.power_iteration import power_iteration
@@ -360,13 +360,19 @@ def test_slides_are_drawn_by_name(tmp_path: Path) -> None:
 def test_what_moves_is_written_as_gif_and_known_as_ours(tmp_path: Path) -> None:
     def make() -> Motion:
         figure = Figure()
-        line = figure.subplots().plot([0, 1], [0, 1])[0]
+        axis = figure.subplots()
+        line = axis.plot([0, 1], [0, 1])[0]
+        for place, colour in enumerate(COLOURS[:4]):  # few pixels each, beside many greys of text and axes
+            axis.plot(place / 4, 0.9, "s", color=colour)
         return Motion(figure, 3, lambda number: line.set_ydata([0, number]))
 
     written = save([Drawing("line", make, "A line.", moves=True)], tmp_path / "figures", 40)
     assert sorted(path.name for path in written) == ["line.gif", "line.png", "line.svg"]
     with Image.open(tmp_path / "figures" / "line.gif") as image:
         assert image.n_frames == 3
+        painted = image.convert("RGB").getcolors(1 << 20) or []
+    for wanted in map(ImageColor.getrgb, COLOURS[:4]):
+        assert min(math.dist(wanted, colour) for _, colour in painted) < 10  # of 441 between black and white
     folder.empty(tmp_path)
     assert not (tmp_path / "figures").exists()
 
