@@ -72,7 +72,7 @@ def test_keys_are_those_of_the_diffusion_transformer() -> None:
 
 
 def test_the_output_layer_starts_at_zero_and_is_the_published_formula() -> None:
-    final, x, condition = AdaLayerNormOutput(8, 6, 4), torch.randn(3, 5, 8), torch.randn(3, 6)
+    final, x, condition = AdaLayerNormOutput(8, 6, 4).double(), torch.randn(3, 5, 8).double(), torch.randn(3, 6).double()
     assert torch.equal(final(x, condition), torch.zeros(3, 5, 4).double())
     _random(final)
     linear = final.adaLN_modulation[1]
