@@ -65,9 +65,6 @@ def output(made: nn.Module, *inputs: Tensor) -> Tensor:
     return y[0] if isinstance(y, tuple) else y
 
 
-# Weights, from the raw parameters that the layer holds
-
-
 def _per_unit(layer: nn.Module, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One row for each output unit, their means, their variances."""
     axis, groups = (1, layer.groups) if isinstance(layer, nn.ConvTranspose2d) else (0, 1)
@@ -196,9 +193,6 @@ SUBJECTS = [
     *(_parametrized(card, "Linear") for card in WEIGHT_FORMS),
     *map(_fitted, INPUTS),
 ]
-
-
-# Derivatives
 
 
 def moved(made: nn.Module, inputs: Values, lines: int = 1) -> Callable[..., Tensor]:

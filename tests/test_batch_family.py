@@ -13,8 +13,6 @@ from foreign_norms import random_
 from normkit import BatchChannelNorm, BatchGroupNorm, BatchRenorm, EstBatchNorm, MeanOnlyBatchNorm
 from normkit.functional import RenormSchedule, batch_channel_norm, est_batch_norm, example_weighing
 
-# Mean-only batch normalization
-
 
 def test_it_is_batch_norm_times_the_deviation() -> None:
     x, like = torch.randn(4, 3, 5).double() * 2 + 7, nn.BatchNorm1d(3, eps=1e-30, affine=False).double()
@@ -36,9 +34,6 @@ def test_without_bias_and_statistics() -> None:
     without = MeanOnlyBatchNorm(3, bias=False, track_running_stats=False).eval()
     assert not without.state_dict()
     assert_close(without(torch.ones(2, 3)), torch.zeros(2, 3))
-
-
-# Batch renormalization
 
 
 UNBOUNDED = RenormSchedule.constant(math.inf, math.inf)
@@ -118,9 +113,6 @@ def test_explain_names_no_kernel_in_evaluation() -> None:
     text = str(norm.eval().explain(torch.randn(4, 3)))
     assert "(x - running_mean) / running_std" in text
     assert "back end: reference" in text
-
-
-# Batch-channel normalization is batch then group normalization; estimated statistics move with the batch
 
 
 def _x_batch(*shape: int) -> Tensor:
@@ -216,9 +208,6 @@ def test_update_bn_gives_the_statistics_of_all_batches(make) -> None:
         assert_close(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in batches]).mean(0))
     else:
         assert_close(norm.running_var, whole.var((0, 2, 3), correction=0))
-
-
-# Batch/group normalization
 
 
 @pytest.mark.parametrize(("groups", "examples"), [(None, None), (None, 4), (None, 1), (2, 2), (2, 1), (1, None)])

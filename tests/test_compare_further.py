@@ -267,9 +267,6 @@ def test_what_is_free_changes_over_the_runs_that_are_there(tmp_path: Path, monke
     assert (narrow["target"]["score"], narrow["recipes"][1]["paired"]["level"]) == (0.1, 0.5)
 
 
-# Paired intervals against scipy's own paired t test
-
-
 @pytest.mark.parametrize("count", [2, 3, 10])
 @pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
 def test_equals_scipy(count: int, level: float) -> None:

@@ -19,11 +19,6 @@ from normkit.core.memory import RunningStatistics
 from normkit.engine.dispatch import explain, run
 from normkit.functional import adaptive_instance_norm, conditional_norm, film, modulate
 
-# FiLM
-
-
-# Adaptive instance normalization
-
 
 def _pair() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, 3, 8, 9, dtype=torch.float64) * 3 + 5, torch.randn(2, 3, 4, 7, dtype=torch.float64) * 2 - 1
@@ -36,9 +31,6 @@ def test_strength_goes_from_the_content_to_the_style() -> None:
     assert_close(AdaptiveInstanceNorm(0.3)(x, style), 0.7 * x + 0.3 * full)
     each = adaptive_instance_norm(x, style, torch.tensor([0.0, 1.0]))
     assert_close(each, torch.stack([x[0], full[1]]))
-
-
-# Adaptive layer normalization
 
 
 def _block(features: int = 8, condition: int = 6) -> AdaLayerNormZeroBlock:
@@ -72,7 +64,11 @@ def test_keys_are_those_of_the_diffusion_transformer() -> None:
 
 
 def test_the_output_layer_starts_at_zero_and_is_the_published_formula() -> None:
-    final, x, condition = AdaLayerNormOutput(8, 6, 4).double(), torch.randn(3, 5, 8).double(), torch.randn(3, 6).double()
+    final, x, condition = (
+        AdaLayerNormOutput(8, 6, 4).double(),
+        torch.randn(3, 5, 8).double(),
+        torch.randn(3, 6).double(),
+    )
     assert torch.equal(final(x, condition), torch.zeros(3, 5, 4).double())
     _random(final)
     linear = final.adaLN_modulation[1]
@@ -108,9 +104,6 @@ def test_a_batch_is_normalized_by_the_kernels_with_weights_of_each_sample(
     dy = torch.randn_like(y)
     assert_close(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy))
     assert_close(running.mean, norm.running_mean)
-
-
-# Conditional normalization
 
 
 def _image() -> torch.Tensor:
@@ -172,9 +165,6 @@ def test_the_function_takes_both() -> None:
     mean, var = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
     found = conditional_norm(x, weight, bias, mean, var, training=False, over="n *")
     assert_close(found, maps[0] * x / (1 + 1e-5) ** 0.5 + maps[1])
-
-
-# Scales, shifts and conditions of every shape that broadcasts, in every layer that takes them
 
 
 LAST = st.sampled_from([(3, 5, 4), (3, 2, 5, 4), (3, 4), (1, 5, 4), (4, 4, 4)])

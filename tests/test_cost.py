@@ -122,9 +122,6 @@ print(faults)
     assert last < first / 10
 
 
-# The benchmark as a command: what it measures, what it prints again, and that it says which
-
-
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     """Collects the cells that are measured, with times from nowhere."""

@@ -24,8 +24,6 @@ from normkit.diagnostics.conditions import spectrum
 from normkit.lab.report.weights import depth_figure
 from normkit.weights.weight_conditioning import equilibrate, weight_conditioning
 
-# Conditions
-
 
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (40, 6), (1, 4)], ids=str)
 def test_every_way_finds_the_same_singular_values(shape: tuple[int, int]) -> None:
@@ -81,9 +79,6 @@ def test_every_weight_is_reported_before_and_after() -> None:
     assert_close(model.state_dict(), state, rtol=0, atol=0)
     read = json.loads(json.dumps([row.json() for row in found.values()], allow_nan=False))
     assert (read[0]["condition"], len(read[0]["spectrum"])) == (found["words"].condition, 8)
-
-
-# Activations
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(0, 99))
@@ -158,9 +153,6 @@ def test_every_call_counts_once() -> None:
         activations(Twice(True), [(x, y)], F.cross_entropy)
 
 
-# The gap
-
-
 def shifted() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     torch.manual_seed(0)
     norms = nk.BatchNorm(6), nn.BatchNorm1d(6)
@@ -210,8 +202,6 @@ def test_gaps_that_can_not_be_measured() -> None:
     model[1] = torch.compile(model[1], backend="eager")
     assert gap(model, batches)[0].name == "1"
 
-
-# The command and the figures
 
 MINE = """
 from torch import nn

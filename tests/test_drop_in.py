@@ -76,12 +76,6 @@ def test_arguments_and_defaults_are_torchs(ours: type, theirs: type) -> None:
         assert mine[key].default == other[key].default
 
 
-# The four layer norms of convolutional networks, and channels-last layouts
-
-
-# What torch lacks
-
-
 def test_torchs_own_tools_take_our_layers() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nk.BatchNorm(4))
     batches = [torch.randn(16, 3) for _ in range(4)]

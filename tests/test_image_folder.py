@@ -189,9 +189,6 @@ def test_what_says_nothing_of_a_file_is_not_called_damage(tmp_path: Path, error:
     assert raised.value is error
 
 
-# Flips and crops in batch: equal to one image at a time, and drawn from the distribution that is said
-
-
 def drawn(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -128,8 +128,6 @@ def test_public_names_are_there_once() -> None:
         assert all(hasattr(space, name) for name in space.__all__)
 
 
-# How layers and their stateless twins are called: torch's argument names and order, sizes of any whole number
-
 FUNCTIONS = {
     "batch_norm": (nk.functional.batch_norm, F.batch_norm),
     "layer_norm": (nk.functional.layer_norm, F.layer_norm),

@@ -245,9 +245,6 @@ def test_nothing_leaves_running_statistics(card: Card, nothing: str) -> None:
     assert_close(dict(kept), before, rtol=0, atol=0)
 
 
-# Claims of the card
-
-
 @each_activation
 def test_claim_train_equals_eval(card: Card) -> None:
     made, x = layer(card), sample_input(card)

@@ -202,9 +202,6 @@ def test_grid_positions_differ_everywhere() -> None:
     assert distance.min() > 0.1
 
 
-# Generators and discriminators: sizes, shapes, and what spectral normalization does to them
-
-
 def test_images_come_out_and_go_in() -> None:
     generator, discriminator = ImageGenerator(16, 32), ImageDiscriminator(4)
     images = generator(torch.randn(2, 16))
@@ -231,9 +228,6 @@ def test_points_lie_on_the_ring() -> None:
 
 def test_points_pass_the_perceptrons() -> None:
     assert PointDiscriminator(8)(PointGenerator(3, 8)(torch.zeros(5, 3))).shape == (5, 1)
-
-
-# The encoder against torch's own layers, its placements, and its heads
 
 
 @pytest.mark.parametrize("placement", ["post", "pre"])

@@ -13,8 +13,6 @@ from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.engine.pooling import pool
 from normkit.engine.window import sliding_mean, sliding_moments, sliding_sum
 
-# The numerics contract
-
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1e2, 1e3, 1e4])
 @pytest.mark.parametrize("dims", [(1,), (0,), (0, 2), (0, 1, 2)])
@@ -68,9 +66,6 @@ def test_unbiased_variance_of_one_element_is_undefined() -> None:
     assert_close(moments(torch.tensor([1.0, 3.0]), (0,)).unbiased(), torch.tensor([2.0]))
 
 
-# Pooled moments against moments of everything at once
-
-
 @pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)])
 def test_equals_moments_of_the_union(dims: tuple[int, ...]) -> None:
     x = torch.randn(3, 4, 5, dtype=torch.float64)
@@ -84,9 +79,6 @@ def test_with_a_mask_sets_count_by_their_elements() -> None:
     mask[0] = False  # a set without elements counts for nothing
     found, wanted = pool(moments(x, (2,), mask), (0,)), moments(x, (0, 2), mask)
     assert_close((found.mean, found.var, found.n), (wanted.mean, wanted.var, wanted.n))
-
-
-# Sliding windows against sums by loops, and their accuracy
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

@@ -312,9 +312,6 @@ def test_in_lightning(tmp_path: Path) -> None:
     assert len(rows) == 2
 
 
-# One of two processes that train under a monitor: python monitor_worker.py RANK RENDEZVOUS FOUND
-
-
 def modes() -> dict[str, Any]:
     mesh, cpu = init_device_mesh("cpu", (2,)), torch.device("cpu")
     return {

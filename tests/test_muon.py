@@ -157,9 +157,6 @@ def test_a_convolution_is_a_matrix_and_the_state_is_kept() -> None:
         assert torch.equal(mine, theirs)
 
 
-# Warm-up schedules: closed forms, and torch's optimizers that follow them
-
-
 def test_inverse_sqrt_is_the_closed_form() -> None:
     for features, warmup in ((512, 4000), (64, 10), (1, 1)):
         peak = (features * warmup) ** -0.5
@@ -202,9 +199,6 @@ def test_optimizers_follow_them_from_the_first_step_and_resume() -> None:
         again.load_state_dict(schedule.state_dict())
         assert again.get_last_lr() == schedule.get_last_lr()
         assert fresh.param_groups[0]["lr"] == pytest.approx(wanted(8), rel=1e-12)
-
-
-# Decay of gains and biases: by groups and by penalty alike
 
 
 def _normed() -> nn.Module:

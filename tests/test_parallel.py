@@ -65,9 +65,6 @@ def test_resumed_shards_are_exact(two: Path) -> None:
         assert (two / "resumed shards" / name).read_bytes() == (two / "shards" / name).read_bytes()
 
 
-# Processes of the parallel training tests: torchrun parallel_worker.py OUT trains every case of CASES into a folder of OUT
-
-
 class Stop(Exception):
     """Stands for an interruption."""
 

@@ -184,9 +184,6 @@ def test_place_that_is_a_file(tmp_path: Path) -> None:
         record.write_json(tmp_path / "file" / "value.json", {})
 
 
-# Steps of a walk: a stop anywhere leaves no trace in what comes out
-
-
 def journey(folder: Path, stop: int | None = None, bad: int | None = None) -> tuple[Any, list[float]]:
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
@@ -231,8 +228,6 @@ def test_divergence_ends_a_walk(tmp_path: Path) -> None:
     walked, _ = journey(tmp_path, bad=5)
     assert (walked.status, walked.steps, len(walked.rows)) == (DIVERGED, 5, 2)
 
-
-# What a run keeps until it is done, holds while others might take it, and gives back to who comes after
 
 SETTINGS = Settings(epochs=2, batch_size=16, rates=(0.1,), accelerator="cpu", condition=False)
 

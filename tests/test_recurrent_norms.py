@@ -145,8 +145,6 @@ def test_padding_changes_nothing(make) -> None:
     assert_close(last[3], y[2, 3])
 
 
-# Recurrent layer normalization: torch's cells where the norms are bypassed, layers as unrolled cells, padding
-
 CELLS = ["lstm", "gru", "rnn"]
 
 

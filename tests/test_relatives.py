@@ -103,8 +103,6 @@ def test_a_recipe_with_a_learned_gain() -> None:
     assert [key for key in model.state_dict() if key.endswith("scale")] == scales
 
 
-# Preconditioners of weights
-
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 4), 1),
     "conv, groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), 2),
@@ -219,9 +217,6 @@ def test_spectral_conditioning_of_language_models(kind: str, names: list[str]) -
     wanted = model(tokens).last_hidden_state
     nk.fold(model)
     assert_close(model(tokens).last_hidden_state, wanted)
-
-
-# Preconditioned attention and tokens
 
 
 @settings(max_examples=30, deadline=None)

@@ -167,9 +167,6 @@ def test_the_scene_of_balls() -> None:
     assert bool((scene.poses[:, 1, 1] > 0).all())
 
 
-# Fields
-
-
 def equilibrated(model: nn.Module) -> nn.Module:
     by_hand = copy.deepcopy(model)
     with torch.no_grad():

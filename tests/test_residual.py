@@ -37,8 +37,6 @@ def test_dropout_is_on_the_branch_in_training_alone() -> None:
     assert torch.equal(block.eval()(x), 2 * x)
 
 
-# Placements of a whole stack
-
 SCHEMES = ("post", "pre", "sandwich", "branch", "deep", "mix", "scaled", "hybrid")
 
 

@@ -16,8 +16,6 @@ from normkit.activations.local_response_norm import LocalResponseNorm, local_res
 from normkit.activations.positional_norm import moment_shortcut
 from normkit.functional import instance_norm, layer_norm, positional_moments, positional_norm, switchable_norm
 
-# Exemplar normalization
-
 
 def _image() -> torch.Tensor:
     return torch.randn(3, 4, 5, 6, dtype=torch.float64) * 2 + torch.arange(3.0).view(3, 1, 1, 1)
@@ -30,9 +28,6 @@ def test_starts_as_the_mean_of_the_three() -> None:
     assert_close(norm(x), sum(three) / 3)
     assert_close((norm.running_mean, norm.running_var), (batch.running_mean, batch.running_var))
     assert_close(norm.eval()(x), (three[0] + three[1] + batch.eval()(x)) / 3)
-
-
-# Switchable normalization
 
 
 def _corner(k: int, **options: object) -> SwitchableNorm:
@@ -95,16 +90,10 @@ def test_a_sample_with_a_single_real_position_does_not_spoil_the_others() -> Non
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-# Filter response normalization
-
-
 def test_a_learned_eps_counts_by_its_absolute_value() -> None:
     x, learned = torch.randn(2, 3, 4, 5, dtype=torch.float64), nk.FilterResponseNorm(3, 1e-4, learned_eps=True).double()
     nn.init.constant_(learned.eps_weight, -1e-4)
     assert_close(learned(x), nk.FilterResponseNorm(3, 1e-4).double()(x), rtol=1e-9, atol=0)
-
-
-# Positional normalization
 
 
 @pytest.mark.parametrize("correction", [0, 1])
@@ -137,11 +126,6 @@ def test_moments_of_half_types_are_float32(dtype: torch.dtype) -> None:
     assert moment_shortcut(positional_norm(x), moments).dtype == dtype
 
 
-# What normalizations over windows, channels and fields equal, and where they start
-
-# Local context normalization
-
-
 def test_each_axis_may_have_a_window_of_its_own() -> None:
     x = torch.randn(1, 2, 6, 7, dtype=torch.float64)
     found = local_context_norm(x, 2, (3, 5))[0, :, 2, 3]
@@ -155,9 +139,6 @@ def test_accurate_beside_a_step_of_light() -> None:
     found, exact = (local_context_norm(z, 2, 5) for z in (x, x.double()))
     # Means of 1e4 are known to half a unit in the last place, 1e4 * 2^-24 deviations.
     assert_close(found.double(), exact, rtol=0, atol=1e-2)
-
-
-# Local contrast normalization
 
 
 def test_a_flat_image_has_no_energy() -> None:
@@ -178,9 +159,6 @@ def test_jarretts_eps_is_a_floor_of_the_divisor() -> None:
     assert_close(one, 2 * two)
 
 
-# Local response normalization
-
-
 def test_an_even_window_has_the_published_limits() -> None:
     x = torch.ones(1, 7, 1, dtype=torch.float64)
     # Channels i - 2 to i + 2: five terms inside, three at the borders.
@@ -195,9 +173,6 @@ def test_defaults_are_torchs_or_the_papers() -> None:
     assert (published.size, published.alpha, published.beta, published.k) == (5, 1e-4, 0.75, 2.0)
     assert isinstance(norm, nn.LocalResponseNorm)
     assert "torch_compat=False" in repr(published)
-
-
-# Divisive normalization
 
 
 def _image_local_norms() -> torch.Tensor:
@@ -233,9 +208,6 @@ def test_heegers_response_saturates_at_the_gain(exponent: float) -> None:
     assert_close(found[1], torch.full((2,), 5.0, dtype=torch.float64), rtol=1e-5, atol=0)
 
 
-# Generalized divisive normalization
-
-
 def test_every_weight_can_leave_its_start() -> None:
     norm = GDN(3)
     norm(torch.randn(4, 3, 5)).square().sum().backward()
@@ -249,9 +221,6 @@ def test_stays_real_whatever_the_parameters() -> None:
     nn.init.constant_(norm.gamma, -1e-12)
     assert norm(torch.randn(4, 3, 5) * 1e3).isfinite().all()
     assert norm(torch.zeros(4, 3, 5)).isfinite().all()
-
-
-# Global response normalization
 
 
 def _random(**options: object) -> GlobalResponseNorm:

@@ -65,8 +65,6 @@ def test_attention_with_other_sizes_has_three_weights():
     assert weight_names(nn.MultiheadAttention(8, 2, kdim=4)) == ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-# Rows and columns of every layer's weight, against the layer's matrix found by pushing unit inputs through it
-
 LAYERS = {
     "linear": (nn.Linear(5, 4), (5,)),
     "conv": (nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), (3, 4, 4)),

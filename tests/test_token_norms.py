@@ -21,11 +21,6 @@ from normkit.functional import (
     scale_norm,
 )
 
-# Partial RMS normalization
-
-
-# ScaleNorm
-
 
 def test_eps_is_a_floor_of_the_norm() -> None:
     tiny = torch.full((1, 4), 1e-7, dtype=torch.float64)
@@ -44,9 +39,6 @@ def test_one_scalar_may_be_shared_by_all_places() -> None:
     fresh = ScaleNorm(8)
     other = nn.Sequential(fresh, ScaleNorm(8, weight=fresh.weight), ScaleNorm(8))
     other.load_state_dict(model.state_dict())
-
-
-# FixNorm
 
 
 @pytest.mark.parametrize("fix_embeddings", [True, False])
@@ -86,9 +78,6 @@ def test_a_word_of_zeros_and_a_token_of_zeros_are_harmless() -> None:
     y.sum().backward()
     assert weight.grad.isfinite().all()
     assert x.grad.isfinite().all()
-
-
-# Query-key normalization
 
 
 def qkv() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -140,9 +129,6 @@ def test_dropout_is_for_training_alone() -> None:
     exact = attention(q, k, v)
     assert not torch.allclose(attention(q, k, v, dropout=0.5), exact)
     assert_close(attention.eval()(q, k, v, dropout=0.5), exact)
-
-
-# The normalized transformer's parts
 
 
 def test_extreme_rates() -> None:

@@ -186,9 +186,6 @@ def test_models_on_meta_and_compiled_ones() -> None:
     assert_close(compiled(x), before)
 
 
-# What would go wrong silently in placed, adopted and converted models is refused, or forgotten where it is stale
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_waiting_moments_follow_a_move(dtype: torch.dtype) -> None:
     norm, x = nk.BatchNorm(2, accumulate=2, momentum=1.0), torch.randn(8, 2)

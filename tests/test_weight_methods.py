@@ -20,9 +20,6 @@ from normkit.weights.spectral_norm import SpectralNorm, spectral_norm
 from normkit.weights.weight_norm import rescale, weight_norm
 from normkit.weights.weight_standardization import PUBLISHED, WeightStandardization, standardize, weight_standardization
 
-# Weight normalization beside torch's, and what torch's lacks
-
-
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 4), (3, 5)),
     "conv 1d": (lambda: nn.Conv1d(4, 6, 3), (2, 4, 7)),
@@ -82,9 +79,6 @@ def test_one_axis() -> None:
     assert_close(rescale(torch.tensor([2.0, 3.0]), v, 0), torch.tensor([2.0, -3.0]))
 
 
-# Weight standardization, by its definition and in its published forms
-
-
 def test_the_published_forms() -> None:
     w = torch.randn(4, 3, 2, 2).double()
     rest = w - w.mean((1, 2, 3), keepdim=True)
@@ -114,9 +108,6 @@ def test_a_constant_row_becomes_zero() -> None:
 
 def test_one_weight_in_the_first_axis_is_no_unit() -> None:
     assert standardize(torch.randn(2, 6, 1), layout=WeightLayout(output_axis=1)).shape == (2, 6, 1)
-
-
-# Spectral normalization beside torch's, and against the singular value decomposition
 
 
 def test_two_uses_before_one_backward() -> None:
@@ -149,9 +140,6 @@ def test_exact_of_a_zero_and_of_a_half_weight() -> None:
     zero = torch.zeros(2, 2, requires_grad=True)
     assert torch.autograd.grad(SpectralNorm(zero, exact=True)(zero).sum(), zero)[0].isfinite().all()
     assert SpectralNorm(torch.ones(2, 2), exact=True)(torch.ones(2, 2).bfloat16()).dtype == torch.bfloat16
-
-
-# Power iteration
 
 
 NOT_NORMAL = torch.tensor([[1.0, 5.0], [0.0, 0.5]], dtype=torch.float64)

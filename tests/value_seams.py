@@ -29,8 +29,6 @@ from subjects import (
     pulled,
 )
 
-# After another call
-
 
 def large(subject: Subject) -> Tensor:
     """Past every number of elements at which a back end may give way to another."""
@@ -117,9 +115,6 @@ def _(subject: Subject) -> None:
         for parameter in made.parameters():
             parameter.data = parameter.data.bfloat16()
     same(gradients(warm, inputs), gradients(cold, inputs))
-
-
-# Derivatives, against those of the polynomial through values of plain code
 
 
 @cache
@@ -257,9 +252,6 @@ def _(subject: Subject) -> None:
         wanted, parts = definition(like, inputs)
         near((y, pulled(y, list(state.values()))), (wanted, parts[1:]), dtype)
         assert y.dtype == torch.float32
-
-
-# Precision
 
 
 @seam("autocast", is_input_of_networks, "what is fitted in float32 has laws of its own")
