@@ -175,11 +175,7 @@ def _(subject: Subject) -> None:
     near(output(traced, *other), output(made, *other), torch.float32)
 
 
-@seam(
-    "torch.compile, inductor",
-    lambda one: one.name in ("batch_norm", "weight_norm-Linear"),
-    "slow: one of each kind",
-)
+@seam("torch.compile, inductor", lambda one: one.name in ("batch_norm", "weight_norm-Linear"), "slow: one of each kind")
 def _(subject: Subject) -> None:
     made, inputs = subject.fresh().eval(), subject.inputs()
     torch._dynamo.reset()

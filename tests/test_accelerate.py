@@ -61,11 +61,7 @@ FAMILIES = {
     "Gemma": (foreign.GemmaRMSNorm(8), LAST, "RMSNorm((8,), eps=1e-06, elementwise_affine=True, offset=1.0)"),
     "no bias": (foreign.CenteredNorm(8), LAST, "LayerNorm((8,), eps=1e-06, elementwise_affine=True, bias=False)"),
     "bare": (foreign.BareNorm(8), LAST, "LayerNorm((8,), eps=1e-05, elementwise_affine=False, bias=False)"),
-    "channels": (
-        foreign.ChannelsNorm(8),
-        FIRST,
-        "LayerNorm((8,), eps=1e-05, elementwise_affine=True, bias=True, over",
-    ),
+    "channels": (foreign.ChannelsNorm(8), FIRST, "LayerNorm((8,), eps=1e-05, elementwise_affine=True, bias=True, over"),
     "bn relu": (foreign.BatchNormAct(8, nn.ReLU()), FIRST, "BatchNorm("),
     "bn": (foreign.BatchNormAct(8, nn.Identity()), FIRST, "BatchNorm("),
     "per head": (
@@ -78,11 +74,7 @@ FAMILIES = {
         LAST,
         "GatedRMSNorm(8, eps=1e-06, norm_before_gate=True, groups=1, cast='before weight')",
     ),
-    "gate first": (
-        foreign.OptionalGateNorm(8, False),
-        LAST,
-        "GatedRMSNorm(8, eps=1e-06, norm_before_gate=False",
-    ),
+    "gate first": (foreign.OptionalGateNorm(8, False), LAST, "GatedRMSNorm(8, eps=1e-06, norm_before_gate=False"),
     "gate and groups": (
         foreign.GatedNorm(8, False, 2),
         LAST,

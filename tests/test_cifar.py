@@ -167,10 +167,7 @@ def test_damaged_bytes_never_raise_anything_else(root: Path) -> None:
     ("change", "words"),
     [
         (lambda part: part.pop(b"data"), "data is a NoneType; wanted bytes"),
-        (
-            lambda part: part.update({b"data": part[b"data"][:, :-1]}),
-            r"data is uint8 \(40, 3071\); wanted .*3072",
-        ),
+        (lambda part: part.update({b"data": part[b"data"][:, :-1]}), r"data is uint8 \(40, 3071\); wanted .*3072"),
         (lambda part: part.update({b"data": part[b"data"].astype(float)}), "data is float64"),
         (lambda part: part.update({b"data": [[1, 2]]}), "data is a list"),
         (lambda part: part.pop(b"labels"), "labels is a NoneType; wanted a list of integers"),

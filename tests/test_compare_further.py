@@ -93,10 +93,7 @@ def test_further_rates_are_said_and_recorded(tmp_path: Path) -> None:
     assert [recipe["extended"] for recipe in plain["recipes"]] == [[], []]
 
 
-COSTS = {
-    "keep": {"ratio": 1.0, "ratio_interval": None},
-    "keep+e": {"ratio": 1.5, "ratio_interval": (1.4, 1.6)},
-}
+COSTS = {"keep": {"ratio": 1.0, "ratio_interval": None}, "keep+e": {"ratio": 1.5, "ratio_interval": (1.4, 1.6)}}
 
 
 @pytest.fixture

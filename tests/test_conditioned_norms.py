@@ -53,23 +53,8 @@ def test_the_zero_block_starts_as_the_identity_and_its_gates_learn_first() -> No
     assert (bias[[0, 1, 3, 4]] == 0).all()
 
 
-def test_keys_are_those_of_the_diffusion_transformer() -> None:
-    block = AdaLayerNormZeroBlock(8, 6, attn=nn.Identity(), mlp=nn.Identity())
-    assert set(block.state_dict()) == {
-        "adaLN_modulation.1.weight", "adaLN_modulation.1.bias",
-    }  # fmt: skip
-    assert set(AdaLayerNormOutput(8, 6, 4).state_dict()) == {
-        "linear.weight", "linear.bias", "adaLN_modulation.1.weight", "adaLN_modulation.1.bias",
-    }  # fmt: skip
-
-
-def test_the_output_layer_starts_at_zero_and_is_the_published_formula() -> None:
-    final, x, condition = (
-        AdaLayerNormOutput(8, 6, 4).double(),
-        torch.randn(3, 5, 8).double(),
-        torch.randn(3, 6).double(),
-    )
-    assert torch.equal(final(x, condition), torch.zeros(3, 5, 4).double())
+def test_the_output_layer_is_the_published_formula() -> None:
+    final, x, condition = AdaLayerNormOutput(8, 6, 4), torch.randn(3, 5, 8), torch.randn(3, 6)
     _random(final)
     linear = final.adaLN_modulation[1]
     shift, scale = F.linear(F.silu(condition), linear.weight, linear.bias)[:, None].chunk(2, dim=2)

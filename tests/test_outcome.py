@@ -191,12 +191,7 @@ class Scaled(nn.Linear):
     ("model", "options", "error", "words"),
     [
         (Scaled(), {}, ProtocolError, r"scale \(Gain\) has weights and no reset_parameters .* model=lambda: Net\(\)"),
-        (
-            lab_samples.model,
-            {"epoch": 5},
-            OptionError,
-            r"no setting 'epoch'; did you mean 'epochs'\?; wanted acc",
-        ),
+        (lab_samples.model, {"epoch": 5}, OptionError, r"no setting 'epoch'; did you mean 'epochs'\?; wanted acc"),
         (lab_samples.model, {"seeds": 0}, OptionError, "at least one seed"),
     ],
 )

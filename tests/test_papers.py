@@ -280,6 +280,6 @@ def test_differences_say_whether_they_show_one() -> None:
         one["runs"] = [{**run, "status": "ok" if run["test_score"] is not None else "diverged"} for run in one["runs"]]
     (said, lost) = verdicts({"parts": {"L": {"sets": {"given": judged}}}})
     assert [part.rpartition(", ")[2] for part in said.rstrip(".").split("; ")] == [
-        *("worse", "no difference shown", "no interval", "no difference shown", "not judged"),
+        *("worse", "no difference shown", "no interval", "no difference shown", "not judged")
     ]
     assert lost == "L: runs that diverged: lost (1 of 3)."

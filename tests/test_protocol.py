@@ -139,10 +139,7 @@ def test_models_that_are_refused(factory: Any, words: str) -> None:
         ({"train": X, "test": (X, Y)}, "train is a Tensor; wanted a dict"),
         ({"train": ({}, Y), "test": (X, Y)}, "empty dict"),
         ({"train": ({"text": ["a"] * 30}, Y)}, "hold nothing but text or None under text"),
-        (
-            {"train": (X, ["cat", "dog"] * 15)},
-            r"targets are text, such as 'cat'; wanted class indices, such as",
-        ),
+        ({"train": (X, ["cat", "dog"] * 15)}, r"targets are text, such as 'cat'; wanted class indices, such as"),
         ({"train": (X, [{}] * 30)}, "makes no tensor"),
         ((X, torch.eye(3)[Y].long()), r"a single 1 per row \(one-hot\); give class indices, targets.argmax\(1\)"),
         ((X, torch.eye(3)[Y]), "one-hot"),
@@ -212,26 +209,14 @@ def test_code_of_the_user_that_fails(factory: Any, words: str) -> None:
     ("model", "data", "words"),
     [
         (lab_samples.model(2), lab_samples.data, "returned 2 logits, but the highest label is 2; wanted at least 3"),
-        (
-            nn.Linear(9, 3),
-            lab_samples.data,
-            r"on two samples of train \(inputs torch.float32 \(2, 8\)\) raised",
-        ),
+        (nn.Linear(9, 3), lab_samples.data, r"on two samples of train \(inputs torch.float32 \(2, 8\)\) raised"),
         (nn.Flatten(0), lab_samples.data, r"returned \(16,\) for class targets \(2,\) of train; wanted \(2, classes\)"),
         (nn.GRU(8, 4), lab_samples.data, "returned a tuple; wanted a tensor of logits"),
         (nn.Linear(8, 2), lab_samples.regression, r"returned \(2, 2\) for float targets \(2,\) of train"),
         (nn.Linear(8, 3), lab_samples.tokens, "on two samples of train .*input_ids.* raised TypeError"),
-        (
-            nn.Linear(8, 3).double(),
-            lab_samples.data,
-            r"weights are torch.float64; return model.float\(\).*precision",
-        ),
+        (nn.Linear(8, 3).double(), lab_samples.data, r"weights are torch.float64; return model.float\(\).*precision"),
         (LINE, lambda: (X.half(), Y), r"make the inputs torch.float32 too, such as inputs.float\(\)"),
-        (
-            LINE,
-            lambda: (X, Y[:, None]),
-            r"wanted \(2, 1, classes\); for one class .* targets.squeeze\(1\)",
-        ),
+        (LINE, lambda: (X, Y[:, None]), r"wanted \(2, 1, classes\); for one class .* targets.squeeze\(1\)"),
     ],
 )
 def test_models_that_do_not_fit(model: nn.Module, data: Any, words: str) -> None:
@@ -286,12 +271,7 @@ CASES = [
     case([(x, y) for x, y in zip(X, Y, strict=True)]),
     case({"data": X.numpy(), "target": Y.numpy(), "DESCR": "words"}),
     case({"pixels": X, "labels": Y}),
-    case(
-        {"pixels": X.double(), "labels": X[:, 0].double()},
-        model=nn.Linear(8, 1),
-        kind="regression",
-        words="float32",
-    ),
+    case({"pixels": X.double(), "labels": X[:, 0].double()}, model=nn.Linear(8, 1), kind="regression", words="float32"),
     case(DataLoader(TensorDataset(X, Y), 7), words=r"not its own \(7\)"),
     case(DataLoader(TensorDataset(X, Y), 7, sampler=SubsetRandomSampler(range(20))), sizes=(13, 3, 4), words=""),
     case(DataLoader(TensorDataset(X, Y), sampler=[1, 1, 2]), words="list draws by weight or repeats samples"),

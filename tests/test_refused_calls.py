@@ -68,11 +68,7 @@ REFUSED: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: select(PAIR, "re:fc"), SurgeryError, r"'re:fc' chooses nothing.*that exist: 0$"),
     (lambda: select(nn.Sequential(nn.ReLU())), SurgeryError, "exist: none"),
     (lambda: select(nn.Sequential(LINEAR, Conv1D(2, 2)), "hidden"), SurgeryError, "'hidden' chooses .*exist: 0, 1$"),
-    (
-        lambda: select(nn.Sequential(nn.LazyLinear(3))),
-        SurgeryError,
-        "0: its weight has no size yet; run",
-    ),
+    (lambda: select(nn.Sequential(nn.LazyLinear(3))), SurgeryError, "0: its weight has no size yet; run"),
     (lambda: select(LINEAR, ["head"]), NotationError, "where is a list; wanted a word, 're:PATTERN' or a function"),  # pyright: ignore[reportArgumentType]
     (lambda: nk.condition(LINEAR, where="head"), NotationError, r"'head' is not known.*layers by name: 're:head'"),
     (lambda: nk.condition(LINEAR, "rows"), SurgeryError, r"wanted 'row', .*did you mean 'row'"),

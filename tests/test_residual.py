@@ -197,11 +197,7 @@ def test_deep_norms_constants_and_initial_weights() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (
-            lambda: place_norms(place_norms(_stack("encoder"), "pre").model, "deep"),
-            SurgeryError,
-            r"already; call undo",
-        ),
+        (lambda: place_norms(place_norms(_stack("encoder"), "pre").model, "deep"), SurgeryError, r"already; call undo"),
         (lambda: place_norms(_twice(), "scaled"), SurgeryError, r"layers.2: it is a layer from above once more"),
         (lambda: place_norms(nn.Linear(2, 2), "pre"), SurgeryError, "no TransformerEncoder"),
         (lambda: place_norms(_stack("encoder"), "hybird"), OptionError, "did you mean 'hybrid'"),

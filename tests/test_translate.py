@@ -229,10 +229,7 @@ def test_what_other_frameworks_keep(framework: str, recipe: str) -> None:
         translate(state, model, source=framework, rename=lambda key: _ours(key) if "extra" not in key else key)
     with pytest.raises(nk.errors.SurgeryError, match="transposed convolution"):
         translate({"kernel": torch.ones(2, 2, 3, 4)}, nn.ConvTranspose2d(3, 4, 2, bias=False), source=framework)
-    for layer, said in (
-        (nn.ConvTranspose2d(3, 4, 2), "transposed convolution"),
-        (nn.LSTM(3, 3), "of LSTM, whose"),
-    ):
+    for layer, said in ((nn.ConvTranspose2d(3, 4, 2), "transposed convolution"), (nn.LSTM(3, 3), "of LSTM, whose")):
         with pytest.raises(nk.errors.SurgeryError, match=said):
             translate(layer.state_dict(), layer, to=framework)
     packed = nn.ModuleDict({"a": nn.MultiheadAttention(3, 1, bias=False)})
