@@ -267,9 +267,6 @@ def _(subject: Subject) -> None:
         model = nn.Sequential(nn.Conv2d(3, 4, 1).double().eval(), made)
         x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
         wanted = model(x)
-        for change in (
-            nn.SyncBatchNorm.convert_sync_batchnorm,
-            lambda model: nn.utils.fusion.fuse_conv_bn_eval(*model),
-        ):
-            with contextlib.suppress(NormkitError):  # refused with the cure is right too
-                near(change(copy.deepcopy(model))(x), wanted)
+    for change in (nn.SyncBatchNorm.convert_sync_batchnorm, lambda pair: nn.utils.fusion.fuse_conv_bn_eval(*pair)):
+        with contextlib.suppress(NormkitError):  # refused with the cure is right too
+            near(change(copy.deepcopy(model))(x), wanted)

@@ -15,13 +15,7 @@ from normkit.engine.abi import TYPES
 from normkit.engine.library import library
 from normkit.engine.prepared import NkPlan
 
-ACTIVATIONS: list[Callable[[Tensor], Tensor]] = [
-    lambda y: y,
-    torch.relu,
-    F.silu,
-    F.gelu,
-    lambda y: F.gelu(y, approximate="tanh"),
-]
+ACTIVATIONS: list[Callable] = [lambda y: y, torch.relu, F.silu, F.gelu, lambda y: F.gelu(y, approximate="tanh")]
 
 
 # Relative to the largest element of what is compared: a few roundings of the type that it is kept in.
@@ -96,9 +90,7 @@ class Call:
         self.called("nk_forward", *tensors)
         return self.y
 
-    def backward(
-        self, dy: Tensor, dsum: Tensor | None = None, wanted: str = "x weight bias"
-    ) -> dict[str, Tensor | None]:
+    def backward(self, dy: Tensor, dsum: Tensor | None = None, wanted: str = "x weight bias") -> dict[str, Any]:
         x = self.x if self.total is None else self.total
         of = {"x": x, "weight": self.weight, "bias": self.bias}
         found = {n: torch.full_like(t, 7) if t is not None and n in wanted.split() else None for n, t in of.items()}

@@ -78,12 +78,8 @@ def _from_units(layer: nn.Module, rows: Tensor, like: Tensor) -> Tensor:
     if not isinstance(layer, nn.ConvTranspose2d):
         return rows.view(like.shape)
     parts = like.chunk(layer.groups)
-    return torch.cat(
-        [
-            part.view(one.movedim(1, 0).shape).movedim(0, 1)
-            for part, one in zip(rows.chunk(layer.groups), parts, strict=True)
-        ]
-    )
+    pairs = zip(rows.chunk(layer.groups), parts, strict=True)
+    return torch.cat([part.view(one.movedim(1, 0).shape).movedim(0, 1) for part, one in pairs])
 
 
 def _weight_norm(layer: Any, part: Any, g: Tensor, v: Tensor) -> Tensor:

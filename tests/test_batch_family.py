@@ -177,9 +177,7 @@ def test_functions_update_what_they_are_given() -> None:
     bare(x)
 
 
-@pytest.mark.parametrize(
-    "make", [EstBatchNorm, lambda c: BatchChannelNorm(c, 2), _estimating], ids=["est", "batch", "both"]
-)
+@pytest.mark.parametrize("make", [EstBatchNorm, lambda c: BatchChannelNorm(c, 2), _estimating], ids=["e", "bc", "ab"])
 def test_update_bn_gives_the_statistics_of_all_batches(make) -> None:
     norm, batches = make(4).double(), [_x_batch() + step for step in range(3)]
     norm.running_mean.fill_(7.0)

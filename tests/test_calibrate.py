@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations as theirs
 from torch.testing import assert_close
 
-from foreign_norms import random_
+from foreign_norms import random_, wired
 from normkit import convert
 from normkit.core.errors import SurgeryError
 from normkit.surgery import data_dependent_init, reassign_spectral_
@@ -149,15 +149,10 @@ def test_a_layer_without_bias_is_scaled_alone_and_hooks_see_what_they_saw() -> N
 
 
 def test_low_precision_and_layers_that_are_not_reached() -> None:
-    class Partly(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.twice, self.unused = weight_norm(nn.Linear(4, 4)), weight_norm(nn.Linear(4, 4))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.twice(self.twice(x))
-
-    model, x = Partly().bfloat16(), torch.randn(64, 4).bfloat16()
+    parts = {name: weight_norm(nn.Linear(4, 4)) for name in ("twice", "unused")}
+    model = wired(lambda self, x: self.twice(self.twice(x)), **parts).bfloat16()
+    x = torch.randn(64, 4).bfloat16()
     changes = data_dependent_init(model, (x,))
     assert "does not reach" in changes.passed_over[0].reason
     # A bfloat16 keeps 8 bits.

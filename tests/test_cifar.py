@@ -53,11 +53,8 @@ def test_reads_every_image_once_with_its_label(tmp_path: Path, python2: bool) ->
     assert [len(split) for split in data.splits.values()] == [180, 20, 100]
     assert [counts(split) for split in data.splits.values()] == [[18] * 10, [2] * 10, [10] * 10]
     rows = [pickle.loads((folder / f"data_batch_{k}").read_bytes(), encoding="bytes") for k in range(1, 6)]
-    written = {
-        tuple(image): label
-        for part in rows
-        for image, label in zip(part[b"data"].tolist(), part[b"labels"], strict=True)
-    }
+    pairs = [zip(part[b"data"].tolist(), part[b"labels"], strict=True) for part in rows]
+    written = {tuple(image): label for pair in pairs for image, label in pair}
     found = {}
     for split in (data.train, data.val):
         found |= {tuple(x.flatten().tolist()): int(y) for x, y in zip(pixels(split), split.targets, strict=True)}
@@ -122,9 +119,7 @@ def test_root_may_be_the_environments_or_the_folder_itself(root: Path, monkeypat
 
 def test_no_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NORMKIT_DATA", raising=False)
-    with pytest.raises(
-        ProtocolError, match=r"^no folder of data sets is given; use --data-root DIR or .* NORMKIT_DATA"
-    ):
+    with pytest.raises(ProtocolError, match=r"^no folder of data sets is given; use --data-root .* NORMKIT_DATA"):
         make_data(load_factory("cifar10", DATA), "cifar10")
 
 

@@ -128,13 +128,10 @@ def test_hours_of_a_full_training(tmp_path: Path) -> None:
     assert slow["full_hours"] == pytest.approx(1.5 * base["full_hours"])
 
 
-@given(
-    st.floats(11, 1e6),
-    st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=4),
-    st.integers(1, 100),
-    st.booleans(),
-    st.booleans(),
-)
+SECONDS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=4)
+
+
+@given(st.floats(11, 1e6), SECONDS, st.integers(1, 100), st.booleans(), st.booleans())
 def test_a_budget_is_kept(budget: float, seconds: list[float], epochs: int, extend: bool, equal: bool) -> None:
     settings = Settings(budget=budget, epochs=epochs, extend=extend, equal_time=equal)
     times = {str(place): each for place, each in enumerate(seconds)}

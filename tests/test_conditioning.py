@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
+from foreign_norms import wired
 from normkit.core.errors import OptionError, ShapeError
 from normkit.diagnostics import condition_number, conditions, curvature
 from normkit.diagnostics.conditioning import chi, layer_spectrum, operator_norm, operator_spectrum, weight_conditions
@@ -159,15 +160,13 @@ def test_a_weight_that_a_hook_makes_is_the_one_that_is_used(put, raw) -> None:
 # Hessian and Gauss-Newton matrix against torch's own derivatives; Lanczos against dense eigenvalues
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.last = nn.Embedding(5, 4), nn.Linear(4, 3)
-        self.mix = nn.MultiheadAttention(4, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
+def attention() -> nn.Module:
+    def forward(self: Any, x: Tensor) -> Tensor:
         x = self.words(x)
         return self.last(self.mix(x, x, x, need_weights=False)[0].mean(1))
+
+    mix = nn.MultiheadAttention(4, 2, batch_first=True)
+    return wired(forward, words=nn.Embedding(5, 4), last=nn.Linear(4, 3), mix=mix)
 
 
 def mlp(*between: nn.Module) -> nn.Sequential:
@@ -180,7 +179,7 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "evaluated": lambda: (mlp(nn.BatchNorm1d(5), nn.Dropout(0.5)).eval(), torch.randn(12, 4)),
     "convolution": lambda: (nn.Sequential(nn.Conv2d(2, 3, 2), nk.GroupNorm(3, 3), nn.Flatten(), nn.Linear(12, 3)),
                             torch.randn(12, 2, 3, 3)),
-    "attention": lambda: (Attention(), torch.randint(5, (12, 3))),
+    "attention": lambda: (attention(), torch.randint(5, (12, 3))),
     "conditioned": lambda: (nn.Sequential(weight_conditioning(nn.Linear(4, 5)), nn.Tanh(), weight_norm(nn.Linear(5, 3))),
                             torch.randn(12, 4)),
 }  # fmt: skip
@@ -243,10 +242,8 @@ def test_a_definite_matrix_has_a_condition_number_either_way() -> None:
     torch.manual_seed(0)
     model, x = nn.Linear(30, 1, bias=False).double(), torch.randn(99, 30).double() * torch.arange(1, 31)
     for matrix in ("hessian", "ggn"):
-        both = [
-            hessian_extremes(model, F.mse_loss, [(x, x[:, :1])], matrix=matrix, dense=n, tolerance=1e-10)
-            for n in (0, 99)
-        ]
+        given = model, F.mse_loss, [(x, x[:, :1])]
+        both = [hessian_extremes(*given, matrix=matrix, dense=n, tolerance=1e-10) for n in (0, 99)]
         values = torch.linalg.eigvalsh(2 * x.T @ x / 99)
         for found in both:
             assert_close(found.condition, (values[-1] / values[0]).item(), rtol=1e-6, atol=0)

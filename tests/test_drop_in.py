@@ -56,16 +56,10 @@ def test_keys_and_isinstance_checks_are_torchs(case: str) -> None:
     assert isinstance(ours, type(theirs).__mro__[1])
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        (nk.BatchNorm, nn.BatchNorm2d),
-        (nk.LayerNorm, nn.LayerNorm),
-        (nk.RMSNorm, nn.RMSNorm),
-        (nk.GroupNorm, nn.GroupNorm),
-        (nk.InstanceNorm, nn.InstanceNorm2d),
-    ],
-)
+TORCHS = [getattr(nn, name) for name in ("BatchNorm2d", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm2d")]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(getattr(nk, of.__name__.removesuffix("2d")), of) for of in TORCHS])
 def test_arguments_and_defaults_are_torchs(ours: type, theirs: type) -> None:
     mine, other = (inspect.signature(cls.__init__).parameters for cls in (ours, theirs))
     positional = [key for key, value in mine.items() if value.kind is value.POSITIONAL_OR_KEYWORD]

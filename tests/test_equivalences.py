@@ -64,7 +64,7 @@ SAME: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
     },
     **{
         f"PartialRMSNorm, {guard}": (
-            nk.PartialRMSNorm(8, 1.0, 0.1, guard=guard),
+            nk.PartialRMSNorm(8, 1, 0.1, guard=guard),
             nk.RMSNorm(8, 0.1, guard=guard),
             (TOKENS,),
         )

@@ -123,11 +123,8 @@ def test_a_run_that_diverged_is_told_and_rates_are_the_best_tried(tmp_path: Path
 def test_what_is_left_of_a_scene_is_not_judged() -> None:
     def said(conditioned: list[float | None]) -> str:
         scores = {table4.PLAIN: [10.0, 11.0, 12.0], table4.CONDITIONED: conditioned}
-        runs = [
-            {"scene": "spheres", "row": row, "seed": seed, "score": score}
-            for row, values in scores.items()
-            for seed, score in enumerate(values)
-        ]
+        found = [(row, seed, score) for row, values in scores.items() for seed, score in enumerate(values)]
+        runs = [{"scene": "spheres", "row": row, "seed": seed, "score": score} for row, seed, score in found]
         return table4._verdict({"runs": runs}, "spheres")
 
     assert "2.00 dB above NeRF (95 % interval +0.76 to +3.24, better);" in said([11.5, 13.0, 14.5])

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import normkit as nk
-from foreign_norms import BatchNormAct, ChannelsNorm, Conv1D, LlamaRMSNorm, ScaledStandardizing, Standardizing, lived_in
+from foreign_norms import (
+    BatchNormAct,
+    ChannelsNorm,
+    Conv1D,
+    LlamaRMSNorm,
+    ScaledStandardizing,
+    Standardizing,
+    lived_in,
+    wired,
+)
 from normkit import BatchNorm, convert, fold
 from normkit.surgery.norms import is_norm
 
@@ -133,21 +142,16 @@ def test_what_torch_pads_is_folded(padding: dict[str, Any]) -> None:
     assert [row.after for row in unbatched] == ["Conv2d"]
 
 
-class Shortcut(nn.Module):
+def shortcut() -> nn.Module:
     """The block of many a ResNet: an empty Sequential is its identity."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn, self.shortcut = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Sequential()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.bn(self.conv(x)) + self.shortcut(x)).relu()
+    parts = {"conv": nn.Conv2d(3, 3, 3, padding=1), "bn": nn.BatchNorm2d(3), "shortcut": nn.Sequential()}
+    return wired(lambda self, x: (self.bn(self.conv(x)) + self.shortcut(x)).relu(), **parts)
 
 
 def test_an_empty_sequential_stays_an_identity() -> None:
     x = torch.randn(2, 3, 6, 6).double()
-    assert len(nk.surgery.drop_redundant_bias(lived_in(Shortcut()), x).rows) == 1
-    assert len(fold(lived_in(Shortcut()), x).rows) == 1
+    assert len(nk.surgery.drop_redundant_bias(lived_in(shortcut()), x).rows) == 1
+    assert len(fold(lived_in(shortcut()), x).rows) == 1
 
 
 class Parts(nn.Module):

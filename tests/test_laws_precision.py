@@ -193,10 +193,9 @@ def test_back_ends_agree_on_what_they_remember(card: Card, dtype: torch.dtype, d
         for key, value in other.state_dict().items():
             # Statistics keep float32 or wider, whatever the module is cast to; blended in it, in another order of sums.
             eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-            assert_close(
-                value.double(),
-                blended[key].double(),
-                rtol=16 * eps,
-                atol=1e-6 * deviation,
-                msg=lambda text, where=f"{backend}: {key}": f"{where}: {text}",
-            )
+            close = {
+                "rtol": 16 * eps,
+                "atol": 1e-6 * deviation,
+                "msg": lambda text, key=key: f"{backend} {key}: {text}",
+            }
+            assert_close(value.double(), blended[key].double(), **close)

@@ -110,11 +110,8 @@ def test_inception8_blocks_see_32_16_and_8() -> None:
 
 def test_densenet_grows_and_halves() -> None:
     model = DenseNet()
-    widths = [
-        block(torch.zeros(1, block.layers[0].num_features, 2, 2)).shape[1]
-        for block in model.blocks
-        if isinstance(block, DenseLayer)
-    ]
+    blocks = [block for block in model.blocks if isinstance(block, DenseLayer)]
+    widths = [block(torch.zeros(1, block.layers[0].num_features, 2, 2)).shape[1] for block in blocks]
     assert widths == [*range(48, 129, 16), *range(80, 161, 16), *range(96, 177, 16), *range(104, 185, 16)]
     assert model.classifier.in_features == 184
 
@@ -146,9 +143,8 @@ def test_residual_blocks_against_functional_calls() -> None:
 
 def test_vit_block_is_torchs_encoder_layer() -> None:
     ours = Block(12, 3).double()
-    theirs = nn.TransformerEncoderLayer(
-        12, 3, 48, dropout=0.0, activation="gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=True
-    ).double()
+    options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+    theirs = nn.TransformerEncoderLayer(12, 3, 48, layer_norm_eps=1e-6, **options).double()
     names = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_": "attn.", "linear1": "mlp.fc1", "linear2": "mlp.fc2"}
     state = theirs.state_dict()
     for old, new in names.items():
@@ -234,9 +230,8 @@ def test_points_pass_the_perceptrons() -> None:
 def test_it_equals_the_layers_of_torch(placement: str) -> None:
     torch.manual_seed(0)
     ours = Encoder(11, 7, features=12, depth=2, heads=3, placement=placement).double().eval()
-    theirs = nn.ModuleList(
-        nn.TransformerEncoderLayer(12, 3, 48, 0.0, batch_first=True, norm_first=placement == "pre") for _ in range(2)
-    )
+    options = {"dropout": 0.0, "batch_first": True, "norm_first": placement == "pre"}
+    theirs = nn.ModuleList(nn.TransformerEncoderLayer(12, 3, 48, **options) for _ in range(2))
     for k, layer in enumerate(theirs.double().eval()):
         attention, feed = ours.layers[2 * k], ours.layers[2 * k + 1]
         layer.self_attn.load_state_dict(

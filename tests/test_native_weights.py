@@ -48,10 +48,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], WeightLayout]] = {
     "many tasks": ((260, 257), WeightLayout()),
     "many tasks, transposed": ((260, 65, 3), WeightLayout(output_axis=1, groups=2)),
 }
-LARGE = {
-    "two long rows": ((2, 140_000), WeightLayout()),
-    "few long pieces": ((2, 2, 70_000), WeightLayout(output_axis=1)),
-}
+LARGE = {"long rows": ((2, 140_000), WeightLayout()), "few long pieces": ((2, 2, 70_000), WeightLayout(output_axis=1))}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -81,9 +81,7 @@ CELLS = st.one_of(st.none(), st.floats(allow_nan=False), st.integers(), WORDS, s
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.integers(1, 12).flatmap(lambda n: st.tuples(*(st.lists(of, min_size=n, max_size=n) for of in (WORDS, CELLS))))
-)
+@given(st.integers(1, 12).flatmap(lambda n: st.tuples(*(st.lists(c, min_size=n, max_size=n) for c in (WORDS, CELLS)))))
 def test_a_terminal_of_80_columns_shows_all_cells_and_headings(drawn: tuple[list[str], list[Any]]) -> None:
     columns, row = drawn
     shown = printed(Table("T", columns, [row, row[::-1]]), 80)

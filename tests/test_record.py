@@ -83,16 +83,10 @@ except RecordError as error:
     assert record.read_json(tmp_path / "value.json") == {"a": 1}
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", "damaged"),
-        (b'{"a": 1', "damaged"),
-        (b"[1]", "holds a list"),
-        (b"{}", "a is not in it"),
-        (b"\xff", "damaged"),
-    ],
-)
+DAMAGED = {b"": "damaged", b'{"a": 1': "damaged", b"[1]": "holds a list", b"{}": "a is not in it", b"\xff": "damaged"}
+
+
+@pytest.mark.parametrize(("content", "words"), DAMAGED.items())
 def test_damaged_json_is_named(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "value.json"
     path.write_bytes(content)
@@ -279,29 +273,20 @@ def test_fewer_samples_than_processes_are_refused(tmp_path: Path) -> None:
         Trainer(0.1, 0, SETTINGS, lab_samples.model(), data, fabric, tmp_path)
 
 
-class Noisy:
-    """A dataset whose samples are drawn when they are read."""
-
-    drawn: list[float]
-
-    def __len__(self) -> int:
-        return 80
-
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
-        self.drawn.append(torch.rand(()).item())
-        return self.drawn[-1] + torch.arange(8.0) + row % 3, row % 3
-
-
 def test_what_a_model_draws_does_not_change_the_samples(tmp_path: Path) -> None:
-    source, seen = Noisy(), []
+    drawn, seen = [], []
+
+    def read(row: int) -> tuple[torch.Tensor, int]:
+        drawn.append(torch.rand(()).item())
+        return drawn[-1] + torch.arange(8.0) + row % 3, row % 3
+
     for dropout in (0.0, 0.5):
-        source.drawn = []
-        data = make_data(lambda: source, "data")
-        source.drawn = []
+        data = make_data(lambda: lab_samples.Samples(80, read), "data")
+        drawn.clear()
         reseed(0, "init")
         model = nn.Sequential(nn.Dropout(dropout), nn.Linear(8, 3))
         Trainer(0.1, 0, SETTINGS, model, data, start_fabric(SETTINGS), tmp_path / str(dropout)).train()
-        seen.append(source.drawn)
+        seen.append([*drawn])
     assert seen[0] == seen[1]
     assert len(set(seen[0])) > len(seen[0]) / 3  # each epoch draws its own; judging draws the same each time
 

@@ -9,9 +9,9 @@ from torch import nn, ones
 from torch.nn.utils import parametrizations
 
 import normkit as nk
-from foreign_norms import Conv1D
+from foreign_norms import Conv1D, wired
 from normkit.activations.batch_group_norm import BatchGroupNorm
-from normkit.core.errors import NotationError, OptionError, SurgeryError
+from normkit.core.errors import NotationError, OptionError, ShapeError, SurgeryError
 from normkit.lab.models.encoder import Encoder
 from normkit.lab.models.occupancy import OccupancyField
 from normkit.lab.models.vit import Block, VisionTransformer
@@ -22,23 +22,8 @@ from normkit.surgery.select import select
 from normkit.weights import weight_conditioning, weight_norm
 
 LINEAR, BATCH, TOKENS = nn.Linear(2, 2), nn.BatchNorm1d(3), torch.randn(8, 4, 5)
+NOISE = wired(lambda self, x: x + torch.randn_like(x))
 PAIR = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-
-
-class Around(nn.Module):
-    """Holds a layer that its forward does not reach."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-
-class Noise(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + torch.randn_like(x)
 
 
 def encoder() -> nn.TransformerEncoder:
@@ -96,7 +81,7 @@ REFUSED: list[tuple[Callable[[], object], type[Exception], str]] = [
     # Folding and weights
     (lambda: nk.fold(PAIR, torch.randn(2, 4)), SurgeryError, r"training mode.*model\.eval\(\)"),
     (lambda: nk.fold(nn.Sequential(LINEAR).eval(), torch.randn(2, 5)), SurgeryError, "does not run on the example"),
-    (lambda: nk.fold(nn.Sequential(LINEAR, Noise()).eval(), ones(2, 2)), SurgeryError, "same finite output twice"),
+    (lambda: nk.fold(nn.Sequential(LINEAR, NOISE).eval(), ones(2, 2)), SurgeryError, "same finite output twice"),
     (lambda: nk.fold(encoder().eval(), centring=True), OptionError, r"centring=True.*give example="),
     (lambda: reassign(nn.ReLU()), SurgeryError, "chooses nothing"),
     (lambda: reassign(LINEAR, memory={}), OptionError, "exact keeps no vectors"),
@@ -110,7 +95,7 @@ REFUSED: list[tuple[Callable[[], object], type[Exception], str]] = [
             (weight_norm(nn.ConvTranspose1d(4, 4, 3, groups=2), dim=1), "without groups"),
             (weight_conditioning(weight_norm(nn.Linear(5, 3))), "before that is put on"),
             (nn.Linear(5, 3), r"no Linear, Conv.*keep\+wn"),
-            (Around(weight_norm(nn.Linear(5, 3))), "reaches none"),
+            (wired(lambda self, x: x, layer=weight_norm(nn.Linear(5, 3))), "reaches none"),
         )
     ),
     (lambda: param_groups(nn.LayerNorm(2), 0.0, norm_decay=-1), OptionError, "norm_decay=-1"),
@@ -118,7 +103,7 @@ REFUSED: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: translate({"params/kernel": ones(2, 2, 3)}, nn.Linear(6, 3), source="flax"), SurgeryError, "flatten it"),
     (hinted, SurgeryError, "give the mask"),
     (parametrized, SurgeryError, "put those on afterwards"),
-    (packed, OptionError, "pad_packed_sequence"),
+    (packed, ShapeError, "pad_packed_sequence"),
     # Diagnostics
     (lambda: nk.Monitor(nn.LazyLinear(3)), OptionError, "run the model once"),
     (lambda: nk.Monitor(LINEAR, every=0), OptionError, "every=0"),

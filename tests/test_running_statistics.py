@@ -24,6 +24,10 @@ each_kept = pytest.mark.parametrize("card", KEPT, ids=name)
 each_half = pytest.mark.parametrize("half", HALVES, ids=str)
 
 
+def class_of(one: object) -> str:
+    return type(one).__name__
+
+
 def statistics(module: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in module.named_buffers() if value.is_floating_point()}
 
@@ -146,9 +150,7 @@ def test_accumulated_passes_count_as_one_batch(momentum: float | None, masked: b
     assert "accumulate=4" in repr(norm)
 
 
-@pytest.mark.parametrize(
-    "memory", [Running(0.1), RunningMoments(0.1), RunningMean(0.1)], ids=lambda one: type(one).__name__
-)
+@pytest.mark.parametrize("memory", [Running(0.1), RunningMoments(0.1), RunningMean(0.1)], ids=class_of)
 def test_a_channel_whose_result_does_not_fit_keeps_both(memory: Running) -> None:
     running = nk.functional.RunningStatistics(torch.zeros(3).half(), torch.ones(3).half())
     memory.blend(
@@ -163,9 +165,7 @@ def test_a_channel_whose_result_does_not_fit_keeps_both(memory: Running) -> None
 
 
 @pytest.mark.parametrize("broken", [[0], [0, 1]], ids=["one channel", "all channels"])
-@pytest.mark.parametrize(
-    "memory", [Running(None), RunningMoments(None), RunningMean(None)], ids=lambda one: type(one).__name__
-)
+@pytest.mark.parametrize("memory", [Running(None), RunningMoments(None), RunningMean(None)], ids=class_of)
 def test_the_cumulative_average_counts_no_skipped_batch(memory: Running, broken: list[int]) -> None:
     running = nk.functional.RunningStatistics(torch.zeros(2), torch.ones(2), torch.tensor(0))
     split = Split((4, 2), ("n", "c"), (0,))

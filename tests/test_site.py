@@ -16,9 +16,7 @@ from test_browser import BROWSER, browse
 ROOT = Path(__file__).parent.parent
 PAGES = ("index", "install", "methods", "training-loop", "atlas", "reference/weights", "results/table1/result")
 
-chromium = pytest.mark.skipif(
-    BROWSER is None, reason="there is no Chromium; apt-get install chromium, or .ci/run as root"
-)
+chromium = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium; apt-get install chromium, or .ci/run")
 pytestmark = pytest.mark.skipif(find_spec("mkdocs") is None, reason="the site needs the extra [docs]")
 
 

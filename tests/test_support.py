@@ -49,12 +49,10 @@ def test_a_shape_that_does_not_fit_is_refused_by_axis(support: Support, shape: t
         support.split(shape)
 
 
-@given(
-    groups=st.integers(1, 4),
-    size=st.integers(1, 4),
-    batch=st.integers(0, 3),
-    stars=st.lists(st.integers(1, 3), max_size=3),
-)
+FEW, STARS = st.integers(1, 4), st.lists(st.integers(1, 3), max_size=3)
+
+
+@given(groups=FEW, size=FEW, batch=st.integers(0, 3), stars=STARS)
 def test_split_keeps_elements_and_order(groups: int, size: int, batch: int, stars: list[int]) -> None:
     shape = (batch, groups * size, *stars)
     split = Support("n (g c) *", over="c *", g=groups).split(shape)

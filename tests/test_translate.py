@@ -302,13 +302,10 @@ def test_files(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> 
     wanted = translate(tied.state_dict(), tied, to="plain", save=path)
     assert_close(translate(path, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), save=str(other)), wanted)
     assert list(translate(str(other), tied)) == list(tied.state_dict())
+    pair = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("the disk is full")))
     with pytest.raises(OSError, match="full"):
-        translate(
-            {key: value + 1 for key, value in wanted.items()},
-            nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
-            save=other,
-        )
+        translate({key: value + 1 for key, value in wanted.items()}, copy.deepcopy(pair), save=other)
     assert_close(translate(other, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))), wanted)  # as it was
     assert {each.name for each in tmp_path.iterdir()} == {path.name, other.name}
     if ending == "safetensors":

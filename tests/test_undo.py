@@ -65,9 +65,8 @@ def _all_of(model: nn.Module) -> str:
 
 
 def _trained(model: nn.Module, x: Tensor) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in model.parameters() if (p.dim() > 1) == wide]} for wide in (True, False)]
-    )
+    split = [[p for p in model.parameters() if (p.dim() > 1) == wide] for wide in (True, False)]
+    optimizer = torch.optim.AdamW([{"params": parameters} for parameters in split])
     model(x).square().mean().backward()
     optimizer.step()
     return optimizer

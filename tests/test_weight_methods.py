@@ -60,9 +60,8 @@ def test_equals_torch(make, shape, method, dtype) -> None:
         y, wanted = ours.train(train)(x), other.train(train)(x)
         assert_close(y, wanted, **exact)
         g = torch.randn_like(y)
-        assert_close(
-            *(torch.autograd.grad(of, list(on.parameters()), g) for of, on in ((y, ours), (wanted, other))), **exact
-        )
+        pairs = ((y, ours), (wanted, other))
+        assert_close(*(torch.autograd.grad(of, list(on.parameters()), g) for of, on in pairs), **exact)
         assert_close(ours.state_dict(), other.state_dict(), **exact)
 
 
