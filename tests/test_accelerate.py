@@ -187,8 +187,6 @@ def test_attributes_that_are_gone_are_told() -> None:
     assert not any("dropped" in note for note in notes[1:])
 
 
-# Every verb on models that no one here wrote: what is changed, how far the output moves, and that it is undone bit for bit
-
 needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 
 # How many norms accelerate takes over: all, but for frozen ones.

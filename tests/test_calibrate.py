@@ -80,9 +80,6 @@ def test_every_channel_keeps_its_mean_and_deviation_in_the_changed_model():
     torch.testing.assert_close([moments(model[k]) for k in (2, 5, 8)], wanted, rtol=1e-9, atol=1e-9)  # float64
 
 
-# Data-dependent initialization: mean 0 and variance 1 behind every layer, and nothing half done
-
-
 def _model() -> nn.Sequential:
     return nn.Sequential(
         weight_norm(nn.Conv2d(3, 6, 3, groups=3)),
@@ -173,9 +170,6 @@ def test_a_failure_leaves_everything() -> None:
         data_dependent_init(model, torch.full((8, 4), 0.3).double())
     _same(model, before)
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
-
-
-# Hard spectral normalization after a step: what it bounds, what it leaves, and what it keeps between calls
 
 
 def _perceptron() -> nn.Sequential:

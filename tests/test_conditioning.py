@@ -157,9 +157,6 @@ def test_a_weight_that_a_hook_makes_is_the_one_that_is_used(put, raw) -> None:
     assert weight_conditions(model) == {"0": wanted}
 
 
-# Hessian and Gauss-Newton matrix against torch's own derivatives; Lanczos against dense eigenvalues
-
-
 def attention() -> nn.Module:
     def forward(self: Any, x: Tensor) -> Tensor:
         x = self.words(x)

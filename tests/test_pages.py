@@ -58,9 +58,6 @@ def test_a_page_is_drawn_from_its_record(name: str, tmp_path: Path, monkeypatch:
     assert json.loads(text)["experiment"]["name"] == name
 
 
-# Tables in a terminal of any width, and looks by which recipes are told apart
-
-
 def printed(table: Table, width: int) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
     print_table(table, console)
@@ -94,8 +91,6 @@ def test_many_recipes_are_told_apart() -> None:
     looks = styles([str(index) for index in range(20)], "0")
     assert len({(look.light, look.marker, look.line) for look in looks}) == 20
 
-
-# The page in a real browser: no errors, nothing cut, and what one points at, clicks and drags responds
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # A Chromium without a sandbox runs as root too; it asks nothing of the network, and keeps nothing.
@@ -163,8 +158,6 @@ def test_what_must_be_there_is_painted(page: Path, flags: tuple[str, ...]) -> No
     for each in styles(list(RECIPES), RECIPES[0]):
         assert int((each.dark if flags else each.light)[1:], 16) in pixels
 
-
-# The atlas of support sets: its data, its reading of the notation beside Python's, and the page in a browser
 
 DOCS = Path(__file__).parent.parent / "docs"
 sys.path.insert(0, str(DOCS / "extensions"))

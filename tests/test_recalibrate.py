@@ -181,9 +181,6 @@ def test_a_norm_that_no_batch_reaches_is_told() -> None:
         recalibrate(model, [_data()])
 
 
-# Frozen batch normalization stays as it is through train(), copies and pickles, and is let go again
-
-
 def _model() -> nn.Module:
     norms = nn.BatchNorm2d(4), nk.BatchNorm(4), nn.InstanceNorm2d(4, track_running_stats=True)
     return nn.Sequential(nn.Conv2d(3, 4, 1), *norms)
@@ -229,9 +226,6 @@ def test_it_is_undone_and_let_go() -> None:
     model.train()(x)
     assert not model[1].weight.requires_grad
     assert model[1].num_batches_tracked == 2
-
-
-# A trained model's batch normalizations weigh the example at inference
 
 
 def _model_example_weighing() -> nn.Module:
