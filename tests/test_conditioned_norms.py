@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import normkit as nk
-from normkit.activations.adaptive_instance_norm import AdaptiveInstanceNorm, adaptive_instance_norm
 from normkit.activations.adaptive_layer_norm import (
     AdaLayerNorm,
     AdaLayerNormOutput,
     AdaLayerNormZeroBlock,
+    FiLM,
+    film,
     modulate,
 )
 from normkit.activations.batch_norm import BatchNorm
 from normkit.activations.conditional_norm import ConditionalNorm, SpatiallyAdaptiveNorm, conditional_norm
-from normkit.activations.film import FiLM, film
-from normkit.activations.instance_norm import instance_norm
+from normkit.activations.instance_norm import AdaptiveInstanceNorm, adaptive_instance_norm, instance_norm
 
 # FiLM
 

@@ -14,12 +14,12 @@ from normkit.core.errors import ShapeError
 from normkit.diagnostics.conditioning import (
     chi,
     condition_number,
+    conditions,
     layer_spectrum,
     operator_norm,
     operator_spectrum,
     weight_conditions,
 )
-from normkit.diagnostics.conditions import conditions
 from normkit.weights.spectral_norm import spectral_norm
 from normkit.weights.weight_conditioning import weight_conditioning
 from normkit.weights.weight_norm import weight_norm

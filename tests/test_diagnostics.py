@@ -19,8 +19,7 @@ import normkit as nk
 from normkit.cli import app
 from normkit.core.errors import OptionError, SurgeryError
 from normkit.diagnostics.activations import Stream, activations
-from normkit.diagnostics.conditioning import condition_number
-from normkit.diagnostics.conditions import conditions, spectrum
+from normkit.diagnostics.conditioning import condition_number, conditions, spectrum
 from normkit.diagnostics.gap import gap
 from normkit.lab.report.weights import depth_figure
 from normkit.weights.weight_conditioning import equilibrate, weight_conditioning

@@ -8,10 +8,9 @@ from torch.nn.utils import parametrizations as torchs
 from torch.nn.utils import parametrize
 
 from foreign_norms import lived_in
-from normkit.activations.batch_norm import BatchNorm
+from normkit.activations.batch_norm import BatchNorm, MeanOnlyBatchNorm
 from normkit.activations.batch_renorm import BatchRenorm
 from normkit.activations.ghost_batch_norm import GhostBatchNorm
-from normkit.activations.mean_only_batch_norm import MeanOnlyBatchNorm
 from normkit.core.errors import SurgeryError
 from normkit.surgery.fold import fold
 from normkit.surgery.recipe import apply_recipe

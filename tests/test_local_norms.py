@@ -18,8 +18,12 @@ from normkit.activations.gdn import GDN
 from normkit.activations.global_response_norm import GlobalResponseNorm
 from normkit.activations.group_norm import group_norm
 from normkit.activations.local_context_norm import LocalContextNorm, local_context_norm
-from normkit.activations.local_contrast_norm import LocalContrastNorm, local_contrast_norm
-from normkit.activations.local_response_norm import LocalResponseNorm, local_response_norm
+from normkit.activations.local_response_norm import (
+    LocalContrastNorm,
+    LocalResponseNorm,
+    local_contrast_norm,
+    local_response_norm,
+)
 
 # Local context normalization
 

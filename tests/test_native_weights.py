@@ -12,11 +12,10 @@ from normkit.engine.library import why_not
 from normkit.weights import kernels, multi_tensor
 from normkit.weights.layout import WeightLayout
 from normkit.weights.multi_tensor import Share, Shares
-from normkit.weights.scaled_weight_standardization import ScaledWeightStandardization
 from normkit.weights.spectral_norm import SpectralNorm
 from normkit.weights.weight_conditioning import Equilibrate
 from normkit.weights.weight_norm import WeightNorm
-from normkit.weights.weight_standardization import WeightStandardization
+from normkit.weights.weight_standardization import ScaledWeightStandardization, WeightStandardization
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no native kernels: {why_not()}")
 

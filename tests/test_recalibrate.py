@@ -9,9 +9,9 @@ from torch.testing import assert_close
 
 import normkit as nk
 from normkit.activations.batch_group_norm import BatchGroupNorm
+from normkit.activations.batch_norm import MeanOnlyBatchNorm
 from normkit.activations.batch_renorm import BatchRenorm
 from normkit.activations.ghost_batch_norm import GhostBatchNorm
-from normkit.activations.mean_only_batch_norm import MeanOnlyBatchNorm
 from normkit.core.errors import OptionError, SurgeryError
 from normkit.surgery.recalibrate import recalibrate
 

@@ -13,11 +13,10 @@ from normkit.core.errors import BackendError
 from normkit.engine.library import why_not
 from normkit.weights import kernels
 from normkit.weights.multi_tensor import together
-from normkit.weights.scaled_weight_standardization import scaled_weight_standardization
 from normkit.weights.spectral_norm import spectral_norm
 from normkit.weights.weight_conditioning import Equilibrate, weight_conditioning
 from normkit.weights.weight_norm import WeightNorm, weight_norm
-from normkit.weights.weight_standardization import weight_standardization
+from normkit.weights.weight_standardization import scaled_weight_standardization, weight_standardization
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no native kernels: {why_not()}")
 

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from torch import Tensor
@@ -37,6 +39,22 @@ class Paper:
         key = re.sub(r"\W", "", self.authors.split(",")[0] + str(self.year) + self.title.split()[0]).lower()
         fields = {"author": self.authors, "title": self.title, "year": self.year, "url": self.url}
         return f"@misc{{{key},\n" + "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items()) + "}"
+
+
+@cache
+def _bibliography() -> dict[str, Paper]:
+    """The papers in references.bib by their keys, where each stands as ``bibtex`` writes it."""
+    text = Path(__file__).with_name("references.bib").read_text(encoding="utf-8")
+    found = {}
+    for key, entry in re.findall(r"@misc\{(\w+),\n(.*?)\n\}", text, re.DOTALL):
+        of = dict(re.findall(r"(\w+) = \{(.*)\},", entry))
+        found[key] = Paper(of["author"], of["title"], int(of["year"]), of["url"])
+    return found
+
+
+def paper(key: str) -> Paper:
+    """The paper of a key in references.bib."""
+    return _bibliography()[key]
 
 
 def _made(*given: Any) -> NoReturn:

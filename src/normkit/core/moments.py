@@ -45,12 +45,10 @@ class Moments(NamedTuple):
         Args:
             other: moments of the other set, of the same shape.
 
-        Returns:
-            Moments of the union; a side with n = 0 leaves the other unchanged.
+        Returns moments of the union; a side with n = 0 leaves the other unchanged.
 
-        Reference:
-            Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983),
-            https://doi.org/10.1080/00031305.1983.10483115.
+        Reference: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983),
+        https://doi.org/10.1080/00031305.1983.10483115.
 
         >>> a = Moments(torch.tensor(1.0), torch.tensor(0.0), 1)
         >>> b = Moments(torch.tensor(4.0), torch.tensor(1.0), 2)
@@ -78,8 +76,7 @@ def moments(x: Tensor, dims: Sequence[int], mask: Tensor | None = None) -> Momen
         dims: the axes to reduce.
         mask: boolean, broadcasts over x; elements where it is False are left out.
 
-    Returns:
-        Moments in the accumulation dtype; differentiable any number of times.
+    Returns moments in the accumulation dtype; differentiable any number of times.
 
     Raises:
         OptionError: x is not floating.

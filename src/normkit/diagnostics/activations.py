@@ -115,8 +115,7 @@ def activations(
         where: which modules, by name and module. Default: those without modules in them.
         forward: ``forward(model, batch)``, in place of giving the model the batch's input. Default: None.
 
-    Returns:
-        A row per module whose output is, or begins with, a floating tensor, in the order of the first call.
+    Returns a row per module whose output is, or begins with, a floating tensor, in the order of the first call.
 
     Raises:
         OptionError: there are no batches, a loss and a batch without a target, or reentrant checkpointing with a loss.

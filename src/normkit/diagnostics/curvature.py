@@ -81,8 +81,7 @@ def hessian_extremes(
         limit: products after which Lanczos gives up. Default: 1000.
         **options: see ``Options``.
 
-    Returns:
-        ``.largest``, ``.smallest``, ``.condition``, ``.stable_rate``, and how good they are.
+    Returns ``.largest``, ``.smallest``, ``.condition``, ``.stable_rate``, and how good they are.
 
     Raises:
         OptionError: nothing is trained; no batches; batches that can be walked only once; reentrant checkpointing; derivatives
@@ -170,10 +169,9 @@ def spectral_density(
     ``probes`` random vectors, drawn by ``seed``, take ``steps`` each; other arguments and errors are those of
     ``hessian_extremes``.
 
-    Reference:
-        Ubaru, Chen, Saad, "Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature" (2017),
-        https://doi.org/10.1137/16M1104974; Ghorbani, Krishnan, Xiao, "An Investigation into Neural Net Optimization via Hessian
-        Eigenvalue Density" (2019), https://arxiv.org/abs/1901.10159.
+    Reference: Ubaru, Chen, Saad, "Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature" (2017),
+    https://doi.org/10.1137/16M1104974; Ghorbani, Krishnan, Xiao, "An Investigation into Neural Net Optimization via
+    Hessian Eigenvalue Density" (2019), https://arxiv.org/abs/1901.10159.
 
     >>> model, x = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
     >>> found = spectral_density(model, nn.functional.mse_loss, [(x, torch.zeros(2, 1))], probes=1)
@@ -216,9 +214,8 @@ def smoothness(
 
     The steps are ``rate`` times the multiples in ``along``; other arguments and errors are those of ``hessian_extremes``.
 
-    Reference:
-        Santurkar, Tsipras, Ilyas, Madry, "How Does Batch Normalization Help Optimization?" (2018),
-        https://arxiv.org/abs/1805.11604, section 3.
+    Reference: Santurkar, Tsipras, Ilyas, Madry, "How Does Batch Normalization Help Optimization?" (2018),
+    https://arxiv.org/abs/1805.11604, section 3.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.ones_(model.weight)
@@ -274,15 +271,13 @@ def hessian_condition(
         method: what is equilibrated, as in ``weight_conditioning``. Default: "row".
         where: which layers, as in ``surgery.select``. Default: "all".
 
-    Returns:
-        ``.before`` and ``.after``, each with ``.condition``.
+    Returns ``.before`` and ``.after``, each with ``.condition``.
 
     Raises:
         OptionError: another reading, or a layer that can't be conditioned.
 
-    Reference:
-        Saratchandran, Wang, Lucey, "Weight Conditioning for Smooth Optimization of Neural Networks" (2024),
-        https://arxiv.org/abs/2409.03424.
+    Reference: Saratchandran, Wang, Lucey, "Weight Conditioning for Smooth Optimization of Neural Networks" (2024),
+    https://arxiv.org/abs/2409.03424.
 
     >>> model = nn.Linear(2, 2, bias=False)
     >>> model.weight.data = torch.tensor([[4.0, 0.0], [0.0, 1.0]])

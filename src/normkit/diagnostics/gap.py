@@ -80,8 +80,7 @@ def gap(
         limit: batches to take for the statistics; None for all. Default: 200.
         forward: ``forward(model, batch)``, as for ``recalibrate``. Default: None.
 
-    Returns:
-        A row per layer, in the order of the modules, with what evaluation gives now.
+    Returns a row per layer, in the order of the modules, with what evaluation gives now.
 
     Raises:
         SurgeryError: the model has no such layer, there are no batches, or a layer is never called.

@@ -1,8 +1,8 @@
 """The second derivative of a loss by a model's parameters, as products with vectors.
 
-Reference:
-    Pearlmutter, "Fast Exact Multiplication by the Hessian" (1994), https://doi.org/10.1162/neco.1994.6.1.147; Schraudolph, "Fast
-    Curvature Matrix-Vector Products for Second-Order Gradient Descent" (2002), https://doi.org/10.1162/08997660260028683.
+Reference: Pearlmutter, "Fast Exact Multiplication by the Hessian" (1994), https://doi.org/10.1162/neco.1994.6.1.147;
+Schraudolph, "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent" (2002),
+https://doi.org/10.1162/08997660260028683.
 """
 
 from __future__ import annotations

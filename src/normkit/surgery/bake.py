@@ -72,9 +72,6 @@ def plain(model: nn.Module) -> Iterator[nn.Module]:
     Args:
         model: any module.
 
-    Yields:
-        The model.
-
     Raises:
         SurgeryError: a tied weight would be untied.
 

@@ -84,7 +84,7 @@ class Refusals(list[PassedOver]):
 
 @dataclass(frozen=True)
 class Changes:
-    """What a verb changed.
+    """What a verb changed, as every verb returns it, with the way back: ``undo``.
 
     Args:
         model: another object only where the model itself was a norm.
@@ -109,9 +109,6 @@ class Changes:
         Only what the verb changed is taken back. If nothing else happened in between, the model is the old one bit for bit; a
         parameter that the verb kept and that was trained since keeps its present value. What was taken out is where it was, and
         of the dtype: a model that was moved or cast in the meantime is to be moved or cast again.
-
-        Returns:
-            The model as it was given to the verb.
 
         Raises:
             SurgeryError: it is undone already, or something else changed the same layers since.

@@ -5,23 +5,76 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from normkit.activations.batch_norm import batch_norm
 from normkit.catalogue.citation import card_of
 from normkit.core.card import Card
 from normkit.core.errors import SurgeryError
 from normkit.core.moments import accumulation_dtype
 from normkit.core.place import Axes
 from normkit.core.support import show
+from normkit.engine.call import Activation
 from normkit.engine.layer import Cast, Layer
+from normkit.engine.reference import activate
 from normkit.surgery.changes import label
-from normkit.surgery.from_one import FromOne
-from normkit.surgery.frozen_batch_norm import FrozenBatchNorm
 from normkit.surgery.probe import Found, probe
+from normkit.weights.attachment import attach
+
+
+class FrozenBatchNorm(nn.Module):
+    """Normalize each channel by fixed statistics, in training and evaluation alike; nothing in it is trained.
+
+    y = weight * (x - running_mean) / sqrt(running_var + eps) + bias. All four are buffers, with the keys of the detectors'
+    FrozenBatchNorm2d; the count of a BatchNorm's checkpoint is dropped on loading.
+
+    Args:
+        num_features: channels C.
+        eps: added to the variance. Default: 1e-5.
+        layout: ``"n c *"`` or ``"n * c"``. Default: "n c *".
+        activation: what follows: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
+        device: of the buffers.
+        dtype: of the buffers.
+
+    Shape: (N, C, *), or (N, *, C) by ``layout``, to the same.
+
+    >>> FrozenBatchNorm(1, eps=0.0)(torch.tensor([[2.0]]))
+    tensor([[2.]])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        *,
+        layout: str = "n c *",
+        activation: Activation | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.num_features, self.eps, self.layout, self.activation = num_features, eps, layout, activation
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((num_features,), value, device=device, dtype=dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize."""
+        mean, var, weight, bias = (self.get_buffer(k) for k in ("running_mean", "running_var", "weight", "bias"))
+        y = batch_norm(input, mean, var, weight, bias, eps=self.eps, layout=self.layout)
+        return activate(y, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}" + ("" if self.layout == "n c *" else f", layout={self.layout!r}")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        state_dict.pop(f"{prefix}num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
 
 _RANKED = {
     1: (nn.BatchNorm1d, nn.InstanceNorm1d),
@@ -285,3 +338,39 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
     sizes = (getattr(module, key, None) for key in ("normalized_shape", "num_features", "num_channels", "features"))
     size = next((size for size in sizes if size is not None), ())
     return (size,) if isinstance(size, int) else tuple(size)
+
+
+class FromOne(nn.Module):
+    """The parametrization gain = 1 + d, whose decay pulls the gain towards 1.
+
+    >>> FromOne()(torch.tensor([0.5]))
+    tensor([1.5000])
+    """
+
+    def forward(self, difference: Tensor) -> Tensor:
+        """The gain."""
+        return 1 + difference
+
+    def right_inverse(self, gain: Tensor) -> Tensor:
+        """What is kept of a gain: its difference from 1."""
+        return gain - 1
+
+
+def count_from_one(norm: nn.Module, weight: nn.Parameter) -> None:
+    """Make a norm's gain 1 + a parameter, the very object; checkpoints that know it as ``weight`` load."""
+    value = weight.data
+    norm.register_parameter("weight", weight)
+    attach(norm, "weight", FromOne())
+    weight.data = value  # attaching took 1 off it
+    norm.register_load_state_dict_pre_hook(_from_weight)
+
+
+def loads_difference(norm: nn.Module) -> bool:
+    """Whether plain checkpoints hold the difference as ``weight``, as ``count_from_one`` made the norm."""
+    hooks = norm._load_state_dict_pre_hooks.values()
+    return any(getattr(hook, "hook", hook) is _from_weight for hook in hooks)
+
+
+def _from_weight(norm: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+    if parametrize.is_parametrized(norm) and f"{prefix}weight" in state:
+        state[f"{prefix}parametrizations.weight.original"] = state.pop(f"{prefix}weight")

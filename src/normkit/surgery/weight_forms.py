@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from normkit.core.errors import SurgeryError
 from normkit.core.support import show
 from normkit.surgery.changes import label
-from normkit.surgery.from_one import loads_difference
+from normkit.surgery.norms import loads_difference
 from normkit.weights.layout import weight_layout
 from normkit.weights.parametrization import Parametrization
 

@@ -84,8 +84,7 @@ class WeightLayout:
         Args:
             weight: a weight of two axes or more.
 
-        Returns:
-            A view if the strides allow it, else a copy.
+        Returns a view if the strides allow it, else a copy.
 
         Raises:
             ShapeError: the weight has fewer than two axes, or does not split into the groups.
