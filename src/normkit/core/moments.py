@@ -42,10 +42,7 @@ class Moments(NamedTuple):
 
         n = n_a + n_b,  d = mean_b - mean_a,  mean = mean_a + d n_b / n,  M2 = M2_a + M2_b + d^2 n_a n_b / n,  var = M2 / n.
 
-        Args:
-            other: moments of the other set, of the same shape.
-
-        Returns moments of the union; a side with n = 0 leaves the other unchanged.
+        A side with n = 0 leaves the other, of the same shape, unchanged.
 
         Reference: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983),
         https://doi.org/10.1080/00031305.1983.10483115.

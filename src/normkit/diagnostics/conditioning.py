@@ -72,8 +72,7 @@ def weight_conditions(model: nn.Module, where: Where | None = None) -> dict[str,
         model: any module.
         where: which layers to include, by name and module. Default: all.
 
-    Returns a dictionary from layer name to (raw, effective). The name of a weight other than ``weight`` follows the
-    layer's.
+    Returns a dictionary from layer name to (raw, effective). A name other than ``weight`` follows the layer's.
 
     Raises:
         OptionError: a lazy layer has no size yet.

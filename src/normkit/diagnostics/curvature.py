@@ -271,8 +271,6 @@ def hessian_condition(
         method: what is equilibrated, as in ``weight_conditioning``. Default: "row".
         where: which layers, as in ``surgery.select``. Default: "all".
 
-    Returns ``.before`` and ``.after``, each with ``.condition``.
-
     Raises:
         OptionError: another reading, or a layer that can't be conditioned.
 

@@ -154,15 +154,8 @@ def grad_norm(
 ) -> Balance:
     """Compute gradient norms, their targets, and the slope of sum_i |G_i - t_i| for each weight; see GradNorm.
 
-    Args:
-        losses: one scalar per task.
-        shared: the parameters at which gradients are compared.
-        weights: weights of the tasks.
-        initial: the first losses; a task with 0 counts as keeping pace.
-        alpha: restoring force.
-        path: ``"exact"`` or ``"autograd"``.
-
-    Returns Norms, targets and slopes, one per task, detached; the losses can still be differentiated.
+    Of one scalar loss per task at the ``shared`` parameters, with the tasks' ``weights`` and ``initial`` losses; ``alpha`` and
+    ``path`` are those of GradNorm. All is detached; the losses can still be differentiated.
 
     Raises:
         OptionError: a loss does not depend on any shared parameter that requires a gradient.

@@ -79,13 +79,7 @@ class ZScore(Scaling):
     """Give each feature mean 0 and deviation 1 over the training data.
 
     y = (x - E[x]) / sqrt(Var[x]), with the population variance. A feature that is constant in the training data is only
-    centred, and becomes 0.
-
-    Args:
-        support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        dtype: dtype of the statistics. Default: float64.
-
-    Shape: The support's axes; the output has the same shape.
+    centred, and becomes 0. ``support`` and ``dtype`` are those of MinMaxScaling.
 
     Reference: LeCun, Bottou, Orr, Müller, "Efficient BackProp" (1998), https://doi.org/10.1007/3-540-49430-8_2, section
     4.3.
@@ -111,13 +105,8 @@ class ZScore(Scaling):
 class MeanNormalization(Scaling):
     """Give each feature mean 0 and range 1 over the training data.
 
-    y = (x - E[x]) / (max - min). A feature that is constant in the training data is only centred, and becomes 0.
-
-    Args:
-        support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        dtype: dtype of the statistics. Default: float64.
-
-    Shape: The support's axes; the output has the same shape.
+    y = (x - E[x]) / (max - min). A feature that is constant in the training data is only centred, and becomes 0. ``support``
+    and ``dtype`` are those of MinMaxScaling.
 
     Reference: Ng, "Machine Learning", lecture 4 (2011), https://www.coursera.org/learn/machine-learning.
 
@@ -140,13 +129,8 @@ class MeanNormalization(Scaling):
 class MaxAbsScaling(Scaling):
     """Divide each feature by its largest absolute value in the training data; zeros stay zeros.
 
-    y = x / max|x|. A feature that is zero throughout the training data is unchanged.
-
-    Args:
-        support: which elements share a statistic. Default: ``Support("n *", over="n")``, per feature.
-        dtype: dtype of the statistics. Default: float64.
-
-    Shape: The support's axes; the output has the same shape.
+    y = x / max|x|. A feature that is zero throughout the training data is unchanged. ``support`` and ``dtype`` are those of
+    MinMaxScaling.
 
     Reference: Pedregosa et al., "Scikit-learn" (2011), https://jmlr.org/papers/v12/pedregosa11a.html.
 

@@ -165,12 +165,7 @@ def precondition(
 ) -> ModuleT:
     """Precondition a layer's weight by matrices of one's own at every use, in place; the raw weight stays the trained parameter.
 
-    Args:
-        layer: the layer that holds the weight.
-        left: a tensor or a function of the weight's matrix, as for ``Precondition``. Default: None.
-        right: likewise. Default: None.
-        name: name of the weight. Default: "weight".
-        gradient: of functions: ``"full"`` or ``"detach"``. Default: "full".
+    ``name`` is the weight's; other arguments are those of Precondition.
 
     Raises:
         OptionError: no such weight, one with fewer than two axes, or neither side given.
@@ -285,21 +280,12 @@ def spectral_conditioning(
     """Add a fixed multiple of the identity to a layer's weight, in place; the raw weight stays the trained parameter.
 
     For the query, key and value layers of attention: ``in_proj_weight`` (or the separate ones) of
-    ``torch.nn.MultiheadAttention``, and linear layers of other attention, apart or packed into one.
-
-    Args:
-        layer: the layer that holds the weight.
-        name: name of the weight. Default: "weight".
-        shift: factor of the identity. Default: 10, the paper's.
-        blocks: number of matrices stacked along output units. Default: None: the groups of the layout, which are 3 for an
-            ``in_proj_weight``; 3 for a Linear (or GPT-2's Conv1D) with three times as many outputs as inputs, which packs
-            queries, keys and values; else 1.
+    ``torch.nn.MultiheadAttention``, and linear layers of other attention, apart or packed into one. ``name`` is the weight's;
+    other arguments are those of SpectralConditioning. Without ``blocks`` there are 3 for an ``in_proj_weight``, and for a Linear
+    (or GPT-2's Conv1D) with three times as many outputs as inputs, which packs queries, keys and values; else 1.
 
     Raises:
-        OptionError: no such weight, one with fewer than two axes, a shift that is not finite, or rows that do not split into the
-            blocks.
-
-    Reference: Saratchandran, Lucey (2025), https://arxiv.org/abs/2603.07162.
+        OptionError: no such weight, one with fewer than two axes, a shift that is not finite, or rows that do not split.
 
     >>> layer = spectral_conditioning(nn.Linear(2, 2), shift=3.0)
     >>> layer.weight = torch.zeros(2, 2)

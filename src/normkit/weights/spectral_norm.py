@@ -169,20 +169,8 @@ def spectral_norm(
     """Apply spectral normalization to a layer, in place; the raw weight stays the trained parameter.
 
     ``torch.nn.utils.parametrizations.spectral_norm`` with the same arguments, buffers and state_dict keys, and no NaN from a
-    zero weight. Set the layer to evaluation before folding it; otherwise folding iterates once more.
-
-    Args:
-        layer: the layer that holds the weight.
-        name: name of the weight. Default: "weight".
-        n_power_iterations: iterations at each use in training. Default: 1.
-        eps: floor of norms and of sigma. Default: 1e-12.
-        dim: the axis that indexes output units; None for 1 in transposed convolutions and 0 in others. Default: None.
-        exact: whether to use a singular value decomposition at each use instead of iterations. Default: False.
-
-    Raises:
-        OptionError: no such weight or axis, or no iteration.
-
-    Reference: Miyato, Kataoka, Koyama, Yoshida (2018), https://arxiv.org/abs/1802.05957.
+    zero weight; ``dim=None`` is 1 in transposed convolutions and 0 in others. ``exact`` and errors are those of SpectralNorm. Set
+    the layer to evaluation before folding it; otherwise folding iterates once more.
 
     >>> layer = spectral_norm(nn.Linear(3, 2)).eval()
     >>> torch.linalg.matrix_norm(layer.weight, 2).item() > 0.9

@@ -254,24 +254,12 @@ def weight_conditioning(
     chooses the cheaper form at each call. ``layer.weight`` and the state_dict are the same in both.
     ``torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")`` bakes the conditioned weight in.
 
-    Args:
-        layer: the layer that holds the weight.
-        mode: as for ``Equilibrate``, which also describes the options below.
-        name: name of the weight. Default: "weight".
-        order: order of rowcol.
-        iterations: iterations of ruiz.
-        eps: floor of a norm.
-        gradient: ``"full"`` or ``"detach"``.
-        gain: factor of the result; ``"learned"`` for one scalar per layer that starts at 1 and is trained, a parametrization
-            of its own behind this one. Default: 1.
-        view: what a column of a convolution is.
-        path: ``"auto"``, ``"weight"`` or ``"output"``. Default: "auto".
+    ``name`` is the weight's; other arguments are those of Equilibrate. ``gain="learned"`` is one scalar per layer that starts at
+    1 and is trained, a parametrization of its own behind this one.
 
     Raises:
         OptionError: no such weight, an argument outside its range, a weight that does not fit the mode.
         BackendError: ``path="output"`` where the output can't be scaled.
-
-    Reference: Saratchandran, Wang, Lucey (2024), https://arxiv.org/abs/2409.03424.
 
     >>> layer = weight_conditioning(nn.Linear(2, 1, bias=False))
     >>> layer.weight = torch.tensor([[30.0, 40.0]])

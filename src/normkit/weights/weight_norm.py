@@ -88,16 +88,10 @@ def weight_norm(layer: ModuleT, name: str = "weight", dim: int | None = 0, *, ep
     (``parametrizations.weight.original0`` is g, ``original1`` is v), and no NaN from a zero row. Two new parameters replace
     the weight: pass them to the optimizer. Checkpoints with the older ``weight_g`` and ``weight_v`` load too.
 
-    Args:
-        layer: the layer that holds the weight.
-        name: name of the weight. Default: "weight".
-        dim: the axis with one length per index, 1 for transposed convolutions; None for one length. Default: 0.
-        eps: floor of the norm. Default: 1e-12.
+    ``dim`` and ``eps`` are those of WeightNorm: 1 for transposed convolutions.
 
     Raises:
         OptionError: no such weight or axis, or the weight is already parametrized.
-
-    Reference: Salimans and Kingma, "Weight Normalization" (2016), https://arxiv.org/abs/1602.07868.
 
     >>> layer = weight_norm(nn.Linear(2, 1))
     >>> layer.weight = torch.tensor([[3.0, 4.0]])

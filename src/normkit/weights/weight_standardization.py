@@ -100,17 +100,10 @@ def weight_standardization(
 ) -> ModuleT:
     """Apply weight standardization to a layer, in place; the raw weight stays the trained parameter.
 
-    Args:
-        layer: the layer that holds the weight.
-        name: name of the weight. Default: "weight".
-        eps: keeps the divisor above zero. Default: 1e-5.
-        correction: 1 for the unbiased variance. Default: 0.
-        guard: eps ``"inside"`` the root, ``"outside"`` it, or as its ``"floor"``. Default: "inside".
+    ``name`` is the weight's; other arguments are those of WeightStandardization.
 
     Raises:
         OptionError: no such weight, an argument outside its range, or one weight per output unit, which would become zero.
-
-    Reference: Qiao, Wang, Liu, Shen, Yuille (2019), https://arxiv.org/abs/1903.10520.
 
     >>> import torch
     >>> layer = weight_standardization(nn.Conv2d(2, 1, 1))
@@ -172,13 +165,7 @@ def nonlinearity_gain(activation: Callable[[Tensor], Tensor]) -> float:
 
     gamma = 1 / sqrt(Var[activation(z)]), z normal; for ReLU it is RELU_GAIN, sqrt(2 / (1 - 1 / pi)).
 
-    Args:
-        activation: an elementwise function.
-
-    Returns the factor, by quadrature in float64.
-
-    Raises:
-        OptionError: the activation is constant.
+    By quadrature in float64; OptionError where the activation, an elementwise function, is constant.
 
     Reference: Brock, De, Smith (2021), https://arxiv.org/abs/2101.08692, section 4.
 
@@ -249,18 +236,10 @@ def scaled_weight_standardization(
     """Apply scaled weight standardization to a layer, in place.
 
     Two parameters replace the weight: ``parametrizations.weight.original0``, one gain per output unit, initially 1, and
-    ``original1``, the raw weight.
-
-    Args:
-        layer: the layer that holds the weight.
-        name: name of the weight. Default: "weight".
-        gamma: the factor of the activation before the layer; see ``nonlinearity_gain``. Default: ReLU's.
-        eps: added to the variance. Default: 1e-6.
+    ``original1``, the raw weight. ``name`` is the weight's; other arguments are those of ScaledWeightStandardization.
 
     Raises:
         OptionError: no such weight, one that is already parametrized, or one weight per output unit, which would become zero.
-
-    Reference: Brock, De, Smith (2021), https://arxiv.org/abs/2101.08692.
 
     >>> layer = scaled_weight_standardization(nn.Linear(400, 1, bias=False), eps=0.0)
     >>> round(layer.weight.norm().item(), 4)
