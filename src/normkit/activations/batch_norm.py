@@ -1,7 +1,5 @@
 """Batch normalization: normalize each channel over the batch and all positions; or subtract its mean alone."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

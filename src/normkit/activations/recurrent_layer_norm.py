@@ -1,7 +1,5 @@
 """Layer normalization inside recurrent networks: each time step separately, in RNN, LSTM and GRU."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

@@ -11,8 +11,6 @@ https://arxiv.org/abs/2409.03424; Sedghi, Gupta, Long, "The Singular Values of C
 https://arxiv.org/abs/1805.10408.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -240,31 +238,20 @@ _PACKED = ("in_proj_weight", "qkv", "c_attn", "in_proj", "Wqkv")
 
 @dataclass(frozen=True)
 class WeightCondition:
-    """The conditioning of one weight.
+    """The conditioning of one weight."""
 
-    Attributes:
-        name: of the layer, with that of the weight if it is another than ``weight``, and the part of a packed projection.
-        kind: the layer's class, or ``query``, ``key`` or ``value`` of a packed projection.
-        shape: of the matrix: output units x the rest.
-        spectrum: of the weight that the layer computes with, unfolded.
-        stable_rank: squared Frobenius norm over squared largest singular value, from 1 to the rank.
-        rows: largest row norm over the smallest.
-        columns: largest column norm over the smallest.
-        raw: condition number of the raw parameter; that of the weight if it has no parametrization.
-        after: condition numbers of the weight equilibrated in each mode.
-        operator: largest and smallest singular value of a convolution with circular padding as an operator on the example's
-            size; None without an example, for other layers, and where the size does not fit.
-    """
-
+    # Of the layer, with that of the weight if it is another than ``weight``, and the part of a packed projection.
     name: str
-    kind: str
-    shape: tuple[int, int]
-    spectrum: Spectrum
-    stable_rank: float
-    rows: float
-    columns: float
-    raw: float
-    after: dict[str, float]
+    kind: str  # the layer's class, or ``query``, ``key`` or ``value`` of a packed projection
+    shape: tuple[int, int]  # of the matrix: output units x the rest
+    spectrum: Spectrum  # of the weight that the layer computes with, unfolded
+    stable_rank: float  # squared Frobenius norm over squared largest singular value, from 1 to the rank
+    rows: float  # largest row norm over the smallest
+    columns: float  # largest column norm over the smallest
+    raw: float  # condition number of the raw parameter; that of the weight if it has no parametrization
+    after: dict[str, float]  # condition numbers of the weight equilibrated in each mode
+    # Largest and smallest singular value of a convolution with circular padding as an operator on the example's size;
+    # None without an example, for other layers, and where the size does not fit.
     operator: tuple[float, float] | None = None
 
     @property

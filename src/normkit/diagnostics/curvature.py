@@ -10,8 +10,6 @@ before every pass: nothing of the model changes. A product with a vector takes a
 Gauss-Newton matrix four) over every batch, and the memory of one batch's graph.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence
@@ -35,20 +33,15 @@ _ROWS = 256  # rows of a dense Hessian at a time: more are faster, and each hold
 
 @dataclass(frozen=True)
 class Extremes:
-    """The largest and the smallest eigenvalue of a symmetric matrix, negative where the loss curves downwards.
-
-    Attributes:
-        condition: largest |eigenvalue| over the smallest; infinity if the matrix is singular. NaN where only the ends of
-            the spectrum are known and 0 lies between them.
-        error: so near to each of the two is an eigenvalue.
-        products: products of the matrix with a vector that were made; 0 where the whole matrix was.
-    """
+    """The largest and the smallest eigenvalue of a symmetric matrix, negative where the loss curves downwards."""
 
     largest: float
     smallest: float
+    # Largest |eigenvalue| over the smallest; infinity if the matrix is singular. NaN where only the ends of the
+    # spectrum are known and 0 lies between them.
     condition: float
-    error: float
-    products: int = 0
+    error: float  # so near to each of the two is an eigenvalue
+    products: int = 0  # products of the matrix with a vector that were made; 0 where the whole matrix was
 
     @property
     def stable_rate(self) -> float:
@@ -188,17 +181,12 @@ def spectral_density(
 
 @dataclass(frozen=True)
 class Smoothness:
-    """Lowest and highest loss along the gradient, the start included, and how the gradient changes.
-
-    Attributes:
-        predictive: largest distance of the gradient from the first one.
-        beta: largest such distance over the length of the way, an effective Lipschitz constant of the gradient.
-    """
+    """Lowest and highest loss along the gradient, the start included, and how the gradient changes."""
 
     low: float
     high: float
-    predictive: float
-    beta: float
+    predictive: float  # largest distance of the gradient from the first one
+    beta: float  # largest such distance over the length of the way, an effective Lipschitz constant of the gradient
 
 
 def smoothness(

@@ -1,7 +1,5 @@
 """Muon and its relatives: step a matrix along its orthogonalized momentum, equilibrated before or normalized after."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 

@@ -1,7 +1,5 @@
 """Give a model's norms to normkit's own layers of the same kind: the same function, on faster kernels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Bake weight parametrizations in: the effective weight becomes the plain parameter."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

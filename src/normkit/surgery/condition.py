@@ -1,7 +1,5 @@
 """Weight conditioning on a whole model, how any weight method is put on chosen layers, and what becomes of running statistics."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial

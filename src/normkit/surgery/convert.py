@@ -1,7 +1,5 @@
 """Convert the activation norms of a model to another kind, and torch's recurrent layers to layer-normalized ones."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Data-dependent initialization: weight-normalized layers start with pre-activations of mean 0 and variance 1."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Weight decay of a norm's gain and bias: towards 1 and 0 rather than both towards 0, or not at all."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any, Literal

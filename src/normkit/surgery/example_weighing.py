@@ -1,7 +1,5 @@
 """Inference example weighing for a trained model: batch normalizations that count the example itself, and how much."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from torch import nn

@@ -1,7 +1,5 @@
 """Fold: bake normalizations into the weights for inference, and prove on an example that nothing changed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace

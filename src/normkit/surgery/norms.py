@@ -1,7 +1,5 @@
 """Reading an activation norm of any make as data: which statistic, over which axes, with which parameters."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -85,51 +83,33 @@ _RANKED = {
 
 @dataclass(frozen=True)
 class Norm:
-    """An activation norm as data.
+    """An activation norm as data."""
 
-    Args:
-        kind: the method's name in the catalogue, or ``"frozen_batch_norm"``.
-        axes: of its input.
-        shape: of the axes that hold channels or features; one number unless ``axes`` is ``"trailing"``, none if not known.
-        eps: None stands for the machine epsilon.
-        weight: the gain, one value per channel, or None.
-        bias: likewise.
-        has_bias: whether its class has a bias unless told otherwise.
-        option: as its method's word has it: the groups of a group norm, the axes of a layer norm on channels first, ``"d"`` for
-            the last of several trailing ones, or "".
-        momentum: of running statistics.
-        tracks: whether it keeps running statistics.
-        track: ``track_running_stats`` of a norm over the batch; if False, those that are there stay; None without such a flag.
-        running: those that run over the batch, by name: mean, variance, count.
-        note: what was found out about it that its class does not say.
-        affine: whether it has parameters.
-        alone: whether it normalizes each position by itself.
-        rank: how many axes its input has, or None if not known.
-        spatial: axes of positions where its class takes one number of them alone, else None.
-        offset: the gain is this plus the weight.
-        cast: when a half type is rounded; None where no layer here rounds like it.
-        activation: what follows, by name where layers here know it, else as a module; None where nothing does.
-    """
-
-    kind: str
-    axes: Axes
+    kind: str  # the method's name in the catalogue, or ``"frozen_batch_norm"``
+    axes: Axes  # of its input
+    # Of the axes that hold channels or features; one number unless ``axes`` is ``"trailing"``, none if not known.
     shape: tuple[int, ...]
-    eps: float | None
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-    has_bias: bool = True
+    eps: float | None  # None stands for the machine epsilon
+    weight: nn.Parameter | None  # the gain, one value per channel, or None
+    bias: nn.Parameter | None  # likewise
+    has_bias: bool = True  # whether its class has a bias unless told otherwise
+    # As its method's word has it: the groups of a group norm, the axes of a layer norm on channels first, ``"d"`` for
+    # the last of several trailing ones, or "".
     option: str = ""
-    momentum: float | None = 0.1
-    tracks: bool = False
+    momentum: float | None = 0.1  # of running statistics
+    tracks: bool = False  # whether it keeps running statistics
+    # ``track_running_stats`` of a norm over the batch; if False, those that are there stay; None without such a flag.
     track: bool | None = None
+    # Those that run over the batch, by name: mean, variance, count.
     running: dict[str, Tensor | None] = field(default_factory=dict)
-    note: str = ""
-    affine: bool = True
-    alone: bool = False
-    rank: int | None = None
-    spatial: int | None = None
-    offset: float = 0.0
-    cast: Cast | None = "after weight"
+    note: str = ""  # what was found out about it that its class does not say
+    affine: bool = True  # whether it has parameters
+    alone: bool = False  # whether it normalizes each position by itself
+    rank: int | None = None  # how many axes its input has, or None if not known
+    spatial: int | None = None  # axes of positions where its class takes one number of them alone, else None
+    offset: float = 0.0  # the gain is this plus the weight
+    cast: Cast | None = "after weight"  # when a half type is rounded; None where no layer here rounds like it
+    # What follows, by name where layers here know it, else as a module; None where nothing does.
     activation: str | nn.Module | None = None
 
     def guard(self, dtype: torch.dtype) -> float:

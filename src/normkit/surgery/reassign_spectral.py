@@ -1,7 +1,5 @@
 """Hard spectral normalization: weights are divided by their largest singular value in place, after an optimizer's step."""
 
-from __future__ import annotations
-
 from collections.abc import MutableMapping
 
 import torch

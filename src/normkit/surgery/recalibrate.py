@@ -1,7 +1,5 @@
 """Running statistics: estimated again, each element counting once, or held through ``train()``."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager

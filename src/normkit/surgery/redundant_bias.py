@@ -1,7 +1,5 @@
 """Biases that the normalization behind them cancels."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Which layers: a word, a pattern or a predicate, read against a model."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 

@@ -1,7 +1,5 @@
 """One verb, one transaction: it fails and leaves the model as it was, or it succeeds and can be undone."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

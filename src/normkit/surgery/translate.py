@@ -1,7 +1,5 @@
 """Checkpoints from one form to another, in files too: weights plain, normalized or parametrized; those of flax and keras."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import os
@@ -25,6 +23,7 @@ from normkit.surgery.transaction import transaction
 from normkit.surgery.weight_forms import Known, translate_weight, weights_of
 
 Rename = Callable[[str], str]
+Path = str | PathLike[str]
 To = Literal["model", "plain", "flax", "keras"]
 
 
@@ -273,7 +272,6 @@ def _some(keys: list[str]) -> str:
     return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "") if keys else "none"
 
 
-Path = str | PathLike[str]
 _ENDING = ".safetensors"
 
 

@@ -1,7 +1,5 @@
 """Runs a model on an example and sees which modules are called, who reads what, and what a norm's input is summed up from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass

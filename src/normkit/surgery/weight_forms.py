@@ -1,7 +1,5 @@
 """The forms in which checkpoints keep a weight: plain, weight and spectral norm old and new, parametrized; each from each."""
 
-from __future__ import annotations
-
 import copy
 from itertools import chain
 

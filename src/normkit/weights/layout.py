@@ -1,7 +1,5 @@
 """The output units and input units of a layer's weight."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

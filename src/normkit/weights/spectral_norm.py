@@ -1,7 +1,5 @@
 """Spectral normalization: the weight's largest singular value is 1."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import torch

@@ -1,7 +1,5 @@
 """The audit and its table of checks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One forward and one backward pass under hooks, which keep numbers and no activations."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import random

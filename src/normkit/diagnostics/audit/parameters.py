@@ -1,7 +1,5 @@
 """Checks of parameters: biases without effect, decayed or misread gains, rows and eps of zero."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from typing import Any

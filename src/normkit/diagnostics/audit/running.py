@@ -1,7 +1,5 @@
 """Checks of running statistics: wrong numbers, old numbers, and numbers that will move again."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 
