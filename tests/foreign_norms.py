@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 
-def random_(module: nn.Module) -> nn.Module:
-    """Give a module random parameters."""
+def random_(module: Any, scale: float = 1.0, *, mean: float = 0.0, keep: bool = False) -> Any:
+    """Gives a module normal parameters, or adds them to those that it has."""
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(torch.randn_like(parameter))
+            parameter.copy_(keep * parameter + mean + scale * torch.randn_like(parameter))
     return module
 
 

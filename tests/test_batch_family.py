@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from foreign_norms import random_
 from normkit import BatchChannelNorm, BatchGroupNorm, BatchRenorm, EstBatchNorm, MeanOnlyBatchNorm
-from normkit.functional import RenormSchedule, batch_channel_norm, batch_group_norm, est_batch_norm, example_weighing
+from normkit.functional import RenormSchedule, batch_channel_norm, est_batch_norm, example_weighing
 
 # Mean-only batch normalization
 
@@ -127,8 +128,7 @@ def _x_batch(*shape: int) -> Tensor:
 
 
 def _random(module: nn.Module) -> nn.Module:
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, 1.0)
+    random_(module, mean=1.0)
     return module.double()
 
 
@@ -221,25 +221,6 @@ def test_update_bn_gives_the_statistics_of_all_batches(make) -> None:
 # Batch/group normalization
 
 
-CORNERS = {
-    "batch norm": (None, None, lambda x: nn.BatchNorm2d(4).double()(x)),
-    "ghost batch norm": (None, 2, lambda x: torch.cat([nn.BatchNorm2d(4).double()(part) for part in x.split(2)])),
-    "uneven ghost batch norm": (None, 4, lambda x: torch.cat([nn.BatchNorm2d(4).double()(p) for p in x.split(4)])),
-    "group norm": (2, 1, lambda x: nn.GroupNorm(2, 4).double()(x)),
-    "layer norm": (1, 1, lambda x: nn.LayerNorm(x.shape[1:], elementwise_affine=False)(x)),
-    "instance norm": (None, 1, lambda x: nn.InstanceNorm2d(4)(x)),
-    "batch and layer": (1, None, lambda x: (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt()),
-}
-
-
-@pytest.mark.parametrize("corner", CORNERS)
-def test_corners(corner: str) -> None:
-    groups, examples, like = CORNERS[corner]
-    x = _x_batch()
-    assert_close(BatchGroupNorm(4, groups, examples).double()(x), like(x))
-    assert_close(batch_group_norm(x, groups, examples), like(x))
-
-
 @pytest.mark.parametrize(("groups", "examples"), [(None, None), (None, 4), (None, 1), (2, 2), (2, 1), (1, None)])
 def test_memory_averages_raw_moments_of_each_channel(groups: int | None, examples: int | None) -> None:
     x, norm = _x_batch(), BatchGroupNorm(4, groups, examples, momentum=0.3).double()
@@ -257,8 +238,7 @@ def test_memory_averages_raw_moments_of_each_channel(groups: int | None, example
 @pytest.mark.parametrize("shape", [(6, 4, 5, 3), (6, 4)])
 def test_equation_three(alpha: float, groups: int | None, shape: tuple[int, ...]) -> None:
     x, norm = _x_batch(*shape), BatchGroupNorm(4, groups, 2, alpha=alpha).double()
-    for parameter in norm.parameters():
-        nn.init.normal_(parameter)
+    random_(norm)
     norm(x)
     first, var = norm.state_dict()["running_mean"], norm.state_dict()["running_var"]
     second = var + first.square()

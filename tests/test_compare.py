@@ -25,7 +25,6 @@ from normkit.lab.experiments import reshow
 from normkit.lab.progress import Watch, tell
 from normkit.lab.say import Terminal
 from normkit.lab.study import Run
-from normkit.lab.train.trainer import Trainer
 from processes import torchrun
 
 TESTS = Path(__file__).parent
@@ -84,18 +83,6 @@ def test_all_recipes_start_alike(whole: Path) -> None:
         origins = [config["origin"] for config in configs if config["seed"] == seed]
         assert len({(origin["init_sha256"], origin["order_sha256"], origin["data_sha256"]) for origin in origins}) == 1
     assert len({config["origin"]["init_sha256"] for config in configs}) == 2
-
-
-def test_a_finished_comparison_is_read_back(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def times() -> dict[Path, int]:
-        files = (path for path in whole.rglob("*") if path.is_file() and path.name != "result.md")
-        return {path: path.stat().st_mtime_ns for path in files}
-
-    before = times()
-    monkeypatch.setattr(Trainer, "train", lambda *given: pytest.fail("trained again"))
-    result = ran(whole)
-    assert result == record.read_json(whole / "result.json")
-    assert times() == before
 
 
 def test_a_users_words_are_printed_as_they_are(tmp_path: Path) -> None:
@@ -273,15 +260,6 @@ def test_when_everything_diverges(tmp_path: Path, recipes: tuple[str, ...]) -> N
         assert recipe["paired"]["mean"] is recipe["test_score"]["mean"] is None
         assert recipe["condition"] is None
     assert (tmp_path / "report.html").stat().st_size > 0
-
-
-def test_a_rate_that_diverges_is_not_chosen(tmp_path: Path) -> None:
-    settings = replace(SMALL, recipes=("keep",), rates=(0.01, 1e30))
-    result = ran(tmp_path, settings, model=lab_samples.one_output, data=lab_samples.regression)["result"]
-    (recipe,) = result["recipes"]
-    assert [row["status"] for row in recipe["sweep"]] == ["ok", "diverged"]
-    assert recipe["rate"] == 0.01
-    assert result["task"]["score"] == "r2"
 
 
 def test_two_processes_under_torchrun(tmp_path: Path) -> None:

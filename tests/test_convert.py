@@ -184,12 +184,6 @@ def test_a_norm_in_two_places_stays_one():
     assert isinstance(model["a"], LayerNorm)
 
 
-def test_the_model_itself_may_be_a_norm():
-    changes = convert(nn.BatchNorm1d(4), "rms")
-    assert isinstance(changes.model, RMSNorm)
-    assert changes.rows[0].layer == "(model)"
-
-
 def test_without_parameters_there_is_nothing_to_carry():
     model = nn.Sequential(nn.Linear(2, 2), nn.InstanceNorm2d(4)).double()
     convert(model, "bn")
@@ -221,15 +215,6 @@ def test_several_axes_go_where_they_can():
     assert tuple(model[0].weight.shape) == (4, 5)
     assert len(convert(model, "ln")) == 1
     assert tuple(model[0].normalized_shape) == (4, 5)
-
-
-def test_an_example_finds_a_norm_that_cannot_take_its_input():
-    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    with pytest.raises(SurgeryError, match="in has one value for each statistic on the example"):
-        convert(model, "in", example=torch.randn(2, 4))
-    assert type(model[1]) is nn.LayerNorm
-    assert model.training
-    convert(model, "in", example=(torch.randn(2, 3, 4),))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
@@ -78,22 +77,6 @@ def test_arguments_and_defaults_are_torchs(ours: type, theirs: type) -> None:
 
 
 # The four layer norms of convolutional networks, and channels-last layouts
-
-
-def test_layer_norms_of_convnets() -> None:
-    x = torch.randn(2, 6, 4, 3, dtype=torch.float64)
-    double = {"dtype": torch.float64}
-    sample = nk.LayerNorm(6, over="c *", **double)
-    assert_close(sample(x), nn.GroupNorm(1, 6, **double)(x))
-    assert_close(nk.LayerNorm(6, over="c *", per="", **double)(x), sample(x))
-    assert_close(nk.LayerNorm((6, 4, 3), **double)(x), sample(x))
-    assert nk.LayerNorm(6, over="c *", per="").weight.shape == ()
-    channels = nk.LayerNorm(6, over="c", eps=1e-6, **double)
-    nn.init.normal_(channels.weight)
-    moved = F.layer_norm(x.movedim(1, -1), (6,), channels.weight, channels.bias, 1e-6).movedim(-1, 1)
-    assert_close(channels(x), moved)
-    rms = nk.RMSNorm(6, over="c", **double)
-    assert_close(rms(x), F.rms_norm(x.movedim(1, -1), (6,)).movedim(-1, 1))
 
 
 # What torch lacks
@@ -234,15 +217,3 @@ def test_tensors_and_parameters_that_do_not_fit_are_refused() -> None:
         nk.Rule(nk.Support("n c", over="c"), compensation=nk.Affine("d"))
     with pytest.raises(ValueError, match="order"):
         nk.Rule(nk.Support("n c", over="c"), compensation=nk.Affine("c n"))
-
-
-def test_explain_knows_whether_statistics_are_remembered() -> None:
-    x = torch.randn(2, 3, 4)
-    tracked = nk.InstanceNorm(3, track_running_stats=True)
-    if library() is not None:
-        assert {norm.explain(x).backend for norm in (nk.InstanceNorm(3), tracked, tracked.eval())} == {"native"}
-        return
-    assert nk.InstanceNorm(3).explain(x).backend == "aten"
-    assert tracked.explain(x).backend == "closed"
-    assert "does not return the statistics" in tracked.explain(x).why
-    assert tracked.eval().explain(x).backend == "aten"

@@ -36,13 +36,6 @@ def test_import_paths(name: str, words: str) -> None:
         load_factory(name, MODELS)
 
 
-def test_current_folder_is_importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "only_here.py").write_text("class Made:\n    def model():\n        return 5\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    assert load_factory("only_here:Made.model", MODELS)() == 5
-
-
 def test_the_current_folder_is_behind_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine_alone.py").write_text("import late_alone\n\ndef model():\n    import later_alone\n    return 5\n")
     for name in ("late_alone", "later_alone"):

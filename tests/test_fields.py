@@ -1,6 +1,5 @@
 """Fields on balls and on solids: they learn, resume exactly, and their reports say what happened."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,12 @@ from normkit.lab.data.spheres import spheres
 from normkit.lab.experiment import Bench
 from normkit.lab.experiments import shape, table4
 from normkit.lab.fields.occupancy import OccupancyJob, extract, learn_solid, surface_of, write_mesh
-from normkit.lab.fields.radiance import RadianceJob, decode, find_scene, learn_scene
+from normkit.lab.fields.radiance import RadianceJob, decode, learn_scene
 from normkit.lab.fields.rendering import psnr
 from normkit.lab.models.nerf import nerf
 from normkit.lab.models.rows import scale_rows
 from normkit.lab.perform import perform
 from normkit.lab.seeding import epoch_order
-from normkit.lab.train import walk as loops
 
 SCENE: dict[str, Any] = {"width": 8, "depth": 3, "reduce": 12, "rays": 16, "coarse": 6, "fine": 6}
 SCENE |= {"steps": 6, "rate": 1e-3, "every": 2}
@@ -42,32 +40,6 @@ def on_a_torus(**options: Any) -> OccupancyJob:
 
 def bench(output: Path, scale: Any = "small", **options: Any) -> Bench:
     return Bench(scale, output, console=Console(quiet=True), **options)
-
-
-@pytest.mark.parametrize(("learn", "make", "middle"), [(learn_scene, on_balls, 4), (learn_solid, on_a_torus, 6)])
-def test_resume_is_exact(
-    learn: Callable[[Any, Path], Any], make: Any, middle: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = make(recipe="none+e@re:trunk")
-    whole = learn(job, tmp_path / "whole")
-    real, done = loops.reseed, []
-
-    def reseed(seed: int, purpose: str, number: int = 0) -> None:
-        if number == middle and not done.count(middle):
-            done.append(number)
-            raise KeyboardInterrupt
-        done.append(number)
-        real(seed, purpose, number)
-
-    monkeypatch.setattr(loops, "PAUSE", 0.0)
-    monkeypatch.setattr(loops, "reseed", reseed)
-    with pytest.raises(KeyboardInterrupt):
-        learn(job, tmp_path / "parts")
-    assert (tmp_path / "parts" / "checkpoint.pt").exists()
-    assert learn(job, tmp_path / "parts") == whole
-    assert done == [*range(1, middle + 1), *range(middle, done[-1] + 1)]  # not all again
-    for name in ("mesh.ply", "mesh.obj"):
-        assert len({(tmp_path / part / name).exists() for part in ("whole", "parts")}) == 1
 
 
 def test_a_run_without_a_number_ends(tmp_path: Path) -> None:
@@ -134,14 +106,6 @@ def test_jobs(tmp_path: Path) -> None:
     assert [job.rate for job in tried[table4.PLAIN]] == [1e-4, 5e-4, 2e-3]
     job = tried[table4.PLAIN][1]
     assert (job.width, job.depth, job.rays, job.coarse, job.fine, job.steps) == (256, 8, 1024, 64, 64, 200_000)
-
-
-def test_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NORMKIT_DATA", str(tmp_path))
-    with pytest.raises(ProtocolError, match=r"fern is missing; unpack nerf_llff_data.zip"):
-        find_scene("fern")
-    with pytest.raises(ProtocolError, match=r"lego is missing; unpack nerf_synthetic.zip"):
-        find_scene("lego")
 
 
 def test_a_run_that_diverged_is_told_and_rates_are_the_best_tried(tmp_path: Path) -> None:

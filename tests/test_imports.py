@@ -35,8 +35,20 @@ def fresh(code: str) -> list[str]:
     return process.stdout.split()
 
 
-def test_the_package_waits_for_its_names() -> None:
-    assert fresh("import sys, normkit; print('torch' in sys.modules, hasattr(normkit, '__wrapped__'))") == 2 * ["False"]
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import sys, normkit; print('torch' in sys.modules, hasattr(normkit, '__wrapped__'))", 2 * ["False"]),
+        (
+            "import sys, normkit.errors, normkit.catalogue.entry as e; e.entries(); print('torch' in sys.modules)",
+            ["False"],
+        ),
+        *((f"from {name} import *; print('METHODS' in dir())", ["True"]) for name in ("normkit", "normkit.catalogue")),
+        *((f"import {name}; print('METHODS' in dir({name}))", ["True"]) for name in ("normkit", "normkit.catalogue")),
+    ],
+)
+def test_names_wait_and_are_there_from_the_first_statement(code: str, said: list[str]) -> None:
+    assert fresh(code) == said
 
 
 def test_the_layers_import_torch_alone() -> None:
@@ -53,11 +65,6 @@ def test_the_layers_start_without_the_compiler() -> None:
     assert not {"torch._dynamo", "torch._inductor", "sympy"} & set(loaded)
 
 
-def test_the_catalogue_waits_for_its_names_too() -> None:
-    code = "import sys, normkit.errors, normkit.catalogue.entry as e; e.entries(); print('torch' in sys.modules)"
-    assert fresh(code) == ["False"]
-
-
 def test_the_face_is_small() -> None:
     # torch.nn has 182 names and optax 190; what a reader can take in at once is far less.
     assert 60 <= len(nk.__all__) <= 80
@@ -72,12 +79,6 @@ def test_every_public_name_is_reached_in_every_way() -> None:
         for key in space.__all__:
             assert starred[key] is resolve_name(f"{space.__name__}:{key}") is getattr(space, key)
             assert key in dir(space)
-
-
-@pytest.mark.parametrize("first", ["normkit", "normkit.catalogue"])
-def test_names_are_there_from_the_first_statement(first: str) -> None:
-    assert fresh(f"from {first} import *; print('METHODS' in dir())") == ["True"]
-    assert fresh(f"import {first}; print('METHODS' in dir({first}))") == ["True"]
 
 
 def test_a_name_has_one_namespace() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import normkit as nk
+from foreign_norms import random_
 from laws import ACTIVATIONS, name
 from normkit import GhostBatchNorm, RecurrentBatchNorm, fold
 from normkit.core.card import Card
@@ -210,8 +211,7 @@ def _normed() -> nn.Module:
     model = nn.Sequential(
         nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.GroupNorm(2, 4), GhostBatchNorm(4, 2), nk.RMSNorm(5), nn.LSTM(5, 2)
     ).double()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter)
+    random_(model)
     return model
 
 

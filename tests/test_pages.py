@@ -156,14 +156,6 @@ def test_page_responds_and_nothing_is_cut(page: Path, width: int) -> None:
 
 
 @needs_browser
-def test_dark_page_has_its_own_colours(page: Path) -> None:
-    light, dark = look(page, 400), look(page, 400, DARK)
-    assert light["ground"] == "rgb(255, 255, 255)"
-    assert dark["ground"] == "rgb(21, 22, 26)"
-    assert light["line"] != dark["line"]
-
-
-@needs_browser
 @pytest.mark.parametrize("flags", [(), (DARK,)])
 def test_what_must_be_there_is_painted(page: Path, flags: tuple[str, ...]) -> None:
     picture = page.with_suffix(".png")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import normkit as nk
+from foreign_norms import random_
 from normkit import BatchGroupNorm, BatchRenorm, GhostBatchNorm, MeanOnlyBatchNorm, recalibrate
 from normkit.core.errors import SurgeryError
 from normkit.surgery import choose_alpha, freeze, unfreeze, weigh_examples
@@ -250,8 +251,7 @@ def test_it_is_undone_and_let_go() -> None:
 def _model_example_weighing() -> nn.Module:
     shared = nn.BatchNorm2d(4, eps=1e-3)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), shared, nn.Conv2d(4, 4, 1), shared, nn.Flatten(), nk.BatchNorm(4 * 25))
-    for parameter in model.parameters():
-        nn.init.normal_(parameter)
+    random_(model)
     for _ in range(3):
         model(torch.randn(8, 3, 5, 5))
     return model.double()

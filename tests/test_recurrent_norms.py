@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import normkit as nk
+from foreign_norms import random_
 from normkit import BatchNormLSTM, BatchNormRNN, LayerNormRecurrent, RecurrentBatchNorm
 from normkit.core.errors import SurgeryError
 from normkit.functional import padding_mask, recurrent_batch_norm
@@ -25,8 +26,7 @@ def _x(batch_first: bool = False) -> Tensor:
 
 
 def _random(module: nn.Module) -> nn.Module:
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, 0.5)
+    random_(module, mean=0.5)
     return module.double()
 
 

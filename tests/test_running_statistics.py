@@ -166,7 +166,9 @@ def test_a_channel_whose_result_does_not_fit_keeps_both(memory: Running) -> None
 
 
 @pytest.mark.parametrize("broken", [[0], [0, 1]], ids=["one channel", "all channels"])
-@pytest.mark.parametrize("memory", [Running(None), RunningMoments(None), RunningMean(None)], ids=repr)
+@pytest.mark.parametrize(
+    "memory", [Running(None), RunningMoments(None), RunningMean(None)], ids=lambda one: type(one).__name__
+)
 def test_the_cumulative_average_counts_no_skipped_batch(memory: Running, broken: list[int]) -> None:
     running = nk.functional.RunningStatistics(torch.zeros(2), torch.ones(2), torch.tensor(0))
     split = Split((4, 2), ("n", "c"), (0,))

@@ -1,4 +1,4 @@
-"""Every subject through every seam that applies, see ``seams``; and views of any shape."""
+"""Every subject through every seam that applies, see ``compatibility``; and views of any shape."""
 
 import copy
 
@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compatibility import CASES
 from laws import channels_first, sub_batch
 from normkit.core.errors import ShapeError
 from seam import Seam, near
-from seams import CASES
 from subjects import SUBJECTS, Subject, definition, gradients
 
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from foreign_norms import random_
 from normkit.activations.sync_batch_norm import SyncBatchNorm, sync_batch_norm
 from normkit.core.errors import ShapeError
 from processes import run_together
@@ -19,8 +20,7 @@ def _case(sizes: list[int], *shape: int, mean: float = 2.0, dtype: torch.dtype =
     last = options.get("layout") == "n * c"
     x = torch.randn(sum(sizes), 3, *shape, dtype=dtype) * 2 + mean
     norm = SyncBatchNorm(3, **options).to(dtype)
-    for parameter in norm.parameters():
-        nn.init.normal_(parameter, 1.0)
+    random_(norm, mean=1.0)
     masked = options.pop("masked", False)
     x = x.movedim(1, -1).contiguous() if last else x
     return {

@@ -15,6 +15,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 import normkit as nk
+from foreign_norms import random_
 
 
 def _group(x: Tensor, weight: Any, bias: Any, n: int, c: int, size: int, groups: int, eps: float) -> Tensor:
@@ -190,8 +191,7 @@ def test_modules_are_torchs(info: Any, training: bool, dtype: torch.dtype) -> No
         (x,) = given.forward_input.args
         for name, other in layouts(x.detach()).items():
             theirs = info.module_cls(*args, **kwargs).to(dtype)
-            for parameter in theirs.parameters():
-                nn.init.normal_(parameter)
+            random_(theirs)
             ours = OURS_module_db[info.name](*args, **kwargs).to(dtype)
             ours.load_state_dict(theirs.state_dict(), strict=True)
             theirs.load_state_dict(ours.state_dict(), strict=True)
