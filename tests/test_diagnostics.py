@@ -22,7 +22,7 @@ from normkit.cli import app
 from normkit.core.errors import OptionError, SurgeryError
 from normkit.diagnostics import activations, condition_number, conditions, gap
 from normkit.diagnostics.activations import Stream
-from normkit.diagnostics.conditions import spectrum
+from normkit.diagnostics.conditioning import spectrum
 from normkit.lab.report.weights import depth_figure
 from normkit.weights.weight_conditioning import equilibrate, weight_conditioning
 

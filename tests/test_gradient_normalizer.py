@@ -15,7 +15,7 @@ from normkit.core.errors import OptionError
 from normkit.functional import adaptive_gradient_clipping, normalize_gradients, scaled_activation
 from normkit.gradients import AdaptiveClipping, GradientNormalizer
 from normkit.weights import nonlinearity_gain, scaled_weight_standardization, weight_conditioning, weight_norm
-from normkit.weights.scaled_weight_standardization import RELU_GAIN
+from normkit.weights.weight_standardization import RELU_GAIN
 
 
 def network() -> nn.Sequential:

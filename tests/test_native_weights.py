@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from normkit.engine.library import why_not
-from normkit.weights import Equilibrate, ScaledWeightStandardization, SpectralNorm, WeightLayout, kernels, multi_tensor
+from normkit.weights import Equilibrate, SpectralNorm, WeightLayout, kernels, multi_tensor
 from normkit.weights.multi_tensor import Share, Shares
 from normkit.weights.weight_norm import WeightNorm
-from normkit.weights.weight_standardization import WeightStandardization
+from normkit.weights.weight_standardization import ScaledWeightStandardization, WeightStandardization
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no native kernels: {why_not()}")
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_browser import BROWSER, browse
+
+from test_pages import BROWSER, browse
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("index", "install", "methods", "training-loop", "atlas", "reference/weights", "results/table1/result")

@@ -11,9 +11,8 @@ from foreign_norms import ChannelsNorm
 from laws import ACTIVATIONS
 from normkit.core.card import Card
 from normkit.core.errors import NotationError, SurgeryError
-from normkit.surgery.applicable import applicable_words, why_not
 from normkit.surgery.norms import is_norm
-from normkit.surgery.recipe import Recipe, apply_recipe
+from normkit.surgery.recipe import Recipe, applicable_words, apply_recipe, why_not
 from normkit.surgery.target import Target
 
 WORDS = [card for card in ACTIVATIONS if card.word]

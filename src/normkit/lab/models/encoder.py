@@ -7,10 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from normkit.activations.fix_norm import FixNorm
 from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm
-from normkit.activations.scale_norm import ScaleNorm
+from normkit.activations.scale_norm import FixNorm, ScaleNorm
 from normkit.core.errors import OptionError
 from normkit.lab.models.vit import Attention
 from normkit.residual import Residual, Scheme, places
