@@ -8,14 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.testing import assert_close
 
-import normkit as nk
 from foreign_norms import random_
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import OptionError
 from normkit.lab.data.sequences import TASKS, draw, guess, text
 from normkit.lab.models.densenet import DenseLayer, DenseNet, densenet
 from normkit.lab.models.dit import DiT, dit_block, grid_positions
 from normkit.lab.models.encoder import Encoder
-from normkit.lab.models.gan import ImageDiscriminator, ImageGenerator, PointDiscriminator, PointGenerator, centres, ring
+from normkit.lab.models.gan import ImageDiscriminator, ImageGenerator, centres, ring
 from normkit.lab.models.inception import googlenet, inception8
 from normkit.lab.models.resnet import ResidualBlock, resnet18, resnet50
 from normkit.lab.models.vit import Block, VisionTransformer, vit_b16, vit_s, vit_tiny
@@ -162,11 +161,6 @@ def test_vit_patches_are_linear_maps_of_squares() -> None:
     assert_close(model.patch_embed(image), expected)
 
 
-def test_images_of_another_size_are_refused() -> None:
-    with pytest.raises(ShapeError, match=r"got images \(1, 3, 16, 16\); wanted \(n, c, 32, 32\)"):
-        small_vit()(torch.zeros(1, 3, 16, 16))
-
-
 def test_dit_starts_as_zero_and_every_block_as_the_identity() -> None:
     block, tokens = dit_block(8, 2), torch.randn(2, 5, 8)
     assert_close(block(tokens, torch.randn(2, 8)), tokens, rtol=0, atol=0)
@@ -206,12 +200,6 @@ def test_images_come_out_and_go_in() -> None:
     assert discriminator(images).shape == (2, 1)
 
 
-def test_spectral_normalization_comes_on_by_recipe() -> None:
-    discriminator = ImageDiscriminator(4)
-    changes = nk.apply_recipe(discriminator, "keep+sn", example=torch.zeros(1, 3, 32, 32))
-    assert len(changes.rows) == 8
-
-
 def test_points_lie_on_the_ring() -> None:
     points = ring(4000, torch.Generator().manual_seed(0))
     distances = torch.cdist(points, centres())
@@ -220,10 +208,6 @@ def test_points_lie_on_the_ring() -> None:
     assert (nearest.values > 0.15).float().mean() < 0.02
     assert torch.bincount(nearest.indices, minlength=8).min() > 400
     assert_close(centres(4, 1.0), torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]]), atol=1e-6, rtol=0)
-
-
-def test_points_pass_the_perceptrons() -> None:
-    assert PointDiscriminator(8)(PointGenerator(3, 8)(torch.zeros(5, 3))).shape == (5, 1)
 
 
 @pytest.mark.parametrize("placement", ["post", "pre"])
@@ -267,11 +251,6 @@ def test_every_norm_and_head_trains(norm: str, fix: bool) -> None:
     model = Encoder(11, 7, features=8, depth=1, heads=2, norm=norm, fix=fix, placement="pre")
     model(torch.randint(11, (2, 7))).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-def test_a_task_that_is_none_is_told() -> None:
-    with pytest.raises(OptionError, match="no task"):
-        draw("reverse", 1, 4)
 
 
 @pytest.mark.parametrize("task", TASKS)

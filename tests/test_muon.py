@@ -14,7 +14,7 @@ from foreign_norms import random_
 from laws import ACTIVATIONS, name
 from normkit import GhostBatchNorm, RecurrentBatchNorm, fold
 from normkit.core.card import Card
-from normkit.gradients import Muon, matrix_groups, orthogonalize
+from normkit.gradients import Muon, matrix_groups
 from normkit.schedules import inverse_sqrt_rate, inverse_sqrt_warmup, linear_rate, linear_warmup
 from normkit.surgery import norm_penalty, param_groups
 from normkit.weights import weight_layout
@@ -78,12 +78,6 @@ def test_large_gradients_step_as_small_ones_do(sides: Any) -> None:
         steps.append(parameter.detach())
     for step in steps[1:]:
         assert_close(step, steps[0], rtol=1e-4, atol=1e-5)  # float32's rounding, which five steps multiply
-
-
-def test_singular_values_end_near_one() -> None:
-    values = torch.linalg.svdvals(orthogonalize(torch.randn(16, 64)))
-    assert 0.6 < values.min()
-    assert values.max() < 1.3
 
 
 def _model() -> nn.Module:
@@ -260,6 +254,7 @@ def test_groups_and_penalty_take_the_same_step(target) -> None:
     for model, optimizer, penalty in ((by_groups, optimizers[0], 0.0), (by_penalty, optimizers[1], 0.3)):
         (_loss(model) + norm_penalty(model, penalty, target)).backward()
         optimizer.step()
+    assert norm_penalty(nn.Linear(2, 2), 0.3) == 0
     fold(by_groups)
     assert_close(by_groups.state_dict(), by_penalty.state_dict())
 
@@ -278,16 +273,6 @@ def test_gains_from_one_compute_the_same_and_decay_to_one() -> None:
     for layer in (1, 2, 3, 4):
         assert_close(model[layer].weight, torch.ones_like(model[layer].weight), rtol=0, atol=1e-9)
     assert_close(norm_penalty(model, 1.0), torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-9)
-
-
-def test_penalty_by_hand() -> None:
-    model = _normed()
-    gains = [model[layer].weight for layer in (1, 2, 3, 4)]
-    biases = [model[layer].bias for layer in (1, 2, 3)]
-    for target in (0, 1):
-        wanted = 0.15 * (sum((g - target).square().sum() for g in gains) + sum(b.square().sum() for b in biases))
-        assert_close(norm_penalty(model, 0.3, target), wanted)
-    assert norm_penalty(nn.Linear(2, 2), 0.3) == 0
 
 
 SHAPES = {"scalar": nk.ScaleNorm(4), "frames": RecurrentBatchNorm(4, "frame", 3), "pair": nk.QueryKeyNorm(4, length=3)}

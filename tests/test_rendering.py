@@ -58,11 +58,6 @@ def test_matter_behind_the_last_sample_is_opaque() -> None:
     assert_close(shade.opacity, ONE)
 
 
-def test_background_shows_through() -> None:
-    shade = composite(torch.zeros(1, 2, 3), torch.tensor([[0.5, 0.0]]), torch.tensor([[0.0, 1.0]]), ONE, background=1.0)
-    assert_close(shade.colour, torch.full((1, 3), math.exp(-0.5)))
-
-
 def test_gradients_of_the_weights() -> None:
     density = torch.tensor([[0.3, 0.9, 0.2, -0.4]], dtype=torch.float64, requires_grad=True)
     colour = torch.rand(1, 4, 3, dtype=torch.float64, requires_grad=True)
@@ -215,12 +210,6 @@ def test_e_form_is_the_network_with_equilibrated_weights() -> None:
         # E may scale a layer's output instead of its weight, which rounds otherwise.
         assert_close(got_colour, colour, rtol=1e-5, atol=1e-6)
         assert_close(got_density, density, rtol=1e-4, atol=1e-6)
-
-
-def test_e_form_leaves_the_other_layers_alone() -> None:
-    plain, conditioned = seeded_nerf("none").fine, seeded_nerf("none+e@re:trunk").fine
-    for name in ("density", "features", "view", "colour"):
-        assert_close(getattr(conditioned, name).weight, getattr(plain, name).weight, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "sine", "relu"])
