@@ -188,20 +188,3 @@ def test_normalize_is_open_to_new_support_sets() -> None:
     assert torch.autograd.gradgradcheck(lambda x: nk.normalize(x, tiles), x)
     with pytest.raises(ValueError, match="per="):
         nk.normalize(x, tiles, torch.ones(3))
-
-
-def test_tensors_and_parameters_that_do_not_fit_are_refused() -> None:
-    rule = nk.Rule(nk.Support("n c", over="c"))
-    with pytest.raises(ValueError, match="no compensation"):
-        nk.functional.run(rule, torch.zeros(2, 3), torch.ones(3))
-    running = nk.functional.RunningStatistics(torch.zeros(2), torch.ones(2))
-    with pytest.raises(ValueError, match="no memory"):
-        nk.functional.run(rule, torch.zeros(2, 3), running=running)
-    with pytest.raises(ValueError, match=r"torch.bool.*mask.bool\(\)"):
-        nk.normalize(torch.zeros(2, 3), rule.support, mask=torch.ones(2, 3))
-    with pytest.raises(ValueError, match="does not broadcast"):
-        nk.normalize(torch.zeros(2, 3), rule.support, mask=torch.ones(4, 3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="not in Support"):
-        nk.Rule(nk.Support("n c", over="c"), compensation=nk.Affine("d"))
-    with pytest.raises(ValueError, match="order"):
-        nk.Rule(nk.Support("n c", over="c"), compensation=nk.Affine("c n"))

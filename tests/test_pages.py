@@ -116,16 +116,21 @@ def browse(folder: Path, *arguments: str) -> tuple[str, list[str]]:
     return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
 
 
+def answer(folder: Path, *arguments: str) -> Any:
+    """What a page has in its element "found"; the console must stay silent."""
+    text, said = browse(folder, *arguments, "--dump-dom")
+    assert said == []
+    found = re.search(r'<pre id="found">(.*?)</pre>', text, re.DOTALL)
+    assert found, text[-2000:]
+    return json.loads(html.unescape(found[1]))
+
+
 def look(page: Path, width: int, *flags: str) -> dict[str, Any]:
     """The page at a width, as it looks and as it responds."""
     frame = page.with_name(f"frame-{width}.html")
     inside = FRAME.format(width=width, page=html.escape(page.read_text()), script=SCRIPT.read_text())
     frame.write_text(inside, encoding="utf-8")
-    text, said = browse(page.parent, *flags, f"--window-size={max(width, 500)},900", "--dump-dom", frame.as_uri())
-    assert said == []
-    found = re.search(r'<pre id="found">(.*?)</pre>', text, re.DOTALL)
-    assert found, text[-2000:]
-    return json.loads(html.unescape(found[1]))
+    return answer(page.parent, *flags, f"--window-size={max(width, 500)},900", frame.as_uri())
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +175,7 @@ PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="wi
 
 
 def found(folder: Path, expression: str, *, ui: bool, width: int = 1200) -> Any:
-    """What a JavaScript expression gives on the page; the console must stay silent."""
+    """What a JavaScript expression gives on the page."""
     text = PAGE.format(
         style=(DOCS / "stylesheets/atlas.css").read_text(),
         island=atlas.on_page_markdown("<!-- atlas -->"),
@@ -179,11 +184,7 @@ def found(folder: Path, expression: str, *, ui: bool, width: int = 1200) -> Any:
         found=expression,
     )
     (folder / "atlas.html").write_text(text, encoding="utf-8")
-    dom, said = browse(folder, f"--window-size={width},900", "--dump-dom", (folder / "atlas.html").as_uri())
-    assert said == []
-    answer = re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)
-    assert answer, dom[-2000:]
-    return json.loads(html.unescape(answer[1]))
+    return answer(folder, f"--window-size={width},900", (folder / "atlas.html").as_uri())
 
 
 def notations(number: int) -> Iterator[dict[str, Any]]:

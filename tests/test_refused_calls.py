@@ -32,6 +32,7 @@ from test_residual import stack, twice
 
 LINEAR, BATCH, TOKENS = nn.Linear(2, 2), nn.BatchNorm1d(3), torch.randn(8, 4, 5)
 NOISE = wired(lambda self, x: x + torch.randn_like(x))
+RULE, RUNNING = nk.Rule(nk.Support("n c", over="c")), nk.functional.RunningStatistics(torch.zeros(2), torch.ones(2))
 TANH, DATA = case("tanh")
 CROSS = nn.functional.cross_entropy
 PAIR = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
@@ -67,6 +68,13 @@ def packed() -> Any:
 
 
 REFUSED: list[tuple[Callable[[], object], type[Exception], str]] = [
+    # Rules
+    (lambda: nk.functional.run(RULE, ones(2, 3), ones(3)), ValueError, "no compensation"),
+    (lambda: nk.functional.run(RULE, ones(2, 3), running=RUNNING), ValueError, "no memory"),
+    (lambda: nk.normalize(ones(2, 3), RULE.support, mask=ones(2, 3)), ValueError, r"torch.bool.*mask.bool\(\)"),
+    (lambda: nk.normalize(ones(2, 3), RULE.support, mask=ones(4, 3) > 0), ValueError, "does not broadcast"),
+    (lambda: nk.Rule(RULE.support, compensation=nk.Affine("d")), ValueError, "not in Support"),
+    (lambda: nk.Rule(RULE.support, compensation=nk.Affine("c n")), ValueError, "order"),
     # Where
     (lambda: select(LINEAR, "frist_last"), NotationError, r"'frist_last' is not .*'first_last'.*hidden.*re:PATTERN"),
     (lambda: select(LINEAR, "re:("), NotationError, "can't be read"),

@@ -101,24 +101,23 @@ def test_the_published_forms() -> None:
     assert_close(wanted["timm"], timm)
 
 
-def test_a_constant_row_becomes_zero() -> None:
+def test_a_constant_row_becomes_zero_and_one_weight_in_the_first_axis_is_no_unit() -> None:
     assert_close(standardize(torch.full((1, 4), 7.0)), torch.zeros(1, 4))
-
-
-def test_one_weight_in_the_first_axis_is_no_unit() -> None:
     assert standardize(torch.randn(2, 6, 1), layout=WeightLayout(output_axis=1)).shape == (2, 6, 1)
 
 
-def test_two_uses_before_one_backward() -> None:
-    layer = spectral_norm(nn.Linear(5, 4))
+def test_spectral_norms_of_two_uses_of_a_vector_of_zeros_and_of_halves() -> None:
+    layer, part, zero = (
+        spectral_norm(nn.Linear(5, 4)),
+        SpectralNorm(torch.ones(2)),
+        torch.zeros(2, 2, requires_grad=True),
+    )
     (layer(torch.randn(3, 5)).sum() - layer(torch.randn(3, 5)).sum()).backward()
     assert layer.parametrizations.weight.original.grad is not None  # pyright: ignore
-
-
-def test_a_vector_is_divided_by_its_norm() -> None:
-    part = SpectralNorm(torch.ones(2))
-    assert_close(part(torch.tensor([3.0, 4.0])), torch.tensor([0.6, 0.8]))
+    assert_close(part(torch.tensor([3.0, 4.0])), torch.tensor([0.6, 0.8]))  # divided by its norm
     assert not list(part.buffers())
+    assert torch.autograd.grad(SpectralNorm(zero, exact=True)(zero).sum(), zero)[0].isfinite().all()
+    assert SpectralNorm(torch.ones(2, 2), exact=True)(torch.ones(2, 2).bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
@@ -133,12 +132,6 @@ def test_exact_holds_the_largest_singular_value_at_one_at_each_use(make, shape) 
         found = layer.weight.movedim(dim, 0).flatten(1)
         assert_close(torch.linalg.svdvals(found.detach())[0], torch.tensor(1.0).double())
     assert layer(torch.randn(shape).double()).isfinite().all()
-
-
-def test_exact_of_a_zero_and_of_a_half_weight() -> None:
-    zero = torch.zeros(2, 2, requires_grad=True)
-    assert torch.autograd.grad(SpectralNorm(zero, exact=True)(zero).sum(), zero)[0].isfinite().all()
-    assert SpectralNorm(torch.ones(2, 2), exact=True)(torch.ones(2, 2).bfloat16()).dtype == torch.bfloat16
 
 
 NOT_NORMAL = torch.tensor([[1.0, 5.0], [0.0, 0.5]], dtype=torch.float64)
