@@ -2,7 +2,7 @@
 
 import ctypes
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,17 @@ ACTIVATIONS: list[Callable] = [lambda y: y, torch.relu, F.silu, F.gelu, lambda y
 
 # Relative to the largest element of what is compared: a few roundings of the type that it is kept in.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+def in_threads(*counts: int) -> Iterator[int]:
+    """Each number of torch's threads in turn, and then what it was."""
+    before = torch.get_num_threads()
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            yield count
+    finally:
+        torch.set_num_threads(before)
 
 
 def make_plan(dtype: torch.dtype = torch.float32, parameter_dtype: torch.dtype | None = None, **fields: Any) -> NkPlan:

@@ -180,17 +180,19 @@ def test_content_of_another_kind(root: Path, change: Callable[[dict], Any], word
         cifar10(root)
 
 
-class Attack:
-    def __init__(self, target: Path) -> None:
-        self.target = target
+class Made:
+    """Pickles as a call of something by its name, with a state given to what comes back."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.target),)
+    def __init__(self, call: Any, given: tuple[Any, ...], state: Any = None) -> None:
+        self.made = (call, given) if state is None else (call, given, state)
+
+    def __reduce__(self) -> Any:
+        return self.made
 
 
 def test_pickles_run_no_code(tmp_path: Path) -> None:
     path, target = tmp_path / "evil", tmp_path / "made_by_the_pickle"
-    write_pickle(path, {b"data": Attack(target)}, python2=False)
+    write_pickle(path, {b"data": Made(os.mkdir, (str(target),))}, python2=False)
     with pytest.raises(ProtocolError, match=r"evil asks for (posix|nt)\.mkdir, which .*; it is not loaded; go"):
         read_pickle(path, "go")
     assert not target.exists()
@@ -299,16 +301,6 @@ def test_real_data(factory: Callable[..., Data], classes: int) -> None:
     assert_close(torch.tensor(data.train.prepare.mean), torch.tensor(published), rtol=0, atol=2e-3)
     x, _ = data.train.batch(torch.arange(256), CPU)
     assert data.augment(x, torch.Generator().manual_seed(0)).isfinite().all()
-
-
-class Made:
-    """Pickles as a call of something by its name, with a state given to what comes back."""
-
-    def __init__(self, call: Any, given: tuple[Any, ...], state: Any = None) -> None:
-        self.made = (call, given) if state is None else (call, given, state)
-
-    def __reduce__(self) -> Any:
-        return self.made
 
 
 RECONSTRUCT = np.empty(0).__reduce__()[0]

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import normkit as nk
 from foreign_norms import Conv1D, wired
 from normkit.activations.batch_group_norm import BatchGroupNorm
+from normkit.catalogue.table import with_tables
 from normkit.core.errors import NotationError, OptionError, ShapeError, SurgeryError
 from normkit.diagnostics.conditioning import operator_norm, operator_spectrum
 from normkit.diagnostics.curvature import hessian, hessian_condition, hessian_extremes
@@ -167,6 +168,7 @@ REFUSED: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: nk.Monitor(nn.LazyLinear(3)), OptionError, "run the model once"),
     (lambda: nk.Monitor(LINEAR, every=0), OptionError, "every=0"),
     (lambda: nk.audit(nn.LazyLinear(3), TOKENS), OptionError, "run the model once"),
+    (lambda: with_tables("nothing here"), NotationError, "<!-- methods -->"),
     # Networks of the lab
     (lambda: Block(12, 5), OptionError, "heads is 5, which does not divide 12 features"),
     (

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from foreign_norms import wired
 from normkit.lab.data.scene import Rays, Scene, camera_rays, to_ndc
 from normkit.lab.data.spheres import see, spheres
 from normkit.lab.fields.rendering import (
@@ -32,16 +33,14 @@ def forward_rays(count: int, far: float = 6.0) -> Rays:
     return Rays(origins, looks, looks, 2.0, far)
 
 
-class Ball(nn.Module):
+def ball(radius: float, density: float) -> nn.Module:
     """A ball of one density about the origin."""
 
-    def __init__(self, radius: float, density: float) -> None:
-        super().__init__()
-        self.radius, self.density = radius, density
+    def forward(self: nn.Module, points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        inside = points.norm(dim=-1) < radius
+        return torch.tensor([0.2, 0.4, 0.9]).expand_as(points), torch.where(inside, density, -1.0)
 
-    def forward(self, points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-        inside = points.norm(dim=-1) < self.radius
-        return torch.tensor([0.2, 0.4, 0.9]).expand_as(points), torch.where(inside, self.density, -1.0)
+    return wired(forward)
 
 
 def test_even_density_dims_exponentially() -> None:
@@ -68,7 +67,7 @@ def test_gradients_of_the_weights() -> None:
 def test_a_ball_is_seen_as_its_chord_says() -> None:
     rays = forward_rays(41)
     chord = 2 * (0.5**2 - rays.origins[:, 0] ** 2).clamp_min(0).sqrt()
-    shade = look_along(Ball(0.5, 3.0), rays, even_depths(rays, 2000), background=1.0)
+    shade = look_along(ball(0.5, 3.0), rays, even_depths(rays, 2000), background=1.0)
     clear = torch.exp(-3.0 * chord)[:, None]
     wanted = (1 - clear) * torch.tensor([0.2, 0.4, 0.9]) + clear
     # A sample is 0.002 long, so that either end of the chord is off by up to that: 3.0 * 0.002 * 2 of thickness.

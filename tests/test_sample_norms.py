@@ -146,17 +146,13 @@ def test_defaults_are_torchs_or_the_papers() -> None:
     assert "torch_compat=False" in repr(published)
 
 
-def _image_local_norms() -> torch.Tensor:
-    return torch.randn(3, 4, 5, 6, dtype=torch.float64) * 2 + 1
-
-
 def test_what_the_penalty_is_on() -> None:
-    x, norm = _image_local_norms(), DivisiveNorm(4, Field(1, 3), Field(1, 3)).double()
+    x, norm = _image(), DivisiveNorm(4, Field(1, 3), Field(1, 3)).double()
     assert_close(norm.centered(x), x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
 
 
 def test_lyu_simoncelli_on_images_is_a_convolution_of_the_energy() -> None:
-    x, norm = _image_local_norms(), LyuSimoncelliNorm(4, 3).double()
+    x, norm = _image(), LyuSimoncelliNorm(4, 3).double()
     torch.nn.init.normal_(norm.weight)
     profile = norm.weight.detach() ** 2
     kernel = (profile[:, :, None] * profile[:, None, :]).unsqueeze(1)
