@@ -17,20 +17,11 @@ from scipy.stats import ttest_rel
 import lab_samples
 from comparison_records import write_comparison
 from normkit.core.errors import OptionError, RecordError
-from normkit.lab import record, task
+from normkit.lab import record, stats, task
 from normkit.lab.budget import fit, measure
 from normkit.lab.comparison import _begun_with, _planned, remarks, tables
 from normkit.lab.settings import Settings
-from normkit.lab.stats import (
-    FURTHER,
-    detectable,
-    holm,
-    over_seeds,
-    over_seeds_and_samples,
-    paired_interval,
-    seeds_for,
-    tune,
-)
+from normkit.lab.stats import detectable, holm, over_seeds, over_seeds_and_samples, paired_interval
 from normkit.lab.study import Made, Study
 from normkit.lab.train.fabric import Processes, start_fabric
 
@@ -68,14 +59,14 @@ def test_a_sweep_extends_until_the_best_rate_is_inside(best: float, powers: list
         return {"status": "ok", "score": found["score"], "loss": None, "reached": 1}
 
     jobs = {"a": [Try(rate) for rate in rates]}
-    (row,) = tune(Bowl(best), lambda *_: {}, jobs, look, lambda _, rate: Try(rate)).values()
+    (row,) = stats.tune(Bowl(best), lambda *_: {}, jobs, look, lambda _, rate: Try(rate)).values()
     tried = [run["rate"] for run in row["sweep"]]
     below, above = sum(rate < rates[0] for rate in tried), sum(rate > rates[-1] for rate in tried)
     assert tried == sorted(set(tried))
     assert {*rates} <= {*tried}
-    assert max(below, above) <= FURTHER
+    assert max(below, above) <= stats.FURTHER
     # Where it still lies at an edge, as many were tried beyond that edge as may be.
-    assert not row["edge"] or FURTHER == (below if row["rate"] == tried[0] else above)
+    assert not row["edge"] or stats.FURTHER == (below if row["rate"] == tried[0] else above)
     assert row["edge"] or tried[0] < row["rate"] < tried[-1]
 
 
@@ -239,7 +230,7 @@ def test_a_detectable_difference_is_found_in_four_of_five(seeds: int, level: flo
     shown = sum(each is not None and each.ends(level)[0] > 0 for each in found)
     # A share of 0.8 among 4,000 has the standard deviation 0.0063; four of these.
     assert shown / 4000 == pytest.approx(0.8, abs=0.026)
-    assert seeds_for(detectable(0.7, seeds, level) * (1 + 1e-9), 0.7, level) == seeds
+    assert stats.seeds_for(detectable(0.7, seeds, level) * (1 + 1e-9), 0.7, level) == seeds
 
 
 def test_verdicts_on_all_recipes_together(tmp_path: Path) -> None:

@@ -8,14 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import (
-    DataLoader,
-    IterableDataset,
-    Subset,
-    SubsetRandomSampler,
-    TensorDataset,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 import lab_samples
 from foreign_norms import wired
@@ -64,7 +57,7 @@ def language(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {**made, "labels": torch.where(made["attention_mask"], made["input_ids"], -100)}
 
 
-class Stream(IterableDataset):
+class Stream(torch.utils.data.IterableDataset):
     """Samples in a row, as many as it says."""
 
     def __init__(self, count: int = 30) -> None:
@@ -163,7 +156,7 @@ def test_models_that_are_refused(factory: Any, words: str) -> None:
         ({"train": [(X[0], 0), (X[0, :7], 1), (X[0], 2)], "test": (X, Y)}, "train has inputs of unequal shapes"),
         ({"train": [(replaced(X, 0, float("nan"))[0], 1)], "test": (X, Y)}, "hold NaN"),
         (Data(Split(Y, X), Split(Y, X), Split(Y[:0], X[:0])), "test is empty"),
-        ({"train": Subset(TensorDataset(X, Y), []), "test": (X, Y)}, "train is empty"),
+        ({"train": torch.utils.data.Subset(TensorDataset(X, Y), []), "test": (X, Y)}, "train is empty"),
         ({"train": (X, X > 0), "test": (X, (X > 0).long())}, "targets of test are torch.int64"),
     ],
 )

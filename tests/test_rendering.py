@@ -11,15 +11,8 @@ from torch.testing import assert_close
 from foreign_norms import wired
 from normkit.lab.data.scene import Rays, Scene, camera_rays, to_ndc
 from normkit.lab.data.spheres import see, spheres
-from normkit.lab.fields.rendering import (
-    Sampling,
-    composite,
-    even_depths,
-    look_along,
-    render,
-    render_view,
-    weighted_depths,
-)
+from normkit.lab.fields import rendering
+from normkit.lab.fields.rendering import Sampling, composite, even_depths, render, weighted_depths
 from normkit.lab.models.nerf import NeRF, PositionalEncoding, RadianceField, nerf
 from normkit.lab.models.occupancy import OccupancyField, occupancy
 
@@ -67,7 +60,7 @@ def test_gradients_of_the_weights() -> None:
 def test_a_ball_is_seen_as_its_chord_says() -> None:
     rays = forward_rays(41)
     chord = 2 * (0.5**2 - rays.origins[:, 0] ** 2).clamp_min(0).sqrt()
-    shade = look_along(ball(0.5, 3.0), rays, even_depths(rays, 2000), background=1.0)
+    shade = rendering.look_along(ball(0.5, 3.0), rays, even_depths(rays, 2000), background=1.0)
     clear = torch.exp(-3.0 * chord)[:, None]
     wanted = (1 - clear) * torch.tensor([0.2, 0.4, 0.9]) + clear
     # A sample is 0.002 long, so that either end of the chord is off by up to that: 3.0 * 0.002 * 2 of thickness.
@@ -142,7 +135,7 @@ def test_a_view_is_one_render_in_pieces() -> None:
     model = NeRF(width=8, depth=2, skip=0)
     rays = forward_rays(10)
     whole = render(model, rays, Sampling(8, 8))[1]
-    colour, depth = render_view(model, rays, Sampling(8, 8), chunk=3)
+    colour, depth = rendering.render_view(model, rays, Sampling(8, 8), chunk=3)
     assert_close(colour, whole.colour)
     assert_close(depth, whole.depth)
     assert model.training

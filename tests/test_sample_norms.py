@@ -11,12 +11,7 @@ from foreign_norms import random_
 from normkit import GDN, BatchNorm, DivisiveNorm, ExemplarNorm, GlobalResponseNorm, PositionalNorm, SwitchableNorm
 from normkit.activations.divisive_norm import Field, LyuSimoncelliNorm, lyu_simoncelli_norm
 from normkit.activations.local_context_norm import local_context_norm
-from normkit.activations.local_response_norm import (
-    LocalContrastNorm,
-    LocalResponseNorm,
-    local_contrast_norm,
-    local_response_norm,
-)
+from normkit.activations.local_response_norm import LocalResponseNorm, local_contrast_norm, local_response_norm
 from normkit.activations.positional_norm import moment_shortcut
 from normkit.functional import instance_norm, layer_norm, positional_moments, positional_norm, switchable_norm
 
@@ -126,7 +121,7 @@ def test_a_flat_image_has_no_energy() -> None:
 
 def test_jarretts_eps_is_a_floor_of_the_divisor() -> None:
     x = torch.randn(2, 3, 8, dtype=torch.float64)
-    one, two = (LocalContrastNorm(form="jarrett", eps=eps)(x) for eps in (1e9, 2e9))
+    one, two = (nk.LocalContrastNorm(form="jarrett", eps=eps)(x) for eps in (1e9, 2e9))
     assert_close(one, 2 * two)
 
 

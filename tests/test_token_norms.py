@@ -10,17 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+import normkit as nk
 from normkit import FixNorm, LearnedScale, QueryKeyNorm, RMSNorm, ScaleNorm
 from normkit.engine.library import library
-from normkit.functional import (
-    fix_norm,
-    hypersphere,
-    hypersphere_residual,
-    query_key_norm,
-    renormalize_,
-    rms_norm,
-    scale_norm,
-)
+from normkit.functional import fix_norm, hypersphere, hypersphere_residual, rms_norm, scale_norm
 
 
 def test_eps_is_a_floor_of_the_norm() -> None:
@@ -106,7 +99,7 @@ def test_the_modern_forms_are_the_norms_and_then_attention(form: str) -> None:
     wanted = F.scaled_dot_product_attention(q_norm(q), k_norm(k), v)
     assert_close(attention(q, k, v), wanted, rtol=1e-9, atol=1e-9)
     biases = [getattr(norm, "bias", None) for norm in (q_norm, k_norm)]
-    found = query_key_norm(q, k, q_norm.weight, k_norm.weight, *biases, form=form)
+    found = nk.functional.query_key_norm(q, k, q_norm.weight, k_norm.weight, *biases, form=form)
     assert_close(found, (q_norm(q), k_norm(k)), rtol=1e-9, atol=1e-9)
 
 
@@ -154,7 +147,7 @@ def test_weights_go_back_to_the_sphere_after_a_step() -> None:
     model["down"](model["up"](model["words"](torch.arange(11)))).square().sum().backward()
     optimizer.step()
     before = {name: layer.weight.detach().clone() for name, layer in model.items()}
-    renormalize_(reads=[model["words"], model["up"]], writes=[model["down"]])
+    nk.functional.renormalize_(reads=[model["words"], model["up"]], writes=[model["down"]])
     for name, dim in (("words", 1), ("up", 1), ("down", 0)):
         weight = model[name].weight
         assert weight.requires_grad
