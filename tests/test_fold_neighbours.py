@@ -12,17 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import foreign_norms
 import normkit as nk
-from foreign_norms import (
-    BatchNormAct,
-    ChannelsNorm,
-    Conv1D,
-    LlamaRMSNorm,
-    ScaledStandardizing,
-    Standardizing,
-    lived_in,
-    wired,
-)
+from foreign_norms import BatchNormAct, ChannelsNorm, Conv1D, LlamaRMSNorm, ScaledStandardizing, Standardizing, lived_in
 from normkit import BatchNorm, convert, fold
 from normkit.surgery.norms import is_norm
 
@@ -145,7 +137,7 @@ def test_what_torch_pads_is_folded(padding: dict[str, Any]) -> None:
 def shortcut() -> nn.Module:
     """The block of many a ResNet: an empty Sequential is its identity."""
     parts = {"conv": nn.Conv2d(3, 3, 3, padding=1), "bn": nn.BatchNorm2d(3), "shortcut": nn.Sequential()}
-    return wired(lambda self, x: (self.bn(self.conv(x)) + self.shortcut(x)).relu(), **parts)
+    return foreign_norms.wired(lambda self, x: (self.bn(self.conv(x)) + self.shortcut(x)).relu(), **parts)
 
 
 def test_an_empty_sequential_stays_an_identity() -> None:

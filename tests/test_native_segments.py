@@ -7,19 +7,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from native_calls import (
-    ACTIVATIONS,
-    Call,
-    batch,
-    check,
-    definition,
-    groups,
-    in_threads,
-    places,
-    random_call,
-    rows,
-    shape_of,
-)
+import native_calls
+from native_calls import ACTIVATIONS, Call, batch, check, definition, groups, places, random_call, rows, shape_of
 from normkit.engine.abi import TYPES
 from normkit.engine.library import library, why_not
 
@@ -84,7 +73,7 @@ def test_results_do_not_depend_on_threads(dtype: torch.dtype, stream: int, activ
         x, dy = (torch.randn(shape_of(plan)).to(dtype) for _ in range(2))
         weight, bias = (torch.randn(plan.parameters).to(dtype) for _ in range(2))
         found = []
-        for _ in in_threads(1, 2, 3):
+        for _ in native_calls.in_threads(1, 2, 3):
             call = Call(plan, x, weight, bias)
             found.append([call.forward(), call.center, call.inverse, *call.backward(dy).values()])
         for other in found[1:]:
