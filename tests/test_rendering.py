@@ -43,11 +43,8 @@ def test_even_density_dims_exponentially() -> None:
     shade = composite(torch.ones(1, 5, 3), density, depths, torch.tensor([3.0]))
     assert_close(shade.opacity, torch.tensor([1 - math.exp(-0.7 * 3 * 2)]))
     assert_close(shade.weights[0, 0], torch.tensor(1 - math.exp(-0.7 * 3 * 0.5)))
-
-
-def test_matter_behind_the_last_sample_is_opaque() -> None:
     shade = composite(torch.ones(1, 3, 3), torch.full((1, 3), 0.1), torch.tensor([[0.0, 1.0, 2.0]]), ONE)
-    assert_close(shade.opacity, ONE)
+    assert_close(shade.opacity, ONE)  # matter behind the last sample
 
 
 def test_gradients_of_the_weights() -> None:
