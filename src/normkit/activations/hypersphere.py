@@ -108,10 +108,6 @@ class HypersphereResidual(Module):
 def hypersphere(input: Tensor, eps: float = 1e-12) -> Tensor:
     """Project each token onto the unit sphere: x / max(|x|, eps) over the last axis, with the norm in at least float32.
 
-    Args:
-        input: (*, D).
-        eps: floor of the norm. Default: 1e-12.
-
     Reference: Loshchilov et al., "nGPT" (2024), https://arxiv.org/abs/2410.01131.
 
     >>> hypersphere(torch.tensor([[3.0, 4.0]]))

@@ -251,13 +251,8 @@ def hessian_condition(
     ``plain``           L at the weights E W      H at another place
     ==================  ========================  ==================================================================
 
-    Args:
-        model: small: the whole matrix is made. Its layers should carry no parametrization.
-        loss: see ``hessian_extremes``, as are batches.
-        batches: pairs of an input and a target.
-        mode: the reading. Default: "constant".
-        method: what is equilibrated, as in ``weight_conditioning``. Default: "row".
-        where: which layers, as in ``surgery.select``. Default: "all".
+    The model is small, as the whole matrix is made, and its layers carry no parametrization; loss and batches are those of
+    ``hessian_extremes``, ``method`` is the mode of ``weight_conditioning``, and ``where`` that of ``surgery.select``.
 
     Raises:
         OptionError: another reading, or a layer that can't be conditioned.

@@ -67,11 +67,7 @@ def plain(model: nn.Module) -> Iterator[nn.Module]:
     ``save_pretrained`` of Hugging Face models and whatever else knows weights by their plain names leaves parametrized ones out
     without a word. The values are those of evaluation; afterwards the model is as it was, bit for bit.
 
-    Args:
-        model: any module.
-
-    Raises:
-        SurgeryError: a tied weight would be untied.
+    SurgeryError is raised where a tied weight would be untied.
 
     >>> from normkit import condition
     >>> model = condition(nn.Sequential(nn.Linear(2, 3))).model

@@ -120,10 +120,7 @@ def norm_penalty(model: nn.Module, decay: float, gamma_target: Target = 1) -> Te
 
     decay / 2 * (|bias|^2 + |gain - gamma_target|^2)
 
-    Args:
-        model: any module.
-        decay: its strength.
-        gamma_target: what the gain is pulled to: 1 or 0. Default: 1.
+    0 for a model without norms; OptionError for a ``gamma_target`` other than 1, the default, and 0.
 
     Returns one number; 0 for a model without norms.
 

@@ -71,10 +71,12 @@ def choose_alpha(
 
     It sets an option and changes no layer, so there is nothing to undo: ``weigh_examples`` gives the way back from the layers.
 
-    Args:
-        model: left in evaluation mode, or as it was if ``score`` raises.
-        score: gives a model's score; more is better.
-        alphas: to try, in order; of equal scores the first wins.
+    ``score`` gives a model's score; of equal ones the first of ``alphas`` wins. The model is left in evaluation mode, or as it
+    was if ``score`` raises. Gives the score of each alpha.
+
+    Raises:
+        SurgeryError: the model has no BatchGroupNorm.
+        OptionError: an alpha that is not from 0 to 1.
 
     Returns the score of each alpha.
 

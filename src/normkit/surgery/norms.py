@@ -31,13 +31,7 @@ class FrozenBatchNorm(nn.Module):
     y = weight * (x - running_mean) / sqrt(running_var + eps) + bias. All four are buffers, with the keys of the detectors'
     FrozenBatchNorm2d; the count of a BatchNorm's checkpoint is dropped on loading.
 
-    Args:
-        num_features: channels C.
-        eps: added to the variance. Default: 1e-5.
-        layout: ``"n c *"`` or ``"n * c"``. Default: "n c *".
-        activation: what follows: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
-        device: of the buffers.
-        dtype: of the buffers.
+    Arguments and shapes are those of BatchNorm, as far as it has them.
 
     Shape: (N, C, *), or (N, *, C) by ``layout``, to the same.
 

@@ -292,13 +292,7 @@ def freeze(model: nn.Module, where: Where = "all", *, statistics: bool = True, a
 def unfreeze(model: nn.Module, where: Where = "all") -> Changes:
     """Let normalizations go on that ``freeze`` holds, in place: weight and bias are trained, and the mode is the model's.
 
-    Args:
-        model: any module.
-        where: which of them, as for ``freeze``. Default: "all".
-
-    Raises:
-        NotationError: ``where`` can't be read.
-        SurgeryError: no layer keeps running statistics, or none is chosen.
+    ``where`` and errors are those of ``freeze``.
 
     >>> model = nn.Sequential(nn.BatchNorm1d(2))
     >>> print(*unfreeze(freeze(model).model), model[0].training)

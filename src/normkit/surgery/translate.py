@@ -139,14 +139,8 @@ def accept(
     With ``from_one`` a state_dict of the model itself, whose gains are not to be moved again, is known by the metadata that
     torch keeps with it, also in files of ``torch.save``. Safetensors and plain dicts don't have it: ``undo()`` before those.
 
-    Args:
-        model: any module.
-        source: as for ``translate``.
-        rename: as for ``translate``; a function of a module's top level, where the model is to be pickled.
-        from_one: as for ``translate``.
-
-    Raises:
-        OptionError: no such framework. Then, at each load, SurgeryError as ``translate``, but not for missing or left over keys.
+    Arguments and errors are those of ``translate``, but that missing and left over keys raise nothing; ``rename`` is a function
+    of a module's top level, where the model is to be pickled.
 
     >>> from normkit import condition
     >>> model = condition(nn.Sequential(nn.Linear(2, 3))).model

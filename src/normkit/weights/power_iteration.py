@@ -18,12 +18,8 @@ def power_iteration(
     Each iteration shrinks the error of sigma by (sigma_2 / sigma_1)^4, of the vectors by (sigma_2 / sigma_1)^2. sigma approaches
     from below. Keep the vectors for the next call: after a small change of the weight, one iteration is enough.
 
-    Args:
-        matrix: (out, in).
-        u: (out,) from the previous call. Default: None, which is as good as random.
-        v: (in,) from the previous call. Default: None, random.
-        iterations: number of iterations, from 0. Default: 1.
-        eps: a product no longer than this leaves its vector unchanged. Default: 1e-12.
+    The matrix is (out, in); ``u`` (out,) and ``v`` (in,) are those of the previous call, random if None. A product no longer than
+    ``eps`` leaves its vector unchanged.
 
     Returns u and v, of length 1, in the accumulation dtype.
 
