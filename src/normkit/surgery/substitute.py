@@ -64,13 +64,7 @@ def build_all(
     return pairs, rows
 
 
-def put_heard(
-    model: nn.Module,
-    pairs: Pairs,
-    rows: dict[str, Change],
-    example: Any,
-    refusals: Refusals,
-) -> nn.Module:
+def put_heard(model: nn.Module, pairs: Pairs, rows: dict[str, Change], example: Any, refusals: Refusals) -> nn.Module:
     """Put new modules in the place of old ones and run the model on an example, if there is one; in a transaction."""
     root = put(model, {id(old): new for old, new in pairs.values()})
     if example is None:

@@ -125,11 +125,7 @@ def translate(
 
 
 def accept(
-    model: nn.Module,
-    *,
-    source: Framework = "torch",
-    rename: Rename | None = None,
-    from_one: Where | bool | None = None,
+    model: nn.Module, *, source: Framework = "torch", rename: Rename | None = None, from_one: Where | bool | None = None
 ) -> Changes:
     """Let a model's ``load_state_dict`` take what ``translate`` takes, in place: a hook translates each checkpoint first.
 
