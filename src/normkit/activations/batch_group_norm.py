@@ -134,18 +134,8 @@ class BatchGroupNorm(Layer):
         _, running = self.rule, self.running()
         assert running is not None
         if not self.training:
-            return example_weighing(
-                input,
-                running.mean,
-                running.var,
-                self.weight,
-                self.bias,
-                self.alpha,
-                self.eps,
-                num_groups=self.num_groups,
-                layout=self.layout,
-                mask=mask,
-            )
+            how = {"num_groups": self.num_groups, "layout": self.layout, "mask": mask}
+            return example_weighing(input, *running[:2], self.weight, self.bias, self.alpha, self.eps, **how)
         y, found = _train(self._rules, self.examples_per_group, input, self.weight, self.bias, mask, self.backend)
         if found is not None and self.num_groups is None:
             found = _pooled(Moments(*(self._rows(value, found.mean) for value in found)))

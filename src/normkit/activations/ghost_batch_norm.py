@@ -117,16 +117,8 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
         self.check(input)
         memory, running = self.rule.memory, self.running()
         if running is not None and not self.training:
-            return run(
-                self._whole,
-                input,
-                self.weight,
-                self.bias,
-                running=running,
-                training=False,
-                mask=mask,
-                backend=self.backend,
-            )
+            how = {"running": running, "training": False, "mask": mask, "backend": self.backend}
+            return run(self._whole, input, self.weight, self.bias, **how)
         order = torch.randperm(input.shape[0], device=input.device) if self.permute else None
         x = input if order is None else input[order]
         if mask is not None and order is not None:

@@ -10,14 +10,8 @@ from torch import Tensor, nn
 
 from normkit.core.errors import BackendError, ShapeError
 
-_INITIAL = {
-    "weight": 1.0,
-    "bias": 0.0,
-    "running_mean": 0.0,
-    "running_var": 1.0,
-    "running_std": 1.0,
-    "num_batches_tracked": 0,
-}
+_INITIAL: dict[str, float] = dict.fromkeys(("weight", "running_var", "running_std"), 1.0)
+_INITIAL |= {"bias": 0.0, "running_mean": 0.0, "num_batches_tracked": 0}
 
 
 class Module(nn.Module):

@@ -10,17 +10,8 @@ from normkit.core.errors import NotationError, OptionError, ShapeError
 from normkit.core.module import whole
 
 # What an axis name means in words, by the literature's letters.
-_WORDS = {
-    "n": "samples",
-    "b": "sub-batches",
-    "c": "channels",
-    "g": "groups",
-    "d": "features",
-    "o": "output units",
-    "i": "input units",
-    "t": "time steps",
-    "*": "positions",
-}
+_WORDS = {"n": "samples", "b": "sub-batches", "c": "channels", "g": "groups", "d": "features", "*": "positions"}
+_WORDS |= {"o": "output units", "i": "input units", "t": "time steps"}
 
 
 @dataclass(frozen=True)

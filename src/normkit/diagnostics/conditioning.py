@@ -331,20 +331,17 @@ def conditions(
             matrix, before = (m.chunk(len(parts))[place] for m in (whole, layout.matrix(raw)))
             now = spectrum(matrix)
             lengths = [torch.linalg.vector_norm(matrix, dim=d, dtype=torch.float64) for d in (1, 0)]
-            rows.append(
-                WeightCondition(
-                    name=f"{label}[{part}]" if part else label,
-                    kind=part or parametrize.type_before_parametrizations(layer).__name__,
-                    shape=(matrix.shape[0], matrix.shape[1]),
-                    spectrum=now,
-                    stable_rank=ratio(lengths[0].square().sum().item(), now.largest**2),
-                    rows=ratio(lengths[0].max().item(), lengths[0].min().item()),
-                    columns=ratio(lengths[1].max().item(), lengths[1].min().item()),
-                    raw=now.condition if used is raw else spectrum(before).condition,
-                    after={mode: values[place] for mode, values in after.items()},
-                    operator=operator,
-                )
+            full, kind = (
+                (f"{label}[{part}]", part)
+                if part
+                else (label, parametrize.type_before_parametrizations(layer).__name__)
             )
+            stable = ratio(lengths[0].square().sum().item(), now.largest**2)
+            by_row, by_column = (ratio(length.max().item(), length.min().item()) for length in lengths)
+            then = {mode: values[place] for mode, values in after.items()}
+            raw_one = now.condition if used is raw else spectrum(before).condition
+            shape = matrix.shape[0], matrix.shape[1]
+            rows.append(WeightCondition(full, kind, shape, now, stable, by_row, by_column, raw_one, then, operator))
     return rows
 
 

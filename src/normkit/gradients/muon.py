@@ -88,14 +88,10 @@ class Muon(Optimizer):
                 raise OptionError(f"Muon: {name}={value}; wanted a number from 0 to below 1")
         check_options("Muon", equilibrate=(equilibrate, (None, *get_args(Sides))))
         check_options("Muon", renormalize=(renormalize, (None, "row", "col")))
-        options = {
-            "momentum": momentum,
-            "equilibrate": equilibrate,
-            "second_moment": second_moment,
-            "renormalize": renormalize,
-        }
+        options = {"momentum": momentum, "equilibrate": equilibrate}
         groups = matrix_groups(params) if isinstance(params, nn.Module) else params
         shared = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        shared |= {"second_moment": second_moment, "renormalize": renormalize}
         super().__init__(groups, {"matrices": False, "output_axis": 0, "groups": 1, **shared, **options})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

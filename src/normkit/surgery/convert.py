@@ -28,13 +28,8 @@ from normkit.surgery.transaction import transaction
 from normkit.surgery.watch import tensors_in
 
 _TOKENS = (
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.Conv1d,
-    nn.ConvTranspose1d,
-    nn.TransformerDecoderLayer,
+    *(nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase),
+    *(nn.Conv1d, nn.ConvTranspose1d, nn.TransformerDecoderLayer),
 )
 _IMAGES = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _MIXES_TOKENS = re.compile("atten|attn|transformer|causal|mamba|recurrent", re.IGNORECASE)

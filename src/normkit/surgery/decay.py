@@ -80,12 +80,8 @@ def param_groups(
     >>> [(group["name"], group["weight_decay"], len(group["params"])) for group in groups]
     [('weights', 0.0001, 1), ('norms', 1e-05, 2), ('biases', 0.0, 1)]
     """
-    given = {
-        "weight_decay": weight_decay,
-        "norm_decay": norm_decay,
-        "bias_decay": bias_decay,
-        "other_decay": other_decay,
-    }
+    given = {"weight_decay": weight_decay, "norm_decay": norm_decay}
+    given |= {"bias_decay": bias_decay, "other_decay": other_decay}
     for name, value in given.items():
         if not value >= 0:
             raise OptionError(f"param_groups: {name}={value}; wanted a number from 0")

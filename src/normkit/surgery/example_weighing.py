@@ -113,17 +113,10 @@ def choose_alpha(
 
 def _weighing(norm: nn.modules.batchnorm._BatchNorm, alpha: float, count: int | None) -> BatchGroupNorm:
     assert norm.running_mean is not None
-    made = BatchGroupNorm(
-        norm.num_features,
-        eps=norm.eps,
-        momentum=0.01 if norm.momentum is None else norm.momentum,
-        affine=norm.affine,
-        alpha=alpha,
-        bias=norm.bias is not None,
-        layout=getattr(norm, "layout", "n c *"),
-        device=norm.running_mean.device,
-        dtype=norm.running_mean.dtype,
-    )
+    factory = {"device": norm.running_mean.device, "dtype": norm.running_mean.dtype}
+    kept = {"eps": norm.eps, "affine": norm.affine, "alpha": alpha, "layout": getattr(norm, "layout", "n c *")}
+    momentum = 0.01 if norm.momentum is None else norm.momentum
+    made = BatchGroupNorm(norm.num_features, momentum=momentum, bias=norm.bias is not None, **kept, **factory)
     made.load_state_dict(norm.state_dict())
     made.weight, made.bias = norm.weight, norm.bias
     if count is not None:

@@ -18,23 +18,9 @@ Framework = Literal["torch", "timm", "flax", "keras"]
 
 # Their names for torch's; where several become one, the first is what is written.
 _LEAVES: dict[str, dict[str, str]] = {
-    "flax": {
-        "kernel": "weight",
-        "scale": "weight",
-        "embedding": "weight",
-        "mean": "running_mean",
-        "var": "running_var",
-    },
-    "keras": {
-        "kernel": "weight",
-        "depthwise_kernel": "weight",
-        "gamma": "weight",
-        "scale": "weight",
-        "embeddings": "weight",
-        "beta": "bias",
-        "moving_mean": "running_mean",
-        "moving_variance": "running_var",
-    },
+    "flax": dict.fromkeys(("kernel", "scale", "embedding"), "weight") | {"mean": "running_mean", "var": "running_var"},
+    "keras": dict.fromkeys(("kernel", "depthwise_kernel", "gamma", "scale", "embeddings"), "weight")
+    | {"beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"},
 }
 _PACKED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 _COLLECTIONS = ("params", "batch_stats")

@@ -229,24 +229,14 @@ def _by_behaviour(module: nn.Module, who: str, card: Card | None) -> Norm:
         return replace(_known(card, module), activation=found.activation)
     tensors = {**module._buffers, **module._parameters}
     weight, bias = (_parameter(tensors.get(key)) for key in (found.weight, found.bias))
-    frozen = found.kind == "batch_norm"
-    return Norm(
-        "frozen_batch_norm" if frozen else found.kind,
-        "trailing" if len(found.shape) > 1 else "n c *" if found.over or frozen else "n * c",
-        found.shape,
-        found.eps,
-        weight,
-        bias,
-        bias is not None,
-        option="d" if len(found.shape) > 1 else found.over,
-        tracks=frozen,
-        running={key: tensors.get(key) for key in ("running_mean", "running_var")} if frozen else {},
-        affine=weight is not None,
-        alone=found.over != "c *" and not frozen,
-        offset=float(found.offset),
-        cast=found.cast,
-        activation=found.activation,
-    )
+    frozen, several = found.kind == "batch_norm", len(found.shape) > 1
+    running = {key: tensors.get(key) for key in ("running_mean", "running_var")} if frozen else {}
+    kind, alone = "frozen_batch_norm" if frozen else found.kind, found.over != "c *" and not frozen
+    axes: Axes = "trailing" if several else "n c *" if found.over or frozen else "n * c"
+    seen = {"offset": float(found.offset), "cast": found.cast, "activation": found.activation}
+    kept = {"option": "d" if several else found.over, "tracks": frozen, "running": running, "alone": alone}
+    own = {"affine": weight is not None, "has_bias": bias is not None}
+    return Norm(kind, axes, found.shape, found.eps, weight, bias, **kept, **own, **seen)
 
 
 def _frozen(module: FrozenBatchNorm) -> Norm:
@@ -254,17 +244,8 @@ def _frozen(module: FrozenBatchNorm) -> Norm:
     axes: Axes = "n c *" if module.layout == "n c *" else "n * c"
     running = {key: own[key] for key in ("running_mean", "running_var")}
     weight, bias = _parameter(own["weight"]), _parameter(own["bias"])
-    return Norm(
-        "frozen_batch_norm",
-        axes,
-        (module.num_features,),
-        module.eps,
-        weight,
-        bias,
-        tracks=True,
-        running=running,
-        activation=module.activation,
-    )
+    kept = {"tracks": True, "running": running, "activation": module.activation}
+    return Norm("frozen_batch_norm", axes, (module.num_features,), module.eps, weight, bias, **kept)
 
 
 def _parameter(tensor: Tensor | None) -> nn.Parameter | None:

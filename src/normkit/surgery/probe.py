@@ -253,20 +253,14 @@ def _like(name: str, tensor: Tensor) -> Tensor:
 
 def _stand_in(module: nn.Module, given: dict[str, Tensor], training: bool) -> nn.Module:
     double = object.__new__(type(module))
-    vars(double).update(vars(module))
-    vars(double).update(
-        {name: OrderedDict() for name in vars(module) if name.endswith("_hooks")},
-        training=training,
-        _compiled_call_impl=None,
-        _parameters={
-            name: None if old is None else nn.Parameter(given[name], requires_grad=False)
-            for name, old in module._parameters.items()
-        },
-        _buffers={name: given.get(name) for name in module._buffers},
-        _modules={
-            name: None if child is None else _stand_in(child, {}, False) for name, child in module._modules.items()
-        },
-    )
+    own = vars(double)
+    own |= {**vars(module), "training": training, "_compiled_call_impl": None}
+    own |= {name: OrderedDict() for name in vars(module) if name.endswith("_hooks")}
+    held = {name: None if old is None else given[name] for name, old in module._parameters.items()}
+    own["_parameters"] = {k: None if v is None else nn.Parameter(v, requires_grad=False) for k, v in held.items()}
+    own["_buffers"] = {name: given.get(name) for name in module._buffers}
+    children = module._modules.items()
+    own["_modules"] = {name: None if child is None else _stand_in(child, {}, False) for name, child in children}
     return double
 
 

@@ -27,15 +27,8 @@ from normkit.surgery.watch import modes_kept
 Estimator = Literal["population", "mean"]
 # Each keeps one mean per channel, over the batch and all positions.
 _KINDS = (
-    nn.modules.batchnorm._BatchNorm,
-    BatchRenorm,
-    BatchGroupNorm,
-    MeanOnlyBatchNorm,
-    ConditionalNorm,
-    SpatiallyAdaptiveNorm,
-    SwitchableNorm,
-    ExemplarNorm,
-    RecurrentBatchNorm,
+    *(nn.modules.batchnorm._BatchNorm, BatchRenorm, BatchGroupNorm, MeanOnlyBatchNorm, RecurrentBatchNorm),
+    *(ConditionalNorm, SpatiallyAdaptiveNorm, SwitchableNorm, ExemplarNorm),
 )
 
 _KEPT = ("running_mean", "running_var", "running_std")

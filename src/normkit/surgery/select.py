@@ -15,13 +15,8 @@ from normkit.weights.layout import hooked_weight
 Where = str | Callable[[str, nn.Module], bool]
 
 PLACES = ("first_last", "all", "hidden", "convolutions", "attention", "re:PATTERN")
-_NORMS = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-)
+_BY_CHANNEL = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
+_NORMS = (*_BY_CHANNEL, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 # As peft and torchtune name the matrices of low-rank adapters.

@@ -98,20 +98,12 @@ class Target:
         gain = norm.weight if norm.weight is not None else norm.bias
         like = like if gain is None else gain
         unkept = {"track_running_stats": False} if norm.track is False and not norm.tracks and has_flag(card) else {}
-        place = Place(
-            norm.axes if norm.axes in card.axes or norm.rank != 2 else card.axes[0],  # of (N, C) both layouts are one
-            norm.shape,
-            self.option or (norm.option if norm.axes == "trailing" else ""),
-            norm.guard(like.dtype),
-            norm.momentum,
-            norm.tracks,
-            norm.affine,
-            norm.bias is not None or not norm.has_bias,
-            norm.alone,
-            {"dtype": like.dtype, "device": like.device, **unkept},
-            norm.spatial,
-            norm.kind,
-        )
+        axes = norm.axes if norm.axes in card.axes or norm.rank != 2 else card.axes[0]  # of (N, C) both layouts are one
+        option = self.option or (norm.option if norm.axes == "trailing" else "")
+        kept = {key: getattr(norm, key) for key in ("momentum", "tracks", "affine", "alone", "spatial", "kind")}
+        factory = {"dtype": like.dtype, "device": like.device, **unkept}
+        bias = norm.bias is not None or not norm.has_bias
+        place = Place(axes, norm.shape, option, norm.guard(like.dtype), bias=bias, factory=factory, **kept)
         if place.axes not in card.axes:
             raise SurgeryError(
                 f"{label(name)}: {self._misfit(card, norm)}; choose another norm, or leave it with {_LEAVE}"

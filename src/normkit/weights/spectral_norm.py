@@ -106,14 +106,12 @@ class SpectralNorm(Parametrization):
         return Share(plan, self.definition, weight, vectors=(self._u, self._v))
 
     def plan(self, weight: Tensor) -> kernels.Plan | None:
-        rows = weight.shape[0]
-        return kernels.plan_for(
+        rows, statistic = weight.shape[0], Statistic(None, "norm", self.eps, "floor")
+        nest, how = (
             (1, rows, weight.numel() // max(rows, 1), 1),
-            weight.dtype,
-            method="spectral",
-            statistic=Statistic(None, "norm", self.eps, "floor"),
-            iterations=self._iterations,
+            {"statistic": statistic, "iterations": self._iterations},
         )
+        return kernels.plan_for(nest, weight.dtype, method="spectral", **how)
 
     def options(self) -> tuple[object, ...]:
         return self._iterations, self.eps

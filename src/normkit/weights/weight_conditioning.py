@@ -155,16 +155,9 @@ class Equilibrate(RowScaling):
         shape = self.layout.nest(weight.shape, self.view)
         if shape is None:
             return None
-        return kernels.plan_for(
-            shape,
-            weight.dtype,
-            method=self.order,
-            sets="near" if self.layout.output_axis == 0 else "apart",
-            statistic=self._statistic,
-            factor=self.gain,
-            constant=constant,
-            iterations=self.iterations,
-        )
+        sets = "near" if self.layout.output_axis == 0 else "apart"
+        how = {"statistic": self._statistic, "factor": self.gain, "constant": constant, "iterations": self.iterations}
+        return kernels.plan_for(shape, weight.dtype, method=self.order, sets=sets, **how)
 
     def check(self, weight: Tensor, trained: bool = False) -> None:
         """Refuse a weight that can't be conditioned.
@@ -267,17 +260,8 @@ def weight_conditioning(
     (tensor([[0.6000, 0.8000]]), tensor([[1.4000]]))
     """
     weight = weight_of(layer, name, "weight_conditioning")
-    part = Equilibrate(
-        mode,
-        weight_layout(layer, name),
-        order=order,
-        iterations=iterations,
-        eps=eps,
-        gradient=gradient,
-        gain=1.0 if gain == "learned" else gain,
-        view=view,
-        path=path,
-    )
+    how = {"order": order, "iterations": iterations, "eps": eps, "gradient": gradient, "view": view, "path": path}
+    part = Equilibrate(mode, weight_layout(layer, name), gain=1.0 if gain == "learned" else gain, **how)
     part.check(weight, trained=weight.requires_grad)
     reason = refusal(layer, name) if mode in ("row", "jacobi") else f"mode={mode!r} scales columns too"
     if path == "output" and reason is not None:
