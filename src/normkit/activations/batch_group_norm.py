@@ -111,9 +111,7 @@ class BatchGroupNorm(Layer):
         self.eps, self.momentum, self.affine, self.layout = eps, momentum, affine, layout
         self.alpha = float(examples_per_group == 1) if alpha is None else alpha
         if not 0 <= self.alpha <= 1:
-            raise OptionError(
-                f"BatchGroupNorm: alpha={alpha}; wanted 0, the running moments alone, to 1, the example alone"
-            )
+            raise OptionError(f"BatchGroupNorm: alpha={alpha}; wanted 0, the running moments, to 1, the example alone")
         self.register_affine((num_channels,), affine, affine and bias, device=device, dtype=dtype)
         self.register_running((num_channels,), "running_mean", "running_var", device=device, dtype=dtype)
         self.complete()

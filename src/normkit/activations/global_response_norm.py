@@ -137,9 +137,7 @@ def _define(
 
 def _support(layout: str, over: str) -> Support:
     if layout not in ("n * c", "n c *") or over not in ("*", "n *"):
-        raise OptionError(
-            f"GlobalResponseNorm: layout={layout!r}, over={over!r}; wanted 'n * c' or 'n c *', and '*' or 'n *'"
-        )
+        raise OptionError(f"GlobalResponseNorm: layout={layout!r}, over={over!r}; wanted 'n * c', 'n c *'; '*', 'n *'")
     return Support(layout, over=over)
 
 

@@ -91,7 +91,7 @@ def local_context_norm(
     windows = list(window) if isinstance(window, Sequence) else [window] * axes
     if len(windows) != axes:
         raise ShapeError(
-            f"local_context_norm: {len(windows)} windows for {axes} spatial axes (input {show(input.shape)}); give one per axis"
+            f"local_context_norm: {len(windows)} windows for {axes} spatial axes ({show(input.shape)}); give one per axis"
         )
     groups = wide.unflatten(1, (-1, channels_per_group))
     each = moments(groups, (2,))  # over the group at each position first: fewer elements are left to slide over

@@ -109,9 +109,7 @@ def _check(size: int, k: float) -> None:
     if size < 1:
         raise OptionError(f"LocalResponseNorm: size={size}; wanted a number of channels from 1")
     if not k >= 0:
-        raise OptionError(
-            f"LocalResponseNorm: k={k}; wanted a number from 0, as the root of a negative one is not real"
-        )
+        raise OptionError(f"LocalResponseNorm: k={k}; wanted a number from 0: a negative one has no real root")
 
 
 CARD = Card(

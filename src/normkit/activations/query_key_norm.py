@@ -330,9 +330,7 @@ def conditioned_tokens(input: Tensor, *, gradient: Gradient = "detach") -> Tenso
     tensor([[6., 0.]])
     """
     if input.dim() < 2:
-        raise ShapeError(
-            f"conditioned_tokens: got an input of {show(input.shape)}; wanted (*, L, D), tokens of features"
-        )
+        raise ShapeError(f"conditioned_tokens: got an input of {show(input.shape)}; wanted tokens, (*, L, D)")
     x = input.to(accumulation_dtype(input.dtype))
     u, s, vt = torch.linalg.svd(x.detach() if gradient == "detach" else x, full_matrices=False)
     with full_precision(x):

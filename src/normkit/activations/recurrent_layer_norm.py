@@ -214,7 +214,7 @@ def unroll(input: Tensor, cell: _Cell, state: Any = None, *, mask: Tensor | None
         raise ShapeError(f"unroll: got a sequence of {show(input.shape)}, wanted at least one step: (T, *, features)")
     if mask is not None and (mask.shape != input.shape[:-1] or mask.dtype != torch.bool):
         raise ShapeError(
-            f"unroll: got a {mask.dtype} mask of {show(mask.shape)}, wanted torch.bool of {show(input.shape[:-1])}"
+            f"unroll: got a {mask.dtype} mask {show(mask.shape)}; wanted torch.bool {show(input.shape[:-1])}"
         )
     now = _first(cell, input[0], state)
     outputs = []

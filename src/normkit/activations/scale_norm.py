@@ -53,9 +53,7 @@ class ScaleNorm(Layer):
     ) -> None:
         super().__init__()
         if weight is not None and weight.dim() != 0:
-            raise OptionError(
-                f"ScaleNorm: weight= of shape {show(weight.shape)}; wanted another ScaleNorm's, a scalar parameter"
-            )
+            raise OptionError(f"ScaleNorm: weight= of shape {show(weight.shape)}; wanted a scalar parameter")
         self.features, self.eps = features, eps
         self.register_parameter("bias", None)
         if weight is None:

@@ -100,9 +100,7 @@ def _of_card(card: Card) -> Cube:
 def _of_support(name: str, title: str, support: Support) -> Cube:
     shape, labels = small_shape(support)
     if len(shape) not in (2, 3):
-        raise OptionError(
-            f"a picture shows two or three axes, and {support} has {len(shape)}; write it with * for some of them"
-        )
+        raise OptionError(f"a picture shows two or three axes, and {support} has {len(shape)}; write * for some")
     if len(shape) == 3:  # channels to the right and positions down, as such cubes are drawn
         order = (0, 2, 1) if labels[-1] in ("positions", "weights of the unit") else (0, 1, 2)
     else:

@@ -138,9 +138,7 @@ class Card:
         if self.kind != "activation":
             return
         if bool(self.word) == bool(self.wordless) or bool(self.word) == (self.build is None):
-            raise NotationError(
-                f"Card {self.name}: wanted a word for recipes with build=, or wordless= with the reason why it has none"
-            )
+            raise NotationError(f"Card {self.name}: wanted word= and build=, or wordless=, the reason why it has none")
 
     def _plainly(self, sizes: Any) -> Any:
         return self.module() if self.kind == "input" else self.module(sizes)

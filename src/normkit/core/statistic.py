@@ -51,9 +51,7 @@ class Statistic:
         if self.eps is not None and not self.eps >= 0:
             raise OptionError(f"Statistic: eps={self.eps}; wanted a number from 0, or None")
         if self.guard == "inside" and self.scale is not None and self.scale not in _INSIDE_FORMULA:
-            raise OptionError(
-                f'Statistic: scale={self.scale!r} has no root to put eps inside; use guard="floor" or "outside"'
-            )
+            raise OptionError(f'Statistic: scale={self.scale!r} has no root for eps; use guard="floor" or "outside"')
 
     def epsilon(self, dtype: torch.dtype) -> float:
         """Eps as a number, for statistics of this dtype."""

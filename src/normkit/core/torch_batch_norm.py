@@ -45,9 +45,7 @@ class TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
         """What torch's synchronized batch norm (``converting``) or a fused layer would lose in its place, with the cure."""
         activation, layout = getattr(self, "activation", None), getattr(self, "layout", "n c *")
         if activation is not None:
-            return (
-                f"activation={activation!r}; set it to None and add {activation} after the layer as a separate module"
-            )
+            return f"activation={activation!r}; set it to None and add {activation} as a module after the layer"
         if converting and layout != "n c *":
             return f"layout={layout!r}; replace it by normkit's SyncBatchNorm with this layout"
         return self.always or (self.in_training if converting else "")

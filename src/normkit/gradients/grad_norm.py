@@ -103,7 +103,7 @@ class GradNorm(nn.Module):
         stacked = losses if isinstance(losses, Tensor) else torch.stack(list(losses))
         if stacked.shape != self.weights.shape:
             raise ShapeError(
-                f"GradNorm: losses of shape {tuple(stacked.shape)}, wanted one scalar for each of {len(self.weights)} tasks"
+                f"GradNorm: losses of {tuple(stacked.shape)}, wanted a scalar for each of {len(self.weights)} tasks"
             )
         total = (self.weights.to(stacked.dtype) * stacked).sum()
         if self.training and torch.is_grad_enabled():

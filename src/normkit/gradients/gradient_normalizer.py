@@ -121,9 +121,7 @@ def _groups(target: Target, mode: Mode | None, centralize: bool) -> list[_Group]
         layers = list(by_layer.values())
     else:
         if mode == "layer":
-            raise OptionError(
-                "GradientNormalizer: mode='layer' needs the model, to know which parameters are one layer's"
-            )
+            raise OptionError("GradientNormalizer: mode='layer' needs the model, to know the parameters of each layer")
         given: Iterable[Any] = (
             (p for group in target.param_groups for p in group["params"]) if isinstance(target, Optimizer) else target
         )

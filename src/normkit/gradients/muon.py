@@ -80,9 +80,7 @@ class Muon(Optimizer):
         eps: float = 1e-8,
     ) -> None:
         if not (lr >= 0 and weight_decay >= 0 and eps > 0):
-            raise OptionError(
-                f"Muon: lr={lr}, weight_decay={weight_decay}, eps={eps}; wanted lr and decay from 0, eps above 0"
-            )
+            raise OptionError(f"Muon: lr={lr}, weight_decay={weight_decay}, eps={eps}; wanted from 0, and eps above 0")
         for name, value in (("momentum", momentum), ("second_moment", second_moment or 0.0), ("betas", max(betas))):
             if not 0 <= value < 1:
                 raise OptionError(f"Muon: {name}={value}; wanted a number from 0 to below 1")
@@ -100,9 +98,7 @@ class Muon(Optimizer):
         group = self.param_groups[-1]
         thin = [tuple(p.shape) for p in group["params"] if p.dim() < 2]
         if group["matrices"] and thin:
-            raise OptionError(
-                f"Muon: a parameter of shape {thin[0]} among the matrices; put it into a group without 'matrices'"
-            )
+            raise OptionError(f"Muon: a parameter of shape {thin[0]} among the matrices; put it into another group")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

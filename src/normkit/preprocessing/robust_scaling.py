@@ -53,9 +53,7 @@ class RobustScaling(Scaling):
     ) -> None:
         super().__init__(support, device=device, dtype=dtype)
         if not 0 <= quantiles[0] < quantiles[1] <= 100:
-            raise OptionError(
-                f"RobustScaling: quantiles={quantiles}; wanted two increasing percentages, such as (25, 75)"
-            )
+            raise OptionError(f"RobustScaling: quantiles={quantiles}; wanted two rising percentages, such as (25, 75)")
         self.quantiles = (float(quantiles[0]), float(quantiles[1]))
 
     def fit(self, data: Tensor | Iterable[Any]) -> Self:
@@ -63,7 +61,7 @@ class RobustScaling(Scaling):
         if len({part.shape[1:] for part in parts}) > 1:
             shapes = ", ".join(sorted({show(part.shape) for part in parts}))
             raise ShapeError(
-                f"RobustScaling.fit: batches of {shapes} can't be concatenated; all axes but the first must agree"
+                f"RobustScaling.fit: batches of {shapes} can't be concatenated; wanted all axes but the first alike"
             )
         return super().fit(torch.cat(parts) if parts else [])
 

@@ -78,7 +78,7 @@ class Whitening(Fitted):
             raise OptionError("Whitening: zca without equalize rotates back and changes nothing; use method='pca'")
         if not eps >= 0 or not 0 <= rank_tolerance < 1:
             raise OptionError(
-                f"Whitening: eps={eps}, rank_tolerance={rank_tolerance}; wanted eps from 0 and a tolerance from 0 to below 1"
+                f"Whitening: eps={eps}, rank_tolerance={rank_tolerance}; wanted numbers from 0, and below 1"
             )
         if components is not None and components < 1:
             raise OptionError(f"Whitening: components={components}; wanted a whole number from 1, or None")

@@ -39,9 +39,7 @@ class Calibration:
     ) -> None:
         self._batches = list(batches)
         if not self._batches:
-            raise SurgeryError(
-                "convert: calibrate has no batches; a generator can be walked only once, give a fresh one"
-            )
+            raise SurgeryError("convert: calibrate has no batches; a generator is walked only once, give a fresh one")
         self._left = {name: reason for name, (_, new) in pairs.items() if (reason := _why_not(new))}
         self._new = {name: new for name, (_, new) in pairs.items() if name not in self._left}
         self._seen: _Sums = {}

@@ -94,7 +94,7 @@ def fold(model: nn.Module, example: Any = None, *, centring: bool = False, toler
         for name, module in model.named_modules():
             if module.training:
                 raise SurgeryError(
-                    f"fold: {label(name)} is in training mode, where a norm has no fixed factors; call model.eval() first"
+                    f"fold: {label(name)} is in training mode, without fixed factors; call model.eval() first"
                 )
         trial, refusals = _Trial(model, example, tolerance), Refusals("fold", "leave")
         rows = bake(model)
@@ -115,7 +115,7 @@ class _Trial:
         varies, allowed = _difference(self._first, _outputs(model, example))
         if varies > allowed or not all(bool(torch.isfinite(part).all()) for part in self._first):
             raise SurgeryError(
-                "fold: the model does not give the same finite output twice on the example, so that no fold can be proved"
+                "fold: the model does not give the same finite output twice on the example, so no fold is proved"
             )
 
     def error(self) -> tuple[float, float]:

@@ -147,7 +147,7 @@ def read_norm(name: str, module: nn.Module, seen: Sequence[int] | None = None) -
         raise SurgeryError(f"{who}: its weight is parametrized; bake the parametrization in with fold(model) first")
     if "forward" in vars(module):
         raise SurgeryError(
-            f"{who}: its forward was replaced on the object, which a new layer would lose; undo that first"
+            f"{who}: its forward was replaced on the object, and a new layer would lose it; undo that first"
         )
     hooks = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
     if any(getattr(module, hook, None) for hook in hooks) and not _counts_from_one(module):
@@ -223,7 +223,7 @@ def _by_behaviour(module: nn.Module, who: str, card: Card | None) -> Norm:
     found = probe(module)
     if isinstance(found, str):
         raise SurgeryError(
-            f"{who}: what it computes is not known: {found}; convert it by hand, or choose others with where="
+            f"{who}: what it computes is not known: {found}; convert by hand, or choose others with where="
         )
     if found.kind == "torch" and card is not None:
         return replace(_known(card, module), activation=found.activation)

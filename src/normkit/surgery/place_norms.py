@@ -144,9 +144,7 @@ def another(norm: nn.Module, features: int | None = None) -> nn.Module:
             made.normalized_shape = (features,)
     reset = getattr(made, "reset_parameters", None)
     if reset is None:
-        raise SurgeryError(
-            f"{type(norm).__name__} has no reset_parameters, so that no other one of its kind can be made"
-        )
+        raise SurgeryError(f"{type(norm).__name__} has no reset_parameters, so no other one of its kind can be made")
     reset()
     return made
 
@@ -205,7 +203,7 @@ def place_norms(model: nn.Module, scheme: Scheme, *, optimizer: torch.optim.Opti
             if id(layer) in new:  # it stands here too
                 if list(cast(PlacedLayer, new[id(layer)]).places) != place:
                     raise SurgeryError(
-                        f"{full}: it is a layer from above once more, and {scheme} places the two differently"
+                        f"{full}: it is a layer from above again, and {scheme} places the two differently"
                     )
                 continue
             try:

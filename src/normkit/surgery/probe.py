@@ -147,9 +147,7 @@ def _by_formula(module: nn.Module, own: dict[str, Tensor], everything: dict[str,
         len(own) > 1 + bool(bias) or len(shapes) > 1 or any(len(shape) > 2 or (own and not shape) for shape in shapes)
     )
     if other or (not own and everything):
-        return (
-            f"its parameters ({', '.join(own) or 'none'}) are not one weight and at most one bias, of one axis or two"
-        )
+        return f"its parameters ({', '.join(own) or 'none'}) are not a weight and at most one bias, of one axis or two"
     (shape,) = shapes
     generator = torch.Generator().manual_seed(0)
     given = {name: _random(generator, *p.shape) for name, p in own.items()}

@@ -78,7 +78,7 @@ def reassign_spectral_(
         hooked = hooked_weight(layer, key)
         if hooked is not None:
             raise SurgeryError(
-                f"{label(name)}: its {key} is made by {hooked[0]}; remove that first, or choose other layers with where="
+                f"{label(name)}: its {key} is made by {hooked[0]}; remove that first, or leave it out with where="
             )
     found: dict[str, Tensor] = {}
     seen: set[int] = set()

@@ -79,9 +79,7 @@ def choose(candidates: Mapping[str, nn.Module], where: Where, what: str) -> dict
     names = list(candidates)
     if not isinstance(where, str):
         if not callable(where):
-            raise NotationError(
-                f"where is a {type(where).__name__}; wanted a word, 're:PATTERN' or a function of name and module"
-            )
+            raise NotationError(f"where is a {type(where).__name__}; wanted a word, 're:PATTERN' or a function")
         chosen = [name for name in names if where(name, candidates[name])]
     else:
         check_place(where)

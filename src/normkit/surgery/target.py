@@ -92,9 +92,7 @@ class Target:
         if card is None or card.build is None:
             return activation_module(norm), "its weight and bias dropped" if norm.weight is not None else ""
         if not norm.shape:
-            raise SurgeryError(
-                f"{label(name)}: its number of features is not known; give example=, an input of the model"
-            )
+            raise SurgeryError(f"{label(name)}: its number of features is not known; give example=, an input")
         gain = norm.weight if norm.weight is not None else norm.bias
         like = like if gain is None else gain
         unkept = {"track_running_stats": False} if norm.track is False and not norm.tracks and has_flag(card) else {}
@@ -247,9 +245,7 @@ def _why_not(name: str) -> str:
         key: card.word or card.name for card in METHODS if card.kind == "weight" for key in (card.word, card.name)
     }
     if weights.get(name):
-        return (
-            f"; {name} is a weight method: apply_recipe(model, 'keep+{weights[name]}') puts it on, or condition(model)"
-        )
+        return f"; {name} is a weight method: apply_recipe(model, 'keep+{weights[name]}') puts it on"
     why = next((card.wordless for card in METHODS if name in (card.name, card.name.replace("_", ""))), "")
     return f"; {name} can't stand in a norm's place: {why}" if why else ""
 

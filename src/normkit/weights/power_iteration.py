@@ -71,7 +71,7 @@ def power_iteration_square(
         )
     if x is not None and x.shape != matrix.shape[:1]:
         raise ShapeError(
-            f"power_iteration_square: got x of shape {show(x.shape)}, wanted a vector of {matrix.shape[0]} elements"
+            f"power_iteration_square: got x of {show(x.shape)}, wanted a vector of {matrix.shape[0]} elements"
         )
     wide = matrix.detach().to(accumulation_dtype(matrix.dtype))
     now = _unit(wide.new_empty(len(wide)).normal_() if x is None else x.to(wide.dtype), 0.0)

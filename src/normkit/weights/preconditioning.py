@@ -39,9 +39,7 @@ def inverse_root_diagonal(matrix: Tensor) -> Tensor:
     tensor([0.5000, 0.2500])
     """
     if matrix.shape[-1] != matrix.shape[-2]:
-        raise OptionError(
-            f"inverse_root_diagonal: got a matrix of {show(matrix.shape[-2:])}; wanted a square one, which alone has a diagonal"
-        )
+        raise OptionError(f"inverse_root_diagonal: got a matrix of {show(matrix.shape[-2:])}; wanted a square one")
     return matrix.diagonal(dim1=-2, dim2=-1).abs().clamp_min(1e-12).rsqrt()
 
 
@@ -89,9 +87,7 @@ class Precondition(Parametrization):
     ) -> None:
         super().__init__()
         if left is None and right is None:
-            raise OptionError(
-                "Precondition: neither left= nor right= is given; wanted a tensor or a function for one of them"
-            )
+            raise OptionError("Precondition: neither left= nor right= is given; wanted a tensor or function for one")
         check_options("Precondition", gradient=(gradient, Gradient))
         self.layout, self.gradient = layout or WeightLayout(), gradient
         for side, given in (("left", left), ("right", right)):
@@ -132,9 +128,7 @@ class Precondition(Parametrization):
         if found.shape not in (diagonal, torch.Size((*diagonal, size))):
             one = isinstance(given, Tensor)  # for all groups
             got, wanted = (given.shape, (size,)) if one else (found.shape, diagonal)
-            groups = (
-                "; one tensor serves all groups, and a function gives each its own" if one and matrix.dim() > 2 else ""
-            )
+            groups = "; one tensor serves all groups, a function gives each its own" if one and matrix.dim() > 2 else ""
             raise ShapeError(
                 f"Precondition: {side} of a matrix of {show(matrix.shape)} is of {show(got)}; wanted {show(wanted)}, a diagonal, "
                 f"or {show((*wanted, size))}{groups}"
@@ -254,9 +248,7 @@ class SpectralConditioning(Parametrization):
     def __init__(self, shift: float = 10.0, layout: WeightLayout | None = None, blocks: int = 1) -> None:
         super().__init__()
         if not math.isfinite(shift):
-            raise OptionError(
-                f"SpectralConditioning: shift={shift}; wanted a finite number, the factor of the identity"
-            )
+            raise OptionError(f"SpectralConditioning: shift={shift}; wanted a finite number, the factor of I")
         if blocks < 1:
             raise OptionError(f"SpectralConditioning: blocks={blocks}; wanted a whole number from 1")
         self.shift, self.layout, self.blocks = shift, layout or WeightLayout(), blocks

@@ -168,9 +168,7 @@ class Equilibrate(RowScaling):
         """
         shape = show(weight.shape)
         if weight.dim() < 2:
-            raise OptionError(
-                f"Equilibrate: a weight of shape {shape}; wanted two axes or more, as rows and columns are scaled"
-            )
+            raise OptionError(f"Equilibrate: a weight of shape {shape}; wanted two axes or more, for rows and columns")
         if self.mode == "jacobi":
             matrix = weight.flatten(1)
             if matrix.shape[0] != matrix.shape[1] or self.layout.groups > 1:
@@ -179,9 +177,7 @@ class Equilibrate(RowScaling):
                 )
             if not torch.compiler.is_compiling() and bool((matrix.diagonal() == 0).any()):
                 at = (matrix.diagonal() == 0).nonzero()[0].item()
-                raise OptionError(
-                    f"Equilibrate: jacobi divides by the diagonal, and its element {at} is zero; use mode='row'"
-                )
+                raise OptionError(f"Equilibrate: jacobi divides by the diagonal, whose element {at} is zero; use 'row'")
         last = self.rows if self.mode == "row" else self.columns
         if (
             trained
@@ -269,9 +265,7 @@ def weight_conditioning(
     if gain != "learned":
         return attach(layer, name, part, forward=scaled_forward if reason is None else None, directed=True)
     if path == "output":
-        raise BackendError(
-            'weight_conditioning: path="output" can\'t run with gain="learned", a second parametrization; use path="auto"'
-        )
+        raise BackendError('weight_conditioning: path="output" can\'t run with gain="learned", another parametrization')
     attach(layer, name, part, directed=True)
     return attach(layer, name, Temperature(device=weight.device, dtype=weight.dtype))
 
