@@ -55,9 +55,8 @@ class _Normalizer(Layer):
         return run(self.rule, input, weight, bias, running=running, training=own, mask=mask, backend=self.backend)
 
     def extra_repr(self) -> str:
-        return f"{self.num_features}, over={self.over!r}, eps={self.eps}" + (
-            f", momentum={self.momentum}" if self.over == "n *" else ""
-        )
+        text = f"{self.num_features}, over={self.over!r}, eps={self.eps}"
+        return text + (f", momentum={self.momentum}" if self.over == "n *" else "")
 
 
 class ConditionalNorm(_Normalizer):

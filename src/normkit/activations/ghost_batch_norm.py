@@ -102,9 +102,8 @@ class GhostBatchNorm(Layer, TorchBatchNorm):
         self.complete(bias)
 
     def make_rule(self) -> Rule:
-        rule = ghost_batch_norm_rule(
-            self.ghost_batch_size, self.__dict__["eps"], self.momentum, self.layout, self.memory
-        )
+        eps = self.__dict__["eps"]
+        rule = ghost_batch_norm_rule(self.ghost_batch_size, eps, self.momentum, self.layout, self.memory)
         self._whole = _whole(rule, self.layout)
         return rule
 

@@ -82,9 +82,8 @@ class GlobalResponseNorm(Module):
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         check_channels("GlobalResponseNorm", input, self.num_channels, "num_channels", self.layout)
-        return global_response_norm(
-            input, self.weight, self.bias, self.eps, layout=self.layout, over=self.over, mask=mask
-        )
+        axes = {"layout": self.layout, "over": self.over}
+        return global_response_norm(input, self.weight, self.bias, self.eps, mask=mask, **axes)
 
 
 def global_response_norm(

@@ -186,9 +186,8 @@ class LocalContrastNorm(Module):
         self.form, self.sigma, self.eps = form, sigma, eps
 
     def forward(self, input: Tensor) -> Tensor:
-        return local_contrast_norm(
-            input, self.size, self.window, self.alpha, self.beta, self.k, form=self.form, sigma=self.sigma, eps=self.eps
-        )
+        how = {"form": self.form, "sigma": self.sigma, "eps": self.eps}
+        return local_contrast_norm(input, self.size, self.window, self.alpha, self.beta, self.k, **how)
 
     def extra_repr(self) -> str:
         if self.form == "jarrett":

@@ -116,10 +116,8 @@ class QueryKeyNorm(Module):
         is_causal: bool = False,
     ) -> Tensor:
         """Attend, by ``torch.nn.functional.scaled_dot_product_attention``, whose mask it takes; dropout is in training only."""
-        query, key = self.normalize(query, key)
-        return F.scaled_dot_product_attention(
-            query, key, value, mask, dropout if self.training else 0.0, is_causal, scale=self.scale
-        )
+        (query, key), dropout = self.normalize(query, key), dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=self.scale)
 
 
 class _HeadNorm(Layer):

@@ -85,9 +85,8 @@ class SwitchableNorm(Module):
         check_channels("SwitchableNorm", input, self.num_features, "num_features", "n c *")
         running = RunningStatistics(self.running_mean, self.running_var)
         logits, affine = (self.mean_weight, self.var_weight), (self.weight, self.bias)
-        return _normalize(
-            input, logits, running, affine, self.training, Running(self.momentum), self.eps, self.correction, mask
-        )
+        how = self.training, Running(self.momentum), self.eps, self.correction, mask
+        return _normalize(input, logits, running, affine, *how)
 
 
 def switchable_norm(
@@ -266,9 +265,7 @@ class ExemplarNorm(Module):
             Running(self.momentum).update(running, batch, _BATCH.split(input.shape))
         else:
             shape = [1, -1] + [1] * (input.dim() - 2)
-            batch = Moments(
-                self.running_mean.to(wide.dtype).view(shape), self.running_var.to(wide.dtype).view(shape), 0
-            )
+            batch = Moments(*(kept.to(wide.dtype).view(shape) for kept in (self.running_mean, self.running_var)), 0)
         return [instance, pool(instance, (1,)), batch]
 
     def shares(self, found: list[Moments]) -> Tensor:

@@ -29,9 +29,8 @@ class Paper:
     def cite(self) -> str:
         """One line: first author, year, title, address."""
         names = self.authors.split(" and ")
-        who = names[0].split(",")[0] + (
-            " et al." if len(names) > 2 else f" and {names[1].split(',')[0]}" if len(names) == 2 else ""
-        )
+        first, *more = (name.split(",")[0] for name in names)
+        who = f"{first} et al." if len(more) > 1 else " and ".join([first, *more])
         return f'{who} {self.year}, "{self.title}", {self.url}'
 
     def bibtex(self) -> str:

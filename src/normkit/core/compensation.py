@@ -64,9 +64,8 @@ def modulation(layout: str, shape: Sequence[int], *parts: Tensor) -> tuple[str, 
         return layout, [part.expand(*shape) for part in aligned]
     axes = [0, channel] if 0 in varies else [channel]
     wanted = [size if d in axes else 1 for d, size in enumerate(shape)]
-    return ("n " if 0 in varies else "") + name, [
-        part.expand(wanted).reshape([shape[d] for d in axes]) for part in aligned
-    ]
+    fewest = [part.expand(wanted).reshape([shape[d] for d in axes]) for part in aligned]
+    return ("n " if 0 in varies else "") + name, fewest
 
 
 def align(layout: str, shape: Sequence[int], part: Tensor) -> Tensor:

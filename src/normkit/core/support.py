@@ -258,9 +258,8 @@ def place(parameter: torch.Tensor, per: str, split: Split) -> torch.Tensor:
         )
     names = {name for group in parse_axes(per) for name in group}
     # Axes come in the order of the support, which Rule ensures: so sizes of 1 between them suffice, without a permutation.
-    return parameter.reshape(
-        [size if name in names else 1 for name, size in zip(split.names, split.shape, strict=True)]
-    )
+    axes = zip(split.names, split.shape, strict=True)
+    return parameter.reshape([size if name in names else 1 for name, size in axes])
 
 
 def per_shape(per: str, split: Split) -> tuple[int, ...]:

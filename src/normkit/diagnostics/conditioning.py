@@ -183,9 +183,8 @@ def layer_spectrum(layer: _ConvNd, kernel: Tensor, size: Sequence[int]) -> Tenso
     # Transposing keeps singular values: a transposed convolution has those of the convolution with its kernel.
     for axis, step in enumerate(layer.dilation, 2):
         spread = kernel.new_zeros([(n - 1) * step + 1 if d == axis else n for d, n in enumerate(kernel.shape)])
-        kernel = spread.index_copy(
-            axis, torch.arange(0, spread.shape[axis], step, device=kernel.device), kernel.detach()
-        )
+        places = torch.arange(0, spread.shape[axis], step, device=kernel.device)
+        kernel = spread.index_copy(axis, places, kernel.detach())
     return operator_spectrum(kernel, size, layer.groups, layer.stride)
 
 

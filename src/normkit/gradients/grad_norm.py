@@ -185,9 +185,8 @@ def grad_norm(
 
 def _norm(loss: Tensor, parameters: list[Tensor], dtype: torch.dtype, create_graph: bool = False) -> Tensor:
     try:
-        gradients = torch.autograd.grad(
-            loss, parameters, retain_graph=True, create_graph=create_graph, allow_unused=True
-        )
+        how = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
+        gradients = torch.autograd.grad(loss, parameters, **how)
     except RuntimeError as error:
         if "does not require grad" not in str(error):
             raise

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -122,10 +122,8 @@ def _groups(target: Target, mode: Mode | None, centralize: bool) -> list[_Group]
     else:
         if mode == "layer":
             raise OptionError("GradientNormalizer: mode='layer' needs the model, to know the parameters of each layer")
-        given: Iterable[Any] = (
-            (p for group in target.param_groups for p in group["params"]) if isinstance(target, Optimizer) else target
-        )
-        rows = Support("o *", over="*")
+        held = target.param_groups if isinstance(target, Optimizer) else [{"params": target}]
+        given, rows = (parameter for group in held for parameter in group["params"]), Support("o *", over="*")
         layers = [[(parameter, rows if parameter.dim() > 1 else None)] for parameter in given]
     if not layers:
         raise OptionError("GradientNormalizer: no parameters; give a model, parameters or an optimizer that has some")

@@ -130,9 +130,8 @@ class Changes:
         columns = range(max(map(len, table)))
         parts = [line for line in table if len(line) == 4] + [line for line in table if len(line) == 2]
         widths = [max((len(line[k]) for line in parts if k < len(line) - 1), default=0) for k in columns]
-        return "\n".join(
-            "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)).rstrip() for line in table
-        )
+        lines = ([f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)] for line in table)
+        return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def label(name: str) -> str:

@@ -97,9 +97,8 @@ def adopt(
         for name, module in choose(norms_in(model), where, "norms").items():
             kind = read_norm(name, module).kind
             family = "batch" if "batch" in kind else kind.partition("_")[0]
-            wanted: dict[str, float | None] = dict.fromkeys(
-                _EPS, eps if eps is not None else getattr(usual, family, usual.other)
-            )
+            own = eps if eps is not None else getattr(usual, family, usual.other)
+            wanted: dict[str, float | None] = dict.fromkeys(_EPS, own)
             given = momentum if momentum is None or framework in ("torch", "timm") else 1 - momentum
             wanted["momentum"] = usual.momentum if given is None else round(given, 12)  # 1 - 0.99 is not quite 0.01
             notes = []

@@ -120,9 +120,8 @@ class NormalizedAttention(nn.Module):
         if key_padding_mask is not None:
             padding = _added(key_padding_mask, x.dtype)[..., None, None, :]
             mask = padding if mask is None else mask + padding
-        mixed = F.scaled_dot_product_attention(
-            self.q_norm(q), self.k_norm(k), self.v_norm(v), mask, self.dropout if self.training else 0.0
-        )
+        q, k, v, dropout = self.q_norm(q), self.k_norm(k), self.v_norm(v), self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         y = self.out_proj(mixed.transpose(-2, -3).flatten(-2))
         return y if self.batch_first or query.dim() == 2 else y.transpose(0, 1), None
 
@@ -234,10 +233,9 @@ def _places(scheme: Scheme, layer: int, stack: _Stack, stacks: Sequence[_Stack])
     if scheme == "deep" and all(depths):
         n, m = depths
         root = (n**4 * m) ** (1 / 16)
-        encoder, decoder = Place("post", 0.81 * root, start=0.87 / root), (3 * m) ** 0.25
-        attention = feed_forward = (
-            encoder if isinstance(stack, nn.TransformerEncoder) else Place("post", decoder, start=(12 * m) ** -0.25)
-        )
+        encoder = Place("post", 0.81 * root, start=0.87 / root)
+        decoder = Place("post", (3 * m) ** 0.25, start=(12 * m) ** -0.25)
+        attention = feed_forward = encoder if isinstance(stack, nn.TransformerEncoder) else decoder
     return [attention] * (1 if isinstance(stack, nn.TransformerEncoder) else 2) + [feed_forward]
 
 

@@ -94,9 +94,8 @@ def _frozen(module: nn.Module, own: dict[str, Tensor]) -> Found | None:
     given = {name: _like(name, p) for name, p in own.items()}
     weight, bias = (given.get(name) for name in ("weight", "bias"))
     x = _random(torch.Generator().manual_seed(1), 2, mean.numel(), 3, 4)
-    seen = [
-        _run(_stand_in(module, {k: v.clone() for k, v in given.items()}, training), x) for training in (False, True)
-    ]
+    doubles = (_stand_in(module, {k: v.clone() for k, v in given.items()}, mode) for mode in (False, True))
+    seen = [_run(double, x) for double in doubles]
     for eps, (act, f) in itertools.product(_every_eps(module), _activations(module)):
         view = (1, -1, 1, 1)
         z = (x - given["running_mean"].view(view)) * torch.rsqrt(given["running_var"].view(view) + eps)
@@ -143,9 +142,8 @@ def _by_formula(module: nn.Module, own: dict[str, Tensor], everything: dict[str,
     bias = next((name for name in own if name in _BIAS_NAMES), "") if len(own) == 2 else ""
     weight = next((name for name in own if name != bias), "")
     shapes = {tuple(parameter.shape) for parameter in own.values()} or {_declared(module)}
-    other = (
-        len(own) > 1 + bool(bias) or len(shapes) > 1 or any(len(shape) > 2 or (own and not shape) for shape in shapes)
-    )
+    other = len(own) > 1 + bool(bias) or len(shapes) > 1
+    other = other or any(len(shape) > 2 or (own and not shape) for shape in shapes)
     if other or (not own and everything):
         return f"its parameters ({', '.join(own) or 'none'}) are not a weight and at most one bias, of one axis or two"
     (shape,) = shapes

@@ -108,9 +108,8 @@ def recalibrate(
     missing = [label(name) for name in norms if sums[name].found is None]
     if missing:
         raise SurgeryError(f"no element reached {', '.join(missing)}; no layer was changed")
-    written = [
-        norm.get_buffer(key) for norm in norms.values() for key in _KEPT if isinstance(norm._buffers.get(key), Tensor)
-    ]
+    kept_by = (norm._buffers.get(key) for norm in norms.values() for key in _KEPT)
+    written = [buffer for buffer in kept_by if isinstance(buffer, Tensor)]
     with transaction(model, written=written) as opened:
         rows = [_write(label(name), norm, sums[name]) for name, norm in norms.items()]
         return opened.close(model, rows, [PassedOver(label(name), reason) for name, reason in left.items()])
@@ -267,9 +266,7 @@ def freeze(model: nn.Module, where: Where = "all", *, statistics: bool = True, a
     if not statistics and not affine:
         raise OptionError("freeze: statistics=False and affine=False leave nothing to freeze; choose one at least")
     chosen = _normalizations(model, where)
-    said = {(True, True): "statistics, weight and bias", (True, False): "statistics"}.get(
-        (statistics, affine), "weight and bias"
-    )
+    said = ", ".join(["statistics"] * statistics + ["weight and bias"] * affine)
     rows = []
     with transaction(model) as opened:
         for name, norm in chosen.items():

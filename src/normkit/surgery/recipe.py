@@ -309,8 +309,7 @@ def applicable_words(model: nn.Module, example: Any = None) -> dict[str, str]:
     ['bn', 'rms', 'dyt', 'keep+wn']
     """
     cards = dict.fromkeys(norm_cards().values())
-    grouped = [
-        f"{card.word}:gcd{card.option.default}" for card in cards if card.option and "GROUPS" in card.option.name
-    ]
+    options = ((card.word, card.option) for card in cards)
+    grouped = [f"{word}:gcd{option.default}" for word, option in options if option and "GROUPS" in option.name]
     recipes = ["keep", *norm_words(), *grouped, *(f"keep+{word}" for word in weight_words())]
     return {recipe: why_not(model, recipe, example) for recipe in recipes}

@@ -93,9 +93,8 @@ def choose(candidates: Mapping[str, nn.Module], where: Where, what: str) -> dict
             chosen = {"first_last": [*names[:1], *names[1:][-1:]], "all": names, "hidden": names[1:-1]}[where]
     if not chosen:
         said = where if isinstance(where, str) else getattr(where, "__name__", "the predicate")
-        known = ", ".join(label(name) for name in names[:20]) + (
-            f" and {len(names) - 20} more" if len(names) > 20 else ""
-        )
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        known = ", ".join(label(name) for name in names[:20]) + more
         raise SurgeryError(f"{said!r} chooses nothing; {what} that exist: {known or 'none'}")
     return {name: candidates[name] for name in chosen}
 

@@ -186,9 +186,8 @@ def _carry(card: Card, norm: Norm, new: nn.Module) -> list[str]:
         parameter.requires_grad_(norm.weight is None or norm.weight.requires_grad)
     notes = [f"{', '.join(dropped)} dropped"] if dropped else []
     notes += ["its gain is 1 + parametrizations.weight.original"] if parametrize.is_parametrized(new) else []
-    return notes + (
-        [f"{', '.join(dict.fromkeys(key.partition('.')[0] for key in created))} created"] if created else []
-    )
+    new_names = ", ".join(dict.fromkeys(key.partition(".")[0] for key in created))
+    return [*notes, f"{new_names} created"] if created else notes
 
 
 def _count_from(offset: float, new: nn.Module, weight: nn.Parameter) -> None:
@@ -241,9 +240,8 @@ def norm_list() -> str:
 
 def _why_not(name: str) -> str:
     """The reason why a method that exists has no word."""
-    weights = {
-        key: card.word or card.name for card in METHODS if card.kind == "weight" for key in (card.word, card.name)
-    }
+    cards = [card for card in METHODS if card.kind == "weight"]
+    weights = {key: card.word or card.name for card in cards for key in (card.word, card.name)}
     if weights.get(name):
         return f"; {name} is a weight method: apply_recipe(model, 'keep+{weights[name]}') puts it on"
     why = next((card.wordless for card in METHODS if name in (card.name, card.name.replace("_", ""))), "")

@@ -189,9 +189,8 @@ def _read(
         name = (rename or str)(key)
         if rename is None and raw in known:
             name, leaf = raw, ""  # a parameter of that very name, as ConvNeXt's gamma
-        given[name] = (
-            to_torch(layers.get(name.rpartition(".")[0]), leaf, value, key) if source in ("flax", "keras") else value
-        )
+        layer = layers.get(name.rpartition(".")[0])
+        given[name] = to_torch(layer, leaf, value, key) if source in ("flax", "keras") else value
     if len(given) != len(found):
         raise SurgeryError("translate: rename gives several keys one name")
     for prefix, offset in _offsets(model, from_one).items():

@@ -113,9 +113,8 @@ class _Together(torch.autograd.Function):
             if gradient is None or not any(needed[2 * k : 2 * k + 2]):
                 continue
             if torch.is_grad_enabled() or not plain(gradient):
-                found[2 * k : 2 * k + 2] = kernels.gradients_by(
-                    ctx.definitions[k], (weight, gain), needed[2 * k : 2 * k + 2], gradient
-                )
+                both = needed[2 * k : 2 * k + 2]
+                found[2 * k : 2 * k + 2] = kernels.gradients_by(ctx.definitions[k], (weight, gain), both, gradient)
                 continue
             result, dgain = torch.empty_like(weight), None if gain is None else torch.empty_like(gain)
             found[2 * k : 2 * k + 2] = result, dgain

@@ -123,16 +123,12 @@ class SpectralNorm(Parametrization):
 
     def definition(self, weight: Tensor, *vectors: Tensor) -> Tensor:
         """The weight divided by the singular value of its left and right vector."""
-        return (
-            divide_by_sigma(self._matrix(weight), *vectors, eps=self.eps)
-            .reshape(self._moved(weight).shape)
-            .movedim(0, self.dim)
-        )
+        divided = divide_by_sigma(self._matrix(weight), *vectors, eps=self.eps)
+        return divided.reshape(self._moved(weight).shape).movedim(0, self.dim)
 
     def extra_repr(self) -> str:
-        return f"n_power_iterations={self.n_power_iterations}, dim={self.dim}, eps={self.eps:g}" + (
-            ", exact=True" if self.exact else ""
-        )
+        text = f"n_power_iterations={self.n_power_iterations}, dim={self.dim}, eps={self.eps:g}"
+        return text + ", exact=True" * self.exact
 
     def _moved(self, weight: Tensor) -> Tensor:
         return weight.movedim(self.dim, 0)

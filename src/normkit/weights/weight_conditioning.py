@@ -123,9 +123,8 @@ class Equilibrate(RowScaling):
         elif self.order == "sequential":
             y = self._unit(self._unit(x, self.rows), self.columns)
         elif self.order == "simultaneous":
-            y = self._times(
-                self._times(x, self.rows, self._inverse(x, self.rows)), self.columns, self._inverse(x, self.columns)
-            )
+            left, right = self._inverse(x, self.rows), self._inverse(x, self.columns)
+            y = self._times(self._times(x, self.rows, left), self.columns, right)
         else:
             y = x
             for _ in range(self.iterations):
@@ -288,9 +287,8 @@ def equilibrate(
     tensor([[0.6000, 0.8000],
             [0.8000, 0.6000]])
     """
-    part = Equilibrate(
-        mode, layout, order=order, iterations=iterations, eps=eps, gradient=gradient, gain=gain, view=view
-    )
+    how = {"order": order, "iterations": iterations, "eps": eps, "gradient": gradient}
+    part = Equilibrate(mode, layout, gain=gain, view=view, **how)
     part.check(weight)
     return part(weight)
 
