@@ -136,7 +136,10 @@ class BatchGroupNorm(Layer):
             return example_weighing(input, *running[:2], self.weight, self.bias, self.alpha, self.eps, **how)
         y, found = _train(self._rules, self.examples_per_group, input, self.weight, self.bias, mask, self.backend)
         if found is not None and self.num_groups is None:
-            found = _pooled(Moments(*(self._rows(value, found.mean) for value in found)))
+            means, variances, n = (self._rows(value, found.mean) for value in found)
+            share = n / n.sum(0)  # of each row in the moments of all together
+            mean = (share * means).sum(0)
+            found = Moments(mean, (share * (variances + (means - mean).square())).sum(0), n.sum(0))
         else:
             found = measure(batch_group_norm_rule(layout=self.layout), input, mask=mask, backend=self.backend)
             if isinstance(found.n, Tensor):  # a channel without elements changes nothing
@@ -255,14 +258,6 @@ def _train(
     if examples is None:
         return run_measured(rules[1], x, weight, bias, mask=mask, backend=backend)
     return run_in_sub_batches(*rules, examples, x, weight, bias, mask=mask, backend=backend)
-
-
-def _pooled(rows: Moments) -> Moments:
-    """The moments of all rows together."""
-    assert isinstance(rows.n, Tensor)
-    share = rows.n / rows.n.sum(0)
-    mean = (share * rows.mean).sum(0)
-    return Moments(mean, (share * (rows.var + (rows.mean - mean).square())).sum(0), rows.n.sum(0))
 
 
 def _check(channels: int, groups: int | None, examples: int | None) -> None:

@@ -158,10 +158,6 @@ def renormalize_(reads: Iterable[nn.Module] = (), writes: Iterable[nn.Module] = 
             weight.copy_(hypersphere(weight, eps) if dim else hypersphere(weight.T, eps).T)
 
 
-def _example_branch(x: Tensor) -> tuple[Tensor]:
-    return (x.flip(-1).double().sin().to(x.dtype),)
-
-
 CARD = Card(
     title="Residual step on the unit sphere (nGPT)",
     wordless="it replaces a residual sum of two inputs",
@@ -174,5 +170,5 @@ CARD = Card(
     module=HypersphereResidual,
     functional=hypersphere_residual,
     layout="* d",
-    extra=_example_branch,
+    extra=lambda x: (x.flip(-1).double().sin().to(x.dtype),),
 )

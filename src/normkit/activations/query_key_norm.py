@@ -260,11 +260,6 @@ def preconditioned_attention(
     return (x / torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True).clamp_min(eps)).to(rows.dtype)
 
 
-def _example_following(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Make keys and values that follow the queries."""
-    return x.flip(1) + x, 2 * x - 1
-
-
 CARD_PRECONDITIONED_ATTENTION = Card(
     title="Preconditioned attention",
     wordless="it replaces attention's product, not a norm of one input",
@@ -279,7 +274,7 @@ CARD_PRECONDITIONED_ATTENTION = Card(
     make=lambda features: PreconditionedAttention(),
     rule=tokens_rule("norm", 1e-12, "floor"),
     layout="* d",
-    extra=_example_following,
+    extra=lambda x: (x.flip(1) + x, 2 * x - 1),  # keys and values that follow the queries
 )
 
 

@@ -201,16 +201,13 @@ def _weight_names(layer: nn.Module) -> list[str]:
     """The layer's own tensors that multiply its input; a norm's gain does not."""
     if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
         return []
-    own = dict.fromkeys(_used_name(layer, key) for key, _ in layer.named_parameters(recurse=False))
+    own = {}
+    for key, _ in layer.named_parameters(recurse=False):  # from which a hook may compute a weight of another name
+        stem = key.rpartition("_")[0]
+        own[stem if key.endswith(("_orig", "_g", "_v")) and hooked_weight(layer, stem) else key] = key
     parts = layer._modules.get("parametrizations")
     derived = list(parts._modules) if isinstance(parts, nn.ModuleDict) else []
     return [key for key in (*own, *derived) if key == "weight" or "_weight" in key or key.startswith("weight_")]
-
-
-def _used_name(layer: nn.Module, key: str) -> str:
-    """The name of the weight that a hook computes from a parameter; the parameter's own if none does."""
-    stem = key.rpartition("_")[0]
-    return stem if key.endswith(("_orig", "_g", "_v")) and hooked_weight(layer, stem) else key
 
 
 @torch.no_grad()

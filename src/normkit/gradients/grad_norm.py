@@ -168,7 +168,11 @@ def grad_norm(
     scalars = list(losses.unbind() if isinstance(losses, Tensor) else losses)
     dtype = accumulation_dtype(scalars[0].dtype)
     weights, losses = weights.detach().to(dtype), torch.stack(scalars).detach().to(dtype)
-    pace = _pace(losses, initial.to(dtype)) ** alpha
+    initial = initial.to(dtype)
+    known = initial > 0  # where not, the rate at which a task lags behind is 1
+    ratio = (losses / torch.where(known, initial, 1.0)).clamp_min(0)
+    mean = torch.where(known, ratio, 0.0).sum() / known.sum().clamp_min(1)
+    pace = torch.where(known & (mean > 0), ratio / torch.where(mean > 0, mean, 1.0), 1.0) ** alpha
     if path == "exact":
         bare = torch.stack([_norm(loss, parameters, dtype) for loss in scalars])
         norms = weights * bare
@@ -198,14 +202,6 @@ def _norm(loss: Tensor, parameters: list[Tensor], dtype: torch.dtype, create_gra
             "share, and losses that were not detached"
         )
     return torch.linalg.vector_norm(torch.cat(parts))
-
-
-def _pace(losses: Tensor, initial: Tensor) -> Tensor:
-    """The rate r at which each task lags behind; 1 where it is not known."""
-    known = initial > 0
-    ratio = (losses / torch.where(known, initial, 1.0)).clamp_min(0)
-    mean = torch.where(known, ratio, 0.0).sum() / known.sum().clamp_min(1)
-    return torch.where(known & (mean > 0), ratio / torch.where(mean > 0, mean, 1.0), 1.0)
 
 
 CARD = Card(

@@ -39,7 +39,11 @@ def bake(model: nn.Module) -> list[Change]:
     rows = _bake_hooked(model)
     for layer in {id(layer): layer for _, layer, _ in found}.values():
         own_class(layer)  # torch takes the property off the class, which copies of the layer share
-        _drop_hooks(layer)
+        # Weight norm's hook on older checkpoints goes with it; torch's can't even be pickled.
+        for key, held in list(layer._load_state_dict_pre_hooks.items()):
+            hook = getattr(held, "hook", held)
+            if getattr(hook, "func", hook).__module__ in _HOOKED:
+                del layer._load_state_dict_pre_hooks[key]
     for name, layer, weight in found:
         plist = _lists(layer)[weight]
         value, originals = values[id(plist)], list(plist.parameters(recurse=False))
@@ -110,14 +114,6 @@ def _bake_hooked(model: nn.Module) -> list[Change]:
                     )
                 )
     return rows
-
-
-def _drop_hooks(layer: nn.Module) -> None:
-    """Weight norm's hook on older checkpoints goes with it; torch's can't even be pickled."""
-    for key, held in list(layer._load_state_dict_pre_hooks.items()):
-        hook = getattr(held, "hook", held)
-        if getattr(hook, "func", hook).__module__ in _HOOKED:
-            del layer._load_state_dict_pre_hooks[key]
 
 
 def _lists(layer: nn.Module) -> nn.ModuleDict:

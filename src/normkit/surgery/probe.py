@@ -141,7 +141,8 @@ def probe_gated(module: nn.Module) -> GatedRMSNorm | None:
 def _by_formula(module: nn.Module, own: dict[str, Tensor], everything: dict[str, Tensor]) -> Found | str:
     bias = next((name for name in own if name in _BIAS_NAMES), "") if len(own) == 2 else ""
     weight = next((name for name in own if name != bias), "")
-    shapes = {tuple(parameter.shape) for parameter in own.values()} or {_declared(module)}
+    said = getattr(module, "normalized_shape", ())  # by a module without parameters, if it says so
+    shapes = {tuple(p.shape) for p in own.values()} or {(said,) if isinstance(said, int) else tuple(said)}
     other = len(own) > 1 + bool(bias) or len(shapes) > 1
     other = other or any(len(shape) > 2 or (own and not shape) for shape in shapes)
     if other or (not own and everything):
@@ -215,12 +216,6 @@ def _activations(module: nn.Module) -> list[tuple[str | nn.Module | None, Callab
 def _every_eps(module: nn.Module) -> list[float]:
     own = [value for value in vars(module).values() if isinstance(value, float) and 0 <= value < 1]
     return list(dict.fromkeys([*own, *_USUAL_EPS]))
-
-
-def _declared(module: nn.Module) -> tuple[int, ...]:
-    """How many features a module without parameters says that it has; empty if it does not say."""
-    size = getattr(module, "normalized_shape", ())
-    return (size,) if isinstance(size, int) else tuple(size)
 
 
 def _inputs(channels: int) -> list[tuple[tuple[int, ...], int]]:

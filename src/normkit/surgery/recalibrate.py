@@ -83,7 +83,8 @@ def recalibrate(
         raise OptionError(f"recalibrate: estimator={estimator!r}; wanted 'population' or 'mean'")
     if limit is not None and limit < 1:
         raise OptionError(f"recalibrate: limit={limit}; wanted batches to take, from 1, or None for all")
-    kept = {name: module for name, module in model.named_modules() if _keeps_statistics(module)}
+    every = model.named_modules()
+    kept = {name: module for name, module in every if isinstance(module._buffers.get("running_mean"), Tensor)}
     left = {name: reason for name, module in kept.items() if (reason := _refusal(module))}
     norms = {name: module for name, module in kept.items() if name not in left}
     if not norms:
@@ -169,10 +170,6 @@ class _Inputs:
         total = torch.as_tensor(old.n + new.n)
         share = new.n / total.clamp_min(1)
         return Moments(old.mean + share * (new.mean - old.mean), old.var + share * (new.var - old.var), total)
-
-
-def _keeps_statistics(module: nn.Module) -> bool:
-    return isinstance(module._buffers.get("running_mean"), Tensor)
 
 
 def _refusal(module: nn.Module) -> str:

@@ -19,6 +19,7 @@ _BY_CHANNEL = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Instance
 _NORMS = (*_BY_CHANNEL, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
+_LAYERS = (nn.Linear, _ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 # As peft and torchtune name the matrices of low-rank adapters.
 _ADAPTER = re.compile(r"(^|\.)lora_", re.IGNORECASE)
 # As torch, transformers and timm name the query's, key's and value's layers, apart or packed in this order.
@@ -60,7 +61,8 @@ def select(model: nn.Module, where: Where = "all") -> dict[str, nn.Module]:
     found = {name: module for name, module in model.named_modules() if "parametrizations" not in name.split(".")}
     named = isinstance(where, str) and not where.startswith("re:")
     if named:
-        layers = {name: module for name, module in found.items() if _is_layer(module) and not _ADAPTER.search(name)}
+        own = {name: module for name, module in found.items() if isinstance(module, _LAYERS) or is_gpt2_linear(module)}
+        layers = {name: module for name, module in own.items() if not _ADAPTER.search(name)}
     else:
         layers = {name: module for name, module in found.items() if weight_names(module)}
     chosen = choose(layers, where, "layers with a weight")
@@ -139,8 +141,3 @@ def weight_names(layer: nn.Module) -> tuple[str, ...]:
 def is_gpt2_linear(module: nn.Module) -> bool:
     """Whether it is the linear layer of Hugging Face's GPT-2, whose weight is (in, out)."""
     return type(module).__name__.removeprefix("Parametrized") == "Conv1D" and hasattr(module, "nf")
-
-
-def _is_layer(module: nn.Module) -> bool:
-    kinds = nn.Linear | _ConvNd | nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase
-    return isinstance(module, kinds) or is_gpt2_linear(module)

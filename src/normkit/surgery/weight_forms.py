@@ -60,11 +60,13 @@ def translate_weight(
     torchs = len(mine) > 1 and not other and not _known_here(layer, name)
     if torchs:
         _check_shape(value, wanted[mine[1 if len(mine) == 2 else 0]], label(prefix + name))
-    if torchs and not _has_lengths(value, wanted[mine[0]]):
-        raise SurgeryError(
-            f"translate: {label(prefix + name)} is zero, or has a zero row, of which torch's weight or spectral "
-            "norm makes NaN; put normkit's on, or leave this layer out"
-        )
+        like = wanted[mine[0]]
+        fits = (_length(value, like) != 0).all() if like.shape != value.shape else value.any()
+        if not value.is_meta and not fits:
+            raise SurgeryError(
+                f"translate: {label(prefix + name)} is zero, or has a zero row, of which torch's weight or spectral "
+                "norm makes NaN; put normkit's on, or leave this layer out"
+            )
     if loads_difference(layer):
         found[f"{prefix}parametrizations.{name}.original"] = value
     elif parametrize.is_parametrized(layer, name):
@@ -145,10 +147,6 @@ def _known_here(layer: nn.Module, name: str) -> bool:
     """Whether what makes a weight is normkit's, which floors lengths."""
     parts = layer.get_submodule(f"parametrizations.{name}") if parametrize.is_parametrized(layer, name) else ()
     return any(isinstance(part, Parametrization) for part in parts)  # pyright: ignore
-
-
-def _has_lengths(value: Tensor, like: Tensor) -> bool:
-    return value.is_meta or bool((_length(value, like) != 0).all() if like.shape != value.shape else value.any())
 
 
 def _are_lengths(g: Tensor, v: Tensor) -> bool:

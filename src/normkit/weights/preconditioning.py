@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, ShapeError, check_options
@@ -198,10 +198,6 @@ def preconditioned(
     return Precondition(left, right, layout, gradient=gradient)(weight)
 
 
-def _by_rows(layer: nn.Module, name: str = "weight") -> nn.Module:
-    return precondition(layer, inverse_root_rows, name=name)
-
-
 CARD = Card(
     name="preconditioning",
     title="Preconditioning by matrices of one's own",
@@ -214,7 +210,7 @@ CARD = Card(
     weaknesses="a full matrix costs a product with the weight at each use; nothing is promised of the condition number",
     module=Precondition,
     functional=preconditioned,
-    make=_by_rows,
+    make=lambda layer: precondition(layer, inverse_root_rows),
 )
 
 
