@@ -16,7 +16,7 @@ import normkit as nk
 from normkit.core.errors import OptionError
 from normkit.diagnostics import curvature
 from normkit.diagnostics.curvature import Extremes, hessian, hessian_condition, hessian_extremes, smoothness
-from normkit.diagnostics.lanczos import quadrature
+from normkit.diagnostics.spectrum import quadrature
 from normkit.surgery.bake import bake
 from normkit.weights.weight_conditioning import equilibrate, weight_conditioning
 from normkit.weights.weight_norm import weight_norm

@@ -10,9 +10,8 @@ from torch.testing import assert_close
 
 from normkit.core.errors import OptionError, ProtocolError, ShapeError
 from normkit.core.support import Support
-from normkit.preprocessing.feature_scaling import MaxAbsScaling, MeanNormalization, MinMaxScaling, ZScore
+from normkit.preprocessing.feature_scaling import MaxAbsScaling, MeanNormalization, MinMaxScaling, RobustScaling, ZScore
 from normkit.preprocessing.image_standardization import PUBLISHED, ImageStandardization
-from normkit.preprocessing.robust_scaling import RobustScaling
 from normkit.preprocessing.sample_scaling import GlobalContrast, UnitLength
 
 PAIRS = [

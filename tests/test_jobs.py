@@ -21,7 +21,7 @@ from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.report import drawing
 from normkit.lab.train import images, walk
 from normkit.surgery.recipe import apply_recipe
-from normkit.weights.power_iteration import power_iteration
+from normkit.weights.spectral_norm import power_iteration
 
 
 def test_a_stream_gives_every_image_once_an_epoch() -> None:

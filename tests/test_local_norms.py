@@ -16,8 +16,7 @@ from normkit.activations.divisive_norm import (
 )
 from normkit.activations.gdn import GDN
 from normkit.activations.global_response_norm import GlobalResponseNorm
-from normkit.activations.group_norm import group_norm
-from normkit.activations.local_context_norm import LocalContextNorm, local_context_norm
+from normkit.activations.group_norm import LocalContextNorm, group_norm, local_context_norm
 from normkit.activations.local_response_norm import (
     LocalContrastNorm,
     LocalResponseNorm,

@@ -16,7 +16,7 @@ from normkit.activations.adaptive_layer_norm import adaptive_layer_norm
 from normkit.core.errors import BackendError, OptionError, ShapeError
 from normkit.schedules import inverse_sqrt_rate, inverse_sqrt_warmup, linear_rate, linear_warmup
 from normkit.weights.layout import weight_of
-from normkit.weights.power_iteration import power_iteration_square
+from normkit.weights.spectral_norm import power_iteration_square
 
 Rows = list[tuple[Callable[[], object], str]]
 WEIGHT = nn.Parameter(ones(2))

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 import normkit as nk
 from normkit import BatchNorm, ExemplarNorm, PositionalNorm, SwitchableNorm
-from normkit.activations.positional_norm import moment_shortcut
+from normkit.activations.layer_norm import moment_shortcut
 from normkit.functional import instance_norm, layer_norm, positional_moments, positional_norm, switchable_norm
 
 # Exemplar normalization

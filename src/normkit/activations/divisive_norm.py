@@ -11,9 +11,8 @@ from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError
 from normkit.core.module import Module
-from normkit.core.moments import accumulation_dtype
+from normkit.core.moments import accumulation_dtype, full_precision
 from normkit.core.place import whole_number
-from normkit.core.precision import full_precision
 from normkit.core.support import Support, check_shape
 from normkit.engine.layer import check_channels, check_channels_first
 from normkit.engine.window import sliding_mean

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, check_options
 from normkit.core.module import Module
-from normkit.core.moments import accumulation_dtype
+from normkit.core.moments import accumulation_dtype, full_precision
 from normkit.core.place import whole_number
-from normkit.core.precision import full_precision
 from normkit.engine import native_window
 from normkit.engine.layer import check_channels_first
 from normkit.engine.native_window import Window

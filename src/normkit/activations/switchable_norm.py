@@ -11,8 +11,7 @@ from normkit.core.compensation import Affine
 from normkit.core.errors import OptionError, ShapeError, check_options
 from normkit.core.memory import Running, RunningStatistics
 from normkit.core.module import Module
-from normkit.core.moments import Moments, accumulation_dtype, moments
-from normkit.core.precision import full_precision
+from normkit.core.moments import Moments, accumulation_dtype, full_precision, moments
 from normkit.core.support import Support, check_shape, show
 from normkit.engine.layer import check_channels, check_several, given_statistics
 from normkit.engine.pooling import pool

@@ -40,8 +40,7 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
         process_group: the processes that share statistics. Default: all.
 
     Reference: Merging follows Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983),
-    https://doi.org/10.1080/00031305.1983.10483115; the method Ioffe and Szegedy (2015),
-    https://arxiv.org/abs/1502.03167.
+    https://doi.org/10.1080/00031305.1983.10483115; the method Ioffe and Szegedy (2015), https://arxiv.org/abs/1502.03167.
 
     >>> norm = SyncBatchNorm(1, momentum=0.5)
     >>> norm(torch.tensor([[1.0], [3.0]])).detach().T

@@ -172,8 +172,7 @@ class RunningMoments(Running):
 
     Unlike an average of variances, it includes the variance between the batch means.
 
-    Reference: Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
-    https://arxiv.org/abs/1906.03548, section 3.1.
+    Reference: Summers and Dinneen (2020), https://arxiv.org/abs/1906.03548, section 3.1.
 
     >>> statistics = RunningStatistics(torch.zeros(1), torch.ones(1))
     >>> split = Split((4, 1), ("n", "c"), (0,))

@@ -43,8 +43,7 @@ class Signal:
 class Stream:
     """The first four central moments of all elements that are added, in float64, merged part by part.
 
-    Reference: Pebay, "Formulas for Robust, One-Pass Parallel Computation of Covariances and Arbitrary-Order Statistical Moments"
-    (2008), https://doi.org/10.2172/1028931.
+    Reference: Pebay (2008), https://doi.org/10.2172/1028931.
     """
 
     def __init__(self) -> None:

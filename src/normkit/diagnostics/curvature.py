@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from normkit.core.errors import OptionError, closest
-from normkit.diagnostics.lanczos import dominant, quadrature
 from normkit.diagnostics.second_derivative import Batches, Curvature, Loss, Options
+from normkit.diagnostics.spectrum import dominant, quadrature
 from normkit.surgery.bake import bake
 from normkit.surgery.select import Where, select, weight_names
 from normkit.weights.weight_conditioning import Mode, weight_conditioning
@@ -202,8 +202,7 @@ def smoothness(
 
     The steps are ``rate`` times the multiples in ``along``; other arguments and errors are those of ``hessian_extremes``.
 
-    Reference: Santurkar, Tsipras, Ilyas, Madry, "How Does Batch Normalization Help Optimization?" (2018),
-    https://arxiv.org/abs/1805.11604, section 3.
+    Reference: Santurkar, Tsipras, Ilyas, Madry (2018), https://arxiv.org/abs/1805.11604, section 3.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.ones_(model.weight)
@@ -257,8 +256,7 @@ def hessian_condition(
     Raises:
         OptionError: another reading, or a layer that can't be conditioned.
 
-    Reference: Saratchandran, Wang, Lucey, "Weight Conditioning for Smooth Optimization of Neural Networks" (2024),
-    https://arxiv.org/abs/2409.03424.
+    Reference: Saratchandran, Wang, Lucey (2024), https://arxiv.org/abs/2409.03424.
 
     >>> model = nn.Linear(2, 2, bias=False)
     >>> model.weight.data = torch.tensor([[4.0, 0.0], [0.0, 1.0]])

@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 
 from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, check_options
-from normkit.gradients.adaptive_clipping import last_linear
+from normkit.gradients.gradient_normalizer import last_linear
 from normkit.weights.layout import WeightLayout, raw_parameters
 from normkit.weights.weight_conditioning import equilibrate
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from normkit.core.card import Card, paper
 from normkit.core.errors import OptionError, check_options
-from normkit.core.moments import accumulation_dtype, moments
-from normkit.core.precision import full_precision
+from normkit.core.moments import accumulation_dtype, full_precision, moments
 from normkit.core.support import Split, Support
 from normkit.preprocessing.fitting import Fitted, like, wide
 

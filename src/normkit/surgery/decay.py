@@ -73,8 +73,7 @@ def param_groups(
     Raises:
         OptionError: a negative decay, or another target.
 
-    Reference: Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
-    https://arxiv.org/abs/1906.03548, section 3.3.
+    Reference: Summers and Dinneen (2020), https://arxiv.org/abs/1906.03548, section 3.3.
 
     >>> groups = param_groups(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), 1e-4, norm_decay=1e-5)
     >>> [(group["name"], group["weight_decay"], len(group["params"])) for group in groups]

@@ -31,8 +31,7 @@ def weigh_examples(model: nn.Module, alpha: float = 0.0, count: int | None = Non
             steps or over sub-batches; no layer was changed.
         OptionError: alpha or the count is outside its range.
 
-    Reference: Summers and Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
-    https://arxiv.org/abs/1906.03548, section 3.1.
+    Reference: Summers and Dinneen (2020), https://arxiv.org/abs/1906.03548, section 3.1.
 
     >>> print(*weigh_examples(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), alpha=0.05))
     1: BatchNorm2d(8) -> BatchGroupNorm(8, alpha=0.05)
