@@ -56,10 +56,9 @@ class BatchGroupNorm(Layer):
 
         mean = alpha E[x] + (1 - alpha) m1,    var = alpha E[x^2] + (1 - alpha) m2 - mean^2,
 
-    then averaged over the channels of a group: predictions depend on no other example. alpha=0 uses only the running moments,
-    alpha=1 only the example's. The moments are stored as mean and population variance, so that a large mean costs no accuracy,
-    under the names that batch normalization uses. ``normkit.surgery.example_weighing`` replaces a trained model's batch
-    normalizations by this layer and tunes alpha on validation data; training does not depend on alpha.
+    then averaged over the channels of a group: predictions depend on no other example. The moments are stored as mean and
+    population variance, so that a large mean costs no accuracy, under the names that batch normalization uses.
+    ``normkit.surgery.weigh_examples`` replaces a trained model's batch normalizations by this layer, ``choose_alpha`` tunes alpha.
 
     ``eps``, ``affine``, ``bias`` and ``layout`` and the shapes are those of BatchNorm.
 

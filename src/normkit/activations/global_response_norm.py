@@ -167,9 +167,9 @@ class GlobalResponseNorm(Module):
     G_c = |x_c| over the positions, N_c = G_c / (mean over c of G_c + eps), y = weight * (x * N) + bias + x. Weight and bias
     start at 0, so the layer starts as the identity; N averages 1 over the channels. Training and evaluation compute the same.
 
-    It loads the state_dict of timm's layer, whose weight and bias have additional axes of size 1, and that of the authors' layer,
-    which calls them gamma and beta. A mask gives the form for masked autoencoders, where only visible positions enter; there the
-    original code measures the energy over the visible positions of the whole batch, ``over="n *"``.
+    It loads the state_dict of timm's layer, whose weight and bias have axes of size 1, and that of the authors', which calls them
+    gamma and beta. A mask gives the form for masked autoencoders, where only visible positions enter; there the original code
+    measures the energy over those of the whole batch, ``over="n *"``.
 
     Args:
         num_channels: channels C.

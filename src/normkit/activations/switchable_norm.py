@@ -27,8 +27,7 @@ class SwitchableNorm(Module):
     instance, layer and batch in this order. The layer's and the batch's moments are pooled from the instance's, so x is read
     once. In evaluation running averages replace the batch's moments.
 
-    If one logit is far above the others it is that normalizer, including running averages: these are kept as in batch
-    normalization, starting at 0 and 1, with the unbiased variance.
+    If one logit is far above the others it is that normalizer, including running averages, as in batch normalization.
 
     Args:
         num_features: channels C.

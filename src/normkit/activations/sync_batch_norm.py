@@ -28,8 +28,8 @@ class SyncBatchNorm(Layer, TorchBatchNorm):
 
     y = weight * (x - E[x]) / sqrt(Var[x] + eps) + bias, with E and Var (population) over the union of the processes' batches in
     training. Batches may differ in size, and some may be empty; every process must call forward and backward alike. Each
-    process's count, mean and variance are gathered once and merged; the backward pass sums two numbers per channel over the
-    processes. Running statistics are the same in all processes. Gradients of weight and bias are those of the local batch, as
+    process's count, mean and variance are gathered once and merged; the backward pass sums two numbers per channel. Running
+    statistics are the same in all processes; gradients of weight and bias are those of the local batch, as
     DistributedDataParallel expects. Without a process group, with one process, and in evaluation it is batch normalization.
 
     ``torch.nn.SyncBatchNorm``, but also on CPU: same arguments, defaults and state_dict. Replace channels-last layers by hand,

@@ -61,10 +61,9 @@ def chi(matrix: Tensor) -> float:
 def weight_conditions(model: nn.Module, where: Where | None = None) -> dict[str, tuple[float, float]]:
     """Compute the condition numbers of every layer's weight: of the raw parameter, and of the effective weight.
 
-    Weights of more than two axes are unfolded to output units x the rest. Both numbers are equal where a weight has no
-    parametrization. The raw weight is ``original``, or the direction v of weight normalization. Under the hook-based utilities of
-    ``torch.nn.utils`` (``prune``, the older ``weight_norm`` and ``spectral_norm``) the weight is that of the last pass. Nothing
-    is changed, not even the buffers of spectral normalization.
+    Weights of more than two axes are unfolded to output units x the rest. The raw weight is ``original``, or the direction v of
+    weight normalization; without a parametrization both numbers are equal. Under the hook-based utilities of ``torch.nn.utils``
+    the weight is that of the last pass. Nothing is changed, not even the buffers of spectral normalization.
 
     Args:
         model: any module.

@@ -152,9 +152,9 @@ def place_norms(model: nn.Module, scheme: Scheme, *, optimizer: torch.optim.Opti
     """Place the norms of ``torch.nn.TransformerEncoder`` and ``TransformerDecoder`` elsewhere, in place, before training.
 
     Layers keep their children and these their names, so that a checkpoint of the one placement loads into another as far as it
-    has the same norms. Where the last layer of a stack does not end with a norm, the stack gets a final one if it has none.
-    ``"deep"`` also divides initial weights as DeepNorm asks, with the constants for an encoder with a decoder where the model has
-    both. ``"hybrid"`` is for stacks of self-attention: encoders.
+    has the same norms. A stack whose last layer does not end with a norm gets a final one if it has none. ``"deep"`` also divides
+    initial weights as DeepNorm asks, with the constants for an encoder with a decoder where the model has both. ``"hybrid"`` is
+    for encoders.
 
     Args:
         model: any module with such stacks.

@@ -218,11 +218,9 @@ class SpectralConditioning(Parametrization):
     """The parametrization w = v + shift * I, where the shift is a constant and I has ones on its main diagonal.
 
     The weight is taken as its matrix, one row per output unit, and I has its shape, square or not. Where a weight stacks several
-    matrices, as the query's, the key's and the value's in attention, each gets an I of its own. Trained is v, from its own
-    initial values: the function at the start is another one than without the shift, as the paper means it, so put this on before
-    training. Folding adds the shift to the weight.
-
-    The identity of the matrix is added as a whole, not one for each head; so we read the paper, whose formulas have one head.
+    matrices, as the query's, the key's and the value's in attention, each gets an I of its own, not one for each head: so we read
+    the paper, whose formulas have one head. Trained is v, from its own initial values: put this on before training, as the
+    function at the start is another one than without the shift. Folding adds the shift to the weight.
 
     Args:
         shift: the factor of I, called lambda. Default: 10.
