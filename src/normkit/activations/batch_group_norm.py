@@ -58,7 +58,8 @@ class BatchGroupNorm(Layer):
 
     then averaged over the channels of a group: predictions depend on no other example. The moments are stored as mean and
     population variance, so that a large mean costs no accuracy, under the names that batch normalization uses.
-    ``normkit.surgery.weigh_examples`` replaces a trained model's batch normalizations by this layer, ``choose_alpha`` tunes alpha.
+    ``normkit.surgery.weigh_examples`` replaces a trained model's batch normalizations by this layer, ``choose_alpha`` tunes
+    alpha.
 
     ``eps``, ``affine``, ``bias`` and ``layout`` and the shapes are those of BatchNorm.
 

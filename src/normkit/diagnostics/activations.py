@@ -91,8 +91,8 @@ def activations(
     """Measure mean, deviation, kurtosis, dead and saturated parts of every module's output, and the deviation of its gradient.
 
     Hooks stream each output into moments and keep nothing; a batch costs its forward pass (with a loss its backward pass) and a
-    few passes over each output in float64. The model stays in its mode; running statistics, gradients and random generators are as
-    before afterwards. Functions, such as ``F.relu``, are no modules, and not seen.
+    few passes over each output in float64. The model stays in its mode; running statistics, gradients and random generators are
+    as before afterwards. Functions, such as ``F.relu``, are no modules, and not seen.
 
     Args:
         model: any module.

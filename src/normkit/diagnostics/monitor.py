@@ -42,8 +42,8 @@ class Monitor:
     ===========================  ==================================================================================
 
     Cost: a step is sampled if ``every`` steps have passed since the last, and if with it all that was spent is within ``share``
-    of the time of training; so samples are rarer where steps are short. Hooks are there in a sampled step alone, in which compiled
-    code runs eagerly, as it calls no hooks; ``close()`` ends it early, as after an exception.
+    of the time of training; so samples are rarer where steps are short. Hooks are there in a sampled step alone, in which
+    compiled code runs eagerly, as it calls no hooks; ``close()`` ends it early, as after an exception.
 
     Of several forward passes in a step, the first is looked at. A gradient scaler's factor is in ``gradient``, and not in
     ``weight_gradient``. Each process records its own batch. Of weights that are sharded (``fully_shard``, tensor parallelism)

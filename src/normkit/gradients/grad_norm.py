@@ -31,9 +31,9 @@ class GradNorm(nn.Module):
     sign(G_i - t_i) ||dL_i/dW|| exactly, and needs no second derivative: ``path="exact"``. ``path="autograd"`` differentiates
     the norms instead, and agrees.
 
-    The step ``"additive"``, as published, follows the slopes: w_i <- w_i - rate slope_i. It oscillates where one loss is a hundred
-    times another; then use ``"multiplicative"``, which descends the same distance, relative to the mean norm, in log w_i:
-    w_i <- w_i exp(-rate w_i slope_i / mean_j(G_j)). It is scale-free, and weights stay above 0.
+    The step ``"additive"``, as published, follows the slopes: w_i <- w_i - rate slope_i. It oscillates where one loss is a
+    hundred times another; then use ``"multiplicative"``, which descends the same distance, relative to the mean norm, in log
+    w_i: w_i <- w_i exp(-rate w_i slope_i / mean_j(G_j)). It is scale-free, and weights stay above 0.
 
     Call it on the losses instead of adding them; it returns the sum to differentiate, with the weights before the step, and in
     training steps the weights, which are buffers that an optimizer does not touch.

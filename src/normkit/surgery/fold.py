@@ -47,8 +47,8 @@ def fold(model: nn.Module, example: Any = None, *, centring: bool = False, toler
     * a convolution of a class of its own that computes with another weight than it holds, as weight-standardizing ones do,
       becomes torch's with that weight;
     * each batch normalization, torch's, frozen, with an activation behind it or of its family here, goes into the Conv,
-      ConvTranspose or Linear before it, W' = (weight / s) W, b' = bias + (b - mean) weight / s, s = sqrt(var + eps) (or what the norm
-      keeps), or into those behind it, if they don't pad with zeros; its activation, or an Identity, is left in its place;
+      ConvTranspose or Linear before it, W' = (weight / s) W, b' = bias + (b - mean) weight / s, s = sqrt(var + eps) (or what the
+      norm keeps), or into those behind it, if they don't pad with zeros; its activation, or an Identity, is left in its place;
     * gain and bias of a layer, RMS, group or instance normalization go into the Linear or Conv layers behind it, and one
       without parameters is left: torch's, or one from here over channels on axis 1, which torch lacks;
     * with ``centring``, a layer normalization over the last axis becomes an RMS normalization (torch's, or one from here where a

@@ -51,8 +51,9 @@ def recalibrate(
         population    mean and variance over all elements of all batches together, however large each batch is
         mean          the plain averages over batches of their means and unbiased variances
 
-    The population's is exact where the layer's input does not depend on other batch normalizations; a layer that is called several
-    times, or stands in several places, sees all its inputs. The model is left in the mode it had, and as it was if a batch fails.
+    The population's is exact where the layer's input does not depend on other batch normalizations; a layer that is called
+    several times, or stands in several places, sees all its inputs. The model is left in the mode it had, and as it was if a
+    batch fails.
 
     Args:
         model: with batch normalizations that keep running statistics: torch's, and every member of their family here, also those

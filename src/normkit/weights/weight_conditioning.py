@@ -49,9 +49,9 @@ class Equilibrate(RowScaling):
 
     Row mode is weight normalization with lengths frozen at 1. The gradient of the raw row is
     (dw - <dw, w> w) / norm(a_i): orthogonal to it, so that under plain gradient descent norms only grow and the effective rate
-    falls as 1 / norm^2; weight decay changes nothing but that rate. Before BatchNorm, row mode changes only the training, up to the
-    norm's eps. Here ``eps`` is a floor of the norm, so that invariance to scale is exact; a zero row stays zero, and its gradient
-    is that of its conditioned weight divided by ``eps``.
+    falls as 1 / norm^2; weight decay changes nothing but that rate. Before BatchNorm, row mode changes only the training, up to
+    the norm's eps. Here ``eps`` is a floor of the norm, so that invariance to scale is exact; a zero row stays zero, and its
+    gradient is that of its conditioned weight divided by ``eps``.
 
     Assigning ``layer.weight = W`` stores W as the raw weight: ``layer.weight`` then returns W conditioned, which is W itself
     only if its rows (columns) already have norm ``gain``. The norms of W change the effective rate, not the function.
