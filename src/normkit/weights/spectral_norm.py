@@ -13,11 +13,10 @@ from normkit.core.memory import recomputed
 from normkit.core.moments import accumulation_dtype, full_precision
 from normkit.core.statistic import Statistic
 from normkit.core.support import show
-from normkit.weights import kernels, multi_tensor
+from normkit.weights import kernels
 from normkit.weights.attachment import ModuleT, attach
 from normkit.weights.layout import weight_of
-from normkit.weights.multi_tensor import Share
-from normkit.weights.parametrization import Parametrization
+from normkit.weights.parametrization import Parametrization, Share, normalize
 
 
 @torch.no_grad()
@@ -164,7 +163,7 @@ class SpectralNorm(Parametrization):
             return F.normalize(weight, dim=0, eps=self.eps)
         share = self.share(weight)
         if share is not None:
-            return multi_tensor.normalize([share])[0]
+            return normalize([share])[0]
         matrix = self._matrix(weight)
         if not self.exact and matrix.shape != (self._u.numel(), self._v.numel()):
             raise ShapeError(
