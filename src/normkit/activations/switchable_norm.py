@@ -184,23 +184,15 @@ class ExemplarNorm(Module):
     """Mix instance, layer and batch normalization, each with its own weight and bias, in shares that depend on the sample.
 
     y_n = sum_k s_nk (weight_k * (x_n - m_k) / sqrt(v_k + eps) + bias_k), k over instance, layer and batch in this order, the
-    shares s_n positive with sum 1. A small network computes them: the sample's mean over positions is normalized by the
-    moments of each k, reduced to d numbers, and the products between the three vectors go through a hidden layer with tanh to
-    three logits. The last layer starts at 0, so all shares start at 1/3. In evaluation running averages replace the batch's
-    moments.
+    shares s_n positive with sum 1. A small network computes them: the sample's mean over positions is normalized by the moments
+    of each k, reduced to d numbers, and the products between the three vectors go through a hidden layer with tanh to three
+    logits. The last layer starts at 0, so all shares start at 1/3. In evaluation running averages replace the batch's moments.
+
+    ``num_features``, ``eps`` and ``momentum``, the shape and its errors are those of SwitchableNorm.
 
     Args:
-        num_features: channels C.
         reduction: d is C / reduction, at least 1. Default: 32.
-        hidden: number of hidden units. Default: 6.
-        eps: added to the variances. Default: 1e-5.
-        momentum: weight of the new value in the running averages. Default: 0.1.
-
-    Shape: (N, C, *); the output has the same shape.
-
-    Raises:
-        ShapeError: a number of channels other than ``num_features``, or a single position.
-        OptionError: a reduction or hidden below 1.
+        hidden: number of hidden units, from 1. Default: 6.
 
     Reference: Zhang, Peng, Yuan, Luo, "Exemplar Normalization for Learning Deep Representation" (2020),
     https://arxiv.org/abs/2003.08761. The sizes of the small network are our own choice.

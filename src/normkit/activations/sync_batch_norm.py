@@ -11,11 +11,11 @@ from torch import Tensor
 from normkit.core.card import Card, paper
 from normkit.core.errors import ShapeError
 from normkit.core.memory import RunningStatistics
+from normkit.core.module import TorchBatchNorm
 from normkit.core.moments import Moments, accumulation_dtype, moments
 from normkit.core.rule import Rule
 from normkit.core.statistic import Statistic
 from normkit.core.support import Split, show
-from normkit.core.torch_batch_norm import TorchBatchNorm
 from normkit.engine.dispatch import Activation, Backend, Explanation, run
 from normkit.engine.layer import Layer, channels_rule, check_channels, check_several, given_statistics
 from normkit.engine.reference import activate

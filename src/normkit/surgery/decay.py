@@ -48,15 +48,15 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer, with decays of their own for weights, norms, biases of other layers, and what is none of these.
 
-    A parameter is a norm's if its class is one of normkit's or torch's norms, or looks like one; a layer inside a norm is a layer
-    like others. Parameters that need no gradients are left out; a shared one is in the group of the first that holds it. With
-    ``gamma_target=1`` each norm's gain becomes 1 + d with d the parameter, in place: any optimizer's decay then pulls the gain
-    towards 1. Its key in the state_dict is then ``parametrizations.weight.original``; ``normkit.fold`` gives the plain one back.
-    Norms that keep their gain as a difference already are not known as such: use 0 for them.
+    A parameter is a norm's if its class is one of normkit's or torch's norms, or looks like one; a layer inside a norm is a
+    layer like others. Parameters that need no gradients are left out; a shared one is in the group of the first that holds it.
+    With ``gamma_target=1`` each norm's gain becomes 1 + d with d the parameter, in place: any optimizer's decay then pulls the
+    gain towards 1. Its key in the state_dict is then ``parametrizations.weight.original``; ``normkit.fold`` gives the plain one
+    back. Norms that keep their gain as a difference already are not known as such: use 0 for them.
 
-    None of these is, by dimension, a vector or a number such as a LayerScale or the D of Mamba; by mark, a parameter with a true
-    attribute ``_no_weight_decay``, or one that ``no_weight_decay()`` of the module that holds it, or of one around that, names;
-    by role, a class, mask or register token or an embedding of positions, known by its name.
+    None of these is, by dimension, a vector or a number such as a LayerScale or the D of Mamba; by mark, a parameter with a
+    true attribute ``_no_weight_decay``, or one that ``no_weight_decay()`` of the module that holds it, or of one around that,
+    names; by role, a class, mask or register token or an embedding of positions, known by its name.
 
     Args:
         model: any module.
@@ -66,9 +66,8 @@ def param_groups(
         other_decay: of what is none of these. Default: 0.
         gamma_target: what the gain decays to: 0, as optimizers do, or 1. Default: 0.
 
-    Returns a dict each for ``"weights"``, ``"norms"``, ``"biases"`` and ``"others"``, by ``"name"``, where there are
-    any; with the names of its parameters as ``"param_names"``, as optimizers of named parameters have them: the table
-    of what went where.
+    Returns a dict each for ``"weights"``, ``"norms"``, ``"biases"`` and ``"others"``, by ``"name"``, where there are any; with
+    the names of its parameters as ``"param_names"``, as optimizers of named parameters have them: the table of what went where.
 
     Raises:
         OptionError: a negative decay, or another target.

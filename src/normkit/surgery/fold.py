@@ -14,8 +14,7 @@ from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm
 from normkit.catalogue.methods import METHODS
 from normkit.core.errors import OptionError, SurgeryError
-from normkit.surgery.absorb import absorb_before, absorb_behind, centred, scale_and_shift
-from normkit.surgery.bake import bake
+from normkit.surgery.bake import absorb_before, absorb_behind, bake, centred, scale_and_shift
 from normkit.surgery.changes import Change, Changes, Refusals, label
 from normkit.surgery.condition import tied_parameters
 from normkit.surgery.norms import Norm, describe, is_norm, norms_in, read_norm

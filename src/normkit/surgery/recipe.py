@@ -300,9 +300,8 @@ def applicable_words(model: nn.Module, example: Any = None) -> dict[str, str]:
 
     ``example`` is that of ``apply_recipe``; the model is left as it is.
 
-    Returns the reason by recipe, "" where the model can have it: the words of norms, each in the place of all the
-    model's norms (of those with groups also ``gn:gcd32``), and the words of weight methods as ``keep+ws``, each on its
-    usual layers.
+    Returns the reason by recipe, "" where the model can have it: the words of norms, each in the place of all the model's norms
+    (of those with groups also ``gn:gcd32``), and the words of weight methods as ``keep+ws``, each on its usual layers.
 
     >>> found = applicable_words(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)))
     >>> [word for word in ("bn", "rms", "dyt", "lrn", "keep+wn", "keep+ws") if not found[word]]
