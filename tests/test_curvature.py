@@ -213,7 +213,7 @@ def test_refusals() -> None:
         hessian(model, F.cross_entropy, [])
     with pytest.raises(OptionError, match=r"did not bring an eigenvalue.*larger limit="):
         hessian_extremes(model, F.cross_entropy, batches, dense=0, tolerance=1e-14, limit=20)
-    with pytest.raises(OptionError, match=r"wanted one of constant, .*did you mean 'constant'"):
+    with pytest.raises(OptionError, match=r"wanted 'constant', .*did you mean 'constant'"):
         hessian_condition(model, F.cross_entropy, batches, "constnt")
     with pytest.raises(OptionError, match="matrix='fisher'"):
         hessian(model, F.cross_entropy, batches, matrix="fisher")

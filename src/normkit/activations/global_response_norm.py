@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
-from normkit.core.errors import OptionError, ShapeError
+from normkit.core.errors import ShapeError, check_options
 from normkit.core.module import Module
 from normkit.core.moments import accumulation_dtype
 from normkit.core.place import one_of
@@ -280,8 +280,7 @@ def _define(
 
 
 def _support(layout: str, over: str) -> Support:
-    if layout not in ("n * c", "n c *") or over not in ("*", "n *"):
-        raise OptionError(f"GlobalResponseNorm: layout={layout!r}, over={over!r}; wanted 'n * c', 'n c *'; '*', 'n *'")
+    check_options("GlobalResponseNorm", layout=(layout, ("n * c", "n c *")), over=(over, ("*", "n *")))
     return Support(layout, over=over)
 
 

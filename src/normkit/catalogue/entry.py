@@ -22,12 +22,8 @@ if TYPE_CHECKING:
 _FILE = Path(__file__).with_name("entries.json")
 
 # The namespace of each kind of method in Python; its function is in normkit.functional.
-NAMESPACES = {
-    "input": "normkit.preprocessing",
-    "activation": "normkit",
-    "weight": "normkit.weights",
-    "gradient": "normkit.gradients",
-}
+NAMESPACES = {"input": "normkit.preprocessing", "activation": "normkit"}
+NAMESPACES |= {"weight": "normkit.weights", "gradient": "normkit.gradients"}
 
 
 @dataclass(frozen=True)
@@ -64,17 +60,11 @@ def describe(card: Card) -> Entry:
 
     support = None if card.rule is None else card.rule.support
     shared = {field.name: getattr(card, field.name) for field in fields(Entry) if hasattr(card, field.name)}
-    told = {
-        "invariances": ", ".join(sorted(card.invariances)),
-        "module": card.module.__name__,
-        "functional": card.functional.__name__,
-        "year": card.paper.year,
-        "citation": card.paper.cite(),
-        "bibtex": card.paper.bibtex(),
-        "support": None if support is None else str(support),
-        "picture": None if support is None else draw_text(support),
-    }
-    return Entry(**shared | told)
+    told = {"module": card.module.__name__, "functional": card.functional.__name__}
+    told |= {"invariances": ", ".join(sorted(card.invariances))}
+    seen = {"support": support and str(support), "picture": support and draw_text(support)}
+    published = {"year": card.paper.year, "citation": card.paper.cite(), "bibtex": card.paper.bibtex()}
+    return Entry(**shared, **told, **published, **seen)
 
 
 @functools.cache

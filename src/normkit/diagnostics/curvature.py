@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, Unpack
 import torch
 from torch import Tensor, nn
 
-from normkit.core.errors import OptionError, closest
+from normkit.core.errors import check_options
 from normkit.diagnostics.second_derivative import Batches, Curvature, Loss, Options
 from normkit.diagnostics.spectrum import dominant, quadrature
 from normkit.surgery.bake import bake
@@ -265,9 +265,7 @@ def hessian_condition(
     >>> round(before.condition, 6), round(after.condition, 6)  # (4 / 1) ** 2 times as large
     (4.0, 64.0)
     """
-    known = ("constant", "differentiated", "plain")
-    if mode not in known:
-        raise OptionError(f"hessian_condition: mode={mode!r}; wanted one of {', '.join(known)}{closest(mode, known)}")
+    check_options("hessian_condition", mode=(mode, Reading))
     twin = copy.deepcopy(model).double()
     for layer in select(twin, where).values():
         for name in weight_names(layer):

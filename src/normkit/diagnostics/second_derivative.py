@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, check_options
 from normkit.diagnostics.subject import refuse_lazy, refuse_reentrant
 from normkit.surgery.bake import bake
 from normkit.surgery.watch import forked, run_on
@@ -41,8 +41,7 @@ class Curvature:
         self, who: str, model: nn.Module, loss: Loss, batches: Batches, total: int, **options: Unpack[Options]
     ) -> None:
         matrix, by = options.get("matrix", "hessian"), options.get("by", "raw")
-        if matrix not in ("hessian", "ggn") or by not in ("raw", "effective"):
-            raise OptionError(f"{who}: matrix={matrix!r}, by={by!r}; wanted 'hessian' or 'ggn', 'raw' or 'effective'")
+        check_options(who, matrix=(matrix, ("hessian", "ggn")), by=(by, ("raw", "effective")))
         refuse_lazy(model, who)
         if isinstance(batches, Iterator):
             raise OptionError(f"{who}: the batches can be walked only once; give a list of them, or a loader")

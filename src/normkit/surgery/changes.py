@@ -8,7 +8,7 @@ from typing import Any, Literal, NoReturn
 
 from torch import nn
 
-from normkit.core.errors import OptionError, SurgeryError
+from normkit.core.errors import SurgeryError, check_options
 
 Refusal = Literal["raise", "leave"]
 
@@ -54,8 +54,7 @@ class Refusals(list[PassedOver]):
 
     def __init__(self, who: str, on_refusal: Refusal) -> None:
         super().__init__()
-        if on_refusal not in ("raise", "leave"):
-            raise OptionError(f"{who}: on_refusal={on_refusal!r}; wanted 'raise' or 'leave'")
+        check_options(who, on_refusal=(on_refusal, Refusal))
         self._raises = on_refusal == "raise"
 
     def take(self, name: str, error: SurgeryError) -> None:

@@ -16,7 +16,7 @@ from normkit.activations.hypersphere import LearnedScale
 from normkit.activations.recurrent_layer_norm import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRNNCell
 from normkit.activations.scale_norm import FixNorm
 from normkit.catalogue.methods import METHODS
-from normkit.core.errors import OptionError
+from normkit.core.errors import OptionError, check_options
 from normkit.engine.layer import Layer
 from normkit.surgery.norms import FromOne, is_norm
 from normkit.weights.attachment import attach
@@ -83,7 +83,7 @@ def param_groups(
     for name, value in given.items():
         if not value >= 0:
             raise OptionError(f"param_groups: {name}={value}; wanted a number from 0")
-    _check_target("param_groups", gamma_target)
+    check_options("param_groups", gamma_target=(gamma_target, Target))
     if gamma_target == 1:
         for module, name, _ in list(_gains(model)):
             if not parametrize.is_parametrized(module, name):
@@ -128,7 +128,7 @@ def norm_penalty(model: nn.Module, decay: float, gamma_target: Target = 1) -> Te
     >>> norm_penalty(norm, 0.1)  # 0.05 * (4 + 4)
     tensor(0.4000, grad_fn=<MulBackward0>)
     """
-    _check_target("norm_penalty", gamma_target)
+    check_options("norm_penalty", gamma_target=(gamma_target, Target))
     terms = [(gain - gamma_target).square().sum() for _, _, gain in _gains(model)]
     for module in _norms(model):
         own = module.named_parameters(recurse=False) if not isinstance(module, (GDN, *_LINEAR)) else ()
@@ -170,8 +170,3 @@ def _is_gain(module: nn.Module, name: str) -> bool:
 
 def _is_bias(name: str) -> bool:
     return name in _BIAS_NAMES or name.startswith("bias_") or name.endswith("_bias")
-
-
-def _check_target(who: str, target: int) -> None:
-    if target not in (0, 1):
-        raise OptionError(f"{who}: gamma_target={target!r}; wanted 0 or 1")

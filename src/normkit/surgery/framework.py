@@ -1,13 +1,13 @@
 """How flax and keras name and lay out what they keep, and the constants with which frameworks make norms."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from normkit.core.errors import OptionError, SurgeryError
+from normkit.core.errors import OptionError, SurgeryError, check_options
 from normkit.core.support import show
 from normkit.surgery.changes import Change, Changes, label
 from normkit.surgery.norms import describe, is_norm, norms_in, read_norm
@@ -43,12 +43,6 @@ CONSTANTS: dict[Framework, Constants] = {
     "flax": Constants(1e-5, 1e-6, 1e-6, 1e-6, 0.01),
     "keras": Constants(1e-3, 1e-6, 1e-3, 1e-3, 0.01),
 }
-
-
-def check_framework(who: str, framework: str, known: tuple[str, ...]) -> None:
-    """Refuse a word that is none of those known."""
-    if framework not in known:
-        raise OptionError(f"{who}: {framework!r} is not known; wanted one of {', '.join(map(repr, known))}")
 
 
 def adopt(
@@ -89,7 +83,7 @@ def adopt(
     0      BatchNorm2d(8)  BatchNorm2d(8)  eps 1e-05 -> 0.001
     1      LayerNorm(8)    LayerNorm(8)    eps 1e-05 -> 0.001
     """
-    check_framework("adopt", framework, get_args(Framework))
+    check_options("adopt", framework=(framework, Framework))
     if (momentum is not None and not 0 <= momentum <= 1) or (eps is not None and not eps >= 0):
         raise OptionError(f"adopt: momentum={momentum}, eps={eps}; wanted a momentum from 0 to 1 and an eps from 0")
     rows, usual = [], CONSTANTS[framework]

@@ -221,13 +221,8 @@ def _every_eps(module: nn.Module) -> list[float]:
 def _inputs(channels: int) -> list[tuple[tuple[int, ...], int]]:
     """Shapes to try, each with its channel axis; positions are never as many as channels."""
     a, b = (3 if channels != 3 else 5), (4 if channels != 4 else 6)
-    return [
-        ((2, a, channels), -1),
-        ((2, a, b, channels), -1),
-        ((2, channels, a, b), 1),
-        ((2, channels, a), 1),
-        ((2, channels, a, b, 2), 1),
-    ]
+    first = (2, channels, a, b), (2, channels, a), (2, channels, a, b, 2)
+    return [((2, a, channels), -1), ((2, a, b, channels), -1), *((shape, 1) for shape in first)]
 
 
 def _random(generator: torch.Generator, *shape: int) -> Tensor:

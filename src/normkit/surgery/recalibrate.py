@@ -16,7 +16,7 @@ from normkit.activations.batch_renorm import BatchRenorm, RenormSchedule
 from normkit.activations.conditional_norm import ConditionalNorm, SpatiallyAdaptiveNorm
 from normkit.activations.recurrent_batch_norm import RecurrentBatchNorm, padding_mask
 from normkit.activations.switchable_norm import ExemplarNorm, SwitchableNorm
-from normkit.core.errors import OptionError, SurgeryError
+from normkit.core.errors import OptionError, SurgeryError, check_options
 from normkit.core.moments import Moments, moments
 from normkit.surgery.changes import Change, Changes, PassedOver, label
 from normkit.surgery.norms import describe
@@ -79,8 +79,7 @@ def recalibrate(
     >>> model[0].running_mean, model[0].running_var
     (tensor([0.0200]), tensor([0.0196]))
     """
-    if estimator not in ("population", "mean"):
-        raise OptionError(f"recalibrate: estimator={estimator!r}; wanted 'population' or 'mean'")
+    check_options("recalibrate", estimator=(estimator, Estimator))
     if limit is not None and limit < 1:
         raise OptionError(f"recalibrate: limit={limit}; wanted batches to take, from 1, or None for all")
     every = model.named_modules()

@@ -262,14 +262,8 @@ def _attachment(weight: Weight) -> Attach:
     def lengths(layer: nn.Module, name: str) -> object:
         return weight_norm(layer, name, weight_layout(layer, name).output_axis)
 
-    known: dict[str, Attach] = {
-        "ws": weight_standardization,
-        "wn": lengths,
-        "sn": spectral_norm,
-        "e": conditioned,
-        "sc": spectral_conditioning,
-        "preconditioning": preconditioned,
-    }
+    known: dict[str, Attach] = {"ws": weight_standardization, "wn": lengths, "sn": spectral_norm, "e": conditioned}
+    known |= {"sc": spectral_conditioning, "preconditioning": preconditioned}
     return known.get(weight.word, by_card)
 
 

@@ -6,17 +6,17 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from os import PathLike, fspath
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normkit.core.errors import SurgeryError
+from normkit.core.errors import SurgeryError, check_options
 from normkit.core.support import show
 from normkit.surgery.bake import bake
 from normkit.surgery.changes import Change, Changes, label
-from normkit.surgery.framework import Framework, check_framework, from_framework, to_framework, to_torch
+from normkit.surgery.framework import Framework, from_framework, to_framework, to_torch
 from normkit.surgery.norms import loads_difference, norms_in, read_norm
 from normkit.surgery.select import Where, choose
 from normkit.surgery.transaction import transaction
@@ -98,8 +98,7 @@ def translate(
     >>> translate(nn.Linear(1, 2).state_dict(), nn.Linear(1, 2), to="flax")["params/kernel"].shape
     torch.Size([1, 2])
     """
-    check_framework("translate: source", source, get_args(Framework))
-    check_framework("translate: to", to, get_args(To))
+    check_options("translate", source=(source, Framework), to=(to, To))
     state = state_dict if isinstance(state_dict, Mapping) else read_checkpoint(state_dict)
     inward = to == "model"
     given = _read(state, model, source, rename if inward else None, from_one if inward else None)
@@ -144,7 +143,7 @@ def accept(
     >>> model.load_state_dict(nn.Sequential(nn.Linear(2, 3)).state_dict())
     <All keys matched successfully>
     """
-    check_framework("accept", source, get_args(Framework))
+    check_options("accept", source=(source, Framework))
     with transaction(model) as opened:
         model.register_load_state_dict_pre_hook(_Accept(source, rename, from_one))
         if from_one is not None:
