@@ -207,11 +207,8 @@ def batch_renorm(
     rule = _rule(eps, layout)
     if training:
         check_several("batch_renorm", input, rule.support)
-    statistics, how = (
-        RunningStatistics(running_mean, running_std, batches),
-        (bounds if training else None, mask, backend),
-    )
-    return _renormalize(rule, Running(momentum), input, statistics, weight, bias, *how)
+    running, limits = RunningStatistics(running_mean, running_std, batches), bounds if training else None
+    return _renormalize(rule, Running(momentum), input, running, weight, bias, limits, mask, backend)
 
 
 @remembered

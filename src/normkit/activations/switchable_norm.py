@@ -255,7 +255,8 @@ class ExemplarNorm(Module):
             Running(self.momentum).update(running, batch, _BATCH.split(input.shape))
         else:
             shape = [1, -1] + [1] * (input.dim() - 2)
-            batch = Moments(*(kept.to(wide.dtype).view(shape) for kept in (self.running_mean, self.running_var)), 0)
+            mean, var = (kept.to(wide.dtype).view(shape) for kept in (self.running_mean, self.running_var))
+            batch = Moments(mean, var, 0)
         return [instance, pool(instance, (1,)), batch]
 
     def shares(self, found: list[Moments]) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from normkit.core.errors import NotationError
 
@@ -60,11 +60,11 @@ def describe(card: Card) -> Entry:
 
     support = None if card.rule is None else card.rule.support
     shared = {field.name: getattr(card, field.name) for field in fields(Entry) if hasattr(card, field.name)}
-    told = {"module": card.module.__name__, "functional": card.functional.__name__}
+    told: dict[str, Any] = {"module": card.module.__name__, "functional": card.functional.__name__}
     told |= {"invariances": ", ".join(sorted(card.invariances))}
-    seen = {"support": support and str(support), "picture": support and draw_text(support)}
-    published = {"year": card.paper.year, "citation": card.paper.cite(), "bibtex": card.paper.bibtex()}
-    return Entry(**shared, **told, **published, **seen)
+    told |= {"support": support and str(support), "picture": support and draw_text(support)}
+    told |= {"year": card.paper.year, "citation": card.paper.cite(), "bibtex": card.paper.bibtex()}
+    return Entry(**shared | told)
 
 
 @functools.cache
