@@ -42,9 +42,7 @@ def attach(
     """
     if splits and parametrize.is_parametrized(layer, name):
         who = type(parametrization).__name__
-        raise OptionError(
-            f"{who}: the {name} is already parametrized and {who} must come first; fold what is there, or swap the order"
-        )
+        raise OptionError(f"{who}: the {name} is already parametrized and {who} must come first; fold that, or swap")
     if directed:
         _warn_of_zeros(layer, name, type(parametrization).__name__)
     if parametrize.is_parametrized(layer):

@@ -194,9 +194,7 @@ def weight_of(layer: nn.Module, name: str, who: str) -> Tensor:
             f"{who}: {type(layer).__name__} has no parameter {name!r}; it has: {', '.join(held) or 'none'}"
         )
     if is_lazy(weight):
-        raise OptionError(
-            f"{who}: the {name} of {type(layer).__name__} has no shape yet; run the layer once, then call this"
-        )
+        raise OptionError(f"{who}: the {name} of {type(layer).__name__} has no shape yet; run the layer once first")
     if not torch.is_floating_point(weight):
         raise OptionError(f"{who}: the {name} of {type(layer).__name__} is {weight.dtype}; wanted a floating dtype")
     return weight

@@ -8,7 +8,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from normkit.lab.train.walk import Diverged
 from normkit.surgery.reassign_spectral import reassign_spectral_
-from normkit.weights.power_iteration import power_iteration
+from normkit.weights.spectral_norm import power_iteration
 
 CLIP = 0.1
 TOLERANCE = 1e-3
