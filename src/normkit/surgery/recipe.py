@@ -201,7 +201,7 @@ def _weight(term: str, text: str) -> Weight:
     cards = _weight_cards()
     if word in norm_cards() or word in ("keep", "none"):
         raise NotationError(
-            f"recipe {text!r}: {word!r} is a norm, of which one comes first; then weight methods: {_weight_list()}"
+            f"recipe {text!r}: {word!r} is a norm; one norm comes first, and after it weight methods: {_weight_list()}"
         )
     if word not in cards:
         said = (
