@@ -95,16 +95,7 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
-        """Read a recipe.
-
-        Args:
-            text: in the notation above.
-
-        Returns the recipe; ``str`` of it is the one way to write it.
-
-        Raises:
-            NotationError: a word is not known, out of order or said twice; the message lists what exists.
-        """
+        """Read a recipe, of which ``str`` is the one way to write it; NotationError for what can't be read lists what exists."""
         if not isinstance(text, str):
             raise NotationError(f"recipe {text!r} is no text; wanted a norm and weight methods, e.g. 'bn+e'")
         first, *rest = _terms(text)
