@@ -106,7 +106,7 @@ REFUSED: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: weigh_examples(nn.BatchNorm1d(3), count=1), OptionError, "count=1"),
     (lambda: adopt(nn.Sequential(BATCH), "keras", momentum=5.0), OptionError, "from 0 to 1"),
     (lambda: adopt(nn.Sequential(nn.LayerNorm(4)), "keras", eps=-1.0), OptionError, "eps from 0"),
-    (lambda: adopt(PAIR, "jax"), OptionError, "'jax' is not known"),
+    (lambda: adopt(PAIR, "jax"), OptionError, "framework='jax'; wanted"),
     # Folding and weights
     (lambda: nk.fold(PAIR, torch.randn(2, 4)), SurgeryError, r"training mode.*model\.eval\(\)"),
     (lambda: nk.fold(nn.Sequential(LINEAR).eval(), torch.randn(2, 5)), SurgeryError, "does not run on the example"),

@@ -188,8 +188,9 @@ def grad_norm(
 
 def _norm(loss: Tensor, parameters: list[Tensor], dtype: torch.dtype, create_graph: bool = False) -> Tensor:
     try:
-        how = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
-        gradients = torch.autograd.grad(loss, parameters, **how)
+        gradients = torch.autograd.grad(
+            loss, parameters, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
     except RuntimeError as error:
         if "does not require grad" not in str(error):
             raise

@@ -40,9 +40,6 @@ def may_be_causal(model: nn.Module, example: Any = None) -> bool:
 
     With an example: unless that is images alone. Without: where the model embeds tokens, is recurrent or convolves along one
     axis, or has attention and takes no images. A model of linear layers on features has no positions.
-
-    >>> may_be_causal(nn.Sequential(nn.Linear(10, 8), nn.LayerNorm(8))), may_be_causal(nn.TransformerEncoderLayer(8, 2))
-    (False, True)
     """
     given = list(tensors_in(example))
     if given:

@@ -179,7 +179,9 @@ def _to_leaf(layer: nn.Module, name: str, value: Tensor, framework: str, key: st
     if isinstance(layer, _ConvTransposeNd) and name == "weight":
         raise SurgeryError(f"translate: {key} is of a transposed convolution, which {framework} lays out in two ways")
     if isinstance(layer, _PACKED):
-        raise SurgeryError(f"translate: {key} is of {type(layer).__name__}, which {framework} packs in another order")
+        raise SurgeryError(
+            f"translate: {key} is of {type(layer).__name__}, whose kernels {framework} packs in another order"
+        )
     if isinstance(layer, nn.Linear) and name == "weight":
         return "kernel", value.t()
     if isinstance(layer, _ConvNd) and name == "weight":

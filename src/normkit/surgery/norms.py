@@ -269,11 +269,7 @@ def _expanded(scalar: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
 
 
 def describe(module: nn.Module) -> str:
-    """A norm on one line: its class and its sizes.
-
-    >>> describe(nn.GroupNorm(2, 8)), describe(nn.LayerNorm(8, eps=1e-6)), describe(nn.Identity())
-    ('GroupNorm(2, 8)', 'LayerNorm(8)', 'Identity()')
-    """
+    """A norm on one line: its class and its sizes, such as ``GroupNorm(2, 8)``."""
     own, shape, card = getattr(module, "weight", None), _shape(module), card_of(module)
     if not shape and isinstance(own, Tensor) and own.dim() == 1:
         shape = tuple(own.shape)

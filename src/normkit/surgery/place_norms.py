@@ -202,7 +202,7 @@ def place_norms(model: nn.Module, scheme: Scheme, *, optimizer: torch.optim.Opti
             if id(layer) in new:  # it stands here too
                 if list(cast(PlacedLayer, new[id(layer)]).places) != place:
                     raise SurgeryError(
-                        f"{full}: it is a layer from above again, and {scheme} places the two differently"
+                        f"{full}: it is a layer from above once more, and {scheme} places the two differently"
                     )
                 continue
             try:

@@ -95,16 +95,7 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
-        """Read a recipe.
-
-        Args:
-            text: in the notation above.
-
-        Returns the recipe; ``str`` of it is the one way to write it.
-
-        Raises:
-            NotationError: a word is not known, out of order or said twice; the message lists what exists.
-        """
+        """Read a recipe, of which ``str`` is the one way to write it; NotationError for what can't be read lists what exists."""
         if not isinstance(text, str):
             raise NotationError(f"recipe {text!r} is no text; wanted a norm and weight methods, e.g. 'bn+e'")
         first, *rest = _terms(text)
@@ -201,7 +192,7 @@ def _weight(term: str, text: str) -> Weight:
     cards = _weight_cards()
     if word in norm_cards() or word in ("keep", "none"):
         raise NotationError(
-            f"recipe {text!r}: {word!r} is a norm, of which one comes first; then weight methods: {_weight_list()}"
+            f"recipe {text!r}: {word!r} is a norm; one norm comes first, and after it weight methods: {_weight_list()}"
         )
     if word not in cards:
         said = (

@@ -68,10 +68,8 @@ def _warn_of_zeros(layer: nn.Module, name: str, who: str) -> None:
 
 
 def originals(held: nn.Module) -> list[Tensor]:
-    """The raw tensors of a ``ParametrizationList``, by name: in the order of its parametrization's arguments.
-
-    Under FSDP and in replicas of DataParallel, and where one was registered again, its parameters lack them or are reordered.
-    """
+    """The raw tensors of a ``ParametrizationList``, in the order of its parametrization's arguments."""
+    # By name: under FSDP, in replicas, and where one was registered again, its parameters lack them or are reordered.
     known = held._parameters
     names = _ORIGINALS[:1] if held.is_tensor else _ORIGINALS[1 : 1 + held.ntensors]  # pyright: ignore
     return [found if (found := known.get(name)) is not None else getattr(held, name) for name in names]

@@ -130,10 +130,7 @@ def release(model: nn.Module) -> None:
 
 
 def inverse_norm(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    """Compute 1 / max(norm, eps) over some axes, kept with size 1.
-
-    Autograd through the definition gives NaN for the second derivative at a zero row; this gives zero.
-    """
+    """Compute 1 / max(norm, eps) over some axes, kept with size 1; at a zero row its second derivative is zero, not NaN."""
     if traced():
         return length(x, dims).clamp_min(eps).reciprocal()
     return _InverseNorm.apply(x, dims, eps)  # pyright: ignore[reportReturnType]
