@@ -74,8 +74,10 @@ def bench(speed: Speed) -> dict[str, Any]:
         result["against"] = {**seen, "both": both, "worse": worse, "better": better}
     record.write_bytes(speed.output / "speed.md", markdown(result).encode())
     if speed.results is not None:
-        replace_section(speed.results, "Layers", brief(result))
-        record.write_json(speed.results.with_suffix(".json"), result)
+        title = "Layers and torch.compile" if speed.compile else "Layers"
+        replace_section(speed.results, title, brief(result))
+        beside = speed.results.with_stem(f"{speed.results.stem}-compile") if speed.compile else speed.results
+        record.write_json(beside.with_suffix(".json"), result)
     show(result, console)
     for written in [path, speed.output / "speed.md", *draw(result, speed.output / "figures")]:
         say(console, f"written  {written}")

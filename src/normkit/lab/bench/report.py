@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from normkit.lab.bench.speed import PEERS, TRAVERSALS, geometric_mean
+from normkit.lab.bench.speed import KERNELS, OPERATORS, PEERS, TRAVERSALS, geometric_mean, group, reached
 from normkit.lab.experiment import Drawing
 from normkit.lab.record import write_bytes
 from normkit.lab.report.canvas import FAINT, FULL, GRID, INK
@@ -18,6 +18,7 @@ from normkit.lab.report.drawing import save
 from normkit.lab.say import counted
 
 LEGEND = "A peer's time over normkit's, mean and worst: above 1, normkit is faster; copy: of its bandwidth"
+NOTE = f"* {OPERATORS}"
 COLUMNS = (
     "method",
     "input",
@@ -57,12 +58,13 @@ GROUPS = ("method", "direction", "cells", "eager", "worst", "compile", "worst", 
 def groups(result: dict[str, Any]) -> list[list[str]]:
     """A line for each method and direction: the geometric mean and the worst ratio to each peer, and the median roofline."""
     lines = []
-    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+    ordered = sorted(result["rows"], key=lambda row: group(row) != KERNELS)
+    for method, over in dict.fromkeys((row["method"], group(row)) for row in ordered):
         for direction in TRAVERSALS:
-            own = [row for row in result["rows"] if (row["method"], row["direction"]) == (method, direction)]
+            own = [row for row in ordered if (row["method"], group(row), row["direction"]) == (method, over, direction)]
             if not own:
                 continue
-            line = [method, "fwd" if direction == "forward" else "fwd+bwd", str(len(own))]
+            line = [method + "*" * (over == OPERATORS), "fwd" if direction == "forward" else "fwd+bwd", str(len(own))]
             for peer in PEERS:
                 ratios = [row["ratio"][peer] for row in own if peer in row["ratio"]]
                 line += [f"{geometric_mean(ratios):.2f}", f"{min(ratios):.2f}"] if ratios else ["", ""]
@@ -80,6 +82,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row("" if method == last else method, *rest)
         last = method
     console.print(table, highlight=False)
+    console.print(NOTE, markup=False, highlight=False)
     for line in conclusions(result):
         console.print(line, markup=False, highlight=False)
 
@@ -90,10 +93,13 @@ def conclusions(result: dict[str, Any]) -> list[str]:
     for row in result["summary"]:
         between = row.get("worst_interval")
         worst = f"{row['worst']:.2f}" + (f" ({between[0]:.2f} to {between[1]:.2f})" if between else "")
+        cells = counted(row["cells"], "cell")
         lines.append(
-            f"{row['direction']} against {row['peer']}: {counted(row['cells'], 'cell')}, mean {row['geometric_mean']:.2f}, "
+            f"{row['over']}, {row['direction']} against {row['peer']}: {cells}, mean {row['geometric_mean']:.2f}, "
             f"{row['below']} below 0.95, worst {worst}: {row['worst_case']}"
         )
+    for dtype, direction, goal, middle, cells, of in reached(result["rows"]):
+        lines.append(f"{dtype} {direction}, 4 to 64 MB: median {middle:.2f} of a copy, {cells} of {of} reach {goal}")
     if "against" in result:
         earlier = result["against"]
         lines.append(
@@ -106,7 +112,7 @@ def conclusions(result: dict[str, Any]) -> list[str]:
 
 def brief(result: dict[str, Any]) -> str:
     """How it was measured, the conclusions and the table of methods, as Markdown."""
-    lines = [_how(result), "", LEGEND + ".", "", *(f"* {line}" for line in conclusions(result)), ""]
+    lines = [_how(result), "", f"{LEGEND}; \\{NOTE}.", "", *(f"* {line}" for line in conclusions(result)), ""]
     lines += [f"| {' | '.join(GROUPS)} |", "|---|---|--:|--:|--:|--:|--:|--:|"]
     return "\n".join([*lines, *(f"| {' | '.join(line)} |" for line in groups(result))]) + "\n"
 
