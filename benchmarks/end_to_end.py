@@ -92,13 +92,14 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     return found
 
 
-def row(found: dict[str, Any], direction: str) -> list[str]:
-    """One line of the table: a ratio above 1 is a gain."""
-    own = found[direction]
-    cells = [found["title"] if direction == "training" else "", direction, f"{own['ms']:.1f}"]
-    cells += [said(own[peer]) for peer in PEERS] + [f"{own['share']:.0%}"]
-    peaks = [f"{found[f'peak_{key}'] / 1e6:.0f}" for key in ("eager", "accelerated")]
-    return [*cells, *(peaks if direction == "training" else ("", ""))]
+def row(found: dict[str, Any]) -> list[str]:
+    """One line of the table, training; inference: a ratio above 1 is a gain."""
+    both = [found["training"], found["inference"]]
+    cells = ["; ".join(f"{own['ms']:.1f}" for own in both)]
+    for peer in PEERS:
+        cells.append("; ".join(said(own[peer][: 3 if peer == "accelerated" else 1]) for own in both))
+    cells.append("; ".join(f"{own['share']:.0%}" for own in both))
+    return [found["title"], *cells, "; ".join(f"{found[f'peak_{key}'] / 1e6:.0f}" for key in ("eager", "accelerated"))]
 
 
 def nothing_gained(results: dict[str, Any]) -> str:
@@ -138,15 +139,14 @@ def main() -> None:
             print(f"[{number}/{len(chosen)}] {NETWORKS[name].title}", flush=True)
             results[name] = {**measure(name, options.rounds), "how": alike}
         results = {name: results[name] for name in TIMED if name in results}
-        columns = ("network", "step", "eager ms", *PEERS, "norms' share", "peak MB", "accelerated")
-        rows = [row(found, direction) for found in results.values() for direction in ("training", "inference")]
+        columns = ("network", "eager ms", *PEERS, "norms' share", "peak MB, eager; accelerated")
         command = f"python benchmarks/end_to_end.py --rounds {options.rounds}" + (
             f" --threads {options.threads}" if options.threads else ""
         )
         text = (
-            f"{how(command)} Eager time over that of `torch.compile`, of `normkit.accelerate` and of both (above 1 is a gain), "
-            "with the interval; the share of the norms in the eager step; the peak of a training step.\n\n"
-            f"{table(columns, rows, 2)}\n\n{nothing_gained(results)}"
+            f"{how(command)} Training step; inference: eager time over that of `torch.compile`, of `normkit.accelerate` with the "
+            "interval, and of both (above 1 is a gain); the norms' share of eager time; the peak of the training step.\n\n"
+            f"{table(columns, [row(found) for found in results.values()])}\n\n{nothing_gained(results)}"
         )
         write(options.output, TITLE, text, results)
     print(text)

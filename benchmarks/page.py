@@ -64,8 +64,8 @@ def ratio(over: list[float], under: list[float]) -> list[float | None]:
 
 def said(found: list[float | None]) -> str:
     """A ratio and its interval as text."""
-    middle, low, high = found
-    return f"{middle:.2f}" + ("" if low is None else f" ({low:.2f}-{high:.2f})")
+    middle, *between = found
+    return f"{middle:.2f}" + (" ({:.2f}-{:.2f})".format(*between) if any(between) else "")
 
 
 def alternate(

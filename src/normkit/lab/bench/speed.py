@@ -31,8 +31,8 @@ IMAGES = ((16, 256, 28, 28), (32, 64, 56, 56), (8, 1024, 14, 14))
 DTYPES = (torch.float32, torch.bfloat16)
 TRAVERSALS = {"forward": 2, "forward + backward": 5}
 PEERS = ("eager", "compile")
-# One mean of both would say nothing of either.
-KERNELS, OPERATORS = "layers on native kernels", "PyTorch operators on both sides"
+# One mean of all would say nothing of any.
+KERNELS, OWN, OPERATORS = "one-rule layers on native kernels", "a kernel of its own", "PyTorch operators on both sides"
 # Of a copy's bandwidth, by dtype and direction, for tensors between these bytes.
 GOALS = {("float32", "forward"): 0.8, ("float32", "forward + backward"): 0.65} | {
     ("bfloat16", "forward"): 0.6,
@@ -223,7 +223,7 @@ def pair(name: str, channels: int) -> tuple[nn.Module, nn.Module]:
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """For what runs, each direction and peer: how many cells, the worst ratio and its cell, and the geometric mean."""
     found = []
-    for over, direction, peer in product((KERNELS, OPERATORS), TRAVERSALS, PEERS):
+    for over, direction, peer in product((KERNELS, OWN, OPERATORS), TRAVERSALS, PEERS):
         own = (row for row in rows if row["direction"] == direction and group(row) == over)
         ratios = [(row["ratio"][peer], row) for row in own if peer in row["ratio"]]
         if ratios:
@@ -246,8 +246,11 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def group(row: dict[str, Any]) -> str:
-    """What ran in a cell, in words."""
-    return KERNELS if row["backend"] == "native" else OPERATORS
+    """What ran in a cell, in words; a layer that takes more than its input does not say it itself."""
+    if row["method"] in ("local_response_norm", "global_response_norm"):
+        return OWN
+    composed = ("conditional_batch_norm", "spatially_adaptive_norm", "adaptive_instance_norm")
+    return OPERATORS if row["method"] in composed or row["backend"] in ("reference", "aten") else KERNELS
 
 
 def reached(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, float, float, int, int]]:
