@@ -18,7 +18,7 @@ from matplotlib.image import imread
 
 from comparison_records import record_of, write_comparison
 from normkit.lab import comparison
-from normkit.lab.report.palette import styles
+from normkit.lab.report.drawing import styles
 from normkit.lab.report.sheet import write_sheet
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

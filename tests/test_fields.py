@@ -12,8 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from normkit.core.errors import ProtocolError
-from normkit.lab.data.mesh import volume
-from normkit.lab.data.solid import SHAPES, draw_points, iou, torus
+from normkit.lab.data.solid import SHAPES, draw_points, iou, torus, volume
 from normkit.lab.data.spheres import spheres
 from normkit.lab.experiment import Bench
 from normkit.lab.experiments import shape, table4

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from normkit.lab.experiment import Table
-from normkit.lab.report.palette import styles
+from normkit.lab.report.drawing import styles
 from normkit.lab.report.terminal import cell, print_table, side_by_side
 
 

@@ -147,15 +147,14 @@ def reread(found: Mapping[str, Any]) -> Experiment:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Scores and costs of each recipe."""
-    from normkit.lab.report import further, table
+    from normkit.lab.report.table import further, tables
 
-    return [*table.tables(result), *further.tables(result)]
+    return [*tables(result), *further(result)]
 
 
 def figures(result: dict[str, Any]) -> list[Drawing]:
     """Curves, differences, rates, condition numbers and costs."""
-    from normkit.lab.report.figures import figure
-    from normkit.lab.report.series import pictures
+    from normkit.lab.report.figures import figure, pictures
 
     named = [picture for picture in pictures(result) if picture.name]
     return [Drawing(each.name, partial(figure, each, result), CAPTIONS[each.name]) for each in named]
@@ -163,17 +162,17 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
 
 def remarks(result: dict[str, Any]) -> list[str]:
     """What was found, and what a reader must know before trusting it."""
-    from normkit.lab.report.further import remarks
+    from normkit.lab.report.table import remarks
     from normkit.lab.report.wording import cautions, findings
 
     return [*findings(result), *cautions(result), *remarks(result), *result["task"].get("notes", ())]
 
 
-def interactive(result: dict[str, Any]) -> Any:
+def interactive(result: dict[str, Any]) -> dict[str, Any]:
     """What the page says, with curves to point at and to zoom into."""
-    from normkit.lab.report.account import account
+    from normkit.lab.report.table import given
 
-    return account(result)
+    return given(result)
 
 
 def _experiment(study: Study, device: str, again: str) -> Experiment:

@@ -120,8 +120,8 @@ class Experiment:
     # whether all runs of a result are there, of these data and this code
     whole: Callable[[Bench, dict[str, Any]], bool] = lambda bench, result: True
     together: bool = False  # processes that torchrun started can do its runs
-    # what the page says of a result, see Account, with charts to point at and to zoom into
-    interactive: Callable[[dict[str, Any]], Any] | None = None
+    # what ``comparison.html`` is given of a result, with charts to point at and to zoom into, in place of ``experiment.html``
+    interactive: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     @property
     def sentence(self) -> str:

@@ -31,9 +31,7 @@ from normkit.catalogue.methods import method
 from normkit.core.errors import NormkitError
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.runs import drawings, drawn, titled
-from normkit.lab.report.bands import key, rows_of
-from normkit.lab.report.canvas import FAINT
-from normkit.lab.report.drawing import COLOURS, GREY
+from normkit.lab.report.drawing import COLOURS, FAINT, GREY, key, rows_of
 from normkit.lab.stats import ABSENT
 from normkit.lab.sweep import Work
 from normkit.lab.train.walk import descend

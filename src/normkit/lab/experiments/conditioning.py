@@ -34,9 +34,7 @@ from normkit.diagnostics.curvature import hessian
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments import rates, runs
 from normkit.lab.models.rows import unit_rows
-from normkit.lab.report.bands import Curve, along
-from normkit.lab.report.canvas import FULL, log
-from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
+from normkit.lab.report.drawing import COLOURS, FULL, GREY, SEEDS, Curve, along, log, name_ends
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import Interval, Row, differences, known, mean, spread, tell, where
 from normkit.lab.train.images import load

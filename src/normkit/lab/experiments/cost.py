@@ -30,9 +30,7 @@ from normkit.lab.models.densenet import densenet
 from normkit.lab.models.inception import inception8
 from normkit.lab.models.nerf import RadianceField
 from normkit.lab.models.vit import vit_s, vit_tiny
-from normkit.lab.report.bands import rows_of
-from normkit.lab.report.canvas import FULL, INK
-from normkit.lab.report.drawing import COLOURS, GREY
+from normkit.lab.report.drawing import COLOURS, FULL, GREY, INK, rows_of
 from normkit.lab.report.tables import tell_ratio
 from normkit.lab.say import counted
 from normkit.lab.seeding import reseed

@@ -23,9 +23,7 @@ from normkit.lab.bench.race import race
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.runs import drawings, drawn, labelled, side
 from normkit.lab.memory import peak_bytes
-from normkit.lab.report.bands import marked, rows_of
-from normkit.lab.report.canvas import FAINT, FULL, INK
-from normkit.lab.report.drawing import COLOURS, GREY
+from normkit.lab.report.drawing import COLOURS, FAINT, FULL, GREY, INK, marked, rows_of
 from normkit.lab.say import counted
 from normkit.lab.stats import known, mean, paired_interval, spread
 from normkit.lab.sweep import Work

@@ -26,9 +26,8 @@ from normkit.lab.experiments import runs
 from normkit.lab.experiments.batch_size import BASE, RATE, norm
 from normkit.lab.experiments.runs import CHANCE, drawn, points
 from normkit.lab.jobs.ranges import ranges, responses
-from normkit.lab.report.bands import across, dots, key, rows_of
-from normkit.lab.report.canvas import DOTTED, FAINT, INK, log
-from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
+from normkit.lab.report import drawing
+from normkit.lab.report.drawing import key
 from normkit.lab.stats import Row, differences, known, spread, where
 from normkit.lab.train.images import Size, Stream, accuracy, fit
 from normkit.lab.train.walk import OK
@@ -51,8 +50,13 @@ RANGES = {
     "eval": "evaluation",
     "eval strong": "evaluation, strong",
 }
-HUES = {"bn": GREY, "brn": COLOURS[0]}
-KINDS = {"batch": GREY, "running": COLOURS[1], "weighing": COLOURS[2], "renorm": COLOURS[0]}
+HUES = {"bn": drawing.GREY, "brn": drawing.COLOURS[0]}
+KINDS = {
+    "batch": drawing.GREY,
+    "running": drawing.COLOURS[1],
+    "weighing": drawing.COLOURS[2],
+    "renorm": drawing.COLOURS[0],
+}
 BATCHES = {"tiny": (4, 8), "small": (4, 32), "full": (4, 32)}
 HIDDEN = 64
 JUDGED = 1024  # training images on which statistics are re-estimated
@@ -207,9 +211,11 @@ def _accuracies(result: dict[str, Any]) -> Figure:
     for axis, (order, batch) in zip(axes, places, strict=True):
         for y, way in enumerate(WAYS):
             for shift, (method, hue) in zip((-0.15, 0.15), HUES.items(), strict=True):
-                dots(axis, y + shift, [100 * score for score in known(scores(result, method, way, order, batch))], hue)
+                drawing.dots(
+                    axis, y + shift, [100 * score for score in known(scores(result, method, way, order, batch))], hue
+                )
         axis.set_xlabel("test accuracy, %")
-        rows_of(axis, list(WAYS.values()))
+        drawing.rows_of(axis, list(WAYS.values()))
     handles = [key(hue, marker="|", markersize=9, markeredgewidth=1.8, linestyle="") for hue in HUES.values()]
     figure.legend(handles, list(METHODS.values()), loc="outside upper left", ncols=2)
     return figure
@@ -218,21 +224,21 @@ def _accuracies(result: dict[str, Any]) -> Figure:
 @drawn(
     "alpha",
     "Test accuracy of batch normalization that mixes a part α of the test example's own statistics into the running "
-    f"ones, by how training batches were put together; {SEEDS}. Look for a maximum to the right of α = 0, where running "
+    f"ones, by how training batches were put together; {drawing.SEEDS}. Look for a maximum to the right of α = 0, where running "
     "statistics stand alone; marks at the bottom are the α chosen on held-out images, one per seed.",
 )
 def _alphas(result: dict[str, Any]) -> Figure:
     figure, axes = runs.titled(2.5, *(f"{words} in training" for words in ORDERS.values()), sharey=True)
     for axis, order in zip(axes, ORDERS, strict=True):
         ends = []
-        for batch, hue in zip(result["batches"], (COLOURS[1], COLOURS[0]), strict=False):
+        for batch, hue in zip(result["batches"], (drawing.COLOURS[1], drawing.COLOURS[0]), strict=False):
             own = [run for run in where(result["runs"], method="bn", order=order, batch=batch) if run["alphas"]]
             found: dict[float, list[float]] = {}
             for run in own:
                 axis.axvline(run["alphas"]["chosen"], ymax=0.04, color=hue, linewidth=1.4)
                 for alpha, score in run["alphas"]["test"]:
                     found.setdefault(alpha, []).append(100 * score)
-            ends += across(axis, f"batch {batch}", hue, found)
+            ends += drawing.across(axis, f"batch {batch}", hue, found)
         axis.set_xscale("symlog", linthresh=1e-3, linscale=0.5)
         ticks = (0, 1e-3, 1e-2, 1e-1, 1)
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -240,9 +246,9 @@ def _alphas(result: dict[str, Any]) -> Figure:
         # Its own margin would be as wide below 0 as three decades.
         axis.set_xlim(-2e-4, 1.2)
         axis.set_xlabel("α, weight of the example's own statistics")
-        name_ends(axis, ends)
+        drawing.name_ends(axis, ends)
     axes[0].set_ylabel("test accuracy, %")
-    mark = key(FAINT, linewidth=1.4, marker="|", linestyle="", markersize=7)
+    mark = key(drawing.FAINT, linewidth=1.4, marker="|", linestyle="", markersize=7)
     figure.legend([mark], ["chosen on held-out images, a mark per seed"], loc="outside upper left")
     return figure
 
@@ -263,12 +269,15 @@ def _ranges(result: dict[str, Any]) -> Figure:
         values = found["weighed" if kind == "weighing" else kind]
         axes[0].plot(found["input"], values, color=hue)
         ends.append((values[-1], kind, hue))
-    limit: dict[str, Any] = {"color": INK, "linestyle": DOTTED, "linewidth": 0.9}
+    limit: dict[str, Any] = {"color": drawing.INK, "linestyle": drawing.DOTTED, "linewidth": 0.9}
     axes[0].axhline(math.sqrt(7), **limit)
     axes[0].set(xscale="log", yscale="log", xlabel="one value of eight", ylabel="what it becomes")
     axes[0].set_xlim(found["input"][0], found["input"][-1])
-    name_ends(axes[0], ends)
-    looks = {way: (GREY if "train" in way else COLOURS[1], "^" if "strong" in way else "o") for way in [*RANGES][1:]}
+    drawing.name_ends(axes[0], ends)
+    looks = {
+        way: (drawing.GREY if "train" in way else drawing.COLOURS[1], "^" if "strong" in way else "o")
+        for way in [*RANGES][1:]
+    }
     for axis, batch in zip(axes[1:], result["batches"], strict=True):
         seeds = layers_of(result, batch)
         layers = range(1, len(seeds) + 1)
@@ -276,12 +285,18 @@ def _ranges(result: dict[str, Any]) -> Figure:
             largest = [max(layer[way] for layer in some) for some in seeds]
             axis.plot(layers, largest, color=hue, marker=shape, markersize=3.5, linestyle="" if shape == "^" else "-")
         axis.plot(layers, [some[0]["bound"] for some in seeds], **limit)
-        log(axis)
+        drawing.log(axis)
         axis.set_xlabel("norm")
         axis.set_xticks(layers)
     handles = [key(hue, marker=shape, markersize=3.5, linestyle="") for hue, shape in looks.values()]
     labels = ["training", "training, one image ten times as strong", "evaluation", "evaluation, strong", "√(n − 1)"]
-    figure.legend([*handles, key(INK, linestyle=DOTTED)], labels, loc="outside upper left", ncols=5, columnspacing=1.0)
+    figure.legend(
+        [*handles, key(drawing.INK, linestyle=drawing.DOTTED)],
+        labels,
+        loc="outside upper left",
+        ncols=5,
+        columnspacing=1.0,
+    )
     return figure
 
 

@@ -37,10 +37,7 @@ from normkit.lab.experiments.classification_drawing import curve
 from normkit.lab.experiments.classification_drawing import figures as curves_of
 from normkit.lab.experiments.runs import drawn
 from normkit.lab.models.vit import VisionTransformer
-from normkit.lab.report.bands import along
-from normkit.lab.report.canvas import FULL, log
-from normkit.lab.report.drawing import SEEDS, name_ends
-from normkit.lab.report.palette import styles
+from normkit.lab.report.drawing import FULL, SEEDS, along, log, name_ends, styles
 from normkit.lab.stats import BETTER, WORSE, gain, judge_runs, spread, tell, where
 from normkit.lab.train.learning import Training, layer_weights, learn
 from normkit.lab.train.trainer import METRICS, METRICS_FILE, Trainer

@@ -23,9 +23,7 @@ from normkit.catalogue.methods import method
 from normkit.gradients.grad_norm import GradNorm
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.runs import drawings, drawn, grid, titled
-from normkit.lab.report.bands import Curve, along
-from normkit.lab.report.canvas import log
-from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
+from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, Curve, along, log, name_ends
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import spread, where
 from normkit.lab.sweep import Work

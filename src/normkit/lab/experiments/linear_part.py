@@ -21,8 +21,7 @@ from torch.nn import functional as F
 from normkit.activations.batch_norm import BatchNorm
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.runs import drawings, drawn, labelled, titled
-from normkit.lab.report.bands import dots, rows_of
-from normkit.lab.report.drawing import COLOURS
+from normkit.lab.report.drawing import COLOURS, dots, rows_of
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import mean, spread, where
 from normkit.lab.train.walk import descend, walk

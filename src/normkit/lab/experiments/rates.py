@@ -7,8 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from normkit.lab.report.bands import End, across
-from normkit.lab.report.canvas import FAINT
+from normkit.lab.report.drawing import FAINT, End, across
 from normkit.lab.stats import ABSENT, Row, spread
 
 GUESS = math.log(10)  # the loss of guessing one of ten classes

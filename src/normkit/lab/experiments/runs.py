@@ -12,7 +12,7 @@ from torch import nn
 from normkit.lab.data.cifar import download_missing, source
 from normkit.lab.experiment import Bench, Drawing
 from normkit.lab.models.small_cnn import SmallCNN
-from normkit.lab.report.canvas import FULL, panels
+from normkit.lab.report.drawing import FULL, panels
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import BETTER, WORSE, Interval, Row, judge
 from normkit.lab.sweep import Job

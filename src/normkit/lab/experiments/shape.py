@@ -17,7 +17,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from normkit.catalogue.methods import method
-from normkit.lab.data import mesh
 from normkit.lab.data import solid as shapes
 from normkit.lab.data.root import VARIABLE, data_root
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
@@ -26,9 +25,7 @@ from normkit.lab.experiments.trials import Study, Trial, curves, ends, first_see
 from normkit.lab.fields.occupancy import OccupancyJob, learn_solid, measure_solid
 from normkit.lab.fields.radiance import decode
 from normkit.lab.models.occupancy import Kind
-from normkit.lab.report.bands import along
-from normkit.lab.report.canvas import FAINT, FULL, plain
-from normkit.lab.report.drawing import SEEDS, name_ends
+from normkit.lab.report.drawing import FAINT, FULL, SEEDS, along, name_ends, plain
 from normkit.lab.report.tables import edges, lowered, rates_table, time_table
 from normkit.lab.stats import mean, spread, tell, where
 
@@ -62,8 +59,8 @@ def solids(bench: Bench) -> tuple[str, ...]:
         bench.watch(f"neither --data-root nor {VARIABLE} is given: analytic shapes are learned in place of meshes")
         found = tuple(shapes.SHAPES)
     else:
-        folder = data_root(bench.data_root) / mesh.FOLDER
-        there = {path.stem for path in folder.glob("*") if path.suffix in mesh.ENDINGS}
+        folder = data_root(bench.data_root) / shapes.FOLDER
+        there = {path.stem for path in folder.glob("*") if path.suffix in shapes.ENDINGS}
         # Where none of them is there, reading the first says what to do.
         found = tuple(name for name in MESHES if name in there) or MESHES[:1]
     return found if bench.scale == "full" else found[:2]

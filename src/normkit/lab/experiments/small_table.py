@@ -15,9 +15,7 @@ from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments import runs
 from normkit.lab.models.noisy_norm import Shift
 from normkit.lab.models.small_cnn import SmallCNN
-from normkit.lab.report.bands import dots, rows_of
-from normkit.lab.report.canvas import FAINT, FULL
-from normkit.lab.report.drawing import COLOURS, GREY
+from normkit.lab.report.drawing import COLOURS, FAINT, FULL, GREY, dots, rows_of
 from normkit.lab.report.tables import edges, rates_table
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import gain, judge_runs, known, spread, tell, tune, where

@@ -25,9 +25,7 @@ from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.runs import titled
 from normkit.lab.experiments.trials import Study, Trial, curves, ends, first_seed, gained, grid, lost, settings_of
 from normkit.lab.fields.radiance import RadianceJob, decode, learn_scene, measure_scene
-from normkit.lab.report.bands import along
-from normkit.lab.report.canvas import FULL, log, plain
-from normkit.lab.report.drawing import SEEDS, name_ends
+from normkit.lab.report.drawing import FULL, SEEDS, along, log, name_ends, plain
 from normkit.lab.report.tables import edges, lowered, rates_table, time_table
 from normkit.lab.say import counted
 from normkit.lab.stats import Row, mean, spread, tell, where

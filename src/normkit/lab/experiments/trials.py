@@ -11,9 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from normkit.lab.experiment import Bench
 from normkit.lab.models.rows import Scale
-from normkit.lab.report.bands import Curve
-from normkit.lab.report.canvas import FULL
-from normkit.lab.report.drawing import COLOURS, GREY, SHAPES
+from normkit.lab.report.drawing import COLOURS, FULL, GREY, SHAPES, Curve
 from normkit.lab.stats import OK, Interval, Row, Tried, gain, judge_runs, tune, where
 from normkit.lab.train.cost import Costs
 

@@ -26,9 +26,7 @@ from normkit.lab.experiments.classification import PAPER, Plan, Row, difference,
 from normkit.lab.experiments.classification_drawing import figures as curves_of
 from normkit.lab.experiments.runs import drawn
 from normkit.lab.models.vit import Patches, VisionTransformer
-from normkit.lab.report.canvas import FULL, log, panels
-from normkit.lab.report.drawing import name_ends
-from normkit.lab.report.palette import styles
+from normkit.lab.report.drawing import FULL, log, name_ends, panels, styles
 from normkit.lab.sweep import Work
 from normkit.lab.train.fabric import start_fabric
 from normkit.lab.train.learning import Training, images, make

@@ -29,9 +29,7 @@ from normkit.lab.experiments import rates, runs
 from normkit.lab.experiments.runs import drawn, side
 from normkit.lab.jobs.landscape import moments, moved, turns
 from normkit.lab.models.noisy_norm import MAKERS
-from normkit.lab.report.bands import Curve, End, along
-from normkit.lab.report.canvas import FAINT, log, panels
-from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, name_ends
+from normkit.lab.report.drawing import COLOURS, FAINT, GREY, SEEDS, Curve, End, along, log, name_ends, panels
 from normkit.lab.stats import ABSENT, Row, by_step, differences, mean, spread, tell, where
 from normkit.lab.train.images import Stream, load
 from normkit.lab.train.walk import OK, Diverged, descend, walk

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from normkit.lab.data.crossings import picture
-from normkit.lab.data.mesh import MeshSolid, volume
-from normkit.lab.data.solid import Solid, draw_points, find_solid, iou
+from normkit.lab.data.solid import MeshSolid, Solid, draw_points, find_solid, iou, picture, volume
 from normkit.lab.fields.radiance import encode, trunk_conditions
 from normkit.lab.models.occupancy import Kind, occupancy
 from normkit.lab.models.rows import Scale, scale_rows

@@ -25,9 +25,7 @@ from normkit.activations.rms_norm import RMSNorm
 from normkit.catalogue.methods import method
 from normkit.diagnostics.activations import activations
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.report.bands import End
-from normkit.lab.report.canvas import FULL, panels
-from normkit.lab.report.drawing import COLOURS, GREY, name_ends
+from normkit.lab.report.drawing import COLOURS, FULL, GREY, End, name_ends, panels
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import where
 from normkit.surgery.data_dependent_init import data_dependent_init

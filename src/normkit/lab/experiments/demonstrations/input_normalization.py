@@ -22,8 +22,7 @@ from torch.nn import functional as F
 from normkit.catalogue.methods import method
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.theory.quadratic import descend, largest_stable
-from normkit.lab.report.canvas import FULL
-from normkit.lab.report.drawing import COLOURS, Motion
+from normkit.lab.report.drawing import COLOURS, FULL, Motion
 from normkit.lab.report.wording import ABSENT
 from normkit.preprocessing.feature_scaling import ZScore
 from normkit.preprocessing.whitening import Whitening

@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.theory.quadratic import descend
-from normkit.lab.report.canvas import FULL
-from normkit.lab.report.drawing import COLOURS, Motion
+from normkit.lab.report.drawing import COLOURS, FULL, Motion
 
 CURVATURES = ((1.0, 25.0), (1.0, 1.0))
 RATES = (0.02, 0.075, 0.079, 0.081)

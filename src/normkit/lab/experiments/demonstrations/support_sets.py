@@ -11,7 +11,7 @@ import torch
 from normkit.catalogue.drawing import Cube, slides, together
 from normkit.catalogue.methods import method
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.report.canvas import FULL
+from normkit.lab.report.drawing import FULL
 
 
 def run(bench: Bench) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from normkit.activations.batch_norm import batch_norm
 from normkit.core.moments import moments
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
-from normkit.lab.report.canvas import FAINT, FULL
-from normkit.lab.report.drawing import COLOURS, Motion
+from normkit.lab.report.drawing import COLOURS, FAINT, FULL, Motion
 
 X = (((4.0, 6.0, 8.0), (1.0, 1.5, 2.0)), ((10.0, 12.0, 14.0), (2.5, 3.0, 5.0)))  # samples, channels, positions
 EPS = 1e-5

@@ -24,9 +24,7 @@ from torch.nn import functional as F
 from normkit.diagnostics.curvature import Reading, hessian_condition
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.classification import PAPER
-from normkit.lab.report.bands import Curve, along
-from normkit.lab.report.canvas import FAINT, FULL, log, panels
-from normkit.lab.report.drawing import COLOURS, SEEDS, name_ends
+from normkit.lab.report.drawing import COLOURS, FAINT, FULL, SEEDS, Curve, along, log, name_ends, panels
 from normkit.lab.seeding import reseed
 from normkit.lab.train.images import load
 

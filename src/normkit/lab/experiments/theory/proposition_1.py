@@ -19,8 +19,7 @@ from torch import Tensor
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.classification import PAPER
 from normkit.lab.experiments.theory.van_der_sluis import conditions
-from normkit.lab.report.canvas import FAINT, FULL, panels
-from normkit.lab.report.drawing import COLOURS, band
+from normkit.lab.report.drawing import COLOURS, FAINT, FULL, band, panels
 
 SHAPES = {"10×64, a classifier": (10, 64), "64×64": (64, 64), "64×27, a first convolution": (64, 27)}
 SPREADS = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)

@@ -21,8 +21,7 @@ from torch import Tensor
 from normkit.diagnostics.conditioning import condition_number
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.classification import PAPER
-from normkit.lab.report.canvas import FULL, panels
-from normkit.lab.report.drawing import COLOURS, GREY, name_ends
+from normkit.lab.report.drawing import COLOURS, FULL, GREY, name_ends, panels
 
 SIZE, FOLLOWED, ENOUGH, STEPS = 6, 40, 1e-10, {"tiny": 200, "small": 30_000}
 

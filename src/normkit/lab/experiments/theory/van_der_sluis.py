@@ -20,9 +20,7 @@ from normkit.diagnostics.conditioning import chi, condition_number
 from normkit.diagnostics.spectrum import condition_of
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.classification import PAPER
-from normkit.lab.report.bands import marked
-from normkit.lab.report.canvas import FAINT, FULL, panels
-from normkit.lab.report.drawing import COLOURS
+from normkit.lab.report.drawing import COLOURS, FAINT, FULL, marked, panels
 from normkit.weights.weight_conditioning import equilibrate
 
 COUNTEREXAMPLE = ((1.0, 2.0, 3.0), (0.0, 0.0, 2.0), (2.0, 1.0, 3.0))
