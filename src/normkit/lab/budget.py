@@ -26,13 +26,6 @@ def fit(settings: Settings, seconds: Mapping[str, float]) -> Settings:
 
     Of rates as many of those given as the plan has, from the middle; epochs as given, and fewer where even the smallest
     plan does not fit with them. `seconds` are of an epoch of each recipe, its validation included.
-
-    >>> found = fit(Settings(budget=1000.0, epochs=20), {"bn": 0.5, "ln": 0.7})
-    >>> len(found.seeds), len(found.rates), found.epochs
-    (10, 4, 20)
-    >>> found = fit(Settings(budget=100.0, epochs=20), {"bn": 0.5, "ln": 0.7})
-    >>> len(found.seeds), found.rates, found.epochs
-    (3, (0.06, 0.25, 1.0), 10)
     """
     assert settings.budget is not None
     rates = seeds = runs = 0

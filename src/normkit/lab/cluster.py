@@ -84,10 +84,7 @@ class Cluster:
 
 @contextmanager
 def joined(address: str, threads: int) -> Iterator[Cluster]:
-    """Joins a Ray cluster, or the one that this process has joined already, and leaves it at the end.
-
-    `address` is ``"local"`` to start a cluster on this machine, else that of a running one, such as ``"auto"``.
-    """
+    """Joins a Ray cluster, or the one that this process has joined already, and leaves it at the end."""
     try:
         import ray
     except ModuleNotFoundError:

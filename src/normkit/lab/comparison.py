@@ -125,11 +125,7 @@ def compare(
 
 
 def default_output(settings: Settings) -> Path:
-    """Names the folder of a comparison after its data and model.
-
-    >>> default_output(Settings()).as_posix()
-    'runs/digits-inception'
-    """
+    """Names the folder of a comparison after its data and model."""
     names = [re.sub(r"[^\w.-]+", ".", name).strip(".") for name in (settings.data, settings.model)]
     return Path("runs") / "-".join(names)
 

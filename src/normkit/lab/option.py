@@ -25,11 +25,7 @@ _TYPES: dict[type, tuple[Any, str, str]] = {
 
 
 def at_home(text: str) -> Path:
-    """Reads a path; ``~`` is the home folder, which a shell puts only where a word begins, not in ``--output=~/runs``.
-
-    >>> at_home("~/runs") == Path.home() / "runs", at_home("a~").as_posix()
-    (True, 'a~')
-    """
+    """Reads a path; ``~`` is the home folder, which a shell puts only where a word begins, not in ``--output=~/runs``."""
     return Path(os.path.expanduser(text))
 
 
@@ -150,11 +146,7 @@ def command(*start: str, of: tuple[Any, ...], **rest: Any) -> list[str]:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Reads words separated by commas.
-
-    >>> words("bn, gn:8")
-    ('bn', 'gn:8')
-    """
+    """Reads words separated by commas."""
     found = tuple(word.strip() for word in text.split(","))
     if not all(found):
         raise ValueError("a word is missing")

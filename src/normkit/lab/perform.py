@@ -86,10 +86,8 @@ def show(
     report: bool = True,
     kept: bool = False,
 ) -> None:
-    """Prints the tables and remarks of a result, writes ``result.md`` and, if asked for, figures and ``report.html``.
-
-    A record that was `kept` is read back, and may lie on a disk that is only read: then nothing is written.
-    """
+    """Prints the tables and remarks of a result, writes ``result.md`` and, if asked for, figures and ``report.html``."""
+    # A record that was kept is read back, and may lie on a disk that is only read: then nothing is written.
     from normkit.lab.report.drawing import save
     from normkit.lab.report.sheet import print_sheet, write_markdown, write_sheet
 

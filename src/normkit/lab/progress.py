@@ -30,10 +30,7 @@ class _Lines(Progress):
 
 
 class Watch:
-    """Shows jobs done of all, the current job with its epoch and score, and the time left.
-
-    `say` takes a line that stays; the live line goes to `console`, if it is a terminal.
-    """
+    """Shows jobs done of all, the current job with its epoch and score, and the time left."""
 
     def __init__(self, total: int, found: int, say: Callable[[str], object], console: Console | None = None) -> None:
         self.total, self.found, self.done, self.say = total, found, found, say
@@ -84,11 +81,7 @@ class Watch:
 
 
 def outcome(result: Mapping[str, Any]) -> str:
-    """What came of a job, in a word, where its result is that of a training.
-
-    >>> outcome({"status": "ok", "val_score": 0.5}), outcome({"status": "diverged"}), outcome({})
-    ('  val 0.5000', '  diverged', '')
-    """
+    """What came of a job, in a word, where its result is that of a training."""
     if result.get("status", "ok") != "ok":
         return f"  {result['status']}"
     score = result.get("val_score")

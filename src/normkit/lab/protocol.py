@@ -95,11 +95,7 @@ def user_code(doing: str) -> Iterator[None]:
 
 
 def load_factory(name: str, builtin: Mapping[str, str]) -> Callable[..., Any]:
-    """Imports the factory called `name`.
-
-    >>> load_factory("digits", DATA).__name__
-    'digits'
-    """
+    """Imports the factory called `name`."""
     path = builtin.get(name, name)
     module_name, colon, attribute = path.partition(":")
     if not (module_name and colon and attribute):
@@ -228,10 +224,8 @@ def _kept(split: Split, names: tuple[str, ...], alone: bool) -> Split:
 
 
 def check_fit(model: nn.Module, data: Data, name: str) -> None:
-    """Runs two samples of each split through a model in eval mode and checks what comes out.
-
-    The model itself judges whether inputs of the splits are alike enough: one may take images or sequences of any size.
-    """
+    """Runs two samples of each split through a model in eval mode and checks what comes out."""
+    # The model itself judges whether inputs of the splits are alike enough: one may take images or sequences of any size.
     training = model.training
     model.eval()
     try:

@@ -17,17 +17,11 @@ WORDS = {"batch_norm": "batch norm", "layer_norm": "layer norm", "rms_norm": "RM
 
 
 def default_recipes(model: nn.Module, example: Any = None) -> tuple[tuple[str, ...], str]:
-    """Chooses recipes by what a model has.
+    """Chooses recipes by what a model has, and says in a sentence why these.
 
     The first, the baseline, is the model as it is: ``bn`` where all its norms are batch norms, else ``keep``. Next come
     RMS norm where it has layer norms, or the reverse; weight standardization where it has convolutions; weight norm; and
-    weight conditioning of its first and last layer. Each is tried on the model; one that it can't have is left out. Gives
-    the recipes, and in a sentence why these.
-
-    >>> default_recipes(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)))
-    (('keep', 'rms', 'keep+wn', 'keep+e'), 'the model has 1 layer norm and 2 linear layers')
-    >>> default_recipes(nn.LSTM(4, 8))[0]
-    ('keep', 'keep+wn', 'keep+e')
+    weight conditioning of its first and last layer. Each is tried on the model; one that it can't have is left out.
     """
     kinds = Counter(_kind(name, module) for name, module in model.named_modules() if is_norm(module))
     convolutions = sum(isinstance(module, _ConvNd) for module in model.modules())

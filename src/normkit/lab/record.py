@@ -49,10 +49,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    r"""Writes text as UTF-8, atomically; what of a path is none, such as of a folder named in Latin-1, as ``\udce9``.
-
-    JSON reads that escape back as what it was.
-    """
+    r"""Writes text as UTF-8, atomically; what of a path is none, such as of a folder named in Latin-1, as ``\udce9``."""
     write_bytes(path, text.encode(errors="backslashreplace"))
 
 

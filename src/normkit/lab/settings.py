@@ -25,11 +25,7 @@ Scale = Literal["tiny", "small", "full"]
 
 
 def first_seeds(count: int) -> tuple[int, ...]:
-    """Gives the seeds 0 to `count` - 1.
-
-    >>> first_seeds(3)
-    (0, 1, 2)
-    """
+    """Gives the seeds 0 to `count` - 1."""
     if count < 1:
         raise OptionError(f"seeds is {count}; wanted {_SEEDS['wanted']}")
     return tuple(range(count))

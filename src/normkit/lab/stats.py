@@ -45,11 +45,7 @@ class Spread:
 
 
 def over_seeds(differences: Sequence[float]) -> Spread | None:
-    """The spread of paired differences over seeds; None with fewer than two.
-
-    >>> over_seeds([1.0, 2.0, 3.0]).freedom, round(over_seeds([1.0, 2.0, 3.0]).p, 4)
-    (2, 0.0742)
-    """
+    """The spread of paired differences over seeds; None with fewer than two."""
     count = len(differences)
     if count < 2:
         return None
@@ -87,21 +83,13 @@ def paired_interval(differences: Sequence[float], level: float = 0.95) -> Interv
 
 
 def differences(these: Iterable[float | None], those: Iterable[float | None], level: float = 0.95) -> Interval:
-    """Interval of the seed-paired differences; a seed with None on either side is left out.
-
-    >>> differences([3.0, 5.0, None], [1.0, 2.0, 2.0]).differences
-    (2.0, 3.0)
-    """
+    """Interval of the seed-paired differences; a seed with None on either side is left out."""
     pairs = zip(these, those, strict=True)
     return paired_interval([one - other for one, other in pairs if one is not None and other is not None], level)
 
 
 def gain(runs: Iterable[Row], base: Iterable[Row], field: str) -> Interval:
-    """Bounds the mean gain of some runs over a baseline's of the same seeds; runs with None in `field` are left out.
-
-    >>> gain([{"seed": 0, "x": 3.0}, {"seed": 1, "x": 5.0}], [{"seed": 1, "x": 4.0}], "x").differences
-    (1.0,)
-    """
+    """Bounds the mean gain of some runs over a baseline's of the same seeds; runs with None in `field` are left out."""
     known = {run["seed"]: run[field] for run in base}
     shared = [run for run in runs if run["seed"] in known]
     return differences([run[field] for run in shared], [known[run["seed"]] for run in shared])
@@ -138,11 +126,7 @@ def judge_runs(runs: Sequence[Row], base: Sequence[Row], field: str) -> str:
 
 
 def tell(found: Interval, form: str = "+.2f", scale: float = 1.0) -> str | None:
-    """Writes a mean difference and its interval, times `scale`, such as 100 for percent; None where there is none.
-
-    >>> tell(paired_interval([1.0, 2.0, 3.0])), tell(paired_interval([0.01]), "+.1f", 100)
-    ('+2.00 [-0.48, +4.48]', '+1.0')
-    """
+    """Writes a mean difference and its interval, times `scale`, such as 100 for percent; None where there is none."""
     if found.mean is None:
         return None
     text = f"{scale * found.mean:{form}}"
@@ -178,10 +162,8 @@ def over_seeds_and_samples(gains: np.ndarray, sizes: np.ndarray) -> Spread | Non
 
     Each of 2,000 draws takes seeds and samples with replacement, the same samples for every seed and both recipes (a
     sample counts a Poisson number of times). With S seeds the bootstrap of seeds is S / (S - 1) too narrow in variance,
-    which is made up for; the error is then judged by Student's t with S - 1 degrees of freedom. It is conservative: what
-    seed and sample do together is counted more than once. `gains` ``(seeds, samples)`` are what each sample adds to the
-    score of the recipe less what it adds to the baseline's; a score is a sum over samples divided by the sum of `sizes`
-    ``(samples,)``.
+    which is made up for. It is conservative: what seed and sample do together is counted more than once. `gains` ``(seeds,
+    samples)`` are of what each sample adds to a score, which is a sum over samples divided by that of `sizes` ``(samples,)``.
 
     Reference: Owen 2007, The pigeonhole bootstrap, https://doi.org/10.1214/07-AOAS122
     """
@@ -232,11 +214,7 @@ def detectable(spread: float, seeds: int, level: float = 0.95) -> float:
 
 
 def seeds_for(difference: float, spread: float, level: float = 0.95) -> int | None:
-    """How many seeds find a true difference in four of five comparisons; None where more than :data:`MOST` would be needed.
-
-    >>> seeds_for(0.01, 0.01), seeds_for(0.001, 1.0)
-    (10, None)
-    """
+    """How many seeds find a true difference in four of five comparisons; None where more than :data:`MOST` would be needed."""
     counts = range(2, MOST + 1)
     place = bisect_left(counts, True, key=lambda seeds: detectable(spread, seeds, level) <= difference)
     return counts[place] if place < len(counts) else None
@@ -255,21 +233,13 @@ def known(values: Iterable[float | None]) -> list[float]:
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of what is known, or None.
-
-    >>> mean([1.0, None, 3.0])
-    2.0
-    """
+    """The mean of what is known, or None."""
     values = known(values)
     return fmean(values) if values else None
 
 
 def spread(values: Iterable[float | None], form: str = ".3f", scale: float = 1.0) -> str:
-    """Mean and standard deviation over seeds, times `scale`, with how many runs have no value.
-
-    >>> spread([0.5, 0.7], ".1f", 100), spread([0.25, None], ".2f"), spread([None])
-    ('60.0 ± 14.1', '0.25 (1 of 2 without)', '–')
-    """
+    """Mean and standard deviation over seeds, times `scale`, with how many runs have no value."""
     values = list(values)
     there = [scale * value for value in known(values)]
     if not there:
@@ -280,20 +250,12 @@ def spread(values: Iterable[float | None], form: str = ".3f", scale: float = 1.0
 
 
 def where(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    """The rows whose keys have the wanted values.
-
-    >>> where([{"a": 1, "b": 2}, {"a": 3, "b": 2}], a=3)
-    [{'a': 3, 'b': 2}]
-    """
+    """The rows whose keys have the wanted values."""
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
 def by_step(rows: Sequence[Sequence[Row]], value: Callable[[Row], float | None]) -> Any:
-    """Steps, and at each the mean, lowest and highest value over runs that came so far: four lists of one length.
-
-    >>> by_step([[{"step": 1, "x": 2.0}], [{"step": 1, "x": 4.0}]], lambda row: row["x"])
-    ([1], [3.0], [2.0], [4.0])
-    """
+    """Steps, and at each the mean, lowest and highest value over runs that came so far: four lists of one length."""
     found: dict[int, list[float]] = {}
     for run in rows:
         for row in run:

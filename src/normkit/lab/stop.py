@@ -10,10 +10,8 @@ from typing import Any
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Turns SIGTERM into KeyboardInterrupt meanwhile, where nobody else listens to it.
-
-    Processes of torchrun end as torchrun says: one that waits for another in a collective call would not hear it.
-    """
+    """Turns SIGTERM into KeyboardInterrupt meanwhile, where nobody else listens to it."""
+    # Processes of torchrun end as torchrun says: one that waits for another in a collective call would not hear it.
     alone = threading.current_thread() is threading.main_thread() and "TORCHELASTIC_RUN_ID" not in os.environ
     if not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield

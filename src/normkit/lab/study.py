@@ -33,11 +33,7 @@ OF_ALL = (*FREE, "budget", "accelerator", "devices")
 
 @dataclass(frozen=True)
 class Run:
-    """One training, with all that it depends on.
-
-    >>> Run("bn+e@first_last", 0.1, 0).path
-    'bn+e@first_last/rate=0.1/seed=0'
-    """
+    """One training, with all that it depends on."""
 
     recipe: str  # canonical
     rate: float  # the learning rate at its height

@@ -45,16 +45,7 @@ class Job(Protocol):
 
 
 class Work:
-    """The base of jobs whose path is a format of their fields.
-
-    >>> from dataclasses import dataclass
-    >>> @dataclass(frozen=True)
-    ... class Training(Work, path="{0.method}/rate={0.rate:g}"):
-    ...     method: str
-    ...     rate: float
-    >>> Training("bn", 0.1).path
-    'bn/rate=0.1'
-    """
+    """The base of jobs whose path is a format of their fields."""
 
     _path: ClassVar[str] = ""
 

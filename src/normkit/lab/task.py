@@ -21,11 +21,7 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def predictions(output: Any, name: str = "model") -> Tensor:
-    """Finds the predictions in what a model returned: a tensor, an object with ``.logits`` or a mapping with ``"logits"``.
-
-    >>> predictions({"logits": torch.ones(2)})
-    tensor([1., 1.])
-    """
+    """Finds the predictions in what a model returned: a tensor, an object with ``.logits`` or a mapping with ``"logits"``."""
     found = output
     if not isinstance(output, Tensor):
         found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
@@ -95,10 +91,7 @@ def sizes(targets: Tensor) -> Tensor:
 
 
 def score(sums: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Turns the sums of :func:`tally` over a whole split into a mean loss and a score: accuracy or R².
-
-    R² = 1 - sum (y - p)^2 / sum (y - mean y)^2, the mean taken per column.
-    """
+    """Turns the sums of :func:`tally` over a whole split into a mean loss and a score: accuracy or R²."""
     total, second, count, _ = sums.tolist()
     if targets.is_floating_point():
         return total / count, 1.0 - second / float(sizes(targets).sum())

@@ -17,9 +17,7 @@ class FlipAndCrop:
     """Flips each image at random, cuts a random rectangle out of it and resizes that to the full size, bilinearly.
 
     The rectangle's area is uniform in `scale` times the image's, its width / height log-uniform in `ratio` times the image's,
-    both rounded to whole pixels and redrawn until it fits; its place is uniform. Images are ``(n, c, h, w)`` floats.
-
-    Reference: Szegedy et al. 2015, Going deeper with convolutions, https://arxiv.org/abs/1409.4842, section 6
+    redrawn until it fits; its place is uniform (Szegedy et al. 2015, https://arxiv.org/abs/1409.4842, section 6).
     """
 
     scale: tuple[float, float] = (0.8, 1.0)  # least and greatest part of the area

@@ -17,11 +17,7 @@ TARGETS = ("labels", "label", "targets", "target", "label_ids", "y")
 
 
 def kind(value: Any) -> str:
-    """Names what a factory or a model gave, for messages.
-
-    >>> kind(5), kind("text"), kind(None), kind(int)
-    ('an int', 'a str', 'None', 'the class int')
-    """
+    """Names what a factory or a model gave, for messages."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     name = type(value).__name__
@@ -43,11 +39,7 @@ def take(inputs: Inputs, index: Tensor) -> Inputs:
 
 
 def named(inputs: Inputs) -> list[tuple[str, Tensor]]:
-    """Names the tensors of inputs, in the order of their names.
-
-    >>> [name for name, _ in named((torch.ones(1), torch.ones(1)))], named({"mask": torch.ones(1)})
-    (['inputs[0]', 'inputs[1]'], [("inputs['mask']", tensor([1.]))])
-    """
+    """Names the tensors of inputs, in the order of their names."""
     if isinstance(inputs, Tensor):
         return [("inputs", inputs)]
     pairs = sorted(inputs.items()) if isinstance(inputs, dict) else enumerate(inputs)
@@ -55,11 +47,7 @@ def named(inputs: Inputs) -> list[tuple[str, Tensor]]:
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
-    """Makes a tensor on the CPU; double precision becomes single, which models have.
-
-    >>> as_tensor("row", [0.5, 1.0]), as_tensor("label", 3)
-    (tensor([0.5000, 1.0000]), tensor(3))
-    """
+    """Makes a tensor on the CPU; double precision becomes single, which models have."""
     if isinstance(value, Tensor):
         tensor = value.detach().cpu()
     elif hasattr(value, "getbands"):
@@ -109,22 +97,14 @@ def _mute(value: Any) -> bool:
 
 
 def as_targets(value: Any) -> Tensor:
-    """Makes targets int64 when they are integers, or one boolean per sample; leaves floats, and booleans of several labels.
-
-    >>> as_targets([True, False]), as_targets([[True, False]])
-    (tensor([1, 0]), tensor([[ True, False]]))
-    """
+    """Makes targets int64 when they are integers, or one boolean per sample; leaves floats, and booleans of several labels."""
     targets = torch.as_tensor(value)
     several = targets.dtype == torch.bool and targets.ndim > 1
     return targets if targets.is_floating_point() or several else targets.long()
 
 
 def parted(name: str, sample: Any) -> tuple[Inputs, Tensor]:
-    """Parts a sample or a batch: a mapping with one of :data:`TARGETS`, or a sequence that ends with the target.
-
-    >>> parted("row", {"x": [1.0, 2.0], "label": 3})
-    ({'x': tensor([1., 2.])}, tensor(3))
-    """
+    """Parts a sample or a batch: a mapping with one of :data:`TARGETS`, or a sequence that ends with the target."""
     if isinstance(sample, Mapping):
         key = target_key(sample)
         if key is None:
@@ -153,12 +133,7 @@ def target_key(sample: Mapping[Any, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Collate:
-    """Makes a batch of samples.
-
-    >>> Collate()([([1.0, 2.0], 0), ([3.0, 4.0], 1)])
-    (tensor([[1., 2.],
-            [3., 4.]]), tensor([0, 1]))
-    """
+    """Makes a batch of samples."""
 
     function: Callable[[list[Any]], Any] | None = None  # of a data loader; what it gives is parted like a sample
     names: tuple[str, ...] | None = None  # of inputs in a dict, those that are kept
@@ -190,9 +165,5 @@ def kept(inputs: Inputs, names: Sequence[str], alone: bool) -> Inputs:
 
 
 def shifted(targets: Tensor) -> Tensor:
-    """Makes each token's target the next token, as causal language models are trained; the last one has none.
-
-    >>> shifted(torch.tensor([[5, 6, 7]]))
-    tensor([[   6,    7, -100]])
-    """
+    """Makes each token's target the next token, as causal language models are trained; the last one has none."""
     return torch.cat([targets[:, 1:], torch.full_like(targets[:, :1], IGNORED)], 1)

@@ -22,9 +22,7 @@ _CURE = (
 def blender(root: Path | None = None, scene: str = "lego", reduce: int = 2) -> Scene:
     """Reads a scene with cameras on a sphere: RGBA pictures laid on white, rays from 2 to 6 in world coordinates.
 
-    `reduce` averages squares of that many pixels per side: 800 pixels to 400, as published.
-
-    Reference: Mildenhall et al. 2020, NeRF, https://arxiv.org/abs/2003.08934
+    `reduce` averages squares of that many pixels per side: 800 to 400, as published (https://arxiv.org/abs/2003.08934).
     """
     folder = scene_folder(root, FOLDER, scene, _CURE)
     learn, judge = (_read_cameras(folder / f"transforms_{part}.json") for part in ("train", "test"))

@@ -76,11 +76,7 @@ def download_missing(name: str, root: Path | str | None = None) -> None:
 
 
 def source(names: Iterable[str], root: Path | str | None = None) -> str:
-    """Says which data sets are not the published files; nothing where all are, or for another set than CIFAR.
-
-    >>> source(["digits"])
-    ''
-    """
+    """Says which data sets are not the published files; nothing where all are, or for another set than CIFAR."""
     known = [PUBLISHED[name] for name in dict.fromkeys(names) if name in PUBLISHED]
     changed = [
         published.name for published in known if not _as_published(published, _place(published, data_root(root)))
@@ -101,25 +97,11 @@ def cifar10(
 
     Val is held out of the published training images, stratified, always the same ones. Pixels are bytes in memory; in a
     batch they are standardized by each channel's mean and deviation over the train split. Training batches are flipped
-    and cropped: a rectangle of 0.8 to 1 of the area and 0.9 to 1.1 of the shape, resized to 32x32.
+    and cropped: a rectangle of 0.8 to 1 of the area and 0.9 to 1.1 of the shape, resized to 32x32. `train`, `val` and `test`
+    are how many samples of each, stratified; `val` is a ninth of `train` unless given. Inputs of a batch are float32
+    ``(n, 3, 32, 32)``; `download` fetches the published archive (163 MB) into `root` where files are missing.
 
-    Args:
-        root: the folder that holds ``cifar-10-batches-py``. Default: None, the environment variable ``NORMKIT_DATA``.
-        train: as many samples of train, stratified, always the same ones. Default: None, all.
-        val: the same of val. Default: None, a ninth of `train`, as in the whole.
-        test: the same of test. Default: None, all.
-        augment: flip and crop training batches. Default: True.
-        download: fetch the published archive (163 MB) into `root` where the files are missing. Default: False.
-
-    Shape:
-        Inputs of a batch ``(n, 3, 32, 32)`` float32, targets ``(n,)`` int64.
-
-    Raises:
-        OptionError: a subset is larger than its split, or smaller than the number of classes.
-        ProtocolError: a file is missing, truncated or damaged, or can't be fetched.
-
-    Reference:
-        Krizhevsky 2009, Learning multiple layers of features from tiny images, https://www.cs.toronto.edu/~kriz/cifar.html
+    Reference: Krizhevsky 2009, Learning multiple layers of features from tiny images, https://www.cs.toronto.edu/~kriz/cifar.html
     """
     return _load(CIFAR10, root, train=train, val=val, test=test, augment=augment, download=download)
 

@@ -19,10 +19,8 @@ def set_root(root: Path | None) -> None:
 
 @contextmanager
 def reading(path: Path, cure: str) -> Iterator[None]:
-    """Says that a file of a data set is missing, can't be read or is damaged, and what to do.
-
-    What says nothing of the file comes through as it is: a package that is missing, and memory that is not enough.
-    """
+    """Says that a file of a data set is missing, can't be read or is damaged, and what to do."""
+    # What says nothing of the file comes through as it is: a package that is missing, and memory that is not enough.
     try:
         yield
     except (ProtocolError, ImportError, MemoryError):

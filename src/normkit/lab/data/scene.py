@@ -74,13 +74,7 @@ class Scene:
 
 
 def camera_rays(pose: Tensor, height: int, width: int, focal: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Sends a ray through the centre of every pixel of a pinhole camera.
-
-        direction = R [(i + 1/2 - width/2) / f_x, -(j + 1/2 - height/2) / f_y, -1],   origin = the camera's position
-
-    The pose ``(3, 4)`` has the camera's right, up, backward and position as columns. Origins and directions are
-    ``(height * width, 3)``; directions reach the plane at distance 1.
-    """
+    """Sends a ray through the centre of every pixel of a pinhole camera."""
     down, across = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     x, y = (across - width / 2) / focal[0], -(down - height / 2) / focal[1]
     local = torch.stack([x, y, -torch.ones_like(x)], -1).reshape(-1, 3).to(pose.dtype)
@@ -120,10 +114,7 @@ def scene_folder(root: Path | None, collection: str, scene: str, cure: str) -> P
 
 
 def read_image(path: Path, reduce: int = 1) -> np.ndarray:
-    """Reads a picture ``(height, width, 3 or 4)`` from 0 to 1, and averages squares of `reduce` pixels per side.
-
-    A rest at the right and lower edge that fills no square is spread over the others.
-    """
+    """Reads a picture ``(height, width, 3 or 4)`` from 0 to 1, and averages squares of `reduce` pixels per side."""
     from PIL import Image
 
     with reading(path, "unpack the scene again"), Image.open(path) as file:

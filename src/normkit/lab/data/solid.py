@@ -62,11 +62,7 @@ def inside_mesh(vertices: np.ndarray, faces: np.ndarray, points: np.ndarray) -> 
 
 
 def picture(vertices: np.ndarray, faces: np.ndarray, *, size: int = 256) -> np.ndarray:
-    """Draws a surface in parallel projection, lit from above the viewer's left shoulder, on white.
-
-    Vertices ``(v, 3)`` lie in [-1, 1]^3, y up and z to the viewer; faces ``(f, 3)`` are counter-clockwise from outside.
-    The viewer looks down on it, turned about y. Gives ``(size, size, 3)`` from 0 to 1.
-    """
+    """Draws a surface in parallel projection, lit from above the viewer's left shoulder, on white."""
     turned = vertices @ Rotation.from_euler("yx", VIEW, degrees=True).as_matrix().T
     normals = trimesh.Trimesh(turned, faces, process=False).vertex_normals
     fine = 2 * size  # four lines a pixel smooth the outline
@@ -127,11 +123,7 @@ def volume(vertices: np.ndarray, faces: np.ndarray) -> float:
 
 
 class MeshSolid:
-    """A closed triangle mesh, moved and scaled into [-1, 1]^3.
-
-    Faces ``(f, 3)`` are rows of vertices ``(v, 3)``, all counter-clockwise from outside or all clockwise; kept are
-    those of outside.
-    """
+    """A closed triangle mesh, moved and scaled into [-1, 1]^3."""
 
     def __init__(self, name: str, vertices: np.ndarray, faces: np.ndarray) -> None:
         low, high = vertices.min(0), vertices.max(0)
@@ -164,10 +156,7 @@ def mesh(name: str, root: Path | None = None) -> MeshSolid:
 
 
 def read_mesh(path: Path) -> MeshSolid:
-    """Reads a mesh; vertices that differ in texture or normal alone are one.
-
-    Reference: trimesh, https://trimesh.org
-    """
+    """Reads a mesh; vertices that differ in texture or normal alone are one."""
     with reading(path, "copy it again"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a damaged file we say more ourselves

@@ -109,10 +109,7 @@ class Data:
 
 
 def hold_out(split: Split, fraction: float, seed: int = 0) -> tuple[Split, Split]:
-    """Parts a split in two, the same way each time, with each class in proportion where there are classes.
-
-    Gives what is left, and what was held out.
-    """
+    """Parts a split in two, the same way each time, with each class in proportion where there are classes."""
     order = np.random.default_rng(seed).permutation(len(split))
     held = np.zeros(len(split), dtype=bool)
     targets = split.targets.numpy()
@@ -130,10 +127,7 @@ def hold_out(split: Split, fraction: float, seed: int = 0) -> tuple[Split, Split
 
 
 def subset(split: Split, count: int) -> Split:
-    """Draws `count` samples, the same each time, with each class in proportion where there are classes.
-
-    A smaller subset is part of a larger one.
-    """
+    """Draws `count` samples, the same each time, with each class in proportion where there are classes."""
     if not 1 <= count <= len(split):
         raise OptionError(f"a subset of {count} is wanted of {len(split)} samples; wanted from 1 to {len(split)}")
     order = np.random.default_rng(0).permutation(len(split))

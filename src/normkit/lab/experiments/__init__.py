@@ -40,11 +40,7 @@ def names(kind: str) -> tuple[str, ...]:
 
 
 def find_experiment(kind: str, name: str) -> Experiment:
-    """Imports an experiment.
-
-    Raises:
-        OptionError: there is none of that name.
-    """
+    """Imports an experiment."""
     known = names(kind)
     if name not in known:
         if other := _kind(name):
@@ -56,11 +52,7 @@ def find_experiment(kind: str, name: str) -> Experiment:
 
 
 def reshow(output: Path, console: Console | None = None) -> None:
-    """Prints an experiment's tables and redraws its report from its records.
-
-    Raises:
-        RecordError: there is no record, or one that is damaged or of an experiment that is not finished.
-    """
+    """Prints an experiment's tables and redraws its report from its records."""
     if not output.is_dir():
         raise RecordError(
             f"{output} is {'a file, not a folder' if output.exists() else 'not there'}; give a folder of records"

@@ -110,11 +110,7 @@ def difference(one: Tensor, other: Tensor) -> float:
 
 
 def stream(name: str) -> float | None:
-    """How far a row of positions computed one by one, in evaluation, is from the whole; None if one position is refused.
-
-    >>> stream("rms_norm") < 1e-12  # rounding
-    True
-    """
+    """How far a row of positions computed one by one, in evaluation, is from the whole; None if one position is refused."""
     layer = (STREAMS[name]().double() if name in STREAMS else make(name)).eval()
     row = draw_images(1)[:, :, :1]
     try:
@@ -136,10 +132,6 @@ def contrast(name: str, kind: str) -> float:
 
     Half of the images have twice the contrast, in all channels or in the first; the score is the deviation over positions of
     the first channel of the output (for a 1x1 convolution, which mixes channels, of all channels).
-
-    >>> _ = torch.manual_seed(0)
-    >>> contrast("instance_norm", "all channels")
-    0.5
     """
     images = draw_images(2 * MANY)
     strong = images[:MANY] if kind == "all channels" else images[:MANY, :1]
@@ -195,11 +187,7 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def tell(value: float | None, missing: str = ABSENT) -> str:
-    """Says whether a difference is more than rounding, and how large it is.
-
-    >>> tell(1e-12), tell(0.345), tell(None, "refused")
-    ('equal', 'differs, 0.34', 'refused')
-    """
+    """Says whether a difference is more than rounding, and how large it is."""
     return missing if value is None else "equal" if value <= SAME else f"differs, {value:.2g}"
 
 

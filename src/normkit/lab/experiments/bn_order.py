@@ -34,11 +34,7 @@ PAIRS = (("after", "before"), ("biased", "before"), ("before", "none"), ("after-
 
 
 def make(row: str, **size: int) -> nn.Module:
-    """Makes a row's network.
-
-    >>> [type(layer).__name__ for layer in make("after-tanh", width=4).features[:4]]
-    ['Conv2d', 'Shift', 'Tanh', 'BatchNorm']
-    """
+    """Makes a row's network."""
     order, _, tanh = row.partition("-")
     norms = {"biased": lambda width: nn.Sequential(Shift(width), BatchNorm(width)), "none": Shift}
     model = SmallCNN(norms.get(order, BatchNorm), **size)

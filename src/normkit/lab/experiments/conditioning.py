@@ -92,11 +92,7 @@ class Temperature(nn.Module):
 
 
 def make(base: str, form: str, hidden: int) -> nn.Sequential:
-    """A perceptron with three linear layers; its norms use each batch's statistics, so that the loss is a function of it alone.
-
-    >>> sum(p.numel() for p in make("none", "", 12).parameters()), sum(p.numel() for p in make("none", "wn", 12).parameters())
-    (490, 524)
-    """
+    """A perceptron with three linear layers, whose norms use each batch's statistics: the loss is a function of it alone."""
     model = nn.Sequential()
     for number, wide in enumerate((16, hidden), 1):
         model.add_module(f"hidden{number}", nn.Linear(wide, hidden))

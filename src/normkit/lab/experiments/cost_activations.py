@@ -59,11 +59,7 @@ class Measurement(Work, path="{0.kind}/seed={0.seed}"):
 
 
 def names(kind: str) -> list[str]:
-    """The catalogue's layers for images or for tokens.
-
-    >>> "rms_norm" in names("tokens"), "rms_norm" in names("images")
-    (True, False)
-    """
+    """The catalogue's layers for images or for tokens."""
     layout = "n c *" if kind == "images" else "* d"
     cards = (card for card in METHODS if card.kind == "activation" and card.layout == layout)
     return [card.name for card in cards if card.name not in LEFT_OUT]

@@ -106,11 +106,7 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
 
 
 def sorted_order(labels: Tensor, batch: int, seed: int, epoch: int) -> Tensor:
-    """Rows in blocks of half a batch, each of one class; blocks come at random, two make a batch.
-
-    >>> sorted_order(torch.tensor([0, 1] * 4), 4, seed=0, epoch=1).remainder(2).view(4, 2).tolist()
-    [[1, 1], [0, 0], [0, 0], [1, 1]]
-    """
+    """Rows in blocks of half a batch, each of one class; blocks come at random, two make a batch."""
     generator = torch.Generator().manual_seed(1000 * seed + epoch)
     half = batch // 2
     blocks = []

@@ -87,11 +87,7 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def best(sweep: Sequence[Mapping[str, Any]]) -> float:
-    """The rate with the highest accuracy on held-out images; a run that diverged has none.
-
-    >>> best([{"rate": 0.1, "val": 0.3}, {"rate": 0.5, "val": None}])
-    0.1
-    """
+    """The rate with the highest accuracy on held-out images; a run that diverged has none."""
     return max(sweep, key=lambda run: -1.0 if run["val"] is None else run["val"])["rate"]
 
 

@@ -43,11 +43,7 @@ PAIRS = (*((row, "none") for row in ROWS[BATCH] if row != "none"), ("lrn-strong"
 
 
 def make(row: str, **size: int) -> nn.Module:
-    """Makes a row's network.
-
-    >>> [type(layer).__name__ for layer in make("lrn-strong", width=4).features[:4]]
-    ['Conv2d', 'Shift', 'ReLU', 'LocalResponseNorm']
-    """
+    """Makes a row's network."""
     kind, _, strong = row.partition("-")
     if kind in LOCAL:
         return turned(SmallCNN(lambda channels: LOCAL[kind](1.0 if strong else 1e-4), **size))

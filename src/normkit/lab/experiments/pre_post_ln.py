@@ -42,11 +42,7 @@ LEARNT = 0.9
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """The exponent p of the power law y ~ x^p, by least squares of the logarithms.
-
-    >>> round(slope([1, 4, 16], [8, 4, 2]), 6)
-    -0.5
-    """
+    """The exponent p of the power law y ~ x^p, by least squares of the logarithms."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 

@@ -23,24 +23,14 @@ def by_rate(runs: Iterable[Row]) -> dict[float, list[float | None]]:
 
 
 def largest(runs: Sequence[Row]) -> list[float]:
-    """For each seed the largest rate that learned; 0 where none did.
-
-    >>> ends = ((0.1, 1.0), (1.0, 2.0), (4.0, 2.2), (8.0, None))
-    >>> largest([{"seed": 0, "rate": rate, "end": end} for rate, end in ends])
-    [1.0]
-    """
+    """For each seed the largest rate that learned; 0 where none did."""
     learned = [run for run in runs if run["end"] is not None and run["end"] < LEARNED * GUESS]
     seeds = sorted({run["seed"] for run in runs})
     return [max((run["rate"] for run in learned if run["seed"] == seed), default=0.0) for seed in seeds]
 
 
 def lowest(runs: Iterable[Row]) -> tuple[float, float] | None:
-    """The lowest mean loss at any rate, and that rate; a rate at which a seed diverged is passed over.
-
-    >>> ends = ((1.0, 0.4), (1.0, 0.6), (2.0, 0.1), (2.0, None))
-    >>> lowest([{"seed": 0, "rate": rate, "end": end} for rate, end in ends])
-    (0.5, 1.0)
-    """
+    """The lowest mean loss at any rate, and that rate; a rate at which a seed diverged is passed over."""
     return min(((fmean(ends), rate) for rate, ends in by_rate(runs).items() if None not in ends), default=None)  # pyright: ignore[reportArgumentType]
 
 
@@ -60,11 +50,7 @@ def losses(runs: Iterable[Row]) -> list[str]:
 
 
 def draw(axis: Axes, runs: Mapping[str, tuple[str, Sequence[Row]]], marks: Mapping[str, Any] = {}) -> list[End]:
-    """Draws the loss at every rate, with that of guessing as a grey line.
-
-    Returns:
-        The lines' ends.
-    """
+    """Draws the loss at every rate, with that of guessing as a grey line."""
     ends = [end for name, (hue, some) in runs.items() for end in across(axis, name, hue, by_rate(some), **marks)]
     axis.axhline(GUESS, color=FAINT, linewidth=0.8)
     axis.set_xscale("log")

@@ -69,13 +69,7 @@ def network(job: Any, images: Mapping[str, Images], norm: Callable[[int], nn.Mod
 
 
 def drawn(name: str, caption: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Drawing]]:
-    """Makes a function that draws a result a figure of the report; fields of the caption are the result's.
-
-    >>> @drawn("loss", "Losses after {steps} steps.")
-    ... def loss(result): ...
-    >>> loss({"steps": 3}).caption
-    'Losses after 3 steps.'
-    """
+    """Makes a function that draws a result a figure of the report; fields of the caption are the result's."""
     return lambda make: lambda result: Drawing(name, lambda: make(result), caption.format_map(result))
 
 
@@ -104,12 +98,7 @@ def diverged(runs: Iterable[Row], rest: str = "") -> str:
 
 
 def points(gaps: Interval) -> str:
-    """A mean difference of accuracies in points, with its interval if there is one.
-
-    >>> from normkit.lab.stats import paired_interval
-    >>> points(paired_interval([0.01, 0.02, 0.03]))
-    '+2.0 points (95 % interval -0.5 to +4.5)'
-    """
+    """A mean difference of accuracies in points, with its interval if there is one."""
     assert gaps.mean is not None
     text = f"{100 * gaps.mean:+.1f} points"
     if gaps.low is None or gaps.high is None:
@@ -118,10 +107,5 @@ def points(gaps: Interval) -> str:
 
 
 def side(gaps: Interval, below: str, above: str, unsure: str = "not told apart") -> str:
-    """Where the interval puts the first of two values.
-
-    >>> from normkit.lab.stats import paired_interval
-    >>> [side(paired_interval(d), "less", "more") for d in ([1.0, 1.1], [1.0, -1.0], [1.0])]
-    ['more', 'not told apart', 'not told apart']
-    """
+    """Where the interval puts the first of two values."""
     return {BETTER: above, WORSE: below}.get(judge(gaps.low, gaps.high), unsure)

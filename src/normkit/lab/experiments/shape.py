@@ -48,11 +48,7 @@ RATES = {"tiny": (1e-3, 1e30), "small": (1e-4, 3e-4, 1e-3, 3e-3), "full": (1e-5,
 
 
 def solids(bench: Bench) -> tuple[str, ...]:
-    """Names what is learned: at small scale two solids, else all; analytic shapes where no folder of data is given at all.
-
-    Raises:
-        ProtocolError: the folder of data that is given is not there.
-    """
+    """Names what is learned: at small scale two solids, else all; analytic shapes where no folder of data is given at all."""
     if bench.scale == "tiny":
         found = tuple(shapes.SHAPES)
     elif bench.data_root is None and not os.environ.get(VARIABLE):

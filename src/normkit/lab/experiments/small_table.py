@@ -58,11 +58,7 @@ def learn(
 
 
 def turned(model: SmallCNN, activation: Callable[[], nn.Module] = nn.ReLU) -> SmallCNN:
-    """Puts each norm behind its activation, and a bias before that.
-
-    >>> [type(layer).__name__ for layer in turned(SmallCNN(nn.BatchNorm2d, width=4)).features[:4]]
-    ['Conv2d', 'Shift', 'ReLU', 'BatchNorm2d']
-    """
+    """Puts each norm behind its activation, and a bias before that."""
     old, layers = list(model.features.children()), list[nn.Module]()
     for layer, norm in zip(old[::3], old[1::3], strict=True):
         layers += [layer, Shift(layer.get_parameter("weight").shape[0]), activation(), norm]

@@ -57,11 +57,7 @@ RATES = {"tiny": (1e-3, 1e30), "small": (2e-3,), "full": (1e-4, 5e-4, 2e-3)}
 
 
 def scenes(bench: Bench) -> list[str]:
-    """Names the scenes: fern at small scale, balls at tiny, else those of the paper that are there.
-
-    Raises:
-        ProtocolError: there is no folder of data sets.
-    """
+    """Names the scenes: fern at small scale, balls at tiny, else those of the paper that are there."""
     if bench.scale != "full":
         return ["fern" if bench.scale == "small" else "spheres"]
     folder = data_root(bench.data_root) / FOLDER

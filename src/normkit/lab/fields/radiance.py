@@ -128,13 +128,7 @@ def measure_scene(job: Costs[RadianceJob], folder: Path) -> dict[str, Any]:
 
 
 def trunk_conditions(model: nn.Module) -> dict[str, float]:
-    """Averages the condition numbers of the trunks' weights, raw and effective, geometrically.
-
-    >>> from normkit.lab.models.nerf import nerf
-    >>> found = trunk_conditions(nerf("none+e@re:trunk", width=8, depth=2))
-    >>> sorted(found)
-    ['condition', 'raw_condition']
-    """
+    """Averages the condition numbers of the trunks' weights, raw and effective, geometrically."""
     pairs = [pair for name, pair in weight_conditions(model).items() if "trunk" in name]
     raw, effective = (math.exp(sum(math.log(pair[k]) for pair in pairs) / len(pairs)) for k in (0, 1))
     return {"raw_condition": raw, "condition": effective}
@@ -147,11 +141,7 @@ def decode(picture: str) -> np.ndarray:
 
 
 def encode(pixels: np.ndarray) -> str:
-    """Packs pixels from 0 to 1 into text, so that a result holds its pictures.
-
-    Args:
-        pixels: ``(height, width, 3)`` or ``(height, width)``.
-    """
+    """Packs pixels from 0 to 1 into text, so that a result holds its pictures."""
     image = _image(pixels)
     buffer = io.BytesIO()
     image.thumbnail((504, 504))

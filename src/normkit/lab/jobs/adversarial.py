@@ -101,13 +101,7 @@ def invent(generator: PointGenerator, samples: int) -> Tensor:
 
 
 def critic_loss(loss: str, judged: Tensor, faked: Tensor) -> Tensor:
-    """What a discriminator lowers: the hinge loss, or the difference of means that estimates Wasserstein's distance.
-
-    hinge         mean(relu(1 - D(x))) + mean(relu(1 + D(G(z)))) wasserstein   mean(D(G(z))) - mean(D(x))
-
-    >>> critic_loss("hinge", torch.tensor([2.0]), torch.tensor([0.5])).item()
-    1.5
-    """
+    """What a discriminator lowers: the hinge loss, or the difference of means that estimates Wasserstein's distance."""
     if loss == "hinge":
         return F.relu(1 - judged).mean() + F.relu(1 + faked).mean()
     return faked.mean() - judged.mean()

@@ -27,10 +27,7 @@ def gradients(model: SmallCNN, batch: Images, seed: int) -> tuple[float, list[Te
 
 
 def turns(model: SmallCNN, batch: Images, rate: float) -> dict[str, float]:
-    """How the gradient of a layer's weight changes when the layers before it take a step: cosine and relative length.
-
-    Mean over layers but the first; fresh noise is drawn for the second gradient, as it is at the next step.
-    """
+    """How the gradient of a layer's weight changes when the layers before it take a step: cosine and relative length."""
     old, new = copy.deepcopy(model), copy.deepcopy(model)
     _, first = gradients(old, batch, 0)
     places = {id(parameter): place for place, parameter in enumerate(old.parameters())}

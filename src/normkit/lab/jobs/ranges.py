@@ -64,10 +64,7 @@ def against(values: Tensor, layer: nn.modules.batchnorm._BatchNorm) -> Tensor:
 
 
 def responses() -> dict[str, list[float]]:
-    """What one value out of eight becomes as it grows, the other seven standard normal in sum, by each kind of statistics.
-
-    Running statistics are those of standard normal values.
-    """
+    """What one value out of eight becomes as it grows, the other seven standard normal in sum, by each kind of statistics."""
     others = normalized(torch.randn(1, RESPONSES - 1, generator=torch.Generator().manual_seed(0)))
     layers: dict[str, nn.Module] = {
         "batch": BatchNorm(1),

@@ -15,10 +15,7 @@ TOLERANCE = 1e-3
 
 
 def demand_numbers(model: nn.Module) -> None:
-    """Raises :class:`Diverged` where a parameter is not finite: such a weight has no singular values to divide by or to show.
-
-    >>> demand_numbers(nn.Linear(2, 1))
-    """
+    """Raises :class:`Diverged` where a parameter is not finite: such a weight has no singular values to divide by or to show."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise Diverged
 
@@ -57,11 +54,7 @@ def spectra(matrices: list[Tensor]) -> list[list[float]]:
 
 
 def steepness(model: nn.Module, points: Tensor) -> Tensor:
-    """The length of a scalar model's gradient at each point; the largest bounds its Lipschitz constant from below.
-
-    >>> steepness(nn.Sequential(nn.Linear(2, 1)), torch.zeros(3, 2)).shape
-    torch.Size([3])
-    """
+    """The length of a scalar model's gradient at each point; the largest bounds its Lipschitz constant from below."""
     points = points.detach().requires_grad_()
     return torch.autograd.grad(model(points).sum(), points)[0].norm(dim=1).detach()
 
@@ -111,9 +104,5 @@ def needed(matrix: Tensor, u: Tensor | None = None, v: Tensor | None = None, don
 
 
 def stable_rank(values: list[float]) -> float:
-    """The sum of squared singular values by the largest of them: how many count.
-
-    >>> stable_rank([2.0, 2.0, 1.0])
-    2.25
-    """
+    """The sum of squared singular values by the largest of them: how many count."""
     return sum(value * value for value in values) / max(max(values) ** 2, 1e-30)

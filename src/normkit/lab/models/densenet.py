@@ -9,10 +9,7 @@ GROWTH, LAYERS, BOTTLENECK = 16, (6, 6, 6, 6), 2  # channels per layer, layers p
 
 
 class DenseLayer(nn.Module):
-    """BN, ReLU, 1x1 convolution, BN, ReLU, 3x3 convolution, and the result concatenated in front of the input.
-
-    Shape: ``(n, inputs, h, w)`` to ``(n, growth + inputs, h, w)``.
-    """
+    """BN, ReLU, 1x1 convolution, BN, ReLU, 3x3 convolution, and the result concatenated in front of the input."""
 
     def __init__(self, inputs: int, growth: int) -> None:
         super().__init__()
@@ -41,12 +38,8 @@ def transition(inputs: int, outputs: int) -> nn.Sequential:
 class DenseNet(nn.Module):
     """Stem, dense blocks with transitions between them, BN, ReLU, global average pool and a linear classifier.
 
-    Shape: ``(n, 3, h, w)`` to ``(n, classes)``; 32x32 images are meant, of which the last block sees 4x4. `width` is a factor
-    of the growth, and so of every number of channels.
-
-    Reference:
-        Huang et al. 2017, Densely connected convolutional networks, https://arxiv.org/abs/1608.06993; this small form:
-        Lippe 2024, UvA Deep Learning Tutorials, https://uvadlc-notebooks.readthedocs.io, tutorial 5.
+    Images ``(n, 3, 32, 32)`` are meant, of which the last block sees 4x4 (Huang et al. 2017, https://arxiv.org/abs/1608.06993;
+    this small form: Lippe 2024, UvA Deep Learning Tutorials, https://uvadlc-notebooks.readthedocs.io, tutorial 5).
     """
 
     def __init__(self, classes: int = 10, width: float = 1.0) -> None:

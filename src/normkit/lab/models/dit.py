@@ -10,10 +10,7 @@ from normkit.lab.models.vit import Attention, Mlp, Patches
 
 
 def dit_block(features: int, heads: int) -> AdaLayerNormZeroBlock:
-    """Makes a DiT block: attention and MLP, each after layer normalization modulated by a condition, gated from zero.
-
-    Shape: tokens ``(n, l, features)`` and condition ``(n, features)`` to ``(n, l, features)``.
-    """
+    """Makes a DiT block: attention and MLP, each after layer normalization modulated by a condition, gated from zero."""
     return AdaLayerNormZeroBlock(features, features, Attention(features, heads), Mlp(features, 4 * features))
 
 
@@ -36,14 +33,8 @@ class TimeEmbedding(nn.Module):
 class DiT(nn.Module):
     """Patches, fixed positions, DiT blocks conditioned by time and class, and a linear map back to pixels.
 
-    Shape: ``x (n, channels, size, size)``, ``t (n,)`` and ``y (n,)`` class indices, of which one more than `classes` stands for
-    none, to x's shape.
-
-    Raises:
-        OptionError: `patch` does not divide `size`, or `heads` does not divide `features`.
-        ShapeError: the images have another size.
-
-    Reference: Peebles and Xie 2023, Scalable diffusion models with transformers, https://arxiv.org/abs/2212.09748
+    Of images ``(n, channels, size, size)``, times ``(n,)`` and classes ``(n,)``, of which one more than `classes` stands for none
+    (Peebles and Xie 2023, Scalable diffusion models with transformers, https://arxiv.org/abs/2212.09748).
     """
 
     def __init__(

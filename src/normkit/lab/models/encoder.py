@@ -26,34 +26,16 @@ class FeedForward(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """Embedding and positions, layers of attention and feed-forward, and logits for each place.
+    """Embedding and positions, layers of attention and feed-forward, and logits (N, L, vocabulary) for tokens (N, L).
 
     Where the last branch ends with a norm, as in ``"post"`` and ``"deep"``, that is the last; else one more norm stands before
     the head. Weights are Xavier-uniform, with DeepNorm's factor where it is placed so, and biases 0; tokens and places are
     embedded with unit variance, and their sum is divided by sqrt(2), so that what enters the first layer has unit variance too.
+    `placement` is one of :func:`~normkit.residual.places`, `norm` ``"ln"``, ``"rms"`` or ``"scale"``; `fix` makes FixNorm both
+    the embedding and the head, tied; `causal` lets a place see itself and those before it alone.
 
-    Args:
-        vocabulary: tokens that come in and that logits are given for.
-        length: longest sequence.
-        features: width. Default: 128.
-        depth: layers. Default: 12.
-        heads: of the attention. Default: 4.
-        hidden: width between the linear layers; None for four times the features. Default: None.
-        placement: of the norms, as in :func:`~normkit.residual.places`. Default: "post".
-        norm: ``"ln"``, ``"rms"`` or ``"scale"``. Default: "ln".
-        fix: FixNorm is both the embedding and the head, tied. Default: False.
-        causal: a place sees itself and those before it. Default: False.
-
-    Shape:
-        tokens (N, L) to logits (N, L, vocabulary).
-
-    Raises:
-        OptionError: another norm or placement, or heads that do not divide the features.
-        ShapeError: a sequence longer than ``length``.
-
-    Reference:
-        Vaswani et al. 2017, Attention Is All You Need, https://arxiv.org/abs/1706.03762; both placements, Xiong et al. 2020,
-        On Layer Normalization in the Transformer Architecture, https://arxiv.org/abs/2002.04745
+    Reference: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; both placements, Xiong et al. 2020,
+        https://arxiv.org/abs/2002.04745
     """
 
     def __init__(

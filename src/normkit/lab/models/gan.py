@@ -1,4 +1,4 @@
-"""Generators and discriminators: of points in the plane, and of 32x32 images after the paper of spectral normalization."""
+"""A generator and a discriminator of points in the plane."""
 
 import math
 
@@ -41,39 +41,3 @@ class PointDiscriminator(nn.Sequential):
             *(nn.Linear(hidden, hidden), nn.LeakyReLU(SLOPE)),
             nn.Linear(hidden, 1),
         )
-
-
-class ImageGenerator(nn.Sequential):
-    """SN-GAN's standard generator: a linear layer to 4x4, three transposed convolutions up to 32x32, and tanh.
-
-    Batch normalization follows each transposed convolution, which has no bias for that reason (our choice).
-
-    Shape: (N, noise) to (N, 3, 32, 32), within -1 and 1; `channels` after the linear layer are halved by each step.
-
-    Reference:
-        Miyato et al. 2018, Spectral Normalization for Generative Adversarial Networks, https://arxiv.org/abs/1802.05957, table 3
-    """
-
-    def __init__(self, noise: int = 128, channels: int = 512) -> None:
-        self.noise = noise
-        layers: list[nn.Module] = [nn.Linear(noise, 16 * channels), nn.Unflatten(1, (channels, 4, 4))]
-        for wide in (channels, channels // 2, channels // 4):
-            up = nn.ConvTranspose2d(wide, wide // 2, 4, stride=2, padding=1, bias=False)
-            layers += [up, nn.BatchNorm2d(wide // 2), nn.ReLU(inplace=True)]
-        super().__init__(*layers, nn.Conv2d(channels // 8, 3, 3, padding=1), nn.Tanh())
-
-
-class ImageDiscriminator(nn.Sequential):
-    """SN-GAN's standard discriminator without its normalization: seven convolutions down to 4x4, and a linear layer.
-
-    Spectral normalization comes on by ``normkit.apply_recipe(model, "keep+sn")``. Source: as :class:`ImageGenerator`.
-
-    Shape: (N, 3, 32, 32) to (N, 1); `channels` of the first two convolutions are doubled by each step.
-    """
-
-    def __init__(self, channels: int = 64) -> None:
-        layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1), nn.LeakyReLU(SLOPE, inplace=True)]
-        for wide in (channels, 2 * channels, 4 * channels):
-            layers += [nn.Conv2d(wide, wide, 4, stride=2, padding=1), nn.LeakyReLU(SLOPE, inplace=True)]
-            layers += [nn.Conv2d(wide, 2 * wide, 3, padding=1), nn.LeakyReLU(SLOPE, inplace=True)]
-        super().__init__(*layers, nn.Flatten(), nn.Linear(16 * 8 * channels, 1))

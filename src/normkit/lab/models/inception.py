@@ -21,13 +21,7 @@ class ConvUnit(nn.Sequential):
 
 
 class InceptionBlock(nn.Module):
-    """Four branches, concatenated over channels: 1x1, 1x1 to 3x3, 1x1 to 5x5, and max-pool to 1x1.
-
-    `reduce` are channels after the 1x1 convolutions in front of 3x3 and 5x5, `outputs` those of the branches; `factorized` puts
-    two 3x3 convolutions in the place of 5x5.
-
-    Shape: ``(n, inputs, h, w)`` to ``(n, sum(outputs), h, w)``.
-    """
+    """Four branches, concatenated over channels: 1x1, 1x1 to 3x3, 1x1 to 5x5 (or two 3x3), and max-pool to 1x1."""
 
     def __init__(
         self, inputs: int, reduce: tuple[int, ...], outputs: tuple[int, ...], *, factorized: bool = False
@@ -48,12 +42,7 @@ class InceptionBlock(nn.Module):
 def inception_blocks(
     inputs: int, table: tuple[Block | None, ...], width: float = 1.0, *, factorized: bool = False
 ) -> tuple[nn.Sequential, int]:
-    """Stacks the blocks of `table`, channels times `width`; None there is a max-pool. Gives the channels that go out, too.
-
-    >>> blocks, outputs = inception_blocks(4, (((8, 4), (8, 12, 6, 6)), None, ((8, 4), (8, 12, 6, 6))), width=0.5)
-    >>> len(blocks), outputs
-    (3, 16)
-    """
+    """Stacks the blocks of `table`, channels times `width`; None there is a max-pool. Gives the channels that go out, too."""
     blocks: list[nn.Module] = []
     for block in table:
         if block is None:
@@ -66,12 +55,7 @@ def inception_blocks(
 
 
 class Inception(nn.Module):
-    """A stem, inception blocks, global average pool, dropout and a linear classifier.
-
-    Shape: ``(n, channels, h, w)`` to ``(n, classes)``; the blocks begin with the stem's channels.
-
-    Reference: Szegedy et al. 2015, Going deeper with convolutions, https://arxiv.org/abs/1409.4842
-    """
+    """A stem, inception blocks, global average pool, dropout and a linear classifier (Szegedy et al. 2015, arXiv:1409.4842)."""
 
     def __init__(
         self,
@@ -134,11 +118,7 @@ def digits_inception(classes: int = 10) -> Inception:
 def inception8(classes: int = 10, width: float = 1.0) -> Inception:
     """Makes an Inception network of eight blocks for images of 32x32, of which the last blocks see 8x8.
 
-    Every number of channels is times `width`, which must be above 0.
-
-    Reference:
-        Szegedy et al. 2015, as :class:`Inception`; this narrow form for 32x32: Lippe 2024, UvA Deep Learning Tutorials,
-        https://uvadlc-notebooks.readthedocs.io, tutorial 5.
+    This narrow form for 32x32: Lippe 2024, UvA Deep Learning Tutorials, https://uvadlc-notebooks.readthedocs.io, tutorial 5.
     """
     return Inception((ConvUnit(3, scaled(64, width), 3),), NARROW, classes, width)
 
@@ -146,10 +126,7 @@ def inception8(classes: int = 10, width: float = 1.0) -> Inception:
 def googlenet(classes: int = 10, width: float = 1.0) -> Inception:
     """Makes GoogLeNet for images of 32x32: three convolutions and nine blocks, of which the last see 4x4.
 
-    The 5x5 convolutions are two 3x3 ones, and there are no auxiliary classifiers. Every number of channels is times `width`.
-
-    Reference:
-        Szegedy et al. 2015, as :class:`Inception`; this form for 32x32: https://github.com/weiaicunzai/pytorch-cifar100
+    The 5x5 convolutions are two 3x3 ones, and there are no auxiliary classifiers: https://github.com/weiaicunzai/pytorch-cifar100
     """
     sizes = (3, scaled(64, width), scaled(64, width), scaled(192, width))
     stem = tuple(ConvUnit(wide, wider, 3, bias=False) for wide, wider in pairwise(sizes))

@@ -17,11 +17,7 @@ class PositionalEncoding(nn.Module):
 
         x -> (x, sin x, cos x, sin 2x, cos 2x, ..., sin 2^(L-1) x, cos 2^(L-1) x),   L = bands; 0 gives x alone
 
-    Shape: ``(*, inputs)`` to ``(*, inputs (1 + 2 bands))``.
-
-    Reference:
-        Mildenhall et al. 2020, NeRF, https://arxiv.org/abs/2003.08934; the input itself and frequencies without pi as in
-        its published code, https://github.com/bmild/nerf
+    As in NeRF's published code, https://github.com/bmild/nerf: the input itself, and frequencies without pi.
     """
 
     frequencies: Tensor
@@ -38,14 +34,11 @@ class PositionalEncoding(nn.Module):
 
 
 class RadianceField(nn.Module):
-    """A multilayer perceptron from a point and a direction to colour and density, as in NeRF.
+    """A multilayer perceptron from points and unit directions ``(n, 3)`` to colours ``(n, 3)`` and raw densities ``(n,)``.
 
     The point's encoding goes through the trunk and comes in again after layer `skip`, counted from 0 (one past the trunk's end
     leaves it out); density is read from the trunk, colour from its features joined with the direction's encoding. `norm`
     builds what stands between each trunk layer and its ReLU.
-
-    Shape: points ``(n, 3)`` and unit directions ``(n, 3)`` to colours ``(n, 3)`` from 0 to 1 and raw densities ``(n,)``, of
-    which the positive part counts.
     """
 
     def __init__(self, width: int = 256, depth: int = 8, skip: int = 4, norm: Norm | None = None) -> None:
@@ -85,8 +78,6 @@ def nerf(recipe: str = "none", *, width: int = 256, depth: int = 8, skip: int = 
 
     ``"none"`` is the published network, ``"none+e@re:trunk"`` its E form, ``"none+wn@re:trunk"`` has weight normalization;
     ``"bn"`` and ``"ln"`` normalize between each trunk layer and its ReLU.
-
-    Reference: Saratchandran, Wang, Lucey 2024, Weight conditioning, https://arxiv.org/abs/2409.03424
     """
     norm = Recipe.parse(recipe).norm
     bare = norm is None or norm.name == "none"

@@ -27,11 +27,7 @@ class Gaussian(nn.Module):
 
 
 class Sine(nn.Module):
-    """A wave, sin(w u), w = frequency; Sitzmann et al. 2020, SIREN, https://arxiv.org/abs/2006.09661.
-
-    >>> Sine(math.pi)(torch.tensor([0.0, 0.5]))
-    tensor([0., 1.])
-    """
+    """A wave, sin(w u), w = frequency; Sitzmann et al. 2020, SIREN, https://arxiv.org/abs/2006.09661."""
 
     def __init__(self, frequency: float = 30.0) -> None:
         super().__init__()

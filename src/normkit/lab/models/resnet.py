@@ -12,8 +12,6 @@ class ResidualBlock(nn.Module):
 
     `stride` is of the first 3x3 convolution; the shortcut is a 1x1 convolution with BN where shapes differ. An `expansion` above
     1 makes a bottleneck.
-
-    Shape: ``(n, inputs, h, w)`` to ``(n, expansion * channels, h / stride, w / stride)``.
     """
 
     def __init__(self, inputs: int, channels: int, stride: int, expansion: int = 1) -> None:
@@ -38,14 +36,8 @@ class ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     """Stem of one 3x3 convolution, four stages of residual blocks, global average pool and a linear classifier.
 
-    (2, 2, 2, 2) blocks are ResNet-18; (3, 4, 6, 3) with expansion 4, for bottlenecks, are ResNet-50.
-
-    Shape: ``(n, 3, h, w)`` to ``(n, classes)``; 32x32 images are meant, of which the last stage sees 4x4.
-
-    Reference: He et al. 2016, Deep residual learning for image recognition, https://arxiv.org/abs/1512.03385
-
-    >>> sum(p.numel() for p in ResNet((2, 2, 2, 2), 1, classes=100).parameters())
-    11220132
+    (2, 2, 2, 2) blocks are ResNet-18; (3, 4, 6, 3) with expansion 4, for bottlenecks, are ResNet-50. Images of 32x32 are meant,
+    of which the last stage sees 4x4 (He et al. 2016, https://arxiv.org/abs/1512.03385).
     """
 
     def __init__(self, blocks: tuple[int, ...], expansion: int, classes: int = 10, width: float = 1.0) -> None:

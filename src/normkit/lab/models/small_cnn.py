@@ -14,8 +14,6 @@ class SmallCNN(nn.Module):
     The second and the fourth halve height and width; they have 1, 2, 2 and 4 times `width` channels. Weights of convolutions are
     Kaiming-normal; they have no bias, as the norm has one. The pool leaves four places: after a norm over each sample, means over
     all places hardly tell samples apart. `hidden` is the units of a linear layer with a norm and ReLU before the classifier.
-
-    Shape: (N, channels, H, W) to (N, classes).
     """
 
     def __init__(

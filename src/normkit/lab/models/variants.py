@@ -10,11 +10,7 @@ EPS = 1e-12
 
 
 class ByNorm(nn.Module):
-    """Divides each row by its p-norm: w_i = v_i / max(|v_i|_p, eps); p is from 1, infinity for the greatest element.
-
-    >>> ByNorm(1.0)(torch.tensor([[1.0, -3.0]]))
-    tensor([[ 0.2500, -0.7500]])
-    """
+    """Divides each row by its p-norm: w_i = v_i / max(|v_i|_p, eps); p is from 1, infinity for the greatest element."""
 
     def __init__(self, order: float) -> None:
         super().__init__()

@@ -12,15 +12,7 @@ from normkit.core.errors import OptionError, ShapeError
 class Attention(nn.Module):
     """Multi-head self-attention, its queries, keys and values one matrix; `causal`: a token sees no later one.
 
-    softmax(Q K^T / sqrt(d)) V for each head of size d = D / heads, then a linear map. `norm` makes a norm of a head's features,
-    which queries, keys and values each get.
-
-    Shape: ``(n, l, D)`` to the same.
-
-    Reference: Vaswani et al. 2017, Attention Is All You Need, https://arxiv.org/abs/1706.03762
-
-    >>> Attention(8, 2)(torch.zeros(1, 3, 8)).shape
-    torch.Size([1, 3, 8])
+    `norm` makes a norm of a head's features, which queries, keys and values each get.
     """
 
     def __init__(
@@ -68,10 +60,7 @@ class Block(nn.Module):
 
 
 class Patches(nn.Module):
-    """Cuts an image into square patches and maps each to a token.
-
-    Shape: ``(n, channels, size, size)`` to ``(n, (size / patch)^2, features)``.
-    """
+    """Cuts an image into square patches and maps each to a token."""
 
     def __init__(self, size: int, patch: int, features: int, channels: int = 3) -> None:
         super().__init__()
@@ -89,17 +78,8 @@ class Patches(nn.Module):
 class VisionTransformer(nn.Module):
     """Patches, a class token, learned positions, Pre-LN blocks, LN, and a linear classifier of the class token.
 
-    The names of parameters are those of timm, so that its weights load.
-
-    Shape: ``(n, 3, size, size)`` to ``(n, classes)``.
-
-    Raises:
-        OptionError: `patch` does not divide `size`, or `heads` does not divide `features`.
-        ShapeError: the images have another size.
-
-    Reference:
-        Dosovitskiy et al. 2021, An image is worth 16x16 words, https://arxiv.org/abs/2010.11929; Steiner et al. 2021, How
-        to train your ViT?, https://arxiv.org/abs/2106.10270
+    The names of parameters are those of timm, so that its weights load (Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929;
+    weights start as in Steiner et al. 2021, https://arxiv.org/abs/2106.10270).
     """
 
     def __init__(self, size: int, patch: int, features: int, depth: int, heads: int, classes: int = 10) -> None:

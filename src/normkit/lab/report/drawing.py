@@ -152,10 +152,7 @@ class Motion(NamedTuple):
 
 
 def save(figures: Iterable[Drawing], folder: Path, dpi: int | None = None) -> list[Path]:
-    """Draws figures in the look of the reports, and writes each as PNG and SVG, by which they are known to be ours.
-
-    What moves is written as GIF too, at half the resolution. The same records and the same matplotlib give the same bytes.
-    """
+    """Draws figures in the look of the reports, and writes each as PNG and SVG, by which they are known to be ours."""
     written = []
     for figure in figures:
         with matplotlib.rc_context({**matplotlib.rcParamsDefault, **LOOK}):
@@ -235,10 +232,7 @@ class Curve(NamedTuple):
 
 
 def along(axis: Axes, curves: Iterable[Curve], value: Callable[[Row], float | None], x: str = "step") -> list[End]:
-    """Draws means over seeds along training, in bands from the lowest seed to the highest; a row of None is left out.
-
-    Gives the lines' ends, for :func:`normkit.lab.report.drawing.name_ends` once the axis is final.
-    """
+    """Draws means over seeds along training, in bands from the lowest seed to the highest; a row of None is left out."""
     ends = []
     for name, hue, rows, style in curves:
         steps, middle, low, high = by_step(rows, value)

@@ -107,10 +107,8 @@ def pictures(result: dict[str, Any]) -> list[Picture]:
 
 
 def along(result: dict[str, Any], field: str) -> list[Line]:
-    """A logged value ("val_score" or "train_loss") by epoch: mean and range over the seeds, and apart what diverged.
-
-    An epoch counts only where every complete run has the value, so that the mean never jumps because a run left it.
-    """
+    """A logged value ("val_score" or "train_loss") by epoch: mean and range over the seeds, and apart what diverged."""
+    # An epoch counts only where every complete run has the value, so that the mean never jumps because a run left it.
     lines = []
     for place, recipe in enumerate(result["recipes"]):
         curves = [(run, [finite(value) for value in run["curve"][field]]) for run in recipe["runs"]]
@@ -142,8 +140,7 @@ def against_time(result: dict[str, Any], curves: Sequence[Line]) -> list[Line]:
 def close(lines: Sequence[Line], goal: float | None = None, log_scale: bool = False) -> tuple[Range, Range] | None:
     """The second half of training, as high as its last quarter, where curves lie close; None where training is short.
 
-    Of four recipes or more, one that lies far from the others does not stretch the view. Of four recipes or more, one
-    that lies far from the others does not stretch the view; a `goal` stays in it if lines come near.
+    Of four recipes or more, one that lies far from the others does not stretch the view; a `goal` stays in it if lines come near.
     """
     means = [line for line in lines if line.kind == "mean" and len(line.x) >= ENLARGED]
     if not means:

@@ -63,11 +63,7 @@ def setup(experiment: Experiment) -> list[str]:
 
 
 def hardware_of(here: Mapping[str, Any]) -> str:
-    """Names what the runs were done on; in a record that lacks it, what the command was given on.
-
-    >>> hardware_of({"devices": ["NVIDIA A100", "NVIDIA H200"]})
-    'NVIDIA A100, NVIDIA H200'
-    """
+    """Names what the runs were done on; in a record that lacks it, what the command was given on."""
     if here.get("devices"):
         return ", ".join(here["devices"])
     return here["device"] if here.get("device", "cpu") != "cpu" else f"{here['processor']}, {here['cores']} cores"

@@ -41,13 +41,7 @@ def print_text(text: str, console: Console, style: str = "") -> None:
 
 
 def markdown(table: Table) -> str:
-    r"""A table in Markdown, without title and notes.
-
-    >>> print(markdown(Table("", ["recipe", "score"], [["bn|e", 0.5]])))
-    | recipe | score |
-    | --- | ---: |
-    | bn\|e | 0.5 |
-    """
+    """A table in Markdown, without title and notes."""
     head, *rows = [
         [cell(value).replace("|", "\\|").replace("\n", " ") for value in row] for row in (table.columns, *table.rows)
     ]

@@ -128,10 +128,8 @@ def judge(recipe: dict[str, Any], baseline: str) -> str:
 
 
 def alike(recipe: dict[str, Any]) -> bool:
-    """Whether all seeds differ from the baseline by the same.
-
-    Scores come in whole samples, so a few seeds can agree to the last digit by chance: no spread to judge by.
-    """
+    """Whether all seeds differ from the baseline by the same."""
+    # Scores come in whole samples, so a few seeds can agree to the last digit by chance: no spread to judge by.
     low, high = finite(at(recipe, "paired.low")), finite(at(recipe, "paired.high"))
     return low is not None and low == high
 

@@ -13,14 +13,9 @@ class Average:
 
         average <- d * average + (1 - d) * value,   d = min(decay, (1 + n) / (10 + n)) at step n
 
-    The smaller decay of the first steps lets the average forget the initial weights, of which a run of few steps would
-    otherwise keep most. Averages are held in single precision at least: in half of it, steps of a thousandth round to none.
-
-    What a weight parametrization keeps for itself, such as the vectors of spectral norm, and counters are not averaged.
-
-    Reference:
-        Polyak and Juditsky 1992, Acceleration of stochastic approximation by averaging, https://doi.org/10.1137/0330046;
-        the decay of the first steps is that of TensorFlow's ExponentialMovingAverage.
+    The smaller decay of the first steps, that of TensorFlow's ExponentialMovingAverage, lets the average forget the initial
+    weights. Averages are held in single precision at least: in half of it, steps of a thousandth round to none. What a weight
+    parametrization keeps for itself, such as the vectors of spectral norm, and counters are not averaged.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -10,10 +10,7 @@ SHOWN = ("rate", "train_loss", "val_loss", "val_score")
 
 
 class Curves:
-    """Writes a run's epochs as TensorBoard reads them.
-
-    What was there is replaced, so a run that was resumed has one curve.
-    """
+    """Writes a run's epochs as TensorBoard reads them."""
 
     def __init__(self, folder: Path) -> None:
         try:

@@ -30,10 +30,7 @@ class Processes(Group):
 
 
 def start_fabric(settings: Settings) -> Fabric:
-    """Starts Fabric on the devices asked for; under torchrun it joins the processes that torchrun made.
-
-    On a CPU the process keeps the memory that it takes, see :func:`~normkit.lab.memory.keep_memory`.
-    """
+    """Starts Fabric on the devices asked for; under torchrun it joins the processes that torchrun made."""
     keep_memory()
     devices: str | int = int(settings.devices) if settings.devices.lstrip("-").isdigit() else settings.devices
     nodes = 1

@@ -39,11 +39,10 @@ class Size(Work):
 
 @lru_cache(maxsize=2)
 def load(name: str, train: int | None = None, test: int | None = None, halve: bool = False) -> dict[str, Images]:
-    """Reads images and labels into memory, standardized, without augmentation.
+    """Reads images (n, channels, height, width) and labels (n,) of each split, standardized, onto the accelerator if any.
 
-    CIFAR-10 is read from where ``NORMKIT_DATA`` says. Gives images (n, channels, height, width) and labels (n,) of
-    ``"train"``, ``"val"`` (500 of CIFAR-10 where train is subsampled) and ``"test"``, on the accelerator if there is
-    one; `halve` averages 2x2 pixels.
+    CIFAR-10 is read from where ``NORMKIT_DATA`` says; its ``"val"`` is 500 images where train is subsampled. `halve` averages 2x2
+    pixels.
     """
     if name == "cifar10":
         from normkit.lab.data.cifar import cifar10
@@ -63,11 +62,7 @@ def load(name: str, train: int | None = None, test: int | None = None, halve: bo
 
 
 class Stream:
-    """Training batches by their number, reshuffled for each epoch; what does not fill a batch is left out.
-
-    ``order(epoch)`` gives the rows of an epoch, counted from 1, as many each time; by default a permutation drawn by
-    the seed.
-    """
+    """Training batches by their number, reshuffled for each epoch; what does not fill a batch is left out."""
 
     def __init__(self, images: Images, batch: int, seed: int, order: Callable[[int], Tensor] | None = None) -> None:
         self.images, self.batch = images, batch

@@ -87,11 +87,7 @@ class Same(Work, path="{0.base.subject}/same"):
 
 
 def folder_name(name: str) -> str:
-    """Makes a folder's name of a row's.
-
-    >>> folder_name("BN + E, two layers")
-    'bn+e-two-layers'
-    """
+    """Makes a folder's name of a row's."""
     name = name.lower().replace(" + ", "+")
     words = "".join(letter if letter.isalnum() or letter == "+" else " " for letter in name).split()
     return "-".join(words)

@@ -25,10 +25,7 @@ class Placed:
     sharded: bool  # each process holds a part of every weight
 
     def state(self) -> dict[str, Any]:
-        """Gives the state of model and optimizer; where it is sharded: whole, on the CPU, to the first process, {} to others.
-
-        Every process must ask for it.
-        """
+        """Gives the state of model and optimizer; where it is sharded: whole, on the CPU, to the first process, {} to others."""
         if not self.sharded:
             return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict

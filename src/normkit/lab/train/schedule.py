@@ -10,11 +10,11 @@ STEPS, FACTOR = (0.5, 0.75), 0.1
 
 
 def rate_at(settings: Settings, rate: float, step: int, steps: int) -> float:
-    """Gives the learning rate of a step.
+    """Gives the learning rate of a step, counted from 0.
 
     Over ``warmup`` epochs the rate rises in equal steps: ``rate * (step + 1) / warm``. With t the part of what follows
     that is done, it then is ``rate`` (constant), ``rate * (1 + cos(pi t)) / 2`` (cosine), or ``rate`` times 0.1 for each
-    half and three quarters of the whole run that are over (step). Steps count from 0.
+    half and three quarters of the whole run that are over (step).
     """
     warm = round(settings.warmup / settings.epochs * steps)
 

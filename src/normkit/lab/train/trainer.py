@@ -63,11 +63,7 @@ def validation(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Trainer:
-    """Trains one run from its beginning or from its last checkpoint.
-
-    ``metrics`` and ``timing`` have a row per epoch; ``marks`` are what each test sample adds to the score, when
-    training is over. Rank zero alone writes into the folder.
-    """
+    """Trains one run from its beginning or from its last checkpoint."""
 
     def __init__(
         self,
@@ -99,10 +95,7 @@ class Trainer:
         self.curves = Curves(curves) if curves is not None and fabric.is_global_zero else None
 
     def train(self, on_epoch: Callable[[int, float | None], None] = lambda epoch, score: None) -> dict[str, Any]:
-        """Trains to the end and gives the run's result; the first process writes metrics and timing.
-
-        `on_epoch` is called after each epoch, and once for those found done, with the epoch and its validation score.
-        """
+        """Trains to the end and gives the run's result; the first process writes metrics and timing."""
         if self.fabric.is_global_zero:
             make(self.folder)
         self._resume()

@@ -46,12 +46,11 @@ class Walk:
 def walk(
     folder: Path, steps: int, parts: Mapping[str, Part], step: Callable[[int], Mapping[str, Any] | None], seed: int
 ) -> Walk:
-    """Does steps 1 to `steps`, from the last checkpoint in `folder` on.
+    """Does steps 1 to `steps`, from the last checkpoint in `folder` on, which stays until the result is written.
 
-    The last checkpoint stays: whoever writes the job's result removes it (:func:`normkit.lab.sweep.attend`). Before each
-    step the global generators are seeded by `seed` and the step's number, so that what a step draws does not depend on
-    where the walk was interrupted. `parts` are what changes from step to step, by name; what `step` gives, if not None,
-    is kept as a row, and it may raise :class:`Diverged`.
+    Before each step the global generators are seeded by `seed` and the step's number, so that what a step draws does not depend
+    on where the walk was interrupted. `parts` are what changes from step to step, by name; what `step` gives, if not None, is
+    kept as a row, and it may raise :class:`Diverged`.
     """
     keep_memory()
     make(folder)

@@ -58,11 +58,7 @@ def steps_to(h: Tensor, start: Tensor, rate: float) -> int:
 
 
 def logistic_steps(x: Tensor, y: Tensor, limit: int) -> int | None:
-    """The steps of a logistic unit until its excess loss is below a thousandth of the first; None beyond the limit.
-
-    The rate is 1 / lambda_max of the bound H/4 on its Hessian, and a little for the penalty. Newton's method finds the
-    least loss.
-    """
+    """The steps of a logistic unit until its excess loss is below a thousandth of the first; None beyond the limit."""
     w = torch.zeros(2, dtype=x.dtype)
 
     def loss(w: Tensor) -> Tensor:

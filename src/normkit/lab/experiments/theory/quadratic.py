@@ -59,12 +59,7 @@ def eigenvalues(a: Tensor, p: Tensor) -> Tensor:
 def descend(
     a: Tensor, b: Tensor, p: Tensor, rate: float, steps: int, start: Tensor | None = None, enough: float = ENOUGH
 ) -> Tensor:
-    """The errors x_t - A^(-1)b of descent, (steps + 1, n) or fewer where they fall to a part of the first; from 0 by default.
-
-    >>> eye = torch.eye(2).double()
-    >>> descend(torch.tensor([1.0, 25.0]).double().diag(), 0 * eye[0], eye, 0.02, 2, 2 * eye[1])[:, 1].tolist()
-    [2.0, 1.0, 0.5]
-    """
+    """The errors x_t - A^(-1)b of descent, (steps + 1, n) or fewer where they fall to a part of the first; from 0 by default."""
     x, solution = torch.zeros_like(b) if start is None else start, torch.linalg.solve(a, b)
     found = [x - solution]
     while len(found) <= steps and found[-1].norm() > enough * found[0].norm():
@@ -81,11 +76,7 @@ def contraction(a: Tensor, b: Tensor, p: Tensor, rate: float, steps: int) -> flo
 
 
 def largest_stable(a: Tensor, steps: int = 2000) -> float:
-    """The largest rate at which the gradient does not grow in that many steps, by bisection.
-
-    >>> round(largest_stable(torch.tensor([[25.0, 0.0], [0.0, 1.0]], dtype=torch.float64)), 6)
-    0.08
-    """
+    """The largest rate at which the gradient does not grow in that many steps, by bisection."""
     low, high, start = 0.0, 8 / a.trace().item(), torch.linalg.eigh(a).eigenvectors.sum(1)
     for _ in range(40):
         rate = 0.5 * (low + high)

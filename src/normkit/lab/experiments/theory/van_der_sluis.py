@@ -29,10 +29,7 @@ SIZES = {"tiny": (50, 2), "small": (20_000, 60)}  # matrices drawn of each size,
 
 
 def best_scaling(a: Tensor, steps: int = 200) -> tuple[float, Tensor]:
-    """The least condition number of DA over positive diagonal D that is found, and D's diagonal.
-
-    It is never above that of A or of its row equilibration, from which it starts.
-    """
+    """The least condition number of DA over positive diagonal D that is found, and D's diagonal."""
     found = []
     for start in (a.norm(dim=1).log().neg(), torch.zeros(len(a), dtype=a.dtype)):
         logs = start.clone().requires_grad_()
