@@ -9,8 +9,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from normkit.core.errors import OptionError
-from normkit.lab.data.augment import FlipAndCrop
-from normkit.lab.data.standardize import Standardize
+from normkit.lab.data.augment import FlipAndCrop, Standardize
 from normkit.preprocessing.image_standardization import ImageStandardization
 
 

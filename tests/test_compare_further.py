@@ -17,12 +17,12 @@ import lab_samples
 from comparison_records import write_comparison
 from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record, task
-from normkit.lab.budget import fit, measure
 from normkit.lab.comparison import _begun_with, _planned, compare, remarks, tables
+from normkit.lab.rounds import fit, measure
 from normkit.lab.settings import Settings
 from normkit.lab.stats import FURTHER, detectable, holm, over_seeds, over_seeds_and_samples, seeds_for, tune
 from normkit.lab.study import Made, Study
-from normkit.lab.train.fabric import Processes, start_fabric
+from normkit.lab.train.parallel import Processes, start_fabric
 
 SMALL = replace(lab_samples.SMALL, extend=True)
 

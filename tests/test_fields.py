@@ -12,8 +12,8 @@ from rich.console import Console
 from torch import Tensor
 
 from normkit.core.errors import ProtocolError
+from normkit.lab.data.scene import spheres
 from normkit.lab.data.solid import SHAPES, draw_points, iou, torus, volume
-from normkit.lab.data.spheres import spheres
 from normkit.lab.experiment import Bench
 from normkit.lab.experiments import shape, table4
 from normkit.lab.fields.occupancy import OccupancyJob, extract, learn_solid, surface_of, write_mesh

@@ -17,7 +17,7 @@ from normkit.lab.protocol import make_data, make_model
 from normkit.lab.seeding import borrowed_randomness, reseed
 from normkit.lab.settings import Settings
 from normkit.lab.sweep import sweep
-from normkit.lab.train.fabric import start_fabric
+from normkit.lab.train.parallel import start_fabric
 from normkit.lab.train.trainer import Trainer
 
 SETTINGS = Settings(epochs=2, batch_size=16, rates=(0.1,), accelerator="cpu", condition=False)

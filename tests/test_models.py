@@ -13,8 +13,7 @@ from normkit.core.errors import OptionError, ShapeError
 from normkit.lab.models.densenet import DenseLayer, DenseNet, densenet
 from normkit.lab.models.dit import DiT, dit_block, grid_positions
 from normkit.lab.models.inception import googlenet, inception8
-from normkit.lab.models.nerf import NeRF, PositionalEncoding, RadianceField, nerf
-from normkit.lab.models.occupancy import OccupancyField, occupancy
+from normkit.lab.models.nerf import NeRF, OccupancyField, PositionalEncoding, RadianceField, nerf, occupancy
 from normkit.lab.models.resnet import ResidualBlock, resnet18, resnet50
 from normkit.lab.models.vit import Block, VisionTransformer, vit_b16, vit_s, vit_tiny
 from normkit.lab.models.width import scaled

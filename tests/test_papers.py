@@ -16,7 +16,7 @@ from normkit.lab.experiments import ablations, cost, fig1, table2
 from normkit.lab.experiments.classification import PAPER, Plan, Row, difference, study, sweep, tables, verdicts
 from normkit.lab.experiments.classification_drawing import figures
 from normkit.lab.experiments.table1 import PRINTED, plans
-from normkit.lab.models.variants import scale_by_norm
+from normkit.lab.models.rows import scale_by_norm
 from normkit.lab.perform import perform
 from normkit.lab.report.tables import lowered, rates_table, time_table, within
 from normkit.lab.stats import best

@@ -12,7 +12,7 @@ import torch
 
 from normkit.core.errors import RecordError
 from normkit.lab import folder, record
-from normkit.lab.schema import ANY, COUNT, NUMBER, each, fields, maybe, named, one_of, version
+from normkit.lab.record import ANY, COUNT, NUMBER, each, fields, maybe, named, one_of, version
 
 
 def test_round_trips(tmp_path: Path) -> None:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from normkit.lab.data.scene import Rays, Scene, camera_rays, to_ndc
-from normkit.lab.data.spheres import see, spheres
+from normkit.lab.data.scene import Rays, Scene, camera_rays, see, spheres, to_ndc
 from normkit.lab.fields.rendering import (
     Sampling,
     composite,

@@ -14,9 +14,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from normkit.core.errors import ProtocolError
-from normkit.lab.data.blender import blender
-from normkit.lab.data.llff import llff, recentre
 from normkit.lab.data.root import data_root
+from normkit.lab.data.scene import blender, llff, recentre
 
 VIEWS = 9
 

@@ -23,17 +23,17 @@ from rich.console import Console
 from normkit.core.errors import OptionError
 from normkit.lab import folder as folders
 from normkit.lab import option, record, rounds
-from normkit.lab.budget import fit, fitted, measure
 from normkit.lab.cluster import joined
 from normkit.lab.data.root import set_root
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.perform import CONFIG, check, kept, perform
+from normkit.lab.rounds import fit, fitted, measure
 from normkit.lab.say import Terminal
 from normkit.lab.seeding import borrowed_randomness
 from normkit.lab.settings import RATES, Reports, Settings, Site
 from normkit.lab.stop import stoppable
 from normkit.lab.study import FREE, Study, forget, made
-from normkit.lab.train.fabric import Processes, start_fabric
+from normkit.lab.train.parallel import Processes, start_fabric
 
 __all__ = ["EXPERIMENT", "command", "compare", "default_output", "kept"]
 

@@ -77,8 +77,8 @@ class Bench(Place, Size):
         """Does the jobs that are not yet done, and gives the results of all in the order of `jobs`.
 
         ``function(job, folder)`` is of a module, or a method of an object that pickle knows; JSON can hold what it gives. It
-        seeds what it draws, and goes on from its own checkpoint in `folder`, ``output/runs/<path>`` of the job. Each process of a group
-        calls it, and the first one's result counts.
+        seeds what it draws, and goes on from its own checkpoint in `folder`, ``output/runs/<path>`` of the job. Each process
+        of a group calls it, and the first one's result counts.
         """
         how: dict[str, Any] = {"group": self.group, "replaces": self.replaces, "console": self.console}
         results = sweep(function, jobs, self.output, threads=self.threads, ray=self.ray, say=self.watch, **how)

@@ -15,7 +15,7 @@ from typing import Any
 
 from normkit.core.errors import RecordError
 from normkit.lab import record
-from normkit.lab.schema import FLAG, OBJECT, fields, parse
+from normkit.lab.record import FLAG, OBJECT, fields, parse
 
 CONFIG, RESULT, ENVIRONMENT, TIMING = "config.json", "result.json", "environment.json", "timing.json"
 RUNS, FIGURES, CURVES = "runs", "figures", "tensorboard"

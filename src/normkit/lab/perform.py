@@ -18,8 +18,8 @@ from normkit.lab.data.root import set_root
 from normkit.lab.devices import cores, hardware, processor, versions
 from normkit.lab.experiment import Bench, Experiment
 from normkit.lab.folder import CONFIG, ENVIRONMENT, FIGURES, RESULT, TIMING
+from normkit.lab.record import COUNT, NUMBER, OBJECT, TEXT, each, fields, maybe, one_of, optional, version
 from normkit.lab.say import counted, say
-from normkit.lab.schema import COUNT, NUMBER, OBJECT, TEXT, each, fields, maybe, one_of, optional, version
 from normkit.lab.stop import stoppable
 
 SCHEMA = 1

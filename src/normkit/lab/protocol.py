@@ -53,9 +53,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from normkit.core.errors import NormkitError, ProtocolError, closest
-from normkit.lab.data.batch import Inputs, kept, kind, named
 from normkit.lab.data.reader import check_agreement, interpret, read_splits
-from normkit.lab.data.split import Data, Split, hold_out
+from normkit.lab.data.split import Data, Inputs, Split, hold_out, kept, kind, named
 from normkit.lab.say import theirs, told
 from normkit.lab.seeding import borrowed_modes
 from normkit.lab.task import call, predictions

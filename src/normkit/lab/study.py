@@ -21,7 +21,7 @@ from normkit.lab.say import counted
 from normkit.lab.seeding import init_sha256, order_sha256, reseed
 from normkit.lab.settings import Settings
 from normkit.lab.train.cost import measure_costs
-from normkit.lab.train.fabric import start_fabric
+from normkit.lab.train.parallel import start_fabric
 from normkit.lab.train.trainer import METRICS_FILE, TIMING_FILE, Trainer
 
 MARKS_FILE = "test.npz"  # what each test sample adds to the score

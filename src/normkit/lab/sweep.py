@@ -20,8 +20,8 @@ from normkit.lab import record
 from normkit.lab.cluster import joined
 from normkit.lab.devices import hardware
 from normkit.lab.progress import Watch
+from normkit.lab.record import NUMBER, OBJECT, TEXT, each, fields, optional
 from normkit.lab.say import counted
-from normkit.lab.schema import NUMBER, OBJECT, TEXT, each, fields, optional
 from normkit.lab.seeding import borrowed_randomness, reseed
 
 SPENT = fields(seconds=NUMBER, devices=optional(each(TEXT)))

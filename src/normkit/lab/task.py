@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from normkit.core.errors import ProtocolError
-from normkit.lab.data.batch import IGNORED, Inputs, kind
+from normkit.lab.data.split import IGNORED, Inputs, kind
 
 AMONG = 5
 

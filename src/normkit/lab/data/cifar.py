@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from normkit.core.errors import OptionError, ProtocolError
-from normkit.lab.data.augment import FlipAndCrop
-from normkit.lab.data.download import Archive
-from normkit.lab.data.download import download as fetch
+from normkit.lab.data.augment import FlipAndCrop, Standardize
 from normkit.lab.data.pickled import read_pickle
-from normkit.lab.data.root import data_root
+from normkit.lab.data.root import Archive, data_root
+from normkit.lab.data.root import download as fetch
 from normkit.lab.data.split import Data, Split, hold_out, subset
-from normkit.lab.data.standardize import Standardize
 
 # Part of the published training images that is held out to choose learning rates: 5,000 of 50,000.
 HELD_OUT = 0.1

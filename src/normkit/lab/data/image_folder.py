@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from normkit.core.errors import OptionError, ProtocolError
-from normkit.lab.data.augment import FlipAndCrop
+from normkit.lab.data.augment import FlipAndCrop, Standardize
 from normkit.lab.data.root import data_root, reading
 from normkit.lab.data.split import Data, Split, hold_out, subset
-from normkit.lab.data.standardize import Standardize
 
 PARTS = ("train", "val", "test")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import data as loading
 
 from normkit.core.errors import ProtocolError
-from normkit.lab.data import batch
+from normkit.lab.data import split as batch
 from normkit.lab.data.split import Data, Split
 
 NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev"), "test": ("test", "testing")}

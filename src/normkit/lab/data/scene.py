@@ -1,9 +1,12 @@
-"""Photographs of one scene with the cameras that took them, and the rays of their pixels."""
+"""Photographs of a scene with the cameras that took them, the rays of their pixels, and the layouts that scenes come in."""
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,3 +139,205 @@ def stack_images(paths: list[Path], reduce: int = 1) -> Tensor:
                 f"{path} has shape {image.shape}, {paths[0].name} has {images[0].shape}; wanted pictures of one size and kind"
             )
     return torch.from_numpy(np.stack(images))
+
+
+# x, y, z, radius, density, red, green, blue; no two meet.
+_BALLS = torch.tensor(
+    [
+        [0.00, -0.05, 0.00, 0.55, 8.0, 0.85, 0.25, 0.20],
+        [0.85, 0.10, 0.15, 0.28, 12.0, 0.20, 0.45, 0.85],
+        [-0.80, -0.10, 0.35, 0.32, 12.0, 0.25, 0.70, 0.35],
+        [0.10, 0.75, -0.20, 0.22, 16.0, 0.95, 0.80, 0.25],
+        [-0.30, -0.15, -0.95, 0.30, 3.0, 0.55, 0.30, 0.75],
+        [0.40, -0.45, 0.80, 0.20, 16.0, 0.95, 0.55, 0.15],
+    ]
+)
+
+
+def spheres(size: int = 32, views: int = 24, hold: int = 8) -> Scene:
+    """Six balls of even density on white, seen from cameras on a spiral about them; one of `hold` views is held out."""
+    poses = torch.stack([_pose(view, views) for view in range(views)])
+    test = tuple(range(0, views, hold))
+    blank = Scene(
+        name="spheres",
+        images=torch.zeros(views, size, size, 3),
+        poses=poses,
+        focal=(1.3 * size, 1.3 * size),
+        train=tuple(view for view in range(views) if view not in test),
+        test=test,
+        near=2.0,
+        far=6.0,
+        background=1.0,
+    )
+    colours = see(blank.rays(tuple(range(views))))
+    return Scene(**{**vars(blank), "images": colours.reshape(views, size, size, 3)})
+
+
+def see(rays: Rays, balls: Tensor = _BALLS) -> Tensor:
+    """Computes what rays see of balls that do not meet, exactly.
+
+        colour = sum_k T_k (1 - exp(-s_k l_k)) c_k + T background,   T_k = exp(-sum_{j before k} s_j l_j)
+
+    with l_k the length of the ray within ball k. Balls ``(k, 8)`` have centre, radius, density and colour; rays, not in
+    NDC, begin outside of all.
+    """
+    centre, radius, density, colour = balls[:, :3], balls[:, 3], balls[:, 4], balls[:, 5:]
+    away = centre - rays.origins[:, None]
+    along = (away * rays.looks[:, None]).sum(-1)
+    half = (radius.square() - away.square().sum(-1) + along.square()).clamp_min(0).sqrt()
+    thickness = torch.where(along > 0, 2 * half * density, 0.0)
+    order = along.argsort(dim=-1)
+    thickness, colours = thickness.gather(1, order), colour[order]
+    before = thickness.cumsum(-1) - thickness
+    weights = torch.exp(-before) * -torch.expm1(-thickness)
+    return (weights[..., None] * colours).sum(1) + torch.exp(-thickness.sum(-1))[:, None]
+
+
+def _pose(view: int, views: int) -> Tensor:
+    turn, rise = 2.4 * view, math.radians(10 + 45 * view / max(1, views - 1))  # the golden angle spreads neighbours
+    back = torch.tensor([math.cos(rise) * math.sin(turn), math.sin(rise), math.cos(rise) * math.cos(turn)])
+    right = torch.linalg.cross(torch.tensor([0.0, 1.0, 0.0]), back)
+    right = right / right.norm()
+    return torch.stack([right, torch.linalg.cross(back, right), back, 4 * back], dim=1)
+
+
+SYNTHETIC = "nerf_synthetic"
+EVERY = 8  # of as many test views one is read, as published
+_RENDERED = (
+    f"unpack nerf_synthetic.zip of the NeRF authors (https://www.matthewtancik.com/nerf) so that DATA_ROOT/{SYNTHETIC}/<scene> "
+    "holds transforms_train.json and its pictures, and give --data-root DATA_ROOT"
+)
+
+
+def blender(root: Path | None = None, scene: str = "lego", reduce: int = 2) -> Scene:
+    """Reads a scene with cameras on a sphere: RGBA pictures laid on white, rays from 2 to 6 in world coordinates.
+
+    `reduce` averages squares of that many pixels per side: 800 to 400, as published (https://arxiv.org/abs/2003.08934).
+    """
+    folder = scene_folder(root, SYNTHETIC, scene, _RENDERED)
+    learn, judge = (_read_cameras(folder / f"transforms_{part}.json") for part in ("train", "test"))
+    frames = [*learn["frames"], *judge["frames"][::EVERY]]
+    images = stack_images([folder / f"{frame['file_path']}.png" for frame in frames], reduce)
+    if images.shape[-1] == 4:
+        images = images[..., :3] * images[..., 3:] + (1 - images[..., 3:])
+    focal = 0.5 * images.shape[2] / math.tan(0.5 * learn["camera_angle_x"])
+    poses = torch.tensor([frame["transform_matrix"] for frame in frames], dtype=torch.float32)[:, :3]
+    views = range(len(frames))
+    return Scene(
+        name=scene,
+        images=images,
+        poses=poses,
+        focal=(focal, focal),
+        train=tuple(views[: len(learn["frames"])]),
+        test=tuple(views[len(learn["frames"]) :]),
+        near=2.0,
+        far=6.0,
+        background=1.0,
+    )
+
+
+def _read_cameras(path: Path) -> dict[str, Any]:
+    with reading(path, _RENDERED):
+        cameras = json.loads(path.read_text("utf-8"))
+        fits = 0 < float(cameras["camera_angle_x"]) < math.pi and len(cameras["frames"]) > 0
+        for frame in cameras["frames"]:
+            matrix = torch.tensor(frame["transform_matrix"])
+            fits &= isinstance(frame["file_path"], str) and matrix.shape == (4, 4) and bool(matrix.isfinite().all())
+    if not fits:
+        raise ProtocolError(
+            f"{path}: wanted camera_angle_x between 0 and pi and frames, each with file_path and a 4x4 transform_matrix; "
+            f"{_RENDERED}"
+        )
+    return cameras
+
+
+SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
+FOLDER = "nerf_llff_data"
+FACTOR = 8  # times that the publishers downscaled the pictures which are read
+HOLD = 8  # every 8th view is held out
+_ROOM = 0.75  # the nearest point lies at 1 / 0.75 before the mean camera, safely behind the near plane at 1
+_ROUNDING = 1e-2  # of axes, which are of length 1
+_CURE = (
+    f"unpack nerf_llff_data.zip of the NeRF authors (https://www.matthewtancik.com/nerf) so that DATA_ROOT/{FOLDER}/<scene> "
+    "holds images_8 and poses_bounds.npy, and give --data-root DATA_ROOT"
+)
+
+
+def llff(root: Path | None = None, scene: str = "fern", reduce: int = 1) -> Scene:
+    """Reads a forward-facing scene: photographs, poses and bounds; every 8th view is held out; rays are in NDC.
+
+    Poses are recentred on their mean and scaled so that the nearest bound lies at 4/3. `reduce` averages squares of that
+    many pixels per side (Mildenhall et al. 2019, Local light field fusion, https://arxiv.org/abs/1905.00889).
+    """
+    folder = scene_folder(root, FOLDER, scene, _CURE)
+    rows = _read_poses(folder / "poses_bounds.npy")
+    pictures = folder / f"images_{FACTOR}"
+    paths = sorted(path for path in pictures.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    if not paths:
+        raise ProtocolError(f"{pictures} holds no pictures; {_CURE}")
+    if len(paths) != len(rows):
+        raise ProtocolError(
+            f"{pictures} holds {len(paths)} pictures, poses_bounds.npy {len(rows)} poses; wanted one each; {_CURE}"
+        )
+    images = stack_images(paths, reduce)[..., :3]
+    cameras, bounds = rows[:, :15].reshape(-1, 3, 5), rows[:, 15:]
+    high, wide, focal = cameras[0, :, 4]
+    # The file's columns are down, right and backward; ours right, up and backward.
+    poses = np.concatenate([cameras[:, :, 1:2], -cameras[:, :, 0:1], cameras[:, :, 2:4]], axis=2)
+    poses[:, :, 3] /= bounds.min() * _ROOM
+    count, height, width, _ = images.shape
+    test = tuple(range(0, count, HOLD))
+    return Scene(
+        name=scene,
+        images=images,
+        poses=torch.from_numpy(recentre(poses).astype(np.float32)),
+        focal=(float(focal * width / wide), float(focal * height / high)),
+        train=tuple(view for view in range(count) if view not in test),
+        test=test,
+        near=0.0,
+        far=1.0,
+        ndc=True,
+    )
+
+
+def recentre(poses: np.ndarray) -> np.ndarray:
+    """Moves the world so that the mean camera sits at the origin, looks along -z and has y above it."""
+    back = _unit(poses[:, :, 2].sum(0))
+    right = _unit(np.cross(poses[:, :, 1].sum(0), back))
+    rotation = np.stack([right, np.cross(back, right), back], axis=1)
+    turned = rotation.T @ poses
+    turned[:, :, 3] -= rotation.T @ poses[:, :, 3].mean(0)
+    return turned
+
+
+def _read_poses(path: Path) -> np.ndarray:
+    with reading(path, _CURE):
+        rows = np.load(path, allow_pickle=False)
+    if fault := _fault(rows):
+        raise ProtocolError(f"{path} holds {fault}; {_CURE}")
+    return rows.astype(np.float64)
+
+
+def _fault(rows: np.ndarray) -> str:
+    numbers = np.issubdtype(rows.dtype, np.number) and np.isrealobj(rows)
+    if not numbers or rows.ndim != 2 or rows.shape[1] != 17 or not np.isfinite(rows).all():
+        return f"an array {rows.shape}; wanted finite numbers (views, 17)"
+    if len(rows) < 2:
+        return f"an array {rows.shape}; wanted two views at least, one to learn from and one held out"
+    if not (rows[:, 15:] > 0).all():
+        return "a bound that is not above 0"
+    cameras = rows[:, :15].reshape(-1, 3, 5)
+    axes = cameras[:, :, :3]
+    if not (cameras[:, :, 4] > 0).all():
+        return "a height, width or focal length that is not above 0"
+    unlike = np.abs(axes.swapaxes(1, 2) @ axes - np.eye(3)).max((1, 2))
+    if unlike.max() > _ROUNDING or np.linalg.det(axes).min() < 0:
+        return "a camera whose axes are not at right angles, of length 1 and right-handed"
+    down, back = axes[:, :, 0].mean(0), axes[:, :, 2].mean(0)
+    if (axes[:, :, 2] @ back).min() <= 0 or np.linalg.norm(np.cross(down, back)) < _ROUNDING:
+        return "cameras that look different ways; wanted a scene photographed from the front, upright"
+    return ""
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    return vector / np.linalg.norm(vector)

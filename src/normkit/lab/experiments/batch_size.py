@@ -27,7 +27,7 @@ from normkit.activations.group_norm import CARD
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments import runs
 from normkit.lab.experiments.runs import CHANCE, drawn, points, side
-from normkit.lab.models.noisy_norm import GHOST, MAKERS
+from normkit.lab.models.small_cnn import GHOST, MAKERS
 from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, SHAPES, across, marked, name_ends
 from normkit.lab.stats import differences, known, spread, where
 from normkit.lab.train.images import Size, Stream, accuracy, fit

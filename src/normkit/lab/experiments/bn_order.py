@@ -15,8 +15,7 @@ from torch import nn
 
 from normkit.activations.batch_norm import CARD, BatchNorm
 from normkit.lab.experiments.small_table import Plan, Training, learn, turned
-from normkit.lab.models.noisy_norm import Shift
-from normkit.lab.models.small_cnn import SmallCNN
+from normkit.lab.models.small_cnn import Shift, SmallCNN
 
 BATCH = 64
 ROWS = {

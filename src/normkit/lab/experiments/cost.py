@@ -37,7 +37,7 @@ from normkit.lab.seeding import reseed
 from normkit.lab.settings import Settings
 from normkit.lab.sweep import Work
 from normkit.lab.train.cost import Step, measure_costs, measure_steps
-from normkit.lab.train.fabric import start_fabric
+from normkit.lab.train.parallel import start_fabric
 from normkit.surgery.fold import fold
 from normkit.surgery.recipe import apply_recipe
 

@@ -20,7 +20,7 @@ from normkit.activations.batch_norm import CARD
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments import runs
 from normkit.lab.experiments.runs import CHANCE, drawn, side
-from normkit.lab.models.noisy_norm import MAKERS, Shift
+from normkit.lab.models.small_cnn import MAKERS, Shift
 from normkit.lab.report.drawing import COLOURS, FAINT, GREY, SHAPES, marked, name_ends, rows_of
 from normkit.lab.stats import differences, known, mean, spread, tell, where
 from normkit.lab.train.images import Size, Stream, accuracy, fit

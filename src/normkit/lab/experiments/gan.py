@@ -19,8 +19,7 @@ from matplotlib.figure import Figure
 from normkit.catalogue.methods import method
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.runs import diverged, drawings, drawn, grid, titled
-from normkit.lab.jobs.adversarial import FOLLOWED, Game, play
-from normkit.lab.jobs.spectra import TOLERANCE, stable_rank
+from normkit.lab.jobs.adversarial import FOLLOWED, TOLERANCE, Game, play, stable_rank
 from normkit.lab.models.gan import centres
 from normkit.lab.report import drawing
 from normkit.lab.say import counted

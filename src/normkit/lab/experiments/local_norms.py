@@ -19,8 +19,7 @@ from normkit.activations.batch_norm import BatchNorm
 from normkit.activations.local_contrast_norm import LocalContrastNorm
 from normkit.activations.local_response_norm import CARD, LocalResponseNorm
 from normkit.lab.experiments.small_table import Plan, Training, learn, turned
-from normkit.lab.models.noisy_norm import Shift
-from normkit.lab.models.small_cnn import SmallCNN
+from normkit.lab.models.small_cnn import Shift, SmallCNN
 
 BATCH = 64
 ROWS = {

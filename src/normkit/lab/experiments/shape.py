@@ -24,7 +24,7 @@ from normkit.lab.experiments.runs import drawn
 from normkit.lab.experiments.trials import Study, Trial, curves, ends, first_seed, gained, grid, lost, settings_of
 from normkit.lab.fields.occupancy import OccupancyJob, learn_solid, measure_solid
 from normkit.lab.fields.radiance import decode
-from normkit.lab.models.occupancy import Kind
+from normkit.lab.models.nerf import Kind
 from normkit.lab.report.drawing import FAINT, FULL, SEEDS, along, name_ends, plain
 from normkit.lab.report.tables import edges, lowered, rates_table, time_table
 from normkit.lab.stats import mean, spread, tell, where

@@ -13,8 +13,7 @@ from torch import nn
 from normkit.core.card import Paper
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments import runs
-from normkit.lab.models.noisy_norm import Shift
-from normkit.lab.models.small_cnn import SmallCNN
+from normkit.lab.models.small_cnn import Shift, SmallCNN
 from normkit.lab.report.drawing import COLOURS, FAINT, FULL, GREY, dots, rows_of
 from normkit.lab.report.tables import edges, rates_table
 from normkit.lab.seeding import reseed

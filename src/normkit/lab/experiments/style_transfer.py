@@ -23,7 +23,7 @@ from normkit.catalogue.methods import method
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments import runs
 from normkit.lab.experiments.trials import grid
-from normkit.lab.models.noisy_norm import Shift
+from normkit.lab.models.small_cnn import Shift
 from normkit.lab.stats import spread
 from normkit.lab.train.images import Size, Stream, fit
 from normkit.lab.train.walk import descend, device, walk

@@ -25,9 +25,8 @@ from normkit.lab.models.vit import vit_b16, vit_tiny
 from normkit.lab.seeding import reseed
 from normkit.lab.settings import Settings
 from normkit.lab.sweep import Work
-from normkit.lab.train.fabric import start_fabric
 from normkit.lab.train.learning import Training
-from normkit.lab.train.parallel import place
+from normkit.lab.train.parallel import place, start_fabric
 from normkit.lab.train.trainer import train_step
 from normkit.surgery.recipe import apply_recipe
 

@@ -19,8 +19,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from normkit.catalogue.methods import method
-from normkit.lab.data.llff import FOLDER, SCENES
 from normkit.lab.data.root import data_root
+from normkit.lab.data.scene import FOLDER, SCENES
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments.runs import titled
 from normkit.lab.experiments.trials import Study, Trial, curves, ends, first_seed, gained, grid, lost, settings_of

@@ -28,8 +28,8 @@ from normkit.lab.experiments.runs import drawn
 from normkit.lab.models.vit import Patches, VisionTransformer
 from normkit.lab.report.drawing import FULL, log, name_ends, panels, styles
 from normkit.lab.sweep import Work
-from normkit.lab.train.fabric import start_fabric
 from normkit.lab.train.learning import Training, images, make
+from normkit.lab.train.parallel import start_fabric
 
 LN, W, E = "LN", "LN + W", "LN + E"
 TWO, UNIT, NONE, ONLY, BN = "LN + E, two layers", "LN, unit rows at the start", "no LN", "E without LN", "BN for LN"

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from normkit.lab.data.solid import MeshSolid, Solid, draw_points, find_solid, iou, picture, volume
 from normkit.lab.fields.radiance import encode, trunk_conditions
-from normkit.lab.models.occupancy import Kind, occupancy
+from normkit.lab.models.nerf import Kind, occupancy
 from normkit.lab.models.rows import Scale, scale_rows
 from normkit.lab.record import write_bytes
 from normkit.lab.seeding import reseed

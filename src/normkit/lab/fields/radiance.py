@@ -15,10 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from normkit.diagnostics.conditioning import weight_conditions
-from normkit.lab.data.blender import blender
-from normkit.lab.data.llff import SCENES, llff
-from normkit.lab.data.scene import Rays, Scene
-from normkit.lab.data.spheres import spheres
+from normkit.lab.data.scene import SCENES, Rays, Scene, blender, llff, spheres
 from normkit.lab.fields.rendering import Sampling, psnr, render, render_view
 from normkit.lab.models.nerf import NeRF, nerf
 from normkit.lab.models.rows import Scale, scale_rows

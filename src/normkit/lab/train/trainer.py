@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +15,68 @@ from normkit.core.errors import OptionError, RecordError
 from normkit.lab import record, task
 from normkit.lab.data.split import Data, Inputs, Split, take
 from normkit.lab.folder import CHECKPOINT, make
-from normkit.lab.schema import COUNT, NUMBER, POSITIVE, each, fields, maybe, named
+from normkit.lab.record import COUNT, NUMBER, POSITIVE, each, fields, maybe, named
 from normkit.lab.seeding import apart, epoch_order, generator, reseed
 from normkit.lab.settings import Settings
 from normkit.lab.stats import DIVERGED, OK
 from normkit.lab.train.average import Average
-from normkit.lab.train.curves import Curves
 from normkit.lab.train.parallel import Placed, keep_whole, place
-from normkit.lab.train.schedule import rate_at
+from normkit.schedules import linear_rate
+
+# Where the step schedule takes the rate down, as parts of the run, and by how much.
+STEPS, FACTOR = (0.5, 0.75), 0.1
+
+
+def rate_at(settings: Settings, rate: float, step: int, steps: int) -> float:
+    """Gives the learning rate of a step, counted from 0.
+
+    Over ``warmup`` epochs the rate rises in equal steps: ``rate * (step + 1) / warm``. With t the part of what follows
+    that is done, it then is ``rate`` (constant), ``rate * (1 + cos(pi t)) / 2`` (cosine), or ``rate`` times 0.1 for each
+    half and three quarters of the whole run that are over (step).
+    """
+    warm = round(settings.warmup / settings.epochs * steps)
+
+    def after(done: int) -> float:
+        if settings.schedule == "constant":
+            return 1.0
+        if settings.schedule == "step":
+            return FACTOR ** sum(step >= part * steps for part in STEPS)
+        return 0.5 * (1.0 + math.cos(math.pi * done / max(steps - warm, 1)))
+
+    # linear_rate counts from 1, and `after` what has been done.
+    return rate * linear_rate(step + 1, warm, lambda done: after(done - 1))
+
+
+SHOWN = ("rate", "train_loss", "val_loss", "val_score")
+
+
+class Curves:
+    """Writes a run's epochs as TensorBoard reads them."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ModuleNotFoundError:
+            raise OptionError(
+                "--tensorboard needs TensorBoard, which is not installed; pip install 'normkit[tensorboard]'"
+            ) from None
+        for path in folder.glob("events.out.tfevents.*"):
+            path.unlink()
+        self.writer = SummaryWriter(str(folder))
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        for row in rows:
+            for name in SHOWN:
+                self.writer.add_scalar(name, row[name], row["epoch"])
+            for layer, (raw, effective) in row["condition"].items():
+                for kind, value in {"raw": raw, "effective": effective}.items():
+                    if value is not None:
+                        self.writer.add_scalar(f"condition_{kind}/{layer}", value, row["epoch"])
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
 
 # A loss is looked at only so often, because looking waits for the device.
 LOOK_EVERY = 20
