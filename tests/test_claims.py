@@ -84,7 +84,8 @@ def test_an_experiment_runs_and_reports(kind: str, name: str, tmp_path: Path) ->
     assert [words for words in (experiment.title, *SAID.get(name, ())) if words not in text] == []
 
 
-TOGETHER: Any = {"row": "ghost+decay+weighing", "batch": 32, "rate": 0.1, "seed": 0, **DIGITS, "epochs": 2}
+ROW = {"module": four_improvements.__name__, "row": "ghost+decay+weighing"}
+TOGETHER: Any = {**ROW, "batch": 32, "rate": 0.1, "seed": 0, **DIGITS, "epochs": 2}
 # A function that does a job, the job, and a step in its middle.
 CASES: dict[str, tuple[Callable[[Any, Path], dict[str, Any]], Any, int]] = {
     "batch_size": (batch_size.train, batch_size.Training("bcn+ws", 16, 0, **DIGITS), 3),
@@ -96,7 +97,7 @@ CASES: dict[str, tuple[Callable[[Any, Path], dict[str, Any]], Any, int]] = {
     "linear_part": (linear_part.train, linear_part.Training("ReLU", "BatchNorm", True, 0, 5), 3),
     "conditioning": (conditioning.descend, conditioning.Descent("bn", "e-temperature", 0.3, True, 0, 4), 3),
     "four_benefits": (four_benefits.train, four_benefits.Training("wn", 0.1, 10.0, 0, **{**DIGITS, "epochs": 4}), 3),
-    "small_table": (four_improvements.train, small_table.Training(**TOGETHER), 3),
+    "small_table": (small_table.learn, small_table.Training(**TOGETHER), 3),
 }
 
 

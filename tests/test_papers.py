@@ -13,8 +13,7 @@ from normkit.lab import record, task
 from normkit.lab.data.split import Data, Split
 from normkit.lab.experiment import Bench, Experiment
 from normkit.lab.experiments import ablations, cost, fig1, table2
-from normkit.lab.experiments.classification import PAPER, Plan, Row, difference, study, sweep, tables, verdicts
-from normkit.lab.experiments.classification_drawing import figures
+from normkit.lab.experiments.classification import PAPER, Plan, Row, difference, figures, study, sweep, tables, verdicts
 from normkit.lab.experiments.table1 import PRINTED, plans
 from normkit.lab.models.rows import scale_by_norm
 from normkit.lab.perform import perform

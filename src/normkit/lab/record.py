@@ -1,4 +1,4 @@
-"""Files of records: written whole or not at all, and read against what their values must be: a record may come from another version.
+"""Files of records: written whole or not at all, and read against what their values must be, whoever wrote them.
 
 A file is complete or absent: it is written next to its place under a temporary name, flushed to the disk and renamed. So
 a process killed at any instant leaves the last complete version of each file.

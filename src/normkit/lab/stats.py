@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-
-from normkit.lab.sweep import Job
 
 OK, DIVERGED = "ok", "diverged"
 BETTER, WORSE, EVEN, SINGLE = "better", "worse", "no difference shown", "one seed, no interval"
@@ -265,31 +263,14 @@ def by_step(rows: Sequence[Sequence[Row]], value: Callable[[Row], float | None])
     return steps, [fmean(found[s]) for s in steps], [min(found[s]) for s in steps], [max(found[s]) for s in steps]
 
 
-class Rated(Job, Protocol):
-    """A job with a learning rate."""
-
-    @property
-    def rate(self) -> float:
-        """Its rate."""
-        ...
-
-
-class Sweeper(Protocol):
-    """What does jobs, such as a bench."""
-
-    def sweep(self, function: Callable[[Any, Path], Row], jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        """Does jobs, and gives their results in order."""
-        ...
-
-
 def tune(
-    bench: Sweeper,
+    bench: Any,
     learn: Callable[[Any, Path], Row],
-    rows: Mapping[str, Sequence[Rated]],
+    rows: Mapping[str, Sequence[Any]],
     look: Callable[[Row], Tried],
-    beyond: Callable[[str, float], Rated] | None = None,
+    beyond: Callable[[str, float], Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Tries the rates of each row, a job for each, and chooses the best.
+    """Tries the rates of each row, a job for each in the sweep of a bench, and chooses the best.
 
     ``look`` says of a job's result on validation data "status", "score", "loss" and "reached"; ``beyond(name, rate)``
     gives a row's job at a further rate (:func:`further`). By name the result has ``sweep``, all that was tried, by

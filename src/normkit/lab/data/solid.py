@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -181,23 +181,6 @@ _CLOSE = 1e-4
 SPREAD = 0.01  # standard deviation of points about the surface
 
 
-class Solid(Protocol):
-    """A body that knows its inside and its surface."""
-
-    @property
-    def name(self) -> str:
-        """What it is called."""
-        ...
-
-    def inside(self, points: Tensor) -> Tensor:
-        """Says which points ``(n, 3)`` are in the body: ``(n,)`` of bool."""
-        ...
-
-    def surface(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draws points ``(count, 3)`` on the surface."""
-        ...
-
-
 @dataclass(frozen=True)
 class Shape:
     """A solid within [-1, 1]^3 where a function is below zero."""
@@ -259,6 +242,9 @@ def csg(box: float = 0.65, ball: float = 0.85, bore: float = 0.35) -> Shape:
 
 
 SHAPES = {shape.name: shape for shape in (torus(), gyroid(), csg())}
+
+
+Solid = Shape | MeshSolid
 
 
 def find_solid(name: str, root: Path | None = None) -> Solid:

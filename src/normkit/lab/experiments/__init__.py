@@ -14,22 +14,11 @@ from normkit.lab.say import Terminal
 
 # An experiment is called like its file, with dashes.
 FILES = {
-    "reproduce": ("table1", "table2", "table3", "table4", "fig1", "vit_s", "shape", "cost", "ablations"),
-    "claim": (
-        *("batch_size", "disparity", "pre_post_ln", "placements", "gan", "why_bn", "blog_table", "cost_activations"),
-        *(
-            "conditioning",
-            "four_benefits",
-            "equilibrate",
-            "four_improvements",
-            "local_norms",
-            "bn_order",
-            "linear_part",
-        ),
-        *("gradnorm", "style_transfer"),
-    ),
-    "theory": ("quadratic", "van_der_sluis", "proposition_1", "hessian"),
-    "demo": ("learning_rate", "input_normalization", "depth", "three_operations", "support_sets"),
+    "reproduce": "table1 table2 table3 table4 fig1 vit_s shape cost ablations".split(),
+    "claim": "batch_size disparity pre_post_ln placements gan why_bn blog_table cost_activations conditioning four_benefits "
+    "equilibrate four_improvements local_norms bn_order linear_part gradnorm style_transfer".split(),
+    "theory": "quadratic van_der_sluis proposition_1 hessian".split(),
+    "demo": "learning_rate input_normalization depth three_operations support_sets".split(),
 }
 FOLDERS = {"theory": ".theory", "demo": ".demonstrations"}
 

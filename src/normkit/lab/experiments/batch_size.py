@@ -95,7 +95,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains every method at every batch size with every seed."""
     size, batches = runs.size_of(bench, 3), BATCHES[bench.scale]
     each = [(method, batch) for method in METHODS for batch in batches if method != "ghost" or batch > GHOST]
     jobs = [Training(method, batch, seed, **size) for seed in bench.seeds for method, batch in each]
@@ -114,7 +113,6 @@ def counted(result: dict[str, Any], method: str, batch: int) -> list[float]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Accuracies of every method, and of batch normalization with other statistics."""
     sizes = result["batches"]
 
     def cell(method: str, batch: int, way: str = "running") -> str:
@@ -135,7 +133,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What each part of the claim comes to."""
     sizes = result["batches"]
     smallest, usual = sizes[0], 32 if 32 in sizes else sizes[-1]
     said = []

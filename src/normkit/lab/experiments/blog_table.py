@@ -182,7 +182,6 @@ def drift(name: str) -> list[float]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Measures every row, once: nothing here depends on training."""
     return {"rows": dict(zip(METHODS, bench.sweep(measure, [Measurement(name) for name in METHODS]), strict=True))}
 
 
@@ -192,7 +191,6 @@ def tell(value: float | None, missing: str = ABSENT) -> str:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """The table in words, and what was measured."""
     words, rows, outputs = [], [], []
     for name, found in result["rows"].items():
         c = method(name)
@@ -220,7 +218,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """Where cards and measurements agree, and the weaknesses in numbers."""
     rows, disputes = result["rows"], []
     for name, found in rows.items():
         card = method(name)

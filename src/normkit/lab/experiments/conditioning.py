@@ -32,7 +32,7 @@ from normkit.catalogue.methods import method
 from normkit.diagnostics.conditioning import weight_conditions
 from normkit.diagnostics.curvature import hessian
 from normkit.lab.experiment import Bench, Experiment, Table
-from normkit.lab.experiments import rates, runs
+from normkit.lab.experiments import runs
 from normkit.lab.models.rows import unit_rows
 from normkit.lab.report.drawing import COLOURS, FULL, GREY, SEEDS, Curve, along, log, name_ends
 from normkit.lab.seeding import reseed
@@ -155,7 +155,6 @@ def weights(model: nn.Module) -> Iterator[Tensor]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Descends in every form, measured, and at every rate."""
     steps = bench.epochs or STEPS[bench.scale]
     tried, hidden = (RATES, HIDDEN) if bench.scale != "tiny" else ((0.3, 1e30), 3)
     short = min(SHORT, steps)
@@ -191,17 +190,16 @@ def at(result: dict[str, Any], base: str, form: str, key: str, place: int = -1) 
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """What the search found, the loss at every rate, and measures at the start and at the end."""
     short, found = result["short"], []
     for base, name in BASES.items():
         rows: list[list[Any]] = []
         losses = []
         for form, title in FORMS.items():
-            large = rates.largest(short_runs(result, base, form))
+            large = runs.largest(short_runs(result, base, form))
             change = tell(against(result, base, form)) if form else None
             lowest = spread(best(result, base, form), ".2f")
             rows.append([title, f"{min(large):g} to {max(large):g}", lowest, change])
-            losses.append([title, *rates.losses(short_runs(result, base, form))])
+            losses.append([title, *runs.losses(short_runs(result, base, form))])
         columns = ("form", "largest rates", "lowest loss", "minus no E [95 %]")
         notes = [
             f"Largest: the largest rate that learned in {short} steps, from the lowest seed to the highest. Lowest loss: "
@@ -227,7 +225,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """How many seeds show each part of the claim, and which control shows the same."""
     said = []
     for base, name in BASES.items():
         parts = []
@@ -235,7 +232,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
             pairs = zip(at(result, base, "e", key), at(result, base, "", key), strict=True)
             both = [(ours, other) for ours, other in pairs if ours is not None and other is not None]
             parts.append(f"{title} at the end in {sum(a < b for a, b in both)} of {len(both)} seeds")
-        large = {form: rates.largest(short_runs(result, base, form)) for form in FORMS}
+        large = {form: runs.largest(short_runs(result, base, form)) for form in FORMS}
         parts.append(f"larger rates in {larger(large['e'], large[''])}")
         said.append(f"Of the claim, with E on all layers ({name}): {', '.join(parts)}.")
         told = [f"{title} {larger(large[form], large[''])}" for form, title in FORMS.items() if form]
@@ -276,7 +273,7 @@ def _figure(result: dict[str, Any]) -> Figure:
             curves = [Curve(FORMS[form], HUES[form], [run["rows"] for run in some]) for form, some in found.items()]
             along(axis, curves, lambda row, key=key: row.get(key))
             log(axis)
-        ends = rates.draw(axes[2], {FORMS[f]: (HUES[f], short_runs(result, base, f)) for f in FORMS})
+        ends = runs.draw_rates(axes[2], {FORMS[f]: (HUES[f], short_runs(result, base, f)) for f in FORMS})
         log(axes[2])
         name_ends(axes[2], ends, gap=0.075)
         for axis, title in zip(axes, titles, strict=True):

@@ -157,7 +157,6 @@ def _call(model: nn.Module, inputs: Any) -> Step:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Measures what is missing; one network after the other, as two at once would slow one another."""
     names = ["nerf"] if bench.scale == "tiny" else list(NETWORKS)  # the one whose steps are shortest
     jobs = [Measure(name, bench.scale, NETWORKS[name].batch.get(bench.scale, 64)) for name in names]
     found = {}
@@ -170,7 +169,6 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Milliseconds and megabytes of a step, and inference, per network."""
     found = []
     for name, rows in result["networks"].items():
         base = next(iter(rows))
@@ -192,7 +190,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What E costs, against the goal of 2 % and the paper's sentence."""
     said = []
     for name, rows in result["networks"].items():
         base, *others = rows

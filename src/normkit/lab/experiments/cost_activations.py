@@ -107,7 +107,6 @@ def measure(job: Measurement, folder: Path) -> dict[str, Any]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Measures both kinds, once per seed; one job after the other, as two at once would slow one another."""
     rounds = bench.epochs or ROUNDS[bench.scale]
     taken = TINY if bench.scale == "tiny" else SHAPES
     jobs = [Measurement(kind, shape, rounds, seed) for seed in bench.seeds for kind, shape in taken.items()]
@@ -129,7 +128,6 @@ def ordered(result: dict[str, Any], kind: str) -> list[str]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Costs of every layer, the cheapest first."""
     found = []
     threads = counted(result["threads"], "thread")
     note = (
@@ -151,7 +149,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What the sources say of costs, and what was measured."""
     said = []
     for kind, cheap, dear in (("tokens", "rms_norm", "layer_norm"), ("images", "group_norm", "batch_norm")):
         found = paired_interval(known(ratios(result, kind, cheap, dear)))

@@ -120,7 +120,6 @@ def sorted_order(labels: Tensor, batch: int, seed: int, epoch: int) -> Tensor:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains both methods in both orders and batch sizes with every seed."""
     size, batches = runs.size_of(bench, 3), BATCHES[bench.scale]
     done = runs.grid(bench, train, Training, {"method": METHODS, "order": ORDERS, "batch": batches}, **size)
     return {"runs": done, "responses": responses(), "batches": list(batches), **size, **runs.source_of(size, bench)}
@@ -138,7 +137,6 @@ def layers_of(result: dict[str, Any], batch: int) -> list[tuple[Row, ...]]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Accuracies by what is normalized with, and ranges of normalized values."""
     places = [(order, batch) for order in ORDERS for batch in result["batches"]]
     columns = ("evaluated with", *(f"{ORDERS[order]}, batch {batch}" for order, batch in places))
     rows: list[list[Any]] = []
@@ -164,7 +162,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What each part of the claim comes to."""
     said = []
     names = {"batch": "those of shuffled test batches", "precise": "precise statistics", "weighed": "example weighing"}
     for order, words in ORDERS.items():

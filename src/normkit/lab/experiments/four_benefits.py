@@ -74,7 +74,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Finds each norm's rate with the first seed, then trains with it at every scale of inputs and with every seed."""
     size = runs.size_of(bench, 4)
     rates = RATES if bench.scale != "tiny" else (0.1, 1e30)  # one that learns and one that diverges
     tried = [Training(method, rate, 1.0, bench.seeds[0], **size) for method in METHODS for rate in rates]
@@ -117,7 +116,6 @@ def counted(result: dict[str, Any], method: str, key: str, scale: float = 1.0) -
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """The four benefits, norm by norm."""
     rows, rates = [], []
     for method, name in METHODS.items():
         tests = (spread(values(result, method, "test", scale), ".1f", 100) for scale in SCALES)
@@ -140,7 +138,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What was seen of each of the four claims, against the network without a norm."""
     reached, trained = [], []
     for method, name in METHODS.items():
         found = values(result, method, "steps")

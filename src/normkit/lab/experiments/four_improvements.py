@@ -9,14 +9,11 @@ Ours: decoupled weight decay of 0.01 in all rows, which leaves out gains and bia
 of channels, of 2 examples; batches of 64 and of 8. At small scale 1,500 images at half the resolution are learned for 3 epochs.
 """
 
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import nn
 
 from normkit.activations.batch_group_norm import CARD, BatchGroupNorm
-from normkit.lab.experiments.small_table import Plan, Training, learn
+from normkit.lab.experiments.small_table import Plan, Training
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.train.images import Images, accuracy
 from normkit.surgery.example_weighing import choose_alpha
@@ -69,12 +66,8 @@ def settle(model: nn.Module, job: Training, held_out: Images) -> None:
         choose_alpha(model, lambda model: accuracy(model, held_out))
 
 
-def train(job: Training, folder: Path) -> dict[str, Any]:
-    """Trains a row and evaluates it."""
-    return learn(job, folder, make, decay, settle)
-
-
-EXPERIMENT = Plan(train, ROWS, RATES, 3, [(row, "bn") for row in TITLES if row != "bn"], ABOUT).experiment(
+PLAN = Plan(make, ROWS, RATES, 3, [(row, "bn") for row in TITLES if row != "bn"], ABOUT, decay, settle)
+EXPERIMENT = PLAN.experiment(
     "four-improvements",
     "Four improvements of batch normalization",
     "Batch normalization improves by weighing in the example at inference, by ghost batches, by decay of its gains and biases, "

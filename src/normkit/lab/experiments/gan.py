@@ -40,7 +40,6 @@ STEPS = {"tiny": 3, "small": 1500, "full": 20000}
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains every kind with every loss and seed."""
     steps = 100 * bench.epochs if bench.epochs else STEPS[bench.scale]
     runs = grid(bench, play, Game, {"loss": LOSSES, "kind": KINDS}, steps=steps)
     for run in runs:
@@ -50,7 +49,6 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """What each constraint bounds, and what comes of it."""
     columns = ("weights", "modes of 8", "near, %", "sigma", "product", "steepest", "stable rank")
     notes = [
         f"After {result['steps']} steps of the generator; mean ± standard deviation over {counted(result['seeds'], 'seed')}.",
@@ -93,7 +91,6 @@ def memory_of(result: dict[str, Any], kind: str, layer: int) -> list[tuple[float
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What each part of the claim comes to."""
     said = []
     for loss, title in LOSSES.items():
         for kind, why in (("sn", " (one power iteration lags behind the weights)"), ("hard", "")):

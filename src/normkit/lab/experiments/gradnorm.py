@@ -82,7 +82,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains in every way."""
     steps = bench.epochs or STEPS[bench.scale]
     return {"runs": grid(bench, train, Training, {"way": WAYS}, steps=steps), "steps": steps}
 
@@ -93,7 +92,6 @@ def ends(result: dict[str, Any], way: str, key: str, task: int) -> list[float]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Progress and weights at the end."""
     forms = [("pace", 0, ".3f"), ("pace", 1, ".3f"), ("weights", 0, ".4f"), ("weights", 1, ".4f")]
     lines = [[name, *(spread(ends(result, way, key, k), form) for key, k, form in forms)] for way, name in WAYS.items()]
     columns = ("weights", "loss by the first, s = 1", "s = 100", "weight, s = 1", "s = 100")
@@ -102,7 +100,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """How far apart the tasks end."""
     told = []
     for way, name in WAYS.items():
         one, other = (fmean(ends(result, way, "pace", task)) for task in (0, 1))

@@ -81,7 +81,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains every branch."""
     steps = bench.epochs or STEPS[bench.scale]
     jobs = [Training(*kind, seed, steps) for seed in bench.seeds for kind in KINDS]
     return {"runs": labelled(bench, train, jobs, "activation", "norm", "bypass", "seed"), "steps": steps}
@@ -94,7 +93,6 @@ def rows(result: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Losses and linear shares."""
     found = rows(result).items()
     lines = [[name, *(spread([run[key] for run in runs]) for key in ("loss", "share"))] for name, runs in found]
     target = spread([run["target"] for run in result["runs"]])
@@ -103,7 +101,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What the norm and the bypass change."""
     share = {name: mean(run["share"] for run in runs) for name, runs in rows(result).items()}
     told = [
         f"{name} {share[f'ReLU, {name}']:.3f} alone and {share[f'ReLU, {name}, bypass']:.3f} with a bypass"

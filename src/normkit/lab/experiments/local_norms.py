@@ -10,15 +10,12 @@ same number everywhere where values are of the order of 1; so each form is run w
 1,500 images at half the resolution are learned for 6 epochs.
 """
 
-from pathlib import Path
-from typing import Any
-
 from torch import nn
 
 from normkit.activations.batch_norm import BatchNorm
 from normkit.activations.local_contrast_norm import LocalContrastNorm
 from normkit.activations.local_response_norm import CARD, LocalResponseNorm
-from normkit.lab.experiments.small_table import Plan, Training, learn, turned
+from normkit.lab.experiments.small_table import Plan, turned
 from normkit.lab.models.small_cnn import Shift, SmallCNN
 
 BATCH = 64
@@ -49,12 +46,8 @@ def make(row: str, **size: int) -> nn.Module:
     return SmallCNN({"bn": BatchNorm, "none": Shift}[kind], **size)
 
 
-def train(job: Training, folder: Path) -> dict[str, Any]:
-    """Trains a row and evaluates it."""
-    return learn(job, folder, make)
-
-
-EXPERIMENT = Plan(train, ROWS, {BATCH: (0.01, 0.03, 0.1, 0.3)}, 6, PAIRS).experiment(
+PLAN = Plan(make, ROWS, {BATCH: (0.01, 0.03, 0.1, 0.3)}, 6, PAIRS)
+EXPERIMENT = PLAN.experiment(
     "local-norms",
     "Local response and local contrast normalization against batch normalization",
     "Normalization by neighbouring channels or places helps a convolutional network; batch normalization does it better.",

@@ -40,7 +40,6 @@ TASK, BASE = "sort", "pre"
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains an encoder with each placement, and measures gradients at the start."""
     size = size_of(bench)
     fixed = {"task": TASK, "norm": "ln", "optimizer": "adam 1e-3", **size}
     return {
@@ -66,7 +65,6 @@ def ratio(result: Mapping[str, Any], placement: str) -> list[float]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Losses at the end, and gradients at the start."""
     rows = []
     for p, name in NAMES.items():
         runs = (where(result["runs"], placement=p, warmup=warmup) for warmup in WARMUPS)
@@ -97,7 +95,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """Which placements learned, which did better or worse than Pre-LN, and how gradients lie over the layers."""
     said = []
     for warmup, word in WARMUPS.items():
         sides: dict[str, list[str]] = {"lower than": [], "higher than": [], "not told apart from": []}

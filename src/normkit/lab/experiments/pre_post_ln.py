@@ -76,7 +76,6 @@ def gradients_at_start(bench: Bench, placements: Iterable[str]) -> list[dict[str
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains what the scale asks for, and measures gradients at the start."""
     size, plans = size_of(bench), plan(bench.scale != "full")
     jobs = [Training(**one, seed=seed, **size) for seed in bench.seeds for one in plans]
     tasks = [task for task in sequences.TASKS if any(job.task == task for job in jobs)]
@@ -99,7 +98,6 @@ def state(runs: Sequence[Any], guess: float) -> str:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Losses at the end, and gradients at the start."""
     found = []
     for task, guess in result["guess"].items():
         rows: list[list[Any]] = []
@@ -148,7 +146,6 @@ def exponents(result: dict[str, Any], placement: str, what: str) -> list[float]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What was seen of each part of the claim."""
     said = []
     for what, how in (("token", "of the loss at one token"), ("batch", "of the mean loss of a batch")):
         post, pre = (mean(exponents(result, placement, what)) or 0.0 for placement in ("post", "pre"))
@@ -191,7 +188,6 @@ def warming(without: Sequence[Mapping[str, Any]], with_it: Sequence[Mapping[str,
 
 
 def figures(result: dict[str, Any]) -> list[Drawing]:
-    """Gradients at the start, losses at the end, and along training for each task."""
     return [_gradients(result), _norms(result), *(losses(result, task) for task in result["guess"])]
 
 

@@ -1,8 +1,10 @@
-"""What experiments share: grids of jobs, the small network and its sizes, captioned figures, and how runs are told."""
+"""What experiments share: grids of jobs, the small network and its sizes, captioned figures, runs at many rates, and words."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -12,9 +14,9 @@ from torch import nn
 from normkit.lab.data.cifar import download_missing, source
 from normkit.lab.experiment import Bench, Drawing
 from normkit.lab.models.small_cnn import SmallCNN
-from normkit.lab.report.drawing import FULL, panels
+from normkit.lab.report.drawing import FAINT, FULL, End, across, panels
 from normkit.lab.seeding import reseed
-from normkit.lab.stats import BETTER, WORSE, Interval, Row, judge
+from normkit.lab.stats import ABSENT, BETTER, WORSE, Interval, Row, judge, spread
 from normkit.lab.sweep import Job
 from normkit.lab.train.images import Images
 from normkit.lab.train.walk import OK, device
@@ -68,9 +70,9 @@ def network(job: Any, images: Mapping[str, Images], norm: Callable[[int], nn.Mod
     return SmallCNN(norm, channels=images["train"][0].shape[1], width=job.width, hidden=hidden).to(device())
 
 
-def drawn(name: str, caption: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Drawing]]:
+def drawn(name: str, caption: str, moves: bool = False) -> Callable[[Callable[[Any], Any]], Callable[[Any], Drawing]]:
     """Makes a function that draws a result a figure of the report; fields of the caption are the result's."""
-    return lambda make: lambda result: Drawing(name, lambda: make(result), caption.format_map(result))
+    return lambda make: lambda result: Drawing(name, lambda: make(result), caption.format_map(result), moves)
 
 
 def titled(height: float, *titles: str, width: float = FULL, **options: Any) -> tuple[Figure, list[Axes]]:
@@ -109,3 +111,51 @@ def points(gaps: Interval) -> str:
 def side(gaps: Interval, below: str, above: str, unsure: str = "not told apart") -> str:
     """Where the interval puts the first of two values."""
     return {BETTER: above, WORSE: below}.get(judge(gaps.low, gaps.high), unsure)
+
+
+GUESS = math.log(10)  # the loss of guessing one of ten classes
+LEARNED = 0.9  # a loss below this part of guessing counts as learned
+
+
+def by_rate(runs: Iterable[Row]) -> dict[float, list[float | None]]:
+    """The losses at the end over seeds, by rate."""
+    found: dict[float, list[float | None]] = {}
+    for run in runs:
+        found.setdefault(run["rate"], []).append(run["end"])
+    return dict(sorted(found.items()))
+
+
+def largest(runs: Sequence[Row]) -> list[float]:
+    """For each seed the largest rate that learned; 0 where none did."""
+    learned = [run for run in runs if run["end"] is not None and run["end"] < LEARNED * GUESS]
+    seeds = sorted({run["seed"] for run in runs})
+    return [max((run["rate"] for run in learned if run["seed"] == seed), default=0.0) for seed in seeds]
+
+
+def lowest(runs: Iterable[Row]) -> tuple[float, float] | None:
+    """The lowest mean loss at any rate, and that rate; a rate at which a seed diverged is passed over."""
+    return min(((fmean(ends), rate) for rate, ends in by_rate(runs).items() if None not in ends), default=None)  # pyright: ignore[reportArgumentType]
+
+
+def tell_rates(rates: Iterable[float]) -> str:
+    """Lists a rate per seed."""
+    return ", ".join(f"{rate:g}" for rate in rates)
+
+
+def tell_lowest(found: tuple[float, float] | None) -> str:
+    """Writes the lowest loss with its rate."""
+    return ABSENT if found is None else f"{found[0]:.2f} (rate {found[1]:g})"
+
+
+def losses(runs: Iterable[Row]) -> list[str]:
+    """The cells of a table's row: the loss at each rate."""
+    return [spread(ends, ".2f") for ends in by_rate(runs).values()]
+
+
+def draw_rates(axis: Axes, runs: Mapping[str, tuple[str, Sequence[Row]]], marks: Mapping[str, Any] = {}) -> list[End]:
+    """Draws the loss at every rate, with that of guessing as a grey line."""
+    ends = [end for name, (hue, some) in runs.items() for end in across(axis, name, hue, by_rate(some), **marks)]
+    axis.axhline(GUESS, color=FAINT, linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_xlabel("learning rate")
+    return ends

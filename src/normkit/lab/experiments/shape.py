@@ -88,7 +88,6 @@ def jobs(bench: Bench, solids: Sequence[str], chosen: Mapping[str, OccupancyJob]
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains what is missing."""
     learnt = solids(bench)
     rates, chosen = STUDY.choose(bench, sweeps(bench, learnt[0]), _seen)
     wanted = jobs(bench, learnt, chosen)
@@ -121,7 +120,6 @@ WHOLE = (
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """Ours; the paper's numbers are not known."""
     scores, more = [], []
     for (solid, kind), all_runs in STUDY.subjects(result).items():
         for name in ROWS:
@@ -163,7 +161,6 @@ def _time(result: Mapping[str, Any], kind: Kind) -> Table:
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
-    """What E changes, and what was chosen here."""
     said = []
     for (solid, kind), runs in STUDY.subjects(result).items():
         found = {name: gained(runs, ROWS, name, "iou_near") for name in (CONDITIONED, KEPT)}
@@ -207,7 +204,6 @@ SURFACES = (
 
 
 def figures(result: Mapping[str, Any]) -> list[Drawing]:
-    """The learned surfaces next to the solids, one figure per activation, and IoU along training."""
     drawn = [
         Drawing(
             f"surfaces-{kind}",

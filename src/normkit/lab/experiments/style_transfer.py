@@ -100,7 +100,6 @@ def pixels(images: Tensor) -> Tensor:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains with every seed."""
     size = {**runs.size_of(bench, 6), "halve": False}
     jobs = [Transfer(seed=seed, steps=STEPS[bench.scale], **size) for seed in bench.seeds]
     done = runs.labelled(bench, transfer, jobs, "seed")
@@ -108,7 +107,6 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Distances on test images."""
     cells = [spread([run[key] for run in result["runs"]], ".3g") for key in ("before", "style", "content")]
     columns = ("distance of moments, content to style", "output to style", "output's features to their target")
     steps = result["job"]["steps"]
@@ -117,7 +115,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """How much nearer the style is."""
     parts = spread([run["style"] / run["before"] for run in result["runs"]], ".3f")
     return [
         f"Means and deviations of the output's features are at {parts} of the content's squared distance from the style's."
@@ -125,7 +122,6 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 
 def figures(result: dict[str, Any]) -> list[Drawing]:
-    """The pictures of the first seed."""
     caption = (
         "Test images in the style of others, by the first seed: contents down the left column, styles along the top row. "
         "Each output should keep what is drawn on its left and take the colours and contrast from above it."

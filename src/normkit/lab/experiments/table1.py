@@ -13,8 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from normkit.lab.experiment import Experiment
-from normkit.lab.experiments.classification import PAPER, Plan, Row, difference, early, study, tables, verdicts
-from normkit.lab.experiments.classification_drawing import figures
+from normkit.lab.experiments.classification import PAPER, Plan, Row, difference, early, figures, study, tables, verdicts
 from normkit.lab.train.learning import Training
 
 BN, WS, W, E = "BN", "BN + WS", "BN + W", "BN + E"
@@ -54,7 +53,6 @@ def plans(scale: str, model: str = "inception8", printed: Mapping[str, Mapping[s
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What is seen, and what is odd in the printed table."""
     return [*verdicts(result), *where_from(result), *caution(result), *ODDITIES]
 
 

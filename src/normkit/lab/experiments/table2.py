@@ -9,8 +9,7 @@ from typing import Any
 
 from normkit.lab.experiment import Experiment
 from normkit.lab.experiments import table1
-from normkit.lab.experiments.classification import PAPER, study, tables, verdicts
-from normkit.lab.experiments.classification_drawing import figures
+from normkit.lab.experiments.classification import PAPER, figures, study, tables, verdicts
 from normkit.lab.experiments.table1 import BN, WS, E, W
 
 PRINTED = {
@@ -27,7 +26,6 @@ ODDITIES = (
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What is seen, and what is odd in the printed table."""
     return [*verdicts(result), *table1.where_from(result), *table1.caution(result), *ODDITIES]
 
 

@@ -85,7 +85,6 @@ def jobs(bench: Bench, chosen: Mapping[str, RadianceJob]) -> list[RadianceJob]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains what is missing."""
     rates, chosen = STUDY.choose(bench, sweeps(bench, scenes(bench)[0]), _seen)
     wanted = jobs(bench, chosen)
     runs, pictures = STUDY.train(bench, wanted)
@@ -119,7 +118,6 @@ INNER = (
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """Ours, two per scene, and the paper's."""
     made, swept = [], [{"name": name, **row} for name, row in result["rates"].items()]
     for scene, all_runs in STUDY.subjects(result).items():
         scores, more = [], []
@@ -158,7 +156,6 @@ def _time(result: Mapping[str, Any]) -> Table:
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
-    """What E and the controls change, and what is odd in the paper's table."""
     said = [_verdict(result, scene) for scene in STUDY.subjects(result)]
     said += [sentence for scene in STUDY.subjects(result) if (sentence := _controls(result, scene))]
     said += lowered(where(result["runs"], row=CONDITIONED))
@@ -189,7 +186,6 @@ REMARKS = (
 
 
 def figures(result: Mapping[str, Any]) -> list[Drawing]:
-    """Curves along training, and a view that judges with its depth for each network."""
     both = (("psnr", _curves, CURVES), ("views", _views, VIEWS))
     return [
         Drawing(f"{scene}-{name}", partial(draw, result, scene), caption.format(scene))

@@ -23,7 +23,7 @@ from normkit.lab import task
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments import classification
 from normkit.lab.experiments.classification import PAPER, Plan, Row, difference, early, study, verdicts
-from normkit.lab.experiments.classification_drawing import figures as curves_of
+from normkit.lab.experiments.classification import figures as curves_of
 from normkit.lab.experiments.runs import drawn
 from normkit.lab.models.vit import Patches, VisionTransformer
 from normkit.lab.report.drawing import FULL, log, name_ends, panels, styles
@@ -93,7 +93,6 @@ def plan(scale: str) -> Plan:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Does what is missing."""
     planned = plan(bench.scale)
     found = study(bench, [planned])
     rows = [replace(planned.base, name=row.name, recipe=row.recipe, unit=row.unit) for row in (*ROWS, *CONTROLS)]
@@ -103,7 +102,6 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Scores, controls, rates, time, and gradients at the start."""
     found = result["gradients"].items()
     lines = [[name, some[0], some[-1], some[0] / some[-1] if some[-1] else None] for name, some in found]
     notes = ["Norm of the loss's gradient by all parameters of a block, before the first step, first seed."]
@@ -112,7 +110,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What is seen of the rows and of the claim that LN is needed."""
     (label,) = result["parts"]
     said = verdicts(result)
     for one, other in ((E, UNIT), (E, TWO), (ONLY, NONE), (NONE, LN)):

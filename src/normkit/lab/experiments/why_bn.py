@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from normkit.core.card import Paper
 from normkit.diagnostics.curvature import smoothness
 from normkit.lab.experiment import Bench, Experiment, Table
-from normkit.lab.experiments import rates, runs
+from normkit.lab.experiments import runs
 from normkit.lab.experiments.runs import drawn, side
 from normkit.lab.models.small_cnn import MAKERS, SmallCNN
 from normkit.lab.report.drawing import COLOURS, FAINT, GREY, SEEDS, Curve, End, along, log, name_ends, panels
@@ -104,7 +104,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Trains every method measured, and with and without normalization at every rate."""
     size = runs.size_of(bench, 0)
     del size["test"], size["epochs"]
     size["steps"] = bench.epochs * (size["train"] or 45000) // BATCH if bench.epochs else STEPS[bench.scale]
@@ -133,7 +132,6 @@ def over_training(result: dict[str, Any], method: str, key: str) -> list[float |
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Measures along training, and losses at every rate."""
     lines: list[list[Any]] = []
     for method, name in METHODS.items():
         own = measured(result, method)
@@ -149,7 +147,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         "in front of it take their step. Shift: of the means of a layer's inputs in one step, in standard deviations.",
         "Range of loss, change of gradient and its ratio to the distance: along the gradient, up to four times the rate.",
     )
-    rows = [[METHODS[method], *rates.losses(searched(result, method))] for method in SEARCHED]
+    rows = [[METHODS[method], *runs.losses(searched(result, method))] for method in SEARCHED]
     heads = ("norm", *(f"rate {rate:g}" for rate in result["rates"]))
     return [
         Table(f"Along training at rate {RATE:g}", columns, lines, said),
@@ -158,15 +156,13 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What each explanation predicts, and what was measured."""
-
     def each(key: str, form: str) -> str:
         found = {name: mean(over_training(result, method, key)) for method, name in METHODS.items()}
         return ", ".join(f"{name} {ABSENT if value is None else format(value, form)}" for name, value in found.items())
 
     # A run that diverged counts as guessing, so that the loss of the others is not taken for that of all.
     found = {method: [run["end"] for run in measured(result, method)] for method in METHODS}
-    ends = {method: [rates.GUESS if end is None else end for end in some] for method, some in found.items()}
+    ends = {method: [runs.GUESS if end is None else end for end in some] for method, some in found.items()}
     said = [
         f"Covariate shift as the cosine of a layer's gradients (1 is no shift): {each('turn', '.3f')}.",
         f"Covariate shift as movement of means per step, in standard deviations: {each('mean', '.3f')}.",
@@ -180,10 +176,10 @@ def remarks(result: dict[str, Any]) -> list[str]:
             f"{word}."
         )
     said.append(f"Change of the gradient per unit of distance along it: {each('beta', '.3g')}.")
-    large = [f"{METHODS[m]} {rates.tell_rates(rates.largest(searched(result, m)))}" for m in SEARCHED]
+    large = [f"{METHODS[m]} {runs.tell_rates(runs.largest(searched(result, m)))}" for m in SEARCHED]
     said.append(f"Largest rate that learned, for each seed: {'; '.join(large)}.")
     # A larger rate is worth something only where it leads to a lower loss.
-    low = [f"{METHODS[m]} {rates.tell_lowest(rates.lowest(searched(result, m)))}" for m in SEARCHED]
+    low = [f"{METHODS[m]} {runs.tell_lowest(runs.lowest(searched(result, m)))}" for m in SEARCHED]
     said.append(f"Lowest mean training loss at any rate after {result['short']} steps: {'; '.join(low)}.")
     return said
 
@@ -243,9 +239,9 @@ def curves(result: dict[str, Any]) -> list[Curve]:
 )
 def _rates(result: dict[str, Any]) -> Figure:
     figure, (axis,) = panels(1, 3.6, 2.5)
-    ends = rates.draw(axis, {METHODS[m]: (HUES[m], searched(result, m)) for m in SEARCHED})
+    ends = runs.draw_rates(axis, {METHODS[m]: (HUES[m], searched(result, m)) for m in SEARCHED})
     for y, method in zip((0.04, 0.09), SEARCHED, strict=True):
-        lost = [rate for rate, found in rates.by_rate(searched(result, method)).items() if None in found]
+        lost = [rate for rate, found in runs.by_rate(searched(result, method)).items() if None in found]
         style: dict[str, Any] = {"color": HUES[method], "transform": axis.get_xaxis_transform(), "markersize": 4}
         axis.plot(lost, [y] * len(lost), "x", **style)
     axis.set_ylim(0, 4)

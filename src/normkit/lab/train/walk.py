@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +16,6 @@ from normkit.lab.seeding import reseed
 from normkit.lab.stats import DIVERGED, OK
 
 PAUSE = 20.0  # seconds between checkpoints
-
-
-class Part(Protocol):
-    """What has a state: a model, an optimizer."""
-
-    def state_dict(self) -> Any:
-        """Gives the state."""
-        ...
-
-    def load_state_dict(self, state: Any, /) -> Any:
-        """Takes a state."""
-        ...
 
 
 class Diverged(Exception):
@@ -44,13 +32,13 @@ class Walk:
 
 
 def walk(
-    folder: Path, steps: int, parts: Mapping[str, Part], step: Callable[[int], Mapping[str, Any] | None], seed: int
+    folder: Path, steps: int, parts: Mapping[str, Any], step: Callable[[int], Mapping[str, Any] | None], seed: int
 ) -> Walk:
     """Does steps 1 to `steps`, from the last checkpoint in `folder` on, which stays until the result is written.
 
     Before each step the global generators are seeded by `seed` and the step's number, so that what a step draws does not depend
-    on where the walk was interrupted. `parts` are what changes from step to step, by name; what `step` gives, if not None, is
-    kept as a row, and it may raise :class:`Diverged`.
+    on where the walk was interrupted. `parts` are what changes from step to step, by name, each with a state dict; what
+    `step` gives, if not None, is kept as a row, and it may raise :class:`Diverged`.
     """
     keep_memory()
     make(folder)

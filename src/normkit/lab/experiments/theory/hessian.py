@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normkit.diagnostics.curvature import Reading, hessian_condition
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.classification import PAPER
+from normkit.lab.experiments.runs import drawings, drawn
 from normkit.lab.report.drawing import COLOURS, FAINT, FULL, SEEDS, Curve, along, log, name_ends, panels
 from normkit.lab.seeding import reseed
 from normkit.lab.train.images import load
@@ -95,7 +96,6 @@ def measure(job: Measured, folder: Path) -> dict[str, Any]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Measures the example, random networks, and networks along training."""
     count, steps = SIZES[bench.scale]
     jobs = [Measured(bench.seeds[0], random=count), *(Measured(seed, steps=steps) for seed in bench.seeds)]
     drawn, *trained = (found["rows"] for found in bench.sweep(measure, jobs))
@@ -109,7 +109,6 @@ def improved(rows: list[dict[str, float]], mode: str) -> int:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """The example, random networks, and along training."""
     before, looks = result["example"]["before"], [row for run in result["runs"] for row in run["rows"]]
     lines = []
     for mode, name in READINGS.items():
@@ -126,7 +125,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What fails."""
     before, drawn = result["example"]["before"], result["random"]
     told = ", ".join(f"{improved(drawn, mode)} ({name})" for mode, name in READINGS.items())
     return [
@@ -138,18 +136,13 @@ def remarks(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """One figure."""
-    caption = (
-        "The condition number of the loss's Hessian with conditioned weights by that without, in three readings of the "
-        "theorem that it is at most 1 (line): for random networks, sorted (left), and along the descent of a network on "
-        f"digits that has no E (right); there {SEEDS}."
-    )
-    return [Drawing("readings", lambda: draw(result), caption)]
-
-
-def draw(result: dict[str, Any]) -> Figure:
-    """Ratios of random networks and along training."""
+@drawn(
+    "readings",
+    "The condition number of the loss's Hessian with conditioned weights by that without, in three readings of the "
+    "theorem that it is at most 1 (line): for random networks, sorted (left), and along the descent of a network on "
+    f"digits that has no E (right); there {SEEDS}.",
+)
+def _draw(result: dict[str, Any]) -> Figure:
     figure, (left, right) = panels(2, FULL, 2.6)
     ends, runs = [], [run["rows"] for run in result["runs"]]
     for (mode, name), hue in zip(READINGS.items(), COLOURS, strict=False):
@@ -170,5 +163,5 @@ def draw(result: dict[str, Any]) -> Figure:
 EXPERIMENT = Experiment(
     "hessian", "theory", "The Hessian of the loss with conditioned weights",
     "Conditioned weights make the condition number of the loss's Hessian no larger, where it has full rank.",
-    PAPER, run, tables, figures, remarks, ("tiny", "small"),
+    PAPER, run, tables, drawings(_draw), remarks, ("tiny", "small"),
 )  # fmt: skip

@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from normkit.diagnostics.conditioning import condition_number
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.classification import PAPER
+from normkit.lab.experiments.runs import drawings, drawn
 from normkit.lab.report.drawing import COLOURS, FULL, GREY, name_ends, panels
 
 SIZE, FOLLOWED, ENOUGH, STEPS = 6, 40, 1e-10, {"tiny": 200, "small": 30_000}
@@ -86,7 +87,6 @@ def largest_stable(a: Tensor, steps: int = 2000) -> float:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Descends in every form."""
     a, b = problem(bench.seeds[0])
     values, vectors = torch.linalg.eigh(a)
     rate = 1.9 / values[-1].item()
@@ -117,7 +117,6 @@ def _printed(a: Tensor, b: Tensor, p: Tensor) -> float:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Directions, and forms."""
     lines = [[k, *(f"{v:.6g}" for v in row)] for k, row in enumerate(zip(*result["directions"], strict=True), 1)]
     keys = ("singular", "ratio", "predicted", "measured", "printed")
     forms = [[form["name"], *(f"{form[key]:.6g}" for key in keys)] for form in result["forms"]]
@@ -130,7 +129,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """How far predictions and measurements agree."""
     wrong = [form["name"] for form in result["forms"] if form["printed"] > 1e-6]
     return [
         f"Factors per step along the eigenvectors are 1 - ησᵢ within {result['apart']:.1g}.",
@@ -140,19 +138,14 @@ def remarks(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """One figure."""
-    caption = (
-        "Left: the error along each eigenvector of A under plain descent at rate 1.9 / s_1, in parts of the first (dots), "
-        "and what equation (7) predicts (lines); the flattest line is the smallest eigenvalue. Right: the whole error "
-        "under preconditioned descent, each form at its best rate; the inverse of A is done after one step. The order at "
-        "the right is that of the eigenvalue ratios of PA, not of its singular values."
-    )
-    return [Drawing("descent", lambda: draw(result), caption)]
-
-
-def draw(result: dict[str, Any]) -> Figure:
-    """Errors along directions, and of every form."""
+@drawn(
+    "descent",
+    "Left: the error along each eigenvector of A under plain descent at rate 1.9 / s_1, in parts of the first (dots), "
+    "and what equation (7) predicts (lines); the flattest line is the smallest eigenvalue. Right: the whole error "
+    "under preconditioned descent, each form at its best rate; the inverse of A is done after one step. The order at "
+    "the right is that of the eigenvalue ratios of PA, not of its singular values.",
+)
+def _draw(result: dict[str, Any]) -> Figure:
     figure, (left, right) = panels(2, FULL, 2.6)
     ends = []
     for k, (factor, errors) in enumerate(zip(result["directions"][1], result["errors"], strict=True)):
@@ -174,5 +167,5 @@ def draw(result: dict[str, Any]) -> Figure:
 EXPERIMENT = Experiment(
     "quadratic", "theory", "Gradient descent on a quadratic, with and without preconditioning",
     "The rate of gradient descent is set by the condition number, and a preconditioner that lowers it makes descent faster.",
-    PAPER, run, tables, figures, remarks, ("tiny", "small"),
+    PAPER, run, tables, drawings(_draw), remarks, ("tiny", "small"),
 )  # fmt: skip

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from normkit.diagnostics.conditioning import chi, condition_number
 from normkit.diagnostics.spectrum import condition_of
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.classification import PAPER
+from normkit.lab.experiments.runs import drawings, drawn
 from normkit.lab.report.drawing import COLOURS, FAINT, FULL, marked, panels
 from normkit.weights.weight_conditioning import equilibrate
 
@@ -61,7 +62,6 @@ def conditions(batch: Tensor) -> Tensor:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Searches every size."""
     count, optimised = SIZES[bench.scale]
     a = torch.tensor(COUNTEREXAMPLE, dtype=torch.float64)
     least, d = best_scaling(a)
@@ -83,7 +83,6 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """The counterexample, and the search."""
     names = {"A": "A", "EA": "EA, unit rows", "DA": "DA, the best D that is found"}
     example = [[names[name], *(f"{value:.3f}" for value in pair)] for name, pair in result["example"].items()]
     lines = []
@@ -98,7 +97,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What fails and what holds."""
     before, after = result["example"]["A"], result["example"]["EA"]
     worse = ", ".join(f"{row['worse']} of {row['full rank']} ({row['rows']} rows)" for row in result["sizes"])
     return [
@@ -109,19 +107,14 @@ def remarks(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """One figure."""
-    caption = (
-        "Left: what row equilibration E does to the condition number of random matrices, as quantiles of the ratio of "
-        "after to before, for m rows; right of the point where a line crosses 1, E has made it worse, which the printed "
-        "theorem excludes. Right: how far E is from the best diagonal scaling that is found, a dot for each matrix, below "
-        "the bound, the root of m (bars)."
-    )
-    return [Drawing("search", lambda: draw(result), caption)]
-
-
-def draw(result: dict[str, Any]) -> Figure:
-    """Quantiles of the change, and the distance from the best."""
+@drawn(
+    "search",
+    "Left: what row equilibration E does to the condition number of random matrices, as quantiles of the ratio of "
+    "after to before, for m rows; right of the point where a line crosses 1, E has made it worse, which the printed "
+    "theorem excludes. Right: how far E is from the best diagonal scaling that is found, a dot for each matrix, below "
+    "the bound, the root of m (bars).",
+)
+def _draw(result: dict[str, Any]) -> Figure:
     figure, (left, right) = panels(2, FULL, 2.6)
     for row, hue in zip(result["sizes"], COLOURS, strict=False):
         left.plot(range(101), row["quantiles"], color=hue, label=f"m = {row['rows']}")
@@ -140,5 +133,5 @@ def draw(result: dict[str, Any]) -> Figure:
 EXPERIMENT = Experiment(
     "van-der-sluis", "theory", "Row equilibration against all diagonal scalings",
     "Among all diagonal preconditioners, the one that gives a matrix unit rows minimizes its condition number.",
-    PAPER, run, tables, figures, remarks, ("tiny", "small"),
+    PAPER, run, tables, drawings(_draw), remarks, ("tiny", "small"),
 )  # fmt: skip
