@@ -143,8 +143,6 @@ def test_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NORMKIT_DATA", str(tmp_path))
     with pytest.raises(ProtocolError, match=r"fern is missing; unpack nerf_llff_data.zip"):
         find_scene("fern")
-    with pytest.raises(ProtocolError, match=r"lego is missing; unpack nerf_synthetic.zip"):
-        find_scene("lego")
 
 
 def test_a_run_that_diverged_is_told_and_rates_are_the_best_tried(tmp_path: Path) -> None:

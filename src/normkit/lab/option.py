@@ -106,9 +106,9 @@ class Option:
         return [self.spelling, *([] if self.alone and value == self.alone else [self.text(value)])]
 
 
-def option(default: T, help: str, panel: str, **more: Any) -> T:
+def option(default: T, help: str, panel: str, choices: tuple[str, ...] = (), **more: Any) -> T:
     """Declares a dataclass field that is an option."""
-    return field(default=default, metadata={"option": Option(help, panel, **more)})
+    return field(default=default, metadata={"option": Option(help, panel, choices=choices, **more)})
 
 
 def options(*classes: Any) -> dict[str, Option]:

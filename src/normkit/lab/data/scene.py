@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -108,20 +106,12 @@ def to_ndc(
     return start, along
 
 
-def scene_folder(root: Path | None, collection: str, scene: str, cure: str) -> Path:
-    """Finds the folder of a scene in a collection as it was published."""
-    folder = data_root(root) / collection / scene
-    if not folder.is_dir():
-        raise ProtocolError(f"{folder} is missing; {cure}")
-    return folder
-
-
 def read_image(path: Path, reduce: int = 1) -> np.ndarray:
-    """Reads a picture ``(height, width, 3 or 4)`` from 0 to 1, and averages squares of `reduce` pixels per side."""
+    """Reads a picture ``(height, width, 3)`` from 0 to 1, and averages squares of `reduce` pixels per side."""
     from PIL import Image
 
     with reading(path, "unpack the scene again"), Image.open(path) as file:
-        image = file.convert("RGBA" if "A" in file.getbands() else "RGB")
+        image = file.convert("RGB")
     if reduce > 1:
         size = image.width // reduce, image.height // reduce
         if min(size) < 1:
@@ -131,7 +121,7 @@ def read_image(path: Path, reduce: int = 1) -> np.ndarray:
 
 
 def stack_images(paths: list[Path], reduce: int = 1) -> Tensor:
-    """Reads pictures of one size into ``(n, height, width, channels)``."""
+    """Reads pictures of one size into ``(n, height, width, 3)``."""
     images = [read_image(path, reduce) for path in paths]
     for path, image in zip(paths, images, strict=True):
         if image.shape != images[0].shape:
@@ -201,56 +191,6 @@ def _pose(view: int, views: int) -> Tensor:
     return torch.stack([right, torch.linalg.cross(back, right), back, 4 * back], dim=1)
 
 
-SYNTHETIC = "nerf_synthetic"
-EVERY = 8  # of as many test views one is read, as published
-_RENDERED = (
-    f"unpack nerf_synthetic.zip of the NeRF authors (https://www.matthewtancik.com/nerf) so that DATA_ROOT/{SYNTHETIC}/<scene> "
-    "holds transforms_train.json and its pictures, and give --data-root DATA_ROOT"
-)
-
-
-def blender(root: Path | None = None, scene: str = "lego", reduce: int = 2) -> Scene:
-    """Reads a scene with cameras on a sphere: RGBA pictures laid on white, rays from 2 to 6 in world coordinates.
-
-    `reduce` averages squares of that many pixels per side: 800 to 400, as published (https://arxiv.org/abs/2003.08934).
-    """
-    folder = scene_folder(root, SYNTHETIC, scene, _RENDERED)
-    learn, judge = (_read_cameras(folder / f"transforms_{part}.json") for part in ("train", "test"))
-    frames = [*learn["frames"], *judge["frames"][::EVERY]]
-    images = stack_images([folder / f"{frame['file_path']}.png" for frame in frames], reduce)
-    if images.shape[-1] == 4:
-        images = images[..., :3] * images[..., 3:] + (1 - images[..., 3:])
-    focal = 0.5 * images.shape[2] / math.tan(0.5 * learn["camera_angle_x"])
-    poses = torch.tensor([frame["transform_matrix"] for frame in frames], dtype=torch.float32)[:, :3]
-    views = range(len(frames))
-    return Scene(
-        name=scene,
-        images=images,
-        poses=poses,
-        focal=(focal, focal),
-        train=tuple(views[: len(learn["frames"])]),
-        test=tuple(views[len(learn["frames"]) :]),
-        near=2.0,
-        far=6.0,
-        background=1.0,
-    )
-
-
-def _read_cameras(path: Path) -> dict[str, Any]:
-    with reading(path, _RENDERED):
-        cameras = json.loads(path.read_text("utf-8"))
-        fits = 0 < float(cameras["camera_angle_x"]) < math.pi and len(cameras["frames"]) > 0
-        for frame in cameras["frames"]:
-            matrix = torch.tensor(frame["transform_matrix"])
-            fits &= isinstance(frame["file_path"], str) and matrix.shape == (4, 4) and bool(matrix.isfinite().all())
-    if not fits:
-        raise ProtocolError(
-            f"{path}: wanted camera_angle_x between 0 and pi and frames, each with file_path and a 4x4 transform_matrix; "
-            f"{_RENDERED}"
-        )
-    return cameras
-
-
 SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
 FOLDER = "nerf_llff_data"
 FACTOR = 8  # times that the publishers downscaled the pictures which are read
@@ -269,7 +209,9 @@ def llff(root: Path | None = None, scene: str = "fern", reduce: int = 1) -> Scen
     Poses are recentred on their mean and scaled so that the nearest bound lies at 4/3. `reduce` averages squares of that
     many pixels per side (Mildenhall et al. 2019, Local light field fusion, https://arxiv.org/abs/1905.00889).
     """
-    folder = scene_folder(root, FOLDER, scene, _CURE)
+    folder = data_root(root) / FOLDER / scene
+    if not folder.is_dir():
+        raise ProtocolError(f"{folder} is missing; {_CURE}")
     rows = _read_poses(folder / "poses_bounds.npy")
     pictures = folder / f"images_{FACTOR}"
     paths = sorted(path for path in pictures.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
@@ -279,7 +221,7 @@ def llff(root: Path | None = None, scene: str = "fern", reduce: int = 1) -> Scen
         raise ProtocolError(
             f"{pictures} holds {len(paths)} pictures, poses_bounds.npy {len(rows)} poses; wanted one each; {_CURE}"
         )
-    images = stack_images(paths, reduce)[..., :3]
+    images = stack_images(paths, reduce)
     cameras, bounds = rows[:, :15].reshape(-1, 3, 5), rows[:, 15:]
     high, wide, focal = cameras[0, :, 4]
     # The file's columns are down, right and backward; ours right, up and backward.

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from normkit.diagnostics.conditioning import weight_conditions
-from normkit.lab.data.scene import SCENES, Rays, Scene, blender, llff, spheres
+from normkit.lab.data.scene import Rays, Scene, llff, spheres
 from normkit.lab.fields.rendering import Sampling, psnr, render, render_view
 from normkit.lab.models.nerf import NeRF, nerf
 from normkit.lab.models.rows import Scale, scale_rows
@@ -63,7 +63,7 @@ def find_scene(name: str, reduce: int = 1) -> Scene:
     """Reads a scene from the folder in ``NORMKIT_DATA``; balls need no data; `reduce` is the side of the squares to average."""
     if name == "spheres":
         return spheres(max(8, 96 // reduce))
-    return llff(scene=name, reduce=reduce) if name in SCENES else blender(scene=name, reduce=2 * reduce)
+    return llff(scene=name, reduce=reduce)
 
 
 def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
