@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from normkit.core.errors import OptionError
 from normkit.lab.data.sequences import TASKS, draw, guess, text
-from normkit.lab.models.encoder import Encoder
+from normkit.lab.models.vit import Encoder
 
 
 @pytest.mark.parametrize("placement", ["post", "pre"])

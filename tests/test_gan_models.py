@@ -3,7 +3,7 @@
 import torch
 from torch.testing import assert_close
 
-from normkit.lab.models.gan import PointDiscriminator, PointGenerator, centres, ring
+from normkit.lab.jobs.adversarial import PointDiscriminator, PointGenerator, centres, ring
 
 
 def test_points_lie_on_the_ring() -> None:

@@ -15,8 +15,8 @@ from normkit.core.errors import OptionError
 from normkit.diagnostics.curvature import smoothness
 from normkit.lab.experiments import disparity, gan, why_bn
 from normkit.lab.jobs import adversarial, encoders
+from normkit.lab.jobs.adversarial import PointDiscriminator, PointGenerator, centres
 from normkit.lab.models import small_cnn
-from normkit.lab.models.gan import PointDiscriminator, PointGenerator, centres
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.report import drawing
 from normkit.lab.train import images, walk

@@ -15,7 +15,7 @@ import lab_samples
 from normkit.core.errors import OptionError, ProtocolError
 from normkit.lab.outcome import Outcome, Template, compare
 from normkit.lab.protocol import MODELS, load_factory
-from normkit.lab.recipes import default_recipes
+from normkit.lab.study import default_recipes
 from normkit.surgery.applicable import why_not
 
 QUICK: dict[str, Any] = {"rates": (0.01,), "epochs": 1, "batch_size": 32, "accelerator": "cpu", "report": False}

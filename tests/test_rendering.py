@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from normkit.lab.data.scene import Rays, Scene, camera_rays, see, spheres, to_ndc
-from normkit.lab.fields.rendering import (
+from normkit.lab.fields.radiance import (
     Sampling,
     composite,
     even_depths,

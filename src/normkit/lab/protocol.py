@@ -69,7 +69,7 @@ MODELS = {
     "vit_tiny": "normkit.lab.models.vit:vit_tiny",
     "vit_s": "normkit.lab.models.vit:vit_s",
     "vit_b16": "normkit.lab.models.vit:vit_b16",
-    "dit": "normkit.lab.models.dit:dit_small",
+    "dit": "normkit.lab.models.vit:dit_small",
 }
 DATA = {
     "digits": "normkit.lab.data.digits:digits",

@@ -88,7 +88,7 @@ class Settings:
     """What a comparison trains, and how; every field is an option of ``normkit compare``, with a default.
 
     ``seeds`` is a tuple here, and on the command line how many or which. Empty ``recipes`` stand for those that suit the model
-    (:func:`normkit.lab.recipes.default_recipes`), empty ``rates`` for four that suit the optimizer; they are kept in ascending
+    (:func:`normkit.lab.study.default_recipes`), empty ``rates`` for four that suit the optimizer; they are kept in ascending
     order. The help of each field is its declaration; the page on comparing methods shows them all.
 
     Raises:

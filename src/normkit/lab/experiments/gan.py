@@ -19,8 +19,7 @@ from matplotlib.figure import Figure
 from normkit.catalogue.methods import method
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.runs import diverged, drawings, drawn, grid, titled
-from normkit.lab.jobs.adversarial import FOLLOWED, TOLERANCE, Game, play, stable_rank
-from normkit.lab.models.gan import centres
+from normkit.lab.jobs.adversarial import FOLLOWED, TOLERANCE, Game, centres, play, stable_rank
 from normkit.lab.report import drawing
 from normkit.lab.say import counted
 from normkit.lab.stats import Row, by_step, known, mean, spread, where

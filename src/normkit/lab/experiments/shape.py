@@ -20,8 +20,8 @@ from normkit.catalogue.methods import method
 from normkit.lab.data import solid as shapes
 from normkit.lab.data.root import VARIABLE, data_root
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiments import runs as trials
 from normkit.lab.experiments.runs import drawn
-from normkit.lab.experiments.trials import Study, Trial, curves, ends, first_seed, gained, grid, lost, settings_of
 from normkit.lab.fields.occupancy import OccupancyJob, learn_solid, measure_solid
 from normkit.lab.fields.radiance import decode
 from normkit.lab.models.nerf import Kind
@@ -33,11 +33,11 @@ PAPER = method("weight_conditioning").paper
 MESHES = ("bunny", "armadillo", "dragon", "happy", "lucy", "spot")
 PLAIN, CONDITIONED, KEPT = "plain", "E", "E, kept scale"
 ROWS = {
-    PLAIN: Trial("plain", "none"),
-    CONDITIONED: Trial("e", "none+e@re:trunk"),
-    KEPT: Trial("e-kept", "none", "kept"),
+    PLAIN: trials.Trial("plain", "none"),
+    CONDITIONED: trials.Trial("e", "none+e@re:trunk"),
+    KEPT: trials.Trial("e-kept", "none", "kept"),
 }
-STUDY = Study(ROWS, learn_solid, measure_solid, ("solid", "kind"))
+STUDY = trials.Study(ROWS, learn_solid, measure_solid, ("solid", "kind"))
 KINDS: dict[Kind, str] = {"gaussian": "Gaussian", "sine": "sine", "relu": "ReLU + PE"}
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"width": 8, "depth": 2, "points": 400, "batch": 100, "epochs": 1, "every": 1, "grid": 8},
@@ -94,7 +94,7 @@ def run(bench: Bench) -> dict[str, Any]:
     runs, pictures = STUDY.train(bench, wanted)
     return {
         "scale": bench.scale,
-        "settings": settings_of(wanted[0]),
+        "settings": trials.settings_of(wanted[0]),
         "rates": {kind: {name: rates[f"{kind} {name}"] for name in ROWS} for kind in KINDS},
         "costs": {kind: STUDY.cost(bench, (chosen[f"{kind} {name}"] for name in ROWS)) for kind in KINDS},
         "runs": runs,
@@ -125,11 +125,11 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         for name in ROWS:
             runs = where(all_runs, row=name)
             head = (f"{solid}, {KINDS[kind]}", name)
-            told = None if name == PLAIN else tell(gained(all_runs, ROWS, name, "iou_near")[0], "+.3f")
+            told = None if name == PLAIN else tell(trials.gained(all_runs, ROWS, name, "iou_near")[0], "+.3f")
             rate = result["rates"][kind][name]["rate"]
             scores.append([*head, spread([run["iou_near"] for run in runs], ".3f"), told, rate, len(runs)])
             excess = mean(run["volume"] / run["true_volume"] - 1 for run in runs)
-            inner = [mean(end[key] for end in ends(runs)) for key in ("raw_condition", "condition")]
+            inner = [mean(end[key] for end in trials.ends(runs)) for key in ("raw_condition", "condition")]
             volume = None if excess is None else f"{100 * excess:+.1f} %"
             more.append([*head, spread([run["iou"] for run in runs], ".3f"), volume, *inner])
     size = f"{result['scale']} scale"
@@ -163,13 +163,13 @@ def _time(result: Mapping[str, Any], kind: Kind) -> Table:
 def remarks(result: Mapping[str, Any]) -> list[str]:
     said = []
     for (solid, kind), runs in STUDY.subjects(result).items():
-        found = {name: gained(runs, ROWS, name, "iou_near") for name in (CONDITIONED, KEPT)}
+        found = {name: trials.gained(runs, ROWS, name, "iou_near") for name in (CONDITIONED, KEPT)}
         parts = [f"{name} {told}, {word}" for name, (gap, word) in found.items() if (told := tell(gap, "+.3f"))]
         told = "; ".join(parts) or "nothing to compare"
         said.append(f"{solid}, {KINDS[kind]}: IoU near the surface minus plain: {told}.")
     said += lowered([run for run in result["runs"] if run["row"] in (CONDITIONED, KEPT)])
     named = [{**run, "kind": KINDS[run["kind"]]} for run in result["runs"]]
-    said += lost(named, "{row} of {solid} with {kind}, seed {seed}")
+    said += trials.lost(named, "{row} of {solid} with {kind}, seed {seed}")
     if analytic := [solid for solid in dict.fromkeys(run["solid"] for run in result["runs"]) if solid in shapes.SHAPES]:
         said.append(f"No meshes were given: the solids are analytic shapes ({', '.join(analytic)}).")
     said.append(f"{result['scale'].capitalize()} scale: {_size(result['settings'])}.")
@@ -219,7 +219,7 @@ def figures(result: Mapping[str, Any]) -> list[Drawing]:
 def _surfaces(result: Mapping[str, Any], kind: Kind) -> Figure:
     subjects = {solid: runs for (solid, of), runs in STUDY.subjects(result).items() if of == kind}
     columns = 1 + len(ROWS)
-    figure, axes = grid(len(subjects), columns, (FULL / columns + 0.45) * len(subjects))
+    figure, axes = trials.picture_grid(len(subjects), columns, (FULL / columns + 0.45) * len(subjects))
     for row, (solid, runs) in zip(axes, subjects.items(), strict=True):
         shown = result["pictures"][f"{solid} {kind}"]
         row[0].imshow(decode(next(iter(shown.values()))["truth"]))
@@ -227,7 +227,7 @@ def _surfaces(result: Mapping[str, Any], kind: Kind) -> Figure:
         for axis, name in zip(row[1:], ROWS, strict=True):
             if name not in shown:
                 continue
-            run = first_seed(runs, name)
+            run = trials.first_seed(runs, name)
             axis.imshow(decode(shown[name]["learnt"]))
             score = "diverged" if run["iou"] is None else f"IoU {run['iou']:.3f}, near {run['iou_near']:.3f}"
             axis.set_title(plain(f"{KINDS[kind]}, {name}\n{score}"))
@@ -251,7 +251,7 @@ def _curves(result: Mapping[str, Any]) -> Figure:
     for axis in axes.ravel()[len(subjects) :]:
         axis.set_axis_off()
     for axis, ((solid, kind), runs) in zip(axes.ravel(), subjects.items(), strict=False):
-        found = along(axis, curves(runs, ROWS, "epoch"), lambda row: row["iou_near"], "epoch")
+        found = along(axis, trials.curves(runs, ROWS, "epoch"), lambda row: row["iou_near"], "epoch")
         axis.set_title(plain(f"{solid}, {KINDS[kind]}"), loc="left")
         axis.set_ylim(0, 1)
         name_ends(axis, found)

@@ -22,7 +22,7 @@ from normkit.activations.adaptive_instance_norm import adaptive_instance_norm
 from normkit.catalogue.methods import method
 from normkit.lab.experiment import Bench, Drawing, Experiment, Table
 from normkit.lab.experiments import runs
-from normkit.lab.experiments.trials import grid
+from normkit.lab.experiments.runs import picture_grid
 from normkit.lab.models.small_cnn import Shift
 from normkit.lab.stats import spread
 from normkit.lab.train.images import Size, Stream, fit
@@ -132,7 +132,7 @@ def figures(result: dict[str, Any]) -> list[Drawing]:
 
 def draw(pictures: dict[str, Any]) -> Figure:
     """A grid of contents, styles and outputs."""
-    figure, axes = grid(SHOWN + 1, SHOWN + 1, 7.0)
+    figure, axes = picture_grid(SHOWN + 1, SHOWN + 1, 7.0)
     for k in range(SHOWN):
         axes[0, k + 1].imshow(pictures["styles"][k])
         axes[k + 1, 0].imshow(pictures["contents"][k])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normkit.lab.data import sequences
-from normkit.lab.models.encoder import Encoder
+from normkit.lab.models.vit import Encoder
 from normkit.lab.seeding import reseed
 from normkit.lab.sweep import Work
 from normkit.lab.train.walk import Diverged, descend, device, walk

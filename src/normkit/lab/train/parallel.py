@@ -1,15 +1,17 @@
-"""Lightning Fabric started as settings ask, and a model on its devices: compiled, copied or sharded."""
+"""Lightning Fabric, a model on its devices, copied to every process or sharded among them, and the average of its weights."""
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from normkit.core.errors import OptionError
 from normkit.gradients.muon import Muon
@@ -158,3 +160,66 @@ def start_fabric(settings: Settings) -> Fabric:
             f"wanted a multiple of {fabric.world_size}"
         )
     return fabric
+
+
+class Average:
+    """Follows a model's parameters, and the running statistics of its norms, and takes their place when it is judged.
+
+        average <- d * average + (1 - d) * value,   d = min(decay, (1 + n) / (10 + n)) at step n
+
+    The smaller decay of the first steps, that of TensorFlow's ExponentialMovingAverage, lets the average forget the initial
+    weights. Averages are held in single precision at least: in half of it, steps of a thousandth round to none. What a weight
+    parametrization keeps for itself, such as the vectors of spectral norm, and counters are not averaged.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.live: dict[str, Tensor] = dict(model.named_parameters())
+        self.live |= {
+            name: buffer
+            for name, buffer in model.named_buffers()
+            if buffer.is_floating_point() and "parametrizations." not in name
+        }
+        with torch.no_grad():
+            self.values = {
+                name: tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+                for name, tensor in self.live.items()
+            }
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Moves the average towards the model's values."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, tensor in self.live.items():
+            value = self.values[name]
+            value.lerp_(tensor.to(value.dtype), 1.0 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Puts the average into the model, and the model's own values back at the end."""
+        own = {name: tensor.detach().clone() for name, tensor in self.live.items()}
+        self._fill(self.values)
+        try:
+            yield
+        finally:
+            self._fill(own)
+
+    @torch.no_grad()
+    def _fill(self, values: dict[str, Tensor]) -> None:
+        for name, tensor in self.live.items():
+            tensor.copy_(values[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """Gives the average, whole where it is sharded. Every process must ask for it."""
+        return {
+            name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in self.values.items()
+        }
+
+    @torch.no_grad()
+    def load(self, values: dict[str, Tensor]) -> None:
+        """Takes over what :meth:`state` gave."""
+        for name, value in self.values.items():
+            given = values[name].to(value.device)
+            if isinstance(value, DTensor):
+                given = distribute_tensor(given, value.device_mesh, value.placements)
+            value.copy_(given)

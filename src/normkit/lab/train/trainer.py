@@ -19,8 +19,7 @@ from normkit.lab.record import COUNT, NUMBER, POSITIVE, each, fields, maybe, nam
 from normkit.lab.seeding import apart, epoch_order, generator, reseed
 from normkit.lab.settings import Settings
 from normkit.lab.stats import DIVERGED, OK
-from normkit.lab.train.average import Average
-from normkit.lab.train.parallel import Placed, keep_whole, place
+from normkit.lab.train.parallel import Average, Placed, keep_whole, place
 from normkit.schedules import linear_rate
 
 # Where the step schedule takes the rate down, as parts of the run, and by how much.
