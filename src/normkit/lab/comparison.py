@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from normkit.lab import folder as folders
 from normkit.lab import option, record, rounds
 from normkit.lab.cluster import joined
 from normkit.lab.data.root import set_root
-from normkit.lab.experiment import Bench, Drawing, Experiment, Table
+from normkit.lab.experiment import Bench, Experiment
 from normkit.lab.perform import CONFIG, check, kept, perform
 from normkit.lab.rounds import fit, fitted, measure
 from normkit.lab.say import Terminal
@@ -41,14 +41,6 @@ __all__ = ["EXPERIMENT", "command", "compare", "default_output", "kept"]
 MANY = 8
 # Threads of so small a model wait for each other longer than they work, and for ever where other programs take the cores.
 FEW_PARAMETERS = 100_000
-CAPTIONS = {
-    "validation_score": "Validation score against epochs: mean over seeds, in a band from the lowest seed to the highest.",
-    "training_loss": "Training loss against epochs: mean over seeds, in a band from the lowest seed to the highest.",
-    "paired_differences": "Test score less the baseline's of the same seed: mean, interval, and each seed as a dot.",
-    "learning_rates": "Validation score after the last epoch at each learning rate tried; the filled mark is the one chosen.",
-    "condition_numbers": "Condition number of the weights after each epoch, geometric mean over seeds.",
-    "cost": "Milliseconds per step, with the interval of their ratio to the baseline's, and megabytes per step.",
-}
 
 
 def compare(
@@ -141,34 +133,13 @@ def reread(found: Mapping[str, Any]) -> Experiment:
     return replace(EXPERIMENT, title=found["experiment"]["title"], command=shlex.split(found["command"]))
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
-    """Scores and costs of each recipe."""
-    from normkit.lab.report.table import further, tables
-
-    return [*tables(result), *further(result)]
+def _later(module: str, name: str) -> Any:
+    # The report draws, which what only trains need not wait for.
+    return lambda result: getattr(import_module(f"normkit.lab.report.{module}"), name)(result)
 
 
-def figures(result: dict[str, Any]) -> list[Drawing]:
-    """Curves, differences, rates, condition numbers and costs."""
-    from normkit.lab.report.figures import figure, pictures
-
-    named = [picture for picture in pictures(result) if picture.name]
-    return [Drawing(each.name, partial(figure, each, result), CAPTIONS[each.name]) for each in named]
-
-
-def remarks(result: dict[str, Any]) -> list[str]:
-    """What was found, and what a reader must know before trusting it."""
-    from normkit.lab.report.table import remarks
-    from normkit.lab.report.wording import cautions, findings
-
-    return [*findings(result), *cautions(result), *remarks(result), *result["task"].get("notes", ())]
-
-
-def interactive(result: dict[str, Any]) -> dict[str, Any]:
-    """What the page says, with curves to point at and to zoom into."""
-    from normkit.lab.report.table import given
-
-    return given(result)
+tables, remarks, interactive = (_later("table", name) for name in ("shown", "remarked", "given"))
+figures = _later("figures", "drawings")
 
 
 def _experiment(study: Study, device: str, again: str) -> Experiment:

@@ -1,4 +1,4 @@
-"""The runs of a comparison: the same initial weights and data in the same order for every recipe, and recipes that suit a model."""
+"""The runs of a comparison: the same initial weights and data in the same order for every recipe; recipes that suit a model."""
 
 import copy
 import hashlib

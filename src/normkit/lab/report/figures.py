@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import exp, inf, log
 from statistics import median
 from typing import Any
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from normkit.lab.experiment import Drawing
 from normkit.lab.report import drawing
 from normkit.lab.report.wording import RESOLVED, at, finite, layer_names, ms_per_step, number, score_name
 
@@ -20,6 +22,14 @@ ENLARGED = 6  # epochs from which the end is worth a second look
 LAST = 0.75  # of training, from which on lines say how high the enlarged view reaches
 FAR = 10.0  # times the median distance from the median, beyond which a line does not stretch the enlarged view
 ROOM = 0.06  # of a panel's height, above and below what is enlarged
+CAPTIONS = {
+    "validation_score": "Validation score against epochs: mean over seeds, in a band from the lowest seed to the highest.",
+    "training_loss": "Training loss against epochs: mean over seeds, in a band from the lowest seed to the highest.",
+    "paired_differences": "Test score less the baseline's of the same seed: mean, interval, and each seed as a dot.",
+    "learning_rates": "Validation score after the last epoch at each learning rate tried; the filled mark is the one chosen.",
+    "condition_numbers": "Condition number of the weights after each epoch, geometric mean over seeds.",
+    "cost": "Milliseconds per step, with the interval of their ratio to the baseline's, and megabytes per step.",
+}
 
 
 @dataclass(frozen=True)
@@ -213,6 +223,12 @@ def cost(result: dict[str, Any], place: str, label: str, kind: str) -> Panel:
             value, low, high = finite(at(recipe, "cost.mb_per_step")), None, None
         rows.append(Row(index, value, low, high, text=number(value, kind)))
     return Panel(place, label, rows=rows, bars=True)
+
+
+def drawings(result: dict[str, Any]) -> list[Drawing]:
+    """The figures in files: curves, differences, rates, condition numbers and costs."""
+    named = [picture for picture in pictures(result) if picture.name]
+    return [Drawing(each.name, partial(figure, each, result), CAPTIONS[each.name]) for each in named]
 
 
 def figure(picture: Picture, result: dict[str, Any]) -> Figure:

@@ -192,44 +192,37 @@ def _together(result: dict[str, Any]) -> list[Table]:
     return [Table("All recipes judged together", ["recipe", "p", "p adjusted", "verdict"], rows, [note])]
 
 
-def given(result: dict[str, Any]) -> dict[str, Any]:
-    """What ``comparison.html`` is given."""
-    from normkit.lab.report.drawing import styles
-    from normkit.lab.report.figures import pictures
+def shown(result: dict[str, Any]) -> list[Table]:
+    """All tables of a comparison."""
+    return [*tables(result), *further(result)]
 
-    names, base, target = (
-        [recipe["recipe"] for recipe in result["recipes"]],
-        result["baseline"],
-        at(result, "target.score"),
-    )
+
+def remarked(result: dict[str, Any]) -> list[str]:
+    """What was found, and what a reader must know before trusting it."""
+    told = *wording.findings(result), *wording.cautions(result)
+    return [*told, *remarks(result), *result["task"].get("notes", ())]
+
+
+def given(result: dict[str, Any]) -> dict[str, Any]:
+    """What ``comparison.html`` is given, next to the result."""
+    from normkit.lab.report import figures
+    from normkit.lab.report.drawing import styles
+
+    names = [recipe["recipe"] for recipe in result["recipes"]]
+    seeds = sorted({str(entry["seed"]) for recipe in result["recipes"] for entry in recipe["sweep"]}, key=len)
     scores, costs, *conditioned, changes = tables(result)
-    paired, swept = result["recipes"][-1], {entry["seed"] for recipe in result["recipes"] for entry in recipe["sweep"]}
-    seeds = listing(sorted(map(str, swept), key=len)) if swept else "none"
     return {
-        "looks": dict(zip(names, styles(names, base), strict=True)),
-        "pictures": {picture.name or "time": picture for picture in pictures(result)},
-        "score": score_name(result),
-        "base": base,
-        "counts": [number(at(result, f"task.{part}"), "count") for part in ("train", "val", "test")],
-        "target": "" if target is None else number(target, "score"),
-        "level": wording.level(at(paired, "paired")),
-        "resampled": "test samples" in (at(paired, "paired.covers") or ()),
-        "swept": f"{'seed' if len(swept) == 1 else 'seeds'} {seeds}",
-        "findings": wording.findings(result),
-        "cautions": wording.cautions(result),
-        "words": wording.words(names),
-        "more": remarks(result),
-        "scores": scores,
-        "costs": costs,
-        "conditioned": conditioned,
-        "changes": changes,
-        "further": further(result),
-        "sweeps": _swept(result),
-        "runs": _runs(result),
+        "looks": dict(zip(names, styles(names, result["baseline"]), strict=True)),
+        "pictures": {picture.name or "time": picture for picture in figures.pictures(result)},
+        "tables": {"scores": scores, "costs": costs, "conditioned": conditioned, "changes": changes},
+        "lists": {"sweeps": swept(result), "runs": runs(result), "further": further(result), "more": remarks(result)},
+        "swept": f"{'seed' if len(seeds) == 1 else 'seeds'} {listing(seeds) if seeds else 'none'}",
+        "wording": wording,
     }
 
 
-def _swept(result: dict[str, Any]) -> Table:
+def swept(result: dict[str, Any]) -> Table:
+    """The learning rates that were tried."""
     columns = ["recipe", "learning rate", "seed", f"validation {score_name(result)}", "status", "records"]
     rows = [
         [
@@ -246,7 +239,8 @@ def _swept(result: dict[str, Any]) -> Table:
     return Table("Learning rates tried", columns, rows, [f"Validation {score_name(result)} after the last epoch."])
 
 
-def _runs(result: dict[str, Any]) -> Table:
+def runs(result: dict[str, Any]) -> Table:
+    """Every run at the rate that was kept."""
     score = score_name(result)
     kinds = {
         "seed": ("seed", "count"),
