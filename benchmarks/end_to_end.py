@@ -22,7 +22,7 @@ from normkit.engine.library import description
 from normkit.lab.bench.race import race
 from normkit.lab.bench.report import replace_section
 from normkit.lab.devices import cores, processor
-from normkit.lab.models.resnet import resnet18
+from normkit.lab.models.convolutional import resnet18
 
 
 class ConvNeXtBlock(nn.Module):

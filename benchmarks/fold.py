@@ -25,7 +25,7 @@ import normkit as nk
 from normkit.lab.bench.race import race
 from normkit.lab.bench.report import replace_section
 from normkit.lab.devices import cores, processor
-from normkit.lab.models.resnet import resnet18
+from normkit.lab.models.convolutional import resnet18
 from normkit.surgery.watch import run_on
 
 

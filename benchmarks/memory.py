@@ -12,7 +12,7 @@ def steps() -> float:
     """The median of some steps, in milliseconds."""
     import torch
 
-    from normkit.lab.models.densenet import densenet
+    from normkit.lab.models.convolutional import densenet
 
     torch.manual_seed(0)
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from normkit.catalogue.table import with_tables
 from normkit.core.errors import NotationError
 from normkit.engine import operator
 from normkit.lab.experiments import FILES, names
-from normkit.lab.models.inception import digits_inception
+from normkit.lab.models.convolutional import digits_inception
 from normkit.surgery.recipe import apply_recipe
 
 ROOT = Path(__file__).parent.parent

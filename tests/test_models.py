@@ -10,12 +10,19 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from normkit.core.errors import OptionError, ShapeError
-from normkit.lab.models.densenet import DenseLayer, DenseNet, densenet
-from normkit.lab.models.inception import googlenet, inception8
+from normkit.lab.models.convolutional import (
+    DenseLayer,
+    DenseNet,
+    ResidualBlock,
+    densenet,
+    googlenet,
+    inception8,
+    resnet18,
+    resnet50,
+    scaled,
+)
 from normkit.lab.models.nerf import NeRF, OccupancyField, PositionalEncoding, RadianceField, nerf, occupancy
-from normkit.lab.models.resnet import ResidualBlock, resnet18, resnet50
 from normkit.lab.models.vit import Block, DiT, VisionTransformer, dit_block, grid_positions, vit_b16, vit_s, vit_tiny
-from normkit.lab.models.width import scaled
 from normkit.lab.protocol import MODELS, load_factory, make_model
 from normkit.surgery.recipe import apply_recipe
 

@@ -36,7 +36,7 @@ PLANS = (
 
 def ran(bench: Bench) -> dict[str, Any]:
     first, second = PLANS
-    again = replace(second, base=replace(second.base, model="normkit.lab.models.inception:digits_inception"))
+    again = replace(second, base=replace(second.base, model="normkit.lab.models.convolutional:digits_inception"))
     return study(bench, (first, again))
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from normkit.lab.experiment import Table
 from normkit.lab.report.drawing import styles
-from normkit.lab.report.terminal import cell, print_table, side_by_side
+from normkit.lab.report.sheet import cell, print_table, side_by_side
 
 
 def printed(table: Table, width: int) -> str:

@@ -27,11 +27,11 @@ from normkit.lab.cluster import joined
 from normkit.lab.data.root import set_root
 from normkit.lab.experiment import Bench, Experiment
 from normkit.lab.perform import CONFIG, check, kept, perform
+from normkit.lab.progress import stoppable
 from normkit.lab.rounds import fit, fitted, measure
 from normkit.lab.say import Terminal
 from normkit.lab.seeding import borrowed_randomness
 from normkit.lab.settings import RATES, Reports, Settings, Site
-from normkit.lab.stop import stoppable
 from normkit.lab.study import FREE, Study, forget, made
 from normkit.lab.train.parallel import Processes, start_fabric
 

@@ -251,6 +251,6 @@ def _is_factory(data: Any) -> bool:
 
 
 def _lines(cell: Any) -> str:
-    from normkit.lab.report.terminal import cell as text
+    from normkit.lab.report.sheet import cell as text
 
     return escape(text(cell)).replace("\n", "<br>")

@@ -60,12 +60,12 @@ from normkit.lab.seeding import borrowed_modes
 from normkit.lab.task import call, predictions
 
 MODELS = {
-    "inception": "normkit.lab.models.inception:digits_inception",
-    "inception8": "normkit.lab.models.inception:inception8",
-    "densenet": "normkit.lab.models.densenet:densenet",
-    "googlenet": "normkit.lab.models.inception:googlenet",
-    "resnet18": "normkit.lab.models.resnet:resnet18",
-    "resnet50": "normkit.lab.models.resnet:resnet50",
+    "inception": "normkit.lab.models.convolutional:digits_inception",
+    "inception8": "normkit.lab.models.convolutional:inception8",
+    "densenet": "normkit.lab.models.convolutional:densenet",
+    "googlenet": "normkit.lab.models.convolutional:googlenet",
+    "resnet18": "normkit.lab.models.convolutional:resnet18",
+    "resnet50": "normkit.lab.models.convolutional:resnet50",
     "vit_tiny": "normkit.lab.models.vit:vit_tiny",
     "vit_s": "normkit.lab.models.vit:vit_s",
     "vit_b16": "normkit.lab.models.vit:vit_b16",

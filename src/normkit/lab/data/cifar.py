@@ -90,6 +90,7 @@ def cifar10(
     test: int | None = None,
     augment: bool = True,
     download: bool = False,
+    published: Published | None = None,
 ) -> Data:
     """Reads CIFAR-10: 60,000 photographs of 32x32 pixels and 10 classes; 45,000 train, 5,000 val, 10,000 test.
 
@@ -101,24 +102,7 @@ def cifar10(
 
     Reference: Krizhevsky 2009, Learning multiple layers of features from tiny images, https://www.cs.toronto.edu/~kriz/cifar.html
     """
-    return _load(CIFAR10, root, train=train, val=val, test=test, augment=augment, download=download)
-
-
-def cifar100(root: Path | str | None = None, **options: Any) -> Data:
-    """Reads CIFAR-100: as :func:`cifar10`, with its options, of 100 classes (the fine labels), from ``cifar-100-python``."""
-    return _load(CIFAR100, root, **options)
-
-
-def _load(
-    published: Published,
-    root: Path | str | None,
-    *,
-    train: int | None = None,
-    val: int | None = None,
-    test: int | None = None,
-    augment: bool = True,
-    download: bool = False,
-) -> Data:
+    published = published or CIFAR10
     folder = _folder(published, root, download)
     images, labels = _read(published, folder, published.train)
     tested, test_labels = _read(published, folder, published.test)
@@ -133,6 +117,11 @@ def _load(
     prepare = Standardize.of(pixels["train"])
     splits = (Split(rows[key].targets, pixels[key], prepare=prepare) for key in rows)
     return Data(*splits, augment=FlipAndCrop() if augment else None)
+
+
+def cifar100(root: Path | str | None = None, **options: Any) -> Data:
+    """Reads CIFAR-100: as :func:`cifar10`, with its options, of 100 classes (the fine labels), from ``cifar-100-python``."""
+    return cifar10(root, published=CIFAR100, **options)
 
 
 def _some(published: Published, key: str, split: Split, count: int | None) -> Split:

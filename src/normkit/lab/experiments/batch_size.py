@@ -52,8 +52,6 @@ JUDGED = 512  # training images on which statistics are re-estimated
 
 @dataclass(frozen=True)
 class Training(Size, path="{0.method}/batch={0.batch}/seed={0.seed}"):
-    """One training."""
-
     method: str
     batch: int
     seed: int

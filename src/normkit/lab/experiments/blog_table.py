@@ -57,8 +57,6 @@ METHODS = (*ACTIVATIONS, *WEIGHTS)
 
 @dataclass(frozen=True)
 class Measurement(Work, path="{0.method}/seed={0.seed}"):
-    """One row."""
-
     method: str
     seed: int = 0
 

@@ -45,8 +45,6 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """One data set and model of a table."""
-
     label: str
     base: Training  # all but row, rate and seed
     rows: tuple[Row, ...]

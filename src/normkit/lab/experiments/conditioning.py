@@ -14,7 +14,6 @@ Ours: digits averaged to 4x4, two hidden layers of 12 units with tanh, 256 image
 training and 60 steps in the search; a loss below nine tenths of guessing has learned. An epoch of ``--epochs`` is a step.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ from normkit.lab.report.drawing import COLOURS, FULL, GREY, SEEDS, Curve, along,
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import Interval, Row, differences, known, mean, spread, tell, where
 from normkit.lab.train.images import load
-from normkit.lab.train.walk import OK, Diverged, walk
+from normkit.lab.train.walk import OK, walk
 from normkit.surgery.recipe import apply_recipe
 
 BASES = {"none": "plain", "bn": "BatchNorm"}
@@ -63,8 +62,6 @@ COLUMNS = {"raw": "κ raw", "used": "κ effective", "rows": "row norms", "larges
 
 @dataclass(frozen=True)
 class Descent:
-    """One descent: measured along the way at the usual rate, or short at some rate to see whether it learns."""
-
     base: str
     form: str
     rate: float
@@ -75,7 +72,6 @@ class Descent:
 
     @property
     def path(self) -> str:
-        """The folder."""
         kind, recipe = "along" if self.measured else "rates", f"{self.base}{self.form and '+'}{self.form}"
         return f"{kind}/{recipe}/rate={self.rate:g}/seed={self.seed}"
 
@@ -123,14 +119,10 @@ def descend(job: Descent, folder: Path) -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), job.rate)
 
     def step(number: int) -> dict[str, Any] | None:
-        optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y)
         looking = job.measured and (number == 1 or number % max(1, job.steps // LOOKS) == 0)
         row = {"loss": loss.item(), **(look(model, x, y) if looking else {})}
-        loss.backward()
-        optimizer.step()
-        if not math.isfinite(row["loss"]):
-            raise Diverged
+        step_down(optimizer, loss)
         return row if looking or number == job.steps else None
 
     walked = walk(folder, job.steps, {"model": model, "optimizer": optimizer}, step, job.seed)

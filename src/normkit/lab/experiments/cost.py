@@ -26,8 +26,7 @@ from normkit.lab.data.split import Data, Split
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.classification import PAPER
 from normkit.lab.experiments.runs import drawings, drawn
-from normkit.lab.models.densenet import densenet
-from normkit.lab.models.inception import inception8
+from normkit.lab.models.convolutional import densenet, inception8
 from normkit.lab.models.nerf import RadianceField
 from normkit.lab.models.vit import vit_s, vit_tiny
 from normkit.lab.report.drawing import COLOURS, FULL, GREY, INK, rows_of
@@ -69,8 +68,6 @@ class Network:
 
 @dataclass(frozen=True)
 class Measure(Work, path="{0.network}"):
-    """Measures a network's rows."""
-
     network: str
     scale: str
     batch: int

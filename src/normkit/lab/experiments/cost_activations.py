@@ -50,8 +50,6 @@ TORCH: dict[str, dict[str, Callable[[int], nn.Module]]] = {
 
 @dataclass(frozen=True)
 class Measurement(Work, path="{0.kind}/seed={0.seed}"):
-    """One repetition of all layers of a kind."""
-
     kind: str
     shape: tuple[int, ...]
     rounds: int

@@ -66,8 +66,6 @@ JUDGED = 1024  # training images on which statistics are re-estimated
 
 @dataclass(frozen=True)
 class Training(Size, path="{0.method}/{0.order}/batch={0.batch}/seed={0.seed}"):
-    """One training."""
-
     method: str
     order: str
     batch: int

@@ -48,8 +48,6 @@ RECIPES = {"gn+ws": "keep+ws", "wn": "keep+wn", "e": "keep+e@all"}
 
 @dataclass(frozen=True)
 class Training(Size, path="{0.method}/scale={0.scale:g}/rate={0.rate:g}/seed={0.seed}"):
-    """One training."""
-
     method: str
     rate: float
     scale: float

@@ -40,8 +40,6 @@ SCALES, STEPS = (1.0, 100.0), {"tiny": 6, "small": 400, "full": 20_000}
 
 @dataclass(frozen=True)
 class Training(Work, path="{0.way}/seed={0.seed}"):
-    """One training."""
-
     way: str
     seed: int
     steps: int

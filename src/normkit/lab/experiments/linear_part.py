@@ -34,8 +34,6 @@ STEPS = {"tiny": 4, "small": 400, "full": 4000}
 
 @dataclass(frozen=True)
 class Training:
-    """One branch that learns."""
-
     activation: str
     norm: str
     bypass: bool
@@ -44,7 +42,6 @@ class Training:
 
     @property
     def path(self) -> str:
-        """The folder."""
         kind = f"{self.activation}/{self.norm}".replace(" ", "-")
         return f"{kind}/{'bypass' if self.bypass else 'alone'}/seed={self.seed}"
 

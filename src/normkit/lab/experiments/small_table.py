@@ -25,8 +25,6 @@ from normkit.lab.train.walk import OK, device
 
 @dataclass(frozen=True)
 class Training(Size, path="batch={0.batch}/{0.row}/rate={0.rate:g}/seed={0.seed}"):
-    """One training of a row of the experiment in `module`."""
-
     module: str
     row: str
     batch: int

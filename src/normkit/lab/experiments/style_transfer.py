@@ -33,8 +33,6 @@ STEPS, BATCH, SHOWN = {"tiny": 3, "small": 500, "full": 5000}, 16, 4
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer(Size, path="seed={0.seed}"):
-    """One encoder and decoder."""
-
     seed: int
     steps: int
 

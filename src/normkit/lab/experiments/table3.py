@@ -45,8 +45,6 @@ REMARKS = (
 
 @dataclass(frozen=True)
 class Smoke(Work, path="smoke/{0.recipe}"):
-    """Takes a few steps of one form of the network."""
-
     name: str
     recipe: str
     size: str = "vit_b16"

@@ -34,7 +34,7 @@ from normkit.lab.models.small_cnn import MAKERS, SmallCNN
 from normkit.lab.report.drawing import COLOURS, FAINT, GREY, SEEDS, Curve, End, along, log, name_ends, panels
 from normkit.lab.stats import ABSENT, Row, by_step, differences, mean, spread, tell, where
 from normkit.lab.train.images import Images, Stream, load
-from normkit.lab.train.walk import OK, Diverged, descend, walk
+from normkit.lab.train.walk import OK, descend, walk
 from normkit.surgery.recipe import apply_recipe
 
 METHODS = {
@@ -54,8 +54,6 @@ RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 @dataclass(frozen=True)
 class Training:
-    """One training: measured along the way at the usual rate, or short at some rate to see whether it learns."""
-
     method: str
     rate: float
     measured: bool
@@ -68,7 +66,6 @@ class Training:
 
     @property
     def path(self) -> str:
-        """The folder."""
         return f"{'along' if self.measured else 'rates'}/{self.method}/rate={self.rate:g}/seed={self.seed}"
 
 
@@ -93,8 +90,6 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
                 group["lr"] = 0.5 * job.rate * (1 + math.cos(math.pi * (number - 1) / job.steps))
         loss = F.cross_entropy(model(x), y)
         descend(optimizer, loss)
-        if not math.isfinite(loss.item()):
-            raise Diverged
         return {"loss": loss.item(), **found, **(moved(before, moments(model, probe)) if looking else {})}
 
     walked = walk(folder, job.steps, {"model": model, "optimizer": optimizer}, step, job.seed)

@@ -21,7 +21,7 @@ from normkit.lab.seeding import reseed
 from normkit.lab.sweep import Work
 from normkit.lab.train.cost import RATE, Costs, Step, measure_steps
 from normkit.lab.train.images import Stream
-from normkit.lab.train.walk import OK, Diverged, descend, device, walk
+from normkit.lab.train.walk import OK, descend, device, walk
 
 _JUDGES = 100_000  # points that judge, the same for every run
 _JUDGE_SEED, _CHOOSER_SEED = 2**31, 2**31 + 1
@@ -180,8 +180,6 @@ def _begin(job: OccupancyJob, here: torch.device) -> nn.Module:
 
 def _descend(model: nn.Module, optimizer: torch.optim.Optimizer, where: Tensor, truth: Tensor) -> Tensor:
     loss = functional.binary_cross_entropy_with_logits(model(where), truth.float())
-    if not torch.isfinite(loss):
-        raise Diverged
     descend(optimizer, loss)
     return loss
 

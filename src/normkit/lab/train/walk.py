@@ -64,8 +64,10 @@ def walk(
     return Walk(OK, max(steps, done), rows)
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Takes a step of an optimizer down a loss."""
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, finite: bool = True) -> None:
+    """Takes a step of an optimizer down a loss; one that is not finite ends the walk, where that is to be looked at."""
+    if finite and not torch.isfinite(loss):
+        raise Diverged
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -45,7 +45,6 @@ class Measured:
 
     @property
     def path(self) -> str:
-        """The folder."""
         return f"random/seed={self.seed}" if self.random else f"descent/seed={self.seed}"
 
 
