@@ -141,7 +141,10 @@ def empty(folder: Path) -> None:
         if path.suffix in (".png", ".svg", ".gif") and not path.is_symlink() and MARK in _head(path):
             remove(path)
     for name in (RUNS, CURVES, FIGURES):
-        _prune(folder / name)
+        # Folders that hold nothing any more; a link stays.
+        for place, _, _ in os.walk(folder / name, topdown=False):
+            with suppress(OSError):
+                os.rmdir(place)
     for name in TOP:
         remove(folder / name)
 
@@ -189,13 +192,6 @@ def _head(path: Path) -> bytes:
             return file.read(4096)
     except OSError:
         return b""
-
-
-def _prune(folder: Path) -> None:
-    # Folders that hold nothing any more; a link stays.
-    for place, _, _ in os.walk(folder, topdown=False):
-        with suppress(OSError):
-            os.rmdir(place)
 
 
 def _check_folder(folder: Path) -> None:

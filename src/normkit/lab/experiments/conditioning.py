@@ -38,6 +38,7 @@ from normkit.lab.seeding import reseed
 from normkit.lab.stats import Interval, Row, differences, known, mean, spread, tell, where
 from normkit.lab.train.images import load
 from normkit.lab.train.walk import OK, walk
+from normkit.lab.train.walk import descend as step_down
 from normkit.surgery.recipe import apply_recipe
 
 BASES = {"none": "plain", "bn": "BatchNorm"}

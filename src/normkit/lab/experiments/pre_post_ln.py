@@ -41,11 +41,6 @@ DEPTHS = (2, 4, 8, 16)
 LEARNT = 0.9
 
 
-def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """The exponent p of the power law y ~ x^p, by least squares of the logarithms."""
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
-
-
 def plan(small: bool) -> list[dict[str, Any]]:
     """What is trained with each seed: every optimizer and warm-up on sort, some on the other tasks, and the other norms."""
     found = [
@@ -142,7 +137,10 @@ def exponents(result: dict[str, Any], placement: str, what: str) -> list[float]:
     """With what power of the depth the last layer's gradient goes, for each seed."""
     starts = where(result["starts"], placement=placement)
     by_seed = [where(starts, seed=seed) for seed in sorted({start["seed"] for start in starts})]
-    return [slope([s["depth"] for s in some], [s[what][-1] for s in some]) for some in by_seed]
+    return [
+        float(np.polyfit(np.log([s["depth"] for s in some]), np.log([s[what][-1] for s in some]), 1)[0])
+        for some in by_seed
+    ]
 
 
 def remarks(result: dict[str, Any]) -> list[str]:

@@ -191,7 +191,8 @@ def play(job: Game, folder: Path) -> dict[str, Any]:
         real, fake = ring(BATCH, std=STD), invent(generator, BATCH).detach()
         # One call for both, so that power iteration steps once per step and both see the same weight.
         judged, faked = critic(torch.cat([real, fake])).chunk(2)
-        loss = critic_loss(job.loss, judged, faked)
+        hinge = job.loss == "hinge"  # else the difference of means, which estimates Wasserstein's distance
+        loss = F.relu(1 - judged).mean() + F.relu(1 + faked).mean() if hinge else faked.mean() - judged.mean()
         descend(optimizers[1], loss)
         demand_numbers(critic)
         constrain(critic, job.kind)
@@ -235,13 +236,6 @@ def play(job: Game, folder: Path) -> dict[str, Any]:
 def invent(generator: PointGenerator, samples: int) -> Tensor:
     """Points of a generator, from noise of torch's global generator."""
     return generator(torch.randn(samples, generator.noise))
-
-
-def critic_loss(loss: str, judged: Tensor, faked: Tensor) -> Tensor:
-    """What a discriminator lowers: the hinge loss, or the difference of means that estimates Wasserstein's distance."""
-    if loss == "hinge":
-        return F.relu(1 - judged).mean() + F.relu(1 + faked).mean()
-    return faked.mean() - judged.mean()
 
 
 def look(generator: PointGenerator, critic: nn.Module) -> dict[str, Any]:

@@ -38,13 +38,6 @@ class DenseLayer(nn.Module):
         return torch.cat([self.layers(x), x], dim=1)
 
 
-def transition(inputs: int, outputs: int) -> nn.Sequential:
-    """BN, ReLU, 1x1 convolution and average pool: fewer channels, half the height and width."""
-    return nn.Sequential(
-        nn.BatchNorm2d(inputs), nn.ReLU(), nn.Conv2d(inputs, outputs, 1, bias=False), nn.AvgPool2d(2, stride=2)
-    )
-
-
 class DenseNet(nn.Module):
     """Stem, dense blocks with transitions between them, BN, ReLU, global average pool and a linear classifier.
 
@@ -60,7 +53,11 @@ class DenseNet(nn.Module):
         blocks: list[nn.Module] = []
         for place, count in enumerate(LAYERS):
             if place:
-                blocks.append(transition(channels, channels // 2))
+                # Fewer channels, half the height and width.
+                convolution = nn.Conv2d(channels, channels // 2, 1, bias=False)
+                blocks.append(
+                    nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), convolution, nn.AvgPool2d(2, stride=2))
+                )
                 channels //= 2
             blocks += [DenseLayer(channels + k * growth, growth) for k in range(count)]
             channels += count * growth

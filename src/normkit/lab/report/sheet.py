@@ -199,7 +199,7 @@ def write_sheet(experiment: Experiment, found: Mapping[str, Any], figures: Seque
         cell=cell,
         counted=counted,
         is_text=is_text,
-        image=lambda name: _image(output / FIGURES / name),
+        image=lambda name: base64.b64encode((output / FIGURES / name).read_bytes()).decode(),
         setting=setting,
         css=Markup(_resource("page.css")),
         script=Markup(_resource("page.js")),
@@ -240,7 +240,3 @@ def setting(value: Any) -> str:
 
 def _resource(name: str) -> str:
     return files("normkit.lab.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _image(path: Path) -> str:
-    return f"data:image/{path.suffix[1:]};base64,{base64.b64encode(path.read_bytes()).decode()}"

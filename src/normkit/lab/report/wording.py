@@ -196,12 +196,11 @@ def changed(rows: Iterable[str]) -> str:
         name, _, rest = row.partition(": ")
         kind, _, mode = rest.rpartition(" -> ")[2].partition("(")[0].strip().replace("_", " ").partition(":")
         kinds[f"{kind} ({mode})" if mode else kind].append(name)
-    return "\n".join(f"{kind} on {_layers(names)}" for kind, names in kinds.items())
-
-
-def _layers(names: Sequence[str]) -> str:
-    shown = names if len(names) < 4 else (names[0], "...", names[-1])
-    return f"{counted(len(names), 'layer')}: {', '.join(shown)}"
+    lines = []
+    for kind, names in kinds.items():
+        shown = names if len(names) < 4 else (names[0], "...", names[-1])
+        lines.append(f"{kind} on {counted(len(names), 'layer')}: {', '.join(shown)}")
+    return "\n".join(lines)
 
 
 def layer_names(result: dict[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import nn
 
 from normkit.lab.data.split import Data
 from normkit.lab.memory import keep_memory, peak_bytes
@@ -107,7 +107,9 @@ def measure_steps(
     shuffler = random.Random(0)
     for _ in range(count):
         for name in shuffler.sample(list(steps), len(steps)):
-            elsewhere = _blocks(shuffler, device)
+            # While blocks of random sizes are held, what is allocated lies in other places.
+            cpu = device.type == "cpu"
+            elsewhere = [torch.empty(shuffler.randrange(1, _BLOCK)) for _ in range(4)] if cpu else []
             times[name].append(1e3 * _seconds(steps[name].take, device))
             del elsewhere
     base = next(iter(times.values()))
@@ -123,11 +125,6 @@ def measure_steps(
         }
         for name, taken in times.items()
     }
-
-
-def _blocks(shuffler: random.Random, device: torch.device) -> list[Tensor]:
-    """Blocks of random sizes; while they are held, what is allocated lies in other places."""
-    return [torch.empty(shuffler.randrange(1, _BLOCK)) for _ in range(4)] if device.type == "cpu" else []
 
 
 def _seconds(step: Callable[[], object], device: torch.device) -> float:

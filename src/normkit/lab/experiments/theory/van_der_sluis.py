@@ -50,12 +50,6 @@ def best_scaling(a: Tensor, steps: int = 200) -> tuple[float, Tensor]:
     return min(found, key=lambda pair: pair[0])
 
 
-def draws(rows: int, count: int, seed: int) -> Tensor:
-    """Square matrices with entries from -3 to 3."""
-    made = torch.Generator().manual_seed(seed)
-    return torch.randint(-3, 4, (count, rows, rows), generator=made).double()
-
-
 def conditions(batch: Tensor) -> Tensor:
     """Condition numbers, infinite for a singular matrix."""
     return condition_of(torch.linalg.svdvals(batch))
@@ -69,7 +63,8 @@ def run(bench: Bench) -> dict[str, Any]:
     example = {name: [condition_number(matrix), chi(matrix)] for name, matrix in forms.items()}
     rows = []
     for m in ROWS:
-        drawn = draws(m, count, bench.seeds[0])
+        made = torch.Generator().manual_seed(bench.seeds[0])
+        drawn = torch.randint(-3, 4, (count, m, m), generator=made).double()
         before = conditions(drawn)
         drawn, before = drawn[before < math.inf], before[before < math.inf]
         after = conditions(torch.nn.functional.normalize(drawn, dim=2))
