@@ -57,10 +57,7 @@ def compare(
     tensorboard: bool = False,
     data_root: Path | None = None,
 ) -> dict[str, Any]:
-    """Compares recipes on a model and data, and writes a folder of records; see :func:`normkit.lab.outcome.compare`.
-
-    `model` and `data` are factories in place of those that `settings` name. Gives what ``result.json`` holds.
-    """
+    """Compares recipes, with factories in place of those that `settings` name; see :func:`normkit.lab.outcome.compare`."""
     set_root(data_root)
     settings = replace(settings, model=_named(model, settings.model), data=_named(data, settings.data)).canonical()
     folder = Path(output) if output is not None else default_output(settings)

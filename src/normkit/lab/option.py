@@ -112,10 +112,7 @@ def option(default: T, help: str, panel: str, choices: tuple[str, ...] = (), **m
 
 
 def options(*classes: Any) -> dict[str, Option]:
-    """Gives the options of dataclasses, or of their instances, by name.
-
-    A field with a default that declares nothing is an option without help, unless its metadata say that it is none.
-    """
+    """Gives the options of dataclasses, or of their instances, by name; a field with a default declares one without help."""
     found = {}
     for known in (known for each in classes for known in fields(each) if known.init and known.default is not MISSING):
         union = get_origin(known.type) in (Union, types.UnionType)

@@ -94,11 +94,7 @@ def gain(runs: Iterable[Row], base: Iterable[Row], field: str) -> Interval:
 
 
 def judge(low: float | None, high: float | None) -> str:
-    """Says what the interval of a paired gain shows, where more is better.
-
-    >>> judge(0.1, 0.3), judge(-0.3, -0.1), judge(-0.1, 0.2), judge(0.2, 0.2), judge(None, None)
-    ('better', 'worse', 'no difference shown', 'no difference shown', 'one seed, no interval')
-    """
+    """Says what the interval of a paired gain shows, where more is better."""
     if low is None or high is None:
         return SINGLE
     if math.isclose(low, high):
@@ -312,13 +308,8 @@ def further(sweep: Sequence[Tried], given: Sequence[float]) -> float | None:
 
 
 def best(sweep: Iterable[Tried]) -> Tried:
-    """Chooses the run with the highest score; of equals, the one with the lowest loss, then rate.
-
-    Runs without a score come last, the longest-lived first.
-
-    >>> best([{"rate": r, "status": "ok", "score": s, "loss": 1.0, "reached": 1} for r, s in ((0.1, 0.5), (1.0, 0.5))])["rate"]
-    0.1
-    """
+    """Chooses the run with the highest score; of equals, the one with the lowest loss, then rate."""
+    # Runs without a score come last, the longest-lived first.
 
     def merit(run: Tried) -> tuple[float, ...]:
         if not scored(run):

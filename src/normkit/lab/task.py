@@ -55,10 +55,7 @@ def weight(targets: Tensor) -> Tensor:
 
 
 def tally(output: Any, targets: Tensor) -> Tensor:
-    """Counts a batch: summed loss, summed right answers (or squared error), number of targets, right among five; float64.
-
-    The last is 0 where there are no more than five classes, or a class per token.
-    """
+    """Counts a batch in float64: summed loss, right answers (or squared error), targets, right among five classes."""
     total = marks(output, targets).sum()
     if targets.is_floating_point():
         return torch.stack([total, total, torch.full_like(total, targets.numel()), torch.zeros_like(total)])

@@ -16,10 +16,7 @@ from normkit.lab.data.root import data_root, reading
 
 @dataclass(frozen=True)
 class Rays:
-    """Half-lines ``origin + t direction`` with `t` from near to far, and the unit direction in which each one looks.
-
-    In normalized device coordinates `origins` and `directions` are bent, `looks` is not.
-    """
+    """Half-lines ``origin + t direction``, `t` from near to far; NDC bends them, but not the direction each looks in."""
 
     origins: Tensor  # (n, 3)
     directions: Tensor  # (n, 3), of any length

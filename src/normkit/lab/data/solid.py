@@ -253,12 +253,7 @@ def find_solid(name: str, root: Path | None = None) -> Solid:
 
 
 def draw_points(solid: Solid, count: int, seed: int, near: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Draws points, some about the surface and the others anywhere in [-1, 1]^3, in random order.
-
-        near the surface: p = s + n,   s on the surface, n ~ N(0, SPREAD^2) in each coordinate
-
-    Gives points ``(count, 3)`` and whether each is inside.
-    """
+    """Draws points ``(count, 3)``, the part `near` of them about the surface, in random order, and whether each is inside."""
     generator = torch.Generator().manual_seed(seed)
     close = round(near * count)
     about = solid.surface(close, generator) if close else torch.zeros(0, 3)

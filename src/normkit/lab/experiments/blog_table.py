@@ -126,11 +126,8 @@ def precision(name: str, x: Tensor, dtype: torch.dtype) -> float:
 
 
 def contrast(name: str, kind: str) -> float:
-    """How well a sample's contrast tells two kinds of images apart behind the layer: area under the ROC curve.
-
-    Half of the images have twice the contrast, in all channels or in the first; the score is the deviation over positions of
-    the first channel of the output (for a 1x1 convolution, which mixes channels, of all channels).
-    """
+    """How well a doubled contrast shows in the deviation over positions behind the layer: area under the ROC curve."""
+    # For a 1x1 convolution, which mixes channels, the deviation is of all channels.
     images = draw_images(2 * MANY)
     strong = images[:MANY] if kind == "all channels" else images[:MANY, :1]
     strong.sub_(1).mul_(2).add_(1)

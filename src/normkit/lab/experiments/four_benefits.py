@@ -159,10 +159,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
 def verdict(
     result: dict[str, Any], key: str, times: float, first: str, second: str, *, higher_first: bool = False
 ) -> str:
-    """Norms in groups: those whose interval against no norm is on one side of 0, on the other, and those it does not tell apart.
-
-    The first group is of norms below none, or above where `higher_first`; differences are multiplied by `times`.
-    """
+    """Norms in groups by the interval of their differences from no norm, times `times`: below 0, above, and not told apart."""
     unsure, alone = "not told apart", "one seed alone, without an interval"
     groups: dict[str, list[str]] = {first: [], second: [], unsure: [], alone: []}
     below, above = (second, first) if higher_first else (first, second)

@@ -32,11 +32,7 @@ _SHOWN = 160  # cells per side of the surface of an analytic shape, for its pict
 
 @dataclass(frozen=True)
 class OccupancyJob(Work, path="{0.subject}/{0.row}/rate={0.rate:g}/seed={0.seed}"):
-    """What to train, and how: a solid, a row's name, recipe and activation, and the scale of the trunk's rows.
-
-    The rest are the published settings: half of the `points` lie near the surface, `batch` of them are a step, `every` epochs lie
-    between measurements, and the surface is extracted on `grid` cells per side.
-    """
+    """What to train, and how: a solid, a row's recipe and activation, the scale of its trunk, and published settings."""
 
     solid: str
     row: str
@@ -59,11 +55,7 @@ class OccupancyJob(Work, path="{0.subject}/{0.row}/rate={0.rate:g}/seed={0.seed}
 
 
 def learn_solid(job: OccupancyJob, folder: Path) -> dict[str, Any]:
-    """Trains an occupancy field, extracts its surface to ``mesh.ply`` and ``mesh.obj``, and resumes from a checkpoint.
-
-    The loss is binary cross-entropy of the logits; a point counts as inside at a probability above 1/2. ``iou`` is of 100,000
-    points anywhere, ``iou_near`` of as many near the surface; by ``iou_held``, of 20,000 others, a rate can be chosen.
-    """
+    """Trains an occupancy field, and extracts its surface to ``mesh.ply`` and ``mesh.obj``; ``iou_held`` chooses rates."""
     solid, here = find_solid(job.solid), device()
     model = _begin(job, here)
     points, inside = (part.to(here) for part in draw_points(solid, job.points, job.seed))

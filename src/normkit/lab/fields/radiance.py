@@ -156,11 +156,7 @@ _FALL = 0.1**0.8  # of the learning rate over a run: 0.1 each 250,000 steps, 200
 
 @dataclass(frozen=True)
 class RadianceJob(Work, path="{0.subject}/{0.row}/rate={0.rate:g}/seed={0.seed}"):
-    """What to train, and how: a scene by name, a row's name and recipe, and the scale of the trunks' rows.
-
-    The rest are the published settings: `reduce` averages squares of that many pixels per side, `rays` are per step, `epochs`
-    over the training pixels stand in the place of `steps`, `every` steps lie between measurements.
-    """
+    """What to train, and how: a scene, a row's name and recipe, the scale of its trunks, and the published settings."""
 
     scene: str
     row: str
@@ -191,11 +187,7 @@ def find_scene(name: str, reduce: int = 1) -> Scene:
 
 
 def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
-    """Trains a NeRF, renders the held-out views into ``folder/views``, and resumes from a checkpoint if there is one.
-
-    The loss is the mean squared error of the colours of the coarse and of the fine field, summed. ``psnr`` is of each whole view
-    in dB, None where it diverged; the curve is of 2,048 pixels of the training views and of those that judge.
-    """
+    """Trains a NeRF, and renders the held-out views into ``folder/views``; ``psnr`` is of each in dB, None where it diverged."""
     scene, here = find_scene(job.scene, job.reduce), device()
     model = _begin(job, here)
     rays, colours = scene.rays(scene.train).to(here), scene.colours(scene.train).to(here)

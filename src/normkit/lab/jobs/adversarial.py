@@ -115,10 +115,7 @@ class Memory:
         self.vectors = [power_iteration(m, u, v) for m, (u, v) in zip(matrices, self.vectors, strict=True)]
 
     def look(self, matrices: list[Tensor]) -> dict[str, Any]:
-        """Counts iterations to a thousandth of sigma, and the error after one, from the vectors kept and from random ones.
-
-        The vectors kept had their last iteration on these very matrices, which is the first one counted.
-        """
+        """Counts iterations to a thousandth of sigma, and the error after one, from the vectors kept and from random ones."""
         kept, fresh = [], []
         for matrix, (u, v) in zip(matrices, self.vectors, strict=True):
             kept.append({"iterations": needed(matrix, u, v, done=1), "error": error(matrix, u, v)})

@@ -99,11 +99,9 @@ def train(job: Training, folder: Path) -> dict[str, Any]:
 
 
 def look(job: Start, folder: Path) -> dict[str, Any]:
-    """Measures the gradient of each layer's second feed-forward weight at the start, as means of norms over initial weights.
-
-    ``token`` is of the loss at one place of one sequence, which the theory is about; ``batch`` of the mean over a batch, where
-    the gradients of places add up the more, the more alike the places have become.
-    """
+    """Measures the gradient of each layer's second feed-forward weight at the start, as means of norms over initial weights."""
+    # Theory is about the loss at one place of one sequence; in the mean over a batch the gradients of places add up the more,
+    # the more alike the places have become.
     found: dict[str, list[list[float]]] = {"token": [], "batch": []}
     for number in range(job.draws):
         reseed(job.seed, "start", number)

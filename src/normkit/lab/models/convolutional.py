@@ -186,18 +186,12 @@ def digits_inception(classes: int = 10) -> Inception:
 
 
 def inception8(classes: int = 10, width: float = 1.0) -> Inception:
-    """Makes an Inception network of eight blocks for images of 32x32, of which the last blocks see 8x8.
-
-    This narrow form for 32x32: Lippe 2024, UvA Deep Learning Tutorials, https://uvadlc-notebooks.readthedocs.io, tutorial 5.
-    """
+    """Makes an Inception network of eight blocks for images of 32x32: Lippe 2024, UvA Deep Learning Tutorials, tutorial 5."""
     return Inception((ConvUnit(3, scaled(64, width), 3),), NARROW, classes, width)
 
 
 def googlenet(classes: int = 10, width: float = 1.0) -> Inception:
-    """Makes GoogLeNet for images of 32x32: three convolutions and nine blocks, of which the last see 4x4.
-
-    The 5x5 convolutions are two 3x3 ones, and there are no auxiliary classifiers: https://github.com/weiaicunzai/pytorch-cifar100
-    """
+    """Makes GoogLeNet for 32x32, its 5x5 convolutions as two 3x3, as https://github.com/weiaicunzai/pytorch-cifar100 has it."""
     sizes = (3, scaled(64, width), scaled(64, width), scaled(192, width))
     stem = tuple(ConvUnit(wide, wider, 3, bias=False) for wide, wider in pairwise(sizes))
     return Inception(stem, FULL, classes, width, factorized=True, dropout=0.4)
@@ -207,11 +201,7 @@ CHANNELS, STRIDES = (64, 128, 256, 512), (1, 2, 2, 2)
 
 
 class ResidualBlock(nn.Module):
-    """relu(f(x) + shortcut(x)), f two 3x3 convolutions, or 1x1, 3x3 and 1x1; each with BN, and ReLU between them.
-
-    `stride` is of the first 3x3 convolution; the shortcut is a 1x1 convolution with BN where shapes differ. An `expansion` above
-    1 makes a bottleneck.
-    """
+    """relu(f(x) + shortcut(x)), f two 3x3 convolutions with BN or, where the `expansion` is above 1, a bottleneck."""
 
     def __init__(self, inputs: int, channels: int, stride: int, expansion: int = 1) -> None:
         super().__init__()

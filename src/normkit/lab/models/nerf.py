@@ -78,11 +78,7 @@ class NeRF(nn.Module):
 
 
 def nerf(recipe: str = "none", *, width: int = 256, depth: int = 8, skip: int = 4) -> NeRF:
-    """Makes a NeRF and gives its trunks the normalizations of a recipe.
-
-    ``"none"`` is the published network, ``"none+e@re:trunk"`` its E form, ``"none+wn@re:trunk"`` has weight normalization;
-    ``"bn"`` and ``"ln"`` normalize between each trunk layer and its ReLU.
-    """
+    """Makes a NeRF whose trunks have the normalizations of a recipe; ``"bn"`` and ``"ln"`` stand between a layer and its ReLU."""
     norm = Recipe.parse(recipe).norm
     bare = norm is None or norm.name == "none"
     model = NeRF(width, depth, skip, norm=None if bare else nn.BatchNorm1d)
@@ -117,10 +113,7 @@ class Sine(nn.Module):
 
 
 class OccupancyField(nn.Module):
-    """A multilayer perceptron from a point ``(n, 3)`` to the logit ``(n,)`` of its being inside.
-
-    Its activation is ``"gaussian"``, ``"sine"``, or ``"relu"`` behind a positional encoding; `depth` layers precede the last.
-    """
+    """A multilayer perceptron from points ``(n, 3)`` to logits ``(n,)`` of being inside; ReLU has an encoding before it."""
 
     def __init__(self, kind: Kind = "gaussian", width: int = 256, depth: int = 4) -> None:
         super().__init__()

@@ -14,15 +14,9 @@ _TRUNK = "re:trunk"
 
 
 def scale_rows(model: nn.Module, scale: Scale) -> None:
-    """Changes the layers of a model's trunks, in place, before it is trained.
-
-    ==========  ==================================================================================================
-    ``""``      nothing
-    ``"unit"``  the rows of the weights are divided by their norms, once: the E form's first signals, no conditioning
-    ``"kept"``  E with a gain, W = g E A, g the root mean square of the row norms of A as it stands: conditioning
-                that leaves the first signals about as large as they were
-    ==========  ==================================================================================================
-    """
+    """Changes the layers of a model's trunks, in place, before it is trained: two controls of E."""
+    # "unit" divides rows by their norms once: the E form's first signals, no conditioning. "kept" is E with a gain, the root
+    # mean square of the rows' norms: conditioning that leaves the first signals about as large as they were.
     for layer in select(model, _TRUNK).values() if scale else ():
         weight = layer.get_parameter("weight")
         if scale == "kept":

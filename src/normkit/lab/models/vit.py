@@ -18,10 +18,7 @@ from normkit.residual import Residual, Scheme, places
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, its queries, keys and values one matrix; `causal`: a token sees no later one.
-
-    `norm` makes a norm of a head's features, which queries, keys and values each get.
-    """
+    """Multi-head self-attention, its queries, keys and values one matrix, each head's of them with a `norm`, if there is one."""
 
     def __init__(
         self, features: int, heads: int, causal: bool = False, norm: Callable[[int], nn.Module] | None = None
@@ -149,11 +146,7 @@ class TimeEmbedding(nn.Module):
 
 
 class DiT(nn.Module):
-    """Patches, fixed positions, DiT blocks conditioned by time and class, and a linear map back to pixels.
-
-    Of images ``(n, channels, size, size)``, times ``(n,)`` and classes ``(n,)``, of which one more than `classes` stands for none
-    (Peebles and Xie 2023, Scalable diffusion models with transformers, https://arxiv.org/abs/2212.09748).
-    """
+    """Patches, fixed positions, DiT blocks conditioned by time and class, a linear map back to pixels: arXiv:2212.09748."""
 
     def __init__(
         self,

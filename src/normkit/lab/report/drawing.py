@@ -162,11 +162,7 @@ def band(
 
 
 def name_ends(axis: Axes, ends: Sequence[tuple[float, str, str]], gap: float = 0.055) -> None:
-    """Names lines at the right edge of a panel, moved apart where they would overlap.
-
-    `ends` are value, name and colour of each line, on an axis whose limits and scale are final; `gap` is the least
-    distance between names, in parts of the panel's height.
-    """
+    """Names lines (value, name, colour) at the right edge of a panel whose limits are final, `gap` of its height apart."""
     low, high = axis.get_ylim()
     scale = axis.yaxis.get_transform()
     bottom, top, *values = (float(y) for y in scale.transform([low, high, *(value for value, _, _ in ends)]))

@@ -24,11 +24,7 @@ def time_table(
     scale: float = 100.0,
     notes: Sequence[str] = (),
 ) -> Table:
-    """The table of what a step costs, and of scores after all of training and after the baseline's time.
-
-    `costs`, of :func:`normkit.lab.train.cost.measure_steps`, are by row, the baseline first; ``score(row, count)`` gives
-    the scores after `count` epochs or steps, one per seed, where `count` is a multiple of `every`.
-    """
+    """The table of what a step costs, and of ``score(row, count)`` after all of training and after the baseline's time."""
     base = next(iter(costs))
     lines = []
     for name, cost in costs.items():
@@ -61,10 +57,7 @@ def tell_ratio(cost: Mapping[str, Any]) -> str:
 
 
 def within(length: int, ratio: float, every: int = 1, interval: Sequence[float] | None = None) -> int:
-    """Counts the epochs, or steps, that a method comes through in the baseline's time.
-
-    The count is a multiple of `every`, unless it is the whole run, as it is where the interval of the ratio holds 1.
-    """
+    """Counts the epochs or steps of a method in the baseline's time: all, where the ratio's interval holds 1, or a multiple."""
     if interval and interval[0] <= 1 <= interval[1]:
         return length
     reached = math.floor(length / ratio * (1 + SAME))

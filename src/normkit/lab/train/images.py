@@ -39,11 +39,8 @@ class Size(Work):
 
 @lru_cache(maxsize=2)
 def load(name: str, train: int | None = None, test: int | None = None, halve: bool = False) -> dict[str, Images]:
-    """Reads images (n, channels, height, width) and labels (n,) of each split, standardized, onto the accelerator if any.
-
-    CIFAR-10 is read from where ``NORMKIT_DATA`` says; its ``"val"`` is 500 images where train is subsampled. `halve` averages 2x2
-    pixels.
-    """
+    """Reads images (n, channels, height, width) and labels of each split, standardized, onto the accelerator if there is one."""
+    # CIFAR-10's "val" is 500 images where train is subsampled.
     if name == "cifar10":
         from normkit.lab.data.cifar import cifar10
 
@@ -88,11 +85,7 @@ def fit(
     before: Callable[[float], None] = lambda part: None,
     every: int | None = None,
 ) -> Walk:
-    """Trains a classifier by SGD with momentum 0.9 and cosine decay of the rate, from its last checkpoint on.
-
-    ``before(part)`` is called before each step with the part of the rate that is left. Rows are the mean loss over
-    `every` steps, by default an epoch's.
-    """
+    """Trains a classifier by SGD with momentum 0.9 and cosine decay; ``before(part)`` hears what of the rate is left."""
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
     steps, losses = epochs * stream.per_epoch, Tally(stream.images[0].device)
     every = every or stream.per_epoch

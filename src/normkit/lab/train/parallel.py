@@ -91,12 +91,7 @@ def make_optimizer(model: nn.Module, settings: Settings, rate: float) -> torch.o
 
 
 def shard(model: nn.Module, mesh: Any) -> nn.Module:
-    """Shards a model among processes: each block of its sequences, and what is left as a whole.
-
-    Its own children that are an ``nn.Sequential`` or ``nn.ModuleList`` hold its blocks.
-
-    Reference: Zhao et al. 2023, PyTorch FSDP, https://arxiv.org/abs/2304.11277
-    """
+    """Shards a model among processes: each block of the sequences that are its children, and what is left as a whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
