@@ -35,7 +35,8 @@ from normkit.lab.experiments import (
 from normkit.lab.jobs import adversarial, encoders
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.perform import perform
-from normkit.lab.train import learning, walk
+from normkit.lab.train import images as walk
+from normkit.lab.train import learning
 from normkit.surgery.recipe import apply_recipe
 
 IMAGES: dict[str, Any] = {"data": "digits", "train": 64, "halve": False, "width": 4}

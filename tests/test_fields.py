@@ -22,7 +22,7 @@ from normkit.lab.models.nerf import nerf
 from normkit.lab.models.rows import scale_rows
 from normkit.lab.perform import perform
 from normkit.lab.seeding import epoch_order
-from normkit.lab.train import walk as loops
+from normkit.lab.train import images as loops
 
 SCENE: dict[str, Any] = {"width": 8, "depth": 3, "reduce": 12, "rays": 16, "coarse": 6, "fine": 6}
 SCENE |= {"steps": 6, "rate": 1e-3, "every": 2}

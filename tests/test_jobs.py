@@ -19,7 +19,7 @@ from normkit.lab.jobs.adversarial import PointDiscriminator, PointGenerator, cen
 from normkit.lab.models import small_cnn
 from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.report import drawing
-from normkit.lab.train import images, walk
+from normkit.lab.train import images
 from normkit.surgery.recipe import apply_recipe
 from normkit.weights.power_iteration import power_iteration
 
@@ -56,10 +56,10 @@ def test_fit_is_sgd(tmp_path: Path) -> None:
 
 def test_what_diverges_says_so_and_other_data_are_refused(tmp_path: Path) -> None:
     data = torch.full((4, 3), 1e20), torch.tensor([0, 1, 0, 1])
-    assert images.fit(nn.Linear(3, 2), images.Stream(data, 2, 0), 2, 1e30, 0, tmp_path).status == walk.DIVERGED
+    assert images.fit(nn.Linear(3, 2), images.Stream(data, 2, 0), 2, 1e30, 0, tmp_path).status == images.DIVERGED
     size: dict[str, Any] = {"depth": 1, "features": 8, "length": 6, "steps": 6}
     job = encoders.Training("sort", "post", "scale+fix", "sgd 1e30", False, 0, **size)
-    assert encoders.train(job, tmp_path / "encoder")["status"] == walk.DIVERGED
+    assert encoders.train(job, tmp_path / "encoder")["status"] == images.DIVERGED
     with pytest.raises(OptionError, match="mnist"):
         images.load("mnist")
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from normkit.lab.folder import CHECKPOINT
-from normkit.lab.train import walk as loops
-from normkit.lab.train.walk import DIVERGED, OK, Diverged, walk
+from normkit.lab.train import images as loops
+from normkit.lab.train.images import DIVERGED, OK, Diverged, walk
 
 
 def journey(folder: Path, stop: int | None = None, bad: int | None = None) -> tuple[Any, list[float]]:

@@ -28,14 +28,6 @@ A :class:`~normkit.lab.data.split.Data` is taken as it is: its floats 0 and 1 ar
 **The model returns** a tensor, an object with ``.logits`` or a dict with ``"logits"``: ``(n, classes)``, ``(n, l,
 classes)``, or the shape of float targets (a last axis of size 1 may be missing from the targets). The loss is computed from
 these logits; targets are not given to the model.
-
-    # shapes.py                                       $ normkit compare --model shapes:model --data shapes:data
-    def model(classes=3):
-        return nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, classes))
-
-    def data():
-        x, y = torch.randn(600, 8), torch.randint(0, 3, (600,))
-        return {"train": (x[:500], y[:500]), "test": (x[500:], y[500:])}
 """
 
 import importlib

@@ -71,10 +71,6 @@ def paired_interval(differences: Sequence[float], level: float = 0.95) -> Interv
     It takes differences for normal and independent over seeds. One difference has no interval.
 
     Reference: Student 1908, The probable error of a mean, https://doi.org/10.1093/biomet/6.1.1
-
-    >>> found = paired_interval([1.0, 2.0, 3.0])
-    >>> round(found.low, 4), found.mean, round(found.high, 4)
-    (-0.4841, 2.0, 4.4841)
     """
     low, high = spread.ends(level) if (spread := over_seeds(differences)) else (None, None)
     return Interval(fmean(differences) if differences else None, low, high, level, tuple(differences))
@@ -107,12 +103,6 @@ def judge_runs(runs: Sequence[Row], base: Sequence[Row], field: str) -> str:
     """Says what the gain of some runs over a baseline's of the same seeds shows, as :func:`judge`.
 
     It is not judged where a run diverged, on either side: those that are left were chosen by how they fared.
-
-    >>> base = [{"seed": seed, "x": x} for seed, x in enumerate((1.0, 2.0, 4.0))]
-    >>> judge_runs([{**run, "x": 1.1 * run["x"] + 5} for run in base], base, "x"), judge_runs(base[:1], base, "x")
-    ('better', 'one seed, no interval')
-    >>> judge_runs([*base[:2], {"seed": 2, "x": None}], base, "x")
-    '2 of 3 seeds, not judged'
     """
     found = gain(runs, base, field)
     seeds, pairs = len({run["seed"] for run in runs} & {run["seed"] for run in base}), len(found.differences)
@@ -179,9 +169,6 @@ def holm(chances: Mapping[str, float | None]) -> dict[str, float]:
         p'_(i) = max over j <= i of min(1, (m - j + 1) p_(j)),   p_(1) <= ... <= p_(m)
 
     Reference: Holm 1979, A simple sequentially rejective multiple test procedure, https://www.jstor.org/stable/4615733
-
-    >>> holm({"ln": 0.01, "gn": 0.04, "in": 0.03, "none": None})
-    {'ln': 0.03, 'in': 0.06, 'gn': 0.06}
     """
     ranked = sorted((p, name) for name, p in chances.items() if p is not None)
     found, highest = {}, 0.0
@@ -194,10 +181,7 @@ def holm(chances: Mapping[str, float | None]) -> dict[str, float]:
 def detectable(spread: float, seeds: int, level: float = 0.95) -> float:
     """The least true difference that is found in four of five comparisons.
 
-        delta * s / sqrt(n),   P(T > t[(1 + level) / 2, n - 1]) = 0.8 for T of the noncentral t(n - 1, delta)
-
-    >>> round(detectable(0.01, 3), 4), round(detectable(0.01, 10), 4)
-    (0.0326, 0.01)
+    delta * s / sqrt(n),   P(T > t[(1 + level) / 2, n - 1]) = 0.8 for T of the noncentral t(n - 1, delta)
     """
     from scipy.optimize import brentq
     from scipy.stats import nct
@@ -293,10 +277,6 @@ def further(sweep: Sequence[Tried], given: Sequence[float]) -> float | None:
     """The next rate to try where the best lies at an edge of a sweep: as far from it as its neighbour is, as a ratio.
 
     None where the best lies inside, or :data:`FURTHER` were tried beyond that end of the `given` rates.
-
-    >>> runs = [{"rate": r, "status": "ok", "score": r, "loss": None, "reached": 1} for r in (0.25, 1.0)]
-    >>> further(runs, (0.25, 1.0)), further(runs, (0.25,)), further(runs[:1], (0.25,))
-    (4.0, 4.0, None)
     """
     rates, rate = [run["rate"] for run in sweep], best(sweep)["rate"]
     if not at_edge(rate, sweep):

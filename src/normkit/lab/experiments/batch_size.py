@@ -30,8 +30,7 @@ from normkit.lab.experiments.runs import CHANCE, drawn, points, side
 from normkit.lab.models.small_cnn import GHOST, MAKERS
 from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, SHAPES, across, marked, name_ends
 from normkit.lab.stats import differences, known, spread, where
-from normkit.lab.train.images import Size, Stream, accuracy, fit
-from normkit.lab.train.walk import OK
+from normkit.lab.train.images import OK, Size, Stream, accuracy, fit
 from normkit.surgery.recalibrate import recalibrate
 from normkit.surgery.recipe import apply_recipe
 

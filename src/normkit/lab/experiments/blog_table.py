@@ -34,7 +34,7 @@ from normkit.lab.experiments.runs import drawings, drawn, titled
 from normkit.lab.report.drawing import COLOURS, FAINT, GREY, key, rows_of
 from normkit.lab.stats import ABSENT
 from normkit.lab.sweep import Work
-from normkit.lab.train.walk import descend
+from normkit.lab.train.images import descend
 from normkit.surgery.fold import fold
 from normkit.weights.spectral_norm import spectral_norm
 from normkit.weights.weight_norm import weight_norm

@@ -36,9 +36,8 @@ from normkit.lab.models.rows import unit_rows
 from normkit.lab.report.drawing import COLOURS, FULL, GREY, SEEDS, Curve, along, log, name_ends
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import Interval, Row, differences, known, mean, spread, tell, where
-from normkit.lab.train.images import load
-from normkit.lab.train.walk import OK, walk
-from normkit.lab.train.walk import descend as step_down
+from normkit.lab.train.images import OK, load, walk
+from normkit.lab.train.images import descend as step_down
 from normkit.surgery.recipe import apply_recipe
 
 BASES = {"none": "plain", "bn": "BatchNorm"}

@@ -31,8 +31,7 @@ from normkit.lab.models.small_cnn import SmallCNN
 from normkit.lab.report import drawing
 from normkit.lab.report.drawing import key
 from normkit.lab.stats import Row, differences, known, spread, where
-from normkit.lab.train.images import Size, Stream, accuracy, fit
-from normkit.lab.train.walk import OK
+from normkit.lab.train.images import OK, Size, Stream, accuracy, fit
 from normkit.surgery.example_weighing import choose_alpha, weigh_examples
 from normkit.surgery.recalibrate import recalibrate
 

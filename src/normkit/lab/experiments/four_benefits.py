@@ -23,8 +23,7 @@ from normkit.lab.experiments.runs import CHANCE, drawn, side
 from normkit.lab.models.small_cnn import MAKERS, Shift
 from normkit.lab.report.drawing import COLOURS, FAINT, GREY, SHAPES, marked, name_ends, rows_of
 from normkit.lab.stats import differences, known, mean, spread, tell, where
-from normkit.lab.train.images import Size, Stream, accuracy, fit
-from normkit.lab.train.walk import OK
+from normkit.lab.train.images import OK, Size, Stream, accuracy, fit
 from normkit.surgery.recipe import apply_recipe
 
 METHODS = {

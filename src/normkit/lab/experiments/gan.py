@@ -23,7 +23,7 @@ from normkit.lab.jobs.adversarial import FOLLOWED, TOLERANCE, Game, centres, pla
 from normkit.lab.report import drawing
 from normkit.lab.say import counted
 from normkit.lab.stats import Row, by_step, known, mean, spread, where
-from normkit.lab.train.walk import OK
+from normkit.lab.train.images import OK
 
 KINDS = {"none": "nothing", "clip": "clipping", "wn": "weight norm", "sn": "spectral norm", "hard": "reassignment"}
 HUES = dict(

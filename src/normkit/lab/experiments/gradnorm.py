@@ -27,7 +27,7 @@ from normkit.lab.report.drawing import COLOURS, GREY, SEEDS, Curve, along, log, 
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import spread, where
 from normkit.lab.sweep import Work
-from normkit.lab.train.walk import descend, walk
+from normkit.lab.train.images import descend, walk
 
 WAYS = {
     "equal": "equal weights",

@@ -24,7 +24,7 @@ from normkit.lab.experiments.runs import drawings, drawn, labelled, titled
 from normkit.lab.report.drawing import COLOURS, dots, rows_of
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import mean, spread, where
-from normkit.lab.train.walk import descend, walk
+from normkit.lab.train.images import descend, walk
 
 KINDS = [
     (act, norm, bypass) for act in ("linear", "ReLU") for norm in ("no norm", "BatchNorm") for bypass in (False, True)

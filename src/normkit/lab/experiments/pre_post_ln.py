@@ -25,7 +25,7 @@ from normkit.lab.jobs.encoders import VOCABULARY, Start, Training, look, train
 from normkit.lab.report import drawing
 from normkit.lab.report.drawing import key
 from normkit.lab.stats import ABSENT, differences, mean, spread, tell, where
-from normkit.lab.train.walk import OK
+from normkit.lab.train.images import OK
 
 PLACEMENTS = {"post": "Post-LN", "pre": "Pre-LN"}
 OPTIMIZERS = {"adam 1e-3": "Adam 1e-3", "adam 3e-4": "Adam 3e-4", "sgd 0.1": "SGD 0.1"}

@@ -22,8 +22,7 @@ from normkit.lab.report.drawing import COLOURS, FAINT, FULL, GREY, SHAPES, Curve
 from normkit.lab.seeding import reseed
 from normkit.lab.sweep import Job
 from normkit.lab.train.cost import Costs
-from normkit.lab.train.images import Images
-from normkit.lab.train.walk import device
+from normkit.lab.train.images import Images, device
 
 CHANCE = 0.1  # the accuracy of guessing one of ten classes
 SIZES: dict[str, dict[str, Any]] = {

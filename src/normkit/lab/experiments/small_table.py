@@ -19,8 +19,7 @@ from normkit.lab.report.drawing import COLOURS, FAINT, FULL, GREY, dots, rows_of
 from normkit.lab.report.tables import edges, rates_table
 from normkit.lab.seeding import reseed
 from normkit.lab.stats import gain, judge_runs, known, spread, tell, tune, where
-from normkit.lab.train.images import Images, Size, Stream, accuracy, fit
-from normkit.lab.train.walk import OK, device
+from normkit.lab.train.images import OK, Images, Size, Stream, accuracy, device, fit
 
 
 @dataclass(frozen=True)

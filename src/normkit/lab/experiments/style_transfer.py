@@ -25,8 +25,7 @@ from normkit.lab.experiments import runs
 from normkit.lab.experiments.runs import picture_grid
 from normkit.lab.models.small_cnn import Shift
 from normkit.lab.stats import spread
-from normkit.lab.train.images import Size, Stream, fit
-from normkit.lab.train.walk import descend, device, walk
+from normkit.lab.train.images import Size, Stream, descend, device, fit, walk
 
 STEPS, BATCH, SHOWN = {"tiny": 3, "small": 500, "full": 5000}, 16, 4
 

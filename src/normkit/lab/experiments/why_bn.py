@@ -33,8 +33,7 @@ from normkit.lab.experiments.runs import drawn, side
 from normkit.lab.models.small_cnn import MAKERS, SmallCNN
 from normkit.lab.report.drawing import COLOURS, FAINT, GREY, SEEDS, Curve, End, along, log, name_ends, panels
 from normkit.lab.stats import ABSENT, Row, by_step, differences, mean, spread, tell, where
-from normkit.lab.train.images import Images, Stream, load
-from normkit.lab.train.walk import OK, descend, walk
+from normkit.lab.train.images import OK, Images, Stream, descend, load, walk
 from normkit.surgery.recipe import apply_recipe
 
 METHODS = {

@@ -20,8 +20,7 @@ from normkit.lab.record import write_bytes
 from normkit.lab.seeding import reseed
 from normkit.lab.sweep import Work
 from normkit.lab.train.cost import RATE, Costs, Step, measure_steps
-from normkit.lab.train.images import Stream
-from normkit.lab.train.walk import OK, descend, device, walk
+from normkit.lab.train.images import OK, Stream, descend, device, walk
 
 _JUDGES = 100_000  # points that judge, the same for every run
 _JUDGE_SEED, _CHOOSER_SEED = 2**31, 2**31 + 1

@@ -23,7 +23,7 @@ from normkit.lab.record import write_bytes
 from normkit.lab.seeding import reseed
 from normkit.lab.sweep import Work
 from normkit.lab.train.cost import RATE, Costs, Step, measure_steps
-from normkit.lab.train.walk import OK, descend, device, walk
+from normkit.lab.train.images import OK, descend, device, walk
 
 _FAR_AWAY = 1e10  # the last sample stands for all that lies behind it
 _FLOOR = 1e-5  # added to every weight, so that no part of a ray is never looked at

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from normkit.lab.seeding import reseed
 from normkit.lab.sweep import Work
-from normkit.lab.train.walk import OK, Diverged, descend, walk
+from normkit.lab.train.images import OK, Diverged, descend, walk
 from normkit.surgery.reassign_spectral import reassign_spectral_
 from normkit.surgery.recipe import apply_recipe
 from normkit.weights.power_iteration import power_iteration

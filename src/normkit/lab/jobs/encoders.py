@@ -15,7 +15,7 @@ from normkit.lab.data import sequences
 from normkit.lab.models.vit import Encoder
 from normkit.lab.seeding import reseed
 from normkit.lab.sweep import Work
-from normkit.lab.train.walk import descend, device, walk
+from normkit.lab.train.images import descend, device, walk
 from normkit.residual import Scheme
 from normkit.schedules import linear_rate
 
