@@ -175,7 +175,7 @@ def test_controls_begin_with_the_function_they_control(base: str) -> None:
         torch.manual_seed(0)
         model = conditioning.make(base, form, 5)
         found[form] = model(x)
-        lengths = [weight.norm(dim=1) for weight in conditioning.weights(model)]
+        lengths = [layer.weight.norm(dim=1) for layer in model if isinstance(layer, torch.nn.Linear)]
         unit = [bool((norms - 1).abs().max() < 1e-12) for norms in lengths]
         whole = form in ("e", "unit", "e-temperature")
         assert unit == [whole or form == "e-hidden"] * 2 + [whole or form == "e-last"], form

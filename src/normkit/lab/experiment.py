@@ -110,6 +110,7 @@ class Experiment:
     command: Sequence[str] | None = None  # the words that give it again, in place of those of a scale
     # whether all runs of a result are there, of these data and this code
     whole: Callable[[Bench, dict[str, Any]], bool] = lambda bench, result: True
+    about: str = ""  # what was run, in paragraphs, in place of the docstring of `run`'s module without its title
     together: bool = False  # processes that torchrun started can do its runs
     # what ``comparison.html`` is given of a result, with charts to point at and to zoom into, in place of ``experiment.html``
     interactive: Callable[[dict[str, Any]], dict[str, Any]] | None = None

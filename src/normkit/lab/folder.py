@@ -120,11 +120,6 @@ def replace(folder: Path, wanted: Mapping[str, Any], overwrite: bool) -> bool:
     return note is not None
 
 
-def settle(folder: Path) -> None:
-    """Notes that the records are whole, so that replacing them would begin from nothing."""
-    remove(folder / REPLACING)
-
-
 def empty(folder: Path) -> None:
     """Removes the records of a folder that is held, and nothing else."""
     runs = list(_runs(folder))

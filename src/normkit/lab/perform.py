@@ -199,7 +199,8 @@ def _finish(
     }
     with folder.waited_for(bench.output):
         record.write_json(path, found)
-        folder.settle(bench.output)
+        # The records are whole: replacing them would begin from nothing.
+        folder.remove(bench.output / folder.REPLACING)
     return record.read_json(path)
 
 

@@ -203,15 +203,14 @@ def suited(data: Data, model: nn.Module, name: str) -> Data:
     left = [key for key in inputs if key not in names]
     if not left and not alone:
         return data
-    splits = {key: _kept(split, names, alone) for key, split in data.splits.items()}
+    splits = {
+        key: replace(split, inputs=kept(split.inputs, names, alone))
+        if split.inputs is not None
+        else replace(split, collate=replace(split.collate, names=names, alone=alone))
+        for key, split in data.splits.items()
+    }
     notes = [f"forward has no argument called {', '.join(left)}, which are left out"] if left else []
     return replace(data, **splits, notes=(*data.notes, *notes))
-
-
-def _kept(split: Split, names: tuple[str, ...], alone: bool) -> Split:
-    if split.inputs is not None:
-        return replace(split, inputs=kept(split.inputs, names, alone))
-    return replace(split, collate=replace(split.collate, names=names, alone=alone))
 
 
 def check_fit(model: nn.Module, data: Data, name: str) -> None:

@@ -20,6 +20,7 @@ FILES = {
     "theory": "quadratic van_der_sluis proposition_1 hessian".split(),
     "demo": "learning_rate input_normalization depth three_operations support_sets".split(),
 }
+WITH = {"table2": "table1:TABLE2"}  # what shares a file with another
 FOLDERS = {"theory": ".theory", "demo": ".demonstrations"}
 
 
@@ -36,8 +37,8 @@ def find_experiment(kind: str, name: str) -> Experiment:
             raise OptionError(f"{name} is no experiment of {kind}; give normkit {other} {name}")
         there = f"there are {', '.join(known) or 'none'}"
         raise OptionError(f"{kind} knows no experiment {name!r}; {there}{closest(name, known)}")
-    module = import_module(f"normkit.lab.experiments{FOLDERS.get(kind, '')}.{name.replace('-', '_')}")
-    return module.EXPERIMENT
+    file, _, other = WITH.get(name, name.replace("-", "_")).partition(":")
+    return getattr(import_module(f"normkit.lab.experiments{FOLDERS.get(kind, '')}.{file}"), other or "EXPERIMENT")
 
 
 def reshow(output: Path, console: Console | None = None) -> None:

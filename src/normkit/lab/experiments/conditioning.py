@@ -14,7 +14,6 @@ Ours: digits averaged to 4x4, two hidden layers of 12 units with tanh, 256 image
 training and 60 steps in the search; a loss below nine tenths of guessing has learned. An epoch of ``--epochs`` is a step.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean
@@ -133,17 +132,13 @@ def descend(job: Descent, folder: Path) -> dict[str, Any]:
 def look(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     """Geometric means over layers of condition numbers and of the spread of row norms, and the Hessian's extreme eigenvalues."""
     found = weight_conditions(model).values()
-    lengths = [norms.max() / norms.min() for norms in (weight.norm(dim=1) for weight in weights(model))]
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    lengths = [norms.max() / norms.min() for norms in (layer.weight.detach().norm(dim=1) for layer in layers)]
     # Row-equilibrated directions leave the loss as it is: eigenvalues of zero are among them.
     values = torch.linalg.eigvalsh(hessian(model, F.cross_entropy, [(x, y)]))
     raw, used = (geometric_mean([pair[k] for pair in found]) for k in (0, 1))
     extremes = {"largest": values[-1].item(), "smallest": values[0].item()}
     return {"raw": raw, "used": used, "rows": geometric_mean([length.item() for length in lengths]), **extremes}
-
-
-def weights(model: nn.Module) -> Iterator[Tensor]:
-    """The weights that the layers compute with."""
-    return (layer.weight.detach() for layer in model.modules() if isinstance(layer, nn.Linear))
 
 
 def run(bench: Bench) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from normkit.catalogue.methods import METHODS, method
+from normkit.lab.bench import speed
 from normkit.lab.bench.race import race
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.runs import drawings, drawn, labelled, side
@@ -37,14 +38,9 @@ LEFT_OUT = (
     *("layer_norm_rnn", "layer_norm_lstm", "layer_norm_gru"),
 )
 COPY = "copy"
-TORCH: dict[str, dict[str, Callable[[int], nn.Module]]] = {
-    "images": {
-        "batch_norm": nn.BatchNorm2d,
-        "group_norm": lambda channels: nn.GroupNorm(32, channels),
-        "instance_norm": lambda channels: nn.InstanceNorm2d(channels, affine=True),
-        "local_response_norm": lambda channels: nn.LocalResponseNorm(5),
-    },
-    "tokens": {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm},
+TORCH = {
+    "images": ("batch_norm", "group_norm", "instance_norm", "local_response_norm"),
+    "tokens": ("layer_norm", "rms_norm"),
 }
 
 
@@ -97,8 +93,8 @@ def measure(job: Measurement, folder: Path) -> dict[str, Any]:
     for name in names(job.kind):
         extra = method(name).extra
         steps[name] = step(make(name, job.kind, channels), x, extra(x) if extra else ())
-    for name, torchs in TORCH[job.kind].items():
-        steps[f"torch {name}"] = step(torchs(channels), x)
+    for name in TORCH[job.kind]:
+        steps[f"torch {name}"] = step(speed.TORCH[name](channels), x)
     seconds = race(steps, job.rounds)
     megabytes = {name: peak_bytes(run, x.device) / 1e6 for name, run in steps.items()}
     return {"ms": {name: 1e3 * value for name, value in seconds.items()}, "mb": megabytes}

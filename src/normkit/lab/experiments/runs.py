@@ -140,16 +140,6 @@ def lowest(runs: Iterable[stats.Row]) -> tuple[float, float] | None:
     return min(((fmean(ends), rate) for rate, ends in by_rate(runs).items() if None not in ends), default=None)  # pyright: ignore[reportArgumentType]
 
 
-def tell_rates(rates: Iterable[float]) -> str:
-    """Lists a rate per seed."""
-    return ", ".join(f"{rate:g}" for rate in rates)
-
-
-def tell_lowest(found: tuple[float, float] | None) -> str:
-    """Writes the lowest loss with its rate."""
-    return stats.ABSENT if found is None else f"{found[0]:.2f} (rate {found[1]:g})"
-
-
 def losses(runs: Iterable[stats.Row]) -> list[str]:
     """The cells of a table's row: the loss at each rate."""
     return [stats.spread(ends, ".2f") for ends in by_rate(runs).values()]

@@ -80,7 +80,8 @@ def gradients(job: Gradients, folder: Path) -> dict[str, Any]:
         model = make(row, data).to(device)
         task.loss(task.call(model, inputs), targets).backward()
         assert isinstance(model, VisionTransformer)
-        found[row.name] = [_length(block) for block in model.blocks]
+        squares = [[p.grad.square().sum() for p in block.parameters() if p.grad is not None] for block in model.blocks]
+        found[row.name] = [float(torch.stack(some).sum().sqrt()) for some in squares]
     return found
 
 
@@ -154,11 +155,6 @@ def _blocks(result: Mapping[str, Any]) -> Figure:
     figure.canvas.draw()
     name_ends(axis, ends)
     return figure
-
-
-def _length(block: nn.Module) -> float:
-    squares = [parameter.grad.square().sum() for parameter in block.parameters() if parameter.grad is not None]
-    return float(torch.stack(squares).sum().sqrt())
 
 
 EXPERIMENT = Experiment(

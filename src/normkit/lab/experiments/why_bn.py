@@ -170,10 +170,11 @@ def remarks(result: dict[str, Any]) -> list[str]:
             f"{word}."
         )
     said.append(f"Change of the gradient per unit of distance along it: {each('beta', '.3g')}.")
-    large = [f"{METHODS[m]} {runs.tell_rates(runs.largest(searched(result, m)))}" for m in SEARCHED]
+    large = [f"{METHODS[m]} {', '.join(f'{rate:g}' for rate in runs.largest(searched(result, m)))}" for m in SEARCHED]
     said.append(f"Largest rate that learned, for each seed: {'; '.join(large)}.")
     # A larger rate is worth something only where it leads to a lower loss.
-    low = [f"{METHODS[m]} {runs.tell_lowest(runs.lowest(searched(result, m)))}" for m in SEARCHED]
+    lows = ((METHODS[m], runs.lowest(searched(result, m))) for m in SEARCHED)
+    low = [f"{name} {ABSENT if one is None else f'{one[0]:.2f} (rate {one[1]:g})'}" for name, one in lows]
     said.append(f"Lowest mean training loss at any rate after {result['short']} steps: {'; '.join(low)}.")
     return said
 

@@ -194,7 +194,9 @@ def learn_scene(job: RadianceJob, folder: Path) -> dict[str, Any]:
     steps = job.steps if job.epochs is None else math.ceil(job.epochs * len(rays) / job.rays)
     sampling = Sampling(job.coarse, job.fine)
     optimizer = torch.optim.Adam(model.parameters(), lr=job.rate)
-    views = _spread(scene.test, VIEWS)
+    views = tuple(
+        scene.test[round(place)] for place in np.linspace(0, len(scene.test) - 1, min(VIEWS, len(scene.test)))
+    )
     probes = {"train_psnr": _probe(scene, scene.train, here), "test_psnr": _probe(scene, views, here)}
 
     def step(number: int) -> dict[str, Any] | None:
@@ -312,12 +314,6 @@ def _show(model: NeRF, scene: Scene, view: int, sampling: Sampling) -> tuple[Ten
 
 def _error(image: Tensor, wanted: Tensor) -> float:
     return float((image - wanted).square().mean())
-
-
-def _spread(views: tuple[int, ...], count: int) -> tuple[int, ...]:
-    if len(views) <= count:
-        return views
-    return tuple(views[round(place * (len(views) - 1) / (count - 1))] for place in range(count))
 
 
 def _image(pixels: np.ndarray) -> Image.Image:

@@ -158,9 +158,11 @@ def facts(experiment: Experiment, found: Mapping[str, Any]) -> str:
 
 
 def setup(experiment: Experiment) -> list[str]:
-    """What was run, in paragraphs of Markdown: the docstring of the experiment's module without the first, its title."""
-    text = (inspect.getdoc(sys.modules[experiment.run.__module__]) or "").replace("``", "`")
-    return [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)[1:]]
+    """What was run, in paragraphs of Markdown."""
+    text = experiment.about or (inspect.getdoc(sys.modules[experiment.run.__module__]) or "").partition("\n\n")[2]
+    return [
+        " ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text.strip().replace("``", "`")) if paragraph
+    ]
 
 
 def hardware_of(here: Mapping[str, Any]) -> str:

@@ -44,7 +44,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     changes: Columns = {
         "parameters": lambda r: number(r.get("parameters"), "count"),
         "changed": lambda r: wording.changed(r.get("changes") or []) or "nothing",
-        **({"passed over": lambda r: "\n".join(_first(r.get("passed_over") or [])) or None} if passed else {}),
+        **({"passed over": lambda r: _few(r.get("passed_over") or [])} if passed else {}),
     }
     said = [f"{'; '.join(wording.words(names))}."] if wording.words(names) else []
     found = [
@@ -72,8 +72,8 @@ def cost_notes(result: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _first(lines: list[str], most: int = 3) -> list[str]:
-    return lines if len(lines) <= most else [*lines[: most - 1], f"and {len(lines) - most + 1} more"]
+def _few(lines: list[str]) -> str | None:
+    return "\n".join(lines if len(lines) < 4 else [*lines[:2], f"and {len(lines) - 2} more"]) or None
 
 
 def mean_score(recipe: dict[str, Any], count: int) -> str:

@@ -49,32 +49,28 @@ def rate_at(settings: Settings, rate: float, step: int, steps: int) -> float:
 SHOWN = ("rate", "train_loss", "val_loss", "val_score")
 
 
-class Curves:
-    """Writes a run's epochs as TensorBoard reads them."""
+def write_curves(writer: Any, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes epochs of a run as TensorBoard reads them."""
+    for row in rows:
+        for name in SHOWN:
+            writer.add_scalar(name, row[name], row["epoch"])
+        for layer, pair in row["condition"].items():
+            for kind, value in zip(("raw", "effective"), pair, strict=True):
+                if value is not None:
+                    writer.add_scalar(f"condition_{kind}/{layer}", value, row["epoch"])
+    writer.flush()
 
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard.writer import SummaryWriter
-        except ModuleNotFoundError:
-            raise OptionError(
-                "--tensorboard needs TensorBoard, which is not installed; pip install 'normkit[tensorboard]'"
-            ) from None
-        for path in folder.glob("events.out.tfevents.*"):
-            path.unlink()
-        self.writer = SummaryWriter(str(folder))
 
-    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        for row in rows:
-            for name in SHOWN:
-                self.writer.add_scalar(name, row[name], row["epoch"])
-            for layer, (raw, effective) in row["condition"].items():
-                for kind, value in {"raw": raw, "effective": effective}.items():
-                    if value is not None:
-                        self.writer.add_scalar(f"condition_{kind}/{layer}", value, row["epoch"])
-        self.writer.flush()
-
-    def close(self) -> None:
-        self.writer.close()
+def curve_writer(folder: Path) -> Any:
+    """A writer for TensorBoard; what was there is replaced, so that a run that was resumed has one curve."""
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ModuleNotFoundError:
+        cure = "pip install 'normkit[tensorboard]'"
+        raise OptionError(f"--tensorboard needs TensorBoard, which is not installed; {cure}") from None
+    for path in folder.glob("events.out.tfevents.*"):
+        path.unlink()
+    return SummaryWriter(str(folder))
 
 
 # A loss is looked at only so often, because looking waits for the device.
@@ -145,7 +141,7 @@ class Trainer:
         self.metrics: list[dict[str, Any]] = []
         self.timing: list[dict[str, Any]] = []
         self.marks = torch.zeros(0)
-        self.curves = Curves(curves) if curves is not None and fabric.is_global_zero else None
+        self.curves = curve_writer(curves) if curves is not None and fabric.is_global_zero else None
 
     def train(self, on_epoch: Callable[[int, float | None], None] = lambda epoch, score: None) -> dict[str, Any]:
         """Trains to the end and gives the run's result; the first process writes metrics and timing."""
@@ -153,7 +149,7 @@ class Trainer:
             make(self.folder)
         self._resume()
         if self.curves:
-            self.curves.add(self.metrics)
+            write_curves(self.curves, self.metrics)
         if self.metrics:
             on_epoch(len(self.metrics), self.metrics[-1]["val_score"])
         status = OK
@@ -193,7 +189,7 @@ class Trainer:
         )
         self._save(epoch)
         if self.curves:
-            self.curves.add(self.metrics[-1:])
+            write_curves(self.curves, self.metrics[-1:])
         return True
 
     def _pass(self, epoch: int) -> float:

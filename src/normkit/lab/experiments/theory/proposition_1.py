@@ -16,10 +16,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from normkit.diagnostics.spectrum import condition_of
 from normkit.lab.experiment import Bench, Experiment, Table
 from normkit.lab.experiments.classification import PAPER
 from normkit.lab.experiments.runs import drawings, drawn
-from normkit.lab.experiments.theory.van_der_sluis import conditions
 from normkit.lab.report.drawing import COLOURS, FAINT, FULL, band, panels
 
 SHAPES = {"10×64, a classifier": (10, 64), "64×64": (64, 64), "64×27, a first convolution": (64, 27)}
@@ -38,8 +38,8 @@ def run(bench: Bench) -> dict[str, Any]:
     rows = []
     for (name, shape), spread in itertools.product(SHAPES.items(), SPREADS):
         drawn = weights(shape, spread, DRAWS[bench.scale], bench.seeds[0])
-        before = conditions(drawn)
-        ratio = conditions(torch.nn.functional.normalize(drawn, dim=2)) / before
+        before = condition_of(torch.linalg.svdvals(drawn))
+        ratio = condition_of(torch.linalg.svdvals(torch.nn.functional.normalize(drawn, dim=2))) / before
         found = ratio.quantile(torch.tensor([0.05, 0.5, 0.95, 1], dtype=torch.float64)).tolist()
         row = dict(zip(("low", "middle", "high", "worst"), found, strict=True))
         row |= {"before": before.median().item(), "better": (ratio < 1).double().mean().item()}

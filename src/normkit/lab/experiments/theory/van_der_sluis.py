@@ -50,11 +50,6 @@ def best_scaling(a: Tensor, steps: int = 200) -> tuple[float, Tensor]:
     return min(found, key=lambda pair: pair[0])
 
 
-def conditions(batch: Tensor) -> Tensor:
-    """Condition numbers, infinite for a singular matrix."""
-    return condition_of(torch.linalg.svdvals(batch))
-
-
 def run(bench: Bench) -> dict[str, Any]:
     count, optimised = SIZES[bench.scale]
     a = torch.tensor(COUNTEREXAMPLE, dtype=torch.float64)
@@ -65,9 +60,9 @@ def run(bench: Bench) -> dict[str, Any]:
     for m in ROWS:
         made = torch.Generator().manual_seed(bench.seeds[0])
         drawn = torch.randint(-3, 4, (count, m, m), generator=made).double()
-        before = conditions(drawn)
+        before = condition_of(torch.linalg.svdvals(drawn))
         drawn, before = drawn[before < math.inf], before[before < math.inf]
-        after = conditions(torch.nn.functional.normalize(drawn, dim=2))
+        after = condition_of(torch.linalg.svdvals(torch.nn.functional.normalize(drawn, dim=2)))
         ratios = (after / before).sort().values
         few = [(k.item(), best_scaling(one)[0]) for k, one in zip(after[:optimised], drawn[:optimised], strict=True)]
         # Rounding alone may change a condition number where E changes nothing.
