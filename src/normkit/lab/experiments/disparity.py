@@ -299,11 +299,8 @@ RESPONSES = 8  # values per channel in the table of what one value becomes
 
 @torch.no_grad()
 def ranges(model: SmallCNN, x: Tensor, batch: int) -> list[dict[str, float]]:
-    """For each batch normalization the bound sqrt(n - 1) and the largest normalized values met, before weight and bias.
-
-    ``train`` is normalized by each batch's own statistics and ``eval`` by the running ones; ``train strong`` and ``eval strong``
-    likewise, where the first image of each batch is made ten times as strong.
-    """
+    """For each batch normalization the bound sqrt(n - 1) and the largest normalized values met, before weight and bias."""
+    # "train" is normalized by each batch's own statistics, "eval" by the running ones; "strong" is the first image of each batch.
     layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     found: list[dict[str, float]] = [{} for _ in layers]
     x = x[: len(x) // batch * batch]

@@ -38,11 +38,7 @@ RATES = {MEDIUM: (0.03, 0.1, 0.3), SMALL: (0.01, 0.03)}
 
 def make(row: str, **size: int) -> nn.Module:
     """Makes a row's network; its norms take statistics over the groups of the row."""
-    kinds: dict[str, tuple[int | None, int | None]] = {
-        "bn": (None, None),
-        "ghost": (None, GHOST),
-        "group": (GROUPS, EXAMPLES),
-    }
+    kinds = {"bn": (None, None), "ghost": (None, GHOST), "group": (GROUPS, EXAMPLES)}
     groups, examples = kinds[row.partition("+")[0]]
     return SmallCNN(lambda channels: BatchGroupNorm(channels, groups, examples, momentum=0.1), **size)
 

@@ -41,12 +41,12 @@ class OccupancyJob(Work, path="{0.subject}/{0.row}/rate={0.rate:g}/seed={0.seed}
     scale: Scale = ""
     width: int = 256
     depth: int = 4
-    points: int = 1_000_000
-    batch: int = 50_000
+    points: int = 1_000_000  # half of them near the surface
+    batch: int = 50_000  # of them per step
     epochs: int = 200
     rate: float = 1e-4
-    every: int = 5
-    grid: int = 512
+    every: int = 5  # epochs between measurements
+    grid: int = 512  # cells per side of the surface that is extracted
 
     @property
     def subject(self) -> str:

@@ -165,14 +165,14 @@ class RadianceJob(Work, path="{0.subject}/{0.row}/rate={0.rate:g}/seed={0.seed}"
     scale: Scale = ""
     width: int = 256
     depth: int = 8
-    reduce: int = 1
-    rays: int = 1024
+    reduce: int = 1  # pixels per side of the squares that are averaged
+    rays: int = 1024  # per step
     coarse: int = 64
     fine: int = 64
     steps: int = 200_000
-    epochs: int | None = None
+    epochs: int | None = None  # over the training pixels, in place of steps
     rate: float = 5e-4
-    every: int = 10_000
+    every: int = 10_000  # steps between measurements
 
     @property
     def subject(self) -> str:

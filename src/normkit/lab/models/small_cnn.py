@@ -32,10 +32,8 @@ class NoisyBatchNorm(nn.Module):
     """Batch normalization, and in training noise behind it whose mean and deviation are redrawn at every call.
 
     y = s * BN(x) + m. A channel's mean is within 0.5 of 0 and its deviation from 1 to 1.25; m is within 0.1 of the mean, and s
-    normal about the deviation with deviation 0.1, both for each sample and channel.
-
-    Reference:
-        Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, https://arxiv.org/abs/1805.11604, appendix A
+    normal about the deviation with deviation 0.1, both for each sample and channel (Santurkar et al. 2018,
+    https://arxiv.org/abs/1805.11604, appendix A).
     """
 
     def __init__(self, channels: int) -> None:

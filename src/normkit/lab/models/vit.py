@@ -217,10 +217,8 @@ class Encoder(nn.Module):
     the head. Weights are Xavier-uniform, with DeepNorm's factor where it is placed so, and biases 0; tokens and places are
     embedded with unit variance, and their sum is divided by sqrt(2), so that what enters the first layer has unit variance too.
     `placement` is one of :func:`~normkit.residual.places`, `norm` ``"ln"``, ``"rms"`` or ``"scale"``; `fix` makes FixNorm both
-    the embedding and the head, tied; `causal` lets a place see itself and those before it alone.
-
-    Reference: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; both placements, Xiong et al. 2020,
-        https://arxiv.org/abs/2002.04745
+    the embedding and the head, tied; `causal` lets a place see itself and those before it alone
+    (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Xiong et al. 2020, https://arxiv.org/abs/2002.04745).
     """
 
     def __init__(

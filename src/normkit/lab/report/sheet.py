@@ -65,7 +65,9 @@ def print_table(table: Table, console: Console) -> None:
     """Prints a table with its title and notes."""
     print_text(f"\n{table.title}", console, "bold")
     for places in side_by_side(table, console):
-        console.print(_roomy(table, places, console))
+        # Where headings must be broken, the widest columns give way first.
+        room = bisect_left(range(console.width), True, key=lambda room: not _fits(table, places, console, room))
+        console.print(_grid(table, places, console, room - 1))
     for note in table.notes:
         print_text(note, console, "dim")
 
@@ -97,20 +99,13 @@ def _fits(table: Table, places: Sequence[int], console: Console, room: int = 0) 
     return Measurement.get(console, endless, _grid(table, places, console, room)).maximum <= console.width
 
 
-def _roomy(table: Table, places: Sequence[int], console: Console) -> Grid:
-    # Where headings must be broken, the widest columns give way first.
-    room = bisect_left(range(console.width), True, key=lambda room: not _fits(table, places, console, room))
-    return _grid(table, places, console, room - 1)
-
-
 def _grid(table: Table, places: Sequence[int], console: Console, room: int) -> Grid:
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for place in places:
         justify = "right" if place and not is_text(table, place) else "left"
         width = max(_need(table, place, console), room)
-        grid.add_column(
-            spelled(table.columns[place], console, "bold"), justify=justify, overflow="fold", max_width=width
-        )
+        heading = spelled(table.columns[place], console, "bold")
+        grid.add_column(heading, justify=justify, overflow="fold", max_width=width)
     for row in table.rows:
         texts = [cell(row[place]) for place in places]
         grid.add_row(*(spelled(text, console, COLOURS.get(text, "") if k else "bold") for k, text in enumerate(texts)))
