@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from normkit.core.card import Card, Paper
+from normkit.core.card import Card, paper
 from normkit.core.compensation import Affine
 from normkit.core.errors import ShapeError
 from normkit.core.place import groups
@@ -39,15 +39,13 @@ class GroupNorm(Layer, nn.GroupNorm):
         layout: ``"n c *"`` for channels first, ``"n * c"`` for channels last. Default: ``"n c *"``.
         activation: fused activation: ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or None. Default: None.
 
-    Shape:
-        (N, C, *) or, with channels last, (N, *, C); the output has the same shape.
+    Shape: (N, C, *) or, with channels last, (N, *, C); the output has the same shape.
 
     Raises:
         OptionError: the channels do not split into the groups; an unknown layout.
         ShapeError: a number of channels other than ``num_channels``; a single sample with one value per group, as in torch.
 
-    Reference:
-        Wu and He, "Group Normalization" (2018), https://arxiv.org/abs/1803.08494.
+    Reference: Wu and He, "Group Normalization" (2018), https://arxiv.org/abs/1803.08494.
 
     >>> GroupNorm(2, 4)(torch.tensor([[1.0, 3.0, 10.0, 30.0]])).detach()
     tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
@@ -120,7 +118,7 @@ CARD = Card(
     title="Group normalization",
     word="gn",
     normalized_over="each sample and group of channels, over the group's channels and all positions",
-    paper=Paper("Wu, Yuxin and He, Kaiming", "Group Normalization", 2018, "https://arxiv.org/abs/1803.08494"),
+    paper=paper("wu2018group"),
     use_cases="detection, segmentation, video, diffusion: convolutional networks with few samples per batch",
     strengths="independent of the batch size; the same in training and at inference",
     weaknesses="behind batch normalization at large batches; the number of groups is one more choice; can't be folded",

@@ -24,8 +24,8 @@ from normkit.lab.settings import Settings
 from normkit.lab.train.cost import measure_costs
 from normkit.lab.train.parallel import start_fabric
 from normkit.lab.train.trainer import METRICS_FILE, TIMING_FILE, Trainer
-from normkit.surgery.applicable import why_not
 from normkit.surgery.norms import is_norm, read_norm
+from normkit.surgery.recipe import why_not
 
 # Each kind of norm that stands in for another of the same reach: over features alone.
 OTHERS = {"layer_norm": "rms", "rms_norm": "ln"}

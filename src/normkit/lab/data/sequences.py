@@ -30,7 +30,7 @@ def draw(task: str, samples: int, length: int, vocabulary: int = 16) -> tuple[Te
 
 @lru_cache
 def text() -> tuple[Tensor, str]:
-    """Gives two chapters of "Alice's Adventures in Wonderland" (Lewis Carroll, 1865) as numbers, and the characters."""
+    """Gives two chapters of "Alice's Adventures in Wonderland" (Lewis Carroll, 1865) as numbers, and their characters."""
     content = (Path(__file__).parent / "alice.txt").read_text("ascii")
     characters = "".join(sorted(set(content)))
     return torch.tensor([characters.index(letter) for letter in content]), characters

@@ -13,8 +13,7 @@ same number everywhere where values are of the order of 1; so each form is run w
 from torch import nn
 
 from normkit.activations.batch_norm import BatchNorm
-from normkit.activations.local_contrast_norm import LocalContrastNorm
-from normkit.activations.local_response_norm import CARD, LocalResponseNorm
+from normkit.activations.local_response_norm import CARD, LocalContrastNorm, LocalResponseNorm
 from normkit.lab.experiments.small_table import Plan, turned
 from normkit.lab.models.small_cnn import Shift, SmallCNN
 

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from normkit.activations.adaptive_layer_norm import AdaLayerNormOutput, AdaLayerNormZeroBlock
-from normkit.activations.fix_norm import FixNorm
 from normkit.activations.layer_norm import LayerNorm
 from normkit.activations.rms_norm import RMSNorm
-from normkit.activations.scale_norm import ScaleNorm
+from normkit.activations.scale_norm import FixNorm, ScaleNorm
 from normkit.core.errors import OptionError, ShapeError
 from normkit.residual import Residual, Scheme, places
 

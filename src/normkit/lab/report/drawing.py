@@ -147,7 +147,7 @@ def _gif(motion: Motion, dpi: int) -> bytes:
         buffer = io.BytesIO()
         motion.figure.savefig(buffer, format="png", dpi=dpi)
         with Image.open(buffer) as image:
-            frames.append(image.convert("RGB").quantize(64))
+            frames.append(image.convert("RGB").quantize(64, Image.Quantize.FASTOCTREE))  # median cut mixes rare hues
     buffer, lasts = io.BytesIO(), [FRAME] * (motion.frames - 1) + [LAST]
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=lasts, loop=0, comment=b"normkit")
     return buffer.getvalue()
